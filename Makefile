@@ -1,0 +1,65 @@
+# Every target sets up what it needs in .venv first; a second run of that takes no time.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format up down bench migration constraints clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+FORGEARR := $(BIN)/forgearr
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/installed ## Install everything, in .venv
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+# A home and ports of its own, so that it disturbs nothing that runs already.
+demo: export FORGEARR_HOME := $(CURDIR)/.state/demo
+demo: export FORGEARR_SERVE__PORT := 8390
+demo: export FORGEARR_RAY__PORT := 6390
+demo: export FORGEARR_RAY__DASHBOARD_PORT := 8395
+demo: export FORGEARR_MLFLOW__PORT := 5390
+demo: setup ## Start, run sample jobs with a progress bar, show the result, stop
+	@$(FORGEARR) up --detach
+	@trap '$(FORGEARR) down' EXIT; set -e; \
+	echo; echo "Twelve jobs of ten steps each; then one that fails twice, and is tried again until it succeeds:"; \
+	$(FORGEARR) jobs submit probe --count 12 --set steps=10 --set seconds=5 --set payload=hello --wait; \
+	$(FORGEARR) jobs submit probe --set steps=3 --set seconds=1 --set fail_times=2 --wait; \
+	echo; $(FORGEARR) jobs list; \
+	echo; $(FORGEARR) status; echo
+
+test: setup ## Run all tests
+	$(BIN)/pytest
+
+lint: setup ## Check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup ## Put the code into shape
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+up: setup ## Start Forgearr in the foreground
+	$(FORGEARR) up
+
+down: setup ## Stop Forgearr
+	$(FORGEARR) down
+
+bench: setup ## Measure, next to peers; writes tests/bench/results
+	$(BIN)/python -m tests.bench
+
+migration: setup ## Write a migration: make migration MESSAGE="add teams"
+	$(BIN)/python -m cluster.migrations "$(MESSAGE)"
+
+constraints: setup ## Pin exactly what is installed now
+	{ echo "# Exact versions of everything that setting up installs. Made by 'make constraints'."; \
+	$(BIN)/pip freeze --exclude-editable; } > constraints.txt
+	touch .venv/installed
+
+clean: ## Remove everything that can be made again
+	rm -rf .venv .state build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,50 @@
+"""The `forgearr` command. Each group of commands is a module here, which imports what it needs when it is called."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.cli import config, jobs, key, look, up, user
+from cluster.errors import ForgearrError
+
+app = typer.Typer(
+    help="Train, ship and run a private assistant on your own machines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("up")(up.up)
+app.command("down")(up.down)
+app.command("status")(look.status)
+app.command("doctor")(look.doctor)
+app.command("logs")(look.logs)
+app.add_typer(config.app)
+app.add_typer(user.app)
+app.add_typer(key.app)
+app.add_typer(jobs.app, name="jobs")
+
+
+def main() -> None:
+    """Run one command. What Forgearr raises on purpose is a sentence for a person, not a trace."""
+    try:
+        app()
+    except ForgearrError as error:
+        typer.secho(error.message, fg=typer.colors.RED, err=True)
+        sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"Forgearr {version('forgearr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

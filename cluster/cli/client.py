@@ -1,0 +1,91 @@
+"""The command line's way to a running server: its REST API."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from cluster.errors import ForgearrError, Unavailable
+
+TIMEOUT_SECONDS = 30
+
+
+class Refused(ForgearrError):
+    """The server refused."""
+
+    status = 400
+
+
+def call(method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:
+    """One request; returns its JSON. What the server says against it becomes the command's error."""
+    import httpx
+
+    with _client() as client:
+        try:
+            answer = client.request(method, path, headers=headers, **options)
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+        return _content(answer)
+
+
+def follow(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The server-sent events of a path, as (type, data); taken up again where it broke off."""
+    import httpx
+
+    last_id = ""
+    while True:
+        headers = {"Last-Event-ID": last_id} if last_id else {}
+        with _client() as client:
+            try:
+                with client.stream("GET", path, params={"follow": "1"}, headers=headers) as answer:
+                    if answer.is_error:
+                        answer.read()
+                        _content(answer)
+                    for event_id, kind, data in _events(answer.iter_lines()):
+                        last_id = event_id
+                        yield kind, data
+                    return
+            except httpx.RemoteProtocolError:
+                continue  # the gateway was replaced while we listened
+            except httpx.HTTPError as error:
+                raise _unreachable(error) from error
+
+
+def server_url() -> str:
+    from cluster import running
+
+    return os.environ.get("FORGEARR_URL") or running.current_url()
+
+
+def _client() -> Any:
+    import httpx
+
+    key = os.environ.get("FORGEARR_API_KEY")
+    return httpx.Client(base_url=server_url(), timeout=TIMEOUT_SECONDS, headers={"X-API-Key": key} if key else {})
+
+
+def _content(answer: Any) -> Any:
+    if answer.is_success:
+        return answer.json() if answer.content else None
+    try:
+        message = answer.json()["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"{answer.request.url} answered {answer.status_code}."
+    if answer.status_code == 401 and "FORGEARR_API_KEY" not in os.environ:
+        message += " Set FORGEARR_API_KEY to a key of yours."
+    raise Refused(message)
+
+
+def _events(lines: Iterator[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line and not line.startswith(":"):
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif not line and "data" in fields:
+            yield fields.get("id", ""), fields.get("event", "message"), json.loads(fields["data"])
+            fields = {}
+
+
+def _unreachable(error: Exception) -> Unavailable:
+    return Unavailable(f"Nothing answers at {server_url()} ({type(error).__name__}); `forgearr up` starts the server.")

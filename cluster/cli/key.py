@@ -1,0 +1,63 @@
+"""`forgearr key`: API keys. It works on the database itself, so it needs nothing to run."""
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="key", help="Manage API keys.", no_args_is_help=True)
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What the key is for.", show_default=False)],
+    user: Annotated[str, typer.Option(help="Email of the account it stands for.", show_default=False)],
+    days: Annotated[
+        int | None, typer.Option(min=1, max=3650, help="Days until it expires. Default: never.", show_default=False)
+    ] = None,
+) -> None:
+    """Create a key. It is printed once, alone on standard output, and cannot be shown again."""
+    from datetime import timedelta
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from cluster import identity
+    from cluster.db import now, run_alone
+
+    async def work(session: AsyncSession) -> str:
+        owner = await identity.get_user(session, user)
+        expires_at = now() + timedelta(days=days) if days else None
+        _, key = await identity.create_key(session, owner.id, name, expires_at)
+        return key
+
+    key = asyncio.run(run_alone(work))
+    typer.echo("Keep this key now: it is not shown again.", err=True)
+    typer.echo(key)
+
+
+@app.command("list")
+def list_() -> None:
+    """List the keys of all accounts."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cluster import identity
+    from cluster.db import run_alone
+
+    table = Table("id", "name", "key", "user", "created", "last used", "expires", box=None, header_style="bold")
+    for key, owner in asyncio.run(run_alone(identity.list_keys)):
+        last_used = f"{key.last_used_at:%Y-%m-%d %H:%M}" if key.last_used_at else "never"
+        expires = f"{key.expires_at:%Y-%m-%d}" if key.expires_at else "never"
+        created = f"{key.created_at:%Y-%m-%d}"
+        table.add_row(key.id, key.name, f"{key.prefix}…", owner.email, created, last_used, expires)
+    Console().print(table)
+
+
+@app.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="Its id in `forgearr key list`.", show_default=False)]) -> None:
+    """Revoke a key, at once."""
+    from cluster import identity
+    from cluster.db import run_alone
+
+    asyncio.run(run_alone(lambda session: identity.revoke_key(session, key_id)))
+    typer.echo("Revoked.")

@@ -1,0 +1,93 @@
+"""`forgearr up` and `forgearr down`."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.cli.config import Overrides
+
+if TYPE_CHECKING:
+    import subprocess
+
+LOOK_EVERY_SECONDS = 0.1
+
+
+def up(
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Start Forgearr: Ray, the gateway, the queue and MLflow. Ctrl-C stops all of it."""
+    import asyncio
+
+    from cluster.cli.console import Steps
+    from cluster.settings import export_overrides, get_settings
+
+    if overrides:
+        export_overrides(overrides)
+    get_settings()  # a setting that is not valid is told before anything happens
+    if detach:
+        return _up_detached()
+
+    from cluster import runtime
+
+    asyncio.run(runtime.run(Steps()))
+
+
+def down() -> None:
+    """Stop Forgearr, and whatever a crash of it left behind."""
+    import asyncio
+
+    from cluster import processes, running, runtime
+    from cluster.cli.console import Steps
+
+    if not running.current() and not processes.leftovers():
+        typer.echo("Forgearr is not running.")
+        return
+    typer.echo("Stopping Forgearr …")
+    asyncio.run(runtime.stop(steps := Steps()))
+    typer.echo(f"Forgearr is stopped ({steps.seconds:.1f} s).")
+
+
+def _up_detached() -> None:
+    """Start the supervisor in a session of its own, and show what it says until it is ready."""
+    import subprocess
+
+    from cluster import logs, running, runtime
+
+    running.require_none()
+    path = logs.folder() / "up.log"
+    with path.open("w") as output:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "up"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    with path.open() as text:
+        last = ""
+        for line in _lines_until_ready(text, supervisor):
+            if last:
+                typer.echo(last)
+            last = line
+    if supervisor.poll() is not None:
+        raise runtime.StartFailed(last or f"Forgearr ended before it said why; {path} may say more.")
+    typer.echo(last)
+    run = running.current()
+    if run:
+        typer.echo(f"API: {run.url}/docs. `forgearr status` shows each part, `forgearr down` stops all.")
+
+
+def _lines_until_ready(text: IO[str], supervisor: "subprocess.Popen[bytes]") -> Iterator[str]:
+    from cluster import running
+
+    is_over = False
+    while not is_over:
+        run = running.current()
+        is_over = supervisor.poll() is not None or bool(run and run.pid == supervisor.pid and run.ready)
+        yield from (line.rstrip() for line in text if line.strip())
+        if not is_over:
+            time.sleep(LOOK_EVERY_SECONDS)

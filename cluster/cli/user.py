@@ -1,0 +1,106 @@
+"""`forgearr user`: accounts. It works on the database itself, so it needs nothing to run."""
+
+import asyncio
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="user", help="Manage accounts.", no_args_is_help=True)
+
+Email = Annotated[str, typer.Argument(help="The account's email address.", show_default=False)]
+PasswordStdin = Annotated[bool, typer.Option("--password-stdin", help="Read the password from standard input.")]
+
+
+@app.command()
+def add(
+    email: Email,
+    username: Annotated[str | None, typer.Option(help="Default: the email up to the @.", show_default=False)] = None,
+    full_name: Annotated[str | None, typer.Option(help="A name to show.", show_default=False)] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Make it an administrator.")] = False,
+    password_stdin: PasswordStdin = False,
+) -> None:
+    """Create an account."""
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from cluster import identity
+    from cluster.db import run_alone
+
+    async def work(session: AsyncSession) -> None:
+        await identity.add_user(
+            session,
+            email=email,
+            username=username or email.partition("@")[0],
+            full_name=full_name,
+            password_hash=password_hash,
+            role="admin" if admin else "user",
+        )
+
+    password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin)))
+    asyncio.run(run_alone(work))
+    typer.echo(f"Created the {'administrator' if admin else 'account'} {email}.")
+
+
+@app.command("list")
+def list_() -> None:
+    """List all accounts."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cluster import identity
+    from cluster.db import run_alone
+
+    table = Table("email", "username", "role", "state", "created", "last login", box=None, header_style="bold")
+    for user in asyncio.run(run_alone(identity.list_users)):
+        last_login = f"{user.last_login_at:%Y-%m-%d %H:%M}" if user.last_login_at else "never"
+        state = "active" if user.is_active else "disabled"
+        table.add_row(user.email, user.username, user.role, state, f"{user.created_at:%Y-%m-%d %H:%M}", last_login)
+    Console().print(table)
+
+
+@app.command()
+def disable(email: Email) -> None:
+    """Shut an account out, at once."""
+    _set_active(email, False)
+    typer.echo(f"Disabled {email}.")
+
+
+@app.command()
+def enable(email: Email) -> None:
+    """Let a disabled account in again."""
+    _set_active(email, True)
+    typer.echo(f"Enabled {email}.")
+
+
+@app.command()
+def password(email: Email, password_stdin: PasswordStdin = False) -> None:
+    """Set a new password, and end every login made with the old one."""
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from cluster import identity
+    from cluster.db import run_alone
+
+    async def work(session: AsyncSession) -> None:
+        await identity.set_password(session, await identity.get_user(session, email), password_hash)
+
+    password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin)))
+    asyncio.run(run_alone(work))
+    typer.echo(f"Changed the password of {email}.")
+
+
+def _set_active(email: str, active: bool) -> None:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from cluster import identity
+    from cluster.db import run_alone
+
+    async def work(session: AsyncSession) -> None:
+        await identity.set_active(session, await identity.get_user(session, email), active)
+
+    asyncio.run(run_alone(work))
+
+
+def _read_password(from_stdin: bool) -> str:
+    if from_stdin:
+        return sys.stdin.readline().rstrip("\r\n")
+    return typer.prompt("Password", hide_input=True, confirmation_prompt=True)

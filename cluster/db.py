@@ -1,0 +1,164 @@
+"""The database: one async SQLAlchemy engine over SQLite (WAL) or PostgreSQL.
+
+One request or one job step is one transaction, opened with `transaction()`. Writers begin immediate on SQLite: a
+deferred transaction that turns into a writer waits up to a second behind other writers, or fails.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, TypeVar, cast
+
+from sqlalchemy import JSON, CursorResult, DateTime, Delete, Dialect, MetaData, TypeDecorator, event, func, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase
+
+from cluster.settings import get_settings
+
+BUSY_TIMEOUT_SECONDS = 30
+
+Result = TypeVar("Result")
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time, also on SQLite, which stores no time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("times are stored in UTC: give them a time zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012
+        datetime: UtcDateTime,
+        dict[str, Any]: JSON().with_variant(JSONB, "postgresql"),
+        list[str]: JSON().with_variant(JSONB, "postgresql"),
+    }
+
+
+class Database:
+    """An engine and its two sorts of transaction."""
+
+    def __init__(self, url: str, pool_size: int = 5) -> None:
+        self.is_sqlite = url.startswith("sqlite")
+        self.engine = _sqlite_engine(url) if self.is_sqlite else _postgres_engine(url, pool_size)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[AsyncSession]:
+        """A read-write transaction: committed at the end of the block, rolled back if it raises."""
+        async with AsyncSession(self.engine, expire_on_commit=False) as session:
+            async with session.begin():
+                yield session
+            for action in session.info.pop("after_commit", []):
+                action()
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncGenerator[AsyncSession]:
+        """A transaction that only reads, and so never waits for a writer."""
+        reader = self.engine.execution_options(forgearr_reading=True)
+        async with AsyncSession(reader, expire_on_commit=False) as session:
+            yield session
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+
+
+def after_commit(session: AsyncSession, action: Callable[[], None]) -> None:
+    """Tell the world only of what is really so: `action` runs when the transaction has committed, else never."""
+    session.info.setdefault("after_commit", []).append(action)
+
+
+async def delete_rows(session: AsyncSession, statement: Delete) -> int:
+    """Run a DELETE; returns how many rows it took."""
+    result = await session.execute(statement)
+    return cast(CursorResult[Any], result).rowcount
+
+
+async def one_at_a_time(session: AsyncSession, name: str) -> None:
+    """Wait until no other transaction that has passed this name is open. On SQLite every writer is alone anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
+
+
+@cache
+def get_database() -> Database:
+    """This process's database."""
+    settings = get_settings()
+    return Database(settings.database_url, settings.database.pool_size)
+
+
+async def migrate() -> None:
+    """Bring the schema up to what this code knows: an older one is migrated, a newer one is refused."""
+    from cluster.migrations import upgrade
+
+    database = get_database()
+    async with database.engine.connect() as connection:
+        if not database.is_sqlite:
+            async with connection.begin():
+                return await connection.run_sync(upgrade)
+        # SQLite alters a table by copying and dropping it, and dropping it would delete what refers to its rows.
+        # The pragma has no effect inside a transaction, so it goes around SQLAlchemy, which is always in one.
+        raw = (await connection.get_raw_connection()).driver_connection
+        assert raw is not None
+        await raw.execute("PRAGMA foreign_keys = OFF")
+        try:
+            async with connection.begin():
+                await connection.run_sync(upgrade)
+        finally:
+            await raw.execute("PRAGMA foreign_keys = ON")
+
+
+async def run_alone(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+    """One transaction of a process that lives for nothing else, such as a command."""
+    try:
+        await migrate()
+        async with get_database().transaction() as session:
+            return await work(session)
+    finally:
+        await get_database().close()
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _postgres_engine(url: str, pool_size: int) -> AsyncEngine:
+    return create_async_engine(url, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True)
+
+
+def _sqlite_engine(url: str) -> AsyncEngine:
+    engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None})
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def set_pragmas(connection: Any, _: object) -> None:  # pyright: ignore[reportUnusedFunction]
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        reading = connection.get_execution_options().get("forgearr_reading")
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine

@@ -1,0 +1,157 @@
+"""The events actor: news from any process of the cluster to every gateway replica, as it happens.
+
+It only passes messages on. What happened is in the database, so a reader that missed something is told so and looks
+there, and the actor may die at any time: its successor starts with an empty memory, under a new name of its life.
+It also holds each replica's last request counts, because a scrape reaches one replica and must count them all.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from itertools import islice
+from typing import Any, NamedTuple, TypedDict
+
+from cluster.actors import find, forget
+from cluster.errors import Unavailable
+
+NAME = "events"
+KEPT_MESSAGES = 10_000
+BATCH_MESSAGES = 1_000
+GATHER_SECONDS = 0.01
+"""How long a reader's answer waits for more messages: it bounds how many answers a second a busy cluster costs."""
+POLL_SECONDS = 30.0
+GRACE_SECONDS = 10.0
+LOOKUP_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
+
+_no_lookup_before = 0.0
+
+
+class Message(TypedDict):
+    rooms: list[str]
+    type: str
+    data: dict[str, Any]
+    timestamp: str
+
+
+class Cursor(NamedTuple):
+    """How far a reader has read, in which life of the actor."""
+
+    life: str
+    position: int
+
+
+class Batch(NamedTuple):
+    messages: list[Message]
+    cursor: Cursor
+    missed: bool  # something happened between the reader's cursor and these messages that nobody remembers
+
+
+LOST = Cursor("", 0)
+"""The cursor of a reader that does not know what it missed."""
+
+Snapshot = Mapping[str, float]
+"""A replica's counts: a value for each sample, by a key that all replicas share."""
+
+
+def publish(messages: Sequence[Message]) -> None:
+    """Pass messages on to whoever listens, from any process; without Ray or the actor nobody hears them."""
+    global _no_lookup_before
+    if not messages or time.monotonic() < _no_lookup_before:
+        return
+    try:
+        outcome = find(NAME).publish.remote(list(messages))
+    except Unavailable as error:
+        # Asking where it is costs a round trip: not for every message of a cluster that has no such actor.
+        _no_lookup_before = time.monotonic() + LOOKUP_SECONDS
+        logger.debug("%s messages were not published: %s", len(messages), error)
+    except Exception:
+        # Whatever Ray raises while it goes down: what happened is in the database, and the caller goes on.
+        logger.debug("%s messages were not published.", len(messages), exc_info=True)
+    else:
+        outcome.future().add_done_callback(_forget_if_dead)
+
+
+async def poll(after: Cursor | None, seconds: float = POLL_SECONDS) -> Batch:
+    """The messages after a cursor, once there are any or the time is up; None begins with what comes from now on."""
+    return await _ask("poll", after, seconds, patience=seconds + GRACE_SECONDS)
+
+
+async def share_counts(replica: str, snapshot: Snapshot) -> None:
+    """Leave this replica's counts with the actor, in place of what it left before."""
+    await _ask("share_counts", replica, snapshot)
+
+
+async def shared_counts() -> dict[str, Snapshot]:
+    """The counts that each replica left, dead ones included."""
+    return await _ask("shared_counts")
+
+
+class Events:
+    """The actor. Every method is async, so that Ray runs all calls on one event loop, without locks."""
+
+    def __init__(self) -> None:
+        self._life = secrets.token_hex(8)
+        self._messages: deque[Message] = deque(maxlen=KEPT_MESSAGES)
+        self._published = 0
+        self._arrival = asyncio.Event()
+        self._counts: dict[str, Snapshot] = {}
+
+    async def publish(self, messages: Sequence[Message]) -> None:
+        self._messages.extend(messages)
+        self._published += len(messages)
+        self._arrival.set()
+        self._arrival = asyncio.Event()
+
+    async def poll(self, after: Cursor | None, seconds: float) -> Batch:
+        if after is None:
+            return Batch([], Cursor(self._life, self._published), missed=False)
+        if after == Cursor(self._life, self._published):
+            await self._wait_for_arrival(seconds)
+        return self._read(after)
+
+    async def share_counts(self, replica: str, snapshot: Snapshot) -> None:
+        self._counts[replica] = snapshot
+
+    async def shared_counts(self) -> dict[str, Snapshot]:
+        return self._counts
+
+    async def _wait_for_arrival(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._arrival.wait()
+        except TimeoutError:
+            return
+        await asyncio.sleep(GATHER_SECONDS)
+
+    def _read(self, after: Cursor) -> Batch:
+        oldest = self._published - len(self._messages)
+        same_life = after.life == self._life
+        start = max(after.position, oldest) if same_life else oldest
+        messages = list(islice(self._messages, start - oldest, start - oldest + BATCH_MESSAGES))
+        missed = not same_life or after.position < oldest
+        return Batch(messages, Cursor(self._life, start + len(messages)), missed)
+
+
+async def _ask(method: str, *arguments: object, patience: float = GRACE_SECONDS) -> Any:
+    actor = await asyncio.to_thread(find, NAME)
+    from ray.exceptions import RayActorError, RaySystemError
+
+    try:
+        async with asyncio.timeout(patience):
+            return await getattr(actor, method).remote(*arguments)
+    except (RayActorError, RaySystemError, TimeoutError) as error:
+        forget(NAME)
+        raise Unavailable("The events actor does not answer; Ray restarts it.") from error
+
+
+def _forget_if_dead(outcome: Future[None]) -> None:
+    from ray.exceptions import RayActorError
+
+    if isinstance(outcome.exception(), RayActorError):
+        forget(NAME)

@@ -1,0 +1,24 @@
+"""Asks what runs how it is, over HTTP, from outside: nothing here joins Ray or opens the database."""
+
+from typing import Any
+
+import httpx
+
+TIMEOUT_SECONDS = 5
+
+
+def of_gateway(url: str) -> dict[str, Any] | None:
+    """What the gateway's /health tells. None: it does not answer, or something else does."""
+    try:
+        answer = httpx.get(f"{url}/health", timeout=TIMEOUT_SECONDS)
+        content: Any = answer.json()
+    except (httpx.HTTPError, ValueError):
+        return None
+    return content if isinstance(content, dict) and {"status", "uptime"} <= content.keys() else None
+
+
+def is_mlflow_up(uri: str) -> bool:
+    try:
+        return httpx.get(f"{uri}/health", timeout=TIMEOUT_SECONDS).is_success
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,34 @@
+"""Run by Alembic, over a connection that the caller opened (see cluster.migrations.configuration)."""
+
+from importlib import import_module
+from typing import Any, Literal
+
+from alembic import context
+from alembic.autogenerate.api import AutogenContext
+from sqlalchemy import JSON
+
+from cluster.db import Base, UtcDateTime
+
+# Every module that owns tables. By name: the ground imports no floor above it.
+for module in ("cluster.identity", "jobs.tables"):
+    import_module(module)
+
+
+def render_item(kind: str, item: Any, autogenerate: AutogenContext) -> str | Literal[False]:
+    """How a migration spells our types. It is history, so it must not change with the code: it names none of ours."""
+    if kind == "type" and isinstance(item, UtcDateTime):
+        return "sa.DateTime(timezone=True)"
+    if kind == "type" and isinstance(item, JSON):
+        autogenerate.imports.add("from sqlalchemy.dialects import postgresql")
+        return "sa.JSON().with_variant(postgresql.JSONB(), 'postgresql')"
+    return False
+
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=Base.metadata,
+    render_as_batch=True,  # SQLite cannot alter a column: the table is copied
+    render_item=render_item,
+)
+with context.begin_transaction():
+    context.run_migrations()

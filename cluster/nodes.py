@@ -1,0 +1,52 @@
+"""What this machine is doing: processor, memory and disk."""
+
+import asyncio
+import platform
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import TypedDict
+
+import psutil
+
+from cluster.settings import home
+
+FIRST_SECONDS = 0.25
+
+
+class Sample(TypedDict):
+    node: str
+    cpu_percent: float
+    cpu_count: int | None
+    memory_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    disk_percent: float
+    disk_used_bytes: int
+    disk_total_bytes: int
+    timestamp: datetime
+
+
+async def samples(every_seconds: float) -> AsyncIterator[Sample]:
+    """Samples of this machine for as long as they are asked for; the first one comes almost at once."""
+    psutil.cpu_percent()  # the load is measured since the last call, so the first one only starts the clock
+    await asyncio.sleep(FIRST_SECONDS)
+    while True:
+        yield _sample()
+        await asyncio.sleep(every_seconds)
+
+
+def _sample() -> Sample:
+    memory = psutil.virtual_memory()
+    disk = psutil.disk_usage(str(home()))
+    return {
+        "node": platform.node(),
+        "cpu_percent": psutil.cpu_percent(),
+        "cpu_count": psutil.cpu_count(),
+        "memory_percent": memory.percent,
+        "memory_used_bytes": memory.total - memory.available,
+        "memory_total_bytes": memory.total,
+        "disk_percent": disk.percent,
+        "disk_used_bytes": disk.used,
+        "disk_total_bytes": disk.total,
+        "timestamp": datetime.now(UTC),
+    }

@@ -1,0 +1,314 @@
+"""The one settings object, and where each of its values came from.
+
+Four layers, the later one wins: configs/forgearr.yaml (which holds every default), $FORGEARR_HOME/forgearr.yaml, the
+environment (FORGEARR_SERVE__PORT=8010) and the command line (--set serve.port=8010). Values of the last two are read
+as YAML, so that `true`, `8010` and `[a, b]` mean what they look like.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from cluster.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "FORGEARR_"
+NOT_SETTINGS = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+PLACEHOLDERS = {"changeme", "change-me", "secret", "password", "your-secret-key"}
+
+
+# How many in what time, as the limits library reads it: 100/minute, 10 per 15 minutes.
+Rate = Annotated[str, Field(pattern=r"^[1-9]\d* ?(/|per) ?([1-9]\d* ?)?(second|minute|hour|day|month|year)s?$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServeSettings(Section):
+    host: str = Field(description="Address that the gateway binds. Anything but loopback requires credentials.")
+    port: int = Field(ge=1, le=65535, description="Port of every HTTP door: REST, OpenAI, Ollama, MCP, WebSocket.")
+    replicas: int = Field(ge=1, le=64, description="Gateway processes. They keep no state; add some for throughput.")
+    allowed_hosts: list[str] = Field(
+        description="Host names, besides loopback, under which an open-mode server may be reached."
+    )
+    allowed_origins: list[str] = Field(
+        description="Origins, besides its own, whose web pages may use this server (https://chat.example)."
+    )
+    environment: str = Field(description="A word of yours for this installation; /health repeats it.")
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+
+class AuthSettings(Section):
+    required: bool | None = Field(
+        description="Whether every request needs a credential. Null: only when serve.host is not loopback."
+    )
+    registration: bool | None = Field(
+        description="Whether strangers may register an account. Null: only when serve.host is loopback."
+    )
+    signing_key: SecretStr | None = Field(
+        description="Key that signs access tokens, 32 characters or more, the same on every node. "
+        "Null: made on first start in FORGEARR_HOME/keys."
+    )
+    access_token_minutes: int = Field(ge=1, le=1440, description="How long an access token is valid.")
+    refresh_token_days: int = Field(ge=1, le=365, description="How long a refresh token is valid.")
+    login_attempts: Rate = Field(description="How many failed logins an account and an address may have.")
+
+    @field_validator("signing_key")
+    @classmethod
+    def refuse_weak_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is None:
+            return None
+        if key.get_secret_value().lower() in PLACEHOLDERS or len(key.get_secret_value()) < 32:
+            raise ValueError("must be a random key of at least 32 characters")
+        return key
+
+
+class LimitSettings(Section):
+    enabled: bool | None = Field(
+        description="Whether requests are rate-limited. Null: only where credentials are required."
+    )
+    storage: SecretStr = Field(
+        description="Where counts live: memory:// (each gateway replica counts alone) or redis://… (all together)."
+    )
+    general: Rate = Field(description="Limit of each caller over all routes that have no limit of their own.")
+    health: Rate = Field(description="Limit of each caller for the health routes.")
+
+
+class DatabaseSettings(Section):
+    url: SecretStr | None = Field(description="postgresql://user:password@host/name. Null: SQLite in FORGEARR_HOME.")
+    pool_size: int = Field(ge=1, le=100, description="Connections that one process may hold to PostgreSQL.")
+
+
+class StorageSettings(Section):
+    url: str | None = Field(
+        description="Where files of jobs live: a folder that every node shares, or s3://bucket/prefix. "
+        "Null: a folder in FORGEARR_HOME."
+    )
+
+
+class RaySettings(Section):
+    address: str | None = Field(
+        description="Address of a Ray cluster to join (host:port). Null: start one on this machine."
+    )
+    port: int = Field(ge=1, le=65535, description="Port of the Ray head that is started on this machine.")
+    dashboard_port: int = Field(ge=1, le=65535, description="Port of Ray's dashboard and of `ray job submit`.")
+    cpus: int | None = Field(ge=1, description="CPUs that jobs may use on this machine. Null: all.")
+    gpus: int | None = Field(ge=0, description="GPUs that jobs may use on this machine. Null: all.")
+    object_store_mb: int = Field(ge=80, description="Shared memory of Ray's object store, in MB.")
+
+
+class MlflowSettings(Section):
+    enabled: bool = Field(description="Whether tracked jobs are recorded in MLflow.")
+    tracking_uri: str | None = Field(description="An MLflow server to use (http://…). Null: start one on this machine.")
+    port: int = Field(ge=1, le=65535, description="Port of the MLflow server that is started on this machine.")
+
+
+class JobSettings(Section):
+    modules: list[str] = Field(description="Modules that declare kinds of job.")
+    workers: int = Field(ge=1, le=256, description="Warm worker processes for light jobs.")
+    slots: int = Field(ge=1, le=256, description="Light jobs that one warm worker runs at a time.")
+    lease_seconds: float = Field(
+        ge=1, le=600, description="How long a worker may be silent before its jobs go to another one."
+    )
+    stop_grace_seconds: float = Field(
+        ge=0.1, le=3600, description="How long a job may take to obey a cancel or its time limit."
+    )
+    max_losses: int = Field(
+        ge=1,
+        le=1000,
+        description="How many times a job may lose its worker before it fails as the likely cause.",
+    )
+    retry_seconds: float = Field(ge=0, le=3600, description="Wait before the first retry; it doubles each time.")
+    retry_cap_seconds: float = Field(ge=0, le=86400, description="Longest wait before a retry.")
+    event_days: float = Field(gt=0, description="How long the events and logs of finished jobs are kept.")
+    idempotency_hours: float = Field(gt=0, description="How long an idempotency key is remembered.")
+
+
+class LogSettings(Section):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Least severe level that is written.")
+    rotate_mb: int = Field(ge=1, description="Size at which a log file is set aside.")
+
+
+class Settings(Section):
+    serve: ServeSettings
+    auth: AuthSettings
+    limits: LimitSettings
+    database: DatabaseSettings
+    storage: StorageSettings
+    ray: RaySettings
+    mlflow: MlflowSettings
+    jobs: JobSettings
+    logs: LogSettings
+
+    @property
+    def auth_required(self) -> bool:
+        return not self.serve.is_loopback if self.auth.required is None else self.auth.required
+
+    @property
+    def registration_open(self) -> bool:
+        return self.serve.is_loopback if self.auth.registration is None else self.auth.registration
+
+    @property
+    def limits_enabled(self) -> bool:
+        return self.auth_required if self.limits.enabled is None else self.limits.enabled
+
+    @property
+    def database_url(self) -> str:
+        if self.database.url is None:
+            return f"sqlite+aiosqlite:///{home() / 'forgearr.db'}"
+        return self.database.url.get_secret_value().replace("postgresql://", "postgresql+asyncpg://", 1)
+
+    @property
+    def storage_url(self) -> str:
+        return self.storage.url or str(home() / "storage")
+
+    @property
+    def mlflow_uri(self) -> str | None:
+        if not self.mlflow.enabled:
+            return None
+        return self.mlflow.tracking_uri or f"http://127.0.0.1:{self.mlflow.port}"
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the gateway."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(self.serve.host, self.serve.host)  # noqa: S104
+        return f"http://{host}:{self.serve.port}"
+
+
+class LoadedSettings:
+    """The settings in force, with the origin of each."""
+
+    def __init__(self, settings: Settings, origins: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.origins = origins
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """(key, printable value, origin) of every setting, secrets masked."""
+        for section_name in Settings.model_fields:
+            section = getattr(self.settings, section_name)
+            for name in type(section).model_fields:
+                key = f"{section_name}.{name}"
+                yield key, _printable(getattr(section, name)), self.origins[key]
+
+
+def home() -> Path:
+    """The folder that holds all state of this installation, made on first use."""
+    folder = Path(os.environ.get("FORGEARR_HOME") or Path.home() / ".forgearr").expanduser().absolute()
+    if not folder.exists():
+        folder.mkdir(parents=True, mode=0o700)
+    return folder
+
+
+@cache
+def get_settings() -> Settings:
+    return load_settings().settings
+
+
+def load_settings(overrides: Sequence[str] = ()) -> LoadedSettings:
+    """Read all four layers; `overrides` are the command line's `key=value`."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in _layers(overrides):
+        for key, value in layer.items():
+            values[key], origins[key] = value, origin
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        nested.setdefault(section, {})[name] = value
+    try:
+        return LoadedSettings(Settings.model_validate(nested), origins)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error, values, origins)) from None
+
+
+def export_overrides(overrides: Sequence[str]) -> None:
+    """Hand the command line's settings to the processes that this one starts."""
+    os.environ["FORGEARR_OVERRIDES"] = "\n".join(overrides)
+
+
+def _layers(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield (
+        "configs/forgearr.yaml",
+        _read_yaml(files("configs").joinpath("forgearr.yaml").read_text(), "configs/forgearr.yaml"),
+    )
+    own_file = home() / "forgearr.yaml"
+    if own_file.exists():
+        yield str(own_file), _read_yaml(own_file.read_text(), str(own_file))
+    for variable, text in sorted(os.environ.items()):
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in NOT_SETTINGS:
+            key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
+            yield f"environment variable {variable}", {key: _read_scalar(text)}
+    for override in overrides or os.environ.get("FORGEARR_OVERRIDES", "").splitlines():
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise SettingsError(f"--set takes key=value, not '{override}'.")
+        yield "command line", {key.strip(): _read_scalar(text)}
+
+
+def _read_yaml(text: str, origin: str) -> dict[str, Any]:
+    """A settings file as {'section.name': value}."""
+    try:
+        document: Any = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(document, dict):
+        raise SettingsError(f"{origin} must hold sections with settings, such as 'serve:'.")
+    flat: dict[str, Any] = {}
+    for section, content in document.items():
+        if not isinstance(content, dict):
+            raise SettingsError(f"'{section}' in {origin} must be a section with settings under it, not {content!r}.")
+        flat |= {f"{section}.{name}": value for name, value in content.items()}
+    return flat
+
+
+def _read_scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _sentence(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"][:2])
+    # A section that does not exist is reported without the name under it.
+    key = next((known for known in values if known == key or known.startswith(f"{key}.")), key)
+    if first["type"] == "extra_forbidden":
+        return f"Unknown setting '{key}' in {origins[key]}; docs/settings.md lists those there are."
+    reason = first["msg"].removeprefix("Value error, ")
+    shown = "(hidden)" if _is_secret(key) else repr(values.get(key))
+    return f"Setting '{key}' cannot be {shown} (from {origins.get(key, 'nowhere')}): {reason}."
+
+
+def _is_secret(key: str) -> bool:
+    section, _, name = key.partition(".")
+    model: Any = Settings.model_fields[section].annotation if section in Settings.model_fields else None
+    field = model.model_fields.get(name) if model else None
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
+def _printable(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return _masked(value.get_secret_value())
+    return (
+        "null" if value is None else yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+    )
+
+
+def _masked(secret: str) -> str:
+    """A URL keeps everything but its password, so that one can see which server it names."""
+    parts = urlsplit(secret)
+    if not parts.scheme or "//" not in secret:
+        return "********"
+    return secret.replace(f":{parts.password}@", ":********@") if parts.password else secret

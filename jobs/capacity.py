@@ -1,0 +1,149 @@
+"""Where there is room for jobs: slots of warm workers for light ones, the cluster's resources for heavy ones."""
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.registry import Resources
+from jobs.tables import Job
+
+HEAVY_AT_ONCE = 64
+"""How many heavy jobs one look at the queue may start."""
+
+
+@dataclass
+class Place:
+    """A worker's room: the slots of a pooled one, or the resources of the one job that a heavy one is for."""
+
+    slots: int
+    resources: Resources | None = None
+    jobs: set[str] = field(default_factory=set[str])
+    retired: bool = False
+
+    @property
+    def free(self) -> int:
+        return 0 if self.retired else self.slots - len(self.jobs)
+
+
+class Room:
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._places: dict[str, Place] = {}
+        self._available: dict[str, float] = {}
+        self._nodes: list[tuple[dict[str, float], dict[str, str]]] = []
+
+    def see_cluster(self, available: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> None:
+        """Take in what Ray says is free, and what its nodes have in all."""
+        self._available = dict(available)
+        self._nodes = [(dict(node["Resources"]), dict(node["Labels"])) for node in nodes]
+
+    def add(self, worker: str, resources: Resources | None = None) -> None:
+        """A worker of the pool, or with `resources` one of its own for a heavy job."""
+        self._places[worker] = Place(1 if resources else self._slots, resources)
+
+    def remove(self, worker: str) -> None:
+        self._places.pop(worker, None)
+
+    def occupy(self, worker: str, job_id: str) -> None:
+        self._places[worker].jobs.add(job_id)
+
+    def release(self, worker: str, job_id: str) -> None:
+        if place := self._places.get(worker):
+            place.jobs.discard(job_id)
+
+    def retire(self, worker: str) -> None:
+        """No more jobs for this one."""
+        if place := self._places.get(worker):
+            place.retired = True
+
+    def is_done(self, worker: str) -> bool:
+        """Whether the worker's process has nothing more to do here: a heavy one or a retired one without jobs."""
+        place = self._places.get(worker)
+        return place is not None and not place.jobs and (place.retired or place.resources is not None)
+
+    def pool_size(self) -> int:
+        return sum(place.resources is None and not place.retired for place in self._places.values())
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {
+                "jobs": len(place.jobs),
+                "slots": place.slots,
+                "retired": place.retired,
+                "resources": place.resources.demand if place.resources else None,
+            }
+            for name, place in self._places.items()
+        }
+
+    # What the queue asks when it claims: leases.Capacity.
+
+    def room(self, *, heavy: bool) -> int:
+        if heavy:
+            return HEAVY_AT_ONCE if self._nodes else 0
+        return sum(place.free for place in self._places.values() if place.resources is None)
+
+    def take(self, job: Job) -> str | None:
+        if not job.demand:
+            pool = [(name, place) for name, place in self._places.items() if place.resources is None and place.free > 0]
+            if not pool:
+                return None
+            name, place = max(pool, key=lambda item: item[1].free)
+            place.jobs.add(job.id)
+            return name
+        resources = Resources.model_validate(job.resources)
+        if not self._fits(resources):
+            return None
+        name = f"heavy-{secrets.token_hex(4)}"
+        self.add(name, resources)
+        self._places[name].jobs.add(job.id)
+        return name
+
+    def shortage(self, demand: str) -> str:
+        if not demand:
+            return f"one of the {self._slots * self.pool_size()} slots for light jobs to be free"
+        totals = _plus(*(resources for resources, _ in self._nodes))
+        have = f"{totals.get('CPU', 0):g} CPU, {totals.get('GPU', 0):g} GPU, {_megabytes(totals):.0f} MB memory"
+        return f"{demand}; the cluster has {have} in all, and not enough of it free"
+
+    def _fits(self, wanted: Resources) -> bool:
+        """Some node is large enough and carries the labels, and what it needs is free: both as Ray says and as we
+        reckon ourselves, since Ray needs a moment to count an actor that has just started."""
+        needs = needed(wanted)
+        suitable = [
+            total for total, labels in self._nodes if wanted.labels.items() <= labels.items() and _covers(total, needs)
+        ]
+        totals = _plus(*(resources for resources, _ in self._nodes))
+        ours = _plus(*(needed(place.resources) for place in self._places.values() if place.resources))
+        left = {name: total - ours.get(name, 0) for name, total in totals.items()}
+        return bool(suitable) and _covers(left, needs) and _covers(self._available, needs)
+
+
+def needed(resources: Resources) -> dict[str, float]:
+    """The resources in Ray's words."""
+    wanted = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_mb * 1024 * 1024}
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def actor_options(resources: Resources) -> dict[str, Any]:
+    """What Ray is told when the actor of a heavy job is made."""
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+    if resources.memory_mb:
+        options["memory"] = resources.memory_mb * 1024 * 1024
+    if resources.labels:
+        options["label_selector"] = resources.labels
+    return options
+
+
+def _covers(available: Mapping[str, float], needs: Mapping[str, float]) -> bool:
+    return all(available.get(name, 0) + 1e-9 >= amount for name, amount in needs.items())
+
+
+def _plus(*parts: Mapping[str, float]) -> dict[str, float]:
+    names = {name for part in parts for name in part}
+    return {name: math.fsum(part.get(name, 0) for part in parts) for name in names}
+
+
+def _megabytes(resources: Mapping[str, float]) -> float:
+    return resources.get("memory", 0) / 1024 / 1024

@@ -1,0 +1,236 @@
+"""The dispatcher: the one process that gives jobs to workers. A named Ray actor, restarted by Ray when it dies.
+
+It keeps nothing that it could not read again: what runs where is in the database, which workers live is in Ray. Light
+jobs go to a pool of warm workers, each with some slots; a heavy one gets an actor of its own with its CPUs, GPUs and
+memory. It sleeps until somebody wakes it, a worker has room again, or something falls due.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import Coroutine
+from typing import Any
+
+import ray
+import ray.exceptions
+from sqlalchemy.exc import SQLAlchemyError
+
+from cluster import logs
+from cluster.actors import NAMESPACE
+from cluster.db import get_database
+from cluster.settings import get_settings, home
+from jobs import leases, schedules
+from jobs.builtin import SWEEP_SCHEDULE
+from jobs.capacity import Room, actor_options
+from jobs.leases import Claim, LeadershipLost
+from jobs.registry import Resources
+from jobs.tables import Job
+from jobs.tracker import Tracker
+from jobs.worker import Worker
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 5.0
+"""How long the dispatcher sleeps when nobody wakes it: the longest that a lost wake-up can delay a job."""
+ADOPT_SECONDS = 3.0
+
+
+class Dispatcher:
+    def __init__(self) -> None:
+        logs.configure("dispatcher")
+        self._settings = get_settings().jobs
+        self._database = get_database()
+        self._holder = f"{socket.gethostname()}:{home()}"
+        self._token = ""
+        self._wake = asyncio.Event()
+        self._room = Room(self._settings.slots)
+        self._handles: dict[str, Any] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keep(self._lead())
+
+    async def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    async def released(self, worker: str, job_ids: list[str]) -> None:
+        """A worker has finished jobs, and has room again."""
+        for job_id in job_ids:
+            self._room.release(worker, job_id)
+        self._dismiss_if_done(worker)
+        self._wake.set()
+
+    async def control(self, worker: str, job_id: str, control: str | None) -> None:
+        """Pass on what somebody has asked of a running job."""
+        if worker in self._handles:
+            self._handles[worker].control.remote(job_id, control)
+
+    async def retire(self, worker: str) -> None:
+        """A worker holds a job that does not obey: give it no more, and end it when its other jobs have finished."""
+        log.warning("worker %s is retired: a job on it does not stop", worker)
+        self._room.retire(worker)
+        self._dismiss_if_done(worker)
+        self._wake.set()
+
+    async def status(self) -> dict[str, Any]:
+        return {"leading": bool(self._token), "workers": self._room.describe()}
+
+    async def _lead(self) -> None:
+        """Lead whenever that is possible. Losing the leadership, or the database, is a reason to begin again."""
+        while True:
+            try:
+                await self._take_leadership()
+                await self._adopt_workers()
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._dispatch_forever())
+                    tasks.create_task(self._keep_house_forever())
+                    tasks.create_task(Tracker(self._database).follow_forever())
+            except* LeadershipLost:
+                log.warning("another dispatcher has taken over")
+            except* (SQLAlchemyError, OSError):
+                log.exception("dispatching was interrupted; beginning again")
+            self._token = ""
+            await asyncio.sleep(1)
+
+    async def _take_leadership(self) -> None:
+        while True:
+            async with self._database.transaction() as session:
+                token = await leases.take_leadership(session, self._holder)
+            if token:
+                self._token = token
+                log.info("leading")
+                return
+            await asyncio.sleep(self._settings.lease_seconds / 3)
+
+    async def _dispatch_forever(self) -> None:
+        heavy_known = False
+        while True:
+            self._wake.clear()
+            async with self._database.transaction() as session:
+                claims = await leases.claim(session, self._token, self._room)
+                due, heavy = await leases.outlook(session)
+            for worker, batch in _by_worker(claims).items():
+                self._start(worker, batch)
+            if heavy:
+                self._room.see_cluster(*await asyncio.to_thread(_cluster))
+            if claims or (heavy and not heavy_known):
+                heavy_known = heavy
+                continue
+            heavy_known = heavy
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), min(due, IDLE_SECONDS))
+
+    async def _keep_house_forever(self) -> None:
+        """Renew the leadership, take jobs from workers that fell silent, and fire schedules."""
+        async with self._database.transaction() as session:
+            await schedules.ensure(session, SWEEP_SCHEDULE)
+        while True:
+            async with self._database.transaction() as session:
+                await leases.keep_leadership(session, self._token)
+                lost = await leases.release_lost(session)
+                await schedules.fire_due(session)
+            for job_id, worker in lost:
+                log.warning("worker %s fell silent; %s goes to another one", worker, job_id)
+                self._room.release(worker, job_id)
+                self._room.retire(worker)
+                self._dismiss(worker)
+            self._fill_pool()
+            async with self._database.reading() as session:
+                due = await schedules.next_due(session)
+            await asyncio.sleep(min(due, self._settings.lease_seconds / 3))
+
+    async def _adopt_workers(self) -> None:
+        """After a restart of this process: take up the workers that live on, and the jobs of those that do not."""
+        async with self._database.reading() as session:
+            held = await leases.held_by_workers(session)
+        actors: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+        alive = {actor["name"] for actor in actors if actor["namespace"] == NAMESPACE}
+        for worker in sorted({*held, *(name for name in alive if name.startswith("worker-"))} - set(self._handles)):
+            if worker in alive and await self._adopt(worker, held.get(worker, [])):
+                continue
+            async with self._database.transaction() as session:
+                await leases.release_lost(session, worker=worker)
+        self._fill_pool()
+
+    async def _adopt(self, worker: str, held: list[Job]) -> bool:
+        try:
+            handle = ray.get_actor(worker, namespace=NAMESPACE)
+            known = set(await asyncio.wait_for(handle.jobs.remote(), ADOPT_SECONDS))
+        except (ValueError, TimeoutError, ray.exceptions.RayActorError):
+            log.warning("worker %s does not answer; its jobs go to others", worker)
+            return False
+        self._handles[worker] = handle
+        heavy = [Resources.model_validate(one.resources) for one in held if one.demand]
+        self._room.add(worker, heavy[0] if heavy else None)
+        for one in held:
+            if one.id in known:
+                self._room.occupy(worker, one.id)
+        log.info("adopted %s with %d jobs", worker, len(held))
+        self._keep(self._watch(worker, handle))
+        return True
+
+    def _fill_pool(self) -> None:
+        while self._room.pool_size() < self._settings.workers:
+            name = f"worker-{secrets.token_hex(3)}"
+            self._create(name, slots=self._settings.slots, options={"num_cpus": 0})
+            self._room.add(name, None)
+            self._wake.set()
+
+    def _start(self, worker: str, claims: list[Claim]) -> None:
+        if worker not in self._handles:
+            resources = Resources.model_validate(claims[0].resources)
+            self._create(worker, slots=1, options=actor_options(resources))
+        self._handles[worker].run.remote(claims)
+
+    def _create(self, name: str, *, slots: int, options: dict[str, Any]) -> None:
+        """Detached, so that the workers and their jobs outlive this process."""
+        actor = ray.remote(Worker).options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=0,
+            max_concurrency=1000,
+            **options,
+        )
+        self._handles[name] = actor.remote(name, slots)
+        self._keep(self._watch(name, self._handles[name]))
+
+    async def _watch(self, worker: str, handle: Any) -> None:
+        """Learn at once of a worker's death, instead of waiting for its leases to run out."""
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            await handle.until_closed.remote()
+        self._handles.pop(worker, None)
+        self._room.remove(worker)
+        async with self._database.transaction() as session:
+            for job_id, _ in await leases.release_lost(session, worker=worker):
+                log.warning("worker %s died; %s goes to another one", worker, job_id)
+        self._fill_pool()
+        self._wake.set()
+
+    def _dismiss_if_done(self, worker: str) -> None:
+        if self._room.is_done(worker):
+            self._dismiss(worker)
+
+    def _dismiss(self, worker: str) -> None:
+        """End a worker's process. One that is frozen ends when it wakes."""
+        if handle := self._handles.get(worker):
+            ray.kill(handle)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _cluster() -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What is free in the cluster, and its living nodes."""
+    available: dict[str, float] = {**ray.available_resources()}
+    return available, [node for node in ray.nodes() if node["Alive"]]
+
+
+def _by_worker(claims: list[Claim]) -> dict[str, list[Claim]]:
+    groups: dict[str, list[Claim]] = {}
+    for one in claims:
+        groups.setdefault(one.worker, []).append(one)
+    return groups

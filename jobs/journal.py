@@ -1,0 +1,59 @@
+"""What happens to jobs, written down in the transaction that makes it happen and told to listeners after it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import insert, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster import events
+from cluster.db import after_commit, now, one_at_a_time
+from jobs.tables import JobEvent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that happened to a job."""
+
+    job_id: str
+    type: str
+    data: dict[str, Any] = field(default_factory=dict[str, Any])
+    created_at: datetime = field(default_factory=now)
+
+
+async def record(session: AsyncSession, entries: Sequence[Entry]) -> None:
+    """Write entries down; once they are committed, whoever is in the rooms `jobs` and `job:ID` hears of them."""
+    if not entries:
+        return
+    # Readers go on from the last id they saw, so ids must become visible in their order.
+    await one_at_a_time(session, "journal")
+    rows = [
+        {"job_id": entry.job_id, "type": entry.type, "data": entry.data, "created_at": entry.created_at}
+        for entry in entries
+    ]
+    await session.execute(insert(JobEvent), rows)
+    after_commit(session, lambda: events.publish(_messages(entries)))
+
+
+async def read(
+    session: AsyncSession, job_id: str, after: int = 0, limit: int = 500, only: str | None = None
+) -> list[JobEvent]:
+    """The next entries of a job after the one with id `after`."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
+    if only:
+        query = query.where(JobEvent.type == only)
+    return list(await session.scalars(query.order_by(JobEvent.id).limit(limit)))
+
+
+def _messages(entries: Iterable[Entry]) -> list[events.Message]:
+    return [
+        {
+            "rooms": ["jobs", f"job:{entry.job_id}"],
+            "type": f"job.{entry.type}",
+            "data": {"job_id": entry.job_id, **entry.data},
+            "timestamp": entry.created_at.isoformat().replace("+00:00", "Z"),
+        }
+        for entry in entries
+    ]

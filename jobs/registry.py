@@ -1,0 +1,118 @@
+"""The kinds of job there are.
+
+A module that is named in `jobs.modules` declares its kinds with the `job` decorator. It must stay light to import
+(heavy libraries go inside the function), because the doors import it to check a spec; the dispatcher needs only the
+row, and workers import the function by its path.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import NotFound, UnprocessableRequest
+from cluster.settings import get_settings
+
+
+class UnknownKind(NotFound):
+    """There is no such kind of job."""
+
+    code = "JOB_KIND_NOT_FOUND"
+
+
+class InvalidSpec(UnprocessableRequest):
+    """The spec is not valid for this kind of job."""
+
+    code = "INVALID_JOB_SPEC"
+
+
+class Resources(BaseModel):
+    """What a job occupies while it runs. With nothing of it, the job is light and shares a warm worker."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cpus: float = Field(default=0, ge=0, le=100_000)
+    gpus: float = Field(default=0, ge=0, le=10_000)
+    memory_mb: int = Field(default=0, ge=0, le=1_000_000_000)
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels that the node must carry.")
+
+    @property
+    def demand(self) -> str:
+        """The same resources as one word, to compare and to say; empty for a light job."""
+        parts = [f"{self.cpus:g} CPU"] if self.cpus else []
+        parts += [f"{self.gpus:g} GPU"] if self.gpus else []
+        parts += [f"{self.memory_mb} MB memory"] if self.memory_mb else []
+        parts += [f"{name}={value}" for name, value in sorted(self.labels.items())]
+        return ", ".join(parts)
+
+
+LIGHT = Resources()
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    entrypoint: str
+    spec: type[BaseModel]
+    description: str
+    resources: Resources = LIGHT
+    max_attempts: int = 3
+    time_limit: float | None = None  # seconds an attempt may take
+    stall_limit: float | None = None  # seconds it may be silent
+    concurrency: int | None = None  # how many may run at once
+    tracked: bool = False  # whether each job is a run in MLflow
+    admin_only: bool = False
+
+    def check(self, spec: object) -> dict[str, Any]:
+        """The spec with its defaults filled in, ready to store."""
+        try:
+            return self.spec.model_validate(spec).model_dump(mode="json")
+        except ValidationError as error:
+            faults = {_path(fault["loc"]): fault["msg"] for fault in error.errors(include_url=False)}
+            field, fault = next(iter(faults.items()))
+            raise InvalidSpec(f"The spec of '{self.name}' is not valid: {field}: {fault}.", details=faults) from None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_kinds: dict[str, Kind] = {}
+_loaded: set[str] = set()
+
+
+def job(name: str, *, spec: type[BaseModel], **options: Any) -> Callable[[Function], Function]:
+    """Declare the function below as the kind `name`. The first line of its docstring describes the kind."""
+
+    def declare(function: Function) -> Function:
+        description = (function.__doc__ or "").strip().partition("\n")[0]
+        entrypoint = f"{function.__module__}:{function.__qualname__}"
+        _kinds[name] = Kind(name, entrypoint, spec, description, **options)
+        return function
+
+    return declare
+
+
+def kinds() -> dict[str, Kind]:
+    """Every kind by its name."""
+    for module in get_settings().jobs.modules:
+        if module not in _loaded:
+            import_module(module)
+            _loaded.add(module)
+    return _kinds
+
+
+def find_kind(name: str) -> Kind:
+    known = kinds()
+    if name not in known:
+        raise UnknownKind(f"There is no kind of job named '{name}'. There are: {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def load_function(entrypoint: str) -> Callable[..., Any]:
+    module, _, function = entrypoint.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "spec"

@@ -1,0 +1,151 @@
+"""Schedules: cron lines with a time zone that put a job into the queue each time they fall due.
+
+A tick is a row that is unique by schedule and fire time, written with its job in one transaction. Fire times that
+passed while nothing ran are made up for once, not one by one.
+"""
+
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from cronsim import CronSim, CronSimError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import now
+from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
+from jobs import journal, queue
+from jobs.journal import Entry
+from jobs.queue import LOCAL, JobRequest, Owner
+from jobs.registry import find_kind
+from jobs.states import State
+from jobs.tables import Schedule, ScheduleTick
+
+FAR_SECONDS = 3600.0
+
+
+class ScheduleNotFound(NotFound):
+    """There is no such schedule."""
+
+    code = "SCHEDULE_NOT_FOUND"
+
+
+class ScheduleNameTaken(Conflict):
+    """There is already a schedule of this name."""
+
+    code = "SCHEDULE_NAME_TAKEN"
+
+
+class ScheduleRequest(BaseModel):
+    """A job to queue again and again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=100, examples=["nightly"])
+    kind: str = Field(max_length=100, examples=["probe"])
+    spec: dict[str, Any] = Field(default_factory=dict)
+    cron: str = Field(max_length=100, description="Minute, hour, day, month, weekday.", examples=["0 3 * * *"])
+    timezone: str = Field(default="UTC", max_length=64, description="IANA name.", examples=["Europe/Berlin"])
+    priority: int = Field(default=0, ge=-1000, le=1000)
+    enabled: bool = True
+
+    @field_validator("timezone")
+    @classmethod
+    def know_timezone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"'{name}' is not an IANA time zone such as Europe/Berlin") from None
+        return name
+
+    @field_validator("cron")
+    @classmethod
+    def read_cron(cls, line: str) -> str:
+        try:
+            next(CronSim(line, now()))
+        except (CronSimError, StopIteration):
+            raise ValueError(f"'{line}' is not a cron line of five fields that ever fires") from None
+        return line
+
+
+async def create(session: AsyncSession, request: ScheduleRequest, owner: Owner = LOCAL) -> Schedule:
+    schedule = Schedule(id=str(uuid.uuid4()), owner_id=owner.id, created_by=owner.name)
+    session.add(schedule)
+    await replace(session, schedule, request, owner)
+    return schedule
+
+
+async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRequest, owner: Owner = LOCAL) -> None:
+    kind = find_kind(request.kind)
+    if kind.admin_only and not owner.is_admin:
+        raise Forbidden(f"Only an administrator may schedule '{kind.name}'.")
+    with session.no_autoflush:
+        same_name = await session.scalar(
+            select(Schedule.id).where(Schedule.name == request.name, Schedule.id != schedule.id)
+        )
+    if same_name:
+        raise ScheduleNameTaken(f"There is already a schedule named '{request.name}'.")
+    for name, value in request.model_dump().items():
+        setattr(schedule, name, value)
+    schedule.spec = kind.check(request.spec)
+    schedule.next_fire_at = next_fire(request.cron, request.timezone, now()) if request.enabled else None
+    await session.flush()
+    queue.wake_dispatcher_after(session)
+
+
+async def get(session: AsyncSession, schedule_id: str, owner: Owner = LOCAL) -> Schedule:
+    schedule = await session.get(Schedule, schedule_id)
+    if schedule is None or not (owner.is_admin or schedule.owner_id == owner.id):
+        raise ScheduleNotFound(f"There is no schedule '{schedule_id}'.")
+    return schedule
+
+
+async def ensure(session: AsyncSession, request: ScheduleRequest) -> None:
+    """A schedule that the platform itself needs: made when it is missing, left as it is when somebody changed it."""
+    if await session.scalar(select(Schedule.id).where(Schedule.name == request.name)) is None:
+        await create(session, request, Owner(name="system"))
+
+
+async def fire_due(session: AsyncSession) -> None:
+    """Queue a job for each schedule that has fallen due, and set its next time."""
+    due = await session.scalars(
+        select(Schedule).where(Schedule.enabled, Schedule.next_fire_at <= now()).with_for_update(skip_locked=True)
+    )
+    for schedule in due.all():
+        fire_at = schedule.next_fire_at
+        if fire_at is None or await session.get(ScheduleTick, (schedule.id, fire_at)):
+            continue
+        schedule.last_fire_at = fire_at
+        schedule.next_fire_at = next_fire(schedule.cron, schedule.timezone, now())
+        job_id = await _fire(session, schedule)
+        schedule.last_job_id = job_id
+        session.add(ScheduleTick(schedule_id=schedule.id, fire_at=fire_at, job_id=job_id))
+        await session.flush()
+
+
+async def next_due(session: AsyncSession) -> float:
+    """Seconds until a schedule falls due."""
+    soonest = await session.scalar(select(func.min(Schedule.next_fire_at)).where(Schedule.enabled))
+    return FAR_SECONDS if soonest is None else max(0.0, (soonest - now()) / timedelta(seconds=1))
+
+
+def next_fire(cron: str, timezone: str, after: datetime) -> datetime:
+    """The first time after `after` that the line names on a clock in that time zone."""
+    return next(CronSim(cron, after.astimezone(ZoneInfo(timezone)))).astimezone(UTC)
+
+
+async def _fire(session: AsyncSession, schedule: Schedule) -> str:
+    """Queue the job; a kind that has gone, or a spec that it no longer takes, leaves a failed one that says so."""
+    owner = Owner(id=schedule.owner_id, name=f"schedule:{schedule.name}")
+    request = JobRequest(kind=schedule.kind, spec=schedule.spec, priority=schedule.priority)
+    try:
+        return (await queue.enqueue(session, request, owner)).id
+    except ForgearrError as error:
+        schedule.enabled, schedule.next_fire_at = False, None
+        job = queue.stillborn(request, owner, {"code": error.code.lower(), "message": error.message})
+        session.add(job)
+        await session.flush()
+        await journal.record(session, [Entry(job.id, State.FAILED, {"error": job.error})])
+        return job.id

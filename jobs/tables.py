@@ -1,0 +1,164 @@
+"""The queue's tables. A job is one row, written in the same transaction as whatever asked for it."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, now
+
+# A JSON document or nothing: None is stored as SQL's NULL, not as JSON's null.
+Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+# SQLite counts up only in a column of type INTEGER.
+Sequence = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Job(Base):
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index(
+            "ix_jobs_runnable",
+            "demand",
+            text("priority DESC"),
+            "created_at",
+            sqlite_where=text("state = 'queued' AND unfinished_dependencies = 0"),
+            postgresql_where=text("state = 'queued' AND unfinished_dependencies = 0"),
+        ),
+        Index(
+            "ix_jobs_worker",
+            "worker",
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+        Index(
+            "ix_jobs_run_after",
+            "run_after",
+            sqlite_where=text("state = 'queued'"),
+            postgresql_where=text("state = 'queued'"),
+        ),
+        Index("ix_jobs_kind_state", "kind", "state"),
+        Index("ix_jobs_owner_id_created_at", "owner_id", "created_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(100))
+    entrypoint: Mapped[str] = mapped_column(String(200))  # module:function, so that only workers import it
+    spec: Mapped[dict[str, Any]]
+
+    state: Mapped[str] = mapped_column(String(12))
+    phase: Mapped[str | None] = mapped_column(String(200))
+    progress: Mapped[float] = mapped_column(default=0.0)
+    priority: Mapped[int] = mapped_column(default=0)  # higher goes first
+    run_after: Mapped[datetime]
+    unfinished_dependencies: Mapped[int] = mapped_column(default=0)
+    control: Mapped[str | None] = mapped_column(String(12))  # what a running job has been asked to do
+
+    resources: Mapped[dict[str, Any]]
+    demand: Mapped[str] = mapped_column(String(300))  # resources as one comparable word; empty for a light job
+    concurrency: Mapped[int | None]  # how many of this kind may run at once
+    time_limit: Mapped[float | None]  # seconds one attempt may take
+    stall_limit: Mapped[float | None]  # seconds without a report, checkpoint or log
+
+    attempt: Mapped[int] = mapped_column(default=0)  # the one it is in; a lost worker does not use one up
+    max_attempts: Mapped[int]
+    losses: Mapped[int] = mapped_column(default=0)  # how often its worker was lost
+
+    worker: Mapped[str | None] = mapped_column(String(60))
+    lease_token: Mapped[str | None] = mapped_column(String(40))  # every write of a worker must show it
+    lease_expires_at: Mapped[datetime | None]
+
+    checkpoint: Mapped[Any | None] = mapped_column(Document)  # what the function needs to go on from here
+    result: Mapped[Any | None] = mapped_column(Document)
+    error: Mapped[Any | None] = mapped_column(Document)  # {code, message}
+
+    tracked: Mapped[bool] = mapped_column(default=False)  # whether it is a run in MLflow
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(40))
+
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
+    child_name: Mapped[str | None] = mapped_column(String(100))  # its name within its parent
+    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: this machine's own
+    created_by: Mapped[str] = mapped_column(String(100))
+
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+
+
+class JobDependency(Base):
+    """`job_id` starts only when `depends_on_id` has succeeded."""
+
+    __tablename__ = "job_dependencies"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    depends_on_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True, index=True)
+
+
+class JobEvent(Base):
+    """What happened to a job, in the order of `id`: state changes, progress, checkpoints and log lines."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_job_id_id", "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    type: Mapped[str] = mapped_column(String(40))
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+
+class IdempotencyKey(Base):
+    """The job that a request with this key has made, so that the same request told twice makes one job."""
+
+    __tablename__ = "idempotency_keys"
+
+    owner: Mapped[str] = mapped_column(String(36), primary_key=True)
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    request_hash: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class Schedule(Base):
+    __tablename__ = "schedules"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    kind: Mapped[str] = mapped_column(String(100))
+    spec: Mapped[dict[str, Any]]
+    cron: Mapped[str] = mapped_column(String(100))
+    timezone: Mapped[str] = mapped_column(String(64))
+    priority: Mapped[int] = mapped_column(default=0)
+    enabled: Mapped[bool] = mapped_column(default=True)
+    next_fire_at: Mapped[datetime | None] = mapped_column(index=True)
+    last_fire_at: Mapped[datetime | None]
+    last_job_id: Mapped[str | None] = mapped_column(String(40))
+    owner_id: Mapped[str | None] = mapped_column(String(36))
+    created_by: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+
+
+class ScheduleTick(Base):
+    """A fire time that has made its job: unique, so that no crash and no second dispatcher makes it twice."""
+
+    __tablename__ = "schedule_ticks"
+
+    schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id", ondelete="CASCADE"), primary_key=True)
+    fire_at: Mapped[datetime] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+
+
+class Leadership(Base):
+    """Who may dispatch. One row; a dispatcher that finds another token in it stops."""
+
+    __tablename__ = "leadership"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    holder: Mapped[str] = mapped_column(String(200))
+    token: Mapped[str] = mapped_column(String(40))
+    expires_at: Mapped[datetime]
+    waiting: Mapped[dict[str, Any]]  # why jobs of a demand or a kind wait, for people who ask
+    tracked_until: Mapped[int] = mapped_column(Sequence, default=0)  # the last event that MLflow has been told

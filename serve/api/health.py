@@ -1,0 +1,141 @@
+"""/health, /metrics and /api/v1/ping: for load balancers, Prometheus and benchmarks. They need no credential."""
+
+import asyncio
+import logging
+import time
+from importlib.metadata import version
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from pydantic import BaseModel, Field
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from cluster import actors
+from cluster.db import get_database, now
+from cluster.errors import Unavailable
+from cluster.settings import get_settings
+from serve.envelope import ERROR_RESPONSES
+from serve.times import UtcTime
+
+router = APIRouter(tags=["Monitoring"], responses=ERROR_RESPONSES)
+
+KEPT_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0
+VERSION = version("forgearr")
+
+logger = logging.getLogger(__name__)
+
+_started = time.monotonic()
+
+
+class Components(BaseModel):
+    database: Literal["connected", "disconnected"]
+    dispatcher: Literal["running", "unreachable"]
+    events: Literal["running", "unreachable"]
+
+
+class Health(BaseModel):
+    status: Literal["healthy", "degraded", "unhealthy"] = Field(
+        description="unhealthy: nothing works without the database; degraded: a part is missing, and comes back."
+    )
+    service: str
+    version: str
+    environment: str
+    database: Literal["connected", "disconnected"]
+    uptime: int = Field(description="Seconds since this gateway process started.")
+    services: dict[str, Any] = Field(description="The outside services, by name.")
+    ollama_available: bool | None = Field(description="Null: no Ollama is configured.")
+    components: Components
+    timestamp: UtcTime
+
+
+class Pong(BaseModel):
+    pong: bool
+
+
+class HealthCheck:
+    """Looks at the components at most once a second, however often it is asked."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._known: Health | None = None
+        self._known_until = 0.0
+
+    async def current(self) -> Health:
+        async with self._lock:
+            if self._known is None or time.monotonic() >= self._known_until:
+                self._known = await _look()
+                self._known_until = time.monotonic() + KEPT_SECONDS
+            return self._known
+
+
+@router.get("/health", responses={503: {"model": Health, "description": "The database is not reachable"}})
+async def health(request: Request, response: Response) -> Health:
+    """Whether Forgearr works, and which of its parts do."""
+    found = await request.app.state.health.current()
+    if found.status == "unhealthy":
+        response.status_code = 503
+    return found
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text"}},
+)
+async def metrics(request: Request) -> Response:
+    """Counts and latencies of requests over all replicas, and the state of the queue."""
+    return Response(await request.app.state.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+@router.get("/api/v1/ping")
+async def ping() -> Pong:
+    """Does nothing, as fast as it can."""
+    return Pong(pong=True)
+
+
+async def _look() -> Health:
+    database, dispatcher, live_events = await asyncio.gather(_database(), _actor("dispatcher"), _actor("events"))
+    status = "healthy" if dispatcher == live_events == "running" else "degraded"
+    return Health(
+        status="unhealthy" if database == "disconnected" else status,
+        service="Forgearr",
+        version=VERSION,
+        environment=get_settings().serve.environment,
+        database=database,
+        uptime=int(time.monotonic() - _started),
+        services={},
+        ollama_available=None,
+        components=Components(database=database, dispatcher=dispatcher, events=live_events),
+        timestamp=now(),
+    )
+
+
+async def _database() -> Literal["connected", "disconnected"]:
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS), get_database().reading() as session:
+            await session.execute(text("SELECT 1"))
+    except (SQLAlchemyError, OSError) as error:
+        logger.warning("The database does not answer: %s", error or type(error).__name__)
+        return "disconnected"
+    return "connected"
+
+
+async def _actor(name: str) -> Literal["running", "unreachable"]:
+    """Whether a named actor answers a call that Ray gives every actor."""
+    try:
+        actor = await asyncio.to_thread(actors.find, name)
+    except Unavailable:
+        return "unreachable"
+    from ray.exceptions import RayActorError, RaySystemError
+
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await actor.__ray_ready__.remote()
+    except (RayActorError, RaySystemError, TimeoutError) as error:
+        actors.forget(name)
+        logger.warning("The %s actor does not answer: %s", name, error or type(error).__name__)
+        return "unreachable"
+    return "running"

@@ -1,0 +1,304 @@
+"""/api/v1/jobs: the queue over HTTP."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import AwareDatetime, BaseModel, Field
+from sqlalchemy import Select, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import get_database
+from jobs import journal, queue, waiting
+from jobs.queue import JobRequest, Owner
+from jobs.registry import Resources, kinds
+from jobs.states import FINISHED, State
+from jobs.tables import Job, JobDependency, JobEvent
+from serve.auth import Caller, CurrentCaller
+from serve.envelope import ERROR_RESPONSES
+from serve.pages import Page, WantedPage
+from serve.times import UtcTime
+
+router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
+
+FOLLOW_SECONDS = 15.0
+"""How long a followed stream may be silent: then it looks into the database itself, and shows that it lives."""
+
+JobId = Annotated[str, Field(max_length=40)]
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+
+
+class JobView(BaseModel):
+    """A job as everybody sees it."""
+
+    id: str = Field(examples=["job_20261121_083000_k3x9"])
+    kind: str
+    spec: dict[str, Any]
+    state: State
+    phase: str | None
+    progress: float = Field(ge=0, le=100)
+    waiting_for: str | None = Field(description="What a queued job waits for.")
+    priority: int
+    attempt: int = Field(description="The attempt it is in; 0 before the first.")
+    max_attempts: int
+    parent_id: str | None
+    depends_on: list[str]
+    result: Any
+    error: JobError | None
+    mlflow_run_id: str | None
+    created_at: UtcTime
+    started_at: UtcTime | None
+    finished_at: UtcTime | None
+    updated_at: UtcTime
+    created_by: str
+
+
+class KindView(BaseModel):
+    name: str
+    description: str
+    spec: dict[str, Any] = Field(description="JSON Schema of its spec.")
+    resources: Resources
+    max_attempts: int
+    time_limit: float | None
+    stall_limit: float | None
+    concurrency: int | None
+    tracked: bool
+    admin_only: bool
+
+
+class EventView(BaseModel):
+    id: int
+    type: str
+    data: dict[str, Any]
+    created_at: UtcTime
+
+
+class EventPage(BaseModel):
+    items: list[EventView]
+    next_after: int | None = Field(description="Give it as `after` for the next page; null when there is none yet.")
+
+
+class LogLine(BaseModel):
+    id: int
+    timestamp: UtcTime
+    level: str
+    message: str
+
+
+class LogPage(BaseModel):
+    items: list[LogLine]
+    next_after: int | None
+
+
+@router.get("/kinds")
+async def list_kinds(caller: CurrentCaller) -> list[KindView]:
+    """The kinds of job that can be created, with the schema of their specs."""
+    return [
+        KindView(
+            name=kind.name,
+            description=kind.description,
+            spec=kind.spec.model_json_schema(),
+            resources=kind.resources,
+            max_attempts=kind.max_attempts,
+            time_limit=kind.time_limit,
+            stall_limit=kind.stall_limit,
+            concurrency=kind.concurrency,
+            tracked=kind.tracked,
+            admin_only=kind.admin_only,
+        )
+        for _, kind in sorted(kinds().items())
+    ]
+
+
+@router.post("", status_code=201)
+async def create_job(
+    wanted: JobRequest,
+    caller: CurrentCaller,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+) -> JobView:
+    """Put a job into the queue. The same Idempotency-Key with the same body makes one job, however often it is sent."""
+    async with get_database().transaction() as session:
+        job = await queue.enqueue(session, wanted, owner_of(caller), idempotency_key=idempotency_key)
+        return await _view(session, job)
+
+
+@router.get("")
+async def list_jobs(
+    caller: CurrentCaller,
+    paging: WantedPage,
+    state: State | None = None,
+    kind: Annotated[str | None, Query(max_length=100)] = None,
+    parent: Annotated[str | None, Query(max_length=40)] = None,
+    created_after: AwareDatetime | None = None,
+    created_before: AwareDatetime | None = None,
+) -> Page[JobView]:
+    """Jobs, the newest first: your own, or everybody's when you are an administrator."""
+    wanted = _visible_to(caller)
+    for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent)):
+        if value is not None:
+            wanted = wanted.where(column == value)
+    if created_after:
+        wanted = wanted.where(Job.created_at >= created_after)
+    if created_before:
+        wanted = wanted.where(Job.created_at < created_before)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        newest_first = wanted.order_by(Job.created_at.desc(), Job.id.desc()).offset(paging.skip).limit(paging.limit)
+        return paging.page(await _views(session, list(await session.scalars(newest_first))), total)
+
+
+@router.get("/{job_id}")
+async def show_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    async with get_database().reading() as session:
+        return await _view(session, await queue.get(session, job_id, owner_of(caller)))
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Cancel a job and its children: at once when it waits, as soon as it listens when it runs."""
+    return await _change(queue.cancel, job_id, caller)
+
+
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Hold a job: at once when it is queued, at its next checkpoint when it runs."""
+    return await _change(queue.pause, job_id, caller)
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Let a paused job go on from its checkpoint."""
+    return await _change(queue.resume, job_id, caller)
+
+
+@router.post("/{job_id}/retry")
+async def retry_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Give a failed or cancelled job a fresh set of attempts, from its last checkpoint."""
+    return await _change(queue.retry, job_id, caller)
+
+
+@router.get(
+    "/{job_id}/events",
+    response_model=EventPage,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        204: {"description": "A stream of a finished job that has nothing more to tell."},
+    },
+)
+async def job_events(
+    request: Request,
+    job_id: JobId,
+    caller: CurrentCaller,
+    after: Annotated[int, Query(ge=0, le=2**53, description="Only events after the one of this id.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    follow: Annotated[bool, Query(description="As server-sent events, until the job has finished.")] = False,
+    last_event_id: Annotated[str | None, Header(pattern=r"^\d{1,15}$")] = None,
+) -> Any:
+    """What happened to a job: state changes, progress, checkpoints and log lines."""
+    return await _tell(request, job_id, caller, int(last_event_id or after), limit, follow, only=None)
+
+
+@router.get(
+    "/{job_id}/logs",
+    response_model=LogPage,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        204: {"description": "A stream of a finished job that has nothing more to tell."},
+    },
+)
+async def job_logs(
+    request: Request,
+    job_id: JobId,
+    caller: CurrentCaller,
+    after: Annotated[int, Query(ge=0, le=2**53, description="Only lines after the one of this id.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    follow: Annotated[bool, Query(description="As server-sent events, until the job has finished.")] = False,
+    last_event_id: Annotated[str | None, Header(pattern=r"^\d{1,15}$")] = None,
+) -> Any:
+    """The log of a job: what it wrote through its context or Python's logging."""
+    return await _tell(request, job_id, caller, int(last_event_id or after), limit, follow, only="log")
+
+
+def owner_of(caller: Caller) -> Owner:
+    return Owner(id=caller.user_id, name=caller.username, is_admin=caller.is_admin)
+
+
+def _visible_to(caller: Caller) -> Select[Job]:
+    return select(Job) if caller.is_admin else select(Job).where(Job.owner_id == caller.user_id)
+
+
+async def _change(action: Any, job_id: str, caller: Caller) -> JobView:
+    async with get_database().transaction() as session:
+        job = await queue.get(session, job_id, owner_of(caller), lock=True)
+        await action(session, job)
+        await session.flush()
+        return await _view(session, job)
+
+
+async def _view(session: AsyncSession, job: Job) -> JobView:
+    return (await _views(session, [job]))[0]
+
+
+async def _views(session: AsyncSession, jobs: list[Job]) -> list[JobView]:
+    reasons = await waiting.reasons(session, jobs)
+    links = await session.execute(
+        select(JobDependency.job_id, JobDependency.depends_on_id)
+        .where(JobDependency.job_id.in_([job.id for job in jobs]))
+        .order_by(JobDependency.depends_on_id)
+    )
+    dependencies: dict[str, list[str]] = {}
+    for job_id, dependency_id in links.all():
+        dependencies.setdefault(job_id, []).append(dependency_id)
+    own = set(JobView.model_fields) - {"waiting_for", "depends_on"}
+    return [
+        JobView(
+            **{name: getattr(job, name) for name in own},
+            waiting_for=reasons.get(job.id),
+            depends_on=dependencies.get(job.id, []),
+        )
+        for job in jobs
+    ]
+
+
+async def _tell(
+    request: Request, job_id: str, caller: Caller, after: int, limit: int, follow: bool, only: Literal["log"] | None
+) -> Any:
+    async with get_database().reading() as session:
+        job = await queue.get(session, job_id, owner_of(caller))
+        page = await journal.read(session, job_id, after, limit, only)
+    if not follow:
+        shown = LogPage if only else EventPage
+        return shown(items=[_shown(event, only) for event in page], next_after=page[-1].id if page else None)  # pyright: ignore[reportArgumentType]
+    if not page and job.state in FINISHED:
+        return Response(status_code=204)  # tells an EventSource not to come back
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_stream(request, job_id, after, only), media_type="text/event-stream", headers=headers)
+
+
+async def _stream(request: Request, job_id: str, after: int, only: str | None) -> AsyncIterator[str]:
+    """The journal from `after` on, and what is added to it, until the job has finished."""
+    async with request.app.state.hub.subscribe({f"job:{job_id}"}) as subscription:
+        while True:
+            async with get_database().reading() as session:
+                state = await session.scalar(select(Job.state).where(Job.id == job_id))
+                page = await journal.read(session, job_id, after, only=only)
+            for event in page:
+                after = event.id
+                yield f"id: {event.id}\nevent: {event.type}\ndata: {_shown(event, only).model_dump_json()}\n\n"
+            if page:
+                continue
+            if state is None or state in FINISHED:
+                return
+            if await subscription.get(FOLLOW_SECONDS) is None:
+                yield ": still here\n\n"
+
+
+def _shown(event: JobEvent, only: str | None) -> EventView | LogLine:
+    if only is None:
+        return EventView(id=event.id, type=event.type, data=event.data, created_at=event.created_at)
+    return LogLine(id=event.id, timestamp=event.created_at, level=event.data["level"], message=event.data["message"])

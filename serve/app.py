@@ -1,0 +1,96 @@
+"""Builds the gateway: the FastAPI application, and its deployment on Ray Serve.
+
+`create_app()` also runs under plain uvicorn, where everything works but what needs Ray's actors.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from cluster.db import get_database
+from cluster.settings import Settings, get_settings
+from serve.api import auth, health, jobs, schedules, websockets
+from serve.auth import OriginGuard
+from serve.envelope import ERROR_RESPONSES, handle_errors
+from serve.feeds import follow_events, follow_logs, follow_system
+from serve.limits import RateLimits
+from serve.metrics import RequestMetrics
+from serve.middleware import RequestFrame, StrictInput
+from serve.realtime import Hub
+
+MAX_ONGOING_REQUESTS = 10_000
+"""Per replica. A WebSocket or a followed stream is one for as long as it lasts."""
+SHUTDOWN_SECONDS = 5.0
+LAST_WORDS_SECONDS = 1.0
+
+
+def create_app() -> FastAPI:
+    app = FastAPI(
+        title="Forgearr",
+        description="Trains, ships and runs a private assistant. Everything slow is a job.",
+        version=health.VERSION,
+        openapi_url="/api/v1/openapi.json",
+        responses=ERROR_RESPONSES,
+        lifespan=_lifespan,
+    )
+    app.state.hub = Hub(follow_events)
+    app.state.system_hub = Hub(follow_system)
+    app.state.log_hub = Hub(follow_logs)
+    app.state.health = health.HealthCheck()
+    app.state.metrics = RequestMetrics()
+    for module in (health, auth, jobs, schedules, websockets):
+        app.include_router(module.router)
+    handle_errors(app)
+    _surround(app)
+    return app
+
+
+def build_application(settings: Settings) -> Any:
+    """The gateway as an application for `ray.serve.run`."""
+    from ray import serve as ray_serve
+
+    from serve.gateway import Gateway
+
+    deployment = ray_serve.deployment(
+        name="gateway",
+        num_replicas=settings.serve.replicas,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=SHUTDOWN_SECONDS,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    # A function is called in each replica; an application would have to be pickled.
+    return deployment(ray_serve.ingress(create_app)(Gateway)).bind()
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    metrics: RequestMetrics = app.state.metrics
+    sharing = asyncio.create_task(metrics.keep_shared())
+    yield
+    sharing.cancel()
+    await get_database().close()
+    with suppress(TimeoutError):  # when everything stops, there may be nobody left to tell
+        async with asyncio.timeout(LAST_WORDS_SECONDS):
+            await metrics.share()
+
+
+def _surround(app: FastAPI) -> None:
+    """The layers around every route. Each one added surrounds those before it."""
+    app.add_middleware(StrictInput)
+    app.add_middleware(RateLimits)
+    app.add_middleware(OriginGuard)
+    if origins := get_settings().serve.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "X-RateLimit-*", "Retry-After"],
+        )
+    app.add_middleware(RequestFrame, metrics=app.state.metrics)

@@ -1,0 +1,165 @@
+"""Who is calling: the credential of a request, and the guard of a server that asks for none.
+
+A request is authenticated once. Whoever needs the caller first (the rate limits, else the route) pays for it, and the
+outcome stays in the ASGI scope.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster import identity
+from cluster.db import get_database
+from cluster.errors import CrossOrigin, Forbidden, ForgearrError, Unauthenticated
+from cluster.settings import LOOPBACK, get_settings
+from serve.envelope import error_response
+
+OUTCOME = "forgearr.caller"
+POLICY_VIOLATION = 1008
+
+# What the OpenAPI document says about credentials. They refuse nothing by themselves: an open server needs none.
+_api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key (fgr_…).")
+_bearer = HTTPBearer(auto_error=False, description="An API key or an access token.")
+
+
+@dataclass(frozen=True)
+class Caller:
+    user_id: str | None  # None: this machine's own user, on a server that needs no credential
+    username: str
+    role: identity.Role
+
+    @property
+    def is_admin(self) -> bool:
+        return self.role == "admin"
+
+
+LOCAL = Caller(user_id=None, username="local", role="admin")
+
+
+async def authenticate(connection: HTTPConnection) -> Caller:
+    """The caller of an HTTP request or a WebSocket handshake; raises Unauthenticated or AccountDisabled."""
+    caller = await find_caller(connection)
+    if caller is None:
+        raise Unauthenticated()
+    return caller
+
+
+async def find_caller(connection: HTTPConnection) -> Caller | None:
+    """The caller, or None where a credential is needed and there is none. A wrong one is an error everywhere."""
+    if OUTCOME not in connection.scope:
+        try:
+            connection.scope[OUTCOME] = await _identify(connection)
+        except ForgearrError as error:
+            connection.scope[OUTCOME] = error
+    outcome = connection.scope[OUTCOME]
+    if isinstance(outcome, ForgearrError):
+        raise outcome
+    return outcome
+
+
+async def _optional_caller(
+    connection: HTTPConnection,
+    _key: Annotated[object, Security(_api_key)],
+    _token: Annotated[object, Security(_bearer)],
+) -> Caller | None:
+    return await find_caller(connection)
+
+
+OptionalCaller = Annotated[Caller | None, Depends(_optional_caller)]
+
+
+async def _current_caller(caller: OptionalCaller) -> Caller:
+    if caller is None:
+        raise Unauthenticated()
+    return caller
+
+
+CurrentCaller = Annotated[Caller, Depends(_current_caller)]
+
+
+async def _admin_caller(caller: CurrentCaller) -> Caller:
+    if not caller.is_admin:
+        raise Forbidden("Only an administrator may do this.")
+    return caller
+
+
+AdminCaller = Annotated[Caller, Depends(_admin_caller)]
+# OpenAPI does not speak of WebSockets, and its security schemes cannot read one.
+SocketCaller = Annotated[Caller, Depends(authenticate)]
+
+
+class OriginGuard:
+    """Keeps web pages away from a server that needs no credential.
+
+    A person's browser can reach such a server, so any page it shows could too. Three things give a page away: the Host
+    it used (a name of its own that it pointed at this machine), the Origin, and the browser's Sec-Fetch-Site.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in {"http", "websocket"} and not get_settings().auth_required and not _is_own_page(scope):
+            return await refuse(CrossOrigin(), scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+async def refuse(error: ForgearrError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, or a WebSocket handshake, with an error from within a middleware."""
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        return await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message})
+    await error_response(error, scope["path"])(scope, receive, send)
+
+
+async def _identify(connection: HTTPConnection) -> Caller | None:
+    credential = _credential(connection)
+    if credential is None:
+        return None if get_settings().auth_required else LOCAL
+    async with get_database().reading() as session:
+        if not credential.startswith(f"{identity.KEY_PREFIX}_"):
+            user = await identity.user_of_access_token(session, credential)
+            return Caller(user.id, user.username, user.role)
+        user, key = await identity.user_of_key(session, credential)
+    if identity.is_use_due(key):
+        async with get_database().transaction() as session:
+            await identity.record_use(session, key)
+    return Caller(user.id, user.username, user.role)
+
+
+def _credential(connection: HTTPConnection) -> str | None:
+    if (key := connection.headers.get("x-api-key")) is not None:
+        return key
+    if (authorization := connection.headers.get("authorization")) is not None:
+        scheme, _, token = authorization.partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else ""
+    if connection.scope["type"] == "websocket":
+        # A browser cannot set headers on a WebSocket.
+        return connection.query_params.get("api_key", connection.query_params.get("token"))
+    return None
+
+
+def _is_own_page(scope: Scope) -> bool:
+    settings = get_settings().serve
+    headers = Headers(scope=scope)
+    host = headers.get("host", "").lower()
+    if _name_of(host) not in LOOPBACK | {name.lower() for name in settings.allowed_hosts}:
+        return False
+    origin = headers.get("origin")
+    if origin in settings.allowed_origins:
+        return True
+    scheme = {"ws": "http", "wss": "https"}.get(scope["scheme"], scope["scheme"])
+    if origin is not None and origin.lower() != f"{scheme}://{host}":
+        return False
+    return headers.get("sec-fetch-site", "none") in {"same-origin", "none"}
+
+
+def _name_of(host: str) -> str | None:
+    """The name in `name:port` or `[address]:port`; None if it is anything else."""
+    match = re.fullmatch(r"\[([0-9a-f:.]+)\](:\d+)?|([a-z0-9._-]+)(:\d+)?", host)
+    return match and (match[1] or match[3])

@@ -1,0 +1,30 @@
+"""A gateway replica: the process in which Ray Serve runs the application.
+
+It has no health check of its own, and none that asks for the database: replacing a replica does not bring a database
+back. Ray already sees whether its event loop turns.
+"""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster import logs
+
+
+class Gateway:
+    def __init__(self) -> None:
+        logs.configure("gateway")
+        _leave_request_ids_to_us()
+
+
+def _leave_request_ids_to_us() -> None:
+    """Ray adds an X-Request-ID of its own to every answer, whatever the client sent, beside the application's."""
+    from ray.serve._private import http_util
+
+    http_util.RequestIdMiddleware = _Transparent  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Transparent:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)

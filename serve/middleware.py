@@ -1,0 +1,174 @@
+"""What surrounds every request: its id, its log line, its place in the metrics, and a look at what it brings.
+
+Plain ASGI, because each layer is paid for by every request.
+"""
+
+import logging
+import re
+from collections.abc import AsyncIterator
+from secrets import token_hex
+from time import perf_counter
+from typing import Any
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import ForgearrError, InvalidRequest
+from cluster.logs import request_id
+from serve.auth import refuse
+from serve.envelope import route_template
+from serve.metrics import RequestMetrics
+
+SLOW_SECONDS = 1.0
+MAX_BODY_BYTES = 32 * 1024 * 1024
+CLIENT_CLOSED_REQUEST = 499
+ANSWER_STARTS = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
+SANE_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
+JSON_CONTENT = re.compile(rb"application/([\w.-]+\+)?json\b", re.IGNORECASE | re.ASCII)
+
+logger = logging.getLogger(__name__)
+
+
+class BodyTooLarge(InvalidRequest):
+    __doc__ = f"The body is larger than {MAX_BODY_BYTES // 1024 // 1024} MiB."
+
+    status = 413
+    code = "BODY_TOO_LARGE"
+
+
+class RequestFrame:
+    """Gives each request its id, times it, counts it, logs it, and answers for what went wrong inside it."""
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in {"http", "websocket"}:
+            return await self.app(scope, receive, send)
+        identifier = _request_id(scope)
+        token = request_id.set(identifier.decode())
+        started = perf_counter()
+        status, seconds = 0, 0.0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, seconds
+            if message["type"] in ANSWER_STARTS:
+                status, seconds = message.get("status", 101), perf_counter() - started
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("%s failed.", _line(scope))
+            if status:
+                raise  # too late for an answer: the server breaks the connection off
+            await refuse(ForgearrError(), scope, receive, send_with_id)
+        finally:
+            if not status:
+                status, seconds = CLIENT_CLOSED_REQUEST, perf_counter() - started
+            if scope["type"] == "http":
+                self.metrics.observe(scope["method"], route_template(scope) or "(none)", status, seconds)
+            _log(scope, status, seconds)
+            request_id.reset(token)
+
+
+class StrictInput:
+    """Refuses what no route can keep: broken JSON, text that no database stores, and bodies without end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        try:
+            _check_address(scope)
+            if scope["type"] == "http" and scope["method"] not in {"GET", "HEAD", "OPTIONS"}:
+                receive = await _checked_body(scope, receive)
+        except InvalidRequest as error:
+            return await refuse(error, scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and SANE_REQUEST_ID.fullmatch(value):
+            return value
+    return token_hex(16).encode()
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    troubled = status >= 500 or seconds > SLOW_SECONDS
+    level = logging.WARNING if troubled else logging.DEBUG
+    if logger.isEnabledFor(level):
+        logger.log(level, "%s %d in %.0f ms", _line(scope), status, seconds * 1000)
+
+
+def _line(scope: Scope) -> str:
+    # Without the query, which may hold a WebSocket's credential.
+    return f"{scope.get('method', 'WebSocket')} {scope['path']}"
+
+
+def _check_address(scope: Scope) -> None:
+    if b"%00" in scope["query_string"] or "\0" in scope["path"]:
+        raise InvalidRequest("An address may not contain the character U+0000.")
+
+
+async def _checked_body(scope: Scope, receive: Receive) -> Receive:
+    """Look at a JSON body, or at one of unknown length, before the route does; others pass as they come."""
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length")
+    if length is not None and int(length) > MAX_BODY_BYTES:
+        raise BodyTooLarge()
+    is_json = JSON_CONTENT.match(headers.get(b"content-type", b"")) is not None
+    if not is_json and b"transfer-encoding" not in headers:
+        return receive
+    messages = [message async for message in _messages(receive)]
+    if is_json:
+        _check_json(b"".join(message.get("body", b"") for message in messages))
+    return _replay(messages, receive)
+
+
+async def _messages(receive: Receive) -> AsyncIterator[Message]:
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > MAX_BODY_BYTES:
+            raise BodyTooLarge()
+        more = message.get("more_body", False)
+        yield message
+
+
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    waiting = iter(messages)
+
+    async def replay() -> Message:
+        message = next(waiting, None)
+        return await receive() if message is None else message
+
+    return replay
+
+
+def _check_json(body: bytes) -> None:
+    if not body:
+        return
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    # Only an escape can bring the character in, and few documents have one that looks like it.
+    if b"u0000" in body and _has_nul(document):
+        raise InvalidRequest("Text may not contain the character U+0000.")
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, list):
+        return any(_has_nul(item) for item in value)
+    if isinstance(value, dict):
+        return any(_has_nul(item) for pair in value.items() for item in pair)
+    return False

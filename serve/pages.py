@@ -1,0 +1,50 @@
+"""Long lists, a page at a time."""
+
+from typing import Annotated, Generic, TypeVar
+
+from fastapi import Depends, Query, Request
+from pydantic import BaseModel, Field
+
+Item = TypeVar("Item")
+
+
+class Links(BaseModel):
+    next: str | None = Field(description="Address of the next page, null on the last.")
+    prev: str | None
+
+
+class Page(BaseModel, Generic[Item]):
+    items: list[Item]
+    total: int = Field(description="How many there are on all pages.")
+    skip: int
+    limit: int
+    links: Links
+
+
+class Paging:
+    """Which page a request wants: `?skip=…&limit=…`."""
+
+    def __init__(
+        self,
+        request: Request,
+        skip: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+        limit: Annotated[int, Query(ge=1, le=100)] = 100,
+    ) -> None:
+        self.skip = skip
+        self.limit = limit
+        self._url = request.url
+
+    def page(self, items: list[Item], total: int) -> Page[Item]:
+        more = self.skip + self.limit < total
+        links = Links(
+            next=self._link(self.skip + self.limit) if more else None,
+            prev=self._link(max(0, self.skip - self.limit)) if self.skip else None,
+        )
+        return Page(items=items, total=total, skip=self.skip, limit=self.limit, links=links)
+
+    def _link(self, skip: int) -> str:
+        url = self._url.include_query_params(skip=skip, limit=self.limit)
+        return f"{url.path}?{url.query}"
+
+
+WantedPage = Annotated[Paging, Depends()]

@@ -1,0 +1,81 @@
+"""Kill any process, lose nothing: with real processes and kill -9."""
+
+import signal
+from collections import Counter
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.platform import Platform, eventually, running_platform
+
+pytestmark = pytest.mark.platform
+
+JOBS = 300
+STEPS = 6
+
+
+@pytest.fixture
+def platform() -> Generator[Platform]:
+    settings = {"jobs.lease_seconds": "6", "jobs.slots": "48", "mlflow.enabled": "false"}
+    with running_platform(settings) as platform:
+        yield platform
+
+
+def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
+    spec = {"steps": STEPS, "seconds": 9, "payload": "precious"}
+    jobs = [platform.submit(spec=spec) for _ in range(JOBS)]
+
+    for number, part in enumerate(("ray::Worker", "ray::Dispatcher", "ray::Events", "ray::ServeReplica")):
+        eventually(lambda: platform.count("running") >= 20 or None)
+        eventually(lambda least=30 * (number + 1): platform.count("succeeded") >= least or None, seconds=90)
+        platform.kill(part) if part != "ray::Worker" else platform.processes(part)[0].kill()
+
+    eventually(lambda: platform.count("running") >= 20 or None)
+    platform.cut_the_power()
+    platform.up()
+
+    eventually(lambda: platform.count("succeeded") == JOBS or None, seconds=240)
+    for job_id in jobs:
+        assert platform.job(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
+        _assert_told_once(_events(platform, job_id))
+
+
+def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> None:
+    job_id = platform.submit(spec={"steps": 40, "seconds": 8})
+    eventually(lambda: platform.job(job_id)["progress"] > 5 or None)
+    holder = _events(platform, job_id, "running")[0]["data"]["worker"]
+    frozen = platform.kill("ray::Worker", signal.SIGSTOP)
+    # Both warm workers are frozen now: the job must be taken from its holder and given to a new process.
+    eventually(lambda: len(_events(platform, job_id, "running")) > 1 or None, seconds=60)
+    job = platform.wait_for(job_id, "succeeded", seconds=60)
+    for pid in frozen:
+        for process in platform.processes("ray::Worker"):
+            if process.pid == pid:
+                process.send_signal(signal.SIGCONT)
+    eventually(lambda: not {process.pid for process in platform.processes("ray::Worker")} & set(frozen) or None)
+    after = platform.job(job_id)
+    assert after["result"] == job["result"] == {"payload": None, "executed": list(range(40))}
+    assert after["finished_at"] == job["finished_at"]
+    events = _events(platform, job_id)
+    _assert_told_once(events)
+    assert next(event["data"]["worker"] for event in events if event["type"] == "running") == holder
+
+
+def _assert_told_once(events: list[dict[str, Any]]) -> None:
+    """One outcome; and no step that was checkpointed was executed, and so checkpointed, again."""
+    kinds = Counter(event["type"] for event in events)
+    assert kinds["succeeded"] == 1
+    steps = [event["data"]["state"][-1] for event in events if event["type"] == "checkpoint"]
+    assert steps == sorted(set(steps)), steps
+
+
+def _events(platform: Platform, job_id: str, only: str | None = None) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    after: int | None = 0
+    while after is not None:
+        answer = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500})
+        assert answer.status_code == 200, answer.text
+        found += answer.json()["items"]
+        after = answer.json()["next_after"]
+    return [event for event in found if only in (None, event["type"])]

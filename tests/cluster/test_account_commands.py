@@ -1,0 +1,70 @@
+"""`forgearr user` and `forgearr key`, which work on the database itself."""
+
+import asyncio
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cluster import identity
+from cluster.cli import key, user
+from cluster.db import Database, get_database, run_alone
+from cluster.errors import ForgearrError
+
+PASSWORD = "correct horse battery"
+
+
+@pytest.fixture(autouse=True)
+def own_loop(database: Database) -> None:
+    """Each command has a loop of its own, as it has a process of its own, so it cannot share connections."""
+    get_database.cache_clear()
+
+
+def run(app: object, *arguments: str, stdin: str = "") -> Result:
+    result = CliRunner().invoke(app, arguments, input=stdin, env={"COLUMNS": "200"})  # type: ignore[arg-type]
+    if isinstance(result.exception, ForgearrError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def find(email: str) -> identity.User:
+    return asyncio.run(run_alone(lambda session: identity.get_user(session, email)))
+
+
+def test_an_account_from_its_beginning_to_its_end() -> None:
+    run(user.app, "add", "Ada@example.com", "--admin", "--password-stdin", stdin=f"{PASSWORD}\n")
+    ada = find("ada@example.com")
+    assert (ada.username, ada.role, ada.is_active) == ("Ada", "admin", True)
+    assert asyncio.run(identity.is_password_of(ada, PASSWORD))
+
+    run(user.app, "password", "ada@example.com", stdin="a better one\na better one\n")
+    assert asyncio.run(identity.is_password_of(find("ada@example.com"), "a better one"))
+
+    run(user.app, "disable", "ada@example.com")
+    listed = run(user.app, "list").output
+    assert "ada@example.com" in listed
+    assert "disabled" in listed
+    assert "argon2" not in listed
+    run(user.app, "enable", "ada@example.com")
+    assert find("ada@example.com").is_active
+
+
+def test_what_cannot_be_an_account_is_refused() -> None:
+    with pytest.raises(ForgearrError, match="8 to 256 characters"):
+        run(user.app, "add", "ada@example.com", "--password-stdin", stdin="short\n")
+    with pytest.raises(ForgearrError, match="no account with the email bob"):
+        run(user.app, "disable", "bob@example.com")
+
+
+def test_a_key_from_its_beginning_to_its_end() -> None:
+    run(user.app, "add", "ada@example.com", "--password-stdin", stdin=f"{PASSWORD}\n")
+    token = run(key.app, "create", "laptop", "--user", "ada@example.com", "--days", "30").stdout.strip()
+    owner, record = asyncio.run(run_alone(lambda session: identity.user_of_key(session, token)))
+    assert owner.email == "ada@example.com"
+    assert record.expires_at is not None
+
+    listed = run(key.app, "list").output
+    assert record.id in listed
+    assert token not in listed
+    run(key.app, "revoke", record.id)
+    assert record.id not in run(key.app, "list").output

@@ -1,0 +1,146 @@
+"""The events actor: what readers get, what they are told when they missed something, and its death."""
+
+import asyncio
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import actors, events
+from cluster.errors import Unavailable
+from cluster.events import LOST, Cursor, Events, Message
+
+
+def message(number: int) -> Message:
+    return {"rooms": ["jobs"], "type": "test", "data": {"number": number}, "timestamp": "2026-01-01T00:00:00Z"}
+
+
+def numbers(messages: list[Message]) -> list[int]:
+    return [message["data"]["number"] for message in messages]
+
+
+async def test_a_new_reader_gets_what_comes_after_it() -> None:
+    actor = Events()
+    await actor.publish([message(1)])
+    start = await actor.poll(None, seconds=0)
+    await actor.publish([message(2), message(3)])
+    batch = await actor.poll(start.cursor, seconds=0)
+    assert (start.messages, numbers(batch.messages), batch.missed) == ([], [2, 3], False)
+
+
+async def test_a_reader_waits_for_the_next_message() -> None:
+    actor = Events()
+    cursor = (await actor.poll(None, seconds=0)).cursor
+    waiting = asyncio.create_task(actor.poll(cursor, seconds=10))
+    await asyncio.sleep(0)
+    await actor.publish([message(1)])
+    assert numbers((await waiting).messages) == [1]
+
+
+async def test_a_poll_without_news_ends_in_time_and_loses_no_place() -> None:
+    actor = Events()
+    cursor = (await actor.poll(None, seconds=0)).cursor
+    quiet = await actor.poll(cursor, seconds=0.01)
+    assert (quiet.messages, quiet.cursor, quiet.missed) == ([], cursor, False)
+
+
+async def test_every_reader_gets_everything_in_order() -> None:
+    actor = Events()
+    cursors = [(await actor.poll(None, seconds=0)).cursor for _ in range(3)]
+    for number in range(2500):
+        await actor.publish([message(number)])
+    for cursor in cursors:
+        got: list[int] = []
+        while len(got) < 2500:
+            batch = await actor.poll(cursor, seconds=0)
+            assert 0 < len(batch.messages) <= events.BATCH_MESSAGES
+            got, cursor = got + numbers(batch.messages), batch.cursor
+        assert got == list(range(2500))
+
+
+async def test_a_reader_that_falls_behind_is_told_so_and_goes_on_with_what_is_left() -> None:
+    actor = Events()
+    cursor = (await actor.poll(None, seconds=0)).cursor
+    await actor.publish([message(number) for number in range(events.KEPT_MESSAGES + 5)])
+    batch = await actor.poll(cursor, seconds=0)
+    assert batch.missed
+    assert numbers(batch.messages)[0] == 5
+    assert not (await actor.poll(batch.cursor, seconds=0)).missed
+
+
+@pytest.mark.parametrize("cursor", [LOST, Cursor("another life", 7)])
+async def test_a_reader_of_an_earlier_life_is_told_that_it_missed_something(cursor: Cursor) -> None:
+    actor = Events()
+    await actor.publish([message(1)])
+    batch = await actor.poll(cursor, seconds=0)
+    assert batch.missed
+    assert numbers(batch.messages) == [1]
+
+
+async def test_without_ray_nobody_hears_and_nobody_is_hurt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_no_lookup_before", 0.0)
+    events.publish([message(1)])
+    with pytest.raises(Unavailable):
+        await events.poll(None)
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A small Ray of its own, on loopback."""
+    import ray
+
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setattr(events, "_no_lookup_before", 0.0)
+    with tempfile.TemporaryDirectory(prefix="fgr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=80_000_000,
+            namespace=actors.NAMESPACE,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(events.__file__).parents[1])}},
+        )
+        yield ray
+        ray.shutdown()
+        actors.forget(events.NAME)
+
+
+@pytest.mark.platform
+async def test_the_actor_may_be_killed_and_its_readers_and_writers_go_on(ray_cluster: Any) -> None:
+    options = {"name": events.NAME, "lifetime": "detached", "max_restarts": -1, "max_concurrency": 1000}
+    actor = ray_cluster.remote(Events).options(num_cpus=0, **options).remote()
+    cursor = (await events.poll(None)).cursor
+    events.publish([message(1)])
+    before = await events.poll(cursor)
+    assert numbers(before.messages) == [1]
+    await events.share_counts("a", {"x": 1.0})
+    assert await events.shared_counts() == {"a": {"x": 1.0}}
+
+    os.kill(await actor.__ray_call__.remote(_process_of), signal.SIGKILL)
+    after = await _first_news(before.cursor)
+    assert after.missed
+    assert set(numbers(after.messages)) == {2}
+
+
+def _process_of(_: object) -> int:
+    return os.getpid()
+
+
+async def _first_news(cursor: Cursor) -> events.Batch:
+    """Publish until a message comes through: those that the dying actor swallowed are lost, as is allowed."""
+    async with asyncio.timeout(60):
+        while True:
+            events.publish([message(2)])
+            try:
+                batch = await events.poll(cursor, seconds=0.1)
+            except Unavailable:
+                continue
+            if batch.messages:
+                return batch

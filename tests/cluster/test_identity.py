@@ -1,0 +1,265 @@
+"""Accounts and credentials, on both engines."""
+
+import asyncio
+import stat
+from datetime import timedelta
+from pathlib import Path
+
+import jwt
+import pytest
+from sqlalchemy import func, select, update
+
+from cluster import identity
+from cluster.db import Database, now
+from cluster.errors import AccountDisabled, Unauthenticated, UnprocessableRequest
+from cluster.secrets import signing_key, token_hash
+
+PASSWORD = "correct horse battery"
+
+
+async def add_user(database: Database, name: str = "ada", role: identity.Role = "user") -> identity.User:
+    password_hash = await identity.hash_password(PASSWORD)
+    async with database.transaction() as session:
+        return await identity.add_user(
+            session, email=f"{name}@example.com", username=name, password_hash=password_hash, role=role
+        )
+
+
+async def rotate(database: Database, token: str) -> str | None:
+    async with database.transaction() as session:
+        rotated = await identity.rotate_refresh_token(session, token)
+    return rotated and rotated[1]
+
+
+async def log_in(database: Database, user: identity.User) -> str:
+    async with database.transaction() as session:
+        return await identity.start_login(session, user)
+
+
+async def test_an_account_is_found_by_its_email_in_any_spelling(database: Database) -> None:
+    user = await add_user(database)
+    async with database.reading() as session:
+        found = await identity.find_user(session, " Ada@EXAMPLE.com ")
+    assert found is not None
+    assert (found.id, found.email, found.role, found.is_active) == (user.id, "ada@example.com", "user", True)
+
+
+@pytest.mark.parametrize(("email", "username"), [("ADA@example.com", "other"), ("other@example.com", "ada")])
+async def test_email_and_username_are_unique(database: Database, email: str, username: str) -> None:
+    await add_user(database)
+    with pytest.raises(identity.AccountExists):
+        async with database.transaction() as session:
+            await identity.add_user(session, email=email, username=username, password_hash="x")
+    async with database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(identity.User)) == 1
+
+
+@pytest.mark.parametrize(("email", "username"), [("ada", "ada"), ("a@b.example", "a/b"), ("a@b.example", "ada\n")])
+async def test_malformed_accounts_are_refused(database: Database, email: str, username: str) -> None:
+    with pytest.raises(UnprocessableRequest):
+        async with database.transaction() as session:
+            await identity.add_user(session, email=email, username=username, password_hash="x")
+
+
+async def test_only_an_active_admin_counts_as_one(database: Database) -> None:
+    async def has_admin() -> bool:
+        async with database.reading() as session:
+            return await identity.has_admin(session)
+
+    await add_user(database)
+    assert not await has_admin()
+    admin = await add_user(database, "root", "admin")
+    assert await has_admin()
+    async with database.transaction() as session:
+        await identity.set_active(session, await identity.get_user(session, admin.email), False)
+    assert not await has_admin()
+
+
+async def test_a_password_is_kept_as_argon2_only(database: Database) -> None:
+    user = await add_user(database)
+    assert user.password_hash.startswith("$argon2id$")
+    assert await identity.is_password_of(user, PASSWORD)
+    assert not await identity.is_password_of(user, PASSWORD.upper())
+    assert not await identity.is_password_of(None, PASSWORD)
+
+
+async def test_hashing_leaves_the_loop_free(database: Database) -> None:
+    hashing = asyncio.ensure_future(identity.hash_password(PASSWORD))
+    turns = 0
+    while not hashing.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 10
+
+
+@pytest.mark.parametrize("password", ["1234567", "x" * 257])
+async def test_a_password_of_a_bad_length_is_refused(password: str) -> None:
+    with pytest.raises(UnprocessableRequest):
+        await identity.hash_password(password)
+
+
+async def test_an_access_token_stands_for_its_user(database: Database) -> None:
+    user = await add_user(database, role="admin")
+    token = identity.access_token(user)
+    claims = jwt.decode(token, signing_key(), algorithms=["HS256"])
+    assert (claims["sub"], claims["role"], claims["type"]) == (user.id, "admin", "access")
+    assert claims["exp"] - claims["iat"] == 3600
+    async with database.reading() as session:
+        assert (await identity.user_of_access_token(session, token)).id == user.id
+
+
+async def test_an_access_token_must_be_whole_ours_and_unexpired(database: Database) -> None:
+    user = await add_user(database)
+    good = jwt.decode(identity.access_token(user), signing_key(), algorithms=["HS256"])
+    bad = [
+        "nonsense",
+        jwt.encode(good, "another key, also of 32 characters", algorithm="HS256"),
+        jwt.encode(good, "", algorithm="none"),
+        jwt.encode(good | {"exp": now() - timedelta(seconds=1)}, signing_key(), algorithm="HS256"),
+        jwt.encode(good | {"type": "refresh"}, signing_key(), algorithm="HS256"),
+        jwt.encode(good | {"sub": "nobody"}, signing_key(), algorithm="HS256"),
+        jwt.encode({name: good[name] for name in good if name != "exp"}, signing_key(), algorithm="HS256"),
+    ]
+    async with database.reading() as session:
+        for token in bad:
+            with pytest.raises(Unauthenticated):
+                await identity.user_of_access_token(session, token)
+
+
+async def test_disabling_an_account_ends_every_credential_at_once(database: Database) -> None:
+    user = await add_user(database)
+    access, refresh = identity.access_token(user), await log_in(database, user)
+    async with database.transaction() as session:
+        _, key = await identity.create_key(session, user.id, "laptop")
+        await identity.set_active(session, await identity.get_user(session, user.email), False)
+    assert await rotate(database, refresh) is None
+    async with database.reading() as session:
+        with pytest.raises(AccountDisabled):
+            await identity.user_of_access_token(session, access)
+        with pytest.raises(AccountDisabled):
+            await identity.user_of_key(session, key)
+
+
+async def test_a_new_password_ends_the_logins_of_the_old_one(database: Database) -> None:
+    user = await add_user(database)
+    refresh = await log_in(database, user)
+    password_hash = await identity.hash_password("another password")
+    async with database.transaction() as session:
+        await identity.set_password(session, await identity.get_user(session, user.email), password_hash)
+    async with database.reading() as session:
+        user = await identity.get_user(session, user.email)
+    assert await identity.is_password_of(user, "another password")
+    assert await rotate(database, refresh) is None
+
+
+async def test_a_refresh_token_is_good_once_and_its_reuse_ends_its_family(database: Database) -> None:
+    user = await add_user(database)
+    first, elsewhere = await log_in(database, user), await log_in(database, user)
+    second = await rotate(database, first)
+    assert second is not None
+    assert second != first
+    assert await rotate(database, first) is None
+    assert await rotate(database, second) is None
+    assert await rotate(database, elsewhere) is not None
+
+
+async def test_of_simultaneous_uses_of_a_refresh_token_none_survives(database: Database) -> None:
+    user = await add_user(database)
+    first = await log_in(database, user)
+    answers = await asyncio.gather(*(rotate(database, first) for _ in range(5)))
+    winners = [token for token in answers if token]
+    assert len(winners) == 1
+    assert await rotate(database, winners[0]) is None
+
+
+async def test_an_expired_refresh_token_is_refused_and_swept_at_the_next_login(database: Database) -> None:
+    user = await add_user(database)
+    token = await log_in(database, user)
+    async with database.transaction() as session:
+        await session.execute(update(identity.RefreshToken).values(expires_at=now() - timedelta(seconds=1)))
+    assert await rotate(database, token) is None
+    await log_in(database, user)
+    async with database.reading() as session:
+        assert await session.get(identity.RefreshToken, token_hash(token)) is None
+        found = await identity.get_user(session, user.email)
+    assert found.last_login_at is not None
+
+
+async def test_ending_a_login_ends_its_whole_family(database: Database) -> None:
+    user = await add_user(database)
+    first = await log_in(database, user)
+    second = await rotate(database, first)
+    assert second is not None
+    async with database.transaction() as session:
+        await identity.end_login(session, first)
+        await identity.end_login(session, "refresh_unknown")
+    assert await rotate(database, second) is None
+
+
+async def test_an_api_key_is_kept_as_a_hash_and_known_by_its_first_characters(database: Database) -> None:
+    user = await add_user(database)
+    async with database.transaction() as session:
+        key, token = await identity.create_key(session, user.id, "laptop")
+    assert token.startswith(key.prefix)
+    assert len(key.prefix) == len("fgr_") + 8
+    assert token not in str(vars(key))
+    async with database.reading() as session:
+        owner, found = await identity.user_of_key(session, token)
+        assert (owner.id, found.name) == (user.id, "laptop")
+        with pytest.raises(Unauthenticated):
+            await identity.user_of_key(session, token + "x")
+
+
+async def test_an_api_key_expires(database: Database) -> None:
+    user = await add_user(database)
+    async with database.transaction() as session:
+        _, token = await identity.create_key(session, user.id, "laptop", now() + timedelta(days=1))
+    async with database.reading() as session:
+        await identity.user_of_key(session, token)
+    async with database.transaction() as session:
+        await session.execute(update(identity.ApiKey).values(expires_at=now() - timedelta(seconds=1)))
+    async with database.reading() as session:
+        with pytest.raises(Unauthenticated, match="expired"):
+            await identity.user_of_key(session, token)
+
+
+async def test_a_key_is_revoked_by_its_owner_only(database: Database) -> None:
+    ada, bob = await add_user(database), await add_user(database, "bob")
+    async with database.transaction() as session:
+        key, token = await identity.create_key(session, ada.id, "laptop")
+    with pytest.raises(identity.KeyNotFound):
+        async with database.transaction() as session:
+            await identity.revoke_key(session, key.id, bob.id)
+    async with database.transaction() as session:
+        await identity.revoke_key(session, key.id, ada.id)
+    async with database.reading() as session:
+        assert await identity.list_keys(session) == []
+        with pytest.raises(Unauthenticated):
+            await identity.user_of_key(session, token)
+
+
+async def test_the_use_of_a_key_is_recorded_once_a_minute(database: Database) -> None:
+    user = await add_user(database)
+    async with database.transaction() as session:
+        key, token = await identity.create_key(session, user.id, "laptop")
+    assert identity.is_use_due(key)
+
+    async def use() -> identity.ApiKey:
+        async with database.transaction() as session:
+            await identity.record_use(session, key)
+        async with database.reading() as session:
+            return (await identity.user_of_key(session, token))[1]
+
+    first = await use()
+    assert not identity.is_use_due(first)
+    assert (await use()).last_used_at == first.last_used_at
+    async with database.transaction() as session:
+        await session.execute(update(identity.ApiKey).values(last_used_at=now() - timedelta(minutes=2)))
+    assert (await use()).last_used_at >= first.last_used_at  # type: ignore[operator]
+
+
+def test_the_signing_key_is_its_owners_alone(home: Path) -> None:
+    assert len(signing_key()) >= 32
+    assert stat.S_IMODE((home / "keys" / "signing").stat().st_mode) == 0o600
+    assert stat.S_IMODE((home / "keys").stat().st_mode) == 0o700
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700

@@ -1,0 +1,86 @@
+"""The schema's history leads to the tables in the code, on both engines, and loses nothing on the way."""
+
+import asyncio
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
+
+from cluster import identity, migrations
+from cluster.db import Base, Database, migrate
+
+NEXT_MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "next"
+down_revision = {head!r}
+
+
+def upgrade() -> None:
+    with op.batch_alter_table("users") as batch:
+        batch.add_column(sa.Column("nickname", sa.String(50)))
+        batch.alter_column("full_name", type_=sa.String(300))  # makes SQLite copy the table
+"""
+
+
+def head() -> str:
+    return ScriptDirectory(str(migrations.FOLDER)).get_current_head() or ""
+
+
+# SQLite cannot tell what an index on an expression is made of; the history is the same for both.
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+async def test_migrating_builds_the_tables_in_the_code(database: Database) -> None:
+    def difference(connection: Connection) -> list[object]:
+        return compare_metadata(MigrationContext.configure(connection), Base.metadata)
+
+    async with database.engine.connect() as connection:
+        assert await connection.run_sync(difference) == []
+
+
+async def test_migrating_again_changes_nothing(database: Database) -> None:
+    await migrate()
+    await migrate()
+    async with database.engine.connect() as connection:
+        versions = list(await connection.scalars(text("SELECT version_num FROM alembic_version")))
+    assert versions == [head()]
+
+
+async def test_an_older_schema_migrates_and_keeps_its_rows(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with database.transaction() as session:
+        user = await identity.add_user(session, email="ada@example.com", username="ada", password_hash="x")
+        await identity.create_key(session, user.id, "laptop")
+    newer_code = tmp_path / "migrations"
+    shutil.copytree(migrations.FOLDER, newer_code)
+    (newer_code / "versions" / "next.py").write_text(NEXT_MIGRATION.format(head=head()))
+    monkeypatch.setattr(migrations, "FOLDER", newer_code)
+    await migrate()
+    async with database.reading() as session:
+        assert await session.scalar(text("SELECT count(*) FROM users WHERE nickname IS NULL")) == 1
+        assert [key.name for key, _ in await identity.list_keys(session)] == ["laptop"]
+    with pytest.raises(IntegrityError):
+        async with database.transaction() as session:
+            await identity.create_key(session, "nobody", "orphan")
+
+
+async def test_a_newer_schema_is_refused(database: Database) -> None:
+    await migrate()
+    async with database.transaction() as session:
+        await session.execute(text("DELETE FROM alembic_version"))
+        await session.execute(text("INSERT INTO alembic_version VALUES ('9999')"))
+    with pytest.raises(migrations.NewerSchema, match="schema 9999"):
+        await migrate()
+
+
+async def test_processes_that_start_together_migrate_once(database: Database) -> None:
+    command = (sys.executable, "-c", "import asyncio; from cluster.db import migrate; asyncio.run(migrate())")
+    starting = [await asyncio.create_subprocess_exec(*command) for _ in range(2)]
+    assert [await process.wait() for process in starting] == [0, 0]

@@ -1,0 +1,98 @@
+"""Fixtures of the whole suite: a home of its own for each test, and the database on both engines."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import cast
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from sqlalchemy.engine import make_url
+
+from cluster.db import Database, get_database, migrate
+from cluster.settings import get_settings
+
+ENGINES = ["sqlite", "postgres"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh FORGEARR_HOME, with nothing configured."""
+    for variable in [name for name in os.environ if name.startswith("FORGEARR_")]:
+        monkeypatch.delenv(variable)
+    folder = tmp_path / "home"
+    monkeypatch.setenv("FORGEARR_HOME", str(folder))
+    _forget_settings()
+    yield folder
+    _forget_settings()
+
+
+@pytest.fixture(params=ENGINES)
+async def database(
+    request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Database]:
+    """An empty database with the newest schema; it is also what get_database() returns, here and in child processes."""
+    if request.param == "postgres":
+        server = cast(str, request.getfixturevalue("postgres_server"))
+        monkeypatch.setenv("FORGEARR_DATABASE__URL", await _new_postgres_database(server))
+    database = get_database()
+    await migrate()
+    yield database
+    await database.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a PostgreSQL that lives as long as the test session."""
+    binaries = _postgres_binaries()
+    folder = Path(tempfile.mkdtemp(prefix="forgearr-pg-", dir="/tmp"))
+    user = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
+    if user:
+        shutil.chown(folder, user)
+    port = _free_port()
+    options = f"-c listen_addresses=127.0.0.1 -p {port} -c unix_socket_directories={folder} -c fsync=off"
+
+    def run(program: str, *arguments: str) -> None:
+        command = [str(binaries / program), "-D", str(folder / "data"), *arguments]
+        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+    run("initdb", "--username=postgres", "--auth=trust", "--no-sync", "--encoding=UTF8")
+    run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
+    yield f"postgresql://postgres@127.0.0.1:{port}"
+    run("pg_ctl", "-w", "-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+async def _new_postgres_database(server: str) -> str:
+    name = f"test_{uuid4().hex}"
+    connection = await asyncpg.connect(f"{server}/postgres")
+    await connection.execute(f"CREATE DATABASE {name}")
+    await connection.close()
+    return make_url(server).set(database=name).render_as_string(hide_password=False)
+
+
+def _postgres_binaries() -> Path:
+    if shutil.which("pg_config"):
+        folder = Path(subprocess.check_output(["pg_config", "--bindir"], text=True).strip())
+        if (folder / "initdb").exists():
+            return folder
+    reason = "PostgreSQL is not installed (pg_config --bindir has no initdb), so nothing is tested on it."
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _forget_settings() -> None:
+    get_settings.cache_clear()
+    get_database.cache_clear()

@@ -1,0 +1,324 @@
+"""The queue's promises, on both databases, without any worker process: these tests take the worker's part."""
+
+import asyncio
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select, update
+
+from cluster.db import Database, now
+from cluster.errors import Forbidden
+from jobs import journal, leases, queue, waiting
+from jobs.capacity import Room
+from jobs.journal import Entry
+from jobs.leases import Claim, LeadershipLost, Write
+from jobs.queue import IdempotencyConflict, JobNotFound, JobRequest, JobStateConflict, Owner, UnknownDependency
+from jobs.registry import InvalidSpec, UnknownKind
+from jobs.retries import Failure
+from jobs.states import State
+from jobs.tables import Job, JobEvent
+
+ALICE = Owner(id="a" * 36, name="alice", is_admin=False)
+BOB = Owner(id="b" * 36, name="bob", is_admin=False)
+
+
+class Bench:
+    """A queue with a leader and a pool of one worker."""
+
+    def __init__(self, database: Database, slots: int = 8) -> None:
+        self.database = database
+        self.room = Room(slots)
+        self.room.add("worker-1")
+        self.token = ""
+
+    async def lead(self, holder: str = "here") -> str | None:
+        async with self.database.transaction() as session:
+            token = await leases.take_leadership(session, holder)
+        self.token = token or self.token
+        return token
+
+    async def submit(self, owner: Owner = queue.LOCAL, key: str | None = None, **request: Any) -> Job:
+        wanted = JobRequest.model_validate({"kind": "probe", **request})
+        async with self.database.transaction() as session:
+            return await queue.enqueue(session, wanted, owner, idempotency_key=key)
+
+    async def claim(self) -> list[Claim]:
+        async with self.database.transaction() as session:
+            return await leases.claim(session, self.token, self.room)
+
+    async def write(self, claim: Claim, values: dict[str, Any], *entries: tuple[str, dict[str, Any]]) -> bool:
+        """Whether the write was taken."""
+        write = Write(claim.job_id, claim.token, values, [Entry(claim.job_id, *entry) for entry in entries])
+        async with self.database.transaction() as session:
+            lost = await leases.write(session, [write])
+        if values.get("state"):
+            self.room.release(claim.worker, claim.job_id)
+        return not lost
+
+    async def job(self, job_id: str) -> Job:
+        async with self.database.reading() as session:
+            return await session.get_one(Job, job_id)
+
+    async def do(self, action: Any, job_id: str) -> None:
+        async with self.database.transaction() as session:
+            await action(session, await queue.get(session, job_id, lock=True))
+
+
+@pytest.fixture
+async def bench(database: Database) -> Bench:
+    bench = Bench(database)
+    await bench.lead()
+    return bench
+
+
+async def test_a_job_goes_from_queued_to_succeeded(bench: Bench) -> None:
+    job = await bench.submit(spec={"payload": {"deep": [1, None]}})
+    assert (job.state, job.attempt, job.progress) == (State.QUEUED, 0, 0.0)
+    (claim,) = await bench.claim()
+    assert (claim.job_id, claim.attempt, claim.spec["payload"]) == (job.id, 1, {"deep": [1, None]})
+    assert await bench.write(claim, leases.succeeded({"answer": 42}), ("succeeded", {}))
+    done = await bench.job(job.id)
+    assert (done.state, done.result, done.progress, done.worker) == (State.SUCCEEDED, {"answer": 42}, 100.0, None)
+    assert done.started_at is not None
+    assert done.finished_at is not None
+    async with bench.database.reading() as session:
+        assert [event.type for event in await journal.read(session, job.id)] == ["queued", "running", "succeeded"]
+
+
+async def test_a_rolled_back_request_leaves_no_job(bench: Bench) -> None:
+    with suppress(ZeroDivisionError):
+        async with bench.database.transaction() as session:
+            await queue.enqueue(session, JobRequest(kind="probe"))
+            _ = 1 / 0
+    async with bench.database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(Job)) == 0
+        assert await session.scalar(select(func.count()).select_from(JobEvent)) == 0
+
+
+async def test_claims_go_by_priority_then_age(bench: Bench) -> None:
+    first, second = await bench.submit(), await bench.submit()
+    urgent = await bench.submit(priority=5)
+    later = await bench.submit(priority=9, run_after=now() + timedelta(hours=1))
+    claims = await bench.claim()
+    assert [claim.job_id for claim in claims] == [urgent.id, first.id, second.id]
+    assert (await bench.job(later.id)).state == State.QUEUED
+
+
+async def test_no_more_is_claimed_than_there_is_room(bench: Bench) -> None:
+    for _ in range(11):
+        await bench.submit()
+    assert len(await bench.claim()) == 8
+    assert await bench.claim() == []
+
+
+async def test_a_spec_is_checked_before_it_is_queued(bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match="steps"):
+        await bench.submit(spec={"steps": -1})
+    with pytest.raises(InvalidSpec, match="colour"):
+        await bench.submit(spec={"colour": "red"})
+    with pytest.raises(UnknownKind, match="probe, sweep"):
+        await bench.submit(kind="prob")
+    with pytest.raises(Forbidden):
+        await bench.submit(ALICE, kind="sweep")
+
+
+async def test_a_key_told_twice_makes_one_job(bench: Bench) -> None:
+    first = await bench.submit(ALICE, "k", spec={"payload": 1})
+    again = await bench.submit(ALICE, "k", spec={"payload": 1})
+    assert again.id == first.id
+    with pytest.raises(IdempotencyConflict):
+        await bench.submit(ALICE, "k", spec={"payload": 2})
+    assert (await bench.submit(BOB, "k", spec={"payload": 1})).id != first.id
+
+
+async def test_a_key_told_at_once_by_many_makes_one_job(bench: Bench) -> None:
+    jobs = await asyncio.gather(*(bench.submit(ALICE, "k") for _ in range(12)))
+    assert len({job.id for job in jobs}) == 1
+
+
+async def test_nobody_sees_the_job_of_another(bench: Bench) -> None:
+    job = await bench.submit(ALICE)
+    async with bench.database.reading() as session:
+        assert (await queue.get(session, job.id, ALICE)).id == job.id
+        with pytest.raises(JobNotFound):
+            await queue.get(session, job.id, BOB)
+
+
+async def test_a_worker_given_up_for_dead_is_not_heard(bench: Bench) -> None:
+    job = await bench.submit()
+    (frozen,) = await bench.claim()
+    async with bench.database.transaction() as session:
+        await session.execute(update(Job).values(lease_expires_at=now() - timedelta(seconds=1)))
+        assert await leases.release_lost(session) == [(job.id, "worker-1")]
+    bench.room.release("worker-1", job.id)
+    (replacement,) = await bench.claim()
+    assert replacement.attempt == 1  # being lost does not use an attempt up
+    assert not await bench.write(frozen, leases.succeeded("from the grave"), ("succeeded", {}))
+    assert await bench.write(replacement, leases.succeeded("alive"), ("succeeded", {}))
+    assert not await bench.write(frozen, leases.succeeded("from the grave"), ("succeeded", {}))
+    assert (await bench.job(job.id)).result == "alive"
+    async with bench.database.reading() as session:
+        types = [event.type for event in await journal.read(session, job.id)]
+    assert types.count("succeeded") == 1
+
+
+async def test_a_job_that_keeps_losing_its_worker_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = await bench.submit()
+    for _ in range(10):
+        (claim,) = await bench.claim()
+        async with bench.database.transaction() as session:
+            await leases.release_lost(session, worker=claim.worker)
+        bench.room.release(claim.worker, job.id)
+    failed = await bench.job(job.id)
+    assert failed.state == State.FAILED
+    assert failed.error["code"] == "worker_lost"  # pyright: ignore[reportOptionalSubscript]
+
+
+async def test_a_retryable_failure_waits_and_goes_on_from_its_checkpoint(bench: Bench) -> None:
+    job = await bench.submit()
+    (claim,) = await bench.claim()
+    assert await bench.write(claim, {"checkpoint": {"step": 3}}, ("checkpoint", {}))
+    values = leases.failed(Failure("flaky", "Try again.", 0.0), claim.attempt, claim.max_attempts)
+    assert await bench.write(claim, values, ("queued", {}))
+    (again,) = await bench.claim()
+    assert (again.attempt, again.checkpoint, again.token != claim.token) == (2, {"step": 3}, True)
+    assert await bench.write(again, leases.failed(Failure("bad", "No use.", None), 2, 3), ("failed", {}))
+    done = await bench.job(job.id)
+    assert (done.state, done.error) == (State.FAILED, {"code": "bad", "message": "No use."})
+
+
+async def test_dependencies_are_waited_for_and_their_failure_is_passed_on(bench: Bench) -> None:
+    first = await bench.submit()
+    second = await bench.submit(depends_on=[first.id])
+    third = await bench.submit(depends_on=[second.id, first.id])
+    (claim,) = await bench.claim()
+    assert claim.job_id == first.id
+    async with bench.database.reading() as session:
+        reasons = await waiting.reasons(session, [await session.get_one(Job, job.id) for job in (second, third)])
+    assert reasons[second.id] == f"{first.id} to succeed"
+    await bench.write(claim, leases.succeeded(None), ("succeeded", {}))
+    (claim,) = await bench.claim()
+    assert claim.job_id == second.id
+    await bench.write(claim, leases.failed(Failure("bad", "Broken."), 1, 1), ("failed", {}))
+    doomed = await bench.job(third.id)
+    assert (doomed.state, doomed.error) == (
+        State.FAILED,
+        {"code": "dependency_failed", "message": f"{second.id}, which this job depends on, failed."},
+    )
+    late = await bench.submit(depends_on=[second.id])
+    assert (await bench.job(late.id)).state == State.FAILED
+    fine = await bench.submit(depends_on=[first.id])
+    assert [claim.job_id for claim in await bench.claim()] == [fine.id]
+    with pytest.raises(UnknownDependency):
+        await bench.submit(depends_on=["job_20200101_000000_none"])
+    with pytest.raises(UnknownDependency):
+        await bench.submit(BOB, depends_on=[first.id])
+
+
+async def test_cancel_reaches_children_and_dependents(bench: Bench) -> None:
+    parent = await bench.submit()
+    (claim,) = await bench.claim()
+    async with bench.database.transaction() as session:
+        child = await queue.enqueue_child(session, parent.id, "part", "probe", {})
+        same = await queue.enqueue_child(session, parent.id, "part", "probe", {})
+    assert child.id == same.id
+    dependent = await bench.submit(depends_on=[child.id])
+    await bench.do(queue.cancel, parent.id)
+    assert (await bench.job(child.id)).state == State.CANCELLED
+    assert (await bench.job(dependent.id)).state == State.FAILED
+    running = await bench.job(parent.id)
+    assert (running.state, running.control) == (State.RUNNING, "cancel")
+    async with bench.database.transaction() as session:
+        assert await leases.renew(session, "worker-1") == {parent.id: (claim.token, "cancel")}
+    assert await bench.write(claim, leases.cancelled(), ("cancelled", {}))
+    with pytest.raises(JobStateConflict, match="been cancelled"):
+        await bench.do(queue.cancel, parent.id)
+
+
+async def test_a_parked_parent_goes_on_when_its_children_have_finished(bench: Bench) -> None:
+    parent = await bench.submit()
+    (claim,) = await bench.claim()
+    async with bench.database.transaction() as session:
+        child = await queue.enqueue_child(session, parent.id, "part", "probe", {})
+        assert await leases.park(session, parent.id, claim.token, [child.id])
+    bench.room.release(claim.worker, parent.id)
+    (of_child,) = await bench.claim()
+    assert of_child.job_id == child.id
+    await bench.write(of_child, leases.succeeded("part"), ("succeeded", {}))
+    (again,) = await bench.claim()
+    assert (again.job_id, again.attempt) == (parent.id, 1)
+
+
+async def test_pause_and_resume(bench: Bench) -> None:
+    job = await bench.submit()
+    await bench.do(queue.pause, job.id)
+    assert await bench.claim() == []
+    await bench.do(queue.resume, job.id)
+    (claim,) = await bench.claim()
+    await bench.do(queue.pause, job.id)
+    assert (await bench.job(job.id)).control == "pause"
+    await bench.write(claim, leases.paused(), ("paused", {}))
+    paused = await bench.job(job.id)
+    assert (paused.state, paused.control, paused.worker) == (State.PAUSED, None, None)
+    await bench.do(queue.resume, job.id)
+    assert len(await bench.claim()) == 1
+    with pytest.raises(JobStateConflict):
+        await bench.do(queue.resume, job.id)
+
+
+async def test_retry_gives_fresh_attempts(bench: Bench) -> None:
+    job = await bench.submit()
+    (claim,) = await bench.claim()
+    await bench.write(claim, {"checkpoint": 7})
+    await bench.write(claim, leases.failed(Failure("bad", "Broken."), 3, 3), ("failed", {}))
+    await bench.do(queue.retry, job.id)
+    (again,) = await bench.claim()
+    assert (again.attempt, again.checkpoint) == (1, 7)
+    with pytest.raises(JobStateConflict):
+        await bench.do(queue.retry, job.id)
+
+
+async def test_only_one_dispatcher_leads(bench: Bench) -> None:
+    await bench.submit()
+    old = bench.token
+    assert await bench.lead("elsewhere") is None
+    assert await bench.lead("here") is not None  # the same place may replace itself at once
+    async with bench.database.transaction() as session:
+        with pytest.raises(LeadershipLost):
+            await leases.claim(session, old, bench.room)
+    assert len(await bench.claim()) == 1
+
+
+async def test_a_kind_at_its_limit_lets_others_pass(bench: Bench) -> None:
+    sweeps = [await bench.submit(kind="sweep", priority=3) for _ in range(3)]
+    probe = await bench.submit()
+    assert {claim.job_id for claim in await bench.claim()} == {sweeps[0].id, probe.id}
+    async with bench.database.reading() as session:
+        reasons = await waiting.reasons(session, [await session.get_one(Job, sweeps[1].id)])
+    assert reasons[sweeps[1].id] == "one of the 1 running 'sweep' jobs to finish"
+
+
+async def test_a_job_too_large_says_what_it_waits_for(bench: Bench) -> None:
+    bench.room.see_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}])
+    too_large = await bench.submit(resources={"gpus": 8}, priority=9)
+    elsewhere = await bench.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
+    fits = await bench.submit(resources={"cpus": 1, "labels": {"zone": "a"}})
+    full = await bench.submit(resources={"cpus": 1.5})
+    claims = await bench.claim()
+    assert [claim.job_id for claim in claims] == [fits.id]
+    async with bench.database.reading() as session:
+        jobs = [await session.get_one(Job, job.id) for job in (too_large, elsewhere, full)]
+        reasons = await waiting.reasons(session, jobs)
+    assert (
+        reasons[too_large.id] == "8 GPU; the cluster has 2 CPU, 0 GPU, 1024 MB memory in all, and not enough of it free"
+    )
+    assert reasons[elsewhere.id].startswith("1 CPU, zone=b")
+    assert reasons[full.id].startswith("1.5 CPU")
+
+
+async def test_many_jobs_are_queued_in_one_go(bench: Bench) -> None:
+    async with bench.database.transaction() as session:
+        jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(1000)])
+    assert len({job.id for job in jobs}) == 1000

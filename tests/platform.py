@@ -1,0 +1,157 @@
+"""A whole platform for a test: `forgearr up --detach` in a home of its own, and hands that can kill any part of it."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+
+from cluster.processes import MARK, free_ports
+
+BINARIES = Path(sys.executable).parent
+START_SECONDS = 120
+Found = TypeVar("Found")
+
+
+class Platform:
+    """One installation. Every call uses the real command line or the real HTTP API."""
+
+    def __init__(self, home: Path, settings: dict[str, str] | None = None) -> None:
+        port, ray, dashboard, mlflow = free_ports(4)
+        self.home = home
+        self.url = f"http://127.0.0.1:{port}"
+        self.dashboard_url = f"http://127.0.0.1:{dashboard}"
+        self.mlflow_url = f"http://127.0.0.1:{mlflow}"
+        chosen = {
+            "serve.port": port,
+            "ray.port": ray,
+            "ray.dashboard_port": dashboard,
+            "mlflow.port": mlflow,
+            **(settings or {}),
+        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")}
+        variables = {f"FORGEARR_{key.upper().replace('.', '__')}": str(value) for key, value in chosen.items()}
+        self.environment = {**inherited, **variables, "FORGEARR_HOME": str(home), "COLUMNS": "160"}
+        self.http = httpx.Client(base_url=self.url, timeout=30)
+
+    def cli(
+        self, *arguments: str, check: bool = True, seconds: float = START_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `forgearr …`."""
+        return self.run([str(BINARIES / "forgearr"), *arguments], check=check, seconds=seconds)
+
+    def run(
+        self, command: list[str], *, check: bool = True, seconds: float = START_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+        if check:
+            assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def up(self) -> None:
+        self.cli("up", "--detach")
+
+    def down(self) -> None:
+        self.cli("down")
+
+    def submit(self, kind: str = "probe", **request: Any) -> str:
+        answer = self.http.post("/api/v1/jobs", json={"kind": kind, **request})
+        assert answer.status_code == 201, answer.text
+        return answer.json()["id"]
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        answer = self.http.get(f"/api/v1/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def count(self, state: str) -> int:
+        answer = self.http.get("/api/v1/jobs", params={"state": state, "kind": "probe", "limit": 1})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["total"]
+
+    def wait_for(self, job_id: str, *states: str, seconds: float = 60) -> dict[str, Any]:
+        wanted = states or ("succeeded", "failed", "cancelled")
+        return eventually(lambda: _if(self.job(job_id), lambda job: job["state"] in wanted), seconds)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The living processes of this installation whose command line begins with `title`."""
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) != str(self.home) or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def cut_the_power(self) -> None:
+        """Kill every process at once: the supervisor, Ray and all that runs on it, HAProxy, MLflow."""
+        supervisor = psutil.Process(json.loads((self.home / "run" / "state.json").read_text())["pid"])
+        while victims := [process for process in (supervisor, *self.processes("")) if process.is_running()]:
+            for victim in victims:
+                with suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            psutil.wait_procs(victims, timeout=5)
+
+    def kill(self, title: str, number: signal.Signals = signal.SIGKILL) -> list[int]:
+        """Send a signal to every process of that title; there must be one."""
+        victims = self.processes(title)
+        assert victims, f"no process '{title}' among {[p.cmdline()[:1] for p in self.processes('')]}"
+        for victim in victims:
+            victim.send_signal(number)
+        return [victim.pid for victim in victims]
+
+
+def eventually(look: Callable[[], Found | None], seconds: float = 30) -> Found:
+    """What `look` finds, as soon as it finds something."""
+    deadline = time.monotonic() + seconds
+    last_error: Exception | None = None
+    while time.monotonic() < deadline:
+        try:
+            if (found := look()) is not None:
+                return found
+        except (httpx.TransportError, AssertionError) as error:
+            last_error = error  # a part that was killed may be away for a moment
+        time.sleep(0.05)
+    raise AssertionError(f"not seen within {seconds} s") from last_error
+
+
+async def eventually_async(look: Callable[[], Any], seconds: float = 30) -> Any:
+    return await asyncio.to_thread(eventually, look, seconds)
+
+
+@contextmanager
+def running_platform(settings: dict[str, str] | None = None) -> Generator[Platform]:
+    """A platform that is up, and afterwards down without a trace."""
+    home = Path(tempfile.mkdtemp(prefix="forgearr-test-", dir="/tmp"))
+    platform = Platform(home, settings)
+    try:
+        platform.up()
+        yield platform
+    finally:
+        platform.cli("down", check=False)
+        platform.http.close()
+        leftovers = platform.processes("")
+        for process in leftovers:
+            process.kill()
+        shutil.rmtree(home, ignore_errors=True)
+        assert not leftovers, f"left running after down: {leftovers}"
+
+
+def _if(found: Found, condition: Callable[[Found], bool]) -> Found | None:
+    return found if condition(found) else None

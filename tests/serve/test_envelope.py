@@ -1,0 +1,260 @@
+"""Errors on the wire, the strictness about what comes in, and the id that every answer carries."""
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel, Field, TypeAdapter, field_validator
+
+from cluster.errors import Conflict, ForgearrError, NotFound, RateLimitExceeded, Unauthenticated, Unavailable
+from cluster.logs import request_id
+from serve import middleware
+from serve.envelope import (
+    ERROR_RESPONSES,
+    OPENAI_ERROR_RESPONSES,
+    ErrorEnvelope,
+    OpenAIErrorEnvelope,
+    OpenAIRateLimitEnvelope,
+    RateLimitEnvelope,
+    handle_errors,
+)
+from serve.metrics import RequestMetrics
+
+ERRORS: list[ForgearrError] = [
+    NotFound("There is no service 'plex'."),
+    Conflict(),
+    Unauthenticated(),
+    RateLimitExceeded(30),
+    Unavailable(),
+]
+
+
+class Item(BaseModel):
+    name: str
+    count: int = Field(default=1, le=10)
+    api_key: str | None = None
+    data: Any = None
+
+    @field_validator("api_key")
+    @classmethod
+    def refuse(cls, key: str | None) -> str | None:
+        if key == "bad":
+            raise ValueError(f"{key} is not a key")
+        return key
+
+
+def build_app() -> FastAPI:
+    app = FastAPI(responses=ERROR_RESPONSES)
+    openai = APIRouter(prefix="/v1", responses=OPENAI_ERROR_RESPONSES)
+
+    @app.get("/errors/{number}")
+    @openai.get("/errors/{number}")
+    async def fail(number: int) -> None:
+        raise ERRORS[number]
+
+    @app.post("/items")
+    @openai.post("/items")
+    async def create(item: Item) -> Item:
+        return item
+
+    @app.get("/items")
+    async def list_items() -> list[Item]:
+        return []
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("the password is hunter2")
+
+    @app.get("/id")
+    async def read_id() -> str | None:
+        return request_id.get()
+
+    app.include_router(openai)
+    handle_errors(app)
+    app.add_middleware(middleware.StrictInput)
+    app.add_middleware(middleware.RequestFrame, metrics=RequestMetrics())
+    return app
+
+
+@pytest.fixture
+async def client(home: object) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(build_app()), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+@pytest.mark.parametrize("number", range(len(ERRORS)))
+async def test_every_error_has_the_fields_of_all_dialects(client: httpx.AsyncClient, number: int) -> None:
+    error = ERRORS[number]
+    answer = await client.get(f"/errors/{number}")
+    envelope = RateLimitEnvelope if answer.status_code == 429 else ErrorEnvelope
+    body = envelope.model_validate(answer.json())
+    assert answer.status_code == error.status
+    assert (body.error, body.error_code, body.message, body.detail) == (
+        error.error,
+        error.code,
+        error.message,
+        error.message,
+    )
+    assert answer.json()["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize(
+    ("number", "type_"),
+    [
+        (0, "not_found_error"),
+        (1, "invalid_request_error"),
+        (2, "authentication_error"),
+        (3, "rate_limit_error"),
+        (4, "server_error"),
+    ],
+)
+async def test_under_v1_errors_look_like_openais(client: httpx.AsyncClient, number: int, type_: str) -> None:
+    answer = await client.get(f"/v1/errors/{number}")
+    envelope = OpenAIRateLimitEnvelope if answer.status_code == 429 else OpenAIErrorEnvelope
+    body = envelope.model_validate(answer.json())
+    assert (body.error.type, body.error.message, body.detail) == (
+        type_,
+        ERRORS[number].message,
+        ERRORS[number].message,
+    )
+
+
+async def test_headers_that_belong_to_a_status(client: httpx.AsyncClient) -> None:
+    limited = await client.get("/errors/3")
+    assert (limited.headers["retry-after"], limited.json()["retry_after"]) == ("30", 30)
+    assert (await client.get("/errors/2")).headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
+    assert (await client.put("/items")).headers["allow"] == "GET, POST"
+    assert (await client.put("/v1/items")).headers["allow"] == "POST"
+    assert "GET" in (await client.post("/openapi.json")).headers["allow"]
+
+
+async def test_a_field_that_is_not_valid_is_named(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/items", json={"count": 11})
+    body = ErrorEnvelope.model_validate(answer.json())
+    assert answer.status_code == 422
+    assert body.error_code == "VALIDATION_ERROR"
+    assert set(body.details) == {"name", "count"}
+    assert "count: Input should be less than or equal to 10" in body.message
+
+
+async def test_under_v1_the_first_wrong_field_is_the_param(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/items", json={"name": "a", "count": 11})
+    assert OpenAIErrorEnvelope.model_validate(answer.json()).error.param == "count"
+
+
+async def test_the_value_of_a_secret_field_is_never_repeated(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/items", json={"name": "a", "api_key": "bad"})
+    assert answer.status_code == 422
+    assert answer.json()["details"] == {"api_key": "is not valid"}
+    assert "bad" not in answer.text
+
+
+async def test_an_unexpected_error_is_logged_and_not_shown(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        answer = await client.get("/broken")
+    assert answer.status_code == 500
+    assert ErrorEnvelope.model_validate(answer.json()).error == "internal_error"
+    assert "hunter2" not in answer.text
+    assert "RuntimeError: the password is hunter2" in caplog.text
+    assert "GET /broken 500" in caplog.text
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("PUT", "/items", 405)])
+async def test_what_the_framework_refuses_looks_the_same(
+    client: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    answer = await client.request(method, path)
+    assert answer.status_code == status
+    ErrorEnvelope.model_validate(answer.json())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"name": ',
+        b"\xff\xfe{}",
+        b'{"name": "\xff"}',
+        b'{"name": "a\\u0000"}',
+        b'{"name": "a", "data": {"\\u0000": 1}}',
+        b'{"name": "a\x00"}',
+        b'{"name": "a\\ud800"}',
+        b'{"name": "a", "data": NaN}',
+        b'{"name": "a", "data": 1e999}',
+        b"[" * 100_000,
+    ],
+)
+async def test_a_body_that_nobody_can_keep_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
+    answer = await client.post("/items", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert ErrorEnvelope.model_validate(answer.json()).error == "invalid_request"
+
+
+@pytest.mark.parametrize("name", ["\\u0000", "emoji 🎬", "new\nline"])
+async def test_text_that_only_looks_dangerous_passes_unchanged(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.post("/items", json={"name": name})
+    assert (answer.status_code, answer.json()["name"]) == (200, name)
+
+
+async def test_nul_in_an_address_is_refused(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/id?name=%00")).status_code == 400
+    assert (await client.get("/errors/%00")).status_code == 400
+
+
+async def test_a_body_without_end_is_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", 1000)
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 100
+            yield b" " * 100
+
+    announced = await client.post("/items", content=b" " * 1001)
+    assert (announced.status_code, announced.json()["error_code"]) == (413, "BODY_TOO_LARGE")
+    streamed = await client.post("/items", content=endless())
+    assert streamed.status_code == 413
+    assert sent < 2000
+
+
+async def test_the_request_id_of_a_client_is_kept_and_known_inside(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/id", headers={"X-Request-ID": "trace-1.a:b_c"})
+    assert answer.headers["x-request-id"] == answer.json() == "trace-1.a:b_c"
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "<script>"])
+async def test_a_strange_request_id_is_replaced(client: httpx.AsyncClient, sent: str) -> None:
+    answer = await client.get("/nothing", headers={"X-Request-ID": sent})
+    assert len(answer.headers["x-request-id"]) == 32
+
+
+async def test_each_request_has_its_own_id(client: httpx.AsyncClient) -> None:
+    assert len({(await client.get("/id")).json() for _ in range(5)}) == 5
+
+
+async def test_openapi_declares_what_is_sent(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    for path, operations in document["paths"].items():
+        prefix = "OpenAI" if path.startswith("/v1/") else ""
+        for operation in operations.values():
+            for status, kind in (("422", "Error"), ("404", "Error"), ("429", "RateLimit"), ("500", "Error")):
+                name = f"{prefix}{kind}Envelope"
+                schema = operation["responses"][status]["content"]["application/json"]["schema"]
+                assert schema == {"$ref": f"#/components/schemas/{name}"}
+
+
+def test_an_envelope_with_odd_details_can_still_be_sent() -> None:
+    from serve.envelope import error_response
+
+    body = error_response(Conflict(details={"paths": {1}, "when": float("nan")}), "/api").body
+    TypeAdapter(ErrorEnvelope).validate_python(json.loads(bytes(body)))

@@ -1,0 +1,130 @@
+"""What Prometheus reads."""
+
+import logging
+from collections.abc import AsyncIterator, Iterable
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster import events
+from serve import metrics
+from serve.metrics import RequestMetrics
+from serve.middleware import RequestFrame
+
+
+def samples(text: str) -> dict[tuple[str, str, str], float]:
+    """The samples of a scrape, without the buckets, by name, path and status."""
+    return {
+        (sample.name, sample.labels.get("path", ""), sample.labels.get("status", "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "le" not in sample.labels
+    }
+
+
+@pytest.fixture
+def own() -> RequestMetrics:
+    return RequestMetrics()
+
+
+@pytest.fixture
+async def client(home: object, own: RequestMetrics) -> AsyncIterator[httpx.AsyncClient]:
+    app = FastAPI()
+    router = APIRouter(prefix="/items")
+
+    @router.get("/{item_id}")
+    async def show(item_id: int) -> int:
+        return item_id
+
+    app.include_router(router, prefix="/api")
+    app.add_middleware(RequestFrame, metrics=own)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+async def test_requests_are_counted_by_the_template_of_their_route(
+    client: httpx.AsyncClient, own: RequestMetrics
+) -> None:
+    for path in ("/api/items/1", "/api/items/2", "/api/items/x", "/made/up", "/made/up/too"):
+        await client.get(path)
+    found = samples((await own.render()).decode())
+    assert found["api_requests_total", "/api/items/{item_id}", "200"] == 2
+    assert found["api_requests_total", "/api/items/{item_id}", "422"] == 1
+    assert found["api_requests_total", "(none)", "404"] == 2
+    assert found["api_request_duration_seconds_count", "/api/items/{item_id}", "200"] == 2
+    assert found["api_request_duration_seconds_sum", "/api/items/{item_id}", "200"] > 0
+
+
+async def test_made_up_methods_make_one_series(client: httpx.AsyncClient, own: RequestMetrics) -> None:
+    for number in range(5):
+        await client.request(f"METHOD{number}", "/api/items/1")
+    text = (await own.render()).decode()
+    assert 'api_requests_total{method="other",path="/api/items/{item_id}",status="405"} 5.0' in text
+
+
+async def test_a_scrape_of_any_replica_counts_all_of_them(own: RequestMetrics, shared: events.Events) -> None:
+    dead, other = RequestMetrics(), RequestMetrics()
+    for replica, count in ((own, 1), (dead, 2), (other, 3)):
+        for _ in range(count):
+            replica.observe("GET", "/a", 200, 0.003)
+    other.observe("GET", "/b", 500, 3.0)
+    for replica in (dead, other):
+        await replica.share()
+
+    text = (await own.render()).decode()
+    found = samples(text)
+    assert found["api_requests_total", "/a", "200"] == 6
+    assert found["api_requests_total", "/b", "500"] == 1
+    assert 'api_request_duration_seconds_bucket{le="0.0025",method="GET",path="/a",status="200"} 0.0' in text
+    assert 'api_request_duration_seconds_bucket{le="0.005",method="GET",path="/a",status="200"} 6.0' in text
+
+
+async def test_a_replica_does_not_count_its_own_past_twice(own: RequestMetrics, shared: events.Events) -> None:
+    own.observe("GET", "/a", 200, 0.001)
+    await own.share()
+    own.observe("GET", "/a", 200, 0.001)
+    assert samples((await own.render()).decode())["api_requests_total", "/a", "200"] == 2
+
+
+async def test_counts_that_could_not_be_shared_are_shared_later(
+    own: RequestMetrics, request: pytest.FixtureRequest
+) -> None:
+    own.observe("GET", "/a", 200, 0.001)
+    await own.share()  # without Ray there is nobody to share them with
+    shared: events.Events = request.getfixturevalue("shared")
+    await own.share()
+    assert (await shared.shared_counts())[own.replica] == own.snapshot()
+
+
+async def test_other_modules_add_their_metrics(own: RequestMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def queue_depth() -> Iterable[Metric]:
+        return [GaugeMetricFamily("jobs_queued", "Jobs that wait.", value=7)]
+
+    monkeypatch.setattr(metrics, "collectors", [queue_depth])
+    assert samples((await own.render()).decode())["jobs_queued", "", ""] == 7
+
+
+async def test_one_that_fails_does_not_hide_the_others(
+    own: RequestMetrics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken() -> Iterable[Metric]:
+        raise OSError("the database is away")
+
+    monkeypatch.setattr(metrics, "collectors", [broken])
+    own.observe("GET", "/a", 200, 0.001)
+    with caplog.at_level(logging.ERROR):
+        text = (await own.render()).decode()
+    assert samples(text)["api_requests_total", "/a", "200"] == 1
+    assert "the database is away" in caplog.text
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> events.Events:
+    """The events actor, in this process."""
+    actor = events.Events()
+    monkeypatch.setattr(events, "share_counts", actor.share_counts)
+    monkeypatch.setattr(events, "shared_counts", actor.shared_counts)
+    return actor
