@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -42,7 +43,16 @@ class ServeSettings(Section):
     allowed_origins: list[str] = Field(
         description="Origins, besides its own, whose web pages may use this server (https://chat.example)."
     )
+    trusted_proxies: list[str] = Field(
+        description="Addresses or networks of reverse proxies in front of this server, whose X-Forwarded-For and "
+        "X-Forwarded-Proto are believed. Everybody else's are ignored."
+    )
     environment: str = Field(description="A word of yours for this installation; /health repeats it.")
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def refuse_names(cls, proxies: list[str]) -> list[str]:
+        return [str(ip_network(proxy)) for proxy in proxies]
 
     @property
     def is_loopback(self) -> bool:
@@ -125,9 +135,9 @@ class JobSettings(Section):
         ge=0.1, le=3600, description="How long a job may take to obey a cancel or its time limit."
     )
     max_losses: int = Field(
-        ge=1,
+        ge=2,
         le=1000,
-        description="How many times a job may lose its worker before it fails as the likely cause.",
+        description="How many times a job may lose its worker before it fails; the last time it had one of its own.",
     )
     retry_seconds: float = Field(ge=0, le=3600, description="Wait before the first retry; it doubles each time.")
     retry_cap_seconds: float = Field(ge=0, le=86400, description="Longest wait before a retry.")

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.registry import Resources
+from jobs.leases import ALONE
+from jobs.registry import LIGHT, Resources
 from jobs.tables import Job
 
 HEAVY_AT_ONCE = 64
 """How many heavy jobs one look at the queue may start."""
+ALONE_AT_ONCE = 4
+"""How many light jobs may have a worker of their own, for having lost those that they shared."""
 
 
 @dataclass
@@ -101,6 +104,8 @@ class Room:
         return name
 
     def shortage(self, demand: str) -> str:
+        if demand == ALONE:
+            return ALONE
         if not demand:
             return f"one of the {self._slots * self.pool_size()} slots for light jobs to be free"
         totals = _plus(*(resources for resources, _ in self._nodes))
@@ -114,6 +119,8 @@ class Room:
         suitable = [
             total for total, labels in self._nodes if wanted.labels.items() <= labels.items() and _covers(total, needs)
         ]
+        if wanted == LIGHT and sum(place.resources == LIGHT for place in self._places.values()) >= ALONE_AT_ONCE:
+            return False
         totals = _plus(*(resources for resources, _ in self._nodes))
         ours = _plus(*(needed(place.resources) for place in self._places.values() if place.resources))
         left = {name: total - ours.get(name, 0) for name, total in totals.items()}

@@ -150,7 +150,7 @@ class Dispatcher:
             if worker in alive and await self._adopt(worker, held.get(worker, [])):
                 continue
             async with self._database.transaction() as session:
-                await leases.release_lost(session, worker=worker)
+                await leases.release_lost(session, worker=worker, suspect=False)
         self._fill_pool()
 
     async def _adopt(self, worker: str, held: list[Job]) -> bool:

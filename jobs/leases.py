@@ -24,6 +24,9 @@ from jobs.retries import Failure
 from jobs.states import FINISHED, Control, State
 from jobs.tables import Job, JobDependency, Leadership
 
+ALONE = "a worker of its own"
+"""The demand of a light job that may have killed the workers that it shared with others."""
+
 
 class LeadershipLost(ForgearrError):
     """Another dispatcher has taken over this database."""
@@ -188,7 +191,7 @@ async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
 
 
 def succeeded(result: object) -> dict[str, Any]:
-    return _ending(State.SUCCEEDED) | {"result": result, "error": None, "progress": 100.0}
+    return _ending(State.SUCCEEDED) | {"result": result, "error": None, "progress": 100.0, "phase": None}
 
 
 def cancelled() -> dict[str, Any]:
@@ -211,13 +214,19 @@ def failed(failure: Failure, attempt: int, max_attempts: int) -> dict[str, Any]:
     return _unheld(State.QUEUED) | {"error": failure.as_error(), "attempt": attempt + 1, "run_after": later}
 
 
-async def release_lost(session: AsyncSession, *, worker: str | None = None) -> list[tuple[str, str]]:
-    """Take back the jobs of a dead worker, or all whose lease has run out; returns each with the worker that had it."""
+async def release_lost(
+    session: AsyncSession, *, worker: str | None = None, suspect: bool = True
+) -> list[tuple[str, str]]:
+    """Take back the jobs of a dead worker, or all whose lease has run out; returns each with the worker that had it.
+
+    A worker that dies may have been killed by one of its jobs. The suspects go on with one loss more, the last time on
+    a worker of their own, so that only the one that dies alone fails. After a power cut there is nothing to suspect.
+    """
     lost = Job.worker == worker if worker else Job.lease_expires_at < now()
     rows = await session.scalars(select(Job).where(Job.state == State.RUNNING, lost).with_for_update())
     released = [(job, job.worker or "") for job in rows.all()]
     for job, _ in released:
-        await _release(session, job)
+        await _release(session, job, suspect)
     if released:
         queue.wake_dispatcher_after(session)
     return [(job.id, name) for job, name in released]
@@ -341,13 +350,15 @@ def _by_columns(writes: Iterable[Write]) -> Mapping[frozenset[str], list[dict[st
     return groups
 
 
-async def _release(session: AsyncSession, job: Job) -> None:
+async def _release(session: AsyncSession, job: Job, suspect: bool) -> None:
     """What becomes of a job whose worker was lost: what it was asked meanwhile, or another worker."""
-    job.losses += 1
+    job.losses += suspect
+    if job.losses >= get_settings().jobs.max_losses - 1 and not job.demand:
+        job.demand = ALONE
     if job.control == Control.CANCEL:
         values, entry = cancelled(), Entry(job.id, "cancelled")
     elif job.losses >= get_settings().jobs.max_losses:
-        message = f"Its worker was lost {job.losses} times while it ran; it is likely to be the cause."
+        message = f"Its worker was lost {job.losses} times, the last time with no other job on it."
         error = {"code": "worker_lost", "message": message}
         values, entry = _ending(State.FAILED) | {"error": error}, Entry(job.id, "failed", {"error": error})
     elif job.control == Control.PAUSE:

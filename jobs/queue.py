@@ -183,6 +183,7 @@ async def retry(session: AsyncSession, job: Job) -> None:
     )
     job.state, job.unfinished_dependencies = State.QUEUED, unfinished or 0
     job.attempt = job.losses = 0
+    job.demand = Resources.model_validate(job.resources).demand
     job.error = job.finished_at = job.control = job.phase = None
     job.run_after = now()
     await journal.record(session, [Entry(job.id, "queued", {"retried": True})])

@@ -18,6 +18,7 @@ from prometheus_client.samples import Sample
 
 from cluster import events
 from cluster.errors import Unavailable
+from serve.job_metrics import job_families
 
 SHARE_SECONDS = 5.0
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -26,8 +27,8 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 logger = logging.getLogger(__name__)
 
-collectors: list[Callable[[], Awaitable[Iterable[Metric]]]] = []
-"""Functions that read further metrics at every scrape; the modules that own the numbers add theirs."""
+collectors: list[Callable[[], Awaitable[Iterable[Metric]]]] = [job_families]
+"""Functions that read further metrics at every scrape."""
 
 
 class RequestMetrics:

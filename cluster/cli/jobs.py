@@ -10,7 +10,7 @@ import typer
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster.cli.client import call, follow
 from cluster.errors import InvalidRequest
@@ -74,7 +74,17 @@ def list_jobs(
     if as_json:
         console.print_json(data=page)
         return
-    table = Table("Job", "Kind", "State", "Progress", "Attempt", "By", "Created", box=None, pad_edge=False)
+    table = Table(
+        Column("Job", no_wrap=True),
+        "Kind",
+        "State",
+        "Progress",
+        "Attempt",
+        "By",
+        Column("Created", no_wrap=True),
+        box=None,
+        pad_edge=False,
+    )
     for job in page["items"]:
         note = job["waiting_for"] and f"waits for {job['waiting_for']}"
         note = note or (job["error"] and job["error"]["message"]) or job["phase"] or ""

@@ -295,6 +295,8 @@ async def _stream(request: Request, job_id: str, after: int, only: str | None) -
             if state is None or state in FINISHED:
                 return
             if await subscription.get(FOLLOW_SECONDS) is None:
+                if subscription.dropped:
+                    return  # it reads too slowly to follow; it may come back with its Last-Event-ID
                 yield ": still here\n\n"
 
 

@@ -1,0 +1,114 @@
+"""Kinds of job that behave badly, or in ways that the built-in ones do not. Loaded through `jobs.modules`."""
+
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from jobs.context import Context
+from jobs.registry import Resources, job
+
+
+class Empty(BaseModel):
+    pass
+
+
+class Seconds(BaseModel):
+    seconds: float = 60
+
+
+class Family(BaseModel):
+    children: int = 3
+    fail: bool = False
+
+
+@job("deaf", spec=Seconds, max_attempts=1)
+def deaf(context: Context, spec: Seconds) -> str:
+    """Hears nothing of what is asked of it."""
+    deadline = time.monotonic() + spec.seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+    return "finished all the same"
+
+
+@job("hurried", spec=Seconds, max_attempts=1, time_limit=1)
+def hurried(context: Context, spec: Seconds) -> None:
+    """Takes longer than it may."""
+    while True:
+        context.sleep(0.1)
+        context.report(phase="still at it")
+
+
+@job("silent", spec=Seconds, max_attempts=1, stall_limit=1)
+def silent(context: Context, spec: Seconds) -> None:
+    """Says nothing for longer than it may."""
+    context.sleep(spec.seconds)
+
+
+@job("family", spec=Family)
+def family(context: Context, spec: Family) -> list[Any]:
+    """Has children, and collects what they return."""
+    children = [
+        context.child(f"child {number}", "probe", {"payload": number, "steps": 2, "seconds": 0.2})
+        for number in range(spec.children)
+    ]
+    if spec.fail:
+        children.append(context.child("black sheep", "broken", {}))
+    context.report(phase="collecting")
+    return [result["payload"] for result in context.join(*children)]
+
+
+@job("broken", spec=Empty)
+def broken(context: Context, spec: Empty) -> None:
+    """Has a bug."""
+    raise KeyError("nowhere")
+
+
+@job("deadly", spec=Empty)
+def deadly(context: Context, spec: Empty) -> None:
+    """Takes its worker with it."""
+    os._exit(1)
+
+
+@job("unstorable", spec=Empty)
+def unstorable(context: Context, spec: Empty) -> object:
+    """Returns what is no JSON."""
+    return object()
+
+
+@job("odd", spec=Empty)
+def odd(context: Context, spec: Empty) -> dict[str, Any]:
+    """Reports and returns what databases dislike."""
+    context.report(phase="nul \0 here", loss=float("nan"))
+    return {"nul": "a\0b", "nan": float("nan"), "infinity": float("inf")}
+
+
+@job("talkative", spec=Empty)
+def talkative(context: Context, spec: Empty) -> None:
+    """Logs in every way there is."""
+    context.log("through the context")
+    logging.getLogger("some.library").warning("through %s", "logging")
+
+
+@job("measured", spec=Seconds, tracked=True)
+def measured(context: Context, spec: Seconds) -> dict[str, str]:
+    """Is a run in MLflow, with metrics and an artifact."""
+    for step in range(5):
+        context.report(progress=20 * (step + 1), step=step, loss=1 / (step + 1))
+        context.sleep(spec.seconds / 5)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.md"
+        report.write_text("# Measured\n")
+        context.artifact(report)
+    return {"verdict": "fine"}
+
+
+@job("heavy", spec=Seconds, resources=Resources(cpus=1, memory_mb=64))
+def heavy(context: Context, spec: Seconds) -> int:
+    """Has a process of its own."""
+    context.sleep(spec.seconds)
+    return os.getpid()
