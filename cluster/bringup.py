@@ -12,12 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from cluster import logs
+from cluster import logs, processes
 from cluster.actors import NAMESPACE
 from cluster.errors import ForgearrError, SettingsError, Unavailable
-from cluster.settings import Settings, get_settings
+from cluster.settings import ENVIRONMENT_PREFIX, Settings, get_settings
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +51,25 @@ def take_down(settings: Settings, report: Report) -> None:
     """Leave a cluster that others use too as it was before `bring_up`."""
     import ray
     from ray import serve as ray_serve
-    from ray.util import list_named_actors
 
     _connect(settings, report)
     ray_serve.delete(APPLICATION_NAME)
-    named: list[Any] = list_named_actors(all_namespaces=True)
-    for actor in named:
-        if actor["namespace"] == NAMESPACE:
-            ray.kill(ray.get_actor(actor["name"], namespace=NAMESPACE))
+    if not ray_serve.status().applications:
+        ray_serve.shutdown()  # nobody else serves on this cluster
+    # The dispatcher goes first, because it replaces workers; what it was just replacing turns up in the next round.
+    while names := sorted(_named_actors(), key=lambda name: name not in ACTORS):
+        for name in names:
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        time.sleep(0.2)
     report("actors", "stopped")
+
+
+def _named_actors() -> list[str]:
+    from ray.util import list_named_actors
+
+    actors: list[Any] = list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
 
 
 async def _prepare_database(settings: Settings, report: Report) -> None:
@@ -88,13 +99,27 @@ def _connect(settings: Settings, report: Report) -> None:
     deadline = time.monotonic() + RAY_SECONDS
     while not ray.is_initialized():
         try:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                runtime_env=_runtime_environment(settings),
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise Unavailable(f"No Ray cluster answers at {address}.") from error
             time.sleep(0.2)
     resources = ray.cluster_resources()
     report("ray", f"{address}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
+
+
+def _runtime_environment(settings: Settings) -> dict[str, Any] | None:
+    """A cluster of others does not have our environment yet; the one that we started does."""
+    if settings.ray.address is None:
+        return None
+    ours = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    return {"env_vars": {name: value for name, value in ours.items() if name != processes.MARK}}
 
 
 def _start_actors(classes: dict[str, Any], report: Report) -> None:

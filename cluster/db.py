@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 
 from sqlalchemy import JSON, CursorResult, DateTime, Delete, Dialect, MetaData, TypeDecorator, event, func, select
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
@@ -68,6 +70,8 @@ class Database:
         async with AsyncSession(self.engine, expire_on_commit=False) as session:
             async with session.begin():
                 yield session
+                for prepare in session.info.pop("before_commit", []):
+                    await prepare()
             for action in session.info.pop("after_commit", []):
                 action()
 
@@ -80,6 +84,11 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
+
+
+def before_commit(session: AsyncSession, prepare: Callable[[], Awaitable[None]]) -> None:
+    """Do this last in the transaction, when it holds all its other locks."""
+    session.info.setdefault("before_commit", []).append(prepare)
 
 
 def after_commit(session: AsyncSession, action: Callable[[], None]) -> None:
@@ -97,6 +106,14 @@ async def one_at_a_time(session: AsyncSession, name: str) -> None:
     """Wait until no other transaction that has passed this name is open. On SQLite every writer is alone anyway."""
     if session.get_bind().dialect.name == "postgresql":
         await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
+
+
+def is_passing(error: SQLAlchemyError) -> bool:
+    """Whether the same statement may succeed later: the database is away, busy, or has broken a deadlock."""
+    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        return True
+    state = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
+    return state[:2] in {"08", "40", "53", "55", "57"}
 
 
 @cache

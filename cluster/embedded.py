@@ -112,15 +112,18 @@ def _forget_old_sessions(folder: Path) -> None:
 def _serve_environment(settings: Settings) -> dict[str, str]:
     """Serve behind HAProxy, where that exists (Linux); elsewhere Serve's own proxy answers."""
     binary = haproxy.bundled_binary()
+    proxies = settings.serve.trusted_proxies
     if binary is None:
-        return {}
+        return {"FORWARDED_ALLOW_IPS": ",".join(proxies)}
     folder = private_folder(home())
     stats, metrics, fallback, fallback_grpc = processes.free_ports(4, besides=_named_ports(settings))
     first_replica = _first_replica_port()
     return {
+        # Whose X-Forwarded-For uvicorn believes: HAProxy's, which is made from nothing but what these proxies tell it.
+        "FORWARDED_ALLOW_IPS": ",".join(["127.0.0.1", *proxies]),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(folder, binary, settings.serve.host)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(folder, binary, settings.serve.host, proxies)),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # A line of metrics per request that a Python process parses; the gateway's own /metrics tells the same.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",

@@ -1,18 +1,22 @@
-"""HAProxy with every port where it belongs.
+"""HAProxy with every port where it belongs, and with the true address of every caller.
 
-Ray Serve writes HAProxy's configuration with its statistics and metrics on every interface. This stands in for the
-HAProxy binary: it puts those two on loopback, the gateway on the address that `serve.host` names, and then becomes
-the real one, so that pids, signals and reloads (-sf, -x) are as Serve expects them.
+Ray Serve writes HAProxy's configuration with its statistics and metrics on every interface, and lets callers say by
+themselves where they come from. This stands in for the HAProxy binary: it puts those two on loopback, the gateway on
+the address that `serve.host` names, has HAProxy tell the gateway who calls, and then becomes the real one, so that
+pids, signals and reloads (-sf, -x) are as Serve expects them.
 """
 
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 LAUNCHER = """#!/bin/sh
-exec '{python}' -m cluster.haproxy '{binary}' '{host}' "$@"
+exec '{python}' -m cluster.haproxy '{binary}' '{host}' '{proxies}' "$@"
 """
+GATEWAY = "frontend http_frontend"
+FORWARDED_HEADERS = ("X-Forwarded-For", "X-Forwarded-Proto")
 
 
 def bundled_binary() -> Path | None:
@@ -25,10 +29,11 @@ def bundled_binary() -> Path | None:
     return binary if os.access(binary, os.X_OK) else None
 
 
-def write_launcher(folder: Path, binary: Path, host: str) -> Path:
+def write_launcher(folder: Path, binary: Path, host: str, proxies: Sequence[str] = ()) -> Path:
     """The executable that Ray Serve is told to start instead of `binary`."""
     launcher = folder / "haproxy"
-    launcher.write_text(LAUNCHER.format(python=sys.executable, binary=binary, host=host))
+    text = LAUNCHER.format(python=sys.executable, binary=binary, host=host, proxies=" ".join(proxies))
+    launcher.write_text(text)
     launcher.chmod(0o700)
     return launcher
 
@@ -40,16 +45,24 @@ def rebind(configuration: str, host: str) -> str:
     for line in configuration.splitlines(keepends=True):
         if line.strip() and not line[0].isspace():
             section = line.strip()
-        address = host if section == "frontend http_frontend" else "127.0.0.1"
+        address = host if section == GATEWAY else "127.0.0.1"
         lines.append(re.sub(r"^(\s+bind )\S*:(\d+)", rf"\g<1>{address}:\2", line))
     return "".join(lines)
 
 
+def name_callers(configuration: str, proxies: Sequence[str]) -> str:
+    """Serve's configuration with an X-Forwarded-For that callers, except for these proxies, cannot choose."""
+    exception = f" unless {{ src {' '.join(proxies)} }}" if proxies else ""
+    rules = [f"http-request del-header {header}{exception}" for header in FORWARDED_HEADERS]
+    added = "".join(f"    {line}\n" for line in (*rules, "option forwardfor"))
+    return configuration.replace(f"{GATEWAY}\n", f"{GATEWAY}\n{added}")
+
+
 def main() -> None:
-    binary, host, *arguments = sys.argv[1:]
+    binary, host, proxies, *arguments = sys.argv[1:]
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(rebind(path.read_text(), host))
+        path.write_text(name_callers(rebind(path.read_text(), host), proxies.split()))
     os.execv(binary, [binary, *arguments])  # noqa: S606
 
 

@@ -66,6 +66,7 @@ async def run(say: Say) -> None:
         logs.configure("supervisor")
         if ended := processes.end_leftovers():
             say("recovered", f"ended {ended} processes that an earlier run left behind")
+        _require_free_ports(settings)
         try:
             await _run_until_signal(settings, say)
         finally:
@@ -74,13 +75,15 @@ async def run(say: Say) -> None:
 
 async def stop(say: Say) -> None:
     """Stop what runs, or what a supervisor that was killed left behind, and see that nothing of it is left."""
-    run = running.current()
+    run = running.last()
     if run and (supervisor := run.supervisor):
         supervisor.terminate()
         if not await _is_gone(supervisor):
             say("supervisor", f"process {run.pid} does not obey; ending it by force")
             supervisor.kill()
             await _is_gone(supervisor)
+    elif run and get_settings().ray.address:
+        await _run_bringup("down", processes.marked_environment(), say)
     with running.only_one():
         if ended := processes.end_leftovers():
             say("recovered", f"ended {ended} processes that were left behind")
@@ -92,8 +95,9 @@ async def stop(say: Say) -> None:
 
 def addresses(settings: Settings) -> dict[str, tuple[str, int]]:
     """Where this installation is going to listen, by the setting that says so."""
-    addresses = {"serve.port": (settings.serve.host, settings.serve.port)}
+    addresses: dict[str, tuple[str, int]] = {}
     if settings.ray.address is None:
+        addresses["serve.port"] = (settings.serve.host, settings.serve.port)
         addresses["ray.port"] = ("127.0.0.1", settings.ray.port)
         addresses["ray.dashboard_port"] = ("127.0.0.1", settings.ray.dashboard_port)
     if _has_own_mlflow(settings):
@@ -127,7 +131,6 @@ async def _run_until_signal(settings: Settings, say: Say) -> None:
 
 
 async def _start_and_watch(settings: Settings, say: Say) -> None:
-    _require_free_ports(settings)
     run = _new_run(settings)
     running.note(run)
     log.info("starting version %s", run.version)

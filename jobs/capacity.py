@@ -61,6 +61,11 @@ class Room:
         if place := self._places.get(worker):
             place.retired = True
 
+    def resources_of(self, worker: str) -> Resources | None:
+        """What a heavy worker was made for; None for one of the pool, or one that is gone."""
+        place = self._places.get(worker)
+        return place.resources if place else None
+
     def is_done(self, worker: str) -> bool:
         """Whether the worker's process has nothing more to do here: a heavy one or a retired one without jobs."""
         place = self._places.get(worker)

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from sqlalchemy.exc import SQLAlchemyError
 
 from cluster import logs
 from cluster.actors import NAMESPACE
@@ -71,6 +70,7 @@ class Dispatcher:
         log.warning("worker %s is retired: a job on it does not stop", worker)
         self._room.retire(worker)
         self._dismiss_if_done(worker)
+        self._fill_pool()
         self._wake.set()
 
     async def status(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Dispatcher:
                     tasks.create_task(Tracker(self._database).follow_forever())
             except* LeadershipLost:
                 log.warning("another dispatcher has taken over")
-            except* (SQLAlchemyError, OSError):
+            except* Exception:
                 log.exception("dispatching was interrupted; beginning again")
             self._token = ""
             await asyncio.sleep(1)
@@ -111,7 +111,7 @@ class Dispatcher:
                 claims = await leases.claim(session, self._token, self._room)
                 due, heavy = await leases.outlook(session)
             for worker, batch in _by_worker(claims).items():
-                self._start(worker, batch)
+                await self._start(worker, batch)
             if heavy:
                 self._room.see_cluster(*await asyncio.to_thread(_cluster))
             if claims or (heavy and not heavy_known):
@@ -177,11 +177,14 @@ class Dispatcher:
             self._room.add(name, None)
             self._wake.set()
 
-    def _start(self, worker: str, claims: list[Claim]) -> None:
-        if worker not in self._handles:
-            resources = Resources.model_validate(claims[0].resources)
+    async def _start(self, worker: str, claims: list[Claim]) -> None:
+        if (resources := self._room.resources_of(worker)) and worker not in self._handles:
             self._create(worker, slots=1, options=actor_options(resources))
-        self._handles[worker].run.remote(claims)
+        if worker in self._handles:
+            self._handles[worker].run.remote(claims)
+        else:  # it died after it had been chosen
+            async with self._database.transaction() as session:
+                await leases.release_lost(session, worker=worker, suspect=False)
 
     def _create(self, name: str, *, slots: int, options: dict[str, Any]) -> None:
         """Detached, so that the workers and their jobs outlive this process."""
@@ -199,7 +202,7 @@ class Dispatcher:
     async def _watch(self, worker: str, handle: Any) -> None:
         """Learn at once of a worker's death, instead of waiting for its leases to run out."""
         with contextlib.suppress(ray.exceptions.RayActorError):
-            await handle.until_closed.remote()
+            await handle.until_death.remote()
         self._handles.pop(worker, None)
         self._room.remove(worker)
         async with self._database.transaction() as session:

@@ -1,6 +1,6 @@
 """What happens to jobs, written down in the transaction that makes it happen and told to listeners after it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -9,7 +9,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
-from cluster.db import after_commit, now, one_at_a_time
+from cluster.db import after_commit, before_commit, now, one_at_a_time
 from jobs.tables import JobEvent
 
 
@@ -23,18 +23,12 @@ class Entry:
     created_at: datetime = field(default_factory=now)
 
 
-async def record(session: AsyncSession, entries: Sequence[Entry]) -> None:
-    """Write entries down; once they are committed, whoever is in the rooms `jobs` and `job:ID` hears of them."""
-    if not entries:
-        return
-    # Readers go on from the last id they saw, so ids must become visible in their order.
-    await one_at_a_time(session, "journal")
-    rows = [
-        {"job_id": entry.job_id, "type": entry.type, "data": entry.data, "created_at": entry.created_at}
-        for entry in entries
-    ]
-    await session.execute(insert(JobEvent), rows)
-    after_commit(session, lambda: events.publish(_messages(entries)))
+def record(session: AsyncSession, entries: Iterable[Entry]) -> None:
+    """Write entries down at the end of this transaction; once it is committed, the rooms `jobs` and `job:ID` hear."""
+    if "journal" not in session.info:
+        session.info["journal"] = []
+        before_commit(session, lambda: _write(session))
+    session.info["journal"] += entries
 
 
 async def read(
@@ -45,6 +39,21 @@ async def read(
     if only:
         query = query.where(JobEvent.type == only)
     return list(await session.scalars(query.order_by(JobEvent.id).limit(limit)))
+
+
+async def _write(session: AsyncSession) -> None:
+    entries: list[Entry] = session.info.pop("journal")
+    if not entries:
+        return
+    await session.flush()
+    # Readers go on from the last id they saw, so ids must become visible in their order.
+    await one_at_a_time(session, "journal")
+    rows = [
+        {"job_id": entry.job_id, "type": entry.type, "data": entry.data, "created_at": entry.created_at}
+        for entry in entries
+    ]
+    await session.execute(insert(JobEvent), rows)
+    after_commit(session, lambda: events.publish(_messages(entries)))
 
 
 def _messages(entries: Iterable[Entry]) -> list[events.Message]:

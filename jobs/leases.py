@@ -159,15 +159,12 @@ async def held_by_workers(session: AsyncSession) -> dict[str, list[Job]]:
 
 async def renew(session: AsyncSession, worker: str) -> dict[str, tuple[str, str | None]]:
     """A worker's heartbeat. Returns its jobs, with the token under which it holds each and what is asked of it."""
-    mine = (Job.worker == worker, Job.state == State.RUNNING)
-    await session.execute(
-        update(Job)
-        .where(*mine)
-        .values(lease_expires_at=_expiry(), updated_at=Job.updated_at)
-        .execution_options(synchronize_session=False)
-    )
-    rows = await session.execute(select(Job.id, Job.lease_token, Job.control).where(*mine))
-    return {job_id: (token or "", control) for job_id, token, control in rows.all()}
+    mine = select(Job.id, Job.lease_token, Job.control).where(Job.worker == worker, Job.state == State.RUNNING)
+    rows = (await session.execute(mine.order_by(Job.id).with_for_update(key_share=True))).all()
+    extended = update(Job).where(Job.id.in_([row.id for row in rows])).values(lease_expires_at=_expiry())
+    # A heartbeat is no news of the job.
+    await session.execute(extended.values(updated_at=Job.updated_at).execution_options(synchronize_session=False))
+    return {row.id: (row.lease_token, row.control) for row in rows}
 
 
 async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
@@ -175,7 +172,8 @@ async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
     held = await session.execute(
         select(Job.id, Job.lease_token)
         .where(Job.id.in_([one.job_id for one in writes]), Job.state == State.RUNNING)
-        .with_for_update()
+        .order_by(Job.id)  # everybody who locks several jobs locks them in this order
+        .with_for_update(key_share=True)
     )
     tokens = {row.id: row.lease_token for row in held.all()}
     valid = [one for one in writes if tokens.get(one.job_id) == one.token]
@@ -183,7 +181,7 @@ async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
     for columns, rows in _by_columns(valid).items():
         if columns:
             await session.execute(update(Job), [row | {"updated_at": moment} for row in rows])
-    await journal.record(session, [entry for one in valid for entry in one.entries])
+    journal.record(session, [entry for one in valid for entry in one.entries])
     ended = {one.job_id: State(one.values["state"]) for one in valid if one.values.get("state") in FINISHED}
     if ended:
         await queue.release_dependents(session, ended)
@@ -223,7 +221,9 @@ async def release_lost(
     a worker of their own, so that only the one that dies alone fails. After a power cut there is nothing to suspect.
     """
     lost = Job.worker == worker if worker else Job.lease_expires_at < now()
-    rows = await session.scalars(select(Job).where(Job.state == State.RUNNING, lost).with_for_update())
+    rows = await session.scalars(
+        select(Job).where(Job.state == State.RUNNING, lost).order_by(Job.id).with_for_update(key_share=True)
+    )
     released = [(job, job.worker or "") for job in rows.all()]
     for job, _ in released:
         await _release(session, job, suspect)
@@ -234,7 +234,7 @@ async def release_lost(
 
 async def park(session: AsyncSession, job_id: str, token: str, children: Iterable[str]) -> bool:
     """Put a running job back into the queue until its children have finished."""
-    job = await session.scalar(select(Job).where(Job.id == job_id).with_for_update())
+    job = await session.scalar(select(Job).where(Job.id == job_id).with_for_update(key_share=True))
     if job is None or job.lease_token != token or job.state != State.RUNNING:
         return False
     unfinished = 0
@@ -245,7 +245,7 @@ async def park(session: AsyncSession, job_id: str, token: str, children: Iterabl
         setattr(job, column, value)
     job.unfinished_dependencies = unfinished
     await session.flush()
-    await journal.record(session, [Entry(job_id, "queued", {"parked": True})])
+    journal.record(session, [Entry(job_id, "queued", {"parked": True})])
     queue.wake_dispatcher_after(session)
     return True
 
@@ -294,7 +294,7 @@ async def _runnable(
         .where(Job.demand.not_in(full_demands), Job.kind.not_in(full_kinds), Job.id.not_in(taken))
         .order_by(Job.priority.desc(), Job.created_at)
         .limit(limit)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True, key_share=True)
     )
     return (await session.scalars(query)).all()
 
@@ -321,7 +321,7 @@ async def _lease(session: AsyncSession, chosen: Sequence[tuple[Job, str]]) -> li
     ]
     await session.execute(update(Job), rows)
     entries = [Entry(one.job_id, "running", {"attempt": one.attempt, "worker": one.worker}, moment) for one in claims]
-    await journal.record(session, entries)
+    journal.record(session, entries)
     return claims
 
 
@@ -368,6 +368,6 @@ async def _release(session: AsyncSession, job: Job, suspect: bool) -> None:
     for column, value in values.items():
         setattr(job, column, value)
     await session.flush()
-    await journal.record(session, [entry])
+    journal.record(session, [entry])
     if job.state in FINISHED:
         await queue.release_dependents(session, {job.id: State(job.state)})

@@ -112,15 +112,14 @@ async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], ow
     return await _insert(session, [(request, find_kind(request.kind)) for request in requests], owner)
 
 
-async def enqueue_child(session: AsyncSession, parent_id: str, name: str, kind: str, spec: dict[str, Any]) -> Job:
+async def enqueue_child(session: AsyncSession, parent: Job, name: str, kind: str, spec: dict[str, Any]) -> Job:
     """The child of this name: found when the parent asks again, after a crash or a park, else queued now."""
-    parent = await session.get_one(Job, parent_id)
-    known = await session.scalar(select(Job).where(Job.parent_id == parent_id, Job.child_name == name))
+    known = await session.scalar(select(Job).where(Job.parent_id == parent.id, Job.child_name == name))
     if known is not None:
         return known
     request = JobRequest(kind=kind, spec=spec, priority=parent.priority)
     child = await enqueue(session, request, Owner(id=parent.owner_id, name=parent.created_by))
-    child.parent_id, child.child_name = parent_id, name
+    child.parent_id, child.child_name = parent.id, name
     await session.flush()
     return child
 
@@ -128,7 +127,7 @@ async def enqueue_child(session: AsyncSession, parent_id: str, name: str, kind: 
 async def get(session: AsyncSession, job_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Job:
     """The job, if this owner may see it: anybody else is told that it does not exist."""
     query = select(Job).where(Job.id == job_id)
-    job = await session.scalar(query.with_for_update() if lock else query)
+    job = await session.scalar(query.with_for_update(key_share=True) if lock else query)
     if job is None or not (owner.is_admin or job.owner_id == owner.id):
         raise JobNotFound(f"There is no job '{job_id}'.")
     return job
@@ -154,7 +153,7 @@ async def pause(session: AsyncSession, job: Job) -> None:
         await _ask(session, job, Control.PAUSE)
     elif job.state == State.QUEUED:
         job.state = State.PAUSED
-        await journal.record(session, [Entry(job.id, "paused")])
+        journal.record(session, [Entry(job.id, "paused")])
     elif job.state != State.PAUSED:
         raise JobStateConflict(f"{job.id} has already {_ended(job)}.")
 
@@ -165,7 +164,7 @@ async def resume(session: AsyncSession, job: Job) -> None:
         await _ask(session, job, None)
     elif job.state == State.PAUSED:
         job.state = State.QUEUED
-        await journal.record(session, [Entry(job.id, "queued", {"resumed": True})])
+        journal.record(session, [Entry(job.id, "queued", {"resumed": True})])
         wake_dispatcher_after(session)
     else:
         raise JobStateConflict(f"{job.id} is {job.state}, not paused.")
@@ -186,7 +185,7 @@ async def retry(session: AsyncSession, job: Job) -> None:
     job.demand = Resources.model_validate(job.resources).demand
     job.error = job.finished_at = job.control = job.phase = None
     job.run_after = now()
-    await journal.record(session, [Entry(job.id, "queued", {"retried": True})])
+    journal.record(session, [Entry(job.id, "queued", {"retried": True})])
     wake_dispatcher_after(session)
 
 
@@ -194,7 +193,7 @@ async def finish_waiting(session: AsyncSession, waiting: Sequence[Job], state: S
     """End jobs that no worker holds, and with them whatever depends on them."""
     for job in waiting:
         job.state, job.error, job.finished_at, job.control = state, error, now(), None
-    await journal.record(session, [Entry(job.id, state, {"error": error}) for job in waiting])
+    journal.record(session, [Entry(job.id, state, {"error": error}) for job in waiting])
     await release_dependents(session, {job.id: state for job in waiting})
 
 
@@ -263,7 +262,7 @@ async def _insert(session: AsyncSession, wanted: Sequence[tuple[JobRequest, Kind
     jobs = [_job(request, kind, owner, moment) for request, kind in wanted]
     session.add_all(jobs)
     await session.flush()
-    await journal.record(session, [Entry(job.id, "queued", {"kind": job.kind}, moment) for job in jobs])
+    journal.record(session, [Entry(job.id, "queued", {"kind": job.kind}, moment) for job in jobs])
     wake_dispatcher_after(session)
     return jobs
 
@@ -357,7 +356,7 @@ async def _ask(session: AsyncSession, job: Job, control: Control | None) -> None
     if job.control == control:
         return
     job.control = control
-    await journal.record(session, [Entry(job.id, "control", {"control": control})])
+    journal.record(session, [Entry(job.id, "control", {"control": control})])
     worker, job_id = job.worker, job.id
     after_commit(session, lambda: _tell_dispatcher("control", worker, job_id, control))
 

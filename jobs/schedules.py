@@ -114,11 +114,11 @@ async def fire_due(session: AsyncSession) -> None:
         select(Schedule).where(Schedule.enabled, Schedule.next_fire_at <= now()).with_for_update(skip_locked=True)
     )
     for schedule in due.all():
-        fire_at = schedule.next_fire_at
-        if fire_at is None or await session.get(ScheduleTick, (schedule.id, fire_at)):
+        fire_at = schedule.next_fire_at or now()
+        schedule.next_fire_at = next_fire(schedule.cron, schedule.timezone, now())
+        if await session.get(ScheduleTick, (schedule.id, fire_at)):
             continue
         schedule.last_fire_at = fire_at
-        schedule.next_fire_at = next_fire(schedule.cron, schedule.timezone, now())
         job_id = await _fire(session, schedule)
         schedule.last_job_id = job_id
         session.add(ScheduleTick(schedule_id=schedule.id, fire_at=fire_at, job_id=job_id))
@@ -147,5 +147,5 @@ async def _fire(session: AsyncSession, schedule: Schedule) -> str:
         job = queue.stillborn(request, owner, {"code": error.code.lower(), "message": error.message})
         session.add(job)
         await session.flush()
-        await journal.record(session, [Entry(job.id, State.FAILED, {"error": job.error})])
+        journal.record(session, [Entry(job.id, State.FAILED, {"error": job.error})])
         return job.id

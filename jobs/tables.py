@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -48,7 +48,7 @@ class Job(Base):
     spec: Mapped[dict[str, Any]]
 
     state: Mapped[str] = mapped_column(String(12))
-    phase: Mapped[str | None] = mapped_column(String(200))
+    phase: Mapped[str | None] = mapped_column(Text)
     progress: Mapped[float] = mapped_column(default=0.0)
     priority: Mapped[int] = mapped_column(default=0)  # higher goes first
     run_after: Mapped[datetime]
@@ -56,7 +56,7 @@ class Job(Base):
     control: Mapped[str | None] = mapped_column(String(12))  # what a running job has been asked to do
 
     resources: Mapped[dict[str, Any]]
-    demand: Mapped[str] = mapped_column(String(300))  # resources as one comparable word; empty for a light job
+    demand: Mapped[str] = mapped_column(Text)  # resources as one comparable word; empty for a light job
     concurrency: Mapped[int | None]  # how many of this kind may run at once
     time_limit: Mapped[float | None]  # seconds one attempt may take
     stall_limit: Mapped[float | None]  # seconds without a report, checkpoint or log
@@ -77,9 +77,9 @@ class Job(Base):
     mlflow_run_id: Mapped[str | None] = mapped_column(String(40))
 
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
-    child_name: Mapped[str | None] = mapped_column(String(100))  # its name within its parent
+    child_name: Mapped[str | None] = mapped_column(Text)  # its name within its parent
     owner_id: Mapped[str | None] = mapped_column(String(36))  # None: this machine's own
-    created_by: Mapped[str] = mapped_column(String(100))
+    created_by: Mapped[str] = mapped_column(String(200))
 
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
     started_at: Mapped[datetime | None]
@@ -136,7 +136,7 @@ class Schedule(Base):
     last_fire_at: Mapped[datetime | None]
     last_job_id: Mapped[str | None] = mapped_column(String(40))
     owner_id: Mapped[str | None] = mapped_column(String(36))
-    created_by: Mapped[str] = mapped_column(String(100))
+    created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 

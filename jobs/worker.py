@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster import actors, logs, storage
-from cluster.db import get_database
+from cluster.db import get_database, is_passing
 from cluster.errors import Unavailable
 from cluster.settings import get_settings
 from jobs import leases, queue
@@ -32,14 +32,10 @@ from jobs.retries import Failure, backoff, judge
 from jobs.states import FINISHED, Control
 from jobs.tables import Job
 
-REPORT_SECONDS = 0.25
+REPORT_SECONDS = 0.5
 """How long a report or a log line may wait for others to be written with it."""
 
 log = logging.getLogger(__name__)
-
-
-class LeaseLost(Exception):
-    """The job was given to another worker: what this one still says of it is not heard."""
 
 
 class Running:
@@ -77,8 +73,8 @@ class Worker:
         self._writes: dict[str, Write] = {}
         self._written: list[asyncio.Future[set[str]]] = []
         self._lock = threading.Lock()
+        self._one_transaction = asyncio.Lock()
         self._dirty, self._urgent = asyncio.Event(), asyncio.Event()
-        self._closed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._tasks = [asyncio.create_task(self._write_forever()), asyncio.create_task(self._beat_forever())]
 
@@ -97,16 +93,9 @@ class Worker:
     async def jobs(self) -> list[str]:
         return list(self._running)
 
-    async def until_closed(self) -> None:
-        """Returns when the worker has been closed, and fails when its process dies: how the dispatcher watches it."""
-        await self._closed.wait()
-
-    async def close(self) -> None:
-        """Stop taking part. Jobs that still run here lose their lease and go on elsewhere."""
-        for task in self._tasks:
-            task.cancel()
-        await self._database.close()
-        self._closed.set()
+    async def until_death(self) -> None:
+        """Never returns, and fails when this process dies: how the dispatcher watches it."""
+        await asyncio.Event().wait()
 
     # From here on: called by the jobs' threads.
 
@@ -191,7 +180,12 @@ class Worker:
 
     async def _child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
         async with self._database.transaction() as session:
-            return await queue.enqueue_child(session, claim.job_id, name, kind, dict(spec))
+            parent = await session.get_one(Job, claim.job_id, with_for_update={"key_share": True})
+            if parent.lease_token != claim.token:
+                raise Stop("lease_lost")
+            if parent.control == Control.CANCEL:
+                raise Stop("cancel")
+            return await queue.enqueue_child(session, parent, name, kind, dict(spec))
 
     def _gather(self, claim: Claim, values: Mapping[str, Any], entry: tuple[str, dict[str, Any]] | None) -> None:
         with self._lock:
@@ -199,8 +193,11 @@ class Worker:
                 self._loop.call_soon_threadsafe(self._dirty.set)
             write = self._writes.setdefault(claim.token, Write(claim.job_id, claim.token))
             write.values.update(values)
-            if entry is not None:
-                write.entries.append(Entry(claim.job_id, *entry))
+            if entry is None:
+                return
+            if _is_mere_progress(entry) and write.entries and _is_mere_progress(write.entries[-1]):
+                entry = (entry[0], {**write.entries.pop().data, **entry[1]})
+            write.entries.append(Entry(claim.job_id, *entry))
 
     async def _write_now(
         self, claim: Claim, values: Mapping[str, Any], entry: tuple[str, dict[str, Any]] | None
@@ -232,29 +229,15 @@ class Worker:
         """Until it succeeds: a database that is away for a minute costs time, not work."""
         for attempt in itertools.count(1):
             try:
-                async with self._database.transaction() as session:
+                async with self._one_transaction, self._database.transaction() as session:
                     return await leases.write(session, writes)
-            except (OperationalError, InterfaceError):
-                log.warning(
-                    "the database does not take the writes of %d jobs; trying again",
-                    len(writes),
-                    exc_info=True,
-                )
-                await asyncio.sleep(min(backoff(attempt), self._settings.lease_seconds))
             except SQLAlchemyError as error:
-                if len(writes) > 1:  # one of them cannot be stored: do not let it take the others along
+                if not is_passing(error) and len(writes) == 1:
+                    writes = [_unstorable(writes[0], error)]
+                elif not is_passing(error):  # one of them cannot be stored: do not let it take the others along
                     return set[str]().union(*[await self._write([one]) for one in writes])
-                log.exception("the state of %s cannot be stored", writes[0].job_id)
-                failure = Failure("unstorable", f"What the job reports cannot be stored: {type(error).__name__}.")
-                values = leases.failed(failure, attempt=1, max_attempts=1)
-                writes = [
-                    Write(
-                        writes[0].job_id,
-                        writes[0].token,
-                        values,
-                        [Entry(writes[0].job_id, *_outcome_entry(values))],
-                    )
-                ]
+                log.warning("%d jobs could not be written; trying again", len(writes), exc_info=error)
+            await asyncio.sleep(min(backoff(attempt), self._settings.lease_seconds))
         raise AssertionError("unreachable")
 
     async def _beat_forever(self) -> None:
@@ -267,7 +250,7 @@ class Worker:
                 continue
             renewed = time.monotonic()
             try:
-                async with self._database.transaction() as session:
+                async with self._one_transaction, self._database.transaction() as session:
                     held = await leases.renew(session, self._name)
             except SQLAlchemyError:
                 log.warning("the leases could not be renewed; trying again", exc_info=True)
@@ -332,6 +315,20 @@ def _stopped(claim: Claim, reason: StopReason) -> dict[str, Any] | None:
         case "lease_lost":
             return None
     return leases.failed(failure, claim.attempt, claim.max_attempts)
+
+
+def _unstorable(refused: Write, error: SQLAlchemyError) -> Write:
+    """What becomes of a job that says something which no database takes."""
+    log.error("the state of %s cannot be stored", refused.job_id, exc_info=error)
+    failure = Failure("unstorable", f"What the job reports cannot be stored ({type(error).__name__}).")
+    values = leases.failed(failure, attempt=1, max_attempts=1)
+    return Write(refused.job_id, refused.token, values, [Entry(refused.job_id, *_outcome_entry(values))])
+
+
+def _is_mere_progress(entry: Entry | tuple[str, dict[str, Any]]) -> bool:
+    """A report without numbers is worth keeping only until the next one."""
+    kind, data = (entry.type, entry.data) if isinstance(entry, Entry) else entry
+    return kind == "progress" and "metrics" not in data
 
 
 def _outcome_entry(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -39,7 +39,7 @@ async def database(
     """An empty database with the newest schema; it is also what get_database() returns, here and in child processes."""
     if request.param == "postgres":
         server = cast(str, request.getfixturevalue("postgres_server"))
-        monkeypatch.setenv("FORGEARR_DATABASE__URL", await _new_postgres_database(server))
+        monkeypatch.setenv("FORGEARR_DATABASE__URL", await new_postgres_database(server))
     database = get_database()
     await migrate()
     yield database
@@ -68,7 +68,7 @@ def postgres_server() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
-async def _new_postgres_database(server: str) -> str:
+async def new_postgres_database(server: str) -> str:
     name = f"test_{uuid4().hex}"
     connection = await asyncpg.connect(f"{server}/postgres")
     await connection.execute(f"CREATE DATABASE {name}")

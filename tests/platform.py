@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
+from cluster import embedded
 from cluster.processes import MARK, free_ports
 
 BINARIES = Path(sys.executable).parent
@@ -150,6 +151,7 @@ def running_platform(settings: dict[str, str] | None = None) -> Generator[Platfo
         for process in leftovers:
             process.kill()
         shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(embedded.private_folder(home), ignore_errors=True)
         assert not leftovers, f"left running after down: {leftovers}"
 
 

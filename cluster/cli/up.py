@@ -43,7 +43,7 @@ def down() -> None:
     from cluster import processes, running, runtime
     from cluster.cli.console import Steps
 
-    if not running.current() and not processes.leftovers():
+    if not running.last() and not processes.leftovers():
         typer.echo("Forgearr is not running.")
         return
     typer.echo("Stopping Forgearr …")

@@ -135,7 +135,7 @@ def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pyt
         monkeypatch.setenv("FORGEARR_RAY__PORT", str(port))
         monkeypatch.setenv("FORGEARR_SERVE__PORT", str(processes.free_ports(1)[0]))
         done = forgearr("up")
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"Port {port} is taken by process {os.getpid()} ({psutil.Process().name()}): stop that, or choose another one "
         f"with `forgearr up --set ray.port={port + 10}`.\n"

@@ -226,8 +226,8 @@ async def test_cancel_reaches_children_and_dependents(bench: Bench) -> None:
     parent = await bench.submit()
     (claim,) = await bench.claim()
     async with bench.database.transaction() as session:
-        child = await queue.enqueue_child(session, parent.id, "part", "probe", {})
-        same = await queue.enqueue_child(session, parent.id, "part", "probe", {})
+        child = await queue.enqueue_child(session, parent, "part", "probe", {})
+        same = await queue.enqueue_child(session, parent, "part", "probe", {})
     assert child.id == same.id
     dependent = await bench.submit(depends_on=[child.id])
     await bench.do(queue.cancel, parent.id)
@@ -246,7 +246,7 @@ async def test_a_parked_parent_goes_on_when_its_children_have_finished(bench: Be
     parent = await bench.submit()
     (claim,) = await bench.claim()
     async with bench.database.transaction() as session:
-        child = await queue.enqueue_child(session, parent.id, "part", "probe", {})
+        child = await queue.enqueue_child(session, parent, "part", "probe", {})
         assert await leases.park(session, parent.id, claim.token, [child.id])
     bench.room.release(claim.worker, parent.id)
     (of_child,) = await bench.claim()
