@@ -2,6 +2,7 @@
 
 import math
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ class Place:
 
     slots: int
     resources: Resources | None = None
-    jobs: set[str] = field(default_factory=set[str])
+    jobs: dict[str, float] = field(default_factory=dict[str, float])  # and when each came
     retired: bool = False
 
     @property
@@ -50,11 +51,18 @@ class Room:
         self._places.pop(worker, None)
 
     def occupy(self, worker: str, job_id: str) -> None:
-        self._places[worker].jobs.add(job_id)
+        self._places[worker].jobs[job_id] = time.monotonic()
 
     def release(self, worker: str, job_id: str) -> None:
         if place := self._places.get(worker):
-            place.jobs.discard(job_id)
+            place.jobs.pop(job_id, None)
+
+    def reconcile(self, running: Mapping[str, Sequence[str]], seconds: float) -> None:
+        """Let go of jobs that came so many seconds ago and run no more: word of their end was lost."""
+        for worker, place in self._places.items():
+            gone = place.jobs.keys() - set(running.get(worker, ()))
+            for job_id in [job_id for job_id in gone if time.monotonic() - place.jobs[job_id] > seconds]:
+                del place.jobs[job_id]
 
     def retire(self, worker: str) -> None:
         """No more jobs for this one."""
@@ -97,15 +105,15 @@ class Room:
             pool = [(name, place) for name, place in self._places.items() if place.resources is None and place.free > 0]
             if not pool:
                 return None
-            name, place = max(pool, key=lambda item: item[1].free)
-            place.jobs.add(job.id)
+            name, _ = max(pool, key=lambda item: item[1].free)
+            self.occupy(name, job.id)
             return name
         resources = Resources.model_validate(job.resources)
         if not self._fits(resources):
             return None
         name = f"heavy-{secrets.token_hex(4)}"
         self.add(name, resources)
-        self._places[name].jobs.add(job.id)
+        self.occupy(name, job.id)
         return name
 
     def shortage(self, demand: str) -> str:

@@ -130,11 +130,15 @@ class Dispatcher:
                 await leases.keep_leadership(session, self._token)
                 lost = await leases.release_lost(session)
                 await schedules.fire_due(session)
+                held = await leases.held_by_workers(session)
             for job_id, worker in lost:
                 log.warning("worker %s fell silent; %s goes to another one", worker, job_id)
                 self._room.release(worker, job_id)
                 self._room.retire(worker)
                 self._dismiss(worker)
+            self._room.reconcile({name: [job.id for job in jobs] for name, jobs in held.items()}, IDLE_SECONDS)
+            for worker in list(self._handles):
+                self._dismiss_if_done(worker)
             self._fill_pool()
             async with self._database.reading() as session:
                 due = await schedules.next_due(session)

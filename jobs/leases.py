@@ -168,7 +168,7 @@ async def renew(session: AsyncSession, worker: str) -> dict[str, tuple[str, str 
 
 
 async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
-    """Do all these writes whose tokens still hold; returns the jobs of those that do not, which changed nothing."""
+    """Do all these writes whose tokens still hold; returns the tokens that do not, whose writes changed nothing."""
     held = await session.execute(
         select(Job.id, Job.lease_token)
         .where(Job.id.in_([one.job_id for one in writes]), Job.state == State.RUNNING)
@@ -185,7 +185,7 @@ async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
     ended = {one.job_id: State(one.values["state"]) for one in valid if one.values.get("state") in FINISHED}
     if ended:
         await queue.release_dependents(session, ended)
-    return {one.job_id for one in writes} - {one.job_id for one in valid}
+    return {one.token for one in writes} - {one.token for one in valid}
 
 
 def succeeded(result: object) -> dict[str, Any]:

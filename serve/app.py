@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from cluster.db import get_database
 from cluster.settings import Settings, get_settings
-from serve.api import auth, health, jobs, schedules, websockets
+from serve.api import auth, health, job_events, jobs, schedules, websockets
 from serve.auth import OriginGuard
 from serve.envelope import ERROR_RESPONSES, handle_errors
 from serve.feeds import follow_events, follow_logs, follow_system
@@ -42,7 +42,7 @@ def create_app() -> FastAPI:
     app.state.log_hub = Hub(follow_logs)
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
-    for module in (health, auth, jobs, schedules, websockets):
+    for module in (health, auth, jobs, job_events, schedules, websockets):
         app.include_router(module.router)
     handle_errors(app)
     _surround(app)

@@ -1,29 +1,24 @@
 """/api/v1/jobs: the queue over HTTP."""
 
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Header, Query
 from pydantic import AwareDatetime, BaseModel, Field
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
-from jobs import journal, queue, waiting
+from jobs import queue, waiting
 from jobs.queue import JobRequest, Owner
 from jobs.registry import Resources, kinds
-from jobs.states import FINISHED, State
-from jobs.tables import Job, JobDependency, JobEvent
+from jobs.states import State
+from jobs.tables import Job, JobDependency
 from serve.auth import Caller, CurrentCaller
 from serve.envelope import ERROR_RESPONSES
 from serve.pages import Page, WantedPage
 from serve.times import UtcTime
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
-
-FOLLOW_SECONDS = 15.0
-"""How long a followed stream may be silent: then it looks into the database itself, and shows that it lives."""
 
 JobId = Annotated[str, Field(max_length=40)]
 
@@ -69,30 +64,6 @@ class KindView(BaseModel):
     concurrency: int | None
     tracked: bool
     admin_only: bool
-
-
-class EventView(BaseModel):
-    id: int
-    type: str
-    data: dict[str, Any]
-    created_at: UtcTime
-
-
-class EventPage(BaseModel):
-    items: list[EventView]
-    next_after: int | None = Field(description="Give it as `after` for the next page; null when there is none yet.")
-
-
-class LogLine(BaseModel):
-    id: int
-    timestamp: UtcTime
-    level: str
-    message: str
-
-
-class LogPage(BaseModel):
-    items: list[LogLine]
-    next_after: int | None
 
 
 @router.get("/kinds")
@@ -182,48 +153,6 @@ async def retry_job(job_id: JobId, caller: CurrentCaller) -> JobView:
     return await _change(queue.retry, job_id, caller)
 
 
-@router.get(
-    "/{job_id}/events",
-    response_model=EventPage,
-    responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-        204: {"description": "A stream of a finished job that has nothing more to tell."},
-    },
-)
-async def job_events(
-    request: Request,
-    job_id: JobId,
-    caller: CurrentCaller,
-    after: Annotated[int, Query(ge=0, le=2**53, description="Only events after the one of this id.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=500)] = 100,
-    follow: Annotated[bool, Query(description="As server-sent events, until the job has finished.")] = False,
-    last_event_id: Annotated[str | None, Header(pattern=r"^\d{1,15}$")] = None,
-) -> Any:
-    """What happened to a job: state changes, progress, checkpoints and log lines."""
-    return await _tell(request, job_id, caller, int(last_event_id or after), limit, follow, only=None)
-
-
-@router.get(
-    "/{job_id}/logs",
-    response_model=LogPage,
-    responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-        204: {"description": "A stream of a finished job that has nothing more to tell."},
-    },
-)
-async def job_logs(
-    request: Request,
-    job_id: JobId,
-    caller: CurrentCaller,
-    after: Annotated[int, Query(ge=0, le=2**53, description="Only lines after the one of this id.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=500)] = 100,
-    follow: Annotated[bool, Query(description="As server-sent events, until the job has finished.")] = False,
-    last_event_id: Annotated[str | None, Header(pattern=r"^\d{1,15}$")] = None,
-) -> Any:
-    """The log of a job: what it wrote through its context or Python's logging."""
-    return await _tell(request, job_id, caller, int(last_event_id or after), limit, follow, only="log")
-
-
 def owner_of(caller: Caller) -> Owner:
     return Owner(id=caller.user_id, name=caller.username, is_admin=caller.is_admin)
 
@@ -263,44 +192,3 @@ async def _views(session: AsyncSession, jobs: list[Job]) -> list[JobView]:
         )
         for job in jobs
     ]
-
-
-async def _tell(
-    request: Request, job_id: str, caller: Caller, after: int, limit: int, follow: bool, only: Literal["log"] | None
-) -> Any:
-    async with get_database().reading() as session:
-        job = await queue.get(session, job_id, owner_of(caller))
-        page = await journal.read(session, job_id, after, limit, only)
-    if not follow:
-        shown = LogPage if only else EventPage
-        return shown(items=[_shown(event, only) for event in page], next_after=page[-1].id if page else None)  # pyright: ignore[reportArgumentType]
-    if not page and job.state in FINISHED:
-        return Response(status_code=204)  # tells an EventSource not to come back
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(request, job_id, after, only), media_type="text/event-stream", headers=headers)
-
-
-async def _stream(request: Request, job_id: str, after: int, only: str | None) -> AsyncIterator[str]:
-    """The journal from `after` on, and what is added to it, until the job has finished."""
-    async with request.app.state.hub.subscribe({f"job:{job_id}"}) as subscription:
-        while True:
-            async with get_database().reading() as session:
-                state = await session.scalar(select(Job.state).where(Job.id == job_id))
-                page = await journal.read(session, job_id, after, only=only)
-            for event in page:
-                after = event.id
-                yield f"id: {event.id}\nevent: {event.type}\ndata: {_shown(event, only).model_dump_json()}\n\n"
-            if page:
-                continue
-            if state is None or state in FINISHED:
-                return
-            if await subscription.get(FOLLOW_SECONDS) is None:
-                if subscription.dropped:
-                    return  # it reads too slowly to follow; it may come back with its Last-Event-ID
-                yield ": still here\n\n"
-
-
-def _shown(event: JobEvent, only: str | None) -> EventView | LogLine:
-    if only is None:
-        return EventView(id=event.id, type=event.type, data=event.data, created_at=event.created_at)
-    return LogLine(id=event.id, timestamp=event.created_at, level=event.data["level"], message=event.data["message"])
