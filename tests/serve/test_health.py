@@ -1,6 +1,7 @@
 """/health, /api/v1/ping and the documents, on the whole application."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -103,3 +104,12 @@ async def test_an_allowed_origin_may_read_answers_and_refusals(home: Path, monke
 async def test_the_documents_are_there(client: httpx.AsyncClient) -> None:
     for path in ("/docs", "/redoc", "/api/v1/openapi.json"):
         assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient, path: str) -> None:
+    page = (await client.get(path)).text
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert addresses
+    for address in addresses:
+        assert (await client.get(address)).status_code == 200, address
