@@ -8,15 +8,16 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 
 from cluster.cli.client import call, follow
+from cluster.cli.console import console as new_console
+from cluster.cli.console import table
 from cluster.errors import InvalidRequest
 
 app = typer.Typer(no_args_is_help=True, help="Submit jobs and see how they go.")
-console = Console()
+console = new_console()
 
 FINISHED = {"succeeded", "failed", "cancelled"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "paused": "magenta"}
@@ -55,7 +56,7 @@ def submit(
         headers = {"Idempotency-Key": key} if key else {}
         jobs.append(call("POST", "/api/v1/jobs", json=request, headers=headers)["id"])
     if not wait:
-        console.print("\n".join(jobs), highlight=False)
+        console.print("\n".join(jobs))
         return
     _wait(jobs)
 
@@ -74,26 +75,17 @@ def list_jobs(
     if as_json:
         console.print_json(data=page)
         return
-    table = Table(
-        Column("Job", no_wrap=True),
-        "Kind",
-        "State",
-        "Progress",
-        "Attempt",
-        "By",
-        Column("Created", no_wrap=True),
-        box=None,
-        pad_edge=False,
-    )
+    rows = table("Job", "Kind", "State", "%", "Attempt", "By", "Created", "Note")
+    for column in rows.columns[:-1]:
+        column.no_wrap = True
     for job in page["items"]:
         note = job["waiting_for"] and f"waits for {job['waiting_for']}"
         note = note or (job["error"] and job["error"]["message"]) or job["phase"] or ""
         attempt = f"{job['attempt']}/{job['max_attempts']}"
         created = job["created_at"][:19].replace("T", " ")
-        table.add_row(
-            job["id"], job["kind"], _colored(job), f"{job['progress']:.0f}% {note}", attempt, job["created_by"], created
-        )
-    console.print(table)
+        progress = f"{job['progress']:.0f}"
+        rows.add_row(job["id"], job["kind"], _colored(job), progress, attempt, job["created_by"], created, escape(note))
+    console.print(rows)
     if page["total"] > len(page["items"]):
         console.print(f"{len(page['items'])} of {page['total']}", style="dim")
 
@@ -170,7 +162,7 @@ def read_spec(config: Path | None, settings: list[str]) -> dict[str, Any]:
 def _ask_each(jobs: list[str], action: str) -> None:
     for job in jobs:
         answer = call("POST", f"/api/v1/jobs/{job}/{action}")
-        console.print(f"{answer['id']}  {_colored(answer)}", highlight=False)
+        console.print(f"{answer['id']}  {_colored(answer)}")
 
 
 def _wait(jobs: list[str]) -> None:
@@ -180,7 +172,7 @@ def _wait(jobs: list[str]) -> None:
         console.print_json(json.dumps(ended[jobs[0]]["result"]))
     for job in failures[:BARS]:
         error = job["error"] or {}
-        console.print(f"{job['id']} {_colored(job)}: {error.get('message', '')}", highlight=False, soft_wrap=True)
+        console.print(f"{job['id']} {_colored(job)}: {escape(error.get('message', ''))}", soft_wrap=True)
     console.print(f"{len(ended) - len(failures)} of {len(ended)} succeeded.")
     sys.exit(1 if failures else 0)
 
@@ -213,4 +205,4 @@ def _colored(job: dict[str, Any]) -> str:
 
 
 def _print_line(line: dict[str, Any]) -> None:
-    console.print(f"{line['timestamp'][11:23]} {line['level']:7} {line['message']}", markup=False, highlight=False)
+    console.print(f"{line['timestamp'][11:23]} {line['level']:7} {line['message']}", markup=False)
