@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv first; a second run of that takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format up down bench migration constraints clean
+.PHONY: help setup demo test lint format up down bench docs migration constraints clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -52,6 +52,9 @@ down: setup ## Stop Forgearr
 
 bench: setup ## Measure, next to peers; writes tests/bench/results
 	$(BIN)/python -m tests.bench
+
+docs: setup ## Write docs/settings.md anew
+	$(BIN)/python -m tests.test_docs
 
 migration: setup ## Write a migration: make migration MESSAGE="add teams"
 	$(BIN)/python -m cluster.migrations "$(MESSAGE)"

@@ -27,6 +27,7 @@ ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatcher:Disp
 APPLICATION = "serve.app:build_application"
 APPLICATION_NAME = "forgearr"
 RAY_SECONDS = 60
+FOREIGN_RAY_SECONDS = 5  # it should be there already
 
 Report = Callable[[str, str], None]
 
@@ -96,7 +97,13 @@ def _connect(settings: Settings, report: Report) -> None:
     import ray
 
     address = settings.ray.address or f"127.0.0.1:{settings.ray.port}"
-    deadline = time.monotonic() + RAY_SECONDS
+    patience = FOREIGN_RAY_SECONDS if settings.ray.address else RAY_SECONDS
+    began = time.monotonic()
+    # Ray itself would wait for minutes for an address where nobody is.
+    while not processes.is_reachable(address):
+        if time.monotonic() - began > patience:
+            raise Unavailable(f"No Ray cluster answers at {address}.")
+        time.sleep(0.1)
     while not ray.is_initialized():
         try:
             ray.init(
@@ -107,8 +114,8 @@ def _connect(settings: Settings, report: Report) -> None:
                 logging_level=logging.WARNING,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            if time.monotonic() > deadline:
-                raise Unavailable(f"No Ray cluster answers at {address}.") from error
+            if time.monotonic() - began > RAY_SECONDS:
+                raise Unavailable(f"The Ray cluster at {address} cannot be joined: {error}.") from error
             time.sleep(0.2)
     resources = ray.cluster_resources()
     report("ray", f"{address}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")

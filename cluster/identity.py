@@ -298,7 +298,7 @@ async def list_keys(session: AsyncSession, user_id: str | None = None) -> list[t
 
 async def revoke_key(session: AsyncSession, key_id: str, user_id: str | None = None) -> None:
     """Revoke a key, if `user_id` is given only one of theirs."""
-    key = await session.get(ApiKey, key_id)
+    key = await session.get(ApiKey, key_id, with_for_update=True)
     if key is None or user_id not in (None, key.user_id):
         raise KeyNotFound()
     await session.delete(key)

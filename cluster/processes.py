@@ -126,6 +126,12 @@ def is_listening(host: str, port: int) -> bool:
         return False
 
 
+def is_reachable(address: str) -> bool:
+    """Whether something listens at `host:port`."""
+    host, _, port = address.rpartition(":")
+    return is_listening(host, int(port))
+
+
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

@@ -185,11 +185,10 @@ async def _run_ray(settings: Settings, environment: Environment) -> None:
 
 async def _watch_cluster(address: str) -> None:
     """A cluster that others run: give it time to come back before giving up on it."""
-    host, _, port = address.rpartition(":")
     failures = 0
     while failures < CLUSTER_PATIENCE:
         await asyncio.sleep(CLUSTER_CHECK_SECONDS)
-        failures = 0 if await asyncio.to_thread(processes.is_listening, host, int(port)) else failures + 1
+        failures = 0 if await asyncio.to_thread(processes.is_reachable, address) else failures + 1
     raise RayDied(f"The Ray cluster at {address} is gone. Nothing is lost: `forgearr up` goes on when it is back.")
 
 
@@ -244,7 +243,7 @@ async def _run_bringup(direction: str, environment: Environment, say: Say) -> No
 
 async def _stop(settings: Settings, say: Say) -> None:
     """Ray and MLflow have been stopped by what ran them. The rest is what they started, and a cluster of others."""
-    if settings.ray.address:
+    if settings.ray.address and processes.is_reachable(settings.ray.address):
         await _run_bringup("down", processes.marked_environment(), say)
     await asyncio.to_thread(processes.end_leftovers)
 

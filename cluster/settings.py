@@ -109,7 +109,8 @@ class StorageSettings(Section):
 
 class RaySettings(Section):
     address: str | None = Field(
-        description="Address of a Ray cluster to join (host:port). Null: start one on this machine."
+        pattern=r"^[^\s:/]+:\d{1,5}$",
+        description="Address of a Ray cluster to join (host:port). Null: start one on this machine.",
     )
     port: int = Field(ge=1, le=65535, description="Port of the Ray head that is started on this machine.")
     dashboard_port: int = Field(ge=1, le=65535, description="Port of Ray's dashboard and of `ray job submit`.")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -20,6 +20,7 @@ from cluster import actors
 from cluster.db import after_commit, now, one_at_a_time
 from cluster.errors import Conflict, Forbidden, NotFound, Unavailable, UnprocessableRequest
 from cluster.settings import get_settings
+from cluster.times import GivenTime
 from jobs import journal
 from jobs.journal import Entry
 from jobs.registry import Kind, Resources, find_kind
@@ -70,12 +71,12 @@ LOCAL = Owner()
 class JobRequest(BaseModel):
     """A job that somebody wants done."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     kind: str = Field(max_length=100, examples=["probe"], description="GET /api/v1/jobs/kinds lists them.")
     spec: dict[str, Any] = Field(default_factory=dict, description="What to do, as this kind defines it.")
     priority: int = Field(default=0, ge=-1000, le=1000, description="Higher goes first.")
-    run_after: AwareDatetime | None = Field(default=None, description="Not before this time.")
+    run_after: GivenTime | None = Field(default=None, description="Not before this time.")
     depends_on: list[str] = Field(
         default_factory=list, max_length=MAX_DEPENDENCIES, description="Jobs that must succeed first."
     )
@@ -227,9 +228,8 @@ async def release_dependents(session: AsyncSession, finished: dict[str, State]) 
 def stillborn(request: JobRequest, owner: Owner, error: dict[str, Any]) -> Job:
     """A job that could not even be queued, kept so that somebody sees why."""
     moment = now()
-    kind = Kind(request.kind, "", BaseModel, "")
-    job = _job(request.model_copy(update={"spec": {}}), kind, owner, moment)
-    job.spec, job.state, job.error, job.finished_at = request.spec, State.FAILED, error, moment
+    job = _job(request, Kind(request.kind, "", BaseModel, ""), request.spec, owner, moment)
+    job.state, job.error, job.finished_at = State.FAILED, error, moment
     return job
 
 
@@ -259,7 +259,7 @@ def _ended(job: Job) -> str:
 
 async def _insert(session: AsyncSession, wanted: Sequence[tuple[JobRequest, Kind]], owner: Owner) -> list[Job]:
     moment = now()
-    jobs = [_job(request, kind, owner, moment) for request, kind in wanted]
+    jobs = [_job(request, kind, kind.check(request.spec), owner, moment) for request, kind in wanted]
     session.add_all(jobs)
     await session.flush()
     journal.record(session, [Entry(job.id, "queued", {"kind": job.kind}, moment) for job in jobs])
@@ -267,13 +267,13 @@ async def _insert(session: AsyncSession, wanted: Sequence[tuple[JobRequest, Kind
     return jobs
 
 
-def _job(request: JobRequest, kind: Kind, owner: Owner, moment: datetime) -> Job:
+def _job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Owner, moment: datetime) -> Job:
     resources = request.resources or kind.resources
     return Job(
         id=new_job_id(moment),
         kind=kind.name,
         entrypoint=kind.entrypoint,
-        spec=kind.check(request.spec),
+        spec=spec,
         state=State.QUEUED,
         priority=request.priority,
         run_after=request.run_after or moment,

@@ -5,15 +5,22 @@ A module that is named in `jobs.modules` declares its kinds with the `job` decor
 row, and workers import the function by its path.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import NotFound, UnprocessableRequest
 from cluster.settings import get_settings
+
+SPEC_MAX_BYTES = 1_000_000
+LEAST_PART = 0.0001
+DEMAND_MAX = 300
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$")]
 
 
 class UnknownKind(NotFound):
@@ -31,12 +38,23 @@ class InvalidSpec(UnprocessableRequest):
 class Resources(BaseModel):
     """What a job occupies while it runs. With nothing of it, the job is light and shares a warm worker."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     cpus: float = Field(default=0, ge=0, le=100_000)
-    gpus: float = Field(default=0, ge=0, le=10_000)
+    gpus: float = Field(default=0, ge=0, le=10_000, description="A part of one, or whole ones.")
     memory_mb: int = Field(default=0, ge=0, le=1_000_000_000)
-    labels: dict[str, str] = Field(default_factory=dict, description="Labels that the node must carry.")
+    labels: dict[Label, Label] = Field(default_factory=dict, description="Labels that the node must carry.")
+
+    @model_validator(mode="after")
+    def refuse_what_ray_would(self) -> Self:
+        """The dispatcher, which asks Ray for them, has other jobs to start too."""
+        if 0 < self.cpus < LEAST_PART or 0 < self.gpus < LEAST_PART:
+            raise ValueError(f"cpus and gpus are 0, or at least {LEAST_PART}")
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError("gpus above 1 are whole ones")
+        if len(self.demand) > DEMAND_MAX:
+            raise ValueError(f"all labels together have {DEMAND_MAX} characters at most")
+        return self
 
     @property
     def demand(self) -> str:
@@ -68,11 +86,15 @@ class Kind:
     def check(self, spec: object) -> dict[str, Any]:
         """The spec with its defaults filled in, ready to store."""
         try:
-            return self.spec.model_validate(spec).model_dump(mode="json")
+            checked = self.spec.model_validate(spec).model_dump(mode="json")
         except ValidationError as error:
             faults = {_path(fault["loc"]): fault["msg"] for fault in error.errors(include_url=False)}
             field, fault = next(iter(faults.items()))
             raise InvalidSpec(f"The spec of '{self.name}' is not valid: {field}: {fault}.", details=faults) from None
+        # A page of jobs shows a hundred of them.
+        if len(json.dumps(checked)) > SPEC_MAX_BYTES:
+            raise InvalidSpec(f"A spec has {SPEC_MAX_BYTES} bytes at most.")
+        return checked
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
@@ -24,6 +25,8 @@ from jobs.states import State
 from jobs.tables import Schedule, ScheduleTick
 
 FAR_SECONDS = 3600.0
+NAME_MAX = 90
+"""Its jobs say that they were created by `schedule:NAME`, in 100 characters."""
 
 
 class ScheduleNotFound(NotFound):
@@ -41,9 +44,9 @@ class ScheduleNameTaken(Conflict):
 class ScheduleRequest(BaseModel):
     """A job to queue again and again."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(min_length=1, max_length=100, examples=["nightly"])
+    name: str = Field(min_length=1, max_length=NAME_MAX, examples=["nightly"])
     kind: str = Field(max_length=100, examples=["probe"])
     spec: dict[str, Any] = Field(default_factory=dict)
     cron: str = Field(max_length=100, description="Minute, hour, day, month, weekday.", examples=["0 3 * * *"])
@@ -81,22 +84,19 @@ async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRe
     kind = find_kind(request.kind)
     if kind.admin_only and not owner.is_admin:
         raise Forbidden(f"Only an administrator may schedule '{kind.name}'.")
-    with session.no_autoflush:
-        same_name = await session.scalar(
-            select(Schedule.id).where(Schedule.name == request.name, Schedule.id != schedule.id)
-        )
-    if same_name:
-        raise ScheduleNameTaken(f"There is already a schedule named '{request.name}'.")
     for name, value in request.model_dump().items():
         setattr(schedule, name, value)
     schedule.spec = kind.check(request.spec)
     schedule.next_fire_at = next_fire(request.cron, request.timezone, now()) if request.enabled else None
-    await session.flush()
+    try:
+        await session.flush()
+    except IntegrityError as error:
+        raise ScheduleNameTaken(f"There is already a schedule named '{request.name}'.") from error
     queue.wake_dispatcher_after(session)
 
 
-async def get(session: AsyncSession, schedule_id: str, owner: Owner = LOCAL) -> Schedule:
-    schedule = await session.get(Schedule, schedule_id)
+async def get(session: AsyncSession, schedule_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Schedule:
+    schedule = await session.get(Schedule, schedule_id, with_for_update=lock)
     if schedule is None or not (owner.is_admin or schedule.owner_id == owner.id):
         raise ScheduleNotFound(f"There is no schedule '{schedule_id}'.")
     return schedule

@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from cluster import errors
 from cluster.db import now
 from cluster.errors import ForgearrError, RateLimitExceeded, UnprocessableRequest
-from serve.times import UtcTime
+from cluster.times import UtcTime
 
 OPENAI_PREFIX = "/v1/"
 OPENAI_TYPES = {

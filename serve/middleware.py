@@ -21,6 +21,7 @@ from serve.metrics import RequestMetrics
 
 SLOW_SECONDS = 1.0
 MAX_BODY_BYTES = 32 * 1024 * 1024
+MAX_JSON_DEPTH = 100
 CLIENT_CLOSED_REQUEST = 499
 ANSWER_STARTS = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
 SANE_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
@@ -122,7 +123,8 @@ async def _checked_body(scope: Scope, receive: Receive) -> Receive:
     length = headers.get(b"content-length")
     if length is not None and int(length) > MAX_BODY_BYTES:
         raise BodyTooLarge()
-    is_json = JSON_CONTENT.match(headers.get(b"content-type", b"")) is not None
+    # A header that is sent twice may be read either way.
+    is_json = any(name == b"content-type" and JSON_CONTENT.match(value) for name, value in scope["headers"])
     if not is_json and b"transfer-encoding" not in headers:
         return receive
     messages = [message async for message in _messages(receive)]
@@ -159,9 +161,22 @@ def _check_json(body: bytes) -> None:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    # Who shows such a document later, or looks through it, would not come back from its depths.
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_too_deep(document):
+        raise InvalidRequest(f"JSON may be nested {MAX_JSON_DEPTH} levels deep.")
     # Only an escape can bring the character in, and few documents have one that looks like it.
     if b"u0000" in body and _has_nul(document):
         raise InvalidRequest("Text may not contain the character U+0000.")
+
+
+def _is_too_deep(document: Any) -> bool:
+    level: list[Any] = [document]
+    for _ in range(MAX_JSON_DEPTH):
+        parents = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [child for children in parents for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _has_nul(value: Any) -> bool:

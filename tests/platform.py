@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import httpx
 import psutil
 
 from cluster import embedded
-from cluster.processes import MARK, free_ports
+from cluster.processes import MARK, is_listening
 
 BINARIES = Path(sys.executable).parent
 START_SECONDS = 120
@@ -29,7 +30,7 @@ class Platform:
     """One installation. Every call uses the real command line or the real HTTP API."""
 
     def __init__(self, home: Path, settings: dict[str, str] | None = None) -> None:
-        port, ray, dashboard, mlflow = free_ports(4)
+        port, ray, dashboard, mlflow = unused_ports(4)
         self.home = home
         self.url = f"http://127.0.0.1:{port}"
         self.dashboard_url = f"http://127.0.0.1:{dashboard}"
@@ -116,6 +117,16 @@ class Platform:
         for victim in victims:
             victim.send_signal(number)
         return [victim.pid for victim in victims]
+
+
+def unused_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, below those that the system gives out by itself meanwhile."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randint(10_100, 19_900)
+        if port not in ports and not is_listening("127.0.0.1", port):
+            ports.append(port)
+    return ports
 
 
 def eventually(look: Callable[[], Found | None], seconds: float = 30) -> Found:

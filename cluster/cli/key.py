@@ -38,19 +38,17 @@ def create(
 @app.command("list")
 def list_() -> None:
     """List the keys of all accounts."""
-    from rich.console import Console
-    from rich.table import Table
-
     from cluster import identity
+    from cluster.cli.console import console, table
     from cluster.db import run_alone
 
-    table = Table("id", "name", "key", "user", "created", "last used", "expires", box=None, header_style="bold")
+    rows = table("id", "name", "key", "user", "created", "last used", "expires")
     for key, owner in asyncio.run(run_alone(identity.list_keys)):
         last_used = f"{key.last_used_at:%Y-%m-%d %H:%M}" if key.last_used_at else "never"
         expires = f"{key.expires_at:%Y-%m-%d}" if key.expires_at else "never"
         created = f"{key.created_at:%Y-%m-%d}"
-        table.add_row(key.id, key.name, f"{key.prefix}…", owner.email, created, last_used, expires)
-    Console().print(table)
+        rows.add_row(key.id, key.name, f"{key.prefix}…", owner.email, created, last_used, expires)
+    console().print(rows)
 
 
 @app.command()

@@ -44,18 +44,16 @@ def add(
 @app.command("list")
 def list_() -> None:
     """List all accounts."""
-    from rich.console import Console
-    from rich.table import Table
-
     from cluster import identity
+    from cluster.cli.console import console, table
     from cluster.db import run_alone
 
-    table = Table("email", "username", "role", "state", "created", "last login", box=None, header_style="bold")
+    rows = table("email", "username", "role", "state", "created", "last login")
     for user in asyncio.run(run_alone(identity.list_users)):
         last_login = f"{user.last_login_at:%Y-%m-%d %H:%M}" if user.last_login_at else "never"
         state = "active" if user.is_active else "disabled"
-        table.add_row(user.email, user.username, user.role, state, f"{user.created_at:%Y-%m-%d %H:%M}", last_login)
-    Console().print(table)
+        rows.add_row(user.email, user.username, user.role, state, f"{user.created_at:%Y-%m-%d %H:%M}", last_login)
+    console().print(rows)
 
 
 @app.command()

@@ -5,16 +5,16 @@ from typing import Annotated, Literal, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from cluster import identity
 from cluster.db import get_database, now
 from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, Unauthenticated
 from cluster.settings import get_settings
+from cluster.times import GivenTime, UtcTime
 from serve.auth import CurrentCaller, OptionalCaller
 from serve.limits import check_login, client_address, count_failed_login
 from serve.pages import Page, WantedPage
-from serve.times import UtcTime
 
 KEY_MAX_DAYS = 3650
 
@@ -83,8 +83,10 @@ class Account(BaseModel):
 
 
 class NewKey(BaseModel):
+    model_config = ConfigDict(strict=True)
+
     name: Text
-    expires_at: AwareDatetime | None = Field(None, description="When it expires. Null: never.")
+    expires_at: GivenTime | None = Field(None, description="When it expires. Null: never.")
     expires_in_days: int | None = Field(None, ge=1, le=KEY_MAX_DAYS, description="The same, counted from now.")
 
     @model_validator(mode="after")

@@ -16,8 +16,8 @@ from cluster import actors
 from cluster.db import get_database, now
 from cluster.errors import Unavailable
 from cluster.settings import get_settings
+from cluster.times import UtcTime
 from serve.envelope import ERROR_RESPONSES
-from serve.times import UtcTime
 
 router = APIRouter(tags=["Monitoring"], responses=ERROR_RESPONSES)
 

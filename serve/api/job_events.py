@@ -10,15 +10,17 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import select
 
 from cluster.db import get_database
+from cluster.times import UtcTime
 from jobs import journal, queue
 from jobs.states import FINISHED
 from jobs.tables import Job, JobEvent
 from serve.api.jobs import JobId, owner_of
 from serve.auth import Caller, CurrentCaller
 from serve.envelope import ERROR_RESPONSES, Responses
-from serve.times import UtcTime
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
+
+LastEventId = Annotated[Annotated[str, Field(pattern=r"^\d{0,15}$")] | SkipJsonSchema[None], Header()]
 
 FOLLOW_SECONDS = 15.0
 """How long a followed stream may be silent: then it looks into the database itself, and shows that it lives."""
@@ -74,7 +76,7 @@ class Place:
         after: Annotated[int, Query(ge=0, le=2**53, description="Only what came after the entry of this id.")] = 0,
         limit: Annotated[int, Query(ge=1, le=500)] = 100,
         follow: Annotated[bool, Query(description="As server-sent events, until the job has finished.")] = False,
-        last_event_id: Annotated[str | SkipJsonSchema[None], Header(pattern=r"^\d{1,15}$")] = None,
+        last_event_id: LastEventId = None,
     ) -> None:
         self.after = int(last_event_id or after)
         self.limit = limit

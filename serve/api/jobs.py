@@ -3,11 +3,12 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import BaseModel, Field
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
+from cluster.times import GivenTime, UtcTime
 from jobs import queue, waiting
 from jobs.queue import JobRequest, Owner
 from jobs.registry import Resources, kinds
@@ -16,7 +17,6 @@ from jobs.tables import Job, JobDependency
 from serve.auth import Caller, CurrentCaller
 from serve.envelope import ERROR_RESPONSES
 from serve.pages import Page, WantedPage
-from serve.times import UtcTime
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
 
@@ -105,8 +105,8 @@ async def list_jobs(
     state: State | None = None,
     kind: Annotated[str | None, Query(max_length=100)] = None,
     parent: Annotated[str | None, Query(max_length=40)] = None,
-    created_after: AwareDatetime | None = None,
-    created_before: AwareDatetime | None = None,
+    created_after: GivenTime | None = None,
+    created_before: GivenTime | None = None,
 ) -> Page[JobView]:
     """Jobs, the newest first: your own, or everybody's when you are an administrator."""
     wanted = _visible_to(caller)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import func, select
 
 from cluster.db import get_database
+from cluster.times import UtcTime
 from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Schedule
@@ -14,7 +15,6 @@ from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.envelope import ERROR_RESPONSES
 from serve.pages import Page, WantedPage
-from serve.times import UtcTime
 
 router = APIRouter(prefix="/api/v1/schedules", tags=["Schedules"], responses=ERROR_RESPONSES)
 
@@ -63,7 +63,7 @@ async def show_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> Sched
 async def replace_schedule(schedule_id: ScheduleId, wanted: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
     """Replace all that a schedule says; its next fire time is reckoned anew."""
     async with get_database().transaction() as session:
-        schedule = await schedules.get(session, schedule_id, owner_of(caller))
+        schedule = await schedules.get(session, schedule_id, owner_of(caller), lock=True)
         await schedules.replace(session, schedule, wanted, owner_of(caller))
         return _view(schedule)
 
@@ -72,7 +72,7 @@ async def replace_schedule(schedule_id: ScheduleId, wanted: ScheduleRequest, cal
 async def delete_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> None:
     """Delete a schedule. The jobs that it has made stay."""
     async with get_database().transaction() as session:
-        await session.delete(await schedules.get(session, schedule_id, owner_of(caller)))
+        await session.delete(await schedules.get(session, schedule_id, owner_of(caller), lock=True))
 
 
 def _view(schedule: Schedule) -> ScheduleView:

@@ -60,7 +60,7 @@ async def may_join(caller: Caller, room: str) -> bool:
 
 async def _change_rooms(subscription: Subscription, caller: Caller, said: dict[str, Any]) -> Message:
     action, room = said.get("type"), said.get("room")
-    if action not in {"join_room", "leave_room"}:
+    if action not in ("join_room", "leave_room"):  # it may be anything, and not everything can be in a set
         return refusal("A message's type is join_room, leave_room or ping.")
     if not isinstance(room, str):
         return refusal("Name the room: a text under 'room'.")

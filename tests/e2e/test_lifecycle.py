@@ -4,13 +4,14 @@ import json
 import signal
 import subprocess
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.platform import BINARIES, Platform, eventually, running_platform
+from tests.platform import BINARIES, Platform, eventually, running_platform, unused_ports
 
 pytestmark = pytest.mark.platform
 
@@ -161,3 +162,11 @@ def is_up(url: str) -> Any:
         return httpx.get(f"{url}/health").is_success or None
     except httpx.TransportError:
         return None
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    (port,) = unused_ports(1)
+    platform = Platform(tmp_path / "home", {"ray.address": f"127.0.0.1:{port}"})
+    refused = platform.cli("up", "--detach", check=False, seconds=60)
+    assert refused.returncode == 1
+    assert f"No Ray cluster answers at 127.0.0.1:{port}." in refused.stdout + refused.stderr

@@ -1,0 +1,26 @@
+"""The whole application on a real server, in this process and on loopback."""
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import uvicorn
+
+from serve.app import create_app
+
+
+@asynccontextmanager
+async def serving() -> AsyncGenerator[str]:
+    """Yields `127.0.0.1:PORT`."""
+    server = uvicorn.Server(uvicorn.Config(create_app(), log_config=None, access_log=False, lifespan="off"))
+    # Only of a socket that says it is TCP does asyncio know that small packets must not wait for each other.
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    running = asyncio.create_task(server.serve([listener]))
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await running

@@ -1,0 +1,341 @@
+"""Who may do what: every operation of the OpenAPI document, with every sort of credential.
+
+An operation that is named in no table below has to refuse strangers, so a new route is safe or it fails here.
+"""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import _IncludedRouter  # pyright: ignore[reportPrivateUsage]
+from pwdlib import PasswordHash
+from starlette.routing import WebSocketRoute
+from starlette.types import Message
+
+from cluster import identity
+from cluster.db import Database, now
+from cluster.secrets import signing_key
+from cluster.settings import get_settings
+from jobs import queue, schedules
+from serve.app import create_app
+
+PASSWORD = "correct horse battery"
+
+PUBLIC = {
+    "GET /health",
+    "GET /metrics",
+    "GET /api/v1/ping",
+    "POST /api/v1/auth/login",
+    "POST /api/v1/auth/refresh",
+    "POST /api/v1/auth/logout",
+}
+"""They do not look at credentials, not even at wrong ones: health and metrics must answer when the database does not,
+and whoever logs in or refreshes often still sends the access token that has expired."""
+
+ADMIN_ONLY = {"POST /api/v1/auth/register"}
+"""403 for users; and for strangers, whom no credential of their own would help."""
+
+SOCKETS = {"/ws/system", "/ws/{client_id}"}
+ADMIN_SOCKETS = {"/ws/logs"}
+
+Headers = dict[str, str]
+Statuses = dict[str, int]
+
+
+class Household:
+    """A server that needs credentials, and people who have some."""
+
+    def __init__(self, app: FastAPI, client: httpx.AsyncClient) -> None:
+        self.app = app
+        self.client = client
+        self.users: dict[str, identity.User] = {}
+        self.keys: dict[str, Headers] = {}
+        self.ids: dict[str, str] = {}
+
+    def credentials(self, name: str) -> tuple[Headers, Headers]:
+        return self.keys[name], self.bearer(name)
+
+    def bearer(self, name: str) -> Headers:
+        return {"Authorization": f"Bearer {identity.access_token(self.users[name])}"}
+
+    async def log_in(self, name: str) -> dict[str, str]:
+        login = {"email": f"{name}@example.com", "password": PASSWORD}
+        answer = await self.client.post("/api/v1/auth/login", json=login)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def body_of(self, operation: str) -> dict[str, Any] | None:
+        """A body with which the operation does what it is for."""
+        match operation:
+            case "POST /api/v1/auth/login":
+                return {"email": "owner@example.com", "password": PASSWORD}
+            case "POST /api/v1/auth/refresh" | "POST /api/v1/auth/logout":
+                return {"refresh_token": (await self.log_in("owner"))["refresh_token"]}
+            case "POST /api/v1/auth/register":
+                return {"email": "new@example.com", "username": "new", "password": PASSWORD}
+            case "POST /api/v1/auth/keys":
+                return {"name": "another"}
+            case "POST /api/v1/jobs":
+                return {"kind": "probe"}
+            case "POST /api/v1/schedules" | "PUT /api/v1/schedules/{schedule_id}":
+                return {"name": "another", "kind": "probe", "cron": "0 3 * * *"}
+            case _:
+                return None
+
+    async def try_all(self, headers: Headers, *, only_with_id: bool = False) -> Statuses:
+        """What the server says to each operation; one that destroys comes last."""
+        statuses: Statuses = {}
+        for operation in sorted(operations(self.app), key=lambda operation: operation.startswith("DELETE")):
+            method, path = operation.split(" ")
+            if only_with_id and "{" not in path:
+                continue
+            address = path.format_map(_Known(self.ids))
+            body = await self.body_of(operation)
+            answer = await self.client.request(method, address, json=body, headers=headers)
+            statuses[operation] = answer.status_code
+        return statuses
+
+
+@pytest.fixture
+async def household(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Household]:
+    """An owner who has a job, a schedule and a key; another user, an administrator, and one who is disabled."""
+    monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
+    monkeypatch.setenv("FORGEARR_AUTH__REGISTRATION", "false")
+    monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
+    get_settings.cache_clear()
+    app = create_app()
+    transport = httpx.ASGITransport(app, client=("192.0.2.1", 40000))
+    async with httpx.AsyncClient(transport=transport, base_url="https://api.example") as client:
+        household = Household(app, client)
+        for name in ("owner", "other", "admin", "disabled"):
+            await _move_in(household, database, name)
+        async with database.transaction() as session:
+            owner = queue.Owner(id=household.users["owner"].id, name="owner", is_admin=False)
+            job = await queue.enqueue(session, queue.JobRequest(kind="probe"), owner)
+            request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
+            schedule = await schedules.create(session, request, owner)
+            key, _ = await identity.create_key(session, household.users["owner"].id, "owner's second")
+            await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
+        household.ids = {"job_id": job.id, "schedule_id": schedule.id, "key_id": key.id}
+        yield household
+
+
+WRONG = ["wrong key", "expired key", "wrong bearer", "foreign token", "expired token", "refresh token", "basic"]
+
+
+# Operations
+
+
+async def test_strangers_are_refused(household: Household) -> None:
+    statuses = await household.try_all({})
+    assert statuses.keys() >= PUBLIC | ADMIN_ONLY
+    assert having(statuses, 401) == statuses.keys() - PUBLIC - ADMIN_ONLY
+    assert having(statuses, 403) == ADMIN_ONLY
+
+
+async def test_wrong_credentials_are_refused(household: Household, database: Database) -> None:
+    for sort in WRONG:
+        statuses = await household.try_all(await wrong_credential(sort, household, database))
+        assert having(statuses, 401) == statuses.keys() - PUBLIC, sort
+
+
+async def test_a_disabled_account_is_shut_out(household: Household) -> None:
+    for headers in household.credentials("disabled"):
+        statuses = await household.try_all(headers)
+        assert having(statuses, 403) == statuses.keys() - PUBLIC
+
+
+async def test_a_user_may_do_all_but_what_is_for_administrators(household: Household) -> None:
+    for headers in household.credentials("owner"):
+        statuses = await household.try_all(headers)
+        assert (having(statuses, 401), having(statuses, 403)) == (set(), ADMIN_ONLY)
+
+
+async def test_an_administrator_may_do_everything(household: Household) -> None:
+    for headers in household.credentials("admin"):
+        assert having(await household.try_all(headers), 401, 403) == set()
+
+
+async def test_what_is_public_works_whatever_is_sent(household: Household, database: Database) -> None:
+    for headers in ({}, household.keys["disabled"], await wrong_credential("expired token", household, database)):
+        statuses = await household.try_all(headers)
+        assert {operation: statuses[operation] for operation in PUBLIC if statuses[operation] >= 300} == {}
+
+
+# What belongs to somebody
+
+
+async def test_what_is_anothers_does_not_exist(household: Household) -> None:
+    statuses = await household.try_all(household.bearer("other"), only_with_id=True)
+    assert {path.split("{")[1].split("}")[0] for path in statuses} == household.ids.keys()
+    assert having(statuses, 404) == statuses.keys()
+    # Nothing was done to it either: to its owner it is what it was.
+    kept = await household.try_all(household.bearer("owner"), only_with_id=True)
+    assert having(kept, 404) == set()
+
+
+async def test_lists_show_only_what_is_ones_own(household: Household) -> None:
+    for name, count in (("owner", 1), ("other", 0), ("admin", 1)):
+        for path in ("/api/v1/jobs", "/api/v1/schedules"):
+            page = (await household.client.get(path, headers=household.bearer(name))).json()
+            assert (page["total"], len(page["items"])) == (count, count)
+    for name, count in (("owner", 2), ("other", 1), ("admin", 1)):
+        page = (await household.client.get("/api/v1/auth/keys", headers=household.bearer(name))).json()
+        assert page["total"] == count
+
+
+async def test_nobody_can_depend_on_anothers_job(household: Household) -> None:
+    body = {"kind": "probe", "depends_on": [household.ids["job_id"]]}
+    refused = await household.client.post("/api/v1/jobs", json=body, headers=household.keys["other"])
+    assert (refused.status_code, refused.json()["error_code"]) == (422, "UNKNOWN_DEPENDENCY")
+    allowed = await household.client.post("/api/v1/jobs", json=body, headers=household.keys["owner"])
+    assert allowed.status_code == 201
+
+
+async def test_an_idempotency_key_is_ones_own(household: Household) -> None:
+    made = {
+        (
+            await household.client.post(
+                "/api/v1/jobs", json={"kind": "probe"}, headers={**household.keys[name], "Idempotency-Key": "same"}
+            )
+        ).json()["id"]
+        for name in ("owner", "other", "owner")
+    }
+    assert len(made) == 2
+
+
+async def test_a_users_job_of_an_administrators_kind_is_refused(household: Household) -> None:
+    for name, status in (("owner", 403), ("admin", 201)):
+        for path, body in (
+            ("/api/v1/jobs", {"kind": "sweep"}),
+            ("/api/v1/schedules", {"name": "mine", "kind": "sweep", "cron": "0 3 * * *"}),
+        ):
+            answer = await household.client.post(path, json=body, headers=household.keys[name])
+            assert answer.status_code == status
+
+
+# WebSockets
+
+
+async def test_every_socket_is_in_a_table(household: Household) -> None:
+    assert sockets(household.app) == SOCKETS | ADMIN_SOCKETS
+
+
+async def test_strangers_get_no_socket(household: Household) -> None:
+    assert set((await connect_all(household, {})).values()) == {401}
+
+
+async def test_wrong_credentials_get_no_socket(household: Household, database: Database) -> None:
+    for sort in WRONG:
+        statuses = await connect_all(household, await wrong_credential(sort, household, database))
+        assert set(statuses.values()) == {401}, sort
+
+
+async def test_sockets_are_for_users_and_some_for_administrators(household: Household) -> None:
+    for headers in household.credentials("disabled"):
+        assert set((await connect_all(household, headers)).values()) == {403}
+    for headers in household.credentials("owner"):
+        statuses = await connect_all(household, headers)
+        assert (having(statuses, 101), having(statuses, 403)) == (SOCKETS, ADMIN_SOCKETS)
+    for headers in household.credentials("admin"):
+        assert set((await connect_all(household, headers)).values()) == {101}
+
+
+def operations(app: FastAPI) -> list[str]:
+    """Every operation of the OpenAPI document: `GET /health`."""
+    paths: dict[str, dict[str, Any]] = app.openapi()["paths"]
+    return [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
+
+
+def sockets(app: FastAPI) -> set[str]:
+    """The addresses of all WebSockets, of which OpenAPI does not speak."""
+    routers = [route.original_router for route in app.routes if isinstance(route, _IncludedRouter)]
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    return {route.path for route in routes if isinstance(route, WebSocketRoute)}
+
+
+def having(statuses: Statuses, *wanted: int) -> set[str]:
+    return {name for name, status in statuses.items() if status in wanted}
+
+
+async def wrong_credential(sort: str, household: Household, database: Database) -> Headers:
+    """A credential that is not good, although its account is."""
+    user = household.users["owner"]
+    claims = jwt.decode(identity.access_token(user), signing_key(), algorithms=["HS256"])
+    match sort:
+        case "wrong key":
+            return {"X-API-Key": "fgr_" + "x" * 43}
+        case "expired key":
+            async with database.transaction() as session:
+                _, key = await identity.create_key(session, user.id, "old", now() - timedelta(seconds=1))
+            return {"X-API-Key": key}
+        case "wrong bearer":
+            return {"Authorization": "Bearer fgr_wrong"}
+        case "foreign token":
+            return {"Authorization": f"Bearer {jwt.encode(claims, 'x' * 32, algorithm='HS256')}"}
+        case "expired token":
+            expired = claims | {"exp": now() - timedelta(seconds=1)}
+            return {"Authorization": f"Bearer {jwt.encode(expired, signing_key(), algorithm='HS256')}"}
+        case "refresh token":
+            return {"Authorization": f"Bearer {(await household.log_in('owner'))['refresh_token']}"}
+        case _:
+            return {"Authorization": "Basic b3duZXI6Y29ycmVjdCBob3JzZSBiYXR0ZXJ5"}
+
+
+async def connect_all(household: Household, headers: Headers) -> Statuses:
+    """What the server says to a handshake at each WebSocket's address: 101, or the status of its refusal."""
+    return {path: await _shake_hands(household.app, path, headers) for path in sockets(household.app)}
+
+
+async def _shake_hands(app: FastAPI, path: str, headers: Headers) -> int:
+    """Connect, and leave as soon as there is an answer."""
+    scope = {
+        "type": "websocket",
+        "path": path.replace("{client_id}", "client-1"),
+        "scheme": "wss",
+        "query_string": b"",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+        "client": ("192.0.2.1", 40000),
+        "extensions": {"websocket.http.response": {}},
+    }
+    heard = iter([{"type": "websocket.connect"}, {"type": "websocket.disconnect", "code": 1000}])
+    said: list[Message] = []
+
+    async def receive() -> Message:
+        return next(heard)
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    await app(scope, receive, send)
+    return 101 if said[0]["type"] == "websocket.accept" else said[0]["status"]
+
+
+class _Known(dict[str, str]):
+    """The ids there are; an operation with another parameter gets a word that names nothing."""
+
+    def __missing__(self, name: str) -> str:
+        return "unknown"
+
+
+async def _move_in(household: Household, database: Database, name: str) -> None:
+    async with database.transaction() as session:
+        user = await identity.add_user(
+            session,
+            email=f"{name}@example.com",
+            username=name,
+            password_hash=_password_hash(),
+            role="admin" if name == "admin" else "user",
+        )
+        _, key = await identity.create_key(session, user.id, "test")
+    household.users[name], household.keys[name] = user, {"X-API-Key": key}
+
+
+@cache
+def _password_hash() -> str:
+    return PasswordHash.recommended().hash(PASSWORD)

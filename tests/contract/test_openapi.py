@@ -1,0 +1,80 @@
+"""The OpenAPI document is true: schemathesis sends what it allows and what it forbids, and reads every answer."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from cluster import identity
+from cluster.db import Database, now
+from cluster.settings import get_settings
+from jobs import journal, queue
+from jobs.journal import Entry
+from jobs.states import State
+from jobs.tables import Job
+from tests.contract.serving import serving
+
+CONFIGURATION = Path(__file__).parent / "schemathesis.toml"
+SECONDS = 300
+
+
+@pytest.fixture
+async def stocked(database: Database) -> Database:
+    """A database with a job that has something to tell."""
+    async with database.transaction() as session:
+        job = await queue.enqueue(session, queue.JobRequest(kind="probe", spec={"payload": "✓"}))
+        log = {"level": "INFO", "message": "one step"}
+        entries = [Entry(job.id, "running", {"worker": "w"}), Entry(job.id, "log", log), Entry(job.id, "succeeded")]
+        journal.record(session, entries)
+        ended = {"started_at": now(), "finished_at": now(), "phase": "step 1 of 1", "progress": 100.0}
+        done = update(Job).where(Job.id == job.id).values(state=State.SUCCEEDED, result={"payload": "✓"}, **ended)
+        await session.execute(done)
+    return database
+
+
+@pytest.mark.usefixtures("stocked")
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+async def test_a_server_that_needs_no_credential(configure: Callable[..., None]) -> None:
+    configure(limits__enabled="false")
+    async with serving() as address:
+        await check(f"http://{address}/api/v1/openapi.json")
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+async def test_a_server_that_needs_one(stocked: Database, configure: Callable[..., None]) -> None:
+    configure(auth__required="true", limits__enabled="false")
+    async with stocked.transaction() as session:
+        admin = await identity.add_user(
+            session, email="admin@example.com", username="admin", password_hash="-", role="admin"
+        )
+        _, key = await identity.create_key(session, admin.id, "test")
+    async with serving() as address:
+        await check(f"http://{address}/api/v1/openapi.json", "--header", f"X-API-Key: {key}")
+
+
+@pytest.fixture
+def configure(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Change settings: `configure(auth__required="true")`."""
+
+    def change(**settings: str) -> None:
+        for name, value in settings.items():
+            monkeypatch.setenv(f"FORGEARR_{name.upper()}", value)
+        get_settings.cache_clear()
+
+    return change
+
+
+async def check(url: str, *options: str) -> None:
+    """Run schemathesis over the whole document; what it finds, it tells with a command that shows it again."""
+    program = Path(sys.executable).parent / "schemathesis"
+    command = [program, "--config-file", CONFIGURATION, "run", url, "--no-color", *options]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=dict(os.environ)
+    )
+    async with asyncio.timeout(SECONDS):
+        output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()

@@ -1,0 +1,143 @@
+"""Schedules: their times, their ticks, and what happens when one can fire no more."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import func, select, update
+
+from cluster.db import Database, now
+from cluster.errors import Forbidden
+from jobs import schedules
+from jobs.queue import Owner
+from jobs.registry import InvalidSpec
+from jobs.schedules import ScheduleNameTaken, ScheduleNotFound, ScheduleRequest
+from jobs.states import State
+from jobs.tables import Job, Schedule, ScheduleTick
+
+ALICE = Owner(id="a" * 36, name="alice", is_admin=False)
+
+
+def wanted(**changes: Any) -> ScheduleRequest:
+    return ScheduleRequest.model_validate({"name": "nightly", "kind": "probe", "cron": "0 3 * * *", **changes})
+
+
+async def create(database: Database, request: ScheduleRequest, owner: Owner = ALICE) -> Schedule:
+    async with database.transaction() as session:
+        return await schedules.create(session, request, owner)
+
+
+async def make_due(database: Database, since: timedelta = timedelta(minutes=1)) -> None:
+    async with database.transaction() as session:
+        await session.execute(update(Schedule).values(next_fire_at=now() - since))
+
+
+async def fire(database: Database) -> None:
+    async with database.transaction() as session:
+        await schedules.fire_due(session)
+
+
+@pytest.mark.parametrize(
+    ("cron", "zone", "after", "next_time"),
+    [
+        ("0 3 * * *", "UTC", "2026-01-01T03:00:00+00:00", "2026-01-02T03:00:00+00:00"),
+        ("0 3 * * *", "Europe/Berlin", "2026-01-01T00:00:00+00:00", "2026-01-01T02:00:00+00:00"),
+        ("0 3 * * *", "Europe/Berlin", "2026-07-01T00:00:00+00:00", "2026-07-01T01:00:00+00:00"),
+        # The clock jumps from 2:00 to 3:00 that night: what falls into the gap runs right after it.
+        ("30 2 * * *", "Europe/Berlin", "2026-03-29T00:00:00+00:00", "2026-03-29T01:00:00+00:00"),
+    ],
+)
+def test_fire_times_follow_the_clock_of_their_zone(cron: str, zone: str, after: str, next_time: str) -> None:
+    assert schedules.next_fire(cron, zone, datetime.fromisoformat(after)) == datetime.fromisoformat(next_time)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cron", "every day"),
+        ("cron", "0 0 31 2 *"),
+        ("cron", "* * * * * *x"),
+        ("timezone", "Mars/Olympus"),
+        ("timezone", "../etc/passwd"),
+    ],
+)
+def test_what_never_fires_is_refused(field: str, value: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        wanted(**{field: value})
+
+
+async def test_a_due_schedule_queues_one_job_and_moves_on(database: Database) -> None:
+    schedule = await create(database, wanted(spec={"payload": 1}, priority=4))
+    await make_due(database)
+    await asyncio.gather(fire(database), fire(database))
+    async with database.reading() as session:
+        job = (await session.scalars(select(Job))).one()
+        fired = await session.get_one(Schedule, schedule.id)
+        ticks = await session.scalar(select(func.count()).select_from(ScheduleTick))
+    assert (job.spec["payload"], job.priority, job.owner_id, job.created_by) == (1, 4, ALICE.id, "schedule:nightly")
+    assert (fired.last_job_id, ticks) == (job.id, 1)
+    assert fired.next_fire_at is not None
+    assert fired.next_fire_at > now()
+
+
+async def test_missed_times_are_made_up_for_once(database: Database) -> None:
+    await create(database, wanted(cron="* * * * *"))
+    await make_due(database, since=timedelta(days=2))
+    await fire(database)
+    await fire(database)
+    async with database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(Job)) == 1
+
+
+async def test_the_same_tick_never_makes_a_second_job(database: Database) -> None:
+    await create(database, wanted())
+    moment = datetime(2026, 1, 1, 3, tzinfo=UTC)
+    for _ in range(2):
+        async with database.transaction() as session:
+            await session.execute(update(Schedule).values(next_fire_at=moment))
+        await fire(database)
+    async with database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(Job)) == 1
+
+
+async def test_a_schedule_that_can_fire_no_more_says_why_and_stops(database: Database) -> None:
+    schedule = await create(database, wanted())
+    async with database.transaction() as session:
+        await session.execute(update(Schedule).values(kind="gone", next_fire_at=now() - timedelta(minutes=1)))
+    await fire(database)
+    async with database.reading() as session:
+        job = (await session.scalars(select(Job))).one()
+        stopped = await session.get_one(Schedule, schedule.id)
+    assert (job.state, job.error["code"]) == (State.FAILED, "job_kind_not_found")  # pyright: ignore[reportOptionalSubscript]
+    assert not stopped.enabled
+
+
+async def test_a_disabled_schedule_does_not_fire(database: Database) -> None:
+    schedule = await create(database, wanted(enabled=False))
+    assert schedule.next_fire_at is None
+    await make_due(database)
+    await fire(database)
+    async with database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(Job)) == 0
+
+
+async def test_names_are_unique_and_specs_are_checked(database: Database) -> None:
+    await create(database, wanted())
+    with pytest.raises(ScheduleNameTaken):
+        await create(database, wanted())
+    with pytest.raises(InvalidSpec):
+        await create(database, wanted(name="other", spec={"steps": "many"}))
+    with pytest.raises(Forbidden):
+        await create(database, wanted(name="other", kind="sweep"))
+    async with database.reading() as session:
+        assert [row.name for row in await session.scalars(select(Schedule))] == ["nightly"]
+
+
+async def test_nobody_sees_the_schedule_of_another(database: Database) -> None:
+    schedule = await create(database, wanted())
+    async with database.reading() as session:
+        assert (await schedules.get(session, schedule.id, ALICE)).name == "nightly"
+        with pytest.raises(ScheduleNotFound):
+            await schedules.get(session, schedule.id, Owner(id="b" * 36, name="bob", is_admin=False))

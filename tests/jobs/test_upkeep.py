@@ -1,0 +1,118 @@
+"""Retries, the registry, what can be stored, and the sweep."""
+
+import asyncio
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select, update
+
+from cluster.db import Database, now
+from cluster.errors import ForgearrError, InvalidRequest, Unavailable
+from jobs import leases, queue
+from jobs.builtin import SweepSpec, sweep
+from jobs.context import Context
+from jobs.leases import Claim
+from jobs.queue import JobRequest
+from jobs.registry import Resources
+from jobs.retries import backoff, judge
+from jobs.states import State
+from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership
+from jobs.writer import storable
+
+
+class Silent:
+    """A worker that keeps nothing of what its job says."""
+
+    def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None: ...
+    def checkpoint(self, claim: Claim, state: Any) -> None: ...
+    def artifact(self, claim: Claim, path: Path, name: str) -> str:
+        return str(path)
+
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
+        raise AssertionError("a sweep has no children")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "again"),
+    [
+        (Unavailable(), "service_unavailable", True),
+        (InvalidRequest("No."), "invalid_request", False),
+        (ForgearrError(), "internal_error", False),
+        (ConnectionResetError("reset"), "job_error", True),
+        (TimeoutError(), "job_error", True),
+        (KeyError("x"), "job_error", False),
+        (MemoryError(), "out_of_memory", True),
+    ],
+)
+def test_an_error_decides_whether_there_is_another_attempt(
+    home: Path, error: Exception, code: str, again: bool
+) -> None:
+    failure = judge(error, attempt=1)
+    assert (failure.code, failure.retry_in is not None) == (code, again)
+    assert failure.message
+
+
+def test_waits_double_up_to_their_cap(home: Path) -> None:
+    waits = [backoff(attempt) for attempt in range(1, 20)]
+    assert 1.5 <= waits[0] <= 2
+    assert 3 <= waits[1] <= 4
+    assert 225 <= waits[-1] <= 300
+
+
+def test_resources_have_one_word() -> None:
+    assert Resources().demand == ""
+    labels = Resources(cpus=1.5, gpus=1, memory_mb=10, labels={"b": "2", "a": "1"})
+    assert labels.demand == "1.5 CPU, 1 GPU, 10 MB memory, a=1, b=2"
+
+
+def test_only_json_is_storable() -> None:
+    assert storable({"a": (1, math.nan, {"b\0": "\0"})}) == {"a": [1, None, {"b\ufffd": "\ufffd"}]}
+    with pytest.raises(ValueError, match="serialize"):
+        storable(object())
+
+
+async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) -> None:
+    long_ago = now() - timedelta(days=100)
+    async with database.transaction() as session:
+        old, fresh, told, untold, dead = [
+            await queue.enqueue(
+                session, JobRequest(kind="probe", tracked=number in {2, 3}), idempotency_key=f"k{number}"
+            )
+            for number in range(5)
+        ]
+    async with database.transaction() as session:
+        session.add(Leadership(id=1, holder="here", token="t", expires_at=now(), waiting={}))
+        done = [old.id, told.id, untold.id]
+        await session.execute(update(Job).where(Job.id.in_(done)).values(state=State.SUCCEEDED))
+        await session.execute(update(JobEvent).where(JobEvent.job_id.in_([*done, dead.id])).values(created_at=long_ago))
+        await session.execute(update(IdempotencyKey).where(IdempotencyKey.job_id == old.id).values(expires_at=long_ago))
+        last_told = select(func.max(JobEvent.id)).where(JobEvent.job_id == told.id).scalar_subquery()
+        await session.execute(update(Leadership).values(tracked_until=last_told))
+        held = {"state": State.RUNNING, "worker": "gone", "lease_token": "t", "lease_expires_at": long_ago}
+        await session.execute(update(Job).where(Job.id == dead.id).values(**held))
+    claim = Claim("job_x", "t", "sweep", "", {}, None, 1, 3, None, None, {}, "worker-1")
+    # In a thread, as a worker runs it: it has an event loop of its own.
+    swept = await asyncio.to_thread(sweep, Context(claim, Silent()), SweepSpec())
+    assert swept == {"idempotency_keys": 1, "leases": 1, "events": 2}
+    async with database.reading() as session:
+        left = set(await session.scalars(select(JobEvent.job_id)))
+        assert (await session.get_one(Job, dead.id)).state == State.QUEUED
+    assert left == {fresh.id, untold.id, dead.id}
+
+
+async def test_a_page_of_writes_refuses_only_the_stale_ones(database: Database) -> None:
+    async with database.transaction() as session:
+        jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(3)])
+    async with database.transaction() as session:
+        await session.execute(update(Job).values(state=State.RUNNING, worker="w", lease_token="good"))
+    writes = [
+        leases.Write(job.id, "bad" if index == 1 else "good", {"progress": 50.0}) for index, job in enumerate(jobs)
+    ]
+    async with database.transaction() as session:
+        assert await leases.write(session, writes) == {"bad"}
+    async with database.reading() as session:
+        assert [await session.scalar(select(Job.progress).where(Job.id == job.id)) for job in jobs] == [50, 0, 50]
