@@ -10,6 +10,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster import events
+from cluster.db import Database
+from jobs import queue
+from jobs.queue import JobRequest
 from serve import metrics
 from serve.metrics import RequestMetrics
 from serve.middleware import RequestFrame
@@ -26,12 +29,12 @@ def samples(text: str) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.fixture
-def own() -> RequestMetrics:
+def own(database: Database) -> RequestMetrics:
     return RequestMetrics()
 
 
 @pytest.fixture
-async def client(home: object, own: RequestMetrics) -> AsyncIterator[httpx.AsyncClient]:
+async def client(own: RequestMetrics) -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
     router = APIRouter(prefix="/items")
 
@@ -128,3 +131,18 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> events.Events:
     monkeypatch.setattr(events, "share_counts", actor.share_counts)
     monkeypatch.setattr(events, "shared_counts", actor.shared_counts)
     return actor
+
+
+async def test_the_queue_is_told_by_kind_and_state(
+    client: httpx.AsyncClient, own: RequestMetrics, database: Database
+) -> None:
+    async with database.transaction() as session:
+        first, *_ = [await queue.enqueue(session, JobRequest(kind="probe")) for _ in range(3)]
+        await queue.pause(session, first)
+        await queue.enqueue(session, JobRequest(kind="probe", depends_on=[first.id]))
+    text = (await own.render()).decode()
+    assert 'jobs{kind="probe",state="queued"} 3.0' in text
+    assert 'jobs{kind="probe",state="paused"} 1.0' in text
+    assert "job_queue_depth 2.0" in text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["job_queue_oldest_seconds"].samples[0].value > 0
