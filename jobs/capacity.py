@@ -11,6 +11,8 @@ from jobs.leases import ALONE
 from jobs.registry import LIGHT, Resources
 from jobs.tables import Job
 
+POOLED, HEAVY = "worker-", "heavy-"
+"""How the names of the two sorts of worker begin."""
 HEAVY_AT_ONCE = 64
 """How many heavy jobs one look at the queue may start."""
 ALONE_AT_ONCE = 4
@@ -69,6 +71,9 @@ class Room:
         if place := self._places.get(worker):
             place.retired = True
 
+    def workers(self) -> list[str]:
+        return list(self._places)
+
     def resources_of(self, worker: str) -> Resources | None:
         """What a heavy worker was made for; None for one of the pool, or one that is gone."""
         place = self._places.get(worker)
@@ -111,7 +116,7 @@ class Room:
         resources = Resources.model_validate(job.resources)
         if not self._fits(resources):
             return None
-        name = f"heavy-{secrets.token_hex(4)}"
+        name = f"{HEAVY}{secrets.token_hex(4)}"
         self.add(name, resources)
         self.occupy(name, job.id)
         return name

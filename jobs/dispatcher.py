@@ -8,8 +8,10 @@ memory. It sleeps until somebody wakes it, a worker has room again, or something
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import socket
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -22,9 +24,9 @@ from cluster.db import get_database
 from cluster.settings import get_settings, home
 from jobs import leases, schedules
 from jobs.builtin import SWEEP_SCHEDULE
-from jobs.capacity import Room, actor_options
+from jobs.capacity import HEAVY, POOLED, Room, actor_options
 from jobs.leases import Claim, LeadershipLost
-from jobs.registry import Resources
+from jobs.registry import LIGHT, Resources
 from jobs.tables import Job
 from jobs.tracker import Tracker
 from jobs.worker import Worker
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 5.0
 """How long the dispatcher sleeps when nobody wakes it: the longest that a lost wake-up can delay a job."""
+LOOK_SECONDS = 1.0
+"""How old the dispatcher's view of the cluster may be while a heavy job waits."""
 ADOPT_SECONDS = 3.0
 
 
@@ -46,6 +50,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._room = Room(self._settings.slots)
         self._handles: dict[str, Any] = {}
+        self._starting: dict[str, str] = {}  # heavy workers whose process is not there yet, and the lease of each's job
         self._tasks: set[asyncio.Task[None]] = set()
         self._keep(self._lead())
 
@@ -104,7 +109,7 @@ class Dispatcher:
             await asyncio.sleep(self._settings.lease_seconds / 3)
 
     async def _dispatch_forever(self) -> None:
-        heavy_known = False
+        seen = -math.inf
         while True:
             self._wake.clear()
             async with self._database.transaction() as session:
@@ -112,14 +117,14 @@ class Dispatcher:
                 due, heavy = await leases.outlook(session)
             for worker, batch in _by_worker(claims).items():
                 await self._start(worker, batch)
-            if heavy:
+            is_new = False
+            if heavy and time.monotonic() - seen > LOOK_SECONDS:
                 self._room.see_cluster(*await asyncio.to_thread(_cluster))
-            if claims or (heavy and not heavy_known):
-                heavy_known = heavy
+                seen, is_new = time.monotonic(), True
+            if claims or is_new:
                 continue
-            heavy_known = heavy
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), min(due, IDLE_SECONDS))
+                await asyncio.wait_for(self._wake.wait(), min(due, LOOK_SECONDS if heavy else IDLE_SECONDS))
 
     async def _keep_house_forever(self) -> None:
         """Renew the leadership, take jobs from workers that fell silent, and fire schedules."""
@@ -130,6 +135,7 @@ class Dispatcher:
                 await leases.keep_leadership(session, self._token)
                 lost = await leases.release_lost(session)
                 await schedules.fire_due(session)
+                await leases.renew(session, list(self._starting.values()))
                 held = await leases.held_by_workers(session)
             for job_id, worker in lost:
                 log.warning("worker %s fell silent; %s goes to another one", worker, job_id)
@@ -137,7 +143,7 @@ class Dispatcher:
                 self._room.retire(worker)
                 self._dismiss(worker)
             self._room.reconcile({name: [job.id for job in jobs] for name, jobs in held.items()}, IDLE_SECONDS)
-            for worker in list(self._handles):
+            for worker in self._room.workers():
                 self._dismiss_if_done(worker)
             self._fill_pool()
             async with self._database.reading() as session:
@@ -150,33 +156,34 @@ class Dispatcher:
             held = await leases.held_by_workers(session)
         actors: list[Any] = ray.util.list_named_actors(all_namespaces=True)
         alive = {actor["name"] for actor in actors if actor["namespace"] == NAMESPACE}
-        for worker in sorted({*held, *(name for name in alive if name.startswith("worker-"))} - set(self._handles)):
-            if worker in alive and await self._adopt(worker, held.get(worker, [])):
-                continue
+        workers = {name for name in alive if name.startswith((POOLED, HEAVY))}
+        for worker in sorted({*held, *workers} - set(self._handles)):
+            running = await self._adopt(worker, held.get(worker, [])) if worker in alive else []
+            # What it does not know of was claimed just before this process died, and never reached it.
             async with self._database.transaction() as session:
-                await leases.release_lost(session, worker=worker, suspect=False)
+                await leases.release_lost(session, worker=worker, but=running, suspect=False)
         self._fill_pool()
 
-    async def _adopt(self, worker: str, held: list[Job]) -> bool:
+    async def _adopt(self, worker: str, held: list[Job]) -> list[str]:
+        """Take a living worker up; returns the jobs that run there."""
         try:
             handle = ray.get_actor(worker, namespace=NAMESPACE)
-            known = set(await asyncio.wait_for(handle.jobs.remote(), ADOPT_SECONDS))
-        except (ValueError, TimeoutError, ray.exceptions.RayActorError):
+            running = await asyncio.wait_for(handle.jobs.remote(), ADOPT_SECONDS)
+        except (ValueError, TimeoutError, ray.exceptions.RayError):
             log.warning("worker %s does not answer; its jobs go to others", worker)
-            return False
+            return []
         self._handles[worker] = handle
-        heavy = [Resources.model_validate(one.resources) for one in held if one.demand]
-        self._room.add(worker, heavy[0] if heavy else None)
-        for one in held:
-            if one.id in known:
-                self._room.occupy(worker, one.id)
-        log.info("adopted %s with %d jobs", worker, len(held))
+        heavy = next((Resources.model_validate(job.resources) for job in held), LIGHT)
+        self._room.add(worker, heavy if worker.startswith(HEAVY) else None)
+        for job_id in running:
+            self._room.occupy(worker, job_id)
+        log.info("adopted %s with %d jobs", worker, len(running))
         self._keep(self._watch(worker, handle))
-        return True
+        return running
 
     def _fill_pool(self) -> None:
         while self._room.pool_size() < self._settings.workers:
-            name = f"worker-{secrets.token_hex(3)}"
+            name = f"{POOLED}{secrets.token_hex(4)}"
             self._create(name, slots=self._settings.slots, options={"num_cpus": 0})
             self._room.add(name, None)
             self._wake.set()
@@ -184,6 +191,8 @@ class Dispatcher:
     async def _start(self, worker: str, claims: list[Claim]) -> None:
         if (resources := self._room.resources_of(worker)) and worker not in self._handles:
             self._create(worker, slots=1, options=actor_options(resources))
+            self._starting[worker] = claims[0].token
+            self._keep(self._await_start(worker))
         if worker in self._handles:
             self._handles[worker].run.remote(claims)
         else:  # it died after it had been chosen
@@ -203,9 +212,15 @@ class Dispatcher:
         self._handles[name] = actor.remote(name, slots)
         self._keep(self._watch(name, self._handles[name]))
 
+    async def _await_start(self, worker: str) -> None:
+        """A process that needs GPUs or a new machine may take longer to start than a lease lasts."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._handles[worker].jobs.remote()
+        self._starting.pop(worker, None)
+
     async def _watch(self, worker: str, handle: Any) -> None:
         """Learn at once of a worker's death, instead of waiting for its leases to run out."""
-        with contextlib.suppress(ray.exceptions.RayActorError):
+        with contextlib.suppress(ray.exceptions.RayError):
             await handle.until_death.remote()
         self._handles.pop(worker, None)
         self._room.remove(worker)
@@ -223,6 +238,8 @@ class Dispatcher:
         """End a worker's process. One that is frozen ends when it wakes."""
         if handle := self._handles.get(worker):
             ray.kill(handle)
+        else:
+            self._room.remove(worker)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

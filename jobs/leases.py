@@ -7,7 +7,7 @@ execution is at least once, the outcome exactly once.
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -157,14 +157,16 @@ async def held_by_workers(session: AsyncSession) -> dict[str, list[Job]]:
     return held
 
 
-async def renew(session: AsyncSession, worker: str) -> dict[str, tuple[str, str | None]]:
-    """A worker's heartbeat. Returns its jobs, with the token under which it holds each and what is asked of it."""
-    mine = select(Job.id, Job.lease_token, Job.control).where(Job.worker == worker, Job.state == State.RUNNING)
-    rows = (await session.execute(mine.order_by(Job.id).with_for_update(key_share=True))).all()
+async def renew(session: AsyncSession, tokens: Collection[str]) -> dict[str, str | None]:
+    """A heartbeat: renew these leases. Returns those that still hold, with what is asked of their jobs."""
+    held = select(Job.id, Job.lease_token, Job.control).where(
+        Job.lease_token.in_(tokens), Job.state == State.RUNNING, Job.worker.is_not(None)
+    )
+    rows = (await session.execute(held.order_by(Job.id).with_for_update(key_share=True))).all()
     extended = update(Job).where(Job.id.in_([row.id for row in rows])).values(lease_expires_at=_expiry())
     # A heartbeat is no news of the job.
     await session.execute(extended.values(updated_at=Job.updated_at).execution_options(synchronize_session=False))
-    return {row.id: (row.lease_token, row.control) for row in rows}
+    return {row.lease_token: row.control for row in rows}
 
 
 async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
@@ -213,16 +215,19 @@ def failed(failure: Failure, attempt: int, max_attempts: int) -> dict[str, Any]:
 
 
 async def release_lost(
-    session: AsyncSession, *, worker: str | None = None, suspect: bool = True
+    session: AsyncSession, *, worker: str | None = None, but: Collection[str] = (), suspect: bool = True
 ) -> list[tuple[str, str]]:
-    """Take back the jobs of a dead worker, or all whose lease has run out; returns each with the worker that had it.
+    """Take back the jobs of a dead worker (but those), or all whose lease has run out; returns each with its worker.
 
     A worker that dies may have been killed by one of its jobs. The suspects go on with one loss more, the last time on
     a worker of their own, so that only the one that dies alone fails. After a power cut there is nothing to suspect.
     """
     lost = Job.worker == worker if worker else Job.lease_expires_at < now()
     rows = await session.scalars(
-        select(Job).where(Job.state == State.RUNNING, lost).order_by(Job.id).with_for_update(key_share=True)
+        select(Job)
+        .where(Job.state == State.RUNNING, lost, Job.id.not_in(but))
+        .order_by(Job.id)
+        .with_for_update(key_share=True)
     )
     released = [(job, job.worker or "") for job in rows.all()]
     for job, _ in released:

@@ -185,14 +185,13 @@ class Worker:
         before = list(self._running.values())
         try:
             async with self._writer.one_at_a_time, self._database.transaction() as session:
-                held = await leases.renew(session, self._name)
+                held = await leases.renew(session, [running.claim.token for running in before])
         except SQLAlchemyError:
             log.warning("the leases could not be renewed; trying again", exc_info=True)
             return
         for running in before:
-            token, control = held.get(running.claim.job_id, ("", None))
-            if token == running.claim.token:
-                self._hear(running, control)
+            if running.claim.token in held:
+                self._hear(running, held[running.claim.token])
             elif not running.settled:
                 self._lose(running.claim.token)
 
