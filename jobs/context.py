@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from cluster.errors import ForgearrError
 from jobs.leases import Claim
+from jobs.queue import ChildFailed
 from jobs.states import State
 from jobs.tables import Job
 
@@ -40,12 +40,6 @@ class Park(BaseException):
     def __init__(self, children: list[str]) -> None:
         super().__init__(*children)
         self.children = children
-
-
-class ChildFailed(ForgearrError):
-    """A child of this job did not succeed."""
-
-    code = "CHILD_FAILED"
 
 
 class Link(Protocol):
@@ -120,8 +114,7 @@ class Context:
         its function ends here, and is called again from the last checkpoint when they are done."""
         for child in children:
             if child.state in {State.FAILED, State.CANCELLED}:
-                reason = (child.error or {}).get("message", "")
-                raise ChildFailed(f"The child '{child.child_name}' ({child.id}) {child.state}: {reason}")
+                raise ChildFailed(child)
         unfinished = [child.id for child in children if child.state != State.SUCCEEDED]
         if unfinished:
             raise Park(unfinished)

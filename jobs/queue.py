@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import actors
 from cluster.db import after_commit, now, one_at_a_time
-from cluster.errors import Conflict, Forbidden, NotFound, Unavailable, UnprocessableRequest
+from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound, Unavailable, UnprocessableRequest
 from cluster.settings import get_settings
 from cluster.times import GivenTime
 from jobs import journal
@@ -53,6 +53,16 @@ class UnknownDependency(UnprocessableRequest):
     """A job named in depends_on does not exist."""
 
     code = "UNKNOWN_DEPENDENCY"
+
+
+class ChildFailed(ForgearrError):
+    """A child of this job did not succeed."""
+
+    code = "CHILD_FAILED"
+
+    def __init__(self, child: Job) -> None:
+        reason = (child.error or {}).get("message", "")
+        super().__init__(f"Its child '{child.child_name}' ({child.id}) {_PAST[State(child.state)]}: {reason}")
 
 
 class Owner(BaseModel):
@@ -220,9 +230,14 @@ async def release_dependents(session: AsyncSession, finished: dict[str, State]) 
         select(Job).where(Job.id.in_(doomed), Job.state.in_([State.QUEUED, State.PAUSED]))
     )
     for dependent in dependents.all():
-        cause = doomed[dependent.id]
-        message = f"{cause}, which this job depends on, {_PAST[finished[cause]]}."
-        await finish_waiting(session, [dependent], State.FAILED, {"code": "dependency_failed", "message": message})
+        cause = await session.get_one(Job, doomed[dependent.id], populate_existing=True)
+        error = {
+            "code": "dependency_failed",
+            "message": f"{cause.id}, which this job depends on, {_PAST[finished[cause.id]]}.",
+        }
+        if cause.parent_id == dependent.id:
+            error = {"code": ChildFailed.code.lower(), "message": ChildFailed(cause).message}
+        await finish_waiting(session, [dependent], State.FAILED, error)
 
 
 def stillborn(request: JobRequest, owner: Owner, error: dict[str, Any]) -> Job:

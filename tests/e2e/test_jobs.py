@@ -105,7 +105,8 @@ def test_a_parent_collects_its_children_and_fails_with_them(platform: Platform) 
     children = platform.http.get("/api/v1/jobs", params={"parent": parent["id"]}).json()
     assert children["total"] == 3
     unlucky = platform.wait_for(platform.submit("family", spec={"children": 1, "fail": True}))
-    assert (unlucky["state"], unlucky["error"]["code"]) == ("failed", "dependency_failed")
+    assert (unlucky["state"], unlucky["error"]["code"]) == ("failed", "child_failed")
+    assert "'black sheep'" in unlucky["error"]["message"]
 
 
 def test_a_heavy_job_has_a_process_of_its_own(platform: Platform) -> None:

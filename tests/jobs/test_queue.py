@@ -254,6 +254,14 @@ async def test_a_parked_parent_goes_on_when_its_children_have_finished(bench: Be
     await bench.write(of_child, leases.succeeded("part"), ("succeeded", {}))
     (again,) = await bench.claim()
     assert (again.job_id, again.attempt) == (parent.id, 1)
+    async with bench.database.transaction() as session:
+        sheep = await queue.enqueue_child(session, parent, "black sheep", "probe", {})
+        assert await leases.park(session, parent.id, again.token, [sheep.id])
+    bench.room.release(again.worker, parent.id)
+    (of_sheep,) = await bench.claim()
+    await bench.write(of_sheep, leases.failed(Failure("bad", "Broken."), 1, 1), ("failed", {}))
+    error = {"code": "child_failed", "message": f"Its child 'black sheep' ({sheep.id}) failed: Broken."}
+    assert (await bench.job(parent.id)).error == error
 
 
 async def test_pause_and_resume(bench: Bench) -> None:
