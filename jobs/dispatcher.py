@@ -25,8 +25,10 @@ from cluster.settings import get_settings, home
 from jobs import leases, schedules
 from jobs.builtin import SWEEP_SCHEDULE
 from jobs.capacity import HEAVY, POOLED, Room, actor_options
-from jobs.leases import Claim, LeadershipLost
+from jobs.journal import Entry
+from jobs.leases import Claim, LeadershipLost, Write
 from jobs.registry import LIGHT, Resources
+from jobs.retries import Failure
 from jobs.tables import Job
 from jobs.tracker import Tracker
 from jobs.worker import Worker
@@ -190,7 +192,10 @@ class Dispatcher:
 
     async def _start(self, worker: str, claims: list[Claim]) -> None:
         if (resources := self._room.resources_of(worker)) and worker not in self._handles:
-            self._create(worker, slots=1, options=actor_options(resources))
+            try:
+                self._create(worker, slots=1, options=actor_options(resources))
+            except (TypeError, ValueError) as error:
+                return await self._refuse(claims[0], f"Ray refuses what it asks for: {error}")
             self._starting[worker] = claims[0].token
             self._keep(self._await_start(worker))
         if worker in self._handles:
@@ -198,6 +203,14 @@ class Dispatcher:
         else:  # it died after it had been chosen
             async with self._database.transaction() as session:
                 await leases.release_lost(session, worker=worker, suspect=False)
+
+    async def _refuse(self, claim: Claim, reason: str) -> None:
+        """End a job that no worker can be made for, instead of everybody else's."""
+        self._room.remove(claim.worker)
+        values = leases.failed(Failure("unplaceable", reason), attempt=1, max_attempts=1)
+        ending = Write(claim.job_id, claim.token, values, [Entry(claim.job_id, "failed", {"error": values["error"]})])
+        async with self._database.transaction() as session:
+            await leases.write(session, [ending])
 
     def _create(self, name: str, *, slots: int, options: dict[str, Any]) -> None:
         """Detached, so that the workers and their jobs outlive this process."""

@@ -51,9 +51,10 @@ async def test_a_server_that_needs_one(stocked: Database, configure: Callable[..
         admin = await identity.add_user(
             session, email="admin@example.com", username="admin", password_hash="-", role="admin"
         )
-        _, key = await identity.create_key(session, admin.id, "test")
+    # Not an API key: it would be found, and revoked, in the course of this.
+    token = identity.access_token(admin)
     async with serving() as address:
-        await check(f"http://{address}/api/v1/openapi.json", "--header", f"X-API-Key: {key}")
+        await check(f"http://{address}/api/v1/openapi.json", "--header", f"Authorization: Bearer {token}")
 
 
 @pytest.fixture
