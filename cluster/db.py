@@ -69,6 +69,7 @@ class Database:
         """A read-write transaction: committed at the end of the block, rolled back if it raises."""
         async with AsyncSession(self.engine, expire_on_commit=False) as session:
             async with session.begin():
+                await _connect(session)
                 yield session
                 for prepare in session.info.pop("before_commit", []):
                     await prepare()
@@ -80,6 +81,7 @@ class Database:
         """A transaction that only reads, and so never waits for a writer."""
         reader = self.engine.execution_options(forgearr_reading=True)
         async with AsyncSession(reader, expire_on_commit=False) as session:
+            await _connect(session)
             yield session
 
     async def close(self) -> None:
@@ -156,6 +158,16 @@ async def run_alone(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+async def _connect(session: AsyncSession) -> None:
+    """The line of defence: a server that cannot be reached is one error, whatever the driver calls it."""
+    try:
+        await session.connection()
+    except SQLAlchemyError:
+        raise
+    except Exception as error:
+        raise OperationalError("connect", None, error) from error
 
 
 def _postgres_engine(url: str, pool_size: int) -> AsyncEngine:

@@ -76,7 +76,7 @@ async def _sweep(context: Context) -> dict[str, int]:
     try:
         async with database.transaction() as session:
             keys = await delete_rows(session, delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now()))
-            leases_released = await leases.release_lost(session)
+            leases_released = await leases.release_lost(session, suspect=False)
         context.report(progress=50, phase="old events")
         events = 0
         while page := await _delete_old_events(database, settings.jobs.event_days):

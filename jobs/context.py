@@ -147,6 +147,12 @@ class JobLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         context = current.get()
-        if context is not None:
+        if context is None:
+            return
+        try:
+            message = self.format(record)
+        except Exception:
+            return self.handleError(record)  # a log line that is wrong is no reason for the job to fail
+        else:
             level: Any = record.levelname if record.levelname in {"DEBUG", "WARNING", "ERROR"} else "INFO"
-            context.log(self.format(record), level)
+            context.log(message, level)

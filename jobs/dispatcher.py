@@ -40,6 +40,8 @@ IDLE_SECONDS = 5.0
 LOOK_SECONDS = 1.0
 """How old the dispatcher's view of the cluster may be while a heavy job waits."""
 ADOPT_SECONDS = 3.0
+START_SECONDS = 600.0
+"""How long the process of a heavy job may take to start before its job goes back into the queue."""
 
 
 class Dispatcher:
@@ -52,7 +54,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._room = Room(self._settings.slots)
         self._handles: dict[str, Any] = {}
-        self._starting: dict[str, str] = {}  # heavy workers whose process is not there yet, and the lease of each's job
+        self._starting: dict[str, tuple[str, float]] = {}  # heavy workers without a process yet: its job's lease, since
         self._tasks: set[asyncio.Task[None]] = set()
         self._keep(self._lead())
 
@@ -132,18 +134,28 @@ class Dispatcher:
         """Renew the leadership, take jobs from workers that fell silent, and fire schedules."""
         async with self._database.transaction() as session:
             await schedules.ensure(session, SWEEP_SCHEDULE)
+        lease = self._settings.lease_seconds
+        looked = calm_since = time.time()
         while True:
+            # When nobody could renew for a while, because the database was away, this process was, or the whole
+            # machine slept, leases have run out that nobody let go of: give the workers time to renew them.
+            calm_since = time.time() if time.time() - looked > lease else calm_since
+            looked = time.time()
             async with self._database.transaction() as session:
                 await leases.keep_leadership(session, self._token)
-                lost = await leases.release_lost(session)
+                lost = await leases.release_lost(session) if looked - calm_since > lease else []
                 await schedules.fire_due(session)
-                await leases.renew(session, list(self._starting.values()))
+                asked = await leases.renew(session, [token for token, _ in self._starting.values()])
                 held = await leases.held_by_workers(session)
             for job_id, worker in lost:
                 log.warning("worker %s fell silent; %s goes to another one", worker, job_id)
                 self._room.release(worker, job_id)
-                self._room.retire(worker)
-                self._dismiss(worker)
+                if worker not in held:
+                    self._room.retire(worker)
+                    self._dismiss(worker)
+            for worker, (token, since) in list(self._starting.items()):
+                if asked.get(token) or looked - since > START_SECONDS:
+                    self._dismiss(worker)
             self._room.reconcile({name: [job.id for job in jobs] for name, jobs in held.items()}, IDLE_SECONDS)
             for worker in self._room.workers():
                 self._dismiss_if_done(worker)
@@ -173,6 +185,8 @@ class Dispatcher:
             running = await asyncio.wait_for(handle.jobs.remote(), ADOPT_SECONDS)
         except (ValueError, TimeoutError, ray.exceptions.RayError):
             log.warning("worker %s does not answer; its jobs go to others", worker)
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(worker, namespace=NAMESPACE))
             return []
         self._handles[worker] = handle
         heavy = next((Resources.model_validate(job.resources) for job in held), LIGHT)
@@ -196,7 +210,7 @@ class Dispatcher:
                 self._create(worker, slots=1, options=actor_options(resources))
             except (TypeError, ValueError) as error:
                 return await self._refuse(claims[0], f"Ray refuses what it asks for: {error}")
-            self._starting[worker] = claims[0].token
+            self._starting[worker] = (claims[0].token, time.time())
             self._keep(self._await_start(worker))
         if worker in self._handles:
             self._handles[worker].run.remote(claims)
@@ -229,16 +243,18 @@ class Dispatcher:
         """A process that needs GPUs or a new machine may take longer to start than a lease lasts."""
         with contextlib.suppress(ray.exceptions.RayError):
             await self._handles[worker].jobs.remote()
-        self._starting.pop(worker, None)
+            self._starting.pop(worker, None)
 
     async def _watch(self, worker: str, handle: Any) -> None:
         """Learn at once of a worker's death, instead of waiting for its leases to run out."""
         with contextlib.suppress(ray.exceptions.RayError):
             await handle.until_death.remote()
+        ray.kill(handle)  # it may be out of reach only
         self._handles.pop(worker, None)
         self._room.remove(worker)
+        never_started = self._starting.pop(worker, None) is not None
         async with self._database.transaction() as session:
-            for job_id, _ in await leases.release_lost(session, worker=worker):
+            for job_id, _ in await leases.release_lost(session, worker=worker, suspect=not never_started):
                 log.warning("worker %s died; %s goes to another one", worker, job_id)
         self._fill_pool()
         self._wake.set()

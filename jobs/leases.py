@@ -104,6 +104,8 @@ async def claim(session: AsyncSession, token: str, capacity: Capacity) -> list[C
     compete: the former share warm workers, the latter have an actor each.
     """
     leader = await _require_leadership(session, token)
+    due = (Job.state == State.QUEUED, Job.delayed, Job.run_after <= now())
+    await session.execute(update(Job).where(*due).values(delayed=False, updated_at=Job.updated_at))
     kinds = await _room_of_kinds(session)
     waiting: dict[str, str] = {}
     chosen: list[tuple[Job, str]] = []
@@ -121,7 +123,8 @@ async def claim(session: AsyncSession, token: str, capacity: Capacity) -> list[C
                     waiting[f"demand {job.demand}"] = capacity.shortage(job.demand)
                 else:
                     chosen.append((job, worker))
-                    kinds[job.kind] = kinds.get(job.kind, 0) - 1
+                    if job.concurrency is not None:
+                        kinds[job.kind] -= 1
             if len(page) < room:
                 break
     if not capacity.room(heavy=False):
@@ -134,16 +137,11 @@ async def claim(session: AsyncSession, token: str, capacity: Capacity) -> list[C
 async def outlook(session: AsyncSession) -> tuple[float, bool]:
     """Seconds until a delayed job may run, and whether any heavy job is queued."""
     delayed = await session.scalar(
-        select(Job.run_after).where(Job.state == State.QUEUED, Job.run_after > now()).order_by(Job.run_after).limit(1)
+        select(Job.run_after).where(Job.state == State.QUEUED, Job.delayed).order_by(Job.run_after).limit(1)
     )
     heavy = await session.scalar(
         select(Job.id)
-        .where(
-            Job.state == State.QUEUED,
-            Job.unfinished_dependencies == 0,
-            Job.demand > "",
-            Job.run_after <= now(),
-        )
+        .where(Job.state == State.QUEUED, Job.unfinished_dependencies == 0, Job.demand > "", ~Job.delayed)
         .limit(1)
     )
     return math.inf if delayed is None else max(0.0, (delayed - now()).total_seconds()), heavy is not None
@@ -172,18 +170,20 @@ async def renew(session: AsyncSession, tokens: Collection[str]) -> dict[str, str
 async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
     """Do all these writes whose tokens still hold; returns the tokens that do not, whose writes changed nothing."""
     held = await session.execute(
-        select(Job.id, Job.lease_token)
+        select(Job.id, Job.lease_token, Job.control)
         .where(Job.id.in_([one.job_id for one in writes]), Job.state == State.RUNNING)
         .order_by(Job.id)  # everybody who locks several jobs locks them in this order
         .with_for_update(key_share=True)
     )
-    tokens = {row.id: row.lease_token for row in held.all()}
-    valid = [one for one in writes if tokens.get(one.job_id) == one.token]
+    rows_held = {row.lease_token: row for row in held.all()}
+    valid = [_as_asked(one, rows_held[one.token].control) for one in writes if one.token in rows_held]
     moment = now()
     for columns, rows in _by_columns(valid).items():
         if columns:
             await session.execute(update(Job), [row | {"updated_at": moment} for row in rows])
     journal.record(session, [entry for one in valid for entry in one.entries])
+    if any(one.values.get("state") == State.QUEUED for one in valid):
+        queue.wake_dispatcher_after(session)
     ended = {one.job_id: State(one.values["state"]) for one in valid if one.values.get("state") in FINISHED}
     if ended:
         await queue.release_dependents(session, ended)
@@ -211,7 +211,12 @@ def failed(failure: Failure, attempt: int, max_attempts: int) -> dict[str, Any]:
     if failure.retry_in is None or attempt >= max_attempts:
         return _ending(State.FAILED) | {"error": failure.as_error()}
     later = now() + timedelta(seconds=failure.retry_in)
-    return _unheld(State.QUEUED) | {"error": failure.as_error(), "attempt": attempt + 1, "run_after": later}
+    return _unheld(State.QUEUED) | {
+        "error": failure.as_error(),
+        "attempt": attempt + 1,
+        "run_after": later,
+        "delayed": True,
+    }
 
 
 async def release_lost(
@@ -246,13 +251,30 @@ async def park(session: AsyncSession, job_id: str, token: str, children: Iterabl
     for child in await session.scalars(select(Job).where(Job.id.in_(set(children))).with_for_update(read=True)):
         await session.merge(JobDependency(job_id=job_id, depends_on_id=child.id))
         unfinished += child.state not in FINISHED
-    for column, value in parked().items():
+    parking = _as_asked(Write(job_id, token, parked(), [Entry(job_id, "queued", {"parked": True})]), job.control)
+    for column, value in parking.values.items():
         setattr(job, column, value)
     job.unfinished_dependencies = unfinished
     await session.flush()
-    journal.record(session, [Entry(job_id, "queued", {"parked": True})])
+    journal.record(session, parking.entries)
     queue.wake_dispatcher_after(session)
+    if job.state in FINISHED:
+        await queue.release_dependents(session, {job.id: State(job.state)})
     return True
+
+
+def _as_asked(one: Write, control: str | None) -> Write:
+    """A job that would go on, or hold, does what was asked of it meanwhile."""
+    state = one.values.get("state")
+    if state not in {State.QUEUED, State.PAUSED}:
+        return one
+    wishes: dict[str | None, State] = {Control.PAUSE: State.PAUSED, Control.CANCEL: State.CANCELLED}
+    asked = wishes.get(control, State.QUEUED)
+    if asked == state:
+        return one
+    values = cancelled() if asked == State.CANCELLED else one.values | {"state": asked}
+    entries = [entry for entry in one.entries if entry.type not in set(State)]
+    return Write(one.job_id, one.token, values, [*entries, Entry(one.job_id, asked)])
 
 
 def _expiry() -> Any:
@@ -294,7 +316,7 @@ async def _runnable(
 ) -> Sequence[Job]:
     query = (
         select(Job)
-        .where(Job.state == State.QUEUED, Job.unfinished_dependencies == 0, Job.run_after <= now())
+        .where(Job.state == State.QUEUED, Job.unfinished_dependencies == 0, ~Job.delayed)
         .where(Job.demand > "" if heavy else Job.demand == "")
         .where(Job.demand.not_in(full_demands), Job.kind.not_in(full_kinds), Job.id.not_in(taken))
         .order_by(Job.priority.desc(), Job.created_at)

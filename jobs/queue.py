@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import actors
@@ -185,17 +185,20 @@ async def retry(session: AsyncSession, job: Job) -> None:
     """Give a failed or cancelled job a fresh set of attempts, from its last checkpoint."""
     if job.state not in RETRYABLE:
         raise JobStateConflict(f"{job.id} is {job.state}; only a failed or cancelled job can be retried.")
-    unfinished = await session.scalar(
-        select(func.count())
-        .select_from(JobDependency)
-        .join(Job, Job.id == JobDependency.depends_on_id)
-        .where(JobDependency.job_id == job.id, Job.state != State.SUCCEEDED)
-    )
-    job.state, job.unfinished_dependencies = State.QUEUED, unfinished or 0
+    for child in await _locked(session, select(Job).where(Job.parent_id == job.id, Job.state.in_(RETRYABLE))):
+        await retry(session, child)
+    links = select(JobDependency.depends_on_id).where(JobDependency.job_id == job.id)
+    unfinished = await _locked(session, select(Job).where(Job.id.in_(links), Job.state != State.SUCCEEDED))
+    for dependency in unfinished:
+        if dependency.state in RETRYABLE:
+            raise JobStateConflict(
+                f"{job.id} depends on {dependency.id}, which {_PAST[State(dependency.state)]}: retry that."
+            )
+    job.state, job.unfinished_dependencies = State.QUEUED, len(unfinished)
     job.attempt = job.losses = 0
     job.demand = Resources.model_validate(job.resources).demand
     job.error = job.finished_at = job.control = job.phase = None
-    job.run_after = now()
+    job.run_after, job.delayed = now(), False
     journal.record(session, [Entry(job.id, "queued", {"retried": True})])
     wake_dispatcher_after(session)
 
@@ -226,10 +229,8 @@ async def release_dependents(session: AsyncSession, finished: dict[str, State]) 
         wake_dispatcher_after(session)
     if not doomed:
         return
-    dependents = await session.scalars(
-        select(Job).where(Job.id.in_(doomed), Job.state.in_([State.QUEUED, State.PAUSED]))
-    )
-    for dependent in dependents.all():
+    waiting = select(Job).where(Job.id.in_(doomed), Job.state.in_([State.QUEUED, State.PAUSED]))
+    for dependent in await _locked(session, waiting):
         cause = await session.get_one(Job, doomed[dependent.id], populate_existing=True)
         error = {
             "code": "dependency_failed",
@@ -292,6 +293,7 @@ def _job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Owner, mo
         state=State.QUEUED,
         priority=request.priority,
         run_after=request.run_after or moment,
+        delayed=request.run_after is not None and request.run_after > moment,
         resources=resources.model_dump(),
         demand=resources.demand,
         concurrency=kind.concurrency,
@@ -355,12 +357,16 @@ def _request_hash(request: JobRequest) -> str:
     return hashlib.sha256(json.dumps(request.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
+async def _locked(session: AsyncSession, wanted: Select[Job]) -> list[Job]:
+    """These jobs as they are now, locked in the order that everybody locks them in, so that they stay so."""
+    ordered = wanted.order_by(Job.id).with_for_update(key_share=True).execution_options(populate_existing=True)
+    return list(await session.scalars(ordered))
+
+
 async def _descendants(session: AsyncSession, parents: Sequence[str]) -> list[Job]:
     found: list[Job] = []
     while parents:
-        children = list(
-            await session.scalars(select(Job).where(Job.parent_id.in_(parents), Job.state.not_in(FINISHED)))
-        )
+        children = await _locked(session, select(Job).where(Job.parent_id.in_(parents), Job.state.not_in(FINISHED)))
         found += children
         parents = [child.id for child in children]
     return found

@@ -38,12 +38,19 @@ def judge(error: BaseException, attempt: int) -> Failure:
     if isinstance(error, ForgearrError):
         wait = backoff(attempt) if error.retryable else None
         return Failure(error.code.lower(), error.message, wait)
-    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    message = f"{type(error).__name__}: {_words(error)}".removesuffix(": ")
     if isinstance(error, FAULTS_OF_THE_JOB):
         return Failure("job_error", message)
     if isinstance(error, MemoryError):
         return Failure("out_of_memory", message, get_settings().jobs.retry_cap_seconds)
     return Failure("job_error", message, backoff(attempt))
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # it is the job's own class, and may be as broken as the job
+        return "(it cannot say what it is)"
 
 
 def backoff(attempt: int) -> float:

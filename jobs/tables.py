@@ -23,8 +23,8 @@ class Job(Base):
             "demand",
             text("priority DESC"),
             "created_at",
-            sqlite_where=text("state = 'queued' AND unfinished_dependencies = 0"),
-            postgresql_where=text("state = 'queued' AND unfinished_dependencies = 0"),
+            sqlite_where=text("state = 'queued' AND unfinished_dependencies = 0 AND delayed = 0"),
+            postgresql_where=text("state = 'queued' AND unfinished_dependencies = 0 AND NOT delayed"),
         ),
         Index(
             "ix_jobs_worker",
@@ -35,8 +35,8 @@ class Job(Base):
         Index(
             "ix_jobs_run_after",
             "run_after",
-            sqlite_where=text("state = 'queued'"),
-            postgresql_where=text("state = 'queued'"),
+            sqlite_where=text("state = 'queued' AND delayed = 1"),
+            postgresql_where=text("state = 'queued' AND delayed"),
         ),
         Index("ix_jobs_kind_state", "kind", "state"),
         Index("ix_jobs_owner_id_created_at", "owner_id", "created_at"),
@@ -52,6 +52,7 @@ class Job(Base):
     progress: Mapped[float] = mapped_column(default=0.0)
     priority: Mapped[int] = mapped_column(default=0)  # higher goes first
     run_after: Mapped[datetime]
+    delayed: Mapped[bool] = mapped_column(default=False)  # run_after was in the future at the dispatcher's last look
     unfinished_dependencies: Mapped[int] = mapped_column(default=0)
     control: Mapped[str | None] = mapped_column(String(12))  # what a running job has been asked to do
 

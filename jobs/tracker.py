@@ -11,11 +11,12 @@ from itertools import groupby
 from typing import Any
 
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster import storage, tracking
 from cluster.db import Database
 from cluster.settings import get_settings
-from cluster.tracking import Tracking, TrackingRefused, TrackingUnavailable
+from cluster.tracking import Tracking, TrackingUnavailable
 from jobs.states import FINISHED, State
 from jobs.tables import Job, JobEvent, Leadership
 
@@ -50,8 +51,8 @@ class Tracker:
                     more = await self._follow(mlflow)
                     wait = 1.0
                     await asyncio.sleep(0 if more else IDLE_SECONDS)
-                except TrackingUnavailable as error:
-                    log.warning("%s It will be told later; trying again in %.0f s.", error.message, wait)
+                except (TrackingUnavailable, SQLAlchemyError) as error:
+                    log.warning("MLflow will be told later; trying again in %.0f s: %s", wait, error)
                     await asyncio.sleep(wait)
                     wait = min(wait * 2, LONGEST_WAIT_SECONDS)
 
@@ -90,7 +91,9 @@ class Tracker:
             states = [event for event in events if event.type in set(State)]
             if states:
                 await self._tell_state(mlflow, run_id, job, states[-1])
-        except (TrackingRefused, OSError):
+        except TrackingUnavailable:
+            raise
+        except Exception:
             log.exception("MLflow was not told everything of %s", job.id)
 
     async def _begin(self, mlflow: Tracking, job: Job) -> str:
@@ -127,7 +130,8 @@ def _metrics(event: JobEvent) -> list[tuple[str, float, Any, int]]:
     """The numbers of a progress event; one named `step` counts the others."""
     if event.type != "progress":
         return []
-    numbers = {name: value for name, value in event.data.get("metrics", {}).items() if value is not None}
+    reported = event.data.get("metrics", {})
+    numbers = {name: value for name, value in reported.items() if isinstance(value, int | float)}
     step = int(numbers.pop("step", 0))
     if "progress" in event.data:
         numbers["progress"] = event.data["progress"]

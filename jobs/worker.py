@@ -5,7 +5,9 @@ The actor's event loop never waits for a job. What the jobs say goes through the
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import os
 import time
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from jobs.registry import find_kind, load_function
 from jobs.retries import Failure, backoff, judge
 from jobs.states import Control
 from jobs.tables import Job
-from jobs.writer import News, Writer, outcome_news, storable
+from jobs.writer import LONGEST_WAIT_SECONDS, News, Writer, outcome_news, storable
 
 log = logging.getLogger(__name__)
 
@@ -59,28 +61,28 @@ class Worker:
         self._database = get_database()
         self._settings = get_settings().jobs
         self._threads = ThreadPoolExecutor(slots, thread_name_prefix="job")
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, Running] = {}  # by token
         self._freed: list[str] = []
         self._loop = asyncio.get_running_loop()
         self._writer = Writer(self._database, self._lose)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._keep(self._writer.write_forever())
-        self._keep(self._beat_forever())
+        for work in (self._writer.write_forever(), self._beat_forever()):
+            self._keep(work).add_done_callback(_die)
 
     async def run(self, claims: list[Claim]) -> None:
         """Start these jobs. Their outcomes go to the database, and word of them to the dispatcher."""
         for claim in claims:
-            if claim.job_id not in self._running:
-                running = self._running[claim.job_id] = Running(claim, self)
-                self._loop.run_in_executor(self._threads, self._run, running)
+            running = self._running[claim.token] = Running(claim, self)
+            self._loop.run_in_executor(self._threads, self._run, running)
 
     async def control(self, job_id: str, control: str | None) -> None:
         """Pass on what somebody has asked of a job."""
-        if running := self._running.get(job_id):
-            self._hear(running, control)
+        for running in self._running.values():
+            if running.claim.job_id == job_id:
+                self._hear(running, control)
 
     async def jobs(self) -> list[str]:
-        return list(self._running)
+        return [running.claim.job_id for running in self._running.values()]
 
     async def until_death(self) -> None:
         """Never returns, and fails when this process dies: how the dispatcher watches it."""
@@ -145,8 +147,14 @@ class Worker:
 
     async def _park(self, claim: Claim, children: list[str]) -> None:
         await self._writer.write(claim, {})
-        async with self._database.transaction() as session:
-            await leases.park(session, claim.job_id, claim.token, children)
+        for attempt in itertools.count(1):
+            try:
+                async with self._writer.one_at_a_time, self._database.transaction() as session:
+                    await leases.park(session, claim.job_id, claim.token, children)
+                break
+            except SQLAlchemyError:
+                log.warning("%s could not be parked; trying again", claim.job_id, exc_info=True)
+                await asyncio.sleep(min(backoff(attempt), LONGEST_WAIT_SECONDS))
         self._forget(claim)
 
     async def _child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
@@ -162,7 +170,7 @@ class Worker:
         if not self._freed:
             self._loop.call_soon(self._tell_freed)
         self._freed.append(claim.job_id)
-        self._running.pop(claim.job_id, None)
+        self._running.pop(claim.token, None)
 
     def _tell_freed(self) -> None:
         freed, self._freed = self._freed, []
@@ -222,17 +230,23 @@ class Worker:
             actors.find(queue.DISPATCHER).retire.remote(self._name)
 
     def _lose(self, token: str) -> None:
-        for running in list(self._running.values()):
-            if running.claim.token == token:
-                log.warning("the lease of %s was lost; its work here is dropped", running.claim.job_id)
-                running.ask_to_stop("lease_lost")
-                running.settled = True
-                self._forget(running.claim)
+        if running := self._running.get(token):
+            log.warning("the lease of %s was lost; its work here is dropped", running.claim.job_id)
+            running.ask_to_stop("lease_lost")
+            running.settled = True
+            self._forget(running.claim)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _die(task: asyncio.Task[None]) -> None:
+    """A worker that has gone deaf or dumb is worse than a dead one, which is replaced."""
+    log.critical("this worker cannot go on", exc_info=None if task.cancelled() else task.exception())
+    os._exit(1)
 
 
 def _stopped(claim: Claim, reason: StopReason) -> dict[str, Any] | None:

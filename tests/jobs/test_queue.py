@@ -281,6 +281,74 @@ async def test_pause_and_resume(bench: Bench) -> None:
         await bench.do(queue.resume, job.id)
 
 
+async def test_what_is_asked_while_an_outcome_is_written_is_not_lost(bench: Bench) -> None:
+    job = await bench.submit()
+    (claim,) = await bench.claim()
+    await bench.do(queue.cancel, job.id)  # the worker has not heard of it yet, and fails
+    assert await bench.write(claim, leases.failed(Failure("flaky", "Again.", 0.0), 1, 3), ("queued", {}))
+    assert (await bench.job(job.id)).state == State.CANCELLED
+
+    job = await bench.submit()
+    (claim,) = await bench.claim()
+    await bench.do(queue.pause, job.id)
+    await bench.do(queue.resume, job.id)  # the worker is just about to pause
+    assert await bench.write(claim, leases.paused(), ("paused", {}))
+    assert (await bench.job(job.id)).state == State.QUEUED
+    (again,) = await bench.claim()
+
+    await bench.do(queue.cancel, job.id)
+    async with bench.database.transaction() as session:
+        assert await leases.park(session, job.id, again.token, [])
+    assert (await bench.job(job.id)).state == State.CANCELLED
+    async with bench.database.reading() as session:
+        types = [event.type for event in await journal.read(session, job.id)]
+    assert types[-1] == "cancelled"
+
+
+async def test_retrying_a_parent_retries_its_children(bench: Bench) -> None:
+    parent = await bench.submit()
+    (claim,) = await bench.claim()
+    async with bench.database.transaction() as session:
+        child = await queue.enqueue_child(session, parent, "part", "probe", {})
+        assert await leases.park(session, parent.id, claim.token, [child.id])
+    bench.room.release(claim.worker, parent.id)
+    await bench.do(queue.cancel, parent.id)
+    await bench.do(queue.retry, parent.id)
+    (of_child,) = await bench.claim()
+    assert of_child.job_id == child.id
+    await bench.write(of_child, leases.succeeded("part"), ("succeeded", {}))
+    assert [claim.job_id for claim in await bench.claim()] == [parent.id]
+
+
+async def test_a_job_is_not_retried_before_what_it_depends_on(bench: Bench) -> None:
+    first = await bench.submit()
+    second = await bench.submit(depends_on=[first.id])
+    await bench.do(queue.cancel, first.id)
+    with pytest.raises(JobStateConflict, match=f"{first.id}, which was cancelled"):
+        await bench.do(queue.retry, second.id)
+    await bench.do(queue.retry, first.id)
+    await bench.do(queue.retry, second.id)
+    (claim,) = await bench.claim()
+    await bench.write(claim, leases.succeeded(None), ("succeeded", {}))
+    assert [claim.job_id for claim in await bench.claim()] == [second.id]
+
+
+async def test_a_kind_without_a_limit_is_never_at_it(bench: Bench) -> None:
+    bench.room.see_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
+    light, heavy = await bench.submit(), await bench.submit(resources={"cpus": 1})
+    assert {claim.job_id for claim in await bench.claim()} == {light.id, heavy.id}
+
+
+async def test_a_delayed_job_is_claimed_when_its_time_has_come(bench: Bench) -> None:
+    job = await bench.submit(run_after=now() + timedelta(hours=1))
+    assert await bench.claim() == []
+    async with bench.database.transaction() as session:
+        due, _ = await leases.outlook(session)
+        assert 3590 < due <= 3600
+        await session.execute(update(Job).values(run_after=now()))
+    assert [claim.job_id for claim in await bench.claim()] == [job.id]
+
+
 async def test_retry_gives_fresh_attempts(bench: Bench) -> None:
     job = await bench.submit()
     (claim,) = await bench.claim()

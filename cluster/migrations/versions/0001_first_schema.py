@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("progress", sa.Double(), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("run_after", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("delayed", sa.Boolean(), nullable=False),
         sa.Column("unfinished_dependencies", sa.Integer(), nullable=False),
         sa.Column("control", sa.String(length=12), nullable=True),
         sa.Column("resources", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False),
@@ -58,15 +59,15 @@ def upgrade() -> None:
             "ix_jobs_runnable",
             ["demand", sa.text("priority DESC"), "created_at"],
             unique=False,
-            sqlite_where=sa.text("state = 'queued' AND unfinished_dependencies = 0"),
-            postgresql_where=sa.text("state = 'queued' AND unfinished_dependencies = 0"),
+            sqlite_where=sa.text("state = 'queued' AND unfinished_dependencies = 0 AND delayed = 0"),
+            postgresql_where=sa.text("state = 'queued' AND unfinished_dependencies = 0 AND NOT delayed"),
         )
         batch_op.create_index(
             "ix_jobs_run_after",
             ["run_after"],
             unique=False,
-            sqlite_where=sa.text("state = 'queued'"),
-            postgresql_where=sa.text("state = 'queued'"),
+            sqlite_where=sa.text("state = 'queued' AND delayed = 1"),
+            postgresql_where=sa.text("state = 'queued' AND delayed"),
         )
         batch_op.create_index(
             "ix_jobs_worker",
