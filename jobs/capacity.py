@@ -39,11 +39,17 @@ class Room:
         self._places: dict[str, Place] = {}
         self._available: dict[str, float] = {}
         self._nodes: list[tuple[dict[str, float], dict[str, str]]] = []
+        self._view_is_new = False
 
     def see_cluster(self, available: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> None:
         """Take in what Ray says is free, and what its nodes have in all."""
         self._available = dict(available)
         self._nodes = [(dict(node["Resources"]), dict(node["Labels"])) for node in nodes]
+        self._view_is_new = True
+
+    def looked(self) -> None:
+        """The queue was looked through: heavy jobs that did not fit wait for a new view of the cluster."""
+        self._view_is_new = False
 
     def add(self, worker: str, resources: Resources | None = None) -> None:
         """A worker of the pool, or with `resources` one of its own for a heavy job."""
@@ -102,7 +108,7 @@ class Room:
 
     def room(self, *, heavy: bool) -> int:
         if heavy:
-            return HEAVY_AT_ONCE if self._nodes else 0
+            return HEAVY_AT_ONCE if self._view_is_new else 0
         return sum(place.free for place in self._places.values() if place.resources is None)
 
     def take(self, job: Job) -> str | None:

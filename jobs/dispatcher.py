@@ -119,6 +119,7 @@ class Dispatcher:
             async with self._database.transaction() as session:
                 claims = await leases.claim(session, self._token, self._room)
                 due, heavy = await leases.outlook(session)
+            self._room.looked()
             for worker, batch in _by_worker(claims).items():
                 await self._start(worker, batch)
             is_new = False

@@ -107,7 +107,7 @@ async def claim(session: AsyncSession, token: str, capacity: Capacity) -> list[C
     due = (Job.state == State.QUEUED, Job.delayed, Job.run_after <= now())
     await session.execute(update(Job).where(*due).values(delayed=False, updated_at=Job.updated_at))
     kinds = await _room_of_kinds(session)
-    waiting: dict[str, str] = {}
+    waiting = {} if capacity.room(heavy=True) else _still_waiting(leader.waiting, kinds)
     chosen: list[tuple[Job, str]] = []
     for heavy in (False, True):
         full_demands: set[str] = set()
@@ -304,6 +304,12 @@ async def _room_of_kinds(session: AsyncSession) -> dict[str, int]:
         .group_by(Job.kind)
     )
     return {row.kind: row.room for row in rows.all()}
+
+
+def _still_waiting(waiting: Mapping[str, str], kinds: Mapping[str, int]) -> dict[str, str]:
+    """What kept heavy jobs waiting still does when they are not looked at this time, unless their kind has room."""
+    full = {f"kind {kind}" for kind, left in kinds.items() if left <= 0}
+    return {key: why for key, why in waiting.items() if key in full or (key.startswith("demand") and key != "demand ")}
 
 
 async def _runnable(

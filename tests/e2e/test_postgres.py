@@ -1,7 +1,9 @@
 """The whole platform over PostgreSQL."""
 
+import asyncio
 from collections.abc import Generator
 
+import asyncpg
 import pytest
 
 from tests.conftest import new_postgres_database
@@ -21,11 +23,27 @@ def platform(database_url: str) -> Generator[Platform]:
         yield platform
 
 
-def test_jobs_run_and_survive_on_postgresql(platform: Platform) -> None:
-    jobs = [platform.submit(spec={"steps": 4, "seconds": 2}) for _ in range(60)]
+def test_jobs_survive_on_postgresql(platform: Platform, database_url: str) -> None:
+    jobs = [platform.submit(spec={"steps": 4, "seconds": 4}) for _ in range(60)]
     eventually(lambda: platform.count("running") >= 10 or None)
     platform.kill("ray::Worker")
     platform.kill("ray::Dispatcher")
+    eventually(lambda: platform.count("running") >= 10 or None)
+    for _ in range(3):
+        eventually(lambda: asyncio.run(_cut_connections(database_url)) or None)
     eventually(lambda: platform.count("succeeded") == 60 or None, seconds=90)
     assert all(platform.job(job_id)["result"]["executed"] == [0, 1, 2, 3] for job_id in jobs)
     assert "postgresql" in platform.cli("status").stdout
+
+
+async def _cut_connections(url: str) -> int:
+    """Have the server drop everybody else, as its restart would; returns how many those were."""
+    connection = await asyncpg.connect(url)
+    try:
+        dropped = await connection.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    finally:
+        await connection.close()
+    return len(dropped)
