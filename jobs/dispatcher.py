@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 5.0
 """How long the dispatcher sleeps when nobody wakes it: the longest that a lost wake-up can delay a job."""
+GATHER_SECONDS = 0.01
+"""How far apart two looks at the queue are at least."""
 LOOK_SECONDS = 1.0
 """How old the dispatcher's view of the cluster may be while a heavy job waits."""
 ADOPT_SECONDS = 3.0
@@ -113,8 +115,11 @@ class Dispatcher:
             await asyncio.sleep(self._settings.lease_seconds / 3)
 
     async def _dispatch_forever(self) -> None:
-        seen = -math.inf
+        looked = seen = -math.inf
         while True:
+            # Wishes that come together are met together: a look costs a transaction, however little it finds.
+            await asyncio.sleep(looked + GATHER_SECONDS - time.monotonic())
+            looked = time.monotonic()
             self._wake.clear()
             async with self._database.transaction() as session:
                 claims = await leases.claim(session, self._token, self._room)
