@@ -27,6 +27,12 @@ class Job(Base):
             postgresql_where=text("state = 'queued' AND unfinished_dependencies = 0 AND NOT delayed"),
         ),
         Index(
+            "ix_jobs_limited",
+            "kind",
+            sqlite_where=text("state = 'running' AND concurrency IS NOT NULL"),
+            postgresql_where=text("state = 'running' AND concurrency IS NOT NULL"),
+        ),
+        Index(
             "ix_jobs_worker",
             "worker",
             sqlite_where=text("state = 'running'"),

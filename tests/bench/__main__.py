@@ -46,11 +46,14 @@ def measure_gateway() -> Iterator[list[Figure]]:
 
 
 def measure_jobs() -> Iterator[list[Figure]]:
-    with _platform() as empty:
-        yield jobs.on_sqlite(empty)
-        with _platform() as full:
-            jobs.give_a_past(full)
-            yield jobs.with_a_past(empty, full)
+    with _platform() as platform:
+        yield jobs.on_sqlite(platform)
+
+
+def measure_past() -> Iterator[list[Figure]]:
+    with _platform() as empty, _platform() as full:
+        jobs.give_a_past(full)
+        yield jobs.with_a_past(empty, full)
 
 
 def measure_postgres() -> Iterator[list[Figure]]:
@@ -62,6 +65,7 @@ PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "start": measure_start,
     "gateway": measure_gateway,
     "jobs": measure_jobs,
+    "past": measure_past,
     "postgres": measure_postgres,
 }
 

@@ -70,6 +70,13 @@ def upgrade() -> None:
             postgresql_where=sa.text("state = 'queued' AND delayed"),
         )
         batch_op.create_index(
+            "ix_jobs_limited",
+            ["kind"],
+            unique=False,
+            sqlite_where=sa.text("state = 'running' AND concurrency IS NOT NULL"),
+            postgresql_where=sa.text("state = 'running' AND concurrency IS NOT NULL"),
+        )
+        batch_op.create_index(
             "ix_jobs_worker",
             ["worker"],
             unique=False,
