@@ -16,7 +16,9 @@ from cluster import adjusted, haproxy, processes
 from cluster.errors import ForgearrError
 from cluster.settings import Settings, home
 
-REPLICA_PORTS = 200
+FIRST_PORT, BLOCKS, BLOCK_PORTS = 20_000, 50, 200
+"""Ports for what nobody needs to know the port of: a block for each installation."""
+SERVICE_PORTS = 4  # of each block; the rest is for gateway replicas
 
 
 class UnsafeFolder(ForgearrError):
@@ -116,8 +118,8 @@ def _serve_environment(settings: Settings) -> dict[str, str]:
     if binary is None:
         return {"FORWARDED_ALLOW_IPS": ",".join(proxies)}
     folder = private_folder(home())
-    stats, metrics, fallback, fallback_grpc = processes.free_ports(4, besides=_named_ports(settings))
-    first_replica = _first_replica_port()
+    first = _ports_of_our_own(settings)
+    stats, metrics, fallback, fallback_grpc, first_replica = range(first, first + SERVICE_PORTS + 1)
     return {
         # Whose X-Forwarded-For uvicorn believes: HAProxy's, which is made from nothing but what these proxies tell it.
         "FORWARDED_ALLOW_IPS": ",".join(["127.0.0.1", *proxies]),
@@ -137,7 +139,7 @@ def _serve_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_replica),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_replica + REPLICA_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK_PORTS - 1),
     }
 
 
@@ -145,7 +147,16 @@ def _named_ports(settings: Settings) -> set[int]:
     return {settings.serve.port, settings.ray.port, settings.ray.dashboard_port, settings.mlflow.port}
 
 
-def _first_replica_port() -> int:
-    """Below the ephemeral ports, and another range for each installation of a machine."""
-    digest = hashlib.sha256(str(home()).encode()).digest()
-    return 20_000 + int.from_bytes(digest[:2]) % 50 * REPLICA_PORTS
+def _ports_of_our_own(settings: Settings) -> int:
+    """The first of a block of ports: below those that the system gives out, and another one for each installation.
+
+    HAProxy binds its ports seconds after they were chosen; one that the system gives out may be taken by then.
+    """
+    digest = int.from_bytes(hashlib.sha256(str(home()).encode()).digest()[:2])
+    blocks = [FIRST_PORT + (digest + turn) % BLOCKS * BLOCK_PORTS for turn in range(BLOCKS)]
+    named = _named_ports(settings)
+    for first in blocks:
+        ours = range(first, first + SERVICE_PORTS)
+        if named.isdisjoint(ours) and not any(processes.is_listening("127.0.0.1", port) for port in ours):
+            return first
+    raise processes.PortUnavailable(f"Nothing is free from port {FIRST_PORT} to {FIRST_PORT + BLOCKS * BLOCK_PORTS}.")

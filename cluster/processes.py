@@ -12,8 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -103,19 +102,6 @@ def require_free_port(host: str, port: int, setting: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise PortUnavailable(_why_not(error, host, port, setting)) from None
-
-
-def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
-    """Ports of the loopback interface that nothing uses right now, all different."""
-    with ExitStack() as probes:
-        found: list[int] = []
-        while len(found) < count:
-            probe = probes.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-            if port not in besides:
-                found.append(port)
-        return found
 
 
 def is_listening(host: str, port: int) -> bool:

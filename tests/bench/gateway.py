@@ -10,10 +10,9 @@ from statistics import median
 import httpx
 import psutil
 
-from cluster.processes import free_ports
 from tests.bench.figures import Figure, compare, figure_of_pairs
 from tests.bench.wrk import requests_per_second
-from tests.platform import Platform, eventually
+from tests.platform import Platform, eventually, unused_ports
 
 GROUP = "Gateway"
 ROUTE = "/api/v1/ping"
@@ -82,7 +81,7 @@ def _load(url: str) -> float:
 
 @contextmanager
 def _uvicorn(platform: Platform, application: str, *options: str, workers: int = 1) -> Generator[str]:
-    (port,) = free_ports(1)
+    (port,) = unused_ports(1)
     command = [sys.executable, "-m", "uvicorn", application, *options, "--host=127.0.0.1", f"--port={port}"]
     command += [
         f"--workers={workers}",

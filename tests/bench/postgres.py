@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from cluster.processes import free_ports
+from tests.platform import unused_ports
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def running_postgres() -> Generator[str]:
     user = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
     if user:
         shutil.chown(folder, user)
-    (port,) = free_ports(1)
+    (port,) = unused_ports(1)
     options = f"-c listen_addresses=127.0.0.1 -p {port} -c unix_socket_directories={folder} -c max_connections=200"
 
     def run(program: str, *arguments: str) -> None:

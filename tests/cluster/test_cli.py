@@ -17,6 +17,7 @@ from cluster import processes, running, runtime
 from cluster.cli import app
 from cluster.running import Running
 from cluster.settings import get_settings
+from tests.platform import unused_ports
 
 HEAVY = {"alembic", "fastapi", "httpx", "mlflow", "pydantic", "ray", "sqlalchemy", "torch"}
 HELP_SECONDS = 0.3
@@ -133,7 +134,7 @@ def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pyt
         listener.listen()
         port: int = listener.getsockname()[1]
         monkeypatch.setenv("FORGEARR_RAY__PORT", str(port))
-        monkeypatch.setenv("FORGEARR_SERVE__PORT", str(processes.free_ports(1)[0]))
+        monkeypatch.setenv("FORGEARR_SERVE__PORT", str(unused_ports(1)[0]))
         done = forgearr("up")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (

@@ -8,17 +8,18 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from cluster import doctor, processes
+from cluster import doctor
 from cluster.cli import app
 from cluster.db import get_database, migrate
 from cluster.doctor import Finding
 from cluster.settings import get_settings
+from tests.platform import unused_ports
 
 
 @pytest.fixture(autouse=True)
 def free_ports(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("SERVE__PORT", "RAY__PORT", "RAY__DASHBOARD_PORT", "MLFLOW__PORT")
-    for name, port in zip(names, processes.free_ports(len(names)), strict=True):
+    for name, port in zip(names, unused_ports(len(names)), strict=True):
         monkeypatch.setenv(f"FORGEARR_{name}", str(port))
 
 
@@ -82,7 +83,7 @@ def test_the_schema_of_the_database(version: str | None, level: str, part: str) 
 
 
 def test_a_database_that_cannot_be_reached_fails_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = processes.free_ports(1)[0]
+    port = unused_ports(1)[0]
     monkeypatch.setenv("FORGEARR_DATABASE__URL", f"postgresql://ada:hunter22@127.0.0.1:{port}/forge")
     get_settings.cache_clear()
     [finding] = findings("database")
@@ -92,6 +93,6 @@ def test_a_database_that_cannot_be_reached_fails_without_its_password(monkeypatc
 
 
 def test_an_external_mlflow_that_does_not_answer_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", f"http://127.0.0.1:{processes.free_ports(1)[0]}")
+    monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", f"http://127.0.0.1:{unused_ports(1)[0]}")
     get_settings.cache_clear()
     assert [finding.level for finding in findings("mlflow")] == ["ok", "warn"]  # the package, and the server
