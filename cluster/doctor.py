@@ -38,9 +38,17 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _memory()
     yield from _ports(settings)
     yield _haproxy()
+    if settings.ray.address:
+        yield _cluster(settings.ray.address)
     yield _database(settings)
     yield _mlflow(settings)
     yield _gpu()
+
+
+def _cluster(address: str) -> Finding:
+    if processes.is_reachable(address):
+        return Finding("ok", "cluster", f"answers at {address}")
+    return Finding("fail", "cluster", f"nothing answers at {address}", "Start that cluster, or correct ray.address.")
 
 
 def _python() -> Finding:

@@ -6,6 +6,7 @@ as YAML, so that `true`, `8010` and `[a, b]` mean what they look like.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -22,6 +23,7 @@ from cluster.errors import SettingsError
 ENVIRONMENT_PREFIX = "FORGEARR_"
 NOT_SETTINGS = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+SECRET_NAMES = re.compile(r"key|secret|password|token|url", re.IGNORECASE)
 PLACEHOLDERS = {"changeme", "change-me", "secret", "password", "your-secret-key"}
 
 
@@ -296,7 +298,8 @@ def _sentence(error: ValidationError, values: Mapping[str, Any], origins: Mappin
     # A section that does not exist is reported without the name under it.
     key = next((known for known in values if known == key or known.startswith(f"{key}.")), key)
     if first["type"] == "extra_forbidden":
-        return f"Unknown setting '{key}' in {origins[key]}; docs/settings.md lists those there are."
+        shown = "(hidden)" if SECRET_NAMES.search(key) else repr(values[key])
+        return f"Unknown setting '{key}' (set to {shown} by {origins[key]}); docs/settings.md lists those there are."
     reason = first["msg"].removeprefix("Value error, ")
     shown = "(hidden)" if _is_secret(key) else repr(values.get(key))
     return f"Setting '{key}' cannot be {shown} (from {origins.get(key, 'nowhere')}): {reason}."

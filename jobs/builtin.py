@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import delete, select
+from sqlalchemy import and_, delete, false, select
 
 from cluster.db import Database, delete_rows, now
 from cluster.errors import ForgearrError
@@ -15,7 +15,7 @@ from jobs.context import Context
 from jobs.registry import job
 from jobs.schedules import ScheduleRequest
 from jobs.states import FINISHED
-from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership
+from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership, ScheduleTick
 
 SWEEP_PAGE = 5000
 SWEEP_SCHEDULE = ScheduleRequest(name="sweep", kind="sweep", cron="17 * * * *")
@@ -76,6 +76,8 @@ async def _sweep(context: Context) -> dict[str, int]:
     try:
         async with database.transaction() as session:
             keys = await delete_rows(session, delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now()))
+            old_ticks = now() - timedelta(days=settings.jobs.event_days)
+            await delete_rows(session, delete(ScheduleTick).where(ScheduleTick.fire_at < old_ticks))
             leases_released = await leases.release_lost(session, suspect=False)
         context.report(progress=50, phase="old events")
         events = 0
@@ -91,11 +93,12 @@ async def _delete_old_events(database: Database, days: float) -> int:
     """A page of old events of finished jobs, but none that MLflow has still to be told."""
     async with database.transaction() as session:
         told = await session.scalar(select(Leadership.tracked_until)) or 0
+        untold = and_(JobEvent.id > told, Job.tracked) if get_settings().mlflow_uri else false()
         old = (
             select(JobEvent.id)
             .join(Job, Job.id == JobEvent.job_id)
             .where(JobEvent.created_at < now() - timedelta(days=days), Job.state.in_(FINISHED))
-            .where((JobEvent.id <= told) | ~Job.tracked)
+            .where(~untold)
             .limit(SWEEP_PAGE)
         )
         return await delete_rows(session, delete(JobEvent).where(JobEvent.id.in_(old)))

@@ -81,7 +81,8 @@ def test_an_error_is_one_sentence_without_a_trace(home: Path) -> None:
     done = forgearr("config", "show", "--set", "serve.prot=1")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "Unknown setting 'serve.prot' in command line; docs/settings.md lists those there are.\n"
+    sentence = "Unknown setting 'serve.prot' (set to 1 by command line); docs/settings.md lists those there are.\n"
+    assert done.stderr == sentence
 
 
 def test_config_show_tells_value_and_origin_and_no_secret(home: Path) -> None:

@@ -47,8 +47,8 @@ def test_values_of_the_environment_are_read_as_yaml(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("serve.prot=1", "Unknown setting 'serve.prot' in command line"),
-        ("server.port=1", "Unknown setting 'server.port' in command line"),
+        ("serve.prot=1", "Unknown setting 'serve.prot' (set to 1 by command line)"),
+        ("server.port=1", "Unknown setting 'server.port' (set to 1 by command line)"),
         ("serve.port=many", "Setting 'serve.port' cannot be 'many' (from command line)"),
         ("serve.port=70000", "Setting 'serve.port' cannot be 70000 (from command line)"),
         ("logs.level=LOUD", "Setting 'logs.level' cannot be 'LOUD' (from command line)"),
