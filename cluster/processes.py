@@ -71,6 +71,17 @@ def leftovers() -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process)]
 
 
+def find_ours(words: str) -> psutil.Process | None:
+    """The process of this installation, on this machine, with these words in its command line."""
+    for process in leftovers():
+        try:
+            if words in " ".join(process.cmdline()):
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
 def end_leftovers(grace_seconds: float = 3) -> int:
     """End them all, and say how many there were."""
     ended: set[int] = set()

@@ -1,10 +1,13 @@
 """How each component of this installation is, as `forgearr status` tells it."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
+
+import psutil
 
 from cluster import health, processes, running
 from cluster.running import Running
@@ -50,14 +53,19 @@ def _gateway(run: Running, told: Mapping[str, Any] | None) -> Status:
 
 def _actors(run: Running, told: Mapping[str, Any] | None) -> list[Status]:
     components = told.get("components", {}) if told else {}
-    return [Status(name, components.get(name, "unknown"), version=run.version) for name in ACTORS]
+    found = {name: processes.find_ours(f"ray::{name.capitalize()}") for name in ACTORS}
+    return [
+        Status(name, components.get(name, "unknown"), process and f"process {process.pid}", _age(process), run.version)
+        for name, process in found.items()
+    ]
 
 
 def _mlflow(run: Running) -> Status:
     if run.mlflow_uri is None:
         return Status("mlflow", "off")
     if health.is_mlflow_up(run.mlflow_uri):
-        return Status("mlflow", "running", run.mlflow_uri, version=version("mlflow"))
+        uptime = _age(processes.find_ours("mlflow"))
+        return Status("mlflow", "running", run.mlflow_uri, uptime, version("mlflow"))
     return Status("mlflow", "starting", run.mlflow_uri)
 
 
@@ -67,6 +75,10 @@ def _database(settings: Settings, told: Mapping[str, Any] | None) -> Status:
     if told is None:
         return Status("database", "unknown", address)
     return Status("database", "running" if told.get("database") == "connected" else str(told.get("database")), address)
+
+
+def _age(process: psutil.Process | None) -> float | None:
+    return time.time() - process.create_time() if process else None
 
 
 def _not_yet(run: Running) -> str:

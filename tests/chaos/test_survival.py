@@ -1,8 +1,10 @@
 """Kill any process, lose nothing: with real processes and kill -9."""
 
 import signal
+import sqlite3
 from collections import Counter
 from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -45,7 +47,7 @@ def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> N
     job_id = platform.submit(spec={"steps": 40, "seconds": 8})
     eventually(lambda: platform.job(job_id)["progress"] > 5 or None)
     holder = _events(platform, job_id, "running")[0]["data"]["worker"]
-    frozen = platform.kill("ray::Worker", signal.SIGSTOP)
+    frozen = eventually(lambda: _freeze_workers(platform))
     # Both warm workers are frozen now: the job must be taken from its holder and given to a new process.
     eventually(lambda: len(_events(platform, job_id, "running")) > 1 or None, seconds=60)
     job = platform.wait_for(job_id, "succeeded", seconds=60)
@@ -60,6 +62,18 @@ def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> N
     events = _events(platform, job_id)
     _assert_told_once(events)
     assert next(event["data"]["worker"] for event in events if event["type"] == "running") == holder
+
+
+def _freeze_workers(platform: Platform) -> list[int] | None:
+    """Freeze them, but not within a transaction: SQLite's lock would be frozen with them, and everybody with it."""
+    frozen = platform.kill("ray::Worker", signal.SIGSTOP)
+    with closing(sqlite3.connect(platform.home / "forgearr.db", timeout=1, isolation_level=None)) as database:
+        try:
+            database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            platform.kill("ray::Worker", signal.SIGCONT)
+            return None
+    return frozen
 
 
 def _assert_told_once(events: list[dict[str, Any]]) -> None:

@@ -158,7 +158,11 @@ def visit(platform: Platform, job_id: str) -> dict[str, str]:
     for word, value in (("TARGET", platform.url), ("DASHBOARD", platform.dashboard_url), ("JOB", job_id)):
         page = page.replace(word, value)
     outcome = Queue[dict[str, str]]()
-    with hosting(page, outcome) as url, TemporaryDirectory() as profile, browsing(url, profile):
+    with (
+        hosting(page, outcome) as url,
+        TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        browsing(url, profile),
+    ):
         return outcome.get(timeout=BROWSER_SECONDS)
 
 

@@ -64,6 +64,9 @@ def test_status_shows_each_component_and_where_it_is(platform: Platform) -> None
     done = platform.cli("status")
     assert platform.url in done.stdout
     assert platform.mlflow_url in done.stdout
+    told = json.loads(platform.cli("status", "--json").stdout)
+    assert all(one["uptime"] > 0 for one in told if one["component"] != "database")
+    assert all(one["address"] for one in told)
 
 
 def test_every_port_is_on_loopback(platform: Platform) -> None:
