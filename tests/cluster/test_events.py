@@ -95,6 +95,8 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Unset, Ray would set it to "token" for this process, and every platform of a later test would inherit that.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(events, "_no_lookup_before", 0.0)
     with tempfile.TemporaryDirectory(prefix="fgr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(
