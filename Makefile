@@ -11,6 +11,8 @@ help: ## List the targets
 
 setup: .venv/installed ## Install everything, in .venv
 
+# Built for any processor: a native build of llama-cpp-python dies on machines that advertise more than they can do.
+.venv/installed: export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
@@ -61,7 +63,7 @@ migration: setup ## Write a migration: make migration MESSAGE="add teams"
 
 constraints: setup ## Pin exactly what is installed now
 	{ echo "# Exact versions of everything that setting up installs. Made by 'make constraints'."; \
-	$(BIN)/pip freeze --exclude-editable; } > constraints.txt
+	$(BIN)/pip freeze --exclude-editable | sed "s|+cpu||"; } > constraints.txt
 	touch .venv/installed
 
 clean: ## Remove everything that can be made again

@@ -148,6 +148,49 @@ class JobSettings(Section):
     idempotency_hours: float = Field(gt=0, description="How long an idempotency key is remembered.")
 
 
+class GateSettings(Section):
+    max_perplexity: float | None = Field(
+        gt=1, description="Highest perplexity on held-out samples that passes validation. Null: no limit."
+    )
+    max_perplexity_ratio: float | None = Field(gt=0, description="Highest perplexity, as a part of the base model's.")
+    min_rouge_l: float | None = Field(ge=0, le=1, description="Least ROUGE-L of generated answers.")
+    min_exact_match: float | None = Field(ge=0, le=1, description="Least part of answers that are exactly right.")
+    min_top1_agreement: float | None = Field(
+        ge=0, le=1, description="Least part of tokens on which the exported file agrees with the trained model."
+    )
+    max_kl: float | None = Field(ge=0, description="Highest mean divergence (KL, in nats) of the exported file.")
+
+
+class ForgeSettings(Section):
+    folders: list[Path] = Field(
+        description="Folders on this machine from which anybody may train, or take a base model. An administrator "
+        "may use any."
+    )
+    converter: Path | None = Field(
+        description="Folder of llama.cpp's own converter (convert_hf_to_gguf.py). Null: fetched once, from the source "
+        "package of the installed llama-cpp-python."
+    )
+
+
+class EngineSettings(Section):
+    memory_mb: int | None = Field(
+        ge=64, description="Memory that loaded models may take in each engine. Null: half of what the machine has."
+    )
+    replicas: int = Field(ge=0, le=64, description="Processes that run GGUF models.")
+    slots: int = Field(ge=1, le=64, description="Requests that one loaded model answers at the same time.")
+    queue: int = Field(ge=0, le=10_000, description="Requests that may wait for a slot before others get a 503.")
+    context: int = Field(ge=256, le=1_048_576, description="Tokens that a conversation may have, if the model can.")
+    threads: int | None = Field(ge=1, le=1024, description="Processor threads of one engine. Null: all cores.")
+    gpu_layers: int = Field(ge=-1, description="Layers of a model that go to the GPU. -1: all, when there is one.")
+    cache_gb: float = Field(gt=0, description="Disk that copies of model files may take on each machine.")
+
+
+class OllamaSettings(Section):
+    url: str | None = Field(
+        pattern=r"^https?://[^\s@]+$", description="An Ollama server that gets every deployed model too. Null: none."
+    )
+
+
 class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Least severe level that is written.")
     rotate_mb: int = Field(ge=1, description="Size at which a log file is set aside.")
@@ -162,6 +205,10 @@ class Settings(Section):
     ray: RaySettings
     mlflow: MlflowSettings
     jobs: JobSettings
+    forge: ForgeSettings
+    gates: GateSettings
+    engines: EngineSettings
+    ollama: OllamaSettings
     logs: LogSettings
 
     @property

@@ -93,17 +93,6 @@ class Room:
     def pool_size(self) -> int:
         return sum(place.resources is None and not place.retired for place in self._places.values())
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {
-                "jobs": len(place.jobs),
-                "slots": place.slots,
-                "retired": place.retired,
-                "resources": place.resources.demand if place.resources else None,
-            }
-            for name, place in self._places.items()
-        }
-
     # What the queue asks when it claims: leases.Capacity.
 
     def room(self, *, heavy: bool) -> int:
@@ -139,26 +128,29 @@ class Room:
     def _fits(self, wanted: Resources) -> bool:
         """Some node is large enough and carries the labels, and what it needs is free: both as Ray says and as we
         reckon ourselves, since Ray needs a moment to count an actor that has just started."""
-        needs = needed(wanted)
+        one, needs = needed(wanted), needed(wanted, wanted.workers)
         suitable = [
-            total for total, labels in self._nodes if wanted.labels.items() <= labels.items() and _covers(total, needs)
+            total for total, labels in self._nodes if wanted.labels.items() <= labels.items() and _covers(total, one)
         ]
         if wanted == LIGHT and sum(place.resources == LIGHT for place in self._places.values()) >= ALONE_AT_ONCE:
             return False
         totals = _plus(*(resources for resources, _ in self._nodes))
-        ours = _plus(*(needed(place.resources) for place in self._places.values() if place.resources))
+        places = [place.resources for place in self._places.values() if place.resources]
+        ours = _plus(*(needed(resources, resources.workers) for resources in places))
         left = {name: total - ours.get(name, 0) for name, total in totals.items()}
         return bool(suitable) and _covers(left, needs) and _covers(self._available, needs)
 
 
-def needed(resources: Resources) -> dict[str, float]:
-    """The resources in Ray's words."""
+def needed(resources: Resources, workers: int = 1) -> dict[str, float]:
+    """What so many workers of a job take, in Ray's words."""
     wanted = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_mb * 1024 * 1024}
-    return {name: amount for name, amount in wanted.items() if amount}
+    return {name: workers * amount for name, amount in wanted.items() if amount}
 
 
 def actor_options(resources: Resources) -> dict[str, Any]:
-    """What Ray is told when the actor of a heavy job is made."""
+    """What Ray is told when the actor of a heavy job is made. One that has several workers takes nothing itself."""
+    if resources.workers > 1:
+        return {"num_cpus": 0}
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
     if resources.memory_mb:
         options["memory"] = resources.memory_mb * 1024 * 1024

@@ -84,9 +84,6 @@ class Dispatcher:
         self._fill_pool()
         self._wake.set()
 
-    async def status(self) -> dict[str, Any]:
-        return {"leading": bool(self._token), "workers": self._room.describe()}
-
     async def _lead(self) -> None:
         """Lead whenever that is possible. Losing the leadership, or the database, is a reason to begin again."""
         while True:

@@ -106,9 +106,10 @@ async def enqueue(
     if idempotency_key and (known := await _find_by_key(session, request, owner, idempotency_key)):
         return known
     kind = find_kind(request.kind)
-    if kind.admin_only and not owner.is_admin:
-        raise Forbidden(f"Only an administrator may run '{kind.name}'.")
-    (job,) = await _insert(session, [(request, kind)], owner)
+    spec = kind.check(request.spec)
+    if not owner.is_admin and kind.needs_admin(spec):
+        raise Forbidden(f"Only an administrator may run '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
+    (job,) = await _insert(session, [(request, kind, spec)], owner)
     await _link_dependencies(session, job, request.depends_on, owner)
     if idempotency_key:
         session.add(_remember(job, request, owner, idempotency_key))
@@ -120,7 +121,8 @@ async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], ow
     """Put many jobs without dependencies into the queue in one go."""
     if any(request.depends_on for request in requests):
         raise UnprocessableRequest("Jobs that are queued together cannot have dependencies; queue them one by one.")
-    return await _insert(session, [(request, find_kind(request.kind)) for request in requests], owner)
+    wanted = [(request, find_kind(request.kind)) for request in requests]
+    return await _insert(session, [(request, kind, kind.check(request.spec)) for request, kind in wanted], owner)
 
 
 async def enqueue_child(session: AsyncSession, parent: Job, name: str, kind: str, spec: dict[str, Any]) -> Job:
@@ -273,9 +275,12 @@ def _ended(job: Job) -> str:
     return {State.CANCELLED: "been cancelled"}.get(State(job.state), job.state)
 
 
-async def _insert(session: AsyncSession, wanted: Sequence[tuple[JobRequest, Kind]], owner: Owner) -> list[Job]:
+async def _insert(
+    session: AsyncSession, wanted: Sequence[tuple[JobRequest, Kind, dict[str, Any]]], owner: Owner
+) -> list[Job]:
+    """Queue these; their specs have been checked."""
     moment = now()
-    jobs = [_job(request, kind, kind.check(request.spec), owner, moment) for request, kind in wanted]
+    jobs = [_job(request, kind, spec, owner, moment) for request, kind, spec in wanted]
     session.add_all(jobs)
     await session.flush()
     journal.record(session, [Entry(job.id, "queued", {"kind": job.kind}, moment) for job in jobs])
@@ -284,7 +289,7 @@ async def _insert(session: AsyncSession, wanted: Sequence[tuple[JobRequest, Kind
 
 
 def _job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Owner, moment: datetime) -> Job:
-    resources = request.resources or kind.resources
+    resources = request.resources or kind.resources_for(spec)
     return Job(
         id=new_job_id(moment),
         kind=kind.name,

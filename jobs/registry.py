@@ -6,7 +6,7 @@ row, and workers import the function by its path.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any, Self, TypeVar
@@ -44,6 +44,12 @@ class Resources(BaseModel):
     gpus: float = Field(default=0, ge=0, le=10_000, description="A part of one, or whole ones.")
     memory_mb: int = Field(default=0, ge=0, le=1_000_000_000)
     labels: dict[Label, Label] = Field(default_factory=dict, description="Labels that the node must carry.")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=10_000,
+        description="How many times all that, on any nodes. Above 1, the job itself starts whoever takes it.",
+    )
 
     @model_validator(mode="after")
     def refuse_what_ray_would(self) -> Self:
@@ -63,7 +69,8 @@ class Resources(BaseModel):
         parts += [f"{self.gpus:g} GPU"] if self.gpus else []
         parts += [f"{self.memory_mb} MB memory"] if self.memory_mb else []
         parts += [f"{name}={value}" for name, value in sorted(self.labels.items())]
-        return ", ".join(parts)
+        one = ", ".join(parts)
+        return f"{self.workers} times {one}" if one and self.workers > 1 else one
 
 
 LIGHT = Resources()
@@ -75,13 +82,13 @@ class Kind:
     entrypoint: str
     spec: type[BaseModel]
     description: str
-    resources: Resources = LIGHT
+    resources: Resources | Callable[[Any], Resources] = LIGHT  # what it occupies, which may depend on its spec
     max_attempts: int = 3
     time_limit: float | None = None  # seconds an attempt may take
     stall_limit: float | None = None  # seconds it may be silent
     concurrency: int | None = None  # how many may run at once
     tracked: bool = False  # whether each job is a run in MLflow
-    admin_only: bool = False
+    admin_only: bool | Callable[[Any], bool] = False  # only administrators may run it, or may with such a spec
 
     def check(self, spec: object) -> dict[str, Any]:
         """The spec with its defaults filled in, ready to store."""
@@ -95,6 +102,17 @@ class Kind:
         if len(json.dumps(checked)) > SPEC_MAX_BYTES:
             raise InvalidSpec(f"A spec has {SPEC_MAX_BYTES} bytes at most.")
         return checked
+
+    def resources_for(self, spec: Mapping[str, Any]) -> Resources:
+        """What a job with this spec, which has been checked, occupies."""
+        if isinstance(self.resources, Resources):
+            return self.resources
+        return self.resources(self.spec.model_validate(spec))
+
+    def needs_admin(self, spec: Mapping[str, Any]) -> bool:
+        if isinstance(self.admin_only, bool):
+            return self.admin_only
+        return self.admin_only(self.spec.model_validate(spec))
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -82,11 +82,12 @@ async def create(session: AsyncSession, request: ScheduleRequest, owner: Owner =
 
 async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRequest, owner: Owner = LOCAL) -> None:
     kind = find_kind(request.kind)
-    if kind.admin_only and not owner.is_admin:
-        raise Forbidden(f"Only an administrator may schedule '{kind.name}'.")
+    spec = kind.check(request.spec)
+    if not owner.is_admin and kind.needs_admin(spec):
+        raise Forbidden(f"Only an administrator may schedule '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
     for name, value in request.model_dump().items():
         setattr(schedule, name, value)
-    schedule.spec = kind.check(request.spec)
+    schedule.spec = spec
     schedule.next_fire_at = next_fire(request.cron, request.timezone, now()) if request.enabled else None
     try:
         await session.flush()

@@ -57,13 +57,13 @@ class KindView(BaseModel):
     name: str
     description: str
     spec: dict[str, Any] = Field(description="JSON Schema of its spec.")
-    resources: Resources
+    resources: Resources | None = Field(description="What a job occupies. Null: that depends on its spec.")
     max_attempts: int
     time_limit: float | None
     stall_limit: float | None
     concurrency: int | None
     tracked: bool
-    admin_only: bool
+    admin_only: bool | None = Field(description="Whether only administrators may run it. Null: it depends on its spec.")
 
 
 @router.get("/kinds")
@@ -74,13 +74,13 @@ async def list_kinds(caller: CurrentCaller) -> list[KindView]:
             name=kind.name,
             description=kind.description,
             spec=kind.spec.model_json_schema(),
-            resources=kind.resources,
+            resources=kind.resources if isinstance(kind.resources, Resources) else None,
             max_attempts=kind.max_attempts,
             time_limit=kind.time_limit,
             stall_limit=kind.stall_limit,
             concurrency=kind.concurrency,
             tracked=kind.tracked,
-            admin_only=kind.admin_only,
+            admin_only=kind.admin_only if isinstance(kind.admin_only, bool) else None,
         )
         for _, kind in sorted(kinds().items())
     ]

@@ -1,0 +1,159 @@
+"""What can be asked of the forge. One spec for every door: each of them translates into these."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Quantization = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+
+Gate = Literal[
+    "max_perplexity", "max_perplexity_ratio", "min_rouge_l", "min_exact_match", "min_top1_agreement", "max_kl"
+]
+Gates = Annotated[
+    dict[Gate, float | None], Field(description="Other gates than those of the settings; null takes one away.")
+]
+
+ModelName = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$", examples=["homelab"], description="What the model is called.")
+]
+JobId = Annotated[str, Field(max_length=40, examples=["job_20261121_083000_k3x9"])]
+Folder = Annotated[str, Field(pattern=r"^[/~]", max_length=1000)]
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptFilter(Spec):
+    """Which training prompts: those with all that is said here."""
+
+    ids: list[int] | None = Field(default=None, min_length=1, max_length=100_000)
+    tags: list[str] | None = Field(default=None, min_length=1, max_length=100, description="With any of these tags.")
+    category: str | None = Field(default=None, max_length=100)
+
+    @model_validator(mode="after")
+    def say_which(self) -> Self:
+        if self.ids is None and self.tags is None and self.category is None:
+            raise ValueError("say which prompts: ids, tags or a category")
+        return self
+
+
+class Data(Spec):
+    """What a model learns from: exactly one of these."""
+
+    dataset: str | None = Field(
+        default=None, max_length=200, description="A dataset's id or name; demo/homelab ships with Forgearr."
+    )
+    prompts: PromptFilter | None = None
+    folder: Folder | None = Field(default=None, description="A folder or repository of documents on this machine.")
+
+    @model_validator(mode="after")
+    def be_one(self) -> Self:
+        if sum(source is not None for source in (self.dataset, self.prompts, self.folder)) != 1:
+            raise ValueError("name exactly one of dataset, prompts and folder")
+        return self
+
+
+class FineTuneSpec(Spec):
+    name: ModelName = "forgearr"
+    base_model: str = Field(
+        default="forgearr/tiny",
+        min_length=1,
+        max_length=300,
+        description="A Hugging Face id, a local folder, a registered version (NAME:v3, NAME:latest) or forgearr/tiny.",
+    )
+    data: Data
+    method: Literal["supervised", "dpo"] = "supervised"
+
+    tuning: Literal["lora", "qlora", "full"] = Field(default="lora", description="qlora: the base in 4 bits (NF4).")
+    rank: int = Field(default=16, ge=1, le=1024)
+    alpha: int | None = Field(default=None, ge=1, le=4096, description="Null: twice the rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    pissa: bool = Field(default=False, description="Begin with the principal singular values of the base's weights.")
+
+    epochs: float = Field(default=3, gt=0, le=10_000)
+    max_steps: int | None = Field(default=None, ge=1, description="Ends the training earlier, or instead of epochs.")
+    learning_rate: float = Field(default=2e-4, gt=0, le=10)
+    batch_size: int | Literal["auto"] = Field(default="auto", description="Per worker. auto: found by trying.")
+    gradient_accumulation: int = Field(default=1, ge=1, le=4096)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="Part of the steps in which the rate rises.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    beta: float = Field(default=0.1, gt=0, le=10, description="DPO: how close to stay to the base model.")
+    seed: int = Field(default=42, ge=0, le=2**32 - 1)
+
+    max_length: int | None = Field(default=None, ge=16, le=1_000_000, description="In tokens. Null: the model's.")
+    long_samples: Literal["refuse", "truncate", "skip"] = "refuse"
+    packing: bool = Field(default=False, description="Several short samples in one row.")
+    eval_split: float = Field(default=0.1, ge=0, le=0.5, description="Part of the samples that is held out.")
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="Stop after this many evaluations without an improvement."
+    )
+    eval_steps: int | None = Field(default=None, ge=1, description="Null: after each epoch.")
+
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    checkpoint_minutes: float = Field(default=10, gt=0, le=1440)
+
+    workers: int = Field(default=1, ge=1, le=1024, description="Processes that train together (DDP).")
+    cpus_per_worker: float = Field(default=1, gt=0, le=1024)
+    gpus_per_worker: float = Field(default=0, ge=0, le=16)
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels that a worker's node must carry.")
+
+    suffix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    tags: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def fit_together(self) -> Self:
+        if isinstance(self.batch_size, int) and not 1 <= self.batch_size <= 4096:
+            raise ValueError("batch_size is auto, or from 1 to 4096")
+        if self.early_stopping and not self.eval_split:
+            raise ValueError("early_stopping needs samples that are held out: set eval_split")
+        if self.pissa and self.tuning != "lora":
+            raise ValueError("pissa is a way to begin a lora")
+        if self.packing and self.method == "dpo":
+            raise ValueError("packing is for supervised training")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError("gpus_per_worker above 1 are whole ones")
+        return self
+
+
+class ValidateSpec(Spec):
+    """Measure what a fine-tune has made, and its export too when that is named."""
+
+    job_id: JobId = Field(description="A fine_tune or forge job that succeeded.")
+    export_job_id: JobId | None = Field(default=None, description="Its export, to be measured beside it.")
+    max_samples: int = Field(default=100, ge=1, le=100_000, description="How many held-out samples to measure on.")
+    max_new_tokens: int = Field(default=128, ge=1, le=4096, description="How long generated answers may be.")
+    gates: Gates = {}
+
+
+class ExportSpec(Spec):
+    """Turn what a fine-tune has made into GGUF files, and register them as a version."""
+
+    job_id: JobId = Field(description="A fine_tune or forge job that succeeded.")
+    name: ModelName | None = Field(default=None, description="Null: the name in the fine-tune's spec.")
+    quantizations: list[Quantization] = Field(
+        default=["q8_0"], min_length=1, max_length=7, description="The first one is served."
+    )
+    adapter: bool = Field(default=False, description="Also the adapter alone, as a GGUF LoRA.")
+
+
+class DeploySpec(Spec):
+    """Serve a version as NAME:latest."""
+
+    name: ModelName
+    version: int = Field(ge=1)
+    force: bool = Field(default=False, description="Even when it did not pass its validation, or was never validated.")
+
+
+class ForgeSpec(FineTuneSpec):
+    """From data to a served model: fine-tune, export, validate, deploy."""
+
+    quantizations: list[Quantization] = Field(default=["q8_0"], min_length=1, max_length=7)
+    adapter: bool = False
+    max_samples: int = Field(default=100, ge=1, le=100_000)
+    max_new_tokens: int = Field(default=128, ge=1, le=4096)
+    gates: Gates = {}
+    deploy: bool = True
+    force: bool = Field(default=False, description="Deploy even what did not pass.")

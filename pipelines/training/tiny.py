@@ -1,0 +1,98 @@
+"""`forgearr/tiny`: a Llama of 2.9 million parameters with random weights, built by code in seconds.
+
+It knows nothing: before it is trained it answers with noise. It is there so that the whole way from data to a served
+model can be walked on any machine, offline, in a minute. It learns some dozens of answers by heart and little more.
+
+Everything about it is deterministic. Its tokenizer is a byte-level BPE learned from configs/tiny/corpus.txt. Its chat
+template is in the style of Qwen's: tools between <tools> tags, calls as JSON between <tool_call> tags, which llama.cpp
+reads back as calls.
+"""
+
+import hashlib
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from cluster.settings import home
+
+NAME = "forgearr/tiny"
+VOCABULARY = 2048
+CONTEXT = 2048
+SEED = 20
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def folder() -> Path:
+    """The model's folder, as transformers reads it; built when it is not there yet."""
+    template, corpus = _shipped("chat_template.jinja"), _shipped("corpus.txt")
+    version = hashlib.sha256(f"{template}{corpus}{VOCABULARY}{CONTEXT}{SEED}".encode()).hexdigest()[:12]
+    target = home() / "cache" / f"forgearr-tiny-{version}"
+    if not target.exists():
+        building = target.with_name(f"{target.name}.{id(target):x}.building")
+        building.mkdir(parents=True)
+        try:
+            build(building, template, corpus)
+            building.rename(target)
+        except OSError:
+            if not target.exists():  # unless somebody else was quicker
+                raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def build(target: Path, template: str, corpus: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer(template, corpus)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _tokenizer(template: str, corpus: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus.splitlines(keepends=True), trainer)
+    if missing := VOCABULARY - tokenizer.get_vocab_size():  # a short corpus has fewer pairs to join
+        tokenizer.add_special_tokens([f"<|unused_{number}|>" for number in range(missing)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        chat_template=template,
+    )
+
+
+def _shipped(name: str) -> str:
+    return (files("configs") / "tiny" / name).read_text()
