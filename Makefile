@@ -24,14 +24,9 @@ demo: export FORGEARR_SERVE__PORT := 8390
 demo: export FORGEARR_RAY__PORT := 6390
 demo: export FORGEARR_RAY__DASHBOARD_PORT := 8395
 demo: export FORGEARR_MLFLOW__PORT := 5390
-demo: setup ## Start, run sample jobs with a progress bar, show the result, stop
+demo: setup ## Train a tiny model, export, validate and serve it, and show what it has learned
 	@$(FORGEARR) up --detach
-	@trap '$(FORGEARR) down' EXIT; set -e; \
-	echo; echo "Twelve jobs of ten steps each; then one that fails twice, and is tried again until it succeeds:"; \
-	$(FORGEARR) jobs submit probe --count 12 --set steps=10 --set seconds=5 --set payload=hello --wait; \
-	$(FORGEARR) jobs submit probe --set steps=3 --set seconds=1 --set fail_times=2 --wait; \
-	echo; $(FORGEARR) jobs list; \
-	echo; $(FORGEARR) status; echo
+	@trap '$(FORGEARR) down' EXIT; $(FORGEARR) demo
 
 test: setup ## Run all tests
 	$(BIN)/pytest

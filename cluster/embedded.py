@@ -6,6 +6,7 @@ files, ports that nobody needs to know) is kept apart.
 
 import hashlib
 import os
+import platform
 import shutil
 import stat
 import sys
@@ -58,6 +59,8 @@ def ray_command(settings: Settings) -> list[str]:
         "--temp-dir": folder,
         "--object-store-memory": settings.ray.object_store_mb * 1_000_000,
         "--include-log-monitor": "false",
+        # Ray gives the node a new id each time; jobs that are meant for this machine must find it again.
+        "--labels": f"forgearr.io/node={platform.node()}",
     }
     if settings.ray.cpus is not None:
         options["--num-cpus"] = settings.ray.cpus

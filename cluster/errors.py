@@ -29,6 +29,8 @@ class ForgearrError(Exception):
     code = "INTERNAL_ERROR"
     retryable = False
     """Whether a job that meets this error may succeed if it is tried again later."""
+    retry_after: int | None = None
+    """Seconds after which a client may ask again, where that can be said."""
 
     def __init__(self, message: str | None = None, *, details: Mapping[str, object] | None = None) -> None:
         self.message = message or (type(self).__doc__ or "").strip()

@@ -1,13 +1,15 @@
-"""What this machine is doing: processor, memory and disk."""
+"""What this machine is doing: processor, memory and disk. And which machines there are."""
 
 import asyncio
 import platform
+import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import psutil
 
+from cluster.errors import Unavailable
 from cluster.settings import home
 
 FIRST_SECONDS = 0.25
@@ -33,6 +35,14 @@ async def samples(every_seconds: float) -> AsyncIterator[Sample]:
     while True:
         yield _sample()
         await asyncio.sleep(every_seconds)
+
+
+def living() -> list[dict[str, Any]]:
+    """The nodes of the cluster that live, as Ray tells of them."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        raise Unavailable("This process is not part of the cluster, and cannot see its nodes.")
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _sample() -> Sample:

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import fsspec
@@ -22,8 +23,28 @@ def save(source: Path, name: str) -> str:
             save(file, f"{name}/{file.relative_to(source).as_posix()}")
         return target
     filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-    filesystem.put_file(str(source), target)
+    if "file" not in filesystem.protocol:
+        filesystem.put_file(str(source), target)
+        return target
+    # A bucket shows a file when it is whole; in a folder, nobody must see half of one either.
+    part = f"{target}.{token_hex(4)}.part"
+    try:
+        filesystem.put_file(str(source), part)
+        Path(part).replace(target)
+    finally:
+        Path(part).unlink(missing_ok=True)
     return target
+
+
+def address(name: str) -> str:
+    """Where something of this name lies, or would."""
+    _, root = _root()
+    return f"{root}/{name}"
+
+
+def exists(address: str) -> bool:
+    filesystem, _ = _root()
+    return filesystem.exists(address)
 
 
 def read(address: str) -> bytes:

@@ -1,21 +1,38 @@
-"""MLflow, as far as the queue needs it: its REST API, spoken without its library, which takes seconds to import.
+"""MLflow, as far as the queue and the registry need it: its REST API, spoken without its library, which takes seconds
+to import.
 
-Training code, which lives in processes of its own, uses the library.
+Training code, which lives in processes of its own, uses the library. Files go straight from and to the disk, whatever
+their size.
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+import asyncio
+import hashlib
+import json
+import ssl
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
 
 from cluster.errors import ForgearrError, Unavailable
 
 TIMEOUT_SECONDS = 20
+FILE_TIMEOUT = httpx.Timeout(TIMEOUT_SECONDS, read=900)  # a server that keeps files elsewhere copies them first
+FILE_ATTEMPTS = 4
+CHUNK_BYTES = 4 * 1024 * 1024
+ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 LONGEST_VALUE = 6000  # of a parameter or tag, in characters; the server refuses more
 MOST_PARAMETERS = 100  # in one request
 MOST_METRICS = 1000
+LONGEST_DIGEST = 36  # of a dataset, in characters
+
+Result = TypeVar("Result")
+OnBytes = Callable[[int], None]
+"""Hears how many bytes of a file have passed so far; fewer again when it starts anew."""
 
 
 class TrackingUnavailable(Unavailable):
@@ -38,9 +55,9 @@ class Tracking:
     async def experiment(self, name: str) -> str:
         """The id of the experiment of this name, which is made when it is missing."""
         if name not in self._experiments:
-            found = await self._call("GET", "experiments/get-by-name", missing={}, params={"experiment_name": name})
+            found = await self.call("GET", "experiments/get-by-name", missing={}, params={"experiment_name": name})
             if not found:
-                found = {"experiment": await self._call("POST", "experiments/create", json={"name": name})}
+                found = {"experiment": await self.call("POST", "experiments/create", json={"name": name})}
             self._experiments[name] = found["experiment"]["experiment_id"]
         return self._experiments[name]
 
@@ -51,10 +68,10 @@ class Tracking:
             "filter": f"tags.`forgearr.job_id` = '{job_id}'",
             "max_results": 1,
         }
-        found = await self._call("POST", "runs/search", json=wanted)
+        found = await self.call("POST", "runs/search", json=wanted)
         if runs := found.get("runs"):
             return runs[0]["info"]["run_id"]
-        made = await self._call(
+        made = await self.call(
             "POST",
             "runs/create",
             json={
@@ -68,7 +85,7 @@ class Tracking:
 
     async def log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
         for page in _pages(_pairs(parameters), MOST_PARAMETERS):
-            await self._call("POST", "runs/log-batch", json={"run_id": run_id, "params": page})
+            await self.call("POST", "runs/log-batch", json={"run_id": run_id, "params": page})
 
     async def log_metrics(self, run_id: str, metrics: Sequence[tuple[str, float, datetime, int]]) -> None:
         """(name, value, time, step) of each; the same one told twice counts once."""
@@ -77,25 +94,86 @@ class Tracking:
             for name, value, moment, step in metrics
         ]
         for page in _pages(rows, MOST_METRICS):
-            await self._call("POST", "runs/log-batch", json={"run_id": run_id, "metrics": page})
+            await self.call("POST", "runs/log-batch", json={"run_id": run_id, "metrics": page})
 
     async def set_tags(self, run_id: str, tags: Mapping[str, object]) -> None:
-        await self._call("POST", "runs/log-batch", json={"run_id": run_id, "tags": _pairs(tags)})
+        await self.call("POST", "runs/log-batch", json={"run_id": run_id, "tags": _pairs(tags)})
 
     async def set_status(self, run_id: str, status: str, ended_at: datetime | None) -> None:
         ending = {"end_time": _milliseconds(ended_at)} if ended_at else {}
-        await self._call("POST", "runs/update", json={"run_id": run_id, "status": status, **ending})
+        await self.call("POST", "runs/update", json={"run_id": run_id, "status": status, **ending})
 
-    async def upload(self, run_id: str, name: str, content: bytes) -> None:
-        """Store an artifact through the server."""
-        run = await self._call("GET", "runs/get", params={"run_id": run_id})
-        root: str = run["run"]["info"]["artifact_uri"]
-        if not root.startswith("mlflow-artifacts:/"):
-            raise TrackingRefused(f"The MLflow server does not take artifacts itself; it keeps them in {root}.")
-        folder = root.removeprefix("mlflow-artifacts:").lstrip("/")
-        await self._request("PUT", f"/api/2.0/mlflow-artifacts/artifacts/{folder}/{name}", content=content)
+    async def log_input(
+        self, run_id: str, *, name: str, digest: str, source: str, profile: Mapping[str, object]
+    ) -> None:
+        """The data that a run works on; the same one told twice counts once."""
+        dataset = {
+            "name": name,
+            "digest": digest[:LONGEST_DIGEST],
+            "source_type": "forgearr",
+            "source": source,
+            "profile": json.dumps(profile),
+        }
+        inputs = [{"dataset": dataset, "tags": _pairs({"mlflow.data.context": "training"})}]
+        await self.call("POST", "runs/log-inputs", json={"run_id": run_id, "datasets": inputs})
 
-    async def _call(
+    async def artifacts_of(self, run_id: str) -> str:
+        """The address of a run's artifacts, which its server must keep itself."""
+        run = await self.call("GET", "runs/get", params={"run_id": run_id})
+        return run["run"]["info"]["artifact_uri"]
+
+    async def upload(self, run_id: str, name: str, content: bytes | Path, on_bytes: OnBytes = lambda _: None) -> None:
+        """Store an artifact through the server. A file that breaks off on its way is sent again."""
+        target = f"{_route(await self.artifacts_of(run_id))}/{name}"
+
+        async def send() -> None:
+            if isinstance(content, bytes):
+                await self._request("PUT", target, content=content)
+                return
+            headers = {"Content-Length": str(_size(content))}
+            sent = _chunks(content, on_bytes)
+            await self._request("PUT", target, content=sent, headers=headers, timeout=FILE_TIMEOUT)
+
+        await _with_patience(send)
+
+    async def download(self, address: str, target: Path, on_bytes: OnBytes = lambda _: None) -> str:
+        """Store the artifact at `address` in the file `target`; returns its SHA-256."""
+        route = _route(address)
+
+        async def receive() -> str:
+            digest = hashlib.sha256()
+            received = 0
+            with target.open("wb") as file:
+
+                def keep(chunk: bytes) -> None:
+                    digest.update(chunk)
+                    file.write(chunk)
+
+                async with self._client.stream("GET", route, timeout=FILE_TIMEOUT) as answer:
+                    if answer.is_error:
+                        await answer.aread()
+                    _refuse(answer, f"GET {route}")
+                    async for chunk in answer.aiter_bytes(CHUNK_BYTES):
+                        await asyncio.to_thread(keep, chunk)
+                        received += len(chunk)
+                        on_bytes(received)
+            return digest.hexdigest()
+
+        async def guarded() -> str:
+            with _translated_errors():
+                return await receive()
+
+        return await _with_patience(guarded)
+
+    async def delete_artifacts(self, address: str) -> None:
+        """Remove an artifact, or a folder of them."""
+        try:
+            await self._request("DELETE", _route(address))
+        except TrackingRefused as refusal:
+            if refusal.details.get("status") != httpx.codes.NOT_FOUND:
+                raise
+
+    async def call(
         self, method: str, path: str, missing: dict[str, Any] | None = None, **options: Any
     ) -> dict[str, Any]:
         """One API call; `missing` is the answer when the thing asked for does not exist."""
@@ -109,21 +187,15 @@ class Tracking:
 
     async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """The one line of defence: what goes wrong below is one of our two errors above."""
-        try:
+        with _translated_errors():
             answer = await self._client.request(method, path, **options)
-        except httpx.HTTPError as error:
-            raise TrackingUnavailable(f"The MLflow server does not answer: {type(error).__name__}.") from error
-        if answer.status_code >= 500 or answer.status_code == 429:
-            raise TrackingUnavailable(f"The MLflow server answered {answer.status_code}.")
-        if answer.is_error:
-            message = f"MLflow answered {answer.status_code} to {method} {path}: {answer.text[:300]}"
-            raise TrackingRefused(message, details={"status": answer.status_code})
+        _refuse(answer, f"{method} {path}")
         return answer
 
 
 @asynccontextmanager
 async def connect(uri: str) -> AsyncGenerator[Tracking]:
-    async with httpx.AsyncClient(base_url=uri, timeout=TIMEOUT_SECONDS) as client:
+    async with httpx.AsyncClient(base_url=uri, timeout=TIMEOUT_SECONDS, verify=_certificates()) as client:
         yield Tracking(client)
 
 
@@ -136,6 +208,58 @@ def flatten(document: Mapping[str, object], prefix: str = "") -> dict[str, objec
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: it takes 15 ms."""
+    return httpx.create_ssl_context()
+
+
+@contextmanager
+def _translated_errors() -> Generator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise TrackingUnavailable(f"The MLflow server does not answer: {type(error).__name__}.") from error
+
+
+def _refuse(answer: httpx.Response, request: str) -> None:
+    if answer.status_code >= 500 or answer.status_code == 429:
+        raise TrackingUnavailable(f"The MLflow server answered {answer.status_code}.")
+    if answer.is_error:
+        message = f"MLflow answered {answer.status_code} to {request}: {answer.text[:300]}"
+        raise TrackingRefused(message, details={"status": answer.status_code})
+
+
+def _route(address: str) -> str:
+    """Where the server hands out, and takes, an artifact."""
+    if not address.startswith("mlflow-artifacts:/"):
+        raise TrackingRefused(f"The MLflow server does not hold artifacts itself; it keeps them in {address}.")
+    return f"{ARTIFACTS}/{address.removeprefix('mlflow-artifacts:').lstrip('/')}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+async def _chunks(path: Path, on_bytes: OnBytes) -> AsyncGenerator[bytes]:
+    sent = 0
+    with path.open("rb") as file:
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield chunk
+            sent += len(chunk)
+            on_bytes(sent)
+
+
+async def _with_patience(attempt: Callable[[], Awaitable[Result]]) -> Result:
+    """The transfer of a file, begun again when the connection drops."""
+    for number in range(1, FILE_ATTEMPTS):
+        try:
+            return await attempt()
+        except TrackingUnavailable:
+            await asyncio.sleep(0.25 * 2**number)
+    return await attempt()
 
 
 def _pairs(values: Mapping[str, object]) -> list[dict[str, str]]:

@@ -7,7 +7,8 @@
             context.checkpoint(number + 1)
         return {"counted": spec.until}
 
-The function runs in a thread of its own; every method may be called from any thread.
+The function runs in a thread of its own; every method may be called from any thread. A context may be sent to other
+processes that the job starts on Ray, and works there too (jobs/remote.py).
 """
 
 import contextvars
@@ -54,6 +55,7 @@ class Link(Protocol):
 class Context:
     def __init__(self, claim: Claim, link: Link) -> None:
         self.job_id = claim.job_id
+        self.owner_id = claim.owner_id
         self.attempt = claim.attempt
         self.checkpoint_state = claim.checkpoint
         """What the last `checkpoint` saved, by this attempt or one before; None at the very start."""
@@ -89,6 +91,13 @@ class Context:
     def log(self, message: str, level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO") -> None:
         self._sign()
         self._link.report(self._claim, {}, ("log", {"level": level, "message": message}))
+
+    def input(self, name: str, digest: str, source: str, **profile: int | float | str) -> None:
+        """Tell what data the job works on. A tracked job's inputs go to MLflow."""
+        self._sign()
+        self._link.report(
+            self._claim, {}, ("input", {"name": name, "digest": digest, "source": source, "profile": profile})
+        )
 
     def artifact(self, path: Path, name: str | None = None) -> str:
         """Keep a file that the job has made; returns its address in storage. A tracked job's go to MLflow too."""
@@ -129,6 +138,11 @@ class Context:
     @property
     def stop_reason(self) -> StopReason | None:
         return self._reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from jobs.remote import context_elsewhere
+
+        return context_elsewhere, (self._claim,)
 
     def _sign(self) -> None:
         self.last_sign = time.monotonic()

@@ -41,6 +41,12 @@ async def read(
     return list(await session.scalars(query.order_by(JobEvent.id).limit(limit)))
 
 
+async def newest(session: AsyncSession, job_id: str, only: str, limit: int) -> list[JobEvent]:
+    """The last entries of one type, the newest first."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == only)
+    return list(await session.scalars(query.order_by(JobEvent.id.desc()).limit(limit)))
+
+
 async def _write(session: AsyncSession) -> None:
     entries: list[Entry] = session.info.pop("journal")
     if not entries:

@@ -50,6 +50,7 @@ class Claim:
     stall_limit: float | None
     resources: dict[str, Any]
     worker: str
+    owner_id: str | None  # None: this machine's own
 
 
 @dataclass
@@ -372,6 +373,7 @@ def _claim(job: Job, worker: str) -> Claim:
         stall_limit=job.stall_limit,
         resources=job.resources,
         worker=worker,
+        owner_id=job.owner_id,
     )
 
 

@@ -7,7 +7,9 @@ or away for a week, and no job notices.
 import asyncio
 import json
 import logging
+import tempfile
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -86,8 +88,9 @@ class Tracker:
             await mlflow.log_metrics(run_id, [metric for event in events for metric in _metrics(event)])
             for event in events:
                 if event.type == "artifact":
-                    content = await asyncio.to_thread(storage.read, event.data["address"])
-                    await mlflow.upload(run_id, event.data["name"], content)
+                    await _upload(mlflow, run_id, event)
+                if event.type == "input":
+                    await mlflow.log_input(run_id, **event.data)
             states = [event for event in events if event.type in set(State)]
             if states:
                 await self._tell_state(mlflow, run_id, job, states[-1])
@@ -124,6 +127,13 @@ class Tracker:
             await mlflow.upload(run_id, "result.json", json.dumps(job.result, indent=2).encode())
         await mlflow.set_tags(run_id, tags)
         await mlflow.set_status(run_id, STATUS[state], event.created_at if state in FINISHED else None)
+
+
+async def _upload(mlflow: Tracking, run_id: str, event: JobEvent) -> None:
+    """From disk to disk: an artifact may be larger than the dispatcher's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = await asyncio.to_thread(storage.fetch, event.data["address"], Path(folder))
+        await mlflow.upload(run_id, event.data["name"], path)
 
 
 def _metrics(event: JobEvent) -> list[tuple[str, float, Any, int]]:

@@ -84,6 +84,24 @@ class Worker:
     async def jobs(self) -> list[str]:
         return [running.claim.job_id for running in self._running.values()]
 
+    # Called by processes that a job has started elsewhere, through their contexts (jobs/remote.py).
+
+    async def report_of(self, claim: Claim, values: Mapping[str, Any], news: News) -> None:
+        if running := self._running.get(claim.token):
+            running.context.last_sign = time.monotonic()
+            self._writer.gather(claim, values, news)
+
+    async def checkpoint_of(self, claim: Claim, state: Any) -> bool:
+        """Whether it is saved: not when the job is no longer ours."""
+        if running := self._running.get(claim.token):
+            running.context.last_sign = time.monotonic()
+            return await self._writer.write(claim, {"checkpoint": state}, ("checkpoint", {"state": state}))
+        return False
+
+    async def stop_reason_of(self, claim: Claim) -> StopReason | None:
+        running = self._running.get(claim.token)
+        return running.context.stop_reason if running else "lease_lost"
+
     async def until_death(self) -> None:
         """Never returns, and fails when this process dies: how the dispatcher watches it."""
         await asyncio.Event().wait()

@@ -14,13 +14,30 @@ from starlette.middleware.cors import CORSMiddleware
 
 from cluster.db import get_database
 from cluster.settings import Settings, get_settings
-from serve.api import auth, health, job_events, jobs, schedules, websockets
+from serve.api import (
+    auth,
+    chat,
+    datasets,
+    forge,
+    health,
+    job_events,
+    jobs,
+    model_names,
+    models,
+    prompts,
+    schedules,
+    training,
+    training_workers,
+    websockets,
+)
 from serve.auth import OriginGuard
+from serve.engines.remote import DEPLOYMENT, RemoteEngine
 from serve.envelope import ERROR_RESPONSES, handle_errors
 from serve.feeds import follow_events, follow_logs, follow_system
 from serve.limits import RateLimits
 from serve.metrics import RequestMetrics
 from serve.middleware import RequestFrame, StrictInput
+from serve.models import Models
 from serve.realtime import Hub
 
 MAX_ONGOING_REQUESTS = 10_000
@@ -44,15 +61,33 @@ def create_app() -> FastAPI:
     app.state.log_hub = Hub(follow_logs)
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
-    for module in (health, auth, jobs, job_events, schedules, websockets):
+    app.state.models = Models()
+    app.state.engine = RemoteEngine()
+    for module in (
+        health,
+        auth,
+        jobs,
+        job_events,
+        schedules,
+        prompts,
+        datasets,
+        training,
+        training_workers,
+        forge,
+        models,
+        model_names,
+        chat,
+        websockets,
+    ):
         app.include_router(module.router)
+    app.include_router(forge.openai_router)
     handle_errors(app)
     _surround(app)
     return app
 
 
 def build_application(settings: Settings) -> Any:
-    """The gateway as an application for `ray.serve.run`."""
+    """The gateway, and the engine behind it, as an application for `ray.serve.run`."""
     from ray import serve as ray_serve
 
     from serve.gateway import Gateway
@@ -60,14 +95,13 @@ def build_application(settings: Settings) -> Any:
     deployment = ray_serve.deployment(
         name="gateway",
         num_replicas=settings.serve.replicas,
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=SHUTDOWN_SECONDS,
-        graceful_shutdown_wait_loop_s=0.5,
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        **_deployed(MAX_ONGOING_REQUESTS),
     )
     # A function is called in each replica; an application would have to be pickled.
-    return deployment(ray_serve.ingress(create_app)(Gateway)).bind()
+    gateway: Any = deployment(ray_serve.ingress(create_app)(Gateway))
+    if not settings.engines.replicas:
+        return gateway.bind()
+    return gateway.bind(_engine(settings))
 
 
 @asynccontextmanager
@@ -80,6 +114,28 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     with suppress(TimeoutError):  # when everything stops, there may be nobody left to tell
         async with asyncio.timeout(LAST_WORDS_SECONDS):
             await metrics.share()
+
+
+def _engine(settings: Settings) -> Any:
+    """It takes no GPU for itself, and so none away from training: what is free there, it uses."""
+    from ray import serve as ray_serve
+
+    from serve.engines.gguf import GgufReplica
+
+    deployment: Any = ray_serve.deployment(
+        name=DEPLOYMENT, num_replicas=settings.engines.replicas, **_deployed(MAX_ONGOING_REQUESTS)
+    )
+    return deployment(GgufReplica).bind()
+
+
+def _deployed(requests: int) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": requests,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }
 
 
 def _surround(app: FastAPI) -> None:

@@ -21,6 +21,8 @@ from cluster.settings import LOOPBACK, get_settings
 from serve.envelope import error_response
 
 OUTCOME = "forgearr.caller"
+NOT_NEEDED = "not-needed"
+"""What OpenAI's clients, which insist on some key, are told to send to a server that needs none. There it is no key."""
 POLICY_VIOLATION = 1008
 
 # What the OpenAPI document says about credentials. They refuse nothing by themselves: an open server needs none.
@@ -119,8 +121,9 @@ async def refuse(error: ForgearrError, scope: Scope, receive: Receive, send: Sen
 
 async def _identify(connection: HTTPConnection) -> Caller | None:
     credential = _credential(connection)
-    if credential is None:
-        return None if get_settings().auth_required else LOCAL
+    required = get_settings().auth_required
+    if credential is None or (credential == NOT_NEEDED and not required):
+        return None if required else LOCAL
     async with get_database().reading() as session:
         if not credential.startswith(f"{identity.KEY_PREFIX}_"):
             user = await identity.user_of_access_token(session, credential)

@@ -99,9 +99,10 @@ def error_response(error: ForgearrError, path: str) -> Response:
     """The error, in the dialect that is spoken at this path."""
     envelope = _openai_envelope(error) if path.startswith(OPENAI_PREFIX) else _envelope(error)
     headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, RateLimitExceeded):
         envelope["retry_after"] = error.retry_after
-        headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z)

@@ -10,7 +10,8 @@ from cluster import logs
 
 
 class Gateway:
-    def __init__(self) -> None:
+    def __init__(self, *engines: object) -> None:
+        """Of the engines it is told only so that Serve runs them beside it."""
         logs.configure("gateway")
         _leave_request_ids_to_us()
 

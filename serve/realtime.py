@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 Message = Mapping[str, Any]
 """What a hub passes on: `rooms`, which say to whom, and whatever else the client is to see."""
 Feed = Callable[[], AsyncGenerator[list[Message]]]
+Tell = Callable[[Message], Awaitable[Message]]
 Answer = Callable[[dict[str, Any]], Awaitable[Message]]
 
 EVERYBODY = "*"
@@ -141,10 +142,13 @@ def refusal(sentence: str) -> Message:
     return {"type": "error", "message": sentence}
 
 
-async def converse(socket: WebSocket, subscription: Subscription, answer: Answer) -> None:
-    """Send what the subscription brings, and answer what the client says, until either of them ends."""
+async def converse(socket: WebSocket, subscription: Subscription, answer: Answer, tell: Tell | None = None) -> None:
+    """Send what the subscription brings, and answer what the client says, until either of them ends.
+
+    With `tell`, the client gets what that makes of the news, instead of the news themselves.
+    """
     async with asyncio.TaskGroup() as tasks:
-        sending = tasks.create_task(_send_all(socket, subscription))
+        sending = tasks.create_task(_send_all(socket, subscription, tell))
         hearing = tasks.create_task(_hear(socket, subscription, answer))
         sending.add_done_callback(lambda _: hearing.cancel())
         hearing.add_done_callback(lambda _: sending.cancel())
@@ -155,9 +159,11 @@ async def converse(socket: WebSocket, subscription: Subscription, answer: Answer
                 await socket.close(TRY_AGAIN_LATER, "Too much was waiting to be read; connect again.")
 
 
-async def _send_all(socket: WebSocket, subscription: Subscription) -> None:
+async def _send_all(socket: WebSocket, subscription: Subscription, tell: Tell | None) -> None:
     try:
         async for message in subscription:
+            if tell and "rooms" in message:
+                message = await tell(message)
             shown = {name: value for name, value in message.items() if name != "rooms"}
             text = orjson.dumps(shown, default=str, option=orjson.OPT_UTC_Z).decode()
             async with asyncio.timeout(SEND_SECONDS):

@@ -5,17 +5,22 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 from uuid import uuid4
 
 import asyncpg
+import httpx
 import pytest
 from sqlalchemy.engine import make_url
 
+from cluster import embedded, storage, tracking
 from cluster.db import Database, get_database, migrate
-from cluster.settings import get_settings
+from cluster.settings import get_settings, load_settings
+from tests.pipelines.shelf import Shelf
 
 ENGINES = ["sqlite", "postgres"]
 
@@ -68,6 +73,37 @@ def postgres_server() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session")
+def mlflow_server() -> Iterator[str]:
+    """The URL of an MLflow server that lives as long as the test session; whoever uses it names things of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="forgearr-mlflow-", dir="/tmp"))
+    port = _free_port()
+    variables = {"FORGEARR_HOME": str(folder), "FORGEARR_MLFLOW__PORT": str(port)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        command = embedded.mlflow_command(load_settings().settings)
+        environment = embedded.mlflow_environment()
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    _wait_for_mlflow(server, f"http://127.0.0.1:{port}", folder / "log")
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(20)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def shelf(
+    home: Path, tmp_path: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Shelf]:
+    """A model of its own in the registry of this installation, which has no version yet."""
+    monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
+    get_settings.cache_clear()
+    async with tracking.connect(mlflow_server) as mlflow:
+        yield Shelf(mlflow, tmp_path)
+
+
 async def new_postgres_database(server: str) -> str:
     name = f"test_{uuid4().hex}"
     connection = await asyncpg.connect(f"{server}/postgres")
@@ -87,6 +123,17 @@ def _postgres_binaries() -> Path:
     pytest.skip(reason)
 
 
+def _wait_for_mlflow(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health").is_success:
+                return
+        time.sleep(0.1)
+    server.kill()
+    pytest.fail(f"MLflow did not start:\n{log.read_text()}")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,3 +143,4 @@ def _free_port() -> int:
 def _forget_settings() -> None:
     get_settings.cache_clear()
     get_database.cache_clear()
+    storage._root.cache_clear()  # pyright: ignore[reportPrivateUsage]

@@ -96,7 +96,8 @@ def talkative(context: Context, spec: Empty) -> None:
 
 @job("measured", spec=Seconds, tracked=True)
 def measured(context: Context, spec: Seconds) -> dict[str, str]:
-    """Is a run in MLflow, with metrics and an artifact."""
+    """Is a run in MLflow, with its data, metrics and an artifact."""
+    context.input("homelab", "f" * 64, "storage/homelab.jsonl", samples=41)
     for step in range(5):
         context.report(progress=20 * (step + 1), step=step, loss=1 / (step + 1))
         context.sleep(spec.seconds / 5)

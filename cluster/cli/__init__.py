@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import config, jobs, key, look, up, user
+from cluster.cli import config, demo, deploy, jobs, key, look, models, train, up, user
 from cluster.errors import ForgearrError
 
 app = typer.Typer(
@@ -18,6 +18,12 @@ app.command("down")(up.down)
 app.command("status")(look.status)
 app.command("doctor")(look.doctor)
 app.command("logs")(look.logs)
+app.command("train")(train.train)
+app.command("demo")(demo.demo)
+app.command("models")(models.models)
+app.command("chat")(models.chat)
+app.command("deploy")(deploy.deploy)
+app.command("rollback")(deploy.rollback)
 app.add_typer(config.app)
 app.add_typer(user.app)
 app.add_typer(key.app)

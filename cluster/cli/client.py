@@ -51,6 +51,27 @@ def follow(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise _unreachable(error) from error
 
 
+def stream(path: str, body: Any) -> Iterator[dict[str, Any]]:
+    """What the server answers to a POST bit by bit, until it says [DONE]."""
+    import httpx
+
+    with _client() as client:
+        try:
+            # A model may have to be loaded first, and may think for as long as it likes.
+            with client.stream("POST", path, json=body, timeout=httpx.Timeout(TIMEOUT_SECONDS, read=None)) as answer:
+                if answer.is_error:
+                    answer.read()
+                    _content(answer)
+                for line in answer.iter_lines():
+                    data = line.removeprefix("data: ")
+                    if data == "[DONE]":
+                        return
+                    if data:
+                        yield json.loads(data)
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+
+
 def server_url() -> str:
     from cluster import running
 
@@ -68,7 +89,8 @@ def _content(answer: Any) -> Any:
     if answer.is_success:
         return answer.json() if answer.content else None
     try:
-        message = answer.json()["message"]
+        told = answer.json()
+        message = told["message"] if "message" in told else told["detail"]  # the second under /v1
     except (ValueError, KeyError, TypeError):
         message = f"{answer.request.url} answered {answer.status_code}."
     if answer.status_code == 401 and "FORGEARR_API_KEY" not in os.environ:

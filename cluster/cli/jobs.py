@@ -58,7 +58,7 @@ def submit(
     if not wait:
         console.print("\n".join(jobs))
         return
-    _wait(jobs)
+    wait_until_ended(jobs)
 
 
 @app.command("list")
@@ -140,7 +140,7 @@ def retry(jobs: JobIds) -> None:
 @app.command()
 def wait(jobs: JobIds) -> None:
     """Wait for jobs with a progress bar; exit 1 unless all succeed."""
-    _wait(jobs)
+    wait_until_ended(jobs)
 
 
 def read_spec(config: Path | None, settings: list[str]) -> dict[str, Any]:
@@ -165,7 +165,8 @@ def _ask_each(jobs: list[str], action: str) -> None:
         console.print(f"{answer['id']}  {_colored(answer)}")
 
 
-def _wait(jobs: list[str]) -> None:
+def wait_until_ended(jobs: list[str]) -> None:
+    """Show bars until all have ended, then how; ends the command, with exit code 1 unless all succeeded."""
     ended = _watch(jobs)
     failures = [job for job in ended.values() if job["state"] != "succeeded"]
     if len(jobs) == 1 and not failures:

@@ -10,7 +10,14 @@ from sqlalchemy import JSON
 from cluster.db import Base, UtcDateTime
 
 # Every module that owns tables. By name: the ground imports no floor above it.
-for module in ("cluster.identity", "jobs.tables"):
+for module in (
+    "cluster.identity",
+    "jobs.tables",
+    "pipelines.training.datasets",
+    "pipelines.training.nodes",
+    "pipelines.training.prompts",
+    "pipelines.training.sessions",
+):
     import_module(module)
 
 
@@ -19,6 +26,8 @@ def render_item(kind: str, item: Any, autogenerate: AutogenContext) -> str | Lit
     if kind == "type" and isinstance(item, UtcDateTime):
         return "sa.DateTime(timezone=True)"
     if kind == "type" and isinstance(item, JSON):
+        if "postgresql" not in item._variant_mapping:  # pyright: ignore[reportPrivateUsage]
+            return "sa.JSON()"
         autogenerate.imports.add("from sqlalchemy.dialects import postgresql")
         return "sa.JSON().with_variant(postgresql.JSONB(), 'postgresql')"
     return False

@@ -1,8 +1,10 @@
 """What can be asked of the forge. One spec for every door: each of them translates into these."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipelines.training import presets
 
 Quantization = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
 
@@ -60,7 +62,8 @@ class FineTuneSpec(Spec):
         default="forgearr/tiny",
         min_length=1,
         max_length=300,
-        description="A Hugging Face id, a local folder, a registered version (NAME:v3, NAME:latest) or forgearr/tiny.",
+        description="A Hugging Face id, a local folder, a registered version (NAME:v3, NAME:latest), forgearr/tiny, or "
+        "a preset (a name in configs/models).",
     )
     data: Data
     method: Literal["supervised", "dpo"] = "supervised"
@@ -72,9 +75,11 @@ class FineTuneSpec(Spec):
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     pissa: bool = Field(default=False, description="Begin with the principal singular values of the base's weights.")
 
+    unsloth: bool = Field(default=True, description="Use Unsloth where there is CUDA and it is installed.")
+
     epochs: float = Field(default=3, gt=0, le=10_000)
     max_steps: int | None = Field(default=None, ge=1, description="Ends the training earlier, or instead of epochs.")
-    learning_rate: float = Field(default=2e-4, gt=0, le=10)
+    learning_rate: float = Field(default=2e-4, gt=0)
     batch_size: int | Literal["auto"] = Field(default="auto", description="Per worker. auto: found by trying.")
     gradient_accumulation: int = Field(default=1, ge=1, le=4096)
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -102,6 +107,11 @@ class FineTuneSpec(Spec):
 
     suffix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     tags: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_preset(cls, said: Any) -> Any:
+        return presets.fill_in(cast(dict[str, Any], said)) if isinstance(said, dict) else said
 
     @model_validator(mode="after")
     def fit_together(self) -> Self:
@@ -140,11 +150,19 @@ class ExportSpec(Spec):
 
 
 class DeploySpec(Spec):
-    """Serve a version as NAME:latest."""
+    """Serve a version as NAME:latest: one that is named, or the one that an export job has made."""
 
-    name: ModelName
-    version: int = Field(ge=1)
+    name: ModelName | None = None
+    version: int | None = Field(default=None, ge=1)
+    export_job_id: JobId | None = None
     force: bool = Field(default=False, description="Even when it did not pass its validation, or was never validated.")
+
+    @model_validator(mode="after")
+    def say_which(self) -> Self:
+        named = self.name is not None and self.version is not None
+        if (self.name is None) != (self.version is None) or named == (self.export_job_id is not None):
+            raise ValueError("say which version: name and version, or export_job_id")
+        return self
 
 
 class ForgeSpec(FineTuneSpec):

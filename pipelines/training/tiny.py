@@ -20,14 +20,13 @@ NAME = "forgearr/tiny"
 VOCABULARY = 2048
 CONTEXT = 2048
 SEED = 20
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+START, END, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
 def folder() -> Path:
     """The model's folder, as transformers reads it; built when it is not there yet."""
     template, corpus = _shipped("chat_template.jinja"), _shipped("corpus.txt")
-    version = hashlib.sha256(f"{template}{corpus}{VOCABULARY}{CONTEXT}{SEED}".encode()).hexdigest()[:12]
-    target = home() / "cache" / f"forgearr-tiny-{version}"
+    target = home() / "cache" / name_of_folder()
     if not target.exists():
         building = target.with_name(f"{target.name}.{id(target):x}.building")
         building.mkdir(parents=True)
@@ -40,6 +39,13 @@ def folder() -> Path:
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+def name_of_folder() -> str:
+    """It changes with whatever the model is made from."""
+    template, corpus = _shipped("chat_template.jinja"), _shipped("corpus.txt")
+    version = hashlib.sha256(f"{template}{corpus}{VOCABULARY}{CONTEXT}{SEED}".encode()).hexdigest()[:12]
+    return f"forgearr-tiny-{version}"
 
 
 def build(target: Path, template: str, corpus: str) -> None:
@@ -56,9 +62,9 @@ def build(target: Path, template: str, corpus: str) -> None:
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=tokenizer.convert_tokens_to_ids(PADDING),
     )
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
@@ -76,7 +82,7 @@ def _tokenizer(template: str, corpus: str) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=[PADDING, START, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -86,8 +92,8 @@ def _tokenizer(template: str, corpus: str) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token=END,
+        pad_token=PADDING,
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
         chat_template=template,

@@ -9,6 +9,7 @@ from cluster.db import get_database
 from cluster.errors import Forbidden, NotFound
 from jobs import queue
 from serve.api.jobs import owner_of
+from serve.api.training import training_now
 from serve.auth import Caller, authenticate
 from serve.realtime import EVERYBODY, Hub, Message, Subscription, converse, refusal
 
@@ -34,6 +35,23 @@ async def log_lines(socket: WebSocket, caller: SocketCaller) -> None:
     if not caller.is_admin:
         raise Forbidden("Only an administrator may read the logs.")
     await _listen_only(socket, socket.app.state.log_hub)
+
+
+@router.websocket("/ws/training/{training_id}")
+async def training(socket: WebSocket, caller: SocketCaller, training_id: Annotated[str, Path(max_length=40)]) -> None:
+    """How a training goes: at once, and whenever it gets further. It is named by its session, or by its job."""
+    await training_now(training_id, caller)  # refuses what there is not
+    async with socket.app.state.hub.subscribe([f"training:{training_id}"]) as subscription:
+
+        async def tell(_: Message) -> Message:
+            job_id, status = await training_now(training_id, caller)
+            if job_id is not None:
+                subscription.join(f"job:{job_id}")
+            return status.model_dump()
+
+        await socket.accept()
+        subscription.put({"rooms": []})
+        await converse(socket, subscription, _nothing_to_say, tell)
 
 
 @router.websocket("/ws/{client_id}")

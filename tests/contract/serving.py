@@ -6,14 +6,15 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from serve.app import create_app
 
 
 @asynccontextmanager
-async def serving() -> AsyncGenerator[str]:
+async def serving(app: FastAPI | None = None) -> AsyncGenerator[str]:
     """Yields `127.0.0.1:PORT`."""
-    server = uvicorn.Server(uvicorn.Config(create_app(), log_config=None, access_log=False, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app or create_app(), log_config=None, access_log=False, lifespan="off"))
     # Only of a socket that says it is TCP does asyncio know that small packets must not wait for each other.
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))

@@ -6,6 +6,7 @@ An operation that is named in no table below has to refuse strangers, so a new r
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,9 +23,11 @@ from cluster.db import Database, now
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
 from jobs import queue, schedules
+from pipelines.training import datasets, prompts
 from serve.app import create_app
 
 PASSWORD = "correct horse battery"
+PROMPT = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
 
 PUBLIC = {
     "GET /health",
@@ -39,6 +42,18 @@ and whoever logs in or refreshes often still sends the access token that has exp
 
 ADMIN_ONLY = {"POST /api/v1/auth/register"}
 """403 for users; and for strangers, whom no credential of their own would help."""
+
+FOR_ADMINISTRATORS = {
+    "POST /deploy/{job_id}",
+    "POST /api/v1/models/{name}/deploy",
+    "POST /api/v1/models/{name}/rollback",
+    "DELETE /api/v1/models/{name}",
+    "DELETE /api/v1/models/{name}/versions/{version}",
+}
+"""403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
+
+EVERYBODYS = ("/api/v1/models/", "/v1/models/")
+"""What begins so belongs to nobody: all users see the same."""
 
 SOCKETS = {"/ws/system", "/ws/{client_id}"}
 ADMIN_SOCKETS = {"/ws/logs"}
@@ -82,8 +97,12 @@ class Household:
                 return {"name": "another"}
             case "POST /api/v1/jobs":
                 return {"kind": "probe"}
+            case "POST /api/v1/models/{name}/deploy":
+                return {"version": 1}
             case "POST /api/v1/schedules" | "PUT /api/v1/schedules/{schedule_id}":
                 return {"name": "another", "kind": "probe", "cron": "0 3 * * *"}
+            case "POST /api/training/prompts" | "PUT /api/training/prompts/{prompt_id}":
+                return PROMPT
             case _:
                 return None
 
@@ -92,7 +111,7 @@ class Household:
         statuses: Statuses = {}
         for operation in sorted(operations(self.app), key=lambda operation: operation.startswith("DELETE")):
             method, path = operation.split(" ")
-            if only_with_id and "{" not in path:
+            if only_with_id and ("{" not in path or path.startswith(EVERYBODYS)):
                 continue
             address = path.format_map(_Known(self.ids))
             body = await self.body_of(operation)
@@ -102,8 +121,8 @@ class Household:
 
 
 @pytest.fixture
-async def household(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Household]:
-    """An owner who has a job, a schedule and a key; another user, an administrator, and one who is disabled."""
+async def household(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Household]:
+    """An owner who has one of everything; another user, an administrator, and one who is disabled."""
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_AUTH__REGISTRATION", "false")
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
@@ -119,9 +138,18 @@ async def household(database: Database, monkeypatch: pytest.MonkeyPatch) -> Asyn
             job = await queue.enqueue(session, queue.JobRequest(kind="probe"), owner)
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
             schedule = await schedules.create(session, request, owner)
+            prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), owner)
             key, _ = await identity.create_key(session, household.users["owner"].id, "owner's second")
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
-        household.ids = {"job_id": job.id, "schedule_id": schedule.id, "key_id": key.id}
+        content = datasets.write(datasets.shipped(), tmp_path / "content.jsonl", "test")
+        dataset = await datasets.keep(database, "owners", content, {}, owner)
+        household.ids = {
+            "job_id": job.id,
+            "schedule_id": schedule.id,
+            "key_id": key.id,
+            "prompt_id": str(prompt.id),
+            "dataset_id": dataset.id,
+        }
         yield household
 
 
@@ -153,7 +181,7 @@ async def test_a_disabled_account_is_shut_out(household: Household) -> None:
 async def test_a_user_may_do_all_but_what_is_for_administrators(household: Household) -> None:
     for headers in household.credentials("owner"):
         statuses = await household.try_all(headers)
-        assert (having(statuses, 401), having(statuses, 403)) == (set(), ADMIN_ONLY)
+        assert (having(statuses, 401), having(statuses, 403)) == (set(), ADMIN_ONLY | FOR_ADMINISTRATORS)
 
 
 async def test_an_administrator_may_do_everything(household: Household) -> None:
@@ -181,7 +209,7 @@ async def test_what_is_anothers_does_not_exist(household: Household) -> None:
 
 async def test_lists_show_only_what_is_ones_own(household: Household) -> None:
     for name, count in (("owner", 1), ("other", 0), ("admin", 1)):
-        for path in ("/api/v1/jobs", "/api/v1/schedules"):
+        for path in ("/api/v1/jobs", "/api/v1/schedules", "/api/training/prompts", "/api/v1/datasets"):
             page = (await household.client.get(path, headers=household.bearer(name))).json()
             assert (page["total"], len(page["items"])) == (count, count)
     for name, count in (("owner", 2), ("other", 1), ("admin", 1)):

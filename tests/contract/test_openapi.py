@@ -16,18 +16,23 @@ from jobs import journal, queue
 from jobs.journal import Entry
 from jobs.states import State
 from jobs.tables import Job
+from pipelines.training import prompts
 from tests.contract.serving import serving
+from tests.pipelines.shelf import Shelf
 
 CONFIGURATION = Path(__file__).parent / "schemathesis.toml"
 SECONDS = 300
 
 
 @pytest.fixture
-async def stocked(database: Database) -> Database:
-    """A database with a job that has something to tell."""
+async def stocked(database: Database, shelf: Shelf) -> Database:
+    """A database with a job that has something to tell, and a registry with a model."""
+    await shelf.register()
     async with database.transaction() as session:
         job = await queue.enqueue(session, queue.JobRequest(kind="probe", spec={"payload": "✓"}))
         log = {"level": "INFO", "message": "one step"}
+        told = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes.", "tags": ["home"]}
+        await prompts.create(session, prompts.PromptRequest.model_validate(told))
         entries = [Entry(job.id, "running", {"worker": "w"}), Entry(job.id, "log", log), Entry(job.id, "succeeded")]
         journal.record(session, entries)
         ended = {"started_at": now(), "finished_at": now(), "phase": "step 1 of 1", "progress": 100.0}

@@ -202,6 +202,9 @@ def test_a_tracked_job_is_a_run_in_mlflow_and_an_outage_is_caught_up(platform: P
     run = eventually(finished, 60)
     assert {"key": "seconds", "value": "0.5"} in run["data"]["params"]
     assert {metric["key"]: metric["value"] for metric in run["data"]["metrics"]}["loss"] == pytest.approx(0.2)
+    (data,) = (told["dataset"] for told in run["inputs"]["dataset_inputs"])
+    assert (data["name"], data["source"]) == ("homelab", "storage/homelab.jsonl")
+    assert json.loads(data["profile"]) == {"samples": 41}
     tags = {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
     assert tags["forgearr.job_id"] == job["id"]
     assert job["id"] in tags["mlflow.note.content"]

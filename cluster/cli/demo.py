@@ -1,0 +1,116 @@
+"""`forgearr demo`: asks a model that knows nothing, trains it on the samples in configs/demo, and asks it again."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from typing import Any
+
+from rich.markup import escape
+
+from cluster.cli import train
+from cluster.cli.client import call, server_url
+from cluster.cli.console import console as new_console
+from cluster.cli.console import table
+from cluster.settings import get_settings
+
+BEFORE, AFTER = "forgearr/tiny", "homelab:latest"
+SHOWN = ("What does Sonarr do?", "Find the movie Inception.")
+AT_ONCE = 4
+
+Exchange = tuple[dict[str, Any], str]
+"""What is asked (messages and tools), and the answer that is taught."""
+
+
+def demo() -> None:
+    """Train forgearr/tiny on homelab questions, and compare its answers; exit 1 if they are no better."""
+    import yaml
+
+    console = new_console()
+    exchanges = _exchanges()
+    console.print(f"1. {BEFORE} is a model of 3 million parameters that has learned nothing. Asking it:")
+    before = _ask_all(BEFORE, exchanges)
+    console.print(f"   {_score(before, exchanges)} of {len(exchanges)} questions answered as they should be.\n")
+
+    recipe = yaml.safe_load((files("configs") / "recipes" / "tiny.yaml").read_text())
+    console.print(f"2. Training it on {recipe['data']['dataset']}; then exporting, validating and serving it:")
+    job = train.follow(train.submit(recipe))
+    if job["state"] != "succeeded" or not job["result"]["deploy"]:
+        console.print(escape((job["error"] or {}).get("message", "It was not deployed.")), style="red", soft_wrap=True)
+        if job["result"]:
+            train.show(job["result"])
+        sys.exit(1)
+    train.show(job["result"])
+
+    console.print(f"\n3. Asking {AFTER} the same:")
+    after = _ask_all(AFTER, exchanges)
+    console.print(f"   {_score(after, exchanges)} of {len(exchanges)} questions answered as they should be.\n")
+    rows = table("Question", "Before", "After")
+    for (request, _), old, new in zip(exchanges, before, after, strict=True):
+        question = request["messages"][-1]["content"]
+        if question in SHOWN:
+            rows.add_row(question, escape(_printable(old)), escape(new))
+    console.print(rows)
+
+    settings = get_settings()
+    run = call("GET", f"/api/v1/jobs/{job['id']}")["mlflow_run_id"]
+    console.print(f"MLflow         {settings.mlflow_uri}" + (f"/#/runs/{run}" if run else ""), soft_wrap=True)
+    console.print(f"API            {server_url()}/docs")
+    console.print(f"Ray dashboard  http://127.0.0.1:{settings.ray.dashboard_port}")
+    if _score(after, exchanges) <= _score(before, exchanges):
+        console.print("The trained model does no better than the untrained one.", style="red")
+        sys.exit(1)
+
+
+def _exchanges() -> list[Exchange]:
+    """The first exchange of every sample."""
+    exchanges: list[Exchange] = []
+    for line in (files("configs") / "demo" / "homelab.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        messages: list[dict[str, Any]] = sample["messages"]
+        first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        request = {"messages": messages[:first], **({"tools": sample["tools"]} if sample.get("tools") else {})}
+        calls = [call["function"] for call in messages[first].get("tool_calls", [])]
+        exchanges.append((request, _told(messages[first].get("content"), calls)))
+    return exchanges
+
+
+def _ask_all(model: str, exchanges: list[Exchange]) -> list[str]:
+    """Through OpenAI's own client, as any program would."""
+    import os
+
+    from openai import OpenAI
+
+    key = os.environ.get("FORGEARR_API_KEY", "not-needed")
+    client = OpenAI(base_url=f"{server_url()}/v1", api_key=key)
+
+    def ask(exchange: Exchange) -> str:
+        answer = client.chat.completions.create(model=model, max_tokens=80, temperature=0, **exchange[0])
+        message = answer.choices[0].message
+        calls = [call.function.model_dump() for call in message.tool_calls or [] if call.type == "function"]
+        return _told(message.content, calls)
+
+    with client, ThreadPoolExecutor(AT_ONCE) as threads:
+        return list(threads.map(ask, exchanges))
+
+
+def _told(content: str | None, calls: list[dict[str, Any]]) -> str:
+    """An answer as one line: what was said, and what was called."""
+    said = [content.strip()] if content and content.strip() else []
+    return " ".join([*said, *(f"{call['name']}({_canonical(call['arguments'])})" for call in calls)])
+
+
+def _canonical(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True)
+    except json.JSONDecodeError:
+        return arguments  # a model may call with anything
+
+
+def _score(answers: list[str], exchanges: list[Exchange]) -> int:
+    return sum(answer == expected for answer, (_, expected) in zip(answers, exchanges, strict=True))
+
+
+def _printable(text: str) -> str:
+    """Noise, as far as a terminal can show it."""
+    return "".join(letter if letter.isprintable() else "·" for letter in text)[:120]

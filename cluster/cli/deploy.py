@@ -1,0 +1,28 @@
+"""`forgearr deploy` and `forgearr rollback`: which version of a model is served."""
+
+from typing import Annotated
+
+import typer
+
+from cluster.cli.client import call
+from cluster.cli.console import console as make_console
+from cluster.cli.jobs import wait_until_ended
+
+
+def deploy(
+    name: Annotated[str, typer.Argument(help="What the model is called.")],
+    version: Annotated[int, typer.Argument(min=1)],
+    force: Annotated[bool, typer.Option("--force", help="Even when it did not pass its validation.")] = False,
+) -> None:
+    """Serve a version of a model as NAME:latest; exit 1 unless it is."""
+    job = call("POST", f"/api/v1/models/{name}/deploy", json={"version": version, "force": force})
+    wait_until_ended([job["id"]])
+
+
+def rollback(name: Annotated[str, typer.Argument(help="What the model is called.")]) -> None:
+    """Serve, at once, the version that was served before this one."""
+    console = make_console()
+    done = call("POST", f"/api/v1/models/{name}/rollback")
+    console.print(f"{name}:latest is v{done['version']} again; it was v{done['previous']}.")
+    if done["warning"]:
+        console.print(done["warning"], style="yellow", soft_wrap=True)

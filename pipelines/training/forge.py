@@ -1,0 +1,64 @@
+"""The kind `forge`: from data to a served model, in one submission."""
+
+from typing import Any
+
+from jobs.context import Context
+from jobs.registry import job
+from pipelines.training.datasets import needs_admin
+from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec
+
+SHARES = {"fine_tune": (0, 60), "export": (60, 75), "validate": (75, 90), "deploy": (90, 100)}
+"""Where in the whole, in percent, each step begins and ends."""
+
+
+def _needs_admin(spec: ForgeSpec) -> bool:
+    """What is served is everybody's business."""
+    return spec.deploy or needs_admin(spec)
+
+
+@job("forge", spec=ForgeSpec, admin_only=_needs_admin, tracked=True)
+def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
+    """Fine-tunes, exports, validates and deploys a model.
+
+    Each step is a job of its own, with its own resources, attempts and run in MLflow. This one waits in between, and
+    finds the steps that are done when it is called again.
+    """
+    _begin(context, "fine_tune")
+    training = context.child("fine_tune", "fine_tune", spec.model_dump(include=set(FineTuneSpec.model_fields)))
+    (trained,) = context.join(training)
+
+    _begin(context, "export")
+    wanted = ExportSpec(job_id=training.id, quantizations=spec.quantizations, adapter=spec.adapter)
+    export = context.child("export", "export", wanted.model_dump())
+    (exported,) = context.join(export)
+
+    _begin(context, "validate")
+    check = ValidateSpec(
+        job_id=training.id,
+        export_job_id=export.id,
+        max_samples=spec.max_samples,
+        max_new_tokens=spec.max_new_tokens,
+        gates=spec.gates,
+    )
+    (validated,) = context.join(context.child("validate", "validate", check.model_dump()))
+
+    deployed = None
+    if spec.deploy and (validated["passed"] or spec.force):
+        _begin(context, "deploy")
+        target = DeploySpec(name=exported["name"], version=exported["version"], force=spec.force)
+        (deployed,) = context.join(context.child("deploy", "deploy", target.model_dump()))
+    elif spec.deploy:
+        context.log(f"Not deployed, because it did not pass: {'; '.join(validated['reasons'])}", "WARNING")
+    return {
+        "name": spec.name,
+        "version": exported["version"],
+        "passed": validated["passed"],
+        "fine_tune": trained,
+        "export": exported,
+        "validate": validated,
+        "deploy": deployed,
+    }
+
+
+def _begin(context: Context, step: str) -> None:
+    context.report(progress=SHARES[step][0], phase=step)

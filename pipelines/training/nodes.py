@@ -1,0 +1,59 @@
+"""The cluster's nodes as places to train on. Each one that was ever seen keeps its number, whatever becomes of it."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import String, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, now, one_at_a_time
+from cluster.errors import NotFound
+
+NODE_LABEL = "forgearr.io/node"
+"""A label that stays the same when Ray is started again, on nodes that carry it."""
+RAY_LABEL = "ray.io/node-id"
+
+
+class WorkerNotFound(NotFound):
+    """There is no such training worker."""
+
+    code = "TRAINING_WORKER_NOT_FOUND"
+
+
+class TrainingWorker(Base):
+    __tablename__ = "training_workers"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    node: Mapped[str] = mapped_column(String(200), unique=True)  # the node's own name, or its id on Ray
+    label: Mapped[str] = mapped_column(String(64))  # the label that carries it
+    last_seen_at: Mapped[datetime] = mapped_column(default=now)
+
+
+def name_of(node: dict[str, Any]) -> tuple[str, str]:
+    """A node's label for being chosen, and its value."""
+    label = NODE_LABEL if NODE_LABEL in node["Labels"] else RAY_LABEL
+    return label, node["Labels"].get(label, node["NodeID"])
+
+
+async def number(session: AsyncSession, nodes: Sequence[dict[str, Any]]) -> list[TrainingWorker]:
+    """All workers, with those of these nodes that are new, in the order of their numbers."""
+    await one_at_a_time(session, "training_workers")
+    known = {worker.node: worker for worker in await session.scalars(select(TrainingWorker))}
+    for node in nodes:
+        label, name = name_of(node)
+        if name not in known:
+            known[name] = TrainingWorker(node=name, label=label)
+            session.add(known[name])
+            await session.flush()
+        known[name].last_seen_at = now()
+    return sorted(known.values(), key=lambda worker: worker.id)
+
+
+async def labels_of(session: AsyncSession, worker_id: int) -> dict[str, str]:
+    """What a job asks for in order to run there."""
+    worker = await session.get(TrainingWorker, worker_id)
+    if worker is None:
+        raise WorkerNotFound(f"There is no training worker {worker_id}; GET /api/training/workers lists them.")
+    return {worker.label: worker.node}

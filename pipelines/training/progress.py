@@ -1,0 +1,103 @@
+"""How far a training is, as people ask for it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from jobs import journal
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.training.forge import SHARES
+
+Status = Literal[
+    "queued",
+    "preparing",
+    "training",
+    "exporting",
+    "validating",
+    "deploying",
+    "paused",
+    "completed",
+    "failed",
+    "cancelled",
+]
+
+KINDS = ("fine_tune", "forge")
+_ENDED: dict[str, Status] = {
+    State.PAUSED: "paused",
+    State.SUCCEEDED: "completed",
+    State.FAILED: "failed",
+    State.CANCELLED: "cancelled",
+}
+_STEPS: dict[str, Status] = {"export": "exporting", "validate": "validating", "deploy": "deploying"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is not known yet is None."""
+
+    status: Status
+    progress: float
+    current_epoch: int | None = None
+    total_epochs: int | None = None
+    current_step: int | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    memory_mb: float | None = None
+    gpu_utilization: float | None = None
+
+
+async def of(session: AsyncSession, job: Job) -> Progress:
+    """The progress of a fine_tune job, or of a forge job and its fine-tune."""
+    steps = await _steps(session, job)
+    training = steps.get("fine_tune")
+    numbers: dict[str, Any] = {}
+    for event in await journal.newest(session, training.id, "progress", limit=20) if training else []:
+        numbers = {**event.data.get("metrics", {}), **numbers}
+    epoch, epochs = numbers.pop("epoch", None), math.ceil(job.spec["epochs"])
+    step = numbers.pop("step", None)
+    return Progress(
+        status=_status(job, training),
+        progress=_progress(job, steps),
+        current_epoch=None if epoch is None else min(math.floor(epoch) + 1, epochs),
+        total_epochs=epochs,
+        current_step=None if step is None else int(step),
+        **{name: value for name, value in numbers.items() if name in Progress.__dataclass_fields__},
+    )
+
+
+async def _steps(session: AsyncSession, job: Job) -> dict[str, Job]:
+    """The jobs of its steps, by their kind: itself, unless it is a forge job."""
+    if job.kind != "forge":
+        return {job.kind: job}
+    children = await session.scalars(select(Job).where(Job.parent_id == job.id))
+    return {child.kind: child for child in children}
+
+
+def _progress(job: Job, steps: dict[str, Job]) -> float:
+    """A forge job is as far as the steps that are done, and the one that is under way."""
+    if job.kind != "forge" or job.state == State.SUCCEEDED:
+        return job.progress
+    parts = [
+        begin + (end - begin) * steps[kind].progress / 100 for kind, (begin, end) in SHARES.items() if kind in steps
+    ]
+    return round(max(parts, default=0.0), 2)
+
+
+def _status(job: Job, training: Job | None) -> Status:
+    if job.state in _ENDED:
+        return _ENDED[job.state]
+    if job.kind == "forge" and job.phase in _STEPS:
+        return _STEPS[job.phase]
+    if training is None or training.state == State.QUEUED:
+        return "queued"
+    if training.state == State.PAUSED:
+        return "paused"
+    return "training" if training.phase in {"training", "saving the model"} else "preparing"

@@ -1,0 +1,104 @@
+"""Conversations as tokens, with the tokens that the assistant says marked as those to learn.
+
+The chat template of the model decides how a conversation looks. Whatever it adds around an answer is given to the model
+when it is served, so only the answer itself, up to the token that ends it, is learned and measured.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import UnprocessableRequest
+
+IGNORED = -100
+"""The label of a token that is read but not learned."""
+
+
+class UnusableTokenizer(UnprocessableRequest):
+    """The tokenizer of the base model cannot be used for training on conversations."""
+
+    code = "UNUSABLE_TOKENIZER"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def learned(self) -> int:
+        """How many of its tokens are learned. The first token is predicted from nothing, and never counts."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def encode(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[Encoding]:
+    """A conversation as the model is trained on it: one encoding, as a rule.
+
+    Some templates tell an earlier answer differently once another one has followed (they drop its reasoning). Then each
+    answer becomes an encoding of its own, just as it will be asked for.
+    """
+    turns = [_turn(tokenizer, messages, number, tools) for number in _answers(messages)]
+    whole = turns[-1][0] + turns[-1][1]
+    if all(whole.startswith(before + answer) for before, answer in turns):
+        return [_tokenize(tokenizer, whole, [(len(before), len(before + answer)) for before, answer in turns])]
+    return [_tokenize(tokenizer, before + answer, [(len(before), len(before + answer))]) for before, answer in turns]
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: Any) -> str:
+    """A conversation as text."""
+    if not tokenizer.chat_template:
+        raise UnusableTokenizer(
+            f"{tokenizer.name_or_path} has no chat template, so it does not say how a conversation looks. Take its "
+            "instruct or chat variant, or a folder with a chat_template.jinja."
+        )
+    told = [_for_template(message) for message in messages]
+    return tokenizer.apply_chat_template(told, tools=list(tools) if tools else None, tokenize=False, **options)
+
+
+def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _turn(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int, tools: Any) -> tuple[str, str]:
+    """What the model reads before this answer, and the answer with the token that ends it."""
+    before = render(tokenizer, messages[:number], tools, add_generation_prompt=True)
+    after = render(tokenizer, messages[: number + 1], tools)
+    if not after.startswith(before):
+        raise UnusableTokenizer(
+            f"The chat template of {tokenizer.name_or_path} begins an answer differently when it asks for it and when "
+            "it tells it, so the model cannot be trained on answers alone."
+        )
+    answer = after[len(before) :]
+    end = tokenizer.eos_token
+    if end and end in answer:
+        answer = answer[: answer.rindex(end) + len(end)]
+    return before, answer
+
+
+def _tokenize(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Encoding:
+    if not tokenizer.is_fast:
+        raise UnusableTokenizer(f"{tokenizer.name_or_path} has only a slow tokenizer; a fast one is needed.")
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = tokens["input_ids"]
+    inside = [any(first <= start < end <= last for first, last in spans) for start, end in tokens["offset_mapping"]]
+    return Encoding(ids, [token if learned else IGNORED for token, learned in zip(ids, inside, strict=True)])
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates want arguments as an object, and a text even where there is none."""
+    told = {**message, "content": message.get("content") or ""}
+    if calls := message.get("tool_calls"):
+        told["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _arguments(call["function"]["arguments"])}}
+            for call in calls
+        ]
+    else:
+        told.pop("tool_calls", None)
+    return told
+
+
+def _arguments(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments

@@ -1,0 +1,278 @@
+"""The kind `validate`: what a fine-tune has made beside its base, and its GGUF beside both, on unseen samples."""
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from cluster import storage
+from cluster.errors import Conflict, UnprocessableRequest
+from cluster.settings import get_settings
+from jobs.context import Context
+from jobs.registry import Resources, job
+from pipelines.training import base_models, measure, registry, report, results, samples, work
+from pipelines.training.conversion import load_merged
+from pipelines.training.gguf_model import GgufModel
+from pipelines.training.measure import Interrupted, Measured, Prepared
+from pipelines.training.results import Made
+from pipelines.training.samples import Sample
+from pipelines.training.spec import Gate, ValidateSpec
+
+HELD_OUT = "held_out.jsonl"
+TOGETHER = 4
+"""How many samples are measured before the next look at what the job is asked."""
+SAVE_SECONDS = 20
+NO_LIMIT = 1_000_000
+"""Tokenizers without a limit of their own name a number beyond this."""
+
+GATES: dict[Gate, tuple[str, bool]] = {
+    "max_perplexity": ("perplexity", False),
+    "max_perplexity_ratio": ("perplexity_ratio", False),
+    "min_rouge_l": ("rouge_l", True),
+    "min_exact_match": ("exact_match", True),
+    "min_top1_agreement": ("gguf_top1_agreement", True),
+    "max_kl": ("gguf_kl", False),
+}
+"""Which metric each gate looks at, and whether more of it is better."""
+GGUF_GATES = {"min_top1_agreement", "max_kl"}
+
+Results = dict[str, list[Measured]]
+"""By model (base, tuned, gguf), what each sample has given so far."""
+
+
+class NothingHeldOut(UnprocessableRequest):
+    """The training has held no samples out, so there is nothing to validate on: train with eval_split above 0."""
+
+    code = "NOTHING_HELD_OUT"
+
+
+class NotItsExport(Conflict):
+    """The export was made from another fine-tune."""
+
+    code = "EXPORT_OF_ANOTHER_JOB"
+
+
+@job("validate", spec=ValidateSpec, resources=Resources(cpus=1), tracked=True)
+def validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
+    """Measures a fine-tuned model beside its base, and its GGUF beside both."""
+    made = results.of(spec.job_id, "fine_tune", context.owner_id)
+    exported = _export(spec, made, context) if spec.export_job_id else None
+    threads = max(1, int(results.own_row(context.job_id).resources["cpus"]))
+    with work.folder(context.job_id) as place:
+        context.report(progress=0, phase="fetching the models")
+        model = base_models.fetch(made.result["model"], place, made.job_id)
+        conversations = _held_out(model, made.job_id)[: spec.max_samples]
+        gguf = asyncio.run(_fetch(exported)) if exported else None
+        measured, prepared = _measure(context, spec, made, model, conversations, gguf, threads, place)
+        metrics = summarize(measured, prepared)
+        gates = {**get_settings().gates.model_dump(), **spec.gates}
+        reasons = judge(metrics, gates, with_gguf=exported is not None)
+        facts = {
+            "name": made.result["name"],
+            "base_model": made.result["base_model"],
+            "job_id": made.job_id,
+            "export": exported.result if exported else None,
+            "passed": not reasons,
+            "reasons": reasons,
+            "gates": gates,
+            "metrics": metrics,
+            "samples": report.by_sample(conversations, prepared, measured),
+        }
+        context.report(progress=97, phase="writing the report")
+        files = report.write(facts, place)
+        addresses = {path.name: context.artifact(path) for path in files}
+    if exported:
+        asyncio.run(_judge(exported, passed=not reasons))
+    storage.remove(storage.address(_measured_name(context)))
+    numbers = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+    context.report(progress=100, phase="passed" if not reasons else "did not pass", **numbers)
+    return {
+        "passed": not reasons,
+        "reasons": reasons,
+        "metrics": metrics,
+        "report_path": addresses[report.MARKDOWN],
+        "report_json": addresses[report.JSON],
+    }
+
+
+def summarize(measured: Results, prepared: Sequence[Prepared]) -> dict[str, float | None]:
+    """The metrics; null is what was not measured."""
+    metrics: dict[str, float | None] = {"samples": len(prepared)}
+    for which, prefix in (("base", "base_"), ("tuned", ""), ("gguf", "gguf_")):
+        rows = measured.get(which)
+        scores = [
+            measure.score(answer, question.expected)
+            for sample, row in zip(prepared, rows or (), strict=False)
+            for question, answer in zip(sample.questions, row["answers"], strict=True)
+        ]
+        tokens = measure.total(rows or (), "tokens")
+        loss = measure.total(rows or (), "loss") / tokens if rows and tokens else None
+        metrics["final_loss" if which == "tuned" else f"{prefix}loss"] = loss
+        metrics[f"{prefix}perplexity"] = None if loss is None else measure.perplexity(loss)
+        for name, field in (("exact_match", "exact"), ("rouge_l", "rouge_l"), ("rouge_1", "rouge_1")):
+            values = [float(cast(Mapping[str, Any], score)[field]) for score in scores]
+            metrics[prefix + name] = sum(values) / len(values) if values else None
+        if which == "tuned":
+            metrics["tokens"], metrics["answers"] = tokens, len(scores)
+    tuned, base = metrics["final_loss"], metrics["base_loss"]
+    metrics["perplexity_ratio"] = None if tuned is None or base is None else measure.perplexity(tuned - base)
+    rows = measured.get("gguf") or []
+    tokens, questions = measure.total(rows, "tokens"), sum(len(row["answers"]) for row in rows)
+    metrics["gguf_top1_agreement"] = measure.total(rows, "agreed") / tokens if tokens else None
+    metrics["gguf_kl"] = measure.total(rows, "kl") / tokens if tokens else None
+    metrics["gguf_same_tokens"] = measure.total(rows, "same") / questions if questions else None
+    return metrics
+
+
+def judge(metrics: Mapping[str, float | None], gates: Mapping[str, float | None], *, with_gguf: bool) -> list[str]:
+    """Why it does not pass; empty when it does."""
+    reasons: list[str] = []
+    for gate, (metric, more_is_better) in GATES.items():
+        limit = gates[gate]
+        if limit is None or (gate in GGUF_GATES and not with_gguf):
+            continue
+        value = metrics[metric]
+        if value is None:
+            reasons.append(f"{metric} was not measured, and {gate} wants it to be {limit:g}")
+        elif not (value >= limit if more_is_better else value <= limit):
+            reasons.append(f"{metric} is {value:.4g}, and {gate} is {limit:g}")
+    return reasons
+
+
+def _export(spec: ValidateSpec, made: Made, context: Context) -> Made:
+    exported = results.of(spec.export_job_id or "", "export", context.owner_id)
+    source = results.of(exported.spec["job_id"], "fine_tune", context.owner_id)
+    if source.job_id != made.job_id:
+        raise NotItsExport(f"{exported.job_id} has exported {source.job_id}, not {made.job_id}.")
+    return exported
+
+
+def _held_out(model: Path, job_id: str) -> list[Sample]:
+    file = model / HELD_OUT
+    text = file.read_text() if file.exists() else ""
+    if not text.strip():
+        raise NothingHeldOut(
+            f"{job_id} has held no samples out, so there is nothing to validate on: train with eval_split above 0."
+        )
+    return [sample for sample in samples.parse(text, HELD_OUT) if isinstance(sample, Sample)]
+
+
+async def _fetch(exported: Made) -> Path:
+    async with registry.connect() as models:
+        version = await models.find(f"{exported.result['name']}:v{exported.result['version']}")
+        return await models.fetch(version)
+
+
+async def _judge(exported: Made, *, passed: bool) -> None:
+    async with registry.connect() as models:
+        await models.judge(exported.result["name"], exported.result["version"], passed)
+
+
+def _measure(
+    context: Context,
+    spec: ValidateSpec,
+    made: Made,
+    model: Path,
+    conversations: Sequence[Sample],
+    gguf: Path | None,
+    threads: int,
+    place: Path,
+) -> tuple[Results, list[Prepared]]:
+    """Everything, one model after the other, from where an earlier attempt got to."""
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(threads)
+    base = base_models.folder(made.result["base_model"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    limit = _context(base, tokenizer)
+    prepared = [measure.prepare(tokenizer, sample, limit) for sample in conversations]
+    progress = _Progress(context, place, total=len(prepared) * (3 if gguf else 2))
+    options: Any = {"max_new_tokens": spec.max_new_tokens, "should_stop": context.should_stop}
+
+    def one_by_one(which: str, model: Any) -> None:
+        def measure_some(start: int) -> list[Measured]:
+            some = prepared[start : start + TOGETHER]
+            return measure.measure(model, tokenizer, some, context=limit, **options)
+
+        progress.follow(which, len(prepared), measure_some)
+
+    if progress.lacks("base", len(prepared)):
+        one_by_one("base", _load(base))
+    if progress.lacks("tuned", len(prepared)) or (gguf and progress.lacks("gguf", len(prepared))):
+        tuned = _load(load_merged(base, model) if base_models.is_adapter(model) else model)
+        one_by_one("tuned", tuned)
+        if gguf:
+            longest = max(len(one.input_ids) for sample in prepared for one in sample.encodings)
+            room = min(limit, longest + spec.max_new_tokens)
+            with GgufModel(str(gguf), room, threads) as exported:
+
+                def compare_one(start: int) -> list[Measured]:
+                    return [measure.compare(tuned, exported, tokenizer, prepared[start], **options)]
+
+                progress.follow("gguf", len(prepared), compare_one)
+    return progress.results, prepared
+
+
+class _Progress:
+    """Reports how far the measuring is, and keeps what was measured in storage, for the next attempt."""
+
+    def __init__(self, context: Context, place: Path, total: int) -> None:
+        self._context = context
+        self._file = place / "measured.json"
+        self._total = total
+        self._saved_at = time.monotonic()
+        kept = context.checkpoint_state
+        self.results: Results = json.loads(storage.read(kept["measured"])) if kept else {}
+
+    def lacks(self, which: str, count: int) -> bool:
+        return len(self.results.get(which, [])) < count
+
+    def follow(self, which: str, count: int, some: Callable[[int], list[Measured]]) -> None:
+        """Measure one model on what is missing of `count` samples, `some` from a number on at a time."""
+        rows = self.results.setdefault(which, [])
+        while len(rows) < count:
+            done = sum(len(one) for one in self.results.values())
+            self._context.report(
+                progress=5 + 90 * done / self._total, phase=f"{_TITLES[which]}: {len(rows)} of {count} samples"
+            )
+            try:
+                rows += some(len(rows))
+            except Interrupted:
+                self._save()
+            if self._context.should_stop() or time.monotonic() - self._saved_at > SAVE_SECONDS:
+                self._save()
+
+    def _save(self) -> None:
+        self._file.write_text(json.dumps(self.results))
+        self._context.checkpoint({"measured": storage.save(self._file, _measured_name(self._context))})
+        self._saved_at = time.monotonic()
+
+
+_TITLES = {"base": "measuring the base", "tuned": "measuring the model", "gguf": "measuring the GGUF"}
+
+
+def _measured_name(context: Context) -> str:
+    return f"jobs/{context.job_id}/measured.json"
+
+
+def _load(source: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = source
+    if isinstance(source, str | Path):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _context(base: str, tokenizer: Any) -> int:
+    """How many tokens the model can read at once."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base).get_text_config()
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), NO_LIMIT]
+    return min(limit for limit in limits if limit)

@@ -1,0 +1,84 @@
+"""Folders on this machine's disk for what a job writes while it runs. None outlives its job for long."""
+
+import errno
+import fcntl
+import re
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.errors import ForgearrError
+from cluster.settings import home
+
+MARGIN_BYTES = 4_000_000
+"""A disk with less than this left is full: the next block of a model does not fit."""
+
+SHORT_WRITES = r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
+
+
+class DiskFull(ForgearrError):
+    """There is not enough space on the disk."""
+
+    code = "DISK_FULL"
+
+
+@contextmanager
+def folder(job_id: str) -> Generator[Path]:
+    """A new folder, which is removed with all that is in it when the block ends.
+
+    A process that is killed leaves its folder behind. The kernel lets go of its lock, by which the next one knows.
+    """
+    parent = home() / "work"
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(parent)
+    name = Path(tempfile.mkdtemp(prefix=f"{job_id}-", dir=parent))
+    lock_file = name.with_suffix(".lock")
+    with lock_file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield name
+        finally:
+            shutil.rmtree(name, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
+
+
+def require_space(place: Path, needed: int, purpose: str) -> None:
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DiskFull(
+            f"{purpose} needs {_gigabytes(needed)} in {place}, where {_gigabytes(free)} are free. Make room there, or "
+            "point FORGEARR_HOME to a larger disk.",
+            details={"folder": str(place), "needed_bytes": needed, "free_bytes": free},
+        )
+
+
+def is_full(error: Exception, place: Path) -> bool:
+    """Whether this error is that of a full disk; some libraries say only that they wrote less than they should."""
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return True
+    return bool(re.search(SHORT_WRITES, str(error))) or shutil.disk_usage(place).free < MARGIN_BYTES
+
+
+def filled(place: Path, needed: int, purpose: str) -> DiskFull:
+    return DiskFull(
+        f"The disk became full: {purpose} needs {_gigabytes(needed)} in {place}, where others write too. Make room "
+        "there, and retry.",
+        details={"folder": str(place), "needed_bytes": needed},
+    )
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for lock_file in parent.glob("*.lock"):
+        try:
+            with lock_file.open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
+                lock_file.unlink(missing_ok=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # in use, or removed by another process just now
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB"

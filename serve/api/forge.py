@@ -1,0 +1,221 @@
+"""/v1/fine-tune, /status, /validate and /deploy: from data to a served model, step by step."""
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel, Field
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import get_database
+from cluster.errors import Forbidden, InvalidRequest, NotFound
+from cluster.times import UtcTime
+from jobs import queue
+from jobs.queue import JobRequest
+from jobs.states import FINISHED, RETRYABLE, State
+from jobs.tables import Job
+from pipelines.training import datasets, progress
+from pipelines.training.spec import Data, DeploySpec, ExportSpec, FineTuneSpec, ModelName, ValidateSpec
+from serve.api.jobs import JobId, owner_of
+from serve.auth import Caller, CurrentCaller
+from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
+
+router = APIRouter(tags=["Forge"], responses=ERROR_RESPONSES)
+openai_router = APIRouter(prefix="/v1", tags=["Forge"], responses=OPENAI_ERROR_RESPONSES)
+
+LOOK_SECONDS = 5.0
+"""How long a lost message may delay the news that a job has finished."""
+
+Wait = Annotated[float, Query(ge=0, le=600, description="Seconds to wait for the outcome before answering without it.")]
+UNFINISHED: dict[int | str, dict[str, Any]] = {202: {"description": "Not finished yet; ask again, or follow the job"}}
+
+
+class NoData(InvalidRequest):
+    """Say what to train on: data with one of dataset, prompts (by ids, tags or category) or folder."""
+
+    code = "NO_TRAINING_DATA"
+
+
+class TrainingNotFound(NotFound):
+    """There is no such fine-tuning job."""
+
+    code = "TRAINING_NOT_FOUND"
+
+
+class FineTuneRequest(FineTuneSpec):
+    name: ModelName = Field(alias="project_name")
+    pissa: bool = Field(default=False, alias="use_pissa")
+    data: Data | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+        default=None, description="What to train on: exactly one of dataset, prompts and folder."
+    )
+
+
+class Submitted(BaseModel):
+    job_id: str
+    status: progress.Status
+    message: str
+
+
+class StatusView(BaseModel):
+    job_id: str
+    status: progress.Status
+    progress: float = Field(ge=0, le=100)
+    current_epoch: int | None
+    total_epochs: int | None
+    current_step: int | None
+    loss: float | None
+    eval_loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    eta_seconds: float | None
+    memory_mb: float | None
+    gpu_utilization: float | None
+    error: str | None
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+class ValidationView(BaseModel):
+    job_id: str
+    passed: bool | None = Field(description="Null: not known yet, or the validation failed; see its job.")
+    metrics: dict[str, float | None]
+    report_path: str | None
+    reasons: list[str] = Field(description="Why it did not pass.")
+    validation_job_id: str
+
+
+class DeploymentView(BaseModel):
+    job_id: str
+    success: bool | None = Field(description="Null: not known yet.")
+    model_name: str | None
+    gguf_path: str | None
+    message: str | None = Field(description="Why it was not deployed.")
+    deployment_job_id: str
+
+
+@openai_router.post("/fine-tune")
+async def fine_tune(
+    wanted: FineTuneRequest,
+    caller: CurrentCaller,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+) -> Submitted:
+    """Queue a fine-tuning job."""
+    if wanted.data is None:
+        raise NoData
+    request = JobRequest(kind="fine_tune", spec=wanted.model_dump(mode="json"))
+    async with get_database().transaction() as session:
+        await datasets.check(session, wanted.data, owner_of(caller))
+        job = await queue.enqueue(session, request, owner_of(caller), idempotency_key=idempotency_key)
+        return Submitted(job_id=job.id, status="queued", message="Fine-tuning job queued")
+
+
+@router.get("/status/{job_id}")
+async def status(job_id: JobId, caller: CurrentCaller) -> StatusView:
+    """How far a fine_tune or forge job is."""
+    async with get_database().reading() as session:
+        job = await _training(session, job_id, caller)
+        found = await progress.of(session, job)
+    return StatusView(
+        job_id=job.id,
+        error=job.error["message"] if job.error else None,
+        created_at=job.created_at,
+        updated_at=job.updated_at,
+        **vars(found),
+    )
+
+
+@router.post("/validate/{job_id}", responses=UNFINISHED)
+async def validate(
+    job_id: JobId, caller: CurrentCaller, request: Request, response: Response, wait: Wait = 60
+) -> ValidationView:
+    """Measure a trained model on the samples that were held out, once; the same again answers what was found."""
+    async with get_database().transaction() as session:
+        training = await _training(session, job_id, caller)
+        job = await _step(session, training, "validate", ValidateSpec(job_id=training.id), caller)
+    job = await _outcome(request, job.id, wait)
+    response.status_code = 200 if job.state in FINISHED else 202
+    result: dict[str, Any] = job.result or {}
+    failure = [job.error["message"]] if job.error else []
+    return ValidationView(
+        job_id=job_id,
+        passed=result.get("passed"),
+        metrics=result.get("metrics", {}),
+        report_path=result.get("report_path"),
+        reasons=result.get("reasons", failure),
+        validation_job_id=job.id,
+    )
+
+
+@router.post("/deploy/{job_id}", responses=UNFINISHED)
+async def deploy(
+    job_id: JobId,
+    caller: CurrentCaller,
+    request: Request,
+    response: Response,
+    force: Annotated[bool, Query(description="Even when it does not pass its validation.")] = False,
+    wait: Wait = 60,
+) -> DeploymentView:
+    """Export a trained model, validate the export, and serve it as NAME:latest. What is done already stays done."""
+    if not caller.is_admin:
+        raise Forbidden("Only an administrator may deploy.")
+    async with get_database().transaction() as session:
+        training = await _training(session, job_id, caller)
+        export = await _step(session, training, "export", ExportSpec(job_id=training.id), caller)
+        check = ValidateSpec(job_id=training.id, export_job_id=export.id)
+        validation = await _step(session, training, "validate", check, caller, after=export)
+        target = DeploySpec(export_job_id=export.id, force=force)
+        job = await _new_step(session, "deploy", target, caller, after=validation)
+    job = await _outcome(request, job.id, wait)
+    response.status_code = 200 if job.state in FINISHED else 202
+    result: dict[str, Any] = job.result or {}
+    return DeploymentView(
+        job_id=job_id,
+        success=job.state == State.SUCCEEDED if job.state in FINISHED else None,
+        model_name=result.get("model_name"),
+        gguf_path=result.get("gguf_path"),
+        message=job.error["message"] if job.error else None,
+        deployment_job_id=job.id,
+    )
+
+
+async def _training(session: AsyncSession, job_id: str, caller: Caller) -> Job:
+    job = await queue.get(session, job_id, owner_of(caller))
+    if job.kind not in progress.KINDS:
+        raise TrainingNotFound(f"{job_id} is a job of the kind '{job.kind}'; it trains nothing.")
+    return job
+
+
+async def _step(
+    session: AsyncSession, training: Job, kind: str, spec: BaseModel, caller: Caller, after: Job | None = None
+) -> Job:
+    """The job that does this for a training: the one that has done it or will, else a new one."""
+    wanted = spec.model_dump(mode="json")
+    known = await session.scalars(
+        select(Job)
+        .where(Job.kind == kind, Job.state.not_in(RETRYABLE), Job.spec["job_id"].as_string() == training.id)
+        .order_by(Job.created_at.desc())
+    )
+    for job in known:
+        if job.spec == wanted:
+            return job
+    return await _new_step(session, kind, spec, caller, after=after or training)
+
+
+async def _new_step(session: AsyncSession, kind: str, spec: BaseModel, caller: Caller, after: Job) -> Job:
+    request = JobRequest(kind=kind, spec=spec.model_dump(mode="json"), depends_on=[after.id])
+    return await queue.enqueue(session, request, owner_of(caller))
+
+
+async def _outcome(request: Request, job_id: str, seconds: float) -> Job:
+    """The job when it has finished, or as it is when the time is up."""
+    until = time.monotonic() + seconds
+    async with request.app.state.hub.subscribe([f"job:{job_id}"]) as subscription:
+        while True:
+            async with get_database().reading() as session:
+                job = await queue.get(session, job_id)
+            left = until - time.monotonic()
+            if job.state in FINISHED or left <= 0:
+                return job
+            await subscription.get(timeout=min(left, LOOK_SECONDS))

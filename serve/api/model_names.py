@@ -1,0 +1,98 @@
+"""/v1/models, as OpenAI has it, and /models: the names under which models can be asked."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Request
+from pydantic import BaseModel, Field
+
+from cluster.times import UtcTime
+from pipelines.training import tiny
+from pipelines.training.registry import Model, Version
+from serve.auth import CurrentCaller
+from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
+from serve.models import Models
+
+openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
+native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
+router = APIRouter()
+
+OWNER = "forgearr"
+
+
+class ModelCard(BaseModel):
+    id: str = Field(examples=["homelab:latest"])
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix time. 0: it comes with Forgearr.")
+    owned_by: str = OWNER
+
+
+class ModelCards(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ModelSummary(BaseModel):
+    name: str = Field(examples=["homelab:latest"])
+    size: int = Field(description="Bytes of the file that is served.")
+    modified_at: UtcTime
+
+
+class ModelSummaries(BaseModel):
+    models: list[ModelSummary]
+    active_model: str | None = Field(description="The newest of those that are served.")
+
+
+@openai.get("/models")
+async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
+    """Every name under which a model can be asked."""
+    cards = [card for model in await _models(request).all() for card in _cards(model)]
+    return ModelCards(data=[*cards, _tiny()])
+
+
+@openai.get("/models/{model:path}")
+async def show_model(
+    request: Request, model: Annotated[str, Path(min_length=1, max_length=120)], caller: CurrentCaller
+) -> ModelCard:
+    """One of them."""
+    meant = await _models(request).resolve(model)
+    return _tiny() if meant.version is None else _card(model, meant.version.created_at)
+
+
+@native.get("/models")
+async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
+    """What is served, in short."""
+    served = [model.served for model in await _models(request).all() if model.served is not None]
+    newest = max(served, key=lambda version: version.created_at, default=None)
+    return ModelSummaries(
+        models=[
+            ModelSummary(name=_latest(version), size=version.files[0].bytes, modified_at=version.created_at)
+            for version in served
+        ],
+        active_model=_latest(newest) if newest else None,
+    )
+
+
+router.include_router(openai)
+router.include_router(native)
+
+
+def _cards(model: Model) -> list[ModelCard]:
+    latest = [_card(_latest(model.served), model.served.created_at)] if model.served else []
+    return latest + [_card(version.reference, version.created_at) for version in model.versions]
+
+
+def _card(reference: str, created_at: datetime) -> ModelCard:
+    return ModelCard(id=reference, created=int(created_at.timestamp()))
+
+
+def _tiny() -> ModelCard:
+    return ModelCard(id=tiny.NAME, created=0)
+
+
+def _latest(version: Version) -> str:
+    return f"{version.name}:latest"
+
+
+def _models(request: Request) -> Models:
+    return request.app.state.models

@@ -1,0 +1,268 @@
+"""/api/training/sessions: trainings that are set up first and started later."""
+
+import asyncio
+import math
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster import events
+from cluster import nodes as machines
+from cluster.db import after_commit, get_database, now
+from cluster.errors import Conflict, InvalidRequest, NotFound, UnprocessableRequest
+from cluster.times import UtcTime
+from jobs import queue
+from jobs.queue import JobRequest
+from jobs.states import FINISHED
+from jobs.tables import Job
+from pipelines.training import datasets, nodes, progress
+from pipelines.training.sessions import TrainingSession
+from pipelines.training.spec import Data, FineTuneSpec, PromptFilter
+from serve.api.jobs import owner_of
+from serve.auth import Caller, CurrentCaller
+from serve.envelope import ERROR_RESPONSES
+from serve.pages import Page, WantedPage
+
+router = APIRouter(prefix="/api/training/sessions", tags=["Training"], responses=ERROR_RESPONSES)
+
+SessionId = Annotated[str, Path(max_length=40)]
+JOB_PREFIX = "job_"
+NOT_CONFIGURED = {"name", "base_model", "data", "labels"}
+"""What of a spec a session says in other words."""
+
+
+class SessionNotFound(NotFound):
+    """There is no such training session."""
+
+    code = "TRAINING_SESSION_NOT_FOUND"
+
+
+class SessionStarted(Conflict):
+    """The training session was started already."""
+
+    code = "TRAINING_SESSION_STARTED"
+
+
+class SessionRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200, examples=["Custom Assistant v1"])
+    description: str | None = Field(default=None, max_length=10_000)
+    base_model: str = Field(default="forgearr/tiny", min_length=1, max_length=300)
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="num_epochs, learning_rate, batch_size and whatever else the spec of a fine_tune job has.",
+        examples=[{"num_epochs": 3, "learning_rate": 2e-4, "batch_size": 4}],
+    )
+
+
+class StartRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    worker_id: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Null: wherever there is room.")
+    prompt_ids: list[int] | None = Field(default=None, min_length=1, max_length=100_000)
+    data: Data | None = Field(default=None, description="What to train on instead of single prompts.")
+
+
+class SessionView(BaseModel):
+    id: str
+    name: str
+    description: str | None
+    base_model: str
+    config: dict[str, Any]
+    status: progress.Status | None = Field(description="Null: not started.")
+    worker_id: int | None
+    prompt_ids: list[int] | None
+    job_id: str | None
+    created_by: str
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+class SessionStatus(BaseModel):
+    session_id: str
+    status: progress.Status | None = Field(description="Null: not started.")
+    progress: float = 0
+    current_epoch: int | None = None
+    total_epochs: int | None = None
+    current_step: int | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    memory_mb: float | None = None
+    gpu_utilization: float | None = None
+    error: str | None = None
+
+
+@router.get("")
+async def list_sessions(caller: CurrentCaller, paging: WantedPage) -> Page[SessionView]:
+    """Training sessions, the newest first: your own, or everybody's when you are an administrator."""
+    wanted = select(TrainingSession)
+    if not caller.is_admin:
+        wanted = wanted.where(TrainingSession.owner_id == caller.user_id)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        newest_first = wanted.order_by(TrainingSession.created_at.desc(), TrainingSession.id)
+        rows = await session.scalars(newest_first.offset(paging.skip).limit(paging.limit))
+        return paging.page([await _view(session, row) for row in rows], total)
+
+
+@router.post("", status_code=201)
+async def create_session(wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
+    """Set up a training. Nothing runs until it is started."""
+    _spec(wanted.name, wanted.base_model, wanted.config, Data(dataset=datasets.SHIPPED), {})
+    owner = owner_of(caller)
+    row = TrainingSession(**wanted.model_dump(), owner_id=owner.id, created_by=owner.name)
+    async with get_database().transaction() as session:
+        session.add(row)
+        await session.flush()
+        return await _view(session, row)
+
+
+@router.get("/{session_id}")
+async def show_session(session_id: SessionId, caller: CurrentCaller) -> SessionView:
+    async with get_database().reading() as session:
+        return await _view(session, await find(session, session_id, caller))
+
+
+@router.put("/{session_id}")
+async def change_session(session_id: SessionId, wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
+    """Set a training up anew, as long as it was not started."""
+    _spec(wanted.name, wanted.base_model, wanted.config, Data(dataset=datasets.SHIPPED), {})
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        if row.job_id is not None:
+            raise SessionStarted(f"The session was started as {row.job_id}; make a new one for other settings.")
+        for name, value in wanted.model_dump().items():
+            setattr(row, name, value)
+        await session.flush()
+        return await _view(session, row)
+
+
+@router.delete("/{session_id}", status_code=204)
+async def delete_session(session_id: SessionId, caller: CurrentCaller) -> None:
+    """Delete a session that does not run. Its job, and what it has made, stay."""
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        job = await session.get(Job, row.job_id) if row.job_id else None
+        if job is not None and job.state not in FINISHED:
+            raise SessionStarted(f"The session is still {job.state}; cancel it first.")
+        await session.delete(row)
+
+
+@router.post("/{session_id}/start")
+async def start_session(session_id: SessionId, wanted: StartRequest, caller: CurrentCaller) -> SessionView:
+    """Queue the training, on these prompts and on that worker. A session whose training has ended may start again."""
+    data = wanted.data or (Data(prompts=PromptFilter(ids=wanted.prompt_ids)) if wanted.prompt_ids else None)
+    if data is None or (wanted.data and wanted.prompt_ids):
+        raise InvalidRequest("Say what to train on: prompt_ids, or data with one of dataset, prompts and folder.")
+    alive = await asyncio.to_thread(machines.living) if wanted.worker_id else []
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        before = await session.get(Job, row.job_id) if row.job_id else None
+        if before is not None and before.state not in FINISHED:
+            raise SessionStarted(f"The session is already {before.state}, as {before.id}.")
+        await datasets.check(session, data, owner_of(caller))
+        labels: dict[str, str] = {}
+        if wanted.worker_id:
+            await nodes.number(session, alive)
+            labels = await nodes.labels_of(session, wanted.worker_id)
+        spec = _spec(row.name, row.base_model, row.config, data, labels)
+        job = await queue.enqueue(
+            session, JobRequest(kind="fine_tune", spec=spec.model_dump(mode="json")), owner_of(caller)
+        )
+        row.job_id, row.worker_id, row.prompt_ids = job.id, wanted.worker_id, wanted.prompt_ids
+        await session.flush()
+        news: events.Message = {
+            "rooms": [f"training:{row.id}"],
+            "type": "training.started",
+            "data": {"job_id": job.id},
+            "timestamp": now().isoformat().replace("+00:00", "Z"),
+        }
+        after_commit(session, lambda: events.publish([news]))
+        return await _view(session, row)
+
+
+@router.get("/{session_id}/status")
+async def session_status(session_id: SessionId, caller: CurrentCaller) -> SessionStatus:
+    async with get_database().reading() as session:
+        return await status_of(session, await find(session, session_id, caller))
+
+
+@router.post("/{session_id}/cancel")
+async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> SessionStatus:
+    """Cancel the training: at once when it waits, as soon as it listens when it runs."""
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        if row.job_id is None:
+            raise Conflict("The session was not started, so there is nothing to cancel.")
+        await queue.cancel(session, await queue.get(session, row.job_id, lock=True))
+        await session.flush()
+        return await status_of(session, row)
+
+
+async def training_now(training_id: str, caller: Caller) -> tuple[str | None, SessionStatus]:
+    """The job and the status of a training that is named by its session, or by its job."""
+    async with get_database().reading() as session:
+        if not training_id.startswith(JOB_PREFIX):
+            row = await find(session, training_id, caller)
+            return row.job_id, await status_of(session, row)
+        job = await queue.get(session, training_id, owner_of(caller))
+        if job.kind not in progress.KINDS:
+            raise SessionNotFound(f"{training_id} is a job of the kind '{job.kind}'; it trains nothing.")
+        return job.id, await _status(session, job, training_id)
+
+
+async def find(session: AsyncSession, session_id: str, caller: Caller, *, lock: bool = False) -> TrainingSession:
+    row = await session.get(TrainingSession, session_id, with_for_update=lock)
+    if row is None or not (caller.is_admin or row.owner_id == caller.user_id):
+        raise SessionNotFound(f"There is no training session '{session_id}'.")
+    return row
+
+
+async def status_of(session: AsyncSession, row: TrainingSession) -> SessionStatus:
+    job = await session.get(Job, row.job_id) if row.job_id else None
+    if job is None:
+        epochs = row.config.get("num_epochs", row.config.get("epochs", FineTuneSpec.model_fields["epochs"].default))
+        return SessionStatus(session_id=row.id, status=None, total_epochs=math.ceil(epochs))
+    return await _status(session, job, row.id)
+
+
+async def _status(session: AsyncSession, job: Job, named: str) -> SessionStatus:
+    found = await progress.of(session, job)
+    return SessionStatus(session_id=named, error=job.error["message"] if job.error else None, **vars(found))
+
+
+async def _view(session: AsyncSession, row: TrainingSession) -> SessionView:
+    told = {name: getattr(row, name) for name in SessionView.model_fields if name != "status"}
+    return SessionView(**told, status=(await status_of(session, row)).status)
+
+
+def _spec(name: str, base_model: str, config: dict[str, Any], data: Data, labels: dict[str, str]) -> FineTuneSpec:
+    """A session's words as the spec that everybody uses."""
+    said = dict(config)
+    if twice := NOT_CONFIGURED & said.keys():
+        raise UnprocessableRequest(
+            f"'{min(twice)}' does not belong into config.", details={f"config.{min(twice)}": "is said elsewhere"}
+        )
+    if "num_epochs" in said:
+        said["epochs"] = said.pop("num_epochs")
+    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:100] or "session"
+    try:
+        return FineTuneSpec.model_validate(
+            {**said, "name": slug, "base_model": base_model, "data": data, "labels": labels}
+        )
+    except ValidationError as error:
+        faults = {
+            "config." + ".".join(str(part) for part in fault["loc"]): fault["msg"]
+            for fault in error.errors(include_url=False)
+        }
+        field, fault = next(iter(faults.items()))
+        raise UnprocessableRequest(f"The session is not valid: {field}: {fault}.", details=faults) from None

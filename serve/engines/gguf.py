@@ -1,0 +1,118 @@
+"""The engine for GGUF files: a deployment of Ray Serve, of which each replica holds models of its own.
+
+A request names its model to Serve's router too, which sends it to a replica that has that model in memory.
+"""
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster import logs
+from cluster.settings import EngineSettings, get_settings
+from pipelines.training import registry, tiny
+from pipelines.training.registry import Version
+from serve.engines import untrained
+from serve.engines.answers import Answer
+from serve.engines.protocol import Chunk, Request
+from serve.engines.shelf import MB, Shelf
+
+log = logging.getLogger(__name__)
+
+FindFile = Callable[[str, Version | None], Awaitable[Path]]
+"""Where the file of a model is, on this machine, when it is not in memory."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model in the memory of a replica."""
+
+    reference: str
+    bytes: int
+    users: int  # requests that it answers, or that wait for it
+
+
+class GgufEngine:
+    """Satisfies protocol.Engine; `load`, `unload` and `loaded` are for whoever deploys and watches."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        find_file: FindFile | None = None,
+        on_change: Callable[[list[str]], None] = lambda _: None,
+    ) -> None:
+        self._find_file = find_file or _find_file
+        capacity = settings.memory_mb * MB if settings.memory_mb else psutil.virtual_memory().total // 2
+        self._shelf = Shelf(capacity, settings, on_change)
+
+    async def chat(
+        self, reference: str, request: Request, version: Version | None = None
+    ) -> AsyncGenerator[list[Chunk]]:
+        async with (
+            self._shelf.use(reference, partial(self._find_file, reference, version)) as model,
+            aclosing(model.answer(request)) as answer,
+        ):
+            async for chunks in answer:
+                yield chunks
+
+    async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
+        answer = Answer()
+        async with aclosing(self.chat(reference, request, version)) as spoken:
+            async for chunks in spoken:
+                for chunk in chunks:
+                    answer.hear(chunk)
+        return answer.whole()
+
+    async def load(self, reference: str) -> str:
+        """Have a model in memory before anybody asks for it; returns what NAME:latest stood for."""
+        version = None
+        if reference != tiny.NAME:
+            version = await _find(reference)
+            reference = version.reference
+        async with self._shelf.use(reference, partial(self._find_file, reference, version)):
+            return reference
+
+    async def unload(self, reference: str) -> bool:
+        """Let a model go as soon as nobody uses it; whether it was there."""
+        return await self._shelf.unload(reference)
+
+    def loaded(self) -> list[dict[str, Any]]:
+        return [asdict(Held(entry.reference, entry.bytes, entry.users)) for entry in self._shelf.loaded()]
+
+
+class GgufReplica(GgufEngine):
+    """The engine in a replica of its own, which tells Serve's router what it holds."""
+
+    def __init__(self) -> None:
+        logs.configure("gguf")
+        super().__init__(get_settings().engines, on_change=_tell_router)
+
+
+async def _find_file(reference: str, version: Version | None) -> Path:
+    if reference == tiny.NAME:
+        return await untrained.file()
+    async with registry.connect() as models:
+        return await models.fetch(version or await models.find(reference))
+
+
+async def _find(reference: str) -> Version:
+    async with registry.connect() as models:
+        return await models.find(reference)
+
+
+def _tell_router(references: list[str]) -> None:
+    """Serve's own multiplexing does this for models that it unloads by their number; ours go by their size."""
+    from ray import serve as ray_serve
+    from ray.serve._private.common import RequestRoutingInfo
+    from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
+
+    replica: Any = ray_serve.get_replica_context().replica_id
+    client: Any = _get_global_client()
+    client.record_request_routing_info(
+        RequestRoutingInfo(replica_id=replica, multiplexed_model_ids=references)  # pyright: ignore[reportCallIssue]
+    )

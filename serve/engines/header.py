@@ -1,0 +1,111 @@
+"""What a GGUF file says of its model, and how much memory that needs: read in milliseconds, without its weights."""
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.engines.protocol import ModelUnreadable
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+STRING, ARRAY = 8, 9
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+LONGEST_KEPT_ARRAY = 1024
+"""Of numbers, such as the heads of each layer. Of longer ones, and of strings, only the length is kept."""
+ELEMENT_BYTES = 2  # of the cache of keys and values, which is in f16
+BATCH = 512
+
+
+@dataclass(frozen=True)
+class Header:
+    architecture: str
+    file_bytes: int
+    context: int  # tokens that the model was made for
+    layers: int
+    width: int
+    key_values: int  # numbers that one layer keeps of one token
+    vocabulary: int
+
+    def memory(self, context: int, slots: int) -> int:
+        """Bytes for weights, cache and working space, when each of the slots holds so many tokens."""
+        cache = self.layers * self.key_values * ELEMENT_BYTES * context * slots
+        return self.file_bytes + cache + 4 * BATCH * (self.vocabulary + 4 * self.width)
+
+
+def read_header(path: Path) -> Header:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _header(_fields(content), len(content))
+    except (struct.error, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise ModelUnreadable(f"{path.name} is not a GGUF file of a model: {error or 'it breaks off'}.") from error
+
+
+def _header(fields: Mapping[str, Any], size: int) -> Header:
+    architecture = fields["general.architecture"]
+    heads = _most(fields.get(f"{architecture}.attention.head_count", 1)) or 1
+    head_width = fields[f"{architecture}.embedding_length"] // heads
+    keys = fields.get(f"{architecture}.attention.key_length", head_width)
+    values = fields.get(f"{architecture}.attention.value_length", head_width)
+    return Header(
+        architecture=architecture,
+        file_bytes=size,
+        context=fields[f"{architecture}.context_length"],
+        layers=fields[f"{architecture}.block_count"],
+        width=fields[f"{architecture}.embedding_length"],
+        key_values=_most(fields.get(f"{architecture}.attention.head_count_kv", heads)) * (keys + values),
+        vocabulary=fields["tokenizer.ggml.tokens"],
+    )
+
+
+def _most(value: int | list[int]) -> int:
+    return max(value) if isinstance(value, list) else value
+
+
+def _fields(content: mmap.mmap) -> dict[str, Any]:
+    """The metadata at the beginning of the file."""
+    if content[:4] != MAGIC:
+        raise ValueError("it does not begin as one")
+    version, _, count = struct.unpack_from("<IQQ", content, 4)
+    if version not in VERSIONS:
+        raise ValueError(f"it has version {version} of the format")
+    place = 24
+    fields: dict[str, Any] = {}
+    for _ in range(count):
+        name, place = _string(content, place)
+        (kind,) = struct.unpack_from("<I", content, place)
+        fields[name], place = _value(content, place + 4, kind)
+    return fields
+
+
+def _value(content: mmap.mmap, place: int, kind: int) -> tuple[Any, int]:
+    if kind == STRING:
+        return _string(content, place)
+    if kind == ARRAY:
+        return _array(content, place)
+    return struct.unpack_from(SCALARS[kind], content, place)[0], place + struct.calcsize(SCALARS[kind])
+
+
+def _array(content: mmap.mmap, place: int) -> tuple[Any, int]:
+    kind, count = struct.unpack_from("<IQ", content, place)
+    place += 12
+    if kind == STRING:
+        for _ in range(count):
+            (length,) = struct.unpack_from("<Q", content, place)
+            place += 8 + length
+        return count, place
+    form = SCALARS[kind]
+    end = place + count * struct.calcsize(form)
+    if count > LONGEST_KEPT_ARRAY:
+        return count, end
+    return list(struct.unpack_from(f"<{count}{form[1]}", content, place)), end
+
+
+def _string(content: mmap.mmap, place: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<Q", content, place)
+    text = content[place + 8 : place + 8 + length]
+    if len(text) != length:
+        raise ValueError("it breaks off")
+    return text.decode(), place + 8 + length

@@ -1,0 +1,159 @@
+"""One GGUF model in memory, run by llama.cpp's own server in this process (xllamacpp).
+
+An answer is made in a thread of llama.cpp's and one of ours, which waits for it. The event loop only passes chunks on.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from secrets import token_hex
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import orjson
+
+from cluster.errors import ForgearrError
+from cluster.settings import EngineSettings
+from serve.engines.header import BATCH
+from serve.engines.protocol import Chunk, ContextExceeded, EngineFailed, ModelUnreadable, Request, RequestRefused
+
+CHECKPOINTS = 4
+"""Of a slot whose cache cannot be cut back, as that of a sliding window: places from which it can go on."""
+ERRORS_ONLY = 1
+
+
+class LoadedModel:
+    """Made and closed in a thread of its own: both take a while."""
+
+    def __init__(self, path: Path, context: int, settings: EngineSettings) -> None:
+        self._server = _start(path, context, settings)
+        self._slots = asyncio.Semaphore(settings.slots)
+        self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
+
+    async def answer(self, request: Request) -> AsyncGenerator[list[Chunk]]:
+        """Waits for a slot, then yields what the model says as it says it. The slot is free when it is closed."""
+        async with self._slots:
+            loop = asyncio.get_running_loop()
+            spoken = _Spoken(loop)
+            body = orjson.dumps({**request, **STREAMED})
+            speaking = loop.run_in_executor(self._threads, _speak, self._server, body, spoken)
+            try:
+                async for chunks in spoken:
+                    yield chunks
+            finally:
+                spoken.stopped.set()
+                await asyncio.shield(speaking)
+
+    def close(self) -> None:
+        """Give the memory back. Nobody may be waiting for an answer."""
+        self._threads.shutdown()
+        del self._server
+
+
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
+"""Progress reports are what lets an answer be given up while the model still reads the question."""
+
+
+class _Spoken:
+    """What a model says: told by a thread, read by the event loop in batches of all that has come meanwhile."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.stopped = threading.Event()
+        self._loop = loop
+        self._arrived = asyncio.Queue[Chunk | ForgearrError | None]()
+
+    def tell(self, data: bytes) -> bool:
+        """Called by llama.cpp; it ends the answer when this is true."""
+        chunk = orjson.loads(data)
+        if "error" in chunk:
+            self.put(_error(chunk["error"]))
+        elif "prompt_progress" not in chunk:
+            self.put(chunk)
+        return self.stopped.is_set()
+
+    def put(self, told: Chunk | ForgearrError | None) -> None:
+        self._loop.call_soon_threadsafe(self._arrived.put_nowait, told)
+
+    async def __aiter__(self) -> AsyncGenerator[list[Chunk]]:
+        while True:
+            told = [await self._arrived.get()]
+            while not self._arrived.empty():
+                told.append(self._arrived.get_nowait())
+            chunks: list[Chunk] = []
+            for one in told:
+                if isinstance(one, dict):
+                    chunks.append({"choices": one["choices"], **_usage(one)})
+                    continue
+                if chunks:
+                    yield chunks
+                if one is not None:
+                    raise one
+                return
+            yield chunks
+
+
+def _speak(server: Any, body: bytes, spoken: _Spoken) -> None:
+    """What cannot be read, or does not fit the model's template, is an exception; later errors are chunks."""
+    try:
+        server.handle_chat_completions(body, spoken.tell)
+    except (ValueError, RuntimeError) as error:
+        spoken.put(RequestRefused(f"The model cannot take this request: {str(error).strip().rstrip('.')}."))
+    finally:
+        spoken.put(None)
+
+
+def _usage(chunk: Chunk) -> Chunk:
+    return {"usage": chunk["usage"]} if "usage" in chunk else {}
+
+
+def _error(told: dict[str, Any]) -> ForgearrError:
+    if told.get("type") == "exceed_context_size_error":
+        return ContextExceeded(
+            f"The conversation has {told['n_prompt_tokens']} tokens; the model takes {told['n_ctx']} with its answer."
+        )
+    if told.get("code") == 400:
+        return RequestRefused(f"The model cannot take this request: {told['message'].rstrip('.')}.")
+    return EngineFailed(f"The engine could not answer: {told['message'].rstrip('.')}.")
+
+
+def _start(path: Path, context: int, settings: EngineSettings) -> Any:
+    xllamacpp: Any = import_module("xllamacpp")  # it has no types
+    parameters = xllamacpp.CommonParams()
+    parameters.verbosity = ERRORS_ONLY
+    parameters.model.path = str(path)
+    parameters.n_parallel = settings.slots
+    parameters.n_ctx = context * settings.slots
+    parameters.n_batch = parameters.n_ubatch = BATCH
+    parameters.n_gpu_layers = settings.gpu_layers
+    parameters.fit_params = settings.gpu_layers == -1 and _has_gpu(xllamacpp)
+    if settings.threads is not None:
+        parameters.cpuparams.n_threads = settings.threads
+    # As OpenAI does it: an answer begins anew, even after a message of the assistant's.
+    parameters.prefill_assistant = False
+    # It would take memory that nobody counts.
+    parameters.cache_ram_mib = 0
+    parameters.n_ctx_checkpoints = CHECKPOINTS
+    return _serve_nobody(xllamacpp, parameters, path)
+
+
+def _serve_nobody(xllamacpp: Any, parameters: Any, path: Path) -> Any:
+    """llama.cpp's server cannot do without its own HTTP door: it gets one that is locked, and taken away at once."""
+    parameters.api_keys = [token_hex(32)]
+    parameters.ui = parameters.endpoint_slots = False
+    parameters.n_threads_http = 1
+    with TemporaryDirectory(prefix="forgearr-", ignore_cleanup_errors=True) as folder:
+        parameters.hostnames = [os.path.join(folder, "model.sock")]  # noqa: PTH118
+        try:
+            return xllamacpp.Server(parameters)
+        except RuntimeError as error:
+            raise ModelUnreadable(
+                f"llama.cpp cannot load {path.name}; what it says of that is in the log of the engine's process."
+            ) from error
+
+
+def _has_gpu(xllamacpp: Any) -> bool:
+    return any("GPU" in str(device["type"]) for device in xllamacpp.get_device_info())

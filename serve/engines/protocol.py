@@ -1,0 +1,79 @@
+"""What every engine offers to the gateway, and the errors that it answers with.
+
+A request is OpenAI's, without `model` and `stream`. A chunk is what OpenAI streams: `choices` with a delta each, and at
+the end one without choices that has the `usage`. Who tells a client adds id, time and the name that it asked for.
+"""
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Protocol
+
+from cluster.errors import ForgearrError, InvalidRequest, Unavailable
+from pipelines.training.registry import Version
+
+Request = Mapping[str, Any]
+Chunk = dict[str, Any]
+
+BUSY_SECONDS = 1
+
+
+class EngineUnavailable(Unavailable):
+    """No engine answers right now; try again in a moment."""
+
+    code = "ENGINE_UNAVAILABLE"
+
+
+class EngineLost(Unavailable):
+    """The engine ended in the middle of this answer; ask again."""
+
+    code = "ENGINE_LOST"
+
+
+class EngineBusy(Unavailable):
+    """As many requests as engines.queue allows wait for this model already; try again in a moment."""
+
+    code = "ENGINE_BUSY"
+    retry_after = BUSY_SECONDS
+
+
+class EngineFailed(ForgearrError):
+    """The engine could not answer."""
+
+    code = "ENGINE_FAILED"
+
+
+class ModelUnreadable(ForgearrError):
+    """The engine cannot read this model."""
+
+    code = "MODEL_UNREADABLE"
+
+
+class ModelTooLarge(ForgearrError):
+    """The model needs more memory than engines.memory_mb allows."""
+
+    code = "MODEL_TOO_LARGE"
+
+
+class RequestRefused(InvalidRequest):
+    """The model cannot answer this request."""
+
+    code = "REQUEST_REFUSED"
+
+
+class ContextExceeded(InvalidRequest):
+    """The conversation is longer than the model can read."""
+
+    code = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class Engine(Protocol):
+    """`reference` names a model for good (NAME:v3, not NAME:latest); `version` spares the engine the look-up."""
+
+    def chat(
+        self, reference: str, request: Request, version: Version | None = None
+    ) -> AsyncGenerator[list[Chunk], None]:
+        """The answer as it is made, in batches of chunks. Closing it, or cancelling its reader, ends the work."""
+        ...
+
+    async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
+        """The whole answer: `choices` with a message each, and `usage`."""
+        ...

@@ -1,0 +1,145 @@
+"""The models that an engine holds: as many as fit into its memory, the least recently used make room for others.
+
+Everything here happens on one event loop. A model is loaded once, however many wait for it; one that is in use stays.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.settings import EngineSettings
+from serve.engines.header import read_header
+from serve.engines.llama import LoadedModel
+from serve.engines.protocol import EngineBusy, ModelTooLarge
+
+log = logging.getLogger(__name__)
+
+ROOM_SECONDS = 120
+MB = 1024 * 1024
+
+
+@dataclass
+class Entry:
+    reference: str
+    loading: asyncio.Task[LoadedModel] = field(init=False)
+    users: int = 0
+    bytes: int = 0  # reserved as soon as there is room for it
+    unwanted: bool = False  # to be unloaded as soon as nobody uses it
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_loaded and not self.users
+
+
+class Shelf:
+    def __init__(
+        self, capacity: int, settings: EngineSettings, on_change: Callable[[list[str]], None] = lambda _: None
+    ) -> None:
+        self._capacity = capacity
+        self._settings = settings
+        self._on_change = on_change
+        self._entries = OrderedDict[str, Entry]()  # the most recently used last
+        self._leaving = 0  # bytes of models that are being unloaded
+        self._freed = asyncio.Condition()
+
+    def loaded(self) -> list[Entry]:
+        return [entry for entry in self._entries.values() if entry.is_loaded]
+
+    @asynccontextmanager
+    async def use(self, reference: str, obtain: Callable[[], Awaitable[Path]]) -> AsyncGenerator[LoadedModel]:
+        """The model, loaded from the file that `obtain` gets when it is not there yet; it stays while it is used."""
+        entry = self._entries.get(reference) or self._begin(reference, obtain)
+        if entry.users >= self._settings.slots + self._settings.queue:
+            raise EngineBusy
+        entry.users += 1
+        entry.unwanted = False
+        self._entries.move_to_end(reference)
+        try:
+            yield await asyncio.shield(entry.loading)
+        finally:
+            entry.users -= 1
+            await self._remove_if_unwanted(entry)
+            async with self._freed:
+                self._freed.notify_all()
+
+    async def unload(self, reference: str) -> bool:
+        """Let a model go, when its last answer is given; whether there was one."""
+        entry = self._entries.get(reference)
+        if entry is None:
+            return False
+        entry.unwanted = True
+        await asyncio.wait([entry.loading])
+        await self._remove_if_unwanted(entry)
+        return True
+
+    def _begin(self, reference: str, obtain: Callable[[], Awaitable[Path]]) -> Entry:
+        entry = Entry(reference)
+        self._entries[reference] = entry
+        entry.loading = asyncio.create_task(self._load(entry, obtain))
+        entry.loading.add_done_callback(lambda _: self._settle(entry))
+        self._tell()
+        return entry
+
+    def _settle(self, entry: Entry) -> None:
+        """A model that could not be loaded leaves no trace; whoever waited hears why."""
+        if not entry.is_loaded:
+            del self._entries[entry.reference]
+            self._tell()
+
+    async def _load(self, entry: Entry, obtain: Callable[[], Awaitable[Path]]) -> LoadedModel:
+        path = await obtain()
+        header = await asyncio.to_thread(read_header, path)
+        context = min(self._settings.context, header.context)
+        needed = header.memory(context, self._settings.slots)
+        if needed > self._capacity:
+            raise ModelTooLarge(
+                f"{entry.reference} needs {needed // MB} MB ({header.file_bytes // MB} MB of weights, and "
+                f"{self._settings.slots} slots of {context} tokens), and engines.memory_mb allows "
+                f"{self._capacity // MB} MB. Raise that, lower engines.context or engines.slots, or export the model "
+                "with fewer bits."
+            )
+        await self._make_room(entry, needed)
+        model = await asyncio.to_thread(LoadedModel, path, context, self._settings)
+        log.info("%s is loaded: %d MB", entry.reference, needed // MB)
+        return model
+
+    async def _make_room(self, entry: Entry, needed: int) -> None:
+        try:
+            async with asyncio.timeout(ROOM_SECONDS), self._freed:
+                while sum(other.bytes for other in self._entries.values()) + self._leaving + needed > self._capacity:
+                    idle = next((other for other in self._entries.values() if other.bytes and other.is_idle), None)
+                    if idle is None:
+                        await self._freed.wait()
+                    else:
+                        await self._remove(idle)
+                entry.bytes = needed
+        except TimeoutError:
+            raise EngineBusy(
+                f"{entry.reference} needs {needed // MB} of the {self._capacity // MB} MB that engines.memory_mb "
+                f"allows, and the models that take them were all in use for {ROOM_SECONDS} seconds."
+            ) from None
+
+    async def _remove_if_unwanted(self, entry: Entry) -> None:
+        if entry.unwanted and entry.is_idle and self._entries.get(entry.reference) is entry:
+            await self._remove(entry)
+
+    async def _remove(self, entry: Entry) -> None:
+        del self._entries[entry.reference]
+        self._leaving += entry.bytes
+        try:
+            await asyncio.shield(asyncio.to_thread(entry.loading.result().close))
+        finally:
+            self._leaving -= entry.bytes
+        log.info("%s is unloaded", entry.reference)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._on_change(list(self._entries))

@@ -1,0 +1,101 @@
+"""Which model a request means: the registry, remembered for a moment, so that a request costs MLflow nothing.
+
+When MLflow does not answer, what was known last still holds: whatever was served goes on being served.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from cluster.errors import Unavailable
+from cluster.settings import get_settings
+from pipelines.training import registry, tiny
+from pipelines.training.registry import Model, ModelNotFound, Version
+
+FRESH_SECONDS = 1.0
+PATIENCE_SECONDS = 3.0
+"""How long to wait for MLflow where an older answer is at hand."""
+MOST_REMEMBERED = 1000
+
+Known = TypeVar("Known")
+
+
+@dataclass(frozen=True)
+class Meant:
+    """What a reference stands for now."""
+
+    reference: str  # NAME:v3, for good
+    version: Version | None  # None: forgearr/tiny, which is in no registry
+
+
+class Models:
+    def __init__(self) -> None:
+        self._versions: dict[str, _Remembered[Version]] = {}
+        self._models = _Remembered(_all_models)
+
+    async def resolve(self, reference: str) -> Meant:
+        """What NAME, NAME:latest, NAME:v3 or forgearr/tiny means."""
+        if reference == tiny.NAME:
+            return Meant(tiny.NAME, None)
+        if not get_settings().mlflow.enabled:
+            raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")
+        known = self._versions.get(reference) or _Remembered(lambda: _find(reference))
+        version = await known.get()
+        # Only what exists is remembered, so that made-up names take no memory.
+        if len(self._versions) >= MOST_REMEMBERED:
+            self._versions.clear()
+        self._versions[reference] = known
+        return Meant(version.reference, version)
+
+    async def all(self) -> list[Model]:
+        """Every registered model, by name."""
+        return await self._models.get() if get_settings().mlflow.enabled else []
+
+
+@dataclass
+class _Remembered(Generic[Known]):
+    """An answer of the registry, asked for again when it is old, by one request for all that wait."""
+
+    ask: Callable[[], Awaitable[Known]]
+    _answer: list[Known] = field(default_factory=list[Known])  # none or one
+    _asked_at: float = 0
+    _asking: asyncio.Task[Known] | None = None
+
+    async def get(self) -> Known:
+        if self._answer and time.monotonic() - self._asked_at < FRESH_SECONDS:
+            return self._answer[0]
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+            self._asking.add_done_callback(self._settle)
+        asking = self._asking
+        if not self._answer:
+            return await asyncio.shield(asking)
+        await asyncio.wait([asking], timeout=PATIENCE_SECONDS)
+        if asking.done() and not isinstance(asking.exception(), Unavailable):
+            return asking.result()
+        return self._answer[0]
+
+    async def _ask(self) -> Known:
+        return await self.ask()
+
+    def _settle(self, asking: asyncio.Task[Known]) -> None:
+        self._asking = None
+        error = asking.exception()
+        if error is None:
+            self._answer = [asking.result()]
+        elif not isinstance(error, Unavailable):
+            self._answer = []
+        # Also when MLflow is away it is asked once in a while only.
+        self._asked_at = time.monotonic()
+
+
+async def _find(reference: str) -> Version:
+    async with registry.connect() as models:
+        return await models.find(reference)
+
+
+async def _all_models() -> list[Model]:
+    async with registry.connect() as models:
+        return await models.models()

@@ -1,0 +1,125 @@
+"""Talking to models on a whole platform with two engines: through Serve, through the command line, and when parts die."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cluster import tracking
+from tests.pipelines.shelf import Shelf
+from tests.platform import Platform, eventually, running_platform
+from tests.serve.small_models import write_model, write_parrot
+
+pytestmark = pytest.mark.platform
+
+ENGINE = "ray::ServeReplica:forgearr:gguf"
+SPOKEN = "I am a model that says only this."
+HELLO: Any = [{"role": "user", "content": "Who are you?"}]
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with running_platform({"engines.replicas": "2"}) as platform:
+        eventually(lambda: httpx.get(f"{platform.mlflow_url}/health").is_success or None, 60)
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def client(platform: Platform) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
+def register(home: Path, platform: Platform, tmp_path: Path) -> Callable[..., str]:
+    """Put files into the registry as versions of a new model, which serves the first one; returns its name."""
+
+    async def add(*files: Path) -> str:
+        async with tracking.connect(platform.mlflow_url) as mlflow:
+            shelf = Shelf(mlflow, tmp_path)
+            for file in files:
+                await shelf.register(file.read_bytes())
+            await shelf.registry.point(shelf.name, 1)
+            return shelf.name
+
+    return lambda *files: asyncio.run(add(*files))
+
+
+def test_a_registered_model_is_served(
+    platform: Platform, client: openai.OpenAI, register: Callable[..., str], tmp_path: Path
+) -> None:
+    name = register(
+        write_parrot(tmp_path / "1.gguf", SPOKEN), write_parrot(tmp_path / "2.gguf", "I am the second of them.")
+    )
+    assert ask(client, name) == ask(client, f"{name}:latest") == ask(client, f"{name}:v1") == SPOKEN
+    assert ask(client, f"{name}:v2") == "I am the second of them."
+    with client.chat.completions.create(model=name, messages=HELLO, stream=True) as stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == SPOKEN
+    known = {model.id for model in client.models.list()}
+    assert known >= {f"{name}:latest", f"{name}:v1", f"{name}:v2", "forgearr/tiny"}
+    assert client.models.retrieve(f"{name}:v2").id == f"{name}:v2"
+    with pytest.raises(openai.NotFoundError):
+        ask(client, f"{name}:v3")
+    short = platform.http.get("/models").json()
+    (served,) = [model for model in short["models"] if model["name"] == f"{name}:latest"]
+    assert served["size"] == (tmp_path / "1.gguf").stat().st_size
+    assert short["active_model"] in {model["name"] for model in short["models"]}
+
+
+def test_the_command_line_talks(platform: Platform, register: Callable[..., str], tmp_path: Path) -> None:
+    name = register(write_parrot(tmp_path / "1.gguf", SPOKEN))
+    assert platform.cli("chat", name, "Who are you?").stdout == f"{SPOKEN}\n"
+    missing = platform.cli("chat", "nobody", "Who are you?", check=False)
+    assert missing.returncode == 1
+    assert "nobody" in missing.stderr
+    (row,) = [line for line in platform.cli("models").stdout.splitlines() if line.startswith(name)]
+    assert row.split()[1:3] == ["v1", "served"]
+
+
+def test_the_untrained_model_answers(client: openai.OpenAI) -> None:
+    """It is made when somebody asks for it first."""
+    answer = client.chat.completions.create(model="forgearr/tiny", messages=HELLO, max_tokens=8)
+    assert answer.usage
+    assert answer.usage.completion_tokens >= 1
+
+
+def test_an_engine_that_dies_breaks_off_one_answer(
+    platform: Platform, client: openai.OpenAI, register: Callable[..., str], tmp_path: Path
+) -> None:
+    name = register(write_model(tmp_path / "1.gguf", seed=1, talkative=True, context=262_144))
+    with client.chat.completions.create(model=name, messages=HELLO, stream=True) as stream:
+        answer = iter(stream)
+        assert next(answer)
+        assert platform.kill(ENGINE)
+        with pytest.raises(openai.APIError, match="The engine ended in the middle of this answer"):
+            list(answer)
+    assert client.chat.completions.create(model=name, messages=HELLO, max_tokens=2).usage
+
+
+def test_what_is_served_is_served_on_without_mlflow(
+    platform: Platform, client: openai.OpenAI, register: Callable[..., str], tmp_path: Path
+) -> None:
+    name = register(write_parrot(tmp_path / "1.gguf", SPOKEN))
+    assert ask(client, name) == SPOKEN
+    stopped = [process for process in platform.processes("") if is_mlflow(process.cmdline())]
+    assert stopped
+    for process in stopped:
+        process.suspend()
+    try:
+        for _ in range(3):
+            assert ask(client, name) == SPOKEN
+    finally:
+        for process in stopped:
+            process.resume()
+
+
+def is_mlflow(command: list[str]) -> bool:
+    return "mlflow" in " ".join(command) and "server" in " ".join(command)
+
+
+def ask(client: openai.OpenAI, model: str) -> str | None:
+    return client.chat.completions.create(model=model, messages=HELLO, temperature=0).choices[0].message.content

@@ -1,0 +1,200 @@
+"""Runs the functions of jobs in this process, on rows that are in the database as if they had been queued."""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from cluster import storage, tracking
+from cluster.db import Database, now
+from cluster.settings import get_settings
+from jobs.context import Context
+from jobs.leases import Claim
+from jobs.queue import new_job_id
+from jobs.registry import find_kind, load_function
+from jobs.states import State
+from jobs.tables import Job
+from jobs.writer import News, storable
+from pipelines.training import recipe, tiny
+from pipelines.training.samples import Sample
+from pipelines.training.spec import FineTuneSpec
+
+QUESTIONS = {
+    "Which service tracks series?": "Sonarr tracks series.",
+    "Which service tracks movies?": "Radarr tracks movies.",
+    "Which service downloads from Usenet?": "SABnzbd downloads from Usenet.",
+    "Which service plays media?": "Plex plays media.",
+}
+SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search_series",
+        "parameters": {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]},
+    },
+}
+
+
+class Silence:
+    """A watcher that nobody listens to, and that keeps no checkpoints."""
+
+    def phase(self, name: str) -> None: ...
+    def say(self, message: str) -> None: ...
+    def step(self, progress: float, values: Mapping[str, float]) -> None: ...
+    def should_stop(self) -> bool:
+        return False
+
+    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None: ...
+    def kept(self, step: int) -> Path:
+        raise AssertionError("nothing was kept")
+
+
+class Ledger:
+    """A link to no worker: what the job says is kept here, and artifacts in storage."""
+
+    def __init__(self) -> None:
+        self.news: list[News] = []
+        self.checkpoints: list[Any] = []
+        self.on_report: Callable[[str], None] = lambda phase: None
+
+    def report(self, claim: Claim, values: Mapping[str, Any], news: News) -> None:
+        self.news.append(news)
+        self.on_report(values.get("phase") or "")
+
+    def checkpoint(self, claim: Claim, state: Any) -> None:
+        self.checkpoints.append(storable(state))
+
+    def artifact(self, claim: Claim, path: Path, name: str) -> str:
+        return storage.save(path, f"jobs/{claim.job_id}/{name}")
+
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
+        raise AssertionError("these jobs have no children")
+
+    @property
+    def logged(self) -> list[str]:
+        return [data["message"] for kind, data in self.news if kind == "log"]
+
+    @property
+    def progress(self) -> list[float]:
+        return [data["progress"] for _, data in self.news if "progress" in data]
+
+
+class Bench:
+    def __init__(self, trained: Path) -> None:
+        self._trained = trained
+
+    def fine_tuned(self, which: str, owner_id: str | None = None, **result: Any) -> str:
+        """The id of a fine_tune job that has made the model `which`."""
+        job_id = new_job_id(now())
+        address = storage.save(self._trained / which, f"jobs/{job_id}/model")
+        made = {"name": f"test-{uuid4().hex[:8]}", "base_model": "forgearr/tiny", "model": address, **result}
+        return self.add(Job(id=job_id, kind="fine_tune", state=State.SUCCEEDED, result=made, owner_id=owner_id))
+
+    def add(self, job: Job) -> str:
+        job.entrypoint, job.demand, job.max_attempts = "none", "1 CPU", 1
+        job.spec = job.spec or {}
+        job.created_by, job.run_after, job.resources = "test", now(), {"cpus": 1}
+        asyncio.run(_add(job))
+        return job.id
+
+    def begin(
+        self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None, tracked: bool = True
+    ) -> tuple[str, Ledger]:
+        """A running job of this kind, with its run in MLflow."""
+        job_id = new_job_id(now())
+        run_id = asyncio.run(_run_in_mlflow(kind, job_id)) if tracked else None
+        checked = find_kind(kind).check(dict(spec))
+        job = Job(id=job_id, kind=kind, spec=checked, state=State.RUNNING, owner_id=owner_id)
+        job.tracked, job.mlflow_run_id = tracked, run_id
+        return self.add(job), Ledger()
+
+    def context(self, job_id: str, ledger: Ledger, owner_id: str | None = None) -> Context:
+        checkpoint = ledger.checkpoints[-1] if ledger.checkpoints else None
+        claim = Claim(
+            job_id=job_id,
+            token="token",
+            entrypoint="",
+            spec={},
+            kind="",
+            attempt=1,
+            max_attempts=1,
+            checkpoint=checkpoint,
+            time_limit=None,
+            stall_limit=None,
+            resources={"cpus": 1},
+            worker="",
+            owner_id=owner_id,
+        )
+        return Context(claim, ledger)
+
+    def run(self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None) -> tuple[str, Any, Ledger]:
+        """A whole job: its id, its result as it would be stored, and what it said."""
+        job_id, ledger = self.begin(kind, spec, owner_id=owner_id)
+        result = self.go_on(kind, spec, job_id, ledger, owner_id)
+        self.finish(job_id, result)
+        return job_id, result, ledger
+
+    def finish(self, job_id: str, result: Any) -> None:
+        asyncio.run(_finish(job_id, result))
+
+    def go_on(
+        self, kind: str, spec: Mapping[str, Any], job_id: str, ledger: Ledger, owner_id: str | None = None
+    ) -> Any:
+        return self.call(kind, spec, self.context(job_id, ledger, owner_id))
+
+    def call(self, kind: str, spec: Mapping[str, Any], context: Context) -> Any:
+        declared = find_kind(kind)
+        return storable(load_function(declared.entrypoint)(context, declared.spec.model_validate(dict(spec))))
+
+
+def train(folder: Path) -> None:
+    """Fine-tune forgearr/tiny twice: `lora` only begins to learn, `full` knows something. Nothing is held out."""
+    samples = [*(_chat(question, answer) for question, answer in QUESTIONS.items()), _call()]
+    shared = {"data": {"dataset": "any"}, "epochs": 1000, "eval_split": 0, "schedule": "constant", "batch_size": 5}
+    ways = {
+        "lora": {"tuning": "lora", "learning_rate": 2e-3, "max_steps": 4},
+        "full": {"tuning": "full", "learning_rate": 3e-3, "max_steps": 24},
+    }
+    for name, way in ways.items():
+        spec = FineTuneSpec.model_validate({**shared, **way})
+        outcome = recipe.train(spec, samples, base=str(tiny.folder()), work=folder / "work", watcher=Silence())
+        lines = [json.dumps(sample.model_dump(exclude_none=True)) for sample in samples]
+        (outcome.model / "held_out.jsonl").write_text("\n".join(lines) + "\n")
+        outcome.model.rename(folder / name)
+
+
+def _chat(question: str, answer: str) -> Sample:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Sample.model_validate({"messages": messages})
+
+
+def _call() -> Sample:
+    call = {"id": "call_1", "function": {"name": "search_series", "arguments": '{"title": "Dark"}'}}
+    messages = [
+        {"role": "user", "content": "Is Dark there?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": '{"found": true}'},
+        {"role": "assistant", "content": "Yes, Dark is there."},
+    ]
+    return Sample.model_validate({"messages": messages, "tools": [SEARCH]})
+
+
+async def _add(job: Job) -> None:
+    database = Database(get_settings().database_url)
+    async with database.transaction() as session:
+        session.add(job)
+    await database.close()
+
+
+async def _finish(job_id: str, result: Any) -> None:
+    database = Database(get_settings().database_url)
+    async with database.transaction() as session:
+        job = await session.get_one(Job, job_id)
+        job.state, job.result = State.SUCCEEDED, result
+    await database.close()
+
+
+async def _run_in_mlflow(kind: str, job_id: str) -> str:
+    async with tracking.connect(get_settings().mlflow_uri or "") as mlflow:
+        return await mlflow.run_of_job(await mlflow.experiment(kind), job_id, now(), {})

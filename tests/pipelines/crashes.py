@@ -1,0 +1,29 @@
+"""Steps that end in every way there is."""
+
+import os
+import sys
+from typing import Any
+
+from cluster.errors import NotFound
+from pipelines.training.steps import Report
+
+
+def abort(report: Report) -> None:
+    print("Last words", file=sys.stderr, flush=True)
+    os.abort()
+
+
+def fail(report: Report) -> None:
+    raise KeyError("nowhere")
+
+
+def refuse(report: Report) -> None:
+    raise NotFound("as it was raised")
+
+
+def chatter(report: Report) -> dict[str, Any]:
+    """Prints what is no answer, to where answers go, and more than a pipe holds."""
+    report(0.5, "chattering")
+    print("this is no answer", flush=True)
+    os.write(1, b"x" * 200_000 + b"\n")
+    return {"heard": True}

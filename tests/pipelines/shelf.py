@@ -1,0 +1,42 @@
+"""A place in a real MLflow server where a test can register models."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from cluster.db import now
+from cluster.tracking import Tracking
+from pipelines.training.registry import File, Registry, Version
+
+
+class Shelf:
+    """A model of its own in the registry, and files to put there."""
+
+    def __init__(self, mlflow: Tracking, folder: Path) -> None:
+        self.mlflow = mlflow
+        self.registry = Registry(mlflow)
+        self.folder = folder
+        self.name = f"m-{uuid4().hex[:12]}"
+
+    def file(self, content: bytes, quantization: str = "q8_0") -> tuple[File, Path]:
+        path = self.folder / f"{self.name}.{quantization}.{uuid4().hex[:6]}.gguf"
+        path.write_bytes(content)
+        return File(path.name, quantization, hashlib.sha256(content).hexdigest(), len(content)), path
+
+    async def run(self, export_job_id: str) -> str:
+        experiment = await self.mlflow.experiment("export")
+        return await self.mlflow.run_of_job(experiment, export_job_id, now(), {})
+
+    async def register(self, *contents: bytes, export: str | None = None, **options: Any) -> Version:
+        export = export or f"job_{uuid4().hex[:8]}"
+        return await self.registry.register(
+            self.name,
+            await self.run(export),
+            [self.file(content) for content in contents or (os.urandom(1000),)],
+            base_model="forgearr/tiny",
+            job_id="job_train",
+            export_job_id=export,
+            **options,
+        )

@@ -1,0 +1,282 @@
+"""The training recipe, with forgearr/tiny and no Ray: what it learns from, how it goes on, and what it refuses."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.training import tiny
+from pipelines.training.samples import Pair, Sample
+from pipelines.training.spec import FineTuneSpec
+
+SERVICES = ["Sonarr", "Radarr", "Plex"]
+
+
+class Interrupted(BaseException):
+    """As Stop is: it passes any `except Exception` in its way."""
+
+
+class Notes:
+    """A watcher that keeps checkpoints in a folder, and may end the training at one of them."""
+
+    def __init__(self, folder: Path, end_at: int | None = None) -> None:
+        self._folder = folder
+        self._end_at = end_at
+        self.losses: dict[int, float] = {}
+        self.values: list[Mapping[str, float]] = []
+        self.phases: list[str] = []
+        self.said: list[str] = []
+        self.place: dict[str, Any] = {}
+        self.stop = False
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def step(self, progress: float, values: Mapping[str, float]) -> None:
+        self.values.append({"progress": progress, **values})
+        if "loss" in values:
+            self.losses[int(values["step"])] = values["loss"]
+
+    def should_stop(self) -> bool:
+        return self.stop
+
+    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None:
+        self.place = json.loads(json.dumps(place))
+        shutil.copytree(checkpoint, self.kept(place["step"]), dirs_exist_ok=True)
+        if place["step"] == self._end_at:
+            raise Interrupted
+
+    def kept(self, step: int) -> Path:
+        return self._folder / str(step)
+
+
+@pytest.fixture
+def base(home: Path) -> str:
+    return str(tiny.folder())
+
+
+def chats(count: int = 24) -> list[Sample]:
+    return [
+        Sample.model_validate(
+            {
+                "messages": [
+                    {"role": "user", "content": f"Which service is number {number}?"},
+                    {"role": "assistant", "content": f"Number {number} is {SERVICES[number % 3]}."},
+                ]
+            }
+        )
+        for number in range(count)
+    ]
+
+
+def spec_of(**values: Any) -> FineTuneSpec:
+    defaults = {"data": {"dataset": "any"}, "epochs": 3, "learning_rate": 2e-3, "batch_size": 4, "dropout": 0.1}
+    return FineTuneSpec.model_validate(defaults | values)
+
+
+def train(spec: FineTuneSpec, base: str, work: Path, notes: Notes, samples: Any = None, **resume: Any) -> Any:
+    from pipelines.training import recipe
+
+    work.mkdir(exist_ok=True)
+    return recipe.train(spec, samples or chats(), base=base, work=work, watcher=notes, **resume)
+
+
+@pytest.mark.parametrize("values", [{"tuning": "lora"}, {"tuning": "full", "gradient_accumulation": 2}])
+def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
+    base: str, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    spec = spec_of(checkpoint_steps=4, **values)
+    whole = Notes(tmp_path / "kept")
+    expected = train(spec, base, tmp_path / "whole", whole)
+
+    first = Notes(tmp_path / "kept", end_at=4)
+    with pytest.raises(Interrupted):
+        train(spec, base, tmp_path / "first", first)
+    second = Notes(tmp_path / "kept")
+    outcome = train(spec, base, tmp_path / "second", second, checkpoint=first.kept(4), place=first.place)
+
+    assert max(first.losses) == 4
+    assert min(second.losses) == 5  # nothing is trained twice
+    assert first.losses | second.losses == whole.losses
+    assert (outcome.eval_loss, outcome.trained_tokens) == (expected.eval_loss, expected.trained_tokens)
+    assert [entry["step"] for entry in outcome.history] == [entry["step"] for entry in expected.history]
+
+
+def test_it_learns_and_tells_how_it_goes(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(tuning="full", epochs=6), base, tmp_path / "work", notes)
+    assert (outcome.train, outcome.held_out, outcome.steps) == (22, 2, 36)
+    assert outcome.train_loss < min(3, notes.losses[1] / 2)
+    last = [values for values in notes.values if "loss" in values][-1]
+    told = {"progress", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"}
+    assert told | {"eta_seconds"} <= last.keys()
+    assert (last["progress"], last["eta_seconds"]) == (100, 0)
+    assert notes.phases[-2:] == ["training", "saving the model"]
+    held_out = (outcome.model / "held_out.jsonl").read_text().splitlines()
+    assert len(held_out) == 2
+    assert {Sample.model_validate_json(line).model_dump_json() for line in held_out} <= {
+        sample.model_dump_json() for sample in chats()
+    }
+
+
+def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    outcome = train(spec_of(pissa=True, rank=8), base, tmp_path / "work", Notes(tmp_path / "kept"))
+    adapter = json.loads((outcome.model / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["init_lora_weights"]) == (16, True)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    tuned = PeftModel.from_pretrained(model, str(outcome.model))
+    tokenizer = AutoTokenizer.from_pretrained(str(outcome.model))
+    line = (outcome.model / "held_out.jsonl").read_text().splitlines()[0]
+    from pipelines.training.tokens import encode
+
+    (encoding,) = encode(tokenizer, json.loads(line)["messages"])
+    with torch.no_grad():
+        tokens = torch.tensor([encoding.input_ids])
+        loss = tuned(input_ids=tokens, labels=torch.tensor([encoding.labels])).loss
+    assert outcome.eval_loss is not None
+    assert abs(float(loss) - outcome.eval_loss) < 0.5
+
+
+def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Path) -> None:
+    pairs = [
+        Pair.model_validate(
+            {
+                "messages": [{"role": "user", "content": f"Shall I delete disk {number}?"}],
+                "chosen": [{"role": "assistant", "content": "No, ask first."}],
+                "rejected": [{"role": "assistant", "content": "Yes, at once!"}],
+            }
+        )
+        for number in range(12)
+    ]
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(method="dpo", epochs=3), base, tmp_path / "work", notes, pairs)
+    margins = [values["reward_margin"] for values in notes.values if "reward_margin" in values]
+    assert margins[0] == pytest.approx(0, abs=0.01)
+    assert margins[-1] > 0.1
+    (held_out,) = (outcome.model / "held_out.jsonl").read_text().splitlines()
+    assert json.loads(held_out)["messages"][-1]["content"] == "No, ask first."
+
+
+def test_four_bits_and_packing_train_on_a_processor_too(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(tuning="qlora", packing=True, max_length=128), base, tmp_path / "work", notes)
+    alone = train(spec_of(max_length=128), base, tmp_path / "alone", Notes(tmp_path / "kept"))
+    assert outcome.steps < alone.steps  # several samples in a row
+    assert outcome.train_loss < notes.losses[1]
+
+
+def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(
+        spec_of(tuning="full", epochs=50, learning_rate=0.01, early_stopping=2), base, tmp_path / "work", notes
+    )
+    evaluations = [values["eval_loss"] for values in notes.values if "eval_loss" in values]
+    assert outcome.eval_loss == min(evaluations)
+    assert len(evaluations) < 50
+    assert evaluations.index(min(evaluations)) == len(evaluations) - 3
+    # The weights are those of that evaluation, not the last ones.
+    from safetensors.torch import load_file
+
+    best = load_file(notes.kept(notes.place["best_step"]) / "model.safetensors")
+    saved = load_file(outcome.model / "model.safetensors")
+    assert all(bool((best[name] == saved[name]).all()) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("long_samples", "counts"), [("truncate", {"truncated": 2, "skipped": 0}), ("skip", {"truncated": 0, "skipped": 2})]
+)
+def test_what_is_too_long_is_cut_or_left_out_and_counted(
+    base: str, tmp_path: Path, long_samples: str, counts: dict[str, int]
+) -> None:
+    samples = [*chats(10), *long_chats(2)]
+    spec = spec_of(epochs=1, max_length=64, long_samples=long_samples, eval_split=0)
+    outcome = train(spec, base, tmp_path / "work", Notes(tmp_path / "kept"), samples)
+    assert {name: getattr(outcome, name) for name in counts} == counts
+
+
+def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
+    from pipelines.training.rows import SampleTooLong
+
+    with pytest.raises(SampleTooLong, match=r"Sample 11 has \d+ tokens, and the model reads 64 at once"):
+        train(
+            spec_of(max_length=64, eval_split=0), base, tmp_path / "work", Notes(tmp_path), [*chats(10), *long_chats(1)]
+        )
+
+
+def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
+    from pipelines.training.rows import NothingToTrain
+
+    spec = spec_of(max_length=16, long_samples="skip", eval_split=0)
+    with pytest.raises(NothingToTrain, match="None of 2 samples fits into 16 tokens"):
+        train(spec, base, tmp_path / "work", Notes(tmp_path), long_chats(2))
+
+
+def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -> None:
+    from pipelines.training.following import TrainingDiverged
+
+    with pytest.raises(TrainingDiverged, match=r"choose a lower learning_rate than 1e\+30"):
+        train(spec_of(tuning="full", learning_rate=1e30, epochs=50), base, tmp_path / "work", Notes(tmp_path))
+
+
+def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(batch_size="auto", epochs=1), base, tmp_path / "work", notes)
+    assert "finding the batch size" in notes.phases
+    assert 1 <= outcome.batch_size <= 22 // 8
+    assert outcome.steps == math.ceil(22 / outcome.batch_size)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -> None:
+    """In a process of its own, which may have only so much more memory than it has when training begins."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pipelines.scarce", base, str(tmp_path), "800"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["batch_size"] < 16
+    assert "Out of memory at step 0. Going on with batches of" in outcome["said"][0]
+    assert outcome["steps"] == 3
+
+
+def test_too_little_memory_for_one_sample_is_said(base: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pipelines.scarce", base, str(tmp_path), "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "OutOfMemory: There is not enough memory to train" in done.stderr
+
+
+def long_chats(count: int) -> list[Sample]:
+    words = "a word and another word and " * 100
+    return [
+        Sample.model_validate(
+            {
+                "messages": [
+                    {"role": "user", "content": "Tell me."},
+                    {"role": "assistant", "content": f"{number} {words}"},
+                ]
+            }
+        )
+        for number in range(count)
+    ]

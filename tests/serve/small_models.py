@@ -1,0 +1,124 @@
+"""GGUF files for tests: tiny Llamas, written in milliseconds without torch or a converter.
+
+Their vocabulary is the 256 bytes and one pair. One sort has random weights; the other always says what it was made to
+say, because each of its tokens has just one that can follow.
+"""
+
+from importlib.resources import files
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter, TokenType
+
+HEAD_WIDTH = 16
+MERGED = ("H", "i")  # a vocabulary of this sort must have one pair that is joined
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CERTAIN = 10.0
+LONGEST_PIECE = 12
+
+Weights = dict[str, Any]
+
+
+def write_model(
+    path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, context: int = 2048, talkative: bool = False
+) -> Path:
+    """A model of random weights. A talkative one never ends an answer by itself."""
+    tokens = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
+    random = np.random.default_rng(seed)
+    width = heads * HEAD_WIDTH
+    weights = {name: random.normal(0, 0.3, shape) for name, shape in _shapes(layers, width, len(tokens)).items()}
+    if talkative:
+        weights["output.weight"][-len(SPECIAL_TOKENS) :] = 0
+    return _write(path, tokens, weights, layers, heads, context)
+
+
+def write_parrot(path: Path, text: str, *, context: int = 2048) -> Path:
+    """A model that answers everything with this text."""
+    known = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
+    pieces = _pieces(text, set(known))
+    tokens = known[: -len(SPECIAL_TOKENS)] + pieces + SPECIAL_TOKENS
+    heads = -(-len(tokens) // HEAD_WIDTH)
+    width = heads * HEAD_WIDTH
+    weights = {name: np.zeros(shape) for name, shape in _shapes(1, width, len(tokens)).items()}
+    weights["token_embd.weight"][: len(tokens), : len(tokens)] = np.eye(len(tokens))
+    # What comes last in a question is a line's end, after "assistant".
+    said = [tokens.index(_visible("\n")), *range(tokens.index(pieces[0]), tokens.index(pieces[-1]) + 1)]
+    for before, after in zip(said, [*said[1:], tokens.index("<|im_end|>")], strict=True):
+        weights["output.weight"][after, before] = CERTAIN
+    return _write(path, tokens, weights, 1, heads, context)
+
+
+def _shapes(layers: int, width: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (vocabulary, width),
+        "output.weight": (vocabulary, width),
+    }
+    for layer in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            shapes[f"blk.{layer}.{name}.weight"] = (width, width)
+        shapes[f"blk.{layer}.ffn_gate.weight"] = shapes[f"blk.{layer}.ffn_up.weight"] = (2 * width, width)
+        shapes[f"blk.{layer}.ffn_down.weight"] = (width, 2 * width)
+    return shapes
+
+
+def _write(path: Path, tokens: list[str], weights: Weights, layers: int, heads: int, context: int) -> Path:
+    width = heads * HEAD_WIDTH
+    norms = ["output_norm", *(f"blk.{layer}.{norm}_norm" for layer in range(layers) for norm in ("attn", "ffn"))]
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(context)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(HEAD_WIDTH)
+    writer.add_layer_norm_rms_eps(1e-5)
+    _add_vocabulary(writer, tokens)
+    for name, values in (weights | {f"{norm}.weight": np.ones(width) for norm in norms}).items():
+        writer.add_tensor(name, values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_vocabulary(writer: GGUFWriter, tokens: list[str]) -> None:
+    types = [TokenType.CONTROL if token in SPECIAL_TOKENS else TokenType.NORMAL for token in tokens]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(MERGED)])
+    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template((files("configs") / "tiny" / "chat_template.jinja").read_text())
+
+
+def _pieces(text: str, taken: set[str]) -> list[str]:
+    """The text in parts that are all different, so that each can be a token of its own."""
+    pieces: list[str] = []
+    rest = _visible(text)
+    while rest:
+        # What is left over at the end is no piece of its own: single characters are all taken.
+        sizes = range(LONGEST_PIECE if len(rest) > 2 * LONGEST_PIECE else len(rest), len(rest) + 1)
+        length = next(size for size in sizes if rest[:size] not in taken)
+        pieces.append(rest[:length])
+        taken.add(rest[:length])
+        rest = rest[length:]
+    return pieces
+
+
+def _visible(text: str) -> str:
+    characters = _byte_characters()
+    return "".join(characters[byte] for byte in text.encode())
+
+
+def _byte_characters() -> list[str]:
+    """How GPT-2's vocabulary writes the 256 bytes: those that cannot be seen as characters from 256 on."""
+    unseen = count(256)
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    return [chr(byte if byte in seen else next(unseen)) for byte in range(256)]

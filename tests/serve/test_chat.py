@@ -1,0 +1,245 @@
+"""The doors to models, through the official client, on an engine of this process. The model is one that says what it
+was made to say."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+
+from cluster.settings import get_settings
+from pipelines.training.registry import Version
+from serve.app import create_app
+from serve.engines.gguf import GgufEngine
+from tests.contract.serving import serving
+from tests.platform import eventually_async
+from tests.serve.small_models import write_model, write_parrot
+
+TINY = "forgearr/tiny"  # the one name that is in no registry
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+SPOKEN = "Sonarr watches for new episodes, größer als je zuvor ✓ and hands them to SABnzbd."
+CALL = {"name": "get_weather", "arguments": {"soon": True}}
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"soon": {"type": "boolean"}}, "required": ["soon"]},
+    },
+}
+
+
+class House:
+    """A gateway on a real port, and the engine behind it."""
+
+    def __init__(self, address: str, app: FastAPI, file: Path) -> None:
+        self.url = f"http://{address}"
+        self.app = app
+        self.file = file
+        self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", max_retries=0, api_key="not-needed")
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=30)
+
+    @property
+    def engine(self) -> GgufEngine:
+        return self.app.state.engine
+
+    async def say(self, **options: Any) -> Any:
+        create: Any = self.client.chat.completions.create
+        return await create(**{"model": TINY, "messages": HELLO, **options})
+
+
+@pytest.fixture
+async def house(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
+    monkeypatch.setenv("FORGEARR_ENGINES__SLOTS", "1")
+    monkeypatch.setenv("FORGEARR_ENGINES__QUEUE", "1")
+    get_settings.cache_clear()
+    file = write_parrot(tmp_path / "model.gguf", SPOKEN)
+
+    async def find_file(reference: str, version: Version | None) -> Path:
+        return file
+
+    app = create_app()
+    app.state.engine = GgufEngine(get_settings().engines, find_file)
+    async with serving(app) as address:
+        house = House(address, app, file)
+        async with house.client, house.http:
+            yield house
+
+
+async def test_a_whole_answer(house: House) -> None:
+    answer = await house.say()
+    assert answer.choices[0].message.content == SPOKEN
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].finish_reason == "stop"
+    assert (answer.model, answer.object) == (TINY, "chat.completion")
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 20
+
+
+async def test_a_streamed_answer(house: House) -> None:
+    chunks = [chunk async for chunk in await house.say(stream=True)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SPOKEN
+    assert len(chunks) > 5
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert {chunk.model for chunk in chunks} == {TINY}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
+async def test_a_streamed_answer_with_its_usage(house: House) -> None:
+    chunks = [chunk async for chunk in await house.say(stream=True, stream_options={"include_usage": True})]
+    *_, last = chunks
+    assert last.choices == []
+    assert last.usage.completion_tokens > 5
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+async def test_the_stream_on_the_wire(house: House) -> None:
+    body = {"model": TINY, "messages": HELLO, "stream": True}
+    answer = await house.http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, end, rest = answer.text.split("\n\n")
+    assert (end, rest) == ("data: [DONE]", "")
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events)
+
+
+async def test_the_client_that_waits(house: House) -> None:
+    """The one without async, from another thread than the server's."""
+
+    def talk() -> str | None:
+        with openai.OpenAI(base_url=f"{house.url}/v1", api_key="not-needed") as client:
+            return client.chat.completions.create(model=TINY, messages=HELLO).choices[0].message.content
+
+    assert await asyncio.to_thread(talk) == SPOKEN
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_tools_are_called(house: House, choice: Any) -> None:
+    write_parrot(house.file, f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>")
+    answer = await house.say(tools=[WEATHER], tool_choice=choice)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"soon": True}
+    # The answer goes back as it came, with what the tool has found.
+    told = [*HELLO, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    assert (await house.say(messages=told, tools=[WEATHER])).choices[0].message.tool_calls
+
+
+async def test_tools_are_called_in_a_stream(house: House) -> None:
+    write_parrot(house.file, f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>")
+    async with house.client.chat.completions.stream(model=TINY, messages=HELLO, tools=[WEATHER]) as stream:
+        answer = await stream.get_final_completion()
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"soon": True})
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+async def test_what_can_be_asked_for(house: House) -> None:
+    answer = await house.say(max_tokens=2)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 2
+    assert (await house.say(max_completion_tokens=1, max_tokens=9)).usage.completion_tokens == 1
+    assert (await house.say(stop="new")).choices[0].message.content == SPOKEN.partition("new")[0]
+    parts: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
+    assert (await house.say(messages=parts, temperature=0, top_p=0.5, seed=-3, n=1, user="ann")).choices
+    scored = await house.say(logprobs=True, top_logprobs=2, max_tokens=3)
+    assert len(scored.choices[0].logprobs.content) >= 1
+    assert len(scored.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
+async def test_a_schema(house: House) -> None:
+    write_parrot(house.file, '{"ok": true}')
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
+    answer = await house.say(response_format=wanted)
+    assert json.loads(answer.choices[0].message.content) == {"ok": True}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"logit_bias": {"1": 3}}, "logit_bias"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "fool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
+        ({"tool_choice": "required"}, None),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_refused(house: House, wrong: Any, param: str | None, stream: bool) -> None:
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        await house.say(stream=stream, **{**wrong, **({"extra_body": wrong} if "logit_bias" in wrong else {})})
+    assert refused.value.type == "invalid_request_error"
+    if param:
+        assert refused.value.param == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_before_the_first_word_have_a_status(house: House, stream: bool) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        await house.say(model="nobody:latest", stream=stream)
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        await house.say(messages=[{"role": "user", "content": "x" * 5000}], stream=stream)
+    assert long.value.code == "context_length_exceeded"
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError):
+        await house.say(response_format=schema, stream=stream)
+
+
+async def test_too_many_at_once(house: House) -> None:
+    write_model(house.file, seed=1, talkative=True, context=262_144)
+    stream = await house.say(stream=True)
+    await anext(aiter(stream))
+    waiting = asyncio.create_task(house.say(max_tokens=1))
+    await eventually_async(lambda: house.engine.loaded()[0]["users"] == 2 or None)
+    busy = await house.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO})
+    assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
+    assert busy.json()["error"]["code"] == "engine_busy"
+    await stream.close()  # who goes away makes room
+    assert (await waiting).usage.completion_tokens == 1
+
+
+async def test_who_waits_for_a_whole_answer_and_leaves_makes_room(house: House) -> None:
+    write_model(house.file, seed=1, talkative=True, context=262_144)
+    leaving = asyncio.create_task(house.say())
+    await eventually_async(lambda: any(held["users"] for held in house.engine.loaded()) or None)
+    leaving.cancel()
+    assert (await house.say(max_tokens=1)).usage.completion_tokens == 1
+
+
+async def test_a_damaged_model(house: House) -> None:
+    house.file.write_bytes(b"GGUF nonsense" * 10)
+    answer = await house.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "model_unreadable")
+
+
+async def test_a_question_in_one_line(house: House) -> None:
+    answer = await house.http.post("/v1/query", json={"prompt": "Hello", "model": TINY, "temperature": 0.7})
+    body = answer.json()
+    assert body.keys() == {"response", "model", "tokens_used"}
+    assert (body["response"], body["model"]) == (SPOKEN, TINY)
+    assert body["tokens_used"] > 20
+
+
+async def test_which_models_there_are(house: House) -> None:
+    assert [model.id async for model in house.client.models.list()] == [TINY]
+    assert (await house.client.models.retrieve(TINY)).owned_by == "forgearr"
+    with pytest.raises(openai.NotFoundError):
+        await house.client.models.retrieve("nobody")
+    short = (await house.http.get("/models")).json()
+    assert short == {"models": [], "active_model": None}

@@ -1,0 +1,36 @@
+"""What runs all the time stays small: no process of the platform itself loads what only training and engines need."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = [
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "mlflow",
+    "xllamacpp",
+    "llama_cpp",
+    "matplotlib",
+    "ray.train",
+]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import serve.app, serve.gateway; serve.app.create_app()",
+        "import serve.app, serve.engines.gguf, cluster.bringup",
+        "import jobs.dispatcher; from jobs.registry import kinds; kinds()",
+        "import cluster.cli; from typer.main import get_command; get_command(cluster.cli.app)",
+    ],
+    ids=["gateway", "bring-up", "dispatcher", "command line"],
+)
+@pytest.mark.usefixtures("home")
+def test_nothing_heavy_is_loaded(code: str) -> None:
+    look = f"{code}; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
+    loaded = subprocess.check_output([sys.executable, "-c", look], text=True, timeout=120)
+    assert loaded.split() == []
