@@ -6,11 +6,10 @@ llama.cpp makes the others from them.
 """
 
 import asyncio
-import hashlib
 import json
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ def _make_files(
     }
     proofs = _step(context, "quantizing:finish", request, (40, 75), threads, None)
     exported: list[Exported] = []
-    for (quantization, path), proof in zip(paths.items(), proofs, strict=True):
+    for (quantization, path), proof in zip(paths.items(), proofs[: len(paths)], strict=True):
         if proof["fallbacks"]:
             context.log(
                 f"{quantization}: {proof['fallbacks']} tensors have rows that its blocks do not divide, and are kept "
@@ -161,9 +160,8 @@ def _make_files(
                 "WARNING",
             )
         seconds = proof["seconds"] + (conversion if path == converted else 0)
-        exported.append((_file(path, quantization), path, round(seconds, 3)))
-    context.report(progress=78, phase="hashing")
-    return exported, (_file(adapter_path, "lora"), adapter_path) if adapter_path else None
+        exported.append((_file(path, quantization, proof), path, round(seconds, 3)))
+    return exported, (_file(adapter_path, "lora", proofs[-1]), adapter_path) if adapter_path else None
 
 
 def _step(
@@ -224,10 +222,8 @@ def _weigh(model: Path) -> tuple[int, int]:
     return weights, size
 
 
-def _file(path: Path, quantization: str) -> File:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(path.name, quantization, digest, path.stat().st_size)
+def _file(path: Path, quantization: str, proof: Mapping[str, Any]) -> File:
+    return File(path.name, quantization, proof["sha256"], path.stat().st_size)
 
 
 def _run_id(context: Context) -> str:

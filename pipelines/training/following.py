@@ -66,6 +66,7 @@ class Follower(TrainerCallback):
         self._place = place
         self._saved_at = self._began = time.monotonic()
         self._began_at: tuple[int, int] = (0, 0)  # step and tokens
+        self._save_due = False
         self.saved_step: int | None = None
 
     @property
@@ -93,8 +94,13 @@ class Follower(TrainerCallback):
         due = time.monotonic() - self._saved_at > self._spec.checkpoint_minutes * 60
         every = self._spec.checkpoint_steps
         stop, save = _agreed(self._watcher.should_stop(), due)
-        if stop or save or (every and state.global_step % every == 0):
-            control.should_save = True
+        self._save_due = stop or save or bool(every and state.global_step % every == 0)
+        # What belongs to the end of an epoch, its evaluation above all, must not be lost between save and resume.
+        if not float(state.epoch or 0).is_integer():
+            control.should_save = self._save_due
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = self._save_due
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **news: Any) -> None:
         """Without an improvement for so many evaluations, it is over, and the best one counts."""
@@ -114,6 +120,7 @@ class Follower(TrainerCallback):
         self.saved_step = state.global_step
         shutil.rmtree(checkpoint, ignore_errors=True)  # other processes on this machine do the same
         self._saved_at = time.monotonic()
+        self._save_due = False
 
     def _pace(self, state: TrainerState) -> dict[str, float]:
         step, tokens = self._began_at

@@ -1,10 +1,12 @@
 """Steps of an export that need llama.cpp: quantization, and the proof that a file works. Run by steps.py."""
 
 import ctypes
+import hashlib
 import math
 import re
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,22 +38,29 @@ def finish(
 ) -> list[dict[str, Any]]:
     """Quantize `source` into each of these files that is not there as it is, and prove that all of them work.
 
-    Returns, for each, the seconds it took and how many tensors had to be kept in another type.
+    Returns, for each, its SHA-256, the seconds it took and how many tensors had to be kept in another type; then the
+    same of the adapter. Hashing goes on beside the next file.
     """
     done: list[dict[str, Any]] = []
-    for number, file in enumerate(files):
-        path, quantization = file["path"], file["quantization"]
+    with ThreadPoolExecutor(1) as beside:
+        hashes: list[Future[str]] = []
+        for number, file in enumerate(files):
+            path, quantization = file["path"], file["quantization"]
 
-        def tell(part: float, doing: str, number: int = number) -> None:
-            report((number + part) / len(files), doing)
+            def tell(part: float, doing: str, number: int = number) -> None:
+                report((number + part) / len(files), doing)
 
-        started = time.monotonic()
-        fallbacks = 0 if path == source else _quantize(source, path, quantization, threads, tell)
-        prove(path, threads, tell)
-        done.append({"seconds": time.monotonic() - started, "fallbacks": fallbacks})
-    if adapter is not None:
-        prove(files[0]["path"], threads, report, adapter)
-    return done
+            started = time.monotonic()
+            fallbacks = 0 if path == source else _quantize(source, path, quantization, threads, tell)
+            hashes.append(beside.submit(_hash, path))
+            prove(path, threads, tell)
+            done.append({"seconds": time.monotonic() - started, "fallbacks": fallbacks})
+        if adapter is not None:
+            started = time.monotonic()
+            hashes.append(beside.submit(_hash, adapter))
+            prove(files[0]["path"], threads, report, adapter)
+            done.append({"seconds": time.monotonic() - started, "fallbacks": 0})
+        return [{**told, "sha256": digest.result()} for told, digest in zip(done, hashes, strict=True)]
 
 
 def prove(path: str, threads: int, report: Report, adapter: str | None = None) -> None:
@@ -95,6 +104,11 @@ def _quantize(source: str, path: str, quantization: str, threads: int, report: R
     if failed:
         raise QuantizationFailed(f"llama.cpp could not quantize to {quantization}: {_errors(lines)}")
     return sum("falling back to" in line for _, line in lines)
+
+
+def _hash(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -99,9 +99,11 @@ class _News:
         self.arrived = threading.Event()
         self._told: tuple[float, str] | None = None
         self.last = "starting"
+        self._part = 0.0
 
     def tell(self, part: float, doing: str) -> None:
-        self._told, self.last = (part, doing), doing
+        self._part = max(part, self._part)  # a second bar begins at 0 again
+        self._told, self.last = (self._part, doing), doing
         self.arrived.set()
 
     def take(self) -> tuple[float, str] | None:

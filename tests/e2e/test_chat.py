@@ -1,4 +1,4 @@
-"""Talking to models on a whole platform with two engines: through Serve, through the command line, and when parts die."""
+"""Talking to models on a whole platform with two engines: through Serve, the command line, and when parts die."""
 
 import asyncio
 from collections.abc import Callable, Iterator

@@ -94,7 +94,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         await session.execute(update(Leadership).values(tracked_until=last_told))
         held = {"state": State.RUNNING, "worker": "gone", "lease_token": "t", "lease_expires_at": long_ago}
         await session.execute(update(Job).where(Job.id == dead.id).values(**held))
-    claim = Claim("job_x", "t", "sweep", "", {}, None, 1, 3, None, None, {}, "worker-1")
+    claim = Claim("job_x", "t", "sweep", "", {}, None, 1, 3, None, None, {}, "worker-1", None)
     # In a thread, as a worker runs it: it has an event loop of its own.
     swept = await asyncio.to_thread(sweep, Context(claim, Silent()), SweepSpec())
     assert swept == {"idempotency_keys": 1, "leases": 1, "events": 2}

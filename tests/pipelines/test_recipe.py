@@ -90,22 +90,29 @@ def train(spec: FineTuneSpec, base: str, work: Path, notes: Notes, samples: Any 
     return recipe.train(spec, samples or chats(), base=base, work=work, watcher=notes, **resume)
 
 
-@pytest.mark.parametrize("values", [{"tuning": "lora"}, {"tuning": "full", "gradient_accumulation": 2}])
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ({"tuning": "lora"}, 4),  # within an epoch
+        ({"tuning": "lora"}, 6),  # at the end of one
+        ({"tuning": "full", "gradient_accumulation": 2}, 4),
+    ],
+)
 def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
-    base: str, tmp_path: Path, values: dict[str, Any]
+    base: str, tmp_path: Path, values: dict[str, Any], step: int
 ) -> None:
-    spec = spec_of(checkpoint_steps=4, **values)
+    spec = spec_of(checkpoint_steps=step, **values)
     whole = Notes(tmp_path / "kept")
     expected = train(spec, base, tmp_path / "whole", whole)
 
-    first = Notes(tmp_path / "kept", end_at=4)
+    first = Notes(tmp_path / "kept", end_at=step)
     with pytest.raises(Interrupted):
         train(spec, base, tmp_path / "first", first)
     second = Notes(tmp_path / "kept")
-    outcome = train(spec, base, tmp_path / "second", second, checkpoint=first.kept(4), place=first.place)
+    outcome = train(spec, base, tmp_path / "second", second, checkpoint=first.kept(step), place=first.place)
 
-    assert max(first.losses) == 4
-    assert min(second.losses) == 5  # nothing is trained twice
+    assert max(first.losses) == step
+    assert min(second.losses) == step + 1  # nothing is trained twice
     assert first.losses | second.losses == whole.losses
     assert (outcome.eval_loss, outcome.trained_tokens) == (expected.eval_loss, expected.trained_tokens)
     assert [entry["step"] for entry in outcome.history] == [entry["step"] for entry in expected.history]

@@ -1,0 +1,142 @@
+"""A training survives the death of its process, of its node, and of the whole cluster; a full disk costs it nothing."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import embedded
+from cluster.processes import MARK
+from cluster.settings import load_settings
+from tests.platform import Platform, eventually, running_platform
+
+pytestmark = pytest.mark.platform
+
+SPEC: dict[str, Any] = {
+    "data": {"dataset": "demo/homelab"},
+    "epochs": 6,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "dropout": 0.1,
+    "checkpoint_steps": 3,
+}
+STEPS = 36  # six epochs of 43 samples in batches of eight
+SAME = ("steps", "train_loss", "eval_loss", "trained_tokens")
+
+
+@pytest.fixture(scope="module")
+def platform() -> Generator[Platform]:
+    with running_platform({"jobs.lease_seconds": "6", "mlflow.enabled": "false"}) as platform:
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def undisturbed(platform: Platform) -> dict[str, Any]:
+    job = platform.wait_for(platform.submit("fine_tune", spec=SPEC), seconds=180)
+    assert job["state"] == "succeeded", job["error"]
+    return {name: job["result"][name] for name in SAME}
+
+
+def test_its_process_is_killed(platform: Platform, undisturbed: dict[str, Any]) -> None:
+    job_id = platform.submit("fine_tune", spec=SPEC)
+    reached(platform, job_id, step=8)
+    platform.kill("ray::Worker")
+    assert_as_undisturbed(platform, job_id, undisturbed)
+
+
+def test_the_power_is_cut(platform: Platform, undisturbed: dict[str, Any]) -> None:
+    job_id = platform.submit("fine_tune", spec=SPEC)
+    reached(platform, job_id, step=8)
+    platform.cut_the_power()
+    platform.up()
+    assert_as_undisturbed(platform, job_id, undisturbed)
+
+
+def test_its_node_dies(platform: Platform, undisturbed: dict[str, Any]) -> None:
+    first = another_node(platform)
+    job_id = platform.submit("fine_tune", spec={**SPEC, "labels": {"role": "trainer"}})
+    reached(platform, job_id, step=8)
+    kill_all_of(first)
+    eventually(lambda: "role=trainer" in (platform.job(job_id)["waiting_for"] or "") or None, 90)
+    second = another_node(platform)
+    assert_as_undisturbed(platform, job_id, undisturbed)
+    kill_all_of(second)
+
+
+def test_the_disk_is_full_when_it_saves(platform: Platform, undisturbed: dict[str, Any]) -> None:
+    """It fails with a sentence; once there is room again, a retry goes on from the checkpoint before."""
+    job_id = platform.submit("fine_tune", spec=SPEC)
+    reached(platform, job_id, step=4)
+    checkpoints = platform.home / "storage" / "jobs" / job_id / "checkpoints"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(checkpoints)], check=False).returncode:
+        pytest.skip("only an administrator of the machine can mount a small disk")
+    try:
+        job = platform.wait_for(job_id, seconds=60)
+    finally:
+        subprocess.run(["umount", str(checkpoints)], check=True)
+    assert job["state"] == "failed"
+    assert job["error"]["code"] == "disk_full"
+    assert "became full" in job["error"]["message"]
+    platform.http.post(f"/api/v1/jobs/{job_id}/retry").raise_for_status()
+    assert_as_undisturbed(platform, job_id, undisturbed)
+
+
+def reached(platform: Platform, job_id: str, step: int) -> None:
+    def there() -> bool | None:
+        assert platform.job(job_id)["state"] in {"queued", "running"}, platform.job(job_id)["error"]
+        found = platform.http.get(f"/status/{job_id}").json()
+        return (found["current_step"] or 0) >= step or None
+
+    eventually(there, 90)
+
+
+def assert_as_undisturbed(platform: Platform, job_id: str, undisturbed: dict[str, Any]) -> None:
+    """It ended as if nothing had happened, and no step before a checkpoint was trained again."""
+    job = platform.wait_for(job_id, seconds=180)
+    assert job["state"] == "succeeded", job["error"]
+    assert {name: job["result"][name] for name in SAME} == undisturbed
+    saved = 0
+    trained: list[int] = []
+    for event in events(platform, job_id):
+        metrics = event["data"].get("metrics", {})
+        if event["type"] == "checkpoint":
+            saved = event["data"]["state"].get("place", {}).get("step", 0)
+        elif "loss" in metrics:
+            assert metrics["step"] > saved
+            trained.append(int(metrics["step"]))
+    assert set(trained) == set(range(1, STEPS + 1))
+
+
+def events(platform: Platform, job_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    after: int | None = 0
+    while after is not None:
+        page = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500}).json()
+        found += page["items"]
+        after = page["next_after"]
+    return found
+
+
+def another_node(platform: Platform) -> psutil.Process:
+    """A second node of the cluster, on this machine: only it carries the label role=trainer."""
+    environment = {**embedded.environment(load_settings().settings), **platform.environment, MARK: str(platform.home)}
+    address = f"127.0.0.1:{platform.environment['FORGEARR_RAY__PORT']}"
+    ray = [sys.executable, "-m", "cluster.adjusted", "ray", "start", "--block", f"--address={address}"]
+    options = ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--labels=role=trainer", "--object-store-memory=80000000"]
+    with Path(platform.home, "node.log").open("ab") as log:
+        process = subprocess.Popen([*ray, *options], env=environment, stdout=log, stderr=log, start_new_session=True)
+    return psutil.Process(process.pid)
+
+
+def kill_all_of(node: psutil.Process) -> None:
+    """Its raylet, and every process that runs on it."""
+    victims = [node, *node.children(recursive=True)]
+    for victim in victims:
+        victim.kill()
+    psutil.wait_procs(victims, timeout=10)
+    os.waitpid(node.pid, os.WNOHANG) if psutil.pid_exists(node.pid) else None
