@@ -5,7 +5,7 @@ put its own checkpoints. Those hold weights, optimizer, schedule, the place in t
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,7 @@ def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
         context.checkpoint(state)
     dataset = datasets.get(state["dataset"])
     context.input(dataset.name, dataset.digest, dataset.address, samples=dataset.samples)
-    # The base is fetched once, before many processes want it.
-    base = base_models.folder(spec.base_model)
-    return _on_ray_train(context, spec, lambda: _train(context, spec, dataset, base, state))
+    return _on_ray_train(context, spec, lambda: _train(context, spec, dataset, state))
 
 
 def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any]) -> Any:
@@ -66,7 +64,7 @@ def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any])
         raise _cause(failure) from failure
 
 
-def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, base: str, state: dict[str, Any]) -> dict[str, Any]:
+def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[str, Any]) -> dict[str, Any]:
     """What each process does. The result is that of the first one; the others make the same model, and drop it."""
     from pipelines.training import recipe
 
@@ -76,13 +74,16 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, base: str, st
             outcome = recipe.train(
                 spec,
                 datasets.load(dataset),
-                base=base,
+                base=base_models.folder(spec.base_model),
                 work=folder,
                 watcher=watcher,
                 checkpoint=watcher.newest(),
                 place=state.get("place"),
             )
-            return _publish(context, spec, dataset, outcome, folder) if watcher.is_first else {}
+            if not watcher.is_first:
+                return {}
+            context.checkpoint(state)  # nobody else may have gone on with this job meanwhile
+            return _publish(context, spec, dataset, outcome, folder)
         except Exception as error:
             if work.is_full(error, folder):
                 raise work.filled(folder, _size(folder), "Saving the training") from error
@@ -107,7 +108,7 @@ def _publish(
     for name in ("model", "history"):
         told.pop(name)
     return {
-        "name": spec.name,
+        "name": spec.full_name,
         "base_model": spec.base_model,
         "method": spec.method,
         "tuning": spec.tuning,
@@ -162,11 +163,14 @@ class _Watcher:
         kept = {number: address for number, address in before.items() if number in wanted}
         kept[step] = storage.address(name)
         self._state |= {"place": dict(place), "checkpoints": kept}
+        stale = set(before.values()) - set(kept.values())
         try:
             self._context.checkpoint(self._state)
-        finally:  # also when the job pauses here
-            for address in set(before.values()) - set(kept.values()):
-                storage.remove(address)
+        except Stop as stop:
+            if stop.reason == "pause":  # it is saved; for any other reason, the row still names those before
+                _remove(stale)
+            raise
+        _remove(stale)
 
     def kept(self, step: int) -> Path:
         return storage.fetch(self._state["checkpoints"][str(step)], self._folder)
@@ -180,6 +184,11 @@ class _Watcher:
             from torch import distributed
 
             distributed.barrier()
+
+
+def _remove(addresses: Iterable[str]) -> None:
+    for address in addresses:
+        storage.remove(address)
 
 
 def _size(folder: Path) -> int:

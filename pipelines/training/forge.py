@@ -50,7 +50,7 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
     elif spec.deploy:
         context.log(f"Not deployed, because it did not pass: {'; '.join(validated['reasons'])}", "WARNING")
     return {
-        "name": spec.name,
+        "name": spec.full_name,
         "version": exported["version"],
         "passed": validated["passed"],
         "fine_tune": trained,

@@ -61,16 +61,22 @@ async def of(session: AsyncSession, job: Job) -> Progress:
     numbers: dict[str, Any] = {}
     for event in await journal.newest(session, training.id, "progress", limit=20) if training else []:
         numbers = {**event.data.get("metrics", {}), **numbers}
-    epoch, epochs = numbers.pop("epoch", None), math.ceil(job.spec["epochs"])
+    epoch, epochs = numbers.pop("epoch", None), None if job.spec["max_steps"] else math.ceil(job.spec["epochs"])
     step = numbers.pop("step", None)
     return Progress(
         status=_status(job, training),
         progress=_progress(job, steps),
-        current_epoch=None if epoch is None else min(math.floor(epoch) + 1, epochs),
+        current_epoch=None if epoch is None else _current(epoch, epochs),
         total_epochs=epochs,
         current_step=None if step is None else int(step),
         **{name: value for name, value in numbers.items() if name in Progress.__dataclass_fields__},
     )
+
+
+def _current(epoch: float, epochs: int | None) -> int:
+    """The epoch it is in, from 1."""
+    begun = math.floor(epoch) + 1
+    return min(begun, epochs) if epochs else begun
 
 
 async def _steps(session: AsyncSession, job: Job) -> dict[str, Job]:

@@ -78,7 +78,7 @@ class FineTuneSpec(Spec):
     unsloth: bool = Field(default=True, description="Use Unsloth where there is CUDA and it is installed.")
 
     epochs: float = Field(default=3, gt=0, le=10_000)
-    max_steps: int | None = Field(default=None, ge=1, description="Ends the training earlier, or instead of epochs.")
+    max_steps: int | None = Field(default=None, ge=1, description="Instead of epochs.")
     learning_rate: float = Field(default=2e-4, gt=0)
     batch_size: int | Literal["auto"] = Field(default="auto", description="Per worker. auto: found by trying.")
     gradient_accumulation: int = Field(default=1, ge=1, le=4096)
@@ -105,8 +105,12 @@ class FineTuneSpec(Spec):
     gpus_per_worker: float = Field(default=0, ge=0, le=16)
     labels: dict[str, str] = Field(default_factory=dict, description="Labels that a worker's node must carry.")
 
-    suffix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    tags: dict[str, str] = Field(default_factory=dict)
+    suffix: str | None = Field(default=None, pattern=r"^[a-z0-9_-]{1,64}$", description="Added to the name.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Notes; parameters of its run in MLflow.")
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}-{self.suffix}" if self.suffix else self.name
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +129,8 @@ class FineTuneSpec(Spec):
             raise ValueError("packing is for supervised training")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ValueError("gpus_per_worker above 1 are whole ones")
+        if len(self.full_name) > 100:
+            raise ValueError("name and suffix together have 100 characters at most")
         return self
 
 

@@ -85,7 +85,7 @@ def validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
         files = report.write(facts, place)
         addresses = {path.name: context.artifact(path) for path in files}
     if exported:
-        asyncio.run(_judge(exported, passed=not reasons))
+        asyncio.run(_judge(exported, reasons))
     storage.remove(storage.address(_measured_name(context)))
     numbers = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
     context.report(progress=100, phase="passed" if not reasons else "did not pass", **numbers)
@@ -166,9 +166,9 @@ async def _fetch(exported: Made) -> Path:
         return await models.fetch(version)
 
 
-async def _judge(exported: Made, *, passed: bool) -> None:
+async def _judge(exported: Made, reasons: Sequence[str]) -> None:
     async with registry.connect() as models:
-        await models.judge(exported.result["name"], exported.result["version"], passed)
+        await models.judge(exported.result["name"], exported.result["version"], not reasons, reasons)
 
 
 def _measure(

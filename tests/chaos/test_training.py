@@ -1,6 +1,5 @@
 """A training survives the death of its process, of its node, and of the whole cluster; a full disk costs it nothing."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Generator
@@ -122,21 +121,21 @@ def events(platform: Platform, job_id: str) -> list[dict[str, Any]]:
     return found
 
 
-def another_node(platform: Platform) -> psutil.Process:
+def another_node(platform: Platform) -> subprocess.Popen[bytes]:
     """A second node of the cluster, on this machine: only it carries the label role=trainer."""
     environment = {**embedded.environment(load_settings().settings), **platform.environment, MARK: str(platform.home)}
     address = f"127.0.0.1:{platform.environment['FORGEARR_RAY__PORT']}"
-    ray = [sys.executable, "-m", "cluster.adjusted", "ray", "start", "--block", f"--address={address}"]
-    options = ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--labels=role=trainer", "--object-store-memory=80000000"]
+    command = [sys.executable, "-m", "tests.chaos.node", address, "role", "trainer"]
     with Path(platform.home, "node.log").open("ab") as log:
-        process = subprocess.Popen([*ray, *options], env=environment, stdout=log, stderr=log, start_new_session=True)
-    return psutil.Process(process.pid)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    return process
 
 
-def kill_all_of(node: psutil.Process) -> None:
+def kill_all_of(node: subprocess.Popen[bytes]) -> None:
     """Its raylet, and every process that runs on it."""
-    victims = [node, *node.children(recursive=True)]
+    victims = psutil.Process(node.pid).children(recursive=True)
     for victim in victims:
         victim.kill()
     psutil.wait_procs(victims, timeout=10)
-    os.waitpid(node.pid, os.WNOHANG) if psutil.pid_exists(node.pid) else None
+    node.kill()
+    node.wait()
