@@ -101,13 +101,19 @@ class Kind:
         # A page of jobs shows a hundred of them.
         if len(json.dumps(checked)) > SPEC_MAX_BYTES:
             raise InvalidSpec(f"A spec has {SPEC_MAX_BYTES} bytes at most.")
+        self.resources_for(checked)
         return checked
 
     def resources_for(self, spec: Mapping[str, Any]) -> Resources:
         """What a job with this spec, which has been checked, occupies."""
         if isinstance(self.resources, Resources):
             return self.resources
-        return self.resources(self.spec.model_validate(spec))
+        try:
+            return self.resources(self.spec.model_validate(spec))
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            reason = ": ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
+            raise InvalidSpec(f"No node could have what the spec of '{self.name}' asks for: {reason}.") from None
 
     def needs_admin(self, spec: Mapping[str, Any]) -> bool:
         if isinstance(self.admin_only, bool):

@@ -51,6 +51,10 @@ async def number(session: AsyncSession, nodes: Sequence[dict[str, Any]]) -> list
     return sorted(known.values(), key=lambda worker: worker.id)
 
 
+async def is_known(session: AsyncSession, worker_id: int) -> bool:
+    return await session.get(TrainingWorker, worker_id) is not None
+
+
 async def labels_of(session: AsyncSession, worker_id: int) -> dict[str, str]:
     """What a job asks for in order to run there."""
     worker = await session.get(TrainingWorker, worker_id)

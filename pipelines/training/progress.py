@@ -54,6 +54,11 @@ class Progress:
     gpu_utilization: float | None = None
 
 
+async def status(session: AsyncSession, job: Job) -> Status:
+    """Only what is done of it now."""
+    return _status(job, (await _steps(session, job)).get("fine_tune"))
+
+
 async def of(session: AsyncSession, job: Job) -> Progress:
     """The progress of a fine_tune job, or of a forge job and its fine-tune."""
     steps = await _steps(session, job)

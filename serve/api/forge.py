@@ -1,21 +1,25 @@
 """/v1/fine-tune, /status, /validate and /deploy: from data to a served model, step by step."""
 
 import time
+from collections.abc import Set
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from pydantic import BaseModel, Field
-from sqlalchemy import select
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import get_database
+from cluster.db import get_database, one_at_a_time
 from cluster.errors import Forbidden, InvalidRequest, NotFound
+from cluster.identity import User
 from cluster.times import UtcTime
 from jobs import queue
 from jobs.queue import JobRequest
 from jobs.states import FINISHED, RETRYABLE, State
 from jobs.tables import Job
 from pipelines.training import datasets, progress
+from pipelines.training.results import NotMade
 from pipelines.training.spec import Data, DeploySpec, ExportSpec, FineTuneSpec, ModelName, ValidateSpec
 from serve.api.jobs import JobId, owner_of
 from serve.auth import Caller, CurrentCaller
@@ -43,10 +47,18 @@ class TrainingNotFound(NotFound):
     code = "TRAINING_NOT_FOUND"
 
 
+def _require_data(schema: dict[str, Any]) -> None:
+    """It has a default only so that its absence can be answered in words of our own."""
+    schema["required"] = [*schema["required"], "data"]
+    del schema["properties"]["data"]["default"]
+
+
 class FineTuneRequest(FineTuneSpec):
+    model_config = ConfigDict(strict=True, json_schema_extra=_require_data)
+
     name: ModelName = Field(alias="project_name")
     pissa: bool = Field(default=False, alias="use_pissa")
-    data: Data | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    data: Data | SkipJsonSchema[None] = Field(  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
         default=None, description="What to train on: exactly one of dataset, prompts and folder."
     )
 
@@ -132,8 +144,10 @@ async def validate(
 ) -> ValidationView:
     """Measure a trained model on the samples that were held out, once; the same again answers what was found."""
     async with get_database().transaction() as session:
-        training = await _training(session, job_id, caller)
-        job = await _step(session, training, "validate", ValidateSpec(job_id=training.id), caller)
+        training = await _trained(session, job_id, caller)
+        check = ValidateSpec(job_id=training.id)
+        # One that has measured the export too, has measured this.
+        job = await _step(session, training, "validate", check, caller, but={"export_job_id"})
     job = await _outcome(request, job.id, wait)
     response.status_code = 200 if job.state in FINISHED else 202
     result: dict[str, Any] = job.result or {}
@@ -161,12 +175,12 @@ async def deploy(
     if not caller.is_admin:
         raise Forbidden("Only an administrator may deploy.")
     async with get_database().transaction() as session:
-        training = await _training(session, job_id, caller)
+        training = await _trained(session, job_id, caller)
         export = await _step(session, training, "export", ExportSpec(job_id=training.id), caller)
         check = ValidateSpec(job_id=training.id, export_job_id=export.id)
         validation = await _step(session, training, "validate", check, caller, after=export)
         target = DeploySpec(export_job_id=export.id, force=force)
-        job = await _new_step(session, "deploy", target, caller, after=validation)
+        job = await _deployment(session, target, caller, after=validation)
     job = await _outcome(request, job.id, wait)
     response.status_code = 200 if job.state in FINISHED else 202
     result: dict[str, Any] = job.result or {}
@@ -187,20 +201,63 @@ async def _training(session: AsyncSession, job_id: str, caller: Caller) -> Job:
     return job
 
 
+async def _trained(session: AsyncSession, job_id: str, caller: Caller) -> Job:
+    """The fine_tune job whose model is meant, to queue steps for; a forge job that has none yet stands for it."""
+    job = await _training(session, job_id, caller)
+    if job.kind == "forge":
+        child = await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == "fine_tune"))
+        job = child or job
+    if job.state in RETRYABLE:
+        raise NotMade(f"{job.id} is {job.state}, so there is no model to go on from; retry it first.")
+    # Two who ask at once would both find that a step is missing.
+    await one_at_a_time(session, f"steps {job.id}")
+    return job
+
+
 async def _step(
-    session: AsyncSession, training: Job, kind: str, spec: BaseModel, caller: Caller, after: Job | None = None
+    session: AsyncSession,
+    training: Job,
+    kind: str,
+    spec: BaseModel,
+    caller: Caller,
+    *,
+    after: Job | None = None,
+    but: Set[str] = frozenset(),
 ) -> Job:
-    """The job that does this for a training: the one that has done it or will, else a new one."""
-    wanted = spec.model_dump(mode="json")
+    """The job that does this for a training: the one that has done it or will, else a new one.
+
+    What somebody else has queued for it counts only if they may do so: else it will fail.
+    """
+    administrators = select(User.id).where(User.role == "admin")
+    entitled = or_(
+        Job.owner_id.is_(None),
+        Job.owner_id == training.owner_id,
+        Job.owner_id.in_(administrators),
+    )
     known = await session.scalars(
         select(Job)
         .where(Job.kind == kind, Job.state.not_in(RETRYABLE), Job.spec["job_id"].as_string() == training.id)
+        .where(or_(Job.state == State.SUCCEEDED, entitled))
         .order_by(Job.created_at.desc())
     )
+    wanted = spec.model_dump(mode="json")
     for job in known:
-        if job.spec == wanted:
+        if job.spec.keys() == wanted.keys() and all(job.spec[name] == wanted[name] for name in wanted.keys() - but):
             return job
     return await _new_step(session, kind, spec, caller, after=after or training)
+
+
+async def _deployment(session: AsyncSession, spec: DeploySpec, caller: Caller, after: Job) -> Job:
+    """The deployment that is under way, else a new one: since an earlier one, something else may have been deployed."""
+    under_way = select(Job).where(
+        Job.kind == "deploy",
+        Job.state.not_in(FINISHED),
+        Job.spec["export_job_id"].as_string() == spec.export_job_id,
+    )
+    for job in await session.scalars(under_way):
+        if job.spec == spec.model_dump(mode="json"):
+            return job
+    return await _new_step(session, "deploy", spec, caller, after)
 
 
 async def _new_step(session: AsyncSession, kind: str, spec: BaseModel, caller: Caller, after: Job) -> Job:

@@ -3,10 +3,11 @@
 import asyncio
 import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,6 +18,7 @@ from cluster.errors import Conflict, InvalidRequest, NotFound, UnprocessableRequ
 from cluster.times import UtcTime
 from jobs import queue
 from jobs.queue import JobRequest
+from jobs.registry import find_kind
 from jobs.states import FINISHED
 from jobs.tables import Job
 from pipelines.training import datasets, nodes, progress
@@ -47,21 +49,31 @@ class SessionStarted(Conflict):
     code = "TRAINING_SESSION_STARTED"
 
 
+def _config_schema() -> dict[str, Any]:
+    fields: dict[str, Any] = FineTuneSpec.model_json_schema()["properties"]
+    own = {name: field for name, field in fields.items() if name not in NOT_CONFIGURED}
+    return {"type": "object", "properties": {"num_epochs": own["epochs"], **own}, "additionalProperties": False}
+
+
+Config = Annotated[dict[str, Any], WithJsonSchema(_config_schema())]
+
+
 class SessionRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(min_length=1, max_length=200, examples=["Custom Assistant v1"])
     description: str | None = Field(default=None, max_length=10_000)
     base_model: str = Field(default="forgearr/tiny", min_length=1, max_length=300)
-    config: dict[str, Any] = Field(
+    config: Config = Field(
         default_factory=dict,
+        max_length=100,
         description="num_epochs, learning_rate, batch_size and whatever else the spec of a fine_tune job has.",
         examples=[{"num_epochs": 3, "learning_rate": 2e-4, "batch_size": 4}],
     )
 
 
 class StartRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     worker_id: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Null: wherever there is room.")
     prompt_ids: list[int] | None = Field(default=None, min_length=1, max_length=100_000)
@@ -110,14 +122,14 @@ async def list_sessions(caller: CurrentCaller, paging: WantedPage) -> Page[Sessi
     async with get_database().reading() as session:
         total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
         newest_first = wanted.order_by(TrainingSession.created_at.desc(), TrainingSession.id)
-        rows = await session.scalars(newest_first.offset(paging.skip).limit(paging.limit))
-        return paging.page([await _view(session, row) for row in rows], total)
+        rows = (await session.scalars(newest_first.offset(paging.skip).limit(paging.limit))).all()
+        return paging.page(await _views(session, rows), total)
 
 
 @router.post("", status_code=201)
 async def create_session(wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
     """Set up a training. Nothing runs until it is started."""
-    _spec(wanted.name, wanted.base_model, wanted.config, Data(dataset=datasets.SHIPPED), {})
+    _check(wanted)
     owner = owner_of(caller)
     row = TrainingSession(**wanted.model_dump(), owner_id=owner.id, created_by=owner.name)
     async with get_database().transaction() as session:
@@ -135,7 +147,7 @@ async def show_session(session_id: SessionId, caller: CurrentCaller) -> SessionV
 @router.put("/{session_id}")
 async def change_session(session_id: SessionId, wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
     """Set a training up anew, as long as it was not started."""
-    _spec(wanted.name, wanted.base_model, wanted.config, Data(dataset=datasets.SHIPPED), {})
+    _check(wanted)
     async with get_database().transaction() as session:
         row = await find(session, session_id, caller, lock=True)
         if row.job_id is not None:
@@ -163,17 +175,19 @@ async def start_session(session_id: SessionId, wanted: StartRequest, caller: Cur
     data = wanted.data or (Data(prompts=PromptFilter(ids=wanted.prompt_ids)) if wanted.prompt_ids else None)
     if data is None or (wanted.data and wanted.prompt_ids):
         raise InvalidRequest("Say what to train on: prompt_ids, or data with one of dataset, prompts and folder.")
-    alive = await asyncio.to_thread(machines.living) if wanted.worker_id else []
+    async with get_database().reading() as session:
+        await find(session, session_id, caller)
+        unseen = wanted.worker_id is not None and not await nodes.is_known(session, wanted.worker_id)
+    alive = await asyncio.to_thread(machines.living) if unseen else []
     async with get_database().transaction() as session:
         row = await find(session, session_id, caller, lock=True)
         before = await session.get(Job, row.job_id) if row.job_id else None
         if before is not None and before.state not in FINISHED:
             raise SessionStarted(f"The session is already {before.state}, as {before.id}.")
         await datasets.check(session, data, owner_of(caller))
-        labels: dict[str, str] = {}
-        if wanted.worker_id:
+        if alive:
             await nodes.number(session, alive)
-            labels = await nodes.labels_of(session, wanted.worker_id)
+        labels = await nodes.labels_of(session, wanted.worker_id) if wanted.worker_id else {}
         spec = _spec(row.name, row.base_model, row.config, data, labels)
         job = await queue.enqueue(
             session, JobRequest(kind="fine_tune", spec=spec.model_dump(mode="json")), owner_of(caller)
@@ -231,7 +245,8 @@ async def status_of(session: AsyncSession, row: TrainingSession) -> SessionStatu
     job = await session.get(Job, row.job_id) if row.job_id else None
     if job is None:
         epochs = row.config.get("num_epochs", row.config.get("epochs", FineTuneSpec.model_fields["epochs"].default))
-        return SessionStatus(session_id=row.id, status=None, total_epochs=math.ceil(epochs))
+        known = None if row.config.get("max_steps") else math.ceil(epochs)
+        return SessionStatus(session_id=row.id, status=None, total_epochs=known)
     return await _status(session, job, row.id)
 
 
@@ -241,28 +256,48 @@ async def _status(session: AsyncSession, job: Job, named: str) -> SessionStatus:
 
 
 async def _view(session: AsyncSession, row: TrainingSession) -> SessionView:
-    told = {name: getattr(row, name) for name in SessionView.model_fields if name != "status"}
-    return SessionView(**told, status=(await status_of(session, row)).status)
+    return (await _views(session, [row]))[0]
+
+
+async def _views(session: AsyncSession, rows: Sequence[TrainingSession]) -> list[SessionView]:
+    started = await session.scalars(select(Job).where(Job.id.in_([row.job_id for row in rows if row.job_id])))
+    statuses: dict[str | None, progress.Status] = {job.id: await progress.status(session, job) for job in started.all()}
+    own = set(SessionView.model_fields) - {"status"}
+    return [SessionView(**{name: getattr(row, name) for name in own}, status=statuses.get(row.job_id)) for row in rows]
+
+
+def _check(wanted: SessionRequest) -> None:
+    """Refuse what could not be started, whatever it is started with."""
+    spec = _spec(wanted.name, wanted.base_model, wanted.config, Data(dataset=datasets.SHIPPED), {})
+    find_kind("fine_tune").check(spec.model_dump(mode="json"))
 
 
 def _spec(name: str, base_model: str, config: dict[str, Any], data: Data, labels: dict[str, str]) -> FineTuneSpec:
     """A session's words as the spec that everybody uses."""
     said = dict(config)
     if twice := NOT_CONFIGURED & said.keys():
-        raise UnprocessableRequest(
-            f"'{min(twice)}' does not belong into config.", details={f"config.{min(twice)}": "is said elsewhere"}
-        )
-    if "num_epochs" in said:
-        said["epochs"] = said.pop("num_epochs")
-    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:100] or "session"
+        raise _unfit({f"config.{min(twice)}": "does not belong here"})
+    if {"num_epochs", "epochs"} <= said.keys():
+        raise _unfit({"config.epochs": "is said twice, as num_epochs too"})
+    epochs = "num_epochs" if "num_epochs" in said else "epochs"
+    if epochs in said:
+        said["epochs"] = said.pop(epochs)
+    room = 100 - len(f"-{said.get('suffix') or ''}")
+    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[: max(room, 1)] or "session"
+    about = {"name": slug, "base_model": base_model, "data": data, "labels": labels}
     try:
-        return FineTuneSpec.model_validate(
-            {**said, "name": slug, "base_model": base_model, "data": data, "labels": labels}
-        )
+        return FineTuneSpec.model_validate(said | about, strict=True)
     except ValidationError as error:
-        faults = {
-            "config." + ".".join(str(part) for part in fault["loc"]): fault["msg"]
-            for fault in error.errors(include_url=False)
-        }
-        field, fault = next(iter(faults.items()))
-        raise UnprocessableRequest(f"The session is not valid: {field}: {fault}.", details=faults) from None
+        faults: dict[str, str] = {}
+        for fault in error.errors(include_url=False):
+            # Where there are several types to choose from, each of them says why it is not meant.
+            field = epochs if fault["loc"][:1] == ("epochs",) else ".".join(str(part) for part in fault["loc"][:1])
+            place = f"config.{field}".rstrip(".") if field not in about else field
+            reason = fault["msg"].removeprefix("Value error, ")
+            faults[place] = f"{faults[place]}; or: {reason}" if place in faults else reason
+        raise _unfit(faults) from None
+
+
+def _unfit(faults: dict[str, str]) -> UnprocessableRequest:
+    field, fault = next(iter(faults.items()))
+    return UnprocessableRequest(f"The session is not valid: {field}: {fault}.", details=faults)

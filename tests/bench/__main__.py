@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import gateway, idle, jobs, startup
+from tests.bench import forge, gateway, idle, jobs, serving, startup
 from tests.bench.figures import Figure, machine
 from tests.bench.postgres import new_database, running_postgres
 from tests.platform import Platform, running_platform
@@ -61,12 +61,29 @@ def measure_postgres() -> Iterator[list[Figure]]:
         yield jobs.on_postgres(platform, lambda: new_database(server))
 
 
+def measure_training() -> Iterator[list[Figure]]:
+    with _platform() as platform:
+        yield forge.imports(platform)
+        yield forge.short(platform, workers=1)
+        yield forge.short(platform, workers=2)
+        yield forge.step(platform)
+
+
+def measure_serving() -> Iterator[list[Figure]]:
+    with _platform({"engines.slots": str(serving.SLOTS), "engines.context": str(serving.CONTEXT)}) as platform:
+        figures, reference, file = forge.export(platform)
+        yield figures
+        yield serving.figures(platform, reference, file)
+
+
 PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "start": measure_start,
     "gateway": measure_gateway,
     "jobs": measure_jobs,
     "past": measure_past,
     "postgres": measure_postgres,
+    "training": measure_training,
+    "serving": measure_serving,
 }
 
 

@@ -8,5 +8,11 @@ from importlib import import_module
 from typing import Any
 
 base: Any = import_module("conversion.base")
-base.TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
+
+
+def guess(*_: Any) -> str:
+    return "gpt-2"
+
+
+base.TextModel.get_vocab_base_pre = guess
 runpy.run_module("convert_hf_to_gguf", run_name="__main__")

