@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -39,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs", description="Put jobs into Forgearr's queue.")
     submit = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("submit", help="submit a job")
     submit.add_argument("kind", help="kind of job")
-    submit.add_argument("--config", type=Path, help="YAML or JSON file with the spec")
+    submit.add_argument("--config", type=Path, help="YAML or JSON file with the spec; also one that ships")
     submit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a value of the spec")
     submit.add_argument("--priority", type=int, default=0, help="higher goes first")
     submit.add_argument("--depends-on", action="append", default=[], metavar="JOB", help="job that must succeed first")
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _submit(arguments: argparse.Namespace) -> int:
     _join_cluster()
-    spec = (yaml.safe_load(arguments.config.read_text()) if arguments.config else None) or {}
+    spec = _read(arguments.config) if arguments.config else {}
     for setting in arguments.set:
         name, _, value = setting.partition("=")
         spec[name] = yaml.safe_load(value)
@@ -58,6 +60,13 @@ async def _submit(arguments: argparse.Namespace) -> int:
         job = await queue.enqueue(session, request, Owner(name=os.environ.get("USER", "cluster")))
     _say(job.id)
     return await _follow(job.id) if arguments.wait else 0
+
+
+def _read(config: Path) -> dict[str, Any]:
+    """A Ray job seldom runs where its submitter sits: configs/… is also found where Forgearr is installed."""
+    shipped = Path(str(files("configs"))).parent / config
+    path = shipped if config.parts[:1] == ("configs",) and not config.exists() else config
+    return yaml.safe_load(path.read_text()) or {}
 
 
 async def _follow(job_id: str) -> int:

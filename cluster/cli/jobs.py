@@ -70,7 +70,7 @@ def list_jobs(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """List jobs, the newest first."""
-    wanted = {"state": state, "kind": kind, "parent": parent, "limit": limit}
+    wanted = {"state": state, "kind": kind, "parent_id": parent, "limit": limit}
     page = call("GET", "/api/v1/jobs", params={name: value for name, value in wanted.items() if value is not None})
     if as_json:
         console.print_json(data=page)

@@ -104,13 +104,13 @@ async def list_jobs(
     paging: WantedPage,
     state: State | None = None,
     kind: Annotated[str | None, Query(max_length=100)] = None,
-    parent: Annotated[str | None, Query(max_length=40)] = None,
+    parent_id: Annotated[str | None, Query(max_length=40)] = None,
     created_after: GivenTime | None = None,
     created_before: GivenTime | None = None,
 ) -> Page[JobView]:
     """Jobs, the newest first: your own, or everybody's when you are an administrator."""
     wanted = _visible_to(caller)
-    for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent)):
+    for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent_id)):
         if value is not None:
             wanted = wanted.where(column == value)
     if created_after:

@@ -99,7 +99,7 @@ async def test_a_word_that_is_no_id_names_nothing(client: httpx.AsyncClient) -> 
             answer = await client.request(method, path.format(word), json=body)
             assert answer.status_code in {404, 422}, (word, answer.text)
             assert answer.json()["status"] == "error"
-        for parameter in ("state", "kind", "parent", "created_after", "created_before", "skip", "limit"):
+        for parameter in ("state", "kind", "parent_id", "created_after", "created_before", "skip", "limit"):
             answer = await client.get(f"/api/v1/jobs?{parameter}={word}")
             assert answer.status_code in {200, 422}, (word, answer.text)
 

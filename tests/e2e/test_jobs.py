@@ -102,7 +102,7 @@ def test_what_databases_dislike_is_stored_all_the_same(platform: Platform) -> No
 def test_a_parent_collects_its_children_and_fails_with_them(platform: Platform) -> None:
     parent = platform.wait_for(platform.submit("family", spec={"children": 3}))
     assert parent["result"] == [0, 1, 2]
-    children = platform.http.get("/api/v1/jobs", params={"parent": parent["id"]}).json()
+    children = platform.http.get("/api/v1/jobs", params={"parent_id": parent["id"]}).json()
     assert children["total"] == 3
     unlucky = platform.wait_for(platform.submit("family", spec={"children": 1, "fail": True}))
     assert (unlucky["state"], unlucky["error"]["code"]) == ("failed", "child_failed")
