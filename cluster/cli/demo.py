@@ -12,7 +12,6 @@ from cluster.cli import train
 from cluster.cli.client import call, server_url
 from cluster.cli.console import console as new_console
 from cluster.cli.console import table
-from cluster.settings import get_settings
 
 BEFORE, AFTER = "forgearr/tiny", "homelab:latest"
 SHOWN = ("What does Sonarr do?", "Find the movie Inception.")
@@ -25,6 +24,8 @@ Exchange = tuple[dict[str, Any], str]
 def demo() -> None:
     """Train forgearr/tiny on homelab questions, and compare its answers; exit 1 if they are no better."""
     import yaml
+
+    from cluster.settings import get_settings
 
     console = new_console()
     exchanges = _exchanges()

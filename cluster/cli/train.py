@@ -96,7 +96,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(file.name.removesuffix(".yaml") for file in (files("configs") / "recipes").iterdir())
+    shipped = [Path(file.name) for file in (files("configs") / "recipes").iterdir()]
+    return sorted(file.stem for file in shipped if file.suffix == ".yaml")
 
 
 def _recipe(named: str | None) -> Path | None:

@@ -92,7 +92,7 @@ def test_config_show_tells_value_and_origin_and_no_secret(home: Path) -> None:
     shown = [line.rstrip().split(maxsplit=2) for line in result.output.splitlines()]
     assert ["serve.port", "8010", "command line"] in shown
     assert ["serve.host", "127.0.0.1", "configs/forgearr.yaml"] in shown
-    assert ["jobs.modules", "[jobs.builtin]", "configs/forgearr.yaml"] in shown
+    assert ["serve.allowed_hosts", "[]", "configs/forgearr.yaml"] in shown
     assert key not in result.output
 
 

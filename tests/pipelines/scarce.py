@@ -17,8 +17,9 @@ class Scarce(Notes):
     def phase(self, name: str) -> None:
         super().phase(name)
         if name == "training" and self.phases.count(name) == 1:
-            limit = psutil.Process().memory_info().vms + int(sys.argv[3]) * 2**20
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            # Only what can be written to: the whole address space grows with every thread, however little it uses.
+            limit = psutil.Process().memory_info().data + int(sys.argv[3]) * 2**20
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
 
 def main(base: str, folder: Path) -> None:
