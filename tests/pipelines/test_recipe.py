@@ -265,7 +265,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -
 
 
 def test_too_little_memory_for_one_sample_is_said(base: str, tmp_path: Path) -> None:
-    done = train_in(1, base, tmp_path)
+    done = train_in(45, base, tmp_path)
     assert done.returncode == 1
     assert "OutOfMemory: There is not enough memory to train" in done.stderr
 
