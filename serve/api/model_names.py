@@ -9,9 +9,9 @@ from pydantic import BaseModel, Field
 from cluster.times import UtcTime
 from pipelines.training import tiny
 from pipelines.training.registry import Model, Version
+from serve.answering import models_of
 from serve.auth import CurrentCaller
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
-from serve.models import Models
 
 openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
 native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
@@ -46,7 +46,7 @@ class ModelSummaries(BaseModel):
 @openai.get("/models")
 async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
     """Every name under which a model can be asked."""
-    cards = [card for model in await _models(request).all() for card in _cards(model)]
+    cards = [card for model in await models_of(request).all() for card in _cards(model)]
     return ModelCards(data=[*cards, _tiny()])
 
 
@@ -55,14 +55,14 @@ async def show_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=120)], caller: CurrentCaller
 ) -> ModelCard:
     """One of them."""
-    meant = await _models(request).resolve(model)
+    meant = await models_of(request).resolve(model)
     return _tiny() if meant.version is None else _card(model, meant.version.created_at)
 
 
 @native.get("/models")
 async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
     """What is served, in short."""
-    served = [model.served for model in await _models(request).all() if model.served is not None]
+    served = [model.served for model in await models_of(request).all() if model.served is not None]
     newest = max(served, key=lambda version: version.created_at, default=None)
     return ModelSummaries(
         models=[
@@ -92,7 +92,3 @@ def _tiny() -> ModelCard:
 
 def _latest(version: Version) -> str:
     return f"{version.name}:latest"
-
-
-def _models(request: Request) -> Models:
-    return request.app.state.models
