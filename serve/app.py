@@ -24,6 +24,8 @@ from serve.api import (
     jobs,
     model_names,
     models,
+    ollama,
+    ollama_models,
     prompts,
     schedules,
     training,
@@ -77,6 +79,8 @@ def create_app() -> FastAPI:
         models,
         model_names,
         chat,
+        ollama,
+        ollama_models,
         websockets,
     ):
         app.include_router(module.router)

@@ -1,7 +1,8 @@
-"""How an error looks on the wire: one renderer, two dialects.
+"""How an error looks on the wire: one renderer, three dialects.
 
 Everywhere: {"error", "error_code", "message", "detail", "details", "timestamp", "status"}, which holds the fields of
 every API that Forgearr unites. Under /v1, as OpenAI's clients want it: {"error": {"message", "type", "param", "code"}}.
+At Ollama's paths, whose clients show `error` to people, that is the sentence.
 """
 
 import re
@@ -25,6 +26,7 @@ from cluster.errors import ForgearrError, RateLimitExceeded, UnprocessableReques
 from cluster.times import UtcTime
 
 OPENAI_PREFIX = "/v1/"
+OLLAMA_PATHS = {"/api/chat", "/api/generate", "/api/tags", "/api/ps", "/api/version"}
 OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -98,6 +100,8 @@ OPENAI_ERROR_RESPONSES = _declared(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
 def error_response(error: ForgearrError, path: str) -> Response:
     """The error, in the dialect that is spoken at this path."""
     envelope = _openai_envelope(error) if path.startswith(OPENAI_PREFIX) else _envelope(error)
+    if path in OLLAMA_PATHS:
+        envelope["error"] = error.message
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import ForgearrError, InvalidRequest
 from cluster.logs import request_id
 from serve.auth import refuse
-from serve.envelope import route_template
+from serve.envelope import OLLAMA_PATHS, route_template
 from serve.metrics import RequestMetrics
 
 SLOW_SECONDS = 1.0
@@ -88,11 +88,19 @@ class StrictInput:
             return await self.app(scope, receive, send)
         try:
             _check_address(scope)
+            if scope["path"] in OLLAMA_PATHS:
+                scope = _as_json(scope)
             if scope["type"] == "http" and _brings_body(scope):
                 receive = await _checked_body(scope, receive)
         except InvalidRequest as error:
             return await refuse(error, scope, receive, send)
         await self.app(scope, receive, send)
+
+
+def _as_json(scope: Scope) -> Scope:
+    """Ollama reads every body as JSON, and its guides send them with `curl -d`, which calls them a form."""
+    headers = [header for header in scope["headers"] if header[0] != b"content-type"]
+    return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
 
 
 def _brings_body(scope: Scope) -> bool:

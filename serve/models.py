@@ -37,7 +37,7 @@ class Models:
 
     async def resolve(self, reference: str) -> Meant:
         """What NAME, NAME:latest, NAME:v3 or forgearr/tiny means."""
-        if reference == tiny.NAME:
+        if reference.removesuffix(":latest") == tiny.NAME:
             return Meant(tiny.NAME, None)
         if not get_settings().mlflow.enabled:
             raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")

@@ -12,8 +12,8 @@ from fastapi.responses import StreamingResponse
 
 from cluster.errors import ForgearrError
 from serve.answering import engine_of, models_of, while_connected
-from serve.api.chat_bodies import ChatCompletion, ChatRequest, Query, QueryAnswer
 from serve.auth import CurrentCaller
+from serve.bodies.chat import ChatCompletion, ChatRequest, Query, QueryAnswer
 from serve.engines.protocol import Chunk
 from serve.envelope import OPENAI_ERROR_RESPONSES, OPENAI_PREFIX, Responses, as_forgearr_error, error_response
 from serve.models import Meant
@@ -44,9 +44,8 @@ async def create_chat_completion(request: Request, wanted: ChatRequest, caller: 
     answer = await while_connected(
         request, engine_of(request).complete(meant.reference, wanted.for_engine(), meant.version)
     )
-    return Response(
-        orjson.dumps({**_heading(wanted.model, "chat.completion"), **answer}), media_type="application/json"
-    )
+    told = {**_heading(wanted.model, "chat.completion"), "choices": answer["choices"], "usage": answer["usage"]}
+    return Response(orjson.dumps(told), media_type="application/json")
 
 
 @router.post("/query")
@@ -91,8 +90,15 @@ async def _events(
 
 
 def _told(chunks: list[Chunk], heading: dict[str, Any], with_usage: bool) -> bytes:
-    told = [chunk for chunk in chunks if chunk["choices"] or with_usage]
-    return b"".join(_event(orjson.dumps({**heading, **chunk})) for chunk in told)
+    return b"".join(
+        _event(orjson.dumps({**heading, "choices": chunk["choices"], **_usage(chunk, with_usage)}))
+        for chunk in chunks
+        if chunk["choices"] or with_usage
+    )
+
+
+def _usage(chunk: Chunk, wanted: bool) -> Chunk:
+    return {"usage": chunk["usage"]} if wanted and "usage" in chunk else {}
 
 
 def _event(data: bytes | memoryview) -> bytes:

@@ -12,16 +12,20 @@ class Answer:
 
     def __init__(self) -> None:
         self._message: dict[str, Any] = {"role": "assistant", "content": None}
+        self._text: str | None = None  # of a prompt that was gone on from
         self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: list[Any] = []
         self._finish_reason: str | None = None
-        self._usage: dict[str, Any] = {}
+        self._measured: dict[str, Any] = {}
 
     def hear(self, chunk: Chunk) -> None:
-        self._usage = chunk.get("usage") or self._usage
+        self._measured |= {name: chunk[name] for name in ("usage", "timings") if name in chunk}
         for choice in chunk["choices"]:
             self._finish_reason = choice["finish_reason"] or self._finish_reason
             self._logprobs += (choice.get("logprobs") or {}).get("content") or []
+            if "text" in choice:
+                self._text = (self._text or "") + choice["text"]
+                continue
             delta = choice["delta"]
             for name in JOINED:
                 if delta.get(name):
@@ -30,18 +34,21 @@ class Answer:
                 self._hear_call(call)
 
     def whole(self) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            **({"message": self._said()} if self._text is None else {"text": self._text}),
+            "logprobs": {"content": self._logprobs} if self._logprobs else None,
+            "finish_reason": self._finish_reason,
+        }
+        return {"choices": [choice], **self._measured}
+
+    def _said(self) -> dict[str, Any]:
         message = dict(self._message)
         if self._calls:
             message["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
         elif message["content"] is None:
             message["content"] = ""
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": {"content": self._logprobs} if self._logprobs else None,
-            "finish_reason": self._finish_reason,
-        }
-        return {"choices": [choice], "usage": self._usage}
+        return message
 
     def _hear_call(self, told: dict[str, Any]) -> None:
         call = self._calls.setdefault(

@@ -6,9 +6,9 @@ A request names its model to Serve's router too, which sends it to a replica tha
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import psutil
@@ -19,7 +19,7 @@ from pipelines.training import registry, tiny
 from pipelines.training.registry import Version
 from serve.engines import untrained
 from serve.engines.answers import Answer
-from serve.engines.protocol import Chunk, Request
+from serve.engines.protocol import Chunk, Held, Request
 from serve.engines.shelf import MB, Shelf
 
 log = logging.getLogger(__name__)
@@ -28,17 +28,8 @@ FindFile = Callable[[str, Version | None], Awaitable[Path]]
 """Where the file of a model is, on this machine, when it is not in memory."""
 
 
-@dataclass(frozen=True)
-class Held:
-    """A model in the memory of a replica."""
-
-    reference: str
-    bytes: int
-    users: int  # requests that it answers, or that wait for it
-
-
 class GgufEngine:
-    """Satisfies protocol.Engine; `load`, `unload` and `loaded` are for whoever deploys and watches."""
+    """Satisfies protocol.Engine."""
 
     def __init__(
         self,
@@ -53,12 +44,14 @@ class GgufEngine:
     async def chat(
         self, reference: str, request: Request, version: Version | None = None
     ) -> AsyncGenerator[list[Chunk]]:
-        async with (
-            self._shelf.use(reference, partial(self._find_file, reference, version)) as model,
-            aclosing(model.answer(request)) as answer,
-        ):
-            async for chunks in answer:
-                yield chunks
+        asked = perf_counter()
+        async with self._shelf.use(reference, partial(self._find_file, reference, version)) as model:
+            load_ms = (perf_counter() - asked) * 1000
+            async with aclosing(model.answer(request)) as answer:
+                async for chunks in answer:
+                    if timings := chunks[-1].get("timings"):
+                        timings["load_ms"] = load_ms
+                    yield chunks
 
     async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
         answer = Answer()
@@ -69,7 +62,6 @@ class GgufEngine:
         return answer.whole()
 
     async def load(self, reference: str) -> str:
-        """Have a model in memory before anybody asks for it; returns what NAME:latest stood for."""
         version = None
         if reference != tiny.NAME:
             version = await _find(reference)
@@ -78,11 +70,14 @@ class GgufEngine:
             return reference
 
     async def unload(self, reference: str) -> bool:
-        """Let a model go as soon as nobody uses it; whether it was there."""
         return await self._shelf.unload(reference)
 
-    def loaded(self) -> list[dict[str, Any]]:
-        return [asdict(Held(entry.reference, entry.bytes, entry.users)) for entry in self._shelf.loaded()]
+    async def loaded(self) -> list[Held]:
+        return self.held
+
+    @property
+    def held(self) -> list[Held]:
+        return [Held(entry.reference, entry.bytes, entry.context, entry.users) for entry in self._shelf.loaded()]
 
 
 class GgufReplica(GgufEngine):

@@ -6,7 +6,7 @@ An answer is made in a thread of llama.cpp's and one of ours, which waits for it
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -39,8 +39,9 @@ class LoadedModel:
         async with self._slots:
             loop = asyncio.get_running_loop()
             spoken = _Spoken(loop)
+            ask = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
             body = orjson.dumps({**request, **STREAMED})
-            speaking = loop.run_in_executor(self._threads, _speak, self._server, body, spoken)
+            speaking = loop.run_in_executor(self._threads, _speak, ask, body, spoken)
             try:
                 async for chunks in spoken:
                     yield chunks
@@ -56,6 +57,9 @@ class LoadedModel:
 
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 """Progress reports are what lets an answer be given up while the model still reads the question."""
+
+
+KEPT = ("choices", "usage", "timings")
 
 
 class _Spoken:
@@ -86,7 +90,7 @@ class _Spoken:
             chunks: list[Chunk] = []
             for one in told:
                 if isinstance(one, dict):
-                    chunks.append({"choices": one["choices"], **_usage(one)})
+                    chunks.append({name: one[name] for name in KEPT if name in one})
                     continue
                 if chunks:
                     yield chunks
@@ -96,18 +100,14 @@ class _Spoken:
             yield chunks
 
 
-def _speak(server: Any, body: bytes, spoken: _Spoken) -> None:
+def _speak(ask: Callable[[bytes, Callable[[bytes], bool]], None], body: bytes, spoken: _Spoken) -> None:
     """What cannot be read, or does not fit the model's template, is an exception; later errors are chunks."""
     try:
-        server.handle_chat_completions(body, spoken.tell)
+        ask(body, spoken.tell)
     except (ValueError, RuntimeError) as error:
         spoken.put(RequestRefused(f"The model cannot take this request: {str(error).strip().rstrip('.')}."))
     finally:
         spoken.put(None)
-
-
-def _usage(chunk: Chunk) -> Chunk:
-    return {"usage": chunk["usage"]} if "usage" in chunk else {}
 
 
 def _error(told: dict[str, Any]) -> ForgearrError:

@@ -1,10 +1,12 @@
 """What every engine offers to the gateway, and the errors that it answers with.
 
-A request is OpenAI's, without `model` and `stream`. A chunk is what OpenAI streams: `choices` with a delta each, and at
-the end one without choices that has the `usage`. Who tells a client adds id, time and the name that it asked for.
+A request is OpenAI's, without `model` and `stream`: `messages` to answer, or a `prompt` to go on from. A chunk is what
+OpenAI streams: `choices` with a delta each, or with text; the last one has the `usage`, and the engine's own `timings`
+in milliseconds. Who tells a client adds id, time and the name that it asked for.
 """
 
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
@@ -65,6 +67,16 @@ class ContextExceeded(InvalidRequest):
     code = "CONTEXT_LENGTH_EXCEEDED"
 
 
+@dataclass(frozen=True)
+class Held:
+    """A model in the memory of an engine."""
+
+    reference: str
+    bytes: int
+    context: int  # tokens that a conversation may have
+    users: int  # requests that it answers, or that wait for it
+
+
 class Engine(Protocol):
     """`reference` names a model for good (NAME:v3, not NAME:latest); `version` spares the engine the look-up."""
 
@@ -75,5 +87,17 @@ class Engine(Protocol):
         ...
 
     async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
-        """The whole answer: `choices` with a message each, and `usage`."""
+        """The whole answer: `choices` with a message or a text each, `usage` and `timings`."""
+        ...
+
+    async def load(self, reference: str) -> str:
+        """Have a model in memory before anybody asks for it; returns what NAME:latest stood for."""
+        ...
+
+    async def unload(self, reference: str) -> bool:
+        """Let a model go as soon as nobody uses it; whether it was there."""
+        ...
+
+    async def loaded(self) -> list[Held]:
+        """The models in memory."""
         ...

@@ -9,10 +9,11 @@ from typing import Any
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
 from pipelines.training.registry import Version
-from serve.engines.protocol import Chunk, EngineFailed, EngineLost, EngineUnavailable, Request
+from serve.engines.protocol import Chunk, EngineFailed, EngineLost, EngineUnavailable, Held, Request
 
 DEPLOYMENT = "gguf"
 APPLICATION = "forgearr"
+ASK_SECONDS = 30
 
 
 class RemoteEngine:
@@ -41,6 +42,23 @@ class RemoteEngine:
                 return await answer
             finally:
                 answer.cancel()
+
+    async def load(self, reference: str) -> str:
+        handle = (await self._find()).options(**_routing(reference))
+        with _our_errors():
+            return await handle.load.remote(reference)
+
+    async def unload(self, reference: str) -> bool:
+        return any(await self._ask_all("unload", reference))
+
+    async def loaded(self) -> list[Held]:
+        return [held for found in await self._ask_all("loaded") for held in found]
+
+    async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Each replica holds models of its own."""
+        handle = await self._find()
+        with _our_errors():
+            return await handle.broadcast(method, *arguments).results_async(timeout_s=ASK_SECONDS)
 
     async def _find(self) -> Any:
         # A process that has not joined Ray must not do so by the way: Ray would start a cluster of its own for it.
@@ -84,5 +102,5 @@ def _our_errors() -> Generator[None]:
         raise EngineFailed(f"The engine could not answer: {type(cause).__name__}.") from error
     except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
         raise EngineLost from error
-    except RayServeException as error:
+    except (RayServeException, TimeoutError) as error:
         raise EngineUnavailable from error

@@ -28,6 +28,7 @@ class Entry:
     loading: asyncio.Task[LoadedModel] = field(init=False)
     users: int = 0
     bytes: int = 0  # reserved as soon as there is room for it
+    context: int = 0
     unwanted: bool = False  # to be unloaded as soon as nobody uses it
 
     @property
@@ -48,7 +49,7 @@ class Shelf:
         self._on_change = on_change
         self._entries = OrderedDict[str, Entry]()  # the most recently used last
         self._leaving = 0  # bytes of models that are being unloaded
-        self._freed = asyncio.Condition()
+        self._freed = asyncio.Event()  # set whenever there may be more room
 
     def loaded(self) -> list[Entry]:
         return [entry for entry in self._entries.values() if entry.is_loaded]
@@ -67,8 +68,7 @@ class Shelf:
         finally:
             entry.users -= 1
             await self._remove_if_unwanted(entry)
-            async with self._freed:
-                self._freed.notify_all()
+            self._freed.set()
 
     async def unload(self, reference: str) -> bool:
         """Let a model go, when its last answer is given; whether there was one."""
@@ -97,7 +97,7 @@ class Shelf:
     async def _load(self, entry: Entry, obtain: Callable[[], Awaitable[Path]]) -> LoadedModel:
         path = await obtain()
         header = await asyncio.to_thread(read_header, path)
-        context = min(self._settings.context, header.context)
+        context = entry.context = min(self._settings.context, header.context)
         needed = header.memory(context, self._settings.slots)
         if needed > self._capacity:
             raise ModelTooLarge(
@@ -113,10 +113,11 @@ class Shelf:
 
     async def _make_room(self, entry: Entry, needed: int) -> None:
         try:
-            async with asyncio.timeout(ROOM_SECONDS), self._freed:
+            async with asyncio.timeout(ROOM_SECONDS):
                 while sum(other.bytes for other in self._entries.values()) + self._leaving + needed > self._capacity:
                     idle = next((other for other in self._entries.values() if other.bytes and other.is_idle), None)
                     if idle is None:
+                        self._freed.clear()
                         await self._freed.wait()
                     else:
                         await self._remove(idle)
@@ -138,6 +139,7 @@ class Shelf:
             await asyncio.shield(asyncio.to_thread(entry.loading.result().close))
         finally:
             self._leaving -= entry.bytes
+            self._freed.set()
         log.info("%s is unloaded", entry.reference)
         self._tell()
 

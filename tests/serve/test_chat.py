@@ -206,7 +206,7 @@ async def test_too_many_at_once(house: House) -> None:
     stream = await house.say(stream=True)
     await anext(aiter(stream))
     waiting = asyncio.create_task(house.say(max_tokens=1))
-    await eventually_async(lambda: house.engine.loaded()[0]["users"] == 2 or None)
+    await eventually_async(lambda: house.engine.held[0].users == 2 or None)
     busy = await house.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO})
     assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
     assert busy.json()["error"]["code"] == "engine_busy"
@@ -217,7 +217,7 @@ async def test_too_many_at_once(house: House) -> None:
 async def test_who_waits_for_a_whole_answer_and_leaves_makes_room(house: House) -> None:
     write_model(house.file, seed=1, talkative=True, context=262_144)
     leaving = asyncio.create_task(house.say())
-    await eventually_async(lambda: any(held["users"] for held in house.engine.loaded()) or None)
+    await eventually_async(lambda: any(held.users for held in house.engine.held) or None)
     leaving.cancel()
     assert (await house.say(max_tokens=1)).usage.completion_tokens == 1
 

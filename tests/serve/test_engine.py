@@ -140,11 +140,11 @@ async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[...,
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as left:
         await anext(left)
     cancelled = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": ENDLESS}))
-    await eventually_async(lambda: engine.loaded()[0]["users"] or None)
+    await eventually_async(lambda: engine.held[0].users or None)
     cancelled.cancel()
     with suppress(asyncio.CancelledError):
         await cancelled
-    assert engine.loaded()[0]["users"] == 0
+    assert engine.held[0].users == 0
     assert (await engine.complete("talker", {**HELLO, "max_tokens": 3}))["usage"]["completion_tokens"] == 3
 
 
@@ -153,7 +153,7 @@ async def test_the_queue_has_an_end(models: Models, settings: Callable[..., Engi
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as answered:
         await anext(answered)
         waiting = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": 2}))
-        await eventually_async(lambda: engine.loaded()[0]["users"] == 2 or None)
+        await eventually_async(lambda: engine.held[0].users == 2 or None)
         with pytest.raises(EngineBusy):
             await engine.complete("talker", HELLO)
         # Another model has a queue of its own.
@@ -180,7 +180,7 @@ async def test_the_least_recently_used_makes_room(models: Models, settings: Call
     engine = GgufEngine(settings(memory_mb=-(-2 * needed // MB)), models.find, told.append)
     for name in ("one", "two", "one", "three"):
         await engine.complete(name, {**HELLO, "max_tokens": 1})
-    assert [held["reference"] for held in engine.loaded()] == ["one", "three"]
+    assert [held.reference for held in engine.held] == ["one", "three"]
     assert told[-1] == ["one", "three"]
 
 
@@ -196,7 +196,7 @@ async def test_a_model_in_use_stays(models: Models, settings: Callable[..., Engi
     assert not waiting.done()
     await answer.aclose()
     assert await waiting
-    assert [held["reference"] for held in engine.loaded()] == ["other"]
+    assert [held.reference for held in engine.held] == ["other"]
 
 
 async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(models: Models, home: Path) -> None:
@@ -205,7 +205,7 @@ async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(models: Model
     engine = GgufEngine(settings, models.find)
     with pytest.raises(ModelTooLarge, match=r"large needs \d+ MB \(\d+ MB of weights.* allows 64 MB"):
         await engine.complete("large", HELLO)
-    assert engine.loaded() == []
+    assert engine.held == []
 
 
 async def test_unload_waits_for_the_last_answer(engine: GgufEngine) -> None:
@@ -215,7 +215,7 @@ async def test_unload_waits_for_the_last_answer(engine: GgufEngine) -> None:
     assert await engine.unload("talker")
     assert await anext(answer)
     await answer.aclose()
-    assert engine.loaded() == []
+    assert engine.held == []
     assert await engine.complete("talker", {**HELLO, "max_tokens": 1})
 
 
@@ -230,7 +230,7 @@ async def test_reading_a_long_question_can_be_given_up(models: Models, settings:
     await engine.complete("slow", {**HELLO, "max_tokens": 1})
     question: Request = {"messages": [{"role": "user", "content": "x" * 3_000}], "max_tokens": 1}
     asked = asyncio.create_task(engine.complete("slow", question))
-    await eventually_async(lambda: engine.loaded()[0]["users"] or None)
+    await eventually_async(lambda: engine.held[0].users or None)
     asked.cancel()
     with suppress(asyncio.CancelledError):
         await asked

@@ -211,7 +211,7 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class Query(BaseModel):
+class Query(Strict):
     prompt: str = Field(min_length=1)
     model: ModelReference
     temperature: float | None = Field(default=None, ge=0, le=2)

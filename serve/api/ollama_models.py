@@ -1,0 +1,110 @@
+"""/api/tags, /api/ps and /api/version: what models there are, as Ollama tells it."""
+
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from cluster.times import UtcTime
+from pipelines.training import tiny
+from pipelines.training.registry import Version
+from serve.answering import engine_of, models_of
+from serve.api.health import VERSION
+from serve.auth import CurrentCaller
+
+router = APIRouter(prefix="/api", tags=["Ollama"])
+
+NEVER = datetime(2318, 1, 1, tzinfo=UTC)
+"""What Ollama says of a model that stays: one leaves only when another needs its memory."""
+
+
+class Details(BaseModel):
+    format: str = "gguf"
+    parent_model: str = Field(description="What it was trained from.")
+    quantization_level: str
+
+
+class Tag(BaseModel):
+    name: str = Field(examples=["homelab:latest"])
+    model: str
+    modified_at: UtcTime
+    size: int = Field(description="Bytes of its file.")
+    digest: str = Field(description="SHA-256 of its file.")
+    details: Details
+
+
+class Tags(BaseModel):
+    models: list[Tag]
+
+
+class Running(BaseModel):
+    name: str
+    model: str
+    size: int = Field(description="Bytes of memory.")
+    expires_at: UtcTime
+    context_length: int
+    digest: str
+    details: Details | None
+
+
+class Runnings(BaseModel):
+    models: list[Running]
+
+
+class VersionView(BaseModel):
+    version: str
+
+
+@router.get("/tags")
+async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
+    """Every registered model, under each of its names."""
+    models = await models_of(request).all()
+    latest = [_tag(f"{model.name}:latest", model.served) for model in models if model.served]
+    return Tags(models=[*latest, *(_tag(version.reference, version) for model in models for version in model.versions)])
+
+
+@router.get("/ps")
+async def list_running(request: Request, caller: CurrentCaller) -> Runnings:
+    """The models in memory."""
+    versions = {version.reference: version for model in await models_of(request).all() for version in model.versions}
+    return Runnings(
+        models=[
+            Running(
+                name=_name(held.reference),
+                model=_name(held.reference),
+                size=held.bytes,
+                expires_at=NEVER,
+                context_length=held.context,
+                digest=version.files[0].sha256 if (version := versions.get(held.reference)) else "",
+                details=_details(version) if version else None,
+            )
+            for held in await engine_of(request).loaded()
+        ]
+    )
+
+
+@router.get("/version")
+async def show_version(caller: CurrentCaller) -> VersionView:
+    """Forgearr's version, since it is Forgearr that answers."""
+    return VersionView(version=VERSION)
+
+
+def _tag(name: str, version: Version) -> Tag:
+    file = version.files[0]
+    return Tag(
+        name=name,
+        model=name,
+        modified_at=version.created_at,
+        size=file.bytes,
+        digest=file.sha256,
+        details=_details(version),
+    )
+
+
+def _details(version: Version) -> Details:
+    return Details(parent_model=version.base_model, quantization_level=version.files[0].quantization.upper())
+
+
+def _name(reference: str) -> str:
+    """Ollama's names always have a tag."""
+    return f"{reference}:latest" if reference == tiny.NAME else reference
