@@ -17,6 +17,7 @@ from cluster.settings import Settings, get_settings
 from serve.api import (
     auth,
     chat,
+    completions,
     datasets,
     forge,
     health,
@@ -79,6 +80,7 @@ def create_app() -> FastAPI:
         models,
         model_names,
         chat,
+        completions,
         ollama,
         ollama_models,
         websockets,

@@ -25,8 +25,7 @@ class Answer:
             self._logprobs += (choice.get("logprobs") or {}).get("content") or []
             if "text" in choice:
                 self._text = (self._text or "") + choice["text"]
-                continue
-            delta = choice["delta"]
+            delta = choice.get("delta", {})
             for name in JOINED:
                 if delta.get(name):
                     self._message[name] = (self._message.get(name) or "") + delta[name]

@@ -59,9 +59,6 @@ STREAMED = {"stream": True, "stream_options": {"include_usage": True}, "return_p
 """Progress reports are what lets an answer be given up while the model still reads the question."""
 
 
-KEPT = ("choices", "usage", "timings")
-
-
 class _Spoken:
     """What a model says: told by a thread, read by the event loop in batches of all that has come meanwhile."""
 
@@ -90,7 +87,7 @@ class _Spoken:
             chunks: list[Chunk] = []
             for one in told:
                 if isinstance(one, dict):
-                    chunks.append({name: one[name] for name in KEPT if name in one})
+                    chunks += _told(one)
                     continue
                 if chunks:
                     yield chunks
@@ -108,6 +105,13 @@ def _speak(ask: Callable[[bytes, Callable[[bytes], bool]], None], body: bytes, s
         spoken.put(RequestRefused(f"The model cannot take this request: {str(error).strip().rstrip('.')}."))
     finally:
         spoken.put(None)
+
+
+def _told(chunk: Chunk) -> list[Chunk]:
+    """Of a prompt that was gone on from, llama.cpp tells the end and the usage at once; else one after the other."""
+    ended: Chunk = {name: chunk[name] for name in ("usage", "timings") if name in chunk}
+    said: list[Chunk] = [{"choices": chunk["choices"]}] if chunk["choices"] else []
+    return [*said, {"choices": [], **ended}] if ended else said
 
 
 def _error(told: dict[str, Any]) -> ForgearrError:

@@ -1,8 +1,8 @@
 """What every engine offers to the gateway, and the errors that it answers with.
 
 A request is OpenAI's, without `model` and `stream`: `messages` to answer, or a `prompt` to go on from. A chunk is what
-OpenAI streams: `choices` with a delta each, or with text; the last one has the `usage`, and the engine's own `timings`
-in milliseconds. Who tells a client adds id, time and the name that it asked for.
+OpenAI streams: `choices` with a delta each, or with text; the last one has none, but the `usage`, and the engine's own
+`timings` in milliseconds. Who tells a client adds id, time and the name that it asked for.
 """
 
 from collections.abc import AsyncGenerator, Mapping

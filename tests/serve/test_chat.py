@@ -243,3 +243,59 @@ async def test_which_models_there_are(house: House) -> None:
         await house.client.models.retrieve("nobody")
     short = (await house.http.get("/models")).json()
     assert short == {"models": [], "active_model": None}
+
+
+async def complete(house: House, **options: Any) -> Any:
+    """The parrot speaks after a line's end."""
+    create: Any = house.client.completions.create
+    return await create(**{"model": TINY, "prompt": "assistant\n", **options})
+
+
+async def test_a_prompt_is_gone_on_from(house: House) -> None:
+    answer = await complete(house, max_tokens=100)
+    assert (answer.object, answer.model) == ("text_completion", TINY)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, choice.logprobs) == (SPOKEN, "stop", None)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens == len("assistant\n")
+    echoed = await complete(house, max_tokens=100, echo=True)
+    assert echoed.choices[0].text == f"assistant\n{SPOKEN}"
+
+
+async def test_several_prompts_are_gone_on_from(house: House) -> None:
+    prompts = ["assistant\n", "user\n", "x\n"]
+    answer = await complete(house, prompt=prompts, max_tokens=100, echo=True)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [
+        (index, prompt + SPOKEN) for index, prompt in enumerate(prompts)
+    ]
+    assert answer.usage.prompt_tokens == sum(map(len, prompts))
+    said = {0: "", 1: "", 2: ""}
+    ended: list[str] = []
+    stream = await complete(house, prompt=prompts, max_tokens=100, stream=True, stream_options={"include_usage": True})
+    *chunks, last = [chunk async for chunk in stream]
+    for chunk in chunks:
+        assert chunk.usage is None
+        (choice,) = chunk.choices
+        said[choice.index] += choice.text
+        ended += [choice.finish_reason] if choice.finish_reason else []
+    assert set(said.values()) == {SPOKEN}
+    assert ended == ["stop"] * 3
+    assert last.usage.completion_tokens == answer.usage.completion_tokens
+
+
+async def test_how_likely_the_words_of_a_text_were(house: House) -> None:
+    write_model(house.file, seed=1, talkative=True)
+    (choice,) = (await complete(house, prompt="Tell me", max_tokens=4, logprobs=2, seed=1)).choices
+    told = choice.logprobs
+    assert choice.finish_reason == "length"
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) > 0
+    assert all(len(top) <= 2 for top in told.top_logprobs)
+    assert told.text_offset[0] == 0
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"suffix": "end"}, {"n": 2}, {"prompt": []}, {"prompt": [1, 2]}, {"echo": True, "logprobs": 1}]
+)
+async def test_a_completion_that_cannot_be_had_is_refused(house: House, wanted: dict[str, Any]) -> None:
+    with pytest.raises(openai.UnprocessableEntityError):
+        await complete(house, **wanted)

@@ -1,0 +1,58 @@
+"""Answers as OpenAI streams them: server-sent events, with an error among them if one comes too late for a status."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+from fastapi.responses import StreamingResponse
+
+from cluster.errors import ForgearrError
+from serve.engines.protocol import Chunk
+from serve.envelope import OPENAI_PREFIX, Responses, as_forgearr_error, error_response
+
+
+def described(kind: str) -> Responses:
+    """What OpenAPI says of such an answer."""
+    data = {"type": "string", "description": f"A {kind}, or [DONE]."}
+    item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {200: {"content": {"text/event-stream": {"itemSchema": item}}}}
+
+
+def respond(answer: AsyncGenerator[list[Chunk]], heading: dict[str, Any], *, with_usage: bool) -> StreamingResponse:
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    events = _events(answer, {**heading, "usage": None} if with_usage else heading, with_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def rejoined(first: list[Chunk], rest: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
+    """An answer whose first words were waited for, because until then an error still has a status."""
+    async with aclosing(rest):
+        yield first
+        async for chunks in rest:
+            yield chunks
+
+
+async def _events(
+    answer: AsyncGenerator[list[Chunk]], heading: dict[str, Any], with_usage: bool
+) -> AsyncIterator[bytes]:
+    async with aclosing(answer):
+        try:
+            async for chunks in answer:
+                yield b"".join(
+                    _event(orjson.dumps({**heading, "choices": chunk["choices"], **_usage(chunk, with_usage)}))
+                    for chunk in chunks
+                    if chunk["choices"] or with_usage
+                )
+        except ForgearrError as error:
+            yield _event(error_response(as_forgearr_error(error), OPENAI_PREFIX).body)
+            return
+    yield _event(b"[DONE]")
+
+
+def _usage(chunk: Chunk, wanted: bool) -> Chunk:
+    return {"usage": chunk["usage"]} if wanted and "usage" in chunk else {}
+
+
+def _event(data: bytes | memoryview) -> bytes:
+    return b"data: " + data + b"\n\n"
