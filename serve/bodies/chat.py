@@ -130,6 +130,9 @@ class ChatRequest(Strict):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=300, description="By the number of a token: how much likelier it shall be."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     n: Literal[1] | None = None
@@ -149,6 +152,8 @@ class ChatRequest(Strict):
             raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is not among the tools")
         if self.tool_choice == "required" and not self.tools:
             raise ValueError("tool_choice required needs tools")
+        if not all(token.isdecimal() for token in self.logit_bias or ()):
+            raise ValueError("logit_bias is by the numbers of tokens")
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is for answers with stream")
         if self.top_logprobs is not None and not self.logprobs:
@@ -166,6 +171,8 @@ class ChatRequest(Strict):
             wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.seed is not None:
             wanted["seed"] = self.seed % MOST_SEEDS
+        if self.logit_bias:
+            wanted["logit_bias"] = [[int(token), bias] for token, bias in self.logit_bias.items()]
         if tools := self._chosen_tools():
             wanted["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
             # llama.cpp knows no names here, but can be made to call the only tool that it is shown.
