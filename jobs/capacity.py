@@ -149,9 +149,11 @@ def needed(resources: Resources, workers: int = 1) -> dict[str, float]:
 
 def actor_options(resources: Resources) -> dict[str, Any]:
     """What Ray is told when the actor of a heavy job is made. One that has several workers takes nothing itself."""
+    # Ray leaves all GPUs visible to an actor that asked for none; the processes that it starts inherit this.
+    hidden = {} if resources.gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
     if resources.workers > 1:
-        return {"num_cpus": 0}
-    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+        return {"num_cpus": 0, **hidden}
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, **hidden}
     if resources.memory_mb:
         options["memory"] = resources.memory_mb * 1024 * 1024
     if resources.labels:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 from jobs.leases import Claim
 from jobs.queue import ChildFailed
+from jobs.registry import Resources
 from jobs.states import State
 from jobs.tables import Job
 
@@ -49,7 +50,9 @@ class Link(Protocol):
     def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None: ...
     def checkpoint(self, claim: Claim, state: Any) -> None: ...
     def artifact(self, claim: Claim, path: Path, name: str) -> str: ...
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job: ...
+    def child(
+        self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None
+    ) -> Job: ...
 
 
 class Context:
@@ -113,10 +116,13 @@ class Context:
         self._stop.wait(seconds)
         self._raise_if_stopped()
 
-    def child(self, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
-        """The child of this name: queued now if there is none yet, so that a job that runs again finds its own."""
+    def child(self, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None = None) -> Job:
+        """The child of this name: queued now if there is none yet, so that a job that runs again finds its own.
+
+        Without `resources` it gets those of its kind.
+        """
         self._raise_if_stopped()
-        return self._link.child(self._claim, name, kind, spec)
+        return self._link.child(self._claim, name, kind, spec, resources)
 
     def join(self, *children: Job) -> list[Any]:
         """The results of children that have all succeeded. Until they have, the job gives its room back and parks:

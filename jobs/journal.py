@@ -47,6 +47,13 @@ async def newest(session: AsyncSession, job_id: str, only: str, limit: int) -> l
     return list(await session.scalars(query.order_by(JobEvent.id.desc()).limit(limit)))
 
 
+async def newest_number(session: AsyncSession, job_id: str, name: str) -> float | None:
+    """The last one of this name that a job has reported, however long ago."""
+    number = JobEvent.data["metrics"][name].as_float()
+    query = select(number).where(JobEvent.job_id == job_id, JobEvent.type == "progress", number.is_not(None))
+    return await session.scalar(query.order_by(JobEvent.id.desc()).limit(1))
+
+
 async def _write(session: AsyncSession) -> None:
     entries: list[Entry] = session.info.pop("journal")
     if not entries:

@@ -125,12 +125,19 @@ async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], ow
     return await _insert(session, [(request, kind, kind.check(request.spec)) for request, kind in wanted], owner)
 
 
-async def enqueue_child(session: AsyncSession, parent: Job, name: str, kind: str, spec: dict[str, Any]) -> Job:
+async def enqueue_child(
+    session: AsyncSession,
+    parent: Job,
+    name: str,
+    kind: str,
+    spec: dict[str, Any],
+    resources: Resources | None = None,
+) -> Job:
     """The child of this name: found when the parent asks again, after a crash or a park, else queued now."""
     known = await session.scalar(select(Job).where(Job.parent_id == parent.id, Job.child_name == name))
     if known is not None:
         return known
-    request = JobRequest(kind=kind, spec=spec, priority=parent.priority)
+    request = JobRequest(kind=kind, spec=spec, priority=parent.priority, resources=resources)
     child = await enqueue(session, request, Owner(id=parent.owner_id, name=parent.created_by))
     child.parent_id, child.child_name = parent.id, name
     await session.flush()

@@ -16,6 +16,7 @@ from cluster import storage
 from cluster.actors import NAMESPACE
 from jobs.context import Context, Stop
 from jobs.leases import Claim
+from jobs.registry import Resources
 from jobs.tables import Job
 from jobs.writer import News, storable
 
@@ -50,7 +51,7 @@ class _Link:
         self.report(claim, {}, ("artifact", {"name": name, "address": address, "bytes": path.stat().st_size}))
         return address
 
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
         raise RuntimeError("children are made by the job's own function, not by the processes that it starts")
 
 

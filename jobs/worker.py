@@ -23,7 +23,7 @@ from cluster.settings import get_settings
 from jobs import leases, queue
 from jobs.context import Context, JobLogHandler, Park, Stop, StopReason, current
 from jobs.leases import Claim
-from jobs.registry import find_kind, load_function
+from jobs.registry import Resources, find_kind, load_function
 from jobs.retries import Failure, backoff, judge
 from jobs.states import Control
 from jobs.tables import Job
@@ -122,8 +122,9 @@ class Worker:
         self._writer.gather(claim, {}, ("artifact", {"name": name, "address": address, "bytes": path.stat().st_size}))
         return address
 
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
-        return asyncio.run_coroutine_threadsafe(self._child(claim, name, kind, spec), self._loop).result()
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
+        child = self._child(claim, name, kind, spec, resources)
+        return asyncio.run_coroutine_threadsafe(child, self._loop).result()
 
     def _run(self, running: Running) -> None:
         """The life of one attempt, in its own thread."""
@@ -175,14 +176,16 @@ class Worker:
                 await asyncio.sleep(min(backoff(attempt), LONGEST_WAIT_SECONDS))
         self._forget(claim)
 
-    async def _child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
+    async def _child(
+        self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None
+    ) -> Job:
         async with self._database.transaction() as session:
             parent = await session.get_one(Job, claim.job_id, with_for_update={"key_share": True})
             if parent.lease_token != claim.token:
                 raise Stop("lease_lost")
             if parent.control == Control.CANCEL:
                 raise Stop("cancel")
-            return await queue.enqueue_child(session, parent, name, kind, dict(spec))
+            return await queue.enqueue_child(session, parent, name, kind, dict(spec), resources)
 
     def _forget(self, claim: Claim) -> None:
         if not self._freed:

@@ -11,7 +11,7 @@ import yaml
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from cluster.cli.client import call, follow
+from cluster.cli.client import Patience, call, follow, look
 from cluster.cli.console import console as new_console
 from cluster.cli.console import table
 from cluster.errors import InvalidRequest
@@ -23,7 +23,7 @@ FINISHED = {"succeeded", "failed", "cancelled"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "paused": "magenta"}
 BARS = 12
 """Up to so many jobs have a bar of their own; more share one."""
-POLL_SECONDS = 0.3
+POLL_SECONDS = 1.0
 
 JobIds = Annotated[list[str], typer.Argument(metavar="JOB…")]
 
@@ -181,13 +181,14 @@ def wait_until_ended(jobs: list[str]) -> None:
 def _watch(jobs: list[str]) -> dict[str, dict[str, Any]]:
     """Show bars until every job has ended; returns them as they ended."""
     ended: dict[str, dict[str, Any]] = {}
+    patience = Patience()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         together = progress.add_task(f"{len(jobs)} jobs", total=len(jobs), note="") if len(jobs) > BARS else None
         bars = {} if together is not None else {job: progress.add_task(job, total=100, note="") for job in jobs}
         while len(ended) < len(jobs):
             for job_id in [job for job in jobs if job not in ended]:
-                job = call("GET", f"/api/v1/jobs/{job_id}")
+                job = look(f"/api/v1/jobs/{job_id}", patience)
                 if job["state"] in FINISHED:
                     ended[job_id] = job
                 if bars:

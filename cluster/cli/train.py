@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from cluster.cli.client import call
+from cluster.cli.client import Patience, call, look
 from cluster.cli.console import console as new_console
 from cluster.cli.jobs import read_spec
 from cluster.errors import InvalidRequest
@@ -18,7 +18,7 @@ from cluster.errors import InvalidRequest
 console = new_console()
 
 ENDED = {"completed", "failed", "cancelled"}
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.5
 
 
 def train(
@@ -67,11 +67,12 @@ def follow(job_id: str) -> dict[str, Any]:
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("queued", total=100, note="")
+        patience = Patience()
         while True:
-            status = call("GET", f"/status/{job_id}")
+            status = look(f"/status/{job_id}", patience)
             bar.update(task, description=status["status"], completed=status["progress"], note=_note(status))
             if status["status"] in ENDED:
-                return call("GET", f"/api/v1/jobs/{job_id}")
+                return look(f"/api/v1/jobs/{job_id}", patience)
             time.sleep(POLL_SECONDS)
 
 

@@ -37,6 +37,13 @@ def folder(reference: str) -> str:
     return _of_hub(reference)
 
 
+def pinned(reference: str) -> str:
+    """The same base under a name that stays with it: NAME:latest becomes NAME:v3. Others stay as they are."""
+    if reference.startswith(("/", "~", ".")) or ":" not in reference:
+        return reference
+    return asyncio.run(_find(reference)).reference
+
+
 def is_adapter(model: Path) -> bool:
     return (model / "adapter_config.json").exists()
 

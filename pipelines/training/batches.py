@@ -4,13 +4,15 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import torch
 
 from cluster.errors import ForgearrError
+from pipelines.training import group
 
 MOST = 64
 LEAST_STEPS = 8
@@ -27,10 +29,20 @@ class OutOfMemory(ForgearrError):
     code = "OUT_OF_MEMORY"
 
 
+class StartSmaller(OutOfMemory):
+    """One of the processes that train together is out of memory: all must start again with smaller batches."""
+
+    @property
+    def place(self) -> dict[str, int]:
+        """What of the place in the training is another one now."""
+        return {name: int(str(self.details[name])) for name in ("batch_size", "gradient_accumulation")}
+
+
 def find(trainer: Any, most: int) -> int:
     """The batch size to use, at most `most`: on a GPU the largest that fits, else the one where speed stops growing.
 
-    It runs real steps, forward and backward, on the longest samples, and leaves the model as it was.
+    It runs real steps, forward and backward, on the longest samples, and leaves the model as it was. Processes that
+    train together all try, and take what suits each of them.
     """
     rows = sorted(trainer.train_dataset, key=_length, reverse=True)
     device = trainer.accelerator.device
@@ -39,17 +51,10 @@ def find(trainer: Any, most: int) -> int:
     model = trainer.model.to(device).train()
     before = psutil.Process().memory_info().rss
     while size <= min(most, MOST, len(rows)):
-        try:
-            _step(trainer, model, rows[:size])  # the first one warms up
-            started = time.perf_counter()
-            _step(trainer, model, rows[:size])
-            pace = size / (time.perf_counter() - started)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            break
+        pace = _pace(trainer, model, rows[:size])
         taken = psutil.Process().memory_info().rss - before
-        if device.type == "cpu" and (pace < best_pace * LEAST_GAIN or 2 * taken > limit):
+        is_worth_it = device.type != "cpu" or (pace >= best_pace * LEAST_GAIN and 2 * taken <= limit)
+        if not group.all_agree(pace > 0 and is_worth_it):
             break
         best, best_pace, size = size, max(pace, best_pace), size * 2
     model.zero_grad(set_to_none=True)
@@ -78,6 +83,38 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # what was only tried is not what the training takes
+
+
+def _pace(trainer: Any, model: Any, rows: list[Any]) -> float:
+    """Samples in a second; 0 when they do not fit."""
+    try:
+        with _by_itself(trainer.accelerator):
+            _step(trainer, model, rows)  # the first one warms up
+            started = time.perf_counter()
+            _step(trainer, model, rows)
+            return len(rows) / (time.perf_counter() - started)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 0
+
+
+@contextmanager
+def _by_itself(accelerator: Any) -> Generator[None]:
+    """Keep what the trainer counts from being gathered: a process that runs out of memory does not come to that."""
+    names = ("gather", "gather_for_metrics")
+    for name in names:
+        setattr(accelerator, name, _as_it_is)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(accelerator, name)
+
+
+def _as_it_is(tensor: Any, *_: Any, **__: Any) -> Any:
+    return tensor
 
 
 def _step(trainer: Any, model: Any, rows: list[Any]) -> None:

@@ -40,10 +40,11 @@ def convert(
     _recognize_byte_level()
     _call("convert_hf_to_gguf", [str(source), "--outfile", file, "--outtype", outtype])
     if base is not None:
-        shutil.rmtree(source)
         if adapter_file is not None:
             report(1, "converting the adapter")
-            _call("convert_lora_to_gguf", [model, "--base", base, "--outfile", adapter_file, "--outtype", "f16"])
+            plain = str(source) if _is_quantized(Path(base)) else base  # only its config is read
+            _call("convert_lora_to_gguf", [model, "--base", plain, "--outfile", adapter_file, "--outtype", "f16"])
+        shutil.rmtree(source)
     return {"outtype": outtype}
 
 
@@ -66,10 +67,24 @@ def merge(base: Path, adapter: Path, target: Path) -> None:
 def load_merged(base: Path | str, adapter: Path | str) -> Any:
     """A model that has learned, in memory. Also what was trained in 4 bits goes into the whole base."""
     from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_whole(base), str(adapter)).merge_and_unload(safe_merge=True)
+
+
+def load_whole(model: Path | str) -> Any:
+    """A model in memory. One that is kept in 4 or 8 bits is unpacked: llama.cpp's converter does not read those."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if getattr(loaded, "hf_quantizer", None) is None:
+        return loaded
+    whole: Any = loaded.dequantize()
+    whole._weight_conversions = None  # how it was unpacked when it was read: saving would undo that, and cannot
+    return whole
+
+
+def _is_quantized(model: Path) -> bool:
+    return "quantization_config" in json.loads((model / "config.json").read_text())
 
 
 def _is_bfloat(model: Path) -> bool:

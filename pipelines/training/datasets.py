@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from sqlalchemy import Index, Select, String, Text, func, select
@@ -31,7 +31,7 @@ from jobs.states import FINISHED
 from jobs.tables import Job
 from jobs.tables import Sequence as Counter
 from pipelines.training import documents, prompts
-from pipelines.training.samples import EmptyData, Pair, Sample, line_of, parse
+from pipelines.training.samples import EmptyData, Pair, Sample, WrongKindOfData, line_of, parse
 from pipelines.training.spec import Data, FineTuneSpec
 
 SHIPPED = "demo/homelab"
@@ -138,14 +138,18 @@ def fetch(dataset: Dataset, folder: Path) -> Path:
 # For doors.
 
 
-async def check(session: AsyncSession, data: Data, owner: Owner) -> None:
-    """Raise what `resolve` would, as far as that can be said without reading the data."""
+async def check(session: AsyncSession, data: Data, owner: Owner, method: Literal["supervised", "dpo"]) -> None:
+    """Raise what `resolve` and the training would, as far as that can be said without reading the data."""
+    kind = "chat"  # whatever is no uploaded dataset
     if data.dataset is not None and data.dataset != SHIPPED:
-        await find(session, data.dataset, owner)
+        kind = (await find(session, data.dataset, owner)).kind
     if data.prompts is not None:
         await prompts.matching(session, data.prompts, owner)
     if data.folder is not None:
         _permitted(data.folder, owner)
+    if (kind == "preference") != (method == "dpo"):
+        wanted = "pairs (chosen and rejected)" if method == "dpo" else "chat samples"
+        raise WrongKindOfData(f"The method '{method}' learns from {wanted}; this data is of the kind '{kind}'.")
 
 
 def needs_admin(spec: Data | FineTuneSpec) -> bool:
@@ -311,7 +315,8 @@ async def _learner(session: AsyncSession, dataset: Dataset) -> str | None:
     for job in await session.scalars(unfinished):
         wanted = job.spec.get("data", {}).get("dataset")
         begun_with = job.checkpoint.get("dataset") if isinstance(job.checkpoint, dict) else None
-        if dataset.id in (wanted, begun_with) or (wanted == dataset.name and job.owner_id == dataset.owner_id):
+        named = wanted in (dataset.name, _title(dataset)) and job.owner_id == dataset.owner_id
+        if named or dataset.id in (wanted, begun_with):
             return job.id
     return None
 

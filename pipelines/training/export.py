@@ -197,7 +197,7 @@ def _space(model: Path, wanted: Sequence[Quantization], merges: bool) -> int:
     """The bytes that an export needs at its fullest, from the sizes that the model's files declare."""
     weights, size = _weigh(model)
     converted = weights * 2
-    before = (size if merges else 0) + converted
+    before = (max(size, converted) if merges else 0) + converted  # a base in 4 bits is unpacked
     after = sum(weights * BITS[quantization] / 8 for quantization in wanted)
     if len(wanted) > 1 or wanted[0] not in WRITTEN_BY_CONVERTER:
         after += converted
@@ -214,7 +214,7 @@ def _weigh(model: Path) -> tuple[int, int]:
         for tensor, described in header.items():
             if tensor == "__metadata__":
                 continue
-            count = 1
+            count = 2 if described["dtype"] == "U8" else 1  # 4 bits each
             for dimension in described["shape"]:
                 count *= dimension
             weights += count

@@ -6,14 +6,16 @@ put its own checkpoints. Those hold weights, optimizer, schedule, the place in t
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
+from cluster.errors import ForgearrError
 from cluster.settings import home
 from jobs.context import Context, Stop
 from jobs.registry import Resources, job
-from pipelines.training import base_models, datasets, work
+from pipelines.training import base_models, datasets, results, work
 from pipelines.training.datasets import Dataset
 from pipelines.training.spec import FineTuneSpec
 
@@ -29,13 +31,30 @@ def _resources(spec: FineTuneSpec) -> Resources:
 def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
     """Fine-tunes a language model on prompts, a dataset or documents."""
     state: dict[str, Any] = dict(context.checkpoint_state or {})
+    if "result" not in state:
+        state["result"] = _train_from(context, spec, state)
+        context.checkpoint(state)  # safe, before what it was made from is removed
+    storage.remove(storage.address(f"jobs/{context.job_id}/checkpoints"))
+    return state["result"]
+
+
+def _train_from(context: Context, spec: FineTuneSpec, state: dict[str, Any]) -> dict[str, Any]:
+    """Train, beginning or going on at this state. Data and base stay what they were at the beginning."""
+    from pipelines.training.batches import StartSmaller
+
     if "dataset" not in state:
         context.report(progress=0, phase="gathering the data")
         state["dataset"] = datasets.resolve(spec.data, context.owner_id).id
+        state["base_model"] = base_models.pinned(spec.base_model)
         context.checkpoint(state)
     dataset = datasets.get(state["dataset"])
     context.input(dataset.name, dataset.digest, dataset.address, samples=dataset.samples)
-    return _on_ray_train(context, spec, lambda: _train(context, spec, dataset, state))
+    while True:
+        try:
+            return _on_ray_train(context, spec, partial(_train, context, spec, dataset, state))
+        except StartSmaller as smaller:
+            context.log(smaller.message, "WARNING")
+            state = dict(results.own_row(context.job_id).checkpoint or {})  # its processes have saved the smaller place
 
 
 def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any]) -> Any:
@@ -66,15 +85,19 @@ def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any])
 
 def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[str, Any]) -> dict[str, Any]:
     """What each process does. The result is that of the first one; the others make the same model, and drop it."""
+    from pipelines.training.faster import prefer_unsloth
+
+    prefer_unsloth(spec)
     from pipelines.training import recipe
+    from pipelines.training.batches import StartSmaller
 
     with work.folder(context.job_id) as folder:
-        watcher = _Watcher(context, state, folder)
+        watcher = JobWatcher(context, state, folder)
         try:
             outcome = recipe.train(
                 spec,
                 datasets.load(dataset),
-                base=base_models.folder(spec.base_model),
+                base=base_models.folder(state["base_model"]),
                 work=folder,
                 watcher=watcher,
                 checkpoint=watcher.newest(),
@@ -83,7 +106,10 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
             if not watcher.is_first:
                 return {}
             context.checkpoint(state)  # nobody else may have gone on with this job meanwhile
-            return _publish(context, spec, dataset, outcome, folder)
+            return _publish(context, spec, dataset, state["base_model"], outcome, folder)
+        except StartSmaller as smaller:
+            context.checkpoint({**state, "place": {**state.get("place", {}), **smaller.place}})
+            raise
         except Exception as error:
             if work.is_full(error, folder):
                 raise work.filled(folder, _size(folder), "Saving the training") from error
@@ -91,7 +117,7 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
 
 
 def _publish(
-    context: Context, spec: FineTuneSpec, dataset: Dataset, outcome: "Outcome", folder: Path
+    context: Context, spec: FineTuneSpec, dataset: Dataset, base_model: str, outcome: "Outcome", folder: Path
 ) -> dict[str, Any]:
     """Keep the model in storage, and show in MLflow what one wants to see of it."""
     from pipelines.training import pictures
@@ -102,14 +128,13 @@ def _publish(
             context.artifact(outcome.model / name)
     context.artifact(pictures.loss_curve(outcome.history, folder / "loss.png"))
     context.artifact(pictures.environment(folder / "environment.json"))
-    storage.remove(storage.address(f"jobs/{context.job_id}/checkpoints"))
     told = dataclasses.asdict(outcome)
     counts = {name: told.pop(name) for name in ("train", "held_out", "truncated", "skipped")}
     for name in ("model", "history"):
         told.pop(name)
     return {
         "name": spec.full_name,
-        "base_model": spec.base_model,
+        "base_model": base_model,
         "method": spec.method,
         "tuning": spec.tuning,
         "model": address,
@@ -118,7 +143,7 @@ def _publish(
     }
 
 
-class _Watcher:
+class JobWatcher:
     """Tells the job how its training goes, and keeps its checkpoints. Only the first process tells."""
 
     def __init__(self, context: Context, state: dict[str, Any], folder: Path) -> None:
@@ -156,14 +181,23 @@ class _Watcher:
             random_state = f"rng_state_{self._rank}.pth"
             storage.save(checkpoint / random_state, f"{name}/{random_state}")
         self._meet()
-        if not self.is_first:
-            return
         before: dict[str, str] = self._state.get("checkpoints", {})
         wanted = {step, str(place.get("best_step"))}
         kept = {number: address for number, address in before.items() if number in wanted}
         kept[step] = storage.address(name)
         self._state |= {"place": dict(place), "checkpoints": kept}
-        stale = set(before.values()) - set(kept.values())
+        if self.is_first:
+            self._record(set(before.values()) - set(kept.values()))
+        self._meet()
+
+    def kept(self, step: int) -> Path:
+        return storage.fetch(self._state["checkpoints"][str(step)], self._folder)
+
+    def newest(self) -> Path | None:
+        step = self._state.get("place", {}).get("step")
+        return None if step is None else self.kept(step)
+
+    def _record(self, stale: set[str]) -> None:
         try:
             self._context.checkpoint(self._state)
         except Stop as stop:
@@ -171,13 +205,6 @@ class _Watcher:
                 _remove(stale)
             raise
         _remove(stale)
-
-    def kept(self, step: int) -> Path:
-        return storage.fetch(self._state["checkpoints"][str(step)], self._folder)
-
-    def newest(self) -> Path | None:
-        place = self._state.get("place")
-        return self.kept(place["step"]) if place else None
 
     def _meet(self) -> None:
         if self._processes > 1:
@@ -198,5 +225,7 @@ def _size(folder: Path) -> int:
 def _cause(failure: Exception) -> Exception:
     """What really went wrong in a process of the training, if one of them said it."""
     errors = [error for error in getattr(failure, "worker_failures", {}).values() if isinstance(error, Exception)]
-    original = getattr(errors[0], "_base_exc", errors[0]) if errors else failure
-    return original if isinstance(original, Exception) else failure
+    originals = [getattr(error, "_base_exc", error) for error in errors]
+    # When one process fails, others may complain of its absence.
+    said = [error for error in originals if isinstance(error, ForgearrError)] or originals
+    return said[0] if said and isinstance(said[0], Exception) else failure

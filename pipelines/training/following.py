@@ -12,6 +12,7 @@ import torch
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from cluster.errors import ForgearrError
+from pipelines.training import group
 from pipelines.training.spec import FineTuneSpec
 
 COLUMNS = {
@@ -93,7 +94,7 @@ class Follower(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         due = time.monotonic() - self._saved_at > self._spec.checkpoint_minutes * 60
         every = self._spec.checkpoint_steps
-        stop, save = _agreed(self._watcher.should_stop(), due)
+        stop, save = group.first_says(self._watcher.should_stop(), due)  # all must save at the same step
         self._save_due = stop or save or bool(every and state.global_step % every == 0)
         # What belongs to the end of an epoch, its evaluation above all, must not be lost between save and resume.
         if not float(state.epoch or 0).is_integer():
@@ -111,7 +112,7 @@ class Follower(TrainerCallback):
             self._place |= {"best_loss": loss, "best_step": state.global_step, "worse": 0}
             control.should_save = True
         else:
-            self._place["worse"] += 1
+            self._place["worse"] = self._place.get("worse", 0) + 1  # also a first one that is no number
             control.should_training_stop = self._place["worse"] >= self._spec.early_stopping
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -133,16 +134,6 @@ class Follower(TrainerCallback):
         if (use := _gpu_use()) is not None:
             pace["gpu_utilization"] = use
         return pace
-
-
-def _agreed(stop: bool, save: bool) -> tuple[bool, bool]:
-    """What the first process of the training wants: all of them must save at the same step."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return stop, save
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    wishes = torch.tensor([stop, save], dtype=torch.uint8, device=device)
-    torch.distributed.broadcast(wishes, src=0)
-    return bool(wishes[0]), bool(wishes[1])
 
 
 def _memory_mb() -> float:

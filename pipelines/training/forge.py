@@ -1,9 +1,9 @@
 """The kind `forge`: from data to a served model, in one submission."""
 
-from typing import Any
+from typing import Any, Literal
 
 from jobs.context import Context
-from jobs.registry import job
+from jobs.registry import Resources, job
 from pipelines.training.datasets import needs_admin
 from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec
 
@@ -29,7 +29,7 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
 
     _begin(context, "export")
     wanted = ExportSpec(job_id=training.id, quantizations=spec.quantizations, adapter=spec.adapter)
-    export = context.child("export", "export", wanted.model_dump())
+    export = context.child("export", "export", wanted.model_dump(), resources_of("export", spec))
     (exported,) = context.join(export)
 
     _begin(context, "validate")
@@ -40,7 +40,8 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
         max_new_tokens=spec.max_new_tokens,
         gates=spec.gates,
     )
-    (validated,) = context.join(context.child("validate", "validate", check.model_dump()))
+    validation = context.child("validate", "validate", check.model_dump(), resources_of("validate", spec))
+    (validated,) = context.join(validation)
 
     deployed = None
     if spec.deploy and (validated["passed"] or spec.force):
@@ -58,6 +59,12 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
         "validate": validated,
         "deploy": deployed,
     }
+
+
+def resources_of(step: Literal["export", "validate"], training: FineTuneSpec) -> Resources:
+    """What a step occupies: as much as one process of the training did, but only models that answer need a GPU."""
+    gpus = min(training.gpus_per_worker, 1) if step == "validate" else 0
+    return Resources(cpus=training.cpus_per_worker, gpus=gpus)
 
 
 def _begin(context: Context, step: str) -> None:

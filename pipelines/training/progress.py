@@ -1,9 +1,9 @@
 """How far a training is, as people ask for it."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -35,12 +35,10 @@ _ENDED: dict[str, Status] = {
 _STEPS: dict[str, Status] = {"export": "exporting", "validate": "validating", "deploy": "deploying"}
 
 
-@dataclass(frozen=True)
-class Progress:
+class Numbers(BaseModel):
     """What is not known yet is None."""
 
-    status: Status
-    progress: float
+    progress: float = Field(default=0, ge=0, le=100)
     current_epoch: int | None = None
     total_epochs: int | None = None
     current_step: int | None = None
@@ -54,6 +52,10 @@ class Progress:
     gpu_utilization: float | None = None
 
 
+class Progress(Numbers):
+    status: Status
+
+
 async def status(session: AsyncSession, job: Job) -> Status:
     """Only what is done of it now."""
     return _status(job, (await _steps(session, job)).get("fine_tune"))
@@ -63,9 +65,7 @@ async def of(session: AsyncSession, job: Job) -> Progress:
     """The progress of a fine_tune job, or of a forge job and its fine-tune."""
     steps = await _steps(session, job)
     training = steps.get("fine_tune")
-    numbers: dict[str, Any] = {}
-    for event in await journal.newest(session, training.id, "progress", limit=20) if training else []:
-        numbers = {**event.data.get("metrics", {}), **numbers}
+    numbers = await _numbers(session, training) if training else {}
     epoch, epochs = numbers.pop("epoch", None), None if job.spec["max_steps"] else math.ceil(job.spec["epochs"])
     step = numbers.pop("step", None)
     return Progress(
@@ -74,13 +74,38 @@ async def of(session: AsyncSession, job: Job) -> Progress:
         current_epoch=None if epoch is None else _current(epoch, epochs),
         total_epochs=epochs,
         current_step=None if step is None else int(step),
-        **{name: value for name, value in numbers.items() if name in Progress.__dataclass_fields__},
+        **{name: value for name, value in numbers.items() if name in Numbers.model_fields},
     )
 
 
+async def jobs_of(session: AsyncSession, job: Job) -> list[str]:
+    """The jobs whose news are news of this training: it and its steps, as far as they have begun."""
+    return sorted({job.id} | {step.id for step in (await _steps(session, job)).values()})
+
+
+async def _numbers(session: AsyncSession, training: Job) -> dict[str, Any]:
+    """The newest of each number."""
+    numbers: dict[str, Any] = {}
+    for event in await journal.newest(session, training.id, "progress", limit=20):
+        numbers = {**event.data.get("metrics", {}), **numbers}
+    # Between two evaluations there may be any number of steps.
+    if "eval_loss" not in numbers and _was_evaluated(training.spec, numbers):
+        evaluation = await journal.newest_number(session, training.id, "eval_loss")
+        numbers |= {} if evaluation is None else {"eval_loss": evaluation}
+    return numbers
+
+
+def _was_evaluated(spec: dict[str, Any], numbers: dict[str, Any]) -> bool:
+    """Before that, nobody need look for it among all that was told."""
+    if not spec["eval_split"]:
+        return False
+    every = spec["eval_steps"]
+    return numbers.get("step", 0) >= every if every else numbers.get("epoch", 0) >= 1
+
+
 def _current(epoch: float, epochs: int | None) -> int:
-    """The epoch it is in, from 1."""
-    begun = math.floor(epoch) + 1
+    """The epoch it is in, from 1. At its very end it is still that one."""
+    begun = max(1, math.ceil(epoch))
     return min(begun, epochs) if epochs else begun
 
 

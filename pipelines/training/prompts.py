@@ -1,5 +1,6 @@
 """Training prompts: single exchanges that people write and keep by hand, for models to learn from."""
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
@@ -108,9 +109,9 @@ async def create(session: AsyncSession, request: PromptRequest, owner: Owner = L
 
 
 async def create_many(session: AsyncSession, checked: Iterable[dict[str, Any]], owner: Owner = LOCAL) -> None:
-    """Create prompts from the `columns` of requests."""
+    """Create prompts from the `columns` of requests, which are read in another thread."""
     rows = ({**row, "owner_id": owner.id, "created_by": owner.name} for row in checked)
-    while page := list(islice(rows, PAGE)):
+    while page := await asyncio.to_thread(lambda: list(islice(rows, PAGE))):
         await session.execute(insert(Prompt), page)
 
 

@@ -2,13 +2,13 @@
 
     outcome = train(spec, samples, base="meta-llama/Llama-3.2-1B-Instruct", work=Path("work"), watcher=watcher)
 
-Several processes may run it together: it takes part in whatever torch.distributed world it finds itself in.
+Several processes may run it together: it takes part in whatever torch.distributed world it finds itself in. Where
+Unsloth is to be used, faster.prefer_unsloth is called before this module is imported.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,33 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from pipelines.training import batches
+from cluster.errors import UnprocessableRequest
+from pipelines.training import batches, faster, group
 from pipelines.training.following import Follower, Watcher
-from pipelines.training.rows import NothingToTrain, Numbered, Rows, prepare, split
+from pipelines.training.rows import (
+    HELD_OUT,
+    NothingToTrain,
+    Numbered,
+    Rows,
+    context_of,
+    length_within,
+    prepare,
+    require_kind,
+    split,
+)
 from pipelines.training.samples import Pair, Sample
 from pipelines.training.spec import FineTuneSpec
 
-HELD_OUT = "held_out.jsonl"
 INITIAL = "initial"
 """Folder of an adapter as it was before the training."""
-NO_LIMIT = 1_000_000
-"""Tokenizers without a limit of their own name a number beyond this."""
+MOST_EVALUATED = 4
+"""How many samples are evaluated at once, where training takes as many."""
+
+
+class QuantizedBase(UnprocessableRequest):
+    """The base model is kept in few bits, and cannot be trained in this way."""
+
+    code = "QUANTIZED_BASE"
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,9 @@ class Outcome:
     eval_loss: float | None
     trained_tokens: int
     batch_size: int
-    train: int  # samples, like the next three
+    train: int  # samples that were used, like the next one
     held_out: int
-    truncated: int
+    truncated: int  # of those that were used
     skipped: int
     history: list[dict[str, float]]  # what was logged at each step and each evaluation
 
@@ -64,9 +80,11 @@ def train(
     """Train, or go on from a checkpoint that the watcher was given before, with the place it was told with it."""
     disable_progress_bar()  # the watcher tells how it goes
     disable_progress_bars()
+    require_kind(samples, spec.method)
+    _require_trainable(spec, base)
     watcher.phase("reading the samples")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    max_length = spec.max_length or _context(base, tokenizer)
+    max_length = length_within(spec.max_length, context_of(base, tokenizer))
     learned, held_out = split(samples, spec.eval_split, spec.seed)
     rows = prepare(learned, tokenizer, max_length, spec.long_samples)
     held_out_rows = prepare(held_out, tokenizer, max_length, spec.long_samples)
@@ -74,20 +92,57 @@ def train(
         raise NothingToTrain(f"None of {len(learned)} samples fits into {max_length} tokens.")
 
     followed = dict(place or {"batch_size": spec.batch_size, "gradient_accumulation": spec.gradient_accumulation})
+
+    def build() -> Any:
+        return _trainer(spec, base, tokenizer, (rows, held_out_rows), max_length, work, followed)
+
+    trainer, follower = _until_it_fits(spec, build, watcher, checkpoint, followed)
+    watcher.phase("saving the model")
+    if follower.best_step and follower.best_step < trainer.state.global_step:
+        trainer._load_from_checkpoint(str(watcher.kept(follower.best_step)))
+    model = _save(trainer, spec, tokenizer, held_out, work)
+    return _outcome(trainer, model, followed, rows, held_out_rows)
+
+
+def _require_trainable(spec: FineTuneSpec, base: str) -> None:
+    """A base that is kept in few bits takes an adapter only, and must be unpacked again for an export."""
+    quantization = _quantization(base)
+    if quantization is None:
+        return
+    if quantization.get("quant_method") != "bitsandbytes":
+        raise QuantizedBase(
+            f"{spec.base_model} is kept in few bits by {quantization.get('quant_method')}, which cannot be unpacked "
+            "for an export: take the model that it was made from, with tuning: qlora."
+        )
+    if spec.tuning == "full" or spec.pissa:
+        raise QuantizedBase(
+            f"{spec.base_model} is kept in few bits, so its own weights cannot be trained: take tuning: qlora, without "
+            "pissa, or the model that it was made from."
+        )
+
+
+def _quantization(base: str) -> dict[str, Any] | None:
+    return AutoConfig.from_pretrained(base).to_dict().get("quantization_config")
+
+
+def _until_it_fits(
+    spec: FineTuneSpec, build: Callable[[], Any], watcher: Watcher, checkpoint: Path | None, followed: dict[str, Any]
+) -> tuple[Any, Follower]:
+    """Train in batches that fit into the memory; `followed` is the place in the training, and goes on with it."""
     while True:
         follower = Follower(spec, watcher, followed)
         trainer: Any = None
         try:
             watcher.phase("loading the model")
-            trainer = _trainer(spec, base, tokenizer, (rows, held_out_rows), max_length, work, followed)
+            trainer = build()
             if followed["batch_size"] == "auto":
                 watcher.phase("finding the batch size")
-                size = batches.find(trainer, most=len(trainer.train_dataset) // batches.LEAST_STEPS)
-                followed["batch_size"] = trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
+                _take_batches_of(trainer, batches.find(trainer, len(trainer.train_dataset) // batches.LEAST_STEPS))
+                followed["batch_size"] = trainer.args.per_device_train_batch_size
             trainer.add_callback(follower)
             watcher.phase("training")
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            break
+            return trainer, follower
         except (MemoryError, RuntimeError) as error:
             if not batches.is_out_of_memory(error):
                 raise
@@ -97,40 +152,41 @@ def train(
                     f"There is not enough memory to train {spec.base_model}, not even on one sample at a time. Take a "
                     "smaller base model, tuning: qlora, a lower rank, a shorter max_length, or a larger machine."
                 ) from error
-            followed |= smaller
-            watcher.say(
-                f"Out of memory at step {trainer.state.global_step}. Going on with batches of "
-                f"{followed['batch_size']}, {followed['gradient_accumulation']} to a step."
+            step = trainer.state.global_step
+            news = (
+                f"Out of memory at step {step}. Going on with batches of {smaller['batch_size']}, "
+                f"{smaller['gradient_accumulation']} to a step."
             )
+            if group.is_several():  # the others wait for this one in the middle of a step, and cannot go back alone
+                raise batches.StartSmaller(news, details=smaller) from error
+            followed |= smaller
+            watcher.say(news)
             checkpoint = watcher.kept(follower.saved_step) if follower.saved_step else checkpoint
         del trainer, follower
         batches.release()
 
-    watcher.phase("saving the model")
-    if follower.best_step and follower.best_step < trainer.state.global_step:
-        trainer._load_from_checkpoint(str(watcher.kept(follower.best_step)))
+
+def _take_batches_of(trainer: Any, size: int) -> None:
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
+    trainer.args.per_device_eval_batch_size = min(MOST_EVALUATED, size)
+
+
+def _outcome(trainer: Any, model: Path, followed: Mapping[str, Any], rows: Rows, held_out_rows: Rows) -> Outcome:
     history = [{name: float(value) for name, value in entry.items()} for entry in trainer.state.log_history]
     return Outcome(
-        model=_save(trainer, spec, tokenizer, held_out, work),
+        model=model,
         steps=trainer.state.global_step,
         epochs=round(float(trainer.state.epoch or 0), 4),
         train_loss=[entry["loss"] for entry in history if "loss" in entry][-1],
         eval_loss=followed.get("best_loss", followed.get("eval_loss")),
         trained_tokens=int(trainer.state.num_input_tokens_seen),
         batch_size=int(followed["batch_size"]),
-        train=len(learned),
-        held_out=len(held_out),
+        train=rows.samples,
+        held_out=held_out_rows.samples,
         truncated=rows.truncated + held_out_rows.truncated,
         skipped=rows.skipped + held_out_rows.skipped,
         history=history,
     )
-
-
-def _context(base: str, tokenizer: Any) -> int:
-    """How many tokens the model can read at once."""
-    config = AutoConfig.from_pretrained(base).get_text_config()
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), NO_LIMIT]
-    return min(limit for limit in limits if limit)
 
 
 def _trainer(
@@ -145,12 +201,13 @@ def _trainer(
     """TRL's trainer for this spec."""
     set_seed(spec.seed)
     train_rows, held_out_rows = rows
+    batch_size = 1 if place["batch_size"] == "auto" else place["batch_size"]
     cuda = torch.cuda.is_available()
     evaluates = bool(held_out_rows.rows)
     options: dict[str, Any] = {
         "output_dir": str(work / "run"),
-        "per_device_train_batch_size": 1 if place["batch_size"] == "auto" else place["batch_size"],
-        "per_device_eval_batch_size": 4,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": min(MOST_EVALUATED, batch_size),
         "gradient_accumulation_steps": place["gradient_accumulation"],
         "num_train_epochs": spec.epochs,
         "max_steps": spec.max_steps or -1,
@@ -195,24 +252,27 @@ def _trainer(
 def _model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, LoraConfig | None]:
     """The base model, and the adapter to put on it: none when all of it is trained, or when it carries one already."""
     cuda = torch.cuda.is_available()
-    if cuda and spec.unsloth and spec.tuning != "full" and not spec.pissa and find_spec("unsloth"):
-        return _unsloth_model(spec, base, max_length), None
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
-    )
+    if faster.is_for(spec):
+        return faster.load(spec, base, max_length), None
+    is_in_bits = _quantization(base) is not None
+    options: dict[str, Any] = {}
+    if spec.tuning == "qlora" and not is_in_bits:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
+        )
     model = AutoModelForCausalLM.from_pretrained(
         base,
         dtype=torch.bfloat16 if cuda else torch.float32,
-        quantization_config=quantization if spec.tuning == "qlora" else None,
-        device_map={"": torch.cuda.current_device()} if cuda and spec.tuning == "qlora" else None,
+        device_map={"": torch.cuda.current_device()} if cuda and (spec.tuning == "qlora" or is_in_bits) else None,
+        **options,
     )
     model.config.use_cache = False
     if spec.tuning == "full":
         return model, None
-    if spec.tuning == "qlora":
+    if spec.tuning == "qlora" or is_in_bits:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=cuda)
         if not cuda:
             _stay_trainable(model)
@@ -232,24 +292,6 @@ def _stay_trainable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _unsloth_model(spec: FineTuneSpec, base: str, max_length: int) -> Any:
-    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
-
-    model, _ = FastLanguageModel.from_pretrained(
-        base, max_seq_length=max_length, load_in_4bit=spec.tuning == "qlora", dtype=None
-    )
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=spec.rank,
-        lora_alpha=spec.alpha or 2 * spec.rank,
-        lora_dropout=spec.dropout,
-        target_modules=linear if spec.target_modules == "all-linear" else spec.target_modules,
-        use_gradient_checkpointing="unsloth",
-        random_state=spec.seed,
-    )
 
 
 def _save(trainer: Any, spec: FineTuneSpec, tokenizer: Any, held_out: Sequence[Numbered], work: Path) -> Path:

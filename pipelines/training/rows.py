@@ -5,9 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from cluster.errors import UnprocessableRequest
-from pipelines.training.samples import Pair, Sample
-from pipelines.training.tokens import IGNORED, encode, render
+from pipelines.training.samples import Pair, Sample, WrongKindOfData
+from pipelines.training.tokens import IGNORED, UnusableTokenizer, encode, render
+
+HELD_OUT = "held_out.jsonl"
+"""File beside a model that was trained, with the samples that its training has held out."""
+NO_LIMIT = 1_000_000
+"""Tokenizers without a limit of their own name a number beyond this."""
 
 Row = dict[str, Any]
 Numbered = tuple[int, Sample | Pair]
@@ -17,6 +24,12 @@ class SampleTooLong(UnprocessableRequest):
     """A sample is longer than the model's context."""
 
     code = "SAMPLE_TOO_LONG"
+
+
+class LengthBeyondContext(UnprocessableRequest):
+    """max_length is more than the model can read at once."""
+
+    code = "LENGTH_BEYOND_CONTEXT"
 
 
 class NothingToTrain(UnprocessableRequest):
@@ -29,8 +42,41 @@ class NothingToTrain(UnprocessableRequest):
 class Rows:
     rows: list[Row] = field(default_factory=list[Row])
     tokens: int = 0
+    samples: int = 0  # which these rows are of
     truncated: int = 0
     skipped: int = 0
+
+
+def require_kind(samples: Sequence[Sample] | Sequence[Pair], method: Literal["supervised", "dpo"]) -> None:
+    is_pairs = any(isinstance(sample, Pair) for sample in samples)
+    if method == "dpo" and not is_pairs:
+        raise WrongKindOfData(
+            "method: dpo learns from preferences, and this data is conversations: give each line chosen and rejected, "
+            "or take method: supervised."
+        )
+    if method == "supervised" and is_pairs:
+        raise WrongKindOfData(
+            "method: supervised learns from conversations, and this data is preferences: take method: dpo, or data "
+            "without chosen and rejected."
+        )
+
+
+def context_of(base: str, tokenizer: Any) -> int:
+    """How many tokens the model can read at once."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base).get_text_config()
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), NO_LIMIT]
+    return min(limit for limit in limits if limit)
+
+
+def length_within(wanted: int | None, context: int) -> int:
+    """How long a sample may be: as long as was asked for, or as the model can read."""
+    if wanted is not None and wanted > context:
+        raise LengthBeyondContext(
+            f"max_length is {wanted}, and the model reads {context} tokens at once: take {context} or less."
+        )
+    return wanted or context
 
 
 def split(samples: Sequence[Sample] | Sequence[Pair], part: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
@@ -48,7 +94,13 @@ def prepare(
 ) -> Rows:
     done = Rows()
     for number, sample in samples:
-        rows = [_pair(tokenizer, sample)] if isinstance(sample, Pair) else _chat(tokenizer, sample)
+        try:
+            rows = [_pair(tokenizer, sample)] if isinstance(sample, Pair) else _chat(tokenizer, sample)
+        except TemplateError as error:
+            raise UnusableTokenizer(
+                f"The chat template of {tokenizer.name_or_path} refuses sample {number}: {error}. Change the sample, "
+                "or take another base model."
+            ) from error
         longest = max(row.pop("length") for row in rows)
         if longest > max_length:
             if long_samples == "refuse":
@@ -62,6 +114,7 @@ def prepare(
                 continue
             done.truncated += 1
         done.rows += rows
+        done.samples += 1
         done.tokens += min(longest, max_length)
     return done
 

@@ -33,6 +33,12 @@ class EmptyData(InvalidRequest):
     code = "EMPTY_DATA"
 
 
+class WrongKindOfData(InvalidRequest):
+    """This method of training learns from another kind of data."""
+
+    code = "WRONG_KIND_OF_DATA"
+
+
 class Part(BaseModel):
     """What a message is made of. An unknown field may change what is meant, so it is an error unless it is empty."""
 

@@ -1,14 +1,23 @@
 """The gateway's training sessions: a wish to train that is kept before, and beside, the job that fulfils it."""
 
+import re
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
+from pydantic import ValidationError
 from sqlalchemy import ForeignKey, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, now
+from cluster.errors import UnprocessableRequest
+from jobs.registry import find_kind
 from jobs.tables import Document
+from pipelines.training.datasets import SHIPPED
+from pipelines.training.spec import Data, FineTuneSpec
+
+NOT_CONFIGURED = {"name", "base_model", "data", "labels"}
+"""What of a spec a session says in other words."""
 
 
 class TrainingSession(Base):
@@ -26,3 +35,46 @@ class TrainingSession(Base):
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+
+
+def config_schema() -> dict[str, Any]:
+    fields: dict[str, Any] = FineTuneSpec.model_json_schema()["properties"]
+    own = {name: field for name, field in fields.items() if name not in NOT_CONFIGURED}
+    return {"type": "object", "properties": {"num_epochs": own["epochs"], **own}, "additionalProperties": False}
+
+
+def check(name: str, base_model: str, config: dict[str, Any]) -> None:
+    """Refuse what could not be started, whatever it is started with."""
+    wanted = spec(name, base_model, config, Data(dataset=SHIPPED), {})
+    find_kind("fine_tune").check(wanted.model_dump(mode="json"))
+
+
+def spec(name: str, base_model: str, config: dict[str, Any], data: Data, labels: dict[str, str]) -> FineTuneSpec:
+    """A session's words as the spec that everybody uses."""
+    said = dict(config)
+    if twice := NOT_CONFIGURED & said.keys():
+        raise _unfit({f"config.{min(twice)}": "does not belong here"})
+    if {"num_epochs", "epochs"} <= said.keys():
+        raise _unfit({"config.epochs": "is said twice, as num_epochs too"})
+    epochs = "num_epochs" if "num_epochs" in said else "epochs"
+    if epochs in said:
+        said["epochs"] = said.pop(epochs)
+    room = 100 - len(f"-{said.get('suffix') or ''}")
+    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[: max(room, 1)] or "session"
+    about = {"name": slug, "base_model": base_model, "data": data, "labels": labels}
+    try:
+        return FineTuneSpec.model_validate(said | about, strict=True)
+    except ValidationError as error:
+        faults: dict[str, str] = {}
+        for fault in error.errors(include_url=False):
+            # Where there are several types to choose from, each of them says why it is not meant.
+            field = epochs if fault["loc"][:1] == ("epochs",) else ".".join(str(part) for part in fault["loc"][:1])
+            place = f"config.{field}".rstrip(".") if field not in about else field
+            reason = fault["msg"].removeprefix("Value error, ")
+            faults[place] = f"{faults[place]}; or: {reason}" if place in faults else reason
+        raise _unfit(faults) from None
+
+
+def _unfit(faults: dict[str, str]) -> UnprocessableRequest:
+    field, fault = next(iter(faults.items()))
+    return UnprocessableRequest(f"The session is not valid: {field}: {fault}.", details=faults)

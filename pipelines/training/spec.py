@@ -125,6 +125,8 @@ class FineTuneSpec(Spec):
             raise ValueError("early_stopping needs samples that are held out: set eval_split")
         if self.pissa and self.tuning != "lora":
             raise ValueError("pissa is a way to begin a lora")
+        if self.pissa and self.method == "dpo":
+            raise ValueError("pissa changes the base's weights, which dpo compares with: take one of them")
         if self.packing and self.method == "dpo":
             raise ValueError("packing is for supervised training")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
@@ -181,3 +183,11 @@ class ForgeSpec(FineTuneSpec):
     gates: Gates = {}
     deploy: bool = True
     force: bool = Field(default=False, description="Deploy even what did not pass.")
+
+    @model_validator(mode="after")
+    def come_to_an_end(self) -> Self:
+        if self.adapter and self.tuning == "full":
+            raise ValueError("tuning: full makes no adapter that could be exported: take adapter: false, or a lora")
+        if not self.eval_split:
+            raise ValueError("what is made is validated on samples that are held out: set eval_split above 0")
+        return self

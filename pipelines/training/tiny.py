@@ -10,6 +10,7 @@ reads back as calls.
 
 import hashlib
 import shutil
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def folder() -> Path:
     template, corpus = _shipped("chat_template.jinja"), _shipped("corpus.txt")
     target = home() / "cache" / name_of_folder()
     if not target.exists():
-        building = target.with_name(f"{target.name}.{id(target):x}.building")
-        building.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             build(building, template, corpus)
             building.rename(target)
@@ -50,6 +51,7 @@ def name_of_folder() -> str:
 
 def build(target: Path, template: str, corpus: str) -> None:
     import torch
+    from safetensors.torch import save_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer(template, corpus)
@@ -65,11 +67,16 @@ def build(target: Path, template: str, corpus: str) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids(END),
         pad_token_id=tokenizer.convert_tokens_to_ids(PADDING),
+        architectures=[LlamaForCausalLM.__name__],
+        dtype="float32",
     )
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(target)
+    # The model's own save_pretrained writes nothing in any but the first of several processes that train together.
+    save_model(model, str(target / "model.safetensors"), metadata={"format": "pt"})
+    config.save_pretrained(target)
+    model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 

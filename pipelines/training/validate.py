@@ -14,19 +14,17 @@ from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.registry import Resources, job
 from pipelines.training import base_models, measure, registry, report, results, samples, work
-from pipelines.training.conversion import load_merged
+from pipelines.training.conversion import load_merged, load_whole
 from pipelines.training.gguf_model import GgufModel
 from pipelines.training.measure import Interrupted, Measured, Prepared
 from pipelines.training.results import Made
+from pipelines.training.rows import HELD_OUT, context_of
 from pipelines.training.samples import Sample
 from pipelines.training.spec import Gate, ValidateSpec
 
-HELD_OUT = "held_out.jsonl"
 TOGETHER = 4
 """How many samples are measured before the next look at what the job is asked."""
 SAVE_SECONDS = 20
-NO_LIMIT = 1_000_000
-"""Tokenizers without a limit of their own name a number beyond this."""
 
 GATES: dict[Gate, tuple[str, bool]] = {
     "max_perplexity": ("perplexity", False),
@@ -58,44 +56,12 @@ class NotItsExport(Conflict):
 @job("validate", spec=ValidateSpec, resources=Resources(cpus=1), tracked=True)
 def validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
     """Measures a fine-tuned model beside its base, and its GGUF beside both."""
-    made = results.of(spec.job_id, "fine_tune", context.owner_id)
-    exported = _export(spec, made, context) if spec.export_job_id else None
-    threads = max(1, int(results.own_row(context.job_id).resources["cpus"]))
-    with work.folder(context.job_id) as place:
-        context.report(progress=0, phase="fetching the models")
-        model = base_models.fetch(made.result["model"], place, made.job_id)
-        conversations = _held_out(model, made.job_id)[: spec.max_samples]
-        gguf = asyncio.run(_fetch(exported)) if exported else None
-        measured, prepared = _measure(context, spec, made, model, conversations, gguf, threads, place)
-        metrics = summarize(measured, prepared)
-        gates = {**get_settings().gates.model_dump(), **spec.gates}
-        reasons = judge(metrics, gates, with_gguf=exported is not None)
-        facts = {
-            "name": made.result["name"],
-            "base_model": made.result["base_model"],
-            "job_id": made.job_id,
-            "export": exported.result if exported else None,
-            "passed": not reasons,
-            "reasons": reasons,
-            "gates": gates,
-            "metrics": metrics,
-            "samples": report.by_sample(conversations, prepared, measured),
-        }
-        context.report(progress=97, phase="writing the report")
-        files = report.write(facts, place)
-        addresses = {path.name: context.artifact(path) for path in files}
-    if exported:
-        asyncio.run(_judge(exported, reasons))
+    state: dict[str, Any] = context.checkpoint_state or {}
+    result = state.get("result") or _validate(context, spec)
+    context.checkpoint({"result": result})  # safe, before what it was made from is removed
     storage.remove(storage.address(_measured_name(context)))
-    numbers = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
-    context.report(progress=100, phase="passed" if not reasons else "did not pass", **numbers)
-    return {
-        "passed": not reasons,
-        "reasons": reasons,
-        "metrics": metrics,
-        "report_path": addresses[report.MARKDOWN],
-        "report_json": addresses[report.JSON],
-    }
+    context.report(progress=100, phase="passed" if result["passed"] else "did not pass", **_numbers(result["metrics"]))
+    return result
 
 
 def summarize(measured: Results, prepared: Sequence[Prepared]) -> dict[str, float | None]:
@@ -140,6 +106,48 @@ def judge(metrics: Mapping[str, float | None], gates: Mapping[str, float | None]
         elif not (value >= limit if more_is_better else value <= limit):
             reasons.append(f"{metric} is {value:.4g}, and {gate} is {limit:g}")
     return reasons
+
+
+def _validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
+    made = results.of(spec.job_id, "fine_tune", context.owner_id)
+    exported = _export(spec, made, context) if spec.export_job_id else None
+    threads = max(1, int(results.own_row(context.job_id).resources["cpus"]))
+    with work.folder(context.job_id) as place:
+        context.report(progress=0, phase="fetching the models")
+        model = base_models.fetch(made.result["model"], place, made.job_id)
+        conversations = _held_out(model, made.job_id)[: spec.max_samples]
+        gguf = asyncio.run(_fetch(exported)) if exported else None
+        measured, prepared = _measure(context, spec, made, model, conversations, gguf, threads, place)
+        metrics = summarize(measured, prepared)
+        gates = {**get_settings().gates.model_dump(), **spec.gates}
+        reasons = judge(metrics, gates, with_gguf=exported is not None)
+        facts = {
+            "name": made.result["name"],
+            "base_model": made.result["base_model"],
+            "job_id": made.job_id,
+            "export": exported.result if exported else None,
+            "passed": not reasons,
+            "reasons": reasons,
+            "gates": gates,
+            "metrics": metrics,
+            "samples": report.by_sample(conversations, prepared, measured),
+        }
+        context.report(progress=97, phase="writing the report")
+        files = report.write(facts, place)
+        addresses = {path.name: context.artifact(path) for path in files}
+    if exported:
+        asyncio.run(_judge(exported, reasons))
+    return {
+        "passed": not reasons,
+        "reasons": reasons,
+        "metrics": metrics,
+        "report_path": addresses[report.MARKDOWN],
+        "report_json": addresses[report.JSON],
+    }
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
 
 def _export(spec: ValidateSpec, made: Made, context: Context) -> Made:
@@ -188,7 +196,7 @@ def _measure(
     torch.set_num_threads(threads)
     base = base_models.folder(made.result["base_model"])
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    limit = _context(base, tokenizer)
+    limit = context_of(base, tokenizer)
     prepared = [measure.prepare(tokenizer, sample, limit) for sample in conversations]
     progress = _Progress(context, place, total=len(prepared) * (3 if gguf else 2))
     options: Any = {"max_new_tokens": spec.max_new_tokens, "should_stop": context.should_stop}
@@ -261,18 +269,6 @@ def _measured_name(context: Context) -> str:
 
 def _load(source: Any) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model: Any = source
-    if isinstance(source, str | Path):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model: Any = load_whole(source) if isinstance(source, str | Path) else source
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _context(base: str, tokenizer: Any) -> int:
-    """How many tokens the model can read at once."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base).get_text_config()
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), NO_LIMIT]
-    return min(limit for limit in limits if limit)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Set
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,9 +16,11 @@ from cluster.identity import User
 from cluster.times import UtcTime
 from jobs import queue
 from jobs.queue import JobRequest
+from jobs.registry import Resources
 from jobs.states import FINISHED, RETRYABLE, State
 from jobs.tables import Job
 from pipelines.training import datasets, progress
+from pipelines.training.forge import resources_of
 from pipelines.training.results import NotMade
 from pipelines.training.spec import Data, DeploySpec, ExportSpec, FineTuneSpec, ModelName, ValidateSpec
 from serve.api.jobs import JobId, owner_of
@@ -69,21 +71,8 @@ class Submitted(BaseModel):
     message: str
 
 
-class StatusView(BaseModel):
+class StatusView(progress.Progress):
     job_id: str
-    status: progress.Status
-    progress: float = Field(ge=0, le=100)
-    current_epoch: int | None
-    total_epochs: int | None
-    current_step: int | None
-    loss: float | None
-    eval_loss: float | None
-    learning_rate: float | None
-    grad_norm: float | None
-    tokens_per_second: float | None
-    eta_seconds: float | None
-    memory_mb: float | None
-    gpu_utilization: float | None
     error: str | None
     created_at: UtcTime
     updated_at: UtcTime
@@ -118,7 +107,7 @@ async def fine_tune(
         raise NoData
     request = JobRequest(kind="fine_tune", spec=wanted.model_dump(mode="json"))
     async with get_database().transaction() as session:
-        await datasets.check(session, wanted.data, owner_of(caller))
+        await datasets.check(session, wanted.data, owner_of(caller), wanted.method)
         job = await queue.enqueue(session, request, owner_of(caller), idempotency_key=idempotency_key)
         return Submitted(job_id=job.id, status="queued", message="Fine-tuning job queued")
 
@@ -134,7 +123,7 @@ async def status(job_id: JobId, caller: CurrentCaller) -> StatusView:
         error=job.error["message"] if job.error else None,
         created_at=job.created_at,
         updated_at=job.updated_at,
-        **vars(found),
+        **dict(found),
     )
 
 
@@ -217,7 +206,7 @@ async def _trained(session: AsyncSession, job_id: str, caller: Caller) -> Job:
 async def _step(
     session: AsyncSession,
     training: Job,
-    kind: str,
+    kind: Literal["export", "validate"],
     spec: BaseModel,
     caller: Caller,
     *,
@@ -244,7 +233,8 @@ async def _step(
     for job in known:
         if job.spec.keys() == wanted.keys() and all(job.spec[name] == wanted[name] for name in wanted.keys() - but):
             return job
-    return await _new_step(session, kind, spec, caller, after=after or training)
+    resources = resources_of(kind, FineTuneSpec.model_construct(**training.spec))
+    return await _new_step(session, kind, spec, caller, after=after or training, resources=resources)
 
 
 async def _deployment(session: AsyncSession, spec: DeploySpec, caller: Caller, after: Job) -> Job:
@@ -260,8 +250,15 @@ async def _deployment(session: AsyncSession, spec: DeploySpec, caller: Caller, a
     return await _new_step(session, "deploy", spec, caller, after)
 
 
-async def _new_step(session: AsyncSession, kind: str, spec: BaseModel, caller: Caller, after: Job) -> Job:
-    request = JobRequest(kind=kind, spec=spec.model_dump(mode="json"), depends_on=[after.id])
+async def _new_step(
+    session: AsyncSession,
+    kind: str,
+    spec: BaseModel,
+    caller: Caller,
+    after: Job,
+    resources: Resources | None = None,
+) -> Job:
+    request = JobRequest(kind=kind, spec=spec.model_dump(mode="json"), depends_on=[after.id], resources=resources)
     return await queue.enqueue(session, request, owner_of(caller))
 
 

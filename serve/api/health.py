@@ -6,6 +6,7 @@ import time
 from importlib.metadata import version
 from typing import Any, Literal
 
+import httpx
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel, Field
@@ -97,7 +98,9 @@ async def ping() -> Pong:
 
 
 async def _look() -> Health:
-    database, dispatcher, live_events = await asyncio.gather(_database(), _actor("dispatcher"), _actor("events"))
+    database, dispatcher, live_events, ollama = await asyncio.gather(
+        _database(), _actor("dispatcher"), _actor("events"), _ollama()
+    )
     status = "healthy" if dispatcher == live_events == "running" else "degraded"
     return Health(
         status="unhealthy" if database == "disconnected" else status,
@@ -107,7 +110,7 @@ async def _look() -> Health:
         database=database,
         uptime=int(time.monotonic() - _started),
         services={},
-        ollama_available=None,
+        ollama_available=ollama,
         components=Components(database=database, dispatcher=dispatcher, events=live_events),
         timestamp=now(),
     )
@@ -121,6 +124,18 @@ async def _database() -> Literal["connected", "disconnected"]:
         logger.warning("The database does not answer: %s", error or type(error).__name__)
         return "disconnected"
     return "connected"
+
+
+async def _ollama() -> bool | None:
+    """Whether the Ollama of the settings answers; None without one."""
+    url = get_settings().ollama.url
+    if url is None:
+        return None
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS), httpx.AsyncClient() as client:
+            return (await client.get(f"{url.rstrip('/')}/api/version")).is_success
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError):
+        return False
 
 
 async def _actor(name: str) -> Literal["running", "unreachable"]:

@@ -2,26 +2,24 @@
 
 import asyncio
 import math
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
 from cluster import nodes as machines
 from cluster.db import after_commit, get_database, now
-from cluster.errors import Conflict, InvalidRequest, NotFound, UnprocessableRequest
+from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.times import UtcTime
 from jobs import queue
 from jobs.queue import JobRequest
-from jobs.registry import find_kind
 from jobs.states import FINISHED
 from jobs.tables import Job
-from pipelines.training import datasets, nodes, progress
+from pipelines.training import datasets, nodes, progress, sessions
 from pipelines.training.sessions import TrainingSession
 from pipelines.training.spec import Data, FineTuneSpec, PromptFilter
 from serve.api.jobs import owner_of
@@ -33,8 +31,6 @@ router = APIRouter(prefix="/api/training/sessions", tags=["Training"], responses
 
 SessionId = Annotated[str, Path(max_length=40)]
 JOB_PREFIX = "job_"
-NOT_CONFIGURED = {"name", "base_model", "data", "labels"}
-"""What of a spec a session says in other words."""
 
 
 class SessionNotFound(NotFound):
@@ -49,13 +45,7 @@ class SessionStarted(Conflict):
     code = "TRAINING_SESSION_STARTED"
 
 
-def _config_schema() -> dict[str, Any]:
-    fields: dict[str, Any] = FineTuneSpec.model_json_schema()["properties"]
-    own = {name: field for name, field in fields.items() if name not in NOT_CONFIGURED}
-    return {"type": "object", "properties": {"num_epochs": own["epochs"], **own}, "additionalProperties": False}
-
-
-Config = Annotated[dict[str, Any], WithJsonSchema(_config_schema())]
+Config = Annotated[dict[str, Any], WithJsonSchema(sessions.config_schema())]
 
 
 class SessionRequest(BaseModel):
@@ -95,21 +85,9 @@ class SessionView(BaseModel):
     updated_at: UtcTime
 
 
-class SessionStatus(BaseModel):
+class SessionStatus(progress.Numbers):
     session_id: str
     status: progress.Status | None = Field(description="Null: not started.")
-    progress: float = 0
-    current_epoch: int | None = None
-    total_epochs: int | None = None
-    current_step: int | None = None
-    loss: float | None = None
-    eval_loss: float | None = None
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    tokens_per_second: float | None = None
-    eta_seconds: float | None = None
-    memory_mb: float | None = None
-    gpu_utilization: float | None = None
     error: str | None = None
 
 
@@ -129,7 +107,7 @@ async def list_sessions(caller: CurrentCaller, paging: WantedPage) -> Page[Sessi
 @router.post("", status_code=201)
 async def create_session(wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
     """Set up a training. Nothing runs until it is started."""
-    _check(wanted)
+    sessions.check(wanted.name, wanted.base_model, wanted.config)
     owner = owner_of(caller)
     row = TrainingSession(**wanted.model_dump(), owner_id=owner.id, created_by=owner.name)
     async with get_database().transaction() as session:
@@ -147,7 +125,7 @@ async def show_session(session_id: SessionId, caller: CurrentCaller) -> SessionV
 @router.put("/{session_id}")
 async def change_session(session_id: SessionId, wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
     """Set a training up anew, as long as it was not started."""
-    _check(wanted)
+    sessions.check(wanted.name, wanted.base_model, wanted.config)
     async with get_database().transaction() as session:
         row = await find(session, session_id, caller, lock=True)
         if row.job_id is not None:
@@ -184,11 +162,11 @@ async def start_session(session_id: SessionId, wanted: StartRequest, caller: Cur
         before = await session.get(Job, row.job_id) if row.job_id else None
         if before is not None and before.state not in FINISHED:
             raise SessionStarted(f"The session is already {before.state}, as {before.id}.")
-        await datasets.check(session, data, owner_of(caller))
         if alive:
             await nodes.number(session, alive)
         labels = await nodes.labels_of(session, wanted.worker_id) if wanted.worker_id else {}
-        spec = _spec(row.name, row.base_model, row.config, data, labels)
+        spec = sessions.spec(row.name, row.base_model, row.config, data, labels)
+        await datasets.check(session, data, owner_of(caller), spec.method)
         job = await queue.enqueue(
             session, JobRequest(kind="fine_tune", spec=spec.model_dump(mode="json")), owner_of(caller)
         )
@@ -222,16 +200,17 @@ async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> Sessio
         return await status_of(session, row)
 
 
-async def training_now(training_id: str, caller: Caller) -> tuple[str | None, SessionStatus]:
-    """The job and the status of a training that is named by its session, or by its job."""
+async def training_now(training_id: str, caller: Caller) -> tuple[set[str], SessionStatus]:
+    """The rooms and the status of a training that is named by its session, or by its job."""
     async with get_database().reading() as session:
         if not training_id.startswith(JOB_PREFIX):
             row = await find(session, training_id, caller)
-            return row.job_id, await status_of(session, row)
+            return {f"job:{row.job_id}"} if row.job_id else set(), await status_of(session, row)
         job = await queue.get(session, training_id, owner_of(caller))
         if job.kind not in progress.KINDS:
             raise SessionNotFound(f"{training_id} is a job of the kind '{job.kind}'; it trains nothing.")
-        return job.id, await _status(session, job, training_id)
+        rooms = {f"job:{job_id}" for job_id in await progress.jobs_of(session, job)}
+        return rooms, await _status(session, job, training_id)
 
 
 async def find(session: AsyncSession, session_id: str, caller: Caller, *, lock: bool = False) -> TrainingSession:
@@ -252,7 +231,7 @@ async def status_of(session: AsyncSession, row: TrainingSession) -> SessionStatu
 
 async def _status(session: AsyncSession, job: Job, named: str) -> SessionStatus:
     found = await progress.of(session, job)
-    return SessionStatus(session_id=named, error=job.error["message"] if job.error else None, **vars(found))
+    return SessionStatus(session_id=named, error=job.error["message"] if job.error else None, **dict(found))
 
 
 async def _view(session: AsyncSession, row: TrainingSession) -> SessionView:
@@ -264,40 +243,3 @@ async def _views(session: AsyncSession, rows: Sequence[TrainingSession]) -> list
     statuses: dict[str | None, progress.Status] = {job.id: await progress.status(session, job) for job in started.all()}
     own = set(SessionView.model_fields) - {"status"}
     return [SessionView(**{name: getattr(row, name) for name in own}, status=statuses.get(row.job_id)) for row in rows]
-
-
-def _check(wanted: SessionRequest) -> None:
-    """Refuse what could not be started, whatever it is started with."""
-    spec = _spec(wanted.name, wanted.base_model, wanted.config, Data(dataset=datasets.SHIPPED), {})
-    find_kind("fine_tune").check(spec.model_dump(mode="json"))
-
-
-def _spec(name: str, base_model: str, config: dict[str, Any], data: Data, labels: dict[str, str]) -> FineTuneSpec:
-    """A session's words as the spec that everybody uses."""
-    said = dict(config)
-    if twice := NOT_CONFIGURED & said.keys():
-        raise _unfit({f"config.{min(twice)}": "does not belong here"})
-    if {"num_epochs", "epochs"} <= said.keys():
-        raise _unfit({"config.epochs": "is said twice, as num_epochs too"})
-    epochs = "num_epochs" if "num_epochs" in said else "epochs"
-    if epochs in said:
-        said["epochs"] = said.pop(epochs)
-    room = 100 - len(f"-{said.get('suffix') or ''}")
-    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[: max(room, 1)] or "session"
-    about = {"name": slug, "base_model": base_model, "data": data, "labels": labels}
-    try:
-        return FineTuneSpec.model_validate(said | about, strict=True)
-    except ValidationError as error:
-        faults: dict[str, str] = {}
-        for fault in error.errors(include_url=False):
-            # Where there are several types to choose from, each of them says why it is not meant.
-            field = epochs if fault["loc"][:1] == ("epochs",) else ".".join(str(part) for part in fault["loc"][:1])
-            place = f"config.{field}".rstrip(".") if field not in about else field
-            reason = fault["msg"].removeprefix("Value error, ")
-            faults[place] = f"{faults[place]}; or: {reason}" if place in faults else reason
-        raise _unfit(faults) from None
-
-
-def _unfit(faults: dict[str, str]) -> UnprocessableRequest:
-    field, fault = next(iter(faults.items()))
-    return UnprocessableRequest(f"The session is not valid: {field}: {fault}.", details=faults)

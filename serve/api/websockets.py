@@ -44,9 +44,12 @@ async def training(socket: WebSocket, caller: SocketCaller, training_id: Annotat
     async with socket.app.state.hub.subscribe([f"training:{training_id}"]) as subscription:
 
         async def tell(_: Message) -> Message:
-            job_id, status = await training_now(training_id, caller)
-            if job_id is not None:
-                subscription.join(f"job:{job_id}")
+            concerned, status = await training_now(training_id, caller)
+            if unjoined := concerned - subscription.rooms:
+                for room in unjoined:
+                    subscription.join(room)
+                # Of what was said in there just before, nobody has told us.
+                status = (await training_now(training_id, caller))[1]
             return status.model_dump()
 
         await socket.accept()

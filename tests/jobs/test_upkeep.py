@@ -14,6 +14,7 @@ from cluster.db import Database, now
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
 from jobs import leases, queue
 from jobs.builtin import SweepSpec, sweep
+from jobs.capacity import actor_options
 from jobs.context import Context
 from jobs.leases import Claim
 from jobs.queue import JobRequest
@@ -32,7 +33,7 @@ class Silent:
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         return str(path)
 
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
         raise AssertionError("a sweep has no children")
 
 
@@ -67,6 +68,14 @@ def test_resources_have_one_word() -> None:
     assert Resources().demand == ""
     labels = Resources(cpus=1.5, gpus=1, memory_mb=10, labels={"b": "2", "a": "1"})
     assert labels.demand == "1.5 CPU, 1 GPU, 10 MB memory, a=1, b=2"
+
+
+def test_only_jobs_that_asked_for_gpus_see_them() -> None:
+    hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    for resources in (Resources(cpus=1), Resources(cpus=1, workers=2)):
+        assert actor_options(resources)["runtime_env"] == hidden
+    for resources in (Resources(cpus=1, gpus=0.5), Resources(gpus=1, workers=2)):
+        assert "runtime_env" not in actor_options(resources)
 
 
 def test_only_json_is_storable() -> None:

@@ -15,7 +15,7 @@ from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.leases import Claim
 from jobs.queue import new_job_id
-from jobs.registry import find_kind, load_function
+from jobs.registry import Resources, find_kind, load_function
 from jobs.states import State
 from jobs.tables import Job
 from jobs.writer import News, storable
@@ -70,7 +70,7 @@ class Ledger:
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         return storage.save(path, f"jobs/{claim.job_id}/{name}")
 
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
         raise AssertionError("these jobs have no children")
 
     @property

@@ -128,10 +128,11 @@ async def test_a_file_stays_as_long_as_a_dataset_needs_it(client: httpx.AsyncCli
     assert (await client.get(f"{PATH}/{third['id']}/content")).status_code == 200
 
 
-async def test_a_dataset_that_a_job_needs_is_kept(client: httpx.AsyncClient, database: Database) -> None:
+@pytest.mark.parametrize("named", ["home", "home:v1"])
+async def test_a_dataset_that_a_job_needs_is_kept(client: httpx.AsyncClient, database: Database, named: str) -> None:
     kept = await upload(client, "home", chat())
     async with database.transaction() as session:
-        job = queue.stillborn(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": "home"}}), LOCAL, {})
+        job = queue.stillborn(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": named}}), LOCAL, {})
         job.state, job.finished_at = State.QUEUED, None
         session.add(job)
     refused = await client.delete(f"{PATH}/{kept['id']}")
@@ -438,7 +439,7 @@ async def test_doors_learn_at_once_what_cannot_be(client: httpx.AsyncClient, dat
 
 async def check(database: Database, data: Data, owner: Owner) -> None:
     async with database.reading() as session:
-        await datasets.check(session, data, owner)
+        await datasets.check(session, data, owner, "supervised")
 
 
 def write(folder: Path, files: dict[str, Any]) -> None:

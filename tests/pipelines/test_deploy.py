@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.leases import Claim
+from jobs.registry import Resources
 from jobs.tables import Job
 from pipelines.training import deploy, model_cache
 from pipelines.training.deploy import NotPassed
@@ -43,7 +44,7 @@ class Notebook:
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         return str(path)
 
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any]) -> Job:
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
         raise AssertionError("a deploy has no children")
 
 

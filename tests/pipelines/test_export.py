@@ -24,7 +24,7 @@ from jobs.context import Stop
 from jobs.queue import JobNotFound
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.training import base_models, converter, model_cache, registry, steps, work
+from pipelines.training import base_models, converter, model_cache, recipe, registry, steps, work
 from pipelines.training.base_models import BaseModelNotFound
 from pipelines.training.conversion import UnsupportedModel
 from pipelines.training.converter import ConverterNotFound, ConverterUnavailable
@@ -32,8 +32,10 @@ from pipelines.training.export import NoAdapter, NotTracked
 from pipelines.training.quantizing import BrokenModelFile
 from pipelines.training.registry import File, ModelNotFound, RegistryOff, Version
 from pipelines.training.results import NotMade
+from pipelines.training.spec import FineTuneSpec
 from pipelines.training.work import DiskFull
-from tests.pipelines.bench import Bench, Ledger
+from tests.pipelines.bench import Bench, Ledger, Silence
+from tests.pipelines.test_recipe import chats
 
 QUANTIZATIONS = ["q4_k_m", "q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_0"]
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -77,6 +79,43 @@ def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trai
     assert base_models.folder(version.reference) == folder
     with pytest.raises(ModelNotFound):
         base_models.folder("all-types:v99")
+
+    # A training names it so that a later deployment changes nothing.
+    asyncio.run(serve(version))
+    assert base_models.pinned("all-types:latest") == version.reference
+    assert base_models.pinned("forgearr/tiny") == "forgearr/tiny"
+
+
+def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = tmp_path / "tiny-bnb-4bit"
+    packed: Any = AutoModelForCausalLM.from_pretrained(base_models.folder("forgearr/tiny"), quantization_config=bits)
+    packed.save_pretrained(base)
+    AutoTokenizer.from_pretrained(base_models.folder("forgearr/tiny")).save_pretrained(base)
+
+    def learn(**values: Any) -> recipe.Outcome:
+        said = {"data": {"dataset": "any"}, "max_steps": 3, "batch_size": 2, "eval_split": 0, **values}
+        spec = FineTuneSpec.model_validate({"base_model": "packed", "learning_rate": 0.01, **said})
+        return recipe.train(spec, chats(8), base=str(base), work=tmp_path / "work", watcher=Silence())
+
+    with pytest.raises(recipe.QuantizedBase, match="packed is kept in few bits, so its own weights"):
+        learn(tuning="full")
+    model = learn(tuning="qlora").model
+    lines = [sample.model_dump_json(exclude_none=True) for sample in chats(1)]
+    (model / "held_out.jsonl").write_text("\n".join(lines))
+    model.rename(trained / "packed")
+    fine_tune = bench.fine_tuned("packed", base_model=str(base))
+    shutil.rmtree(trained / "packed")
+    _, result, _ = bench.run("export", {"job_id": fine_tune, "quantizations": ["f16"], "adapter": True})
+    exported = find(f"{result['name']}:v1")
+    numpy.testing.assert_allclose(
+        tensor(fetch(exported, exported.files[0])), weight(base_models.folder("forgearr/tiny")), atol=0.1
+    )
+    assert exported.adapter is not None
+    bench.run("validate", {"job_id": fine_tune, "max_samples": 1, "max_new_tokens": 2})
 
 
 def test_one_file_of_a_whole_model_is_written_by_the_converter_alone(bench: Bench, trained: Path) -> None:
@@ -326,6 +365,11 @@ def find(reference: str) -> Version:
             return await models.find(reference)
 
     return asyncio.run(look())
+
+
+async def serve(version: Version) -> None:
+    async with registry.connect() as models:
+        await models.point(version.name, version.number)
 
 
 def fetch(version: Version, file: File | None) -> Path:

@@ -6,15 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from cluster import storage
 from pipelines.training import tiny
 from pipelines.training.samples import Pair, Sample
-from pipelines.training.spec import FineTuneSpec
+from pipelines.training.spec import FineTuneSpec, ForgeSpec
 
 SERVICES = ["Sonarr", "Radarr", "Plex"]
 
@@ -159,18 +161,8 @@ def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp
 
 
 def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Path) -> None:
-    pairs = [
-        Pair.model_validate(
-            {
-                "messages": [{"role": "user", "content": f"Shall I delete disk {number}?"}],
-                "chosen": [{"role": "assistant", "content": "No, ask first."}],
-                "rejected": [{"role": "assistant", "content": "Yes, at once!"}],
-            }
-        )
-        for number in range(12)
-    ]
     notes = Notes(tmp_path / "kept")
-    outcome = train(spec_of(method="dpo", epochs=3), base, tmp_path / "work", notes, pairs)
+    outcome = train(spec_of(method="dpo", epochs=3), base, tmp_path / "work", notes, preferences())
     margins = [values["reward_margin"] for values in notes.values if "reward_margin" in values]
     assert margins[0] == pytest.approx(0, abs=0.01)
     assert margins[-1] > 0.1
@@ -213,6 +205,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_counted(
     spec = spec_of(epochs=1, max_length=64, long_samples=long_samples, eval_split=0)
     outcome = train(spec, base, tmp_path / "work", Notes(tmp_path / "kept"), samples)
     assert {name: getattr(outcome, name) for name in counts} == counts
+    assert outcome.train == 12 - outcome.skipped
 
 
 def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
@@ -232,6 +225,61 @@ def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
         train(spec, base, tmp_path / "work", Notes(tmp_path), long_chats(2))
 
 
+def test_what_the_model_cannot_read_or_the_method_not_learn_is_refused(base: str, tmp_path: Path) -> None:
+    from pipelines.training.rows import LengthBeyondContext
+    from pipelines.training.samples import WrongKindOfData
+    from pipelines.training.tokens import UnusableTokenizer
+
+    def refused(base: str = base, samples: Any = None, **values: Any) -> None:
+        train(spec_of(**values), base, tmp_path / "work", Notes(tmp_path), samples)
+
+    with pytest.raises(LengthBeyondContext, match=r"max_length is 4096, and the model reads \d+ tokens at once"):
+        refused(max_length=4096)
+    with pytest.raises(WrongKindOfData, match="this data is conversations"):
+        refused(method="dpo")
+    with pytest.raises(WrongKindOfData, match="this data is preferences"):
+        refused(samples=preferences())
+
+    strict = tmp_path / "strict"
+    shutil.copytree(base, strict)
+    refusal = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
+    template = strict / "chat_template.jinja"
+    template.write_text(refusal + template.read_text())
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    told.append({"role": "assistant", "content": "!"})
+    with pytest.raises(UnusableTokenizer, match="refuses sample 25: no system role"):
+        refused(str(strict), [*chats(), Sample.model_validate({"messages": told})])
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "why"),
+    [
+        (FineTuneSpec, {"pissa": True, "method": "dpo"}, "which dpo compares with"),
+        (ForgeSpec, {"adapter": True, "tuning": "full"}, "makes no adapter"),
+        (ForgeSpec, {"eval_split": 0}, "set eval_split above 0"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_refused_in_the_beginning(
+    spec: type[FineTuneSpec], values: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValidationError, match=why):
+        spec.model_validate({"data": {"dataset": "any"}, **values})
+
+
+def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) -> None:
+    from transformers.trainer_callback import TrainerControl, TrainerState
+
+    from pipelines.training.following import Follower
+
+    follower = Follower(spec_of(early_stopping=2), Notes(tmp_path), {})
+    control = TrainerControl()
+    stops: list[bool] = []
+    for _ in range(2):
+        follower.on_evaluate(None, TrainerState(), control, metrics={"eval_loss": math.nan})
+        stops.append(control.should_training_stop)
+    assert stops == [False, True]
+
+
 def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -> None:
     from pipelines.training.following import TrainingDiverged
 
@@ -245,6 +293,98 @@ def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
     assert "finding the batch size" in notes.phases
     assert 1 <= outcome.batch_size <= 22 // 8
     assert outcome.steps == math.ceil(22 / outcome.batch_size)
+
+
+def test_processes_that_train_together_agree(base: str, tmp_path: Path) -> None:
+    """The second one has room for two samples at once, and when the training begins no more."""
+    command = [sys.executable, "-m", "tests.pipelines.together", base, str(tmp_path)]
+    # They meet in a file, and accelerate wants to be told of an address all the same.
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=180) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in printed)
+    assert first == {"batch_size": 2, "refused": None}
+    assert second == {"batch_size": 2, "refused": {"batch_size": 1, "gradient_accumulation": 2}}
+
+
+def test_every_process_knows_where_the_checkpoints_are(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.training import finetune
+    from tests.pipelines.bench import Bench, Ledger
+
+    watchers: list[Any] = []
+    for rank in (0, 1):
+        (tmp_path / f"{rank}").mkdir()
+        monkeypatch.setattr("ray.train.get_context", lambda rank=rank: World(rank))
+        context = Bench(tmp_path).context("job_x", Ledger())
+        watchers.append(finetune.JobWatcher(context, {}, tmp_path))
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    for step in (2, 4, 6):
+        for rank, watcher in enumerate(watchers):
+            name = "weights" if rank == 0 else f"rng_state_{rank}.pth"
+            (tmp_path / f"{rank}" / name).write_text(f"{step}")
+            watcher.keep(tmp_path / f"{rank}", {"step": step, "best_step": 2})
+    for watcher in watchers:
+        assert {path.name for path in watcher.kept(2).iterdir()} == {"weights", "rng_state_1.pth"}
+        assert (watcher.newest() / "weights").read_text() == "6"
+        with pytest.raises(KeyError):
+            watcher.kept(4)
+
+
+def test_when_one_process_needs_smaller_batches_all_start_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.training import batches, datasets, finetune, recipe
+    from tests.pipelines.bench import Bench, Ledger
+
+    smaller = {"batch_size": 4, "gradient_accumulation": 2}
+    places: list[Any] = []
+
+    def scarce_train(*_: Any, place: Any, **__: Any) -> None:
+        places.append(place)
+        if len(places) > 1:
+            raise Interrupted
+        raise batches.StartSmaller("Out of memory", details=smaller)
+
+    def run_here(context: Any, spec: Any, work: Any) -> Any:
+        return work()
+
+    dataset = datasets.Dataset(id="ds_1", name="any", digest="", address="", samples=24)
+    ledger = Ledger()
+    ledger.checkpoints.append({"dataset": "ds_1", "base_model": "forgearr/tiny"})
+    monkeypatch.setattr("ray.train.get_context", lambda: World(1))
+    monkeypatch.setattr(datasets, "get", always(dataset))
+    monkeypatch.setattr(datasets, "load", always(chats()))
+    monkeypatch.setattr(recipe, "train", scarce_train)
+    monkeypatch.setattr(finetune, "_on_ray_train", run_here)
+    monkeypatch.setattr(finetune.results, "own_row", always(Row(ledger.checkpoints)))
+    with pytest.raises(Interrupted):
+        finetune.fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of())
+    assert places == [None, smaller]
+    assert ledger.checkpoints[-1] == {**ledger.checkpoints[0], "place": smaller}
+
+
+def test_a_training_whose_result_is_safe_is_not_done_again(home: Path, tmp_path: Path) -> None:
+    from pipelines.training.finetune import fine_tune
+    from tests.pipelines.bench import Bench, Ledger
+
+    ledger = Ledger()
+    ledger.checkpoints.append({"dataset": "gone", "base_model": "gone", "result": {"name": "house"}})
+    (tmp_path / "weights").write_text("some")
+    left = storage.save(tmp_path / "weights", "jobs/job_x/checkpoints/1-2/weights")
+    assert fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of()) == {"name": "house"}
+    assert not storage.exists(left)
 
 
 def train_in(megabytes: int, base: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -283,3 +423,47 @@ def long_chats(count: int) -> list[Sample]:
         )
         for number in range(count)
     ]
+
+
+def preferences() -> list[Pair]:
+    return [
+        Pair.model_validate(
+            {
+                "messages": [{"role": "user", "content": f"Shall I delete disk {number}?"}],
+                "chosen": [{"role": "assistant", "content": "No, ask first."}],
+                "rejected": [{"role": "assistant", "content": "Yes, at once!"}],
+            }
+        )
+        for number in range(12)
+    ]
+
+
+class World:
+    """Two processes that train together, as Ray Train tells one of them."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def get_world_rank(self) -> int:
+        return self._rank
+
+    def get_world_size(self) -> int:
+        return 2
+
+
+class Row:
+    """Of the job: it has what was saved last."""
+
+    def __init__(self, checkpoints: list[Any]) -> None:
+        self._checkpoints = checkpoints
+
+    @property
+    def checkpoint(self) -> Any:
+        return self._checkpoints[-1]
+
+
+def always(value: Any) -> Callable[..., Any]:
+    def tell(*_: Any) -> Any:
+        return value
+
+    return tell

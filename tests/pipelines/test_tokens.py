@@ -1,5 +1,7 @@
 """Conversations as tokens: which of them are learned, by the chat templates of several models."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -55,6 +57,7 @@ def template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Template:
 
 
 def build(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     shipped = files("configs") / "tiny"
     tiny.build(folder, (shipped / "chat_template.jinja").read_text(), (shipped / "corpus.txt").read_text())
     return folder
@@ -132,3 +135,19 @@ def test_the_tiny_model_is_the_same_wherever_it_is_built(tmp_path: Path) -> None
     one, two = build(tmp_path / "one"), build(tmp_path / "two")
     for file in one.iterdir():
         assert file.read_bytes() == (two / file.name).read_bytes(), file.name
+
+
+def test_the_tiny_model_is_whole_whichever_of_several_processes_builds_it(tmp_path: Path) -> None:
+    """In another process, which takes part in a training as its second one."""
+    code = f"""
+import sys
+from pathlib import Path
+from torch import distributed
+from tests.pipelines.test_tokens import build
+distributed.init_process_group("gloo", init_method="file://{tmp_path}/meeting", rank=int(sys.argv[1]), world_size=2)
+build(Path("{tmp_path}") / sys.argv[1])
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code, rank]) for rank in ("0", "1")]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    names = [{file.name for file in (tmp_path / rank).iterdir()} for rank in ("0", "1")]
+    assert names[0] == names[1] >= {"config.json", "model.safetensors", "tokenizer.json"}

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from cluster.db import get_database
+from cluster.settings import get_settings
 from serve.api import health
 from serve.api.health import Health
 from serve.app import create_app
@@ -37,6 +38,25 @@ async def test_health_is_the_union_of_the_documents(client: httpx.AsyncClient) -
     assert (body.service, body.database, body.environment) == ("Forgearr", "connected", "production")
     assert answer.json()["ollama_available"] is None
     assert answer.json()["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_health_says_whether_ollama_answers(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        assert asked.startswith(b"GET /api/version ")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        monkeypatch.setenv("FORGEARR_OLLAMA__URL", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+        get_settings.cache_clear()
+        if not answers:
+            server.close()
+        assert (await client.get("/health")).json()["ollama_available"] is answers
 
 
 async def test_without_the_actors_it_is_degraded(client: httpx.AsyncClient) -> None:
@@ -73,8 +93,6 @@ async def test_health_looks_again_when_its_answer_is_old(
 async def test_monitoring_needs_no_credential(
     path: str, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cluster.settings import get_settings
-
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     get_settings.cache_clear()
     assert (await client.get(path)).status_code == 200

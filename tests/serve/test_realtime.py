@@ -160,6 +160,22 @@ async def test_rooms(app: FastAPI, actor: events.Events) -> None:
         assert (await hear(client))["data"] == {"number": 4}
 
 
+async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: events.Events, database: Database) -> None:
+    data = {"data": {"dataset": "demo/homelab"}}
+    async with database.transaction() as session:
+        forge = await queue.enqueue(session, queue.JobRequest(kind="forge", spec=data))
+    async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", proxy=None) as client:
+        assert (await hear(client))["progress"] == 0
+        async with database.transaction() as session:
+            training = await queue.enqueue_child(session, forge, "fine_tune", "fine_tune", data)
+        await actor.publish([message(f"job:{forge.id}")])  # as when it parks
+        await hear(client)
+        async with database.transaction() as session:
+            (await queue.get(session, training.id)).progress = 50
+        await actor.publish([message(f"job:{training.id}")])
+        assert (await hear(client))["progress"] == 30
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -20,7 +20,9 @@ from jobs.states import State
 from jobs.tables import Job
 from pipelines.training import nodes
 from pipelines.training.nodes import TrainingWorker, WorkerNotFound
+from serve.api.training import training_now
 from serve.app import create_app
+from serve.auth import Caller
 from serve.realtime import Hub
 from tests.platform import eventually_async
 
@@ -416,7 +418,7 @@ async def test_the_newest_numbers_of_a_training_are_told(house: House) -> None:
     expected = {
         "progress": 41.67,
         "current_step": 10,
-        "current_epoch": 2,
+        "current_epoch": 1,  # at its very end
         "total_epochs": 3,
         "loss": 2.25,
         "eval_loss": 2.0,
@@ -427,6 +429,31 @@ async def test_the_newest_numbers_of_a_training_are_told(house: House) -> None:
     }
     assert found.items() >= expected.items()
     assert "unheard_of" not in found
+
+
+async def test_an_evaluation_is_told_however_many_steps_ago_it_was(house: House) -> None:
+    job = await house.training(state=State.RUNNING, phase="training", result=None)
+    await house.tell(job, step=10, epoch=1.0, eval_loss=2.5)
+    await house.tell(job, step=20, epoch=2.0, eval_loss=2.0)
+    for step in range(21, 46):
+        await house.tell(job, step=step, epoch=2.0 + step / 100, loss=1.0)
+    assert (await house.ask("ada", "GET", f"/status/{job}")).json()["eval_loss"] == 2.0
+    job = await house.training(state=State.RUNNING, phase="training", result=None)
+    await house.tell(job, step=40, epoch=4.0, loss=1.0)  # nothing was held out after all
+    assert (await house.ask("ada", "GET", f"/status/{job}")).json()["eval_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("epoch", "max_steps", "current"),
+    [(0.0, None, 1), (0.1, None, 1), (1.0, None, 1), (1.1, None, 2), (3.0, None, 3), (1.0, 5, 1), (1.2, 5, 2)],
+)
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+async def test_the_end_of_an_epoch_still_belongs_to_it(
+    house: House, epoch: float, max_steps: int | None, current: int
+) -> None:
+    job = await house.queue("fine_tune", {**LEARN, "max_steps": max_steps}, state=State.RUNNING)
+    await house.tell(job, step=4, epoch=epoch)
+    assert (await house.ask("ada", "GET", f"/status/{job}")).json()["current_epoch"] == current
 
 
 async def test_a_session_with_a_number_of_steps_has_no_number_of_epochs(house: House) -> None:
@@ -476,6 +503,15 @@ async def test_a_forge_job_is_as_far_as_its_steps(house: House) -> None:
     for state, status in ((State.PAUSED, "paused"), (State.CANCELLED, "cancelled"), (State.FAILED, "failed")):
         await house.settle(forge, state=state)
         assert (await told())[0] == status
+
+
+async def test_the_rooms_of_a_forge_job_are_also_those_of_its_steps(house: House) -> None:
+    admin = Caller(house.people["admin"].id, "admin", "admin")
+    forge = await forged(house)
+    assert (await training_now(forge, admin))[0] == {f"job:{forge}"}
+    training = await child(house, forge, "fine_tune", LEARN)
+    export = await child(house, forge, "export", {"job_id": training})
+    assert (await training_now(forge, admin))[0] == {f"job:{forge}", f"job:{training}", f"job:{export}"}
 
 
 async def test_a_job_of_another_kind_is_no_training(house: House) -> None:
@@ -528,7 +564,37 @@ async def test_what_cannot_be_fine_tuned_is_refused(house: House, said: dict[str
     assert await house.kinds() == {}
 
 
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+async def test_data_of_another_kind_than_the_method_learns_from_is_refused(house: House, method: str) -> None:
+    pair = '{"messages": [{"role": "user", "content": "Hi."}], "chosen": "Good day.", "rejected": "What?"}'
+    path = "/api/v1/datasets?name=pairs"
+    assert (await house.ask("ada", "POST", path, content=pair)).status_code == 201
+    data, other = {"dataset": "pairs"}, {"dataset": "demo/homelab"}
+    fitting, unfit = (data, other) if method == "dpo" else (other, data)
+    wanted = {"project_name": "house", "method": method}
+    refused = await house.ask("ada", "POST", "/v1/fine-tune", json={**wanted, "data": unfit})
+    assert refused.status_code == 400
+    assert method in refused.json()["detail"]
+    session = await house.session(config={"method": method})
+    answer = await house.start(session, data=unfit)
+    assert (answer.status_code, answer.json()["error_code"]) == (400, "WRONG_KIND_OF_DATA")
+    assert await house.kinds() == {}
+    assert (await house.ask("ada", "POST", "/v1/fine-tune", json={**wanted, "data": fitting})).status_code == 200
+    assert (await house.start(session, data=fitting)).status_code == 200
+
+
 # /validate
+
+
+async def test_a_step_gets_what_a_process_of_the_training_had(house: House) -> None:
+    spec = {**LEARN, "cpus_per_worker": 4, "gpus_per_worker": 2}
+    job = await house.queue("fine_tune", spec, state=State.SUCCEEDED, result={})
+    deployment = (await house.ask("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
+    (validation,) = (await house.job(deployment))["depends_on"]
+    (export,) = (await house.job(validation))["depends_on"]
+    async with house.database.reading() as session:
+        for step, demand in ((validation, "4 CPU, 1 GPU"), (export, "4 CPU")):
+            assert (await queue.get(session, step)).demand == demand
 
 
 async def test_a_training_is_validated_once(house: House) -> None:

@@ -1,0 +1,43 @@
+"""Unsloth, which makes adapters train faster: where it is used, and how. This module is imported before the recipe."""
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from pipelines.training.spec import FineTuneSpec
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def is_for(spec: FineTuneSpec) -> bool:
+    wanted = spec.unsloth and spec.tuning != "full" and not spec.pissa
+    return wanted and torch.cuda.is_available() and find_spec("unsloth") is not None
+
+
+def prefer_unsloth(spec: FineTuneSpec) -> None:
+    """Import Unsloth where it will be used. It changes trl, transformers and peft, so it must come before them."""
+    if not is_for(spec):
+        return
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # the trainer computes its metrics from them
+    import_module("unsloth")
+
+
+def load(spec: FineTuneSpec, base: str, max_length: int) -> Any:
+    """The base model with the adapter on it."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    model, _ = FastLanguageModel.from_pretrained(
+        base, max_seq_length=max_length, load_in_4bit=spec.tuning == "qlora", dtype=None
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=spec.rank,
+        lora_alpha=spec.alpha or 2 * spec.rank,
+        lora_dropout=spec.dropout,
+        target_modules=LINEAR if spec.target_modules == "all-linear" else spec.target_modules,
+        use_gradient_checkpointing="unsloth",
+        random_state=spec.seed,
+    )
