@@ -26,7 +26,15 @@ from cluster.errors import ForgearrError, RateLimitExceeded, UnprocessableReques
 from cluster.times import UtcTime
 
 OPENAI_PREFIX = "/v1/"
-OLLAMA_PATHS = {"/api/chat", "/api/generate", "/api/tags", "/api/ps", "/api/version"}
+OLLAMA_PATHS = {
+    "/api/chat",
+    "/api/generate",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/tags",
+    "/api/ps",
+    "/api/version",
+}
 OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",

@@ -4,7 +4,7 @@ A request names its model to Serve's router too, which sends it to a replica tha
 """
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipelines.training import registry, tiny
 from pipelines.training.registry import Version
 from serve.engines import untrained
 from serve.engines.answers import Answer
-from serve.engines.protocol import Chunk, Held, Request
+from serve.engines.protocol import Chunk, Embedded, Held, Request
 from serve.engines.shelf import MB, Shelf
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ class GgufEngine:
                 for chunk in chunks:
                     answer.hear(chunk)
         return answer.whole()
+
+    async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
+        async with self._shelf.use(reference, partial(self._find_file, reference, version), "embeddings") as model:
+            return await model.embed(texts)
 
     async def load(self, reference: str) -> str:
         version = None

@@ -28,11 +28,12 @@ class Header:
     width: int
     key_values: int  # numbers that one layer keeps of one token
     vocabulary: int
+    pools: bool  # made for embeddings: it says itself how those of the tokens become that of a text
 
-    def memory(self, context: int, slots: int) -> int:
+    def memory(self, context: int, slots: int, batch: int = BATCH) -> int:
         """Bytes for weights, cache and working space, when each of the slots holds so many tokens."""
         cache = self.layers * self.key_values * ELEMENT_BYTES * context * slots
-        return self.file_bytes + cache + 4 * BATCH * (self.vocabulary + 4 * self.width)
+        return self.file_bytes + cache + 4 * batch * (self.vocabulary + 4 * self.width)
 
 
 def read_header(path: Path) -> Header:
@@ -57,6 +58,7 @@ def _header(fields: Mapping[str, Any], size: int) -> Header:
         width=fields[f"{architecture}.embedding_length"],
         key_values=_most(fields.get(f"{architecture}.attention.head_count_kv", heads)) * (keys + values),
         vocabulary=fields["tokenizer.ggml.tokens"],
+        pools=bool(fields.get(f"{architecture}.pooling_type")),
     )
 
 

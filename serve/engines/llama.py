@@ -5,32 +5,48 @@ An answer is made in a thread of llama.cpp's and one of ours, which waits for it
 
 import asyncio
 import os
+import re
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
 from cluster.errors import ForgearrError
 from cluster.settings import EngineSettings
-from serve.engines.header import BATCH
-from serve.engines.protocol import Chunk, ContextExceeded, EngineFailed, ModelUnreadable, Request, RequestRefused
+from serve.engines.header import BATCH, Header
+from serve.engines.protocol import (
+    Chunk,
+    ContextExceeded,
+    Embedded,
+    EngineFailed,
+    ModelUnreadable,
+    Request,
+    RequestRefused,
+    TextTooLong,
+)
 
 CHECKPOINTS = 4
 """Of a slot whose cache cannot be cut back, as that of a sliding window: places from which it can go on."""
 ERRORS_ONLY = 1
+TOO_LONG = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
+
+Purpose = Literal["answers", "embeddings"]
+"""llama.cpp prepares a model for one of them."""
 
 
 class LoadedModel:
     """Made and closed in a thread of its own: both take a while."""
 
-    def __init__(self, path: Path, context: int, settings: EngineSettings) -> None:
-        self._server = _start(path, context, settings)
+    def __init__(
+        self, path: Path, header: Header, context: int, settings: EngineSettings, purpose: Purpose = "answers"
+    ) -> None:
+        self._server = _start(path, header, context, settings, purpose)
         self._slots = asyncio.Semaphore(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
 
@@ -48,6 +64,12 @@ class LoadedModel:
             finally:
                 spoken.stopped.set()
                 await asyncio.shield(speaking)
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """What the texts mean, as numbers. All of it is one piece of work."""
+        async with self._slots:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, _embed, self._server, texts)
 
     def close(self) -> None:
         """Give the memory back. Nobody may be waiting for an answer."""
@@ -107,6 +129,13 @@ def _speak(ask: Callable[[bytes, Callable[[bytes], bool]], None], body: bytes, s
         spoken.put(None)
 
 
+def _embed(server: Any, texts: Sequence[str]) -> Embedded:
+    told = orjson.loads(server.handle_embeddings(orjson.dumps({"input": texts}).decode()))
+    if "error" in told:
+        raise _error(told["error"])
+    return Embedded([one["embedding"] for one in told["data"]], told["usage"]["prompt_tokens"])
+
+
 def _told(chunk: Chunk) -> list[Chunk]:
     """Of a prompt that was gone on from, llama.cpp tells the end and the usage at once; else one after the other."""
     ended: Chunk = {name: chunk[name] for name in ("usage", "timings") if name in chunk}
@@ -119,12 +148,17 @@ def _error(told: dict[str, Any]) -> ForgearrError:
         return ContextExceeded(
             f"The conversation has {told['n_prompt_tokens']} tokens; the model takes {told['n_ctx']} with its answer."
         )
+    if too_long := TOO_LONG.search(told["message"]):
+        tokens, most = (int(number) for number in too_long.groups())
+        return TextTooLong(
+            f"A text has {tokens} tokens; the model takes {most}.", details={"tokens": tokens, "most": most}
+        )
     if told.get("code") == 400:
         return RequestRefused(f"The model cannot take this request: {told['message'].rstrip('.')}.")
     return EngineFailed(f"The engine could not answer: {told['message'].rstrip('.')}.")
 
 
-def _start(path: Path, context: int, settings: EngineSettings) -> Any:
+def _start(path: Path, header: Header, context: int, settings: EngineSettings, purpose: Purpose) -> Any:
     xllamacpp: Any = import_module("xllamacpp")  # it has no types
     parameters = xllamacpp.CommonParams()
     parameters.verbosity = ERRORS_ONLY
@@ -132,6 +166,11 @@ def _start(path: Path, context: int, settings: EngineSettings) -> Any:
     parameters.n_parallel = settings.slots
     parameters.n_ctx = context * settings.slots
     parameters.n_batch = parameters.n_ubatch = BATCH
+    if purpose == "embeddings":
+        parameters.embedding = True
+        parameters.n_batch = parameters.n_ubatch = context  # a text is read in one go
+        if not header.pools:
+            parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     parameters.n_gpu_layers = settings.gpu_layers
     parameters.fit_params = settings.gpu_layers == -1 and _has_gpu(xllamacpp)
     if settings.threads is not None:

@@ -5,7 +5,7 @@ OpenAI streams: `choices` with a delta each, or with text; the last one has none
 `timings` in milliseconds. Who tells a client adds id, time and the name that it asked for.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,6 +67,16 @@ class ContextExceeded(InvalidRequest):
     code = "CONTEXT_LENGTH_EXCEEDED"
 
 
+class TextTooLong(ContextExceeded):
+    """A text is longer than the model can read at once."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    vectors: list[list[float]]  # one for each text, of length 1
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Held:
     """A model in the memory of an engine."""
@@ -88,6 +98,10 @@ class Engine(Protocol):
 
     async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
         """The whole answer: `choices` with a message or a text each, `usage` and `timings`."""
+        ...
+
+    async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
+        """What texts mean, as numbers."""
         ...
 
     async def load(self, reference: str) -> str:

@@ -2,14 +2,14 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
 from pipelines.training.registry import Version
-from serve.engines.protocol import Chunk, EngineFailed, EngineLost, EngineUnavailable, Held, Request
+from serve.engines.protocol import Chunk, Embedded, EngineFailed, EngineLost, EngineUnavailable, Held, Request
 
 DEPLOYMENT = "gguf"
 APPLICATION = "forgearr"
@@ -42,6 +42,11 @@ class RemoteEngine:
                 return await answer
             finally:
                 answer.cancel()
+
+    async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
+        handle = (await self._find()).options(**_routing(reference))
+        with _our_errors():
+            return await handle.embed.remote(reference, texts, version)
 
     async def load(self, reference: str) -> str:
         handle = (await self._find()).options(**_routing(reference))

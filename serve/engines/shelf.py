@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.settings import EngineSettings
-from serve.engines.header import read_header
-from serve.engines.llama import LoadedModel
+from serve.engines.header import BATCH, read_header
+from serve.engines.llama import LoadedModel, Purpose
 from serve.engines.protocol import EngineBusy, ModelTooLarge
 
 log = logging.getLogger(__name__)
@@ -25,11 +25,16 @@ MB = 1024 * 1024
 @dataclass
 class Entry:
     reference: str
+    purpose: Purpose
     loading: asyncio.Task[LoadedModel] = field(init=False)
     users: int = 0
     bytes: int = 0  # reserved as soon as there is room for it
     context: int = 0
     unwanted: bool = False  # to be unloaded as soon as nobody uses it
+
+    @property
+    def key(self) -> tuple[str, Purpose]:
+        return self.reference, self.purpose
 
     @property
     def is_loaded(self) -> bool:
@@ -47,7 +52,7 @@ class Shelf:
         self._capacity = capacity
         self._settings = settings
         self._on_change = on_change
-        self._entries = OrderedDict[str, Entry]()  # the most recently used last
+        self._entries = OrderedDict[tuple[str, Purpose], Entry]()  # the most recently used last
         self._leaving = 0  # bytes of models that are being unloaded
         self._freed = asyncio.Event()  # set whenever there may be more room
 
@@ -55,14 +60,16 @@ class Shelf:
         return [entry for entry in self._entries.values() if entry.is_loaded]
 
     @asynccontextmanager
-    async def use(self, reference: str, obtain: Callable[[], Awaitable[Path]]) -> AsyncGenerator[LoadedModel]:
+    async def use(
+        self, reference: str, obtain: Callable[[], Awaitable[Path]], purpose: Purpose = "answers"
+    ) -> AsyncGenerator[LoadedModel]:
         """The model, loaded from the file that `obtain` gets when it is not there yet; it stays while it is used."""
-        entry = self._entries.get(reference) or self._begin(reference, obtain)
+        entry = self._entries.get((reference, purpose)) or self._begin(Entry(reference, purpose), obtain)
         if entry.users >= self._settings.slots + self._settings.queue:
             raise EngineBusy
         entry.users += 1
         entry.unwanted = False
-        self._entries.move_to_end(reference)
+        self._entries.move_to_end(entry.key)
         try:
             yield await asyncio.shield(entry.loading)
         finally:
@@ -72,17 +79,16 @@ class Shelf:
 
     async def unload(self, reference: str) -> bool:
         """Let a model go, when its last answer is given; whether there was one."""
-        entry = self._entries.get(reference)
-        if entry is None:
-            return False
-        entry.unwanted = True
-        await asyncio.wait([entry.loading])
-        await self._remove_if_unwanted(entry)
-        return True
+        entries = [entry for entry in self._entries.values() if entry.reference == reference]
+        for entry in entries:
+            entry.unwanted = True
+        for entry in entries:
+            await asyncio.wait([entry.loading])
+            await self._remove_if_unwanted(entry)
+        return bool(entries)
 
-    def _begin(self, reference: str, obtain: Callable[[], Awaitable[Path]]) -> Entry:
-        entry = Entry(reference)
-        self._entries[reference] = entry
+    def _begin(self, entry: Entry, obtain: Callable[[], Awaitable[Path]]) -> Entry:
+        self._entries[entry.key] = entry
         entry.loading = asyncio.create_task(self._load(entry, obtain))
         entry.loading.add_done_callback(lambda _: self._settle(entry))
         self._tell()
@@ -91,14 +97,15 @@ class Shelf:
     def _settle(self, entry: Entry) -> None:
         """A model that could not be loaded leaves no trace; whoever waited hears why."""
         if not entry.is_loaded:
-            del self._entries[entry.reference]
+            del self._entries[entry.key]
             self._tell()
 
     async def _load(self, entry: Entry, obtain: Callable[[], Awaitable[Path]]) -> LoadedModel:
         path = await obtain()
         header = await asyncio.to_thread(read_header, path)
         context = entry.context = min(self._settings.context, header.context)
-        needed = header.memory(context, self._settings.slots)
+        batch = context if entry.purpose == "embeddings" else BATCH
+        needed = header.memory(context, self._settings.slots, batch)
         if needed > self._capacity:
             raise ModelTooLarge(
                 f"{entry.reference} needs {needed // MB} MB ({header.file_bytes // MB} MB of weights, and "
@@ -107,7 +114,7 @@ class Shelf:
                 "with fewer bits."
             )
         await self._make_room(entry, needed)
-        model = await asyncio.to_thread(LoadedModel, path, context, self._settings)
+        model = await asyncio.to_thread(LoadedModel, path, header, context, self._settings, entry.purpose)
         log.info("%s is loaded: %d MB", entry.reference, needed // MB)
         return model
 
@@ -129,11 +136,11 @@ class Shelf:
             ) from None
 
     async def _remove_if_unwanted(self, entry: Entry) -> None:
-        if entry.unwanted and entry.is_idle and self._entries.get(entry.reference) is entry:
+        if entry.unwanted and entry.is_idle and self._entries.get(entry.key) is entry:
             await self._remove(entry)
 
     async def _remove(self, entry: Entry) -> None:
-        del self._entries[entry.reference]
+        del self._entries[entry.key]
         self._leaving += entry.bytes
         try:
             await asyncio.shield(asyncio.to_thread(entry.loading.result().close))
@@ -144,4 +151,4 @@ class Shelf:
         self._tell()
 
     def _tell(self) -> None:
-        self._on_change(list(self._entries))
+        self._on_change(list(dict.fromkeys(entry.reference for entry in self._entries.values())))

@@ -306,3 +306,42 @@ async def test_how_likely_the_words_of_a_text_were(house: House) -> None:
 async def test_a_completion_that_cannot_be_had_is_refused(house: House, wanted: dict[str, Any]) -> None:
     with pytest.raises(openai.UnprocessableEntityError):
         await complete(house, **wanted)
+
+
+async def test_texts_become_numbers(house: House) -> None:
+    write_model(house.file, seed=3)
+    create: Any = house.client.embeddings.create
+    # The client asks for base64 by itself, and unpacks it.
+    packed = await create(model=TINY, input=["Is Plex up?", "Is Plex up?", "Cook rice."])
+    plain = await create(model=TINY, input=["Is Plex up?", "Cook rice."], encoding_format="float")
+    first, same, other = (one.embedding for one in packed.data)
+    assert first == pytest.approx(same)
+    assert first != pytest.approx(other, abs=1e-3)
+    assert first == pytest.approx(plain.data[0].embedding, abs=1e-6)
+    assert sum(value * value for value in first) == pytest.approx(1, abs=1e-3)
+    assert [one.index for one in packed.data] == [0, 1, 2]
+    assert packed.usage.total_tokens > packed.usage.prompt_tokens / 2 > 10
+    short = (await create(model=TINY, input="Is Plex up?", dimensions=8)).data[0].embedding
+    assert len(short) == 8
+    assert sum(value * value for value in short) == pytest.approx(1, abs=1e-3)
+    # It can talk, too.
+    assert (await house.say(max_tokens=2)).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "reason"),
+    [
+        ({"input": []}, openai.UnprocessableEntityError, "input"),
+        ({"input": ""}, openai.UnprocessableEntityError, "input"),
+        ({"input": "x" * 5000}, openai.BadRequestError, "tokens; the model takes 2048"),
+        ({"dimensions": 1000}, openai.BadRequestError, "64 dimensions, not 1000"),
+        ({"model": "nobody"}, openai.NotFoundError, "nobody"),
+    ],
+)
+async def test_texts_that_cannot_become_numbers(
+    house: House, wanted: dict[str, Any], error: type[openai.APIStatusError], reason: str
+) -> None:
+    write_model(house.file, seed=3)
+    create: Any = house.client.embeddings.create
+    with pytest.raises(error, match=reason):
+        await create(**{"model": TINY, "input": "Hello", **wanted})

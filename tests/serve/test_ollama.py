@@ -228,3 +228,15 @@ async def test_what_there_is(house: House) -> None:
     assert (await house.client.list()).models == []  # there is no registry here
     async with httpx.AsyncClient(base_url=house.url) as http:
         assert (await http.get("/api/version")).json()["version"]
+
+
+async def test_texts_become_numbers(house: House) -> None:
+    write_model(house.file, seed=3)
+    told = await house.client.embed(model=TINY, input=["Is Plex up?", "x" * 5000])
+    assert len(told.embeddings) == 2  # what is too long is cut
+    assert told.prompt_eval_count is not None
+    assert told.prompt_eval_count > 2000
+    old = await house.client.embeddings(model=TINY, prompt="Is Plex up?")
+    assert old.embedding == pytest.approx(told.embeddings[0])
+    with pytest.raises(ollama.ResponseError, match="the model takes 2048"):
+        await house.client.embed(model=TINY, input="x" * 5000, truncate=False)

@@ -1,0 +1,130 @@
+"""/v1/embeddings, as OpenAI has it, and /api/embed and /api/embeddings, as Ollama has them."""
+
+from time import perf_counter_ns
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve.answering import engine_of, models_of, while_connected
+from serve.auth import CurrentCaller
+from serve.bodies.chat import ModelReference, Strict
+from serve.embedding import as_base64, embed
+from serve.engines.protocol import Embedded
+from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
+
+openai = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
+ollama = APIRouter(prefix="/api", tags=["Ollama"], responses=ERROR_RESPONSES)
+router = APIRouter()
+
+MOST_TEXTS = 2048
+"""OpenAI's limit."""
+Text = Annotated[str, Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+
+
+class EmbeddingRequest(Strict):
+    model: ModelReference
+    input: Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, ge=1, le=100_000, description="The first so many, made to length 1.")
+    user: str | None = Field(default=None, description="Not used.")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Base64 of little-endian floats of 4 bytes, where that is asked.")
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(BaseModel):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+class OllamaAsked(BaseModel):
+    """Options concern how a model is loaded and answers: none of them changes an embedding."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelReference
+    options: dict[str, Any] | None = Field(default=None, description="Not used.")
+    keep_alive: float | str | None = Field(default=None, description="Not used.")
+
+
+class OllamaEmbedRequest(OllamaAsked):
+    input: Texts
+    truncate: bool | None = Field(default=None, description="False: refuse texts that are too long.")
+    dimensions: int | None = Field(default=None, ge=1, le=100_000)
+
+
+class OllamaEmbeddingsRequest(OllamaAsked):
+    prompt: Text
+
+
+class OllamaEmbed(BaseModel):
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    prompt_eval_count: int
+
+
+class OllamaEmbeddings(BaseModel):
+    embedding: list[float]
+
+
+@openai.post("/embeddings", response_model=Embeddings)
+async def create_embeddings(request: Request, wanted: EmbeddingRequest, caller: CurrentCaller) -> Any:
+    """Texts as numbers: what is alike in meaning is close by."""
+    found = await _found(request, wanted.model, wanted.input, dimensions=wanted.dimensions)
+    packed = [as_base64(vector) if wanted.encoding_format == "base64" else vector for vector in found.vectors]
+    told = {
+        "object": "list",
+        "model": wanted.model,
+        "data": [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(packed)],
+        "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
+    }
+    return Response(orjson.dumps(told), media_type="application/json")
+
+
+@ollama.post("/embed")
+async def create_ollama_embeddings(request: Request, wanted: OllamaEmbedRequest, caller: CurrentCaller) -> OllamaEmbed:
+    """The same as Ollama has it; what is too long is cut unless `truncate` is false."""
+    began = perf_counter_ns()
+    found = await _found(
+        request, wanted.model, wanted.input, dimensions=wanted.dimensions, truncate=wanted.truncate is not False
+    )
+    return OllamaEmbed(
+        model=wanted.model,
+        embeddings=found.vectors,
+        total_duration=perf_counter_ns() - began,
+        prompt_eval_count=found.tokens,
+    )
+
+
+@ollama.post("/embeddings")
+async def create_ollama_embedding(
+    request: Request, wanted: OllamaEmbeddingsRequest, caller: CurrentCaller
+) -> OllamaEmbeddings:
+    """The older way of it, for a single text."""
+    found = await _found(request, wanted.model, wanted.prompt, truncate=True)
+    return OllamaEmbeddings(embedding=found.vectors[0])
+
+
+router.include_router(openai)
+router.include_router(ollama)
+
+
+async def _found(request: Request, model: str, texts: str | list[str], **options: Any) -> Embedded:
+    meant = await models_of(request).resolve(model)
+    wanted = [texts] if isinstance(texts, str) else texts
+    work = embed(engine_of(request), meant.reference, wanted, meant.version, **options)
+    return await while_connected(request, work)
