@@ -32,6 +32,7 @@ OLLAMA_PATHS = {
     "/api/embed",
     "/api/embeddings",
     "/api/tags",
+    "/api/show",
     "/api/ps",
     "/api/version",
 }

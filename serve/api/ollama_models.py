@@ -1,16 +1,20 @@
-"""/api/tags, /api/ps and /api/version: what models there are, as Ollama tells it."""
+"""/api/tags, /api/show, /api/ps and /api/version: what models there are, as Ollama tells it."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from cluster.times import UtcTime
 from pipelines.training import tiny
 from pipelines.training.registry import Version
-from serve.answering import engine_of, models_of
+from serve.answering import engine_of, models_of, while_connected
 from serve.api.health import VERSION
 from serve.auth import CurrentCaller
+from serve.bodies.chat import ModelReference
+from serve.engines import untrained
+from serve.engines.header import Header
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
@@ -51,6 +55,27 @@ class Runnings(BaseModel):
     models: list[Running]
 
 
+class ShowRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelReference = Field(validation_alias=AliasChoices("model", "name"))
+    verbose: bool | None = Field(default=None, description="Not used.")
+
+
+class ShownDetails(Details):
+    family: str
+    families: list[str]
+    parameter_size: str = Field(examples=["2.9M"])
+
+
+class Shown(BaseModel):
+    modified_at: UtcTime | None = Field(description="Null: it comes with Forgearr.")
+    template: str = Field(description="Of conversations, in Jinja, as the file has it.")
+    details: ShownDetails
+    model_info: dict[str, str | int]
+    capabilities: list[str]
+
+
 class VersionView(BaseModel):
     version: str
 
@@ -61,6 +86,31 @@ async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
     models = await models_of(request).all()
     latest = [_tag(f"{model.name}:latest", model.served) for model in models if model.served]
     return Tags(models=[*latest, *(_tag(version.reference, version) for model in models for version in model.versions)])
+
+
+@router.post("/show")
+async def show(request: Request, wanted: ShowRequest, caller: CurrentCaller) -> Shown:
+    """What a model's file says of it."""
+    meant = await models_of(request).resolve(wanted.model)
+    header = await while_connected(request, engine_of(request).describe(meant.reference, meant.version))
+    version = meant.version
+    own = _details(version) if version else Details(parent_model="", quantization_level=untrained.QUANTIZATION.upper())
+    family = header.architecture
+    return Shown(
+        modified_at=version.created_at if version else None,
+        template=header.template,
+        details=ShownDetails(
+            **own.model_dump(), family=family, families=[family], parameter_size=_short(header.parameters)
+        ),
+        model_info={
+            "general.architecture": family,
+            "general.parameter_count": header.parameters,
+            f"{family}.block_count": header.layers,
+            f"{family}.context_length": header.context,
+            f"{family}.embedding_length": header.width,
+        },
+        capabilities=list(_capabilities(header)),
+    )
 
 
 @router.get("/ps")
@@ -108,3 +158,20 @@ def _details(version: Version) -> Details:
 def _name(reference: str) -> str:
     """Ollama's names always have a tag."""
     return f"{reference}:latest" if reference == tiny.NAME else reference
+
+
+def _capabilities(header: Header) -> Iterator[str]:
+    """What a model was made for, as far as its file tells."""
+    if header.pools:
+        yield "embedding"
+        return
+    yield "completion"
+    if "tools" in header.template:
+        yield "tools"
+    if "enable_thinking" in header.template:
+        yield "thinking"
+
+
+def _short(count: int) -> str:
+    """135.2M, 8.0B."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

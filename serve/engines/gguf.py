@@ -3,6 +3,7 @@
 A request names its model to Serve's router too, which sends it to a replica that has that model in memory.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -19,6 +20,7 @@ from pipelines.training import registry, tiny
 from pipelines.training.registry import Version
 from serve.engines import untrained
 from serve.engines.answers import Answer
+from serve.engines.header import Header, read_header
 from serve.engines.protocol import Chunk, Embedded, Held, Request
 from serve.engines.shelf import MB, Shelf
 
@@ -64,6 +66,9 @@ class GgufEngine:
     async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
         async with self._shelf.use(reference, partial(self._find_file, reference, version), "embeddings") as model:
             return await model.embed(texts)
+
+    async def describe(self, reference: str, version: Version | None = None) -> Header:
+        return await asyncio.to_thread(read_header, await self._find_file(reference, version))
 
     async def load(self, reference: str) -> str:
         version = None

@@ -1,13 +1,14 @@
 """What a GGUF file says of its model, and how much memory that needs: read in milliseconds, without its weights."""
 
+import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.engines.protocol import ModelUnreadable
+from cluster.errors import ForgearrError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -19,6 +20,12 @@ ELEMENT_BYTES = 2  # of the cache of keys and values, which is in f16
 BATCH = 512
 
 
+class ModelUnreadable(ForgearrError):
+    """The engine cannot read this model."""
+
+    code = "MODEL_UNREADABLE"
+
+
 @dataclass(frozen=True)
 class Header:
     architecture: str
@@ -28,6 +35,8 @@ class Header:
     width: int
     key_values: int  # numbers that one layer keeps of one token
     vocabulary: int
+    parameters: int
+    template: str  # of conversations, in Jinja; empty where it has none
     pools: bool  # made for embeddings: it says itself how those of the tokens become that of a text
 
     def memory(self, context: int, slots: int, batch: int = BATCH) -> int:
@@ -39,12 +48,12 @@ class Header:
 def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _header(_fields(content), len(content))
+            return _header(*_fields(content), len(content))
     except (struct.error, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
         raise ModelUnreadable(f"{path.name} is not a GGUF file of a model: {error or 'it breaks off'}.") from error
 
 
-def _header(fields: Mapping[str, Any], size: int) -> Header:
+def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
     architecture = fields["general.architecture"]
     heads = _most(fields.get(f"{architecture}.attention.head_count", 1)) or 1
     head_width = fields[f"{architecture}.embedding_length"] // heads
@@ -58,6 +67,8 @@ def _header(fields: Mapping[str, Any], size: int) -> Header:
         width=fields[f"{architecture}.embedding_length"],
         key_values=_most(fields.get(f"{architecture}.attention.head_count_kv", heads)) * (keys + values),
         vocabulary=fields["tokenizer.ggml.tokens"],
+        parameters=parameters,
+        template=fields.get("tokenizer.chat_template", ""),
         pools=bool(fields.get(f"{architecture}.pooling_type")),
     )
 
@@ -66,11 +77,11 @@ def _most(value: int | list[int]) -> int:
     return max(value) if isinstance(value, list) else value
 
 
-def _fields(content: mmap.mmap) -> dict[str, Any]:
-    """The metadata at the beginning of the file."""
+def _fields(content: mmap.mmap) -> tuple[dict[str, Any], int]:
+    """The metadata at the beginning of the file, and how many parameters its tensors have."""
     if content[:4] != MAGIC:
         raise ValueError("it does not begin as one")
-    version, _, count = struct.unpack_from("<IQQ", content, 4)
+    version, tensors, count = struct.unpack_from("<IQQ", content, 4)
     if version not in VERSIONS:
         raise ValueError(f"it has version {version} of the format")
     place = 24
@@ -79,7 +90,16 @@ def _fields(content: mmap.mmap) -> dict[str, Any]:
         name, place = _string(content, place)
         (kind,) = struct.unpack_from("<I", content, place)
         fields[name], place = _value(content, place + 4, kind)
-    return fields
+    return fields, sum(_sizes(content, place, tensors))
+
+
+def _sizes(content: mmap.mmap, place: int, tensors: int) -> Iterator[int]:
+    """How many numbers each of the tensors has, that are told of after the metadata."""
+    for _ in range(tensors):
+        _, place = _string(content, place)
+        (dimensions,) = struct.unpack_from("<I", content, place)
+        yield math.prod(struct.unpack_from(f"<{dimensions}Q", content, place + 4))
+        place += 4 + 8 * dimensions + 12  # its type and its place in the file
 
 
 def _value(content: mmap.mmap, place: int, kind: int) -> tuple[Any, int]:

@@ -19,13 +19,12 @@ import orjson
 
 from cluster.errors import ForgearrError
 from cluster.settings import EngineSettings
-from serve.engines.header import BATCH, Header
+from serve.engines.header import BATCH, Header, ModelUnreadable
 from serve.engines.protocol import (
     Chunk,
     ContextExceeded,
     Embedded,
     EngineFailed,
-    ModelUnreadable,
     Request,
     RequestRefused,
     TextTooLong,

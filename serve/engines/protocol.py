@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
 from pipelines.training.registry import Version
+from serve.engines.header import Header
 
 Request = Mapping[str, Any]
 Chunk = dict[str, Any]
@@ -41,12 +42,6 @@ class EngineFailed(ForgearrError):
     """The engine could not answer."""
 
     code = "ENGINE_FAILED"
-
-
-class ModelUnreadable(ForgearrError):
-    """The engine cannot read this model."""
-
-    code = "MODEL_UNREADABLE"
 
 
 class ModelTooLarge(ForgearrError):
@@ -102,6 +97,10 @@ class Engine(Protocol):
 
     async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
         """What texts mean, as numbers."""
+        ...
+
+    async def describe(self, reference: str, version: Version | None = None) -> Header:
+        """What a model's file says of it."""
         ...
 
     async def load(self, reference: str) -> str:

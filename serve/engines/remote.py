@@ -9,6 +9,7 @@ from typing import Any
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
 from pipelines.training.registry import Version
+from serve.engines.header import Header
 from serve.engines.protocol import Chunk, Embedded, EngineFailed, EngineLost, EngineUnavailable, Held, Request
 
 DEPLOYMENT = "gguf"
@@ -47,6 +48,11 @@ class RemoteEngine:
         handle = (await self._find()).options(**_routing(reference))
         with _our_errors():
             return await handle.embed.remote(reference, texts, version)
+
+    async def describe(self, reference: str, version: Version | None = None) -> Header:
+        handle = (await self._find()).options(**_routing(reference))
+        with _our_errors():
+            return await handle.describe.remote(reference, version)
 
     async def load(self, reference: str) -> str:
         handle = (await self._find()).options(**_routing(reference))

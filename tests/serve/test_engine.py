@@ -14,12 +14,11 @@ from cluster.settings import EngineSettings, get_settings
 from pipelines.training.registry import Version
 from serve.engines.answers import Answer
 from serve.engines.gguf import GgufEngine
-from serve.engines.header import read_header
+from serve.engines.header import ModelUnreadable, read_header
 from serve.engines.protocol import (
     ContextExceeded,
     EngineBusy,
     ModelTooLarge,
-    ModelUnreadable,
     Request,
     RequestRefused,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+from gguf import GGUFReader
 
 from cluster.settings import get_settings
 from pipelines.training.registry import Version
@@ -240,3 +241,19 @@ async def test_texts_become_numbers(house: House) -> None:
     assert old.embedding == pytest.approx(told.embeddings[0])
     with pytest.raises(ollama.ResponseError, match="the model takes 2048"):
         await house.client.embed(model=TINY, input="x" * 5000, truncate=False)
+
+
+async def test_what_a_model_is(house: House) -> None:
+    write_model(house.file, seed=3, layers=3)
+    shown = await house.client.show(TINY)
+    assert shown.details is not None
+    assert (shown.details.format, shown.details.family, shown.details.quantization_level) == ("gguf", "llama", "Q8_0")
+    assert shown.modelinfo is not None
+    assert shown.modelinfo["llama.block_count"] == 3
+    tensors = GGUFReader(house.file).tensors
+    assert shown.modelinfo["general.parameter_count"] == sum(int(tensor.n_elements) for tensor in tensors)
+    assert shown.capabilities == ["completion", "tools"]
+    assert shown.template is not None
+    assert "<|im_start|>" in shown.template
+    with pytest.raises(ollama.ResponseError, match="nobody"):
+        await house.client.show("nobody")
