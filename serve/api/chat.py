@@ -1,16 +1,19 @@
 """/v1/chat/completions, as OpenAI has it, and /v1/query, a question in one line."""
 
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from secrets import token_hex
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from serve import server_sent
+from serve import server_sent, several
 from serve.answering import engine_of, models_of, while_connected
 from serve.auth import CurrentCaller
 from serve.bodies.chat import ChatCompletion, ChatRequest, Query, QueryAnswer
+from serve.engines.protocol import Chunk
 from serve.envelope import OPENAI_ERROR_RESPONSES
 from serve.models import Meant
 
@@ -23,12 +26,13 @@ router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES
 async def create_chat_completion(request: Request, wanted: ChatRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events; as OpenAI's clients know it."""
     meant = await models_of(request).resolve(wanted.model)
+    requests = [wanted.for_engine(number) for number in range(wanted.n or 1)]
     if wanted.stream:
-        return await _stream(request, wanted, meant)
-    answer = await while_connected(
-        request, engine_of(request).complete(meant.reference, wanted.for_engine(), meant.version)
-    )
-    told = {**_heading(wanted.model, "chat.completion"), "choices": answer["choices"], "usage": answer["usage"]}
+        return await _stream(request, wanted, meant, requests)
+    answers = await while_connected(request, several.complete(engine_of(request), meant, requests))
+    choices = [{**answer["choices"][0], "index": index} for index, answer in enumerate(answers)]
+    usage = several.of_one_prompt([answer["usage"] for answer in answers])
+    told = {**_heading(wanted.model, "chat.completion"), "choices": choices, "usage": usage}
     return Response(orjson.dumps(told), media_type="application/json")
 
 
@@ -47,12 +51,26 @@ async def query(request: Request, wanted: Query, caller: CurrentCaller) -> Query
     )
 
 
-async def _stream(request: Request, wanted: ChatRequest, meant: Meant) -> Response:
-    answer = engine_of(request).chat(meant.reference, wanted.for_engine(), meant.version)
+async def _stream(request: Request, wanted: ChatRequest, meant: Meant, requests: list[dict[str, Any]]) -> Response:
+    engine = engine_of(request)
+    if len(requests) == 1:
+        answer = engine.chat(meant.reference, requests[0], meant.version)
+    else:
+        answer = _with_one_usage(several.speak(engine, meant, requests))
     first = await while_connected(request, anext(answer))
     with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
     heading = _heading(wanted.model, "chat.completion.chunk")
     return server_sent.respond(server_sent.rejoined(first, answer), heading, with_usage=with_usage)
+
+
+async def _with_one_usage(answer: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
+    """Several answers, and at last what all of them used."""
+    usages: list[dict[str, Any]] = []
+    async with aclosing(answer):
+        async for chunks in answer:
+            usages += [chunk["usage"] for chunk in chunks if "usage" in chunk]
+            yield [chunk for chunk in chunks if chunk["choices"]]
+    yield [{"choices": [], "usage": several.of_one_prompt(usages)}]
 
 
 def _heading(model: str, kind: str) -> dict[str, Any]:

@@ -11,13 +11,12 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 
-from serve import server_sent
+from serve import server_sent, several
 from serve.answering import engine_of, models_of, while_connected
 from serve.auth import CurrentCaller
 from serve.bodies.chat import MOST_SEEDS, ModelReference, StreamOptions, Strict, Usage
-from serve.engines.protocol import Chunk, Engine
+from serve.engines.protocol import Chunk
 from serve.envelope import OPENAI_ERROR_RESPONSES
-from serve.models import Meant
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -98,41 +97,41 @@ async def create_completion(request: Request, wanted: CompletionRequest, caller:
     meant = await models_of(request).resolve(wanted.model)
     identifier = f"cmpl-{token_hex(12)}"
     heading = {"id": identifier, "object": "text_completion", "created": int(time.time()), "model": wanted.model}
+    requests = [wanted.for_engine(prompt) for prompt in wanted.prompts]
     if wanted.stream:
-        spoken = _speak(engine_of(request), wanted, meant)
+        spoken = _told(wanted, several.speak(engine_of(request), meant, requests))
         first = await while_connected(request, anext(spoken))
         with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
         return server_sent.respond(server_sent.rejoined(first, spoken), heading, with_usage=with_usage)
-    answers = await while_connected(request, _complete(engine_of(request), wanted, meant))
+    answers = await while_connected(request, several.complete(engine_of(request), meant, requests))
     choices = [_choice(wanted, index, answer["choices"][0]) for index, answer in enumerate(answers)]
-    told = {**heading, "choices": choices, "usage": _sum([answer["usage"] for answer in answers])}
+    told = {**heading, "choices": choices, "usage": several.of_prompts([answer["usage"] for answer in answers])}
     return Response(orjson.dumps(told), media_type="application/json")
 
 
-async def _complete(engine: Engine, wanted: CompletionRequest, meant: Meant) -> list[dict[str, Any]]:
-    """One prompt after the other, so that a single request never fills the queue."""
-    return [
-        await engine.complete(meant.reference, wanted.for_engine(prompt), meant.version) for prompt in wanted.prompts
-    ]
+async def _told(wanted: CompletionRequest, spoken: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
+    """A stream as OpenAI has it: perhaps with the prompts, and at last with what all of it used."""
+    offsets: dict[int, int] = {}
+    usages: list[dict[str, int]] = []
+    async with aclosing(spoken):
+        async for chunks in spoken:
+            told: list[Chunk] = []
+            for chunk in chunks:
+                usages += [chunk["usage"]] if "usage" in chunk else []
+                for choice in chunk["choices"]:
+                    index = choice["index"]
+                    if index not in offsets:
+                        offsets[index] = 0
+                        told += _echo(wanted, index)
+                    told.append({"choices": [{**choice, "logprobs": _logprobs(choice, offsets[index])}]})
+                    offsets[index] += len(choice["text"])
+            yield told
+    yield [{"choices": [], "usage": several.of_prompts(usages)}]
 
 
-async def _speak(engine: Engine, wanted: CompletionRequest, meant: Meant) -> AsyncGenerator[list[Chunk]]:
-    """The same as it is made, and at last what all of them took."""
-    used: list[dict[str, int]] = []
-    for index, prompt in enumerate(wanted.prompts):
-        if wanted.echo:
-            yield [{"choices": [{"index": index, "text": prompt, "logprobs": None, "finish_reason": None}]}]
-        async with aclosing(engine.chat(meant.reference, wanted.for_engine(prompt), meant.version)) as answer:
-            offset = 0
-            async for chunks in answer:
-                told: list[Chunk] = []
-                for chunk in chunks:
-                    used += [chunk["usage"]] if "usage" in chunk else []
-                    for choice in chunk["choices"]:
-                        told.append({"choices": [{**choice, "index": index, "logprobs": _logprobs(choice, offset)}]})
-                        offset += len(choice["text"])
-                yield told
-    yield [{"choices": [], "usage": _sum(used)}]
+def _echo(wanted: CompletionRequest, index: int) -> list[Chunk]:
+    told = {"index": index, "text": wanted.prompts[index], "logprobs": None, "finish_reason": None}
+    return [{"choices": [told]}] if wanted.echo else []
 
 
 def _choice(wanted: CompletionRequest, index: int, answered: dict[str, Any]) -> dict[str, Any]:
@@ -152,8 +151,3 @@ def _logprobs(choice: dict[str, Any], offset: int) -> dict[str, Any] | None:
         "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in told],
         "text_offset": [offset, *accumulate(map(len, tokens[:-1]), initial=offset)][1:],
     }
-
-
-def _sum(usages: list[dict[str, Any]]) -> dict[str, int]:
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    return {name: sum(usage[name] for usage in usages) for name in names}

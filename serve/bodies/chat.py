@@ -20,6 +20,7 @@ PASSED_ON = {
 }
 """What llama.cpp takes as it comes."""
 MOST_SEEDS = 2**32 - 1
+MOST_ANSWERS = 16
 
 
 class Strict(BaseModel):
@@ -135,7 +136,7 @@ class ChatRequest(Strict):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    n: Literal[1] | None = None
+    n: int | None = Field(default=None, ge=1, le=MOST_ANSWERS, description="How many answers to give.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = Field(default=None, max_length=128)
@@ -162,7 +163,8 @@ class ChatRequest(Strict):
             raise ValueError("logprobs of a streamed answer that may call tools are not available")
         return self
 
-    def for_engine(self) -> dict[str, Any]:
+    def for_engine(self, number: int = 0) -> dict[str, Any]:
+        """For the answer of this number: with a seed, each is another one, and the same ones every time."""
         wanted = self.model_dump(include=PASSED_ON, exclude_none=True, by_alias=True)
         wanted["messages"] = [message.for_engine() for message in self.messages]
         if longest := self.max_completion_tokens or self.max_tokens:
@@ -170,7 +172,7 @@ class ChatRequest(Strict):
         if self.stop:
             wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.seed is not None:
-            wanted["seed"] = self.seed % MOST_SEEDS
+            wanted["seed"] = (self.seed + number) % MOST_SEEDS
         if self.logit_bias:
             wanted["logit_bias"] = [[int(token), bias] for token, bias in self.logit_bias.items()]
         if tools := self._chosen_tools():

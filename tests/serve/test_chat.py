@@ -167,7 +167,7 @@ async def test_a_schema(house: House) -> None:
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
         ({"logit_bias": {"one": 3}}, None),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -250,6 +250,26 @@ async def test_a_token_can_be_made_likelier(house: House) -> None:
     write_model(house.file, seed=1, talkative=True)
     answer = await house.say(logit_bias={str(ord("Z")): 100}, max_tokens=3)
     assert answer.choices[0].message.content == "ZZZ"
+
+
+async def test_several_answers(house: House) -> None:
+    write_model(house.file, seed=1, talkative=True)
+    wanted = {"n": 3, "max_tokens": 6, "seed": 5, "temperature": 1}
+    answer = await house.say(**wanted)
+    said = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(said)) > 1
+    assert answer.usage.completion_tokens == 18
+    assert answer.usage.prompt_tokens == (await house.say(max_tokens=1)).usage.prompt_tokens
+    streamed = {0: "", 1: "", 2: ""}
+    stream = await house.say(**wanted, stream=True, stream_options={"include_usage": True})
+    *chunks, last = [chunk async for chunk in stream]
+    for chunk in chunks:
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert list(streamed.values()) == said
+    assert last.usage.completion_tokens == 18
+    assert last.usage.prompt_tokens == answer.usage.prompt_tokens
 
 
 async def complete(house: House, **options: Any) -> Any:
