@@ -51,7 +51,7 @@ def name_of_folder() -> str:
 
 def build(target: Path, template: str, corpus: str) -> None:
     import torch
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer(template, corpus)
@@ -74,7 +74,8 @@ def build(target: Path, template: str, corpus: str) -> None:
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(config)
     # The model's own save_pretrained writes nothing in any but the first of several processes that train together.
-    save_model(model, str(target / "model.safetensors"), metadata={"format": "pt"})
+    weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}  # which is tied
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
