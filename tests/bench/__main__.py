@@ -62,7 +62,7 @@ def measure_postgres() -> Iterator[list[Figure]]:
 
 
 def measure_training() -> Iterator[list[Figure]]:
-    with _platform() as platform:
+    with running_platform() as platform:
         yield forge.imports(platform)
         yield forge.short(platform, workers=1)
         yield forge.short(platform, workers=2)
@@ -70,7 +70,7 @@ def measure_training() -> Iterator[list[Figure]]:
 
 
 def measure_serving() -> Iterator[list[Figure]]:
-    with _platform({"engines.slots": str(serving.SLOTS), "engines.context": str(serving.CONTEXT)}) as platform:
+    with running_platform({"engines.slots": str(serving.SLOTS), "engines.context": str(serving.CONTEXT)}) as platform:
         figures, reference, file = forge.export(platform)
         yield figures
         yield serving.figures(platform, reference, file)
