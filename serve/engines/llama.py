@@ -7,8 +7,10 @@ import asyncio
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
@@ -33,6 +35,8 @@ from serve.engines.protocol import (
 CHECKPOINTS = 4
 """Of a slot whose cache cannot be cut back, as that of a sliding window: places from which it can go on."""
 ERRORS_ONLY = 1
+PACE_SECONDS = 0.025
+"""Nobody sees words come faster than that."""
 TOO_LONG = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
 
 Purpose = Literal["answers", "embeddings"]
@@ -81,12 +85,18 @@ STREAMED = {"stream": True, "stream_options": {"include_usage": True}, "return_p
 
 
 class _Spoken:
-    """What a model says: told by a thread, read by the event loop in batches of all that has come meanwhile."""
+    """What a model says: told by a thread, read by the event loop in batches of all that has come meanwhile.
+
+    The first word passes at once, later ones at most every few milliseconds: passing words on, one by one, would take
+    the processor from the model that makes them.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.stopped = threading.Event()
         self._loop = loop
-        self._arrived = asyncio.Queue[Chunk | ForgearrError | None]()
+        self._said = deque[Chunk | ForgearrError | None]()
+        self._arrived, self._ended = asyncio.Event(), asyncio.Event()
+        self._is_awaited = True
 
     def tell(self, data: bytes) -> bool:
         """Called by llama.cpp; it ends the answer when this is true."""
@@ -98,24 +108,37 @@ class _Spoken:
         return self.stopped.is_set()
 
     def put(self, told: Chunk | ForgearrError | None) -> None:
-        self._loop.call_soon_threadsafe(self._arrived.put_nowait, told)
+        self._said.append(told)
+        if told is None:
+            self._loop.call_soon_threadsafe(self._ended.set)
+        if told is None or self._is_awaited:
+            self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def __aiter__(self) -> AsyncGenerator[list[Chunk]]:
         while True:
-            told = [await self._arrived.get()]
-            while not self._arrived.empty():
-                told.append(self._arrived.get_nowait())
-            chunks: list[Chunk] = []
-            for one in told:
-                if isinstance(one, dict):
-                    chunks += _told(one)
-                    continue
-                if chunks:
-                    yield chunks
-                if one is not None:
+            for one in await self._take():
+                if isinstance(one, list):
+                    yield one
+                elif one is None:
+                    return
+                else:
                     raise one
-                return
-            yield chunks
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PACE_SECONDS):
+                    await self._ended.wait()
+
+    async def _take(self) -> list[list[Chunk] | ForgearrError | None]:
+        """All chunks that have come, and then perhaps the error or the end."""
+        # In this order: whatever is put after the look at the list finds that it is awaited.
+        self._arrived.clear()
+        self._is_awaited = True
+        if not self._said:
+            await self._arrived.wait()
+        self._is_awaited = False
+        told = [self._said.popleft() for _ in range(len(self._said))]
+        chunks = [part for one in told if isinstance(one, dict) for part in _told(one)]
+        last = [one for one in told if not isinstance(one, dict)][:1]
+        return [*([chunks] if chunks else []), *last]
 
 
 def _speak(ask: Callable[[bytes, Callable[[bytes], bool]], None], body: bytes, spoken: _Spoken) -> None:
