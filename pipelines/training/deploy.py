@@ -141,5 +141,8 @@ async def _push(context: Context, version: Version, path: Path) -> dict[str, str
     url = get_settings().ollama.url
     if url is None:
         return None
+    if version.is_adapter:
+        context.log(f"Ollama does not get {version.reference}: it is an adapter, and stands on a model here.")
+        return None
     context.report(progress=60, phase="giving it to Ollama")
     return await asyncio.to_thread(ollama_push.push, url, version, path)

@@ -28,6 +28,7 @@ __all__ = [
     "Registry",
     "RegistryOff",
     "Version",
+    "VersionNeeded",
     "VersionServed",
     "connect",
     "keep",
@@ -60,6 +61,12 @@ class VersionServed(Conflict):
     code = "VERSION_SERVED"
 
 
+class VersionNeeded(Conflict):
+    """A version that adapters stand on cannot be deleted before them."""
+
+    code = "VERSION_NEEDED"
+
+
 class RegistryOff(Unavailable):
     """Models are registered in MLflow, which is switched off: set mlflow.enabled to true and start Forgearr again."""
 
@@ -80,7 +87,7 @@ class Version:
     name: str
     number: int
     run_id: str  # of MLflow, which holds the files
-    files: list[File]  # the first one is served
+    files: list[File]  # the first one is served; none: the adapter is, on its base model
     adapter: File | None  # the adapter alone, as a GGUF LoRA
     base_model: str
     job_id: str  # the fine_tune that made it
@@ -92,6 +99,19 @@ class Version:
     @property
     def reference(self) -> str:
         return f"{self.name}:v{self.number}"
+
+    @property
+    def file(self) -> File:
+        """The one that is served."""
+        if self.files:
+            return self.files[0]
+        assert self.adapter is not None
+        return self.adapter
+
+    @property
+    def is_adapter(self) -> bool:
+        """It is served on its base model, a version or forgearr/tiny, which it shares with others."""
+        return not self.files
 
 
 @dataclass(frozen=True)
@@ -172,6 +192,11 @@ class Registry:
             raise ModelNotFound(f"There is no model version of an export job '{export_job_id}'.")
         return found[-1]
 
+    async def adapters_of(self, base: str) -> list[Version]:
+        """The versions that are adapters for this one, newest first."""
+        found = await self._versions(f"tags.`forgearr.base_model` = '{base}'") if "'" not in base else []
+        return sorted((one for one in found if one.is_adapter), key=lambda one: one.created_at, reverse=True)
+
     async def models(self) -> list[Model]:
         """Every model that has a version of ours, by name."""
         rows = await self._search("registered-models/search", "registered_models")
@@ -226,7 +251,7 @@ class Registry:
         self, version: Version, file: File | None = None, on_progress: OnProgress = lambda done, total: None
     ) -> Path:
         """A copy of a version's file on this machine; without `file`, of the one that is served. Only to be read."""
-        wanted = file or version.files[0]
+        wanted = file or version.file
 
         async def download(target: Path) -> str:
             row = await self._version_row(version.name, version.number)
@@ -242,6 +267,7 @@ class Registry:
             raise VersionServed(
                 f"{name}:v{number} is served: deploy another version, or roll back, before you delete it."
             )
+        await self._refuse_if_needed([f"{name}:v{number}"])
         await self._delete_version(row)
 
     async def delete_model(self, name: str) -> None:
@@ -250,8 +276,15 @@ class Registry:
         Its name stays in MLflow, and with it the count: NAME:v3 means the same for good, or nothing.
         """
         await self._model_row(name)
-        for row in await self._version_rows(f"name = '{name}'"):
+        rows = await self._version_rows(f"name = '{name}'")
+        await self._refuse_if_needed([f"{name}:v{row['version']}" for row in rows])
+        for row in rows:
             await self._delete_version(row)
+
+    async def _refuse_if_needed(self, references: Sequence[str]) -> None:
+        for reference in references:
+            if others := [one for one in await self.adapters_of(reference) if one.reference not in references]:
+                raise VersionNeeded(f"{reference} cannot be deleted: {others[0].reference} is an adapter for it.")
 
     async def _make_model(self, name: str) -> None:
         if await self._tracking.call("GET", "registered-models/get", missing={}, params={"name": name}):

@@ -66,7 +66,7 @@ async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSumm
     newest = max(served, key=lambda version: version.created_at, default=None)
     return ModelSummaries(
         models=[
-            ModelSummary(name=_latest(version), size=version.files[0].bytes, modified_at=version.created_at)
+            ModelSummary(name=_latest(version), size=version.file.bytes, modified_at=version.created_at)
             for version in served
         ],
         active_model=_latest(newest) if newest else None,

@@ -125,7 +125,7 @@ async def list_running(request: Request, caller: CurrentCaller) -> Runnings:
                 size=held.bytes,
                 expires_at=NEVER,
                 context_length=held.context,
-                digest=version.files[0].sha256 if (version := versions.get(held.reference)) else "",
+                digest=version.file.sha256 if (version := versions.get(held.reference)) else "",
                 details=_details(version) if version else None,
             )
             for held in await engine_of(request).loaded()
@@ -140,7 +140,7 @@ async def show_version(caller: CurrentCaller) -> VersionView:
 
 
 def _tag(name: str, version: Version) -> Tag:
-    file = version.files[0]
+    file = version.file
     return Tag(
         name=name,
         model=name,
@@ -152,7 +152,7 @@ def _tag(name: str, version: Version) -> Tag:
 
 
 def _details(version: Version) -> Details:
-    return Details(parent_model=version.base_model, quantization_level=version.files[0].quantization.upper())
+    return Details(parent_model=version.base_model, quantization_level=version.file.quantization.upper())
 
 
 def _name(reference: str) -> str:

@@ -5,9 +5,8 @@ A request names its model to Serve's router too, which sends it to a replica tha
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from functools import partial
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,19 +14,26 @@ from typing import Any
 import psutil
 
 from cluster import logs
+from cluster.errors import Unavailable
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training import registry, tiny
 from pipelines.training.registry import Version
 from serve.engines import untrained
 from serve.engines.answers import Answer
 from serve.engines.header import Header, read_header
-from serve.engines.protocol import Chunk, Embedded, Held, Request
+from serve.engines.llama import Files, LoadedModel, Purpose
+from serve.engines.protocol import Chunk, Embedded, Held, Request, RequestRefused
 from serve.engines.shelf import MB, Shelf
 
 log = logging.getLogger(__name__)
 
+MOST_ADAPTERS = 32
+"""To load with a model before anybody asks for them: the newest."""
+
 FindFile = Callable[[str, Version | None], Awaitable[Path]]
 """Where the file of a model is, on this machine, when it is not in memory."""
+FindAdapters = Callable[[str, Version | None], Awaitable[Mapping[str, Path]]]
+"""The files of the adapters that stand on a model, by reference; this one among them, if it is one."""
 
 
 class GgufEngine:
@@ -37,9 +43,11 @@ class GgufEngine:
         self,
         settings: EngineSettings,
         find_file: FindFile | None = None,
+        find_adapters: FindAdapters | None = None,
         on_change: Callable[[list[str]], None] = lambda _: None,
     ) -> None:
         self._find_file = find_file or _find_file
+        self._find_adapters = find_adapters or _find_adapters
         capacity = settings.memory_mb * MB if settings.memory_mb else psutil.virtual_memory().total // 2
         self._shelf = Shelf(capacity, settings, on_change)
 
@@ -47,9 +55,10 @@ class GgufEngine:
         self, reference: str, request: Request, version: Version | None = None
     ) -> AsyncGenerator[list[Chunk]]:
         asked = perf_counter()
-        async with self._shelf.use(reference, partial(self._find_file, reference, version)) as model:
+        async with self._use(reference, version) as model:
             load_ms = (perf_counter() - asked) * 1000
-            async with aclosing(model.answer(request)) as answer:
+            adapter = reference if version and version.is_adapter else None
+            async with aclosing(model.answer(request, adapter)) as answer:
                 async for chunks in answer:
                     if timings := chunks[-1].get("timings"):
                         timings["load_ms"] = load_ms
@@ -64,18 +73,21 @@ class GgufEngine:
         return answer.whole()
 
     async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
-        async with self._shelf.use(reference, partial(self._find_file, reference, version), "embeddings") as model:
+        if version and version.is_adapter:
+            raise RequestRefused(f"{reference} is an adapter, which makes no embeddings; {version.base_model} may.")
+        async with self._use(reference, version, "embeddings") as model:
             return await model.embed(texts)
 
     async def describe(self, reference: str, version: Version | None = None) -> Header:
-        return await asyncio.to_thread(read_header, await self._find_file(reference, version))
+        base, version = _base(reference, version)
+        return await asyncio.to_thread(read_header, await self._find_file(base, version))
 
     async def load(self, reference: str) -> str:
         version = None
         if reference != tiny.NAME:
             version = await _find(reference)
             reference = version.reference
-        async with self._shelf.use(reference, partial(self._find_file, reference, version)):
+        async with self._use(reference, version):
             return reference
 
     async def unload(self, reference: str) -> bool:
@@ -87,6 +99,18 @@ class GgufEngine:
     @property
     def held(self) -> list[Held]:
         return [Held(entry.reference, entry.bytes, entry.context, entry.users) for entry in self._shelf.loaded()]
+
+    def _use(
+        self, reference: str, version: Version | None, purpose: Purpose = "answers"
+    ) -> AbstractAsyncContextManager[LoadedModel]:
+        base, own = _base(reference, version)
+        adapter = version if version and version.is_adapter else None
+
+        async def obtain() -> Files:
+            path = await self._find_file(base, own)
+            return Files(path, await self._find_adapters(base, adapter) if purpose == "answers" else {})
+
+        return self._shelf.use(base, obtain, purpose, reference if adapter else None)
 
 
 class GgufReplica(GgufEngine):
@@ -102,6 +126,24 @@ async def _find_file(reference: str, version: Version | None) -> Path:
         return await untrained.file()
     async with registry.connect() as models:
         return await models.fetch(version or await models.find(reference))
+
+
+async def _find_adapters(base: str, wanted: Version | None) -> Mapping[str, Path]:
+    if not get_settings().mlflow.enabled:
+        return {}
+    async with registry.connect() as models:
+        try:
+            adapters = await models.adapters_of(base)
+        except Unavailable as error:
+            log.warning("Adapters of %s are loaded when somebody asks for them: %s", base, error.message)
+            adapters = []
+        known = {adapter.reference: adapter for adapter in [*adapters[:MOST_ADAPTERS], *([wanted] if wanted else [])]}
+        return {reference: await models.fetch(adapter) for reference, adapter in known.items()}
+
+
+def _base(reference: str, version: Version | None) -> tuple[str, Version | None]:
+    """What has to be in memory for a model: itself, or what an adapter stands on."""
+    return (version.base_model, None) if version and version.is_adapter else (reference, version)
 
 
 async def _find(reference: str) -> Version:

@@ -8,9 +8,10 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
@@ -43,23 +44,34 @@ Purpose = Literal["answers", "embeddings"]
 """llama.cpp prepares a model for one of them."""
 
 
+@dataclass(frozen=True)
+class Files:
+    model: Path
+    adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])  # by the reference of their version
+
+    @property
+    def bytes_of_adapters(self) -> int:
+        return sum(path.stat().st_size for path in self.adapters.values())
+
+
 class LoadedModel:
     """Made and closed in a thread of its own: both take a while."""
 
     def __init__(
-        self, path: Path, header: Header, context: int, settings: EngineSettings, purpose: Purpose = "answers"
+        self, files: Files, header: Header, context: int, settings: EngineSettings, purpose: Purpose = "answers"
     ) -> None:
-        self._server = _start(path, header, context, settings, purpose)
+        self.adapters = list(files.adapters)
+        self._server = _start(files, header, context, settings, purpose)
         self._slots = asyncio.Semaphore(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
 
-    async def answer(self, request: Request) -> AsyncGenerator[list[Chunk]]:
+    async def answer(self, request: Request, adapter: str | None = None) -> AsyncGenerator[list[Chunk]]:
         """Waits for a slot, then yields what the model says as it says it. The slot is free when it is closed."""
         async with self._slots:
             loop = asyncio.get_running_loop()
             spoken = _Spoken(loop)
             ask = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
-            body = orjson.dumps({**request, **STREAMED})
+            body = orjson.dumps({**request, **STREAMED, **self._with(adapter)})
             speaking = loop.run_in_executor(self._threads, _speak, ask, body, spoken)
             try:
                 async for chunks in spoken:
@@ -73,6 +85,10 @@ class LoadedModel:
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _embed, self._server, texts)
+
+    def _with(self, adapter: str | None) -> Request:
+        """llama.cpp applies those adapters that a request gives a scale; all of them when it names none."""
+        return {"lora": [{"id": number, "scale": float(name == adapter)} for number, name in enumerate(self.adapters)]}
 
     def close(self) -> None:
         """Give the memory back. Nobody may be waiting for an answer."""
@@ -180,11 +196,13 @@ def _error(told: dict[str, Any]) -> ForgearrError:
     return EngineFailed(f"The engine could not answer: {told['message'].rstrip('.')}.")
 
 
-def _start(path: Path, header: Header, context: int, settings: EngineSettings, purpose: Purpose) -> Any:
+def _start(files: Files, header: Header, context: int, settings: EngineSettings, purpose: Purpose) -> Any:
     xllamacpp: Any = import_module("xllamacpp")  # it has no types
     parameters = xllamacpp.CommonParams()
     parameters.verbosity = ERRORS_ONLY
-    parameters.model.path = str(path)
+    parameters.model.path = str(files.model)
+    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path)) for path in files.adapters.values()]
+    parameters.lora_init_without_apply = True
     parameters.n_parallel = settings.slots
     parameters.n_ctx = context * settings.slots
     parameters.n_batch = parameters.n_ubatch = BATCH
@@ -202,10 +220,10 @@ def _start(path: Path, header: Header, context: int, settings: EngineSettings, p
     # It would take memory that nobody counts.
     parameters.cache_ram_mib = 0
     parameters.n_ctx_checkpoints = CHECKPOINTS
-    return _serve_nobody(xllamacpp, parameters, path)
+    return _serve_nobody(xllamacpp, parameters, files)
 
 
-def _serve_nobody(xllamacpp: Any, parameters: Any, path: Path) -> Any:
+def _serve_nobody(xllamacpp: Any, parameters: Any, files: Files) -> Any:
     """llama.cpp's server cannot do without its own HTTP door: it gets one that is locked, and taken away at once."""
     parameters.api_keys = [token_hex(32)]
     parameters.ui = parameters.endpoint_slots = False
@@ -215,8 +233,9 @@ def _serve_nobody(xllamacpp: Any, parameters: Any, path: Path) -> Any:
         try:
             return xllamacpp.Server(parameters)
         except RuntimeError as error:
+            names = " and ".join(path.name for path in (files.model, *files.adapters.values()))
             raise ModelUnreadable(
-                f"llama.cpp cannot load {path.name}; what it says of that is in the log of the engine's process."
+                f"llama.cpp cannot load {names}; what it says of that is in the log of the engine's process."
             ) from error
 
 

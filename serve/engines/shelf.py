@@ -1,6 +1,8 @@
 """The models that an engine holds: as many as fit into its memory, the least recently used make room for others.
 
 Everything here happens on one event loop. A model is loaded once, however many wait for it; one that is in use stays.
+Adapters are loaded with the model that they stand on. For one that came later the model is loaded once more, and the
+old one leaves when its last answer is given.
 """
 
 import asyncio
@@ -9,11 +11,10 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cluster.settings import EngineSettings
 from serve.engines.header import BATCH, read_header
-from serve.engines.llama import LoadedModel, Purpose
+from serve.engines.llama import Files, LoadedModel, Purpose
 from serve.engines.protocol import EngineBusy, ModelTooLarge
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,10 @@ ROOM_SECONDS = 120
 MB = 1024 * 1024
 
 
-@dataclass
+Obtain = Callable[[], Awaitable[Files]]
+
+
+@dataclass(eq=False)
 class Entry:
     reference: str
     purpose: Purpose
@@ -53,33 +57,39 @@ class Shelf:
         self._settings = settings
         self._on_change = on_change
         self._entries = OrderedDict[tuple[str, Purpose], Entry]()  # the most recently used last
+        self._outdated: list[Entry] = []  # others have taken their place, and they leave after their last answer
         self._leaving = 0  # bytes of models that are being unloaded
         self._freed = asyncio.Event()  # set whenever there may be more room
 
     def loaded(self) -> list[Entry]:
-        return [entry for entry in self._entries.values() if entry.is_loaded]
+        return [entry for entry in self._all() if entry.is_loaded]
 
     @asynccontextmanager
     async def use(
-        self, reference: str, obtain: Callable[[], Awaitable[Path]], purpose: Purpose = "answers"
+        self, reference: str, obtain: Obtain, purpose: Purpose = "answers", adapter: str | None = None
     ) -> AsyncGenerator[LoadedModel]:
-        """The model, loaded from the file that `obtain` gets when it is not there yet; it stays while it is used."""
-        entry = self._entries.get((reference, purpose)) or self._begin(Entry(reference, purpose), obtain)
-        if entry.users >= self._settings.slots + self._settings.queue:
-            raise EngineBusy
-        entry.users += 1
-        entry.unwanted = False
-        self._entries.move_to_end(entry.key)
-        try:
-            yield await asyncio.shield(entry.loading)
-        finally:
-            entry.users -= 1
-            await self._remove_if_unwanted(entry)
-            self._freed.set()
+        """The model, loaded from the files that `obtain` gets when it is not there yet; it stays while it is used."""
+        while True:
+            entry = self._entries.get((reference, purpose)) or self._begin(Entry(reference, purpose), obtain)
+            if entry.users >= self._settings.slots + self._settings.queue:
+                raise EngineBusy
+            entry.users += 1
+            entry.unwanted = False
+            self._entries.move_to_end(entry.key)
+            try:
+                model = await asyncio.shield(entry.loading)
+                if adapter is None or adapter in model.adapters:
+                    yield model
+                    return
+                self._outdate(entry)
+            finally:
+                entry.users -= 1
+                await self._remove_if_unwanted(entry)
+                self._freed.set()
 
     async def unload(self, reference: str) -> bool:
         """Let a model go, when its last answer is given; whether there was one."""
-        entries = [entry for entry in self._entries.values() if entry.reference == reference]
+        entries = [entry for entry in self._all() if entry.reference == reference]
         for entry in entries:
             entry.unwanted = True
         for entry in entries:
@@ -87,7 +97,10 @@ class Shelf:
             await self._remove_if_unwanted(entry)
         return bool(entries)
 
-    def _begin(self, entry: Entry, obtain: Callable[[], Awaitable[Path]]) -> Entry:
+    def _all(self) -> list[Entry]:
+        return [*self._outdated, *self._entries.values()]
+
+    def _begin(self, entry: Entry, obtain: Obtain) -> Entry:
         self._entries[entry.key] = entry
         entry.loading = asyncio.create_task(self._load(entry, obtain))
         entry.loading.add_done_callback(lambda _: self._settle(entry))
@@ -100,12 +113,18 @@ class Shelf:
             del self._entries[entry.key]
             self._tell()
 
-    async def _load(self, entry: Entry, obtain: Callable[[], Awaitable[Path]]) -> LoadedModel:
-        path = await obtain()
-        header = await asyncio.to_thread(read_header, path)
+    def _outdate(self, entry: Entry) -> None:
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+            self._outdated.append(entry)
+        entry.unwanted = True
+
+    async def _load(self, entry: Entry, obtain: Obtain) -> LoadedModel:
+        files = await obtain()
+        header = await asyncio.to_thread(read_header, files.model)
         context = entry.context = min(self._settings.context, header.context)
         batch = context if entry.purpose == "embeddings" else BATCH
-        needed = header.memory(context, self._settings.slots, batch)
+        needed = header.memory(context, self._settings.slots, batch) + files.bytes_of_adapters
         if needed > self._capacity:
             raise ModelTooLarge(
                 f"{entry.reference} needs {needed // MB} MB ({header.file_bytes // MB} MB of weights, and "
@@ -114,15 +133,15 @@ class Shelf:
                 "with fewer bits."
             )
         await self._make_room(entry, needed)
-        model = await asyncio.to_thread(LoadedModel, path, header, context, self._settings, entry.purpose)
+        model = await asyncio.to_thread(LoadedModel, files, header, context, self._settings, entry.purpose)
         log.info("%s is loaded: %d MB", entry.reference, needed // MB)
         return model
 
     async def _make_room(self, entry: Entry, needed: int) -> None:
         try:
             async with asyncio.timeout(ROOM_SECONDS):
-                while sum(other.bytes for other in self._entries.values()) + self._leaving + needed > self._capacity:
-                    idle = next((other for other in self._entries.values() if other.bytes and other.is_idle), None)
+                while sum(other.bytes for other in self._all()) + self._leaving + needed > self._capacity:
+                    idle = next((other for other in self._all() if other.bytes and other.is_idle), None)
                     if idle is None:
                         self._freed.clear()
                         await self._freed.wait()
@@ -136,11 +155,14 @@ class Shelf:
             ) from None
 
     async def _remove_if_unwanted(self, entry: Entry) -> None:
-        if entry.unwanted and entry.is_idle and self._entries.get(entry.key) is entry:
+        if entry.unwanted and entry.is_idle and entry in self._all():
             await self._remove(entry)
 
     async def _remove(self, entry: Entry) -> None:
-        del self._entries[entry.key]
+        if entry in self._outdated:
+            self._outdated.remove(entry)
+        else:
+            del self._entries[entry.key]
         self._leaving += entry.bytes
         try:
             await asyncio.shield(asyncio.to_thread(entry.loading.result().close))
@@ -151,4 +173,5 @@ class Shelf:
         self._tell()
 
     def _tell(self) -> None:
-        self._on_change(list(dict.fromkeys(entry.reference for entry in self._entries.values())))
+        adapters = [name for entry in self.loaded() for name in entry.loading.result().adapters]
+        self._on_change(list(dict.fromkeys([*(entry.reference for entry in self._entries.values()), *adapters])))

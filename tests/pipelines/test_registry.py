@@ -25,6 +25,7 @@ from pipelines.training.registry import (
     Registry,
     RegistryOff,
     Version,
+    VersionNeeded,
     VersionServed,
 )
 from tests.pipelines.shelf import Shelf
@@ -133,6 +134,35 @@ async def test_deleting(shelf: Shelf) -> None:
         await shelf.registry.model(shelf.name)
     assert shelf.name not in [model.name for model in await shelf.registry.models()]
     assert (await shelf.register()).number == 4
+
+
+async def test_an_adapter_stands_on_another_version(shelf: Shelf) -> None:
+    base = await shelf.register()
+
+    async def register(number: int) -> Version:
+        export = f"job_{uuid4().hex[:8]}"
+        adapter = shelf.file(f"adapter {number}".encode(), "lora")
+        return await shelf.registry.register(
+            f"{shelf.name}-{number}",
+            await shelf.run(export),
+            [],
+            adapter,
+            base_model=base.reference,
+            job_id="job_train",
+            export_job_id=export,
+        )
+
+    first, second = [await register(number) for number in (1, 2)]
+    assert (first.is_adapter, base.is_adapter) == (True, False)
+    assert await shelf.registry.adapters_of(base.reference) == [second, first]
+    assert await shelf.registry.adapters_of(first.reference) == []
+    assert (await shelf.registry.fetch(first)).read_bytes() == b"adapter 1"
+    for delete in (shelf.registry.delete_version(base.name, 1), shelf.registry.delete_model(base.name)):
+        with pytest.raises(VersionNeeded, match="is an adapter for it"):
+            await delete
+    for adapter in (first, second):
+        await shelf.registry.delete_model(adapter.name)
+    await shelf.registry.delete_model(base.name)
 
 
 async def test_a_list_is_two_requests_however_long(shelf: Shelf, mlflow_server: str) -> None:

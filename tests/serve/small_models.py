@@ -17,6 +17,7 @@ MERGED = ("H", "i")  # a vocabulary of this sort must have one pair that is join
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CERTAIN = 10.0
 LONGEST_PIECE = 12
+LORA_RANK = 8
 
 Weights = dict[str, Any]
 
@@ -48,6 +49,27 @@ def write_parrot(path: Path, text: str, *, context: int = 2048) -> Path:
     for before, after in zip(said, [*said[1:], tokens.index("<|im_end|>")], strict=True):
         weights["output.weight"][after, before] = CERTAIN
     return _write(path, tokens, weights, 1, heads, context)
+
+
+def write_adapter(path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, strength: float = 1.0) -> Path:
+    """A LoRA for a model of random weights of the same shape; of strength 0, it changes nothing."""
+    random = np.random.default_rng(seed)
+    width = heads * HEAD_WIDTH
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", LORA_RANK)
+    for layer in range(layers):
+        for name in ("attn_v", "attn_output"):
+            down = random.normal(0, 0.3, (LORA_RANK, width))
+            up = strength * random.normal(0, 0.3, (width, LORA_RANK))
+            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_a", down.astype(np.float32))
+            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_b", up.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def _shapes(layers: int, width: int, vocabulary: int) -> dict[str, tuple[int, ...]]:

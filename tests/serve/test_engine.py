@@ -10,11 +10,13 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.db import now
 from cluster.settings import EngineSettings, get_settings
-from pipelines.training.registry import Version
+from pipelines.training.registry import File, Version
 from serve.engines.answers import Answer
 from serve.engines.gguf import GgufEngine
 from serve.engines.header import ModelUnreadable, read_header
+from serve.engines.llama import Files
 from serve.engines.protocol import (
     ContextExceeded,
     EngineBusy,
@@ -24,7 +26,7 @@ from serve.engines.protocol import (
 )
 from serve.engines.shelf import MB, Shelf
 from tests.platform import eventually_async
-from tests.serve.small_models import write_model
+from tests.serve.small_models import write_adapter, write_model
 
 HELLO: Request = {"messages": [{"role": "user", "content": "Hello"}]}
 ENDLESS = 1_000_000
@@ -43,6 +45,7 @@ class Models:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.asked: list[str] = []
+        self.adapters: dict[str, Version] = {}
         self.ready = asyncio.Event()
         self.ready.set()
 
@@ -53,6 +56,30 @@ class Models:
         self.asked.append(reference)
         await self.ready.wait()
         return self.folder / f"{reference}.gguf"
+
+    def add_adapter(self, name: str, base: str, **shape: Any) -> Version:
+        path = write_adapter(self.folder / f"{name}.gguf", **shape)
+        adapter = Version(
+            name=name,
+            number=1,
+            run_id="",
+            files=[],
+            adapter=File(path.name, "lora", "", path.stat().st_size),
+            base_model=base,
+            job_id="",
+            export_job_id="",
+            passed=None,
+            created_at=now(),
+        )
+        self.adapters[adapter.reference] = adapter
+        return adapter
+
+    async def find_adapters(self, base: str, wanted: Version | None) -> dict[str, Path]:
+        return {
+            reference: self.folder / f"{adapter.name}.gguf"
+            for reference, adapter in self.adapters.items()
+            if adapter.base_model == base
+        }
 
 
 @pytest.fixture
@@ -74,7 +101,7 @@ def settings(home: Path) -> Callable[..., EngineSettings]:
 
 @pytest.fixture
 def engine(models: Models, settings: Callable[..., EngineSettings]) -> GgufEngine:
-    return GgufEngine(settings(), models.find)
+    return GgufEngine(settings(), models.find, models.find_adapters)
 
 
 async def test_a_whole_answer(engine: GgufEngine) -> None:
@@ -135,7 +162,7 @@ async def test_answers_are_given_side_by_side(engine: GgufEngine) -> None:
 
 
 async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[..., EngineSettings]) -> None:
-    engine = GgufEngine(settings(slots=1), models.find)
+    engine = GgufEngine(settings(slots=1), models.find, models.find_adapters)
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as left:
         await anext(left)
     cancelled = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": ENDLESS}))
@@ -148,7 +175,7 @@ async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[...,
 
 
 async def test_the_queue_has_an_end(models: Models, settings: Callable[..., EngineSettings]) -> None:
-    engine = GgufEngine(settings(slots=1, queue=1), models.find)
+    engine = GgufEngine(settings(slots=1, queue=1), models.find, models.find_adapters)
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as answered:
         await anext(answered)
         waiting = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": 2}))
@@ -176,7 +203,7 @@ async def test_the_least_recently_used_makes_room(models: Models, settings: Call
         models.add(name)
     needed = read_header(models.folder / "one.gguf").memory(2048, 2)
     told: list[list[str]] = []
-    engine = GgufEngine(settings(memory_mb=-(-2 * needed // MB)), models.find, told.append)
+    engine = GgufEngine(settings(memory_mb=-(-2 * needed // MB)), models.find, models.find_adapters, told.append)
     for name in ("one", "two", "one", "three"):
         await engine.complete(name, {**HELLO, "max_tokens": 1})
     assert [held.reference for held in engine.held] == ["one", "three"]
@@ -186,7 +213,7 @@ async def test_the_least_recently_used_makes_room(models: Models, settings: Call
 async def test_a_model_in_use_stays(models: Models, settings: Callable[..., EngineSettings]) -> None:
     models.add("other", context=16_384)
     needed = read_header(models.folder / "talker.gguf").memory(16_384, 2)
-    engine = GgufEngine(settings(memory_mb=-(-needed // MB)), models.find)
+    engine = GgufEngine(settings(memory_mb=-(-needed // MB)), models.find, models.find_adapters)
     answer = engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})
     await anext(answer)
     waiting = asyncio.create_task(engine.complete("other", {**HELLO, "max_tokens": 2}))
@@ -201,7 +228,7 @@ async def test_a_model_in_use_stays(models: Models, settings: Callable[..., Engi
 async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(models: Models, home: Path) -> None:
     models.add("large", layers=24, heads=16, context=16_384)
     settings = get_settings().engines.model_copy(update={"memory_mb": 64, "context": 16_384})
-    engine = GgufEngine(settings, models.find)
+    engine = GgufEngine(settings, models.find, models.find_adapters)
     with pytest.raises(ModelTooLarge, match=r"large needs \d+ MB \(\d+ MB of weights.* allows 64 MB"):
         await engine.complete("large", HELLO)
     assert engine.held == []
@@ -225,7 +252,7 @@ async def test_a_long_conversation_is_refused(engine: GgufEngine) -> None:
 
 async def test_reading_a_long_question_can_be_given_up(models: Models, settings: Callable[..., EngineSettings]) -> None:
     models.add("slow", layers=4, heads=8, context=16_384)
-    engine = GgufEngine(settings(slots=1), models.find)
+    engine = GgufEngine(settings(slots=1), models.find, models.find_adapters)
     await engine.complete("slow", {**HELLO, "max_tokens": 1})
     question: Request = {"messages": [{"role": "user", "content": "x" * 3_000}], "max_tokens": 1}
     asked = asyncio.create_task(engine.complete("slow", question))
@@ -287,7 +314,44 @@ def test_what_a_file_says_of_itself(models: Models) -> None:
 
 async def test_files_are_found_only_once_for_a_shelf(models: Models, settings: Callable[..., EngineSettings]) -> None:
     shelf = Shelf(1024 * MB, settings())
+
+    async def obtain() -> Files:
+        return Files(await models.find("quiet", None))
+
     for _ in range(2):
-        async with shelf.use("quiet", lambda: models.find("quiet", None)):
+        async with shelf.use("quiet", obtain):
             pass
     assert models.asked == ["quiet"]
+
+
+async def test_adapters_share_the_model_they_stand_on(models: Models, engine: GgufEngine) -> None:
+    request = {**HELLO, "max_tokens": 20, "temperature": 0}
+    first, second = models.add_adapter("first", "talker", seed=1), models.add_adapter("second", "talker", seed=2)
+    nothing = models.add_adapter("nothing", "talker", strength=0)
+
+    async def said(reference: str, version: Version | None = None) -> str:
+        return (await engine.complete(reference, request, version))["choices"][0]["message"]["content"]
+
+    plain = await said("talker")
+    # At once, so that they stand beside each other in the same model.
+    texts = await asyncio.gather(*(said(one.reference, one) for one in (first, second, nothing)))
+    assert len({plain, *texts[:2]}) == 3
+    assert texts[2] == plain == await said("talker")
+    assert models.asked == ["talker"]
+    assert [held.reference for held in await engine.loaded()] == ["talker"]
+
+
+async def test_an_adapter_that_came_later_has_its_model_loaded_once_more(models: Models, engine: GgufEngine) -> None:
+    request = {**HELLO, "max_tokens": 20, "temperature": 0}
+    async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as under_way:
+        await anext(under_way)
+        late = models.add_adapter("late", "talker")
+        changed = await engine.complete(late.reference, request, late)
+        assert await anext(under_way)  # the old one stays for it
+        assert len(await engine.loaded()) == 2
+    plain = await engine.complete("talker", request)
+    assert plain["choices"] != changed["choices"]
+    assert models.asked == ["talker", "talker"]
+    assert len(await engine.loaded()) == 1
+    with pytest.raises(RequestRefused, match="is an adapter"):
+        await engine.embed(late.reference, ["Hello"], late)
