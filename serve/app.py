@@ -35,7 +35,8 @@ from serve.api import (
     websockets,
 )
 from serve.auth import OriginGuard
-from serve.engines.remote import DEPLOYMENT, RemoteEngine
+from serve.engines.choice import ChosenEngine
+from serve.engines.remote import RemoteEngine
 from serve.envelope import ERROR_RESPONSES, handle_errors
 from serve.feeds import follow_events, follow_logs, follow_system
 from serve.limits import RateLimits
@@ -46,6 +47,7 @@ from serve.realtime import Hub
 
 MAX_ONGOING_REQUESTS = 10_000
 """Per replica. A WebSocket or a followed stream is one for as long as it lasts."""
+GGUF = "gguf"
 SHUTDOWN_SECONDS = 5.0
 LAST_WORDS_SECONDS = 1.0
 
@@ -66,7 +68,7 @@ def create_app() -> FastAPI:
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
     app.state.models = Models()
-    app.state.engine = RemoteEngine()
+    app.state.engine = ChosenEngine(RemoteEngine(GGUF, "replicas"), {})
     for module in (
         health,
         auth,
@@ -131,7 +133,7 @@ def _engine(settings: Settings) -> Any:
     from serve.engines.gguf import GgufReplica
 
     deployment: Any = ray_serve.deployment(
-        name=DEPLOYMENT, num_replicas=settings.engines.replicas, **_deployed(MAX_ONGOING_REQUESTS)
+        name=GGUF, num_replicas=settings.engines.replicas, **_deployed(MAX_ONGOING_REQUESTS)
     )
     return deployment(GgufReplica).bind()
 

@@ -6,8 +6,7 @@ import struct
 from collections.abc import Sequence
 
 from cluster.errors import InvalidRequest
-from pipelines.training.registry import Version
-from serve.engines.protocol import Embedded, Engine, TextTooLong
+from serve.engines.protocol import Embedded, Engine, Source, TextTooLong
 
 
 class TooManyDimensions(InvalidRequest):
@@ -20,7 +19,7 @@ async def embed(
     engine: Engine,
     reference: str,
     texts: Sequence[str],
-    version: Version | None,
+    source: Source,
     *,
     dimensions: int | None = None,
     truncate: bool = False,
@@ -29,7 +28,7 @@ async def embed(
     vectors: list[list[float]] = []
     tokens = 0
     for text in texts:
-        found = await _embed(engine, reference, text, version, truncate)
+        found = await _embed(engine, reference, text, source, truncate)
         vectors += [_shortened(vector, dimensions) for vector in found.vectors]
         tokens += found.tokens
     return Embedded(vectors, tokens)
@@ -40,10 +39,10 @@ def as_base64(vector: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-async def _embed(engine: Engine, reference: str, text: str, version: Version | None, truncate: bool) -> Embedded:
+async def _embed(engine: Engine, reference: str, text: str, source: Source, truncate: bool) -> Embedded:
     while True:
         try:
-            return await engine.embed(reference, [text], version)
+            return await engine.embed(reference, [text], source)
         except TextTooLong as error:
             if not truncate:
                 raise

@@ -11,8 +11,10 @@ from typing import Generic, TypeVar
 
 from cluster.errors import Unavailable
 from cluster.settings import get_settings
+from jobs.queue import Owner
 from pipelines.training import registry, tiny
 from pipelines.training.registry import Model, ModelNotFound, Version
+from serve.engines.protocol import Source
 
 FRESH_SECONDS = 1.0
 PATIENCE_SECONDS = 3.0
@@ -26,8 +28,8 @@ Known = TypeVar("Known")
 class Meant:
     """What a reference stands for now."""
 
-    reference: str  # NAME:v3, for good
-    version: Version | None  # None: forgearr/tiny, which is in no registry
+    reference: str  # a name that stays with it: NAME:v3
+    source: Source
 
 
 class Models:
@@ -35,8 +37,8 @@ class Models:
         self._versions: dict[str, _Remembered[Version]] = {}
         self._models = _Remembered(_all_models)
 
-    async def resolve(self, reference: str) -> Meant:
-        """What NAME, NAME:latest, NAME:v3 or forgearr/tiny means."""
+    async def resolve(self, reference: str, owner: Owner) -> Meant:
+        """What NAME, NAME:latest, NAME:v3 or forgearr/tiny means to this caller."""
         if reference.removesuffix(":latest") == tiny.NAME:
             return Meant(tiny.NAME, None)
         if not get_settings().mlflow.enabled:

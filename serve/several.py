@@ -11,13 +11,13 @@ from serve.models import Meant
 
 async def complete(engine: Engine, meant: Meant, requests: Iterable[EngineRequest]) -> list[dict[str, Any]]:
     """Each whole answer: a choice, and what it used."""
-    return [await engine.complete(meant.reference, request, meant.version) for request in requests]
+    return [await engine.complete(meant.reference, request, meant.source) for request in requests]
 
 
 async def speak(engine: Engine, meant: Meant, requests: Iterable[EngineRequest]) -> AsyncGenerator[list[Chunk]]:
     """The same as it is made. A choice's index says which of them it is; what has a usage ends one."""
     for index, request in enumerate(requests):
-        async with aclosing(engine.chat(meant.reference, request, meant.version)) as answer:
+        async with aclosing(engine.chat(meant.reference, request, meant.source)) as answer:
             async for chunks in answer:
                 yield [
                     {**chunk, "choices": [{**choice, "index": index} for choice in chunk["choices"]]}

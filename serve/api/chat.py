@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from serve import server_sent, several
 from serve.answering import engine_of, models_of, while_connected
+from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.bodies.chat import ChatCompletion, ChatRequest, Query, QueryAnswer
 from serve.engines.protocol import Chunk
@@ -25,7 +26,7 @@ router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES
 )
 async def create_chat_completion(request: Request, wanted: ChatRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events; as OpenAI's clients know it."""
-    meant = await models_of(request).resolve(wanted.model)
+    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
     requests = [wanted.for_engine(number) for number in range(wanted.n or 1)]
     if wanted.stream:
         return await _stream(request, wanted, meant, requests)
@@ -39,11 +40,11 @@ async def create_chat_completion(request: Request, wanted: ChatRequest, caller: 
 @router.post("/query")
 async def query(request: Request, wanted: Query, caller: CurrentCaller) -> QueryAnswer:
     """Answer a single question."""
-    meant = await models_of(request).resolve(wanted.model)
+    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": wanted.prompt}]}
     if wanted.temperature is not None:
         asked["temperature"] = wanted.temperature
-    answer = await while_connected(request, engine_of(request).complete(meant.reference, asked, meant.version))
+    answer = await while_connected(request, engine_of(request).complete(meant.reference, asked, meant.source))
     return QueryAnswer(
         response=answer["choices"][0]["message"]["content"] or "",
         model=wanted.model,
@@ -54,7 +55,7 @@ async def query(request: Request, wanted: Query, caller: CurrentCaller) -> Query
 async def _stream(request: Request, wanted: ChatRequest, meant: Meant, requests: list[dict[str, Any]]) -> Response:
     engine = engine_of(request)
     if len(requests) == 1:
-        answer = engine.chat(meant.reference, requests[0], meant.version)
+        answer = engine.chat(meant.reference, requests[0], meant.source)
     else:
         answer = _with_one_usage(several.speak(engine, meant, requests))
     first = await while_connected(request, anext(answer))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from serve import server_sent, several
 from serve.answering import engine_of, models_of, while_connected
+from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.bodies.chat import MOST_SEEDS, ModelReference, StreamOptions, Strict, Usage
 from serve.engines.protocol import Chunk
@@ -94,7 +95,7 @@ class Completion(BaseModel):
 @router.post("/completions", response_model=Completion, responses=server_sent.described("text_completion"))
 async def create_completion(request: Request, wanted: CompletionRequest, caller: CurrentCaller) -> Any:
     """Go on from one prompt or several, whole or as server-sent events."""
-    meant = await models_of(request).resolve(wanted.model)
+    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
     identifier = f"cmpl-{token_hex(12)}"
     heading = {"id": identifier, "object": "text_completion", "created": int(time.time()), "model": wanted.model}
     requests = [wanted.for_engine(prompt) for prompt in wanted.prompts]

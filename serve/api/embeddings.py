@@ -8,7 +8,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve.answering import engine_of, models_of, while_connected
-from serve.auth import CurrentCaller
+from serve.api.jobs import owner_of
+from serve.auth import Caller, CurrentCaller
 from serve.bodies.chat import ModelReference, Strict
 from serve.embedding import as_base64, embed
 from serve.engines.protocol import Embedded
@@ -84,7 +85,7 @@ class OllamaEmbeddings(BaseModel):
 @openai.post("/embeddings", response_model=Embeddings)
 async def create_embeddings(request: Request, wanted: EmbeddingRequest, caller: CurrentCaller) -> Any:
     """Texts as numbers: what is alike in meaning is close by."""
-    found = await _found(request, wanted.model, wanted.input, dimensions=wanted.dimensions)
+    found = await _found(request, caller, wanted.model, wanted.input, dimensions=wanted.dimensions)
     packed = [as_base64(vector) if wanted.encoding_format == "base64" else vector for vector in found.vectors]
     told = {
         "object": "list",
@@ -100,7 +101,7 @@ async def create_ollama_embeddings(request: Request, wanted: OllamaEmbedRequest,
     """The same as Ollama has it; what is too long is cut unless `truncate` is false."""
     began = perf_counter_ns()
     found = await _found(
-        request, wanted.model, wanted.input, dimensions=wanted.dimensions, truncate=wanted.truncate is not False
+        request, caller, wanted.model, wanted.input, dimensions=wanted.dimensions, truncate=wanted.truncate is not False
     )
     return OllamaEmbed(
         model=wanted.model,
@@ -115,7 +116,7 @@ async def create_ollama_embedding(
     request: Request, wanted: OllamaEmbeddingsRequest, caller: CurrentCaller
 ) -> OllamaEmbeddings:
     """The older way of it, for a single text."""
-    found = await _found(request, wanted.model, wanted.prompt, truncate=True)
+    found = await _found(request, caller, wanted.model, wanted.prompt, truncate=True)
     return OllamaEmbeddings(embedding=found.vectors[0])
 
 
@@ -123,8 +124,8 @@ router.include_router(openai)
 router.include_router(ollama)
 
 
-async def _found(request: Request, model: str, texts: str | list[str], **options: Any) -> Embedded:
-    meant = await models_of(request).resolve(model)
+async def _found(request: Request, caller: Caller, model: str, texts: str | list[str], **options: Any) -> Embedded:
+    meant = await models_of(request).resolve(model, owner_of(caller))
     wanted = [texts] if isinstance(texts, str) else texts
-    work = embed(engine_of(request), meant.reference, wanted, meant.version, **options)
+    work = embed(engine_of(request), meant.reference, wanted, meant.source, **options)
     return await while_connected(request, work)

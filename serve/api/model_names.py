@@ -10,6 +10,7 @@ from cluster.times import UtcTime
 from pipelines.training import tiny
 from pipelines.training.registry import Model, Version
 from serve.answering import models_of
+from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 
@@ -55,8 +56,8 @@ async def show_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=120)], caller: CurrentCaller
 ) -> ModelCard:
     """One of them."""
-    meant = await models_of(request).resolve(model)
-    return _tiny() if meant.version is None else _card(model, meant.version.created_at)
+    meant = await models_of(request).resolve(model, owner_of(caller))
+    return _tiny() if meant.source is None else _card(model, meant.source.created_at)
 
 
 @native.get("/models")

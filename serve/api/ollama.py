@@ -12,7 +12,8 @@ from fastapi.responses import StreamingResponse
 
 from cluster.errors import ForgearrError
 from serve.answering import engine_of, models_of, while_connected
-from serve.auth import CurrentCaller
+from serve.api.jobs import owner_of
+from serve.auth import Caller, CurrentCaller
 from serve.bodies.ollama import Asked, ChatRequest, GenerateRequest
 from serve.engines.answers import Answer
 from serve.engines.protocol import Chunk, Engine
@@ -30,13 +31,13 @@ Line = dict[str, Any]
 @router.post("/chat")
 async def chat(request: Request, wanted: ChatRequest, caller: CurrentCaller) -> Response:
     """Answer a conversation: line by line, or whole."""
-    return await _answer(request, wanted, ChatTeller(wanted.model), is_empty=not wanted.messages)
+    return await _answer(request, caller, wanted, ChatTeller(wanted.model), is_empty=not wanted.messages)
 
 
 @router.post("/generate")
 async def generate(request: Request, wanted: GenerateRequest, caller: CurrentCaller) -> Response:
     """Answer a prompt: line by line, or whole."""
-    return await _answer(request, wanted, GenerateTeller(wanted.model), is_empty=not wanted.prompt)
+    return await _answer(request, caller, wanted, GenerateTeller(wanted.model), is_empty=not wanted.prompt)
 
 
 class Teller:
@@ -84,18 +85,18 @@ class GenerateTeller(Teller):
 
 
 async def _answer(
-    request: Request, wanted: ChatRequest | GenerateRequest, teller: Teller, *, is_empty: bool
+    request: Request, caller: Caller, wanted: ChatRequest | GenerateRequest, teller: Teller, *, is_empty: bool
 ) -> Response:
-    meant = await models_of(request).resolve(wanted.model)
+    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
     engine = engine_of(request)
     if is_empty:
         # So Ollama is told to load a model, or to let it go.
         if wanted.is_last:
-            await engine.unload(meant.reference)
+            await engine.unload(meant.reference, meant.source)
             return _json(teller.silence("unload"))
-        await while_connected(request, engine.load(meant.reference))
+        await while_connected(request, engine.load(meant.reference, meant.source))
         return _json(teller.silence("load"))
-    answer = engine.chat(meant.reference, wanted.for_engine(), meant.version)
+    answer = engine.chat(meant.reference, wanted.for_engine(), meant.source)
     # The first words are waited for, because until then an error still has a status.
     first = await while_connected(request, anext(answer))
     if wanted.is_streamed:
@@ -121,7 +122,7 @@ async def _whole(
     if choice["logprobs"]:
         said["logprobs"] = choice["logprobs"]["content"]
     if wanted.is_last:
-        await engine.unload(meant.reference)
+        await engine.unload(meant.reference, meant.source)
     return teller.last(_reason(choice), whole, **said)
 
 
@@ -138,7 +139,7 @@ async def _lines(
             yield _line({"error": as_forgearr_error(error).message})
             return
     if leaving is not None:
-        await engine.unload(leaving.reference)
+        await engine.unload(leaving.reference, leaving.source)
     whole = answer.whole()
     (choice,) = whole["choices"]
     calls = _calls(choice.get("message", {}))

@@ -11,10 +11,12 @@ from pipelines.training import tiny
 from pipelines.training.registry import Version
 from serve.answering import engine_of, models_of, while_connected
 from serve.api.health import VERSION
+from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.bodies.chat import ModelReference
 from serve.engines import untrained
 from serve.engines.header import Header
+from serve.engines.protocol import Folder, Source
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
@@ -91,16 +93,15 @@ async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
 @router.post("/show")
 async def show(request: Request, wanted: ShowRequest, caller: CurrentCaller) -> Shown:
     """What a model's file says of it."""
-    meant = await models_of(request).resolve(wanted.model)
-    header = await while_connected(request, engine_of(request).describe(meant.reference, meant.version))
-    version = meant.version
-    own = _details(version) if version else Details(parent_model="", quantization_level=untrained.QUANTIZATION.upper())
+    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
+    header = await while_connected(request, engine_of(request).describe(meant.reference, meant.source))
+    source = meant.source
     family = header.architecture
     return Shown(
-        modified_at=version.created_at if version else None,
+        modified_at=source.created_at if source else None,
         template=header.template,
         details=ShownDetails(
-            **own.model_dump(), family=family, families=[family], parameter_size=_short(header.parameters)
+            **_details(source).model_dump(), family=family, families=[family], parameter_size=_short(header.parameters)
         ),
         model_info={
             "general.architecture": family,
@@ -151,8 +152,12 @@ def _tag(name: str, version: Version) -> Tag:
     )
 
 
-def _details(version: Version) -> Details:
-    return Details(parent_model=version.base_model, quantization_level=version.file.quantization.upper())
+def _details(source: Source) -> Details:
+    if isinstance(source, Folder):
+        return Details(format="safetensors", parent_model=source.base_model, quantization_level="unknown")
+    if source is None:
+        return Details(parent_model="", quantization_level=untrained.QUANTIZATION.upper())
+    return Details(parent_model=source.base_model, quantization_level=source.file.quantization.upper())
 
 
 def _name(reference: str) -> str:

@@ -22,7 +22,7 @@ from serve.engines import untrained
 from serve.engines.answers import Answer
 from serve.engines.header import Header, read_header
 from serve.engines.llama import Files, LoadedModel, Purpose
-from serve.engines.protocol import Chunk, Embedded, Held, Request, RequestRefused
+from serve.engines.protocol import Chunk, Embedded, Held, Request, RequestRefused, Source
 from serve.engines.shelf import MB, Shelf
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MOST_ADAPTERS = 32
 """To load with a model before anybody asks for them: the newest."""
 
-FindFile = Callable[[str, Version | None], Awaitable[Path]]
+FindFile = Callable[[str, Source], Awaitable[Path]]
 """Where the file of a model is, on this machine, when it is not in memory."""
 FindAdapters = Callable[[str, Version | None], Awaitable[Mapping[str, Path]]]
 """The files of the adapters that stand on a model, by reference; this one among them, if it is one."""
@@ -51,46 +51,41 @@ class GgufEngine:
         capacity = settings.memory_mb * MB if settings.memory_mb else psutil.virtual_memory().total // 2
         self._shelf = Shelf(capacity, settings, on_change)
 
-    async def chat(
-        self, reference: str, request: Request, version: Version | None = None
-    ) -> AsyncGenerator[list[Chunk]]:
+    async def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
         asked = perf_counter()
-        async with self._use(reference, version) as model:
+        async with self._use(reference, source) as model:
             load_ms = (perf_counter() - asked) * 1000
-            adapter = reference if version and version.is_adapter else None
-            async with aclosing(model.answer(request, adapter)) as answer:
+            async with aclosing(model.answer(request, reference if _adapter(source) else None)) as answer:
                 async for chunks in answer:
                     if timings := chunks[-1].get("timings"):
                         timings["load_ms"] = load_ms
                     yield chunks
 
-    async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
+    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
         answer = Answer()
-        async with aclosing(self.chat(reference, request, version)) as spoken:
+        async with aclosing(self.chat(reference, request, source)) as spoken:
             async for chunks in spoken:
                 for chunk in chunks:
                     answer.hear(chunk)
         return answer.whole()
 
-    async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
-        if version and version.is_adapter:
-            raise RequestRefused(f"{reference} is an adapter, which makes no embeddings; {version.base_model} may.")
-        async with self._use(reference, version, "embeddings") as model:
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
+        if adapter := _adapter(source):
+            raise RequestRefused(f"{reference} is an adapter, which makes no embeddings; {adapter.base_model} may.")
+        async with self._use(reference, source, "embeddings") as model:
             return await model.embed(texts)
 
-    async def describe(self, reference: str, version: Version | None = None) -> Header:
-        base, version = _base(reference, version)
-        return await asyncio.to_thread(read_header, await self._find_file(base, version))
+    async def describe(self, reference: str, source: Source = None) -> Header:
+        return await asyncio.to_thread(read_header, await self._find_file(*_base(reference, source)))
 
-    async def load(self, reference: str) -> str:
-        version = None
-        if reference != tiny.NAME:
-            version = await _find(reference)
-            reference = version.reference
-        async with self._use(reference, version):
+    async def load(self, reference: str, source: Source = None) -> str:
+        if source is None and reference != tiny.NAME:
+            source = await _find(reference)
+            reference = source.reference
+        async with self._use(reference, source):
             return reference
 
-    async def unload(self, reference: str) -> bool:
+    async def unload(self, reference: str, source: Source = None) -> bool:
         return await self._shelf.unload(reference)
 
     async def loaded(self) -> list[Held]:
@@ -101,10 +96,10 @@ class GgufEngine:
         return [Held(entry.reference, entry.bytes, entry.context, entry.users) for entry in self._shelf.loaded()]
 
     def _use(
-        self, reference: str, version: Version | None, purpose: Purpose = "answers"
+        self, reference: str, source: Source, purpose: Purpose = "answers"
     ) -> AbstractAsyncContextManager[LoadedModel]:
-        base, own = _base(reference, version)
-        adapter = version if version and version.is_adapter else None
+        base, own = _base(reference, source)
+        adapter = _adapter(source)
 
         async def obtain() -> Files:
             path = await self._find_file(base, own)
@@ -121,11 +116,11 @@ class GgufReplica(GgufEngine):
         super().__init__(get_settings().engines, on_change=_tell_router)
 
 
-async def _find_file(reference: str, version: Version | None) -> Path:
+async def _find_file(reference: str, source: Source) -> Path:
     if reference == tiny.NAME:
         return await untrained.file()
     async with registry.connect() as models:
-        return await models.fetch(version or await models.find(reference))
+        return await models.fetch(source if isinstance(source, Version) else await models.find(reference))
 
 
 async def _find_adapters(base: str, wanted: Version | None) -> Mapping[str, Path]:
@@ -141,9 +136,14 @@ async def _find_adapters(base: str, wanted: Version | None) -> Mapping[str, Path
         return {reference: await models.fetch(adapter) for reference, adapter in known.items()}
 
 
-def _base(reference: str, version: Version | None) -> tuple[str, Version | None]:
+def _base(reference: str, source: Source) -> tuple[str, Source]:
     """What has to be in memory for a model: itself, or what an adapter stands on."""
-    return (version.base_model, None) if version and version.is_adapter else (reference, version)
+    adapter = _adapter(source)
+    return (adapter.base_model, None) if adapter else (reference, source)
+
+
+def _adapter(source: Source) -> Version | None:
+    return source if isinstance(source, Version) and source.is_adapter else None
 
 
 async def _find(reference: str) -> Version:

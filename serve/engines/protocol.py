@@ -7,6 +7,7 @@ OpenAI streams: `choices` with a delta each, or with text; the last one has none
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
@@ -15,6 +16,19 @@ from serve.engines.header import Header
 
 Request = Mapping[str, Any]
 Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model as transformers has it, which has no GGUF yet: a whole one, or an adapter."""
+
+    address: str  # in storage, or a folder on this machine
+    base_model: str  # what an adapter is for; any name that pipelines/training/base_models.py knows
+    created_at: datetime
+
+
+Source = Version | Folder | None
+"""What a name means, and so which engine answers. None: forgearr/tiny as it comes, which is in no registry."""
 
 BUSY_SECONDS = 1
 
@@ -83,31 +97,29 @@ class Held:
 
 
 class Engine(Protocol):
-    """`reference` names a model for good (NAME:v3, not NAME:latest); `version` spares the engine the look-up."""
+    """`reference` names a model for good (NAME:v3, not NAME:latest); `source` says what it is."""
 
-    def chat(
-        self, reference: str, request: Request, version: Version | None = None
-    ) -> AsyncGenerator[list[Chunk], None]:
+    def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
         """The answer as it is made, in batches of chunks. Closing it, or cancelling its reader, ends the work."""
         ...
 
-    async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
+    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
         """The whole answer: `choices` with a message or a text each, `usage` and `timings`."""
         ...
 
-    async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
         """What texts mean, as numbers."""
         ...
 
-    async def describe(self, reference: str, version: Version | None = None) -> Header:
+    async def describe(self, reference: str, source: Source = None) -> Header:
         """What a model's file says of it."""
         ...
 
-    async def load(self, reference: str) -> str:
+    async def load(self, reference: str, source: Source = None) -> str:
         """Have a model in memory before anybody asks for it; returns what NAME:latest stood for."""
         ...
 
-    async def unload(self, reference: str) -> bool:
+    async def unload(self, reference: str, source: Source = None) -> bool:
         """Let a model go as soon as nobody uses it; whether it was there."""
         ...
 

@@ -8,11 +8,9 @@ from typing import Any
 
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
-from pipelines.training.registry import Version
 from serve.engines.header import Header
-from serve.engines.protocol import Chunk, Embedded, EngineFailed, EngineLost, EngineUnavailable, Held, Request
+from serve.engines.protocol import Chunk, Embedded, EngineFailed, EngineLost, EngineUnavailable, Held, Request, Source
 
-DEPLOYMENT = "gguf"
 APPLICATION = "forgearr"
 ASK_SECONDS = 30
 
@@ -20,46 +18,47 @@ ASK_SECONDS = 30
 class RemoteEngine:
     """Satisfies protocol.Engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, deployment: str, setting: str) -> None:
+        """`setting` is the one of the section `engines` that says how many replicas there are."""
+        self._deployment = deployment
+        self._setting = setting
         self._handle: Any = None
 
-    async def chat(
-        self, reference: str, request: Request, version: Version | None = None
-    ) -> AsyncGenerator[list[Chunk]]:
-        handle = (await self._find()).options(stream=True, **_routing(reference))
+    async def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+        handle = (await self._find()).options(stream=True, **self._routing(reference))
         with _our_errors():
-            answer = handle.chat.remote(reference, request, version)
+            answer = handle.chat.remote(reference, request, source)
             try:
                 async for chunks in answer:
                     yield chunks
             finally:
                 answer.cancel()
 
-    async def complete(self, reference: str, request: Request, version: Version | None = None) -> dict[str, Any]:
-        handle = (await self._find()).options(**_routing(reference))
+    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
+        handle = (await self._find()).options(**self._routing(reference))
         with _our_errors():
-            answer = handle.complete.remote(reference, request, version)
+            answer = handle.complete.remote(reference, request, source)
             try:
                 return await answer
             finally:
                 answer.cancel()
 
-    async def embed(self, reference: str, texts: Sequence[str], version: Version | None = None) -> Embedded:
-        handle = (await self._find()).options(**_routing(reference))
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
+        handle = (await self._find()).options(**self._routing(reference))
         with _our_errors():
-            return await handle.embed.remote(reference, texts, version)
+            return await handle.embed.remote(reference, texts, source)
 
-    async def describe(self, reference: str, version: Version | None = None) -> Header:
-        handle = (await self._find()).options(**_routing(reference))
+    async def describe(self, reference: str, source: Source = None) -> Header:
+        handle = (await self._find()).options(**self._routing(reference))
         with _our_errors():
-            return await handle.describe.remote(reference, version)
+            return await handle.describe.remote(reference, source)
 
-    async def load(self, reference: str) -> str:
-        handle = (await self._find()).options(**_routing(reference))
+    async def load(self, reference: str, source: Source = None) -> str:
+        handle = (await self._find()).options(**self._routing(reference))
         with _our_errors():
-            return await handle.load.remote(reference)
+            return await handle.load.remote(reference, source)
 
-    async def unload(self, reference: str) -> bool:
+    async def unload(self, reference: str, source: Source = None) -> bool:
         return any(await self._ask_all("unload", reference))
 
     async def loaded(self) -> list[Held]:
@@ -76,24 +75,29 @@ class RemoteEngine:
         ray: Any = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             raise EngineUnavailable("This process is not part of the cluster and cannot reach an engine.")
-        if get_settings().engines.replicas == 0:
-            raise EngineUnavailable("No engine runs here: set engines.replicas to 1 or more and start Forgearr again.")
+        if not self._replicas:
+            raise EngineUnavailable(
+                f"No engine for this model runs: set engines.{self._setting} to 1 or more and start Forgearr again."
+            )
         if self._handle is None:
-            self._handle = await asyncio.to_thread(_handle)
+            self._handle = await asyncio.to_thread(_handle, self._deployment)
         return self._handle
 
+    def _routing(self, reference: str) -> dict[str, str]:
+        """Of several replicas, one that holds the model. For a single one, Serve's matching would only cost time."""
+        return {"multiplexed_model_id": reference} if self._replicas > 1 else {}
 
-def _routing(reference: str) -> dict[str, str]:
-    """Of several replicas, one that holds the model. For a single one, Serve's matching would only cost time."""
-    return {"multiplexed_model_id": reference} if get_settings().engines.replicas > 1 else {}
+    @property
+    def _replicas(self) -> int:
+        return getattr(get_settings().engines, self._setting)
 
 
-def _handle() -> Any:
+def _handle(deployment: str) -> Any:
     from ray import serve as ray_serve
     from ray.serve.exceptions import RayServeException
 
     try:
-        return ray_serve.get_deployment_handle(DEPLOYMENT, app_name=APPLICATION)
+        return ray_serve.get_deployment_handle(deployment, app_name=APPLICATION)
     except RayServeException as error:
         raise EngineUnavailable from error
 

@@ -13,9 +13,9 @@ import pytest
 from fastapi import FastAPI
 
 from cluster.settings import get_settings
-from pipelines.training.registry import Version
 from serve.app import create_app
 from serve.engines.gguf import GgufEngine
+from serve.engines.protocol import Source
 from tests.contract.serving import serving
 from tests.platform import eventually_async
 from tests.serve.small_models import write_model, write_parrot
@@ -60,7 +60,7 @@ async def house(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     get_settings.cache_clear()
     file = write_parrot(tmp_path / "model.gguf", SPOKEN)
 
-    async def find_file(reference: str, version: Version | None) -> Path:
+    async def find_file(reference: str, source: Source) -> Path:
         return file
 
     app = create_app()

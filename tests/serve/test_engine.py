@@ -23,6 +23,7 @@ from serve.engines.protocol import (
     ModelTooLarge,
     Request,
     RequestRefused,
+    Source,
 )
 from serve.engines.shelf import MB, Shelf
 from tests.platform import eventually_async
@@ -52,7 +53,7 @@ class Models:
     def add(self, name: str, **shape: Any) -> Path:
         return write_model(self.folder / f"{name}.gguf", **shape)
 
-    async def find(self, reference: str, version: Version | None) -> Path:
+    async def find(self, reference: str, source: Source) -> Path:
         self.asked.append(reference)
         await self.ready.wait()
         return self.folder / f"{reference}.gguf"
