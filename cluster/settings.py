@@ -109,6 +109,11 @@ class StorageSettings(Section):
     )
 
 
+class FileSettings(Section):
+    max_mb: int = Field(ge=1, le=1_048_576, description="Size of a file that comes in one request, in MiB.")
+    max_upload_mb: int = Field(ge=1, le=1_048_576, description="Size of a file that comes in parts, in MiB.")
+
+
 class RaySettings(Section):
     address: str | None = Field(
         pattern=r"^[^\s:/]+:\d{1,5}$",
@@ -202,6 +207,7 @@ class Settings(Section):
     limits: LimitSettings
     database: DatabaseSettings
     storage: StorageSettings
+    files: FileSettings
     ray: RaySettings
     mlflow: MlflowSettings
     jobs: JobSettings

@@ -1,13 +1,18 @@
-"""Files of jobs: a folder that every node shares, or a bucket, by the same few calls."""
+"""Files: a folder that every node shares, or a bucket, by the same few calls."""
 
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
 from cluster.settings import get_settings
+
+CHUNK_BYTES = 1024 * 1024
 
 
 def save(source: Path, name: str) -> str:
@@ -22,17 +27,17 @@ def save(source: Path, name: str) -> str:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             save(file, f"{name}/{file.relative_to(source).as_posix()}")
         return target
-    filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-    if "file" not in filesystem.protocol:
-        filesystem.put_file(str(source), target)
-        return target
-    # A bucket shows a file when it is whole; in a folder, nobody must see half of one either.
-    part = f"{target}.{token_hex(4)}.part"
-    try:
+    with _shown_when_whole(target) as part:
         filesystem.put_file(str(source), part)
-        Path(part).replace(target)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    return target
+
+
+def write(source: BinaryIO, name: str) -> str:
+    """Copy what is left to read of a stream into storage, piece by piece. Returns its address."""
+    filesystem, root = _root()
+    target = f"{root}/{name}"
+    with _shown_when_whole(target) as part, filesystem.open(part, "wb") as file:
+        shutil.copyfileobj(source, file, CHUNK_BYTES)
     return target
 
 
@@ -47,9 +52,21 @@ def exists(address: str) -> bool:
     return filesystem.exists(address)
 
 
+def size(address: str) -> int:
+    """In bytes."""
+    filesystem, _ = _root()
+    return filesystem.size(address)
+
+
 def read(address: str) -> bytes:
     filesystem, _ = _root()
     return filesystem.cat_file(address)
+
+
+def opened(address: str) -> BinaryIO:
+    """A file of storage, to be read piece by piece or line by line."""
+    filesystem, _ = _root()
+    return filesystem.open(address, "rb")
 
 
 def fetch(address: str, folder: Path) -> Path:
@@ -72,6 +89,22 @@ def remove(address: str) -> None:
     filesystem, _ = _root()
     if filesystem.exists(address):
         filesystem.rm(address, recursive=True)
+
+
+@contextmanager
+def _shown_when_whole(target: str) -> Generator[str]:
+    """Where to write a file that nobody must see half of. A bucket shows none before it is whole; a folder would."""
+    filesystem, _ = _root()
+    filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+    if "file" not in filesystem.protocol:
+        yield target
+        return
+    part = f"{target}.{token_hex(4)}.part"
+    try:
+        yield part
+        Path(part).replace(target)
+    finally:
+        Path(part).unlink(missing_ok=True)
 
 
 @cache

@@ -10,7 +10,7 @@ from sqlalchemy import and_, delete, false, select
 from cluster.db import Database, delete_rows, now
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
-from jobs import leases
+from jobs import file_uploads, files, leases
 from jobs.context import Context
 from jobs.registry import job
 from jobs.schedules import ScheduleRequest
@@ -66,7 +66,7 @@ class SweepSpec(BaseModel):
 
 @job("sweep", spec=SweepSpec, admin_only=True, concurrency=1)
 def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
-    """Expires idempotency keys, old events and dead leases."""
+    """Expires idempotency keys, old events, dead leases, files and uploads."""
     return asyncio.run(_sweep(context))
 
 
@@ -84,9 +84,17 @@ async def _sweep(context: Context) -> dict[str, int]:
         while page := await _delete_old_events(database, settings.jobs.event_days):
             events += page
             context.report(phase=f"{events} old events")
+        expired = await files.remove_expired(database)
+        uploads = await file_uploads.remove_expired(database)
     finally:
         await database.close()
-    return {"idempotency_keys": keys, "leases": len(leases_released), "events": events}
+    return {
+        "idempotency_keys": keys,
+        "leases": len(leases_released),
+        "events": events,
+        "files": expired,
+        "uploads": uploads,
+    }
 
 
 async def _delete_old_events(database: Database, days: float) -> int:

@@ -20,6 +20,7 @@ from serve.api import (
     completions,
     datasets,
     embeddings,
+    files,
     forge,
     health,
     job_events,
@@ -32,6 +33,7 @@ from serve.api import (
     schedules,
     training,
     training_workers,
+    uploads,
     websockets,
 )
 from serve.auth import OriginGuard
@@ -85,6 +87,8 @@ def create_app() -> FastAPI:
         chat,
         completions,
         embeddings,
+        files,
+        uploads,
         ollama,
         ollama_models,
         websockets,

@@ -21,7 +21,7 @@ from serve.metrics import RequestMetrics
 
 SLOW_SECONDS = 1.0
 MAX_BODY_BYTES = 32 * 1024 * 1024
-LONG_BODIES = {"/api/v1/datasets"}
+LONG_BODIES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts")
 """Routes that take longer bodies: they read them as they come, and bound and check them themselves."""
 MAX_JSON_DEPTH = 100
 CLIENT_CLOSED_REQUEST = 499
@@ -104,7 +104,7 @@ def _as_json(scope: Scope) -> Scope:
 
 
 def _brings_body(scope: Scope) -> bool:
-    return scope["method"] not in {"GET", "HEAD", "OPTIONS"} and scope["path"] not in LONG_BODIES
+    return scope["method"] not in {"GET", "HEAD", "OPTIONS"} and not LONG_BODIES.fullmatch(scope["path"])
 
 
 def _request_id(scope: Scope) -> bytes:

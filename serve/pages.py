@@ -1,6 +1,6 @@
 """Long lists, a page at a time."""
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel, Field
@@ -19,6 +19,23 @@ class Page(BaseModel, Generic[Item]):
     skip: int
     limit: int
     links: Links
+
+
+class CursorPage(BaseModel, Generic[Item]):
+    """A list as OpenAI has it: the next page comes after `last_id`."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def cursor_page(items: list[Item], ids: list[str], limit: int) -> CursorPage[Item]:
+    """A page of what was found; one more than `limit` was looked for."""
+    shown = ids[:limit]
+    first, last = (shown[0], shown[-1]) if shown else (None, None)
+    return CursorPage(data=items[:limit], first_id=first, last_id=last, has_more=len(items) > limit)
 
 
 class Paging:

@@ -6,8 +6,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import Request
+from starlette.datastructures import FormData
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cluster.errors import InvalidRequest
+
+FORM_BYTES = 1024 * 1024
+"""What a form may have around its file."""
+MOST_FIELDS = 10
 
 
 class UploadTooLarge(InvalidRequest):
@@ -17,16 +23,43 @@ class UploadTooLarge(InvalidRequest):
     code = "BODY_TOO_LARGE"
 
 
+class NotAForm(InvalidRequest):
+    """The body is to be a form, as multipart/form-data."""
+
+    code = "INVALID_FORM"
+
+
 @asynccontextmanager
 async def received(request: Request, most_bytes: int) -> AsyncGenerator[Path]:
     """The body as a file that lasts as long as the block."""
     with tempfile.TemporaryDirectory(prefix="forgearr-upload-") as folder:
         path = Path(folder) / "body"
-        size = 0
         with path.open("wb") as file:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > most_bytes:
-                    raise UploadTooLarge(f"The body is larger than {most_bytes // 1024 // 1024} MiB.")
+            async for chunk in _bounded(request, most_bytes):
                 file.write(chunk)
         yield path
+
+
+@asynccontextmanager
+async def received_form(request: Request, most_bytes: int) -> AsyncGenerator[FormData]:
+    """The body as a form, whose file lasts as long as the block."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise NotAForm
+    stream = _bounded(request, most_bytes + FORM_BYTES)
+    try:
+        form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=MOST_FIELDS).parse()
+    except MultiPartException as error:
+        raise NotAForm(f"The form cannot be read: {error.message}") from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes]:
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > most_bytes:
+            raise UploadTooLarge(f"The body is larger than {most_bytes // 1024 // 1024} MiB.")
+        yield chunk

@@ -12,6 +12,8 @@ from cluster.db import Base, UtcDateTime
 # Every module that owns tables. By name: the ground imports no floor above it.
 for module in (
     "cluster.identity",
+    "jobs.file_uploads",
+    "jobs.files",
     "jobs.tables",
     "pipelines.training.datasets",
     "pipelines.training.nodes",

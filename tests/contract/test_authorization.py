@@ -6,6 +6,7 @@ An operation that is named in no table below has to refuse strangers, so a new r
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cluster import identity
 from cluster.db import Database, now
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
-from jobs import queue, schedules
+from jobs import file_uploads, files, queue, schedules
 from pipelines.training import datasets, prompts
 from pipelines.training.sessions import TrainingSession
 from serve.app import create_app
@@ -64,6 +65,8 @@ OWNED_LISTS = (
     "/api/training/prompts",
     "/api/training/sessions",
 )
+
+OPENAI_LISTS = ("/v1/files",)
 
 SOCKETS = {"/ws/system", "/ws/training/{training_id}", "/ws/{client_id}"}
 ADMIN_SOCKETS = {"/ws/logs"}
@@ -117,6 +120,10 @@ class Household:
                 return {"name": "another"}
             case "POST /api/training/sessions/{session_id}/start":
                 return LEARN
+            case "POST /v1/uploads":
+                return {"filename": "a.txt", "purpose": "user_data", "bytes": 1, "mime_type": "text/plain"}
+            case "POST /v1/uploads/{upload_id}/complete":
+                return {"part_ids": ["part_1"]}
             case "POST /v1/fine-tune":
                 return {"project_name": "another", **LEARN}
             case _:
@@ -161,16 +168,22 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
             schedule = await schedules.create(session, request, owner)
             prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), owner)
+            upload = file_uploads.begin(
+                session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, owner=owner
+            )
             key, _ = await identity.create_key(session, household.users["owner"].id, "owner's second")
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
         content = datasets.write(datasets.shipped(), tmp_path / "content.jsonl", "test")
         dataset = await datasets.keep(database, "owners", content, {}, owner)
+        file = await files.keep(database, BytesIO(b"x"), filename="a.txt", purpose="user_data", owner=owner)
         household.ids = {
             "job_id": job.id,
             "schedule_id": schedule.id,
             "key_id": key.id,
             "prompt_id": str(prompt.id),
             "dataset_id": dataset.id,
+            "file_id": file.id,
+            "upload_id": upload.id,
             "session_id": training.id,
         }
         yield household
@@ -237,6 +250,9 @@ async def test_lists_show_only_what_is_ones_own(household: Household) -> None:
         for path in OWNED_LISTS:
             page = (await household.client.get(path, headers=household.bearer(name))).json()
             assert (page["total"], len(page["items"])) == (count, count)
+        for path in OPENAI_LISTS:
+            listed = (await household.client.get(path, headers=household.bearer(name))).json()
+            assert len(listed["data"]) == count
     for name, count in (("owner", 2), ("other", 1), ("admin", 1)):
         page = (await household.client.get("/api/v1/auth/keys", headers=household.bearer(name))).json()
         assert page["total"] == count

@@ -16,6 +16,8 @@ from jobs import leases, queue
 from jobs.builtin import SweepSpec, sweep
 from jobs.capacity import actor_options
 from jobs.context import Context
+from jobs.file_uploads import Upload
+from jobs.files import File
 from jobs.leases import Claim
 from jobs.queue import JobRequest
 from jobs.registry import Resources
@@ -94,6 +96,9 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
             for number in range(5)
         ]
     async with database.transaction() as session:
+        said: dict[str, Any] = {"purpose": "batch", "filename": "a", "bytes": 1, "created_by": "local"}
+        session.add_all([File(id="file-old", **said, expires_at=long_ago), File(id="file-fresh", **said)])
+        session.add(Upload(id="upload_old", **said, expires_at=long_ago))
         session.add(Leadership(id=1, holder="here", token="t", expires_at=now(), waiting={}))
         done = [old.id, told.id, untold.id]
         await session.execute(update(Job).where(Job.id.in_(done)).values(state=State.SUCCEEDED))
@@ -106,7 +111,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
     claim = Claim("job_x", "t", "sweep", "", {}, None, 1, 3, None, None, {}, "worker-1", None)
     # In a thread, as a worker runs it: it has an event loop of its own.
     swept = await asyncio.to_thread(sweep, Context(claim, Silent()), SweepSpec())
-    assert swept == {"idempotency_keys": 1, "leases": 1, "events": 2}
+    assert swept == {"idempotency_keys": 1, "leases": 1, "events": 2, "files": 1, "uploads": 1}
     async with database.reading() as session:
         left = set(await session.scalars(select(JobEvent.job_id)))
         assert (await session.get_one(Job, dead.id)).state == State.QUEUED
