@@ -228,15 +228,19 @@ def _serve_nobody(xllamacpp: Any, parameters: Any, files: Files) -> Any:
     parameters.api_keys = [token_hex(32)]
     parameters.ui = parameters.endpoint_slots = False
     parameters.n_threads_http = 1
+    parameters.endpoint_metrics = True
     with TemporaryDirectory(prefix="forgearr-", ignore_cleanup_errors=True) as folder:
         parameters.hostnames = [os.path.join(folder, "model.sock")]  # noqa: PTH118
         try:
-            return xllamacpp.Server(parameters)
+            server = xllamacpp.Server(parameters)
         except RuntimeError as error:
             names = " and ".join(path.name for path in (files.model, *files.adapters.values()))
             raise ModelUnreadable(
                 f"llama.cpp cannot load {names}; what it says of that is in the log of the engine's process."
             ) from error
+    # It runs when it answers. One that is let go before that would wait for itself for ever.
+    server.handle_metrics()
+    return server
 
 
 def _has_gpu(xllamacpp: Any) -> bool:

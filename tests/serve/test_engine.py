@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import aclosing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from tests.platform import eventually_async
 from tests.serve.small_models import write_adapter, write_model
 
 HELLO: Request = {"messages": [{"role": "user", "content": "Hello"}]}
+FILE = File("quiet.gguf", "q8_0", "", 1)
+FOR_GOOD = Version("quiet", 1, "run", [FILE], None, "forgearr/tiny", "job_1", "job_2", True, datetime.now(UTC))
 ENDLESS = 1_000_000
 WEATHER = {
     "type": "function",
@@ -356,3 +359,9 @@ async def test_an_adapter_that_came_later_has_its_model_loaded_once_more(models:
     assert len(await engine.loaded()) == 1
     with pytest.raises(RequestRefused, match="is an adapter"):
         await engine.embed(late.reference, ["Hello"], late)
+
+
+async def test_a_model_is_let_go_before_anybody_asked_it(engine: GgufEngine) -> None:
+    await engine.load("quiet", FOR_GOOD)
+    assert await engine.unload("quiet")
+    assert engine.held == []
