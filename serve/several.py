@@ -1,28 +1,67 @@
-"""Several answers to one request: given one after the other, so that a single request never fills the queue."""
+"""Several answers to one request: side by side, as many as a model gives at once; so the queue stays for others."""
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from cluster.settings import get_settings
 from serve.engines.protocol import Chunk, Engine
 from serve.engines.protocol import Request as EngineRequest
 from serve.models import Meant
 
 
-async def complete(engine: Engine, meant: Meant, requests: Iterable[EngineRequest]) -> list[dict[str, Any]]:
+async def complete(engine: Engine, meant: Meant, requests: Sequence[EngineRequest]) -> list[dict[str, Any]]:
     """Each whole answer: a choice, and what it used."""
-    return [await engine.complete(meant.reference, request, meant.source) for request in requests]
+    places = asyncio.Semaphore(get_settings().engines.slots)
+
+    async def answer(request: EngineRequest) -> dict[str, Any]:
+        async with places:
+            return await engine.complete(meant.reference, request, meant.source)
+
+    answering = [asyncio.ensure_future(answer(request)) for request in requests]
+    try:
+        return await asyncio.gather(*answering)
+    finally:
+        _stop(answering)
 
 
-async def speak(engine: Engine, meant: Meant, requests: Iterable[EngineRequest]) -> AsyncGenerator[list[Chunk]]:
+async def speak(engine: Engine, meant: Meant, requests: Sequence[EngineRequest]) -> AsyncGenerator[list[Chunk]]:
     """The same as it is made. A choice's index says which of them it is; what has a usage ends one."""
-    for index, request in enumerate(requests):
-        async with aclosing(engine.chat(meant.reference, request, meant.source)) as answer:
-            async for chunks in answer:
-                yield [
-                    {**chunk, "choices": [{**choice, "index": index} for choice in chunk["choices"]]}
-                    for chunk in chunks
-                ]
+    places = asyncio.Semaphore(get_settings().engines.slots)
+    heard = asyncio.Queue[list[Chunk] | Exception | None](maxsize=1)
+
+    async def answer(index: int, request: EngineRequest) -> None:
+        try:
+            async with places, aclosing(engine.chat(meant.reference, request, meant.source)) as spoken:
+                async for chunks in spoken:
+                    await heard.put([_numbered(chunk, index) for chunk in chunks])
+            await heard.put(None)
+        except Exception as error:
+            await heard.put(error)
+
+    answering = [asyncio.ensure_future(answer(index, request)) for index, request in enumerate(requests)]
+    unfinished = len(answering)
+    try:
+        while unfinished:
+            told = await heard.get()
+            if isinstance(told, Exception):
+                raise told
+            if told is None:
+                unfinished -= 1
+            else:
+                yield told
+    finally:
+        _stop(answering)
+
+
+def _numbered(chunk: Chunk, index: int) -> Chunk:
+    return {**chunk, "choices": [{**choice, "index": index} for choice in chunk["choices"]]}
+
+
+def _stop(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
 
 
 def of_prompts(usages: Sequence[Mapping[str, int]]) -> dict[str, int]:
