@@ -15,7 +15,7 @@ from serve import server_sent, several
 from serve.answering import engine_of, models_of, while_connected
 from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
-from serve.bodies.chat import MOST_SEEDS, ModelReference, StreamOptions, Strict, Usage
+from serve.bodies.chat import MOST_SEEDS, Grammar, ModelReference, StreamOptions, Strict, Usage
 from serve.engines.protocol import Chunk
 from serve.envelope import OPENAI_ERROR_RESPONSES
 
@@ -40,6 +40,8 @@ class CompletionRequest(Strict):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     logprobs: int | None = Field(default=None, ge=0, le=20, description="How many of the likeliest tokens to tell.")
     echo: bool | None = Field(default=None, description="Begin the answer with the prompt.")
+    suffix: str | None = Field(default=None, description="What comes after the answer, for models that can fill gaps.")
+    grammar: Grammar | None = None
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
     stream: bool | None = None
@@ -59,7 +61,15 @@ class CompletionRequest(Strict):
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
     def for_engine(self, prompt: str) -> dict[str, Any]:
-        passed_on = {"temperature", "top_p", "frequency_penalty", "presence_penalty", "logprobs"}
+        passed_on = {
+            "temperature",
+            "top_p",
+            "frequency_penalty",
+            "presence_penalty",
+            "logprobs",
+            "suffix",
+            "grammar",
+        }
         wanted = self.model_dump(include=passed_on, exclude_none=True)
         wanted |= {"prompt": prompt, "max_tokens": self.max_tokens or DEFAULT_TOKENS}
         if self.stop:

@@ -17,8 +17,12 @@ PASSED_ON = {
     "top_logprobs",
     "parallel_tool_calls",
     "response_format",
+    "grammar",
 }
 """What llama.cpp takes as it comes."""
+Grammar = Annotated[
+    str, Field(min_length=1, max_length=100_000, description="What an answer may be, as a GBNF grammar of llama.cpp's.")
+]
 MOST_SEEDS = 2**32 - 1
 MOST_ANSWERS = 16
 
@@ -143,6 +147,7 @@ class ChatRequest(Strict):
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: AnyFormat | SchemaFormat | None = None
+    grammar: Grammar | None = None
     user: str | None = Field(default=None, description="Not used.")
     metadata: dict[str, str] | None = Field(default=None, description="Not used.")
     store: Literal[False] | None = None
@@ -155,6 +160,8 @@ class ChatRequest(Strict):
             raise ValueError("tool_choice required needs tools")
         if not all(token.isdecimal() for token in self.logit_bias or ()):
             raise ValueError("logit_bias is by the numbers of tokens")
+        if self.grammar and (self.tools or (self.response_format and self.response_format.type != "text")):
+            raise ValueError("grammar, tools and response_format are three ways to say what an answer may be: take one")
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is for answers with stream")
         if self.top_logprobs is not None and not self.logprobs:

@@ -38,6 +38,7 @@ class Header:
     parameters: int
     template: str  # of conversations, in Jinja; empty where it has none
     pools: bool  # made for embeddings: it says itself how those of the tokens become that of a text
+    gap: tuple[int, int, int] | None  # tokens that stand before what precedes a gap, what follows it, and what fills it
 
     def memory(self, context: int, slots: int, batch: int = BATCH) -> int:
         """Bytes for weights, cache and working space, when each of the slots holds so many tokens."""
@@ -70,7 +71,13 @@ def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
         parameters=parameters,
         template=fields.get("tokenizer.chat_template", ""),
         pools=bool(fields.get(f"{architecture}.pooling_type")),
+        gap=_gap(fields),
     )
+
+
+def _gap(fields: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    before, after, between = (fields.get(f"tokenizer.ggml.fim_{part}_token_id") for part in ("pre", "suf", "mid"))
+    return None if before is None or after is None or between is None else (before, after, between)
 
 
 def _most(value: int | list[int]) -> int:

@@ -61,6 +61,7 @@ class LoadedModel:
         self, files: Files, header: Header, context: int, settings: EngineSettings, purpose: Purpose = "answers"
     ) -> None:
         self.adapters = list(files.adapters)
+        self._gap = header.gap
         self._server = _start(files, header, context, settings, purpose)
         self._slots = asyncio.Semaphore(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
@@ -71,7 +72,7 @@ class LoadedModel:
             loop = asyncio.get_running_loop()
             spoken = _Spoken(loop)
             ask = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
-            body = orjson.dumps({**request, **STREAMED, **self._with(adapter)})
+            body = orjson.dumps({**self._with_gap(request), **STREAMED, **self._with(adapter)})
             speaking = loop.run_in_executor(self._threads, _speak, ask, body, spoken)
             try:
                 async for chunks in spoken:
@@ -85,6 +86,16 @@ class LoadedModel:
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _embed, self._server, texts)
+
+    def _with_gap(self, request: Request) -> Request:
+        """What shall be filled in between a prompt and its suffix, in the model's own signs for that."""
+        if "suffix" not in request:
+            return request
+        if self._gap is None:
+            raise RequestRefused("The model was not made to fill gaps, so it takes no suffix.")
+        before, after, between = self._gap
+        prompt = [before, request["prompt"], after, request["suffix"], between]
+        return {**{name: value for name, value in request.items() if name != "suffix"}, "prompt": prompt}
 
     def _with(self, adapter: str | None) -> Request:
         """llama.cpp applies those adapters that a request gives a scale; all of them when it names none."""

@@ -18,6 +18,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CERTAIN = 10.0
 LONGEST_PIECE = 12
 LORA_RANK = 8
+GAP = ("fim_pre", "fim_suf", "fim_mid")
 
 Weights = dict[str, Any]
 
@@ -32,11 +33,11 @@ def write_model(
     weights = {name: random.normal(0, 0.3, shape) for name, shape in _shapes(layers, width, len(tokens)).items()}
     if talkative:
         weights["output.weight"][-len(SPECIAL_TOKENS) :] = 0
-    return _write(path, tokens, weights, layers, heads, context)
+    return _write(path, tokens, weights, layers, heads, context, {})
 
 
-def write_parrot(path: Path, text: str, *, context: int = 2048) -> Path:
-    """A model that answers everything with this text."""
+def write_parrot(path: Path, text: str, *, context: int = 2048, fills_gaps: bool = False) -> Path:
+    """A model that answers everything with this text; perhaps one that takes a line's end as the sign of a gap."""
     known = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
     pieces = _pieces(text, set(known))
     tokens = known[: -len(SPECIAL_TOKENS)] + pieces + SPECIAL_TOKENS
@@ -48,7 +49,8 @@ def write_parrot(path: Path, text: str, *, context: int = 2048) -> Path:
     said = [tokens.index(_visible("\n")), *range(tokens.index(pieces[0]), tokens.index(pieces[-1]) + 1)]
     for before, after in zip(said, [*said[1:], tokens.index("<|im_end|>")], strict=True):
         weights["output.weight"][after, before] = CERTAIN
-    return _write(path, tokens, weights, 1, heads, context)
+    gap = [tokens.index(sign) for sign in (*SPECIAL_TOKENS[:2], _visible("\n"))] if fills_gaps else []
+    return _write(path, tokens, weights, 1, heads, context, dict(zip(GAP, gap, strict=False)))
 
 
 def write_adapter(path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, strength: float = 1.0) -> Path:
@@ -85,7 +87,9 @@ def _shapes(layers: int, width: int, vocabulary: int) -> dict[str, tuple[int, ..
     return shapes
 
 
-def _write(path: Path, tokens: list[str], weights: Weights, layers: int, heads: int, context: int) -> Path:
+def _write(
+    path: Path, tokens: list[str], weights: Weights, layers: int, heads: int, context: int, signs: dict[str, int]
+) -> Path:
     width = heads * HEAD_WIDTH
     norms = ["output_norm", *(f"blk.{layer}.{norm}_norm" for layer in range(layers) for norm in ("attn", "ffn"))]
     writer = GGUFWriter(path, "llama")
@@ -98,6 +102,8 @@ def _write(path: Path, tokens: list[str], weights: Weights, layers: int, heads: 
     writer.add_rope_dimension_count(HEAD_WIDTH)
     writer.add_layer_norm_rms_eps(1e-5)
     _add_vocabulary(writer, tokens)
+    for name, token in signs.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     for name, values in (weights | {f"{norm}.weight": np.ones(width) for norm in norms}).items():
         writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()

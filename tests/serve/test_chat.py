@@ -310,6 +310,27 @@ async def test_several_prompts_are_gone_on_from(house: House) -> None:
     assert last.usage.completion_tokens == answer.usage.completion_tokens
 
 
+async def test_a_gap_is_filled(house: House) -> None:
+    with pytest.raises(openai.BadRequestError, match="not made to fill gaps"):
+        await complete(house, prompt="before", suffix="after", max_tokens=100)
+    write_parrot(house.file, SPOKEN, fills_gaps=True)
+    await house.engine.unload(TINY)
+    answer = await complete(house, prompt="before", suffix="after", max_tokens=100)
+    assert answer.choices[0].text == SPOKEN
+    assert answer.usage.prompt_tokens == len("before" + "after") + 3
+
+
+async def test_a_grammar_is_obeyed(house: House) -> None:
+    write_model(house.file, seed=1, talkative=True)
+    grammar = {"extra_body": {"grammar": 'root ::= ("yes" | "no")'}}
+    assert (await house.say(**grammar)).choices[0].message.content in {"yes", "no"}
+    assert (await complete(house, max_tokens=50, **grammar)).choices[0].text in {"yes", "no"}
+    with pytest.raises(openai.BadRequestError):
+        await house.say(extra_body={"grammar": "root ::= ("})
+    with pytest.raises(openai.UnprocessableEntityError, match="take one"):
+        await house.say(response_format={"type": "json_object"}, **grammar)
+
+
 async def test_how_likely_the_words_of_a_text_were(house: House) -> None:
     write_model(house.file, seed=1, talkative=True)
     (choice,) = (await complete(house, prompt="Tell me", max_tokens=4, logprobs=2, seed=1)).choices
@@ -321,7 +342,7 @@ async def test_how_likely_the_words_of_a_text_were(house: House) -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", [{"suffix": "end"}, {"n": 2}, {"prompt": []}, {"prompt": [1, 2]}, {"echo": True, "logprobs": 1}]
+    "wanted", [{"suffix": 1}, {"n": 2}, {"prompt": []}, {"prompt": [1, 2]}, {"echo": True, "logprobs": 1}]
 )
 async def test_a_completion_that_cannot_be_had_is_refused(house: House, wanted: dict[str, Any]) -> None:
     with pytest.raises(openai.UnprocessableEntityError):
