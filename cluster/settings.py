@@ -49,6 +49,7 @@ class ServeSettings(Section):
         description="Addresses or networks of reverse proxies in front of this server, whose X-Forwarded-For and "
         "X-Forwarded-Proto are believed. Everybody else's are ignored."
     )
+    response_days: float = Field(gt=0, description="How long stored responses (/v1/responses) are kept.")
     environment: str = Field(description="A word of yours for this installation; /health repeats it.")
 
     @field_validator("trusted_proxies")

@@ -1,6 +1,7 @@
 """The kinds of job that the queue itself brings: `probe`, to try it out, and `sweep`, to keep it tidy."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,13 +13,28 @@ from cluster.errors import ForgearrError
 from cluster.settings import get_settings
 from jobs import file_uploads, files, leases
 from jobs.context import Context
-from jobs.registry import job
+from jobs.registry import job, kinds
 from jobs.schedules import ScheduleRequest
 from jobs.states import FINISHED
 from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership, ScheduleTick
 
 SWEEP_PAGE = 5000
 SWEEP_SCHEDULE = ScheduleRequest(name="sweep", kind="sweep", cron="17 * * * *")
+
+Sweeper = Callable[[Database], Awaitable[int]]
+_sweepers: dict[str, Sweeper] = {}
+
+
+def sweeper(name: str) -> Callable[[Sweeper], Sweeper]:
+    """Declare the function below, in a module that is named in `jobs.modules`, as a part of every sweep.
+
+    It deletes what has had its time, and returns how much that was."""
+
+    def declare(function: Sweeper) -> Sweeper:
+        _sweepers[name] = function
+        return function
+
+    return declare
 
 
 class ProbeSpec(BaseModel):
@@ -66,7 +82,7 @@ class SweepSpec(BaseModel):
 
 @job("sweep", spec=SweepSpec, admin_only=True, concurrency=1)
 def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
-    """Expires idempotency keys, old events, dead leases, files and uploads."""
+    """Expires idempotency keys, old events, dead leases, files, uploads, and what other modules keep for a time."""
     return asyncio.run(_sweep(context))
 
 
@@ -86,6 +102,11 @@ async def _sweep(context: Context) -> dict[str, int]:
             context.report(phase=f"{events} old events")
         expired = await files.remove_expired(database)
         uploads = await file_uploads.remove_expired(database)
+        kinds()  # so that every module has declared its own
+        others: dict[str, int] = {}
+        for name, remove_old in _sweepers.items():
+            context.report(phase=f"old {name}")
+            others[name] = await remove_old(database)
     finally:
         await database.close()
     return {
@@ -94,6 +115,7 @@ async def _sweep(context: Context) -> dict[str, int]:
         "events": events,
         "files": expired,
         "uploads": uploads,
+        **others,
     }
 
 

@@ -20,9 +20,16 @@ def described(kind: str) -> Responses:
 
 
 def respond(answer: AsyncGenerator[list[Chunk]], heading: dict[str, Any], *, with_usage: bool) -> StreamingResponse:
+    return streamed(_events(answer, {**heading, "usage": None} if with_usage else heading, with_usage))
+
+
+def streamed(events: AsyncIterator[bytes]) -> StreamingResponse:
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    events = _events(answer, {**heading, "usage": None} if with_usage else heading, with_usage)
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def event(data: bytes | memoryview) -> bytes:
+    return b"data: " + data + b"\n\n"
 
 
 async def rejoined(first: list[Chunk], rest: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
@@ -40,19 +47,15 @@ async def _events(
         try:
             async for chunks in answer:
                 yield b"".join(
-                    _event(orjson.dumps({**heading, "choices": chunk["choices"], **_usage(chunk, with_usage)}))
+                    event(orjson.dumps({**heading, "choices": chunk["choices"], **_usage(chunk, with_usage)}))
                     for chunk in chunks
                     if chunk["choices"] or with_usage
                 )
         except ForgearrError as error:
-            yield _event(error_response(as_forgearr_error(error), OPENAI_PREFIX).body)
+            yield event(error_response(as_forgearr_error(error), OPENAI_PREFIX).body)
             return
-    yield _event(b"[DONE]")
+    yield event(b"[DONE]")
 
 
 def _usage(chunk: Chunk, wanted: bool) -> Chunk:
     return {"usage": chunk["usage"]} if wanted and "usage" in chunk else {}
-
-
-def _event(data: bytes | memoryview) -> bytes:
-    return b"data: " + data + b"\n\n"

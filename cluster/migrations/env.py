@@ -19,6 +19,7 @@ for module in (
     "pipelines.training.nodes",
     "pipelines.training.prompts",
     "pipelines.training.sessions",
+    "serve.stored_responses",
 ):
     import_module(module)
 

@@ -26,7 +26,10 @@ from cluster.settings import get_settings
 from jobs import file_uploads, files, queue, schedules
 from pipelines.training import datasets, prompts
 from pipelines.training.sessions import TrainingSession
+from serve import stored_responses
 from serve.app import create_app
+from serve.bodies.responses import ResponseRequest
+from serve.telling import Telling
 
 PASSWORD = "correct horse battery"
 PROMPT = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
@@ -124,6 +127,8 @@ class Household:
                 return {"filename": "a.txt", "purpose": "user_data", "bytes": 1, "mime_type": "text/plain"}
             case "POST /v1/uploads/{upload_id}/complete":
                 return {"part_ids": ["part_1"]}
+            case "POST /v1/responses":
+                return {"model": "forgearr/tiny", "input": "Hello"}
             case "POST /v1/fine-tune":
                 return {"project_name": "another", **LEARN}
             case _:
@@ -173,6 +178,9 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             )
             key, _ = await identity.create_key(session, household.users["owner"].id, "owner's second")
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
+        told = Telling("resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").repeated())
+        told.end()
+        await stored_responses.keep(database, told.response, [], owner)
         content = datasets.write(datasets.shipped(), tmp_path / "content.jsonl", "test")
         dataset = await datasets.keep(database, "owners", content, {}, owner)
         file = await files.keep(database, BytesIO(b"x"), filename="a.txt", purpose="user_data", owner=owner)
@@ -185,6 +193,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             "file_id": file.id,
             "upload_id": upload.id,
             "session_id": training.id,
+            "response_id": told.response["id"],
         }
         yield household
 

@@ -4,9 +4,11 @@ Their vocabulary is the 256 bytes and one pair. One sort has random weights; the
 say, because each of its tokens has just one that can follow.
 """
 
+from collections.abc import Mapping
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,12 @@ CERTAIN = 10.0
 LONGEST_PIECE = 12
 LORA_RANK = 8
 GAP = ("fim_pre", "fim_suf", "fim_mid")
+SAID = "{%- if message.content %}"
+THOUGHT = (
+    "{%- if message.reasoning_content %}"
+    "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}"
+)
+"""In the template of forgearr/tiny: what an assistant has said, and what goes before it."""
 
 Weights = dict[str, Any]
 
@@ -33,11 +41,14 @@ def write_model(
     weights = {name: random.normal(0, 0.3, shape) for name, shape in _shapes(layers, width, len(tokens)).items()}
     if talkative:
         weights["output.weight"][-len(SPECIAL_TOKENS) :] = 0
-    return _write(path, tokens, weights, layers, heads, context, {})
+    return _write(path, tokens, weights, layers, heads, context)
 
 
-def write_parrot(path: Path, text: str, *, context: int = 2048, fills_gaps: bool = False) -> Path:
-    """A model that answers everything with this text; perhaps one that takes a line's end as the sign of a gap."""
+def write_parrot(path: Path, text: str, *, context: int = 2048, fills_gaps: bool = False, thinks: bool = False) -> Path:
+    """A model that answers everything with this text.
+
+    One that fills gaps takes a line's end as the sign of it; of one that thinks, the thoughts are in <think>.
+    """
     known = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
     pieces = _pieces(text, set(known))
     tokens = known[: -len(SPECIAL_TOKENS)] + pieces + SPECIAL_TOKENS
@@ -50,7 +61,8 @@ def write_parrot(path: Path, text: str, *, context: int = 2048, fills_gaps: bool
     for before, after in zip(said, [*said[1:], tokens.index("<|im_end|>")], strict=True):
         weights["output.weight"][after, before] = CERTAIN
     gap = [tokens.index(sign) for sign in (*SPECIAL_TOKENS[:2], _visible("\n"))] if fills_gaps else []
-    return _write(path, tokens, weights, 1, heads, context, dict(zip(GAP, gap, strict=False)))
+    signs: dict[str, int] = dict(zip(GAP, gap, strict=False))
+    return _write(path, tokens, weights, 1, heads, context, signs=signs, thinks=thinks)
 
 
 def write_adapter(path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, strength: float = 1.0) -> Path:
@@ -88,7 +100,15 @@ def _shapes(layers: int, width: int, vocabulary: int) -> dict[str, tuple[int, ..
 
 
 def _write(
-    path: Path, tokens: list[str], weights: Weights, layers: int, heads: int, context: int, signs: dict[str, int]
+    path: Path,
+    tokens: list[str],
+    weights: Weights,
+    layers: int,
+    heads: int,
+    context: int,
+    *,
+    signs: Mapping[str, int] = MappingProxyType({}),
+    thinks: bool = False,
 ) -> Path:
     width = heads * HEAD_WIDTH
     norms = ["output_norm", *(f"blk.{layer}.{norm}_norm" for layer in range(layers) for norm in ("attn", "ffn"))]
@@ -104,6 +124,7 @@ def _write(
     _add_vocabulary(writer, tokens)
     for name, token in signs.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    writer.add_chat_template(_chat_template(thinks))
     for name, values in (weights | {f"{norm}.weight": np.ones(width) for norm in norms}).items():
         writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()
@@ -123,7 +144,11 @@ def _add_vocabulary(writer: GGUFWriter, tokens: list[str]) -> None:
     writer.add_bos_token_id(tokens.index("<|endoftext|>"))
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_add_bos_token(False)
-    writer.add_chat_template((files("configs") / "tiny" / "chat_template.jinja").read_text())
+
+
+def _chat_template(thinks: bool) -> str:
+    template = (files("configs") / "tiny" / "chat_template.jinja").read_text()
+    return template.replace(SAID, THOUGHT + SAID) if thinks else template
 
 
 def _pieces(text: str, taken: set[str]) -> list[str]:
