@@ -41,6 +41,43 @@ def write(source: BinaryIO, name: str) -> str:
     return target
 
 
+class NewFile:
+    """A file on its way into storage, written piece by piece: it is not there before it is kept, and then it is whole.
+
+    Its methods wait for a disk or a network.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._filesystem, root = _root()
+        self._target = f"{root}/{name}"
+        self._filesystem.makedirs(self._target.rpartition("/")[0], exist_ok=True)
+        # A bucket shows a file when it is committed; in a folder, it must have another name until then.
+        self._is_local = "file" in self._filesystem.protocol
+        self._part = f"{self._target}.{token_hex(4)}.part" if self._is_local else self._target
+        own = {} if self._is_local else {"autocommit": False}
+        self._file: Any = self._filesystem.open(self._part, "wb", **own)
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+
+    def keep(self) -> str:
+        """Have it in storage, instead of what was there under its name; returns its address."""
+        self._file.close()
+        if self._is_local:
+            Path(self._part).replace(self._target)
+        else:
+            self._file.commit()
+        return self._target
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        if self._is_local:
+            self._file.close()
+            Path(self._part).unlink(missing_ok=True)
+        else:
+            self._file.discard()
+
+
 def address(name: str) -> str:
     """Where something of this name lies, or would."""
     _, root = _root()

@@ -28,6 +28,8 @@ from serve.api import (
     model_names,
     models,
     ollama,
+    ollama_blobs,
+    ollama_making,
     ollama_models,
     prompts,
     responses,
@@ -93,6 +95,8 @@ def create_app() -> FastAPI:
         uploads,
         ollama,
         ollama_models,
+        ollama_blobs,
+        ollama_making,
         websockets,
     ):
         app.include_router(module.router)

@@ -35,7 +35,13 @@ OLLAMA_PATHS = {
     "/api/show",
     "/api/ps",
     "/api/version",
+    "/api/create",
+    "/api/copy",
+    "/api/delete",
+    "/api/pull",
+    "/api/push",
 }
+OLLAMA_BLOBS = "/api/blobs/"
 OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -109,7 +115,7 @@ OPENAI_ERROR_RESPONSES = _declared(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
 def error_response(error: ForgearrError, path: str) -> Response:
     """The error, in the dialect that is spoken at this path."""
     envelope = _openai_envelope(error) if path.startswith(OPENAI_PREFIX) else _envelope(error)
-    if path in OLLAMA_PATHS:
+    if path in OLLAMA_PATHS or path.startswith(OLLAMA_BLOBS):
         envelope["error"] = error.message
     headers: dict[str, str] = {}
     if error.retry_after is not None:
@@ -159,7 +165,8 @@ async def _answer(connection: HTTPConnection, error: Exception) -> Any:
 
 def _methods(connection: HTTPConnection) -> list[str]:
     """All methods of an address: FastAPI has a route for each of them, and names only those of the first."""
-    operations = connection.app.openapi()["paths"].get(route_template(connection.scope), {})
+    declared = (route_template(connection.scope) or "").replace(":path}", "}")
+    operations = connection.app.openapi()["paths"].get(declared, {})
     return sorted(method.upper() for method in operations)
 
 

@@ -21,7 +21,7 @@ from serve.metrics import RequestMetrics
 
 SLOW_SECONDS = 1.0
 MAX_BODY_BYTES = 32 * 1024 * 1024
-LONG_BODIES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts")
+LONG_BODIES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts|/api/blobs/[^/]+")
 """Routes that take longer bodies: they read them as they come, and bound and check them themselves."""
 MAX_JSON_DEPTH = 100
 CLIENT_CLOSED_REQUEST = 499

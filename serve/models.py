@@ -55,6 +55,11 @@ class Models:
         """Every registered model, by name."""
         return await self._models.get() if get_settings().mlflow.enabled else []
 
+    def forget(self) -> None:
+        """Ask the registry anew: somebody has just changed it through this replica, and looks whether it is so."""
+        self._versions.clear()
+        self._models = _Remembered(_all_models)
+
 
 @dataclass
 class _Remembered(Generic[Known]):

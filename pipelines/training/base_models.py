@@ -65,6 +65,10 @@ def _local(reference: str) -> str:
 def _registered(reference: str) -> str:
     """The trained model that a version was exported from. An adapter is merged into its base, once."""
     version = asyncio.run(_find(reference))
+    if not version.job_id:
+        raise BaseModelNotFound(
+            f"{reference} was made from GGUF files, which cannot be trained: name what they were made from."
+        )
     made = results.of(version.job_id, "fine_tune", None).result
     cache = home() / "cache" / "bases"
     cache.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def push(url: str, version: Version, path: Path) -> dict[str, str]:
 
     digest = f"sha256:{version.files[0].sha256}"
     timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
-    with _translated_errors(url), ollama.Client(host=url, timeout=timeout) as client:
+    with translated_errors(url), ollama.Client(host=url, timeout=timeout) as client:
         # Its client can send a blob, but not ask for one.
         if httpx.head(f"{url.rstrip('/')}/api/blobs/{digest}", timeout=CONNECT_SECONDS).is_error:
             client.create_blob(path)
@@ -50,7 +50,7 @@ def serve(url: str, version: Version) -> None:
     """Let NAME:latest be a version that the server already has."""
     import ollama
 
-    with _translated_errors(url), ollama.Client(host=url, timeout=CONNECT_SECONDS) as client:
+    with translated_errors(url), ollama.Client(host=url, timeout=CONNECT_SECONDS) as client:
         client.copy(version.reference, f"{version.name}:latest")
 
 
@@ -80,7 +80,7 @@ def _facts(path: Path) -> tuple[str, int | None]:
 
 
 @contextmanager
-def _translated_errors(url: str) -> Generator[None]:
+def translated_errors(url: str) -> Generator[None]:
     import httpx
     from ollama import ResponseError
 

@@ -4,9 +4,10 @@ A version's facts are tags on it; its files are artifacts of the run that made i
 for the newest version, which is not what `NAME:latest` means to those who use a model: that is the alias `served` here.
 """
 
+import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,11 +18,12 @@ from cluster import tracking
 from cluster.errors import Conflict, NotFound, Unavailable
 from cluster.settings import get_settings
 from cluster.tracking import Tracking, TrackingRefused
-from pipelines.training import model_cache
+from pipelines.training import blobs, model_cache, tiny
 from pipelines.training.model_cache import keep
 
 __all__ = [
     "File",
+    "Manner",
     "Model",
     "ModelNotFound",
     "NoEarlierVersion",
@@ -32,11 +34,14 @@ __all__ = [
     "VersionServed",
     "connect",
     "keep",
+    "parse",
 ]
 
 SERVED = "served"
 REFERENCE = re.compile(r"([a-z0-9][a-z0-9._-]{0,99})(?::(?:latest|v([1-9]\d{0,8})))?")
 JOB_ID = re.compile(r"[\w-]+")
+BLOBS = "forgearr:/blobs"
+"""Where MLflow is told that the files of a version are, when they lie in storage, by their SHA-256, and not with it."""
 PAGE = 1000
 LONGEST_HISTORY = 100
 OnProgress = Callable[[int, int], None]
@@ -83,18 +88,31 @@ class File:
 
 
 @dataclass(frozen=True)
+class Manner:
+    """What a model brings along for requests that do not say it themselves."""
+
+    template: str = ""  # of conversations, in Jinja; empty: that of the file
+    system: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])  # named as Ollama's options
+    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # a conversation's beginning
+    license: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True)
 class Version:
     name: str
     number: int
-    run_id: str  # of MLflow, which holds the files
+    run_id: str  # of MLflow, which holds the files; empty: they are blobs
     files: list[File]  # the first one is served; none: the adapter is, on its base model
     adapter: File | None  # the adapter alone, as a GGUF LoRA
     base_model: str
-    job_id: str  # the fine_tune that made it
+    job_id: str  # the fine_tune that made it; empty: it was made from files
     export_job_id: str
     passed: bool | None  # its validation; None before one
     created_at: datetime
     reasons: list[str] = field(default_factory=list[str])  # why it did not pass
+    manner: Manner = field(default_factory=Manner)
+    parent: str = ""  # the version that it has its files from
 
     @property
     def reference(self) -> str:
@@ -151,26 +169,47 @@ class Registry:
                 run_id, f"{folder}/{file.name}", path, lambda sent, done=done: on_progress(done + sent, total)
             )
             before += file.bytes
-        facts = {
-            "files": json.dumps([asdict(file) for file, _ in files]),
-            "adapter": json.dumps(asdict(adapter[0]) if adapter else None),
-            "base_model": base_model,
-            "job_id": job_id,
-            "export_job_id": export_job_id,
-        }
-        wanted = {
-            "name": name,
-            "source": source,
-            "run_id": run_id,
-            "tags": [{"key": f"forgearr.{key}", "value": value} for key, value in facts.items()],
-            "description": _description(base_model, job_id, export_job_id),
-        }
-        await self._tracking.call("POST", "model-versions/create", json=wanted)
+        facts = _facts([file for file, _ in files], adapter[0] if adapter else None, base_model)
+        facts |= {"job_id": job_id, "export_job_id": export_job_id}
+        await self._make(name, source, run_id, facts, _description(base_model, job_id, export_job_id))
         return await self._first_of_export(name, export_job_id)
+
+    async def register_blobs(
+        self, name: str, files: Sequence[File], adapter: File | None = None, *, base_model: str = "", manner: Manner
+    ) -> Version:
+        """Make blobs, which the caller has just touched, the next version of `name`: a model, or an adapter alone."""
+        await self._make_model(name)
+        facts = _facts(files, adapter, base_model) | _of_manner(manner)
+        names = ", ".join(file.name for file in [*files, adapter] if file is not None)
+        made = await self._make(name, BLOBS, "", facts, f"Made from {names}{f' for {base_model}' if adapter else ''}.")
+        if not files:
+            await self._keep_if_there(made, base_model)
+        return made
+
+    async def copy(self, version: Version, name: str, manner: Manner | None = None) -> Version:
+        """The same files as the next version of `name`, perhaps in another manner. No file is copied."""
+        row = await self._version_row(version.name, version.number)
+        await self._make_model(name)
+        facts = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
+        # It is nothing that an export has made, or may make once more.
+        facts |= {"export_job_id": "", "parent": version.reference}
+        if manner is not None and manner != version.manner:
+            unlike = {"manner", "passed", "reasons"}
+            facts = {key: value for key, value in facts.items() if key not in unlike} | _of_manner(manner)
+        made = await self._make(name, row["source"], row.get("run_id", ""), facts, f"The files of {version.reference}.")
+        await self._keep_if_there(made, version.reference)
+        if not version.files:
+            await self._keep_if_there(made, version.base_model)
+        return made
+
+    async def blobs(self) -> set[str]:
+        """The SHA-256 of every blob that a version uses."""
+        versions = [_version(row) for row in await self._version_rows() if row["source"] == BLOBS]
+        return {file.sha256 for version in versions for file in [*version.files, version.adapter] if file is not None}
 
     async def find(self, reference: str) -> Version:
         """The version that NAME, NAME:latest (both: the one served) or NAME:v3 names."""
-        name, number = _parse(reference)
+        name, number = parse(reference)
         if number is not None:
             return _version(await self._version_row(name, number))
         try:
@@ -255,6 +294,8 @@ class Registry:
 
         async def download(target: Path) -> str:
             row = await self._version_row(version.name, version.number)
+            if row["source"] == BLOBS:
+                return await asyncio.to_thread(blobs.copy, wanted.sha256, target)
             address = f"{row['source']}/{wanted.name}"
             return await self._tracking.download(address, target, lambda done: on_progress(done, wanted.bytes))
 
@@ -343,9 +384,31 @@ class Registry:
         wanted = {"name": name, "key": "forgearr.history", "value": value}
         await self._tracking.call("POST", "registered-models/set-tag", json=wanted)
 
+    async def _make(self, name: str, source: str, run_id: str, facts: Mapping[str, str], description: str) -> Version:
+        wanted = {
+            "name": name,
+            "source": source,
+            "run_id": run_id,
+            "tags": [{"key": f"forgearr.{key}", "value": value} for key, value in facts.items()],
+            "description": description,
+        }
+        return _version((await self._tracking.call("POST", "model-versions/create", json=wanted))["model_version"])
+
+    async def _keep_if_there(self, made: Version, reference: str) -> None:
+        """A version that needs another one: should that have been deleted just before, there is neither."""
+        if reference == tiny.NAME:
+            return
+        try:
+            await self.find(reference)
+        except ModelNotFound:
+            await self._delete_version(await self._version_row(made.name, made.number))
+            raise
+
     async def _delete_version(self, row: dict[str, Any]) -> None:
+        """Its files go with it, unless a copy has them too. Of blobs, a sweep takes care."""
         await self._tracking.call("DELETE", "model-versions/delete", json=_key(row["name"], int(row["version"])))
-        await self._tracking.delete_artifacts(row["source"])
+        if row["source"] != BLOBS and not await self._version_rows(f"source_path = '{row['source']}'"):
+            await self._tracking.delete_artifacts(row["source"])
 
 
 @asynccontextmanager
@@ -358,11 +421,26 @@ async def connect() -> AsyncGenerator[Registry]:
         yield Registry(mlflow)
 
 
-def _parse(reference: str) -> tuple[str, int | None]:
+def parse(reference: str) -> tuple[str, int | None]:
+    """The name of a model, and the number of a version where one is named."""
     match = REFERENCE.fullmatch(reference)
     if match is None:
         raise ModelNotFound(f"There is no model '{reference}'; versions are named NAME:latest or NAME:v3.")
     return match[1], int(match[2]) if match[2] else None
+
+
+def _facts(files: Sequence[File], adapter: File | None, base_model: str) -> dict[str, str]:
+    return {
+        "files": json.dumps([asdict(file) for file in files]),
+        "adapter": json.dumps(asdict(adapter) if adapter else None),
+        "base_model": base_model,
+        "job_id": "",
+        "export_job_id": "",
+    }
+
+
+def _of_manner(manner: Manner) -> dict[str, str]:
+    return {"manner": json.dumps(asdict(manner))} if manner != Manner() else {}
 
 
 def _key(name: str, number: int) -> dict[str, str]:
@@ -386,7 +464,7 @@ def _version(row: dict[str, Any]) -> Version:
     return Version(
         name=row["name"],
         number=int(row["version"]),
-        run_id=row["run_id"],
+        run_id=row.get("run_id", ""),
         files=[File(**file) for file in json.loads(facts["files"])],
         adapter=File(**adapter) if adapter else None,
         base_model=facts["base_model"],
@@ -394,6 +472,8 @@ def _version(row: dict[str, Any]) -> Version:
         export_job_id=facts["export_job_id"],
         passed=json.loads(facts["passed"]) if "passed" in facts else None,
         reasons=json.loads(facts.get("reasons", "[]")),
+        manner=Manner(**json.loads(facts.get("manner", "{}"))),
+        parent=facts.get("parent", ""),
         created_at=datetime.fromtimestamp(int(row["creation_timestamp"]) / 1000, UTC),
     )
 

@@ -1,17 +1,19 @@
 """/v1/models, as OpenAI has it, and /models: the names under which models can be asked."""
 
+from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
 
+from cluster.errors import Unavailable
 from cluster.times import UtcTime
-from pipelines.training import tiny
+from pipelines.training import removal, tiny
 from pipelines.training.registry import Model, Version
-from serve.answering import models_of
+from serve.answering import engine_of, models_of
 from serve.api.jobs import owner_of
-from serve.auth import CurrentCaller
+from serve.auth import Caller, CurrentCaller
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 
 openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
@@ -31,6 +33,12 @@ class ModelCard(BaseModel):
 class ModelCards(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class ModelSummary(BaseModel):
@@ -60,6 +68,16 @@ async def show_model(
     return _tiny() if meant.source is None else _card(model, meant.source.created_at)
 
 
+@openai.delete("/models/{model:path}")
+async def delete_model(
+    request: Request, model: Annotated[str, Path(min_length=1, max_length=120)], caller: CurrentCaller
+) -> ModelDeleted:
+    """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest): one's own, or any as an
+    administrator."""
+    await delete(request, model, caller)
+    return ModelDeleted(id=model)
+
+
 @native.get("/models")
 async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
     """What is served, in short."""
@@ -76,6 +94,15 @@ async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSumm
 
 router.include_router(openai)
 router.include_router(native)
+
+
+async def delete(request: Request, reference: str, caller: Caller) -> None:
+    """Delete models, and let them go from memory when the last requests that use them are answered."""
+    gone = await removal.remove(reference, owner_of(caller))
+    models_of(request).forget()
+    for version in gone:
+        with suppress(Unavailable):  # what is not reachable now makes room as soon as others need it
+            await engine_of(request).unload(version.reference, version)
 
 
 def _cards(model: Model) -> list[ModelCard]:

@@ -36,12 +36,13 @@ class VersionView(BaseModel):
     served: bool = Field(description="Whether it is what NAME:latest means.")
     passed: bool | None = Field(description="Whether it passed its validation. Null: it was never validated.")
     reasons: list[str] = Field(description="Why it did not pass.")
-    files: list[FileView] = Field(description="The first one is served.")
+    files: list[FileView] = Field(description="The first one is served. None: the adapter is.")
     adapter: FileView | None
     base_model: str
-    job_id: str = Field(description="The fine-tune that made it.")
-    export_job_id: str
-    mlflow_run_id: str
+    parent: str | None = Field(description="The version that it has its files from. Null: they are its own.")
+    job_id: str | None = Field(description="The fine-tune that made it. Null: it was made from files.")
+    export_job_id: str | None
+    mlflow_run_id: str | None
     created_at: UtcTime
 
 
@@ -123,11 +124,14 @@ def _view(model: Model) -> ModelView:
 
 
 def _version(version: Version, served: bool) -> VersionView:
-    same = ("name", "passed", "reasons", "files", "adapter", "base_model", "job_id", "export_job_id", "created_at")
+    same = ("name", "passed", "reasons", "files", "adapter", "base_model", "created_at")
     return VersionView(
         **{name: getattr(version, name) for name in same},
         version=version.number,
         model_name=version.reference,
         served=served,
-        mlflow_run_id=version.run_id,
+        parent=version.parent or None,
+        job_id=version.job_id or None,
+        export_job_id=version.export_job_id or None,
+        mlflow_run_id=version.run_id or None,
     )

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from cluster.times import UtcTime
 from pipelines.training import tiny
-from pipelines.training.registry import Version
+from pipelines.training.registry import Manner, Version
 from serve.answering import engine_of, models_of, while_connected
 from serve.api.health import VERSION
 from serve.api.jobs import owner_of
@@ -17,6 +18,7 @@ from serve.bodies.chat import ModelReference
 from serve.engines import untrained
 from serve.engines.header import Header
 from serve.engines.protocol import Folder, Source
+from serve.manner import as_text, modelfile
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
@@ -72,7 +74,12 @@ class ShownDetails(Details):
 
 class Shown(BaseModel):
     modified_at: UtcTime | None = Field(description="Null: it comes with Forgearr.")
-    template: str = Field(description="Of conversations, in Jinja, as the file has it.")
+    modelfile: str
+    template: str = Field(description="Of conversations, in Jinja: its own, or that of its file.")
+    system: str
+    parameters: str = Field(description="Its own, a line each.")
+    messages: list[dict[str, Any]] = Field(description="How every conversation begins.")
+    license: str
     details: ShownDetails
     model_info: dict[str, str | int]
     capabilities: list[str]
@@ -97,9 +104,16 @@ async def show(request: Request, wanted: ShowRequest, caller: CurrentCaller) -> 
     header = await while_connected(request, engine_of(request).describe(meant.reference, meant.source))
     source = meant.source
     family = header.architecture
+    manner = source.manner if isinstance(source, Version) else Manner()
+    template = manner.template or header.template
     return Shown(
         modified_at=source.created_at if source else None,
-        template=header.template,
+        modelfile=modelfile(meant.reference, template, manner),
+        template=template,
+        system=manner.system,
+        parameters=as_text(manner.parameters),
+        messages=manner.messages,
+        license="\n".join(manner.license),
         details=ShownDetails(
             **_details(source).model_dump(), family=family, families=[family], parameter_size=_short(header.parameters)
         ),
@@ -110,7 +124,7 @@ async def show(request: Request, wanted: ShowRequest, caller: CurrentCaller) -> 
             f"{family}.context_length": header.context,
             f"{family}.embedding_length": header.width,
         },
-        capabilities=list(_capabilities(header)),
+        capabilities=list(_capabilities(header, template)),
     )
 
 
@@ -157,7 +171,8 @@ def _details(source: Source) -> Details:
         return Details(format="safetensors", parent_model=source.base_model, quantization_level="unknown")
     if source is None:
         return Details(parent_model="", quantization_level=untrained.QUANTIZATION.upper())
-    return Details(parent_model=source.base_model, quantization_level=source.file.quantization.upper())
+    parent = source.parent or source.base_model
+    return Details(parent_model=parent, quantization_level=source.file.quantization.upper())
 
 
 def _name(reference: str) -> str:
@@ -165,15 +180,15 @@ def _name(reference: str) -> str:
     return f"{reference}:latest" if reference == tiny.NAME else reference
 
 
-def _capabilities(header: Header) -> Iterator[str]:
+def _capabilities(header: Header, template: str) -> Iterator[str]:
     """What a model was made for, as far as its file tells."""
     if header.pools:
         yield "embedding"
         return
     yield "completion"
-    if "tools" in header.template:
+    if "tools" in template:
         yield "tools"
-    if "enable_thinking" in header.template:
+    if "enable_thinking" in template:
         yield "thinking"
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal, Self
 
 import orjson
@@ -72,7 +72,7 @@ class Options(BaseModel):
     def leave_loading_out(cls, said: Any) -> Any:
         if not isinstance(said, Mapping):
             return said
-        return {name: value for name, value in said.items() if name not in OF_LOADING and value is not None}
+        return without_loading(said)
 
     def for_engine(self) -> dict[str, Any]:
         wanted = self.model_dump(include=PASSED_ON, exclude_none=True)
@@ -83,6 +83,12 @@ class Options(BaseModel):
         if self.stop:
             wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         return wanted
+
+
+def without_loading(said: Mapping[str, Any], kept: Set[str] = frozenset()) -> dict[str, Any]:
+    """Options, without those of how a model is loaded."""
+    left_out = OF_LOADING - kept
+    return {name: value for name, value in said.items() if name not in left_out and value is not None}
 
 
 class Asked(BaseModel):
@@ -164,7 +170,7 @@ class ChatRequest(Asked):
     tools: list[Tool] | None = Field(default=None, max_length=128)
 
     def for_engine(self) -> dict[str, Any]:
-        wanted = {**self.common(), "messages": _conversation(self.messages)}
+        wanted = {**self.common(), "messages": conversation(self.messages)}
         if self.tools:
             wanted["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
         return wanted
@@ -192,7 +198,7 @@ class GenerateRequest(Asked):
         return {**self.common(), "messages": [*system, {"role": "user", "content": self.prompt}]}
 
 
-def _conversation(messages: list[Message]) -> list[dict[str, Any]]:
+def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     """As OpenAI has it, where a tool's message names the call that it answers."""
     told: list[dict[str, Any]] = []
     open_calls = deque[tuple[str, str]]()  # name and id, in the order in which they were made

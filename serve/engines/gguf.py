@@ -17,13 +17,14 @@ from cluster import logs
 from cluster.errors import Unavailable
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training import registry, tiny
-from pipelines.training.registry import Version
+from pipelines.training.registry import Manner, Version
 from serve.engines import untrained
 from serve.engines.answers import Answer
 from serve.engines.header import Header, read_header
 from serve.engines.llama import Files, LoadedModel, Purpose
 from serve.engines.protocol import Chunk, Embedded, Held, Request, RequestRefused, Source
 from serve.engines.shelf import MB, Shelf
+from serve.manner import applied, context_of
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,15 @@ class GgufEngine:
     ) -> None:
         self._find_file = find_file or _find_file
         self._find_adapters = find_adapters or _find_adapters
+        # Whoever brings the files himself may have no registry.
+        self._find_version = _find_base if find_file is None else _find_nothing
         capacity = settings.memory_mb * MB if settings.memory_mb else psutil.virtual_memory().total // 2
         self._shelf = Shelf(capacity, settings, on_change)
 
     async def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
         asked = perf_counter()
+        if isinstance(source, Version):
+            request = applied(request, source.manner)
         async with self._use(reference, source) as model:
             load_ms = (perf_counter() - asked) * 1000
             async with aclosing(model.answer(request, reference if _adapter(source) else None)) as answer:
@@ -102,8 +107,11 @@ class GgufEngine:
         adapter = _adapter(source)
 
         async def obtain() -> Files:
-            path = await self._find_file(base, own)
-            return Files(path, await self._find_adapters(base, adapter) if purpose == "answers" else {})
+            version = await self._find_version(base) if adapter else own
+            path = await self._find_file(base, version)
+            adapters = await self._find_adapters(base, adapter) if purpose == "answers" else {}
+            manner = version.manner if isinstance(version, Version) else Manner()
+            return Files(path, adapters, manner.template, context_of(manner))
 
         return self._shelf.use(base, obtain, purpose, reference if adapter else None)
 
@@ -144,6 +152,14 @@ def _base(reference: str, source: Source) -> tuple[str, Source]:
 
 def _adapter(source: Source) -> Version | None:
     return source if isinstance(source, Version) and source.is_adapter else None
+
+
+async def _find_base(reference: str) -> Version | None:
+    return None if reference == tiny.NAME else await _find(reference)
+
+
+async def _find_nothing(reference: str) -> None:
+    return None
 
 
 async def _find(reference: str) -> Version:

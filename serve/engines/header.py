@@ -3,7 +3,8 @@
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 LONGEST_KEPT_ARRAY = 1024
 """Of numbers, such as the heads of each layer. Of longer ones, and of strings, only the length is kept."""
+QUANTIZATIONS = {
+    **{0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 8: "q5_0", 9: "q5_1", 10: "q2_k", 11: "q3_k_s"},
+    **{12: "q3_k_m", 13: "q3_k_l", 14: "q4_k_s", 15: "q4_k_m", 16: "q5_k_s", 17: "q5_k_m", 18: "q6_k", 32: "bf16"},
+}
+"""By llama.cpp's numbers (llama_ftype)."""
 ELEMENT_BYTES = 2  # of the cache of keys and values, which is in f16
 BATCH = 512
 
@@ -39,6 +45,7 @@ class Header:
     template: str  # of conversations, in Jinja; empty where it has none
     pools: bool  # made for embeddings: it says itself how those of the tokens become that of a text
     gap: tuple[int, int, int] | None  # tokens that stand before what precedes a gap, what follows it, and what fills it
+    quantization: str = "unknown"  # as its file says
 
     def memory(self, context: int, slots: int, batch: int = BATCH) -> int:
         """Bytes for weights, cache and working space, when each of the slots holds so many tokens."""
@@ -47,9 +54,21 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
+    with _opened(path) as content:
+        return _header(*_fields(content), len(content))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The metadata alone, which an adapter has too."""
+    with _opened(path) as content:
+        return _fields(content)[0]
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[mmap.mmap]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _header(*_fields(content), len(content))
+            yield content
     except (struct.error, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
         raise ModelUnreadable(f"{path.name} is not a GGUF file of a model: {error or 'it breaks off'}.") from error
 
@@ -72,6 +91,7 @@ def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
         template=fields.get("tokenizer.chat_template", ""),
         pools=bool(fields.get(f"{architecture}.pooling_type")),
         gap=_gap(fields),
+        quantization=QUANTIZATIONS.get(fields.get("general.file_type", -1), "unknown"),
     )
 
 

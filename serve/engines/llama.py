@@ -48,6 +48,8 @@ Purpose = Literal["answers", "embeddings"]
 class Files:
     model: Path
     adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])  # by the reference of their version
+    template: str = ""  # of conversations, in Jinja; empty: the one in the file
+    context: int | None = None  # tokens of a conversation; None: as the settings have it
 
     @property
     def bytes_of_adapters(self) -> int:
@@ -222,6 +224,7 @@ def _start(files: Files, header: Header, context: int, settings: EngineSettings,
         parameters.n_batch = parameters.n_ubatch = context  # a text is read in one go
         if not header.pools:
             parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+    parameters.chat_template = files.template
     parameters.n_gpu_layers = settings.gpu_layers
     parameters.fit_params = settings.gpu_layers == -1 and _has_gpu(xllamacpp)
     if settings.threads is not None:

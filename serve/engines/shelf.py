@@ -122,7 +122,7 @@ class Shelf:
     async def _load(self, entry: Entry, obtain: Obtain) -> LoadedModel:
         files = await obtain()
         header = await asyncio.to_thread(read_header, files.model)
-        context = entry.context = min(self._settings.context, header.context)
+        context = entry.context = min(files.context or self._settings.context, header.context)
         batch = context if entry.purpose == "embeddings" else BATCH
         needed = header.memory(context, self._settings.slots, batch) + files.bytes_of_adapters
         if needed > self._capacity:

@@ -53,12 +53,18 @@ FOR_ADMINISTRATORS = {
     "POST /deploy/{job_id}",
     "POST /api/v1/models/{name}/deploy",
     "POST /api/v1/models/{name}/rollback",
+    "HEAD /api/blobs/{digest}",
+    "POST /api/blobs/{digest}",
+    "POST /api/create",
+    "POST /api/copy",
+    "POST /api/pull",
+    "POST /api/push",
     "DELETE /api/v1/models/{name}",
     "DELETE /api/v1/models/{name}/versions/{version}",
 }
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
 
-EVERYBODYS = ("/api/v1/models/", "/v1/models/")
+EVERYBODYS = ("/api/v1/models/", "/v1/models/", "/api/blobs/")
 """What begins so belongs to nobody: all users see the same."""
 
 OWNED_LISTS = (

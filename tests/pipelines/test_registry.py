@@ -20,6 +20,8 @@ from cluster.tracking import Tracking, TrackingUnavailable
 from pipelines.training import model_cache, registry
 from pipelines.training.model_cache import DamagedModel
 from pipelines.training.registry import (
+    File,
+    Manner,
     ModelNotFound,
     NoEarlierVersion,
     Registry,
@@ -163,6 +165,65 @@ async def test_an_adapter_stands_on_another_version(shelf: Shelf) -> None:
     for adapter in (first, second):
         await shelf.registry.delete_model(adapter.name)
     await shelf.registry.delete_model(base.name)
+
+
+async def test_a_copy_has_the_same_files_and_neither_takes_them_from_the_other(shelf: Shelf) -> None:
+    version = await shelf.register(b"shared", adapter=shelf.file(b"adapter", "f16"))
+    copies = [await shelf.registry.copy(version, f"{shelf.name}-{number}") for number in (1, 2)]
+    for copy in copies:
+        assert copy == await shelf.registry.find(copy.reference)
+        assert (copy.files, copy.adapter, copy.job_id) == (version.files, version.adapter, version.job_id)
+        assert (copy.number, copy.parent, copy.export_job_id) == (1, version.reference, "")
+    await shelf.registry.delete_model(shelf.name)
+    await shelf.registry.delete_model(copies[0].name)
+    assert (await shelf.registry.fetch(copies[1])).read_bytes() == b"shared"
+    assert len(await _artifacts(shelf, version)) == 2
+    await shelf.registry.delete_model(copies[1].name)
+    assert await _artifacts(shelf, version) == []
+
+
+async def test_no_copy_stays_of_what_was_deleted_meanwhile(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = await shelf.register(b"gone")
+    call = shelf.mlflow.call
+
+    async def delete_before(method: str, path: str, **options: Any) -> dict[str, Any]:
+        if path == "model-versions/create":
+            monkeypatch.setattr(shelf.mlflow, "call", call)
+            await shelf.registry.delete_model(shelf.name)
+        return await call(method, path, **options)
+
+    monkeypatch.setattr(shelf.mlflow, "call", delete_before)
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.copy(version, f"{shelf.name}-copy")
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.model(f"{shelf.name}-copy")
+
+
+async def test_a_copy_in_another_manner_must_pass_anew(shelf: Shelf) -> None:
+    version = await shelf.register(b"one")
+    await shelf.registry.judge(shelf.name, 1, True)
+    manner = Manner(system="Be brief.", parameters={"temperature": 0, "stop": ["x"]}, license=["MIT"])
+    made = await shelf.registry.copy(await shelf.registry.find(version.reference), f"{shelf.name}-brief", manner)
+    assert (made.manner, made.passed) == (manner, None)
+    again = await shelf.registry.copy(made, f"{shelf.name}-again")
+    assert (again.manner, again.parent) == (manner, made.reference)
+
+
+async def test_what_an_adapter_stands_on_stays(shelf: Shelf) -> None:
+    base = await shelf.register(b"base")
+    adapter = File("a.gguf", "f16", "a" * 64, 7)
+    name = f"{shelf.name}-adapted"
+    made = await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, manner=Manner())
+    assert (made.files, made.adapter, made.file, made.run_id) == ([], adapter, adapter, "")
+    assert "a" * 64 in await shelf.registry.blobs()
+    with pytest.raises(VersionNeeded, match=f"{name}:v1 is an adapter for it"):
+        await shelf.registry.delete_model(shelf.name)
+    await shelf.registry.delete_model(name)
+    await shelf.registry.delete_model(shelf.name)
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, manner=Manner())
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.model(name)
 
 
 async def test_a_list_is_two_requests_however_long(shelf: Shelf, mlflow_server: str) -> None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, LlamaFileType, TokenType
 
 HEAD_WIDTH = 16
 MERGED = ("H", "i")  # a vocabulary of this sort must have one pair that is joined
@@ -113,6 +113,7 @@ def _write(
     width = heads * HEAD_WIDTH
     norms = ["output_norm", *(f"blk.{layer}.{norm}_norm" for layer in range(layers) for norm in ("attn", "ffn"))]
     writer = GGUFWriter(path, "llama")
+    writer.add_file_type(LlamaFileType.ALL_F32)
     writer.add_block_count(layers)
     writer.add_context_length(context)
     writer.add_embedding_length(width)
