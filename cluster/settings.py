@@ -183,6 +183,12 @@ class EngineSettings(Section):
         ge=64, description="Memory that loaded models may take in each engine. Null: half of what the machine has."
     )
     replicas: int = Field(ge=0, le=64, description="Processes that run GGUF models.")
+    transformers_replicas: int = Field(
+        ge=0,
+        le=64,
+        description="Most processes that run models that are no GGUF. None runs before somebody asks for such a model.",
+    )
+    load_in_4bit: bool = Field(description="Whether models that are no GGUF are packed into 4 bits as they are loaded.")
     slots: int = Field(ge=1, le=64, description="Requests that one loaded model answers at the same time.")
     queue: int = Field(ge=0, le=10_000, description="Requests that may wait for a slot before others get a 503.")
     context: int = Field(ge=256, le=1_048_576, description="Tokens that a conversation may have, if the model can.")

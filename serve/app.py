@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from cluster.db import get_database
-from cluster.settings import Settings, get_settings
+from cluster.settings import EngineSettings, Settings, get_settings
 from serve.api import (
     auth,
     chat,
@@ -41,6 +41,7 @@ from serve.api import (
 )
 from serve.auth import OriginGuard
 from serve.engines.choice import ChosenEngine
+from serve.engines.protocol import Folder
 from serve.engines.remote import RemoteEngine
 from serve.envelope import ERROR_RESPONSES, handle_errors
 from serve.feeds import follow_events, follow_logs, follow_system
@@ -52,7 +53,9 @@ from serve.realtime import Hub
 
 MAX_ONGOING_REQUESTS = 10_000
 """Per replica. A WebSocket or a followed stream is one for as long as it lasts."""
-GGUF = "gguf"
+GGUF, TRANSFORMERS = "gguf", "transformers"
+IDLE_SECONDS = 600.0
+"""After which an engine that is started on demand goes."""
 SHUTDOWN_SECONDS = 5.0
 LAST_WORDS_SECONDS = 1.0
 
@@ -73,7 +76,9 @@ def create_app() -> FastAPI:
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
     app.state.models = Models()
-    app.state.engine = ChosenEngine(RemoteEngine(GGUF, "replicas"), {})
+    app.state.engine = ChosenEngine(
+        RemoteEngine(GGUF, "replicas"), {Folder: RemoteEngine(TRANSFORMERS, "transformers_replicas")}
+    )
     for module in (
         health,
         auth,
@@ -107,7 +112,7 @@ def create_app() -> FastAPI:
 
 
 def build_application(settings: Settings) -> Any:
-    """The gateway, and the engine behind it, as an application for `ray.serve.run`."""
+    """The gateway, and the engines behind it, as an application for `ray.serve.run`."""
     from ray import serve as ray_serve
 
     from serve.gateway import Gateway
@@ -119,9 +124,7 @@ def build_application(settings: Settings) -> Any:
     )
     # A function is called in each replica; an application would have to be pickled.
     gateway: Any = deployment(ray_serve.ingress(create_app)(Gateway))
-    if not settings.engines.replicas:
-        return gateway.bind()
-    return gateway.bind(_engine(settings))
+    return gateway.bind(*_engines(settings.engines))
 
 
 @asynccontextmanager
@@ -136,16 +139,26 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
             await metrics.share()
 
 
-def _engine(settings: Settings) -> Any:
-    """It takes no GPU for itself, and so none away from training: what is free there, it uses."""
+def _engines(settings: EngineSettings) -> Iterator[Any]:
+    """They take no GPU for themselves, and so none away from training: what is free there, they use."""
     from ray import serve as ray_serve
 
     from serve.engines.gguf import GgufReplica
+    from serve.engines.transformers import TransformersReplica
 
-    deployment: Any = ray_serve.deployment(
-        name=GGUF, num_replicas=settings.engines.replicas, **_deployed(MAX_ONGOING_REQUESTS)
-    )
-    return deployment(GgufReplica).bind()
+    deployment: Any = ray_serve.deployment
+    deployed = _deployed(MAX_ONGOING_REQUESTS)
+    if settings.replicas:
+        yield deployment(name=GGUF, num_replicas=settings.replicas, **deployed)(GgufReplica).bind()
+    if settings.transformers_replicas:
+        wanted = {
+            "min_replicas": 0,
+            "max_replicas": settings.transformers_replicas,
+            "target_ongoing_requests": settings.slots,
+            "upscale_delay_s": 0,
+            "downscale_to_zero_delay_s": IDLE_SECONDS,
+        }
+        yield deployment(name=TRANSFORMERS, autoscaling_config=wanted, **deployed)(TransformersReplica).bind()
 
 
 def _deployed(requests: int) -> dict[str, Any]:

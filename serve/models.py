@@ -4,18 +4,21 @@ When MLflow does not answer, what was known last still holds: whatever was serve
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from cluster.db import get_database
 from cluster.errors import Unavailable
 from cluster.settings import get_settings
-from jobs.queue import Owner
-from pipelines.training import registry, tiny
+from jobs.queue import JobNotFound, Owner
+from pipelines.training import registry, results, tiny
 from pipelines.training.registry import Model, ModelNotFound, Version
-from serve.engines.protocol import Source
+from serve.engines.protocol import Folder, Source
 
+JOB = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
 FRESH_SECONDS = 1.0
 PATIENCE_SECONDS = 3.0
 """How long to wait for MLflow where an older answer is at hand."""
@@ -38,9 +41,11 @@ class Models:
         self._models = _Remembered(_all_models)
 
     async def resolve(self, reference: str, owner: Owner) -> Meant:
-        """What NAME, NAME:latest, NAME:v3 or forgearr/tiny means to this caller."""
+        """What NAME, NAME:latest, NAME:v3, forgearr/tiny or the id of a training means to this caller."""
         if reference.removesuffix(":latest") == tiny.NAME:
             return Meant(tiny.NAME, None)
+        if JOB.fullmatch(reference):
+            return await _trained(reference, owner)
         if not get_settings().mlflow.enabled:
             raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")
         known = self._versions.get(reference) or _Remembered(lambda: _find(reference))
@@ -96,6 +101,16 @@ class _Remembered(Generic[Known]):
             self._answer = []
         # Also when MLflow is away it is asked once in a while only.
         self._asked_at = time.monotonic()
+
+
+async def _trained(job_id: str, owner: Owner) -> Meant:
+    """What a training has made, before any export."""
+    try:
+        async with get_database().reading() as session:
+            made = await results.find(session, job_id, "fine_tune", owner)
+    except JobNotFound as error:
+        raise ModelNotFound(f"There is no model '{job_id}'.") from error
+    return Meant(made.job_id, Folder(made.result["model"], made.result["base_model"], made.finished_at))
 
 
 async def _find(reference: str) -> Version:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
@@ -32,6 +32,7 @@ from serve.engines.protocol import (
     RequestRefused,
     TextTooLong,
 )
+from serve.engines.shelf import Purpose
 
 CHECKPOINTS = 4
 """Of a slot whose cache cannot be cut back, as that of a sliding window: places from which it can go on."""
@@ -39,9 +40,6 @@ ERRORS_ONLY = 1
 PACE_SECONDS = 0.025
 """Nobody sees words come faster than that."""
 TOO_LONG = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
-
-Purpose = Literal["answers", "embeddings"]
-"""llama.cpp prepares a model for one of them."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,13 @@ class LoadedModel:
         self._slots = asyncio.Semaphore(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
 
-    async def answer(self, request: Request, adapter: str | None = None) -> AsyncGenerator[list[Chunk]]:
+    async def answer(self, request: Request, reference: str) -> AsyncGenerator[list[Chunk]]:
         """Waits for a slot, then yields what the model says as it says it. The slot is free when it is closed."""
         async with self._slots:
             loop = asyncio.get_running_loop()
             spoken = _Spoken(loop)
             ask = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
-            body = orjson.dumps({**self._with_gap(request), **STREAMED, **self._with(adapter)})
+            body = orjson.dumps({**self._with_gap(request), **STREAMED, **self._with(reference)})
             speaking = loop.run_in_executor(self._threads, _speak, ask, body, spoken)
             try:
                 async for chunks in spoken:
@@ -99,7 +97,7 @@ class LoadedModel:
         prompt = [before, request["prompt"], after, request["suffix"], between]
         return {**{name: value for name, value in request.items() if name != "suffix"}, "prompt": prompt}
 
-    def _with(self, adapter: str | None) -> Request:
+    def _with(self, adapter: str) -> Request:
         """llama.cpp applies those adapters that a request gives a scale; all of them when it names none."""
         return {"lora": [{"id": number, "scale": float(name == adapter)} for number, name in enumerate(self.adapters)]}
 

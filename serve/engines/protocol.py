@@ -22,8 +22,8 @@ Chunk = dict[str, Any]
 class Folder:
     """A model as transformers has it, which has no GGUF yet: a whole one, or an adapter."""
 
-    address: str  # in storage, or a folder on this machine
-    base_model: str  # what an adapter is for; any name that pipelines/training/base_models.py knows
+    address: str | None  # in storage; None: the base model as it is
+    base_model: str  # what an adapter is for: any name that pipelines/training/base_models.py knows
     created_at: datetime
 
 

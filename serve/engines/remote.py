@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster.errors import ForgearrError
@@ -65,10 +65,15 @@ class RemoteEngine:
         return [held for found in await self._ask_all("loaded") for held in found]
 
     async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Each replica holds models of its own."""
+        """Each replica holds models of its own. Where none runs, because nobody has asked yet, none is started."""
+        if not self._replicas:
+            return []
         handle = await self._find()
-        with _our_errors():
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        with _our_errors(), suppress(DeploymentUnavailableError):
             return await handle.broadcast(method, *arguments).results_async(timeout_s=ASK_SECONDS)
+        return []
 
     async def _find(self) -> Any:
         # A process that has not joined Ray must not do so by the way: Ray would start a cluster of its own for it.

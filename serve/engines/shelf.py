@@ -8,13 +8,12 @@ old one leaves when its last answer is given.
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
 
 from cluster.settings import EngineSettings
-from serve.engines.header import BATCH, read_header
-from serve.engines.llama import Files, LoadedModel, Purpose
 from serve.engines.protocol import EngineBusy, ModelTooLarge
 
 log = logging.getLogger(__name__)
@@ -22,15 +21,43 @@ log = logging.getLogger(__name__)
 ROOM_SECONDS = 120
 MB = 1024 * 1024
 
+Purpose = Literal["answers", "embeddings"]
+"""A model is prepared for one of them."""
 
-Obtain = Callable[[], Awaitable[Files]]
+
+class Closable(Protocol):
+    @property
+    def adapters(self) -> Sequence[str]:
+        """The references of what stands on it, and is answered for by it too."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back. It takes a while, and nobody may be waiting for an answer."""
+        ...
+
+
+Model = TypeVar("Model", bound=Closable)
+
+
+@dataclass(frozen=True)
+class Plan(Generic[Model]):
+    """A model that could be loaded: what it needs, and how it is done."""
+
+    bytes: int
+    parts: str  # what needs them, in words
+    remedy: str  # what would make it need less
+    context: int
+    load: Callable[[], Model]  # takes a while, and so has a thread of its own
+
+
+Prepare = Callable[[], Awaitable[Plan[Model]]]
 
 
 @dataclass(eq=False)
-class Entry:
+class Entry(Generic[Model]):
     reference: str
     purpose: Purpose
-    loading: asyncio.Task[LoadedModel] = field(init=False)
+    loading: asyncio.Task[Model] = field(init=False)
     users: int = 0
     bytes: int = 0  # reserved as soon as there is room for it
     context: int = 0
@@ -49,28 +76,32 @@ class Entry:
         return self.is_loaded and not self.users
 
 
-class Shelf:
+class Shelf(Generic[Model]):
     def __init__(
         self, capacity: int, settings: EngineSettings, on_change: Callable[[list[str]], None] = lambda _: None
     ) -> None:
         self._capacity = capacity
         self._settings = settings
         self._on_change = on_change
-        self._entries = OrderedDict[tuple[str, Purpose], Entry]()  # the most recently used last
-        self._outdated: list[Entry] = []  # others have taken their place, and they leave after their last answer
+        self._entries = OrderedDict[tuple[str, Purpose], Entry[Model]]()  # the most recently used last
+        self._outdated: list[Entry[Model]] = []  # others have taken their place; they leave after their last answer
         self._leaving = 0  # bytes of models that are being unloaded
         self._freed = asyncio.Event()  # set whenever there may be more room
 
-    def loaded(self) -> list[Entry]:
+    def loaded(self) -> list[Entry[Model]]:
         return [entry for entry in self._all() if entry.is_loaded]
 
     @asynccontextmanager
     async def use(
-        self, reference: str, obtain: Obtain, purpose: Purpose = "answers", adapter: str | None = None
-    ) -> AsyncGenerator[LoadedModel]:
-        """The model, loaded from the files that `obtain` gets when it is not there yet; it stays while it is used."""
+        self,
+        reference: str,
+        prepare: Prepare[Model],
+        purpose: Purpose = "answers",
+        suits: Callable[[Model], bool] = lambda _: True,
+    ) -> AsyncGenerator[Model]:
+        """The model, loaded as `prepare` says when it is not there yet, or does not suit; it stays while it is used."""
         while True:
-            entry = self._entries.get((reference, purpose)) or self._begin(Entry(reference, purpose), obtain)
+            entry = self._entries.get((reference, purpose)) or self._begin(Entry(reference, purpose), prepare)
             if entry.users >= self._settings.slots + self._settings.queue:
                 raise EngineBusy
             entry.users += 1
@@ -78,7 +109,7 @@ class Shelf:
             self._entries.move_to_end(entry.key)
             try:
                 model = await asyncio.shield(entry.loading)
-                if adapter is None or adapter in model.adapters:
+                if suits(model):
                     yield model
                     return
                 self._outdate(entry)
@@ -97,47 +128,42 @@ class Shelf:
             await self._remove_if_unwanted(entry)
         return bool(entries)
 
-    def _all(self) -> list[Entry]:
+    def _all(self) -> list[Entry[Model]]:
         return [*self._outdated, *self._entries.values()]
 
-    def _begin(self, entry: Entry, obtain: Obtain) -> Entry:
+    def _begin(self, entry: Entry[Model], prepare: Prepare[Model]) -> Entry[Model]:
         self._entries[entry.key] = entry
-        entry.loading = asyncio.create_task(self._load(entry, obtain))
+        entry.loading = asyncio.create_task(self._load(entry, prepare))
         entry.loading.add_done_callback(lambda _: self._settle(entry))
         self._tell()
         return entry
 
-    def _settle(self, entry: Entry) -> None:
+    def _settle(self, entry: Entry[Model]) -> None:
         """A model that could not be loaded leaves no trace; whoever waited hears why."""
         if not entry.is_loaded:
             del self._entries[entry.key]
             self._tell()
 
-    def _outdate(self, entry: Entry) -> None:
+    def _outdate(self, entry: Entry[Model]) -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
             self._outdated.append(entry)
         entry.unwanted = True
 
-    async def _load(self, entry: Entry, obtain: Obtain) -> LoadedModel:
-        files = await obtain()
-        header = await asyncio.to_thread(read_header, files.model)
-        context = entry.context = min(files.context or self._settings.context, header.context)
-        batch = context if entry.purpose == "embeddings" else BATCH
-        needed = header.memory(context, self._settings.slots, batch) + files.bytes_of_adapters
-        if needed > self._capacity:
+    async def _load(self, entry: Entry[Model], prepare: Prepare[Model]) -> Model:
+        plan = await prepare()
+        entry.context = plan.context
+        if plan.bytes > self._capacity:
             raise ModelTooLarge(
-                f"{entry.reference} needs {needed // MB} MB ({header.file_bytes // MB} MB of weights, and "
-                f"{self._settings.slots} slots of {context} tokens), and engines.memory_mb allows "
-                f"{self._capacity // MB} MB. Raise that, lower engines.context or engines.slots, or export the model "
-                "with fewer bits."
+                f"{entry.reference} needs {plan.bytes // MB} MB ({plan.parts}), and engines.memory_mb allows "
+                f"{self._capacity // MB} MB. Raise that, lower engines.context or engines.slots, or {plan.remedy}."
             )
-        await self._make_room(entry, needed)
-        model = await asyncio.to_thread(LoadedModel, files, header, context, self._settings, entry.purpose)
-        log.info("%s is loaded: %d MB", entry.reference, needed // MB)
+        await self._make_room(entry, plan.bytes)
+        model = await asyncio.to_thread(plan.load)
+        log.info("%s is loaded: %d MB", entry.reference, plan.bytes // MB)
         return model
 
-    async def _make_room(self, entry: Entry, needed: int) -> None:
+    async def _make_room(self, entry: Entry[Model], needed: int) -> None:
         try:
             async with asyncio.timeout(ROOM_SECONDS):
                 while sum(other.bytes for other in self._all()) + self._leaving + needed > self._capacity:
@@ -154,11 +180,11 @@ class Shelf:
                 f"allows, and the models that take them were all in use for {ROOM_SECONDS} seconds."
             ) from None
 
-    async def _remove_if_unwanted(self, entry: Entry) -> None:
+    async def _remove_if_unwanted(self, entry: Entry[Model]) -> None:
         if entry.unwanted and entry.is_idle and entry in self._all():
             await self._remove(entry)
 
-    async def _remove(self, entry: Entry) -> None:
+    async def _remove(self, entry: Entry[Model]) -> None:
         if entry in self._outdated:
             self._outdated.remove(entry)
         else:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType, TokenType
 
+from pipelines.training import tiny
+
 HEAD_WIDTH = 16
 MERGED = ("H", "i")  # a vocabulary of this sort must have one pair that is joined
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -176,3 +178,19 @@ def _byte_characters() -> list[str]:
     unseen = count(256)
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     return [chr(byte if byte in seen else next(unseen)) for byte in range(256)]
+
+
+def write_folder(target: Path, *, spread: float = 0.3, context: int = 2048) -> Path:
+    """forgearr/tiny as a folder, with weights that differ more, so that it says something else with each token."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shipped = files("configs") / "tiny"
+    tiny.build(target, (shipped / "chat_template.jinja").read_text(), (shipped / "corpus.txt").read_text())
+    random = torch.Generator().manual_seed(1)
+    weights = load_file(target / "model.safetensors")
+    for name, values in weights.items():
+        if values.dim() == 2:
+            weights[name] = torch.randn(values.shape, generator=random) * (spread if "embed" not in name else 0.3)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target

@@ -15,9 +15,9 @@ from cluster.db import now
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training.registry import File, Version
 from serve.engines.answers import Answer
-from serve.engines.gguf import GgufEngine
+from serve.engines.gguf import GgufEngine, GgufFiles
 from serve.engines.header import ModelUnreadable, read_header
-from serve.engines.llama import Files
+from serve.engines.llama import LoadedModel
 from serve.engines.protocol import (
     ContextExceeded,
     EngineBusy,
@@ -317,13 +317,10 @@ def test_what_a_file_says_of_itself(models: Models) -> None:
 
 
 async def test_files_are_found_only_once_for_a_shelf(models: Models, settings: Callable[..., EngineSettings]) -> None:
-    shelf = Shelf(1024 * MB, settings())
-
-    async def obtain() -> Files:
-        return Files(await models.find("quiet", None))
-
+    files = GgufFiles(settings(), models.find, models.find_adapters)
+    shelf = Shelf[LoadedModel](1024 * MB, settings())
     for _ in range(2):
-        async with shelf.use("quiet", obtain):
+        async with shelf.use("quiet", lambda: files.prepare("quiet", None, "answers")):
             pass
     assert models.asked == ["quiet"]
 

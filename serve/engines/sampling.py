@@ -1,0 +1,111 @@
+"""Which token comes next: each request's own way of choosing, in the batch that they share.
+
+transformers' continuous batching knows temperature, top_p and top_k of a request, but no seed, penalties or bias, and
+tells no likelier tokens. It lets a processor look at all rows of a batch: this one chooses, and leaves it no choice.
+What a request does not say is as in llama.cpp, so that a model answers alike before its export and after it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How likely the chosen token was, and which were the likeliest, before anything but the model had a say."""
+
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
+@dataclass
+class Sampling:
+    """How one request chooses."""
+
+    temperature: float = 0.8
+    top_k: int = 40  # 0: all
+    top_p: float = 0.95
+    min_p: float = 0.05
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    seed: int | None = None
+    told: int | None = None  # how many of the likeliest tokens to tell of; None: of none, nor of the chosen one
+    chosen: list[Chosen] = field(default_factory=list[Chosen])
+    _random: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._random = torch.Generator()
+        if self.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(self.seed)
+
+    def choose(self, scores: torch.Tensor, said: Sequence[int]) -> int:
+        """The next token after those that were said."""
+        scores = scores.float().cpu()
+        wanted = self._wanted(scores.clone(), said)
+        token = int(wanted.argmax()) if self.temperature == 0 else self._draw(wanted / self.temperature)
+        if self.told is not None:
+            likely = scores.log_softmax(-1)
+            best = likely.topk(self.told)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            self.chosen.append(Chosen(float(likely[token]), list(pairs)))
+        return token
+
+    def _wanted(self, scores: torch.Tensor, said: Sequence[int]) -> torch.Tensor:
+        for token, bias in self.logit_bias.items():
+            if token < len(scores):
+                scores[token] += bias
+        if self.frequency_penalty or self.presence_penalty:
+            for token, times in Counter(said).items():
+                scores[token] -= times * self.frequency_penalty + self.presence_penalty
+        return scores
+
+    def _draw(self, scores: torch.Tensor) -> int:
+        ordered, tokens = scores.sort(descending=True, stable=True)
+        if self.top_k:
+            ordered = ordered[: self.top_k]
+        likely = ordered.softmax(-1)
+        # A token stays as long as those before it do not reach top_p; so the first one always does.
+        kept = (likely.cumsum(-1) - likely < self.top_p) & (likely >= self.min_p * likely[0])
+        kept[0] = True
+        return int(tokens[torch.multinomial(likely * kept, 1, generator=self._random)])
+
+
+class Sampler(ContinuousBatchingLogitsProcessor):
+    def __init__(self) -> None:
+        self.supported_kwargs, self.ignored_kwargs = {}, ()
+        self.of = dict[str, Sampling]()  # by the id of a request
+        self.steps = 0  # of the model, each for all requests of its batch
+        self._batch: list[Any] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        """The requests whose scores come next, in the order of their rows."""
+        self._batch = [request.state for request in requests_with_new_token]
+        return torch.empty(0, dtype=torch.int32)
+
+    def __call__(self, scores: Any, tensor_arg: torch.Tensor) -> Any:
+        self.steps += 1
+        only = torch.full_like(scores, NEVER)
+        for row, state in enumerate(self._batch):
+            # Whoever has gone away is taken out of the batch before the next step.
+            sampling = self.of.get(state.request_id)
+            token = sampling.choose(scores[row], _said(state)) if sampling else 0
+            only[row, token] = 0
+        return only
+
+
+def _said(state: Any) -> list[int]:
+    """A request that had to leave the cache for a while has come back with what it said as part of its prompt."""
+    before = state.initial_tokens[state._true_initial_tokens :] if state._true_initial_tokens else []
+    return before + state.generated_tokens

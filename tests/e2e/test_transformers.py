@@ -1,0 +1,71 @@
+"""What a training has made, asked before any export, on a whole platform: the engine starts when it is first needed."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.platform import Platform, running_platform
+
+pytestmark = pytest.mark.platform
+
+ENGINE = "ray::ServeReplica:forgearr:transformers"
+LEARNED = {"Where does the NAS stand?": "In the cellar.", "Who owns Plex?": "Grandma."}
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with running_platform() as platform:
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def trained(platform: Platform) -> str:
+    """The id of a training that knows two answers by heart."""
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+        for asked, said in LEARNED.items()
+    ]
+    kept = platform.http.post("/api/v1/datasets", params={"name": "house"}, content="\n".join(lines * 8))
+    assert kept.status_code == 201, kept.text
+    spec = {
+        "base_model": "forgearr/tiny",
+        "data": {"dataset": kept.json()["id"]},
+        "epochs": 20,
+        "batch_size": 4,
+        "learning_rate": 5e-3,
+        "rank": 64,
+        "pissa": True,
+    }
+    job_id = platform.submit("fine_tune", spec=spec)
+    job = platform.wait_for(job_id, seconds=240)
+    assert job["state"] == "succeeded", job
+    return job_id
+
+
+def test_a_training_answers_before_its_export(platform: Platform, trained: str) -> None:
+    assert not platform.processes(ENGINE)
+    assert platform.http.get("/api/ps").json() == {"models": []}
+    assert not platform.processes(ENGINE)  # to ask what there is starts nothing
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=180) as client:
+        for asked, said in LEARNED.items():
+            messages: Any = [{"role": "user", "content": asked}]
+            answer = client.chat.completions.create(model=trained, messages=messages, temperature=0)
+            assert answer.choices[0].message.content == said
+            assert answer.choices[0].finish_reason == "stop"
+            with client.chat.completions.create(
+                model=trained, messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
+            ) as stream:
+                chunks = list(stream)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said
+            assert chunks[-1].usage == answer.usage
+        assert client.models.retrieve(trained).id == trained
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="job_20200101_000000_none", messages=messages)
+        with pytest.raises(openai.BadRequestError, match="response_format"):
+            client.chat.completions.create(model=trained, messages=messages, response_format={"type": "json_object"})
+    assert len(platform.processes(ENGINE)) == 1
+    (held,) = platform.http.get("/api/ps").json()["models"]
+    assert held["name"] == trained
