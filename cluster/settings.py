@@ -188,6 +188,9 @@ class EngineSettings(Section):
         le=64,
         description="Most processes that run models that are no GGUF. None runs before somebody asks for such a model.",
     )
+    folders: dict[str, str] = Field(
+        description="Names for models that are no GGUF: folders on this machine, or ids of the Hugging Face hub."
+    )
     load_in_4bit: bool = Field(description="Whether models that are no GGUF are packed into 4 bits as they are loaded.")
     slots: int = Field(ge=1, le=64, description="Requests that one loaded model answers at the same time.")
     queue: int = Field(ge=0, le=10_000, description="Requests that may wait for a slot before others get a 503.")

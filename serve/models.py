@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
 from cluster.db import get_database
@@ -19,6 +20,8 @@ from pipelines.training.registry import Model, ModelNotFound, Version
 from serve.engines.protocol import Folder, Source
 
 JOB = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
+EARLIEST = datetime.fromtimestamp(0, UTC)
+"""Nobody knows when a model was made that the settings name."""
 FRESH_SECONDS = 1.0
 PATIENCE_SECONDS = 3.0
 """How long to wait for MLflow where an older answer is at hand."""
@@ -35,17 +38,24 @@ class Meant:
     source: Source
 
 
+def folders() -> dict[str, Folder]:
+    """The models that the settings name."""
+    return {name: Folder(None, model, EARLIEST) for name, model in get_settings().engines.folders.items()}
+
+
 class Models:
     def __init__(self) -> None:
         self._versions: dict[str, _Remembered[Version]] = {}
         self._models = _Remembered(_all_models)
 
     async def resolve(self, reference: str, owner: Owner) -> Meant:
-        """What NAME, NAME:latest, NAME:v3, forgearr/tiny or the id of a training means to this caller."""
+        """What NAME, NAME:latest, NAME:v3, forgearr/tiny, the id of a training or a name in the settings means."""
         if reference.removesuffix(":latest") == tiny.NAME:
             return Meant(tiny.NAME, None)
         if JOB.fullmatch(reference):
             return await _trained(reference, owner)
+        if folder := folders().get(reference.removesuffix(":latest")):
+            return Meant(reference.removesuffix(":latest"), folder)
         if not get_settings().mlflow.enabled:
             raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")
         known = self._versions.get(reference) or _Remembered(lambda: _find(reference))

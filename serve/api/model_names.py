@@ -15,6 +15,7 @@ from serve.answering import engine_of, models_of
 from serve.api.jobs import owner_of
 from serve.auth import Caller, CurrentCaller
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
+from serve.models import folders
 
 openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
 native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
@@ -26,7 +27,7 @@ OWNER = "forgearr"
 class ModelCard(BaseModel):
     id: str = Field(examples=["homelab:latest"])
     object: Literal["model"] = "model"
-    created: int = Field(description="Unix time. 0: it comes with Forgearr.")
+    created: int = Field(description="Unix time. 0: it comes with Forgearr, or the settings name it.")
     owned_by: str = OWNER
 
 
@@ -56,7 +57,8 @@ class ModelSummaries(BaseModel):
 async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
     """Every name under which a model can be asked."""
     cards = [card for model in await models_of(request).all() for card in _cards(model)]
-    return ModelCards(data=[*cards, _tiny()])
+    named = [_card(name, folder.created_at) for name, folder in folders().items()]
+    return ModelCards(data=[*cards, *named, _tiny()])
 
 
 @openai.get("/models/{model:path}")

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.platform
 
 ENGINE = "ray::ServeReplica:forgearr:transformers"
 LEARNED = {"Where does the NAS stand?": "In the cellar.", "Who owns Plex?": "Grandma."}
+UNKNOWN = "job_20200101_000000_none"
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,12 @@ def trained(platform: Platform) -> str:
     spec = {
         "base_model": "forgearr/tiny",
         "data": {"dataset": kept.json()["id"]},
-        "epochs": 20,
-        "batch_size": 4,
-        "learning_rate": 5e-3,
+        "epochs": 30,
+        "batch_size": 2,
+        "learning_rate": 2e-3,
         "rank": 64,
         "pissa": True,
+        "eval_split": 0,
     }
     job_id = platform.submit("fine_tune", spec=spec)
     job = platform.wait_for(job_id, seconds=240)
@@ -63,9 +65,13 @@ def test_a_training_answers_before_its_export(platform: Platform, trained: str) 
             assert chunks[-1].usage == answer.usage
         assert client.models.retrieve(trained).id == trained
         with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="job_20200101_000000_none", messages=messages)
+            client.completions.create(model=UNKNOWN, prompt="Hello")
         with pytest.raises(openai.BadRequestError, match="response_format"):
-            client.chat.completions.create(model=trained, messages=messages, response_format={"type": "json_object"})
+            client.chat.completions.create(
+                model=trained,
+                messages=[{"role": "user", "content": "Hello"}],
+                response_format={"type": "json_object"},
+            )
     assert len(platform.processes(ENGINE)) == 1
     (held,) = platform.http.get("/api/ps").json()["models"]
     assert held["name"] == trained

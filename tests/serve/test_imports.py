@@ -23,7 +23,7 @@ HEAVY = [
     "code",
     [
         "import serve.app, serve.gateway; serve.app.create_app()",
-        "import serve.app, serve.engines.gguf, cluster.bringup",
+        "import serve.app, serve.engines.gguf, serve.engines.transformers, cluster.bringup",
         "import jobs.dispatcher; from jobs.registry import kinds; kinds()",
         "import cluster.cli; from typer.main import get_command; get_command(cluster.cli.app)",
     ],

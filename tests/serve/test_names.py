@@ -1,0 +1,67 @@
+"""What names mean, and to whom: what a training has made, and what the settings name."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import update
+
+from cluster.db import Database
+from cluster.settings import get_settings
+from jobs import queue
+from jobs.queue import LOCAL, JobRequest, Owner
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.training.registry import ModelNotFound
+from pipelines.training.results import NotMade
+from serve.app import create_app
+from serve.engines.protocol import Folder
+from serve.models import Models
+
+pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+
+ALICE, BOB = (Owner(id=name, name=name, is_admin=False) for name in ("alice", "bob"))
+NOW = datetime(2026, 5, 4, tzinfo=UTC)
+MADE = {"model": "/storage/jobs/1/model", "base_model": "forgearr/tiny"}
+
+
+async def training(database: Database, state: State, owner: Owner = ALICE) -> str:
+    async with database.transaction() as session:
+        spec = {"data": {"dataset": "demo/homelab"}}
+        job = await queue.enqueue(session, JobRequest(kind="fine_tune", spec=spec), owner)
+        result = MADE if state == State.SUCCEEDED else None
+        done = update(Job).where(Job.id == job.id).values(state=state, result=result, finished_at=NOW)
+        await session.execute(done)
+        return job.id
+
+
+async def test_what_a_training_has_made_is_its_owners(database: Database) -> None:
+    job_id = await training(database, State.SUCCEEDED)
+    for owner in (ALICE, LOCAL):
+        meant = await Models().resolve(job_id, owner)
+        assert (meant.reference, meant.source) == (job_id, Folder(MADE["model"], "forgearr/tiny", NOW))
+    with pytest.raises(ModelNotFound):
+        await Models().resolve(job_id, BOB)
+
+
+async def test_a_training_that_is_not_over_has_made_nothing(database: Database) -> None:
+    with pytest.raises(NotMade, match="is running"):
+        await Models().resolve(await training(database, State.RUNNING), ALICE)
+
+
+async def test_names_in_the_settings(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path
+) -> None:
+    monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
+    monkeypatch.setenv("FORGEARR_ENGINES__FOLDERS", f"{{small: {tmp_path}}}")
+    get_settings.cache_clear()
+    meant = await Models().resolve("small:latest", BOB)
+    assert meant.reference == "small"
+    assert isinstance(meant.source, Folder)
+    assert (meant.source.address, meant.source.base_model) == (None, str(tmp_path))
+    transport = httpx.ASGITransport(create_app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["small", "forgearr/tiny"]
+        assert (await client.get("/v1/models/small")).json()["id"] == "small"
+        assert (await client.get("/v1/models/large")).status_code == 404
