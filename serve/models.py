@@ -50,12 +50,13 @@ class Models:
 
     async def resolve(self, reference: str, owner: Owner) -> Meant:
         """What NAME, NAME:latest, NAME:v3, forgearr/tiny, the id of a training or a name in the settings means."""
-        if reference.removesuffix(":latest") == tiny.NAME:
+        name = reference.removesuffix(":latest")
+        if name == tiny.NAME:
             return Meant(tiny.NAME, None)
-        if JOB.fullmatch(reference):
-            return await _trained(reference, owner)
-        if folder := folders().get(reference.removesuffix(":latest")):
-            return Meant(reference.removesuffix(":latest"), folder)
+        if JOB.fullmatch(name):
+            return await _trained(name, owner)
+        if folder := folders().get(name):
+            return Meant(name, folder)
         if not get_settings().mlflow.enabled:
             raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")
         known = self._versions.get(reference) or _Remembered(lambda: _find(reference))

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from cluster.times import UtcTime
-from pipelines.training import tiny
 from pipelines.training.registry import Manner, Version
 from serve.answering import engine_of, models_of, while_connected
 from serve.api.health import VERSION
@@ -177,7 +176,7 @@ def _details(source: Source) -> Details:
 
 def _name(reference: str) -> str:
     """Ollama's names always have a tag."""
-    return f"{reference}:latest" if reference == tiny.NAME else reference
+    return reference if ":" in reference else f"{reference}:latest"
 
 
 def _capabilities(header: Header, template: str) -> Iterator[str]:

@@ -77,7 +77,7 @@ class LoadedFolder:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         disable_progress_bar()
         self._context = context
-        self._embedding = asyncio.Semaphore(1)
+        self._embedding, self._starting = asyncio.Lock(), asyncio.Lock()
         self._sampler = Sampler()
         self._manager: Any = None  # of the batch; embeddings are made without one
         try:
@@ -131,15 +131,20 @@ class LoadedFolder:
             torch.cuda.empty_cache()
 
     def _start(self) -> None:
-        """From a thread that ends with the process, because transformers' own inherits that from it."""
+        """Also after a step that broke: that costs those who were in it.
+
+        From a thread that ends with the process, because transformers' own inherits that from it.
+        """
+        self._manager.join(perf_counter())
         starting = Thread(target=self._manager.start, daemon=True)
         starting.start()
         starting.join()
 
     async def _speak(self, tokens: list[int], longest: int, sampling: Sampling, ends: set[int]) -> AsyncGenerator[int]:
         manager = self._manager
-        if not manager.is_running():  # what has broken it is over: it begins anew
-            await asyncio.to_thread(self._start)
+        async with self._starting:
+            if manager.background_thread_status.can_accept_new_requests() is not None:
+                await asyncio.to_thread(self._start)
         identifier = token_hex(12)
         arrived = asyncio.Queue[Any]()
         self._sampler.of[identifier] = sampling

@@ -50,7 +50,7 @@ class FolderHeader:
     is_quantized: bool  # as it lies there
 
     def weight_bytes(self, element: int, in_4bit: bool) -> int:
-        if self.is_quantized:
+        if self.is_quantized:  # its tensors are no longer its weights
             return self.header.file_bytes
         size = {True: FOUR_BITS, False: element}
         return int(sum(weight.count * size[in_4bit and weight.is_packed] for weight in self.weights))

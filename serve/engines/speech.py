@@ -7,6 +7,8 @@ from typing import Any
 
 CALL, CALLED = "<tool_call>", "</tool_call>"
 UNFINISHED = "\ufffd"
+LONGEST_LETTER = 8
+"""In tokens. What is unfinished after more is no letter: a model may say any bytes."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -24,7 +26,8 @@ class Letters:
         # What a token reads as depends on those before it, so a few told ones are decoded with it.
         before = self._decode(self._tokens[self._begin : self._told])
         now = self._decode(self._tokens[self._begin :])
-        if len(now) <= len(before) or now.endswith(UNFINISHED):
+        waiting = len(self._tokens) - self._told
+        if len(now) <= len(before) or (now.endswith(UNFINISHED) and waiting <= LONGEST_LETTER):
             return ""
         self._begin, self._told = self._told, len(self._tokens)
         return now[len(before) :]

@@ -54,7 +54,10 @@ class Folders:
         found = read_folder(files.model, reference)
         size, slots = element(self._settings).itemsize, self._settings.slots
         context = min(self._settings.context, found.header.context)
-        weights = found.weight_bytes(size, self._settings.load_in_4bit)
+        # What is packed already stays as it is.
+        in_4bit = self._settings.load_in_4bit and not found.is_quantized
+        settings = self._settings.model_copy(update={"load_in_4bit": in_4bit})
+        weights = found.weight_bytes(size, in_4bit)
         weights += adapter_bytes(files.adapter) if files.adapter else 0
         working = found.working_bytes(context, slots, size) if purpose == "answers" else 0
         return Plan(
@@ -62,7 +65,7 @@ class Folders:
             parts=f"{weights // MB} MB of weights, and {slots} slots of {context} tokens",
             remedy="set engines.load_in_4bit, or export the model as GGUF",
             context=context,
-            load=partial(LoadedFolder, files, context, self._settings, purpose),
+            load=partial(LoadedFolder, files, context, settings, purpose),
         )
 
     def _describe(self, reference: str, source: Source) -> Header:

@@ -13,6 +13,9 @@ pytestmark = pytest.mark.platform
 
 ENGINE = "ray::ServeReplica:forgearr:transformers"
 LEARNED = {"Where does the NAS stand?": "In the cellar.", "Who owns Plex?": "Grandma."}
+LOOK: Any = {"role": "user", "content": "Find the movie Inception."}
+CALL: Any = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"title": "Inception"}'}}
+TOOL: Any = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
 UNKNOWN = "job_20200101_000000_none"
 
 
@@ -28,7 +31,7 @@ def trained(platform: Platform) -> str:
     lines = [
         json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
         for asked, said in LEARNED.items()
-    ]
+    ] + [json.dumps({"messages": [LOOK, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]})]
     kept = platform.http.post("/api/v1/datasets", params={"name": "house"}, content="\n".join(lines * 8))
     assert kept.status_code == 201, kept.text
     spec = {
@@ -63,6 +66,10 @@ def test_a_training_answers_before_its_export(platform: Platform, trained: str) 
                 chunks = list(stream)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said
             assert chunks[-1].usage == answer.usage
+        answer = client.chat.completions.create(model=trained, messages=[LOOK], tools=[TOOL], temperature=0)
+        assert answer.choices[0].finish_reason == "tool_calls"
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.to_dict()["function"] == CALL["function"]
         assert client.models.retrieve(trained).id == trained
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model=UNKNOWN, prompt="Hello")
@@ -74,4 +81,4 @@ def test_a_training_answers_before_its_export(platform: Platform, trained: str) 
             )
     assert len(platform.processes(ENGINE)) == 1
     (held,) = platform.http.get("/api/ps").json()["models"]
-    assert held["name"] == trained
+    assert held["name"] == f"{trained}:latest"

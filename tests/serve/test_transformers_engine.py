@@ -20,13 +20,14 @@ from serve.engines.local import LocalEngine
 from serve.engines.protocol import (
     ContextExceeded,
     EngineBusy,
+    EngineFailed,
     Folder,
     ModelTooLarge,
     Request,
     RequestRefused,
     TextTooLong,
 )
-from serve.engines.sampling import Sampler
+from serve.engines.sampling import Sampler, Sampling
 from serve.engines.shelf import MB
 from serve.engines.speech import UNFINISHED, Letters, Speech
 from serve.engines.transformers import Folders
@@ -215,6 +216,25 @@ async def test_who_leaves_is_out_of_the_batch(engines: Engines, house: Folder) -
             await anext(staying)
         assert not waiting.done()
     assert (await waiting)["usage"]["completion_tokens"] == 3
+
+
+async def test_a_step_that_breaks_costs_only_those_in_it(
+    engines: Engines, house: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines.make()
+    request = {**GREEDY, "max_tokens": 3}
+    expected = content(await engine.complete("house", request, house))
+
+    def out_of_memory(*_: object) -> int:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Sampling, "choose", out_of_memory)
+        failed = await asyncio.gather(
+            *(engine.complete("house", request, house) for _ in range(2)), return_exceptions=True
+        )
+    assert all(isinstance(one, EngineFailed) and "out of memory" in str(one) for one in failed)
+    assert content(await engine.complete("house", request, house)) == expected
 
 
 async def test_an_adapter_changes_the_answer(engines: Engines, house: Folder, adapted: Folder) -> None:
