@@ -146,6 +146,15 @@ async def migrate() -> None:
             await raw.execute("PRAGMA foreign_keys = ON")
 
 
+async def apart(work: Callable[[Database], Awaitable[Result]]) -> Result:
+    """Do this with a database of its own: the one of the process belongs to another event loop."""
+    database = Database(get_settings().database_url, pool_size=1)
+    try:
+        return await work(database)
+    finally:
+        await database.close()
+
+
 async def run_alone(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
     """One transaction of a process that lives for nothing else, such as a command."""
     try:

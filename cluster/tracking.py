@@ -8,6 +8,7 @@ their size.
 import asyncio
 import hashlib
 import json
+import re
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -28,6 +29,8 @@ ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 LONGEST_VALUE = 6000  # of a parameter or tag, in characters; the server refuses more
 MOST_PARAMETERS = 100  # in one request
 MOST_METRICS = 1000
+UNNAMEABLE = re.compile(r"[^\w .:/-]", re.ASCII)
+"""What the name of a parameter may not have."""
 LONGEST_DIGEST = 36  # of a dataset, in characters
 
 Result = TypeVar("Result")
@@ -84,7 +87,8 @@ class Tracking:
         return made["run"]["info"]["run_id"]
 
     async def log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
-        for page in _pages(_pairs(parameters), MOST_PARAMETERS):
+        named = {UNNAMEABLE.sub("_", name): value for name, value in parameters.items()}
+        for page in _pages(_pairs(named), MOST_PARAMETERS):
             await self.call("POST", "runs/log-batch", json={"run_id": run_id, "params": page})
 
     async def log_metrics(self, run_id: str, metrics: Sequence[tuple[str, float, datetime, int]]) -> None:

@@ -17,6 +17,7 @@ from cluster.settings import get_settings
 from jobs.queue import JobNotFound, Owner
 from pipelines.training import registry, results, tiny
 from pipelines.training.registry import Model, ModelNotFound, Version
+from serve import fine_tuned
 from serve.engines.protocol import Folder, Source
 
 JOB = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
@@ -49,7 +50,11 @@ class Models:
         self._models = _Remembered(_all_models)
 
     async def resolve(self, reference: str, owner: Owner) -> Meant:
-        """What NAME, NAME:latest, NAME:v3, forgearr/tiny, the id of a training or a name in the settings means."""
+        """What NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, the id of a training or a name in the settings means."""
+        if reference.startswith(fine_tuned.PREFIX):
+            async with get_database().reading() as session:
+                tuned = await fine_tuned.resolve(session, reference, owner)
+            return Meant(reference, tuned) if isinstance(tuned, Folder) else await self.resolve(tuned, owner)
         name = reference.removesuffix(":latest")
         if name == tiny.NAME:
             return Meant(tiny.NAME, None)

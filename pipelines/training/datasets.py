@@ -9,12 +9,12 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
+from importlib.resources import files as shipped_files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from uuid import uuid4
 
 from sqlalchemy import Index, Select, String, Text, func, select
@@ -22,16 +22,18 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import storage
-from cluster.db import Base, Database, now, one_at_a_time
+from cluster.db import Base, Database, apart, now, one_at_a_time
 from cluster.errors import Conflict, Forbidden, ForgearrError, InvalidRequest, NotFound
 from cluster.identity import User
 from cluster.settings import get_settings
+from jobs import files
+from jobs.files import File
 from jobs.queue import LOCAL, Owner
 from jobs.states import FINISHED
 from jobs.tables import Job
 from jobs.tables import Sequence as Counter
 from pipelines.training import documents, prompts
-from pipelines.training.samples import EmptyData, Pair, Sample, WrongKindOfData, line_of, parse
+from pipelines.training.samples import EmptyData, Pair, Sample, WrongKindOfData, line_of, lines_of, parse, read
 from pipelines.training.spec import Data, FineTuneSpec
 
 SHIPPED = "demo/homelab"
@@ -39,8 +41,6 @@ NAME = r"^[a-z0-9][a-z0-9._-]{0,99}$"
 """Of a dataset that somebody uploads. The names of others have a slash in them."""
 NAME_MAX = 100
 VERSION = re.compile(r":v([1-9][0-9]{0,8})\Z")
-
-Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,12 @@ class FolderNotFound(InvalidRequest):
     """There is no such folder."""
 
     code = "FOLDER_NOT_FOUND"
+
+
+class NotToLearnFrom(InvalidRequest):
+    """This file is not one to learn from."""
+
+    code = "INVALID_TRAINING_FILE"
 
 
 class Dataset(Base):
@@ -109,11 +115,11 @@ class Content:
 
 def resolve(data: Data, owner_id: str | None) -> Dataset:
     """The dataset that is meant: found, or made from prompts or documents as they are now."""
-    return asyncio.run(_with_database(lambda database: _resolve(database, data, owner_id)))
+    return asyncio.run(apart(lambda database: _resolve(database, data, owner_id)))
 
 
 def get(dataset_id: str) -> Dataset:
-    return asyncio.run(_with_database(lambda database: _get(database, dataset_id)))
+    return asyncio.run(apart(lambda database: _get(database, dataset_id)))
 
 
 def load(dataset: Dataset) -> list[Sample] | list[Pair]:
@@ -143,6 +149,8 @@ async def check(session: AsyncSession, data: Data, owner: Owner, method: Literal
     kind = "chat"  # whatever is no uploaded dataset
     if data.dataset is not None and data.dataset != SHIPPED:
         kind = (await find(session, data.dataset, owner)).kind
+    if data.file is not None:
+        kind = (await _training_file(session, data.file, owner)).content or kind
     if data.prompts is not None:
         await prompts.matching(session, data.prompts, owner)
     if data.folder is not None:
@@ -154,8 +162,8 @@ async def check(session: AsyncSession, data: Data, owner: Owner, method: Literal
 
 def needs_admin(spec: Data | FineTuneSpec) -> bool:
     """Whether it names a folder of this machine that is not for everybody."""
-    data = spec if isinstance(spec, Data) else spec.data
-    named = [data.folder] if data.folder is not None else []
+    sources = [spec] if isinstance(spec, Data) else [spec.data, *([spec.validation] if spec.validation else [])]
+    named = [data.folder for data in sources if data.folder is not None]
     if isinstance(spec, FineTuneSpec) and is_path(spec.base_model):
         named.append(spec.base_model)
     return not all(is_shared(path) for path in named)
@@ -236,15 +244,6 @@ async def delete(database: Database, dataset_id: str, owner: Owner = LOCAL) -> N
             await asyncio.to_thread(storage.remove, dataset.address)
 
 
-async def _with_database(work: Callable[[Database], Awaitable[Result]]) -> Result:
-    # The database of this process belongs to another event loop.
-    database = Database(get_settings().database_url, pool_size=1)
-    try:
-        return await work(database)
-    finally:
-        await database.close()
-
-
 async def _get(database: Database, dataset_id: str) -> Dataset:
     async with database.reading() as session:
         return await find(session, dataset_id)
@@ -255,7 +254,12 @@ async def _resolve(database: Database, data: Data, owner_id: str | None) -> Data
         owner = await _owner(session, owner_id)
         if data.dataset is not None and data.dataset != SHIPPED:
             return await find(session, data.dataset, owner)
+        file = await _training_file(session, data.file, owner) if data.file is not None else None
         chosen = await prompts.samples(session, data.prompts, owner) if data.prompts is not None else []
+    if file is not None:
+        with files.opened(file) as content:
+            samples = read(lines_of(content), file.filename)
+            return await _make(database, f"file/{_slug(file.filename)}", samples, {"file": file.id}, owner)
     if data.prompts is not None:
         source = {"prompts": data.prompts.model_dump(exclude_none=True)}
         return await _make(database, _prompts_name(data), chosen, source, owner)
@@ -272,7 +276,7 @@ async def _resolve(database: Database, data: Data, owner_id: str | None) -> Data
 
 def shipped() -> list[Sample] | list[Pair]:
     """The samples that come with Forgearr."""
-    return parse((files("configs") / f"{SHIPPED}.jsonl").read_bytes(), SHIPPED)
+    return parse((shipped_files("configs") / f"{SHIPPED}.jsonl").read_bytes(), SHIPPED)
 
 
 async def _make(
@@ -281,6 +285,15 @@ async def _make(
     with tempfile.TemporaryDirectory(prefix="forgearr-dataset-") as folder:
         content = write(samples, Path(folder) / "samples.jsonl", name)
         return await keep(database, name, content, source, owner)
+
+
+async def _training_file(session: AsyncSession, file_id: str, owner: Owner) -> File:
+    file = await files.find(session, file_id, owner)
+    if file.purpose != "fine-tune":
+        raise NotToLearnFrom(f"The file '{file_id}' was uploaded with the purpose '{file.purpose}', not 'fine-tune'.")
+    if file.fault:
+        raise NotToLearnFrom(f"The file '{file_id}' cannot be learned from: {file.fault}")
+    return file
 
 
 async def _keep_row(
@@ -314,9 +327,11 @@ async def _learner(session: AsyncSession, dataset: Dataset) -> str | None:
     unfinished = select(Job).where(Job.kind.in_(["fine_tune", "forge"]), Job.state.not_in(FINISHED))
     for job in await session.scalars(unfinished):
         wanted = job.spec.get("data", {}).get("dataset")
-        begun_with = job.checkpoint.get("dataset") if isinstance(job.checkpoint, dict) else None
-        named = wanted in (dataset.name, _title(dataset)) and job.owner_id == dataset.owner_id
-        if named or dataset.id in (wanted, begun_with):
+        held_out = (job.spec.get("validation") or {}).get("dataset")
+        state: dict[str, Any] = job.checkpoint if isinstance(job.checkpoint, dict) else {}
+        own = job.owner_id == dataset.owner_id
+        named = own and not {wanted, held_out}.isdisjoint({dataset.name, _title(dataset)})
+        if named or dataset.id in (wanted, held_out, state.get("dataset"), state.get("validation")):
             return job.id
     return None
 

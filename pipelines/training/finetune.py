@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
+from cluster.db import now
 from cluster.errors import ForgearrError
 from cluster.settings import home
 from jobs.context import Context, Stop
 from jobs.registry import Resources, job
-from pipelines.training import base_models, datasets, results, work
+from pipelines.training import base_models, datasets, results, step_metrics, work
 from pipelines.training.datasets import Dataset
 from pipelines.training.spec import FineTuneSpec
+
+MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+TRAINERS_OWN = {"trainer_state.json"}
+"""What is in a checkpoint and no part of the model, beside files of other sorts: optimizer, schedule, random state."""
 
 if TYPE_CHECKING:
     from pipelines.training.recipe import Outcome
@@ -45,6 +50,8 @@ def _train_from(context: Context, spec: FineTuneSpec, state: dict[str, Any]) -> 
     if "dataset" not in state:
         context.report(progress=0, phase="gathering the data")
         state["dataset"] = datasets.resolve(spec.data, context.owner_id).id
+        if spec.validation:
+            state["validation"] = datasets.resolve(spec.validation, context.owner_id).id
         state["base_model"] = base_models.pinned(spec.base_model)
         context.checkpoint(state)
     dataset = datasets.get(state["dataset"])
@@ -92,7 +99,7 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
     from pipelines.training.batches import StartSmaller
 
     with work.folder(context.job_id) as folder:
-        watcher = JobWatcher(context, state, folder)
+        watcher = JobWatcher(context, state, folder, spec.keep_epochs)
         try:
             outcome = recipe.train(
                 spec,
@@ -100,6 +107,7 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
                 base=base_models.folder(state["base_model"]),
                 work=folder,
                 watcher=watcher,
+                validation=datasets.load(datasets.get(state["validation"])) if "validation" in state else None,
                 checkpoint=watcher.newest(),
                 place=state.get("place"),
             )
@@ -128,6 +136,7 @@ def _publish(
             context.artifact(outcome.model / name)
     context.artifact(pictures.loss_curve(outcome.history, folder / "loss.png"))
     context.artifact(pictures.environment(folder / "environment.json"))
+    results_file = step_metrics.keep(outcome.history, folder / "step_metrics.csv", results.own_row(context.job_id))
     told = dataclasses.asdict(outcome)
     counts = {name: told.pop(name) for name in ("train", "held_out", "truncated", "skipped")}
     for name in ("model", "history"):
@@ -138,6 +147,7 @@ def _publish(
         "method": spec.method,
         "tuning": spec.tuning,
         "model": address,
+        "result_files": [results_file],
         "dataset": {"id": dataset.id, "digest": dataset.digest, "samples": dataset.samples, **counts},
         **told,
     }
@@ -146,12 +156,14 @@ def _publish(
 class JobWatcher:
     """Tells the job how its training goes, and keeps its checkpoints. Only the first process tells."""
 
-    def __init__(self, context: Context, state: dict[str, Any], folder: Path) -> None:
+    def __init__(self, context: Context, state: dict[str, Any], folder: Path, keep_epochs: int = 0) -> None:
         from ray import train
 
         self._context = context
         self._state = state
         self._folder = folder
+        self._keep_epochs = keep_epochs
+        self._stale: set[str] = set()  # folders of epochs that nobody will name any more
         self._rank = train.get_context().get_world_rank()
         self._processes = train.get_context().get_world_size()
         self.is_first = self._rank == 0
@@ -187,8 +199,22 @@ class JobWatcher:
         kept[step] = storage.address(name)
         self._state |= {"place": dict(place), "checkpoints": kept}
         if self.is_first:
-            self._record(set(before.values()) - set(kept.values()))
+            self._record(self._stale | set(before.values()) - set(kept.values()))
+            self._stale = set()
         self._meet()
+
+    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None:
+        step = int(numbers["step"])
+        name = f"jobs/{self._context.job_id}/epochs/{step}"
+        if self.is_first:
+            for file in sorted(checkpoint.iterdir()):
+                if file.suffix in MODEL_FILES and file.name not in TRAINERS_OWN:
+                    storage.save(file, f"{name}/{file.name}")
+            self._context.log(f"Checkpoint created at step {step}")
+        kept = {"address": storage.address(name), "created_at": now().isoformat(), **numbers, "step": step}
+        before: list[dict[str, Any]] = [one for one in self._state.get("epochs", []) if one["step"] != step]
+        self._state["epochs"] = [*before, kept][-self._keep_epochs :]
+        self._stale |= {one["address"] for one in before} - {one["address"] for one in self._state["epochs"]}
 
     def kept(self, step: int) -> Path:
         return storage.fetch(self._state["checkpoints"][str(step)], self._folder)

@@ -19,7 +19,9 @@ COLUMNS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
+    "mean_token_accuracy": "token_accuracy",
     "eval_loss": "eval_loss",
+    "eval_mean_token_accuracy": "eval_token_accuracy",
     "rewards/accuracies": "reward_accuracy",
     "eval_rewards/accuracies": "eval_reward_accuracy",
     "rewards/margins": "reward_margin",
@@ -55,6 +57,10 @@ class Watcher(Protocol):
         """
         ...
 
+    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None:
+        """An epoch has ended, and its model is in this checkpoint. What is done with it counts with the next `keep`."""
+        ...
+
     def kept(self, step: int) -> Path:
         """The checkpoint of this step, which was kept."""
         ...
@@ -67,7 +73,7 @@ class Follower(TrainerCallback):
         self._place = place
         self._saved_at = self._began = time.monotonic()
         self._began_at: tuple[int, int] = (0, 0)  # step and tokens
-        self._save_due = False
+        self._save_due = self._epoch_ends = False
         self.saved_step: int | None = None
 
     @property
@@ -101,7 +107,8 @@ class Follower(TrainerCallback):
             control.should_save = self._save_due
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_save = self._save_due
+        self._epoch_ends = bool(self._spec.keep_epochs)
+        control.should_save = self._save_due or self._epoch_ends
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **news: Any) -> None:
         """Without an improvement for so many evaluations, it is over, and the best one counts."""
@@ -117,6 +124,9 @@ class Follower(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._epoch_ends:
+            self._watcher.epoch(checkpoint, _newest(state))
+            self._epoch_ends = False
         self._watcher.keep(checkpoint, self._place | {"step": state.global_step})
         self.saved_step = state.global_step
         shutil.rmtree(checkpoint, ignore_errors=True)  # other processes on this machine do the same
@@ -134,6 +144,15 @@ class Follower(TrainerCallback):
         if (use := _gpu_use()) is not None:
             pace["gpu_utilization"] = use
         return pace
+
+
+def _newest(state: TrainerState) -> dict[str, float]:
+    """The newest numbers of the training, and those of its evaluation at this step."""
+    numbers: dict[str, float] = {}
+    for entry in state.log_history:
+        if "eval_loss" not in entry or entry["step"] == state.global_step:
+            numbers |= {ours: float(entry[theirs]) for theirs, ours in COLUMNS.items() if theirs in entry}
+    return numbers | {"step": state.global_step, "epoch": float(state.epoch or 0)}
 
 
 def _memory_mb() -> float:

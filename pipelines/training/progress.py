@@ -97,7 +97,7 @@ async def _numbers(session: AsyncSession, training: Job) -> dict[str, Any]:
 
 def _was_evaluated(spec: dict[str, Any], numbers: dict[str, Any]) -> bool:
     """Before that, nobody need look for it among all that was told."""
-    if not spec["eval_split"]:
+    if not spec["eval_split"] and not spec.get("validation"):
         return False
     every = spec["eval_steps"]
     return numbers.get("step", 0) >= every if every else numbers.get("epoch", 0) >= 1

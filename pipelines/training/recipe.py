@@ -74,18 +74,26 @@ def train(
     base: str,
     work: Path,
     watcher: Watcher,
+    validation: Sequence[Sample] | Sequence[Pair] | None = None,
     checkpoint: Path | None = None,
     place: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Train, or go on from a checkpoint that the watcher was given before, with the place it was told with it."""
+    """Train, or go on from a checkpoint that the watcher was given before, with the place it was told with it.
+
+    What is held out is `validation`, or else a part of the samples.
+    """
     disable_progress_bar()  # the watcher tells how it goes
     disable_progress_bars()
-    require_kind(samples, spec.method)
+    for given in (samples, validation or ()):
+        require_kind(given, spec.method)
     _require_trainable(spec, base)
     watcher.phase("reading the samples")
     tokenizer = AutoTokenizer.from_pretrained(base)
     max_length = length_within(spec.max_length, context_of(base, tokenizer))
-    learned, held_out = split(samples, spec.eval_split, spec.seed)
+    if validation is None:
+        learned, held_out = split(samples, spec.eval_split, spec.seed)
+    else:
+        learned, held_out = list(enumerate(samples, 1)), list(enumerate(validation, 1))
     rows = prepare(learned, tokenizer, max_length, spec.long_samples)
     held_out_rows = prepare(held_out, tokenizer, max_length, spec.long_samples)
     if not rows.rows:

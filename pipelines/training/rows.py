@@ -48,6 +48,8 @@ class Rows:
 
 
 def require_kind(samples: Sequence[Sample] | Sequence[Pair], method: Literal["supervised", "dpo"]) -> None:
+    if not samples:
+        return
     is_pairs = any(isinstance(sample, Pair) for sample in samples)
     if method == "dpo" and not is_pairs:
         raise WrongKindOfData(

@@ -19,6 +19,11 @@ ModelName = Annotated[
     str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$", examples=["homelab"], description="What the model is called.")
 ]
 JobId = Annotated[str, Field(max_length=40, examples=["job_20261121_083000_k3x9"])]
+Metadata = Annotated[
+    dict[Annotated[str, Field(pattern=r'^[^"\\\x00]{1,64}$')], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
+"""OpenAI's: 16 notes. No database finds a key that has quotes in it."""
 Folder = Annotated[str, Field(pattern=r"^[/~]", max_length=1000)]
 
 
@@ -48,11 +53,12 @@ class Data(Spec):
     )
     prompts: PromptFilter | None = None
     folder: Folder | None = Field(default=None, description="A folder or repository of documents on this machine.")
+    file: str | None = Field(default=None, max_length=100, description="A file of /v1/files, to be learned from.")
 
     @model_validator(mode="after")
     def be_one(self) -> Self:
-        if sum(source is not None for source in (self.dataset, self.prompts, self.folder)) != 1:
-            raise ValueError("name exactly one of dataset, prompts and folder")
+        if sum(source is not None for source in (self.dataset, self.prompts, self.folder, self.file)) != 1:
+            raise ValueError("name exactly one of dataset, prompts, folder and file")
         return self
 
 
@@ -92,6 +98,7 @@ class FineTuneSpec(Spec):
     long_samples: Literal["refuse", "truncate", "skip"] = "refuse"
     packing: bool = Field(default=False, description="Several short samples in one row.")
     eval_split: float = Field(default=0.1, ge=0, le=0.5, description="Part of the samples that is held out.")
+    validation: Data | None = Field(default=None, description="Held-out samples of their own, instead of a part.")
     early_stopping: int | None = Field(
         default=None, ge=1, description="Stop after this many evaluations without an improvement."
     )
@@ -100,6 +107,10 @@ class FineTuneSpec(Spec):
     checkpoint_steps: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=10, gt=0, le=1440)
 
+    keep_epochs: int = Field(
+        default=0, ge=0, le=100, description="Of how many epochs, the last ones, the model stays to be asked."
+    )
+
     workers: int = Field(default=1, ge=1, le=1024, description="Processes that train together (DDP).")
     cpus_per_worker: float = Field(default=1, gt=0, le=1024)
     gpus_per_worker: float = Field(default=0, ge=0, le=16)
@@ -107,6 +118,11 @@ class FineTuneSpec(Spec):
 
     suffix: str | None = Field(default=None, pattern=r"^[a-z0-9_-]{1,64}$", description="Added to the name.")
     tags: dict[str, str] = Field(default_factory=dict, description="Notes; parameters of its run in MLflow.")
+    metadata: Metadata | None = Field(default=None, description="Notes of a client, by which jobs can be found.")
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.eval_split or self.validation)
 
     @property
     def full_name(self) -> str:
@@ -121,12 +137,14 @@ class FineTuneSpec(Spec):
     def fit_together(self) -> Self:
         if isinstance(self.batch_size, int) and not 1 <= self.batch_size <= 4096:
             raise ValueError("batch_size is auto, or from 1 to 4096")
-        if self.early_stopping and not self.eval_split:
+        if self.early_stopping and not self.holds_out:
             raise ValueError("early_stopping needs samples that are held out: set eval_split")
         if self.pissa and self.tuning != "lora":
             raise ValueError("pissa is a way to begin a lora")
         if self.pissa and self.method == "dpo":
             raise ValueError("pissa changes the base's weights, which dpo compares with: take one of them")
+        if self.pissa and self.keep_epochs:
+            raise ValueError("pissa changes the base's weights, so that only what is made of it at last can be asked")
         if self.packing and self.method == "dpo":
             raise ValueError("packing is for supervised training")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
@@ -188,6 +206,6 @@ class ForgeSpec(FineTuneSpec):
     def come_to_an_end(self) -> Self:
         if self.adapter and self.tuning == "full":
             raise ValueError("tuning: full makes no adapter that could be exported: take adapter: false, or a lora")
-        if not self.eval_split:
+        if not self.holds_out:
             raise ValueError("what is made is validated on samples that are held out: set eval_split above 0")
         return self

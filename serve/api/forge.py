@@ -107,7 +107,9 @@ async def fine_tune(
         raise NoData
     request = JobRequest(kind="fine_tune", spec=wanted.model_dump(mode="json"))
     async with get_database().transaction() as session:
-        await datasets.check(session, wanted.data, owner_of(caller), wanted.method)
+        for data in (wanted.data, wanted.validation):
+            if data is not None:
+                await datasets.check(session, data, owner_of(caller), wanted.method)
         job = await queue.enqueue(session, request, owner_of(caller), idempotency_key=idempotency_key)
         return Submitted(job_id=job.id, status="queued", message="Fine-tuning job queued")
 

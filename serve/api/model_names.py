@@ -7,10 +7,15 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
 
+from cluster.db import get_database
 from cluster.errors import Unavailable
 from cluster.times import UtcTime
+from jobs.queue import Owner
+from jobs.states import State
+from jobs.tables import Job
 from pipelines.training import removal, tiny
 from pipelines.training.registry import Model, Version
+from serve import fine_tuned
 from serve.answering import engine_of, models_of
 from serve.api.jobs import owner_of
 from serve.auth import Caller, CurrentCaller
@@ -22,6 +27,7 @@ native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
 router = APIRouter()
 
 OWNER = "forgearr"
+MOST_TUNED = 1000
 
 
 class ModelCard(BaseModel):
@@ -55,15 +61,16 @@ class ModelSummaries(BaseModel):
 
 @openai.get("/models")
 async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
-    """Every name under which a model can be asked."""
-    cards = [card for model in await models_of(request).all() for card in _cards(model)]
+    """Every name under which a model can be asked; of the fine-tuned ones (ft:…) your own."""
+    models = await models_of(request).all()
+    cards = [card for model in models for card in _cards(model)]
     named = [_card(name, folder.created_at) for name, folder in folders().items()]
-    return ModelCards(data=[*cards, *named, _tiny()])
+    return ModelCards(data=[*cards, *named, _tiny(), *await _tuned(models, owner_of(caller))])
 
 
 @openai.get("/models/{model:path}")
 async def show_model(
-    request: Request, model: Annotated[str, Path(min_length=1, max_length=120)], caller: CurrentCaller
+    request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelCard:
     """One of them."""
     meant = await models_of(request).resolve(model, owner_of(caller))
@@ -112,8 +119,21 @@ def _cards(model: Model) -> list[ModelCard]:
     return latest + [_card(version.reference, version.created_at) for version in model.versions]
 
 
-def _card(reference: str, created_at: datetime) -> ModelCard:
-    return ModelCard(id=reference, created=int(created_at.timestamp()))
+async def _tuned(models: list[Model], owner: Owner) -> list[ModelCard]:
+    """What has been fine-tuned, the newest first; without what was exported and has been deleted since."""
+    versions = {(version.name, version.number) for model in models for version in model.versions}
+    done = fine_tuned.trainings(owner).where(Job.state == State.SUCCEEDED)
+    async with get_database().reading() as session:
+        jobs = list(await session.scalars(done.order_by(Job.created_at.desc()).limit(MOST_TUNED)))
+    return [
+        _card(fine_tuned.name(job), job.finished_at or job.created_at, fine_tuned.organization(job))
+        for job in jobs
+        if (version := fine_tuned.version_of(job)) is None or version in versions
+    ]
+
+
+def _card(reference: str, created_at: datetime, owner: str = OWNER) -> ModelCard:
+    return ModelCard(id=reference, created=int(created_at.timestamp()), owned_by=owner)
 
 
 def _tiny() -> ModelCard:

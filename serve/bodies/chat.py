@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ModelReference = Annotated[
     str,
-    Field(min_length=1, max_length=120, examples=["homelab:latest"], description="NAME:latest, or NAME:v3 for good."),
+    Field(min_length=1, max_length=400, examples=["homelab:latest"], description="NAME:latest, or NAME:v3 for good."),
 ]
 PASSED_ON = {
     "temperature",

@@ -48,6 +48,7 @@ class Silence:
         return False
 
     def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None: ...
+    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None: ...
     def kept(self, step: int) -> Path:
         raise AssertionError("nothing was kept")
 

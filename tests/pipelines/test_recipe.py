@@ -37,6 +37,7 @@ class Notes:
         self.said: list[str] = []
         self.place: dict[str, Any] = {}
         self.stop = False
+        self.epochs: list[dict[str, float]] = []
 
     def phase(self, name: str) -> None:
         self.phases.append(name)
@@ -57,6 +58,10 @@ class Notes:
         shutil.copytree(checkpoint, self.kept(place["step"]), dirs_exist_ok=True)
         if place["step"] == self._end_at:
             raise Interrupted
+
+    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None:
+        assert (checkpoint / "adapter_model.safetensors").exists()
+        self.epochs.append(dict(numbers))
 
     def kept(self, step: int) -> Path:
         return self._folder / str(step)

@@ -12,6 +12,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from cluster.db import get_database, migrate
 from cluster.settings import get_settings
 from serve.app import create_app
 from serve.engines.gguf import GgufEngine
@@ -237,12 +238,14 @@ async def test_a_question_in_one_line(house: House) -> None:
 
 
 async def test_which_models_there_are(house: House) -> None:
+    await migrate()
     assert [model.id async for model in house.client.models.list()] == [TINY]
     assert (await house.client.models.retrieve(TINY)).owned_by == "forgearr"
     with pytest.raises(openai.NotFoundError):
         await house.client.models.retrieve("nobody")
     short = (await house.http.get("/models")).json()
     assert short == {"models": [], "active_model": None}
+    await get_database().close()
 
 
 async def test_a_token_can_be_made_likelier(house: House) -> None:
