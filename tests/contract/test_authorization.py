@@ -75,7 +75,7 @@ OWNED_LISTS = (
     "/api/training/sessions",
 )
 
-OPENAI_LISTS = ("/v1/files",)
+OPENAI_LISTS = ("/v1/files", "/v1/fine_tuning/jobs")
 
 SOCKETS = {"/ws/system", "/ws/training/{training_id}", "/ws/{client_id}"}
 ADMIN_SOCKETS = {"/ws/logs"}
@@ -129,6 +129,8 @@ class Household:
                 return {"name": "another"}
             case "POST /api/training/sessions/{session_id}/start":
                 return LEARN
+            case "POST /v1/fine_tuning/jobs":
+                return {"model": "forgearr/tiny", "training_file": self.ids["file_id"]}
             case "POST /v1/uploads":
                 return {"filename": "a.txt", "purpose": "user_data", "bytes": 1, "mime_type": "text/plain"}
             case "POST /v1/uploads/{upload_id}/complete":
