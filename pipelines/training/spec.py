@@ -20,10 +20,10 @@ ModelName = Annotated[
 ]
 JobId = Annotated[str, Field(max_length=40, examples=["job_20261121_083000_k3x9"])]
 Metadata = Annotated[
-    dict[Annotated[str, Field(pattern=r'^[^"\\\x00]{1,64}$')], Annotated[str, Field(max_length=512)]],
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
-"""OpenAI's: 16 notes. No database finds a key that has quotes in it."""
+"""OpenAI's."""
 Folder = Annotated[str, Field(pattern=r"^[/~]", max_length=1000)]
 
 

@@ -472,3 +472,16 @@ def always(value: Any) -> Callable[..., Any]:
         return value
 
     return tell
+
+
+def test_each_epoch_is_shown_with_its_numbers_on_the_validation_data(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    spec = spec_of(epochs=2, batch_size=4, keep_epochs=2)
+    outcome = recipe.train(spec, chats(8), base=base, work=tmp_path, watcher=notes, validation=chats(5))
+    assert (outcome.train, outcome.held_out) == (8, 5)
+    assert [(one["step"], one["epoch"]) for one in notes.epochs] == [(2, 1.0), (4, 2.0)]
+    evaluated = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
+    assert [one["eval_loss"] for one in notes.epochs] == evaluated
+    learned = {entry["step"]: entry["loss"] for entry in outcome.history if "loss" in entry}
+    assert [one["loss"] for one in notes.epochs] == [learned[2], learned[4]]
+    assert all(0 <= one["token_accuracy"] <= 1 for one in notes.epochs)

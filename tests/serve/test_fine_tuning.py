@@ -30,6 +30,7 @@ PAIR = {
     "non_preferred_output": [{"role": "assistant", "content": "What?"}],
 }
 TINY = "forgearr/tiny"
+KEY = 'ü.b "c" [d]'
 
 
 class House:
@@ -198,15 +199,15 @@ async def test_a_file_that_is_not_to_be_learned_from_is_refused(house: House) ->
 
 
 async def test_jobs_are_listed_page_by_page_to_their_owner(house: House) -> None:
-    made = [(await house.create(metadata={"run": str(n % 2), "ü.b": "x"})).id for n in range(4)]
+    made = [(await house.create(metadata={"run": str(n % 2), KEY: "x"})).id for n in range(4)]
     made.append((await house.create()).id)
     newest_first = made[::-1]
     assert [job.id async for job in house.ada.list(limit=2)] == newest_first
     page = await house.ada.list(limit=2, after=newest_first[2])
     assert ([job.id for job in page.data], page.has_more) == (newest_first[3:], False)
     assert [job.id async for job in house.ada.list(metadata={"run": "1"})] == [made[3], made[1]]
-    assert [job.id async for job in house.ada.list(metadata={"run": "0", "ü.b": "x"})] == [made[2], made[0]]
-    assert [job.id async for job in house.ada.list(metadata={"run": "0", "ü.b": "y"})] == []
+    assert [job.id async for job in house.ada.list(metadata={"run": "0", KEY: "x"})] == [made[2], made[0]]
+    assert [job.id async for job in house.ada.list(metadata={"run": "0", KEY: "y"})] == []
     assert [job.id async for job in house.ada.list(extra_query={"metadata": "null"})] == [made[4]]
     assert [job async for job in house.bob.list()] == []
     assert [job.id async for job in house.admin.list()] == newest_first
@@ -216,8 +217,6 @@ async def test_jobs_are_listed_page_by_page_to_their_owner(house: House) -> None
             await attempt(made[0])
     with pytest.raises(openai.NotFoundError):
         await house.bob.list(after=made[0])
-    with pytest.raises(openai.BadRequestError, match="quotes"):
-        await house.ada.list(metadata={'a"b': "x"})
 
 
 async def test_other_jobs_are_no_fine_tuning_jobs(house: House) -> None:
