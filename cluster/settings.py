@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from cluster.errors import SettingsError
+from cluster.times import seconds_of
 
 ENVIRONMENT_PREFIX = "FORGEARR_"
 NOT_SETTINGS = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
@@ -197,7 +198,16 @@ class EngineSettings(Section):
     context: int = Field(ge=256, le=1_048_576, description="Tokens that a conversation may have, if the model can.")
     threads: int | None = Field(ge=1, le=1024, description="Processor threads of one engine. Null: all cores.")
     gpu_layers: int = Field(ge=-1, description="Layers of a model that go to the GPU. -1: all, when there is one.")
+    keep_alive: float | str | None = Field(
+        description="How long a model stays in memory after its last answer: seconds, or 10m; 0 is not at all. "
+        "Null: until its memory is needed."
+    )
     cache_gb: float = Field(gt=0, description="Disk that copies of model files may take on each machine.")
+
+    @field_validator("keep_alive")
+    @classmethod
+    def know_duration(cls, duration: float | str | None) -> float | None:
+        return None if duration is None else seconds_of(duration)
 
 
 class OllamaSettings(Section):

@@ -6,7 +6,20 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, PlainSerializer
 
+UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
+DURATION = re.compile(r"(-?)((?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+|0)")
 DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
+
+
+def seconds_of(duration: float | str) -> float | None:
+    """A number of seconds, or a duration such as 5m or 1h30m, as seconds; None when it is negative: without end."""
+    if not isinstance(duration, str):
+        return None if duration < 0 else float(duration)
+    match = DURATION.fullmatch(duration)
+    if match is None:
+        raise ValueError("must be a number of seconds, or a duration such as 5m or 1h30m")
+    return None if match[1] else sum(float(number) * UNITS[unit] for number, unit in PART.findall(match[2]))
 
 
 def _written_out(value: object) -> object:

@@ -50,7 +50,7 @@ class Models:
         self._models = _Remembered(_all_models)
 
     async def resolve(self, reference: str, owner: Owner) -> Meant:
-        """What NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, the id of a training or a name of the settings means."""
+        """What NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, a training's id or a name of the settings means."""
         if reference.startswith(fine_tuned.PREFIX):
             async with get_database().reading() as session:
                 tuned = await fine_tuned.resolve(session, reference, owner)

@@ -7,10 +7,12 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.times import seconds_of
 from serve.answering import engine_of, models_of, while_connected
 from serve.api.jobs import owner_of
 from serve.auth import Caller, CurrentCaller
 from serve.bodies.chat import ModelReference, Strict
+from serve.bodies.ollama import KeepAlive
 from serve.embedding import as_base64, embed
 from serve.engines.protocol import Embedded
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
@@ -58,7 +60,7 @@ class OllamaAsked(BaseModel):
 
     model: ModelReference
     options: dict[str, Any] | None = Field(default=None, description="Not used.")
-    keep_alive: float | str | None = Field(default=None, description="Not used.")
+    keep_alive: KeepAlive = None
 
 
 class OllamaEmbedRequest(OllamaAsked):
@@ -103,6 +105,7 @@ async def create_ollama_embeddings(request: Request, wanted: OllamaEmbedRequest,
     found = await _found(
         request, caller, wanted.model, wanted.input, dimensions=wanted.dimensions, truncate=wanted.truncate is not False
     )
+    await _keep(request, caller, wanted)
     return OllamaEmbed(
         model=wanted.model,
         embeddings=found.vectors,
@@ -117,11 +120,18 @@ async def create_ollama_embedding(
 ) -> OllamaEmbeddings:
     """The older way of it, for a single text."""
     found = await _found(request, caller, wanted.model, wanted.prompt, truncate=True)
+    await _keep(request, caller, wanted)
     return OllamaEmbeddings(embedding=found.vectors[0])
 
 
 router.include_router(openai)
 router.include_router(ollama)
+
+
+async def _keep(request: Request, caller: Caller, wanted: OllamaAsked) -> None:
+    if wanted.keep_alive is not None:
+        meant = await models_of(request).resolve(wanted.model, owner_of(caller))
+        await engine_of(request).keep(meant.reference, seconds_of(wanted.keep_alive), meant.source)
 
 
 async def _found(request: Request, caller: Caller, model: str, texts: str | list[str], **options: Any) -> Embedded:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from cluster.errors import ForgearrError
+from cluster.times import seconds_of
 from serve.answering import engine_of, models_of, while_connected
 from serve.api.jobs import owner_of
 from serve.auth import Caller, CurrentCaller
@@ -91,18 +92,24 @@ async def _answer(
     engine = engine_of(request)
     if is_empty:
         # So Ollama is told to load a model, or to let it go.
-        if wanted.is_last:
-            await engine.unload(meant.reference, meant.source)
-            return _json(teller.silence("unload"))
-        await while_connected(request, engine.load(meant.reference, meant.source))
-        return _json(teller.silence("load"))
+        is_leaving = wanted.keep_alive is not None and seconds_of(wanted.keep_alive) == 0
+        if not is_leaving:
+            await while_connected(request, engine.load(meant.reference, meant.source))
+        await keep(engine, meant, wanted.keep_alive)
+        return _json(teller.silence("unload" if is_leaving else "load"))
     answer = engine.chat(meant.reference, wanted.for_engine(), meant.source)
     # The first words are waited for, because until then an error still has a status.
     first = await while_connected(request, anext(answer))
     if wanted.is_streamed:
-        lines = _lines(first, answer, teller, engine, meant if wanted.is_last else None)
+        lines = _lines(first, answer, teller, engine, wanted, meant)
         return StreamingResponse(lines, media_type=NDJSON, headers={"X-Accel-Buffering": "no"})
     return _json(await while_connected(request, _whole(first, answer, teller, engine, wanted, meant)))
+
+
+async def keep(engine: Engine, meant: Meant, keep_alive: float | str | None) -> None:
+    """Let a model stay as long as its client says, where it says something."""
+    if keep_alive is not None:
+        await engine.keep(meant.reference, seconds_of(keep_alive), meant.source)
 
 
 async def _whole(
@@ -121,13 +128,12 @@ async def _whole(
     )
     if choice["logprobs"]:
         said["logprobs"] = choice["logprobs"]["content"]
-    if wanted.is_last:
-        await engine.unload(meant.reference, meant.source)
+    await keep(engine, meant, wanted.keep_alive)
     return teller.last(_reason(choice), whole, **said)
 
 
 async def _lines(
-    first: list[Chunk], chunks: AsyncGenerator[list[Chunk]], teller: Teller, engine: Engine, leaving: Meant | None
+    first: list[Chunk], chunks: AsyncGenerator[list[Chunk]], teller: Teller, engine: Engine, wanted: Asked, meant: Meant
 ) -> AsyncGenerator[bytes]:
     answer = Answer()
     async with aclosing(chunks):
@@ -138,8 +144,7 @@ async def _lines(
         except ForgearrError as error:
             yield _line({"error": as_forgearr_error(error).message})
             return
-    if leaving is not None:
-        await engine.unload(leaving.reference, leaving.source)
+    await keep(engine, meant, wanted.keep_alive)
     whole = answer.whole()
     (choice,) = whole["choices"]
     calls = _calls(choice.get("message", {}))

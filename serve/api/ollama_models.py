@@ -22,7 +22,7 @@ from serve.manner import as_text, modelfile
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
 NEVER = datetime(2318, 1, 1, tzinfo=UTC)
-"""What Ollama says of a model that stays: one leaves only when another needs its memory."""
+"""What Ollama says of a model that stays: it leaves only when another one needs its memory."""
 
 
 class Details(BaseModel):
@@ -137,7 +137,7 @@ async def list_running(request: Request, caller: CurrentCaller) -> Runnings:
                 name=_name(held.reference),
                 model=_name(held.reference),
                 size=held.bytes,
-                expires_at=NEVER,
+                expires_at=held.leaves_at or NEVER,
                 context_length=held.context,
                 digest=version.file.sha256 if (version := versions.get(held.reference)) else "",
                 details=_details(version) if version else None,

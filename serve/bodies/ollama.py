@@ -1,13 +1,13 @@
 """What /api/chat and /api/generate take, as Ollama has it, and the same as a request to an engine."""
 
-import re
 from collections import deque
 from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from cluster.times import seconds_of
 from serve.bodies.chat import MOST_SEEDS, ModelReference, Tool
 
 PASSED_ON = {
@@ -42,8 +42,22 @@ OF_LOADING = {
     "f16_kv",
 }
 """How a model is loaded is said in this server's settings. Programs send these to every Ollama, so they pass."""
-UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-DURATION = re.compile(r"(-?)((?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+|0)")
+
+
+def _know_duration(said: float | str | None) -> float | str | None:
+    if said is not None:
+        seconds_of(said)
+    return said
+
+
+KeepAlive = Annotated[
+    float | str | None,
+    Field(
+        description="How long the model stays in memory afterwards: seconds, or 5m; negative: until its memory is "
+        "needed. Null: as in the settings."
+    ),
+    AfterValidator(_know_duration),
+]
 
 
 class Options(BaseModel):
@@ -103,27 +117,11 @@ class Asked(BaseModel):
     think: bool | Literal["low", "medium", "high"] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    keep_alive: float | str | None = Field(
-        default=None, description="0: let the model go afterwards. Else it stays until another one needs its memory."
-    )
-
-    @model_validator(mode="after")
-    def know_durations(self) -> Self:
-        if isinstance(self.keep_alive, str) and not DURATION.fullmatch(self.keep_alive):
-            raise ValueError("keep_alive is a number of seconds, or a duration such as 5m or 1h30m")
-        return self
+    keep_alive: KeepAlive = None
 
     @property
     def is_streamed(self) -> bool:
         return self.stream is not False
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the model may go as soon as it has answered."""
-        if not isinstance(self.keep_alive, str):
-            return self.keep_alive == 0
-        parts = re.findall(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)", self.keep_alive)
-        return sum(float(number) * UNITS[unit] for number, unit in parts) == 0
 
     def common(self) -> dict[str, Any]:
         wanted = self.options.for_engine() if self.options else {}

@@ -34,6 +34,9 @@ class ChosenEngine:
     async def unload(self, reference: str, source: Source = None) -> bool:
         return await self._of(source).unload(reference, source)
 
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._of(source).keep(reference, seconds, source)
+
     async def loaded(self) -> list[Held]:
         engines = [self._usual, *self._others.values()]
         return [held for models in await asyncio.gather(*(engine.loaded() for engine in engines)) for held in models]

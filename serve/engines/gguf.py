@@ -50,6 +50,9 @@ class GgufEngine(LocalEngine[LoadedModel]):
             reference = source.reference
         return await super().load(reference, source)
 
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await super().keep(_base(reference, source)[0], seconds)
+
     def _use(
         self, reference: str, source: Source, purpose: Purpose = "answers"
     ) -> AbstractAsyncContextManager[LoadedModel]:

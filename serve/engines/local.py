@@ -85,12 +85,18 @@ class LocalEngine(Generic[Model]):
     async def unload(self, reference: str, source: Source = None) -> bool:
         return await self._shelf.unload(reference)
 
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._shelf.keep(reference, seconds)
+
     async def loaded(self) -> list[Held]:
         return self.held
 
     @property
     def held(self) -> list[Held]:
-        return [Held(entry.reference, entry.bytes, entry.context, entry.users) for entry in self._shelf.loaded()]
+        return [
+            Held(entry.reference, entry.bytes, entry.context, entry.users, entry.leaves_at)
+            for entry in self._shelf.loaded()
+        ]
 
     def _use(self, reference: str, source: Source, purpose: Purpose = "answers") -> AbstractAsyncContextManager[Model]:
         return self._shelf.use(reference, partial(self._loader.prepare, reference, source, purpose), purpose)

@@ -94,6 +94,7 @@ class Held:
     bytes: int
     context: int  # tokens that a conversation may have
     users: int  # requests that it answers, or that wait for it
+    leaves_at: datetime | None = None  # unless it is used again; None: when its memory is needed
 
 
 class Engine(Protocol):
@@ -121,6 +122,10 @@ class Engine(Protocol):
 
     async def unload(self, reference: str, source: Source = None) -> bool:
         """Let a model go as soon as nobody uses it; whether it was there."""
+        ...
+
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        """How long a model stays when its present answers are given, unless it is used again. None: it stays."""
         ...
 
     async def loaded(self) -> list[Held]:

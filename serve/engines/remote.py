@@ -61,6 +61,9 @@ class RemoteEngine:
     async def unload(self, reference: str, source: Source = None) -> bool:
         return any(await self._ask_all("unload", reference))
 
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._ask_all("keep", reference, seconds, source)
+
     async def loaded(self) -> list[Held]:
         return [held for found in await self._ask_all("loaded") for held in found]
 

@@ -11,14 +11,19 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Generic, Literal, Protocol, TypeVar
 
+from cluster.db import now
 from cluster.settings import EngineSettings
+from cluster.times import seconds_of
 from serve.engines.protocol import EngineBusy, ModelTooLarge
 
 log = logging.getLogger(__name__)
 
 ROOM_SECONDS = 120
+LONGEST_SECONDS = 10 * 365 * 86_400.0
+"""Longer than any process lives."""
 MB = 1024 * 1024
 
 Purpose = Literal["answers", "embeddings"]
@@ -62,6 +67,9 @@ class Entry(Generic[Model]):
     bytes: int = 0  # reserved as soon as there is room for it
     context: int = 0
     unwanted: bool = False  # to be unloaded as soon as nobody uses it
+    keep: float | None = None  # seconds that it stays after its last answer; None: until its memory is needed
+    leaving: asyncio.TimerHandle | None = None  # while nobody uses it and its time runs
+    idle_since: datetime = field(default_factory=now)
 
     @property
     def key(self) -> tuple[str, Purpose]:
@@ -70,6 +78,12 @@ class Entry(Generic[Model]):
     @property
     def is_loaded(self) -> bool:
         return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
+
+    @property
+    def leaves_at(self) -> datetime | None:
+        if self.keep is None:
+            return None
+        return (self.idle_since if self.leaving else now()) + timedelta(seconds=min(self.keep, LONGEST_SECONDS))
 
     @property
     def is_idle(self) -> bool:
@@ -87,6 +101,8 @@ class Shelf(Generic[Model]):
         self._outdated: list[Entry[Model]] = []  # others have taken their place; they leave after their last answer
         self._leaving = 0  # bytes of models that are being unloaded
         self._freed = asyncio.Event()  # set whenever there may be more room
+        self._keep = None if settings.keep_alive is None else seconds_of(settings.keep_alive)
+        self._ending = set[asyncio.Task[None]]()  # asyncio itself would forget them
 
     def loaded(self) -> list[Entry[Model]]:
         return [entry for entry in self._all() if entry.is_loaded]
@@ -105,7 +121,9 @@ class Shelf(Generic[Model]):
             if entry.users >= self._settings.slots + self._settings.queue:
                 raise EngineBusy
             entry.users += 1
-            entry.unwanted = False
+            self._stop_clock(entry)
+            entry.keep = self._keep
+            entry.unwanted = self._keep == 0
             self._entries.move_to_end(entry.key)
             try:
                 model = await asyncio.shield(entry.loading)
@@ -116,7 +134,19 @@ class Shelf(Generic[Model]):
             finally:
                 entry.users -= 1
                 await self._remove_if_unwanted(entry)
+                self._start_clock(entry)
                 self._freed.set()
+
+    async def keep(self, reference: str, seconds: float | None) -> None:
+        """How long a model stays after its last answer, unless it is used again. None: until its memory is needed."""
+        if seconds == 0:
+            await self.unload(reference)
+            return
+        for entry in self._entries.values():
+            if entry.reference == reference:
+                self._stop_clock(entry)
+                entry.keep, entry.unwanted = seconds, False
+                self._start_clock(entry)
 
     async def unload(self, reference: str) -> bool:
         """Let a model go, when its last answer is given; whether there was one."""
@@ -127,6 +157,24 @@ class Shelf(Generic[Model]):
             await asyncio.wait([entry.loading])
             await self._remove_if_unwanted(entry)
         return bool(entries)
+
+    def _start_clock(self, entry: Entry[Model]) -> None:
+        if entry.keep is not None and entry.is_idle and entry in self._all():
+            loop = asyncio.get_running_loop()
+            entry.idle_since = now()
+            entry.leaving = loop.call_later(min(entry.keep, LONGEST_SECONDS), self._end, entry)
+
+    def _stop_clock(self, entry: Entry[Model]) -> None:
+        if entry.leaving is not None:
+            entry.leaving.cancel()
+            entry.leaving = None
+
+    def _end(self, entry: Entry[Model]) -> None:
+        entry.leaving = None
+        entry.unwanted = True
+        ending = asyncio.create_task(self._remove_if_unwanted(entry))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def _all(self) -> list[Entry[Model]]:
         return [*self._outdated, *self._entries.values()]
@@ -185,6 +233,7 @@ class Shelf(Generic[Model]):
             await self._remove(entry)
 
     async def _remove(self, entry: Entry[Model]) -> None:
+        self._stop_clock(entry)
         if entry in self._outdated:
             self._outdated.remove(entry)
         else:

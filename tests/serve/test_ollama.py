@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import ollama
 import pytest
 from gguf import GGUFReader
 
+from cluster.db import now
 from cluster.settings import get_settings
 from serve.app import create_app
 from serve.engines.gguf import GgufEngine
@@ -175,6 +177,38 @@ async def test_a_model_that_need_not_stay_goes(house: House, stream: bool) -> No
     await eventually_async(lambda: house.engine.held == [] or None)
     await house.chat(keep_alive="1h30m")
     assert len(house.engine.held) == 1
+
+
+async def test_a_model_stays_as_long_as_was_said_last(house: House) -> None:
+    async def leaves_at() -> datetime:
+        (running,) = (await house.client.ps()).models
+        assert running.expires_at is not None
+        return running.expires_at
+
+    await house.chat(keep_alive="1h30m")
+    assert timedelta(minutes=80) < await leaves_at() - now() < timedelta(minutes=90)
+    await house.client.generate(model=TINY, prompt="", keep_alive=-1)
+    assert (await leaves_at()).year > 2300
+    await house.chat(keep_alive=600)
+    assert await leaves_at() - now() < timedelta(minutes=10)
+    await house.chat()  # whoever says nothing means what the settings say
+    assert (await leaves_at()).year > 2300
+    await house.client.embed(model=TINY, input="Is Plex up?", keep_alive=0.05)
+    await eventually_async(lambda: house.engine.held == [] or None)
+
+
+async def test_models_may_leave_by_themselves(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_ENGINES__KEEP_ALIVE", "50ms")
+    get_settings.cache_clear()
+
+    async def find_file(reference: str, source: Source) -> Path:
+        return house.file
+
+    engine = GgufEngine(get_settings().engines, find_file)
+    for _ in range(2):
+        answer = await engine.complete(TINY, {"messages": HELLO})
+        assert answer["choices"][0]["message"]["content"] == SPOKEN
+        await eventually_async(lambda: engine.held == [] or None)
 
 
 async def test_who_leaves_frees_the_slot(house: House) -> None:
