@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
 
 from cluster.db import get_database
-from cluster.errors import Unavailable
+from cluster.errors import InvalidRequest, Unavailable
 from cluster.times import UtcTime
 from jobs.queue import Owner
 from jobs.states import State
@@ -19,6 +19,7 @@ from serve import fine_tuned
 from serve.answering import engine_of, models_of
 from serve.api.jobs import owner_of
 from serve.auth import Caller, CurrentCaller
+from serve.engines.protocol import Folder
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 from serve.models import folders
 
@@ -28,6 +29,12 @@ router = APIRouter()
 
 OWNER = "forgearr"
 MOST_TUNED = 1000
+
+
+class NotRegistered(InvalidRequest):
+    """This model is no version of the registry."""
+
+    code = "NOT_REGISTERED"
 
 
 class ModelCard(BaseModel):
@@ -79,10 +86,10 @@ async def show_model(
 
 @openai.delete("/models/{model:path}")
 async def delete_model(
-    request: Request, model: Annotated[str, Path(min_length=1, max_length=120)], caller: CurrentCaller
+    request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelDeleted:
-    """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest): one's own, or any as an
-    administrator."""
+    """Delete a version (NAME:v3, or ft:…), or a model with all its versions (NAME, NAME:latest): one's own, or any as
+    an administrator."""
     await delete(request, model, caller)
     return ModelDeleted(id=model)
 
@@ -107,7 +114,13 @@ router.include_router(native)
 
 async def delete(request: Request, reference: str, caller: Caller) -> None:
     """Delete models, and let them go from memory when the last requests that use them are answered."""
-    gone = await removal.remove(reference, owner_of(caller))
+    owner = owner_of(caller)
+    if reference.startswith(fine_tuned.PREFIX):
+        meant = await models_of(request).resolve(reference, owner)
+        if isinstance(meant.source, Folder):
+            raise NotRegistered(f"'{reference}' was never exported, so there is no model to delete.")
+        reference = meant.reference
+    gone = await removal.remove(reference, owner)
     models_of(request).forget()
     for version in gone:
         with suppress(Unavailable):  # what is not reachable now makes room as soon as others need it

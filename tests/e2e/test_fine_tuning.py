@@ -128,6 +128,15 @@ def test_its_last_epochs_are_checkpoints(client: openai.OpenAI, tuned: FineTunin
     assert [one.step_number for one in checkpoints] == [30, 24, 18]
     assert {one.fine_tuning_job_id for one in checkpoints} == {tuned.id}
     assert checkpoints[0].fine_tuned_model_checkpoint == f"{tuned.fine_tuned_model}:ckpt-step-30"
+    for one in (checkpoints[0], checkpoints[-1]):
+        model = one.fine_tuned_model_checkpoint
+        answer = client.chat.completions.create(model=model, messages=asked(1), temperature=0, max_tokens=20)
+        assert answer.model == model
+        assert client.models.retrieve(model).id == model
+        if one is checkpoints[0]:
+            assert answer.choices[0].message.content == "Number 1 is Radarr."
+    with pytest.raises(openai.BadRequestError, match="never exported"):
+        client.models.delete(checkpoints[0].fine_tuned_model_checkpoint)
     losses = [one.metrics.train_loss for one in reversed(checkpoints)]
     assert all(one.metrics.full_valid_loss and one.metrics.train_mean_token_accuracy for one in checkpoints)
     assert losses == sorted((loss or 0 for loss in losses), reverse=True)
@@ -185,6 +194,15 @@ def test_the_client_that_does_not_wait_pauses_resumes_and_cancels(platform: Plat
                 await jobs.cancel(job.id)
 
     asyncio.run(work())
+
+
+def test_its_model_can_be_deleted(client: openai.OpenAI, tuned: FineTuningJob) -> None:
+    model = tuned.fine_tuned_model
+    assert model
+    assert client.models.delete(model).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=model, messages=asked(1))
+    assert model not in {card.id for card in client.models.list()}
 
 
 def content(count: int) -> bytes:

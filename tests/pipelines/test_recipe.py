@@ -477,7 +477,7 @@ def always(value: Any) -> Callable[..., Any]:
 def test_each_epoch_is_shown_with_its_numbers_on_the_validation_data(base: str, tmp_path: Path) -> None:
     notes = Notes(tmp_path / "kept")
     spec = spec_of(epochs=2, batch_size=4, keep_epochs=2)
-    outcome = recipe.train(spec, chats(8), base=base, work=tmp_path, watcher=notes, validation=chats(5))
+    outcome = train(spec, base, tmp_path / "work", notes, chats(8), validation=chats(5))
     assert (outcome.train, outcome.held_out) == (8, 5)
     assert [(one["step"], one["epoch"]) for one in notes.epochs] == [(2, 1.0), (4, 2.0)]
     evaluated = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
