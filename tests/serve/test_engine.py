@@ -178,6 +178,18 @@ async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[...,
     assert (await engine.complete("talker", {**HELLO, "max_tokens": 3}))["usage"]["completion_tokens"] == 3
 
 
+async def test_who_does_not_read_keeps_nobody_waiting(models: Models, settings: Callable[..., EngineSettings]) -> None:
+    engine = GgufEngine(settings(slots=1, queue=0), models.find, models.find_adapters)
+    request = {**HELLO, "max_tokens": 60, "temperature": 0}
+    async with aclosing(engine.chat("talker", request)) as unread:
+        heard = await anext(unread)
+        await eventually_async(lambda: not engine.held[0].users or None)
+        assert (await engine.complete("talker", request))["usage"]["completion_tokens"] == 60
+        # Nothing of what was said meanwhile is lost.
+        heard += [chunk async for chunks in unread for chunk in chunks]
+    assert heard[-1]["usage"]["completion_tokens"] == 60
+
+
 async def test_the_queue_has_an_end(models: Models, settings: Callable[..., EngineSettings]) -> None:
     engine = GgufEngine(settings(slots=1, queue=1), models.find, models.find_adapters)
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as answered:
