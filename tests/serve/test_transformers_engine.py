@@ -133,16 +133,22 @@ async def test_it_says_what_the_model_says(engines: Engines, house: Folder, fold
     assert (await spoken(engine, {**GREEDY, "max_tokens": 24}, house))["choices"] == whole["choices"]
 
 
-async def test_many_are_answered_in_one_batch(engines: Engines, house: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of the model is for all: six answers of 20 tokens, four at a time, take far fewer than 120 steps."""
-    steps: list[int] = []
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many answers each step of a model was."""
+    taken: list[int] = []
     step = Sampler.__call__
 
     def counted(self: Sampler, scores: Any, arguments: torch.Tensor) -> Any:
-        steps.append(len(scores))
+        taken.append(len(scores))
         return step(self, scores, arguments)
 
     monkeypatch.setattr(Sampler, "__call__", counted)
+    return taken
+
+
+async def test_many_are_answered_in_one_batch(engines: Engines, house: Folder, steps: list[int]) -> None:
+    """Each step of the model is for all: six answers of 20 tokens, four at a time, take far fewer than 120 steps."""
     engine = engines.make(slots=4)
     alone = content(await engine.complete("house", {**GREEDY, "max_tokens": 20}, house))
     steps.clear()
@@ -195,10 +201,13 @@ async def test_bias_and_penalties(engines: Engines, house: Folder, folder: Path)
     assert content(other).count("Why") == 1
 
 
-async def test_who_leaves_is_out_of_the_batch(engines: Engines, house: Folder) -> None:
+async def test_who_leaves_is_out_of_the_batch(engines: Engines, house: Folder, steps: list[int]) -> None:
     engine = engines.make(slots=1, queue=1)
-    async with aclosing(engine.chat("house", GREEDY, house)) as left:
+    async with aclosing(engine.chat("house", {**GREEDY, "logit_bias": [[2, -1000]]}, house)) as left:
         await anext(left)
+    before = len(steps)
+    await engine.complete("house", {**GREEDY, "max_tokens": 3}, house)
+    assert len(steps) < before + 100  # of the two thousand that the other answer had room for
     cancelled = asyncio.create_task(engine.complete("house", GREEDY, house))
     await eventually_async(lambda: engine.held[0].users or None)
     cancelled.cancel()
