@@ -42,7 +42,8 @@ from serve.api import (
 )
 from serve.auth import OriginGuard
 from serve.engines.choice import ChosenEngine
-from serve.engines.protocol import Folder
+from serve.engines.ollama import OllamaEngine
+from serve.engines.protocol import Folder, Remote
 from serve.engines.remote import RemoteEngine
 from serve.envelope import ERROR_RESPONSES, handle_errors
 from serve.feeds import follow_events, follow_logs, follow_system
@@ -76,9 +77,11 @@ def create_app() -> FastAPI:
     app.state.log_hub = Hub(follow_logs)
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
-    app.state.models = Models()
+    ollama_server = OllamaEngine(get_settings().ollama.url)
+    app.state.models = Models(ollama_server.models)
     app.state.engine = ChosenEngine(
-        RemoteEngine(GGUF, "replicas"), {Folder: RemoteEngine(TRANSFORMERS, "transformers_replicas")}
+        RemoteEngine(GGUF, "replicas"),
+        {Folder: RemoteEngine(TRANSFORMERS, "transformers_replicas"), Remote: ollama_server},
     )
     for module in (
         health,

@@ -4,6 +4,7 @@ When MLflow does not answer, what was known last still holds: whatever was serve
 """
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from jobs.queue import JobNotFound, Owner
 from pipelines.training import registry, results, tiny
 from pipelines.training.registry import Model, ModelNotFound, Version
 from serve import fine_tuned
-from serve.engines.protocol import Folder, Source
+from serve.engines.protocol import Folder, Remote, Source
 
 JOB = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
 EARLIEST = datetime.fromtimestamp(0, UTC)
@@ -27,6 +28,8 @@ FRESH_SECONDS = 1.0
 PATIENCE_SECONDS = 3.0
 """How long to wait for MLflow where an older answer is at hand."""
 MOST_REMEMBERED = 1000
+
+log = logging.getLogger(__name__)
 
 Known = TypeVar("Known")
 
@@ -45,7 +48,10 @@ def folders() -> dict[str, Folder]:
 
 
 class Models:
-    def __init__(self) -> None:
+    def __init__(self, list_remote: Callable[[], Awaitable[list[Remote]]] | None = None) -> None:
+        """`list_remote` tells what a server elsewhere has, for names that are not ours."""
+        self._list_remote = list_remote or _nothing
+        self._remote = _Remembered(self._list_remote)
         self._versions: dict[str, _Remembered[Version]] = {}
         self._models = _Remembered(_all_models)
 
@@ -62,6 +68,16 @@ class Models:
             return await _trained(name, owner)
         if folder := folders().get(name):
             return Meant(name, folder)
+        try:
+            return await self._registered(reference)
+        except ModelNotFound:
+            wanted = {reference, f"{reference}:latest"}
+            remote = next((model for model in await self._remote.get() if model.name in wanted), None)
+            if remote is None:
+                raise
+            return Meant(remote.name, remote)
+
+    async def _registered(self, reference: str) -> Meant:
         if not get_settings().mlflow.enabled:
             raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")
         known = self._versions.get(reference) or _Remembered(lambda: _find(reference))
@@ -72,6 +88,20 @@ class Models:
         self._versions[reference] = known
         return Meant(version.reference, version)
 
+    async def remote(self) -> list[Remote]:
+        """The models of the server elsewhere whose names are not ours; none, while it does not answer."""
+        try:
+            found = await self._remote.get()
+        except Unavailable as error:
+            log.warning("Models of a remote server are not listed: %s", error.message)
+            return []
+        models = await self.all()
+        ours = {f"{model.name}:latest" for model in models if model.served} | {
+            version.reference for model in models for version in model.versions
+        }
+        ours |= {f"{name}:latest" for name in (tiny.NAME, *folders())}
+        return [model for model in found if model.name not in ours]
+
     async def all(self) -> list[Model]:
         """Every registered model, by name."""
         return await self._models.get() if get_settings().mlflow.enabled else []
@@ -80,6 +110,7 @@ class Models:
         """Ask the registry anew: somebody has just changed it through this replica, and looks whether it is so."""
         self._versions.clear()
         self._models = _Remembered(_all_models)
+        self._remote = _Remembered(self._list_remote)
 
 
 @dataclass
@@ -132,6 +163,10 @@ async def _trained(job_id: str, owner: Owner) -> Meant:
 async def _find(reference: str) -> Version:
     async with registry.connect() as models:
         return await models.find(reference)
+
+
+async def _nothing() -> list[Remote]:
+    return []
 
 
 async def _all_models() -> list[Model]:

@@ -19,7 +19,7 @@ from serve import fine_tuned
 from serve.answering import engine_of, models_of
 from serve.api.jobs import owner_of
 from serve.auth import Caller, CurrentCaller
-from serve.engines.protocol import Folder
+from serve.engines.protocol import Folder, Remote
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 from serve.models import folders
 
@@ -72,7 +72,8 @@ async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
     models = await models_of(request).all()
     cards = [card for model in models for card in _cards(model)]
     named = [_card(name, folder.created_at) for name, folder in folders().items()]
-    return ModelCards(data=[*cards, *named, _tiny(), *await _tuned(models, owner_of(caller))])
+    remote = [_remote(model) for model in await models_of(request).remote()]
+    return ModelCards(data=[*cards, *named, _tiny(), *await _tuned(models, owner_of(caller)), *remote])
 
 
 @openai.get("/models/{model:path}")
@@ -81,6 +82,8 @@ async def show_model(
 ) -> ModelCard:
     """One of them."""
     meant = await models_of(request).resolve(model, owner_of(caller))
+    if isinstance(meant.source, Remote):
+        return _remote(meant.source)
     return _tiny() if meant.source is None else _card(model, meant.source.created_at)
 
 
@@ -147,6 +150,10 @@ async def _tuned(models: list[Model], owner: Owner) -> list[ModelCard]:
 
 def _card(reference: str, created_at: datetime, owner: str = OWNER) -> ModelCard:
     return ModelCard(id=reference, created=int(created_at.timestamp()), owned_by=owner)
+
+
+def _remote(model: Remote) -> ModelCard:
+    return ModelCard(id=model.name, created=int(model.created_at.timestamp()), owned_by="ollama")
 
 
 def _tiny() -> ModelCard:

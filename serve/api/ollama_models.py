@@ -16,7 +16,7 @@ from serve.auth import CurrentCaller
 from serve.bodies.chat import ModelReference
 from serve.engines import untrained
 from serve.engines.header import Header
-from serve.engines.protocol import Folder, Source
+from serve.engines.protocol import Folder, Remote, Source
 from serve.manner import as_text, modelfile
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
@@ -93,7 +93,19 @@ async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
     """Every registered model, under each of its names."""
     models = await models_of(request).all()
     latest = [_tag(f"{model.name}:latest", model.served) for model in models if model.served]
-    return Tags(models=[*latest, *(_tag(version.reference, version) for model in models for version in model.versions)])
+    versions = [_tag(version.reference, version) for model in models for version in model.versions]
+    remote = [
+        Tag(
+            name=model.name,
+            model=model.name,
+            modified_at=model.created_at,
+            size=model.bytes,
+            digest=model.digest,
+            details=_details(model),
+        )
+        for model in await models_of(request).remote()
+    ]
+    return Tags(models=[*latest, *versions, *remote])
 
 
 @router.post("/show")
@@ -168,6 +180,8 @@ def _tag(name: str, version: Version) -> Tag:
 def _details(source: Source) -> Details:
     if isinstance(source, Folder):
         return Details(format="safetensors", parent_model=source.base_model, quantization_level="unknown")
+    if isinstance(source, Remote):
+        return Details(parent_model=source.base_model, quantization_level=source.quantization)
     if source is None:
         return Details(parent_model="", quantization_level=untrained.QUANTIZATION.upper())
     parent = source.parent or source.base_model

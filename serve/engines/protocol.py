@@ -27,7 +27,19 @@ class Folder:
     created_at: datetime
 
 
-Source = Version | Folder | None
+@dataclass(frozen=True)
+class Remote:
+    """A model of the configured Ollama server."""
+
+    name: str
+    digest: str
+    bytes: int
+    base_model: str
+    quantization: str
+    created_at: datetime
+
+
+Source = Version | Folder | Remote | None
 """What a name means, and so which engine answers. None: forgearr/tiny as it comes, which is in no registry."""
 
 BUSY_SECONDS = 1

@@ -1,4 +1,4 @@
-"""A stand-in for Ollama: answers over HTTP what its API document says about blobs, create, copy and show."""
+"""A stand-in for Ollama: answers over HTTP what its API document says of blobs, create, copy, and of models it has."""
 
 import hashlib
 import json
@@ -16,7 +16,9 @@ class OllamaServer:
         self.blobs: dict[str, int] = {}  # digest and size
         self.models: dict[str, dict[str, Any]] = {}  # the request that made each
         self.uploads = 0
-        self.broken: str | None = None  # what creating a model fails with
+        self.broken: str | None = None  # what creating a model fails with, or an answer
+        self.installed: dict[str, list[str]] = {}  # models, and the words that each answers with
+        self.asked: list[dict[str, Any]] = []  # by those who want an answer
 
     def upload(self, digest: str, content: bytes) -> tuple[int, list[dict[str, Any]]]:
         if digest != f"sha256:{hashlib.sha256(content).hexdigest()}":
@@ -35,6 +37,57 @@ class OllamaServer:
         self.models[wanted["model"]] = wanted
         return 200, [{"status": "parsing GGUF"}, {"status": "writing manifest"}, {"status": "success"}]
 
+    def pull(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        self.installed[wanted["model"]] = ["pulled"]
+        layer = {"status": "pulling 8eeb52dfb3bb", "digest": "sha256:8eeb52dfb3bb", "total": 2142590208}
+        return 200, [{"status": "pulling manifest"}, {**layer, "completed": 241970}, {"status": "success"}]
+
+    def tags(self) -> dict[str, Any]:
+        details = {"parent_model": "", "format": "gguf", "family": "llama", "quantization_level": "Q4_K_M"}
+        common = {"modified_at": "2025-05-10T08:06:48.639712648-07:00", "size": 4683075271, "digest": "0a8c2665"}
+        return {"models": [{"name": name, "model": name, **common, "details": details} for name in self.installed]}
+
+    def running(self) -> dict[str, Any]:
+        common = {"size": 6654289920, "expires_at": "2031-06-04T14:38:31.83753-07:00", "context_length": 4096}
+        return {"models": [{"name": name, "model": name, **common} for name in self.installed]}
+
+    def show(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        facts = {
+            "general.architecture": "llama",
+            "general.parameter_count": 8030261248,
+            "llama.block_count": 32,
+            "llama.context_length": 8192,
+            "llama.embedding_length": 4096,
+        }
+        return 200, [{"template": "{{ .Prompt }}", "model_info": facts, "capabilities": ["completion", "tools"]}]
+
+    def answer(self, wanted: dict[str, Any], path: str) -> tuple[int, list[dict[str, Any]]]:
+        self.asked.append(wanted)
+        if wanted["model"] not in self.installed:
+            return 404, [{"error": f"model '{wanted['model']}' not found"}]
+        common = {"model": wanted["model"], "created_at": "2023-08-04T08:52:19.385406455-07:00"}
+        ended = {**common, "done": True, "done_reason": "stop", "total_duration": 10706818083}
+        if path == "/api/generate" and not wanted.get("prompt"):
+            return 200, [{**ended, "response": ""}]
+        if wanted.get("tools"):
+            function = {"name": wanted["tools"][0]["function"]["name"], "arguments": {"soon": True}}
+            said = [{"message": {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}}]
+        elif path == "/api/chat":
+            said = [{"message": {"role": "assistant", "content": word}} for word in self.installed[wanted["model"]]]
+        else:
+            said = [{"response": word} for word in self.installed[wanted["model"]]]
+        lines = [{**common, **part, "done": False} for part in said]
+        if self.broken:
+            return 200, [*lines, {"error": self.broken}]
+        empty = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
+        measured = {"load_duration": 6338219291, "prompt_eval_count": 26, "prompt_eval_duration": 130079000}
+        return 200, [*lines, {**ended, **empty, **measured, "eval_count": 259, "eval_duration": 4232710000}]
+
+    def embed(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        if any(len(text) > 1000 for text in wanted["input"]):
+            return 400, [{"error": "the input length exceeds the context length"}]
+        return 200, [{"embeddings": [[0.6, 0.8] for _ in wanted["input"]], "prompt_eval_count": 8}]
+
     def copy(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
         if wanted["source"] not in self.models:
             return 404, [{"error": f"model '{wanted['source']}' not found"}]
@@ -51,11 +104,22 @@ def running_ollama(port: int = 0) -> Generator[OllamaServer]:
             known = self.path.removeprefix("/api/blobs/") in state.blobs
             self._answer(200 if known else 404, [])
 
+        def do_GET(self) -> None:
+            self._answer(200, [{"/api/tags": state.tags, "/api/ps": state.running}[self.path]()])
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path.startswith("/api/blobs/"):
                 return self._answer(*state.upload(self.path.removeprefix("/api/blobs/"), body))
-            action = {"/api/create": state.create, "/api/copy": state.copy}[self.path]
+            if self.path in {"/api/chat", "/api/generate"}:
+                return self._answer(*state.answer(json.loads(body), self.path))
+            action = {
+                "/api/create": state.create,
+                "/api/copy": state.copy,
+                "/api/pull": state.pull,
+                "/api/show": state.show,
+                "/api/embed": state.embed,
+            }[self.path]
             self._answer(*action(json.loads(body)))
 
         def _answer(self, status: int, lines: list[dict[str, Any]]) -> None:
