@@ -212,7 +212,8 @@ class EngineSettings(Section):
 
 class OllamaSettings(Section):
     url: str | None = Field(
-        pattern=r"^https?://[^\s@]+$", description="An Ollama server that gets every deployed model too. Null: none."
+        pattern=r"^https?://[^\s@]+$",
+        description="An Ollama server that gets every deployed model, and whose models answer here. Null: none.",
     )
 
 
