@@ -16,6 +16,7 @@ from cluster.db import get_database
 from cluster.settings import EngineSettings, Settings, get_settings
 from serve.api import (
     auth,
+    batches,
     chat,
     completions,
     datasets,
@@ -41,10 +42,7 @@ from serve.api import (
     websockets,
 )
 from serve.auth import OriginGuard
-from serve.engines.choice import ChosenEngine
-from serve.engines.ollama import OllamaEngine
-from serve.engines.protocol import Folder, Remote
-from serve.engines.remote import RemoteEngine
+from serve.engines.installed import GGUF, TRANSFORMERS, installed
 from serve.envelope import ERROR_RESPONSES, handle_errors
 from serve.feeds import follow_events, follow_logs, follow_system
 from serve.limits import RateLimits
@@ -55,7 +53,6 @@ from serve.realtime import Hub
 
 MAX_ONGOING_REQUESTS = 10_000
 """Per replica. A WebSocket or a followed stream is one for as long as it lasts."""
-GGUF, TRANSFORMERS = "gguf", "transformers"
 IDLE_SECONDS = 600.0
 """After which an engine that is started on demand goes."""
 SHUTDOWN_SECONDS = 5.0
@@ -77,12 +74,8 @@ def create_app() -> FastAPI:
     app.state.log_hub = Hub(follow_logs)
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
-    ollama_server = OllamaEngine(get_settings().ollama.url)
-    app.state.models = Models(ollama_server.models)
-    app.state.engine = ChosenEngine(
-        RemoteEngine(GGUF, "replicas"),
-        {Folder: RemoteEngine(TRANSFORMERS, "transformers_replicas"), Remote: ollama_server},
-    )
+    app.state.models = Models()
+    app.state.engine = installed()
     for module in (
         health,
         auth,
@@ -99,6 +92,7 @@ def create_app() -> FastAPI:
         chat,
         completions,
         responses,
+        batches,
         embeddings,
         files,
         uploads,

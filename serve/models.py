@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
-from cluster.db import get_database
+from cluster.db import Database, get_database
 from cluster.errors import Unavailable
 from cluster.settings import get_settings
 from jobs.queue import JobNotFound, Owner
 from pipelines.training import registry, results, tiny
 from pipelines.training.registry import Model, ModelNotFound, Version
 from serve import fine_tuned
+from serve.engines.ollama import OllamaEngine
 from serve.engines.protocol import Folder, Remote, Source
 
 JOB = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
@@ -48,24 +49,24 @@ def folders() -> dict[str, Folder]:
 
 
 class Models:
-    def __init__(self, list_remote: Callable[[], Awaitable[list[Remote]]] | None = None) -> None:
-        """`list_remote` tells what a server elsewhere has, for names that are not ours."""
-        self._list_remote = list_remote or _nothing
-        self._remote = _Remembered(self._list_remote)
+    def __init__(self, find_database: Callable[[], Database] = get_database) -> None:
+        """A job, whose event loop is another one than its process's, brings a database of its own."""
+        self._database = find_database
         self._versions: dict[str, _Remembered[Version]] = {}
         self._models = _Remembered(_all_models)
+        self._remote = _Remembered(_all_remote)
 
     async def resolve(self, reference: str, owner: Owner) -> Meant:
         """What NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, a training's id or a name of the settings means."""
         if reference.startswith(fine_tuned.PREFIX):
-            async with get_database().reading() as session:
+            async with self._database().reading() as session:
                 tuned = await fine_tuned.resolve(session, reference, owner)
             return Meant(reference, tuned) if isinstance(tuned, Folder) else await self.resolve(tuned, owner)
         name = reference.removesuffix(":latest")
         if name == tiny.NAME:
             return Meant(tiny.NAME, None)
         if JOB.fullmatch(name):
-            return await _trained(name, owner)
+            return await self._trained(name, owner)
         if folder := folders().get(name):
             return Meant(name, folder)
         try:
@@ -110,7 +111,16 @@ class Models:
         """Ask the registry anew: somebody has just changed it through this replica, and looks whether it is so."""
         self._versions.clear()
         self._models = _Remembered(_all_models)
-        self._remote = _Remembered(self._list_remote)
+        self._remote = _Remembered(_all_remote)
+
+    async def _trained(self, job_id: str, owner: Owner) -> Meant:
+        """What a training has made, before any export."""
+        try:
+            async with self._database().reading() as session:
+                made = await results.find(session, job_id, "fine_tune", owner)
+        except JobNotFound as error:
+            raise ModelNotFound(f"There is no model '{job_id}'.") from error
+        return Meant(made.job_id, Folder(made.result["model"], made.result["base_model"], made.finished_at))
 
 
 @dataclass
@@ -150,25 +160,15 @@ class _Remembered(Generic[Known]):
         self._asked_at = time.monotonic()
 
 
-async def _trained(job_id: str, owner: Owner) -> Meant:
-    """What a training has made, before any export."""
-    try:
-        async with get_database().reading() as session:
-            made = await results.find(session, job_id, "fine_tune", owner)
-    except JobNotFound as error:
-        raise ModelNotFound(f"There is no model '{job_id}'.") from error
-    return Meant(made.job_id, Folder(made.result["model"], made.result["base_model"], made.finished_at))
-
-
 async def _find(reference: str) -> Version:
     async with registry.connect() as models:
         return await models.find(reference)
 
 
-async def _nothing() -> list[Remote]:
-    return []
-
-
 async def _all_models() -> list[Model]:
     async with registry.connect() as models:
         return await models.models()
+
+
+async def _all_remote() -> list[Remote]:
+    return await OllamaEngine(get_settings().ollama.url).models()

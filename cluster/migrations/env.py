@@ -20,6 +20,7 @@ for module in (
     "pipelines.training.nodes",
     "pipelines.training.prompts",
     "pipelines.training.sessions",
+    "serve.batches",
     "serve.stored_responses",
 ):
     import_module(module)

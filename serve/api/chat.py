@@ -14,7 +14,7 @@ from serve.answering import engine_of, models_of, while_connected
 from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.bodies.chat import ChatCompletion, ChatRequest, Query, QueryAnswer
-from serve.engines.protocol import Chunk
+from serve.engines.protocol import Chunk, Engine
 from serve.envelope import OPENAI_ERROR_RESPONSES
 from serve.models import Meant
 
@@ -27,13 +27,9 @@ router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES
 async def create_chat_completion(request: Request, wanted: ChatRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events; as OpenAI's clients know it."""
     meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    requests = [wanted.for_engine(number) for number in range(wanted.n or 1)]
     if wanted.stream:
-        return await _stream(request, wanted, meant, requests)
-    answers = await while_connected(request, several.complete(engine_of(request), meant, requests))
-    choices = [{**answer["choices"][0], "index": index} for index, answer in enumerate(answers)]
-    usage = several.of_one_prompt([answer["usage"] for answer in answers])
-    told = {**_heading(wanted.model, "chat.completion"), "choices": choices, "usage": usage}
+        return await _stream(request, wanted, meant)
+    told = await while_connected(request, answer_chat(engine_of(request), meant, wanted))
     return Response(orjson.dumps(told), media_type="application/json")
 
 
@@ -52,8 +48,20 @@ async def query(request: Request, wanted: Query, caller: CurrentCaller) -> Query
     )
 
 
-async def _stream(request: Request, wanted: ChatRequest, meant: Meant, requests: list[dict[str, Any]]) -> Response:
-    engine = engine_of(request)
+async def answer_chat(engine: Engine, meant: Meant, wanted: ChatRequest) -> dict[str, Any]:
+    """The whole answer."""
+    answers = await several.complete(engine, meant, _requests(wanted))
+    choices = [{**answer["choices"][0], "index": index} for index, answer in enumerate(answers)]
+    usage = several.of_one_prompt([answer["usage"] for answer in answers])
+    return {**_heading(wanted.model, "chat.completion"), "choices": choices, "usage": usage}
+
+
+def _requests(wanted: ChatRequest) -> list[dict[str, Any]]:
+    return [wanted.for_engine(number) for number in range(wanted.n or 1)]
+
+
+async def _stream(request: Request, wanted: ChatRequest, meant: Meant) -> Response:
+    engine, requests = engine_of(request), _requests(wanted)
     if len(requests) == 1:
         answer = engine.chat(meant.reference, requests[0], meant.source)
     else:

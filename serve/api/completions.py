@@ -16,8 +16,9 @@ from serve.answering import engine_of, models_of, while_connected
 from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.bodies.chat import MOST_SEEDS, Grammar, ModelReference, StreamOptions, Strict, Usage
-from serve.engines.protocol import Chunk
+from serve.engines.protocol import Chunk, Engine
 from serve.envelope import OPENAI_ERROR_RESPONSES
+from serve.models import Meant
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -106,18 +107,34 @@ class Completion(BaseModel):
 async def create_completion(request: Request, wanted: CompletionRequest, caller: CurrentCaller) -> Any:
     """Go on from one prompt or several, whole or as server-sent events."""
     meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    identifier = f"cmpl-{token_hex(12)}"
-    heading = {"id": identifier, "object": "text_completion", "created": int(time.time()), "model": wanted.model}
-    requests = [wanted.for_engine(prompt) for prompt in wanted.prompts]
     if wanted.stream:
-        spoken = _told(wanted, several.speak(engine_of(request), meant, requests))
+        spoken = _told(wanted, several.speak(engine_of(request), meant, _requests(wanted)))
         first = await while_connected(request, anext(spoken))
         with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-        return server_sent.respond(server_sent.rejoined(first, spoken), heading, with_usage=with_usage)
-    answers = await while_connected(request, several.complete(engine_of(request), meant, requests))
-    choices = [_choice(wanted, index, answer["choices"][0]) for index, answer in enumerate(answers)]
-    told = {**heading, "choices": choices, "usage": several.of_prompts([answer["usage"] for answer in answers])}
+        return server_sent.respond(server_sent.rejoined(first, spoken), _heading(wanted.model), with_usage=with_usage)
+    told = await while_connected(request, answer_completion(engine_of(request), meant, wanted))
     return Response(orjson.dumps(told), media_type="application/json")
+
+
+async def answer_completion(engine: Engine, meant: Meant, wanted: CompletionRequest) -> dict[str, Any]:
+    """The whole answer."""
+    answers = await several.complete(engine, meant, _requests(wanted))
+    choices = [_choice(wanted, index, answer["choices"][0]) for index, answer in enumerate(answers)]
+    usage = several.of_prompts([answer["usage"] for answer in answers])
+    return {**_heading(wanted.model), "choices": choices, "usage": usage}
+
+
+def _requests(wanted: CompletionRequest) -> list[dict[str, Any]]:
+    return [wanted.for_engine(prompt) for prompt in wanted.prompts]
+
+
+def _heading(model: str) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+    }
 
 
 async def _told(wanted: CompletionRequest, spoken: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:

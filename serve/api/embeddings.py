@@ -14,8 +14,9 @@ from serve.auth import Caller, CurrentCaller
 from serve.bodies.chat import ModelReference, Strict
 from serve.bodies.ollama import KeepAlive
 from serve.embedding import as_base64, embed
-from serve.engines.protocol import Embedded
+from serve.engines.protocol import Embedded, Engine
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
+from serve.models import Meant
 
 openai = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 ollama = APIRouter(prefix="/api", tags=["Ollama"], responses=ERROR_RESPONSES)
@@ -87,15 +88,21 @@ class OllamaEmbeddings(BaseModel):
 @openai.post("/embeddings", response_model=Embeddings)
 async def create_embeddings(request: Request, wanted: EmbeddingRequest, caller: CurrentCaller) -> Any:
     """Texts as numbers: what is alike in meaning is close by."""
-    found = await _found(request, caller, wanted.model, wanted.input, dimensions=wanted.dimensions)
+    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
+    told = await while_connected(request, answer_embeddings(engine_of(request), meant, wanted))
+    return Response(orjson.dumps(told), media_type="application/json")
+
+
+async def answer_embeddings(engine: Engine, meant: Meant, wanted: EmbeddingRequest) -> dict[str, Any]:
+    texts = _texts(wanted.input)
+    found = await embed(engine, meant.reference, texts, meant.source, dimensions=wanted.dimensions)
     packed = [as_base64(vector) if wanted.encoding_format == "base64" else vector for vector in found.vectors]
-    told = {
+    return {
         "object": "list",
         "model": wanted.model,
         "data": [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(packed)],
         "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
     }
-    return Response(orjson.dumps(told), media_type="application/json")
 
 
 @ollama.post("/embed")
@@ -136,6 +143,9 @@ async def _keep(request: Request, caller: Caller, wanted: OllamaAsked) -> None:
 
 async def _found(request: Request, caller: Caller, model: str, texts: str | list[str], **options: Any) -> Embedded:
     meant = await models_of(request).resolve(model, owner_of(caller))
-    wanted = [texts] if isinstance(texts, str) else texts
-    work = embed(engine_of(request), meant.reference, wanted, meant.source, **options)
+    work = embed(engine_of(request), meant.reference, _texts(texts), meant.source, **options)
     return await while_connected(request, work)
+
+
+def _texts(wanted: str | list[str]) -> list[str]:
+    return [wanted] if isinstance(wanted, str) else wanted

@@ -4,13 +4,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
-from cluster.db import get_database
+from cluster.db import Database, get_database
 from cluster.errors import ForgearrError, InvalidRequest
 from jobs.queue import Owner
 from serve import server_sent, stored_responses
@@ -19,8 +21,10 @@ from serve.api.jobs import owner_of
 from serve.auth import CurrentCaller
 from serve.bodies import responses as bodies
 from serve.bodies.responses import DeletedResponse, Item, ResponseRequest, check_calls
-from serve.engines.protocol import Chunk
+from serve.engines.protocol import Chunk, Engine
+from serve.engines.protocol import Request as EngineRequest
 from serve.envelope import OPENAI_ERROR_RESPONSES, as_forgearr_error
+from serve.models import Meant
 from serve.pages import CursorPage, cursor_page
 from serve.telling import Event, Telling, new_response_id
 
@@ -49,27 +53,26 @@ class CannotContinue(InvalidRequest):
 async def create_response(request: Request, wanted: ResponseRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events, and keep the response."""
     owner = owner_of(caller)
-    response_id = new_response_id()
-    before, referred = await _known(wanted, owner)
-    given = wanted.items(response_id, referred)
-    check_calls([*before, *given])
     meant = await models_of(request).resolve(wanted.model, owner)
-    asked = wanted.for_engine([*before, *given])
-    telling = Telling(response_id, wanted.repeated(), len(given))
+    if not wanted.stream:
+        work = answer_response(get_database(), engine_of(request), meant, wanted, owner)
+        return Response(orjson.dumps(await while_connected(request, work)), media_type="application/json")
+    asked = await _asked(get_database(), wanted, owner)
+    answer = engine_of(request).chat(meant.reference, asked.request, meant.source)
+    first = await while_connected(request, anext(answer))
+    keep = partial(_keep, get_database(), asked.given, owner)
+    return _stream(_told(asked.telling, server_sent.rejoined(first, answer), keep))
 
-    async def keep(body: dict[str, Any]) -> None:
-        if body["store"]:
-            await stored_responses.keep(get_database(), body, given, owner)
 
-    engine = engine_of(request)
-    if wanted.stream:
-        answer = engine.chat(meant.reference, asked, meant.source)
-        first = await while_connected(request, anext(answer))
-        return _stream(_told(telling, server_sent.rejoined(first, answer), keep))
-    telling.hear(_as_chunk(await while_connected(request, engine.complete(meant.reference, asked, meant.source))))
-    telling.end()
-    await keep(telling.response)
-    return Response(orjson.dumps(telling.response), media_type="application/json")
+async def answer_response(
+    database: Database, engine: Engine, meant: Meant, wanted: ResponseRequest, owner: Owner
+) -> dict[str, Any]:
+    """The whole response, which is kept if that is wanted."""
+    asked = await _asked(database, wanted, owner)
+    asked.telling.hear(_as_chunk(await engine.complete(meant.reference, asked.request, meant.source)))
+    asked.telling.end()
+    await _keep(database, asked.given, owner, asked.telling.response)
+    return asked.telling.response
 
 
 @router.get("/{response_id}", response_model=bodies.Response, responses=server_sent.described("event of a response"))
@@ -132,14 +135,35 @@ async def list_input_items(
     return cursor_page(page, [item["id"] for item in page], limit)
 
 
-async def _known(wanted: ResponseRequest, owner: Owner) -> tuple[list[Item], dict[str, Item]]:
+@dataclass(frozen=True)
+class _Asked:
+    telling: Telling
+    request: EngineRequest
+    given: list[Item]
+
+
+async def _asked(database: Database, wanted: ResponseRequest, owner: Owner) -> _Asked:
+    response_id = new_response_id()
+    before, referred = await _known(database, wanted, owner)
+    given = wanted.items(response_id, referred)
+    items = [*before, *given]
+    check_calls(items)
+    return _Asked(Telling(response_id, wanted.repeated(), len(given)), wanted.for_engine(items), given)
+
+
+async def _known(database: Database, wanted: ResponseRequest, owner: Owner) -> tuple[list[Item], dict[str, Item]]:
     """What a request only names: the conversation before it, and items by their ids."""
     previous, references = wanted.previous_response_id, wanted.references
     if previous is None and not references:
         return [], {}
-    async with get_database().reading() as session:
+    async with database.reading() as session:
         before = await stored_responses.said_before(session, previous, owner) if previous is not None else []
         return before, {one: await stored_responses.find_item(session, one, owner) for one in references}
+
+
+async def _keep(database: Database, given: list[Item], owner: Owner, body: dict[str, Any]) -> None:
+    if body["store"]:
+        await stored_responses.keep(database, body, given, owner)
 
 
 async def _told(telling: Telling, answer: AsyncGenerator[list[Chunk]], keep: Keep) -> AsyncGenerator[list[Event]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,13 +15,20 @@ from serve.engines.protocol import Chunk, Embedded, EngineFailed, EngineLost, En
 APPLICATION = "forgearr"
 ASK_SECONDS = 30
 
+_preparing = threading.Lock()
+"""Whoever asks for a handle in this process gets the same one, which is prepared once."""
+
 
 class RemoteEngine:
     """Satisfies protocol.Engine."""
 
-    def __init__(self, deployment: str, setting: str) -> None:
-        """`setting` is the one of the section `engines` that says how many replicas there are."""
+    def __init__(self, deployment: str, setting: str, *, apart: bool = False) -> None:
+        """`setting` is the one of the section `engines` that says how many replicas there are.
+
+        Serve's throughput mode ties a handle to the event loop of whoever comes first, unless it is to be `apart`.
+        """
         self._deployment = deployment
+        self._apart = apart
         self._setting = setting
         self._handle: Any = None
 
@@ -88,7 +96,7 @@ class RemoteEngine:
                 f"No engine for this model runs: set engines.{self._setting} to 1 or more and start Forgearr again."
             )
         if self._handle is None:
-            self._handle = await asyncio.to_thread(_handle, self._deployment)
+            self._handle = await asyncio.to_thread(_handle, self._deployment, self._apart)
         return self._handle
 
     def _routing(self, reference: str) -> dict[str, str]:
@@ -100,14 +108,19 @@ class RemoteEngine:
         return getattr(get_settings().engines, self._setting)
 
 
-def _handle(deployment: str) -> Any:
+def _handle(deployment: str, apart: bool) -> Any:
     from ray import serve as ray_serve
+    from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     try:
-        return ray_serve.get_deployment_handle(deployment, app_name=APPLICATION)
-    except RayServeException as error:
+        with _preparing:
+            handle: Any = ray_serve.get_deployment_handle(deployment, app_name=APPLICATION)
+            if apart and not handle.is_initialized:
+                handle._init(_run_router_in_separate_loop=True)
+    except (KeyError, RayError, RayServeException) as error:  # a KeyError while the application is being deployed
         raise EngineUnavailable from error
+    return handle
 
 
 @contextmanager

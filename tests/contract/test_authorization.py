@@ -28,6 +28,7 @@ from pipelines.training import datasets, prompts
 from pipelines.training.sessions import TrainingSession
 from serve import stored_responses
 from serve.app import create_app
+from serve.batches import Batch
 from serve.bodies.responses import ResponseRequest
 from serve.telling import Telling
 
@@ -75,7 +76,7 @@ OWNED_LISTS = (
     "/api/training/sessions",
 )
 
-OPENAI_LISTS = ("/v1/files", "/v1/fine_tuning/jobs")
+OPENAI_LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/batches")
 
 SOCKETS = {"/ws/system", "/ws/training/{training_id}", "/ws/{client_id}"}
 ADMIN_SOCKETS = {"/ws/logs"}
@@ -135,6 +136,12 @@ class Household:
                 return {"filename": "a.txt", "purpose": "user_data", "bytes": 1, "mime_type": "text/plain"}
             case "POST /v1/uploads/{upload_id}/complete":
                 return {"part_ids": ["part_1"]}
+            case "POST /v1/batches":
+                return {
+                    "input_file_id": self.ids["file_id"],
+                    "endpoint": "/v1/embeddings",
+                    "completion_window": "24h",
+                }
             case "POST /v1/responses":
                 return {"model": "forgearr/tiny", "input": "Hello"}
             case "POST /v1/fine-tune":
@@ -191,7 +198,11 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
         await stored_responses.keep(database, told.response, [], owner)
         content = datasets.write(datasets.shipped(), tmp_path / "content.jsonl", "test")
         dataset = await datasets.keep(database, "owners", content, {}, owner)
-        file = await files.keep(database, BytesIO(b"x"), filename="a.txt", purpose="user_data", owner=owner)
+        file = await files.keep(database, BytesIO(b"x"), filename="a.txt", purpose="batch", owner=owner)
+        about = {"endpoint": "/v1/embeddings", "labels": {}, "owner_id": owner.id, "created_by": "owner"}
+        batch = Batch(id="batch_1", job_id=job.id, input_file_id=file.id, expires_at=now(), **about)
+        async with database.transaction() as session:
+            session.add(batch)
         household.ids = {
             "job_id": job.id,
             "schedule_id": schedule.id,
@@ -202,6 +213,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             "upload_id": upload.id,
             "session_id": training.id,
             "response_id": told.response["id"],
+            "batch_id": batch.id,
         }
         yield household
 

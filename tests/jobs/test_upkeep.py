@@ -111,7 +111,15 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
     claim = Claim("job_x", "t", "sweep", "", {}, None, 1, 3, None, None, {}, "worker-1", None)
     # In a thread, as a worker runs it: it has an event loop of its own.
     swept = await asyncio.to_thread(sweep, Context(claim, Silent()), SweepSpec())
-    assert swept == {"idempotency_keys": 1, "leases": 1, "events": 2, "files": 1, "uploads": 1, "responses": 0}
+    assert swept == {
+        "idempotency_keys": 1,
+        "leases": 1,
+        "events": 2,
+        "files": 1,
+        "uploads": 1,
+        "responses": 0,
+        "batches": 0,
+    }
     async with database.reading() as session:
         left = set(await session.scalars(select(JobEvent.job_id)))
         assert (await session.get_one(Job, dead.id)).state == State.QUEUED
