@@ -111,7 +111,7 @@ async def list_batches(
             older = and_(Batch.created_at == last.created_at, Batch.id < last.id)
             wanted = wanted.where(or_(Batch.created_at < last.created_at, older))
         ordered = wanted.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit + 1)
-        found = [_view(batch, job) for batch, job in (await session.execute(ordered)).tuples()]
+        found = [_view(batch, job) for batch, job in await session.execute(ordered)]
     return cursor_page(found, [batch.id for batch in found], limit)
 
 
