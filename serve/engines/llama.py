@@ -72,7 +72,7 @@ class LoadedModel:
             loop = asyncio.get_running_loop()
             spoken = _Spoken(loop)
             ask = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
-            body = orjson.dumps({**self._with_gap(request), **STREAMED, **self._with(reference)})
+            body = self._body(request, reference)
             speaking = loop.run_in_executor(self._threads, _speak, ask, body, spoken)
             try:
                 async for chunks in spoken:
@@ -86,6 +86,12 @@ class LoadedModel:
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _embed, self._server, texts)
+
+    def _body(self, request: Request, reference: str) -> bytes:
+        try:
+            return orjson.dumps({**self._with_gap(request), **STREAMED, **self._with(reference)})
+        except orjson.JSONEncodeError as error:  # half of a letter, or what is nested too deeply
+            raise RequestRefused(f"The model cannot take this request: {str(error).rstrip('.')}.") from error
 
     def _with_gap(self, request: Request) -> Request:
         """What shall be filled in between a prompt and its suffix, in the model's own signs for that."""

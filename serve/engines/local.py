@@ -1,6 +1,5 @@
 """An engine that holds models in the memory of its own process, whatever runs them."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
@@ -53,17 +52,16 @@ class LocalEngine(Generic[Model]):
         self._shelf = Shelf[Model](capacity, settings, on_change)
 
     async def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
-        """The model speaks at its own pace, and is free for others when it has ended, whoever still reads."""
-        spoken = asyncio.Queue[list[Chunk] | Exception | None]()
-        speaking = asyncio.create_task(self._speak(reference, request, source, spoken))
-        try:
-            while (told := await spoken.get()) is not None:
-                if isinstance(told, Exception):
-                    raise told
-                yield told
-        finally:
-            speaking.cancel()
-            await asyncio.wait([speaking])
+        asked = perf_counter()
+        if isinstance(source, Version):
+            request = applied(request, source.manner)
+        async with self._use(reference, source) as model:
+            load_ms = (perf_counter() - asked) * 1000
+            async with aclosing(model.answer(request, reference)) as answer:
+                async for chunks in answer:
+                    if timings := chunks[-1].get("timings"):
+                        timings["load_ms"] = load_ms
+                    yield chunks
 
     async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
         answer = Answer()
@@ -99,24 +97,6 @@ class LocalEngine(Generic[Model]):
             Held(entry.reference, entry.bytes, entry.context, entry.users, entry.leaves_at)
             for entry in self._shelf.loaded()
         ]
-
-    async def _speak(
-        self, reference: str, request: Request, source: Source, spoken: asyncio.Queue[list[Chunk] | Exception | None]
-    ) -> None:
-        asked = perf_counter()
-        if isinstance(source, Version):
-            request = applied(request, source.manner)
-        try:
-            async with self._use(reference, source) as model:
-                load_ms = (perf_counter() - asked) * 1000
-                async with aclosing(model.answer(request, reference)) as answer:
-                    async for chunks in answer:
-                        if timings := chunks[-1].get("timings"):
-                            timings["load_ms"] = load_ms
-                        spoken.put_nowait(chunks)
-            spoken.put_nowait(None)
-        except Exception as error:
-            spoken.put_nowait(error)
 
     def _use(self, reference: str, source: Source, purpose: Purpose = "answers") -> AbstractAsyncContextManager[Model]:
         return self._shelf.use(reference, partial(self._loader.prepare, reference, source, purpose), purpose)

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
+from serve.engines.ahead import read_ahead
 from serve.engines.header import Header
 from serve.engines.protocol import Chunk, Embedded, EngineFailed, EngineLost, EngineUnavailable, Held, Request, Source
 
@@ -32,15 +33,8 @@ class RemoteEngine:
         self._setting = setting
         self._handle: Any = None
 
-    async def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
-        handle = (await self._find()).options(stream=True, **self._routing(reference))
-        with _our_errors():
-            answer = handle.chat.remote(reference, request, source)
-            try:
-                async for chunks in answer:
-                    yield chunks
-            finally:
-                answer.cancel()
+    def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+        return read_ahead(self._chat(reference, request, source))
 
     async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
         handle = (await self._find()).options(**self._routing(reference))
@@ -74,6 +68,16 @@ class RemoteEngine:
 
     async def loaded(self) -> list[Held]:
         return [held for found in await self._ask_all("loaded") for held in found]
+
+    async def _chat(self, reference: str, request: Request, source: Source) -> AsyncGenerator[list[Chunk]]:
+        handle = (await self._find()).options(stream=True, **self._routing(reference))
+        with _our_errors():
+            answer = handle.chat.remote(reference, request, source)
+            try:
+                async for chunks in answer:
+                    yield chunks
+            finally:
+                answer.cancel()
 
     async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         """Each replica holds models of its own. Where none runs, because nobody has asked yet, none is started."""

@@ -1,6 +1,5 @@
 """Talking to models on a whole platform with two engines: through Serve, the command line, and when parts die."""
 
-import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ import httpx
 import openai
 import pytest
 
-from cluster import tracking
-from tests.pipelines.shelf import Shelf
+from tests.pipelines.shelf import register_on
 from tests.platform import Platform, eventually, running_platform
 from tests.serve.small_models import write_model, write_parrot
 
@@ -38,15 +36,7 @@ def client(platform: Platform) -> Iterator[openai.OpenAI]:
 def register(home: Path, platform: Platform, tmp_path: Path) -> Callable[..., str]:
     """Put files into the registry as versions of a new model, which serves the first one; returns its name."""
 
-    async def add(*files: Path) -> str:
-        async with tracking.connect(platform.mlflow_url) as mlflow:
-            shelf = Shelf(mlflow, tmp_path)
-            for file in files:
-                await shelf.register(file.read_bytes())
-            await shelf.registry.point(shelf.name, 1)
-            return shelf.name
-
-    return lambda *files: asyncio.run(add(*files))
+    return lambda *files: register_on(platform.mlflow_url, tmp_path, *files)
 
 
 def test_a_registered_model_is_served(

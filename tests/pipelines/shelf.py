@@ -1,11 +1,13 @@
 """A place in a real MLflow server where a test can register models."""
 
+import asyncio
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from cluster import tracking
 from cluster.db import now
 from cluster.tracking import Tracking
 from pipelines.training.registry import File, Registry, Version
@@ -40,3 +42,17 @@ class Shelf:
             export_job_id=export,
             **options,
         )
+
+
+def register_on(mlflow_url: str, folder: Path, *files: Path) -> str:
+    """Put files into a platform's registry as versions of a new model, which serves the first. Returns its name."""
+
+    async def register() -> str:
+        async with tracking.connect(mlflow_url) as mlflow:
+            shelf = Shelf(mlflow, folder)
+            for file in files:
+                await shelf.register(file.read_bytes())
+            await shelf.registry.point(shelf.name, 1)
+            return shelf.name
+
+    return asyncio.run(register())

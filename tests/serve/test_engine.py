@@ -14,6 +14,7 @@ import pytest
 from cluster.db import now
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training.registry import File, Version
+from serve.engines.ahead import read_ahead
 from serve.engines.answers import Answer
 from serve.engines.gguf import GgufEngine, GgufFiles
 from serve.engines.header import ModelUnreadable, read_header
@@ -181,7 +182,7 @@ async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[...,
 async def test_who_does_not_read_keeps_nobody_waiting(models: Models, settings: Callable[..., EngineSettings]) -> None:
     engine = GgufEngine(settings(slots=1, queue=0), models.find, models.find_adapters)
     request = {**HELLO, "max_tokens": 60, "temperature": 0}
-    async with aclosing(engine.chat("talker", request)) as unread:
+    async with aclosing(read_ahead(engine.chat("talker", request))) as unread:
         heard = await anext(unread)
         await eventually_async(lambda: not engine.held[0].users or None)
         assert (await engine.complete("talker", request))["usage"]["completion_tokens"] == 60
