@@ -1,6 +1,6 @@
-"""xllamacpp by itself: tokens per second of several answers at once. `python bare_engine.py JSON`: prints JSON.
+"""xllamacpp by itself, asked for several answers at once, or one by one. `python bare_engine.py JSON`: prints JSON.
 
-It stays for as many rounds as lines come in: each is how many answers to give at once.
+It stays for as many rounds as lines come in: each is how many at once, and what is asked.
 """
 
 import json
@@ -24,27 +24,34 @@ def main(model: str, context: int, slots: int, port: int) -> None:
     parameters.verbosity = 1
     server = xllamacpp.Server(parameters)
 
-    def answer(request: dict[str, Any]) -> int:
+    def answer(request: dict[str, Any]) -> tuple[int, float]:
         used: list[int] = []
+        heard_at: list[float] = []
+        asked_at = time.perf_counter()
 
         def hear(chunk: bytes) -> bool:
+            heard_at.append(time.perf_counter())
             told = json.loads(chunk)
             if "usage" in told:
                 used.append(told["usage"]["completion_tokens"])
             return False
 
         server.handle_chat_completions(json.dumps(request), hear)
-        return used[-1]
+        return used[-1], (heard_at[0] - asked_at) * 1000
 
     print("ready", flush=True)
     for line in sys.stdin:
-        requests = json.loads(line)
+        at_once, requests = json.loads(line)
         started = time.perf_counter()
-        with ThreadPoolExecutor(len(requests)) as threads:
-            said = sum(threads.map(answer, requests))
+        with ThreadPoolExecutor(at_once) as threads:
+            answers = list(threads.map(answer, requests))
         seconds = time.perf_counter() - started
-        pss_mb = psutil.Process().memory_full_info().pss / 2**20
-        print(json.dumps({"tokens_per_second": said / seconds, "pss_mb": pss_mb}), flush=True)
+        told = {
+            "tokens_per_second": sum(tokens for tokens, _ in answers) / seconds,
+            "first_ms": [first for _, first in answers],
+            "pss_mb": psutil.Process().memory_full_info().pss / 2**20,
+        }
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

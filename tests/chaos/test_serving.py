@@ -23,7 +23,7 @@ SLOTS, QUEUE, STREAMS = 4, 64, 200
 TOKENS = 32
 CONTEXT = 65_536
 UNREAD: dict[str, Any] = {"tokens": 1500, "logprobs": True, "top_logprobs": 20, "stream": True}
-"""An answer of several megabytes, which no buffer on its way holds."""
+"""An answer of some megabytes."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_two_hundred_streams_at_once(platform: Platform, talker: str) -> None:
 
 
 def test_readers_that_do_not_read_keep_nobody_waiting(platform: Platform, talker: str) -> None:
-    """As many of them as there are slots, each with an answer that no buffer holds."""
+    """As many of them as there are slots, each with a long answer."""
     slow = [open_stream(platform, asked(talker, **UNREAD)) for _ in range(SLOTS)]
     try:
         for reader in slow:
