@@ -183,7 +183,11 @@ class EngineSettings(Section):
     memory_mb: int | None = Field(
         ge=64, description="Memory that loaded models may take in each engine. Null: half of what the machine has."
     )
-    replicas: int = Field(ge=0, le=64, description="Processes that run GGUF models.")
+    replicas: int = Field(ge=0, le=64, description="Most processes that run GGUF models.")
+    least_replicas: int | None = Field(
+        ge=0, le=64, description="How many of them run while nobody asks; more as requests come. Null: all, always."
+    )
+    idle_seconds: float = Field(gt=0, description="After which a process that nobody asks goes, where that is allowed.")
     transformers_replicas: int = Field(
         ge=0,
         le=64,

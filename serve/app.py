@@ -34,6 +34,7 @@ from serve.api import (
     ollama_making,
     ollama_models,
     prompts,
+    rerank,
     responses,
     schedules,
     training,
@@ -53,8 +54,6 @@ from serve.realtime import Hub
 
 MAX_ONGOING_REQUESTS = 10_000
 """Per replica. A WebSocket or a followed stream is one for as long as it lasts."""
-IDLE_SECONDS = 600.0
-"""After which an engine that is started on demand goes."""
 SHUTDOWN_SECONDS = 5.0
 LAST_WORDS_SECONDS = 1.0
 
@@ -94,6 +93,7 @@ def create_app() -> FastAPI:
         responses,
         batches,
         embeddings,
+        rerank,
         files,
         uploads,
         fine_tuning,
@@ -148,16 +148,25 @@ def _engines(settings: EngineSettings) -> Iterator[Any]:
     deployment: Any = ray_serve.deployment
     deployed = _deployed(MAX_ONGOING_REQUESTS)
     if settings.replicas:
-        yield deployment(name=GGUF, num_replicas=settings.replicas, **deployed)(GgufReplica).bind()
+        scale = _scale(settings, settings.least_replicas, settings.replicas)
+        yield deployment(name=GGUF, **scale, **deployed)(GgufReplica).bind()
     if settings.transformers_replicas:
-        wanted = {
-            "min_replicas": 0,
-            "max_replicas": settings.transformers_replicas,
-            "target_ongoing_requests": settings.slots,
-            "upscale_delay_s": 0,
-            "downscale_to_zero_delay_s": IDLE_SECONDS,
-        }
-        yield deployment(name=TRANSFORMERS, autoscaling_config=wanted, **deployed)(TransformersReplica).bind()
+        scale = _scale(settings, 0, settings.transformers_replicas)
+        yield deployment(name=TRANSFORMERS, **scale, **deployed)(TransformersReplica).bind()
+
+
+def _scale(settings: EngineSettings, least: int | None, most: int) -> dict[str, Any]:
+    if least is None or least >= most:
+        return {"num_replicas": most}
+    wanted = {
+        "min_replicas": least,
+        "max_replicas": most,
+        "target_ongoing_requests": settings.slots,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": settings.idle_seconds,
+        "downscale_to_zero_delay_s": settings.idle_seconds,
+    }
+    return {"autoscaling_config": wanted}
 
 
 def _deployed(requests: int) -> dict[str, Any]:

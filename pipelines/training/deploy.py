@@ -126,6 +126,7 @@ def _load(context: Context, reference: str) -> None:
         if not engine.is_initialized:
             # Serve's throughput mode would tie it to the event loop of whoever comes first; jobs have none that lasts.
             engine._init(_run_router_in_separate_loop=True)
+        engine.load.remote(reference).result()  # starts a replica, where none runs before it is asked
         engine.broadcast("load", reference).results()
     except RayTaskError as error:
         if isinstance(error.cause, ForgearrError):

@@ -1,10 +1,22 @@
 """A whole answer, put together from the chunks of a streamed one."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from serve.engines.protocol import Chunk
 
 JOINED = ("content", "reasoning_content")
+
+
+async def whole_of(spoken: AsyncGenerator[list[Chunk], None]) -> dict[str, Any]:
+    """A stream, heard to its end."""
+    answer = Answer()
+    async with aclosing(spoken):
+        async for chunks in spoken:
+            for chunk in chunks:
+                answer.hear(chunk)
+    return answer.whole()
 
 
 class Answer:

@@ -39,6 +39,7 @@ from serve.engines.protocol import (
     ContextExceeded,
     Embedded,
     EngineFailed,
+    Ranked,
     Request,
     RequestRefused,
     TextTooLong,
@@ -120,6 +121,9 @@ class LoadedFolder:
         """The mean of what the last layer says of each token, of length 1."""
         async with self._embedding:
             return await asyncio.to_thread(self._embed, texts)
+
+    async def rank(self, query: str, documents: Sequence[str]) -> Ranked:
+        raise RequestRefused("A model that is no GGUF does not rank texts here: export it.")
 
     def close(self) -> None:
         if self._manager is not None:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from serve.engines.header import Header
-from serve.engines.protocol import Chunk, Embedded, Engine, Held, Request, Source
+from serve.engines.protocol import Chunk, Embedded, Engine, Held, Ranked, Request, Source
 
 
 class ChosenEngine:
@@ -24,6 +24,9 @@ class ChosenEngine:
 
     async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
         return await self._of(source).embed(reference, texts, source)
+
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+        return await self._of(source).rank(reference, query, documents, source)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         return await self._of(source).describe(reference, source)

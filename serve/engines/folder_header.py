@@ -91,6 +91,7 @@ def read_folder(model: Path, name: str) -> FolderHeader:
                 parameters=sum(weight.count for weight in weights),
                 template=_template(model),
                 pools=False,
+                ranks=False,
                 gap=None,
             ),
             weights=weights,

@@ -23,6 +23,8 @@ QUANTIZATIONS = {
 }
 """By llama.cpp's numbers (llama_ftype)."""
 ELEMENT_BYTES = 2  # of the cache of keys and values, which is in f16
+RANKING = 4
+"""The way of pooling whose outcome is a single number."""
 BATCH = 512
 
 
@@ -44,6 +46,7 @@ class Header:
     parameters: int
     template: str  # of conversations, in Jinja; empty where it has none
     pools: bool  # made for embeddings: it says itself how those of the tokens become that of a text
+    ranks: bool  # made to say how well a text fits a question
     gap: tuple[int, int, int] | None  # tokens that stand before what precedes a gap, what follows it, and what fills it
     quantization: str = "unknown"  # as its file says
 
@@ -90,6 +93,7 @@ def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
         parameters=parameters,
         template=fields.get("tokenizer.chat_template", ""),
         pools=bool(fields.get(f"{architecture}.pooling_type")),
+        ranks=fields.get(f"{architecture}.pooling_type") == RANKING,
         gap=_gap(fields),
         quantization=QUANTIZATIONS.get(fields.get("general.file_type", -1), "unknown"),
     )

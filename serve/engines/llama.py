@@ -28,6 +28,7 @@ from serve.engines.protocol import (
     ContextExceeded,
     Embedded,
     EngineFailed,
+    Ranked,
     Request,
     RequestRefused,
     TextTooLong,
@@ -61,7 +62,7 @@ class LoadedModel:
         self, files: Files, header: Header, context: int, settings: EngineSettings, purpose: Purpose = "answers"
     ) -> None:
         self.adapters = list(files.adapters)
-        self._gap = header.gap
+        self._gap, self._ranks = header.gap, header.ranks
         self._server = _start(files, header, context, settings, purpose)
         self._slots = asyncio.Semaphore(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
@@ -86,6 +87,14 @@ class LoadedModel:
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _embed, self._server, texts)
+
+    async def rank(self, query: str, documents: Sequence[str]) -> Ranked:
+        """How well the documents fit. All of it is one piece of work."""
+        if not self._ranks:
+            raise RequestRefused("The model was not made to rank texts: take a reranker, exported as GGUF.")
+        async with self._slots:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, _rank, self._server, query, documents)
 
     def _body(self, request: Request, reference: str) -> bytes:
         try:
@@ -191,6 +200,14 @@ def _embed(server: Any, texts: Sequence[str]) -> Embedded:
     return Embedded([one["embedding"] for one in told["data"]], told["usage"]["prompt_tokens"])
 
 
+def _rank(server: Any, query: str, documents: Sequence[str]) -> Ranked:
+    told = orjson.loads(server.handle_rerank(orjson.dumps({"query": query, "documents": documents}).decode()))
+    if "error" in told:
+        raise _error(told["error"])
+    scores = {one["index"]: one["relevance_score"] for one in told["results"]}
+    return Ranked([scores[index] for index in range(len(documents))], told["usage"]["total_tokens"])
+
+
 def _told(chunk: Chunk) -> list[Chunk]:
     """Of a prompt that was gone on from, llama.cpp tells the end and the usage at once; else one after the other."""
     ended: Chunk = {name: chunk[name] for name in ("usage", "timings") if name in chunk}
@@ -226,7 +243,9 @@ def _start(files: Files, header: Header, context: int, settings: EngineSettings,
     if purpose == "embeddings":
         parameters.embedding = True
         parameters.n_batch = parameters.n_ubatch = context  # a text is read in one go
-        if not header.pools:
+        if header.ranks:
+            parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
+        elif not header.pools:
             parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     parameters.chat_template = files.template
     parameters.n_gpu_layers = settings.gpu_layers

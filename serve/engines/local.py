@@ -10,9 +10,9 @@ import psutil
 
 from cluster.settings import EngineSettings
 from pipelines.training.registry import Version
-from serve.engines.answers import Answer
+from serve.engines.answers import whole_of
 from serve.engines.header import Header
-from serve.engines.protocol import Chunk, Embedded, Held, Request, Source
+from serve.engines.protocol import Chunk, Embedded, Held, Ranked, Request, Source
 from serve.engines.shelf import MB, Closable, Plan, Purpose, Shelf
 from serve.manner import applied
 
@@ -23,6 +23,8 @@ class RunningModel(Closable, Protocol):
         ...
 
     async def embed(self, texts: Sequence[str]) -> Embedded: ...
+
+    async def rank(self, query: str, documents: Sequence[str]) -> Ranked: ...
 
 
 Model = TypeVar("Model", bound=RunningModel)
@@ -64,16 +66,15 @@ class LocalEngine(Generic[Model]):
                     yield chunks
 
     async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
-        answer = Answer()
-        async with aclosing(self.chat(reference, request, source)) as spoken:
-            async for chunks in spoken:
-                for chunk in chunks:
-                    answer.hear(chunk)
-        return answer.whole()
+        return await whole_of(self.chat(reference, request, source))
 
     async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
         async with self._use(reference, source, "embeddings") as model:
             return await model.embed(texts)
+
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+        async with self._use(reference, source, "embeddings") as model:
+            return await model.rank(query, documents)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         return await self._loader.describe(reference, source)

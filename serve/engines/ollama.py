@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.errors import ForgearrError
 from pipelines.training.registry import ModelNotFound
-from serve.engines.answers import Answer
+from serve.engines.answers import whole_of
 from serve.engines.header import Header
 from serve.engines.ollama_words import Teller, request_to
 from serve.engines.protocol import (
@@ -19,6 +19,7 @@ from serve.engines.protocol import (
     EngineFailed,
     EngineUnavailable,
     Held,
+    Ranked,
     Remote,
     Request,
     RequestRefused,
@@ -57,17 +58,15 @@ class OllamaEngine:
                         yield chunks
 
     async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
-        answer = Answer()
-        async with aclosing(self.chat(reference, request, source)) as spoken:
-            async for chunks in spoken:
-                for chunk in chunks:
-                    answer.hear(chunk)
-        return answer.whole()
+        return await whole_of(self.chat(reference, request, source))
 
     async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
         async with self._client() as client:
             told = await client.embed(model=reference, input=texts, truncate=False)
         return Embedded([list(vector) for vector in told.embeddings], told.prompt_eval_count or 0)
+
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+        raise RequestRefused("Ollama's API ranks no texts.")
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         async with self._client(ASK_SECONDS) as client:
@@ -86,6 +85,7 @@ class OllamaEngine:
             parameters=facts.get("general.parameter_count", 0),
             template=shown.template or "",
             pools="embedding" in (shown.capabilities or []),
+            ranks=False,
             gap=None,
         )
 

@@ -99,6 +99,12 @@ class Embedded:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    scores: list[float]  # how well each document fits; more is better
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Held:
     """A model in the memory of an engine."""
 
@@ -122,6 +128,10 @@ class Engine(Protocol):
 
     async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
         """What texts mean, as numbers."""
+        ...
+
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+        """How well documents fit a question."""
         ...
 
     async def describe(self, reference: str, source: Source = None) -> Header:

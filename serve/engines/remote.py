@@ -11,7 +11,17 @@ from cluster.errors import ForgearrError
 from cluster.settings import get_settings
 from serve.engines.ahead import read_ahead
 from serve.engines.header import Header
-from serve.engines.protocol import Chunk, Embedded, EngineFailed, EngineLost, EngineUnavailable, Held, Request, Source
+from serve.engines.protocol import (
+    Chunk,
+    Embedded,
+    EngineFailed,
+    EngineLost,
+    EngineUnavailable,
+    Held,
+    Ranked,
+    Request,
+    Source,
+)
 
 APPLICATION = "forgearr"
 ASK_SECONDS = 30
@@ -49,6 +59,11 @@ class RemoteEngine:
         handle = (await self._find()).options(**self._routing(reference))
         with _our_errors():
             return await handle.embed.remote(reference, texts, source)
+
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+        handle = (await self._find()).options(**self._routing(reference))
+        with _our_errors():
+            return await handle.rank.remote(reference, query, documents, source)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         handle = (await self._find()).options(**self._routing(reference))

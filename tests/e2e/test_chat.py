@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from tests.pipelines.shelf import register_on
 from tests.platform import Platform, eventually, running_platform
@@ -70,11 +71,15 @@ def test_the_command_line_talks(platform: Platform, register: Callable[..., str]
     assert row.split()[1:3] == ["v1", "served"]
 
 
-def test_the_untrained_model_answers(client: openai.OpenAI) -> None:
-    """It is made when somebody asks for it first."""
+def test_the_untrained_model_answers(platform: Platform, client: openai.OpenAI) -> None:
+    """It is made when somebody asks for it first. What it is said to have read is what its tokenizer counts."""
     answer = client.chat.completions.create(model="forgearr/tiny", messages=HELLO, max_tokens=8)
     assert answer.usage
-    assert answer.usage.completion_tokens >= 1
+    assert 1 <= answer.usage.completion_tokens <= 8
+    (folder,) = {path.parent for path in (platform.home / "cache").glob("forgearr-tiny-*/tokenizer.json")}
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    read = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    assert answer.usage.prompt_tokens == len(read)
 
 
 def test_an_engine_that_dies_breaks_off_one_answer(

@@ -22,7 +22,8 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CERTAIN = 10.0
 LONGEST_PIECE = 12
 LORA_RANK = 8
-GAP = ("fim_pre", "fim_suf", "fim_mid")
+GAP = [f"tokenizer.ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid")]
+RANKING = {"llama.pooling_type": 4}
 SAID = "{%- if message.content %}"
 THOUGHT = (
     "{%- if message.reasoning_content %}"
@@ -34,16 +35,23 @@ Weights = dict[str, Any]
 
 
 def write_model(
-    path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, context: int = 2048, talkative: bool = False
+    path: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    heads: int = 4,
+    context: int = 2048,
+    talkative: bool = False,
+    ranks: bool = False,
 ) -> Path:
-    """A model of random weights. A talkative one never ends an answer by itself."""
+    """A model of random weights. A talkative one never ends an answer by itself; one that ranks says so in its file."""
     tokens = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
     random = np.random.default_rng(seed)
     width = heads * HEAD_WIDTH
     weights = {name: random.normal(0, 0.3, shape) for name, shape in _shapes(layers, width, len(tokens)).items()}
     if talkative:
         weights["output.weight"][-len(SPECIAL_TOKENS) :] = 0
-    return _write(path, tokens, weights, layers, heads, context)
+    return _write(path, tokens, weights, layers, heads, context, facts=RANKING if ranks else {})
 
 
 def write_parrot(path: Path, text: str, *, context: int = 2048, fills_gaps: bool = False, thinks: bool = False) -> Path:
@@ -63,8 +71,8 @@ def write_parrot(path: Path, text: str, *, context: int = 2048, fills_gaps: bool
     for before, after in zip(said, [*said[1:], tokens.index("<|im_end|>")], strict=True):
         weights["output.weight"][after, before] = CERTAIN
     gap = [tokens.index(sign) for sign in (*SPECIAL_TOKENS[:2], _visible("\n"))] if fills_gaps else []
-    signs: dict[str, int] = dict(zip(GAP, gap, strict=False))
-    return _write(path, tokens, weights, 1, heads, context, signs=signs, thinks=thinks)
+    facts = dict(zip(GAP, gap, strict=False))
+    return _write(path, tokens, weights, 1, heads, context, facts=facts, thinks=thinks)
 
 
 def write_adapter(path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, strength: float = 1.0) -> Path:
@@ -109,7 +117,7 @@ def _write(
     heads: int,
     context: int,
     *,
-    signs: Mapping[str, int] = MappingProxyType({}),
+    facts: Mapping[str, int] = MappingProxyType({}),
     thinks: bool = False,
 ) -> Path:
     width = heads * HEAD_WIDTH
@@ -125,8 +133,8 @@ def _write(
     writer.add_rope_dimension_count(HEAD_WIDTH)
     writer.add_layer_norm_rms_eps(1e-5)
     _add_vocabulary(writer, tokens)
-    for name, token in signs.items():
-        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    for name, number in facts.items():
+        writer.add_uint32(name, number)
     writer.add_chat_template(_chat_template(thinks))
     for name, values in (weights | {f"{norm}.weight": np.ones(width) for norm in norms}).items():
         writer.add_tensor(name, values.astype(np.float32))

@@ -334,6 +334,23 @@ async def test_a_grammar_is_obeyed(house: House) -> None:
         await house.say(response_format={"type": "json_object"}, **grammar)
 
 
+async def test_texts_are_put_in_order(house: House) -> None:
+    asked = {"model": TINY, "query": "Where is the NAS?", "documents": ["In the cellar.", "On the roof.", "Blue."]}
+    refused = await house.http.post("/v1/rerank", json=asked)
+    assert refused.status_code == httpx.codes.BAD_REQUEST
+    assert "not made to rank" in refused.json()["error"]["message"]
+    write_model(house.file, seed=1, ranks=True)
+    await house.engine.unload(TINY)
+    told = (await house.http.post("/v1/rerank", json=asked | {"return_documents": True})).json()
+    scores = [one["relevance_score"] for one in told["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == 3
+    assert [asked["documents"][one["index"]] for one in told["results"]] == [one["document"] for one in told["results"]]
+    assert told["usage"]["total_tokens"] > sum(map(len, asked["documents"]))  # a letter is a token to this model
+    best = (await house.http.post("/v1/rerank", json=asked | {"top_n": 1})).json()["results"]
+    assert best == [{**told["results"][0], "document": None}]
+
+
 async def test_how_likely_the_words_of_a_text_were(house: House) -> None:
     write_model(house.file, seed=1, talkative=True)
     (choice,) = (await complete(house, prompt="Tell me", max_tokens=4, logprobs=2, seed=1)).choices

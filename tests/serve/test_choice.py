@@ -1,6 +1,5 @@
 """Which engine answers: two real ones, each with a model that says who it is."""
 
-from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from cluster.settings import get_settings
 from pipelines.training.registry import File, Version
-from serve.engines.answers import Answer
+from serve.engines.answers import whole_of
 from serve.engines.choice import ChosenEngine
 from serve.engines.gguf import GgufEngine
 from serve.engines.protocol import Folder, Request, Source
@@ -38,12 +37,8 @@ def engine(home: Path, tmp_path: Path) -> ChosenEngine:
 @pytest.mark.parametrize(("reference", "source"), [(VERSION.reference, VERSION), ("job_3", FOLDER)])
 async def test_the_source_decides_who_answers(engine: ChosenEngine, reference: str, source: Source) -> None:
     whole = await engine.complete(reference, HELLO, source)
-    heard = Answer()
-    async with aclosing(engine.chat(reference, HELLO, source)) as answer:
-        async for chunks in answer:
-            for chunk in chunks:
-                heard.hear(chunk)
-    assert whole["choices"] == heard.whole()["choices"]
+    heard = await whole_of(engine.chat(reference, HELLO, source))
+    assert whole["choices"] == heard["choices"]
     assert whole["choices"][0]["message"]["content"] == SPOKEN[reference]
 
 

@@ -15,7 +15,7 @@ from cluster.db import now
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training.registry import File, Version
 from serve.engines.ahead import read_ahead
-from serve.engines.answers import Answer
+from serve.engines.answers import whole_of
 from serve.engines.gguf import GgufEngine, GgufFiles
 from serve.engines.header import ModelUnreadable, read_header
 from serve.engines.llama import LoadedModel
@@ -120,15 +120,13 @@ async def test_a_whole_answer(engine: GgufEngine) -> None:
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-async def test_a_streamed_answer_is_the_same_answer(engine: GgufEngine) -> None:
-    request = {**HELLO, "max_tokens": 40, "temperature": 0}
-    heard = Answer()
-    async for chunks in engine.chat("talker", request):
-        for chunk in chunks:
-            heard.hear(chunk)
+@pytest.mark.parametrize("chosen", [{"temperature": 0}, {"temperature": 1.5, "seed": 7}])
+async def test_a_streamed_answer_is_the_same_answer(engine: GgufEngine, chosen: dict[str, Any]) -> None:
+    request = {**HELLO, "max_tokens": 40, **chosen}
+    heard = await whole_of(engine.chat("talker", request))
     whole = await engine.complete("talker", request)
-    assert heard.whole()["choices"] == whole["choices"]
-    assert heard.whole()["usage"]["completion_tokens"] == 40
+    assert heard["choices"] == whole["choices"]
+    assert heard["usage"]["completion_tokens"] == 40
 
 
 async def test_the_same_seed_gives_the_same_answer(engine: GgufEngine) -> None:

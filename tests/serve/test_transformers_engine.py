@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.settings import EngineSettings, get_settings
-from serve.engines.answers import Answer
+from serve.engines.answers import whole_of
 from serve.engines.batching import LoadedFolder
 from serve.engines.header import ModelUnreadable
 from serve.engines.local import LocalEngine
@@ -99,12 +99,7 @@ async def engines(settings: Settings) -> AsyncIterator[Engines]:
 
 
 async def spoken(engine: LocalEngine[LoadedFolder], request: Request, source: Folder) -> dict[str, Any]:
-    heard = Answer()
-    async with aclosing(engine.chat("house", request, source)) as answer:
-        async for chunks in answer:
-            for chunk in chunks:
-                heard.hear(chunk)
-    return heard.whole()
+    return await whole_of(engine.chat("house", request, source))
 
 
 def content(answer: dict[str, Any]) -> str:
