@@ -92,7 +92,8 @@ class Bench:
         job_id = new_job_id(now())
         address = storage.save(self._trained / which, f"jobs/{job_id}/model")
         made = {"name": f"test-{uuid4().hex[:8]}", "base_model": "forgearr/tiny", "model": address, **result}
-        return self.add(Job(id=job_id, kind="fine_tune", state=State.SUCCEEDED, result=made, owner_id=owner_id))
+        done = {"state": State.SUCCEEDED, "finished_at": now()}
+        return self.add(Job(id=job_id, kind="fine_tune", result=made, owner_id=owner_id, **done))
 
     def add(self, job: Job) -> str:
         job.entrypoint, job.demand, job.max_attempts = "none", "1 CPU", 1
@@ -195,7 +196,7 @@ async def _finish(job_id: str, result: Any) -> None:
     database = Database(get_settings().database_url)
     async with database.transaction() as session:
         job = await session.get_one(Job, job_id)
-        job.state, job.result = State.SUCCEEDED, result
+        job.state, job.result, job.finished_at = State.SUCCEEDED, result, now()
     await database.close()
 
 
