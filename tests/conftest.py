@@ -23,6 +23,8 @@ from cluster.settings import get_settings, load_settings
 from tests.pipelines.shelf import Shelf
 
 ENGINES = ["sqlite", "postgres"]
+# Before anybody imports torch: its threads wait by spinning else, and take the two cores from all other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture
