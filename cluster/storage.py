@@ -1,8 +1,5 @@
 """Files: a folder that every node shares, or a bucket, by the same few calls."""
 
-import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
@@ -27,18 +24,24 @@ def save(source: Path, name: str) -> str:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             save(file, f"{name}/{file.relative_to(source).as_posix()}")
         return target
-    with _shown_when_whole(target) as part:
-        filesystem.put_file(str(source), part)
+    if "file" in filesystem.protocol:
+        with source.open("rb") as content:
+            return write(content, name)
+    filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+    filesystem.put_file(str(source), target)
     return target
 
 
 def write(source: BinaryIO, name: str) -> str:
     """Copy what is left to read of a stream into storage, piece by piece. Returns its address."""
-    filesystem, root = _root()
-    target = f"{root}/{name}"
-    with _shown_when_whole(target) as part, filesystem.open(part, "wb") as file:
-        shutil.copyfileobj(source, file, CHUNK_BYTES)
-    return target
+    file = NewFile(name)
+    try:
+        while piece := source.read(CHUNK_BYTES):
+            file.write(piece)
+        return file.keep()
+    except BaseException:
+        file.discard()
+        raise
 
 
 class NewFile:
@@ -71,11 +74,13 @@ class NewFile:
 
     def discard(self) -> None:
         """Leave nothing of it."""
-        if self._is_local:
-            self._file.close()
-            Path(self._part).unlink(missing_ok=True)
-        else:
+        if not self._is_local:
             self._file.discard()
+            return
+        try:
+            self._file.close()
+        finally:
+            Path(self._part).unlink(missing_ok=True)
 
 
 def address(name: str) -> str:
@@ -126,22 +131,6 @@ def remove(address: str) -> None:
     filesystem, _ = _root()
     if filesystem.exists(address):
         filesystem.rm(address, recursive=True)
-
-
-@contextmanager
-def _shown_when_whole(target: str) -> Generator[str]:
-    """Where to write a file that nobody must see half of. A bucket shows none before it is whole; a folder would."""
-    filesystem, _ = _root()
-    filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-    if "file" not in filesystem.protocol:
-        yield target
-        return
-    part = f"{target}.{token_hex(4)}.part"
-    try:
-        yield part
-        Path(part).replace(target)
-    finally:
-        Path(part).unlink(missing_ok=True)
 
 
 @cache

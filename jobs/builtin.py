@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import and_, delete, false, select
 
-from cluster.db import Database, delete_rows, now
+from cluster.db import Database, apart, delete_rows, now
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
 from jobs import file_uploads, files, leases
@@ -83,32 +83,28 @@ class SweepSpec(BaseModel):
 @job("sweep", spec=SweepSpec, admin_only=True, concurrency=1)
 def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
     """Expires idempotency keys, old events, dead leases, files, uploads, and what other modules keep for a time."""
-    return asyncio.run(_sweep(context))
+    return asyncio.run(apart(lambda database: _sweep(context, database)))
 
 
-async def _sweep(context: Context) -> dict[str, int]:
-    settings = get_settings()
-    database = Database(settings.database_url, pool_size=1)
-    try:
-        async with database.transaction() as session:
-            keys = await delete_rows(session, delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now()))
-            old_ticks = now() - timedelta(days=settings.jobs.event_days)
-            await delete_rows(session, delete(ScheduleTick).where(ScheduleTick.fire_at < old_ticks))
-            leases_released = await leases.release_lost(session, suspect=False)
-        context.report(progress=50, phase="old events")
-        events = 0
-        while page := await _delete_old_events(database, settings.jobs.event_days):
-            events += page
-            context.report(phase=f"{events} old events")
-        expired = await files.remove_expired(database)
-        uploads = await file_uploads.remove_expired(database)
-        kinds()  # so that every module has declared its own
-        others: dict[str, int] = {}
-        for name, remove_old in _sweepers.items():
-            context.report(phase=f"old {name}")
-            others[name] = await remove_old(database)
-    finally:
-        await database.close()
+async def _sweep(context: Context, database: Database) -> dict[str, int]:
+    event_days = get_settings().jobs.event_days
+    async with database.transaction() as session:
+        keys = await delete_rows(session, delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now()))
+        old_ticks = now() - timedelta(days=event_days)
+        await delete_rows(session, delete(ScheduleTick).where(ScheduleTick.fire_at < old_ticks))
+        leases_released = await leases.release_lost(session, suspect=False)
+    context.report(progress=50, phase="old events")
+    events = 0
+    while page := await _delete_old_events(database, event_days):
+        events += page
+        context.report(phase=f"{events} old events")
+    expired = await files.remove_expired(database)
+    uploads = await file_uploads.remove_expired(database)
+    kinds()  # so that every module has declared its own
+    others: dict[str, int] = {}
+    for name, remove_old in _sweepers.items():
+        context.report(phase=f"old {name}")
+        others[name] = await remove_old(database)
     return {
         "idempotency_keys": keys,
         "leases": len(leases_released),

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import storage
-from cluster.db import Database, now
+from cluster.db import Database, apart, now
 from cluster.errors import Forbidden, ForgearrError
 from cluster.identity import User
 from cluster.settings import get_settings
@@ -43,19 +43,18 @@ SUCCEEDED, REFUSED = "output", "errors"
 
 async def run(context: Context, batch_id: str, engine: Engine | None = None) -> dict[str, Any]:
     """Do all of it; returns what there is to say of the batch in the end."""
-    database = Database(get_settings().database_url, pool_size=1)
-    try:
-        async with database.reading() as session:
-            batch, file, owner = await _load(session, context, batch_id)
-        run = _Run(context, database, batch, file, owner)
-        if context.checkpoint_state is None and (faults := await run.check()):
-            return {"status": "failed", "failed_at": _now(), "errors": faults}
-        answering = Answering(database, engine or installed(apart=True), owner)
-        if run.state["ending"] is None:
-            await run.answer_all(answering)
-        return await run.finish()
-    finally:
-        await database.close()
+    return await apart(lambda database: _do(context, database, batch_id, engine or installed(apart=True)))
+
+
+async def _do(context: Context, database: Database, batch_id: str, engine: Engine) -> dict[str, Any]:
+    async with database.reading() as session:
+        batch, file, owner = await _load(session, context, batch_id)
+    run = _Run(context, database, batch, file, owner)
+    if context.checkpoint_state is None and (faults := await run.check()):
+        return {"status": "failed", "failed_at": _now(), "errors": faults}
+    if run.state["ending"] is None:
+        await run.answer_all(Answering(database, engine, owner))
+    return await run.finish()
 
 
 async def _load(session: AsyncSession, context: Context, batch_id: str) -> tuple[Batch, File, Owner]:

@@ -20,12 +20,9 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster import storage
 from cluster.db import Base, Database, delete_rows, now, one_at_a_time
 from cluster.errors import InvalidRequest, NotFound
-from jobs import schedules
-from jobs.schedules import ScheduleRequest
 from jobs.tables import Sequence
 
 CHUNK_BYTES = 4 * 1024 * 1024
-SWEEP_SCHEDULE = ScheduleRequest(name="sweep_blobs", kind="sweep_blobs", cron="47 * * * *")
 
 OnBytes = Callable[[int], None]
 """Hears how many bytes have passed so far."""
@@ -159,7 +156,6 @@ async def _remember(database: Database, sha256: str, size: int) -> None:
         if not await asyncio.to_thread(storage.exists, storage.address(_name(sha256))):
             raise BlobNotFound(f"The blob sha256:{sha256} was removed while it came anew: send it once more.")
         await session.merge(Blob(sha256=sha256, bytes=size, used_at=now()))
-        await schedules.ensure(session, SWEEP_SCHEDULE)
 
 
 def _name(sha256: str) -> str:

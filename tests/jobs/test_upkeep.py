@@ -118,6 +118,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         "files": 1,
         "uploads": 1,
         "responses": 0,
+        "blobs": 0,
         "batches": 0,
     }
     async with database.reading() as session:

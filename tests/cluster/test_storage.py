@@ -1,0 +1,69 @@
+"""Storage: a folder, and a bucket in memory."""
+
+from io import BytesIO
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from cluster import storage
+from cluster.settings import get_settings
+
+CONTENT = bytes(range(256)) * 10_000
+NAME = "files/one"
+
+
+class Broken(BytesIO):
+    """A source whose second piece cannot be read."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell():
+            raise OSError("the line is cut")
+        return super().read(size)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def root(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    url = f"memory://{home}" if request.param == "bucket" else str(home / "shared")
+    monkeypatch.setenv("FORGEARR_STORAGE__URL", url)
+    get_settings.cache_clear()
+    storage._root.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    return url
+
+
+def test_a_stream_is_written_and_read(root: str) -> None:
+    address = storage.write(BytesIO(CONTENT), NAME)
+    assert address == storage.address(NAME)
+    assert (storage.read(address), storage.size(address)) == (CONTENT, len(CONTENT))
+    with storage.opened(address) as file:
+        assert file.read(3) == CONTENT[:3]
+    storage.write(BytesIO(b"another"), NAME)
+    assert storage.read(address) == b"another"
+    storage.remove(address)
+    assert not storage.exists(address)
+
+
+@pytest.mark.parametrize("root", ["folder"], indirect=True)  # the bucket in memory knows no commit
+def test_of_a_stream_that_breaks_off_nothing_stays(root: str) -> None:
+    with pytest.raises(OSError, match="the line is cut"):
+        storage.write(Broken(CONTENT), NAME)
+    assert everything(root) == []
+    address = storage.write(BytesIO(b"whole"), NAME)
+    with pytest.raises(OSError, match="the line is cut"):
+        storage.write(Broken(CONTENT), NAME)
+    assert storage.read(address) == b"whole"
+    assert len(everything(root)) == 1
+
+
+def test_files_and_folders_are_saved(root: str, tmp_path: Path) -> None:
+    (tmp_path / "model" / "deep").mkdir(parents=True)
+    (tmp_path / "model" / "deep" / "weights").write_bytes(CONTENT)
+    address = storage.save(tmp_path / "model", "jobs/job_x/model")
+    assert storage.read(f"{address}/deep/weights") == CONTENT
+    fetched = storage.fetch(address, tmp_path / "copy")
+    assert (fetched / "deep" / "weights").read_bytes() == CONTENT
+
+
+def everything(root: str) -> list[str]:
+    filesystem, path = fsspec.core.url_to_fs(root)
+    return filesystem.find(path)
