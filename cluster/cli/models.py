@@ -1,9 +1,14 @@
 """`forgearr models` and `forgearr chat`: what there is to talk to, and talking to it."""
 
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from cluster.cli.client import call, stream
 from cluster.cli.console import console as new_console
@@ -11,6 +16,7 @@ from cluster.cli.console import table
 from cluster.errors import ForgearrError
 
 MB = 1_000_000
+LOOK_SECONDS = 1.0
 VERDICTS = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
 
 console = new_console()
@@ -88,7 +94,10 @@ def _answer(options: dict[str, Any], messages: list[dict[str, Any]]) -> str:
     """Print an answer as it comes, and return it."""
     wanted = {name: value for name, value in options.items() if value is not None}
     spoken: list[str] = []
-    for chunk in stream("/v1/chat/completions", {**wanted, "messages": messages, "stream": True}):
+    chunks = stream("/v1/chat/completions", {**wanted, "messages": messages, "stream": True})
+    with _shown_while_loading():
+        first = next(chunks, None)
+    for chunk in chain([first] if first else [], chunks):
         if "error" in chunk:
             typer.echo()
             raise BrokenOff(f"The answer broke off: {chunk['error']['message']}")
@@ -99,3 +108,31 @@ def _answer(options: dict[str, Any], messages: list[dict[str, Any]]) -> str:
             sys.stdout.flush()
     typer.echo()
     return "".join(spoken)
+
+
+@contextmanager
+def _shown_while_loading() -> Generator[None]:
+    """Until the first word comes, say on a terminal how far a model is that is being loaded."""
+    heard = threading.Event()
+
+    def look() -> None:
+        while not heard.wait(LOOK_SECONDS):
+            try:
+                models = call("GET", "/api/v1/engines")["models"]
+            except ForgearrError:
+                return  # the question itself tells what is wrong
+            status.update(", ".join(_progress(model) for model in models if model["phase"] != "loaded"))
+
+    with console.status("") as status:
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            heard.set()
+            looking.join()
+
+
+def _progress(model: dict[str, Any]) -> str:
+    part = "" if model["progress"] is None else f" {model['progress']:.0%}"
+    return f"{escape(model['model'])}: {model['phase']}{part}"

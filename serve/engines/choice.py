@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from serve.engines.header import Header
-from serve.engines.protocol import Chunk, Embedded, Engine, Held, Ranked, Request, Source
+from serve.engines.protocol import Chunk, Embedded, Engine, Held, Loading, Ranked, Request, Source
 
 
 class ChosenEngine:
@@ -43,6 +43,10 @@ class ChosenEngine:
     async def loaded(self) -> list[Held]:
         engines = [self._usual, *self._others.values()]
         return [held for models in await asyncio.gather(*(engine.loaded() for engine in engines)) for held in models]
+
+    async def loading(self) -> list[Loading]:
+        engines = [self._usual, *self._others.values()]
+        return [model for models in await asyncio.gather(*(engine.loading() for engine in engines)) for model in models]
 
     def _of(self, source: Source) -> Engine:
         return self._others.get(type(source), self._usual)

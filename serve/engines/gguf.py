@@ -14,7 +14,7 @@ from cluster import logs
 from cluster.errors import Unavailable
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training import registry, tiny
-from pipelines.training.registry import Manner, Version
+from pipelines.training.registry import Manner, OnProgress, Version
 from serve.engines import untrained
 from serve.engines.header import BATCH, Header, read_header
 from serve.engines.llama import Files, LoadedModel
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 MOST_ADAPTERS = 32
 """To load with a model before anybody asks for them: the newest."""
 
-FindFile = Callable[[str, Source], Awaitable[Path]]
-"""Where the file of a model is, on this machine, when it is not in memory."""
+FindFile = Callable[[str, Source, OnProgress], Awaitable[Path]]
+"""Where the file of a model is, on this machine, when it is not in memory; it may have to come from elsewhere."""
 FindAdapters = Callable[[str, Version | None], Awaitable[Mapping[str, Path]]]
 """The files of the adapters that stand on a model, by reference; this one among them, if it is one."""
 
@@ -77,8 +77,8 @@ class GgufFiles:
         # Whoever brings the files himself may have no registry.
         self._find_version = _find_base if find_file is None else _find_nothing
 
-    async def prepare(self, reference: str, source: Source, purpose: Purpose) -> Plan[LoadedModel]:
-        files = await self._files(reference, source, purpose)
+    async def prepare(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Plan[LoadedModel]:
+        files = await self._files(reference, source, purpose, tell)
         header = await asyncio.to_thread(read_header, files.model)
         slots, context = self._settings.slots, min(files.context or self._settings.context, header.context)
         batch = context if purpose == "embeddings" else BATCH
@@ -91,13 +91,14 @@ class GgufFiles:
         )
 
     async def describe(self, reference: str, source: Source) -> Header:
-        return await asyncio.to_thread(read_header, await self._find_file(*_base(reference, source)))
+        path = await self._find_file(*_base(reference, source), lambda done, total: None)
+        return await asyncio.to_thread(read_header, path)
 
-    async def _files(self, reference: str, source: Source, purpose: Purpose) -> Files:
+    async def _files(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Files:
         base, own = _base(reference, source)
         adapter = _adapter(source)
         version = await self._find_version(base) if adapter else own
-        path = await self._find_file(base, version)
+        path = await self._find_file(base, version, tell)
         adapters = await self._find_adapters(base, adapter) if purpose == "answers" else {}
         manner = version.manner if isinstance(version, Version) else Manner()
         return Files(path, adapters, manner.template, context_of(manner))
@@ -111,11 +112,12 @@ class GgufReplica(GgufEngine):
         super().__init__(get_settings().engines, on_change=tell_router)
 
 
-async def _find_file(reference: str, source: Source) -> Path:
+async def _find_file(reference: str, source: Source, tell: OnProgress) -> Path:
     if reference == tiny.NAME:
         return await untrained.file()
     async with registry.connect() as models:
-        return await models.fetch(source if isinstance(source, Version) else await models.find(reference))
+        version = source if isinstance(source, Version) else await models.find(reference)
+        return await models.fetch(version, on_progress=tell)
 
 
 async def _find_adapters(base: str, wanted: Version | None) -> Mapping[str, Path]:

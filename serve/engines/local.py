@@ -9,10 +9,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import psutil
 
 from cluster.settings import EngineSettings
-from pipelines.training.registry import Version
+from pipelines.training.registry import OnProgress, Version
 from serve.engines.answers import whole_of
 from serve.engines.header import Header
-from serve.engines.protocol import Chunk, Embedded, Held, Ranked, Request, Source
+from serve.engines.protocol import Chunk, Embedded, Held, Loading, Ranked, Request, Source
 from serve.engines.shelf import MB, Closable, Plan, Purpose, Shelf
 from serve.manner import applied
 
@@ -33,8 +33,8 @@ Model = TypeVar("Model", bound=RunningModel)
 class Loader(Protocol[Model]):
     """What an engine knows of the models that it can run."""
 
-    async def prepare(self, reference: str, source: Source, purpose: Purpose) -> Plan[Model]:
-        """Bring it onto this machine, and see what it needs."""
+    async def prepare(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Plan[Model]:
+        """Bring it onto this machine, telling how many bytes of how many have come, and see what it needs."""
         ...
 
     async def describe(self, reference: str, source: Source) -> Header: ...
@@ -91,6 +91,9 @@ class LocalEngine(Generic[Model]):
 
     async def loaded(self) -> list[Held]:
         return self.held
+
+    async def loading(self) -> list[Loading]:
+        return self._shelf.loading()
 
     @property
     def held(self) -> list[Held]:

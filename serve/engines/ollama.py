@@ -19,6 +19,7 @@ from serve.engines.protocol import (
     EngineFailed,
     EngineUnavailable,
     Held,
+    Loading,
     Ranked,
     Remote,
     Request,
@@ -101,6 +102,9 @@ class OllamaEngine:
     async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
         async with self._client() as client:
             await client.generate(model=reference, keep_alive=-1 if seconds is None else seconds)
+
+    async def loading(self) -> list[Loading]:
+        return []  # it does not tell
 
     async def loaded(self) -> list[Held]:
         if self._url is None:

@@ -8,7 +8,7 @@ OpenAI streams: `choices` with a delta each, or with text; the last one has none
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
 from pipelines.training.registry import Version
@@ -41,6 +41,8 @@ class Remote:
 
 Source = Version | Folder | Remote | None
 """What a name means, and so which engine answers. None: forgearr/tiny as it comes, which is in no registry."""
+
+Phase = Literal["fetching", "waiting for room", "loading"]
 
 BUSY_SECONDS = 1
 
@@ -115,6 +117,17 @@ class Held:
     leaves_at: datetime | None = None  # unless it is used again; None: when its memory is needed
 
 
+@dataclass(frozen=True)
+class Loading:
+    """A model on its way into the memory of an engine."""
+
+    reference: str
+    phase: Phase
+    progress: float | None  # which part of this phase is done, from 0 to 1; None: nobody knows
+    bytes: int | None  # that it will take; None: not known yet
+    seconds: float  # since somebody asked for it
+
+
 class Engine(Protocol):
     """`reference` names a model for good (NAME:v3, not NAME:latest); `source` says what it is."""
 
@@ -152,4 +165,8 @@ class Engine(Protocol):
 
     async def loaded(self) -> list[Held]:
         """The models in memory."""
+        ...
+
+    async def loading(self) -> list[Loading]:
+        """The models on their way there."""
         ...

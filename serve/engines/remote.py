@@ -18,6 +18,7 @@ from serve.engines.protocol import (
     EngineLost,
     EngineUnavailable,
     Held,
+    Loading,
     Ranked,
     Request,
     Source,
@@ -83,6 +84,9 @@ class RemoteEngine:
 
     async def loaded(self) -> list[Held]:
         return [held for found in await self._ask_all("loaded") for held in found]
+
+    async def loading(self) -> list[Loading]:
+        return [model for found in await self._ask_all("loading") for model in found]
 
     async def _chat(self, reference: str, request: Request, source: Source) -> AsyncGenerator[list[Chunk]]:
         handle = (await self._find()).options(stream=True, **self._routing(reference))

@@ -12,12 +12,16 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from time import monotonic
 from typing import Generic, Literal, Protocol, TypeVar
+
+import psutil
 
 from cluster.db import now
 from cluster.settings import EngineSettings
 from cluster.times import seconds_of
-from serve.engines.protocol import EngineBusy, ModelTooLarge
+from pipelines.training.registry import OnProgress
+from serve.engines.protocol import EngineBusy, Loading, ModelTooLarge, Phase
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class Plan(Generic[Model]):
     load: Callable[[], Model]  # takes a while, and so has a thread of its own
 
 
-Prepare = Callable[[], Awaitable[Plan[Model]]]
+Prepare = Callable[[OnProgress], Awaitable[Plan[Model]]]
 
 
 @dataclass(eq=False)
@@ -63,8 +67,12 @@ class Entry(Generic[Model]):
     reference: str
     purpose: Purpose
     loading: asyncio.Task[Model] = field(init=False)
+    phase: Phase = "fetching"
+    fetched: tuple[int, int] | None = None  # bytes of how many
+    asked_at: float = field(default_factory=monotonic)
     users: int = 0
     bytes: int = 0  # reserved as soon as there is room for it
+    memory_before: int = 0  # of the process, when it began to load
     context: int = 0
     unwanted: bool = False  # to be unloaded as soon as nobody uses it
     keep: float | None = None  # seconds that it stays after its last answer; None: until its memory is needed
@@ -84,6 +92,15 @@ class Entry(Generic[Model]):
         if self.keep is None:
             return None
         return (self.idle_since if self.leaving else now()) + timedelta(seconds=min(self.keep, LONGEST_SECONDS))
+
+    @property
+    def progress(self) -> float | None:
+        """Which part of its phase is done."""
+        if self.phase == "fetching" and self.fetched is not None:
+            return self.fetched[0] / self.fetched[1]
+        if self.phase == "loading":  # llama.cpp does not tell; what the process has taken since then does, nearly
+            return min(max(_memory() - self.memory_before, 0) / self.bytes, 1.0)
+        return None
 
     @property
     def is_idle(self) -> bool:
@@ -106,6 +123,13 @@ class Shelf(Generic[Model]):
 
     def loaded(self) -> list[Entry[Model]]:
         return [entry for entry in self._all() if entry.is_loaded]
+
+    def loading(self) -> list[Loading]:
+        return [
+            Loading(entry.reference, entry.phase, entry.progress, entry.bytes or None, monotonic() - entry.asked_at)
+            for entry in self._all()
+            if not entry.loading.done()
+        ]
 
     @asynccontextmanager
     async def use(
@@ -199,14 +223,19 @@ class Shelf(Generic[Model]):
         entry.unwanted = True
 
     async def _load(self, entry: Entry[Model], prepare: Prepare[Model]) -> Model:
-        plan = await prepare()
+        def tell(done: int, total: int) -> None:
+            entry.fetched = done, total
+
+        plan = await prepare(tell)
         entry.context = plan.context
         if plan.bytes > self._capacity:
             raise ModelTooLarge(
                 f"{entry.reference} needs {plan.bytes // MB} MB ({plan.parts}), and engines.memory_mb allows "
                 f"{self._capacity // MB} MB. Raise that, lower engines.context or engines.slots, or {plan.remedy}."
             )
+        entry.phase = "waiting for room"
         await self._make_room(entry, plan.bytes)
+        entry.phase, entry.memory_before = "loading", _memory()
         model = await asyncio.to_thread(plan.load)
         log.info("%s is loaded: %d MB", entry.reference, plan.bytes // MB)
         return model
@@ -250,3 +279,7 @@ class Shelf(Generic[Model]):
     def _tell(self) -> None:
         adapters = [name for entry in self.loaded() for name in entry.loading.result().adapters]
         self._on_change(list(dict.fromkeys([*(entry.reference for entry in self._entries.values()), *adapters])))
+
+
+def _memory() -> int:
+    return psutil.Process().memory_info().rss

@@ -15,6 +15,7 @@ from weakref import finalize
 from cluster import logs
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training import base_models
+from pipelines.training.registry import OnProgress
 from serve.engines.folder_header import Files, adapter_bytes, read_folder
 from serve.engines.header import Header
 from serve.engines.local import LocalEngine, tell_router
@@ -40,7 +41,7 @@ class Folders:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
 
-    async def prepare(self, reference: str, source: Source, purpose: Purpose) -> "Plan[LoadedFolder]":
+    async def prepare(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> "Plan[LoadedFolder]":
         return await asyncio.to_thread(self._prepare, reference, source, purpose)
 
     async def describe(self, reference: str, source: Source) -> Header:

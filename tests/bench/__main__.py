@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import forge, gateway, idle, jobs, serving, startup
+from tests.bench import forge, gateway, idle, jobs, overhead, serving, startup
 from tests.bench.figures import Figure, machine
 from tests.bench.postgres import new_database, running_postgres
 from tests.platform import Platform, running_platform
@@ -76,6 +76,11 @@ def measure_serving() -> Iterator[list[Figure]]:
         yield serving.figures(platform, reference, file)
 
 
+def measure_overhead() -> Iterator[list[Figure]]:
+    with running_platform({"engines.slots": str(overhead.CONNECTIONS)}) as platform:
+        yield overhead.figures(platform)
+
+
 PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "start": measure_start,
     "gateway": measure_gateway,
@@ -84,6 +89,7 @@ PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "postgres": measure_postgres,
     "training": measure_training,
     "serving": measure_serving,
+    "overhead": measure_overhead,
 }
 
 

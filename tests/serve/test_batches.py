@@ -19,6 +19,7 @@ from jobs.queue import LOCAL
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.file_checks import BatchLine
+from pipelines.training.registry import OnProgress
 from serve import batches
 from serve.batch_answers import MOST_LOSSES, Answering
 from serve.engines.gguf import GgufEngine
@@ -49,7 +50,7 @@ def engine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unste
     get_settings.cache_clear()
     file = write_parrot(tmp_path / "model.gguf", SPOKEN)
 
-    async def find_file(reference: str, source: Source) -> Path:
+    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
         return file
 
     return Unsteady(get_settings().engines, find_file)

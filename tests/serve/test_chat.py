@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from cluster.db import get_database, migrate
 from cluster.settings import get_settings
+from pipelines.training.registry import OnProgress
 from serve.app import create_app
 from serve.engines.gguf import GgufEngine
 from serve.engines.protocol import Source
@@ -61,7 +62,7 @@ async def house(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     get_settings.cache_clear()
     file = write_parrot(tmp_path / "model.gguf", SPOKEN)
 
-    async def find_file(reference: str, source: Source) -> Path:
+    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
         return file
 
     app = create_app()
@@ -200,6 +201,32 @@ async def test_errors_before_the_first_word_have_a_status(house: House, stream: 
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
     with pytest.raises(openai.BadRequestError):
         await house.say(response_format=schema, stream=stream)
+
+
+async def test_how_far_a_model_is_that_is_being_loaded(house: House) -> None:
+    arrived = asyncio.Event()
+
+    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
+        tell(1, 4)
+        await arrived.wait()
+        return house.file
+
+    async def look() -> list[dict[str, Any]]:
+        return (await house.http.get("/api/v1/engines")).json()["models"]
+
+    house.app.state.engine = GgufEngine(get_settings().engines, find_file)
+    asking = asyncio.create_task(house.say())
+    while not (found := await look()):
+        assert not asking.done()
+    (model,) = found
+    assert (model["model"], model["phase"], model["progress"]) == (TINY, "fetching", 0.25)
+    assert model["seconds"] > 0
+    assert model["bytes"] is model["context"] is model["requests"] is None
+    arrived.set()
+    assert (await asking).choices[0].message.content == SPOKEN
+    (model,) = await look()
+    assert (model["model"], model["phase"], model["progress"], model["seconds"]) == (TINY, "loaded", 1, None)
+    assert (model["bytes"], model["requests"]) == (house.engine.held[0].bytes, 0)
 
 
 async def test_too_many_at_once(house: House) -> None:

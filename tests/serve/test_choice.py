@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.settings import get_settings
-from pipelines.training.registry import File, Version
+from pipelines.training.registry import File, OnProgress, Version
 from serve.engines.answers import whole_of
 from serve.engines.choice import ChosenEngine
 from serve.engines.gguf import GgufEngine
@@ -26,7 +26,7 @@ def engine(home: Path, tmp_path: Path) -> ChosenEngine:
     def one(name: str) -> GgufEngine:
         file = write_parrot(tmp_path / f"{name}.gguf", SPOKEN[name])
 
-        async def find_file(reference: str, source: Source) -> Path:
+        async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
             return file
 
         return GgufEngine(get_settings().engines, find_file)

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.db import now
 from cluster.settings import EngineSettings, get_settings
-from pipelines.training.registry import File, Version
+from pipelines.training.registry import File, OnProgress, Version
 from serve.engines.ahead import read_ahead
 from serve.engines.answers import whole_of
 from serve.engines.gguf import GgufEngine, GgufFiles
@@ -57,7 +57,7 @@ class Models:
     def add(self, name: str, **shape: Any) -> Path:
         return write_model(self.folder / f"{name}.gguf", **shape)
 
-    async def find(self, reference: str, source: Source) -> Path:
+    async def find(self, reference: str, source: Source, tell: OnProgress) -> Path:
         self.asked.append(reference)
         await self.ready.wait()
         return self.folder / f"{reference}.gguf"
@@ -234,7 +234,10 @@ async def test_a_model_in_use_stays(models: Models, settings: Callable[..., Engi
     waiting = asyncio.create_task(engine.complete("other", {**HELLO, "max_tokens": 2}))
     for _ in range(5):
         assert await anext(answer)
-    assert not waiting.done()
+    while (await engine.loading())[0].phase == "fetching":
+        assert await anext(answer)
+    (arriving,) = await engine.loading()
+    assert (arriving.reference, arriving.phase, arriving.bytes) == ("other", "waiting for room", None)
     await answer.aclose()
     assert await waiting
     assert [held.reference for held in engine.held] == ["other"]
@@ -331,7 +334,7 @@ async def test_files_are_found_only_once_for_a_shelf(models: Models, settings: C
     files = GgufFiles(settings(), models.find, models.find_adapters)
     shelf = Shelf[LoadedModel](1024 * MB, settings())
     for _ in range(2):
-        async with shelf.use("quiet", lambda: files.prepare("quiet", None, "answers")):
+        async with shelf.use("quiet", lambda tell: files.prepare("quiet", None, "answers", tell)):
             pass
     assert models.asked == ["quiet"]
 

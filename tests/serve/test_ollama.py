@@ -14,6 +14,7 @@ from gguf import GGUFReader
 
 from cluster.db import now
 from cluster.settings import get_settings
+from pipelines.training.registry import OnProgress
 from serve.app import create_app
 from serve.engines.gguf import GgufEngine
 from serve.engines.protocol import Source
@@ -67,7 +68,7 @@ async def house(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     get_settings.cache_clear()
     file = write_parrot(tmp_path / "model.gguf", SPOKEN)
 
-    async def find_file(reference: str, source: Source) -> Path:
+    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
         return file
 
     app = create_app()
@@ -201,7 +202,7 @@ async def test_models_may_leave_by_themselves(house: House, monkeypatch: pytest.
     monkeypatch.setenv("FORGEARR_ENGINES__KEEP_ALIVE", "50ms")
     get_settings.cache_clear()
 
-    async def find_file(reference: str, source: Source) -> Path:
+    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
         return house.file
 
     engine = GgufEngine(get_settings().engines, find_file)

@@ -19,6 +19,7 @@ from sqlalchemy import func, select, update
 from cluster import identity
 from cluster.db import Database, get_database, migrate, now
 from cluster.settings import EngineSettings, get_settings
+from pipelines.training.registry import OnProgress
 from serve import stored_responses
 from serve.api import responses
 from serve.app import create_app
@@ -110,7 +111,7 @@ async def living(database: Database, file: Path, monkeypatch: pytest.MonkeyPatch
     get_settings.cache_clear()
     write_parrot(file, SPOKEN)
 
-    async def find_file(reference: str, source: Source) -> Path:
+    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
         return file
 
     app = create_app()
