@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,11 @@ CONNECTIONS = 8
 SECONDS = 8
 QUESTIONS = 200
 START_SECONDS = 120
+OPEN_AND_OFFLINE = {
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+}
+"""On loopback ours asks for no key either."""
 
 
 def figures(platform: Platform, rounds: int = 3) -> list[Figure]:
@@ -88,18 +93,17 @@ def _proxy(engine: str, home: Path) -> Generator[str]:
     model = {"model": f"openai/{MODEL}", "api_base": engine, "api_key": "none"}
     config.write_text(json.dumps({"model_list": [{"model_name": MODEL, "litellm_params": model}]}))
     command = [folder / "bin" / "litellm", "--config", config, "--host", "127.0.0.1", "--port", port]
-    with _running([str(word) for word in command], home / "litellm.log", LITELLM_LOCAL_MODEL_COST_MAP="True"):
+    with _running([str(word) for word in command], home / "litellm.log", OPEN_AND_OFFLINE):
         url = f"http://127.0.0.1:{port}/v1"
         eventually(lambda: _answers(f"{url}/models"), START_SECONDS)
         yield url
 
 
 @contextmanager
-def _running(command: list[str], printed: Path, **environment: str) -> Generator[None]:
+def _running(command: list[str], printed: Path, more: Mapping[str, str] | None = None) -> Generator[None]:
+    environment = {**os.environ, **(more or {})}
     with printed.open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:
             yield
         finally:
