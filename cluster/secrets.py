@@ -1,15 +1,27 @@
 """Keys of this installation, and the tokens that it hands out.
 
 Keys are files under FORGEARR_HOME/keys, readable by their owner only and made on first use. Tokens are random; only
-their hash is kept.
+their hash is kept. What has to be told to others again, such as a password, is sealed before it goes into the database.
 """
 
+import base64
 import hashlib
 import os
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cluster.errors import ForgearrError
 from cluster.settings import get_settings, home
+
+if TYPE_CHECKING:
+    from cryptography.fernet import Fernet
+
+
+class SealBroken(ForgearrError):
+    """A secret was sealed with another key (auth.sealing_key, or keys/sealing in FORGEARR_HOME): set it anew."""
+
+    code = "SEAL_BROKEN"
 
 
 def signing_key() -> str:
@@ -26,6 +38,29 @@ def new_token(prefix: str) -> str:
 def token_hash(token: str) -> str:
     """What is stored of a token. It has 256 random bits, so a plain hash cannot be searched back."""
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def seal(secret: str) -> str:
+    """A secret as it may lie in the database: of no use without the key, and not to be changed unseen."""
+    return _sealer().encrypt(secret.encode()).decode()
+
+
+def unseal(sealed: str) -> str:
+    from cryptography.fernet import InvalidToken
+
+    try:
+        return _sealer().decrypt(sealed).decode()
+    except InvalidToken:
+        raise SealBroken from None
+
+
+def _sealer() -> "Fernet":
+    from cryptography.fernet import Fernet
+
+    configured = get_settings().auth.sealing_key
+    key = configured.get_secret_value() if configured else _key("sealing")
+    # The key is random, whatever its length and letters: a hash makes the 32 bytes of it that are wanted.
+    return Fernet(base64.urlsafe_b64encode(hashlib.sha256(key.encode()).digest()))
 
 
 def _key(name: str) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import to_jsonable_python
 
 from cluster.errors import SettingsError
 from cluster.times import seconds_of
@@ -74,11 +75,15 @@ class AuthSettings(Section):
         description="Key that signs access tokens, 32 characters or more, the same on every node. "
         "Null: made on first start in FORGEARR_HOME/keys."
     )
+    sealing_key: SecretStr | None = Field(
+        description="Key that seals the credentials and secrets of repositories, 32 characters or more, the same on "
+        "every node. Null: made on first use in FORGEARR_HOME/keys."
+    )
     access_token_minutes: int = Field(ge=1, le=1440, description="How long an access token is valid.")
     refresh_token_days: int = Field(ge=1, le=365, description="How long a refresh token is valid.")
     login_attempts: Rate = Field(description="How many failed logins an account and an address may have.")
 
-    @field_validator("signing_key")
+    @field_validator("signing_key", "sealing_key")
     @classmethod
     def refuse_weak_key(cls, key: SecretStr | None) -> SecretStr | None:
         if key is None:
@@ -221,6 +226,16 @@ class OllamaSettings(Section):
     )
 
 
+class GuardianSettings(Section):
+    roots: list[Path] = Field(
+        description="Folders under which repositories may lie. A relative path is looked for in each of them in turn."
+    )
+    watch_cron: str = Field(
+        description="How often all repositories are looked at: minute, hour, day, month, weekday. Read when the first "
+        "repository is registered; the schedule `watch-repositories` can be changed from then on."
+    )
+
+
 class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Least severe level that is written.")
     rotate_mb: int = Field(ge=1, description="Size at which a log file is set aside.")
@@ -240,6 +255,7 @@ class Settings(Section):
     gates: GateSettings
     engines: EngineSettings
     ollama: OllamaSettings
+    guardian: GuardianSettings
     logs: LogSettings
 
     @property
@@ -393,9 +409,10 @@ def _is_secret(key: str) -> bool:
 def _printable(value: object) -> str:
     if isinstance(value, SecretStr):
         return _masked(value.get_secret_value())
-    return (
-        "null" if value is None else yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
-    )
+    if value is None:
+        return "null"
+    plain = to_jsonable_python(value)  # folders as text
+    return yaml.safe_dump(plain, default_flow_style=True).strip().removesuffix("...").strip()
 
 
 def _masked(secret: str) -> str:
