@@ -8,6 +8,7 @@ as YAML, so that `true`, `8010` and `[a, b]` mean what they look like.
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from ipaddress import ip_network
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
+from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_core import to_jsonable_python
 
@@ -234,6 +236,22 @@ class GuardianSettings(Section):
         description="How often all repositories are looked at: minute, hour, day, month, weekday. Read when the first "
         "repository is registered; the schedule `watch-repositories` can be changed from then on."
     )
+
+    @field_validator("roots")
+    @classmethod
+    def have_one(cls, roots: list[Path]) -> list[Path]:
+        if not roots or not all(root.is_absolute() or root.parts[:1] == ("~",) for root in roots):
+            raise ValueError("must be one folder or more, each beginning with / or ~")
+        return roots
+
+    @field_validator("watch_cron")
+    @classmethod
+    def read_cron(cls, line: str) -> str:
+        try:
+            next(CronSim(line, datetime.now(UTC)))
+        except (CronSimError, StopIteration):
+            raise ValueError("must be a cron line of five fields that ever fires") from None
+        return line
 
 
 class LogSettings(Section):

@@ -101,16 +101,22 @@ async def enqueue(
     owner: Owner = LOCAL,
     *,
     idempotency_key: str | None = None,
+    unless_queued: bool = False,
 ) -> Job:
-    """Put one job into the queue, or find the one that the same request has made before."""
+    """Put one job into the queue, or find the one that the same request has made before.
+
+    With `unless_queued`, one that waits to do the same will do, whoever asked for it.
+    """
     if idempotency_key and (known := await _find_by_key(session, request, owner, idempotency_key)):
         return known
     kind = find_kind(request.kind)
     spec = kind.check(request.spec)
     if not owner.is_admin and kind.needs_admin(spec):
         raise Forbidden(f"Only an administrator may run '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
-    (job,) = await _insert(session, [(request, kind, spec)], owner)
-    await _link_dependencies(session, job, request.depends_on, owner)
+    job = await _find_queued(session, kind, spec) if unless_queued else None
+    if job is None:
+        (job,) = await _insert(session, [(request, kind, spec)], owner)
+        await _link_dependencies(session, job, request.depends_on, owner)
     if idempotency_key:
         session.add(_remember(job, request, owner, idempotency_key))
         await session.flush()
@@ -353,6 +359,13 @@ async def _find_by_key(session: AsyncSession, request: JobRequest, owner: Owner,
     if known.request_hash != _request_hash(request):
         raise IdempotencyConflict(f"The idempotency key '{key}' was used for another request ({known.job_id}).")
     return await session.get_one(Job, known.job_id)
+
+
+async def _find_queued(session: AsyncSession, kind: Kind, spec: dict[str, Any]) -> Job | None:
+    await one_at_a_time(session, f"queued {kind.name}")
+    # Locked, so that it waits until we have said our word.
+    waiting = await _locked(session, select(Job).where(Job.kind == kind.name, Job.state == State.QUEUED))
+    return next((job for job in waiting if job.spec == spec), None)
 
 
 def _remember(job: Job, request: JobRequest, owner: Owner, key: str) -> IdempotencyKey:

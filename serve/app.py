@@ -35,12 +35,14 @@ from serve.api import (
     ollama_making,
     ollama_models,
     prompts,
+    repositories,
     rerank,
     responses,
     schedules,
     training,
     training_workers,
     uploads,
+    webhooks,
     websockets,
 )
 from serve.auth import OriginGuard
@@ -84,6 +86,8 @@ def create_app() -> FastAPI:
         schedules,
         prompts,
         datasets,
+        repositories,
+        webhooks,
         training,
         training_workers,
         forge,
@@ -107,6 +111,7 @@ def create_app() -> FastAPI:
     ):
         app.include_router(module.router)
     app.include_router(forge.openai_router)
+    app.include_router(repositories.openai_router)
     handle_errors(app)
     _surround(app)
     return app

@@ -3,7 +3,7 @@
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from cluster.errors import InvalidRequest, Unavailable
@@ -30,7 +30,7 @@ class Remote:
     url: str
     branch: str | None
     username: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 def checked_url(url: str) -> str:

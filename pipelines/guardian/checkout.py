@@ -15,9 +15,9 @@ import git
 
 from cluster.errors import ForgearrError, InvalidRequest, NotFound
 from pipelines.guardian import remotes
-from pipelines.guardian.commands import environment, last_words
+from pipelines.guardian.commands import environment, first_fault
 from pipelines.guardian.remotes import TIP, BranchNotFound, EmptyRepository, OnProgress
-from pipelines.guardian.repositories import Repository, remote_of
+from pipelines.guardian.repositories import FolderOutside, Repository, is_inside, mirror_of, remote_of
 
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 PATHS_MAX = 100_000
@@ -88,11 +88,11 @@ def opened(
     `commits` are needed beside the tip, if they still exist; the one last trained from always is.
     """
     if repository.path is not None:
-        with opened_at(Path(repository.path), repository.branch) as checkout:
+        with opened_inside(Path(repository.path), repository.branch) as checkout:
             yield checkout
         return
     kept = {*commits, repository.trained_commit} - {None}
-    mirror = remotes.mirror_of(repository.id)
+    mirror = mirror_of(repository.id)
     remotes.fetch(mirror, remote_of(repository), sorted(map(str, kept)), on_progress)
     with _closing(Checkout(mirror, TIP)) as checkout:
         yield checkout
@@ -105,11 +105,22 @@ def opened_at(path: Path, branch: str | None = None) -> Generator["Checkout"]:
         yield checkout
 
 
+@contextmanager
+def opened_inside(path: Path, branch: str | None = None) -> Generator["Checkout"]:
+    """A repository that lies in guardian.roots, with all that belongs to it."""
+    with opened_at(path, branch) as checkout:
+        for folder in (path, *checkout.folders):
+            if not is_inside(folder.resolve()):
+                raise FolderOutside(f"{path} leads out of the folders for repositories (guardian.roots).")
+        yield checkout
+
+
 class Checkout:
     def __init__(self, path: Path, reference: str) -> None:
         self._reference = reference
         self._where = path
         self._repository = _open(path)
+        self.folders = (Path(self._repository.git_dir), Path(self._repository.common_dir))
         self._git: Any = self._repository.git
         self._git.update_environment(**environment())
         self._know_format()
@@ -211,7 +222,7 @@ class Checkout:
 
     def _shallow_ends(self) -> frozenset[str]:
         """The commits whose parents are missing here."""
-        path = Path(self._repository.common_dir) / "shallow"
+        path = self.folders[1] / "shallow"
         return frozenset(path.read_text().split()) if path.exists() else frozenset()
 
     def _output(self, *command: str, may_fail: bool = False) -> str:
@@ -219,7 +230,7 @@ class Checkout:
             ["git", *command], with_extended_output=True, with_exceptions=False, stdout_as_string=True
         )
         if status and not may_fail:
-            raise RepositoryDamaged(f"{self._where}: git {command[0]} failed: {last_words(errors)}")
+            raise RepositoryDamaged(f"{self._where}: git {command[0]} failed: {first_fault(errors)}")
         return "" if status else told
 
     def _records(self, command: Sequence[str]) -> Iterator[bytes]:
@@ -237,7 +248,9 @@ class Checkout:
                 yield chunk
             told = process.stderr.read()
             if process.proc.wait():
-                raise RepositoryDamaged(f"{self._where}: git {command[0]} failed: {last_words(told)}")
+                raise RepositoryDamaged(
+                    f"{self._where}: git {command[0]} failed: {first_fault(told.decode(errors='replace'))}"
+                )
         finally:
             process.proc.kill()
             process.proc.wait()

@@ -62,8 +62,14 @@ def environment(settings: Mapping[str, str] | None = None, protocols: str = "non
     return variables
 
 
+def first_fault(told: str) -> str:
+    """What git gave up over: it may go on to say what to do about it."""
+    fault = re.search(r"^(?:fatal|error): (.+)$", told, re.MULTILINE)
+    return fault[1][:300] if fault else last_words(told)
+
+
 def last_words(told: str | bytes) -> str:
     """The last line that git has printed, of which a progress bar draws many over each other."""
     text = told.decode(errors="replace") if isinstance(told, bytes) else told
     lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-    return lines[-1].removeprefix("fatal: ")[:300] if lines else ""
+    return lines[-1][:300] if lines else ""

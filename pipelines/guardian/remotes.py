@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 import git
 
 from cluster.errors import InvalidRequest, Unavailable
-from cluster.settings import home
 from pipelines.guardian.addresses import SCHEMES, Remote, address_of
-from pipelines.guardian.commands import environment, last_words
+from pipelines.guardian.commands import environment, first_fault, last_words
 
 DEPTH = 1000
 """How many commits back a mirror goes."""
@@ -50,16 +49,15 @@ class BranchNotFound(InvalidRequest):
     code = "BRANCH_NOT_FOUND"
 
 
-def mirror_of(repository_id: str) -> Path:
-    return home() / "cache" / "repositories" / f"{repository_id}.git"
-
-
 def fetch(mirror: Path, remote: Remote, kept: Sequence[str], on_progress: OnProgress) -> None:
     """Make the mirror what the remote repository is now. `kept` are commits that it should have too, if they still
     exist; others that the branch has left behind are let go."""
     mirror.parent.mkdir(parents=True, exist_ok=True)
     with mirror.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever held the lock and was killed may have left git's own behind.
+        for left in mirror.rglob("*.lock"):
+            left.unlink()
         _fetch(mirror, remote, kept, on_progress)
 
 
@@ -82,8 +80,16 @@ def _fetch(mirror: Path, remote: Remote, kept: Sequence[str], on_progress: OnPro
         repository.close()
 
 
-def _run(repository: git.Repo, remote: Remote, wanted: list[str], on_progress: OnProgress, depth: int = DEPTH) -> None:
-    options = ["--progress", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head", f"--depth={depth}"]
+def _run(
+    repository: git.Repo, remote: Remote, wanted: list[str], on_progress: OnProgress, depth: int | None = None
+) -> None:
+    options = [
+        "--progress",
+        "--no-tags",
+        "--no-recurse-submodules",
+        "--no-write-fetch-head",
+        f"--depth={depth or DEPTH}",
+    ]
     process = repository.git.fetch(*options, "--", remote.url, *wanted, as_process=True)
     told = b""
     try:
@@ -92,15 +98,18 @@ def _run(repository: git.Repo, remote: Remote, wanted: list[str], on_progress: O
             on_progress(last_words(chunk))
         code = process.proc.wait()
     except BaseException:
-        process.proc.kill()
+        process.proc.terminate()  # it tidies up
+        process.proc.wait()
         raise
+    finally:
+        process.proc.stdout.close()
+        process.proc.stderr.close()
     if code:
         _refuse(remote, told.decode(errors="replace"))
 
 
 def _refuse(remote: Remote, told: str) -> None:
     where = urlsplit(remote.url).hostname
-    reason = last_words(told)
     if "couldn't find remote ref HEAD" in told:
         raise EmptyRepository(f"The repository at {where} has no commit.")
     if "couldn't find remote ref" in told:
@@ -113,7 +122,7 @@ def _refuse(remote: Remote, told: str) -> None:
         raise FetchRefused(f"{where} does not let us in: check the credentials.")
     if re.search(r"not found|error: 404|does not appear to be a git repository", told):
         raise FetchRefused(f"There is no repository at {remote.url}, or it is hidden from us.")
-    raise FetchFailed(f"Fetching from {where} failed: {reason}")
+    raise FetchFailed(f"Fetching from {where} failed: {first_fault(told)}")
 
 
 def _try_to_have(repository: git.Repo, remote: Remote, commit: str, on_progress: OnProgress) -> None:

@@ -1,24 +1,80 @@
 """Registered repositories: the folders and addresses that are watched, and the models that are made of them."""
 
+import re
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from sqlalchemy import String, Text, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import secrets
 from cluster.db import Base, now
-from cluster.errors import NotFound
-from pipelines.guardian.addresses import Remote
+from cluster.errors import Conflict, Forbidden, InvalidRequest, NotFound, UnprocessableRequest
+from cluster.settings import get_settings, home
+from jobs import schedules
+from jobs.queue import LOCAL, Owner
+from jobs.registry import find_kind
+from jobs.schedules import ScheduleRequest
+from jobs.states import FINISHED
+from jobs.tables import Job
+from pipelines.guardian.addresses import Remote, checked_url
+from pipelines.guardian.policy import Policy
+from pipelines.training.samples import sentence
+from pipelines.training.spec import ModelName
+
+RETRAIN = "retrain"
+"""The kind of the plan, which others bring."""
+WATCH = "watch_repositories"
+RESERVED = {"name", "suffix", "data", "validation", "method"}
+"""What a training is not free to choose: the repository says it."""
+
+BRANCH = r"^[^\s~^:?*\[\\\x00-\x20\x7f]{1,200}$"
+BAD_BRANCH = re.compile(r"[-/]|.*(\.\.|//|@\{|/\.|[/.]$|\.lock$)")
+
+
+def _branch(name: str) -> str:
+    if BAD_BRANCH.match(name):
+        raise ValueError("is not the name of a branch")
+    return name
+
+
+BranchName = Annotated[str, Field(pattern=BRANCH), AfterValidator(_branch)]
 
 
 class RepositoryNotFound(NotFound):
     """There is no such repository."""
 
     code = "REPOSITORY_NOT_FOUND"
+
+
+class RepositoryNameTaken(Conflict):
+    """There is already a repository of this name."""
+
+    code = "REPOSITORY_NAME_TAKEN"
+
+
+class RepositoryInUse(Conflict):
+    """A plan is learning from this repository."""
+
+    code = "REPOSITORY_IN_USE"
+
+
+class FolderOutside(Forbidden):
+    """Repositories lie in the folders of guardian.roots only."""
+
+    code = "FOLDER_OUTSIDE"
+
+
+class InvalidPath(InvalidRequest):
+    """The path of a repository is not valid."""
+
+    code = "INVALID_REPOSITORY_PATH"
 
 
 class Credentials(BaseModel):
@@ -30,10 +86,43 @@ class Credentials(BaseModel):
     token: str = Field(pattern=r"^[^\x00-\x1f\x7f]{1,4000}$", description="A token, or a password.")
 
 
+Secret = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{16,200}$")]
+
+
+class RepositoryRequest(BaseModel):
+    """A repository to watch, and what to make of it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: ModelName
+    path: str | None = Field(default=None, max_length=1000, description="A folder in one of guardian.roots; or else:")
+    url: str | None = Field(default=None, max_length=1000, examples=["https://git.example.com/ada/handbook.git"])
+    branch: BranchName | None = Field(
+        default=None, description="Null: the one that is checked out, or the remote repository's own."
+    )
+    model: ModelName | None = Field(default=None, description="What the model is called. Null: as the repository.")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Of a fine_tune job's spec, all but its name, data, validation and method."
+    )
+    policy: Policy = Policy()
+    auto_deploy: bool = Field(default=True, description="Serve the new model, if it is better.")
+    enabled: bool = Field(default=True, description="Whether it is looked at by itself.")
+    credentials: Credentials | None = Field(default=None, description="For its url. They are never told.")
+    webhook_secret: Secret | None = Field(default=None, description="What its webhooks sign with. It is never told.")
+
+    @model_validator(mode="after")
+    def lie_somewhere(self) -> Self:
+        if (self.path is None) == (self.url is None):
+            raise ValueError("say where it is: either path or url")
+        if self.credentials is not None and (self.url is None or not self.url.startswith("http")):
+            raise ValueError("credentials are for an address with https:// or http://")
+        return self
+
+
 class Repository(Base):
     __tablename__ = "repositories"
 
-    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: f"repo_{uuid4().hex}")
     name: Mapped[str] = mapped_column(String(100), unique=True)
     path: Mapped[str | None] = mapped_column(Text)  # a folder of this machine, all links resolved; or else:
     url: Mapped[str | None] = mapped_column(Text)
@@ -60,15 +149,68 @@ class Repository(Base):
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
 
+async def create(session: AsyncSession, request: RepositoryRequest, owner: Owner = LOCAL) -> Repository:
+    """Register a repository, whose path, if it has one, has been checked. From then on it is watched."""
+    repository = Repository(created_by=owner.name, **_columns(request))
+    session.add(repository)
+    await _flush(session, request.name)
+    cron = get_settings().guardian.watch_cron
+    await schedules.ensure(session, ScheduleRequest(name="watch-repositories", kind=WATCH, cron=cron))
+    return repository
+
+
+async def change(session: AsyncSession, repository: Repository, changes: Mapping[str, Any]) -> None:
+    """Set these fields, if the repository makes sense with them."""
+    request = changed(repository, changes)
+    columns = _columns(request)
+    kept = {"credentials", "webhook_secret"} - changes.keys()
+    if request.url != repository.url and "credentials" in kept:
+        columns["credentials"] = None  # they were for another address
+    moved = (request.path, request.url, request.branch) != (repository.path, repository.url, repository.branch)
+    for name, value in columns.items():
+        if name not in kept or value != getattr(repository, name):
+            setattr(repository, name, value)
+    if moved:
+        repository.seen_commit = repository.checked_at = repository.check_error = None
+    await _flush(session, request.name)
+
+
+def changed(repository: Repository, changes: Mapping[str, Any]) -> RepositoryRequest:
+    """What would be asked for with these changes."""
+    secret = {"credentials", "webhook_secret"}
+    before = {name: getattr(repository, name) for name in RepositoryRequest.model_fields.keys() - secret}
+    told = {**before, **changes}
+    for one, other in (("path", "url"), ("url", "path")):
+        if changes.get(one) is not None and other not in changes:
+            told[other] = None
+    try:
+        return RepositoryRequest.model_validate(told)
+    except ValidationError as error:
+        raise UnprocessableRequest(f"The repository would not be valid: {sentence(error)}.") from None
+
+
+async def delete(session: AsyncSession, repository: Repository) -> None:
+    """Forget a repository. Its datasets and models stay."""
+    if plan := await unfinished_plan(session, repository):
+        raise RepositoryInUse(f"{plan.id} learns from '{repository.name}': cancel it first.")
+    await session.delete(repository)
+
+
 async def find(session: AsyncSession, id_or_name: str, *, lock: bool = False) -> Repository:
     """The repository of this id or name."""
     named = select(Repository).where((Repository.id == id_or_name) | (Repository.name == id_or_name))
-    # A name has no underscore behind "repo" unless somebody chose it so: the id goes first.
+    # Somebody may have chosen a name that looks like an id.
     ordered = named.order_by((Repository.id == id_or_name).desc()).limit(1)
     repository = await session.scalar(ordered.with_for_update() if lock else ordered)
     if repository is None:
         raise RepositoryNotFound(f"There is no repository '{id_or_name}'.")
     return repository
+
+
+async def at_path(session: AsyncSession, path: Path) -> Repository | None:
+    """The repository in this folder that was registered first."""
+    wanted = select(Repository).where(Repository.path == str(path))
+    return await session.scalar(wanted.order_by(Repository.created_at, Repository.id).limit(1))
 
 
 def remote_of(repository: Repository) -> Remote:
@@ -80,5 +222,100 @@ def remote_of(repository: Repository) -> Remote:
     return Remote(repository.url, repository.branch, credentials.username, credentials.token)
 
 
-def new_id() -> str:
-    return f"repo_{uuid4().hex}"
+async def unfinished_plan(session: AsyncSession, repository: Repository) -> Job | None:
+    """The job that retrains the model of this repository, while there is one."""
+    wanted = select(Job).where(Job.kind == RETRAIN, Job.state.not_in(FINISHED))
+    mine = wanted.where(Job.spec["repository_id"].as_string() == repository.id)
+    return await session.scalar(mine.order_by(Job.created_at).limit(1))
+
+
+def mirror_of(repository_id: str) -> Path:
+    """Where the objects of a repository with an address are kept on this machine."""
+    return home() / "cache" / "repositories" / f"{repository_id}.git"
+
+
+# Work on files, for a thread of its own.
+
+
+def checked_path(path: str, branch: str | None = None) -> Path:
+    """The folder that is meant, all links resolved: a repository that has commits, in one of guardian.roots."""
+    from pipelines.guardian.checkout import opened_inside
+
+    folder = _folder(path)
+    with opened_inside(folder, branch) as checkout:
+        checkout.tip()
+    return folder
+
+
+def is_inside(folder: Path) -> bool:
+    """Whether a folder, all links resolved, lies in one of guardian.roots."""
+    return any(folder.is_relative_to(root) for root in _roots())
+
+
+def _folder(path: str) -> Path:
+    if "\0" in path or not path:
+        raise InvalidPath("A path has some letters, and not the character U+0000.")
+    if ".." in Path(path).parts:
+        raise InvalidPath(f"A path may not go up by '..': {path}")
+    try:
+        named = Path(path).expanduser()
+    except RuntimeError:
+        raise InvalidPath(f"There is no such home folder: {path}") from None
+    if named.is_absolute():
+        return _resolved(named)
+    candidates = [_resolved(root / named) for root in _roots()]
+    return next((folder for folder in candidates if _exists(folder)), candidates[0])
+
+
+def _resolved(named: Path) -> Path:
+    try:
+        folder = named.resolve()
+    except (OSError, RuntimeError) as error:
+        raise InvalidPath(f"{named} cannot be followed: {error}") from None
+    # Whether there is anything outside is nobody's business.
+    if not is_inside(folder):
+        raise FolderOutside(f"{named} lies outside of the folders for repositories (guardian.roots).")
+    return folder
+
+
+def _exists(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except OSError:
+        return True  # opening it will tell why it cannot be seen
+
+
+def _roots() -> list[Path]:
+    return [root.expanduser().resolve() for root in get_settings().guardian.roots]
+
+
+def _columns(request: RepositoryRequest) -> dict[str, Any]:
+    """A request as the table takes it."""
+    if request.url is not None:
+        checked_url(request.url)
+    credentials, secret = request.credentials, request.webhook_secret
+    return {
+        **request.model_dump(exclude={"policy", "credentials", "webhook_secret"}),
+        "model": request.model or request.name,
+        "training": _checked_training(request),
+        "policy": request.policy.model_dump(mode="json"),
+        "credentials": None if credentials is None else secrets.seal(credentials.model_dump_json()),
+        "webhook_secret": None if secret is None else secrets.seal(secret),
+    }
+
+
+def _checked_training(request: RepositoryRequest) -> dict[str, Any]:
+    """What was said of the training, which stays as it was said: presets and defaults may become better."""
+    if reserved := sorted(RESERVED & request.training.keys()):
+        raise UnprocessableRequest(f"training says nothing of {', '.join(reserved)}: the repository does.")
+    find_kind("fine_tune").check(
+        {**request.training, "name": request.model or request.name, "data": {"dataset": "its-own"}}
+    )
+    return request.training
+
+
+async def _flush(session: AsyncSession, name: str) -> None:
+    try:
+        await session.flush()
+    except IntegrityError as error:
+        raise RepositoryNameTaken(f"There is already a repository named '{name}'.") from error

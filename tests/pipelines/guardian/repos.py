@@ -33,11 +33,6 @@ def new_repository(folder: Path) -> Path:
     return folder
 
 
-def commit(folder: Path, message: str = "Change", **files: str | bytes) -> str:
-    """Write these files (with `__` for `/` and `_` before the ending kept as it is), commit all; returns the commit."""
-    return commit_files(folder, message, {name.replace("__", "/"): text for name, text in files.items()})
-
-
 def commit_files(folder: Path, message: str, files: dict[str, str | bytes]) -> str:
     for name, text in files.items():
         path = folder / name

@@ -1,0 +1,156 @@
+"""When a repository has changed enough to be learned from again, and when that may happen."""
+
+import re
+from collections.abc import Iterable
+from datetime import datetime, time, timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Annotated
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cluster.times import UtcTime
+
+if TYPE_CHECKING:
+    from pipelines.guardian.checkout import Changes
+
+HOUR = timedelta(hours=1)
+CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
+
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Policy(BaseModel):
+    """What has to have changed since the last training: any of these is enough. Null is not looked at."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    min_commits: int | None = Field(default=None, ge=1, description="This many commits.")
+    min_files: int | None = Field(default=20, ge=1, description="This many files.")
+    min_lines: int | None = Field(default=None, ge=1, description="This many lines, added or removed.")
+    critical_paths: list[Pattern] = Field(
+        default=[],
+        max_length=100,
+        description="Any file that one of these names: src/core/** or *.proto; a name without a slash is looked for "
+        "in every folder.",
+    )
+    min_hours: float | None = Field(default=1, gt=0, le=8760, description="But not sooner than so after a training.")
+    quiet_hours: str | None = Field(
+        default=None, pattern=rf"^{CLOCK}-{CLOCK}$", examples=["22:00-06:00"], description="Nor within these hours."
+    )
+    timezone: str = Field(default="UTC", max_length=64, description="Of the quiet hours: an IANA name.")
+
+    @field_validator("timezone")
+    @classmethod
+    def know_timezone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"'{name}' is not an IANA time zone such as Europe/Berlin") from None
+        return name
+
+
+class Metrics(BaseModel):
+    commits_since_last_train: int | None = Field(description="Null: the history that is there does not say.")
+    files_changed: int
+    lines_changed: int
+    critical_paths_changed: bool
+    hours_since_last_train: float | None = Field(description="Null: never trained.")
+    feedback_since_last_train: int | None = Field(description="Null: not looked at.")
+    rewritten: bool = Field(description="Whether the last commit trained from is no longer in the history.")
+
+
+class Decision(BaseModel):
+    """Whether to train now, and why."""
+
+    should_retrain: bool
+    reason: str
+    metrics: Metrics
+    limits: Policy = Field(description="What the metrics were held against.")
+    checked_at: UtcTime
+
+
+def decide(
+    policy: Policy, changes: "Changes", trained_at: datetime | None, now: datetime, feedback: int | None = None
+) -> Decision:
+    """What the policy says of these changes. `trained_at` is when the last training ended well."""
+    critical = _critical(policy.critical_paths, changes.paths)
+    hours = None if trained_at is None else max(now - trained_at, timedelta(0)) / HOUR
+    wanted, reason = _wanted(policy, changes, critical, trained_at)
+    if wanted and (hindrance := _hindrance(policy, hours, now)):
+        wanted, reason = False, f"{reason}, but {hindrance}"
+    return Decision(
+        should_retrain=wanted,
+        reason=reason,
+        metrics=Metrics(
+            commits_since_last_train=changes.commits,
+            files_changed=changes.files,
+            lines_changed=changes.lines,
+            critical_paths_changed=critical is not None,
+            hours_since_last_train=None if hours is None else round(hours, 2),
+            feedback_since_last_train=feedback,
+            rewritten=changes.rewritten,
+        ),
+        limits=policy,
+        checked_at=now,
+    )
+
+
+def _wanted(policy: Policy, changes: "Changes", critical: str | None, trained_at: datetime | None) -> tuple[bool, str]:
+    if trained_at is None:
+        return True, "never trained"
+    if not changes.files:
+        return False, "nothing has changed since the last training"
+    if critical is not None:
+        return True, f"a critical path changed: {critical}"
+    counted = [
+        (changes.files, policy.min_files, "file"),
+        (changes.commits, policy.min_commits, "commit"),
+        (changes.lines, policy.min_lines, "line"),
+    ]
+    looked_at = [(count, limit, word) for count, limit, word in counted if limit is not None]
+    known = [(count, limit, word) for count, limit, word in looked_at if count is not None]
+    for count, limit, word in known:
+        if count >= limit:
+            return True, _said(count, limit, word)
+    if known:
+        return False, ", ".join(_said(count, limit, word) for count, limit, word in known)
+    if looked_at:
+        return False, f"{changes.files} files changed, but the history that is there does not say how many commits"
+    return False, f"{changes.files} files changed, none of them on a critical path"
+
+
+def _said(count: int, limit: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'} changed (threshold: {limit})"
+
+
+def _hindrance(policy: Policy, hours: float | None, now: datetime) -> str | None:
+    if policy.min_hours is not None and hours is not None and hours < policy.min_hours:
+        return f"the last training was {hours:.1f} hours ago (at least {policy.min_hours:g})"
+    if policy.quiet_hours is not None:
+        begin, end = (time.fromisoformat(clock) for clock in policy.quiet_hours.split("-"))
+        clock = now.astimezone(ZoneInfo(policy.timezone)).time()
+        # Hours that begin in the evening end on the next day.
+        if begin <= clock < end if begin <= end else clock >= begin or clock < end:
+            return f"these are quiet hours, until {end:%H:%M} ({policy.timezone})"
+    return None
+
+
+def _critical(patterns: Iterable[str], paths: Iterable[str]) -> str | None:
+    """The first path that a pattern names."""
+    expressions = [_expression(pattern) for pattern in patterns]
+    return next((path for path in paths if any(one.fullmatch(path) for one in expressions)), None)
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    """`*` is anything but a slash, `**` is anything, and a folder is all that is in it."""
+    wanted = pattern.removeprefix("/")
+    if "/" not in wanted.removesuffix("/") and not pattern.startswith("/"):
+        wanted = f"**/{wanted}"
+    if wanted.endswith("/"):
+        wanted += "**"
+    wanted = re.sub(r"(\*\*/)+", "**/", wanted)
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", wanted)
+    spelled = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+    return re.compile("".join(spelled.get(part) or re.escape(part) for part in parts), re.DOTALL)
