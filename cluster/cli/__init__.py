@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import config, demo, deploy, jobs, key, look, models, train, up, user
+from cluster.cli import config, demo, deploy, hook, jobs, key, look, models, repo, train, up, user
 from cluster.errors import ForgearrError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.add_typer(config.app)
 app.add_typer(user.app)
 app.add_typer(key.app)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(repo.app)
+app.add_typer(hook.app)
 
 
 def main() -> None:

@@ -163,13 +163,13 @@ async def change(session: AsyncSession, repository: Repository, changes: Mapping
     """Set these fields, if the repository makes sense with them."""
     request = changed(repository, changes)
     columns = _columns(request)
-    kept = {"credentials", "webhook_secret"} - changes.keys()
-    if request.url != repository.url and "credentials" in kept:
-        columns["credentials"] = None  # they were for another address
+    if request.url == repository.url and "credentials" not in changes:
+        del columns["credentials"]  # they are for this address only
+    if "webhook_secret" not in changes:
+        del columns["webhook_secret"]
     moved = (request.path, request.url, request.branch) != (repository.path, repository.url, repository.branch)
     for name, value in columns.items():
-        if name not in kept or value != getattr(repository, name):
-            setattr(repository, name, value)
+        setattr(repository, name, value)
     if moved:
         repository.seen_commit = repository.checked_at = repository.check_error = None
     await _flush(session, request.name)

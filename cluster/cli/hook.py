@@ -1,0 +1,126 @@
+"""`forgearr hook`: git hooks that have a repository looked at after each commit, merge or push. They need nothing to
+run, and neither delay git nor fail it."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import Conflict, InvalidRequest
+
+HOOKS = ("post-commit", "post-merge", "post-receive")
+MARK = "# Made by `forgearr hook install`; `forgearr hook remove` takes it away."
+BEFORE = ".before-forgearr"
+LOG = "forgearr-hook.log"
+
+app = typer.Typer(name="hook", help="Manage git hooks that tell of new commits.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="The folder of a repository on this machine.", metavar="REPO")]
+
+
+class HookInTheWay(Conflict):
+    """There is a hook that would be lost."""
+
+
+@app.command()
+def install(
+    folder: Folder,
+    repository: Annotated[
+        str | None, typer.Option(help="Its name or id, where it is not registered by this folder.")
+    ] = None,
+    key_file: Annotated[Path | None, typer.Option(help="A file with the API key to show, where one is needed.")] = None,
+) -> None:
+    """Have this repository looked at after each commit, merge or push. A hook that is there is still called."""
+    if key_file is not None and not key_file.expanduser().is_file():
+        raise InvalidRequest(f"There is no file {key_file}.")
+    hooks = _hooks_folder(folder)
+    script = _script(repository or str(folder.expanduser().resolve()), key_file, hooks)
+    hooks.mkdir(exist_ok=True)
+    for name in HOOKS:
+        hook, before = hooks / name, hooks / f"{name}{BEFORE}"
+        if _is_there(hook) and not _is_ours(hook):
+            if _is_there(before):
+                raise HookInTheWay(f"Both {hook} and {before} are there: put one of them away.")
+            hook.rename(before)
+        draft = hooks / f"{name}.forgearr-new"
+        draft.write_text(script)
+        draft.chmod(0o755)
+        draft.replace(hook)
+    typer.echo(f"{', '.join(HOOKS)} in {hooks} tell of new commits; {hooks / LOG} says how that went.")
+
+
+@app.command()
+def remove(folder: Folder) -> None:
+    """Take these hooks away again, and put back what was there before."""
+    hooks = _hooks_folder(folder)
+    removed = [name for name in HOOKS if _is_ours(hooks / name)]
+    for name in removed:
+        (hooks / name).unlink()
+        if _is_there(hooks / f"{name}{BEFORE}"):
+            (hooks / f"{name}{BEFORE}").rename(hooks / name)
+    (hooks / LOG).unlink(missing_ok=True)
+    typer.echo(f"Removed: {', '.join(removed)}." if removed else "There is none.")
+
+
+def _hooks_folder(folder: Path) -> Path:
+    """Where git looks for the hooks of this repository."""
+    variables = {name: value for name, value in os.environ.items() if name not in {"GIT_DIR", "GIT_WORK_TREE"}}
+    command = ["git", "rev-parse", "--git-common-dir", "--git-path", "hooks"]
+    try:
+        asked = subprocess.run(
+            command, cwd=folder.expanduser(), env=variables, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise InvalidRequest(f"{folder} cannot be looked into: {error}") from None
+    if asked.returncode:
+        raise InvalidRequest(f"{folder} is not a git repository.")
+    own, hooks = [(folder.expanduser() / line).resolve() for line in asked.stdout.splitlines()]
+    work = own.parent if own.name == ".git" else own
+    if not hooks.is_relative_to(work):
+        raise InvalidRequest(f"The hooks of {folder} lie in {hooks}, which other repositories share (core.hooksPath).")
+    return hooks
+
+
+def _script(where: str, key_file: Path | None, hooks: Path) -> str:
+    """All that it needs to know is in it: a hook is run with an environment of its own."""
+    from cluster.settings import home
+
+    variables = {"FORGEARR_HOME": str(home())}
+    variables |= {name: os.environ[name] for name in ("FORGEARR_URL", "PYTHONPATH") if name in os.environ}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    if key_file is not None:
+        path = shlex.quote(str(key_file.expanduser().resolve()))
+        exports.append(f'FORGEARR_API_KEY="$(cat {path})" && export FORGEARR_API_KEY')
+    command = shlex.join([sys.executable, "-m", "cluster.cli", "repo", "check", where])
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            MARK,
+            f'before="$0{BEFORE}"',
+            "status=0",
+            'if [ -x "$before" ]; then "$before" "$@"; status=$?; fi',
+            "(",
+            "unset $(git rev-parse --local-env-vars)",
+            "cd /",
+            *exports,
+            f"exec {command}",
+            f") </dev/null >{shlex.quote(str(hooks / LOG))} 2>&1 &",
+            'exit "$status"',
+            "",
+        ]
+    )
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _is_ours(hook: Path) -> bool:
+    try:
+        return MARK in hook.read_text()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False

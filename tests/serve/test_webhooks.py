@@ -1,0 +1,165 @@
+"""Webhooks: signed pushes as GitHub, Gitea and GitLab send them, and others."""
+
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlencode
+
+import httpx
+import pytest
+from sqlalchemy import select, update
+
+from cluster.db import Database
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.guardian.hooks import place
+from pipelines.guardian.watch import LOOK
+from serve.app import create_app
+
+SECRET = "a secret of webhooks"
+URL = "https://git.example.com/Ada/work"
+BEFORE, AFTER = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(), client=("127.0.0.1", 40000))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=60) as client:
+        wanted = {"name": "work", "url": URL, "webhook_secret": SECRET}
+        assert (await client.post("/api/v1/repos", json=wanted)).status_code == 201
+        await end_all(database)
+        yield client
+
+
+async def end_all(database: Database) -> None:
+    async with database.transaction() as session:
+        await session.execute(update(Job).values(state=State.SUCCEEDED))
+
+
+async def looks(database: Database) -> int:
+    """How many looks were asked for since the repository was registered."""
+    async with database.reading() as session:
+        return len(list(await session.scalars(select(Job.id).where(Job.kind == LOOK)))) - 1
+
+
+def push(provider: str, **changes: Any) -> dict[str, Any]:
+    """What they send of a push, as far as it matters."""
+    told = {"ref": "refs/heads/main", "before": BEFORE, "after": AFTER}
+    if provider == "gitlab":
+        project = {"web_url": URL, "git_http_url": f"{URL}.git", "git_ssh_url": "git@git.example.com:Ada/work.git"}
+        return {**told, "object_kind": "push", "project": {**project, "default_branch": "main"}, **changes}
+    repository = {"clone_url": f"{URL}.git", "ssh_url": "git@git.example.com:Ada/work.git", "html_url": URL}
+    return {**told, "repository": {**repository, "default_branch": "main"}, **changes}
+
+
+def signed(provider: str, body: bytes, secret: str = SECRET, event: str | None = None) -> dict[str, str]:
+    signature = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    headers = {
+        "github": {"X-GitHub-Event": event or "push", "X-Hub-Signature-256": f"sha256={signature}"},
+        "gitea": {"X-Gitea-Event": event or "push", "X-Gitea-Signature": signature},
+        "gitlab": {"X-Gitlab-Event": event or "Push Hook", "X-Gitlab-Token": secret},
+    }[provider]
+    return {"Content-Type": "application/json", **headers}
+
+
+async def send(
+    client: httpx.AsyncClient, provider: str, payload: dict[str, Any], query: str = "", **signing: Any
+) -> httpx.Response:
+    body = json.dumps(payload).encode()
+    return await client.post(f"/webhooks/{provider}{query}", content=body, headers=signed(provider, body, **signing))
+
+
+@pytest.mark.parametrize("provider", ["github", "gitea", "gitlab"])
+async def test_a_push_told_twice_makes_one_job(client: httpx.AsyncClient, database: Database, provider: str) -> None:
+    first = await send(client, provider, push(provider))
+    assert (first.status_code, first.json()["status"]) == (202, "queued"), first.text
+    again = await send(client, provider, push(provider))
+    assert again.json() == first.json()
+    await end_all(database)
+    replayed = await send(client, provider, push(provider))
+    assert replayed.json() == first.json(), "also when the look is over"
+    assert await looks(database) == 1
+    other = await send(client, provider, push(provider, after="c" * 40))
+    assert other.json()["job_ids"] != first.json()["job_ids"]
+    assert await looks(database) == 2
+
+
+@pytest.mark.parametrize("provider", ["github", "gitea", "gitlab"])
+async def test_a_wrong_signature_and_a_stranger_are_refused_alike(
+    client: httpx.AsyncClient, database: Database, provider: str
+) -> None:
+    await client.post("/api/v1/repos", json={"name": "silent", "url": "https://git.example.com/ada/silent"})
+    await end_all(database)
+    other = {"clone_url": "https://git.example.com/ada/other.git", "git_http_url": "https://git.example.com/ada/o.git"}
+    body = json.dumps(push(provider)).encode()
+    refused = [
+        await send(client, provider, push(provider), secret="another secret entirely"),
+        await send(client, provider, push(provider, repository=other, project=other)),
+        await send(client, provider, push(provider), query="?repository=unknown"),
+        await send(client, provider, push(provider), query="?repository=silent", secret=""),
+        await client.post(f"/webhooks/{provider}", content=body, headers={"Content-Type": "application/json"}),
+        await client.post(f"/webhooks/{provider}", content=b"[]", headers=signed(provider, b"[]")),
+        await client.post(
+            f"/webhooks/{provider}", content=body + b" ", headers={**signed(provider, body), "X-Gitlab-Token": "no"}
+        ),
+    ]
+    answers = [{**answer.json(), "timestamp": None} for answer in refused]
+    assert {answer.status_code for answer in refused} == {401}
+    assert all(answer == answers[0] for answer in answers)
+    assert await looks(database) == 1, "only the other one was looked at, when it was registered"
+
+
+@pytest.mark.parametrize(
+    ("payload", "event", "status", "reason"),
+    [
+        ({"ref": "refs/heads/other"}, None, "ignored", "Nobody watches this branch."),
+        ({"ref": "refs/tags/v1"}, None, "ignored", "Nobody watches this branch."),
+        ({"after": "0" * 40}, None, "ignored", "Nobody watches this branch."),
+        ({}, "issues", "ignored", "It is no push."),
+        ({}, "ping", "pong", None),
+    ],
+)
+async def test_other_news_is_heard_and_nothing_done(
+    client: httpx.AsyncClient,
+    database: Database,
+    payload: dict[str, Any],
+    event: str | None,
+    status: str,
+    reason: str | None,
+) -> None:
+    answer = await send(client, "github", push("github", **payload), event=event)
+    assert (answer.status_code, answer.json()["status"], answer.json()["reason"]) == (202, status, reason)
+    assert await looks(database) == 0
+
+
+async def test_the_branch_and_the_repository_may_be_named(client: httpx.AsyncClient, database: Database) -> None:
+    await client.patch("/api/v1/repos/work", json={"branch": "release"})
+    assert (await send(client, "gitea", push("gitea"))).json()["status"] == "ignored"
+    pushed = push("gitea", ref="refs/heads/release", repository={"clone_url": "https://mirror.example.com/x.git"})
+    assert (await send(client, "gitea", pushed)).status_code == 401
+    assert (await send(client, "gitea", pushed, query="?repository=work")).json()["status"] == "queued"
+    await client.patch("/api/v1/repos/work", json={"enabled": False})
+    later = {**pushed, "after": "d" * 40}
+    assert (await send(client, "gitea", later, query="?repository=work")).json()["status"] == "ignored"
+
+
+async def test_github_may_send_a_form(client: httpx.AsyncClient) -> None:
+    body = urlencode({"payload": json.dumps(push("github"))}).encode()
+    headers = {**signed("github", body), "Content-Type": "application/x-www-form-urlencoded"}
+    answer = await client.post("/webhooks/github", content=body, headers=headers)
+    assert answer.json()["status"] == "queued"
+
+
+def test_ways_to_one_repository_are_one_place() -> None:
+    ways = [
+        "https://git.example.com/Ada/work",
+        "https://git.example.com:8443/ada/work.git",
+        "ssh://git@git.example.com:2222/Ada/work.git",
+        "git@git.example.com:Ada/work.git",
+        "http://ada@GIT.example.com/ada/work/",
+    ]
+    assert {place(way) for way in ways} == {"git.example.com/ada/work"}
+    assert place("https://git.example.com/ada/work2") != place(ways[0])
+    assert place("https://[broken") == ""
