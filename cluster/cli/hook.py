@@ -105,6 +105,7 @@ def _script(where: str, key_file: Path | None, hooks: Path) -> str:
             'if [ -x "$before" ]; then "$before" "$@"; status=$?; fi',
             "(",
             "unset $(git rev-parse --local-env-vars)",
+            "trap '' HUP",
             "cd /",
             *exports,
             f"exec {command}",
