@@ -24,6 +24,7 @@ from cluster.db import Database, now
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
 from jobs import file_uploads, files, queue, schedules
+from pipelines.guardian.repositories import Repository
 from pipelines.training import datasets, prompts
 from pipelines.training.sessions import TrainingSession
 from serve import stored_responses
@@ -62,8 +63,18 @@ FOR_ADMINISTRATORS = {
     "POST /api/push",
     "DELETE /api/v1/models/{name}",
     "DELETE /api/v1/models/{name}/versions/{version}",
+    "POST /api/v1/repos",
+    "GET /api/v1/repos",
+    "GET /api/v1/repos/{repository}",
+    "PATCH /api/v1/repos/{repository}",
+    "DELETE /api/v1/repos/{repository}",
+    "POST /api/v1/repos/{repository}/check",
+    "GET /v1/retrain/monitor",
 }
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
+
+SIGNED = {"POST /webhooks/{provider}"}
+"""They look at a signature, and at no credential: without it everybody gets 401."""
 
 EVERYBODYS = ("/api/v1/models/", "/v1/models/", "/api/blobs/")
 """What begins so belongs to nobody: all users see the same."""
@@ -144,6 +155,10 @@ class Household:
                 }
             case "POST /v1/responses":
                 return {"model": "forgearr/tiny", "input": "Hello"}
+            case "POST /api/v1/repos":
+                return {"name": "another", "url": "https://git.example/another"}
+            case "PATCH /api/v1/repos/{repository}":
+                return {"auto_deploy": False}
             case "POST /v1/fine-tune":
                 return {"project_name": "another", **LEARN}
             case _:
@@ -154,7 +169,7 @@ class Household:
         statuses: Statuses = {}
         for operation in sorted(operations(self.app), key=lambda operation: operation.startswith("DELETE")):
             method, path = operation.split(" ")
-            if only_with_id and ("{" not in path or path.startswith(EVERYBODYS)):
+            if operation in SIGNED or (only_with_id and ("{" not in path or path.startswith(EVERYBODYS))):
                 continue
             address = path.format_map(_Known(self.ids))
             body = await self.body_of(operation)
@@ -191,6 +206,10 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             upload = file_uploads.begin(
                 session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, owner=owner
             )
+            about = {"name": "handbook", "url": "https://git.example/handbook", "model": "handbook"}
+            repository = Repository(**about, training={}, policy={}, created_by="admin")
+            session.add(repository)
+            await session.flush()
             key, _ = await identity.create_key(session, household.users["owner"].id, "owner's second")
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
         told = Telling("resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").repeated())
@@ -214,6 +233,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             "session_id": training.id,
             "response_id": told.response["id"],
             "batch_id": batch.id,
+            "repository": repository.id,
         }
         yield household
 
@@ -229,6 +249,14 @@ async def test_strangers_are_refused(household: Household) -> None:
     assert statuses.keys() >= PUBLIC | ADMIN_ONLY
     assert having(statuses, 401) == statuses.keys() - PUBLIC - ADMIN_ONLY
     assert having(statuses, 403) == ADMIN_ONLY
+
+
+async def test_a_signature_is_no_credentials_business(household: Household) -> None:
+    assert set(operations(household.app)) >= SIGNED
+    for headers in ({}, *household.credentials("admin")):
+        for operation in SIGNED:
+            answer = await household.client.post(operation.split()[1].format(provider="github"), headers=headers)
+            assert answer.status_code == 401
 
 
 async def test_wrong_credentials_are_refused(household: Household, database: Database) -> None:
