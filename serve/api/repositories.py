@@ -56,7 +56,7 @@ class RepositoryView(BaseModel):
 
 
 class RepositoryChanges(BaseModel):
-    """What to change in a repository; what is not sent stays."""
+    """What to change in a repository; what is not sent stays. A policy is sent whole."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
