@@ -209,7 +209,8 @@ def test_no_repository_makes_git_run_a_program(folder: Path, tmp_path: Path) -> 
         git(folder, "config", setting, str(program))
     git(folder, "config", "log.showSignature", "true")
     git(folder, "config", "remote.origin.url", f"file://{folder}")
-    git(folder, "config", "remote.origin.promisor", "true")
+    git(folder, "config", "core.repositoryFormatVersion", "1")
+    git(folder, "config", "extensions.partialClone", "origin")
     with opened_at(folder) as checkout:
         first = checkout.tip().parents[0]
         for one in checkout.files(tip):
