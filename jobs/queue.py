@@ -146,6 +146,8 @@ async def enqueue_child(
     request = JobRequest(kind=kind, spec=spec, priority=parent.priority, resources=resources)
     child = await enqueue(session, request, Owner(id=parent.owner_id, name=parent.created_by))
     child.parent_id, child.child_name = parent.id, name
+    if parent.control == Control.PAUSE:  # asked of the whole family, a moment before this one was born
+        await pause(session, child)
     await session.flush()
     return child
 
@@ -172,28 +174,32 @@ async def cancel(session: AsyncSession, job: Job) -> None:
 
 
 async def pause(session: AsyncSession, job: Job) -> None:
-    """Hold a job: at once when it is queued, at its next checkpoint when it runs."""
-    if job.state == State.RUNNING:
-        if job.control == Control.CANCEL:
-            raise JobStateConflict(f"{job.id} is being cancelled.")
-        await _ask(session, job, Control.PAUSE)
-    elif job.state == State.QUEUED:
-        job.state = State.PAUSED
-        journal.record(session, [Entry(job.id, "paused")])
-    elif job.state != State.PAUSED:
+    """Hold a job and all its children: at once when they are queued, at their next checkpoint when they run."""
+    if job.state in FINISHED:
         raise JobStateConflict(f"{job.id} has already {_ended(job)}.")
+    if job.control == Control.CANCEL:
+        raise JobStateConflict(f"{job.id} is being cancelled.")
+    family = [job, *await _descendants(session, [job.id])]
+    for member in family:
+        if member.state == State.QUEUED:
+            member.state = State.PAUSED
+            journal.record(session, [Entry(member.id, "paused")])
+        elif member.state == State.RUNNING and member.control != Control.CANCEL:
+            await _ask(session, member, Control.PAUSE)
 
 
 async def resume(session: AsyncSession, job: Job) -> None:
-    """Let a paused job go on from its checkpoint."""
-    if job.state == State.RUNNING and job.control == Control.PAUSE:
-        await _ask(session, job, None)
-    elif job.state == State.PAUSED:
-        job.state = State.QUEUED
-        journal.record(session, [Entry(job.id, "queued", {"resumed": True})])
-        wake_dispatcher_after(session)
-    else:
+    """Let a paused job, and all its children that are paused, go on from their checkpoints."""
+    if not _is_held(job):
         raise JobStateConflict(f"{job.id} is {job.state}, not paused.")
+    family = [job, *await _descendants(session, [job.id])]
+    for member in filter(_is_held, family):
+        if member.state == State.RUNNING:
+            await _ask(session, member, None)
+            continue
+        member.state = State.QUEUED
+        journal.record(session, [Entry(member.id, "queued", {"resumed": True})])
+        wake_dispatcher_after(session)
 
 
 async def retry(session: AsyncSession, job: Job) -> None:
@@ -395,6 +401,11 @@ async def _descendants(session: AsyncSession, parents: Sequence[str]) -> list[Jo
         found += children
         parents = [child.id for child in children]
     return found
+
+
+def _is_held(job: Job) -> bool:
+    """It is paused, or will be at its next checkpoint."""
+    return job.state == State.PAUSED or (job.state == State.RUNNING and job.control == Control.PAUSE)
 
 
 async def _ask(session: AsyncSession, job: Job, control: Control | None) -> None:

@@ -15,8 +15,8 @@ b  its function returned
 c  its function raised an error that is not worth another attempt, or a job it depends on did not succeed
 d  somebody cancelled it, or its parent
 e  its worker was lost, it met an error worth another attempt, or it parks until its children have finished
-f  somebody paused it: at once when queued, at the next checkpoint when running
-g  somebody resumed it
+f  somebody paused it, or its parent: at once when queued, at the next checkpoint when running
+g  somebody resumed it, or its parent
 h  somebody retried it: it starts with a fresh count of attempts, from its last checkpoint
 """
 

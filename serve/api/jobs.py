@@ -137,13 +137,13 @@ async def cancel_job(job_id: JobId, caller: CurrentCaller) -> JobView:
 
 @router.post("/{job_id}/pause")
 async def pause_job(job_id: JobId, caller: CurrentCaller) -> JobView:
-    """Hold a job: at once when it is queued, at its next checkpoint when it runs."""
+    """Hold a job and its children: at once when they are queued, at their next checkpoint when they run."""
     return await _change(queue.pause, job_id, caller)
 
 
 @router.post("/{job_id}/resume")
 async def resume_job(job_id: JobId, caller: CurrentCaller) -> JobView:
-    """Let a paused job go on from its checkpoint."""
+    """Let a paused job, and its children that are paused, go on from their checkpoints."""
     return await _change(queue.resume, job_id, caller)
 
 

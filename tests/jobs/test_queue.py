@@ -281,6 +281,64 @@ async def test_pause_and_resume(bench: Bench) -> None:
         await bench.do(queue.resume, job.id)
 
 
+async def test_a_pause_reaches_the_whole_family(bench: Bench) -> None:
+    parent = await bench.submit()
+    (claim,) = await bench.claim()
+    async with bench.database.transaction() as session:
+        runs = await queue.enqueue_child(session, parent, "runs", "probe", {})
+        assert await leases.park(session, parent.id, claim.token, [runs.id])
+    bench.room.release(claim.worker, parent.id)
+    (of_child,) = await bench.claim()
+    async with bench.database.transaction() as session:
+        waits = await queue.enqueue_child(session, runs, "waits", "probe", {})
+        done = await queue.enqueue_child(session, runs, "done", "probe", {})
+    (of_waits, of_done) = await bench.claim()
+    assert await bench.write(of_done, leases.succeeded(1), ("succeeded", {}))
+    await bench.write(of_waits, leases.failed(Failure("flaky", "Again.", 60.0), 1, 3), ("queued", {}))
+
+    await bench.do(queue.pause, parent.id)
+    family = [await bench.job(one.id) for one in (parent, runs, waits, done)]
+    states = [State.PAUSED, State.RUNNING, State.PAUSED, State.SUCCEEDED]
+    assert [(one.state, one.control) for one in family] == list(zip(states, [None, "pause", None, None], strict=True))
+    # It is asked of the running one, and of the children that it has before it hears of it.
+    async with bench.database.transaction() as session:
+        late = await queue.enqueue_child(session, await session.get_one(Job, runs.id), "late", "probe", {})
+    assert (await bench.job(late.id)).state == State.PAUSED
+    await bench.write(of_child, leases.paused(), ("paused", {}))
+    assert await bench.claim() == []
+    await bench.do(queue.pause, parent.id)  # once more changes nothing
+
+    await bench.do(queue.resume, parent.id)
+    family = [await bench.job(one.id) for one in (parent, runs, waits, late)]
+    assert [one.state for one in family] == [State.QUEUED] * 4
+    assert {claim.job_id for claim in await bench.claim()} == {runs.id, late.id}  # the parent still waits for them
+    with pytest.raises(JobStateConflict, match="queued, not paused"):
+        await bench.do(queue.resume, parent.id)
+
+
+async def test_a_family_that_has_not_paused_yet_hears_that_it_need_not(bench: Bench) -> None:
+    parent = await bench.submit()
+    (claim,) = await bench.claim()
+    async with bench.database.transaction() as session:
+        children = [await queue.enqueue_child(session, parent, name, "probe", {}) for name in ("one", "two")]
+        assert await leases.park(session, parent.id, claim.token, [child.id for child in children])
+    bench.room.release(claim.worker, parent.id)
+    first, _ = await bench.claim()
+    await bench.do(queue.cancel, children[1].id)
+    await bench.do(queue.pause, parent.id)
+    assert [(await bench.job(child.id)).control for child in children] == ["pause", "cancel"]
+    await bench.do(queue.resume, parent.id)
+    assert [(await bench.job(child.id)).control for child in children] == [None, "cancel"]
+
+    # A child that ends although its family is paused is not waited for when that goes on.
+    await bench.do(queue.pause, parent.id)
+    assert await bench.write(first, leases.succeeded(1), ("succeeded", {}))
+    await bench.do(queue.cancel, parent.id)
+    assert (await bench.job(parent.id)).state == State.CANCELLED
+    with pytest.raises(JobStateConflict, match="has already been cancelled"):
+        await bench.do(queue.pause, parent.id)
+
+
 async def test_what_is_asked_while_an_outcome_is_written_is_not_lost(bench: Bench) -> None:
     job = await bench.submit()
     (claim,) = await bench.claim()
