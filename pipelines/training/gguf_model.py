@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from pipelines.training.gguf_words import tokenize
 from pipelines.training.quantizing import BrokenModelFile
 
 BATCH_TOKENS = 512
@@ -39,12 +40,7 @@ class GgufModel:
         self._llama.llama_model_free(self._model)
 
     def tokenize(self, text: str) -> list[int]:
-        """As a server does: special tokens count as such, and none is added."""
-        content = text.encode()
-        size = len(content) + 8
-        tokens = (self._llama.llama_token * size)()
-        count = self._llama.llama_tokenize(self._vocabulary, content, len(content), tokens, size, False, True)
-        return list(tokens[:count])
+        return tokenize(self._vocabulary, text)
 
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
         """What the model says at these positions about the token that follows: a matrix."""

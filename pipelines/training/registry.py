@@ -113,6 +113,7 @@ class Version:
     reasons: list[str] = field(default_factory=list[str])  # why it did not pass
     manner: Manner = field(default_factory=Manner)
     parent: str = ""  # the version that it has its files from
+    comparison: Mapping[str, Any] | None = None  # with what was served when it was made
 
     @property
     def reference(self) -> str:
@@ -193,6 +194,7 @@ class Registry:
         facts = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
         # It is nothing that an export has made, or may make once more.
         facts |= {"export_job_id": "", "parent": version.reference}
+        facts.pop("comparison", None)
         if manner is not None and manner != version.manner:
             unlike = {"manner", "passed", "reasons"}
             facts = {key: value for key, value in facts.items() if key not in unlike} | _of_manner(manner)
@@ -285,6 +287,11 @@ class Registry:
         for key, value in (("reasons", list(reasons)), ("passed", passed)):
             wanted = {**_key(name, number), "key": f"forgearr.{key}", "value": json.dumps(value)}
             await self._tracking.call("POST", "model-versions/set-tag", json=wanted)
+
+    async def remember_comparison(self, name: str, number: int, comparison: Mapping[str, Any]) -> None:
+        """Write down how a version did beside the one that was served."""
+        wanted = {**_key(name, number), "key": "forgearr.comparison", "value": json.dumps(comparison)}
+        await self._tracking.call("POST", "model-versions/set-tag", json=wanted)
 
     async def fetch(
         self, version: Version, file: File | None = None, on_progress: OnProgress = lambda done, total: None
@@ -474,6 +481,7 @@ def _version(row: dict[str, Any]) -> Version:
         reasons=json.loads(facts.get("reasons", "[]")),
         manner=Manner(**json.loads(facts.get("manner", "{}"))),
         parent=facts.get("parent", ""),
+        comparison=json.loads(facts.get("comparison", "null")),
         created_at=datetime.fromtimestamp(int(row["creation_timestamp"]) / 1000, UTC),
     )
 

@@ -40,11 +40,18 @@ def encode(
     Some templates tell an earlier answer differently once another one has followed (they drop its reasoning). Then each
     answer becomes an encoding of its own, just as it will be asked for.
     """
-    turns = [_turn(tokenizer, messages, number, tools) for number in _answers(messages)]
-    whole = turns[-1][0] + turns[-1][1]
-    if all(whole.startswith(before + answer) for before, answer in turns):
-        return [_tokenize(tokenizer, whole, [(len(before), len(before + answer)) for before, answer in turns])]
-    return [_tokenize(tokenizer, before + answer, [(len(before), len(before + answer))]) for before, answer in turns]
+    told = turns(tokenizer, messages, tools)
+    whole = told[-1][0] + told[-1][1]
+    if all(whole.startswith(before + answer) for before, answer in told):
+        return [_tokenize(tokenizer, whole, [(len(before), len(before + answer)) for before, answer in told])]
+    return [_tokenize(tokenizer, before + answer, [(len(before), len(before + answer))]) for before, answer in told]
+
+
+def turns(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[tuple[str, str]]:
+    """Each answer of the assistant as text, with the token that ends it; and before it, what the model reads first."""
+    return [_turn(tokenizer, messages, number, tools) for number in _answers(messages)]
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: Any) -> str:

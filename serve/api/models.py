@@ -1,6 +1,6 @@
 """/api/v1/models: the registry of models, and which version of each is served as NAME:latest."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,6 +36,9 @@ class VersionView(BaseModel):
     served: bool = Field(description="Whether it is what NAME:latest means.")
     passed: bool | None = Field(description="Whether it passed its validation. Null: it was never validated.")
     reasons: list[str] = Field(description="Why it did not pass.")
+    comparison: dict[str, Any] | None = Field(
+        description="How it did beside the version that was served when it was made. Null: it was not compared."
+    )
     files: list[FileView] = Field(description="The first one is served. None: the adapter is.")
     adapter: FileView | None
     base_model: str
@@ -124,7 +127,7 @@ def _view(model: Model) -> ModelView:
 
 
 def _version(version: Version, served: bool) -> VersionView:
-    same = ("name", "passed", "reasons", "files", "adapter", "base_model", "created_at")
+    same = ("name", "passed", "reasons", "comparison", "files", "adapter", "base_model", "created_at")
     return VersionView(
         **{name: getattr(version, name) for name in same},
         version=version.number,
