@@ -186,19 +186,6 @@ class ForgeSettings(Section):
     )
 
 
-class GuardianSettings(Section):
-    min_samples: int = Field(ge=1, description="Samples that a retraining needs to learn from; with fewer it stops.")
-    min_improvement: float = Field(
-        ge=0,
-        lt=1,
-        description="How much better than the served version a retrained one must be to take its place: the part by "
-        "which it needs fewer bits per character of held-out answers.",
-    )
-    min_feedback: int | None = Field(
-        ge=1, description="New feedback on a model, with something to learn in it, that retrains it. Null: never."
-    )
-
-
 class EngineSettings(Section):
     memory_mb: int | None = Field(
         ge=64, description="Memory that loaded models may take in each engine. Null: half of what the machine has."
@@ -249,6 +236,16 @@ class GuardianSettings(Section):
         description="How often all repositories are looked at: minute, hour, day, month, weekday. Read when the first "
         "repository is registered; the schedule `watch-repositories` can be changed from then on."
     )
+    min_samples: int = Field(ge=1, description="Samples that a retraining needs to learn from; with fewer it stops.")
+    min_improvement: float = Field(
+        ge=0,
+        lt=1,
+        description="How much better than the served version a retrained one must be to take its place: the part by "
+        "which it needs fewer bits per character of held-out answers.",
+    )
+    min_feedback: int | None = Field(
+        ge=1, description="New feedback on a model, with something to learn in it, that retrains it. Null: never."
+    )
 
     @field_validator("roots")
     @classmethod
@@ -284,7 +281,6 @@ class Settings(Section):
     jobs: JobSettings
     forge: ForgeSettings
     gates: GateSettings
-    guardian: GuardianSettings
     engines: EngineSettings
     ollama: OllamaSettings
     guardian: GuardianSettings

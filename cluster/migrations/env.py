@@ -15,6 +15,7 @@ for module in (
     "jobs.file_uploads",
     "jobs.files",
     "jobs.tables",
+    "pipelines.guardian.feedback",
     "pipelines.guardian.repositories",
     "pipelines.training.blobs",
     "pipelines.training.datasets",

@@ -24,6 +24,7 @@ from cluster.db import Database, now
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
 from jobs import file_uploads, files, queue, schedules
+from pipelines.guardian import feedback
 from pipelines.guardian.repositories import Repository
 from pipelines.training import datasets, prompts
 from pipelines.training.sessions import TrainingSession
@@ -35,6 +36,7 @@ from serve.telling import Telling
 
 PASSWORD = "correct horse battery"
 PROMPT = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
+FEEDBACK = {"target": "agent_message", "target_id": "msg_1", "rating": "down"}
 LEARN = {"data": {"dataset": "demo/homelab"}}
 
 PUBLIC = {
@@ -61,6 +63,10 @@ FOR_ADMINISTRATORS = {
     "POST /api/copy",
     "POST /api/pull",
     "POST /api/push",
+    "POST /v1/retrain",
+    "GET /v1/retrain/{job_id}",
+    "POST /v1/retrain/{job_id}/pause",
+    "POST /v1/retrain/{job_id}/resume",
     "DELETE /api/v1/models/{name}",
     "DELETE /api/v1/models/{name}/versions/{version}",
     "POST /api/v1/repos",
@@ -85,6 +91,7 @@ OWNED_LISTS = (
     "/api/v1/datasets",
     "/api/training/prompts",
     "/api/training/sessions",
+    "/api/v1/feedback",
 )
 
 OPENAI_LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/batches")
@@ -137,6 +144,12 @@ class Household:
                 return {"name": "another", "kind": "probe", "cron": "0 3 * * *"}
             case "POST /api/training/prompts" | "PUT /api/training/prompts/{prompt_id}":
                 return PROMPT
+            case "POST /api/v1/feedback":
+                return FEEDBACK
+            case "POST /api/training/prompts/from-feedback":
+                return {"rating": "up"}
+            case "POST /v1/retrain":
+                return {"repository": "none"}
             case "POST /api/training/sessions" | "PUT /api/training/sessions/{session_id}":
                 return {"name": "another"}
             case "POST /api/training/sessions/{session_id}/start":
@@ -202,6 +215,8 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             await session.flush()
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
             schedule = await schedules.create(session, request, owner)
+            said = feedback.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
+            given, _ = await feedback.give(session, said, owner)
             prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), owner)
             upload = file_uploads.begin(
                 session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, owner=owner
@@ -234,6 +249,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             "response_id": told.response["id"],
             "batch_id": batch.id,
             "repository": repository.id,
+            "feedback_id": given.id,
         }
         yield household
 

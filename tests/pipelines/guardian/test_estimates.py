@@ -1,0 +1,55 @@
+"""How long a plan will take, by what its steps have taken."""
+
+from datetime import UTC, datetime, timedelta
+
+from cluster.db import Database
+from jobs import queue
+from jobs.queue import JobRequest
+from jobs.states import State
+from pipelines.guardian import estimates
+from pipelines.guardian.estimates import DEFAULT_MINUTES, LOOKED_AT
+from pipelines.guardian.retrain import SHARES, steps_of
+
+BEGIN = datetime(2026, 11, 21, tzinfo=UTC)
+
+
+async def test_a_step_takes_as_long_as_it_took(database: Database) -> None:
+    steps = ["extract_data", "validate_data", "deploy"]
+    async with database.reading() as session:
+        told = await estimates.of(session, steps)
+    assert [(one.id, one.name, one.estimate) for one in told] == [
+        ("1", "extract_data", "default"),
+        ("2", "validate_data", "default"),
+        ("3", "deploy", "default"),
+    ]
+    assert [one.estimated_minutes for one in told] == [DEFAULT_MINUTES[step] for step in steps]
+
+    for minutes in (1, 90, 3):
+        await ran(database, "deploy", minutes, State.SUCCEEDED)
+    for minutes in (500, 600):  # what came to nothing says nothing
+        await ran(database, "deploy", minutes, State.FAILED)
+    async with database.reading() as session:
+        told = await estimates.of(session, steps)
+    assert [one.estimate for one in told] == ["default", "default", "measured"]
+    assert told[2].estimated_minutes == 3
+
+    for number in range(LOOKED_AT):  # what is long ago is forgotten
+        await ran(database, "deploy", 7, State.SUCCEEDED, after=number + 1)
+    async with database.reading() as session:
+        assert (await estimates.of(session, ["deploy"]))[0].estimated_minutes == 7
+
+
+def test_every_step_has_a_default() -> None:
+    assert DEFAULT_MINUTES.keys() == SHARES.keys()
+    assert list(SHARES.values()) == sorted(SHARES.values())
+    whole = steps_of(repository=True, feedback=False, deploy=True)
+    assert whole == ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
+    assert steps_of(repository=False, feedback=True, deploy=False)[:2] == ["gather_feedback", "validate_data"]
+
+
+async def ran(database: Database, kind: str, minutes: float, state: State, after: int = 0) -> None:
+    """A job of this kind that took so long."""
+    begin = BEGIN + timedelta(days=after)
+    async with database.transaction() as session:
+        job = await queue.enqueue(session, JobRequest(kind=kind, spec={"name": "m", "version": 1}))
+        job.state, job.started_at, job.finished_at = state, begin, begin + timedelta(minutes=minutes)
