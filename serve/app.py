@@ -94,7 +94,6 @@ def create_app() -> FastAPI:
         training,
         training_workers,
         forge,
-        retrain,
         models,
         engines,
         model_names,
@@ -116,6 +115,7 @@ def create_app() -> FastAPI:
         app.include_router(module.router)
     app.include_router(forge.openai_router)
     app.include_router(repositories.openai_router)
+    app.include_router(retrain.router)  # after /v1/retrain/monitor, which else would be a job
     handle_errors(app)
     _surround(app)
     return app
