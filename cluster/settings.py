@@ -246,6 +246,14 @@ class GuardianSettings(Section):
     min_feedback: int | None = Field(
         ge=1, description="New feedback on a model, with something to learn in it, that retrains it. Null: never."
     )
+    held_out: float = Field(
+        ge=0, le=0.5, description="Part of a repository's files that is never learned from, only asked about."
+    )
+    max_characters: int = Field(
+        ge=500, le=1_000_000, description="How long one example from a repository may be, question and answer together."
+    )
+    max_file_kb: int = Field(ge=1, le=100_000, description="Larger files of a repository are not read.")
+    commits: int = Field(ge=0, le=100_000, description="How many of its newest commits are learned from.")
 
     @field_validator("roots")
     @classmethod

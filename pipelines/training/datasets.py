@@ -122,6 +122,11 @@ def get(dataset_id: str) -> Dataset:
     return asyncio.run(apart(lambda database: _get(database, dataset_id)))
 
 
+def keep_for(owner_id: str | None, name: str, content: Content, source: dict[str, Any]) -> Dataset:
+    """The dataset of this name with this content, of the owner of a job."""
+    return asyncio.run(apart(lambda database: _keep_for(database, owner_id, name, content, source)))
+
+
 def load(dataset: Dataset) -> list[Sample] | list[Pair]:
     """All its samples, if they are still what they were."""
     with tempfile.TemporaryDirectory(prefix="forgearr-dataset-") as folder:
@@ -247,6 +252,14 @@ async def delete(database: Database, dataset_id: str, owner: Owner = LOCAL) -> N
 async def _get(database: Database, dataset_id: str) -> Dataset:
     async with database.reading() as session:
         return await find(session, dataset_id)
+
+
+async def _keep_for(
+    database: Database, owner_id: str | None, name: str, content: Content, source: dict[str, Any]
+) -> Dataset:
+    async with database.reading() as session:
+        owner = await _owner(session, owner_id)
+    return await keep(database, name, content, source, owner)
 
 
 async def _resolve(database: Database, data: Data, owner_id: str | None) -> Dataset:

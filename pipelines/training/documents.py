@@ -90,7 +90,7 @@ def sections(text: str) -> Iterator[tuple[list[str], str]]:
     lines: list[str] = []
     fence = ""
     for line in FRONT_MATTER.sub("", text).split("\n"):
-        fence = _fence_after(line, fence)
+        fence = fence_after(line, fence)
         heading = None if fence else HEADING.fullmatch(line)
         if heading is None:
             lines.append(line)
@@ -113,6 +113,16 @@ def pieces(text: str) -> list[str]:
             else:
                 found.append(part)
     return [piece for piece in found if piece.strip()]
+
+
+def fence_after(line: str, fence: str) -> str:
+    """The fence of the code that the next line is in, empty outside of code."""
+    mark = FENCE.fullmatch(line)
+    if mark is None:
+        return fence
+    if not fence:
+        return mark[1]
+    return "" if mark[1].startswith(fence) and not mark[2].strip() else fence
 
 
 def shown(path: Path) -> str:
@@ -162,13 +172,3 @@ def _question(name: str, headings: Sequence[str], number: int, count: int) -> st
 
 def _sample(question: str, answer: str) -> Sample:
     return Sample(messages=[Message(role="user", content=question), Message(role="assistant", content=answer)])
-
-
-def _fence_after(line: str, fence: str) -> str:
-    """The fence of the code that the next line is in, empty outside of code."""
-    mark = FENCE.fullmatch(line)
-    if mark is None:
-        return fence
-    if not fence:
-        return mark[1]
-    return "" if mark[1].startswith(fence) and not mark[2].strip() else fence

@@ -1,8 +1,8 @@
 """What a model learns from: conversations, and preferred beside rejected answers. A dataset has one of them per line.
 
-A line of chat is `{"messages": […], "tools": […]}` in the form of OpenAI's API. A line of preferences is `{"messages",
-"tools", "chosen", "rejected"}`; it may also be told as OpenAI does (`input`, `preferred_output`,
-`non_preferred_output`) or as `{"prompt", "chosen", "rejected"}`.
+A line of chat is `{"messages": […], "tools": […]}` in the form of OpenAI's API; one that was made from a repository
+also says where it is from. A line of preferences is `{"messages", "tools", "chosen", "rejected"}`; it may also be told
+as OpenAI does (`input`, `preferred_output`, `non_preferred_output`) or as `{"prompt", "chosen", "rejected"}`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -145,11 +145,21 @@ class Message(Part):
         return self
 
 
+class Source(Part):
+    """Where in a repository a sample is from. It is not learned."""
+
+    kind: str | None = Field(default=None, max_length=40, description="What sort of question it is.")
+    path: str | None = Field(default=None, max_length=4096)
+    lines: list[int] | None = Field(default=None, min_length=2, max_length=2, description="First and last, from 1.")
+    commit: str | None = Field(default=None, max_length=64)
+
+
 class Sample(Part):
     """A conversation that ends with what the assistant should say."""
 
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = None
+    source: Source | None = None
 
     @model_validator(mode="after")
     def make_sense(self) -> Self:

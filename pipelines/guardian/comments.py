@@ -1,0 +1,100 @@
+"""What a docstring or the comment above a declaration says, without the marks around it."""
+
+import inspect
+import re
+from collections.abc import Sequence
+
+LICENCE = re.compile(
+    r"copyright (?:\(c\)|©|\d{4}|the\b)|SPDX-License-Identifier|all rights reserved|\(c\) \d{4}"
+    r"|licensed under|licensed to the apache|redistribution and use in source|permission is hereby granted"
+    r"|gnu (?:lesser |affero )?general public licen[sc]e|apache license,? version|mozilla public license"
+    r"|this (?:source code|code|file) is (?:licensed|distributed|governed|made available)|without warrant(?:y|ies)",
+    re.IGNORECASE,
+)
+"""What only a licence says. A sentence about licences is not one."""
+
+DIRECTIVE = re.compile(
+    r"(?:noqa|nolint|nosec|type:|pylint:|pyright:|mypy:|ruff:|fmt:|isort:|pragma[: ]|eslint|tslint|ts-|@ts-|prettier-"
+    r"|biome-|istanbul|c8 |go:|\+build|line |clang-format|NOLINT|region\b|endregion\b|\$\w+:|vim:|-\*-|#!|"
+    r"(?:Copied|Adapted|Modified) from\b|<editor-fold|todo\b|fixme\b|xxx\b|hack\b)",
+    re.IGNORECASE,
+)
+"""How a line begins that is said to a tool, or to whoever works here next."""
+
+LINE_MARK = re.compile(r"\s*(?:///?!?|#+)[ \t]?")
+BLOCK_BEGIN, BLOCK_END = re.compile(r"\A\s*/\*+[!<]?[ \t]?"), re.compile(r"[ \t]*\*+/\s*\Z")
+BLOCK_LINE = re.compile(r"^[ \t]*\*(?!\*)[ \t]?", re.MULTILINE)
+RULE = re.compile(r"[\W_]*")
+
+INLINE_TAG = re.compile(r"\{@(?:code|link|linkplain|literal|value)\s+([^{}]*)\}")
+PARAGRAPH_TAG = re.compile(r"[ \t]*</?(?:p|br|ul|ol|div|pre|blockquote)\s*/?>[ \t]*", re.IGNORECASE)
+ITEM_TAG = re.compile(r"[ \t]*<li>[ \t]*", re.IGNORECASE)
+OTHER_TAG = re.compile(r"</?(?:li|i|b|em|strong|tt)>", re.IGNORECASE)
+CODE_TAG = re.compile(r"</?code>", re.IGNORECASE)
+BOOK_KEEPING = re.compile(
+    r"^@(?:author|since|version|see|internal|private|public|protected|override|hidden|inheritDoc|file|module|class"
+    r"|constructor|function|memberof|export|extends|implements|static|async|readonly|type|typedef|ignore)\b.*$"
+    r"|\{@inheritDoc\}",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+PARAMETERS = re.compile(
+    r"(?:args|arguments|parameters|params|returns?|raises|yields|attributes|examples?|usage|notes?|kwargs|see also)"
+    r"\s*:?\s*(?:\n|\Z)"
+    r"|@(?:param|return|throws|see|deprecated)\b|:(?:param|type|return|rtype|raises)\b|[\w*]+ \(.*\)\s*:|>>> ",
+    re.IGNORECASE,
+)
+"""How a text begins that lists parameters, or shows how to call something, but does not say what it is for."""
+
+LEAST_CHARACTERS, LEAST_WORDS = 12, 3
+
+
+def docstring(text: str) -> str:
+    """What a docstring says, or nothing if it says nothing that could be learned."""
+    return _worth(inspect.cleandoc(text))
+
+
+def comment(parts: Sequence[str]) -> str:
+    """What the comments say that stand together above a declaration."""
+    lines: list[str] = []
+    for part in (one.rstrip("\n") for one in parts):
+        lines += (_of_block(part) if part.lstrip().startswith("/*") else LINE_MARK.sub("", part, count=1)).split("\n")
+    text = "\n".join(line.rstrip() for line in lines if not DIRECTIVE.match(line.strip()))
+    return _worth(inspect.cleandoc("\n".join("" if _is_rule(line) else line for line in text.split("\n"))))
+
+
+def is_licence(text: str) -> bool:
+    return LICENCE.search(text) is not None
+
+
+def shortened(text: str, limit: int) -> str:
+    """Whole paragraphs from its beginning, or nothing if the first one alone is longer than that."""
+    if len(text) <= limit:
+        return text
+    end = text.rfind("\n\n", 0, limit + 2)
+    return text[:end].rstrip() if end > 0 else ""
+
+
+def _of_block(text: str) -> str:
+    inside = BLOCK_END.sub("", BLOCK_BEGIN.sub("", text))
+    inside = BLOCK_LINE.sub("", inside)
+    inside = BOOK_KEEPING.sub("", INLINE_TAG.sub(_quoted, inside))
+    inside = ITEM_TAG.sub("- ", PARAGRAPH_TAG.sub("\n", inside))
+    return CODE_TAG.sub("`", OTHER_TAG.sub("", inside))
+
+
+def _quoted(tag: re.Match[str]) -> str:
+    return f"`{tag[1].strip().lstrip('#')}`"
+
+
+def _worth(text: str) -> str:
+    paragraphs = [part.rstrip().strip("\n") for part in re.split(r"\n[ \t]*\n", text)]
+    said = "\n\n".join(part for part in paragraphs if part.strip() and not is_licence(part)).strip()
+    words = re.findall(r"[^\W\d_]{2,}", said)
+    says_enough = len(said) >= LEAST_CHARACTERS and len(words) >= LEAST_WORDS
+    return said if says_enough and not PARAMETERS.match(said) else ""
+
+
+def _is_rule(line: str) -> bool:
+    """A line of dashes, to part one thing from the next."""
+    return len(line.strip()) > 2 and RULE.fullmatch(line) is not None

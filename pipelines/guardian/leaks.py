@@ -1,0 +1,165 @@
+"""Secrets in texts, as detect-secrets knows them. What is found is never learned, and its value never told.
+
+The detectors are called here themselves, on the lines that could concern them: detect-secrets' own scan takes fifty
+times as long, reads files only, and passes over every line that looks like a call. None is asked to verify a secret
+with whoever gave it out.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+from detect_secrets.filters import allowlist, heuristic
+from detect_secrets.plugins import keyword
+from detect_secrets.plugins.base import RegexBasedDetector
+from detect_secrets.plugins.cloudant import CloudantDetector
+from detect_secrets.plugins.high_entropy_strings import HighEntropyStringsPlugin
+from detect_secrets.plugins.ibm_cloud_iam import IbmCloudIamDetector
+from detect_secrets.plugins.ibm_cos_hmac import IbmCosHmacDetector
+from detect_secrets.plugins.ip_public import IPPublicDetector
+from detect_secrets.plugins.private_key import PrivateKeyDetector
+from detect_secrets.plugins.softlayer import SoftlayerDetector
+from detect_secrets.util.code_snippet import CodeSnippet
+from detect_secrets.util.filetype import FileType, determine_file_type
+
+NO_SECRETS = (IPPublicDetector,)
+"""An address is nothing that a repository must hide, and looks like a version."""
+
+KEYWORDS = re.compile("|".join(keyword.DENYLIST))
+"""Of a text in small letters."""
+ASSIGNMENT = re.compile(r"\s*(?:[-*>$#]\s+)?(?:export\s+|set\s+|ENV\s+)?[\"']?[\w.-]+[\"']?\s*[:=]\s*\S+\s*")
+"""A line of a text that sets something. There, as in files of settings, a value needs no quotes."""
+LINE_CHARACTERS, OVERLAP = 2000, 200
+LEAST_RANDOM = 9
+"""A shorter string cannot be as random as the detectors ask for."""
+
+LONG_VALUES = (CloudantDetector, IbmCloudIamDetector, IbmCosHmacDetector, SoftlayerDetector)
+LONG_VALUE = re.compile(r"[a-zA-Z0-9_-]{24,}")
+"""Detectors whose patterns take long, and what is in every line that they find something in."""
+
+RUN = re.compile(r"[^\s\"'`<>()]+")
+"""Some detectors name only the beginning of what they have found: the secret is all that it runs on to."""
+
+KEY_END = re.compile(r"END [A-Z0-9 ]*PRIVATE KEY")
+KEY_LINES = 200
+"""How long a private key may be, when nothing says where it ends."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    line: int  # from 1
+    kind: str
+    value: str = field(repr=False)
+
+
+def find(path: str, text: str) -> list[Leak]:
+    """The secrets in a text, in the order of its lines. What its path says of its kind is heeded."""
+    lines = text.split("\n")
+    found = {(leak.line, leak.kind, leak.value): leak for leak in _find(path, text, lines)}
+    return sorted(found.values(), key=lambda leak: (leak.line, leak.kind))
+
+
+def _find(path: str, text: str, lines: Sequence[str]) -> Iterator[Leak]:
+    with_long_values = "\n".join(lines[number] for number in _lines_with(LONG_VALUE, text))
+    for detector, patterns in _detectors():
+        if isinstance(detector, keyword.KeywordDetector):
+            candidates = _with_keywords(detector, path, text, lines)
+        elif isinstance(detector, HighEntropyStringsPlugin):
+            candidates = _random(detector, patterns[0], text)
+        elif _occur(patterns, with_long_values if isinstance(detector, LONG_VALUES) else text):
+            candidates = (
+                (number, value) for number, line in enumerate(lines) for value in detector.analyze_string(line)
+            )
+        else:
+            continue
+        for number, value in candidates:
+            if not _is_harmless(path, lines, number, value, detector):
+                yield from _leaks(lines, number, value, detector)
+
+
+def _occur(patterns: Sequence[re.Pattern[str]], text: str) -> bool:
+    return any(pattern.search(text) for pattern in patterns)
+
+
+def _leaks(lines: Sequence[str], number: int, value: str, detector: Any) -> Iterator[Leak]:
+    run = next((one for one in RUN.findall(lines[number]) if value in one), value)
+    yield Leak(number + 1, detector.secret_type, run)
+    if not isinstance(detector, PrivateKeyDetector):
+        return
+    for following in range(number + 1, min(number + KEY_LINES, len(lines))):
+        if KEY_END.search(lines[following]):
+            return
+        if inside := lines[following].strip(" \t\"'+\\n,"):
+            yield Leak(following + 1, detector.secret_type, inside)
+
+
+def _with_keywords(detector: Any, path: str, text: str, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
+    kind = determine_file_type(path)
+    patterns = keyword.REGEX_BY_FILETYPE.get(kind, keyword.QUOTES_REQUIRED_DENYLIST_REGEX_TO_GROUP)
+    for number in _lines_with(KEYWORDS, text.lower()):
+        line = lines[number]
+        loose = kind == FileType.OTHER and len(line) <= LINE_CHARACTERS and ASSIGNMENT.fullmatch(line)
+        of_line = keyword.CONFIG_DENYLIST_REGEX_TO_GROUP if loose else patterns
+        for start in range(0, len(line), LINE_CHARACTERS - OVERLAP):
+            part = line[start : start + LINE_CHARACTERS]
+            yield from ((number, value) for value in detector.analyze_string(part, of_line) if value)
+
+
+def _random(detector: Any, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, str]]:
+    for match in pattern.finditer(text):
+        if detector.calculate_shannon_entropy(match[2]) > detector.entropy_limit:
+            yield text.count("\n", 0, match.start()), match[2]
+
+
+def _is_harmless(path: str, lines: Sequence[str], number: int, value: str, detector: Any) -> bool:
+    """The filters of detect-secrets, and what the repository's people have marked as harmless."""
+    line = lines[number]
+    around = CodeSnippet([lines[number - 1], line] if number else [line], 0, 1 if number else 0)
+    is_pattern = isinstance(detector, RegexBasedDetector)
+    return (
+        allowlist.is_line_allowlisted(path, line, around)
+        or (
+            not is_pattern
+            and (
+                heuristic.is_sequential_string(value)
+                or heuristic.is_potential_uuid(value)
+                or heuristic.is_likely_id_string(value, line, detector)
+                or heuristic.is_not_alphanumeric_string(value)
+                or heuristic.is_prefixed_with_dollar_sign(value)
+            )
+        )
+        or heuristic.is_templated_secret(value)
+        or (isinstance(detector, keyword.KeywordDetector) and heuristic.is_indirect_reference(line))
+    )
+
+
+def _lines_with(pattern: re.Pattern[str], text: str) -> Iterator[int]:
+    number = start = 0
+    last = -1
+    for match in pattern.finditer(text):
+        number += text.count("\n", start, match.start())
+        start = match.start()
+        if number != last:
+            yield number
+        last = number
+
+
+@cache
+def _detectors() -> list[tuple[Any, list[re.Pattern[str]]]]:
+    """Each detector, with patterns of which one is in every text that it finds something in."""
+    kinds: Mapping[str, Any] = get_mapping_from_secret_type_to_class()
+    return [
+        (detector, _patterns(detector))
+        for detector in (kind() for _, kind in sorted(kinds.items()) if kind not in NO_SECRETS)
+    ]
+
+
+def _patterns(detector: Any) -> list[re.Pattern[str]]:
+    if isinstance(detector, HighEntropyStringsPlugin):
+        return [re.compile(rf"(['\"])([{re.escape(detector.charset)}]{{{LEAST_RANDOM},}})(\1)")]
+    if isinstance(detector, RegexBasedDetector):
+        return [re.compile(one.pattern, one.flags | re.MULTILINE) for one in detector.denylist]
+    return []
