@@ -104,8 +104,10 @@ def opened(path: Path, limit: int) -> Generator[Kept]:
     """What is kept in this file, if it is of this extractor, with this limit of characters; else nothing is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     wanted = f"{extractor()}-{limit}"
-    connection = _connected(path)
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
     try:
+        # What a crash of the machine takes from a cache is extracted again.
+        connection.execute("PRAGMA synchronous = OFF")
         known = connection.execute("PRAGMA user_version").fetchone()[0]
         usable = known and connection.execute("SELECT blob FROM extract WHERE key = ''").fetchone() == (wanted,)
     except sqlite3.DatabaseError:
@@ -114,7 +116,8 @@ def opened(path: Path, limit: int) -> Generator[Kept]:
         connection.close()
         for one in path.parent.glob(f"{path.name}*"):
             one.unlink(missing_ok=True)
-        connection = _connected(path)
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        connection.execute("PRAGMA synchronous = OFF")
         with connection:
             connection.execute(SCHEMA)
             connection.execute("INSERT INTO extract VALUES ('', ?, NULL, '', '', '', '', '')", (wanted,))
@@ -137,13 +140,6 @@ def extractor() -> str:
     for package in ("tree-sitter", *languages.PACKAGES, "detect-secrets"):
         digest.update(f"{package}={version(package)};".encode())
     return digest.hexdigest()[:32]
-
-
-def _connected(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
-    # What a crash of the machine takes from a cache is extracted again.
-    connection.execute("PRAGMA synchronous = OFF")
-    return connection
 
 
 def _row(row: tuple[str, str, Extract]) -> tuple[object, ...]:
