@@ -28,7 +28,7 @@ SCHEMA = """
 CREATE TABLE extract (
     key TEXT PRIMARY KEY, blob TEXT NOT NULL, reason TEXT, language TEXT NOT NULL, facts BLOB NOT NULL,
     kinds TEXT NOT NULL, numbers BLOB NOT NULL, texts BLOB NOT NULL
-) WITHOUT ROWID
+)
 """
 KINDS = {"purpose": "p", "section": "s", "code": "c", "where": "w", "complete": "r", "commit": "m"}
 KIND_OF = {letter: kind for kind, letter in KINDS.items()}
@@ -41,6 +41,8 @@ answer; then, as JSON, these two questions and the rest of its line up to the co
 0 and b"".
 """
 
+PAGE_BYTES = 32_768
+"""The texts of one file are many kilobytes."""
 BUSY_SECONDS = 60
 
 
@@ -117,6 +119,7 @@ def opened(path: Path, limit: int) -> Generator[Kept]:
         for one in path.parent.glob(f"{path.name}*"):
             one.unlink(missing_ok=True)
         connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         connection.execute("PRAGMA synchronous = OFF")
         with connection:
             connection.execute(SCHEMA)
@@ -137,6 +140,7 @@ def extractor() -> str:
     digest = hashlib.sha256()
     for module in (comments, documents, files, languages, leaks, questions, selection, symbols):
         digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     for package in ("tree-sitter", *languages.PACKAGES, "detect-secrets"):
         digest.update(f"{package}={version(package)};".encode())
     return digest.hexdigest()[:32]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -174,7 +173,8 @@ _by_suffix = {suffix: language for language in LANGUAGES for suffix in language.
 
 
 def language_of(path: str) -> Language | None:
-    return _by_suffix.get(PurePosixPath(path).suffix.lower())
+    name, dot, suffix = path.lower().rpartition(".")
+    return _by_suffix.get(dot + suffix) if name and not name.endswith("/") else None
 
 
 @cache

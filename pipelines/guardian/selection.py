@@ -1,10 +1,11 @@
 """Which files of a repository are learned from, and why the others are not."""
 
 import re
-from pathlib import PurePosixPath
 
 from pipelines.guardian.languages import language_of
 from pipelines.training.documents import MARKDOWN
+
+MARKDOWN_SUFFIXES = tuple(sorted(MARKDOWN))
 
 FOREIGN = {
     "node_modules",
@@ -65,14 +66,13 @@ OF_C_PLUS_PLUS = re.compile(
 
 
 def is_markdown(path: str) -> bool:
-    return PurePosixPath(path).suffix.lower() in MARKDOWN
+    return path.lower().endswith(MARKDOWN_SUFFIXES)
 
 
 def skipped_by_path(path: str) -> str | None:
     """Why a file of this path is not learned from, if its path says so."""
-    place = PurePosixPath(path)
-    name = place.name.lower()
-    folders = {part.lower() for part in place.parts[:-1]}
+    *parents, name = path.lower().split("/")
+    folders = set(parents)
     if folders & FOREIGN:
         return "foreign"
     if name in LOCKS:
@@ -81,7 +81,7 @@ def skipped_by_path(path: str) -> str | None:
         return "minified"
     if MADE_NAMES.fullmatch(name) or folders & MADE_FOLDERS:
         return "generated"
-    if LICENCES.fullmatch(place.stem) and (is_markdown(path) or language_of(path) is None):
+    if LICENCES.fullmatch(name.rpartition(".")[0] or name) and (is_markdown(path) or language_of(path) is None):
         return "licence"
     if language_of(path) is None and not is_markdown(path):
         return "other_kind"

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import forge, gateway, idle, jobs, overhead, serving, startup
+from tests.bench import extraction, forge, gateway, idle, jobs, overhead, serving, startup
 from tests.bench.figures import Figure, machine
 from tests.bench.postgres import new_database, running_postgres
 from tests.platform import Platform, running_platform
@@ -81,6 +81,10 @@ def measure_overhead() -> Iterator[list[Figure]]:
         yield overhead.figures(platform)
 
 
+def measure_extraction() -> Iterator[list[Figure]]:
+    yield extraction.figures()
+
+
 PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "start": measure_start,
     "gateway": measure_gateway,
@@ -90,6 +94,7 @@ PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "training": measure_training,
     "serving": measure_serving,
     "overhead": measure_overhead,
+    "extraction": measure_extraction,
 }
 
 

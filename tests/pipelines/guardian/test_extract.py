@@ -203,7 +203,7 @@ def test_at_least_one_of_two_files_is_held_out_and_one_is_not(share: float) -> N
 
 def test_no_secret_is_learned_shown_or_kept(extract: Extract, folder: Path, tmp_path: Path) -> None:
     secret = f'\n\ndef connect():\n    key = "{AWS_KEY}"\n    client = open_client(key)\n    return client\n'
-    shown = f'\n\ndef login():\n    """Logs in by {PASSWORD} as all do."""\n    password = "{PASSWORD}"\n    send(password)\n'
+    shown = f'\n\ndef login():\n    """Logs in by {PASSWORD} as all do."""\n    password = "{PASSWORD}"\n'
     guide = f"# Guide\n\nUse this key for all that you do here:\n\n```sh\nexport API_KEY={TOKEN}\n```\n"
     files: dict[str, str | bytes] = {
         "src/apple.py": module("apple", secret),
