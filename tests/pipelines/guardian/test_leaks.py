@@ -1,0 +1,53 @@
+"""Which lines show a secret, and which only look as if they did."""
+
+import pytest
+
+from pipelines.guardian import leaks
+
+AWS_KEY = "AKIA" + "Q3EGSNPL5NHYD2K7"
+RANDOM = "zX8kQ2mN5vB7cD9f" + "G1hJ3kL6pO4iU0yT"
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "kind"),
+    [
+        ("a.py", f'key = "{AWS_KEY}"', "AWS Access Key"),
+        ("a.py", f'client = connect("{AWS_KEY}")', "AWS Access Key"),
+        ("a.py", 'password = "hunter2-is-not-it"', "Secret Keyword"),
+        ("a.go", 'password := "hunter2-is-not-it"', "Secret Keyword"),
+        ("a.md", "export API_KEY=abc123def456", "Secret Keyword"),
+        (".env", "DB_PASSWORD=abc123def456", "Secret Keyword"),
+        ("a.ts", 'fetch("https://ada:lovelace1@example.org/")', "Basic Auth Credentials"),
+        ("a.rs", f'let token = "{RANDOM}";', "Base64 High Entropy String"),
+    ],
+)
+def test_found(path: str, line: str, kind: str) -> None:
+    found = leaks.find(path, f"first line\n{line}\nlast line")
+    assert (2, kind) in {(leak.line, leak.kind) for leak in found}
+    assert all(leak.value in line for leak in found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "password = get_password()",
+        'password = "<your password>"',
+        'password = "${PASSWORD}"',
+        f'token = "{RANDOM}"  # pragma: allowlist secret',
+        'version = "8.8.8.8"',
+        'alphabet = "abcdefghijklmnopqrstuvwxyz"',
+        "def check_password(password: str) -> bool:",
+    ],
+)
+def test_harmless(line: str) -> None:
+    assert leaks.find("a.py", line) == []
+
+
+def test_all_lines_of_a_private_key_are_secret() -> None:
+    text = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEAx\nAbCdEfGhIjKl\n-----END RSA PRIVATE KEY-----\nafter it"
+    assert [leak.line for leak in leaks.find("a.md", text)] == [1, 2, 3]
+
+
+def test_a_secret_does_not_print_itself() -> None:
+    (leak,) = leaks.find("a.py", f'key = "{AWS_KEY}"')
+    assert AWS_KEY not in repr(leak)
