@@ -19,6 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.actors import NAMESPACE
+from cluster.assignments import assign
 from cluster.db import get_database
 from cluster.errors import ForgearrError
 from jobs import journal, queue
@@ -53,8 +54,7 @@ async def _submit(arguments: argparse.Namespace) -> int:
     _join_cluster()
     spec = _read(arguments.config) if arguments.config else {}
     for setting in arguments.set:
-        name, _, value = setting.partition("=")
-        spec[name] = yaml.safe_load(value)
+        assign(spec, setting)
     request = JobRequest(kind=arguments.kind, spec=spec, priority=arguments.priority, depends_on=arguments.depends_on)
     async with get_database().transaction() as session:
         job = await queue.enqueue(session, request, Owner(name=os.environ.get("USER", "cluster")))

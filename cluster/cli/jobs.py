@@ -11,6 +11,7 @@ import yaml
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from cluster.assignments import assign
 from cluster.cli.client import Patience, call, follow, look
 from cluster.cli.console import console as new_console
 from cluster.cli.console import table
@@ -152,10 +153,7 @@ def read_spec(config: Path | None, settings: list[str]) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise InvalidRequest(f"{config} must hold the spec as a mapping of names to values.")
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise InvalidRequest(f"--set takes key=value, not '{setting}'.")
-        spec[name] = yaml.safe_load(value)
+        assign(spec, setting)
     return spec
 
 

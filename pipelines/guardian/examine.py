@@ -24,7 +24,7 @@ from jobs.registry import Resources, job
 from pipelines.training import base_models, datasets
 from pipelines.training.datasets import Dataset
 from pipelines.training.rows import context_of
-from pipelines.training.samples import Sample, lines_of, read
+from pipelines.training.samples import Sample, Source, lines_of, read
 from pipelines.training.spec import Spec
 from pipelines.training.tokens import render
 
@@ -38,7 +38,7 @@ class ExamineSpec(Spec):
     """Look through the data of a training."""
 
     train: str = Field(max_length=200, description="A dataset.")
-    held_out: str = Field(max_length=200, description="The dataset that it is measured on.")
+    held_out: str | None = Field(max_length=200, description="The dataset that it is measured on. Null: there is none.")
     base_model: str = Field(default="forgearr/tiny", min_length=1, max_length=300, description="Whose tokens to count.")
     min_samples: int | None = Field(default=None, ge=1, description="Null: guardian.min_samples of the settings.")
 
@@ -76,10 +76,12 @@ class Part:
 @job("validate_data", spec=ExamineSpec, resources=Resources(cpus=1), tracked=True, admin_only=True)
 def validate_data(context: Context, spec: ExamineSpec) -> dict[str, Any]:
     """Counts what a model is about to learn from, writes a data card, and stops what would come to nothing."""
-    found = {"train": datasets.get(spec.train), "held_out": datasets.get(spec.held_out)}
+    named = {"train": spec.train, "held_out": spec.held_out}
+    found = {part: datasets.get(name) for part, name in named.items() if name is not None}
     for name, dataset in found.items():
         context.input(f"{dataset.name} ({name})", dataset.digest, dataset.address, samples=dataset.samples)
     parts = {name: _count(context, name, dataset, spec.base_model) for name, dataset in found.items()}
+    parts.setdefault("held_out", Part())
     least = spec.min_samples or get_settings().guardian.min_samples
     told: dict[str, Any] = {**describe(parts, least), "base_model": spec.base_model}
     with tempfile.TemporaryDirectory(prefix="forgearr-card-") as folder:
@@ -100,10 +102,10 @@ def count(sample: Sample, part: Part) -> None:
     part.samples.add(_digest(document))
     part.questions.add(_digest(asked))
     part.answers.add(_digest(said))
-    source: Any = getattr(sample, "source", None)
-    part.kinds[getattr(source, "kind", None) or "other"] += 1
-    if path := getattr(source, "path", None):
-        part.files.add(path)
+    source = sample.source or Source()
+    part.kinds[source.kind or "other"] += 1
+    if source.path is not None:
+        part.files.add(source.path)
 
 
 def describe(parts: Mapping[str, Part], least: int) -> dict[str, Any]:
@@ -152,10 +154,11 @@ def write_card(told: Mapping[str, Any], found: Mapping[str, Dataset], folder: Pa
         ("Tokens, at most", "tokens.max"),
         ("Longer than the model reads at once", "too_long"),
     ]
+    measured_on = names.get("held_out", "nothing")
     lines = [
         f"# {names['train']}",
         "",
-        f"Learned from {names['train']}, measured on {names['held_out']}, in tokens of {told['base_model']}.",
+        f"Learned from {names['train']}, measured on {measured_on}, in tokens of {told['base_model']}.",
         "",
         *[f"- {reason[0].upper()}{reason[1:]}." for reason in told["reasons"]],
         *([""] if told["reasons"] else []),

@@ -29,7 +29,7 @@ from pipelines.training.samples import sentence
 from pipelines.training.spec import ModelName
 
 RETRAIN = "retrain"
-"""The kind of the plan, which others bring."""
+"""The kind of the plan."""
 WATCH = "watch_repositories"
 RESERVED = {"name", "suffix", "data", "validation", "method"}
 """What a training is not free to choose: the repository says it."""
@@ -191,7 +191,7 @@ def changed(repository: Repository, changes: Mapping[str, Any]) -> RepositoryReq
 
 async def delete(session: AsyncSession, repository: Repository) -> None:
     """Forget a repository. Its datasets and models stay."""
-    if plan := await unfinished_plan(session, repository):
+    if plan := await unfinished_plan(session, repository.id):
         raise RepositoryInUse(f"{plan.id} learns from '{repository.name}': cancel it first.")
     await session.delete(repository)
 
@@ -222,10 +222,10 @@ def remote_of(repository: Repository) -> Remote:
     return Remote(repository.url, repository.branch, credentials.username, credentials.token)
 
 
-async def unfinished_plan(session: AsyncSession, repository: Repository) -> Job | None:
+async def unfinished_plan(session: AsyncSession, repository_id: str) -> Job | None:
     """The job that retrains the model of this repository, while there is one."""
     wanted = select(Job).where(Job.kind == RETRAIN, Job.state.not_in(FINISHED))
-    mine = wanted.where(Job.spec["repository_id"].as_string() == repository.id)
+    mine = wanted.where(Job.spec["repository_id"].as_string() == repository_id)
     return await session.scalar(mine.order_by(Job.created_at).limit(1))
 
 

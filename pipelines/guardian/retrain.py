@@ -20,7 +20,7 @@ from jobs.queue import LOCAL, JobRequest, Owner
 from jobs.registry import job
 from jobs.states import FINISHED
 from jobs.tables import Job
-from pipelines.guardian import feedback
+from pipelines.guardian import feedback, repositories
 from pipelines.guardian.compare import CompareSpec
 from pipelines.guardian.repositories import RETRAIN, Repository, RepositoryNotFound
 from pipelines.training import registry
@@ -85,7 +85,7 @@ class _Source:
     new_feedback: int
 
 
-@job(KIND, spec=RetrainSpec, admin_only=True, tracked=True)
+@job(RETRAIN, spec=RetrainSpec, admin_only=True, tracked=True)
 def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
     """Trains a model on its repository as it is now, and serves the new version if it is better than the old one."""
     if context.checkpoint_state is None:
@@ -95,7 +95,7 @@ def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
     training = _training(outset, data)
 
     _begin(context, "validate_data")
-    wanted = {"train": data["train"]["dataset"], "held_out": data["held_out"]["dataset"]}
+    wanted = {part: data[part] and data[part]["dataset"] for part in ("train", "held_out")}
     examined = context.child("validate_data", "validate_data", {**wanted, "base_model": training.base_model})
     (counted,) = context.join(examined)
 
@@ -144,17 +144,16 @@ async def ask(session: AsyncSession, spec: RetrainSpec, owner: Owner = LOCAL) ->
         raise RepositoryNotFound(f"There is no repository '{spec.repository_id}'.")
     if known := await unfinished(session, spec):
         return known, False
-    return await queue.enqueue(session, JobRequest(kind=KIND, spec=spec.model_dump()), owner), True
+    return await queue.enqueue(session, JobRequest(kind=RETRAIN, spec=spec.model_dump()), owner), True
 
 
 async def unfinished(session: AsyncSession, spec: RetrainSpec) -> Job | None:
     """The plan for the same repository, or else the same model, that has not come to its end."""
-    wanted = select(Job).where(Job.kind == KIND, Job.state.not_in(FINISHED)).order_by(Job.created_at)
-    repository = Job.spec["repository_id"].as_string()
     if spec.repository_id is not None:
-        return await session.scalar(wanted.where(repository == spec.repository_id).limit(1))
-    same = (repository.is_(None), Job.spec["feedback"].as_string() == spec.feedback)
-    return await session.scalar(wanted.where(*same).limit(1))
+        return await repositories.unfinished_plan(session, spec.repository_id)
+    same = (Job.spec["repository_id"].as_string().is_(None), Job.spec["feedback"].as_string() == spec.feedback)
+    plans = select(Job).where(Job.kind == RETRAIN, Job.state.not_in(FINISHED), *same)
+    return await session.scalar(plans.order_by(Job.created_at).limit(1))
 
 
 async def ask_after_feedback(session: AsyncSession, model: str) -> Job | None:
@@ -226,7 +225,7 @@ def _data(context: Context, spec: RetrainSpec, outset: Outset) -> dict[str, Any]
         (found,) = context.join(context.child("extract_data", "extract_data", wanted))
     if outset["feedback"]:
         _begin(context, "gather_feedback")
-        beside = {part: found[part]["dataset"] for part in ("train", "held_out")} if found else {}
+        beside = {part: found[part]["dataset"] for part in ("train", "held_out") if found.get(part)}
         wanted = {"model": outset["model"], **beside}
         (gathered,) = context.join(context.child("gather_feedback", "gather_feedback", wanted))
         found = {**found, **gathered}
@@ -234,12 +233,13 @@ def _data(context: Context, spec: RetrainSpec, outset: Outset) -> dict[str, Any]
 
 
 def _training(outset: Outset, data: dict[str, Any]) -> ForgeSpec:
+    held_out = data["held_out"]
     told = {
         "long_samples": "skip",  # a long function is no reason to learn nothing of the others
         **outset["training"],
         "name": outset["model"],
         "data": Data(dataset=data["train"]["dataset"]).model_dump(),
-        "validation": Data(dataset=data["held_out"]["dataset"]).model_dump(),
+        "validation": held_out and Data(dataset=held_out["dataset"]).model_dump(),
     }
     return ForgeSpec.model_validate(told)
 

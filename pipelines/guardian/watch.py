@@ -17,9 +17,11 @@ from jobs.context import Context
 from jobs.queue import JobRequest, Owner
 from jobs.registry import job
 from jobs.tables import Job
-from pipelines.guardian import repositories
+from pipelines.guardian import retrain
+from pipelines.guardian.feedback import count_new
 from pipelines.guardian.policy import Decision, Policy, decide
-from pipelines.guardian.repositories import RETRAIN, WATCH, Repository, RepositoryNotFound
+from pipelines.guardian.repositories import WATCH, Repository, RepositoryNotFound
+from pipelines.guardian.retrain import RetrainSpec
 
 LOOK = "watch_repo"
 GUARDIAN = Owner(name="guardian")
@@ -65,12 +67,13 @@ def watch_repositories(context: Context, spec: WatchAllSpec) -> dict[str, Any]:
 @job(LOOK, spec=WatchSpec, admin_only=True)
 def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
     """Looks whether a repository has changed enough, and if so, has its model trained again."""
-    repository = asyncio.run(apart(lambda database: _find(database, spec.repository_id)))
-    if repository is None:
+    found = asyncio.run(apart(lambda database: _find(database, spec.repository_id)))
+    if found is None:
         return {"watched": False, "reason": "It is no longer registered."}
+    repository, feedback = found
     context.report(phase="looking")
     try:
-        seen = look(repository, lambda line: context.report(phase=line or None))
+        seen = look(repository, feedback, lambda line: context.report(phase=line or None))
     except ForgearrError as error:
         message = error.message
         asyncio.run(apart(lambda database: _note_error(database, spec.repository_id, message)))
@@ -87,15 +90,15 @@ def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
     }
 
 
-def look(repository: Repository, on_progress: Callable[[str], None] = lambda _: None) -> Look:
-    """What the policy says of the repository as it is now."""
+def look(repository: Repository, feedback: int, on_progress: Callable[[str], None] = lambda _: None) -> Look:
+    """What the policy says of the repository as it is now, and with so much new feedback on its model."""
     from pipelines.guardian.checkout import opened
 
     with opened(repository, on_progress) as checkout:
         tip = checkout.tip().sha
         changes = checkout.changes(repository.trained_commit, tip)
     policy = Policy.model_validate(repository.policy)
-    return Look(tip, decide(policy, changes, repository.trained_at, now()))
+    return Look(tip, decide(policy, changes, repository.trained_at, now(), feedback))
 
 
 def look_at(folder: Path) -> Decision:
@@ -114,9 +117,10 @@ async def _ask_for_all(database: Database) -> dict[str, Any]:
         return {"asked": [job.id for job in asked]}
 
 
-async def _find(database: Database, repository_id: str) -> Repository | None:
+async def _find(database: Database, repository_id: str) -> tuple[Repository, int] | None:
     async with database.reading() as session:
-        return await session.get(Repository, repository_id)
+        repository = await session.get(Repository, repository_id)
+        return repository and (repository, await count_new(session, repository.model))
 
 
 async def _note_error(database: Database, repository_id: str, message: str) -> None:
@@ -135,10 +139,8 @@ async def _settle(database: Database, repository_id: str, seen: Look) -> tuple[s
         reason = seen.decision.reason
         if not seen.decision.should_retrain:
             return None, reason
-        if plan := await repositories.unfinished_plan(session, repository):
-            return plan.id, f"{reason}; {plan.id} is under way"
         if repository.tried_commit == seen.commit:
             return None, f"{reason}; but {repository.tried_job_id} has tried this commit already"
-        spec = {"repository_id": repository.id, "commit": seen.commit, "auto_deploy": repository.auto_deploy}
-        plan = await queue.enqueue(session, JobRequest(kind=RETRAIN, spec=spec), GUARDIAN)
-        return plan.id, reason
+        spec = RetrainSpec(repository_id=repository.id, commit=seen.commit)
+        plan, is_new = await retrain.ask(session, spec, GUARDIAN)
+        return plan.id, reason if is_new else f"{reason}; {plan.id} is under way"

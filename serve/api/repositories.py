@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 
 from cluster.db import get_database
 from cluster.times import UtcTime
-from pipelines.guardian import repositories, watch
+from pipelines.guardian import feedback, repositories, watch
 from pipelines.guardian.policy import Decision, Policy
 from pipelines.guardian.repositories import BranchName, Credentials, Repository, RepositoryRequest, Secret
 from pipelines.training.spec import ModelName
@@ -158,8 +158,9 @@ async def monitor_repository(
     folder = await asyncio.to_thread(repositories.checked_path, project_path)
     async with get_database().reading() as session:
         known = await repositories.at_path(session, folder)
+        new_feedback = await feedback.count_new(session, known.model) if known else 0
     if known is not None:
-        return (await asyncio.to_thread(watch.look, known)).decision
+        return (await asyncio.to_thread(watch.look, known, new_feedback)).decision
     return await asyncio.to_thread(watch.look_at, folder)
 
 

@@ -18,8 +18,8 @@ from jobs.states import State
 from jobs.tables import Job
 from pipelines.guardian import estimates, feedback, repositories, retrain, watch
 from pipelines.guardian.estimates import Step
-from pipelines.guardian.repositories import Repository, RepositoryRequest
-from pipelines.guardian.retrain import KIND, RetrainSpec
+from pipelines.guardian.repositories import RETRAIN, Repository, RepositoryRequest
+from pipelines.guardian.retrain import RetrainSpec
 from serve.api.jobs import JobId, owner_of
 from serve.auth import AdminCaller, Caller
 from serve.envelope import OPENAI_ERROR_RESPONSES
@@ -46,7 +46,9 @@ class RetrainRequest(BaseModel):
     repository: str | None = Field(
         default=None, min_length=1, max_length=100, description="A registered one instead, by its id or name."
     )
-    auto_deploy: bool = Field(default=True, description="Serve the new version, if it is better.")
+    auto_deploy: bool = Field(
+        default=True, description="Serve the new version, if it is better. Not sent: as the repository says."
+    )
     force: bool = Field(default=False, description="Whatever its policy says.")
 
     @model_validator(mode="after")
@@ -95,17 +97,19 @@ class PlanView(BaseModel):
 async def trigger_retraining(wanted: RetrainRequest, caller: AdminCaller) -> Triggered:
     """Train the model of a repository again, if its policy says so or it is forced. There is one plan at a time."""
     repository = await _repository(wanted, caller)
-    spec = RetrainSpec(repository_id=repository.id, force=wanted.force, auto_deploy=wanted.auto_deploy)
+    deploy = wanted.auto_deploy if "auto_deploy" in wanted.model_fields_set else repository.auto_deploy
+    spec = RetrainSpec(repository_id=repository.id, force=wanted.force, auto_deploy=deploy)
     async with get_database().reading() as session:
         known = await retrain.unfinished(session, spec)
+        new_feedback = await feedback.count_new(session, repository.model)
     reason, should = "it is forced", True
     if known is None and not wanted.force:
-        look = await asyncio.to_thread(watch.look, repository)
+        look = await asyncio.to_thread(watch.look, repository, new_feedback)
         reason, should = look.decision.reason, look.decision.should_retrain
         spec = spec.model_copy(update={"commit": look.commit})
     async with get_database().transaction() as session:
         job, is_new = await retrain.ask(session, spec, owner_of(caller)) if should else (None, False)
-        plan = await _plan(session, repository, wanted.auto_deploy)
+        plan = await _plan(session, repository, deploy)
     if job is not None and not is_new:
         reason = f"{job.id} is under way"
     return Triggered(triggered=job is not None, reason=reason, plan=plan, job_id=job.id if job else None)
@@ -159,7 +163,7 @@ def _sum(steps: list[Step]) -> float:
 
 async def _find(session: AsyncSession, job_id: str, caller: Caller, *, lock: bool = False) -> Job:
     job = await queue.get(session, job_id, owner_of(caller), lock=lock)
-    if job.kind != KIND:
+    if job.kind != RETRAIN:
         raise PlanNotFound(f"{job_id} is a job of the kind '{job.kind}', not a plan.")
     return job
 

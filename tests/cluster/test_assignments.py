@@ -1,0 +1,39 @@
+"""What is typed after --set."""
+
+from typing import Any
+
+import pytest
+
+from cluster.assignments import assign
+from cluster.errors import InvalidRequest
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("steps=3", {"name": "a", "policy": {"min_files": 5}, "steps": 3}),
+        ("name=b=c", {"name": "b=c", "policy": {"min_files": 5}}),
+        ("policy.min_hours=null", {"name": "a", "policy": {"min_files": 5, "min_hours": None}}),
+        ("data.prompts.tags=[new]", {"name": "a", "policy": {"min_files": 5}, "data": {"prompts": {"tags": ["new"]}}}),
+    ],
+)
+def test_a_value(typed: str, expected: dict[str, Any]) -> None:
+    target: dict[str, Any] = {"name": "a", "policy": {"min_files": 5}}
+    assign(target, typed)
+    assert target == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("steps", "--set takes key=value, not 'steps'"),
+        ("=3", "--set takes key=value"),
+        ("name.first=Ada", "--set name.first does not fit: name is 'a', which has nothing inside"),
+        ("steps=[1", "The value of steps cannot be read"),
+    ],
+)
+def test_what_is_no_value(typed: str, message: str) -> None:
+    target: dict[str, Any] = {"name": "a"}
+    with pytest.raises(InvalidRequest, match=message.replace("[", r"\[")):
+        assign(target, typed)
+    assert target == {"name": "a"}
