@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # By import path: the ground imports no floor above it.
 ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatcher:Dispatcher"}
 APPLICATION = "serve.app:build_application"
+DECLARED_SERVICES = "pipelines.media.checks:declare_services"
 APPLICATION_NAME = "forgearr"
 RAY_SECONDS = 60
 FOREIGN_RAY_SECONDS = 5  # it should be there already
@@ -81,6 +82,7 @@ async def _prepare_database(settings: Settings, report: Report) -> None:
     database = get_database()
     async with database.reading() as session:
         admin = await has_admin(session)
+    await _load(DECLARED_SERVICES)(database)
     await database.close()
     if not settings.serve.is_loopback and not admin:
         raise NoAdmin

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -272,6 +272,45 @@ class GuardianSettings(Section):
         return line
 
 
+class DeclaredService(Section):
+    """An outside service in `services.declared`. Its type and url are checked when Forgearr starts."""
+
+    name: str = Field(min_length=1, max_length=100)
+    type: str
+    url: str
+    api_key: SecretStr | None = None
+    verify_tls: bool = True
+    enabled: bool = True
+
+
+class ServiceSettings(Section):
+    declared: list[DeclaredService] = Field(
+        description="Outside services (name, type, url, api_key, verify_tls, enabled), besides those that are added "
+        "over the API. There they can be seen, but not changed."
+    )
+    timeout_seconds: float = Field(gt=0, le=600, description="How long a service may take for an answer.")
+    check_cron: str = Field(
+        description="How often all services are checked: minute, hour, day, month, weekday. Read when the first "
+        "service is added; the schedule `check-services` can be changed from then on."
+    )
+    history_days: float = Field(gt=0, description="How long the results of those checks are kept.")
+    breaker_threshold: int = Field(
+        ge=1, le=1000, description="How many failures in a row make Forgearr leave a service alone."
+    )
+    breaker_seconds: float = Field(gt=0, le=86400, description="For how long, before it is tried again.")
+
+    @field_validator("check_cron")
+    @classmethod
+    def read_cron(cls, line: str) -> str:
+        from cronsim import CronSim, CronSimError
+
+        try:
+            next(CronSim(line, datetime.now(UTC)))
+        except (CronSimError, StopIteration):
+            raise ValueError("must be a cron line of five fields that ever fires") from None
+        return line
+
+
 class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Least severe level that is written.")
     rotate_mb: int = Field(ge=1, description="Size at which a log file is set aside.")
@@ -292,6 +331,7 @@ class Settings(Section):
     engines: EngineSettings
     ollama: OllamaSettings
     guardian: GuardianSettings
+    services: ServiceSettings
     logs: LogSettings
 
     @property
@@ -427,10 +467,11 @@ def _sentence(error: ValidationError, values: Mapping[str, Any], origins: Mappin
     key = ".".join(str(part) for part in first["loc"][:2])
     # A section that does not exist is reported without the name under it.
     key = next((known for known in values if known == key or known.startswith(f"{key}.")), key)
-    if first["type"] == "extra_forbidden":
-        shown = "(hidden)" if SECRET_NAMES.search(key) else repr(values[key])
+    deeper = ".".join(str(part) for part in first["loc"][2:])
+    if first["type"] == "extra_forbidden" and not deeper:
+        shown = "(hidden)" if SECRET_NAMES.search(f"{key} {values[key]!r}") else repr(values[key])
         return f"Unknown setting '{key}' (set to {shown} by {origins[key]}); docs/settings.md lists those there are."
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = (f"{deeper}: " if deeper else "") + first["msg"].removeprefix("Value error, ")
     shown = "(hidden)" if _is_secret(key) else repr(values.get(key))
     return f"Setting '{key}' cannot be {shown} (from {origins.get(key, 'nowhere')}): {reason}."
 
@@ -439,7 +480,13 @@ def _is_secret(key: str) -> bool:
     section, _, name = key.partition(".")
     model: Any = Settings.model_fields[section].annotation if section in Settings.model_fields else None
     field = model.model_fields.get(name) if model else None
-    return field is not None and "SecretStr" in str(field.annotation)
+    return field is not None and _holds_secret(field.annotation)
+
+
+def _holds_secret(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return any(_holds_secret(field.annotation) for field in annotation.model_fields.values())
+    return annotation is SecretStr or any(_holds_secret(part) for part in get_args(annotation))
 
 
 def _printable(value: object) -> str:

@@ -47,8 +47,15 @@ def _ray(run: Running) -> Status:
 def _gateway(run: Running, told: Mapping[str, Any] | None) -> Status:
     if told is None:
         return Status("gateway", _not_yet(run), run.url)
-    state = "running" if told["status"] == "healthy" else str(told["status"])
-    return Status("gateway", state, run.url, told["uptime"], told.get("version"))
+    return Status("gateway", _state_of_gateway(told), run.url, told["uptime"], told.get("version"))
+
+
+def _state_of_gateway(told: Mapping[str, Any]) -> str:
+    """By its own parts: that an outside service is away is nothing that a restart would heal."""
+    parts = told.get("components", {})
+    if parts.get("database") == "disconnected":
+        return "unhealthy"
+    return "running" if set(parts.values()) <= {"connected", "running"} else "degraded"
 
 
 def _actors(run: Running, told: Mapping[str, Any] | None) -> list[Status]:

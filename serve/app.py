@@ -41,6 +41,8 @@ from serve.api import (
     responses,
     retrain,
     schedules,
+    service_health,
+    services,
     training,
     training_workers,
     uploads,
@@ -82,6 +84,8 @@ def create_app() -> FastAPI:
     app.state.engine = installed()
     for module in (
         health,
+        service_health,
+        services,
         auth,
         jobs,
         job_events,

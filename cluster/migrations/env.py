@@ -12,6 +12,9 @@ from cluster.db import Base, UtcDateTime
 # Every module that owns tables. By name: the ground imports no floor above it.
 for module in (
     "cluster.identity",
+    "cluster.services.breaker",
+    "cluster.services.checks",
+    "cluster.services.register",
     "jobs.file_uploads",
     "jobs.files",
     "jobs.tables",

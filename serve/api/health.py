@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Literal
 
 import httpx
 from fastapi import APIRouter, Request, Response
@@ -18,6 +19,8 @@ from cluster.db import get_database, now
 from cluster.errors import Unavailable
 from cluster.settings import get_settings
 from cluster.times import UtcTime
+from serve.api import service_health
+from serve.api.service_health import ServiceHealth
 from serve.envelope import ERROR_RESPONSES
 
 router = APIRouter(tags=["Monitoring"], responses=ERROR_RESPONSES)
@@ -39,14 +42,17 @@ class Components(BaseModel):
 
 class Health(BaseModel):
     status: Literal["healthy", "degraded", "unhealthy"] = Field(
-        description="unhealthy: nothing works without the database; degraded: a part is missing, and comes back."
+        description="degraded: a part of Forgearr or an outside service does not work; unhealthy: no outside service "
+        "does, or there is no database, without which nothing works. Only the latter is a 503."
     )
     service: str
     version: str
     environment: str
     database: Literal["connected", "disconnected"]
     uptime: int = Field(description="Seconds since this gateway process started.")
-    services: dict[str, Any] = Field(description="The outside services, by name.")
+    services: dict[str, ServiceHealth] = Field(
+        description="The enabled outside services, by type, and further ones of a type by name, as last checked."
+    )
     ollama_available: bool | None = Field(description="Null: no Ollama is configured.")
     components: Components
     timestamp: UtcTime
@@ -76,7 +82,7 @@ class HealthCheck:
 async def health(request: Request, response: Response) -> Health:
     """Whether Forgearr works, and which of its parts do."""
     found = await request.app.state.health.current()
-    if found.status == "unhealthy":
+    if found.database == "disconnected":
         response.status_code = 503
     return found
 
@@ -98,22 +104,29 @@ async def ping() -> Pong:
 
 
 async def _look() -> Health:
-    database, dispatcher, live_events, ollama = await asyncio.gather(
-        _database(), _actor("dispatcher"), _actor("events"), _ollama()
+    database, services, dispatcher, live_events, ollama = await asyncio.gather(
+        _database(), _services(), _actor("dispatcher"), _actor("events"), _ollama()
     )
-    status = "healthy" if dispatcher == live_events == "running" else "degraded"
+    whole = dispatcher == live_events == "running"
     return Health(
-        status="unhealthy" if database == "disconnected" else status,
+        status="unhealthy" if database == "disconnected" else _status(services, whole),
         service="Forgearr",
         version=VERSION,
         environment=get_settings().serve.environment,
         database=database,
         uptime=int(time.monotonic() - _started),
-        services={},
+        services=services,
         ollama_available=ollama,
         components=Components(database=database, dispatcher=dispatcher, events=live_events),
         timestamp=now(),
     )
+
+
+def _status(services: Mapping[str, ServiceHealth], whole: bool) -> Literal["healthy", "degraded", "unhealthy"]:
+    failing = sum(service.healthy is False for service in services.values())
+    if failing and failing == len(services):
+        return "unhealthy"
+    return "healthy" if whole and not failing else "degraded"
 
 
 async def _database() -> Literal["connected", "disconnected"]:
@@ -124,6 +137,16 @@ async def _database() -> Literal["connected", "disconnected"]:
         logger.warning("The database does not answer: %s", error or type(error).__name__)
         return "disconnected"
     return "connected"
+
+
+async def _services() -> dict[str, ServiceHealth]:
+    """What is known of the outside services; nobody is asked for it now."""
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS), get_database().reading() as session:
+            return await service_health.of_all(session)
+    except (SQLAlchemyError, OSError) as error:
+        logger.warning("The state of the services cannot be read: %s", error or type(error).__name__)
+        return {}
 
 
 async def _ollama() -> bool | None:

@@ -76,13 +76,17 @@ FOR_ADMINISTRATORS = {
     "DELETE /api/v1/repos/{repository}",
     "POST /api/v1/repos/{repository}/check",
     "GET /v1/retrain/monitor",
+    "POST /api/services",
+    "PUT /api/services/{service_id}",
+    "DELETE /api/services/{service_id}",
+    "POST /api/services/{service_id}/test",
 }
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
 
 SIGNED = {"POST /webhooks/{provider}"}
 """They look at a signature, and at no credential: without it everybody gets 401."""
 
-EVERYBODYS = ("/api/v1/models/", "/v1/models/", "/api/blobs/")
+EVERYBODYS = ("/api/v1/models/", "/v1/models/", "/api/blobs/", "/api/services/", "/health/")
 """What begins so belongs to nobody: all users see the same."""
 
 OWNED_LISTS = (
@@ -172,6 +176,8 @@ class Household:
                 return {"name": "another", "url": "https://git.example/another"}
             case "PATCH /api/v1/repos/{repository}":
                 return {"auto_deploy": False}
+            case "POST /api/services":
+                return {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}
             case "POST /v1/fine-tune":
                 return {"project_name": "another", **LEARN}
             case _:

@@ -1,0 +1,25 @@
+"""What Sonarr, Radarr and Prowlarr have in common: how they are made, they are brothers."""
+
+from cluster.services.base import Capability, Connector, Key
+from cluster.services.client import Client
+
+HELP = "Settings, General, Security: API Key."
+
+
+def connector(name: str, title: str, api: str, *capabilities: Capability) -> Connector:
+    """The connector of one of them, whose API has this prefix."""
+
+    async def health(client: Client) -> str:
+        status = client.expect(await client.get(f"{api}/system/status"), "appName", "version")
+        if status["appName"] != title:
+            raise client.wrong(status["appName"])
+        return str(status["version"])
+
+    return Connector(
+        type=name,
+        title=title,
+        capabilities=frozenset({"health", *capabilities}),
+        health=health,
+        key=Key(header="X-Api-Key"),
+        key_help=HELP,
+    )

@@ -1,0 +1,1 @@
+"""One module for each sort of service, which declares its `CONNECTOR`."""

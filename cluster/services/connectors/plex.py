@@ -1,0 +1,20 @@
+"""Plex: the library that people watch."""
+
+from cluster.services.base import Connector, Key
+from cluster.services.client import Client
+
+
+async def health(client: Client) -> str:
+    # /identity would be answered without a token.
+    answer = client.expect(await client.get("/"), "MediaContainer")
+    return str(client.expect(answer["MediaContainer"], "machineIdentifier", "version")["version"])
+
+
+CONNECTOR = Connector(
+    type="plex",
+    title="Plex",
+    capabilities=frozenset({"health", "library", "search", "activity", "configure"}),
+    health=health,
+    key=Key(header="X-Plex-Token"),
+    key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the address.",
+)

@@ -1,0 +1,42 @@
+"""qBittorrent: downloads over BitTorrent. Its key is one of its API keys (from 5.2 on), or NAME:PASSWORD of a login."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+from cluster.services.base import Connector
+from cluster.services.client import Client
+from cluster.services.errors import ServiceError
+
+KEY_PREFIX = "qbt_"
+
+
+async def health(client: Client) -> str:
+    client.expect(await client.get("/api/v2/app/buildInfo"), "libtorrent")
+    return (await client.line("/api/v2/app/version")).removeprefix("v")
+
+
+@asynccontextmanager
+async def session(client: Client, key: str) -> AsyncGenerator[None]:
+    if key.startswith(KEY_PREFIX):
+        client.always_send({"Authorization": f"Bearer {key}"})
+        yield
+        return
+    username, _, password = key.partition(":")
+    said = await client.send_form("/api/v2/auth/login", {"username": username, "password": password})
+    if said == "Fails.":
+        raise client.refuses_key()
+    try:
+        yield
+    finally:
+        with suppress(ServiceError):  # it would keep the session for an hour
+            await client.send_form("/api/v2/auth/logout", {})
+
+
+CONNECTOR = Connector(
+    type="qbittorrent",
+    title="qBittorrent",
+    capabilities=frozenset({"health", "queue", "add", "search", "configure"}),
+    health=health,
+    session=session,
+    key_help="Options, WebUI: an API key, or NAME:PASSWORD.",
+)

@@ -1,0 +1,21 @@
+"""Services for the tests of this folder: a row in the database for whatever answers at an address."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from cluster.db import Database
+from cluster.services import register
+from cluster.services.register import Service
+
+Add = Callable[..., Awaitable[Service]]
+
+
+@pytest.fixture
+def add(database: Database) -> Add:
+    async def add(url: str, type: str = "sonarr", **values: Any) -> Service:  # noqa: A002
+        async with database.transaction() as session:
+            return await register.create(session, {"name": f"Our {type}", "type": type, "url": url, **values}, "ada")
+
+    return add
