@@ -78,8 +78,8 @@ class AuthSettings(Section):
         "Null: made on first start in FORGEARR_HOME/keys."
     )
     sealing_key: SecretStr | None = Field(
-        description="Key that seals the credentials and secrets of repositories, 32 characters or more, the same on "
-        "every node. Null: made on first use in FORGEARR_HOME/keys."
+        description="Key that seals credentials of repositories and keys of services, 32 characters or more, the same "
+        "on every node. Null: made on first use in FORGEARR_HOME/keys."
     )
     access_token_minutes: int = Field(ge=1, le=1440, description="How long an access token is valid.")
     refresh_token_days: int = Field(ge=1, le=365, description="How long a refresh token is valid.")

@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -85,7 +85,7 @@ async def test_prometheus_tells_its_version_and_its_errors(prometheus: str) -> N
 
 
 @contextmanager
-def running(folder: Path, address: str, program: str, *options: str) -> Iterator[str]:
+def running(folder: Path, address: str, program: str, *options: str) -> Generator[str]:
     """The program, for as long as the block; its URL."""
     path = shutil.which(program)
     if path is None:
