@@ -278,7 +278,7 @@ class DeclaredService(Section):
     name: str = Field(min_length=1, max_length=100)
     type: str
     url: str
-    api_key: SecretStr | None = None
+    api_key: SecretStr | None = Field(default=None, min_length=1)
     verify_tls: bool = True
     enabled: bool = True
 

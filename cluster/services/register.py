@@ -152,7 +152,8 @@ async def declare(session: AsyncSession, wanted: Sequence[DeclaredService]) -> N
     await one_at_a_time(session, Service.__tablename__)
     known = {service.name.casefold(): service for service in await every(session)}
     for one in wanted:
-        values = {**one.model_dump(), "api_key": one.api_key and one.api_key.get_secret_value(), "declared": True}
+        key = None if one.api_key is None else one.api_key.get_secret_value()
+        values = {**one.model_dump(), "api_key": key, "declared": True}
         try:
             service = known.pop(one.name.casefold(), None)
             if service is None:

@@ -45,6 +45,7 @@ async def declare_services(database: Database) -> None:
         await register.declare(session, get_settings().services.declared)
         if await register.every(session):
             await schedules.ensure(session, _schedule())
+            await queue.enqueue(session, JobRequest(kind=KIND))  # it may be long since anybody asked
 
 
 @sweeper("service_checks")

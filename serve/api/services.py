@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -97,6 +97,13 @@ class ServiceChanges(BaseModel):
     api_key: ApiKey | None = None
     verify_tls: bool | SkipJsonSchema[None] = None
     enabled: bool | SkipJsonSchema[None] = None
+
+    @field_validator("name", "type", "url", "verify_tls", "enabled", mode="before")
+    @classmethod
+    def refuse_null(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("cannot be null")
+        return value
 
 
 class ConnectionTest(BaseModel):

@@ -146,6 +146,14 @@ async def test_what_cannot_be_a_service_is_refused(
     assert len((await client.get("/api/services")).json()) == 1
 
 
+@pytest.mark.parametrize("field", ["name", "type", "url", "verify_tls", "enabled"])
+async def test_only_a_key_can_be_taken_away(client: httpx.AsyncClient, field: str) -> None:
+    made = await create(client, DEAD, api_key=KEY)
+    refused = await client.put(f"/api/services/{made['id']}", json={field: None})
+    assert (refused.status_code, list(refused.json()["details"])) == (422, [field])
+    assert (await client.put(f"/api/services/{made['id']}", json={"api_key": None})).json()["has_key"] is False
+
+
 async def test_what_is_new_or_changed_is_checked_and_all_are_from_then_on(
     client: httpx.AsyncClient, database: Database, sonarr: StandIn
 ) -> None:

@@ -21,6 +21,7 @@ from cluster.services.register import (
     ServiceNotFound,
 )
 from cluster.settings import get_settings, load_settings
+from jobs.tables import Job, Schedule
 from pipelines.media.checks import declare_services
 from tests.cluster.services.conftest import Add
 from tests.cluster.services.likenesses import KEY, LIKENESSES
@@ -166,6 +167,10 @@ async def test_settings_declare_services_which_only_they_change(
     _, moved = await declare(database, monkeypatch, f"[{line.replace(':9', ':10')}]")
     assert (moved.id, moved.url, moved.connected_as_of > tv.connected_as_of) == (tv.id, "http://127.0.0.1:10", True)
     assert [service.id for service in await declare(database, monkeypatch, "[]")] == [own.id]
+    async with database.reading() as session:
+        jobs = [*await session.scalars(select(Job.spec))]
+        assert jobs == 4 * [{"service_id": None}]  # each start has all of them checked
+        assert [*await session.scalars(select(Schedule.kind))] == ["check_services"]
 
 
 async def test_a_declared_service_takes_the_place_of_one_of_its_name(
@@ -179,6 +184,7 @@ async def test_a_declared_service_takes_the_place_of_one_of_its_name(
 @pytest.mark.parametrize(
     ("line", "why"),
     [
+        ("{name: TV, type: sonarr, url: 'http://tv', api_key: ''}", "api_key: .*at least 1"),
         ("{name: TV, type: sonar, url: 'http://tv'}", "'TV' that cannot be: There is no type"),
         ("{name: TV, type: sonarr, url: 'http://169.254.169.254'}", "No service may be at"),
         ("{name: TV, type: sonarr, url: 'http://a'}, {name: tv, type: sonarr, url: 'http://b'}", "already a service"),
