@@ -292,8 +292,8 @@ class Client:
         except ErrorInside as error:
             words = self._clean(error.words)
             if error.concerns_key:
-                raise self.refuses_key(words) from error
-            raise Refused(f"{name} refuses this{_said(words)}") from error
+                raise self.refuses_key(words) from None  # the words as they were may hold the key
+            raise Refused(f"{name} refuses this{_said(words)}") from None
 
     async def _content_or_nothing(self, answer: Answer) -> Any:
         return await self._content(answer) if answer.content.strip() else None

@@ -1,12 +1,13 @@
 """The circuit breaker, as two replicas see it: each has a database of its own over the same tables."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 
 import pytest
 
 from cluster.db import Database, now
-from cluster.services import register
+from cluster.services import breaker, register
 from cluster.services.breaker import Circuit, state_of
 from cluster.services.errors import CircuitOpen, NotThere, Unreachable
 from cluster.services.register import Service
@@ -123,6 +124,15 @@ async def test_when_the_time_is_up_one_tries_and_closes_it(household: Household)
         await client.get("/")
     assert await household.counts() == ("closed", 0, 1)
     await household.ask(1)
+
+
+async def test_of_all_who_find_its_time_up_at_once_one_tries(household: Household) -> None:
+    await household.fail(THRESHOLD)
+    household.clock.forward(SECONDS)
+    service, at = household.service, household.clock()
+    entering = (breaker.enter(replica, service.id, service.name, at) for replica in 4 * household.replicas)
+    outcomes = await asyncio.gather(*entering, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes if outcome] == 7 * [CircuitOpen]
 
 
 async def test_when_the_trial_fails_it_is_left_alone_again(household: Household) -> None:

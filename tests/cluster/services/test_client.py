@@ -88,13 +88,22 @@ async def test_each_misbehaviour_has_its_error(sort: str) -> None:
     assert refused.value.status in {400, 404, 503}
 
 
-async def test_what_a_service_repeats_of_the_key_is_masked_wherever_it_stands() -> None:
+@pytest.mark.parametrize("status", [200, 400, 500])
+async def test_what_a_service_repeats_of_the_key_is_masked_wherever_it_stands(status: int) -> None:
     def repeat(asked: Asked) -> Reply:
-        return telling({"message": f"no such key: {asked.query['apikey']}"}, 400)
+        return telling({"status": False, "error": f"nothing for {asked.query['apikey']}"}, status)
 
-    with pytest.raises(Refused, match=r"no such key: \*{8}") as refused:
+    with pytest.raises(ServiceError, match=r"nothing for \*{8}") as refused:
         await get(repeat, "sabnzbd")
     assert KEY not in "".join(traceback.format_exception(refused.value))
+
+
+async def test_an_address_of_the_sixth_version_is_one_too() -> None:
+    async with (
+        await asyncio.start_server(_hello, "::1", 0) as server,
+        client(f"http://[::1]:{server.sockets[0].getsockname()[1]}").open() as ours,
+    ):
+        assert await ours.get("/") == {}
 
 
 async def test_an_error_with_status_200_is_an_error() -> None:
