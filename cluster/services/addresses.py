@@ -1,4 +1,4 @@
-"""Which addresses services may have. A home's private networks are fine; where clouds keep secrets is not.
+"""Which addresses services may have.
 
 A name is looked up when it is connected to, and the address that was looked at is the one that is connected to: a name
 that means something else a moment later gains nothing.
@@ -13,13 +13,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from cluster.addresses import IpAddress, is_forbidden
 from cluster.errors import InvalidRequest
 
-METADATA = {ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")}
-"""Where clouds tell machines their secrets, beside the link-local addresses."""
 PORTS = {"http": 80, "https": 443}
-
-IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class InvalidServiceUrl(InvalidRequest):
@@ -49,7 +46,7 @@ def checked_url(url: str) -> str:
     if parts.query or parts.fragment or url.endswith(("?", "#")):
         raise InvalidServiceUrl("The url of a service has no ? and no # in it.")
     address = _as_address(host)
-    if address and _is_forbidden(address):
+    if address and is_forbidden(address):
         raise InvalidServiceUrl(f"No service may be at {host}.")
     return url.rstrip("/")
 
@@ -86,9 +83,8 @@ async def _look_up(host: str, port: int) -> list[str]:
     except (OSError, UnicodeError) as error:
         raise httpx.ConnectError(f"there is no machine named {host}") from error
     addresses = list(dict.fromkeys(str(known[4][0]) for known in found))
-    for address in addresses:
-        if _is_forbidden(ipaddress.ip_address(address.partition("%")[0])):
-            raise ForbiddenAddress(f"{host} is an address that no service may have")
+    if any(is_forbidden(address) for address in addresses):
+        raise ForbiddenAddress(f"{host} is an address that no service may have")
     return addresses
 
 
@@ -102,8 +98,3 @@ def _as_address(host: str) -> IpAddress | None:
         return ipaddress.ip_address(socket.inet_aton(host))
     except (OSError, UnicodeError):
         return None
-
-
-def _is_forbidden(address: IpAddress) -> bool:
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_link_local or address.is_multicast or address.is_unspecified or address in METADATA

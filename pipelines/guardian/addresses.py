@@ -1,16 +1,14 @@
 """Which addresses a repository may be fetched from."""
 
-import ipaddress
 import re
 import socket
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from cluster.addresses import is_forbidden
 from cluster.errors import InvalidRequest, Unavailable
 
 SCHEMES = {"https": 443, "http": 80, "ssh": 22}
-METADATA = {ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")}
-"""Where clouds tell machines their secrets, beside the link-local addresses."""
 
 
 class InvalidAddress(InvalidRequest):
@@ -59,10 +57,7 @@ def address_of(host: str, port: int) -> str:
         found = {str(known[4][0]) for known in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
         raise UnknownHost(f"There is no machine named {host} ({error}).") from None
-    for address in sorted(found):
-        number = ipaddress.ip_address(address.partition("%")[0])
-        number = getattr(number, "ipv4_mapped", None) or number
-        if number.is_link_local or number.is_multicast or number.is_unspecified or number in METADATA:
-            raise InvalidAddress(f"{host} is an address that nothing is fetched from.")
+    if any(is_forbidden(address) for address in found):
+        raise InvalidAddress(f"{host} is an address that nothing is fetched from.")
     four = sorted(address for address in found if ":" not in address)
     return four[0] if four else f"[{min(found)}]"
