@@ -90,8 +90,8 @@ def create_app() -> FastAPI:
         jobs,
         job_events,
         schedules,
+        feedback,  # before prompts, where from-feedback else would be one
         prompts,
-        feedback,
         datasets,
         repositories,
         webhooks,

@@ -66,6 +66,17 @@ def test_too_little_is_stopped_with_the_numbers(bench: Bench) -> None:
     assert result["enough"]
 
 
+def test_nothing_held_out_is_nothing_to_measure_on(bench: Bench) -> None:
+    """As it is with a repository that has one file."""
+    spec = {"train": keep("train", [chat(str(number), "Yes.") for number in range(20)]), "held_out": None}
+    job_id, ledger = bench.begin("validate_data", spec, tracked=False)
+    with pytest.raises(TooLittleData, match="no sample is held out to measure on"):
+        bench.go_on("validate_data", spec, job_id, ledger)
+    card = storage.read(storage.address(f"jobs/{job_id}/data_card.md")).decode()
+    assert "measured on nothing" in card
+    assert "| Samples | 20 | 0 |" in card
+
+
 def test_what_is_held_out_is_not_learned(bench: Bench) -> None:
     samples = [chat(str(number), "Yes.") for number in range(4)]
     spec = {"train": keep("train", samples), "held_out": keep("held", [samples[2]]), "min_samples": 1}
