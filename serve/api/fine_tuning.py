@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from cluster.db import get_database
 from cluster.errors import InvalidRequest
 from jobs import journal, queue
-from jobs.queue import JobRequest, JobStateConflict, Owner
-from jobs.states import FINISHED, Control, State
+from jobs.queue import JobRequest, Owner
+from jobs.states import State
 from jobs.tables import Job
 from pipelines.training import datasets, presets, tiny
 from pipelines.training.forge import SHARES
@@ -137,8 +137,7 @@ async def pause_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTun
     """Hold it: at once when it waits, at its next checkpoint when it trains."""
     async with get_database().transaction() as session:
         job = await _find(session, job_id, owner_of(caller), lock=True)
-        for member in (job, *await _unfinished_steps(session, job)):
-            await queue.pause(session, member)
+        await queue.pause(session, job)
         await session.flush()
         return await _view(session, job)
 
@@ -148,12 +147,7 @@ async def resume_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTu
     """Let it go on from its checkpoint."""
     async with get_database().transaction() as session:
         job = await _find(session, job_id, owner_of(caller), lock=True)
-        family = [job, *await _unfinished_steps(session, job)]
-        held = [member for member in family if member.state == State.PAUSED or member.control == Control.PAUSE]
-        if not held:
-            raise JobStateConflict(f"{job.id} is {job.state}, not paused.")
-        for member in held:
-            await queue.resume(session, member)
+        await queue.resume(session, job)
         await session.flush()
         return await _view(session, job)
 
@@ -268,11 +262,6 @@ async def _find(session: AsyncSession, job_id: str, owner: Owner, *, lock: bool 
     if job is None:
         raise queue.JobNotFound(f"There is no fine-tuning job '{job_id}'.")
     return job
-
-
-async def _unfinished_steps(session: AsyncSession, job: Job) -> list[Job]:
-    steps = select(Job).where(Job.parent_id == job.id, Job.state.not_in(FINISHED))
-    return list(await session.scalars(steps.order_by(Job.id).with_for_update(key_share=True)))
 
 
 async def _view(session: AsyncSession, job: Job) -> FineTuningJob:
