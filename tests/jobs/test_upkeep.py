@@ -120,6 +120,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         "responses": 0,
         "blobs": 0,
         "batches": 0,
+        "service_checks": 0,
     }
     async with database.reading() as session:
         left = set(await session.scalars(select(JobEvent.job_id)))
