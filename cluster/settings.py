@@ -8,7 +8,6 @@ as YAML, so that `true`, `8010` and `[a, b]` mean what they look like.
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from ipaddress import ip_network
@@ -17,12 +16,11 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_core import to_jsonable_python
 
 from cluster.errors import SettingsError
-from cluster.times import seconds_of
+from cluster.times import CronLine, seconds_of
 
 ENVIRONMENT_PREFIX = "FORGEARR_"
 NOT_SETTINGS = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
@@ -232,7 +230,7 @@ class GuardianSettings(Section):
     roots: list[Path] = Field(
         description="Folders under which repositories may lie. A relative path is looked for in each of them in turn."
     )
-    watch_cron: str = Field(
+    watch_cron: CronLine = Field(
         description="How often all repositories are looked at: minute, hour, day, month, weekday. Read when the first "
         "repository is registered; the schedule `watch-repositories` can be changed from then on."
     )
@@ -262,15 +260,6 @@ class GuardianSettings(Section):
             raise ValueError("must be one folder or more, each beginning with / or ~")
         return roots
 
-    @field_validator("watch_cron")
-    @classmethod
-    def read_cron(cls, line: str) -> str:
-        try:
-            next(CronSim(line, datetime.now(UTC)))
-        except (CronSimError, StopIteration):
-            raise ValueError("must be a cron line of five fields that ever fires") from None
-        return line
-
 
 class DeclaredService(Section):
     """An outside service in `services.declared`. Its type and url are checked when Forgearr starts."""
@@ -289,7 +278,7 @@ class ServiceSettings(Section):
         "over the API. There they can be seen, but not changed."
     )
     timeout_seconds: float = Field(gt=0, le=600, description="How long a service may take for an answer.")
-    check_cron: str = Field(
+    check_cron: CronLine = Field(
         description="How often all services are checked: minute, hour, day, month, weekday. Read when the first "
         "service is added; the schedule `check-services` can be changed from then on."
     )
@@ -298,17 +287,6 @@ class ServiceSettings(Section):
         ge=1, le=1000, description="How many failures in a row make Forgearr leave a service alone."
     )
     breaker_seconds: float = Field(gt=0, le=86400, description="For how long, before it is tried again.")
-
-    @field_validator("check_cron")
-    @classmethod
-    def read_cron(cls, line: str) -> str:
-        from cronsim import CronSim, CronSimError
-
-        try:
-            next(CronSim(line, datetime.now(UTC)))
-        except (CronSimError, StopIteration):
-            raise ValueError("must be a cron line of five fields that ever fires") from None
-        return line
 
 
 class LogSettings(Section):

@@ -3,7 +3,9 @@
 import re
 from datetime import UTC, datetime
 from typing import Annotated
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, PlainSerializer
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -20,6 +22,22 @@ def seconds_of(duration: float | str) -> float | None:
     if match is None:
         raise ValueError("must be a number of seconds, or a duration such as 5m or 1h30m")
     return None if match[1] else sum(float(number) * UNITS[unit] for number, unit in PART.findall(match[2]))
+
+
+def _known_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"'{name}' is not an IANA time zone such as Europe/Berlin") from None
+    return name
+
+
+def _fires(line: str) -> str:
+    try:
+        next(CronSim(line, datetime.now(UTC)))
+    except (CronSimError, StopIteration):
+        raise ValueError(f"'{line}' is not a cron line of five fields that ever fires") from None
+    return line
 
 
 def _written_out(value: object) -> object:
@@ -44,3 +62,7 @@ GivenTime = Annotated[AwareDatetime, Field(strict=False), AfterValidator(_in_utc
 """A time in a request: with a time zone, and not a number."""
 UtcTime = Annotated[datetime, PlainSerializer(_shown, return_type=str, when_used="json")]
 """A time in an answer: UTC with Z."""
+CronLine = Annotated[str, Field(max_length=100), AfterValidator(_fires)]
+"""Minute, hour, day, month, weekday."""
+ZoneName = Annotated[str, Field(max_length=64), AfterValidator(_known_zone)]
+"""A time zone, as IANA calls it."""

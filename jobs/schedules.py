@@ -7,16 +7,17 @@ passed while nothing ran are made up for once, not one by one.
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
-from cronsim import CronSim, CronSimError
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from cronsim import CronSim
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
 from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
+from cluster.times import CronLine, ZoneName
 from jobs import journal, queue
 from jobs.journal import Entry
 from jobs.queue import LOCAL, JobRequest, Owner
@@ -49,28 +50,10 @@ class ScheduleRequest(BaseModel):
     name: str = Field(min_length=1, max_length=NAME_MAX, examples=["nightly"])
     kind: str = Field(max_length=100, examples=["probe"])
     spec: dict[str, Any] = Field(default_factory=dict)
-    cron: str = Field(max_length=100, description="Minute, hour, day, month, weekday.", examples=["0 3 * * *"])
-    timezone: str = Field(default="UTC", max_length=64, description="IANA name.", examples=["Europe/Berlin"])
+    cron: CronLine = Field(description="Minute, hour, day, month, weekday.", examples=["0 3 * * *"])
+    timezone: ZoneName = Field(default="UTC", description="IANA name.", examples=["Europe/Berlin"])
     priority: int = Field(default=0, ge=-1000, le=1000)
     enabled: bool = True
-
-    @field_validator("timezone")
-    @classmethod
-    def know_timezone(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"'{name}' is not an IANA time zone such as Europe/Berlin") from None
-        return name
-
-    @field_validator("cron")
-    @classmethod
-    def read_cron(cls, line: str) -> str:
-        try:
-            next(CronSim(line, now()))
-        except (CronSimError, StopIteration):
-            raise ValueError(f"'{line}' is not a cron line of five fields that ever fires") from None
-        return line
 
 
 async def create(session: AsyncSession, request: ScheduleRequest, owner: Owner = LOCAL) -> Schedule:
