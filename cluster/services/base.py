@@ -9,6 +9,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel
+
 if TYPE_CHECKING:
     from cluster.services.client import Client
 
@@ -48,6 +50,17 @@ class Key:
         return {self.parameter: key} if self.parameter and key else {}
 
 
+@dataclass(frozen=True)
+class Tool:
+    """Something that a person or a model may have a service do."""
+
+    name: str  # a verb and what it is done to: get_queue
+    description: str
+    arguments: type[BaseModel]
+    run: Callable[["Client", Any], Awaitable[Any]]  # given arguments of that sort
+    effect: Literal["read", "change", "destroy"] = "read"
+
+
 def as_it_is(answer: Any) -> Any:
     return answer
 
@@ -62,6 +75,7 @@ class Connector:
     aliases: tuple[str, ...] = ()  # other products that are spoken to in the same way
     key_help: str = ""  # where a person finds the key
     unwrap: Callable[[Any], Any] = as_it_is  # what an answer holds; raises ErrorInside if that is an error
+    tools: tuple[Tool, ...] = ()
     session: Callable[["Client", str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property
