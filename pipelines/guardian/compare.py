@@ -7,7 +7,6 @@ text into different tokens, so what is compared is the loss per character of the
 import asyncio
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,9 +21,11 @@ from cluster.errors import UnprocessableRequest
 from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.registry import Resources, job
-from pipelines.training import measure, registry, results, samples, work
+from pipelines.training import measure, measurements, registry, results, samples, work
 from pipelines.training.gguf_model import GgufModel
 from pipelines.training.gguf_words import GgufWords
+from pipelines.training.measure import Interrupted
+from pipelines.training.measurements import Measurements, Row
 from pipelines.training.registry import ModelNotFound, Version
 from pipelines.training.rows import HELD_OUT
 from pipelines.training.samples import Message, Sample
@@ -32,11 +33,8 @@ from pipelines.training.spec import JobId, ModelName, Spec
 from pipelines.training.tokens import UnusableTokenizer, turns
 from pipelines.training.validate import NothingHeldOut
 
-SAVE_SECONDS = 20
 REPORT = "comparison.json"
-
-Row = dict[str, Any]
-"""Of one sample, by one model: the loss of its answers in nats, and what the model answers itself."""
+TITLES = {"served": "version that is served", "candidate": "candidate"}
 
 
 class CompareSpec(Spec):
@@ -79,46 +77,14 @@ class Asked:
 @job("compare", spec=CompareSpec, resources=Resources(cpus=1), admin_only=True, tracked=True)
 def compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
     """Compares a new version of a model with the one that is served, and says whether it should take its place."""
-    new, served = asyncio.run(_versions(spec))
-    least = get_settings().guardian.min_improvement if spec.min_improvement is None else spec.min_improvement
-    refusal = _refusal(new, served)
-    beside = served if served and served.number != new.number and not served.is_adapter else None
-    conversations = spread(_held_out(spec.job_id, context.owner_id), spec.max_samples)
-    threads = max(1, int(results.own_row(context.job_id).resources["cpus"]))
-    with work.folder(context.job_id) as place, ExitStack() as closing:
-        context.report(progress=0, phase="fetching the models")
-        files = asyncio.run(_fetch([version for version in (beside, new) if version is not None]))
-        versions = {"candidate": new, **({"served": beside} if beside else {})}
-        words = {
-            which: closing.enter_context(GgufWords(str(files[version.reference]), version.manner.template))
-            for which, version in versions.items()
-        }
-        asked = prepare(conversations, words)
-        measuring = _Measuring(context, place, asked, {"served": beside.reference if beside else None})
-        for which, version in versions.items():
-            measuring.measure(which, files[version.reference], words[which], spec.max_new_tokens, threads)
-        metrics = {which: summarize(asked, measuring.rows[which], which) for which in versions}
-        promoted, improvement, reason = judge(new, served, metrics, least, refusal)
-        verdict = {
-            "name": new.name,
-            "version": new.number,
-            "served": served.number if served else None,
-            "promoted": promoted,
-            "reason": reason,
-            "improvement": improvement,
-            "min_improvement": least,
-            "questions": sum(len(questions) for questions in asked.by_model["candidate"]),
-            "left_out": asked.left_out,
-            "metrics": {which: metrics.get(which) for which in ("candidate", "served")},
-        }
-        report = place / REPORT
-        report.write_text(json.dumps({**verdict, "answers": _answers(asked, measuring.rows)}, indent=2))
-        address = context.artifact(report)
-    asyncio.run(_remember(new, verdict))
-    numbers = {f"{which}_{name}": value for which, told in metrics.items() for name, value in told.items()}
-    context.report(progress=100, phase="promoted" if promoted else "a candidate", **numbers)
-    measuring.forget()
-    return {**verdict, "report": address}
+    state: dict[str, Any] = context.checkpoint_state or {}
+    result = state.get("result") or _compare(context, spec)
+    measurements.settle(context, result)
+    numbers = {
+        f"{which}_{name}": value for which, told in result["metrics"].items() for name, value in (told or {}).items()
+    }
+    context.report(progress=100, phase="promoted" if result["promoted"] else "a candidate", **numbers)
+    return result
 
 
 def spread(conversations: Sequence[Sample], most: int) -> list[Sample]:
@@ -181,6 +147,46 @@ def judge(
     )
     is_better = improvement >= least and improvement > 0
     return is_better, improvement, f"{told}{'.' if is_better else f', and at least {least:.1%} fewer are wanted.'}"
+
+
+def _compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
+    new, served = asyncio.run(_versions(spec))
+    least = get_settings().guardian.min_improvement if spec.min_improvement is None else spec.min_improvement
+    refusal = _refusal(new, served)
+    beside = served if served and served.number != new.number and not served.is_adapter else None
+    conversations = spread(_held_out(spec.job_id, context.owner_id), spec.max_samples)
+    with work.folder(context.job_id) as place, ExitStack() as closing:
+        context.report(progress=0, phase="fetching the models")
+        files = asyncio.run(_fetch([version for version in (beside, new) if version is not None]))
+        versions = {"candidate": new, **({"served": beside} if beside else {})}
+        words = {
+            which: closing.enter_context(GgufWords(str(files[version.reference]), version.manner.template))
+            for which, version in versions.items()
+        }
+        asked = prepare(conversations, words)
+        total = len(asked.characters) * len(versions)
+        measured = Measurements(context, place, total, TITLES, {"served": beside.reference if beside else None})
+        for which, version in versions.items():
+            _measure_all(context, spec, measured, asked, which, str(files[version.reference]), words[which])
+        metrics = {which: summarize(asked, measured.rows[which], which) for which in versions}
+        promoted, improvement, reason = judge(new, served, metrics, least, refusal)
+        verdict = {
+            "name": new.name,
+            "version": new.number,
+            "served": served.number if served else None,
+            "promoted": promoted,
+            "reason": reason,
+            "improvement": improvement,
+            "min_improvement": least,
+            "questions": sum(len(questions) for questions in asked.by_model["candidate"]),
+            "left_out": asked.left_out,
+            "metrics": {which: metrics.get(which) for which in ("candidate", "served")},
+        }
+        report = place / REPORT
+        report.write_text(json.dumps({**verdict, "answers": _answers(asked, measured.rows)}, indent=2))
+        address = context.artifact(report)
+    asyncio.run(_remember(new, verdict))
+    return {**verdict, "report": address}
 
 
 def _refusal(new: Version, served: Version | None) -> str | None:
@@ -261,65 +267,34 @@ def _answers(asked: Asked, rows: Mapping[str, Sequence[Row]]) -> list[dict[str, 
     ]
 
 
-class _Measuring:
-    """Measures, and keeps what was measured in storage, for the next attempt; unless that compares with another."""
+def _measure_all(
+    context: Context, spec: CompareSpec, measured: Measurements, asked: Asked, which: str, file: str, words: GgufWords
+) -> None:
+    """One model, on what is missing."""
+    questions = asked.by_model[which]
+    if not measured.lacks(which, len(questions)):
+        return
+    longest = max(len(one.prompt) + max(len(one.answer), spec.max_new_tokens) for some in questions for one in some)
+    threads = max(1, int(results.own_row(context.job_id).resources["cpus"]))
+    with GgufModel(file, min(words.context, longest), threads) as model:
 
-    def __init__(self, context: Context, place: Path, asked: Asked, facts: Mapping[str, Any]) -> None:
-        self._context = context
-        self._file = place / "measured.json"
-        self._asked = asked
-        self._facts = facts
-        self._saved_at = time.monotonic()
-        kept = context.checkpoint_state
-        known = json.loads(storage.read(kept["measured"])) if kept and kept["facts"] == facts else {}
-        self.rows: dict[str, list[Row]] = known
+        def measure_one(number: int) -> list[Row]:
+            return [_measure(model, words, questions[number], spec.max_new_tokens, context.should_stop)]
 
-    def measure(self, which: str, file: Path, words: GgufWords, most: int, threads: int) -> None:
-        """One model, on what is missing."""
-        questions, rows = self._asked.by_model[which], self.rows.setdefault(which, [])
-        if len(rows) == len(questions):
-            return
-        longest = max(len(one.prompt) + max(len(one.answer), most) for sample in questions for one in sample)
-        total = len(questions) * len(self._asked.by_model)
-        with GgufModel(str(file), min(words.context, longest), threads) as model:
-            while len(rows) < len(questions):
-                done = sum(len(own) for own in self.rows.values())
-                phase = f"measuring the {_TITLES[which]}: {len(rows)} of {len(questions)} samples"
-                self._context.report(progress=5 + 90 * done / total, phase=phase)
-                row = _measure(model, words, questions[len(rows)], most, self._context.should_stop)
-                if row is not None:
-                    rows.append(row)
-                if row is None or time.monotonic() - self._saved_at > SAVE_SECONDS:
-                    self._save()
-
-    def forget(self) -> None:
-        storage.remove(storage.address(self._name))
-
-    @property
-    def _name(self) -> str:
-        return f"jobs/{self._context.job_id}/measured.json"
-
-    def _save(self) -> None:
-        self._file.write_text(json.dumps(self.rows))
-        self._context.checkpoint({"measured": storage.save(self._file, self._name), "facts": self._facts})
-        self._saved_at = time.monotonic()
-
-
-_TITLES = {"served": "version that is served", "candidate": "candidate"}
+        measured.follow(which, len(questions), measure_one)
 
 
 def _measure(
     model: GgufModel, words: GgufWords, questions: Sequence[Question], most: int, should_stop: Callable[[], bool]
-) -> Row | None:
-    """None when it was interrupted."""
+) -> Row:
     if should_stop():
-        return None
+        raise Interrupted
     nats = sum(sum(_losses(model, question)) for question in questions)
     answers: list[str] = []
     for question in questions:
         said = model.generate(question.prompt, most, should_stop)
         if said is None:
-            return None
+            raise Interrupted
         answers.append(words.text_of(said))
     return {"nats": nats, "answers": answers}
 

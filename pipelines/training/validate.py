@@ -1,22 +1,20 @@
 """The kind `validate`: what a fine-tune has made beside its base, and its GGUF beside both, on unseen samples."""
 
 import asyncio
-import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from cluster import storage
 from cluster.errors import Conflict, UnprocessableRequest
 from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.registry import Resources, job
-from pipelines.training import base_models, measure, registry, report, results, samples, work
+from pipelines.training import base_models, measure, measurements, registry, report, results, samples, work
 from pipelines.training.conversion import load_merged, load_whole
 from pipelines.training.gguf_model import GgufModel
-from pipelines.training.measure import Interrupted, Measured, Prepared
+from pipelines.training.measure import Measured, Prepared
+from pipelines.training.measurements import Measurements
 from pipelines.training.results import Made
 from pipelines.training.rows import HELD_OUT, context_of
 from pipelines.training.samples import Sample
@@ -24,7 +22,6 @@ from pipelines.training.spec import Gate, ValidateSpec
 
 TOGETHER = 4
 """How many samples are measured before the next look at what the job is asked."""
-SAVE_SECONDS = 20
 
 GATES: dict[Gate, tuple[str, bool]] = {
     "max_perplexity": ("perplexity", False),
@@ -36,6 +33,7 @@ GATES: dict[Gate, tuple[str, bool]] = {
 }
 """Which metric each gate looks at, and whether more of it is better."""
 GGUF_GATES = {"min_top1_agreement", "max_kl"}
+TITLES = {"base": "base", "tuned": "model", "gguf": "GGUF"}
 
 Results = dict[str, list[Measured]]
 """By model (base, tuned, gguf), what each sample has given so far."""
@@ -58,8 +56,7 @@ def validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
     """Measures a fine-tuned model beside its base, and its GGUF beside both."""
     state: dict[str, Any] = context.checkpoint_state or {}
     result = state.get("result") or _validate(context, spec)
-    context.checkpoint({"result": result})  # safe, before what it was made from is removed
-    storage.remove(storage.address(_measured_name(context)))
+    measurements.settle(context, result)
     context.report(progress=100, phase="passed" if result["passed"] else "did not pass", **_numbers(result["metrics"]))
     return result
 
@@ -198,7 +195,7 @@ def _measure(
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     limit = context_of(base, tokenizer)
     prepared = [measure.prepare(tokenizer, sample, limit) for sample in conversations]
-    progress = _Progress(context, place, total=len(prepared) * (3 if gguf else 2))
+    progress = Measurements(context, place, len(prepared) * (3 if gguf else 2), TITLES)
     options: Any = {"max_new_tokens": spec.max_new_tokens, "should_stop": context.should_stop}
 
     def one_by_one(which: str, model: Any) -> None:
@@ -222,49 +219,7 @@ def _measure(
                     return [measure.compare(tuned, exported, tokenizer, prepared[start], **options)]
 
                 progress.follow("gguf", len(prepared), compare_one)
-    return progress.results, prepared
-
-
-class _Progress:
-    """Reports how far the measuring is, and keeps what was measured in storage, for the next attempt."""
-
-    def __init__(self, context: Context, place: Path, total: int) -> None:
-        self._context = context
-        self._file = place / "measured.json"
-        self._total = total
-        self._saved_at = time.monotonic()
-        kept = context.checkpoint_state
-        self.results: Results = json.loads(storage.read(kept["measured"])) if kept else {}
-
-    def lacks(self, which: str, count: int) -> bool:
-        return len(self.results.get(which, [])) < count
-
-    def follow(self, which: str, count: int, some: Callable[[int], list[Measured]]) -> None:
-        """Measure one model on what is missing of `count` samples, `some` from a number on at a time."""
-        rows = self.results.setdefault(which, [])
-        while len(rows) < count:
-            done = sum(len(one) for one in self.results.values())
-            self._context.report(
-                progress=5 + 90 * done / self._total, phase=f"{_TITLES[which]}: {len(rows)} of {count} samples"
-            )
-            try:
-                rows += some(len(rows))
-            except Interrupted:
-                self._save()
-            if self._context.should_stop() or time.monotonic() - self._saved_at > SAVE_SECONDS:
-                self._save()
-
-    def _save(self) -> None:
-        self._file.write_text(json.dumps(self.results))
-        self._context.checkpoint({"measured": storage.save(self._file, _measured_name(self._context))})
-        self._saved_at = time.monotonic()
-
-
-_TITLES = {"base": "measuring the base", "tuned": "measuring the model", "gguf": "measuring the GGUF"}
-
-
-def _measured_name(context: Context) -> str:
-    return f"jobs/{context.job_id}/measured.json"
+    return progress.rows, prepared
 
 
 def _load(source: Any) -> Any:

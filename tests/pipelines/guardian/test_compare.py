@@ -115,6 +115,10 @@ def test_it_goes_on_from_where_it_was_paused(bench: Bench, subject: tuple[str, s
     # The candidate, which comes first, was measured before the pause; and so were two samples of the other.
     assert measured == ["2", "3", "4"]
     assert not storage.exists(storage.address(f"jobs/{job_id}/measured.json"))
+    # A worker that dies before it could tell the result leaves it to the next.
+    before = len(ledger.news)
+    assert bench.go_on("compare", spec, job_id, ledger) == result
+    assert not [1 for _, data in ledger.news[before:] if "measuring" in data.get("phase", "")]
 
 
 def test_what_nobody_held_out_cannot_be_asked(bench: Bench, subject: tuple[str, str]) -> None:
