@@ -1,0 +1,83 @@
+"""Real programs on loopback: Debian's SABnzbd and Prometheus, each with a folder of its own.
+
+A program is started once for a module: `with programs.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server`.
+"""
+
+import configparser
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+
+@dataclass(frozen=True)
+class Running:
+    url: str
+    folder: Path
+    key: str = field(default="", repr=False)
+
+
+@contextmanager
+def sabnzbd(folder: Path) -> Generator[Running]:
+    """SABnzbd, whose downloads go to `complete` in the folder."""
+    ini, address = folder / "sabnzbd.ini", _free_address()
+    # Its folders are relative to the home of its user, unless it is told of another.
+    ini.write_text(f"[misc]\ndownload_dir = {folder / 'incomplete'}\ncomplete_dir = {folder / 'complete'}\n")
+    with _running(folder, address, "sabnzbdplus", "-f", str(ini), "-s", address, "-b", "0") as url:
+        _wait_until_it_answers(f"{url}/api?mode=version&output=json", folder)
+        # What stands before the first section is no INI to anybody else.
+        settings = configparser.RawConfigParser(strict=False, interpolation=None)
+        settings.read_string("[top]\n" + ini.read_text())
+        yield Running(url, folder, settings["misc"]["api_key"])
+
+
+@contextmanager
+def prometheus(folder: Path) -> Generator[Running]:
+    (folder / "prometheus.yml").write_text("")
+    address = _free_address()
+    options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    with _running(folder, address, "prometheus", *options, f"--web.listen-address={address}") as url:
+        _wait_until_it_answers(f"{url}/-/ready", folder)
+        yield Running(url, folder)
+
+
+@contextmanager
+def _running(folder: Path, address: str, program: str, *options: str) -> Generator[str]:
+    """The program, for as long as the block; its URL."""
+    path = shutil.which(program)
+    if path is None:
+        reason = f"{program} is not installed, so its connector is tried with a likeness only."
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([path, *options], cwd=folder, stdout=log, stderr=log)
+    try:
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _wait_until_it_answers(url: str, folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            if httpx.get(url).is_success:
+                return
+        time.sleep(0.1)
+    pytest.fail(f"It did not start:\n{(folder / 'log').read_text()}")
+
+
+def _free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
