@@ -1,6 +1,8 @@
 """Connectors with the real thing: Debian's SABnzbd and Prometheus, each with a folder of its own."""
 
+import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,7 @@ from cluster.services import checks
 from cluster.services.catalogue import find_connector
 from cluster.services.client import Client, Connection
 from cluster.services.errors import Refused, ServiceError, Unauthorised
-from tests.cluster.services import programs
+from tests.cluster.services import programs, usenet
 from tests.cluster.services.programs import Running
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -64,3 +66,15 @@ async def test_prometheus_tells_its_version_and_its_errors(prometheus: Running) 
         with pytest.raises(Refused, match="parse error"):
             await client.get("/api/v1/query", query="up{")
         assert (await client.get("/api/v1/query", query="1 + 1"))["result"][1] == "2"
+
+
+def test_downloads_complete_and_fail(sabnzbd: Running) -> None:
+    content = secrets.token_bytes(300_000)
+    with usenet.usenet() as news:
+        usenet.subscribe(sabnzbd, news)
+        whole = usenet.download(sabnzbd, news.post("film.mkv", content), "Whole")
+        done = usenet.ended(sabnzbd, whole)
+        lost = usenet.ended(sabnzbd, usenet.download(sabnzbd, news.post("film.mkv", content[1:], lost=4), "Lost"))
+    assert (done["status"], Path(done["storage"]).read_bytes()) == ("Completed", content)
+    assert (lost["status"], lost["retry"]) == ("Failed", 1)
+    assert "Not on your server" in lost["fail_message"]

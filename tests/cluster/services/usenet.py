@@ -1,0 +1,172 @@
+"""A news server on loopback, and a real SABnzbd that downloads from it.
+
+What is posted is yEnc in articles, which the server has or, as it happens on Usenet, has lost. It answers in threads of
+its own, so it lives as long as a module's SABnzbd, whatever event loops come and go.
+"""
+
+import re
+import secrets
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+from zlib import crc32
+
+import httpx
+import pytest
+
+from tests.cluster.services.programs import Running
+
+LINE = 128
+SHIFTED = bytes((value + 42) % 256 for value in range(256))
+CRITICAL = re.compile(rb"[\0\n\r=]")
+END = b"\r\n.\r\n"
+WAIT_SECONDS = 60
+
+
+@dataclass
+class Usenet:
+    """It keeps everybody waiting while `open` is not set."""
+
+    port: int = 0
+    articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
+    open: threading.Event = field(default_factory=threading.Event)
+
+    def post(self, name: str, content: bytes, *, parts: int = 4, lost: int = 0) -> str:
+        """Post a file; returns the NZB that says where it is. The server has lost the first `lost` of its articles."""
+        length = -(-len(content) // parts)
+        segments: list[str] = []
+        for number, begin in enumerate(range(0, len(content), length), 1):
+            article, key = _article(name, content, begin, length, number), f"{secrets.token_hex(8)}@forgearr.test"
+            if number > lost:
+                self.articles[key] = article
+            segments.append(f'<segment bytes="{len(article)}" number="{number}">{key}</segment>')
+        subject = quoteattr(f'"{name}" yEnc (1/{len(segments)})')
+        return (
+            '<?xml version="1.0" encoding="UTF-8"?><nzb xmlns="http://www.newzbin.com/DTD/2003/nzb">'
+            f'<file poster="ada" date="{int(time.time())}" subject={subject}>'
+            f"<groups><group>{escape('alt.binaries.test')}</group></groups>"
+            f"<segments>{''.join(segments)}</segments></file></nzb>"
+        )
+
+
+@contextmanager
+def usenet() -> Generator[Usenet]:
+    """A news server, for as long as the block."""
+    news = Usenet()
+    news.open.set()
+
+    class Conversation(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            _converse(news, self)
+
+    with _Server(("127.0.0.1", 0), Conversation) as server:
+        news.port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield news
+        news.open.set()
+        server.shutdown()
+
+
+def subscribe(sabnzbd: Running, news: Usenet) -> None:
+    """Have SABnzbd download from this server."""
+    server = {"name": "Loopback", "host": "127.0.0.1", "port": news.port, "connections": 2, "enable": 1, "ssl": 0}
+    ask(sabnzbd, "set_config", section="servers", **server)
+
+
+def download(sabnzbd: Running, nzb: str, name: str, **options: Any) -> str:
+    """Give SABnzbd an NZB; returns the id of the download."""
+    sent = {"nzbfile": (f"{name}.nzb", nzb.encode(), "application/x-nzb")}
+    parameters = {"mode": "addfile", "output": "json", "apikey": sabnzbd.key, "nzbname": name, **options}
+    told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent).raise_for_status().json()
+    (nzo_id,) = told["nzo_ids"]
+    return nzo_id
+
+
+def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
+    """What the history has of a download, once it is completed or failed."""
+
+    def found() -> dict[str, Any] | None:
+        slots = ask(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
+        return next((slot for slot in slots if slot["status"] in {"Completed", "Failed"}), None)
+
+    return until(found)
+
+
+def until(found: Callable[[], Any]) -> Any:
+    """What this finds, as soon as it finds something."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        if what := found():
+            return what
+        time.sleep(0.05)
+    pytest.fail(f"Nothing was found within {WAIT_SECONDS} seconds.")
+
+
+def ask(sabnzbd: Running, mode: str, **parameters: Any) -> Any:
+    """What SABnzbd itself says, without anything of Forgearr's."""
+    sent = {"mode": mode, "output": "json", "apikey": sabnzbd.key, **parameters}
+    return httpx.get(f"{sabnzbd.url}/api", params=sent).raise_for_status().json()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+
+def _converse(news: Usenet, conversation: socketserver.StreamRequestHandler) -> None:
+    say = conversation.wfile.write
+    try:
+        say(b"200 Welcome\r\n")
+        while line := conversation.rfile.readline().decode("latin-1").split():
+            match line[0].upper():
+                case "QUIT":
+                    return
+                case "BODY" | "ARTICLE" | "HEAD" | "STAT" as command:
+                    news.open.wait()
+                    say(_answer(news, command, line[1].strip("<>")))
+                case "GROUP":
+                    say(b"211 1 1 1 group\r\n")
+                case _:
+                    say(b"500 What?\r\n")
+    except ConnectionError:
+        pass  # the other side has had enough
+
+
+def _answer(news: Usenet, command: str, key: str) -> bytes:
+    article = news.articles.get(key)
+    if article is None:
+        return b"430 No such article\r\n"
+    head = f"Message-ID: <{key}>\r\n".encode()
+    match command:
+        case "STAT":
+            return f"223 0 <{key}>\r\n".encode()
+        case "HEAD":
+            return f"221 0 <{key}>\r\n".encode() + head + b".\r\n"
+        case "ARTICLE":
+            return f"220 0 <{key}>\r\n".encode() + head + b"\r\n" + article + END
+        case _:
+            return f"222 0 <{key}>\r\n".encode() + article + END
+
+
+def _article(name: str, content: bytes, begin: int, length: int, number: int) -> bytes:
+    part = content[begin : begin + length]
+    total = -(-len(content) // length)
+    lines = [_encoded(part[start : start + LINE]) for start in range(0, len(part), LINE)]
+    return b"\r\n".join(
+        [
+            f"=ybegin part={number} total={total} line={LINE} size={len(content)} name={name}".encode(),
+            f"=ypart begin={begin + 1} end={begin + len(part)}".encode(),
+            *lines,
+            f"=yend size={len(part)} part={number} pcrc32={crc32(part):08x}".encode(),
+        ]
+    )
+
+
+def _encoded(line: bytes) -> bytes:
+    escaped = CRITICAL.sub(lambda match: bytes((ord("="), (match[0][0] + 64) % 256)), line.translate(SHIFTED))
+    return b"." + escaped if escaped.startswith(b".") else escaped
