@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import httpx
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.logs import MASK, redact
 from cluster.services.addresses import CheckedTransport
@@ -47,6 +48,7 @@ ERROR_FIELDS = ("errorMessage", "message", "error", "detail", "errors", "status"
 Method = Literal["GET", "POST", "PUT", "DELETE"]
 Parameter = str | int | float | bool
 Failure = TypeVar("Failure", bound=ServiceError)
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Client:
         )
         self._headers: dict[str, str] = {}
         self._last_counted: ServiceError | None = None
+        self._before: tuple[int, int] | None = None  # what was counted before the last answer
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[Self]:
@@ -144,6 +147,16 @@ class Client:
             raise self.wrong()
         return cast(dict[str, Any], answer)
 
+    def read(self, kind: type[Kind], answer: object) -> Kind:
+        """For connectors: the answer, as what it should be. Services leave out, add and garble what they like."""
+        try:
+            return _adapter(kind).validate_python(answer)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, problem["loc"])) or "all of it"
+            said = f"{self.connection.name} answers with something unexpected: {place}: {problem['msg']}."
+            raise self._disbelieved(BadResponse(self._clean(said))) from None
+
     def wrong(self, found: object = None) -> WrongService:
         """For connectors: something answers, but as something else."""
         name, wanted = self.connection.name, self.connection.connector.title
@@ -151,7 +164,7 @@ class Client:
             said = f"{self._clean(str(found))} answers at the address of {name}, not {wanted}."
         else:
             said = f"What answers at the address of {name} is not {wanted}."
-        return self._counted(WrongService(said))
+        return self._disbelieved(WrongService(said))
 
     def refuses_key(self, words: str = "") -> Unauthorised:
         """For connectors: the service does not know us."""
@@ -172,7 +185,15 @@ class Client:
             self._succeeded()
         return error
 
+    def _disbelieved(self, error: Failure) -> Failure:
+        """The last answer came well, and makes no sense: that was no success."""
+        if self._before is not None:
+            self.successes, self.failures = self._before
+            self._before = None
+        return self._counted(error)
+
     def _succeeded(self) -> None:
+        self._before = self.successes, self.failures
         self.successes += 1
         self.failures = 0
 
@@ -324,6 +345,11 @@ class Client:
         for secret in sorted({key, quote(key, safe=""), key.partition(":")[2]}, key=len, reverse=True):
             text = text.replace(secret, MASK) if secret else text
         return redact(" ".join(text.split())[:MAX_WORDS])
+
+
+@cache
+def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+    return TypeAdapter(kind)
 
 
 @cache
