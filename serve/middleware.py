@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import orjson
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError, InvalidRequest
@@ -63,6 +64,8 @@ class RequestFrame:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            logger.debug("%s: the client left before its request was whole.", _line(scope))
         except Exception:
             logger.exception("%s failed.", _line(scope))
             if status:
