@@ -4,17 +4,20 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from serve.app import create_app
+from serve.engines.local import LocalEngine
 
 
 @asynccontextmanager
 async def serving(app: FastAPI | None = None) -> AsyncGenerator[str]:
     """Yields `127.0.0.1:PORT`."""
-    server = uvicorn.Server(uvicorn.Config(app or create_app(), log_config=None, access_log=False, lifespan="off"))
+    app = app or create_app()
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     # Only of a socket that says it is TCP does asyncio know that small packets must not wait for each other.
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -25,3 +28,11 @@ async def serving(app: FastAPI | None = None) -> AsyncGenerator[str]:
     finally:
         server.should_exit = True
         await running
+        if isinstance(app.state.engine, LocalEngine):
+            await let_go(app.state.engine)
+
+
+async def let_go(engine: LocalEngine[Any]) -> None:
+    """Give back the memory and the threads of all that it holds."""
+    for held in engine.held:
+        await engine.unload(held.reference)

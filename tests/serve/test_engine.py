@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from serve.engines.protocol import (
     Source,
 )
 from serve.engines.shelf import MB, Shelf
+from tests.contract.serving import let_go
 from tests.platform import eventually_async
 from tests.serve.small_models import write_adapter, write_model
 
@@ -105,8 +106,10 @@ def settings(home: Path) -> Callable[..., EngineSettings]:
 
 
 @pytest.fixture
-def engine(models: Models, settings: Callable[..., EngineSettings]) -> GgufEngine:
-    return GgufEngine(settings(), models.find, models.find_adapters)
+async def engine(models: Models, settings: Callable[..., EngineSettings]) -> AsyncIterator[GgufEngine]:
+    engine = GgufEngine(settings(), models.find, models.find_adapters)
+    yield engine
+    await let_go(engine)
 
 
 async def test_a_whole_answer(engine: GgufEngine) -> None:

@@ -31,6 +31,7 @@ from serve.engines.sampling import Sampler, Sampling
 from serve.engines.shelf import MB
 from serve.engines.speech import UNFINISHED, Letters, Speech
 from serve.engines.transformers import Folders
+from tests.contract.serving import let_go
 from tests.platform import eventually_async
 from tests.serve.small_models import write_folder
 
@@ -87,8 +88,7 @@ class Engines:
 
     async def close(self) -> None:
         for engine in self._made:
-            for held in engine.held:
-                await engine.unload(held.reference)
+            await let_go(engine)
 
 
 @pytest.fixture
