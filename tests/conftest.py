@@ -23,8 +23,9 @@ from cluster.settings import get_settings, load_settings
 from tests.pipelines.shelf import Shelf
 
 ENGINES = ["sqlite", "postgres"]
-# Before anybody imports torch: its threads wait by spinning else, and take the two cores from all other processes.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before anybody imports torch: several threads of it wait for each other at every step, and on two cores that are shared
+# with other tests they do little else.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
