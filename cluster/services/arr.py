@@ -1,12 +1,22 @@
 """What Sonarr, Radarr and Prowlarr have in common: how they are made, they are brothers."""
 
-from cluster.services.base import Capability, Connector, Key
+from typing import Any
+
+from cluster.services.base import Capability, Connector, Key, Tool
 from cluster.services.client import Client
+from cluster.services.collections import Collection
 
 HELP = "Settings, General, Security: API Key."
 
 
-def connector(name: str, title: str, api: str, *capabilities: Capability) -> Connector:
+def connector(
+    name: str,
+    title: str,
+    api: str,
+    *capabilities: Capability,
+    collection: Collection[Any] | None = None,
+    tools: tuple[Tool, ...] = (),
+) -> Connector:
     """The connector of one of them, whose API has this prefix."""
 
     async def health(client: Client) -> str:
@@ -22,4 +32,6 @@ def connector(name: str, title: str, api: str, *capabilities: Capability) -> Con
         health=health,
         key=Key(header="X-Api-Key"),
         key_help=HELP,
+        collection=collection,
+        tools=tools,
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from cluster.services.client import Client
+    from cluster.services.collections import Collection
 
 Capability = Literal[
     "health",  # says whether it works, and its version
@@ -76,6 +77,7 @@ class Connector:
     key_help: str = ""  # where a person finds the key
     unwrap: Callable[[Any], Any] = as_it_is  # what an answer holds; raises ErrorInside if that is an error
     tools: tuple[Tool, ...] = ()
+    collection: "Collection[Any] | None" = None  # what it collects: series, movies
     session: Callable[["Client", str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property

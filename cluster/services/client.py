@@ -7,7 +7,7 @@ only what changes nothing is tried again. Nothing that is said of a call holds a
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,9 +31,12 @@ from cluster.services.errors import (
     Unreachable,
     WrongService,
 )
+from cluster.services.json_lists import BLANK, NotAList, Objects
 from cluster.settings import get_settings
 
 MAX_BYTES = 64 * 1024 * 1024
+MAX_LIST_BYTES = 1024 * 1024 * 1024
+"""Of a list that is read object by object."""
 MAX_REDIRECTS = 3
 CONNECT_SECONDS = 5.0
 MAX_WORDS = 300
@@ -47,6 +50,7 @@ ERROR_FIELDS = ("errorMessage", "message", "error", "detail", "errors", "status"
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
 Parameter = str | int | float | bool
+Take = Callable[[dict[str, Any]], None]
 Failure = TypeVar("Failure", bound=ServiceError)
 Kind = TypeVar("Kind")
 
@@ -112,6 +116,10 @@ class Client:
 
     async def get(self, path: str, *, seconds: float | None = None, **parameters: Parameter) -> Any:
         return await self._call("GET", path, parameters, self._content, seconds=seconds)
+
+    async def each(self, path: str, take: Take, *, seconds: float | None = None, **parameters: Parameter) -> None:
+        """Have `take` called with each object of a list that may be too long to be held."""
+        await self._call("GET", path, parameters, self._listed, seconds=seconds, take=take)
 
     async def post(self, path: str, body: object = None, **parameters: Parameter) -> Any:
         return await self._call("POST", path, parameters, self._content_or_nothing, body=body)
@@ -222,6 +230,7 @@ class Client:
         body: object = None,
         form: Mapping[str, str] | None = None,
         seconds: float | None = None,
+        take: Take | None = None,
         accept: str = "application/json",
     ) -> Answer:
         """The line of defence: from here on there are only errors of ours, and answers that are no error."""
@@ -232,10 +241,14 @@ class Client:
             "json": body,
             "data": form,
         }
-        name, seconds = self.connection.name, seconds or self._seconds
+        name = self.connection.name
+        if seconds is None:
+            seconds = self._seconds
+        else:
+            request["timeout"] = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
         try:
             async with asyncio.timeout(seconds):
-                answer = await self._send(method, f"{self.connection.url}{path}", request)
+                answer = await self._send(method, f"{self.connection.url}{path}", request, take)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise Unreachable(f"{name} did not answer within {seconds:g} seconds.") from error
         except httpx.DecodingError as error:
@@ -244,33 +257,55 @@ class Client:
             raise Unreachable(f"{name} cannot be reached: {self._reason(error)}.") from error
         return self._accepted(answer, path)
 
-    async def _send(self, method: Method, url: str, request: dict[str, Any]) -> Answer:
+    async def _send(self, method: Method, url: str, request: dict[str, Any], take: Take | None) -> Answer:
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._once(method, url, request)
+            answer = await self._once(method, url, request, take)
             if answer.location is None:
                 return answer
             url, request = self._redirected(method, url, answer.location), {**request, "params": None}
         raise BadResponse(f"{self.connection.name} sends its callers in circles.")
 
-    async def _once(self, method: Method, url: str, request: dict[str, Any]) -> Answer:
-        """One request; one that changes nothing is sent again if the connection breaks."""
+    async def _once(self, method: Method, url: str, request: dict[str, Any], take: Take | None) -> Answer:
+        """One request; one that changes nothing is sent again if the connection breaks, unless some of it was taken."""
         try:
-            return await self._read(method, url, request)
+            return await self._read(method, url, request, take)
         except BROKEN:
-            if method != "GET":
+            if method != "GET" or take is not None:
                 raise
-            return await self._read(method, url, request)
+            return await self._read(method, url, request, take)
 
-    async def _read(self, method: Method, url: str, request: dict[str, Any]) -> Answer:
+    async def _read(self, method: Method, url: str, request: dict[str, Any], take: Take | None) -> Answer:
         content = bytearray()
         async with self._http.stream(method, url, **request) as response:
-            async for part in response.aiter_bytes():
+            parts = response.aiter_bytes()
+            async for part in parts:
                 content += part
+                if take and response.is_success and content.lstrip(BLANK).startswith(b"["):
+                    await self._take_each(bytes(content), parts, take)
+                    return Answer(response.status_code, b"")
                 if len(content) > MAX_BYTES:
-                    most = MAX_BYTES // 1024 // 1024
-                    raise BadResponse(f"{self.connection.name} answers with more than {most} MiB.")
+                    raise self._too_long(MAX_BYTES)
             location = response.headers.get("location") if response.has_redirect_location else None
             return Answer(response.status_code, bytes(content), location)
+
+    async def _take_each(self, begin: bytes, parts: AsyncIterator[bytes], take: Take) -> None:
+        objects, length, part = Objects(), 0, begin
+        try:
+            while True:
+                length += len(part)
+                if length > MAX_LIST_BYTES:
+                    raise self._too_long(MAX_LIST_BYTES)
+                for one in objects.feed(part):
+                    take(one)
+                part = await anext(parts)
+        except StopAsyncIteration:
+            if not objects.ended:
+                raise BadResponse(f"{self.connection.name} answers with only a part of a list.") from None
+        except NotAList as error:
+            raise BadResponse(f"{self.connection.name} answers with a list that cannot be read: {error}.") from None
+
+    def _too_long(self, most: int) -> BadResponse:
+        return BadResponse(f"{self.connection.name} answers with more than {most // 1024 // 1024} MiB.")
 
     def _redirected(self, method: Method, url: str, location: str) -> str:
         """Where to ask instead, if that is on the same server: a key goes nowhere else."""
@@ -315,6 +350,12 @@ class Client:
             if error.concerns_key:
                 raise self.refuses_key(words) from None  # the words as they were may hold the key
             raise Refused(f"{name} refuses this{_said(words)}") from None
+
+    async def _listed(self, answer: Answer) -> None:
+        """What has come, if it was a list: each of its objects was taken already."""
+        if answer.content:
+            words = self._clean(_message(await self._content(answer)))
+            raise BadResponse(f"{self.connection.name} answers with something that is no list{_said(words)}")
 
     async def _content_or_nothing(self, answer: Answer) -> Any:
         return await self._content(answer) if answer.content.strip() else None

@@ -1,5 +1,19 @@
 """Radarr: movies."""
 
 from cluster.services import arr
+from cluster.services.movies import MOVIES
+from cluster.services.movies_tools import TOOLS
 
-CONNECTOR = arr.connector("radarr", "Radarr", "/api/v3", "queue", "history", "library", "add", "search", "configure")
+CONNECTOR = arr.connector(
+    "radarr",
+    "Radarr",
+    "/api/v3",
+    "queue",
+    "history",
+    "library",
+    "add",
+    "search",
+    "configure",
+    collection=MOVIES,
+    tools=TOOLS,
+)

@@ -1,5 +1,19 @@
 """Sonarr: series."""
 
 from cluster.services import arr
+from cluster.services.series import SERIES
+from cluster.services.series_tools import TOOLS
 
-CONNECTOR = arr.connector("sonarr", "Sonarr", "/api/v3", "queue", "history", "library", "add", "search", "configure")
+CONNECTOR = arr.connector(
+    "sonarr",
+    "Sonarr",
+    "/api/v3",
+    "queue",
+    "history",
+    "library",
+    "add",
+    "search",
+    "configure",
+    collection=SERIES,
+    tools=TOOLS,
+)

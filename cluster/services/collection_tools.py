@@ -1,0 +1,156 @@
+"""What a person or a model may have any service with a collection do. What is one's own is in its own module."""
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.db import now
+from cluster.services import collections
+from cluster.services.base import Tool
+from cluster.services.client import Client
+from cluster.services.collections import API, ID_MAX, Collection, Number, Thing, Title, Wanted
+
+MAX_LISTED = 200
+
+Id = Annotated[int, Field(ge=1, le=ID_MAX)]
+Run = Callable[[Client, Any], Awaitable[Any]]
+
+
+class Arguments(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Listing(Arguments):
+    query: str | None = Field(default=None, max_length=200, description="Only those with this in their title.")
+    limit: int = Field(default=50, ge=1, le=MAX_LISTED)
+    offset: int = Field(default=0, ge=0, le=ID_MAX)
+
+
+class Term(Arguments):
+    title: str = Field(min_length=1, max_length=200)
+
+
+class Limit(Arguments):
+    limit: int = Field(default=50, ge=1, le=MAX_LISTED)
+
+
+class Days(Arguments):
+    days: int = Field(default=7, ge=1, le=90, description="How far to look ahead.")
+
+
+class Adding(Arguments):
+    """What every service wants to know of something new."""
+
+    title: str | None = Field(default=None, min_length=1, max_length=200, description="Looked up, without an id.")
+    year: int | None = Field(default=None, ge=1800, le=2200, description="Tells apart what has the same title.")
+    quality_profile_id: Id | None = Field(default=None, description="Without it, the service's first.")
+    root_folder_path: str | None = Field(
+        default=None, min_length=1, max_length=1000, description="Without it, the service's first."
+    )
+    monitored: bool = True
+
+    @property
+    def outer_id(self) -> int | None:
+        """The id that it has in the world."""
+        raise NotImplementedError
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """What only this service is told."""
+        raise NotImplementedError
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.title, self.outer_id, self.year, self.quality_profile_id, self.root_folder_path, self.fields)
+
+    @model_validator(mode="after")
+    def check_named(self) -> "Adding":
+        if self.title is None and self.outer_id is None:
+            raise ValueError("a title or an id is needed")
+        return self
+
+
+class Entry(BaseModel):
+    """Something in the queue."""
+
+    id: Number
+    title: Title | None = None
+    status: Title | None = None
+    trackedDownloadStatus: Title | None = None
+    trackedDownloadState: Title | None = None
+    size: float | None = None
+    sizeleft: float | None = None
+    timeleft: Title | None = None
+    errorMessage: str | None = None
+    downloadClient: Title | None = None
+    downloadId: Title | None = None
+
+
+class Queue(BaseModel):
+    totalRecords: Number
+    records: list[Entry]
+
+
+SHARED = (
+    Tool(
+        "get_queue", "What is being downloaded, and how far it is.", Limit, lambda client, wanted: queue(client, wanted)
+    ),
+    Tool("get_quality_profiles", "Which quality profiles there are.", Arguments, lambda client, _: profiles(client)),
+    Tool("get_root_folders", "Which folders there are to add to.", Arguments, lambda client, _: folders(client)),
+)
+"""Tools that are the same for all."""
+
+
+def listing(collection: Collection[Any], word: str) -> Run:
+    async def run(client: Client, wanted: Listing) -> dict[str, Any]:
+        rows: list[Thing] = []
+        total = await collections.each(client, collection, rows.append, **wanted.model_dump())
+        return {word: [told(row) for row in rows], "total": total}
+
+    return run
+
+
+def looking_up(collection: Collection[Any]) -> Run:
+    async def run(client: Client, wanted: Term) -> list[dict[str, Any]]:
+        found = (await collections.look_up(client, collection, wanted.title))[: collections.MAX_CHOICES]
+        return [collections.choice(collection, one) for one in found]
+
+    return run
+
+
+def adding(collection: Collection[Any]) -> Run:
+    async def run(client: Client, wanted: Adding) -> dict[str, Any]:
+        return told(await collections.add(client, collection, wanted.wanted))
+
+    return run
+
+
+def told(thing: Thing) -> dict[str, Any]:
+    return thing.model_dump(mode="json", exclude_none=True)
+
+
+async def queue(client: Client, wanted: Limit) -> dict[str, Any]:
+    answer = await client.get(f"{API}/queue", page=1, pageSize=wanted.limit)
+    page = client.read(Queue, answer)
+    entries = [entry.model_dump(exclude_none=True) for entry in page.records[: wanted.limit]]
+    return {"queue": entries, "total": page.totalRecords}
+
+
+async def profiles(client: Client) -> list[dict[str, Any]]:
+    return [profile.model_dump() for profile in await collections.quality_profiles(client)]
+
+
+async def folders(client: Client) -> list[dict[str, Any]]:
+    return [folder.model_dump() for folder in await collections.root_folders(client)]
+
+
+async def calendar(client: Client, wanted: Days, **more: bool) -> Any:
+    begin = now()
+    end = begin + timedelta(days=wanted.days)
+    return await client.get(f"{API}/calendar", start=begin.isoformat(), end=end.isoformat(), **more)
+
+
+async def command(client: Client, body: dict[str, object]) -> dict[str, Any]:
+    return {"command_id": collections.command_name(await collections.command(client, body))}

@@ -1,0 +1,66 @@
+"""What the doors to series and movies have in common."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Query
+from pydantic import BaseModel, Field
+
+from cluster import events
+from cluster.db import get_database, now
+from cluster.logs import request_id
+from cluster.services import register
+from cluster.services.choice import choose
+from cluster.services.client import Client
+from cluster.services.collections import ID_MAX, Collection, Thing
+
+ServiceWord = Annotated[
+    str | None, Query(alias="service", max_length=100, description="Name of the service, if there are several.")
+]
+ThingId = Annotated[int, Path(ge=1, le=ID_MAX)]
+DeleteFiles = Annotated[bool, Query(description="Delete the media files too.")]
+
+
+class Part:
+    """Which part of a collection is wanted: all of it, if nothing is said."""
+
+    def __init__(
+        self,
+        query: Annotated[str | None, Query(max_length=200, description="Only those with this in their title.")] = None,
+        offset: Annotated[int, Query(ge=0, le=ID_MAX)] = 0,
+        limit: Annotated[int | None, Query(ge=1, le=ID_MAX)] = None,
+    ) -> None:
+        self.query = query
+        self.offset = offset
+        self.limit = limit
+
+
+WantedPart = Annotated[Part, Depends()]
+
+
+class SearchBegun(BaseModel):
+    success: bool = True
+    message: str
+    command_id: str = Field(examples=["cmd_789"])
+
+
+@asynccontextmanager
+async def collector(collection: Collection[Any], word: str | None) -> AsyncGenerator[Client]:
+    """A client of the service with this collection; of the one that `word` names."""
+    async with get_database().reading() as session:
+        service = await choose(session, lambda connector: connector.collection is collection, collection.does, word)
+    async with register.connected(get_database(), service) as client:
+        yield client
+
+
+def tell_added(collection: Collection[Any], thing: Thing) -> None:
+    """Tell whoever follows what people ask for."""
+    data = {
+        "request_id": request_id.get(),
+        "content_id": str(thing.id),
+        "title": thing.title,
+        "type": collection.word,
+    }
+    timestamp = now().isoformat().replace("+00:00", "Z")
+    events.publish([{"rooms": ["content_requests"], "type": "content.added", "data": data, "timestamp": timestamp}])

@@ -1,0 +1,43 @@
+"""Lists too long to be held: written to a file while they are found, and sent when all of it is there.
+
+So what goes wrong half way is an error, and not half an answer with status 200.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from tempfile import SpooledTemporaryFile
+
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+MEMORY_BYTES = 1024 * 1024
+PART_BYTES = 64 * 1024
+
+Add = Callable[[BaseModel], None]
+
+
+async def long_list(name: str, find: Callable[[Add], Awaitable[int]]) -> StreamingResponse:
+    """`{name: […], "total": …}`; `find` adds each row, and returns how many there are in all."""
+    file = SpooledTemporaryFile[bytes](max_size=MEMORY_BYTES)
+    separator = b""
+
+    def add(row: BaseModel) -> None:
+        nonlocal separator
+        file.write(separator + row.model_dump_json().encode())
+        separator = b","
+
+    try:
+        file.write(b'{"%s":[' % name.encode())
+        total = await find(add)
+        file.write(b'],"total":%d}' % total)
+    except BaseException:
+        file.close()
+        raise
+    length = file.tell()
+    file.seek(0)
+    return StreamingResponse(_parts(file), 200, {"Content-Length": str(length)}, "application/json")
+
+
+def _parts(file: SpooledTemporaryFile[bytes]) -> Iterator[bytes]:
+    with file:
+        while part := file.read(PART_BYTES):
+            yield part

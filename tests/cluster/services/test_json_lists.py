@@ -1,0 +1,89 @@
+"""Lists that are read object by object, in parts of any length."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.services import json_lists
+from cluster.services.json_lists import NotAList, Objects
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.text(max_size=8)
+    | st.sampled_from(['"]}', "\\", "[{"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+LISTS = st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3), max_size=5)
+
+
+def read(text: bytes, length: int) -> list[dict[str, Any]]:
+    objects = Objects()
+    found = [one for begin in range(0, len(text), length) for one in objects.feed(text[begin : begin + length])]
+    if not objects.ended:
+        raise NotAList("it has no end")
+    return found
+
+
+@given(LISTS, st.integers(1, 40), st.sampled_from([None, 2]), st.booleans())
+def test_a_list_is_what_json_says_whatever_its_parts(
+    wanted: list[dict[str, Any]], length: int, indent: int | None, ascii_only: bool
+) -> None:
+    assert read(json.dumps(wanted, indent=indent, ensure_ascii=ascii_only).encode(), length) == wanted
+
+
+@given(st.binary(max_size=30) | st.text('[]{},:"\\ 1a', max_size=14).map(str.encode), st.integers(1, 5))
+def test_what_json_does_not_take_for_a_list_of_objects_is_none(text: bytes, length: int) -> None:
+    try:
+        told: Any = json.loads(text)
+    except ValueError:
+        told = None
+    if isinstance(told, list) and all(isinstance(one, dict) for one in told):
+        assert read(text, length) == told
+    else:
+        with pytest.raises(NotAList):
+            read(text, length)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{}",
+        b"null",
+        b"[1]",
+        b"[[]]",
+        b"[{}",
+        b"[{},]",
+        b"[,{}]",
+        b"[{} {}]",
+        b"[{}]]",
+        b"[{}] x",
+        b"[{}][",
+        b"[{]}]",
+        b'[{"a"}]',
+        b'[{"a": "\\"}]',
+        b"[]]",
+        b"}",
+        b"[" * 100_000,
+        b"[" + b'{"a":[' * 100_000,
+    ],
+)
+@pytest.mark.parametrize("length", [1, 2, 1000])
+def test_what_is_none(text: bytes, length: int) -> None:
+    with pytest.raises(NotAList):
+        read(text, length if len(text) < 1000 else 1000)
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"), [(b'[{"a":"', b"x"), (b"[", b" "), (b"[{}", b","), (b'[{"a":[{}', b",{}"), (b"[", b"\t\n")]
+)
+def test_of_what_has_no_end_not_all_is_held(monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes) -> None:
+    monkeypatch.setattr(json_lists, "OBJECT_BYTES", 1000)
+    with pytest.raises(NotAList, match="more than"):
+        read(begin + 1000 * more, 64)
