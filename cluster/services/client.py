@@ -282,7 +282,7 @@ class Client:
                 content += part
                 if take and response.is_success and content.lstrip(BLANK).startswith(b"["):
                     await self._take_each(bytes(content), parts, take)
-                    return Answer(response.status_code, b"")
+                    return Answer(response.status_code, b"[]")
                 if len(content) > MAX_BYTES:
                     raise self._too_long(MAX_BYTES)
             location = response.headers.get("location") if response.has_redirect_location else None
@@ -352,9 +352,10 @@ class Client:
             raise Refused(f"{name} refuses this{_said(words)}") from None
 
     async def _listed(self, answer: Answer) -> None:
-        """What has come, if it was a list: each of its objects was taken already."""
-        if answer.content:
-            words = self._clean(_message(await self._content(answer)))
+        """What is left of a list when each of its objects was taken."""
+        content = await self._content(answer)
+        if content != []:
+            words = self._clean(_message(content))
             raise BadResponse(f"{self.connection.name} answers with something that is no list{_said(words)}")
 
     async def _content_or_nothing(self, answer: Answer) -> Any:
