@@ -4,6 +4,7 @@ A program is started once for a module: `with programs.sabnzbd(tmp_path_factory.
 """
 
 import configparser
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.documents import corrected
+
+PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
+"""Where .ci/run puts it. It comes from npm, and belongs to nobody else on this machine."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,23 @@ def prometheus(folder: Path) -> Generator[Running]:
 
 
 @contextmanager
+def prism(folder: Path, document: str) -> Generator[Running]:
+    """Prism, which answers as the official document of a service says, and refuses what that does not allow."""
+    (folder / "document.json").write_text(json.dumps(corrected(document)))
+    address = _free_address()
+    host, port = address.split(":")
+    program = str(PRISM) if PRISM.exists() else "prism"
+    with _running(folder, address, program, "mock", str(folder / "document.json"), "-h", host, "-p", port) as url:
+        _wait_until_it_answers(f"{url}/api/v3/system/status", folder)
+        yield Running(url, folder)
+
+
+@contextmanager
 def _running(folder: Path, address: str, program: str, *options: str) -> Generator[str]:
     """The program, for as long as the block; its URL."""
     path = shutil.which(program)
     if path is None:
-        reason = f"{program} is not installed, so its connector is tried with a likeness only."
+        reason = f"{program} is not installed, so what needs it is tried with likenesses only."
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
@@ -71,7 +89,7 @@ def _wait_until_it_answers(url: str, folder: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with suppress(httpx.TransportError):
-            if httpx.get(url).is_success:
+            if httpx.get(url, headers={"X-Api-Key": "any", "Accept": "application/json"}).is_success:
                 return
         time.sleep(0.1)
     pytest.fail(f"It did not start:\n{(folder / 'log').read_text()}")

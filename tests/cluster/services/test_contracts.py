@@ -1,0 +1,111 @@
+"""All that is asked of Sonarr and Radarr, against Prism, which knows their official documents and refuses what breaks
+them; and what the documents say is answered, against our tools."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.services import checks
+from cluster.services.catalogue import find_connector
+from cluster.services.client import Client, Connection
+from tests.cluster.services import programs
+from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in, kept_movie, kept_series, movie, series
+from tests.cluster.services.likenesses import KEY
+from tests.cluster.services.programs import Running
+
+HEADERS = {"X-Api-Key": KEY, "Accept": "application/json", "Content-Type": "application/json"}
+ARGUMENTS: dict[str, list[dict[str, Any]]] = {
+    "add_series": [{"tvdb_id": 81189}, {"title": "Dune", "monitored": False, "search_for_missing_episodes": True}],
+    "add_movie": [{"tmdb_id": 603}, {"title": "Dune", "minimum_availability": "announced", "search_for_movie": True}],
+    "get_series": [{"series_id": 1}],
+    "get_movie": [{"movie_id": 1}],
+    "search_for_series": [{"series_id": 1}],
+    "search_for_movie": [{"movie_id": 1}],
+    "search_series": [{"title": "Dune"}],
+    "search_movies": [{"title": "Dune"}],
+    "delete_series": [{"series_id": 1, "delete_files": True}],
+    "delete_movie": [{"movie_id": 1, "delete_files": True}],
+}
+
+
+@pytest.fixture(scope="module", params=["sonarr", "radarr"])
+def service(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def prism(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with programs.prism(tmp_path_factory.mktemp("prism"), service) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def settings(home: object) -> None:
+    """A client wants to know how long it may wait."""
+
+
+async def use_everything(service: str, url: str, *effects: str) -> set[str]:
+    """Have each tool with such an effect do its work; returns their names."""
+    used: set[str] = set()
+    async with Client(Connection("Ours", find_connector(service), url, KEY)).open() as client:
+        for tool in sorted(find_connector(service).tools, key=lambda tool: tool.effect == "destroy"):
+            if tool.effect in effects:
+                for arguments in ARGUMENTS.get(tool.name, [{}]):
+                    json.dumps(await tool.run(client, tool.arguments.model_validate(arguments)))
+                    used.add(tool.name)
+    return used
+
+
+def stock(arr: ArrStandIn) -> None:
+    if arr.service == "sonarr":
+        arr.keep("series", kept_series("The Wire", 79126, 1))
+        arr.catalogue += [series("Breaking Bad", 81189), series("Dune", 5)]
+    else:
+        arr.keep("movie", kept_movie("Metropolis", 19, 1))
+        arr.catalogue += [movie("The Matrix", 603), movie("Dune", 5)]
+    arr.resources["calendar"] = []
+
+
+async def test_no_request_breaks_the_document(service: str, prism: Running) -> None:
+    async with arr_standing_in(service) as arr:
+        stock(arr)
+        async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
+            await checks.version_of(client)
+        used = await use_everything(service, arr.url, "read", "change", "destroy")
+        assert used == {tool.name for tool in find_connector(service).tools}
+        asked = list(arr.asked)
+    assert {one.method for one in asked} == {"GET", "POST", "DELETE"}
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS) as http:
+        for one in asked:
+            answer = await http.request(one.method, one.path, params=one.query, content=one.body or None)
+            assert answer.is_success, f"{one.method} {one.path} {one.query} {one.body}: {answer.text}"
+
+
+async def test_prism_refuses_what_does_break_it(service: str, prism: Running) -> None:
+    connector = find_connector(service)
+    assert connector.collection
+    path, outer = connector.collection.path, connector.collection.outer_id
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS) as http:
+        assert (await http.get(path, params={outer: "x"})).status_code == 422
+        assert (await http.post("/api/v3/command", json={"name": 5})).status_code == 422
+        assert (await http.get("/api/v3/nothing")).status_code == 404
+
+
+async def test_the_stand_in_looks_into_bodies_that_prism_passes(service: str) -> None:
+    """The description of a movie refers to itself, and Prism does not check what is sent as one."""
+    collection = find_connector(service).collection
+    assert collection
+    async with arr_standing_in(service) as arr:
+        async with httpx.AsyncClient(base_url=arr.url, headers=HEADERS) as http:
+            answer = await http.post(collection.path, json={"title": "Dune", "colour": "red"})
+            assert (answer.status_code, "colour" in answer.text) == (500, True)
+        assert len(arr.complaints) == 1
+        arr.complaints.clear()
+
+
+async def test_what_the_document_answers_can_be_read(service: str, prism: Running) -> None:
+    used = await use_everything(service, prism.url, "read")
+    assert {"get_queue", "get_calendar", "get_quality_profiles", "get_root_folders"} < used
