@@ -102,6 +102,7 @@ class LimitSettings(Section):
     )
     general: Rate = Field(description="Limit of each caller over all routes that have no limit of their own.")
     health: Rate = Field(description="Limit of each caller for the health routes.")
+    content: Rate = Field(description="How many series and movies a caller may add, or have searched for.")
 
 
 class DatabaseSettings(Section):

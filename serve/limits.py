@@ -29,6 +29,8 @@ from serve.auth import find_caller, refuse
 
 STORAGE_TIMEOUT_SECONDS = 1.0
 HEALTH_PATHS = ("/health", "/api/health", "/api/v1/health")
+OWN_LIMITS = (("content", "POST", ("/api/v1/shows", "/api/v1/movies")),)
+"""Which requests have a limit of their own: its setting, their method, and how their paths begin."""
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +129,20 @@ async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str
         caller = await find_caller(connection)
     except ForgearrError:
         caller = None  # the route will say so
+    name = _name_of_limit(scope)
+    limit = _parse(getattr(settings, name))
     if caller is None or caller.user_id is None:
-        return _parse(settings.general), ("general", client_address(connection))
-    return _parse(settings.general), ("general", f"user {caller.user_id}")
+        return limit, (name, client_address(connection))
+    return limit, (name, f"user {caller.user_id}")
+
+
+def _name_of_limit(scope: Scope) -> str:
+    """Under which setting a request falls; those of one name are counted together."""
+    path: str = scope["path"].rstrip("/")
+    for name, method, paths in OWN_LIMITS:
+        if scope.get("method") == method and any(path == known or path.startswith(f"{known}/") for known in paths):
+            return name
+    return "general"
 
 
 def _login_callers(email: str, address: str) -> tuple[tuple[str, str], tuple[str, str]]:

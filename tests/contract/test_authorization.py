@@ -80,13 +80,23 @@ FOR_ADMINISTRATORS = {
     "PUT /api/services/{service_id}",
     "DELETE /api/services/{service_id}",
     "POST /api/services/{service_id}/test",
+    "DELETE /api/v1/shows/{series_id}",
+    "DELETE /api/v1/movies/{movie_id}",
 }
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
 
 SIGNED = {"POST /webhooks/{provider}"}
 """They look at a signature, and at no credential: without it everybody gets 401."""
 
-EVERYBODYS = ("/api/v1/models/", "/v1/models/", "/api/blobs/", "/api/services/", "/health/")
+EVERYBODYS = (
+    "/api/v1/models/",
+    "/v1/models/",
+    "/api/blobs/",
+    "/api/services/",
+    "/health/",
+    "/api/v1/shows/",
+    "/api/v1/movies/",
+)
 """What begins so belongs to nobody: all users see the same."""
 
 OWNED_LISTS = (

@@ -153,6 +153,21 @@ async def test_made_up_credentials_share_the_allowance_of_their_address(connect:
         assert (await client.get("/whoami")).status_code == 401
 
 
+async def test_what_people_ask_for_has_a_limit_of_its_own(
+    connect: Connect, database: Database, limited: Callable[..., None]
+) -> None:
+    limited(limits__content="2/hour")
+    ada, bob = await add_key(database), await add_key(database, "bob")
+    async with connect("192.0.2.1") as client:
+        for path, remaining in (("/api/v1/shows/", "1"), ("/api/v1/movies/7/search", "0")):
+            answer = await client.post(path, headers=ada)
+            assert (answer.headers["X-RateLimit-Limit"], answer.headers["X-RateLimit-Remaining"]) == ("2", remaining)
+        assert (await client.post("/api/v1/movies", headers=ada)).status_code == 429
+        assert (await client.post("/api/v1/movies", headers=bob)).status_code == 404
+        for path in ("/api/v1/shows/", "/api/v1/showsx"):
+            assert (await client.get(path, headers=ada)).headers["X-RateLimit-Limit"] == "3"
+
+
 @pytest.mark.usefixtures("limited")
 async def test_health_has_a_limit_of_its_own(connect: Connect, database: Database) -> None:
     key = await add_key(database)

@@ -1,6 +1,7 @@
 """Lists that are read object by object, in parts of any length."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -86,4 +87,19 @@ def test_what_is_none(text: bytes, length: int) -> None:
 def test_of_what_has_no_end_not_all_is_held(monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes) -> None:
     monkeypatch.setattr(json_lists, "OBJECT_BYTES", 1000)
     with pytest.raises(NotAList, match="more than"):
-        read(begin + 1000 * more, 64)
+        read(begin + 2000 * more, 64)
+
+
+def test_a_long_list_takes_no_more_memory_than_a_short_one() -> None:
+    row = json.dumps({"title": 4000 * "x", "images": [{"url": "y"}] * 5}).encode()
+    parts = [b"[" + row, *[b"," + row] * 5000, b"]"]
+    objects, found = Objects(), 0
+    tracemalloc.start()
+    try:
+        for part in parts:
+            found += sum(1 for _ in objects.feed(part))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (found, objects.ended) == (5001, True)
+    assert peak < 200_000  # of 20 MB
