@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from cluster.services.downloads import Downloads
+from cluster.services.libraries import Library
+
 if TYPE_CHECKING:
     from cluster.services.client import Client
     from cluster.services.collections import Collection
@@ -78,6 +81,8 @@ class Connector:
     unwrap: Callable[[Any], Any] = as_it_is  # what an answer holds; raises ErrorInside if that is an error
     tools: tuple[Tool, ...] = ()
     collection: "Collection[Any] | None" = None  # what it collects: series, movies
+    downloads: Downloads | None = None
+    library: Library | None = None
     session: Callable[["Client", str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property

@@ -1,14 +1,20 @@
 """Which service is meant: one that can do what is wanted, whatever its name and its type."""
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster.db import Database
 from cluster.errors import InvalidRequest, Unavailable
 from cluster.services import register
 from cluster.services.base import Connector
 from cluster.services.catalogue import all_connectors
+from cluster.services.client import Client
 from cluster.services.register import Service
+
+Part = TypeVar("Part")
 
 
 class NothingConnected(Unavailable):
@@ -23,10 +29,23 @@ class CannotDoThis(InvalidRequest):
     code = "SERVICE_CANNOT"
 
 
+@asynccontextmanager
+async def connected_to(
+    database: Database, part: Callable[[Connector], Part | None], does: str, word: str | None = None
+) -> AsyncGenerator[tuple[Client, Part]]:
+    """A client of the service whose connector has this part, such as `downloads`, and the part."""
+    async with database.reading() as session:
+        service = await choose(session, part, does, word)
+    found = part(service.connector)
+    assert found is not None  # else it would not have been chosen
+    async with register.connected(database, service) as client:
+        yield client, found
+
+
 async def choose(
     session: AsyncSession, can: Callable[[Connector], object], does: str, word: str | None = None
 ) -> Service:
-    """The enabled service that `can`, which is what `does` says in words ("keeps downloads").
+    """The enabled service that `can`, which is what `does` says in words ("keeps a library").
 
     `word` names it, by its name or type; without one, it is the first that a type stands for."""
     if word is not None:

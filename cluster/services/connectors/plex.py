@@ -2,6 +2,7 @@
 
 from cluster.services.base import Connector, Key
 from cluster.services.client import Client
+from cluster.services.plex_library import LIBRARY
 
 
 async def health(client: Client) -> str:
@@ -17,4 +18,5 @@ CONNECTOR = Connector(
     health=health,
     key=Key(header="X-Plex-Token"),
     key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the address.",
+    library=LIBRARY,
 )

@@ -5,6 +5,7 @@ from typing import Any
 from cluster.services.base import Connector, Key
 from cluster.services.client import Client
 from cluster.services.errors import ErrorInside
+from cluster.services.sabnzbd_downloads import DOWNLOADS
 
 
 async def health(client: Client) -> str:
@@ -28,4 +29,5 @@ CONNECTOR = Connector(
     key=Key(parameter="apikey"),
     key_help="Config, General, Security: API Key.",
     unwrap=unwrap,
+    downloads=DOWNLOADS,
 )

@@ -35,8 +35,10 @@ class Running:
 def sabnzbd(folder: Path) -> Generator[Running]:
     """SABnzbd, whose downloads go to `complete` in the folder."""
     ini, address = folder / "sabnzbd.ini", _free_address()
-    # Its folders are relative to the home of its user, unless it is told of another.
-    ini.write_text(f"[misc]\ndownload_dir = {folder / 'incomplete'}\ncomplete_dir = {folder / 'complete'}\n")
+    # Its folders are in the home of its user, unless it is told of others; and a news server that it has left, it does
+    # not ask again for five seconds.
+    folders = f"download_dir = {folder / 'incomplete'}\ncomplete_dir = {folder / 'complete'}\n"
+    ini.write_text(f"[misc]\n{folders}auto_disconnect = 0\n")
     with _running(folder, address, "sabnzbdplus", "-f", str(ini), "-s", address, "-b", "0") as url:
         _wait_until_it_answers(f"{url}/api?mode=version&output=json", folder)
         # What stands before the first section is no INI to anybody else.

@@ -34,6 +34,7 @@ class Usenet:
 
     port: int = 0
     articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
+    lost: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     open: threading.Event = field(default_factory=threading.Event)
 
     def post(self, name: str, content: bytes, *, parts: int = 4, lost: int = 0) -> str:
@@ -42,8 +43,7 @@ class Usenet:
         segments: list[str] = []
         for number, begin in enumerate(range(0, len(content), length), 1):
             article, key = _article(name, content, begin, length, number), f"{secrets.token_hex(8)}@forgearr.test"
-            if number > lost:
-                self.articles[key] = article
+            (self.articles if number > lost else self.lost)[key] = article
             segments.append(f'<segment bytes="{len(article)}" number="{number}">{key}</segment>')
         subject = quoteattr(f'"{name}" yEnc (1/{len(segments)})')
         return (
@@ -52,6 +52,11 @@ class Usenet:
             f"<groups><group>{escape('alt.binaries.test')}</group></groups>"
             f"<segments>{''.join(segments)}</segments></file></nzb>"
         )
+
+    def find_lost(self) -> None:
+        """From now on the server has all that was ever posted."""
+        self.articles |= self.lost
+        self.lost.clear()
 
 
 @contextmanager
