@@ -23,6 +23,8 @@ MASK = "********"
 CHATTY = ("aiosqlite", "alembic", "asyncio", "botocore", "filelock", "httpcore", "httpx", "sqlalchemy", "urllib3")
 
 _WORDS = r"password|passwd|secret|token(?!s|iz)|api[-_]?key|signing[-_]?key|authorization|cookie"
+SECRET_NAME = re.compile(_WORDS, re.IGNORECASE)
+"""What is in the name of something that is secret."""
 _NAMES = rf"\b[\w.-]{{0,40}}(?:{_WORDS})[\w.-]{{0,40}}"
 _SECRETS = (
     # https://token@host and scheme://user:password@host

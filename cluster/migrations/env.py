@@ -20,6 +20,7 @@ for module in (
     "jobs.tables",
     "pipelines.guardian.feedback",
     "pipelines.guardian.repositories",
+    "pipelines.media.tool_calls",
     "pipelines.training.blobs",
     "pipelines.training.datasets",
     "pipelines.training.nodes",

@@ -29,7 +29,22 @@ MEGABYTE = 1024 * 1024
 LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 ENDED = {"Completed", "Failed"}
 
-Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+URL = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s/?#&]+)\S*")
+PRIORITIES = {2: "Force", 1: "High", 0: "Normal", -1: "Low", -2: "Paused", -3: "Duplicate", -4: "Stop"}
+
+
+def _without_keys(value: Any) -> Any:
+    """While it fetches an NZB, its name is the whole address, with somebody's key in it."""
+    return URL.sub(r"\1\2/…", value) if isinstance(value, str) else "" if value is None else value
+
+
+def _named(value: Any) -> Any:
+    """The priority of what it still fetches is a number."""
+    return PRIORITIES.get(value, str(value)) if isinstance(value, int) else "" if value is None else value
+
+
+Text = Annotated[str, BeforeValidator(_without_keys)]
+Priority = Annotated[str, BeforeValidator(_named)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Moment = Annotated[float, Field(ge=0, le=LATEST)]
 
@@ -42,7 +57,7 @@ class QueueSlot(BaseModel):
     percentage: int
     timeleft: Text = ""
     status: str
-    priority: Text = ""
+    priority: Priority = ""
 
 
 class Queue(BaseModel):

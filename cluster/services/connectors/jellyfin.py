@@ -1,7 +1,10 @@
 """Jellyfin: the library that people watch."""
 
-from cluster.services.base import Connector, Key
+from pydantic import BaseModel
+
+from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
+from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
@@ -12,6 +15,24 @@ async def health(client: Client) -> str:
     return str(system["Version"])
 
 
+class Playing(BaseModel):
+    Name: str | None = None
+    SeriesName: str | None = None
+    Type: str | None = None
+
+
+class Session(BaseModel):
+    UserName: str | None = None
+    Client: str | None = None
+    DeviceName: str | None = None
+    NowPlayingItem: Playing | None = None
+
+
+async def get_activity(client: Client, _: Arguments) -> list[Session]:
+    sessions = client.read(list[Session], await client.get("/Sessions"))
+    return [session for session in sessions if session.NowPlayingItem]
+
+
 CONNECTOR = Connector(
     type="jellyfin",
     title="Jellyfin",
@@ -19,4 +40,5 @@ CONNECTOR = Connector(
     health=health,
     key=Key(header="Authorization", form='MediaBrowser Token="{}"'),
     key_help="Dashboard, API Keys.",
+    tools=(Tool("get_activity", "List who watches what right now", Arguments, get_activity),),
 )

@@ -1,13 +1,29 @@
 """Ollama: language models on another machine."""
 
-from cluster.services.base import Connector, Key
+from pydantic import BaseModel
+
+from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
+from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
     told = client.expect(await client.get("/api/version"), "version")
     client.expect(await client.get("/api/tags"), "models")  # others have a version too
     return str(told["version"])
+
+
+class Model(BaseModel):
+    name: str
+    size: int | None = None
+
+
+class Models(BaseModel):
+    models: list[Model]
+
+
+async def get_models(client: Client, _: Arguments) -> list[Model]:
+    return client.read(Models, await client.get("/api/tags")).models
 
 
 CONNECTOR = Connector(
@@ -17,4 +33,5 @@ CONNECTOR = Connector(
     health=health,
     key=Key(header="Authorization", form="Bearer {}", needed=False),
     key_help="Only behind a proxy that wants one.",
+    tools=(Tool("get_models", "List the models, with their sizes in bytes", Arguments, get_models),),
 )

@@ -1,5 +1,6 @@
 """Plex: the library that people watch."""
 
+from cluster.services import tools
 from cluster.services.base import Connector, Key
 from cluster.services.client import Client
 from cluster.services.plex_library import LIBRARY
@@ -18,5 +19,6 @@ CONNECTOR = Connector(
     health=health,
     key=Key(header="X-Plex-Token"),
     key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the address.",
+    tools=tools.of_library(LIBRARY),
     library=LIBRARY,
 )

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from cluster.services.base import Connector, Key
+from pydantic import BaseModel, Field
+
+from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.errors import ErrorInside
+from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
@@ -18,6 +21,19 @@ def unwrap(answer: Any) -> Any:
     return answer["data"] if isinstance(answer, dict) and "data" in answer else answer
 
 
+class Query(Arguments):
+    query: str = Field(min_length=1, max_length=5000, description="An expression of PromQL")
+
+
+class Values(BaseModel):
+    resultType: str
+    result: list[Any]
+
+
+async def query_metrics(client: Client, wanted: Query) -> Values:
+    return client.read(Values, await client.get("/api/v1/query", query=wanted.query))
+
+
 CONNECTOR = Connector(
     type="prometheus",
     title="Prometheus",
@@ -26,4 +42,5 @@ CONNECTOR = Connector(
     key=Key(header="Authorization", form="Bearer {}", needed=False),
     key_help="Only behind a proxy that wants one.",
     unwrap=unwrap,
+    tools=(Tool("query_metrics", "What an expression is right now", Query, query_metrics),),
 )

@@ -1,5 +1,29 @@
 """Prowlarr: the indexers that the others search."""
 
-from cluster.services import arr
+from dataclasses import replace
 
-CONNECTOR = arr.connector("prowlarr", "Prowlarr", "/api/v1", "indexers", "search", "history", "configure")
+from pydantic import BaseModel
+
+from cluster.services import arr
+from cluster.services.base import Tool
+from cluster.services.client import Client
+from cluster.services.tools import Arguments
+
+
+class Indexer(BaseModel):
+    id: int
+    name: str | None = None
+    protocol: str | None = None
+    privacy: str | None = None
+    enable: bool
+    priority: int | None = None
+
+
+async def get_indexers(client: Client, _: Arguments) -> list[Indexer]:
+    return client.read(list[Indexer], await client.get("/api/v1/indexer"))
+
+
+CONNECTOR = replace(
+    arr.connector("prowlarr", "Prowlarr", "/api/v1", "indexers", "search", "history", "configure"),
+    tools=(Tool("get_indexers", "List the indexers that are searched", Arguments, get_indexers),),
+)

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from cluster.services.base import Connector, Key
+from pydantic import BaseModel, Field
+
+from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
+from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
@@ -15,6 +18,23 @@ def unwrap(answer: Any) -> Any:
     return answer["data"] if isinstance(answer, dict) and "data" in answer else answer
 
 
+class Machine(BaseModel):
+    vmid: int
+    name: str | None = None
+    node: str
+    type: str
+    status: str
+    cpu: float | None = Field(default=None, description="Share of its processors in use, from 0 to 1.")
+    maxcpu: float | None = None
+    mem: int | None = None
+    maxmem: int | None = None
+    uptime: int | None = None
+
+
+async def get_machines(client: Client, _: Arguments) -> list[Machine]:
+    return client.read(list[Machine], await client.get("/api2/json/cluster/resources", type="vm"))
+
+
 CONNECTOR = Connector(
     type="proxmox",
     title="Proxmox",
@@ -24,4 +44,5 @@ CONNECTOR = Connector(
     key=Key(header="Authorization", form="PVEAPIToken={}"),
     key_help="Datacenter, Permissions, API Tokens: USER@REALM!TOKENID=SECRET.",
     unwrap=unwrap,
+    tools=(Tool("get_machines", "List virtual machines and containers", Arguments, get_machines),),
 )

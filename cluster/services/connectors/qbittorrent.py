@@ -3,9 +3,12 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
-from cluster.services.base import Connector
+from pydantic import BaseModel, Field
+
+from cluster.services.base import Connector, Tool
 from cluster.services.client import Client
 from cluster.services.errors import ServiceError
+from cluster.services.tools import HowMany
 
 KEY_PREFIX = "qbt_"
 
@@ -32,6 +35,21 @@ async def session(client: Client, key: str) -> AsyncGenerator[None]:
             await client.send_form("/api/v2/auth/logout", {})
 
 
+class Torrent(BaseModel):
+    hash: str
+    name: str
+    state: str
+    progress: float = Field(description="From 0 to 1.")
+    size: int
+    dlspeed: int = Field(description="Bytes a second.")
+    eta: int | None = Field(default=None, description="Seconds.")
+    category: str | None = None
+
+
+async def get_torrents(client: Client, wanted: HowMany) -> list[Torrent]:
+    return client.read(list[Torrent], await client.get("/api/v2/torrents/info", limit=wanted.limit))
+
+
 CONNECTOR = Connector(
     type="qbittorrent",
     title="qBittorrent",
@@ -39,4 +57,5 @@ CONNECTOR = Connector(
     health=health,
     session=session,
     key_help="Options, WebUI: an API key, or NAME:PASSWORD.",
+    tools=(Tool("get_torrents", "List the torrents, with state and progress", HowMany, get_torrents),),
 )

@@ -1,7 +1,10 @@
 """Qdrant: vectors."""
 
-from cluster.services.base import Connector, Key
+from pydantic import BaseModel
+
+from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
+from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
@@ -12,6 +15,22 @@ async def health(client: Client) -> str:
     return str(told["version"])
 
 
+class Collection(BaseModel):
+    name: str
+
+
+class Collections(BaseModel):
+    collections: list[Collection]
+
+
+class CollectionsAnswer(BaseModel):
+    result: Collections
+
+
+async def get_collections(client: Client, _: Arguments) -> list[Collection]:
+    return client.read(CollectionsAnswer, await client.get("/collections")).result.collections
+
+
 CONNECTOR = Connector(
     type="qdrant",
     title="Qdrant",
@@ -19,4 +38,5 @@ CONNECTOR = Connector(
     health=health,
     key=Key(header="api-key", needed=False),
     key_help="service.api_key of its configuration.",
+    tools=(Tool("get_collections", "List the collections of vectors", Arguments, get_collections),),
 )

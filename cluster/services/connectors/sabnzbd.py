@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from cluster.services.base import Connector, Key
+from pydantic import Field
+
+from cluster.services import sabnzbd_downloads, tools
+from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.errors import ErrorInside
-from cluster.services.sabnzbd_downloads import DOWNLOADS
 
 
 async def health(client: Client) -> str:
@@ -21,6 +23,16 @@ def unwrap(answer: Any) -> Any:
     return answer
 
 
+class OneNzb(tools.Arguments):
+    url: str = Field(pattern=r"^https?://\S+$", max_length=2000, description="Address of the NZB")
+    name: str = Field(default="", max_length=200, description="What to call the download")
+    category: str = Field(default="", max_length=100, description="Category, such as tv")
+
+
+async def add_download(client: Client, wanted: OneNzb) -> dict[str, str]:
+    return {"nzo_id": await sabnzbd_downloads.add(client, wanted.url, wanted.name, wanted.category)}
+
+
 CONNECTOR = Connector(
     type="sabnzbd",
     title="SABnzbd",
@@ -29,5 +41,9 @@ CONNECTOR = Connector(
     key=Key(parameter="apikey"),
     key_help="Config, General, Security: API Key.",
     unwrap=unwrap,
-    downloads=DOWNLOADS,
+    tools=(
+        *tools.of_downloads(sabnzbd_downloads.DOWNLOADS),
+        Tool("add_download", "Download what an NZB at an address names", OneNzb, add_download, "change"),
+    ),
+    downloads=sabnzbd_downloads.DOWNLOADS,
 )

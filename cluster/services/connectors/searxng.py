@@ -1,12 +1,35 @@
 """SearXNG: searches the web. Its settings must allow the format json."""
 
-from cluster.services.base import Connector
+from pydantic import BaseModel, Field
+
+from cluster.services.base import Connector, Tool
 from cluster.services.client import Client
+from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
     config = client.expect(await client.get("/config"), "engines", "categories", "version")
     return str(config["version"])
+
+
+class Question(Arguments):
+    query: str = Field(min_length=1, max_length=500, description="What to search for")
+    limit: int = Field(default=10, ge=1, le=50, description="Maximum results to return")
+
+
+class Found(BaseModel):
+    title: str = ""
+    url: str
+    content: str | None = None
+
+
+class Results(BaseModel):
+    results: list[Found]
+
+
+async def search_web(client: Client, wanted: Question) -> list[Found]:
+    answer = await client.get("/search", q=wanted.query, format="json")
+    return client.read(Results, answer).results[: wanted.limit]
 
 
 CONNECTOR = Connector(
@@ -15,4 +38,5 @@ CONNECTOR = Connector(
     aliases=("searx",),
     capabilities=frozenset({"health", "web_search"}),
     health=health,
+    tools=(Tool("search_web", "Search the web", Question, search_web),),
 )

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from cluster.services.base import Connector, Key
+from pydantic import BaseModel
+
+from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.errors import ErrorInside
+from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
@@ -22,6 +25,24 @@ def unwrap(answer: Any) -> Any:
     return response.get("data")
 
 
+class Stream(BaseModel):
+    user: str | None = None
+    full_title: str
+    media_type: str | None = None
+    state: str | None = None
+    progress_percent: str | int | None = None
+    player: str | None = None
+    transcode_decision: str | None = None
+
+
+class Activity(BaseModel):
+    sessions: list[Stream]
+
+
+async def get_activity(client: Client, _: Arguments) -> list[Stream]:
+    return client.read(Activity, await client.get("/api/v2", cmd="get_activity")).sessions
+
+
 CONNECTOR = Connector(
     type="tautulli",
     title="Tautulli",
@@ -30,4 +51,5 @@ CONNECTOR = Connector(
     key=Key(parameter="apikey"),
     key_help="Settings, Web Interface: API key.",
     unwrap=unwrap,
+    tools=(Tool("get_activity", "List who watches what right now", Arguments, get_activity),),
 )

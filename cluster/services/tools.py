@@ -1,0 +1,79 @@
+"""Tools that services of one sort have in common, made of what their connectors can do."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.services.base import Tool
+from cluster.services.client import Client
+from cluster.services.downloads import Downloads
+from cluster.services.libraries import Library
+
+
+class Arguments(BaseModel):
+    """What a tool is given. A tool that is given nothing takes this."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class HowMany(Arguments):
+    limit: Annotated[int, Field(ge=1, le=500)] = Field(default=50, description="Maximum items to return")
+
+
+class OneDownload(Arguments):
+    nzo_id: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="Id of the download")
+
+
+class OneDownloadOfTheQueue(OneDownload):
+    delete_files: bool = Field(default=True, description="Also what it has downloaded so far")
+
+
+class OneLibrary(Arguments):
+    library_key: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="Key of the library")
+
+
+def of_downloads(downloads: Downloads) -> tuple[Tool, ...]:
+    async def get_queue(client: Client, _: Arguments) -> Any:
+        return await downloads.queue(client)
+
+    async def get_history(client: Client, wanted: HowMany) -> Any:
+        return await downloads.history(client, wanted.limit)
+
+    async def retry_download(client: Client, wanted: OneDownload) -> Any:
+        return {"nzo_id": wanted.nzo_id, "new_nzo_id": await downloads.retry(client, wanted.nzo_id)}
+
+    async def pause_queue(client: Client, _: Arguments) -> Any:
+        return await downloads.pause(client)
+
+    async def resume_queue(client: Client, _: Arguments) -> Any:
+        return await downloads.resume(client)
+
+    async def delete_download(client: Client, wanted: OneDownloadOfTheQueue) -> Any:
+        await downloads.delete(client, wanted.nzo_id, wanted.delete_files)
+        return {"nzo_id": wanted.nzo_id}
+
+    return (
+        Tool("get_queue", "Get current download queue", Arguments, get_queue),
+        Tool("get_history", "Get download history", HowMany, get_history),
+        Tool("retry_download", "Try a download again that has failed", OneDownload, retry_download, "change"),
+        Tool("pause_queue", "Pause the download queue", Arguments, pause_queue, "change"),
+        Tool("resume_queue", "Resume the download queue", Arguments, resume_queue, "change"),
+        Tool("delete_download", "Delete a download from the queue", OneDownloadOfTheQueue, delete_download, "destroy"),
+    )
+
+
+def of_library(library: Library) -> tuple[Tool, ...]:
+    async def get_libraries(client: Client, _: Arguments) -> Any:
+        return await library.libraries(client)
+
+    async def get_recently_added(client: Client, wanted: HowMany) -> Any:
+        return await library.recently_added(client, wanted.limit)
+
+    async def scan_library(client: Client, wanted: OneLibrary) -> Any:
+        return {"library": await library.scan(client, wanted.library_key)}
+
+    return (
+        Tool("get_libraries", "List the libraries, with how much is in each", Arguments, get_libraries),
+        Tool("get_recently_added", "List what was added last", HowMany, get_recently_added),
+        Tool("scan_library", "Have a library look for new files", OneLibrary, scan_library, "change"),
+    )
