@@ -11,7 +11,8 @@ from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Integer, String, 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster.db import Base, Database, delete_rows, now
+from cluster import events
+from cluster.db import Base, Database, after_commit, delete_rows, now
 from cluster.secrets import SealBroken
 from cluster.services import register
 from cluster.services.base import Connector
@@ -55,7 +56,15 @@ async def check(database: Database, service: Service) -> ServiceCheck:
         outcome.error_code, outcome.error = error.code, error.message
     async with database.transaction() as session:
         await register.get(session, service.id)  # it may have been deleted meanwhile
+        was_healthy = await session.scalar(
+            select(ServiceCheck.healthy)
+            .where(ServiceCheck.service_id == service.id)
+            .order_by(ServiceCheck.id.desc())
+            .limit(1)
+        )
         session.add(outcome)
+        if outcome.healthy is not (was_healthy is None or was_healthy):
+            after_commit(session, lambda: events.publish([_news(service, outcome)]))
     return outcome
 
 
@@ -110,6 +119,16 @@ async def remove_old(database: Database) -> int:
     async with database.transaction() as session:
         oldest = now() - timedelta(days=get_settings().services.history_days)
         return await delete_rows(session, delete(ServiceCheck).where(ServiceCheck.at < oldest))
+
+
+def _news(service: Service, outcome: ServiceCheck) -> events.Message:
+    """What the room `system` hears of a service that has gone away, or is back."""
+    return {
+        "rooms": ["system"],
+        "type": "service.healthy" if outcome.healthy else "service.unhealthy",
+        "data": {"service": service.name, "type": service.type, "error": outcome.error},
+        "timestamp": outcome.at.isoformat().replace("+00:00", "Z"),
+    }
 
 
 def _milliseconds_since(began: float) -> float:

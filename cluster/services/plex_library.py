@@ -1,6 +1,5 @@
 """The library of Plex. What it has nothing for, it leaves out of its answers: also a list that is empty."""
 
-import asyncio
 from datetime import UTC, datetime
 from typing import Annotated
 from urllib.parse import quote
@@ -12,7 +11,6 @@ from cluster.services.client import Client
 from cluster.services.libraries import AddedItem, Libraries, Library, LibrarySection, RecentlyAdded
 
 LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
-AT_ONCE = 4
 
 
 class Section(BaseModel):
@@ -64,13 +62,9 @@ class CountAnswer(BaseModel):
 
 async def list_libraries(client: Client) -> Libraries:
     found = await _sections(client)
-    room = asyncio.Semaphore(AT_ONCE)
-
-    async def one(section: Section) -> LibrarySection:
-        async with room:
-            return LibrarySection(**section.model_dump(), count=await _count(client, section.key))
-
-    return Libraries(libraries=[*await asyncio.gather(*map(one, found))])
+    return Libraries(
+        libraries=[LibrarySection(**section.model_dump(), count=await _count(client, section.key)) for section in found]
+    )
 
 
 async def recently_added(client: Client, limit: int) -> RecentlyAdded:

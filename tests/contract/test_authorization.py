@@ -82,6 +82,11 @@ FOR_ADMINISTRATORS = {
     "POST /api/services/{service_id}/test",
     "DELETE /api/v1/shows/{series_id}",
     "DELETE /api/v1/movies/{movie_id}",
+    "POST /api/v1/downloads/pause",
+    "POST /api/v1/downloads/resume",
+    "DELETE /api/v1/downloads/{nzo_id}",
+    "POST /api/v1/media/scan",
+    "GET /api/v1/mcp/calls",
 }
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
 
@@ -96,6 +101,8 @@ EVERYBODYS = (
     "/health/",
     "/api/v1/shows/",
     "/api/v1/movies/",
+    "/api/v1/downloads/",
+    "/api/v1/mcp/",
 )
 """What begins so belongs to nobody: all users see the same."""
 
@@ -188,6 +195,10 @@ class Household:
                 return {"auto_deploy": False}
             case "POST /api/services":
                 return {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}
+            case "POST /api/v1/media/scan":
+                return {"library_key": "1"}
+            case "POST /api/v1/mcp/{server}/call":
+                return {"tool": "get_queue"}
             case "POST /v1/fine-tune":
                 return {"project_name": "another", **LEARN}
             case _:
