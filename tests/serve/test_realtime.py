@@ -6,8 +6,10 @@ import json
 import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +20,15 @@ from websockets.exceptions import InvalidStatus
 
 from cluster import events, identity, logs
 from cluster.db import Database
+from cluster.services import checks, register
 from cluster.settings import get_settings
 from jobs import queue
 from serve import feeds, realtime
 from serve.app import create_app
 from serve.feeds import follow_events
 from serve.realtime import Hub, Message
+from tests.cluster.services.likenesses import KEY, LIKENESSES
+from tests.cluster.services.stand_in import Reply, standing_in
 
 PATIENCE = 10.0
 
@@ -158,6 +163,60 @@ async def test_rooms(app: FastAPI, actor: events.Events) -> None:
         assert await ask(client, type="join_room", room="system") == {"type": "room_joined", "room": "system"}
         await actor.publish([message("downloads", 3), message("system", 4)])
         assert (await hear(client))["data"] == {"number": 4}
+
+
+NEWS: list[tuple[str, str, dict[str, Any]]] = [
+    ("config_audit", "config.audit.completed", {"audit_id": "audit_abc123", "recommendation_count": 8}),
+    (
+        "downloads",
+        "download.failed",
+        {"download_id": "SABnzbd_nzo_abc123", "title": "Movie.2024.1080p", "reason": "Incomplete download"},
+    ),
+    (
+        "content_requests",
+        "content.added",
+        {"request_id": "req_456", "content_id": "123", "title": 'The "Matrix" 🎬', "type": "movie"},
+    ),
+    ("system", "service.unhealthy", {"service": "TV", "type": "sonarr", "error": "TV cannot be reached."}),
+]
+
+
+async def test_news_of_services_reach_their_rooms_whole_and_no_others(app: FastAPI, published: None) -> None:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", proxy=None) as client:
+        for room, kind, data in NEWS:
+            assert (await ask(client, type="join_room", room=room))["type"] == "room_joined"
+            stamp = "2025-01-08T10:30:00Z"
+            told = [events.Message(rooms=[place], type=kind, data=what, timestamp=stamp) for place, kind, what in NEWS]
+            events.publish(told)
+            assert await hear(client) == {"type": kind, "data": data, "timestamp": stamp}
+            assert (await ask(client, type="leave_room", room=room))["type"] == "room_left"
+
+
+async def test_a_service_that_goes_away_and_comes_back_is_told_once(
+    app: FastAPI, database: Database, published: None
+) -> None:
+    works = True
+    sonarr = LIKENESSES["sonarr"]
+    async with (
+        standing_in(lambda asked: sonarr(asked) if works else Reply(b"down", 503)) as stand_in,
+        serving(app) as url,
+        connect(f"{url}/ws/client-1", proxy=None) as client,
+    ):
+        async with database.transaction() as session:
+            values = {"name": "TV 📺", "type": "sonarr", "url": stand_in.url, "api_key": KEY}
+            service = await register.create(session, values, "ada")
+        assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
+        heard: list[dict[str, Any]] = []
+        for state in (True, False, False, True, True, False):
+            works = state
+            await checks.check(database, service)
+        for _ in range(3):
+            heard.append(await hear(client))
+    assert [news["type"] for news in heard] == ["service.unhealthy", "service.healthy", "service.unhealthy"]
+    assert heard[0].keys() == {"type", "data", "timestamp"}
+    assert heard[0]["timestamp"].endswith("Z")
+    assert (heard[0]["data"]["service"], heard[0]["data"]["type"]) == ("TV 📺", "sonarr")
+    assert ("503" in heard[0]["data"]["error"], heard[1]["data"]["error"]) == (True, None)
 
 
 async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: events.Events, database: Database) -> None:
@@ -305,6 +364,31 @@ def app(home: Path, actor: events.Events) -> FastAPI:
     app = create_app()
     app.state.hub = hub_of(actor)
     return app
+
+
+@pytest.fixture
+def published(actor: events.Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published goes to the actor in this process, as Ray would bring it to the one in another."""
+
+    class Call:
+        def __init__(self, task: asyncio.Task[None]) -> None:
+            self.task = task
+
+        def future(self) -> Future[None]:
+            done = Future[None]()
+            self.task.add_done_callback(lambda task: done.set_result(task.result()))
+            return done
+
+    class Method:
+        def remote(self, messages: list[events.Message]) -> Call:
+            return Call(asyncio.create_task(actor.publish(messages)))
+
+    monkeypatch.setattr(events, "_no_lookup_before", 0.0)
+
+    def find(name: str) -> object:
+        return SimpleNamespace(publish=Method())
+
+    monkeypatch.setattr(events, "find", find)
 
 
 @pytest.fixture
