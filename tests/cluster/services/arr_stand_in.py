@@ -203,7 +203,10 @@ class ArrStandIn:
 
     def _leave_queue(self, asked: Asked, ids: list[int]) -> Reply:
         for row in [row for row in self.rows("queue") if row["id"] in ids]:
-            self.rows("queue").remove(row)
+            # A download goes whole, however many episodes it is.
+            same = [one for one in self.rows("queue") if one["downloadId"] == row["downloadId"]]
+            for one in same:
+                self.rows("queue").remove(one)
             if asked.query.get("blocklist") == "true":
                 kept = {name: row[name] for name in ("seriesId", "movieId", "protocol", "indexer") if name in row}
                 self.keep("blocklist", {**kept, "sourceTitle": row["title"], "date": LONG_AGO})
