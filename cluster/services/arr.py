@@ -5,6 +5,7 @@ from typing import Any
 from cluster.services.base import Capability, Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.collections import Collection
+from cluster.services.following import Following
 
 HELP = "Settings, General, Security: API Key."
 
@@ -16,6 +17,7 @@ def connector(
     *capabilities: Capability,
     collection: Collection[Any] | None = None,
     tools: tuple[Tool, ...] = (),
+    following: Following | None = None,
 ) -> Connector:
     """The connector of one of them, whose API has this prefix."""
 
@@ -34,4 +36,5 @@ def connector(
         key_help=HELP,
         collection=collection,
         tools=tools,
+        following=following,
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from cluster.services.downloads import Downloads
 from cluster.services.libraries import Library
+from cluster.services.following import Following
 
 if TYPE_CHECKING:
     from cluster.services.client import Client
@@ -83,6 +84,7 @@ class Connector:
     collection: "Collection[Any] | None" = None  # what it collects: series, movies
     downloads: Downloads | None = None
     library: Library | None = None
+    following: Following | None = None
     session: Callable[["Client", str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property

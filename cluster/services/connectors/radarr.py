@@ -1,6 +1,7 @@
 """Radarr: movies."""
 
 from cluster.services import arr
+from cluster.services.arr_following import following
 from cluster.services.movies import MOVIES
 from cluster.services.movies_tools import TOOLS
 
@@ -16,4 +17,5 @@ CONNECTOR = arr.connector(
     "configure",
     collection=MOVIES,
     tools=TOOLS,
+    following=following("movie"),
 )

@@ -8,6 +8,7 @@ from cluster.services import sabnzbd_downloads, tools
 from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.errors import ErrorInside
+from cluster.services.sabnzbd_following import FOLLOWING
 
 
 async def health(client: Client) -> str:
@@ -46,4 +47,5 @@ CONNECTOR = Connector(
         Tool("add_download", "Download what an NZB at an address names", OneNzb, add_download, "change"),
     ),
     downloads=sabnzbd_downloads.DOWNLOADS,
+    following=FOLLOWING,
 )

@@ -1,6 +1,7 @@
 """Sonarr: series."""
 
 from cluster.services import arr
+from cluster.services.arr_following import following
 from cluster.services.series import SERIES
 from cluster.services.series_tools import TOOLS
 
@@ -16,4 +17,5 @@ CONNECTOR = arr.connector(
     "configure",
     collection=SERIES,
     tools=TOOLS,
+    following=following("series"),
 )

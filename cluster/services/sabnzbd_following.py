@@ -1,0 +1,240 @@
+"""How SABnzbd is followed: its queue, and what its history has that is new."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from cluster.services.client import Client
+from cluster.services.following import Ended, Finished, Following, Look, Place, Retrying, Underway, UnderwayState
+
+PAGE = 200
+MOST_PAGES = 50
+MOST_WORDS = 500
+LATEST = 253_402_300_799
+"""The last second that a time can have."""
+OVERLAP = timedelta(hours=1)
+"""Entries are in the order of a clock that may have been set back."""
+WHOLE_AFTER = timedelta(minutes=15)
+"""SABnzbd counts the changes of its history from 1 again when it starts, so its word for "nothing new" is not taken for
+longer than this."""
+MEBIBYTE = 1024 * 1024
+AT_WORK = {"Checking", "Grabbing", "Fetching"}
+TURN: dict[str, UnderwayState] = {**dict.fromkeys(AT_WORK, "processing"), "Downloading": "running"}
+
+
+class QueueSlot(BaseModel):
+    nzo_id: str = Field(min_length=1)
+    filename: str | None = None
+    status: str | None = None
+    cat: str | None = None
+    mb_left: float | None = Field(default=None, alias="mbleft", ge=0, le=1e12)
+
+
+class Queue(BaseModel):
+    slots: list[QueueSlot]
+    status: str | None = None
+    speed: float = Field(alias="kbpersec")
+
+
+class QueueAnswer(BaseModel):
+    queue: Queue
+
+
+class HistorySlot(BaseModel):
+    nzo_id: str = Field(min_length=1)
+    name: str | None = None
+    status: str | None = None
+    category: str | None = None
+    fail_message: str | None = None
+    completed: int | None = Field(default=None, ge=0, le=LATEST)
+    storage: str | None = None
+
+
+class History(BaseModel):
+    slots: list[HistorySlot]
+    changes: int | None = Field(default=None, alias="last_history_update")
+
+
+class HistoryAnswer(BaseModel):
+    history: History | Literal[False]
+
+
+class Retried(BaseModel):
+    nzo_id: str = Field(min_length=1)
+
+
+class FullStatus(BaseModel):
+    completedir: str = Field(min_length=1)
+
+
+class StatusAnswer(BaseModel):
+    status: FullStatus
+
+
+class Category(BaseModel):
+    dir: str | None = None
+
+
+class CategoryList(BaseModel):
+    categories: list[Category]
+
+
+class CategoryAnswer(BaseModel):
+    config: CategoryList
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of the history: None, if nothing has changed."""
+
+    slots: list[HistorySlot]
+    changes: int | None
+
+
+async def look(client: Client, place: Place) -> Look:
+    slots, speed, paused = await _queue(client)
+    floor, changes = _read_cursor(place)
+    read = await _history(client, floor, changes)
+    if read is None:
+        # What is unpacked is in the history too; there is none of that while nothing changes there.
+        return Look(tuple(_underway(slots, paused)), (), dict(place.cursor), moves=speed > 0)
+    underway = [*_underway(slots, paused), *map(_processing, (slot for slot in read.slots if not _is_over(slot)))]
+    over = [_ended(slot) for slot in read.slots if _is_over(slot)]
+    ended = tuple(one for one in over if one.at >= floor)
+    newest = max((one.at for one in ended), default=floor + OVERLAP)
+    busy = len(underway) > len(slots)
+    cursor = {
+        "newest": newest.isoformat(),
+        # Post-processing does not count as a change until it is over.
+        "changes": None if busy else read.changes,
+        "read_at": place.at.isoformat(),
+    }
+    return Look(tuple(underway), ended, cursor, moves=speed > 0)
+
+
+async def is_failed(client: Client, item: str) -> bool:
+    answer = await client.get("/api", mode="history", output="json", nzo_ids=item, limit=PAGE)
+    history = client.read(HistoryAnswer, answer).history
+    return bool(history) and any(slot.nzo_id == item and slot.status == "Failed" for slot in history.slots)
+
+
+async def retry(client: Client, item: str) -> str:
+    return client.read(Retried, await client.get("/api", mode="retry", output="json", value=item)).nzo_id
+
+
+async def finished(client: Client) -> Finished:
+    status = await client.get("/api", mode="fullstatus", output="json", skip_dashboard=1)
+    folder = client.read(StatusAnswer, status).status.completedir
+    answer = await client.get("/api", mode="get_config", output="json", section="categories")
+    categories = client.read(CategoryAnswer, answer).config.categories
+    known = [slot.storage async for slot in _all_history(client) if slot.storage]
+    subfolders = {category.dir.rstrip("*") for category in categories if category.dir and category.dir.rstrip("*")}
+    return Finished(folder, tuple(sorted(subfolders)), frozenset(known))
+
+
+FOLLOWING = Following(look, retrying=Retrying(is_failed, retry), finished=finished)
+
+
+async def _queue(client: Client) -> tuple[list[QueueSlot], float, bool]:
+    slots: list[QueueSlot] = []
+    for page in range(MOST_PAGES):
+        answer = await client.get("/api", mode="queue", output="json", start=page * PAGE, limit=PAGE)
+        queue = client.read(QueueAnswer, answer).queue
+        slots += queue.slots
+        if len(queue.slots) < PAGE:
+            break
+    return slots, queue.speed, queue.status == "Paused"  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+async def _history(client: Client, floor: datetime, changes: int | None) -> Read | None:
+    """Entries down to what ended at `floor`, or None if nothing has changed since."""
+    slots: list[HistorySlot] = []
+    counted: int | None = None
+    for page in range(MOST_PAGES):
+        unless = {} if changes is None or page else {"last_history_update": changes}
+        history = await _page(client, page, **unless)
+        if not history:
+            return None
+        slots += history.slots
+        counted = history.changes if page == 0 else counted
+        over = [slot for slot in history.slots if _is_over(slot)]
+        if len(history.slots) < PAGE or (over and _time(over[-1]) < floor):
+            break
+    return Read(slots, counted)
+
+
+async def _all_history(client: Client) -> AsyncGenerator[HistorySlot]:
+    for page in range(MOST_PAGES):
+        history = await _page(client, page)
+        for slot in history.slots if history else ():
+            yield slot
+        if not history or len(history.slots) < PAGE:
+            return
+
+
+async def _page(client: Client, page: int, **unless: int) -> History | Literal[False]:
+    answer = await client.get("/api", mode="history", output="json", start=page * PAGE, limit=PAGE, **unless)
+    return client.read(HistoryAnswer, answer).history
+
+
+def _underway(slots: list[QueueSlot], paused: bool) -> list[Underway]:
+    """Downloads run one after another, though SABnzbd calls all of them downloading: the first one is."""
+    turn = next((slot for slot in slots if not paused and slot.status == "Downloading"), None)
+    return [
+        Underway(
+            id=slot.nzo_id,
+            title=_bounded(slot.filename) or slot.nzo_id,
+            state=TURN.get(slot.status or "", "waiting") if slot is turn or slot.status in AT_WORK else "waiting",
+            download_id=slot.nzo_id,
+            bytes_left=None if slot.mb_left is None else int(slot.mb_left * MEBIBYTE),
+            tags=(slot.cat,) if slot.cat else (),
+        )
+        for slot in slots
+    ]
+
+
+def _processing(slot: HistorySlot) -> Underway:
+    return Underway(
+        id=slot.nzo_id,
+        title=_bounded(slot.name) or slot.nzo_id,
+        state="processing",
+        download_id=slot.nzo_id,
+        tags=(slot.category,) if slot.category else (),
+    )
+
+
+def _ended(slot: HistorySlot) -> Ended:
+    return Ended(
+        id=slot.nzo_id,
+        title=_bounded(slot.name) or slot.nzo_id,
+        outcome="failed" if slot.status == "Failed" else "completed",
+        at=_time(slot),
+        download_id=slot.nzo_id,
+        reason=_bounded(slot.fail_message),
+        tags=(slot.category,) if slot.category else (),
+    )
+
+
+def _is_over(slot: HistorySlot) -> bool:
+    return slot.status in {"Completed", "Failed"}
+
+
+def _time(slot: HistorySlot) -> datetime:
+    return datetime.fromtimestamp(slot.completed or 0, UTC)
+
+
+def _read_cursor(place: Place) -> tuple[datetime, int | None]:
+    """From when on the history is read, and how many changes the last look has seen of it."""
+    told, changes = place.cursor.get("newest"), place.cursor.get("changes")
+    if not told:
+        return place.since.replace(microsecond=0), None
+    floor = max(datetime.fromisoformat(told) - OVERLAP, place.since.replace(microsecond=0))
+    stale = place.at - datetime.fromisoformat(place.cursor["read_at"]) > WHOLE_AFTER
+    return floor, None if stale else changes
+
+
+def _bounded(text: str | None) -> str:
+    return " ".join((text or "").replace("\0", "").split())[:MOST_WORDS]
