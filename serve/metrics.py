@@ -18,6 +18,7 @@ from prometheus_client.samples import Sample
 
 from cluster import events
 from cluster.errors import Unavailable
+from serve.download_metrics import download_families
 from serve.job_metrics import job_families
 
 SHARE_SECONDS = 5.0
@@ -27,7 +28,7 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 logger = logging.getLogger(__name__)
 
-collectors: list[Callable[[], Awaitable[Iterable[Metric]]]] = [job_families]
+collectors: list[Callable[[], Awaitable[Iterable[Metric]]]] = [job_families, download_families]
 """Functions that read further metrics at every scrape."""
 
 

@@ -21,6 +21,8 @@ for module in (
     "pipelines.guardian.feedback",
     "pipelines.guardian.repositories",
     "pipelines.media.tool_calls",
+    "pipelines.media.followed",
+    "pipelines.media.recoveries",
     "pipelines.training.blobs",
     "pipelines.training.datasets",
     "pipelines.training.nodes",

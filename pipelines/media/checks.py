@@ -15,6 +15,7 @@ from jobs.context import Context
 from jobs.queue import LOCAL, JobRequest, Owner
 from jobs.registry import job
 from jobs.schedules import ScheduleRequest
+from pipelines.media import watch_downloads
 
 KIND = "check_services"
 
@@ -35,7 +36,7 @@ def check_services(context: Context, spec: CheckServicesSpec) -> dict[str, Any]:
 
 async def ask_to_check(session: AsyncSession, service_id: int, owner: Owner = LOCAL) -> None:
     """Have a service checked that is new, or connected anew; from the first one on, all are checked again and again."""
-    await schedules.ensure(session, _schedule())
+    await _ensure_schedules(session)
     await queue.enqueue(session, JobRequest(kind=KIND, spec={"service_id": service_id}), owner)
 
 
@@ -44,7 +45,7 @@ async def declare_services(database: Database) -> None:
     async with database.transaction() as session:
         await register.declare(session, get_settings().services.declared)
         if await register.every(session):
-            await schedules.ensure(session, _schedule())
+            await _ensure_schedules(session)
             await queue.enqueue(session, JobRequest(kind=KIND))  # it may be long since anybody asked
 
 
@@ -68,6 +69,12 @@ async def _check(context: Context, spec: CheckServicesSpec, database: Database) 
         if outcome and not outcome.healthy
     }
     return {"checked": len(services), "unhealthy": unhealthy}
+
+
+async def _ensure_schedules(session: AsyncSession) -> None:
+    await schedules.ensure(session, _schedule())
+    if await watch_downloads.followed_services(session):
+        await schedules.ensure(session, watch_downloads.schedule())
 
 
 def _schedule() -> ScheduleRequest:

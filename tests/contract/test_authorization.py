@@ -87,6 +87,9 @@ FOR_ADMINISTRATORS = {
     "DELETE /api/v1/downloads/{nzo_id}",
     "POST /api/v1/media/scan",
     "GET /api/v1/mcp/calls",
+    "PUT /api/v1/recovery/policy",
+    "DELETE /api/v1/recovery/policy",
+    "POST /api/v1/recovery/run",
 }
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
 
@@ -199,6 +202,10 @@ class Household:
                 return {"library_key": "1"}
             case "POST /api/v1/mcp/{server}/call":
                 return {"tool": "get_queue"}
+            case "PUT /api/v1/recovery/policy":
+                return get_settings().recovery.model_dump()
+            case "POST /api/v1/recovery/run":
+                return {"dry_run": True}
             case "POST /v1/fine-tune":
                 return {"project_name": "another", **LEARN}
             case _:

@@ -122,6 +122,8 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         "batches": 0,
         "service_checks": 0,
         "tool_calls": 0,
+        "downloads": 0,
+        "recoveries": 0,
     }
     async with database.reading() as session:
         left = set(await session.scalars(select(JobEvent.job_id)))

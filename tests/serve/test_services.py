@@ -163,9 +163,10 @@ async def test_what_is_new_or_changed_is_checked_and_all_are_from_then_on(
         assert (await client.put(address, json=changes)).status_code == 200
     async with database.reading() as session:
         jobs = [*await session.scalars(select(Job))]
-        (schedule,) = await session.scalars(select(Schedule))
+        checking, watching = await session.scalars(select(Schedule).order_by(Schedule.name))
     assert [(job.kind, job.spec) for job in jobs] == 3 * [("check_services", {"service_id": made["id"]})]
-    assert (schedule.kind, schedule.cron) == ("check_services", "*/5 * * * *")
+    assert (checking.kind, checking.cron) == ("check_services", "*/5 * * * *")
+    assert (watching.kind, watching.cron) == ("watch_downloads", "* * * * *")
     assert WRONG_KEY not in str([job.spec for job in jobs])
 
 

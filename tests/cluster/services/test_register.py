@@ -170,7 +170,8 @@ async def test_settings_declare_services_which_only_they_change(
     async with database.reading() as session:
         jobs = [*await session.scalars(select(Job.spec))]
         assert jobs == 4 * [{"service_id": None}]  # each start has all of them checked
-        assert [*await session.scalars(select(Schedule.kind))] == ["check_services"]
+        kinds = await session.scalars(select(Schedule.kind).order_by(Schedule.kind))
+        assert [*kinds] == ["check_services", "watch_downloads"]
 
 
 async def test_a_declared_service_takes_the_place_of_one_of_its_name(

@@ -1,0 +1,172 @@
+"""Carries out what was decided about a download, and writes down what came of it.
+
+Before each step it looks whether there is still, or yet, something to do; so a step that an earlier worker has taken
+before it died is not taken again.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+from sqlalchemy import update
+
+from cluster.db import Database, now
+from cluster.secrets import SealBroken
+from cluster.services import register
+from cluster.services.client import Client
+from cluster.services.errors import ServiceError
+from cluster.services.following import Following, Replacing, Retrying
+from cluster.services.register import Service
+from cluster.settings import get_settings
+from pipelines.media import leftovers
+from pipelines.media.followed import FollowedDownload
+from pipelines.media.recoveries import Recovery, RecoveryOutcome
+
+PATIENCE = timedelta(days=1)
+AGAIN = timedelta(minutes=5)
+SKEW = timedelta(minutes=2)
+"""How far the clock of a service may be from ours."""
+
+
+Step = Literal[
+    "done",
+    "gone",  # there is nothing left of it: a worker before has removed it, or somebody else
+    "needless",  # it has got on after all
+]
+
+
+@dataclass(frozen=True)
+class Ending:
+    outcome: RecoveryOutcome
+    error: str | None = None
+    new_item: str | None = None
+
+
+async def carry_out(
+    database: Database, services: Mapping[int, tuple[Service, Following]], recovery: Recovery, *, resumed: bool
+) -> None:
+    """Do what was decided. With `resumed`, somebody has begun to, and nobody knows how far that went."""
+    service, following = services.get(recovery.service_id or 0, (None, None))
+    if service is None or following is None:
+        return await _end(database, recovery, Ending("overtaken", "The service is no longer followed."))
+    try:
+        async with register.connected(database, service) as client:
+            ending = await _act(database, client, following, recovery, resumed=resumed)
+    except (ServiceError, SealBroken) as error:
+        if error.retryable and now() - recovery.at < PATIENCE:
+            # Whether the service has done it will show when it answers again.
+            return await _note(database, recovery, error=error.message, again_at=now() + AGAIN)
+        ending = Ending("failed", error.message)
+    except OSError as error:
+        ending = Ending("failed", f"{type(error).__name__}: {error}")
+    await _end(database, recovery, ending)
+
+
+async def _act(
+    database: Database, client: Client, following: Following, recovery: Recovery, *, resumed: bool
+) -> Ending:
+    if recovery.decision == "retry" and following.retrying:
+        return await _retry(client, following.retrying, recovery, resumed=resumed)
+    if recovery.decision == "remove_folder" and following.finished:
+        return await _remove_folder(client, following, recovery, resumed=resumed)
+    if recovery.decision in {"replace", "mark_failed"} and following.replacing:
+        return await _replace(database, client, following.replacing, recovery, resumed=resumed)
+    return Ending("overtaken", "The service can no longer do this.")
+
+
+async def _retry(client: Client, retrying: Retrying, recovery: Recovery, *, resumed: bool) -> Ending:
+    if not await retrying.is_failed(client, recovery.item):
+        return _gone(resumed=resumed)
+    return Ending("done", new_item=await retrying.retry(client, recovery.item))
+
+
+async def _replace(
+    database: Database, client: Client, replacing: Replacing, recovery: Recovery, *, resumed: bool
+) -> Ending:
+    """Remove a download, or mark it as failed; then see to it that another one is searched for."""
+    wants_search = bool(recovery.policy["search_again"])
+    by_itself = await replacing.searches_itself(client)
+    if not recovery.removed:
+        remove = _remove if recovery.decision == "replace" else _mark
+        done = await remove(client, replacing, recovery, search=wants_search)
+        if done == "needless" or (done == "gone" and not resumed):
+            return _gone(resumed=False)
+        await _note(database, recovery, removed=True)
+    # A grab that is marked as failed has no wish with it: whoever searches by itself does so.
+    if not wants_search or by_itself:
+        await _note(database, recovery, searched=by_itself and (wants_search or recovery.decision == "mark_failed"))
+        return Ending("done")
+    content = tuple(recovery.content)
+    if not content:
+        return Ending("done", "It is not known what to search for.")
+    if not (resumed and await replacing.is_searching(client, content, recovery.at - SKEW)):
+        await replacing.search(client, content)
+    await _note(database, recovery, searched=True)
+    return Ending("done")
+
+
+async def _remove(client: Client, replacing: Replacing, recovery: Recovery, *, search: bool) -> Step:
+    found = await replacing.find(client, recovery.item)
+    if found is None:
+        grab = await replacing.grab_of(client, recovery.item)
+        return "needless" if grab and grab.imported else "gone"
+    if found.state not in {"failed", "blocked", "running"}:
+        return "needless"
+    await replacing.remove(client, recovery.item, search)
+    return "done"
+
+
+async def _mark(client: Client, replacing: Replacing, recovery: Recovery, *, search: bool) -> Step:
+    grab = await replacing.grab_of(client, recovery.item)
+    if grab is None or grab.imported:
+        return "needless"
+    if grab.failed:
+        return "gone"
+    await replacing.mark_failed(client, grab.id)
+    return "done"
+
+
+async def _remove_folder(client: Client, following: Following, recovery: Recovery, *, resumed: bool) -> Ending:
+    assert following.finished
+    finished = await following.finished(client)
+    found = await asyncio.to_thread(leftovers.find, finished, get_settings().media.folders)
+    leftover = next((one for one in found if one.told_path == recovery.item and one.may_go), None)
+    if leftover is None:
+        return _gone(resumed=resumed)
+    await asyncio.to_thread(leftovers.remove, leftover)
+    return Ending("done")
+
+
+def _gone(*, resumed: bool) -> Ending:
+    """There is nothing left to do: somebody was faster, or it was us."""
+    return Ending("done") if resumed else Ending("overtaken", "It has got on, or is gone.")
+
+
+async def _end(database: Database, recovery: Recovery, ending: Ending) -> None:
+    await _note(
+        database,
+        recovery,
+        outcome=ending.outcome,
+        error=ending.error,
+        new_item=ending.new_item,
+        ended_at=now(),
+        again_at=None,
+    )
+    if recovery.decision == "retry" and ending.outcome == "done":
+        async with database.transaction() as session:
+            await session.execute(
+                update(FollowedDownload)
+                .where(FollowedDownload.service_id == recovery.service_id, FollowedDownload.item == recovery.item)
+                .values(state="retried", ended_at=recovery.ended_at, settled=True)
+            )
+
+
+async def _note(database: Database, recovery: Recovery, **values: Any) -> None:
+    """Write this down, and have `recovery` say it too."""
+    async with database.transaction() as session:
+        row = await session.get_one(Recovery, recovery.id, with_for_update=True)
+        for name, value in values.items():
+            setattr(row, name, value)
+            setattr(recovery, name, value)

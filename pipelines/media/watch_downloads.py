@@ -1,0 +1,349 @@
+"""Kind `watch_downloads`: looks at the downloads of every service that can be followed, and tells what is new.
+
+What was seen is a row, written in the transaction that counts it and has it told after its commit: so each failure and
+each import is told once, whoever looks, and whatever dies. What needs mending is left to `recover_downloads`.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster import events
+from cluster.db import Database, after_commit, apart, now, one_at_a_time
+from cluster.secrets import SealBroken
+from cluster.services import register
+from cluster.services.errors import ServiceError
+from cluster.services.following import Ended, Following, Look, Place, Underway
+from cluster.services.register import Service
+from cluster.settings import get_settings
+from jobs import queue
+from jobs.builtin import sweeper
+from jobs.context import Context
+from jobs.queue import JobRequest, Owner
+from jobs.registry import job
+from jobs.schedules import ScheduleRequest
+from pipelines.media import followed, recoveries
+from pipelines.media.followed import FollowedDownload, FollowedService
+from pipelines.media.recovery_policy import RecoveryPolicy, is_case, next_strikes
+
+KIND = "watch_downloads"
+RECOVER = "recover_downloads"
+WATCH = Owner(name="watch_downloads")
+AT_ONCE = 8
+IDS_AT_ONCE = 500
+LEFTOVERS_EVERY = timedelta(hours=1)
+
+
+class WatchDownloadsSpec(BaseModel):
+    """A look needs nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass
+class Seen:
+    """What one look has changed."""
+
+    failed: int = 0
+    added: int = 0
+    recovered: int = 0
+
+
+@job(KIND, spec=WatchDownloadsSpec, admin_only=True, concurrency=1)
+def watch_downloads(context: Context, spec: WatchDownloadsSpec) -> dict[str, Any]:
+    """Looks at the downloads of every service that can be followed, and tells what has failed or was imported."""
+    return asyncio.run(apart(lambda database: _watch(context, database)))
+
+
+def schedule() -> ScheduleRequest:
+    return ScheduleRequest(name="watch-downloads", kind=KIND, cron=get_settings().media.watch_cron)
+
+
+async def followed_services(session: AsyncSession) -> list[tuple[Service, Following]]:
+    """Those that are enabled and can be followed."""
+    found = ((service, service.connector.following) for service in await register.every(session) if service.enabled)
+    return [(service, following) for service, following in found if following is not None]
+
+
+async def look_at(database: Database, service: Service, following: Following) -> Seen:
+    """Look at a service, and note what is new."""
+    async with database.reading() as session:
+        place, looks = await _place(session, service)
+    async with register.connected(database, service) as client:
+        look = await following.look(client, place)
+    async with database.transaction() as session:
+        return await _settle(session, service, look, place.at, looks, mends_itself=following.retrying is None)
+
+
+@sweeper("downloads")
+async def remove_old_downloads(database: Database) -> int:
+    return await followed.remove_old(database)
+
+
+@sweeper("recoveries")
+async def remove_old_recoveries(database: Database) -> int:
+    return await recoveries.remove_old(database)
+
+
+async def _watch(context: Context, database: Database) -> dict[str, Any]:
+    async with database.reading() as session:
+        services = await followed_services(session)
+    context.report(phase=f"{len(services)} services")
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one(service: Service, following: Following) -> Seen | str:
+        async with room:
+            try:
+                return await look_at(database, service, following)
+            except (ServiceError, SealBroken) as error:
+                await _note_error(database, service, error.message)
+                return error.message
+
+    outcomes = await asyncio.gather(*(one(*pair) for pair in services))
+    seen = [outcome for outcome in outcomes if isinstance(outcome, Seen)]
+    recovered = sum(one.recovered for one in seen)
+    asked = await _ask_to_recover(database, services, came_good=recovered > 0)
+    return {
+        "looked_at": len(seen),
+        "unseen": {
+            service.name: outcome
+            for (service, _), outcome in zip(services, outcomes, strict=True)
+            if isinstance(outcome, str)
+        },
+        "failed": sum(one.failed for one in seen),
+        "added": sum(one.added for one in seen),
+        "recovered": recovered,
+        "recover_job_id": asked,
+    }
+
+
+async def _place(session: AsyncSession, service: Service) -> tuple[Place, int]:
+    known = await session.get(FollowedService, service.id)
+    if known is None or known.connected_as_of != service.connected_as_of:
+        return Place(since=service.connected_as_of, at=now()), 0 if known is None else known.looks
+    return Place(since=service.connected_as_of, at=now(), cursor=known.cursor), known.looks
+
+
+async def _settle(
+    session: AsyncSession, service: Service, look: Look, at: datetime, looks: int, *, mends_itself: bool
+) -> Seen:
+    # One download may be told of by two services, so one of them is noted after the other.
+    await one_at_a_time(session, FollowedDownload.__tablename__)
+    if await session.get(Service, service.id) is None:
+        return Seen()  # it was deleted meanwhile
+    known = await session.get(FollowedService, service.id, with_for_update=True)
+    if known is None:
+        known = FollowedService(service_id=service.id, looks=0, completed=0, failed=0, imported=0)
+        session.add(known)
+    if known.looks != looks:
+        return Seen()  # somebody else has looked meanwhile, and noted what is newer
+    known.connected_as_of, known.cursor, known.error = service.connected_as_of, look.cursor, None
+    known.looks, known.looked_at = looks + 1, at
+    known.underway = len(look.underway)
+    known.bytes_left = sum(one.bytes_left or 0 for one in look.underway)
+    seen = Seen()
+    rows = await _rows(session, service.id, look)
+    for ended in look.ended:
+        await _note_end(session, known, rows, ended, seen, mends_itself=mends_itself)
+    for underway in look.underway:
+        await _note_underway(session, known, rows, underway, look.moves, at, seen)
+    await _note_gone(session, rows, look, at)
+    return seen
+
+
+async def _rows(session: AsyncSession, service_id: int, look: Look) -> dict[str, FollowedDownload]:
+    """What was known before of what this look has seen, and of what was underway."""
+    here = select(FollowedDownload).where(FollowedDownload.service_id == service_id)
+    found = list(await session.scalars(here.where(FollowedDownload.ended_at.is_(None))))
+    ids = sorted({one.id for one in (*look.underway, *look.ended)})
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        page = ids[start : start + IDS_AT_ONCE]
+        found += await session.scalars(here.where(FollowedDownload.item.in_(page)))
+    return {row.item: row for row in found}
+
+
+async def _note_end(
+    session: AsyncSession,
+    known: FollowedService,
+    rows: dict[str, FollowedDownload],
+    ended: Ended,
+    seen: Seen,
+    *,
+    mends_itself: bool,
+) -> None:
+    if ended.outcome != "failed":
+        seen.recovered += await recoveries.came_good(session, known.service_id, [ended.title], ended.content, ended.at)
+    row = rows.get(ended.id)
+    if row is not None and row.state in {ended.outcome, "retried"} and row.ended_at is not None:
+        return  # an old story
+    if row is None:
+        row = rows[ended.id] = _new_row(session, known.service_id, ended, ended.at)
+    was_failed = row.state == "failed"
+    row.state, row.reason, row.ended_at, row.moved_at = ended.outcome, ended.reason, ended.at, ended.at
+    row.tags, row.content = list(ended.tags), list(dict.fromkeys([*row.content, *ended.content]))
+    row.bytes_left, row.strikes, row.decide_at = None, 0, None
+    # Who chose a download, and notes that it has failed, has dealt with it.
+    row.settled = ended.outcome != "failed" or mends_itself
+    match ended.outcome:
+        case "failed":
+            known.failed += not was_failed
+            await _tell_failure(session, row, seen)
+        case "completed":
+            known.completed += 1
+        case "imported":
+            known.imported += 1
+            _tell_addition(session, row, ended, seen)
+
+
+async def _note_underway(
+    session: AsyncSession,
+    known: FollowedService,
+    rows: dict[str, FollowedDownload],
+    underway: Underway,
+    moves: bool,
+    at: datetime,
+    seen: Seen,
+) -> None:
+    row = rows.get(underway.id)
+    if row is not None and row.ended_at is not None and underway.state != "failed" and row.state == "imported":
+        return  # it is about to leave the queue
+    if row is None:
+        row = rows[underway.id] = _new_row(session, known.service_id, underway, at)
+    is_new_failure = underway.state == "failed" and row.state != "failed"
+    strikes = next_strikes(row.strikes, underway.state, row.bytes_left, underway.bytes_left, moves)
+    if not strikes or row.state != underway.state:
+        row.moved_at, row.settled, row.decide_at = at, False, None
+    if row.reason != underway.reason:
+        row.settled, row.decide_at = False, None
+    row.title, row.state, row.reason, row.strikes = underway.title, underway.state, underway.reason, strikes
+    row.tags, row.content = list(underway.tags), list(underway.content)
+    row.bytes_left, row.ended_at = underway.bytes_left, None
+    if is_new_failure:
+        known.failed += 1
+        await _tell_failure(session, row, seen)
+
+
+async def _note_gone(session: AsyncSession, rows: dict[str, FollowedDownload], look: Look, at: datetime) -> None:
+    """What was underway and is nowhere any more; a failure is remembered, so that it is not told again."""
+    here = {one.id for one in look.underway}
+    for row in rows.values():
+        if row.ended_at is not None or row.item in here:
+            continue
+        if row.state == "failed":
+            row.ended_at, row.settled = at, True
+        else:
+            await session.delete(row)
+
+
+def _new_row(session: AsyncSession, service_id: int, one: Underway | Ended, at: datetime) -> FollowedDownload:
+    row = FollowedDownload(
+        service_id=service_id,
+        item=one.id[:300],
+        download_id=one.download_id and one.download_id[:300],
+        title=one.title,
+        state="waiting",
+        reason="",
+        tags=[],
+        content=[],
+        strikes=0,
+        moved_at=at,
+        told=False,
+        settled=False,
+    )
+    session.add(row)
+    return row
+
+
+async def _tell_failure(session: AsyncSession, row: FollowedDownload, seen: Seen) -> None:
+    if row.told:
+        return
+    row.told = True
+    await session.flush()
+    if row.download_id is not None and await _was_told(session, row):
+        return
+    seen.failed += 1
+    _tell(
+        session,
+        "downloads",
+        "download.failed",
+        {"download_id": row.download_id or row.item, "title": row.title, "reason": row.reason},
+    )
+
+
+async def _was_told(session: AsyncSession, row: FollowedDownload) -> bool:
+    """Whether another service has told of the same download that it failed."""
+    others = select(FollowedDownload.id).where(
+        FollowedDownload.download_id == row.download_id,
+        FollowedDownload.id != row.id,
+        FollowedDownload.told,
+        FollowedDownload.state.in_(["failed", "retried"]),
+    )
+    return await session.scalar(others.limit(1)) is not None
+
+
+def _tell_addition(session: AsyncSession, row: FollowedDownload, ended: Ended, seen: Seen) -> None:
+    row.told = True
+    seen.added += 1
+    title = ended.content_title or ended.title
+    told = {"request_id": None, "content_id": ended.content_id, "title": title, "type": ended.content_type}
+    _tell(session, "content_requests", "content.added", told)
+
+
+def _tell(session: AsyncSession, room: str, type: str, data: dict[str, Any]) -> None:  # noqa: A002
+    timestamp = now().isoformat().replace("+00:00", "Z")
+    message: events.Message = {"rooms": [room], "type": type, "data": data, "timestamp": timestamp}
+    after_commit(session, lambda: events.publish([message]))
+
+
+async def _note_error(database: Database, service: Service, message: str) -> None:
+    async with database.transaction() as session:
+        if known := await session.get(FollowedService, service.id, with_for_update=True):
+            known.looked_at, known.error = now(), message
+
+
+async def _ask_to_recover(
+    database: Database, services: Sequence[tuple[Service, Following]], *, came_good: bool
+) -> str | None:
+    """A job that mends, if there is something to decide, or something has come of an earlier one."""
+    async with database.transaction() as session:
+        policy, _ = await recoveries.policy_of(session)
+        if not policy.enabled:
+            return None
+        wanted = came_good or await recoveries.unended(session, now())
+        wanted = wanted or await _has_leftovers_to_look_for(session, services)
+        if not wanted and not await cases(session, policy, [service.id for service, _ in services], now()):
+            return None
+        spec = {"dry_run": None}
+        return (await queue.enqueue(session, JobRequest(kind=RECOVER, spec=spec), WATCH, unless_queued=True)).id
+
+
+async def cases(
+    session: AsyncSession, policy: RecoveryPolicy, service_ids: Iterable[int], at: datetime, *, early: bool = False
+) -> list[FollowedDownload]:
+    """Downloads of these services about which there is something to decide, now or `early`, the oldest first."""
+    undecided = select(FollowedDownload).where(
+        FollowedDownload.service_id.in_(list(service_ids)),
+        FollowedDownload.settled.is_(False),
+        FollowedDownload.state.in_(["failed", "blocked", "running"]),
+    )
+    if not early:
+        undecided = undecided.where(FollowedDownload.decide_at.is_(None) | (FollowedDownload.decide_at <= at))
+    found = await session.scalars(undecided.order_by(FollowedDownload.moved_at, FollowedDownload.id))
+    return [row for row in found if is_case(policy, row.state, row.strikes, row.moved_at, at)]
+
+
+async def _has_leftovers_to_look_for(session: AsyncSession, services: Sequence[tuple[Service, Following]]) -> bool:
+    ids = [service.id for service, following in services if following.finished is not None]
+    overdue = now() - LEFTOVERS_EVERY
+    looked = await session.scalars(
+        select(FollowedService.service_id).where(
+            FollowedService.service_id.in_(ids), FollowedService.leftovers_at > overdue
+        )
+    )
+    return len(set(looked)) < len(ids)

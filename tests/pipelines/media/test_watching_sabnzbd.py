@@ -1,0 +1,184 @@
+"""Following and mending the downloads of a real SABnzbd, which a news server of the tests serves, or fails."""
+
+import asyncio
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.settings import get_settings
+from tests.cluster.services import programs
+from tests.cluster.services.arr_stand_in import arr_standing_in, kept_series
+from tests.cluster.services.likenesses import KEY
+from tests.cluster.services.programs import Running
+from tests.cluster.services.usenet import Usenet, ask, download, ended, subscribe, until, usenet
+from tests.pipelines.media.conftest import Desk, Ear
+
+pytestmark = [pytest.mark.usefixtures("ear"), pytest.mark.parametrize("database", ["sqlite"], indirect=True)]
+
+SIZE = 40_000
+TITLE = "Le Père 🎬 'Noël'"
+
+
+@pytest.fixture(scope="module")
+def news() -> Iterator[Usenet]:
+    with usenet() as news:
+        yield news
+
+
+@pytest.fixture(scope="module")
+def sabnzbd(news: Usenet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with programs.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server:
+        subscribe(server, news)
+        yield server
+
+
+def failing(sabnzbd: Running, news: Usenet, name: str) -> str:
+    """A download all of whose articles are lost, which has failed."""
+    nzo_id = download(sabnzbd, news.post("a.bin", secrets.token_bytes(SIZE), lost=4), name)
+    assert ended(sabnzbd, nzo_id)["status"] == "Failed"
+    return nzo_id
+
+
+async def test_what_ends_is_counted_and_a_failure_is_told_once(
+    sabnzbd: Running, news: Usenet, desk: Desk, ear: Ear
+) -> None:
+    before = failing(sabnzbd, news, "Before its time")
+    await asyncio.sleep(1)  # SABnzbd tells whole seconds
+    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    assert (await desk.watch())["failed"] == 0
+    good = download(sabnzbd, news.post("b.bin", secrets.token_bytes(SIZE)), "Good")
+    assert ended(sabnzbd, good)["status"] == "Completed"
+    bad = failing(sabnzbd, news, TITLE)
+    # Two that look at the same time, and one that looks again.
+    both = await asyncio.gather(desk.watch(), desk.watch())
+    again = await desk.watch()
+    assert [sum(one["failed"] for one in both), again["failed"]] == [1, 0]
+    (told,) = ear.of("download.failed")
+    assert (told["download_id"], told["title"]) == (bad, TITLE)
+    assert told["reason"] == ended(sabnzbd, bad)["fail_message"]
+    followed = await desk.followed()
+    assert (followed.completed, followed.failed, followed.underway) == (1, 1, 0)
+    assert before not in await desk.downloads()
+
+
+async def test_a_failure_is_retried_and_given_up_in_the_end(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
+    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await desk.policy(max_retries=1)
+    first = failing(sabnzbd, news, "Gone for good")
+    assert (await desk.watch())["recover_job_id"]
+    await desk.recover(dry_run=True)
+    assert ended(sabnzbd, first)["status"] == "Failed"
+    await desk.recover()
+    said, retried = await desk.about("Gone for good")
+    assert [(one.decision, one.outcome) for one in (said, retried)] == [("retry", "dry_run"), ("retry", "done")]
+    assert ask(sabnzbd, "history", nzo_ids=first)["history"]["slots"] == []
+    assert retried.new_item
+    assert ended(sabnzbd, retried.new_item)["status"] == "Failed"
+    await desk.watch()
+    await desk.recover()
+    *_, last = await desk.about("Gone for good")
+    assert (last.decision, last.outcome, last.item) == ("give_up", "noted", retried.new_item)
+    assert "after 1 retries" in last.reason
+    assert (await desk.watch())["recover_job_id"] is None  # there is nothing more to decide
+    metrics = desk.words.metrics
+    assert (metrics["retried"], metrics["given_up"], metrics["recovered"], metrics["failed"]) == (1, 1, 0, 0)
+
+
+async def test_what_comes_after_all_has_recovered(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
+    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await desk.policy()
+    nzb = news.post("c.bin", secrets.token_bytes(SIZE))
+    lost = dict(news.articles)
+    news.articles.clear()
+    item = download(sabnzbd, nzb, "Late")
+    assert ended(sabnzbd, item)["status"] == "Failed"
+    await desk.watch()
+    news.articles |= lost
+    await desk.recover()
+    (retried,) = await desk.about("Late")
+    assert ended(sabnzbd, retried.new_item or "")["status"] == "Completed"
+    watched = await desk.watch()
+    assert (watched["recovered"], bool(watched["recover_job_id"])) == (1, True)
+    (recovered,) = await desk.about("Late")
+    assert recovered.recovered_at is not None
+    await desk.recover()
+    assert desk.words.metrics["recovered"] == 1
+
+
+async def test_who_waits_in_the_queue_is_not_stuck(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
+    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await desk.policy(strikes=1, stuck_minutes=0)
+    news.open.clear()
+    items = [download(sabnzbd, news.post(f"{n}.bin", secrets.token_bytes(SIZE)), f"Waits {n}") for n in range(2)]
+    for _ in range(3):
+        await desk.watch()
+    rows = await desk.downloads()
+    assert [(rows[item].state, rows[item].strikes) for item in items] == [("running", 0), ("waiting", 0)]
+    ask(sabnzbd, "pause")
+    until(lambda: ask(sabnzbd, "queue")["queue"]["status"] == "Paused")
+    await desk.watch()
+    rows = await desk.downloads()
+    assert {rows[item].state for item in items} == {"waiting"}
+    await desk.recover()
+    assert [await desk.about(f"Waits {number}") for number in range(2)] == [[], []]
+    news.open.set()
+    ask(sabnzbd, "resume")
+    assert {ended(sabnzbd, item)["status"] for item in items} == {"Completed"}
+
+
+async def test_who_chose_a_download_hears_that_it_has_failed(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
+    item = failing(sabnzbd, news, "Breaking.Bad.S01E02")
+    found = {"seriesId": 3, "episodeId": 12, "sourceTitle": "Breaking.Bad.S01E02", "date": "2025-01-08T10:30:00Z"}
+    resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
+    async with arr_standing_in("sonarr", **resources) as sonarr:
+        sonarr.keep("series", kept_series("Breaking Bad", 81189, 3))
+        sonarr.keep("history", {**found, "id": 7, "eventType": "grabbed", "downloadId": item})
+        tv = await desk.add("TV", "sonarr", sonarr.url, KEY)
+        usenet = await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+        async with desk.database.transaction() as session:
+            usenet.connected_as_of = usenet.connected_as_of.replace(year=2025)
+            await session.merge(usenet)
+        await desk.policy(grace_minutes=1000)
+        await desk.watch()
+        await desk.recover()
+        mine = [one for one in await desk.recoveries() if one.item == item]
+        assert [(one.decision, one.service_id, one.outcome) for one in mine] == [("wait", tv.id, "noted")]
+        await desk.policy(grace_minutes=0, max_retries=0)
+        await desk.recover()
+        marked = [one for one in await desk.recoveries() if one.decision == "mark_failed"]
+        assert [(one.item, one.outcome, one.searched, one.content) for one in marked] == [
+            (item, "done", True, ["series:3", "episode:12"])
+        ]
+        assert [asked.path for asked in sonarr.asked if asked.method == "POST"] == [
+            "/api/v3/history/failed/7",
+            "/api/v3/command",
+        ]
+        assert sonarr.commands == [{"name": "EpisodeSearch", "episodeIds": [12]}]
+
+
+async def test_folders_that_nobody_knows_are_found_and_go_only_by_policy(
+    sabnzbd: Running, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = sabnzbd.folder / "complete"
+    old, new = complete / "_FAILED_Old", complete / "_FAILED_New"
+    for folder in (old, new, complete / "Good"):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.utime(old, (0, 0))
+    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await desk.policy(max_retries=0)
+    for _ in range(2):
+        await desk.recover()
+    reported = [one.title for one in await desk.recoveries() if one.decision == "report"]
+    assert sorted(reported) == ["_FAILED_New", "_FAILED_Old"]  # each once, and none that is known
+    await desk.policy(max_retries=0, leftovers="remove")
+    await desk.recover()
+    assert old.exists()  # nobody has said that this folder is SABnzbd's
+    monkeypatch.setenv("FORGEARR_MEDIA__FOLDERS", f"{{{complete}: {complete}}}")
+    get_settings.cache_clear()
+    await desk.recover()
+    assert [old.exists(), new.exists()] == [False, True]
+    removed = [one for one in await desk.recoveries() if one.decision == "remove_folder"]
+    assert [(one.item, one.outcome) for one in removed] == [(str(old), "done")]
