@@ -23,8 +23,8 @@ from cluster.settings import get_settings, load_settings
 from tests.pipelines.shelf import Shelf
 
 ENGINES = ["sqlite", "postgres"]
-# Before anybody imports torch: its threads wait for each other at every step, and on two cores that are shared with other
-# tests they do little else.
+# Before anybody imports torch: its threads wait for each other at every step, and on two cores that are shared with
+# other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from cluster.services.downloads import Downloads
-from cluster.services.libraries import Library
 from cluster.services.following import Following
+from cluster.services.libraries import Library
 
 if TYPE_CHECKING:
     from cluster.services.client import Client
