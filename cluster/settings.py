@@ -103,6 +103,9 @@ class LimitSettings(Section):
     general: Rate = Field(description="Limit of each caller over all routes that have no limit of their own.")
     health: Rate = Field(description="Limit of each caller for the health routes.")
     content: Rate = Field(description="How many series and movies a caller may add, or have searched for.")
+    audit: Rate = Field(description="How many audits of services a caller may ask for.")
+    apply: Rate = Field(description="How often a caller may apply recommendations, or take them back.")
+    recommendations: Rate = Field(description="How often a caller may read recommendations, rules and past audits.")
 
 
 class DatabaseSettings(Section):
@@ -336,6 +339,11 @@ class RecoverySettings(Section):
         description="What becomes of folders of failed downloads that SABnzbd no longer knows."
     )
     leftover_days: float = Field(gt=0, le=10_000, description="How old such a folder must be to be removed.")
+class AuditSettings(Section):
+    rules: Path | None = Field(
+        description="Folder with rules of your own (*.yaml) for audits of services. Null: `audit` in FORGEARR_HOME."
+    )
+    history_days: float = Field(gt=0, description="How long audits are kept, and what was closed or applied.")
 
 
 class LogSettings(Section):
@@ -361,6 +369,7 @@ class Settings(Section):
     services: ServiceSettings
     media: MediaSettings
     recovery: RecoverySettings
+    audit: AuditSettings
     logs: LogSettings
 
     @property

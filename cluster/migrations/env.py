@@ -23,6 +23,7 @@ for module in (
     "pipelines.media.tool_calls",
     "pipelines.media.followed",
     "pipelines.media.recoveries",
+    "pipelines.media.recommendations",
     "pipelines.training.blobs",
     "pipelines.training.datasets",
     "pipelines.training.nodes",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cluster.services.areas import Areas
 from cluster.services.base import Capability, Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.collections import Collection
@@ -18,6 +19,7 @@ def connector(
     collection: Collection[Any] | None = None,
     tools: tuple[Tool, ...] = (),
     following: Following | None = None,
+    settings: Areas | None = None,
 ) -> Connector:
     """The connector of one of them, whose API has this prefix."""
 
@@ -37,4 +39,5 @@ def connector(
         collection=collection,
         tools=tools,
         following=following,
+        settings=settings,
     )

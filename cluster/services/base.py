@@ -16,6 +16,7 @@ from cluster.services.following import Following
 from cluster.services.libraries import Library
 
 if TYPE_CHECKING:
+    from cluster.services.areas import Areas
     from cluster.services.client import Client
     from cluster.services.collections import Collection
 
@@ -66,6 +67,14 @@ class Tool:
     effect: Literal["read", "change", "destroy"] = "read"
 
 
+@dataclass(frozen=True)
+class Source:
+    """A page that a web search has found."""
+
+    title: str
+    url: str
+
+
 def as_it_is(answer: Any) -> Any:
     return answer
 
@@ -85,6 +94,8 @@ class Connector:
     downloads: Downloads | None = None
     library: Library | None = None
     following: Following | None = None
+    settings: "Areas | None" = None  # how its settings are read and changed
+    search_web: "Callable[[Client, str], Awaitable[list[Source]]] | None" = None  # the pages that suit a question
     session: Callable[["Client", str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property

@@ -1,6 +1,5 @@
 """/v1/fine-tune, /status, /validate and /deploy: from data to a served model, step by step."""
 
-import time
 from collections.abc import Set
 from typing import Annotated, Any, Literal
 
@@ -26,15 +25,10 @@ from pipelines.training.spec import Data, DeploySpec, ExportSpec, FineTuneSpec, 
 from serve.api.jobs import JobId, owner_of
 from serve.auth import Caller, CurrentCaller
 from serve.envelope import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
+from serve.outcomes import UNFINISHED, Wait, outcome_of
 
 router = APIRouter(tags=["Forge"], responses=ERROR_RESPONSES)
 openai_router = APIRouter(prefix="/v1", tags=["Forge"], responses=OPENAI_ERROR_RESPONSES)
-
-LOOK_SECONDS = 5.0
-"""How long a lost message may delay the news that a job has finished."""
-
-Wait = Annotated[float, Query(ge=0, le=600, description="Seconds to wait for the outcome before answering without it.")]
-UNFINISHED: dict[int | str, dict[str, Any]] = {202: {"description": "Not finished yet; ask again, or follow the job"}}
 
 
 class NoData(InvalidRequest):
@@ -139,7 +133,7 @@ async def validate(
         check = ValidateSpec(job_id=training.id)
         # One that has measured the export too, has measured this.
         job = await _step(session, training, "validate", check, caller, but={"export_job_id"})
-    job = await _outcome(request, job.id, wait)
+    job = await outcome_of(request, job.id, wait)
     response.status_code = 200 if job.state in FINISHED else 202
     result: dict[str, Any] = job.result or {}
     failure = [job.error["message"]] if job.error else []
@@ -172,7 +166,7 @@ async def deploy(
         validation = await _step(session, training, "validate", check, caller, after=export)
         target = DeploySpec(export_job_id=export.id, force=force)
         job = await _deployment(session, target, caller, after=validation)
-    job = await _outcome(request, job.id, wait)
+    job = await outcome_of(request, job.id, wait)
     response.status_code = 200 if job.state in FINISHED else 202
     result: dict[str, Any] = job.result or {}
     return DeploymentView(
@@ -262,16 +256,3 @@ async def _new_step(
 ) -> Job:
     request = JobRequest(kind=kind, spec=spec.model_dump(mode="json"), depends_on=[after.id], resources=resources)
     return await queue.enqueue(session, request, owner_of(caller))
-
-
-async def _outcome(request: Request, job_id: str, seconds: float) -> Job:
-    """The job when it has finished, or as it is when the time is up."""
-    until = time.monotonic() + seconds
-    async with request.app.state.hub.subscribe([f"job:{job_id}"]) as subscription:
-        while True:
-            async with get_database().reading() as session:
-                job = await queue.get(session, job_id)
-            left = until - time.monotonic()
-            if job.state in FINISHED or left <= 0:
-                return job
-            await subscription.get(timeout=min(left, LOOK_SECONDS))

@@ -100,19 +100,26 @@ async def delete_model(
 @native.get("/models")
 async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
     """What is served, in short."""
-    served = [model.served for model in await models_of(request).all() if model.served is not None]
-    newest = max(served, key=lambda version: version.created_at, default=None)
+    served = await _served(request)
     return ModelSummaries(
         models=[
             ModelSummary(name=_latest(version), size=version.file.bytes, modified_at=version.created_at)
             for version in served
         ],
-        active_model=_latest(newest) if newest else None,
+        active_model=_newest(served),
     )
 
 
 router.include_router(openai)
 router.include_router(native)
+
+
+async def active_model(request: Request) -> str | None:
+    """The newest model that is served; None: there is none, or nobody can say."""
+    try:
+        return _newest(await _served(request))
+    except Unavailable:
+        return None
 
 
 async def delete(request: Request, reference: str, caller: Caller) -> None:
@@ -128,6 +135,15 @@ async def delete(request: Request, reference: str, caller: Caller) -> None:
     for version in gone:
         with suppress(Unavailable):  # what is not reachable now makes room as soon as others need it
             await engine_of(request).unload(version.reference, version)
+
+
+async def _served(request: Request) -> list[Version]:
+    return [model.served for model in await models_of(request).all() if model.served is not None]
+
+
+def _newest(served: list[Version]) -> str | None:
+    newest = max(served, key=lambda version: version.created_at, default=None)
+    return _latest(newest) if newest else None
 
 
 def _cards(model: Model) -> list[ModelCard]:

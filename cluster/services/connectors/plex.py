@@ -4,6 +4,7 @@ from cluster.services import tools
 from cluster.services.base import Connector, Key
 from cluster.services.client import Client
 from cluster.services.plex_library import LIBRARY
+from cluster.services.plex_areas import AREAS
 
 
 async def health(client: Client) -> str:
@@ -21,4 +22,5 @@ CONNECTOR = Connector(
     key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the address.",
     tools=tools.of_library(LIBRARY),
     library=LIBRARY,
+    settings=AREAS,
 )

@@ -26,4 +26,9 @@ async def get_indexers(client: Client, _: Arguments) -> list[Indexer]:
 CONNECTOR = replace(
     arr.connector("prowlarr", "Prowlarr", "/api/v1", "indexers", "search", "history", "configure"),
     tools=(Tool("get_indexers", "List the indexers that are searched", Arguments, get_indexers),),
+from cluster.services import arr
+from cluster.services.arr_areas import OF_INDEXERS
+
+CONNECTOR = arr.connector(
+    "prowlarr", "Prowlarr", "/api/v1", "indexers", "search", "history", "configure", settings=OF_INDEXERS
 )

@@ -2,6 +2,7 @@
 
 from cluster.services import arr
 from cluster.services.arr_following import following
+from cluster.services.arr_areas import OF_SERIES_AND_MOVIES
 from cluster.services.movies import MOVIES
 from cluster.services.movies_tools import TOOLS
 
@@ -18,4 +19,5 @@ CONNECTOR = arr.connector(
     collection=MOVIES,
     tools=TOOLS,
     following=following("movie"),
+    settings=OF_SERIES_AND_MOVIES,
 )

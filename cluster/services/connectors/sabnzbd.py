@@ -9,6 +9,7 @@ from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.errors import ErrorInside
 from cluster.services.sabnzbd_following import FOLLOWING
+from cluster.services.sabnzbd_areas import AREAS
 
 
 async def health(client: Client) -> str:
@@ -48,4 +49,5 @@ CONNECTOR = Connector(
     ),
     downloads=sabnzbd_downloads.DOWNLOADS,
     following=FOLLOWING,
+    settings=AREAS,
 )

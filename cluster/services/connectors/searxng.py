@@ -3,8 +3,27 @@
 from pydantic import BaseModel, Field
 
 from cluster.services.base import Connector, Tool
+from pydantic import BaseModel, TypeAdapter
+
+from cluster.services.areas import understood
+from cluster.services.base import Connector, Source
 from cluster.services.client import Client
 from cluster.services.tools import Arguments
+
+URL_MAX = 1000
+TITLE_MAX = 300
+
+
+class Result(BaseModel):
+    title: str = ""
+    url: str
+
+
+class Results(BaseModel):
+    results: list[Result]
+
+
+ANSWER = TypeAdapter(Results)
 
 
 async def health(client: Client) -> str:
@@ -30,6 +49,13 @@ class Results(BaseModel):
 async def search_web(client: Client, wanted: Question) -> list[Found]:
     answer = await client.get("/search", q=wanted.query, format="json")
     return client.read(Results, answer).results[: wanted.limit]
+async def search_web(client: Client, question: str) -> list[Source]:
+    answer = understood(client, ANSWER, await client.get("/search", q=question, format="json"))
+    return [
+        Source(" ".join(result.title.split())[:TITLE_MAX], result.url)
+        for result in answer.results
+        if result.url.startswith(("https://", "http://")) and result.url.isprintable() and len(result.url) <= URL_MAX
+    ]
 
 
 CONNECTOR = Connector(
@@ -39,4 +65,5 @@ CONNECTOR = Connector(
     capabilities=frozenset({"health", "web_search"}),
     health=health,
     tools=(Tool("search_web", "Search the web", Question, search_web),),
+    search_web=search_web,
 )

@@ -2,6 +2,7 @@
 
 from cluster.services import arr
 from cluster.services.arr_following import following
+from cluster.services.arr_areas import OF_SERIES_AND_MOVIES
 from cluster.services.series import SERIES
 from cluster.services.series_tools import TOOLS
 
@@ -18,4 +19,5 @@ CONNECTOR = arr.connector(
     collection=SERIES,
     tools=TOOLS,
     following=following("series"),
+    settings=OF_SERIES_AND_MOVIES,
 )

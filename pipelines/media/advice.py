@@ -1,0 +1,48 @@
+"""What the web says of findings: pages for each, from a connected service that searches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.db import Database
+from cluster.secrets import SealBroken
+from cluster.services import register
+from cluster.services.catalogue import find_connector
+from cluster.services.errors import ServiceError
+from pipelines.media.findings import Finding
+from pipelines.media.rules import PRIORITIES
+
+SEARCHES_MAX = 12
+SOURCES_MAX = 3
+
+
+@dataclass
+class Advice:
+    used: bool
+    reason: str | None  # why it was not used, or not to its end
+    searches: int = 0
+    sources: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # addresses, by rule
+
+    def as_told(self) -> dict[str, object]:
+        return {"used": self.used, "reason": self.reason, "searches": self.searches}
+
+
+async def search(database: Database, findings: Sequence[Finding]) -> Advice:
+    """Look for pages about the weightiest findings."""
+    async with database.reading() as session:
+        services = await register.every(session)
+    service = next((one for one in services if one.enabled and one.connector.search_web), None)
+    if service is None or service.connector.search_web is None:
+        return Advice(False, "No service that searches the web is connected: add a SearXNG at /api/services.")
+    rules = {finding.rule.id: finding.rule for finding in findings}
+    weightiest = sorted(rules.values(), key=lambda rule: PRIORITIES.index(rule.priority))[:SEARCHES_MAX]
+    advice = Advice(True, None)
+    try:
+        async with register.connected(database, service) as client:
+            for rule in weightiest:
+                title = find_connector(rule.service).title
+                found = await service.connector.search_web(client, f"{title} {rule.setting} recommended setting")
+                advice.searches += 1
+                advice.sources[rule.id] = [source.url for source in found[:SOURCES_MAX]]
+    except (ServiceError, SealBroken) as error:
+        advice.used, advice.reason = bool(advice.sources), error.message
+    return advice
