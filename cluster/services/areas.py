@@ -7,12 +7,10 @@ is secret is told only as being there: no password and no key leaves this room b
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from cluster.logs import MASK
-from cluster.services.errors import BadResponse, Refused
+from cluster.services.errors import Refused
 
 if TYPE_CHECKING:
     from cluster.services.client import Client
@@ -21,8 +19,6 @@ SECRET = re.compile(
     r"passw|pwd|passphrase|passkey|(api|nzb|user|rss|access|private)_?key|token|secret|cookie|credential", re.I
 )
 WORDS = {"true": 1, "false": 0}
-
-Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -76,18 +72,6 @@ def plain(value: Any) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     return plain(one) == plain(other)
-
-
-def understood(client: "Client", content: TypeAdapter[Content], answer: object) -> Content:
-    """The answer, if it is such content."""
-    try:
-        return content.validate_python(answer)
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "answer"
-        raise BadResponse(
-            f"{client.connection.name} answers with something that cannot be understood ({place}: {fault['msg']})."
-        ) from None
 
 
 def refuse_masked(client: "Client", values: Mapping[str, Any]) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.services.areas import Areas, Entry, is_list, refuse_masked, told, understood
+from cluster.services.areas import Areas, Entry, is_list, refuse_masked, told
 from cluster.services.client import Client
 from cluster.services.errors import BadResponse
 
@@ -32,18 +32,15 @@ class Setting(BaseModel):
     value: Any = None
 
 
-ONE, MANY = TypeAdapter(Thing), TypeAdapter(list[Thing])
-
-
 def areas(api: str, *, writable: tuple[str, ...], readable: tuple[str, ...]) -> Areas:
     """The areas of one of them, whose API has this prefix."""
 
     async def read(client: Client, area: str) -> list[Entry]:
         answer = await client.get(f"{api}/{area.removesuffix('[]')}")
         if not is_list(area):
-            understood(client, ONE, answer)
+            client.read(Thing, answer)
             return [_entry("", answer)]
-        understood(client, MANY, answer)
+        client.read(list[Thing], answer)
         return [_entry(_key(area, thing), thing) for thing in answer]
 
     async def write(client: Client, area: str, entry: Entry, changes: Mapping[str, Any]) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field
 
-from cluster.services.areas import Areas, Entry, told, understood
+from cluster.services.areas import Areas, Entry, told
 from cluster.services.client import Client
 
 PATH = "/:/prefs"
@@ -24,11 +24,8 @@ class Answer(BaseModel):
     container: Preferences = Field(alias="MediaContainer")
 
 
-ANSWER = TypeAdapter(Answer)
-
-
 async def read(client: Client, area: str) -> list[Entry]:
-    answer = understood(client, ANSWER, await client.get(PATH))
+    answer = client.read(Answer, await client.get(PATH))
     return [Entry("", "", told({one.id: one.value for one in answer.container.preferences}))]
 
 

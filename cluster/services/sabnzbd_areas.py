@@ -4,9 +4,9 @@ and says that it has done so, so that whoever writes has to read it back."""
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
-from cluster.services.areas import Areas, Entry, is_list, told, understood
+from cluster.services.areas import Areas, Entry, is_list, told
 from cluster.services.client import Client
 from cluster.services.errors import BadResponse, NotThere
 
@@ -15,27 +15,20 @@ class Answer(BaseModel):
     config: dict[str, Any]
 
 
-ANSWER = TypeAdapter(Answer)
-ONE = TypeAdapter(dict[str, Any])
-
-
 class Named(BaseModel):
     name: str
-
-
-NAMES = TypeAdapter(list[Named])
 
 
 async def read(client: Client, area: str) -> list[Entry]:
     section = area.removesuffix("[]")
     answer = await client.get("/api", mode="get_config", output="json", section=section)
-    config = understood(client, ANSWER, answer).config
+    config = client.read(Answer, answer).config
     if not is_list(area):
         if section not in config:
             raise BadResponse(f"{client.connection.name} does not tell its settings.")
-        return [Entry("", "", told(understood(client, ONE, config[section])))]
+        return [Entry("", "", told(client.read(dict[str, Any], config[section])))]
     things = config.get(section, [])  # it does not name a list that is empty
-    understood(client, NAMES, things)
+    client.read(list[Named], things)
     return [Entry(thing["name"], thing["name"], told(thing)) for thing in things]
 
 

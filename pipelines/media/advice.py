@@ -7,6 +7,7 @@ from cluster.db import Database
 from cluster.secrets import SealBroken
 from cluster.services import register
 from cluster.services.catalogue import find_connector
+from cluster.services.choice import NothingConnected, choose
 from cluster.services.errors import ServiceError
 from pipelines.media.findings import Finding
 from pipelines.media.rules import PRIORITIES
@@ -28,11 +29,14 @@ class Advice:
 
 async def search(database: Database, findings: Sequence[Finding]) -> Advice:
     """Look for pages about the weightiest findings."""
-    async with database.reading() as session:
-        services = await register.every(session)
-    service = next((one for one in services if one.enabled and one.connector.search_web), None)
-    if service is None or service.connector.search_web is None:
-        return Advice(False, "No service that searches the web is connected: add a SearXNG at /api/services.")
+    try:
+        async with database.reading() as session:
+            service = await choose(session, lambda connector: connector.search_web, "searches the web")
+    except NothingConnected as error:
+        return Advice(False, error.message)
+    search_web = service.connector.search_web
+    if search_web is None:
+        return Advice(False, f"{service.name} does not search the web.")
     rules = {finding.rule.id: finding.rule for finding in findings}
     weightiest = sorted(rules.values(), key=lambda rule: PRIORITIES.index(rule.priority))[:SEARCHES_MAX]
     advice = Advice(True, None)
@@ -40,7 +44,7 @@ async def search(database: Database, findings: Sequence[Finding]) -> Advice:
         async with register.connected(database, service) as client:
             for rule in weightiest:
                 title = find_connector(rule.service).title
-                found = await service.connector.search_web(client, f"{title} {rule.setting} recommended setting")
+                found = await search_web(client, f"{title} {rule.setting} recommended setting")
                 advice.searches += 1
                 advice.sources[rule.id] = [source.url for source in found[:SOURCES_MAX]]
     except (ServiceError, SealBroken) as error:

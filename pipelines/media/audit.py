@@ -12,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
 from cluster.db import Database, after_commit, apart, now
-from cluster.errors import InvalidRequest
 from cluster.secrets import SealBroken
 from cluster.services import register
 from cluster.services.areas import Areas, Entry
+from cluster.services.choice import choose
 from cluster.services.client import Client
 from cluster.services.errors import NotThere, ServiceError
-from cluster.services.register import Service, ServiceNotFound
+from cluster.services.register import Service
 from jobs.context import Context
 from jobs.registry import job
 from jobs.tables import Job
@@ -31,12 +31,6 @@ from pipelines.media.rules import PRIORITIES, Rule, Rules
 KIND = "audit_services"
 ROOM = "config_audit"
 AT_ONCE = 8
-
-
-class NotAuditable(InvalidRequest):
-    """The settings of this service cannot be read, so it cannot be audited."""
-
-    code = "NOT_AUDITABLE"
 
 
 class AuditSpec(BaseModel):
@@ -83,13 +77,7 @@ async def auditable(session: AsyncSession, words: Sequence[str]) -> dict[str, Se
         return {handles[service.id]: service for service in wanted}
     found: dict[str, Service] = {}
     for word in words:
-        service = await register.find(session, word)
-        if service is None:
-            raise ServiceNotFound(f"There is no service of type '{word}': add one at /api/services.")
-        if service.connector.settings is None:
-            raise NotAuditable(f"The settings of {service.connector.title} cannot be read, so it cannot be audited.")
-        if not service.enabled:
-            raise NotAuditable(f"'{service.name}' is disabled, and is not audited.")
+        service = await choose(session, lambda connector: connector.settings, "lets its settings be read", word)
         found[handles[service.id]] = service
     return found
 

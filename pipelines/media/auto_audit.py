@@ -40,24 +40,25 @@ async def state(session: AsyncSession) -> tuple[bool, int | None]:
     return schedule.enabled, next((hours for hours, cron in CRON.items() if cron == schedule.cron), None)
 
 
-async def change(session: AsyncSession, owner: Owner, enabled: bool | None, hours: int | None) -> tuple[bool, int]:
+async def change(session: AsyncSession, enabled: bool | None, hours: int | None) -> tuple[bool, int]:
     """Schedule audits so; what is None stays. Returns what is so now."""
-    schedule = await _find(session)
+    schedule = await _find(session, lock=True)
     was_enabled, was_hours = await state(session)
     hours = hours or was_hours or DEFAULT_HOURS
     request = ScheduleRequest(
         name=NAME, kind=KIND, cron=CRON[hours], enabled=was_enabled if enabled is None else enabled
     )
     if schedule is None:
-        await schedules.create(session, request, owner)
+        await schedules.create(session, request, Owner(name="system"))
     else:
         request = request.model_copy(update={"spec": schedule.spec, "priority": schedule.priority})
-        await schedules.replace(session, schedule, request, owner)
+        await schedules.replace(session, schedule, request)
     return request.enabled, hours
 
 
-async def _find(session: AsyncSession) -> Schedule | None:
-    schedule = await session.scalar(select(Schedule).where(Schedule.name == NAME).with_for_update())
+async def _find(session: AsyncSession, *, lock: bool = False) -> Schedule | None:
+    wanted = select(Schedule).where(Schedule.name == NAME)
+    schedule = await session.scalar(wanted.with_for_update() if lock else wanted)
     if schedule is not None and schedule.kind != KIND:
         raise NameTaken
     return schedule

@@ -27,7 +27,6 @@ from serve.bodies.config import (
     AuditHistory,
     AuditRequest,
     AuditView,
-    ChangeSummary,
     ChangesView,
     Pagination,
     PastAudit,
@@ -240,8 +239,8 @@ async def _change(
     if job.state in FINISHED and job.state != State.SUCCEEDED:
         raise ChangeFailed(_reason(job))
     response.status_code = 200 if job.state in FINISHED else 202
-    nothing = {"results": [], "summary": ChangeSummary(total=0, successful=0, failed=0), "dry_run": wanted.dry_run}
-    return ChangesView(**(job.result or nothing), job_id=job.id, status=State(job.state))
+    nothing = {"results": [], "summary": {"total": 0, "successful": 0, "failed": 0}, "dry_run": wanted.dry_run}
+    return ChangesView.model_validate({**(job.result or nothing), "job_id": job.id, "status": job.state})
 
 
 def _reason(job: Job) -> str | None:

@@ -31,9 +31,7 @@ class NothingToChange(InvalidRequest):
 class ServerSettings(BaseModel):
     enabled: bool
     url: str
-    connected: bool | None = Field(
-        description="What the last check has found. Null: not checked since its last change."
-    )
+    connected: bool | None = Field(description="What the last check has found. Null: none since its last change.")
 
 
 class LlmSettings(BaseModel):
@@ -118,7 +116,7 @@ async def change_settings(wanted: SettingsChanges, caller: AdminCaller) -> Setti
             await _change_server(session, word, changes, caller)
         if wanted.audit is not None and sent["audit"]:
             asked = wanted.audit.auto_audit_enabled, wanted.audit.auto_audit_interval_hours
-            await auto_audit.change(session, owner_of(caller), *asked)
+            await auto_audit.change(session, *asked)
     return SettingsChanged(message="Settings updated successfully", updated_settings=sent)
 
 

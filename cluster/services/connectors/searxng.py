@@ -4,8 +4,8 @@ from pydantic import BaseModel, Field
 
 from cluster.services.base import Connector, Tool
 from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
-from cluster.services.areas import understood
 from cluster.services.base import Connector, Source
 from cluster.services.client import Client
 from cluster.services.tools import Arguments
@@ -21,9 +21,6 @@ class Result(BaseModel):
 
 class Results(BaseModel):
     results: list[Result]
-
-
-ANSWER = TypeAdapter(Results)
 
 
 async def health(client: Client) -> str:
@@ -50,7 +47,7 @@ async def search_web(client: Client, wanted: Question) -> list[Found]:
     answer = await client.get("/search", q=wanted.query, format="json")
     return client.read(Results, answer).results[: wanted.limit]
 async def search_web(client: Client, question: str) -> list[Source]:
-    answer = understood(client, ANSWER, await client.get("/search", q=question, format="json"))
+    answer = client.read(Results, await client.get("/search", q=question, format="json"))
     return [
         Source(" ".join(result.title.split())[:TITLE_MAX], result.url)
         for result in answer.results
