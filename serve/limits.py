@@ -29,7 +29,13 @@ from serve.auth import find_caller, refuse
 
 STORAGE_TIMEOUT_SECONDS = 1.0
 HEALTH_PATHS = ("/health", "/api/health", "/api/v1/health")
-OWN_LIMITS = (("content", "POST", ("/api/v1/shows", "/api/v1/movies")),)
+CONFIG = "/api/v1/config"
+OWN_LIMITS = (
+    ("content", "POST", ("/api/v1/shows", "/api/v1/movies")),
+    ("audit", "POST", (f"{CONFIG}/audit",)),
+    ("apply", "POST", (f"{CONFIG}/apply", f"{CONFIG}/rollback")),
+    ("recommendations", "GET", (CONFIG,)),
+)
 """Which requests have a limit of their own: its setting, their method, and how their paths begin."""
 
 logger = logging.getLogger(__name__)

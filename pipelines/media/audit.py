@@ -89,7 +89,7 @@ async def _audit(context: Context, spec: AuditSpec, database: Database) -> dict[
             return _told(done)  # by an attempt whose end nobody has heard of
         wanted = await auditable(session, spec.services)
     context.report(phase=f"{len(wanted)} services")
-    known = rules.load()
+    known = await asyncio.to_thread(rules.load)
     outcomes = await _look_at_all(database, wanted, known)
     found = [finding for outcome in outcomes for finding in outcome.findings]
     context.report(progress=60, phase="searching the web" if spec.include_web_search else "recommending")

@@ -25,6 +25,7 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 SHIPPED = files("configs") / "audit"
 FILE_MAX = 1_000_000
 ALIASES_MAX = 100
+YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # twenty times as fast, where there is libyaml
 
 
 def _one_address(text: str) -> str:
@@ -185,9 +186,9 @@ def _parse(file: str, text: str, problems: list[Problem]) -> Iterator[tuple[dict
     if len(text) > FILE_MAX:
         problems.append(Problem(file, 1, f"A file of rules has {FILE_MAX} characters at most."))
         return
-    loader = yaml.SafeLoader(text)
+    loader = YamlLoader(text)
     try:
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)) > ALIASES_MAX:
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=YamlLoader)) > ALIASES_MAX:
             problems.append(Problem(file, 1, f"A file of rules has {ALIASES_MAX} aliases at most."))
             return
         root = loader.get_single_node()

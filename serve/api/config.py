@@ -1,5 +1,6 @@
 """/api/v1/config: audits of the settings of services, what they recommend, and its application."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
@@ -207,7 +208,7 @@ async def roll_back(
 @router.get("/rules")
 async def list_rules(caller: CurrentCaller) -> RulesView:
     """The rules that audits go by, your own among them, and what is wrong in their files."""
-    known = rules.load()
+    known = await asyncio.to_thread(rules.load)
     return RulesView(
         rules=[
             RuleView(

@@ -124,6 +124,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         "tool_calls": 0,
         "downloads": 0,
         "recoveries": 0,
+        "recommendations": 0,
     }
     async with database.reading() as session:
         left = set(await session.scalars(select(JobEvent.job_id)))
