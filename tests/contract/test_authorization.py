@@ -90,6 +90,10 @@ FOR_ADMINISTRATORS = {
     "PUT /api/v1/recovery/policy",
     "DELETE /api/v1/recovery/policy",
     "POST /api/v1/recovery/run",
+    "POST /api/v1/config/audit",
+    "POST /api/v1/config/apply",
+    "POST /api/v1/config/rollback",
+    "PUT /api/v1/settings",
 }
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
 
@@ -107,6 +111,7 @@ EVERYBODYS = (
     "/api/v1/downloads/",
     "/api/v1/mcp/",
 )
+EVERYBODYS = ("/api/v1/models/", "/v1/models/", "/api/blobs/", "/api/services/", "/api/v1/config/", "/health/")
 """What begins so belongs to nobody: all users see the same."""
 
 OWNED_LISTS = (

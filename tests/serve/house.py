@@ -31,7 +31,7 @@ class House:
         )
 
     async def ask(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {identity.access_token(self.people[who])}"}
+        headers = {"Authorization": f"Bearer {identity.access_token(self.people[who])}", **options.pop("headers", {})}
         if method in {"POST", "PUT"}:
             headers["Content-Type"] = "application/json"
         return await self.http.request(method, path, headers=headers, **options)
