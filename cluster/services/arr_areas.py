@@ -68,7 +68,11 @@ def _key(area: str, thing: Mapping[str, Any]) -> str:
 def _entry(key: str, thing: dict[str, Any]) -> Entry:
     fields = {f"{FIELD}{one['name']}": one.get("value") for one in thing.get("fields") or []}
     name = next((str(thing[name]) for name in NAMES if thing.get(name)), key)
-    return Entry(key, name if key else "", told({**thing, **fields}), thing)
+    # An address is told as a text, and was to be told in parts by their documents.
+    addresses = {
+        one: value["fullUri"] for one, value in thing.items() if isinstance(value, dict) and "fullUri" in value
+    }
+    return Entry(key, name if key else "", told({**thing, **fields, **addresses}), thing)
 
 
 def _changed(thing: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

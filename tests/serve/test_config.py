@@ -333,7 +333,15 @@ def sonarr_resources() -> dict[str, Any]:
         "qualitydefinition": [{"id": 1, "title": "HDTV-720p", "maxSize": 100.0, "preferredSize": 995.0}],
         "remotepathmapping": [{"id": 1, "host": "sab", "remotePath": "/downloads", "localPath": "/tv/downloads"}],
         "customformat": [],
-        "health": [{"id": 1, "source": "UpdateCheck", "type": "warning", "message": "New", "wikiUrl": "https://wiki"}],
+        "health": [
+            {
+                "id": 1,
+                "source": "UpdateCheck",
+                "type": "warning",
+                "message": "New",
+                "wikiUrl": {"fullUri": "https://wiki"},
+            }
+        ],
     }
 
 
