@@ -16,6 +16,7 @@ from cluster.settings import get_settings
 from jobs.tables import Job
 from pipelines.media import audit, change, recommendations
 from pipelines.media.recommendations import Change, Recommendation
+from serve import limits
 from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in
 from tests.cluster.services.likenesses import KEY
@@ -515,6 +516,48 @@ async def test_the_room_hears_of_an_audit_and_mlflow_of_its_numbers(
     assert (job.tracked, job.concurrency) == (True, 1)
     assert job.result
     assert job.result["web_search"]["reason"].startswith("No service is connected that searches the web.")
+
+
+async def test_the_web_is_asked_about_what_is_found(house: House, sonarr: ArrStandIn) -> None:
+    found = [
+        {"title": "Hardlinks", "url": "https://guide.example/hardlinks"},
+        {"title": "Script", "url": "javascript:alert(1)"},
+        {"url": "https://guide.example/2"},
+        {"url": "https://guide.example/3"},
+        {"url": "https://guide.example/4"},
+    ]
+    async with standing_in(lambda asked: telling({"query": asked.query["q"], "results": found})) as searx:
+        await connect(house, "search", "searxng", searx.url)
+        told = await audited(house, "sonarr", include_web_search=True)
+        assert told["web_search"] == {"used": True, "reason": None, "searches": 12}
+        assert {asked.query["format"] for asked in searx.asked} == {"json"}
+        assert "Sonarr copyUsingHardlinks recommended setting" in {asked.query["q"] for asked in searx.asked}
+    hardlinks = (await recommended(house))["copyUsingHardlinks"]
+    detail = (await house.ask("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()
+    assert detail["sources"] == [f"https://guide.example/{end}" for end in ("hardlinks", "2", "3")]
+    told = await audited(house, "sonarr", include_web_search=True)  # it is gone now
+    assert told["web_search"]["used"] is False
+    assert "cannot be reached" in told["web_search"]["reason"]
+    assert (await house.ask("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()["sources"] == detail[
+        "sources"
+    ]
+
+
+async def test_audits_and_changes_have_limits_of_their_own(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "true")
+    get_settings.cache_clear()
+    limits.limiter.cache_clear()
+    for door, amount in (("audit", 10), ("apply", 20), ("rollback", 20)):
+        answer = await house.ask("ada", "POST", f"{PATH}/{door}", json={})
+        assert answer.headers["x-ratelimit-limit"] == str(amount), door
+    assert answer.headers["x-ratelimit-remaining"] == "18"  # applying and taking back are counted together
+    for path in ("recommendations", "recommendations/1", "audit/history", "rules"):
+        assert (await house.ask("ada", "GET", f"{PATH}/{path}")).headers["x-ratelimit-limit"] == "50"
+    for _ in range(10):
+        answer = await house.ask("ada", "POST", f"{PATH}/audit", json={})
+    assert answer.status_code == 429
+    assert (await house.ask("bob", "POST", f"{PATH}/audit", json={})).status_code == 403
+    limits.limiter.cache_clear()
 
 
 async def test_an_attempt_that_was_lost_is_done_once(house: House, sonarr: ArrStandIn, database: Database) -> None:
