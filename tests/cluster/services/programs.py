@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from tests.documents import corrected
 
@@ -66,6 +67,22 @@ def prism(folder: Path, document: str) -> Generator[Running]:
     program = str(PRISM) if PRISM.exists() else "prism"
     with _running(folder, address, program, "mock", str(folder / "document.json"), "-h", host, "-p", port) as url:
         _wait_until_it_answers(f"{url}/api/v3/system/status", folder)
+def searx(folder: Path, finds: str) -> Generator[Running]:
+    """searx, whose only engine asks the address `finds` for {"results": [{"url", "title"}]}."""
+    example = Path("/usr/share/doc/searx/examples/settings.yml")
+    settings = yaml.safe_load(example.read_text()) if example.exists() else {}
+    address = _free_address()
+    engine = {"name": "ours", "engine": "json_engine", "shortcut": "o", "categories": "general", "enable_http": True}
+    fields = {"results_query": "results", "url_query": "url", "title_query": "title", "content_query": "title"}
+    settings["engines"] = [{**engine, **fields, "search_url": f"{finds}/?q={{query}}"}]
+    settings["search"] = {**settings.get("search", {}), "formats": ["html", "json"]}
+    told = {"bind_address": "127.0.0.1", "port": int(address.rpartition(":")[2]), "secret_key": "of a test"}
+    settings["server"] = {**settings.get("server", {}), **told}
+    (folder / "settings.yml").write_text(yaml.safe_dump(settings))
+    # It is made for the system's own Python, and has no program but the one that leads to it.
+    options = [f"SEARX_SETTINGS_PATH={folder / 'settings.yml'}", "/usr/bin/python3", "-m", "searx.webapp"]
+    with _running(folder, address, "env" if example.exists() else "searx", *options) as url:
+        _wait_until_it_answers(f"{url}/config", folder)
         yield Running(url, folder)
 
 

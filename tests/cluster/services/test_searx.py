@@ -1,0 +1,40 @@
+"""Searching the web with the real thing: Debian's searx, whose only engine is ours."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.services import checks
+from cluster.services.base import Source
+from cluster.services.catalogue import find_connector
+from cluster.services.client import Client, Connection
+from cluster.services.errors import BadResponse
+from tests.cluster.services import programs
+from tests.cluster.services.stand_in import standing_in, telling
+
+pytestmark = pytest.mark.usefixtures("home")
+
+FOUND = [{"title": "A guide", "url": "https://guide.example/a"}, {"title": "B", "url": "ftp://guide.example/b"}]
+
+
+async def test_it_finds_pages(tmp_path: Path) -> None:
+    connector = find_connector("searxng")
+    assert connector.search_web
+    async with standing_in(lambda asked: telling({"results": FOUND})) as engine:
+        with programs.searx(tmp_path, engine.url) as running:
+            async with Client(Connection("Ours", connector, running.url)).open() as client:
+                assert await checks.version_of(client)
+                found = await connector.search_web(client, "what is 1 & 1?")
+    assert found == [Source("A guide", "https://guide.example/a")]
+    assert engine.asked[0].query["q"] == "what is 1 & 1?"
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"results": None}, {"results": [{"title": "no address"}]}])
+async def test_answers_that_make_no_sense(answer: object) -> None:
+    connector = find_connector("searxng")
+    assert connector.search_web
+    async with standing_in(lambda asked: telling(answer)) as server:
+        async with Client(Connection("Ours", connector, server.url)).open() as client:
+            with pytest.raises(BadResponse, match="something unexpected"):
+                await connector.search_web(client, "x")
+        assert client.failures == 1
