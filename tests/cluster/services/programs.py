@@ -67,6 +67,10 @@ def prism(folder: Path, document: str) -> Generator[Running]:
     program = str(PRISM) if PRISM.exists() else "prism"
     with _running(folder, address, program, "mock", str(folder / "document.json"), "-h", host, "-p", port) as url:
         _wait_until_it_answers(f"{url}/api/v3/system/status", folder)
+        yield Running(url, folder)
+
+
+@contextmanager
 def searx(folder: Path, finds: str) -> Generator[Running]:
     """searx, whose only engine asks the address `finds` for {"results": [{"url", "title"}]}."""
     example = Path("/usr/share/doc/searx/examples/settings.yml")
