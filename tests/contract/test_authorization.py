@@ -110,8 +110,8 @@ EVERYBODYS = (
     "/api/v1/movies/",
     "/api/v1/downloads/",
     "/api/v1/mcp/",
+    "/api/v1/config/",
 )
-EVERYBODYS = ("/api/v1/models/", "/v1/models/", "/api/blobs/", "/api/services/", "/api/v1/config/", "/health/")
 """What begins so belongs to nobody: all users see the same."""
 
 OWNED_LISTS = (
