@@ -339,6 +339,8 @@ class RecoverySettings(Section):
         description="What becomes of folders of failed downloads that SABnzbd no longer knows."
     )
     leftover_days: float = Field(gt=0, le=10_000, description="How old such a folder must be to be removed.")
+
+
 class AuditSettings(Section):
     rules: Path | None = Field(
         description="Folder with rules of your own (*.yaml) for audits of services. Null: `audit` in FORGEARR_HOME."

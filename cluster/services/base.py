@@ -73,6 +73,7 @@ class Source:
 
     title: str
     url: str
+    content: str | None = None  # what is said there, in a few words
 
 
 def as_it_is(answer: Any) -> Any:

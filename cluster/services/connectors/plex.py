@@ -3,8 +3,8 @@
 from cluster.services import tools
 from cluster.services.base import Connector, Key
 from cluster.services.client import Client
-from cluster.services.plex_library import LIBRARY
 from cluster.services.plex_areas import AREAS
+from cluster.services.plex_library import LIBRARY
 
 
 async def health(client: Client) -> str:

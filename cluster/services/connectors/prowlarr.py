@@ -1,10 +1,9 @@
 """Prowlarr: the indexers that the others search."""
 
-from dataclasses import replace
-
 from pydantic import BaseModel
 
 from cluster.services import arr
+from cluster.services.arr_areas import OF_INDEXERS
 from cluster.services.base import Tool
 from cluster.services.client import Client
 from cluster.services.tools import Arguments
@@ -23,12 +22,14 @@ async def get_indexers(client: Client, _: Arguments) -> list[Indexer]:
     return client.read(list[Indexer], await client.get("/api/v1/indexer"))
 
 
-CONNECTOR = replace(
-    arr.connector("prowlarr", "Prowlarr", "/api/v1", "indexers", "search", "history", "configure"),
-    tools=(Tool("get_indexers", "List the indexers that are searched", Arguments, get_indexers),),
-from cluster.services import arr
-from cluster.services.arr_areas import OF_INDEXERS
-
 CONNECTOR = arr.connector(
-    "prowlarr", "Prowlarr", "/api/v1", "indexers", "search", "history", "configure", settings=OF_INDEXERS
+    "prowlarr",
+    "Prowlarr",
+    "/api/v1",
+    "indexers",
+    "search",
+    "history",
+    "configure",
+    tools=(Tool("get_indexers", "List the indexers that are searched", Arguments, get_indexers),),
+    settings=OF_INDEXERS,
 )

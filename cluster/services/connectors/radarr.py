@@ -1,8 +1,8 @@
 """Radarr: movies."""
 
 from cluster.services import arr
-from cluster.services.arr_following import following
 from cluster.services.arr_areas import OF_SERIES_AND_MOVIES
+from cluster.services.arr_following import following
 from cluster.services.movies import MOVIES
 from cluster.services.movies_tools import TOOLS
 

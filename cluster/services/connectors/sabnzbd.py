@@ -8,8 +8,8 @@ from cluster.services import sabnzbd_downloads, tools
 from cluster.services.base import Connector, Key, Tool
 from cluster.services.client import Client
 from cluster.services.errors import ErrorInside
-from cluster.services.sabnzbd_following import FOLLOWING
 from cluster.services.sabnzbd_areas import AREAS
+from cluster.services.sabnzbd_following import FOLLOWING
 
 
 async def health(client: Client) -> str:

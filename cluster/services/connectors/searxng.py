@@ -2,11 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from cluster.services.base import Connector, Tool
-from pydantic import BaseModel, TypeAdapter
-from pydantic import BaseModel
-
-from cluster.services.base import Connector, Source
+from cluster.services.base import Connector, Source, Tool
 from cluster.services.client import Client
 from cluster.services.tools import Arguments
 
@@ -17,15 +13,11 @@ TITLE_MAX = 300
 class Result(BaseModel):
     title: str = ""
     url: str
+    content: str | None = None
 
 
 class Results(BaseModel):
     results: list[Result]
-
-
-async def health(client: Client) -> str:
-    config = client.expect(await client.get("/config"), "engines", "categories", "version")
-    return str(config["version"])
 
 
 class Question(Arguments):
@@ -33,26 +25,22 @@ class Question(Arguments):
     limit: int = Field(default=10, ge=1, le=50, description="Maximum results to return")
 
 
-class Found(BaseModel):
-    title: str = ""
-    url: str
-    content: str | None = None
+async def health(client: Client) -> str:
+    config = client.expect(await client.get("/config"), "engines", "categories", "version")
+    return str(config["version"])
 
 
-class Results(BaseModel):
-    results: list[Found]
-
-
-async def search_web(client: Client, wanted: Question) -> list[Found]:
-    answer = await client.get("/search", q=wanted.query, format="json")
-    return client.read(Results, answer).results[: wanted.limit]
 async def search_web(client: Client, question: str) -> list[Source]:
     answer = client.read(Results, await client.get("/search", q=question, format="json"))
     return [
-        Source(" ".join(result.title.split())[:TITLE_MAX], result.url)
+        Source(" ".join(result.title.split())[:TITLE_MAX], result.url, result.content)
         for result in answer.results
         if result.url.startswith(("https://", "http://")) and result.url.isprintable() and len(result.url) <= URL_MAX
     ]
+
+
+async def find_pages(client: Client, wanted: Question) -> list[Source]:
+    return (await search_web(client, wanted.query))[: wanted.limit]
 
 
 CONNECTOR = Connector(
@@ -61,6 +49,6 @@ CONNECTOR = Connector(
     aliases=("searx",),
     capabilities=frozenset({"health", "web_search"}),
     health=health,
-    tools=(Tool("search_web", "Search the web", Question, search_web),),
+    tools=(Tool("search_web", "Search the web", Question, find_pages),),
     search_web=search_web,
 )

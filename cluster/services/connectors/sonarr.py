@@ -1,8 +1,8 @@
 """Sonarr: series."""
 
 from cluster.services import arr
-from cluster.services.arr_following import following
 from cluster.services.arr_areas import OF_SERIES_AND_MOVIES
+from cluster.services.arr_following import following
 from cluster.services.series import SERIES
 from cluster.services.series_tools import TOOLS
 
