@@ -38,6 +38,8 @@ def environment(settings: Settings) -> dict[str, str]:
     marked["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     marked["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = adjusted.SETUP_HOOK
     marked["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    # Ray's 15 would let everything else on this machine go before an answer; jobs stand back by themselves.
+    marked.setdefault("RAY_worker_niceness", "0")
     # Everything is on loopback, and `ray job submit` works as it is. Who shares the machine with people that they
     # do not trust sets RAY_AUTH_MODE=token before `forgearr up`, as in Ray's documentation.
     marked.setdefault("RAY_AUTH_MODE", "disabled")

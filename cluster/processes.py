@@ -21,6 +21,8 @@ from cluster.errors import ForgearrError
 from cluster.settings import home
 
 MARK = "FORGEARR_RUNTIME"
+BACKGROUND = 10
+"""How far jobs stand back, as a niceness."""
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
@@ -64,6 +66,11 @@ async def stop(process: asyncio.subprocess.Process, grace_seconds: float) -> Non
     except TimeoutError:
         process.kill()
         await process.wait()
+
+
+def stand_back() -> None:
+    """Let those who answer people go first: before this thread, and whatever it starts."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(BACKGROUND, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def leftovers() -> list[psutil.Process]:

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster import actors, logs, storage
 from cluster.db import get_database
 from cluster.errors import Unavailable
+from cluster.processes import stand_back
 from cluster.settings import get_settings
 from jobs import leases, queue
 from jobs.context import Context, JobLogHandler, Park, Stop, StopReason, current
@@ -60,7 +61,7 @@ class Worker:
         self._name = name
         self._database = get_database()
         self._settings = get_settings().jobs
-        self._threads = ThreadPoolExecutor(slots, thread_name_prefix="job")
+        self._threads = ThreadPoolExecutor(slots, thread_name_prefix="job", initializer=stand_back)
         self._running: dict[str, Running] = {}  # by token
         self._freed: list[str] = []
         self._loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import storage
 from cluster.db import now
 from cluster.errors import ForgearrError
+from cluster.processes import stand_back
 from cluster.settings import home
 from jobs.context import Context, Stop
 from jobs.registry import Resources, job
@@ -92,6 +93,7 @@ def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any])
 
 def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[str, Any]) -> dict[str, Any]:
     """What each process does. The result is that of the first one; the others make the same model, and drop it."""
+    stand_back()
     from pipelines.training.faster import prefer_unsloth
 
     prefer_unsloth(spec)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
@@ -62,6 +63,21 @@ def test_a_running_job_is_cancelled(platform: Platform) -> None:
     platform.wait_for(job_id, "running")
     platform.http.post(f"/api/v1/jobs/{job_id}/cancel")
     assert platform.wait_for(job_id, seconds=5)["state"] == "cancelled"
+
+
+def test_jobs_stand_back_for_those_who_answer(platform: Platform) -> None:
+    job_id = platform.submit(spec={"steps": 100, "seconds": 60})
+    platform.wait_for(job_id, "running")
+    assert nicenesses(platform, "ray::ServeReplica") == {0}
+    assert nicenesses(platform, "ray::Worker") == {0, 10}
+    platform.http.post(f"/api/v1/jobs/{job_id}/cancel")
+    platform.wait_for(job_id, "cancelled")
+
+
+def nicenesses(platform: Platform, title: str) -> set[int]:
+    """Of all threads of these processes."""
+    threads = [thread for process in platform.processes(title) for thread in process.threads()]
+    return {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in threads}
 
 
 def test_a_job_that_does_not_listen_is_cancelled_without_it(platform: Platform) -> None:
