@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 from cluster import events
 from cluster.db import get_database, now
 from cluster.logs import request_id
-from cluster.services import register
-from cluster.services.choice import choose
+from cluster.services.base import Connector
+from cluster.services.choice import connected_to
 from cluster.services.client import Client
 from cluster.services.collections import ID_MAX, Collection, Thing
 
@@ -48,9 +48,11 @@ class SearchBegun(BaseModel):
 @asynccontextmanager
 async def collector(collection: Collection[Any], word: str | None) -> AsyncGenerator[Client]:
     """A client of the service with this collection; of the one that `word` names."""
-    async with get_database().reading() as session:
-        service = await choose(session, lambda connector: connector.collection is collection, collection.does, word)
-    async with register.connected(get_database(), service) as client:
+
+    def part(connector: Connector) -> Collection[Any] | None:
+        return collection if connector.collection is collection else None
+
+    async with connected_to(get_database(), part, collection.does, word) as (client, _):
         yield client
 
 

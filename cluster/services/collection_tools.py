@@ -4,13 +4,14 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from cluster.db import now
 from cluster.services import collections
 from cluster.services.base import Tool
 from cluster.services.client import Client
 from cluster.services.collections import API, ID_MAX, Collection, Number, Thing, Title, Wanted
+from cluster.services.tools import Arguments
 
 MAX_LISTED = 200
 
@@ -18,22 +19,18 @@ Id = Annotated[int, Field(ge=1, le=ID_MAX)]
 Run = Callable[[Client, Any], Awaitable[Any]]
 
 
-class Arguments(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
 class Listing(Arguments):
     query: str | None = Field(default=None, max_length=200, description="Only those with this in their title.")
-    limit: int = Field(default=50, ge=1, le=MAX_LISTED)
-    offset: int = Field(default=0, ge=0, le=ID_MAX)
+    limit: int = Field(default=50, ge=1, le=MAX_LISTED, description="How many at most.")
+    offset: int = Field(default=0, ge=0, le=ID_MAX, description="How many to leave out at the beginning.")
 
 
 class Term(Arguments):
-    title: str = Field(min_length=1, max_length=200)
+    title: str = Field(min_length=1, max_length=200, description="The title, or a part of it.")
 
 
 class Limit(Arguments):
-    limit: int = Field(default=50, ge=1, le=MAX_LISTED)
+    limit: int = Field(default=50, ge=1, le=MAX_LISTED, description="How many at most.")
 
 
 class Days(Arguments):
@@ -49,7 +46,7 @@ class Adding(Arguments):
     root_folder_path: str | None = Field(
         default=None, min_length=1, max_length=1000, description="Without it, the service's first."
     )
-    monitored: bool = True
+    monitored: bool = Field(default=True, description="Whether to get it when there is a release.")
 
     @property
     def outer_id(self) -> int | None:

@@ -11,7 +11,6 @@ from cluster.services.client import Client
 from cluster.services.collection_tools import (
     SHARED,
     Adding,
-    Arguments,
     Days,
     Id,
     Listing,
@@ -25,6 +24,7 @@ from cluster.services.collection_tools import (
 )
 from cluster.services.collections import Number, Title, command_name
 from cluster.services.movies import MOVIES, Availability, fields
+from cluster.services.tools import Arguments
 
 
 class OneMovie(Arguments):
@@ -32,13 +32,13 @@ class OneMovie(Arguments):
 
 
 class Deleting(OneMovie):
-    delete_files: bool = False
+    delete_files: bool = Field(default=False, description="Also its files.")
 
 
 class AddingMovie(Adding):
-    tmdb_id: Id | None = None
-    search_for_movie: bool = False
-    minimum_availability: Availability = "released"
+    tmdb_id: Id | None = Field(default=None, description="Its id at TMDB.")
+    search_for_movie: bool = Field(default=False, description="Search for it at once.")
+    minimum_availability: Availability = Field(default="released", description="From when on to look for it.")
 
     @property
     def outer_id(self) -> int | None:

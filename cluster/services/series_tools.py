@@ -11,7 +11,6 @@ from cluster.services.client import Client
 from cluster.services.collection_tools import (
     SHARED,
     Adding,
-    Arguments,
     Days,
     Id,
     Listing,
@@ -25,6 +24,7 @@ from cluster.services.collection_tools import (
 )
 from cluster.services.collections import Number, Title, command_name
 from cluster.services.series import SERIES, fields
+from cluster.services.tools import Arguments
 
 
 class OneSeries(Arguments):
@@ -32,13 +32,13 @@ class OneSeries(Arguments):
 
 
 class Deleting(OneSeries):
-    delete_files: bool = False
+    delete_files: bool = Field(default=False, description="Also its files.")
 
 
 class AddingSeries(Adding):
-    tvdb_id: Id | None = None
-    season_folder: bool = True
-    search_for_missing_episodes: bool = False
+    tvdb_id: Id | None = Field(default=None, description="Its id at TheTVDB.")
+    season_folder: bool = Field(default=True, description="Whether each season has a folder.")
+    search_for_missing_episodes: bool = Field(default=False, description="Search for all that is missing at once.")
 
     @property
     def outer_id(self) -> int | None:

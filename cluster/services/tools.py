@@ -32,6 +32,13 @@ class OneLibrary(Arguments):
     library_key: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="Key of the library")
 
 
+def parameters(tool: Tool) -> dict[str, dict[str, Any]]:
+    """What a tool takes, by name: the `type` and `description` of each, its `default` or that it is `required`."""
+    schema = tool.arguments.model_json_schema()
+    required = schema.get("required", [])
+    return {name: _parameter(told, name in required) for name, told in schema.get("properties", {}).items()}
+
+
 def of_downloads(downloads: Downloads) -> tuple[Tool, ...]:
     async def get_queue(client: Client, _: Arguments) -> Any:
         return await downloads.queue(client)
@@ -77,3 +84,11 @@ def of_library(library: Library) -> tuple[Tool, ...]:
         Tool("get_recently_added", "List what was added last", HowMany, get_recently_added),
         Tool("scan_library", "Have a library look for new files", OneLibrary, scan_library, "change"),
     )
+
+
+def _parameter(told: dict[str, Any], required: bool) -> dict[str, Any]:
+    shown = {name: value for name, value in told.items() if name not in {"title", "anyOf"}}
+    # What may be left out need not be said to be null, too.
+    choices = [choice for choice in told.get("anyOf", []) if choice.get("type") != "null"]
+    shown |= choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {}
+    return {**shown, "required": True} if required else shown

@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from cluster.db import get_database
 from cluster.services.base import Tool
 from cluster.services.errors import ServiceError
+from cluster.services.tools import parameters
 from cluster.times import UtcTime
 from pipelines.media import tool_calls
 from pipelines.media.tool_calls import Outcome, ToolCall
@@ -95,12 +96,4 @@ async def call_tool(server: Server, wanted: CallRequest, caller: CurrentCaller) 
 
 
 def _view(tool: Tool) -> ToolView:
-    schema = tool.arguments.model_json_schema()
-    required = schema.get("required", [])
-    parameters = {name: _parameter(told, name in required) for name, told in schema.get("properties", {}).items()}
-    return ToolView(name=tool.name, description=tool.description, effect=tool.effect, parameters=parameters)
-
-
-def _parameter(told: dict[str, Any], required: bool) -> dict[str, Any]:
-    shown = {name: value for name, value in told.items() if name != "title"}
-    return {**shown, "required": True} if required else shown
+    return ToolView(name=tool.name, description=tool.description, effect=tool.effect, parameters=parameters(tool))

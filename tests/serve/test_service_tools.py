@@ -11,6 +11,7 @@ from sqlalchemy import update
 from cluster.db import now
 from cluster.services import register
 from cluster.services.catalogue import all_connectors
+from cluster.services.tools import parameters
 from pipelines.media.tool_calls import ToolCall, remove_old_calls
 from tests.cluster.services import programs, usenet
 from tests.cluster.services.likenesses import KEY, LIKENESSES
@@ -88,8 +89,8 @@ def test_every_tool_says_what_it_does_and_takes() -> None:
         assert len(names) == len(set(names))
         for tool in connector.tools:
             assert tool.description
-            for field in tool.arguments.model_json_schema().get("properties", {}).values():
-                assert {"type", "description"} <= field.keys(), (connector.type, tool.name)
+            for name, parameter in parameters(tool).items():
+                assert {"type", "description"} <= parameter.keys(), (connector.type, tool.name, name)
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)

@@ -25,7 +25,7 @@ async def test_it_finds_pages(tmp_path: Path) -> None:
             async with Client(Connection("Ours", connector, running.url)).open() as client:
                 assert await checks.version_of(client)
                 found = await connector.search_web(client, "what is 1 & 1?")
-    assert found == [Source("A guide", "https://guide.example/a")]
+    assert found == [Source("A guide", "https://guide.example/a", "A guide")]
     assert engine.asked[0].query["q"] == "what is 1 & 1?"
 
 
