@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 from sqlalchemy import update
@@ -59,9 +60,10 @@ async def test_a_server_that_needs_no_credential(configure: Callable[..., None])
 @pytest.mark.parametrize("database", ["postgres"], indirect=True)
 async def test_a_server_that_needs_one(stocked: Database, configure: Callable[..., None]) -> None:
     configure(auth__required="true", limits__enabled="false")
+    password_hash = await identity.hash_password(token_hex(16))  # answers tell the address, and it is tried to log in
     async with stocked.transaction() as session:
         admin = await identity.add_user(
-            session, email="admin@example.com", username="admin", password_hash="-", role="admin"
+            session, email="admin@example.com", username="admin", password_hash=password_hash, role="admin"
         )
     # Not an API key: it would be found, and revoked, in the course of this.
     token = identity.access_token(admin)
