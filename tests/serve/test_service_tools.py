@@ -1,6 +1,7 @@
 """/api/v1/mcp: the tools of services, who may call them, with what, and what is kept of the calls."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from typing import Any
@@ -32,7 +33,10 @@ def sabnzbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with programs.prometheus(tmp_path_factory.mktemp("prometheus")) as running:
+    with (
+        programs.node_exporter(tmp_path_factory.mktemp("node")) as node,
+        programs.prometheus(tmp_path_factory.mktemp("prometheus"), node) as running,
+    ):
         yield running
 
 
@@ -141,6 +145,9 @@ async def test_a_real_prometheus_is_asked(house: House, prometheus: Running) -> 
     await connect(house, "prometheus", prometheus.url, None)
     status, answer = await call(house, "prometheus", "query_metrics", "ada", query="1 + 1")
     assert (status, answer["result"]["resultType"], answer["result"]["result"][1]) == (200, "scalar", "2")
+    cores = 'count(node_cpu_seconds_total{mode="idle"})'
+    status, answer = await call(house, "prometheus", "query_metrics", "ada", query=cores)
+    assert int(answer["result"]["result"][0]["value"][1]) == os.cpu_count()
     status, answer = await call(house, "prometheus", "query_metrics", "ada", query="up{")
     assert (status, answer["error_code"]) == (400, "REFUSED_BY_SERVICE")
 

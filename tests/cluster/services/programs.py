@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from tests.documents import corrected
+from tests.platform import eventually
 
 PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
 """Where .ci/run puts it. It comes from npm, and belongs to nobody else on this machine."""
@@ -49,12 +50,26 @@ def sabnzbd(folder: Path) -> Generator[Running]:
 
 
 @contextmanager
-def prometheus(folder: Path) -> Generator[Running]:
-    (folder / "prometheus.yml").write_text("")
+def node_exporter(folder: Path) -> Generator[Running]:
+    """What tells Prometheus of this machine."""
+    address = _free_address()
+    with _running(folder, address, "prometheus-node-exporter", f"--web.listen-address={address}") as url:
+        _wait_until_it_answers(f"{url}/metrics", folder)
+        yield Running(url, folder)
+
+
+@contextmanager
+def prometheus(folder: Path, *scraped: Running) -> Generator[Running]:
+    """Prometheus, which looks at these every second, and has done so once."""
+    targets = [running.url.removeprefix("http://") for running in scraped]
+    jobs = [{"job_name": "scraped", "static_configs": [{"targets": targets}]}] if targets else []
+    told = {"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(told))
     address = _free_address()
     options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     with _running(folder, address, "prometheus", *options, f"--web.listen-address={address}") as url:
         _wait_until_it_answers(f"{url}/-/ready", folder)
+        eventually(lambda: _scraped(url) >= len(scraped) or None)
         yield Running(url, folder)
 
 
@@ -106,6 +121,12 @@ def _running(folder: Path, address: str, program: str, *options: str) -> Generat
     finally:
         process.terminate()
         process.wait(20)
+
+
+def _scraped(prometheus: str) -> int:
+    """How many of its targets it has seen."""
+    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": "count(up == 1)"}).json()
+    return sum(int(found["value"][1]) for found in answer["data"]["result"])
 
 
 def _wait_until_it_answers(url: str, folder: Path) -> None:
