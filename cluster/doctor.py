@@ -38,6 +38,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _memory()
     yield from _ports(settings)
     yield _haproxy()
+    yield _git()
     if settings.ray.address:
         yield _cluster(settings.ray.address)
     yield _database(settings)
@@ -118,6 +119,17 @@ def _haproxy() -> Finding:
     if answer.returncode:
         return Finding("fail", "haproxy", f"{binary} does not run: {answer.stderr.strip()}", "Run `make setup`.")
     return Finding("ok", "haproxy", answer.stdout.split(" ")[2])
+
+
+def _git() -> Finding:
+    program = shutil.which("git")
+    if program is None:
+        fix = "Install git, if repositories are to retrain their models."
+        return Finding("warn", "git", "not installed, so no repository can be read", fix)
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    if answer.returncode:
+        return Finding("warn", "git", f"{program} does not run: {answer.stderr.strip()}", "Install git anew.")
+    return Finding("ok", "git", answer.stdout.strip().removeprefix("git version "))
 
 
 def _database(settings: Settings) -> Finding:

@@ -41,7 +41,8 @@ def test_a_fresh_installation_is_well() -> None:
     assert "fail" not in {line.split()[0] for line in result.output.splitlines()}
     assert "SQLite, made by the first `forgearr up`" in result.output
     subjects = {finding.subject for finding in doctor.examine(get_settings())}
-    assert {"python", "ray", "mlflow", "home", "disk", "memory", "port", "haproxy", "database", "gpu"} <= subjects
+    assert {"python", "ray", "mlflow", "home", "disk", "memory", "port"} <= subjects
+    assert {"haproxy", "git", "database", "gpu"} <= subjects
 
 
 def test_a_busy_port_fails_with_the_setting_that_changes_it() -> None:
@@ -52,6 +53,13 @@ def test_a_busy_port_fails_with_the_setting_that_changes_it() -> None:
         assert result.exit_code == 1
         assert f"{get_settings().serve.port} (serve.port) cannot be used" in result.output
         assert "--set serve.port=" in result.output
+
+
+def test_a_machine_without_git_reads_no_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [(finding.level, finding.text) for finding in findings("git")] == [
+        ("warn", "not installed, so no repository can be read")
+    ]
 
 
 def test_a_home_that_others_can_read_is_a_warning(home: Path) -> None:
