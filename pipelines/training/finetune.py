@@ -93,7 +93,8 @@ def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any])
 
 def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[str, Any]) -> dict[str, Any]:
     """What each process does. The result is that of the first one; the others make the same model, and drop it."""
-    stand_back()
+    if spec.workers > 1:
+        stand_back()  # as the threads of jobs do
     from pipelines.training.faster import prefer_unsloth
 
     prefer_unsloth(spec)
