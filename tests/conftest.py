@@ -15,6 +15,7 @@ from uuid import uuid4
 import asyncpg
 import httpx
 import pytest
+from fastapi.dependencies import models
 from sqlalchemy.engine import make_url
 
 from cluster import embedded, storage, tracking
@@ -26,6 +27,16 @@ ENGINES = ["sqlite", "postgres"]
 # Before anybody imports torch: its threads wait for each other at every step, and on two cores that are shared with
 # other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _let_go_of_applications() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """FastAPI remembers each function that it has looked into, and those of /docs hold a whole application. A process
+    that keeps the applications of a thousand tests stops for seconds whenever Python looks for garbage."""
+    yield
+    for value in vars(models).values():
+        if forget := getattr(value, "cache_clear", None):
+            forget()
 
 
 @pytest.fixture
