@@ -130,6 +130,8 @@ def _serve_environment(settings: Settings) -> dict[str, str]:
         "FORWARDED_ALLOW_IPS": ",".join(["127.0.0.1", *proxies]),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # On a machine that is busy a proxy takes longer than the usual 5 s to begin, and would be ended for that.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # What the gateway tells an engine at once: any body that it takes. Without this, 4 MiB.
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 1024 * 1024),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(folder, binary, settings.serve.host, proxies)),
