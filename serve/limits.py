@@ -83,10 +83,12 @@ async def check_login(email: str, address: str) -> None:
 
 
 async def count_failed_login(email: str, address: str) -> None:
+    """Guesses sent at the same moment all pass the check: here those over the limit are refused as right ones are."""
     limit = _parse(get_settings().auth.login_attempts)
     try:
-        for caller in _login_callers(email, address):
-            await limiter().hit(limit, *caller)
+        over = [caller for caller in _login_callers(email, address) if not await limiter().hit(limit, *caller)]
+        if over:
+            raise _exceeded(await limiter().get_window_stats(limit, *over[0]))
     except StorageError as error:
         _warn(error)
 
