@@ -12,11 +12,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple, TypedDict
 
 from cluster.actors import find, forget
 from cluster.errors import Unavailable
+from cluster.times import written
 
 NAME = "events"
 KEPT_MESSAGES = 10_000
@@ -57,6 +59,10 @@ LOST = Cursor("", 0)
 
 Snapshot = Mapping[str, float]
 """A replica's counts: a value for each sample, by a key that all replicas share."""
+
+
+def message(rooms: Sequence[str], type: str, data: Mapping[str, Any], at: datetime) -> Message:  # noqa: A002
+    return {"rooms": [*rooms], "type": type, "data": {**data}, "timestamp": written(at)}
 
 
 def publish(messages: Sequence[Message]) -> None:

@@ -54,13 +54,14 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("must lie in the years 1 to 9999, in UTC too") from None
 
 
-def _shown(moment: datetime) -> str:
+def written(moment: datetime) -> str:
+    """Such as 2026-11-21T08:30:00Z."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 GivenTime = Annotated[AwareDatetime, Field(strict=False), AfterValidator(_in_utc), BeforeValidator(_written_out)]
 """A time in a request: with a time zone, and not a number."""
-UtcTime = Annotated[datetime, PlainSerializer(_shown, return_type=str, when_used="json")]
+UtcTime = Annotated[datetime, PlainSerializer(written, return_type=str, when_used="json")]
 """A time in an answer: UTC with Z."""
 CronLine = Annotated[str, Field(max_length=100), AfterValidator(_fires)]
 """Minute, hour, day, month, weekday."""

@@ -71,11 +71,11 @@ async def _write(session: AsyncSession) -> None:
 
 def _messages(entries: Iterable[Entry]) -> list[events.Message]:
     return [
-        {
-            "rooms": ["jobs", f"job:{entry.job_id}"],
-            "type": f"job.{entry.type}",
-            "data": {"job_id": entry.job_id, **entry.data},
-            "timestamp": entry.created_at.isoformat().replace("+00:00", "Z"),
-        }
+        events.message(
+            ["jobs", f"job:{entry.job_id}"],
+            f"job.{entry.type}",
+            {"job_id": entry.job_id, **entry.data},
+            entry.created_at,
+        )
         for entry in entries
     ]

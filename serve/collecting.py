@@ -64,5 +64,4 @@ def tell_added(collection: Collection[Any], thing: Thing) -> None:
         "title": thing.title,
         "type": collection.word,
     }
-    timestamp = now().isoformat().replace("+00:00", "Z")
-    events.publish([{"rooms": ["content_requests"], "type": "content.added", "data": data, "timestamp": timestamp}])
+    events.publish([events.message(["content_requests"], "content.added", data, now())])

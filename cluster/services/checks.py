@@ -123,12 +123,9 @@ async def remove_old(database: Database) -> int:
 
 def _news(service: Service, outcome: ServiceCheck) -> events.Message:
     """What the room `system` hears of a service that has gone away, or is back."""
-    return {
-        "rooms": ["system"],
-        "type": "service.healthy" if outcome.healthy else "service.unhealthy",
-        "data": {"service": service.name, "type": service.type, "error": outcome.error},
-        "timestamp": outcome.at.isoformat().replace("+00:00", "Z"),
-    }
+    kind = "service.healthy" if outcome.healthy else "service.unhealthy"
+    data = {"service": service.name, "type": service.type, "error": outcome.error}
+    return events.message(["system"], kind, data, outcome.at)
 
 
 def _milliseconds_since(began: float) -> float:

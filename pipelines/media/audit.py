@@ -180,16 +180,8 @@ async def _keep(
 
 
 def _tell(audit: Audit) -> None:
-    events.publish(
-        [
-            {
-                "rooms": [ROOM],
-                "type": "config.audit.completed",
-                "data": {"audit_id": audit.id, "recommendation_count": audit.total},
-                "timestamp": audit.at.isoformat().replace("+00:00", "Z"),
-            }
-        ]
-    )
+    data = {"audit_id": audit.id, "recommendation_count": audit.total}
+    events.publish([events.message([ROOM], "config.audit.completed", data, audit.at)])
 
 
 def _told(audit: Audit) -> dict[str, Any]:

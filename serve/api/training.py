@@ -172,12 +172,7 @@ async def start_session(session_id: SessionId, wanted: StartRequest, caller: Cur
         )
         row.job_id, row.worker_id, row.prompt_ids = job.id, wanted.worker_id, wanted.prompt_ids
         await session.flush()
-        news: events.Message = {
-            "rooms": [f"training:{row.id}"],
-            "type": "training.started",
-            "data": {"job_id": job.id},
-            "timestamp": now().isoformat().replace("+00:00", "Z"),
-        }
+        news = events.message([f"training:{row.id}"], "training.started", {"job_id": job.id}, now())
         after_commit(session, lambda: events.publish([news]))
         return await _view(session, row)
 
