@@ -8,13 +8,24 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, BaseModel, Field
 
 from cluster.services.client import Client
-from cluster.services.following import Ended, Following, Grab, Look, Outcome, Place, Replacing, Underway, UnderwayState
+from cluster.services.following import (
+    Ended,
+    Following,
+    Grab,
+    Look,
+    Outcome,
+    Place,
+    Replacing,
+    Underway,
+    UnderwayState,
+    in_a_line,
+)
+from cluster.times import written
 
 API = "/api/v3"
 PAGE = 500
 MOST_PAGES = 20
 """A queue of more is followed up to there."""
-MOST_WORDS = 500
 ENDINGS: dict[str, Outcome] = {
     "downloadFolderImported": "imported",
     "seriesFolderImported": "imported",
@@ -119,7 +130,7 @@ def following(thing: Literal["series", "movie"]) -> Following:
         tags = await _tags(client)
         underway = await _underway(client, included, tags)
         since, seen = _read_cursor(place)
-        answer = await client.get(f"{API}/history/since", date=_written(since), **included)
+        answer = await client.get(f"{API}/history/since", date=written(since), **included)
         rows = [row for row in client.read(list[HistoryRow], answer) if row.date >= since]
         ended = [_ended(row, thing, tags) for row in rows if row.id not in seen and row.event in ENDINGS]
         return Look(tuple(underway.values()), tuple(ended), _cursor(rows, since, seen))
@@ -215,7 +226,7 @@ async def _tags(client: Client) -> dict[int, str]:
 def _as_underway(row: QueueRow, tags: dict[int, str]) -> Underway:
     return Underway(
         id=_id(row),
-        title=_bounded(row.title) or _id(row),
+        title=in_a_line(row.title) or _id(row),
         state=_state(row),
         download_id=row.download_id,
         bytes_left=None if row.size_left is None else int(row.size_left),
@@ -245,22 +256,22 @@ def _state(row: QueueRow) -> UnderwayState:
 
 def _reason(row: QueueRow) -> str:
     said = [message for words in row.messages or [] for message in words.messages or []]
-    return _bounded("; ".join([*([row.error] if row.error else []), *said]))
+    return in_a_line("; ".join([*([row.error] if row.error else []), *said]))
 
 
 def _ended(row: HistoryRow, thing: str, tags: dict[int, str]) -> Ended:
     return Ended(
         id=row.download_id or f"history-{row.id}",
-        title=_bounded(row.source_title) or f"history-{row.id}",
+        title=in_a_line(row.source_title) or f"history-{row.id}",
         outcome=ENDINGS[row.event or ""],
         at=row.date.astimezone(UTC),
         download_id=row.download_id,
-        reason=_bounded((row.data or {}).get("message")),
+        reason=in_a_line((row.data or {}).get("message")),
         content=row.content,
         tags=_labels(row.thing, tags),
         content_id=None if row.thing_id is None else str(row.thing_id),
-        content_title=_bounded(row.thing.title) or None,
-        content_type="show" if thing == "series" else thing,
+        content_title=in_a_line(row.thing.title) or None,
+        content_type=thing,
     )
 
 
@@ -294,11 +305,3 @@ def _labels(thing: Thing, tags: dict[int, str]) -> tuple[str, ...]:
 
 def _joined(contents: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one for content in contents for one in content))
-
-
-def _bounded(text: str | None) -> str:
-    return " ".join((text or "").replace("\0", "").split())[:MOST_WORDS]
-
-
-def _written(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -1,6 +1,6 @@
 """What it takes to follow the downloads of a service, and to mend what goes wrong with them.
 
-A connector that can be followed has a `Following`. Those who only fetch can fetch once more (`Retrying`); those who
+A connector that can be followed has a `Following`. Those who only fetch can fetch once more (`retry`); those who
 chose what is fetched can choose something else (`Replacing`). `pipelines/media/` knows no other way.
 """
 
@@ -20,6 +20,7 @@ UnderwayState = Literal[
     "failed",
 ]
 Outcome = Literal["completed", "failed", "imported"]
+MOST_WORDS = 500
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,6 @@ class Grab:
 
 
 @dataclass(frozen=True)
-class Retrying:
-    is_failed: Callable[["Client", str], Awaitable[bool]]  # whether it is there, and has failed
-    retry: Callable[["Client", str], Awaitable[str]]  # returns what it is called from now on
-
-
-@dataclass(frozen=True)
 class Replacing:
     find: Callable[["Client", str], Awaitable[Underway | None]]
     remove: Callable[["Client", str, bool], Awaitable[None]]  # for good, with its files; whether to search by itself
@@ -113,6 +108,11 @@ class Finished:
 @dataclass(frozen=True)
 class Following:
     look: Callable[["Client", Place], Awaitable[Look]]
-    retrying: Retrying | None = None
+    retry: Callable[["Client", str], Awaitable[str]] | None = None  # as in `Downloads`
     replacing: Replacing | None = None
     finished: Callable[["Client"], Awaitable[Finished]] | None = None
+
+
+def in_a_line(text: str | None) -> str:
+    """What a service says, as it is kept."""
+    return " ".join((text or "").replace("\0", "").split())[:MOST_WORDS]

@@ -172,7 +172,7 @@ async def add(client: Client, url: str, name: str, category: str) -> str:
     options = {"nzbname": name, "cat": category}
     answer = await ask(client, "addurl", name=url, **{key: value for key, value in options.items() if value})
     added = client.read(Added, answer).nzo_ids[0]
-    await _must_be_there(client, added, name or url)
+    await _must_be_there(client, added, name or _without_keys(url))
     return added
 
 

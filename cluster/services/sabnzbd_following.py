@@ -8,11 +8,11 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from cluster.services.client import Client
-from cluster.services.following import Ended, Finished, Following, Look, Place, Retrying, Underway, UnderwayState
+from cluster.services.following import Ended, Finished, Following, Look, Place, Underway, UnderwayState, in_a_line
+from cluster.services.sabnzbd_downloads import Text, ask, retry
 
 PAGE = 200
 MOST_PAGES = 50
-MOST_WORDS = 500
 LATEST = 253_402_300_799
 """The last second that a time can have."""
 OVERLAP = timedelta(hours=1)
@@ -27,7 +27,7 @@ TURN: dict[str, UnderwayState] = {**dict.fromkeys(AT_WORK, "processing"), "Downl
 
 class QueueSlot(BaseModel):
     nzo_id: str = Field(min_length=1)
-    filename: str | None = None
+    filename: Text = ""
     status: str | None = None
     cat: str | None = None
     mb_left: float | None = Field(default=None, alias="mbleft", ge=0, le=1e12)
@@ -45,10 +45,10 @@ class QueueAnswer(BaseModel):
 
 class HistorySlot(BaseModel):
     nzo_id: str = Field(min_length=1)
-    name: str | None = None
+    name: Text = ""
     status: str | None = None
     category: str | None = None
-    fail_message: str | None = None
+    fail_message: Text = ""
     completed: int | None = Field(default=None, ge=0, le=LATEST)
     storage: str | None = None
 
@@ -60,10 +60,6 @@ class History(BaseModel):
 
 class HistoryAnswer(BaseModel):
     history: History | Literal[False]
-
-
-class Retried(BaseModel):
-    nzo_id: str = Field(min_length=1)
 
 
 class FullStatus(BaseModel):
@@ -115,33 +111,23 @@ async def look(client: Client, place: Place) -> Look:
     return Look(tuple(underway), ended, cursor, moves=speed > 0)
 
 
-async def is_failed(client: Client, item: str) -> bool:
-    answer = await client.get("/api", mode="history", output="json", nzo_ids=item, limit=PAGE)
-    history = client.read(HistoryAnswer, answer).history
-    return bool(history) and any(slot.nzo_id == item and slot.status == "Failed" for slot in history.slots)
-
-
-async def retry(client: Client, item: str) -> str:
-    return client.read(Retried, await client.get("/api", mode="retry", output="json", value=item)).nzo_id
-
-
 async def finished(client: Client) -> Finished:
-    status = await client.get("/api", mode="fullstatus", output="json", skip_dashboard=1)
+    status = await ask(client, "fullstatus", skip_dashboard=1)
     folder = client.read(StatusAnswer, status).status.completedir
-    answer = await client.get("/api", mode="get_config", output="json", section="categories")
+    answer = await ask(client, "get_config", section="categories")
     categories = client.read(CategoryAnswer, answer).config.categories
     known = [slot.storage async for slot in _all_history(client) if slot.storage]
     subfolders = {category.dir.rstrip("*") for category in categories if category.dir and category.dir.rstrip("*")}
     return Finished(folder, tuple(sorted(subfolders)), frozenset(known))
 
 
-FOLLOWING = Following(look, retrying=Retrying(is_failed, retry), finished=finished)
+FOLLOWING = Following(look, retry=retry, finished=finished)
 
 
 async def _queue(client: Client) -> tuple[list[QueueSlot], float, bool]:
     slots: list[QueueSlot] = []
     for page in range(MOST_PAGES):
-        answer = await client.get("/api", mode="queue", output="json", start=page * PAGE, limit=PAGE)
+        answer = await ask(client, "queue", start=page * PAGE, limit=PAGE)
         queue = client.read(QueueAnswer, answer).queue
         slots += queue.slots
         if len(queue.slots) < PAGE:
@@ -176,7 +162,7 @@ async def _all_history(client: Client) -> AsyncGenerator[HistorySlot]:
 
 
 async def _page(client: Client, page: int, **unless: int) -> History | Literal[False]:
-    answer = await client.get("/api", mode="history", output="json", start=page * PAGE, limit=PAGE, **unless)
+    answer = await ask(client, "history", start=page * PAGE, limit=PAGE, **unless)
     return client.read(HistoryAnswer, answer).history
 
 
@@ -186,7 +172,7 @@ def _underway(slots: list[QueueSlot], paused: bool) -> list[Underway]:
     return [
         Underway(
             id=slot.nzo_id,
-            title=_bounded(slot.filename) or slot.nzo_id,
+            title=in_a_line(slot.filename) or slot.nzo_id,
             state=TURN.get(slot.status or "", "waiting") if slot is turn or slot.status in AT_WORK else "waiting",
             download_id=slot.nzo_id,
             bytes_left=None if slot.mb_left is None else int(slot.mb_left * MEBIBYTE),
@@ -199,7 +185,7 @@ def _underway(slots: list[QueueSlot], paused: bool) -> list[Underway]:
 def _processing(slot: HistorySlot) -> Underway:
     return Underway(
         id=slot.nzo_id,
-        title=_bounded(slot.name) or slot.nzo_id,
+        title=in_a_line(slot.name) or slot.nzo_id,
         state="processing",
         download_id=slot.nzo_id,
         tags=(slot.category,) if slot.category else (),
@@ -209,11 +195,11 @@ def _processing(slot: HistorySlot) -> Underway:
 def _ended(slot: HistorySlot) -> Ended:
     return Ended(
         id=slot.nzo_id,
-        title=_bounded(slot.name) or slot.nzo_id,
+        title=in_a_line(slot.name) or slot.nzo_id,
         outcome="failed" if slot.status == "Failed" else "completed",
         at=_time(slot),
         download_id=slot.nzo_id,
-        reason=_bounded(slot.fail_message),
+        reason=in_a_line(slot.fail_message),
         tags=(slot.category,) if slot.category else (),
     )
 
@@ -234,7 +220,3 @@ def _read_cursor(place: Place) -> tuple[datetime, int | None]:
     floor = max(datetime.fromisoformat(told) - OVERLAP, place.since.replace(microsecond=0))
     stale = place.at - datetime.fromisoformat(place.cursor["read_at"]) > WHOLE_AFTER
     return floor, None if stale else changes
-
-
-def _bounded(text: str | None) -> str:
-    return " ".join((text or "").replace("\0", "").split())[:MOST_WORDS]

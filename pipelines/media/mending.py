@@ -5,7 +5,7 @@ before it died is not taken again.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -16,8 +16,9 @@ from cluster.db import Database, now
 from cluster.secrets import SealBroken
 from cluster.services import register
 from cluster.services.client import Client
+from cluster.services.downloads import DownloadNotFailed, DownloadNotFound
 from cluster.services.errors import ServiceError
-from cluster.services.following import Following, Replacing, Retrying
+from cluster.services.following import Following, Replacing
 from cluster.services.register import Service
 from cluster.settings import get_settings
 from pipelines.media import leftovers
@@ -67,8 +68,8 @@ async def carry_out(
 async def _act(
     database: Database, client: Client, following: Following, recovery: Recovery, *, resumed: bool
 ) -> Ending:
-    if recovery.decision == "retry" and following.retrying:
-        return await _retry(client, following.retrying, recovery, resumed=resumed)
+    if recovery.decision == "retry" and following.retry:
+        return await _retry(client, following.retry, recovery, resumed=resumed)
     if recovery.decision == "remove_folder" and following.finished:
         return await _remove_folder(client, following, recovery, resumed=resumed)
     if recovery.decision in {"replace", "mark_failed"} and following.replacing:
@@ -76,10 +77,13 @@ async def _act(
     return Ending("overtaken", "The service can no longer do this.")
 
 
-async def _retry(client: Client, retrying: Retrying, recovery: Recovery, *, resumed: bool) -> Ending:
-    if not await retrying.is_failed(client, recovery.item):
+async def _retry(
+    client: Client, retry: Callable[[Client, str], Awaitable[str]], recovery: Recovery, *, resumed: bool
+) -> Ending:
+    try:
+        return Ending("done", new_item=await retry(client, recovery.item))
+    except (DownloadNotFound, DownloadNotFailed):
         return _gone(resumed=resumed)
-    return Ending("done", new_item=await retrying.retry(client, recovery.item))
 
 
 async def _replace(

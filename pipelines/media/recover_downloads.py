@@ -182,7 +182,7 @@ async def _case(database: Database, services: Followed, row: FollowedDownload) -
             is_marked=queued is not None or (grab is not None and (grab.failed or grab.imported)),
         )
         return known, Target(other, row.download_id, content)
-    retried_by = service.name if following.retrying else None
+    retried_by = service.name if following.retry else None
     return replace(case, retried_by=retried_by, unsure=unsure), Target(service, row.item)
 
 

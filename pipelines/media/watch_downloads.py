@@ -78,7 +78,7 @@ async def look_at(database: Database, service: Service, following: Following) ->
     async with register.connected(database, service) as client:
         look = await following.look(client, place)
     async with database.transaction() as session:
-        return await _settle(session, service, look, place.at, looks, mends_itself=following.retrying is None)
+        return await _settle(session, service, look, place.at, looks, mends_itself=following.retry is None)
 
 
 @sweeper("downloads")
@@ -296,8 +296,7 @@ def _tell_addition(session: AsyncSession, row: FollowedDownload, ended: Ended, s
 
 
 def _tell(session: AsyncSession, room: str, type: str, data: dict[str, Any]) -> None:  # noqa: A002
-    timestamp = now().isoformat().replace("+00:00", "Z")
-    message: events.Message = {"rooms": [room], "type": type, "data": data, "timestamp": timestamp}
+    message = events.message([room], type, data, now())
     after_commit(session, lambda: events.publish([message]))
 
 

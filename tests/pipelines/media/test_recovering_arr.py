@@ -87,7 +87,7 @@ async def test_what_is_not_imported_is_replaced_and_recovers(desk: Desk, ear: Ea
             sonarr.keep("history", {**imported, **told, "series": {"id": 3, "title": series["title"], "tags": []}})
             await desk.watch()
         assert ear.of("content.added") == [
-            {"request_id": None, "content_id": "3", "title": "Breaking Bad", "type": "show"}
+            {"request_id": None, "content_id": "3", "title": "Breaking Bad", "type": "series"}
         ]
         assert (await desk.recoveries())[-1].recovered_at is not None
 
