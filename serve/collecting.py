@@ -8,16 +8,13 @@ from fastapi import Depends, Path, Query
 from pydantic import BaseModel, Field
 
 from cluster import events
-from cluster.db import get_database, now
+from cluster.db import now
 from cluster.logs import request_id
 from cluster.services.base import Connector
-from cluster.services.choice import connected_to
 from cluster.services.client import Client
 from cluster.services.collections import ID_MAX, Collection, Thing
+from serve.connected import connected
 
-ServiceWord = Annotated[
-    str | None, Query(alias="service", max_length=100, description="Name of the service, if there are several.")
-]
 ThingId = Annotated[int, Path(ge=1, le=ID_MAX)]
 DeleteFiles = Annotated[bool, Query(description="Delete the media files too.")]
 
@@ -52,7 +49,7 @@ async def collector(collection: Collection[Any], word: str | None) -> AsyncGener
     def part(connector: Connector) -> Collection[Any] | None:
         return collection if connector.collection is collection else None
 
-    async with connected_to(get_database(), part, collection.does, word) as (client, _):
+    async with connected(part, collection.does, word) as (client, _):
         yield client
 
 

@@ -1,5 +1,6 @@
 """What a person or a model may have any service with a collection do. What is one's own is in its own module."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from cluster.services import collections
 from cluster.services.base import Tool
 from cluster.services.client import Client
 from cluster.services.collections import API, ID_MAX, Collection, Number, Thing, Title, Wanted
-from cluster.services.tools import Arguments
+from cluster.services.tools import Arguments, HowMany
 
 MAX_LISTED = 200
 
@@ -29,15 +30,11 @@ class Term(Arguments):
     title: str = Field(min_length=1, max_length=200, description="The title, or a part of it.")
 
 
-class Limit(Arguments):
-    limit: int = Field(default=50, ge=1, le=MAX_LISTED, description="How many at most.")
-
-
 class Days(Arguments):
     days: int = Field(default=7, ge=1, le=90, description="How far to look ahead.")
 
 
-class Adding(Arguments):
+class Adding(Arguments, ABC):
     """What every service wants to know of something new."""
 
     title: str | None = Field(default=None, min_length=1, max_length=200, description="Looked up, without an id.")
@@ -49,14 +46,14 @@ class Adding(Arguments):
     monitored: bool = Field(default=True, description="Whether to get it when there is a release.")
 
     @property
+    @abstractmethod
     def outer_id(self) -> int | None:
         """The id that it has in the world."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def fields(self) -> dict[str, object]:
         """What only this service is told."""
-        raise NotImplementedError
 
     @property
     def wanted(self) -> Wanted:
@@ -90,16 +87,6 @@ class Queue(BaseModel):
     records: list[Entry]
 
 
-SHARED = (
-    Tool(
-        "get_queue", "What is being downloaded, and how far it is.", Limit, lambda client, wanted: queue(client, wanted)
-    ),
-    Tool("get_quality_profiles", "Which quality profiles there are.", Arguments, lambda client, _: profiles(client)),
-    Tool("get_root_folders", "Which folders there are to add to.", Arguments, lambda client, _: folders(client)),
-)
-"""Tools that are the same for all."""
-
-
 def listing(collection: Collection[Any], word: str) -> Run:
     async def run(client: Client, wanted: Listing) -> dict[str, Any]:
         rows: list[Thing] = []
@@ -128,18 +115,18 @@ def told(thing: Thing) -> dict[str, Any]:
     return thing.model_dump(mode="json", exclude_none=True)
 
 
-async def queue(client: Client, wanted: Limit) -> dict[str, Any]:
+async def queue(client: Client, wanted: HowMany) -> dict[str, Any]:
     answer = await client.get(f"{API}/queue", page=1, pageSize=wanted.limit)
     page = client.read(Queue, answer)
     entries = [entry.model_dump(exclude_none=True) for entry in page.records[: wanted.limit]]
     return {"queue": entries, "total": page.totalRecords}
 
 
-async def profiles(client: Client) -> list[dict[str, Any]]:
+async def profiles(client: Client, _: Arguments) -> list[dict[str, Any]]:
     return [profile.model_dump() for profile in await collections.quality_profiles(client)]
 
 
-async def folders(client: Client) -> list[dict[str, Any]]:
+async def folders(client: Client, _: Arguments) -> list[dict[str, Any]]:
     return [folder.model_dump() for folder in await collections.root_folders(client)]
 
 
@@ -151,3 +138,11 @@ async def calendar(client: Client, wanted: Days, **more: bool) -> Any:
 
 async def command(client: Client, body: dict[str, object]) -> dict[str, Any]:
     return {"command_id": collections.command_name(await collections.command(client, body))}
+
+
+SHARED = (
+    Tool("get_queue", "What is being downloaded, and how far it is.", HowMany, queue),
+    Tool("get_quality_profiles", "Which quality profiles there are.", Arguments, profiles),
+    Tool("get_root_folders", "Which folders there are to add to.", Arguments, folders),
+)
+"""Tools that are the same for all."""

@@ -6,19 +6,15 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel
 
-from cluster.db import get_database
-from cluster.services.choice import connected_to
 from cluster.services.client import Client
 from cluster.services.downloads import DownloadHistory, DownloadQueue, Downloads, Pausing
 from serve.auth import AdminCaller, CurrentCaller
+from serve.connected import ServiceWord, connected
 from serve.envelope import ERROR_RESPONSES
 
 router = APIRouter(prefix="/api/v1/downloads", tags=["Downloads"], responses=ERROR_RESPONSES)
 
 DownloadId = Annotated[str, Path(examples=["SABnzbd_nzo_abc123"])]
-ServiceWord = Annotated[
-    str | None, Query(alias="service", max_length=100, description="Name of the service, if there are several.")
-]
 
 
 class Retried(BaseModel):
@@ -86,4 +82,4 @@ async def delete_download(
 
 
 def _downloader(word: str | None) -> AbstractAsyncContextManager[tuple[Client, Downloads]]:
-    return connected_to(get_database(), lambda connector: connector.downloads, "downloads", word)
+    return connected(lambda connector: connector.downloads, "downloads", word)

@@ -6,12 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.db import get_database
-from cluster.services.choice import connected_to
 from cluster.services.client import Client
 from cluster.services.libraries import Libraries, Library, RecentlyAdded
-from serve.api.downloads import ServiceWord
 from serve.auth import AdminCaller, CurrentCaller
+from serve.connected import ServiceWord, connected
 from serve.envelope import ERROR_RESPONSES
 
 router = APIRouter(prefix="/api/v1/media", tags=["Media"], responses=ERROR_RESPONSES)
@@ -52,4 +50,4 @@ async def scan_library(wanted: ScanRequest, caller: AdminCaller, service: Servic
 
 
 def _shower(word: str | None) -> AbstractAsyncContextManager[tuple[Client, Library]]:
-    return connected_to(get_database(), lambda connector: connector.library, "keeps a library", word)
+    return connected(lambda connector: connector.library, "keeps a library", word)

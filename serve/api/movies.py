@@ -9,7 +9,8 @@ from cluster.services.movies import MOVIES
 from cluster.services.movies_tools import AddingMovie
 from cluster.times import UtcTime
 from serve.auth import AdminCaller, CurrentCaller
-from serve.collecting import DeleteFiles, SearchBegun, ServiceWord, ThingId, WantedPart, collector, tell_added
+from serve.collecting import DeleteFiles, SearchBegun, ThingId, WantedPart, collector, tell_added
+from serve.connected import ServiceWord
 from serve.envelope import ERROR_RESPONSES
 from serve.long_lists import long_list
 
