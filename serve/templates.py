@@ -3,6 +3,8 @@
 import re
 
 from cluster.errors import InvalidRequest
+from serve import go_templates
+from serve.go_language import NotTranslatable
 
 GO = re.compile(r"\{\{-?\s*(\.|\$|(if|range|else|end|with|define|block|template|and|or|not|eq|ne|len|index|slice)\b)")
 
@@ -14,14 +16,24 @@ class TemplateRefused(InvalidRequest):
 
 
 def as_jinja(template: str) -> str:
-    """The template, if it is one that llama.cpp may understand."""
+    """The template, as llama.cpp may understand it."""
+    try:
+        return _as_jinja(template)
+    except RecursionError as error:
+        raise TemplateRefused("The template is nested too deeply.") from error
+
+
+def _as_jinja(template: str) -> str:
     from jinja2 import Environment, TemplateSyntaxError
 
     if "{%" not in template and GO.search(template):
-        raise TemplateRefused(
-            "This template is in Go's language, which Ollama uses. Send one in Jinja (tokenizer.chat_template of the "
-            "model), or none: the model's own is used then."
-        )
+        try:
+            template = go_templates.as_jinja(template)
+        except NotTranslatable as error:
+            raise TemplateRefused(
+                f"The template is in Go's language, as Ollama's are, and cannot be said in Jinja: {error} "
+                "Send one in Jinja (tokenizer.chat_template of the model), or none: the model's own is used then."
+            ) from error
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)  # noqa: S701  (it is not rendered)
     except TemplateSyntaxError as error:

@@ -65,7 +65,7 @@ class CreateRequest(Streamed):
     from_: ModelReference | None = Field(default=None, alias="from", description="A model that there is.")
     files: Blobs | None = Field(default=None, description="A GGUF file: its name, and the digest of its blob.")
     adapters: Blobs | None = Field(default=None, description="A LoRA as GGUF, for the model that `from` names.")
-    template: str | None = Field(default=None, description="Of conversations, in Jinja.")
+    template: str | None = Field(default=None, description="Of conversations, in Jinja or in Go's language.")
     system: str | None = None
     parameters: Parameters | None = None
     messages: list[Message] | None = Field(default=None, max_length=1000, description="How every conversation begins.")

@@ -27,6 +27,7 @@ from tests.contract.serving import serving
 from tests.pipelines.shelf import Shelf
 from tests.platform import eventually_async
 from tests.serve.small_models import write_adapter, write_model, write_parrot
+from tests.serve.test_go_templates import TALK, TURN, rendered
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -148,6 +149,17 @@ async def test_what_a_model_brings_along_holds_at_every_door(house: House) -> No
     assert more.usage is not None
     assert (told.usage.completion_tokens, more.usage.completion_tokens) == (3, 4)
     assert told.usage.prompt_tokens == answer.prompt_eval_count
+
+
+@pytest.mark.parametrize("template", [TURN, TALK])
+async def test_a_template_in_the_language_of_ollama(house: House, template: str) -> None:
+    path = write_model(house.folder / "model.gguf", seed=1, talkative=True)
+    await house.create(house.shelf.name, path, template=template)
+    talk: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}, *HELLO]
+    more = [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who is 'it' {{ 🎬 }}?"}]
+    for messages in (talk, [*talk, *more]):
+        answer = await house.client.chat(model=house.shelf.name, messages=messages, options={"num_predict": 1})
+        assert answer.prompt_eval_count == len(rendered(template, *messages).encode())  # a token is a byte
 
 
 async def test_a_model_made_from_another_one(house: House) -> None:

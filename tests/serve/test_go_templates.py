@@ -1,0 +1,168 @@
+"""Go's templates in Jinja: what a conversation becomes in them is what Ollama makes of it."""
+
+from typing import Any
+
+import pytest
+from jinja2 import Environment
+
+from serve.templates import TemplateRefused, as_jinja
+
+TURN = (
+    "{{ if .System }}[system {{ .System }}]\n{{ end }}{{- if .Prompt }}[user {{ .Prompt }}]\n{{ end }}"
+    "[assistant {{ .Response }}]\n"
+)
+TALK = """
+{{- /* Whoever reads this is no model. */ -}}
+{{- if or .System .Tools }}[system {{ .System }}
+{{- if .Tools }} tools
+{{- range .Tools }} {{ .Function.Name }} {{ .Function.Parameters }}{{ end }}
+{{- end }}]
+{{ end }}
+{{- range $i, $message := .Messages }}
+{{- $last := eq (len (slice $.Messages $i)) 1 -}}
+{{- if eq .Role "user" "tool" }}[{{ $message.Role }} {{ .Content }}]
+{{ else if eq .Role "assistant" }}[assistant
+{{- if .Content }} {{ .Content }}{{ end }}
+{{- range .ToolCalls }} call {{ .Function.Name }} {{ json .Function.Arguments }}{{ end }}
+{{- if not $last }}]
+{{ end }}
+{{- end }}
+{{- if and (ne .Role "assistant") $last }}[assistant {{ end }}
+{{- end }}"""
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+HELLO = {"role": "user", "content": "Hello"}
+HI = {"role": "assistant", "content": "Hi."}
+WHO = {"role": "user", "content": "Who is 'it' {{ 🎬 }}?"}
+CALLS = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "look", "arguments": {"room": "hall"}}}],
+}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def rendered(template: str, *messages: dict[str, Any], begun: bool = True, **more: Any) -> str:
+    """As llama.cpp and transformers do it."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    template = as_jinja(template)
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=begun, **more)
+
+
+@pytest.mark.parametrize(
+    ("messages", "written"),
+    [
+        ([HELLO], "[user Hello]\n[assistant "),
+        ([SYSTEM, HELLO], "[system Be brief.]\n[user Hello]\n[assistant "),
+        ([HELLO, HI, WHO], "[user Hello]\n[assistant Hi.]\n[user Who is 'it' {{ 🎬 }}?]\n[assistant "),
+        (
+            [HELLO, SYSTEM, WHO],
+            "[user Hello]\n[assistant ]\n[system Be brief.]\n[user Who is 'it' {{ 🎬 }}?]\n[assistant ",
+        ),
+        ([HELLO, HELLO], "[user Hello\n\nHello]\n[assistant "),
+        ([HELLO, HI], "[user Hello]\n[assistant Hi.]\n[assistant "),
+    ],
+)
+def test_a_turn_is_written_for_each_turn_and_the_last_one_is_begun(
+    messages: list[dict[str, Any]], written: str
+) -> None:
+    assert rendered(TURN, *messages) == written
+
+
+def test_a_conversation_that_is_over_is_written_to_its_end() -> None:
+    assert rendered(TURN, HELLO, HI, begun=False) == "[user Hello]\n[assistant Hi.]\n"
+
+
+def test_the_response_comes_last_where_a_template_does_not_say_where() -> None:
+    assert rendered("{{ .Prompt }}: ", HELLO, HI, WHO) == "Hello: Hi.Who is 'it' {{ 🎬 }}?: "
+
+
+def test_what_stands_behind_the_response_is_left_out_wherever_that_is() -> None:
+    template = "{{ if .Prompt }}<{{ .Prompt }}>{{ .Response }}</a>{{ end }}</b>"
+    assert rendered(template, HELLO, HI, WHO) == "<Hello>Hi.</a></b><Who is 'it' {{ 🎬 }}?>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "written"),
+    [
+        ([HELLO], {}, "[user Hello]\n[assistant "),
+        (
+            [SYSTEM, HELLO, HI, WHO],
+            {},
+            "[system Be brief.]\n[user Hello]\n[assistant Hi.]\n[user Who is 'it' {{ 🎬 }}?]\n[assistant ",
+        ),
+        (
+            [HELLO, CALLS, {"role": "tool", "content": "dark"}],
+            {"tools": [TOOL]},
+            '[system  tools look {"type": "object"}]\n[user Hello]\n[assistant call look {"room": "hall"}]\n'
+            "[tool dark]\n[assistant ",
+        ),
+        ([HELLO, HI], {}, "[user Hello]\n[assistant Hi."),
+    ],
+)
+def test_a_template_that_goes_through_the_messages_itself(
+    messages: list[dict[str, Any]], more: dict[str, Any], written: str
+) -> None:
+    told = [one for one in messages if one["role"] != "system"]
+    assert rendered(TALK, *messages, **more) == written
+    assert rendered(TALK, *told, **more) == written.replace("[system Be brief.]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("{{ range .Messages }}{{ with .Content }}<{{ . }}>{{ else }}-{{ end }}{{ end }}", "<Hello>-"),
+        (
+            '{{ range $one := .Messages }}{{ if eq $one.Role "user" }}{{ continue }}{{ end }}{{ .Role }}{{ end }}',
+            "assistant",
+        ),
+        ("{{ range .Messages }}{{ .Role }}{{ break }}{{ end }}", "user"),
+        ('{{ $seen := "" }}{{ range .Messages }}{{ $seen = .Role }}{{ end }}{{ $seen }}', "assistant"),
+        ("{{ $a := 1 }}{{ range .Messages }}{{ $a := 2 }}{{ end }}{{ $a }}", "1"),
+        ("{{ (index .Messages 0).Role }} {{ len .Messages }} {{ .Messages | len }}", "user 2 2"),
+        (
+            "{{ range $i, $m := .Messages }}{{ range $j, $n := $.Messages }}{{ $i }}{{ $j }} {{ end }}{{ end }}",
+            "00 01 10 11 ",
+        ),
+        ('{{ if and .Messages (not .Think) (gt (len .Messages) 1) }}`"`{{ `"` }}{{ "\\"\\n" }}{{ end }}', '`"`""\n'),
+        ("a  {{- /* b */ -}}  c{{ .Messages | len }}", "ac2"),
+    ],
+)
+def test_what_go_has_for_it(template: str, written: str) -> None:
+    assert rendered(template, HELLO, CALLS) == written
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ if .Prompt }}a", "'if' has no end"),
+        ("{{ .Prompt }}{{ end }}", "'end' belongs to nothing"),
+        ("{{ .Prompt }}{{ else }}", "'else' belongs to nothing"),
+        ("{{ .Unheard }}", "'.Unheard' is not known"),
+        ("{{ $x }}{{ .Prompt }}", r"'\$x' is not known"),
+        ('{{ if eq .Prompt "a" }}{{ else range .Tools }}{{ end }}', "'else range' is not known"),
+        ('{{ printf "%s" .Prompt }}{{ .Prompt }}', "'printf' is not known"),
+        ("{{ eq .Prompt }}{{ .Prompt }}", "'eq' is not given"),
+        ("{{ .Prompt }}{{ (.Prompt }}", "parenthesis"),
+        ("{{ .Prompt .Prompt }}", "'.Prompt' is not expected"),
+        ("{{ .Prompt | .Prompt }}", "only a function"),
+        ("{{ .Prompt }}{{ # }}", "'#' cannot be read"),
+        ("{{ .Prompt }}{{ .Prompt", "does not end"),
+        ('{{ define "a" }}{{ .Prompt }}{{ end }}', "'define' is not known"),
+        ("{{ . }}{{ .Prompt }}", "is not known"),
+        ("{{ .Prompt }}{{ }}", "nothing in it"),
+        ("{{ .Prompt }}" + "{{ " * 20_000 + '"', "does not end"),
+    ],
+)
+def test_what_jinja_cannot_say_is_named(template: str, reason: str) -> None:
+    with pytest.raises(TemplateRefused, match=f"{reason}.*Send one in Jinja"):
+        as_jinja(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ if .Prompt }}" * 5000 + "{{ end }}" * 5000, "{{ if " + "(" * 5000 + ".Prompt" + ")" * 5000 + " }}{{ end }}"],
+)
+def test_what_is_nested_too_deeply_is_refused(template: str) -> None:
+    with pytest.raises(TemplateRefused, match="nested too deeply"):
+        as_jinja(template)
