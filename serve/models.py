@@ -26,8 +26,6 @@ JOB = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
 EARLIEST = datetime.fromtimestamp(0, UTC)
 """Nobody knows when a model was made that the settings name."""
 FRESH_SECONDS = 1.0
-AGING_SECONDS = 0.8
-"""From this age on an answer is asked for anew while it is still good: who asks all the time never waits for that."""
 PATIENCE_SECONDS = 3.0
 """How long to wait for MLflow where an older answer is at hand."""
 MOST_REMEMBERED = 1000
@@ -135,8 +133,7 @@ class _Remembered(Generic[Known]):
     _asking: asyncio.Task[Known] | None = None
 
     async def get(self) -> Known:
-        age = time.monotonic() - self._asked_at
-        if self._answer and age < AGING_SECONDS:
+        if self._answer and time.monotonic() - self._asked_at < FRESH_SECONDS:
             return self._answer[0]
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask())
@@ -144,8 +141,6 @@ class _Remembered(Generic[Known]):
         asking = self._asking
         if not self._answer:
             return await asyncio.shield(asking)
-        if age < FRESH_SECONDS:
-            return self._answer[0]
         await asyncio.wait([asking], timeout=PATIENCE_SECONDS)
         if asking.done() and not isinstance(asking.exception(), Unavailable):
             return asking.result()

@@ -1,6 +1,5 @@
 """What names mean, and to whom: what a training has made, and what the settings name."""
 
-import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from pipelines.training.results import NotMade
 from serve.app import create_app
 from serve.engines.protocol import Folder
 from serve.models import Models
-from tests.pipelines.shelf import Shelf
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -67,30 +65,3 @@ async def test_names_in_the_settings(
         assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["small", "forgearr/tiny"]
         assert (await client.get("/v1/models/small")).json()["id"] == "small"
         assert (await client.get("/v1/models/large")).status_code == 404
-
-
-async def test_nobody_waits_for_what_is_asked_anew(
-    database: Database, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An answer that ages is given once more, and the next one is known soon; one that is old is not given."""
-    models = Models()
-
-    async def meant() -> str:
-        return (await models.resolve(shelf.name, BOB)).reference
-
-    async def switch(number: int) -> None:
-        await shelf.register()
-        await shelf.registry.point(shelf.name, number)
-
-    await switch(1)
-    assert await meant() == f"{shelf.name}:v1"
-    monkeypatch.setattr("serve.models.AGING_SECONDS", 0.0)
-    monkeypatch.setattr("serve.models.FRESH_SECONDS", 3600.0)
-    await switch(2)
-    assert await meant() == f"{shelf.name}:v1"
-    async with asyncio.timeout(30):
-        while await meant() != f"{shelf.name}:v2":  # noqa: ASYNC110  (MLflow tells nobody of it)
-            await asyncio.sleep(0.05)
-    monkeypatch.setattr("serve.models.FRESH_SECONDS", 0.0)
-    await switch(3)
-    assert await meant() == f"{shelf.name}:v3"
