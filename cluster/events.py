@@ -61,8 +61,8 @@ Snapshot = Mapping[str, float]
 """A replica's counts: a value for each sample, by a key that all replicas share."""
 
 
-def message(rooms: Sequence[str], type: str, data: Mapping[str, Any], at: datetime) -> Message:  # noqa: A002
-    return {"rooms": [*rooms], "type": type, "data": {**data}, "timestamp": written(at)}
+def message(rooms: Sequence[str], kind: str, data: Mapping[str, Any], at: datetime) -> Message:
+    return {"rooms": [*rooms], "type": kind, "data": {**data}, "timestamp": written(at)}
 
 
 def publish(messages: Sequence[Message]) -> None:

@@ -17,25 +17,19 @@ class TemplateRefused(InvalidRequest):
 
 def as_jinja(template: str) -> str:
     """The template, as llama.cpp may understand it."""
-    try:
-        return _as_jinja(template)
-    except RecursionError as error:
-        raise TemplateRefused("The template is nested too deeply.") from error
-
-
-def _as_jinja(template: str) -> str:
     from jinja2 import Environment, TemplateSyntaxError
 
-    if "{%" not in template and GO.search(template):
-        try:
-            template = go_templates.as_jinja(template)
-        except NotTranslatable as error:
-            raise TemplateRefused(
-                f"The template is in Go's language, as Ollama's are, and cannot be said in Jinja: {error} "
-                "Send one in Jinja (tokenizer.chat_template of the model), or none: the model's own is used then."
-            ) from error
     try:
+        if "{%" not in template and GO.search(template):
+            template = go_templates.as_jinja(template)
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)  # noqa: S701  (it is not rendered)
+    except NotTranslatable as error:
+        raise TemplateRefused(
+            f"The template is in Go's language, as Ollama's are, and cannot be said in Jinja: {error} "
+            "Send one in Jinja (tokenizer.chat_template of the model), or none: the model's own is used then."
+        ) from error
     except TemplateSyntaxError as error:
         raise TemplateRefused(f"The template is no Jinja: {error.message}, in line {error.lineno}.") from error
+    except RecursionError as error:
+        raise TemplateRefused("The template is nested too deeply.") from error
     return template

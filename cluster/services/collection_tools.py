@@ -12,7 +12,7 @@ from cluster.services import collections
 from cluster.services.base import Tool
 from cluster.services.client import Client
 from cluster.services.collections import API, ID_MAX, Collection, Number, Thing, Title, Wanted
-from cluster.services.tools import Arguments, HowMany
+from cluster.services.tools import Arguments
 
 MAX_LISTED = 200
 
@@ -20,9 +20,12 @@ Id = Annotated[int, Field(ge=1, le=ID_MAX)]
 Run = Callable[[Client, Any], Awaitable[Any]]
 
 
-class Listing(Arguments):
-    query: str | None = Field(default=None, max_length=200, description="Only those with this in their title.")
+class Limit(Arguments):
     limit: int = Field(default=50, ge=1, le=MAX_LISTED, description="How many at most.")
+
+
+class Listing(Limit):
+    query: str | None = Field(default=None, max_length=200, description="Only those with this in their title.")
     offset: int = Field(default=0, ge=0, le=ID_MAX, description="How many to leave out at the beginning.")
 
 
@@ -115,7 +118,7 @@ def told(thing: Thing) -> dict[str, Any]:
     return thing.model_dump(mode="json", exclude_none=True)
 
 
-async def queue(client: Client, wanted: HowMany) -> dict[str, Any]:
+async def queue(client: Client, wanted: Limit) -> dict[str, Any]:
     answer = await client.get(f"{API}/queue", page=1, pageSize=wanted.limit)
     page = client.read(Queue, answer)
     entries = [entry.model_dump(exclude_none=True) for entry in page.records[: wanted.limit]]
@@ -141,7 +144,7 @@ async def command(client: Client, body: dict[str, object]) -> dict[str, Any]:
 
 
 SHARED = (
-    Tool("get_queue", "What is being downloaded, and how far it is.", HowMany, queue),
+    Tool("get_queue", "What is being downloaded, and how far it is.", Limit, queue),
     Tool("get_quality_profiles", "Which quality profiles there are.", Arguments, profiles),
     Tool("get_root_folders", "Which folders there are to add to.", Arguments, folders),
 )

@@ -295,8 +295,8 @@ def _tell_addition(session: AsyncSession, row: FollowedDownload, ended: Ended, s
     _tell(session, "content_requests", "content.added", told)
 
 
-def _tell(session: AsyncSession, room: str, type: str, data: dict[str, Any]) -> None:  # noqa: A002
-    message = events.message([room], type, data, now())
+def _tell(session: AsyncSession, room: str, kind: str, data: dict[str, Any]) -> None:
+    message = events.message([room], kind, data, now())
     after_commit(session, lambda: events.publish([message]))
 
 

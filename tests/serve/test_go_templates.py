@@ -1,4 +1,4 @@
-"""Go's templates in Jinja: what a conversation becomes in them is what Ollama makes of it."""
+"""Go's templates in Jinja: what a conversation becomes in them, by the rules that Ollama has for its own."""
 
 from typing import Any
 
