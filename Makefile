@@ -28,9 +28,10 @@ demo: setup ## Train a tiny model, export, validate and serve it, and show what 
 	@$(FORGEARR) up --detach
 	@trap '$(FORGEARR) down' EXIT; $(FORGEARR) demo
 
-# Several at once, since much of what tests do is waiting; more would start more platforms than most machines hold.
+# Several at once, since much of what tests do is waiting; more would start more platforms than most machines hold. In
+# the order of their folders, so that whole platforms come first, and no long file is left over at the end.
 test: setup ## Run all tests
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## Check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -82,6 +82,7 @@ class HistorySlot(BaseModel):
     bytes: Amount = 0
     completed: Moment | None = None
     retry: bool = False  # whether it has what it takes to try it again
+    loaded: bool = False  # whether it is still being unpacked and moved, though it may be called completed already
 
 
 class History(BaseModel):
@@ -220,7 +221,7 @@ async def _paused(client: Client, *, wanted: bool) -> Pausing:
 
 
 def _ended(slot: HistorySlot) -> EndedDownload:
-    has_ended = slot.status in ENDED and slot.completed is not None
+    has_ended = slot.status in ENDED and not slot.loaded and slot.completed is not None
     return EndedDownload(
         nzo_id=slot.nzo_id,
         name=slot.name,

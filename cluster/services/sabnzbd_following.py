@@ -51,6 +51,7 @@ class HistorySlot(BaseModel):
     fail_message: Text = ""
     completed: int | None = Field(default=None, ge=0, le=LATEST)
     storage: str | None = None
+    loaded: bool = False
 
 
 class History(BaseModel):
@@ -75,7 +76,7 @@ class Category(BaseModel):
 
 
 class CategoryList(BaseModel):
-    categories: list[Category]
+    categories: list[Category] = []  # it does not name a list that is empty
 
 
 class CategoryAnswer(BaseModel):
@@ -205,7 +206,8 @@ def _ended(slot: HistorySlot) -> Ended:
 
 
 def _is_over(slot: HistorySlot) -> bool:
-    return slot.status in {"Completed", "Failed"}
+    # What it still has in its hands may be called completed already.
+    return slot.status in {"Completed", "Failed"} and not slot.loaded
 
 
 def _time(slot: HistorySlot) -> datetime:

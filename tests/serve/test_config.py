@@ -265,6 +265,7 @@ async def test_things_in_lists_are_changed_and_never_made(
     house: House, sabnzbd: Running, own_rules: Callable[[str], Path]
 ) -> None:
     own_rules(RULE.format(id="folder", area="categories[]", setting="dir", value="shows"))
+    says(sabnzbd, section="categories", keyword="*", name="*")  # with it, it makes none by itself
     says(sabnzbd, section="categories", keyword="tv", name="tv", dir="tv*")
     await audited(house, "sabnzbd")
     found = (await recommended(house, priority="critical"))["tv.dir"]
@@ -272,7 +273,7 @@ async def test_things_in_lists_are_changed_and_never_made(
     before = config(sabnzbd, "categories")
     (result,) = await changed(house, "apply", found["id"])
     assert result["success"], result
-    assert config(sabnzbd, "categories") == [{**one, "dir": "shows"} for one in before if one["name"] == "tv"]
+    assert config(sabnzbd, "categories") == [{**one, "dir": "shows"} if one["name"] == "tv" else one for one in before]
     await changed(house, "rollback", found["id"])
     assert config(sabnzbd, "categories") == before
     says(sabnzbd, mode="del_config", section="categories", keyword="tv")

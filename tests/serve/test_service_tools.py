@@ -110,7 +110,8 @@ async def test_a_real_sabnzbd_does_what_it_is_told_to(house: House, sabnzbd: Run
     added = (await call(house, "sabnzbd", "add_download", url=f"{DEAD}/x.nzb?apikey=hidden", name="Film"))[1]["result"]
     (slot,) = (await call(house, "sabnzbd", "get_queue"))[1]["result"]["queue"]
     assert (slot["nzo_id"], slot["status"], slot["priority"]) == (added["nzo_id"], "Grabbing", "Normal")
-    assert slot["filename"].endswith(f"{DEAD}/…")
+    # Releases differ in whether it has its name already, or is called by its address.
+    assert slot["filename"] == "Film" or slot["filename"].endswith(f"{DEAD}/…")
     assert (await call(house, "sabnzbd", "delete_download", **added))[0] == 200
     nzb = Usenet().post("film.mkv", b"film")
     async with standing_in(lambda asked: Reply(nzb.encode(), 200, "application/x-nzb")) as web:

@@ -1,6 +1,7 @@
 """Real programs on loopback: Debian's SABnzbd and Prometheus, each with a folder of its own.
 
-A program is started once for a module: `with programs.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server`.
+Whichever is first in PATH is taken, so that the tests can be run with another release. A program is started once for a
+module: `with programs.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server`.
 """
 
 import configparser
@@ -40,7 +41,7 @@ def sabnzbd(folder: Path) -> Generator[Running]:
     # Its folders are in the home of its user, unless it is told of others; and a news server that it has left, it does
     # not ask again for five seconds.
     folders = f"download_dir = {folder / 'incomplete'}\ncomplete_dir = {folder / 'complete'}\n"
-    ini.write_text(f"[misc]\n{folders}auto_disconnect = 0\n")
+    ini.write_text(f"[misc]\n{folders}auto_disconnect = 0\nurl_base = /sabnzbd\n")
     with _running(folder, address, "sabnzbdplus", "-f", str(ini), "-s", address, "-b", "0") as url:
         _wait_until_it_answers(f"{url}/api?mode=version&output=json", folder)
         # What stands before the first section is no INI to anybody else.

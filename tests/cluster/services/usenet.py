@@ -97,9 +97,15 @@ def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
 
     def found() -> dict[str, Any] | None:
         slots = ask(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
-        return next((slot for slot in slots if slot["status"] in {"Completed", "Failed"}), None)
+        over = {"Completed", "Failed"}
+        return next((slot for slot in slots if slot["status"] in over and not slot["loaded"]), None)
 
     return until(found)
+
+
+def still(sabnzbd: Running) -> None:
+    """Wait until nothing of what was downloaded before counts as its speed any more."""
+    until(lambda: float(ask(sabnzbd, "queue")["queue"]["kbpersec"]) == 0)
 
 
 def until(found: Callable[[], Any]) -> Any:

@@ -43,13 +43,14 @@ PLEX_PREFERENCES = {
     "secureConnections",
     "HardwareAcceleratedCodecs",
 }
-"""As a server has told them (`/:/prefs`), some with a capital and some without."""
+"""As servers have told them (`/:/prefs`), some with a capital and some without: Plex has no document of them."""
 PROWLARR = {
     "applications[]": {"syncLevel"},
     "indexer[]": {"protocol", "enable", "fields.baseSettings.queryLimit", "fields.baseSettings.grabLimit"},
     "health[]": {"message", "wikiUrl"},
 }
-"""As its sources have them."""
+"""As its official document has them (`ApplicationResource`, `IndexerResource`, `HealthResource`), which lets the names
+of fields open: those two are in its sources (`IndexerBaseSettings`)."""
 
 
 @pytest.fixture

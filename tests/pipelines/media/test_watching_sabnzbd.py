@@ -14,7 +14,7 @@ from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import arr_standing_in, kept_series
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.programs import Running
-from tests.cluster.services.usenet import Usenet, ask, download, ended, subscribe, until, usenet
+from tests.cluster.services.usenet import Usenet, ask, download, ended, still, subscribe, until, usenet
 from tests.pipelines.media.conftest import Desk, Ear
 
 pytestmark = [pytest.mark.usefixtures("ear"), pytest.mark.parametrize("database", ["sqlite"], indirect=True)]
@@ -116,6 +116,7 @@ async def test_who_waits_in_the_queue_is_not_stuck(sabnzbd: Running, news: Usene
     await desk.policy(strikes=1, stuck_minutes=0)
     news.open.clear()
     items = [download(sabnzbd, news.post(f"{n}.bin", secrets.token_bytes(SIZE)), f"Waits {n}") for n in range(2)]
+    still(sabnzbd)
     for _ in range(3):
         await desk.watch()
     rows = await desk.downloads()
