@@ -157,6 +157,32 @@ def test_the_job_is_a_job_of_the_forge(platform: Platform, client: openai.OpenAI
     assert [one.id for one in client.fine_tuning.jobs.list(metadata={"run": "2"})] == []
 
 
+def test_what_is_not_preferred_is_said_no_more(client: openai.OpenAI, tuned: FineTuningJob) -> None:
+    """A model that was tuned learns from pairs to leave what it was taught."""
+    assert tuned.fine_tuned_model
+    pairs = client.files.create(file=("pairs.jsonl", preferences(24)), purpose="fine-tune")
+    hyperparameters: Any = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 5, "beta": 0.1}
+    job = client.fine_tuning.jobs.create(
+        model=tuned.fine_tuned_model,
+        training_file=pairs.id,
+        method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+        seed=7,
+    )
+    done = eventually(lambda: ended(client, job.id), 300)
+    assert (done.status, done.error) == ("succeeded", None)
+    assert done.method
+    assert done.method.dpo
+    assert done.method.dpo.hyperparameters
+    assert done.method.dpo.hyperparameters.to_dict() == hyperparameters
+    assert done.fine_tuned_model
+    (file_id,) = done.result_files
+    rows = list(csv.DictReader(client.files.content(file_id).text.splitlines()))
+    assert (len(rows), float(rows[-1]["train_accuracy"])) == (18, 1)  # of all pairs the preferred one is likelier
+    says = client.chat.completions.create(model=done.fine_tuned_model, messages=asked(1), temperature=0, max_tokens=20)
+    assert says.model == done.fine_tuned_model
+    assert says.choices[0].message.content not in {None, answer(1)}
+
+
 def test_the_client_that_does_not_wait_pauses_resumes_and_cancels(platform: Platform, tuned: FineTuningJob) -> None:
     async def work() -> None:
         async with openai.AsyncOpenAI(base_url=f"{platform.url}/v1", api_key="not-needed") as client:
@@ -207,6 +233,18 @@ def test_its_model_can_be_deleted(client: openai.OpenAI, tuned: FineTuningJob) -
 
 def content(count: int) -> bytes:
     lines = [{"messages": [*asked(n), {"role": "assistant", "content": answer(n)}]} for n in range(count)]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def preferences(count: int) -> bytes:
+    lines = [
+        {
+            "input": {"messages": asked(n)},
+            "preferred_output": [{"role": "assistant", "content": f"Number {n % 3} is {SERVICES[(n + 1) % 3]}."}],
+            "non_preferred_output": [{"role": "assistant", "content": answer(n)}],
+        }
+        for n in range(count)
+    ]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
