@@ -9,6 +9,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 
 from cluster.services.client import Client
 from cluster.services.following import (
+    ID_MAX,
     Ended,
     Following,
     Grab,
@@ -86,7 +87,7 @@ class QueueRow(Sort):
     tracked_state: str | None = Field(default=None, alias="trackedDownloadState")
     messages: list[Words] | None = Field(default=None, alias="statusMessages")
     error: str | None = Field(default=None, alias="errorMessage")
-    download_id: str | None = Field(default=None, alias="downloadId")
+    download_id: str | None = Field(default=None, alias="downloadId", max_length=ID_MAX)
     protocol: str | None = None
 
 
@@ -99,7 +100,7 @@ class HistoryRow(Sort):
     source_title: str | None = Field(default=None, alias="sourceTitle")
     date: AwareDatetime
     event: str | None = Field(default=None, alias="eventType")
-    download_id: str | None = Field(default=None, alias="downloadId")
+    download_id: str | None = Field(default=None, alias="downloadId", max_length=ID_MAX)
     data: dict[str, str | None] | None = None
 
 

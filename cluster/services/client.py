@@ -117,6 +117,10 @@ class Client:
     async def get(self, path: str, *, seconds: float | None = None, **parameters: Parameter) -> Any:
         return await self._call("GET", path, parameters, self._content, seconds=seconds)
 
+    async def act(self, path: str, **parameters: Parameter) -> Any:
+        """A GET that changes something, as some services have it: it is sent once, whatever comes of it."""
+        return await self._call("GET", path, parameters, self._content, once=True)
+
     async def each(self, path: str, take: Take, *, seconds: float | None = None, **parameters: Parameter) -> None:
         """Have `take` called with each object of a list that may be too long to be held."""
         await self._call("GET", path, parameters, self._listed, seconds=seconds, take=take)
@@ -231,6 +235,7 @@ class Client:
         form: Mapping[str, str] | None = None,
         seconds: float | None = None,
         take: Take | None = None,
+        once: bool = False,
         accept: str = "application/json",
     ) -> Answer:
         """The line of defence: from here on there are only errors of ours, and answers that are no error."""
@@ -248,7 +253,7 @@ class Client:
             request["timeout"] = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
         try:
             async with asyncio.timeout(seconds):
-                answer = await self._send(method, f"{self.connection.url}{path}", request, take)
+                answer = await self._send(method, f"{self.connection.url}{path}", request, take, once=once)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise Unreachable(f"{name} did not answer within {seconds:g} seconds.") from error
         except httpx.DecodingError as error:
@@ -257,20 +262,24 @@ class Client:
             raise Unreachable(f"{name} cannot be reached: {self._reason(error)}.") from error
         return self._accepted(answer, path)
 
-    async def _send(self, method: Method, url: str, request: dict[str, Any], take: Take | None) -> Answer:
+    async def _send(
+        self, method: Method, url: str, request: dict[str, Any], take: Take | None, *, once: bool
+    ) -> Answer:
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._once(method, url, request, take)
+            answer = await self._again(method, url, request, take, once=once)
             if answer.location is None:
                 return answer
             url, request = self._redirected(method, url, answer.location), {**request, "params": None}
         raise BadResponse(f"{self.connection.name} sends its callers in circles.")
 
-    async def _once(self, method: Method, url: str, request: dict[str, Any], take: Take | None) -> Answer:
+    async def _again(
+        self, method: Method, url: str, request: dict[str, Any], take: Take | None, *, once: bool
+    ) -> Answer:
         """One request; one that changes nothing is sent again if the connection breaks, unless some of it was taken."""
         try:
             return await self._read(method, url, request, take)
         except BROKEN:
-            if method != "GET" or take is not None:
+            if method != "GET" or once or take is not None:
                 raise
             return await self._read(method, url, request, take)
 

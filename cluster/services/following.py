@@ -20,6 +20,8 @@ UnderwayState = Literal[
     "failed",
 ]
 Outcome = Literal["completed", "failed", "imported"]
+ID_MAX = 300
+"""How long the name of a download can be, as it is kept here."""
 MOST_WORDS = 500
 
 

@@ -48,7 +48,7 @@ AREAS = Areas(read, write, writable=frozenset({"misc", "categories[]", "sorters[
 
 
 async def _set(client: Client, **sent: Any) -> None:
-    await client.get("/api", mode="set_config", output="json", **sent)
+    await client.act("/api", mode="set_config", output="json", **sent)
 
 
 def _said(value: Any) -> str:

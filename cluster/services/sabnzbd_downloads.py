@@ -141,7 +141,7 @@ async def retry(client: Client, nzo_id: str) -> str:
         raise DownloadNotFailed(f"'{slot.name}' is {slot.status}; only what has failed is tried again.")
     if not slot.retry:
         raise Refused(f"{name} cannot try '{slot.name}' again: what it had of it is gone.")
-    fresh = client.read(Retried, await ask(client, "retry", value=nzo_id)).nzo_id
+    fresh = client.read(Retried, await tell(client, "retry", value=nzo_id)).nzo_id
     await _must_be_there(client, fresh, slot.name)
     return fresh
 
@@ -153,25 +153,25 @@ async def delete(client: Client, nzo_id: str, with_files: bool) -> None:
         if slot := await _find_ended(client, nzo_id):
             raise DownloadNotFound(f"'{slot.name}' is no longer in the queue of {name}: it is {slot.status}.")
         raise DownloadNotFound(f"{name} has no download '{nzo_id}' in its queue.")
-    await ask(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
+    await tell(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
     if await _find_queued(client, nzo_id):
         raise Refused(f"{name} still has '{nzo_id}' in its queue.")
 
 
 async def pause(client: Client) -> Pausing:
-    await ask(client, "pause")
+    await tell(client, "pause")
     return await _paused(client, wanted=True)
 
 
 async def resume(client: Client) -> Pausing:
-    await ask(client, "resume")
+    await tell(client, "resume")
     return await _paused(client, wanted=False)
 
 
 async def add(client: Client, url: str, name: str, category: str) -> str:
     """Have the NZB at this address downloaded; returns the id of the download."""
     options = {"nzbname": name, "cat": category}
-    answer = await ask(client, "addurl", name=url, **{key: value for key, value in options.items() if value})
+    answer = await tell(client, "addurl", name=url, **{key: value for key, value in options.items() if value})
     added = client.read(Added, answer).nzo_ids[0]
     await _must_be_there(client, added, name or _without_keys(url))
     return added
@@ -179,6 +179,11 @@ async def add(client: Client, url: str, name: str, category: str) -> str:
 
 async def ask(client: Client, mode: str, **parameters: Any) -> Any:
     return await client.get("/api", mode=mode, output="json", **parameters)
+
+
+async def tell(client: Client, mode: str, **parameters: Any) -> Any:
+    """What changes something is sent once: a download that is added twice is two."""
+    return await client.act("/api", mode=mode, output="json", **parameters)
 
 
 DOWNLOADS = Downloads(queue=queue, history=history, retry=retry, delete=delete, pause=pause, resume=resume)

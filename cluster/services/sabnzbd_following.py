@@ -3,12 +3,22 @@
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
 from cluster.services.client import Client
-from cluster.services.following import Ended, Finished, Following, Look, Place, Underway, UnderwayState, in_a_line
+from cluster.services.following import (
+    ID_MAX,
+    Ended,
+    Finished,
+    Following,
+    Look,
+    Place,
+    Underway,
+    UnderwayState,
+    in_a_line,
+)
 from cluster.services.sabnzbd_downloads import Text, ask, retry
 
 PAGE = 200
@@ -22,11 +32,12 @@ WHOLE_AFTER = timedelta(minutes=15)
 longer than this."""
 MEBIBYTE = 1024 * 1024
 AT_WORK = {"Checking", "Grabbing", "Fetching"}
+Id = Annotated[str, Field(min_length=1, max_length=ID_MAX)]
 TURN: dict[str, UnderwayState] = {**dict.fromkeys(AT_WORK, "processing"), "Downloading": "running"}
 
 
 class QueueSlot(BaseModel):
-    nzo_id: str = Field(min_length=1)
+    nzo_id: Id
     filename: Text = ""
     status: str | None = None
     cat: str | None = None
@@ -44,7 +55,7 @@ class QueueAnswer(BaseModel):
 
 
 class HistorySlot(BaseModel):
-    nzo_id: str = Field(min_length=1)
+    nzo_id: Id
     name: Text = ""
     status: str | None = None
     category: str | None = None

@@ -7,7 +7,7 @@ from sqlalchemy import BigInteger, Boolean, ForeignKey, Integer, String, Text, U
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, delete_rows, now
-from cluster.services.following import Outcome, UnderwayState
+from cluster.services.following import ID_MAX, Outcome, UnderwayState
 from cluster.settings import get_settings
 
 ItemState = UnderwayState | Outcome | Literal["retried"]
@@ -40,8 +40,8 @@ class FollowedDownload(Base):
 
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     service_id: Mapped[int] = mapped_column(ForeignKey("services.id", ondelete="CASCADE"))
-    item: Mapped[str] = mapped_column(String(300))  # what the service calls it
-    download_id: Mapped[str | None] = mapped_column(String(300), index=True)  # what the download client calls it
+    item: Mapped[str] = mapped_column(String(ID_MAX))  # what the service calls it
+    download_id: Mapped[str | None] = mapped_column(String(ID_MAX), index=True)  # what the download client calls it
     title: Mapped[str] = mapped_column(Text)
     state: Mapped[ItemState] = mapped_column(String(20))
     reason: Mapped[str] = mapped_column(Text, default="")

@@ -17,7 +17,7 @@ from cluster.db import Database, apart, now, one_at_a_time
 from cluster.secrets import SealBroken
 from cluster.services import register
 from cluster.services.errors import ServiceError
-from cluster.services.following import Following
+from cluster.services.following import Finished, Following
 from cluster.services.register import Service
 from cluster.settings import get_settings
 from jobs.context import Context
@@ -201,7 +201,7 @@ async def _decide_leftovers(
         except (ServiceError, SealBroken) as error:
             context.log(f"{service.name}: its folders are not known: {error.message}", "WARNING")
             continue
-        found = await asyncio.to_thread(leftovers.find, finished, get_settings().media.folders)
+        found = await asyncio.to_thread(_find_leftovers, context, service.name, finished)
         async with database.transaction() as session:
             await one_at_a_time(session, Recovery.__tablename__)
             at = now()
@@ -223,6 +223,14 @@ async def _decide_leftovers(
                 if await recoveries.note(session, recovery):
                     noted.append(recovery)
     return noted
+
+
+def _find_leftovers(context: Context, name: str, finished: Finished) -> list[leftovers.Leftover]:
+    try:
+        return leftovers.find(finished, get_settings().media.folders)
+    except OSError as error:
+        context.log(f"{name}: its folders cannot be read from here: {error}", "WARNING")
+        return []
 
 
 def _about_folder(policy: RecoveryPolicy, leftover: leftovers.Leftover, last_hour: int, at: datetime) -> Decision:

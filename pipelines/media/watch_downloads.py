@@ -244,8 +244,8 @@ async def _note_gone(session: AsyncSession, rows: dict[str, FollowedDownload], l
 def _new_row(session: AsyncSession, service_id: int, one: Underway | Ended, at: datetime) -> FollowedDownload:
     row = FollowedDownload(
         service_id=service_id,
-        item=one.id[:300],
-        download_id=one.download_id and one.download_id[:300],
+        item=one.id,
+        download_id=one.download_id,
         title=one.title,
         state="waiting",
         reason="",

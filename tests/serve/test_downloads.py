@@ -229,6 +229,9 @@ async def test_units(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
     nonsense.reply = telling({"history": {"slots": [ENDED], "noofslots": 150}})
     history = await told(client, "/history")
     assert (history["history"][0]["size"], history["history"][0]["completed"]) == ("1.5 GB", "2025-01-08T09:45:00Z")
+    # As SABnzbd 4 and 5 say it while they move what they have unpacked.
+    nonsense.reply = telling({"history": {"slots": [{**ENDED, "loaded": True}], "noofslots": 150}})
+    assert (await told(client, "/history"))["history"][0]["completed"] is None
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ async def get_wanted(client: Client, wanted: HowMany) -> AllWanted:
 CONNECTOR = Connector(
     type="bazarr",
     title="Bazarr",
-    capabilities=frozenset({"health", "subtitles", "search", "configure"}),
+    capabilities=frozenset({"health", "subtitles"}),
     health=health,
     key=Key(header="X-API-KEY"),
     key_help="Settings, General, Security: API Key.",

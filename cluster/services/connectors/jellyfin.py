@@ -36,7 +36,7 @@ async def get_activity(client: Client, _: Arguments) -> list[Session]:
 CONNECTOR = Connector(
     type="jellyfin",
     title="Jellyfin",
-    capabilities=frozenset({"health", "library", "search", "activity", "configure"}),
+    capabilities=frozenset({"health", "activity"}),
     health=health,
     key=Key(header="Authorization", form='MediaBrowser Token="{}"'),
     key_help="Dashboard, API Keys.",

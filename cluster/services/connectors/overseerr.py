@@ -45,7 +45,7 @@ CONNECTOR = Connector(
     type="overseerr",
     title="Overseerr",
     aliases=("jellyseerr", "seerr"),
-    capabilities=frozenset({"health", "requests", "search"}),
+    capabilities=frozenset({"health", "requests"}),
     health=health,
     key=Key(header="X-Api-Key"),
     key_help="Settings, General: API Key.",

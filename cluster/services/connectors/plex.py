@@ -16,7 +16,7 @@ async def health(client: Client) -> str:
 CONNECTOR = Connector(
     type="plex",
     title="Plex",
-    capabilities=frozenset({"health", "library", "search", "activity", "configure"}),
+    capabilities=frozenset({"health", "library", "configure"}),
     health=health,
     key=Key(header="X-Plex-Token"),
     key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the address.",

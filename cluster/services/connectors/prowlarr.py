@@ -27,8 +27,6 @@ CONNECTOR = arr.connector(
     "Prowlarr",
     "/api/v1",
     "indexers",
-    "search",
-    "history",
     "configure",
     tools=(Tool("get_indexers", "List the indexers that are searched", Arguments, get_indexers),),
     settings=OF_INDEXERS,

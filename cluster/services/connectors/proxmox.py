@@ -39,7 +39,7 @@ CONNECTOR = Connector(
     type="proxmox",
     title="Proxmox",
     aliases=("pve",),
-    capabilities=frozenset({"health", "machines", "metrics"}),
+    capabilities=frozenset({"health", "machines"}),
     health=health,
     key=Key(header="Authorization", form="PVEAPIToken={}"),
     key_help="Datacenter, Permissions, API Tokens: USER@REALM!TOKENID=SECRET.",

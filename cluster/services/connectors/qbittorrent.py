@@ -53,7 +53,7 @@ async def get_torrents(client: Client, wanted: HowMany) -> list[Torrent]:
 CONNECTOR = Connector(
     type="qbittorrent",
     title="qBittorrent",
-    capabilities=frozenset({"health", "queue", "add", "search", "configure"}),
+    capabilities=frozenset({"health", "queue"}),
     health=health,
     session=session,
     key_help="Options, WebUI: an API key, or NAME:PASSWORD.",

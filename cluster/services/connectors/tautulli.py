@@ -46,7 +46,7 @@ async def get_activity(client: Client, _: Arguments) -> list[Stream]:
 CONNECTOR = Connector(
     type="tautulli",
     title="Tautulli",
-    capabilities=frozenset({"health", "activity", "history"}),
+    capabilities=frozenset({"health", "activity"}),
     health=health,
     key=Key(parameter="apikey"),
     key_help="Settings, Web Interface: API key.",

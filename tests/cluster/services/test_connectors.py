@@ -34,6 +34,16 @@ def test_every_service_has_a_connector_and_a_likeness() -> None:
     assert all("health" in connector.capabilities for connector in all_connectors().values())
 
 
+def test_a_service_can_do_what_it_says() -> None:
+    for connector in all_connectors().values():
+        can = connector.capabilities
+        assert ("configure" in can) == (connector.settings is not None), connector.type
+        assert ("library" in can) == bool(connector.library or connector.collection), connector.type
+        assert ("history" in can) == bool(connector.downloads or connector.following), connector.type
+        assert ("web_search" in can) == (connector.search_web is not None), connector.type
+        assert (can > {"health"}) == bool(connector.tools), connector.type
+
+
 def test_a_service_is_known_by_the_names_of_its_brothers() -> None:
     assert {find_connector(word).type for word in ("overseerr", "Jellyseerr", "SEERR")} == {"overseerr"}
     with pytest.raises(UnknownServiceType, match="sonarr"):

@@ -241,6 +241,7 @@ async def test_a_service_that_goes_away_is_asked_again_later(desk: Desk, databas
         ("queue", {"records": None}),
         ("queue", {"records": [{"id": "x' OR 1=1"}]}),
         ("queue", {"records": [{"id": 1, "sizeleft": 1e300}]}),
+        ("queue", {"records": [{"id": 1, "downloadId": "x" * 301}]}),
         ("queue", []),
         ("history/since", [{"id": 1}]),
         ("history/since", [{"id": 1, "date": "yesterday"}]),

@@ -49,8 +49,8 @@ PROWLARR = {
     "indexer[]": {"protocol", "enable", "fields.baseSettings.queryLimit", "fields.baseSettings.grabLimit"},
     "health[]": {"message", "wikiUrl"},
 }
-"""As its official document has them (`ApplicationResource`, `IndexerResource`, `HealthResource`), which lets the names
-of fields open: those two are in its sources (`IndexerBaseSettings`)."""
+"""Taken by hand from its official document (`ApplicationResource`, `IndexerResource`, `HealthResource`), which leaves
+the names of fields open: those two are in its sources (`IndexerBaseSettings`)."""
 
 
 @pytest.fixture

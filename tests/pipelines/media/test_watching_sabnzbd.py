@@ -4,7 +4,8 @@ import asyncio
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import arr_standing_in, kept_series
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.programs import Running
+from tests.cluster.services.stand_in import Asked, Reply, standing_in, telling
 from tests.cluster.services.usenet import Usenet, ask, download, ended, still, subscribe, until, usenet
 from tests.pipelines.media.conftest import Desk, Ear
 
@@ -199,3 +201,47 @@ async def test_folders_that_nobody_knows_are_found_and_go_only_by_policy(
     assert [old.exists(), new.exists()] == [False, True]
     removed = [one for one in await desk.recoveries() if one.decision == "remove_folder"]
     assert [(one.item, one.outcome) for one in removed] == [(str(old), "done")]
+
+
+# What the real one here does not say
+
+
+def saying(queue: list[Any], history: list[Any], folder: str = "/data/complete") -> Callable[[Asked], Reply]:
+    """A SABnzbd with these downloads, and no category."""
+    answers: dict[str, Any] = {
+        "queue": {"queue": {"slots": queue, "status": "Idle", "kbpersec": "0.00"}},
+        "history": {"history": {"slots": history, "last_history_update": 1}},
+        "fullstatus": {"status": {"completedir": folder}},
+        "get_config": {"config": {}},
+    }
+    return lambda asked: telling(answers[asked.query["mode"]])
+
+
+async def test_what_is_still_being_moved_has_not_ended(desk: Desk, ear: Ear) -> None:
+    """Releases 4 and 5 call it completed before that."""
+    slot = {"nzo_id": "1", "name": "Film", "status": "Completed", "completed": int(time.time()) + 5, "loaded": True}
+    async with standing_in(saying([], [slot])) as server:
+        await desk.add("Usenet", "sabnzbd", server.url, KEY)
+        await desk.watch()
+        row = (await desk.downloads())["1"]
+        assert (row.state, row.ended_at) == ("processing", None)
+        slot["loaded"] = False
+        await desk.watch()
+        assert (await desk.downloads())["1"].ended_at is not None
+
+
+async def test_an_id_that_cannot_be_kept_hides_no_other_service(sabnzbd: Running, desk: Desk) -> None:
+    async with standing_in(saying([{"nzo_id": "x" * 301, "status": "Queued"}], [])) as server:
+        await desk.add("Odd", "sabnzbd", server.url, KEY)
+        await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+        told = await desk.watch()
+        assert (told["looked_at"], list(told["unseen"])) == (1, ["Odd"])
+
+
+async def test_a_folder_that_cannot_be_read_ends_nothing(desk: Desk) -> None:
+    async with standing_in(saying([], [], folder=f"/{'x' * 300}")) as server:
+        await desk.add("Usenet", "sabnzbd", server.url, KEY)
+        await desk.watch()
+        await desk.policy()
+        await desk.recover()
+        assert (await desk.followed()).leftovers_at is not None
