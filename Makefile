@@ -28,10 +28,9 @@ demo: setup ## Train a tiny model, export, validate and serve it, and show what 
 	@$(FORGEARR) up --detach
 	@trap '$(FORGEARR) down' EXIT; $(FORGEARR) demo
 
-# Several at once, since much of what tests do is waiting; more would start more platforms than most machines hold. In
-# the order of their folders, in which whole platforms come early, and no long file is left over at the end.
+# Several at once, since much of what tests do is waiting; more would start more platforms than most machines hold.
 test: setup ## Run all tests
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: setup ## Check style, types and the direction of imports
 	$(BIN)/ruff check
