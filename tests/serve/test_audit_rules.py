@@ -20,11 +20,9 @@ from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import arr_standing_in
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.stand_in import Asked, Reply, standing_in, telling
+from tests.pipelines.media.test_rules import settings_of
 from tests.serve.house import House
-from tests.serve.test_config import audited, changed, config, connect, recommended, said
-
-# What is asked of services does not depend on where our own facts lie.
-pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+from tests.serve.test_config import audited, changed, config, connect, recommended, said, says
 
 State = dict[str, Any]
 Service = AbstractAsyncContextManager[tuple[str, str, State]]
@@ -78,7 +76,10 @@ SABNZBD_AT_FIRST = {
     "history_retention": "2d",
     "history_retention_number": "2",
 }
-ONLY_SINCE_4 = {"history_retention_option", "history_retention_number"}
+OF_OTHER_RELEASES = {
+    "misc": {"history_retention_option", "history_retention_number", "enable_tv_sorting", "enable_movie_sorting"}
+}
+"""Since SABnzbd 4 the one pair, before it the other."""
 SYNC_LEVELS = {"disabled", "addOnly", "fullSync"}
 """Taken by hand from `ApplicationSyncLevel` of Prowlarr's official document."""
 PLEX_TAKES: dict[str, set[str]] = {
@@ -173,6 +174,11 @@ async def applied_all(house: House, service: str) -> dict[str, int]:
         done |= ids
 
 
+# What is asked of services does not depend on where our own facts lie.
+on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+
+
+@on_sqlite
 @pytest.mark.parametrize("service", PROGRAMS)
 async def test_every_rule_is_applied_and_taken_back(house: House, service: str) -> None:
     async with PROGRAMS[service]() as (url, key, state):
@@ -189,6 +195,7 @@ async def test_every_rule_is_applied_and_taken_back(house: House, service: str) 
         assert state == before
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("option", "passed_over"),
     [("days-delete", "history_retention_option"), ("number-delete", "history_retention_number")],
@@ -202,7 +209,21 @@ async def test_every_rule_for_sabnzbd_is_applied_and_taken_back(
         await connect(house, "sabnzbd", "sabnzbd", program.url, program.key)
         before = config(program)
         done = await applied_all(house, "sabnzbd")
-        assert settable("sabnzbd").keys() - before.keys() <= ONLY_SINCE_4
         assert done.keys() == (settable("sabnzbd").keys() & before.keys()) - {passed_over}
         await changed(house, "rollback", *done.values())
         assert config(program) == before
+
+
+@pytest.mark.usefixtures("home")
+def test_a_real_sabnzbd_has_every_setting(tmp_path: Path) -> None:
+    """Also those that are changed by hand."""
+    with programs.sabnzbd(tmp_path) as program:
+        says(program, section="categories", keyword="tv", name="tv")
+        says(program, section="servers", keyword="one", name="one", host="news.example")
+        for area in ("misc", "categories[]", "servers[]"):
+            told = config(program, area.removesuffix("[]"))
+            known = told if area == "misc" else told[0]
+            ours = [rule for rule in rules.load().rules if rule.service == "sabnzbd"]
+            named = {setting for rule in ours for place, setting in settings_of(rule) if place == area}
+            assert named
+            assert named - known.keys() <= OF_OTHER_RELEASES.get(area, set())
