@@ -482,7 +482,8 @@ def _layers(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_yaml(text: str, origin: str) -> dict[str, Any]:
     """A settings file as {'section.name': value}."""
     try:
-        document: Any = yaml.safe_load(text) or {}
+        # Every process begins with this, and C does it ten times as fast.
+        document: Any = yaml.load(text, yaml.CSafeLoader) or {}
     except yaml.YAMLError as error:
         raise SettingsError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(document, dict):

@@ -7,6 +7,7 @@ At Ollama's paths, whose clients show `error` to people, that is the sentence.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from pydantic import BaseModel, Field
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
@@ -49,6 +51,7 @@ OPENAI_TYPES = {
     429: "rate_limit_error",
 }
 SECRET_FIELD = re.compile(r"password|secret|token|key|credential", re.IGNORECASE)
+REFERENCE = "#/components/schemas/{model}"
 STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
 INTERNAL_CLOSE_CODE = 1011
 KINDS: dict[int, type[ForgearrError]] = {
@@ -100,10 +103,14 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def _declared(envelope: type[BaseModel], rate_limited: type[BaseModel]) -> Responses:
-    return {
-        status: {"model": rate_limited if status == 429 else envelope, "description": HTTPStatus(status).phrase}
-        for status in STATUSES
-    }
+    """By reference: FastAPI would make a field of each model for each status of each route, which takes a second."""
+
+    def response(status: int) -> dict[str, Any]:
+        shown = rate_limited if status == HTTPStatus.TOO_MANY_REQUESTS else envelope
+        schema = {"$ref": REFERENCE.format(model=shown.__name__)}
+        return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+
+    return {status: response(status) for status in STATUSES}
 
 
 ERROR_RESPONSES = _declared(ErrorEnvelope, RateLimitEnvelope)
@@ -129,9 +136,24 @@ def error_response(error: ForgearrError, path: str) -> Response:
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Make the application answer every error that a route raises with the envelope."""
+    """Make the application answer every error that a route raises with the envelope, and describe it."""
     for kind in (ForgearrError, RequestValidationError, WebSocketRequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = described()
+        document["components"]["schemas"] |= _schemas()
+        return document
+
+    app.openapi = openapi
+
+
+@cache
+def _schemas() -> dict[str, Any]:
+    envelopes = (ErrorEnvelope, RateLimitEnvelope, OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
+    sent: list[tuple[type[BaseModel], JsonSchemaMode]] = [(envelope, "serialization") for envelope in envelopes]
+    return models_json_schema(sent, ref_template=REFERENCE)[1]["$defs"]
 
 
 def as_forgearr_error(error: Exception) -> ForgearrError:
