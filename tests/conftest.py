@@ -4,10 +4,9 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import cast
 from uuid import uuid4
@@ -19,11 +18,22 @@ from fastapi.dependencies import models
 from sqlalchemy.engine import make_url
 
 from cluster import embedded, storage, tracking
-from cluster.db import Database, get_database, migrate
+from cluster.db import Database, get_database
 from cluster.settings import get_settings, load_settings
 from tests.pipelines.shelf import Shelf
+from tests.waiting import PATIENCE, eventually
 
 ENGINES = ["sqlite", "postgres"]
+MIGRATE = """
+import asyncio
+from cluster.db import get_database, migrate
+
+async def work():
+    await migrate()
+    await get_database().close()
+
+asyncio.run(work())
+"""
 # Before anybody imports torch: its threads wait for each other at every step, and on two cores that are shared with
 # other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,15 +69,32 @@ async def database(
     if request.param == "postgres":
         server = cast(str, request.getfixturevalue("postgres_server"))
         monkeypatch.setenv("FORGEARR_DATABASE__URL", await new_postgres_database(server))
+    else:
+        request.getfixturevalue("migrated")
     database = get_database()
-    await migrate()
     yield database
     await database.close()
 
 
+@pytest.fixture
+def migrated(home: Path, migrated_sqlite: Path) -> Path:
+    """The home, with a SQLite of the newest schema."""
+    home.mkdir(mode=0o700, exist_ok=True)
+    shutil.copy(migrated_sqlite, home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests begin with. To migrate it for each of them would take longer than most of them do."""
+    home = tmp_path_factory.mktemp("migrated")
+    _migrate(FORGEARR_HOME=str(home))
+    return home / "forgearr.db"
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
-    """The URL of a PostgreSQL that lives as long as the test session."""
+    """The URL of a PostgreSQL that lives as long as the test session, and whose databases begin with our schema."""
     binaries = _postgres_binaries()
     folder = Path(tempfile.mkdtemp(prefix="forgearr-pg-", dir="/tmp"))
     user = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
@@ -78,11 +105,13 @@ def postgres_server() -> Iterator[str]:
 
     def run(program: str, *arguments: str) -> None:
         command = [str(binaries / program), "-D", str(folder / "data"), *arguments]
-        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
 
     run("initdb", "--username=postgres", "--auth=trust", "--no-sync", "--encoding=UTF8")
     run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
-    yield f"postgresql://postgres@127.0.0.1:{port}"
+    server = f"postgresql://postgres@127.0.0.1:{port}"
+    _migrate(FORGEARR_HOME=str(folder), FORGEARR_DATABASE__URL=f"{server}/template1")
+    yield server
     run("pg_ctl", "-w", "-m", "immediate", "stop")
     shutil.rmtree(folder)
 
@@ -118,12 +147,19 @@ async def shelf(
         yield Shelf(mlflow, tmp_path)
 
 
-async def new_postgres_database(server: str) -> str:
+async def new_postgres_database(server: str, template: str = "template1") -> str:
+    """Its URL. Only of `template0` will it be empty."""
     name = f"test_{uuid4().hex}"
     connection = await asyncpg.connect(f"{server}/postgres")
-    await connection.execute(f"CREATE DATABASE {name}")
+    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     await connection.close()
     return make_url(server).set(database=name).render_as_string(hide_password=False)
+
+
+def _migrate(**settings: str) -> None:
+    """In a process of its own, so that nothing of it is left in this one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")} | settings
+    subprocess.run([sys.executable, "-c", MIGRATE], env=environment, check=True, timeout=PATIENCE)
 
 
 def _postgres_binaries() -> Path:
@@ -138,14 +174,12 @@ def _postgres_binaries() -> Path:
 
 
 def _wait_for_mlflow(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health").is_success:
-                return
-        time.sleep(0.1)
-    server.kill()
-    pytest.fail(f"MLflow did not start:\n{log.read_text()}")
+    def healthy() -> bool:
+        if server.poll() is not None:
+            pytest.fail(f"MLflow did not start:\n{log.read_text()}")
+        return httpx.get(f"{url}/health").is_success
+
+    eventually(healthy)
 
 
 def _free_port() -> int:

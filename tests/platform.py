@@ -1,6 +1,5 @@
 """A whole platform for a test: `forgearr up --detach` in a home of its own, and hands that can kill any part of it."""
 
-import asyncio
 import json
 import os
 import random
@@ -9,21 +8,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import psutil
 
 from cluster import embedded
 from cluster.processes import MARK, is_listening
+from tests.waiting import PATIENCE, eventually
 
 BINARIES = Path(sys.executable).parent
-START_SECONDS = 120
-Found = TypeVar("Found")
 
 
 class Platform:
@@ -45,19 +42,15 @@ class Platform:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")}
         variables = {f"FORGEARR_{key.upper().replace('.', '__')}": str(value) for key, value in chosen.items()}
         self.environment = {**inherited, **variables, "FORGEARR_HOME": str(home), "COLUMNS": "160"}
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
-    def cli(
-        self, *arguments: str, check: bool = True, seconds: float = START_SECONDS
-    ) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `forgearr …`."""
-        return self.run([str(BINARIES / "forgearr"), *arguments], check=check, seconds=seconds)
+        return self.run([str(BINARIES / "forgearr"), *arguments], check=check)
 
-    def run(
-        self, command: list[str], *, check: bool = True, seconds: float = START_SECONDS
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False
+            command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         if check:
             assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
@@ -84,9 +77,13 @@ class Platform:
         assert answer.status_code == 200, answer.text
         return answer.json()["total"]
 
-    def wait_for(self, job_id: str, *states: str, seconds: float = 60) -> dict[str, Any]:
+    def wait_for(self, job_id: str, *states: str) -> dict[str, Any]:
         wanted = states or ("succeeded", "failed", "cancelled")
-        return eventually(lambda: _if(self.job(job_id), lambda job: job["state"] in wanted), seconds)
+        return eventually(lambda: job if (job := self.job(job_id))["state"] in wanted else None)
+
+    def wait_for_mlflow(self) -> None:
+        """A cold one takes a while to start, and the rest of the platform does not wait for it."""
+        eventually(lambda: httpx.get(f"{self.mlflow_url}/health").is_success)
 
     def processes(self, title: str) -> list[psutil.Process]:
         """The living processes of this installation whose command line begins with `title`."""
@@ -129,24 +126,6 @@ def unused_ports(count: int) -> list[int]:
     return ports
 
 
-def eventually(look: Callable[[], Found | None], seconds: float = 30) -> Found:
-    """What `look` finds, as soon as it finds something."""
-    deadline = time.monotonic() + seconds
-    last_error: Exception | None = None
-    while time.monotonic() < deadline:
-        try:
-            if (found := look()) is not None:
-                return found
-        except (httpx.TransportError, AssertionError) as error:
-            last_error = error  # a part that was killed may be away for a moment
-        time.sleep(0.05)
-    raise AssertionError(f"not seen within {seconds} s") from last_error
-
-
-async def eventually_async(look: Callable[[], Any], seconds: float = 30) -> Any:
-    return await asyncio.to_thread(eventually, look, seconds)
-
-
 @contextmanager
 def running_platform(settings: dict[str, str] | None = None) -> Generator[Platform]:
     """A platform that is up, and afterwards down without a trace."""
@@ -164,7 +143,3 @@ def running_platform(settings: dict[str, str] | None = None) -> Generator[Platfo
         shutil.rmtree(home, ignore_errors=True)
         shutil.rmtree(embedded.private_folder(home), ignore_errors=True)
         assert not leftovers, f"left running after down: {leftovers}"
-
-
-def _if(found: Found, condition: Callable[[Found], bool]) -> Found | None:
-    return found if condition(found) else None

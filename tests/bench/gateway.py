@@ -12,7 +12,8 @@ import psutil
 
 from tests.bench.figures import Figure, compare, figure_of_pairs
 from tests.bench.wrk import requests_per_second
-from tests.platform import Platform, eventually, unused_ports
+from tests.platform import Platform, unused_ports
+from tests.waiting import eventually
 
 GROUP = "Gateway"
 ROUTE = "/api/v1/ping"
@@ -65,7 +66,7 @@ def post_jobs(platform: Platform, rounds: int = 2) -> Figure:
     rates: list[float] = []
     for _ in range(rounds):
         rates.append(requests_per_second(f"{platform.url}/api/v1/jobs", POST_CONNECTIONS, SECONDS, script))
-        eventually(lambda: True if platform.count("queued") == platform.count("running") == 0 else None, seconds=120)
+        eventually(lambda: platform.count("queued") == platform.count("running") == 0)
     return Figure(GROUP, "POST /api/v1/jobs at 8 connections", "requests/s", median(rates), rounds=list(rates))
 
 
@@ -93,7 +94,7 @@ def _uvicorn(platform: Platform, application: str, *options: str, workers: int =
     server = subprocess.Popen(command, env=platform.environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        eventually(lambda: httpx.get(url + ROUTE).is_success or None)
+        eventually(lambda: httpx.get(url + ROUTE).is_success)
         yield url
     finally:
         server.terminate()

@@ -13,7 +13,6 @@ JOBS = 2000
 PEER_JOBS = 1000
 SLOW_PEER_JOBS = 300
 SAMPLES = 150
-MINUTES = 5
 
 
 def on_sqlite(platform: Platform) -> list[Figure]:
@@ -78,7 +77,7 @@ def on_postgres(platform: Platform, new_database: Callable[[], str]) -> list[Fig
 def give_a_past(platform: Platform, finished: int = 100_000, waiting: int = 10_000) -> None:
     platform.wait_for(platform.submit(spec={"steps": 0}))
     command = [sys.executable, "-m", "tests.bench.history", str(finished), str(waiting)]
-    platform.run(command, seconds=60 * MINUTES)
+    platform.run(command)
 
 
 def throughput(platform: Platform, jobs: int = JOBS, behind: int = 0) -> Callable[[], float]:
@@ -114,4 +113,4 @@ def _peer(platform: Platform, module: str, *arguments: object) -> dict[str, Any]
     command = [sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
     # Else Ray takes 127.0.0.1 for another address of this machine, and waits for itself there.
     platform.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    return json.loads(platform.run(command, seconds=60 * MINUTES).stdout.splitlines()[-1])
+    return json.loads(platform.run(command).stdout.splitlines()[-1])

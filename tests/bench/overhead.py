@@ -18,7 +18,8 @@ import httpx
 
 from tests.bench.figures import Figure, figure_of_pairs
 from tests.bench.wrk import requests_per_second
-from tests.platform import Platform, eventually, unused_ports
+from tests.platform import Platform, unused_ports
+from tests.waiting import PATIENCE, eventually
 
 GROUP = "A gateway in front of an engine, forgearr/tiny, answers of one word"
 PEER, PACKAGE = "LiteLLM's proxy", "litellm[proxy]==1.106.2"
@@ -27,7 +28,6 @@ QUESTION = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], 
 CONNECTIONS = 8
 SECONDS = 8
 QUESTIONS = 200
-START_SECONDS = 120
 OPEN_AND_OFFLINE = {
     "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -62,7 +62,7 @@ def _at_once(url: str) -> float:
 def _one_by_one(url: str, count: int) -> float:
     """Milliseconds from a question to its answer, the median of so many."""
     taken: list[float] = []
-    with httpx.Client(timeout=START_SECONDS) as client:
+    with httpx.Client(timeout=PATIENCE) as client:
         for _ in range(count):
             started = time.perf_counter()
             client.post(f"{url}/chat/completions", json=QUESTION).raise_for_status()
@@ -78,7 +78,7 @@ def _llama_server(file: Path, home: Path) -> Generator[str]:
     script = str(Path(__file__).parent / "bare_engine.py")
     with _running([sys.executable, script, json.dumps(wanted)], home / "llama-server.log"):
         url = f"http://127.0.0.1:{port}/v1"
-        eventually(lambda: _answers(f"{url}/models"), START_SECONDS)
+        eventually(lambda: _answers(f"{url}/models"))
         yield url
 
 
@@ -95,7 +95,7 @@ def _proxy(engine: str, home: Path) -> Generator[str]:
     command = [folder / "bin" / "litellm", "--config", config, "--host", "127.0.0.1", "--port", port]
     with _running([str(word) for word in command], home / "litellm.log", OPEN_AND_OFFLINE):
         url = f"http://127.0.0.1:{port}/v1"
-        eventually(lambda: _answers(f"{url}/models"), START_SECONDS)
+        eventually(lambda: _answers(f"{url}/models"))
         yield url
 
 
@@ -113,6 +113,6 @@ def _running(command: list[str], printed: Path, more: Mapping[str, str] | None =
 
 def _answers(url: str) -> bool | None:
     try:
-        return httpx.get(url).is_success or None
+        return httpx.get(url).is_success
     except httpx.TransportError:
         return None

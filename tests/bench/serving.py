@@ -18,7 +18,8 @@ import httpx
 import psutil
 
 from tests.bench.figures import Figure, figure_of_pairs
-from tests.platform import Platform, eventually, unused_ports
+from tests.platform import Platform, unused_ports
+from tests.waiting import eventually
 
 GROUP = "Answers of a model with 102 M parameters, q8_0"
 SLOTS = 8

@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from tests.pipelines.shelf import register_on
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
 from tests.serve.small_models import write_model
+from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -30,7 +31,7 @@ UNREAD: dict[str, Any] = {"tokens": 1500, "logprobs": True, "top_logprobs": 20, 
 def platform() -> Iterator[Platform]:
     settings = {"engines.slots": SLOTS, "engines.queue": QUEUE, "engines.context": CONTEXT}
     with running_platform({name: str(value) for name, value in settings.items()}) as platform:
-        eventually(lambda: httpx.get(f"{platform.mlflow_url}/health").is_success or None, 60)
+        platform.wait_for_mlflow()
         yield platform
 
 
@@ -49,7 +50,7 @@ def asked(model: str, tokens: int | None = None, **more: Any) -> dict[str, Any]:
 
 
 def ask(platform: Platform, model: str, **more: Any) -> httpx.Response:
-    return platform.http.post("/v1/chat/completions", json=asked(model, **more), timeout=120)
+    return platform.http.post("/v1/chat/completions", json=asked(model, **more), timeout=PATIENCE)
 
 
 def test_two_hundred_streams_at_once(platform: Platform, talker: str) -> None:
@@ -68,7 +69,7 @@ def test_two_hundred_streams_at_once(platform: Platform, talker: str) -> None:
 
     async def all_at_once() -> Counter[str]:
         limits = httpx.Limits(max_connections=STREAMS)
-        async with httpx.AsyncClient(base_url=platform.url, timeout=300, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=platform.url, timeout=PATIENCE, limits=limits) as client:
             return Counter(await asyncio.gather(*(stream(client) for _ in range(STREAMS))))
 
     assert ask(platform, talker, tokens=1).is_success  # it is loaded
@@ -104,7 +105,7 @@ def test_who_leaves_in_the_middle_makes_room(platform: Platform, talker: str) ->
         waiting = [open_stream(platform, asked(talker, stream=True)) for _ in range(QUEUE)]
         for reader in [*heard, *waiting]:
             reader.close()
-        eventually(lambda: ask(platform, talker, tokens=1).is_success or None, 10)
+        eventually(lambda: ask(platform, talker, tokens=1).is_success, seconds=60)
     held = platform.http.get("/api/ps").json()["models"]
     assert [one["name"] for one in held] == [f"{talker}:v1"]
 
@@ -145,7 +146,7 @@ def open_stream(platform: Platform, body: dict[str, Any]) -> socket.socket:
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     )
-    client = socket.create_connection((address.hostname or "", address.port or 0), timeout=120)
+    client = socket.create_connection((address.hostname or "", address.port or 0), timeout=PATIENCE)
     client.sendall(head.encode() + content)
     return client
 

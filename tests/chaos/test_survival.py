@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.platform
 
@@ -29,15 +30,15 @@ def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
     jobs = [platform.submit(spec=spec) for _ in range(JOBS)]
 
     for number, part in enumerate(("ray::Worker", "ray::Dispatcher", "ray::Events", "ray::ServeReplica")):
-        eventually(lambda: platform.count("running") >= 20 or None)
-        eventually(lambda least=30 * (number + 1): platform.count("succeeded") >= least or None, seconds=90)
+        eventually(lambda: platform.count("running") >= 20)
+        eventually(lambda least=30 * (number + 1): platform.count("succeeded") >= least)
         platform.kill(part) if part != "ray::Worker" else platform.processes(part)[0].kill()
 
-    eventually(lambda: platform.count("running") >= 20 or None)
+    eventually(lambda: platform.count("running") >= 20)
     platform.cut_the_power()
     platform.up()
 
-    eventually(lambda: platform.count("succeeded") == JOBS or None, seconds=240)
+    eventually(lambda: platform.count("succeeded") == JOBS)
     for job_id in jobs:
         assert platform.job(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
         _assert_told_once(_events(platform, job_id))
@@ -45,17 +46,17 @@ def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
 
 def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> None:
     job_id = platform.submit(spec={"steps": 40, "seconds": 8})
-    eventually(lambda: platform.job(job_id)["progress"] > 5 or None)
+    eventually(lambda: platform.job(job_id)["progress"] > 5)
     holder = _events(platform, job_id, "running")[0]["data"]["worker"]
     frozen = eventually(lambda: _freeze_workers(platform))
     # Both warm workers are frozen now: the job must be taken from its holder and given to a new process.
-    eventually(lambda: len(_events(platform, job_id, "running")) > 1 or None, seconds=60)
-    job = platform.wait_for(job_id, "succeeded", seconds=60)
+    eventually(lambda: len(_events(platform, job_id, "running")) > 1)
+    job = platform.wait_for(job_id, "succeeded")
     for pid in frozen:
         for process in platform.processes("ray::Worker"):
             if process.pid == pid:
                 process.send_signal(signal.SIGCONT)
-    eventually(lambda: not {process.pid for process in platform.processes("ray::Worker")} & set(frozen) or None)
+    eventually(lambda: not {process.pid for process in platform.processes("ray::Worker")} & set(frozen))
     after = platform.job(job_id)
     assert after["result"] == job["result"] == {"payload": None, "executed": list(range(40))}
     assert after["finished_at"] == job["finished_at"]

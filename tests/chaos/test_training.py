@@ -12,7 +12,8 @@ import pytest
 from cluster import embedded
 from cluster.processes import MARK
 from cluster.settings import load_settings
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.platform
 
@@ -36,7 +37,7 @@ def platform() -> Generator[Platform]:
 
 @pytest.fixture(scope="module")
 def undisturbed(platform: Platform) -> dict[str, Any]:
-    job = platform.wait_for(platform.submit("fine_tune", spec=SPEC), seconds=180)
+    job = platform.wait_for(platform.submit("fine_tune", spec=SPEC))
     assert job["state"] == "succeeded", job["error"]
     return {name: job["result"][name] for name in SAME}
 
@@ -61,7 +62,7 @@ def test_its_node_dies(platform: Platform, undisturbed: dict[str, Any]) -> None:
     job_id = platform.submit("fine_tune", spec={**SPEC, "labels": {"role": "trainer"}})
     reached(platform, job_id, step=8)
     kill_all_of(first)
-    eventually(lambda: "role=trainer" in (platform.job(job_id)["waiting_for"] or "") or None, 90)
+    eventually(lambda: "role=trainer" in (platform.job(job_id)["waiting_for"] or ""))
     second = another_node(platform)
     assert_as_undisturbed(platform, job_id, undisturbed)
     kill_all_of(second)
@@ -75,7 +76,7 @@ def test_the_disk_is_full_when_it_saves(platform: Platform, undisturbed: dict[st
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(checkpoints)], check=False).returncode:
         pytest.skip("only an administrator of the machine can mount a small disk")
     try:
-        job = platform.wait_for(job_id, seconds=60)
+        job = platform.wait_for(job_id)
     finally:
         subprocess.run(["umount", str(checkpoints)], check=True)
     assert job["state"] == "failed"
@@ -86,17 +87,17 @@ def test_the_disk_is_full_when_it_saves(platform: Platform, undisturbed: dict[st
 
 
 def reached(platform: Platform, job_id: str, step: int) -> None:
-    def there() -> bool | None:
+    def there() -> bool:
         assert platform.job(job_id)["state"] in {"queued", "running"}, platform.job(job_id)["error"]
         found = platform.http.get(f"/status/{job_id}").json()
-        return (found["current_step"] or 0) >= step or None
+        return (found["current_step"] or 0) >= step
 
-    eventually(there, 90)
+    eventually(there)
 
 
 def assert_as_undisturbed(platform: Platform, job_id: str, undisturbed: dict[str, Any]) -> None:
     """It ended as if nothing had happened, and no step before a checkpoint was trained again."""
-    job = platform.wait_for(job_id, seconds=180)
+    job = platform.wait_for(job_id)
     assert job["state"] == "succeeded", job["error"]
     assert {name: job["result"][name] for name in SAME} == undisturbed
     saved = 0

@@ -18,6 +18,7 @@ from cluster.cli import app
 from cluster.running import Running
 from cluster.settings import get_settings
 from tests.platform import unused_ports
+from tests.waiting import PATIENCE
 
 HEAVY = {"alembic", "fastapi", "httpx", "mlflow", "pydantic", "ray", "sqlalchemy", "torch"}
 
@@ -25,7 +26,7 @@ HEAVY = {"alembic", "fastapi", "httpx", "mlflow", "pydantic", "ray", "sqlalchemy
 def forgearr(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, in this test's home."""
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> Running:

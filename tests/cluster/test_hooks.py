@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,18 +12,17 @@ import pytest
 import uvicorn
 from sqlalchemy import select
 
-from cluster.db import Database, apart, get_database, migrate
+from cluster.db import Database, apart
 from cluster.settings import get_settings
 from jobs.states import State
 from jobs.tables import Job
 from serve.app import create_app
 from tests.pipelines.guardian.repos import commit_files, git, new_repository
-
-PATIENCE_SECONDS = 60
+from tests.waiting import PATIENCE, eventually
 
 
 @pytest.fixture
-def folder(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository where repositories may lie, with a commit."""
     monkeypatch.setenv("FORGEARR_GUARDIAN__ROOTS", f"['{tmp_path}']")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -39,7 +37,6 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A real gateway under uvicorn, to which the command line speaks."""
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    asyncio.run(prepare())
     gateway = uvicorn.Server(uvicorn.Config(create_app(), log_level="error"))
     thread = threading.Thread(target=gateway.run, args=([listener],))
     thread.start()
@@ -50,14 +47,9 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     listener.close()
 
 
-async def prepare() -> None:
-    await migrate()
-    await get_database().close()
-
-
 def forgearr(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def looks() -> list[Job]:
@@ -73,11 +65,7 @@ def looks() -> list[Job]:
 def log_of(folder: Path) -> str:
     """What the last hook has to say, once it has ended."""
     log = folder / ".git" / "hooks" / "forgearr-hook.log"
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (log.exists() and log.read_text()):
-        assert time.monotonic() < deadline, "the hook has said nothing"
-        time.sleep(0.05)
-    return log.read_text()
+    return eventually(lambda: log.read_text() if log.exists() else None)
 
 
 @pytest.mark.usefixtures("server")
@@ -109,11 +97,7 @@ def test_a_push_into_a_bare_repository_is_told_too(folder: Path, tmp_path: Path)
     git(folder, "remote", "add", "origin", str(tmp_path / "bare.git"))
     commit_files(folder, "Second", {"b": "1\n"})
     git(folder, "push", "origin", "main")
-    log = tmp_path / "bare.git" / "hooks" / "forgearr-hook.log"
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not looks():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+    eventually(looks)
 
 
 def test_git_neither_fails_nor_waits_when_nothing_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +106,7 @@ def test_git_neither_fails_nor_waits_when_nothing_answers(folder: Path, monkeypa
         assert forgearr("hook", "install", str(folder)).returncode == 0
         commit_files(folder, "Second", {"b": "1\n"})
         # Git has ended, and only now is the hook heard: it still waits for an answer.
-        deaf.settimeout(PATIENCE_SECONDS)
+        deaf.settimeout(PATIENCE)
         connection, _ = deaf.accept()
         assert b"/api/v1/repos" in connection.recv(1000)
         connection.close()

@@ -7,6 +7,7 @@ import pytest
 
 from cluster.settings import SettingsError, load_settings
 from tests.platform import Platform, running_platform
+from tests.waiting import PATIENCE
 
 LIMIT = 5
 PROXY = "127.0.0.200"
@@ -63,7 +64,7 @@ def test_a_trusted_proxy_is_an_address_or_a_network() -> None:
 def statuses(platform: Platform, address: str, headers: Sequence[str]) -> Iterator[int]:
     """What becomes of one request after another, each sent from this address with one of these headers."""
     transport = httpx.HTTPTransport(local_address=address)
-    with httpx.Client(transport=transport, base_url=platform.url, timeout=30) as client:
+    with httpx.Client(transport=transport, base_url=platform.url, timeout=PATIENCE) as client:
         for header in headers:
             name, _, value = header.partition(": ")
             yield client.get("/api/v1/ping", headers={name: value}).status_code

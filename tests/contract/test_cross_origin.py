@@ -16,14 +16,14 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.platform
 
 ALLOWED = "https://chat.example"
 EVIL = "https://evil.example"
 PAGE = Path(__file__).parent / "attack.html"
-BROWSER_SECONDS = 60
 HANDSHAKE = {
     "Connection": "Upgrade",
     "Upgrade": "websocket",
@@ -170,7 +170,7 @@ def visit(platform: Platform, job_id: str) -> dict[str, str]:
         TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         browsing(url, profile),
     ):
-        return outcome.get(timeout=BROWSER_SECONDS)
+        return outcome.get(timeout=PATIENCE)
 
 
 @contextmanager
@@ -220,4 +220,4 @@ def browsing(url: str, profile: str) -> Generator[None]:
         yield
     finally:
         browser.terminate()
-        browser.wait(timeout=30)
+        browser.wait(timeout=PATIENCE)

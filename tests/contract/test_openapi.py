@@ -21,9 +21,9 @@ from pipelines.training import prompts
 from pipelines.training.sessions import TrainingSession
 from tests.contract.serving import serving
 from tests.pipelines.shelf import Shelf
+from tests.waiting import PATIENCE
 
 CONFIGURATION = Path(__file__).parent / "schemathesis.toml"
-SECONDS = 300
 
 
 @pytest.fixture
@@ -90,6 +90,6 @@ async def check(url: str, *options: str) -> None:
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=dict(os.environ)
     )
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE):
         output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()

@@ -10,7 +10,8 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -28,7 +29,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 
@@ -105,7 +106,7 @@ def test_a_file_that_is_no_batch(client: openai.OpenAI) -> None:
 
 def test_a_batch_that_is_cancelled_keeps_what_is_done(client: openai.OpenAI) -> None:
     batch = submit(client, [chat(number, max_tokens=60) for number in range(2000)])
-    eventually(lambda: counts(client, batch.id).get("completed") or None, 60)
+    eventually(lambda: counts(client, batch.id).get("completed"))
     cancelling = client.batches.cancel(batch.id)
     assert cancelling.status == "cancelling"
     assert client.batches.cancel(batch.id).cancelling_at == cancelling.cancelling_at
@@ -118,7 +119,7 @@ def test_a_batch_that_is_cancelled_keeps_what_is_done(client: openai.OpenAI) -> 
 
 def test_a_batch_expires_and_says_which_requests_it_did_not_do(client: openai.OpenAI, platform: Platform) -> None:
     batch = submit(client, [chat(number, max_tokens=60) for number in range(300)])
-    eventually(lambda: counts(client, batch.id).get("completed") or None, 60)
+    eventually(lambda: counts(client, batch.id).get("completed"))
     with closing(sqlite3.connect(platform.home / "forgearr.db", timeout=30, isolation_level=None)) as database:
         database.execute("UPDATE batches SET expires_at = created_at WHERE id = ?", (batch.id,))
     expired = wait(client, batch.id)
@@ -136,7 +137,7 @@ def test_a_batch_expires_and_says_which_requests_it_did_not_do(client: openai.Op
 def test_no_line_is_lost_or_told_twice_when_a_part_dies(client: openai.OpenAI, platform: Platform, part: str) -> None:
     total = 400
     batch = submit(client, [chat(number, max_tokens=30) for number in range(total)])
-    before = eventually(lambda: counts(client, batch.id).get("completed") or None, 60)
+    before = eventually(lambda: counts(client, batch.id).get("completed"))
     assert before < total
     attempts = attempts_of(platform, batch.job_id)
     if part == "everything":
@@ -144,7 +145,7 @@ def test_no_line_is_lost_or_told_twice_when_a_part_dies(client: openai.OpenAI, p
         platform.up()
     else:
         platform.kill(part)
-    done = wait(client, batch.id, seconds=240)
+    done = wait(client, batch.id)
     assert done.status == "completed"
     assert done.error_file_id is None
     assert "Serve" in part or attempts_of(platform, batch.job_id) > attempts
@@ -159,7 +160,7 @@ def test_no_line_is_lost_or_told_twice_when_a_part_dies(client: openai.OpenAI, p
 
 def test_a_batch_waits_while_its_job_is_paused(client: openai.OpenAI, platform: Platform) -> None:
     batch = submit(client, [chat(number, max_tokens=30) for number in range(200)])
-    eventually(lambda: counts(client, batch.id).get("completed") or None, 60)
+    eventually(lambda: counts(client, batch.id).get("completed"))
     assert platform.http.post(f"/api/v1/jobs/{batch.job_id}/pause").is_success
     platform.wait_for(batch.job_id, "paused")
     paused = counts(client, batch.id)
@@ -181,7 +182,7 @@ def test_only_its_own_job_does_a_batch(client: openai.OpenAI, platform: Platform
 
 def test_a_batch_whose_job_is_cancelled_is_cancelled(client: openai.OpenAI, platform: Platform) -> None:
     batch = submit(client, [chat(number, max_tokens=60) for number in range(2000)])
-    eventually(lambda: counts(client, batch.id).get("completed") or None, 60)
+    eventually(lambda: counts(client, batch.id).get("completed"))
     assert platform.http.post(f"/api/v1/jobs/{batch.job_id}/cancel").is_success
     cancelled = wait(client, batch.id)
     assert (cancelled.status, cancelled.output_file_id) == ("cancelled", None)
@@ -213,12 +214,12 @@ def submit(client: openai.OpenAI, lines: list[dict[str, Any]], **options: Any) -
     return create(**{"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h", **options})
 
 
-def wait(client: openai.OpenAI, batch_id: str, seconds: float = 120) -> Any:
+def wait(client: openai.OpenAI, batch_id: str) -> Any:
     def ended() -> Any:
         batch = client.batches.retrieve(batch_id)
         return batch if batch.status in ENDED else None
 
-    return eventually(ended, seconds)
+    return eventually(ended)
 
 
 def counts(client: openai.OpenAI, batch_id: str) -> dict[str, int]:

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from transformers import AutoTokenizer
 
 from tests.pipelines.shelf import register_on
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
 from tests.serve.small_models import write_model, write_parrot
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.platform
 
@@ -23,13 +23,13 @@ HELLO: Any = [{"role": "user", "content": "Who are you?"}]
 @pytest.fixture(scope="module")
 def platform() -> Iterator[Platform]:
     with running_platform({"engines.replicas": "2"}) as platform:
-        eventually(lambda: httpx.get(f"{platform.mlflow_url}/health").is_success or None, 60)
+        platform.wait_for_mlflow()
         yield platform
 
 
 @pytest.fixture(scope="module")
 def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 

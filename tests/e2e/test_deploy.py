@@ -13,8 +13,9 @@ import pytest
 from cluster import tracking
 from tests.pipelines.ollama_server import OllamaServer, running_ollama
 from tests.pipelines.shelf import Shelf
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
 from tests.serve.small_models import write_parrot
+from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -46,7 +47,7 @@ def name(home: Path, platform: Platform, tmp_path: Path) -> str:
                 await shelf.registry.judge(shelf.name, number, True)
             return shelf.name
 
-    eventually(lambda: httpx.get(f"{platform.mlflow_url}/health").is_success or None, 60)
+    platform.wait_for_mlflow()
     return asyncio.run(register())
 
 
@@ -70,7 +71,7 @@ def test_nobody_notices_a_switch_but_by_the_answers(platform: Platform, ollama: 
                 (("deploy", name, "2"), SECOND),
             ):
                 platform.cli(*move)
-                eventually(lambda expected=expected: ask(platform, name) == expected or None)
+                eventually(lambda expected=expected: ask(platform, name) == expected)
                 assert {ask(platform, name) for _ in range(10)} == {expected}
             assert platform.http.delete(f"/api/v1/models/{name}/versions/1").status_code == httpx.codes.NO_CONTENT
             assert {ask(platform, name) for _ in range(10)} == {SECOND}
@@ -106,7 +107,7 @@ def test_a_file_that_no_engine_can_load_is_never_served(platform: Platform, name
 def ask(platform: Platform, model: str, *, streamed: bool = False) -> str:
     """The answer to a question, each over a connection of its own; anything but an answer fails."""
     question = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
-    answer = httpx.post(f"{platform.url}/v1/chat/completions", json={**question, "stream": streamed}, timeout=60)
+    answer = httpx.post(f"{platform.url}/v1/chat/completions", json={**question, "stream": streamed}, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
     if not streamed:
         return answer.json()["choices"][0]["message"]["content"]

@@ -10,7 +10,8 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from tests.platform import Platform, eventually, eventually_async, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import PATIENCE, eventually, eventually_async
 
 pytestmark = pytest.mark.platform
 
@@ -27,7 +28,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 
@@ -57,7 +58,7 @@ def tuned(client: openai.OpenAI) -> FineTuningJob:
         estimated.append(now.estimated_finish)
         return now if now.status in {"succeeded", "failed", "cancelled"} else None
 
-    done = eventually(look, 300)
+    done = eventually(look)
     assert done.status == "succeeded", done.error
     assert "running" in seen
     told = [moment for moment in estimated if moment]
@@ -114,7 +115,7 @@ def test_it_answers_at_every_door(platform: Platform, client: openai.OpenAI, tun
     assert (answer.model, answer.choices[0].message.content) == (model, "Number 1 is Radarr.")
     assert client.completions.create(model=model, prompt="Number", max_tokens=2).usage
     told = {"model": model, "messages": asked(1), "stream": False, "options": {"temperature": 0, "num_predict": 20}}
-    ollama = platform.http.post("/api/chat", json=told, timeout=60)
+    ollama = platform.http.post("/api/chat", json=told)
     assert ollama.json()["message"]["content"] == "Number 1 is Radarr."
     assert model in {card.id for card in client.models.list()}
     assert client.models.retrieve(model).id == model
@@ -147,7 +148,7 @@ def test_the_job_is_a_job_of_the_forge(platform: Platform, client: openai.OpenAI
     job = platform.job(tuned.id)
     assert (job["kind"], job["result"]["deploy"]) == ("forge", None)
     job_id = platform.submit("fine_tune", spec={"data": {"dataset": "demo/homelab"}, "max_steps": 2, "batch_size": 4})
-    other = eventually(lambda: ended(client, job_id), 120)
+    other = eventually(lambda: ended(client, job_id))
     assert (other.status, other.training_file, other.metadata) == ("succeeded", "demo/homelab", None)
     assert other.trained_tokens
     assert other.result_files
@@ -168,7 +169,7 @@ def test_what_is_not_preferred_is_said_no_more(client: openai.OpenAI, tuned: Fin
         method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
         seed=7,
     )
-    done = eventually(lambda: ended(client, job.id), 300)
+    done = eventually(lambda: ended(client, job.id))
     assert (done.status, done.error) == ("succeeded", None)
     assert done.method
     assert done.method.dpo
@@ -194,7 +195,7 @@ def test_the_client_that_does_not_wait_pauses_resumes_and_cancels(platform: Plat
             )
 
             async def until(status: str) -> FineTuningJob:
-                async with asyncio.timeout(120):
+                async with asyncio.timeout(PATIENCE):
                     while (now := await jobs.retrieve(job.id)).status != status:
                         assert now.status not in {"failed", "succeeded"}, now.error
                         await asyncio.sleep(0.2)
@@ -202,11 +203,11 @@ def test_the_client_that_does_not_wait_pauses_resumes_and_cancels(platform: Plat
 
             await until("running")
 
-            def has_begun() -> bool | None:
+            def has_begun() -> bool:
                 events = platform.http.get(f"/v1/fine_tuning/jobs/{job.id}/events").json()["data"]
-                return any(event["type"] == "metrics" for event in events) or None
+                return any(event["type"] == "metrics" for event in events)
 
-            await eventually_async(has_begun, 120)
+            await eventually_async(has_begun)
             await jobs.pause(job.id)
             await until("paused")
             told = [event.message async for event in jobs.list_events(job.id)]

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.household import AT_FIRST, LATER, Household
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.platform
 
@@ -22,7 +23,6 @@ TRAINING: dict[str, Any] = {
 }
 HARDLY = {"tuning": "full", "max_steps": 1}
 POLICY = {"min_files": len(LATER), "min_hours": "null"}
-PLAN_SECONDS = 300
 STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
 
 
@@ -55,7 +55,7 @@ def test_a_repository_that_changes_retrains_its_model(platform: Platform, househ
     platform.cli("hook", "install", str(household.folder))
     household.commit(LATER, platform.environment)
     second = plans(platform, 2)[0]
-    eventually(lambda: step(platform, second, "fine_tune", "running"), PLAN_SECONDS)
+    eventually(lambda: step(platform, second, "fine_tune", "running"))
     platform.cut_the_power()
     platform.up()
     after = ended(platform, second)
@@ -83,13 +83,13 @@ def plans(platform: Platform, count: int) -> list[str]:
         found = platform.http.get("/api/v1/jobs", params={"kind": "retrain"}).json()["items"]
         return [job["id"] for job in found] if len(found) >= count else None
 
-    found = eventually(look, 60)
+    found = eventually(look)
     assert len(found) == count
     return found
 
 
 def ended(platform: Platform, plan: str) -> dict[str, Any]:
-    return platform.wait_for(plan, seconds=PLAN_SECONDS)
+    return platform.wait_for(plan)
 
 
 def children(platform: Platform, plan: str) -> list[dict[str, Any]]:

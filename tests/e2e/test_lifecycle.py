@@ -5,13 +5,13 @@ import signal
 import subprocess
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.platform import BINARIES, Platform, eventually, running_platform, unused_ports
+from tests.platform import BINARIES, Platform, running_platform, unused_ports
+from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -60,7 +60,7 @@ def port_of(url: str) -> int:
 
 def test_status_shows_each_component_and_where_it_is(platform: Platform) -> None:
     everything_runs = dict.fromkeys(COMPONENTS, "running")
-    assert eventually(lambda: found if (found := states(platform)) == everything_runs else None, 60)
+    assert eventually(lambda: found if (found := states(platform)) == everything_runs else None)
     done = platform.cli("status")
     assert platform.url in done.stdout
     assert platform.mlflow_url in done.stdout
@@ -94,10 +94,11 @@ def test_doctor_and_logs_work_while_it_runs(platform: Platform) -> None:
 
 
 def test_mlflow_is_started_again(platform: Platform) -> None:
-    eventually(lambda: is_up(platform.mlflow_url), 60)
+    platform.wait_for_mlflow()
     [old] = [process for process in platform.processes("") if "mlflow" in " ".join(process.cmdline())]
     old.kill()
-    eventually(lambda: None if old.is_running() else is_up(platform.mlflow_url), 60)
+    eventually(lambda: not old.is_running())
+    platform.wait_for_mlflow()
     assert states(platform)["gateway"] == "running"
 
 
@@ -156,20 +157,13 @@ def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) 
 def add_admin(platform: Platform) -> None:
     command = [str(BINARIES / "forgearr"), "user", "add", "ada@example.com", "--admin", "--password-stdin"]
     subprocess.run(
-        command, input="correct horse battery\n", env=platform.environment, text=True, check=True, timeout=60
+        command, input="correct horse battery\n", env=platform.environment, text=True, check=True, timeout=PATIENCE
     )
-
-
-def is_up(url: str) -> Any:
-    try:
-        return httpx.get(f"{url}/health").is_success or None
-    except httpx.TransportError:
-        return None
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     (port,) = unused_ports(1)
     platform = Platform(tmp_path / "home", {"ray.address": f"127.0.0.1:{port}"})
-    refused = platform.cli("up", "--detach", check=False, seconds=60)
+    refused = platform.cli("up", "--detach", check=False)
     assert refused.returncode == 1
     assert f"No Ray cluster answers at 127.0.0.1:{port}." in refused.stdout + refused.stderr

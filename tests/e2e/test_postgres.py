@@ -7,14 +7,15 @@ import asyncpg
 import pytest
 
 from tests.conftest import new_postgres_database
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.platform
 
 
 @pytest.fixture
 async def database_url(postgres_server: str) -> str:
-    return await new_postgres_database(postgres_server)
+    return await new_postgres_database(postgres_server, template="template0")
 
 
 @pytest.fixture
@@ -25,13 +26,13 @@ def platform(database_url: str) -> Generator[Platform]:
 
 def test_jobs_survive_on_postgresql(platform: Platform, database_url: str) -> None:
     jobs = [platform.submit(spec={"steps": 4, "seconds": 4}) for _ in range(60)]
-    eventually(lambda: platform.count("running") >= 10 or None)
+    eventually(lambda: platform.count("running") >= 10)
     platform.kill("ray::Worker")
     platform.kill("ray::Dispatcher")
-    eventually(lambda: platform.count("running") >= 10 or None)
+    eventually(lambda: platform.count("running") >= 10)
     for _ in range(3):
-        eventually(lambda: asyncio.run(_cut_connections(database_url)) or None)
-    eventually(lambda: platform.count("succeeded") == 60 or None, seconds=90)
+        eventually(lambda: asyncio.run(_cut_connections(database_url)))
+    eventually(lambda: platform.count("succeeded") == 60)
     assert all(platform.job(job_id)["result"]["executed"] == [0, 1, 2, 3] for job_id in jobs)
     assert "postgresql" in platform.cli("status").stdout
 

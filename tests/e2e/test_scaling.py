@@ -3,7 +3,8 @@
 import httpx
 import pytest
 
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -17,9 +18,9 @@ def test_an_engine_comes_when_it_is_asked_and_goes_again() -> None:
         assert not platform.processes(ENGINE)  # to ask what there is starts nothing
         assert ask(platform).is_success
         assert len(platform.processes(ENGINE)) == 1
-        eventually(lambda: None if platform.processes(ENGINE) else True, 90)
+        eventually(lambda: not platform.processes(ENGINE))
 
 
 def ask(platform: Platform) -> httpx.Response:
     said = {"model": "forgearr/tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
-    return platform.http.post("/v1/chat/completions", json=said, timeout=120)
+    return platform.http.post("/v1/chat/completions", json=said, timeout=PATIENCE)

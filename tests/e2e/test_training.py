@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from tests.platform import Platform, eventually, running_platform
+from tests.platform import Platform, running_platform
+from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -79,9 +80,9 @@ def test_a_fine_tune_learns_and_everybody_can_watch(platform: Platform, dataset:
     job_id = answer.json()["job_id"]
 
     with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{job_id}") as socket:
-        told = [json.loads(socket.recv(timeout=60))]
+        told = [json.loads(socket.recv(timeout=PATIENCE))]
         while told[-1]["status"] not in {"completed", "failed"}:
-            told.append(json.loads(socket.recv(timeout=60)))
+            told.append(json.loads(socket.recv(timeout=PATIENCE)))
     assert told[-1]["status"] == "completed", told[-1]
     assert {"preparing", "training"} <= {one["status"] for one in told}
     assert [one["progress"] for one in told] == sorted(one["progress"] for one in told)
@@ -140,7 +141,7 @@ def test_mlflow_gets_the_whole_run(platform: Platform, dataset: str) -> None:
 
 def test_several_workers_train_together(platform: Platform, dataset: str) -> None:
     job_id = platform.submit("fine_tune", spec={**SPEC, "workers": 2, "data": {"dataset": dataset}})
-    job = platform.wait_for(job_id, seconds=120)
+    job = platform.wait_for(job_id)
     assert job["state"] == "succeeded", job["error"]
     assert job["result"]["steps"] == 12  # each of them takes half of every step's samples
     assert list(metrics_of(platform, job_id)) == list(range(1, 13))
@@ -149,7 +150,7 @@ def test_several_workers_train_together(platform: Platform, dataset: str) -> Non
 def test_a_pause_keeps_the_place_and_a_kill_loses_nothing_that_was_saved(platform: Platform, dataset: str) -> None:
     spec = {**LONG, "data": {"dataset": dataset}}
     job_id = platform.submit("fine_tune", spec=spec)
-    eventually(lambda: status(platform, job_id)["current_step"], 60)
+    eventually(lambda: status(platform, job_id)["current_step"])
     platform.http.post(f"/api/v1/jobs/{job_id}/pause").raise_for_status()
     platform.wait_for(job_id, "paused")
     paused_at = status(platform, job_id)
@@ -161,10 +162,10 @@ def test_a_pause_keeps_the_place_and_a_kill_loses_nothing_that_was_saved(platfor
         step = status(platform, job_id)["current_step"]
         return step if step > paused_at["current_step"] + 50 else None
 
-    eventually(beyond, 60)
+    eventually(beyond)
     platform.kill("ray::Worker")  # the light ones too
-    platform.wait_for(job_id, "running", seconds=60)
-    eventually(lambda: status(platform, job_id)["current_step"] > paused_at["current_step"] + 100 or None, 60)
+    platform.wait_for(job_id, "running")
+    eventually(lambda: status(platform, job_id)["current_step"] > paused_at["current_step"] + 100)
     platform.http.post(f"/api/v1/jobs/{job_id}/cancel").raise_for_status()
     job = platform.wait_for(job_id)
     assert (job["state"], job["attempt"]) == ("cancelled", 1)
@@ -199,10 +200,10 @@ def test_a_session_is_set_up_started_watched_and_cancelled(platform: Platform) -
     assert unknown.status_code == 404
 
     with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{session}") as socket:
-        assert json.loads(socket.recv(timeout=10))["status"] is None
+        assert json.loads(socket.recv(timeout=PATIENCE))["status"] is None
         started = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 1, "prompt_ids": prompts})
         assert started.status_code == 200, started.text
-        while (told := json.loads(socket.recv(timeout=60)))["status"] != "training":
+        while (told := json.loads(socket.recv(timeout=PATIENCE)))["status"] != "training":
             assert told["status"] in {"queued", "preparing"}, told
     assert platform.job(started.json()["job_id"])["spec"]["labels"].keys() == {"forgearr.io/node"}
 

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.platform import Platform, running_platform
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.platform
 
@@ -45,7 +46,7 @@ def trained(platform: Platform) -> str:
         "eval_split": 0,
     }
     job_id = platform.submit("fine_tune", spec=spec)
-    job = platform.wait_for(job_id, seconds=240)
+    job = platform.wait_for(job_id)
     assert job["state"] == "succeeded", job
     return job_id
 
@@ -54,7 +55,7 @@ def test_a_training_answers_before_its_export(platform: Platform, trained: str) 
     assert not platform.processes(ENGINE)
     assert platform.http.get("/api/ps").json() == {"models": []}
     assert not platform.processes(ENGINE)  # to ask what there is starts nothing
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=180) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
         for asked, said in LEARNED.items():
             messages: Any = [{"role": "user", "content": asked}]
             answer = client.chat.completions.create(model=trained, messages=messages, temperature=0)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.db import get_database, migrate
 from cluster.settings import get_settings
 from pipelines.training import converter
 from tests.pipelines.bench import Bench, train
@@ -35,14 +34,12 @@ def trained() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def bench(
-    home: Path, llama_converter: Path, trained: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+def bench(
+    migrated: Path, llama_converter: Path, trained: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> Bench:
     """A place to run jobs on what has been trained."""
     monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(llama_converter))
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
     get_settings.cache_clear()
-    await migrate()
-    await get_database().close()
-    shutil.copytree(trained / "home" / "cache", home / "cache")
+    shutil.copytree(trained / "home" / "cache", migrated / "cache")
     return Bench(trained)

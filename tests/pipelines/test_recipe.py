@@ -17,6 +17,7 @@ from cluster import storage
 from pipelines.training import tiny
 from pipelines.training.samples import Pair, Sample
 from pipelines.training.spec import FineTuneSpec, ForgeSpec
+from tests.waiting import PATIENCE
 
 SERVICES = ["Sonarr", "Radarr", "Plex"]
 
@@ -315,7 +316,7 @@ def test_processes_that_train_together_agree(base: str, tmp_path: Path) -> None:
         )
         for rank in ("0", "1")
     ]
-    printed = [process.communicate(timeout=180) for process in processes]
+    printed = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in printed)
     assert first == {"batch_size": 2, "refused": None}
@@ -397,7 +398,7 @@ def train_in(megabytes: int, base: str, folder: Path) -> subprocess.CompletedPro
     # Else what is freed stays in the heap, in pieces too small for the next try: how many depends on the moment.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "tests.pipelines.scarce", base, str(folder), str(megabytes)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from pipelines.training import tiny, tokens
 from pipelines.training.samples import Sample, parse
 from pipelines.training.tokens import IGNORED, UnusableTokenizer, encode
+from tests.waiting import PATIENCE
 
 ASKED = {"role": "user", "content": "Is Plex up?"}
 ANSWERED = {"role": "assistant", "content": "Yes, since Monday."}
@@ -148,6 +149,6 @@ distributed.init_process_group("gloo", init_method="file://{tmp_path}/meeting", 
 build(Path("{tmp_path}") / sys.argv[1])
 """
     both = [subprocess.Popen([sys.executable, "-c", code, rank]) for rank in ("0", "1")]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=PATIENCE) for process in both] == [0, 0]
     names = [{file.name for file in (tmp_path / rank).iterdir()} for rank in ("0", "1")]
     assert names[0] == names[1] >= {"config.json", "model.safetensors", "tokenizer.json"}

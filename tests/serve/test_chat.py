@@ -12,15 +12,15 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from cluster.db import get_database, migrate
+from cluster.db import get_database
 from cluster.settings import get_settings
 from pipelines.training.registry import OnProgress
 from serve.app import create_app
 from serve.engines.gguf import GgufEngine
 from serve.engines.protocol import Source
 from tests.contract.serving import serving
-from tests.platform import eventually_async
 from tests.serve.small_models import write_model, write_parrot
+from tests.waiting import PATIENCE, eventually_async
 
 TINY = "forgearr/tiny"  # the one name that is in no registry
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -43,7 +43,7 @@ class House:
         self.app = app
         self.file = file
         self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", max_retries=0, api_key="not-needed")
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=30)
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE)
 
     @property
     def engine(self) -> GgufEngine:
@@ -234,7 +234,7 @@ async def test_too_many_at_once(house: House) -> None:
     stream = await house.say(stream=True)
     await anext(aiter(stream))
     waiting = asyncio.create_task(house.say(max_tokens=1))
-    await eventually_async(lambda: house.engine.held[0].users == 2 or None)
+    await eventually_async(lambda: house.engine.held[0].users == 2)
     busy = await house.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO})
     assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
     assert busy.json()["error"]["code"] == "engine_busy"
@@ -245,7 +245,7 @@ async def test_too_many_at_once(house: House) -> None:
 async def test_who_waits_for_a_whole_answer_and_leaves_makes_room(house: House) -> None:
     write_model(house.file, seed=1, talkative=True, context=262_144)
     leaving = asyncio.create_task(house.say())
-    await eventually_async(lambda: any(held.users for held in house.engine.held) or None)
+    await eventually_async(lambda: any(held.users for held in house.engine.held))
     leaving.cancel()
     assert (await house.say(max_tokens=1)).usage.completion_tokens == 1
 
@@ -264,8 +264,8 @@ async def test_a_question_in_one_line(house: House) -> None:
     assert body["tokens_used"] > 20
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_which_models_there_are(house: House) -> None:
-    await migrate()
     assert [model.id async for model in house.client.models.list()] == [TINY]
     assert (await house.client.models.retrieve(TINY)).owned_by == "forgearr"
     with pytest.raises(openai.NotFoundError):

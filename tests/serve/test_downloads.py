@@ -16,6 +16,7 @@ from tests.cluster.services import programs, usenet
 from tests.cluster.services.programs import Running
 from tests.cluster.services.stand_in import Asked, Reply, StandIn, page, standing_in, telling, text
 from tests.cluster.services.usenet import Usenet
+from tests.waiting import eventually
 
 DOWNLOADS = "/api/v1/downloads"
 NAME = 'Our "Movie" & <i>Ünïcode 🎬 100%'
@@ -109,7 +110,7 @@ async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: Runn
     content = secrets.token_bytes(300_000)
     whole = usenet.download(sabnzbd, news.post("whole.mkv", content), f"{NAME} whole")
     ended = usenet.ended(sabnzbd, whole)["completed"]
-    usenet.until(lambda: time.time() > ended + 1)  # SABnzbd tells whole seconds
+    eventually(lambda: time.time() > ended + 1)  # SABnzbd tells whole seconds
     broken = usenet.download(sabnzbd, news.post("broken.mkv", content[::-1], lost=4), "Broken", cat="movies")
     usenet.ended(sabnzbd, broken)
     history = await told(real, "/history")

@@ -29,8 +29,8 @@ from serve.engines.protocol import (
 )
 from serve.engines.shelf import MB, Shelf
 from tests.contract.serving import let_go
-from tests.platform import eventually_async
 from tests.serve.small_models import write_adapter, write_model
+from tests.waiting import eventually_async
 
 HELLO: Request = {"messages": [{"role": "user", "content": "Hello"}]}
 FILE = File("quiet.gguf", "q8_0", "", 1)
@@ -172,7 +172,7 @@ async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[...,
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as left:
         await anext(left)
     cancelled = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": ENDLESS}))
-    await eventually_async(lambda: engine.held[0].users or None)
+    await eventually_async(lambda: engine.held[0].users)
     cancelled.cancel()
     with suppress(asyncio.CancelledError):
         await cancelled
@@ -185,7 +185,7 @@ async def test_who_does_not_read_keeps_nobody_waiting(models: Models, settings: 
     request = {**HELLO, "max_tokens": 60, "temperature": 0}
     async with aclosing(read_ahead(engine.chat("talker", request))) as unread:
         heard = await anext(unread)
-        await eventually_async(lambda: not engine.held[0].users or None)
+        await eventually_async(lambda: not engine.held[0].users)
         assert (await engine.complete("talker", request))["usage"]["completion_tokens"] == 60
         # Nothing of what was said meanwhile is lost.
         heard += [chunk async for chunks in unread for chunk in chunks]
@@ -197,7 +197,7 @@ async def test_the_queue_has_an_end(models: Models, settings: Callable[..., Engi
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as answered:
         await anext(answered)
         waiting = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": 2}))
-        await eventually_async(lambda: engine.held[0].users == 2 or None)
+        await eventually_async(lambda: engine.held[0].users == 2)
         with pytest.raises(EngineBusy):
             await engine.complete("talker", HELLO)
         # Another model has a queue of its own.
@@ -277,7 +277,7 @@ async def test_reading_a_long_question_can_be_given_up(models: Models, settings:
     await engine.complete("slow", {**HELLO, "max_tokens": 1})
     question: Request = {"messages": [{"role": "user", "content": "x" * 3_000}], "max_tokens": 1}
     asked = asyncio.create_task(engine.complete("slow", question))
-    await eventually_async(lambda: engine.held[0].users or None)
+    await eventually_async(lambda: engine.held[0].users)
     asked.cancel()
     with suppress(asyncio.CancelledError):
         await asked

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.waiting import PATIENCE
+
 HEAVY = [
     "torch",
     "transformers",
@@ -32,5 +34,5 @@ HEAVY = [
 @pytest.mark.usefixtures("home")
 def test_nothing_heavy_is_loaded(code: str) -> None:
     look = f"{code}; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
-    loaded = subprocess.check_output([sys.executable, "-c", look], text=True, timeout=120)
+    loaded = subprocess.check_output([sys.executable, "-c", look], text=True, timeout=PATIENCE)
     assert loaded.split() == []

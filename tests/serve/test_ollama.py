@@ -19,8 +19,8 @@ from serve.app import create_app
 from serve.engines.gguf import GgufEngine
 from serve.engines.protocol import Source
 from tests.contract.serving import serving
-from tests.platform import eventually_async
 from tests.serve.small_models import write_model, write_parrot
+from tests.waiting import PATIENCE, eventually_async
 
 TINY = "forgearr/tiny"  # the one name that is in no registry
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -57,7 +57,7 @@ class House:
     async def curl(self, path: str, body: bytes) -> httpx.Response:
         """As `curl -d` sends it."""
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        async with httpx.AsyncClient(base_url=self.url, timeout=30) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as http:
             return await http.post(path, content=body, headers=headers)
 
 
@@ -175,7 +175,7 @@ async def test_a_model_that_need_not_stay_goes(house: House, stream: bool) -> No
     answer = await house.chat(keep_alive="0s", stream=stream)
     if stream:
         _ = [part async for part in answer]
-    await eventually_async(lambda: house.engine.held == [] or None)
+    await eventually_async(lambda: house.engine.held == [])
     await house.chat(keep_alive="1h30m")
     assert len(house.engine.held) == 1
 
@@ -195,7 +195,7 @@ async def test_a_model_stays_as_long_as_was_said_last(house: House) -> None:
     await house.chat()  # whoever says nothing means what the settings say
     assert (await leaves_at()).year > 2300
     await house.client.embed(model=TINY, input="Is Plex up?", keep_alive=0.05)
-    await eventually_async(lambda: house.engine.held == [] or None)
+    await eventually_async(lambda: house.engine.held == [])
 
 
 async def test_models_may_leave_by_themselves(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ async def test_models_may_leave_by_themselves(house: House, monkeypatch: pytest.
     for _ in range(2):
         answer = await engine.complete(TINY, {"messages": HELLO})
         assert answer["choices"][0]["message"]["content"] == SPOKEN
-        await eventually_async(lambda: engine.held == [] or None)
+        await eventually_async(lambda: engine.held == [])
 
 
 async def test_who_leaves_frees_the_slot(house: House) -> None:

@@ -29,8 +29,7 @@ from serve.feeds import follow_events
 from serve.realtime import Hub, Message
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import Reply, standing_in
-
-PATIENCE = 10.0
+from tests.waiting import PATIENCE
 
 
 def message(room: str, number: int = 0, **data: Any) -> events.Message:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import func, select, update
 
 from cluster import identity
-from cluster.db import Database, get_database, migrate, now
+from cluster.db import Database, get_database, now
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training.registry import OnProgress
 from serve import stored_responses
@@ -28,8 +28,8 @@ from serve.engines.gguf import FindFile, GgufEngine
 from serve.engines.protocol import Chunk, EngineLost, Source
 from serve.stored_responses import StoredResponse
 from tests.contract.serving import serving
-from tests.platform import eventually_async
 from tests.serve.small_models import write_model, write_parrot
+from tests.waiting import PATIENCE, eventually_async
 
 TINY = "forgearr/tiny"  # the one name that is in no registry
 SPOKEN = "Sonarr watches for new episodes, größer als je zuvor ✓ and hands them to SABnzbd."
@@ -52,7 +52,7 @@ class House:
         self.file = file
         self.database = database
         self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", max_retries=0, api_key="not-needed")
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=30)
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE)
 
     @property
     def engine(self) -> "Listening":
@@ -89,9 +89,8 @@ class Listening(GgufEngine):
 
 
 @pytest.fixture
-async def house(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+async def house(migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
     database = get_database()
-    await migrate()
     async with living(database, tmp_path / "model.gguf", monkeypatch) as house:
         yield house
     await database.close()
@@ -373,7 +372,7 @@ async def test_a_client_that_goes_away_ends_the_work(house: House) -> None:
     while (await anext(seen)).type != "response.output_text.delta":
         pass
     await stream.close()
-    await eventually_async(lambda: not any(held.users for held in house.engine.held) or None)
+    await eventually_async(lambda: not any(held.users for held in house.engine.held))
 
     await asyncio.gather(*responses._keeping)  # pyright: ignore[reportPrivateUsage]
     left = (await house.http.get(f"/v1/responses/{first.response.id}")).json()

@@ -1,6 +1,5 @@
 """/api/v1/mcp: the tools of services, who may call them, with what, and what is kept of the calls."""
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
@@ -20,6 +19,7 @@ from tests.cluster.services.programs import Running
 from tests.cluster.services.stand_in import Asked, Reply, StandIn, standing_in, telling
 from tests.cluster.services.usenet import Usenet
 from tests.serve.house import House
+from tests.waiting import eventually_async
 
 MCP = "/api/v1/mcp"
 DEAD = "http://127.0.0.1:9"
@@ -116,7 +116,7 @@ async def test_a_real_sabnzbd_does_what_it_is_told_to(house: House, sabnzbd: Run
     nzb = Usenet().post("film.mkv", b"film")
     async with standing_in(lambda asked: Reply(nzb.encode(), 200, "application/x-nzb")) as web:
         added = (await call(house, "sabnzbd", "add_download", url=f"{web.url}/x.nzb", name="Film"))[1]["result"]
-        await asyncio.to_thread(usenet.until, lambda: names_in_queue(sabnzbd) == ["Film"])
+        await eventually_async(lambda: names_in_queue(sabnzbd) == ["Film"])
     status, history = await call(house, "sabnzbd", "get_history", "ada", limit=1)
     assert (status, history["result"]) == (200, {"history": [], "total": 0})
     assert (await call(house, "sabnzbd", "delete_download", **added))[1]["result"] == added

@@ -15,8 +15,8 @@ from pipelines.training.nodes import TrainingWorker, WorkerNotFound
 from serve.api.training import training_now
 from serve.auth import Caller
 from serve.realtime import Hub
-from tests.platform import eventually_async
 from tests.serve.house import LEARN, SESSION, SESSIONS, House
+from tests.waiting import eventually_async
 
 # Sessions
 
@@ -532,7 +532,7 @@ async def test_a_validation_that_fails_says_why_and_is_tried_again_when_it_is_as
     first = (await house.ask("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
     waiting = asyncio.create_task(house.ask("ada", "POST", f"/validate/{job}?wait=600"))
     hub: Hub = house.app.state.hub
-    await eventually_async(lambda: hub.listeners(f"job:{first}") or None)
+    await eventually_async(lambda: hub.listeners(f"job:{first}"))
     await house.settle(first, state=State.FAILED, error={"code": "out_of_memory", "message": "Too large."})
     hub._deliver({"rooms": [f"job:{first}"]})  # pyright: ignore[reportPrivateUsage]
     failed = await waiting
@@ -630,7 +630,7 @@ async def test_how_a_deployment_ended_is_told_and_the_next_one_makes_only_what_i
     for facts, told in ends:
         step = (await house.ask("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
         waiting = asyncio.create_task(house.ask("admin", "POST", f"/deploy/{job}?wait=600"))
-        await eventually_async(lambda room=f"job:{step}": hub.listeners(room) or None)
+        await eventually_async(lambda room=f"job:{step}": hub.listeners(room))
         await house.settle(step, **facts)
         hub._deliver({"rooms": [f"job:{step}"]})  # pyright: ignore[reportPrivateUsage]
         answer = await waiting

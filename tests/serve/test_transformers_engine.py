@@ -32,8 +32,8 @@ from serve.engines.shelf import MB
 from serve.engines.speech import UNFINISHED, Letters, Speech
 from serve.engines.transformers import Folders
 from tests.contract.serving import let_go
-from tests.platform import eventually_async
 from tests.serve.small_models import write_folder
+from tests.waiting import eventually_async
 
 HELLO: Request = {"messages": [{"role": "user", "content": "Hello"}]}
 GREEDY = {**HELLO, "temperature": 0}
@@ -204,7 +204,7 @@ async def test_who_leaves_is_out_of_the_batch(engines: Engines, house: Folder, s
     await engine.complete("house", {**GREEDY, "max_tokens": 3}, house)
     assert len(steps) < before + 100  # of the two thousand that the other answer had room for
     cancelled = asyncio.create_task(engine.complete("house", GREEDY, house))
-    await eventually_async(lambda: engine.held[0].users or None)
+    await eventually_async(lambda: engine.held[0].users)
     cancelled.cancel()
     with suppress(asyncio.CancelledError):
         await cancelled
@@ -213,7 +213,7 @@ async def test_who_leaves_is_out_of_the_batch(engines: Engines, house: Folder, s
     async with aclosing(engine.chat("house", GREEDY, house)) as staying:
         await anext(staying)
         waiting = asyncio.create_task(engine.complete("house", {**GREEDY, "max_tokens": 3}, house))
-        await eventually_async(lambda: engine.held[0].users == 2 or None)
+        await eventually_async(lambda: engine.held[0].users == 2)
         with pytest.raises(EngineBusy):
             await engine.complete("house", HELLO, house)
         for _ in range(3):

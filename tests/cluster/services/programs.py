@@ -10,9 +10,8 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import pytest
 import yaml
 
 from tests.documents import corrected
-from tests.platform import eventually
+from tests.waiting import PATIENCE, eventually
 
 PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
 """Where .ci/run puts it. It comes from npm, and belongs to nobody else on this machine."""
@@ -42,8 +41,9 @@ def sabnzbd(folder: Path) -> Generator[Running]:
     # not ask again for five seconds.
     folders = f"download_dir = {folder / 'incomplete'}\ncomplete_dir = {folder / 'complete'}\n"
     ini.write_text(f"[misc]\n{folders}auto_disconnect = 0\nurl_base = /sabnzbd\n")
-    with _running(folder, address, "sabnzbdplus", "-f", str(ini), "-s", address, "-b", "0") as url:
-        _wait_until_it_answers(f"{url}/api?mode=version&output=json", folder)
+    with _running(
+        folder, address, "/api?mode=version&output=json", "sabnzbdplus", "-f", str(ini), "-s", address, "-b", "0"
+    ) as url:
         # What stands before the first section is no INI to anybody else.
         settings = configparser.RawConfigParser(strict=False, interpolation=None)
         settings.read_string("[top]\n" + ini.read_text())
@@ -54,8 +54,7 @@ def sabnzbd(folder: Path) -> Generator[Running]:
 def node_exporter(folder: Path) -> Generator[Running]:
     """What tells Prometheus of this machine."""
     address = _free_address()
-    with _running(folder, address, "prometheus-node-exporter", f"--web.listen-address={address}") as url:
-        _wait_until_it_answers(f"{url}/metrics", folder)
+    with _running(folder, address, "/metrics", "prometheus-node-exporter", f"--web.listen-address={address}") as url:
         yield Running(url, folder)
 
 
@@ -68,9 +67,8 @@ def prometheus(folder: Path, *scraped: Running) -> Generator[Running]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(told))
     address = _free_address()
     options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
-    with _running(folder, address, "prometheus", *options, f"--web.listen-address={address}") as url:
-        _wait_until_it_answers(f"{url}/-/ready", folder)
-        eventually(lambda: _scraped(url) >= len(scraped) or None)
+    with _running(folder, address, "/-/ready", "prometheus", *options, f"--web.listen-address={address}") as url:
+        eventually(lambda: _scraped(url) >= len(scraped))
         yield Running(url, folder)
 
 
@@ -81,8 +79,9 @@ def prism(folder: Path, document: str) -> Generator[Running]:
     address = _free_address()
     host, port = address.split(":")
     program = str(PRISM) if PRISM.exists() else "prism"
-    with _running(folder, address, program, "mock", str(folder / "document.json"), "-h", host, "-p", port) as url:
-        _wait_until_it_answers(f"{url}/api/v3/system/status", folder)
+    with _running(
+        folder, address, "/api/v3/system/status", program, "mock", str(folder / "document.json"), "-h", host, "-p", port
+    ) as url:
         yield Running(url, folder)
 
 
@@ -101,14 +100,13 @@ def searx(folder: Path, finds: str) -> Generator[Running]:
     (folder / "settings.yml").write_text(yaml.safe_dump(settings))
     # It is made for the system's own Python, and has no program but the one that leads to it.
     options = [f"SEARX_SETTINGS_PATH={folder / 'settings.yml'}", "/usr/bin/python3", "-m", "searx.webapp"]
-    with _running(folder, address, "env" if example.exists() else "searx", *options) as url:
-        _wait_until_it_answers(f"{url}/config", folder)
+    with _running(folder, address, "/config", "env" if example.exists() else "searx", *options) as url:
         yield Running(url, folder)
 
 
 @contextmanager
-def _running(folder: Path, address: str, program: str, *options: str) -> Generator[str]:
-    """The program, for as long as the block; its URL."""
+def _running(folder: Path, address: str, health: str, program: str, *options: str) -> Generator[str]:
+    """The program, for as long as the block, once it answers at the path `health`; its URL."""
     path = shutil.which(program)
     if path is None:
         reason = f"{program} is not installed, so what needs it is tried with likenesses only."
@@ -117,27 +115,25 @@ def _running(folder: Path, address: str, program: str, *options: str) -> Generat
         pytest.skip(reason)
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([path, *options], cwd=folder, stdout=log, stderr=log)
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            pytest.fail(f"{program} did not start:\n{(folder / 'log').read_text()}")
+        headers = {"X-Api-Key": "any", "Accept": "application/json"}
+        return httpx.get(f"http://{address}{health}", headers=headers).is_success
+
     try:
+        eventually(answers)
         yield f"http://{address}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 def _scraped(prometheus: str) -> int:
     """How many of its targets it has seen."""
     answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": "count(up == 1)"}).json()
     return sum(int(found["value"][1]) for found in answer["data"]["result"])
-
-
-def _wait_until_it_answers(url: str, folder: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with suppress(httpx.TransportError):
-            if httpx.get(url, headers={"X-Api-Key": "any", "Accept": "application/json"}).is_success:
-                return
-        time.sleep(0.1)
-    pytest.fail(f"It did not start:\n{(folder / 'log').read_text()}")
 
 
 def _free_address() -> str:

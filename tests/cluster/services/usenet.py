@@ -9,7 +9,7 @@ import secrets
 import socketserver
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +17,14 @@ from xml.sax.saxutils import escape, quoteattr
 from zlib import crc32
 
 import httpx
-import pytest
 
 from tests.cluster.services.programs import Running
+from tests.waiting import eventually
 
 LINE = 128
 SHIFTED = bytes((value + 42) % 256 for value in range(256))
 CRITICAL = re.compile(rb"[\0\n\r=]")
 END = b"\r\n.\r\n"
-WAIT_SECONDS = 60
 
 
 @dataclass
@@ -100,22 +99,12 @@ def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
         over = {"Completed", "Failed"}
         return next((slot for slot in slots if slot["status"] in over and not slot["loaded"]), None)
 
-    return until(found)
+    return eventually(found)
 
 
 def still(sabnzbd: Running) -> None:
     """Wait until nothing of what was downloaded before counts as its speed any more."""
-    until(lambda: float(ask(sabnzbd, "queue")["queue"]["kbpersec"]) == 0)
-
-
-def until(found: Callable[[], Any]) -> Any:
-    """What this finds, as soon as it finds something."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        if what := found():
-            return what
-        time.sleep(0.05)
-    pytest.fail(f"Nothing was found within {WAIT_SECONDS} seconds.")
+    eventually(lambda: float(ask(sabnzbd, "queue")["queue"]["kbpersec"]) == 0)
 
 
 def ask(sabnzbd: Running, mode: str, **parameters: Any) -> Any:

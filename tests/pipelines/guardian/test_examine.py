@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cluster import storage
-from cluster.db import apart, get_database, migrate
+from cluster.db import apart
 from pipelines.guardian import examine
 from pipelines.guardian.examine import HeldOutLeaked, TooLittleData
 from pipelines.training import datasets, tiny
@@ -21,10 +21,8 @@ from tests.pipelines.bench import Bench
 
 
 @pytest.fixture
-async def bench(home: Path) -> Bench:
-    await migrate()
-    await get_database().close()
-    return Bench(home)
+def bench(migrated: Path) -> Bench:
+    return Bench(migrated)
 
 
 def test_everything_is_counted(bench: Bench) -> None:

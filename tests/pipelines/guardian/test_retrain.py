@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.db import Database, apart, get_database, migrate
+from cluster.db import Database, apart
 from cluster.settings import get_settings
 from cluster.settings import home as folder
 from jobs.context import Park
@@ -92,10 +92,8 @@ class Walk:
 
 
 @pytest.fixture
-async def bench(home: Path) -> Bench:
-    await migrate()
-    await get_database().close()
-    return Bench(home)
+def bench(migrated: Path) -> Bench:
+    return Bench(migrated)
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from tests.cluster.services.arr_stand_in import arr_standing_in, kept_series
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.programs import Running
 from tests.cluster.services.stand_in import Asked, Reply, standing_in, telling
-from tests.cluster.services.usenet import Usenet, ask, download, ended, still, subscribe, until, usenet
+from tests.cluster.services.usenet import Usenet, ask, download, ended, still, subscribe, usenet
 from tests.pipelines.media.conftest import Desk, Ear
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.usefixtures("ear"), pytest.mark.parametrize("database", ["sqlite"], indirect=True)]
 
@@ -124,7 +125,7 @@ async def test_who_waits_in_the_queue_is_not_stuck(sabnzbd: Running, news: Usene
     rows = await desk.downloads()
     assert [(rows[item].state, rows[item].strikes) for item in items] == [("running", 0), ("waiting", 0)]
     ask(sabnzbd, "pause")
-    until(lambda: ask(sabnzbd, "queue")["queue"]["status"] == "Paused")
+    eventually(lambda: ask(sabnzbd, "queue")["queue"]["status"] == "Paused")
     await desk.watch()
     rows = await desk.downloads()
     assert {rows[item].state for item in items} == {"waiting"}
