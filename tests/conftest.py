@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: a home of its own for each test, and the database on both engines."""
 
+import gc
 import os
 import shutil
 import socket
@@ -37,6 +38,12 @@ asyncio.run(work())
 # Before anybody imports torch: its threads wait for each other at every step, and on two cores that are shared with
 # other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """All libraries are loaded now, and stay: looking through them for garbage would take a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
