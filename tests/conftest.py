@@ -76,6 +76,7 @@ async def database(
     if request.param == "postgres":
         server = cast(str, request.getfixturevalue("postgres_server"))
         monkeypatch.setenv("FORGEARR_DATABASE__URL", await new_postgres_database(server))
+        _forget_settings()  # another fixture may have read them already
     else:
         request.getfixturevalue("migrated")
     database = get_database()
