@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import cast
 from uuid import uuid4
@@ -17,6 +18,8 @@ import httpx
 import pytest
 from fastapi.dependencies import models
 from sqlalchemy.engine import make_url
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from cluster import embedded, storage, tracking
 from cluster.db import Database, get_database
@@ -24,6 +27,7 @@ from cluster.settings import get_settings, load_settings
 from tests.pipelines.shelf import Shelf
 from tests.waiting import PATIENCE, eventually
 
+ROOT = Path(__file__).parents[1]
 ENGINES = ["sqlite", "postgres"]
 MIGRATE = """
 import asyncio
@@ -38,6 +42,24 @@ asyncio.run(work())
 # Before anybody imports torch: its threads wait for each other at every step, and on two cores that are shared with
 # other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+class FilesAndPlatforms(LoadFileScheduling):
+    """Whole platforms run one after another, beside all else: two at once would take each other's processors."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "platforms" if _starts_platforms(ROOT / file) else file
+
+
+@cache
+def _starts_platforms(file: Path) -> bool:
+    return "running_platform(" in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    return FilesAndPlatforms(config, log)
 
 
 def pytest_collection_finish() -> None:
