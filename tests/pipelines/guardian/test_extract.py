@@ -52,7 +52,10 @@ NAMES = ("apple", "bench", "cloud", "dress", "eagle", "fence", "grape", "house",
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # A change is held out by its hash, of which the date is a part: they shall be the same ones every time.
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_DATE", "2026-01-01T12:00:00Z")
     folder = new_repository(tmp_path / "repository")
     commit_files(folder, "Begin with all of the modules", {f"src/{name}.py": module(name) for name in NAMES})
     return folder
