@@ -20,6 +20,7 @@ from fastapi.dependencies import models
 from sqlalchemy.engine import make_url
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
 
 from cluster import embedded, storage, tracking
 from cluster.db import Database, get_database
@@ -44,12 +45,16 @@ asyncio.run(work())
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-class FilesAndPlatforms(LoadFileScheduling):
-    """Whole platforms run one after another, beside all else: two at once would take each other's processors."""
+class PlatformsApart(LoadFileScheduling):
+    """The first worker begins with whole platforms, the others with all else: platforms beside each other would take
+    each other's processors. Those with the fewest tests take the longest, and so go first."""
 
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "platforms" if _starts_platforms(ROOT / file) else file
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        is_first = node is self.nodes[0]
+        suitable = [file for file in self.workqueue if _starts_platforms(ROOT / file) == is_first]
+        if suitable:
+            self.workqueue.move_to_end(suitable[-1 if is_first else 0], last=False)
+        super()._assign_work_unit(node)
 
 
 @cache
@@ -59,7 +64,7 @@ def _starts_platforms(file: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
-    return FilesAndPlatforms(config, log)
+    return PlatformsApart(config, log)
 
 
 def pytest_collection_finish() -> None:
