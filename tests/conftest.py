@@ -164,11 +164,13 @@ def mlflow_server() -> Iterator[str]:
         environment = embedded.mlflow_environment()
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    _wait_for_mlflow(server, f"http://127.0.0.1:{port}", folder / "log")
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait(20)
-    shutil.rmtree(folder)
+    try:
+        _wait_for_mlflow(server, f"http://127.0.0.1:{port}", folder / "log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_a_running_job_is_paused_at_its_checkpoint_and_resumed(platform: Platfor
 
 
 def test_a_running_job_is_cancelled(platform: Platform) -> None:
-    job_id = platform.submit(spec={"steps": 3, "seconds": 600})
+    job_id = platform.submit(spec={"steps": 3, "seconds": 36_000})
     platform.wait_for(job_id, "running")
     platform.http.post(f"/api/v1/jobs/{job_id}/cancel")
     assert platform.wait_for(job_id)["state"] == "cancelled"
