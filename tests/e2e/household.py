@@ -86,7 +86,5 @@ class Household:
 
 def source(functions: Mapping[str, str]) -> str:
     return "\n\n".join(
-        f'def {name}(house, minutes=30):\n    """{told}"""\n    step = house.find("{name}")\n'
-        f'    step.begin(minutes)\n    return step.wait(until="{name} is done")\n'
-        for name, told in functions.items()
+        f'def {name}(house):\n    """{told}"""\n    return house.run("{name}")\n' for name, told in functions.items()
     )
