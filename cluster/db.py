@@ -78,8 +78,9 @@ class Database:
 
     @asynccontextmanager
     async def reading(self) -> AsyncGenerator[AsyncSession]:
-        """A transaction that only reads, and so never waits for a writer."""
-        reader = self.engine.execution_options(forgearr_reading=True)
+        """A transaction that only reads: it never waits for a writer, and all that it reads was so at one time."""
+        level = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        reader = self.engine.execution_options(forgearr_reading=True, **level)
         async with AsyncSession(reader, expire_on_commit=False) as session:
             await _connect(session)
             yield session

@@ -41,6 +41,9 @@ _SECRETS = (
 )
 
 
+_LINK = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s/?#&]+)[/?#&]\S*", re.IGNORECASE)
+
+
 def configure(component: str, *, console: bool = False) -> None:
     """Send this process's logging to its component's file, and with `console` to the terminal as well."""
     settings = get_settings().logs
@@ -78,6 +81,11 @@ def redact(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def only_hosts(text: str) -> str:
+    """The text with nothing left of addresses but whose they are: of a link, any part may be a key."""
+    return _LINK.sub(r"\1\2/…", text)
 
 
 def _file_handler(component: str) -> logging.Handler:

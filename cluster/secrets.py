@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class SealBroken(ForgearrError):
     """A secret was sealed with another key (auth.sealing_key, or keys/sealing in FORGEARR_HOME): set it anew."""
 
+    status = 503
+    error = "service_unavailable"
     code = "SEAL_BROKEN"
 
 

@@ -62,11 +62,12 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         addresses = await _look_up(host, request.url.port or PORTS[request.url.scheme])
         named = request.url
         # The name still says whose certificate is wanted; the header Host was set from it long ago.
-        request.extensions = {**request.extensions, "sni_hostname": host}
+        request.extensions = {**request.extensions, "sni_hostname": host, "timeout": _shared(request, len(addresses))}
         try:
             for address in addresses[:-1]:
                 request.url = named.copy_with(host=address)
-                with suppress(httpx.ConnectError):  # such as ::1, where only 127.0.0.1 is listened at
+                # Such as ::1, where only 127.0.0.1 is listened at, or what a firewall lets nobody reach.
+                with suppress(httpx.ConnectError, httpx.ConnectTimeout):
                     return await self._transport.handle_async_request(request)
             request.url = named.copy_with(host=addresses[-1])
             return await self._transport.handle_async_request(request)
@@ -75,6 +76,12 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._transport.aclose()
+
+
+def _shared(request: httpx.Request, by: int) -> dict[str, float]:
+    """The times that a request may take, so that each of its addresses has a part of the time to connect."""
+    allowed: dict[str, float] = request.extensions["timeout"]
+    return {**allowed, "connect": allowed["connect"] / by}
 
 
 async def _look_up(host: str, port: int) -> list[str]:

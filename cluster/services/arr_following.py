@@ -115,6 +115,7 @@ class Tag(BaseModel):
 
 class DownloadHandling(BaseModel):
     searches: bool = Field(alias="autoRedownloadFailed")
+    searches_for_people: bool = Field(default=True, alias="autoRedownloadFailedFromInteractiveSearch")
 
 
 class CommandRow(BaseModel):
@@ -174,7 +175,8 @@ def following(thing: Literal["series", "movie"]) -> Following:
 
     async def searches_itself(client: Client) -> bool:
         answer = await client.get(f"{API}/config/downloadclient")
-        return client.read(DownloadHandling, answer).searches
+        handling = client.read(DownloadHandling, answer)
+        return handling.searches and handling.searches_for_people
 
     async def search(client: Client, content: tuple[str, ...]) -> None:
         await client.post(f"{API}/command", _search(content))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from cluster.logs import only_hosts
 from cluster.services.client import Client
 from cluster.services.downloads import (
     DownloadHistory,
@@ -29,13 +30,12 @@ MEGABYTE = 1024 * 1024
 LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 ENDED = {"Completed", "Failed"}
 
-URL = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s/?#&]+)\S*")
 PRIORITIES = {2: "Force", 1: "High", 0: "Normal", -1: "Low", -2: "Paused", -3: "Duplicate", -4: "Stop"}
 
 
 def _without_keys(value: Any) -> Any:
     """While it fetches an NZB, its name is the whole address, with somebody's key in it."""
-    return URL.sub(r"\1\2/…", value) if isinstance(value, str) else "" if value is None else value
+    return only_hosts(value) if isinstance(value, str) else "" if value is None else value
 
 
 def _named(value: Any) -> Any:

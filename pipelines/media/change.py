@@ -201,8 +201,11 @@ async def _apply(database: Database, place: Place, result: ItemResult, by: str, 
         await _end(database, change.id, "failed")
         raise
     if not same(after.live, wanted):
-        await _end(database, change.id, "failed")
-        raise NotTaken(await _given_back(after, change.previous))
+        await _became(database, change.id, keepable(after.live)[0])
+        is_back, said = await _given_back(after, change.previous)
+        if is_back:
+            await _end(database, change.id, "failed")
+        raise NotTaken(said)
     await _end(database, change.id, "applied")
     result.message, result.rollback_available = "Configuration applied successfully", True
 
@@ -231,18 +234,18 @@ async def _restore(database: Database, place: Place, result: ItemResult, by: str
     result.message = "Configuration restored successfully" if result.changed else "It is so already"
 
 
-async def _given_back(place: Place, previous: Any) -> str:
-    """What to say of a value that was not taken; one that became something else gets its former value back."""
+async def _given_back(place: Place, previous: Any) -> tuple[bool, str]:
+    """Give what has become something else its former value back; whether it has that now, and what to say of it."""
     found, _ = keepable(place.live)
     if same(place.live, previous):
-        return f"It was written, and is still {found!r}: the service does not take the recommended value."
+        return True, f"It was written, and is still {found!r}: the service does not take the recommended value."
     try:
         back = await place.set(previous)
     except ServiceError as error:
-        return f"It was written, and is {found!r} now; its former value could not be given back: {error.message}"
+        return False, f"It was written, and is {found!r} now; its former value could not be given back: {error.message}"
     if not same(back.live, previous):
-        return f"It was written, and is {keepable(back.live)[0]!r} now; its former value was not taken back."
-    return f"It was written, and became {found!r}: it was given its former value back."
+        return False, f"It was written, and is {keepable(back.live)[0]!r} now; its former value was not taken back."
+    return True, f"It was written, and became {found!r}: it was given its former value back."
 
 
 async def _settle(database: Database, row: Recommendation, by: str, *, dry_run: bool) -> bool:
@@ -266,6 +269,13 @@ async def _begin(database: Database, row: Recommendation, previous: Any, new: An
         change = Change(recommendation_id=row.id, previous=previous, new=new, outcome="begun", by=by)
         session.add(change)
     return change
+
+
+async def _became(database: Database, change_id: int, found: Any) -> None:
+    """A value that nobody wanted: whoever takes the change back finds this one."""
+    async with database.transaction() as session:
+        if change := await session.get(Change, change_id, with_for_update=True):
+            change.new = found
 
 
 async def _end(database: Database, change_id: int, outcome: Outcome, by: str = "") -> None:

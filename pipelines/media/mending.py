@@ -94,7 +94,7 @@ async def _replace(
     by_itself = await replacing.searches_itself(client)
     if not recovery.removed:
         remove = _remove if recovery.decision == "replace" else _mark
-        done = await remove(client, replacing, recovery, search=wants_search)
+        done = await remove(client, replacing, recovery, search=wants_search and by_itself)
         if done == "needless" or (done == "gone" and not resumed):
             return _gone(resumed=False)
         await _note(database, recovery, removed=True)
@@ -116,7 +116,8 @@ async def _remove(client: Client, replacing: Replacing, recovery: Recovery, *, s
     if found is None:
         grab = await replacing.grab_of(client, recovery.item)
         return "needless" if grab and grab.imported else "gone"
-    if found.state not in {"failed", "blocked", "running"}:
+    stands_still = recovery.stood_at is not None and found.bytes_left == recovery.stood_at
+    if found.state not in {"failed", "blocked"} and not (stands_still and found.state in {"running", "waiting"}):
         return "needless"
     await replacing.remove(client, recovery.item, search)
     return "done"
@@ -158,12 +159,13 @@ async def _end(database: Database, recovery: Recovery, ending: Ending) -> None:
         ended_at=now(),
         again_at=None,
     )
-    if recovery.decision == "retry" and ending.outcome == "done":
+    if recovery.decision == "retry" and ending.outcome in {"done", "overtaken"}:
+        retried = {"state": "retried", "ended_at": recovery.ended_at} if ending.outcome == "done" else {}
         async with database.transaction() as session:
             await session.execute(
                 update(FollowedDownload)
                 .where(FollowedDownload.service_id == recovery.service_id, FollowedDownload.item == recovery.item)
-                .values(state="retried", ended_at=recovery.ended_at, settled=True)
+                .values(settled=True, **retried)
             )
 
 

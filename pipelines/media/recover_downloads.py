@@ -50,6 +50,7 @@ class Target:
     service: Service
     item: str
     content: tuple[str, ...] = ()
+    bytes_left: int | None = None
 
 
 @job(RECOVER, spec=RecoverDownloadsSpec, admin_only=True, concurrency=1, tracked=True)
@@ -134,6 +135,7 @@ async def _decide(
             job_id=context.job_id,
             title=row.title,
             content=list(target.content),
+            stood_at=target.bytes_left if case.state == "running" else None,
             **what,
         )
         return recovery if await recoveries.note(session, recovery) else None
@@ -157,7 +159,7 @@ async def _case(database: Database, services: Followed, row: FollowedDownload) -
     service, following = services[row.service_id]
     case = Case(row.state, row.strikes, row.moved_at, row.reason, tuple(row.tags))
     if following.replacing is not None:
-        target = Target(service, row.item, tuple(row.content))
+        target = Target(service, row.item, tuple(row.content), row.bytes_left)
         return replace(case, chosen_by=service.name, replaced_by=service.name), target
     unsure = None
     for other, others in services.values():
@@ -181,7 +183,7 @@ async def _case(database: Database, services: Followed, row: FollowedDownload) -
             replaced_by=other.name if queued else None,
             is_marked=queued is not None or (grab is not None and (grab.failed or grab.imported)),
         )
-        return known, Target(other, row.download_id, content)
+        return known, Target(other, row.download_id, content, queued.bytes_left if queued else None)
     retried_by = service.name if following.retry else None
     return replace(case, retried_by=retried_by, unsure=unsure), Target(service, row.item)
 
@@ -200,13 +202,14 @@ async def _decide_leftovers(
                 finished = await following.finished(client)
         except (ServiceError, SealBroken) as error:
             context.log(f"{service.name}: its folders are not known: {error.message}", "WARNING")
+            async with database.transaction() as session:
+                await _note_looked(session, service, now())
             continue
         found = await asyncio.to_thread(_find_leftovers, context, service.name, finished)
         async with database.transaction() as session:
             await one_at_a_time(session, Recovery.__tablename__)
             at = now()
-            if known := await session.get(FollowedService, service.id, with_for_update=True):
-                known.leftovers_at = at
+            await _note_looked(session, service, at)
             for leftover in found:
                 past = await recoveries.past_of(session, service.id, leftover.told_path, leftover.told_path, at)
                 recovery = as_recovery(
@@ -223,6 +226,12 @@ async def _decide_leftovers(
                 if await recoveries.note(session, recovery):
                     noted.append(recovery)
     return noted
+
+
+async def _note_looked(session: AsyncSession, service: Service, at: datetime) -> None:
+    """So that nobody looks again within the hour, whether anything was to be seen or not."""
+    if known := await session.get(FollowedService, service.id, with_for_update=True):
+        known.leftovers_at = at
 
 
 def _find_leftovers(context: Context, name: str, finished: Finished) -> list[leftovers.Leftover]:

@@ -40,6 +40,7 @@ class Recovery(Base):
     item: Mapped[str] = mapped_column(Text)  # what the service calls it; a leftover folder by its path
     title: Mapped[str] = mapped_column(Text)
     content: Mapped[list[str]] = mapped_column(default=list)
+    stood_at: Mapped[int | None] = mapped_column(BigInteger)  # bytes that were left when a stuck one was given up
     decision: Mapped[Verdict] = mapped_column(String(20))
     reason: Mapped[str] = mapped_column(Text)
     policy: Mapped[dict[str, Any]]  # as it was

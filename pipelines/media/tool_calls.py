@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, delete_rows, now
 from cluster.errors import Forbidden, ForgearrError, InvalidRequest, NotFound
-from cluster.logs import MASK, SECRET_NAME, redact
+from cluster.logs import MASK, SECRET_NAME, only_hosts, redact
 from cluster.services import register
 from cluster.services.base import Tool
 from cluster.services.choice import choose
@@ -157,7 +157,7 @@ def _masked(value: Any) -> Any:
         return {name: MASK if SECRET_NAME.search(name) else _masked(inner) for name, inner in fields}
     if isinstance(value, list):
         return [_masked(inner) for inner in cast(list[Any], value)]
-    return redact(value) if isinstance(value, str) else value
+    return only_hosts(redact(value)) if isinstance(value, str) else value
 
 
 def _milliseconds_since(began: float) -> float:

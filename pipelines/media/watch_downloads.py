@@ -5,7 +5,7 @@ each import is told once, whoever looks, and whatever dies. What needs mending i
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -38,6 +38,8 @@ WATCH = Owner(name="watch_downloads")
 AT_ONCE = 8
 IDS_AT_ONCE = 500
 LEFTOVERS_EVERY = timedelta(hours=1)
+ENOUGH = 2
+"""So many downloads that stand still at once do so for a reason that is not theirs."""
 
 
 class WatchDownloadsSpec(BaseModel):
@@ -151,8 +153,9 @@ async def _settle(
     rows = await _rows(session, service.id, look)
     for ended in look.ended:
         await _note_end(session, known, rows, ended, seen, mends_itself=mends_itself)
+    moves = look.moves and _any_moves(rows, look.underway)
     for underway in look.underway:
-        await _note_underway(session, known, rows, underway, look.moves, at, seen)
+        await _note_underway(session, known, rows, underway, moves, at, seen)
     await _note_gone(session, rows, look, at)
     return seen
 
@@ -166,6 +169,14 @@ async def _rows(session: AsyncSession, service_id: int, look: Look) -> dict[str,
         page = ids[start : start + IDS_AT_ONCE]
         found += await session.scalars(here.where(FollowedDownload.item.in_(page)))
     return {row.item: row for row in found}
+
+
+def _any_moves(rows: Mapping[str, FollowedDownload], underway: Iterable[Underway]) -> bool:
+    """Whether one of several has got on. If none has, it is the line; of one alone, nobody knows."""
+    running = [one for one in underway if one.state == "running"]
+    left = [(row.bytes_left, one.bytes_left) for one in running if (row := rows.get(one.id)) is not None]
+    got_on = any(before is not None and after is not None and after < before for before, after in left)
+    return got_on or len(running) < ENOUGH
 
 
 async def _note_end(
@@ -339,10 +350,8 @@ async def cases(
 
 async def _has_leftovers_to_look_for(session: AsyncSession, services: Sequence[tuple[Service, Following]]) -> bool:
     ids = [service.id for service, following in services if following.finished is not None]
-    overdue = now() - LEFTOVERS_EVERY
-    looked = await session.scalars(
-        select(FollowedService.service_id).where(
-            FollowedService.service_id.in_(ids), FollowedService.leftovers_at > overdue
-        )
+    is_due = FollowedService.leftovers_at.is_(None) | (FollowedService.leftovers_at <= now() - LEFTOVERS_EVERY)
+    due = select(FollowedService.service_id).where(
+        FollowedService.service_id.in_(ids), FollowedService.error.is_(None), is_due
     )
-    return len(set(looked)) < len(ids)
+    return await session.scalar(due.limit(1)) is not None

@@ -21,7 +21,7 @@ from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.programs import Running
-from tests.cluster.services.stand_in import Reply, page, standing_in, telling
+from tests.cluster.services.stand_in import Asked, Reply, page, standing_in, telling
 from tests.serve import errands
 from tests.serve.house import House
 
@@ -368,6 +368,31 @@ async def test_sonarr_gets_back_what_it_told_but_for_what_was_changed(house: Hou
     assert sonarr.resources == expected
     await changed(house, "rollback", *(found[name]["id"] for name in wanted))
     assert sonarr.resources == before
+
+
+async def test_what_could_not_be_given_back_at_once_can_be_later(house: House) -> None:
+    writes: list[int] = []
+
+    def before(asked: Asked) -> Reply | None:
+        if asked.method != "PUT":
+            return None
+        writes.append(json.loads(asked.body)["rssSyncInterval"])
+        if len(writes) == 1:
+            arr.resources["config/indexer"]["rssSyncInterval"] = 10
+            return telling(arr.resources["config/indexer"], 202)
+        return telling({"message": "Not now"}, 503) if len(writes) == 2 else None
+
+    async with arr_standing_in("sonarr", before, **sonarr_resources()) as arr:
+        await connect(house, "TV", "sonarr", arr.url, KEY)
+        await audited(house, "sonarr")
+        wanted = (await recommended(house))["rssSyncInterval"]["id"]
+        (result,) = await changed(house, "apply", wanted)
+        assert (result["success"], result["error"]) == (False, "not_taken")
+        assert "is 10 now; its former value could not be given back" in result["message"]
+        (result,) = await changed(house, "rollback", wanted)
+        assert (result["success"], result["changed"]) == (True, True), result
+        assert writes == [15, 0, 0]
+        assert arr.resources["config/indexer"]["rssSyncInterval"] == 0
 
 
 async def test_a_password_that_reads_as_asterisks_is_never_written(house: House, sonarr: ArrStandIn) -> None:

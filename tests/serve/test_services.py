@@ -119,6 +119,8 @@ async def test_a_key_of_another_installation_is_no_500(
     get_settings.cache_clear()
     tested = (await client.post(f"/api/services/{made['id']}/test")).json()
     assert (tested["success"], tested["error_code"]) == (False, "SEAL_BROKEN")
+    shows = await client.get("/api/v1/shows")
+    assert (shows.status_code, shows.json()["error_code"]) == (503, "SEAL_BROKEN")
     assert sonarr.asked == []
 
 

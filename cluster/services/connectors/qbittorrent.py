@@ -21,6 +21,8 @@ async def health(client: Client) -> str:
 @asynccontextmanager
 async def session(client: Client, key: str) -> AsyncGenerator[None]:
     if key.startswith(KEY_PREFIX):
+        if not (key.isascii() and key.isprintable()):
+            raise client.refuses_key()
         client.always_send({"Authorization": f"Bearer {key}"})
         yield
         return

@@ -310,6 +310,24 @@ async def test_of_several_addresses_the_one_that_listens_is_found(monkeypatch: p
             assert await ours.get("/") == {}
 
 
+async def test_an_address_that_swallows_all_hides_no_other(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "4")
+    get_settings.cache_clear()
+    async with standing_in(lambda asked: telling({})) as server:
+        port = int(server.url.rpartition(":")[2])
+        with socket.socket() as silent, socket.socket() as first:
+            silent.bind(("127.0.0.2", port))
+            silent.listen(0)  # it has room for one that nobody accepts, and none for a second
+            first.connect(("127.0.0.2", port))
+
+            async def look_up(*_: object, **__: object) -> Any:
+                return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.2", "127.0.0.1")]
+
+            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+            async with client(f"http://sonarr.example:{port}").open() as ours:
+                assert await ours.get("/") == {}
+
+
 async def test_proxies_of_the_environment_do_not_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert await get(telling({})) == {}

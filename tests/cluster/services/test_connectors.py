@@ -7,7 +7,7 @@ import pytest
 from cluster.services import checks
 from cluster.services.catalogue import UnknownServiceType, all_connectors, find_connector
 from cluster.services.client import Client, Connection
-from cluster.services.errors import ServiceError, WrongService
+from cluster.services.errors import ServiceError, Unauthorised, WrongService
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import page, standing_in
 from tests.documents import check_answer
@@ -110,6 +110,12 @@ async def test_qbittorrents_own_keys_need_no_login() -> None:
     async with standing_in(likeness.answer) as server:
         assert await ask(server.url, "qbittorrent", "qbt_" + 28 * "x") == likeness.version
     assert {asked.headers["authorization"] for asked in server.asked} == {"Bearer qbt_" + 28 * "x"}
+
+
+async def test_a_key_that_no_header_can_carry_is_a_wrong_one() -> None:
+    async with standing_in(LIKENESSES["qbittorrent"].answer) as server:
+        with pytest.raises(Unauthorised):
+            await ask(server.url, "qbittorrent", "qbt_ключ")
 
 
 @pytest.mark.parametrize("name", ["sonarr", "radarr"])

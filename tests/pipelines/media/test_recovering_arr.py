@@ -69,7 +69,7 @@ async def test_what_is_not_imported_is_replaced_and_recovers(desk: Desk, ear: Ea
         assert (deletions(sonarr), sonarr.commands) == ([], [])
         await desk.recover(dry_run=False)
         (deleted,) = deletions(sonarr)
-        assert deleted.query == {"removeFromClient": "true", "blocklist": "true", "skipRedownload": "false"}
+        assert deleted.query == {"removeFromClient": "true", "blocklist": "true", "skipRedownload": "true"}
         assert [row["sourceTitle"] for row in sonarr.rows("blocklist")] == ["Breaking.Bad.S01"]
         assert sonarr.commands == [{"name": "EpisodeSearch", "episodeIds": [12, 13]}]
         said, done = await desk.recoveries()
@@ -92,12 +92,16 @@ async def test_what_is_not_imported_is_replaced_and_recovers(desk: Desk, ear: Ea
         assert (await desk.recoveries())[-1].recovered_at is not None
 
 
-async def test_who_searches_by_itself_is_not_told_to(desk: Desk) -> None:
-    handling: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": True}}
-    async with arr_standing_in("sonarr", **handling) as sonarr:
+@pytest.mark.parametrize(("for_people", "commands"), [(True, 0), (False, 1)])
+async def test_who_searches_by_itself_is_not_told_to(desk: Desk, for_people: bool, commands: int) -> None:
+    """Unless that leaves out what a person has chosen: nobody can tell whether this was."""
+    options = {"id": 1, "autoRedownloadFailed": True, "autoRedownloadFailedFromInteractiveSearch": for_people}
+    resources: dict[str, Any] = {"config/downloadclient": options}
+    async with arr_standing_in("sonarr", **resources) as sonarr:
         await stuck(desk, sonarr)
         await desk.recover()
-        assert (len(deletions(sonarr)), sonarr.commands) == (1, [])
+        (deleted,) = deletions(sonarr)
+        assert (deleted.query["skipRedownload"], len(sonarr.commands)) == (str(not for_people).lower(), commands)
         assert [one.searched for one in await desk.recoveries()] == [True]
 
 
@@ -179,6 +183,43 @@ async def test_what_comes_from_usenet_waits_and_a_torrent_can_be_stuck(desk: Des
         }
         await desk.recover()
         assert [one.title for one in await desk.recoveries()] == ["Torrent"]
+
+
+async def test_where_nothing_moves_at_all_no_torrent_is_to_blame(desk: Desk) -> None:
+    async with arr_standing_in("sonarr", **HANDLING) as sonarr:
+        for number in (1, 2):
+            told = {"seriesId": 3, "episodeId": number, "protocol": "torrent", "status": "warning"}
+            sonarr.keep("queue", queued(f"Torrent {number}", number, **told))
+        await desk.add("TV", "sonarr", sonarr.url, KEY)
+        await desk.policy(strikes=1, stuck_minutes=0)
+        for _ in range(3):
+            await desk.watch()
+        assert {row.strikes for row in (await desk.downloads()).values()} == {0}
+        sonarr.rows("queue").pop()
+        for _ in range(2):
+            await desk.watch()
+        assert [row.strikes for row in (await desk.downloads()).values()] == [2]
+
+
+async def test_what_has_got_on_meanwhile_is_kept(desk: Desk, database: Database) -> None:
+    def before(asked: Asked) -> Reply | None:
+        return telling({"message": "Not now"}, 503) if asked.method == "DELETE" else None
+
+    async with arr_standing_in("sonarr", before, **HANDLING) as sonarr:
+        sonarr.keep("queue", queued("Torrent", 1, seriesId=3, episodeId=1, protocol="torrent", status="warning"))
+        await desk.add("TV", "sonarr", sonarr.url, KEY)
+        await desk.policy(strikes=1, stuck_minutes=0)
+        for _ in range(2):
+            await desk.watch()
+        await desk.recover()
+        (one,) = await desk.recoveries()
+        assert (one.decision, one.outcome, len(deletions(sonarr))) == ("replace", "begun", 1)
+        sonarr.rows("queue")[0]["sizeleft"] = 5e8
+        async with database.transaction() as session:
+            one.again_at = now()
+            await session.merge(one)
+        await desk.recover()
+        assert (await desk.decisions(), len(deletions(sonarr))) == ([("replace", "overtaken")], 1)
 
 
 @pytest.mark.parametrize("acted", [False, True])

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.settings import get_settings
 from tests.cluster.services import programs
-from tests.cluster.services.arr_stand_in import arr_standing_in, kept_series
+from tests.cluster.services.arr_stand_in import arr_standing_in, kept_series, queued
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.programs import Running
 from tests.cluster.services.stand_in import Asked, Reply, standing_in, telling
@@ -91,6 +91,17 @@ async def test_a_failure_is_retried_and_given_up_in_the_end(sabnzbd: Running, ne
     assert (await desk.watch())["recover_job_id"] is None  # there is nothing more to decide
     metrics = desk.words.metrics
     assert (metrics["retried"], metrics["given_up"], metrics["recovered"], metrics["failed"]) == (1, 1, 0, 0)
+
+
+async def test_what_a_person_has_dealt_with_is_tried_once(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
+    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await desk.policy(max_retries=5)
+    item = failing(sabnzbd, news, "Dealt with")
+    await desk.watch()
+    ask(sabnzbd, "history", name="delete", value=item)
+    await desk.recover()
+    assert [(one.decision, one.outcome) for one in await desk.about("Dealt with")] == [("retry", "overtaken")]
+    assert (await desk.watch())["recover_job_id"] is None
 
 
 async def test_what_comes_after_all_has_recovered(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
@@ -207,10 +218,12 @@ async def test_folders_that_nobody_knows_are_found_and_go_only_by_policy(
 # What the real one here does not say
 
 
-def saying(queue: list[Any], history: list[Any], folder: str = "/data/complete") -> Callable[[Asked], Reply]:
+def saying(
+    queue: list[Any], history: list[Any], folder: str = "/data/complete", speed: str = "0.00"
+) -> Callable[[Asked], Reply]:
     """A SABnzbd with these downloads, and no category."""
     answers: dict[str, Any] = {
-        "queue": {"queue": {"slots": queue, "status": "Idle", "kbpersec": "0.00"}},
+        "queue": {"queue": {"slots": queue, "status": "Idle", "kbpersec": speed}},
         "history": {"history": {"slots": history, "last_history_update": 1}},
         "fullstatus": {"status": {"completedir": folder}},
         "get_config": {"config": {}},
@@ -237,6 +250,37 @@ async def test_an_id_that_cannot_be_kept_hides_no_other_service(sabnzbd: Running
         await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
         told = await desk.watch()
         assert (told["looked_at"], list(told["unseen"])) == (1, ["Odd"])
+
+
+async def test_what_stands_still_is_replaced_by_who_chose_it(desk: Desk) -> None:
+    slot = {"nzo_id": "SABnzbd_nzo_1", "filename": "Still", "status": "Downloading", "mbleft": "953.67"}
+    resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
+    async with (
+        standing_in(saying([slot], [], speed="512.00")) as server,
+        arr_standing_in("sonarr", **resources) as sonarr,
+    ):
+        sonarr.keep("series", kept_series("Breaking Bad", 81189, 3))
+        sonarr.keep("queue", queued("Still", 1, seriesId=3, episodeId=12))
+        tv = await desk.add("TV", "sonarr", sonarr.url, KEY)
+        await desk.add("Usenet", "sabnzbd", server.url, KEY)
+        await desk.policy(strikes=2, stuck_minutes=0)
+        for _ in range(3):
+            await desk.watch()
+        await desk.recover()
+        (one,) = await desk.recoveries()
+        assert (one.service_id, one.decision, one.outcome, one.searched) == (tv.id, "replace", "done", True)
+        assert (sonarr.rows("queue"), sonarr.commands) == ([], [{"name": "EpisodeSearch", "episodeIds": [12]}])
+
+
+async def test_nobody_looks_again_and_again_for_folders_of_who_does_not_answer(desk: Desk) -> None:
+    await desk.policy()
+    away = await desk.add("Away", "sabnzbd", "http://127.0.0.1:9", KEY)
+    assert (await desk.watch())["recover_job_id"] is None
+    async with standing_in(saying([], [])) as server:
+        async with desk.database.transaction() as session:
+            away.url = server.url
+            await session.merge(away)
+        assert (await desk.watch())["recover_job_id"]
 
 
 async def test_a_folder_that_cannot_be_read_ends_nothing(desk: Desk) -> None:
