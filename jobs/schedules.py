@@ -16,7 +16,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
-from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
+from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, NotFound
+from cluster.identity import User
 from cluster.times import CronLine, ZoneName
 from jobs import journal, queue
 from jobs.journal import Entry
@@ -87,9 +88,16 @@ async def get(session: AsyncSession, schedule_id: str, owner: Owner = LOCAL, *, 
 
 
 async def ensure(session: AsyncSession, request: ScheduleRequest) -> None:
-    """A schedule that the platform itself needs: made when it is missing, left as it is when somebody changed it."""
-    if await session.scalar(select(Schedule.id).where(Schedule.name == request.name)) is None:
-        await create(session, request, Owner(name="system"))
+    """A schedule that the platform itself needs: made when it is missing, left as it is when somebody changed it.
+
+    One of another kind gives way to it, and is called by its id as well."""
+    found = await session.scalar(select(Schedule).where(Schedule.name == request.name).with_for_update())
+    if found is not None and found.kind == request.kind:
+        return
+    if found is not None:
+        found.name = f"{found.name[: NAME_MAX - len(found.id) - 1]}-{found.id}"
+        await session.flush()
+    await create(session, request, Owner(name="system"))
 
 
 async def fire_due(session: AsyncSession) -> None:
@@ -121,10 +129,14 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime:
 
 
 async def _fire(session: AsyncSession, schedule: Schedule) -> str:
-    """Queue the job; a kind that has gone, or a spec that it no longer takes, leaves a failed one that says so."""
-    owner = Owner(id=schedule.owner_id, name=f"schedule:{schedule.name}")
+    """Queue the job. One that may not or cannot be any more leaves a failed one that says so, and is the last."""
+    user = None if schedule.owner_id is None else await session.get(User, schedule.owner_id)
+    is_admin = user is None or user.role == "admin"
+    owner = Owner(id=schedule.owner_id, name=f"schedule:{schedule.name}", is_admin=is_admin)
     request = JobRequest(kind=schedule.kind, spec=schedule.spec, priority=schedule.priority)
     try:
+        if user is not None and not user.is_active:
+            raise AccountDisabled(f"The account of {user.username}, whose schedule this is, is disabled.")
         return (await queue.enqueue(session, request, owner)).id
     except ForgearrError as error:
         schedule.enabled, schedule.next_fire_at = False, None

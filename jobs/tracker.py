@@ -87,17 +87,26 @@ class Tracker:
             run_id = job.mlflow_run_id or await self._begin(mlflow, job)
             await mlflow.log_metrics(run_id, [metric for event in events for metric in _metrics(event)])
             for event in events:
-                if event.type == "artifact":
-                    await _upload(mlflow, run_id, event)
-                if event.type == "input":
-                    await mlflow.log_input(run_id, **event.data)
+                await self._tell_part(mlflow, run_id, event)
             states = [event for event in events if event.type in set(State)]
             if states:
                 await self._tell_state(mlflow, run_id, job, states[-1])
-        except TrackingUnavailable:
+        except (TrackingUnavailable, SQLAlchemyError):
             raise
         except Exception:
             log.exception("MLflow was not told everything of %s", job.id)
+
+    async def _tell_part(self, mlflow: Tracking, run_id: str, event: JobEvent) -> None:
+        """Something beside the numbers. What cannot be told hides nothing else."""
+        try:
+            if event.type == "artifact":
+                await _upload(mlflow, run_id, event)
+            if event.type == "input":
+                await mlflow.log_input(run_id, **event.data)
+        except TrackingUnavailable:
+            raise
+        except Exception:
+            log.exception("MLflow was not told of an %s of %s", event.type, event.job_id)
 
     async def _begin(self, mlflow: Tracking, job: Job) -> str:
         experiment = await mlflow.experiment(job.kind)

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import math
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from jobs.states import FINISHED
 REPORT_SECONDS = 0.5
 """How long a report or a log line may wait for others to be written with it."""
 LONGEST_WAIT_SECONDS = 10.0
+
+UNSTORABLE = re.compile("[\\x00\\ud800-\\udfff]")
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +103,8 @@ class Writer:
 
 
 def storable(value: Any) -> Any:
-    """The value as plain JSON that both databases take: NaN is null, and NUL, which PostgreSQL refuses, is replaced."""
-    return _without_nul(to_jsonable_python(value, inf_nan_mode="null"))
+    """The value as plain JSON that both databases take: NaN is null, and what is in no text of theirs is replaced."""
+    return _as_text(to_jsonable_python(value, inf_nan_mode="null"))
 
 
 def outcome_news(values: Mapping[str, Any]) -> News:
@@ -125,13 +128,14 @@ def _is_mere_progress(entry: Entry) -> bool:
     return entry.type == "progress" and "metrics" not in entry.data
 
 
-def _without_nul(value: Any) -> Any:
+def _as_text(value: Any) -> Any:
+    """PostgreSQL refuses NUL, and the names of files may have halves of characters."""
     if isinstance(value, str):
-        return value.replace("\x00", "\ufffd")
+        return UNSTORABLE.sub("\ufffd", value)
     if isinstance(value, dict):
-        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+        return {_as_text(key): _as_text(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nul(item) for item in value]
+        return [_as_text(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -28,7 +28,7 @@ MAX_JSON_DEPTH = 100
 CLIENT_CLOSED_REQUEST = 499
 ANSWER_STARTS = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
 SANE_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
-JSON_CONTENT = re.compile(rb"application/([\w.-]+\+)?json\b", re.IGNORECASE | re.ASCII)
+JSON_CONTENT = re.compile(rb"application/([^;\s]+\+)?json\b", re.IGNORECASE | re.ASCII)
 
 logger = logging.getLogger(__name__)
 

@@ -71,7 +71,7 @@ class Models:
             return Meant(name, folder)
         try:
             return await self._registered(reference)
-        except ModelNotFound:
+        except (ModelNotFound, Unavailable):  # another server may have it, whatever is with ours
             wanted = {reference, f"{reference}:latest"}
             remote = next((model for model in await self._remote.get() if model.name in wanted), None)
             if remote is None:

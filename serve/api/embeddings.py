@@ -7,9 +7,9 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.times import seconds_of
 from serve.answering import engine_of, models_of, while_connected
 from serve.api.jobs import owner_of
+from serve.api.ollama import keep
 from serve.auth import Caller, CurrentCaller
 from serve.bodies.chat import ModelReference, Strict
 from serve.bodies.ollama import KeepAlive
@@ -136,9 +136,8 @@ router.include_router(ollama)
 
 
 async def _keep(request: Request, caller: Caller, wanted: OllamaAsked) -> None:
-    if wanted.keep_alive is not None:
-        meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-        await engine_of(request).keep(meant.reference, seconds_of(wanted.keep_alive), meant.source)
+    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
+    await keep(engine_of(request), meant, wanted.keep_alive)
 
 
 async def _found(request: Request, caller: Caller, model: str, texts: str | list[str], **options: Any) -> Embedded:

@@ -1,5 +1,6 @@
 """/api/chat and /api/generate, as Ollama has them, with the same models as behind /v1."""
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from serve.engines.protocol import Chunk, Engine
 from serve.envelope import as_forgearr_error
 from serve.models import Meant
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
 NDJSON = "application/x-ndjson"
@@ -95,7 +97,8 @@ async def _answer(
         is_leaving = wanted.keep_alive is not None and seconds_of(wanted.keep_alive) == 0
         if not is_leaving:
             await while_connected(request, engine.load(meant.reference, meant.source))
-        await keep(engine, meant, wanted.keep_alive)
+        if wanted.keep_alive is not None:
+            await engine.keep(meant.reference, seconds_of(wanted.keep_alive), meant.source)
         return _json(teller.silence("unload" if is_leaving else "load"))
     answer = engine.chat(meant.reference, wanted.for_engine(), meant.source)
     # The first words are waited for, because until then an error still has a status.
@@ -107,9 +110,13 @@ async def _answer(
 
 
 async def keep(engine: Engine, meant: Meant, keep_alive: float | str | None) -> None:
-    """Let a model stay as long as its client says, where it says something."""
-    if keep_alive is not None:
+    """Let a model that has answered stay as long as its client says. The answer is there, whatever comes of it."""
+    if keep_alive is None:
+        return
+    try:
         await engine.keep(meant.reference, seconds_of(keep_alive), meant.source)
+    except ForgearrError as error:
+        log.warning("%s may not stay as long as somebody has said: %s", meant.reference, error.message)
 
 
 async def _whole(

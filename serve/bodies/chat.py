@@ -23,6 +23,7 @@ PASSED_ON = {
 Grammar = Annotated[
     str, Field(min_length=1, max_length=100_000, description="What an answer may be, as a GBNF grammar of llama.cpp's.")
 ]
+TOKEN_DIGITS = 9
 MOST_SEEDS = 2**32 - 1
 MOST_ANSWERS = 16
 
@@ -158,7 +159,7 @@ class ChatRequest(Strict):
             raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is not among the tools")
         if self.tool_choice == "required" and not self.tools:
             raise ValueError("tool_choice required needs tools")
-        if not all(token.isdecimal() for token in self.logit_bias or ()):
+        if not all(token.isdecimal() and len(token) <= TOKEN_DIGITS for token in self.logit_bias or ()):
             raise ValueError("logit_bias is by the numbers of tokens")
         if self.grammar and (self.tools or (self.response_format and self.response_format.type != "text")):
             raise ValueError("grammar, tools and response_format are three ways to say what an answer may be: take one")

@@ -1,10 +1,10 @@
 """What /api/chat and /api/generate take, as Ollama has it, and the same as a request to an engine."""
 
+import json
 from collections import deque
 from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal, Self
 
-import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from cluster.times import seconds_of
@@ -209,7 +209,7 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
             for index, call in enumerate(message.tool_calls):
                 identifier = call.id or f"call_{number}_{index}"
                 open_calls.append((call.function.name, identifier))
-                arguments = orjson.dumps(call.function.arguments).decode()
+                arguments = json.dumps(call.function.arguments, ensure_ascii=False, separators=(",", ":"))
                 function = {"name": call.function.name, "arguments": arguments}
                 one["tool_calls"].append({"id": identifier, "type": "function", "function": function})
         if message.role == "tool":

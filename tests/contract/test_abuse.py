@@ -131,7 +131,7 @@ async def test_a_time_is_written_out_with_its_zone(client: httpx.AsyncClient) ->
 
 async def test_json_that_no_database_keeps_is_refused(client: httpx.AsyncClient) -> None:
     for payload in UNKEEPABLE:
-        for content_type in ("application/json", "APPLICATION/JSON; charset=utf-8", "application/problem+json"):
+        for content_type in ("application/json", "APPLICATION/JSON; charset=utf-8", "application/a~b+problem+json"):
             body = f'{{"kind": "probe", "spec": {{"payload": {payload}}}}}'
             answer = await client.post("/api/v1/jobs", content=body, headers={"Content-Type": content_type})
             assert answer.status_code == 400, (payload[:20], answer.text)

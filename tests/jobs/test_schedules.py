@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import func, select, update
 
+from cluster import identity
 from cluster.db import Database, now
 from cluster.errors import Forbidden
 from jobs import schedules
@@ -112,6 +113,31 @@ async def test_a_schedule_that_can_fire_no_more_says_why_and_stops(database: Dat
         stopped = await session.get_one(Schedule, schedule.id)
     assert (job.state, job.error["code"]) == (State.FAILED, "job_kind_not_found")  # pyright: ignore[reportOptionalSubscript]
     assert not stopped.enabled
+
+
+async def test_the_schedule_of_a_disabled_account_stops(database: Database) -> None:
+    async with database.transaction() as session:
+        user = identity.User(email="a@example.com", username="alice", password_hash="-", is_active=False)
+        session.add(user)
+        await session.flush()
+        schedule = await schedules.create(session, wanted(), Owner(id=user.id, name="alice", is_admin=False))
+    await make_due(database)
+    await fire(database)
+    async with database.reading() as session:
+        job = (await session.scalars(select(Job))).one()
+        stopped = await session.get_one(Schedule, schedule.id)
+    assert (job.state, job.error["code"]) == (State.FAILED, "account_disabled")  # pyright: ignore[reportOptionalSubscript]
+    assert not stopped.enabled
+
+
+async def test_the_platforms_own_schedule_is_made_whoever_has_its_name(database: Database) -> None:
+    theirs = await create(database, wanted(name="sweep"))
+    for _ in range(2):
+        async with database.transaction() as session:
+            await schedules.ensure(session, wanted(name="sweep", kind="sweep", spec={}))
+    async with database.reading() as session:
+        found = {row.name: (row.kind, row.enabled) for row in await session.scalars(select(Schedule))}
+    assert found == {"sweep": ("sweep", True), f"sweep-{theirs.id}": ("probe", True)}
 
 
 async def test_a_disabled_schedule_does_not_fire(database: Database) -> None:

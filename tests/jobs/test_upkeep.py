@@ -81,7 +81,7 @@ def test_only_jobs_that_asked_for_gpus_see_them() -> None:
 
 
 def test_only_json_is_storable() -> None:
-    assert storable({"a": (1, math.nan, {"b\0": "\0"})}) == {"a": [1, None, {"b\ufffd": "\ufffd"}]}
+    assert storable({"a": (1, math.nan, {"b\0": "\0\udc80"})}) == {"a": [1, None, {"b\ufffd": "\ufffd\ufffd"}]}
     with pytest.raises(ValueError, match="serialize"):
         storable(object())
 
@@ -113,7 +113,6 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
     swept = await asyncio.to_thread(sweep, Context(claim, Silent()), SweepSpec())
     assert swept == {
         "idempotency_keys": 1,
-        "leases": 1,
         "events": 2,
         "files": 1,
         "uploads": 1,
@@ -128,7 +127,8 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
     }
     async with database.reading() as session:
         left = set(await session.scalars(select(JobEvent.job_id)))
-        assert (await session.get_one(Job, dead.id)).state == State.QUEUED
+        # Whether its worker is gone, or all of us were away for a while, is for the dispatcher to say.
+        assert (await session.get_one(Job, dead.id)).state == State.RUNNING
     assert left == {fresh.id, untold.id, dead.id}
 
 

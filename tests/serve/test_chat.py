@@ -171,6 +171,7 @@ async def test_a_schema(house: House) -> None:
     [
         ({"n": 17}, "n"),
         ({"logit_bias": {"one": 3}}, None),
+        ({"logit_bias": {"1" * 5000: 3}}, None),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
