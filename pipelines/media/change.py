@@ -201,7 +201,8 @@ async def _apply(database: Database, place: Place, result: ItemResult, by: str, 
         await _end(database, change.id, "failed")
         raise
     if not same(after.live, wanted):
-        await _became(database, change.id, keepable(after.live)[0])
+        if not same(after.live, change.previous):
+            await _became(database, change.id, keepable(after.live)[0])
         is_back, said = await _given_back(after, change.previous)
         if is_back:
             await _end(database, change.id, "failed")
