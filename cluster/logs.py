@@ -39,8 +39,6 @@ _SECRETS = (
     (re.compile(r"\b(fgr|refresh)_[\w-]{16,}"), rf"\1_{MASK}"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), MASK),
 )
-
-
 _LINK = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s/?#&]+)[/?#&]\S*", re.IGNORECASE)
 
 
