@@ -37,8 +37,8 @@ class TrainingSession(Base):
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
 
-def config_schema() -> dict[str, Any]:
-    fields: dict[str, Any] = FineTuneSpec.model_json_schema()["properties"]
+def config_schema(ref_template: str) -> dict[str, Any]:
+    fields: dict[str, Any] = FineTuneSpec.model_json_schema(ref_template=ref_template)["properties"]
     own = {name: field for name, field in fields.items() if name not in NOT_CONFIGURED}
     return {"type": "object", "properties": {"num_epochs": own["epochs"], **own}, "additionalProperties": False}
 

@@ -24,7 +24,7 @@ from pipelines.training.sessions import TrainingSession
 from pipelines.training.spec import Data, FineTuneSpec, PromptFilter
 from serve.api.jobs import owner_of
 from serve.auth import Caller, CurrentCaller
-from serve.envelope import ERROR_RESPONSES
+from serve.envelope import ERROR_RESPONSES, REFERENCE
 from serve.pages import Page, WantedPage
 
 router = APIRouter(prefix="/api/training/sessions", tags=["Training"], responses=ERROR_RESPONSES)
@@ -45,7 +45,7 @@ class SessionStarted(Conflict):
     code = "TRAINING_SESSION_STARTED"
 
 
-Config = Annotated[dict[str, Any], WithJsonSchema(sessions.config_schema())]
+Config = Annotated[dict[str, Any], WithJsonSchema(sessions.config_schema(REFERENCE))]
 
 
 class SessionRequest(BaseModel):
