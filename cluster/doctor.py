@@ -19,6 +19,7 @@ from cluster.settings import Settings, home
 GB = 1_000_000_000
 DISK_GB = 5
 MEMORY_GB = 4
+PATIENCE_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _haproxy() -> Finding:
         text = "not available here, so Ray Serve's own proxy answers: it is about five times slower"
         fix = "Run `make setup`." if sys.platform == "linux" else "HAProxy comes with Forgearr on Linux only."
         return Finding("warn", "haproxy", text, fix)
-    answer = subprocess.run([binary, "-v"], capture_output=True, text=True, timeout=10, check=False)
+    answer = _run(str(binary), "-v")
     if answer.returncode:
         return Finding("fail", "haproxy", f"{binary} does not run: {answer.stderr.strip()}", "Run `make setup`.")
     return Finding("ok", "haproxy", answer.stdout.split(" ")[2])
@@ -126,10 +127,18 @@ def _git() -> Finding:
     if program is None:
         fix = "Install git, if repositories are to retrain their models."
         return Finding("warn", "git", "not installed, so no repository can be read", fix)
-    answer = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    answer = _run(program, "--version")
     if answer.returncode:
         return Finding("warn", "git", f"{program} does not run: {answer.stderr.strip()}", "Install git anew.")
     return Finding("ok", "git", answer.stdout.strip().removeprefix("git version "))
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    """What it says. What says nothing for long is as broken as what fails: nvidia-smi stands still with its driver."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {PATIENCE_SECONDS} seconds")
 
 
 def _database(settings: Settings) -> Finding:
@@ -190,8 +199,7 @@ def _gpu() -> Finding:
     program = shutil.which("nvidia-smi")
     if program is None:
         return Finding("ok", "gpu", "none: CPU only")
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    answer = _run(program, "--query-gpu=name,memory.total", "--format=csv,noheader")
     if answer.returncode:
         text = f"nvidia-smi fails: {(answer.stdout + answer.stderr).strip()}"
         return Finding("warn", "gpu", text, "Check the NVIDIA driver; until then jobs run on the CPU.")

@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from uuid import uuid4
 
 import asyncpg
 import httpx
+import hypothesis
 import pytest
 from fastapi.dependencies import models
 from sqlalchemy.engine import make_url
@@ -26,8 +26,13 @@ from cluster import embedded, storage, tracking
 from cluster.db import Database, get_database
 from cluster.settings import get_settings, load_settings
 from tests.pipelines.shelf import Shelf
+from tests.platform import unused_ports
 from tests.waiting import PATIENCE, eventually
 
+# No example fails because the machine was busy, and each run tries the same.
+SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None, suppress_health_check=SLOW)
+hypothesis.settings.load_profile("ours")
 ROOT = Path(__file__).parents[1]
 ENGINES = ["sqlite", "postgres"]
 MIGRATE = """
@@ -135,7 +140,7 @@ def postgres_server() -> Iterator[str]:
     user = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
     if user:
         shutil.chown(folder, user)
-    port = _free_port()
+    (port,) = unused_ports(1)
     options = f"-c listen_addresses=127.0.0.1 -p {port} -c unix_socket_directories={folder} -c fsync=off"
 
     def run(program: str, *arguments: str) -> None:
@@ -155,7 +160,7 @@ def postgres_server() -> Iterator[str]:
 def mlflow_server() -> Iterator[str]:
     """The URL of an MLflow server that lives as long as the test session; whoever uses it names things of its own."""
     folder = Path(tempfile.mkdtemp(prefix="forgearr-mlflow-", dir="/tmp"))
-    port = _free_port()
+    (port,) = unused_ports(1)
     variables = {"FORGEARR_HOME": str(folder), "FORGEARR_MLFLOW__PORT": str(port)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
@@ -179,6 +184,7 @@ async def shelf(
 ) -> AsyncIterator[Shelf]:
     """A model of its own in the registry of this installation, which has no version yet."""
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
+    monkeypatch.setattr(tracking, "TIMEOUT_SECONDS", PATIENCE)
     get_settings.cache_clear()
     async with tracking.connect(mlflow_server) as mlflow:
         yield Shelf(mlflow, tmp_path)
@@ -217,12 +223,6 @@ def _wait_for_mlflow(server: subprocess.Popen[bytes], url: str, log: Path) -> No
         return httpx.get(f"{url}/health").is_success
 
     eventually(healthy)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _forget_settings() -> None:

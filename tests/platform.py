@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psutil
@@ -21,6 +24,7 @@ from cluster.processes import MARK, is_listening
 from tests.waiting import PATIENCE, eventually
 
 BINARIES = Path(sys.executable).parent
+WAVE = 60
 
 
 class Platform:
@@ -57,7 +61,10 @@ class Platform:
         return done
 
     def up(self) -> None:
-        self.cli("up", "--detach")
+        """One at a time: two that start at once may choose the same ports for what Ray starts by itself."""
+        with (Path(tempfile.gettempdir()) / "forgearr-test.lock").open("w") as lock:
+            flock(lock, LOCK_EX)
+            self.cli("up", "--detach")
 
     def down(self) -> None:
         self.cli("down")
@@ -66,6 +73,34 @@ class Platform:
         answer = self.http.post("/api/v1/jobs", json={"kind": kind, **request})
         assert answer.status_code == 201, answer.text
         return answer.json()["id"]
+
+    def keep_busy(self, jobs: list[str], spec: dict[str, Any]) -> None:
+        """Add jobs to these, and more of them where they are over before ten were seen to run at once."""
+        self._submit_wave(jobs, spec)
+
+        def busy() -> bool:
+            if self.count("running") >= 10:
+                return True
+            if self.count("succeeded") == len(jobs):
+                self._submit_wave(jobs, spec)
+            return False
+
+        eventually(busy)
+
+    def _submit_wave(self, jobs: list[str], spec: dict[str, Any]) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            jobs += pool.map(self._submit_surely, [spec] * WAVE)
+
+    def _submit_surely(self, spec: dict[str, Any]) -> str:
+        """Sent until somebody answers: a door may have died, and with it the answer to what it took."""
+        headers = {"Idempotency-Key": uuid4().hex}
+
+        def send() -> str:
+            answer = self.http.post("/api/v1/jobs", json={"kind": "probe", "spec": spec}, headers=headers)
+            assert answer.status_code == 201, answer.text
+            return answer.json()["id"]
+
+        return eventually(send)
 
     def job(self, job_id: str) -> dict[str, Any]:
         answer = self.http.get(f"/api/v1/jobs/{job_id}")
@@ -85,14 +120,15 @@ class Platform:
         """A cold one takes a while to start, and the rest of the platform does not wait for it."""
         eventually(lambda: httpx.get(f"{self.mlflow_url}/health").is_success)
 
-    def processes(self, title: str) -> list[psutil.Process]:
-        """The living processes of this installation whose command line begins with `title`."""
+    def processes(self, title: str = "", *, mentions: str = "") -> list[psutil.Process]:
+        """The living processes of this installation whose command line begins with `title`, and mentions that."""
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) != str(self.home) or process.status() == psutil.STATUS_ZOMBIE:
                     continue
-                if " ".join(process.cmdline()).startswith(title):
+                command = " ".join(process.cmdline())
+                if command.startswith(title) and mentions in command:
                     found.append(process)
             except (psutil.Error, OSError):
                 continue
@@ -101,7 +137,7 @@ class Platform:
     def cut_the_power(self) -> None:
         """Kill every process at once: the supervisor, Ray and all that runs on it, HAProxy, MLflow."""
         supervisor = psutil.Process(json.loads((self.home / "run" / "state.json").read_text())["pid"])
-        while victims := [process for process in (supervisor, *self.processes("")) if process.is_running()]:
+        while victims := [process for process in (supervisor, *self.processes()) if process.is_running()]:
             for victim in victims:
                 with suppress(psutil.NoSuchProcess):
                     victim.kill()
@@ -110,9 +146,10 @@ class Platform:
     def kill(self, title: str, number: signal.Signals = signal.SIGKILL) -> list[int]:
         """Send a signal to every process of that title; there must be one."""
         victims = self.processes(title)
-        assert victims, f"no process '{title}' among {[p.cmdline()[:1] for p in self.processes('')]}"
+        assert victims, f"no process '{title}' among {[p.cmdline()[:1] for p in self.processes()]}"
         for victim in victims:
-            victim.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                victim.send_signal(number)
         return [victim.pid for victim in victims]
 
 
@@ -137,7 +174,7 @@ def running_platform(settings: dict[str, str] | None = None) -> Generator[Platfo
     finally:
         platform.cli("down", check=False)
         platform.http.close()
-        leftovers = platform.processes("")
+        leftovers = platform.processes()
         for process in leftovers:
             process.kill()
         shutil.rmtree(home, ignore_errors=True)

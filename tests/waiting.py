@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
 PATIENCE = 600
 """Seconds. Only a test that fails waits so long."""
+PATIENT: dict[str, Any] = {"proxy": None, "open_timeout": PATIENCE, "ping_interval": None}
+"""Of a WebSocket: no connection ends because one of its ends stands still for a while."""
 Found = TypeVar("Found")
 
 

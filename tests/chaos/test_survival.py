@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -15,13 +14,12 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.platform
 
-JOBS = 300
 STEPS = 6
 
 
 @pytest.fixture
 def platform() -> Generator[Platform]:
-    settings = {"jobs.lease_seconds": "6", "jobs.slots": "32", "mlflow.enabled": "false"}
+    settings = {"jobs.lease_seconds": "6", "jobs.slots": "32", "jobs.max_losses": "9", "mlflow.enabled": "false"}
     with running_platform(settings) as platform:
         yield platform
 
@@ -30,9 +28,7 @@ def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
     spec = {"steps": STEPS, "seconds": 12, "payload": "precious"}
     jobs: list[str] = []
     for part in ("ray::Worker", "ray::Dispatcher", "ray::Events", "ray::ServeReplica", "everything"):
-        # New ones each time: however long the last part was away, work is under way when the next one dies.
-        jobs += [_submit(platform, spec) for _ in range(JOBS // 5)]
-        eventually(lambda: platform.count("running") >= 10)
+        platform.keep_busy(jobs, spec)
         if part == "everything":
             platform.cut_the_power()
             platform.up()
@@ -43,17 +39,21 @@ def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
         half = len(jobs) // 2
         eventually(lambda least=half: platform.count("succeeded") >= least)
 
-    eventually(lambda: platform.count("succeeded") == JOBS)
+    eventually(lambda: platform.count("succeeded") == len(jobs))
     for job_id in jobs:
         assert platform.job(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
         _assert_told_once(_events(platform, job_id))
 
 
 def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> None:
-    job_id = platform.submit(spec={"steps": 40, "seconds": 8})
-    eventually(lambda: platform.job(job_id)["progress"] > 5)
+    while True:
+        job_id = platform.submit(spec={"steps": 40, "seconds": 8})
+        eventually(lambda job_id=job_id: platform.job(job_id)["progress"] > 5)
+        frozen = eventually(lambda: _freeze_workers(platform))
+        if platform.job(job_id)["state"] == "running":
+            break
+        platform.kill("ray::Worker", signal.SIGCONT)  # it was over before
     holder = _events(platform, job_id, "running")[0]["data"]["worker"]
-    frozen = eventually(lambda: _freeze_workers(platform))
     # Both warm workers are frozen now: the job must be taken from its holder and given to a new process.
     eventually(lambda: len(_events(platform, job_id, "running")) > 1)
     job = platform.wait_for(job_id, "succeeded")
@@ -68,20 +68,6 @@ def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> N
     events = _events(platform, job_id)
     _assert_told_once(events)
     assert next(event["data"]["worker"] for event in events if event["type"] == "running") == holder
-
-
-def _submit(platform: Platform, spec: dict[str, Any]) -> str:
-    """Sent until somebody answers: a door may have died, and with it the answer to what it took."""
-    key = uuid4().hex
-
-    def send() -> str:
-        answer = platform.http.post(
-            "/api/v1/jobs", json={"kind": "probe", "spec": spec}, headers={"Idempotency-Key": key}
-        )
-        assert answer.status_code == 201, answer.text
-        return answer.json()["id"]
-
-    return eventually(send)
 
 
 def _freeze_workers(platform: Platform) -> list[int] | None:

@@ -1,6 +1,7 @@
 """What `forgearr doctor` finds, and how it says to fix it."""
 
 import asyncio
+import os
 import socket
 from pathlib import Path
 
@@ -104,3 +105,13 @@ def test_an_external_mlflow_that_does_not_answer_is_a_warning(monkeypatch: pytes
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", f"http://127.0.0.1:{unused_ports(1)[0]}")
     get_settings.cache_clear()
     assert [finding.level for finding in findings("mlflow")] == ["ok", "warn"]  # the package, and the server
+
+
+def test_a_driver_that_stands_still_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.5)
+    [finding] = findings("gpu")
+    assert (finding.level, finding.text) == ("warn", "nvidia-smi fails: no answer within 0.5 seconds")

@@ -17,6 +17,7 @@ from jobs import schedules
 from serve.api.websockets import MAX_ROOMS
 from serve.app import create_app
 from tests.contract.serving import serving
+from tests.waiting import PATIENCE, PATIENT
 
 ODD_WORDS = [
     "'; DROP TABLE jobs; --",
@@ -279,7 +280,7 @@ async def test_a_schedule_of_the_longest_name_fires(client: httpx.AsyncClient, d
 
 
 async def test_senseless_messages_are_answered_and_do_no_harm(database: Database) -> None:
-    async with serving() as address, connect(f"ws://{address}/ws/client-1", proxy=None) as client:
+    async with serving() as address, connect(f"ws://{address}/ws/client-1", **PATIENT) as client:
         for message in SENSELESS:
             await client.send(message)
             assert json.loads(await client.recv())["type"] == "error", message
@@ -291,7 +292,7 @@ async def test_senseless_messages_are_answered_and_do_no_harm(database: Database
 
 async def test_one_connection_cannot_be_in_rooms_without_end(database: Database, client: httpx.AsyncClient) -> None:
     made = [(await client.post("/api/v1/jobs", json={"kind": "probe"})).json()["id"] for _ in range(MAX_ROOMS + 5)]
-    async with serving() as address, connect(f"ws://{address}/ws/client-1", proxy=None) as socket:
+    async with serving() as address, connect(f"ws://{address}/ws/client-1", **PATIENT) as socket:
         answers = Counter[str]()
         for job in made:
             await socket.send(json.dumps({"type": "join_room", "room": f"job:{job}"}))
@@ -300,8 +301,8 @@ async def test_one_connection_cannot_be_in_rooms_without_end(database: Database,
 
 
 async def test_many_idle_connections_are_no_burden(database: Database) -> None:
-    async with serving() as address, AsyncExitStack() as stack, httpx.AsyncClient() as client:
-        opened = [connect(f"ws://{address}/ws/client-{number}", proxy=None) for number in range(200)]
+    async with serving() as address, AsyncExitStack() as stack, httpx.AsyncClient(timeout=PATIENCE) as client:
+        opened = [connect(f"ws://{address}/ws/client-{number}", **PATIENT) for number in range(200)]
         sockets = [await stack.enter_async_context(connection) for connection in opened]
         assert (await client.get(f"http://{address}/api/v1/jobs")).status_code == 200
         for socket in sockets:

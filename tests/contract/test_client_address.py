@@ -18,7 +18,7 @@ def platform() -> Generator[Platform]:
     settings = {
         "mlflow.enabled": "false",
         "limits.enabled": "true",
-        "limits.general": f"{LIMIT}/minute",
+        "limits.general": f"{LIMIT}/hour",
         "serve.trusted_proxies": f"[{PROXY}]",
     }
     with running_platform(settings) as platform:

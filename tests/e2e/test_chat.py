@@ -22,7 +22,7 @@ HELLO: Any = [{"role": "user", "content": "Who are you?"}]
 
 @pytest.fixture(scope="module")
 def platform() -> Iterator[Platform]:
-    with running_platform({"engines.replicas": "2"}) as platform:
+    with running_platform({"engines.replicas": "2", "engines.context": "65536"}) as platform:
         platform.wait_for_mlflow()
         yield platform
 
@@ -100,7 +100,7 @@ def test_what_is_served_is_served_on_without_mlflow(
 ) -> None:
     name = register(write_parrot(tmp_path / "1.gguf", SPOKEN))
     assert ask(client, name) == SPOKEN
-    stopped = [process for process in platform.processes("") if is_mlflow(process.cmdline())]
+    stopped = platform.processes(mentions="mlflow")
     assert stopped
     for process in stopped:
         process.suspend()
@@ -110,10 +110,6 @@ def test_what_is_served_is_served_on_without_mlflow(
     finally:
         for process in stopped:
             process.resume()
-
-
-def is_mlflow(command: list[str]) -> bool:
-    return "mlflow" in " ".join(command) and "server" in " ".join(command)
 
 
 def ask(client: openai.OpenAI, model: str) -> str | None:

@@ -16,8 +16,7 @@ def test_an_engine_comes_when_it_is_asked_and_goes_again() -> None:
         assert not platform.processes(ENGINE)
         assert platform.http.get("/api/ps").json() == {"models": []}
         assert not platform.processes(ENGINE)  # to ask what there is starts nothing
-        assert ask(platform).is_success
-        assert len(platform.processes(ENGINE)) == 1
+        eventually(lambda: ask(platform).is_success and len(platform.processes(ENGINE)) == 1)
         eventually(lambda: not platform.processes(ENGINE))
 
 

@@ -23,6 +23,7 @@ from pipelines.training.registry import ModelNotFound, NoEarlierVersion
 from pipelines.training.spec import DeploySpec
 from tests.pipelines.ollama_server import OllamaServer, running_ollama
 from tests.pipelines.shelf import Shelf
+from tests.waiting import PATIENCE
 
 CHAT_TEMPLATE = files("configs").joinpath("tiny/chat_template.jinja").read_text()
 
@@ -204,7 +205,7 @@ async def test_a_rollback_does_not_wait_for_ollama(
 
 def test_the_stand_in_checks_what_it_gets() -> None:
     with running_ollama() as server:
-        refused = httpx.post(f"{server.url}/api/blobs/sha256:{'0' * 64}", content=b"something else")
+        refused = httpx.post(f"{server.url}/api/blobs/sha256:{'0' * 64}", content=b"something else", timeout=PATIENCE)
         assert refused.status_code == 400
 
 

@@ -31,6 +31,7 @@ from pipelines.training.registry import (
     VersionServed,
 )
 from tests.pipelines.shelf import Shelf
+from tests.waiting import PATIENCE
 
 
 async def test_a_version_is_what_was_registered(shelf: Shelf) -> None:
@@ -235,7 +236,7 @@ async def test_a_list_is_two_requests_however_long(shelf: Shelf, mlflow_server: 
     async def count(request: httpx.Request) -> None:
         requests.append(request.url.path)
 
-    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}) as client:
+    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
         models = await Registry(Tracking(client)).models()
     assert len(requests) == 2
     (ours,) = (model for model in models if model.name == shelf.name)
@@ -273,7 +274,7 @@ async def test_several_who_fetch_at_once_download_once(shelf: Shelf, mlflow_serv
         if "mlflow-artifacts" in request.url.path:
             downloads.append(request.url.path)
 
-    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}) as client:
+    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
         other = Registry(Tracking(client))
         copies = await asyncio.gather(*(other.fetch(version) for _ in range(4)))
     assert set(copies) == {get_copy(version)}

@@ -179,7 +179,7 @@ async def test_failed_logins_are_throttled(client: httpx.AsyncClient, database: 
 async def test_guesses_sent_at_once_do_not_slip_through(
     client: httpx.AsyncClient, database: Database, configure: Callable[..., None]
 ) -> None:
-    configure(auth__login_attempts="3/minute")
+    configure(auth__login_attempts="3/hour")
     await add_user(database)
 
     async def login(password: str) -> int:

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from cluster import events
-from cluster.services import register
+from cluster.services import collections, register
+from cluster.services.client import Client
 from cluster.settings import get_settings
 from serve import long_lists
 from tests.cluster.services.arr_stand_in import (
@@ -293,14 +294,18 @@ async def test_what_is_there_is_not_added_again(house: House, sort: Sort, heard:
 
 
 @BOTH
-async def test_adding_twice_at_once_makes_one(house: House, sort: Sort, heard: list[events.Message]) -> None:
-    looks = iter(range(5))
+async def test_adding_twice_at_once_makes_one(
+    house: House, sort: Sort, heard: list[events.Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, profiles = asyncio.Barrier(5), collections.quality_profiles
 
-    def before(asked: Asked) -> Reply | None:
-        """All five look before the first of them adds."""
-        return telling([]) if sort.outer in asked.query and next(looks, None) is not None else None
+    async def together(client: Client) -> list[collections.QualityProfile]:
+        """All five have looked, and found none, before the first of them adds."""
+        await looked.wait()
+        return await profiles(client)
 
-    async with stocked(house, sort, before) as arr:
+    monkeypatch.setattr(collections, "quality_profiles", together)
+    async with stocked(house, sort) as arr:
         wanted = {"title": "Inception"}
         answers = await asyncio.gather(*(house.ask("ada", "POST", sort.path, json=wanted) for _ in range(5)))
         assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]

@@ -24,6 +24,7 @@ from tests.cluster.services.programs import Running
 from tests.cluster.services.stand_in import Asked, Reply, page, standing_in, telling
 from tests.serve import errands
 from tests.serve.house import House
+from tests.waiting import PATIENCE
 
 PATH = "/api/v1/config"
 PASSWORD = "geheim-geheim-7"
@@ -86,12 +87,14 @@ def said(program: Running, keyword: str, value: str) -> None:
 
 def says(program: Running, **told: str) -> None:
     query = {"mode": "set_config", **told}
-    httpx.get(f"{program.url}/api", params={**query, "output": "json", "apikey": program.key}).raise_for_status()
+    httpx.get(
+        f"{program.url}/api", params={**query, "output": "json", "apikey": program.key}, timeout=PATIENCE
+    ).raise_for_status()
 
 
 def config(program: Running, section: str = "misc") -> Any:
     query = {"mode": "get_config", "section": section, "output": "json", "apikey": program.key}
-    return httpx.get(f"{program.url}/api", params=query).json()["config"][section]
+    return httpx.get(f"{program.url}/api", params=query, timeout=PATIENCE).json()["config"][section]
 
 
 async def audited(house: House, *services: str, **more: Any) -> dict[str, Any]:

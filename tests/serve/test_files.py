@@ -22,6 +22,7 @@ from jobs.file_uploads import Upload, UploadPart
 from jobs.files import File
 from serve.app import create_app
 from tests.contract.serving import serving
+from tests.waiting import PATIENCE
 
 SAMPLE = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good evening."}]}
 PAIR = {
@@ -198,7 +199,7 @@ async def test_what_cannot_be_meant_is_refused(house: House) -> None:
             await create(**wanted)
     with pytest.raises(openai.APIStatusError, match="larger than"):
         await create(file=("a.bin", b"x" * 3_000_000), purpose="user_data")
-    async with httpx.AsyncClient(base_url=house.url, headers=bearer(house, "ada")) as http:
+    async with httpx.AsyncClient(base_url=house.url, headers=bearer(house, "ada"), timeout=PATIENCE) as http:
         bodies: list[tuple[dict[str, Any], int]] = [
             ({"json": {"purpose": "batch"}}, 400),
             ({"data": {"purpose": "user_data", "file": "x"}, "files": {"other": b"x"}}, 422),

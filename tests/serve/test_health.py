@@ -14,10 +14,12 @@ from cluster.settings import get_settings
 from serve.api import health
 from serve.api.health import Health
 from serve.app import create_app
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture
-def app(home: Path) -> FastAPI:
+def app(home: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    monkeypatch.setattr(health, "PATIENCE_SECONDS", PATIENCE)
     return create_app()
 
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -25,7 +24,8 @@ from serve import limits
 from serve.auth import CurrentCaller
 from serve.envelope import handle_errors
 from serve.limits import RateLimits, check_login, client_address, count_failed_login
-from tests.waiting import eventually
+from tests.platform import unused_ports
+from tests.waiting import PATIENCE, eventually
 
 Connect = Callable[[str], AbstractAsyncContextManager[httpx.AsyncClient]]
 
@@ -39,14 +39,14 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    port = _free_port()
+    (port,) = unused_ports(1)
     folder = tmp_path_factory.mktemp("redis")
     command = [program, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)]
     server = subprocess.Popen([*command, "--logfile", str(folder / "log")])
     _wait_until_ready(folder / "log", server)
     yield f"redis://127.0.0.1:{port}"
     server.terminate()
-    server.wait(10)
+    server.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -187,7 +187,10 @@ async def test_an_open_server_counts_only_when_told_to(connect: Connect, limited
         assert [(await client.get("/whoami")).status_code for _ in range(4)] == [200, 200, 200, 429]
 
 
-async def test_replicas_count_together_in_redis(connect: Connect, limited: Callable[..., None], redis_url: str) -> None:
+async def test_replicas_count_together_in_redis(
+    connect: Connect, limited: Callable[..., None], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STORAGE_TIMEOUT_SECONDS", PATIENCE)
     limited(limits__storage=redis_url)
     async with connect(f"10.0.0.{uuid4().int % 256}") as client:
         statuses: list[int] = []
@@ -201,7 +204,7 @@ async def test_replicas_count_together_in_redis(connect: Connect, limited: Calla
 async def test_requests_pass_while_the_storage_is_down(
     connect: Connect, limited: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    limited(limits__storage=f"redis://:hunter2@127.0.0.1:{_free_port()}")
+    limited(limits__storage=f"redis://:hunter2@127.0.0.1:{unused_ports(1)[0]}")
     with caplog.at_level(logging.WARNING):
         async with connect("192.0.2.1") as client:
             assert [(await client.get("/health")).status_code for _ in range(3)] == [200, 200, 200]
@@ -252,12 +255,6 @@ def test_behind_haproxy_the_address_is_believed_only_if_haproxy_tells_it(monkeyp
 
 async def _close_redis() -> None:
     await cast(Any, limits.limiter().storage).bridge.storage.aclose()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _wait_until_ready(log: Path, server: "subprocess.Popen[bytes]") -> None:

@@ -263,7 +263,7 @@ async def test_broken_json(house: House) -> None:
 
 async def test_what_there_is(house: House) -> None:
     assert (await house.client.list()).models == []  # there is no registry here
-    async with httpx.AsyncClient(base_url=house.url) as http:
+    async with httpx.AsyncClient(base_url=house.url, timeout=PATIENCE) as http:
         assert (await http.get("/api/version")).json()["version"]
 
 

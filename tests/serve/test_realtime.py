@@ -29,7 +29,7 @@ from serve.feeds import follow_events
 from serve.realtime import Hub, Message
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import Reply, standing_in
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, PATIENT
 
 
 def message(room: str, number: int = 0, **data: Any) -> events.Message:
@@ -153,7 +153,7 @@ async def test_when_a_feed_breaks_its_listeners_are_sent_away(caplog: pytest.Log
 
 
 async def test_rooms(app: FastAPI, actor: events.Events) -> None:
-    async with serving(app) as url, connect(f"{url}/ws/client-1", proxy=None) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
         assert await ask(client, type="ping") == {"type": "pong"}
         assert await ask(client, type="join_room", room="downloads") == {"type": "room_joined", "room": "downloads"}
         await actor.publish([message("config_audit", 1), message("downloads", 2)])
@@ -181,7 +181,7 @@ NEWS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 async def test_news_of_services_reach_their_rooms_whole_and_no_others(app: FastAPI, published: None) -> None:
-    async with serving(app) as url, connect(f"{url}/ws/client-1", proxy=None) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
         for room, kind, data in NEWS:
             assert (await ask(client, type="join_room", room=room))["type"] == "room_joined"
             stamp = "2025-01-08T10:30:00Z"
@@ -199,7 +199,7 @@ async def test_a_service_that_goes_away_and_comes_back_is_told_once(
     async with (
         standing_in(lambda asked: sonarr(asked) if works else Reply(b"down", 503)) as stand_in,
         serving(app) as url,
-        connect(f"{url}/ws/client-1", proxy=None) as client,
+        connect(f"{url}/ws/client-1", **PATIENT) as client,
     ):
         async with database.transaction() as session:
             values = {"name": "TV 📺", "type": "sonarr", "url": stand_in.url, "api_key": KEY}
@@ -222,7 +222,7 @@ async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: event
     data = {"data": {"dataset": "demo/homelab"}}
     async with database.transaction() as session:
         forge = await queue.enqueue(session, queue.JobRequest(kind="forge", spec=data))
-    async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", proxy=None) as client:
+    async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", **PATIENT) as client:
         assert (await hear(client))["progress"] == 0
         async with database.transaction() as session:
             training = await queue.enqueue_child(session, forge, "fine_tune", "fine_tune", data)
@@ -253,7 +253,7 @@ async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: event
     ],
 )
 async def test_what_makes_no_sense_is_answered_with_an_error(app: FastAPI, said: str | bytes) -> None:
-    async with serving(app) as url, connect(f"{url}/ws/client-1", proxy=None) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
         await client.send(said)
         answer = await hear(client)
         assert answer["type"] == "error"
@@ -263,7 +263,7 @@ async def test_what_makes_no_sense_is_answered_with_an_error(app: FastAPI, said:
 
 async def test_a_connection_has_a_bounded_number_of_rooms(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.api.websockets.MAX_ROOMS", 1)
-    async with serving(app) as url, connect(f"{url}/ws/client-1", proxy=None) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
         assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
         assert (await ask(client, type="join_room", room="downloads"))["type"] == "error"
 
@@ -276,7 +276,7 @@ async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Dat
     rooms = ["jobs", f"job:{own}", f"job:{other}", "job:none", "downloads"]
 
     async def joined(key: str) -> list[str]:
-        async with connect(f"{url}/ws/x", additional_headers={"X-API-Key": key}, proxy=None) as client:
+        async with connect(f"{url}/ws/x", additional_headers={"X-API-Key": key}, **PATIENT) as client:
             answers = [await ask(client, type="join_room", room=room) for room in rooms]
             return [answer["room"] for answer in answers if answer["type"] == "room_joined"]
 
@@ -294,7 +294,7 @@ async def test_who_may_not_connect_is_refused_in_the_handshake(
         assert await refusal(f"{url}/ws/client-1?token=wrong") == (401, "UNAUTHORIZED")
         assert await refusal(f"{url}/ws/logs?token={key}") == (403, "FORBIDDEN")
         assert await refusal(f"{url}/ws/{'x' * 129}?token={key}") == (422, "VALIDATION_ERROR")
-        async with connect(f"{url}/ws/system?token={key}", proxy=None) as client:
+        async with connect(f"{url}/ws/system?token={key}", **PATIENT) as client:
             assert "cpu_percent" in await hear(client)
 
 
@@ -305,7 +305,7 @@ async def test_a_page_of_another_origin_is_refused(app: FastAPI) -> None:
 
 async def test_system_samples(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "SAMPLE_SECONDS", 0.05)
-    async with serving(app) as url, connect(f"{url}/ws/system", proxy=None) as client:
+    async with serving(app) as url, connect(f"{url}/ws/system", **PATIENT) as client:
         first, second = await hear(client), await hear(client)
     assert first["timestamp"] < second["timestamp"]
     assert first["timestamp"].endswith("Z")
@@ -317,7 +317,7 @@ async def test_log_lines(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(feeds, "LOG_SECONDS", 0.01)
     path = logs.folder() / "worker.jsonl"
     path.write_text(line("from yesterday"))
-    async with serving(app) as url, connect(f"{url}/ws/logs", proxy=None) as client:
+    async with serving(app) as url, connect(f"{url}/ws/logs", **PATIENT) as client:
         assert await ask(client, type="ping") == {"type": "pong"}
         with path.open("a") as file:
             file.write(line("one") + line("two")[:20])
@@ -335,10 +335,10 @@ async def test_log_lines(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPat
 async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
     app: FastAPI, actor: events.Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(realtime, "SEND_SECONDS", PATIENCE)
     monkeypatch.setattr(realtime, "CLOSE_SECONDS", 0.1)
     hub: Hub = app.state.hub
-    async with serving(app) as url, connect(f"{url}/ws/quick", proxy=None) as quick:
+    async with serving(app) as url, connect(f"{url}/ws/quick", **PATIENT) as quick:
         assert (await ask(quick, type="join_room", room="system"))["type"] == "room_joined"
         with await deaf_client(url, {"type": "join_room", "room": "system"}):
             await until(lambda: hub.listeners("system") == 2)
@@ -351,7 +351,7 @@ async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
 
 async def test_a_client_that_is_gone_without_a_word_is_noticed(app: FastAPI, actor: events.Events) -> None:
     hub: Hub = app.state.hub
-    async with serving(app, ws_ping_interval=0.1, ws_ping_timeout=0.1) as url:
+    async with serving(app, ws_ping_interval=1.0, ws_ping_timeout=1.0) as url:
         with await deaf_client(url, {"type": "join_room", "room": "system"}):
             await until(lambda: hub.listeners("system") == 1)
             await until(lambda: hub.listeners() == 0)
@@ -444,7 +444,7 @@ async def hear(client: ClientConnection) -> dict[str, Any]:
 
 async def refusal(url: str, **headers: str) -> tuple[int, str]:
     with pytest.raises(InvalidStatus) as caught:
-        await connect(url, additional_headers=headers, proxy=None)
+        await connect(url, additional_headers=headers, **PATIENT)
     response = caught.value.response
     return response.status_code, json.loads(response.body)["error_code"]
 

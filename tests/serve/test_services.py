@@ -18,10 +18,11 @@ from cluster.services.checks import ServiceCheck
 from cluster.settings import get_settings
 from jobs.tables import Job, Schedule
 from pipelines.media.checks import CheckServicesSpec, check_services, remove_old_checks
-from serve.api import health
+from serve.api import health, service_health
 from serve.app import create_app
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import StandIn, page, standing_in, text
+from tests.waiting import PATIENCE
 
 WRONG_KEY = "ffffffffffffffffffffffffffffffff"
 DEAD = "http://127.0.0.1:9"
@@ -30,6 +31,7 @@ DEAD = "http://127.0.0.1:9"
 @pytest.fixture
 def app(database: Database, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     monkeypatch.setattr(health, "KEPT_SECONDS", 0)
+    monkeypatch.setattr(health, "PATIENCE_SECONDS", PATIENCE)
     return create_app()
 
 
@@ -240,7 +242,8 @@ async def test_all_services_away_is_unhealthy_but_no_reason_to_send_nobody_here(
     assert (answer.status_code, answer.json()["status"], answer.json()["database"]) == (200, "unhealthy", "connected")
 
 
-async def test_the_health_of_one(client: httpx.AsyncClient, sonarr: StandIn) -> None:
+async def test_the_health_of_one(client: httpx.AsyncClient, sonarr: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_health, "FRESH", timedelta(hours=1))
     await create(client, sonarr.url, api_key=KEY)
     for word in ("sonarr", "TV", "tv"):
         answer = await client.get(f"/health/{word}")

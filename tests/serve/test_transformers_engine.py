@@ -33,7 +33,7 @@ from serve.engines.speech import UNFINISHED, Letters, Speech
 from serve.engines.transformers import Folders
 from tests.contract.serving import let_go
 from tests.serve.small_models import write_folder
-from tests.waiting import eventually_async
+from tests.waiting import eventually, eventually_async
 
 HELLO: Request = {"messages": [{"role": "user", "content": "Hello"}]}
 GREEDY = {**HELLO, "temperature": 0}
@@ -142,12 +142,22 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-async def test_many_are_answered_in_one_batch(engines: Engines, house: Folder, steps: list[int]) -> None:
+async def test_many_are_answered_in_one_batch(
+    engines: Engines, house: Folder, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each step of the model is for all: six answers of 20 tokens, four at a time, take far fewer than 120 steps."""
     engine = engines.make(slots=4)
     alone = content(await engine.complete("house", {**GREEDY, "max_tokens": 20}, house))
     steps.clear()
     asked = [{"messages": [{"role": "user", "content": "Hello" * count}], "temperature": 0} for count in range(1, 7)]
+    step = Sampler.__call__
+
+    def once_all_have_asked(self: Sampler, scores: Any, arguments: torch.Tensor) -> Any:
+        if not steps:
+            eventually(lambda: len(self.of) == len(asked))
+        return step(self, scores, arguments)
+
+    monkeypatch.setattr(Sampler, "__call__", once_all_have_asked)
     said = await asyncio.gather(*(engine.complete("house", {**one, "max_tokens": 20}, house) for one in asked))
     assert content(said[0]) == alone
     assert len({content(one) for one in said}) > 1

@@ -8,7 +8,6 @@ import configparser
 import json
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pytest
 import yaml
 
 from tests.documents import corrected
+from tests.platform import unused_ports
 from tests.waiting import PATIENCE, eventually
 
 PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
@@ -91,7 +91,14 @@ def searx(folder: Path, finds: str) -> Generator[Running]:
     example = Path("/usr/share/doc/searx/examples/settings.yml")
     settings = yaml.safe_load(example.read_text()) if example.exists() else {}
     address = _free_address()
-    engine = {"name": "ours", "engine": "json_engine", "shortcut": "o", "categories": "general", "enable_http": True}
+    engine = {
+        "name": "ours",
+        "engine": "json_engine",
+        "shortcut": "o",
+        "categories": "general",
+        "enable_http": True,
+        "timeout": PATIENCE,
+    }
     fields = {"results_query": "results", "url_query": "url", "title_query": "title", "content_query": "title"}
     settings["engines"] = [{**engine, **fields, "search_url": f"{finds}/?q={{query}}"}]
     settings["search"] = {**settings.get("search", {}), "formats": ["html", "json"]}
@@ -137,6 +144,4 @@ def _scraped(prometheus: str) -> int:
 
 
 def _free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{unused_ports(1)[0]}"

@@ -28,6 +28,7 @@ from cluster.services.errors import (
 from cluster.settings import get_settings
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.stand_in import Asked, Handler, Reply, page, standing_in, telling, text
+from tests.waiting import PATIENCE
 
 LONG = 50 * 1024 * 1024
 
@@ -138,24 +139,27 @@ async def test_silence_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> 
 
 async def test_dripping_does_not_outwit_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, and the whole never."""
-    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "0.3")
+    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "2")
     get_settings.cache_clear()
     gone = asyncio.Event()
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-        while not writer.is_closing() and not reader.at_eof():
-            writer.write(b" ")
-            await asyncio.wait([asyncio.ensure_future(reader.read(1))], timeout=0.02)
-        writer.close()
-        gone.set()
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while not writer.is_closing() and not reader.at_eof():
+                writer.write(b" ")
+                await asyncio.wait([asyncio.ensure_future(reader.read(1))], timeout=0.02)
+        finally:
+            writer.close()
+            gone.set()
 
     async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
         async with client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}").open() as ours:
             with pytest.raises(Unreachable, match="within"):
                 await ours.get("/")
-        await gone.wait()
+        async with asyncio.timeout(PATIENCE):
+            await gone.wait()
 
 
 async def test_a_long_answer_is_read_and_a_longer_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +315,7 @@ async def test_of_several_addresses_the_one_that_listens_is_found(monkeypatch: p
 
 
 async def test_an_address_that_swallows_all_hides_no_other(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "4")
+    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "60")
     get_settings.cache_clear()
     async with standing_in(lambda asked: telling({})) as server:
         port = int(server.url.rpartition(":")[2])

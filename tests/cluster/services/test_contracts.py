@@ -15,6 +15,7 @@ from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in, kept_movie, kept_series, movie, series
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.programs import Running
+from tests.waiting import PATIENCE
 
 HEADERS = {"X-Api-Key": KEY, "Accept": "application/json", "Content-Type": "application/json"}
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
@@ -78,7 +79,7 @@ async def test_no_request_breaks_the_document(service: str, prism: Running) -> N
         assert used == {tool.name for tool in find_connector(service).tools}
         asked = list(arr.asked)
     assert {one.method for one in asked} == {"GET", "POST", "DELETE"}
-    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS) as http:
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
         for one in asked:
             answer = await http.request(one.method, one.path, params=one.query, content=one.body or None)
             assert answer.is_success, f"{one.method} {one.path} {one.query} {one.body}: {answer.text}"
@@ -88,7 +89,7 @@ async def test_prism_refuses_what_does_break_it(service: str, prism: Running) ->
     connector = find_connector(service)
     assert connector.collection
     path, outer = connector.collection.path, connector.collection.outer_id
-    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS) as http:
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
         assert (await http.get(path, params={outer: "x"})).status_code == 422
         assert (await http.post("/api/v3/command", json={"name": 5})).status_code == 422
         assert (await http.get("/api/v3/nothing")).status_code == 404
@@ -99,7 +100,7 @@ async def test_the_stand_in_looks_into_bodies_that_prism_passes(service: str) ->
     collection = find_connector(service).collection
     assert collection
     async with arr_standing_in(service) as arr:
-        async with httpx.AsyncClient(base_url=arr.url, headers=HEADERS) as http:
+        async with httpx.AsyncClient(base_url=arr.url, headers=HEADERS, timeout=PATIENCE) as http:
             answer = await http.post(collection.path, json={"title": "Dune", "colour": "red"})
             assert (answer.status_code, "colour" in answer.text) == (500, True)
         assert len(arr.complaints) == 1

@@ -19,7 +19,7 @@ from zlib import crc32
 import httpx
 
 from tests.cluster.services.programs import Running
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 LINE = 128
 SHIFTED = bytes((value + 42) % 256 for value in range(256))
@@ -35,6 +35,9 @@ class Usenet:
     articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     lost: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     open: threading.Event = field(default_factory=threading.Event)
+    waiting: set[socketserver.StreamRequestHandler] = field(
+        default_factory=set[socketserver.StreamRequestHandler], repr=False
+    )
 
     def post(self, name: str, content: bytes, *, parts: int = 4, lost: int = 0) -> str:
         """Post a file; returns the NZB that says where it is. The server has lost the first `lost` of its articles."""
@@ -86,7 +89,7 @@ def download(sabnzbd: Running, nzb: str, name: str, **options: Any) -> str:
     """Give SABnzbd an NZB; returns the id of the download."""
     sent = {"nzbfile": (f"{name}.nzb", nzb.encode(), "application/x-nzb")}
     parameters = {"mode": "addfile", "output": "json", "apikey": sabnzbd.key, "nzbname": name, **options}
-    told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent).raise_for_status().json()
+    told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent, timeout=PATIENCE).raise_for_status().json()
     (nzo_id,) = told["nzo_ids"]
     return nzo_id
 
@@ -110,7 +113,7 @@ def still(sabnzbd: Running) -> None:
 def ask(sabnzbd: Running, mode: str, **parameters: Any) -> Any:
     """What SABnzbd itself says, without anything of Forgearr's."""
     sent = {"mode": mode, "output": "json", "apikey": sabnzbd.key, **parameters}
-    return httpx.get(f"{sabnzbd.url}/api", params=sent).raise_for_status().json()
+    return httpx.get(f"{sabnzbd.url}/api", params=sent, timeout=PATIENCE).raise_for_status().json()
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -127,7 +130,9 @@ def _converse(news: Usenet, conversation: socketserver.StreamRequestHandler) -> 
                 case "QUIT":
                     return
                 case "BODY" | "ARTICLE" | "HEAD" | "STAT" as command:
+                    news.waiting.add(conversation)
                     news.open.wait()
+                    news.waiting.discard(conversation)
                     say(_answer(news, command, line[1].strip("<>")))
                 case "GROUP":
                     say(b"211 1 1 1 group\r\n")

@@ -233,7 +233,7 @@ def saying(
 
 async def test_what_is_still_being_moved_has_not_ended(desk: Desk, ear: Ear) -> None:
     """Releases 4 and 5 call it completed before that."""
-    slot = {"nzo_id": "1", "name": "Film", "status": "Completed", "completed": int(time.time()) + 5, "loaded": True}
+    slot = {"nzo_id": "1", "name": "Film", "status": "Completed", "completed": int(time.time()) + 3600, "loaded": True}
     async with standing_in(saying([], [slot])) as server:
         await desk.add("Usenet", "sabnzbd", server.url, KEY)
         await desk.watch()
