@@ -27,7 +27,7 @@ ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatcher:Disp
 APPLICATION = "serve.app:build_application"
 DECLARED_SERVICES = "pipelines.media.checks:declare_services"
 APPLICATION_NAME = "forgearr"
-RAY_SECONDS = 60
+RAY_SECONDS = 180
 FOREIGN_RAY_SECONDS = 5  # it should be there already
 
 Report = Callable[[str, str], None]

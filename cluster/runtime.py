@@ -27,7 +27,7 @@ from cluster.settings import Settings, get_settings
 
 log = logging.getLogger(__name__)
 
-HEALTHY_SECONDS = 60
+HEALTHY_SECONDS = 180
 STOP_SECONDS = 10
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ROTATE_EVERY_SECONDS = 30

@@ -1,7 +1,8 @@
 """The database's line of defence, and what is told after a commit."""
 
 import pytest
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from cluster.db import Database, after_commit, before_commit, is_passing
 
@@ -14,6 +15,15 @@ async def test_a_server_that_is_away_is_an_error_worth_trying_again() -> None:
                 raise AssertionError("there is nothing to connect to")
         assert is_passing(refused.value)
     await database.close()
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+async def test_a_value_that_no_database_takes_is_not(database: Database) -> None:
+    for value, type_ in (("\ud800", "text"), ("\0", "text"), ("no number", "integer"), (2**70, "bigint")):
+        with pytest.raises(SQLAlchemyError) as refused:
+            async with database.transaction() as session:
+                await session.execute(text(f"SELECT CAST(:value AS {type_})"), {"value": value})
+        assert not is_passing(refused.value)
 
 
 async def test_nobody_hears_of_what_was_rolled_back(database: Database) -> None:
