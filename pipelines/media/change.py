@@ -7,6 +7,7 @@ kept before it is made, so that it can be taken back even if nobody has heard ho
 
 import asyncio
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -109,13 +110,13 @@ def change_settings(context: Context, spec: ChangeSpec) -> dict[str, Any]:
 async def _change_all(context: Context, spec: ChangeSpec, database: Database) -> dict[str, Any]:
     async with database.reading() as session:
         asking = await session.get(Job, context.job_id)
-    by = asking.created_by if asking else "local"
+    by, since = (asking.created_by, asking.created_at) if asking else ("local", now())
     wanted = list(dict.fromkeys(spec.recommendation_ids))
     results: list[ItemResult] = []
     away: dict[int, ServiceError] = {}  # nobody waits for the same silence twice
     for number, recommendation_id in enumerate(wanted, 1):
         context.report(progress=100 * (number - 1) / len(wanted), phase=f"{number} of {len(wanted)}")
-        results.append(await _one(database, recommendation_id, spec, by, away))
+        results.append(await _one(database, recommendation_id, spec, by, since, away))
     successful = sum(result.success for result in results)
     changed = 0 if spec.dry_run else sum(result.changed and result.success for result in results)
     context.report(
@@ -133,7 +134,12 @@ async def _change_all(context: Context, spec: ChangeSpec, database: Database) ->
 
 
 async def _one(
-    database: Database, recommendation_id: int, spec: ChangeSpec, by: str, away: dict[int, ServiceError]
+    database: Database,
+    recommendation_id: int,
+    spec: ChangeSpec,
+    by: str,
+    since: datetime,
+    away: dict[int, ServiceError],
 ) -> ItemResult:
     result = ItemResult(recommendation_id=recommendation_id, success=False, message="")
     service_id: int | None = None
@@ -155,7 +161,7 @@ async def _one(
             if spec.action == "apply":
                 await _apply(database, place, result, by, dry_run=spec.dry_run)
             else:
-                await _restore(database, place, result, by, dry_run=spec.dry_run)
+                await _restore(database, place, result, by, since, dry_run=spec.dry_run)
         result.success = True
     except ForgearrError as error:
         if isinstance(error, Unreachable | CircuitOpen) and service_id is not None:
@@ -211,12 +217,17 @@ async def _apply(database: Database, place: Place, result: ItemResult, by: str, 
     result.message, result.rollback_available = "Configuration applied successfully", True
 
 
-async def _restore(database: Database, place: Place, result: ItemResult, by: str, *, dry_run: bool) -> None:
+async def _restore(
+    database: Database, place: Place, result: ItemResult, by: str, since: datetime, *, dry_run: bool
+) -> None:
     async with database.transaction() as session:
-        change = await last_change(session, place.row.id, "applied", "begun")
-    if change is None:
+        change = await last_change(session, place.row.id, "applied", "begun", "restored")
+    if change is None or (change.restored_at and change.restored_at < since):
         raise NothingToRestore
     result.new_value = change.previous
+    if change.restored_at:
+        result.message = "Configuration restored successfully"  # by an attempt before this one, which was lost
+        return
     if not same(place.live, change.previous):
         if not same(place.live, change.new):
             raise ChangedSince(
