@@ -11,17 +11,19 @@ from time import perf_counter
 from typing import Any
 
 import orjson
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError, InvalidRequest
 from cluster.logs import request_id
-from serve.auth import refuse
+from serve.auth import find_caller, refuse
 from serve.envelope import OLLAMA_PATHS, route_template
 from serve.metrics import RequestMetrics
 
 SLOW_SECONDS = 1.0
 MAX_BODY_BYTES = 32 * 1024 * 1024
+STRANGERS_BODY_BYTES = 4 * 1024 * 1024
+"""Of who has not said who they are: a login, or a webhook. A long document stops everybody while it is read."""
 LONG_BODIES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts|/api/blobs/[^/]+")
 """Routes that take longer bodies: they read them as they come, and bound and check them themselves."""
 MAX_JSON_DEPTH = 100
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class BodyTooLarge(InvalidRequest):
-    __doc__ = f"The body is larger than {MAX_BODY_BYTES // 1024 // 1024} MiB."
+    """The body is larger than 32 MiB, or than 4 from who has not said who they are."""
 
     status = 413
     code = "BODY_TOO_LARGE"
@@ -138,24 +140,34 @@ async def _checked_body(scope: Scope, receive: Receive) -> Receive:
     """Look at a JSON body, or at one of unknown length, before the route does; others pass as they come."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length")
-    if length is not None and int(length) > MAX_BODY_BYTES:
+    most = STRANGERS_BODY_BYTES
+    if (length is None or int(length) > most) and await _is_known(scope):
+        most = MAX_BODY_BYTES
+    if length is not None and int(length) > most:
         raise BodyTooLarge()
     # A header that is sent twice may be read either way.
     is_json = any(name == b"content-type" and JSON_CONTENT.match(value) for name, value in scope["headers"])
     if not is_json and b"transfer-encoding" not in headers:
         return receive
-    messages = [message async for message in _messages(receive)]
+    messages = [message async for message in _messages(receive, most)]
     if is_json:
         _check_json(b"".join(message.get("body", b"") for message in messages))
     return _replay(messages, receive)
 
 
-async def _messages(receive: Receive) -> AsyncIterator[Message]:
+async def _is_known(scope: Scope) -> bool:
+    try:
+        return await find_caller(HTTPConnection(scope)) is not None
+    except ForgearrError:
+        return False  # the route says why
+
+
+async def _messages(receive: Receive, most: int) -> AsyncIterator[Message]:
     size, more = 0, True
     while more:
         message = await receive()
         size += len(message.get("body", b""))
-        if size > MAX_BODY_BYTES:
+        if size > most:
             raise BodyTooLarge()
         more = message.get("more_body", False)
         yield message

@@ -1,6 +1,7 @@
 """Credentials over HTTP, and the guard of a server that asks for none."""
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
@@ -16,7 +17,7 @@ from cluster import identity
 from cluster.db import Database, now
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
-from serve import limits
+from serve import limits, middleware
 from serve.api.auth import router
 from serve.auth import AdminCaller, CurrentCaller, OriginGuard, SocketCaller
 from serve.envelope import handle_errors
@@ -28,6 +29,7 @@ LOGIN = {"email": "ada@example.com", "password": PASSWORD}
 def build_app() -> FastAPI:
     app = FastAPI()
     app.include_router(router)
+    app.add_middleware(middleware.StrictInput)
     app.add_middleware(OriginGuard)
     handle_errors(app)
 
@@ -236,6 +238,23 @@ async def test_a_key_is_shown_once_works_and_is_revoked(client: httpx.AsyncClien
 
     assert (await client.delete(f"/api/v1/auth/keys/{item['id']}", headers=bearer(token))).status_code == 204
     assert (await client.get("/whoami", headers={"X-API-Key": key})).status_code == 401
+
+
+async def test_a_stranger_cannot_say_much(
+    client: httpx.AsyncClient, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "STRANGERS_BODY_BYTES", 1000)
+    key = await add_key(database, await add_user(database))
+    long = LOGIN | {"password": "x" * 2000}
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield json.dumps(long).encode()
+
+    json_type = {"Content-Type": "application/json"}
+    for headers, refused in (({}, True), ({"X-API-Key": f"{key}x"}, True), ({"X-API-Key": key}, False)):
+        for body in (json.dumps(long).encode(), chunks()):
+            answer = await client.post("/api/v1/auth/login", content=body, headers=headers | json_type)
+            assert (answer.json()["error_code"] == "BODY_TOO_LARGE") is refused, answer.text
 
 
 async def test_a_key_belongs_to_its_user(client: httpx.AsyncClient, database: Database) -> None:

@@ -210,7 +210,8 @@ async def test_nul_in_an_address_is_refused(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_body_without_end_is_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", 1000)
+    for bound in ("MAX_BODY_BYTES", "STRANGERS_BODY_BYTES"):
+        monkeypatch.setattr(middleware, bound, 1000)
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
