@@ -124,6 +124,10 @@ async def find_user(session: AsyncSession, email: str) -> User | None:
     return await session.scalar(select(User).where(User.email == email.strip().lower()))
 
 
+async def active_user(session: AsyncSession, user_id: str) -> User:
+    return _active(await session.get(User, user_id))
+
+
 async def get_user(session: AsyncSession, email: str) -> User:
     user = await find_user(session, email)
     if user is None:
@@ -208,8 +212,9 @@ async def user_of_access_token(session: AsyncSession, token: str) -> User:
         raise Unauthenticated("The access token has expired; refresh it or log in again.") from error
     except jwt.InvalidTokenError as error:
         raise Unauthenticated() from error
-    user = await session.get(User, claims["sub"]) if claims["type"] == "access" else None
-    return _active(user)
+    if claims["type"] != "access":
+        raise Unauthenticated()
+    return await active_user(session, claims["sub"])
 
 
 # Refresh tokens

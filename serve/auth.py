@@ -4,21 +4,25 @@ A request is authenticated once. Whoever needs the caller first (the rate limits
 outcome stays in the ASGI scope.
 """
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster import identity
 from cluster.db import get_database
-from cluster.errors import CrossOrigin, Forbidden, ForgearrError, Unauthenticated
+from cluster.errors import AccountDisabled, CrossOrigin, Forbidden, ForgearrError, Unauthenticated
 from cluster.settings import LOOPBACK, get_settings
 from serve.envelope import error_response
+
+log = logging.getLogger(__name__)
 
 OUTCOME = "forgearr.caller"
 NOT_NEEDED = "not-needed"
@@ -63,6 +67,27 @@ async def find_caller(connection: HTTPConnection) -> Caller | None:
     if isinstance(outcome, ForgearrError):
         raise outcome
     return outcome
+
+
+async def is_still_welcome(connection: HTTPConnection) -> bool:
+    """Whether who was let in may stay: a key may be revoked, and an account disabled, in the middle of a conversation.
+
+    An access token may run out meanwhile. It is for minutes, and a conversation for as long as both ends like.
+    """
+    caller, credential = await authenticate(connection), _credential(connection)
+    if caller.user_id is None or credential is None:
+        return True
+    try:
+        async with get_database().reading() as session:
+            if credential.startswith(f"{identity.KEY_PREFIX}_"):
+                await identity.user_of_key(session, credential)
+            else:
+                await identity.active_user(session, caller.user_id)
+    except (Unauthenticated, AccountDisabled):
+        return False
+    except SQLAlchemyError as error:
+        log.warning("Nobody is sent away while the database cannot say who may stay.", exc_info=error)
+    return True
 
 
 async def _optional_caller(

@@ -14,6 +14,8 @@ from typing import Any, Self
 import orjson
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from serve.auth import POLICY_VIOLATION, is_still_welcome
+
 Message = Mapping[str, Any]
 """What a hub passes on: `rooms`, which say to whom, and whatever else the client is to see."""
 Feed = Callable[[], AsyncGenerator[list[Message]]]
@@ -25,6 +27,8 @@ QUEUE_MESSAGES = 256
 SEND_SECONDS = 10.0
 CLOSE_SECONDS = 2.0
 READY_SECONDS = 5.0
+WELCOME_SECONDS = 30.0
+"""How long somebody may go on listening whose key was revoked, or whose account was disabled."""
 TRY_AGAIN_LATER = 1013
 
 logger = logging.getLogger(__name__)
@@ -150,13 +154,29 @@ async def converse(socket: WebSocket, subscription: Subscription, answer: Answer
     async with asyncio.TaskGroup() as tasks:
         sending = tasks.create_task(_send_all(socket, subscription, tell))
         hearing = tasks.create_task(_hear(socket, subscription, answer))
-        sending.add_done_callback(lambda _: hearing.cancel())
-        hearing.add_done_callback(lambda _: sending.cancel())
-    if subscription.dropped and socket.application_state == WebSocketState.CONNECTED:
-        # A client that reads nothing at all does not take this either; then the connection just ends.
+        watching = tasks.create_task(_until_unwelcome(socket))
+        together = (sending, hearing, watching)
+        for task in together:
+            task.add_done_callback(lambda _: [other.cancel() for other in together])
+    if not watching.cancelled():
+        await _close(socket, POLICY_VIOLATION, "What you came with is not valid any more.")
+    elif subscription.dropped:
+        await _close(socket, TRY_AGAIN_LATER, "Too much was waiting to be read; connect again.")
+
+
+async def _close(socket: WebSocket, code: int, reason: str) -> None:
+    """A client that reads nothing at all does not take this either; then the connection just ends."""
+    if socket.application_state == WebSocketState.CONNECTED:
         with suppress(TimeoutError, WebSocketDisconnect):
             async with asyncio.timeout(CLOSE_SECONDS):
-                await socket.close(TRY_AGAIN_LATER, "Too much was waiting to be read; connect again.")
+                await socket.close(code, reason)
+
+
+async def _until_unwelcome(socket: WebSocket) -> None:
+    while True:
+        await asyncio.sleep(WELCOME_SECONDS)
+        if not await is_still_welcome(socket):
+            return
 
 
 async def _send_all(socket: WebSocket, subscription: Subscription, tell: Tell | None) -> None:

@@ -15,7 +15,7 @@ from jobs import journal, queue
 from jobs.states import FINISHED
 from jobs.tables import Job, JobEvent
 from serve.api.jobs import JobId, owner_of
-from serve.auth import Caller, CurrentCaller
+from serve.auth import Caller, CurrentCaller, is_still_welcome
 from serve.envelope import ERROR_RESPONSES, Responses
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
@@ -122,7 +122,7 @@ async def _stream(request: Request, job_id: str, after: int, only: str | None) -
     """The journal from `after` on, and what is added to it, until the job has finished."""
     shown = _line if only == "log" else _event
     async with request.app.state.hub.subscribe({f"job:{job_id}"}) as subscription:
-        while True:
+        while await is_still_welcome(request):
             async with get_database().reading() as session:
                 state = await session.scalar(select(Job.state).where(Job.id == job_id))
                 page = await journal.read(session, job_id, after, only=only)

@@ -12,11 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
 from cluster import events, identity, logs
 from cluster.db import Database
@@ -24,6 +25,7 @@ from cluster.services import checks, register
 from cluster.settings import get_settings
 from jobs import queue
 from serve import feeds, realtime
+from serve.api import job_events
 from serve.app import create_app
 from serve.feeds import follow_events
 from serve.realtime import Hub, Message
@@ -296,6 +298,36 @@ async def test_who_may_not_connect_is_refused_in_the_handshake(
         assert await refusal(f"{url}/ws/{'x' * 129}?token={key}") == (422, "VALIDATION_ERROR")
         async with connect(f"{url}/ws/system?token={key}", **PATIENT) as client:
             assert "cpu_percent" in await hear(client)
+
+
+async def test_who_may_not_stay_is_sent_away(
+    app: FastAPI, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(realtime, "WELCOME_SECONDS", 0.05)
+    monkeypatch.setattr(job_events, "FOLLOW_SECONDS", 0.05)
+    ada, key = await add_user(database, "ada", "user")
+    bob, bobs = await add_user(database, "bob", "user")
+    job = await add_job(database, queue.Owner(id=bob.id, name="bob", is_admin=False))
+    async with (
+        serving(app) as url,
+        connect(f"{url}/ws/a?token={key}", **PATIENT) as revoked,
+        connect(f"{url}/ws/b?token={identity.access_token(bob)}", **PATIENT) as disabled,
+        connect(f"{url}/ws/c?token={identity.access_token(ada)}", **PATIENT) as stays,
+        httpx.AsyncClient(base_url=url.replace("ws", "http"), headers={"X-API-Key": bobs}, timeout=PATIENCE) as client,
+        client.stream("GET", f"/api/v1/jobs/{job}/events", params={"follow": 1}) as events_of_job,
+    ):
+        assert events_of_job.status_code == 200
+        async with database.transaction() as session:
+            ((listed, _),) = await identity.list_keys(session, ada.id)
+            await identity.revoke_key(session, listed.id)
+            await identity.set_active(session, await identity.get_user(session, bob.email), active=False)
+        for client_that_goes in (revoked, disabled):
+            with pytest.raises(ConnectionClosedError) as closed:
+                await hear(client_that_goes)
+            assert closed.value.rcvd
+            assert closed.value.rcvd.code == 1008
+        await events_of_job.aread()  # it ends
+        assert await ask(stays, type="ping") == {"type": "pong"}
 
 
 async def test_a_page_of_another_origin_is_refused(app: FastAPI) -> None:
