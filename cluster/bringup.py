@@ -27,8 +27,9 @@ ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatcher:Disp
 APPLICATION = "serve.app:build_application"
 DECLARED_SERVICES = "pipelines.media.checks:declare_services"
 APPLICATION_NAME = "forgearr"
-RAY_SECONDS = 180
-FOREIGN_RAY_SECONDS = 5  # it should be there already
+RAY_SECONDS = 180, 180
+"""How long it may take to be reached, and to be joined."""
+FOREIGN_RAY_SECONDS = 5, 60  # it should be there already
 
 Report = Callable[[str, str], None]
 
@@ -99,11 +100,11 @@ def _connect(settings: Settings, report: Report) -> None:
     import ray
 
     address = settings.ray.address or f"127.0.0.1:{settings.ray.port}"
-    patience = FOREIGN_RAY_SECONDS if settings.ray.address else RAY_SECONDS
+    to_reach, to_join = FOREIGN_RAY_SECONDS if settings.ray.address else RAY_SECONDS
     began = time.monotonic()
     # Ray itself would wait for minutes for an address where nobody is.
     while not processes.is_reachable(address):
-        if time.monotonic() - began > patience:
+        if time.monotonic() - began > to_reach:
             raise Unavailable(f"No Ray cluster answers at {address}.")
         time.sleep(0.1)
     while not ray.is_initialized():
@@ -116,7 +117,7 @@ def _connect(settings: Settings, report: Report) -> None:
                 logging_level=logging.WARNING,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            if time.monotonic() - began > RAY_SECONDS:
+            if time.monotonic() - began > to_join:
                 raise Unavailable(f"The Ray cluster at {address} cannot be joined: {error}.") from error
             time.sleep(0.2)
     resources = ray.cluster_resources()

@@ -134,7 +134,7 @@ def _git() -> Finding:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    """What it says. What says nothing for long is as broken as what fails: nvidia-smi stands still with its driver."""
+    """What it says. What says nothing for long is as broken as what fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     except subprocess.TimeoutExpired:

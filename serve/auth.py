@@ -72,7 +72,7 @@ async def find_caller(connection: HTTPConnection) -> Caller | None:
 async def is_still_welcome(connection: HTTPConnection) -> bool:
     """Whether who was let in may stay: a key may be revoked, and an account disabled, in the middle of a conversation.
 
-    An access token may run out meanwhile. It is for minutes, and a conversation for as long as both ends like.
+    An access token may run out meanwhile: it says for how long one may begin something.
     """
     caller, credential = await authenticate(connection), _credential(connection)
     if caller.user_id is None or credential is None:
@@ -86,7 +86,7 @@ async def is_still_welcome(connection: HTTPConnection) -> bool:
     except (Unauthenticated, AccountDisabled):
         return False
     except SQLAlchemyError as error:
-        log.warning("Nobody is sent away while the database cannot say who may stay.", exc_info=error)
+        log.warning("The database cannot say who may stay, so all do (%s).", type(error).__name__)
     return True
 
 

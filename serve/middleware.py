@@ -97,7 +97,7 @@ class StrictInput:
                 scope = _as_json(scope)
             if scope["type"] == "http" and _brings_body(scope):
                 receive = await _checked_body(scope, receive)
-        except InvalidRequest as error:
+        except ForgearrError as error:
             return await refuse(error, scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -141,7 +141,7 @@ async def _checked_body(scope: Scope, receive: Receive) -> Receive:
     headers = dict(scope["headers"])
     length = headers.get(b"content-length")
     most = STRANGERS_BODY_BYTES
-    if (length is None or int(length) > most) and await _is_known(scope):
+    if (length is None or int(length) > most) and await find_caller(HTTPConnection(scope)):
         most = MAX_BODY_BYTES
     if length is not None and int(length) > most:
         raise BodyTooLarge()
@@ -153,13 +153,6 @@ async def _checked_body(scope: Scope, receive: Receive) -> Receive:
     if is_json:
         _check_json(b"".join(message.get("body", b"") for message in messages))
     return _replay(messages, receive)
-
-
-async def _is_known(scope: Scope) -> bool:
-    try:
-        return await find_caller(HTTPConnection(scope)) is not None
-    except ForgearrError:
-        return False  # the route says why
 
 
 async def _messages(receive: Receive, most: int) -> AsyncIterator[Message]:

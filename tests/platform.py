@@ -24,6 +24,7 @@ from cluster.processes import MARK, is_listening
 from tests.waiting import PATIENCE, eventually
 
 BINARIES = Path(sys.executable).parent
+LOCK = Path(tempfile.gettempdir()) / "forgearr-test.lock"
 WAVE = 60
 
 
@@ -49,8 +50,11 @@ class Platform:
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `forgearr …`."""
-        return self.run([str(BINARIES / "forgearr"), *arguments], check=check)
+        """Run `forgearr …`. Two that come up at once may choose the same ports for what Ray starts by itself."""
+        with LOCK.open("w") as lock:
+            if "up" in arguments:
+                flock(lock, LOCK_EX)
+            return self.run([str(BINARIES / "forgearr"), *arguments], check=check)
 
     def run(self, command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -61,10 +65,7 @@ class Platform:
         return done
 
     def up(self) -> None:
-        """One at a time: two that start at once may choose the same ports for what Ray starts by itself."""
-        with (Path(tempfile.gettempdir()) / "forgearr-test.lock").open("w") as lock:
-            flock(lock, LOCK_EX)
-            self.cli("up", "--detach")
+        self.cli("up", "--detach")
 
     def down(self) -> None:
         self.cli("down")

@@ -225,8 +225,10 @@ async def _restore(
     if change is None or (change.restored_at and change.restored_at < since):
         raise NothingToRestore
     result.new_value = change.previous
-    if change.restored_at:
-        result.message = "Configuration restored successfully"  # by an attempt before this one, which was lost
+    if change.restored_at:  # since this was asked for: by an attempt that was lost, or by another job
+        if not same(place.live, change.previous):
+            raise NothingToRestore
+        result.message = "It is so already"
         return
     if not same(place.live, change.previous):
         if not same(place.live, change.new):

@@ -46,13 +46,15 @@ def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
 
 
 def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> None:
-    while True:
+    for _ in range(10):
         job_id = platform.submit(spec={"steps": 40, "seconds": 8})
         eventually(lambda job_id=job_id: platform.job(job_id)["progress"] > 5)
         frozen = eventually(lambda: _freeze_workers(platform))
         if platform.job(job_id)["state"] == "running":
             break
-        platform.kill("ray::Worker", signal.SIGCONT)  # it was over before
+        platform.kill("ray::Worker", signal.SIGCONT)
+    else:
+        pytest.fail("each of ten jobs was over before its worker was frozen")
     holder = _events(platform, job_id, "running")[0]["data"]["worker"]
     # Both warm workers are frozen now: the job must be taken from its holder and given to a new process.
     eventually(lambda: len(_events(platform, job_id, "running")) > 1)

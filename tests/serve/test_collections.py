@@ -27,6 +27,7 @@ from tests.cluster.services.arr_stand_in import (
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.stand_in import Asked, Reply, page, standing_in, telling, text
 from tests.serve.house import House
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -307,7 +308,8 @@ async def test_adding_twice_at_once_makes_one(
     monkeypatch.setattr(collections, "quality_profiles", together)
     async with stocked(house, sort) as arr:
         wanted = {"title": "Inception"}
-        answers = await asyncio.gather(*(house.ask("ada", "POST", sort.path, json=wanted) for _ in range(5)))
+        async with asyncio.timeout(PATIENCE):
+            answers = await asyncio.gather(*(house.ask("ada", "POST", sort.path, json=wanted) for _ in range(5)))
         assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]
         assert {answer.json()["details"]["id"] for answer in answers if answer.status_code == 409} == {3}
         assert len([asked for asked in arr.asked if asked.method == "POST"]) == 5

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from starlette.websockets import WebSocketState
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
@@ -326,7 +327,8 @@ async def test_who_may_not_stay_is_sent_away(
                 await hear(client_that_goes)
             assert closed.value.rcvd
             assert closed.value.rcvd.code == 1008
-        await events_of_job.aread()  # it ends
+        async with asyncio.timeout(PATIENCE):
+            await events_of_job.aread()  # it ends
         assert await ask(stays, type="ping") == {"type": "pong"}
 
 
@@ -368,7 +370,6 @@ async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
     app: FastAPI, actor: events.Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(realtime, "SEND_SECONDS", PATIENCE)
-    monkeypatch.setattr(realtime, "CLOSE_SECONDS", 0.1)
     hub: Hub = app.state.hub
     async with serving(app) as url, connect(f"{url}/ws/quick", **PATIENT) as quick:
         assert (await ask(quick, type="join_room", room="system"))["type"] == "room_joined"
@@ -379,6 +380,24 @@ async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
                 await actor.publish([message("system", number, padding="x" * 50_000) for number in batch])
                 assert [(await hear(quick))["data"]["number"] for _ in batch] == list(batch)
             await until(lambda: hub.listeners() == 1)
+
+
+async def test_a_client_that_takes_nothing_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(realtime, "SEND_SECONDS", 0.05)
+    closed: list[int] = []
+
+    async def for_ever(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async def close(code: int, _: str) -> None:
+        closed.append(code)
+
+    state = WebSocketState.CONNECTED
+    stuck: Any = SimpleNamespace(send_text=for_ever, receive=for_ever, close=close, application_state=state)
+    async with asyncio.timeout(PATIENCE), hub.subscribe(()) as subscription:
+        subscription.put({"type": "news"})
+        await realtime.converse(stuck, subscription, for_ever)
+    assert closed == [realtime.TRY_AGAIN_LATER]
 
 
 async def test_a_client_that_is_gone_without_a_word_is_noticed(app: FastAPI, actor: events.Events) -> None:
