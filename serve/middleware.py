@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 class BodyTooLarge(InvalidRequest):
-    """The body is larger than 32 MiB, or than 4 from who has not said who they are."""
+    __doc__ = (
+        f"The body is larger than {MAX_BODY_BYTES >> 20} MiB, or {STRANGERS_BODY_BYTES >> 20} without a credential."
+    )
 
     status = 413
     code = "BODY_TOO_LARGE"
