@@ -112,7 +112,7 @@ async def queue(client: Client) -> DownloadQueue:
                 mb_left=slot.mbleft,
                 mb=slot.mb,
                 percentage=min(100, max(0, slot.percentage)),
-                eta=_eta(slot.timeleft),
+                eta=_eta(slot.timeleft) if now.kbpersec else None,
                 status=slot.status,
                 priority=slot.priority,
             )

@@ -29,12 +29,10 @@ END = b"\r\n.\r\n"
 
 @dataclass
 class Usenet:
-    """It keeps everybody waiting while `open` is not set."""
-
     port: int = 0
     articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     lost: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
-    open: threading.Event = field(default_factory=threading.Event)
+    open: threading.Event = field(default_factory=threading.Event, repr=False)
     waiting: set[socketserver.StreamRequestHandler] = field(
         default_factory=set[socketserver.StreamRequestHandler], repr=False
     )
@@ -54,6 +52,15 @@ class Usenet:
             f"<groups><group>{escape('alt.binaries.test')}</group></groups>"
             f"<segments>{''.join(segments)}</segments></file></nzb>"
         )
+
+    @contextmanager
+    def holding(self) -> Generator[None]:
+        """While in the block, the server keeps everybody waiting."""
+        self.open.clear()
+        try:
+            yield
+        finally:
+            self.open.set()
 
     def find_lost(self) -> None:
         """From now on the server has all that was ever posted."""
@@ -99,8 +106,8 @@ def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
 
     def found() -> dict[str, Any] | None:
         slots = ask(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
-        over = {"Completed", "Failed"}
-        return next((slot for slot in slots if slot["status"] in over and not slot["loaded"]), None)
+        # Until it is kept somewhere, it is in the hands of SABnzbd, whatever else is said of it.
+        return next((slot for slot in slots if slot["status"] in {"Completed", "Failed"} and slot["storage"]), None)
 
     return eventually(found)
 

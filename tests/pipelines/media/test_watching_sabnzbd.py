@@ -128,21 +128,20 @@ async def test_what_comes_after_all_has_recovered(sabnzbd: Running, news: Usenet
 async def test_who_waits_in_the_queue_is_not_stuck(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
     await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await desk.policy(strikes=1, stuck_minutes=0)
-    news.open.clear()
-    items = [download(sabnzbd, news.post(f"{n}.bin", secrets.token_bytes(SIZE)), f"Waits {n}") for n in range(2)]
-    still(sabnzbd)
-    for _ in range(3):
+    with news.holding():
+        items = [download(sabnzbd, news.post(f"{n}.bin", secrets.token_bytes(SIZE)), f"Waits {n}") for n in range(2)]
+        still(sabnzbd)
+        for _ in range(3):
+            await desk.watch()
+        rows = await desk.downloads()
+        assert [(rows[item].state, rows[item].strikes) for item in items] == [("running", 0), ("waiting", 0)]
+        ask(sabnzbd, "pause")
+        eventually(lambda: ask(sabnzbd, "queue")["queue"]["status"] == "Paused")
         await desk.watch()
-    rows = await desk.downloads()
-    assert [(rows[item].state, rows[item].strikes) for item in items] == [("running", 0), ("waiting", 0)]
-    ask(sabnzbd, "pause")
-    eventually(lambda: ask(sabnzbd, "queue")["queue"]["status"] == "Paused")
-    await desk.watch()
-    rows = await desk.downloads()
-    assert {rows[item].state for item in items} == {"waiting"}
-    await desk.recover()
-    assert [await desk.about(f"Waits {number}") for number in range(2)] == [[], []]
-    news.open.set()
+        rows = await desk.downloads()
+        assert {rows[item].state for item in items} == {"waiting"}
+        await desk.recover()
+        assert [await desk.about(f"Waits {number}") for number in range(2)] == [[], []]
     ask(sabnzbd, "resume")
     assert {ended(sabnzbd, item)["status"] for item in items} == {"Completed"}
 
