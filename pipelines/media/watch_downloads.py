@@ -147,14 +147,17 @@ async def _settle(
         return Seen()  # somebody else has looked meanwhile, and noted what is newer
     known.connected_as_of, known.cursor, known.error = service.connected_as_of, look.cursor, None
     known.looks, known.looked_at = looks + 1, at
-    known.underway = len(look.underway)
-    known.bytes_left = sum(one.bytes_left or 0 for one in look.underway)
+    # A service is asked for its queue before its history, and what ends in between is in both.
+    over = {one.id for one in look.ended}
+    still = [one for one in look.underway if one.id not in over]
+    known.underway = len(still)
+    known.bytes_left = sum(one.bytes_left or 0 for one in still)
     seen = Seen()
     rows = await _rows(session, service.id, look)
     for ended in look.ended:
         await _note_end(session, known, rows, ended, seen, mends_itself=mends_itself)
-    moves = look.moves and _any_moves(rows, look.underway)
-    for underway in look.underway:
+    moves = look.moves and _any_moves(rows, still)
+    for underway in still:
         await _note_underway(session, known, rows, underway, moves, at, seen)
     await _note_gone(session, rows, look, at)
     return seen

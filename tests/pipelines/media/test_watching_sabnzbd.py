@@ -243,6 +243,19 @@ async def test_what_is_still_being_moved_has_not_ended(desk: Desk, ear: Ear) -> 
         assert (await desk.downloads())["1"].ended_at is not None
 
 
+async def test_what_ends_between_two_questions_is_told_once(desk: Desk, ear: Ear) -> None:
+    queue = [{"nzo_id": "1", "filename": "Film", "status": "Downloading", "mbleft": "0.50"}]
+    failed = {"nzo_id": "1", "name": "Film", "status": "Failed", "completed": int(time.time()) + 3600}
+    async with standing_in(saying(queue, [failed])) as server:
+        await desk.add("Usenet", "sabnzbd", server.url, KEY)
+        first = await desk.watch()
+        assert (first["failed"], (await desk.downloads())["1"].state) == (1, "failed")
+        assert (await desk.followed()).underway == 0
+        queue.clear()
+        assert (await desk.watch())["failed"] == 0
+    assert (len(ear.of("download.failed")), (await desk.followed()).failed) == (1, 1)
+
+
 async def test_an_id_that_cannot_be_kept_hides_no_other_service(sabnzbd: Running, desk: Desk) -> None:
     async with standing_in(saying([{"nzo_id": "x" * 301, "status": "Queued"}], [])) as server:
         await desk.add("Odd", "sabnzbd", server.url, KEY)
