@@ -22,7 +22,7 @@ import httpx
 from cluster.errors import ForgearrError, Unavailable
 
 TIMEOUT_SECONDS = 20
-FILE_TIMEOUT = httpx.Timeout(TIMEOUT_SECONDS, read=900)  # a server that keeps files elsewhere copies them first
+FILE_TIMEOUT_SECONDS = 900  # a server that keeps files elsewhere copies them first
 FILE_ATTEMPTS = 4
 CHUNK_BYTES = 4 * 1024 * 1024
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
@@ -136,7 +136,7 @@ class Tracking:
                 return
             headers = {"Content-Length": str(_size(content))}
             sent = _chunks(content, on_bytes)
-            await self._request("PUT", target, content=sent, headers=headers, timeout=FILE_TIMEOUT)
+            await self._request("PUT", target, content=sent, headers=headers, timeout=_for_files())
 
         await _with_patience(send)
 
@@ -153,7 +153,7 @@ class Tracking:
                     digest.update(chunk)
                     file.write(chunk)
 
-                async with self._client.stream("GET", route, timeout=FILE_TIMEOUT) as answer:
+                async with self._client.stream("GET", route, timeout=_for_files()) as answer:
                     if answer.is_error:
                         await answer.aread()
                     _refuse(answer, f"GET {route}")
@@ -195,6 +195,10 @@ class Tracking:
             answer = await self._client.request(method, path, **options)
         _refuse(answer, f"{method} {path}")
         return answer
+
+
+def _for_files() -> httpx.Timeout:
+    return httpx.Timeout(TIMEOUT_SECONDS, read=FILE_TIMEOUT_SECONDS)
 
 
 @asynccontextmanager

@@ -24,7 +24,9 @@ from xdist.workermanage import WorkerController
 
 from cluster import embedded, storage, tracking
 from cluster.db import Database, get_database
+from cluster.services import client
 from cluster.settings import get_settings, load_settings
+from pipelines.guardian import remotes
 from tests.pipelines.shelf import Shelf
 from tests.platform import unused_ports
 from tests.waiting import PATIENCE, eventually
@@ -48,6 +50,9 @@ asyncio.run(work())
 # Before anybody imports torch: its threads wait for each other at every step, and on two cores that are shared with
 # other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What we ask may be slow here.
+tracking.TIMEOUT_SECONDS = remotes.STALLED_SECONDS = PATIENCE
+client.CONNECT_SECONDS = PATIENCE
 
 
 class PlatformsApart(LoadFileScheduling):
@@ -95,6 +100,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(variable)
     folder = tmp_path / "home"
     monkeypatch.setenv("FORGEARR_HOME", str(folder))
+    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", str(PATIENCE))
     _forget_settings()
     yield folder
     _forget_settings()
@@ -184,7 +190,6 @@ async def shelf(
 ) -> AsyncIterator[Shelf]:
     """A model of its own in the registry of this installation, which has no version yet."""
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
-    monkeypatch.setattr(tracking, "TIMEOUT_SECONDS", PATIENCE)
     get_settings.cache_clear()
     async with tracking.connect(mlflow_server) as mlflow:
         yield Shelf(mlflow, tmp_path)
@@ -193,7 +198,7 @@ async def shelf(
 async def new_postgres_database(server: str, template: str = "template1") -> str:
     """Its URL. Only of `template0` will it be empty."""
     name = f"test_{uuid4().hex}"
-    connection = await asyncpg.connect(f"{server}/postgres")
+    connection = await asyncpg.connect(f"{server}/postgres", timeout=PATIENCE)
     await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     await connection.close()
     return make_url(server).set(database=name).render_as_string(hide_password=False)

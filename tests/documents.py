@@ -20,9 +20,10 @@ def document_path(document: str) -> Path:
 
 
 def corrected(document: str) -> dict[str, Any]:
-    """The document, but for the one place where it is wrong: a command takes fields of its own, such as seriesId."""
+    """The document, but for where it is wrong: a command takes fields of its own, such as seriesId, and tells them."""
     told = json.loads(document_path(document).read_text())
-    told["components"]["schemas"]["CommandResource"]["additionalProperties"] = True
+    for name in ("CommandResource", "Command"):
+        told["components"]["schemas"][name]["additionalProperties"] = True
     return told
 
 

@@ -19,15 +19,17 @@ def eventually(look: Callable[[], Found | None], seconds: float = PATIENCE) -> F
     deadline = time.monotonic() + seconds
     pause = 0.05
     last_error: Exception | None = None
-    while time.monotonic() < deadline:
+    while True:
+        is_last = time.monotonic() > deadline
         try:
             if found := look():
                 return found
         except (httpx.TransportError, AssertionError) as error:
             last_error = error  # a part that was killed may be away for a moment
+        if is_last:
+            raise AssertionError(f"not seen within {seconds} s") from last_error
         time.sleep(pause)
         pause = min(pause * 1.2, 0.5)  # each answer is work for those who are waited for
-    raise AssertionError(f"not seen within {seconds} s") from last_error
 
 
 async def eventually_async(look: Callable[[], Found | None]) -> Found:

@@ -10,9 +10,8 @@ import typer
 
 from cluster.errors import ForgearrError, Unavailable
 
-TIMEOUT_SECONDS = 30
 PATIENCE_SECONDS = 120
-"""How long whoever watches something waits for a server that does not answer."""
+"""How long a server that does not answer is waited for."""
 RETRY_SECONDS = 2.0
 
 
@@ -115,7 +114,7 @@ def stream(path: str, body: Any) -> Iterator[dict[str, Any]]:
     with _client() as client:
         try:
             # A model may have to be loaded first, and may think for as long as it likes.
-            with client.stream("POST", path, json=body, timeout=httpx.Timeout(TIMEOUT_SECONDS, read=None)) as answer:
+            with client.stream("POST", path, json=body, timeout=httpx.Timeout(PATIENCE_SECONDS, read=None)) as answer:
                 if answer.is_error:
                     answer.read()
                     _content(answer)
@@ -139,7 +138,7 @@ def _client() -> Any:
     import httpx
 
     key = os.environ.get("FORGEARR_API_KEY")
-    return httpx.Client(base_url=server_url(), timeout=TIMEOUT_SECONDS, headers={"X-API-Key": key} if key else {})
+    return httpx.Client(base_url=server_url(), timeout=PATIENCE_SECONDS, headers={"X-API-Key": key} if key else {})
 
 
 def _content(answer: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, BaseModel, Field
 
 from cluster.services.client import Client
+from cluster.services.errors import NotThere
 from cluster.services.following import (
     ID_MAX,
     Ended,
@@ -141,11 +142,15 @@ def following(thing: Literal["series", "movie"]) -> Following:
         tags = await _tags(client)
         return (await _underway(client, included, tags)).get(item)
 
-    async def remove(client: Client, item: str, search: bool) -> None:
+    async def remove(client: Client, item: str, search: bool) -> bool:
         rows = [row async for row in _queue(client, included) if _id(row) == item]
-        if rows:  # all rows of a download go together
-            options = {"removeFromClient": True, "blocklist": True, "skipRedownload": not search}
-            await client.delete(f"{API}/queue/{rows[0].id}", **options)
+        options = {"removeFromClient": True, "blocklist": True, "skipRedownload": not search}
+        try:
+            for row in rows[:1]:  # all rows of a download go together
+                await client.delete(f"{API}/queue/{row.id}", **options)
+        except NotThere:
+            return False
+        return bool(rows)
 
     async def grab_of(client: Client, download_id: str) -> Grab | None:
         answer = await client.get(

@@ -125,8 +125,10 @@ class Client:
         """Have `take` called with each object of a list that may be too long to be held."""
         await self._call("GET", path, parameters, self._listed, seconds=seconds, take=take)
 
-    async def post(self, path: str, body: object = None, **parameters: Parameter) -> Any:
-        return await self._call("POST", path, parameters, self._content_or_nothing, body=body)
+    async def post(
+        self, path: str, body: object = None, *, seconds: float | None = None, **parameters: Parameter
+    ) -> Any:
+        return await self._call("POST", path, parameters, self._content_or_nothing, body=body, seconds=seconds)
 
     async def put(self, path: str, body: object = None, **parameters: Parameter) -> Any:
         return await self._call("PUT", path, parameters, self._content_or_nothing, body=body)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.services.client import Client
-from cluster.services.errors import BadResponse, NotThere, Refused
+from cluster.services.errors import BadResponse, NotThere, Refused, Unreachable
 
 API = "/api/v3"
 ID_MAX = 2**31 - 1
@@ -172,9 +172,10 @@ async def add(client: Client, collection: Collection[Kept], wanted: Wanted) -> K
         **wanted.fields,
     }
     try:
-        answer = await client.post(collection.path, body)
-    except (Refused, BadResponse):
-        await _refuse_if_there(client, collection, found)  # another one was quicker
+        # It looks it up once more, in the internet.
+        answer = await client.post(collection.path, body, seconds=LOOKUP_SECONDS)
+    except (Refused, BadResponse, Unreachable):
+        await _refuse_if_there(client, collection, found)  # another one was quicker, or its answer did not come
         raise
     return client.read(collection.thing, answer)
 

@@ -90,7 +90,8 @@ class Grab:
 @dataclass(frozen=True)
 class Replacing:
     find: Callable[["Client", str], Awaitable[Underway | None]]
-    remove: Callable[["Client", str, bool], Awaitable[None]]  # for good, with its files; whether to search by itself
+    # For good, with its files; whether to search by itself. False: it is gone already.
+    remove: Callable[["Client", str, bool], Awaitable[bool]]
     grab_of: Callable[["Client", str], Awaitable[Grab | None]]  # by the download's id
     mark_failed: Callable[["Client", int], Awaitable[None]]  # a grab
     searches_itself: Callable[["Client"], Awaitable[bool]]  # after something has failed

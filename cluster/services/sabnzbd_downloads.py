@@ -4,6 +4,7 @@ It writes numbers as text, answers true to much that it does not do, and takes s
 asked for. So one id is sent, and only if there is such a download; and it is asked again what has become of it.
 """
 
+import asyncio
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 MEGABYTE = 1024 * 1024
 LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 ENDED = {"Completed", "Failed"}
+LOOKS, BETWEEN_LOOKS_SECONDS = 10, 0.2
+"""While it reads an NZB, and between its queue and its history, it has a download nowhere for a moment."""
 
 PRIORITIES = {2: "Force", 1: "High", 0: "Normal", -1: "Low", -2: "Paused", -3: "Duplicate", -4: "Stop"}
 
@@ -156,6 +159,8 @@ async def delete(client: Client, nzo_id: str, with_files: bool) -> None:
     await tell(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
     if await _find_queued(client, nzo_id):
         raise Refused(f"{name} still has '{nzo_id}' in its queue.")
+    if slot := await _find_ended(client, nzo_id):
+        raise DownloadNotFound(f"'{slot.name}' has left the queue of {name} by itself meanwhile: it is {slot.status}.")
 
 
 async def pause(client: Client) -> Pausing:
@@ -214,8 +219,11 @@ def _checked(nzo_id: str) -> str:
 
 
 async def _must_be_there(client: Client, nzo_id: str, what: str) -> None:
-    if not await _find_queued(client, nzo_id) and not await _find_ended(client, nzo_id):
-        raise Refused(f"{client.connection.name} says that it has taken '{what}', and does not have it.")
+    for _ in range(LOOKS):
+        if await _find_queued(client, nzo_id) or await _find_ended(client, nzo_id):
+            return
+        await asyncio.sleep(BETWEEN_LOOKS_SECONDS)
+    raise Refused(f"{client.connection.name} says that it has taken '{what}', and does not have it.")
 
 
 async def _paused(client: Client, *, wanted: bool) -> Pausing:

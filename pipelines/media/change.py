@@ -22,8 +22,9 @@ from cluster.services.errors import CircuitOpen, NotThere, Refused, ServiceError
 from jobs.context import Context
 from jobs.registry import job
 from jobs.tables import Job
-from pipelines.media import recommendations
-from pipelines.media.findings import keepable
+from pipelines.media import recommendations, rules
+from pipelines.media.audit import read_areas
+from pipelines.media.findings import find, keepable
 from pipelines.media.recommendations import Change, Outcome, Recommendation, is_open, last_change
 
 KIND = "change_settings"
@@ -196,6 +197,8 @@ async def _apply(database: Database, place: Place, result: ItemResult, by: str, 
             f"It is {result.previous_value!r} now, and was {row.current_value!r} in the audit: somebody has changed it "
             "since. Nothing was overwritten; audit again."
         )
+    if not await _is_found(place):
+        raise ChangedSince("What the audit has found there is no longer so. Nothing was changed; audit again.")
     if dry_run:
         result.message = "It would be changed"
         return
@@ -215,6 +218,14 @@ async def _apply(database: Database, place: Place, result: ItemResult, by: str, 
         raise NotTaken(said)
     await _end(database, change.id, "applied")
     result.message, result.rollback_available = "Configuration applied successfully", True
+
+
+async def _is_found(place: Place) -> bool:
+    """Whether an audit would still find this: other settings count too, and another thing may have the same key."""
+    known = await asyncio.to_thread(rules.load)
+    concerned = [rule for rule in known.rules if rule.id == place.row.rule_id]
+    found = find(concerned, await read_areas(place.client, place.areas, concerned))
+    return (place.row.entry, place.row.entry_name) in {(one.entry, one.entry_name) for one in found}
 
 
 async def _restore(

@@ -21,9 +21,10 @@ from cluster.services.errors import ServiceError
 from cluster.services.following import Following, Replacing
 from cluster.services.register import Service
 from cluster.settings import get_settings
-from pipelines.media import leftovers
+from pipelines.media import leftovers, recoveries
 from pipelines.media.followed import FollowedDownload
 from pipelines.media.recoveries import Recovery, RecoveryOutcome
+from pipelines.media.recovery_policy import RecoveryPolicy, forbidden
 
 PATIENCE = timedelta(days=1)
 AGAIN = timedelta(minutes=5)
@@ -34,7 +35,7 @@ SKEW = timedelta(minutes=2)
 Step = Literal[
     "done",
     "gone",  # there is nothing left of it: a worker before has removed it, or somebody else
-    "needless",  # it has got on after all
+    "needless",  # it has got on after all, or may not be touched any more
 ]
 
 
@@ -46,15 +47,26 @@ class Ending:
 
 
 async def carry_out(
-    database: Database, services: Mapping[int, tuple[Service, Following]], recovery: Recovery, *, resumed: bool
+    database: Database,
+    services: Mapping[int, tuple[Service, Following]],
+    recovery: Recovery,
+    *,
+    resumed: bool,
+    wished: bool,
 ) -> None:
-    """Do what was decided. With `resumed`, somebody has begun to, and nobody knows how far that went."""
+    """Do what was decided. With `resumed`, somebody has begun to, and nobody knows how far that went; with `wished`,
+    a person wants it, whatever the policy says of dry runs."""
     service, following = services.get(recovery.service_id or 0, (None, None))
-    if service is None or following is None:
-        return await _end(database, recovery, Ending("overtaken", "The service is no longer followed."))
+    if service is None or following is None or service.connected_as_of > recovery.at:
+        said = "The service that it was decided about is no longer followed."
+        return await _end(database, recovery, Ending("overtaken", said))
+    async with database.reading() as session:
+        policy, _ = await recoveries.policy_of(session)
+    if not wished and (policy.dry_run or not policy.enabled):
+        return await _end(database, recovery, Ending("overtaken", "The policy has changed, and does not act any more."))
     try:
         async with register.connected(database, service) as client:
-            ending = await _act(database, client, following, recovery, resumed=resumed)
+            ending = await _act(database, client, following, policy, recovery, resumed=resumed)
     except (ServiceError, SealBroken) as error:
         if error.retryable and now() - recovery.at < PATIENCE:
             # Whether the service has done it will show when it answers again.
@@ -66,14 +78,20 @@ async def carry_out(
 
 
 async def _act(
-    database: Database, client: Client, following: Following, recovery: Recovery, *, resumed: bool
+    database: Database,
+    client: Client,
+    following: Following,
+    policy: RecoveryPolicy,
+    recovery: Recovery,
+    *,
+    resumed: bool,
 ) -> Ending:
     if recovery.decision == "retry" and following.retry:
         return await _retry(client, following.retry, recovery, resumed=resumed)
     if recovery.decision == "remove_folder" and following.finished:
         return await _remove_folder(client, following, recovery, resumed=resumed)
     if recovery.decision in {"replace", "mark_failed"} and following.replacing:
-        return await _replace(database, client, following.replacing, recovery, resumed=resumed)
+        return await _replace(database, client, following.replacing, policy, recovery, resumed=resumed)
     return Ending("overtaken", "The service can no longer do this.")
 
 
@@ -87,14 +105,20 @@ async def _retry(
 
 
 async def _replace(
-    database: Database, client: Client, replacing: Replacing, recovery: Recovery, *, resumed: bool
+    database: Database,
+    client: Client,
+    replacing: Replacing,
+    policy: RecoveryPolicy,
+    recovery: Recovery,
+    *,
+    resumed: bool,
 ) -> Ending:
     """Remove a download, or mark it as failed; then see to it that another one is searched for."""
     wants_search = bool(recovery.policy["search_again"])
     by_itself = await replacing.searches_itself(client)
     if not recovery.removed:
         remove = _remove if recovery.decision == "replace" else _mark
-        done = await remove(client, replacing, recovery, search=wants_search and by_itself)
+        done = await remove(client, replacing, policy, recovery, search=wants_search and by_itself)
         if done == "needless" or (done == "gone" and not resumed):
             return _gone(resumed=False)
         await _note(database, recovery, removed=True)
@@ -111,21 +135,27 @@ async def _replace(
     return Ending("done")
 
 
-async def _remove(client: Client, replacing: Replacing, recovery: Recovery, *, search: bool) -> Step:
+async def _remove(
+    client: Client, replacing: Replacing, policy: RecoveryPolicy, recovery: Recovery, *, search: bool
+) -> Step:
     found = await replacing.find(client, recovery.item)
     if found is None:
+        # Whoever removes one and blocklists it calls it failed; without that, it was not us.
         grab = await replacing.grab_of(client, recovery.item)
-        return "needless" if grab and grab.imported else "gone"
+        return "gone" if grab and grab.failed and not grab.imported else "needless"
     stands_still = recovery.stood_at is not None and found.bytes_left == recovery.stood_at
     if found.state not in {"failed", "blocked"} and not (stands_still and found.state in {"running", "waiting"}):
         return "needless"
-    await replacing.remove(client, recovery.item, search)
-    return "done"
+    if forbidden(policy, found.tags, found.reason):
+        return "needless"
+    return "done" if await replacing.remove(client, recovery.item, search) else "needless"
 
 
-async def _mark(client: Client, replacing: Replacing, recovery: Recovery, *, search: bool) -> Step:
+async def _mark(
+    client: Client, replacing: Replacing, policy: RecoveryPolicy, recovery: Recovery, *, search: bool
+) -> Step:
     grab = await replacing.grab_of(client, recovery.item)
-    if grab is None or grab.imported:
+    if grab is None or grab.imported or forbidden(policy, grab.tags):
         return "needless"
     if grab.failed:
         return "gone"
@@ -146,7 +176,7 @@ async def _remove_folder(client: Client, following: Following, recovery: Recover
 
 def _gone(*, resumed: bool) -> Ending:
     """There is nothing left to do: somebody was faster, or it was us."""
-    return Ending("done") if resumed else Ending("overtaken", "It has got on, or is gone.")
+    return Ending("done") if resumed else Ending("overtaken", "It has got on, is gone, or may not be touched any more.")
 
 
 async def _end(database: Database, recovery: Recovery, ending: Ending) -> None:

@@ -26,7 +26,7 @@ from pipelines.media import leftovers, recoveries
 from pipelines.media.followed import FollowedDownload, FollowedService
 from pipelines.media.mending import carry_out
 from pipelines.media.recoveries import Recovery, as_recovery
-from pipelines.media.recovery_policy import ACTIONS, Case, Decision, RecoveryPolicy, decide
+from pipelines.media.recovery_policy import ACTIONS, Case, Decision, Past, RecoveryPolicy, decide
 from pipelines.media.watch_downloads import RECOVER, cases, followed_services
 
 CASES_AT_ONCE = 50
@@ -87,18 +87,18 @@ async def _mend(
             begun = await recoveries.unended(session, now())
         for recovery in begun:
             context.report(phase=f"what came of '{recovery.title}'")
-            await carry_out(database, services, recovery, resumed=True)
+            await carry_out(database, services, recovery, resumed=True, wished=wished)
     async with database.reading() as session:
         open_cases = await cases(session, policy, services, now(), early=wished)
     for row in open_cases[:CASES_AT_ONCE]:
         context.report(phase=f"'{row.title}'")
-        if recovery := await _decide(context, database, services, policy, row, acts=acts, settles=acts or not wished):
+        if recovery := await _decide(context, database, services, row, acts=acts, settles=acts or not wished):
             noted.append(recovery)
     noted += await _decide_leftovers(context, database, services, policy, acts=acts)
     todo = [recovery for recovery in noted if recovery.outcome == "begun"]
     for number, recovery in enumerate(todo):
         context.report(progress=100 * number / len(todo), phase=f"{recovery.decision} '{recovery.title}'")
-        await carry_out(database, services, recovery, resumed=False)
+        await carry_out(database, services, recovery, resumed=False, wished=wished)
     counted: dict[str, int] = {}
     for recovery in noted:
         context.log(f"{recovery.service}: '{recovery.title}': {recovery.decision}: {recovery.reason}")
@@ -111,7 +111,6 @@ async def _decide(
     context: Context,
     database: Database,
     services: Followed,
-    policy: RecoveryPolicy,
     row: FollowedDownload,
     *,
     acts: bool,
@@ -121,11 +120,12 @@ async def _decide(
     case, target = await _case(database, services, row)
     async with database.transaction() as session:
         await one_at_a_time(session, Recovery.__tablename__)
+        policy, _ = await recoveries.policy_of(session)
         at = now()
         past = await recoveries.past_of(session, target.service.id, target.item, row.title, at)
         decision = decide(policy, case, past, at)
         if settles:
-            await _settle(session, row.id, decision, policy, at)
+            await _settle(session, row, decision, policy, at)
         what = {"service_id": target.service.id, "service": target.service.name, "item": target.item}
         recovery = as_recovery(
             decision,
@@ -141,10 +141,12 @@ async def _decide(
         return recovery if await recoveries.note(session, recovery) else None
 
 
-async def _settle(session: AsyncSession, row_id: int, decision: Decision, policy: RecoveryPolicy, at: datetime) -> None:
-    """Until when there is nothing more to decide about this download."""
-    row = await session.get(FollowedDownload, row_id, with_for_update=True)
-    if row is None:
+async def _settle(
+    session: AsyncSession, judged: FollowedDownload, decision: Decision, policy: RecoveryPolicy, at: datetime
+) -> None:
+    """Until when there is nothing more to decide about this download, unless it has become another case meanwhile."""
+    row = await session.get(FollowedDownload, judged.id, with_for_update=True)
+    if row is None or (row.state, row.reason) != (judged.state, judged.reason):
         return
     if decision.verdict in ACTIONS:
         # If it does not help, the same download is a case again when the cooldown is over.
@@ -213,7 +215,7 @@ async def _decide_leftovers(
             for leftover in found:
                 past = await recoveries.past_of(session, service.id, leftover.told_path, leftover.told_path, at)
                 recovery = as_recovery(
-                    _about_folder(policy, leftover, past.last_hour, at),
+                    _about_folder(policy, leftover, past, at),
                     policy,
                     acts=acts,
                     at=at,
@@ -242,7 +244,7 @@ def _find_leftovers(context: Context, name: str, finished: Finished) -> list[lef
         return []
 
 
-def _about_folder(policy: RecoveryPolicy, leftover: leftovers.Leftover, last_hour: int, at: datetime) -> Decision:
+def _about_folder(policy: RecoveryPolicy, leftover: leftovers.Leftover, past: Past, at: datetime) -> Decision:
     what = "a folder of a failed download that its service no longer knows"
     if policy.leftovers == "report":
         return Decision("report", what)
@@ -250,6 +252,8 @@ def _about_folder(policy: RecoveryPolicy, leftover: leftovers.Leftover, last_hou
         return Decision("report", f"{what}; media.folders does not say that it is the service's own")
     if at - leftover.changed_at < timedelta(days=policy.leftover_days):
         return Decision("report", f"{what}; it goes when it is {policy.leftover_days:g} days old")
-    if last_hour >= policy.max_per_hour:
+    if past.is_begun:
+        return Decision("wait", "until it is known what came of the last time")
+    if past.last_hour >= policy.max_per_hour:
         return Decision("wait", "to remove it: this hour has seen enough actions")
     return Decision("remove_folder", f"{what}, for more than {policy.leftover_days:g} days")

@@ -98,7 +98,8 @@ async def past_of(session: AsyncSession, service_id: int, item: str, title: str,
     retries = await session.scalar(select(func.count()).where(same, Recovery.decision == "retry"))
     last_at = await session.scalar(select(func.max(Recovery.at)).where(same))
     last_hour = await session.scalar(select(func.count()).where(taken, Recovery.at > at - HOUR))
-    return Past(retries or 0, last_at, last_hour or 0)
+    begun = await session.scalar(select(func.count()).where(same, Recovery.outcome == "begun"))
+    return Past(retries or 0, last_at, last_hour or 0, bool(begun))
 
 
 async def note(session: AsyncSession, recovery: Recovery) -> bool:

@@ -9,6 +9,7 @@ stuck, and nobody knows it                    report
 too soon after the last time, or too many     wait
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
@@ -23,6 +24,7 @@ Verdict = Literal["retry", "mark_failed", "replace", "remove_folder", "report", 
 ACTIONS: frozenset[Verdict] = frozenset({"retry", "mark_failed", "replace", "remove_folder"})
 """What changes something, outside of Forgearr."""
 HOUR = timedelta(hours=1)
+SOON = HOUR / 12
 
 
 class RecoveryPolicy(RecoverySettings):
@@ -54,6 +56,7 @@ class Past:
     retries: int = 0  # of this download, or of one of its title
     last_at: datetime | None = None
     last_hour: int = 0  # actions of all sorts
+    is_begun: bool = False  # whether nobody knows yet what came of the last one
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,22 @@ def is_case(policy: RecoveryPolicy, state: str, strikes: int, still_since: datet
     return state in {"blocked", "running"} and is_stuck
 
 
-def decide(policy: RecoveryPolicy, case: Case, past: Past, at: datetime) -> Decision:
-    protected = {tag.casefold() for tag in policy.protected_tags} & {tag.casefold() for tag in case.tags}
+def forbidden(policy: RecoveryPolicy, tags: Iterable[str], reason: str = "") -> str | None:
+    """Why nothing may be done about a download, whatever becomes of it."""
+    protected = {tag.casefold() for tag in policy.protected_tags} & {tag.casefold() for tag in tags}
     if protected:
-        return Decision("leave", f"protected by '{min(protected)}'")
-    matter = next((words for words in policy.leave_messages if words.casefold() in case.reason.casefold()), None)
-    if matter is not None:
-        return Decision("leave", f"a matter for a person: {case.reason}")
+        return f"protected by '{min(protected)}'"
+    is_matter = any(words.casefold() in reason.casefold() for words in policy.leave_messages)
+    return f"a matter for a person: {reason}" if is_matter else None
+
+
+def decide(policy: RecoveryPolicy, case: Case, past: Past, at: datetime) -> Decision:
+    if why := forbidden(policy, case.tags, case.reason):
+        return Decision("leave", why)
     if case.unsure is not None:
-        return Decision("wait", f"{case.unsure} cannot be asked about it", at + timedelta(minutes=1))
+        return Decision("wait", f"{case.unsure} cannot be asked about it", at + SOON)
+    if past.is_begun:
+        return Decision("wait", "until it is known what came of the last time", at + SOON)
     wanted = _wanted(policy, case, past, at)
     if wanted.verdict not in ACTIONS:
         return wanted
@@ -96,7 +106,7 @@ def decide(policy: RecoveryPolicy, case: Case, past: Past, at: datetime) -> Deci
     if cooled is not None and cooled > at:
         return Decision("wait", f"to {wanted.verdict} it, until the cooldown is over", cooled)
     if past.last_hour >= policy.max_per_hour:
-        return Decision("wait", f"to {wanted.verdict} it: this hour has seen enough actions", at + HOUR / 12)
+        return Decision("wait", f"to {wanted.verdict} it: this hour has seen enough actions", at + SOON)
     return wanted
 
 

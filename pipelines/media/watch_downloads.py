@@ -231,7 +231,7 @@ async def _note_underway(
         row = rows[underway.id] = _new_row(session, known.service_id, underway, at)
     is_new_failure = underway.state == "failed" and row.state != "failed"
     strikes = next_strikes(row.strikes, underway.state, row.bytes_left, underway.bytes_left, moves)
-    if not strikes or row.state != underway.state:
+    if not strikes or row.state != underway.state or row.ended_at is not None:
         row.moved_at, row.settled, row.decide_at = at, False, None
     if row.reason != underway.reason:
         row.settled, row.decide_at = False, None

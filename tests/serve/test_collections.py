@@ -318,6 +318,23 @@ async def test_adding_twice_at_once_makes_one(
 
 
 @BOTH
+async def test_what_was_added_by_a_request_without_an_answer_is_there(
+    house: House, sort: Sort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collections, "LOOKUP_SECONDS", 2)
+
+    def before(asked: Asked) -> Reply | None:
+        if asked.method != "POST":
+            return None
+        arr(asked)
+        return Reply(never=True)
+
+    async with stocked(house, sort, before) as arr:
+        answer = await house.ask("ada", "POST", sort.path, json={"title": "Inception"})
+    assert (answer.status_code, answer.json()["details"]["id"]) == (409, 3), answer.text
+
+
+@BOTH
 async def test_unknown_choices_are_refused_with_those_there_are(house: House, sort: Sort) -> None:
     async with stocked(house, sort) as arr:
         answer = await house.ask("ada", "POST", sort.path, json={"title": "Inception", "quality_profile_id": 99})

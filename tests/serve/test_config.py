@@ -476,6 +476,32 @@ async def test_plex_is_told_by_names_and_numbers(house: House) -> None:
     assert plex.asked[-2].query == {"allowMediaDeletion": "0"}
 
 
+async def test_what_is_no_longer_advisable_is_not_applied(house: House) -> None:
+    kept = {"FSEventLibraryUpdatesEnabled": True, "ScheduledLibraryUpdatesEnabled": True}
+
+    def answer(asked: Asked) -> Reply:
+        return telling({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
+
+    async with standing_in(answer) as plex:
+        await connect(house, "plex", "plex", plex.url, KEY)
+        await audited(house, "plex")
+        found = (await recommended(house))["ScheduledLibraryUpdatesEnabled"]
+        kept["FSEventLibraryUpdatesEnabled"] = False  # so Plex would look for new files in no way at all
+        for dry_run in (True, False):
+            (result,) = await changed(house, "apply", found["id"], dry_run=dry_run)
+            assert (result["success"], result["error"]) == (False, "changed_since")
+        assert {asked.method for asked in plex.asked} == {"GET"}
+
+
+async def test_another_thing_under_the_same_key_is_not_changed(house: House, sonarr: ArrStandIn) -> None:
+    await audited(house, "sonarr")
+    found = (await recommended(house))['SAB "🎬".removeCompletedDownloads']
+    sonarr.rows("downloadclient")[0]["name"] = "Another"
+    (result,) = await changed(house, "apply", found["id"])
+    assert (result["success"], result["error"]) == (False, "changed_since")
+    assert sonarr.rows("downloadclient")[0]["removeCompletedDownloads"] is False
+
+
 # The doors
 
 

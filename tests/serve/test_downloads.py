@@ -70,8 +70,7 @@ async def refused(client: httpx.AsyncClient, path: str, method: str = "GET", **p
 async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Running, news: Usenet) -> None:
     with news.holding():
         nzo_id = usenet.download(sabnzbd, news.post("movie.mkv", secrets.token_bytes(3_000_000)), NAME)
-        eventually(lambda: len(news.waiting) == 2)  # a connection that opens only now would count as a download
-        usenet.still(sabnzbd)
+        usenet.still(sabnzbd, news)
         queue = await told(real, "/queue")
         (slot,) = queue["queue"]
         assert slot == {
@@ -252,6 +251,23 @@ async def test_a_time_that_nobody_knows_is_null(
 ) -> None:
     nonsense.reply = telling({"queue": {**QUEUE, "slots": [{**SLOT, "timeleft": left}]}})
     assert (await told(client, "/queue"))["queue"][0]["eta"] == eta
+
+
+async def test_what_ends_just_before_it_is_deleted_is_not_deleted(
+    client: httpx.AsyncClient, nonsense: Nonsense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = {"queue": [SLOT], "history": list[Any]()}
+
+    def answer(asked: Asked) -> Reply:
+        if asked.query.get("name") == "delete":
+            slots.update(queue=[], history=[ENDED])
+            return telling({"status": False, "nzo_ids": []})
+        told = {"queue": {**QUEUE, "slots": slots["queue"]}, "history": {"slots": slots["history"], "noofslots": 1}}
+        return telling({asked.query["mode"]: told[asked.query["mode"]]})
+
+    monkeypatch.setattr(nonsense, "answer", answer)
+    told = await client.delete(f"{DOWNLOADS}/{SLOT['nzo_id']}")
+    assert (told.status_code, "by itself meanwhile: it is Completed" in told.json()["message"]) == (404, True)
 
 
 async def test_what_does_not_come_in_has_no_time_to_come(client: httpx.AsyncClient, nonsense: Nonsense) -> None:

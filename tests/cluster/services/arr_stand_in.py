@@ -198,7 +198,7 @@ class ArrStandIn:
         return telling(self.keep(self.sort.things, row), 201)
 
     def _command(self, body: Row) -> Reply:
-        told = {"name": body["name"], "commandName": body["name"], "status": "queued", "queued": LONG_AGO}
+        told = {"name": body["name"], "commandName": body["name"], "body": body, "status": "queued", "queued": LONG_AGO}
         return telling(self.keep("command", {**told, "trigger": "manual"}), 201)
 
     def _leave_queue(self, asked: Asked, ids: list[int]) -> Reply:
@@ -208,6 +208,8 @@ class ArrStandIn:
             for one in same:
                 self.rows("queue").remove(one)
             if asked.query.get("blocklist") == "true":
+                for grab in [one for one in self.rows("history") if _grabbed(one, row["downloadId"])]:
+                    self._mark_failed(grab["id"])
                 kept = {name: row[name] for name in ("seriesId", "movieId", "protocol", "indexer") if name in row}
                 self.keep("blocklist", {**kept, "sourceTitle": row["title"], "date": LONG_AGO})
         return telling({})
@@ -345,6 +347,10 @@ def queued(title: str, row_id: int, **more: Any) -> Row:
 
 def _is(asked: Asked, method: str, end: str) -> bool:
     return (asked.method, asked.path) == (method, API + end)
+
+
+def _grabbed(row: Row, download_id: str) -> bool:
+    return row["eventType"] == "grabbed" and row.get("downloadId") == download_id
 
 
 def _like(row: Row, name: str, wanted: str) -> bool:

@@ -2,7 +2,8 @@
 them; and what the documents say is answered, against our tools."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -11,12 +12,24 @@ import pytest
 from cluster.services import checks
 from cluster.services.catalogue import find_connector
 from cluster.services.client import Client, Connection
+from cluster.services.following import Place
 from tests.cluster.services import programs
-from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in, kept_movie, kept_series, movie, series
+from tests.cluster.services.arr_stand_in import (
+    LONG_AGO,
+    ArrStandIn,
+    arr_standing_in,
+    kept_movie,
+    kept_series,
+    movie,
+    queued,
+    series,
+)
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.programs import Running
+from tests.cluster.services.stand_in import Asked
 from tests.waiting import PATIENCE
 
+AGES_AGO = datetime.fromisoformat(LONG_AGO) - timedelta(hours=1)
 HEADERS = {"X-Api-Key": KEY, "Accept": "application/json", "Content-Type": "application/json"}
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "add_series": [{"tvdb_id": 81189}, {"title": "Dune", "monitored": False, "search_for_missing_episodes": True}],
@@ -77,8 +90,48 @@ async def test_no_request_breaks_the_document(service: str, prism: Running) -> N
             await checks.version_of(client)
         used = await use_everything(service, arr.url, "read", "change", "destroy")
         assert used == {tool.name for tool in find_connector(service).tools}
-        asked = list(arr.asked)
-    assert {one.method for one in asked} == {"GET", "POST", "DELETE"}
+    assert {one.method for one in arr.asked} == {"GET", "POST", "DELETE"}
+    await allowed_by(prism, arr.asked)
+
+
+async def test_nothing_that_mends_downloads_breaks_the_document(service: str, prism: Running) -> None:
+    following = find_connector(service).following
+    assert following
+    assert following.replacing
+    mend, place = following.replacing, Place(since=AGES_AGO, at=AGES_AGO)
+    ids, content = (
+        ({"seriesId": 1, "episodeId": 12}, ("series:1", "episode:12"))
+        if service == "sonarr"
+        else ({"movieId": 1}, ("movie:1",))
+    )
+    resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
+    async with arr_standing_in(service, **resources) as arr:
+        stock(arr)
+        download = arr.keep("queue", queued("Dune", 1, **ids))["downloadId"]
+        grabbed = {"eventType": "grabbed", "downloadId": download, "sourceTitle": "Dune", "date": LONG_AGO, **ids}
+        grab = arr.keep("history", grabbed)["id"]
+        async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
+            look = await following.look(client, place)
+            assert ([one.id for one in look.underway], look.ended) == ([download], ())
+            assert await mend.find(client, download) == look.underway[0]
+            found = await mend.grab_of(client, download)
+            assert found
+            assert (found.id, found.content, found.failed) == (grab, content, False)
+            await mend.mark_failed(client, grab)
+            (ended,) = (await following.look(client, place)).ended
+            assert (ended.id, ended.outcome, ended.content) == (download, "failed", content)
+            assert not await mend.searches_itself(client)
+            assert not await mend.is_searching(client, content, AGES_AGO)
+            await mend.search(client, content)
+            assert await mend.is_searching(client, content, AGES_AGO)
+            assert not await mend.is_searching(client, content, AGES_AGO + timedelta(days=1))  # that is an older one
+            assert not await mend.is_searching(client, tuple(f"{one}0" for one in content), AGES_AGO)
+            await mend.remove(client, download, False)
+            assert await mend.find(client, download) is None
+    await allowed_by(prism, arr.asked)
+
+
+async def allowed_by(prism: Running, asked: Iterable[Asked]) -> None:
     async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
         for one in asked:
             answer = await http.request(one.method, one.path, params=one.query, content=one.body or None)

@@ -21,6 +21,7 @@ import httpx
 from tests.cluster.services.programs import Running
 from tests.waiting import PATIENCE, eventually
 
+CONNECTIONS = 2
 LINE = 128
 SHIFTED = bytes((value + 42) % 256 for value in range(256))
 CRITICAL = re.compile(rb"[\0\n\r=]")
@@ -33,6 +34,7 @@ class Usenet:
     articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     lost: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     open: threading.Event = field(default_factory=threading.Event, repr=False)
+    sent: list[int] = field(default_factory=list[int], repr=False)  # how many bytes, each time
     waiting: set[socketserver.StreamRequestHandler] = field(
         default_factory=set[socketserver.StreamRequestHandler], repr=False
     )
@@ -88,8 +90,8 @@ def usenet() -> Generator[Usenet]:
 
 def subscribe(sabnzbd: Running, news: Usenet) -> None:
     """Have SABnzbd download from this server."""
-    server = {"name": "Loopback", "host": "127.0.0.1", "port": news.port, "connections": 2, "enable": 1, "ssl": 0}
-    ask(sabnzbd, "set_config", section="servers", **server)
+    server = {"name": "Loopback", "host": "127.0.0.1", "port": news.port, "connections": CONNECTIONS}
+    ask(sabnzbd, "set_config", section="servers", **server, enable=1, ssl=0)
 
 
 def download(sabnzbd: Running, nzb: str, name: str, **options: Any) -> str:
@@ -106,14 +108,17 @@ def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
 
     def found() -> dict[str, Any] | None:
         slots = ask(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
-        # Until it is kept somewhere, it is in the hands of SABnzbd, whatever else is said of it.
-        return next((slot for slot in slots if slot["status"] in {"Completed", "Failed"} and slot["storage"]), None)
+        # What it still has in its hands is told apart, is stored nowhere, and may be called completed already.
+        is_over = len(slots) == 1 and slots[0]["status"] in {"Completed", "Failed"} and slots[0]["storage"]
+        return slots[0] if is_over else None
 
     return eventually(found)
 
 
-def still(sabnzbd: Running) -> None:
-    """Wait until nothing of what was downloaded before counts as its speed any more."""
+def still(sabnzbd: Running, news: Usenet) -> None:
+    """Wait until SABnzbd is kept waiting, and nothing that came before, such as a greeting, counts as its speed."""
+    eventually(lambda: len(news.waiting) == CONNECTIONS)
+    eventually(lambda: ask(sabnzbd, "server_stats")["total"] == sum(news.sent))
     eventually(lambda: float(ask(sabnzbd, "queue")["queue"]["kbpersec"]) == 0)
 
 
@@ -129,7 +134,10 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 def _converse(news: Usenet, conversation: socketserver.StreamRequestHandler) -> None:
-    say = conversation.wfile.write
+    def say(words: bytes) -> None:
+        news.sent.append(len(words))
+        conversation.wfile.write(words)
+
     try:
         say(b"200 Welcome\r\n")
         while line := conversation.rfile.readline().decode("latin-1").split():

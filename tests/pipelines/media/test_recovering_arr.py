@@ -3,17 +3,27 @@
 import asyncio
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
-from cluster.db import Database, now
+from cluster.db import Database, apart, now
 from cluster.services import register
 from cluster.services.errors import BadResponse
 from cluster.services.following import Place
 from cluster.services.register import Service
-from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in, kept_movie, kept_series, queued
+from pipelines.media.recoveries import Recovery
+from tests.cluster.services.arr_stand_in import (
+    LONG_AGO,
+    ArrStandIn,
+    arr_standing_in,
+    kept_movie,
+    kept_series,
+    queued,
+)
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.stand_in import Asked, Reply, page, standing_in, telling
 from tests.pipelines.media.conftest import Desk, Ear
@@ -44,8 +54,10 @@ def pack(sonarr: ArrStandIn, **more: Any) -> None:
     """A download of two episodes, which are two rows of the queue."""
     sonarr.keep("series", kept_series("Breaking Bad", 81189, 3))
     for episode in (12, 13):
-        told = {"seriesId": 3, "episodeId": episode, "downloadId": "SABnzbd_nzo_pack", **more}
-        sonarr.keep("queue", queued("Breaking.Bad.S01", episode, **told))
+        told = {"seriesId": 3, "episodeId": episode, "downloadId": "SABnzbd_nzo_pack"}
+        sonarr.keep("queue", queued("Breaking.Bad.S01", episode, **told, **more))
+        grabbed = {"eventType": "grabbed", "sourceTitle": "Breaking.Bad.S01", "date": LONG_AGO}
+        sonarr.keep("history", {**grabbed, **told})
 
 
 async def stuck(desk: Desk, sonarr: ArrStandIn, **policy: Any) -> Service:
@@ -201,7 +213,7 @@ async def test_where_nothing_moves_at_all_no_torrent_is_to_blame(desk: Desk) -> 
         assert [row.strikes for row in (await desk.downloads()).values()] == [2]
 
 
-async def test_what_has_got_on_meanwhile_is_kept(desk: Desk, database: Database) -> None:
+async def test_what_has_got_on_meanwhile_is_kept(desk: Desk) -> None:
     def before(asked: Asked) -> Reply | None:
         return telling({"message": "Not now"}, 503) if asked.method == "DELETE" else None
 
@@ -215,10 +227,7 @@ async def test_what_has_got_on_meanwhile_is_kept(desk: Desk, database: Database)
         (one,) = await desk.recoveries()
         assert (one.decision, one.outcome, len(deletions(sonarr))) == ("replace", "begun", 1)
         sonarr.rows("queue")[0]["sizeleft"] = 5e8
-        async with database.transaction() as session:
-            one.again_at = now()
-            await session.merge(one)
-        await desk.recover()
+        await resume(desk)
         assert (await desk.decisions(), len(deletions(sonarr))) == ([("replace", "overtaken")], 1)
 
 
@@ -254,7 +263,122 @@ async def test_a_worker_that_dies_repeats_nothing(desk: Desk, acted: bool) -> No
         assert (len(sonarr.commands), len(await desk.recoveries())) == (1, 1)
 
 
-async def test_a_service_that_goes_away_is_asked_again_later(desk: Desk, database: Database) -> None:
+async def resume(desk: Desk) -> None:
+    """Recover, and do not wait with what was begun."""
+    async with desk.database.transaction() as session:
+        await session.execute(update(Recovery).values(again_at=now()))
+    await desk.recover()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+async def test_what_was_not_removed_by_us_is_not_searched_for(desk: Desk, moved: bool) -> None:
+    """A person removes it before we have begun, or the service at this address is another one by then."""
+    away = True
+
+    def before(asked: Asked) -> Reply | None:
+        return telling({"message": "Not now"}, 503) if away and asked.path.endswith("/config/downloadclient") else None
+
+    async with (
+        arr_standing_in("sonarr", before, **HANDLING) as sonarr,
+        arr_standing_in("sonarr", **HANDLING) as another,
+    ):
+        service = await stuck(desk, sonarr)
+        await desk.recover()
+        assert await desk.decisions() == [("replace", "begun")]
+        if moved:
+            pack(another, **BLOCKED)
+            async with desk.database.transaction() as session:
+                moved_one = await register.get(session, service.id)
+                await register.change(session, moved_one, {"url": another.url, "api_key": KEY})
+        sonarr.rows("queue").clear()
+        away = False
+        await resume(desk)
+        assert await desk.decisions() == [("replace", "overtaken")]
+        assert [*sonarr.commands, *another.commands, *deletions(sonarr), *deletions(another)] == []
+
+
+async def test_what_goes_by_itself_just_before_it_is_removed_is_not_searched_for(desk: Desk) -> None:
+    armed = False
+
+    def before(asked: Asked) -> Reply | None:
+        nonlocal armed
+        if armed and asked.method == "GET" and asked.path.endswith("/queue"):
+            told, armed = sonarr(asked), False
+            sonarr.rows("queue").clear()
+            return told
+        return None
+
+    async with arr_standing_in("sonarr", before, **HANDLING) as sonarr:
+        await stuck(desk, sonarr)
+        armed = True
+        await desk.recover()
+        assert (await desk.decisions(), sonarr.commands) == ([("replace", "overtaken")], [])
+
+
+async def test_a_tag_protects_what_is_about_to_be_removed(desk: Desk) -> None:
+    async with arr_standing_in("sonarr", **HANDLING) as sonarr:
+        await stuck(desk, sonarr, protected_tags=["keep"])
+        sonarr.keep("tag", {"id": 5, "label": "Keep"})
+        for row in sonarr.rows("queue"):
+            row["series"] = {"id": 3, "title": "Breaking Bad", "tags": [5]}
+        await desk.recover()
+        assert (await desk.decisions(), deletions(sonarr)) == ([("replace", "overtaken")], [])
+
+
+async def test_what_was_begun_is_not_decided_again(desk: Desk) -> None:
+    def before(asked: Asked) -> Reply | None:
+        return telling({"message": "Not now"}, 503) if asked.method == "DELETE" else None
+
+    async with arr_standing_in("sonarr", before, **HANDLING) as sonarr:
+        await stuck(desk, sonarr)
+        for _ in range(3):
+            await desk.recover(dry_run=False)
+        assert await desk.decisions() == [("replace", "begun"), ("wait", "noted")]
+
+
+async def test_a_policy_that_changes_stops_what_has_not_begun(desk: Desk) -> None:
+    """An administrator sees a wrong removal, and says that nothing is to be done."""
+    room = ThreadPoolExecutor(1)
+
+    def before(asked: Asked) -> Reply | None:
+        if asked.method == "DELETE":
+            room.submit(asyncio.run, apart(stop)).result()
+        return None
+
+    async def stop(database: Database) -> None:
+        await Desk(database).policy(dry_run=True)
+
+    async with arr_standing_in("radarr", before, **HANDLING) as radarr:
+        for number in (1, 2):
+            radarr.keep("movie", kept_movie(f"Movie {number}", 600 + number, number))
+            radarr.keep("queue", queued(f"Movie.{number}", number, movieId=number, **FAILED))
+        await desk.add("Films", "radarr", radarr.url, KEY)
+        await desk.policy(grace_minutes=0)
+        await desk.watch()
+        await desk.recover()
+        assert (len(deletions(radarr)), await desk.decisions()) == (
+            1,
+            [("replace", "done"), ("replace", "overtaken")],
+        )
+
+
+async def test_a_failure_that_was_out_of_sight_is_dealt_with(desk: Desk) -> None:
+    """Sonarr has forgotten its queue, such as when it has just started."""
+    async with arr_standing_in("sonarr", **HANDLING) as sonarr:
+        pack(sonarr, **FAILED)
+        await desk.add("TV", "sonarr", sonarr.url, KEY)
+        await desk.policy(grace_minutes=0)
+        await desk.watch()
+        rows = list(sonarr.rows("queue"))
+        sonarr.rows("queue").clear()
+        await desk.watch()
+        sonarr.rows("queue").extend(rows)
+        await desk.watch()
+        await desk.recover()
+        assert (len(deletions(sonarr)), await desk.decisions()) == (1, [("replace", "done")])
+
+
+async def test_a_service_that_goes_away_is_asked_again_later(desk: Desk) -> None:
     away = True
 
     def before(asked: Asked) -> Reply | None:
@@ -269,10 +393,7 @@ async def test_a_service_that_goes_away_is_asked_again_later(desk: Desk, databas
         away = False
         await desk.recover()
         assert await desk.decisions() == [("replace", "begun")]  # not at once
-        async with database.transaction() as session:
-            one.again_at = now()
-            await session.merge(one)
-        await desk.recover()
+        await resume(desk)
         assert [(*told, len(sonarr.commands)) for told in await desk.decisions()] == [("replace", "done", 1)]
 
 

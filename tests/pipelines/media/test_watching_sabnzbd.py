@@ -33,10 +33,17 @@ def news() -> Iterator[Usenet]:
 
 
 @pytest.fixture(scope="module")
-def sabnzbd(news: Usenet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(news: Usenet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with programs.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server:
         subscribe(server, news)
         yield server
+
+
+@pytest.fixture
+def sabnzbd(server: Running) -> Running:
+    """Without a history: what has ended in this very second would count."""
+    ask(server, "history", name="delete", value="all")
+    return server
 
 
 def failing(sabnzbd: Running, news: Usenet, name: str) -> str:
@@ -70,7 +77,6 @@ async def test_what_ends_is_counted_and_a_failure_is_told_once(
 
 
 async def test_a_failure_is_retried_and_given_up_in_the_end(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
-    ask(sabnzbd, "history", name="delete", value="all")  # what ended in this very second would count
     await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await desk.policy(max_retries=1)
     first = failing(sabnzbd, news, "Gone for good")
@@ -130,7 +136,7 @@ async def test_who_waits_in_the_queue_is_not_stuck(sabnzbd: Running, news: Usene
     await desk.policy(strikes=1, stuck_minutes=0)
     with news.holding():
         items = [download(sabnzbd, news.post(f"{n}.bin", secrets.token_bytes(SIZE)), f"Waits {n}") for n in range(2)]
-        still(sabnzbd)
+        still(sabnzbd, news)
         for _ in range(3):
             await desk.watch()
         rows = await desk.downloads()
