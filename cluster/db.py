@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from sqlalchemy import JSON, CursorResult, DateTime, Delete, Dialect, MetaData, TypeDecorator, event, func, select
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
@@ -116,6 +116,8 @@ def is_passing(error: SQLAlchemyError) -> bool:
     if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
         return True
     state = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
+    if isinstance(error, InternalError) and not state:
+        return True  # the driver has lost its way, as it may where a connection breaks off
     return state[:2] in {"08", "40", "53", "55", "57"}
 
 

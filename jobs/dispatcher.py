@@ -130,8 +130,10 @@ class Dispatcher:
                 seen, is_new = time.monotonic(), True
             if claims or is_new:
                 continue
+            # Not wait_for(), which may miss that the task is cancelled: then dispatching would go on without the rest.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), min(due, LOOK_SECONDS if heavy else IDLE_SECONDS))
+                async with asyncio.timeout(min(due, LOOK_SECONDS if heavy else IDLE_SECONDS)):
+                    await self._wake.wait()
 
     async def _keep_house_forever(self) -> None:
         """Renew the leadership, take jobs from workers that fell silent, and fire schedules."""

@@ -1,8 +1,9 @@
 """The database's line of defence, and what is told after a commit."""
 
+import asyncpg
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import InternalError, OperationalError, SQLAlchemyError
 
 from cluster.db import Database, after_commit, before_commit, is_passing
 
@@ -24,6 +25,22 @@ async def test_a_value_that_no_database_takes_is_not(database: Database) -> None
             async with database.transaction() as session:
                 await session.execute(text(f"SELECT CAST(:value AS {type_})"), {"value": value})
         assert not is_passing(refused.value)
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+async def test_a_driver_that_loses_its_way_is_tried_again(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncpg says such a thing where a connection breaks off in the middle; the statement is not to blame."""
+
+    async def lost(*_: object, **__: object) -> None:
+        raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+
+    async with database.reading() as session:
+        await session.execute(text("SELECT 1"))
+        monkeypatch.setattr(asyncpg.Connection, "prepare", lost)
+        with pytest.raises(InternalError) as refused:
+            await session.execute(text("SELECT 2"))
+        assert is_passing(refused.value)
+        monkeypatch.undo()
 
 
 async def test_nobody_hears_of_what_was_rolled_back(database: Database) -> None:
