@@ -95,7 +95,7 @@ def _let_go_of_applications() -> Iterator[None]:  # pyright: ignore[reportUnused
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A fresh FORGEARR_HOME, with nothing configured."""
+    """A fresh FORGEARR_HOME, with nothing configured but patience."""
     for variable in [name for name in os.environ if name.startswith("FORGEARR_")]:
         monkeypatch.delenv(variable)
     folder = tmp_path / "home"

@@ -10,6 +10,7 @@ import typer
 
 from cluster.errors import ForgearrError, Unavailable
 
+CONNECT_SECONDS = 30
 PATIENCE_SECONDS = 120
 """How long a server that does not answer is waited for."""
 RETRY_SECONDS = 2.0
@@ -114,7 +115,7 @@ def stream(path: str, body: Any) -> Iterator[dict[str, Any]]:
     with _client() as client:
         try:
             # A model may have to be loaded first, and may think for as long as it likes.
-            with client.stream("POST", path, json=body, timeout=httpx.Timeout(PATIENCE_SECONDS, read=None)) as answer:
+            with client.stream("POST", path, json=body, timeout=httpx.Timeout(CONNECT_SECONDS, read=None)) as answer:
                 if answer.is_error:
                     answer.read()
                     _content(answer)
@@ -138,7 +139,8 @@ def _client() -> Any:
     import httpx
 
     key = os.environ.get("FORGEARR_API_KEY")
-    return httpx.Client(base_url=server_url(), timeout=PATIENCE_SECONDS, headers={"X-API-Key": key} if key else {})
+    timeout = httpx.Timeout(PATIENCE_SECONDS, connect=CONNECT_SECONDS)
+    return httpx.Client(base_url=server_url(), timeout=timeout, headers={"X-API-Key": key} if key else {})
 
 
 def _content(answer: Any) -> Any:

@@ -172,7 +172,7 @@ async def add(client: Client, collection: Collection[Kept], wanted: Wanted) -> K
         **wanted.fields,
     }
     try:
-        # It looks it up once more, in the internet.
+        # The service looks it up once more, in the internet.
         answer = await client.post(collection.path, body, seconds=LOOKUP_SECONDS)
     except (Refused, BadResponse, Unreachable):
         await _refuse_if_there(client, collection, found)  # another one was quicker, or its answer did not come

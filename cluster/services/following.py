@@ -90,7 +90,7 @@ class Grab:
 @dataclass(frozen=True)
 class Replacing:
     find: Callable[["Client", str], Awaitable[Underway | None]]
-    # For good, with its files; whether to search by itself. False: it is gone already.
+    # For good, with its files; whether to search by itself. Returns False if it was gone already.
     remove: Callable[["Client", str, bool], Awaitable[bool]]
     grab_of: Callable[["Client", str], Awaitable[Grab | None]]  # by the download's id
     mark_failed: Callable[["Client", int], Awaitable[None]]  # a grab

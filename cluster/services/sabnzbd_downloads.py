@@ -101,6 +101,10 @@ class Retried(BaseModel):
     nzo_id: str
 
 
+class Removed(BaseModel):
+    nzo_ids: list[str]
+
+
 class Added(BaseModel):
     nzo_ids: Annotated[list[str], Field(min_length=1)]
 
@@ -156,11 +160,11 @@ async def delete(client: Client, nzo_id: str, with_files: bool) -> None:
         if slot := await _find_ended(client, nzo_id):
             raise DownloadNotFound(f"'{slot.name}' is no longer in the queue of {name}: it is {slot.status}.")
         raise DownloadNotFound(f"{name} has no download '{nzo_id}' in its queue.")
-    await tell(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
+    answer = await tell(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
     if await _find_queued(client, nzo_id):
         raise Refused(f"{name} still has '{nzo_id}' in its queue.")
-    if slot := await _find_ended(client, nzo_id):
-        raise DownloadNotFound(f"'{slot.name}' has left the queue of {name} by itself meanwhile: it is {slot.status}.")
+    if nzo_id not in client.read(Removed, answer).nzo_ids:
+        raise DownloadNotFound(f"'{nzo_id}' has just left the queue of {name} by itself.")
 
 
 async def pause(client: Client) -> Pausing:
@@ -219,10 +223,10 @@ def _checked(nzo_id: str) -> str:
 
 
 async def _must_be_there(client: Client, nzo_id: str, what: str) -> None:
-    for _ in range(LOOKS):
+    for look in range(LOOKS):
+        await asyncio.sleep(BETWEEN_LOOKS_SECONDS if look else 0)
         if await _find_queued(client, nzo_id) or await _find_ended(client, nzo_id):
             return
-        await asyncio.sleep(BETWEEN_LOOKS_SECONDS)
     raise Refused(f"{client.connection.name} says that it has taken '{what}', and does not have it.")
 
 

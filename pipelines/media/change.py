@@ -6,7 +6,7 @@ kept before it is made, so that it can be taken back even if nobody has heard ho
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -94,7 +94,7 @@ class Place:
         return self.entry.values[self.row.setting]
 
     async def again(self) -> "Place":
-        return Place(self.client, self.areas, self.row, await _entry(self.client, self.areas, self.row))
+        return replace(self, entry=await _entry(self.client, self.areas, self.row))
 
     async def set(self, value: Any) -> "Place":
         """Write a value; returns what is there then."""
@@ -197,8 +197,7 @@ async def _apply(database: Database, place: Place, result: ItemResult, by: str, 
             f"It is {result.previous_value!r} now, and was {row.current_value!r} in the audit: somebody has changed it "
             "since. Nothing was overwritten; audit again."
         )
-    if not await _is_found(place):
-        raise ChangedSince("What the audit has found there is no longer so. Nothing was changed; audit again.")
+    place = await _found_again(place)
     if dry_run:
         result.message = "It would be changed"
         return
@@ -220,12 +219,16 @@ async def _apply(database: Database, place: Place, result: ItemResult, by: str, 
     result.message, result.rollback_available = "Configuration applied successfully", True
 
 
-async def _is_found(place: Place) -> bool:
-    """Whether an audit would still find this: other settings count too, and another thing may have the same key."""
-    known = await asyncio.to_thread(rules.load)
-    concerned = [rule for rule in known.rules if rule.id == place.row.rule_id]
-    found = find(concerned, await read_areas(place.client, place.areas, concerned))
-    return (place.row.entry, place.row.entry_name) in {(one.entry, one.entry_name) for one in found}
+async def _found_again(place: Place) -> Place:
+    """The setting, just read, if an audit would find the same: other settings count too, and another thing may have its
+    key by now."""
+    row, known = place.row, await asyncio.to_thread(rules.load)
+    concerned = [rule for rule in known.rules if rule.id == row.rule_id]
+    read = await read_areas(place.client, place.areas, concerned)
+    for one in find(concerned, read):
+        if (one.entry, one.entry_name) == (row.entry, row.entry_name) and same(one.current, row.current_value):
+            return replace(place, entry=next(entry for entry in read[row.area] if entry.key == row.entry))
+    raise ChangedSince("What the audit has found there is no longer so. Nothing was changed; audit again.")
 
 
 async def _restore(

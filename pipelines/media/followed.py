@@ -3,7 +3,8 @@
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import BigInteger, Boolean, ForeignKey, Integer, String, Text, UniqueConstraint, delete
+from sqlalchemy import BigInteger, Boolean, ForeignKey, Integer, String, Text, UniqueConstraint, delete, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, delete_rows, now
@@ -54,6 +55,12 @@ class FollowedDownload(Base):
     told: Mapped[bool] = mapped_column(Boolean, default=False)  # that it has failed, or was imported
     settled: Mapped[bool] = mapped_column(Boolean, default=False)  # there is nothing more to decide about it
     decide_at: Mapped[datetime | None]  # not before then
+
+
+async def tags_of(session: AsyncSession, item: str) -> set[str]:
+    """The tags of a download, as all who follow it have them."""
+    same = or_(FollowedDownload.item == item, FollowedDownload.download_id == item)
+    return {tag for tags in await session.scalars(select(FollowedDownload.tags).where(same)) for tag in tags}
 
 
 async def remove_old(database: Database) -> int:

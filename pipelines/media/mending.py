@@ -6,9 +6,9 @@ before it died is not taken again.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import update
 
@@ -22,7 +22,7 @@ from cluster.services.following import Following, Replacing
 from cluster.services.register import Service
 from cluster.settings import get_settings
 from pipelines.media import leftovers, recoveries
-from pipelines.media.followed import FollowedDownload
+from pipelines.media.followed import FollowedDownload, tags_of
 from pipelines.media.recoveries import Recovery, RecoveryOutcome
 from pipelines.media.recovery_policy import RecoveryPolicy, forbidden
 
@@ -32,38 +32,31 @@ SKEW = timedelta(minutes=2)
 """How far the clock of a service may be from ours."""
 
 
-Step = Literal[
-    "done",
-    "gone",  # there is nothing left of it: a worker before has removed it, or somebody else
-    "needless",  # it has got on after all, or may not be touched any more
-]
-
-
 @dataclass(frozen=True)
 class Ending:
     outcome: RecoveryOutcome
     error: str | None = None
     new_item: str | None = None
+    settles: bool = False  # whether there is nothing more to decide about the download
+
+
+OVERTAKEN = Ending("overtaken", "It has got on, or is gone.")
 
 
 async def carry_out(
-    database: Database,
-    services: Mapping[int, tuple[Service, Following]],
-    recovery: Recovery,
-    *,
-    resumed: bool,
-    wished: bool,
+    database: Database, services: Mapping[int, tuple[Service, Following]], recovery: Recovery, *, resumed: bool
 ) -> None:
-    """Do what was decided. With `resumed`, somebody has begun to, and nobody knows how far that went; with `wished`,
-    a person wants it, whatever the policy says of dry runs."""
-    service, following = services.get(recovery.service_id or 0, (None, None))
-    if service is None or following is None or service.connected_as_of > recovery.at:
-        said = "The service that it was decided about is no longer followed."
-        return await _end(database, recovery, Ending("overtaken", said))
+    """Do what was decided. With `resumed`, somebody has begun to, and nobody knows how far that went."""
     async with database.reading() as session:
         policy, _ = await recoveries.policy_of(session)
-    if not wished and (policy.dry_run or not policy.enabled):
-        return await _end(database, recovery, Ending("overtaken", "The policy has changed, and does not act any more."))
+        tags = await tags_of(session, recovery.item)
+    service, following = services.get(recovery.service_id or 0, (None, None))
+    if service is None or following is None:
+        return await _give_up(database, recovery, "The service is no longer followed.")
+    if service.connected_as_of > recovery.at:
+        return await _give_up(database, recovery, "The service has another address or key since.")
+    if not recovery.removed and (why := _stopped(policy, recovery) or forbidden(policy, tags)):
+        return await _give_up(database, recovery, why)
     try:
         async with register.connected(database, service) as client:
             ending = await _act(database, client, following, policy, recovery, resumed=resumed)
@@ -75,6 +68,16 @@ async def carry_out(
     except OSError as error:
         ending = Ending("failed", f"{type(error).__name__}: {error}")
     await _end(database, recovery, ending)
+
+
+def _stopped(policy: RecoveryPolicy, recovery: Recovery) -> str | None:
+    """Why this is not done any more, though it was decided. What a person has wished for needs no policy that acts."""
+    was_wished = recovery.policy["dry_run"] or not recovery.policy["enabled"]
+    if not was_wished and (policy.dry_run or not policy.enabled):
+        return "The policy has changed, and does not act any more."
+    if recovery.decision == "remove_folder" and policy.leftovers == "report":
+        return "The policy has changed, and only reports such folders."
+    return None
 
 
 async def _act(
@@ -99,9 +102,9 @@ async def _retry(
     client: Client, retry: Callable[[Client, str], Awaitable[str]], recovery: Recovery, *, resumed: bool
 ) -> Ending:
     try:
-        return Ending("done", new_item=await retry(client, recovery.item))
+        return Ending("done", new_item=await retry(client, recovery.item), settles=True)
     except (DownloadNotFound, DownloadNotFailed):
-        return _gone(resumed=resumed)
+        return replace(_gone(resumed=resumed), settles=True)
 
 
 async def _replace(
@@ -117,10 +120,13 @@ async def _replace(
     wants_search = bool(recovery.policy["search_again"])
     by_itself = await replacing.searches_itself(client)
     if not recovery.removed:
-        remove = _remove if recovery.decision == "replace" else _mark
-        done = await remove(client, replacing, policy, recovery, search=wants_search and by_itself)
-        if done == "needless" or (done == "gone" and not resumed):
-            return _gone(resumed=False)
+        if recovery.decision == "mark_failed":
+            overtaken = await _mark(client, replacing, policy, recovery, resumed=resumed)
+        else:
+            search = wants_search and by_itself
+            overtaken = await _remove(client, replacing, policy, recovery, resumed=resumed, search=search)
+        if overtaken:
+            return overtaken
         await _note(database, recovery, removed=True)
     # A grab that is marked as failed has no wish with it: whoever searches by itself does so.
     if not wants_search or by_itself:
@@ -136,31 +142,35 @@ async def _replace(
 
 
 async def _remove(
-    client: Client, replacing: Replacing, policy: RecoveryPolicy, recovery: Recovery, *, search: bool
-) -> Step:
+    client: Client, replacing: Replacing, policy: RecoveryPolicy, recovery: Recovery, *, resumed: bool, search: bool
+) -> Ending | None:
+    """None: it is removed, if not now, then by a worker before."""
     found = await replacing.find(client, recovery.item)
     if found is None:
-        # Whoever removes one and blocklists it calls it failed; without that, it was not us.
+        # Our removal leaves a failure in the history; without one it was somebody else, as far as can be told.
         grab = await replacing.grab_of(client, recovery.item)
-        return "gone" if grab and grab.failed and not grab.imported else "needless"
+        return None if resumed and grab and grab.failed and not grab.imported else OVERTAKEN
     stands_still = recovery.stood_at is not None and found.bytes_left == recovery.stood_at
     if found.state not in {"failed", "blocked"} and not (stands_still and found.state in {"running", "waiting"}):
-        return "needless"
-    if forbidden(policy, found.tags, found.reason):
-        return "needless"
-    return "done" if await replacing.remove(client, recovery.item, search) else "needless"
+        return OVERTAKEN
+    if why := forbidden(policy, found.tags, found.reason):
+        return Ending("overtaken", why)
+    return None if await replacing.remove(client, recovery.item, search) else OVERTAKEN
 
 
 async def _mark(
-    client: Client, replacing: Replacing, policy: RecoveryPolicy, recovery: Recovery, *, search: bool
-) -> Step:
+    client: Client, replacing: Replacing, policy: RecoveryPolicy, recovery: Recovery, *, resumed: bool
+) -> Ending | None:
+    """None: it is marked as failed, if not now, then by a worker before."""
     grab = await replacing.grab_of(client, recovery.item)
-    if grab is None or grab.imported or forbidden(policy, grab.tags):
-        return "needless"
+    if grab is None or grab.imported:
+        return OVERTAKEN
     if grab.failed:
-        return "gone"
+        return None if resumed else OVERTAKEN
+    if why := forbidden(policy, grab.tags):
+        return Ending("overtaken", why)
     await replacing.mark_failed(client, grab.id)
-    return "done"
+    return None
 
 
 async def _remove_folder(client: Client, following: Following, recovery: Recovery, *, resumed: bool) -> Ending:
@@ -176,7 +186,13 @@ async def _remove_folder(client: Client, following: Following, recovery: Recover
 
 def _gone(*, resumed: bool) -> Ending:
     """There is nothing left to do: somebody was faster, or it was us."""
-    return Ending("done") if resumed else Ending("overtaken", "It has got on, is gone, or may not be touched any more.")
+    return Ending("done") if resumed else OVERTAKEN
+
+
+async def _give_up(database: Database, recovery: Recovery, why: str) -> None:
+    if recovery.removed:
+        return await _end(database, recovery, Ending("failed", f"It was removed, and nothing was searched for: {why}"))
+    await _end(database, recovery, Ending("overtaken", why))
 
 
 async def _end(database: Database, recovery: Recovery, ending: Ending) -> None:
@@ -189,7 +205,7 @@ async def _end(database: Database, recovery: Recovery, ending: Ending) -> None:
         ended_at=now(),
         again_at=None,
     )
-    if recovery.decision == "retry" and ending.outcome in {"done", "overtaken"}:
+    if ending.settles:
         retried = {"state": "retried", "ended_at": recovery.ended_at} if ending.outcome == "done" else {}
         async with database.transaction() as session:
             await session.execute(

@@ -82,23 +82,23 @@ async def _mend(
 ) -> dict[str, int]:
     """With `wished`, a person wants it now; what a dry run finds then changes nothing about what comes later."""
     noted: list[Recovery] = []
-    if acts:
+    if acts or not wished:
         async with database.reading() as session:
             begun = await recoveries.unended(session, now())
         for recovery in begun:
             context.report(phase=f"what came of '{recovery.title}'")
-            await carry_out(database, services, recovery, resumed=True, wished=wished)
+            await carry_out(database, services, recovery, resumed=True)
     async with database.reading() as session:
         open_cases = await cases(session, policy, services, now(), early=wished)
     for row in open_cases[:CASES_AT_ONCE]:
         context.report(phase=f"'{row.title}'")
         if recovery := await _decide(context, database, services, row, acts=acts, settles=acts or not wished):
             noted.append(recovery)
-    noted += await _decide_leftovers(context, database, services, policy, acts=acts)
+    noted += await _decide_leftovers(context, database, services, acts=acts)
     todo = [recovery for recovery in noted if recovery.outcome == "begun"]
     for number, recovery in enumerate(todo):
         context.report(progress=100 * number / len(todo), phase=f"{recovery.decision} '{recovery.title}'")
-        await carry_out(database, services, recovery, resumed=False, wished=wished)
+        await carry_out(database, services, recovery, resumed=False)
     counted: dict[str, int] = {}
     for recovery in noted:
         context.log(f"{recovery.service}: '{recovery.title}': {recovery.decision}: {recovery.reason}")
@@ -178,8 +178,10 @@ async def _case(database: Database, services: Followed, row: FollowedDownload) -
             continue
         content = queued.content if queued else grab.content if grab else ()
         tags = queued.tags if queued else grab.tags if grab else ()
+        said = [case.reason, queued.reason if queued else ""]
         known = replace(
             case,
+            reason="; ".join(words for words in dict.fromkeys(said) if words),
             tags=(*case.tags, *tags),
             chosen_by=other.name,
             replaced_by=other.name if queued else None,
@@ -190,9 +192,7 @@ async def _case(database: Database, services: Followed, row: FollowedDownload) -
     return replace(case, retried_by=retried_by, unsure=unsure), Target(service, row.item)
 
 
-async def _decide_leftovers(
-    context: Context, database: Database, services: Followed, policy: RecoveryPolicy, *, acts: bool
-) -> list[Recovery]:
+async def _decide_leftovers(context: Context, database: Database, services: Followed, *, acts: bool) -> list[Recovery]:
     """What is to be done about folders that nobody knows any more."""
     noted: list[Recovery] = []
     for service, following in services.values():
@@ -210,6 +210,7 @@ async def _decide_leftovers(
         found = await asyncio.to_thread(_find_leftovers, context, service.name, finished)
         async with database.transaction() as session:
             await one_at_a_time(session, Recovery.__tablename__)
+            policy, _ = await recoveries.policy_of(session)
             at = now()
             await _note_looked(session, service, at)
             for leftover in found:

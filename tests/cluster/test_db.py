@@ -36,11 +36,11 @@ async def test_a_driver_that_loses_its_way_is_tried_again(database: Database, mo
 
     async with database.reading() as session:
         await session.execute(text("SELECT 1"))
-        monkeypatch.setattr(asyncpg.Connection, "prepare", lost)
-        with pytest.raises(InternalError) as refused:
-            await session.execute(text("SELECT 2"))
-        assert is_passing(refused.value)
-        monkeypatch.undo()
+        with monkeypatch.context() as driver:
+            driver.setattr(asyncpg.Connection, "prepare", lost)
+            with pytest.raises(InternalError) as refused:
+                await session.execute(text("SELECT 2"))
+    assert is_passing(refused.value)
 
 
 async def test_nobody_hears_of_what_was_rolled_back(database: Database) -> None:

@@ -256,18 +256,17 @@ async def test_a_time_that_nobody_knows_is_null(
 async def test_what_ends_just_before_it_is_deleted_is_not_deleted(
     client: httpx.AsyncClient, nonsense: Nonsense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots = {"queue": [SLOT], "history": list[Any]()}
+    slots = [SLOT]
 
     def answer(asked: Asked) -> Reply:
         if asked.query.get("name") == "delete":
-            slots.update(queue=[], history=[ENDED])
+            slots.clear()
             return telling({"status": False, "nzo_ids": []})
-        told = {"queue": {**QUEUE, "slots": slots["queue"]}, "history": {"slots": slots["history"], "noofslots": 1}}
-        return telling({asked.query["mode"]: told[asked.query["mode"]]})
+        return telling({"queue": {**QUEUE, "slots": slots}})
 
     monkeypatch.setattr(nonsense, "answer", answer)
     told = await client.delete(f"{DOWNLOADS}/{SLOT['nzo_id']}")
-    assert (told.status_code, "by itself meanwhile: it is Completed" in told.json()["message"]) == (404, True)
+    assert (told.status_code, "has just left the queue" in told.json()["message"]) == (404, True)
 
 
 async def test_what_does_not_come_in_has_no_time_to_come(client: httpx.AsyncClient, nonsense: Nonsense) -> None:

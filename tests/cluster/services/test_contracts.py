@@ -126,7 +126,8 @@ async def test_nothing_that_mends_downloads_breaks_the_document(service: str, pr
             assert await mend.is_searching(client, content, AGES_AGO)
             assert not await mend.is_searching(client, content, AGES_AGO + timedelta(days=1))  # that is an older one
             assert not await mend.is_searching(client, tuple(f"{one}0" for one in content), AGES_AGO)
-            await mend.remove(client, download, False)
+            assert await mend.remove(client, download, False)
+            assert not await mend.remove(client, download, False)
             assert await mend.find(client, download) is None
     await allowed_by(prism, arr.asked)
 

@@ -108,7 +108,7 @@ def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
 
     def found() -> dict[str, Any] | None:
         slots = ask(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
-        # What it still has in its hands is told apart, is stored nowhere, and may be called completed already.
+        # What SABnzbd still has in its hands is stored nowhere, and may be called completed already.
         is_over = len(slots) == 1 and slots[0]["status"] in {"Completed", "Failed"} and slots[0]["storage"]
         return slots[0] if is_over else None
 
@@ -135,8 +135,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
 def _converse(news: Usenet, conversation: socketserver.StreamRequestHandler) -> None:
     def say(words: bytes) -> None:
-        news.sent.append(len(words))
         conversation.wfile.write(words)
+        news.sent.append(len(words))
 
     try:
         say(b"200 Welcome\r\n")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from cluster import events
-from cluster.db import Database
+from cluster.db import Database, now
 from cluster.services import register
 from cluster.services.register import Service
 from cluster.settings import get_settings
@@ -86,6 +86,12 @@ class Desk:
     async def recover(self, *, dry_run: bool | None = None) -> dict[str, Any]:
         spec = RecoverDownloadsSpec(dry_run=dry_run)
         return await asyncio.to_thread(recover_downloads, self._context(), spec)
+
+    async def resume(self) -> None:
+        """Recover, and do not wait with what was begun."""
+        async with self.database.transaction() as session:
+            await session.execute(update(Recovery).values(again_at=now()))
+        await self.recover()
 
     async def recoveries(self) -> list[Recovery]:
         return await self._all(Recovery)

@@ -8,14 +8,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import update
 
 from cluster.db import Database, apart, now
 from cluster.services import register
 from cluster.services.errors import BadResponse
 from cluster.services.following import Place
 from cluster.services.register import Service
-from pipelines.media.recoveries import Recovery
 from tests.cluster.services.arr_stand_in import (
     LONG_AGO,
     ArrStandIn,
@@ -227,7 +225,7 @@ async def test_what_has_got_on_meanwhile_is_kept(desk: Desk) -> None:
         (one,) = await desk.recoveries()
         assert (one.decision, one.outcome, len(deletions(sonarr))) == ("replace", "begun", 1)
         sonarr.rows("queue")[0]["sizeleft"] = 5e8
-        await resume(desk)
+        await desk.resume()
         assert (await desk.decisions(), len(deletions(sonarr))) == ([("replace", "overtaken")], 1)
 
 
@@ -263,13 +261,6 @@ async def test_a_worker_that_dies_repeats_nothing(desk: Desk, acted: bool) -> No
         assert (len(sonarr.commands), len(await desk.recoveries())) == (1, 1)
 
 
-async def resume(desk: Desk) -> None:
-    """Recover, and do not wait with what was begun."""
-    async with desk.database.transaction() as session:
-        await session.execute(update(Recovery).values(again_at=now()))
-    await desk.recover()
-
-
 @pytest.mark.parametrize("moved", [False, True])
 async def test_what_was_not_removed_by_us_is_not_searched_for(desk: Desk, moved: bool) -> None:
     """A person removes it before we have begun, or the service at this address is another one by then."""
@@ -292,27 +283,60 @@ async def test_what_was_not_removed_by_us_is_not_searched_for(desk: Desk, moved:
                 await register.change(session, moved_one, {"url": another.url, "api_key": KEY})
         sonarr.rows("queue").clear()
         away = False
-        await resume(desk)
+        await desk.resume()
         assert await desk.decisions() == [("replace", "overtaken")]
         assert [*sonarr.commands, *another.commands, *deletions(sonarr), *deletions(another)] == []
 
 
-async def test_what_goes_by_itself_just_before_it_is_removed_is_not_searched_for(desk: Desk) -> None:
-    armed = False
+@pytest.mark.parametrize("looks", [1, 2])
+async def test_what_goes_by_itself_just_before_it_is_removed_is_not_searched_for(desk: Desk, looks: int) -> None:
+    """It is seen when it is looked at, or even when it is about to be asked for."""
+    left = 0
 
     def before(asked: Asked) -> Reply | None:
-        nonlocal armed
-        if armed and asked.method == "GET" and asked.path.endswith("/queue"):
-            told, armed = sonarr(asked), False
+        nonlocal left
+        if not left or asked.method != "GET" or not asked.path.endswith("/queue"):
+            return None
+        told, left = sonarr(asked), left - 1
+        if not left:
             sonarr.rows("queue").clear()
-            return told
-        return None
+        return told
 
     async with arr_standing_in("sonarr", before, **HANDLING) as sonarr:
         await stuck(desk, sonarr)
-        armed = True
+        left = looks
         await desk.recover()
-        assert (await desk.decisions(), sonarr.commands) == ([("replace", "overtaken")], [])
+        assert (len(deletions(sonarr)), await desk.decisions()) == (looks - 1, [("replace", "overtaken")])
+        assert sonarr.commands == []
+
+
+async def test_what_was_begun_ends_when_the_policy_does_not_act_any_more(desk: Desk) -> None:
+    def before(asked: Asked) -> Reply | None:
+        return telling({"message": "Not now"}, 503) if asked.method == "DELETE" else None
+
+    async with arr_standing_in("sonarr", before, **HANDLING) as sonarr:
+        await stuck(desk, sonarr)
+        await desk.recover()
+        await desk.policy(dry_run=True, strikes=100)
+        await desk.resume()
+        (one,) = await desk.recoveries()
+        assert (one.outcome, one.error) == ("overtaken", "The policy has changed, and does not act any more.")
+        assert (await desk.watch())["recover_job_id"] is None
+
+
+async def test_what_a_person_wished_goes_on_whatever_the_policy_says(desk: Desk) -> None:
+    away = True
+
+    def before(asked: Asked) -> Reply | None:
+        return telling({"message": "Not now"}, 503) if away and asked.method == "DELETE" else None
+
+    async with arr_standing_in("sonarr", before, **HANDLING) as sonarr:
+        await stuck(desk, sonarr, dry_run=True)
+        await desk.recover(dry_run=False)
+        assert await desk.decisions() == [("replace", "begun")]
+        away = False
+        await desk.resume()
+        assert (len(deletions(sonarr)), len(sonarr.commands)) == (2, 1)
 
 
 async def test_a_tag_protects_what_is_about_to_be_removed(desk: Desk) -> None:
@@ -322,7 +346,8 @@ async def test_a_tag_protects_what_is_about_to_be_removed(desk: Desk) -> None:
         for row in sonarr.rows("queue"):
             row["series"] = {"id": 3, "title": "Breaking Bad", "tags": [5]}
         await desk.recover()
-        assert (await desk.decisions(), deletions(sonarr)) == ([("replace", "overtaken")], [])
+        (one,) = await desk.recoveries()
+        assert (one.outcome, one.error, deletions(sonarr)) == ("overtaken", "protected by 'keep'", [])
 
 
 async def test_what_was_begun_is_not_decided_again(desk: Desk) -> None:
@@ -393,7 +418,7 @@ async def test_a_service_that_goes_away_is_asked_again_later(desk: Desk) -> None
         away = False
         await desk.recover()
         assert await desk.decisions() == [("replace", "begun")]  # not at once
-        await resume(desk)
+        await desk.resume()
         assert [(*told, len(sonarr.commands)) for told in await desk.decisions()] == [("replace", "done", 1)]
 
 

@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -299,6 +300,33 @@ async def test_nobody_looks_again_and_again_for_folders_of_who_does_not_answer(d
             away.url = server.url
             await session.merge(away)
         assert (await desk.watch())["recover_job_id"]
+
+
+async def test_a_folder_stays_where_the_policy_only_reports_by_now(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, looks = tmp_path / "complete", 0
+    old = complete / "_FAILED_Old"
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    monkeypatch.setenv("FORGEARR_MEDIA__FOLDERS", f"{{{complete}: {complete}}}")
+    get_settings.cache_clear()
+    told = saying([], [], folder=str(complete))
+
+    def answer(asked: Asked) -> Reply:
+        """It is away just when the folder is to be removed."""
+        nonlocal looks
+        looks += asked.query["mode"] == "fullstatus"
+        return telling({}, 503) if looks == 2 else told(asked)
+
+    async with standing_in(answer) as server:
+        await desk.add("Usenet", "sabnzbd", server.url, KEY)
+        await desk.policy(leftovers="remove")
+        await desk.recover()
+        assert await desk.decisions() == [("remove_folder", "begun")]
+        await desk.policy(leftovers="report")
+        await desk.resume()
+        assert (await desk.decisions(), old.exists()) == ([("remove_folder", "overtaken"), ("report", "noted")], True)
 
 
 async def test_a_folder_that_cannot_be_read_ends_nothing(desk: Desk) -> None:
