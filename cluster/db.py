@@ -10,7 +10,20 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import JSON, CursorResult, DateTime, Delete, Dialect, MetaData, TypeDecorator, event, func, select
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CursorResult,
+    DateTime,
+    Delete,
+    Dialect,
+    Integer,
+    MetaData,
+    TypeDecorator,
+    event,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -128,27 +141,6 @@ def get_database() -> Database:
     return Database(settings.database_url, settings.database.pool_size)
 
 
-async def migrate() -> None:
-    """Bring the schema up to what this code knows: an older one is migrated, a newer one is refused."""
-    from cluster.migrations import upgrade
-
-    database = get_database()
-    async with database.engine.connect() as connection:
-        if not database.is_sqlite:
-            async with connection.begin():
-                return await connection.run_sync(upgrade)
-        # SQLite alters a table by copying and dropping it, and dropping it would delete what refers to its rows.
-        # The pragma has no effect inside a transaction, so it goes around SQLAlchemy, which is always in one.
-        raw = (await connection.get_raw_connection()).driver_connection
-        assert raw is not None
-        await raw.execute("PRAGMA foreign_keys = OFF")
-        try:
-            async with connection.begin():
-                await connection.run_sync(upgrade)
-        finally:
-            await raw.execute("PRAGMA foreign_keys = ON")
-
-
 async def apart(work: Callable[[Database], Awaitable[Result]]) -> Result:
     """Do this with a database of its own: the one of the process belongs to another event loop."""
     database = Database(get_settings().database_url, pool_size=1)
@@ -156,16 +148,6 @@ async def apart(work: Callable[[Database], Awaitable[Result]]) -> Result:
         return await work(database)
     finally:
         await database.close()
-
-
-async def run_alone(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-    """One transaction of a process that lives for nothing else, such as a command."""
-    try:
-        await migrate()
-        async with get_database().transaction() as session:
-            return await work(session)
-    finally:
-        await get_database().close()
 
 
 def now() -> datetime:
@@ -203,3 +185,9 @@ def _sqlite_engine(url: str) -> AsyncEngine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+# A JSON document or nothing: None is stored as SQL's NULL, not as JSON's null.
+Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+# SQLite counts up only in a column of type INTEGER.
+Sequence = BigInteger().with_variant(Integer, "sqlite")

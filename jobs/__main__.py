@@ -19,11 +19,12 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.actors import NAMESPACE
-from cluster.assignments import assign
 from cluster.db import get_database
+from cluster.dotlist import assign
 from cluster.errors import ForgearrError
+from cluster.ownership import Owner
 from jobs import journal, queue
-from jobs.queue import JobRequest, Owner
+from jobs.queue import JobRequest
 from jobs.states import FINISHED, State
 from jobs.tables import Job
 

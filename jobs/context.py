@@ -8,7 +8,7 @@
         return {"counted": spec.until}
 
 The function runs in a thread of its own; every method may be called from any thread. A context may be sent to other
-processes that the job starts on Ray, and works there too (jobs/remote.py).
+processes that the job starts on Ray, and works there too (jobs/execution/remote_context.py).
 """
 
 import contextvars
@@ -146,7 +146,7 @@ class Context:
         return self._reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from jobs.remote import context_elsewhere
+        from jobs.execution.remote_context import context_elsewhere
 
         return context_elsewhere, (self._claim,)
 

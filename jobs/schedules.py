@@ -18,10 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from cluster.db import now
 from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, NotFound
 from cluster.identity import User
+from cluster.ownership import LOCAL, Owner
 from cluster.times import CronLine, ZoneName
 from jobs import journal, queue
 from jobs.journal import Entry
-from jobs.queue import LOCAL, JobRequest, Owner
+from jobs.queue import JobRequest
 from jobs.registry import find_kind
 from jobs.states import State
 from jobs.tables import Schedule, ScheduleTick

@@ -3,16 +3,10 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import ForeignKey, Index, Integer, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster.db import Base, now
-
-# A JSON document or nothing: None is stored as SQL's NULL, not as JSON's null.
-Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-# SQLite counts up only in a column of type INTEGER.
-Sequence = BigInteger().with_variant(Integer, "sqlite")
+from cluster.db import Base, Document, Sequence, now
 
 
 class Job(Base):
@@ -50,7 +44,6 @@ class Job(Base):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     kind: Mapped[str] = mapped_column(String(100))
-    entrypoint: Mapped[str] = mapped_column(String(200))  # module:function, so that only workers import it
     spec: Mapped[dict[str, Any]]
 
     state: Mapped[str] = mapped_column(String(12))

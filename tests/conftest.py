@@ -22,11 +22,12 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-from cluster import embedded, storage, tracking
+from cluster import mlflow_client, storage
 from cluster.db import Database, get_database
-from cluster.services import client
+from cluster.runtime import embedded
+from cluster.services.http import client
 from cluster.settings import get_settings, load_settings
-from pipelines.guardian import remotes
+from pipelines.guardian.git import mirrors
 from tests.pipelines.shelf import Shelf
 from tests.platform import unused_ports
 from tests.waiting import PATIENCE, eventually
@@ -39,7 +40,8 @@ ROOT = Path(__file__).parents[1]
 ENGINES = ["sqlite", "postgres"]
 MIGRATE = """
 import asyncio
-from cluster.db import get_database, migrate
+from cluster.db import get_database
+from cluster.migrations import migrate
 
 async def work():
     await migrate()
@@ -51,7 +53,7 @@ asyncio.run(work())
 # other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What we ask may be slow here.
-tracking.TIMEOUT_SECONDS = remotes.STALLED_SECONDS = PATIENCE
+mlflow_client.TIMEOUT_SECONDS = mirrors.STALLED_SECONDS = PATIENCE
 client.CONNECT_SECONDS = PATIENCE
 
 
@@ -191,7 +193,7 @@ async def shelf(
     """A model of its own in the registry of this installation, which has no version yet."""
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
     get_settings.cache_clear()
-    async with tracking.connect(mlflow_server) as mlflow:
+    async with mlflow_client.connect(mlflow_server) as mlflow:
         yield Shelf(mlflow, tmp_path)
 
 

@@ -19,8 +19,8 @@ from uuid import uuid4
 import httpx
 import psutil
 
-from cluster import embedded
-from cluster.processes import MARK, is_listening
+from cluster.runtime import embedded
+from cluster.runtime.processes import MARK, is_listening
 from tests.waiting import PATIENCE, eventually
 
 BINARIES = Path(sys.executable).parent

@@ -6,10 +6,8 @@
 import re
 import tomllib
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -30,7 +28,7 @@ CODE_FOLDERS = "cluster|jobs|pipelines|serve|configs|tests|docs"
 SETTINGS_PAGE = """\
 # Settings
 
-Made from `cluster/settings.py` and `configs/forgearr.yaml` by `make docs`; do not edit it by hand.
+Made from `cluster/settings/loader.py` and `configs/forgearr.yaml` by `make docs`; do not edit it by hand.
 
 A setting has a value in `configs/forgearr.yaml`, which ships with Forgearr and holds every default. Three places
 override it, each the ones before it:
@@ -137,7 +135,7 @@ def test_the_kind_in_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("first.txt", "second.txt"):
         (texts / name).write_text("one two three\n" * 20_001)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with running_platform({"jobs.modules": "[jobs.builtin, wordcount]", "mlflow.enabled": "false"}) as platform:
+    with running_platform({"jobs.modules": "[jobs.sweep, wordcount]", "mlflow.enabled": "false"}) as platform:
         job = platform.wait_for(platform.submit("count_folder", spec={"folder": str(texts)}))
         assert job["error"] is None
         assert job["result"]["words"] == 2 * 3 * 20_001
@@ -162,9 +160,10 @@ def _operations() -> Iterator[tuple[str, str]]:
 
 def _sockets() -> Iterator[tuple[str, str]]:
     """OpenAPI does not speak of WebSockets."""
-    package = import_module("serve.api")
-    for module in iter_modules(package.__path__):
-        for route in import_module(f"serve.api.{module.name}").router.routes:
+    from serve.routes import ROUTERS
+
+    for router in ROUTERS:
+        for route in router.routes:
             if isinstance(route, APIWebSocketRoute):
                 yield "WebSocket", route.path
 
@@ -216,7 +215,7 @@ def _is_variable(name: str) -> bool:
 
 
 def _is_setting_or_module(span: str) -> bool:
-    """Of a span such as `serve.port` or `jobs.builtin`; any other is not our concern."""
+    """Of a span such as `serve.port` or `jobs.sweep`; any other is not our concern."""
     match = re.fullmatch(r"([a-z]+)\.([a-z_]+)(=.*)?", span)
     if match is None or match[1] not in Settings.model_fields:
         return True

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import config, demo, deploy, hook, jobs, key, look, models, repo, train, up, user
+from cluster.cli import config, demo, deploy, git_hooks, jobs, key, models, repo, train, up, user
+from cluster.cli import status as cli_status
 from cluster.errors import ForgearrError
 
 app = typer.Typer(
@@ -15,9 +16,9 @@ app = typer.Typer(
 )
 app.command("up")(up.up)
 app.command("down")(up.down)
-app.command("status")(look.status)
-app.command("doctor")(look.doctor)
-app.command("logs")(look.logs)
+app.command("status")(cli_status.status)
+app.command("doctor")(cli_status.doctor)
+app.command("logs")(cli_status.logs)
 app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.command("models")(models.models)
@@ -29,7 +30,7 @@ app.add_typer(user.app)
 app.add_typer(key.app)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(repo.app)
-app.add_typer(hook.app)
+app.add_typer(git_hooks.app)
 
 
 def main() -> None:

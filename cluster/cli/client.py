@@ -130,9 +130,9 @@ def stream(path: str, body: Any) -> Iterator[dict[str, Any]]:
 
 
 def server_url() -> str:
-    from cluster import running
+    from cluster.runtime import run_state
 
-    return os.environ.get("FORGEARR_URL") or running.current_url()
+    return os.environ.get("FORGEARR_URL") or run_state.current_url()
 
 
 def _client() -> Any:

@@ -11,10 +11,10 @@ import yaml
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from cluster.assignments import assign
 from cluster.cli.client import Patience, call, follow, look
 from cluster.cli.console import console as new_console
 from cluster.cli.console import table
+from cluster.dotlist import assign
 from cluster.errors import InvalidRequest
 
 app = typer.Typer(no_args_is_help=True, help="Submit jobs and see how they go.")

@@ -22,7 +22,8 @@ def create(
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
-    from cluster.db import now, run_alone
+    from cluster.db import now
+    from cluster.migrations import run_alone
 
     async def work(session: AsyncSession) -> str:
         owner = await identity.get_user(session, user)
@@ -40,7 +41,7 @@ def list_() -> None:
     """List the keys of all accounts."""
     from cluster import identity
     from cluster.cli.console import console, table
-    from cluster.db import run_alone
+    from cluster.migrations import run_alone
 
     rows = table("id", "name", "key", "user", "created", "last used", "expires")
     for key, owner in asyncio.run(run_alone(identity.list_keys)):
@@ -55,7 +56,7 @@ def list_() -> None:
 def revoke(key_id: Annotated[str, typer.Argument(help="Its id in `forgearr key list`.", show_default=False)]) -> None:
     """Revoke a key, at once."""
     from cluster import identity
-    from cluster.db import run_alone
+    from cluster.migrations import run_alone
 
     asyncio.run(run_alone(lambda session: identity.revoke_key(session, key_id)))
     typer.echo("Revoked.")

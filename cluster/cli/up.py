@@ -31,23 +31,24 @@ def up(
     if detach:
         return _up_detached()
 
-    from cluster import runtime
+    from cluster.runtime import supervisor as runtime_supervisor
 
-    asyncio.run(runtime.run(Steps()))
+    asyncio.run(runtime_supervisor.run(Steps()))
 
 
 def down() -> None:
     """Stop Forgearr, and whatever a crash of it left behind."""
     import asyncio
 
-    from cluster import processes, running, runtime
     from cluster.cli.console import Steps
+    from cluster.runtime import processes, run_state
+    from cluster.runtime import supervisor as runtime_supervisor
 
-    if not running.last() and not processes.leftovers():
+    if not run_state.last() and not processes.leftovers():
         typer.echo("Forgearr is not running.")
         return
     typer.echo("Stopping Forgearr …")
-    asyncio.run(runtime.stop(steps := Steps()))
+    asyncio.run(runtime_supervisor.stop(steps := Steps()))
     typer.echo(f"Forgearr is stopped ({steps.seconds:.1f} s).")
 
 
@@ -55,9 +56,11 @@ def _up_detached() -> None:
     """Start the supervisor in a session of its own, and show what it says until it is ready."""
     import subprocess
 
-    from cluster import logs, running, runtime
+    from cluster import logs
+    from cluster.runtime import run_state
+    from cluster.runtime import supervisor as runtime_supervisor
 
-    running.require_none()
+    run_state.require_none()
     path = logs.folder() / "up.log"
     with path.open("w") as output:
         supervisor = subprocess.Popen(
@@ -74,19 +77,19 @@ def _up_detached() -> None:
                 typer.echo(last)
             last = line
     if supervisor.poll() is not None:
-        raise runtime.StartFailed(last or f"Forgearr ended before it said why; {path} may say more.")
+        raise runtime_supervisor.StartFailed(last or f"Forgearr ended before it said why; {path} may say more.")
     typer.echo(last)
-    run = running.current()
+    run = run_state.current()
     if run:
         typer.echo(f"API: {run.url}/docs. `forgearr status` shows each part, `forgearr down` stops all.")
 
 
 def _lines_until_ready(text: IO[str], supervisor: "subprocess.Popen[bytes]") -> Iterator[str]:
-    from cluster import running
+    from cluster.runtime import run_state
 
     is_over = False
     while not is_over:
-        run = running.current()
+        run = run_state.current()
         is_over = supervisor.poll() is not None or bool(run and run.pid == supervisor.pid and run.ready)
         yield from (line.rstrip() for line in text if line.strip())
         if not is_over:

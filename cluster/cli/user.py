@@ -24,7 +24,7 @@ def add(
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
-    from cluster.db import run_alone
+    from cluster.migrations import run_alone
 
     async def work(session: AsyncSession) -> None:
         await identity.add_user(
@@ -46,7 +46,7 @@ def list_() -> None:
     """List all accounts."""
     from cluster import identity
     from cluster.cli.console import console, table
-    from cluster.db import run_alone
+    from cluster.migrations import run_alone
 
     rows = table("email", "username", "role", "state", "created", "last login")
     for user in asyncio.run(run_alone(identity.list_users)):
@@ -76,7 +76,7 @@ def password(email: Email, password_stdin: PasswordStdin = False) -> None:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
-    from cluster.db import run_alone
+    from cluster.migrations import run_alone
 
     async def work(session: AsyncSession) -> None:
         await identity.set_password(session, await identity.get_user(session, email), password_hash)
@@ -90,7 +90,7 @@ def _set_active(email: str, active: bool) -> None:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
-    from cluster.db import run_alone
+    from cluster.migrations import run_alone
 
     async def work(session: AsyncSession) -> None:
         await identity.set_active(session, await identity.get_user(session, email), active)

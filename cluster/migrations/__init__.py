@@ -1,5 +1,6 @@
 """The history of the database's schema, and how to bring a database up to it."""
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from alembic import command
@@ -7,7 +8,9 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster.db import Result, get_database
 from cluster.errors import Conflict
 
 FOLDER = Path(__file__).parent
@@ -46,3 +49,34 @@ def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
             f"The database was written by a newer version of Forgearr (schema {', '.join(sorted(unknown))}): "
             "install that version again, or restore a backup made before it."
         )
+
+
+async def migrate() -> None:
+    """Bring the schema up to what this code knows: an older one is migrated, a newer one is refused."""
+    pass
+
+    database = get_database()
+    async with database.engine.connect() as connection:
+        if not database.is_sqlite:
+            async with connection.begin():
+                return await connection.run_sync(upgrade)
+        # SQLite alters a table by copying and dropping it, and dropping it would delete what refers to its rows.
+        # The pragma has no effect inside a transaction, so it goes around SQLAlchemy, which is always in one.
+        raw = (await connection.get_raw_connection()).driver_connection
+        assert raw is not None
+        await raw.execute("PRAGMA foreign_keys = OFF")
+        try:
+            async with connection.begin():
+                await connection.run_sync(upgrade)
+        finally:
+            await raw.execute("PRAGMA foreign_keys = ON")
+
+
+async def run_alone(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+    """One transaction of a process that lives for nothing else, such as a command."""
+    try:
+        await migrate()
+        async with get_database().transaction() as session:
+            return await work(session)
+    finally:
+        await get_database().close()

@@ -4,10 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.services.base import Tool
-from cluster.services.client import Client
-from cluster.services.downloads import Downloads
-from cluster.services.libraries import Library
+from cluster.services.capabilities.downloads import Downloads
+from cluster.services.capabilities.library import Library
+from cluster.services.connector import Tool
+from cluster.services.http.client import Client
 
 
 class Arguments(BaseModel):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.times import UtcTime, ZoneName
 
 if TYPE_CHECKING:
-    from pipelines.guardian.checkout import Changes
+    from pipelines.guardian.git.objects import Changes
 
 HOUR = timedelta(hours=1)
 CLOCK = r"([01]\d|2[0-3]):[0-5]\d"

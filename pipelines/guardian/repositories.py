@@ -15,17 +15,17 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import secrets
 from cluster.db import Base, now
-from cluster.errors import Conflict, Forbidden, InvalidRequest, NotFound, UnprocessableRequest
-from cluster.settings import get_settings, home
+from cluster.errors import Conflict, NotFound, UnprocessableRequest
+from cluster.ownership import LOCAL, Owner
+from cluster.settings import get_settings
 from jobs import schedules
-from jobs.queue import LOCAL, Owner
 from jobs.registry import find_kind
 from jobs.schedules import ScheduleRequest
 from jobs.states import FINISHED
 from jobs.tables import Job
-from pipelines.guardian.addresses import Remote, checked_url
+from pipelines.guardian.git.urls import Remote, checked_url
 from pipelines.guardian.policy import Policy
-from pipelines.training.samples import sentence
+from pipelines.training.data.parsing import sentence
 from pipelines.training.spec import ModelName
 
 RETRAIN = "retrain"
@@ -63,18 +63,6 @@ class RepositoryInUse(Conflict):
     """A plan is learning from this repository."""
 
     code = "REPOSITORY_IN_USE"
-
-
-class FolderOutside(Forbidden):
-    """Repositories lie in the folders of guardian.roots only."""
-
-    code = "FOLDER_OUTSIDE"
-
-
-class InvalidPath(InvalidRequest):
-    """The path of a repository is not valid."""
-
-    code = "INVALID_REPOSITORY_PATH"
 
 
 class Credentials(BaseModel):
@@ -227,66 +215,6 @@ async def unfinished_plan(session: AsyncSession, repository_id: str) -> Job | No
     wanted = select(Job).where(Job.kind == RETRAIN, Job.state.not_in(FINISHED))
     mine = wanted.where(Job.spec["repository_id"].as_string() == repository_id)
     return await session.scalar(mine.order_by(Job.created_at).limit(1))
-
-
-def mirror_of(repository_id: str) -> Path:
-    """Where the objects of a repository with an address are kept on this machine."""
-    return home() / "cache" / "repositories" / f"{repository_id}.git"
-
-
-# Work on files, for a thread of its own.
-
-
-def checked_path(path: str, branch: str | None = None) -> Path:
-    """The folder that is meant, all links resolved: a repository that has commits, in one of guardian.roots."""
-    from pipelines.guardian.checkout import opened_inside
-
-    folder = _folder(path)
-    with opened_inside(folder, branch) as checkout:
-        checkout.tip()
-    return folder
-
-
-def is_inside(folder: Path) -> bool:
-    """Whether a folder, all links resolved, lies in one of guardian.roots."""
-    return any(folder.is_relative_to(root) for root in _roots())
-
-
-def _folder(path: str) -> Path:
-    if "\0" in path or not path:
-        raise InvalidPath("A path has some letters, and not the character U+0000.")
-    if ".." in Path(path).parts:
-        raise InvalidPath(f"A path may not go up by '..': {path}")
-    try:
-        named = Path(path).expanduser()
-    except RuntimeError:
-        raise InvalidPath(f"There is no such home folder: {path}") from None
-    if named.is_absolute():
-        return _resolved(named)
-    candidates = [_resolved(root / named) for root in _roots()]
-    return next((folder for folder in candidates if _exists(folder)), candidates[0])
-
-
-def _resolved(named: Path) -> Path:
-    try:
-        folder = named.resolve()
-    except (OSError, RuntimeError) as error:
-        raise InvalidPath(f"{named} cannot be followed: {error}") from None
-    # Whether there is anything outside is nobody's business.
-    if not is_inside(folder):
-        raise FolderOutside(f"{named} lies outside of the folders for repositories (guardian.roots).")
-    return folder
-
-
-def _exists(folder: Path) -> bool:
-    try:
-        return folder.exists()
-    except OSError:
-        return True  # opening it will tell why it cannot be seen
-
-
-def _roots() -> list[Path]:
-    return [root.expanduser().resolve() for root in get_settings().guardian.roots]
 
 
 def _columns(request: RepositoryRequest) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jobs.context import Context
 from jobs.registry import Resources, job
-from pipelines.training.datasets import needs_admin
+from pipelines.training.data.resolution import needs_admin
 from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec
 
 SHARES = {"fine_tune": (0, 60), "export": (60, 75), "validate": (75, 90), "deploy": (90, 100)}

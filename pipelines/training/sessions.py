@@ -9,11 +9,10 @@ from pydantic import ValidationError
 from sqlalchemy import ForeignKey, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster.db import Base, now
+from cluster.db import Base, Document, now
 from cluster.errors import UnprocessableRequest
 from jobs.registry import find_kind
-from jobs.tables import Document
-from pipelines.training.datasets import SHIPPED
+from pipelines.training.data.resolution import SHIPPED
 from pipelines.training.spec import Data, FineTuneSpec
 
 NOT_CONFIGURED = {"name", "base_model", "data", "labels"}

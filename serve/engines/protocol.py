@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
-from pipelines.training.registry import Version
-from serve.engines.header import Header
+from pipelines.training.models.versions import Version
+from serve.engines.model_header import Header
 
 Request = Mapping[str, Any]
 Chunk = dict[str, Any]
@@ -23,7 +23,7 @@ class Folder:
     """A model as transformers has it, which has no GGUF yet: a whole one, or an adapter."""
 
     address: str | None  # in storage; None: the base model as it is
-    base_model: str  # what an adapter is for: any name that pipelines/training/base_models.py knows
+    base_model: str  # what an adapter is for: any name that pipelines/training/models/base_models.py knows
     created_at: datetime
 
 

@@ -111,7 +111,7 @@ def main(parts: list[str]) -> None:
 
 @contextmanager
 def _platform(settings: dict[str, str] | None = None) -> Generator[Platform]:
-    kinds = {"jobs.modules": "[jobs.builtin, tests.bench.kinds]"}
+    kinds = {"jobs.modules": "[jobs.probe, jobs.sweep, tests.bench.kinds]"}
     with running_platform({**kinds, **(settings or {})}) as platform:
         yield platform
 

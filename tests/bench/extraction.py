@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipelines.guardian import extraction
-from pipelines.guardian.checkout import opened_at
-from pipelines.guardian.extraction import Limits
+from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
+from pipelines.guardian.extract_data.pipeline import Limits
+from pipelines.guardian.git.repo import opened_at
 from tests.bench.figures import Figure
 from tests.pipelines.guardian.repos import commit_files, git, new_repository
 
@@ -97,7 +97,7 @@ def main(repository: Path, out: Path, processes: int) -> None:
     out.mkdir(exist_ok=True)
     with opened_at(repository) as checkout:
         tip = checkout.tip().sha
-        done = extraction.extract(checkout, tip, out, out / "cache.sqlite", LIMITS, _unheard, processes)
+        done = extract_data_pipeline.extract(checkout, tip, out, out / "cache.sqlite", LIMITS, _unheard, processes)
     told = {
         "seconds": done.seconds,
         "files": done.files,

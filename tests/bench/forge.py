@@ -27,9 +27,9 @@ WARM_UP = 3
 LONG, BRIEF = 900, 120
 """Characters of a sample."""
 
-FETCH_CONVERTER = "from pipelines.training import converter; print(converter.folder())"
-FIND_TINY = "from pipelines.training import tiny; print(tiny.folder())"
-FORGE_IMPORTS = "import pipelines.training.recipe, ray.train.torch"
+FETCH_CONVERTER = "from pipelines.training.export import llama_converter; print(llama_converter.folder())"
+FIND_TINY = "from pipelines.training.models import tiny; print(tiny.folder())"
+FORGE_IMPORTS = "import pipelines.training.fine_tune.recipe, ray.train.torch"
 
 
 def step(platform: Platform, rounds: int = 2) -> list[Figure]:

@@ -29,7 +29,7 @@ COMPONENTS = {
     "ray::RuntimeEnvAgent": "Ray runtime env agent",
     "ray::IDLE": "Ray idle workers",
     "dashboard": "Ray dashboard",
-    "cluster.adjusted ray": "Ray head command",
+    "cluster.runtime.patches ray": "Ray head command",
     "mlflow": "MLflow",
     "multiprocessing": "Ray dashboard",
 }

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.training import steps
+from jobs.execution import isolated
 
 
 def convert(model: str, file: str, outtype: str, scripts: Path) -> float:
@@ -17,8 +17,8 @@ def convert(model: str, file: str, outtype: str, scripts: Path) -> float:
         "work": str(Path(file).parent),
     }
     started = time.perf_counter()
-    steps.run(
-        "pipelines.training.conversion:convert",
+    isolated.run(
+        "pipelines.training.export.convert:convert",
         request,
         report=lambda part, doing: None,
         should_stop=lambda: False,

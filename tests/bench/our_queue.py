@@ -16,9 +16,10 @@ from sqlalchemy import select
 
 from cluster.actors import NAMESPACE
 from cluster.db import get_database
+from cluster.ownership import Owner
 from cluster.settings import get_settings
 from jobs import queue
-from jobs.queue import JobRequest, Owner
+from jobs.queue import JobRequest
 from jobs.states import FINISHED, State
 from jobs.tables import Job
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines.training import tiny
+from pipelines.training.models import tiny
 
 
 def build(folder: Path, width: int, layers: int) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import embedded
-from cluster.processes import MARK
+from cluster.runtime import embedded
+from cluster.runtime.processes import MARK
 from cluster.settings import load_settings
 from tests.platform import Platform, running_platform
 from tests.waiting import eventually

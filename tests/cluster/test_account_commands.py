@@ -7,8 +7,9 @@ from typer.testing import CliRunner, Result
 
 from cluster import identity
 from cluster.cli import key, user
-from cluster.db import Database, get_database, run_alone
+from cluster.db import Database, get_database
 from cluster.errors import ForgearrError
+from cluster.migrations import run_alone
 
 PASSWORD = "correct horse battery"
 

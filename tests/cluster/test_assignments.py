@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.assignments import assign
+from cluster.dotlist import assign
 from cluster.errors import InvalidRequest
 
 

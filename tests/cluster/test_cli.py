@@ -13,9 +13,9 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from cluster import processes, running, runtime
 from cluster.cli import app
-from cluster.running import Running
+from cluster.runtime import processes, run_state, supervisor
+from cluster.runtime.run_state import Running
 from cluster.settings import get_settings
 from tests.platform import unused_ports
 from tests.waiting import PATIENCE
@@ -41,7 +41,7 @@ def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> Run
         ray_address="127.0.0.1:16380",
         mlflow_uri=None,
     )
-    running.note(run)
+    run_state.note(run)
     return run
 
 
@@ -104,25 +104,25 @@ def test_up_twice_says_so(home: Path) -> None:
     expected = (
         f"Forgearr is already running at http://127.0.0.1:18080 (process {os.getpid()}); `forgearr down` stops it.\n"
     )
-    with (running.folder() / "lock").open("w") as held:
+    with (run_state.folder() / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         for arguments in (["up"], ["up", "--detach"]):
             done = forgearr(*arguments)
             assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
-    assert running.current_url() == "http://127.0.0.1:18080"
+    assert run_state.current_url() == "http://127.0.0.1:18080"
 
 
 def test_a_pid_that_was_given_out_again_is_not_ours(home: Path) -> None:
     run = noted_run(psutil.Process())
-    running.note(run.model_copy(update={"create_time": run.create_time - 100}))
-    assert running.last() is not None
-    assert running.current() is None
-    assert running.current_url() == get_settings().url
+    run_state.note(run.model_copy(update={"create_time": run.create_time - 100}))
+    assert run_state.last() is not None
+    assert run_state.current() is None
+    assert run_state.current_url() == get_settings().url
 
 
 def test_notes_of_another_version_are_not_trusted(home: Path) -> None:
-    (running.folder() / "state.json").write_text('{"pid": 1}')
-    assert running.last() is None
+    (run_state.folder() / "state.json").write_text('{"pid": 1}')
+    assert run_state.last() is None
 
 
 def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pyt
         f"Port {port} is taken by process {os.getpid()} ({psutil.Process().name()}): stop that, or choose another one "
         f"with `forgearr up --set ray.port={port + 10}`.\n"
     )
-    assert running.last() is None
+    assert run_state.last() is None
 
 
 def test_an_open_door_without_credentials_is_refused(home: Path) -> None:
@@ -154,7 +154,7 @@ def test_down_ends_what_a_killed_supervisor_left_behind(home: Path) -> None:
     stranger = stubborn_process({**mine, processes.MARK: f"{home}-of-somebody-else"})
     try:
         told: list[tuple[str, str]] = []
-        asyncio.run(runtime.stop(lambda step, detail: told.append((step, detail))))
+        asyncio.run(supervisor.stop(lambda step, detail: told.append((step, detail))))
         assert told == [("recovered", "ended 1 processes that were left behind")]
         assert not psutil.pid_exists(orphan.pid)
         assert stranger.poll() is None

@@ -9,10 +9,11 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from cluster import doctor
 from cluster.cli import app
-from cluster.db import get_database, migrate
-from cluster.doctor import Finding
+from cluster.db import get_database
+from cluster.migrations import migrate
+from cluster.runtime import doctor
+from cluster.runtime.doctor import Finding
 from cluster.settings import get_settings
 from tests.platform import unused_ports
 

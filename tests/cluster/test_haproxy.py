@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import haproxy
+from cluster.runtime import haproxy
 from tests.waiting import PATIENCE
 
 CONFIGURATION = """frontend prometheus

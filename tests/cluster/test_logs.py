@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster import log_reader, logs
+from cluster import logs
 from cluster.cli import app
 from cluster.settings import get_settings
 from tests.waiting import PATIENCE
@@ -180,7 +180,7 @@ def test_all_components_are_read_as_one_story() -> None:
         file.write('{"timestamp": "half a li')
 
     def read(count: int, component: str | None = None, level: str | None = None) -> list[str]:
-        return [line["message"] for line in log_reader.recent(count, log_reader.wanted(component, level))]
+        return [line["message"] for line in logs.recent(count, logs.wanted(component, level))]
 
     assert read(10) == ["one", "two", "three", "four"]
     assert read(2) == ["three", "four"]
@@ -189,15 +189,15 @@ def test_all_components_are_read_as_one_story() -> None:
 
 
 def test_lines_longer_than_a_block_are_read_whole() -> None:
-    long = "y" * (2 * log_reader.BLOCK_BYTES + 17)
+    long = "y" * (2 * logs.BLOCK_BYTES + 17)
     write("gateway", ("01", "INFO", "short"), ("02", "INFO", long), ("03", "INFO", "end"))
-    found = log_reader.recent(3, log_reader.wanted(None, None))
+    found = logs.recent(3, logs.wanted(None, None))
     assert [line["message"] for line in found] == ["short", long, "end"]
 
 
 def test_new_lines_are_followed_even_when_the_file_is_set_aside() -> None:
     write("gateway", ("01", "INFO", "old"))
-    story = log_reader.follow(log_reader.wanted(None, None))
+    story = logs.follow(logs.wanted(None, None))
     write("gateway", ("02", "INFO", "second"))
     assert next(story)["message"] == "second"
     path = logs.folder() / "gateway.jsonl"

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
 from cluster import identity, migrations
-from cluster.db import Base, Database, migrate
+from cluster.db import Base, Database
+from cluster.migrations import migrate
 
 NEXT_MIGRATION = """
 import sqlalchemy as sa
@@ -81,6 +82,6 @@ async def test_a_newer_schema_is_refused(database: Database) -> None:
 
 
 async def test_processes_that_start_together_migrate_once(database: Database) -> None:
-    command = (sys.executable, "-c", "import asyncio; from cluster.db import migrate; asyncio.run(migrate())")
+    command = (sys.executable, "-c", "import asyncio; from cluster.migrations import migrate; asyncio.run(migrate())")
     starting = [await asyncio.create_subprocess_exec(*command) for _ in range(2)]
     assert [await process.wait() for process in starting] == [0, 0]

@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from serve.app import create_app
-from serve.engines.local import LocalEngine
+from serve.engines.local.engine import LocalEngine
 
 
 @asynccontextmanager

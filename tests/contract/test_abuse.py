@@ -14,8 +14,8 @@ from websockets.asyncio.client import connect
 
 from cluster.db import Database
 from jobs import schedules
-from serve.api.websockets import MAX_ROOMS
 from serve.app import create_app
+from serve.realtime.routes import MAX_ROOMS
 from tests.contract.serving import serving
 from tests.waiting import PATIENCE, PATIENT
 

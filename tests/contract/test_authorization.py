@@ -19,20 +19,23 @@ from pwdlib import PasswordHash
 from starlette.routing import WebSocketRoute
 from starlette.types import Message
 
-from cluster import identity
+from cluster import identity, ownership
 from cluster.db import Database, now
+from cluster.files import store as file_store
+from cluster.files import uploads as file_uploads
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
-from jobs import file_uploads, files, queue, schedules
-from pipelines.guardian import feedback
+from jobs import queue, schedules
+from pipelines.guardian.feedback import store as feedback_store
 from pipelines.guardian.repositories import Repository
-from pipelines.training import datasets, prompts
+from pipelines.training.data import content as data_content
+from pipelines.training.data import datasets, prompts, resolution
 from pipelines.training.sessions import TrainingSession
-from serve import stored_responses
 from serve.app import create_app
-from serve.batches import Batch
-from serve.bodies.responses import ResponseRequest
-from serve.telling import Telling
+from serve.openai.batches.store import Batch
+from serve.openai.responses import store as response_store
+from serve.openai.responses.events import Telling
+from serve.openai.responses.request import ResponseRequest
 
 PASSWORD = "correct horse battery"
 PROMPT = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
@@ -245,7 +248,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
         for name in ("owner", "other", "admin", "disabled"):
             await _move_in(household, database, name)
         async with database.transaction() as session:
-            owner = queue.Owner(id=household.users["owner"].id, name="owner", is_admin=False)
+            owner = ownership.Owner(id=household.users["owner"].id, name="owner", is_admin=False)
             job = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=LEARN), owner)
             training = TrainingSession(
                 name="House v1", base_model="forgearr/tiny", config={}, owner_id=owner.id, created_by="owner"
@@ -254,8 +257,8 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             await session.flush()
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
             schedule = await schedules.create(session, request, owner)
-            said = feedback.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
-            given, _ = await feedback.give(session, said, owner)
+            said = feedback_store.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
+            given, _ = await feedback_store.give(session, said, owner)
             prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), owner)
             upload = file_uploads.begin(
                 session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, owner=owner
@@ -268,10 +271,10 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
         told = Telling("resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").repeated())
         told.end()
-        await stored_responses.keep(database, told.response, [], owner)
-        content = datasets.write(datasets.shipped(), tmp_path / "content.jsonl", "test")
+        await response_store.keep(database, told.response, [], owner)
+        content = data_content.write(resolution.shipped(), tmp_path / "content.jsonl", "test")
         dataset = await datasets.keep(database, "owners", content, {}, owner)
-        file = await files.keep(database, BytesIO(b"x"), filename="a.txt", purpose="batch", owner=owner)
+        file = await file_store.keep(database, BytesIO(b"x"), filename="a.txt", purpose="batch", owner=owner)
         about = {"endpoint": "/v1/embeddings", "labels": {}, "owner_id": owner.id, "created_by": "owner"}
         batch = Batch(id="batch_1", job_id=job.id, input_file_id=file.id, expires_at=now(), **about)
         async with database.transaction() as session:

@@ -5,7 +5,8 @@ from collections.abc import Generator, Iterator, Sequence
 import httpx
 import pytest
 
-from cluster.settings import SettingsError, load_settings
+from cluster.errors import SettingsError
+from cluster.settings import load_settings
 from tests.platform import Platform, running_platform
 from tests.waiting import PATIENCE
 

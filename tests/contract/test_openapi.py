@@ -21,7 +21,7 @@ from jobs import journal, queue
 from jobs.journal import Entry
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.training import prompts
+from pipelines.training.data import prompts
 from pipelines.training.sessions import TrainingSession
 from tests.contract.serving import serving
 from tests.pipelines.shelf import Shelf

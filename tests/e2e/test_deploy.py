@@ -10,7 +10,7 @@ from threading import Event
 import httpx
 import pytest
 
-from cluster import tracking
+from cluster import mlflow_client
 from tests.pipelines.ollama_server import OllamaServer, running_ollama
 from tests.pipelines.shelf import Shelf
 from tests.platform import Platform, running_platform
@@ -40,7 +40,7 @@ def name(home: Path, platform: Platform, tmp_path: Path) -> str:
     """A model with two versions, each of which says which one it is."""
 
     async def register() -> str:
-        async with tracking.connect(platform.mlflow_url) as mlflow:
+        async with mlflow_client.connect(platform.mlflow_url) as mlflow:
             shelf = Shelf(mlflow, tmp_path)
             for number, text in enumerate((FIRST, SECOND), 1):
                 await shelf.register(write_parrot(tmp_path / f"{number}.gguf", text).read_bytes())
@@ -87,7 +87,7 @@ def test_nobody_notices_a_switch_but_by_the_answers(platform: Platform, ollama: 
 
 def test_a_file_that_no_engine_can_load_is_never_served(platform: Platform, name: str, tmp_path: Path) -> None:
     async def register_rubbish() -> None:
-        async with tracking.connect(platform.mlflow_url) as mlflow:
+        async with mlflow_client.connect(platform.mlflow_url) as mlflow:
             shelf = Shelf(mlflow, tmp_path)
             shelf.name = name
             await shelf.register(b"GGUF, or so it says")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.platform
 @pytest.fixture(scope="module")
 def platform() -> Generator[Platform]:
     settings = {
-        "jobs.modules": "[jobs.builtin, tests.kinds]",
+        "jobs.modules": "[jobs.probe, jobs.sweep, tests.kinds]",
         "jobs.stop_grace_seconds": "1",
         "jobs.retry_seconds": "0.1",
     }

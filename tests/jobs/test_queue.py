@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
+from cluster import ownership
 from cluster.db import Database, now
 from cluster.errors import Forbidden
-from jobs import journal, leases, queue, waiting
-from jobs.capacity import Room
+from cluster.ownership import Owner
+from jobs import journal, leases, queue, wait_reasons
+from jobs.dispatch.capacity import Room
 from jobs.journal import Entry
 from jobs.leases import Claim, LeadershipLost, Write
-from jobs.queue import IdempotencyConflict, JobNotFound, JobRequest, JobStateConflict, Owner, UnknownDependency
+from jobs.queue import IdempotencyConflict, JobNotFound, JobRequest, JobStateConflict, UnknownDependency
 from jobs.registry import InvalidSpec, UnknownKind
-from jobs.retries import Failure
+from jobs.retry_policy import Failure
 from jobs.states import State
 from jobs.tables import Job, JobEvent
 
@@ -39,7 +41,7 @@ class Bench:
         self.token = token or self.token
         return token
 
-    async def submit(self, owner: Owner = queue.LOCAL, key: str | None = None, **request: Any) -> Job:
+    async def submit(self, owner: Owner = ownership.LOCAL, key: str | None = None, **request: Any) -> Job:
         wanted = JobRequest.model_validate({"kind": "probe", **request})
         async with self.database.transaction() as session:
             return await queue.enqueue(session, wanted, owner, idempotency_key=key)
@@ -201,7 +203,7 @@ async def test_dependencies_are_waited_for_and_their_failure_is_passed_on(bench:
     (claim,) = await bench.claim()
     assert claim.job_id == first.id
     async with bench.database.reading() as session:
-        reasons = await waiting.reasons(session, [await session.get_one(Job, job.id) for job in (second, third)])
+        reasons = await wait_reasons.reasons(session, [await session.get_one(Job, job.id) for job in (second, third)])
     assert reasons[second.id] == f"{first.id} to succeed"
     await bench.write(claim, leases.succeeded(None), ("succeeded", {}))
     (claim,) = await bench.claim()
@@ -435,7 +437,7 @@ async def test_a_kind_at_its_limit_lets_others_pass(bench: Bench) -> None:
     probe = await bench.submit()
     assert {claim.job_id for claim in await bench.claim()} == {sweeps[0].id, probe.id}
     async with bench.database.reading() as session:
-        reasons = await waiting.reasons(session, [await session.get_one(Job, sweeps[1].id)])
+        reasons = await wait_reasons.reasons(session, [await session.get_one(Job, sweeps[1].id)])
     assert reasons[sweeps[1].id] == "one of the 1 running 'sweep' jobs to finish"
 
 
@@ -449,7 +451,7 @@ async def test_a_job_too_large_says_what_it_waits_for(bench: Bench) -> None:
     assert [claim.job_id for claim in claims] == [fits.id]
     async with bench.database.reading() as session:
         jobs = [await session.get_one(Job, job.id) for job in (too_large, elsewhere, full)]
-        reasons = await waiting.reasons(session, jobs)
+        reasons = await wait_reasons.reasons(session, jobs)
     assert (
         reasons[too_large.id] == "8 GPU; the cluster has 2 CPU, 0 GPU, 1024 MB memory in all, and not enough of it free"
     )

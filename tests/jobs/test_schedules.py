@@ -11,8 +11,8 @@ from sqlalchemy import func, select, update
 from cluster import identity
 from cluster.db import Database, now
 from cluster.errors import Forbidden
+from cluster.ownership import Owner
 from jobs import schedules
-from jobs.queue import Owner
 from jobs.registry import InvalidSpec
 from jobs.schedules import ScheduleNameTaken, ScheduleNotFound, ScheduleRequest
 from jobs.states import State

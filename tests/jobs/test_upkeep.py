@@ -12,19 +12,19 @@ from sqlalchemy import func, select, update
 
 from cluster.db import Database, now
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
+from cluster.files.store import File
+from cluster.files.uploads import Upload
 from jobs import leases, queue
-from jobs.builtin import SweepSpec, sweep
-from jobs.capacity import actor_options
 from jobs.context import Context
-from jobs.file_uploads import Upload
-from jobs.files import File
+from jobs.dispatch.capacity import actor_options
+from jobs.execution.report_writer import storable
 from jobs.leases import Claim
 from jobs.queue import JobRequest
 from jobs.registry import Resources
-from jobs.retries import backoff, judge
+from jobs.retry_policy import backoff, judge
 from jobs.states import State
+from jobs.sweep import SweepSpec, sweep
 from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership
-from jobs.writer import storable
 
 
 class Silent:
@@ -108,7 +108,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         await session.execute(update(Leadership).values(tracked_until=last_told))
         held = {"state": State.RUNNING, "worker": "gone", "lease_token": "t", "lease_expires_at": long_ago}
         await session.execute(update(Job).where(Job.id == dead.id).values(**held))
-    claim = Claim("job_x", "t", "sweep", "", {}, None, 1, 3, None, None, {}, "worker-1", None)
+    claim = Claim("job_x", "t", "sweep", {}, None, 1, 3, None, None, {}, "worker-1", None)
     # In a thread, as a worker runs it: it has an event loop of its own.
     swept = await asyncio.to_thread(sweep, Context(claim, Silent()), SweepSpec())
     assert swept == {

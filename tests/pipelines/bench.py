@@ -9,18 +9,19 @@ from uuid import uuid4
 
 import torch
 
-from cluster import storage, tracking
+from cluster import mlflow_client, storage
 from cluster.db import Database, now
 from cluster.settings import get_settings
 from jobs.context import Context
+from jobs.execution.report_writer import News, storable
 from jobs.leases import Claim
 from jobs.queue import new_job_id
 from jobs.registry import Resources, find_kind, load_function
 from jobs.states import State
 from jobs.tables import Job
-from jobs.writer import News, storable
-from pipelines.training import recipe, tiny
-from pipelines.training.samples import Sample
+from pipelines.training.data.samples import Sample
+from pipelines.training.fine_tune import recipe
+from pipelines.training.models import tiny
 from pipelines.training.spec import FineTuneSpec
 
 QUESTIONS = {
@@ -96,7 +97,7 @@ class Bench:
         return self.add(Job(id=job_id, kind="fine_tune", result=made, owner_id=owner_id, **done))
 
     def add(self, job: Job) -> str:
-        job.entrypoint, job.demand, job.max_attempts = "none", "1 CPU", 1
+        job.demand, job.max_attempts = "1 CPU", 1
         job.spec = job.spec or {}
         job.created_by, job.run_after, job.resources = "test", now(), {"cpus": 1}
         asyncio.run(_add(job))
@@ -118,7 +119,6 @@ class Bench:
         claim = Claim(
             job_id=job_id,
             token="token",
-            entrypoint="",
             spec={},
             kind="",
             attempt=1,
@@ -201,5 +201,5 @@ async def _finish(job_id: str, result: Any) -> None:
 
 
 async def _run_in_mlflow(kind: str, job_id: str) -> str:
-    async with tracking.connect(get_settings().mlflow_uri or "") as mlflow:
+    async with mlflow_client.connect(get_settings().mlflow_uri or "") as mlflow:
         return await mlflow.run_of_job(await mlflow.experiment(kind), job_id, now(), {})

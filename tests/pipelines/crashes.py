@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from cluster.errors import NotFound
-from pipelines.training.steps import Report
+from jobs.execution.isolated import Report
 
 
 def abort(report: Report) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.training import recipe
-from pipelines.training.samples import Sample
+from pipelines.training.data.samples import Sample
+from pipelines.training.fine_tune import recipe
 from pipelines.training.spec import FineTuneSpec
 from tests.pipelines.test_recipe import Notes
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cluster import tracking
+from cluster import mlflow_client
 from cluster.db import now
-from cluster.tracking import Tracking
-from pipelines.training.registry import File, Registry, Version
+from cluster.mlflow_client import Tracking
+from pipelines.training.models.registry import Registry
+from pipelines.training.models.versions import File, Version
 
 
 class Shelf:
@@ -48,7 +49,7 @@ def register_on(mlflow_url: str, folder: Path, *files: Path) -> str:
     """Put files into a platform's registry as versions of a new model, which serves the first. Returns its name."""
 
     async def register() -> str:
-        async with tracking.connect(mlflow_url) as mlflow:
+        async with mlflow_client.connect(mlflow_url) as mlflow:
             shelf = Shelf(mlflow, folder)
             for file in files:
                 await shelf.register(file.read_bytes())

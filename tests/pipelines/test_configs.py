@@ -8,7 +8,7 @@ import yaml
 
 from cluster.cli.train import shipped_recipes
 from pipelines.training import presets
-from pipelines.training.samples import parse
+from pipelines.training.data.parsing import parse
 from pipelines.training.spec import FineTuneSpec, ForgeSpec
 
 CONFIGS = files("configs")

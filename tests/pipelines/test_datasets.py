@@ -15,15 +15,16 @@ import pytest
 from cluster import identity
 from cluster.db import Database
 from cluster.errors import Forbidden, ForgearrError, InvalidRequest
+from cluster.ownership import LOCAL, Owner
 from cluster.settings import get_settings
 from jobs import queue
-from jobs.queue import LOCAL, Owner
 from jobs.states import State
-from pipelines.training import datasets, documents, prompts
-from pipelines.training.datasets import DatasetDamaged, DatasetNotFound, FolderForbidden, FolderNotFound
-from pipelines.training.documents import NoDocument, TooManyDocuments
-from pipelines.training.prompts import NoMatchingPrompt, PromptRequest
-from pipelines.training.samples import Pair, Sample
+from pipelines.training.data import datasets, documents, prompts, resolution
+from pipelines.training.data.datasets import DatasetDamaged, DatasetNotFound
+from pipelines.training.data.documents import NoDocument, TooManyDocuments
+from pipelines.training.data.prompts import NoMatchingPrompt, PromptRequest
+from pipelines.training.data.resolution import FolderForbidden, FolderNotFound
+from pipelines.training.data.samples import Pair, Sample
 from pipelines.training.spec import Data, FineTuneSpec, PromptFilter
 from serve.app import create_app
 
@@ -74,7 +75,7 @@ async def upload(client: httpx.AsyncClient, name: str, *lines: str) -> dict[str,
 
 
 async def resolve(data: Data, owner: Owner = LOCAL) -> datasets.Dataset:
-    return await asyncio.to_thread(datasets.resolve, data, owner.id)
+    return await asyncio.to_thread(resolution.resolve, data, owner.id)
 
 
 async def load(data: Data, owner: Owner = LOCAL) -> list[Any]:
@@ -197,7 +198,7 @@ async def test_a_long_upload_takes_little_memory(client: httpx.AsyncClient) -> N
 
 
 async def test_an_upload_is_bounded(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.api.datasets.MAX_UPLOAD_BYTES", 1000)
+    monkeypatch.setattr("serve.training.datasets.MAX_UPLOAD_BYTES", 1000)
     refused = await client.post(PATH, params={"name": "home"}, content=f"{chat()}\n" * 100)
     assert (refused.status_code, refused.json()["error_code"]) == (413, "BODY_TOO_LARGE")
 
@@ -226,7 +227,7 @@ async def test_the_dataset_that_ships_is_everybodys(database: Database, alice: O
     assert mine.id != ours.id
     assert mine.digest == ours.digest
     assert (await resolve(Data(dataset="demo/homelab"), alice)).id == mine.id
-    assert datasets.load(mine) == datasets.shipped()
+    assert datasets.load(mine) == resolution.shipped()
     assert (mine.created_by, ours.created_by) == ("alice", "local")
 
 
@@ -269,7 +270,7 @@ async def test_a_damaged_file_is_noticed(client: httpx.AsyncClient, home: Path) 
 
 async def test_whoever_is_gone_resolves_nothing(database: Database) -> None:
     with pytest.raises(Forbidden, match="does not exist"):
-        await asyncio.to_thread(datasets.resolve, Data(dataset="demo/homelab"), "x" * 36)
+        await asyncio.to_thread(resolution.resolve, Data(dataset="demo/homelab"), "x" * 36)
 
 
 # Folders
@@ -393,23 +394,23 @@ async def test_folders_are_for_administrators_unless_they_are_shared(
     closed = [private, shared / "way-out", shared / ".." / "private", tmp_path, shared.with_name("shared2"), Path("/")]
     open_ = [shared, private / "way-in", shared / "." / "way-out" / ".." / "shared"]
     for path in closed:
-        assert datasets.needs_admin(Data(folder=str(path)))
-        assert datasets.needs_admin(FineTuneSpec(base_model=str(path), data=Data(dataset="x")))
+        assert resolution.needs_admin(Data(folder=str(path)))
+        assert resolution.needs_admin(FineTuneSpec(base_model=str(path), data=Data(dataset="x")))
         with pytest.raises(FolderForbidden):
             await resolve(Data(folder=str(path)), alice)
         with pytest.raises(FolderForbidden):
             await check(database, Data(folder=str(path)), alice)
     for path in open_:
-        assert not datasets.needs_admin(FineTuneSpec(base_model=str(path), data=Data(folder=str(path))))
+        assert not resolution.needs_admin(FineTuneSpec(base_model=str(path), data=Data(folder=str(path))))
         assert await load(Data(folder=str(path)), alice)
         await check(database, Data(folder=str(path)), alice)
     admin = await account(database, "admin", "admin")
     for owner in (LOCAL, admin):
         assert await load(Data(folder=str(private)), owner)
     for base in ("forgearr/tiny", "homelab:v3", "owner/name"):
-        assert not datasets.needs_admin(FineTuneSpec(base_model=base, data=Data(dataset="x")))
+        assert not resolution.needs_admin(FineTuneSpec(base_model=base, data=Data(dataset="x")))
     for base in ("~/model", "../model", "./model"):
-        assert datasets.needs_admin(FineTuneSpec(base_model=base, data=Data(dataset="x")))
+        assert resolution.needs_admin(FineTuneSpec(base_model=base, data=Data(dataset="x")))
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "/etc/hostname", "/" + "x" * 300, "~nobody-of-this-name/x"])
@@ -439,7 +440,7 @@ async def test_doors_learn_at_once_what_cannot_be(client: httpx.AsyncClient, dat
 
 async def check(database: Database, data: Data, owner: Owner) -> None:
     async with database.reading() as session:
-        await datasets.check(session, data, owner, "supervised")
+        await resolution.check(session, data, owner, "supervised")
 
 
 def write(folder: Path, files: dict[str, Any]) -> None:

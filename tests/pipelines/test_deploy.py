@@ -16,10 +16,11 @@ from jobs.context import Context
 from jobs.leases import Claim
 from jobs.registry import Resources
 from jobs.tables import Job
-from pipelines.training import deploy, model_cache
-from pipelines.training.deploy import NotPassed
-from pipelines.training.ollama_push import OllamaRefused, OllamaUnavailable
-from pipelines.training.registry import ModelNotFound, NoEarlierVersion
+from pipelines.training.deploy import job as deploy_job
+from pipelines.training.deploy.job import NotPassed
+from pipelines.training.deploy.ollama_push import OllamaRefused, OllamaUnavailable
+from pipelines.training.models import cache as model_cache
+from pipelines.training.models.versions import ModelNotFound, NoEarlierVersion
 from pipelines.training.spec import DeploySpec
 from tests.pipelines.ollama_server import OllamaServer, running_ollama
 from tests.pipelines.shelf import Shelf
@@ -67,8 +68,8 @@ async def run(shelf: Shelf, version: int, *, force: bool = False, notebook: Note
 
 
 async def run_spec(spec: DeploySpec, notebook: Notebook) -> dict[str, Any]:
-    claim = Claim("job_d", "t", "deploy", "", {}, None, 1, 3, None, None, {}, "w", None)
-    return await asyncio.to_thread(deploy.deploy, Context(claim, notebook), spec)
+    claim = Claim("job_d", "t", "deploy", {}, None, 1, 3, None, None, {}, "w", None)
+    return await asyncio.to_thread(deploy_job.deploy, Context(claim, notebook), spec)
 
 
 async def passed_version(shelf: Shelf, content: bytes = b"") -> int:
@@ -96,10 +97,10 @@ async def test_the_alias_moves_and_comes_back(shelf: Shelf) -> None:
         assert notebook.lines == ["No engine is configured (engines.replicas is 0), so none loads it."]
     # An attempt that is made again after all was done changes nothing.
     assert (await run(shelf, 2))["previous"] == 1
-    version, replaced, left_to_do = await deploy.roll_back(shelf.name)
+    version, replaced, left_to_do = await deploy_job.roll_back(shelf.name)
     assert (version.number, replaced, left_to_do) == (1, 2, None)
     with pytest.raises(NoEarlierVersion):
-        await deploy.roll_back(shelf.name)
+        await deploy_job.roll_back(shelf.name)
 
 
 async def test_what_did_not_pass_is_refused_unless_it_is_forced(shelf: Shelf) -> None:
@@ -153,7 +154,7 @@ async def test_ollama_gets_file_template_and_parameters_once(
         assert made["template"].endswith("{{ .Response }}")
     await run(shelf, 2)
     assert ollama.uploads == 2
-    _, _, left_to_do = await deploy.roll_back(shelf.name)
+    _, _, left_to_do = await deploy_job.roll_back(shelf.name)
     assert left_to_do is None
     assert ollama.models[f"{shelf.name}:latest"] == ollama.models[f"{shelf.name}:v1"]
 
@@ -196,7 +197,7 @@ async def test_a_rollback_does_not_wait_for_ollama(
         await run(shelf, number)
     monkeypatch.setenv("FORGEARR_OLLAMA__URL", "http://127.0.0.1:9")
     get_settings.cache_clear()
-    version, _, left_to_do = await deploy.roll_back(shelf.name)
+    version, _, left_to_do = await deploy_job.roll_back(shelf.name)
     assert version.number == 1
     assert left_to_do is not None
     assert "127.0.0.1:9" in left_to_do

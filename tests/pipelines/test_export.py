@@ -21,19 +21,23 @@ from safetensors.numpy import load_file
 from cluster.errors import NotFound
 from cluster.settings import get_settings
 from jobs.context import Stop
+from jobs.execution import isolated, workspace
+from jobs.execution.workspace import DiskFull
+from jobs.outputs import NotMade
 from jobs.queue import JobNotFound
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.training import base_models, converter, model_cache, recipe, registry, steps, work
-from pipelines.training.base_models import BaseModelNotFound
-from pipelines.training.conversion import UnsupportedModel
-from pipelines.training.converter import ConverterNotFound, ConverterUnavailable
-from pipelines.training.export import NoAdapter, NotTracked
-from pipelines.training.quantizing import BrokenModelFile
-from pipelines.training.registry import File, ModelNotFound, RegistryOff, Version
-from pipelines.training.results import NotMade
+from pipelines.training.export import llama_converter as export_llama_converter
+from pipelines.training.export.convert import UnsupportedModel
+from pipelines.training.export.job import NoAdapter, NotTracked
+from pipelines.training.export.llama_converter import ConverterNotFound, ConverterUnavailable
+from pipelines.training.export.quantize import BrokenModelFile
+from pipelines.training.fine_tune import recipe
+from pipelines.training.models import base_models, registry
+from pipelines.training.models import cache as model_cache
+from pipelines.training.models.base_models import BaseModelNotFound
+from pipelines.training.models.versions import File, ModelNotFound, RegistryOff, Version
 from pipelines.training.spec import FineTuneSpec
-from pipelines.training.work import DiskFull
 from tests.pipelines.bench import Bench, Ledger, Silence
 from tests.pipelines.test_recipe import chats
 
@@ -253,9 +257,9 @@ def test_a_whole_file_passes_its_proof(home: Path, whole: Path) -> None:
 
 
 def test_a_step_that_crashes_is_an_error_with_its_last_words(home: Path) -> None:
-    with pytest.raises(steps.StepFailed, match=r"signal 6 while starting: .*Last words"):
+    with pytest.raises(isolated.StepFailed, match=r"signal 6 while starting: .*Last words"):
         step("tests.pipelines.crashes:abort")
-    with pytest.raises(steps.StepFailed, match=r"ended with 1 while starting: .*KeyError: 'nowhere'"):
+    with pytest.raises(isolated.StepFailed, match=r"ended with 1 while starting: .*KeyError: 'nowhere'"):
         step("tests.pipelines.crashes:fail")
     with pytest.raises(NotFound, match="as it was raised"):
         step("tests.pipelines.crashes:refuse")
@@ -263,12 +267,12 @@ def test_a_step_that_crashes_is_an_error_with_its_last_words(home: Path) -> None
 
 
 def test_what_a_killed_job_has_left_is_removed_by_the_next(home: Path) -> None:
-    script = "import os; from pipelines.training import work\nwith work.folder('dead'): os._exit(9)"
+    script = "import os; from jobs.execution import workspace\nwith workspace.folder('dead'): os._exit(9)"
     subprocess.run([sys.executable, "-c", script], check=False)
     assert len(left_behind()) == 2
-    with work.folder("alive") as first:
+    with workspace.folder("alive") as first:
         assert {name.partition("-")[0] for name in left_behind()} == {"alive"}
-        with work.folder("other"):
+        with workspace.folder("other"):
             assert first.exists()
     assert left_behind() == []
 
@@ -280,23 +284,23 @@ def test_the_converter_is_found_or_the_reason_is_said(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ConverterUnavailable, match=r"set forge\.converter to a folder"):
-        converter.folder()
-    monkeypatch.setitem(converter.HASHES, version(converter.PACKAGE), "0" * 64)
+        export_llama_converter.folder()
+    monkeypatch.setitem(export_llama_converter.HASHES, version(export_llama_converter.PACKAGE), "0" * 64)
     with pytest.raises(ConverterUnavailable):
-        converter.folder()
+        export_llama_converter.folder()
     with pytest.raises(ConverterUnavailable, match=r"hash of .* 0\.0\.1 is not known"):
-        converter.fetch("0.0.1", tmp_path / "none")
+        export_llama_converter.fetch("0.0.1", tmp_path / "none")
     assert list((home / "cache").iterdir()) == []
     monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(tmp_path))
     get_settings.cache_clear()
     with pytest.raises(ConverterNotFound, match="convert_hf_to_gguf"):
-        converter.folder()
+        export_llama_converter.folder()
 
 
 def test_a_package_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(converter.HASHES, version(converter.PACKAGE), "0" * 64)
+    monkeypatch.setitem(export_llama_converter.HASHES, version(export_llama_converter.PACKAGE), "0" * 64)
     with pytest.raises(ConverterUnavailable, match="DO NOT MATCH THE HASHES"):
-        converter.fetch(version(converter.PACKAGE), tmp_path / "none")
+        export_llama_converter.fetch(version(export_llama_converter.PACKAGE), tmp_path / "none")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -306,7 +310,7 @@ def test_a_base_model_that_is_not_there_is_named(home: Path, tmp_path: Path) -> 
     with pytest.raises(BaseModelNotFound, match="neither forgearr/tiny, a folder"):
         base_models.folder("no such/thing/at all")
     # The library reads where the hub is when it is imported.
-    script = "from pipelines.training import base_models; base_models.folder('somebody/some-model')"
+    script = "from pipelines.training.models import base_models; base_models.folder('somebody/some-model')"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert "BaseModelNotFound: The base model 'somebody/some-model' is not on this machine" in done.stderr
@@ -318,7 +322,7 @@ def whole(trained: Path, llama_converter: Path, tmp_path_factory: pytest.TempPat
     file = tmp_path_factory.mktemp("whole") / "whole.gguf"
     request = {"model": str(trained / "full"), "base": None, "file": str(file), "outtype": "f16"}
     step(
-        "pipelines.training.conversion:convert",
+        "pipelines.training.export.convert:convert",
         {**request, "adapter_file": None, "work": str(file.parent)},
         paths=[llama_converter / "gguf-py", llama_converter],
     )
@@ -343,7 +347,7 @@ def small_disk() -> Iterator[Callable[..., None]]:
 
 def step(function: str, request: dict[str, Any] | None = None, paths: list[Path] | None = None) -> Any:
     heard: list[float] = []
-    return steps.run(
+    return isolated.run(
         function,
         request or {},
         report=lambda part, doing: heard.append(part),
@@ -356,7 +360,7 @@ def step(function: str, request: dict[str, Any] | None = None, paths: list[Path]
 def prove(file: Path) -> Any:
     files = [{"path": str(file), "quantization": "f16"}]
     request = {"source": str(file), "files": files, "adapter": None, "threads": 1}
-    return step("pipelines.training.quantizing:finish", request)
+    return step("pipelines.training.export.quantize:finish", request)
 
 
 def find(reference: str) -> Version:
@@ -412,5 +416,5 @@ def children() -> list[str]:
     import psutil
 
     return [
-        " ".join(one.cmdline()) for one in psutil.Process().children() if "pipelines.training.steps" in one.cmdline()
+        " ".join(one.cmdline()) for one in psutil.Process().children() if "jobs.execution.isolated" in one.cmdline()
     ]

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.db import Database
-from jobs.queue import LOCAL, Owner
-from pipelines.training import prompts
-from pipelines.training.prompts import NoMatchingPrompt, PromptNotFound, PromptRequest
-from pipelines.training.samples import InvalidSample
+from cluster.ownership import LOCAL, Owner
+from pipelines.training.data import prompts
+from pipelines.training.data.parsing import InvalidSample
+from pipelines.training.data.prompts import NoMatchingPrompt, PromptNotFound, PromptRequest
 from pipelines.training.spec import PromptFilter
 from serve.app import create_app
 
@@ -186,7 +186,7 @@ async def test_a_long_import_takes_little_memory(client: httpx.AsyncClient) -> N
 
 
 async def test_an_import_is_bounded(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.api.prompts.MAX_IMPORT_BYTES", 1000)
+    monkeypatch.setattr("serve.training.prompts.MAX_IMPORT_BYTES", 1000)
     refused = await client.post(f"{PATH}/import", content=f"{json.dumps(MOVIE)}\n" * 10)
     assert (refused.status_code, refused.json()["error_code"]) == (413, "BODY_TOO_LARGE")
 

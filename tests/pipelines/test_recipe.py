@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from cluster import storage
-from pipelines.training import tiny
-from pipelines.training.samples import Pair, Sample
+from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.models import tiny
 from pipelines.training.spec import FineTuneSpec, ForgeSpec
 from tests.waiting import PATIENCE
 
@@ -93,7 +93,7 @@ def spec_of(**values: Any) -> FineTuneSpec:
 
 
 def train(spec: FineTuneSpec, base: str, work: Path, notes: Notes, samples: Any = None, **resume: Any) -> Any:
-    from pipelines.training import recipe
+    from pipelines.training.fine_tune import recipe
 
     work.mkdir(exist_ok=True)
     return recipe.train(spec, samples or chats(), base=base, work=work, watcher=notes, **resume)
@@ -156,7 +156,7 @@ def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp
     tuned = PeftModel.from_pretrained(model, str(outcome.model))
     tokenizer = AutoTokenizer.from_pretrained(str(outcome.model))
     line = (outcome.model / "held_out.jsonl").read_text().splitlines()[0]
-    from pipelines.training.tokens import encode
+    from pipelines.training.fine_tune.tokenize import encode
 
     (encoding,) = encode(tokenizer, json.loads(line)["messages"])
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_counted(
 
 
 def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
-    from pipelines.training.rows import SampleTooLong
+    from pipelines.training.fine_tune.preprocess import SampleTooLong
 
     with pytest.raises(SampleTooLong, match=r"Sample 11 has \d+ tokens, and the model reads 64 at once"):
         train(
@@ -224,7 +224,7 @@ def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
 
 
 def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
-    from pipelines.training.rows import NothingToTrain
+    from pipelines.training.fine_tune.preprocess import NothingToTrain
 
     spec = spec_of(max_length=16, long_samples="skip", eval_split=0)
     with pytest.raises(NothingToTrain, match="None of 2 samples fits into 16 tokens"):
@@ -232,9 +232,9 @@ def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
 
 
 def test_what_the_model_cannot_read_or_the_method_not_learn_is_refused(base: str, tmp_path: Path) -> None:
-    from pipelines.training.rows import LengthBeyondContext
-    from pipelines.training.samples import WrongKindOfData
-    from pipelines.training.tokens import UnusableTokenizer
+    from pipelines.training.data.parsing import WrongKindOfData
+    from pipelines.training.fine_tune.preprocess import LengthBeyondContext
+    from pipelines.training.fine_tune.tokenize import UnusableTokenizer
 
     def refused(base: str = base, samples: Any = None, **values: Any) -> None:
         train(spec_of(**values), base, tmp_path / "work", Notes(tmp_path), samples)
@@ -275,7 +275,7 @@ def test_what_would_fail_in_the_end_is_refused_in_the_beginning(
 def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) -> None:
     from transformers.trainer_callback import TrainerControl, TrainerState
 
-    from pipelines.training.following import Follower
+    from pipelines.training.fine_tune.callbacks import Follower
 
     follower = Follower(spec_of(early_stopping=2), Notes(tmp_path), {})
     control = TrainerControl()
@@ -287,7 +287,7 @@ def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) ->
 
 
 def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -> None:
-    from pipelines.training.following import TrainingDiverged
+    from pipelines.training.fine_tune.callbacks import TrainingDiverged
 
     with pytest.raises(TrainingDiverged, match=r"choose a lower learning_rate than 1e\+30"):
         train(spec_of(tuning="full", learning_rate=1e30, epochs=50), base, tmp_path / "work", Notes(tmp_path))
@@ -326,7 +326,7 @@ def test_processes_that_train_together_agree(base: str, tmp_path: Path) -> None:
 def test_every_process_knows_where_the_checkpoints_are(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.training import finetune
+    from pipelines.training.fine_tune import job as fine_tune_job
     from tests.pipelines.bench import Bench, Ledger
 
     watchers: list[Any] = []
@@ -334,7 +334,7 @@ def test_every_process_knows_where_the_checkpoints_are(
         (tmp_path / f"{rank}").mkdir()
         monkeypatch.setattr("ray.train.get_context", lambda rank=rank: World(rank))
         context = Bench(tmp_path).context("job_x", Ledger())
-        watchers.append(finetune.JobWatcher(context, {}, tmp_path))
+        watchers.append(fine_tune_job.JobWatcher(context, {}, tmp_path))
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     for step in (2, 4, 6):
         for rank, watcher in enumerate(watchers):
@@ -351,7 +351,10 @@ def test_every_process_knows_where_the_checkpoints_are(
 def test_when_one_process_needs_smaller_batches_all_start_again(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.training import batches, datasets, finetune, recipe
+    from jobs import outputs
+    from pipelines.training.data import datasets
+    from pipelines.training.fine_tune import batch_size, recipe
+    from pipelines.training.fine_tune import job as fine_tune_job
     from tests.pipelines.bench import Bench, Ledger
 
     smaller = {"batch_size": 4, "gradient_accumulation": 2}
@@ -361,7 +364,7 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
         places.append(place)
         if len(places) > 1:
             raise Interrupted
-        raise batches.StartSmaller("Out of memory", details=smaller)
+        raise batch_size.StartSmaller("Out of memory", details=smaller)
 
     def run_here(context: Any, spec: Any, work: Any) -> Any:
         return work()
@@ -373,16 +376,16 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     monkeypatch.setattr(datasets, "get", always(dataset))
     monkeypatch.setattr(datasets, "load", always(chats()))
     monkeypatch.setattr(recipe, "train", scarce_train)
-    monkeypatch.setattr(finetune, "_on_ray_train", run_here)
-    monkeypatch.setattr(finetune.results, "own_row", always(Row(ledger.checkpoints)))
+    monkeypatch.setattr(fine_tune_job, "_on_ray_train", run_here)
+    monkeypatch.setattr(outputs, "own_row", always(Row(ledger.checkpoints)))
     with pytest.raises(Interrupted):
-        finetune.fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of())
+        fine_tune_job.fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of())
     assert places == [None, smaller]
     assert ledger.checkpoints[-1] == {**ledger.checkpoints[0], "place": smaller}
 
 
 def test_a_training_whose_result_is_safe_is_not_done_again(home: Path, tmp_path: Path) -> None:
-    from pipelines.training.finetune import fine_tune
+    from pipelines.training.fine_tune.job import fine_tune
     from tests.pipelines.bench import Bench, Ledger
 
     ledger = Ledger()

@@ -13,18 +13,19 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from cluster import tracking
+from cluster import mlflow_client
 from cluster.db import now
+from cluster.mlflow_client import Tracking, TrackingUnavailable
 from cluster.settings import get_settings
-from cluster.tracking import Tracking, TrackingUnavailable
-from pipelines.training import model_cache, registry
-from pipelines.training.model_cache import DamagedModel
-from pipelines.training.registry import (
+from pipelines.training.models import cache as model_cache
+from pipelines.training.models import registry
+from pipelines.training.models.cache import DamagedModel
+from pipelines.training.models.registry import Registry
+from pipelines.training.models.versions import (
     File,
     Manner,
     ModelNotFound,
     NoEarlierVersion,
-    Registry,
     RegistryOff,
     Version,
     VersionNeeded,
@@ -292,17 +293,17 @@ async def test_a_file_that_changed_in_storage_is_refused(shelf: Shelf) -> None:
 async def test_a_dropped_connection_is_taken_up_again(shelf: Shelf, mlflow_server: str) -> None:
     content = os.urandom(6_000_000)
     async with _breaking_off(mlflow_server, 2_000_000, times=2) as (url, broken):
-        async with tracking.connect(url) as mlflow:
+        async with mlflow_client.connect(url) as mlflow:
             version = await Shelf(mlflow, shelf.folder).register(content)
         assert len(broken) == 2
         broken.clear()
-        async with tracking.connect(url) as mlflow:
+        async with mlflow_client.connect(url) as mlflow:
             assert (await Registry(mlflow).fetch(version)).read_bytes() == content
         assert len(broken) == 2
 
 
 async def test_mlflow_being_away_is_worth_another_attempt(home: Path) -> None:
-    async with tracking.connect("http://127.0.0.1:9") as mlflow:
+    async with mlflow_client.connect("http://127.0.0.1:9") as mlflow:
         with pytest.raises(TrackingUnavailable) as caught:
             await Registry(mlflow).models()
     assert caught.value.retryable

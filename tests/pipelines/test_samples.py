@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.training import datasets
-from pipelines.training.samples import EmptyData, InvalidSample, Pair, Sample, line_of, lines_of, parse, read
+from pipelines.training.data import resolution
+from pipelines.training.data.parsing import EmptyData, InvalidSample, line_of, lines_of, parse, read
+from pipelines.training.data.samples import Pair, Sample
 
 ASK = {"role": "user", "content": "Find Alien."}
 SAY = {"role": "assistant", "content": "Here it is."}
@@ -160,7 +161,7 @@ def test_samples_are_read_one_by_one() -> None:
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.training.samples.LINE_MAX_BYTES", 1000)
+    monkeypatch.setattr("pipelines.training.data.parsing.LINE_MAX_BYTES", 1000)
     path = tmp_path / "long"
     path.write_bytes(b" " * 10_000 + b"{}")
     with path.open("rb") as file:
@@ -171,7 +172,7 @@ def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Any, monkeypatch: p
 
 
 def test_the_samples_that_ship() -> None:
-    samples = datasets.shipped()
+    samples = resolution.shipped()
     calls = [sample for sample in samples if any(message.tool_calls for message in sample.messages)]
     assert len(samples) >= 40
     assert len(calls) >= 10

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.training import tiny, tokens
-from pipelines.training.samples import Sample, parse
-from pipelines.training.tokens import IGNORED, UnusableTokenizer, encode
+from pipelines.training.data.parsing import parse
+from pipelines.training.data.samples import Sample
+from pipelines.training.fine_tune import tokenize
+from pipelines.training.fine_tune.tokenize import IGNORED, UnusableTokenizer, encode
+from pipelines.training.models import tiny
 from tests.waiting import PATIENCE
 
 ASKED = {"role": "user", "content": "Is Plex up?"}
@@ -64,7 +66,7 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def learned(tokenizer: Any, encoding: tokens.Encoding) -> str:
+def learned(tokenizer: Any, encoding: tokenize.Encoding) -> str:
     return tokenizer.decode([label for label in encoding.labels if label != IGNORED])
 
 

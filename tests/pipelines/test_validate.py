@@ -12,12 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import storage
 from jobs.context import Stop
-from pipelines.training import base_models, measure, registry, validate
-from pipelines.training.conversion import load_merged
-from pipelines.training.measure import score
-from pipelines.training.samples import Sample, parse
-from pipelines.training.tokens import encode
-from pipelines.training.validate import NothingHeldOut, NotItsExport
+from pipelines.training.data.parsing import parse
+from pipelines.training.data.samples import Sample
+from pipelines.training.export.convert import load_merged
+from pipelines.training.fine_tune.tokenize import encode
+from pipelines.training.models import base_models, registry
+from pipelines.training.models import versions as models_versions
+from pipelines.training.validate import job as validate_job
+from pipelines.training.validate import metrics as eval_metrics
+from pipelines.training.validate.job import NothingHeldOut, NotItsExport
+from pipelines.training.validate.metrics import score
 from tests.pipelines.bench import Bench
 
 MEASURED = {"final_loss", "perplexity", "base_loss", "base_perplexity", "exact_match", "rouge_l", "base_rouge_l"}
@@ -81,7 +85,7 @@ def test_without_an_export_nothing_is_said_of_one(bench: Bench) -> None:
 
 
 def test_a_validation_goes_on_from_where_it_was_paused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "TOGETHER", 2)
+    monkeypatch.setattr(validate_job, "TOGETHER", 2)
     spec = {"job_id": bench.fine_tuned("lora"), "max_new_tokens": 4}
     _, expected, whole = bench.run("validate", spec)
 
@@ -114,19 +118,19 @@ def test_what_cannot_be_validated_is_refused(bench: Bench, trained: Path) -> Non
 def test_an_adapter_is_measured_merged(trained: Path, bench: Bench) -> None:
     base = base_models.folder("forgearr/tiny")
     tokenizer: Any = AutoTokenizer.from_pretrained(trained / "lora")
-    prepared = [measure.prepare(tokenizer, sample, 2048) for sample in held_out(trained / "lora")]
+    prepared = [eval_metrics.prepare(tokenizer, sample, 2048) for sample in held_out(trained / "lora")]
     merged = load_merged(base, trained / "lora").eval()
-    told = measure.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: False)
-    loss = measure.total(told, "loss") / measure.total(told, "tokens")
+    told = eval_metrics.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: False)
+    loss = eval_metrics.total(told, "loss") / eval_metrics.total(told, "tokens")
     assert loss == pytest.approx(mean_loss(merged, tokenizer, held_out(trained / "lora")), rel=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert loss < mean_loss(plain, tokenizer, held_out(trained / "lora"))
     # What is longer than the model's context is measured as far as it goes.
-    short = measure.prepare(tokenizer, held_out(trained / "lora")[-1], 60)
+    short = eval_metrics.prepare(tokenizer, held_out(trained / "lora")[-1], 60)
     assert all(len(one.input_ids) <= 60 for one in short.encodings)
     assert len(short.questions) < len(prepared[-1].questions)
-    with pytest.raises(measure.Interrupted):
-        measure.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: True)
+    with pytest.raises(eval_metrics.Interrupted):
+        eval_metrics.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +178,11 @@ def test_gates_decide(gates: dict[str, float], with_gguf: bool, reasons: list[st
         "gguf_kl": None,
         "gguf_top1_agreement": 0.9,
     }
-    every = {gate: gates.get(gate) for gate in validate.GATES}
-    assert validate.judge(metrics, every, with_gguf=with_gguf) == reasons
+    every = {gate: gates.get(gate) for gate in validate_job.GATES}
+    assert validate_job.judge(metrics, every, with_gguf=with_gguf) == reasons
 
 
-async def find(reference: str) -> registry.Version:
+async def find(reference: str) -> models_versions.Version:
     async with registry.connect() as models:
         return await models.find(reference)
 
@@ -203,7 +207,7 @@ def mean_loss(model: Any, tokenizer: Any, samples: list[Sample]) -> float:
 def answers(model: Any, tokenizer: Any, sample: Sample, most: int) -> list[str]:
     """Greedily, one token after the other, without batches and without a cache."""
     said: list[str] = []
-    for question in measure.prepare(tokenizer, sample, 2048).questions:
+    for question in eval_metrics.prepare(tokenizer, sample, 2048).questions:
         ids = list(question.prompt_ids)
         while len(ids) - len(question.prompt_ids) < most:
             with torch.inference_mode():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from pipelines.training import batches, recipe
+from pipelines.training.fine_tune import batch_size, recipe
 from tests.pipelines.test_recipe import Notes, chats, spec_of
 
 
@@ -19,7 +19,7 @@ def _save_nothing(*_: Any) -> None: ...
 def main(base: str, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    step: Any = vars(batches)["_step"]
+    step: Any = vars(batch_size)["_step"]
 
     def scarce_step(trainer: Any, model: Any, rows: list[Any]) -> None:
         if rank == 1 and len(rows) > 2:
@@ -34,8 +34,8 @@ def main(base: str, folder: Path) -> None:
             raise MemoryError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "_step", scarce_step)
-        patch.setattr(batches, "LEAST_GAIN", 0)
+        patch.setattr(batch_size, "_step", scarce_step)
+        patch.setattr(batch_size, "LEAST_GAIN", 0)
         patch.setattr(recipe.SFTTrainer, "train", no_training)
         patch.setattr(recipe, "_save", _save_nothing)
         patch.setattr(recipe, "_outcome", _save_nothing)
@@ -43,7 +43,7 @@ def main(base: str, folder: Path) -> None:
         try:
             spec = spec_of(batch_size="auto", eval_split=0)
             recipe.train(spec, chats(40), base=base, work=folder / str(rank), watcher=Notes(folder))
-        except batches.StartSmaller as smaller:
+        except batch_size.StartSmaller as smaller:
             refused = smaller.place
     print(json.dumps({"batch_size": sizes[0], "refused": refused}))
     distributed.destroy_process_group()

@@ -11,11 +11,11 @@ from sqlalchemy import select
 
 from cluster.db import Database, now
 from jobs.context import Context
+from jobs.execution.report_writer import storable
 from jobs.leases import Claim
 from jobs.registry import Resources, find_kind, load_function
 from jobs.states import State
 from jobs.tables import Job
-from jobs.writer import storable
 from tests.serve.house import House
 
 
@@ -60,7 +60,6 @@ async def _do(database: Database, job: Job) -> Notes:
         job_id=job.id,
         token="token",
         kind=job.kind,
-        entrypoint=job.entrypoint,
         spec=job.spec,
         checkpoint=None,
         attempt=1,
@@ -71,8 +70,9 @@ async def _do(database: Database, job: Job) -> Notes:
         worker="",
         owner_id=job.owner_id,
     )
-    spec = find_kind(job.kind).spec.model_validate(job.spec)
-    result = await asyncio.to_thread(load_function(job.entrypoint), Context(claim, notes), spec)
+    kind = find_kind(job.kind)
+    function = load_function(kind.entrypoint)
+    result = await asyncio.to_thread(function, Context(claim, notes), kind.spec.model_validate(job.spec))
     async with database.transaction() as session:
         row = await session.get_one(Job, job.id)
         row.state, row.result, row.finished_at = State.SUCCEEDED, storable(result), now()

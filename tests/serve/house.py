@@ -7,7 +7,7 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import func, select, update
 
-from cluster import identity
+from cluster import identity, ownership
 from cluster.db import Database
 from jobs import journal, queue
 from jobs.journal import Entry
@@ -51,7 +51,7 @@ class House:
     async def queue(self, kind: str, spec: dict[str, Any], who: str = "ada", **facts: Any) -> str:
         """A job that is as it is said to be."""
         user = self.people[who]
-        owner = queue.Owner(id=user.id, name=who, is_admin=user.role == "admin")
+        owner = ownership.Owner(id=user.id, name=who, is_admin=user.role == "admin")
         async with self.database.transaction() as session:
             job = await queue.enqueue(session, queue.JobRequest(kind=kind, spec=spec), owner)
         await self.settle(job.id, **facts)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType, TokenType
 
-from pipelines.training import tiny
+from pipelines.training.models import tiny
 
 HEAD_WIDTH = 16
 MERGED = ("H", "i")  # a vocabulary of this sort must have one pair that is joined

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.media import rules
-from pipelines.media.rules import Rule
+from pipelines.media.audit import rules
+from pipelines.media.audit.rules import Rule
 from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import arr_standing_in
 from tests.cluster.services.likenesses import KEY

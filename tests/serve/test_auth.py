@@ -17,10 +17,12 @@ from cluster import identity
 from cluster.db import Database, now
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
-from serve import limits, middleware
-from serve.api.auth import router
-from serve.auth import AdminCaller, CurrentCaller, OriginGuard, SocketCaller
-from serve.envelope import handle_errors
+from serve.http.error_handlers import handle_errors
+from serve.middleware import strict_input
+from serve.security import rate_limits
+from serve.security.callers import AdminCaller, CurrentCaller, SocketCaller
+from serve.security.origins import OriginGuard
+from serve.security.routes import router
 
 PASSWORD = "correct horse battery"
 LOGIN = {"email": "ada@example.com", "password": PASSWORD}
@@ -29,7 +31,7 @@ LOGIN = {"email": "ada@example.com", "password": PASSWORD}
 def build_app() -> FastAPI:
     app = FastAPI()
     app.include_router(router)
-    app.add_middleware(middleware.StrictInput)
+    app.add_middleware(strict_input.StrictInput)
     app.add_middleware(OriginGuard)
     handle_errors(app)
 
@@ -53,7 +55,7 @@ def build_app() -> FastAPI:
 @pytest.fixture
 async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server on loopback, which needs no credential."""
-    limits.limiter.cache_clear()
+    rate_limits.limiter.cache_clear()
     transport = httpx.ASGITransport(build_app(), client=("127.0.0.1", 40000))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
         yield client
@@ -243,7 +245,7 @@ async def test_a_key_is_shown_once_works_and_is_revoked(client: httpx.AsyncClien
 async def test_a_stranger_cannot_say_much(
     client: httpx.AsyncClient, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(middleware, "STRANGERS_BODY_BYTES", 1000)
+    monkeypatch.setattr(strict_input, "STRANGERS_BODY_BYTES", 1000)
     key = await add_key(database, await add_user(database))
     long = LOGIN | {"password": "x" * 2000}
 

@@ -13,17 +13,18 @@ import pytest
 from cluster import storage
 from cluster.db import Database, now
 from cluster.errors import Unavailable
+from cluster.files import store as file_store
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
-from jobs import files, queue
-from jobs.queue import LOCAL
+from jobs import queue
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.file_checks import BatchLine
-from pipelines.training.registry import OnProgress
-from serve import batches
-from serve.batch_answers import MOST_LOSSES, Answering
-from serve.engines.gguf import GgufEngine
+from pipelines.training.models.registry import OnProgress
+from serve.engines.gguf.replica import GgufEngine
 from serve.engines.protocol import EngineBusy, EngineLost, EngineUnavailable, Request, Source
+from serve.openai.batches import store as batch_store
+from serve.openai.batches.line import MOST_LOSSES, Answering
+from serve.openai.files.validation import BatchLine
 from tests.serve.small_models import write_parrot
 
 TINY = "forgearr/tiny"
@@ -101,12 +102,12 @@ async def test_a_job_asks_a_database_of_its_own(engine: Unsteady, database: Data
 
 
 async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: Database) -> None:
-    file = await files.keep(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
+    file = await file_store.keep(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
     made: dict[State, str] = {}
     long_ago = now() - timedelta(days=get_settings().jobs.event_days + 1)
     for state in (State.FAILED, State.SUCCEEDED, State.RUNNING):
         async with database.transaction() as session:
-            batch, job = await batches.create(
+            batch, job = await batch_store.create(
                 session,
                 endpoint="/v1/embeddings",
                 input_file_id=file.id,
@@ -115,21 +116,21 @@ async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: 
                 owner=LOCAL,
             )
             job.state, job.finished_at = state, long_ago
-        made[state] = storage.address(batches.folder(batch.id))
-        storage.write(BytesIO(b"{}"), f"{batches.folder(batch.id)}/part")
-    assert await batches.remove_left_over(database) == 1
+        made[state] = storage.address(batch_store.folder(batch.id))
+        storage.write(BytesIO(b"{}"), f"{batch_store.folder(batch.id)}/part")
+    assert await batch_store.remove_left_over(database) == 1
     assert {state for state, address in made.items() if storage.exists(address)} == {State.SUCCEEDED, State.RUNNING}
-    assert await batches.remove_left_over(database) == 0
+    assert await batch_store.remove_left_over(database) == 0
 
 
 async def test_a_batch_whose_job_failed_says_why(database: Database) -> None:
-    file = await files.keep(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
+    file = await file_store.keep(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
     async with database.transaction() as session:
-        batch, job = await batches.create(
+        batch, job = await batch_store.create(
             session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, owner=LOCAL
         )
-        assert batches.told(batch, job)["status"] == "validating"
+        assert batch_store.told(batch, job)["status"] == "validating"
         await queue.finish_waiting(session, [job], State.FAILED, {"code": "file_not_found", "message": "It is gone."})
     async with database.reading() as session:
-        told = batches.told(batch, await session.get_one(Job, job.id))
+        told = batch_store.told(batch, await session.get_one(Job, job.id))
     assert (told["status"], told["errors"][0]["message"]) == ("failed", "It is gone.")

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 
 from cluster.db import get_database
 from cluster.settings import get_settings
-from pipelines.training.registry import OnProgress
+from pipelines.training.models.registry import OnProgress
 from serve.app import create_app
-from serve.engines.gguf import GgufEngine
+from serve.engines.gguf.replica import GgufEngine
 from serve.engines.protocol import Source
 from tests.contract.serving import serving
 from tests.serve.small_models import write_model, write_parrot

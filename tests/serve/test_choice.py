@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from cluster.settings import get_settings
-from pipelines.training.registry import File, OnProgress, Version
-from serve.engines.answers import whole_of
-from serve.engines.choice import ChosenEngine
-from serve.engines.gguf import GgufEngine
+from pipelines.training.models.registry import OnProgress
+from pipelines.training.models.versions import File, Version
+from serve.engines.collect import whole_of
+from serve.engines.gguf.replica import GgufEngine
 from serve.engines.protocol import Folder, Request, Source
+from serve.engines.router import ChosenEngine
 from tests.serve.small_models import write_parrot
 
 NOW = datetime.now(UTC)

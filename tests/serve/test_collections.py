@@ -11,10 +11,11 @@ import httpx
 import pytest
 
 from cluster import events
-from cluster.services import collections, register
-from cluster.services.client import Client
+from cluster.services import store as service_store
+from cluster.services.capabilities import collection as capabilities_collection
+from cluster.services.http.client import Client
 from cluster.settings import get_settings
-from serve import long_lists
+from serve.http import json_stream
 from tests.cluster.services.arr_stand_in import (
     ArrStandIn,
     arr_standing_in,
@@ -81,7 +82,7 @@ BOTH = pytest.mark.parametrize("sort", [SHOWS, MOVIES], ids=lambda sort: sort.se
 async def connect(house: House, sort: Sort, url: str, **more: Any) -> None:
     values = {"name": sort.service, "type": sort.service, "url": url, "api_key": KEY, **more}
     async with house.database.transaction() as session:
-        await register.create(session, values, "ada")
+        await service_store.create(session, values, "ada")
 
 
 @asynccontextmanager
@@ -212,7 +213,7 @@ async def test_a_part_of_a_list(house: House, sort: Sort) -> None:
 
 @BOTH
 async def test_a_list_longer_than_what_is_held(house: House, sort: Sort, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_lists, "MEMORY_BYTES", 10_000)
+    monkeypatch.setattr(json_stream, "MEMORY_BYTES", 10_000)
     rows = [sort.here(f"{WEIRD} {number}", number, number) for number in range(1, 401)]
     resources: dict[str, Any] = {sort.things: rows}
     async with stocked(house, sort, **resources):
@@ -298,14 +299,14 @@ async def test_what_is_there_is_not_added_again(house: House, sort: Sort, heard:
 async def test_adding_twice_at_once_makes_one(
     house: House, sort: Sort, heard: list[events.Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked, profiles = asyncio.Barrier(5), collections.quality_profiles
+    looked, profiles = asyncio.Barrier(5), capabilities_collection.quality_profiles
 
-    async def together(client: Client) -> list[collections.QualityProfile]:
+    async def together(client: Client) -> list[capabilities_collection.QualityProfile]:
         """All five have looked, and found none, before the first of them adds."""
         await looked.wait()
         return await profiles(client)
 
-    monkeypatch.setattr(collections, "quality_profiles", together)
+    monkeypatch.setattr(capabilities_collection, "quality_profiles", together)
     async with stocked(house, sort) as arr:
         wanted = {"title": "Inception"}
         async with asyncio.timeout(PATIENCE):

@@ -11,12 +11,13 @@ from sqlalchemy import select, text
 
 from cluster import events
 from cluster.db import Base, Database
-from cluster.services import register
+from cluster.services import store as service_store
 from cluster.settings import get_settings
 from jobs.tables import Job
-from pipelines.media import audit, change, recommendations
-from pipelines.media.recommendations import Change, Recommendation
-from serve import limits
+from pipelines.media.audit import audit_services, change_settings
+from pipelines.media.audit import tables as audit_tables
+from pipelines.media.audit.tables import Change, Recommendation
+from serve.security import rate_limits
 from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in
 from tests.cluster.services.likenesses import KEY
@@ -78,7 +79,7 @@ def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, house: House) -> 
 async def connect(house: House, name: str, type: str, url: str, key: str | None = None) -> int:  # noqa: A002
     async with house.database.transaction() as session:
         values = {"name": name, "type": type, "url": url, "api_key": key}
-        return (await register.create(session, values, "ada")).id
+        return (await service_store.create(session, values, "ada")).id
 
 
 def said(program: Running, keyword: str, value: str) -> None:
@@ -99,14 +100,14 @@ def config(program: Running, section: str = "misc") -> Any:
 
 async def audited(house: House, *services: str, **more: Any) -> dict[str, Any]:
     body = {"services": list(services), "include_web_search": False, **more}
-    answer = await errands.ask(house, f"{PATH}/audit", body, audit.KIND)
+    answer = await errands.ask(house, f"{PATH}/audit", body, audit_services.KIND)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
 async def changed(house: House, door: str, *ids: int, dry_run: bool = False) -> list[dict[str, Any]]:
     body = {"recommendation_ids": list(ids), "dry_run": dry_run}
-    answer = await errands.ask(house, f"{PATH}/{door}", body, change.KIND)
+    answer = await errands.ask(house, f"{PATH}/{door}", body, change_settings.KIND)
     assert answer.status_code == 200, answer.text
     told = answer.json()
     good = sum(result["success"] for result in told["results"])
@@ -443,7 +444,7 @@ async def test_what_is_open_stays_open_while_a_service_is_away(house: House, son
     await audited(house, "sonarr")
     before = await recommended(house)
     async with house.database.transaction() as session:
-        service = await register.find(session, "sonarr")
+        service = await service_store.find(session, "sonarr")
         assert service
         service.url = DEAD
     told = await audited(house, "sonarr")
@@ -521,7 +522,7 @@ async def test_audits_that_cannot_be_are_refused(house: House, body: Any, status
     await connect(house, "search", "searxng", DEAD)
     answer = await house.ask("admin", "POST", f"{PATH}/audit", json=body)
     assert (answer.status_code, words in answer.json()["message"]) == (status, True), answer.text
-    assert (await house.kinds())[audit.KIND] == 0
+    assert (await house.kinds())[audit_services.KIND] == 0
 
 
 @pytest.mark.parametrize(
@@ -531,7 +532,7 @@ async def test_changes_that_cannot_be_are_refused(house: House, ids: list[Any], 
     for door in ("apply", "rollback"):
         answer = await house.ask("admin", "POST", f"{PATH}/{door}", json={"recommendation_ids": ids})
         assert answer.status_code == status, answer.text
-    assert (await house.kinds())[change.KIND] == 0
+    assert (await house.kinds())[change_settings.KIND] == 0
 
 
 async def test_only_administrators_audit_and_change(house: House) -> None:
@@ -547,7 +548,7 @@ async def test_an_audit_under_way_can_be_looked_at(house: House, sonarr: ArrStan
     assert (asked.status_code, asked.json()["status"], asked.json()["total_recommendations"]) == (202, "queued", None)
     address = f"{PATH}/audit/{asked.json()['audit_id']}"
     assert (await house.ask("bob", "GET", address)).json()["status"] == "queued"
-    await errands.run(house.database, audit.KIND)
+    await errands.run(house.database, audit_services.KIND)
     assert (await house.ask("bob", "GET", address)).json()["status"] == "succeeded"
     for wrong in ("audit_x", "job_x", asked.json()["job_id"], "audit_%2e%2e"):
         assert (await house.ask("bob", "GET", f"{PATH}/audit/{wrong}")).status_code == 404
@@ -559,7 +560,7 @@ async def test_the_room_hears_of_an_audit_and_mlflow_of_its_numbers(
     heard: list[events.Message] = []
     monkeypatch.setattr(events, "publish", heard.extend)
     asked = await house.ask("admin", "POST", f"{PATH}/audit?wait=0", json={"services": ["sonarr"]})
-    (notes,) = await errands.run(house.database, audit.KIND)
+    (notes,) = await errands.run(house.database, audit_services.KIND)
     (message,) = [one for one in heard if one["type"] == "config.audit.completed"]
     total = notes.metrics["recommendations"]
     assert message["rooms"] == ["config_audit"]
@@ -601,7 +602,7 @@ async def test_the_web_is_asked_about_what_is_found(house: House, sonarr: ArrSta
 async def test_audits_and_changes_have_limits_of_their_own(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "true")
     get_settings.cache_clear()
-    limits.limiter.cache_clear()
+    rate_limits.limiter.cache_clear()
     for door, amount in (("audit", 10), ("apply", 20), ("rollback", 20)):
         answer = await house.ask("ada", "POST", f"{PATH}/{door}", json={})
         assert answer.headers["x-ratelimit-limit"] == str(amount), door
@@ -612,7 +613,7 @@ async def test_audits_and_changes_have_limits_of_their_own(house: House, monkeyp
         answer = await house.ask("ada", "POST", f"{PATH}/audit", json={})
     assert answer.status_code == 429
     assert (await house.ask("bob", "POST", f"{PATH}/audit", json={})).status_code == 403
-    limits.limiter.cache_clear()
+    rate_limits.limiter.cache_clear()
 
 
 async def test_an_attempt_that_was_lost_is_done_once(house: House, sonarr: ArrStandIn, database: Database) -> None:
@@ -632,7 +633,7 @@ async def test_an_attempt_that_was_lost_is_done_once(house: House, sonarr: ArrSt
         return [await house.ask("admin", "POST", f"{PATH}/rollback?wait=0", json=body, headers=key) for key in keys]
 
     await take_back()
-    await errands.run(database, change.KIND)
+    await errands.run(database, change_settings.KIND)
     results = [answer.json()["results"][0] for answer in await take_back()]
     assert [(one["success"], one["changed"]) for one in results] == [(True, True), (True, False)]
     assert sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] is False
@@ -642,13 +643,13 @@ async def test_old_audits_are_forgotten(house: House, sonarr: ArrStandIn, databa
     await audited(house, "sonarr")
     sonarr.resources["config/indexer"]["rssSyncInterval"] = 15
     await audited(house, "sonarr")
-    assert await recommendations.remove_old(database) == 0
+    assert await audit_tables.remove_old(database) == 0
     async with database.transaction() as session:
         await session.execute(text("UPDATE audits SET at = '2020-01-01 00:00:00+00:00'"))
         await session.execute(
             text("UPDATE recommendations SET closed_at = '2020-01-01 00:00:00+00:00' WHERE closed_at IS NOT NULL")
         )
-    assert await recommendations.remove_old(database) == 1
+    assert await audit_tables.remove_old(database) == 1
     async with database.reading() as session:
         assert not (await session.scalars(select(Recommendation).where(Recommendation.closed_at.is_not(None)))).all()
     assert (await house.ask("bob", "GET", f"{PATH}/audit/history")).json()["audits"] == []
@@ -657,8 +658,8 @@ async def test_old_audits_are_forgotten(house: House, sonarr: ArrStandIn, databa
 async def test_a_deleted_service_takes_its_recommendations_along(house: House, sonarr: ArrStandIn) -> None:
     await audited(house, "sonarr")
     async with house.database.transaction() as session:
-        service = await register.find(session, "sonarr")
+        service = await service_store.find(session, "sonarr")
         assert service
-        await register.delete(session, service)
+        await service_store.delete(session, service)
     assert await recommended(house) == {}
     assert len((await house.ask("bob", "GET", f"{PATH}/audit/history")).json()["audits"]) == 1

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cluster.db import Database, now
-from cluster.services import register
+from cluster.services import store as service_store
 from serve.app import create_app
 from tests.cluster.services import programs, usenet
 from tests.cluster.services.programs import Running
@@ -53,7 +53,7 @@ async def real(client: httpx.AsyncClient, database: Database, sabnzbd: Running) 
 
 async def connect(database: Database, url: str, key: str = "key", name: str = "Usenet") -> None:
     async with database.transaction() as session:
-        await register.create(session, {"name": name, "type": "sabnzbd", "url": url, "api_key": key}, "ada")
+        await service_store.create(session, {"name": name, "type": "sabnzbd", "url": url, "api_key": key}, "ada")
 
 
 async def told(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> dict[str, Any]:
@@ -157,9 +157,9 @@ async def test_without_a_service_it_says_how_to_connect_one(client: httpx.AsyncC
     assert (answer.status_code, answer.json()["error_code"]) == (503, "NO_SUCH_SERVICE_CONNECTED")
     assert "POST /api/services: SABnzbd" in answer.json()["message"]
     async with database.transaction() as session:
-        await register.create(session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada")
+        await service_store.create(session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada")
         off = {"name": "Off", "type": "sabnzbd", "url": "http://127.0.0.1:9", "enabled": False}
-        await register.create(session, off, "ada")
+        await service_store.create(session, off, "ada")
     assert await refused(client, "/queue") == (503, "NO_SUCH_SERVICE_CONNECTED")
     assert await refused(client, "/queue", service="Off") == (503, "NO_SUCH_SERVICE_CONNECTED")
     assert await refused(client, "/queue", service="TV") == (400, "SERVICE_CANNOT")

@@ -13,21 +13,15 @@ import pytest
 
 from cluster.db import now
 from cluster.settings import EngineSettings, get_settings
-from pipelines.training.registry import File, OnProgress, Version
-from serve.engines.ahead import read_ahead
-from serve.engines.answers import whole_of
-from serve.engines.gguf import GgufEngine, GgufFiles
-from serve.engines.header import ModelUnreadable, read_header
-from serve.engines.llama import LoadedModel
-from serve.engines.protocol import (
-    ContextExceeded,
-    EngineBusy,
-    ModelTooLarge,
-    Request,
-    RequestRefused,
-    Source,
-)
-from serve.engines.shelf import MB, Shelf
+from pipelines.training.models.registry import OnProgress
+from pipelines.training.models.versions import File, Version
+from serve.engines.collect import whole_of
+from serve.engines.gguf.model import LoadedModel
+from serve.engines.gguf.replica import GgufEngine, GgufFiles
+from serve.engines.local.pool import MB, Shelf
+from serve.engines.model_header import ModelUnreadable, read_header
+from serve.engines.protocol import ContextExceeded, EngineBusy, ModelTooLarge, Request, RequestRefused, Source
+from serve.engines.read_ahead import read_ahead
 from tests.contract.serving import let_go
 from tests.serve.small_models import write_adapter, write_model
 from tests.waiting import eventually_async

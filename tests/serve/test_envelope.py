@@ -12,17 +12,17 @@ from pydantic import BaseModel, Field, TypeAdapter, field_validator
 
 from cluster.errors import Conflict, ForgearrError, NotFound, RateLimitExceeded, Unauthenticated, Unavailable
 from cluster.logs import request_id
-from serve import middleware
-from serve.envelope import (
+from serve.http.error_handlers import handle_errors
+from serve.http.errors import (
     ERROR_RESPONSES,
     OPENAI_ERROR_RESPONSES,
     ErrorEnvelope,
     OpenAIErrorEnvelope,
     OpenAIRateLimitEnvelope,
     RateLimitEnvelope,
-    handle_errors,
 )
-from serve.metrics import RequestMetrics
+from serve.middleware import request_frame, strict_input
+from serve.monitoring.metrics import RequestMetrics
 
 ERRORS: list[ForgearrError] = [
     NotFound("There is no service 'plex'."),
@@ -75,8 +75,8 @@ def build_app() -> FastAPI:
 
     app.include_router(openai)
     handle_errors(app)
-    app.add_middleware(middleware.StrictInput)
-    app.add_middleware(middleware.RequestFrame, metrics=RequestMetrics())
+    app.add_middleware(strict_input.StrictInput)
+    app.add_middleware(request_frame.RequestFrame, metrics=RequestMetrics())
     return app
 
 
@@ -211,7 +211,7 @@ async def test_nul_in_an_address_is_refused(client: httpx.AsyncClient) -> None:
 
 async def test_a_body_without_end_is_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     for bound in ("MAX_BODY_BYTES", "STRANGERS_BODY_BYTES"):
-        monkeypatch.setattr(middleware, bound, 1000)
+        monkeypatch.setattr(request_frame, bound, 1000)
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -255,7 +255,7 @@ async def test_openapi_declares_what_is_sent(client: httpx.AsyncClient) -> None:
 
 
 def test_an_envelope_with_odd_details_can_still_be_sent() -> None:
-    from serve.envelope import error_response
+    from serve.http.errors import error_response
 
     body = error_response(Conflict(details={"paths": {1}, "when": float("nan")}), "/api").body
     TypeAdapter(ErrorEnvelope).validate_python(json.loads(bytes(body)))

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 
 from cluster.db import Database
+from cluster.ownership import Owner
 from cluster.settings import get_settings
-from jobs.queue import Owner
 from jobs.states import State
 from pipelines.guardian.repositories import Repository
-from serve import stored_responses
-from serve.bodies.responses import Message, ResponseRequest
-from serve.telling import Telling
+from serve.openai.responses import store as response_store
+from serve.openai.responses.events import Telling
+from serve.openai.responses.items import Message
+from serve.openai.responses.request import ResponseRequest
 from tests.serve.house import House
 
 PATH = "/api/v1/feedback"
@@ -227,5 +228,5 @@ async def respond(database: Database, owner: Owner, letter: str, said: str, aske
     answered = Message(role="assistant", content=said).item()
     telling.end()
     body = {**telling.response, "output": [{"id": f"msg_{32 * letter}0000", **answered}]}
-    await stored_responses.keep(database, body, request.items(identifier, {}), owner)
+    await response_store.keep(database, body, request.items(identifier, {}), owner)
     return identifier

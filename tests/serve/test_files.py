@@ -16,10 +16,11 @@ from sqlalchemy import func, select, update
 
 from cluster import identity, storage
 from cluster.db import Database, now
+from cluster.files import store as file_store
+from cluster.files import uploads as file_uploads
+from cluster.files.store import File
+from cluster.files.uploads import Upload, UploadPart
 from cluster.settings import get_settings
-from jobs import file_uploads, files
-from jobs.file_uploads import Upload, UploadPart
-from jobs.files import File
 from serve.app import create_app
 from tests.contract.serving import serving
 from tests.waiting import PATIENCE
@@ -125,7 +126,7 @@ async def test_what_fits_its_purpose_is_processed(house: House, purpose: Any, co
     made = await house.ada.files.create(file=("a.jsonl", lines(*content)), purpose=purpose)
     assert (made.status, made.status_details) == ("processed", None)
     async with house.database.reading() as session:
-        assert (await files.find(session, made.id)).content == kind
+        assert (await file_store.find(session, made.id)).content == kind
 
 
 @pytest.mark.parametrize(
@@ -227,16 +228,16 @@ async def test_a_file_whose_time_is_over_is_gone(house: House) -> None:
         await house.ada.files.retrieve(passing.id)
     assert {file.id async for file in house.ada.files.list()} == {lasting.id, batch.id}
     assert len(stored("files")) == 3
-    assert await files.remove_expired(house.database) == 1
+    assert await file_store.remove_expired(house.database) == 1
     assert (await house.count(File), len(stored("files"))) == (2, 2)
 
 
 async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(house: House, tmp_path: Path) -> None:
     told: dict[str, Any] = {"filename": "out.jsonl", "purpose": "batch_output", "file_id": "file-of-job"}
-    first = await files.keep(house.database, BytesIO(b"one\ntwo\n"), **told)
-    again = await files.keep(house.database, BytesIO(b"other"), **told)
+    first = await file_store.keep(house.database, BytesIO(b"one\ntwo\n"), **told)
+    again = await file_store.keep(house.database, BytesIO(b"other"), **told)
     assert (first.id, again.bytes) == (again.id, 8)
-    with files.opened(again) as content:
+    with file_store.opened(again) as content:
         assert list(content) == [b"one\n", b"two\n"]
 
 

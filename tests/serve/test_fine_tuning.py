@@ -11,16 +11,17 @@ from sqlalchemy import update
 
 from cluster import identity, storage
 from cluster.db import Database, now
+from cluster.ownership import Owner
 from cluster.settings import get_settings
 from jobs import journal, queue
 from jobs.journal import Entry
-from jobs.queue import JobRequest, Owner
+from jobs.queue import JobRequest
 from jobs.states import Control, State
 from jobs.tables import Job
-from pipelines.training.registry import ModelNotFound
+from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
 from serve.engines.protocol import Folder
-from serve.models import Models
+from serve.models.resolver import Models
 from tests.contract.serving import serving
 
 SAMPLE = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good evening."}]}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from jinja2 import Environment
 
-from serve.templates import TemplateRefused, as_jinja
+from serve.ollama.templates.chat_template import TemplateRefused, as_jinja
 
 TURN = (
     "{{ if .System }}[system {{ .System }}]\n{{ end }}{{- if .Prompt }}[user {{ .Prompt }}]\n{{ end }}"

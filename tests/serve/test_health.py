@@ -11,9 +11,9 @@ from fastapi import FastAPI
 
 from cluster.db import get_database
 from cluster.settings import get_settings
-from serve.api import health
-from serve.api.health import Health
 from serve.app import create_app
+from serve.monitoring import health
+from serve.monitoring.health import Health
 from tests.waiting import PATIENCE
 
 

@@ -25,8 +25,8 @@ HEAVY = [
     "code",
     [
         "import serve.app, serve.gateway; serve.app.create_app()",
-        "import serve.app, serve.engines.gguf, serve.engines.transformers, cluster.bringup",
-        "import jobs.dispatcher; from jobs.registry import kinds; kinds()",
+        "import serve.app, serve.engines.gguf.replica, serve.engines.transformers.replica, cluster.runtime.bootstrap",
+        "import jobs.dispatch.dispatcher; from jobs.registry import kinds; kinds()",
         "import cluster.cli; from typer.main import get_command; get_command(cluster.cli.app)",
     ],
     ids=["gateway", "bring-up", "dispatcher", "command line"],

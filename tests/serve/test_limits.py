@@ -20,10 +20,10 @@ from cluster import identity
 from cluster.db import Database
 from cluster.errors import RateLimitExceeded
 from cluster.settings import get_settings
-from serve import limits
-from serve.auth import CurrentCaller
-from serve.envelope import handle_errors
-from serve.limits import RateLimits, check_login, client_address, count_failed_login
+from serve.http.error_handlers import handle_errors
+from serve.security import rate_limits
+from serve.security.callers import CurrentCaller
+from serve.security.rate_limits import RateLimits, check_login, client_address, count_failed_login
 from tests.platform import unused_ports
 from tests.waiting import PATIENCE, eventually
 
@@ -57,11 +57,11 @@ def limited(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         for name, value in settings.items():
             monkeypatch.setenv(f"FORGEARR_{name.upper()}", value)
         get_settings.cache_clear()
-        limits.limiter.cache_clear()
+        rate_limits.limiter.cache_clear()
 
     change(auth__required="true", limits__general="3/hour", limits__health="2/hour", auth__login_attempts="3/hour")
     yield change
-    limits.limiter.cache_clear()
+    rate_limits.limiter.cache_clear()
 
 
 @pytest.fixture
@@ -188,14 +188,14 @@ async def test_an_open_server_counts_only_when_told_to(connect: Connect, limited
 async def test_replicas_count_together_in_redis(
     connect: Connect, limited: Callable[..., None], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "STORAGE_TIMEOUT_SECONDS", PATIENCE)
+    monkeypatch.setattr(rate_limits, "STORAGE_TIMEOUT_SECONDS", PATIENCE)
     limited(limits__storage=redis_url)
     async with connect(f"10.0.0.{uuid4().int % 256}") as client:
         statuses: list[int] = []
         for _ in range(4):
             statuses.append((await client.get("/health")).status_code)
             await _close_redis()
-            limits.limiter.cache_clear()  # as if the next request reached another replica
+            rate_limits.limiter.cache_clear()  # as if the next request reached another replica
     assert statuses == [200, 200, 429, 429]
 
 
@@ -252,7 +252,7 @@ def test_behind_haproxy_the_address_is_believed_only_if_haproxy_tells_it(monkeyp
 
 
 async def _close_redis() -> None:
-    await cast(Any, limits.limiter().storage).bridge.storage.aclose()
+    await cast(Any, rate_limits.limiter().storage).bridge.storage.aclose()
 
 
 def _wait_until_ready(log: Path, server: "subprocess.Popen[bytes]") -> None:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from cluster.db import Database
-from cluster.services import register
+from cluster.services import store as service_store
 from serve.app import create_app
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import Asked, Reply, StandIn, page, standing_in, telling, text
@@ -103,7 +103,7 @@ async def server(plex: Plex) -> AsyncIterator[StandIn]:
 @pytest.fixture
 async def client(database: Database, server: StandIn) -> AsyncIterator[httpx.AsyncClient]:
     async with database.transaction() as session:
-        await register.create(session, {"name": "Home", "type": "plex", "url": server.url, "api_key": KEY}, "ada")
+        await service_store.create(session, {"name": "Home", "type": "plex", "url": server.url, "api_key": KEY}, "ada")
     transport = httpx.ASGITransport(create_app())
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=60) as client:
         yield client

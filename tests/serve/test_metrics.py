@@ -13,9 +13,9 @@ from cluster import events
 from cluster.db import Database
 from jobs import queue
 from jobs.queue import JobRequest
-from serve import metrics
-from serve.metrics import RequestMetrics
-from serve.middleware import RequestFrame
+from serve.middleware.request_frame import RequestFrame
+from serve.monitoring import metrics
+from serve.monitoring.metrics import RequestMetrics
 
 
 def samples(text: str) -> dict[tuple[str, str, str], float]:

@@ -8,16 +8,17 @@ import pytest
 from sqlalchemy import update
 
 from cluster.db import Database
+from cluster.ownership import LOCAL, Owner
 from cluster.settings import get_settings
 from jobs import queue
-from jobs.queue import LOCAL, JobRequest, Owner
+from jobs.outputs import NotMade
+from jobs.queue import JobRequest
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.training.registry import ModelNotFound
-from pipelines.training.results import NotMade
+from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
 from serve.engines.protocol import Folder
-from serve.models import Models
+from serve.models.resolver import Models
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 

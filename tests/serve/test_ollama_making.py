@@ -18,11 +18,11 @@ from sqlalchemy import update
 from cluster import storage
 from cluster.db import Database, now
 from cluster.settings import get_settings
-from pipelines.training import blobs, sweeping
-from pipelines.training.blobs import Blob
-from pipelines.training.registry import ModelNotFound
+from pipelines.training.models import blob_cleanup, blobs
+from pipelines.training.models.blobs import Blob
+from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
-from serve.engines.gguf import GgufEngine
+from serve.engines.gguf.replica import GgufEngine
 from tests.contract.serving import serving
 from tests.pipelines.shelf import Shelf
 from tests.serve.small_models import write_adapter, write_model, write_parrot
@@ -278,15 +278,15 @@ async def test_blobs_that_nothing_uses_go_after_a_while(house: House) -> None:
     for content in (b"old", b"young"):
         await house.post(f"/api/blobs/sha256:{hashlib.sha256(content).hexdigest()}", content)
     old = hashlib.sha256(b"old").hexdigest()
-    long_ago = now() - timedelta(hours=sweeping.UNUSED_HOURS + 1)
+    long_ago = now() - timedelta(hours=blob_cleanup.UNUSED_HOURS + 1)
     async with house.database.transaction() as session:
         await session.execute(update(Blob).where(Blob.sha256.in_([used, old])).values(used_at=long_ago))
-    assert await sweeping.sweep(house.database) == 1
+    assert await blob_cleanup.sweep(house.database) == 1
     assert _stored() == {used, hashlib.sha256(b"young").hexdigest()}
     with pytest.raises(blobs.BlobNotFound):
         await blobs.touch(house.database, old)
     await house.client.delete(name)
-    assert await sweeping.sweep(house.database) == 1
+    assert await blob_cleanup.sweep(house.database) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,18 @@ from starlette.websockets import WebSocketState
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
-from cluster import events, identity, logs
+from cluster import events, identity, logs, ownership
 from cluster.db import Database
-from cluster.services import checks, register
+from cluster.services import health_checks
+from cluster.services import store as service_store
 from cluster.settings import get_settings
 from jobs import queue
-from serve import feeds, realtime
-from serve.api import job_events
 from serve.app import create_app
-from serve.feeds import follow_events
-from serve.realtime import Hub, Message
+from serve.jobs import events as jobs_events
+from serve.realtime import feeds
+from serve.realtime import hub as realtime_hub
+from serve.realtime.feeds import follow_events
+from serve.realtime.hub import Hub, Message
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import Reply, standing_in
 from tests.waiting import PATIENCE, PATIENT
@@ -102,7 +104,7 @@ async def test_a_hub_listens_only_while_somebody_listens_to_it() -> None:
 
 async def test_who_does_not_keep_up_is_dropped_and_the_others_hear_everything(hub: Hub, actor: events.Events) -> None:
     async with hub.subscribe({"a"}) as idle, hub.subscribe({"a"}) as busy:
-        for batch in batches(3 * realtime.QUEUE_MESSAGES):
+        for batch in batches(3 * realtime_hub.QUEUE_MESSAGES):
             await actor.publish([message("a", number) for number in batch])
             assert [await number_in(busy) for _ in batch] == list(batch)
         assert (idle.dropped, busy.dropped) == (True, False)
@@ -206,12 +208,12 @@ async def test_a_service_that_goes_away_and_comes_back_is_told_once(
     ):
         async with database.transaction() as session:
             values = {"name": "TV 📺", "type": "sonarr", "url": stand_in.url, "api_key": KEY}
-            service = await register.create(session, values, "ada")
+            service = await service_store.create(session, values, "ada")
         assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
         heard: list[dict[str, Any]] = []
         for state in (True, False, False, True, True, False):
             works = state
-            await checks.check(database, service)
+            await health_checks.check(database, service)
         for _ in range(3):
             heard.append(await hear(client))
     assert [news["type"] for news in heard] == ["service.unhealthy", "service.healthy", "service.unhealthy"]
@@ -265,7 +267,7 @@ async def test_what_makes_no_sense_is_answered_with_an_error(app: FastAPI, said:
 
 
 async def test_a_connection_has_a_bounded_number_of_rooms(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.api.websockets.MAX_ROOMS", 1)
+    monkeypatch.setattr("serve.realtime.routes.MAX_ROOMS", 1)
     async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
         assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
         assert (await ask(client, type="join_room", room="downloads"))["type"] == "error"
@@ -274,8 +276,8 @@ async def test_a_connection_has_a_bounded_number_of_rooms(app: FastAPI, monkeypa
 async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Database, required: None) -> None:
     ada, ada_key = await add_user(database, "ada", "user")
     _, root_key = await add_user(database, "root", "admin")
-    own = await add_job(database, queue.Owner(id=ada.id, name="ada", is_admin=False))
-    other = await add_job(database, queue.LOCAL)
+    own = await add_job(database, ownership.Owner(id=ada.id, name="ada", is_admin=False))
+    other = await add_job(database, ownership.LOCAL)
     rooms = ["jobs", f"job:{own}", f"job:{other}", "job:none", "downloads"]
 
     async def joined(key: str) -> list[str]:
@@ -304,11 +306,11 @@ async def test_who_may_not_connect_is_refused_in_the_handshake(
 async def test_who_may_not_stay_is_sent_away(
     app: FastAPI, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime, "WELCOME_SECONDS", 0.05)
-    monkeypatch.setattr(job_events, "FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(realtime_hub, "WELCOME_SECONDS", 0.05)
+    monkeypatch.setattr(jobs_events, "FOLLOW_SECONDS", 0.05)
     ada, key = await add_user(database, "ada", "user")
     bob, bobs = await add_user(database, "bob", "user")
-    job = await add_job(database, queue.Owner(id=bob.id, name="bob", is_admin=False))
+    job = await add_job(database, ownership.Owner(id=bob.id, name="bob", is_admin=False))
     async with (
         serving(app) as url,
         connect(f"{url}/ws/a?token={key}", **PATIENT) as revoked,
@@ -369,21 +371,21 @@ async def test_log_lines(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPat
 async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
     app: FastAPI, actor: events.Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime, "SEND_SECONDS", PATIENCE)
+    monkeypatch.setattr(realtime_hub, "SEND_SECONDS", PATIENCE)
     hub: Hub = app.state.hub
     async with serving(app) as url, connect(f"{url}/ws/quick", **PATIENT) as quick:
         assert (await ask(quick, type="join_room", room="system"))["type"] == "room_joined"
         with await deaf_client(url, {"type": "join_room", "room": "system"}):
             await until(lambda: hub.listeners("system") == 2)
             # More than every buffer between the two ends together.
-            for batch in batches(3 * realtime.QUEUE_MESSAGES):
+            for batch in batches(3 * realtime_hub.QUEUE_MESSAGES):
                 await actor.publish([message("system", number, padding="x" * 50_000) for number in batch])
                 assert [(await hear(quick))["data"]["number"] for _ in batch] == list(batch)
             await until(lambda: hub.listeners() == 1)
 
 
 async def test_a_client_that_takes_nothing_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(realtime, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(realtime_hub, "SEND_SECONDS", 0.05)
     closed: list[int] = []
 
     async def for_ever(*_: Any) -> Any:
@@ -396,8 +398,8 @@ async def test_a_client_that_takes_nothing_is_given_up(hub: Hub, monkeypatch: py
     stuck: Any = SimpleNamespace(send_text=for_ever, receive=for_ever, close=close, application_state=state)
     async with asyncio.timeout(PATIENCE), hub.subscribe(()) as subscription:
         subscription.put({"type": "news"})
-        await realtime.converse(stuck, subscription, for_ever)
-    assert closed == [realtime.TRY_AGAIN_LATER]
+        await realtime_hub.converse(stuck, subscription, for_ever)
+    assert closed == [realtime_hub.TRY_AGAIN_LATER]
 
 
 async def test_a_client_that_is_gone_without_a_word_is_noticed(app: FastAPI, actor: events.Events) -> None:
@@ -500,7 +502,7 @@ async def refusal(url: str, **headers: str) -> tuple[int, str]:
     return response.status_code, json.loads(response.body)["error_code"]
 
 
-async def number_in(subscription: realtime.Subscription) -> int:
+async def number_in(subscription: realtime_hub.Subscription) -> int:
     message = await subscription.get(timeout=PATIENCE)
     assert message is not None
     return message["data"]["number"]
@@ -510,7 +512,7 @@ def batches(count: int) -> list[range]:
     return [range(start, start + 64) for start in range(0, count, 64)]
 
 
-async def nothing_more(subscription: realtime.Subscription) -> AsyncIterator[Message]:
+async def nothing_more(subscription: realtime_hub.Subscription) -> AsyncIterator[Message]:
     while (message := await subscription.get(timeout=0.01)) is not None:
         yield message
 
@@ -532,7 +534,7 @@ async def add_user(database: Database, name: str, role: identity.Role) -> tuple[
     return user, key
 
 
-async def add_job(database: Database, owner: queue.Owner) -> str:
+async def add_job(database: Database, owner: ownership.Owner) -> str:
     async with database.transaction() as session:
         job = await queue.enqueue(session, queue.JobRequest(kind="probe"), owner)
     return job.id

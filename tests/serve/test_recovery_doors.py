@@ -7,13 +7,14 @@ import pytest
 from sqlalchemy import select
 
 from cluster.db import now
-from cluster.services import register
+from cluster.services import store as service_store
 from cluster.settings import get_settings
 from jobs.tables import Job
-from pipelines.media import recoveries, watch_downloads
-from pipelines.media.followed import FollowedDownload, FollowedService
-from pipelines.media.recoveries import Recovery, as_recovery
-from pipelines.media.recovery_policy import Decision, Past, RecoveryPolicy, Verdict
+from pipelines.media.downloads import cases, watch_downloads
+from pipelines.media.downloads import log as recovery_log
+from pipelines.media.downloads.log import Recovery, as_recovery
+from pipelines.media.downloads.policy import Decision, Past, RecoveryPolicy, Verdict
+from pipelines.media.downloads.tables import FollowedDownload, FollowedService
 from tests.serve.house import House
 
 POLICY = "/api/v1/recovery/policy"
@@ -29,7 +30,9 @@ async def service_id(house: House) -> int:
     policy = RecoveryPolicy.model_validate(defaults())
     at = now()
     async with house.database.transaction() as session:
-        service = await register.create(session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada")
+        service = await service_store.create(
+            session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada"
+        )
         session.add(
             FollowedService(service_id=service.id, connected_as_of=at, cursor={}, failed=2, underway=1, bytes_left=1024)
         )
@@ -43,7 +46,7 @@ async def service_id(house: House) -> int:
         said: list[tuple[Verdict, bool]] = [("replace", False), ("replace", True), ("give_up", True)]
         for verdict, acts in said:
             decision = Decision(verdict, "Lost")
-            await recoveries.note(session, as_recovery(decision, policy, acts=acts, at=at, job_id="job_1", **what))
+            await recovery_log.note(session, as_recovery(decision, policy, acts=acts, at=at, job_id="job_1", **what))
     return service.id
 
 
@@ -70,7 +73,7 @@ async def test_a_policy_is_set_by_administrators_and_forgotten(house: House, ser
     assert (changed["policy"], changed["changed_by"]) == (wanted, "admin")
     assert (await house.ask("ada", "GET", POLICY)).json() == changed
     async with house.database.reading() as session:
-        (row,) = await watch_downloads.cases(session, RecoveryPolicy(**wanted), [service_id], now())
+        (row,) = await cases.cases(session, RecoveryPolicy(**wanted), [service_id], now())
         assert row.settled is False  # it is thought about anew
     for wrong in ({"strikes": 0}, {"strikes": "9"}, {"leftovers": "burn"}, {"more": 1}):
         assert (await house.ask("admin", "PUT", POLICY, json={**wanted, **wrong})).status_code == 422
@@ -114,12 +117,12 @@ async def test_old_rows_go_and_what_is_begun_stays(house: House, service_id: int
     assert await watch_downloads.remove_old_recoveries(house.database) == 2
     assert await watch_downloads.remove_old_downloads(house.database) == 1
     async with house.database.reading() as session:
-        assert len(await recoveries.unended(session, now())) == 1
+        assert len(await recovery_log.unended(session, now())) == 1
 
 
 async def test_only_what_was_done_counts_as_past(house: House, service_id: int) -> None:
     async with house.database.reading() as session:
-        past = await recoveries.past_of(session, service_id, "one", "Other", now())
-        other = await recoveries.past_of(session, service_id, "two", "Two", now())
+        past = await recovery_log.past_of(session, service_id, "one", "Other", now())
+        other = await recovery_log.past_of(session, service_id, "two", "Two", now())
     assert (past.last_hour, past.retries, past.last_at is not None) == (1, 0, True)
     assert other == Past(0, None, 1)

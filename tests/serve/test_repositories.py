@@ -19,10 +19,11 @@ from jobs.leases import Claim
 from jobs.registry import Kind, kinds
 from jobs.states import State
 from jobs.tables import Job, Schedule
-from pipelines.guardian import watch
-from pipelines.guardian.checkout import NotARepository
-from pipelines.guardian.repositories import RETRAIN, Repository
-from pipelines.guardian.watch import LOOK, WatchAllSpec, WatchSpec
+from pipelines.guardian import watch_repo, watch_repositories
+from pipelines.guardian.git.errors import NotARepository
+from pipelines.guardian.repositories import RETRAIN, WATCH, Repository
+from pipelines.guardian.watch_repo import LOOK, WatchSpec
+from pipelines.guardian.watch_repositories import WatchAllSpec
 from serve.app import create_app
 from tests.pipelines.bench import Ledger
 from tests.pipelines.guardian.repos import commit_files, git, new_repository
@@ -71,12 +72,12 @@ def plans(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def a_context(kind: str) -> Context:
-    return Context(Claim("job_w", "t", kind, "", {}, None, 1, 3, None, None, {}, "w", None), Ledger())
+    return Context(Claim("job_w", "t", kind, {}, None, 1, 3, None, None, {}, "w", None), Ledger())
 
 
 async def look(repository: dict[str, Any]) -> dict[str, Any]:
     spec = WatchSpec(repository_id=repository["id"])
-    return await asyncio.to_thread(watch.watch_repo, a_context(LOOK), spec)
+    return await asyncio.to_thread(watch_repo.watch_repo, a_context(LOOK), spec)
 
 
 async def jobs_of(database: Database, kind: str) -> list[Job]:
@@ -110,7 +111,7 @@ async def test_a_repository_is_registered_changed_and_deleted(
     assert (made["policy"]["min_files"], made["training"]) == (5, {"epochs": 2})
     assert len(await jobs_of(database, LOOK)) == 1, "it is looked at for the first time"
     async with database.reading() as session:
-        assert await session.scalar(select(func.count()).where(Schedule.kind == watch.WATCH)) == 1
+        assert await session.scalar(select(func.count()).where(Schedule.kind == WATCH)) == 1
 
     answer = await client.patch(f"{PATH}/work", json={"policy": {"min_files": None}, "enabled": False})
     assert answer.status_code == 200, answer.text
@@ -200,7 +201,7 @@ def test_what_may_not_be_read_is_said_so(folder: Path) -> None:
     folder.chmod(0)
     try:
         with pytest.raises(Exception, match="may not read"):
-            watch.look_at(folder)
+            watch_repo.look_at(folder)
     finally:
         folder.chmod(0o755)
 
@@ -254,7 +255,7 @@ async def test_a_repository_is_asked_for_once(client: httpx.AsyncClient, folder:
     await register(client, path=str(folder))
     first = (await client.post(f"{PATH}/work/check")).json()["job_id"]
     assert (await client.post(f"{PATH}/work/check")).json()["job_id"] == first
-    asked = await asyncio.to_thread(watch.watch_repositories, a_context(watch.WATCH), WatchAllSpec())
+    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH), WatchAllSpec())
     assert asked == {"asked": [first]}
     async with database.transaction() as session:
         await session.execute(update(Job).values(state=State.RUNNING))
@@ -262,7 +263,7 @@ async def test_a_repository_is_asked_for_once(client: httpx.AsyncClient, folder:
     assert second != first, "one that runs may have looked too early"
 
     await client.patch(f"{PATH}/work", json={"enabled": False})
-    asked = await asyncio.to_thread(watch.watch_repositories, a_context(watch.WATCH), WatchAllSpec())
+    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH), WatchAllSpec())
     assert asked == {"asked": []}
 
 

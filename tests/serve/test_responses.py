@@ -19,14 +19,14 @@ from sqlalchemy import func, select, update
 from cluster import identity
 from cluster.db import Database, get_database, now
 from cluster.settings import EngineSettings, get_settings
-from pipelines.training.registry import OnProgress
-from serve import stored_responses
-from serve.api import responses
+from pipelines.training.models.registry import OnProgress
 from serve.app import create_app
-from serve.bodies.responses import messages_of
-from serve.engines.gguf import FindFile, GgufEngine
+from serve.engines.gguf.replica import FindFile, GgufEngine
 from serve.engines.protocol import Chunk, EngineLost, Source
-from serve.stored_responses import StoredResponse
+from serve.openai.responses import routes as responses_routes
+from serve.openai.responses import store as response_store
+from serve.openai.responses.conversation import messages_of
+from serve.openai.responses.store import StoredResponse
 from tests.contract.serving import serving
 from tests.serve.small_models import write_model, write_parrot
 from tests.waiting import PATIENCE, eventually_async
@@ -374,7 +374,7 @@ async def test_a_client_that_goes_away_ends_the_work(house: House) -> None:
     await stream.close()
     await eventually_async(lambda: not any(held.users for held in house.engine.held))
 
-    await asyncio.gather(*responses._keeping)  # pyright: ignore[reportPrivateUsage]
+    await asyncio.gather(*responses_routes._keeping)  # pyright: ignore[reportPrivateUsage]
     left = (await house.http.get(f"/v1/responses/{first.response.id}")).json()
     assert (left["status"], left["output"][0]["status"]) == ("cancelled", "incomplete")
     assert left["output"][0]["content"][0]["text"]
@@ -393,7 +393,7 @@ async def test_a_response_that_cannot_be_kept_says_so(house: House, monkeypatch:
     async def fail(*_: Any) -> None:
         raise ConnectionResetError
 
-    monkeypatch.setattr(stored_responses, "keep", fail)
+    monkeypatch.setattr(response_store, "keep", fail)
     *_, last = await house.events()
     assert (last.type, last.code) == ("error", "internal_error")
     with pytest.raises(openai.InternalServerError):
@@ -503,7 +503,7 @@ async def test_old_responses_are_removed(each_house: House) -> None:
     months_ago = now() - timedelta(days=get_settings().serve.response_days + 1)
     async with house.database.transaction() as session:
         await session.execute(update(StoredResponse).where(StoredResponse.id == old.id).values(created_at=months_ago))
-    assert await stored_responses.remove_old(house.database) == 1
+    assert await response_store.remove_old(house.database) == 1
     assert (await house.client.responses.retrieve(young.id)) == young
     with pytest.raises(openai.NotFoundError):
         await house.client.responses.retrieve(old.id)

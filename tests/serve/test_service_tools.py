@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import update
 
 from cluster.db import now
-from cluster.services import register
-from cluster.services.catalogue import all_connectors
+from cluster.services import store as service_store
+from cluster.services.catalog import all_connectors
 from cluster.services.tools import parameters
-from pipelines.media.tool_calls import ToolCall, remove_old_calls
+from pipelines.tools.calls import ToolCall, remove_old_calls
 from tests.cluster.services import programs, usenet
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.programs import Running
@@ -50,7 +50,7 @@ async def server() -> AsyncIterator[StandIn]:
 
 async def connect(house: House, type: str, url: str, key: str | None = KEY, **values: Any) -> None:  # noqa: A002
     async with house.database.transaction() as session:
-        await register.create(session, {"name": type, "type": type, "url": url, "api_key": key, **values}, "ada")
+        await service_store.create(session, {"name": type, "type": type, "url": url, "api_key": key, **values}, "ada")
 
 
 async def call(house: House, server: str, tool: str, who: str = "admin", **arguments: Any) -> tuple[int, Any]:

@@ -12,14 +12,15 @@ from fastapi import FastAPI
 from sqlalchemy import select, update
 
 from cluster.db import Database, now
-from cluster.services import register
-from cluster.services.catalogue import all_connectors
-from cluster.services.checks import ServiceCheck
+from cluster.services import store as service_store
+from cluster.services.catalog import all_connectors
+from cluster.services.health_checks import ServiceCheck
 from cluster.settings import get_settings
 from jobs.tables import Job, Schedule
-from pipelines.media.checks import CheckServicesSpec, check_services, remove_old_checks
-from serve.api import health, service_health
+from pipelines.media.check_services import CheckServicesSpec, check_services, remove_old_checks
 from serve.app import create_app
+from serve.monitoring import health
+from serve.services import health as services_health
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import StandIn, page, standing_in, text
 from tests.waiting import PATIENCE
@@ -243,7 +244,7 @@ async def test_all_services_away_is_unhealthy_but_no_reason_to_send_nobody_here(
 
 
 async def test_the_health_of_one(client: httpx.AsyncClient, sonarr: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_health, "FRESH", timedelta(hours=1))
+    monkeypatch.setattr(services_health, "FRESH", timedelta(hours=1))
     await create(client, sonarr.url, api_key=KEY)
     for word in ("sonarr", "TV", "tv"):
         answer = await client.get(f"/health/{word}")
@@ -288,7 +289,7 @@ async def test_what_the_settings_declare_is_shown_and_not_changed(
     monkeypatch.setenv("FORGEARR_SERVICES__DECLARED", f"[{{name: TV, type: sonarr, url: '{DEAD}', api_key: {KEY}}}]")
     get_settings.cache_clear()
     async with database.transaction() as session:
-        await register.declare(session, get_settings().services.declared)
+        await service_store.declare(session, get_settings().services.declared)
     (listed,) = (await client.get("/api/services")).json()
     assert (listed["declared"], listed["created_by"], listed["has_key"]) == (True, "settings", True)
     for answer in (

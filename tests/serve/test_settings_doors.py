@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from cluster.services import register
+from cluster.services import store as service_store
 from cluster.settings import get_settings
 from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Job, Schedule
-from pipelines.media.auto_audit import CRON
+from pipelines.media.audit.schedule import CRON
 from tests.serve.house import House
 
 PATH = "/api/v1/settings"
@@ -27,7 +27,7 @@ def without_mlflow(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def connect(house: House, **values: Any) -> None:
     async with house.database.transaction() as session:
-        await register.create(session, {"name": "TV", "type": "sonarr", "url": DEAD, **values}, "ada")
+        await service_store.create(session, {"name": "TV", "type": "sonarr", "url": DEAD, **values}, "ada")
 
 
 async def put(house: House, **body: Any) -> Any:

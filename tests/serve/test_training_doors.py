@@ -10,11 +10,11 @@ import pytest
 from cluster.db import Database
 from jobs import queue
 from jobs.states import State
-from pipelines.training import nodes
-from pipelines.training.nodes import TrainingWorker, WorkerNotFound
-from serve.api.training import training_now
-from serve.auth import Caller
-from serve.realtime import Hub
+from pipelines.training import workers as training_workers
+from pipelines.training.workers import TrainingWorker, WorkerNotFound
+from serve.realtime.hub import Hub
+from serve.security.callers import Caller
+from serve.training.sessions import training_now
 from tests.serve.house import LEARN, SESSION, SESSIONS, House
 from tests.waiting import eventually_async
 
@@ -210,7 +210,7 @@ async def test_anothers_prompts_are_not_there(house: House) -> None:
 
 async def test_a_session_starts_on_its_prompts_and_its_worker(house: House) -> None:
     async with house.database.transaction() as session:
-        session.add(TrainingWorker(id=7, node="nas", label=nodes.NODE_LABEL))
+        session.add(TrainingWorker(id=7, node="nas", label=training_workers.NODE_LABEL))
     prompt, made = await house.prompt(), await house.session()
     unknown = await house.start(made, prompt_ids=[prompt], worker_id=8)
     assert unknown.status_code == 503  # no cluster to look for it
@@ -219,7 +219,7 @@ async def test_a_session_starts_on_its_prompts_and_its_worker(house: House) -> N
     assert started.items() >= expected.items()
     job = await house.job(started["job_id"])
     assert (job["kind"], job["created_by"]) == ("fine_tune", "ada")
-    assert job["spec"]["labels"] == {nodes.NODE_LABEL: "nas"}
+    assert job["spec"]["labels"] == {training_workers.NODE_LABEL: "nas"}
     assert job["spec"]["data"]["prompts"]["ids"] == [prompt]
     assert (job["spec"]["epochs"], job["spec"]["batch_size"]) == (4, 2)
 
@@ -227,7 +227,7 @@ async def test_a_session_starts_on_its_prompts_and_its_worker(house: House) -> N
 async def test_a_worker_that_never_was_is_not_found(database: Database) -> None:
     async with database.transaction() as session:
         with pytest.raises(WorkerNotFound):
-            await nodes.labels_of(session, 8)
+            await training_workers.labels_of(session, 8)
 
 
 async def test_what_runs_is_neither_changed_nor_deleted_nor_started_again(house: House) -> None:

@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.settings import EngineSettings, get_settings
-from serve.engines.answers import whole_of
-from serve.engines.batching import LoadedFolder
-from serve.engines.header import ModelUnreadable
-from serve.engines.local import LocalEngine
+from serve.engines.collect import whole_of
+from serve.engines.local.engine import LocalEngine
+from serve.engines.local.pool import MB
+from serve.engines.model_header import ModelUnreadable
 from serve.engines.protocol import (
     ContextExceeded,
     EngineBusy,
@@ -27,10 +27,10 @@ from serve.engines.protocol import (
     RequestRefused,
     TextTooLong,
 )
-from serve.engines.sampling import Sampler, Sampling
-from serve.engines.shelf import MB
-from serve.engines.speech import UNFINISHED, Letters, Speech
-from serve.engines.transformers import Folders
+from serve.engines.transformers.model import LoadedFolder
+from serve.engines.transformers.replica import Folders
+from serve.engines.transformers.sampling import Sampler, Sampling
+from serve.engines.transformers.text_stream import UNFINISHED, Letters, Speech
 from tests.contract.serving import let_go
 from tests.serve.small_models import write_folder
 from tests.waiting import eventually, eventually_async

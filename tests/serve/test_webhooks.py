@@ -14,8 +14,8 @@ from sqlalchemy import select, update
 from cluster.db import Database
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.guardian.hooks import place
-from pipelines.guardian.watch import LOOK
+from pipelines.guardian.watch_repo import LOOK
+from pipelines.guardian.webhooks import place
 from serve.app import create_app
 
 SECRET = "a secret of webhooks"

@@ -2,8 +2,9 @@
 
 from pydantic import BaseModel
 
-from cluster.services.base import Connector, Key, Tool
-from cluster.services.client import Client
+from cluster.services.connector import Connector, Tool
+from cluster.services.http.api_key import Key
+from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 

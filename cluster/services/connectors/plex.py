@@ -1,10 +1,11 @@
 """Plex: the library that people watch."""
 
 from cluster.services import tools
-from cluster.services.base import Connector, Key
-from cluster.services.client import Client
-from cluster.services.plex_areas import AREAS
-from cluster.services.plex_library import LIBRARY
+from cluster.services.connector import Connector
+from cluster.services.http.api_key import Key
+from cluster.services.http.client import Client
+from cluster.services.plex.library import LIBRARY
+from cluster.services.plex.settings import AREAS
 
 
 async def health(client: Client) -> str:

@@ -4,9 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from cluster.services.base import Connector, Key, Tool
-from cluster.services.client import Client
+from cluster.services.connector import Connector, Tool
 from cluster.services.errors import ErrorInside
+from cluster.services.http.api_key import Key
+from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 

@@ -2,10 +2,10 @@
 
 from pydantic import BaseModel
 
-from cluster.services import arr
-from cluster.services.arr_areas import OF_INDEXERS
-from cluster.services.base import Tool
-from cluster.services.client import Client
+from cluster.services.arr import connector as arr_connector
+from cluster.services.arr.settings import OF_INDEXERS
+from cluster.services.connector import Tool
+from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
@@ -22,7 +22,7 @@ async def get_indexers(client: Client, _: Arguments) -> list[Indexer]:
     return client.read(list[Indexer], await client.get("/api/v1/indexer"))
 
 
-CONNECTOR = arr.connector(
+CONNECTOR = arr_connector.connector(
     "prowlarr",
     "Prowlarr",
     "/api/v1",

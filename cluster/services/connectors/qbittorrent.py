@@ -5,9 +5,9 @@ from contextlib import asynccontextmanager, suppress
 
 from pydantic import BaseModel, Field
 
-from cluster.services.base import Connector, Tool
-from cluster.services.client import Client
+from cluster.services.connector import Connector, Tool
 from cluster.services.errors import ServiceError
+from cluster.services.http.client import Client
 from cluster.services.tools import HowMany
 
 KEY_PREFIX = "qbt_"

@@ -1,12 +1,12 @@
 """Radarr: movies."""
 
-from cluster.services import arr
-from cluster.services.arr_areas import OF_SERIES_AND_MOVIES
-from cluster.services.arr_following import following
-from cluster.services.movies import MOVIES
-from cluster.services.movies_tools import TOOLS
+from cluster.services.arr import connector as arr_connector
+from cluster.services.arr.download_tracking import following
+from cluster.services.arr.movies import MOVIES
+from cluster.services.arr.movies_tools import TOOLS
+from cluster.services.arr.settings import OF_SERIES_AND_MOVIES
 
-CONNECTOR = arr.connector(
+CONNECTOR = arr_connector.connector(
     "radarr",
     "Radarr",
     "/api/v3",

@@ -4,12 +4,14 @@ from typing import Any
 
 from pydantic import Field
 
-from cluster.services import sabnzbd_downloads, tools
-from cluster.services.base import Connector, Key, Tool
-from cluster.services.client import Client
+from cluster.services import tools
+from cluster.services.connector import Connector, Tool
 from cluster.services.errors import ErrorInside
-from cluster.services.sabnzbd_areas import AREAS
-from cluster.services.sabnzbd_following import FOLLOWING
+from cluster.services.http.api_key import Key
+from cluster.services.http.client import Client
+from cluster.services.sabnzbd import downloads as sabnzbd_downloads
+from cluster.services.sabnzbd.download_tracking import FOLLOWING
+from cluster.services.sabnzbd.settings import AREAS
 
 
 async def health(client: Client) -> str:

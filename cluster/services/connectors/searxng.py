@@ -2,9 +2,10 @@
 
 from pydantic import BaseModel, Field
 
-from cluster.services.base import Connector, Source, Tool
-from cluster.services.client import Client
+from cluster.services.connector import Connector, Tool
+from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
+from cluster.services.web_search import Source
 
 URL_MAX = 1000
 TITLE_MAX = 300

@@ -1,12 +1,12 @@
 """Sonarr: series."""
 
-from cluster.services import arr
-from cluster.services.arr_areas import OF_SERIES_AND_MOVIES
-from cluster.services.arr_following import following
-from cluster.services.series import SERIES
-from cluster.services.series_tools import TOOLS
+from cluster.services.arr import connector as arr_connector
+from cluster.services.arr.download_tracking import following
+from cluster.services.arr.series import SERIES
+from cluster.services.arr.series_tools import TOOLS
+from cluster.services.arr.settings import OF_SERIES_AND_MOVIES
 
-CONNECTOR = arr.connector(
+CONNECTOR = arr_connector.connector(
     "sonarr",
     "Sonarr",
     "/api/v3",

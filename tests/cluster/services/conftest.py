@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from cluster.db import Database
-from cluster.services import register
-from cluster.services.register import Service
+from cluster.services import store as service_store
+from cluster.services.store import Service
 
 Add = Callable[..., Awaitable[Service]]
 
@@ -16,6 +16,8 @@ Add = Callable[..., Awaitable[Service]]
 def add(database: Database) -> Add:
     async def add(url: str, type: str = "sonarr", **values: Any) -> Service:  # noqa: A002
         async with database.transaction() as session:
-            return await register.create(session, {"name": f"Our {type}", "type": type, "url": url, **values}, "ada")
+            return await service_store.create(
+                session, {"name": f"Our {type}", "type": type, "url": url, **values}, "ada"
+            )
 
     return add

@@ -7,10 +7,11 @@ from datetime import datetime, timedelta
 import pytest
 
 from cluster.db import Database, now
-from cluster.services import breaker, register
-from cluster.services.breaker import Circuit, state_of
+from cluster.services import circuit_breaker
+from cluster.services import store as service_store
+from cluster.services.circuit_breaker import Circuit, state_of
 from cluster.services.errors import CircuitOpen, NotThere, Unreachable
-from cluster.services.register import Service
+from cluster.services.store import Service
 from cluster.settings import get_settings
 from tests.cluster.services.conftest import Add
 from tests.cluster.services.stand_in import Asked, Reply, StandIn, standing_in, telling, text
@@ -46,7 +47,7 @@ class Household:
         return text("down", 503) if self.is_broken else telling({})
 
     async def ask(self, replica: int = 0, times: int = 1) -> None:
-        async with register.connected(self.replicas[replica], self.service, clock=self.clock) as client:
+        async with service_store.connected(self.replicas[replica], self.service, clock=self.clock) as client:
             for _ in range(times):
                 await client.get("/")
 
@@ -118,7 +119,7 @@ async def test_when_the_time_is_up_one_tries_and_closes_it(household: Household)
     household.clock.forward(1)
     assert (await household.counts())[0] == "half_open"
     household.is_broken = False
-    async with register.connected(household.replicas[0], household.service, clock=household.clock) as client:
+    async with service_store.connected(household.replicas[0], household.service, clock=household.clock) as client:
         with pytest.raises(CircuitOpen):  # the other replica is not the one who tries
             await household.ask(1)
         await client.get("/")
@@ -130,7 +131,7 @@ async def test_of_all_who_find_its_time_up_at_once_one_tries(household: Househol
     await household.fail(THRESHOLD)
     household.clock.forward(SECONDS)
     service, at = household.service, household.clock()
-    entering = (breaker.enter(replica, service.id, service.name, at) for replica in 4 * household.replicas)
+    entering = (circuit_breaker.enter(replica, service.id, service.name, at) for replica in 4 * household.replicas)
     outcomes = await asyncio.gather(*entering, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes if outcome] == 7 * [CircuitOpen]
 
@@ -148,7 +149,7 @@ async def test_when_the_trial_fails_it_is_left_alone_again(household: Household)
 async def test_a_trial_that_is_never_heard_of_again_does_not_block_it_forever(household: Household) -> None:
     await household.fail(THRESHOLD)
     household.clock.forward(SECONDS)
-    async with register.connected(household.replicas[0], household.service, clock=household.clock):
+    async with service_store.connected(household.replicas[0], household.service, clock=household.clock):
         pass  # as if its process had died: it has asked nothing
     with pytest.raises(CircuitOpen):
         await household.ask(1)
@@ -159,7 +160,7 @@ async def test_a_trial_that_is_never_heard_of_again_does_not_block_it_forever(ho
 
 
 async def test_who_began_before_it_opened_does_not_keep_it_open_longer(household: Household) -> None:
-    async with register.connected(household.replicas[0], household.service, clock=household.clock) as late:
+    async with service_store.connected(household.replicas[0], household.service, clock=household.clock) as late:
         await household.fail(THRESHOLD)
         household.clock.forward(SECONDS / 2)
         with pytest.raises(Unreachable):
@@ -172,7 +173,7 @@ async def test_who_began_before_it_opened_does_not_keep_it_open_longer(household
 
 async def test_what_is_failed_and_caught_inside_counts_too(household: Household) -> None:
     household.is_broken = True
-    async with register.connected(household.replicas[0], household.service, clock=household.clock) as client:
+    async with service_store.connected(household.replicas[0], household.service, clock=household.clock) as client:
         for _ in range(THRESHOLD):
             with pytest.raises(Unreachable):
                 await client.get("/")
@@ -185,8 +186,8 @@ async def test_the_failure_of_another_service_is_not_ones_own(household: Househo
 
         async def ask_both() -> None:
             async with (
-                register.connected(household.replicas[0], household.service, clock=household.clock) as fine,
-                register.connected(household.replicas[0], other, clock=household.clock) as failing,
+                service_store.connected(household.replicas[0], household.service, clock=household.clock) as fine,
+                service_store.connected(household.replicas[0], other, clock=household.clock) as failing,
             ):
                 await fine.get("/")
                 await failing.get("/")
@@ -199,16 +200,16 @@ async def test_the_failure_of_another_service_is_not_ones_own(household: Househo
 async def test_another_address_is_another_chance(household: Household) -> None:
     await household.fail(THRESHOLD)
     async with household.replicas[0].transaction() as session:
-        service = await register.get(session, household.service.id, lock=True)
-        await register.change(session, service, {"url": "http://127.0.0.1:9"})
+        service = await service_store.get(session, household.service.id, lock=True)
+        await service_store.change(session, service, {"url": "http://127.0.0.1:9"})
     assert await household.counts() == ("closed", 0, 0)
 
 
 async def test_a_service_that_is_deleted_meanwhile_leaves_nothing(household: Household) -> None:
     database = household.replicas[0]
-    async with register.connected(database, household.service, clock=household.clock) as client:
+    async with service_store.connected(database, household.service, clock=household.clock) as client:
         await client.get("/")
         async with household.replicas[1].transaction() as session:
-            await register.delete(session, await register.get(session, household.service.id))
+            await service_store.delete(session, await service_store.get(session, household.service.id))
     async with database.reading() as session:
         assert await session.get(Circuit, household.service.id) is None

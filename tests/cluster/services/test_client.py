@@ -13,18 +13,12 @@ from typing import Any
 
 import pytest
 
-from cluster.services import client as clients
-from cluster.services.addresses import InvalidServiceUrl, checked_url
-from cluster.services.catalogue import find_connector
-from cluster.services.client import Client, Connection
-from cluster.services.errors import (
-    BadResponse,
-    NotThere,
-    Refused,
-    ServiceError,
-    Unauthorised,
-    Unreachable,
-)
+from cluster.services.catalog import find_connector
+from cluster.services.errors import BadResponse, NotThere, Refused, ServiceError, Unauthorised, Unreachable
+from cluster.services.http import client as clients
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
+from cluster.services.http.urls import InvalidServiceUrl, checked_url
 from cluster.settings import get_settings
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.stand_in import Asked, Handler, Reply, page, standing_in, telling, text

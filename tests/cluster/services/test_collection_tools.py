@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.services.base import Tool
-from cluster.services.catalogue import all_connectors, find_connector
-from cluster.services.client import Client, Connection
-from cluster.services.collections import AlreadyThere, NotInCollection
+from cluster.services.capabilities.collection import AlreadyThere, NotInCollection
+from cluster.services.catalog import all_connectors, find_connector
+from cluster.services.connector import Tool
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
 from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in, kept_movie, kept_series, movie, queued
 from tests.cluster.services.likenesses import KEY
 

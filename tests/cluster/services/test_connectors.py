@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from cluster.services import checks
-from cluster.services.catalogue import UnknownServiceType, all_connectors, find_connector
-from cluster.services.client import Client, Connection
+from cluster.services import health_checks
+from cluster.services.catalog import UnknownServiceType, all_connectors, find_connector
 from cluster.services.errors import ServiceError, Unauthorised, WrongService
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import page, standing_in
 from tests.documents import check_answer
@@ -24,9 +25,9 @@ async def ask(url: str, name: str, key: str | None) -> str:
     connection = Connection("Ours", find_connector(name), url, key)
     try:
         async with Client(connection).open() as client:
-            return await checks.version_of(client)
+            return await health_checks.version_of(client)
     except ServiceError as error:
-        raise await checks.explained(error, connection) from error
+        raise await health_checks.explained(error, connection) from error
 
 
 def test_every_service_has_a_connector_and_a_likeness() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.services import checks
-from cluster.services.catalogue import find_connector
-from cluster.services.client import Client, Connection
-from cluster.services.following import Place
+from cluster.services import health_checks
+from cluster.services.capabilities.download_tracking import Place
+from cluster.services.catalog import find_connector
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
 from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import (
     LONG_AGO,
@@ -87,7 +88,7 @@ async def test_no_request_breaks_the_document(service: str, prism: Running) -> N
     async with arr_standing_in(service) as arr:
         stock(arr)
         async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
-            await checks.version_of(client)
+            await health_checks.version_of(client)
         used = await use_everything(service, arr.url, "read", "change", "destroy")
         assert used == {tool.name for tool in find_connector(service).tools}
     assert {one.method for one in arr.asked} == {"GET", "POST", "DELETE"}

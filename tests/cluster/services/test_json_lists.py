@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.services import json_lists
-from cluster.services.json_lists import NotAList, Objects
+from cluster.services.http import json_stream
+from cluster.services.http.json_stream import NotAList, Objects
 
 JSON = st.recursive(
     st.none()
@@ -85,7 +85,7 @@ def test_what_is_none(text: bytes, length: int) -> None:
     ("begin", "more"), [(b'[{"a":"', b"x"), (b"[", b" "), (b"[{}", b","), (b'[{"a":[{}', b",{}"), (b"[", b"\t\n")]
 )
 def test_of_what_has_no_end_not_all_is_held(monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes) -> None:
-    monkeypatch.setattr(json_lists, "OBJECT_BYTES", 1000)
+    monkeypatch.setattr(json_stream, "OBJECT_BYTES", 1000)
     with pytest.raises(NotAList, match="more than"):
         read(begin + 2000 * more, 64)
 

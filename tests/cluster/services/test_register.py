@@ -7,11 +7,12 @@ from sqlalchemy import select, text
 
 from cluster.db import Database
 from cluster.errors import SettingsError
-from cluster.services import checks, register
-from cluster.services.addresses import InvalidServiceUrl
-from cluster.services.breaker import Circuit
-from cluster.services.checks import ServiceCheck
-from cluster.services.register import (
+from cluster.services import health_checks
+from cluster.services import store as service_store
+from cluster.services.circuit_breaker import Circuit
+from cluster.services.health_checks import ServiceCheck
+from cluster.services.http.urls import InvalidServiceUrl
+from cluster.services.store import (
     InvalidServiceKey,
     KeyWanted,
     MisleadingName,
@@ -22,7 +23,7 @@ from cluster.services.register import (
 )
 from cluster.settings import get_settings, load_settings
 from jobs.tables import Job, Schedule
-from pipelines.media.checks import declare_services
+from pipelines.media.check_services import declare_services
 from tests.cluster.services.conftest import Add
 from tests.cluster.services.likenesses import KEY, LIKENESSES
 from tests.cluster.services.stand_in import standing_in
@@ -32,8 +33,8 @@ URL = "http://127.0.0.1:9"
 
 async def change(database: Database, service: Service, **values: Any) -> Service:
     async with database.transaction() as session:
-        fresh = await register.get(session, service.id, lock=True)
-        await register.change(session, fresh, values)
+        fresh = await service_store.get(session, service.id, lock=True)
+        await service_store.change(session, fresh, values)
         return fresh
 
 
@@ -42,7 +43,7 @@ async def test_a_key_lies_sealed_in_the_database(database: Database, add: Add) -
     async with database.reading() as session:
         rows = [*await session.execute(text("SELECT * FROM services"))]
     assert KEY not in str(rows)
-    connection = register.connection_of(service)
+    connection = service_store.connection_of(service)
     assert connection.key == KEY
     assert KEY not in repr(connection)
 
@@ -57,7 +58,7 @@ async def test_names_are_ones_own_whatever_their_letters(database: Database, add
         with pytest.raises((ServiceNameTaken, MisleadingName)):
             await change(database, other, name=taken)
     async with database.reading() as session:
-        assert [service.name for service in await register.every(session)] == [name, "Our radarr"]
+        assert [service.name for service in await service_store.every(session)] == [name, "Our radarr"]
 
 
 async def test_no_service_is_named_as_another_type(add: Add) -> None:
@@ -73,7 +74,7 @@ async def test_a_type_means_the_service_that_is_named_so_else_the_first(database
 
     async def found(word: str) -> Service | None:
         async with database.reading() as session:
-            return await register.find(session, word)
+            return await service_store.find(session, word)
 
     async def found_id(word: str) -> int | None:
         return (service := await found(word)) and service.id
@@ -107,8 +108,8 @@ async def test_what_cannot_be_changes_nothing(
     with pytest.raises(error):
         await change(database, service, **values)
     async with database.reading() as session:
-        kept = await register.get(session, service.id)
-        assert (kept.url, kept.type, register.connection_of(kept).key) == (URL, "sonarr", KEY)
+        kept = await service_store.get(session, service.id)
+        assert (kept.url, kept.type, service_store.connection_of(kept).key) == (URL, "sonarr", KEY)
 
 
 async def test_a_key_goes_to_no_address_that_it_was_not_given_for(database: Database, add: Add) -> None:
@@ -118,23 +119,23 @@ async def test_a_key_goes_to_no_address_that_it_was_not_given_for(database: Data
             await change(database, service, **other)
     assert (await change(database, service, url=f"{URL}/tv")).url == f"{URL}/tv"
     moved = await change(database, service, url="http://127.0.0.1:10", api_key="another")
-    assert register.connection_of(moved).key == "another"
+    assert service_store.connection_of(moved).key == "another"
 
 
 async def test_a_check_says_nothing_of_a_service_that_is_connected_otherwise_now(database: Database, add: Add) -> None:
     async with standing_in(LIKENESSES["sonarr"]) as server:
         service = await add(server.url, api_key=KEY)
-        await checks.check(database, service)
+        await health_checks.check(database, service)
         async with database.reading() as session:
-            assert (await checks.last_checks(session))[service.id].healthy
+            assert (await health_checks.last_checks(session))[service.id].healthy
         await change(database, service, name="TV")
         async with database.reading() as session:
-            assert service.id in await checks.last_checks(session)
+            assert service.id in await health_checks.last_checks(session)
         await change(database, service, api_key="another")
         async with database.reading() as session:
-            assert await checks.last_checks(session) == {}
+            assert await health_checks.last_checks(session) == {}
         async with database.transaction() as session:
-            await register.delete(session, await register.get(session, service.id))
+            await service_store.delete(session, await service_store.get(session, service.id))
     async with database.reading() as session:
         assert [*await session.scalars(select(ServiceCheck))] == [*await session.scalars(select(Circuit))] == []
 
@@ -147,7 +148,7 @@ async def declare(database: Database, monkeypatch: pytest.MonkeyPatch, declared:
     get_settings.cache_clear()
     await declare_services(database)
     async with database.reading() as session:
-        return [*await register.every(session)]
+        return [*await service_store.every(session)]
 
 
 async def test_settings_declare_services_which_only_they_change(
@@ -156,12 +157,12 @@ async def test_settings_declare_services_which_only_they_change(
     own = await add(URL, "radarr")
     line = f"{{name: TV, type: sonarr, url: '{URL}', api_key: {KEY}}}"
     _, tv = await declare(database, monkeypatch, f"[{line}]")
-    assert (tv.name, tv.declared, tv.created_by, register.connection_of(tv).key) == ("TV", True, "settings", KEY)
+    assert (tv.name, tv.declared, tv.created_by, service_store.connection_of(tv).key) == ("TV", True, "settings", KEY)
     with pytest.raises(ServiceDeclared):
         await change(database, tv, enabled=False)
     async with database.transaction() as session:
         with pytest.raises(ServiceDeclared):
-            await register.delete(session, await register.get(session, tv.id))
+            await service_store.delete(session, await service_store.get(session, tv.id))
     _, same = await declare(database, monkeypatch, f"[{line}]")
     assert (same.id, same.connected_as_of) == (tv.id, tv.connected_as_of)
     _, moved = await declare(database, monkeypatch, f"[{line.replace(':9', ':10')}]")

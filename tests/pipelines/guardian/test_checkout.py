@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 
 from cluster import secrets
-from pipelines.guardian import remotes
-from pipelines.guardian.addresses import InvalidAddress, Remote, UnknownHost, address_of, checked_url
-from pipelines.guardian.checkout import (
-    Checkout,
-    CommitNotFound,
-    NotARepository,
-    RepositoryDamaged,
-    opened,
-    opened_at,
-)
-from pipelines.guardian.remotes import BranchNotFound, EmptyRepository, FetchFailed, FetchRefused
-from pipelines.guardian.repositories import Credentials, Repository, mirror_of
+from pipelines.guardian.git import mirrors
+from pipelines.guardian.git.errors import CommitNotFound, NotARepository, RepositoryDamaged
+from pipelines.guardian.git.locations import mirror_of
+from pipelines.guardian.git.mirrors import BranchNotFound, EmptyRepository, FetchFailed, FetchRefused
+from pipelines.guardian.git.repo import Checkout, opened_at
+from pipelines.guardian.git.urls import InvalidAddress, Remote, UnknownHost, address_of, checked_url
+from pipelines.guardian.repositories import Credentials, Repository
+from pipelines.guardian.repository_access import opened
 from tests.pipelines.guardian.git_server import GitServer, git_server
 from tests.pipelines.guardian.repos import commit_files, git, import_commits, new_repository
 
@@ -286,7 +282,7 @@ def test_a_mirror_that_was_lost_is_made_again(folder: Path, server: GitServer) -
 
 
 def test_a_long_history_is_fetched_in_part(folder: Path, server: GitServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remotes, "DEPTH", 50)
+    monkeypatch.setattr(mirrors, "DEPTH", 50)
     tip = import_commits(folder, 5000)
     with opened(registered(server)) as checkout:
         assert sum(1 for _ in checkout.log(tip, 10_000)) == 50

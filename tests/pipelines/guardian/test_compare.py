@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import storage
 from jobs.context import Stop
-from pipelines.guardian import compare
-from pipelines.guardian.compare import NothingComparable, judge, spread
-from pipelines.training import registry
-from pipelines.training.gguf_words import GgufWords
-from pipelines.training.registry import File, Version
-from pipelines.training.samples import Sample, parse
-from pipelines.training.tokens import encode, turns
-from pipelines.training.validate import NothingHeldOut
+from pipelines.guardian.retrain import compare
+from pipelines.guardian.retrain.compare import NothingComparable, judge, spread
+from pipelines.training.data.parsing import parse
+from pipelines.training.data.samples import Sample
+from pipelines.training.fine_tune.tokenize import encode, turns
+from pipelines.training.models import registry
+from pipelines.training.models.versions import File, Version
+from pipelines.training.validate.gguf_tokenizer import GgufWords
+from pipelines.training.validate.job import NothingHeldOut
 from tests.pipelines.bench import Bench
 from tests.pipelines.shelf import register_on
 from tests.serve.small_models import write_model, write_parrot

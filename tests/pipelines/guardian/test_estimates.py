@@ -6,9 +6,9 @@ from cluster.db import Database
 from jobs import queue
 from jobs.queue import JobRequest
 from jobs.states import State
-from pipelines.guardian import estimates
-from pipelines.guardian.estimates import DEFAULT_MINUTES, LOOKED_AT
-from pipelines.guardian.retrain import SHARES, steps_of
+from pipelines.guardian.retrain import estimates
+from pipelines.guardian.retrain.estimates import DEFAULT_MINUTES, LOOKED_AT
+from pipelines.guardian.retrain.job import SHARES, steps_of
 
 BEGIN = datetime(2026, 11, 21, tzinfo=UTC)
 

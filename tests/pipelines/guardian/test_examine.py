@@ -12,11 +12,13 @@ from transformers import AutoTokenizer
 
 from cluster import storage
 from cluster.db import apart
-from pipelines.guardian import examine
-from pipelines.guardian.examine import HeldOutLeaked, TooLittleData
-from pipelines.training import datasets, tiny
-from pipelines.training.samples import Sample
-from pipelines.training.tokens import render
+from pipelines.guardian.retrain import validate_data
+from pipelines.guardian.retrain.validate_data import HeldOutLeaked, TooLittleData
+from pipelines.training.data import content as data_content
+from pipelines.training.data import datasets
+from pipelines.training.data.samples import Sample
+from pipelines.training.fine_tune.tokenize import render
+from pipelines.training.models import tiny
 from tests.pipelines.bench import Bench
 
 
@@ -86,7 +88,7 @@ def test_what_is_held_out_is_not_learned(bench: Bench) -> None:
 
 
 def test_of_many_samples_some_are_tokenized(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examine, "TOKENIZED", 10)
+    monkeypatch.setattr(validate_data, "TOKENIZED", 10)
     long = chat("Tell me all.", "word " * 3000)
     train = [*(chat(str(number), "Yes.") for number in range(30)), long]
     spec = {"train": keep("train", train), "held_out": keep("held", [long, chat("x", "y")]), "min_samples": 1}
@@ -113,5 +115,5 @@ def told(sample: Sample) -> list[dict[str, Any]]:
 
 def keep(name: str, samples: Sequence[Sample]) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        content = datasets.write(samples, Path(folder) / "samples.jsonl", name)
+        content = data_content.write(samples, Path(folder) / "samples.jsonl", name)
         return asyncio.run(apart(lambda database: datasets.keep(database, f"repo/{name}", content, {}))).id

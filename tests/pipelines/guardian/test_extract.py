@@ -15,14 +15,16 @@ from jobs.context import Context, Stop
 from jobs.leases import Claim
 from jobs.registry import Resources
 from jobs.tables import Job
-from pipelines.guardian import extraction, kept, split
-from pipelines.guardian.checkout import Checkout, opened_at
-from pipelines.guardian.extract import ExtractSpec, NothingToExtract, extract_data
-from pipelines.guardian.extraction import Extracted, Limits, Report
+from pipelines.guardian.extract_data import cache as extraction_cache
+from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
+from pipelines.guardian.extract_data import split
+from pipelines.guardian.extract_data.job import ExtractSpec, NothingToExtract, extract_data
+from pipelines.guardian.extract_data.pipeline import Extracted, Limits, Report
+from pipelines.guardian.git.repo import Checkout, opened_at
 from pipelines.guardian.repositories import Repository
-from pipelines.training import datasets
-from pipelines.training.datasets import Dataset
-from pipelines.training.samples import line_of, parse
+from pipelines.training.data import datasets
+from pipelines.training.data.datasets import Dataset
+from pipelines.training.data.parsing import line_of, parse
 from tests.pipelines.guardian.repos import commit_files, git, new_repository
 
 LIMITS = Limits(held_out=0.2, characters=4000, file_bytes=100_000, commits=100)
@@ -74,7 +76,9 @@ def extract(folder: Path, tmp_path: Path) -> Extract:
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         with opened_at(folder) as checkout:
-            return extraction.extract(checkout, checkout.tip().sha, out, tmp_path / cache, limits, report, processes)
+            return extract_data_pipeline.extract(
+                checkout, checkout.tip().sha, out, tmp_path / cache, limits, report, processes
+            )
 
     return run
 
@@ -192,7 +196,9 @@ def test_one_file_is_learned_and_nothing_is_held_out(tmp_path: Path) -> None:
     folder = new_repository(tmp_path / "one")
     commit_files(folder, "wip", {"only.py": module("only")})
     with opened_at(folder) as checkout:
-        done = extraction.extract(checkout, checkout.tip().sha, tmp_path, tmp_path / "cache", LIMITS, unheard)
+        done = extract_data_pipeline.extract(
+            checkout, checkout.tip().sha, tmp_path, tmp_path / "cache", LIMITS, unheard
+        )
     assert done.written.train is not None
     assert done.written.held_out is None
 
@@ -333,14 +339,14 @@ def test_a_cache_that_is_broken_is_made_anew(extract: Extract, tmp_path: Path, d
 def test_another_extractor_or_limit_reads_everything_again(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
     first = extract()
     assert extract(Limits(0.2, 3999, 100_000, 100)).extracted == first.extracted
-    monkeypatch.setattr(kept, "extractor", lambda: "another")
+    monkeypatch.setattr(extraction_cache, "extractor", lambda: "another")
     assert extract().extracted == first.extracted
 
 
 def test_what_was_extracted_before_a_stop_is_kept(
     extract: Extract, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extraction, "BATCH_FILES", 2)
+    monkeypatch.setattr(extract_data_pipeline, "BATCH_FILES", 2)
     parts: list[float] = []
 
     def stop_in_the_middle(part: float, phase: str) -> None:
@@ -356,8 +362,8 @@ def test_what_was_extracted_before_a_stop_is_kept(
 
 
 def test_several_processes_find_the_same(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "WORTH_PROCESSES", 1)
-    monkeypatch.setattr(extraction, "BATCH_FILES", 3)
+    monkeypatch.setattr(extract_data_pipeline, "WORTH_PROCESSES", 1)
+    monkeypatch.setattr(extract_data_pipeline, "BATCH_FILES", 3)
     assert _digests(extract(processes=2)) == _digests(extract(cache="another.sqlite"))
 
 
@@ -417,7 +423,7 @@ def roots(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def run_job(spec: ExtractSpec, notebook: Notebook, state: Any = None) -> dict[str, Any]:
-    claim = Claim("job_x", "t", "extract_data", "", {}, state, 1, 3, None, None, {}, "w", None)
+    claim = Claim("job_x", "t", "extract_data", {}, state, 1, 3, None, None, {}, "w", None)
     return await asyncio.to_thread(extract_data, Context(claim, notebook), spec)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.guardian import leaks
+from pipelines.guardian.extract_data import secret_scan
 
 AWS_KEY = "AKIA" + "Q3EGSNPL5NHYD2K7"
 RANDOM = "zX8kQ2mN5vB7cD9f" + "G1hJ3kL6pO4iU0yT"
@@ -22,7 +22,7 @@ RANDOM = "zX8kQ2mN5vB7cD9f" + "G1hJ3kL6pO4iU0yT"
     ],
 )
 def test_found(path: str, line: str, kind: str) -> None:
-    found = leaks.find(path, f"first line\n{line}\nlast line")
+    found = secret_scan.find(path, f"first line\n{line}\nlast line")
     assert (2, kind) in {(leak.line, leak.kind) for leak in found}
     assert all(leak.value in line for leak in found)
 
@@ -40,14 +40,14 @@ def test_found(path: str, line: str, kind: str) -> None:
     ],
 )
 def test_harmless(line: str) -> None:
-    assert leaks.find("a.py", line) == []
+    assert secret_scan.find("a.py", line) == []
 
 
 def test_all_lines_of_a_private_key_are_secret() -> None:
     text = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEAx\nAbCdEfGhIjKl\n-----END RSA PRIVATE KEY-----\nafter it"
-    assert [leak.line for leak in leaks.find("a.md", text)] == [1, 2, 3]
+    assert [leak.line for leak in secret_scan.find("a.md", text)] == [1, 2, 3]
 
 
 def test_a_secret_does_not_print_itself() -> None:
-    (leak,) = leaks.find("a.py", f'key = "{AWS_KEY}"')
+    (leak,) = secret_scan.find("a.py", f'key = "{AWS_KEY}"')
     assert AWS_KEY not in repr(leak)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipelines.guardian.checkout import Changes
+from pipelines.guardian.git.objects import Changes
 from pipelines.guardian.policy import Policy, decide
 
 NOON = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)

@@ -5,10 +5,10 @@ from textwrap import dedent
 
 import pytest
 
-from pipelines.guardian import questions
-from pipelines.guardian.languages import PYTHON, C, Language
-from pipelines.guardian.questions import Example
-from pipelines.guardian.symbols import find
+from pipelines.guardian.extract_data import questions
+from pipelines.guardian.extract_data.languages import PYTHON, C, Language
+from pipelines.guardian.extract_data.questions import Example
+from pipelines.guardian.extract_data.symbols import find
 
 LIMIT = 4000
 

@@ -11,21 +11,25 @@ from typing import Any
 import pytest
 
 from cluster.db import Database, apart
+from cluster.ownership import Owner
 from cluster.settings import get_settings
 from cluster.settings import home as folder
 from jobs.context import Park
 from jobs.leases import Claim
-from jobs.queue import ChildFailed, Owner
+from jobs.queue import ChildFailed
 from jobs.registry import Resources, kinds
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.guardian import feedback, gather
-from pipelines.guardian.feedback import FeedbackRequest
+from pipelines.guardian.feedback import gather_feedback
+from pipelines.guardian.feedback import store as feedback_store
+from pipelines.guardian.feedback.store import FeedbackRequest
 from pipelines.guardian.repositories import Repository, RepositoryNotFound, RepositoryRequest
 from pipelines.guardian.repositories import create as register
-from pipelines.guardian.retrain import NothingNew, RetrainSpec, ask
-from pipelines.training import datasets
-from pipelines.training.samples import EmptyData, Sample
+from pipelines.guardian.retrain.job import NothingNew, RetrainSpec, ask
+from pipelines.training.data import content as data_content
+from pipelines.training.data import datasets
+from pipelines.training.data.parsing import EmptyData
+from pipelines.training.data.samples import Sample
 from tests.pipelines.bench import Bench, Ledger
 from tests.pipelines.guardian.repos import commit_files, new_repository
 
@@ -238,14 +242,14 @@ def test_feedback_becomes_data(bench: Bench) -> None:
 
 def test_a_question_is_on_one_side_for_good() -> None:
     conversations = [chat(f"{number}?", answer) for number in range(50) for answer in ("Yes.", "No.")]
-    train, held_out = gather.split(conversations)
+    train, held_out = gather_feedback.split(conversations)
     sides = [{one.messages[0].content for one in side} for side in (train, held_out)]
     assert not sides[0] & sides[1]
     assert len(train) + len(held_out) == 100
-    more = gather.split([*conversations, *(chat(f"{number} more?", "Yes.") for number in range(50))])
+    more = gather_feedback.split([*conversations, *(chat(f"{number} more?", "Yes.") for number in range(50))])
     assert {one.messages[0].content for one in more[1]} >= sides[1]
-    assert gather.split(conversations[:1]) == (conversations[:1], [])
-    assert [len(side) for side in gather.split([chat("a", "b"), chat("c", "d")])] == [1, 1]
+    assert gather_feedback.split(conversations[:1]) == (conversations[:1], [])
+    assert [len(side) for side in gather_feedback.split([chat("a", "b"), chat("c", "d")])] == [1, 1]
 
 
 async def test_there_is_one_plan_at_a_time(database: Database) -> None:
@@ -328,7 +332,7 @@ def say(model: str, count: int) -> None:
                         "answer": "Yes.",
                     }
                 )
-                await feedback.give(session, request, Owner(id=None, name="test"))
+                await feedback_store.give(session, request, Owner(id=None, name="test"))
 
     asyncio.run(apart(write))
 
@@ -339,7 +343,7 @@ def chat(question: str, answer: str) -> Sample:
 
 
 def keep(name: str, samples: list[Sample]) -> str:
-    content = datasets.write(samples, folder() / f"{name}.jsonl", name)
+    content = data_content.write(samples, folder() / f"{name}.jsonl", name)
     return asyncio.run(apart(lambda database: datasets.keep(database, f"repo/{name}", content, {}))).id
 
 

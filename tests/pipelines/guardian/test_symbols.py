@@ -4,8 +4,19 @@ from textwrap import dedent
 
 import pytest
 
-from pipelines.guardian.languages import GO, JAVA, JAVASCRIPT, PYTHON, RUST, TSX, TYPESCRIPT, C, Language, language_of
-from pipelines.guardian.symbols import Found, Symbol, find
+from pipelines.guardian.extract_data.languages import (
+    GO,
+    JAVA,
+    JAVASCRIPT,
+    PYTHON,
+    RUST,
+    TSX,
+    TYPESCRIPT,
+    C,
+    Language,
+    language_of,
+)
+from pipelines.guardian.extract_data.symbols import Found, Symbol, find
 
 
 def found(language: Language, text: str) -> Found:

@@ -11,19 +11,19 @@ from sqlalchemy import select, update
 
 from cluster import events
 from cluster.db import Database, now
-from cluster.services import register
-from cluster.services.register import Service
+from cluster.services import store as service_store
+from cluster.services.store import Service
 from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.leases import Claim
 from jobs.registry import Resources
 from jobs.tables import Job
-from pipelines.media import recoveries
-from pipelines.media.followed import FollowedDownload, FollowedService
-from pipelines.media.recover_downloads import RecoverDownloadsSpec, recover_downloads
-from pipelines.media.recoveries import Recovery
-from pipelines.media.recovery_policy import RecoveryPolicy
-from pipelines.media.watch_downloads import WatchDownloadsSpec, watch_downloads
+from pipelines.media.downloads import log as recovery_log
+from pipelines.media.downloads.log import Recovery
+from pipelines.media.downloads.policy import RecoveryPolicy
+from pipelines.media.downloads.recover_downloads import RecoverDownloadsSpec, recover_downloads
+from pipelines.media.downloads.tables import FollowedDownload, FollowedService
+from pipelines.media.downloads.watch_downloads import WatchDownloadsSpec, watch_downloads
 
 
 class Ear:
@@ -73,12 +73,12 @@ class Desk:
     async def add(self, name: str, type: str, url: str, key: str) -> Service:  # noqa: A002
         async with self.database.transaction() as session:
             values = {"name": name, "type": type, "url": url, "api_key": key}
-            return await register.create(session, values, "ada")
+            return await service_store.create(session, values, "ada")
 
     async def policy(self, **values: Any) -> None:
         policy = {**get_settings().recovery.model_dump(), "dry_run": False, "cooldown_minutes": 0, **values}
         async with self.database.transaction() as session:
-            await recoveries.keep_policy(session, RecoveryPolicy.model_validate(policy), "ada")
+            await recovery_log.keep_policy(session, RecoveryPolicy.model_validate(policy), "ada")
 
     async def watch(self) -> dict[str, Any]:
         return await asyncio.to_thread(watch_downloads, self._context(), WatchDownloadsSpec())
@@ -114,7 +114,7 @@ class Desk:
             return list(await session.scalars(select(table).order_by(*table.__mapper__.primary_key)))
 
     def _context(self) -> Context:
-        claim = Claim("job_1", "token", "recover_downloads", "", {}, None, 1, 3, None, None, {}, "worker-1", None)
+        claim = Claim("job_1", "token", "recover_downloads", {}, None, 1, 3, None, None, {}, "worker-1", None)
         return Context(claim, self.words)
 
 

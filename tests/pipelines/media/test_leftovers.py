@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.services.following import Finished
-from pipelines.media import leftovers
+from cluster.services.capabilities.download_tracking import Finished
+from pipelines.media.downloads import orphans
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def complete(tmp_path: Path) -> Path:
 def names(complete: Path, subfolders: tuple[str, ...] = ("tv",)) -> list[str]:
     known = frozenset({"/data/complete/_FAILED_Known/file.mkv"})
     finished = Finished("/data/complete", subfolders, known)
-    return [one.told_path for one in leftovers.find(finished, {"/data": str(complete.parent)})]
+    return [one.told_path for one in orphans.find(finished, {"/data": str(complete.parent)})]
 
 
 def test_only_what_is_marked_and_unknown_is_a_leftover(complete: Path) -> None:
@@ -37,6 +37,6 @@ def test_no_category_leads_out_of_the_folder(complete: Path) -> None:
 
 def test_only_a_folder_that_was_mapped_may_be_cleared(complete: Path) -> None:
     finished = Finished(str(complete), (), frozenset())
-    assert {one.may_go for one in leftovers.find(finished, {})} == {False}
-    assert {one.may_go for one in leftovers.find(finished, {str(complete): str(complete)})} == {True}
-    assert leftovers.find(Finished("/nowhere/complete", (), frozenset()), {}) == []
+    assert {one.may_go for one in orphans.find(finished, {})} == {False}
+    assert {one.may_go for one in orphans.find(finished, {str(complete): str(complete)})} == {True}
+    assert orphans.find(Finished("/nowhere/complete", (), frozenset()), {}) == []

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from cluster.db import Database, apart, now
-from cluster.services import register
+from cluster.services import store as service_store
+from cluster.services.capabilities.download_tracking import Place
 from cluster.services.errors import BadResponse
-from cluster.services.following import Place
-from cluster.services.register import Service
+from cluster.services.store import Service
 from tests.cluster.services.arr_stand_in import (
     LONG_AGO,
     ArrStandIn,
@@ -279,8 +279,8 @@ async def test_what_was_not_removed_by_us_is_not_searched_for(desk: Desk, moved:
         if moved:
             pack(another, **BLOCKED)
             async with desk.database.transaction() as session:
-                moved_one = await register.get(session, service.id)
-                await register.change(session, moved_one, {"url": another.url, "api_key": KEY})
+                moved_one = await service_store.get(session, service.id)
+                await service_store.change(session, moved_one, {"url": another.url, "api_key": KEY})
         sonarr.rows("queue").clear()
         away = False
         await desk.resume()
@@ -447,7 +447,7 @@ async def test_an_answer_that_makes_no_sense_is_said_to_be_one(desk: Desk, path:
         following = service.connector.following
         assert following
         with pytest.raises(BadResponse, match="TV answers with something unexpected"):
-            async with register.connected(desk.database, service) as client:
+            async with service_store.connected(desk.database, service) as client:
                 await following.look(client, Place(service.connected_as_of, now()))
         told = await desk.watch()
         assert (told["looked_at"], list(told["unseen"])) == (0, ["TV"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from cluster.settings import load_settings
-from pipelines.media.recovery_policy import ACTIONS, Case, Past, RecoveryPolicy, decide, is_case, next_strikes
+from pipelines.media.downloads.policy import ACTIONS, Case, Past, RecoveryPolicy, decide, is_case, next_strikes
 
 AT = datetime(2026, 1, 8, 10, 30, tzinfo=UTC)
 LONG_AGO = AT - timedelta(days=2)

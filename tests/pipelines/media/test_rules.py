@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.services.areas import Entry
-from cluster.services.catalogue import find_connector
+from cluster.services.capabilities.settings import Entry
+from cluster.services.catalog import find_connector
 from cluster.settings import get_settings
-from pipelines.media import rules
-from pipelines.media.expectations import Condition, Expectation
-from pipelines.media.findings import find, keepable
-from pipelines.media.rules import Rule
+from pipelines.media.audit import rules
+from pipelines.media.audit.conditions import Condition, Expectation
+from pipelines.media.audit.evaluate import find, keepable
+from pipelines.media.audit.rules import Rule
 from tests.documents import document_path
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -1,0 +1,1 @@
+"""Uploaded files, in storage with a row each."""

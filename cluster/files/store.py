@@ -1,0 +1,160 @@
+"""Files that people bring, and that jobs make for them: a row says whose it is, and the bytes are in storage.
+
+A file never changes. It is gone for everybody once its time is over, and `remove_expired` takes its bytes then.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import BinaryIO
+from uuid import uuid4
+
+from sqlalchemy import Index, Select, String, Text, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster import storage
+from cluster.db import Base, Database, now
+from cluster.db import Sequence as Counter
+from cluster.errors import NotFound
+from cluster.ownership import LOCAL, Owner
+
+ID_MAX = 100
+FILENAME_MAX = 500
+SWEEP_PAGE = 500
+
+
+class FileNotFound(NotFound):
+    """There is no such file."""
+
+    code = "FILE_NOT_FOUND"
+
+
+class File(Base):
+    __tablename__ = "files"
+    __table_args__ = (Index("ix_files_owner_id_created_at", "owner_id", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(ID_MAX), primary_key=True)
+    purpose: Mapped[str] = mapped_column(String(40))
+    filename: Mapped[str] = mapped_column(String(FILENAME_MAX))
+    bytes: Mapped[int] = mapped_column(Counter)
+    content: Mapped[str | None] = mapped_column(String(20))  # what its lines are; None: nobody has looked
+    fault: Mapped[str | None] = mapped_column(Text)  # why it is not what its purpose asks for
+    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: this machine's own
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # None: it stays
+
+    @property
+    def address(self) -> str:
+        return storage.address(_name(self.id))
+
+
+async def keep(
+    database: Database,
+    source: BinaryIO,
+    *,
+    filename: str,
+    purpose: str,
+    owner: Owner = LOCAL,
+    content: str | None = None,
+    fault: str | None = None,
+    lifetime: timedelta | None = None,
+    file_id: str | None = None,
+) -> File:
+    """Make a file of what is left to read of a stream, such as a file opened for reading in bytes.
+
+    A job gives an id of its own (`file-…`): when it runs again, it finds the file that it has made, or finishes it.
+    """
+    file_id = file_id or new_id()
+    async with database.reading() as session:
+        known = await session.get(File, file_id)
+    if known is not None:
+        return known
+    file = await store(source, file_id, filename, purpose, owner, lifetime)
+    file.content, file.fault = content, fault
+    async with database.transaction() as session:
+        session.add(file)
+    return file
+
+
+async def store(
+    source: BinaryIO, file_id: str, filename: str, purpose: str, owner: Owner, lifetime: timedelta | None
+) -> File:
+    """Bring the bytes into storage. The row is for the caller to add, in a transaction of its own."""
+    address = await asyncio.to_thread(storage.write, source, _name(file_id))
+    size = await asyncio.to_thread(storage.size, address)
+    return File(
+        id=file_id,
+        purpose=purpose,
+        filename=filename,
+        bytes=size,
+        owner_id=owner.id,
+        created_by=owner.name,
+        created_at=now(),
+        expires_at=now() + lifetime if lifetime else None,
+    )
+
+
+async def find(session: AsyncSession, file_id: str, owner: Owner = LOCAL) -> File:
+    file = await session.scalar(visible_to(owner).where(File.id == file_id))
+    if file is None:
+        raise FileNotFound(f"There is no file '{file_id}'.")
+    return file
+
+
+def visible_to(owner: Owner) -> Select[File]:
+    """The files that this owner may see, and whose time is not over."""
+    lasting = select(File).where(or_(File.expires_at.is_(None), File.expires_at > now()))
+    return lasting if owner.is_admin else lasting.where(File.owner_id == owner.id)
+
+
+def opened(file: File) -> BinaryIO:
+    """Its bytes, to be read in pieces or line by line: `with files.opened(file) as lines`. Not in an event loop."""
+    try:
+        return storage.opened(file.address)
+    except FileNotFoundError as error:
+        raise FileNotFound(f"The bytes of the file '{file.id}' are not in storage any more.") from error
+
+
+async def delete(database: Database, file_id: str, owner: Owner = LOCAL) -> None:
+    async with database.transaction() as session:
+        file = await find(session, file_id, owner)
+        file.expires_at = now()  # gone for everybody; whatever happens from here on, the sweep does the rest
+    await _remove(database, [file])
+
+
+async def remove_expired(database: Database) -> int:
+    """Delete what nobody can see any more; returns how many files it were."""
+    removed = 0
+    while True:
+        async with database.reading() as session:
+            over = select(File).where(File.expires_at <= now()).limit(SWEEP_PAGE)
+            page = list(await session.scalars(over))
+        if not page:
+            return removed
+        await _remove(database, page)
+        removed += len(page)
+
+
+def new_id() -> str:
+    return f"file-{uuid4().hex}"
+
+
+async def discard(file_id: str) -> None:
+    """Take back the bytes of a file that was stored and got no row."""
+    await asyncio.to_thread(storage.remove, storage.address(_name(file_id)))
+
+
+async def _remove(database: Database, files: Sequence[File]) -> None:
+    """The bytes first: without its row, nobody would find them again."""
+    for file in files:
+        await asyncio.to_thread(storage.remove, file.address)
+    async with database.transaction() as session:
+        for file in files:
+            if (row := await session.get(File, file.id)) is not None:
+                await session.delete(row)
+
+
+def _name(file_id: str) -> str:
+    return f"files/{file_id}"

@@ -1,0 +1,225 @@
+"""Uploads: a file that comes in parts, each of which may be sent again, and becomes a file when all are there."""
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, BinaryIO, Literal
+from uuid import uuid4
+
+from sqlalchemy import ForeignKey, Select, String, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster import storage
+from cluster.db import Base, Database, now
+from cluster.db import Sequence as Counter
+from cluster.errors import Conflict, InvalidRequest, NotFound
+from cluster.files import store as file_store
+from cluster.files.store import FILENAME_MAX, File
+from cluster.ownership import LOCAL, Owner
+
+LASTS = timedelta(hours=1)
+CHUNK_BYTES = 1024 * 1024
+SPARE = 2
+"""How many times its bytes an upload may hold, so that parts can be sent again."""
+
+Status = Literal["pending", "completed", "cancelled", "expired"]
+Looked = tuple[str | None, str | None]
+"""What the lines of a file are, and what is wrong with them."""
+
+
+class UploadNotFound(NotFound):
+    """There is no such upload."""
+
+    code = "UPLOAD_NOT_FOUND"
+
+
+class UploadEnded(Conflict):
+    """This upload takes nothing any more."""
+
+    code = "UPLOAD_ENDED"
+
+
+class WrongParts(InvalidRequest):
+    """The parts are not what the upload was to be."""
+
+    code = "INVALID_UPLOAD_PARTS"
+
+
+class Upload(Base):
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    purpose: Mapped[str] = mapped_column(String(40))
+    filename: Mapped[str] = mapped_column(String(FILENAME_MAX))
+    bytes: Mapped[int] = mapped_column(Counter)  # how many there are to be
+    file_seconds: Mapped[int | None]  # how long its file will last; None: for good
+    ended: Mapped[str | None] = mapped_column(String(12))  # completed, cancelled or expired
+    file_id: Mapped[str | None] = mapped_column(String(file_store.ID_MAX))
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime]
+
+    @property
+    def status(self) -> Any:
+        return self.ended or ("pending" if self.expires_at > now() else "expired")
+
+
+class UploadPart(Base):
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
+    bytes: Mapped[int] = mapped_column(Counter)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    @property
+    def name(self) -> str:
+        return f"uploads/{self.upload_id}/{self.id}"
+
+
+def begin(
+    session: AsyncSession, *, filename: str, purpose: str, size: int, file_seconds: int | None, owner: Owner = LOCAL
+) -> Upload:
+    moment = now()
+    upload = Upload(
+        id=f"upload_{uuid4().hex}",
+        purpose=purpose,
+        filename=filename,
+        bytes=size,
+        file_seconds=file_seconds,
+        owner_id=owner.id,
+        created_by=owner.name,
+        created_at=moment,
+        expires_at=moment + LASTS,
+    )
+    session.add(upload)
+    return upload
+
+
+async def find(session: AsyncSession, upload_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Upload:
+    query: Select[Upload] = select(Upload).where(Upload.id == upload_id)
+    upload = await session.scalar(query.with_for_update() if lock else query)
+    if upload is None or not (owner.is_admin or upload.owner_id == owner.id):
+        raise UploadNotFound(f"There is no upload '{upload_id}'.")
+    return upload
+
+
+async def find_pending(session: AsyncSession, upload_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Upload:
+    upload = await find(session, upload_id, owner, lock=lock)
+    if upload.status != "pending":
+        raise UploadEnded(f"The upload '{upload_id}' is {upload.status}, and takes nothing any more.")
+    return upload
+
+
+async def add_part(database: Database, upload_id: str, source: BinaryIO, size: int, owner: Owner = LOCAL) -> UploadPart:
+    part = UploadPart(id=f"part_{uuid4().hex}", upload_id=upload_id, bytes=size, created_at=now())
+    address = await asyncio.to_thread(storage.write, source, part.name)
+    try:
+        async with database.transaction() as session:
+            upload = await find_pending(session, upload_id, owner, lock=True)
+            held = select(func.sum(UploadPart.bytes)).where(UploadPart.upload_id == upload_id)
+            if (await session.scalar(held) or 0) + size > SPARE * upload.bytes:
+                raise WrongParts(f"The parts have more than {SPARE} times the {upload.bytes} bytes of the upload.")
+            session.add(part)
+    except Exception:
+        await asyncio.to_thread(storage.remove, address)
+        raise
+    return part
+
+
+async def complete(
+    database: Database,
+    upload_id: str,
+    part_ids: Sequence[str],
+    md5: str | None,
+    look: Callable[[str, BinaryIO, str], Looked],
+    owner: Owner = LOCAL,
+) -> tuple[Upload, File]:
+    """Make a file of these parts, in this order. `look` is told purpose, content and name of it."""
+    async with database.reading() as session:
+        upload = await find_pending(session, upload_id, owner)
+        sent = await session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
+        parts = _in_order({part.id: part for part in sent}, part_ids, upload)
+    lifetime = timedelta(seconds=upload.file_seconds) if upload.file_seconds else None
+    maker = Owner(id=upload.owner_id, name=upload.created_by)
+    with tempfile.TemporaryFile(prefix="forgearr-upload-") as whole:
+        digest = await asyncio.to_thread(_join, parts, whole)
+        if md5 is not None and digest != md5.lower():
+            raise WrongParts(f"The parts have the MD5 checksum {digest}, not {md5}.")
+        whole.seek(0)
+        content, fault = await asyncio.to_thread(look, upload.purpose, whole, upload.filename)
+        whole.seek(0)
+        file = await file_store.store(whole, file_store.new_id(), upload.filename, upload.purpose, maker, lifetime)
+    file.content, file.fault = content, fault
+    try:
+        async with database.transaction() as session:
+            upload = await find_pending(session, upload_id, owner, lock=True)
+            upload.ended, upload.file_id = "completed", file.id
+            session.add(file)
+    except Exception:
+        await file_store.discard(file.id)
+        raise
+    await _forget_parts(database, upload)
+    return upload, file
+
+
+async def cancel(database: Database, upload_id: str, owner: Owner = LOCAL) -> Upload:
+    async with database.transaction() as session:
+        upload = await find_pending(session, upload_id, owner, lock=True)
+        upload.ended = "cancelled"
+    await _forget_parts(database, upload)
+    return upload
+
+
+async def remove_expired(database: Database) -> int:
+    """End the uploads whose time is over, and forget the parts of all that have ended."""
+    async with database.transaction() as session:
+        over = select(Upload).where(Upload.ended.is_(None), Upload.expires_at <= now()).with_for_update()
+        expired = list(await session.scalars(over))
+        for upload in expired:
+            upload.ended = "expired"
+    async with database.reading() as session:
+        holding = select(UploadPart.upload_id)
+        left = list(await session.scalars(select(Upload).where(Upload.ended.is_not(None), Upload.id.in_(holding))))
+    for upload in left:
+        await _forget_parts(database, upload)
+    return len(expired)
+
+
+def _in_order(sent: dict[str, UploadPart], wanted: Sequence[str], upload: Upload) -> list[UploadPart]:
+    if len(set(wanted)) != len(wanted):
+        raise WrongParts("A part is named twice.")
+    for part_id in wanted:
+        if part_id not in sent:
+            raise WrongParts(f"The upload '{upload.id}' has no part '{part_id}'.")
+    size = sum(sent[part_id].bytes for part_id in wanted)
+    if size != upload.bytes:
+        raise WrongParts(f"The parts have {size} bytes together, and the upload was to have {upload.bytes}.")
+    return [sent[part_id] for part_id in wanted]
+
+
+def _join(parts: Sequence[UploadPart], whole: BinaryIO) -> str:
+    """Write the parts one after the other; returns the checksum of it all."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for part in parts:
+        try:
+            source = storage.opened(storage.address(part.name))
+        except FileNotFoundError as error:
+            raise UploadEnded(f"The parts of the upload '{part.upload_id}' are not there any more.") from error
+        with source:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                whole.write(chunk)
+    return digest.hexdigest()
+
+
+async def _forget_parts(database: Database, upload: Upload) -> None:
+    """The bytes first: without their rows, nobody would find them again."""
+    await asyncio.to_thread(storage.remove, storage.address(f"uploads/{upload.id}"))
+    async with database.transaction() as session:
+        for part in await session.scalars(select(UploadPart).where(UploadPart.upload_id == upload.id)):
+            await session.delete(part)

@@ -1,0 +1,93 @@
+"""API keys: creation, revocation, and the user behind a key."""
+
+from datetime import datetime, timedelta
+from uuid import uuid4
+
+from sqlalchemy import ForeignKey, String, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, now
+from cluster.errors import NotFound, Unauthenticated
+from cluster.identity.users import User, require_active
+from cluster.secrets import new_token, token_hash
+
+KEY_PREFIX = "fgr"
+SHOWN_KEY_CHARACTERS = len(KEY_PREFIX) + 1 + 8
+USE_RECORDED_EVERY = timedelta(minutes=1)
+
+
+class KeyNotFound(NotFound):
+    """There is no such API key."""
+
+    code = "API_KEY_NOT_FOUND"
+
+
+class ApiKey(Base):
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=lambda: str(uuid4()))
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str] = mapped_column(String(100))
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    prefix: Mapped[str] = mapped_column(String(20))  # its first characters, by which its owner knows it
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]  # to the minute
+
+
+# API keys
+
+
+async def create_key(
+    session: AsyncSession, user_id: str, name: str, expires_at: datetime | None = None
+) -> tuple[ApiKey, str]:
+    """A new key: its record, and the key itself, which cannot be shown again."""
+    token = new_token(KEY_PREFIX)
+    key = ApiKey(
+        user_id=user_id,
+        name=name,
+        hash=token_hash(token),
+        prefix=token[:SHOWN_KEY_CHARACTERS],
+        expires_at=expires_at,
+    )
+    session.add(key)
+    await session.flush()
+    return key, token
+
+
+async def list_keys(session: AsyncSession, user_id: str | None = None) -> list[tuple[ApiKey, User]]:
+    """The keys of one user, or of everybody."""
+    query = select(ApiKey, User).join(User).order_by(ApiKey.created_at, ApiKey.id)
+    if user_id is not None:
+        query = query.where(ApiKey.user_id == user_id)
+    return [(key, user) for key, user in await session.execute(query)]
+
+
+async def revoke_key(session: AsyncSession, key_id: str, user_id: str | None = None) -> None:
+    """Revoke a key, if `user_id` is given only one of theirs."""
+    key = await session.get(ApiKey, key_id, with_for_update=True)
+    if key is None or user_id not in (None, key.user_id):
+        raise KeyNotFound()
+    await session.delete(key)
+
+
+async def user_of_key(session: AsyncSession, token: str) -> tuple[User, ApiKey]:
+    query = select(User, ApiKey).join(ApiKey).where(ApiKey.hash == token_hash(token))
+    found = (await session.execute(query)).one_or_none()
+    if found is None:
+        raise Unauthenticated()
+    user, key = found
+    if key.expires_at is not None and key.expires_at <= now():
+        raise Unauthenticated("This API key has expired.")
+    return require_active(user), key
+
+
+def is_use_due(key: ApiKey) -> bool:
+    """Whether it is time again to record that the key is in use."""
+    return key.last_used_at is None or key.last_used_at <= now() - USE_RECORDED_EVERY
+
+
+async def record_use(session: AsyncSession, key: ApiKey) -> None:
+    unrecorded = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at <= now() - USE_RECORDED_EVERY)
+    await session.execute(update(ApiKey).where(ApiKey.id == key.id, unrecorded).values(last_used_at=now()))

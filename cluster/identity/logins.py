@@ -1,0 +1,111 @@
+"""Logins: access tokens, and refresh tokens that rotate."""
+
+from datetime import datetime, timedelta
+from uuid import uuid4
+
+import jwt
+from sqlalchemy import ForeignKey, String, delete, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, now
+from cluster.errors import Unauthenticated
+from cluster.identity.users import User, active_user
+from cluster.secrets import new_token, signing_key, token_hash
+from cluster.settings import get_settings
+
+
+class RefreshToken(Base):
+    __tablename__ = "refresh_tokens"
+
+    hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    family: Mapped[str] = mapped_column(String(36), index=True)  # all that descend from one login
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+
+
+# Access tokens
+
+
+def access_token(user: User) -> str:
+    issued = now()
+    claims = {
+        "sub": user.id,
+        "role": user.role,
+        "iat": issued,
+        "exp": issued + timedelta(minutes=get_settings().auth.access_token_minutes),
+        "jti": str(uuid4()),
+        "type": "access",
+    }
+    return jwt.encode(claims, signing_key(), algorithm="HS256")
+
+
+async def user_of_access_token(session: AsyncSession, token: str) -> User:
+    try:
+        claims = jwt.decode(
+            token, signing_key(), algorithms=["HS256"], options={"require": ["sub", "iat", "exp", "jti", "type"]}
+        )
+    except jwt.ExpiredSignatureError as error:
+        raise Unauthenticated("The access token has expired; refresh it or log in again.") from error
+    except jwt.InvalidTokenError as error:
+        raise Unauthenticated() from error
+    if claims["type"] != "access":
+        raise Unauthenticated()
+    return await active_user(session, claims["sub"])
+
+
+# Refresh tokens
+
+
+async def start_login(session: AsyncSession, user: User) -> str:
+    """Record a login and open a family of refresh tokens; returns the first."""
+    await session.execute(delete(RefreshToken).where(RefreshToken.user_id == user.id, RefreshToken.expires_at < now()))
+    await session.execute(update(User).where(User.id == user.id).values(last_login_at=now()))
+    return _new_refresh_token(session, user.id, family=str(uuid4()))
+
+
+async def rotate_refresh_token(session: AsyncSession, token: str) -> tuple[User, str] | None:
+    """Exchange a refresh token for its successor; None if it is not good.
+
+    A token that comes back was stolen, or its successor was: nobody can tell which, so the whole family ends. That is
+    a write, which is why the refusal is returned and not raised: the transaction must be committed.
+    """
+    user, row = await _locked_refresh_token(session, token)
+    if user is None or row is None or row.expires_at <= now():
+        return None
+    if row.used_at is not None:
+        await _end_family(session, row)
+        return None
+    row.used_at = now()
+    return user, _new_refresh_token(session, user.id, row.family)
+
+
+async def end_login(session: AsyncSession, token: str) -> None:
+    """Revoke the family of a refresh token. One that is unknown is as good as revoked."""
+    _, row = await _locked_refresh_token(session, token)
+    if row is not None:
+        await _end_family(session, row)
+
+
+async def _locked_refresh_token(session: AsyncSession, token: str) -> tuple[User, RefreshToken] | tuple[None, None]:
+    """The token and its user, whose row is the lock: or else a family could grow while it is being ended."""
+    owner = select(RefreshToken.user_id).where(RefreshToken.hash == token_hash(token)).scalar_subquery()
+    user = await session.scalar(select(User).where(User.id == owner).with_for_update())
+    row = await session.get(RefreshToken, token_hash(token), populate_existing=True) if user else None
+    return (user, row) if user and row else (None, None)
+
+
+async def _end_family(session: AsyncSession, row: RefreshToken) -> None:
+    await session.execute(delete(RefreshToken).where(RefreshToken.family == row.family))
+
+
+async def end_all_logins(session: AsyncSession, user: User) -> None:
+    await session.execute(delete(RefreshToken).where(RefreshToken.user_id == user.id))
+
+
+def _new_refresh_token(session: AsyncSession, user_id: str, family: str) -> str:
+    token = new_token("refresh")
+    expires_at = now() + timedelta(days=get_settings().auth.refresh_token_days)
+    session.add(RefreshToken(hash=token_hash(token), family=family, user_id=user_id, expires_at=expires_at))
+    return token

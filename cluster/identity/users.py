@@ -1,0 +1,117 @@
+"""Who may use this installation: accounts, and the three credentials that stand for one.
+
+An access token (a JWT) is short-lived and proves itself; the account is still read on every use, so that disabling it
+takes effect at once. A refresh token is good for one use and hands out its successor; all successors of one login are a
+family. An API key lasts until it expires or is revoked. Of the last two only a hash is kept.
+"""
+
+import re
+from datetime import datetime
+from typing import Literal
+from uuid import uuid4
+
+from email_validator import EmailNotValidError, validate_email
+from sqlalchemy import String, exists, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, now
+from cluster.errors import AccountDisabled, Conflict, NotFound, Unauthenticated, UnprocessableRequest
+
+Role = Literal["user", "admin"]
+USERNAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$"
+PASSWORD_MIN, PASSWORD_MAX = 8, 256
+
+
+class AccountExists(Conflict):
+    """There is an account with this email or username already."""
+
+    code = "ACCOUNT_EXISTS"
+
+
+class AccountNotFound(NotFound):
+    """There is no account with this email."""
+
+    code = "ACCOUNT_NOT_FOUND"
+
+
+class User(Base):
+    __tablename__ = "users"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=lambda: str(uuid4()))
+    email: Mapped[str] = mapped_column(String(320), unique=True)  # in lower case
+    username: Mapped[str] = mapped_column(String(50), unique=True)
+    full_name: Mapped[str | None] = mapped_column(String(200))
+    password_hash: Mapped[str] = mapped_column(String(200))
+    role: Mapped[Role] = mapped_column(String(10), default="user")
+    is_active: Mapped[bool] = mapped_column(default=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    last_login_at: Mapped[datetime | None]
+
+
+# Accounts
+
+
+async def add_user(
+    session: AsyncSession,
+    *,
+    email: str,
+    username: str,
+    password_hash: str,
+    full_name: str | None = None,
+    role: Role = "user",
+) -> User:
+    if not re.fullmatch(USERNAME, username):
+        raise UnprocessableRequest(
+            f"'{username}' cannot be a username: it takes up to 50 letters, digits, dots, dashes and underscores."
+        )
+    user = User(
+        email=normal_email(email), username=username, password_hash=password_hash, full_name=full_name, role=role
+    )
+    session.add(user)
+    try:
+        await session.flush()
+    except IntegrityError as error:
+        raise AccountExists() from error
+    return user
+
+
+async def find_user(session: AsyncSession, email: str) -> User | None:
+    return await session.scalar(select(User).where(User.email == email.strip().lower()))
+
+
+async def active_user(session: AsyncSession, user_id: str) -> User:
+    return require_active(await session.get(User, user_id))
+
+
+async def get_user(session: AsyncSession, email: str) -> User:
+    user = await find_user(session, email)
+    if user is None:
+        raise AccountNotFound(f"There is no account with the email {email}.")
+    return user
+
+
+async def list_users(session: AsyncSession) -> list[User]:
+    return list(await session.scalars(select(User).order_by(User.created_at, User.id)))
+
+
+async def has_admin(session: AsyncSession) -> bool:
+    """Whether anybody could administer this installation over the network."""
+    return bool(await session.scalar(select(exists().where(User.role == "admin", User.is_active))))
+
+
+def normal_email(email: str) -> str:
+    """An email address in the one spelling that is stored."""
+    try:
+        return validate_email(email.strip(), check_deliverability=False).normalized.lower()
+    except EmailNotValidError as error:
+        raise UnprocessableRequest(f"'{email}' is not an email address: {error}") from error
+
+
+def require_active(user: User | None) -> User:
+    if user is None:
+        raise Unauthenticated()
+    if not user.is_active:
+        raise AccountDisabled()
+    return user

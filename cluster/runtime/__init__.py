@@ -1,0 +1,1 @@
+"""What `forgearr up` starts, watches and ends."""

@@ -1,0 +1,182 @@
+"""Brings Forgearr up on Ray, or takes it down from there: `python -m cluster.runtime.bootstrap up|down`.
+
+It runs beside the supervisor and ends when it is done, so that the supervisor, which lives long, needs neither Ray nor
+SQLAlchemy in its memory. It reports in lines of JSON on its standard output: a step that is done, or why it failed.
+"""
+
+import asyncio
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from cluster import logs
+from cluster.actors import NAMESPACE
+from cluster.errors import ForgearrError, SettingsError, Unavailable
+from cluster.runtime import processes
+from cluster.settings import ENVIRONMENT_PREFIX, Settings, get_settings
+
+log = logging.getLogger(__name__)
+
+# By import path: the ground imports no floor above it.
+ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatch.dispatcher:Dispatcher"}
+APPLICATION = "serve.deployment:build_application"
+DECLARED_SERVICES = "pipelines.media.check_services:declare_services"
+APPLICATION_NAME = "forgearr"
+RAY_SECONDS = 180, 180
+"""How long it may take to be reached, and to be joined."""
+FOREIGN_RAY_SECONDS = 5, 60  # it should be there already
+
+Report = Callable[[str, str], None]
+
+
+class NoAdmin(SettingsError):
+    """Other machines could reach the gateway, and it has no administrator yet: `forgearr user add EMAIL --admin`."""
+
+    code = "NO_ADMIN"
+
+
+def bring_up(settings: Settings, report: Report) -> None:
+    asyncio.run(_prepare_database(settings, report))
+    actors = {name: _load(path) for name, path in ACTORS.items()}
+    build_application = _load(APPLICATION)
+    # Ray takes longer to start than all of the above, which therefore costs nothing.
+    _connect(settings, report)
+    _start_actors(actors, report)
+    _deploy(build_application(settings), settings, report)
+
+
+def take_down(settings: Settings, report: Report) -> None:
+    """Leave a cluster that others use too as it was before `bring_up`."""
+    import ray
+    from ray import serve as ray_serve
+
+    _connect(settings, report)
+    ray_serve.delete(APPLICATION_NAME)
+    if not ray_serve.status().applications:
+        ray_serve.shutdown()  # nobody else serves on this cluster
+    # The dispatcher goes first, because it replaces workers; what it was just replacing turns up in the next round.
+    while names := sorted(_named_actors(), key=lambda name: name not in ACTORS):
+        for name in names:
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        time.sleep(0.2)
+    report("actors", "stopped")
+
+
+def _named_actors() -> list[str]:
+    from ray.util import list_named_actors
+
+    actors: list[Any] = list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+
+
+async def _prepare_database(settings: Settings, report: Report) -> None:
+    from cluster.db import get_database
+    from cluster.identity import has_admin
+    from cluster.migrations import migrate
+
+    await migrate()
+    database = get_database()
+    async with database.reading() as session:
+        admin = await has_admin(session)
+    await _load(DECLARED_SERVICES)(database)
+    await database.close()
+    if not settings.serve.is_loopback and not admin:
+        raise NoAdmin
+    report("database", "SQLite" if database.is_sqlite else "PostgreSQL")
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _connect(settings: Settings, report: Report) -> None:
+    """Join Ray, which may just be starting."""
+    import ray
+
+    address = settings.ray.address or f"127.0.0.1:{settings.ray.port}"
+    to_reach, to_join = FOREIGN_RAY_SECONDS if settings.ray.address else RAY_SECONDS
+    began = time.monotonic()
+    # Ray itself would wait for minutes for an address where nobody is.
+    while not processes.is_reachable(address):
+        if time.monotonic() - began > to_reach:
+            raise Unavailable(f"No Ray cluster answers at {address}.")
+        time.sleep(0.1)
+    while not ray.is_initialized():
+        try:
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                runtime_env=_runtime_environment(settings),
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if time.monotonic() - began > to_join:
+                raise Unavailable(f"The Ray cluster at {address} cannot be joined: {error}.") from error
+            time.sleep(0.2)
+    resources = ray.cluster_resources()
+    report("ray", f"{address}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
+
+
+def _runtime_environment(settings: Settings) -> dict[str, Any] | None:
+    """A cluster of others does not have our environment yet; the one that we started does."""
+    if settings.ray.address is None:
+        return None
+    ours = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    return {"env_vars": {name: value for name, value in ours.items() if name != processes.MARK}}
+
+
+def _start_actors(classes: dict[str, Any], report: Report) -> None:
+    import ray
+
+    handles: list[Any] = []
+    for name, actor_class in classes.items():
+        options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        actor = ray.remote(actor_class).options(num_cpus=0, max_restarts=-1, max_concurrency=1000, **options)
+        handles.append(actor.remote())
+    ray.get([handle.__ray_ready__.remote() for handle in handles])
+    report("actors", ", ".join(classes))
+
+
+def _deploy(application: Any, settings: Settings, report: Report) -> None:
+    from ray import serve as ray_serve
+
+    # Behind our HAProxy every part of Serve stays on loopback; it alone opens what serve.host names.
+    host = "127.0.0.1" if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ else settings.serve.host
+    ray_serve.start(http_options={"host": host, "port": settings.serve.port})
+    ray_serve.run(application, name=APPLICATION_NAME, route_prefix="/")
+    report("gateway", settings.url)
+
+
+def main(direction: str) -> int:
+    reports = os.fdopen(os.dup(1), "w", buffering=1)
+    # Whatever the libraries print goes to the log, so that the supervisor reads reports and nothing else.
+    os.dup2(2, 1)
+
+    def tell(**message: str) -> None:
+        reports.write(json.dumps(message) + "\n")
+
+    try:
+        logs.configure("bringup")
+        work = {"up": bring_up, "down": take_down}[direction]
+        work(get_settings(), lambda step, detail: tell(step=step, detail=detail))
+    except ForgearrError as error:
+        tell(error=error.message)
+        return 1
+    except Exception as error:
+        log.exception("bringing Forgearr %s failed", direction)
+        tell(error=f"{type(error).__name__}: {logs.redact(str(error))}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

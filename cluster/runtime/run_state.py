@@ -1,0 +1,106 @@
+"""What `forgearr up` notes down while it runs, so that any other process can find it, or clean up after it."""
+
+import fcntl
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ValidationError
+
+from cluster.errors import Conflict
+from cluster.runtime import processes
+from cluster.settings import get_settings, home
+
+
+class AlreadyRunning(Conflict):
+    """Forgearr is already running."""
+
+    code = "ALREADY_RUNNING"
+
+
+class Running(BaseModel):
+    """One run of the supervisor."""
+
+    pid: int
+    create_time: float
+    """When the operating system started that process: with it, a pid that was given out again is recognised."""
+    version: str
+    url: str
+    started_at: datetime
+    ready: bool = False
+    """Whether the gateway has answered."""
+    ports: list[int]
+    ray_address: str
+    mlflow_uri: str | None
+
+    @property
+    def supervisor(self) -> psutil.Process | None:
+        return processes.find(self.pid, self.create_time)
+
+
+def folder() -> Path:
+    path = home() / "run"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def last() -> Running | None:
+    """The run that was noted down last. Its supervisor may be gone: `supervisor` tells."""
+    try:
+        return Running.model_validate_json(_file().read_text())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        return None  # written by another version of Forgearr; what it left behind is found without this
+
+
+def current() -> Running | None:
+    """The run that lives."""
+    run = last()
+    return run if run and run.supervisor else None
+
+
+def current_url() -> str:
+    """Where a client on this machine reaches the gateway: it may run with settings from its command line."""
+    run = current()
+    return run.url if run else get_settings().url
+
+
+def note(run: Running) -> None:
+    draft = _file().with_suffix(".draft")
+    draft.write_text(run.model_dump_json(indent=2))
+    draft.replace(_file())
+
+
+def forget() -> None:
+    _file().unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one() -> Generator[None]:
+    """Hold this installation's lock. The kernel lets go of it when this process ends, however it ends."""
+    with (folder() / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(_already_running()) from None
+        yield
+
+
+def require_none() -> None:
+    """Refuse to go on while this installation runs."""
+    if current():
+        raise AlreadyRunning(_already_running())
+
+
+def _already_running() -> str:
+    run = current()
+    if run is None:
+        return "Forgearr is just being started or stopped by another process; try again in a moment."
+    return f"Forgearr is already running at {run.url} (process {run.pid}); `forgearr down` stops it."
+
+
+def _file() -> Path:
+    return folder() / "state.json"

@@ -1,0 +1,286 @@
+"""What `forgearr up` starts and `forgearr down` stops.
+
+One supervisor, this process, holds the installation's lock. It starts a Ray head and an MLflow server as children (or
+uses those that the settings name), lets cluster/runtime/bootstrap.py put the actors and the gateway on Ray, and then
+watches. It restarts MLflow. When Ray dies it stops everything: all state is durable, and
+`forgearr up` goes on from there.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster import logs
+from cluster.errors import ForgearrError, SettingsError
+from cluster.runtime import embedded, probes, processes, run_state
+from cluster.runtime.run_state import Running
+from cluster.settings import Settings, get_settings
+
+log = logging.getLogger(__name__)
+
+HEALTHY_SECONDS = 180
+STOP_SECONDS = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ROTATE_EVERY_SECONDS = 30
+MLFLOW_BACKOFF_SECONDS = (1, 60)
+CLUSTER_CHECK_SECONDS = 10
+CLUSTER_PATIENCE = 3
+
+Environment = Mapping[str, str]
+Say = Callable[[str, str], None]
+"""Tells a person of a step that is done: its name, and what came of it."""
+
+
+class StartFailed(ForgearrError):
+    """Forgearr could not be started."""
+
+    code = "START_FAILED"
+
+
+class StopIncomplete(ForgearrError):
+    """Forgearr was stopped, but something of it is left."""
+
+    code = "STOP_INCOMPLETE"
+
+
+class RayDied(ForgearrError):
+    """Ray has died, so everything was stopped. Nothing is lost: `forgearr up` goes on where it was."""
+
+    code = "RAY_DIED"
+
+
+async def run(say: Say) -> None:
+    """Start everything, and watch it until a signal asks to stop. Raises what kept it from starting or running."""
+    settings = get_settings()
+    _refuse_open_doors(settings)
+    with run_state.only_one():
+        logs.configure("supervisor")
+        if ended := processes.end_leftovers():
+            say("recovered", f"ended {ended} processes that an earlier run left behind")
+        _require_free_ports(settings)
+        try:
+            await _run_until_signal(settings, say)
+        finally:
+            run_state.forget()
+
+
+async def stop(say: Say) -> None:
+    """Stop what runs, or what a supervisor that was killed left behind, and see that nothing of it is left."""
+    run = run_state.last()
+    if run and (supervisor := run.supervisor):
+        supervisor.terminate()
+        if not await _is_gone(supervisor):
+            say("supervisor", f"process {run.pid} does not obey; ending it by force")
+            supervisor.kill()
+            await _is_gone(supervisor)
+    elif run and get_settings().ray.address:
+        await _run_bringup("down", processes.marked_environment(), say)
+    with run_state.only_one():
+        if ended := processes.end_leftovers():
+            say("recovered", f"ended {ended} processes that were left behind")
+        still = [port for port in (run.ports if run else []) if processes.is_listening("127.0.0.1", port)]
+        run_state.forget()
+    if still:
+        raise StopIncomplete(f"Something still listens on port {', '.join(map(str, still))}.")
+
+
+def addresses(settings: Settings) -> dict[str, tuple[str, int]]:
+    """Where this installation is going to listen, by the setting that says so."""
+    addresses: dict[str, tuple[str, int]] = {}
+    if settings.ray.address is None:
+        addresses["serve.port"] = (settings.serve.host, settings.serve.port)
+        addresses["ray.port"] = ("127.0.0.1", settings.ray.port)
+        addresses["ray.dashboard_port"] = ("127.0.0.1", settings.ray.dashboard_port)
+    if _has_own_mlflow(settings):
+        addresses["mlflow.port"] = ("127.0.0.1", settings.mlflow.port)
+    return addresses
+
+
+async def _is_gone(supervisor: psutil.Process) -> bool:
+    gone, _ = await asyncio.to_thread(psutil.wait_procs, [supervisor], 4 * STOP_SECONDS)
+    return bool(gone)
+
+
+async def _run_until_signal(settings: Settings, say: Say) -> None:
+    work = asyncio.create_task(_start_and_watch(settings, say))
+
+    def ask_to_stop() -> None:
+        # A second Ctrl-C changes nothing: stopping is quick, and should not be left half done.
+        if not work.cancelling():
+            work.cancel()
+
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, ask_to_stop)
+    try:
+        await work
+    except asyncio.CancelledError:
+        log.info("stopped by a signal")
+    finally:
+        await _stop(settings, say)
+        log.info("stopped")
+        say("stopped", "")
+
+
+async def _start_and_watch(settings: Settings, say: Say) -> None:
+    run = _new_run(settings)
+    run_state.note(run)
+    log.info("starting version %s", run.version)
+    environment = embedded.environment(settings)
+    servers = [asyncio.create_task(server) for server in _servers(settings, environment)]
+    starting = asyncio.create_task(_bring_up(settings, environment, say))
+    try:
+        await _first_of([starting, *servers])
+        run_state.note(run.model_copy(update={"ready": True}))
+        log.info("ready at %s", run.url)
+        say("ready", run.url)
+        await _first_of(servers)
+    except RayDied as error:
+        raise error if starting.done() else _ray_did_not_start() from None
+    finally:
+        for task in (starting, *servers):
+            task.cancel()
+        await asyncio.gather(starting, *servers, return_exceptions=True)
+
+
+def _ray_did_not_start() -> StartFailed:
+    path = _log_of("ray")
+    last = path.read_text(errors="replace").strip().rpartition("\n")[2]
+    return StartFailed(f"Ray could not start: {logs.redact(last)} ({path} says more)")
+
+
+async def _first_of(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for the first task that ends, and raise what it raised."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+def _servers(settings: Settings, environment: Environment) -> list[Coroutine[Any, Any, None]]:
+    """Work without an end: each starts what it is about, watches it, and stops it when it is cancelled."""
+    servers: list[Coroutine[Any, Any, None]] = [_rotate_logs_forever()]
+    servers.append(_watch_cluster(settings.ray.address) if settings.ray.address else _run_ray(settings, environment))
+    if _has_own_mlflow(settings):
+        servers.append(_keep_mlflow_running(settings))
+    return servers
+
+
+async def _run_ray(settings: Settings, environment: Environment) -> None:
+    ray = await processes.start(embedded.ray_command(settings), environment, _log_of("ray"))
+    try:
+        code = await ray.wait()
+        log.error("ray ended with exit code %s", code)
+        raise RayDied
+    finally:
+        await processes.stop(ray, STOP_SECONDS)
+
+
+async def _watch_cluster(address: str) -> None:
+    """A cluster that others run: give it time to come back before giving up on it."""
+    failures = 0
+    while failures < CLUSTER_PATIENCE:
+        await asyncio.sleep(CLUSTER_CHECK_SECONDS)
+        failures = 0 if await asyncio.to_thread(processes.is_reachable, address) else failures + 1
+    raise RayDied(f"The Ray cluster at {address} is gone. Nothing is lost: `forgearr up` goes on when it is back.")
+
+
+async def _keep_mlflow_running(settings: Settings) -> None:
+    """MLflow may come and go: jobs do not wait for it, and what it missed is caught up."""
+    shortest, longest = MLFLOW_BACKOFF_SECONDS
+    backoff = shortest
+    while True:
+        started = time.monotonic()
+        command, environment = embedded.mlflow_command(settings), embedded.mlflow_environment()
+        mlflow = await processes.start(command, environment, _log_of("mlflow"))
+        try:
+            code = await mlflow.wait()
+        finally:
+            await processes.stop(mlflow, STOP_SECONDS)
+        backoff = shortest if time.monotonic() - started > longest else min(backoff * 2, longest)
+        log.warning("mlflow ended with exit code %s; starting it again in %s s", code, backoff)
+        await asyncio.sleep(backoff)
+
+
+async def _rotate_logs_forever() -> None:
+    while True:
+        await asyncio.sleep(ROTATE_EVERY_SECONDS)
+        logs.rotate()
+
+
+async def _bring_up(settings: Settings, environment: Environment, say: Say) -> None:
+    await _run_bringup("up", environment, say)
+    deadline = time.monotonic() + HEALTHY_SECONDS
+    while (health_now := await asyncio.to_thread(probes.of_gateway, settings.url)) is None:
+        if time.monotonic() > deadline:
+            raise StartFailed(f"The gateway at {settings.url} does not answer; `forgearr logs` says more.")
+        await asyncio.sleep(0.1)
+    say("health", str(health_now["status"]))
+
+
+async def _run_bringup(direction: str, environment: Environment, say: Say) -> None:
+    command = [sys.executable, "-m", "cluster.runtime.bootstrap", direction]
+    bringup = await processes.start(command, environment, _log_of("bringup"), stdout=asyncio.subprocess.PIPE)
+    assert bringup.stdout is not None
+    try:
+        async for line in bringup.stdout:
+            report = json.loads(line)
+            if "error" in report:
+                raise StartFailed(report["error"])
+            say(report["step"], report["detail"])
+        if code := await bringup.wait():
+            raise StartFailed(f"Bringing Forgearr {direction} failed (exit code {code}): see {_log_of('bringup')}.")
+    finally:
+        await processes.stop(bringup, 1)  # it has nothing to tidy up
+
+
+async def _stop(settings: Settings, say: Say) -> None:
+    """Ray and MLflow have been stopped by what ran them. The rest is what they started, and a cluster of others."""
+    if settings.ray.address and processes.is_reachable(settings.ray.address):
+        await _run_bringup("down", processes.marked_environment(), say)
+    await asyncio.to_thread(processes.end_leftovers)
+
+
+def _refuse_open_doors(settings: Settings) -> None:
+    if settings.serve.is_loopback or settings.auth_required:
+        return
+    raise SettingsError(
+        f"auth.required is off and serve.host is {settings.serve.host}: anyone who reaches this machine would be its "
+        "administrator. Drop one of the two settings."
+    )
+
+
+def _require_free_ports(settings: Settings) -> None:
+    for setting, (host, port) in addresses(settings).items():
+        processes.require_free_port(host, port, setting)
+
+
+def _new_run(settings: Settings) -> Running:
+    started_at = datetime.now(UTC)
+    return Running(
+        pid=os.getpid(),
+        create_time=psutil.Process().create_time(),
+        version=version("forgearr"),
+        url=settings.url,
+        started_at=started_at,
+        ports=[port for _, port in addresses(settings).values()],
+        ray_address=settings.ray.address or f"127.0.0.1:{settings.ray.port}",
+        mlflow_uri=settings.mlflow_uri,
+    )
+
+
+def _has_own_mlflow(settings: Settings) -> bool:
+    return settings.mlflow.enabled and settings.mlflow.tracking_uri is None
+
+
+def _log_of(name: str) -> Path:
+    return logs.folder() / f"{name}.log"

@@ -1,0 +1,1 @@
+"""What Sonarr and its relatives have in common."""

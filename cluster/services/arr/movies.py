@@ -1,0 +1,73 @@
+"""Movies, as Radarr has them."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, model_validator
+
+from cluster.services.capabilities.collection import API, Collection, Number, Thing, Title
+
+Availability = Literal["announced", "inCinemas", "released"]
+SOURCES = ("tmdb", "imdb", "trakt", "metacritic", "rottenTomatoes")
+"""Whose ratings are told, the first that there are."""
+
+
+class Ratings(BaseModel):
+    value: float | None = None
+    votes: Number | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_one_source(cls, told: Any) -> Any:
+        """Radarr has those of several sources, and had only one before."""
+        if not isinstance(told, dict) or "value" in told:
+            return told
+        return next((told[source] for source in SOURCES if told.get(source)), {})
+
+
+class QualityName(BaseModel):
+    name: Title | None = None
+
+
+class Quality(BaseModel):
+    quality: QualityName | None = None
+
+
+class MovieFile(BaseModel):
+    relativePath: Title | None = None
+    size: Number | None = None
+    quality: Quality | None = None
+
+
+class Movie(Thing):
+    year: Number | None = None
+    tmdbId: Number | None = None
+    status: Title | None = None
+    overview: str | None = None
+    runtime: Number | None = None
+    genres: list[Title] | None = None
+    ratings: Ratings | None = None
+    monitored: bool | None = None
+    qualityProfileId: Number | None = None
+    path: Title | None = None
+    hasFile: bool | None = None
+    sizeOnDisk: Number | None = None
+    movieFile: MovieFile | None = None
+    added: datetime | None = None
+
+
+def fields(*, monitored: bool, available: Availability, search: bool) -> dict[str, object]:
+    """What Radarr is told of a movie that is added."""
+    options = {"monitor": "movieOnly" if monitored else "none", "searchForMovie": search}
+    return {"monitored": monitored, "minimumAvailability": available, "addOptions": options}
+
+
+MOVIES = Collection(
+    word="movie",
+    does="collects movies",
+    path=f"{API}/movie",
+    thing=Movie,
+    outer_id="tmdbId",
+    term="tmdb",
+    search=lambda movie_id: {"name": "MoviesSearch", "movieIds": [movie_id]},
+)

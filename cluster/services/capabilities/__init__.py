@@ -1,0 +1,1 @@
+"""What a connector can offer: downloads, libraries, collections, settings."""

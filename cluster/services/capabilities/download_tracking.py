@@ -1,0 +1,121 @@
+"""What it takes to follow the downloads of a service, and to mend what goes wrong with them.
+
+A connector that can be followed has a `Following`. Those who only fetch can fetch once more (`retry`); those who
+chose what is fetched can choose something else (`Replacing`). `pipelines/media/` knows no other way.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from cluster.services.http.client import Client
+
+UnderwayState = Literal[
+    "waiting",  # for its turn, for the network, or because all is paused
+    "running",  # bytes should come in
+    "processing",  # it is unpacked, checked or imported
+    "blocked",  # it is there, but is not imported
+    "failed",
+]
+Outcome = Literal["completed", "failed", "imported"]
+ID_MAX = 300
+"""How long the name of a download can be, as it is kept here."""
+MOST_WORDS = 500
+
+
+@dataclass(frozen=True)
+class Underway:
+    """A download that has not ended."""
+
+    id: str  # by which the service can be asked about it
+    title: str
+    state: UnderwayState
+    download_id: str | None  # as the download client calls it
+    bytes_left: int | None = None
+    reason: str = ""  # what the service says of it
+    content: tuple[str, ...] = ()  # what it will be, such as episode:12
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A download that has ended, or that has become a part of a library."""
+
+    id: str  # as it was called while it was underway
+    title: str
+    outcome: Outcome
+    at: datetime
+    download_id: str | None
+    reason: str = ""
+    content: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    content_id: str | None = None  # of the series or movie that it belongs to
+    content_title: str | None = None
+    content_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a service has been followed."""
+
+    since: datetime  # what ended before then is no news
+    at: datetime
+    cursor: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what the last look left
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at a service has seen."""
+
+    underway: tuple[Underway, ...]
+    ended: tuple[Ended, ...]
+    cursor: dict[str, Any]
+    moves: bool = True  # whether it brings in anything at all: if not, that is no single download's fault
+
+
+@dataclass(frozen=True)
+class Grab:
+    """That a service has chosen this download, and what it knows of its end."""
+
+    id: int
+    title: str
+    content: tuple[str, ...]
+    tags: tuple[str, ...]
+    failed: bool
+    imported: bool
+
+
+@dataclass(frozen=True)
+class Replacing:
+    find: Callable[["Client", str], Awaitable[Underway | None]]
+    # For good, with its files; whether to search by itself. Returns False if it was gone already.
+    remove: Callable[["Client", str, bool], Awaitable[bool]]
+    grab_of: Callable[["Client", str], Awaitable[Grab | None]]  # by the download's id
+    mark_failed: Callable[["Client", int], Awaitable[None]]  # a grab
+    searches_itself: Callable[["Client"], Awaitable[bool]]  # after something has failed
+    search: Callable[["Client", tuple[str, ...]], Awaitable[None]]
+    is_searching: Callable[["Client", tuple[str, ...], datetime], Awaitable[bool]]  # since then, for just that
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Where finished downloads lie, on the service's machine."""
+
+    folder: str
+    subfolders: tuple[str, ...]  # of its categories
+    known: frozenset[str]  # folders that its history still speaks of
+
+
+@dataclass(frozen=True)
+class Following:
+    look: Callable[["Client", Place], Awaitable[Look]]
+    retry: Callable[["Client", str], Awaitable[str]] | None = None  # as in `Downloads`
+    replacing: Replacing | None = None
+    finished: Callable[["Client"], Awaitable[Finished]] | None = None
+
+
+def in_a_line(text: str | None) -> str:
+    """What a service says, as it is kept."""
+    return " ".join((text or "").replace("\0", "").split())[:MOST_WORDS]

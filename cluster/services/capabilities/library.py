@@ -1,0 +1,59 @@
+"""What a service that keeps a library for people to watch can be asked, and what is told of it."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, Field
+
+from cluster.errors import NotFound
+from cluster.times import UtcTime
+
+if TYPE_CHECKING:
+    from cluster.services.http.client import Client
+
+
+class LibraryNotFound(NotFound):
+    """There is no such library."""
+
+    code = "LIBRARY_NOT_FOUND"
+
+
+class LibrarySection(BaseModel):
+    key: str
+    title: str
+    type: str = Field(examples=["movie"])
+    scanner: str | None
+    agent: str | None
+    count: int = Field(description="How many movies, series or artists are in it.")
+
+
+class Libraries(BaseModel):
+    libraries: list[LibrarySection]
+
+
+class AddedItem(BaseModel):
+    title: str = Field(description="Of a season or an episode, with the series before it.")
+    year: int | None
+    type: str = Field(examples=["movie"])
+    added_at: UtcTime | None
+    library: str | None
+    rating: float | None = Field(description="Out of ten.")
+
+
+class RecentlyAdded(BaseModel):
+    items: list[AddedItem] = Field(description="The latest first.")
+    total: int = Field(description="How many are shown.")
+
+
+@dataclass(frozen=True)
+class Library:
+    libraries: Callable[["Client"], Awaitable[Libraries]]
+    recently_added: Callable[["Client", int], Awaitable[RecentlyAdded]]  # at most so many
+    scan: Callable[["Client", str], Awaitable[str]]  # looks for what is new in it; returns its title
+
+
+def missing(key: str, known: dict[str, str]) -> LibraryNotFound:
+    """The error that says which libraries there are, by their keys."""
+    there = ", ".join(f"{one} ({title})" for one, title in known.items()) or "none"
+    return LibraryNotFound(f"There is no library '{key[:100]}'. There are: {there}.")

@@ -1,0 +1,38 @@
+"""The sorts of service there are: a module in `cluster/services/connectors/` for each."""
+
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+from cluster.errors import UnprocessableRequest
+from cluster.services import connectors
+from cluster.services.connector import Connector
+
+
+class UnknownServiceType(UnprocessableRequest):
+    """There is no such type of service."""
+
+    code = "UNKNOWN_SERVICE_TYPE"
+
+
+@cache
+def all_connectors() -> dict[str, Connector]:
+    """Every connector by its type."""
+    modules = (import_module(f"{connectors.__name__}.{module.name}") for module in iter_modules(connectors.__path__))
+    found: list[Connector] = [module.CONNECTOR for module in modules]
+    return {connector.type: connector for connector in found}
+
+
+@cache
+def words() -> dict[str, Connector]:
+    """Every connector by each word that means it."""
+    return {word: connector for connector in all_connectors().values() for word in connector.names}
+
+
+def find_connector(word: str) -> Connector:
+    connector = words().get(word.casefold())
+    if connector is None:
+        raise UnknownServiceType(
+            f"There is no type of service named '{word}'. There are: {', '.join(sorted(words()))}."
+        )
+    return connector

@@ -1,0 +1,95 @@
+"""A circuit breaker for each service: what has failed again and again is left alone for a while.
+
+    closed     → open        after `services.breaker_threshold` failures in a row
+    open       → half_open   after `services.breaker_seconds`, for the one who asks first
+    half_open  → closed      when that one succeeds
+    half_open  → open        when it fails too
+
+A circuit is a row, so all replicas and workers share it. While all is well that costs one read before the service is
+asked, and one write after.
+"""
+
+from datetime import datetime, timedelta
+from math import ceil
+from typing import Literal
+
+from sqlalchemy import ForeignKey, Integer, String, Text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, Database, now
+from cluster.services.errors import CircuitOpen
+from cluster.services.http.client import Client
+from cluster.settings import get_settings
+
+CircuitState = Literal["closed", "open", "half_open"]
+
+
+class Circuit(Base):
+    __tablename__ = "service_circuits"
+
+    service_id: Mapped[int] = mapped_column(ForeignKey("services.id", ondelete="CASCADE"), primary_key=True)
+    state: Mapped[CircuitState] = mapped_column(String(10), default="closed")
+    changed_at: Mapped[datetime] = mapped_column(default=now)  # when it opened, or the last trial began
+    failure_count: Mapped[int] = mapped_column(Integer, default=0)  # in a row
+    success_count: Mapped[int] = mapped_column(Integer, default=0)  # ever
+    last_failure: Mapped[str | None] = mapped_column(Text)
+
+
+async def enter(database: Database, service_id: int, name: str, at: datetime) -> None:
+    """Pass, or raise CircuitOpen. Whoever finds an open circuit whose time is up is its trial."""
+    async with database.reading() as session:
+        circuit = await session.get(Circuit, service_id)
+    if circuit is None or circuit.state == "closed":
+        return
+    _refuse_early(circuit, name, at)
+    async with database.transaction() as session:
+        circuit = await session.get(Circuit, service_id, with_for_update=True)
+        if circuit is None or circuit.state == "closed":
+            return
+        _refuse_early(circuit, name, at)  # another one may have become the trial meanwhile
+        # A trial that is never heard of again is over after the same time.
+        circuit.state, circuit.changed_at = "half_open", at
+
+
+async def record(database: Database, service_id: int, client: Client, at: datetime) -> None:
+    """What has come of asking."""
+    if not client.successes and not client.failures:
+        return
+    async with database.transaction() as session:
+        circuit = await session.get(Circuit, service_id, with_for_update=True)
+        if circuit is None:
+            return  # the service was deleted meanwhile
+        circuit.success_count += client.successes
+        if not client.failures:
+            circuit.state, circuit.failure_count, circuit.last_failure = "closed", 0, None
+            return
+        circuit.failure_count = client.failures + (0 if client.successes else circuit.failure_count)
+        circuit.last_failure = client.last_failure and client.last_failure.message
+        if circuit.state == "half_open" or (
+            circuit.state == "closed" and circuit.failure_count >= get_settings().services.breaker_threshold
+        ):
+            circuit.state, circuit.changed_at = "open", at
+
+
+async def reset(session: AsyncSession, service_id: int) -> None:
+    """Forget what was: the service has another address or key now."""
+    circuit = await session.get_one(Circuit, service_id, with_for_update=True)
+    circuit.state, circuit.failure_count, circuit.last_failure = "closed", 0, None
+
+
+def state_of(circuit: Circuit, at: datetime) -> CircuitState:
+    """An open circuit whose time is up lets the next one through."""
+    return "half_open" if circuit.state == "open" and not _seconds_left(circuit, at) else circuit.state
+
+
+def _refuse_early(circuit: Circuit, name: str, at: datetime) -> None:
+    seconds = _seconds_left(circuit, at)
+    if seconds:
+        why = f": {circuit.last_failure}" if circuit.last_failure else "."
+        raise CircuitOpen(f"{name} has failed {circuit.failure_count} times, and is left alone{why}", seconds)
+
+
+def _seconds_left(circuit: Circuit, at: datetime) -> int:
+    until = circuit.changed_at + timedelta(seconds=get_settings().services.breaker_seconds)
+    return max(0, ceil((until - at) / timedelta(seconds=1)))

@@ -1,0 +1,23 @@
+"""How a service wants its API key."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Key:
+    """How an API key travels: in a header, or in the query of the address."""
+
+    header: str | None = None
+    parameter: str | None = None
+    form: str = "{}"  # what stands in the header, with the key in it
+    needed: bool = True  # whether the service answers nobody without one
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        return {self.header: self.form.format(key)} if self.header and key else {}
+
+    def parameters(self, key: str | None) -> dict[str, str]:
+        return {self.parameter: key} if self.parameter and key else {}

@@ -1,0 +1,118 @@
+"""The library of Plex. What it has nothing for, it leaves out of its answers: also a list that is empty."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+from urllib.parse import quote
+
+from pydantic import BaseModel, Field
+
+from cluster.services.capabilities import library as capabilities_library
+from cluster.services.capabilities.library import AddedItem, Libraries, Library, LibrarySection, RecentlyAdded
+from cluster.services.http.client import Client
+
+LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+
+
+class Section(BaseModel):
+    key: str
+    title: str
+    type: str
+    scanner: str | None = None
+    agent: str | None = None
+
+
+class Item(BaseModel):
+    type: str
+    title: str
+    grandparentTitle: str | None = None
+    parentTitle: str | None = None
+    index: int | None = None
+    parentIndex: int | None = None
+    year: int | None = None
+    addedAt: Annotated[float, Field(ge=0, le=LATEST)] | None = None
+    librarySectionTitle: str | None = None
+    rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    audienceRating: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+class Sections(BaseModel):
+    Directory: list[Section] = []
+
+
+class Items(BaseModel):
+    Metadata: list[Item] = []
+
+
+class Count(BaseModel):
+    totalSize: int | None = None
+    size: int
+
+
+class SectionsAnswer(BaseModel):
+    MediaContainer: Sections
+
+
+class ItemsAnswer(BaseModel):
+    MediaContainer: Items
+
+
+class CountAnswer(BaseModel):
+    MediaContainer: Count
+
+
+async def list_libraries(client: Client) -> Libraries:
+    found = await _sections(client)
+    return Libraries(
+        libraries=[LibrarySection(**section.model_dump(), count=await _count(client, section.key)) for section in found]
+    )
+
+
+async def recently_added(client: Client, limit: int) -> RecentlyAdded:
+    page = {"X-Plex-Container-Start": 0, "X-Plex-Container-Size": limit}
+    answer = await client.get("/library/recentlyAdded", **page)
+    items = [_told(item) for item in client.read(ItemsAnswer, answer).MediaContainer.Metadata[:limit]]
+    return RecentlyAdded(items=items, total=len(items))
+
+
+async def scan(client: Client, key: str) -> str:
+    titles = {section.key: section.title for section in await _sections(client)}
+    if key not in titles:
+        raise capabilities_library.missing(key, titles)
+    await client.line(f"/library/sections/{quote(key, safe='')}/refresh")  # the answer is empty
+    return titles[key]
+
+
+LIBRARY = Library(libraries=list_libraries, recently_added=recently_added, scan=scan)
+
+
+async def _sections(client: Client) -> list[Section]:
+    return client.read(SectionsAnswer, await client.get("/library/sections")).MediaContainer.Directory
+
+
+async def _count(client: Client, key: str) -> int:
+    """How many there are: a page with nothing on it tells."""
+    page = {"X-Plex-Container-Start": 0, "X-Plex-Container-Size": 0}
+    answer = await client.get(f"/library/sections/{quote(key, safe='')}/all", **page)
+    told = client.read(CountAnswer, answer).MediaContainer
+    return told.size if told.totalSize is None else told.totalSize
+
+
+def _told(item: Item) -> AddedItem:
+    return AddedItem(
+        title=_title(item),
+        year=item.year,
+        type=item.type,
+        added_at=None if item.addedAt is None else datetime.fromtimestamp(item.addedAt, UTC),
+        library=item.librarySectionTitle,
+        rating=item.audienceRating if item.rating is None else item.rating,
+    )
+
+
+def _title(item: Item) -> str:
+    if item.type == "season" and item.parentTitle:
+        return f"{item.parentTitle} - {item.title}"
+    if item.type != "episode" or not item.grandparentTitle:
+        return item.title
+    if item.index is None or item.parentIndex is None:
+        return f"{item.grandparentTitle} - {item.title}"
+    return f"{item.grandparentTitle} - S{item.parentIndex:02}E{item.index:02} - {item.title}"

@@ -1,0 +1,1 @@
+"""SABnzbd's capabilities."""

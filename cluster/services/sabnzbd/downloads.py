@@ -1,0 +1,270 @@
+"""The downloads of SABnzbd.
+
+It writes numbers as text, answers true to much that it does not do, and takes several ids, or `all`, where one is
+asked for. So one id is sent, and only if there is such a download; and it is asked again what has become of it.
+"""
+
+import asyncio
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from cluster.logs import only_hosts
+from cluster.services.capabilities.downloads import (
+    DownloadHistory,
+    DownloadNotFailed,
+    DownloadNotFound,
+    DownloadQueue,
+    Downloads,
+    EndedDownload,
+    Pausing,
+    QueuedDownload,
+)
+from cluster.services.errors import Refused
+from cluster.services.http.client import Client
+
+ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+MEGABYTE = 1024 * 1024
+LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+ENDED = {"Completed", "Failed"}
+LOOKS, BETWEEN_LOOKS_SECONDS = 10, 0.2
+"""While it reads an NZB, and between its queue and its history, it has a download nowhere for a moment."""
+
+PRIORITIES = {2: "Force", 1: "High", 0: "Normal", -1: "Low", -2: "Paused", -3: "Duplicate", -4: "Stop"}
+
+
+def _without_keys(value: Any) -> Any:
+    """While it fetches an NZB, its name is the whole address, with somebody's key in it."""
+    return only_hosts(value) if isinstance(value, str) else "" if value is None else value
+
+
+def _named(value: Any) -> Any:
+    """The priority of what it still fetches is a number."""
+    return PRIORITIES.get(value, str(value)) if isinstance(value, int) else "" if value is None else value
+
+
+Text = Annotated[str, BeforeValidator(_without_keys)]
+Priority = Annotated[str, BeforeValidator(_named)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Moment = Annotated[float, Field(ge=0, le=LATEST)]
+
+
+class QueueSlot(BaseModel):
+    nzo_id: str
+    filename: Text = ""
+    mb: Amount
+    mbleft: Amount
+    percentage: int
+    timeleft: Text = ""
+    status: str
+    priority: Priority = ""
+
+
+class Queue(BaseModel):
+    slots: list[QueueSlot]
+    paused: bool
+    status: str
+    kbpersec: Amount
+    mbleft: Amount
+    diskspace1: Amount | None = None
+
+
+class QueueAnswer(BaseModel):
+    queue: Queue
+
+
+class HistorySlot(BaseModel):
+    nzo_id: str
+    name: Text = ""
+    category: str | None = None
+    status: str
+    fail_message: Text = ""
+    bytes: Amount = 0
+    completed: Moment | None = None
+    retry: bool = False  # whether it has what it takes to try it again
+    loaded: bool = False  # whether it is still being unpacked and moved, though it may be called completed already
+
+
+class History(BaseModel):
+    slots: list[HistorySlot]
+    noofslots: Annotated[int, Field(ge=0)]
+
+
+class HistoryAnswer(BaseModel):
+    history: History
+
+
+class Retried(BaseModel):
+    nzo_id: str
+
+
+class Removed(BaseModel):
+    nzo_ids: list[str]
+
+
+class Added(BaseModel):
+    nzo_ids: Annotated[list[str], Field(min_length=1)]
+
+
+async def queue(client: Client) -> DownloadQueue:
+    now = await _queue(client)
+    return DownloadQueue(
+        queue=[
+            QueuedDownload(
+                nzo_id=slot.nzo_id,
+                filename=slot.filename,
+                mb_left=slot.mbleft,
+                mb=slot.mb,
+                percentage=min(100, max(0, slot.percentage)),
+                eta=_eta(slot.timeleft) if now.kbpersec else None,
+                status=slot.status,
+                priority=slot.priority,
+            )
+            for slot in now.slots
+        ],
+        speed=f"{in_units(now.kbpersec * 1024)}/s",
+        size_left=in_units(now.mbleft * MEGABYTE),
+        paused=now.paused,
+        disk_space=None if now.diskspace1 is None else in_units(now.diskspace1 * 1024 * MEGABYTE),
+    )
+
+
+async def history(client: Client, limit: int) -> DownloadHistory:
+    past = await _history(client, limit=limit)
+    return DownloadHistory(history=[_ended(slot) for slot in past.slots[:limit]], total=past.noofslots)
+
+
+async def retry(client: Client, nzo_id: str) -> str:
+    """Try a download again that has failed."""
+    name, slot = client.connection.name, await _find_ended(client, nzo_id)
+    if slot is None:
+        if await _find_queued(client, nzo_id):
+            raise DownloadNotFailed(f"'{nzo_id}' is still in the queue of {name}; only what has failed is tried again.")
+        raise DownloadNotFound(f"{name} has no download '{nzo_id}' in its history.")
+    if slot.status != "Failed":
+        raise DownloadNotFailed(f"'{slot.name}' is {slot.status}; only what has failed is tried again.")
+    if not slot.retry:
+        raise Refused(f"{name} cannot try '{slot.name}' again: what it had of it is gone.")
+    fresh = client.read(Retried, await tell(client, "retry", value=nzo_id)).nzo_id
+    await _must_be_there(client, fresh, slot.name)
+    return fresh
+
+
+async def delete(client: Client, nzo_id: str, with_files: bool) -> None:
+    """Take a download out of the queue."""
+    name = client.connection.name
+    if await _find_queued(client, nzo_id) is None:
+        if slot := await _find_ended(client, nzo_id):
+            raise DownloadNotFound(f"'{slot.name}' is no longer in the queue of {name}: it is {slot.status}.")
+        raise DownloadNotFound(f"{name} has no download '{nzo_id}' in its queue.")
+    answer = await tell(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
+    if await _find_queued(client, nzo_id):
+        raise Refused(f"{name} still has '{nzo_id}' in its queue.")
+    if nzo_id not in client.read(Removed, answer).nzo_ids:
+        raise DownloadNotFound(f"'{nzo_id}' has just left the queue of {name} by itself.")
+
+
+async def pause(client: Client) -> Pausing:
+    await tell(client, "pause")
+    return await _paused(client, wanted=True)
+
+
+async def resume(client: Client) -> Pausing:
+    await tell(client, "resume")
+    return await _paused(client, wanted=False)
+
+
+async def add(client: Client, url: str, name: str, category: str) -> str:
+    """Have the NZB at this address downloaded; returns the id of the download."""
+    options = {"nzbname": name, "cat": category}
+    answer = await tell(client, "addurl", name=url, **{key: value for key, value in options.items() if value})
+    added = client.read(Added, answer).nzo_ids[0]
+    await _must_be_there(client, added, name or _without_keys(url))
+    return added
+
+
+async def ask(client: Client, mode: str, **parameters: Any) -> Any:
+    return await client.get("/api", mode=mode, output="json", **parameters)
+
+
+async def tell(client: Client, mode: str, **parameters: Any) -> Any:
+    """What changes something is sent once: a download that is added twice is two."""
+    return await client.act("/api", mode=mode, output="json", **parameters)
+
+
+DOWNLOADS = Downloads(queue=queue, history=history, retry=retry, delete=delete, pause=pause, resume=resume)
+
+
+async def _queue(client: Client, **parameters: Any) -> Queue:
+    return client.read(QueueAnswer, await ask(client, "queue", **parameters)).queue
+
+
+async def _history(client: Client, **parameters: Any) -> History:
+    return client.read(HistoryAnswer, await ask(client, "history", **parameters)).history
+
+
+async def _find_queued(client: Client, nzo_id: str) -> QueueSlot | None:
+    found = await _queue(client, nzo_ids=_checked(nzo_id))
+    return next((slot for slot in found.slots if slot.nzo_id == nzo_id), None)
+
+
+async def _find_ended(client: Client, nzo_id: str) -> HistorySlot | None:
+    found = await _history(client, nzo_ids=_checked(nzo_id))
+    return next((slot for slot in found.slots if slot.nzo_id == nzo_id), None)
+
+
+def _checked(nzo_id: str) -> str:
+    if not ID.fullmatch(nzo_id):
+        raise DownloadNotFound(f"There is no download '{nzo_id[:100]}'.")
+    return nzo_id
+
+
+async def _must_be_there(client: Client, nzo_id: str, what: str) -> None:
+    for look in range(LOOKS):
+        await asyncio.sleep(BETWEEN_LOOKS_SECONDS if look else 0)
+        if await _find_queued(client, nzo_id) or await _find_ended(client, nzo_id):
+            return
+    raise Refused(f"{client.connection.name} says that it has taken '{what}', and does not have it.")
+
+
+async def _paused(client: Client, *, wanted: bool) -> Pausing:
+    now = await _queue(client, limit=1)
+    if now.paused is not wanted:
+        raise Refused(f"{client.connection.name} is {'still' if now.paused else 'not'} paused.")
+    return Pausing(paused=now.paused, queue_status=now.status)
+
+
+def _ended(slot: HistorySlot) -> EndedDownload:
+    has_ended = slot.status in ENDED and not slot.loaded and slot.completed is not None
+    return EndedDownload(
+        nzo_id=slot.nzo_id,
+        name=slot.name,
+        category=slot.category,
+        status=slot.status,
+        fail_message=slot.fail_message,
+        size=in_units(slot.bytes),
+        completed=datetime.fromtimestamp(slot.completed or 0, UTC) if has_ended else None,
+    )
+
+
+def _eta(left: str) -> str | None:
+    """00:15:30 for 0:15:30, and 49:00:00 for 2:01:00:00; it says 0:00:00 of what it does not know."""
+    parts = left.split(":")
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts) or len(parts) > 4:
+        return None
+    days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return f"{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}" if total else None
+
+
+UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
+
+
+def in_units(count: float) -> str:
+    for unit in UNITS[:-1]:
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {UNITS[-1]}"

@@ -1,0 +1,254 @@
+"""The services that this installation knows: those that people have added, and those that its settings declare.
+
+A key is sealed in the table and told to nobody but its service. Declared services are rows like all others, written
+when Forgearr starts, so that whoever uses a service need not know where it comes from.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from sqlalchemy import BigInteger, Boolean, Integer, String, Text, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, Database, now, one_at_a_time
+from cluster.errors import Conflict, ForgearrError, NotFound, SettingsError, UnprocessableRequest
+from cluster.secrets import SealBroken, seal, unseal
+from cluster.services import circuit_breaker
+from cluster.services.catalog import find_connector, words
+from cluster.services.circuit_breaker import Circuit
+from cluster.services.connector import Connector
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
+from cluster.services.http.urls import checked_url
+from cluster.settings import DeclaredService
+
+CONNECTION_FIELDS = {"type", "url", "api_key", "verify_tls"}
+
+
+class ServiceNotFound(NotFound):
+    """There is no such service."""
+
+    code = "SERVICE_NOT_FOUND"
+
+
+class ServiceNameTaken(Conflict):
+    """There is already a service of this name."""
+
+    code = "SERVICE_NAME_TAKEN"
+
+
+class ServiceDeclared(Conflict):
+    """The settings declare this service (services.declared): change it there."""
+
+    code = "SERVICE_DECLARED"
+
+
+class InvalidServiceKey(UnprocessableRequest):
+    """A key of this service has no such characters in it."""
+
+    code = "INVALID_SERVICE_KEY"
+
+
+class KeyWanted(UnprocessableRequest):
+    """The key was given for another address or type: send api_key again with the new one."""
+
+    code = "SERVICE_KEY_WANTED"
+
+
+class MisleadingName(UnprocessableRequest):
+    """A service cannot be named as another type of service."""
+
+    code = "MISLEADING_SERVICE_NAME"
+
+
+class Service(Base):
+    __tablename__ = "services"
+    # Ids are never given out again: what was recorded of one service must not become another's.
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    type: Mapped[str] = mapped_column(String(40))
+    url: Mapped[str] = mapped_column(Text)
+    api_key: Mapped[str | None] = mapped_column(Text)  # sealed
+    verify_tls: Mapped[bool] = mapped_column(Boolean, default=True)
+    enabled: Mapped[bool] = mapped_column(Boolean, default=True)
+    declared: Mapped[bool] = mapped_column(Boolean, default=False)  # by the settings, and changed only there
+    connected_as_of: Mapped[datetime] = mapped_column(default=now)  # since when it has this address and key
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+
+    @property
+    def connector(self) -> Connector:
+        return find_connector(self.type)
+
+
+async def every(session: AsyncSession) -> Sequence[Service]:
+    """All services by id. A home has a few dozen."""
+    return (await session.scalars(select(Service).order_by(Service.id))).all()
+
+
+async def get(session: AsyncSession, service_id: int, *, lock: bool = False) -> Service:
+    service = await session.get(Service, service_id, with_for_update=lock)
+    if service is None:
+        raise ServiceNotFound(f"There is no service {service_id}.")
+    return service
+
+
+async def find(session: AsyncSession, word: str) -> Service | None:
+    """The service of this handle or name. None: it is a type of which there is none."""
+    services = await every(session)
+    named = {service.name.casefold(): service for service in services}
+    connector = words().get(word.casefold())
+    service = handles(services).get(connector.type if connector else word) or named.get(word.casefold())
+    if service is None and connector is None:
+        raise ServiceNotFound(f"There is no service named '{word}'.")
+    return service
+
+
+def handles(services: Sequence[Service]) -> dict[str, Service]:
+    """How services are called where one is named by a word: by its type, others of the type by their names.
+
+    The type stands for the service that is named like it, else for the first one."""
+    first: dict[str, Service] = {}
+    for service in sorted(services, key=lambda one: (not one.enabled, one.name.casefold() != one.type, one.id)):
+        first.setdefault(service.type, service)
+    return {service.type if first[service.type] is service else service.name: service for service in services}
+
+
+async def create(session: AsyncSession, values: Mapping[str, Any], by: str) -> Service:
+    """Add a service; `values` are its columns, with the key as it is."""
+    await one_at_a_time(session, Service.__tablename__)
+    service = Service(created_by=by)
+    await _set(session, service, values)
+    session.add(service)
+    await session.flush()  # for its id
+    session.add(Circuit(service_id=service.id))
+    await session.flush()
+    return service
+
+
+async def change(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
+    """Set these columns of a service that is not declared."""
+    if service.declared:
+        raise ServiceDeclared
+    await one_at_a_time(session, Service.__tablename__)
+    await _alter(session, service, values)
+
+
+async def delete(session: AsyncSession, service: Service) -> None:
+    """Delete a service that is not declared, and what was recorded of it."""
+    if service.declared:
+        raise ServiceDeclared
+    await session.delete(service)
+
+
+async def declare(session: AsyncSession, wanted: Sequence[DeclaredService]) -> None:
+    """Make the table say of declared services what the settings say now."""
+    await one_at_a_time(session, Service.__tablename__)
+    known = {service.name.casefold(): service for service in await every(session)}
+    for one in wanted:
+        key = None if one.api_key is None else one.api_key.get_secret_value()
+        values = {**one.model_dump(), "api_key": key, "declared": True}
+        try:
+            service = known.pop(one.name.casefold(), None)
+            if service is None:
+                await create(session, values, "settings")
+            else:
+                await _alter(session, service, values)
+        except ForgearrError as error:
+            raise SettingsError(
+                f"Setting 'services.declared' has a '{one.name}' that cannot be: {error.message}"
+            ) from None
+    for service in known.values():
+        if service.declared:
+            await session.delete(service)
+    await session.flush()
+
+
+@asynccontextmanager
+async def connected(
+    database: Database,
+    service: Service,
+    *,
+    clock: Callable[[], datetime] = now,
+    even_if_open: bool = False,
+) -> AsyncGenerator[Client]:
+    """A client of the service, unless its circuit is open, which hears of how the calls have ended.
+
+    Meant for one request, or one step of a job: the circuit is looked at once, and told once."""
+    connection = connection_of(service)
+    if not even_if_open:
+        await circuit_breaker.enter(database, service.id, service.name, clock())
+    client = Client(connection)
+    try:
+        async with client.open():
+            yield client
+    finally:
+        await circuit_breaker.record(database, service.id, client, clock())
+
+
+def connection_of(service: Service) -> Connection:
+    key = None if service.api_key is None else unseal(service.api_key)
+    return Connection(service.name, service.connector, service.url, key, service.verify_tls)
+
+
+async def _alter(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
+    before = service.connected_as_of
+    with session.no_autoflush:  # it may turn out that a service cannot be so
+        await _set(session, service, values)
+    if service.connected_as_of != before:
+        await circuit_breaker.reset(session, service.id)
+    await session.flush()
+
+
+async def _set(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
+    """Set these columns, if a service can be so."""
+    before = {name: getattr(service, name) for name in CONNECTION_FIELDS}
+    for name, value in values.items():
+        if name != "api_key":
+            setattr(service, name, value)
+    service.type, service.url = service.connector.type, checked_url(service.url)
+    await _check_name(session, service)
+    if "api_key" in values:
+        _set_key(service, values["api_key"])
+    elif before["api_key"] and (before["type"], _origin(before["url"])) != (service.type, _origin(service.url)):
+        raise KeyWanted
+    if before != {name: getattr(service, name) for name in CONNECTION_FIELDS}:
+        service.connected_as_of = now()
+
+
+async def _check_name(session: AsyncSession, service: Service) -> None:
+    others = [other for other in await every(session) if other is not service]
+    if service.name.casefold() in {other.name.casefold() for other in others}:
+        raise ServiceNameTaken(f"There is already a service named '{service.name}'.")
+    named_like = words().get(service.name.casefold())
+    if named_like not in {None, service.connector}:
+        raise MisleadingName(f"A service of type {service.type} cannot be named '{service.name}'.")
+
+
+def _set_key(service: Service, key: str | None) -> None:
+    connector = service.connector
+    if key is not None and not connector.takes_key:
+        raise InvalidServiceKey(f"{connector.title} takes no API key.")
+    if key is not None and connector.key and not (key.isascii() and key.isprintable()):
+        raise InvalidServiceKey(f"An API key of {connector.title} has no such characters in it.")
+    if key is None or key != _present_key(service):
+        service.api_key = None if key is None else seal(key)
+
+
+def _present_key(service: Service) -> str | None:
+    try:
+        return service.api_key and unseal(service.api_key)
+    except SealBroken:
+        return None
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc.casefold()

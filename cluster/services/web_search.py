@@ -1,0 +1,16 @@
+"""A page that a web search has found."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Source:
+    """A page that a web search has found."""
+
+    title: str
+    url: str
+    content: str | None = None  # what is said there, in a few words

@@ -1,0 +1,64 @@
+"""All settings: their sections, where they are read from, and how they are shown."""
+
+from cluster.settings.base import LOOPBACK, Rate, Section, home
+from cluster.settings.engines import EngineSettings, OllamaSettings
+from cluster.settings.guardian import GuardianSettings
+from cluster.settings.infrastructure import (
+    DatabaseSettings,
+    FileSettings,
+    LogSettings,
+    MlflowSettings,
+    RaySettings,
+    StorageSettings,
+)
+from cluster.settings.jobs import JobSettings
+from cluster.settings.loader import (
+    ENVIRONMENT_PREFIX,
+    NOT_SETTINGS,
+    LoadedSettings,
+    export_overrides,
+    get_settings,
+    load_settings,
+)
+from cluster.settings.masking import SECRET_NAMES
+from cluster.settings.media import AuditSettings, MediaSettings, RecoverySettings
+from cluster.settings.root import Settings
+from cluster.settings.server import PLACEHOLDERS, AuthSettings, LimitSettings, ServeSettings
+from cluster.settings.services import DeclaredService, ServiceSettings
+from cluster.settings.training import ForgeSettings, GateSettings
+
+__all__ = [
+    "ENVIRONMENT_PREFIX",
+    "LOOPBACK",
+    "NOT_SETTINGS",
+    "PLACEHOLDERS",
+    "SECRET_NAMES",
+    "AuditSettings",
+    "AuthSettings",
+    "DatabaseSettings",
+    "DeclaredService",
+    "EngineSettings",
+    "FileSettings",
+    "ForgeSettings",
+    "GateSettings",
+    "GuardianSettings",
+    "JobSettings",
+    "LimitSettings",
+    "LoadedSettings",
+    "LogSettings",
+    "MediaSettings",
+    "MlflowSettings",
+    "OllamaSettings",
+    "Rate",
+    "RaySettings",
+    "RecoverySettings",
+    "Section",
+    "ServeSettings",
+    "ServiceSettings",
+    "Settings",
+    "StorageSettings",
+    "export_overrides",
+    "get_settings",
+    "home",
+    "load_settings",
+]

@@ -1,0 +1,47 @@
+"""Settings of the database, storage, Ray, MLflow and logs."""
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+
+from cluster.settings.base import Section
+
+
+class DatabaseSettings(Section):
+    url: SecretStr | None = Field(description="postgresql://user:password@host/name. Null: SQLite in FORGEARR_HOME.")
+    pool_size: int = Field(ge=1, le=100, description="Connections that one process may hold to PostgreSQL.")
+
+
+class StorageSettings(Section):
+    url: str | None = Field(
+        description="Where files of jobs live: a folder that every node shares, or s3://bucket/prefix. "
+        "Null: a folder in FORGEARR_HOME."
+    )
+
+
+class FileSettings(Section):
+    max_mb: int = Field(ge=1, le=1_048_576, description="Size of a file that comes in one request, in MiB.")
+    max_upload_mb: int = Field(ge=1, le=1_048_576, description="Size of a file that comes in parts, in MiB.")
+
+
+class RaySettings(Section):
+    address: str | None = Field(
+        pattern=r"^[^\s:/]+:\d{1,5}$",
+        description="Address of a Ray cluster to join (host:port). Null: start one on this machine.",
+    )
+    port: int = Field(ge=1, le=65535, description="Port of the Ray head that is started on this machine.")
+    dashboard_port: int = Field(ge=1, le=65535, description="Port of Ray's dashboard and of `ray job submit`.")
+    cpus: int | None = Field(ge=1, description="CPUs that jobs may use on this machine. Null: all.")
+    gpus: int | None = Field(ge=0, description="GPUs that jobs may use on this machine. Null: all.")
+    object_store_mb: int = Field(ge=80, description="Shared memory of Ray's object store, in MB.")
+
+
+class MlflowSettings(Section):
+    enabled: bool = Field(description="Whether tracked jobs are recorded in MLflow.")
+    tracking_uri: str | None = Field(description="An MLflow server to use (http://…). Null: start one on this machine.")
+    port: int = Field(ge=1, le=65535, description="Port of the MLflow server that is started on this machine.")
+
+
+class LogSettings(Section):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Least severe level that is written.")
+    rotate_mb: int = Field(ge=1, description="Size at which a log file is set aside.")

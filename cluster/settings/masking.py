@@ -1,0 +1,43 @@
+"""Settings as text, without secrets."""
+
+import re
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, SecretStr
+from pydantic_core import to_jsonable_python
+
+from cluster.settings.root import Settings
+
+SECRET_NAMES = re.compile(r"key|secret|password|token|url", re.IGNORECASE)
+
+
+def is_secret(key: str) -> bool:
+    section, _, name = key.partition(".")
+    model: Any = Settings.model_fields[section].annotation if section in Settings.model_fields else None
+    field = model.model_fields.get(name) if model else None
+    return field is not None and _holds_secret(field.annotation)
+
+
+def _holds_secret(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return any(_holds_secret(field.annotation) for field in annotation.model_fields.values())
+    return annotation is SecretStr or any(_holds_secret(part) for part in get_args(annotation))
+
+
+def to_text(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return _masked(value.get_secret_value())
+    if value is None:
+        return "null"
+    plain = to_jsonable_python(value)  # folders as text
+    return yaml.safe_dump(plain, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def _masked(secret: str) -> str:
+    """A URL keeps everything but its password, so that one can see which server it names."""
+    parts = urlsplit(secret)
+    if not parts.scheme or "//" not in secret:
+        return "********"
+    return secret.replace(f":{parts.password}@", ":********@") if parts.password else secret

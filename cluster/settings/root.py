@@ -1,0 +1,74 @@
+"""All settings."""
+
+from cluster.settings.base import Section, home
+from cluster.settings.engines import EngineSettings, OllamaSettings
+from cluster.settings.guardian import GuardianSettings
+from cluster.settings.infrastructure import (
+    DatabaseSettings,
+    FileSettings,
+    LogSettings,
+    MlflowSettings,
+    RaySettings,
+    StorageSettings,
+)
+from cluster.settings.jobs import JobSettings
+from cluster.settings.media import AuditSettings, MediaSettings, RecoverySettings
+from cluster.settings.server import AuthSettings, LimitSettings, ServeSettings
+from cluster.settings.services import ServiceSettings
+from cluster.settings.training import ForgeSettings, GateSettings
+
+
+class Settings(Section):
+    serve: ServeSettings
+    auth: AuthSettings
+    limits: LimitSettings
+    database: DatabaseSettings
+    storage: StorageSettings
+    files: FileSettings
+    ray: RaySettings
+    mlflow: MlflowSettings
+    jobs: JobSettings
+    forge: ForgeSettings
+    gates: GateSettings
+    engines: EngineSettings
+    ollama: OllamaSettings
+    guardian: GuardianSettings
+    services: ServiceSettings
+    media: MediaSettings
+    recovery: RecoverySettings
+    audit: AuditSettings
+    logs: LogSettings
+
+    @property
+    def auth_required(self) -> bool:
+        return not self.serve.is_loopback if self.auth.required is None else self.auth.required
+
+    @property
+    def registration_open(self) -> bool:
+        return self.serve.is_loopback if self.auth.registration is None else self.auth.registration
+
+    @property
+    def limits_enabled(self) -> bool:
+        return self.auth_required if self.limits.enabled is None else self.limits.enabled
+
+    @property
+    def database_url(self) -> str:
+        if self.database.url is None:
+            return f"sqlite+aiosqlite:///{home() / 'forgearr.db'}"
+        return self.database.url.get_secret_value().replace("postgresql://", "postgresql+asyncpg://", 1)
+
+    @property
+    def storage_url(self) -> str:
+        return self.storage.url or str(home() / "storage")
+
+    @property
+    def mlflow_uri(self) -> str | None:
+        if not self.mlflow.enabled:
+            return None
+        return self.mlflow.tracking_uri or f"http://127.0.0.1:{self.mlflow.port}"
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the gateway."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(self.serve.host, self.serve.host)  # noqa: S104
+        return f"http://{host}:{self.serve.port}"

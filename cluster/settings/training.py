@@ -1,0 +1,31 @@
+"""Settings of training and of the gates for a model."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from cluster.settings.base import Section
+
+
+class GateSettings(Section):
+    max_perplexity: float | None = Field(
+        gt=1, description="Highest perplexity on held-out samples that passes validation. Null: no limit."
+    )
+    max_perplexity_ratio: float | None = Field(gt=0, description="Highest perplexity, as a part of the base model's.")
+    min_rouge_l: float | None = Field(ge=0, le=1, description="Least ROUGE-L of generated answers.")
+    min_exact_match: float | None = Field(ge=0, le=1, description="Least part of answers that are exactly right.")
+    min_top1_agreement: float | None = Field(
+        ge=0, le=1, description="Least part of tokens on which the exported file agrees with the trained model."
+    )
+    max_kl: float | None = Field(ge=0, description="Highest mean divergence (KL, in nats) of the exported file.")
+
+
+class ForgeSettings(Section):
+    folders: list[Path] = Field(
+        description="Folders on this machine from which anybody may train, or take a base model. An administrator "
+        "may use any."
+    )
+    converter: Path | None = Field(
+        description="Folder of llama.cpp's own converter (convert_hf_to_gguf.py). Null: fetched once, from the source "
+        "package of the installed llama-cpp-python."
+    )

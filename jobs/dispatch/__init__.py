@@ -1,0 +1,1 @@
+"""The dispatcher: claims jobs and gives them to workers."""

@@ -1,0 +1,1 @@
+"""The worker: runs jobs, and reports what they do."""

@@ -1,0 +1,66 @@
+"""A job's context in another process, which the job has started on Ray: it speaks to the job's worker.
+
+The stop that somebody asks for, and the end of the worker itself, are heard within a second.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from cluster import storage
+from cluster.actors import NAMESPACE
+from jobs.context import Context, Stop
+from jobs.execution.report_writer import News, storable
+from jobs.leases import Claim
+from jobs.registry import Resources
+from jobs.tables import Job
+
+LISTEN_SECONDS = 1.0
+
+
+def context_elsewhere(claim: Claim) -> Context:
+    """What a context becomes when it arrives in another process."""
+    worker = ray.get_actor(claim.worker, namespace=NAMESPACE)
+    context = Context(claim, _Link(worker))
+    threading.Thread(target=_listen, args=(worker, claim, context), daemon=True).start()
+    return context
+
+
+class _Link:
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def report(self, claim: Claim, values: Mapping[str, Any], news: News) -> None:
+        self._worker.report_of.remote(claim, storable(values), storable(news))
+
+    def checkpoint(self, claim: Claim, state: Any) -> None:
+        try:
+            saved = ray.get(self._worker.checkpoint_of.remote(claim, storable(state)))
+        except ray.exceptions.RayActorError:
+            saved = False
+        if not saved:
+            raise Stop("lease_lost")
+
+    def artifact(self, claim: Claim, path: Path, name: str) -> str:
+        address = storage.save(path, f"jobs/{claim.job_id}/{name}")
+        self.report(claim, {}, ("artifact", {"name": name, "address": address, "bytes": path.stat().st_size}))
+        return address
+
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
+        raise RuntimeError("children are made by the job's own function, not by the processes that it starts")
+
+
+def _listen(worker: Any, claim: Claim, context: Context) -> None:
+    while True:
+        try:
+            context.stop(ray.get(worker.stop_reason_of.remote(claim)))
+        except ray.exceptions.RayActorError:
+            return context.stop("lease_lost")
+        if context.stop_reason == "lease_lost":
+            return
+        time.sleep(LISTEN_SECONDS)

@@ -1,0 +1,168 @@
+"""Who runs what: leadership of the dispatcher, leases of the workers, and the guarded writes that they allow.
+
+A claim gives a job a fresh token and a time until which it is valid; every later write of the worker must show that
+token. A worker that was given up for dead may wake up and go on working, but nothing that it says is heard any more:
+execution is at least once, the outcome exactly once.
+"""
+
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import now
+from jobs import journal
+from jobs.journal import Entry
+from jobs.leases.claim import Claim, new_expiry
+from jobs.leases.leadership import require_leadership
+from jobs.states import State
+from jobs.tables import Job
+
+
+class Capacity(Protocol):
+    """Where there is room. The dispatcher knows; the queue only asks."""
+
+    def room(self, *, heavy: bool) -> int:
+        """About how many more light or heavy jobs could start now."""
+        ...
+
+    def take(self, job: Job) -> str | None:
+        """The worker that this job goes to, whose room is then occupied; None when it does not fit anywhere now."""
+        ...
+
+    def shortage(self, demand: str) -> str:
+        """What a job of this demand waits for when it does not fit."""
+        ...
+
+
+async def claim(session: AsyncSession, token: str, capacity: Capacity) -> list[Claim]:
+    """Give queued jobs to workers, by priority, then age, as far as there is room.
+
+    A job that does not fit lets smaller ones pass: its demand, or its kind when that is at its limit, is set aside
+    for the rest of the look, so that ten thousand of its like cost no more than one. Light and heavy jobs do not
+    compete: the former share warm workers, the latter have an actor each.
+    """
+    leader = await require_leadership(session, token)
+    due = (Job.state == State.QUEUED, Job.delayed, Job.run_after <= now())
+    await session.execute(update(Job).where(*due).values(delayed=False, updated_at=Job.updated_at))
+    kinds = await _room_of_kinds(session)
+    waiting = {} if capacity.room(heavy=True) else _still_waiting(leader.waiting, kinds)
+    chosen: list[tuple[Job, str]] = []
+    for heavy in (False, True):
+        full_demands: set[str] = set()
+        while room := capacity.room(heavy=heavy):
+            full_kinds = [kind for kind, left in kinds.items() if left <= 0]
+            taken = [job.id for job, _ in chosen]
+            page = await _runnable(session, heavy, full_demands, full_kinds, taken, room)
+            for job in page:
+                if job.concurrency is not None and kinds.setdefault(job.kind, job.concurrency) <= 0:
+                    waiting[f"kind {job.kind}"] = f"one of the {job.concurrency} running '{job.kind}' jobs to finish"
+                elif job.demand in full_demands or (worker := capacity.take(job)) is None:
+                    full_demands.add(job.demand)
+                    waiting[f"demand {job.demand}"] = capacity.shortage(job.demand)
+                else:
+                    chosen.append((job, worker))
+                    if job.concurrency is not None:
+                        kinds[job.kind] -= 1
+            if len(page) < room:
+                break
+    if not capacity.room(heavy=False):
+        waiting["demand "] = capacity.shortage("")
+    if leader.waiting != waiting:
+        leader.waiting = waiting
+    return await _lease(session, chosen)
+
+
+async def outlook(session: AsyncSession) -> tuple[float, bool]:
+    """Seconds until a delayed job may run, and whether any heavy job is queued."""
+    delayed = await session.scalar(
+        select(Job.run_after).where(Job.state == State.QUEUED, Job.delayed).order_by(Job.run_after).limit(1)
+    )
+    heavy = await session.scalar(
+        select(Job.id)
+        .where(Job.state == State.QUEUED, Job.unfinished_dependencies == 0, Job.demand > "", ~Job.delayed)
+        .limit(1)
+    )
+    return math.inf if delayed is None else max(0.0, (delayed - now()).total_seconds()), heavy is not None
+
+
+async def _room_of_kinds(session: AsyncSession) -> dict[str, int]:
+    """How many more may run of each kind that has a limit and runs now."""
+    rows = await session.execute(
+        select(Job.kind, (func.min(Job.concurrency) - func.count()).label("room"))
+        .where(Job.state == State.RUNNING, Job.concurrency.is_not(None))
+        .group_by(Job.kind)
+    )
+    return {row.kind: row.room for row in rows.all()}
+
+
+def _still_waiting(waiting: Mapping[str, str], kinds: Mapping[str, int]) -> dict[str, str]:
+    """What kept heavy jobs waiting still does when they are not looked at this time, unless their kind has room."""
+    full = {f"kind {kind}" for kind, left in kinds.items() if left <= 0}
+    return {key: why for key, why in waiting.items() if key in full or (key.startswith("demand") and key != "demand ")}
+
+
+async def _runnable(
+    session: AsyncSession,
+    heavy: bool,
+    full_demands: Iterable[str],
+    full_kinds: Iterable[str],
+    taken: Iterable[str],
+    limit: int,
+) -> Sequence[Job]:
+    query = (
+        select(Job)
+        .where(Job.state == State.QUEUED, Job.unfinished_dependencies == 0, ~Job.delayed)
+        .where(Job.demand > "" if heavy else Job.demand == "")
+        .where(Job.demand.not_in(full_demands), Job.kind.not_in(full_kinds), Job.id.not_in(taken))
+        .order_by(Job.priority.desc(), Job.created_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True, key_share=True)
+    )
+    return (await session.scalars(query)).all()
+
+
+async def _lease(session: AsyncSession, chosen: Sequence[tuple[Job, str]]) -> list[Claim]:
+    if not chosen:
+        return []
+    moment, expiry = now(), new_expiry()
+    claims = [_claim(job, worker) for job, worker in chosen]
+    started = {job.id: job.started_at or moment for job, _ in chosen}
+    rows = [
+        {
+            "id": one.job_id,
+            "state": State.RUNNING,
+            "worker": one.worker,
+            "lease_token": one.token,
+            "lease_expires_at": expiry,
+            "attempt": one.attempt,
+            "started_at": started[one.job_id],
+            "phase": None,
+            "updated_at": moment,
+        }
+        for one in claims
+    ]
+    await session.execute(update(Job), rows)
+    entries = [Entry(one.job_id, "running", {"attempt": one.attempt, "worker": one.worker}, moment) for one in claims]
+    journal.record(session, entries)
+    return claims
+
+
+def _claim(job: Job, worker: str) -> Claim:
+    return Claim(
+        job_id=job.id,
+        token=secrets.token_hex(8),
+        kind=job.kind,
+        spec=job.spec,
+        checkpoint=job.checkpoint,
+        attempt=max(job.attempt, 1),
+        max_attempts=job.max_attempts,
+        time_limit=job.time_limit,
+        stall_limit=job.stall_limit,
+        resources=job.resources,
+        worker=worker,
+        owner_id=job.owner_id,
+    )

@@ -1,0 +1,33 @@
+"""A claim: one job that was given to one worker."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from cluster.db import now
+from cluster.settings import get_settings
+
+ALONE = "a worker of its own"
+"""The demand of a light job that may have killed the workers that it shared with others."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that was given to a worker, with all that the worker needs to know of it."""
+
+    job_id: str
+    token: str
+    kind: str
+    spec: dict[str, Any]
+    checkpoint: Any
+    attempt: int
+    max_attempts: int
+    time_limit: float | None
+    stall_limit: float | None
+    resources: dict[str, Any]
+    worker: str
+    owner_id: str | None  # None: this machine's own
+
+
+def new_expiry() -> Any:
+    return now() + timedelta(seconds=get_settings().jobs.lease_seconds)

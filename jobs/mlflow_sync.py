@@ -1,0 +1,157 @@
+"""Follows the journal and tells MLflow of tracked jobs.
+
+MLflow learns everything from what is already written down, in order, from the place it was told last: it may be slow
+or away for a week, and no job notices.
+"""
+
+import asyncio
+import json
+import logging
+import tempfile
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from cluster import mlflow_client, storage
+from cluster.db import Database
+from cluster.mlflow_client import Tracking, TrackingUnavailable
+from cluster.settings import get_settings
+from jobs.states import FINISHED, State
+from jobs.tables import Job, JobEvent, Leadership
+
+log = logging.getLogger(__name__)
+
+PAGE = 500
+IDLE_SECONDS = 5.0
+LONGEST_WAIT_SECONDS = 60.0
+
+STATUS = {
+    State.QUEUED: "SCHEDULED",
+    State.RUNNING: "RUNNING",
+    State.PAUSED: "SCHEDULED",
+    State.SUCCEEDED: "FINISHED",
+    State.FAILED: "FAILED",
+    State.CANCELLED: "KILLED",
+}
+
+
+class Tracker:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def follow_forever(self) -> None:
+        uri = get_settings().mlflow_uri
+        if uri is None:
+            return
+        wait = 1.0
+        async with mlflow_client.connect(uri) as mlflow:
+            while True:
+                try:
+                    more = await self._follow(mlflow)
+                    wait = 1.0
+                    await asyncio.sleep(0 if more else IDLE_SECONDS)
+                except (TrackingUnavailable, SQLAlchemyError) as error:
+                    log.warning("MLflow will be told later; trying again in %.0f s: %s", wait, error)
+                    await asyncio.sleep(wait)
+                    wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+
+    async def _follow(self, mlflow: Tracking) -> bool:
+        """Tell the next page of events; returns whether there may be more."""
+        async with self._database.reading() as session:
+            told = await session.scalar(select(Leadership.tracked_until)) or 0
+            newest = await session.scalar(select(func.max(JobEvent.id))) or 0
+            if newest <= told:
+                return False
+            rows = await session.execute(
+                select(JobEvent, Job)
+                .join(Job, Job.id == JobEvent.job_id)
+                .where(JobEvent.id > told, JobEvent.id <= newest, Job.tracked)
+                .order_by(JobEvent.id)
+                .limit(PAGE)
+            )
+            page = [(event, job) for event, job in rows.all()]
+        for _, group in groupby(sorted(page, key=lambda row: (row[1].id, row[0].id)), key=lambda row: row[1].id):
+            events = list(group)
+            await self._tell(mlflow, events[0][1], [event for event, _ in events])
+        told = page[-1][0].id if len(page) == PAGE else newest
+        async with self._database.transaction() as session:
+            await session.execute(update(Leadership).values(tracked_until=told))
+        return len(page) == PAGE
+
+    async def _tell(self, mlflow: Tracking, job: Job, events: list[JobEvent]) -> None:
+        """All news of one job. What MLflow refuses is said in the log and left out; it would refuse it again."""
+        try:
+            run_id = job.mlflow_run_id or await self._begin(mlflow, job)
+            await mlflow.log_metrics(run_id, [metric for event in events for metric in _metrics(event)])
+            for event in events:
+                await self._tell_part(mlflow, run_id, event)
+            states = [event for event in events if event.type in set(State)]
+            if states:
+                await self._tell_state(mlflow, run_id, job, states[-1])
+        except (TrackingUnavailable, SQLAlchemyError):
+            raise
+        except Exception:
+            log.exception("MLflow was not told everything of %s", job.id)
+
+    async def _tell_part(self, mlflow: Tracking, run_id: str, event: JobEvent) -> None:
+        """Something beside the numbers. What cannot be told hides nothing else."""
+        try:
+            if event.type == "artifact":
+                await _upload(mlflow, run_id, event)
+            if event.type == "input":
+                await mlflow.log_input(run_id, **event.data)
+        except TrackingUnavailable:
+            raise
+        except Exception:
+            log.exception("MLflow was not told of an %s of %s", event.type, event.job_id)
+
+    async def _begin(self, mlflow: Tracking, job: Job) -> str:
+        experiment = await mlflow.experiment(job.kind)
+        address = f"{get_settings().url}/api/v1/jobs/{job.id}"
+        tags = {
+            "mlflow.user": job.created_by,
+            "mlflow.source.name": "forgearr",
+            "mlflow.note.content": f"[{job.id}]({address}), a `{job.kind}` job of {job.created_by}.",
+            "forgearr.kind": job.kind,
+        }
+        run_id = await mlflow.run_of_job(experiment, job.id, job.started_at or job.created_at, tags)
+        await mlflow.log_parameters(run_id, mlflow_client.flatten(job.spec))
+        async with self._database.transaction() as session:
+            await session.execute(update(Job).where(Job.id == job.id).values(mlflow_run_id=run_id))
+        job.mlflow_run_id = run_id
+        return run_id
+
+    async def _tell_state(self, mlflow: Tracking, run_id: str, job: Job, event: JobEvent) -> None:
+        state = State(event.type)
+        tags: dict[str, Any] = {
+            "forgearr.state": state,
+            "forgearr.attempt": event.data.get("attempt", job.attempt),
+        }
+        if state in FINISHED:
+            if job.error:
+                tags["forgearr.error"] = job.error.get("message")
+            await mlflow.upload(run_id, "result.json", json.dumps(job.result, indent=2).encode())
+        await mlflow.set_tags(run_id, tags)
+        await mlflow.set_status(run_id, STATUS[state], event.created_at if state in FINISHED else None)
+
+
+async def _upload(mlflow: Tracking, run_id: str, event: JobEvent) -> None:
+    """From disk to disk: an artifact may be larger than the dispatcher's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = await asyncio.to_thread(storage.fetch, event.data["address"], Path(folder))
+        await mlflow.upload(run_id, event.data["name"], path)
+
+
+def _metrics(event: JobEvent) -> list[tuple[str, float, Any, int]]:
+    """The numbers of a progress event; one named `step` counts the others."""
+    if event.type != "progress":
+        return []
+    reported = event.data.get("metrics", {})
+    numbers = {name: value for name, value in reported.items() if isinstance(value, int | float)}
+    step = int(numbers.pop("step", 0))
+    if "progress" in event.data:
+        numbers["progress"] = event.data["progress"]
+    return [(name, float(value), event.created_at, step) for name, value in numbers.items()]

@@ -1,0 +1,34 @@
+"""The queue: enqueue jobs, control them, and wake the dispatcher."""
+
+from jobs.queue.control import cancel, pause, resume, retry
+from jobs.queue.dependencies import finish_waiting, release_dependents
+from jobs.queue.enqueue import enqueue, enqueue_child, enqueue_many, new_job_id, stillborn
+from jobs.queue.errors import ChildFailed, IdempotencyConflict, JobNotFound, JobStateConflict, UnknownDependency
+from jobs.queue.requests import MAX_DEPENDENCIES, JobRequest
+from jobs.queue.rows import get
+from jobs.queue.wakeup import DISPATCHER, wake_dispatcher, wake_dispatcher_after
+
+__all__ = [
+    "DISPATCHER",
+    "MAX_DEPENDENCIES",
+    "ChildFailed",
+    "IdempotencyConflict",
+    "JobNotFound",
+    "JobRequest",
+    "JobStateConflict",
+    "UnknownDependency",
+    "cancel",
+    "enqueue",
+    "enqueue_child",
+    "enqueue_many",
+    "finish_waiting",
+    "get",
+    "new_job_id",
+    "pause",
+    "release_dependents",
+    "resume",
+    "retry",
+    "stillborn",
+    "wake_dispatcher",
+    "wake_dispatcher_after",
+]

@@ -1,0 +1,88 @@
+"""Cancel, pause, resume and retry."""
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import after_commit, now
+from jobs import journal
+from jobs.journal import Entry
+from jobs.queue.dependencies import finish_waiting
+from jobs.queue.errors import END_TEXTS, JobStateConflict, end_as_text
+from jobs.queue.rows import descendants_of, is_held, lock_jobs
+from jobs.queue.wakeup import tell_dispatcher, wake_dispatcher_after
+from jobs.registry import Resources
+from jobs.states import FINISHED, RETRYABLE, Control, State
+from jobs.tables import Job, JobDependency
+
+
+async def cancel(session: AsyncSession, job: Job) -> None:
+    """Cancel a job and all its children: at once when it waits, as soon as it listens when it runs."""
+    if job.state in FINISHED:
+        raise JobStateConflict(f"{job.id} has already {end_as_text(job)}.")
+    family = [job, *await descendants_of(session, [job.id])]
+    waiting = [member for member in family if member.state in {State.QUEUED, State.PAUSED}]
+    await finish_waiting(session, waiting, State.CANCELLED, {"code": "cancelled", "message": "Cancelled."})
+    for member in family:
+        if member.state == State.RUNNING:
+            await _ask(session, member, Control.CANCEL)
+
+
+async def pause(session: AsyncSession, job: Job) -> None:
+    """Hold a job and all its children: at once when they are queued, at their next checkpoint when they run."""
+    if job.state in FINISHED:
+        raise JobStateConflict(f"{job.id} has already {end_as_text(job)}.")
+    if job.control == Control.CANCEL:
+        raise JobStateConflict(f"{job.id} is being cancelled.")
+    family = [job, *await descendants_of(session, [job.id])]
+    for member in family:
+        if member.state == State.QUEUED:
+            member.state = State.PAUSED
+            journal.record(session, [Entry(member.id, "paused")])
+        elif member.state == State.RUNNING and member.control != Control.CANCEL:
+            await _ask(session, member, Control.PAUSE)
+
+
+async def resume(session: AsyncSession, job: Job) -> None:
+    """Let a paused job, and all its children that are paused, go on from their checkpoints."""
+    if not is_held(job):
+        raise JobStateConflict(f"{job.id} is {job.state}, not paused.")
+    family = [job, *await descendants_of(session, [job.id])]
+    for member in filter(is_held, family):
+        if member.state == State.RUNNING:
+            await _ask(session, member, None)
+            continue
+        member.state = State.QUEUED
+        journal.record(session, [Entry(member.id, "queued", {"resumed": True})])
+        wake_dispatcher_after(session)
+
+
+async def retry(session: AsyncSession, job: Job) -> None:
+    """Give a failed or cancelled job a fresh set of attempts, from its last checkpoint."""
+    if job.state not in RETRYABLE:
+        raise JobStateConflict(f"{job.id} is {job.state}; only a failed or cancelled job can be retried.")
+    for child in await lock_jobs(session, select(Job).where(Job.parent_id == job.id, Job.state.in_(RETRYABLE))):
+        await retry(session, child)
+    links = select(JobDependency.depends_on_id).where(JobDependency.job_id == job.id)
+    unfinished = await lock_jobs(session, select(Job).where(Job.id.in_(links), Job.state != State.SUCCEEDED))
+    for dependency in unfinished:
+        if dependency.state in RETRYABLE:
+            raise JobStateConflict(
+                f"{job.id} depends on {dependency.id}, which {END_TEXTS[State(dependency.state)]}: retry that."
+            )
+    job.state, job.unfinished_dependencies = State.QUEUED, len(unfinished)
+    job.attempt = job.losses = 0
+    job.demand = Resources.model_validate(job.resources).demand
+    job.error = job.finished_at = job.control = job.phase = None
+    job.run_after, job.delayed = now(), False
+    journal.record(session, [Entry(job.id, "queued", {"retried": True})])
+    wake_dispatcher_after(session)
+
+
+async def _ask(session: AsyncSession, job: Job, control: Control | None) -> None:
+    """Leave a wish on a running job's row, and send word to its worker, which else sees it at its next heartbeat."""
+    if job.control == control:
+        return
+    job.control = control
+    journal.record(session, [Entry(job.id, "control", {"control": control})])
+    worker, job_id = job.worker, job.id
+    after_commit(session, lambda: tell_dispatcher("control", worker, job_id, control))

@@ -1,0 +1,90 @@
+"""The kinds of job that the queue itself brings: `probe`, to try it out, and `sweep`, to keep it tidy."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import and_, delete, false, select
+
+from cluster.db import Database, apart, delete_rows, now
+from cluster.files import store as file_store
+from cluster.files import uploads as file_uploads
+from cluster.settings import get_settings
+from jobs.context import Context
+from jobs.registry import job, kinds
+from jobs.schedules import ScheduleRequest
+from jobs.states import FINISHED
+from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership, ScheduleTick
+
+SWEEP_PAGE = 5000
+SWEEP_SCHEDULE = ScheduleRequest(name="sweep", kind="sweep", cron="17 * * * *")
+
+Sweeper = Callable[[Database], Awaitable[int]]
+_sweepers: dict[str, Sweeper] = {}
+
+
+def sweeper(name: str) -> Callable[[Sweeper], Sweeper]:
+    """Declare the function below, in a module that is named in `jobs.modules`, as a part of every sweep.
+
+    It deletes what has had its time, and returns how much that was."""
+
+    def declare(function: Sweeper) -> Sweeper:
+        _sweepers[name] = function
+        return function
+
+    return declare
+
+
+class SweepSpec(BaseModel):
+    """A sweep needs nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@job("sweep", spec=SweepSpec, admin_only=True, concurrency=1)
+def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
+    """Expires idempotency keys, old events, files, uploads, and what other modules keep for a time."""
+    return asyncio.run(apart(lambda database: _sweep(context, database)))
+
+
+async def _sweep(context: Context, database: Database) -> dict[str, int]:
+    event_days = get_settings().jobs.event_days
+    async with database.transaction() as session:
+        keys = await delete_rows(session, delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now()))
+        old_ticks = now() - timedelta(days=event_days)
+        await delete_rows(session, delete(ScheduleTick).where(ScheduleTick.fire_at < old_ticks))
+    context.report(progress=50, phase="old events")
+    events = 0
+    while page := await _delete_old_events(database, event_days):
+        events += page
+        context.report(phase=f"{events} old events")
+    expired = await file_store.remove_expired(database)
+    uploads = await file_uploads.remove_expired(database)
+    kinds()  # so that every module has declared its own
+    others: dict[str, int] = {}
+    for name, remove_old in _sweepers.items():
+        context.report(phase=f"old {name}")
+        others[name] = await remove_old(database)
+    return {
+        "idempotency_keys": keys,
+        "events": events,
+        "files": expired,
+        "uploads": uploads,
+        **others,
+    }
+
+
+async def _delete_old_events(database: Database, days: float) -> int:
+    """A page of old events of finished jobs, but none that MLflow has still to be told."""
+    async with database.transaction() as session:
+        told = await session.scalar(select(Leadership.tracked_until)) or 0
+        untold = and_(JobEvent.id > told, Job.tracked) if get_settings().mlflow_uri else false()
+        old = (
+            select(JobEvent.id)
+            .join(Job, Job.id == JobEvent.job_id)
+            .where(JobEvent.created_at < now() - timedelta(days=days), Job.state.in_(FINISHED))
+            .where(~untold)
+            .limit(SWEEP_PAGE)
+        )
+        return await delete_rows(session, delete(JobEvent).where(JobEvent.id.in_(old)))

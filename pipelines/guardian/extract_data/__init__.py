@@ -1,0 +1,1 @@
+"""The kind `extract_data`: a commit of a repository as training data."""

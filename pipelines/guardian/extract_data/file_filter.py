@@ -1,0 +1,115 @@
+"""Which files of a repository are learned from, and why the others are not."""
+
+import re
+
+from pipelines.guardian.extract_data.languages import language_of
+from pipelines.training.data.documents import MARKDOWN
+
+MARKDOWN_SUFFIXES = tuple(sorted(MARKDOWN))
+
+FOREIGN = {
+    "node_modules",
+    "bower_components",
+    "site-packages",
+    "vendor",
+    "vendored",
+    "_vendor",
+    "third_party",
+    "third-party",
+    "thirdparty",
+    "3rdparty",
+    "external",
+    "extern",
+    "godeps",
+    "pods",
+    ".venv",
+    "venv",
+    ".tox",
+    "__pycache__",
+}
+"""Folders of other people's code."""
+
+LOCKS = {"composer.lock", "cargo.lock", "gemfile.lock", "poetry.lock", "uv.lock", "pdm.lock", "go.sum"} | {
+    "package-lock.json",
+    "npm-shrinkwrap.json",
+    "pipfile.lock",
+    "yarn.lock",
+    "pnpm-lock.yaml",
+    "bun.lock",
+    "flake.lock",
+}
+LICENCES = re.compile(r"(?:licen[cs]es?|copying|notice|copyright|third[-_ ]?party.*)(?:[-_.][\w.-]+)?", re.IGNORECASE)
+MADE_NAMES = re.compile(
+    r".*(?:_pb2(?:_grpc)?\.pyi?|\.pb\.go|\.pb\.[ch]|_pb\.[jt]s|_generated\.\w+|\.generated\.\w+|\.g\.\w+|_gen\.go|\.d\.ts\.map)"
+    r"|zz_generated.*",
+    re.IGNORECASE,
+)
+PACKED_NAMES = re.compile(r".*[.-]min\.(?:js|mjs|cjs|css)|.*\.bundle\.js|.*\.map", re.IGNORECASE)
+MADE_FOLDERS = {"dist", "generated", "__generated__"}
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+MADE = re.compile(
+    r"^\s*(?:#|//|/?\*|--|<!--|%|;|\"\"\").*(?:@generated\b|\bcode generated\b|\bdo not (?:edit|modify)\b"
+    r"|\bauto-?matically generated\b|\bauto-?generated\b|\bgenerated (?:automatically|by)\b"
+    r"|\bthis file (?:is|was) generated\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""What a program writes at the beginning of a file that it makes."""
+HEAD_LINES = 20
+PACKED_LINE, PACKED_AVERAGE = 5000, 250
+"""Lines that no person writes: one that is longer, or all of them on average."""
+
+OF_C_PLUS_PLUS = re.compile(
+    r"^\s*(?:class\s+\w+|namespace\b|template\s*<|public:|private:|protected:|using\s+\w+|constexpr\b)|\bstd::|@interface\b",
+    re.MULTILINE,
+)
+
+
+def is_markdown(path: str) -> bool:
+    return path.lower().endswith(MARKDOWN_SUFFIXES)
+
+
+def skipped_by_path(path: str) -> str | None:
+    """Why a file of this path is not learned from, if its path says so."""
+    *parents, name = path.lower().split("/")
+    folders = set(parents)
+    if folders & FOREIGN:
+        return "foreign"
+    if name in LOCKS:
+        return "lock"
+    if PACKED_NAMES.fullmatch(name):
+        return "minified"
+    if MADE_NAMES.fullmatch(name) or folders & MADE_FOLDERS:
+        return "generated"
+    if LICENCES.fullmatch(name.rpartition(".")[0] or name) and (is_markdown(path) or language_of(path) is None):
+        return "licence"
+    if language_of(path) is None and not is_markdown(path):
+        return "other_kind"
+    return None
+
+
+def text_of(content: bytes) -> tuple[str, str | None]:
+    """What a file says, or why it is not learned from."""
+    if content.startswith(POINTER):
+        return "", "lfs_pointer"
+    if b"\0" in content:
+        return "", "binary"
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "", "invalid_utf8"
+    return text.replace("\r\n", "\n").replace("\r", "\n"), None
+
+
+def skipped_by_text(path: str, text: str) -> str | None:
+    """Why a file with this text is not learned from, if its text says so."""
+    lines = text.split("\n")
+    if MADE.search("\n".join(line[:500] for line in lines[:HEAD_LINES])):
+        return "generated"
+    if is_markdown(path):
+        return None
+    if max(map(len, lines)) > PACKED_LINE or len(text) > PACKED_AVERAGE * len(lines):
+        return "minified"
+    if path.lower().endswith(".h") and OF_C_PLUS_PLUS.search(text):
+        return "other_kind"
+    return None

@@ -1,0 +1,143 @@
+"""The kind `extract_data`: a repository as two datasets, one to learn from and one that is held out."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from cluster.db import Database, apart
+from cluster.errors import UnprocessableRequest
+from cluster.settings import get_settings, home
+from jobs.context import Context
+from jobs.execution import workspace
+from jobs.registry import Resources, job
+from pipelines.guardian import repositories
+from pipelines.guardian.repositories import Repository
+from pipelines.training.spec import Spec
+
+if TYPE_CHECKING:
+    from pipelines.guardian.extract_data.pipeline import Extracted, Limits
+    from pipelines.training.data.content import Content
+
+LEAKS_LOGGED = 20
+NAME_CHARACTERS = 80
+"""Of a repository's name, in the names of its datasets."""
+
+
+class NothingToExtract(UnprocessableRequest):
+    """There is nothing to learn in the repository."""
+
+    code = "NOTHING_TO_EXTRACT"
+
+
+class ExtractSpec(Spec):
+    repository_id: str = Field(min_length=1, max_length=100, description="Its id or name.")
+    commit: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{4,64}$", description="Null: the newest one of the repository's branch."
+    )
+    held_out: float | None = Field(default=None, ge=0, le=0.5, description="Null: as guardian.held_out says.")
+    processes: int = Field(default=1, ge=1, le=64, description="How many read files at the same time.")
+
+
+def _resources(spec: ExtractSpec) -> Resources:
+    return Resources(cpus=spec.processes)
+
+
+@job("extract_data", spec=ExtractSpec, admin_only=True, resources=_resources, tracked=True)
+def extract_data(context: Context, spec: ExtractSpec) -> dict[str, Any]:
+    """Makes training data of a repository: what its code, its documents and its commits say themselves.
+
+    Files that were extracted before are not read again. A pause takes effect between two batches of files, and what was
+    extracted until then is kept.
+    """
+    from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
+    from pipelines.guardian.repository_access import opened
+
+    repository = asyncio.run(apart(lambda database: _find(database, spec.repository_id)))
+    wanted: str | None = context.checkpoint_state or spec.commit
+    context.report(progress=0, phase="fetch")
+    with opened(repository, commits=[wanted] if wanted else []) as checkout, workspace.folder(context.job_id) as folder:
+        commit = (checkout.commit(wanted) if wanted else checkout.tip()).sha
+        context.checkpoint(commit)  # what comes in the meantime is for the next training
+
+        def report(part: float, phase: str) -> None:
+            context.report(progress=100 * part, phase=phase)
+            if context.should_stop():
+                context.checkpoint(commit)
+
+        cache = home() / "cache" / "extraction" / f"{repository.id}.sqlite"
+        done = extract_data_pipeline.extract(checkout, commit, folder, cache, _limits(spec), report, spec.processes)
+        _tell_leaks(context, done)
+        return _result(context, repository, commit, done)
+
+
+async def _find(database: Database, repository_id: str) -> Repository:
+    async with database.reading() as session:
+        return await repositories.find(session, repository_id)
+
+
+def _limits(spec: ExtractSpec) -> "Limits":
+    from pipelines.guardian.extract_data.pipeline import Limits
+
+    settings = get_settings().guardian
+    return Limits(
+        held_out=settings.held_out if spec.held_out is None else spec.held_out,
+        characters=settings.max_characters,
+        file_bytes=settings.max_file_kb * 1024,
+        commits=settings.commits,
+    )
+
+
+def _tell_leaks(context: Context, done: "Extracted") -> None:
+    for leak in done.leaks[:LEAKS_LOGGED]:
+        where = leak.get("path") or f"commit {leak['commit']}"
+        context.log(f"{where}:{leak['line']}: a secret ({leak['kind']}). What shows it is not learned.", "WARNING")
+    if (more := sum(done.secrets.values()) - LEAKS_LOGGED) > 0:
+        context.log(f"{more} more secrets; the job's result counts them by their kinds.", "WARNING")
+
+
+def _result(context: Context, repository: Repository, commit: str, done: "Extracted") -> dict[str, Any]:
+    written = done.written
+    if written.train is None:
+        raise NothingToExtract(
+            f"{repository.name} has nothing to learn from at {commit[:12]}: {done.files} files, of which "
+            f"{_numbers(done.skipped) or 'none'} are skipped, and {done.withheld} answers with secrets.",
+            details={"files": done.files, "skipped": dict(done.skipped), "secrets": dict(done.secrets)},
+        )
+    return {
+        "repository": repository.name,
+        "repository_id": repository.id,
+        "commit": commit,
+        "train": _kept(context, repository, commit, "train", written.train),
+        "held_out": _kept(context, repository, commit, "held-out", written.held_out),
+        "files": done.files,
+        "commits": done.commits,
+        "extracted": done.extracted,
+        "unchanged": done.unchanged,
+        "skipped": dict(sorted(done.skipped.items())),
+        "secrets": dict(sorted(done.secrets.items())),
+        "leaks": done.leaks,
+        "withheld": done.withheld,
+        "duplicates": written.duplicates,
+        "by_kind": dict(sorted(written.by_kind.items())),
+        "by_language": dict(sorted(written.by_language.items())),
+        "seconds": done.seconds,
+    }
+
+
+def _kept(
+    context: Context, repository: Repository, commit: str, side: str, content: "Content | None"
+) -> dict[str, Any] | None:
+    from pipelines.training.data import datasets
+
+    if content is None:
+        return None
+    name = f"repo/{repository.name[:NAME_CHARACTERS].rstrip('-.')}/{side}"
+    source = {"repository": repository.name, "commit": commit}
+    dataset = datasets.keep_for(context.owner_id, name, content, source)
+    context.input(name, content.digest, dataset.address, samples=content.samples)
+    return {"dataset": dataset.id, "name": f"{dataset.name}:v{dataset.version}", "samples": content.samples}
+
+
+def _numbers(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))

@@ -1,0 +1,268 @@
+"""What can be asked of a repository, with the answers that the repository itself gives.
+
+    purpose   what a class, a function or a file is for: its docstring, the comment above it
+    section   what a document says about something: a section of Markdown
+    code      show me the code of something
+    where     in which file, and in which lines
+    complete  the rest of a function that has begun
+    commit    the message that tells of a change
+
+The same thing is always asked in the same words, and different things in different ones, so that a model learns what is
+asked and not how. Where several files declare the same name, the question says which of them is meant.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from pipelines.guardian.extract_data.comments import is_licence, shortened
+from pipelines.guardian.extract_data.languages import Language
+from pipelines.guardian.extract_data.symbols import Found, Symbol
+from pipelines.training.data import documents
+
+PURPOSE: Mapping[bool, tuple[str, ...]] = {
+    True: (
+        "What does the {kind} `{name}`{place} do?",
+        "What is the {kind} `{name}`{place} for?",
+        "Explain what `{name}`{place} does.",
+    ),
+    False: (
+        "What is the {kind} `{name}`{place}?",
+        "What is the {kind} `{name}`{place} for?",
+        "Describe the {kind} `{name}`{place}.",
+    ),
+}
+"""Of what runs, and of what is."""
+OF_FILE = ("What is the file `{name}` for?", "What does `{name}` contain?", "Describe the file `{name}`.")
+CODE = (
+    "Show me the code of the {kind} `{name}`{place}.",
+    "How is the {kind} `{name}`{place} implemented?",
+    "What does the code of `{name}`{place} look like?",
+)
+WHERE = ("Where is the {kind} `{name}` defined?", "In which file is `{name}`?", "Where do I find the {kind} `{name}`?")
+COMPLETE = "Complete this {kind} from `{path}`:\n\n```{fence}\n{code}\n```"
+COMMIT = "Write the commit message for this change:\n\n```diff\n{diff}\n```"
+SECTION = (
+    "What does `{path}` say about {topic}?",
+    "What is written in `{path}` about {topic}?",
+    "What does the documentation say about {topic}?",
+)
+
+DUNDER = re.compile(r"(?:.*\.)?__\w+__")
+LEAST_CODE_LINES, LEAST_REST_LINES, LEAST_REST_CHARACTERS = 3, 2, 30
+TITLE_WORDS = 5
+ROOM = 300
+"""Characters left for a question where an answer is cut to fit."""
+LEAST_SECTION_CHARACTERS, LEAST_SECTION_WORDS = 40, 6
+
+HTML_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+PICTURE = re.compile(
+    r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)|!\[[^\]]*\]\([^)]*\)|</?(?:p|div|img|br|a|h\d|picture|source)\b[^>]*>"
+)
+LINK = re.compile(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
+ANCHOR = re.compile(r"\s*\{#[^}]*\}\s*$")
+WORD = re.compile(r"[^\W\d_]{2,}")
+
+TRAILER = re.compile(
+    r"(?:[A-Z][\w-]+-by|Change-Id|Reviewed-on|git-svn-id|Differential Revision|Pull Request resolved"
+    r"|Cc|PiperOrigin-RevId|fbshipit-source-id):? .*",
+    re.IGNORECASE,
+)
+NO_MESSAGE = re.compile(
+    r"(?:wip|fix|fixes|fixed|fixup!?|squash!?|tmp|temp|test|update|updates|initial commit|first commit|merge|cleanup"
+    r"|minor|typo|oops|\.+|save|changes|misc|stuff|bump version|release|v?\d+(?:\.\d+)+\S*)\W*\Z",
+    re.IGNORECASE,
+)
+MERGE = re.compile(r"Merge (?:branch|pull request|remote|tag|commit)\b|(?:fixup|squash|amend)! |Bump .+ from .+ to ")
+INDEX = re.compile(r"^index [0-9a-f]+\.\.[0-9a-f]+.*\n", re.MULTILINE)
+MORE = "[{number} more lines]\n"
+LEAST_SECTION_OF_DIFF = 250
+LEAST_SUBJECT_CHARACTERS, LEAST_SUBJECT_WORDS = 12, 3
+
+
+@dataclass(frozen=True)
+class Example:
+    kind: str
+    question: str
+    answer: str
+    first: int  # the lines that it is from
+    last: int
+    question_in: str | None = None
+    """The question for when several files would be asked the same one. None: then it is not asked."""
+
+
+def of_source(path: str, found: Found, language: Language, limit: int) -> Iterator[Example]:
+    """Questions about a source file; none has more characters than that, together with its answer."""
+    if found.doc and (answer := shortened(found.doc, limit)):
+        yield Example("purpose", _chosen(OF_FILE, path).format(name=path), answer, *found.doc_lines)
+    named = sorted(found.symbols, key=lambda symbol: symbol.name)
+    for _, group in groupby(named, key=lambda symbol: symbol.name):
+        for example in _of_symbol(path, list(group), language, limit):
+            if len(example.question_in or example.question) + len(example.answer) <= limit:
+                yield example
+
+
+def of_document(path: str, text: str, limit: int) -> Iterator[Example]:
+    """Questions about a Markdown document, one for each section, or for each part of one that is long."""
+    line = 1
+    for headings, said in documents.sections(text):
+        body = PICTURE.sub("", HTML_COMMENT.sub("", said)).strip()
+        first = text.count("\n", 0, max(text.find(said), 0)) + 1 if said else line
+        line, last = first, first + said.count("\n")
+        if len(body) < LEAST_SECTION_CHARACTERS or len(WORD.findall(body)) < LEAST_SECTION_WORDS or is_licence(body):
+            continue
+        topics = [topic for heading in headings if (topic := _plain(heading))]
+        parts = _parts(body, limit - ROOM)
+        for number, part in enumerate(parts, 1):
+            which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
+            question, exact = _about(path, topics)
+            yield Example("section", question + which, part, first, last, exact + which)
+
+
+def of_commit(subject: str, body: str, sections: Sequence[str], limit: int) -> Example | None:
+    """What a change was told to be, if its message tells it. The sections of its diff are about one file each."""
+    message = "\n".join(line.rstrip() for line in body.split("\n") if not TRAILER.fullmatch(line.strip())).strip()
+    told = f"{subject.strip()}\n\n{message}" if message else subject.strip()
+    is_short = len(subject) < LEAST_SUBJECT_CHARACTERS or len(WORD.findall(subject)) < LEAST_SUBJECT_WORDS
+    if is_short or NO_MESSAGE.match(subject.strip()) or MERGE.match(subject):
+        return None
+    diff = "".join(_shortened(sections, limit - len(told) - len(COMMIT))).strip("\n")
+    return Example("commit", COMMIT.format(diff=diff), told, 1, 1) if diff else None
+
+
+def _of_symbol(path: str, symbols: Sequence[Symbol], language: Language, limit: int) -> Iterator[Example]:
+    """Questions about one name of a file, which may be declared there several times."""
+    told = next((symbol for symbol in symbols if symbol.doc), None)
+    if told is not None and (answer := shortened(told.doc, limit - ROOM)):
+        phrases = PURPOSE[told.kind in {"function", "method", "constructor", "macro"}]
+        yield _asked("purpose", phrases, path, told, answer)
+    defined = [symbol for symbol in symbols if symbol.is_defined]
+    if not defined:
+        return
+    symbol = defined[0]
+    code = "\n\n".join(one.code for one in defined)
+    if code.count("\n") + 1 >= LEAST_CODE_LINES:
+        example = _asked("code", CODE, path, symbol, _fenced(code, language))
+        yield Example(
+            example.kind, example.question, example.answer, symbol.first, defined[-1].last, example.question_in
+        )
+    if not DUNDER.fullmatch(symbol.name):
+        question = _chosen(WHERE, symbol.name).format(kind=symbol.kind, name=symbol.name)
+        yield Example("where", question, _place(path, defined), symbol.first, defined[-1].last)
+    for one in defined:
+        if (example := _completion(path, one, language)) is not None:
+            yield example
+
+
+def _asked(kind: str, phrases: Sequence[str], path: str, symbol: Symbol, answer: str) -> Example:
+    phrase = _chosen(phrases, symbol.name)
+    plain, exact = (phrase.format(kind=symbol.kind, name=symbol.name, place=place) for place in ("", f" in `{path}`"))
+    return Example(kind, plain, answer, symbol.first, symbol.last, exact)
+
+
+def _place(path: str, symbols: Sequence[Symbol]) -> str:
+    spans = [
+        f"lines {symbol.first} to {symbol.last}" if symbol.last > symbol.first else f"line {symbol.first}"
+        for symbol in symbols
+    ]
+    return f"The {symbols[0].kind} `{symbols[0].name}` is in `{path}`, {', '.join(spans)}."
+
+
+def _completion(path: str, symbol: Symbol, language: Language) -> Example | None:
+    """A function up to one of its statements, and the rest. What says what it does is asked for all it does."""
+    if not symbol.cuts:
+        return None
+    lines = symbol.code.split("\n")
+    from_the_start = symbol.doc and _number(symbol.name) % 2
+    cut = symbol.cuts[0] if from_the_start else min(symbol.cuts, key=lambda one: (abs(2 * one - len(lines)), one))
+    rest = "\n".join(lines[cut:])
+    if len(lines) - cut < LEAST_REST_LINES or len(rest.strip()) < LEAST_REST_CHARACTERS:
+        return None
+    begun = "\n".join(lines[:cut]).rstrip()
+    question = COMPLETE.format(kind=f"{language.name} {symbol.kind}", path=path, fence=language.fence, code=begun)
+    return Example("complete", question, _fenced(rest, language), symbol.first, symbol.last)
+
+
+def _about(path: str, topics: Sequence[str]) -> tuple[str, str]:
+    """The question, and the one for when another document says something about the same."""
+    if not topics:
+        question = f"What does `{path}` say at its beginning?"
+        return question, question
+    # The title of a document says less than its path does.
+    topic = " / ".join(topics[1:] or topics)
+    exact = SECTION[0].format(path=path, topic=topic)
+    if len(topics) == 1 and path.lower().startswith("readme.") and len(topic.split()) <= TITLE_WORDS:
+        return f"What is {topic}?", exact
+    return _chosen(SECTION, f"{path}/{topic}").format(path=path, topic=topic), exact
+
+
+def _shortened(sections: Sequence[str], limit: int) -> list[str]:
+    """The sections of a diff, the long ones cut so that all fit; nothing if they would say nothing any more."""
+    room, shown = limit, dict[int, str]()
+    by_length = sorted(range(len(sections)), key=lambda number: len(sections[number]))
+    for done, number in enumerate(by_length):
+        share = room // (len(sections) - done)
+        section = INDEX.sub("", sections[number])
+        if len(section) > share:
+            if share < LEAST_SECTION_OF_DIFF:
+                return []
+            lines = section.split("\n")
+            kept = section[: share - len(MORE)].split("\n")[:-1]
+            section = "\n".join(kept) + "\n" + MORE.format(number=len(lines) - len(kept))
+        shown[number] = section
+        room -= len(section)
+    return [shown[number] for number in range(len(sections))]
+
+
+def _parts(text: str, limit: int) -> list[str]:
+    """A text in parts of whole paragraphs and whole blocks of code, as far as those are not too long themselves."""
+    blocks: list[str] = []
+    fence = ""
+    for line in text.split("\n"):
+        goes_on = bool(fence) or (bool(line.strip()) and bool(blocks) and bool(blocks[-1]))
+        fence = documents.fence_after(line, fence)
+        if goes_on:
+            blocks[-1] += f"\n{line}"
+        else:
+            blocks.append(line if line.strip() else "")
+    parts: list[str] = []
+    for piece in (piece for block in blocks if block for piece in _pieces(block, limit)):
+        if parts and len(parts[-1]) + len(piece) + 2 <= limit:
+            parts[-1] += f"\n\n{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _pieces(block: str, limit: int) -> list[str]:
+    """A block, or its lines as many together as there is room for. A line that is too long is left out."""
+    if len(block) <= limit:
+        return [block]
+    pieces: list[str] = []
+    for line in block.split("\n"):
+        if pieces and len(pieces[-1]) + len(line) + 1 <= limit:
+            pieces[-1] += f"\n{line}"
+        elif len(line) <= limit:
+            pieces.append(line)
+    return pieces
+
+
+def _plain(heading: str) -> str:
+    text = PICTURE.sub("", ANCHOR.sub("", heading))
+    return LINK.sub(r"\1", text).replace("**", "").strip().rstrip(":?!.")
+
+
+def _fenced(code: str, language: Language) -> str:
+    fence = "````" if "```" in code else "```"
+    return f"{fence}{language.fence}\n{code}\n{fence}"
+
+
+def _chosen(phrases: Sequence[str], name: str) -> str:
+    return phrases[_number(name) % len(phrases)]
+
+
+def _number(name: str) -> int:
+    """The same for the same name, always and everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

@@ -1,0 +1,1 @@
+"""People's feedback on answers, and its use as training data."""

@@ -1,0 +1,1 @@
+"""Read git repositories, as objects only."""

@@ -1,0 +1,169 @@
+"""Repositories elsewhere: a mirror of each on this machine.
+
+A mirror has the newest commits of one branch and nothing else, so that a long history costs nothing. What git is told
+beside its command, credentials above all, goes through its environment: command lines are there for everybody to read.
+"""
+
+import base64
+import fcntl
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import git
+
+from cluster.errors import InvalidRequest, Unavailable
+from pipelines.guardian.git.env import environment, first_fault, last_words
+from pipelines.guardian.git.urls import SCHEMES, Remote, address_of
+
+DEPTH = 1000
+"""How many commits back a mirror goes."""
+STALLED_SECONDS = 60
+TIP = "refs/forgearr/tip"
+KEPT = "refs/forgearr/kept"
+OnProgress = Callable[[str], None]
+
+
+class FetchRefused(InvalidRequest):
+    """The remote repository does not let us in."""
+
+    code = "FETCH_REFUSED"
+
+
+class FetchFailed(Unavailable):
+    """The remote repository cannot be fetched from."""
+
+    code = "FETCH_FAILED"
+
+
+class EmptyRepository(InvalidRequest):
+    """The repository has no commit."""
+
+    code = "EMPTY_REPOSITORY"
+
+
+class BranchNotFound(InvalidRequest):
+    """The repository has no such branch."""
+
+    code = "BRANCH_NOT_FOUND"
+
+
+def fetch(mirror: Path, remote: Remote, kept: Sequence[str], on_progress: OnProgress) -> None:
+    """Make the mirror what the remote repository is now. `kept` are commits that it should have too, if they still
+    exist; others that the branch has left behind are let go."""
+    mirror.parent.mkdir(parents=True, exist_ok=True)
+    with mirror.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever held the lock and was killed may have left git's own behind.
+        for left in mirror.rglob("*.lock"):
+            left.unlink()
+        _fetch(mirror, remote, kept, on_progress)
+
+
+def _fetch(mirror: Path, remote: Remote, kept: Sequence[str], on_progress: OnProgress) -> None:
+    variables = environment(_configuration(remote), protocols=":".join(SCHEMES))
+    if not (mirror / "HEAD").exists():
+        git.Repo.init(mirror, bare=True)
+    repository = git.Repo(mirror)
+    repository.git.update_environment(**variables)
+    source = f"refs/heads/{remote.branch}" if remote.branch else "HEAD"
+    try:
+        _run(repository, remote, [f"+{source}:{TIP}"], on_progress)
+        for commit in kept:
+            if _has(repository, commit):
+                repository.git.update_ref(f"{KEPT}/{commit}", commit)
+            else:
+                _try_to_have(repository, remote, commit, on_progress)
+        _forget_others(repository, kept)
+    finally:
+        repository.close()
+
+
+def _run(
+    repository: git.Repo, remote: Remote, wanted: list[str], on_progress: OnProgress, depth: int | None = None
+) -> None:
+    options = [
+        "--progress",
+        "--no-tags",
+        "--no-recurse-submodules",
+        "--no-write-fetch-head",
+        f"--depth={depth or DEPTH}",
+    ]
+    process = repository.git.fetch(*options, "--", remote.url, *wanted, as_process=True)
+    told = b""
+    try:
+        while chunk := process.stderr.read1(65_536):
+            told = (told + chunk)[-65_536:]
+            on_progress(last_words(chunk))
+        code = process.proc.wait()
+    except BaseException:
+        process.proc.terminate()  # it tidies up
+        process.proc.wait()
+        raise
+    finally:
+        process.proc.stdout.close()
+        process.proc.stderr.close()
+    if code:
+        _refuse(remote, told.decode(errors="replace"))
+
+
+def _refuse(remote: Remote, told: str) -> None:
+    where = urlsplit(remote.url).hostname
+    if "couldn't find remote ref HEAD" in told:
+        raise EmptyRepository(f"The repository at {where} has no commit.")
+    if "couldn't find remote ref" in told:
+        raise BranchNotFound(f"The repository at {where} has no branch '{remote.branch}'.")
+    if re.search(r"redirect|The requested URL returned error: 30\d", told):
+        raise FetchRefused(f"{where} leads to another address: register that one.")
+    if re.search(
+        r"Authentication failed|could not read Username|error: 40[13]|Permission denied|terminal prompts", told
+    ):
+        raise FetchRefused(f"{where} does not let us in: check the credentials.")
+    if re.search(r"not found|error: 404|does not appear to be a git repository", told):
+        raise FetchRefused(f"There is no repository at {remote.url}, or it is hidden from us.")
+    raise FetchFailed(f"Fetching from {where} failed: {first_fault(told)}")
+
+
+def _try_to_have(repository: git.Repo, remote: Remote, commit: str, on_progress: OnProgress) -> None:
+    """A commit that the branch has left behind may still be there to ask for; most servers hand it out."""
+    try:
+        _run(repository, remote, [f"+{commit}:{KEPT}/{commit}"], on_progress, depth=1)
+    except (FetchRefused, FetchFailed, BranchNotFound):
+        on_progress(f"{commit} is no longer there")
+
+
+def _has(repository: git.Repo, commit: str) -> bool:
+    try:
+        repository.git.cat_file("-e", f"{commit}^{{commit}}")
+    except git.GitCommandError:
+        return False
+    return True
+
+
+def _forget_others(repository: git.Repo, kept: Sequence[str]) -> None:
+    for reference in repository.git.for_each_ref(KEPT, format="%(refname)").split():
+        if reference.rpartition("/")[2] not in kept:
+            repository.git.update_ref("-d", reference)
+
+
+def _configuration(remote: Remote) -> Mapping[str, str]:
+    parts = urlsplit(remote.url)
+    assert parts.hostname is not None
+    port = parts.port or SCHEMES[parts.scheme]
+    address = address_of(parts.hostname, port)
+    settings = {
+        # To follow is to take credentials, or a request from inside our network, to wherever somebody likes.
+        "http.followRedirects": "false",
+        # The address that was looked at is the one that is used.
+        "http.curloptResolve": f"{parts.hostname}:{port}:{address}",
+        "http.lowSpeedLimit": "1",
+        "http.lowSpeedTime": str(STALLED_SECONDS),
+        "credential.helper": "",
+        "gc.autoDetach": "false",
+        "transfer.fsckObjects": "false",
+    }
+    if remote.token is not None:
+        pair = base64.b64encode(f"{remote.username or 'git'}:{remote.token}".encode()).decode()
+        settings[f"http.{remote.url}.extraHeader"] = f"Authorization: Basic {pair}"
+    return settings

@@ -1,0 +1,1 @@
+"""The kind `retrain`: its plan, its checks and its gate."""

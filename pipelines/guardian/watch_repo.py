@@ -1,0 +1,127 @@
+"""The kinds `watch_repo` and `watch_repositories`: look whether a repository has changed, and have it learned from."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import Database, apart, now
+from cluster.errors import ForgearrError
+from cluster.ownership import Owner
+from jobs import queue
+from jobs.context import Context
+from jobs.queue import JobRequest
+from jobs.registry import job
+from jobs.tables import Job
+from pipelines.guardian.feedback.store import count_new
+from pipelines.guardian.policy import Decision, Policy, decide
+from pipelines.guardian.repositories import Repository, RepositoryNotFound
+from pipelines.guardian.retrain import job as retrain_job
+from pipelines.guardian.retrain.job import RetrainSpec
+
+LOOK = "watch_repo"
+GUARDIAN = Owner(name="guardian")
+
+
+class WatchSpec(BaseModel):
+    """Which repository to look at."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    repository_id: str = Field(max_length=40)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at a repository has seen."""
+
+    commit: str
+    decision: Decision
+
+
+async def ask_to_watch(
+    session: AsyncSession, repository: Repository, owner: Owner, *, idempotency_key: str | None = None
+) -> Job:
+    """The job that will look at this repository: one that waits to is as good as a new one, but one that runs may have
+    looked too early."""
+    request = JobRequest(kind=LOOK, spec={"repository_id": repository.id})
+    return await queue.enqueue(session, request, owner, idempotency_key=idempotency_key, unless_queued=True)
+
+
+@job(LOOK, spec=WatchSpec, admin_only=True)
+def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
+    """Looks whether a repository has changed enough, and if so, has its model trained again."""
+    found = asyncio.run(apart(lambda database: _find(database, spec.repository_id)))
+    if found is None:
+        return {"watched": False, "reason": "It is no longer registered."}
+    repository, feedback = found
+    context.report(phase="looking")
+    try:
+        seen = look(repository, feedback, lambda line: context.report(phase=line or None))
+    except ForgearrError as error:
+        message = error.message
+        asyncio.run(apart(lambda database: _note_error(database, spec.repository_id, message)))
+        raise
+    plan, reason = asyncio.run(apart(lambda database: _settle(database, spec.repository_id, seen)))
+    context.log(reason)
+    return {
+        "watched": True,
+        "repository": repository.name,
+        "commit": seen.commit,
+        "reason": reason,
+        "retrain_job_id": plan,
+        "decision": seen.decision.model_dump(mode="json"),
+    }
+
+
+def look(repository: Repository, feedback: int, on_progress: Callable[[str], None] = lambda _: None) -> Look:
+    """What the policy says of the repository as it is now, and with so much new feedback on its model."""
+    from pipelines.guardian.repository_access import opened
+
+    with opened(repository, on_progress) as checkout:
+        tip = checkout.tip().sha
+        changes = checkout.changes(repository.trained_commit, tip)
+    policy = Policy.model_validate(repository.policy)
+    return Look(tip, decide(policy, changes, repository.trained_at, now(), feedback))
+
+
+def look_at(folder: Path) -> Decision:
+    """What the default policy says of a folder that is not registered."""
+    from pipelines.guardian.git.repo import opened_inside
+
+    with opened_inside(folder) as checkout:
+        changes = checkout.changes(None, checkout.tip().sha)
+    return decide(Policy(), changes, None, now())
+
+
+async def _find(database: Database, repository_id: str) -> tuple[Repository, int] | None:
+    async with database.reading() as session:
+        repository = await session.get(Repository, repository_id)
+        return repository and (repository, await count_new(session, repository.model))
+
+
+async def _note_error(database: Database, repository_id: str, message: str) -> None:
+    async with database.transaction() as session:
+        if repository := await session.get(Repository, repository_id, with_for_update=True):
+            repository.checked_at, repository.check_error = now(), message
+
+
+async def _settle(database: Database, repository_id: str, seen: Look) -> tuple[str | None, str]:
+    """Note down what was seen; returns the plan, if there is one for it now, and the reason."""
+    async with database.transaction() as session:
+        repository = await session.get(Repository, repository_id, with_for_update=True)
+        if repository is None:
+            raise RepositoryNotFound("The repository was deleted while it was looked at.")
+        repository.seen_commit, repository.checked_at, repository.check_error = seen.commit, now(), None
+        reason = seen.decision.reason
+        if not seen.decision.should_retrain:
+            return None, reason
+        if repository.tried_commit == seen.commit:
+            return None, f"{reason}; but {repository.tried_job_id} has tried this commit already"
+        spec = RetrainSpec(repository_id=repository.id, commit=seen.commit)
+        plan, is_new = await retrain_job.ask(session, spec, GUARDIAN)
+        return plan.id, reason if is_new else f"{reason}; {plan.id} is under way"

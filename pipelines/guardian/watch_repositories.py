@@ -1,0 +1,32 @@
+"""The kind `watch_repositories`: one `watch_repo` job for each repository that is due."""
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+
+from cluster.db import Database, apart
+from jobs.context import Context
+from jobs.registry import job
+from pipelines.guardian.repositories import WATCH, Repository
+from pipelines.guardian.watch_repo import GUARDIAN, ask_to_watch
+
+
+class WatchAllSpec(BaseModel):
+    """All of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@job(WATCH, spec=WatchAllSpec, admin_only=True)
+def watch_repositories(context: Context, spec: WatchAllSpec) -> dict[str, Any]:
+    """Asks for a look at each repository that is watched."""
+    return asyncio.run(apart(_ask_for_all))
+
+
+async def _ask_for_all(database: Database) -> dict[str, Any]:
+    async with database.transaction() as session:
+        watched = await session.scalars(select(Repository).where(Repository.enabled).order_by(Repository.id))
+        asked = [await ask_to_watch(session, repository, GUARDIAN) for repository in watched.all()]
+        return {"asked": [job.id for job in asked]}

@@ -1,0 +1,1 @@
+"""Audits of the settings of services: rules, findings, recommendations, changes."""

@@ -1,0 +1,116 @@
+"""What a rule of an audit may expect of a setting: a few plain operators, and no code."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from cluster.services.capabilities.settings import Entry, plain, same
+
+Number = int | float
+Read = Mapping[str, list[Entry]]
+"""The areas of a service, as they were read."""
+
+PATTERN_MAX = 300
+
+
+class Elsewhere(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    area: str
+    setting: str
+
+
+class Expectation(BaseModel):
+    """One of these."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    equals: JsonValue = None
+    one_of: list[JsonValue] | None = Field(default=None, min_length=1)
+    at_least: Number | None = None
+    at_most: Number | None = None
+    between: list[Number] | None = Field(default=None, min_length=2, max_length=2)
+    empty: bool | None = Field(default=None, description="True: nothing stands there. False: something does.")
+    matches: str | None = Field(default=None, max_length=PATTERN_MAX, description="A regular expression that fits.")
+    not_matches: str | None = Field(default=None, max_length=PATTERN_MAX)
+    different_from: str | None = Field(default=None, description="Another setting of the same thing.")
+    outside: Elsewhere | None = Field(default=None, description="A folder that lies in none of those.")
+
+    @field_validator("matches", "not_matches")
+    @classmethod
+    def be_readable(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def say_one(self) -> Self:
+        if len(self.model_fields_set & set(Expectation.model_fields)) != 1:
+            raise ValueError(f"say one of {', '.join(Expectation.model_fields)}")
+        return self
+
+    def holds(self, value: Any, entry: Entry, read: Read) -> bool:
+        """Whether a value is as expected. What is of another sort than expected is not."""
+        (operator,) = self.model_fields_set & set(Expectation.model_fields)
+        wanted, found = getattr(self, operator), plain(value)
+        match operator:
+            case "equals":
+                return same(value, wanted)
+            case "one_of":
+                return any(same(value, one) for one in wanted)
+            case "at_least":
+                return _is_number(found) and found >= wanted
+            case "at_most":
+                return _is_number(found) and found <= wanted
+            case "between":
+                return _is_number(found) and wanted[0] <= found <= wanted[1]
+            case "empty":
+                return (value in (None, "", [], {})) is wanted
+            case "matches":
+                return re.search(wanted, _text(value)) is not None
+            case "not_matches":
+                return re.search(wanted, _text(value)) is None
+            case "different_from":
+                return not same(value, entry.values.get(wanted))
+            case _:
+                folders = [other.values.get(wanted.setting) for other in read.get(wanted.area, [])]
+                return not any(_is_inside(_text(value), _text(folder)) for folder in folders)
+
+    @property
+    def areas(self) -> set[str]:
+        """What has to be read besides."""
+        return {self.outside.area} if self.outside else set()
+
+
+class Condition(Expectation):
+    """A rule counts only where this holds: of the thing itself, or of anything in another area."""
+
+    area: str | None = None
+    setting: str
+
+    def met(self, entry: Entry, read: Read) -> bool:
+        things = [entry] if self.area is None else read.get(self.area, [])
+        return any(
+            self.setting in thing.values and self.holds(thing.values[self.setting], thing, read) for thing in things
+        )
+
+    @property
+    def areas(self) -> set[str]:
+        return super().areas | ({self.area} if self.area else set())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    path, folder = path.rstrip("/\\"), folder.rstrip("/\\")
+    return bool(folder) and (path == folder or path.startswith((f"{folder}/", f"{folder}\\")))

@@ -1,0 +1,83 @@
+"""Kind `check_services`: asks the outside services how they are, as its schedule says or when one has been added."""
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import Database, apart
+from cluster.ownership import LOCAL, Owner
+from cluster.services import health_checks
+from cluster.services import store as service_store
+from cluster.settings import get_settings
+from jobs import queue, schedules
+from jobs.context import Context
+from jobs.queue import JobRequest
+from jobs.registry import job
+from jobs.schedules import ScheduleRequest
+from jobs.sweep import sweeper
+from pipelines.media.downloads import cases, watch_downloads
+
+KIND = "check_services"
+
+
+class CheckServicesSpec(BaseModel):
+    """Which services to check."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    service_id: int | None = Field(default=None, ge=1, le=2**63 - 1, description="Only this one. Null: all.")
+
+
+@job(KIND, spec=CheckServicesSpec, admin_only=True)
+def check_services(context: Context, spec: CheckServicesSpec) -> dict[str, Any]:
+    """Asks every enabled service, or one, how it is, and keeps the answers."""
+    return asyncio.run(apart(lambda database: _check(context, spec, database)))
+
+
+async def ask_to_check(session: AsyncSession, service_id: int, owner: Owner = LOCAL) -> None:
+    """Have a service checked that is new, or connected anew; from the first one on, all are checked again and again."""
+    await _ensure_schedules(session)
+    await queue.enqueue(session, JobRequest(kind=KIND, spec={"service_id": service_id}), owner)
+
+
+async def declare_services(database: Database) -> None:
+    """Take over what the settings declare, when Forgearr starts."""
+    async with database.transaction() as session:
+        await service_store.declare(session, get_settings().services.declared)
+        if await service_store.every(session):
+            await _ensure_schedules(session)
+            await queue.enqueue(session, JobRequest(kind=KIND))  # it may be long since anybody asked
+
+
+@sweeper("service_checks")
+async def remove_old_checks(database: Database) -> int:
+    return await health_checks.remove_old(database)
+
+
+async def _check(context: Context, spec: CheckServicesSpec, database: Database) -> dict[str, Any]:
+    async with database.reading() as session:
+        services = [
+            service
+            for service in await service_store.every(session)
+            if service.enabled and spec.service_id in {None, service.id}
+        ]
+    context.report(phase=f"{len(services)} services")
+    outcomes = await health_checks.check_all(database, services)
+    unhealthy = {
+        service.name: outcome.error
+        for service, outcome in zip(services, outcomes, strict=True)
+        if outcome and not outcome.healthy
+    }
+    return {"checked": len(services), "unhealthy": unhealthy}
+
+
+async def _ensure_schedules(session: AsyncSession) -> None:
+    await schedules.ensure(session, _schedule())
+    if await cases.followed_services(session):
+        await schedules.ensure(session, watch_downloads.schedule())
+
+
+def _schedule() -> ScheduleRequest:
+    return ScheduleRequest(name="check-services", kind=KIND, cron=get_settings().services.check_cron)

@@ -1,0 +1,1 @@
+"""Downloads: polled, followed, and recovered when they fail."""

@@ -1,0 +1,196 @@
+"""The journal of recoveries: what was decided about which download, why, and what came of it.
+
+An action is written down before it is taken. So a worker that dies leaves a row that has begun and not ended, and the
+next one looks what came of it.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from sqlalchemy import BigInteger, Boolean, ForeignKey, Integer, String, Text, delete, func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, Database, delete_rows, now
+from cluster.settings import get_settings
+from pipelines.media.downloads.policy import ACTIONS, HOUR, Decision, Past, RecoveryPolicy, Verdict
+from pipelines.media.downloads.tables import FollowedDownload
+
+RecoveryOutcome = Literal[
+    "begun",  # decided, and perhaps done: a worker that died has left it so
+    "done",
+    "failed",
+    "dry_run",  # it would have been done
+    "overtaken",  # there was nothing left to do
+    "noted",  # there was nothing to do
+]
+SECOND = timedelta(seconds=1)
+ONLY = 1
+"""The id of the row that holds the policy."""
+
+
+class Recovery(Base):
+    __tablename__ = "recoveries"
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=now, index=True)
+    service_id: Mapped[int | None] = mapped_column(ForeignKey("services.id", ondelete="SET NULL"))
+    service: Mapped[str] = mapped_column(String(100))  # as it was named
+    item: Mapped[str] = mapped_column(Text)  # what the service calls it; a leftover folder by its path
+    title: Mapped[str] = mapped_column(Text)
+    content: Mapped[list[str]] = mapped_column(default=list)
+    stood_at: Mapped[int | None] = mapped_column(BigInteger)  # bytes that were left when a stuck one was given up
+    decision: Mapped[Verdict] = mapped_column(String(20))
+    reason: Mapped[str] = mapped_column(Text)
+    policy: Mapped[dict[str, Any]]  # as it was
+    dry_run: Mapped[bool] = mapped_column(Boolean)
+    outcome: Mapped[RecoveryOutcome] = mapped_column(String(20), index=True)
+    removed: Mapped[bool] = mapped_column(Boolean, default=False)  # a step on the way to another release
+    searched: Mapped[bool] = mapped_column(Boolean, default=False)
+    new_item: Mapped[str | None] = mapped_column(String(300))  # what it is called since it was retried
+    error: Mapped[str | None] = mapped_column(Text)
+    again_at: Mapped[datetime | None]  # when to see what has come of it, while its service does not answer
+    ended_at: Mapped[datetime | None]
+    recovered_at: Mapped[datetime | None]  # when what had failed was there after all
+    job_id: Mapped[str] = mapped_column(String(40))
+
+
+class KeptPolicy(Base):
+    """What an administrator has set in place of the settings."""
+
+    __tablename__ = "recovery_policy"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    policy: Mapped[dict[str, Any]]
+    changed_by: Mapped[str] = mapped_column(String(200))
+    changed_at: Mapped[datetime] = mapped_column(default=now)
+
+
+async def policy_of(session: AsyncSession) -> tuple[RecoveryPolicy, KeptPolicy | None]:
+    """The policy in force, and the row that says so, if it is not the settings."""
+    kept = await session.get(KeptPolicy, ONLY)
+    if kept is not None:
+        # A policy of an older Forgearr lacks what is new; what there is no more is not missed.
+        defaults = get_settings().recovery.model_dump()
+        known = {name: value for name, value in kept.policy.items() if name in defaults}
+        return RecoveryPolicy.model_validate({**defaults, **known}), kept
+    return RecoveryPolicy.model_validate(get_settings().recovery.model_dump()), None
+
+
+async def keep_policy(session: AsyncSession, policy: RecoveryPolicy, by: str) -> KeptPolicy:
+    """Have this policy in force from now on; what was settled under the one before is thought about anew."""
+    kept = await session.merge(KeptPolicy(id=ONLY, policy=policy.model_dump(), changed_by=by, changed_at=now()))
+    await _think_anew(session)
+    return kept
+
+
+async def forget_policy(session: AsyncSession) -> None:
+    """Go by the settings again."""
+    await session.execute(delete(KeptPolicy))
+    await _think_anew(session)
+
+
+async def past_of(session: AsyncSession, service_id: int, item: str, title: str, at: datetime) -> Past:
+    """What was done about a download, or one of its title, and about all of them within the hour."""
+    taken = Recovery.decision.in_(ACTIONS) & (Recovery.dry_run.is_(False)) & (Recovery.outcome != "overtaken")
+    same = taken & (Recovery.service_id == service_id) & or_(Recovery.item == item, Recovery.title == title)
+    retries = await session.scalar(select(func.count()).where(same, Recovery.decision == "retry"))
+    last_at = await session.scalar(select(func.max(Recovery.at)).where(same))
+    last_hour = await session.scalar(select(func.count()).where(taken, Recovery.at > at - HOUR))
+    begun = await session.scalar(select(func.count()).where(same, Recovery.outcome == "begun"))
+    return Past(retries or 0, last_at, last_hour or 0, bool(begun))
+
+
+async def note(session: AsyncSession, recovery: Recovery) -> bool:
+    """Write down a decision, unless the last one about the same download was the same; whether it was written."""
+    if recovery.outcome != "begun":
+        last = await session.scalar(
+            select(Recovery)
+            .where(Recovery.service_id == recovery.service_id, Recovery.item == recovery.item)
+            .order_by(Recovery.id.desc())
+            .limit(1)
+        )
+        if last is not None and _same(last, recovery):
+            return False
+    session.add(recovery)
+    await session.flush()
+    return True
+
+
+async def unended(session: AsyncSession, at: datetime) -> Sequence[Recovery]:
+    """What was begun, and nobody knows what came of it: its worker has died, or the service has not answered."""
+    begun = select(Recovery).where(
+        Recovery.outcome == "begun", or_(Recovery.again_at.is_(None), Recovery.again_at <= at)
+    )
+    return (await session.scalars(begun.order_by(Recovery.id))).all()
+
+
+async def came_good(
+    session: AsyncSession, service_id: int, titles: Iterable[str], content: Iterable[str], at: datetime
+) -> int:
+    """What had failed and was acted upon has come after all: a download of this title, or what it was to be."""
+    wanted_titles, wanted = set(titles), {one for one in content if not one.startswith("series:")}
+    open_ones = await session.scalars(
+        select(Recovery).where(
+            Recovery.service_id == service_id,
+            Recovery.outcome.in_(["begun", "done"]),
+            Recovery.decision.in_(["retry", "replace", "mark_failed"]),
+            Recovery.recovered_at.is_(None),
+            Recovery.at < at + SECOND,  # services tell whole ones
+        )
+    )
+    good = [one for one in open_ones if one.title in wanted_titles or wanted & set(one.content)]
+    for one in good:
+        one.recovered_at = at
+    return len(good)
+
+
+async def numbers(session: AsyncSession, since: datetime) -> dict[str, int]:
+    """What was done since then, and what has come of it."""
+    done = (Recovery.outcome == "done") & (Recovery.ended_at > since)
+    counts = {
+        "retried": done & (Recovery.decision == "retry"),
+        "removed": done & (Recovery.decision.in_(["replace", "remove_folder"])),
+        "marked_failed": done & (Recovery.decision == "mark_failed"),
+        "searched": done & Recovery.searched,
+        "given_up": (Recovery.decision == "give_up") & (Recovery.at > since),
+        "failed": (Recovery.outcome == "failed") & (Recovery.ended_at > since),
+        "recovered": Recovery.recovered_at > since,
+    }
+    return {name: await session.scalar(select(func.count()).where(which)) or 0 for name, which in counts.items()}
+
+
+async def remove_old(database: Database) -> int:
+    """Forget old decisions."""
+    async with database.transaction() as session:
+        oldest = now() - timedelta(days=get_settings().media.history_days)
+        old = delete(Recovery).where(Recovery.at < oldest, Recovery.outcome != "begun")
+        return await delete_rows(session, old)
+
+
+def as_recovery(
+    decision: Decision, policy: RecoveryPolicy, *, acts: bool, at: datetime, job_id: str, **what: Any
+) -> Recovery:
+    """A decision as it is written down."""
+    is_action = decision.verdict in ACTIONS
+    return Recovery(
+        at=at,
+        decision=decision.verdict,
+        reason=decision.reason,
+        policy=policy.model_dump(exclude={"protected_tags", "leave_messages"}),
+        dry_run=not acts,
+        outcome=("begun" if acts else "dry_run") if is_action else "noted",
+        job_id=job_id,
+        **what,
+    )
+
+
+async def _think_anew(session: AsyncSession) -> None:
+    unsolved = FollowedDownload.state.in_(["failed", "blocked", "running"]) & FollowedDownload.ended_at.is_(None)
+    failed = FollowedDownload.state == "failed"
+    await session.execute(update(FollowedDownload).where(unsolved | failed).values(settled=False, decide_at=None))
+
+
+def _same(one: Recovery, other: Recovery) -> bool:
+    return (one.decision, one.reason, one.dry_run) == (other.decision, other.reason, other.dry_run)

@@ -1,0 +1,164 @@
+"""Calls of the tools that services have: checked against the tool's schema, run, and recorded, whoever asks for them.
+
+A call is in the table before it is made: if everything stops meanwhile, it is known that something may have happened.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from time import perf_counter
+from typing import Any, Literal, cast
+
+from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
+from sqlalchemy import BigInteger, Float, Index, Integer, String, Text, delete
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, Database, delete_rows, now
+from cluster.errors import Forbidden, ForgearrError, InvalidRequest, NotFound
+from cluster.logs import MASK, SECRET_NAME, only_hosts, redact
+from cluster.ownership import Owner
+from cluster.services import store as service_store
+from cluster.services.connector import Tool
+from cluster.services.selection import choose
+from cluster.services.store import Service
+from cluster.settings import get_settings
+from jobs.sweep import sweeper
+
+MAX_ARGUMENTS = 10_000
+"""Characters. Of longer arguments only the length is kept."""
+
+Outcome = Literal["running", "succeeded", "failed", "refused"]
+
+
+class UnknownTool(NotFound):
+    """The service has no such tool."""
+
+    code = "UNKNOWN_TOOL"
+
+
+class InvalidArguments(InvalidRequest):
+    """The tool does not take these arguments."""
+
+    code = "INVALID_TOOL_ARGUMENTS"
+
+
+class ToolCall(Base):
+    __tablename__ = "tool_calls"
+    __table_args__ = (Index("ix_tool_calls_service_id", "service", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    at: Mapped[datetime] = mapped_column(index=True)
+    called_by: Mapped[str] = mapped_column(String(200))
+    service: Mapped[str] = mapped_column(String(100))  # its name then: the record outlives it
+    tool: Mapped[str] = mapped_column(String(100))
+    arguments: Mapped[dict[str, Any]]  # without secrets
+    outcome: Mapped[Outcome] = mapped_column(String(10))
+    error_code: Mapped[str | None] = mapped_column(String(100))
+    error: Mapped[str | None] = mapped_column(Text)
+    execution_time_ms: Mapped[float | None] = mapped_column(Float)  # None: it was refused, or has not ended
+
+
+@dataclass(frozen=True)
+class Called:
+    result: Any
+    execution_time_ms: float
+
+
+async def service_with_tools(database: Database, word: str) -> Service:
+    """The enabled service of this type or name, if its type has tools."""
+    async with database.reading() as session:
+        return await choose(session, lambda connector: connector.tools or None, "has tools", word)
+
+
+async def call(database: Database, word: str, name: str, arguments: Mapping[str, Any], owner: Owner) -> Called:
+    """Have a service do something, in somebody's name."""
+    service = await service_with_tools(database, word)
+    record = ToolCall(
+        at=now(),
+        called_by=owner.name,
+        service=service.name,
+        tool=name[:100],
+        arguments=_without_secrets(arguments),
+        outcome="running",
+    )
+    try:
+        tool = _find(service, name)
+        _check_rights(tool, owner)
+        wanted = _checked(tool, arguments)
+    except ForgearrError as error:
+        await _keep(database, record, "refused", error)
+        raise
+    async with database.transaction() as session:
+        session.add(record)
+    began = perf_counter()
+    try:
+        async with service_store.connected(database, service) as client:
+            result = to_jsonable_python(await tool.run(client, wanted))
+    except ForgearrError as error:
+        record.execution_time_ms = _milliseconds_since(began)
+        await _keep(database, record, "failed", error)
+        raise
+    took = record.execution_time_ms = _milliseconds_since(began)
+    await _keep(database, record, "succeeded")
+    return Called(result, took)
+
+
+@sweeper("tool_calls")
+async def remove_old_calls(database: Database) -> int:
+    """Forget calls that are older than `services.history_days`."""
+    async with database.transaction() as session:
+        oldest = now() - timedelta(days=get_settings().services.history_days)
+        return await delete_rows(session, delete(ToolCall).where(ToolCall.at < oldest))
+
+
+def _find(service: Service, name: str) -> Tool:
+    tools = {tool.name: tool for tool in service.connector.tools}
+    if name not in tools:
+        raise UnknownTool(f"{service.name} has no tool '{name[:100]}'. It has: {', '.join(tools)}.")
+    return tools[name]
+
+
+def _check_rights(tool: Tool, owner: Owner) -> None:
+    if tool.effect != "read" and not owner.is_admin:
+        raise Forbidden(f"Only an administrator may call '{tool.name}': it changes something.")
+
+
+def _checked(tool: Tool, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return tool.arguments.model_validate(dict(arguments))
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        details = {".".join(map(str, problem["loc"]))[:100]: problem["msg"] for problem in problems[:20]}
+        said = "; ".join(f"{field}: {reason}" for field, reason in details.items())
+        raise InvalidArguments(f"'{tool.name}' does not take these arguments: {said}.", details=details) from None
+
+
+async def _keep(database: Database, record: ToolCall, outcome: Outcome, error: ForgearrError | None = None) -> None:
+    record.outcome = outcome
+    if error:
+        record.error_code, record.error = error.code, error.message
+    async with database.transaction() as session:
+        await session.merge(record)
+
+
+def _without_secrets(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        length = len(json.dumps(arguments, allow_nan=False))
+    except (ValueError, RecursionError):
+        return {"omitted": "they cannot be kept"}
+    return {"omitted": f"{length} characters"} if length > MAX_ARGUMENTS else _masked(dict(arguments))
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value).items()
+        return {name: MASK if SECRET_NAME.search(name) else _masked(inner) for name, inner in fields}
+    if isinstance(value, list):
+        return [_masked(inner) for inner in cast(list[Any], value)]
+    return only_hosts(redact(value)) if isinstance(value, str) else value
+
+
+def _milliseconds_since(began: float) -> float:
+    return round((perf_counter() - began) * 1000, 1)

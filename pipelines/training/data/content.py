@@ -1,0 +1,35 @@
+"""The content of a dataset, and how it is written."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.training.data.parsing import EmptyData, line_of
+from pipelines.training.data.samples import Pair, Sample
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file of lines that are known to be samples, each written in the one way."""
+
+    path: Path
+    kind: str
+    digest: str
+    samples: int
+    bytes: int
+
+
+def write(samples: Iterable[Sample | Pair], path: Path, source: str) -> Content:
+    """Write samples, one by one, into a file that can become a dataset."""
+    digest, count, kind = hashlib.sha256(), 0, ""
+    with path.open("wb") as file:
+        for sample in samples:
+            line = line_of(sample)
+            digest.update(line)
+            file.write(line)
+            count += 1
+            kind = "chat" if isinstance(sample, Sample) else "preference"
+    if not count:
+        raise EmptyData(f"There is no sample in {source}.")
+    return Content(path, kind, digest.hexdigest(), count, path.stat().st_size)

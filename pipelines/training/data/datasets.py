@@ -1,0 +1,217 @@
+"""Datasets: what training reads, whatever it was made from. One is a file of samples that never changes.
+
+It is known by the hash of its lines: the same content under the same name of the same owner is the same dataset, and
+new content under that name is its next version. Made from prompts or documents, it stays as it is when they change.
+"""
+
+import asyncio
+import hashlib
+import logging
+import re
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Index, Select, String, Text, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster import storage
+from cluster.db import Base, Database, apart, now, one_at_a_time
+from cluster.db import Sequence as Counter
+from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
+from cluster.identity import User
+from cluster.ownership import LOCAL, Owner
+from jobs.states import FINISHED
+from jobs.tables import Job
+from pipelines.training.data.content import Content
+from pipelines.training.data.parsing import parse
+from pipelines.training.data.samples import Pair, Sample
+
+NAME = r"^[a-z0-9][a-z0-9._-]{0,99}$"
+"""Of a dataset that somebody uploads. The names of others have a slash in them."""
+NAME_MAX = 100
+VERSION = re.compile(r":v([1-9][0-9]{0,8})\Z")
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetNotFound(NotFound):
+    """There is no such dataset."""
+
+    code = "DATASET_NOT_FOUND"
+
+
+class DatasetInUse(Conflict):
+    """A job learns from this dataset."""
+
+    code = "DATASET_IN_USE"
+
+
+class DatasetDamaged(ForgearrError):
+    """The file of a dataset is gone, or is not what it was."""
+
+    code = "DATASET_DAMAGED"
+
+
+class Dataset(Base):
+    __tablename__ = "datasets"
+    __table_args__ = (Index("ix_datasets_name_version", "name", "version"),)
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    name: Mapped[str] = mapped_column(String(NAME_MAX))
+    version: Mapped[int]  # counts up within the owner and the name
+    kind: Mapped[str] = mapped_column(String(12))  # chat or preference
+    digest: Mapped[str] = mapped_column(String(64), index=True)  # SHA-256 of its lines
+    samples: Mapped[int]
+    bytes: Mapped[int] = mapped_column(Counter)
+    address: Mapped[str] = mapped_column(Text)  # in storage; datasets with the same content share it
+    source: Mapped[dict[str, Any]]  # what its first maker made it from
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+def get(dataset_id: str) -> Dataset:
+    return asyncio.run(apart(lambda database: _get(database, dataset_id)))
+
+
+def keep_for(owner_id: str | None, name: str, content: Content, source: dict[str, Any]) -> Dataset:
+    """The dataset of this name with this content, of the owner of a job."""
+    return asyncio.run(apart(lambda database: _keep_for(database, owner_id, name, content, source)))
+
+
+def load(dataset: Dataset) -> list[Sample] | list[Pair]:
+    """All its samples, if they are still what they were."""
+    with tempfile.TemporaryDirectory(prefix="forgearr-dataset-") as folder:
+        content = fetch(dataset, Path(folder)).read_bytes()
+    if hashlib.sha256(content).hexdigest() != dataset.digest:
+        raise DatasetDamaged(
+            f"{dataset.address}, the file of {_title(dataset)}, is not what it was: delete the dataset, make it anew."
+        )
+    return parse(content, _title(dataset))
+
+
+def fetch(dataset: Dataset, folder: Path) -> Path:
+    """Its file as one of this machine."""
+    try:
+        return storage.fetch(dataset.address, folder)
+    except FileNotFoundError as error:
+        raise DatasetDamaged(f"{dataset.address}, the file of {_title(dataset)}, is gone: make it anew.") from error
+
+
+def visible_to(owner: Owner) -> Select[Dataset]:
+    return select(Dataset) if owner.is_admin else select(Dataset).where(Dataset.owner_id == owner.id)
+
+
+async def find(session: AsyncSession, reference: str, owner: Owner = LOCAL) -> Dataset:
+    """A dataset by its id, or one's own by its name (the newest version) or NAME:v2."""
+    by_id = await session.get(Dataset, reference)
+    if by_id is not None and (owner.is_admin or by_id.owner_id == owner.id):
+        return by_id
+    version = VERSION.search(reference)
+    query = select(Dataset).where(Dataset.name == VERSION.sub("", reference), Dataset.owner_id == owner.id)
+    if version:
+        query = query.where(Dataset.version == int(version[1]))
+    found = await session.scalar(query.order_by(Dataset.version.desc()).limit(1))
+    if found is None:
+        raise DatasetNotFound(f"There is no dataset '{reference}'.")
+    return found
+
+
+async def keep(
+    database: Database, name: str, content: Content, source: dict[str, Any], owner: Owner = LOCAL
+) -> Dataset:
+    """The dataset of this name with this content: the one there is, or the next version."""
+    stored = f"datasets/{content.digest}.jsonl"
+    while True:
+        if not await asyncio.to_thread(storage.exists, storage.address(stored)):
+            await asyncio.to_thread(storage.save, content.path, stored)
+        async with database.transaction() as session:
+            await one_at_a_time(session, "datasets")
+            # Nobody removes it while this is open; but a moment ago somebody may have.
+            if await asyncio.to_thread(storage.exists, storage.address(stored)):
+                return await _keep_row(session, name, content, storage.address(stored), source, owner)
+
+
+async def delete(database: Database, dataset_id: str, owner: Owner = LOCAL) -> None:
+    """Delete a dataset, and its file when no other dataset has the same content."""
+    async with database.transaction() as session:
+        dataset = await session.get(Dataset, dataset_id)
+        if dataset is None or not (owner.is_admin or dataset.owner_id == owner.id):
+            raise DatasetNotFound(f"There is no dataset '{dataset_id}'.")
+        if job_id := await _learner(session, dataset):
+            raise DatasetInUse(f"{job_id} learns from {_title(dataset)}: wait for it, or cancel it.")
+        await session.delete(dataset)
+    async with database.transaction() as session:
+        await one_at_a_time(session, "datasets")
+        if await session.scalar(select(Dataset.id).where(Dataset.digest == dataset.digest).limit(1)) is None:
+            await asyncio.to_thread(storage.remove, dataset.address)
+
+
+async def _get(database: Database, dataset_id: str) -> Dataset:
+    async with database.reading() as session:
+        return await find(session, dataset_id)
+
+
+async def _keep_for(
+    database: Database, owner_id: str | None, name: str, content: Content, source: dict[str, Any]
+) -> Dataset:
+    async with database.reading() as session:
+        owner = await owner_with_id(session, owner_id)
+    return await keep(database, name, content, source, owner)
+
+
+async def _keep_row(
+    session: AsyncSession, name: str, content: Content, address: str, source: dict[str, Any], owner: Owner
+) -> Dataset:
+    own = (Dataset.name == name, Dataset.owner_id == owner.id)
+    known = await session.scalar(select(Dataset).where(*own, Dataset.digest == content.digest))
+    if known is not None:
+        return known
+    newest = await session.scalar(select(func.max(Dataset.version)).where(*own)) or 0
+    dataset = Dataset(
+        id=f"ds_{uuid4().hex}",
+        name=name,
+        version=newest + 1,
+        kind=content.kind,
+        digest=content.digest,
+        samples=content.samples,
+        bytes=content.bytes,
+        address=address,
+        source=source,
+        owner_id=owner.id,
+        created_by=owner.name,
+    )
+    session.add(dataset)
+    await session.flush()
+    return dataset
+
+
+async def _learner(session: AsyncSession, dataset: Dataset) -> str | None:
+    """A job that has not finished and needs this dataset."""
+    unfinished = select(Job).where(Job.kind.in_(["fine_tune", "forge"]), Job.state.not_in(FINISHED))
+    for job in await session.scalars(unfinished):
+        wanted = job.spec.get("data", {}).get("dataset")
+        held_out = (job.spec.get("validation") or {}).get("dataset")
+        state: dict[str, Any] = job.checkpoint if isinstance(job.checkpoint, dict) else {}
+        own = job.owner_id == dataset.owner_id
+        named = own and not {wanted, held_out}.isdisjoint({dataset.name, _title(dataset)})
+        if named or dataset.id in (wanted, held_out, state.get("dataset"), state.get("validation")):
+            return job.id
+    return None
+
+
+async def owner_with_id(session: AsyncSession, owner_id: str | None) -> Owner:
+    if owner_id is None:
+        return LOCAL
+    user = await session.get(User, owner_id)
+    if user is None:
+        raise Forbidden(f"The account '{owner_id}', in whose name this runs, does not exist.")
+    return Owner(id=user.id, name=user.username, is_admin=user.role == "admin")
+
+
+def _title(dataset: Dataset) -> str:
+    return f"{dataset.name}:v{dataset.version}"

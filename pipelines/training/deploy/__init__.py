@@ -1,0 +1,1 @@
+"""The kind `deploy`: serve a version of a model."""

@@ -1,0 +1,151 @@
+"""The kind `deploy`: a version becomes NAME:latest. And the way back.
+
+The order is the promise: a version is fetched, loaded by every engine and taken by Ollama before the alias moves. If
+any of that fails, what was served is served on; whoever asks meanwhile gets the old version or the new one, never none.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import Conflict, ForgearrError, Unavailable
+from cluster.settings import get_settings
+from jobs import outputs
+from jobs.context import Context
+from jobs.registry import job
+from pipelines.training.deploy import ollama_push
+from pipelines.training.deploy.ollama_push import OllamaRefused, OllamaUnavailable
+from pipelines.training.models import registry
+from pipelines.training.models.versions import Version
+from pipelines.training.spec import DeploySpec
+
+ENGINE, APPLICATION = "gguf", "forgearr"
+
+
+class NotPassed(Conflict):
+    """A version that has not passed its validation is deployed only when it is forced."""
+
+    code = "VERSION_NOT_PASSED"
+
+
+class EngineUnavailable(Unavailable):
+    """The engine that runs GGUF models does not answer."""
+
+    code = "ENGINE_UNAVAILABLE"
+
+
+class EngineRefused(ForgearrError):
+    """The engine that runs GGUF models could not load a version."""
+
+    code = "ENGINE_REFUSED"
+
+
+# One at a time, so that of two that are asked for, the later one is served in the end.
+@job("deploy", spec=DeploySpec, admin_only=True, tracked=True, concurrency=1)
+def deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
+    """Serves a version of a model as NAME:latest, and gives it to Ollama when one is configured."""
+    return asyncio.run(_deploy(context, spec))
+
+
+def refuse_what_did_not_pass(version: Version, force: bool) -> None:
+    if version.passed is not True and not force:
+        raise NotPassed(f"{version.reference} is not deployed: {_verdict(version)} Force it to serve it all the same.")
+
+
+async def roll_back(name: str) -> tuple[Version, int, str | None]:
+    """Serve at once what was served before.
+
+    Returns it, the number of the version it replaces, and what is left to do for a person. Ollama being away does not
+    keep a bad version in service here.
+    """
+    async with registry.connect() as models:
+        version, replaced = await models.roll_back(name)
+    url = get_settings().ollama.url
+    if url is None:
+        return version, replaced, None
+    try:
+        await asyncio.to_thread(ollama_push.serve, url, version)
+    except (OllamaUnavailable, OllamaRefused) as error:
+        return version, replaced, f"{error.message} There, {name}:latest is still another version."
+    return version, replaced, None
+
+
+async def _deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
+    async with registry.connect() as models:
+        if spec.export_job_id is not None:
+            version = await models.find_export(spec.export_job_id)
+        else:
+            version = await models.find(await asyncio.to_thread(_reference, spec, context.owner_id))
+        refuse_what_did_not_pass(version, spec.force)
+        if version.passed is not True:
+            context.log(f"{version.reference} is deployed by force: {_verdict(version)}", "WARNING")
+
+        context.report(progress=0, phase="fetching")
+
+        def follow(done: int, total: int) -> None:
+            context.report(progress=40 * done / max(total, 1))
+
+        path = await models.fetch(version, on_progress=follow)
+        context.report(progress=40, phase="loading")
+        await asyncio.to_thread(_load, context, version.reference)
+        pushed = await _push(context, version, path)
+        context.report(progress=95, phase="switching")
+        previous = await models.point(version.name, version.number)
+    return {
+        "name": version.name,
+        "model_name": f"{version.name}:latest",
+        "version": version.number,
+        "previous": previous,
+        "gguf_path": str(path),
+        "ollama": pushed,
+    }
+
+
+def _reference(spec: DeploySpec, owner_id: str | None) -> str:
+    if spec.export_job_id is None:
+        return f"{spec.name}:v{spec.version}"
+    exported = outputs.of(spec.export_job_id, "export", owner_id).result
+    return f"{exported['name']}:v{exported['version']}"
+
+
+def _verdict(version: Version) -> str:
+    if version.passed is None:
+        return "it was never validated."
+    return f"it did not pass its validation: {'; '.join(version.reasons) or 'its report says why'}."
+
+
+def _load(context: Context, reference: str) -> None:
+    """Have every replica of the engine load a version, beside what it already has."""
+    if not get_settings().engines.replicas:
+        context.log("No engine is configured (engines.replicas is 0), so none loads it.")
+        return
+    from ray import serve as ray_serve
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        engine: Any = ray_serve.get_deployment_handle(ENGINE, app_name=APPLICATION)
+        if not engine.is_initialized:
+            # Serve's throughput mode would tie it to the event loop of whoever comes first; jobs have none that lasts.
+            engine._init(_run_router_in_separate_loop=True)
+        engine.load.remote(reference).result()  # starts a replica, where none runs before it is asked
+        engine.broadcast("load", reference).results()
+    except RayTaskError as error:
+        if isinstance(error.cause, ForgearrError):
+            raise error.cause from error
+        raise EngineRefused(f"The engine could not load {reference}: {error.cause}") from error
+    except (KeyError, RayError, RayServeException) as error:
+        raise EngineUnavailable(
+            f"The engine that runs GGUF models does not answer ({type(error).__name__})."
+        ) from error
+
+
+async def _push(context: Context, version: Version, path: Path) -> dict[str, str] | None:
+    url = get_settings().ollama.url
+    if url is None:
+        return None
+    if version.is_adapter:
+        context.log(f"Ollama does not get {version.reference}: it is an adapter, and stands on a model here.")
+        return None
+    context.report(progress=60, phase="giving it to Ollama")
+    return await asyncio.to_thread(ollama_push.push, url, version, path)

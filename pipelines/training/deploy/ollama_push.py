@@ -1,0 +1,94 @@
+"""Gives a deployed version to an Ollama server, through its own client: as NAME:v3, and then as NAME:latest."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.errors import ForgearrError, Unavailable
+from cluster.settings import get_settings
+from pipelines.training.models.versions import Version
+
+CONNECT_SECONDS = 10
+SILENCE_SECONDS = 900  # while the server reads, checks and copies a file of many GB
+TURN_BEGINS, TURN_ENDS = "<|im_start|>", "<|im_end|>"
+
+
+class OllamaUnavailable(Unavailable):
+    """The Ollama server does not answer."""
+
+    code = "OLLAMA_UNAVAILABLE"
+
+
+class OllamaRefused(ForgearrError):
+    """The Ollama server refused a model."""
+
+    code = "OLLAMA_REFUSED"
+
+
+def push(url: str, version: Version, path: Path) -> dict[str, str]:
+    """Have the server make a model of this file, which it gets only when it does not have it. Told twice, it is one."""
+    import httpx
+    import ollama
+
+    digest = f"sha256:{version.files[0].sha256}"
+    timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+    with translated_errors(url), ollama.Client(host=url, timeout=timeout) as client:
+        # Its client can send a blob, but not ask for one.
+        if httpx.head(f"{url.rstrip('/')}/api/blobs/{digest}", timeout=CONNECT_SECONDS).is_error:
+            client.create_blob(path)
+        for _ in client.create(
+            model=version.reference, files={version.files[0].name: digest}, stream=True, **_description(path)
+        ):
+            pass  # each is a step of its work; one that fails raises
+    serve(url, version)
+    return {"url": url, "model": version.reference, "latest": f"{version.name}:latest", "digest": digest}
+
+
+def serve(url: str, version: Version) -> None:
+    """Let NAME:latest be a version that the server already has."""
+    import ollama
+
+    with translated_errors(url), ollama.Client(host=url, timeout=CONNECT_SECONDS) as client:
+        client.copy(version.reference, f"{version.name}:latest")
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """Template and parameters. Where we know no better, the server finds out itself what it can about a file."""
+    template, context = _facts(path)
+    parameters: dict[str, Any] = {"num_ctx": min(context or 2**31, get_settings().engines.context)}
+    if TURN_BEGINS not in template:
+        return {"parameters": parameters}
+    parameters["stop"] = [TURN_BEGINS, TURN_ENDS]
+    template = files("configs").joinpath("ollama/chatml.gotmpl").read_text().removesuffix("\n")
+    return {"template": template, "parameters": parameters}
+
+
+def _facts(path: Path) -> tuple[str, int | None]:
+    """The chat template in a GGUF file, and the longest context of its model."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+
+    def read(key: str) -> Any:
+        field = reader.get_field(key)
+        return field and field.contents()
+
+    context = read(f"{read('general.architecture')}.context_length")
+    return cast(str, read("tokenizer.chat_template") or ""), context and int(context)
+
+
+@contextmanager
+def translated_errors(url: str) -> Generator[None]:
+    import httpx
+    from ollama import ResponseError
+
+    try:
+        yield
+    except (ConnectionError, httpx.HTTPError) as error:
+        raise OllamaUnavailable(f"The Ollama server at {url} does not answer ({type(error).__name__}).") from error
+    except ResponseError as error:
+        if error.status_code >= 500 or error.status_code == 429:
+            raise OllamaUnavailable(f"The Ollama server at {url} failed: {error}.") from error
+        raise OllamaRefused(f"The Ollama server at {url} refused: {error.error}.") from error

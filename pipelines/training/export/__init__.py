@@ -1,0 +1,1 @@
+"""The kind `export`: a trained model as GGUF files."""

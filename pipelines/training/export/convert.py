@@ -1,0 +1,152 @@
+"""Steps of an export that need torch: an adapter merged into its base, and llama.cpp's converter. Run by steps.py.
+
+Both happen in one process, which imports torch and transformers once.
+"""
+
+import json
+import logging
+import runpy
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UnprocessableRequest
+from jobs.execution.isolated import Report
+
+MERGED = "merged"
+BYTE_LEVEL_REGEX = "gpt-2"
+
+
+class UnsupportedModel(UnprocessableRequest):
+    """llama.cpp cannot read a model of this kind."""
+
+    code = "UNSUPPORTED_MODEL"
+
+
+def convert(
+    model: str, base: str | None, file: str, outtype: str, adapter_file: str | None, work: str, report: Report
+) -> dict[str, Any]:
+    """Write a model as GGUF: `model` itself, or the base with the adapter that `model` is. Returns its precision."""
+    source = Path(model)
+    if base is not None:
+        report(0, "merging")
+        source = Path(work) / MERGED
+        merge(Path(base), Path(model), source)
+    if outtype == "auto":
+        outtype = "bf16" if _is_bfloat(source) else "f16"
+    report(0, "converting")
+    _recognize_byte_level()
+    _call("convert_hf_to_gguf", [str(source), "--outfile", file, "--outtype", outtype])
+    if base is not None:
+        if adapter_file is not None:
+            report(1, "converting the adapter")
+            plain = str(source) if _is_quantized(Path(base)) else base  # only its config is read
+            _call("convert_lora_to_gguf", [model, "--base", plain, "--outfile", adapter_file, "--outtype", "f16"])
+        shutil.rmtree(source)
+    return {"outtype": outtype}
+
+
+def merge_only(base: str, adapter: str, target: str, report: Report) -> None:
+    report(0, "merging")
+    merge(Path(base), Path(adapter), Path(target))
+
+
+def merge(base: Path, adapter: Path, target: Path) -> None:
+    """Write the base with the adapter's change added to it, in the precision of the base."""
+    from transformers import AutoTokenizer
+
+    load_merged(base, adapter).save_pretrained(target)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    vocabulary = base / "tokenizer.model"
+    if vocabulary.exists() and not (target / vocabulary.name).exists():
+        shutil.copy(vocabulary, target)  # transformers does not need it any more, but the converter does
+
+
+def load_merged(base: Path | str, adapter: Path | str) -> Any:
+    """A model that has learned, in memory. Also what was trained in 4 bits goes into the whole base."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_whole(base), str(adapter)).merge_and_unload(safe_merge=True)
+
+
+def load_whole(model: Path | str) -> Any:
+    """A model in memory. One that is kept in 4 or 8 bits is unpacked: llama.cpp's converter does not read those."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if getattr(loaded, "hf_quantizer", None) is None:
+        return loaded
+    whole: Any = loaded.dequantize()
+    whole._weight_conversions = None  # how it was unpacked when it was read: saving would undo that, and cannot
+    return whole
+
+
+def _is_quantized(model: Path) -> bool:
+    return "quantization_config" in json.loads((model / "config.json").read_text())
+
+
+def _is_bfloat(model: Path) -> bool:
+    config = json.loads((model / "config.json").read_text())
+    return "bfloat16" in {config.get("dtype"), config.get("torch_dtype")}
+
+
+def _call(script: str, arguments: list[str]) -> None:
+    """Run one of llama.cpp's scripts as if it had been started with these arguments."""
+    logging.basicConfig(level=logging.INFO)
+    complaints = _Complaints(logging.ERROR)
+    logging.getLogger().addHandler(complaints)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_module(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            reason = " ".join(complaints.texts) or f"it ended with {end.code}"
+            raise UnsupportedModel(f"llama.cpp's converter refuses the model: {reason}") from end
+
+
+class _Complaints(logging.Handler):
+    """Keeps what the scripts say before they exit."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _recognize_byte_level() -> None:
+    """llama.cpp knows tokenizers by a hash, and so none that somebody has made for a model of their own.
+
+    It then stops, since it cannot know how the tokenizer splits text into words. For a byte-level BPE that splits as
+    GPT-2 does, and only for that, the answer is known.
+    """
+    base = import_module("conversion.base")
+    recognize = base.TextModel.get_vocab_base_pre
+
+    def recognize_or_look(self: Any, tokenizer: Any) -> str:
+        try:
+            return recognize(self, tokenizer)
+        except NotImplementedError:
+            return _pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+    base.TextModel.get_vocab_base_pre = recognize_or_look
+
+
+def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
+    splits, normalizes = tokenizer["pre_tokenizer"] or {}, tokenizer["normalizer"]
+    if (
+        tokenizer["model"]["type"] == "BPE"
+        and splits.get("type") == "ByteLevel"
+        and splits.get("use_regex", True)
+        and not splits["add_prefix_space"]
+        and normalizes is None
+    ):
+        return BYTE_LEVEL_REGEX
+    raise UnsupportedModel(
+        "llama.cpp does not know this tokenizer, and it is no byte-level BPE that splits text as GPT-2 does (it has "
+        f"the pre-tokenizer {splits.get('type')} and the normalizer {(normalizes or {}).get('type')}), so its GGUF "
+        "would read text differently."
+    )

@@ -1,0 +1,138 @@
+"""Steps of an export that need llama.cpp: quantization, and the proof that a file works. Run by steps.py."""
+
+import ctypes
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ForgearrError
+from jobs.execution.isolated import Report
+
+FTYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "bf16": 32}
+"""llama.cpp's numbers (llama_ftype)."""
+PROOF = "Which of my shows are missing episodes?\n"
+WARNING, ERROR = 3, 4
+CONTEXT = 64
+
+
+class BrokenModelFile(ForgearrError):
+    """A GGUF file cannot be used."""
+
+    code = "MODEL_FILE_BROKEN"
+
+
+class QuantizationFailed(ForgearrError):
+    """llama.cpp could not quantize the model."""
+
+    code = "QUANTIZATION_FAILED"
+
+
+def finish(
+    source: str, files: list[dict[str, str]], adapter: str | None, threads: int, report: Report
+) -> list[dict[str, Any]]:
+    """Quantize `source` into each of these files that is not there as it is, and prove that all of them work.
+
+    Returns, for each, its SHA-256, the seconds it took and how many tensors had to be kept in another type; then the
+    same of the adapter. Hashing goes on beside the next file.
+    """
+    done: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(1) as beside:
+        hashes: list[Future[str]] = []
+        for number, file in enumerate(files):
+            path, quantization = file["path"], file["quantization"]
+
+            def tell(part: float, doing: str, number: int = number) -> None:
+                report((number + part) / len(files), doing)
+
+            started = time.monotonic()
+            fallbacks = 0 if path == source else _quantize(source, path, quantization, threads, tell)
+            hashes.append(beside.submit(_hash, path))
+            prove(path, threads, tell)
+            done.append({"seconds": time.monotonic() - started, "fallbacks": fallbacks})
+        if adapter is not None:
+            started = time.monotonic()
+            hashes.append(beside.submit(_hash, adapter))
+            prove(files[0]["path"], threads, report, adapter)
+            done.append({"seconds": time.monotonic() - started, "fallbacks": 0})
+        return [{**told, "sha256": digest.result()} for told, digest in zip(done, hashes, strict=True)]
+
+
+def prove(path: str, threads: int, report: Report, adapter: str | None = None) -> None:
+    """Load a file, with its vocabulary, and let it read a token. Raises BrokenModelFile."""
+    from llama_cpp import Llama
+
+    report(1, f"proving {Path(adapter or path).name}")
+    with _log() as lines:
+        try:
+            model = Llama(path, n_ctx=CONTEXT, n_threads=threads, n_gpu_layers=0, verbose=False, lora_path=adapter)
+        except (ValueError, RuntimeError) as error:
+            raise BrokenModelFile(f"llama.cpp cannot load {adapter or path}: {_errors(lines) or error}") from error
+        tokens = model.tokenize(PROOF.encode(), add_bos=False)
+        told = model.detokenize(tokens).decode()
+        if told.strip() != PROOF.strip():
+            raise BrokenModelFile(f"The vocabulary of {path} is wrong: it reads {PROOF!r} as {told!r}.")
+        try:
+            model.eval(tokens[:1])  # one is enough to pass through every layer
+        except RuntimeError as error:
+            raise BrokenModelFile(f"{path} cannot be run: {_errors(lines) or error}") from error
+        logits = model._ctx.get_logits_ith(-1)  # pyright: ignore[reportPrivateUsage]
+        if not all(math.isfinite(logits[token]) for token in range(model.n_vocab())):
+            raise BrokenModelFile(f"{adapter or path} answers with what are no numbers.")
+        model.close()
+
+
+def _quantize(source: str, path: str, quantization: str, threads: int, report: Report) -> int:
+    """Returns how many tensors it had to keep in another type than asked for."""
+    import llama_cpp
+
+    report(0, f"quantizing to {quantization}")
+    parameters: Any = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = FTYPES[quantization], threads
+
+    def follow(line: str) -> None:
+        if step := re.match(r"\[\s*(\d+)/\s*(\d+)\]", line):
+            report(int(step[1]) / int(step[2]), f"quantizing to {quantization}")
+
+    with _log(follow) as lines:
+        failed = llama_cpp.llama_model_quantize(source.encode(), path.encode(), parameters)
+    if failed:
+        raise QuantizationFailed(f"llama.cpp could not quantize to {quantization}: {_errors(lines)}")
+    return sum("falling back to" in line for _, line in lines)
+
+
+def _hash(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _log(follow: Callable[[str], None] = lambda _: None) -> Generator[list[tuple[int, str]]]:
+    """What llama.cpp says meanwhile: pairs of severity and text."""
+    import llama_cpp
+
+    lines: list[tuple[int, str]] = []
+
+    @llama_cpp.llama_log_callback
+    def hear(level: int, text: bytes, _: Any) -> None:
+        line = text.decode(errors="replace")
+        lines.append((level, line.strip()))
+        follow(line)
+
+    _heard.append(hear)
+    llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
+    yield lines
+
+
+_heard: list[Any] = []
+"""llama.cpp may call what it was once given for as long as the process lives, so that must live as long."""
+
+
+def _errors(lines: list[tuple[int, str]]) -> str:
+    """The first thing that went wrong, which the later ones follow from."""
+    return " ".join([line for level, line in lines if level == ERROR][:2])

@@ -1,0 +1,264 @@
+"""The kind `fine_tune`: the recipe as a durable job, in one process or in many, with Ray Train.
+
+Its checkpoint on the row is small: which data it trains on, the place it has reached, and where in storage the trainer
+put its own checkpoints. Those hold weights, optimizer, schedule, the place in the data and the random state.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import storage
+from cluster.db import now
+from cluster.errors import ForgearrError
+from cluster.runtime.processes import stand_back
+from cluster.settings import home
+from jobs import outputs
+from jobs.context import Context, Stop
+from jobs.execution import workspace
+from jobs.registry import Resources, job
+from pipelines.training.data import datasets, resolution
+from pipelines.training.data.datasets import Dataset
+from pipelines.training.fine_tune import step_metrics
+from pipelines.training.models import base_models
+from pipelines.training.spec import FineTuneSpec
+
+MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+TRAINERS_OWN = {"trainer_state.json"}
+"""What is in a checkpoint and no part of the model, beside files of other sorts: optimizer, schedule, random state."""
+
+if TYPE_CHECKING:
+    from pipelines.training.fine_tune.recipe import Outcome
+
+
+def _resources(spec: FineTuneSpec) -> Resources:
+    return Resources(cpus=spec.cpus_per_worker, gpus=spec.gpus_per_worker, labels=spec.labels, workers=spec.workers)
+
+
+@job("fine_tune", spec=FineTuneSpec, resources=_resources, admin_only=resolution.needs_admin, tracked=True)
+def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
+    """Fine-tunes a language model on prompts, a dataset or documents."""
+    state: dict[str, Any] = dict(context.checkpoint_state or {})
+    if "result" not in state:
+        state["result"] = _train_from(context, spec, state)
+        context.checkpoint(state)  # safe, before what it was made from is removed
+    storage.remove(storage.address(f"jobs/{context.job_id}/checkpoints"))
+    return state["result"]
+
+
+def _train_from(context: Context, spec: FineTuneSpec, state: dict[str, Any]) -> dict[str, Any]:
+    """Train, beginning or going on at this state. Data and base stay what they were at the beginning."""
+    from pipelines.training.fine_tune.batch_size import StartSmaller
+
+    if "dataset" not in state:
+        context.report(progress=0, phase="gathering the data")
+        state["dataset"] = resolution.resolve(spec.data, context.owner_id).id
+        if spec.validation:
+            state["validation"] = resolution.resolve(spec.validation, context.owner_id).id
+        state["base_model"] = base_models.pinned(spec.base_model)
+        context.checkpoint(state)
+    dataset = datasets.get(state["dataset"])
+    context.input(dataset.name, dataset.digest, dataset.address, samples=dataset.samples)
+    while True:
+        try:
+            return _on_ray_train(context, spec, partial(_train, context, spec, dataset, state))
+        except StartSmaller as smaller:
+            context.log(smaller.message, "WARNING")
+            state = dict(outputs.own_row(context.job_id).checkpoint or {})  # its processes have saved the smaller place
+
+
+def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any]) -> Any:
+    """Run this in as many processes as the spec says. With one, it is this one: it has the job's CPUs and GPUs."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    alone = spec.workers == 1
+    scaling = ScalingConfig(
+        num_workers=0 if alone else spec.workers,
+        use_gpu=spec.gpus_per_worker > 0,
+        resources_per_worker={"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker},
+        label_selector=spec.labels or None,
+    )
+    # Nothing is kept there: checkpoints go to storage, under the guard of the job's lease.
+    run = RunConfig(
+        name=context.job_id,
+        storage_path=str(home() / "cache" / "ray-train"),
+        failure_config=FailureConfig(max_failures=0),
+    )
+    try:
+        return TorchTrainer(work, scaling_config=scaling, run_config=run).fit().return_value
+    except TrainingFailedError as failure:
+        if context.stop_reason is not None:
+            raise Stop(context.stop_reason) from failure
+        raise _cause(failure) from failure
+
+
+def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[str, Any]) -> dict[str, Any]:
+    """What each process does. The result is that of the first one; the others make the same model, and drop it."""
+    if spec.workers > 1:
+        stand_back()  # as the threads of jobs do
+    from pipelines.training.fine_tune.unsloth_model import prefer_unsloth
+
+    prefer_unsloth(spec)
+    from pipelines.training.fine_tune import recipe
+    from pipelines.training.fine_tune.batch_size import StartSmaller
+
+    with workspace.folder(context.job_id) as folder:
+        watcher = JobWatcher(context, state, folder, spec.keep_epochs)
+        try:
+            outcome = recipe.train(
+                spec,
+                datasets.load(dataset),
+                base=base_models.folder(state["base_model"]),
+                work=folder,
+                watcher=watcher,
+                validation=datasets.load(datasets.get(state["validation"])) if "validation" in state else None,
+                checkpoint=watcher.newest(),
+                place=state.get("place"),
+            )
+            if not watcher.is_first:
+                return {}
+            context.checkpoint(state)  # nobody else may have gone on with this job meanwhile
+            return _publish(context, spec, dataset, state["base_model"], outcome, folder)
+        except StartSmaller as smaller:
+            context.checkpoint({**state, "place": {**state.get("place", {}), **smaller.place}})
+            raise
+        except Exception as error:
+            if workspace.is_full(error, folder):
+                raise workspace.filled(folder, _size(folder), "Saving the training") from error
+            raise
+
+
+def _publish(
+    context: Context, spec: FineTuneSpec, dataset: Dataset, base_model: str, outcome: "Outcome", folder: Path
+) -> dict[str, Any]:
+    """Keep the model in storage, and show in MLflow what one wants to see of it."""
+    from pipelines.training.fine_tune import plots
+
+    address = storage.save(outcome.model, f"jobs/{context.job_id}/model")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (outcome.model / name).exists():
+            context.artifact(outcome.model / name)
+    context.artifact(plots.loss_curve(outcome.history, folder / "loss.png"))
+    context.artifact(plots.environment(folder / "environment.json"))
+    results_file = step_metrics.keep(outcome.history, folder / "step_metrics.csv", outputs.own_row(context.job_id))
+    told = dataclasses.asdict(outcome)
+    counts = {name: told.pop(name) for name in ("train", "held_out", "truncated", "skipped")}
+    for name in ("model", "history"):
+        told.pop(name)
+    return {
+        "name": spec.full_name,
+        "base_model": base_model,
+        "method": spec.method,
+        "tuning": spec.tuning,
+        "model": address,
+        "result_files": [results_file],
+        "dataset": {"id": dataset.id, "digest": dataset.digest, "samples": dataset.samples, **counts},
+        **told,
+    }
+
+
+class JobWatcher:
+    """Tells the job how its training goes, and keeps its checkpoints. Only the first process tells."""
+
+    def __init__(self, context: Context, state: dict[str, Any], folder: Path, keep_epochs: int = 0) -> None:
+        from ray import train
+
+        self._context = context
+        self._state = state
+        self._folder = folder
+        self._keep_epochs = keep_epochs
+        self._stale: set[str] = set()  # folders of epochs that nobody will name any more
+        self._rank = train.get_context().get_world_rank()
+        self._processes = train.get_context().get_world_size()
+        self.is_first = self._rank == 0
+
+    def phase(self, name: str) -> None:
+        if self.is_first:
+            self._context.report(phase=name)
+
+    def say(self, message: str) -> None:
+        if self.is_first:
+            self._context.log(message, "WARNING")
+
+    def step(self, progress: float, values: Mapping[str, float]) -> None:
+        self._context.report(progress=progress, phase="training", **values)
+
+    def should_stop(self) -> bool:
+        return self.is_first and self._context.should_stop()
+
+    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None:
+        """The first process keeps all of it; the others add their random state. Then it counts."""
+        step = str(place["step"])
+        name = f"jobs/{self._context.job_id}/checkpoints/{self._context.attempt}-{step}"
+        if self.is_first:
+            storage.save(checkpoint, name)
+        self._meet()
+        if not self.is_first:
+            random_state = f"rng_state_{self._rank}.pth"
+            storage.save(checkpoint / random_state, f"{name}/{random_state}")
+        self._meet()
+        before: dict[str, str] = self._state.get("checkpoints", {})
+        wanted = {step, str(place.get("best_step"))}
+        kept = {number: address for number, address in before.items() if number in wanted}
+        kept[step] = storage.address(name)
+        self._state |= {"place": dict(place), "checkpoints": kept}
+        if self.is_first:
+            self._record(self._stale | set(before.values()) - set(kept.values()))
+            self._stale = set()
+        self._meet()
+
+    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None:
+        step = int(numbers["step"])
+        name = f"jobs/{self._context.job_id}/epochs/{step}"
+        if self.is_first:
+            for file in sorted(checkpoint.iterdir()):
+                if file.suffix in MODEL_FILES and file.name not in TRAINERS_OWN:
+                    storage.save(file, f"{name}/{file.name}")
+            self._context.log(f"Checkpoint created at step {step}")
+        kept = {"address": storage.address(name), "created_at": now().isoformat(), **numbers, "step": step}
+        before: list[dict[str, Any]] = [one for one in self._state.get("epochs", []) if one["step"] != step]
+        self._state["epochs"] = [*before, kept][-self._keep_epochs :]
+        self._stale |= {one["address"] for one in before} - {one["address"] for one in self._state["epochs"]}
+
+    def kept(self, step: int) -> Path:
+        return storage.fetch(self._state["checkpoints"][str(step)], self._folder)
+
+    def newest(self) -> Path | None:
+        step = self._state.get("place", {}).get("step")
+        return None if step is None else self.kept(step)
+
+    def _record(self, stale: set[str]) -> None:
+        try:
+            self._context.checkpoint(self._state)
+        except Stop as stop:
+            if stop.reason == "pause":  # it is saved; for any other reason, the row still names those before
+                _remove(stale)
+            raise
+        _remove(stale)
+
+    def _meet(self) -> None:
+        if self._processes > 1:
+            from torch import distributed
+
+            distributed.barrier()
+
+
+def _remove(addresses: Iterable[str]) -> None:
+    for address in addresses:
+        storage.remove(address)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _cause(failure: Exception) -> Exception:
+    """What really went wrong in a process of the training, if one of them said it."""
+    errors = [error for error in getattr(failure, "worker_failures", {}).values() if isinstance(error, Exception)]
+    originals = [getattr(error, "_base_exc", error) for error in errors]
+    # When one process fails, others may complain of its absence.
+    said = [error for error in originals if isinstance(error, ForgearrError)] or originals
+    return said[0] if said and isinstance(said[0], Exception) else failure

@@ -1,0 +1,153 @@
+"""Samples as the rows that a trainer reads: held out or not, in tokens, and none longer than the model can read."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from cluster.errors import UnprocessableRequest
+from pipelines.training.data.parsing import WrongKindOfData
+from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.fine_tune.tokenize import IGNORED, UnusableTokenizer, encode, render
+
+HELD_OUT = "held_out.jsonl"
+"""File beside a model that was trained, with the samples that its training has held out."""
+NO_LIMIT = 1_000_000
+"""Tokenizers without a limit of their own name a number beyond this."""
+
+Row = dict[str, Any]
+Numbered = tuple[int, Sample | Pair]
+
+
+class SampleTooLong(UnprocessableRequest):
+    """A sample is longer than the model's context."""
+
+    code = "SAMPLE_TOO_LONG"
+
+
+class LengthBeyondContext(UnprocessableRequest):
+    """max_length is more than the model can read at once."""
+
+    code = "LENGTH_BEYOND_CONTEXT"
+
+
+class NothingToTrain(UnprocessableRequest):
+    """No sample is left to train on."""
+
+    code = "NOTHING_TO_TRAIN"
+
+
+@dataclass
+class Rows:
+    rows: list[Row] = field(default_factory=list[Row])
+    tokens: int = 0
+    samples: int = 0  # which these rows are of
+    truncated: int = 0
+    skipped: int = 0
+
+
+def require_kind(samples: Sequence[Sample] | Sequence[Pair], method: Literal["supervised", "dpo"]) -> None:
+    if not samples:
+        return
+    is_pairs = any(isinstance(sample, Pair) for sample in samples)
+    if method == "dpo" and not is_pairs:
+        raise WrongKindOfData(
+            "method: dpo learns from preferences, and this data is conversations: give each line chosen and rejected, "
+            "or take method: supervised."
+        )
+    if method == "supervised" and is_pairs:
+        raise WrongKindOfData(
+            "method: supervised learns from conversations, and this data is preferences: take method: dpo, or data "
+            "without chosen and rejected."
+        )
+
+
+def context_of(base: str, tokenizer: Any) -> int:
+    """How many tokens the model can read at once."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base).get_text_config()
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), NO_LIMIT]
+    return min(limit for limit in limits if limit)
+
+
+def length_within(wanted: int | None, context: int) -> int:
+    """How long a sample may be: as long as was asked for, or as the model can read."""
+    if wanted is not None and wanted > context:
+        raise LengthBeyondContext(
+            f"max_length is {wanted}, and the model reads {context} tokens at once: take {context} or less."
+        )
+    return wanted or context
+
+
+def split(samples: Sequence[Sample] | Sequence[Pair], part: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
+    """Which samples are learned from and which are held out, the same each time. Each has its number, from 1."""
+    numbered: list[Numbered] = list(enumerate(samples, 1))
+    held_out = min(max(1, round(len(samples) * part)), len(samples) - 1) if part else 0
+    order = list(range(1, len(samples) + 1))
+    random.Random(seed).shuffle(order)  # noqa: S311 - the same split each time is the point
+    chosen = set(order[:held_out])
+    return [one for one in numbered if one[0] not in chosen], [one for one in numbered if one[0] in chosen]
+
+
+def prepare(
+    samples: Sequence[Numbered], tokenizer: Any, max_length: int, long_samples: Literal["refuse", "truncate", "skip"]
+) -> Rows:
+    done = Rows()
+    for number, sample in samples:
+        try:
+            rows = [_pair(tokenizer, sample)] if isinstance(sample, Pair) else _chat(tokenizer, sample)
+        except TemplateError as error:
+            raise UnusableTokenizer(
+                f"The chat template of {tokenizer.name_or_path} refuses sample {number}: {error}. Change the sample, "
+                "or take another base model."
+            ) from error
+        longest = max(row.pop("length") for row in rows)
+        if longest > max_length:
+            if long_samples == "refuse":
+                raise SampleTooLong(
+                    f"Sample {number} has {longest} tokens, and the model reads {max_length} at once. Shorten it, set "
+                    "another max_length, or choose long_samples: truncate or skip."
+                )
+            rows = [short for row in rows if (short := _shortened(row, tokenizer, max_length))]
+            if long_samples == "skip" or not rows:
+                done.skipped += 1
+                continue
+            done.truncated += 1
+        done.rows += rows
+        done.samples += 1
+        done.tokens += min(longest, max_length)
+    return done
+
+
+def _chat(tokenizer: Any, sample: Sample) -> list[Row]:
+    document = sample.model_dump(exclude_none=True)
+    return [
+        {"input_ids": one.input_ids, "labels": one.labels, "length": len(one.input_ids)}
+        for one in encode(tokenizer, document["messages"], document.get("tools"))
+    ]
+
+
+def _pair(tokenizer: Any, pair: Pair) -> Row:
+    """As text: the trainer turns it into tokens itself, and adds the first token of all when the tokenizer has one."""
+    document = pair.model_dump(exclude_none=True)
+    tools = document.get("tools")
+    prompt = render(tokenizer, document["messages"], tools, add_generation_prompt=True)
+    answers = {
+        name: render(tokenizer, document["messages"] + document[name], tools).removeprefix(prompt).rstrip()
+        for name in ("chosen", "rejected")
+    }
+    if tokenizer.bos_token and tokenizer("")["input_ids"]:
+        prompt = prompt.removeprefix(tokenizer.bos_token)
+    longest = max(len(tokenizer(prompt + answer)["input_ids"]) for answer in answers.values())
+    return {"prompt": prompt, **answers, "length": longest}
+
+
+def _shortened(row: Row, tokenizer: Any, max_length: int) -> Row | None:
+    """The beginning of it, if that holds anything to learn."""
+    if "prompt" in row:  # the trainer shortens the answers itself
+        return row if len(tokenizer(row["prompt"])["input_ids"]) < max_length else None
+    short = {name: values[:max_length] for name, values in row.items()}
+    return short if any(label != IGNORED for label in short["labels"][1:]) else None

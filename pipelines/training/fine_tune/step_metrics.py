@@ -1,0 +1,50 @@
+"""The numbers of a training, step by step, as a file for its owner: what OpenAI calls the results of a job."""
+
+import asyncio
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cluster.db import Database, apart
+from cluster.files import store as file_store
+from cluster.files.store import File
+from cluster.ownership import Owner
+from jobs.tables import Job
+
+COLUMNS = {
+    "train_loss": ("loss",),
+    "train_accuracy": ("mean_token_accuracy", "rewards/accuracies"),
+    "valid_loss": ("eval_loss",),
+    "valid_mean_token_accuracy": ("eval_mean_token_accuracy", "eval_rewards/accuracies"),
+}
+"""OpenAI's columns, and what the trainer logs for them; of preferences, how often the better one is preferred."""
+
+
+def keep(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> str:
+    """Make the file, which belongs to whom the job does; returns its id."""
+    write(history, path)
+    owner = Owner(id=job.owner_id, name=job.created_by)
+    with path.open("rb") as content:
+
+        async def save(database: Database) -> File:
+            return await file_store.keep(
+                database,
+                content,
+                filename="step_metrics.csv",
+                purpose="fine-tune-results",
+                owner=owner,
+                file_id=f"file-{job.id}",
+            )
+
+        return asyncio.run(apart(save)).id
+
+
+def write(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    steps: dict[int, dict[str, float]] = {}
+    for entry in history:
+        row = steps.setdefault(int(entry["step"]), {})
+        row |= {column: entry[name] for column, names in COLUMNS.items() for name in names if name in entry}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", *COLUMNS])
+        writer.writeheader()
+        writer.writerows({"step": step, **row} for step, row in sorted(steps.items()) if row)

@@ -1,0 +1,1 @@
+"""Models: base models, registered versions, their files."""

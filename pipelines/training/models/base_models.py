@@ -1,0 +1,154 @@
+"""Where the model is that a training starts from, whatever it is named by."""
+
+import asyncio
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.errors import NotFound
+from cluster.settings import home
+from jobs import outputs
+from jobs.execution import isolated
+from pipelines.training.models import registry, tiny
+from pipelines.training.models import versions as models_versions
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+class BaseModelNotFound(NotFound):
+    """There is no such base model."""
+
+    code = "BASE_MODEL_NOT_FOUND"
+
+
+def folder(reference: str) -> str:
+    """The folder on this machine, as transformers reads it; what is not here yet is fetched.
+
+    forgearr/tiny is built, NAME:v3 and NAME:latest are what that version was exported from, a path is a folder, and
+    anything else is a model of the Hugging Face hub.
+    """
+    if reference == tiny.NAME:
+        return str(tiny.folder())
+    if reference.startswith(("/", "~", ".")):
+        return _local(reference)
+    if ":" in reference:
+        return _registered(reference)
+    return _of_hub(reference)
+
+
+def pinned(reference: str) -> str:
+    """The same base under a name that stays with it: NAME:latest becomes NAME:v3. Others stay as they are."""
+    if reference.startswith(("/", "~", ".")) or ":" not in reference:
+        return reference
+    return asyncio.run(_find(reference)).reference
+
+
+def is_adapter(model: Path) -> bool:
+    return (model / "adapter_config.json").exists()
+
+
+def _local(reference: str) -> str:
+    place = Path(reference).expanduser()
+    missing = [] if (place / "config.json").exists() else ["config.json"]
+    if not any(file for pattern in WEIGHTS for file in place.glob(pattern)):
+        missing.append("*.safetensors")
+    if missing:
+        raise BaseModelNotFound(
+            f"There is no model in the folder {place}: it has no {' and no '.join(missing)}."
+            if place.is_dir()
+            else f"There is no base model '{reference}': {place} is no folder on this machine."
+        )
+    return str(place)
+
+
+def _registered(reference: str) -> str:
+    """The trained model that a version was exported from. An adapter is merged into its base, once."""
+    version = asyncio.run(_find(reference))
+    if not version.job_id:
+        raise BaseModelNotFound(
+            f"{reference} was made from GGUF files, which cannot be trained: name what they were made from."
+        )
+    made = outputs.of(version.job_id, "fine_tune", None).result
+    cache = home() / "cache" / "bases"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / version.job_id
+    if target.exists():
+        return str(target)
+    with tempfile.TemporaryDirectory(prefix=f"{version.job_id}.", dir=cache) as work:
+        model = fetch(made["model"], Path(work), reference)
+        if not is_adapter(model):
+            if not model.is_relative_to(work):
+                return str(model)
+            ready = model
+        else:
+            ready = Path(work) / "merged"
+            isolated.run(
+                "pipelines.training.export.convert:merge_only",
+                {"base": folder(made["base_model"]), "adapter": str(model), "target": str(ready)},
+                report=lambda part, doing: None,
+                should_stop=lambda: False,
+                threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
+            )
+        try:
+            ready.rename(target)
+        except OSError as error:
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # somebody else was quicker
+                raise
+    return str(target)
+
+
+def fetch(address: str, work: Path, name: str) -> Path:
+    """What a fine-tune has left in storage, on this machine."""
+    try:
+        return storage.fetch(address, work)
+    except FileNotFoundError as error:
+        raise BaseModelNotFound(f"What {name} has made is no longer in storage: {address} is gone.") from error
+
+
+async def _find(reference: str) -> models_versions.Version:
+    async with registry.connect() as models:
+        return await models.find(reference)
+
+
+def _of_hub(reference: str) -> str:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return _complete(snapshot_download(reference, allow_patterns=HUB_FILES), reference)
+    except HFValidationError as error:
+        raise BaseModelNotFound(
+            f"There is no base model '{reference}': it is neither forgearr/tiny, a folder (/path), a version "
+            "(NAME:v3), nor an id of the Hugging Face hub (owner/name)."
+        ) from error
+    except GatedRepoError as error:
+        raise BaseModelNotFound(
+            f"The model '{reference}' of the Hugging Face hub is open only to those who have accepted its terms: do "
+            "that there, and set HF_TOKEN where Forgearr runs."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BaseModelNotFound(
+            f"There is no base model '{reference}' on the Hugging Face hub (or it is private, and HF_TOKEN is not set)."
+        ) from error
+    except (OSError, httpx.HTTPError, HfHubHTTPError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise BaseModelNotFound(
+            f"The base model '{reference}' is not on this machine, and the Hugging Face hub could not be asked for it: "
+            f"{_first_line(error)}. Offline, name a local folder, a registered version or forgearr/tiny."
+        ) from error
+
+
+def _complete(place: str, reference: str) -> str:
+    if not any(file for pattern in WEIGHTS for file in Path(place).glob(pattern)):
+        raise BaseModelNotFound(f"The model '{reference}' of the Hugging Face hub has no weights as safetensors.")
+    return place
+
+
+def _first_line(error: Any) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")

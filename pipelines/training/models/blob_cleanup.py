@@ -1,0 +1,33 @@
+"""A part of the hourly sweep: what was sent for a model, and is used by none, goes after a day."""
+
+import logging
+from datetime import timedelta
+
+from sqlalchemy import select
+
+from cluster.db import Database, now
+from cluster.errors import Unavailable
+from jobs.sweep import sweeper
+from pipelines.training.models import blobs, registry
+from pipelines.training.models.blobs import Blob
+
+UNUSED_HOURS = 24
+
+log = logging.getLogger(__name__)
+
+
+@sweeper("blobs")
+async def sweep(database: Database) -> int:
+    """Remove blobs that nobody has touched for a day and no version uses; returns how many."""
+    before = now() - timedelta(hours=UNUSED_HOURS)
+    async with database.reading() as session:
+        old = set(await session.scalars(select(Blob.sha256).where(Blob.used_at < before)))
+    if not old:
+        return 0
+    try:
+        async with registry.connect() as models:
+            unused = old - await models.blobs()
+    except Unavailable as error:
+        log.warning("Blobs stay until a sweep can ask which models use them: %s", error.message)
+        return 0
+    return sum([await blobs.forget(database, sha256, before) for sha256 in unused])

@@ -1,0 +1,161 @@
+"""Files that a model can be made of, by their SHA-256: taken in as they come, and gone when nothing uses them.
+
+What uses one is a version in the registry, or the moment: whoever is about to make a version of it touches it first.
+"""
+
+import asyncio
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import String, delete, update
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster import storage
+from cluster.db import Base, Database, Sequence, delete_rows, now, one_at_a_time
+from cluster.errors import InvalidRequest, NotFound
+
+CHUNK_BYTES = 4 * 1024 * 1024
+
+OnBytes = Callable[[int], None]
+"""Hears how many bytes have passed so far."""
+
+
+class Blob(Base):
+    __tablename__ = "blobs"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    bytes: Mapped[int] = mapped_column(Sequence)
+    used_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class BlobNotFound(NotFound):
+    """There is no such blob."""
+
+    code = "BLOB_NOT_FOUND"
+
+
+class DigestMismatch(InvalidRequest):
+    """The content does not have the digest that was announced."""
+
+    code = "DIGEST_MISMATCH"
+
+
+class NoSpaceForBlob(InvalidRequest):
+    """There is no room in storage for this file."""
+
+    status = 413
+    code = "NO_SPACE"
+
+
+async def touch(database: Database, sha256: str) -> int:
+    """How many bytes a blob has, which nobody removes for the next while."""
+    async with database.transaction() as session:
+        query = update(Blob).where(Blob.sha256 == sha256).values(used_at=now()).returning(Blob.bytes)
+        size = await session.scalar(query)
+    if size is None:
+        raise BlobNotFound(f"There is no blob sha256:{sha256}: send it first, to /api/blobs/sha256:{sha256}.")
+    return size
+
+
+async def receive(database: Database, sha256: str, content: AsyncIterable[bytes]) -> None:
+    """Take a blob in as it comes. Of one that does not have this digest, or breaks off, nothing stays."""
+    digest, size = hashlib.sha256(), 0
+    file = await asyncio.to_thread(storage.NewFile, _name(sha256))
+    try:
+        async for piece in _pieces(content):
+            await asyncio.to_thread(_write, file, digest, piece)
+            size += len(piece)
+        if digest.hexdigest() != sha256:
+            raise DigestMismatch(f"The content has the digest sha256:{digest.hexdigest()}, not sha256:{sha256}.")
+        await asyncio.to_thread(file.keep)
+    except BaseException as error:
+        await asyncio.to_thread(file.discard)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NoSpaceForBlob from error
+        raise
+    await _remember(database, sha256, size)
+
+
+async def take(database: Database, path: Path, sha256: str, on_bytes: OnBytes = lambda _: None) -> None:
+    """The same of a file on this machine."""
+
+    async def content() -> AsyncIterator[bytes]:
+        passed = 0
+        with path.open("rb") as file:
+            while piece := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield piece
+                passed += len(piece)
+                on_bytes(passed)
+
+    await receive(database, sha256, content())
+
+
+def local(sha256: str, folder: Path) -> Path:
+    """A blob as a file of this machine, which is only to be read: itself when it is here, else a copy in `folder`."""
+    try:
+        return storage.fetch(storage.address(_name(sha256)), folder)
+    except FileNotFoundError as error:
+        raise BlobNotFound(f"The blob sha256:{sha256} is no longer in storage.") from error
+
+
+def copy(sha256: str, target: Path) -> str:
+    """Put a blob's content into a new file of this machine; returns its SHA-256."""
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+        source = local(sha256, Path(folder))
+        try:
+            os.link(source, target)  # costs nothing where both are on one disk
+        except OSError:
+            shutil.copyfile(source, target)
+    return hash_of(target)
+
+
+def hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+async def forget(database: Database, sha256: str, before: datetime) -> bool:
+    """Remove a blob that was not touched since; whether it was so."""
+    async with database.transaction() as session:
+        await one_at_a_time(session, "blobs")
+        if not await delete_rows(session, delete(Blob).where(Blob.sha256 == sha256, Blob.used_at < before)):
+            return False
+        # Before anybody can send it again.
+        await asyncio.to_thread(storage.remove, storage.address(_name(sha256)))
+    return True
+
+
+async def _pieces(content: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The same in pieces that are worth a thread's work."""
+    gathered = bytearray()
+    async for chunk in content:
+        gathered += chunk
+        if len(gathered) >= CHUNK_BYTES:
+            yield bytes(gathered)
+            gathered.clear()
+    yield bytes(gathered)
+
+
+def _write(file: storage.NewFile, digest: Any, piece: bytes) -> None:
+    digest.update(piece)
+    file.write(piece)
+
+
+async def _remember(database: Database, sha256: str, size: int) -> None:
+    async with database.transaction() as session:
+        await one_at_a_time(session, "blobs")
+        # Nobody removes it while this is open; but a moment ago, when it was an old one, somebody may have.
+        if not await asyncio.to_thread(storage.exists, storage.address(_name(sha256))):
+            raise BlobNotFound(f"The blob sha256:{sha256} was removed while it came anew: send it once more.")
+        await session.merge(Blob(sha256=sha256, bytes=size, used_at=now()))
+
+
+def _name(sha256: str) -> str:
+    return f"blobs/{sha256}"

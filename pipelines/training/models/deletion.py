@@ -1,0 +1,52 @@
+"""Deleting models by the names that clients know: an administrator any, others what their own jobs have made."""
+
+from sqlalchemy import select
+
+from cluster.db import get_database
+from cluster.errors import Forbidden
+from cluster.ownership import Owner
+from jobs.tables import Job
+from pipelines.training.models import registry, tiny
+from pipelines.training.models import versions as models_versions
+from pipelines.training.models.versions import ModelNotFound, Version
+
+
+class NotYours(Forbidden):
+    """Only an administrator may delete what others have made."""
+
+    code = "NOT_YOUR_MODEL"
+
+
+class ComesAlong(Forbidden):
+    """forgearr/tiny comes with Forgearr and stays."""
+
+    code = "MODEL_COMES_ALONG"
+
+
+async def remove(reference: str, owner: Owner) -> list[Version]:
+    """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest). Returns what is gone."""
+    if reference.removesuffix(":latest") == tiny.NAME:
+        raise ComesAlong
+    name, number = models_versions.parse(reference)
+    async with registry.connect() as models:
+        model = await models.model(name)
+        leaving = [version for version in model.versions if number in {None, version.number}]
+        if not leaving:
+            raise ModelNotFound(f"There is no model version {reference}.")
+        if not owner.is_admin:
+            await _refuse_what_is_anothers(leaving, owner)
+        if number is None:
+            await models.delete_model(name)
+        else:
+            await models.delete_version(name, number)
+    return leaving
+
+
+async def _refuse_what_is_anothers(leaving: list[Version], owner: Owner) -> None:
+    made_by = {version.job_id for version in leaving}
+    async with get_database().reading() as session:
+        own = set(await session.scalars(select(Job.id).where(Job.id.in_(made_by), Job.owner_id == owner.id)))
+    if own != made_by:
+        raise NotYours(
+            f"Only an administrator may delete {leaving[0].name}, because not all of it is the work of your own jobs."
+        )

@@ -1,0 +1,85 @@
+"""MLflow's model versions as our rows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from cluster.settings import get_settings
+from pipelines.training.models.versions import SERVED, File, Manner, Model, Version
+
+BLOBS = "forgearr:/blobs"
+"""Where MLflow is told that the files of a version are, when they lie in storage, by their SHA-256, and not with it."""
+LONGEST_HISTORY = 100
+
+
+def version_tags(files: Sequence[File], adapter: File | None, base_model: str) -> dict[str, str]:
+    return {
+        "files": json.dumps([asdict(file) for file in files]),
+        "adapter": json.dumps(asdict(adapter) if adapter else None),
+        "base_model": base_model,
+        "job_id": "",
+        "export_job_id": "",
+    }
+
+
+def defaults_as_tags(manner: Manner) -> dict[str, str]:
+    return {"manner": json.dumps(asdict(manner))} if manner != Manner() else {}
+
+
+def version_key(name: str, number: int) -> dict[str, str]:
+    return {"name": name, "version": str(number)}
+
+
+def version_description(base_model: str, job_id: str, export_job_id: str) -> str:
+    """What MLflow's pages show of a version, with the way back to its jobs."""
+    jobs = f"{get_settings().url}/api/v1/jobs"
+    made, exported = (f"[{job}]({jobs}/{job})" for job in (job_id, export_job_id))
+    return f"Made from `{base_model}` by {made}, exported by {exported}."
+
+
+def is_ours(row: dict[str, Any]) -> bool:
+    return any(tag["key"] == "forgearr.files" for tag in row.get("tags", []))
+
+
+def version_of_row(row: dict[str, Any]) -> Version:
+    facts = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
+    adapter = json.loads(facts["adapter"])
+    return Version(
+        name=row["name"],
+        number=int(row["version"]),
+        run_id=row.get("run_id", ""),
+        files=[File(**file) for file in json.loads(facts["files"])],
+        adapter=File(**adapter) if adapter else None,
+        base_model=facts["base_model"],
+        job_id=facts["job_id"],
+        export_job_id=facts["export_job_id"],
+        passed=json.loads(facts["passed"]) if "passed" in facts else None,
+        reasons=json.loads(facts.get("reasons", "[]")),
+        manner=Manner(**json.loads(facts.get("manner", "{}"))),
+        parent=facts.get("parent", ""),
+        comparison=json.loads(facts.get("comparison", "null")),
+        created_at=datetime.fromtimestamp(int(row["creation_timestamp"]) / 1000, UTC),
+    )
+
+
+def new_model(versions: list[Version], served: int | None) -> Model:
+    return Model(
+        name=versions[0].name,
+        served=next((version for version in versions if version.number == served), None),
+        versions=versions,
+    )
+
+
+def served_number(row: dict[str, Any]) -> int | None:
+    return next((int(alias["version"]) for alias in row.get("aliases", []) if alias["alias"] == SERVED), None)
+
+
+def served_history(row: dict[str, Any]) -> list[int]:
+    """The numbers that were served before the one that is, the last of them last."""
+    tags = {tag["key"]: tag["value"] for tag in row.get("tags", [])}
+    history: list[int] = json.loads(tags.get("forgearr.history", "[]"))
+    while history and history[-1] == served_number(row):
+        history.pop()
+    return history

@@ -1,0 +1,113 @@
+"""A registered model and its versions."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from cluster.errors import Conflict, NotFound, Unavailable
+
+SERVED = "served"
+REFERENCE = re.compile(r"([a-z0-9][a-z0-9._-]{0,99})(?::(?:latest|v([1-9]\d{0,8})))?")
+JOB_ID = re.compile(r"[\w-]+")
+
+
+class ModelNotFound(NotFound):
+    """There is no such model."""
+
+    code = "MODEL_NOT_FOUND"
+
+
+class NoEarlierVersion(Conflict):
+    """No other version was served before the one that is."""
+
+    code = "NO_EARLIER_VERSION"
+
+
+class VersionServed(Conflict):
+    """A version that is served cannot be deleted."""
+
+    code = "VERSION_SERVED"
+
+
+class VersionNeeded(Conflict):
+    """A version that adapters stand on cannot be deleted before them."""
+
+    code = "VERSION_NEEDED"
+
+
+class RegistryOff(Unavailable):
+    """Models are registered in MLflow, which is switched off: set mlflow.enabled to true and start Forgearr again."""
+
+    code = "MODEL_REGISTRY_OFF"
+    retryable = False
+
+
+@dataclass(frozen=True)
+class File:
+    name: str
+    quantization: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What a model brings along for requests that do not say it themselves."""
+
+    template: str = ""  # of conversations, in Jinja; empty: that of the file
+    system: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])  # named as Ollama's options
+    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # a conversation's beginning
+    license: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True)
+class Version:
+    name: str
+    number: int
+    run_id: str  # of MLflow, which holds the files; empty: they are blobs
+    files: list[File]  # the first one is served; none: the adapter is, on its base model
+    adapter: File | None  # the adapter alone, as a GGUF LoRA
+    base_model: str
+    job_id: str  # the fine_tune that made it; empty: it was made from files
+    export_job_id: str
+    passed: bool | None  # its validation; None before one
+    created_at: datetime
+    reasons: list[str] = field(default_factory=list[str])  # why it did not pass
+    manner: Manner = field(default_factory=Manner)
+    parent: str = ""  # the version that it has its files from
+    comparison: Mapping[str, Any] | None = None  # with what was served when it was made
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}:v{self.number}"
+
+    @property
+    def file(self) -> File:
+        """The one that is served."""
+        if self.files:
+            return self.files[0]
+        assert self.adapter is not None
+        return self.adapter
+
+    @property
+    def is_adapter(self) -> bool:
+        """It is served on its base model, a version or forgearr/tiny, which it shares with others."""
+        return not self.files
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    served: Version | None
+    versions: list[Version]  # newest first
+
+
+def parse(reference: str) -> tuple[str, int | None]:
+    """The name of a model, and the number of a version where one is named."""
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ModelNotFound(f"There is no model '{reference}'; versions are named NAME:latest or NAME:v3.")
+    return match[1], int(match[2]) if match[2] else None

@@ -1,0 +1,1 @@
+"""The kind `validate`: measure a version against its gates."""

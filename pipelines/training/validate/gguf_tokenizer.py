@@ -1,0 +1,97 @@
+"""What a GGUF file says about words, without its weights: its chat template, its tokens, and how many it reads at once.
+
+It stands in for a tokenizer of transformers wherever a conversation becomes text (tokens.py).
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from pipelines.training.export.quantize import BrokenModelFile
+
+VALUE_BYTES = 1024
+
+
+class GgufWords:
+    def __init__(self, path: str, template: str = "") -> None:
+        """`template`: instead of the file's own."""
+        import llama_cpp
+        from llama_cpp._logger import set_verbose
+
+        self._llama = llama_cpp
+        set_verbose(False)
+        llama_cpp.llama_backend_init()
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.vocab_only = True
+        model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+        if model is None:
+            raise BrokenModelFile(f"llama.cpp cannot load the vocabulary of {path}.")
+        self._model = model
+        self._vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
+        own: bytes | None = llama_cpp.llama_model_chat_template(model, None)
+        self.chat_template = template or (own or b"").decode()
+        self.name_or_path = path
+        self.bos_token = self._special(llama_cpp.llama_vocab_bos(self._vocabulary))
+        self.eos_token = self._special(llama_cpp.llama_vocab_eos(self._vocabulary))
+        self.context = int(self._fact(f"{self._fact('general.architecture')}.context_length"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._llama.llama_model_free(self._model)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """As the method of this name of a tokenizer: a conversation as text."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered: Any = render_jinja_template(
+            conversations=[list(conversation)],  # pyright: ignore[reportArgumentType]
+            tools=list(tools) if tools else None,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+        )
+        return rendered[0][0]
+
+    def tokenize(self, text: str) -> list[int]:
+        return tokenize(self._vocabulary, text)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        given = (self._llama.llama_token * len(tokens))(*tokens)
+        size = 16 * len(tokens) + 16
+        while True:
+            text = ctypes.create_string_buffer(size)
+            written = self._llama.llama_detokenize(self._vocabulary, given, len(tokens), text, size, False, False)  # pyright: ignore[reportArgumentType]
+            if written >= 0:
+                return text.raw[:written].decode(errors="replace")
+            size = -written
+
+    def _special(self, token: Any) -> str:
+        return self._llama.llama_vocab_get_text(self._vocabulary, token).decode() if token >= 0 else ""
+
+    def _fact(self, key: str) -> str:
+        value = ctypes.create_string_buffer(VALUE_BYTES)
+        found = self._llama.llama_model_meta_val_str(self._model, key.encode(), value, VALUE_BYTES)  # pyright: ignore[reportArgumentType]
+        if found < 0:
+            raise BrokenModelFile(f"{self.name_or_path} does not say its {key}.")
+        return value.value.decode()
+
+
+def tokenize(vocabulary: Any, text: str) -> list[int]:
+    """As a server does: special tokens count as such, and none is added."""
+    import llama_cpp
+
+    content = text.encode()
+    size = len(content) + 8
+    tokens = (llama_cpp.llama_token * size)()
+    count = llama_cpp.llama_tokenize(vocabulary, content, len(content), tokens, size, False, True)
+    return list(tokens[:count])

@@ -1,0 +1,69 @@
+"""The Ray Serve application: the gateway and its engines as deployments."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from cluster.settings import EngineSettings, Settings
+from serve.app import create_app
+from serve.engines.factory import GGUF, TRANSFORMERS
+
+MAX_ONGOING_REQUESTS = 10_000
+"""Per replica. A WebSocket or a followed stream is one for as long as it lasts."""
+SHUTDOWN_SECONDS = 5.0
+
+
+def build_application(settings: Settings) -> Any:
+    """The gateway, and the engines behind it, as an application for `ray.serve.run`."""
+    from ray import serve as ray_serve
+
+    from serve.gateway import Gateway
+
+    deployment = ray_serve.deployment(
+        name="gateway",
+        num_replicas=settings.serve.replicas,
+        **_deployed(MAX_ONGOING_REQUESTS),
+    )
+    # A function is called in each replica; an application would have to be pickled.
+    gateway: Any = deployment(ray_serve.ingress(create_app)(Gateway))
+    return gateway.bind(*_engines(settings.engines))
+
+
+def _engines(settings: EngineSettings) -> Iterator[Any]:
+    """They take no GPU for themselves, and so none away from training: what is free there, they use."""
+    from ray import serve as ray_serve
+
+    from serve.engines.gguf.replica import GgufReplica
+    from serve.engines.transformers.replica import TransformersReplica
+
+    deployment: Any = ray_serve.deployment
+    deployed = _deployed(MAX_ONGOING_REQUESTS)
+    if settings.replicas:
+        scale = _scale(settings, settings.least_replicas, settings.replicas)
+        yield deployment(name=GGUF, **scale, **deployed)(GgufReplica).bind()
+    if settings.transformers_replicas:
+        scale = _scale(settings, 0, settings.transformers_replicas)
+        yield deployment(name=TRANSFORMERS, **scale, **deployed)(TransformersReplica).bind()
+
+
+def _scale(settings: EngineSettings, least: int | None, most: int) -> dict[str, Any]:
+    if least is None or least >= most:
+        return {"num_replicas": most}
+    wanted = {
+        "min_replicas": least,
+        "max_replicas": most,
+        "target_ongoing_requests": settings.slots,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": settings.idle_seconds,
+        "downscale_to_zero_delay_s": settings.idle_seconds,
+    }
+    return {"autoscaling_config": wanted}
+
+
+def _deployed(requests: int) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": requests,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }

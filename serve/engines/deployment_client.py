@@ -1,0 +1,165 @@
+"""The engine as the gateway sees it: calls of a deployment on Ray Serve, and their errors in our own words."""
+
+import asyncio
+import sys
+import threading
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from cluster.errors import ForgearrError
+from cluster.settings import get_settings
+from serve.engines.model_header import Header
+from serve.engines.protocol import (
+    Chunk,
+    Embedded,
+    EngineFailed,
+    EngineLost,
+    EngineUnavailable,
+    Held,
+    Loading,
+    Ranked,
+    Request,
+    Source,
+)
+from serve.engines.read_ahead import read_ahead
+
+APPLICATION = "forgearr"
+ASK_SECONDS = 30
+
+_preparing = threading.Lock()
+"""Whoever asks for a handle in this process gets the same one, which is prepared once."""
+
+
+class RemoteEngine:
+    """Satisfies protocol.Engine."""
+
+    def __init__(self, deployment: str, setting: str, *, apart: bool = False) -> None:
+        """`setting` is the one of the section `engines` that says how many replicas there are.
+
+        Serve's throughput mode ties a handle to the event loop of whoever comes first, unless it is to be `apart`.
+        """
+        self._deployment = deployment
+        self._apart = apart
+        self._setting = setting
+        self._handle: Any = None
+
+    def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+        return read_ahead(self._chat(reference, request, source))
+
+    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
+        handle = (await self._find()).options(**self._routing(reference))
+        with _our_errors():
+            answer = handle.complete.remote(reference, request, source)
+            try:
+                return await answer
+            finally:
+                answer.cancel()
+
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
+        handle = (await self._find()).options(**self._routing(reference))
+        with _our_errors():
+            return await handle.embed.remote(reference, texts, source)
+
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+        handle = (await self._find()).options(**self._routing(reference))
+        with _our_errors():
+            return await handle.rank.remote(reference, query, documents, source)
+
+    async def describe(self, reference: str, source: Source = None) -> Header:
+        handle = (await self._find()).options(**self._routing(reference))
+        with _our_errors():
+            return await handle.describe.remote(reference, source)
+
+    async def load(self, reference: str, source: Source = None) -> str:
+        handle = (await self._find()).options(**self._routing(reference))
+        with _our_errors():
+            return await handle.load.remote(reference, source)
+
+    async def unload(self, reference: str, source: Source = None) -> bool:
+        return any(await self._ask_all("unload", reference))
+
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._ask_all("keep", reference, seconds, source)
+
+    async def loaded(self) -> list[Held]:
+        return [held for found in await self._ask_all("loaded") for held in found]
+
+    async def loading(self) -> list[Loading]:
+        return [model for found in await self._ask_all("loading") for model in found]
+
+    async def _chat(self, reference: str, request: Request, source: Source) -> AsyncGenerator[list[Chunk]]:
+        handle = (await self._find()).options(stream=True, **self._routing(reference))
+        with _our_errors():
+            answer = handle.chat.remote(reference, request, source)
+            try:
+                async for chunks in answer:
+                    yield chunks
+            finally:
+                answer.cancel()
+
+    async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Each replica holds models of its own. Where none runs, because nobody has asked yet, none is started."""
+        if not self._replicas:
+            return []
+        handle = await self._find()
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        with _our_errors(), suppress(DeploymentUnavailableError):
+            return await handle.broadcast(method, *arguments).results_async(timeout_s=ASK_SECONDS)
+        return []
+
+    async def _find(self) -> Any:
+        # A process that has not joined Ray must not do so by the way: Ray would start a cluster of its own for it.
+        ray: Any = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            raise EngineUnavailable("This process is not part of the cluster and cannot reach an engine.")
+        if not self._replicas:
+            raise EngineUnavailable(
+                f"No engine for this model runs: set engines.{self._setting} to 1 or more and start Forgearr again."
+            )
+        if self._handle is None:
+            self._handle = await asyncio.to_thread(_handle, self._deployment, self._apart)
+        return self._handle
+
+    def _routing(self, reference: str) -> dict[str, str]:
+        """Of several replicas, one that holds the model. For a single one, Serve's matching would only cost time."""
+        return {"multiplexed_model_id": reference} if self._replicas > 1 else {}
+
+    @property
+    def _replicas(self) -> int:
+        return getattr(get_settings().engines, self._setting)
+
+
+def _handle(deployment: str, apart: bool) -> Any:
+    from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        with _preparing:
+            handle: Any = ray_serve.get_deployment_handle(deployment, app_name=APPLICATION)
+            if apart and not handle.is_initialized:
+                handle._init(_run_router_in_separate_loop=True)
+    except (KeyError, RayError, RayServeException) as error:  # a KeyError while the application is being deployed
+        raise EngineUnavailable from error
+    return handle
+
+
+@contextmanager
+def _our_errors() -> Generator[None]:
+    """The one line of defence: what goes wrong in Ray, or in the engine, is one of our errors above."""
+    import ray.exceptions
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause: Any = error.cause
+        if isinstance(cause, ForgearrError):
+            raise cause from None
+        raise EngineFailed(f"The engine could not answer: {type(cause).__name__}.") from error
+    except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
+        raise EngineLost from error
+    except (RayServeException, TimeoutError) as error:
+        raise EngineUnavailable from error

@@ -1,0 +1,157 @@
+"""The engine for GGUF files: a deployment of Ray Serve, of which each replica holds models of its own.
+
+A request names its model to Serve's router too, which sends it to a replica that has that model in memory.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+
+from cluster import logs
+from cluster.errors import Unavailable
+from cluster.settings import EngineSettings, get_settings
+from pipelines.training.models import registry, tiny
+from pipelines.training.models.registry import OnProgress
+from pipelines.training.models.versions import Manner, Version
+from serve.engines.defaults import context_of
+from serve.engines.gguf import tiny as gguf_tiny
+from serve.engines.gguf.model import Files, LoadedModel
+from serve.engines.local.engine import LocalEngine, tell_router
+from serve.engines.local.pool import MB, Plan, Purpose
+from serve.engines.model_header import BATCH, Header, read_header
+from serve.engines.protocol import RequestRefused, Source
+
+log = logging.getLogger(__name__)
+
+MOST_ADAPTERS = 32
+"""To load with a model before anybody asks for them: the newest."""
+
+FindFile = Callable[[str, Source, OnProgress], Awaitable[Path]]
+"""Where the file of a model is, on this machine, when it is not in memory; it may have to come from elsewhere."""
+FindAdapters = Callable[[str, Version | None], Awaitable[Mapping[str, Path]]]
+"""The files of the adapters that stand on a model, by reference; this one among them, if it is one."""
+
+
+class GgufEngine(LocalEngine[LoadedModel]):
+    def __init__(
+        self,
+        settings: EngineSettings,
+        find_file: FindFile | None = None,
+        find_adapters: FindAdapters | None = None,
+        on_change: Callable[[list[str]], None] = lambda _: None,
+    ) -> None:
+        super().__init__(settings, GgufFiles(settings, find_file, find_adapters), on_change)
+
+    async def load(self, reference: str, source: Source = None) -> str:
+        if source is None and reference != tiny.NAME:
+            source = await _find(reference)
+            reference = source.reference
+        return await super().load(reference, source)
+
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await super().keep(_base(reference, source)[0], seconds)
+
+    def _use(
+        self, reference: str, source: Source, purpose: Purpose = "answers"
+    ) -> AbstractAsyncContextManager[LoadedModel]:
+        adapter = _adapter(source)
+        if adapter is None:
+            return super()._use(reference, source, purpose)
+        if purpose == "embeddings":
+            raise RequestRefused(f"{reference} is an adapter, which makes no embeddings; {adapter.base_model} may.")
+        prepare = partial(self._loader.prepare, reference, source, purpose)
+        return self._shelf.use(adapter.base_model, prepare, purpose, lambda model: reference in model.adapters)
+
+
+class GgufFiles:
+    """Satisfies local.Loader."""
+
+    def __init__(
+        self, settings: EngineSettings, find_file: FindFile | None = None, find_adapters: FindAdapters | None = None
+    ) -> None:
+        self._settings = settings
+        self._find_file = find_file or _find_file
+        self._find_adapters = find_adapters or _find_adapters
+        # Whoever brings the files himself may have no registry.
+        self._find_version = _find_base if find_file is None else _find_nothing
+
+    async def prepare(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Plan[LoadedModel]:
+        files = await self._files(reference, source, purpose, tell)
+        header = await asyncio.to_thread(read_header, files.model)
+        slots, context = self._settings.slots, min(files.context or self._settings.context, header.context)
+        batch = context if purpose == "embeddings" else BATCH
+        return Plan(
+            bytes=header.memory(context, slots, batch) + files.bytes_of_adapters,
+            parts=f"{header.file_bytes // MB} MB of weights, and {slots} slots of {context} tokens",
+            remedy="export the model with fewer bits",
+            context=context,
+            load=partial(LoadedModel, files, header, context, self._settings, purpose),
+        )
+
+    async def describe(self, reference: str, source: Source) -> Header:
+        path = await self._find_file(*_base(reference, source), lambda done, total: None)
+        return await asyncio.to_thread(read_header, path)
+
+    async def _files(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Files:
+        base, own = _base(reference, source)
+        adapter = _adapter(source)
+        version = await self._find_version(base) if adapter else own
+        path = await self._find_file(base, version, tell)
+        adapters = await self._find_adapters(base, adapter) if purpose == "answers" else {}
+        manner = version.manner if isinstance(version, Version) else Manner()
+        return Files(path, adapters, manner.template, context_of(manner))
+
+
+class GgufReplica(GgufEngine):
+    """The engine in a replica of its own, which tells Serve's router what it holds."""
+
+    def __init__(self) -> None:
+        logs.configure("gguf")
+        super().__init__(get_settings().engines, on_change=tell_router)
+
+
+async def _find_file(reference: str, source: Source, tell: OnProgress) -> Path:
+    if reference == tiny.NAME:
+        return await gguf_tiny.file()
+    async with registry.connect() as models:
+        version = source if isinstance(source, Version) else await models.find(reference)
+        return await models.fetch(version, on_progress=tell)
+
+
+async def _find_adapters(base: str, wanted: Version | None) -> Mapping[str, Path]:
+    if not get_settings().mlflow.enabled:
+        return {}
+    async with registry.connect() as models:
+        try:
+            adapters = await models.adapters_of(base)
+        except Unavailable as error:
+            log.warning("Adapters of %s are loaded when somebody asks for them: %s", base, error.message)
+            adapters = []
+        known = {adapter.reference: adapter for adapter in [*adapters[:MOST_ADAPTERS], *([wanted] if wanted else [])]}
+        return {reference: await models.fetch(adapter) for reference, adapter in known.items()}
+
+
+def _base(reference: str, source: Source) -> tuple[str, Source]:
+    """What has to be in memory for a model: itself, or what an adapter stands on."""
+    adapter = _adapter(source)
+    return (adapter.base_model, None) if adapter else (reference, source)
+
+
+def _adapter(source: Source) -> Version | None:
+    return source if isinstance(source, Version) and source.is_adapter else None
+
+
+async def _find_base(reference: str) -> Version | None:
+    return None if reference == tiny.NAME else await _find(reference)
+
+
+async def _find_nothing(reference: str) -> None:
+    return None
+
+
+async def _find(reference: str) -> Version:
+    async with registry.connect() as models:
+        return await models.find(reference)

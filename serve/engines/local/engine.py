@@ -1,0 +1,120 @@
+"""An engine that holds models in the memory of its own process, whatever runs them."""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
+from time import perf_counter
+from typing import Any, Generic, Protocol, TypeVar
+
+import psutil
+
+from cluster.settings import EngineSettings
+from pipelines.training.models.registry import OnProgress
+from pipelines.training.models.versions import Version
+from serve.engines.collect import whole_of
+from serve.engines.defaults import applied
+from serve.engines.local.pool import MB, Closable, Plan, Purpose, Shelf
+from serve.engines.model_header import Header
+from serve.engines.protocol import Chunk, Embedded, Held, Loading, Ranked, Request, Source
+
+
+class RunningModel(Closable, Protocol):
+    def answer(self, request: Request, reference: str) -> AsyncGenerator[list[Chunk], None]:
+        """What it says, or an adapter on it, as it says it. Closing it ends the work."""
+        ...
+
+    async def embed(self, texts: Sequence[str]) -> Embedded: ...
+
+    async def rank(self, query: str, documents: Sequence[str]) -> Ranked: ...
+
+
+Model = TypeVar("Model", bound=RunningModel)
+
+
+class Loader(Protocol[Model]):
+    """What an engine knows of the models that it can run."""
+
+    async def prepare(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Plan[Model]:
+        """Bring it onto this machine, telling how many bytes of how many have come, and see what it needs."""
+        ...
+
+    async def describe(self, reference: str, source: Source) -> Header: ...
+
+
+class LocalEngine(Generic[Model]):
+    """Satisfies protocol.Engine."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        loader: Loader[Model],
+        on_change: Callable[[list[str]], None] = lambda _: None,
+    ) -> None:
+        self._loader = loader
+        capacity = settings.memory_mb * MB if settings.memory_mb else psutil.virtual_memory().total // 2
+        self._shelf = Shelf[Model](capacity, settings, on_change)
+
+    async def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+        asked = perf_counter()
+        if isinstance(source, Version):
+            request = applied(request, source.manner)
+        async with self._use(reference, source) as model:
+            load_ms = (perf_counter() - asked) * 1000
+            async with aclosing(model.answer(request, reference)) as answer:
+                async for chunks in answer:
+                    if timings := chunks[-1].get("timings"):
+                        timings["load_ms"] = load_ms
+                    yield chunks
+
+    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
+        return await whole_of(self.chat(reference, request, source))
+
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
+        async with self._use(reference, source, "embeddings") as model:
+            return await model.embed(texts)
+
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+        async with self._use(reference, source, "embeddings") as model:
+            return await model.rank(query, documents)
+
+    async def describe(self, reference: str, source: Source = None) -> Header:
+        return await self._loader.describe(reference, source)
+
+    async def load(self, reference: str, source: Source = None) -> str:
+        async with self._use(reference, source):
+            return reference
+
+    async def unload(self, reference: str, source: Source = None) -> bool:
+        return await self._shelf.unload(reference)
+
+    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._shelf.keep(reference, seconds)
+
+    async def loaded(self) -> list[Held]:
+        return self.held
+
+    async def loading(self) -> list[Loading]:
+        return self._shelf.loading()
+
+    @property
+    def held(self) -> list[Held]:
+        return [
+            Held(entry.reference, entry.bytes, entry.context, entry.users, entry.leaves_at)
+            for entry in self._shelf.loaded()
+        ]
+
+    def _use(self, reference: str, source: Source, purpose: Purpose = "answers") -> AbstractAsyncContextManager[Model]:
+        return self._shelf.use(reference, partial(self._loader.prepare, reference, source, purpose), purpose)
+
+
+def tell_router(references: list[str]) -> None:
+    """Serve's own multiplexing does this for models that it unloads by their number; ours go by their size."""
+    from ray import serve as ray_serve
+    from ray.serve._private.common import RequestRoutingInfo
+    from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
+
+    replica: Any = ray_serve.get_replica_context().replica_id
+    client: Any = _get_global_client()
+    client.record_request_routing_info(
+        RequestRoutingInfo(replica_id=replica, multiplexed_model_ids=references)  # pyright: ignore[reportCallIssue]
+    )

@@ -1,0 +1,69 @@
+"""Load a model folder with transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+)
+
+from cluster.settings import EngineSettings
+from serve.engines.transformers.memory import BATCH, BLOCK, Files, blocks
+from serve.engines.transformers.sampling import Sampler
+
+
+def load_model(files: Files, settings: EngineSettings) -> Any:
+    cuda = torch.cuda.is_available() and settings.gpu_layers != 0
+    options: dict[str, Any] = {}
+    if settings.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=element(settings),
+        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        files.model, dtype=element(settings), device_map={"": 0} if cuda else None, **options
+    )
+    if files.adapter is not None:
+        adapted: Any = PeftModel.from_pretrained(loaded, str(files.adapter))
+        # What is kept in 4 bits would lose by a merger.
+        whole = getattr(loaded, "hf_quantizer", None) is None
+        loaded = adapted.merge_and_unload(safe_merge=True) if whole else adapted.get_base_model()
+    return loaded.eval()
+
+
+def element(settings: EngineSettings) -> torch.dtype:
+    """The numbers that are computed with."""
+    return torch.bfloat16 if torch.cuda.is_available() and settings.gpu_layers != 0 else torch.float32
+
+
+def start_batching(model: Any, sampler: Sampler, context: int, settings: EngineSettings) -> Any:
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(
+            block_size=BLOCK,
+            num_blocks=blocks(context, settings.slots),
+            max_batch_tokens=BATCH,
+            max_requests_per_batch=settings.slots,
+            # The sampler is Python, and looks at one step after the other.
+            use_async_batching=False,
+            use_cuda_graph=False,
+        ),
+    )
+    processors = manager.logit_processor
+    processors.logits_processor = LogitsProcessorList([sampler])  # pyright: ignore[reportArgumentType]
+    processors.tensors_required, processors.do_processing = 1, True
+    manager.warmup()
+    return manager
+
+
+def tokenizer_folder(files: Files) -> Path:
+    trained = files.adapter
+    return trained if trained is not None and (trained / "tokenizer_config.json").exists() else files.model

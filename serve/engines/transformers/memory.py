@@ -1,0 +1,122 @@
+"""What a folder of transformers' says of its model, and how much memory that needs: read without its weights."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.engines.model_header import Header, ModelUnreadable
+
+BATCH = 512
+"""Tokens that are read in one step."""
+BLOCK = 32
+"""Tokens by which the cache grows, and by which what two conversations begin with is shared."""
+FOUR_BITS = 0.57
+"""Bytes of a weight in NF4, with its scale."""
+SPARE_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Files:
+    """Folders on this machine."""
+
+    model: Path
+    adapter: Path | None  # for it
+
+
+@dataclass(frozen=True)
+class Weight:
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is among those that are kept in 4 bits: the matrices, but for what words go in and out by."""
+        return len(self.shape) == 2 and "embed" not in self.name and "lm_head" not in self.name
+
+
+@dataclass(frozen=True)
+class FolderHeader:
+    header: Header
+    weights: list[Weight]
+    attention: int  # how wide the keys of all heads are
+    is_quantized: bool  # as it lies there
+
+    def weight_bytes(self, element: int, in_4bit: bool) -> int:
+        if self.is_quantized:  # its tensors are no longer its weights
+            return self.header.file_bytes
+        size = {True: FOUR_BITS, False: element}
+        return int(sum(weight.count * size[in_4bit and weight.is_packed] for weight in self.weights))
+
+    def working_bytes(self, context: int, slots: int, element: int) -> int:
+        """The cache of all slots, the mask over it, and what one layer and the words need while a step is made."""
+        tokens = blocks(context, slots) * BLOCK
+        cache = self.header.layers * self.header.key_values * tokens
+        mask = BATCH * tokens
+        read = 2 * (self.header.key_values + self.attention) * tokens
+        scores = 4 * slots * self.header.vocabulary + 8 * BATCH * self.header.width
+        return element * (cache + mask + read + scores)
+
+
+def blocks(context: int, slots: int) -> int:
+    """Of the cache, so that each slot may hold so many tokens."""
+    return slots * (math.ceil(context / BLOCK) + SPARE_BLOCKS)
+
+
+def read_folder(model: Path, name: str) -> FolderHeader:
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(model)
+        weights = [weight for file in sorted(model.glob("*.safetensors")) for weight in _weights(file)]
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return FolderHeader(
+            header=Header(
+                architecture=config.model_type,
+                file_bytes=sum(file.stat().st_size for file in model.glob("*.safetensors")),
+                context=text.max_position_embeddings,
+                layers=text.num_hidden_layers,
+                width=text.hidden_size,
+                key_values=2 * (getattr(text, "num_key_value_heads", None) or heads) * head_width,
+                vocabulary=text.vocab_size,
+                parameters=sum(weight.count for weight in weights),
+                template=_template(model),
+                pools=False,
+                ranks=False,
+                gap=None,
+            ),
+            weights=weights,
+            attention=heads * head_width,
+            is_quantized=getattr(config, "quantization_config", None) is not None,
+        )
+    except (OSError, ValueError, KeyError, AttributeError, struct.error) as error:
+        raise ModelUnreadable(f"{name} is no model that transformers can read: {str(error).splitlines()[0]}") from error
+
+
+def adapter_bytes(adapter: Path) -> int:
+    return sum(4 * weight.count for file in adapter.glob("adapter_model.safetensors") for weight in _weights(file))
+
+
+def _weights(file: Path) -> Iterator[Weight]:
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        told: dict[str, Any] = json.loads(opened.read(length))
+    return (Weight(name, tuple(one["shape"])) for name, one in told.items() if name != "__metadata__")
+
+
+def _template(model: Path) -> str:
+    file = model / "chat_template.jinja"
+    if file.exists():
+        return file.read_text()
+    settings = model / "tokenizer_config.json"
+    found = json.loads(settings.read_text()).get("chat_template") if settings.exists() else None
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,1 @@
+"""The API of fine-tuning, validation and deployment."""

@@ -1,0 +1,64 @@
+"""Requests and responses of the forge's routes."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from cluster.errors import InvalidRequest
+from cluster.times import UtcTime
+from pipelines.training import progress
+from pipelines.training.spec import Data, FineTuneSpec, ModelName
+
+
+class NoData(InvalidRequest):
+    """Say what to train on: data with one of dataset, prompts (by ids, tags or category) or folder."""
+
+    code = "NO_TRAINING_DATA"
+
+
+def _require_data(schema: dict[str, Any]) -> None:
+    """It has a default only so that its absence can be answered in words of our own."""
+    schema["required"] = [*schema["required"], "data"]
+    del schema["properties"]["data"]["default"]
+
+
+class FineTuneRequest(FineTuneSpec):
+    model_config = ConfigDict(strict=True, json_schema_extra=_require_data)
+
+    name: ModelName = Field(alias="project_name")
+    pissa: bool = Field(default=False, alias="use_pissa")
+    data: Data | SkipJsonSchema[None] = Field(  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+        default=None, description="What to train on: exactly one of dataset, prompts and folder."
+    )
+
+
+class Submitted(BaseModel):
+    job_id: str
+    status: progress.Status
+    message: str
+
+
+class StatusView(progress.Progress):
+    job_id: str
+    error: str | None
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+class ValidationView(BaseModel):
+    job_id: str
+    passed: bool | None = Field(description="Null: not known yet, or the validation failed; see its job.")
+    metrics: dict[str, float | None]
+    report_path: str | None
+    reasons: list[str] = Field(description="Why it did not pass.")
+    validation_job_id: str
+
+
+class DeploymentView(BaseModel):
+    job_id: str
+    success: bool | None = Field(description="Null: not known yet.")
+    model_name: str | None
+    gguf_path: str | None
+    message: str | None = Field(description="Why it was not deployed.")
+    deployment_job_id: str

@@ -1,0 +1,1 @@
+"""The APIs of repositories, retraining, feedback and webhooks."""

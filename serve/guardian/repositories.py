@@ -1,0 +1,156 @@
+"""/api/v1/repos: repositories that are watched; and /v1/retrain/monitor, which looks at one."""
+
+import asyncio
+import shutil
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import func, select
+
+from cluster.db import get_database
+from cluster.times import UtcTime
+from pipelines.guardian import repositories, watch_repo
+from pipelines.guardian.git import locations
+from pipelines.guardian.git import repo as git_repo
+from pipelines.guardian.policy import Policy
+from pipelines.guardian.repositories import BranchName, Credentials, Repository, RepositoryRequest, Secret
+from pipelines.training.spec import ModelName
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import AdminCaller, owner_of
+
+router = APIRouter(prefix="/api/v1/repos", tags=["Guardian"], responses=ERROR_RESPONSES)
+
+RepositoryName = Annotated[str, Field(max_length=100, description="Its id or its name.")]
+FolderPath = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class RepositoryView(BaseModel):
+    """A repository as administrators see it. Its credentials and its secret are never shown."""
+
+    id: str = Field(examples=["repo_0f3e5d0b6c1f4f0f9b7d6a5e4c3b2a19"])
+    name: str
+    path: str | None
+    url: str | None
+    branch: str | None
+    model: str
+    training: dict[str, Any]
+    policy: Policy
+    auto_deploy: bool
+    enabled: bool
+    has_credentials: bool
+    has_webhook_secret: bool
+    seen_commit: str | None = Field(description="The newest commit at the last look.")
+    checked_at: UtcTime | None
+    check_error: str | None = Field(description="Why the last look saw nothing.")
+    trained_commit: str | None = Field(description="What was learned last.")
+    trained_at: UtcTime | None
+    trained_job_id: str | None
+    tried_commit: str | None = Field(description="What the last plan began with, whatever came of it.")
+    tried_job_id: str | None
+    created_by: str
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+class RepositoryChanges(BaseModel):
+    """What to change in a repository; what is not sent stays. A policy is sent whole."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: ModelName | SkipJsonSchema[None] = None
+    path: str | None = Field(default=None, max_length=1000)
+    url: str | None = Field(default=None, max_length=1000)
+    branch: BranchName | None = None
+    model: ModelName | SkipJsonSchema[None] = None
+    training: dict[str, Any] | SkipJsonSchema[None] = None
+    policy: Policy | SkipJsonSchema[None] = None
+    auto_deploy: bool | SkipJsonSchema[None] = None
+    enabled: bool | SkipJsonSchema[None] = None
+    credentials: Credentials | None = Field(default=None, description="Null: forget them.")
+    webhook_secret: Secret | None = Field(default=None, description="Null: forget it, and hear no more webhooks.")
+
+
+class Asked(BaseModel):
+    job_id: str = Field(description="The job that looks at the repository.")
+
+
+@router.post("", status_code=201)
+async def register_repository(wanted: RepositoryRequest, caller: AdminCaller) -> RepositoryView:
+    """Register a repository and look at it for the first time. From then on it is watched."""
+    if wanted.path is not None:
+        folder = await asyncio.to_thread(git_repo.checked_path, wanted.path, wanted.branch)
+        wanted = wanted.model_copy(update={"path": str(folder)})
+    async with get_database().transaction() as session:
+        repository = await repositories.create(session, wanted, owner_of(caller))
+        if repository.enabled:
+            await watch_repo.ask_to_watch(session, repository, owner_of(caller))
+        return _view(repository)
+
+
+@router.get("")
+async def list_repositories(
+    caller: AdminCaller,
+    paging: WantedPage,
+    path: Annotated[FolderPath | SkipJsonSchema[None], Query(description="Those in this folder.")] = None,
+) -> Page[RepositoryView]:
+    """Repositories by their names."""
+    wanted = select(Repository) if path is None else select(Repository).where(Repository.path == path)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        rows = await session.scalars(wanted.order_by(Repository.name).offset(paging.skip).limit(paging.limit))
+        return paging.page([_view(repository) for repository in rows], total)
+
+
+@router.get("/{repository}")
+async def show_repository(repository: RepositoryName, caller: AdminCaller) -> RepositoryView:
+    async with get_database().reading() as session:
+        return _view(await repositories.find(session, repository))
+
+
+@router.patch("/{repository}")
+async def change_repository(
+    repository: RepositoryName, changes: RepositoryChanges, caller: AdminCaller
+) -> RepositoryView:
+    """Change what is sent; the rest stays. With another url, the credentials of the old one are forgotten."""
+    wanted = changes.model_dump(exclude_unset=True)
+    async with get_database().reading() as session:
+        before = await repositories.find(session, repository)
+    after = repositories.changed(before, wanted)
+    if after.path is not None and (after.path, after.branch) != (before.path, before.branch):
+        wanted["path"] = str(await asyncio.to_thread(git_repo.checked_path, after.path, after.branch))
+    async with get_database().transaction() as session:
+        found = await repositories.find(session, before.id, lock=True)
+        await repositories.change(session, found, wanted)
+        return _view(found)
+
+
+@router.delete("/{repository}", status_code=204)
+async def delete_repository(repository: RepositoryName, caller: AdminCaller) -> None:
+    """Forget a repository, and what was fetched of it. Datasets and models made of it stay."""
+    async with get_database().transaction() as session:
+        found = await repositories.find(session, repository, lock=True)
+        await repositories.delete(session, found)
+    await asyncio.to_thread(shutil.rmtree, locations.mirror_of(found.id), ignore_errors=True)
+
+
+@router.post("/{repository}/check", status_code=202)
+async def check_repository(
+    repository: RepositoryName,
+    caller: AdminCaller,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+) -> Asked:
+    """Look at a repository now, and have it learned from if its policy says so."""
+    async with get_database().transaction() as session:
+        found = await repositories.find(session, repository)
+        job = await watch_repo.ask_to_watch(session, found, owner_of(caller), idempotency_key=idempotency_key)
+        return Asked(job_id=job.id)
+
+
+def _view(repository: Repository) -> RepositoryView:
+    told = {name: getattr(repository, name, None) for name in RepositoryView.model_fields}
+    told["has_credentials"] = repository.credentials is not None
+    told["has_webhook_secret"] = repository.webhook_secret is not None
+    return RepositoryView.model_validate(told)

@@ -1,0 +1,143 @@
+"""How an error looks on the wire: one renderer, three dialects.
+
+Everywhere: {"error", "error_code", "message", "detail", "details", "timestamp", "status"}, which holds the fields of
+every API that Forgearr unites. Under /v1, as OpenAI's clients want it: {"error": {"message", "type", "param", "code"}}.
+At Ollama's paths, whose clients show `error` to people, that is the sentence.
+"""
+
+import re
+from http import HTTPStatus
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+from starlette.types import Scope
+
+from cluster.db import now
+from cluster.errors import ForgearrError, RateLimitExceeded, UnprocessableRequest
+from cluster.times import UtcTime
+
+OPENAI_PREFIX = "/v1/"
+OLLAMA_PATHS = {
+    "/api/chat",
+    "/api/generate",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/tags",
+    "/api/show",
+    "/api/ps",
+    "/api/version",
+    "/api/create",
+    "/api/copy",
+    "/api/delete",
+    "/api/pull",
+    "/api/push",
+}
+OLLAMA_BLOBS = "/api/blobs/"
+OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+SECRET_FIELD = re.compile(r"password|secret|token|key|credential", re.IGNORECASE)
+REFERENCE = "#/components/schemas/{model}"
+STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
+
+
+class ErrorEnvelope(BaseModel):
+    error: str = Field(description="What went wrong, as a word.", examples=["not_found"])
+    error_code: str = Field(description="The same, more exactly.", examples=["JOB_NOT_FOUND"])
+    message: str = Field(description="What went wrong, as a sentence for people.")
+    detail: str = Field(description="The same sentence.")
+    details: dict[str, Any] = Field(description="What concerns single fields, by their names.")
+    timestamp: UtcTime
+    status: Literal["error"]
+
+
+class RateLimitEnvelope(ErrorEnvelope):
+    retry_after: int = Field(description="Seconds until the next request is allowed.")
+
+
+class OpenAIError(BaseModel):
+    message: str
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorEnvelope(BaseModel):
+    error: OpenAIError
+    detail: str
+
+
+class OpenAIRateLimitEnvelope(OpenAIErrorEnvelope):
+    retry_after: int
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _declared(envelope: type[BaseModel], rate_limited: type[BaseModel]) -> Responses:
+    """By reference: FastAPI would make a field of each model for each status of each route, which takes a second."""
+
+    def response(status: int) -> dict[str, Any]:
+        shown = rate_limited if status == HTTPStatus.TOO_MANY_REQUESTS else envelope
+        schema = {"$ref": REFERENCE.format(model=shown.__name__)}
+        return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+
+    return {status: response(status) for status in STATUSES}
+
+
+ERROR_RESPONSES = _declared(ErrorEnvelope, RateLimitEnvelope)
+"""What OpenAPI says about errors, for every route."""
+OPENAI_ERROR_RESPONSES = _declared(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
+"""The same for routers under /v1: `APIRouter(responses=OPENAI_ERROR_RESPONSES)`."""
+
+
+def error_response(error: ForgearrError, path: str) -> Response:
+    """The error, in the dialect that is spoken at this path."""
+    envelope = _openai_envelope(error) if path.startswith(OPENAI_PREFIX) else _envelope(error)
+    if path in OLLAMA_PATHS or path.startswith(OLLAMA_BLOBS):
+        envelope["error"] = error.message
+    headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, RateLimitExceeded):
+        envelope["retry_after"] = error.retry_after
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z)
+    return Response(body, error.status, headers, "application/json")
+
+
+def route_template(scope: Scope) -> str | None:
+    """The path of the route that was found, as it was declared, with the prefixes of the routers around it."""
+    route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
+    return getattr(route, "path", None)
+
+
+def _envelope(error: ForgearrError) -> dict[str, Any]:
+    return {
+        "error": error.error,
+        "error_code": error.code,
+        "message": error.message,
+        "detail": error.message,
+        "details": error.details,
+        "timestamp": now(),
+        "status": "error",
+    }
+
+
+def _openai_envelope(error: ForgearrError) -> dict[str, Any]:
+    fallback = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {
+        "error": {
+            "message": error.message,
+            "type": OPENAI_TYPES.get(error.status, fallback),
+            "param": next(iter(error.details), None) if isinstance(error, UnprocessableRequest) else None,
+            "code": error.code.lower(),
+        },
+        "detail": error.message,
+    }

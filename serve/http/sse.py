@@ -1,0 +1,23 @@
+"""Answers as OpenAI streams them: server-sent events, with an error among them if one comes too late for a status."""
+
+from collections.abc import AsyncIterator
+
+from fastapi.responses import StreamingResponse
+
+from serve.http.errors import Responses
+
+
+def described(kind: str) -> Responses:
+    """What OpenAPI says of such an answer."""
+    data = {"type": "string", "description": f"A {kind}, or [DONE]."}
+    item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {200: {"content": {"text/event-stream": {"itemSchema": item}}}}
+
+
+def streamed(events: AsyncIterator[bytes]) -> StreamingResponse:
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def event(data: bytes | memoryview) -> bytes:
+    return b"data: " + data + b"\n\n"

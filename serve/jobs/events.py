@@ -1,0 +1,147 @@
+"""/api/v1/jobs/{job_id}/events and /logs: what happened to a job, page by page or as it happens."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import select
+
+from cluster.db import get_database
+from cluster.times import UtcTime
+from jobs import journal, queue
+from jobs.states import FINISHED
+from jobs.tables import Job, JobEvent
+from serve.http.errors import ERROR_RESPONSES, Responses
+from serve.jobs.routes import JobId
+from serve.security.callers import Caller, CurrentCaller, is_still_welcome, owner_of
+
+router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
+
+LastEventId = Annotated[Annotated[str, Field(pattern=r"^\d{0,15}$")] | SkipJsonSchema[None], Header()]
+
+FOLLOW_SECONDS = 15.0
+"""How long a followed stream may be silent: then it looks into the database itself, and shows that it lives."""
+
+
+class EventView(BaseModel):
+    id: int
+    type: str
+    data: dict[str, Any]
+    created_at: UtcTime
+
+
+class EventPage(BaseModel):
+    items: list[EventView]
+    next_after: int | None = Field(description="Give it as `after` for the next page; null when there is none yet.")
+
+
+class LogLine(BaseModel):
+    id: int
+    timestamp: UtcTime
+    level: str
+    message: str
+
+
+class LogPage(BaseModel):
+    items: list[LogLine]
+    next_after: int | None
+
+
+def _followed(shown: type[BaseModel]) -> Responses:
+    """What OpenAPI says of a journal that can also be followed."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{shown.__name__}"},
+    }
+    event = {
+        "type": "object",
+        "properties": {"id": {"type": "string"}, "event": {"type": "string"}, "data": data},
+        "required": ["id", "event", "data"],
+    }
+    return {
+        200: {"content": {"text/event-stream": {"itemSchema": event}}},
+        204: {"description": "A stream of a finished job that has nothing more to tell."},
+    }
+
+
+class Place:
+    """Where in the journal to begin, and how to go on."""
+
+    def __init__(
+        self,
+        after: Annotated[int, Query(ge=0, le=2**53, description="Only what came after the entry of this id.")] = 0,
+        limit: Annotated[int, Query(ge=1, le=500)] = 100,
+        follow: Annotated[bool, Query(description="As server-sent events, until the job has finished.")] = False,
+        last_event_id: LastEventId = None,
+    ) -> None:
+        self.after = int(last_event_id or after)
+        self.limit = limit
+        self.follow = follow
+
+
+WantedPlace = Annotated[Place, Depends()]
+
+
+@router.get("/{job_id}/events", response_model=EventPage, responses=_followed(EventView))
+async def job_events(request: Request, job_id: JobId, caller: CurrentCaller, place: WantedPlace) -> Any:
+    """What happened to a job: state changes, progress, checkpoints and log lines."""
+    job, page = await _read(job_id, caller, place, only=None)
+    if place.follow:
+        return _follow(request, job, page, place.after, only=None)
+    return EventPage(items=[_event(entry) for entry in page], next_after=page[-1].id if page else None)
+
+
+@router.get("/{job_id}/logs", response_model=LogPage, responses=_followed(LogLine))
+async def job_logs(request: Request, job_id: JobId, caller: CurrentCaller, place: WantedPlace) -> Any:
+    """The log of a job: what it wrote through its context or Python's logging."""
+    job, page = await _read(job_id, caller, place, only="log")
+    if place.follow:
+        return _follow(request, job, page, place.after, only="log")
+    return LogPage(items=[_line(entry) for entry in page], next_after=page[-1].id if page else None)
+
+
+async def _read(job_id: str, caller: Caller, place: Place, only: str | None) -> tuple[Job, list[JobEvent]]:
+    async with get_database().reading() as session:
+        job = await queue.get(session, job_id, owner_of(caller))
+        return job, await journal.read(session, job_id, place.after, place.limit, only)
+
+
+def _follow(request: Request, job: Job, page: list[JobEvent], after: int, only: str | None) -> Response:
+    if not page and job.state in FINISHED:
+        return Response(status_code=204)  # tells an EventSource not to come back
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    stream = _stream(request, job.id, after, only)
+    return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+
+async def _stream(request: Request, job_id: str, after: int, only: str | None) -> AsyncIterator[str]:
+    """The journal from `after` on, and what is added to it, until the job has finished."""
+    shown = _line if only == "log" else _event
+    async with request.app.state.hub.subscribe({f"job:{job_id}"}) as subscription:
+        while await is_still_welcome(request):
+            async with get_database().reading() as session:
+                state = await session.scalar(select(Job.state).where(Job.id == job_id))
+                page = await journal.read(session, job_id, after, only=only)
+            for event in page:
+                after = event.id
+                yield f"id: {event.id}\nevent: {event.type}\ndata: {shown(event).model_dump_json()}\n\n"
+            if page:
+                continue
+            if state is None or state in FINISHED:
+                return
+            if await subscription.get(FOLLOW_SECONDS) is None:
+                if subscription.dropped:
+                    return  # it reads too slowly to follow; it may come back with its Last-Event-ID
+                yield ": still here\n\n"
+
+
+def _event(entry: JobEvent) -> EventView:
+    return EventView(id=entry.id, type=entry.type, data=entry.data, created_at=entry.created_at)
+
+
+def _line(entry: JobEvent) -> LogLine:
+    return LogLine(id=entry.id, timestamp=entry.created_at, level=entry.data["level"], message=entry.data["message"])

@@ -1,0 +1,190 @@
+"""/api/v1/jobs: the queue over HTTP."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query
+from pydantic import BaseModel, Field
+from sqlalchemy import Select, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import get_database
+from cluster.times import GivenTime, UtcTime
+from jobs import queue, wait_reasons
+from jobs.queue import JobRequest
+from jobs.registry import Resources, kinds
+from jobs.states import State
+from jobs.tables import Job, JobDependency
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import Caller, CurrentCaller, owner_of
+
+router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
+
+JobId = Annotated[str, Field(max_length=40)]
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+
+
+class JobView(BaseModel):
+    """A job as everybody sees it."""
+
+    id: str = Field(examples=["job_20261121_083000_k3x9"])
+    kind: str
+    spec: dict[str, Any]
+    state: State
+    phase: str | None
+    progress: float = Field(ge=0, le=100)
+    waiting_for: str | None = Field(description="What a queued job waits for.")
+    priority: int
+    attempt: int = Field(description="The attempt it is in; 0 before the first.")
+    max_attempts: int
+    parent_id: str | None
+    depends_on: list[str]
+    result: Any
+    error: JobError | None
+    mlflow_run_id: str | None
+    created_at: UtcTime
+    started_at: UtcTime | None
+    finished_at: UtcTime | None
+    updated_at: UtcTime
+    created_by: str
+
+
+class KindView(BaseModel):
+    name: str
+    description: str
+    spec: dict[str, Any] = Field(description="JSON Schema of its spec.")
+    resources: Resources | None = Field(description="What a job occupies. Null: that depends on its spec.")
+    max_attempts: int
+    time_limit: float | None
+    stall_limit: float | None
+    concurrency: int | None
+    tracked: bool
+    admin_only: bool | None = Field(description="Whether only administrators may run it. Null: it depends on its spec.")
+
+
+@router.get("/kinds")
+async def list_kinds(caller: CurrentCaller) -> list[KindView]:
+    """The kinds of job that can be created, with the schema of their specs."""
+    return [
+        KindView(
+            name=kind.name,
+            description=kind.description,
+            spec=kind.spec.model_json_schema(),
+            resources=kind.resources if isinstance(kind.resources, Resources) else None,
+            max_attempts=kind.max_attempts,
+            time_limit=kind.time_limit,
+            stall_limit=kind.stall_limit,
+            concurrency=kind.concurrency,
+            tracked=kind.tracked,
+            admin_only=kind.admin_only if isinstance(kind.admin_only, bool) else None,
+        )
+        for _, kind in sorted(kinds().items())
+    ]
+
+
+@router.post("", status_code=201)
+async def create_job(
+    wanted: JobRequest,
+    caller: CurrentCaller,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+) -> JobView:
+    """Put a job into the queue. The same Idempotency-Key with the same body makes one job, however often it is sent."""
+    async with get_database().transaction() as session:
+        job = await queue.enqueue(session, wanted, owner_of(caller), idempotency_key=idempotency_key)
+        return await _view(session, job)
+
+
+@router.get("")
+async def list_jobs(
+    caller: CurrentCaller,
+    paging: WantedPage,
+    state: State | None = None,
+    kind: Annotated[str | None, Query(max_length=100)] = None,
+    parent_id: Annotated[str | None, Query(max_length=40)] = None,
+    created_after: GivenTime | None = None,
+    created_before: GivenTime | None = None,
+) -> Page[JobView]:
+    """Jobs, the newest first: your own, or everybody's when you are an administrator."""
+    wanted = _visible_to(caller)
+    for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent_id)):
+        if value is not None:
+            wanted = wanted.where(column == value)
+    if created_after:
+        wanted = wanted.where(Job.created_at >= created_after)
+    if created_before:
+        wanted = wanted.where(Job.created_at < created_before)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        newest_first = wanted.order_by(Job.created_at.desc(), Job.id.desc()).offset(paging.skip).limit(paging.limit)
+        return paging.page(await _views(session, list(await session.scalars(newest_first))), total)
+
+
+@router.get("/{job_id}")
+async def show_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    async with get_database().reading() as session:
+        return await _view(session, await queue.get(session, job_id, owner_of(caller)))
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Cancel a job and its children: at once when it waits, as soon as it listens when it runs."""
+    return await _change(queue.cancel, job_id, caller)
+
+
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Hold a job and its children: at once when they are queued, at their next checkpoint when they run."""
+    return await _change(queue.pause, job_id, caller)
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Let a paused job, and its children that are paused, go on from their checkpoints."""
+    return await _change(queue.resume, job_id, caller)
+
+
+@router.post("/{job_id}/retry")
+async def retry_job(job_id: JobId, caller: CurrentCaller) -> JobView:
+    """Give a failed or cancelled job a fresh set of attempts, from its last checkpoint."""
+    return await _change(queue.retry, job_id, caller)
+
+
+def _visible_to(caller: Caller) -> Select[Job]:
+    return select(Job) if caller.is_admin else select(Job).where(Job.owner_id == caller.user_id)
+
+
+async def _change(action: Any, job_id: str, caller: Caller) -> JobView:
+    async with get_database().transaction() as session:
+        job = await queue.get(session, job_id, owner_of(caller), lock=True)
+        await action(session, job)
+        await session.flush()
+        return await _view(session, job)
+
+
+async def _view(session: AsyncSession, job: Job) -> JobView:
+    return (await _views(session, [job]))[0]
+
+
+async def _views(session: AsyncSession, jobs: list[Job]) -> list[JobView]:
+    reasons = await wait_reasons.reasons(session, jobs)
+    links = await session.execute(
+        select(JobDependency.job_id, JobDependency.depends_on_id)
+        .where(JobDependency.job_id.in_([job.id for job in jobs]))
+        .order_by(JobDependency.depends_on_id)
+    )
+    dependencies: dict[str, list[str]] = {}
+    for job_id, dependency_id in links.all():
+        dependencies.setdefault(job_id, []).append(dependency_id)
+    own = set(JobView.model_fields) - {"waiting_for", "depends_on"}
+    return [
+        JobView(
+            **{name: getattr(job, name) for name in own},
+            waiting_for=reasons.get(job.id),
+            depends_on=dependencies.get(job.id, []),
+        )
+        for job in jobs
+    ]

@@ -1,0 +1,78 @@
+"""/api/v1/schedules: jobs that are queued again and again."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from sqlalchemy import func, select
+
+from cluster.db import get_database
+from cluster.times import UtcTime
+from jobs import schedules
+from jobs.schedules import ScheduleRequest
+from jobs.tables import Schedule
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import CurrentCaller, owner_of
+
+router = APIRouter(prefix="/api/v1/schedules", tags=["Schedules"], responses=ERROR_RESPONSES)
+
+ScheduleId = Annotated[str, Field(max_length=36)]
+
+
+class ScheduleView(BaseModel):
+    id: str
+    name: str
+    kind: str
+    spec: dict[str, Any]
+    cron: str
+    timezone: str
+    priority: int
+    enabled: bool
+    next_fire_at: UtcTime | None
+    last_fire_at: UtcTime | None
+    last_job_id: str | None
+    created_by: str
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+@router.post("", status_code=201)
+async def create_schedule(wanted: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
+    async with get_database().transaction() as session:
+        return _view(await schedules.create(session, wanted, owner_of(caller)))
+
+
+@router.get("")
+async def list_schedules(caller: CurrentCaller, paging: WantedPage) -> Page[ScheduleView]:
+    wanted = select(Schedule) if caller.is_admin else select(Schedule).where(Schedule.owner_id == caller.user_id)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        rows = await session.scalars(wanted.order_by(Schedule.name).offset(paging.skip).limit(paging.limit))
+        return paging.page([_view(schedule) for schedule in rows], total)
+
+
+@router.get("/{schedule_id}")
+async def show_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> ScheduleView:
+    async with get_database().reading() as session:
+        return _view(await schedules.get(session, schedule_id, owner_of(caller)))
+
+
+@router.put("/{schedule_id}")
+async def replace_schedule(schedule_id: ScheduleId, wanted: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
+    """Replace all that a schedule says; its next fire time is reckoned anew."""
+    async with get_database().transaction() as session:
+        schedule = await schedules.get(session, schedule_id, owner_of(caller), lock=True)
+        await schedules.replace(session, schedule, wanted, owner_of(caller))
+        return _view(schedule)
+
+
+@router.delete("/{schedule_id}", status_code=204)
+async def delete_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> None:
+    """Delete a schedule. The jobs that it has made stay."""
+    async with get_database().transaction() as session:
+        await session.delete(await schedules.get(session, schedule_id, owner_of(caller), lock=True))
+
+
+def _view(schedule: Schedule) -> ScheduleView:
+    return ScheduleView.model_validate(schedule, from_attributes=True)

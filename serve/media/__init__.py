@@ -1,0 +1,1 @@
+"""The APIs of shows, movies, downloads and audits."""

@@ -1,0 +1,154 @@
+"""What /api/v1/config is told, and tells."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.times import UtcTime
+from jobs.states import State
+from pipelines.media.audit.change_settings import IDS_MAX, ItemResult
+from pipelines.media.audit.rules import Category, Priority
+
+Id = Annotated[int, Field(ge=1, le=2**63 - 1)]
+
+
+class AuditRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    services: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
+        max_length=100, description="By type or name.", examples=[["sabnzbd", "sonarr"]]
+    )
+    include_web_search: bool = Field(default=True, description="Whether to look for pages about what is found.")
+
+
+class ByPriority(BaseModel):
+    critical: int
+    high: int
+    medium: int
+    low: int
+
+
+class Found(BaseModel):
+    issues_found: int
+    recommendations: int
+
+
+class WebSearch(BaseModel):
+    used: bool
+    reason: str | None = Field(description="Why it was not used, or not to its end.")
+    searches: int
+
+
+class AuditView(BaseModel):
+    """An audit. What is null is not known yet, or never will be because it has failed."""
+
+    audit_id: str = Field(examples=["audit_20261121_083000_k3x9"])
+    status: State
+    job_id: str
+    timestamp: UtcTime
+    services_audited: list[str]
+    failed_services: dict[str, str] = Field(description="Those that could not be audited, and why.")
+    total_recommendations: int | None
+    recommendations_by_priority: ByPriority | None
+    summary: dict[str, Found]
+    rule_problems: list[str] = Field(description="What is wrong in files of rules: FILE:LINE: why.")
+    web_search: WebSearch | None
+    error: str | None
+
+
+class Pagination(BaseModel):
+    page: int
+    page_size: int
+    total_items: int
+    total_pages: int
+
+
+class RecommendationView(BaseModel):
+    id: int
+    service: str
+    category: Category
+    setting_name: str
+    current_value: Any = Field(description="As the last audit has found it.")
+    recommended_value: Any
+    priority: Priority
+    rationale: str
+    impact: str
+    applied: bool
+    created_at: UtcTime
+    area: str = Field(description="Where in the settings of the service.")
+    item: str | None = Field(description="Which one in that area, if it is a list.")
+    by_hand: str | None = Field(description="What a person has to do. Null: it can be applied.")
+
+
+class RecommendationDetail(RecommendationView):
+    explanation: str
+    references: list[str]
+    sources: list[str] = Field(description="Pages that a web search has found.")
+    rule_id: str
+    last_seen_at: UtcTime = Field(description="When an audit has found it last.")
+    closed_at: UtcTime | None = Field(description="When it was applied, or an audit found it no more.")
+    applied_at: UtcTime | None
+    applied_by: str | None
+
+
+class RecommendationPage(BaseModel):
+    recommendations: list[RecommendationView]
+    pagination: Pagination
+    filters_applied: dict[str, str | bool]
+
+
+class ApplyRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    recommendation_ids: list[Id] = Field(max_length=IDS_MAX, examples=[[1, 2, 3]])
+    dry_run: bool = Field(default=False, description="Show what would be changed, and change nothing.")
+
+
+class ChangeSummary(BaseModel):
+    total: int
+    successful: int
+    failed: int
+
+
+class ChangesView(BaseModel):
+    """What has come of each recommendation. With status 202, nothing has yet: follow the job."""
+
+    results: list[ItemResult]
+    summary: ChangeSummary
+    dry_run: bool
+    job_id: str
+    status: State
+
+
+class PastAudit(BaseModel):
+    audit_id: str
+    timestamp: UtcTime
+    services: list[str]
+    total_recommendations: int
+    critical_count: int
+    high_count: int
+    medium_count: int
+    low_count: int
+    applied_count: int = Field(description="How many of them are applied by now.")
+    failed_services: dict[str, str]
+
+
+class AuditHistory(BaseModel):
+    audits: list[PastAudit]
+    pagination: Pagination
+
+
+class RuleView(BaseModel):
+    id: str
+    service: str
+    area: str
+    setting: str
+    category: Category
+    priority: Priority
+    rationale: str
+    by_hand: bool
+
+
+class RulesView(BaseModel):
+    rules: list[RuleView]
+    problems: list[str] = Field(description="What is wrong in files of rules: FILE:LINE: why.")

@@ -1,0 +1,53 @@
+"""/api/v1/media: the libraries that people watch, as the service that shows them has them, such as Plex."""
+
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.services.capabilities.library import Libraries, Library, RecentlyAdded
+from cluster.services.http.client import Client
+from serve.http.errors import ERROR_RESPONSES
+from serve.media.dependencies import ServiceWord, connected
+from serve.security.callers import AdminCaller, CurrentCaller
+
+router = APIRouter(prefix="/api/v1/media", tags=["Media"], responses=ERROR_RESPONSES)
+
+
+class ScanRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    library_key: str = Field(min_length=1, max_length=100, description="See /api/v1/media/libraries.", examples=["1"])
+
+
+class Scanning(BaseModel):
+    success: bool = True
+    message: str
+    library: str
+
+
+@router.get("/libraries")
+async def list_libraries(caller: CurrentCaller, service: ServiceWord = None) -> Libraries:
+    async with _shower(service) as (client, library):
+        return await library.libraries(client)
+
+
+@router.get("/recently-added")
+async def list_recently_added(
+    caller: CurrentCaller, limit: Annotated[int, Query(ge=1, le=500)] = 20, service: ServiceWord = None
+) -> RecentlyAdded:
+    async with _shower(service) as (client, library):
+        return await library.recently_added(client, limit)
+
+
+@router.post("/scan")
+async def scan_library(wanted: ScanRequest, caller: AdminCaller, service: ServiceWord = None) -> Scanning:
+    """Have a library look for what is new in its folders."""
+    async with _shower(service) as (client, library):
+        title = await library.scan(client, wanted.library_key)
+    return Scanning(message="Library scan triggered", library=title)
+
+
+def _shower(word: str | None) -> AbstractAsyncContextManager[tuple[Client, Library]]:
+    return connected(lambda connector: connector.library, "keeps a library", word)

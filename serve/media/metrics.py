@@ -1,0 +1,45 @@
+"""Downloads and recoveries as Prometheus sees them, read from the database at every scrape."""
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from sqlalchemy import func, select
+
+from cluster.db import get_database
+from cluster.services.store import Service
+from pipelines.media.downloads.log import Recovery
+from pipelines.media.downloads.tables import FollowedDownload, FollowedService
+
+COUNTS = {
+    "completed": "Downloads that were completed.",
+    "failed": "Downloads that have failed.",
+    "imported": "Downloads that became a part of a library.",
+}
+
+
+async def download_families() -> list[Metric]:
+    async with get_database().reading() as session:
+        followed = select(Service.name, FollowedService).join(Service, Service.id == FollowedService.service_id)
+        services = (await session.execute(followed)).all()
+        stuck = select(FollowedDownload.service_id, func.count().label("number")).where(FollowedDownload.strikes > 0)
+        found = await session.execute(stuck.group_by(FollowedDownload.service_id))
+        strikes: dict[int, int] = {row.service_id: row.number for row in found}
+        decided = select(Recovery.decision, Recovery.outcome, func.count())
+        recoveries = (await session.execute(decided.group_by(Recovery.decision, Recovery.outcome))).all()
+    families: list[Metric] = []
+    for name, meaning in COUNTS.items():
+        counter = CounterMetricFamily(f"downloads_{name}", meaning, labels=["service"])
+        for service, known in services:
+            counter.add_metric([service], getattr(known, name))
+        families.append(counter)
+    underway = GaugeMetricFamily("downloads_in_queue", "Downloads that have not ended.", labels=["service"])
+    left = GaugeMetricFamily("downloads_bytes_left", "What is left of them.", labels=["service"])
+    still = GaugeMetricFamily("downloads_without_progress", "Those that have strikes.", labels=["service"])
+    for service, known in services:
+        underway.add_metric([service], known.underway)
+        left.add_metric([service], known.bytes_left)
+        still.add_metric([service], strikes.get(known.service_id, 0))
+    # A gauge, because old decisions are forgotten.
+    made = GaugeMetricFamily("recoveries", "Decisions about downloads.", labels=["decision", "outcome"])
+    for decision, outcome, count in recoveries:
+        made.add_metric([decision, outcome], count)
+    return [*families, underway, left, still, made]

@@ -1,0 +1,135 @@
+"""/api/v1/movies: the movies of Radarr."""
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+from cluster.services.arr.movies import MOVIES
+from cluster.services.arr.movies_tools import AddingMovie
+from cluster.services.capabilities import collection as capabilities_collection
+from cluster.times import UtcTime
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.json_stream import long_list
+from serve.media.collections import DeleteFiles, SearchBegun, ThingId, WantedPart, collector, tell_added
+from serve.media.dependencies import ServiceWord
+from serve.security.callers import AdminCaller, CurrentCaller
+
+router = APIRouter(prefix="/api/v1/movies", tags=["Movies"], responses=ERROR_RESPONSES)
+
+
+class MovieRow(BaseModel):
+    id: int
+    title: str
+    year: int | None
+    tmdbId: int | None
+    status: str | None
+    overview: str | None
+    runtime: int | None
+    monitored: bool | None
+    qualityProfileId: int | None
+    path: str | None
+    hasFile: bool | None
+    sizeOnDisk: int | None
+
+
+class MovieList(BaseModel):
+    movies: list[MovieRow]
+    total: int
+
+
+class Ratings(BaseModel):
+    value: float | None
+    votes: int | None
+
+
+class QualityName(BaseModel):
+    name: str | None
+
+
+class Quality(BaseModel):
+    quality: QualityName | None
+
+
+class MovieFile(BaseModel):
+    relativePath: str | None
+    size: int | None
+    quality: Quality | None
+
+
+class MovieView(MovieRow):
+    genres: list[str] | None
+    ratings: Ratings | None
+    movieFile: MovieFile | None
+
+
+class MovieAdded(BaseModel):
+    id: int
+    title: str
+    year: int | None
+    tmdbId: int | None
+    added: UtcTime | None
+    qualityProfileId: int | None
+    path: str | None
+    monitored: bool | None
+
+
+class MovieDeleted(BaseModel):
+    success: bool = True
+    message: str = "Movie deleted successfully"
+    movie_id: int
+    files_deleted: bool
+
+
+@router.get("", include_in_schema=False)
+@router.get("/", response_class=StreamingResponse, responses={200: {"model": MovieList}})
+async def list_movies(caller: CurrentCaller, part: WantedPart, service: ServiceWord = None) -> StreamingResponse:
+    """All movies, or the part that is asked for."""
+    async with collector(MOVIES, service) as client:
+        return await long_list(
+            "movies",
+            lambda add: capabilities_collection.each(
+                client,
+                MOVIES,
+                lambda movie: add(MovieRow.model_validate(movie, from_attributes=True)),
+                query=part.query,
+                offset=part.offset,
+                limit=part.limit,
+            ),
+        )
+
+
+@router.post("", include_in_schema=False, status_code=201)
+@router.post("/", status_code=201)
+async def add_movie(wanted: AddingMovie, caller: CurrentCaller, service: ServiceWord = None) -> MovieAdded:
+    """Add a movie, by its `tmdb_id`, or by its title alone, which is looked up."""
+    async with collector(MOVIES, service) as client:
+        movie = await capabilities_collection.add(client, MOVIES, wanted.wanted)
+    tell_added(MOVIES, movie)
+    return MovieAdded.model_validate(movie, from_attributes=True)
+
+
+@router.get("/{movie_id}")
+async def show_movie(movie_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> MovieView:
+    async with collector(MOVIES, service) as client:
+        return MovieView.model_validate(
+            await capabilities_collection.get(client, MOVIES, movie_id), from_attributes=True
+        )
+
+
+@router.post("/{movie_id}/search")
+async def search_for_movie(movie_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> SearchBegun:
+    """Have Radarr search for a movie."""
+    async with collector(MOVIES, service) as client:
+        movie, command = await capabilities_collection.search(client, MOVIES, movie_id)
+    return SearchBegun(
+        message=f"Search triggered for {movie.title}", command_id=capabilities_collection.command_name(command)
+    )
+
+
+@router.delete("/{movie_id}")
+async def delete_movie(
+    movie_id: ThingId, caller: AdminCaller, delete_files: DeleteFiles = False, service: ServiceWord = None
+) -> MovieDeleted:
+    async with collector(MOVIES, service) as client:
+        await capabilities_collection.delete(client, MOVIES, movie_id, delete_files=delete_files)
+    return MovieDeleted(movie_id=movie_id, files_deleted=delete_files)

@@ -1,0 +1,162 @@
+"""/api/v1/recovery: what was done about downloads that failed or got stuck, why, and by which policy."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import func, select
+
+from cluster.db import get_database
+from cluster.times import UtcTime
+from jobs import queue
+from jobs.queue import JobRequest
+from pipelines.media.downloads import log as recovery_log
+from pipelines.media.downloads.cases import RECOVER
+from pipelines.media.downloads.log import KeptPolicy, Recovery, RecoveryOutcome
+from pipelines.media.downloads.policy import RecoveryPolicy, Verdict
+from pipelines.media.downloads.tables import FollowedDownload, ItemState
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import AdminCaller, CurrentCaller, owner_of
+
+router = APIRouter(prefix="/api/v1/recovery", tags=["Recovery"], responses=ERROR_RESPONSES)
+
+Word = Annotated[str, Query(min_length=1, max_length=300)]
+
+
+class RecoveryView(BaseModel):
+    id: int
+    at: UtcTime
+    service: str
+    item: str = Field(description="What the service calls it; a leftover folder by its path.")
+    title: str
+    content: list[str] = Field(description="What it was to be, such as episode:12.")
+    decision: Verdict
+    reason: str
+    policy: dict[str, Any] = Field(description="Its numbers, as they were.")
+    dry_run: bool
+    outcome: RecoveryOutcome
+    searched: bool = Field(description="Whether another release was searched for.")
+    new_item: str | None = Field(description="What a download is called since it was retried.")
+    error: str | None
+    ended_at: UtcTime | None
+    recovered_at: UtcTime | None = Field(description="When what had failed was there after all.")
+    job_id: str
+
+
+class DownloadView(BaseModel):
+    """A download as one service sees it."""
+
+    service_id: int
+    item: str
+    download_id: str | None
+    title: str
+    state: ItemState
+    reason: str
+    tags: list[str]
+    bytes_left: int | None
+    strikes: int = Field(description="Looks in a row that have seen no progress where there should have been some.")
+    moved_at: UtcTime
+    ended_at: UtcTime | None
+    settled: bool = Field(description="Whether there is nothing more to decide about it.")
+    decide_at: UtcTime | None = Field(description="Nothing is decided about it before then.")
+
+
+class PolicyView(BaseModel):
+    policy: RecoveryPolicy
+    changed_by: str | None = Field(description="Null: it is what the settings say.")
+    changed_at: UtcTime | None
+
+
+class RunRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dry_run: bool | None = Field(default=None, description="Only say what would be done. Null: as the policy says.")
+
+
+class Asked(BaseModel):
+    job_id: str
+
+
+@router.get("")
+async def list_recoveries(
+    caller: CurrentCaller,
+    paging: WantedPage,
+    service: Word | SkipJsonSchema[None] = None,
+    item: Annotated[str, Query(min_length=1, max_length=4000)] | SkipJsonSchema[None] = None,
+    decision: Verdict | SkipJsonSchema[None] = None,
+    outcome: RecoveryOutcome | SkipJsonSchema[None] = None,
+    dry_run: bool | SkipJsonSchema[None] = None,
+) -> Page[RecoveryView]:
+    """Every decision with its reason, the latest first."""
+    wanted = select(Recovery)
+    for column, value in (
+        (Recovery.item, item),
+        (Recovery.decision, decision),
+        (Recovery.outcome, outcome),
+        (Recovery.dry_run, dry_run),
+    ):
+        if value is not None:
+            wanted = wanted.where(column == value)
+    if service is not None:
+        wanted = wanted.where(func.lower(Recovery.service) == service.lower())
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        rows = await session.scalars(wanted.order_by(Recovery.id.desc()).offset(paging.skip).limit(paging.limit))
+        return paging.page([RecoveryView.model_validate(row, from_attributes=True) for row in rows], total)
+
+
+@router.get("/downloads")
+async def list_followed_downloads(
+    caller: CurrentCaller, paging: WantedPage, state: ItemState | SkipJsonSchema[None] = None
+) -> Page[DownloadView]:
+    """The downloads that are followed, and how many strikes each has; those that have ended come last."""
+    wanted = select(FollowedDownload)
+    if state is not None:
+        wanted = wanted.where(FollowedDownload.state == state)
+    ordered = wanted.order_by(FollowedDownload.ended_at.is_not(None), FollowedDownload.id.desc())
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        rows = await session.scalars(ordered.offset(paging.skip).limit(paging.limit))
+        return paging.page([DownloadView.model_validate(row, from_attributes=True) for row in rows], total)
+
+
+@router.get("/policy")
+async def show_policy(caller: CurrentCaller) -> PolicyView:
+    """The policy in force: the settings `recovery.*`, until an administrator has set another one."""
+    async with get_database().reading() as session:
+        return _policy_view(*await recovery_log.policy_of(session))
+
+
+@router.put("/policy")
+async def replace_policy(wanted: RecoveryPolicy, caller: AdminCaller) -> PolicyView:
+    """Have another policy in force, all of it. What the one before has left alone is thought about anew."""
+    async with get_database().transaction() as session:
+        return _policy_view(wanted, await recovery_log.keep_policy(session, wanted, caller.username))
+
+
+@router.delete("/policy", status_code=204)
+async def forget_policy(caller: AdminCaller) -> None:
+    """Go by the settings again."""
+    async with get_database().transaction() as session:
+        await recovery_log.forget_policy(session)
+
+
+@router.post("/run", status_code=202)
+async def run_recovery(
+    wanted: RunRequest,
+    caller: AdminCaller,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+) -> Asked:
+    """Decide about failed and stuck downloads now, and, unless it is a dry run, do it."""
+    request = JobRequest(kind=RECOVER, spec=wanted.model_dump())
+    async with get_database().transaction() as session:
+        job = await queue.enqueue(
+            session, request, owner_of(caller), idempotency_key=idempotency_key, unless_queued=True
+        )
+        return Asked(job_id=job.id)
+
+
+def _policy_view(policy: RecoveryPolicy, kept: KeptPolicy | None) -> PolicyView:
+    return PolicyView(policy=policy, changed_by=kept and kept.changed_by, changed_at=kept and kept.changed_at)

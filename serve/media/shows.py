@@ -1,0 +1,144 @@
+"""/api/v1/shows: the series of Sonarr."""
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+from cluster.services.arr.series import SERIES, Series
+from cluster.services.arr.series_tools import AddingSeries
+from cluster.services.capabilities import collection as capabilities_collection
+from cluster.times import UtcTime
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.json_stream import long_list
+from serve.media.collections import DeleteFiles, SearchBegun, ThingId, WantedPart, collector, tell_added
+from serve.media.dependencies import ServiceWord
+from serve.security.callers import AdminCaller, CurrentCaller
+
+router = APIRouter(prefix="/api/v1/shows", tags=["Shows"], responses=ERROR_RESPONSES)
+
+
+class SeriesRow(BaseModel):
+    id: int
+    title: str
+    tvdbId: int | None
+    status: str | None
+    overview: str | None
+    network: str | None
+    year: int | None
+    seasons: int | None
+    episodeCount: int | None
+    monitored: bool | None
+    qualityProfileId: int | None
+    path: str | None
+
+
+class SeriesList(BaseModel):
+    series: list[SeriesRow]
+    total: int
+
+
+class SeasonStatistics(BaseModel):
+    episodeCount: int | None
+    episodeFileCount: int | None
+    percentOfEpisodes: float | None
+
+
+class SeasonView(BaseModel):
+    seasonNumber: int
+    monitored: bool | None
+    statistics: SeasonStatistics | None
+
+
+class SeriesView(BaseModel):
+    id: int
+    title: str
+    tvdbId: int | None
+    status: str | None
+    overview: str | None
+    network: str | None
+    year: int | None
+    seasons: list[SeasonView] | None
+    qualityProfileId: int | None
+    path: str | None
+    monitored: bool | None
+    sizeOnDisk: int | None
+
+
+class SeriesAdded(BaseModel):
+    id: int
+    title: str
+    tvdbId: int | None
+    added: UtcTime | None
+    qualityProfileId: int | None
+    path: str | None
+    monitored: bool | None
+
+
+class SeriesDeleted(BaseModel):
+    success: bool = True
+    message: str = "Series deleted successfully"
+    series_id: int
+    files_deleted: bool
+
+
+@router.get("", include_in_schema=False)
+@router.get("/", response_class=StreamingResponse, responses={200: {"model": SeriesList}})
+async def list_shows(caller: CurrentCaller, part: WantedPart, service: ServiceWord = None) -> StreamingResponse:
+    """All series, or the part that is asked for."""
+    async with collector(SERIES, service) as client:
+        return await long_list(
+            "series",
+            lambda add: capabilities_collection.each(
+                client,
+                SERIES,
+                lambda series: add(_row(series)),
+                query=part.query,
+                offset=part.offset,
+                limit=part.limit,
+            ),
+        )
+
+
+@router.post("", include_in_schema=False, status_code=201)
+@router.post("/", status_code=201)
+async def add_show(wanted: AddingSeries, caller: CurrentCaller, service: ServiceWord = None) -> SeriesAdded:
+    """Add a series, by its `tvdb_id`, or by its title alone, which is looked up."""
+    async with collector(SERIES, service) as client:
+        series = await capabilities_collection.add(client, SERIES, wanted.wanted)
+    tell_added(SERIES, series)
+    return SeriesAdded.model_validate(series, from_attributes=True)
+
+
+@router.get("/{series_id}")
+async def show_series(series_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> SeriesView:
+    async with collector(SERIES, service) as client:
+        series = await capabilities_collection.get(client, SERIES, series_id)
+    shown = {name: getattr(series, name) for name in SeriesView.model_fields if name != "sizeOnDisk"}
+    size = series.statistics and series.statistics.sizeOnDisk
+    return SeriesView.model_validate({**shown, "sizeOnDisk": size}, from_attributes=True)
+
+
+@router.post("/{series_id}/search")
+async def search_for_series(series_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> SearchBegun:
+    """Have Sonarr search for the episodes that are missing."""
+    async with collector(SERIES, service) as client:
+        series, command = await capabilities_collection.search(client, SERIES, series_id)
+    return SearchBegun(
+        message=f"Search triggered for {series.title}", command_id=capabilities_collection.command_name(command)
+    )
+
+
+@router.delete("/{series_id}")
+async def delete_series(
+    series_id: ThingId, caller: AdminCaller, delete_files: DeleteFiles = False, service: ServiceWord = None
+) -> SeriesDeleted:
+    async with collector(SERIES, service) as client:
+        await capabilities_collection.delete(client, SERIES, series_id, delete_files=delete_files)
+    return SeriesDeleted(series_id=series_id, files_deleted=delete_files)
+
+
+def _row(series: Series) -> SeriesRow:
+    count = series.statistics and series.statistics.episodeCount
+    others = {"seasons", "episodeCount"}
+    shown = {name: getattr(series, name) for name in SeriesRow.model_fields.keys() - others}
+    return SeriesRow(**shown, seasons=series.season_count, episodeCount=count)

@@ -1,0 +1,84 @@
+"""What surrounds every request: its id, its log line, its place in the metrics, and a look at what it brings.
+
+Plain ASGI, because each layer is paid for by every request.
+"""
+
+import logging
+import re
+from secrets import token_hex
+from time import perf_counter
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import ForgearrError
+from cluster.logs import request_id
+from serve.http.errors import route_template
+from serve.monitoring.metrics import RequestMetrics
+from serve.security.callers import refuse
+
+SLOW_SECONDS = 1.0
+CLIENT_CLOSED_REQUEST = 499
+ANSWER_STARTS = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
+SANE_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
+
+logger = logging.getLogger(__name__)
+
+
+class RequestFrame:
+    """Gives each request its id, times it, counts it, logs it, and answers for what went wrong inside it."""
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in {"http", "websocket"}:
+            return await self.app(scope, receive, send)
+        identifier = _request_id(scope)
+        token = request_id.set(identifier.decode())
+        started = perf_counter()
+        status, seconds = 0, 0.0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, seconds
+            if message["type"] in ANSWER_STARTS:
+                status, seconds = message.get("status", 101), perf_counter() - started
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            logger.debug("%s: the client left before its request was whole.", _line(scope))
+        except Exception:
+            logger.exception("%s failed.", _line(scope))
+            if status:
+                raise  # too late for an answer: the server breaks the connection off
+            await refuse(ForgearrError(), scope, receive, send_with_id)
+        finally:
+            if not status:
+                status, seconds = CLIENT_CLOSED_REQUEST, perf_counter() - started
+            if scope["type"] == "http":
+                self.metrics.observe(scope["method"], route_template(scope) or "(none)", status, seconds)
+            _log(scope, status, seconds)
+            request_id.reset(token)
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and SANE_REQUEST_ID.fullmatch(value):
+            return value
+    return token_hex(16).encode()
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    troubled = status >= 500 or seconds > SLOW_SECONDS
+    level = logging.WARNING if troubled else logging.DEBUG
+    if logger.isEnabledFor(level):
+        logger.log(level, "%s %d in %.0f ms", _line(scope), status, seconds * 1000)
+
+
+def _line(scope: Scope) -> str:
+    # Without the query, which may hold a WebSocket's credential.
+    return f"{scope.get('method', 'WebSocket')} {scope['path']}"

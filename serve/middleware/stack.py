@@ -1,0 +1,32 @@
+"""The middleware, in its order."""
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from cluster.settings import get_settings
+from serve.middleware.request_frame import RequestFrame
+from serve.middleware.strict_input import StrictInput
+from serve.security.origins import OriginGuard
+from serve.security.rate_limits import RateLimits
+
+
+def add_middleware(app: FastAPI) -> None:
+    """The layers around every route. Each one added surrounds those before it."""
+    app.add_middleware(StrictInput)
+    app.add_middleware(RateLimits)
+    app.add_middleware(OriginGuard)
+    if origins := get_settings().serve.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[
+                "X-Request-ID",
+                "X-RateLimit-Limit",
+                "X-RateLimit-Remaining",
+                "X-RateLimit-Reset",
+                "Retry-After",
+            ],
+        )
+    app.add_middleware(RequestFrame, metrics=app.state.metrics)

@@ -1,0 +1,140 @@
+"""Checks of a request's body and address before any route sees it."""
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import ForgearrError, InvalidRequest
+from serve.http.errors import OLLAMA_PATHS
+from serve.security.callers import find_caller, refuse
+
+MAX_BODY_BYTES = 32 * 1024 * 1024
+STRANGERS_BODY_BYTES = 4 * 1024 * 1024
+"""Of who has not said who they are: a login, or a webhook. A long document stops everybody while it is read."""
+LONG_BODIES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts|/api/blobs/[^/]+")
+"""Routes that take longer bodies: they read them as they come, and bound and check them themselves."""
+MAX_JSON_DEPTH = 100
+JSON_CONTENT = re.compile(rb"application/([^;\s]+\+)?json\b", re.IGNORECASE | re.ASCII)
+
+
+class BodyTooLarge(InvalidRequest):
+    __doc__ = (
+        f"The body is larger than {MAX_BODY_BYTES >> 20} MiB, or {STRANGERS_BODY_BYTES >> 20} without a credential."
+    )
+
+    status = 413
+    code = "BODY_TOO_LARGE"
+
+
+class StrictInput:
+    """Refuses what no route can keep: broken JSON, text that no database stores, and bodies without end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        try:
+            _check_address(scope)
+            if scope["path"] in OLLAMA_PATHS:
+                scope = _as_json(scope)
+            if scope["type"] == "http" and _brings_body(scope):
+                receive = await _checked_body(scope, receive)
+        except ForgearrError as error:
+            return await refuse(error, scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def _as_json(scope: Scope) -> Scope:
+    """Ollama reads every body as JSON, and its guides send them with `curl -d`, which calls them a form."""
+    headers = [header for header in scope["headers"] if header[0] != b"content-type"]
+    return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+
+
+def _brings_body(scope: Scope) -> bool:
+    return scope["method"] not in {"GET", "HEAD", "OPTIONS"} and not LONG_BODIES.fullmatch(scope["path"])
+
+
+def _check_address(scope: Scope) -> None:
+    if b"%00" in scope["query_string"] or "\0" in scope["path"]:
+        raise InvalidRequest("An address may not contain the character U+0000.")
+
+
+async def _checked_body(scope: Scope, receive: Receive) -> Receive:
+    """Look at a JSON body, or at one of unknown length, before the route does; others pass as they come."""
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length")
+    most = STRANGERS_BODY_BYTES
+    if (length is None or int(length) > most) and await find_caller(HTTPConnection(scope)):
+        most = MAX_BODY_BYTES
+    if length is not None and int(length) > most:
+        raise BodyTooLarge()
+    # A header that is sent twice may be read either way.
+    is_json = any(name == b"content-type" and JSON_CONTENT.match(value) for name, value in scope["headers"])
+    if not is_json and b"transfer-encoding" not in headers:
+        return receive
+    messages = [message async for message in _messages(receive, most)]
+    if is_json:
+        _check_json(b"".join(message.get("body", b"") for message in messages))
+    return _replay(messages, receive)
+
+
+async def _messages(receive: Receive, most: int) -> AsyncIterator[Message]:
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > most:
+            raise BodyTooLarge()
+        more = message.get("more_body", False)
+        yield message
+
+
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    waiting = iter(messages)
+
+    async def replay() -> Message:
+        message = next(waiting, None)
+        return await receive() if message is None else message
+
+    return replay
+
+
+def _check_json(body: bytes) -> None:
+    if not body:
+        return
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    # Who shows such a document later, or looks through it, would not come back from its depths.
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_too_deep(document):
+        raise InvalidRequest(f"JSON may be nested {MAX_JSON_DEPTH} levels deep.")
+    # Only an escape can bring the character in, and few documents have one that looks like it.
+    if b"u0000" in body and _has_nul(document):
+        raise InvalidRequest("Text may not contain the character U+0000.")
+
+
+def _is_too_deep(document: Any) -> bool:
+    level: list[Any] = [document]
+    for _ in range(MAX_JSON_DEPTH):
+        parents = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [child for children in parents for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, list):
+        return any(_has_nul(item) for item in value)
+    if isinstance(value, dict):
+        return any(_has_nul(item) for pair in value.items() for item in pair)
+    return False

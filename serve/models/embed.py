@@ -1,0 +1,73 @@
+"""Texts as numbers, in the way that a client wants them."""
+
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from cluster.errors import InvalidRequest
+from serve.engines.protocol import Embedded, Engine, Source, TextTooLong
+
+
+class TooManyDimensions(InvalidRequest):
+    """The model's embeddings have fewer dimensions."""
+
+    code = "TOO_MANY_DIMENSIONS"
+
+
+async def embed(
+    engine: Engine,
+    reference: str,
+    texts: Sequence[str],
+    source: Source,
+    *,
+    dimensions: int | None = None,
+    truncate: bool = False,
+) -> Embedded:
+    """Each text by itself, so that one request never keeps the model from all others."""
+    vectors: list[list[float]] = []
+    tokens = 0
+    for text in texts:
+        found = await _embed(engine, reference, text, source, truncate)
+        vectors += [_shortened(vector, dimensions) for vector in found.vectors]
+        tokens += found.tokens
+    return Embedded(vectors, tokens)
+
+
+def as_base64(vector: Sequence[float]) -> str:
+    """As OpenAI packs it: little-endian floats of 4 bytes."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+async def _embed(engine: Engine, reference: str, text: str, source: Source, truncate: bool) -> Embedded:
+    while True:
+        try:
+            return await engine.embed(reference, [text], source)
+        except TextTooLong as error:
+            if not truncate:
+                raise
+            tokens, most = (int(str(error.details[name])) for name in ("tokens", "most"))
+            text = text[: max(1, min(len(text) - 1, len(text) * most // tokens))]
+
+
+def _shortened(vector: list[float], dimensions: int | None) -> list[float]:
+    if dimensions is None or dimensions == len(vector):
+        return vector
+    if dimensions > len(vector):
+        raise TooManyDimensions(f"The model's embeddings have {len(vector)} dimensions, not {dimensions}.")
+    first = vector[:dimensions]
+    length = math.sqrt(sum(value * value for value in first)) or 1.0
+    return [value / length for value in first]
+
+
+MOST_TEXTS = 2048
+"""OpenAI's limit."""
+Text = Annotated[str, Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+
+
+def texts_of(wanted: str | list[str]) -> list[str]:
+    return [wanted] if isinstance(wanted, str) else wanted

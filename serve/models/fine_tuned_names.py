@@ -1,0 +1,106 @@
+"""The names of fine-tuned models as OpenAI has them: `ft:BASE:OWNER:SUFFIX:ID`, and `…:ckpt-step-N` for checkpoints.
+
+A name is made of the job, and found by its id at the end. It is there for those who may see the job.
+"""
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Select, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.ownership import Owner
+from jobs import queue
+from jobs.queue import JobNotFound
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.training import progress
+from pipelines.training.data.resolution import is_path
+from pipelines.training.models.versions import ModelNotFound
+from serve.engines.protocol import Folder
+
+PREFIX = "ft:"
+CHECKPOINT = re.compile(r":ckpt-step-(\d{1,9})\Z")
+BASE_MAX = 120
+JOB_PREFIX = "job_"
+
+
+def name(job: Job) -> str:
+    base: str = job.spec["base_model"]
+    shown = Path(base).name if is_path(base) else base
+    suffix = job.spec.get("suffix") or ""
+    return f"{PREFIX}{shown[:BASE_MAX]}:{organization(job)}:{suffix}:{short_id(job)}"
+
+
+def checkpoint_name(job: Job, step: int) -> str:
+    return f"{name(job)}:ckpt-step-{step}"
+
+
+def organization(job: Job) -> str:
+    return re.sub(r"[^a-z0-9_-]+", "-", job.created_by.lower())[:40]
+
+
+def short_id(job: Job) -> str:
+    return job.id.removeprefix(JOB_PREFIX)
+
+
+def trainings(owner: Owner) -> Select[Job]:
+    """The jobs that fine-tune a model, but not those that another one of them has begun."""
+    jobs = select(Job).where(Job.kind.in_(progress.KINDS), Job.parent_id.is_(None))
+    return jobs if owner.is_admin else jobs.where(Job.owner_id == owner.id)
+
+
+async def training_of(session: AsyncSession, job: Job) -> Job | None:
+    """The fine_tune job of it, which has the checkpoints and the numbers; None before it has begun."""
+    if job.kind == "fine_tune":
+        return job
+    return await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == "fine_tune"))
+
+
+async def resolve(session: AsyncSession, reference: str, owner: Owner) -> str | Folder:
+    """What a name stands for: a version of the registry (NAME:v3), or a folder that was never exported."""
+    told = CHECKPOINT.search(reference)
+    job = await _find(session, CHECKPOINT.sub("", reference), owner)
+    training = await training_of(session, job)
+    if told:
+        return _checkpoint(training, int(told[1]), reference)
+    if job.state != State.SUCCEEDED or training is None:
+        raise ModelNotFound(f"The job {job.id}, which makes the model '{reference}', is {job.state}.")
+    if version := version_of(job):
+        return "{}:v{}".format(*version)
+    assert isinstance(job.result, dict)
+    return Folder(job.result["model"], job.result["base_model"], job.finished_at or job.created_at)
+
+
+def version_of(job: Job) -> tuple[str, int] | None:
+    """Name and number of the version that a job which has succeeded has registered; None if it exports nothing."""
+    result: Any = job.result
+    return (result["name"], result["version"]) if job.kind == "forge" else None
+
+
+def epochs(training: Job | None) -> list[dict[str, Any]]:
+    """The checkpoints that stay of a training, the oldest first."""
+    state: Any = training.checkpoint if training else None
+    return state.get("epochs", []) if isinstance(state, dict) else []
+
+
+async def _find(session: AsyncSession, reference: str, owner: Owner) -> Job:
+    try:
+        job = await queue.get(session, JOB_PREFIX + reference.rpartition(":")[2], owner)
+    except JobNotFound:
+        job = None
+    if job is None or job.kind not in progress.KINDS or job.parent_id or name(job) != reference:
+        raise ModelNotFound(f"There is no model '{reference}'.")
+    return job
+
+
+def _checkpoint(training: Job | None, step: int, reference: str) -> Folder:
+    for epoch in epochs(training):
+        if epoch["step"] == step:
+            assert training is not None
+            assert isinstance(training.checkpoint, dict)
+            moment = datetime.fromisoformat(epoch["created_at"])
+            return Folder(epoch["address"], training.checkpoint["base_model"], moment)
+    raise ModelNotFound(f"There is no model '{reference}'.")

@@ -1,0 +1,55 @@
+"""Names of models as the APIs list them."""
+
+from contextlib import suppress
+
+from fastapi import Request
+
+from cluster.errors import InvalidRequest, Unavailable
+from pipelines.training.models import deletion as model_deletion
+from pipelines.training.models.versions import Version
+from serve.engines.protocol import Folder
+from serve.models import fine_tuned_names
+from serve.models.dependencies import engine_of, models_of
+from serve.security.callers import Caller, owner_of
+
+
+class NotRegistered(InvalidRequest):
+    """This model is no version of the registry."""
+
+    code = "NOT_REGISTERED"
+
+
+async def active_model(request: Request) -> str | None:
+    """The newest model that is served; None: there is none, or nobody can say."""
+    try:
+        return newest_name(await served_versions(request))
+    except Unavailable:
+        return None
+
+
+async def delete(request: Request, reference: str, caller: Caller) -> None:
+    """Delete models, and let them go from memory when the last requests that use them are answered."""
+    owner = owner_of(caller)
+    if reference.startswith(fine_tuned_names.PREFIX):
+        meant = await models_of(request).resolve(reference, owner)
+        if isinstance(meant.source, Folder):
+            raise NotRegistered(f"'{reference}' was never exported, so there is no model to delete.")
+        reference = meant.reference
+    gone = await model_deletion.remove(reference, owner)
+    models_of(request).forget()
+    for version in gone:
+        with suppress(Unavailable):  # what is not reachable now makes room as soon as others need it
+            await engine_of(request).unload(version.reference, version)
+
+
+async def served_versions(request: Request) -> list[Version]:
+    return [model.served for model in await models_of(request).all() if model.served is not None]
+
+
+def newest_name(served: list[Version]) -> str | None:
+    newest = max(served, key=lambda version: version.created_at, default=None)
+    return latest_name(newest) if newest else None
+
+
+def latest_name(version: Version) -> str:
+    return f"{version.name}:latest"

@@ -1,0 +1,18 @@
+"""The route of Prometheus metrics."""
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+from serve.http.errors import ERROR_RESPONSES
+
+router = APIRouter(tags=["Monitoring"], responses=ERROR_RESPONSES)
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text"}},
+)
+async def metrics(request: Request) -> Response:
+    """Counts and latencies of requests over all replicas, and the state of the queue."""
+    return Response(await request.app.state.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,0 +1,5 @@
+"""The version of Forgearr."""
+
+from importlib.metadata import version
+
+VERSION = version("forgearr")

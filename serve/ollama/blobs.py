@@ -1,0 +1,34 @@
+"""/api/blobs: the files that Ollama's clients send before they make a model of them."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from cluster.db import get_database
+from pipelines.training.models import blobs
+from serve.security.callers import AdminCaller
+
+router = APIRouter(prefix="/api/blobs", tags=["Ollama"])
+
+Digest = Annotated[str, Path(pattern=r"^sha256[:-][0-9a-f]{64}$", examples=[f"sha256:{'0' * 64}"])]
+PREFIX = len("sha256:")
+CONTENT = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.head("/{digest}", response_class=Response)
+async def find_blob(digest: Digest, caller: AdminCaller) -> Response:
+    """Whether a file of this digest is here: 200, or 404."""
+    await blobs.touch(get_database(), digest[PREFIX:])
+    return Response()
+
+
+@router.post("/{digest}", status_code=201, response_class=Response, openapi_extra=CONTENT)
+async def send_blob(request: Request, digest: Digest, caller: AdminCaller) -> Response:
+    """Send a file, which must have this digest. It stays for a day, or as long as a model uses it."""
+    await blobs.receive(get_database(), digest[PREFIX:], request.stream())
+    return Response(status_code=201)

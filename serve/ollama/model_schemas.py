@@ -1,0 +1,105 @@
+"""What Ollama's doors take that make, copy and delete models."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from pipelines.training.models.versions import Manner
+from serve.engines.messages import Message
+from serve.engines.options import Parameters
+from serve.openai.chat_schemas import ModelReference
+
+Digest = Annotated[str, Field(pattern=r"^sha256[:-][0-9a-f]{64}$", examples=[f"sha256:{'0' * 64}"])]
+Blobs = Annotated[dict[Annotated[str, Field(min_length=1, max_length=200)], Digest], Field(min_length=1)]
+LONGEST_TEXT = 90_000
+"""Of what a model brings along: MLflow keeps it, all in one tag."""
+
+
+class Named(BaseModel):
+    """Older clients say `name`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelReference = Field(validation_alias=AliasChoices("model", "name"))
+
+
+class Streamed(Named):
+    stream: bool | None = Field(default=None, description="Null: true.")
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.stream is not False
+
+
+class DeleteRequest(Named):
+    pass
+
+
+class CopyRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    source: ModelReference
+    destination: ModelReference
+
+
+class PullRequest(Streamed):
+    insecure: bool | None = Field(default=None, description="Passed on to the Ollama that pulls.")
+
+
+class PushRequest(Streamed):
+    insecure: bool | None = Field(default=None, description="Not used.")
+
+
+class CreateRequest(Streamed):
+    from_: ModelReference | None = Field(default=None, alias="from", description="A model that there is.")
+    files: Blobs | None = Field(default=None, description="A GGUF file: its name, and the digest of its blob.")
+    adapters: Blobs | None = Field(default=None, description="A LoRA as GGUF, for the model that `from` names.")
+    template: str | None = Field(default=None, description="Of conversations, in Jinja or in Go's language.")
+    system: str | None = None
+    parameters: Parameters | None = None
+    messages: list[Message] | None = Field(default=None, max_length=1000, description="How every conversation begins.")
+    license: str | list[str] | None = None
+    quantize: str | None = Field(default=None, max_length=20, examples=["q4_K_M"])
+
+    @model_validator(mode="after")
+    def fit_together(self) -> Self:
+        if (self.from_ is None) == (self.files is None):
+            raise ValueError("say what to make it from: from, or files")
+        if self.adapters is not None and self.from_ is None:
+            raise ValueError("an adapter is for a model that there is: create that first, and name it in from")
+        if self.adapters is not None and self.quantize is not None:
+            raise ValueError("an adapter is not quantized")
+        if len(self.model_dump_json(include={"template", "system", "messages", "license"})) > LONGEST_TEXT:
+            raise ValueError(f"template, system, messages and license have {LONGEST_TEXT} characters at most, together")
+        return self
+
+    def manner(self, inherited: Manner, template: str | None) -> Manner:
+        """What is said here, and else what the model has that it is made from."""
+        licenses = [self.license] if isinstance(self.license, str) else self.license
+        own = self.parameters.model_dump(exclude_none=True) if self.parameters else {}
+        messages = None if self.messages is None else [one.model_dump(exclude_none=True) for one in self.messages]
+        return Manner(
+            template=inherited.template if template is None else template,
+            system=inherited.system if self.system is None else self.system,
+            parameters={**inherited.parameters, **own},
+            messages=inherited.messages if messages is None else messages,
+            license=inherited.license if licenses is None else licenses,
+        )
+
+
+class Progress(BaseModel):
+    """A line of what is being done; the last one says success."""
+
+    status: str
+    digest: str | None = None
+    total: int | None = None
+    completed: int | None = None
+
+
+PROGRESS_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "What is being done, line by line; or the last line alone, when `stream` is false.",
+        "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
+        "model": Progress,
+    }
+}

@@ -1,0 +1,95 @@
+"""What /api/chat and /api/generate take, as Ollama has it, and the same as a request to an engine."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from cluster.times import seconds_of
+from serve.engines.messages import Message, conversation
+from serve.engines.options import Options
+from serve.openai.chat_schemas import ModelReference, Tool
+
+
+def _know_duration(said: float | str | None) -> float | str | None:
+    if said is not None:
+        seconds_of(said)
+    return said
+
+
+KeepAlive = Annotated[
+    float | str | None,
+    Field(
+        description="How long the model stays in memory afterwards: seconds, or 5m; negative: until its memory is "
+        "needed. Null: as in the settings."
+    ),
+    AfterValidator(_know_duration),
+]
+
+
+class Asked(BaseModel):
+    """What both have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelReference
+    stream: bool | None = Field(default=None, description="Null: true.")
+    format: Literal["", "json"] | dict[str, Any] | None = Field(default=None, description="json, or a JSON schema.")
+    options: Options | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    keep_alive: KeepAlive = None
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.stream is not False
+
+    def common(self) -> dict[str, Any]:
+        wanted = self.options.for_engine() if self.options else {}
+        if self.format == "json":
+            wanted["response_format"] = {"type": "json_object"}
+        elif self.format:
+            wanted["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": self.format},
+            }
+        if self.think is not None:
+            wanted["chat_template_kwargs"] = {"enable_thinking": self.think is not False}
+            if isinstance(self.think, str):
+                wanted["reasoning_effort"] = self.think
+        if self.logprobs:
+            wanted |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        return wanted
+
+
+class ChatRequest(Asked):
+    messages: list[Message] = Field(default_factory=list[Message], max_length=10_000)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+
+    def for_engine(self) -> dict[str, Any]:
+        wanted = {**self.common(), "messages": conversation(self.messages)}
+        if self.tools:
+            wanted["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return wanted
+
+
+class GenerateRequest(Asked):
+    prompt: str = ""
+    system: str | None = None
+    raw: bool | None = Field(default=None, description="Go on from the prompt as it is, without the model's template.")
+    suffix: Annotated[str | None, Field(max_length=0)] = None
+    template: Annotated[str | None, Field(max_length=0)] = None
+    context: Annotated[list[int] | None, Field(max_length=0)] = None
+    images: Annotated[list[str] | None, Field(max_length=0)] = None
+
+    @model_validator(mode="after")
+    def fit_together(self) -> Self:
+        if self.raw and self.system:
+            raise ValueError("a raw prompt has no system message: write it into the prompt")
+        return self
+
+    def for_engine(self) -> dict[str, Any]:
+        if self.raw:
+            return {**self.common(), "prompt": self.prompt}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return {**self.common(), "messages": [*system, {"role": "user", "content": self.prompt}]}

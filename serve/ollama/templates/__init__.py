@@ -1,0 +1,1 @@
+"""Chat templates in Go's language and in Jinja."""

@@ -1,0 +1,28 @@
+"""The kind `batch`: does what /v1/batches was asked for."""
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jobs.context import Context
+from jobs.registry import job
+from serve.openai.batches.store import ID_MAX, KIND
+
+MOST_ATTEMPTS = 10
+
+
+class BatchSpec(BaseModel):
+    """Which batch. The door makes both; no other job may do it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    batch_id: str = Field(max_length=ID_MAX)
+
+
+@job(KIND, spec=BatchSpec, max_attempts=MOST_ATTEMPTS)
+def batch(context: Context, spec: BatchSpec) -> dict[str, Any]:
+    """Answers the requests of a batch (/v1/batches)."""
+    from serve.openai.batches.runner import run
+
+    return asyncio.run(run(context, spec.batch_id))

@@ -1,0 +1,158 @@
+"""/v1/batches, as OpenAI has them: files of requests that are answered when there is time."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import and_, or_
+
+from cluster.db import get_database
+from cluster.files.store import ID_MAX
+from jobs.tables import Job
+from serve.http.errors import OPENAI_ERROR_RESPONSES
+from serve.http.pagination import CursorPage, cursor_page
+from serve.http.schemas import Strict
+from serve.openai.batches import store as batch_store
+from serve.openai.batches.store import Batch
+from serve.openai.files.schemas import ExpiresAfter
+from serve.openai.files.validation import BatchUrl
+from serve.openai.responses.request import Metadata
+from serve.security.callers import CurrentCaller, owner_of
+
+router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=OPENAI_ERROR_RESPONSES)
+
+BatchId = Annotated[str, Field(max_length=100)]
+
+
+class BatchRequest(Strict):
+    input_file_id: str = Field(max_length=ID_MAX)
+    endpoint: BatchUrl
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = Field(default=None, description="Null: its files stay.")
+
+
+class BatchFault(BaseModel):
+    code: str | None
+    line: int | None
+    message: str | None
+    param: str | None
+
+
+class BatchFaults(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[BatchFault]
+
+
+class RequestCounts(BaseModel):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchObject(BaseModel):
+    id: str = Field(examples=["batch_3f0c"])
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    input_file_id: str
+    completion_window: Literal["24h"] = "24h"
+    status: Literal[
+        "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+    ]
+    model: str | None = Field(description="Null: not known yet, or its requests name several.")
+    errors: BatchFaults | None = Field(description="Why it could not begin, or not go on.")
+    output_file_id: str | None
+    error_file_id: str | None
+    request_counts: RequestCounts | None = Field(description="Null: not known yet.")
+    usage: dict[str, Any] | None
+    metadata: dict[str, str]
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    job_id: str = Field(description="The job that does it.")
+
+
+@router.post("")
+async def create_batch(wanted: BatchRequest, caller: CurrentCaller) -> BatchObject:
+    """Have the requests of a file answered, within a day."""
+    lasting = wanted.output_expires_after
+    async with get_database().transaction() as session:
+        batch, job = await batch_store.create(
+            session,
+            endpoint=wanted.endpoint,
+            input_file_id=wanted.input_file_id,
+            labels=wanted.metadata or {},
+            output_seconds=lasting.seconds if lasting else None,
+            owner=owner_of(caller),
+        )
+        return _view(batch, job)
+
+
+@router.get("")
+async def list_batches(
+    caller: CurrentCaller,
+    after: Annotated[BatchId | SkipJsonSchema[None], Query()] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> CursorPage[BatchObject]:
+    """Batches, the newest first: your own, or everybody's when you are an administrator."""
+    owner = owner_of(caller)
+    wanted = batch_store.visible_to(owner).add_columns(Job).join(Job, Job.id == Batch.job_id)
+    async with get_database().reading() as session:
+        if after is not None:
+            last = await batch_store.find(session, after, owner)
+            older = and_(Batch.created_at == last.created_at, Batch.id < last.id)
+            wanted = wanted.where(or_(Batch.created_at < last.created_at, older))
+        ordered = wanted.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit + 1)
+        found = [_view(batch, job) for batch, job in await session.execute(ordered)]
+    return cursor_page(found, [batch.id for batch in found], limit)
+
+
+@router.get("/{batch_id}")
+async def show_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
+    """How far a batch is, and the files with its answers when it has ended."""
+    async with get_database().reading() as session:
+        batch = await batch_store.find(session, batch_id, owner_of(caller))
+        return _view(batch, await session.get_one(Job, batch.job_id))
+
+
+@router.post("/{batch_id}/cancel")
+async def cancel_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
+    """End it as soon as possible. What is answered until then is in its files."""
+    async with get_database().transaction() as session:
+        batch = await batch_store.find(session, batch_id, owner_of(caller))
+        return _view(batch, await batch_store.cancel(session, batch))
+
+
+def _view(batch: Batch, job: Job) -> BatchObject:
+    told = batch_store.told(batch, job)
+    faults = told.get("errors")
+    return BatchObject(
+        id=batch.id,
+        endpoint=batch.endpoint,
+        input_file_id=batch.input_file_id,
+        status=told["status"],
+        model=told.get("model"),
+        errors=BatchFaults(data=faults) if faults else None,
+        output_file_id=told.get("output_file_id"),
+        error_file_id=told.get("error_file_id"),
+        request_counts=told.get("request_counts"),
+        usage=told.get("usage"),
+        metadata=batch.labels,
+        created_at=int(batch.created_at.timestamp()),
+        expires_at=int(batch.expires_at.timestamp()),
+        in_progress_at=told.get("in_progress_at"),
+        finalizing_at=told.get("finalizing_at"),
+        completed_at=told.get("completed_at"),
+        failed_at=told.get("failed_at"),
+        expired_at=told.get("expired_at"),
+        cancelling_at=int(batch.cancelling_at.timestamp()) if batch.cancelling_at else None,
+        cancelled_at=told.get("cancelled_at"),
+        job_id=batch.job_id,
+    )

@@ -1,0 +1,162 @@
+"""Batches: files of requests that a job answers. A row is what somebody asked for; what became of it, its job knows.
+
+The job's checkpoint and result are written under its lease: so what is told of a batch is never what a worker says that
+was given up for dead.
+"""
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import ForeignKey, Select, String, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster import storage
+from cluster.db import Base, Database, now
+from cluster.errors import Conflict, InvalidRequest, NotFound
+from cluster.files import store as file_store
+from cluster.ownership import Owner
+from cluster.settings import get_settings
+from jobs import queue
+from jobs.queue import JobRequest
+from jobs.states import FINISHED, RETRYABLE, State
+from jobs.sweep import sweeper
+from jobs.tables import Job
+
+KIND = "batch"
+WINDOW = timedelta(hours=24)
+ID_MAX = 60
+ENDED = {"failed", "completed", "expired", "cancelled"}
+
+
+class BatchNotFound(NotFound):
+    """There is no such batch."""
+
+    code = "BATCH_NOT_FOUND"
+
+
+class BatchEnded(Conflict):
+    """The batch has ended."""
+
+    code = "BATCH_ENDED"
+
+
+class NoBatchFile(InvalidRequest):
+    """A batch reads a file of the purpose batch."""
+
+    code = "NO_BATCH_FILE"
+
+
+class Batch(Base):
+    __tablename__ = "batches"
+
+    id: Mapped[str] = mapped_column(String(ID_MAX), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    endpoint: Mapped[str] = mapped_column(String(100))
+    input_file_id: Mapped[str] = mapped_column(String(file_store.ID_MAX))  # which may have been deleted since
+    labels: Mapped[dict[str, Any]]  # what OpenAI calls its metadata
+    output_seconds: Mapped[int | None]  # how long the files that it writes last; None: until they are deleted
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+    expires_at: Mapped[datetime]
+    cancelling_at: Mapped[datetime | None]  # when somebody has asked to end it
+
+
+async def create(
+    session: AsyncSession,
+    *,
+    endpoint: str,
+    input_file_id: str,
+    labels: dict[str, str],
+    output_seconds: int | None,
+    owner: Owner,
+) -> tuple[Batch, Job]:
+    """A batch, and the job that will do it."""
+    file = await file_store.find(session, input_file_id, owner)
+    if file.purpose != "batch":
+        raise NoBatchFile(
+            f"The file '{file.id}' has the purpose {file.purpose}; a batch reads one of the purpose batch."
+        )
+    batch_id, moment = f"batch_{uuid4().hex}", now()
+    job = await queue.enqueue(session, JobRequest(kind=KIND, spec={"batch_id": batch_id}), owner)
+    batch = Batch(
+        id=batch_id,
+        job_id=job.id,
+        endpoint=endpoint,
+        input_file_id=input_file_id,
+        labels=labels,
+        output_seconds=output_seconds,
+        owner_id=owner.id,
+        created_by=owner.name,
+        created_at=moment,
+        expires_at=moment + WINDOW,
+    )
+    session.add(batch)
+    await session.flush()
+    return batch, job
+
+
+async def find(session: AsyncSession, batch_id: str, owner: Owner) -> Batch:
+    batch = await session.scalar(visible_to(owner).where(Batch.id == batch_id))
+    if batch is None:
+        raise BatchNotFound(f"There is no batch '{batch_id}'.")
+    return batch
+
+
+def visible_to(owner: Owner) -> Select[Batch]:
+    return select(Batch) if owner.is_admin else select(Batch).where(Batch.owner_id == owner.id)
+
+
+async def cancel(session: AsyncSession, batch: Batch) -> Job:
+    """Ask its job to end it, which keeps what is done until then; the job itself is not cancelled."""
+    job = await session.get_one(Job, batch.job_id, with_for_update={"key_share": True})
+    status = told(batch, job)["status"]
+    if status in ENDED:
+        raise BatchEnded(f"The batch '{batch.id}' cannot be cancelled: it is {status}.")
+    batch.cancelling_at = batch.cancelling_at or now()
+    if job.state == State.PAUSED:
+        await queue.resume(session, job)
+    return job
+
+
+def folder(batch_id: str) -> str:
+    """Where its answers lie in storage until they are files."""
+    return f"batches/{batch_id}"
+
+
+@sweeper("batches")
+async def remove_left_over(database: Database) -> int:
+    """Delete the answers of batches whose job did not come to its end, when nobody will retry it any more."""
+    before = now() - timedelta(days=get_settings().jobs.event_days)
+    ended_early = select(Batch.id).join(Job, Job.id == Batch.job_id)
+    async with database.reading() as session:
+        old = ended_early.where(Job.state.in_(RETRYABLE), Job.finished_at < before)
+        addresses = [storage.address(folder(batch_id)) for batch_id in await session.scalars(old)]
+    removed = 0
+    for address in addresses:
+        if await asyncio.to_thread(storage.exists, address):
+            await asyncio.to_thread(storage.remove, address)
+            removed += 1
+    return removed
+
+
+def told(batch: Batch, job: Job) -> dict[str, Any]:
+    """What there is to say of a batch."""
+    known: dict[str, Any] = {"status": "validating", **(job.checkpoint or {}).get("told", {}), **(job.result or {})}
+    if job.state in FINISHED and known["status"] not in ENDED:
+        known |= _ended_early(job)
+    if known["status"] not in ENDED and batch.cancelling_at is not None:
+        known["status"] = "cancelling"
+    return known
+
+
+def _ended_early(job: Job) -> dict[str, Any]:
+    """Of a batch whose job could not, or was not allowed to, come to its own end."""
+    moment = int(job.finished_at.timestamp()) if job.finished_at else None
+    if job.state == State.CANCELLED:
+        return {"status": "cancelled", "cancelled_at": moment}
+    error = {"line": None, "param": None, **(job.error or {})}
+    return {"status": "failed", "failed_at": moment, "errors": [error]}

@@ -1,0 +1,226 @@
+"""What /v1/chat/completions and /v1/query take and answer, as OpenAI has it."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from serve.engines.options import MOST_SEEDS
+from serve.http.schemas import Strict
+
+ModelReference = Annotated[
+    str,
+    Field(min_length=1, max_length=400, examples=["homelab:latest"], description="NAME:latest, or NAME:v3 for good."),
+]
+PASSED_ON = {
+    "temperature",
+    "top_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "logprobs",
+    "top_logprobs",
+    "parallel_tool_calls",
+    "response_format",
+    "grammar",
+}
+"""What llama.cpp takes as it comes."""
+Grammar = Annotated[
+    str, Field(min_length=1, max_length=100_000, description="What an answer may be, as a GBNF grammar of llama.cpp's.")
+]
+TOKEN_DIGITS = 9
+MOST_ANSWERS = 16
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Strict):
+    name: str = Field(min_length=1)
+    arguments: str = Field(description="JSON.")
+
+
+class ToolCall(Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Strict):
+    """What somebody has said. An answer may be sent back as it came; what OpenAI adds to those must be null."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = Field(default=None, description="Of a tool's message: the call that it answers.")
+    reasoning_content: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = Field(default=None, max_length=0)
+
+    @model_validator(mode="after")
+    def say_something(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of the role {self.role} has content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message of the role assistant has tool_calls")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("a message of the role tool, and no other, has a tool_call_id")
+        return self
+
+    def for_engine(self) -> dict[str, Any]:
+        said: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content,
+        }
+        told = self.model_dump(include={"name", "tool_calls", "tool_call_id", "reasoning_content"}, exclude_none=True)
+        return said | told
+
+
+class Function(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict, description="JSON Schema.")
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(Strict):
+    name: str
+
+
+class ChosenTool(Strict):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class AnyFormat(Strict):
+    type: Literal["text", "json_object"]
+
+
+class NamedSchema(Strict):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class ChatRequest(Strict):
+    """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
+
+    model: ModelReference
+    messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0: the likeliest answer, always the same.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1, description="The newer name of it.")
+    stop: str | list[str] | None = Field(default=None, max_length=1000)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=300, description="By the number of a token: how much likelier it shall be."
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    n: int | None = Field(default=None, ge=1, le=MOST_ANSWERS, description="How many answers to give.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: AnyFormat | SchemaFormat | None = None
+    grammar: Grammar | None = None
+    user: str | None = Field(default=None, description="Not used.")
+    metadata: dict[str, str] | None = Field(default=None, description="Not used.")
+    store: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def fit_together(self) -> Self:
+        if isinstance(self.tool_choice, ChosenTool) and not self._chosen_tools():
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is not among the tools")
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice required needs tools")
+        if not all(token.isdecimal() and len(token) <= TOKEN_DIGITS for token in self.logit_bias or ()):
+            raise ValueError("logit_bias is by the numbers of tokens")
+        if self.grammar and (self.tools or (self.response_format and self.response_format.type != "text")):
+            raise ValueError("grammar, tools and response_format are three ways to say what an answer may be: take one")
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options is for answers with stream")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        if self.logprobs and self.stream and self.tools:
+            raise ValueError("logprobs of a streamed answer that may call tools are not available")
+        return self
+
+    def for_engine(self, number: int = 0) -> dict[str, Any]:
+        """For the answer of this number: with a seed, each is another one, and the same ones every time."""
+        wanted = self.model_dump(include=PASSED_ON, exclude_none=True, by_alias=True)
+        wanted["messages"] = [message.for_engine() for message in self.messages]
+        if longest := self.max_completion_tokens or self.max_tokens:
+            wanted["max_tokens"] = longest
+        if self.stop:
+            wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        if self.seed is not None:
+            wanted["seed"] = (self.seed + number) % MOST_SEEDS
+        if self.logit_bias:
+            wanted["logit_bias"] = [[int(token), bias] for token, bias in self.logit_bias.items()]
+        if tools := self._chosen_tools():
+            wanted["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
+            # llama.cpp knows no names here, but can be made to call the only tool that it is shown.
+            wanted["tool_choice"] = (
+                "required" if isinstance(self.tool_choice, ChosenTool) else self.tool_choice or "auto"
+            )
+        return wanted
+
+    def _chosen_tools(self) -> list[Tool]:
+        tools = self.tools or []
+        if not isinstance(self.tool_choice, ChosenTool):
+            return tools
+        return [tool for tool in tools if tool.function.name == self.tool_choice.function.name]
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int] | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str = Field(examples=["chatcmpl-3f0c"])
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage

@@ -1,0 +1,133 @@
+"""/v1/files, as OpenAI has them: what fine-tuning and batches read, and what they write."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import ColumnElement, and_, or_
+
+from cluster.db import get_database
+from cluster.files import store as file_store
+from cluster.files.store import ID_MAX, File
+from cluster.settings import get_settings
+from serve.http.errors import OPENAI_ERROR_RESPONSES, Responses
+from serve.http.pagination import CursorPage, cursor_page
+from serve.http.uploads import received_form
+from serve.openai.files import validation
+from serve.openai.files.schemas import BATCH_DAYS, DAY_SECONDS, DeletedFile, FileObject, file_fields, file_object
+from serve.security.callers import CurrentCaller, owner_of
+
+router = APIRouter(prefix="/v1/files", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
+
+CHUNK_BYTES = 256 * 1024
+MOST_LISTED = 10_000
+MEBIBYTE = 1024 * 1024
+
+FileId = Annotated[str, Field(max_length=ID_MAX)]
+FORM: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["fine-tune", "batch", "user_data"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": BATCH_DAYS * DAY_SECONDS},
+    },
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+}
+CONTENT: Responses = {
+    200: {"description": "Its bytes", "content": {"application/octet-stream": {"schema": {"type": "string"}}}}
+}
+
+
+@router.post(
+    "", openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}}
+)
+async def create_file(request: Request, caller: CurrentCaller) -> FileObject:
+    """Upload a file. One to learn from, or of a batch, is read at once; what is wrong in it is in `status_details`."""
+    async with received_form(request, get_settings().files.max_mb * MEBIBYTE) as form:
+        said, upload = file_fields(form)
+        content, fault = await asyncio.to_thread(validation.look, said.purpose, upload.file, said.filename)
+        await upload.seek(0)
+        file = await file_store.keep(
+            get_database(),
+            upload.file,
+            filename=said.filename,
+            purpose=said.purpose,
+            owner=owner_of(caller),
+            content=content,
+            fault=fault,
+            lifetime=timedelta(seconds=said.seconds) if said.seconds else None,
+        )
+    return file_object(file)
+
+
+@router.get("")
+async def list_files(
+    caller: CurrentCaller,
+    after: Annotated[FileId | SkipJsonSchema[None], Query()] = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = MOST_LISTED,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[Annotated[str, Field(max_length=40)] | SkipJsonSchema[None], Query()] = None,
+) -> CursorPage[FileObject]:
+    """Files, the newest first: your own, or everybody's when you are an administrator."""
+    owner = owner_of(caller)
+    wanted = file_store.visible_to(owner)
+    if purpose is not None:
+        wanted = wanted.where(File.purpose == purpose)
+    async with get_database().reading() as session:
+        if after is not None:
+            wanted = wanted.where(_beyond(await file_store.find(session, after, owner), order))
+        if order == "asc":
+            ordered = wanted.order_by(File.created_at, File.id)
+        else:
+            ordered = wanted.order_by(File.created_at.desc(), File.id.desc())
+        found = list(await session.scalars(ordered.limit(limit + 1)))
+    return cursor_page([file_object(file) for file in found], [file.id for file in found], limit)
+
+
+@router.get("/{file_id}")
+async def show_file(file_id: FileId, caller: CurrentCaller) -> FileObject:
+    """What is known of a file."""
+    async with get_database().reading() as session:
+        return file_object(await file_store.find(session, file_id, owner_of(caller)))
+
+
+@router.get("/{file_id}/content", response_class=StreamingResponse, responses=CONTENT)
+async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse:
+    """What is in it."""
+    async with get_database().reading() as session:
+        file = await file_store.find(session, file_id, owner_of(caller))
+    content = await asyncio.to_thread(file_store.opened, file)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        with content:
+            while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
+                yield chunk
+
+    # Whatever somebody has uploaded, no browser shall take it for a page of this server.
+    headers = {
+        "Content-Length": str(file.bytes),
+        "Content-Disposition": f"attachment; filename*=utf-8''{quote(file.filename)}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
+
+
+@router.delete("/{file_id}")
+async def delete_file(file_id: FileId, caller: CurrentCaller) -> DeletedFile:
+    """Delete a file. What has been learned from it stays."""
+    await file_store.delete(get_database(), file_id, owner_of(caller))
+    return DeletedFile(id=file_id)
+
+
+def _beyond(last: File, order: str) -> ColumnElement[bool]:
+    if order == "asc":
+        return or_(File.created_at > last.created_at, and_(File.created_at == last.created_at, File.id > last.id))
+    return or_(File.created_at < last.created_at, and_(File.created_at == last.created_at, File.id < last.id))

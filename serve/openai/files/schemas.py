@@ -1,0 +1,144 @@
+"""Files and uploads, as OpenAI has them."""
+
+from typing import Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from cluster.files.store import FILENAME_MAX, File
+from cluster.files.uploads import Upload
+from serve.http.schemas import Strict
+
+Purpose = Literal["fine-tune", "batch", "user_data"]
+"""OpenAI has others, for what is not here: assistants, vision and evals."""
+DAY_SECONDS = 24 * 3600
+BATCH_DAYS = 30
+
+
+class ExpiresAfter(Strict):
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=BATCH_DAYS * DAY_SECONDS)
+
+
+class FileFields(Strict):
+    """What a form says of its file."""
+
+    purpose: Purpose
+    filename: str = Field(min_length=1, max_length=FILENAME_MAX, pattern=r"^[^\x00]*$")
+    expires_after: ExpiresAfter | None = None
+
+    @property
+    def seconds(self) -> int | None:
+        return lasting(self.purpose, self.expires_after)
+
+
+class UploadRequest(Strict):
+    purpose: Purpose
+    filename: str = Field(min_length=1, max_length=FILENAME_MAX)
+    bytes: int = Field(ge=1, le=2**53, description="How many bytes all parts will have together.")
+    mime_type: str = Field(max_length=200, description="Not used.")
+    expires_after: ExpiresAfter | None = None
+
+    @property
+    def seconds(self) -> int | None:
+        return lasting(self.purpose, self.expires_after)
+
+
+class Completion(Strict):
+    part_ids: list[str] = Field(min_length=1, max_length=10_000, description="In the order of the file.")
+    md5: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{32}$", description="Of the whole file.")
+
+
+class FileObject(BaseModel):
+    id: str = Field(examples=["file-3f0c"])
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None = Field(description="Null: it stays until it is deleted.")
+    filename: str
+    purpose: str
+    status: Literal["processed", "error"]
+    status_details: str | None = Field(description="Of an error: the line that is wrong, and why.")
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class UploadObject(BaseModel):
+    id: str = Field(examples=["upload_3f0c"])
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileObject | None = None
+
+
+class PartObject(BaseModel):
+    id: str = Field(examples=["part_3f0c"])
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+def lasting(purpose: str, wanted: ExpiresAfter | None) -> int | None:
+    """How many seconds a file lasts; None: for good."""
+    if wanted is not None:
+        return wanted.seconds
+    return BATCH_DAYS * DAY_SECONDS if purpose == "batch" else None
+
+
+def file_fields(form: FormData) -> tuple[FileFields, UploadFile]:
+    """What the form of a file says, with nothing in it that is not understood."""
+    file = only_file(form, "file")
+    said: dict[str, Any] = {"filename": file.filename}
+    for name, value in form.multi_items():
+        if name.startswith("expires_after[") and name.endswith("]"):
+            said.setdefault("expires_after", {})[name.removeprefix("expires_after[").removesuffix("]")] = value
+        elif name != "file":
+            said[name] = value
+    try:
+        return FileFields.model_validate(said), file
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
+
+
+def only_file(form: FormData, name: str) -> UploadFile:
+    file = form.get(name)
+    if isinstance(file, UploadFile):
+        return file
+    missing = {"type": "missing", "loc": ("body", name), "msg": "a file is required, with its filename"}
+    raise RequestValidationError([missing])
+
+
+def file_object(file: File) -> FileObject:
+    return FileObject(
+        id=file.id,
+        bytes=file.bytes,
+        created_at=int(file.created_at.timestamp()),
+        expires_at=int(file.expires_at.timestamp()) if file.expires_at else None,
+        filename=file.filename,
+        purpose=file.purpose,
+        status="error" if file.fault else "processed",
+        status_details=file.fault,
+    )
+
+
+def upload_object(upload: Upload, file: File | None = None) -> UploadObject:
+    return UploadObject(
+        id=upload.id,
+        bytes=upload.bytes,
+        created_at=int(upload.created_at.timestamp()),
+        expires_at=int(upload.expires_at.timestamp()),
+        filename=upload.filename,
+        purpose=upload.purpose,
+        status=upload.status,
+        file=file_object(file) if file else None,
+    )

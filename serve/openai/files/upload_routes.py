@@ -1,0 +1,75 @@
+"""/v1/uploads, as OpenAI has them: files that are too large for one request, part by part."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from cluster.db import get_database
+from cluster.files import uploads as file_uploads
+from cluster.settings import get_settings
+from serve.http.errors import OPENAI_ERROR_RESPONSES
+from serve.http.uploads import UploadTooLarge, received_form
+from serve.openai.files import validation
+from serve.openai.files.routes import MEBIBYTE
+from serve.openai.files.schemas import Completion, PartObject, UploadObject, UploadRequest, only_file, upload_object
+from serve.security.callers import CurrentCaller, owner_of
+
+router = APIRouter(prefix="/v1/uploads", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
+
+PART_MB = 64
+
+UploadId = Annotated[str, Field(max_length=40)]
+FORM: dict[str, Any] = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "format": "binary"}},
+    "required": ["data"],
+}
+
+
+@router.post("")
+async def create_upload(wanted: UploadRequest, caller: CurrentCaller) -> UploadObject:
+    """Begin an upload, and have an hour for its parts."""
+    most = get_settings().files.max_upload_mb
+    if wanted.bytes > most * MEBIBYTE:
+        raise UploadTooLarge(f"A file that comes in parts has {most} MiB at most (files.max_upload_mb).")
+    async with get_database().transaction() as session:
+        upload = file_uploads.begin(
+            session,
+            filename=wanted.filename,
+            purpose=wanted.purpose,
+            size=wanted.bytes,
+            file_seconds=wanted.seconds,
+            owner=owner_of(caller),
+        )
+    return upload_object(upload)
+
+
+@router.post(
+    "/{upload_id}/parts",
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+)
+async def add_part(upload_id: UploadId, request: Request, caller: CurrentCaller) -> PartObject:
+    """Add a part of up to 64 MiB. Parts may come in any order, at the same time, and again."""
+    owner = owner_of(caller)
+    async with get_database().reading() as session:
+        await file_uploads.find_pending(session, upload_id, owner)
+    async with received_form(request, PART_MB * MEBIBYTE) as form:
+        data = only_file(form, "data")
+        part = await file_uploads.add_part(get_database(), upload_id, data.file, data.size or 0, owner)
+    return PartObject(id=part.id, created_at=int(part.created_at.timestamp()), upload_id=upload_id)
+
+
+@router.post("/{upload_id}/complete")
+async def complete_upload(upload_id: UploadId, wanted: Completion, caller: CurrentCaller) -> UploadObject:
+    """Make a file of parts that together have the bytes that were announced."""
+    upload, file = await file_uploads.complete(
+        get_database(), upload_id, wanted.part_ids, wanted.md5, validation.look, owner_of(caller)
+    )
+    return upload_object(upload, file)
+
+
+@router.post("/{upload_id}/cancel")
+async def cancel_upload(upload_id: UploadId, caller: CurrentCaller) -> UploadObject:
+    """Give an upload up, with all its parts."""
+    return upload_object(await file_uploads.cancel(get_database(), upload_id, owner_of(caller)))

@@ -1,0 +1,110 @@
+"""The journal of a training and its steps, as OpenAI tells what happens to a fine-tuning job."""
+
+import re
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.errors import InvalidRequest
+from jobs.tables import Job, JobEvent
+from serve.openai.fine_tuning.schemas import JobEvent as Told
+
+PREFIX = "ftevent-"
+IDENTIFIER = re.compile(PREFIX + r"(\d{1,18})")
+STEPS = {
+    "fine_tune": "Fine-tuning job started",
+    "export": "Exporting the model",
+    "validate": "Validating the model",
+    "deploy": "Deploying the model",
+}
+LEVELS: dict[str, Literal["info", "warn", "error"]] = {"WARNING": "warn", "ERROR": "error"}
+METRICS = {
+    "loss": "train_loss",
+    "token_accuracy": "train_mean_token_accuracy",
+    "eval_loss": "valid_loss",
+    "eval_token_accuracy": "valid_mean_token_accuracy",
+    "reward_accuracy": "train_reward_accuracy",
+    "eval_reward_accuracy": "valid_reward_accuracy",
+    "learning_rate": "learning_rate",
+}
+
+
+async def page(session: AsyncSession, job: Job, after: str | None, limit: int) -> list[Told]:
+    """The newest, or those before the event `after`."""
+    steps = {step.id: step.kind for step in await session.scalars(select(Job).where(Job.parent_id == job.id))}
+    kinds = {**steps, job.id: job.kind}
+    told = or_(_of_job(job), and_(JobEvent.job_id.in_(steps), _of_step()))
+    wanted = select(JobEvent).where(told)
+    if after is not None:
+        known = IDENTIFIER.fullmatch(after)
+        if known is None:
+            raise InvalidRequest(f"There is no event '{after}'.")
+        wanted = wanted.where(JobEvent.id < int(known[1]))
+    events = await session.scalars(wanted.order_by(JobEvent.id.desc()).limit(limit))
+    return [_told(event, kinds[event.job_id], job) for event in events]
+
+
+def _of_job(job: Job) -> ColumnElement[bool]:
+    """A job that has its steps done by others parks meanwhile, which is no news."""
+    own = ["paused", "succeeded", "failed", "cancelled", "log"]
+    queued = and_(JobEvent.type == "queued", JobEvent.data["parked"].as_string().is_(None))
+    all_of_it = or_(JobEvent.type.in_(own), queued, *([_of_step()] if job.kind == "fine_tune" else []))
+    return and_(JobEvent.job_id == job.id, all_of_it)
+
+
+def _of_step() -> ColumnElement[bool]:
+    numbers = or_(*(JobEvent.data["metrics"][name].as_float().is_not(None) for name in ("loss", "eval_loss")))
+    return or_(JobEvent.type.in_(["running", "log"]), and_(JobEvent.type == "progress", numbers))
+
+
+def _told(event: JobEvent, kind: str, job: Job) -> Told:
+    level: Literal["info", "warn", "error"] = "info"
+    data: dict[str, Any] | None = None
+    match event.type:
+        case "progress":
+            data = _numbers(event.data["metrics"])
+            message = _sentence(data)
+        case "log":
+            message, level = event.data["message"], LEVELS.get(event.data["level"], "info")
+        case "running":
+            message = STEPS.get(kind, f"The step {kind} has started")
+        case "queued":
+            message = _queued(event.data, job)
+        case "paused":
+            message = "Fine-tuning job paused"
+        case "succeeded":
+            message = "The job has successfully completed"
+        case "failed":
+            message, level = f"The job failed: {(event.data.get('error') or {}).get('message', '')}", "error"
+        case _:
+            message = "The job was cancelled"
+    return Told(
+        id=f"{PREFIX}{event.id}",
+        created_at=int(event.created_at.timestamp()),
+        level=level,
+        message=message,
+        type="metrics" if event.type == "progress" else "message",
+        data=data,
+    )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    told = {theirs: metrics[ours] for ours, theirs in METRICS.items() if ours in metrics}
+    return {"step": int(metrics["step"]), **told}
+
+
+def _sentence(numbers: dict[str, Any]) -> str:
+    told = {"training loss": numbers.get("train_loss"), "validation loss": numbers.get("valid_loss")}
+    losses = [f"{name}={value:.4f}" for name, value in told.items() if value is not None]
+    return f"Step {numbers['step']}: {', '.join(losses)}"
+
+
+def _queued(data: dict[str, Any], job: Job) -> str:
+    if "kind" in data:
+        return f"Created fine-tuning job: {job.id}"
+    if "resumed" in data:
+        return "Fine-tuning job resumed"
+    if "retried" in data:
+        return "Fine-tuning job is tried again"
+    return "Fine-tuning job waits to go on"

@@ -1,0 +1,161 @@
+"""Fine-tuning jobs, as OpenAI has them: what they take, and what is told of them."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from pipelines.training.spec import Metadata
+from serve.http.schemas import Strict
+
+Auto = Literal["auto"]
+Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+FileId = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class SupervisedHyperparameters(Strict):
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="auto: as many as fit into the memory."
+    )
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="Of the rate that a training has by itself. auto: 1."
+    )
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] | None = Field(default=None, description="auto: 3.")
+
+
+class DpoHyperparameters(SupervisedHyperparameters):
+    beta: Auto | Annotated[float, Field(gt=0, le=10)] | None = Field(default=None, description="auto: 0.1.")
+
+
+class Supervised(Strict):
+    hyperparameters: SupervisedHyperparameters | None = None
+
+
+class Dpo(Strict):
+    hyperparameters: DpoHyperparameters | None = None
+
+
+class Method(Strict):
+    type: Literal["supervised", "dpo", "reinforcement"] = Field(description="reinforcement is refused.")
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+    reinforcement: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def speak_of_one(self) -> Self:
+        for other in {"supervised", "dpo", "reinforcement"} - {self.type}:
+            if getattr(self, other) is not None:
+                raise ValueError(f"{other} does not belong to the method {self.type}")
+        return self
+
+
+class JobCreation(Strict):
+    """OpenAI's request. What is not here is refused, since the model would not be what was asked for."""
+
+    model: str = Field(
+        min_length=1,
+        max_length=400,
+        description="A Hugging Face id, a registered version (NAME:v3, NAME:latest), forgearr/tiny, a preset, or a "
+        "model that was fine-tuned here (ft:…).",
+    )
+    training_file: FileId
+    validation_file: FileId | None = Field(default=None, description="Null: a tenth of the samples is held out.")
+    method: Method | None = None
+    hyperparameters: SupervisedHyperparameters | None = Field(default=None, description="The older place of them.")
+    suffix: str | None = Field(default=None, min_length=1, max_length=64, description="Part of the model's name.")
+    seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    metadata: Metadata | None = None
+    integrations: list[Any] | None = Field(default=None, max_length=0, description="None: runs are in MLflow anyway.")
+
+    @model_validator(mode="after")
+    def say_it_once(self) -> Self:
+        if self.method and self.hyperparameters:
+            raise ValueError("hyperparameters belong into method, where there is one")
+        return self
+
+    @property
+    def wanted_hyperparameters(self) -> SupervisedHyperparameters:
+        told = self.method and (self.method.supervised or self.method.dpo)
+        return (told.hyperparameters if told else self.hyperparameters) or SupervisedHyperparameters()
+
+
+class UsedHyperparameters(BaseModel):
+    batch_size: int | Auto
+    learning_rate_multiplier: float
+    n_epochs: int
+
+
+class UsedDpoHyperparameters(UsedHyperparameters):
+    beta: float
+
+
+class UsedSupervised(BaseModel):
+    hyperparameters: UsedHyperparameters
+
+
+class UsedDpo(BaseModel):
+    hyperparameters: UsedDpoHyperparameters
+
+
+class UsedMethod(BaseModel):
+    type: Literal["supervised", "dpo"]
+    supervised: UsedSupervised | None = None
+    dpo: UsedDpo | None = None
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+    param: str | None
+
+
+class FineTuningJob(BaseModel):
+    id: str = Field(examples=["job_20261121_083000_k3x9"])
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    status: Status
+    error: JobError | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    training_file: str = Field(description="A file, or what else a job learns from that was begun at another door.")
+    validation_file: str | None
+    result_files: list[str]
+    trained_tokens: int | None
+    hyperparameters: UsedHyperparameters = Field(description="auto, as long as it is not known what that comes to.")
+    method: UsedMethod
+    seed: int
+    metadata: dict[str, str] | None
+    integrations: list[Any] = []
+    user_provided_suffix: str | None
+
+
+class JobEvent(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class CheckpointMetrics(BaseModel):
+    step: int
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class Checkpoint(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: CheckpointMetrics
+    step_number: int

@@ -1,0 +1,169 @@
+"""A forge job as an OpenAI fine-tuning job."""
+
+import math
+import re
+from datetime import datetime, timedelta
+from typing import Any
+
+from fastapi import Request
+from sqlalchemy import ColumnElement, Select, exists, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from jobs import journal
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.training.forge import SHARES
+from serve.models import fine_tuned_names
+from serve.openai.fine_tuning.creation import ABOUT_DATA, LEARNING_RATE
+from serve.openai.fine_tuning.schemas import (
+    Checkpoint,
+    CheckpointMetrics,
+    FineTuningJob,
+    JobError,
+    Status,
+    UsedDpo,
+    UsedDpoHyperparameters,
+    UsedHyperparameters,
+    UsedMethod,
+    UsedSupervised,
+)
+
+METADATA = re.compile(r"metadata\[(.+)\]")
+
+
+def with_metadata(session: AsyncSession, wanted: Select[Job], request: Request) -> Select[Job]:
+    for name, value in request.query_params.multi_items():
+        if told := METADATA.fullmatch(name):
+            wanted = wanted.where(_says(session, told[1], value))
+        elif name == "metadata" and value == "null":
+            wanted = wanted.where(Job.spec["metadata"].as_string().is_(None))
+    return wanted
+
+
+def _says(session: AsyncSession, key: str, value: str) -> ColumnElement[bool]:
+    if session.get_bind().dialect.name == "postgresql":
+        return Job.spec["metadata"][key].as_string() == value
+    # A path of SQLite's finds no key that has quotes, or anything beyond ASCII, in it.
+    pairs = func.json_each(Job.spec, "$.metadata").table_valued("key", "value")
+    return exists(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value))
+
+
+async def job_view(session: AsyncSession, job: Job) -> FineTuningJob:
+    training = await fine_tuned_names.training_of(session, job)
+    spec: dict[str, Any] = job.spec
+    result: dict[str, Any] = (training.result if training else None) or {}
+    used = _used(spec, training, result)
+    status = _status(job, training)
+    validation: dict[str, Any] | None = spec.get("validation")
+    if spec["method"] == "dpo":
+        parameters = UsedDpoHyperparameters(**used.model_dump(), beta=spec["beta"])
+        method = UsedMethod(type="dpo", dpo=UsedDpo(hyperparameters=parameters))
+    else:
+        method = UsedMethod(type="supervised", supervised=UsedSupervised(hyperparameters=used))
+    return FineTuningJob(
+        id=job.id,
+        created_at=int(job.created_at.timestamp()),
+        finished_at=int(job.finished_at.timestamp()) if job.finished_at else None,
+        estimated_finish=await _estimated_finish(session, training) if status == "running" else None,
+        status=status,
+        error=await _error(session, job),
+        model=spec["base_model"],
+        fine_tuned_model=fine_tuned_names.name(job) if job.state == State.SUCCEEDED else None,
+        organization_id=f"org-{job.owner_id or fine_tuned_names.organization(job)}",
+        training_file=_source(spec["data"]),
+        validation_file=_source(validation) if validation else None,
+        result_files=result.get("result_files", []),
+        trained_tokens=result.get("trained_tokens"),
+        hyperparameters=used,
+        method=method,
+        seed=spec["seed"],
+        metadata=spec.get("metadata"),
+        user_provided_suffix=spec.get("suffix"),
+    )
+
+
+def _used(spec: dict[str, Any], training: Job | None, result: dict[str, Any]) -> UsedHyperparameters:
+    state: Any = training.checkpoint if training else None
+    place: dict[str, Any] = state.get("place", {}) if isinstance(state, dict) else {}
+    in_memory = result.get("batch_size") or place.get("batch_size") or spec["batch_size"]
+    steps = place.get("gradient_accumulation") or spec["gradient_accumulation"]
+    return UsedHyperparameters(
+        batch_size=in_memory * steps * spec["workers"] if isinstance(in_memory, int) else "auto",
+        learning_rate_multiplier=float(f"{spec['learning_rate'] / LEARNING_RATE:.6g}"),
+        n_epochs=math.ceil(spec["epochs"]),
+    )
+
+
+def _status(job: Job, training: Job | None) -> Status:
+    match job.state:
+        case State.SUCCEEDED:
+            return "succeeded"
+        case State.FAILED:
+            return "failed"
+        case State.CANCELLED:
+            return "cancelled"
+        case State.PAUSED:
+            return "paused"
+        case _ if training is None or training.state == State.QUEUED:
+            return "queued"
+        case _ if training.state == State.PAUSED:
+            return "paused"
+        case _ if training.phase == "gathering the data":
+            return "validating_files"
+        case _:
+            return "running"
+
+
+async def _error(session: AsyncSession, job: Job) -> JobError | None:
+    if job.state != State.FAILED or not job.error:
+        return None
+    told: dict[str, Any] = job.error
+    if job.kind == "forge":
+        failed = select(Job).where(Job.parent_id == job.id, Job.state == State.FAILED).order_by(Job.id)
+        step = await session.scalar(failed.limit(1))
+        told = (step.error if step else None) or told
+    param = "training_file" if told["code"] in ABOUT_DATA else None
+    return JobError(code=told["code"], message=told["message"], param=param)
+
+
+async def _estimated_finish(session: AsyncSession, training: Job | None) -> int | None:
+    """When the training will be done by what it said last; what comes after it takes far less."""
+    if training is None or training.state != State.RUNNING:
+        return None
+    for event in await journal.newest(session, training.id, "progress", limit=5):
+        eta = event.data.get("metrics", {}).get("eta_seconds")
+        if eta is not None:
+            _, share = SHARES["fine_tune"]
+            left = timedelta(seconds=eta)
+            begun = training.started_at or event.created_at
+            rest = (event.created_at + left - begun) * (100 - share) / share if training.parent_id else timedelta()
+            return int((event.created_at + left + rest).timestamp())
+    return None
+
+
+def _source(data: dict[str, Any]) -> str:
+    """A file's id; or what else a job of another door learns from."""
+    for name in ("file", "dataset", "folder"):
+        if data.get(name):
+            return data[name]
+    return "prompts"
+
+
+def checkpoint_view(job: Job, epoch: dict[str, Any]) -> Checkpoint:
+    metrics = CheckpointMetrics(
+        step=epoch["step"],
+        train_loss=epoch.get("loss"),
+        train_mean_token_accuracy=epoch.get("token_accuracy"),
+        valid_loss=epoch.get("eval_loss"),
+        valid_mean_token_accuracy=epoch.get("eval_token_accuracy"),
+        full_valid_loss=epoch.get("eval_loss"),
+        full_valid_mean_token_accuracy=epoch.get("eval_token_accuracy"),
+    )
+    return Checkpoint(
+        id=f"ftckpt_{fine_tuned_names.short_id(job)}_{epoch['step']}",
+        created_at=int(datetime.fromisoformat(epoch["created_at"]).timestamp()),
+        fine_tuned_model_checkpoint=fine_tuned_names.checkpoint_name(job, epoch["step"]),
+        fine_tuning_job_id=job.id,
+        metrics=metrics,
+        step_number=epoch["step"],
+    )

@@ -1,0 +1,136 @@
+"""/v1/models, as OpenAI has it, and /models: the names under which models can be asked."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Request
+from pydantic import BaseModel, Field
+
+from cluster.db import get_database
+from cluster.ownership import Owner
+from cluster.times import UtcTime
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.training.models import tiny
+from pipelines.training.models.versions import Model
+from serve.engines.protocol import Remote
+from serve.http.errors import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
+from serve.models import fine_tuned_names
+from serve.models.dependencies import models_of
+from serve.models.names import delete, latest_name, newest_name, served_versions
+from serve.models.resolver import folders
+from serve.security.callers import CurrentCaller, owner_of
+
+openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
+native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
+router = APIRouter()
+
+OWNER = "forgearr"
+MOST_TUNED = 1000
+
+
+class ModelCard(BaseModel):
+    id: str = Field(examples=["homelab:latest"])
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix time. 0: it comes with Forgearr, or the settings name it.")
+    owned_by: str = OWNER
+
+
+class ModelCards(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
+class ModelSummary(BaseModel):
+    name: str = Field(examples=["homelab:latest"])
+    size: int = Field(description="Bytes of the file that is served.")
+    modified_at: UtcTime
+
+
+class ModelSummaries(BaseModel):
+    models: list[ModelSummary]
+    active_model: str | None = Field(description="The newest of those that are served.")
+
+
+@openai.get("/models")
+async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
+    """Every name under which a model can be asked; of the fine-tuned ones (ft:…) your own."""
+    models = await models_of(request).all()
+    cards = [card for model in models for card in _cards(model)]
+    named = [_card(name, folder.created_at) for name, folder in folders().items()]
+    remote = [_remote(model) for model in await models_of(request).remote()]
+    return ModelCards(data=[*cards, *named, _tiny(), *await _tuned(models, owner_of(caller)), *remote])
+
+
+@openai.get("/models/{model:path}")
+async def show_model(
+    request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
+) -> ModelCard:
+    """One of them."""
+    meant = await models_of(request).resolve(model, owner_of(caller))
+    if isinstance(meant.source, Remote):
+        return _remote(meant.source)
+    return _tiny() if meant.source is None else _card(model, meant.source.created_at)
+
+
+@openai.delete("/models/{model:path}")
+async def delete_model(
+    request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
+) -> ModelDeleted:
+    """Delete a version (NAME:v3, or ft:…), or a model with all its versions (NAME, NAME:latest): one's own, or any as
+    an administrator."""
+    await delete(request, model, caller)
+    return ModelDeleted(id=model)
+
+
+@native.get("/models")
+async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
+    """What is served, in short."""
+    served = await served_versions(request)
+    return ModelSummaries(
+        models=[
+            ModelSummary(name=latest_name(version), size=version.file.bytes, modified_at=version.created_at)
+            for version in served
+        ],
+        active_model=newest_name(served),
+    )
+
+
+router.include_router(openai)
+router.include_router(native)
+
+
+def _cards(model: Model) -> list[ModelCard]:
+    latest = [_card(latest_name(model.served), model.served.created_at)] if model.served else []
+    return latest + [_card(version.reference, version.created_at) for version in model.versions]
+
+
+async def _tuned(models: list[Model], owner: Owner) -> list[ModelCard]:
+    """What has been fine-tuned, the newest first; without what was exported and has been deleted since."""
+    versions = {(version.name, version.number) for model in models for version in model.versions}
+    done = fine_tuned_names.trainings(owner).where(Job.state == State.SUCCEEDED)
+    async with get_database().reading() as session:
+        jobs = list(await session.scalars(done.order_by(Job.created_at.desc()).limit(MOST_TUNED)))
+    return [
+        _card(fine_tuned_names.name(job), job.finished_at or job.created_at, fine_tuned_names.organization(job))
+        for job in jobs
+        if (version := fine_tuned_names.version_of(job)) is None or version in versions
+    ]
+
+
+def _card(reference: str, created_at: datetime, owner: str = OWNER) -> ModelCard:
+    return ModelCard(id=reference, created=int(created_at.timestamp()), owned_by=owner)
+
+
+def _remote(model: Remote) -> ModelCard:
+    return ModelCard(id=model.name, created=int(model.created_at.timestamp()), owned_by="ollama")
+
+
+def _tiny() -> ModelCard:
+    return ModelCard(id=tiny.NAME, created=0)

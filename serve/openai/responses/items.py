@@ -1,0 +1,123 @@
+"""Input and output items of the Responses API."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cluster.errors import InvalidRequest
+from serve.http.schemas import Strict
+
+Item = dict[str, Any]
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+ItemId = Annotated[str, Field(min_length=1, max_length=100)]
+
+LOGPROBS = "message.output_text.logprobs"
+MOST_ITEMS = 10_000
+PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+ANYTHING = [{"role": "user", "content": ""}]
+"""A conversation to check the rest of a request with."""
+
+
+class CallUnknown(InvalidRequest):
+    """What a function has answered belongs to a call, which comes before it in the conversation."""
+
+    code = "CALL_NOT_FOUND"
+
+
+class InputText(Strict):
+    type: Literal["input_text"]
+    text: str
+
+
+class OutputText(Strict):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any] | None = Field(default=None, max_length=0)
+    logprobs: list[dict[str, Any]] | None = None
+
+
+class Message(Strict):
+    """What somebody has said. An answer may be sent back as it came; what OpenAI adds to those must be null."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[InputText | OutputText, Field(discriminator="type")]]
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+    phase: None = None
+
+    def item(self) -> Item:
+        said = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        if self.role == "assistant":
+            content = [{"type": "output_text", "text": text, "annotations": []} for text in said]
+        else:
+            content = [{"type": "input_text", "text": text} for text in said]
+        return {"type": "message", "role": self.role, "content": content, "status": "completed"}
+
+
+class FunctionCallItem(Strict):
+    type: Literal["function_call"]
+    call_id: str = Field(min_length=1, max_length=200)
+    name: str = Field(min_length=1)
+    arguments: str = Field(description="JSON.")
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+    namespace: None = None
+    caller: None = None
+
+    def item(self) -> Item:
+        return {**self.model_dump(include={"type", "call_id", "name", "arguments"}), "status": "completed"}
+
+
+class FunctionCallOutput(Strict):
+    type: Literal["function_call_output"]
+    call_id: str = Field(min_length=1, max_length=200, description="Of the call that this answers.")
+    output: str | list[InputText]
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+
+    def item(self) -> Item:
+        return {**self.model_dump(include={"type", "call_id", "output"}), "status": "completed"}
+
+
+class ReasoningText(Strict):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class SummaryText(Strict):
+    type: Literal["summary_text"]
+    text: str
+
+
+class Reasoning(Strict):
+    """What a model has thought, in words. Encrypted thoughts are another server's."""
+
+    type: Literal["reasoning"]
+    summary: list[SummaryText] = Field(default_factory=list[SummaryText])
+    content: list[ReasoningText] | None = None
+    encrypted_content: None = None
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+
+    def item(self) -> Item:
+        content = [part.model_dump() for part in self.content or []]
+        return {**self.model_dump(include={"type", "summary"}), "content": content, "status": "completed"}
+
+
+class ItemReference(Strict):
+    """An item of a response that is stored, by its id."""
+
+    type: Literal["item_reference"] | None = None
+    id: ItemId
+
+
+def item_type(item: Any) -> str | None:
+    if not isinstance(item, dict):
+        return getattr(item, "type", None) or "item_reference"
+    return item.get("type") or ("message" if "role" in item else "item_reference")
+
+
+def item_id(response_id: str, kind: str, position: int) -> str:
+    """It says where the item is: in which response, and at which place among what that was given and has answered."""
+    return f"{PREFIXES[kind]}_{response_id.removeprefix('resp_')}{position:04x}"

@@ -1,0 +1,229 @@
+"""What /v1/responses takes and answers, as OpenAI has it, and how that is said to an engine, which knows only chats.
+
+An item is one thing of a conversation: a message, some reasoning, a call of a function or what that has answered. They
+are kept and told as plain documents, each with an id in which that of its response is (openai/responses/store.py).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from serve.http.schemas import Strict
+from serve.openai.chat_schemas import ChatRequest, Function, ModelReference
+from serve.openai.responses.conversation import messages_of
+from serve.openai.responses.items import (
+    ANYTHING,
+    LOGPROBS,
+    MOST_ITEMS,
+    FunctionCallItem,
+    FunctionCallOutput,
+    Item,
+    ItemReference,
+    Message,
+    Reasoning,
+    item_id,
+    item_type,
+)
+
+ResponseId = Annotated[str, Field(max_length=100)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+InputItem = Annotated[
+    Annotated[Message, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[Reasoning, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
+    Discriminator(item_type),
+]
+
+
+class FunctionTool(Strict):
+    type: Literal["function"]
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="JSON Schema.")
+    strict: bool | None = None
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def refuse_by_name(cls, kind: object) -> object:
+        if isinstance(kind, str) and kind != "function":
+            raise ValueError(f"there is no tool of the type {kind[:100]} here, only function")
+        return kind
+
+    def for_chat(self) -> dict[str, Any]:
+        function = self.model_dump(include=set(Function.model_fields), exclude_none=True)
+        return {"type": "function", "function": function}
+
+
+class ChosenFunction(Strict):
+    type: Literal["function"]
+    name: str
+
+
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ChosenFunction] = Field(min_length=1, max_length=128)
+
+
+class AnyFormat(Strict):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextConfiguration(Strict):
+    format: AnyFormat | SchemaFormat | None = None
+    verbosity: None = None
+
+
+class NoReasoning(Strict):
+    """How much a model thinks cannot be chosen here."""
+
+    effort: None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class StreamOptions(Strict):
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseRequest(Strict):
+    """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
+
+    model: ModelReference
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_ITEMS)]
+    instructions: str | None = Field(default=None, description="A system message for this response only.")
+    previous_response_id: ResponseId | None = Field(default=None, description="The stored one that this goes on from.")
+    tools: list[FunctionTool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfiguration | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_output_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    include: list[Literal["message.output_text.logprobs"]] | None = Field(default=None, max_length=10)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    store: bool | None = Field(default=None, description="Whether to keep it, to read and to go on from. Null: yes.")
+    metadata: Metadata | None = Field(default=None, description="Kept with the response.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    reasoning: NoReasoning | None = None
+    background: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    user: str | None = Field(default=None, description="Not used.")
+    safety_identifier: str | None = Field(default=None, description="Not used.")
+    prompt_cache_key: str | None = Field(default=None, description="Not used: prompts are remembered without one.")
+    conversation: None = None
+    prompt: None = None
+    max_tool_calls: None = None
+
+    @model_validator(mode="after")
+    def fit_together(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options is for answers with stream")
+        if self.top_logprobs and not self._logprobs():
+            raise ValueError(f"top_logprobs needs {LOGPROBS} in include")
+        if isinstance(self.tool_choice, AllowedTools):
+            known = {tool.name for tool in self.tools or []}
+            if unknown := [tool.name for tool in self.tool_choice.tools if tool.name not in known]:
+                raise ValueError(f"tool_choice names {unknown[0]}, which is not among the tools")
+        try:
+            self._chat()
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return self
+
+    @property
+    def references(self) -> list[str]:
+        """The ids of the stored items that it refers to."""
+        return [] if isinstance(self.input, str) else [one.id for one in self.input if isinstance(one, ItemReference)]
+
+    def items(self, response_id: str, referred: Mapping[str, Item]) -> list[Item]:
+        """What it brings, each with an id; instead of a reference, what it refers to."""
+        given = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        items: list[Item] = []
+        for position, one in enumerate(given):
+            if isinstance(one, ItemReference):
+                items.append(referred[one.id])
+                continue
+            item = one.item()
+            items.append({"id": one.id or item_id(response_id, item["type"], position), **item})
+        return items
+
+    def for_engine(self, items: Iterable[Item]) -> dict[str, Any]:
+        """For an answer to all that was said until now."""
+        ruled = [{"role": "system", "content": self.instructions}] if self.instructions is not None else []
+        return {**self._chat().for_engine(), "messages": [*ruled, *messages_of(items)]}
+
+    def repeated(self) -> dict[str, Any]:
+        """What a response says again of its request. What nobody chose, and the engine decides, is null."""
+        asked = self.model_dump(
+            mode="json",
+            by_alias=True,
+            include={
+                *("model", "instructions", "previous_response_id", "temperature", "top_p", "max_output_tokens"),
+                *("top_logprobs", "user", "safety_identifier", "prompt_cache_key"),
+            },
+        )
+        text = self.text.model_dump(mode="json", by_alias=True, exclude_none=True) if self.text else {}
+        return asked | {
+            "tools": [tool.model_dump() for tool in self.tools or []],
+            "tool_choice": "auto" if self.tool_choice is None else self.model_dump()["tool_choice"],
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "text": {"format": {"type": "text"}, **text},
+            "store": self.store is not False,
+            "metadata": self.metadata or {},
+            "truncation": "disabled",
+            "reasoning": {"effort": None, "summary": None},
+            "background": False,
+            "service_tier": "default",
+            "max_tool_calls": None,
+        }
+
+    def _chat(self) -> ChatRequest:
+        """The same wishes in a chat's words, which are checked there."""
+        tools = self.tools or []
+        choice: Any = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            allowed = {tool.name for tool in choice.tools}
+            tools, choice = [tool for tool in tools if tool.name in allowed], choice.mode
+        if isinstance(choice, ChosenFunction):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        asked: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_completion_tokens": self.max_output_tokens,
+            "tools": [tool.for_chat() for tool in tools] or None,
+            "tool_choice": choice,
+            "parallel_tool_calls": self.parallel_tool_calls is not False if tools else None,
+            "response_format": self._format(),
+            "stream": self.stream,
+        }
+        if self._logprobs():
+            asked |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        return ChatRequest.model_validate({"model": self.model, "messages": ANYTHING, **asked})
+
+    def _logprobs(self) -> bool:
+        return LOGPROBS in (self.include or [])
+
+    def _format(self) -> dict[str, Any] | None:
+        wanted = self.text.format if self.text else None
+        if not isinstance(wanted, SchemaFormat):
+            return wanted.model_dump() if wanted else None
+        told = wanted.model_dump(by_alias=True, exclude_none=True)
+        return {"type": told.pop("type"), "json_schema": told}

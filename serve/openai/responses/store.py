@@ -1,0 +1,144 @@
+"""Responses that are kept: to be read, and to be gone on from.
+
+A response keeps what it was given itself, and the id of the one that it goes on from; the conversation is their chain.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Select, String, delete, literal, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cluster.db import Base, Database, Document, delete_rows, now
+from cluster.errors import NotFound
+from cluster.ownership import Owner
+from cluster.settings import get_settings
+from jobs.sweep import sweeper
+from serve.openai.responses.items import Item
+
+OWN_ITEM = re.compile(r"[a-z]+_([0-9a-f]{32})([0-9a-f]{4})")
+SWEEP_PAGE = 1000
+
+
+class ResponseNotFound(NotFound):
+    """There is no such response."""
+
+    code = "RESPONSE_NOT_FOUND"
+
+
+class PreviousResponseNotFound(NotFound):
+    """There is no such response to go on from."""
+
+    code = "PREVIOUS_RESPONSE_NOT_FOUND"
+
+
+class ItemNotFound(NotFound):
+    """There is no such item."""
+
+    code = "ITEM_NOT_FOUND"
+
+
+class StoredResponse(Base):
+    __tablename__ = "responses"
+
+    id: Mapped[str] = mapped_column(String(60), primary_key=True)
+    previous_id: Mapped[str | None] = mapped_column(String(60))  # which may have been deleted since
+    given: Mapped[Any] = mapped_column(Document)  # the items that it was asked with, besides those before
+    body: Mapped[dict[str, Any]]  # as it was answered
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+
+async def keep(database: Database, body: dict[str, Any], given: Sequence[Item], owner: Owner) -> None:
+    async with database.transaction() as session:
+        session.add(
+            StoredResponse(
+                id=body["id"],
+                previous_id=body["previous_response_id"],
+                given=list(given),
+                body=body,
+                owner_id=owner.id,
+                created_by=owner.name,
+            )
+        )
+
+
+async def find(session: AsyncSession, response_id: str, owner: Owner) -> StoredResponse:
+    found = await session.scalar(_visible_to(owner).where(StoredResponse.id == response_id))
+    if found is None:
+        raise ResponseNotFound(f"There is no response '{response_id}'.")
+    return found
+
+
+async def said_before(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
+    """The whole conversation up to, and with, this response."""
+    chain = await _chain(session, response_id, owner)
+    if not chain:
+        raise PreviousResponseNotFound(f"There is no response '{response_id}' to go on from.")
+    if gone := chain[0].previous_id:
+        raise PreviousResponseNotFound(f"'{response_id}' cannot be gone on from: '{gone}', before it, is gone.")
+    return [item for response in chain for item in _items(response)]
+
+
+async def given_to(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
+    """What a response was an answer to: what is still there of the conversation before it, and what it was given."""
+    chain = await _chain(session, response_id, owner)
+    if not chain:
+        raise ResponseNotFound(f"There is no response '{response_id}'.")
+    *before, last = chain
+    return [item for response in before for item in _items(response)] + last.given
+
+
+async def find_item(session: AsyncSession, identifier: str, owner: Owner) -> Item:
+    if place := OWN_ITEM.fullmatch(identifier):
+        stored = await session.scalar(_visible_to(owner).where(StoredResponse.id == f"resp_{place[1]}"))
+        items = _items(stored) if stored else []
+        position = int(place[2], 16)
+        if position < len(items) and items[position]["id"] == identifier:
+            return items[position]
+    raise ItemNotFound(f"There is no item '{identifier}': only those of stored responses can be referred to.")
+
+
+async def remove(session: AsyncSession, response_id: str, owner: Owner) -> None:
+    await session.delete(await find(session, response_id, owner))
+
+
+@sweeper("responses")
+async def remove_old(database: Database) -> int:
+    """Delete what is older than serve.response_days, a page at a time."""
+    removed = 0
+    before = now() - timedelta(days=get_settings().serve.response_days)
+    while True:
+        async with database.transaction() as session:
+            page = select(StoredResponse.id).where(StoredResponse.created_at < before).limit(SWEEP_PAGE)
+            count = await delete_rows(session, delete(StoredResponse).where(StoredResponse.id.in_(page)))
+        if not count:
+            return removed
+        removed += count
+
+
+def _visible_to(owner: Owner) -> Select[StoredResponse]:
+    return (
+        select(StoredResponse) if owner.is_admin else select(StoredResponse).where(StoredResponse.owner_id == owner.id)
+    )
+
+
+async def _chain(session: AsyncSession, response_id: str, owner: Owner) -> list[StoredResponse]:
+    """This response after those that it goes on from, as far as they are there."""
+    row = StoredResponse
+    newest = select(row.id, row.previous_id, literal(0).label("place")).where(row.id == response_id)
+    if not owner.is_admin:
+        newest = newest.where(row.owner_id == owner.id)
+    chain = newest.cte("chain", recursive=True)
+    older = select(row.id, row.previous_id, chain.c.place + 1).join(chain, row.id == chain.c.previous_id)
+    chain = chain.union_all(older)
+    found = await session.scalars(select(row).join(chain, row.id == chain.c.id).order_by(chain.c.place.desc()))
+    return list(found)
+
+
+def _items(response: StoredResponse) -> list[Item]:
+    return response.given + response.body["output"]

@@ -1,0 +1,1 @@
+"""WebSockets, and the live messages behind them."""

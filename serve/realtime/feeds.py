@@ -1,0 +1,94 @@
+"""What there is to listen to: events of all processes, samples of this machine, and its log lines.
+
+A feed yields batches of messages. Its first batch, empty or not, says that nothing is missed from then on.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import suppress
+from os import SEEK_END
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cluster import events, logs, nodes
+from cluster.db import now
+from cluster.errors import Unavailable
+from serve.realtime.hub import EVERYBODY, Message
+
+Poll = Callable[[events.Cursor | None], Awaitable[events.Batch]]
+
+RETRY_SECONDS = 1.0
+SAMPLE_SECONDS = 2.0
+LOG_SECONDS = 0.5
+LOG_BYTES = 1_000_000
+
+logger = logging.getLogger(__name__)
+
+
+async def follow_events(poll: Poll = events.poll) -> AsyncGenerator[list[Message]]:
+    """What all processes publish. After a gap comes `events.missed`: the database knows what happened meanwhile."""
+    cursor: events.Cursor | None = None
+    while True:
+        try:
+            batch = await poll(cursor)
+        except Unavailable as error:
+            logger.debug("No live events: %s", error)
+            cursor = events.LOST
+            yield []
+            await asyncio.sleep(RETRY_SECONDS)
+            continue
+        cursor = batch.cursor
+        yield [_missed(), *batch.messages] if batch.missed else list(batch.messages)
+
+
+async def follow_system() -> AsyncGenerator[list[Message]]:
+    """A sample of this machine every two seconds."""
+    yield []
+    async for sample in nodes.samples(SAMPLE_SECONDS):
+        yield [{"rooms": [EVERYBODY], **sample}]
+
+
+async def follow_logs() -> AsyncGenerator[list[Message]]:
+    """What this machine's components log, from now on."""
+    positions = {path: path.stat().st_size for path in logs.folder().glob("*.jsonl")}
+    while True:
+        lines = await asyncio.to_thread(_new_lines, positions)
+        yield [{"rooms": [EVERYBODY], **line} for line in lines]
+        await asyncio.sleep(LOG_SECONDS)
+
+
+def _missed() -> Message:
+    return {
+        "rooms": [EVERYBODY],
+        "type": "events.missed",
+        "data": {},
+        "timestamp": now(),
+    }
+
+
+def _new_lines(positions: dict[Path, int]) -> list[dict[str, Any]]:
+    """The complete lines that were written since the last look, which `positions` remembers."""
+    lines: list[dict[str, Any]] = []
+    for path in logs.folder().glob("*.jsonl"):
+        with suppress(FileNotFoundError), path.open("rb") as file:  # it may be set aside while we look
+            size = file.seek(0, SEEK_END)
+            position = positions.get(path, 0)
+            if position > size:
+                position = 0  # it was set aside, and this is its successor
+            file.seek(max(position, size - LOG_BYTES))
+            text = file.read()
+            complete = text[: text.rfind(b"\n") + 1]
+            positions[path] = file.tell() - len(text) + len(complete)
+            lines += [line for raw in complete.splitlines() for line in _parsed(raw)]
+    return sorted(lines, key=lambda line: str(line["timestamp"]))
+
+
+def _parsed(raw: bytes) -> Iterator[dict[str, Any]]:
+    """A line, unless it is only a part of one."""
+    with suppress(orjson.JSONDecodeError):
+        line = orjson.loads(raw)
+        if isinstance(line, dict) and "timestamp" in line:
+            yield line

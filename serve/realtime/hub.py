@@ -1,0 +1,210 @@
+"""Live news for clients: hubs that pass a feed on to subscriptions, and the talk over a WebSocket.
+
+A replica has one hub for each feed (events, samples of this machine, log lines). A hub listens to its feed only while
+somebody listens to the hub. Nobody waits for anybody: a subscription that does not keep up is dropped.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, Self
+
+import orjson
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from serve.security.callers import POLICY_VIOLATION, is_still_welcome
+
+Message = Mapping[str, Any]
+"""What a hub passes on: `rooms`, which say to whom, and whatever else the client is to see."""
+Feed = Callable[[], AsyncGenerator[list[Message]]]
+Tell = Callable[[Message], Awaitable[Message]]
+Answer = Callable[[dict[str, Any]], Awaitable[Message]]
+
+EVERYBODY = "*"
+QUEUE_MESSAGES = 256
+SEND_SECONDS = 10.0
+CLOSE_SECONDS = 2.0
+READY_SECONDS = 5.0
+WELCOME_SECONDS = 30.0
+"""How long somebody may go on listening whose key was revoked, or whose account was disabled."""
+TRY_AGAIN_LATER = 1013
+
+logger = logging.getLogger(__name__)
+
+
+class Subscription:
+    """A listener's own queue. Use it as `async with hub.subscribe(rooms) as subscription`."""
+
+    def __init__(self, hub: "Hub", rooms: Iterable[str]) -> None:
+        self.rooms = {*rooms, EVERYBODY}
+        self.dropped = False
+        self._hub = hub
+        self._queue = asyncio.Queue[Message | None](QUEUE_MESSAGES)
+
+    async def __aenter__(self) -> Self:
+        """From here on nothing is missed without a message that says so."""
+        await self._hub.add(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._hub.remove(self)
+
+    async def __aiter__(self) -> AsyncIterator[Message]:
+        while (message := await self._queue.get()) is not None:
+            yield message
+
+    async def get(self, timeout: float) -> Message | None:  # noqa: ASYNC109
+        """The next message; None if the time is up before there is one, or if this subscription was dropped."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._queue.get()
+        except TimeoutError:
+            return None
+
+    def put(self, message: Message) -> None:
+        if self.dropped:
+            return
+        if self._queue.full():
+            return self.drop()
+        self._queue.put_nowait(message)
+
+    def drop(self) -> None:
+        """Give this listener up: what it has not read is gone, and whoever waits for a message is woken."""
+        self.dropped = True
+        self._hub.remove(self)
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(None)
+
+    def join(self, room: str) -> None:
+        self._hub.join(self, room)
+
+    def leave(self, room: str) -> None:
+        self._hub.leave(self, room)
+
+
+class Hub:
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._members: defaultdict[str, set[Subscription]] = defaultdict(set)
+        self._listening: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+
+    def subscribe(self, rooms: Iterable[str]) -> Subscription:
+        return Subscription(self, rooms)
+
+    def listeners(self, room: str = EVERYBODY) -> int:
+        return len(self._members.get(room, ()))
+
+    async def add(self, subscription: Subscription) -> None:
+        for room in subscription.rooms:
+            self._members[room].add(subscription)
+        if self._listening is None:
+            self._ready.clear()
+            self._listening = asyncio.create_task(self._listen())
+        with suppress(TimeoutError):  # a feed that is slow to begin is no reason to refuse a listener
+            async with asyncio.timeout(READY_SECONDS):
+                await self._ready.wait()
+
+    def remove(self, subscription: Subscription) -> None:
+        for room in tuple(subscription.rooms):
+            self.leave(subscription, room)
+        if self._listening and not self.listeners():
+            self._listening.cancel()
+            self._listening = None
+
+    def join(self, subscription: Subscription, room: str) -> None:
+        subscription.rooms.add(room)
+        self._members[room].add(subscription)
+
+    def leave(self, subscription: Subscription, room: str) -> None:
+        subscription.rooms.discard(room)
+        self._members[room].discard(subscription)
+        if not self._members[room]:
+            del self._members[room]
+
+    async def _listen(self) -> None:
+        try:
+            async with aclosing(self._feed()) as feed:
+                async for messages in feed:
+                    self._ready.set()
+                    for message in messages:
+                        self._deliver(message)
+        except Exception:
+            logger.exception("A live feed broke; its listeners are sent away, and may come back.")
+            for subscription in tuple(self._members[EVERYBODY]):
+                subscription.drop()
+
+    def _deliver(self, message: Message) -> None:
+        for subscription in set[Subscription]().union(*(self._members.get(room, ()) for room in message["rooms"])):
+            subscription.put(message)
+
+
+def refusal(sentence: str) -> Message:
+    return {"type": "error", "message": sentence}
+
+
+async def converse(socket: WebSocket, subscription: Subscription, answer: Answer, tell: Tell | None = None) -> None:
+    """Send what the subscription brings, and answer what the client says, until either of them ends.
+
+    With `tell`, the client gets what that makes of the news, instead of the news themselves.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        sending = tasks.create_task(_send_all(socket, subscription, tell))
+        hearing = tasks.create_task(_hear(socket, subscription, answer))
+        watching = tasks.create_task(_until_unwelcome(socket))
+        together = (sending, hearing, watching)
+        for task in together:
+            task.add_done_callback(lambda _: [other.cancel() for other in together])
+    if not watching.cancelled():
+        await _close(socket, POLICY_VIOLATION, "What you came with is not valid any more.")
+    elif subscription.dropped:
+        await _close(socket, TRY_AGAIN_LATER, "Too much was waiting to be read; connect again.")
+
+
+async def _close(socket: WebSocket, code: int, reason: str) -> None:
+    """A client that reads nothing at all does not take this either; then the connection just ends."""
+    if socket.application_state == WebSocketState.CONNECTED:
+        with suppress(TimeoutError, WebSocketDisconnect):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await socket.close(code, reason)
+
+
+async def _until_unwelcome(socket: WebSocket) -> None:
+    while True:
+        await asyncio.sleep(WELCOME_SECONDS)
+        if not await is_still_welcome(socket):
+            return
+
+
+async def _send_all(socket: WebSocket, subscription: Subscription, tell: Tell | None) -> None:
+    try:
+        async for message in subscription:
+            if tell and "rooms" in message:
+                message = await tell(message)
+            shown = {name: value for name, value in message.items() if name != "rooms"}
+            text = orjson.dumps(shown, default=str, option=orjson.OPT_UTC_Z).decode()
+            async with asyncio.timeout(SEND_SECONDS):
+                await socket.send_text(text)
+    except TimeoutError:
+        subscription.drop()
+    except WebSocketDisconnect:
+        return
+
+
+async def _hear(socket: WebSocket, subscription: Subscription, answer: Answer) -> None:
+    while (frame := await socket.receive())["type"] == "websocket.receive":
+        # An answer takes its place in the queue: who asks without reading is dropped like any slow reader.
+        subscription.put(await _answer(frame, answer))
+
+
+async def _answer(frame: Mapping[str, Any], answer: Answer) -> Message:
+    try:
+        said: Any = orjson.loads(frame.get("text") or frame.get("bytes") or b"")
+    except orjson.JSONDecodeError:
+        said = None
+    if not isinstance(said, dict):
+        return refusal('A message is a JSON object, such as {"type": "ping"}.')
+    return {"type": "pong"} if said.get("type") == "ping" else await answer(said)

@@ -1,0 +1,1 @@
+"""Credentials, origins and rate limits of requests."""

@@ -1,0 +1,159 @@
+"""Who is calling: the credential of a request, and the guard of a server that asks for none.
+
+A request is authenticated once. Whoever needs the caller first (the rate limits, else the route) pays for it, and the
+outcome stays in the ASGI scope.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.requests import HTTPConnection
+from starlette.types import Receive, Scope, Send
+
+from cluster import identity
+from cluster.db import get_database
+from cluster.errors import AccountDisabled, Forbidden, ForgearrError, Unauthenticated
+from cluster.ownership import Owner
+from cluster.settings import get_settings
+from serve.http.errors import error_response
+
+log = logging.getLogger(__name__)
+
+OUTCOME = "forgearr.caller"
+NOT_NEEDED = "not-needed"
+"""What OpenAI's clients, which insist on some key, are told to send to a server that needs none. There it is no key."""
+POLICY_VIOLATION = 1008
+
+# What the OpenAPI document says about credentials. They refuse nothing by themselves: an open server needs none.
+_api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key (fgr_…).")
+_bearer = HTTPBearer(auto_error=False, description="An API key or an access token.")
+
+
+@dataclass(frozen=True)
+class Caller:
+    user_id: str | None  # None: this machine's own user, on a server that needs no credential
+    username: str
+    role: identity.Role
+
+    @property
+    def is_admin(self) -> bool:
+        return self.role == "admin"
+
+
+LOCAL = Caller(user_id=None, username="local", role="admin")
+
+
+async def authenticate(connection: HTTPConnection) -> Caller:
+    """The caller of an HTTP request or a WebSocket handshake; raises Unauthenticated or AccountDisabled."""
+    caller = await find_caller(connection)
+    if caller is None:
+        raise Unauthenticated()
+    return caller
+
+
+async def find_caller(connection: HTTPConnection) -> Caller | None:
+    """The caller, or None where a credential is needed and there is none. A wrong one is an error everywhere."""
+    if OUTCOME not in connection.scope:
+        try:
+            connection.scope[OUTCOME] = await _identify(connection)
+        except ForgearrError as error:
+            connection.scope[OUTCOME] = error
+    outcome = connection.scope[OUTCOME]
+    if isinstance(outcome, ForgearrError):
+        raise outcome
+    return outcome
+
+
+async def is_still_welcome(connection: HTTPConnection) -> bool:
+    """Whether who was let in may stay: a key may be revoked, and an account disabled, in the middle of a conversation.
+
+    An access token may run out meanwhile: it says for how long one may begin something.
+    """
+    caller, credential = await authenticate(connection), _credential(connection)
+    if caller.user_id is None or credential is None:
+        return True
+    try:
+        async with get_database().reading() as session:
+            if credential.startswith(f"{identity.KEY_PREFIX}_"):
+                await identity.user_of_key(session, credential)
+            else:
+                await identity.active_user(session, caller.user_id)
+    except (Unauthenticated, AccountDisabled):
+        return False
+    except SQLAlchemyError as error:
+        log.warning("The database cannot say who may stay, so all do (%s).", type(error).__name__)
+    return True
+
+
+async def _optional_caller(
+    connection: HTTPConnection,
+    _key: Annotated[object, Security(_api_key)],
+    _token: Annotated[object, Security(_bearer)],
+) -> Caller | None:
+    return await find_caller(connection)
+
+
+OptionalCaller = Annotated[Caller | None, Depends(_optional_caller)]
+
+
+async def _current_caller(caller: OptionalCaller) -> Caller:
+    if caller is None:
+        raise Unauthenticated()
+    return caller
+
+
+CurrentCaller = Annotated[Caller, Depends(_current_caller)]
+
+
+async def _admin_caller(caller: CurrentCaller) -> Caller:
+    if not caller.is_admin:
+        raise Forbidden("Only an administrator may do this.")
+    return caller
+
+
+AdminCaller = Annotated[Caller, Depends(_admin_caller)]
+# OpenAPI does not speak of WebSockets, and its security schemes cannot read one.
+SocketCaller = Annotated[Caller, Depends(authenticate)]
+
+
+async def refuse(error: ForgearrError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, or a WebSocket handshake, with an error from within a middleware."""
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        return await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message})
+    await error_response(error, scope["path"])(scope, receive, send)
+
+
+async def _identify(connection: HTTPConnection) -> Caller | None:
+    credential = _credential(connection)
+    required = get_settings().auth_required
+    if credential is None or (credential == NOT_NEEDED and not required):
+        return None if required else LOCAL
+    async with get_database().reading() as session:
+        if not credential.startswith(f"{identity.KEY_PREFIX}_"):
+            user = await identity.user_of_access_token(session, credential)
+            return Caller(user.id, user.username, user.role)
+        user, key = await identity.user_of_key(session, credential)
+    if identity.is_use_due(key):
+        async with get_database().transaction() as session:
+            await identity.record_use(session, key)
+    return Caller(user.id, user.username, user.role)
+
+
+def _credential(connection: HTTPConnection) -> str | None:
+    if (key := connection.headers.get("x-api-key")) is not None:
+        return key
+    if (authorization := connection.headers.get("authorization")) is not None:
+        scheme, _, token = authorization.partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else ""
+    if connection.scope["type"] == "websocket":
+        # A browser cannot set headers on a WebSocket.
+        return connection.query_params.get("api_key", connection.query_params.get("token"))
+    return None
+
+
+def owner_of(caller: Caller) -> Owner:
+    return Owner(id=caller.user_id, name=caller.username, is_admin=caller.is_admin)

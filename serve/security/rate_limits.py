@@ -1,0 +1,172 @@
+"""How often a caller may ask: rate limits of all requests, and of failed logins.
+
+A window starts with a caller's first request in it. A caller is the owner of a valid credential, else an address, so
+that made-up credentials do not buy new allowances. If the storage of the counts is down, requests pass: a broken Redis
+must not take the service down with it.
+"""
+
+import logging
+import os
+import time
+from functools import cache
+from ipaddress import IPv6Address, ip_address, ip_network
+from math import ceil
+from typing import cast
+
+from limits import RateLimitItem, parse
+from limits.aio.storage import Storage
+from limits.aio.strategies import FixedWindowRateLimiter
+from limits.errors import StorageError
+from limits.storage import storage_from_string
+from limits.util import WindowStats
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import ForgearrError, RateLimitExceeded
+from cluster.settings import get_settings
+from serve.security.callers import find_caller, refuse
+
+STORAGE_TIMEOUT_SECONDS = 1.0
+HEALTH_PATHS = ("/health", "/api/health", "/api/v1/health")
+CONFIG = "/api/v1/config"
+OWN_LIMITS = (
+    ("content", "POST", ("/api/v1/shows", "/api/v1/movies")),
+    ("audit", "POST", (f"{CONFIG}/audit",)),
+    ("apply", "POST", (f"{CONFIG}/apply", f"{CONFIG}/rollback")),
+    ("recommendations", "GET", (CONFIG,)),
+)
+"""Which requests have a limit of their own: its setting, their method, and how their paths begin."""
+
+logger = logging.getLogger(__name__)
+
+
+class RateLimits:
+    """ASGI middleware: counts each request, refuses those over the limit, and tells every caller where it stands."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in {"http", "websocket"} or not get_settings().limits_enabled:
+            return await self.app(scope, receive, send)
+        limit, caller = await _limit_and_caller(scope)
+        try:
+            allowed = await limiter().hit(limit, *caller)
+            window = await limiter().get_window_stats(limit, *caller)
+        except StorageError as error:
+            _warn(error)
+            return await self.app(scope, receive, send)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] in {"http.response.start", "websocket.http.response.start"}:
+                headers = MutableHeaders(scope=message)
+                headers["X-RateLimit-Limit"] = str(limit.amount)
+                headers["X-RateLimit-Remaining"] = str(window.remaining)
+                headers["X-RateLimit-Reset"] = str(ceil(window.reset_time))
+            await send(message)
+
+        if not allowed:
+            return await refuse(_exceeded(window), scope, receive, send_with_headers)
+        await self.app(scope, receive, send_with_headers)
+
+
+async def check_login(email: str, address: str) -> None:
+    """Refuse a login of an account, or from an address, that has failed too often."""
+    limit = _parse(get_settings().auth.login_attempts)
+    try:
+        for caller in _login_callers(email, address):
+            if not await limiter().test(limit, *caller):
+                raise _exceeded(await limiter().get_window_stats(limit, *caller))
+    except StorageError as error:
+        _warn(error)
+
+
+async def count_failed_login(email: str, address: str) -> None:
+    """Guesses sent at the same moment all pass the check: here those over the limit are refused as right ones are."""
+    limit = _parse(get_settings().auth.login_attempts)
+    try:
+        over = [caller for caller in _login_callers(email, address) if not await limiter().hit(limit, *caller)]
+        if over:
+            raise _exceeded(await limiter().get_window_stats(limit, *over[0]))
+    except StorageError as error:
+        _warn(error)
+
+
+def client_address(connection: HTTPConnection) -> str:
+    """Where a request comes from, as far as the caller cannot choose it.
+
+    Behind Ray Serve's HAProxy the peer is HAProxy; uvicorn takes the address from the X-Forwarded-For header instead.
+    FORWARDED_ALLOW_IPS says that HAProxy does append it (`option forwardfor`), and from which peers to believe it. As
+    long as nobody said so, that header is the caller's own invention.
+    """
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and not os.environ.get("FORWARDED_ALLOW_IPS"):
+        return "proxy"
+    if connection.client is None:
+        return "unknown"
+    try:
+        address = ip_address(connection.client.host)
+    except ValueError:
+        return "unknown"
+    if not isinstance(address, IPv6Address):
+        return str(address)
+    # One customer has a whole /64, and so 2^64 addresses to call from.
+    return str(address.ipv4_mapped or ip_network((address, 64), strict=False))
+
+
+@cache
+def limiter() -> FixedWindowRateLimiter:
+    """The counts of this process, or of all processes if the storage is Redis."""
+    storage = storage_from_string(
+        f"async+{get_settings().limits.storage.get_secret_value()}",
+        implementation="redispy",
+        wrap_exceptions=True,
+        socket_timeout=STORAGE_TIMEOUT_SECONDS,
+        socket_connect_timeout=STORAGE_TIMEOUT_SECONDS,
+    )
+    return FixedWindowRateLimiter(cast(Storage, storage))
+
+
+async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str]]:
+    connection = HTTPConnection(scope)
+    settings = get_settings().limits
+    if scope["path"].startswith(HEALTH_PATHS):
+        # By address, without a look at the credential: health must answer when the database does not.
+        return _parse(settings.health), ("health", client_address(connection))
+    try:
+        caller = await find_caller(connection)
+    except ForgearrError:
+        caller = None  # the route will say so
+    name = _name_of_limit(scope)
+    limit = _parse(getattr(settings, name))
+    if caller is None or caller.user_id is None:
+        return limit, (name, client_address(connection))
+    return limit, (name, f"user {caller.user_id}")
+
+
+def _name_of_limit(scope: Scope) -> str:
+    """Under which setting a request falls; those of one name are counted together."""
+    path: str = scope["path"].rstrip("/")
+    for name, method, paths in OWN_LIMITS:
+        if scope.get("method") == method and any(path == known or path.startswith(f"{known}/") for known in paths):
+            return name
+    return "general"
+
+
+def _login_callers(email: str, address: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("login account", email.strip().lower()), ("login address", address)
+
+
+def _exceeded(window: WindowStats) -> RateLimitExceeded:
+    return RateLimitExceeded(retry_after=max(1, ceil(window.reset_time - time.time())))
+
+
+def _warn(error: StorageError) -> None:
+    logger.warning(
+        "Rate limits are not applied: their storage is unreachable (%s).", type(error.storage_error).__name__
+    )
+
+
+@cache
+def _parse(limit: str) -> RateLimitItem:
+    return parse(limit)

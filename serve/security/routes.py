@@ -1,0 +1,221 @@
+"""Accounts and credentials: /api/v1/auth."""
+
+from datetime import timedelta
+from typing import Annotated, Literal, Self
+from uuid import UUID
+
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from cluster import identity
+from cluster.db import get_database, now
+from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, Unauthenticated
+from cluster.settings import get_settings
+from cluster.times import GivenTime, UtcTime
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import CurrentCaller, OptionalCaller
+from serve.security.rate_limits import check_login, client_address, count_failed_login
+
+KEY_MAX_DAYS = 3650
+
+router = APIRouter(prefix="/api/v1/auth", tags=["Auth"])
+
+
+class RegistrationClosed(Forbidden):
+    """Only an administrator may create accounts here."""
+
+    code = "REGISTRATION_CLOSED"
+
+
+class AccountRequired(Conflict):
+    """An API key stands for an account, and this request has none: create one with `forgearr user add` and log in."""
+
+    code = "ACCOUNT_REQUIRED"
+
+
+def _email(text: str) -> str:
+    try:
+        return identity.normal_email(text)
+    except ForgearrError as error:
+        raise ValueError(error.message) from error
+
+
+# Control characters in a name are a mistake at best, and PostgreSQL cannot store all of them.
+Text = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Email = Annotated[Text, Field(max_length=254, json_schema_extra={"format": "email"}), AfterValidator(_email)]
+Password = Annotated[SecretStr, Field(min_length=identity.PASSWORD_MIN, max_length=identity.PASSWORD_MAX)]
+Token = Annotated[SecretStr, Field(min_length=1, max_length=500)]
+
+
+class Registration(BaseModel):
+    email: Email
+    username: Annotated[str, Field(pattern=identity.USERNAME)]
+    password: Password
+    full_name: Text | None = None
+
+
+class Login(BaseModel):
+    email: Text
+    password: Annotated[SecretStr, Field(min_length=1, max_length=identity.PASSWORD_MAX)]
+
+
+class RefreshTokenBody(BaseModel):
+    refresh_token: Token
+
+
+class Tokens(BaseModel):
+    access_token: str
+    refresh_token: str = Field(description="Good for one use: its answer holds the next one.")
+    token_type: Literal["bearer"] = "bearer"  # noqa: S105
+    expires_in: int = Field(description="Seconds until the access token expires.")
+
+
+class Account(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str | None = Field(description="Null for this machine's own user, on a server that needs no credential.")
+    email: str | None
+    username: str
+    full_name: str | None
+    role: identity.Role
+    created_at: UtcTime | None
+    last_login_at: UtcTime | None
+
+
+class NewKey(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: Text
+    expires_at: GivenTime | None = Field(None, description="When it expires. Null: never.")
+    expires_in_days: int | None = Field(None, ge=1, le=KEY_MAX_DAYS, description="The same, counted from now.")
+
+    @model_validator(mode="after")
+    def refuse_senseless_expiry(self) -> Self:
+        if self.expires_at and self.expires_in_days:
+            raise ValueError("give expires_at or expires_in_days, not both")
+        if self.expires_at and not now() < self.expires_at <= now() + timedelta(days=KEY_MAX_DAYS):
+            raise ValueError(f"expires_at must lie in the next {KEY_MAX_DAYS} days")
+        return self
+
+
+class Key(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    name: str
+    prefix: str = Field(description="The first characters of the key.")
+    created_at: UtcTime
+    last_used_at: UtcTime | None = Field(description="To the minute.")
+    expires_at: UtcTime | None
+
+
+class CreatedKey(Key):
+    key: str = Field(description="The key itself. It is not shown again.")
+
+
+@router.post("/register", status_code=201)
+async def register(body: Registration, caller: OptionalCaller) -> Account:
+    """Create an account. Open to everybody on this machine's own server, elsewhere to administrators."""
+    if not get_settings().registration_open and not (caller and caller.is_admin):
+        raise RegistrationClosed()
+    password_hash = await identity.hash_password(body.password.get_secret_value())
+    async with get_database().transaction() as session:
+        user = await identity.add_user(
+            session,
+            email=body.email,
+            username=body.username,
+            full_name=body.full_name,
+            password_hash=password_hash,
+        )
+    return Account.model_validate(user)
+
+
+@router.post("/login")
+async def login(body: Login, request: Request) -> Tokens:
+    """Exchange an email and a password for an access token and a refresh token."""
+    address = client_address(request)
+    await check_login(body.email, address)
+    async with get_database().reading() as session:
+        user = await identity.find_user(session, body.email)
+    if not await identity.is_password_of(user, body.password.get_secret_value()) or user is None:
+        await count_failed_login(body.email, address)
+        raise Unauthenticated("The email or the password is wrong.")
+    # Again: guesses sent at the same moment all passed the first check, and must not learn which of them was right.
+    await check_login(body.email, address)
+    if not user.is_active:
+        raise AccountDisabled()
+    async with get_database().transaction() as session:
+        refresh_token = await identity.start_login(session, user)
+    return _tokens(user, refresh_token)
+
+
+@router.post("/refresh")
+async def refresh(body: RefreshTokenBody) -> Tokens:
+    """Exchange a refresh token for new tokens. It is good once: if it comes back, the whole login ends."""
+    async with get_database().transaction() as session:
+        rotated = await identity.rotate_refresh_token(session, body.refresh_token.get_secret_value())
+    if rotated is None:
+        raise Unauthenticated("The refresh token is not valid any more; log in again.")
+    return _tokens(*rotated)
+
+
+@router.post("/logout", status_code=204)
+async def logout(body: RefreshTokenBody) -> None:
+    """End the login that a refresh token belongs to."""
+    async with get_database().transaction() as session:
+        await identity.end_login(session, body.refresh_token.get_secret_value())
+
+
+@router.get("/me")
+async def me(caller: CurrentCaller) -> Account:
+    """The account that this request acts as."""
+    if caller.user_id is None:
+        return Account(
+            id=None,
+            email=None,
+            username=caller.username,
+            full_name=None,
+            role=caller.role,
+            created_at=None,
+            last_login_at=None,
+        )
+    async with get_database().reading() as session:
+        return Account.model_validate(await session.get_one(identity.User, caller.user_id))
+
+
+@router.post("/keys", status_code=201)
+async def create_key(body: NewKey, caller: CurrentCaller) -> CreatedKey:
+    """Create an API key for your account. It is shown in this answer only."""
+    if caller.user_id is None:
+        raise AccountRequired()
+    expires_at = now() + timedelta(days=body.expires_in_days) if body.expires_in_days else body.expires_at
+    async with get_database().transaction() as session:
+        key, token = await identity.create_key(session, caller.user_id, body.name, expires_at)
+    return CreatedKey(**Key.model_validate(key).model_dump(), key=token)
+
+
+@router.get("/keys")
+async def list_keys(caller: CurrentCaller, paging: WantedPage) -> Page[Key]:
+    """Your API keys."""
+    if caller.user_id is None:
+        return paging.page([], 0)
+    async with get_database().reading() as session:
+        keys = [Key.model_validate(key) for key, _ in await identity.list_keys(session, caller.user_id)]
+    return paging.page(keys[paging.skip : paging.skip + paging.limit], len(keys))
+
+
+@router.delete("/keys/{key_id}", status_code=204)
+async def revoke_key(key_id: UUID, caller: CurrentCaller) -> None:
+    """Revoke one of your API keys, at once."""
+    if caller.user_id is None:
+        raise identity.KeyNotFound()
+    async with get_database().transaction() as session:
+        await identity.revoke_key(session, str(key_id), caller.user_id)
+
+
+def _tokens(user: identity.User, refresh_token: str) -> Tokens:
+    return Tokens(
+        access_token=identity.access_token(user),
+        refresh_token=refresh_token,
+        expires_in=get_settings().auth.access_token_minutes * 60,
+    )

@@ -1,0 +1,1 @@
+"""The API of outside services and their tools."""

@@ -1,0 +1,109 @@
+"""/health/{service}: how each outside service is, and what its circuit breaker says. `/health` tells of them all."""
+
+from datetime import timedelta
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, Field
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import get_database, now
+from cluster.errors import Unavailable
+from cluster.services import health_checks
+from cluster.services import store as service_store
+from cluster.services.circuit_breaker import Circuit, CircuitState, state_of
+from cluster.services.health_checks import ServiceCheck
+from cluster.services.store import ServiceNotFound
+from cluster.settings import get_settings
+from cluster.times import UtcTime
+from serve.http.errors import ERROR_RESPONSES
+from serve.security.callers import CurrentCaller
+
+router = APIRouter(prefix="/health", tags=["Monitoring"], responses=ERROR_RESPONSES)
+
+FRESH = timedelta(seconds=30)
+"""A check that is no older is an answer; else the service is asked now."""
+
+Word = Annotated[str, Path(max_length=100, description="Its type, or its name.", examples=["sonarr"])]
+
+
+class ServiceNotConnected(Unavailable):
+    """The service is not connected."""
+
+
+class ServiceHealth(BaseModel):
+    healthy: bool | None = Field(description="Null: not checked yet.")
+    latency_ms: float | None
+    error: str | None
+    last_check: UtcTime | None
+    circuit_breaker_state: CircuitState
+
+
+class CircuitView(BaseModel):
+    state: CircuitState
+    failure_count: int = Field(description="Failures in a row.")
+    success_count: int
+    threshold: int = Field(description="How many failures in a row open it.")
+    timeout: float = Field(description="Seconds after which a service that is left alone is tried again.")
+
+
+@router.get("/{service}")
+async def show_service_health(service: Word, caller: CurrentCaller) -> ServiceHealth:
+    """How a service is. 503 when it does not work, with the reason in `details`."""
+    database = get_database()
+    async with database.reading() as session:
+        found = await service_store.find(session, service)
+        outcome = (await health_checks.last_checks(session)).get(found.id) if found else None
+    if found is None or not found.enabled:
+        raise ServiceNotConnected(f"Service '{service}' is not connected")
+    if outcome is None or now() - outcome.at > FRESH:
+        outcome = await health_checks.check(database, found)
+    async with database.reading() as session:
+        circuit = await session.get(Circuit, found.id)
+    if circuit is None:
+        raise ServiceNotFound(f"There is no service named '{service}'.")  # any more
+    health = _health(outcome, circuit)
+    if not health.healthy:
+        raise ServiceNotConnected(f"Service '{service}' is not connected", details=health.model_dump(mode="json"))
+    return health
+
+
+@router.get("/circuit-breaker/{service}")
+async def show_circuit_breaker(service: Word, caller: CurrentCaller) -> CircuitView:
+    """Whether a service is asked at all: closed, it is; open, it has failed too often; half_open, it is tried again."""
+    async with get_database().reading() as session:
+        found = await service_store.find(session, service)
+        circuit = await session.get(Circuit, found.id) if found else None
+    if circuit is None:
+        raise ServiceNotFound(f"There is no service of type '{service}'.")
+    settings = get_settings().services
+    return CircuitView(
+        state=state_of(circuit, now()),
+        failure_count=circuit.failure_count,
+        success_count=circuit.success_count,
+        threshold=settings.breaker_threshold,
+        timeout=settings.breaker_seconds,
+    )
+
+
+async def of_all(session: AsyncSession) -> dict[str, ServiceHealth]:
+    """Every enabled service by its handle, as its last check has found it: nobody is asked now."""
+    services = await service_store.every(session)
+    outcomes = await health_checks.last_checks(session)
+    circuits = {circuit.service_id: circuit for circuit in await session.scalars(select(Circuit))}
+    return {
+        handle: _health(outcomes.get(service.id), circuits[service.id])
+        for handle, service in sorted(service_store.handles(services).items())
+        if service.enabled
+    }
+
+
+def _health(outcome: ServiceCheck | None, circuit: Circuit) -> ServiceHealth:
+    return ServiceHealth(
+        healthy=outcome and outcome.healthy,
+        latency_ms=outcome and outcome.latency_ms,
+        error=outcome and outcome.error,
+        last_check=outcome and outcome.at,
+        circuit_breaker_state=state_of(circuit, now()),
+    )

@@ -1,0 +1,245 @@
+"""/api/services: the outside services, such as Sonarr or Plex, that Forgearr works with."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import get_database, now
+from cluster.services import health_checks
+from cluster.services import store as service_store
+from cluster.services.catalog import all_connectors
+from cluster.services.circuit_breaker import Circuit, CircuitState, state_of
+from cluster.services.connector import Capability
+from cluster.services.health_checks import ServiceCheck
+from cluster.services.store import Service
+from cluster.times import UtcTime
+from pipelines.media.check_services import ask_to_check
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import AdminCaller, CurrentCaller, owner_of
+
+router = APIRouter(prefix="/api/services", tags=["Services"], responses=ERROR_RESPONSES)
+
+ID_MAX = 2**63 - 1
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable() or text != text.strip():
+        raise ValueError("must be one line, without spaces around it")
+    return text
+
+
+ServiceId = Annotated[int, Path(ge=1, le=ID_MAX)]
+Name = Annotated[str, Field(min_length=1, max_length=100, examples=["Plex"]), AfterValidator(_one_line)]
+Type = Annotated[str, Field(min_length=1, max_length=40, description="See /api/services/types.", examples=["plex"])]
+Url = Annotated[str, Field(min_length=1, max_length=2000, examples=["http://192.168.1.100:32400"])]
+ApiKey = Annotated[SecretStr, Field(min_length=1, max_length=2000, description="It is never shown again.")]
+
+
+class ServiceTypeView(BaseModel):
+    type: str
+    title: str
+    aliases: list[str] = Field(description="Other words for it.")
+    capabilities: list[Capability]
+    takes_key: bool
+    needs_key: bool
+    key_help: str = Field(description="Where a person finds the key.")
+
+
+class ServiceView(BaseModel):
+    """A service as everybody sees it. Its key is not told."""
+
+    id: int
+    name: str
+    type: str
+    url: str
+    enabled: bool
+    is_healthy: bool | None = Field(
+        description="What the last check has found. Null: not checked since its last change."
+    )
+    last_check: UtcTime | None
+    latency_ms: float | None
+    error: str | None
+    version: str | None
+    has_key: bool
+    verify_tls: bool
+    declared: bool = Field(description="Whether the settings declare it, and only they can change it.")
+    capabilities: list[Capability]
+    circuit_breaker_state: CircuitState
+    created_by: str
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+class ServiceRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Name
+    type: Type
+    url: Url
+    api_key: ApiKey | None = None
+    verify_tls: bool = Field(default=True, description="False for a service whose certificate is its own.")
+    enabled: bool = True
+
+
+class ServiceChanges(BaseModel):
+    """What to change in a service; what is not sent stays. A key has to be sent again with another address."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Name | SkipJsonSchema[None] = None
+    type: Type | SkipJsonSchema[None] = None
+    url: Url | SkipJsonSchema[None] = None
+    api_key: ApiKey | None = None
+    verify_tls: bool | SkipJsonSchema[None] = None
+    enabled: bool | SkipJsonSchema[None] = None
+
+    @field_validator("name", "type", "url", "verify_tls", "enabled", mode="before")
+    @classmethod
+    def refuse_null(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("cannot be null")
+        return value
+
+
+class ConnectionTest(BaseModel):
+    success: bool
+    message: str
+    response_time_ms: float | None = Field(description="Null: nobody has answered.")
+    version: str | None
+    error_code: str | None
+
+
+class CheckView(BaseModel):
+    at: UtcTime
+    healthy: bool
+    latency_ms: float | None
+    version: str | None
+    error_code: str | None
+    error: str | None
+
+
+@router.get("")
+async def list_services(caller: CurrentCaller) -> list[ServiceView]:
+    async with get_database().reading() as session:
+        outcomes = await health_checks.last_checks(session)
+        circuits = {circuit.service_id: circuit for circuit in await session.scalars(select(Circuit))}
+        services = await service_store.every(session)
+    return [_view(service, outcomes.get(service.id), circuits[service.id]) for service in services]
+
+
+@router.get("/types")
+async def list_service_types(caller: CurrentCaller) -> list[ServiceTypeView]:
+    """What can be connected, what each can do, and where its key is found."""
+    return [
+        ServiceTypeView(
+            type=connector.type,
+            title=connector.title,
+            aliases=list(connector.aliases),
+            capabilities=sorted(connector.capabilities),
+            takes_key=connector.takes_key,
+            needs_key=connector.needs_key,
+            key_help=connector.key_help,
+        )
+        for connector in all_connectors().values()
+    ]
+
+
+@router.post("", status_code=201)
+async def create_service(wanted: ServiceRequest, caller: AdminCaller) -> ServiceView:
+    """Add a service, and have it checked."""
+    async with get_database().transaction() as session:
+        service = await service_store.create(session, _columns(wanted), caller.username)
+        if service.enabled:
+            await ask_to_check(session, service.id, owner_of(caller))
+        return await _shown(session, service)
+
+
+@router.get("/{service_id}")
+async def show_service(service_id: ServiceId, caller: CurrentCaller) -> ServiceView:
+    async with get_database().reading() as session:
+        return await _shown(session, await service_store.get(session, service_id))
+
+
+@router.put("/{service_id}")
+async def change_service(service_id: ServiceId, changes: ServiceChanges, caller: AdminCaller) -> ServiceView:
+    """Change what is sent; the rest stays. One that is connected otherwise now is checked again."""
+    async with get_database().transaction() as session:
+        service = await service_store.get(session, service_id, lock=True)
+        before = service.connected_as_of, service.enabled
+        await service_store.change(session, service, _columns(changes))
+        if service.enabled and (service.connected_as_of, service.enabled) != before:
+            await ask_to_check(session, service.id, owner_of(caller))
+        return await _shown(session, service)
+
+
+@router.delete("/{service_id}", status_code=204)
+async def delete_service(service_id: ServiceId, caller: AdminCaller) -> None:
+    """Delete a service, and what was recorded of its health."""
+    async with get_database().transaction() as session:
+        await service_store.delete(session, await service_store.get(session, service_id, lock=True))
+
+
+@router.post("/{service_id}/test")
+async def test_service(service_id: ServiceId, caller: AdminCaller) -> ConnectionTest:
+    """Ask a service how it is, right now, with its key and whatever its circuit breaker says."""
+    async with get_database().reading() as session:
+        service = await service_store.get(session, service_id)
+    outcome = await health_checks.check(get_database(), service)
+    return ConnectionTest(
+        success=outcome.healthy,
+        message="Connection successful" if outcome.healthy else str(outcome.error),
+        response_time_ms=outcome.latency_ms,
+        version=outcome.version,
+        error_code=outcome.error_code,
+    )
+
+
+@router.get("/{service_id}/checks")
+async def list_checks(service_id: ServiceId, caller: CurrentCaller, paging: WantedPage) -> Page[CheckView]:
+    """How the service was, the latest check first."""
+    wanted = select(ServiceCheck).where(ServiceCheck.service_id == service_id)
+    async with get_database().reading() as session:
+        await service_store.get(session, service_id)
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        rows = await session.scalars(wanted.order_by(ServiceCheck.id.desc()).offset(paging.skip).limit(paging.limit))
+        return paging.page([CheckView.model_validate(row, from_attributes=True) for row in rows], total)
+
+
+def _columns(sent: ServiceRequest | ServiceChanges) -> dict[str, object]:
+    values = sent.model_dump(exclude_unset=isinstance(sent, ServiceChanges))
+    if sent.api_key is not None:
+        values["api_key"] = sent.api_key.get_secret_value()
+    return values
+
+
+async def _shown(session: AsyncSession, service: Service) -> ServiceView:
+    outcomes = await health_checks.last_checks(session)
+    return _view(service, outcomes.get(service.id), await session.get_one(Circuit, service.id))
+
+
+def _view(service: Service, outcome: ServiceCheck | None, circuit: Circuit) -> ServiceView:
+    return ServiceView(
+        id=service.id,
+        name=service.name,
+        type=service.type,
+        url=service.url,
+        enabled=service.enabled,
+        is_healthy=outcome and outcome.healthy,
+        last_check=outcome and outcome.at,
+        latency_ms=outcome and outcome.latency_ms,
+        error=outcome and outcome.error,
+        version=outcome and outcome.version,
+        has_key=service.api_key is not None,
+        verify_tls=service.verify_tls,
+        declared=service.declared,
+        capabilities=sorted(service.connector.capabilities),
+        circuit_breaker_state=state_of(circuit, now()),
+        created_by=service.created_by,
+        created_at=service.created_at,
+        updated_at=service.updated_at,
+    )

@@ -1,0 +1,131 @@
+"""/api/v1/settings: the services by their handles, the model that answers, and audits on a schedule."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import get_database
+from cluster.errors import InvalidRequest
+from cluster.services import health_checks
+from cluster.services import store as service_store
+from cluster.services.store import ServiceNotFound
+from pipelines.media.audit import schedule as audit_schedule
+from pipelines.media.check_services import ask_to_check
+from serve.http.errors import ERROR_RESPONSES
+from serve.models.names import active_model
+from serve.security.callers import AdminCaller, Caller, CurrentCaller, owner_of
+from serve.services.routes import Url
+
+router = APIRouter(prefix="/api/v1/settings", tags=["Settings"], responses=ERROR_RESPONSES)
+
+Hours = Literal[1, 2, 3, 4, 6, 8, 12, 24, 168]
+
+
+class NothingToChange(InvalidRequest):
+    """Send what to change: mcp_servers, audit, or both."""
+
+
+class ServerSettings(BaseModel):
+    enabled: bool
+    url: str
+    connected: bool | None = Field(description="What the last check has found. Null: none since its last change.")
+
+
+class LlmSettings(BaseModel):
+    provider: Literal["forgearr"] = "forgearr"
+    model: str | None = Field(description="The newest of those that are served. Null: none is.")
+
+
+class AuditSettings(BaseModel):
+    auto_audit_enabled: bool
+    auto_audit_interval_hours: int | None = Field(description="Null: the schedule `auto-audit` says something else.")
+
+
+class SettingsView(BaseModel):
+    mcp_servers: dict[str, ServerSettings] = Field(description="The services by their handles.")
+    llm: LlmSettings
+    audit: AuditSettings
+
+
+class Part(BaseModel):
+    """What is not sent stays as it is; nothing can be null."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_null(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("cannot be null")
+        return value
+
+
+class ServerChanges(Part):
+    enabled: bool | SkipJsonSchema[None] = None
+    url: Url | SkipJsonSchema[None] = None
+
+
+class AuditChanges(Part):
+    auto_audit_enabled: bool | SkipJsonSchema[None] = None
+    auto_audit_interval_hours: Hours | SkipJsonSchema[None] = None
+
+
+class SettingsChanges(Part):
+    mcp_servers: dict[Annotated[str, Field(min_length=1, max_length=100)], ServerChanges] | SkipJsonSchema[None] = None
+    audit: AuditChanges | SkipJsonSchema[None] = None
+
+
+class SettingsChanged(BaseModel):
+    success: Literal[True] = True
+    message: str
+    updated_settings: dict[str, Any]
+
+
+@router.get("")
+async def show_settings(caller: CurrentCaller, request: Request) -> SettingsView:
+    async with get_database().reading() as session:
+        outcomes = await health_checks.last_checks(session)
+        handles = service_store.handles(await service_store.every(session))
+        enabled, hours = await audit_schedule.state(session)
+    servers = {
+        handle: ServerSettings(
+            enabled=service.enabled,
+            url=service.url,
+            connected=outcomes[service.id].healthy if service.id in outcomes else None,
+        )
+        for handle, service in sorted(handles.items())
+    }
+    return SettingsView(
+        mcp_servers=servers,
+        llm=LlmSettings(model=await active_model(request)),
+        audit=AuditSettings(auto_audit_enabled=enabled, auto_audit_interval_hours=hours),
+    )
+
+
+@router.put("")
+async def change_settings(wanted: SettingsChanges, caller: AdminCaller) -> SettingsChanged:
+    """Change what is sent; the rest stays. Either all of it is changed, or nothing."""
+    sent = wanted.model_dump(exclude_unset=True)
+    if not sent:
+        raise NothingToChange
+    async with get_database().transaction() as session:
+        for word, changes in sent.get("mcp_servers", {}).items():
+            await _change_server(session, word, changes, caller)
+        if wanted.audit is not None and sent["audit"]:
+            asked = wanted.audit.auto_audit_enabled, wanted.audit.auto_audit_interval_hours
+            await audit_schedule.change(session, *asked)
+    return SettingsChanged(message="Settings updated successfully", updated_settings=sent)
+
+
+async def _change_server(session: AsyncSession, word: str, changes: dict[str, Any], caller: Caller) -> None:
+    found = await service_store.find(session, word)
+    if found is None:
+        raise ServiceNotFound(f"There is no service of type '{word}': add one at /api/services.")
+    service = await service_store.get(session, found.id, lock=True)
+    before = service.connected_as_of, service.enabled
+    await service_store.change(session, service, changes)
+    if service.enabled and (service.connected_as_of, service.enabled) != before:
+        await ask_to_check(session, service.id, owner_of(caller))

@@ -1,0 +1,98 @@
+"""/api/v1/mcp: what each service can be made to do, having it done, and what was done."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import func, select
+
+from cluster.db import get_database
+from cluster.services.connector import Tool
+from cluster.services.errors import ServiceError
+from cluster.services.tools import parameters
+from cluster.times import UtcTime
+from pipelines.tools import calls as tool_calls
+from pipelines.tools.calls import Outcome, ToolCall
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import AdminCaller, CurrentCaller, owner_of
+
+router = APIRouter(prefix="/api/v1/mcp", tags=["Service tools"], responses=ERROR_RESPONSES)
+
+Server = Annotated[str, Path(max_length=100, description="Type or name of a service.", examples=["sabnzbd"])]
+
+
+class ToolView(BaseModel):
+    name: str
+    description: str
+    effect: Literal["read", "change", "destroy"] = Field(description="All but read is for administrators.")
+    parameters: dict[str, dict[str, Any]] = Field(
+        description="For each its `type` and `description`; its `default`, or that it is `required`; its bounds.",
+        examples=[{"limit": {"type": "integer", "description": "Maximum items to return", "default": 50}}],
+    )
+
+
+class ToolList(BaseModel):
+    server: str
+    tools: list[ToolView]
+
+
+class CallRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tool: str = Field(min_length=1, max_length=200, examples=["get_queue"])
+    arguments: dict[str, Any] = Field(default={}, examples=[{}])
+
+
+class CallResult(BaseModel):
+    result: Any
+    execution_time_ms: float
+
+
+class CallView(BaseModel):
+    id: int
+    at: UtcTime
+    called_by: str
+    service: str
+    tool: str
+    arguments: dict[str, Any] = Field(description="Without secrets.")
+    outcome: Outcome = Field(description="Running, long after `at`: everything stopped while it ran.")
+    error_code: str | None
+    error: str | None
+    execution_time_ms: float | None
+
+
+@router.get("/calls")
+async def list_calls(
+    caller: AdminCaller,
+    paging: WantedPage,
+    service: Annotated[str | None, Query(max_length=100, description="Name of the service.")] = None,
+) -> Page[CallView]:
+    """The calls of tools, the latest first."""
+    wanted = select(ToolCall) if service is None else select(ToolCall).where(ToolCall.service == service)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        rows = await session.scalars(wanted.order_by(ToolCall.id.desc()).offset(paging.skip).limit(paging.limit))
+        return paging.page([CallView.model_validate(row, from_attributes=True) for row in rows], total)
+
+
+@router.get("/{server}/tools")
+async def list_tools(server: Server, caller: CurrentCaller) -> ToolList:
+    service = await tool_calls.service_with_tools(get_database(), server)
+    return ToolList(server=server, tools=[_view(tool) for tool in service.connector.tools])
+
+
+@router.post("/{server}/call")
+async def call_tool(server: Server, wanted: CallRequest, caller: CurrentCaller) -> CallResult:
+    """Call a tool. What changes something is for administrators; every call is recorded."""
+    try:
+        called = await tool_calls.call(get_database(), server, wanted.tool, wanted.arguments, owner_of(caller))
+    except ServiceError as error:
+        if error.is_failure:
+            error.error = "mcp_connection_error"
+        raise
+    return CallResult(result=called.result, execution_time_ms=called.execution_time_ms)
+
+
+def _view(tool: Tool) -> ToolView:
+    return ToolView(name=tool.name, description=tool.description, effect=tool.effect, parameters=parameters(tool))

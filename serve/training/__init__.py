@@ -1,0 +1,1 @@
+"""The API of training data, sessions and workers."""

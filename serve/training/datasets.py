@@ -1,0 +1,126 @@
+"""/api/v1/datasets: what training reads. A dataset never changes; new content is a new version."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import func, select
+
+from cluster.db import get_database
+from cluster.times import UtcTime
+from pipelines.training.data import content as data_content
+from pipelines.training.data import datasets
+from pipelines.training.data.content import Content
+from pipelines.training.data.datasets import NAME, Dataset
+from pipelines.training.data.parsing import lines_of, read
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.pagination import Page, WantedPage
+from serve.http.uploads import received
+from serve.security.callers import CurrentCaller, owner_of
+from serve.training.prompts import JSON_LINES, LINES_ANSWER, LINES_BODY
+
+router = APIRouter(prefix="/api/v1/datasets", tags=["Training"], responses=ERROR_RESPONSES)
+
+MAX_UPLOAD_BYTES = 512 * 1024 * 1024
+CHUNK_BYTES = 256 * 1024
+
+DatasetId = Annotated[str, Field(max_length=200)]
+
+
+class DatasetView(BaseModel):
+    id: str = Field(examples=["ds_0f3e5d0b6c1f4f0f9b7d6a5e4c3b2a19"])
+    name: str
+    version: int
+    kind: Literal["chat", "preference"]
+    digest: str = Field(description="SHA-256 of its content.")
+    samples: int
+    bytes: int
+    source: dict[str, Any] = Field(description="What it was made from.")
+    created_by: str
+    created_at: UtcTime
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=LINES_BODY,
+)
+async def create_dataset(
+    request: Request, caller: CurrentCaller, name: Annotated[str, Query(pattern=NAME)]
+) -> DatasetView:
+    """Upload samples, one per line of JSONL: chat, or preferences. The same content under the same name is the same
+    dataset, whose version then may be an older one."""
+    async with received(request, MAX_UPLOAD_BYTES) as body:
+        content = await asyncio.to_thread(_checked, body)
+        kept = await datasets.keep(get_database(), name, content, {"upload": name}, owner_of(caller))
+    return _view(kept)
+
+
+@router.get("")
+async def list_datasets(
+    caller: CurrentCaller,
+    paging: WantedPage,
+    name: Annotated[Annotated[str, Field(max_length=100)] | SkipJsonSchema[None], Query()] = None,
+) -> Page[DatasetView]:
+    """Datasets, the newest first: your own, or everybody's when you are an administrator."""
+    wanted = datasets.visible_to(owner_of(caller))
+    if name is not None:
+        wanted = wanted.where(Dataset.name == name)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        newest_first = wanted.order_by(Dataset.created_at.desc(), Dataset.id).offset(paging.skip).limit(paging.limit)
+        return paging.page([_view(dataset) for dataset in await session.scalars(newest_first)], total)
+
+
+@router.get("/{dataset_id}")
+async def show_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> DatasetView:
+    """A dataset by its id, or one of yours by its name (the newest version) or NAME:v2."""
+    async with get_database().reading() as session:
+        return _view(await datasets.find(session, dataset_id, owner_of(caller)))
+
+
+@router.get(
+    "/{dataset_id}/content",
+    response_class=StreamingResponse,
+    responses=LINES_ANSWER,
+)
+async def read_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> StreamingResponse:
+    """Its samples as JSONL."""
+    async with get_database().reading() as session:
+        dataset = await datasets.find(session, dataset_id, owner_of(caller))
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="forgearr-dataset-"))
+        path = await asyncio.to_thread(datasets.fetch, dataset, Path(folder))
+        content = stack.enter_context(path.open("rb"))
+        closing = stack.pop_all()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        with closing:
+            while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
+                yield chunk
+
+    headers = {"Content-Length": str(dataset.bytes)}
+    return StreamingResponse(chunks(), media_type=JSON_LINES, headers=headers)
+
+
+@router.delete("/{dataset_id}", status_code=204)
+async def delete_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> None:
+    """Delete this version, by its id. Models that have learned from it stay."""
+    await datasets.delete(get_database(), dataset_id, owner_of(caller))
+
+
+def _checked(body: Path) -> Content:
+    with body.open("rb") as file:
+        samples = read(lines_of(file), "the upload")
+        return data_content.write(samples, body.with_name("samples.jsonl"), "the upload")
+
+
+def _view(dataset: Dataset) -> DatasetView:
+    return DatasetView.model_validate(dataset, from_attributes=True)

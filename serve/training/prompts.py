@@ -1,0 +1,189 @@
+"""/api/training/prompts: exchanges that models learn from, written and kept by hand."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path as FilePath
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+from sqlalchemy import Select, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster.db import get_database
+from cluster.times import UtcTime
+from pipelines.training.data import prompts
+from pipelines.training.data.messages import Message, Tool, ToolCall
+from pipelines.training.data.parsing import EmptyData, lines_of
+from pipelines.training.data.prompts import ID_MAX, PAGE, Input, Name, Prompt, PromptRequest, Tags
+from serve.http.errors import ERROR_RESPONSES, Responses
+from serve.http.pagination import Page, WantedPage
+from serve.http.uploads import received
+from serve.security.callers import Caller, CurrentCaller, owner_of
+
+router = APIRouter(prefix="/api/training/prompts", tags=["Training"], responses=ERROR_RESPONSES)
+
+MAX_IMPORT_BYTES = 32 * 1024 * 1024
+JSON_LINES = "application/x-ndjson"
+LINES: dict[str, Any] = {"schema": {"type": "string"}}
+LINES_BODY = {"requestBody": {"required": True, "content": {JSON_LINES: LINES, "text/plain": LINES}}}
+LINES_ANSWER: Responses = {200: {"description": "JSON Lines", "content": {JSON_LINES: LINES}}}
+
+PromptId = Annotated[int, Path(ge=1, le=ID_MAX)]
+Word = Annotated[str, Field(max_length=100)]
+Category = Annotated[Word | SkipJsonSchema[None], Query()]
+OneTag = Annotated[Word | SkipJsonSchema[None], Query(description="Prompts with this tag.")]
+Search = Annotated[
+    Word | SkipJsonSchema[None],
+    Query(description="Prompts with this in their name, their input or their expected output."),
+]
+
+
+class PromptView(BaseModel):
+    id: int
+    name: str
+    category: str | None
+    system_prompt: str | None
+    user_input: str
+    expected_output: str | None
+    tags: list[str]
+    tools: list[Tool] | None
+    messages: list[Message] | None
+    tool_calls: list[ToolCall] | None
+    created_by: str
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+class PromptChanges(BaseModel):
+    """What to change in a prompt; what is not sent stays."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Name | SkipJsonSchema[None] = None
+    category: str | None = Field(default=None, min_length=1, max_length=100)
+    system_prompt: str | None = Field(default=None, max_length=1_000_000)
+    user_input: Input | SkipJsonSchema[None] = None
+    expected_output: str | None = Field(default=None, max_length=1_000_000)
+    tags: Tags | SkipJsonSchema[None] = None
+    tools: list[Tool] | None = Field(default=None, max_length=1000)
+    messages: list[Message] | None = Field(default=None, max_length=1000)
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=100)
+
+
+class Imported(BaseModel):
+    imported: int
+
+
+@router.get("")
+async def list_prompts(
+    caller: CurrentCaller,
+    paging: WantedPage,
+    category: Category = None,
+    tag: OneTag = None,
+    search: Search = None,
+) -> Page[PromptView]:
+    """Training prompts by id: your own, or everybody's when you are an administrator."""
+    async with get_database().reading() as session:
+        wanted = _wanted(session, caller, category, tag, search)
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        rows = await session.scalars(wanted.order_by(Prompt.id).offset(paging.skip).limit(paging.limit))
+        return paging.page([_view(prompt) for prompt in rows], total)
+
+
+@router.post("", status_code=201)
+async def create_prompt(wanted: PromptRequest, caller: CurrentCaller) -> PromptView:
+    async with get_database().transaction() as session:
+        return _view(await prompts.create(session, wanted, owner_of(caller)))
+
+
+@router.post(
+    "/import",
+    status_code=201,
+    openapi_extra=LINES_BODY,
+)
+async def import_prompts(request: Request, caller: CurrentCaller) -> Imported:
+    """Create many prompts, one per line of JSONL: all of them, or none if a line is not valid."""
+    async with received(request, MAX_IMPORT_BYTES) as body:
+        checked = body.with_name("checked.jsonl")
+        count = await asyncio.to_thread(_check, body, checked)
+        with checked.open("rb") as rows:
+            async with get_database().transaction() as session:
+                await prompts.create_many(session, map(orjson.loads, rows), owner_of(caller))
+    return Imported(imported=count)
+
+
+@router.get(
+    "/export",
+    response_class=StreamingResponse,
+    responses=LINES_ANSWER,
+)
+async def export_prompts(
+    caller: CurrentCaller, category: Category = None, tag: OneTag = None, search: Search = None
+) -> StreamingResponse:
+    """The same prompts as JSONL, as an import takes it."""
+
+    async def lines() -> AsyncIterator[bytes]:
+        last = 0
+        while True:
+            async with get_database().reading() as session:
+                wanted = _wanted(session, caller, category, tag, search).where(Prompt.id > last)
+                page = list(await session.scalars(wanted.order_by(Prompt.id).limit(PAGE)))
+            if not page:
+                return
+            last = page[-1].id
+            yield b"".join(orjson.dumps(prompts.as_request(one), option=orjson.OPT_APPEND_NEWLINE) for one in page)
+
+    return StreamingResponse(lines(), media_type=JSON_LINES)
+
+
+@router.get("/{prompt_id}")
+async def show_prompt(prompt_id: PromptId, caller: CurrentCaller) -> PromptView:
+    async with get_database().reading() as session:
+        return _view(await prompts.get(session, prompt_id, owner_of(caller)))
+
+
+@router.put("/{prompt_id}")
+async def change_prompt(prompt_id: PromptId, changes: PromptChanges, caller: CurrentCaller) -> PromptView:
+    """Change what is sent; the rest stays. Datasets made from the prompt before stay as they are."""
+    async with get_database().transaction() as session:
+        prompt = await prompts.get(session, prompt_id, owner_of(caller), lock=True)
+        await prompts.change(session, prompt, changes.model_dump(exclude_unset=True))
+        return _view(prompt)
+
+
+@router.delete("/{prompt_id}", status_code=204)
+async def delete_prompt(prompt_id: PromptId, caller: CurrentCaller) -> None:
+    """Delete a prompt. Datasets made from it stay as they are."""
+    async with get_database().transaction() as session:
+        await session.delete(await prompts.get(session, prompt_id, owner_of(caller), lock=True))
+
+
+def _wanted(
+    session: AsyncSession, caller: Caller, category: str | None, tag: str | None, search: str | None
+) -> Select[Prompt]:
+    tags = None if tag is None else [tag]
+    visible = prompts.visible_to(owner_of(caller), select(Prompt))
+    return prompts.narrowed(session, visible, category=category, tags=tags, search=search)
+
+
+def _check(body: FilePath, checked: FilePath) -> int:
+    """Write what is valid by itself into another file: the transaction then has nothing to do but to insert it."""
+    count = 0
+    with body.open("rb") as file, checked.open("wb") as rows:
+        for number, line in enumerate(lines_of(file), 1):
+            if line.strip():
+                request = prompts.read_line(line, f"line {number} of the upload")
+                rows.write(orjson.dumps(prompts.columns(request), option=orjson.OPT_APPEND_NEWLINE))
+                count += 1
+    if not count:
+        raise EmptyData("There is no prompt in the upload: send one JSON object per line.")
+    return count
+
+
+def _view(prompt: Prompt) -> PromptView:
+    told: dict[str, Any] = {name: getattr(prompt, name) for name in PromptView.model_fields}
+    return PromptView.model_validate(told)

@@ -1,0 +1,241 @@
+"""/api/training/sessions: trainings that are set up first and started later."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from cluster import events
+from cluster import nodes as machines
+from cluster.db import after_commit, get_database, now
+from cluster.errors import Conflict, InvalidRequest, NotFound
+from cluster.times import UtcTime
+from jobs import queue
+from jobs.queue import JobRequest
+from jobs.states import FINISHED
+from jobs.tables import Job
+from pipelines.training import progress, sessions
+from pipelines.training import workers as training_workers
+from pipelines.training.data import resolution
+from pipelines.training.sessions import TrainingSession
+from pipelines.training.spec import Data, FineTuneSpec, PromptFilter
+from serve.http.errors import ERROR_RESPONSES, REFERENCE
+from serve.http.pagination import Page, WantedPage
+from serve.security.callers import Caller, CurrentCaller, owner_of
+
+router = APIRouter(prefix="/api/training/sessions", tags=["Training"], responses=ERROR_RESPONSES)
+
+SessionId = Annotated[str, Path(max_length=40)]
+JOB_PREFIX = "job_"
+
+
+class SessionNotFound(NotFound):
+    """There is no such training session."""
+
+    code = "TRAINING_SESSION_NOT_FOUND"
+
+
+class SessionStarted(Conflict):
+    """The training session was started already."""
+
+    code = "TRAINING_SESSION_STARTED"
+
+
+Config = Annotated[dict[str, Any], WithJsonSchema(sessions.config_schema(REFERENCE))]
+
+
+class SessionRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(min_length=1, max_length=200, examples=["Custom Assistant v1"])
+    description: str | None = Field(default=None, max_length=10_000)
+    base_model: str = Field(default="forgearr/tiny", min_length=1, max_length=300)
+    config: Config = Field(
+        default_factory=dict,
+        max_length=100,
+        description="num_epochs, learning_rate, batch_size and whatever else the spec of a fine_tune job has.",
+        examples=[{"num_epochs": 3, "learning_rate": 2e-4, "batch_size": 4}],
+    )
+
+
+class StartRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    worker_id: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Null: wherever there is room.")
+    prompt_ids: list[int] | None = Field(default=None, min_length=1, max_length=100_000)
+    data: Data | None = Field(default=None, description="What to train on instead of single prompts.")
+
+
+class SessionView(BaseModel):
+    id: str
+    name: str
+    description: str | None
+    base_model: str
+    config: dict[str, Any]
+    status: progress.Status | None = Field(description="Null: not started.")
+    worker_id: int | None
+    prompt_ids: list[int] | None
+    job_id: str | None
+    created_by: str
+    created_at: UtcTime
+    updated_at: UtcTime
+
+
+class SessionStatus(progress.Numbers):
+    session_id: str
+    status: progress.Status | None = Field(description="Null: not started.")
+    error: str | None = None
+
+
+@router.get("")
+async def list_sessions(caller: CurrentCaller, paging: WantedPage) -> Page[SessionView]:
+    """Training sessions, the newest first: your own, or everybody's when you are an administrator."""
+    wanted = select(TrainingSession)
+    if not caller.is_admin:
+        wanted = wanted.where(TrainingSession.owner_id == caller.user_id)
+    async with get_database().reading() as session:
+        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        newest_first = wanted.order_by(TrainingSession.created_at.desc(), TrainingSession.id)
+        rows = (await session.scalars(newest_first.offset(paging.skip).limit(paging.limit))).all()
+        return paging.page(await _views(session, rows), total)
+
+
+@router.post("", status_code=201)
+async def create_session(wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
+    """Set up a training. Nothing runs until it is started."""
+    sessions.check(wanted.name, wanted.base_model, wanted.config)
+    owner = owner_of(caller)
+    row = TrainingSession(**wanted.model_dump(), owner_id=owner.id, created_by=owner.name)
+    async with get_database().transaction() as session:
+        session.add(row)
+        await session.flush()
+        return await _view(session, row)
+
+
+@router.get("/{session_id}")
+async def show_session(session_id: SessionId, caller: CurrentCaller) -> SessionView:
+    async with get_database().reading() as session:
+        return await _view(session, await find(session, session_id, caller))
+
+
+@router.put("/{session_id}")
+async def change_session(session_id: SessionId, wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
+    """Set a training up anew, as long as it was not started."""
+    sessions.check(wanted.name, wanted.base_model, wanted.config)
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        if row.job_id is not None:
+            raise SessionStarted(f"The session was started as {row.job_id}; make a new one for other settings.")
+        for name, value in wanted.model_dump().items():
+            setattr(row, name, value)
+        await session.flush()
+        return await _view(session, row)
+
+
+@router.delete("/{session_id}", status_code=204)
+async def delete_session(session_id: SessionId, caller: CurrentCaller) -> None:
+    """Delete a session that does not run. Its job, and what it has made, stay."""
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        job = await session.get(Job, row.job_id) if row.job_id else None
+        if job is not None and job.state not in FINISHED:
+            raise SessionStarted(f"The session is still {job.state}; cancel it first.")
+        await session.delete(row)
+
+
+@router.post("/{session_id}/start")
+async def start_session(session_id: SessionId, wanted: StartRequest, caller: CurrentCaller) -> SessionView:
+    """Queue the training, on these prompts and on that worker. A session whose training has ended may start again."""
+    data = wanted.data or (Data(prompts=PromptFilter(ids=wanted.prompt_ids)) if wanted.prompt_ids else None)
+    if data is None or (wanted.data and wanted.prompt_ids):
+        raise InvalidRequest("Say what to train on: prompt_ids, or data with one of dataset, prompts and folder.")
+    async with get_database().reading() as session:
+        await find(session, session_id, caller)
+        unseen = wanted.worker_id is not None and not await training_workers.is_known(session, wanted.worker_id)
+    alive = await asyncio.to_thread(machines.living) if unseen else []
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        before = await session.get(Job, row.job_id) if row.job_id else None
+        if before is not None and before.state not in FINISHED:
+            raise SessionStarted(f"The session is already {before.state}, as {before.id}.")
+        if alive:
+            await training_workers.number(session, alive)
+        labels = await training_workers.labels_of(session, wanted.worker_id) if wanted.worker_id else {}
+        spec = sessions.spec(row.name, row.base_model, row.config, data, labels)
+        await resolution.check(session, data, owner_of(caller), spec.method)
+        job = await queue.enqueue(
+            session, JobRequest(kind="fine_tune", spec=spec.model_dump(mode="json")), owner_of(caller)
+        )
+        row.job_id, row.worker_id, row.prompt_ids = job.id, wanted.worker_id, wanted.prompt_ids
+        await session.flush()
+        news = events.message([f"training:{row.id}"], "training.started", {"job_id": job.id}, now())
+        after_commit(session, lambda: events.publish([news]))
+        return await _view(session, row)
+
+
+@router.get("/{session_id}/status")
+async def session_status(session_id: SessionId, caller: CurrentCaller) -> SessionStatus:
+    async with get_database().reading() as session:
+        return await status_of(session, await find(session, session_id, caller))
+
+
+@router.post("/{session_id}/cancel")
+async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> SessionStatus:
+    """Cancel the training: at once when it waits, as soon as it listens when it runs."""
+    async with get_database().transaction() as session:
+        row = await find(session, session_id, caller, lock=True)
+        if row.job_id is None:
+            raise Conflict("The session was not started, so there is nothing to cancel.")
+        await queue.cancel(session, await queue.get(session, row.job_id, lock=True))
+        await session.flush()
+        return await status_of(session, row)
+
+
+async def training_now(training_id: str, caller: Caller) -> tuple[set[str], SessionStatus]:
+    """The rooms and the status of a training that is named by its session, or by its job."""
+    async with get_database().reading() as session:
+        if not training_id.startswith(JOB_PREFIX):
+            row = await find(session, training_id, caller)
+            return {f"job:{row.job_id}"} if row.job_id else set(), await status_of(session, row)
+        job = await queue.get(session, training_id, owner_of(caller))
+        if job.kind not in progress.KINDS:
+            raise SessionNotFound(f"{training_id} is a job of the kind '{job.kind}'; it trains nothing.")
+        rooms = {f"job:{job_id}" for job_id in await progress.jobs_of(session, job)}
+        return rooms, await _status(session, job, training_id)
+
+
+async def find(session: AsyncSession, session_id: str, caller: Caller, *, lock: bool = False) -> TrainingSession:
+    row = await session.get(TrainingSession, session_id, with_for_update=lock)
+    if row is None or not (caller.is_admin or row.owner_id == caller.user_id):
+        raise SessionNotFound(f"There is no training session '{session_id}'.")
+    return row
+
+
+async def status_of(session: AsyncSession, row: TrainingSession) -> SessionStatus:
+    job = await session.get(Job, row.job_id) if row.job_id else None
+    if job is None:
+        epochs = row.config.get("num_epochs", row.config.get("epochs", FineTuneSpec.model_fields["epochs"].default))
+        known = None if row.config.get("max_steps") else math.ceil(epochs)
+        return SessionStatus(session_id=row.id, status=None, total_epochs=known)
+    return await _status(session, job, row.id)
+
+
+async def _status(session: AsyncSession, job: Job, named: str) -> SessionStatus:
+    found = await progress.of(session, job)
+    return SessionStatus(session_id=named, error=job.error["message"] if job.error else None, **dict(found))
+
+
+async def _view(session: AsyncSession, row: TrainingSession) -> SessionView:
+    return (await _views(session, [row]))[0]
+
+
+async def _views(session: AsyncSession, rows: Sequence[TrainingSession]) -> list[SessionView]:
+    started = await session.scalars(select(Job).where(Job.id.in_([row.job_id for row in rows if row.job_id])))
+    statuses: dict[str | None, progress.Status] = {job.id: await progress.status(session, job) for job in started.all()}
+    own = set(SessionView.model_fields) - {"status"}
+    return [SessionView(**{name: getattr(row, name) for name in own}, status=statuses.get(row.job_id)) for row in rows]

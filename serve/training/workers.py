@@ -1,0 +1,54 @@
+"""/api/training/workers: the cluster's nodes and their GPUs, as places to train on."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from cluster import nodes as machines
+from cluster.db import get_database
+from cluster.times import UtcTime
+from pipelines.training import workers as training_workers
+from pipelines.training.workers import TrainingWorker
+from serve.http.errors import ERROR_RESPONSES
+from serve.security.callers import CurrentCaller
+
+router = APIRouter(prefix="/api/training/workers", tags=["Training"], responses=ERROR_RESPONSES)
+
+
+class WorkerView(BaseModel):
+    id: int
+    name: str
+    status: str = Field(description="online or offline", examples=["online"])
+    cpus: float | None = Field(description="For jobs, in all. Null: it is offline, like the next ones.")
+    gpus: float | None
+    gpu_model: str | None = Field(description="As Ray calls it; null without a GPU.")
+    memory_mb: int | None
+    labels: dict[str, str]
+    last_seen_at: UtcTime
+
+
+@router.get("")
+async def list_workers(caller: CurrentCaller) -> list[WorkerView]:
+    """Every node that is or was part of the cluster. A number stays with its node."""
+    alive = await asyncio.to_thread(machines.living)
+    by_name = {training_workers.name_of(node)[1]: node for node in alive}
+    async with get_database().transaction() as session:
+        return [_view(worker, by_name.get(worker.node)) for worker in await training_workers.number(session, alive)]
+
+
+def _view(worker: TrainingWorker, node: dict[str, Any] | None) -> WorkerView:
+    resources: dict[str, float] = node["Resources"] if node else {}
+    accelerator = next((name for name in resources if name.startswith("accelerator_type:")), None)
+    return WorkerView(
+        id=worker.id,
+        name=worker.node,
+        status="online" if node else "offline",
+        cpus=resources.get("CPU", 0) if node else None,
+        gpus=resources.get("GPU", 0) if node else None,
+        gpu_model=accelerator.partition(":")[2] if accelerator else None,
+        memory_mb=int(resources.get("memory", 0) / 2**20) if node else None,
+        labels=node["Labels"] if node else {},
+        last_seen_at=worker.last_seen_at,
+    )
