@@ -211,7 +211,7 @@ async def test_nul_in_an_address_is_refused(client: httpx.AsyncClient) -> None:
 
 async def test_a_body_without_end_is_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     for bound in ("MAX_BODY_BYTES", "STRANGERS_BODY_BYTES"):
-        monkeypatch.setattr(request_frame, bound, 1000)
+        monkeypatch.setattr(strict_input, bound, 1000)
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:

@@ -142,7 +142,7 @@ def _make_files(
         "adapter_file": str(adapter_path) if adapter_path else None,
         "work": str(place),
     }
-    told = _step(context, "conversion:convert", request, (0, 40), threads, scripts)
+    told = _step(context, "pipelines.training.export.convert:convert", request, (0, 40), threads, scripts)
     if not direct and told["outtype"] in wanted:
         converted = converted.rename(paths[told["outtype"]])
     conversion = time.monotonic() - started
@@ -153,7 +153,7 @@ def _make_files(
         "adapter": str(adapter_path) if adapter_path else None,
         "threads": threads,
     }
-    proofs = _step(context, "quantizing:finish", request, (40, 75), threads, None)
+    proofs = _step(context, "pipelines.training.export.quantize:finish", request, (40, 75), threads, None)
     exported: list[Exported] = []
     for (quantization, path), proof in zip(paths.items(), proofs[: len(paths)], strict=True):
         if proof["fallbacks"]:
@@ -185,7 +185,7 @@ def _step(
     while True:
         try:
             return isolated.run(
-                f"pipelines.training.{function}",
+                function,
                 request,
                 report=report,
                 should_stop=context.should_stop,
