@@ -1,0 +1,1 @@
+"""The HTTP server: the application, its routes, and the engines that run models."""

@@ -3,6 +3,7 @@
 `python -m tests.test_docs` (make docs) writes docs/settings.md anew; the other documents are written by hand.
 """
 
+import ast
 import re
 import tomllib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.platform import running_platform
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 BLOCK = r"^```\w*\n(.*?)^```"
 CODE_FOLDERS = "cluster|jobs|pipelines|serve|configs|tests|docs"
 
@@ -83,6 +84,16 @@ def test_every_command_is_documented() -> None:
     documented = re.findall(r"^\| `forgearr ([a-z]+(?: [a-z]+)?)[ `]", _text("operating.md"), re.MULTILINE)
     assert len(documented) == len(set(documented))
     assert set(documented) == set(_commands(typer.main.get_command(command_line)))
+
+
+def test_each_room_is_on_the_page_of_the_architecture() -> None:
+    page = _text("architecture.md")
+    for package in ("cluster", "jobs", "pipelines", "serve"):
+        for init in sorted((ROOT / package).rglob("__init__.py")):
+            said = ast.get_docstring(ast.parse(init.read_text()))
+            assert said, f"{init} has no docstring"
+            sentence = " ".join(said.split("\n\n")[0].split())
+            assert f"| `{init.parent.relative_to(ROOT)}/` | {sentence} |" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

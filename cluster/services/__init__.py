@@ -1,1 +1,1 @@
-"""Outside services, such as Sonarr or Plex: which there are, how they are asked, and how they are."""
+"""Outside services, such as Sonarr or Plex: which there are, how they are called, and whether they are well."""

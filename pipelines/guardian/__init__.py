@@ -1,0 +1,1 @@
+"""Watches git repositories, and retrains their models."""

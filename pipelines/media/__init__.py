@@ -1,0 +1,1 @@
+"""The media stack: health checks of services, audits, downloads."""

@@ -1,0 +1,1 @@
+"""The way of a model: data, training, export, validation, deployment."""

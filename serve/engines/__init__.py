@@ -1,1 +1,1 @@
-"""What runs models. Only the processes of an engine load its library; the gateway speaks to them through remote.py."""
+"""What runs models. Only the processes of an engine load its library; the gateway calls them through a client."""

@@ -1,1 +1,1 @@
-"""One module for each sort of service, which declares its `CONNECTOR`."""
+"""One module for each type of service, which declares its `CONNECTOR`."""
