@@ -15,6 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from cluster import identity, migrations
 from cluster.db import Base, Database, migrate
 
+pytestmark = pytest.mark.both_databases
+
 NEXT_MIGRATION = """
 import sqlalchemy as sa
 from alembic import op

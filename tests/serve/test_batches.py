@@ -26,6 +26,8 @@ from serve.engines.gguf import GgufEngine
 from serve.engines.protocol import EngineBusy, EngineLost, EngineUnavailable, Request, Source
 from tests.serve.small_models import write_parrot
 
+pytestmark = pytest.mark.both_databases
+
 TINY = "forgearr/tiny"
 SPOKEN = "Sonarr watches."
 

@@ -14,6 +14,8 @@ from serve.bodies.responses import Message, ResponseRequest
 from serve.telling import Telling
 from tests.serve.house import House
 
+pytestmark = pytest.mark.both_databases
+
 PATH = "/api/v1/feedback"
 LEARN = "/api/training/prompts/from-feedback"
 ASKED: list[dict[str, Any]] = [

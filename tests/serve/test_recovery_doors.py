@@ -16,6 +16,8 @@ from pipelines.media.recoveries import Recovery, as_recovery
 from pipelines.media.recovery_policy import Decision, Past, RecoveryPolicy, Verdict
 from tests.serve.house import House
 
+pytestmark = pytest.mark.both_databases
+
 POLICY = "/api/v1/recovery/policy"
 
 
