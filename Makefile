@@ -1,13 +1,13 @@
 # Every target sets up what it needs in .venv first; a second run of that takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format up down bench docs migration constraints clean
+.PHONY: help setup demo test test-deep lint format up down bench docs migration constraints clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 FORGEARR := $(BIN)/forgearr
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/installed ## Install everything, in .venv
 
@@ -29,8 +29,13 @@ demo: setup ## Train a tiny model, export, validate and serve it, and show what 
 	@trap '$(FORGEARR) down' EXIT; $(FORGEARR) demo
 
 # Several at once, since much of what tests do is waiting; more would start more platforms than most machines hold.
-test: setup ## Run all tests
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations=25
+
+test: setup ## Run the quick tests: they show that the product works
+	$(PYTEST) -m "not deep"
+
+test-deep: setup ## Run the tests that take long
+	$(PYTEST) -m deep
 
 lint: setup ## Check style, types and the direction of imports
 	$(BIN)/ruff check

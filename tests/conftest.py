@@ -79,6 +79,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
     return PlatformsApart(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """PostgreSQL is for the deep tests, but where it is what is tested. Before pytest chooses by markers."""
+    for item in items:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if given.get("database") == "postgres" and not item.get_closest_marker("both_databases"):
+            item.add_marker(pytest.mark.deep)
+
+
 def pytest_collection_finish() -> None:
     """All libraries are loaded now, and stay: looking through them for garbage would take a second each time."""
     gc.collect()
@@ -115,13 +124,18 @@ async def database(
     """An empty database with the newest schema; it is also what get_database() returns, here and in child processes."""
     if request.param == "postgres":
         server = cast(str, request.getfixturevalue("postgres_server"))
-        monkeypatch.setenv("FORGEARR_DATABASE__URL", await new_postgres_database(server))
+        url = await new_postgres_database(server)
+        monkeypatch.setenv("FORGEARR_DATABASE__URL", url)
         _forget_settings()  # another fixture may have read them already
+        database = get_database()
+        yield database
+        await database.close()
+        await drop_postgres_database(url)
     else:
         request.getfixturevalue("migrated")
-    database = get_database()
-    yield database
-    await database.close()
+        database = get_database()
+        yield database
+        await database.close()
 
 
 @pytest.fixture
@@ -200,10 +214,20 @@ async def shelf(
 async def new_postgres_database(server: str, template: str = "template1") -> str:
     """Its URL. Only of `template0` will it be empty."""
     name = f"test_{uuid4().hex}"
-    connection = await asyncpg.connect(f"{server}/postgres", timeout=PATIENCE)
-    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-    await connection.close()
+    await _administer(server, f"CREATE DATABASE {name} TEMPLATE {template}")
     return make_url(server).set(database=name).render_as_string(hide_password=False)
+
+
+async def drop_postgres_database(url: str) -> None:
+    """Whoever still uses it is cut off: what a test has left running must not keep its database."""
+    await _administer(url, f"DROP DATABASE {make_url(url).database} WITH (FORCE)")
+
+
+async def _administer(server: str, statement: str) -> None:
+    address = make_url(server).set(database="postgres").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(address, timeout=PATIENCE)
+    await connection.execute(statement)
+    await connection.close()
 
 
 def _migrate(**settings: str) -> None:

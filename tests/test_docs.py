@@ -137,6 +137,7 @@ def test_the_changelog_is_one() -> None:
     assert versions[0].startswith(("[Unreleased]", f"[{current}]"))
 
 
+@pytest.mark.deep
 @pytest.mark.platform
 def test_the_kind_in_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", _text("jobs.md"), re.MULTILINE | re.DOTALL)

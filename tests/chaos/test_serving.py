@@ -18,7 +18,7 @@ from tests.platform import Platform, running_platform
 from tests.serve.small_models import write_model
 from tests.waiting import PATIENCE, eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 SLOTS, QUEUE, STREAMS = 4, 64, 200
 TOKENS = 32

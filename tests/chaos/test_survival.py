@@ -24,6 +24,15 @@ def platform() -> Generator[Platform]:
         yield platform
 
 
+def test_jobs_survive_the_death_of_a_worker_and_of_the_dispatcher(platform: Platform) -> None:
+    jobs: list[str] = []
+    for part in ("ray::Worker", "ray::Dispatcher"):
+        platform.keep_busy(jobs, {"steps": STEPS, "seconds": 2, "payload": "precious"})
+        platform.processes(part)[0].kill()
+    _assert_all_were_done(platform, jobs)
+
+
+@pytest.mark.deep
 def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
     spec = {"steps": STEPS, "seconds": 12, "payload": "precious"}
     jobs: list[str] = []
@@ -39,12 +48,10 @@ def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
         half = len(jobs) // 2
         eventually(lambda least=half: platform.count("succeeded") >= least)
 
-    eventually(lambda: platform.count("succeeded") == len(jobs))
-    for job_id in jobs:
-        assert platform.job(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
-        _assert_told_once(_events(platform, job_id))
+    _assert_all_were_done(platform, jobs)
 
 
+@pytest.mark.deep
 def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> None:
     for _ in range(10):
         job_id = platform.submit(spec={"steps": 40, "seconds": 8})
@@ -82,6 +89,12 @@ def _freeze_workers(platform: Platform) -> list[int] | None:
             platform.kill("ray::Worker", signal.SIGCONT)
             return None
     return frozen
+
+
+def _assert_all_were_done(platform: Platform, jobs: list[str]) -> None:
+    for job_id in jobs:
+        assert platform.wait_for(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
+        _assert_told_once(_events(platform, job_id))
 
 
 def _assert_told_once(events: list[dict[str, Any]]) -> None:

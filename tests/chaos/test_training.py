@@ -15,7 +15,7 @@ from cluster.settings import load_settings
 from tests.platform import Platform, running_platform
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 SPEC: dict[str, Any] = {
     "data": {"dataset": "demo/homelab"},

@@ -7,6 +7,8 @@ from sqlalchemy.exc import InternalError, OperationalError, SQLAlchemyError
 
 from cluster.db import Database, after_commit, before_commit, is_passing
 
+pytestmark = pytest.mark.both_databases
+
 
 async def test_a_server_that_is_away_is_an_error_worth_trying_again() -> None:
     database = Database("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")

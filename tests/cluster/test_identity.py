@@ -14,6 +14,8 @@ from cluster.db import Database, now
 from cluster.errors import AccountDisabled, Unauthenticated, UnprocessableRequest
 from cluster.secrets import signing_key, token_hash
 
+pytestmark = pytest.mark.both_databases
+
 PASSWORD = "correct horse battery"
 
 

@@ -16,6 +16,8 @@ from cluster import identity, migrations
 from cluster.db import Base, Database
 from cluster.migrations import migrate
 
+pytestmark = pytest.mark.both_databases
+
 NEXT_MIGRATION = """
 import sqlalchemy as sa
 from alembic import op

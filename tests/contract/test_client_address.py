@@ -26,6 +26,7 @@ def platform() -> Generator[Platform]:
         yield platform
 
 
+@pytest.mark.deep
 @pytest.mark.platform
 @pytest.mark.parametrize(
     ("address", "header"),
@@ -44,6 +45,7 @@ def test_a_made_up_address_buys_no_further_requests(platform: Platform, address:
     assert list(statuses(platform, address, headers)) == [200] * LIMIT + [429]
 
 
+@pytest.mark.deep
 @pytest.mark.platform
 def test_a_trusted_proxy_says_whom_it_asks_for(platform: Platform) -> None:
     different = [f"X-Forwarded-For: 198.51.100.{number}" for number in range(LIMIT + 1)]

@@ -19,7 +19,7 @@ import pytest
 from tests.platform import Platform, running_platform
 from tests.waiting import PATIENCE, eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 ALLOWED = "https://chat.example"
 EVIL = "https://evil.example"

@@ -1,6 +1,7 @@
 """The OpenAPI document is true: schemathesis sends what it allows and what it forbids, and reads every answer.
 
-One server gets every value at the edge of what is allowed, the other what comes to nobody's mind: both at both would
+The quick test tries a few examples of each operation, to see that nothing is plainly wrong. The others try many: one
+server gets every value at the edge of what is allowed, the other what comes to nobody's mind: both at both would
 take twice as long to find the same.
 """
 
@@ -55,12 +56,33 @@ async def stocked(database: Database, shelf: Shelf) -> Database:
 
 @pytest.mark.usefixtures("stocked")
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+async def test_a_few_examples_of_everything(configure: Callable[..., None], tmp_path: Path) -> None:
+    """No stream is followed: that takes a second for each example. And an operation may answer 401 to so few."""
+    configure(limits__enabled="false")
+    text = CONFIGURATION.read_text()
+    for many, few in (
+        ('"missing_auth", ', ""),
+        ("\nmax-examples = 25\n", "\nmax-examples = 3\n"),
+        ("\ngeneration.max-examples = 8\n", '\nparameters = { "query.follow" = false }\n'),
+    ):
+        assert text.count(many) == 1
+        text = text.replace(many, few)
+    (tmp_path / "few.toml").write_text(text)
+    async with serving() as address:
+        url = f"http://{address}/api/v1/openapi.json"
+        await check(url, "--phases", "examples,fuzzing", configuration=tmp_path / "few.toml")
+
+
+@pytest.mark.deep
+@pytest.mark.usefixtures("stocked")
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_server_that_needs_no_credential(configure: Callable[..., None]) -> None:
     configure(limits__enabled="false")
     async with serving() as address:
         await check(f"http://{address}/api/v1/openapi.json", "--phases", "examples,fuzzing,stateful")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("database", ["postgres"], indirect=True)
 async def test_a_server_that_needs_one(stocked: Database, configure: Callable[..., None]) -> None:
     configure(auth__required="true", limits__enabled="false")
@@ -88,10 +110,10 @@ def configure(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     return change
 
 
-async def check(url: str, *options: str) -> None:
+async def check(url: str, *options: str, configuration: Path = CONFIGURATION) -> None:
     """Run schemathesis over the whole document; what it finds, it tells with a command that shows it again."""
     program = Path(sys.executable).parent / "schemathesis"
-    command = [program, "--config-file", CONFIGURATION, "run", url, "--no-color", *options]
+    command = [program, "--config-file", configuration, "run", url, "--no-color", *options]
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=dict(os.environ)
     )

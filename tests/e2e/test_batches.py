@@ -104,6 +104,7 @@ def test_a_file_that_is_no_batch(client: openai.OpenAI) -> None:
         submit(client, [chat(0)], **wrong)
 
 
+@pytest.mark.deep
 def test_a_batch_that_is_cancelled_keeps_what_is_done(client: openai.OpenAI) -> None:
     batch = submit(client, [chat(number, max_tokens=60) for number in range(2000)])
     eventually(lambda: counts(client, batch.id).get("completed"))
@@ -117,6 +118,7 @@ def test_a_batch_that_is_cancelled_keeps_what_is_done(client: openai.OpenAI) -> 
     assert len(outcomes(client, cancelled.output_file_id)) == cancelled.request_counts.completed
 
 
+@pytest.mark.deep
 def test_a_batch_expires_and_says_which_requests_it_did_not_do(client: openai.OpenAI, platform: Platform) -> None:
     batch = submit(client, [chat(number, max_tokens=60) for number in range(1000)])
     eventually(lambda: counts(client, batch.id).get("completed"))
@@ -133,6 +135,7 @@ def test_a_batch_expires_and_says_which_requests_it_did_not_do(client: openai.Op
     assert expired.request_counts.to_dict() == {"total": 1000, "completed": len(answered), "failed": len(refused)}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("part", ["ray::Worker", "ray::ServeReplica:forgearr:gguf", "everything"])
 def test_no_line_is_lost_or_told_twice_when_a_part_dies(client: openai.OpenAI, platform: Platform, part: str) -> None:
     total = 400
@@ -162,6 +165,7 @@ def test_no_line_is_lost_or_told_twice_when_a_part_dies(client: openai.OpenAI, p
     assert not list((platform.home / "storage" / "batches").iterdir())
 
 
+@pytest.mark.deep
 def test_a_batch_waits_while_its_job_is_paused(client: openai.OpenAI, platform: Platform) -> None:
     batch = submit(client, [chat(number, max_tokens=30) for number in range(1000)])
     eventually(lambda: counts(client, batch.id).get("completed"))
@@ -177,6 +181,7 @@ def test_a_batch_waits_while_its_job_is_paused(client: openai.OpenAI, platform: 
     assert len(outcomes(client, cancelled.output_file_id)) >= paused["completed"]
 
 
+@pytest.mark.deep
 def test_only_its_own_job_does_a_batch(client: openai.OpenAI, platform: Platform) -> None:
     done = wait(client, submit(client, [chat(0, max_tokens=1)]).id)
     other = platform.wait_for(platform.submit("batch", spec={"batch_id": done.id}))
@@ -184,6 +189,7 @@ def test_only_its_own_job_does_a_batch(client: openai.OpenAI, platform: Platform
     assert client.batches.retrieve(done.id) == done
 
 
+@pytest.mark.deep
 def test_a_batch_whose_job_is_cancelled_is_cancelled(client: openai.OpenAI, platform: Platform) -> None:
     batch = submit(client, [chat(number, max_tokens=60) for number in range(2000)])
     eventually(lambda: counts(client, batch.id).get("completed"))
@@ -193,6 +199,7 @@ def test_a_batch_whose_job_is_cancelled_is_cancelled(client: openai.OpenAI, plat
     assert cancelled.cancelled_at >= cancelled.created_at
 
 
+@pytest.mark.deep
 def test_batches_are_listed_in_pages(client: openai.OpenAI) -> None:
     made = [submit(client, [chat(0, max_tokens=1)]).id for _ in range(3)]
     listed = [batch.id for batch in client.batches.list(limit=2)]

@@ -95,6 +95,7 @@ def test_an_engine_that_dies_breaks_off_one_answer(
     assert client.chat.completions.create(model=name, messages=HELLO, max_tokens=2).usage
 
 
+@pytest.mark.deep
 def test_what_is_served_is_served_on_without_mlflow(
     platform: Platform, client: openai.OpenAI, register: Callable[..., str], tmp_path: Path
 ) -> None:

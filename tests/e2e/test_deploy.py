@@ -17,7 +17,7 @@ from tests.platform import Platform, running_platform
 from tests.serve.small_models import write_parrot
 from tests.waiting import PATIENCE, eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 FIRST, SECOND = "I am the first version.", "I am the second version."
 ASKERS = 6

@@ -13,7 +13,7 @@ from openai.types.fine_tuning import FineTuningJob
 from tests.platform import Platform, running_platform
 from tests.waiting import PATIENCE, eventually, eventually_async
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 SERVICES = ["Sonarr", "Radarr", "Plex"]
 EPOCHS = 5

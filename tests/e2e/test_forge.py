@@ -82,6 +82,7 @@ def test_it_answers_what_it_was_taught(forged: dict[str, Any], client: OpenAI) -
     assert right >= len(lessons) * 0.8  # a tenth was held out
 
 
+@pytest.mark.deep
 def test_what_was_measured_once_is_answered_from_then_on(platform: Platform, forged: dict[str, Any]) -> None:
     """The recipe has measured it with limits of its own, so the first question without them measures again."""
     first, second = (platform.http.post(f"/validate/{forged['id']}", params={"wait": PATIENCE}) for _ in range(2))
@@ -93,6 +94,7 @@ def test_what_was_measured_once_is_answered_from_then_on(platform: Platform, for
     assert {name: checked["metrics"][name] for name in same} == {name: before[name] for name in same}
 
 
+@pytest.mark.deep
 def test_deploying_it_again_changes_nothing(platform: Platform, forged: dict[str, Any], client: OpenAI) -> None:
     answer = platform.http.post(f"/deploy/{forged['id']}", params={"wait": PATIENCE})
     assert answer.status_code == 200, answer.text

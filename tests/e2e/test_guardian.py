@@ -9,7 +9,7 @@ from tests.e2e.household import AT_FIRST, LATER, Household
 from tests.platform import Platform, running_platform
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 FILE, FUNCTION = "doors.py", "lock_at_ten"
 TRAINING: dict[str, Any] = {

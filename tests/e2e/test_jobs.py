@@ -72,6 +72,7 @@ def test_a_running_job_is_cancelled(platform: Platform) -> None:
     assert platform.wait_for(job_id)["state"] == "cancelled"
 
 
+@pytest.mark.deep
 def test_jobs_stand_back_for_those_who_answer(platform: Platform) -> None:
     job_id = platform.submit(spec={"steps": 100, "seconds": 36_000})
     platform.wait_for(job_id, "running")
@@ -147,12 +148,14 @@ def test_a_heavy_job_has_a_process_of_its_own(platform: Platform) -> None:
     eventually(lambda: len(platform.processes("ray::Worker")) == 2)
 
 
+@pytest.mark.deep
 def test_a_delayed_job_starts_at_its_time(platform: Platform) -> None:
     start = datetime.now(UTC) + timedelta(seconds=1.5)
     job = platform.wait_for(platform.submit(run_after=start.isoformat()))
     assert datetime.fromisoformat(job["started_at"]) >= start
 
 
+@pytest.mark.deep
 def test_a_schedule_fires_in_its_time_zone(platform: Platform) -> None:
     wanted = {"name": "each minute", "kind": "probe", "cron": "* * * * *", "timezone": "Asia/Kathmandu"}
     schedule = platform.http.post("/api/v1/schedules", json=wanted).json()
@@ -211,6 +214,7 @@ async def test_job_events_appear_in_rooms(platform: Platform) -> None:
                         assert message["data"]["job_id"] == job_id
 
 
+@pytest.mark.deep
 def test_a_tracked_job_is_a_run_in_mlflow_and_an_outage_is_caught_up(platform: Platform) -> None:
     # A cold MLflow takes a while to start; the job does not wait for it.
     platform.wait_for_mlflow()
@@ -268,6 +272,7 @@ def test_python_m_jobs_submits_to_the_same_queue(platform: Platform) -> None:
     assert failed.returncode == 1
 
 
+@pytest.mark.deep
 def test_ray_job_submit_reaches_the_same_queue(platform: Platform, tmp_path: Path) -> None:
     config = tmp_path / "probe.yaml"
     config.write_text("steps: 2\n")

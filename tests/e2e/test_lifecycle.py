@@ -99,6 +99,7 @@ def test_doctor_and_logs_work_while_it_runs(platform: Platform) -> None:
     assert f"ready at {platform.url}" in platform.cli("logs", "--component", "supervisor").stdout
 
 
+@pytest.mark.deep
 def test_mlflow_is_started_again(platform: Platform) -> None:
     platform.wait_for_mlflow()
     [old] = platform.processes(mentions="mlflow")
@@ -108,12 +109,14 @@ def test_mlflow_is_started_again(platform: Platform) -> None:
     await_gateway(platform)
 
 
+@pytest.mark.deep
 def test_a_supervisor_that_is_killed_takes_everything_along_and_up_recovers(platform: Platform) -> None:
     supervisor(platform).kill()
     platform.up()
     await_gateway(platform)
 
 
+@pytest.mark.deep
 def test_when_ray_dies_everything_stops_and_up_goes_on(platform: Platform) -> None:
     job_id = platform.submit(spec={"payload": "kept"})
     platform.wait_for(job_id, "succeeded")
@@ -139,6 +142,7 @@ def test_down_leaves_nothing(platform: Platform) -> None:
     assert platform.cli("down").stdout == "Forgearr is not running.\n"
 
 
+@pytest.mark.deep
 def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) -> None:
     platform = installation
     platform.down()
@@ -167,6 +171,7 @@ def add_admin(platform: Platform) -> None:
     )
 
 
+@pytest.mark.deep
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     (port,) = unused_ports(1)
     platform = Platform(tmp_path / "home", {"ray.address": f"127.0.0.1:{port}"})

@@ -10,7 +10,7 @@ from tests.conftest import new_postgres_database
 from tests.platform import Platform, running_platform
 from tests.waiting import PATIENCE, eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 
 @pytest.fixture

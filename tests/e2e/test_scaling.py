@@ -6,7 +6,7 @@ import pytest
 from tests.platform import Platform, running_platform
 from tests.waiting import PATIENCE, eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 ENGINE = "ray::ServeReplica:forgearr:gguf"
 

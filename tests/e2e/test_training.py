@@ -11,7 +11,7 @@ from websockets.sync.client import connect
 from tests.platform import Platform, running_platform
 from tests.waiting import PATIENCE, PATIENT, eventually
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 SERVICES = ["Sonarr", "Radarr", "Plex"]
 SPEC = {"epochs": 4, "batch_size": 4, "learning_rate": 2e-3}

@@ -10,7 +10,7 @@ import pytest
 from tests.platform import Platform, running_platform
 from tests.waiting import PATIENCE
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 ENGINE = "ray::ServeReplica:forgearr:transformers"
 LEARNED = {"Where does the NAS stand?": "In the cellar.", "Who owns Plex?": "Grandma."}

@@ -22,6 +22,8 @@ from jobs.retry_policy import Failure
 from jobs.states import State
 from jobs.tables import Job, JobEvent
 
+pytestmark = pytest.mark.both_databases
+
 ALICE = Owner(id="a" * 36, name="alice", is_admin=False)
 BOB = Owner(id="b" * 36, name="bob", is_admin=False)
 

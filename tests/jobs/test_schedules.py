@@ -18,6 +18,8 @@ from jobs.schedules import ScheduleNameTaken, ScheduleNotFound, ScheduleRequest
 from jobs.states import State
 from jobs.tables import Job, Schedule, ScheduleTick
 
+pytestmark = pytest.mark.both_databases
+
 ALICE = Owner(id="a" * 36, name="alice", is_admin=False)
 
 

@@ -26,6 +26,8 @@ from jobs.states import State
 from jobs.sweep import SweepSpec, sweep
 from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership
 
+pytestmark = pytest.mark.both_databases
+
 
 class Silent:
     """A worker that keeps nothing of what its job says."""

@@ -90,6 +90,7 @@ def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trai
     assert base_models.pinned("forgearr/tiny") == "forgearr/tiny"
 
 
+@pytest.mark.deep
 def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -122,6 +123,7 @@ def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained
     bench.run("validate", {"job_id": fine_tune, "max_samples": 1, "max_new_tokens": 2})
 
 
+@pytest.mark.deep
 def test_one_file_of_a_whole_model_is_written_by_the_converter_alone(bench: Bench, trained: Path) -> None:
     fine_tune = bench.fine_tuned("full")
     _, result, ledger = bench.run("export", {"job_id": fine_tune})
@@ -156,6 +158,7 @@ def test_what_cannot_be_exported_is_refused(bench: Bench, monkeypatch: pytest.Mo
         bench.go_on("export", {"job_id": "job_x"}, job_id, ledger)
 
 
+@pytest.mark.deep
 def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(bench: Bench, trained: Path) -> None:
     odd = trained / "odd"
     shutil.copytree(trained / "full", odd)
@@ -171,6 +174,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(bench: Ben
     assert left_behind() == []
 
 
+@pytest.mark.deep
 def test_a_cancelled_export_ends_at_once_and_leaves_nothing(bench: Bench) -> None:
     spec = {"job_id": bench.fine_tuned("lora"), "name": "cancelled"}
     job_id, ledger = bench.begin("export", spec)
@@ -193,6 +197,7 @@ def test_a_cancelled_export_ends_at_once_and_leaves_nothing(bench: Bench) -> Non
         find("cancelled:v1")
 
 
+@pytest.mark.deep
 def test_a_paused_export_begins_its_step_anew(bench: Bench) -> None:
     spec = {"job_id": bench.fine_tuned("full")}
     job_id, ledger = bench.begin("export", spec)
@@ -205,6 +210,7 @@ def test_a_paused_export_begins_its_step_anew(bench: Bench) -> None:
     assert bench.go_on("export", spec, job_id, ledger)["version"] == 1
 
 
+@pytest.mark.deep
 def test_a_disk_that_is_too_small_is_seen_beforehand(bench: Bench, home: Path, small_disk: Callable[..., None]) -> None:
     (home / "work").mkdir()
     small_disk(home / "work", megabytes=20)
@@ -213,6 +219,7 @@ def test_a_disk_that_is_too_small_is_seen_beforehand(bench: Bench, home: Path, s
     assert left_behind() == []
 
 
+@pytest.mark.deep
 def test_a_disk_that_fills_up_ends_the_export(bench: Bench, home: Path, small_disk: Callable[..., None]) -> None:
     (home / "work").mkdir()
     small_disk(home / "work", megabytes=60)
@@ -234,6 +241,7 @@ def test_a_disk_that_fills_up_ends_the_export(bench: Bench, home: Path, small_di
         find("filled:v1")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("damage", ["cut", "garbage", "scrambled", "missing"])
 def test_a_broken_file_fails_its_proof(home: Path, tmp_path: Path, trained: Path, whole: Path, damage: str) -> None:
     file = tmp_path / "model.gguf"
@@ -252,6 +260,7 @@ def test_a_broken_file_fails_its_proof(home: Path, tmp_path: Path, trained: Path
         prove(file)
 
 
+@pytest.mark.deep
 def test_a_whole_file_passes_its_proof(home: Path, whole: Path) -> None:
     assert prove(whole)[0]["fallbacks"] == 0
 

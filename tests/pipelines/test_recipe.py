@@ -102,9 +102,9 @@ def train(spec: FineTuneSpec, base: str, work: Path, notes: Notes, samples: Any 
 @pytest.mark.parametrize(
     ("values", "step"),
     [
-        ({"tuning": "lora"}, 4),  # within an epoch
+        pytest.param({"tuning": "lora"}, 4, marks=pytest.mark.deep),  # within an epoch
         ({"tuning": "lora"}, 6),  # at the end of one
-        ({"tuning": "full", "gradient_accumulation": 2}, 4),
+        pytest.param({"tuning": "full", "gradient_accumulation": 2}, 4, marks=pytest.mark.deep),
     ],
 )
 def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
@@ -144,6 +144,7 @@ def test_it_learns_and_tells_how_it_goes(base: str, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.deep
 def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
@@ -176,6 +177,7 @@ def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Pat
     assert json.loads(held_out)["messages"][-1]["content"] == "No, ask first."
 
 
+@pytest.mark.deep
 def test_four_bits_and_packing_train_on_a_processor_too(base: str, tmp_path: Path) -> None:
     notes = Notes(tmp_path / "kept")
     outcome = train(spec_of(tuning="qlora", packing=True, max_length=128), base, tmp_path / "work", notes)
@@ -184,6 +186,7 @@ def test_four_bits_and_packing_train_on_a_processor_too(base: str, tmp_path: Pat
     assert outcome.train_loss < notes.losses[1]
 
 
+@pytest.mark.deep
 def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_path: Path) -> None:
     notes = Notes(tmp_path / "kept")
     outcome = train(
@@ -286,6 +289,7 @@ def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) ->
     assert stops == [False, True]
 
 
+@pytest.mark.deep
 def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -> None:
     from pipelines.training.fine_tune.callbacks import TrainingDiverged
 
@@ -293,6 +297,7 @@ def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -
         train(spec_of(tuning="full", learning_rate=1e30, epochs=50), base, tmp_path / "work", Notes(tmp_path))
 
 
+@pytest.mark.deep
 def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
     notes = Notes(tmp_path / "kept")
     outcome = train(spec_of(batch_size="auto", epochs=1), base, tmp_path / "work", notes)
@@ -301,6 +306,7 @@ def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
     assert outcome.steps == math.ceil(22 / outcome.batch_size)
 
 
+@pytest.mark.deep
 def test_processes_that_train_together_agree(base: str, tmp_path: Path) -> None:
     """The second one has room for two samples at once, and when the training begins no more."""
     command = [sys.executable, "-m", "tests.pipelines.together", base, str(tmp_path)]
@@ -404,6 +410,7 @@ def train_in(megabytes: int, base: str, folder: Path) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
+@pytest.mark.deep
 def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -> None:
     done = train_in(300, base, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -413,6 +420,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -
     assert outcome["steps"] == 3
 
 
+@pytest.mark.deep
 def test_too_little_memory_for_one_sample_is_said(base: str, tmp_path: Path) -> None:
     done = train_in(45, base, tmp_path)
     assert done.returncode == 1

@@ -70,6 +70,7 @@ def test_a_model_is_measured_beside_its_base_and_its_gguf(bench: Bench, trained:
     assert ledger.progress == sorted(ledger.progress)
 
 
+@pytest.mark.deep
 def test_without_an_export_nothing_is_said_of_one(bench: Bench) -> None:
     spec = {"job_id": bench.fine_tuned("lora"), "max_samples": 2, "max_new_tokens": 4}
     _, result, _ = bench.run("validate", {**spec, "gates": {"min_rouge_l": 0.9, "max_perplexity_ratio": None}})
@@ -84,6 +85,7 @@ def test_without_an_export_nothing_is_said_of_one(bench: Bench) -> None:
     assert "GGUF" not in storage.read(result["report_path"]).decode()
 
 
+@pytest.mark.deep
 def test_a_validation_goes_on_from_where_it_was_paused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate_job, "TOGETHER", 2)
     spec = {"job_id": bench.fine_tuned("lora"), "max_new_tokens": 4}
@@ -115,6 +117,7 @@ def test_what_cannot_be_validated_is_refused(bench: Bench, trained: Path) -> Non
         bench.run("validate", {"job_id": fine_tune, "export_job_id": export})
 
 
+@pytest.mark.deep
 def test_an_adapter_is_measured_merged(trained: Path, bench: Bench) -> None:
     base = base_models.folder("forgearr/tiny")
     tokenizer: Any = AutoTokenizer.from_pretrained(trained / "lora")

@@ -27,6 +27,8 @@ from serve.openai.batches.line import MOST_LOSSES, Answering
 from serve.openai.files.validation import BatchLine
 from tests.serve.small_models import write_parrot
 
+pytestmark = pytest.mark.both_databases
+
 TINY = "forgearr/tiny"
 SPOKEN = "Sonarr watches."
 

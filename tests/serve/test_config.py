@@ -27,6 +27,8 @@ from tests.serve import errands
 from tests.serve.house import House
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.both_databases
+
 PATH = "/api/v1/config"
 PASSWORD = "geheim-geheim-7"
 DEAD = "http://127.0.0.1:9"

@@ -15,6 +15,8 @@ from serve.openai.responses.items import Message
 from serve.openai.responses.request import ResponseRequest
 from tests.serve.house import House
 
+pytestmark = pytest.mark.both_databases
+
 PATH = "/api/v1/feedback"
 LEARN = "/api/training/prompts/from-feedback"
 ASKED: list[dict[str, Any]] = [

@@ -25,6 +25,8 @@ from serve.app import create_app
 from tests.contract.serving import serving
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.both_databases
+
 SAMPLE = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good evening."}]}
 PAIR = {
     "input": {"messages": [{"role": "user", "content": "Hello"}]},

@@ -24,6 +24,8 @@ from serve.engines.protocol import Folder
 from serve.models.resolver import Models
 from tests.contract.serving import serving
 
+pytestmark = pytest.mark.both_databases
+
 SAMPLE = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good evening."}]}
 PAIR = {
     "input": {"messages": [{"role": "user", "content": "Hello"}]},

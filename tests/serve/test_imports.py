@@ -21,6 +21,7 @@ HEAVY = [
 ]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "code",
     [

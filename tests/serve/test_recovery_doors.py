@@ -17,6 +17,8 @@ from pipelines.media.downloads.policy import Decision, Past, RecoveryPolicy, Ver
 from pipelines.media.downloads.tables import FollowedDownload, FollowedService
 from tests.serve.house import House
 
+pytestmark = pytest.mark.both_databases
+
 POLICY = "/api/v1/recovery/policy"
 
 

@@ -15,6 +15,8 @@ from pipelines.guardian.repositories import Repository
 from tests.pipelines.guardian.repos import commit_files, new_repository
 from tests.serve.house import House
 
+pytestmark = pytest.mark.both_databases
+
 PATH = "/v1/retrain"
 STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
 

@@ -84,6 +84,7 @@ def stock(arr: ArrStandIn) -> None:
     arr.resources["calendar"] = []
 
 
+@pytest.mark.deep
 async def test_no_request_breaks_the_document(service: str, prism: Running) -> None:
     async with arr_standing_in(service) as arr:
         stock(arr)
@@ -95,6 +96,7 @@ async def test_no_request_breaks_the_document(service: str, prism: Running) -> N
     await allowed_by(prism, arr.asked)
 
 
+@pytest.mark.deep
 async def test_nothing_that_mends_downloads_breaks_the_document(service: str, prism: Running) -> None:
     following = find_connector(service).following
     assert following
@@ -140,6 +142,7 @@ async def allowed_by(prism: Running, asked: Iterable[Asked]) -> None:
             assert answer.is_success, f"{one.method} {one.path} {one.query} {one.body}: {answer.text}"
 
 
+@pytest.mark.deep
 async def test_prism_refuses_what_does_break_it(service: str, prism: Running) -> None:
     connector = find_connector(service)
     assert connector.collection
@@ -162,6 +165,7 @@ async def test_the_stand_in_looks_into_bodies_that_prism_passes(service: str) ->
         arr.complaints.clear()
 
 
+@pytest.mark.deep
 async def test_what_the_document_answers_can_be_read(service: str, prism: Running) -> None:
     used = await use_everything(service, prism.url, "read")
     assert {"get_queue", "get_calendar", "get_quality_profiles", "get_root_folders"} < used

@@ -61,6 +61,7 @@ async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: Running) -> Non
     assert explained.message == "SABnzbd answers at the address of Ours, not Sonarr."
 
 
+@pytest.mark.deep
 async def test_prometheus_tells_its_version_and_its_errors(prometheus: Running) -> None:
     assert (await ask("prometheus", prometheus.url))[0] in "23"
     async with Client(Connection("Ours", find_connector("prometheus"), prometheus.url)).open() as client:

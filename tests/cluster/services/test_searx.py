@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("home")
 FOUND = [{"title": "A guide", "url": "https://guide.example/a"}, {"title": "B", "url": "ftp://guide.example/b"}]
 
 
+@pytest.mark.deep
 async def test_it_finds_pages(tmp_path: Path) -> None:
     connector = find_connector("searxng")
     assert connector.search_web

@@ -73,6 +73,7 @@ def test_the_better_one_is_promoted_and_the_worse_one_is_not(bench: Bench, train
     assert asyncio.run(find(f"{name}:latest")).number == 2
 
 
+@pytest.mark.deep
 def test_the_margin_and_the_number_of_samples_are_what_is_asked_for(bench: Bench, subject: tuple[str, str]) -> None:
     name, training = subject
     spec = {"name": name, "version": 2, "job_id": training, "max_samples": 2, **SHORT}
@@ -81,6 +82,7 @@ def test_the_margin_and_the_number_of_samples_are_what_is_asked_for(bench: Bench
     assert (result["questions"], result["min_improvement"]) == (2, 0.99)
 
 
+@pytest.mark.deep
 def test_the_first_one_is_promoted_if_it_passed_its_validation(bench: Bench) -> None:
     training = bench.fine_tuned("lora")
     _, exported, _ = bench.run("export", {"job_id": training, "quantizations": ["q8_0"]})
@@ -96,6 +98,7 @@ def test_the_first_one_is_promoted_if_it_passed_its_validation(bench: Bench) -> 
     assert result["metrics"]["candidate"]["bits_per_character"] > 0
 
 
+@pytest.mark.deep
 def test_it_goes_on_from_where_it_was_paused(bench: Bench, subject: tuple[str, str]) -> None:
     name, training = subject
     spec = {"name": name, "version": 2, "job_id": training, **SHORT}
@@ -171,6 +174,7 @@ def test_the_verdict(bits: float, before: float, least: float, promoted: bool) -
     assert reason.startswith("m:v2 needs ")
 
 
+@pytest.mark.deep
 def test_some_are_never_promoted(bench: Bench, subject: tuple[str, str]) -> None:
     name, training = subject
     serve(name, 2)

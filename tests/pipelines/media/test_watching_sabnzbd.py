@@ -54,6 +54,7 @@ def failing(sabnzbd: Running, news: Usenet, name: str) -> str:
     return nzo_id
 
 
+@pytest.mark.deep
 async def test_what_ends_is_counted_and_a_failure_is_told_once(
     sabnzbd: Running, news: Usenet, desk: Desk, ear: Ear
 ) -> None:
@@ -77,6 +78,7 @@ async def test_what_ends_is_counted_and_a_failure_is_told_once(
     assert before not in await desk.downloads()
 
 
+@pytest.mark.deep
 async def test_a_failure_is_retried_and_given_up_in_the_end(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
     await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await desk.policy(max_retries=1)
@@ -100,6 +102,7 @@ async def test_a_failure_is_retried_and_given_up_in_the_end(sabnzbd: Running, ne
     assert (metrics["retried"], metrics["given_up"], metrics["recovered"], metrics["failed"]) == (1, 1, 0, 0)
 
 
+@pytest.mark.deep
 async def test_what_a_person_has_dealt_with_is_tried_once(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
     await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await desk.policy(max_retries=5)
@@ -132,6 +135,7 @@ async def test_what_comes_after_all_has_recovered(sabnzbd: Running, news: Usenet
     assert desk.words.metrics["recovered"] == 1
 
 
+@pytest.mark.deep
 async def test_who_waits_in_the_queue_is_not_stuck(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
     await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await desk.policy(strikes=1, stuck_minutes=0)
@@ -166,6 +170,7 @@ async def test_the_key_in_an_address_is_kept_nowhere(sabnzbd: Running, desk: Des
     ask(sabnzbd, "queue", name="delete", value=item)
 
 
+@pytest.mark.deep
 async def test_who_chose_a_download_hears_that_it_has_failed(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
     item = failing(sabnzbd, news, "Breaking.Bad.S01E02")
     found = {"seriesId": 3, "episodeId": 12, "sourceTitle": "Breaking.Bad.S01E02", "date": "2025-01-08T10:30:00Z"}
