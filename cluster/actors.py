@@ -10,7 +10,7 @@ NAMESPACE = "forgearr"
 _handles: dict[str, Any] = {}
 
 
-def find(name: str) -> Any:
+def find_actor(name: str) -> Any:
     """The handle of a named actor. It stays good when Ray restarts that actor, so it is looked up once."""
     # A process that has not joined Ray must not do so by the way: Ray would start a cluster of its own for it.
     ray: Any = sys.modules.get("ray")
@@ -24,6 +24,6 @@ def find(name: str) -> Any:
     return _handles[name]
 
 
-def forget(name: str) -> None:
+def forget_actor(name: str) -> None:
     """Look the actor up again next time: it was replaced by another one of the same name."""
     _handles.pop(name, None)

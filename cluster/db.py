@@ -90,10 +90,10 @@ class Database:
                 action()
 
     @asynccontextmanager
-    async def reading(self) -> AsyncGenerator[AsyncSession]:
+    async def read_transaction(self) -> AsyncGenerator[AsyncSession]:
         """A transaction that only reads: it never waits for a writer, and all that it reads was so at one time."""
-        level = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-        reader = self.engine.execution_options(forgearr_reading=True, **level)
+        options = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        reader = self.engine.execution_options(forgearr_reading=True, **options)
         async with AsyncSession(reader, expire_on_commit=False) as session:
             await _connect(session)
             yield session
@@ -102,14 +102,14 @@ class Database:
         await self.engine.dispose()
 
 
-def before_commit(session: AsyncSession, prepare: Callable[[], Awaitable[None]]) -> None:
+def before_commit(session: AsyncSession, callback: Callable[[], Awaitable[None]]) -> None:
     """Do this last in the transaction, when it holds all its other locks."""
-    session.info.setdefault("before_commit", []).append(prepare)
+    session.info.setdefault("before_commit", []).append(callback)
 
 
-def after_commit(session: AsyncSession, action: Callable[[], None]) -> None:
+def after_commit(session: AsyncSession, callback: Callable[[], None]) -> None:
     """Tell the world only of what is really so: `action` runs when the transaction has committed, else never."""
-    session.info.setdefault("after_commit", []).append(action)
+    session.info.setdefault("after_commit", []).append(callback)
 
 
 async def delete_rows(session: AsyncSession, statement: Delete) -> int:
@@ -118,20 +118,20 @@ async def delete_rows(session: AsyncSession, statement: Delete) -> int:
     return cast(CursorResult[Any], result).rowcount
 
 
-async def one_at_a_time(session: AsyncSession, name: str) -> None:
+async def advisory_lock(session: AsyncSession, name: str) -> None:
     """Wait until no other transaction that has passed this name is open. On SQLite every writer is alone anyway."""
     if session.get_bind().dialect.name == "postgresql":
         await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
 
 
-def is_passing(error: SQLAlchemyError) -> bool:
+def is_transient(error: SQLAlchemyError) -> bool:
     """Whether the same statement may succeed later: the database is away, busy, or has broken a deadlock."""
     if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
         return True
-    state = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
-    if isinstance(error, InternalError) and not state:
+    sqlstate = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
+    if isinstance(error, InternalError) and not sqlstate:
         return True  # the driver has lost its way, as it may where a connection breaks off
-    return state[:2] in {"08", "40", "53", "55", "57"}
+    return sqlstate[:2] in {"08", "40", "53", "55", "57"}
 
 
 @cache
@@ -141,7 +141,7 @@ def get_database() -> Database:
     return Database(settings.database_url, settings.database.pool_size)
 
 
-async def apart(work: Callable[[Database], Awaitable[Result]]) -> Result:
+async def with_own_database(work: Callable[[Database], Awaitable[Result]]) -> Result:
     """Do this with a database of its own: the one of the process belongs to another event loop."""
     database = Database(get_settings().database_url, pool_size=1)
     try:

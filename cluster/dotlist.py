@@ -7,12 +7,12 @@ import yaml
 from cluster.errors import InvalidRequest
 
 
-def assign(target: dict[str, Any], typed: str) -> None:
+def assign(target: dict[str, Any], assignment: str) -> None:
     """Set one value, which is read as YAML."""
-    path, equals, text = typed.partition("=")
+    path, equals, text = assignment.partition("=")
     *sections, name = path.split(".")
     if not equals or not name:
-        raise InvalidRequest(f"--set takes key=value, not '{typed}'.")
+        raise InvalidRequest(f"--set takes key=value, not '{assignment}'.")
     for section in sections:
         inner: Any = target.setdefault(section, {})
         if not isinstance(inner, dict):

@@ -16,18 +16,18 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple, TypedDict
 
-from cluster.actors import find, forget
+from cluster.actors import find_actor, forget_actor
 from cluster.errors import Unavailable
-from cluster.times import written
+from cluster.times import format_utc
 
-NAME = "events"
-KEPT_MESSAGES = 10_000
-BATCH_MESSAGES = 1_000
-GATHER_SECONDS = 0.01
+ACTOR_NAME = "events"
+MAX_BUFFERED_MESSAGES = 10_000
+MAX_BATCH_MESSAGES = 1_000
+BATCH_DELAY_SECONDS = 0.01
 """How long a reader's answer waits for more messages: it bounds how many answers a second a busy cluster costs."""
 POLL_SECONDS = 30.0
 GRACE_SECONDS = 10.0
-LOOKUP_SECONDS = 5.0
+LOOKUP_RETRY_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Message(TypedDict):
 class Cursor(NamedTuple):
     """How far a reader has read, in which life of the actor."""
 
-    life: str
+    incarnation: str
     position: int
 
 
@@ -54,15 +54,15 @@ class Batch(NamedTuple):
     missed: bool  # something happened between the reader's cursor and these messages that nobody remembers
 
 
-LOST = Cursor("", 0)
+LOST_CURSOR = Cursor("", 0)
 """The cursor of a reader that does not know what it missed."""
 
 Snapshot = Mapping[str, float]
 """A replica's counts: a value for each sample, by a key that all replicas share."""
 
 
-def message(rooms: Sequence[str], kind: str, data: Mapping[str, Any], at: datetime) -> Message:
-    return {"rooms": [*rooms], "type": kind, "data": {**data}, "timestamp": written(at)}
+def build_message(rooms: Sequence[str], kind: str, data: Mapping[str, Any], at: datetime) -> Message:
+    return {"rooms": [*rooms], "type": kind, "data": {**data}, "timestamp": format_utc(at)}
 
 
 def publish(messages: Sequence[Message]) -> None:
@@ -71,54 +71,54 @@ def publish(messages: Sequence[Message]) -> None:
     if not messages or time.monotonic() < _no_lookup_before:
         return
     try:
-        outcome = find(NAME).publish.remote(list(messages))
+        reference = find_actor(ACTOR_NAME).publish.remote(list(messages))
     except Unavailable as error:
         # Asking where it is costs a round trip: not for every message of a cluster that has no such actor.
-        _no_lookup_before = time.monotonic() + LOOKUP_SECONDS
+        _no_lookup_before = time.monotonic() + LOOKUP_RETRY_SECONDS
         logger.debug("%s messages were not published: %s", len(messages), error)
     except Exception:
         # Whatever Ray raises while it goes down: what happened is in the database, and the caller goes on.
         logger.debug("%s messages were not published.", len(messages), exc_info=True)
     else:
-        outcome.future().add_done_callback(_forget_if_dead)
+        reference.future().add_done_callback(_forget_if_dead)
 
 
 async def poll(after: Cursor | None, seconds: float = POLL_SECONDS) -> Batch:
     """The messages after a cursor, once there are any or the time is up; None begins with what comes from now on."""
-    return await _ask("poll", after, seconds, patience=seconds + GRACE_SECONDS)
+    return await _call_actor("poll", after, seconds, timeout_seconds=seconds + GRACE_SECONDS)
 
 
 async def share_counts(replica: str, snapshot: Snapshot) -> None:
     """Leave this replica's counts with the actor, in place of what it left before."""
-    await _ask("share_counts", replica, snapshot)
+    await _call_actor("share_counts", replica, snapshot)
 
 
 async def shared_counts() -> dict[str, Snapshot]:
     """The counts that each replica left, dead ones included."""
-    return await _ask("shared_counts")
+    return await _call_actor("shared_counts")
 
 
 class Events:
     """The actor. Every method is async, so that Ray runs all calls on one event loop, without locks."""
 
     def __init__(self) -> None:
-        self._life = secrets.token_hex(8)
-        self._messages: deque[Message] = deque(maxlen=KEPT_MESSAGES)
+        self._incarnation = secrets.token_hex(8)
+        self._messages: deque[Message] = deque(maxlen=MAX_BUFFERED_MESSAGES)
         self._published = 0
-        self._arrival = asyncio.Event()
+        self._new_messages = asyncio.Event()
         self._counts: dict[str, Snapshot] = {}
 
     async def publish(self, messages: Sequence[Message]) -> None:
         self._messages.extend(messages)
         self._published += len(messages)
-        self._arrival.set()
-        self._arrival = asyncio.Event()
+        self._new_messages.set()
+        self._new_messages = asyncio.Event()
 
     async def poll(self, after: Cursor | None, seconds: float) -> Batch:
         if after is None:
-            return Batch([], Cursor(self._life, self._published), missed=False)
-        if after == Cursor(self._life, self._published):
-            await self._wait_for_arrival(seconds)
+            return Batch([], Cursor(self._incarnation, self._published), missed=False)
+        if after == Cursor(self._incarnation, self._published):
+            await self._wait_for_messages(seconds)
         return self._read(after)
 
     async def share_counts(self, replica: str, snapshot: Snapshot) -> None:
@@ -127,37 +127,37 @@ class Events:
     async def shared_counts(self) -> dict[str, Snapshot]:
         return self._counts
 
-    async def _wait_for_arrival(self, seconds: float) -> None:
+    async def _wait_for_messages(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self._arrival.wait()
+                await self._new_messages.wait()
         except TimeoutError:
             return
-        await asyncio.sleep(GATHER_SECONDS)
+        await asyncio.sleep(BATCH_DELAY_SECONDS)
 
     def _read(self, after: Cursor) -> Batch:
         oldest = self._published - len(self._messages)
-        same_life = after.life == self._life
-        start = max(after.position, oldest) if same_life else oldest
-        messages = list(islice(self._messages, start - oldest, start - oldest + BATCH_MESSAGES))
-        missed = not same_life or after.position < oldest
-        return Batch(messages, Cursor(self._life, start + len(messages)), missed)
+        same_incarnation = after.incarnation == self._incarnation
+        start = max(after.position, oldest) if same_incarnation else oldest
+        messages = list(islice(self._messages, start - oldest, start - oldest + MAX_BATCH_MESSAGES))
+        missed = not same_incarnation or after.position < oldest
+        return Batch(messages, Cursor(self._incarnation, start + len(messages)), missed)
 
 
-async def _ask(method: str, *arguments: object, patience: float = GRACE_SECONDS) -> Any:
-    actor = await asyncio.to_thread(find, NAME)
+async def _call_actor(method: str, *arguments: object, timeout_seconds: float = GRACE_SECONDS) -> Any:
+    actor = await asyncio.to_thread(find_actor, ACTOR_NAME)
     from ray.exceptions import RayActorError, RaySystemError
 
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout_seconds):
             return await getattr(actor, method).remote(*arguments)
     except (RayActorError, RaySystemError, TimeoutError) as error:
-        forget(NAME)
+        forget_actor(ACTOR_NAME)
         raise Unavailable("The events actor does not answer; Ray restarts it.") from error
 
 
-def _forget_if_dead(outcome: Future[None]) -> None:
+def _forget_if_dead(future: Future[None]) -> None:
     from ray.exceptions import RayActorError
 
-    if isinstance(outcome.exception(), RayActorError):
-        forget(NAME)
+    if isinstance(future.exception(), RayActorError):
+        forget_actor(ACTOR_NAME)

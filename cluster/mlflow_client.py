@@ -26,70 +26,72 @@ FILE_TIMEOUT_SECONDS = 900  # a server that keeps files elsewhere copies them fi
 FILE_ATTEMPTS = 4
 CHUNK_BYTES = 4 * 1024 * 1024
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
-LONGEST_VALUE = 6000  # of a parameter or tag, in characters; the server refuses more
-MOST_PARAMETERS = 100  # in one request
-MOST_METRICS = 1000
-UNNAMEABLE = re.compile(r"[^\w .:/-]", re.ASCII)
+MAX_VALUE_LENGTH = 6000  # of a parameter or tag, in characters; the server refuses more
+MAX_PARAMETERS_PER_REQUEST = 100  # in one request
+MAX_METRICS_PER_REQUEST = 1000
+INVALID_NAME_CHARACTERS = re.compile(r"[^\w .:/-]", re.ASCII)
 """What the name of a parameter may not have."""
-LONGEST_DIGEST = 36  # of a dataset, in characters
+MAX_DIGEST_LENGTH = 36  # of a dataset, in characters
 
 Result = TypeVar("Result")
 OnBytes = Callable[[int], None]
 """Hears how many bytes of a file have passed so far; fewer again when it starts anew."""
 
 
-class TrackingUnavailable(Unavailable):
+class MlflowUnavailable(Unavailable):
     """The MLflow server does not answer."""
 
     code = "MLFLOW_UNAVAILABLE"
 
 
-class TrackingRefused(ForgearrError):
+class MlflowRefused(ForgearrError):
     """The MLflow server refused a request."""
 
     code = "MLFLOW_REFUSED"
 
 
-class Tracking:
+class MlflowRestClient:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
         self._experiments: dict[str, str] = {}
 
-    async def experiment(self, name: str) -> str:
+    async def find_or_create_experiment(self, name: str) -> str:
         """The id of the experiment of this name, which is made when it is missing."""
         if name not in self._experiments:
-            found = await self.call("GET", "experiments/get-by-name", missing={}, params={"experiment_name": name})
+            found = await self.call("GET", "experiments/get-by-name", default={}, params={"experiment_name": name})
             if not found:
                 found = {"experiment": await self.call("POST", "experiments/create", json={"name": name})}
             self._experiments[name] = found["experiment"]["experiment_id"]
         return self._experiments[name]
 
-    async def run_of_job(self, experiment_id: str, job_id: str, started_at: datetime, tags: Mapping[str, str]) -> str:
+    async def find_or_create_run(
+        self, experiment_id: str, job_id: str, started_at: datetime, tags: Mapping[str, str]
+    ) -> str:
         """The run of this job: found, when an earlier attempt to follow it got that far, else made."""
-        wanted = {
+        query = {
             "experiment_ids": [experiment_id],
             "filter": f"tags.`forgearr.job_id` = '{job_id}'",
             "max_results": 1,
         }
-        found = await self.call("POST", "runs/search", json=wanted)
+        found = await self.call("POST", "runs/search", json=query)
         if runs := found.get("runs"):
             return runs[0]["info"]["run_id"]
-        made = await self.call(
+        created = await self.call(
             "POST",
             "runs/create",
             json={
                 "experiment_id": experiment_id,
                 "run_name": job_id,
                 "start_time": _milliseconds(started_at),
-                "tags": _pairs({**tags, "forgearr.job_id": job_id}),
+                "tags": _key_value_pairs({**tags, "forgearr.job_id": job_id}),
             },
         )
-        return made["run"]["info"]["run_id"]
+        return created["run"]["info"]["run_id"]
 
     async def log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
-        named = {UNNAMEABLE.sub("_", name): value for name, value in parameters.items()}
-        for page in _pages(_pairs(named), MOST_PARAMETERS):
-            await self.call("POST", "runs/log-batch", json={"run_id": run_id, "params": page})
+        sanitized = {INVALID_NAME_CHARACTERS.sub("_", name): value for name, value in parameters.items()}
+        for batch in _batches(_key_value_pairs(sanitized), MAX_PARAMETERS_PER_REQUEST):
+            await self.call("POST", "runs/log-batch", json={"run_id": run_id, "params": batch})
 
     async def log_metrics(self, run_id: str, metrics: Sequence[tuple[str, float, datetime, int]]) -> None:
         """(name, value, time, step) of each; the same one told twice counts once."""
@@ -97,15 +99,15 @@ class Tracking:
             {"key": name, "value": value, "timestamp": _milliseconds(moment), "step": step}
             for name, value, moment, step in metrics
         ]
-        for page in _pages(rows, MOST_METRICS):
-            await self.call("POST", "runs/log-batch", json={"run_id": run_id, "metrics": page})
+        for batch in _batches(rows, MAX_METRICS_PER_REQUEST):
+            await self.call("POST", "runs/log-batch", json={"run_id": run_id, "metrics": batch})
 
     async def set_tags(self, run_id: str, tags: Mapping[str, object]) -> None:
-        await self.call("POST", "runs/log-batch", json={"run_id": run_id, "tags": _pairs(tags)})
+        await self.call("POST", "runs/log-batch", json={"run_id": run_id, "tags": _key_value_pairs(tags)})
 
     async def set_status(self, run_id: str, status: str, ended_at: datetime | None) -> None:
-        ending = {"end_time": _milliseconds(ended_at)} if ended_at else {}
-        await self.call("POST", "runs/update", json={"run_id": run_id, "status": status, **ending})
+        end_time = {"end_time": _milliseconds(ended_at)} if ended_at else {}
+        await self.call("POST", "runs/update", json={"run_id": run_id, "status": status, **end_time})
 
     async def log_input(
         self, run_id: str, *, name: str, digest: str, source: str, profile: Mapping[str, object]
@@ -113,98 +115,98 @@ class Tracking:
         """The data that a run works on; the same one told twice counts once."""
         dataset = {
             "name": name,
-            "digest": digest[:LONGEST_DIGEST],
+            "digest": digest[:MAX_DIGEST_LENGTH],
             "source_type": "forgearr",
             "source": source,
             "profile": json.dumps(profile),
         }
-        inputs = [{"dataset": dataset, "tags": _pairs({"mlflow.data.context": "training"})}]
+        inputs = [{"dataset": dataset, "tags": _key_value_pairs({"mlflow.data.context": "training"})}]
         await self.call("POST", "runs/log-inputs", json={"run_id": run_id, "datasets": inputs})
 
-    async def artifacts_of(self, run_id: str) -> str:
+    async def artifact_uri(self, run_id: str) -> str:
         """The address of a run's artifacts, which its server must keep itself."""
         run = await self.call("GET", "runs/get", params={"run_id": run_id})
         return run["run"]["info"]["artifact_uri"]
 
     async def upload(self, run_id: str, name: str, content: bytes | Path, on_bytes: OnBytes = lambda _: None) -> None:
         """Store an artifact through the server. A file that breaks off on its way is sent again."""
-        target = f"{_route(await self.artifacts_of(run_id))}/{name}"
+        target = f"{_artifact_path(await self.artifact_uri(run_id))}/{name}"
 
         async def send() -> None:
             if isinstance(content, bytes):
                 await self._request("PUT", target, content=content)
                 return
             headers = {"Content-Length": str(_size(content))}
-            sent = _chunks(content, on_bytes)
-            await self._request("PUT", target, content=sent, headers=headers, timeout=_for_files())
+            chunks = _chunks(content, on_bytes)
+            await self._request("PUT", target, content=chunks, headers=headers, timeout=_file_timeout())
 
-        await _with_patience(send)
+        await _with_retries(send)
 
     async def download(self, address: str, target: Path, on_bytes: OnBytes = lambda _: None) -> str:
         """Store the artifact at `address` in the file `target`; returns its SHA-256."""
-        route = _route(address)
+        path = _artifact_path(address)
 
         async def receive() -> str:
             digest = hashlib.sha256()
             received = 0
             with target.open("wb") as file:
 
-                def keep(chunk: bytes) -> None:
-                    digest.update(chunk)
-                    file.write(chunk)
+                def write_chunk(data: bytes) -> None:
+                    digest.update(data)
+                    file.write(data)
 
-                async with self._client.stream("GET", route, timeout=_for_files()) as answer:
-                    if answer.is_error:
-                        await answer.aread()
-                    _refuse(answer, f"GET {route}")
-                    async for chunk in answer.aiter_bytes(CHUNK_BYTES):
-                        await asyncio.to_thread(keep, chunk)
+                async with self._client.stream("GET", path, timeout=_file_timeout()) as response:
+                    if response.is_error:
+                        await response.aread()
+                    _raise_for_status(response, f"GET {path}")
+                    async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                        await asyncio.to_thread(write_chunk, chunk)
                         received += len(chunk)
                         on_bytes(received)
             return digest.hexdigest()
 
-        async def guarded() -> str:
+        async def receive_guarded() -> str:
             with _translated_errors():
                 return await receive()
 
-        return await _with_patience(guarded)
+        return await _with_retries(receive_guarded)
 
     async def delete_artifacts(self, address: str) -> None:
         """Remove an artifact, or a folder of them."""
         try:
-            await self._request("DELETE", _route(address))
-        except TrackingRefused as refusal:
+            await self._request("DELETE", _artifact_path(address))
+        except MlflowRefused as refusal:
             if refusal.details.get("status") != httpx.codes.NOT_FOUND:
                 raise
 
     async def call(
-        self, method: str, path: str, missing: dict[str, Any] | None = None, **options: Any
+        self, method: str, path: str, default: dict[str, Any] | None = None, **options: Any
     ) -> dict[str, Any]:
         """One API call; `missing` is the answer when the thing asked for does not exist."""
         try:
-            answer = await self._request(method, f"/api/2.0/mlflow/{path}", **options)
-        except TrackingRefused as refusal:
-            if missing is not None and refusal.details.get("status") == httpx.codes.NOT_FOUND:
-                return missing
+            response = await self._request(method, f"/api/2.0/mlflow/{path}", **options)
+        except MlflowRefused as refusal:
+            if default is not None and refusal.details.get("status") == httpx.codes.NOT_FOUND:
+                return default
             raise
-        return answer.json()
+        return response.json()
 
     async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """The one line of defence: what goes wrong below is one of our two errors above."""
         with _translated_errors():
-            answer = await self._client.request(method, path, **options)
-        _refuse(answer, f"{method} {path}")
-        return answer
+            response = await self._client.request(method, path, **options)
+        _raise_for_status(response, f"{method} {path}")
+        return response
 
 
-def _for_files() -> httpx.Timeout:
+def _file_timeout() -> httpx.Timeout:
     return httpx.Timeout(TIMEOUT_SECONDS, read=FILE_TIMEOUT_SECONDS)
 
 
 @asynccontextmanager
-async def connect(uri: str) -> AsyncGenerator[Tracking]:
+async def connect(uri: str) -> AsyncGenerator[MlflowRestClient]:
     async with httpx.AsyncClient(base_url=uri, timeout=TIMEOUT_SECONDS, verify=_certificates()) as client:
-        yield Tracking(client)
+        yield MlflowRestClient(client)
 
 
 def flatten(document: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -229,21 +231,21 @@ def _translated_errors() -> Generator[None]:
     try:
         yield
     except httpx.HTTPError as error:
-        raise TrackingUnavailable(f"The MLflow server does not answer: {type(error).__name__}.") from error
+        raise MlflowUnavailable(f"The MLflow server does not answer: {type(error).__name__}.") from error
 
 
-def _refuse(answer: httpx.Response, request: str) -> None:
-    if answer.status_code >= 500 or answer.status_code == 429:
-        raise TrackingUnavailable(f"The MLflow server answered {answer.status_code}.")
-    if answer.is_error:
-        message = f"MLflow answered {answer.status_code} to {request}: {answer.text[:300]}"
-        raise TrackingRefused(message, details={"status": answer.status_code})
+def _raise_for_status(response: httpx.Response, request: str) -> None:
+    if response.status_code >= 500 or response.status_code == 429:
+        raise MlflowUnavailable(f"The MLflow server answered {response.status_code}.")
+    if response.is_error:
+        message = f"MLflow answered {response.status_code} to {request}: {response.text[:300]}"
+        raise MlflowRefused(message, details={"status": response.status_code})
 
 
-def _route(address: str) -> str:
+def _artifact_path(address: str) -> str:
     """Where the server hands out, and takes, an artifact."""
     if not address.startswith("mlflow-artifacts:/"):
-        raise TrackingRefused(f"The MLflow server does not hold artifacts itself; it keeps them in {address}.")
+        raise MlflowRefused(f"The MLflow server does not hold artifacts itself; it keeps them in {address}.")
     return f"{ARTIFACTS}/{address.removeprefix('mlflow-artifacts:').lstrip('/')}"
 
 
@@ -260,21 +262,21 @@ async def _chunks(path: Path, on_bytes: OnBytes) -> AsyncGenerator[bytes]:
             on_bytes(sent)
 
 
-async def _with_patience(attempt: Callable[[], Awaitable[Result]]) -> Result:
+async def _with_retries(attempt: Callable[[], Awaitable[Result]]) -> Result:
     """The transfer of a file, begun again when the connection drops."""
     for number in range(1, FILE_ATTEMPTS):
         try:
             return await attempt()
-        except TrackingUnavailable:
+        except MlflowUnavailable:
             await asyncio.sleep(0.25 * 2**number)
     return await attempt()
 
 
-def _pairs(values: Mapping[str, object]) -> list[dict[str, str]]:
-    return [{"key": name, "value": str(value)[:LONGEST_VALUE]} for name, value in values.items()]
+def _key_value_pairs(values: Mapping[str, object]) -> list[dict[str, str]]:
+    return [{"key": name, "value": str(value)[:MAX_VALUE_LENGTH]} for name, value in values.items()]
 
 
-def _pages(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def _batches(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 

@@ -12,10 +12,10 @@ import psutil
 from cluster.errors import Unavailable
 from cluster.settings import home
 
-FIRST_SECONDS = 0.25
+FIRST_SAMPLE_SECONDS = 0.25
 
 
-class Sample(TypedDict):
+class NodeMetrics(TypedDict):
     node: str
     cpu_percent: float
     cpu_count: int | None
@@ -28,16 +28,16 @@ class Sample(TypedDict):
     timestamp: datetime
 
 
-async def samples(every_seconds: float) -> AsyncIterator[Sample]:
+async def stream_metrics(every_seconds: float) -> AsyncIterator[NodeMetrics]:
     """Samples of this machine for as long as they are asked for; the first one comes almost at once."""
     psutil.cpu_percent()  # the load is measured since the last call, so the first one only starts the clock
-    await asyncio.sleep(FIRST_SECONDS)
+    await asyncio.sleep(FIRST_SAMPLE_SECONDS)
     while True:
-        yield _sample()
+        yield _measure()
         await asyncio.sleep(every_seconds)
 
 
-def living() -> list[dict[str, Any]]:
+def alive_nodes() -> list[dict[str, Any]]:
     """The nodes of the cluster that live, as Ray tells of them."""
     ray: Any = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
@@ -45,7 +45,7 @@ def living() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _sample() -> Sample:
+def _measure() -> NodeMetrics:
     memory = psutil.virtual_memory()
     disk = psutil.disk_usage(str(home()))
     return {

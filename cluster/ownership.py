@@ -13,4 +13,4 @@ class Owner(BaseModel):
     is_admin: bool = True
 
 
-LOCAL = Owner()
+LOCAL_OWNER = Owner()

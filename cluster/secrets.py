@@ -29,7 +29,7 @@ class SealBroken(ForgearrError):
 def signing_key() -> str:
     """The key that signs access tokens."""
     configured = get_settings().auth.signing_key
-    return configured.get_secret_value() if configured else _key("signing")
+    return configured.get_secret_value() if configured else _read_or_create_key("signing")
 
 
 def new_token(prefix: str) -> str:
@@ -44,35 +44,35 @@ def token_hash(token: str) -> str:
 
 def seal(secret: str) -> str:
     """A secret as it may lie in the database: of no use without the key, and not to be changed unseen."""
-    return _sealer().encrypt(secret.encode()).decode()
+    return _fernet().encrypt(secret.encode()).decode()
 
 
 def unseal(sealed: str) -> str:
     from cryptography.fernet import InvalidToken
 
     try:
-        return _sealer().decrypt(sealed).decode()
+        return _fernet().decrypt(sealed).decode()
     except InvalidToken:
         raise SealBroken from None
 
 
-def _sealer() -> "Fernet":
+def _fernet() -> "Fernet":
     from cryptography.fernet import Fernet
 
     configured = get_settings().auth.sealing_key
-    key = configured.get_secret_value() if configured else _key("sealing")
+    key = configured.get_secret_value() if configured else _read_or_create_key("sealing")
     # The key is random, whatever its length and letters: a hash makes the 32 bytes of it that are wanted.
     return Fernet(base64.urlsafe_b64encode(hashlib.sha256(key.encode()).digest()))
 
 
-def _key(name: str) -> str:
+def _read_or_create_key(name: str) -> str:
     path = home() / "keys" / name
     if not path.exists():
-        _create(path)
+        _create_key(path)
     return path.read_text().strip()
 
 
-def _create(path: Path) -> None:
+def _create_key(path: Path) -> None:
     """Write a new key so that nobody ever sees half of it, and so that two first starts agree on one."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")

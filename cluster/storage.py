@@ -17,7 +17,7 @@ def save(source: Path, name: str) -> str:
 
     Returns its address. What was there under that name before is replaced.
     """
-    filesystem, root = _root()
+    filesystem, root = _filesystem_and_root()
     target = f"{root}/{name}"
     if source.is_dir():
         remove(target)
@@ -34,40 +34,40 @@ def save(source: Path, name: str) -> str:
 
 def write(source: BinaryIO, name: str) -> str:
     """Copy what is left to read of a stream into storage, piece by piece. Returns its address."""
-    file = NewFile(name)
+    file = StorageWriter(name)
     try:
-        while piece := source.read(CHUNK_BYTES):
-            file.write(piece)
-        return file.keep()
+        while chunk := source.read(CHUNK_BYTES):
+            file.write(chunk)
+        return file.commit()
     except BaseException:
         file.discard()
         raise
 
 
-class NewFile:
+class StorageWriter:
     """A file on its way into storage, written piece by piece: it is not there before it is kept, and then it is whole.
 
     Its methods wait for a disk or a network.
     """
 
     def __init__(self, name: str) -> None:
-        self._filesystem, root = _root()
+        self._filesystem, root = _filesystem_and_root()
         self._target = f"{root}/{name}"
         self._filesystem.makedirs(self._target.rpartition("/")[0], exist_ok=True)
         # A bucket shows a file when it is committed; in a folder, it must have another name until then.
         self._is_local = "file" in self._filesystem.protocol
-        self._part = f"{self._target}.{token_hex(4)}.part" if self._is_local else self._target
-        own = {} if self._is_local else {"autocommit": False}
-        self._file: Any = self._filesystem.open(self._part, "wb", **own)
+        self._temporary_path = f"{self._target}.{token_hex(4)}.part" if self._is_local else self._target
+        open_options = {} if self._is_local else {"autocommit": False}
+        self._file: Any = self._filesystem.open(self._temporary_path, "wb", **open_options)
 
     def write(self, content: bytes) -> None:
         self._file.write(content)
 
-    def keep(self) -> str:
+    def commit(self) -> str:
         """Have it in storage, instead of what was there under its name; returns its address."""
         self._file.close()
         if self._is_local:
-            Path(self._part).replace(self._target)
+            Path(self._temporary_path).replace(self._target)
         else:
             self._file.commit()
         return self._target
@@ -80,34 +80,34 @@ class NewFile:
         try:
             self._file.close()
         finally:
-            Path(self._part).unlink(missing_ok=True)
+            Path(self._temporary_path).unlink(missing_ok=True)
 
 
 def address(name: str) -> str:
     """Where something of this name lies, or would."""
-    _, root = _root()
+    _, root = _filesystem_and_root()
     return f"{root}/{name}"
 
 
 def exists(address: str) -> bool:
-    filesystem, _ = _root()
+    filesystem, _ = _filesystem_and_root()
     return filesystem.exists(address)
 
 
 def size(address: str) -> int:
     """In bytes."""
-    filesystem, _ = _root()
+    filesystem, _ = _filesystem_and_root()
     return filesystem.size(address)
 
 
 def read(address: str) -> bytes:
-    filesystem, _ = _root()
+    filesystem, _ = _filesystem_and_root()
     return filesystem.cat_file(address)
 
 
-def opened(address: str) -> BinaryIO:
+def open_file(address: str) -> BinaryIO:
     """A file of storage, to be read piece by piece or line by line."""
-    filesystem, _ = _root()
+    filesystem, _ = _filesystem_and_root()
     return filesystem.open(address, "rb")
 
 
@@ -116,7 +116,7 @@ def fetch(address: str, folder: Path) -> Path:
 
     Whoever gets it may read it, but must not write into it.
     """
-    filesystem, _ = _root()
+    filesystem, _ = _filesystem_and_root()
     if "file" in filesystem.protocol:
         if not Path(address).exists():
             raise FileNotFoundError(f"{address} is not in storage")
@@ -128,12 +128,12 @@ def fetch(address: str, folder: Path) -> Path:
 
 def remove(address: str) -> None:
     """Delete a file or a folder; one that is not there is no error."""
-    filesystem, _ = _root()
+    filesystem, _ = _filesystem_and_root()
     if filesystem.exists(address):
         filesystem.rm(address, recursive=True)
 
 
 @cache
-def _root() -> tuple[Any, str]:
+def _filesystem_and_root() -> tuple[Any, str]:
     filesystem, root = fsspec.core.url_to_fs(get_settings().storage_url)
     return filesystem, root.rstrip("/")

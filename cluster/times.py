@@ -9,22 +9,22 @@ from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, PlainSerializer
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
+DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 DURATION = re.compile(r"(-?)((?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+|0)")
 DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 
 
-def seconds_of(duration: float | str) -> float | None:
+def parse_duration(duration: float | str) -> float | None:
     """A number of seconds, or a duration such as 5m or 1h30m, as seconds; None when it is negative: without end."""
     if not isinstance(duration, str):
         return None if duration < 0 else float(duration)
     match = DURATION.fullmatch(duration)
     if match is None:
         raise ValueError("must be a number of seconds, or a duration such as 5m or 1h30m")
-    return None if match[1] else sum(float(number) * UNITS[unit] for number, unit in PART.findall(match[2]))
+    return None if match[1] else sum(float(number) * UNITS[unit] for number, unit in DURATION_PART.findall(match[2]))
 
 
-def _known_zone(name: str) -> str:
+def _validate_zone(name: str) -> str:
     try:
         ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -32,38 +32,40 @@ def _known_zone(name: str) -> str:
     return name
 
 
-def _fires(line: str) -> str:
+def _validate_cron(expression: str) -> str:
     try:
-        next(CronSim(line, datetime.now(UTC)))
+        next(CronSim(expression, datetime.now(UTC)))
     except (CronSimError, StopIteration):
-        raise ValueError(f"'{line}' is not a cron line of five fields that ever fires") from None
-    return line
+        raise ValueError(f"'{expression}' is not a cron line of five fields that ever fires") from None
+    return expression
 
 
-def _written_out(value: object) -> object:
+def _require_timestamp(value: object) -> object:
     # 60 may be meant as a minute from now, and would be read as one from 1970.
     if isinstance(value, datetime) or (isinstance(value, str) and DATE.match(value)):
         return value
     raise ValueError("must be a time such as 2026-11-21T08:30:00Z")
 
 
-def _in_utc(moment: datetime) -> datetime:
+def _to_utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC)
     except OverflowError:
         raise ValueError("must lie in the years 1 to 9999, in UTC too") from None
 
 
-def written(moment: datetime) -> str:
+def format_utc(moment: datetime) -> str:
     """Such as 2026-11-21T08:30:00Z."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-GivenTime = Annotated[AwareDatetime, Field(strict=False), AfterValidator(_in_utc), BeforeValidator(_written_out)]
+RequestTime = Annotated[
+    AwareDatetime, Field(strict=False), AfterValidator(_to_utc), BeforeValidator(_require_timestamp)
+]
 """A time in a request: with a time zone, and not a number."""
-UtcTime = Annotated[datetime, PlainSerializer(written, return_type=str, when_used="json")]
+UtcTime = Annotated[datetime, PlainSerializer(format_utc, return_type=str, when_used="json")]
 """A time in an answer: UTC with Z."""
-CronLine = Annotated[str, Field(max_length=100), AfterValidator(_fires)]
+CronExpression = Annotated[str, Field(max_length=100), AfterValidator(_validate_cron)]
 """Minute, hour, day, month, weekday."""
-ZoneName = Annotated[str, Field(max_length=64), AfterValidator(_known_zone)]
+TimeZoneName = Annotated[str, Field(max_length=64), AfterValidator(_validate_zone)]
 """A time zone, as IANA calls it."""

@@ -53,17 +53,17 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _submit(arguments: argparse.Namespace) -> int:
     _join_cluster()
-    spec = _read(arguments.config) if arguments.config else {}
+    spec = _read_spec(arguments.config) if arguments.config else {}
     for setting in arguments.set:
         assign(spec, setting)
     request = JobRequest(kind=arguments.kind, spec=spec, priority=arguments.priority, depends_on=arguments.depends_on)
     async with get_database().transaction() as session:
         job = await queue.enqueue(session, request, Owner(name=os.environ.get("USER", "cluster")))
-    _say(job.id)
+    _print_line(job.id)
     return await _follow(job.id) if arguments.wait else 0
 
 
-def _read(config: Path) -> dict[str, Any]:
+def _read_spec(config: Path) -> dict[str, Any]:
     """A Ray job seldom runs where its submitter sits: configs/… is also found where Forgearr is installed."""
     shipped = Path(str(files("configs"))).parent / config
     path = shipped if config.parts[:1] == ("configs",) and not config.exists() else config
@@ -72,18 +72,18 @@ def _read(config: Path) -> dict[str, Any]:
 
 async def _follow(job_id: str) -> int:
     """Print the job's journal until it ends."""
-    told = 0
+    cursor = 0
     while True:
-        async with get_database().reading() as session:
+        async with get_database().read_transaction() as session:
             job = await session.get_one(Job, job_id)
-            page = await journal.read(session, job_id, told)
+            page = await journal.read(session, job_id, cursor)
         for event in page:
-            told = event.id
-            _say(f"{event.created_at:%H:%M:%S} {event.type:10} {json.dumps(event.data)}")
+            cursor = event.id
+            _print_line(f"{event.created_at:%H:%M:%S} {event.type:10} {json.dumps(event.data)}")
         if page:
             continue
         if job.state in FINISHED:
-            _say(json.dumps(job.result if job.state == State.SUCCEEDED else job.error))
+            _print_line(json.dumps(job.result if job.state == State.SUCCEEDED else job.error))
             return 0 if job.state == State.SUCCEEDED else 1
         await asyncio.sleep(POLL_SECONDS)
 
@@ -98,7 +98,7 @@ def _join_cluster() -> None:
         ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

@@ -28,7 +28,7 @@ from jobs.tables import Job
 StopReason = Literal["cancel", "pause", "time_limit", "stall_limit", "lease_lost"]
 
 
-class Stop(BaseException):
+class StopJob(BaseException):
     """Ends a job's function from inside, past any `except Exception` in its way."""
 
     def __init__(self, reason: StopReason) -> None:
@@ -36,7 +36,7 @@ class Stop(BaseException):
         self.reason: StopReason = reason
 
 
-class Park(BaseException):
+class ParkJob(BaseException):
     """Ends a job's function until its children have finished."""
 
     def __init__(self, children: list[str]) -> None:
@@ -44,10 +44,10 @@ class Park(BaseException):
         self.children = children
 
 
-class Link(Protocol):
+class WorkerLink(Protocol):
     """The worker behind a context."""
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None: ...
+    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None: ...
     def checkpoint(self, claim: Claim, state: Any) -> None: ...
     def artifact(self, claim: Claim, path: Path, name: str) -> str: ...
     def child(
@@ -56,13 +56,13 @@ class Link(Protocol):
 
 
 class Context:
-    def __init__(self, claim: Claim, link: Link) -> None:
+    def __init__(self, claim: Claim, link: WorkerLink) -> None:
         self.job_id = claim.job_id
         self.owner_id = claim.owner_id
         self.attempt = claim.attempt
         self.checkpoint_state = claim.checkpoint
         """What the last `checkpoint` saved, by this attempt or one before; None at the very start."""
-        self.last_sign = time.monotonic()
+        self.last_activity = time.monotonic()
         self._claim = claim
         self._link = link
         self._stop = threading.Event()
@@ -76,7 +76,7 @@ class Context:
             values["progress"] = round(min(max(progress, 0.0), 100.0), 2)
         if phase is not None:
             values["phase"] = phase
-        self._sign()
+        self._mark_active()
         self._link.report(self._claim, values, ("progress", {**values, **({"metrics": metrics} if metrics else {})}))
 
     def checkpoint(self, state: Any) -> None:
@@ -87,24 +87,24 @@ class Context:
         self._raise_if_stopped()
         self._link.checkpoint(self._claim, state)
         self.checkpoint_state = state
-        self._sign()
+        self._mark_active()
         if self._reason is not None:
-            raise Stop(self._reason)
+            raise StopJob(self._reason)
 
     def log(self, message: str, level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO") -> None:
-        self._sign()
+        self._mark_active()
         self._link.report(self._claim, {}, ("log", {"level": level, "message": message}))
 
     def input(self, name: str, digest: str, source: str, **profile: int | float | str) -> None:
         """Tell what data the job works on. A tracked job's inputs go to MLflow."""
-        self._sign()
+        self._mark_active()
         self._link.report(
             self._claim, {}, ("input", {"name": name, "digest": digest, "source": source, "profile": profile})
         )
 
     def artifact(self, path: Path, name: str | None = None) -> str:
         """Keep a file that the job has made; returns its address in storage. A tracked job's go to MLflow too."""
-        self._sign()
+        self._mark_active()
         return self._link.artifact(self._claim, path, name or path.name)
 
     def should_stop(self) -> bool:
@@ -132,7 +132,7 @@ class Context:
                 raise ChildFailed(child)
         unfinished = [child.id for child in children if child.state != State.SUCCEEDED]
         if unfinished:
-            raise Park(unfinished)
+            raise ParkJob(unfinished)
         return [child.result for child in children]
 
     def stop(self, reason: StopReason | None) -> None:
@@ -146,27 +146,27 @@ class Context:
         return self._reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from jobs.execution.remote_context import context_elsewhere
+        from jobs.execution.remote_context import restore_context
 
-        return context_elsewhere, (self._claim,)
+        return restore_context, (self._claim,)
 
-    def _sign(self) -> None:
-        self.last_sign = time.monotonic()
+    def _mark_active(self) -> None:
+        self.last_activity = time.monotonic()
 
     def _raise_if_stopped(self) -> None:
         """A pause waits for the next checkpoint, so that nothing done since the last one is lost."""
         if self._reason is not None and self._reason != "pause":
-            raise Stop(self._reason)
+            raise StopJob(self._reason)
 
 
-current: contextvars.ContextVar[Context | None] = contextvars.ContextVar("current", default=None)
+current_context: contextvars.ContextVar[Context | None] = contextvars.ContextVar("current", default=None)
 
 
 class JobLogHandler(logging.Handler):
     """Copies what a job's function and its libraries log through `logging` into the job's own log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        context = current.get()
+        context = current_context.get()
         if context is None:
             return
         try:

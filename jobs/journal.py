@@ -9,12 +9,12 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
-from cluster.db import after_commit, before_commit, now, one_at_a_time
+from cluster.db import advisory_lock, after_commit, before_commit, now
 from jobs.tables import JobEvent
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """One thing that happened to a job."""
 
     job_id: str
@@ -23,7 +23,7 @@ class Entry:
     created_at: datetime = field(default_factory=now)
 
 
-def record(session: AsyncSession, entries: Iterable[Entry]) -> None:
+def record(session: AsyncSession, entries: Iterable[JournalEntry]) -> None:
     """Write entries down at the end of this transaction; once it is committed, the rooms `jobs` and `job:ID` hear."""
     if "journal" not in session.info:
         session.info["journal"] = []
@@ -32,35 +32,35 @@ def record(session: AsyncSession, entries: Iterable[Entry]) -> None:
 
 
 async def read(
-    session: AsyncSession, job_id: str, after: int = 0, limit: int = 500, only: str | None = None
+    session: AsyncSession, job_id: str, after: int = 0, limit: int = 500, event_type: str | None = None
 ) -> list[JobEvent]:
     """The next entries of a job after the one with id `after`."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
-    if only:
-        query = query.where(JobEvent.type == only)
+    if event_type:
+        query = query.where(JobEvent.type == event_type)
     return list(await session.scalars(query.order_by(JobEvent.id).limit(limit)))
 
 
-async def newest(session: AsyncSession, job_id: str, only: str, limit: int) -> list[JobEvent]:
+async def newest(session: AsyncSession, job_id: str, event_type: str, limit: int) -> list[JobEvent]:
     """The last entries of one type, the newest first."""
-    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == only)
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == event_type)
     return list(await session.scalars(query.order_by(JobEvent.id.desc()).limit(limit)))
 
 
-async def newest_number(session: AsyncSession, job_id: str, name: str) -> float | None:
+async def newest_metric(session: AsyncSession, job_id: str, name: str) -> float | None:
     """The last one of this name that a job has reported, however long ago."""
-    number = JobEvent.data["metrics"][name].as_float()
-    query = select(number).where(JobEvent.job_id == job_id, JobEvent.type == "progress", number.is_not(None))
+    metric = JobEvent.data["metrics"][name].as_float()
+    query = select(metric).where(JobEvent.job_id == job_id, JobEvent.type == "progress", metric.is_not(None))
     return await session.scalar(query.order_by(JobEvent.id.desc()).limit(1))
 
 
 async def _write(session: AsyncSession) -> None:
-    entries: list[Entry] = session.info.pop("journal")
+    entries: list[JournalEntry] = session.info.pop("journal")
     if not entries:
         return
     await session.flush()
     # Readers go on from the last id they saw, so ids must become visible in their order.
-    await one_at_a_time(session, "journal")
+    await advisory_lock(session, "journal")
     rows = [
         {"job_id": entry.job_id, "type": entry.type, "data": entry.data, "created_at": entry.created_at}
         for entry in entries
@@ -69,9 +69,9 @@ async def _write(session: AsyncSession) -> None:
     after_commit(session, lambda: events.publish(_messages(entries)))
 
 
-def _messages(entries: Iterable[Entry]) -> list[events.Message]:
+def _messages(entries: Iterable[JournalEntry]) -> list[events.Message]:
     return [
-        events.message(
+        events.build_message(
             ["jobs", f"job:{entry.job_id}"],
             f"job.{entry.type}",
             {"job_id": entry.job_id, **entry.data},

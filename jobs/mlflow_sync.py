@@ -17,18 +17,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cluster import mlflow_client, storage
 from cluster.db import Database
-from cluster.mlflow_client import Tracking, TrackingUnavailable
+from cluster.mlflow_client import MlflowRestClient, MlflowUnavailable
 from cluster.settings import get_settings
 from jobs.states import FINISHED, State
 from jobs.tables import Job, JobEvent, Leadership
 
 log = logging.getLogger(__name__)
 
-PAGE = 500
+PAGE_SIZE = 500
 IDLE_SECONDS = 5.0
-LONGEST_WAIT_SECONDS = 60.0
+MAX_WAIT_SECONDS = 60.0
 
-STATUS = {
+RUN_STATUS = {
     State.QUEUED: "SCHEDULED",
     State.RUNNING: "RUNNING",
     State.PAUSED: "SCHEDULED",
@@ -38,11 +38,11 @@ STATUS = {
 }
 
 
-class Tracker:
+class MlflowSync:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def follow_forever(self) -> None:
+    async def sync_forever(self) -> None:
         uri = get_settings().mlflow_uri
         if uri is None:
             return
@@ -50,66 +50,66 @@ class Tracker:
         async with mlflow_client.connect(uri) as mlflow:
             while True:
                 try:
-                    more = await self._follow(mlflow)
+                    has_more = await self._sync_page(mlflow)
                     wait = 1.0
-                    await asyncio.sleep(0 if more else IDLE_SECONDS)
-                except (TrackingUnavailable, SQLAlchemyError) as error:
+                    await asyncio.sleep(0 if has_more else IDLE_SECONDS)
+                except (MlflowUnavailable, SQLAlchemyError) as error:
                     log.warning("MLflow will be told later; trying again in %.0f s: %s", wait, error)
                     await asyncio.sleep(wait)
-                    wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+                    wait = min(wait * 2, MAX_WAIT_SECONDS)
 
-    async def _follow(self, mlflow: Tracking) -> bool:
+    async def _sync_page(self, mlflow: MlflowRestClient) -> bool:
         """Tell the next page of events; returns whether there may be more."""
-        async with self._database.reading() as session:
-            told = await session.scalar(select(Leadership.tracked_until)) or 0
+        async with self._database.read_transaction() as session:
+            synced_until = await session.scalar(select(Leadership.tracked_until)) or 0
             newest = await session.scalar(select(func.max(JobEvent.id))) or 0
-            if newest <= told:
+            if newest <= synced_until:
                 return False
             rows = await session.execute(
                 select(JobEvent, Job)
                 .join(Job, Job.id == JobEvent.job_id)
-                .where(JobEvent.id > told, JobEvent.id <= newest, Job.tracked)
+                .where(JobEvent.id > synced_until, JobEvent.id <= newest, Job.tracked)
                 .order_by(JobEvent.id)
-                .limit(PAGE)
+                .limit(PAGE_SIZE)
             )
             page = [(event, job) for event, job in rows.all()]
         for _, group in groupby(sorted(page, key=lambda row: (row[1].id, row[0].id)), key=lambda row: row[1].id):
             events = list(group)
-            await self._tell(mlflow, events[0][1], [event for event, _ in events])
-        told = page[-1][0].id if len(page) == PAGE else newest
+            await self._sync_job(mlflow, events[0][1], [event for event, _ in events])
+        synced_until = page[-1][0].id if len(page) == PAGE_SIZE else newest
         async with self._database.transaction() as session:
-            await session.execute(update(Leadership).values(tracked_until=told))
-        return len(page) == PAGE
+            await session.execute(update(Leadership).values(tracked_until=synced_until))
+        return len(page) == PAGE_SIZE
 
-    async def _tell(self, mlflow: Tracking, job: Job, events: list[JobEvent]) -> None:
+    async def _sync_job(self, mlflow: MlflowRestClient, job: Job, events: list[JobEvent]) -> None:
         """All news of one job. What MLflow refuses is said in the log and left out; it would refuse it again."""
         try:
-            run_id = job.mlflow_run_id or await self._begin(mlflow, job)
+            run_id = job.mlflow_run_id or await self._create_run(mlflow, job)
             await mlflow.log_metrics(run_id, [metric for event in events for metric in _metrics(event)])
             for event in events:
-                await self._tell_part(mlflow, run_id, event)
+                await self._sync_event(mlflow, run_id, event)
             states = [event for event in events if event.type in set(State)]
             if states:
-                await self._tell_state(mlflow, run_id, job, states[-1])
-        except (TrackingUnavailable, SQLAlchemyError):
+                await self._sync_state(mlflow, run_id, job, states[-1])
+        except (MlflowUnavailable, SQLAlchemyError):
             raise
         except Exception:
             log.exception("MLflow was not told everything of %s", job.id)
 
-    async def _tell_part(self, mlflow: Tracking, run_id: str, event: JobEvent) -> None:
+    async def _sync_event(self, mlflow: MlflowRestClient, run_id: str, event: JobEvent) -> None:
         """Something beside the numbers. What cannot be told hides nothing else."""
         try:
             if event.type == "artifact":
                 await _upload(mlflow, run_id, event)
             if event.type == "input":
                 await mlflow.log_input(run_id, **event.data)
-        except TrackingUnavailable:
+        except MlflowUnavailable:
             raise
         except Exception:
             log.exception("MLflow was not told of an %s of %s", event.type, event.job_id)
 
-    async def _begin(self, mlflow: Tracking, job: Job) -> str:
-        experiment = await mlflow.experiment(job.kind)
+    async def _create_run(self, mlflow: MlflowRestClient, job: Job) -> str:
+        experiment = await mlflow.find_or_create_experiment(job.kind)
         address = f"{get_settings().url}/api/v1/jobs/{job.id}"
         tags = {
             "mlflow.user": job.created_by,
@@ -117,14 +117,14 @@ class Tracker:
             "mlflow.note.content": f"[{job.id}]({address}), a `{job.kind}` job of {job.created_by}.",
             "forgearr.kind": job.kind,
         }
-        run_id = await mlflow.run_of_job(experiment, job.id, job.started_at or job.created_at, tags)
+        run_id = await mlflow.find_or_create_run(experiment, job.id, job.started_at or job.created_at, tags)
         await mlflow.log_parameters(run_id, mlflow_client.flatten(job.spec))
         async with self._database.transaction() as session:
             await session.execute(update(Job).where(Job.id == job.id).values(mlflow_run_id=run_id))
         job.mlflow_run_id = run_id
         return run_id
 
-    async def _tell_state(self, mlflow: Tracking, run_id: str, job: Job, event: JobEvent) -> None:
+    async def _sync_state(self, mlflow: MlflowRestClient, run_id: str, job: Job, event: JobEvent) -> None:
         state = State(event.type)
         tags: dict[str, Any] = {
             "forgearr.state": state,
@@ -135,10 +135,10 @@ class Tracker:
                 tags["forgearr.error"] = job.error.get("message")
             await mlflow.upload(run_id, "result.json", json.dumps(job.result, indent=2).encode())
         await mlflow.set_tags(run_id, tags)
-        await mlflow.set_status(run_id, STATUS[state], event.created_at if state in FINISHED else None)
+        await mlflow.set_status(run_id, RUN_STATUS[state], event.created_at if state in FINISHED else None)
 
 
-async def _upload(mlflow: Tracking, run_id: str, event: JobEvent) -> None:
+async def _upload(mlflow: MlflowRestClient, run_id: str, event: JobEvent) -> None:
     """From disk to disk: an artifact may be larger than the dispatcher's memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = await asyncio.to_thread(storage.fetch, event.data["address"], Path(folder))

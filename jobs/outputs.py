@@ -20,68 +20,68 @@ from jobs.states import State
 from jobs.tables import Job
 
 
-class NotMade(Conflict):
+class OutputMissing(Conflict):
     """The job has not made what another one wants to go on from."""
 
     code = "JOB_HAS_NO_RESULT"
 
 
 @dataclass(frozen=True)
-class Made:
+class JobOutput:
     job_id: str
     spec: dict[str, Any]
     result: dict[str, Any]
     finished_at: datetime
 
 
-def of(job_id: str, kind: str, owner_id: str | None) -> Made:
+def get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
     """The result of a job of this kind, or of the child of this kind that a forge job has had.
 
     The job must belong to this owner, unless that is an administrator or this machine itself.
     """
-    return asyncio.run(_of(job_id, kind, owner_id))
+    return asyncio.run(_get_output(job_id, kind, owner_id))
 
 
-async def find(session: AsyncSession, job_id: str, kind: str, owner: Owner) -> Made:
+async def find_output(session: AsyncSession, job_id: str, kind: str, owner: Owner) -> JobOutput:
     """The same, inside a transaction of the caller's."""
     job = await queue.get(session, job_id, owner)
     if job.kind == "forge":
         child = await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == kind))
         if child is None:
-            raise NotMade(f"The forge job {job_id} has not come to its '{kind}' yet.")
+            raise OutputMissing(f"The forge job {job_id} has not come to its '{kind}' yet.")
         job = child
     if job.kind != kind:
-        raise NotMade(f"{job_id} is a job of the kind '{job.kind}', not '{kind}' or 'forge'.")
+        raise OutputMissing(f"{job_id} is a job of the kind '{job.kind}', not '{kind}' or 'forge'.")
     if job.state != State.SUCCEEDED:
-        raise NotMade(f"{job.id} is {job.state}; only one that succeeded has made something to go on from.")
+        raise OutputMissing(f"{job.id} is {job.state}; only one that succeeded has made something to go on from.")
     assert isinstance(job.result, dict)
     assert job.finished_at is not None
-    return Made(job.id, job.spec, job.result, job.finished_at)
+    return JobOutput(job.id, job.spec, job.result, job.finished_at)
 
 
-def own_row(job_id: str) -> Job:
+def own_job(job_id: str) -> Job:
     """The row of the running job itself, as it is now."""
-    return asyncio.run(_row(job_id))
+    return asyncio.run(_get_job(job_id))
 
 
-async def _of(job_id: str, kind: str, owner_id: str | None) -> Made:
-    async with _reading() as session:
+async def _get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
+    async with _read_session() as session:
         user = await session.get(User, owner_id) if owner_id else None
         is_admin = owner_id is None or (user is not None and user.role == "admin")
-        return await find(session, job_id, kind, Owner(id=owner_id, is_admin=is_admin))
+        return await find_output(session, job_id, kind, Owner(id=owner_id, is_admin=is_admin))
 
 
-async def _row(job_id: str) -> Job:
-    async with _reading() as session:
+async def _get_job(job_id: str) -> Job:
+    async with _read_session() as session:
         return await queue.get(session, job_id)
 
 
 @asynccontextmanager
-async def _reading() -> AsyncGenerator[AsyncSession]:
+async def _read_session() -> AsyncGenerator[AsyncSession]:
     """A connection of its own: the worker's belongs to another event loop."""
     database = Database(get_settings().database_url, pool_size=1)
     try:
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             yield session
     finally:
         await database.close()

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cluster.errors import NotFound, UnprocessableRequest
 from cluster.settings import get_settings
 
-SPEC_MAX_BYTES = 1_000_000
-LEAST_PART = 0.0001
-DEMAND_MAX = 300
+MAX_SPEC_BYTES = 1_000_000
+MIN_FRACTION = 0.0001
+MAX_DEMAND_LENGTH = 300
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$")]
 
@@ -52,14 +52,14 @@ class Resources(BaseModel):
     )
 
     @model_validator(mode="after")
-    def refuse_what_ray_would(self) -> Self:
+    def validate_for_ray(self) -> Self:
         """The dispatcher, which asks Ray for them, has other jobs to start too."""
-        if 0 < self.cpus < LEAST_PART or 0 < self.gpus < LEAST_PART:
-            raise ValueError(f"cpus and gpus are 0, or at least {LEAST_PART}")
+        if 0 < self.cpus < MIN_FRACTION or 0 < self.gpus < MIN_FRACTION:
+            raise ValueError(f"cpus and gpus are 0, or at least {MIN_FRACTION}")
         if self.gpus > 1 and self.gpus % 1:
             raise ValueError("gpus above 1 are whole ones")
-        if len(self.demand) > DEMAND_MAX:
-            raise ValueError(f"all labels together have {DEMAND_MAX} characters at most")
+        if len(self.demand) > MAX_DEMAND_LENGTH:
+            raise ValueError(f"all labels together have {MAX_DEMAND_LENGTH} characters at most")
         return self
 
     @property
@@ -69,8 +69,8 @@ class Resources(BaseModel):
         parts += [f"{self.gpus:g} GPU"] if self.gpus else []
         parts += [f"{self.memory_mb} MB memory"] if self.memory_mb else []
         parts += [f"{name}={value}" for name, value in sorted(self.labels.items())]
-        one = ", ".join(parts)
-        return f"{self.workers} times {one}" if one and self.workers > 1 else one
+        per_worker = ", ".join(parts)
+        return f"{self.workers} times {per_worker}" if per_worker and self.workers > 1 else per_worker
 
 
 LIGHT = Resources()
@@ -90,17 +90,17 @@ class Kind:
     tracked: bool = False  # whether each job is a run in MLflow
     admin_only: bool | Callable[[Any], bool] = False  # only administrators may run it, or may with such a spec
 
-    def check(self, spec: object) -> dict[str, Any]:
+    def validate_spec(self, spec: object) -> dict[str, Any]:
         """The spec with its defaults filled in, ready to store."""
         try:
             checked = self.spec.model_validate(spec).model_dump(mode="json")
         except ValidationError as error:
-            faults = {_path(fault["loc"]): fault["msg"] for fault in error.errors(include_url=False)}
+            faults = {_field_path(fault["loc"]): fault["msg"] for fault in error.errors(include_url=False)}
             field, fault = next(iter(faults.items()))
             raise InvalidSpec(f"The spec of '{self.name}' is not valid: {field}: {fault}.", details=faults) from None
         # A page of jobs shows a hundred of them.
-        if len(json.dumps(checked)) > SPEC_MAX_BYTES:
-            raise InvalidSpec(f"A spec has {SPEC_MAX_BYTES} bytes at most.")
+        if len(json.dumps(checked)) > MAX_SPEC_BYTES:
+            raise InvalidSpec(f"A spec has {MAX_SPEC_BYTES} bytes at most.")
         self.resources_for(checked)
         return checked
 
@@ -160,5 +160,5 @@ def load_function(entrypoint: str) -> Callable[..., Any]:
     return getattr(import_module(module), function)
 
 
-def _path(location: tuple[int | str, ...]) -> str:
+def _field_path(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "spec"

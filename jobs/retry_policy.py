@@ -16,12 +16,12 @@ class Failure:
     retry_in: float | None = None
     """Seconds until the next attempt; None when another attempt would only fail the same way."""
 
-    def as_error(self) -> dict[str, str]:
+    def to_error(self) -> dict[str, str]:
         return {"code": self.code, "message": self.message}
 
 
 # The same input makes the same mistake again.
-FAULTS_OF_THE_JOB = (
+PERMANENT_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
@@ -33,20 +33,20 @@ FAULTS_OF_THE_JOB = (
 )
 
 
-def judge(error: BaseException, attempt: int) -> Failure:
+def classify_error(error: BaseException, attempt: int) -> Failure:
     """What an exception that a job's function raised means for the job."""
     if isinstance(error, ForgearrError):
         wait = backoff(attempt) if error.retryable else None
         return Failure(error.code.lower(), error.message, wait)
-    message = f"{type(error).__name__}: {_words(error)}".removesuffix(": ")
-    if isinstance(error, FAULTS_OF_THE_JOB):
+    message = f"{type(error).__name__}: {_error_text(error)}".removesuffix(": ")
+    if isinstance(error, PERMANENT_ERRORS):
         return Failure("job_error", message)
     if isinstance(error, MemoryError):
         return Failure("out_of_memory", message, get_settings().jobs.retry_cap_seconds)
     return Failure("job_error", message, backoff(attempt))
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     try:
         return str(error)
     except Exception:  # it is the job's own class, and may be as broken as the job

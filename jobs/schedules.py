@@ -18,17 +18,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from cluster.db import now
 from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, NotFound
 from cluster.identity import User
-from cluster.ownership import LOCAL, Owner
-from cluster.times import CronLine, ZoneName
+from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.times import CronExpression, TimeZoneName
 from jobs import journal, queue
-from jobs.journal import Entry
+from jobs.journal import JournalEntry
 from jobs.queue import JobRequest
 from jobs.registry import find_kind
 from jobs.states import State
 from jobs.tables import Schedule, ScheduleTick
 
-FAR_SECONDS = 3600.0
-NAME_MAX = 90
+NO_SCHEDULE_SECONDS = 3600.0
+MAX_NAME_LENGTH = 90
 """Its jobs say that they were created by `schedule:NAME`, in 100 characters."""
 
 
@@ -49,25 +49,27 @@ class ScheduleRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(min_length=1, max_length=NAME_MAX, examples=["nightly"])
+    name: str = Field(min_length=1, max_length=MAX_NAME_LENGTH, examples=["nightly"])
     kind: str = Field(max_length=100, examples=["probe"])
     spec: dict[str, Any] = Field(default_factory=dict)
-    cron: CronLine = Field(description="Minute, hour, day, month, weekday.", examples=["0 3 * * *"])
-    timezone: ZoneName = Field(default="UTC", description="IANA name.", examples=["Europe/Berlin"])
+    cron: CronExpression = Field(description="Minute, hour, day, month, weekday.", examples=["0 3 * * *"])
+    timezone: TimeZoneName = Field(default="UTC", description="IANA name.", examples=["Europe/Berlin"])
     priority: int = Field(default=0, ge=-1000, le=1000)
     enabled: bool = True
 
 
-async def create(session: AsyncSession, request: ScheduleRequest, owner: Owner = LOCAL) -> Schedule:
+async def create(session: AsyncSession, request: ScheduleRequest, owner: Owner = LOCAL_OWNER) -> Schedule:
     schedule = Schedule(id=str(uuid.uuid4()), owner_id=owner.id, created_by=owner.name)
     session.add(schedule)
     await replace(session, schedule, request, owner)
     return schedule
 
 
-async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRequest, owner: Owner = LOCAL) -> None:
+async def replace(
+    session: AsyncSession, schedule: Schedule, request: ScheduleRequest, owner: Owner = LOCAL_OWNER
+) -> None:
     kind = find_kind(request.kind)
-    spec = kind.check(request.spec)
+    spec = kind.validate_spec(request.spec)
     if not owner.is_admin and kind.needs_admin(spec):
         raise Forbidden(f"Only an administrator may schedule '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
     for name, value in request.model_dump().items():
@@ -78,10 +80,10 @@ async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRe
         await session.flush()
     except IntegrityError as error:
         raise ScheduleNameTaken(f"There is already a schedule named '{request.name}'.") from error
-    queue.wake_dispatcher_after(session)
+    queue.wake_dispatcher_on_commit(session)
 
 
-async def get(session: AsyncSession, schedule_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Schedule:
+async def get(session: AsyncSession, schedule_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Schedule:
     schedule = await session.get(Schedule, schedule_id, with_for_update=lock)
     if schedule is None or not (owner.is_admin or schedule.owner_id == owner.id):
         raise ScheduleNotFound(f"There is no schedule '{schedule_id}'.")
@@ -92,11 +94,11 @@ async def ensure(session: AsyncSession, request: ScheduleRequest) -> None:
     """A schedule that the platform itself needs: made when it is missing, left as it is when somebody changed it.
 
     One of another kind gives way to it, and is called by its id as well."""
-    found = await session.scalar(select(Schedule).where(Schedule.name == request.name).with_for_update())
-    if found is not None and found.kind == request.kind:
+    existing = await session.scalar(select(Schedule).where(Schedule.name == request.name).with_for_update())
+    if existing is not None and existing.kind == request.kind:
         return
-    if found is not None:
-        found.name = f"{found.name[: NAME_MAX - len(found.id) - 1]}-{found.id}"
+    if existing is not None:
+        existing.name = f"{existing.name[: MAX_NAME_LENGTH - len(existing.id) - 1]}-{existing.id}"
         await session.flush()
     await create(session, request, Owner(name="system"))
 
@@ -118,10 +120,10 @@ async def fire_due(session: AsyncSession) -> None:
         await session.flush()
 
 
-async def next_due(session: AsyncSession) -> float:
+async def seconds_until_due(session: AsyncSession) -> float:
     """Seconds until a schedule falls due."""
     soonest = await session.scalar(select(func.min(Schedule.next_fire_at)).where(Schedule.enabled))
-    return FAR_SECONDS if soonest is None else max(0.0, (soonest - now()) / timedelta(seconds=1))
+    return NO_SCHEDULE_SECONDS if soonest is None else max(0.0, (soonest - now()) / timedelta(seconds=1))
 
 
 def next_fire(cron: str, timezone: str, after: datetime) -> datetime:
@@ -141,8 +143,8 @@ async def _fire(session: AsyncSession, schedule: Schedule) -> str:
         return (await queue.enqueue(session, request, owner)).id
     except ForgearrError as error:
         schedule.enabled, schedule.next_fire_at = False, None
-        job = queue.stillborn(request, owner, {"code": error.code.lower(), "message": error.message})
+        job = queue.rejected_job(request, owner, {"code": error.code.lower(), "message": error.message})
         session.add(job)
         await session.flush()
-        journal.record(session, [Entry(job.id, State.FAILED, {"error": job.error})])
+        journal.record(session, [JournalEntry(job.id, State.FAILED, {"error": job.error})])
         return job.id

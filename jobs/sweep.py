@@ -7,7 +7,7 @@ from datetime import timedelta
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import and_, delete, false, select
 
-from cluster.db import Database, apart, delete_rows, now
+from cluster.db import Database, delete_rows, now, with_own_database
 from cluster.files import store as file_store
 from cluster.files import uploads as file_uploads
 from cluster.settings import get_settings
@@ -24,7 +24,7 @@ Sweeper = Callable[[Database], Awaitable[int]]
 _sweepers: dict[str, Sweeper] = {}
 
 
-def sweeper(name: str) -> Callable[[Sweeper], Sweeper]:
+def register_sweeper(name: str) -> Callable[[Sweeper], Sweeper]:
     """Declare the function below, in a module that is named in `jobs.modules`, as a part of every sweep.
 
     It deletes what has had its time, and returns how much that was."""
@@ -45,7 +45,7 @@ class SweepSpec(BaseModel):
 @job("sweep", spec=SweepSpec, admin_only=True, concurrency=1)
 def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
     """Expires idempotency keys, old events, files, uploads, and what other modules keep for a time."""
-    return asyncio.run(apart(lambda database: _sweep(context, database)))
+    return asyncio.run(with_own_database(lambda database: _sweep(context, database)))
 
 
 async def _sweep(context: Context, database: Database) -> dict[str, int]:
@@ -78,13 +78,13 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
 async def _delete_old_events(database: Database, days: float) -> int:
     """A page of old events of finished jobs, but none that MLflow has still to be told."""
     async with database.transaction() as session:
-        told = await session.scalar(select(Leadership.tracked_until)) or 0
-        untold = and_(JobEvent.id > told, Job.tracked) if get_settings().mlflow_uri else false()
+        synced_until = await session.scalar(select(Leadership.tracked_until)) or 0
+        is_unsynced = and_(JobEvent.id > synced_until, Job.tracked) if get_settings().mlflow_uri else false()
         old = (
             select(JobEvent.id)
             .join(Job, Job.id == JobEvent.job_id)
             .where(JobEvent.created_at < now() - timedelta(days=days), Job.state.in_(FINISHED))
-            .where(~untold)
+            .where(~is_unsynced)
             .limit(SWEEP_PAGE)
         )
         return await delete_rows(session, delete(JobEvent).where(JobEvent.id.in_(old)))

@@ -9,7 +9,7 @@ from cluster.db import now
 from jobs.states import State
 from jobs.tables import Job, JobDependency, Leadership
 
-NAMED = 3
+MAX_NAMED = 3
 """How many unfinished dependencies are named before the rest is counted."""
 
 
@@ -25,8 +25,8 @@ async def reasons(session: AsyncSession, jobs: Sequence[Job]) -> dict[str, str]:
 
 def _reason(job: Job, leader: Leadership | None, dependencies: Sequence[str]) -> str:
     if dependencies:
-        more = f" and {len(dependencies) - NAMED} more" if len(dependencies) > NAMED else ""
-        return f"{', '.join(dependencies[:NAMED])}{more} to succeed"
+        more = f" and {len(dependencies) - MAX_NAMED} more" if len(dependencies) > MAX_NAMED else ""
+        return f"{', '.join(dependencies[:MAX_NAMED])}{more} to succeed"
     if job.run_after > now():
         cause = "the next attempt" if job.attempt > 1 else "its time"
         return f"{cause}, {job.run_after:%Y-%m-%d %H:%M:%S}Z"

@@ -11,18 +11,18 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from cluster.db import get_database
-from serve.engines.factory import installed
+from serve.engines.factory import build_engine
 from serve.http.error_handlers import handle_errors
 from serve.http.errors import ERROR_RESPONSES
 from serve.middleware.stack import add_middleware
-from serve.models.resolver import Models
+from serve.models.resolver import ModelResolver
 from serve.monitoring import health, version
 from serve.monitoring.metrics import RequestMetrics
 from serve.realtime.feeds import follow_events, follow_logs, follow_system
 from serve.realtime.hub import Hub
 from serve.routes import ROUTERS
 
-LAST_WORDS_SECONDS = 1.0
+FINAL_METRICS_SECONDS = 1.0
 
 
 def create_app() -> FastAPI:
@@ -40,8 +40,8 @@ def create_app() -> FastAPI:
     app.state.log_hub = Hub(follow_logs)
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
-    app.state.models = Models()
-    app.state.engine = installed()
+    app.state.models = ModelResolver()
+    app.state.engine = build_engine()
     for router in ROUTERS:
         app.include_router(router)
     handle_errors(app)
@@ -52,10 +52,10 @@ def create_app() -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     metrics: RequestMetrics = app.state.metrics
-    sharing = asyncio.create_task(metrics.keep_shared())
+    sharing = asyncio.create_task(metrics.share_periodically())
     yield
     sharing.cancel()
     await get_database().close()
     with suppress(TimeoutError):  # when everything stops, there may be nobody left to tell
-        async with asyncio.timeout(LAST_WORDS_SECONDS):
+        async with asyncio.timeout(FINAL_METRICS_SECONDS):
             await metrics.share()

@@ -21,14 +21,14 @@ def build_application(settings: Settings) -> Any:
     deployment = ray_serve.deployment(
         name="gateway",
         num_replicas=settings.serve.replicas,
-        **_deployed(MAX_ONGOING_REQUESTS),
+        **_deployment_options(MAX_ONGOING_REQUESTS),
     )
     # A function is called in each replica; an application would have to be pickled.
     gateway: Any = deployment(ray_serve.ingress(create_app)(Gateway))
-    return gateway.bind(*_engines(settings.engines))
+    return gateway.bind(*_engine_deployments(settings.engines))
 
 
-def _engines(settings: EngineSettings) -> Iterator[Any]:
+def _engine_deployments(settings: EngineSettings) -> Iterator[Any]:
     """They take no GPU for themselves, and so none away from training: what is free there, they use."""
     from ray import serve as ray_serve
 
@@ -36,32 +36,32 @@ def _engines(settings: EngineSettings) -> Iterator[Any]:
     from serve.engines.transformers.replica import TransformersReplica
 
     deployment: Any = ray_serve.deployment
-    deployed = _deployed(MAX_ONGOING_REQUESTS)
+    options = _deployment_options(MAX_ONGOING_REQUESTS)
     if settings.replicas:
-        scale = _scale(settings, settings.least_replicas, settings.replicas)
-        yield deployment(name=GGUF, **scale, **deployed)(GgufReplica).bind()
+        scale = _scaling_options(settings, settings.least_replicas, settings.replicas)
+        yield deployment(name=GGUF, **scale, **options)(GgufReplica).bind()
     if settings.transformers_replicas:
-        scale = _scale(settings, 0, settings.transformers_replicas)
-        yield deployment(name=TRANSFORMERS, **scale, **deployed)(TransformersReplica).bind()
+        scale = _scaling_options(settings, 0, settings.transformers_replicas)
+        yield deployment(name=TRANSFORMERS, **scale, **options)(TransformersReplica).bind()
 
 
-def _scale(settings: EngineSettings, least: int | None, most: int) -> dict[str, Any]:
-    if least is None or least >= most:
-        return {"num_replicas": most}
-    wanted = {
-        "min_replicas": least,
-        "max_replicas": most,
+def _scaling_options(settings: EngineSettings, min_replicas: int | None, max_replicas: int) -> dict[str, Any]:
+    if min_replicas is None or min_replicas >= max_replicas:
+        return {"num_replicas": max_replicas}
+    autoscaling = {
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
         "target_ongoing_requests": settings.slots,
         "upscale_delay_s": 0,
         "downscale_delay_s": settings.idle_seconds,
         "downscale_to_zero_delay_s": settings.idle_seconds,
     }
-    return {"autoscaling_config": wanted}
+    return {"autoscaling_config": autoscaling}
 
 
-def _deployed(requests: int) -> dict[str, Any]:
+def _deployment_options(max_ongoing_requests: int) -> dict[str, Any]:
     return {
-        "max_ongoing_requests": requests,
+        "max_ongoing_requests": max_ongoing_requests,
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
         "graceful_shutdown_wait_loop_s": 0.5,

@@ -13,17 +13,17 @@ class Gateway:
     def __init__(self, *engines: object) -> None:
         """Of the engines it is told only so that Serve runs them beside it."""
         logs.configure("gateway")
-        _leave_request_ids_to_us()
+        _disable_ray_request_ids()
 
 
-def _leave_request_ids_to_us() -> None:
+def _disable_ray_request_ids() -> None:
     """Ray adds an X-Request-ID of its own to every answer, whatever the client sent, beside the application's."""
     from ray.serve._private import http_util
 
-    http_util.RequestIdMiddleware = _Transparent  # pyright: ignore[reportAttributeAccessIssue]
+    http_util.RequestIdMiddleware = _PassThroughMiddleware  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class _Transparent:
+class _PassThroughMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 

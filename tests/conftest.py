@@ -259,4 +259,4 @@ def _wait_for_mlflow(server: subprocess.Popen[bytes], url: str, log: Path) -> No
 def _forget_settings() -> None:
     get_settings.cache_clear()
     get_database.cache_clear()
-    storage._root.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    storage._filesystem_and_root.cache_clear()  # pyright: ignore[reportPrivateUsage]

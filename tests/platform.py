@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from cluster.runtime import embedded
-from cluster.runtime.processes import MARK, is_listening
+from cluster.runtime.processes import MARKER_VARIABLE, is_listening
 from tests.waiting import PATIENCE, eventually
 
 BINARIES = Path(sys.executable).parent
@@ -126,7 +126,7 @@ class Platform:
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) != str(self.home) or process.status() == psutil.STATUS_ZOMBIE:
+                if process.environ().get(MARKER_VARIABLE) != str(self.home) or process.status() == psutil.STATUS_ZOMBIE:
                     continue
                 command = " ".join(process.cmdline())
                 if command.startswith(title) and mentions in command:

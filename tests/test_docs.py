@@ -17,7 +17,7 @@ import yaml
 from fastapi.routing import APIWebSocketRoute
 
 from cluster.cli import app as command_line
-from cluster.settings import ENVIRONMENT_PREFIX, NOT_SETTINGS, Settings
+from cluster.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, Settings
 from tests.platform import running_platform
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +223,7 @@ def _anchors(text: str) -> set[str]:
 
 def _is_variable(name: str) -> bool:
     section, _, setting = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
-    return name in NOT_SETTINGS or name == ENVIRONMENT_PREFIX or _is_setting(section, setting)
+    return name in RESERVED_VARIABLES or name == ENVIRONMENT_PREFIX or _is_setting(section, setting)
 
 
 def _is_setting_or_module(span: str) -> bool:

@@ -11,62 +11,62 @@ import typer
 from cluster.errors import ForgearrError, Unavailable
 
 CONNECT_SECONDS = 30
-PATIENCE_SECONDS = 120
+MAX_WAIT_SECONDS = 120
 """How long a server that does not answer is waited for."""
 RETRY_SECONDS = 2.0
 
 
-class Refused(ForgearrError):
+class RequestRefused(ForgearrError):
     """The server refused."""
 
     status = 400
 
 
-class Later(Refused):
+class RetryLater(RequestRefused):
     """The server has no answer now: too much was asked of it, or a part of it is missing."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)
-        self.seconds = seconds
+        self.wait_seconds = seconds
 
 
-class Unreachable(Unavailable):
+class ServerUnreachable(Unavailable):
     """Nothing answers where the server should be."""
 
 
-class Patience:
+class RetryPolicy:
     """Waits while the server limits its clients or is being replaced, but not for ever, and says so once."""
 
     def __init__(self) -> None:
-        self._answered = False
-        self._until: float | None = None
+        self._has_connected = False
+        self._deadline: float | None = None
 
-    def answered(self) -> None:
-        self._answered, self._until = True, None
+    def reset(self) -> None:
+        self._has_connected, self._deadline = True, None
 
-    def wait(self, error: Later | Unreachable) -> None:
+    def wait(self, error: RetryLater | ServerUnreachable) -> None:
         """Raises the error when it is time to give up: at once where nothing has ever answered."""
-        if isinstance(error, Unreachable) and not self._answered:
+        if isinstance(error, ServerUnreachable) and not self._has_connected:
             raise error
-        if self._until is None:
-            self._until = time.monotonic() + PATIENCE_SECONDS
-            typer.echo(f"{error.message} Trying again for {PATIENCE_SECONDS} s …", err=True)
-        pause = error.seconds if isinstance(error, Later) else RETRY_SECONDS
-        if time.monotonic() + pause > self._until:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + MAX_WAIT_SECONDS
+            typer.echo(f"{error.message} Trying again for {MAX_WAIT_SECONDS} s …", err=True)
+        delay = error.wait_seconds if isinstance(error, RetryLater) else RETRY_SECONDS
+        if time.monotonic() + delay > self._deadline:
             raise error
-        time.sleep(pause)
+        time.sleep(delay)
 
 
-def look(path: str, patience: Patience) -> Any:
+def poll(path: str, retry_policy: RetryPolicy) -> Any:
     """A GET of somebody who watches, and so asks again and again."""
     while True:
         try:
-            found = call("GET", path)
-        except (Later, Unreachable) as error:
-            patience.wait(error)
+            result = call("GET", path)
+        except (RetryLater, ServerUnreachable) as error:
+            retry_policy.wait(error)
         else:
-            patience.answered()
-            return found
+            retry_policy.reset()
+            return result
 
 
 def call(method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:
@@ -75,37 +75,37 @@ def call(method: str, path: str, *, headers: dict[str, str] | None = None, **opt
 
     with _client() as client:
         try:
-            answer = client.request(method, path, headers=headers, **options)
+            response = client.request(method, path, headers=headers, **options)
         except httpx.HTTPError as error:
-            raise _unreachable(error) from error
-        return _content(answer)
+            raise _unreachable_error(error) from error
+        return _parse_response(response)
 
 
-def follow(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def stream_events(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The server-sent events of a path, as (type, data); taken up again where it broke off."""
     import httpx
 
     last_id = ""
-    patience = Patience()
+    retry_policy = RetryPolicy()
     while True:
         headers = {"Last-Event-ID": last_id} if last_id else {}
         with _client() as client:
             try:
-                with client.stream("GET", path, params={"follow": "1"}, headers=headers) as answer:
-                    if answer.is_error:
-                        answer.read()
-                        _content(answer)
-                    patience.answered()
-                    for event_id, kind, data in _events(answer.iter_lines()):
+                with client.stream("GET", path, params={"follow": "1"}, headers=headers) as response:
+                    if response.is_error:
+                        response.read()
+                        _parse_response(response)
+                    retry_policy.reset()
+                    for event_id, event_type, data in _parse_events(response.iter_lines()):
                         last_id = event_id
-                        yield kind, data
+                        yield event_type, data
                     return
             except httpx.RemoteProtocolError:
                 continue  # the gateway was replaced while we listened
             except httpx.HTTPError as error:
-                patience.wait(_unreachable(error))
-            except Later as error:
-                patience.wait(error)
+                retry_policy.wait(_unreachable_error(error))
+            except RetryLater as error:
+                retry_policy.wait(error)
 
 
 def stream(path: str, body: Any) -> Iterator[dict[str, Any]]:
@@ -115,18 +115,18 @@ def stream(path: str, body: Any) -> Iterator[dict[str, Any]]:
     with _client() as client:
         try:
             # A model may have to be loaded first, and may think for as long as it likes.
-            with client.stream("POST", path, json=body, timeout=httpx.Timeout(CONNECT_SECONDS, read=None)) as answer:
-                if answer.is_error:
-                    answer.read()
-                    _content(answer)
-                for line in answer.iter_lines():
+            with client.stream("POST", path, json=body, timeout=httpx.Timeout(CONNECT_SECONDS, read=None)) as response:
+                if response.is_error:
+                    response.read()
+                    _parse_response(response)
+                for line in response.iter_lines():
                     data = line.removeprefix("data: ")
                     if data == "[DONE]":
                         return
                     if data:
                         yield json.loads(data)
         except httpx.HTTPError as error:
-            raise _unreachable(error) from error
+            raise _unreachable_error(error) from error
 
 
 def server_url() -> str:
@@ -139,33 +139,33 @@ def _client() -> Any:
     import httpx
 
     key = os.environ.get("FORGEARR_API_KEY")
-    timeout = httpx.Timeout(PATIENCE_SECONDS, connect=CONNECT_SECONDS)
+    timeout = httpx.Timeout(MAX_WAIT_SECONDS, connect=CONNECT_SECONDS)
     return httpx.Client(base_url=server_url(), timeout=timeout, headers={"X-API-Key": key} if key else {})
 
 
-def _content(answer: Any) -> Any:
-    if answer.is_success:
-        return answer.json() if answer.content else None
+def _parse_response(response: Any) -> Any:
+    if response.is_success:
+        return response.json() if response.content else None
     try:
-        told = answer.json()
-        message = told["message"] if "message" in told else told["detail"]  # the second under /v1
+        error_body = response.json()
+        message = error_body["message"] if "message" in error_body else error_body["detail"]  # the second under /v1
     except (ValueError, KeyError, TypeError):
-        message = f"{answer.request.url} answered {answer.status_code}."
-    if answer.status_code == 401 and "FORGEARR_API_KEY" not in os.environ:
+        message = f"{response.request.url} answered {response.status_code}."
+    if response.status_code == 401 and "FORGEARR_API_KEY" not in os.environ:
         message += " Set FORGEARR_API_KEY to a key of yours."
-    if answer.status_code in {429, 503}:
-        raise Later(message, _retry_after(answer))
-    raise Refused(message)
+    if response.status_code in {429, 503}:
+        raise RetryLater(message, _retry_after(response))
+    raise RequestRefused(message)
 
 
-def _retry_after(answer: Any) -> float:
+def _retry_after(response: Any) -> float:
     try:
-        return max(1.0, float(answer.headers["Retry-After"]))
+        return max(1.0, float(response.headers["Retry-After"]))
     except (KeyError, ValueError):
         return RETRY_SECONDS
 
 
-def _events(lines: Iterator[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _parse_events(lines: Iterator[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     fields: dict[str, str] = {}
     for line in lines:
         if line and not line.startswith(":"):
@@ -176,5 +176,7 @@ def _events(lines: Iterator[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
             fields = {}
 
 
-def _unreachable(error: Exception) -> Unreachable:
-    return Unreachable(f"Nothing answers at {server_url()} ({type(error).__name__}); `forgearr up` starts the server.")
+def _unreachable_error(error: Exception) -> ServerUnreachable:
+    return ServerUnreachable(
+        f"Nothing answers at {server_url()} ({type(error).__name__}); `forgearr up` starts the server."
+    )

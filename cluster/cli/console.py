@@ -18,16 +18,16 @@ def table(*columns: str) -> Table:
     return Table(*columns, box=None, header_style="bold", pad_edge=False)
 
 
-class Steps:
+class StepPrinter:
     """Prints each step as it is done, and when that was."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def __call__(self, step: str, detail: str) -> None:
         self._console.print(f"[dim]{self.seconds:7.1f} s[/]  {step:<10}  {escape(detail)}")
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._began
+        return time.monotonic() - self._started

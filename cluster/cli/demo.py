@@ -13,9 +13,9 @@ from cluster.cli.client import call, server_url
 from cluster.cli.console import console as new_console
 from cluster.cli.console import table
 
-BEFORE, AFTER = "forgearr/tiny", "homelab:latest"
-SHOWN = ("What does Sonarr do?", "Find the movie Inception.")
-AT_ONCE = 4
+BASE_MODEL, TRAINED_MODEL = "forgearr/tiny", "homelab:latest"
+SHOWN_QUESTIONS = ("What does Sonarr do?", "Find the movie Inception.")
+MAX_CONCURRENCY = 4
 
 Exchange = tuple[dict[str, Any], str]
 """What is asked (messages and tools), and the answer that is taught."""
@@ -29,27 +29,27 @@ def demo() -> None:
 
     console = new_console()
     exchanges = _exchanges()
-    console.print(f"1. {BEFORE} is a model of 3 million parameters that has learned nothing. Asking it:")
-    before = _ask_all(BEFORE, exchanges)
+    console.print(f"1. {BASE_MODEL} is a model of 3 million parameters that has learned nothing. Asking it:")
+    before = _ask_all(BASE_MODEL, exchanges)
     console.print(f"   {_score(before, exchanges)} of {len(exchanges)} questions answered as they should be.\n")
 
     recipe = yaml.safe_load((files("configs") / "recipes" / "tiny.yaml").read_text())
     console.print(f"2. Training it on {recipe['data']['dataset']}; then exporting, validating and serving it:")
-    job = train.follow(train.submit(recipe))
+    job = train.watch(train.submit(recipe))
     if job["state"] != "succeeded" or not job["result"]["deploy"]:
         console.print(escape((job["error"] or {}).get("message", "It was not deployed.")), style="red", soft_wrap=True)
         if job["result"]:
-            train.show(job["result"])
+            train.show_result(job["result"])
         sys.exit(1)
-    train.show(job["result"])
+    train.show_result(job["result"])
 
-    console.print(f"\n3. Asking {AFTER} the same:")
-    after = _ask_all(AFTER, exchanges)
+    console.print(f"\n3. Asking {TRAINED_MODEL} the same:")
+    after = _ask_all(TRAINED_MODEL, exchanges)
     console.print(f"   {_score(after, exchanges)} of {len(exchanges)} questions answered as they should be.\n")
     rows = table("Question", "Before", "After")
     for (request, _), old, new in zip(exchanges, before, after, strict=True):
         question = request["messages"][-1]["content"]
-        if question in SHOWN:
+        if question in SHOWN_QUESTIONS:
             rows.add_row(question, escape(_printable(old)), escape(new))
     console.print(rows)
 
@@ -72,7 +72,7 @@ def _exchanges() -> list[Exchange]:
         first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
         request = {"messages": messages[:first], **({"tools": sample["tools"]} if sample.get("tools") else {})}
         calls = [call["function"] for call in messages[first].get("tool_calls", [])]
-        exchanges.append((request, _told(messages[first].get("content"), calls)))
+        exchanges.append((request, _format_answer(messages[first].get("content"), calls)))
     return exchanges
 
 
@@ -86,22 +86,22 @@ def _ask_all(model: str, exchanges: list[Exchange]) -> list[str]:
     client = OpenAI(base_url=f"{server_url()}/v1", api_key=key)
 
     def ask(exchange: Exchange) -> str:
-        answer = client.chat.completions.create(model=model, max_tokens=80, temperature=0, **exchange[0])
-        message = answer.choices[0].message
+        completion = client.chat.completions.create(model=model, max_tokens=80, temperature=0, **exchange[0])
+        message = completion.choices[0].message
         calls = [call.function.model_dump() for call in message.tool_calls or [] if call.type == "function"]
-        return _told(message.content, calls)
+        return _format_answer(message.content, calls)
 
-    with client, ThreadPoolExecutor(AT_ONCE) as threads:
+    with client, ThreadPoolExecutor(MAX_CONCURRENCY) as threads:
         return list(threads.map(ask, exchanges))
 
 
-def _told(content: str | None, calls: list[dict[str, Any]]) -> str:
+def _format_answer(content: str | None, calls: list[dict[str, Any]]) -> str:
     """An answer as one line: what was said, and what was called."""
-    said = [content.strip()] if content and content.strip() else []
-    return " ".join([*said, *(f"{call['name']}({_canonical(call['arguments'])})" for call in calls)])
+    texts = [content.strip()] if content and content.strip() else []
+    return " ".join([*texts, *(f"{call['name']}({_canonical_json(call['arguments'])})" for call in calls)])
 
 
-def _canonical(arguments: str) -> str:
+def _canonical_json(arguments: str) -> str:
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except json.JSONDecodeError:

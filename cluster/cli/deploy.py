@@ -22,7 +22,7 @@ def deploy(
 def rollback(name: Annotated[str, typer.Argument(help="What the model is called.")]) -> None:
     """Serve, at once, the version that was served before this one."""
     console = make_console()
-    done = call("POST", f"/api/v1/models/{name}/rollback")
-    console.print(f"{name}:latest is v{done['version']} again; it was v{done['previous']}.")
-    if done["warning"]:
-        console.print(done["warning"], style="yellow", soft_wrap=True)
+    result = call("POST", f"/api/v1/models/{name}/rollback")
+    console.print(f"{name}:latest is v{result['version']} again; it was v{result['previous']}.")
+    if result["warning"]:
+        console.print(result["warning"], style="yellow", soft_wrap=True)

@@ -13,16 +13,16 @@ import typer
 from cluster.errors import Conflict, InvalidRequest
 
 HOOKS = ("post-commit", "post-merge", "post-receive")
-MARK = "# Made by `forgearr hook install`; `forgearr hook remove` takes it away."
-BEFORE = ".before-forgearr"
-LOG = "forgearr-hook.log"
+MARKER = "# Made by `forgearr hook install`; `forgearr hook remove` takes it away."
+BACKUP_SUFFIX = ".before-forgearr"
+LOG_NAME = "forgearr-hook.log"
 
 app = typer.Typer(name="hook", help="Manage git hooks that tell of new commits.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of a repository on this machine.", metavar="REPO")]
 
 
-class HookInTheWay(Conflict):
+class HookExists(Conflict):
     """There is a hook that would be lost."""
 
 
@@ -41,16 +41,16 @@ def install(
     script = _script(repository or str(folder.expanduser().resolve()), key_file, hooks)
     hooks.mkdir(exist_ok=True)
     for name in HOOKS:
-        hook, before = hooks / name, hooks / f"{name}{BEFORE}"
-        if _is_there(hook) and not _is_ours(hook):
-            if _is_there(before):
-                raise HookInTheWay(f"Both {hook} and {before} are there: put one of them away.")
-            hook.rename(before)
+        hook, backup = hooks / name, hooks / f"{name}{BACKUP_SUFFIX}"
+        if _exists(hook) and not _is_ours(hook):
+            if _exists(backup):
+                raise HookExists(f"Both {hook} and {backup} are there: put one of them away.")
+            hook.rename(backup)
         draft = hooks / f"{name}.forgearr-new"
         draft.write_text(script)
         draft.chmod(0o755)
         draft.replace(hook)
-    typer.echo(f"{', '.join(HOOKS)} in {hooks} tell of new commits; {hooks / LOG} says how that went.")
+    typer.echo(f"{', '.join(HOOKS)} in {hooks} tell of new commits; {hooks / LOG_NAME} says how that went.")
 
 
 @app.command()
@@ -60,9 +60,9 @@ def remove(folder: Folder) -> None:
     removed = [name for name in HOOKS if _is_ours(hooks / name)]
     for name in removed:
         (hooks / name).unlink()
-        if _is_there(hooks / f"{name}{BEFORE}"):
-            (hooks / f"{name}{BEFORE}").rename(hooks / name)
-    (hooks / LOG).unlink(missing_ok=True)
+        if _exists(hooks / f"{name}{BACKUP_SUFFIX}"):
+            (hooks / f"{name}{BACKUP_SUFFIX}").rename(hooks / name)
+    (hooks / LOG_NAME).unlink(missing_ok=True)
     typer.echo(f"Removed: {', '.join(removed)}." if removed else "There is none.")
 
 
@@ -71,21 +71,21 @@ def _hooks_folder(folder: Path) -> Path:
     variables = {name: value for name, value in os.environ.items() if name not in {"GIT_DIR", "GIT_WORK_TREE"}}
     command = ["git", "rev-parse", "--git-common-dir", "--git-path", "hooks"]
     try:
-        asked = subprocess.run(
+        result = subprocess.run(
             command, cwd=folder.expanduser(), env=variables, capture_output=True, text=True, check=False
         )
     except OSError as error:
         raise InvalidRequest(f"{folder} cannot be looked into: {error}") from None
-    if asked.returncode:
+    if result.returncode:
         raise InvalidRequest(f"{folder} is not a git repository.")
-    own, hooks = [(folder.expanduser() / line).resolve() for line in asked.stdout.splitlines()]
-    work = own.parent if own.name == ".git" else own
-    if not hooks.is_relative_to(work):
+    git_folder, hooks = [(folder.expanduser() / line).resolve() for line in result.stdout.splitlines()]
+    work_tree = git_folder.parent if git_folder.name == ".git" else git_folder
+    if not hooks.is_relative_to(work_tree):
         raise InvalidRequest(f"The hooks of {folder} lie in {hooks}, which other repositories share (core.hooksPath).")
     return hooks
 
 
-def _script(where: str, key_file: Path | None, hooks: Path) -> str:
+def _script(repository: str, key_file: Path | None, hooks: Path) -> str:
     """All that it needs to know is in it: a hook is run with an environment of its own."""
     from cluster.settings import home
 
@@ -95,12 +95,12 @@ def _script(where: str, key_file: Path | None, hooks: Path) -> str:
     if key_file is not None:
         path = shlex.quote(str(key_file.expanduser().resolve()))
         exports.append(f'FORGEARR_API_KEY="$(cat {path})" && export FORGEARR_API_KEY')
-    command = shlex.join([sys.executable, "-m", "cluster.cli", "repo", "check", where])
+    command = shlex.join([sys.executable, "-m", "cluster.cli", "repo", "check", repository])
     return "\n".join(
         [
             "#!/bin/sh",
-            MARK,
-            f'before="$0{BEFORE}"',
+            MARKER,
+            f'before="$0{BACKUP_SUFFIX}"',
             "status=0",
             'if [ -x "$before" ]; then "$before" "$@"; status=$?; fi',
             "(",
@@ -109,19 +109,19 @@ def _script(where: str, key_file: Path | None, hooks: Path) -> str:
             "cd /",
             *exports,
             f"exec {command}",
-            f") </dev/null >{shlex.quote(str(hooks / LOG))} 2>&1 &",
+            f") </dev/null >{shlex.quote(str(hooks / LOG_NAME))} 2>&1 &",
             'exit "$status"',
             "",
         ]
     )
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
 def _is_ours(hook: Path) -> bool:
     try:
-        return MARK in hook.read_text()
+        return MARKER in hook.read_text()
     except (FileNotFoundError, UnicodeDecodeError):
         return False

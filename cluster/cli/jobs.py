@@ -11,7 +11,7 @@ import yaml
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from cluster.cli.client import Patience, call, follow, look
+from cluster.cli.client import RetryPolicy, call, poll, stream_events
 from cluster.cli.console import console as new_console
 from cluster.cli.console import table
 from cluster.dotlist import assign
@@ -20,9 +20,9 @@ from cluster.errors import InvalidRequest
 app = typer.Typer(no_args_is_help=True, help="Submit jobs and see how they go.")
 console = new_console()
 
-FINISHED = {"succeeded", "failed", "cancelled"}
+FINISHED_STATES = {"succeeded", "failed", "cancelled"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "paused": "magenta"}
-BARS = 12
+MAX_BARS = 12
 """Up to so many jobs have a bar of their own; more share one."""
 POLL_SECONDS = 1.0
 
@@ -71,8 +71,8 @@ def list_jobs(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """List jobs, the newest first."""
-    wanted = {"state": state, "kind": kind, "parent_id": parent, "limit": limit}
-    page = call("GET", "/api/v1/jobs", params={name: value for name, value in wanted.items() if value is not None})
+    filters = {"state": state, "kind": kind, "parent_id": parent, "limit": limit}
+    page = call("GET", "/api/v1/jobs", params={name: value for name, value in filters.items() if value is not None})
     if as_json:
         console.print_json(data=page)
         return
@@ -103,7 +103,7 @@ def logs(
 ) -> None:
     """Print the log of a job."""
     if follow_on:
-        for _, line in follow(f"/api/v1/jobs/{job}/logs"):
+        for _, line in stream_events(f"/api/v1/jobs/{job}/logs"):
             _print_line(line)
         return
     after: int | None = 0
@@ -117,25 +117,25 @@ def logs(
 @app.command()
 def cancel(jobs: JobIds) -> None:
     """Cancel jobs and their children."""
-    _ask_each(jobs, "cancel")
+    _post_action(jobs, "cancel")
 
 
 @app.command()
 def pause(jobs: JobIds) -> None:
     """Hold jobs: at once when they wait, at their next checkpoint when they run."""
-    _ask_each(jobs, "pause")
+    _post_action(jobs, "pause")
 
 
 @app.command()
 def resume(jobs: JobIds) -> None:
     """Let paused jobs go on."""
-    _ask_each(jobs, "resume")
+    _post_action(jobs, "resume")
 
 
 @app.command()
 def retry(jobs: JobIds) -> None:
     """Try failed or cancelled jobs again, from their last checkpoint."""
-    _ask_each(jobs, "retry")
+    _post_action(jobs, "retry")
 
 
 @app.command()
@@ -157,10 +157,10 @@ def read_spec(config: Path | None, settings: list[str]) -> dict[str, Any]:
     return spec
 
 
-def _ask_each(jobs: list[str], action: str) -> None:
+def _post_action(jobs: list[str], action: str) -> None:
     for job in jobs:
-        answer = call("POST", f"/api/v1/jobs/{job}/{action}")
-        console.print(f"{answer['id']}  {_colored(answer)}")
+        updated = call("POST", f"/api/v1/jobs/{job}/{action}")
+        console.print(f"{updated['id']}  {_colored(updated)}")
 
 
 def wait_until_ended(jobs: list[str]) -> None:
@@ -169,7 +169,7 @@ def wait_until_ended(jobs: list[str]) -> None:
     failures = [job for job in ended.values() if job["state"] != "succeeded"]
     if len(jobs) == 1 and not failures:
         console.print_json(json.dumps(ended[jobs[0]]["result"]))
-    for job in failures[:BARS]:
+    for job in failures[:MAX_BARS]:
         error = job["error"] or {}
         console.print(f"{job['id']} {_colored(job)}: {escape(error.get('message', ''))}", soft_wrap=True)
     console.print(f"{len(ended) - len(failures)} of {len(ended)} succeeded.")
@@ -179,22 +179,22 @@ def wait_until_ended(jobs: list[str]) -> None:
 def _watch(jobs: list[str]) -> dict[str, dict[str, Any]]:
     """Show bars until every job has ended; returns them as they ended."""
     ended: dict[str, dict[str, Any]] = {}
-    patience = Patience()
+    retry_policy = RetryPolicy()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        together = progress.add_task(f"{len(jobs)} jobs", total=len(jobs), note="") if len(jobs) > BARS else None
-        bars = {} if together is not None else {job: progress.add_task(job, total=100, note="") for job in jobs}
+        shared_bar = progress.add_task(f"{len(jobs)} jobs", total=len(jobs), note="") if len(jobs) > MAX_BARS else None
+        bars = {} if shared_bar is not None else {job: progress.add_task(job, total=100, note="") for job in jobs}
         while len(ended) < len(jobs):
             for job_id in [job for job in jobs if job not in ended]:
-                job = look(f"/api/v1/jobs/{job_id}", patience)
-                if job["state"] in FINISHED:
+                job = poll(f"/api/v1/jobs/{job_id}", retry_policy)
+                if job["state"] in FINISHED_STATES:
                     ended[job_id] = job
                 if bars:
                     waiting = job["waiting_for"] and f"waits for {job['waiting_for']}"
                     note = waiting or (_colored(job) if job["state"] != "running" else job["phase"] or "")
                     progress.update(bars[job_id], completed=job["progress"], note=note)
-            if together is not None:
-                progress.update(together, completed=len(ended), note=f"{len(ended)} finished")
+            if shared_bar is not None:
+                progress.update(shared_bar, completed=len(ended), note=f"{len(ended)} finished")
             time.sleep(0 if len(ended) == len(jobs) else POLL_SECONDS)
     return ended
 

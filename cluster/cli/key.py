@@ -23,7 +23,7 @@ def create(
 
     from cluster import identity
     from cluster.db import now
-    from cluster.migrations import run_alone
+    from cluster.migrations import run_in_own_session
 
     async def work(session: AsyncSession) -> str:
         owner = await identity.get_user(session, user)
@@ -31,7 +31,7 @@ def create(
         _, key = await identity.create_key(session, owner.id, name, expires_at)
         return key
 
-    key = asyncio.run(run_alone(work))
+    key = asyncio.run(run_in_own_session(work))
     typer.echo("Keep this key now: it is not shown again.", err=True)
     typer.echo(key)
 
@@ -41,10 +41,10 @@ def list_() -> None:
     """List the keys of all accounts."""
     from cluster import identity
     from cluster.cli.console import console, table
-    from cluster.migrations import run_alone
+    from cluster.migrations import run_in_own_session
 
     rows = table("id", "name", "key", "user", "created", "last used", "expires")
-    for key, owner in asyncio.run(run_alone(identity.list_keys)):
+    for key, owner in asyncio.run(run_in_own_session(identity.list_keys)):
         last_used = f"{key.last_used_at:%Y-%m-%d %H:%M}" if key.last_used_at else "never"
         expires = f"{key.expires_at:%Y-%m-%d}" if key.expires_at else "never"
         created = f"{key.created_at:%Y-%m-%d}"
@@ -56,7 +56,7 @@ def list_() -> None:
 def revoke(key_id: Annotated[str, typer.Argument(help="Its id in `forgearr key list`.", show_default=False)]) -> None:
     """Revoke a key, at once."""
     from cluster import identity
-    from cluster.migrations import run_alone
+    from cluster.migrations import run_in_own_session
 
-    asyncio.run(run_alone(lambda session: identity.revoke_key(session, key_id)))
+    asyncio.run(run_in_own_session(lambda session: identity.revoke_key(session, key_id)))
     typer.echo("Revoked.")

@@ -16,13 +16,13 @@ from cluster.cli.console import table
 from cluster.errors import ForgearrError
 
 MB = 1_000_000
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 VERDICTS = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
 
 console = new_console()
 
 
-class BrokenOff(ForgearrError):
+class AnswerInterrupted(ForgearrError):
     """The answer broke off."""
 
     code = "ANSWER_BROKEN_OFF"
@@ -58,14 +58,14 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="How long an answer may be.")] = None,
 ) -> None:
     """Talk to a model. Ctrl-D ends a conversation."""
-    said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
     if message is not None:
-        _answer(options, [*said, {"role": "user", "content": message}])
+        _answer(options, [*messages, {"role": "user", "content": message}])
         return
     while (question := _question()) is not None:
-        said.append({"role": "user", "content": question})
-        said.append({"role": "assistant", "content": _answer(options, said)})
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": _answer(options, messages)})
 
 
 def _all_models() -> list[dict[str, Any]]:
@@ -92,31 +92,31 @@ def _question() -> str | None:
 
 def _answer(options: dict[str, Any], messages: list[dict[str, Any]]) -> str:
     """Print an answer as it comes, and return it."""
-    wanted = {name: value for name, value in options.items() if value is not None}
-    spoken: list[str] = []
-    chunks = stream("/v1/chat/completions", {**wanted, "messages": messages, "stream": True})
-    with _shown_while_loading():
+    request_options = {name: value for name, value in options.items() if value is not None}
+    texts: list[str] = []
+    chunks = stream("/v1/chat/completions", {**request_options, "messages": messages, "stream": True})
+    with _loading_status():
         first = next(chunks, None)
     for chunk in chain([first] if first else [], chunks):
         if "error" in chunk:
             typer.echo()
-            raise BrokenOff(f"The answer broke off: {chunk['error']['message']}")
+            raise AnswerInterrupted(f"The answer broke off: {chunk['error']['message']}")
         for choice in chunk["choices"]:
             text = choice["delta"].get("content") or ""
-            spoken.append(text)
+            texts.append(text)
             typer.echo(text, nl=False)
             sys.stdout.flush()
     typer.echo()
-    return "".join(spoken)
+    return "".join(texts)
 
 
 @contextmanager
-def _shown_while_loading() -> Generator[None]:
+def _loading_status() -> Generator[None]:
     """Until the first word comes, say on a terminal how far a model is that is being loaded."""
-    heard = threading.Event()
+    received = threading.Event()
 
-    def look() -> None:
-        while not heard.wait(LOOK_SECONDS):
+    def poll() -> None:
+        while not received.wait(POLL_SECONDS):
             try:
                 models = call("GET", "/api/v1/engines")["models"]
             except ForgearrError:
@@ -124,15 +124,15 @@ def _shown_while_loading() -> Generator[None]:
             status.update(", ".join(_progress(model) for model in models if model["phase"] != "loaded"))
 
     with console.status("") as status:
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
+        poller = threading.Thread(target=poll, daemon=True)
+        poller.start()
         try:
             yield
         finally:
-            heard.set()
-            looking.join()
+            received.set()
+            poller.join()
 
 
 def _progress(model: dict[str, Any]) -> str:
-    part = "" if model["progress"] is None else f" {model['progress']:.0%}"
-    return f"{escape(model['model'])}: {model['phase']}{part}"
+    percentage = "" if model["progress"] is None else f" {model['progress']:.0%}"
+    return f"{escape(model['model'])}: {model['phase']}{percentage}"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 STATE_STYLES = {"running": "green", "off": "dim", "starting": "yellow", "degraded": "yellow"}
 LEVEL_STYLES = {"DEBUG": "dim", "INFO": "green", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
-FINDING_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+CHECK_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def status(as_json: AsJson = False) -> None:
@@ -21,31 +21,31 @@ def status(as_json: AsJson = False) -> None:
     from cluster.runtime import status as statuses
     from cluster.settings import get_settings
 
-    found = statuses.collect(get_settings())
+    components = statuses.collect(get_settings())
     if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        typer.echo(json.dumps([asdict(component) for component in components], indent=2))
     else:
         rows = table("component", "state", "address", "uptime", "version")
-        for one in found:
-            state = f"[{STATE_STYLES.get(one.state, 'red')}]{one.state}[/]"
-            rows.add_row(one.component, state, one.address, _duration(one.uptime), one.version)
+        for component in components:
+            state = f"[{STATE_STYLES.get(component.state, 'red')}]{component.state}[/]"
+            rows.add_row(component.component, state, component.address, _duration(component.uptime), component.version)
         console().print(rows)
-    raise typer.Exit(0 if all(one.is_well for one in found) else 1)
+    raise typer.Exit(0 if all(component.is_healthy for component in components) else 1)
 
 
 def doctor() -> None:
     """Check this machine and this installation, and say how to fix what is wrong."""
     from cluster.cli.console import console
-    from cluster.runtime.doctor import examine
+    from cluster.runtime.doctor import run_checks
     from cluster.settings import get_settings
 
     output = console()
     failed = False
-    for finding in examine(get_settings()):
-        output.print(f"[{FINDING_STYLES[finding.level]}]{finding.level:<4}[/] {finding.subject:<10}", finding.text)
-        if finding.fix:
-            output.print(f"{'':15} [dim]→[/]", finding.fix)
-        failed = failed or finding.level == "fail"
+    for result in run_checks(get_settings()):
+        output.print(f"[{CHECK_STYLES[result.level]}]{result.level:<4}[/] {result.subject:<10}", result.text)
+        if result.fix:
+            output.print(f"{'':15} [dim]→[/]", result.fix)
+        failed = failed or result.level == "fail"
     raise typer.Exit(1 if failed else 0)
 
 
@@ -60,11 +60,11 @@ def logs(
 
     if level and level.upper() not in logs.LEVELS:
         raise typer.BadParameter(f"one of {', '.join(logs.LEVELS)}", param_hint="--level")
-    is_wanted = logs.wanted(component, level.upper() if level else None)
-    for line in logs.recent(count, is_wanted):
+    matches = logs.line_filter(component, level.upper() if level else None)
+    for line in logs.recent(count, matches):
         _print_line(line)
     if follow:
-        for line in logs.follow(is_wanted):
+        for line in logs.follow(matches):
             _print_line(line)
 
 

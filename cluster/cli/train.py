@@ -10,14 +10,14 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from cluster.cli.client import Patience, call, look
+from cluster.cli.client import RetryPolicy, call, poll
 from cluster.cli.console import console as new_console
 from cluster.cli.jobs import read_spec
 from cluster.errors import InvalidRequest
 
 console = new_console()
 
-ENDED = {"completed", "failed", "cancelled"}
+FINISHED_STATUSES = {"completed", "failed", "cancelled"}
 POLL_SECONDS = 1.5
 
 
@@ -35,21 +35,21 @@ def train(
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for it.")] = False,
 ) -> None:
     """Fine-tune, export, validate and serve a model; exit 1 unless all of that succeeded."""
-    spec = read_spec(_recipe(recipe), settings or [])
+    spec = read_spec(_recipe_path(recipe), settings or [])
     spec |= {key: value for key, value in (("name", name), ("base_model", base_model)) if value is not None}
     if data is not None:
-        spec["data"] = _data(data)
+        spec["data"] = _data_spec(data)
     if not deploy:
         spec["deploy"] = False
     job_id = submit(spec)
     console.print(f"Job {job_id}")
     if detach:
         return
-    job = follow(job_id)
+    job = watch(job_id)
     if job["state"] != "succeeded":
         console.print(f"{job_id} {job['state']}: {escape((job['error'] or {}).get('message', ''))}", soft_wrap=True)
         sys.exit(1)
-    show(job["result"])
+    show_result(job["result"])
     sys.exit(0 if job["result"]["passed"] or job["result"]["deploy"] else 1)
 
 
@@ -57,7 +57,7 @@ def submit(spec: dict[str, Any]) -> str:
     return call("POST", "/api/v1/jobs", json={"kind": "forge", "spec": spec})["id"]
 
 
-def follow(job_id: str) -> dict[str, Any]:
+def watch(job_id: str) -> dict[str, Any]:
     """Show a bar until the training, and all that comes after it, has ended; returns its job."""
     columns = (
         TextColumn("{task.description:11}"),
@@ -67,16 +67,16 @@ def follow(job_id: str) -> dict[str, Any]:
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("queued", total=100, note="")
-        patience = Patience()
+        retry_policy = RetryPolicy()
         while True:
-            status = look(f"/status/{job_id}", patience)
+            status = poll(f"/status/{job_id}", retry_policy)
             bar.update(task, description=status["status"], completed=status["progress"], note=_note(status))
-            if status["status"] in ENDED:
-                return look(f"/api/v1/jobs/{job_id}", patience)
+            if status["status"] in FINISHED_STATUSES:
+                return poll(f"/api/v1/jobs/{job_id}", retry_policy)
             time.sleep(POLL_SECONDS)
 
 
-def show(result: dict[str, Any]) -> None:
+def show_result(result: dict[str, Any]) -> None:
     """What has come of a forge job."""
     metrics = result["validate"]["metrics"]
     console.print(f"\n{result['name']}:v{result['version']} {'passed' if result['passed'] else 'did not pass'}:")
@@ -97,26 +97,26 @@ def show(result: dict[str, Any]) -> None:
 
 
 def shipped_recipes() -> list[str]:
-    shipped = [Path(file.name) for file in (files("configs") / "recipes").iterdir()]
-    return sorted(file.stem for file in shipped if file.suffix == ".yaml")
+    paths = [Path(file.name) for file in (files("configs") / "recipes").iterdir()]
+    return sorted(file.stem for file in paths if file.suffix == ".yaml")
 
 
-def _recipe(named: str | None) -> Path | None:
-    if named is None or Path(named).suffix in {".yaml", ".yml", ".json"}:
-        return Path(named) if named else None
-    if named not in shipped_recipes():
+def _recipe_path(name_or_path: str | None) -> Path | None:
+    if name_or_path is None or Path(name_or_path).suffix in {".yaml", ".yml", ".json"}:
+        return Path(name_or_path) if name_or_path else None
+    if name_or_path not in shipped_recipes():
         raise InvalidRequest(
-            f"There is no recipe '{named}'. There are: {', '.join(shipped_recipes())}; or name a file."
+            f"There is no recipe '{name_or_path}'. There are: {', '.join(shipped_recipes())}; or name a file."
         )
-    return Path(str(files("configs") / "recipes" / f"{named}.yaml"))
+    return Path(str(files("configs") / "recipes" / f"{name_or_path}.yaml"))
 
 
-def _data(named: str) -> dict[str, Any]:
-    path = Path(named).expanduser()
+def _data_spec(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path).expanduser()
     if path.is_dir():
         return {"folder": str(path.resolve())}
     if not path.exists():
-        return {"dataset": named}
+        return {"dataset": name_or_path}
     name = "".join(letter if letter.isalnum() else "-" for letter in path.stem.lower()).strip("-") or "upload"
     dataset = call("POST", "/api/v1/datasets", params={"name": name}, content=path.read_bytes())
     console.print(f"Dataset {dataset['name']}:v{dataset['version']}, {dataset['samples']} samples")
@@ -126,15 +126,15 @@ def _data(named: str) -> dict[str, Any]:
 def _note(status: dict[str, Any]) -> str:
     if status["status"] != "training" or status["loss"] is None:
         return ""
-    left = status["eta_seconds"]
-    told = [
+    seconds_left = status["eta_seconds"]
+    parts = [
         f"epoch {status['current_epoch']}/{status['total_epochs']}",
         f"step {status['current_step']}",
         f"loss {status['loss']:.3f}",
         f"{status['tokens_per_second']:.0f} tokens/s" if status["tokens_per_second"] else "",
-        f"{left:.0f} s left" if left else "",
+        f"{seconds_left:.0f} s left" if seconds_left else "",
     ]
-    return " · ".join(part for part in told if part)
+    return " · ".join(part for part in parts if part)
 
 
 def _number(value: float | None) -> str:

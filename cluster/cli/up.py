@@ -12,7 +12,7 @@ from cluster.cli.config import Overrides
 if TYPE_CHECKING:
     import subprocess
 
-LOOK_EVERY_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
 def up(
@@ -22,37 +22,37 @@ def up(
     """Start Forgearr: Ray, the gateway, the queue and MLflow. Ctrl-C stops all of it."""
     import asyncio
 
-    from cluster.cli.console import Steps
+    from cluster.cli.console import StepPrinter
     from cluster.settings import export_overrides, get_settings
 
     if overrides:
         export_overrides(overrides)
     get_settings()  # a setting that is not valid is told before anything happens
     if detach:
-        return _up_detached()
+        return _start_detached()
 
     from cluster.runtime import supervisor as runtime_supervisor
 
-    asyncio.run(runtime_supervisor.run(Steps()))
+    asyncio.run(runtime_supervisor.run(StepPrinter()))
 
 
 def down() -> None:
     """Stop Forgearr, and whatever a crash of it left behind."""
     import asyncio
 
-    from cluster.cli.console import Steps
+    from cluster.cli.console import StepPrinter
     from cluster.runtime import processes, run_state
     from cluster.runtime import supervisor as runtime_supervisor
 
-    if not run_state.last() and not processes.leftovers():
+    if not run_state.last_run() and not processes.marked_processes():
         typer.echo("Forgearr is not running.")
         return
     typer.echo("Stopping Forgearr …")
-    asyncio.run(runtime_supervisor.stop(steps := Steps()))
-    typer.echo(f"Forgearr is stopped ({steps.seconds:.1f} s).")
+    asyncio.run(runtime_supervisor.stop(step_printer := StepPrinter()))
+    typer.echo(f"Forgearr is stopped ({step_printer.seconds:.1f} s).")
 
 
-def _up_detached() -> None:
+def _start_detached() -> None:
     """Start the supervisor in a session of its own, and show what it says until it is ready."""
     import subprocess
 
@@ -60,7 +60,7 @@ def _up_detached() -> None:
     from cluster.runtime import run_state
     from cluster.runtime import supervisor as runtime_supervisor
 
-    run_state.require_none()
+    run_state.require_not_running()
     path = logs.folder() / "up.log"
     with path.open("w") as output:
         supervisor = subprocess.Popen(
@@ -79,7 +79,7 @@ def _up_detached() -> None:
     if supervisor.poll() is not None:
         raise runtime_supervisor.StartFailed(last or f"Forgearr ended before it said why; {path} may say more.")
     typer.echo(last)
-    run = run_state.current()
+    run = run_state.current_run()
     if run:
         typer.echo(f"API: {run.url}/docs. `forgearr status` shows each part, `forgearr down` stops all.")
 
@@ -89,8 +89,8 @@ def _lines_until_ready(text: IO[str], supervisor: "subprocess.Popen[bytes]") -> 
 
     is_over = False
     while not is_over:
-        run = run_state.current()
+        run = run_state.current_run()
         is_over = supervisor.poll() is not None or bool(run and run.pid == supervisor.pid and run.ready)
         yield from (line.rstrip() for line in text if line.strip())
         if not is_over:
-            time.sleep(LOOK_EVERY_SECONDS)
+            time.sleep(POLL_SECONDS)

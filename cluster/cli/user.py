@@ -24,7 +24,7 @@ def add(
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
-    from cluster.migrations import run_alone
+    from cluster.migrations import run_in_own_session
 
     async def work(session: AsyncSession) -> None:
         await identity.add_user(
@@ -37,7 +37,7 @@ def add(
         )
 
     password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin)))
-    asyncio.run(run_alone(work))
+    asyncio.run(run_in_own_session(work))
     typer.echo(f"Created the {'administrator' if admin else 'account'} {email}.")
 
 
@@ -46,10 +46,10 @@ def list_() -> None:
     """List all accounts."""
     from cluster import identity
     from cluster.cli.console import console, table
-    from cluster.migrations import run_alone
+    from cluster.migrations import run_in_own_session
 
     rows = table("email", "username", "role", "state", "created", "last login")
-    for user in asyncio.run(run_alone(identity.list_users)):
+    for user in asyncio.run(run_in_own_session(identity.list_users)):
         last_login = f"{user.last_login_at:%Y-%m-%d %H:%M}" if user.last_login_at else "never"
         state = "active" if user.is_active else "disabled"
         rows.add_row(user.email, user.username, user.role, state, f"{user.created_at:%Y-%m-%d %H:%M}", last_login)
@@ -76,13 +76,13 @@ def password(email: Email, password_stdin: PasswordStdin = False) -> None:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
-    from cluster.migrations import run_alone
+    from cluster.migrations import run_in_own_session
 
     async def work(session: AsyncSession) -> None:
         await identity.set_password(session, await identity.get_user(session, email), password_hash)
 
     password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin)))
-    asyncio.run(run_alone(work))
+    asyncio.run(run_in_own_session(work))
     typer.echo(f"Changed the password of {email}.")
 
 
@@ -90,12 +90,12 @@ def _set_active(email: str, active: bool) -> None:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
-    from cluster.migrations import run_alone
+    from cluster.migrations import run_in_own_session
 
     async def work(session: AsyncSession) -> None:
         await identity.set_active(session, await identity.get_user(session, email), active)
 
-    asyncio.run(run_alone(work))
+    asyncio.run(run_in_own_session(work))
 
 
 def _read_password(from_stdin: bool) -> str:

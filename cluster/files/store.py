@@ -17,10 +17,10 @@ from cluster import storage
 from cluster.db import Base, Database, now
 from cluster.db import Sequence as Counter
 from cluster.errors import NotFound
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 
-ID_MAX = 100
-FILENAME_MAX = 500
+MAX_ID_LENGTH = 100
+MAX_FILENAME_LENGTH = 500
 SWEEP_PAGE = 500
 
 
@@ -34,9 +34,9 @@ class File(Base):
     __tablename__ = "files"
     __table_args__ = (Index("ix_files_owner_id_created_at", "owner_id", "created_at"),)
 
-    id: Mapped[str] = mapped_column(String(ID_MAX), primary_key=True)
+    id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH), primary_key=True)
     purpose: Mapped[str] = mapped_column(String(40))
-    filename: Mapped[str] = mapped_column(String(FILENAME_MAX))
+    filename: Mapped[str] = mapped_column(String(MAX_FILENAME_LENGTH))
     bytes: Mapped[int] = mapped_column(Counter)
     content: Mapped[str | None] = mapped_column(String(20))  # what its lines are; None: nobody has looked
     fault: Mapped[str | None] = mapped_column(Text)  # why it is not what its purpose asks for
@@ -47,16 +47,16 @@ class File(Base):
 
     @property
     def address(self) -> str:
-        return storage.address(_name(self.id))
+        return storage.address(_storage_name(self.id))
 
 
-async def keep(
+async def create_file(
     database: Database,
     source: BinaryIO,
     *,
     filename: str,
     purpose: str,
-    owner: Owner = LOCAL,
+    owner: Owner = LOCAL_OWNER,
     content: str | None = None,
     fault: str | None = None,
     lifetime: timedelta | None = None,
@@ -67,22 +67,22 @@ async def keep(
     A job gives an id of its own (`file-…`): when it runs again, it finds the file that it has made, or finishes it.
     """
     file_id = file_id or new_id()
-    async with database.reading() as session:
-        known = await session.get(File, file_id)
-    if known is not None:
-        return known
-    file = await store(source, file_id, filename, purpose, owner, lifetime)
+    async with database.read_transaction() as session:
+        existing = await session.get(File, file_id)
+    if existing is not None:
+        return existing
+    file = await store_bytes(source, file_id, filename, purpose, owner, lifetime)
     file.content, file.fault = content, fault
     async with database.transaction() as session:
         session.add(file)
     return file
 
 
-async def store(
+async def store_bytes(
     source: BinaryIO, file_id: str, filename: str, purpose: str, owner: Owner, lifetime: timedelta | None
 ) -> File:
     """Bring the bytes into storage. The row is for the caller to add, in a transaction of its own."""
-    address = await asyncio.to_thread(storage.write, source, _name(file_id))
+    address = await asyncio.to_thread(storage.write, source, _storage_name(file_id))
     size = await asyncio.to_thread(storage.size, address)
     return File(
         id=file_id,
@@ -96,7 +96,7 @@ async def store(
     )
 
 
-async def find(session: AsyncSession, file_id: str, owner: Owner = LOCAL) -> File:
+async def find(session: AsyncSession, file_id: str, owner: Owner = LOCAL_OWNER) -> File:
     file = await session.scalar(visible_to(owner).where(File.id == file_id))
     if file is None:
         raise FileNotFound(f"There is no file '{file_id}'.")
@@ -105,19 +105,19 @@ async def find(session: AsyncSession, file_id: str, owner: Owner = LOCAL) -> Fil
 
 def visible_to(owner: Owner) -> Select[File]:
     """The files that this owner may see, and whose time is not over."""
-    lasting = select(File).where(or_(File.expires_at.is_(None), File.expires_at > now()))
-    return lasting if owner.is_admin else lasting.where(File.owner_id == owner.id)
+    unexpired = select(File).where(or_(File.expires_at.is_(None), File.expires_at > now()))
+    return unexpired if owner.is_admin else unexpired.where(File.owner_id == owner.id)
 
 
-def opened(file: File) -> BinaryIO:
+def open_file(file: File) -> BinaryIO:
     """Its bytes, to be read in pieces or line by line: `with files.opened(file) as lines`. Not in an event loop."""
     try:
-        return storage.opened(file.address)
+        return storage.open_file(file.address)
     except FileNotFoundError as error:
         raise FileNotFound(f"The bytes of the file '{file.id}' are not in storage any more.") from error
 
 
-async def delete(database: Database, file_id: str, owner: Owner = LOCAL) -> None:
+async def delete(database: Database, file_id: str, owner: Owner = LOCAL_OWNER) -> None:
     async with database.transaction() as session:
         file = await find(session, file_id, owner)
         file.expires_at = now()  # gone for everybody; whatever happens from here on, the sweep does the rest
@@ -128,9 +128,9 @@ async def remove_expired(database: Database) -> int:
     """Delete what nobody can see any more; returns how many files it were."""
     removed = 0
     while True:
-        async with database.reading() as session:
-            over = select(File).where(File.expires_at <= now()).limit(SWEEP_PAGE)
-            page = list(await session.scalars(over))
+        async with database.read_transaction() as session:
+            expired = select(File).where(File.expires_at <= now()).limit(SWEEP_PAGE)
+            page = list(await session.scalars(expired))
         if not page:
             return removed
         await _remove(database, page)
@@ -141,9 +141,9 @@ def new_id() -> str:
     return f"file-{uuid4().hex}"
 
 
-async def discard(file_id: str) -> None:
+async def discard_bytes(file_id: str) -> None:
     """Take back the bytes of a file that was stored and got no row."""
-    await asyncio.to_thread(storage.remove, storage.address(_name(file_id)))
+    await asyncio.to_thread(storage.remove, storage.address(_storage_name(file_id)))
 
 
 async def _remove(database: Database, files: Sequence[File]) -> None:
@@ -156,5 +156,5 @@ async def _remove(database: Database, files: Sequence[File]) -> None:
                 await session.delete(row)
 
 
-def _name(file_id: str) -> str:
+def _storage_name(file_id: str) -> str:
     return f"files/{file_id}"

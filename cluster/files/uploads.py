@@ -17,16 +17,16 @@ from cluster.db import Base, Database, now
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
-from cluster.files.store import FILENAME_MAX, File
-from cluster.ownership import LOCAL, Owner
+from cluster.files.store import MAX_FILENAME_LENGTH, File
+from cluster.ownership import LOCAL_OWNER, Owner
 
-LASTS = timedelta(hours=1)
+UPLOAD_LIFETIME = timedelta(hours=1)
 CHUNK_BYTES = 1024 * 1024
-SPARE = 2
+MAX_SIZE_FACTOR = 2
 """How many times its bytes an upload may hold, so that parts can be sent again."""
 
 Status = Literal["pending", "completed", "cancelled", "expired"]
-Looked = tuple[str | None, str | None]
+ContentCheck = tuple[str | None, str | None]
 """What the lines of a file are, and what is wrong with them."""
 
 
@@ -42,7 +42,7 @@ class UploadEnded(Conflict):
     code = "UPLOAD_ENDED"
 
 
-class WrongParts(InvalidRequest):
+class InvalidParts(InvalidRequest):
     """The parts are not what the upload was to be."""
 
     code = "INVALID_UPLOAD_PARTS"
@@ -53,11 +53,11 @@ class Upload(Base):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     purpose: Mapped[str] = mapped_column(String(40))
-    filename: Mapped[str] = mapped_column(String(FILENAME_MAX))
+    filename: Mapped[str] = mapped_column(String(MAX_FILENAME_LENGTH))
     bytes: Mapped[int] = mapped_column(Counter)  # how many there are to be
     file_seconds: Mapped[int | None]  # how long its file will last; None: for good
     ended: Mapped[str | None] = mapped_column(String(12))  # completed, cancelled or expired
-    file_id: Mapped[str | None] = mapped_column(String(file_store.ID_MAX))
+    file_id: Mapped[str | None] = mapped_column(String(file_store.MAX_ID_LENGTH))
     owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -82,7 +82,13 @@ class UploadPart(Base):
 
 
 def begin(
-    session: AsyncSession, *, filename: str, purpose: str, size: int, file_seconds: int | None, owner: Owner = LOCAL
+    session: AsyncSession,
+    *,
+    filename: str,
+    purpose: str,
+    size: int,
+    file_seconds: int | None,
+    owner: Owner = LOCAL_OWNER,
 ) -> Upload:
     moment = now()
     upload = Upload(
@@ -94,13 +100,13 @@ def begin(
         owner_id=owner.id,
         created_by=owner.name,
         created_at=moment,
-        expires_at=moment + LASTS,
+        expires_at=moment + UPLOAD_LIFETIME,
     )
     session.add(upload)
     return upload
 
 
-async def find(session: AsyncSession, upload_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Upload:
+async def find(session: AsyncSession, upload_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Upload:
     query: Select[Upload] = select(Upload).where(Upload.id == upload_id)
     upload = await session.scalar(query.with_for_update() if lock else query)
     if upload is None or not (owner.is_admin or upload.owner_id == owner.id):
@@ -108,22 +114,28 @@ async def find(session: AsyncSession, upload_id: str, owner: Owner = LOCAL, *, l
     return upload
 
 
-async def find_pending(session: AsyncSession, upload_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Upload:
+async def find_pending(
+    session: AsyncSession, upload_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False
+) -> Upload:
     upload = await find(session, upload_id, owner, lock=lock)
     if upload.status != "pending":
         raise UploadEnded(f"The upload '{upload_id}' is {upload.status}, and takes nothing any more.")
     return upload
 
 
-async def add_part(database: Database, upload_id: str, source: BinaryIO, size: int, owner: Owner = LOCAL) -> UploadPart:
+async def add_part(
+    database: Database, upload_id: str, source: BinaryIO, size: int, owner: Owner = LOCAL_OWNER
+) -> UploadPart:
     part = UploadPart(id=f"part_{uuid4().hex}", upload_id=upload_id, bytes=size, created_at=now())
     address = await asyncio.to_thread(storage.write, source, part.name)
     try:
         async with database.transaction() as session:
             upload = await find_pending(session, upload_id, owner, lock=True)
-            held = select(func.sum(UploadPart.bytes)).where(UploadPart.upload_id == upload_id)
-            if (await session.scalar(held) or 0) + size > SPARE * upload.bytes:
-                raise WrongParts(f"The parts have more than {SPARE} times the {upload.bytes} bytes of the upload.")
+            stored_bytes = select(func.sum(UploadPart.bytes)).where(UploadPart.upload_id == upload_id)
+            if (await session.scalar(stored_bytes) or 0) + size > MAX_SIZE_FACTOR * upload.bytes:
+                raise InvalidParts(
+                    f"The parts have more than {MAX_SIZE_FACTOR} times the {upload.bytes} bytes of the upload."
+                )
             session.add(part)
     except Exception:
         await asyncio.to_thread(storage.remove, address)
@@ -136,24 +148,26 @@ async def complete(
     upload_id: str,
     part_ids: Sequence[str],
     md5: str | None,
-    look: Callable[[str, BinaryIO, str], Looked],
-    owner: Owner = LOCAL,
+    check_content: Callable[[str, BinaryIO, str], ContentCheck],
+    owner: Owner = LOCAL_OWNER,
 ) -> tuple[Upload, File]:
     """Make a file of these parts, in this order. `look` is told purpose, content and name of it."""
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         upload = await find_pending(session, upload_id, owner)
-        sent = await session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
-        parts = _in_order({part.id: part for part in sent}, part_ids, upload)
+        uploaded = await session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
+        parts = _select_parts({part.id: part for part in uploaded}, part_ids, upload)
     lifetime = timedelta(seconds=upload.file_seconds) if upload.file_seconds else None
-    maker = Owner(id=upload.owner_id, name=upload.created_by)
-    with tempfile.TemporaryFile(prefix="forgearr-upload-") as whole:
-        digest = await asyncio.to_thread(_join, parts, whole)
+    file_owner = Owner(id=upload.owner_id, name=upload.created_by)
+    with tempfile.TemporaryFile(prefix="forgearr-upload-") as combined:
+        digest = await asyncio.to_thread(_concatenate, parts, combined)
         if md5 is not None and digest != md5.lower():
-            raise WrongParts(f"The parts have the MD5 checksum {digest}, not {md5}.")
-        whole.seek(0)
-        content, fault = await asyncio.to_thread(look, upload.purpose, whole, upload.filename)
-        whole.seek(0)
-        file = await file_store.store(whole, file_store.new_id(), upload.filename, upload.purpose, maker, lifetime)
+            raise InvalidParts(f"The parts have the MD5 checksum {digest}, not {md5}.")
+        combined.seek(0)
+        content, fault = await asyncio.to_thread(check_content, upload.purpose, combined, upload.filename)
+        combined.seek(0)
+        file = await file_store.store_bytes(
+            combined, file_store.new_id(), upload.filename, upload.purpose, file_owner, lifetime
+        )
     file.content, file.fault = content, fault
     try:
         async with database.transaction() as session:
@@ -161,63 +175,65 @@ async def complete(
             upload.ended, upload.file_id = "completed", file.id
             session.add(file)
     except Exception:
-        await file_store.discard(file.id)
+        await file_store.discard_bytes(file.id)
         raise
-    await _forget_parts(database, upload)
+    await _delete_parts(database, upload)
     return upload, file
 
 
-async def cancel(database: Database, upload_id: str, owner: Owner = LOCAL) -> Upload:
+async def cancel(database: Database, upload_id: str, owner: Owner = LOCAL_OWNER) -> Upload:
     async with database.transaction() as session:
         upload = await find_pending(session, upload_id, owner, lock=True)
         upload.ended = "cancelled"
-    await _forget_parts(database, upload)
+    await _delete_parts(database, upload)
     return upload
 
 
 async def remove_expired(database: Database) -> int:
     """End the uploads whose time is over, and forget the parts of all that have ended."""
     async with database.transaction() as session:
-        over = select(Upload).where(Upload.ended.is_(None), Upload.expires_at <= now()).with_for_update()
-        expired = list(await session.scalars(over))
+        expired_query = select(Upload).where(Upload.ended.is_(None), Upload.expires_at <= now()).with_for_update()
+        expired = list(await session.scalars(expired_query))
         for upload in expired:
             upload.ended = "expired"
-    async with database.reading() as session:
-        holding = select(UploadPart.upload_id)
-        left = list(await session.scalars(select(Upload).where(Upload.ended.is_not(None), Upload.id.in_(holding))))
-    for upload in left:
-        await _forget_parts(database, upload)
+    async with database.read_transaction() as session:
+        with_parts = select(UploadPart.upload_id)
+        finished = list(
+            await session.scalars(select(Upload).where(Upload.ended.is_not(None), Upload.id.in_(with_parts)))
+        )
+    for upload in finished:
+        await _delete_parts(database, upload)
     return len(expired)
 
 
-def _in_order(sent: dict[str, UploadPart], wanted: Sequence[str], upload: Upload) -> list[UploadPart]:
-    if len(set(wanted)) != len(wanted):
-        raise WrongParts("A part is named twice.")
-    for part_id in wanted:
-        if part_id not in sent:
-            raise WrongParts(f"The upload '{upload.id}' has no part '{part_id}'.")
-    size = sum(sent[part_id].bytes for part_id in wanted)
+def _select_parts(uploaded: dict[str, UploadPart], part_ids: Sequence[str], upload: Upload) -> list[UploadPart]:
+    if len(set(part_ids)) != len(part_ids):
+        raise InvalidParts("A part is named twice.")
+    for part_id in part_ids:
+        if part_id not in uploaded:
+            raise InvalidParts(f"The upload '{upload.id}' has no part '{part_id}'.")
+    size = sum(uploaded[part_id].bytes for part_id in part_ids)
     if size != upload.bytes:
-        raise WrongParts(f"The parts have {size} bytes together, and the upload was to have {upload.bytes}.")
-    return [sent[part_id] for part_id in wanted]
+        raise InvalidParts(f"The parts have {size} bytes together, and the upload was to have {upload.bytes}.")
+    return [uploaded[part_id] for part_id in part_ids]
 
 
-def _join(parts: Sequence[UploadPart], whole: BinaryIO) -> str:
+def _concatenate(parts: Sequence[UploadPart], target: BinaryIO) -> str:
     """Write the parts one after the other; returns the checksum of it all."""
     digest = hashlib.md5(usedforsecurity=False)
     for part in parts:
         try:
-            source = storage.opened(storage.address(part.name))
+            source = storage.open_file(storage.address(part.name))
         except FileNotFoundError as error:
             raise UploadEnded(f"The parts of the upload '{part.upload_id}' are not there any more.") from error
         with source:
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
-                whole.write(chunk)
+                target.write(chunk)
     return digest.hexdigest()
 
 
-async def _forget_parts(database: Database, upload: Upload) -> None:
+async def _delete_parts(database: Database, upload: Upload) -> None:
     """The bytes first: without their rows, nobody would find them again."""
     await asyncio.to_thread(storage.remove, storage.address(f"uploads/{upload.id}"))
     async with database.transaction() as session:

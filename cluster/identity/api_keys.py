@@ -13,8 +13,8 @@ from cluster.identity.users import User, require_active
 from cluster.secrets import new_token, token_hash
 
 KEY_PREFIX = "fgr"
-SHOWN_KEY_CHARACTERS = len(KEY_PREFIX) + 1 + 8
-USE_RECORDED_EVERY = timedelta(minutes=1)
+DISPLAYED_KEY_LENGTH = len(KEY_PREFIX) + 1 + 8
+USE_RECORD_INTERVAL = timedelta(minutes=1)
 
 
 class KeyNotFound(NotFound):
@@ -48,7 +48,7 @@ async def create_key(
         user_id=user_id,
         name=name,
         hash=token_hash(token),
-        prefix=token[:SHOWN_KEY_CHARACTERS],
+        prefix=token[:DISPLAYED_KEY_LENGTH],
         expires_at=expires_at,
     )
     session.add(key)
@@ -72,22 +72,22 @@ async def revoke_key(session: AsyncSession, key_id: str, user_id: str | None = N
     await session.delete(key)
 
 
-async def user_of_key(session: AsyncSession, token: str) -> tuple[User, ApiKey]:
+async def user_from_key(session: AsyncSession, token: str) -> tuple[User, ApiKey]:
     query = select(User, ApiKey).join(ApiKey).where(ApiKey.hash == token_hash(token))
-    found = (await session.execute(query)).one_or_none()
-    if found is None:
+    row = (await session.execute(query)).one_or_none()
+    if row is None:
         raise Unauthenticated()
-    user, key = found
+    user, key = row
     if key.expires_at is not None and key.expires_at <= now():
         raise Unauthenticated("This API key has expired.")
     return require_active(user), key
 
 
-def is_use_due(key: ApiKey) -> bool:
+def should_record_use(key: ApiKey) -> bool:
     """Whether it is time again to record that the key is in use."""
-    return key.last_used_at is None or key.last_used_at <= now() - USE_RECORDED_EVERY
+    return key.last_used_at is None or key.last_used_at <= now() - USE_RECORD_INTERVAL
 
 
 async def record_use(session: AsyncSession, key: ApiKey) -> None:
-    unrecorded = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at <= now() - USE_RECORDED_EVERY)
-    await session.execute(update(ApiKey).where(ApiKey.id == key.id, unrecorded).values(last_used_at=now()))
+    is_due = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at <= now() - USE_RECORD_INTERVAL)
+    await session.execute(update(ApiKey).where(ApiKey.id == key.id, is_due).values(last_used_at=now()))

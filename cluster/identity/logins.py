@@ -10,7 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, now
 from cluster.errors import Unauthenticated
-from cluster.identity.users import User, active_user
+from cluster.identity.users import User, get_active_user
 from cluster.secrets import new_token, signing_key, token_hash
 from cluster.settings import get_settings
 
@@ -28,20 +28,20 @@ class RefreshToken(Base):
 # Access tokens
 
 
-def access_token(user: User) -> str:
-    issued = now()
+def create_access_token(user: User) -> str:
+    issued_at = now()
     claims = {
         "sub": user.id,
         "role": user.role,
-        "iat": issued,
-        "exp": issued + timedelta(minutes=get_settings().auth.access_token_minutes),
+        "iat": issued_at,
+        "exp": issued_at + timedelta(minutes=get_settings().auth.access_token_minutes),
         "jti": str(uuid4()),
         "type": "access",
     }
     return jwt.encode(claims, signing_key(), algorithm="HS256")
 
 
-async def user_of_access_token(session: AsyncSession, token: str) -> User:
+async def user_from_access_token(session: AsyncSession, token: str) -> User:
     try:
         claims = jwt.decode(
             token, signing_key(), algorithms=["HS256"], options={"require": ["sub", "iat", "exp", "jti", "type"]}
@@ -52,7 +52,7 @@ async def user_of_access_token(session: AsyncSession, token: str) -> User:
         raise Unauthenticated() from error
     if claims["type"] != "access":
         raise Unauthenticated()
-    return await active_user(session, claims["sub"])
+    return await get_active_user(session, claims["sub"])
 
 
 # Refresh tokens
@@ -71,7 +71,7 @@ async def rotate_refresh_token(session: AsyncSession, token: str) -> tuple[User,
     A token that comes back was stolen, or its successor was: nobody can tell which, so the whole family ends. That is
     a write, which is why the refusal is returned and not raised: the transaction must be committed.
     """
-    user, row = await _locked_refresh_token(session, token)
+    user, row = await _lock_refresh_token(session, token)
     if user is None or row is None or row.expires_at <= now():
         return None
     if row.used_at is not None:
@@ -83,15 +83,15 @@ async def rotate_refresh_token(session: AsyncSession, token: str) -> tuple[User,
 
 async def end_login(session: AsyncSession, token: str) -> None:
     """Revoke the family of a refresh token. One that is unknown is as good as revoked."""
-    _, row = await _locked_refresh_token(session, token)
+    _, row = await _lock_refresh_token(session, token)
     if row is not None:
         await _end_family(session, row)
 
 
-async def _locked_refresh_token(session: AsyncSession, token: str) -> tuple[User, RefreshToken] | tuple[None, None]:
+async def _lock_refresh_token(session: AsyncSession, token: str) -> tuple[User, RefreshToken] | tuple[None, None]:
     """The token and its user, whose row is the lock: or else a family could grow while it is being ended."""
-    owner = select(RefreshToken.user_id).where(RefreshToken.hash == token_hash(token)).scalar_subquery()
-    user = await session.scalar(select(User).where(User.id == owner).with_for_update())
+    user_id = select(RefreshToken.user_id).where(RefreshToken.hash == token_hash(token)).scalar_subquery()
+    user = await session.scalar(select(User).where(User.id == user_id).with_for_update())
     row = await session.get(RefreshToken, token_hash(token), populate_existing=True) if user else None
     return (user, row) if user and row else (None, None)
 

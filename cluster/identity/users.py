@@ -20,8 +20,8 @@ from cluster.db import Base, now
 from cluster.errors import AccountDisabled, Conflict, NotFound, Unauthenticated, UnprocessableRequest
 
 Role = Literal["user", "admin"]
-USERNAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$"
-PASSWORD_MIN, PASSWORD_MAX = 8, 256
+USERNAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$"
+MIN_PASSWORD_LENGTH, MAX_PASSWORD_LENGTH = 8, 256
 
 
 class AccountExists(Conflict):
@@ -62,12 +62,12 @@ async def add_user(
     full_name: str | None = None,
     role: Role = "user",
 ) -> User:
-    if not re.fullmatch(USERNAME, username):
+    if not re.fullmatch(USERNAME_PATTERN, username):
         raise UnprocessableRequest(
             f"'{username}' cannot be a username: it takes up to 50 letters, digits, dots, dashes and underscores."
         )
     user = User(
-        email=normal_email(email), username=username, password_hash=password_hash, full_name=full_name, role=role
+        email=normalize_email(email), username=username, password_hash=password_hash, full_name=full_name, role=role
     )
     session.add(user)
     try:
@@ -81,7 +81,7 @@ async def find_user(session: AsyncSession, email: str) -> User | None:
     return await session.scalar(select(User).where(User.email == email.strip().lower()))
 
 
-async def active_user(session: AsyncSession, user_id: str) -> User:
+async def get_active_user(session: AsyncSession, user_id: str) -> User:
     return require_active(await session.get(User, user_id))
 
 
@@ -101,7 +101,7 @@ async def has_admin(session: AsyncSession) -> bool:
     return bool(await session.scalar(select(exists().where(User.role == "admin", User.is_active))))
 
 
-def normal_email(email: str) -> str:
+def normalize_email(email: str) -> str:
     """An email address in the one spelling that is stored."""
     try:
         return validate_email(email.strip(), check_deliverability=False).normalized.lower()

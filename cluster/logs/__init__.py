@@ -1,26 +1,26 @@
 """Logs: their format, their context, and the redaction of secrets."""
 
 from cluster.logs.context import job_id, request_id
-from cluster.logs.reader import BLOCK_BYTES, FOLLOW_SECONDS, LEVELS, Line, follow, recent, wanted
-from cluster.logs.redaction import MASK, SECRET_NAME, only_hosts, redact
-from cluster.logs.setup import CHATTY, configure, folder, rotate
+from cluster.logs.reader import BLOCK_BYTES, LEVELS, POLL_SECONDS, Line, follow, line_filter, recent
+from cluster.logs.redaction import MASK, SECRET_NAME, redact, strip_url_paths
+from cluster.logs.setup import NOISY_LOGGERS, configure, folder, rotate
 
 __all__ = [
     "BLOCK_BYTES",
-    "CHATTY",
-    "FOLLOW_SECONDS",
     "LEVELS",
     "MASK",
+    "NOISY_LOGGERS",
+    "POLL_SECONDS",
     "SECRET_NAME",
     "Line",
     "configure",
     "folder",
     "follow",
     "job_id",
-    "only_hosts",
+    "line_filter",
     "recent",
     "redact",
     "request_id",
     "rotate",
-    "wanted",
+    "strip_url_paths",
 ]

@@ -12,36 +12,36 @@ from typing import Any
 from cluster.logs import setup as logs_setup
 
 BLOCK_BYTES = 65536
-FOLLOW_SECONDS = 0.25
+POLL_SECONDS = 0.25
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 Line = dict[str, Any]
 
 
-def recent(count: int, is_wanted: Callable[[Line], bool]) -> list[Line]:
+def recent(count: int, matches: Callable[[Line], bool]) -> list[Line]:
     """The last `count` wanted lines of all components, oldest first."""
     newest_first = heapq.merge(
-        *(_newest_first(path) for path in _files(rotated=True)), key=lambda line: str(line["timestamp"]), reverse=True
+        *(_read_backwards(path) for path in _files(rotated=True)), key=lambda line: str(line["timestamp"]), reverse=True
     )
-    return list(islice(filter(is_wanted, newest_first), count))[::-1]
+    return list(islice(filter(matches, newest_first), count))[::-1]
 
 
-def follow(is_wanted: Callable[[Line], bool]) -> Iterator[Line]:
+def follow(matches: Callable[[Line], bool]) -> Iterator[Line]:
     """Each wanted line that is written from now on, until the caller has had enough."""
-    return _follow({path: path.stat().st_size for path in _files()}, is_wanted)
+    return _follow({path: path.stat().st_size for path in _files()}, matches)
 
 
-def _follow(positions: dict[Path, int], is_wanted: Callable[[Line], bool]) -> Iterator[Line]:
+def _follow(positions: dict[Path, int], matches: Callable[[Line], bool]) -> Iterator[Line]:
     while True:
-        fresh = [line for path in _files() for line in _read_on(path, positions)]
-        yield from sorted(filter(is_wanted, fresh), key=lambda line: str(line["timestamp"]))
-        time.sleep(FOLLOW_SECONDS)
+        new_lines = [line for path in _files() for line in _read_new_lines(path, positions)]
+        yield from sorted(filter(matches, new_lines), key=lambda line: str(line["timestamp"]))
+        time.sleep(POLL_SECONDS)
 
 
-def wanted(component: str | None, level: str | None) -> Callable[[Line], bool]:
+def line_filter(component: str | None, level: str | None) -> Callable[[Line], bool]:
     """A test for lines of one component (or any) that are at least as severe as `level` (or any)."""
-    least = LEVELS.index(level) if level else 0
-    return lambda line: component in (None, line["component"]) and _severity(line) >= least
+    min_severity = LEVELS.index(level) if level else 0
+    return lambda line: component in (None, line["component"]) and _severity(line) >= min_severity
 
 
 def _severity(line: Line) -> int:
@@ -52,22 +52,22 @@ def _files(*, rotated: bool = False) -> list[Path]:
     return sorted(path for path in logs_setup.folder().glob("*.jsonl*") if rotated or path.suffix == ".jsonl")
 
 
-def _newest_first(path: Path) -> Iterator[Line]:
+def _read_backwards(path: Path) -> Iterator[Line]:
     """A file's lines from its end, reading no more of it than is asked for."""
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)
-        rest = b""
+        remainder = b""
         while position > 0:
             start = max(0, position - BLOCK_BYTES)
             file.seek(start)
-            first, *lines = (file.read(position - start) + rest).split(b"\n")
+            first, *lines = (file.read(position - start) + remainder).split(b"\n")
             for text in reversed(lines):
                 yield from _parse(text)
-            rest, position = first, start
-        yield from _parse(rest)
+            remainder, position = first, start
+        yield from _parse(remainder)
 
 
-def _read_on(path: Path, positions: dict[Path, int]) -> Iterator[Line]:
+def _read_new_lines(path: Path, positions: dict[Path, int]) -> Iterator[Line]:
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         position = positions.get(path, 0)

@@ -4,33 +4,38 @@ import re
 
 MASK = "********"
 
-_WORDS = r"password|passwd|secret|token(?!s|iz)|api[-_]?key|signing[-_]?key|authorization|cookie"
-SECRET_NAME = re.compile(_WORDS, re.IGNORECASE)
+_SENSITIVE_WORDS = r"password|passwd|secret|token(?!s|iz)|api[-_]?key|signing[-_]?key|authorization|cookie"
+SECRET_NAME = re.compile(_SENSITIVE_WORDS, re.IGNORECASE)
 """What is in the name of something that is secret."""
-_NAMES = rf"\b[\w.-]{{0,40}}(?:{_WORDS})[\w.-]{{0,40}}"
-_SECRETS = (
+_SECRET_NAME_PATTERN = rf"\b[\w.-]{{0,40}}(?:{_SENSITIVE_WORDS})[\w.-]{{0,40}}"
+_REDACTIONS = (
     # https://token@host and scheme://user:password@host
     (re.compile(r"(\bhttps?://)[^\s/@'\"]+@", re.IGNORECASE), rf"\1{MASK}@"),
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@'\"]*):[^\s/'\"]+@", re.IGNORECASE), rf"\1:{MASK}@"),
     # name="value", {'name': 'value'}, (b'name', b'value'): between quotes a value may hold anything
-    (re.compile(rf"({_NAMES}[\"']?\s*[:=,]\s*b?)([\"'])(?:(?!\2).)*\2", re.IGNORECASE), rf"\1\2{MASK}\2"),
+    (re.compile(rf"({_SECRET_NAME_PATTERN}[\"']?\s*[:=,]\s*b?)([\"'])(?:(?!\2).)*\2", re.IGNORECASE), rf"\1\2{MASK}\2"),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{4,}", re.IGNORECASE), rf"\1 {MASK}"),
     # name: value, name=value
-    (re.compile(rf"({_NAMES}[\"']?\s*[:=]\s*)(?!Bearer|Basic|b?[\"'])[^\s&,;\"'}})\]]+", re.IGNORECASE), rf"\1{MASK}"),
+    (
+        re.compile(
+            rf"({_SECRET_NAME_PATTERN}[\"']?\s*[:=]\s*)(?!Bearer|Basic|b?[\"'])[^\s&,;\"'}})\]]+", re.IGNORECASE
+        ),
+        rf"\1{MASK}",
+    ),
     # our own credentials, and any JWT, wherever they turn up
     (re.compile(r"\b(fgr|refresh)_[\w-]{16,}"), rf"\1_{MASK}"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), MASK),
 )
-_LINK = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s/?#&]+)[/?#&]\S*", re.IGNORECASE)
+_URL = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s/?#&]+)[/?#&]\S*", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
     """The text with every secret in it masked."""
-    for pattern, replacement in _SECRETS:
+    for pattern, replacement in _REDACTIONS:
         text = pattern.sub(replacement, text)
     return text
 
 
-def only_hosts(text: str) -> str:
+def strip_url_paths(text: str) -> str:
     """The text with nothing left of addresses but whose they are: of a link, any part may be a key."""
-    return _LINK.sub(r"\1\2/…", text)
+    return _URL.sub(r"\1\2/…", text)

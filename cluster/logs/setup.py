@@ -16,7 +16,17 @@ from cluster.logs.redaction import redact
 from cluster.settings import get_settings, home
 
 # Libraries that tell of each thing they do at INFO.
-CHATTY = ("aiosqlite", "alembic", "asyncio", "botocore", "filelock", "httpcore", "httpx", "sqlalchemy", "urllib3")
+NOISY_LOGGERS = (
+    "aiosqlite",
+    "alembic",
+    "asyncio",
+    "botocore",
+    "filelock",
+    "httpcore",
+    "httpx",
+    "sqlalchemy",
+    "urllib3",
+)
 
 
 def configure(component: str, *, console: bool = False) -> None:
@@ -32,7 +42,7 @@ def configure(component: str, *, console: bool = False) -> None:
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(settings.level)
-    for name in CHATTY:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
 

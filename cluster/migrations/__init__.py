@@ -72,7 +72,7 @@ async def migrate() -> None:
             await raw.execute("PRAGMA foreign_keys = ON")
 
 
-async def run_alone(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+async def run_in_own_session(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
     """One transaction of a process that lives for nothing else, such as a command."""
     try:
         await migrate()

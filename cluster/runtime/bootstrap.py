@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 # By import path: the ground imports no floor above it.
 ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatch.dispatcher:Dispatcher"}
 APPLICATION = "serve.deployment:build_application"
-DECLARED_SERVICES = "pipelines.media.check_services:declare_services"
+DECLARE_SERVICES = "pipelines.media.check_services:declare_services"
 APPLICATION_NAME = "forgearr"
-RAY_SECONDS = 180, 180
+RAY_TIMEOUTS = 180, 180
 """How long it may take to be reached, and to be joined."""
-FOREIGN_RAY_SECONDS = 5, 60  # it should be there already
+EXTERNAL_RAY_TIMEOUTS = 5, 60  # it should be there already
 
-Report = Callable[[str, str], None]
+OnStep = Callable[[str, str], None]
 
 
 class NoAdmin(SettingsError):
@@ -41,22 +41,22 @@ class NoAdmin(SettingsError):
     code = "NO_ADMIN"
 
 
-def bring_up(settings: Settings, report: Report) -> None:
-    asyncio.run(_prepare_database(settings, report))
-    actors = {name: _load(path) for name, path in ACTORS.items()}
-    build_application = _load(APPLICATION)
+def bring_up(settings: Settings, on_step: OnStep) -> None:
+    asyncio.run(_prepare_database(settings, on_step))
+    actors = {name: _import_object(path) for name, path in ACTORS.items()}
+    build_application = _import_object(APPLICATION)
     # Ray takes longer to start than all of the above, which therefore costs nothing.
-    _connect(settings, report)
-    _start_actors(actors, report)
-    _deploy(build_application(settings), settings, report)
+    _connect(settings, on_step)
+    _start_actors(actors, on_step)
+    _deploy(build_application(settings), settings, on_step)
 
 
-def take_down(settings: Settings, report: Report) -> None:
+def take_down(settings: Settings, on_step: OnStep) -> None:
     """Leave a cluster that others use too as it was before `bring_up`."""
     import ray
     from ray import serve as ray_serve
 
-    _connect(settings, report)
+    _connect(settings, on_step)
     ray_serve.delete(APPLICATION_NAME)
     if not ray_serve.status().applications:
         ray_serve.shutdown()  # nobody else serves on this cluster
@@ -66,7 +66,7 @@ def take_down(settings: Settings, report: Report) -> None:
             with suppress(ValueError):  # it has ended meanwhile
                 ray.kill(ray.get_actor(name, namespace=NAMESPACE))
         time.sleep(0.2)
-    report("actors", "stopped")
+    on_step("actors", "stopped")
 
 
 def _named_actors() -> list[str]:
@@ -76,37 +76,37 @@ def _named_actors() -> list[str]:
     return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
 
 
-async def _prepare_database(settings: Settings, report: Report) -> None:
+async def _prepare_database(settings: Settings, on_step: OnStep) -> None:
     from cluster.db import get_database
     from cluster.identity import has_admin
     from cluster.migrations import migrate
 
     await migrate()
     database = get_database()
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         admin = await has_admin(session)
-    await _load(DECLARED_SERVICES)(database)
+    await _import_object(DECLARE_SERVICES)(database)
     await database.close()
     if not settings.serve.is_loopback and not admin:
         raise NoAdmin
-    report("database", "SQLite" if database.is_sqlite else "PostgreSQL")
+    on_step("database", "SQLite" if database.is_sqlite else "PostgreSQL")
 
 
-def _load(path: str) -> Any:
+def _import_object(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def _connect(settings: Settings, report: Report) -> None:
+def _connect(settings: Settings, on_step: OnStep) -> None:
     """Join Ray, which may just be starting."""
     import ray
 
     address = settings.ray.address or f"127.0.0.1:{settings.ray.port}"
-    to_reach, to_join = FOREIGN_RAY_SECONDS if settings.ray.address else RAY_SECONDS
-    began = time.monotonic()
+    reach_timeout, join_timeout = EXTERNAL_RAY_TIMEOUTS if settings.ray.address else RAY_TIMEOUTS
+    started = time.monotonic()
     # Ray itself would wait for minutes for an address where nobody is.
     while not processes.is_reachable(address):
-        if time.monotonic() - began > to_reach:
+        if time.monotonic() - started > reach_timeout:
             raise Unavailable(f"No Ray cluster answers at {address}.")
         time.sleep(0.1)
     while not ray.is_initialized():
@@ -119,22 +119,22 @@ def _connect(settings: Settings, report: Report) -> None:
                 logging_level=logging.WARNING,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            if time.monotonic() - began > to_join:
+            if time.monotonic() - started > join_timeout:
                 raise Unavailable(f"The Ray cluster at {address} cannot be joined: {error}.") from error
             time.sleep(0.2)
     resources = ray.cluster_resources()
-    report("ray", f"{address}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
+    on_step("ray", f"{address}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
 
 
 def _runtime_environment(settings: Settings) -> dict[str, Any] | None:
     """A cluster of others does not have our environment yet; the one that we started does."""
     if settings.ray.address is None:
         return None
-    ours = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
-    return {"env_vars": {name: value for name, value in ours.items() if name != processes.MARK}}
+    own_variables = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    return {"env_vars": {name: value for name, value in own_variables.items() if name != processes.MARKER_VARIABLE}}
 
 
-def _start_actors(classes: dict[str, Any], report: Report) -> None:
+def _start_actors(classes: dict[str, Any], on_step: OnStep) -> None:
     import ray
 
     handles: list[Any] = []
@@ -143,17 +143,17 @@ def _start_actors(classes: dict[str, Any], report: Report) -> None:
         actor = ray.remote(actor_class).options(num_cpus=0, max_restarts=-1, max_concurrency=1000, **options)
         handles.append(actor.remote())
     ray.get([handle.__ray_ready__.remote() for handle in handles])
-    report("actors", ", ".join(classes))
+    on_step("actors", ", ".join(classes))
 
 
-def _deploy(application: Any, settings: Settings, report: Report) -> None:
+def _deploy(application: Any, settings: Settings, on_step: OnStep) -> None:
     from ray import serve as ray_serve
 
     # Behind our HAProxy every part of Serve stays on loopback; it alone opens what serve.host names.
     host = "127.0.0.1" if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ else settings.serve.host
     ray_serve.start(http_options={"host": host, "port": settings.serve.port})
     ray_serve.run(application, name=APPLICATION_NAME, route_prefix="/")
-    report("gateway", settings.url)
+    on_step("gateway", settings.url)
 
 
 def main(direction: str) -> int:
@@ -161,19 +161,19 @@ def main(direction: str) -> int:
     # Whatever the libraries print goes to the log, so that the supervisor reads reports and nothing else.
     os.dup2(2, 1)
 
-    def tell(**message: str) -> None:
+    def write_report(**message: str) -> None:
         reports.write(json.dumps(message) + "\n")
 
     try:
         logs.configure("bringup")
-        work = {"up": bring_up, "down": take_down}[direction]
-        work(get_settings(), lambda step, detail: tell(step=step, detail=detail))
+        action = {"up": bring_up, "down": take_down}[direction]
+        action(get_settings(), lambda step, detail: write_report(step=step, detail=detail))
     except ForgearrError as error:
-        tell(error=error.message)
+        write_report(error=error.message)
         return 1
     except Exception as error:
         log.exception("bringing Forgearr %s failed", direction)
-        tell(error=f"{type(error).__name__}: {logs.redact(str(error))}")
+        write_report(error=f"{type(error).__name__}: {logs.redact(str(error))}")
         return 1
     return 0
 

@@ -20,18 +20,18 @@ from cluster.settings import Settings, home
 GB = 1_000_000_000
 DISK_GB = 5
 MEMORY_GB = 4
-PATIENCE_SECONDS = 30
+COMMAND_TIMEOUT_SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     level: Literal["ok", "warn", "fail"]
     subject: str
     text: str
     fix: str = ""
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def run_checks(settings: Settings) -> Iterator[CheckResult]:
     yield _python()
     yield from _packages()
     yield _home()
@@ -48,118 +48,122 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _gpu()
 
 
-def _cluster(address: str) -> Finding:
+def _cluster(address: str) -> CheckResult:
     if processes.is_reachable(address):
-        return Finding("ok", "cluster", f"answers at {address}")
-    return Finding("fail", "cluster", f"nothing answers at {address}", "Start that cluster, or correct ray.address.")
+        return CheckResult("ok", "cluster", f"answers at {address}")
+    return CheckResult(
+        "fail", "cluster", f"nothing answers at {address}", "Start that cluster, or correct ray.address."
+    )
 
 
-def _python() -> Finding:
+def _python() -> CheckResult:
     text = f"{platform.python_version()} at {sys.executable}"
     if sys.prefix == sys.base_prefix:
-        return Finding("warn", "python", text, "Use a virtual environment, as `make setup` does.")
-    return Finding("ok", "python", text)
+        return CheckResult("warn", "python", text, "Use a virtual environment, as `make setup` does.")
+    return CheckResult("ok", "python", text)
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[CheckResult]:
     for name in ("ray", "mlflow"):
         try:
-            yield Finding("ok", name, version(name))
+            yield CheckResult("ok", name, version(name))
         except PackageNotFoundError:
-            yield Finding("fail", name, "not installed", "Run `make setup`.")
+            yield CheckResult("fail", name, "not installed", "Run `make setup`.")
 
 
-def _home() -> Finding:
+def _home() -> CheckResult:
     mode = stat.S_IMODE(home().stat().st_mode)
     if mode & 0o077:
-        return Finding("warn", "home", f"{home()} can be read by other accounts", f"Run `chmod 700 {home()}`.")
-    return Finding("ok", "home", str(home()))
+        return CheckResult("warn", "home", f"{home()} can be read by other accounts", f"Run `chmod 700 {home()}`.")
+    return CheckResult("ok", "home", str(home()))
 
 
-def _keys() -> Iterator[Finding]:
+def _keys() -> Iterator[CheckResult]:
     for path in sorted((home() / "keys").glob("*")):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            yield Finding("fail", "keys", f"{path} can be read by other accounts", f"Run `chmod 600 {path}`.")
+            yield CheckResult("fail", "keys", f"{path} can be read by other accounts", f"Run `chmod 600 {path}`.")
 
 
-def _disk() -> Finding:
+def _disk() -> CheckResult:
     free = shutil.disk_usage(home()).free / GB
     text = f"{free:.0f} GB free at {home()}"
     if free < DISK_GB:
-        return Finding("warn", "disk", text, f"Free some space: models and checkpoints need more than {DISK_GB} GB.")
-    return Finding("ok", "disk", text)
+        return CheckResult(
+            "warn", "disk", text, f"Free some space: models and checkpoints need more than {DISK_GB} GB."
+        )
+    return CheckResult("ok", "disk", text)
 
 
-def _memory() -> Finding:
+def _memory() -> CheckResult:
     memory = psutil.virtual_memory()
     text = f"{memory.available / GB:.0f} GB available of {memory.total / GB:.0f} GB"
-    if memory.available < MEMORY_GB * GB and run_state.current() is None:
-        return Finding("warn", "memory", text, f"Ray, MLflow and the gateway need about {MEMORY_GB} GB together.")
-    return Finding("ok", "memory", text)
+    if memory.available < MEMORY_GB * GB and run_state.current_run() is None:
+        return CheckResult("warn", "memory", text, f"Ray, MLflow and the gateway need about {MEMORY_GB} GB together.")
+    return CheckResult("ok", "memory", text)
 
 
-def _ports(settings: Settings) -> Iterator[Finding]:
-    run = run_state.current()
-    for setting, (host, port) in supervisor.addresses(settings).items():
+def _ports(settings: Settings) -> Iterator[CheckResult]:
+    run = run_state.current_run()
+    for setting, (host, port) in supervisor.listen_addresses(settings).items():
         if run and port in run.ports:
-            yield Finding("ok", "port", f"{port} ({setting}) is in use by Forgearr, which runs")
+            yield CheckResult("ok", "port", f"{port} ({setting}) is in use by Forgearr, which runs")
             continue
         try:
             processes.require_free_port(host, port, setting)
-            yield Finding("ok", "port", f"{port} ({setting}) is free")
+            yield CheckResult("ok", "port", f"{port} ({setting}) is free")
         except processes.PortUnavailable as error:
-            yield Finding("fail", "port", f"{port} ({setting}) cannot be used", error.message)
+            yield CheckResult("fail", "port", f"{port} ({setting}) cannot be used", error.message)
 
 
-def _haproxy() -> Finding:
+def _haproxy() -> CheckResult:
     binary = haproxy.bundled_binary()
     if binary is None:
         text = "not available here, so Ray Serve's own proxy answers: it is about five times slower"
         fix = "Run `make setup`." if sys.platform == "linux" else "HAProxy comes with Forgearr on Linux only."
-        return Finding("warn", "haproxy", text, fix)
-    answer = _run(str(binary), "-v")
-    if answer.returncode:
-        return Finding("fail", "haproxy", f"{binary} does not run: {answer.stderr.strip()}", "Run `make setup`.")
-    return Finding("ok", "haproxy", answer.stdout.split(" ")[2])
+        return CheckResult("warn", "haproxy", text, fix)
+    result = _run(str(binary), "-v")
+    if result.returncode:
+        return CheckResult("fail", "haproxy", f"{binary} does not run: {result.stderr.strip()}", "Run `make setup`.")
+    return CheckResult("ok", "haproxy", result.stdout.split(" ")[2])
 
 
-def _git() -> Finding:
+def _git() -> CheckResult:
     program = shutil.which("git")
     if program is None:
         fix = "Install git, if repositories are to retrain their models."
-        return Finding("warn", "git", "not installed, so no repository can be read", fix)
-    answer = _run(program, "--version")
-    if answer.returncode:
-        return Finding("warn", "git", f"{program} does not run: {answer.stderr.strip()}", "Install git anew.")
-    return Finding("ok", "git", answer.stdout.strip().removeprefix("git version "))
+        return CheckResult("warn", "git", "not installed, so no repository can be read", fix)
+    result = _run(program, "--version")
+    if result.returncode:
+        return CheckResult("warn", "git", f"{program} does not run: {result.stderr.strip()}", "Install git anew.")
+    return CheckResult("ok", "git", result.stdout.strip().removeprefix("git version "))
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     """What it says. What says nothing for long is as broken as what fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"no answer within {PATIENCE_SECONDS} seconds")
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {COMMAND_TIMEOUT_SECONDS} seconds")
 
 
-def _database(settings: Settings) -> Finding:
+def _database(settings: Settings) -> CheckResult:
     """Whether it can be reached, and whether its schema is one that this code knows."""
     from sqlalchemy.exc import SQLAlchemyError
 
     if settings.database.url is None and not (home() / "forgearr.db").exists():
-        return Finding("ok", "database", "SQLite, made by the first `forgearr up`")
+        return CheckResult("ok", "database", "SQLite, made by the first `forgearr up`")
     try:
-        found, known = asyncio.run(_schema_versions())
+        current, known = asyncio.run(_schema_versions())
     except (SQLAlchemyError, OSError) as error:
         reason = logs.redact(str(error).strip().partition("\n")[0])
-        return Finding("fail", "database", f"cannot be reached: {reason}", "Check database.url, and that it runs.")
-    if found is None:
-        return Finding("ok", "database", "empty; `forgearr up` makes its tables")
-    if found not in known:
+        return CheckResult("fail", "database", f"cannot be reached: {reason}", "Check database.url, and that it runs.")
+    if current is None:
+        return CheckResult("ok", "database", "empty; `forgearr up` makes its tables")
+    if current not in known:
         fix = "Install that version again, or restore a backup made before it."
-        return Finding("fail", "database", f"schema {found} was made by a newer version of Forgearr", fix)
-    later = "" if found == known[0] else f"; `forgearr up` migrates it to {known[0]}"
-    return Finding("ok", "database", f"schema {found}{later}")
+        return CheckResult("fail", "database", f"schema {current} was made by a newer version of Forgearr", fix)
+    pending = "" if current == known[0] else f"; `forgearr up` migrates it to {known[0]}"
+    return CheckResult("ok", "database", f"schema {current}{pending}")
 
 
 async def _schema_versions() -> tuple[str | None, list[str]]:
@@ -183,25 +187,25 @@ async def _schema_versions() -> tuple[str | None, list[str]]:
         await get_database().close()
 
 
-def _mlflow(settings: Settings) -> Finding:
+def _mlflow(settings: Settings) -> CheckResult:
     if settings.mlflow_uri is None:
-        return Finding("ok", "mlflow", "off (mlflow.enabled)")
+        return CheckResult("ok", "mlflow", "off (mlflow.enabled)")
     if probes.is_mlflow_up(settings.mlflow_uri):
-        return Finding("ok", "mlflow", f"answers at {settings.mlflow_uri}")
+        return CheckResult("ok", "mlflow", f"answers at {settings.mlflow_uri}")
     if settings.mlflow.tracking_uri:
         fix = "Start that server, or unset mlflow.tracking_uri; until then runs are kept and recorded later."
-        return Finding("warn", "mlflow", f"does not answer at {settings.mlflow_uri}", fix)
-    if run_state.current():
-        return Finding("warn", "mlflow", "is not answering (yet)", f"See {home() / 'logs' / 'mlflow.log'}.")
-    return Finding("ok", "mlflow", "starts with `forgearr up`")
+        return CheckResult("warn", "mlflow", f"does not answer at {settings.mlflow_uri}", fix)
+    if run_state.current_run():
+        return CheckResult("warn", "mlflow", "is not answering (yet)", f"See {home() / 'logs' / 'mlflow.log'}.")
+    return CheckResult("ok", "mlflow", "starts with `forgearr up`")
 
 
-def _gpu() -> Finding:
+def _gpu() -> CheckResult:
     program = shutil.which("nvidia-smi")
     if program is None:
-        return Finding("ok", "gpu", "none: CPU only")
-    answer = _run(program, "--query-gpu=name,memory.total", "--format=csv,noheader")
-    if answer.returncode:
-        text = f"nvidia-smi fails: {(answer.stdout + answer.stderr).strip()}"
-        return Finding("warn", "gpu", text, "Check the NVIDIA driver; until then jobs run on the CPU.")
-    return Finding("ok", "gpu", "; ".join(answer.stdout.strip().splitlines()))
+        return CheckResult("ok", "gpu", "none: CPU only")
+    result = _run(program, "--query-gpu=name,memory.total", "--format=csv,noheader")
+    if result.returncode:
+        text = f"nvidia-smi fails: {(result.stdout + result.stderr).strip()}"
+        return CheckResult("warn", "gpu", text, "Check the NVIDIA driver; until then jobs run on the CPU.")
+    return CheckResult("ok", "gpu", "; ".join(result.stdout.strip().splitlines()))

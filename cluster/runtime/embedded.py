@@ -17,7 +17,7 @@ from cluster.errors import ForgearrError
 from cluster.runtime import haproxy, patches, processes
 from cluster.settings import Settings, home
 
-FIRST_PORT, BLOCKS, BLOCK_PORTS = 20_000, 50, 200
+FIRST_PORT, BLOCK_COUNT, PORTS_PER_BLOCK = 20_000, 50, 200
 """Ports for what nobody needs to know the port of: a block for each installation."""
 SERVICE_PORTS = 4  # of each block; the rest is for gateway replicas
 
@@ -30,25 +30,25 @@ class UnsafeFolder(ForgearrError):
 
 def environment(settings: Settings) -> dict[str, str]:
     """What everything on Ray, and whoever talks to it, finds in its environment."""
-    marked = processes.marked_environment()
-    marked.pop("RAY_ADDRESS", None)
+    variables = processes.marked_environment()
+    variables.pop("RAY_ADDRESS", None)
     if settings.ray.address is not None:
-        return marked
+        return variables
     # Without this, Ray takes 127.0.0.1 for "this machine's address" and listens on every interface.
-    marked["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    marked["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = patches.SETUP_HOOK
-    marked["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    variables["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = patches.SETUP_HOOK
+    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     # Ray's 15 would let everything else on this machine go before an answer; jobs stand back by themselves.
-    marked.setdefault("RAY_worker_niceness", "0")
+    variables.setdefault("RAY_worker_niceness", "0")
     # Everything is on loopback, and `ray job submit` works as it is. Who shares the machine with people that they
     # do not trust sets RAY_AUTH_MODE=token before `forgearr up`, as in Ray's documentation.
-    marked.setdefault("RAY_AUTH_MODE", "disabled")
-    return marked | _serve_environment(settings)
+    variables.setdefault("RAY_AUTH_MODE", "disabled")
+    return variables | _serve_environment(settings)
 
 
 def ray_command(settings: Settings) -> list[str]:
     folder = private_folder(home()) / "ray"
-    _forget_old_sessions(folder)
+    _delete_old_sessions(folder)
     options: dict[str, Any] = {
         "--node-ip-address": "127.0.0.1",
         "--port": settings.ray.port,
@@ -81,8 +81,8 @@ def private_folder(home: Path) -> Path:
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:8]
     folder = Path("/tmp") / f"forgearr-{os.getuid()}-{digest}"  # noqa: S108
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UnsafeFolder(f"{folder} belongs to another account, or others may write to it: remove it and try again.")
     return folder
 
@@ -109,7 +109,7 @@ def mlflow_environment() -> dict[str, str]:
     }
 
 
-def _forget_old_sessions(folder: Path) -> None:
+def _delete_old_sessions(folder: Path) -> None:
     """Keep the logs of the last session of Ray only."""
     sessions = sorted(path for path in folder.glob("session_2*") if path.is_dir() and not path.is_symlink())
     for session in sessions[:-1]:
@@ -123,7 +123,7 @@ def _serve_environment(settings: Settings) -> dict[str, str]:
     if binary is None:
         return {"FORWARDED_ALLOW_IPS": ",".join(proxies)}
     folder = private_folder(home())
-    first = _ports_of_our_own(settings)
+    first = _find_port_block(settings)
     stats, metrics, fallback, fallback_grpc, first_replica = range(first, first + SERVICE_PORTS + 1)
     return {
         # Whose X-Forwarded-For uvicorn believes: HAProxy's, which is made from nothing but what these proxies tell it.
@@ -148,24 +148,26 @@ def _serve_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_replica),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK_PORTS - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS_PER_BLOCK - 1),
     }
 
 
-def _named_ports(settings: Settings) -> set[int]:
+def _configured_ports(settings: Settings) -> set[int]:
     return {settings.serve.port, settings.ray.port, settings.ray.dashboard_port, settings.mlflow.port}
 
 
-def _ports_of_our_own(settings: Settings) -> int:
+def _find_port_block(settings: Settings) -> int:
     """The first of a block of ports: below those that the system gives out, and another one for each installation.
 
     HAProxy binds its ports seconds after they were chosen; one that the system gives out may be taken by then.
     """
     digest = int.from_bytes(hashlib.sha256(str(home()).encode()).digest()[:2])
-    blocks = [FIRST_PORT + (digest + turn) % BLOCKS * BLOCK_PORTS for turn in range(BLOCKS)]
-    named = _named_ports(settings)
+    blocks = [FIRST_PORT + (digest + offset) % BLOCK_COUNT * PORTS_PER_BLOCK for offset in range(BLOCK_COUNT)]
+    configured = _configured_ports(settings)
     for first in blocks:
-        ours = range(first, first + SERVICE_PORTS)
-        if named.isdisjoint(ours) and not any(processes.is_listening("127.0.0.1", port) for port in ours):
+        ports = range(first, first + SERVICE_PORTS)
+        if configured.isdisjoint(ports) and not any(processes.is_listening("127.0.0.1", port) for port in ports):
             return first
-    raise processes.PortUnavailable(f"Nothing is free from port {FIRST_PORT} to {FIRST_PORT + BLOCKS * BLOCK_PORTS}.")
+    raise processes.PortUnavailable(
+        f"Nothing is free from port {FIRST_PORT} to {FIRST_PORT + BLOCK_COUNT * PORTS_PER_BLOCK}."
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 LAUNCHER = """#!/bin/sh
 exec '{python}' -m cluster.runtime.haproxy '{binary}' '{host}' '{proxies}' "$@"
 """
-GATEWAY = "frontend http_frontend"
+GATEWAY_SECTION = "frontend http_frontend"
 FORWARDED_HEADERS = ("X-Forwarded-For", "X-Forwarded-Proto")
 
 
@@ -38,31 +38,31 @@ def write_launcher(folder: Path, binary: Path, host: str, proxies: Sequence[str]
     return launcher
 
 
-def rebind(configuration: str, host: str) -> str:
+def set_bind_addresses(configuration: str, host: str) -> str:
     """Serve's configuration with its addresses replaced, section by section."""
     section = ""
     lines: list[str] = []
     for line in configuration.splitlines(keepends=True):
         if line.strip() and not line[0].isspace():
             section = line.strip()
-        address = host if section == GATEWAY else "127.0.0.1"
+        address = host if section == GATEWAY_SECTION else "127.0.0.1"
         lines.append(re.sub(r"^(\s+bind )\S*:(\d+)", rf"\g<1>{address}:\2", line))
     return "".join(lines)
 
 
-def name_callers(configuration: str, proxies: Sequence[str]) -> str:
+def set_forwarded_headers(configuration: str, proxies: Sequence[str]) -> str:
     """Serve's configuration with an X-Forwarded-For that callers, except for these proxies, cannot choose."""
-    exception = f" unless {{ src {' '.join(proxies)} }}" if proxies else ""
-    rules = [f"http-request del-header {header}{exception}" for header in FORWARDED_HEADERS]
-    added = "".join(f"    {line}\n" for line in (*rules, "option forwardfor"))
-    return configuration.replace(f"{GATEWAY}\n", f"{GATEWAY}\n{added}")
+    condition = f" unless {{ src {' '.join(proxies)} }}" if proxies else ""
+    rules = [f"http-request del-header {header}{condition}" for header in FORWARDED_HEADERS]
+    lines = "".join(f"    {line}\n" for line in (*rules, "option forwardfor"))
+    return configuration.replace(f"{GATEWAY_SECTION}\n", f"{GATEWAY_SECTION}\n{lines}")
 
 
 def main() -> None:
     binary, host, proxies, *arguments = sys.argv[1:]
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(name_callers(rebind(path.read_text(), host), proxies.split()))
+        path.write_text(set_forwarded_headers(set_bind_addresses(path.read_text(), host), proxies.split()))
     os.execv(binary, [binary, *arguments])  # noqa: S606
 
 

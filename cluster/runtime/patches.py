@@ -29,7 +29,7 @@ def run_ray() -> None:
     """Ray, without the server of Ray Client, which nothing here uses: 90 MB."""
     from ray._private import utils
 
-    _replace(utils, "get_ray_client_dependency_error", lambda: ImportError("Forgearr does not use Ray Client"))
+    _patch(utils, "get_ray_client_dependency_error", lambda: ImportError("Forgearr does not use Ray Client"))
     from ray.scripts.scripts import main
 
     main()
@@ -39,16 +39,16 @@ def run_mlflow() -> None:
     """MLflow's server, in this process instead of beside a parent that only waits for it: 190 MB."""
     from mlflow import cli, server
 
-    _replace(server, "_exec_cmd", _become)
+    _patch(server, "_exec_cmd", _exec_server)
     cli.cli()
 
 
-def _become(command: Sequence[object], *, extra_env: Mapping[str, str], **_: object) -> NoReturn:
+def _exec_server(command: Sequence[object], *, extra_env: Mapping[str, str], **_: object) -> NoReturn:
     arguments = [str(part) for part in command]
     os.execvpe(arguments[0], arguments, {**os.environ, **extra_env})  # noqa: S606
 
 
-def _replace(module: Any, name: str, function: Any) -> None:
+def _patch(module: Any, name: str, function: Any) -> None:
     if not hasattr(module, name):
         raise AttributeError(f"{module.__name__}.{name} is gone: cluster/runtime/patches.py does not fit this version")
     setattr(module, name, function)

@@ -7,11 +7,11 @@ import httpx
 TIMEOUT_SECONDS = 5
 
 
-def of_gateway(url: str) -> dict[str, Any] | None:
+def gateway_health(url: str) -> dict[str, Any] | None:
     """What the gateway's /health tells. None: it does not answer, or something else does."""
     try:
-        answer = httpx.get(f"{url}/health", timeout=TIMEOUT_SECONDS)
-        content: Any = answer.json()
+        response = httpx.get(f"{url}/health", timeout=TIMEOUT_SECONDS)
+        content: Any = response.json()
     except (httpx.HTTPError, ValueError):
         return None
     return content if isinstance(content, dict) and {"status", "uptime"} <= content.keys() else None

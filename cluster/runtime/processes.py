@@ -20,8 +20,8 @@ import psutil
 from cluster.errors import ForgearrError
 from cluster.settings import home
 
-MARK = "FORGEARR_RUNTIME"
-BACKGROUND = 10
+MARKER_VARIABLE = "FORGEARR_RUNTIME"
+JOB_NICENESS = 10
 """How far jobs stand back, as a niceness."""
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
@@ -35,7 +35,7 @@ class PortUnavailable(ForgearrError):
 def marked_environment() -> dict[str, str]:
     """This process's environment for a child: absolute home, this Python first in PATH, and the mark."""
     environment = dict(os.environ)
-    environment["FORGEARR_HOME"] = environment[MARK] = str(home())
+    environment["FORGEARR_HOME"] = environment[MARKER_VARIABLE] = str(home())
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return environment
 
@@ -68,21 +68,21 @@ async def stop(process: asyncio.subprocess.Process, grace_seconds: float) -> Non
         await process.wait()
 
 
-def stand_back() -> None:
+def lower_priority() -> None:
     """Let those who answer people go first: before this thread, and whatever it starts."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(BACKGROUND, os.getpriority(os.PRIO_PROCESS, 0)))
+    os.setpriority(os.PRIO_PROCESS, 0, max(JOB_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
-def leftovers() -> list[psutil.Process]:
+def marked_processes() -> list[psutil.Process]:
     """Every other process that carries this installation's mark."""
     return [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process)]
 
 
-def find_ours(words: str) -> psutil.Process | None:
+def find_by_command(text: str) -> psutil.Process | None:
     """The process of this installation, on this machine, with these words in its command line."""
-    for process in leftovers():
+    for process in marked_processes():
         try:
-            if words in " ".join(process.cmdline()):
+            if text in " ".join(process.cmdline()):
                 return process
         except psutil.NoSuchProcess:
             continue
@@ -91,17 +91,17 @@ def find_ours(words: str) -> psutil.Process | None:
 
 def end_leftovers(grace_seconds: float = 3) -> int:
     """End them all, and say how many there were."""
-    ended: set[int] = set()
-    while found := leftovers():  # one that was about to start a child when it ended is why we look again
-        _signal(found, signal.SIGTERM)
-        _, stubborn = psutil.wait_procs(found, timeout=grace_seconds)
-        _signal(stubborn, signal.SIGKILL)
-        psutil.wait_procs(stubborn, timeout=grace_seconds)
-        ended |= {process.pid for process in found}
-    return len(ended)
+    ended_pids: set[int] = set()
+    while found := marked_processes():  # one that was about to start a child when it ended is why we look again
+        _send_signal(found, signal.SIGTERM)
+        _, survivors = psutil.wait_procs(found, timeout=grace_seconds)
+        _send_signal(survivors, signal.SIGKILL)
+        psutil.wait_procs(survivors, timeout=grace_seconds)
+        ended_pids |= {process.pid for process in found}
+    return len(ended_pids)
 
 
-def find(pid: int, create_time: float) -> psutil.Process | None:
+def find_process(pid: int, create_time: float) -> psutil.Process | None:
     """The process that had this pid when it was noted down, if it is still the same one."""
     try:
         process = psutil.Process(pid)
@@ -119,7 +119,7 @@ def require_free_port(host: str, port: int, setting: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise PortUnavailable(_why_not(error, host, port, setting)) from None
+            raise PortUnavailable(_port_error_message(error, host, port, setting)) from None
 
 
 def is_listening(host: str, port: int) -> bool:
@@ -147,12 +147,12 @@ def _die_with_parent() -> None:
 
 def _is_marked(process: psutil.Process) -> bool:
     try:
-        return process.environ().get(MARK) == str(home())
+        return process.environ().get(MARKER_VARIABLE) == str(home())
     except (psutil.Error, OSError):
         return False  # it ended meanwhile, or it is another user's, whose environment we may not read
 
 
-def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+def _send_signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         try:
             process.send_signal(number)
@@ -160,10 +160,10 @@ def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None
             continue  # it ended meanwhile, which is what we want
 
 
-def _why_not(error: OSError, host: str, port: int, setting: str) -> str:
+def _port_error_message(error: OSError, host: str, port: int, setting: str) -> str:
     if error.errno == errno.EADDRINUSE:
         return (
-            f"Port {port} is taken{_owner(port)}: stop that, or choose another one with "
+            f"Port {port} is taken{_port_owner(port)}: stop that, or choose another one with "
             f"`forgearr up --set {setting}={port + 10}`."
         )
     if error.errno == errno.EACCES:
@@ -171,7 +171,7 @@ def _why_not(error: OSError, host: str, port: int, setting: str) -> str:
     return f"Nothing can listen on {host}, port {port} ({error.strerror}): see serve.host and {setting}."
 
 
-def _owner(port: int) -> str:
+def _port_owner(port: int) -> str:
     try:
         listeners = psutil.net_connections(kind="tcp")
     except psutil.AccessDenied:

@@ -20,7 +20,7 @@ class AlreadyRunning(Conflict):
     code = "ALREADY_RUNNING"
 
 
-class Running(BaseModel):
+class RunState(BaseModel):
     """One run of the supervisor."""
 
     pid: int
@@ -37,7 +37,7 @@ class Running(BaseModel):
 
     @property
     def supervisor(self) -> psutil.Process | None:
-        return processes.find(self.pid, self.create_time)
+        return processes.find_process(self.pid, self.create_time)
 
 
 def folder() -> Path:
@@ -46,61 +46,61 @@ def folder() -> Path:
     return path
 
 
-def last() -> Running | None:
+def last_run() -> RunState | None:
     """The run that was noted down last. Its supervisor may be gone: `supervisor` tells."""
     try:
-        return Running.model_validate_json(_file().read_text())
+        return RunState.model_validate_json(_state_path().read_text())
     except FileNotFoundError:
         return None
     except ValidationError:
         return None  # written by another version of Forgearr; what it left behind is found without this
 
 
-def current() -> Running | None:
+def current_run() -> RunState | None:
     """The run that lives."""
-    run = last()
+    run = last_run()
     return run if run and run.supervisor else None
 
 
 def current_url() -> str:
     """Where a client on this machine reaches the gateway: it may run with settings from its command line."""
-    run = current()
+    run = current_run()
     return run.url if run else get_settings().url
 
 
-def note(run: Running) -> None:
-    draft = _file().with_suffix(".draft")
+def save_run(run: RunState) -> None:
+    draft = _state_path().with_suffix(".draft")
     draft.write_text(run.model_dump_json(indent=2))
-    draft.replace(_file())
+    draft.replace(_state_path())
 
 
-def forget() -> None:
-    _file().unlink(missing_ok=True)
+def clear_run() -> None:
+    _state_path().unlink(missing_ok=True)
 
 
 @contextmanager
-def only_one() -> Generator[None]:
+def exclusive_lock() -> Generator[None]:
     """Hold this installation's lock. The kernel lets go of it when this process ends, however it ends."""
     with (folder() / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AlreadyRunning(_already_running()) from None
+            raise AlreadyRunning(_already_running_message()) from None
         yield
 
 
-def require_none() -> None:
+def require_not_running() -> None:
     """Refuse to go on while this installation runs."""
-    if current():
-        raise AlreadyRunning(_already_running())
+    if current_run():
+        raise AlreadyRunning(_already_running_message())
 
 
-def _already_running() -> str:
-    run = current()
+def _already_running_message() -> str:
+    run = current_run()
     if run is None:
         return "Forgearr is just being started or stopped by another process; try again in a moment."
     return f"Forgearr is already running at {run.url} (process {run.pid}); `forgearr down` stops it."
 
 
-def _file() -> Path:
+def _state_path() -> Path:
     return folder() / "state.json"

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from cluster.runtime import probes, processes, run_state
-from cluster.runtime.run_state import Running
+from cluster.runtime.run_state import RunState
 from cluster.settings import Settings
 
 ACTORS = ("dispatcher", "events")
@@ -25,72 +25,84 @@ class Status:
     version: str | None = None
 
     @property
-    def is_well(self) -> bool:
+    def is_healthy(self) -> bool:
         return self.state in ("running", "off")
 
 
 def collect(settings: Settings) -> list[Status]:
     """Every component. What cannot be known is None."""
-    run = run_state.current()
+    run = run_state.current_run()
     if run is None:
         return [Status(name, "stopped") for name in ("ray", "gateway", *ACTORS, "mlflow", "database")]
-    told = probes.of_gateway(run.url)
-    return [_ray(run), _gateway(run, told), *_actors(run, told), _mlflow(run), _database(settings, told)]
-
-
-def _ray(run: Running) -> Status:
-    host, _, port = run.ray_address.rpartition(":")
-    state = "running" if processes.is_listening(host, int(port)) else _not_yet(run)
-    return Status("ray", state, run.ray_address, _since(run), version("ray"))
-
-
-def _gateway(run: Running, told: Mapping[str, Any] | None) -> Status:
-    if told is None:
-        return Status("gateway", _not_yet(run), run.url)
-    return Status("gateway", _state_of_gateway(told), run.url, told["uptime"], told.get("version"))
-
-
-def _state_of_gateway(told: Mapping[str, Any]) -> str:
-    """By its own parts: that an outside service is away is nothing that a restart would heal."""
-    parts = told.get("components", {})
-    if parts.get("database") == "disconnected":
-        return "unhealthy"
-    return "running" if set(parts.values()) <= {"connected", "running"} else "degraded"
-
-
-def _actors(run: Running, told: Mapping[str, Any] | None) -> list[Status]:
-    components = told.get("components", {}) if told else {}
-    found = {name: processes.find_ours(f"ray::{name.capitalize()}") for name in ACTORS}
+    gateway_health = probes.gateway_health(run.url)
     return [
-        Status(name, components.get(name, "unknown"), process and f"process {process.pid}", _age(process), run.version)
-        for name, process in found.items()
+        _ray(run),
+        _gateway(run, gateway_health),
+        *_actors(run, gateway_health),
+        _mlflow(run),
+        _database(settings, gateway_health),
     ]
 
 
-def _mlflow(run: Running) -> Status:
+def _ray(run: RunState) -> Status:
+    host, _, port = run.ray_address.rpartition(":")
+    state = "running" if processes.is_listening(host, int(port)) else _unreachable_state(run)
+    return Status("ray", state, run.ray_address, _uptime(run), version("ray"))
+
+
+def _gateway(run: RunState, gateway_health: Mapping[str, Any] | None) -> Status:
+    if gateway_health is None:
+        return Status("gateway", _unreachable_state(run), run.url)
+    return Status(
+        "gateway", _gateway_state(gateway_health), run.url, gateway_health["uptime"], gateway_health.get("version")
+    )
+
+
+def _gateway_state(gateway_health: Mapping[str, Any]) -> str:
+    """By its own parts: that an outside service is away is nothing that a restart would heal."""
+    components = gateway_health.get("components", {})
+    if components.get("database") == "disconnected":
+        return "unhealthy"
+    return "running" if set(components.values()) <= {"connected", "running"} else "degraded"
+
+
+def _actors(run: RunState, gateway_health: Mapping[str, Any] | None) -> list[Status]:
+    components = gateway_health.get("components", {}) if gateway_health else {}
+    actor_processes = {name: processes.find_by_command(f"ray::{name.capitalize()}") for name in ACTORS}
+    return [
+        Status(name, components.get(name, "unknown"), process and f"process {process.pid}", _age(process), run.version)
+        for name, process in actor_processes.items()
+    ]
+
+
+def _mlflow(run: RunState) -> Status:
     if run.mlflow_uri is None:
         return Status("mlflow", "off")
     if probes.is_mlflow_up(run.mlflow_uri):
-        uptime = _age(processes.find_ours("mlflow"))
+        uptime = _age(processes.find_by_command("mlflow"))
         return Status("mlflow", "running", run.mlflow_uri, uptime, version("mlflow"))
     return Status("mlflow", "starting", run.mlflow_uri)
 
 
-def _database(settings: Settings, told: Mapping[str, Any] | None) -> Status:
-    scheme, _, place = settings.database_url.partition("://")
-    address = f"{scheme.partition('+')[0]}://{place.rpartition('@')[2]}"
-    if told is None:
+def _database(settings: Settings, gateway_health: Mapping[str, Any] | None) -> Status:
+    scheme, _, location = settings.database_url.partition("://")
+    address = f"{scheme.partition('+')[0]}://{location.rpartition('@')[2]}"
+    if gateway_health is None:
         return Status("database", "unknown", address)
-    return Status("database", "running" if told.get("database") == "connected" else str(told.get("database")), address)
+    return Status(
+        "database",
+        "running" if gateway_health.get("database") == "connected" else str(gateway_health.get("database")),
+        address,
+    )
 
 
 def _age(process: psutil.Process | None) -> float | None:
     return time.time() - process.create_time() if process else None
 
 
-def _not_yet(run: Running) -> str:
+def _unreachable_state(run: RunState) -> str:
     return "stopped" if run.ready else "starting"
 
 
-def _since(run: Running) -> float:
+def _uptime(run: RunState) -> float:
     return (datetime.now(UTC) - run.started_at).total_seconds()

@@ -24,21 +24,21 @@ import psutil
 from cluster import logs
 from cluster.errors import ForgearrError, SettingsError
 from cluster.runtime import embedded, probes, processes, run_state
-from cluster.runtime.run_state import Running
+from cluster.runtime.run_state import RunState
 from cluster.settings import Settings, get_settings
 
 log = logging.getLogger(__name__)
 
-HEALTHY_SECONDS = 180
-STOP_SECONDS = 10
+HEALTH_TIMEOUT_SECONDS = 180
+STOP_TIMEOUT_SECONDS = 10
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ROTATE_EVERY_SECONDS = 30
 MLFLOW_BACKOFF_SECONDS = (1, 60)
 CLUSTER_CHECK_SECONDS = 10
-CLUSTER_PATIENCE = 3
+MAX_CLUSTER_FAILURES = 3
 
 Environment = Mapping[str, str]
-Say = Callable[[str, str], None]
+OnStep = Callable[[str, str], None]
 """Tells a person of a step that is done: its name, and what came of it."""
 
 
@@ -60,42 +60,42 @@ class RayDied(ForgearrError):
     code = "RAY_DIED"
 
 
-async def run(say: Say) -> None:
+async def run(on_step: OnStep) -> None:
     """Start everything, and watch it until a signal asks to stop. Raises what kept it from starting or running."""
     settings = get_settings()
-    _refuse_open_doors(settings)
-    with run_state.only_one():
+    _require_auth_if_public(settings)
+    with run_state.exclusive_lock():
         logs.configure("supervisor")
         if ended := processes.end_leftovers():
-            say("recovered", f"ended {ended} processes that an earlier run left behind")
+            on_step("recovered", f"ended {ended} processes that an earlier run left behind")
         _require_free_ports(settings)
         try:
-            await _run_until_signal(settings, say)
+            await _run_until_signal(settings, on_step)
         finally:
-            run_state.forget()
+            run_state.clear_run()
 
 
-async def stop(say: Say) -> None:
+async def stop(on_step: OnStep) -> None:
     """Stop what runs, or what a supervisor that was killed left behind, and see that nothing of it is left."""
-    run = run_state.last()
+    run = run_state.last_run()
     if run and (supervisor := run.supervisor):
         supervisor.terminate()
-        if not await _is_gone(supervisor):
-            say("supervisor", f"process {run.pid} does not obey; ending it by force")
+        if not await _wait_until_gone(supervisor):
+            on_step("supervisor", f"process {run.pid} does not obey; ending it by force")
             supervisor.kill()
-            await _is_gone(supervisor)
+            await _wait_until_gone(supervisor)
     elif run and get_settings().ray.address:
-        await _run_bringup("down", processes.marked_environment(), say)
-    with run_state.only_one():
+        await _run_bootstrap("down", processes.marked_environment(), on_step)
+    with run_state.exclusive_lock():
         if ended := processes.end_leftovers():
-            say("recovered", f"ended {ended} processes that were left behind")
-        still = [port for port in (run.ports if run else []) if processes.is_listening("127.0.0.1", port)]
-        run_state.forget()
-    if still:
-        raise StopIncomplete(f"Something still listens on port {', '.join(map(str, still))}.")
+            on_step("recovered", f"ended {ended} processes that were left behind")
+        open_ports = [port for port in (run.ports if run else []) if processes.is_listening("127.0.0.1", port)]
+        run_state.clear_run()
+    if open_ports:
+        raise StopIncomplete(f"Something still listens on port {', '.join(map(str, open_ports))}.")
 
 
-def addresses(settings: Settings) -> dict[str, tuple[str, int]]:
+def listen_addresses(settings: Settings) -> dict[str, tuple[str, int]]:
     """Where this installation is going to listen, by the setting that says so."""
     addresses: dict[str, tuple[str, int]] = {}
     if settings.ray.address is None:
@@ -107,66 +107,66 @@ def addresses(settings: Settings) -> dict[str, tuple[str, int]]:
     return addresses
 
 
-async def _is_gone(supervisor: psutil.Process) -> bool:
-    gone, _ = await asyncio.to_thread(psutil.wait_procs, [supervisor], 4 * STOP_SECONDS)
+async def _wait_until_gone(supervisor: psutil.Process) -> bool:
+    gone, _ = await asyncio.to_thread(psutil.wait_procs, [supervisor], 4 * STOP_TIMEOUT_SECONDS)
     return bool(gone)
 
 
-async def _run_until_signal(settings: Settings, say: Say) -> None:
-    work = asyncio.create_task(_start_and_watch(settings, say))
+async def _run_until_signal(settings: Settings, on_step: OnStep) -> None:
+    task = asyncio.create_task(_start_and_watch(settings, on_step))
 
-    def ask_to_stop() -> None:
+    def request_stop() -> None:
         # A second Ctrl-C changes nothing: stopping is quick, and should not be left half done.
-        if not work.cancelling():
-            work.cancel()
+        if not task.cancelling():
+            task.cancel()
 
     for number in SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, ask_to_stop)
+        asyncio.get_running_loop().add_signal_handler(number, request_stop)
     try:
-        await work
+        await task
     except asyncio.CancelledError:
         log.info("stopped by a signal")
     finally:
-        await _stop(settings, say)
+        await _clean_up(settings, on_step)
         log.info("stopped")
-        say("stopped", "")
+        on_step("stopped", "")
 
 
-async def _start_and_watch(settings: Settings, say: Say) -> None:
+async def _start_and_watch(settings: Settings, on_step: OnStep) -> None:
     run = _new_run(settings)
-    run_state.note(run)
+    run_state.save_run(run)
     log.info("starting version %s", run.version)
     environment = embedded.environment(settings)
-    servers = [asyncio.create_task(server) for server in _servers(settings, environment)]
-    starting = asyncio.create_task(_bring_up(settings, environment, say))
+    servers = [asyncio.create_task(server) for server in _server_coroutines(settings, environment)]
+    startup = asyncio.create_task(_bootstrap(settings, environment, on_step))
     try:
-        await _first_of([starting, *servers])
-        run_state.note(run.model_copy(update={"ready": True}))
+        await _wait_for_first([startup, *servers])
+        run_state.save_run(run.model_copy(update={"ready": True}))
         log.info("ready at %s", run.url)
-        say("ready", run.url)
-        await _first_of(servers)
+        on_step("ready", run.url)
+        await _wait_for_first(servers)
     except RayDied as error:
-        raise error if starting.done() else _ray_did_not_start() from None
+        raise error if startup.done() else _ray_start_error() from None
     finally:
-        for task in (starting, *servers):
+        for task in (startup, *servers):
             task.cancel()
-        await asyncio.gather(starting, *servers, return_exceptions=True)
+        await asyncio.gather(startup, *servers, return_exceptions=True)
 
 
-def _ray_did_not_start() -> StartFailed:
-    path = _log_of("ray")
-    last = path.read_text(errors="replace").strip().rpartition("\n")[2]
-    return StartFailed(f"Ray could not start: {logs.redact(last)} ({path} says more)")
+def _ray_start_error() -> StartFailed:
+    path = _log_path("ray")
+    last_line = path.read_text(errors="replace").strip().rpartition("\n")[2]
+    return StartFailed(f"Ray could not start: {logs.redact(last_line)} ({path} says more)")
 
 
-async def _first_of(tasks: Sequence[asyncio.Task[None]]) -> None:
+async def _wait_for_first(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Wait for the first task that ends, and raise what it raised."""
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         task.result()
 
 
-def _servers(settings: Settings, environment: Environment) -> list[Coroutine[Any, Any, None]]:
+def _server_coroutines(settings: Settings, environment: Environment) -> list[Coroutine[Any, Any, None]]:
     """Work without an end: each starts what it is about, watches it, and stops it when it is cancelled."""
     servers: list[Coroutine[Any, Any, None]] = [_rotate_logs_forever()]
     servers.append(_watch_cluster(settings.ray.address) if settings.ray.address else _run_ray(settings, environment))
@@ -176,19 +176,19 @@ def _servers(settings: Settings, environment: Environment) -> list[Coroutine[Any
 
 
 async def _run_ray(settings: Settings, environment: Environment) -> None:
-    ray = await processes.start(embedded.ray_command(settings), environment, _log_of("ray"))
+    ray = await processes.start(embedded.ray_command(settings), environment, _log_path("ray"))
     try:
         code = await ray.wait()
         log.error("ray ended with exit code %s", code)
         raise RayDied
     finally:
-        await processes.stop(ray, STOP_SECONDS)
+        await processes.stop(ray, STOP_TIMEOUT_SECONDS)
 
 
 async def _watch_cluster(address: str) -> None:
     """A cluster that others run: give it time to come back before giving up on it."""
     failures = 0
-    while failures < CLUSTER_PATIENCE:
+    while failures < MAX_CLUSTER_FAILURES:
         await asyncio.sleep(CLUSTER_CHECK_SECONDS)
         failures = 0 if await asyncio.to_thread(processes.is_reachable, address) else failures + 1
     raise RayDied(f"The Ray cluster at {address} is gone. Nothing is lost: `forgearr up` goes on when it is back.")
@@ -196,17 +196,17 @@ async def _watch_cluster(address: str) -> None:
 
 async def _keep_mlflow_running(settings: Settings) -> None:
     """MLflow may come and go: jobs do not wait for it, and what it missed is caught up."""
-    shortest, longest = MLFLOW_BACKOFF_SECONDS
-    backoff = shortest
+    min_backoff, max_backoff = MLFLOW_BACKOFF_SECONDS
+    backoff = min_backoff
     while True:
         started = time.monotonic()
         command, environment = embedded.mlflow_command(settings), embedded.mlflow_environment()
-        mlflow = await processes.start(command, environment, _log_of("mlflow"))
+        mlflow = await processes.start(command, environment, _log_path("mlflow"))
         try:
             code = await mlflow.wait()
         finally:
-            await processes.stop(mlflow, STOP_SECONDS)
-        backoff = shortest if time.monotonic() - started > longest else min(backoff * 2, longest)
+            await processes.stop(mlflow, STOP_TIMEOUT_SECONDS)
+        backoff = min_backoff if time.monotonic() - started > max_backoff else min(backoff * 2, max_backoff)
         log.warning("mlflow ended with exit code %s; starting it again in %s s", code, backoff)
         await asyncio.sleep(backoff)
 
@@ -217,40 +217,40 @@ async def _rotate_logs_forever() -> None:
         logs.rotate()
 
 
-async def _bring_up(settings: Settings, environment: Environment, say: Say) -> None:
-    await _run_bringup("up", environment, say)
-    deadline = time.monotonic() + HEALTHY_SECONDS
-    while (health_now := await asyncio.to_thread(probes.of_gateway, settings.url)) is None:
+async def _bootstrap(settings: Settings, environment: Environment, on_step: OnStep) -> None:
+    await _run_bootstrap("up", environment, on_step)
+    deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
+    while (gateway_health := await asyncio.to_thread(probes.gateway_health, settings.url)) is None:
         if time.monotonic() > deadline:
             raise StartFailed(f"The gateway at {settings.url} does not answer; `forgearr logs` says more.")
         await asyncio.sleep(0.1)
-    say("health", str(health_now["status"]))
+    on_step("health", str(gateway_health["status"]))
 
 
-async def _run_bringup(direction: str, environment: Environment, say: Say) -> None:
+async def _run_bootstrap(direction: str, environment: Environment, on_step: OnStep) -> None:
     command = [sys.executable, "-m", "cluster.runtime.bootstrap", direction]
-    bringup = await processes.start(command, environment, _log_of("bringup"), stdout=asyncio.subprocess.PIPE)
-    assert bringup.stdout is not None
+    bootstrap = await processes.start(command, environment, _log_path("bringup"), stdout=asyncio.subprocess.PIPE)
+    assert bootstrap.stdout is not None
     try:
-        async for line in bringup.stdout:
+        async for line in bootstrap.stdout:
             report = json.loads(line)
             if "error" in report:
                 raise StartFailed(report["error"])
-            say(report["step"], report["detail"])
-        if code := await bringup.wait():
-            raise StartFailed(f"Bringing Forgearr {direction} failed (exit code {code}): see {_log_of('bringup')}.")
+            on_step(report["step"], report["detail"])
+        if code := await bootstrap.wait():
+            raise StartFailed(f"Bringing Forgearr {direction} failed (exit code {code}): see {_log_path('bringup')}.")
     finally:
-        await processes.stop(bringup, 1)  # it has nothing to tidy up
+        await processes.stop(bootstrap, 1)  # it has nothing to tidy up
 
 
-async def _stop(settings: Settings, say: Say) -> None:
+async def _clean_up(settings: Settings, on_step: OnStep) -> None:
     """Ray and MLflow have been stopped by what ran them. The rest is what they started, and a cluster of others."""
     if settings.ray.address and processes.is_reachable(settings.ray.address):
-        await _run_bringup("down", processes.marked_environment(), say)
+        await _run_bootstrap("down", processes.marked_environment(), on_step)
     await asyncio.to_thread(processes.end_leftovers)
 
 
-def _refuse_open_doors(settings: Settings) -> None:
+def _require_auth_if_public(settings: Settings) -> None:
     if settings.serve.is_loopback or settings.auth_required:
         return
     raise SettingsError(
@@ -260,19 +260,19 @@ def _refuse_open_doors(settings: Settings) -> None:
 
 
 def _require_free_ports(settings: Settings) -> None:
-    for setting, (host, port) in addresses(settings).items():
+    for setting, (host, port) in listen_addresses(settings).items():
         processes.require_free_port(host, port, setting)
 
 
-def _new_run(settings: Settings) -> Running:
+def _new_run(settings: Settings) -> RunState:
     started_at = datetime.now(UTC)
-    return Running(
+    return RunState(
         pid=os.getpid(),
         create_time=psutil.Process().create_time(),
         version=version("forgearr"),
         url=settings.url,
         started_at=started_at,
-        ports=[port for _, port in addresses(settings).values()],
+        ports=[port for _, port in listen_addresses(settings).values()],
         ray_address=settings.ray.address or f"127.0.0.1:{settings.ray.port}",
         mlflow_uri=settings.mlflow_uri,
     )
@@ -282,5 +282,5 @@ def _has_own_mlflow(settings: Settings) -> bool:
     return settings.mlflow.enabled and settings.mlflow.tracking_uri is None
 
 
-def _log_of(name: str) -> Path:
+def _log_path(name: str) -> Path:
     return logs.folder() / f"{name}.log"

@@ -19,20 +19,20 @@ class UnknownServiceType(UnprocessableRequest):
 def all_connectors() -> dict[str, Connector]:
     """Every connector by its type."""
     modules = (import_module(f"{connectors.__name__}.{module.name}") for module in iter_modules(connectors.__path__))
-    found: list[Connector] = [module.CONNECTOR for module in modules]
-    return {connector.type: connector for connector in found}
+    loaded: list[Connector] = [module.CONNECTOR for module in modules]
+    return {connector.type: connector for connector in loaded}
 
 
 @cache
-def words() -> dict[str, Connector]:
+def connectors_by_name() -> dict[str, Connector]:
     """Every connector by each word that means it."""
-    return {word: connector for connector in all_connectors().values() for word in connector.names}
+    return {name: connector for connector in all_connectors().values() for name in connector.names}
 
 
-def find_connector(word: str) -> Connector:
-    connector = words().get(word.casefold())
+def find_connector(name: str) -> Connector:
+    connector = connectors_by_name().get(name.casefold())
     if connector is None:
         raise UnknownServiceType(
-            f"There is no type of service named '{word}'. There are: {', '.join(sorted(words()))}."
+            f"There is no type of service named '{name}'. There are: {', '.join(sorted(connectors_by_name()))}."
         )
     return connector

@@ -36,23 +36,23 @@ class Circuit(Base):
     last_failure: Mapped[str | None] = mapped_column(Text)
 
 
-async def enter(database: Database, service_id: int, name: str, at: datetime) -> None:
+async def before_call(database: Database, service_id: int, name: str, at: datetime) -> None:
     """Pass, or raise CircuitOpen. Whoever finds an open circuit whose time is up is its trial."""
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         circuit = await session.get(Circuit, service_id)
     if circuit is None or circuit.state == "closed":
         return
-    _refuse_early(circuit, name, at)
+    _raise_if_open(circuit, name, at)
     async with database.transaction() as session:
         circuit = await session.get(Circuit, service_id, with_for_update=True)
         if circuit is None or circuit.state == "closed":
             return
-        _refuse_early(circuit, name, at)  # another one may have become the trial meanwhile
+        _raise_if_open(circuit, name, at)  # another one may have become the trial meanwhile
         # A trial that is never heard of again is over after the same time.
         circuit.state, circuit.changed_at = "half_open", at
 
 
-async def record(database: Database, service_id: int, client: Client, at: datetime) -> None:
+async def after_call(database: Database, service_id: int, client: Client, at: datetime) -> None:
     """What has come of asking."""
     if not client.successes and not client.failures:
         return
@@ -83,11 +83,11 @@ def state_of(circuit: Circuit, at: datetime) -> CircuitState:
     return "half_open" if circuit.state == "open" and not _seconds_left(circuit, at) else circuit.state
 
 
-def _refuse_early(circuit: Circuit, name: str, at: datetime) -> None:
+def _raise_if_open(circuit: Circuit, name: str, at: datetime) -> None:
     seconds = _seconds_left(circuit, at)
     if seconds:
-        why = f": {circuit.last_failure}" if circuit.last_failure else "."
-        raise CircuitOpen(f"{name} has failed {circuit.failure_count} times, and is left alone{why}", seconds)
+        reason = f": {circuit.last_failure}" if circuit.last_failure else "."
+        raise CircuitOpen(f"{name} has failed {circuit.failure_count} times, and is left alone{reason}", seconds)
 
 
 def _seconds_left(circuit: Circuit, at: datetime) -> int:

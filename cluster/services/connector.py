@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from cluster.services.capabilities.download_tracking import Following
+from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.capabilities.downloads import Downloads
 from cluster.services.capabilities.library import Library
 
 if TYPE_CHECKING:
     from cluster.services.capabilities.collection import Collection
-    from cluster.services.capabilities.settings import Areas
+    from cluster.services.capabilities.settings import SettingsAreas
     from cluster.services.http.client import Client
-from cluster.services.http.api_key import Key
-from cluster.services.web_search import Source
+from cluster.services.http.api_key import ApiKeyScheme
+from cluster.services.web_search import SearchResult
 
 Capability = Literal[
     "health",  # says whether it works, and its version
@@ -53,7 +53,7 @@ class Tool:
     effect: Literal["read", "change", "destroy"] = "read"
 
 
-def as_it_is(answer: Any) -> Any:
+def unchanged(answer: Any) -> Any:
     return answer
 
 
@@ -63,17 +63,17 @@ class Connector:
     title: str  # how it writes its name
     capabilities: frozenset[Capability]
     health: Callable[["Client"], Awaitable[str]]  # asks whether it works, with its key; returns its version
-    key: Key | None = None  # None: it has no keys, or logs in by itself
+    key_scheme: ApiKeyScheme | None = None  # None: it has no keys, or logs in by itself
     aliases: tuple[str, ...] = ()  # other products that are spoken to in the same way
     key_help: str = ""  # where a person finds the key
-    unwrap: Callable[[Any], Any] = as_it_is  # what an answer holds; raises ErrorInside if that is an error
+    unwrap: Callable[[Any], Any] = unchanged  # what an answer holds; raises ErrorInside if that is an error
     tools: tuple[Tool, ...] = ()
     collection: "Collection[Any] | None" = None  # what it collects: series, movies
     downloads: Downloads | None = None
     library: Library | None = None
-    following: Following | None = None
-    settings: "Areas | None" = None  # how its settings are read and changed
-    search_web: "Callable[[Client, str], Awaitable[list[Source]]] | None" = None  # the pages that suit a question
+    download_tracker: DownloadTracker | None = None
+    settings: "SettingsAreas | None" = None  # how its settings are read and changed
+    search_web: "Callable[[Client, str], Awaitable[list[SearchResult]]] | None" = None  # the pages that suit a question
     session: Callable[["Client", str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property
@@ -83,9 +83,9 @@ class Connector:
 
     @property
     def takes_key(self) -> bool:
-        return self.key is not None or self.session is not None
+        return self.key_scheme is not None or self.session is not None
 
     @property
     def needs_key(self) -> bool:
         """Whether nobody is answered without one."""
-        return self.takes_key and (self.key is None or self.key.needed)
+        return self.takes_key and (self.key_scheme is None or self.key_scheme.required)

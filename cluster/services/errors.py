@@ -43,7 +43,7 @@ class CircuitOpen(ServiceError):
         self.retry_after = retry_after
 
 
-class Unauthorised(ServiceError):
+class Unauthorized(ServiceError):
     """The service does not take the API key."""
 
     code = "SERVICE_UNAUTHORIZED"
@@ -62,7 +62,7 @@ class WrongService(ServiceError):
     code = "WRONG_SERVICE"
 
 
-class NotThere(ServiceError):
+class NotFoundInService(ServiceError):
     """The service has no such thing."""
 
     status = 404
@@ -80,10 +80,10 @@ class Refused(ServiceError):
     is_failure = False
 
 
-class ErrorInside(Exception):
+class ErrorInResponse(Exception):
     """For connectors: a well-formed answer that tells of an error. The client says it as one of the errors above."""
 
-    def __init__(self, words: str, *, concerns_key: bool = False) -> None:
-        super().__init__(words)
-        self.words = words
-        self.concerns_key = concerns_key
+    def __init__(self, message: str, *, is_key_error: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.is_key_error = is_key_error

@@ -14,16 +14,16 @@ from sqlalchemy import BigInteger, Boolean, Integer, String, Text, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster.db import Base, Database, now, one_at_a_time
+from cluster.db import Base, Database, advisory_lock, now
 from cluster.errors import Conflict, ForgearrError, NotFound, SettingsError, UnprocessableRequest
 from cluster.secrets import SealBroken, seal, unseal
 from cluster.services import circuit_breaker
-from cluster.services.catalog import find_connector, words
+from cluster.services.catalog import connectors_by_name, find_connector
 from cluster.services.circuit_breaker import Circuit
 from cluster.services.connector import Connector
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
-from cluster.services.http.urls import checked_url
+from cluster.services.http.urls import validate_url
 from cluster.settings import DeclaredService
 
 CONNECTION_FIELDS = {"type", "url", "api_key", "verify_tls"}
@@ -53,7 +53,7 @@ class InvalidServiceKey(UnprocessableRequest):
     code = "INVALID_SERVICE_KEY"
 
 
-class KeyWanted(UnprocessableRequest):
+class KeyMustBeResent(UnprocessableRequest):
     """The key was given for another address or type: send api_key again with the new one."""
 
     code = "SERVICE_KEY_WANTED"
@@ -88,7 +88,7 @@ class Service(Base):
         return find_connector(self.type)
 
 
-async def every(session: AsyncSession) -> Sequence[Service]:
+async def list_services(session: AsyncSession) -> Sequence[Service]:
     """All services by id. A home has a few dozen."""
     return (await session.scalars(select(Service).order_by(Service.id))).all()
 
@@ -100,14 +100,14 @@ async def get(session: AsyncSession, service_id: int, *, lock: bool = False) -> 
     return service
 
 
-async def find(session: AsyncSession, word: str) -> Service | None:
+async def find(session: AsyncSession, name: str) -> Service | None:
     """The service of this handle or name. None: it is a type of which there is none."""
-    services = await every(session)
-    named = {service.name.casefold(): service for service in services}
-    connector = words().get(word.casefold())
-    service = handles(services).get(connector.type if connector else word) or named.get(word.casefold())
+    services = await list_services(session)
+    by_name = {service.name.casefold(): service for service in services}
+    connector = connectors_by_name().get(name.casefold())
+    service = handles(services).get(connector.type if connector else name) or by_name.get(name.casefold())
     if service is None and connector is None:
-        raise ServiceNotFound(f"There is no service named '{word}'.")
+        raise ServiceNotFound(f"There is no service named '{name}'.")
     return service
 
 
@@ -123,9 +123,9 @@ def handles(services: Sequence[Service]) -> dict[str, Service]:
 
 async def create(session: AsyncSession, values: Mapping[str, Any], by: str) -> Service:
     """Add a service; `values` are its columns, with the key as it is."""
-    await one_at_a_time(session, Service.__tablename__)
+    await advisory_lock(session, Service.__tablename__)
     service = Service(created_by=by)
-    await _set(session, service, values)
+    await _set_columns(session, service, values)
     session.add(service)
     await session.flush()  # for its id
     session.add(Circuit(service_id=service.id))
@@ -137,8 +137,8 @@ async def change(session: AsyncSession, service: Service, values: Mapping[str, A
     """Set these columns of a service that is not declared."""
     if service.declared:
         raise ServiceDeclared
-    await one_at_a_time(session, Service.__tablename__)
-    await _alter(session, service, values)
+    await advisory_lock(session, Service.__tablename__)
+    await _update(session, service, values)
 
 
 async def delete(session: AsyncSession, service: Service) -> None:
@@ -148,49 +148,49 @@ async def delete(session: AsyncSession, service: Service) -> None:
     await session.delete(service)
 
 
-async def declare(session: AsyncSession, wanted: Sequence[DeclaredService]) -> None:
+async def declare(session: AsyncSession, declarations: Sequence[DeclaredService]) -> None:
     """Make the table say of declared services what the settings say now."""
-    await one_at_a_time(session, Service.__tablename__)
-    known = {service.name.casefold(): service for service in await every(session)}
-    for one in wanted:
-        key = None if one.api_key is None else one.api_key.get_secret_value()
-        values = {**one.model_dump(), "api_key": key, "declared": True}
+    await advisory_lock(session, Service.__tablename__)
+    existing = {service.name.casefold(): service for service in await list_services(session)}
+    for declaration in declarations:
+        key = None if declaration.api_key is None else declaration.api_key.get_secret_value()
+        values = {**declaration.model_dump(), "api_key": key, "declared": True}
         try:
-            service = known.pop(one.name.casefold(), None)
+            service = existing.pop(declaration.name.casefold(), None)
             if service is None:
                 await create(session, values, "settings")
             else:
-                await _alter(session, service, values)
+                await _update(session, service, values)
         except ForgearrError as error:
             raise SettingsError(
-                f"Setting 'services.declared' has a '{one.name}' that cannot be: {error.message}"
+                f"Setting 'services.declared' has a '{declaration.name}' that cannot be: {error.message}"
             ) from None
-    for service in known.values():
+    for service in existing.values():
         if service.declared:
             await session.delete(service)
     await session.flush()
 
 
 @asynccontextmanager
-async def connected(
+async def open_client(
     database: Database,
     service: Service,
     *,
     clock: Callable[[], datetime] = now,
-    even_if_open: bool = False,
+    ignore_circuit: bool = False,
 ) -> AsyncGenerator[Client]:
     """A client of the service, unless its circuit is open, which hears of how the calls have ended.
 
     Meant for one request, or one step of a job: the circuit is looked at once, and told once."""
     connection = connection_of(service)
-    if not even_if_open:
-        await circuit_breaker.enter(database, service.id, service.name, clock())
+    if not ignore_circuit:
+        await circuit_breaker.before_call(database, service.id, service.name, clock())
     client = Client(connection)
     try:
         async with client.open():
             yield client
     finally:
-        await circuit_breaker.record(database, service.id, client, clock())
+        await circuit_breaker.after_call(database, service.id, client, clock())
 
 
 def connection_of(service: Service) -> Connection:
@@ -198,37 +198,37 @@ def connection_of(service: Service) -> Connection:
     return Connection(service.name, service.connector, service.url, key, service.verify_tls)
 
 
-async def _alter(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
-    before = service.connected_as_of
+async def _update(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
+    connected_before = service.connected_as_of
     with session.no_autoflush:  # it may turn out that a service cannot be so
-        await _set(session, service, values)
-    if service.connected_as_of != before:
+        await _set_columns(session, service, values)
+    if service.connected_as_of != connected_before:
         await circuit_breaker.reset(session, service.id)
     await session.flush()
 
 
-async def _set(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
+async def _set_columns(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
     """Set these columns, if a service can be so."""
-    before = {name: getattr(service, name) for name in CONNECTION_FIELDS}
+    previous = {name: getattr(service, name) for name in CONNECTION_FIELDS}
     for name, value in values.items():
         if name != "api_key":
             setattr(service, name, value)
-    service.type, service.url = service.connector.type, checked_url(service.url)
+    service.type, service.url = service.connector.type, validate_url(service.url)
     await _check_name(session, service)
     if "api_key" in values:
         _set_key(service, values["api_key"])
-    elif before["api_key"] and (before["type"], _origin(before["url"])) != (service.type, _origin(service.url)):
-        raise KeyWanted
-    if before != {name: getattr(service, name) for name in CONNECTION_FIELDS}:
+    elif previous["api_key"] and (previous["type"], _origin(previous["url"])) != (service.type, _origin(service.url)):
+        raise KeyMustBeResent
+    if previous != {name: getattr(service, name) for name in CONNECTION_FIELDS}:
         service.connected_as_of = now()
 
 
 async def _check_name(session: AsyncSession, service: Service) -> None:
-    others = [other for other in await every(session) if other is not service]
+    others = [other for other in await list_services(session) if other is not service]
     if service.name.casefold() in {other.name.casefold() for other in others}:
         raise ServiceNameTaken(f"There is already a service named '{service.name}'.")
-    named_like = words().get(service.name.casefold())
-    if named_like not in {None, service.connector}:
+    namesake = connectors_by_name().get(service.name.casefold())
+    if namesake not in {None, service.connector}:
         raise MisleadingName(f"A service of type {service.type} cannot be named '{service.name}'.")
 
 
@@ -236,13 +236,13 @@ def _set_key(service: Service, key: str | None) -> None:
     connector = service.connector
     if key is not None and not connector.takes_key:
         raise InvalidServiceKey(f"{connector.title} takes no API key.")
-    if key is not None and connector.key and not (key.isascii() and key.isprintable()):
+    if key is not None and connector.key_scheme and not (key.isascii() and key.isprintable()):
         raise InvalidServiceKey(f"An API key of {connector.title} has no such characters in it.")
-    if key is None or key != _present_key(service):
+    if key is None or key != _current_key(service):
         service.api_key = None if key is None else seal(key)
 
 
-def _present_key(service: Service) -> str | None:
+def _current_key(service: Service) -> str | None:
     try:
         return service.api_key and unseal(service.api_key)
     except SealBroken:

@@ -16,38 +16,41 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class HowMany(Arguments):
+class LimitArguments(Arguments):
     limit: Annotated[int, Field(ge=1, le=500)] = Field(default=50, description="Maximum items to return")
 
 
-class OneDownload(Arguments):
+class DownloadArguments(Arguments):
     nzo_id: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="Id of the download")
 
 
-class OneDownloadOfTheQueue(OneDownload):
+class DeleteDownloadArguments(DownloadArguments):
     delete_files: bool = Field(default=True, description="Also what it has downloaded so far")
 
 
-class OneLibrary(Arguments):
+class LibraryArguments(Arguments):
     library_key: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="Key of the library")
 
 
-def parameters(tool: Tool) -> dict[str, dict[str, Any]]:
+def tool_parameters(tool: Tool) -> dict[str, dict[str, Any]]:
     """What a tool takes, by name: the `type` and `description` of each, its `default` or that it is `required`."""
     schema = tool.arguments.model_json_schema()
     required = schema.get("required", [])
-    return {name: _parameter(told, name in required) for name, told in schema.get("properties", {}).items()}
+    return {
+        name: _parameter(property_schema, name in required)
+        for name, property_schema in schema.get("properties", {}).items()
+    }
 
 
-def of_downloads(downloads: Downloads) -> tuple[Tool, ...]:
+def download_tools(downloads: Downloads) -> tuple[Tool, ...]:
     async def get_queue(client: Client, _: Arguments) -> Any:
         return await downloads.queue(client)
 
-    async def get_history(client: Client, wanted: HowMany) -> Any:
-        return await downloads.history(client, wanted.limit)
+    async def get_history(client: Client, arguments: LimitArguments) -> Any:
+        return await downloads.history(client, arguments.limit)
 
-    async def retry_download(client: Client, wanted: OneDownload) -> Any:
-        return {"nzo_id": wanted.nzo_id, "new_nzo_id": await downloads.retry(client, wanted.nzo_id)}
+    async def retry_download(client: Client, arguments: DownloadArguments) -> Any:
+        return {"nzo_id": arguments.nzo_id, "new_nzo_id": await downloads.retry(client, arguments.nzo_id)}
 
     async def pause_queue(client: Client, _: Arguments) -> Any:
         return await downloads.pause(client)
@@ -55,40 +58,42 @@ def of_downloads(downloads: Downloads) -> tuple[Tool, ...]:
     async def resume_queue(client: Client, _: Arguments) -> Any:
         return await downloads.resume(client)
 
-    async def delete_download(client: Client, wanted: OneDownloadOfTheQueue) -> Any:
-        await downloads.delete(client, wanted.nzo_id, wanted.delete_files)
-        return {"nzo_id": wanted.nzo_id}
+    async def delete_download(client: Client, arguments: DeleteDownloadArguments) -> Any:
+        await downloads.delete(client, arguments.nzo_id, arguments.delete_files)
+        return {"nzo_id": arguments.nzo_id}
 
     return (
         Tool("get_queue", "Get current download queue", Arguments, get_queue),
-        Tool("get_history", "Get download history", HowMany, get_history),
-        Tool("retry_download", "Try a download again that has failed", OneDownload, retry_download, "change"),
+        Tool("get_history", "Get download history", LimitArguments, get_history),
+        Tool("retry_download", "Try a download again that has failed", DownloadArguments, retry_download, "change"),
         Tool("pause_queue", "Pause the download queue", Arguments, pause_queue, "change"),
         Tool("resume_queue", "Resume the download queue", Arguments, resume_queue, "change"),
-        Tool("delete_download", "Delete a download from the queue", OneDownloadOfTheQueue, delete_download, "destroy"),
+        Tool(
+            "delete_download", "Delete a download from the queue", DeleteDownloadArguments, delete_download, "destroy"
+        ),
     )
 
 
-def of_library(library: Library) -> tuple[Tool, ...]:
+def library_tools(library: Library) -> tuple[Tool, ...]:
     async def get_libraries(client: Client, _: Arguments) -> Any:
         return await library.libraries(client)
 
-    async def get_recently_added(client: Client, wanted: HowMany) -> Any:
-        return await library.recently_added(client, wanted.limit)
+    async def get_recently_added(client: Client, arguments: LimitArguments) -> Any:
+        return await library.recently_added(client, arguments.limit)
 
-    async def scan_library(client: Client, wanted: OneLibrary) -> Any:
-        return {"library": await library.scan(client, wanted.library_key)}
+    async def scan_library(client: Client, arguments: LibraryArguments) -> Any:
+        return {"library": await library.scan(client, arguments.library_key)}
 
     return (
         Tool("get_libraries", "List the libraries, with how much is in each", Arguments, get_libraries),
-        Tool("get_recently_added", "List what was added last", HowMany, get_recently_added),
-        Tool("scan_library", "Have a library look for new files", OneLibrary, scan_library, "change"),
+        Tool("get_recently_added", "List what was added last", LimitArguments, get_recently_added),
+        Tool("scan_library", "Have a library look for new files", LibraryArguments, scan_library, "change"),
     )
 
 
-def _parameter(told: dict[str, Any], required: bool) -> dict[str, Any]:
-    shown = {name: value for name, value in told.items() if name not in {"title", "anyOf"}}
+def _parameter(property_schema: dict[str, Any], required: bool) -> dict[str, Any]:
+    fields = {name: value for name, value in property_schema.items() if name not in {"title", "anyOf"}}
     # What may be left out need not be said to be null, too.
-    choices = [choice for choice in told.get("anyOf", []) if choice.get("type") != "null"]
-    shown |= choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {}
-    return {**shown, "required": True} if required else shown
+    choices = [choice for choice in property_schema.get("anyOf", []) if choice.get("type") != "null"]
+    fields |= choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {}
+    return {**fields, "required": True} if required else fields

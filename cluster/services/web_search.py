@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class SearchResult:
     """A page that a web search has found."""
 
     title: str

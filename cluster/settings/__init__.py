@@ -14,7 +14,7 @@ from cluster.settings.infrastructure import (
 from cluster.settings.jobs import JobSettings
 from cluster.settings.loader import (
     ENVIRONMENT_PREFIX,
-    NOT_SETTINGS,
+    RESERVED_VARIABLES,
     LoadedSettings,
     export_overrides,
     get_settings,
@@ -30,8 +30,8 @@ from cluster.settings.training import ForgeSettings, GateSettings
 __all__ = [
     "ENVIRONMENT_PREFIX",
     "LOOPBACK",
-    "NOT_SETTINGS",
     "PLACEHOLDERS",
+    "RESERVED_VARIABLES",
     "SECRET_NAMES",
     "AuditSettings",
     "AuthSettings",

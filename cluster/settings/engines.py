@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator
 
 from cluster.settings.base import Section
-from cluster.times import seconds_of
+from cluster.times import parse_duration
 
 
 class EngineSettings(Section):
@@ -37,8 +37,8 @@ class EngineSettings(Section):
 
     @field_validator("keep_alive")
     @classmethod
-    def know_duration(cls, duration: float | str | None) -> float | None:
-        return None if duration is None else seconds_of(duration)
+    def parse_keep_alive(cls, duration: float | str | None) -> float | None:
+        return None if duration is None else parse_duration(duration)
 
 
 class OllamaSettings(Section):

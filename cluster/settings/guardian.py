@@ -5,14 +5,14 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from cluster.settings.base import Section
-from cluster.times import CronLine
+from cluster.times import CronExpression
 
 
 class GuardianSettings(Section):
     roots: list[Path] = Field(
         description="Folders under which repositories may lie. A relative path is looked for in each of them in turn."
     )
-    watch_cron: CronLine = Field(
+    watch_cron: CronExpression = Field(
         description="How often all repositories are looked at: minute, hour, day, month, weekday. Read when the first "
         "repository is registered; the schedule `watch-repositories` can be changed from then on."
     )
@@ -37,7 +37,7 @@ class GuardianSettings(Section):
 
     @field_validator("roots")
     @classmethod
-    def have_one(cls, roots: list[Path]) -> list[Path]:
+    def validate_roots(cls, roots: list[Path]) -> list[Path]:
         if not roots or not all(root.is_absolute() or root.parts[:1] == ("~",) for root in roots):
             raise ValueError("must be one folder or more, each beginning with / or ~")
         return roots

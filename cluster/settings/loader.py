@@ -20,7 +20,7 @@ from cluster.settings.masking import SECRET_NAMES, is_secret, to_text
 from cluster.settings.root import Settings
 
 ENVIRONMENT_PREFIX = "FORGEARR_"
-NOT_SETTINGS = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
+RESERVED_VARIABLES = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
 
 
 class LoadedSettings:
@@ -58,7 +58,7 @@ def load_settings(overrides: Sequence[str] = ()) -> LoadedSettings:
     try:
         return LoadedSettings(Settings.model_validate(nested), origins)
     except ValidationError as error:
-        raise SettingsError(_sentence(error, values, origins)) from None
+        raise SettingsError(_error_message(error, values, origins)) from None
 
 
 def export_overrides(overrides: Sequence[str]) -> None:
@@ -71,11 +71,11 @@ def _layers(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         "configs/forgearr.yaml",
         _read_yaml(files("configs").joinpath("forgearr.yaml").read_text(), "configs/forgearr.yaml"),
     )
-    own_file = home() / "forgearr.yaml"
-    if own_file.exists():
-        yield str(own_file), _read_yaml(own_file.read_text(), str(own_file))
+    user_file = home() / "forgearr.yaml"
+    if user_file.exists():
+        yield str(user_file), _read_yaml(user_file.read_text(), str(user_file))
     for variable, text in sorted(os.environ.items()):
-        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in NOT_SETTINGS:
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in RESERVED_VARIABLES:
             key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
             yield f"environment variable {variable}", {key: _read_scalar(text)}
     for override in overrides or os.environ.get("FORGEARR_OVERRIDES", "").splitlines():
@@ -109,15 +109,15 @@ def _read_scalar(text: str) -> Any:
         return text
 
 
-def _sentence(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+def _error_message(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"][:2])
     # A section that does not exist is reported without the name under it.
     key = next((known for known in values if known == key or known.startswith(f"{key}.")), key)
-    deeper = ".".join(str(part) for part in first["loc"][2:])
-    if first["type"] == "extra_forbidden" and not deeper:
+    subpath = ".".join(str(part) for part in first["loc"][2:])
+    if first["type"] == "extra_forbidden" and not subpath:
         shown = "(hidden)" if SECRET_NAMES.search(f"{key} {values[key]!r}") else repr(values[key])
         return f"Unknown setting '{key}' (set to {shown} by {origins[key]}); docs/settings.md lists those there are."
-    reason = (f"{deeper}: " if deeper else "") + first["msg"].removeprefix("Value error, ")
+    reason = (f"{subpath}: " if subpath else "") + first["msg"].removeprefix("Value error, ")
     shown = "(hidden)" if is_secret(key) else repr(values.get(key))
     return f"Setting '{key}' cannot be {shown} (from {origins.get(key, 'nowhere')}): {reason}."

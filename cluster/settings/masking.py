@@ -31,8 +31,8 @@ def to_text(value: object) -> str:
         return _masked(value.get_secret_value())
     if value is None:
         return "null"
-    plain = to_jsonable_python(value)  # folders as text
-    return yaml.safe_dump(plain, default_flow_style=True).strip().removesuffix("...").strip()
+    jsonable = to_jsonable_python(value)  # folders as text
+    return yaml.safe_dump(jsonable, default_flow_style=True).strip().removesuffix("...").strip()
 
 
 def _masked(secret: str) -> str:

@@ -6,11 +6,11 @@ from typing import Literal
 from pydantic import Field
 
 from cluster.settings.base import Section
-from cluster.times import CronLine
+from cluster.times import CronExpression
 
 
 class MediaSettings(Section):
-    watch_cron: CronLine = Field(
+    watch_cron: CronExpression = Field(
         description="How often downloads are looked at: minute, hour, day, month, weekday. Read when the first service "
         "is added; the schedule `watch-downloads` can be changed from then on."
     )

@@ -28,7 +28,7 @@ class ServeSettings(Section):
 
     @field_validator("trusted_proxies")
     @classmethod
-    def refuse_names(cls, proxies: list[str]) -> list[str]:
+    def parse_networks(cls, proxies: list[str]) -> list[str]:
         return [str(ip_network(proxy)) for proxy in proxies]
 
     @property

@@ -3,7 +3,7 @@
 from pydantic import Field, SecretStr
 
 from cluster.settings.base import Section
-from cluster.times import CronLine
+from cluster.times import CronExpression
 
 
 class DeclaredService(Section):
@@ -23,7 +23,7 @@ class ServiceSettings(Section):
         "over the API. There they can be seen, but not changed."
     )
     timeout_seconds: float = Field(gt=0, le=600, description="How long a service may take for an answer.")
-    check_cron: CronLine = Field(
+    check_cron: CronExpression = Field(
         description="How often all services are checked: minute, hour, day, month, weekday. Read when the first "
         "service is added; the schedule `check-services` can be changed from then on."
     )

@@ -23,11 +23,11 @@ from cluster.actors import NAMESPACE
 from cluster.db import get_database
 from cluster.settings import get_settings, home
 from jobs import leases, schedules
-from jobs.dispatch.capacity import HEAVY, POOLED, Room, actor_options
+from jobs.dispatch.capacity import HEAVY_PREFIX, POOL_PREFIX, ClusterCapacity, actor_options
 from jobs.execution.worker import Worker
-from jobs.journal import Entry
-from jobs.leases import Claim, LeadershipLost, Write
-from jobs.mlflow_sync import Tracker
+from jobs.journal import JournalEntry
+from jobs.leases import Claim, GuardedWrite, LeadershipLost
+from jobs.mlflow_sync import MlflowSync
 from jobs.registry import LIGHT, Resources
 from jobs.retry_policy import Failure
 from jobs.sweep import SWEEP_SCHEDULE
@@ -35,14 +35,14 @@ from jobs.tables import Job
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 5.0
+MAX_IDLE_SECONDS = 5.0
 """How long the dispatcher sleeps when nobody wakes it: the longest that a lost wake-up can delay a job."""
-GATHER_SECONDS = 0.01
+MIN_ROUND_SECONDS = 0.01
 """How far apart two looks at the queue are at least."""
-LOOK_SECONDS = 1.0
+CLUSTER_VIEW_SECONDS = 1.0
 """How old the dispatcher's view of the cluster may be while a heavy job waits."""
-ADOPT_SECONDS = 3.0
-START_SECONDS = 600.0
+ADOPT_TIMEOUT_SECONDS = 3.0
+MAX_START_SECONDS = 600.0
 """How long the process of a heavy job may take to start before its job goes back into the queue."""
 
 
@@ -54,11 +54,11 @@ class Dispatcher:
         self._holder = f"{socket.gethostname()}:{home()}"
         self._token = ""
         self._wake = asyncio.Event()
-        self._room = Room(self._settings.slots)
+        self._capacity = ClusterCapacity(self._settings.slots)
         self._handles: dict[str, Any] = {}
         self._starting: dict[str, tuple[str, float]] = {}  # heavy workers without a process yet: its job's lease, since
         self._tasks: set[asyncio.Task[None]] = set()
-        self._keep(self._lead())
+        self._start_task(self._lead_forever())
 
     async def wake(self) -> None:
         """There may be something to do."""
@@ -67,7 +67,7 @@ class Dispatcher:
     async def released(self, worker: str, job_ids: list[str]) -> None:
         """A worker has finished jobs, and has room again."""
         for job_id in job_ids:
-            self._room.release(worker, job_id)
+            self._capacity.release(worker, job_id)
         self._dismiss_if_done(worker)
         self._wake.set()
 
@@ -79,12 +79,12 @@ class Dispatcher:
     async def retire(self, worker: str) -> None:
         """A worker holds a job that does not obey: give it no more, and end it when its other jobs have finished."""
         log.warning("worker %s is retired: a job on it does not stop", worker)
-        self._room.retire(worker)
+        self._capacity.retire(worker)
         self._dismiss_if_done(worker)
         self._fill_pool()
         self._wake.set()
 
-    async def _lead(self) -> None:
+    async def _lead_forever(self) -> None:
         """Lead whenever that is possible. Losing the leadership, or the database, is a reason to begin again."""
         while True:
             try:
@@ -92,8 +92,8 @@ class Dispatcher:
                 await self._adopt_workers()
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._dispatch_forever())
-                    tasks.create_task(self._keep_house_forever())
-                    tasks.create_task(Tracker(self._database).follow_forever())
+                    tasks.create_task(self._maintain_forever())
+                    tasks.create_task(MlflowSync(self._database).sync_forever())
             except* LeadershipLost:
                 log.warning("another dispatcher has taken over")
             except* Exception:
@@ -112,124 +112,130 @@ class Dispatcher:
             await asyncio.sleep(self._settings.lease_seconds / 3)
 
     async def _dispatch_forever(self) -> None:
-        looked = seen = -math.inf
+        last_round = last_view = -math.inf
         while True:
             # Wishes that come together are met together: a look costs a transaction, however little it finds.
-            await asyncio.sleep(looked + GATHER_SECONDS - time.monotonic())
-            looked = time.monotonic()
+            await asyncio.sleep(last_round + MIN_ROUND_SECONDS - time.monotonic())
+            last_round = time.monotonic()
             self._wake.clear()
             async with self._database.transaction() as session:
-                claims = await leases.claim(session, self._token, self._room)
-                due, heavy = await leases.outlook(session)
-            self._room.looked()
-            for worker, batch in _by_worker(claims).items():
+                claims = await leases.claim_jobs(session, self._token, self._capacity)
+                wait_seconds, is_heavy_queued = await leases.next_wakeup(session)
+            self._capacity.mark_view_used()
+            for worker, batch in _group_by_worker(claims).items():
                 await self._start(worker, batch)
-            is_new = False
-            if heavy and time.monotonic() - seen > LOOK_SECONDS:
-                self._room.see_cluster(*await asyncio.to_thread(_cluster))
-                seen, is_new = time.monotonic(), True
-            if claims or is_new:
+            is_view_new = False
+            if is_heavy_queued and time.monotonic() - last_view > CLUSTER_VIEW_SECONDS:
+                self._capacity.update_cluster(*await asyncio.to_thread(_read_cluster))
+                last_view, is_view_new = time.monotonic(), True
+            if claims or is_view_new:
                 continue
             # Not wait_for(), which may miss that the task is cancelled: then dispatching would go on without the rest.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(due, LOOK_SECONDS if heavy else IDLE_SECONDS)):
+                async with asyncio.timeout(
+                    min(wait_seconds, CLUSTER_VIEW_SECONDS if is_heavy_queued else MAX_IDLE_SECONDS)
+                ):
                     await self._wake.wait()
 
-    async def _keep_house_forever(self) -> None:
+    async def _maintain_forever(self) -> None:
         """Renew the leadership, take jobs from workers that fell silent, and fire schedules."""
         async with self._database.transaction() as session:
             await schedules.ensure(session, SWEEP_SCHEDULE)
         lease = self._settings.lease_seconds
-        looked = calm_since = time.time()
+        last_round = stable_since = time.time()
         while True:
             # When nobody could renew for a while, because the database was away, this process was, or the whole
             # machine slept, leases have run out that nobody let go of: give the workers time to renew them.
-            calm_since = time.time() if time.time() - looked > lease else calm_since
-            looked = time.time()
+            stable_since = time.time() if time.time() - last_round > lease else stable_since
+            last_round = time.time()
             async with self._database.transaction() as session:
-                await leases.keep_leadership(session, self._token)
-                lost = await leases.release_lost(session) if looked - calm_since > lease else []
+                await leases.renew_leadership(session, self._token)
+                lost = await leases.release_lost_jobs(session) if last_round - stable_since > lease else []
                 await schedules.fire_due(session)
-                asked = await leases.renew(session, [token for token, _ in self._starting.values()])
-                held = await leases.held_by_workers(session)
+                controls = await leases.renew(session, [token for token, _ in self._starting.values()])
+                jobs_by_worker = await leases.running_jobs_by_worker(session)
             for job_id, worker in lost:
                 log.warning("worker %s fell silent; %s goes to another one", worker, job_id)
-                self._room.release(worker, job_id)
-                if worker not in held:
-                    self._room.retire(worker)
+                self._capacity.release(worker, job_id)
+                if worker not in jobs_by_worker:
+                    self._capacity.retire(worker)
                     self._dismiss(worker)
             for worker, (token, since) in list(self._starting.items()):
-                if asked.get(token) or looked - since > START_SECONDS:
+                if controls.get(token) or last_round - since > MAX_START_SECONDS:
                     self._dismiss(worker)
-            self._room.reconcile({name: [job.id for job in jobs] for name, jobs in held.items()}, IDLE_SECONDS)
-            for worker in self._room.workers():
+            self._capacity.reconcile(
+                {name: [job.id for job in jobs] for name, jobs in jobs_by_worker.items()}, MAX_IDLE_SECONDS
+            )
+            for worker in self._capacity.workers():
                 self._dismiss_if_done(worker)
             self._fill_pool()
-            async with self._database.reading() as session:
-                due = await schedules.next_due(session)
-            await asyncio.sleep(min(due, self._settings.lease_seconds / 3))
+            async with self._database.read_transaction() as session:
+                wait_seconds = await schedules.seconds_until_due(session)
+            await asyncio.sleep(min(wait_seconds, self._settings.lease_seconds / 3))
 
     async def _adopt_workers(self) -> None:
         """After a restart of this process: take up the workers that live on, and the jobs of those that do not."""
-        async with self._database.reading() as session:
-            held = await leases.held_by_workers(session)
+        async with self._database.read_transaction() as session:
+            jobs_by_worker = await leases.running_jobs_by_worker(session)
         actors: list[Any] = ray.util.list_named_actors(all_namespaces=True)
         alive = {actor["name"] for actor in actors if actor["namespace"] == NAMESPACE}
-        workers = {name for name in alive if name.startswith((POOLED, HEAVY))}
-        for worker in sorted({*held, *workers} - set(self._handles)):
-            running = await self._adopt(worker, held.get(worker, [])) if worker in alive else []
+        workers = {name for name in alive if name.startswith((POOL_PREFIX, HEAVY_PREFIX))}
+        for worker in sorted({*jobs_by_worker, *workers} - set(self._handles)):
+            running = await self._adopt(worker, jobs_by_worker.get(worker, [])) if worker in alive else []
             # What it does not know of was claimed just before this process died, and never reached it.
             async with self._database.transaction() as session:
-                await leases.release_lost(session, worker=worker, but=running, suspect=False)
+                await leases.release_lost_jobs(session, worker=worker, still_running=running, count_loss=False)
         self._fill_pool()
 
-    async def _adopt(self, worker: str, held: list[Job]) -> list[str]:
+    async def _adopt(self, worker: str, jobs: list[Job]) -> list[str]:
         """Take a living worker up; returns the jobs that run there."""
         try:
             handle = ray.get_actor(worker, namespace=NAMESPACE)
-            running = await asyncio.wait_for(handle.jobs.remote(), ADOPT_SECONDS)
+            running = await asyncio.wait_for(handle.jobs.remote(), ADOPT_TIMEOUT_SECONDS)
         except (ValueError, TimeoutError, ray.exceptions.RayError):
             log.warning("worker %s does not answer; its jobs go to others", worker)
             with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(worker, namespace=NAMESPACE))
             return []
         self._handles[worker] = handle
-        heavy = next((Resources.model_validate(job.resources) for job in held), LIGHT)
-        self._room.add(worker, heavy if worker.startswith(HEAVY) else None)
+        resources = next((Resources.model_validate(job.resources) for job in jobs), LIGHT)
+        self._capacity.add(worker, resources if worker.startswith(HEAVY_PREFIX) else None)
         for job_id in running:
-            self._room.occupy(worker, job_id)
+            self._capacity.occupy(worker, job_id)
         log.info("adopted %s with %d jobs", worker, len(running))
-        self._keep(self._watch(worker, handle))
+        self._start_task(self._watch(worker, handle))
         return running
 
     def _fill_pool(self) -> None:
-        while self._room.pool_size() < self._settings.workers:
-            name = f"{POOLED}{secrets.token_hex(4)}"
+        while self._capacity.pool_size() < self._settings.workers:
+            name = f"{POOL_PREFIX}{secrets.token_hex(4)}"
             self._create(name, slots=self._settings.slots, options={"num_cpus": 0})
-            self._room.add(name, None)
+            self._capacity.add(name, None)
             self._wake.set()
 
     async def _start(self, worker: str, claims: list[Claim]) -> None:
-        if (resources := self._room.resources_of(worker)) and worker not in self._handles:
+        if (resources := self._capacity.resources_of(worker)) and worker not in self._handles:
             try:
                 self._create(worker, slots=1, options=actor_options(resources))
             except (TypeError, ValueError) as error:
-                return await self._refuse(claims[0], f"Ray refuses what it asks for: {error}")
+                return await self._fail_unplaceable(claims[0], f"Ray refuses what it asks for: {error}")
             self._starting[worker] = (claims[0].token, time.time())
-            self._keep(self._await_start(worker))
+            self._start_task(self._await_start(worker))
         if worker in self._handles:
             self._handles[worker].run.remote(claims)
         else:  # it died after it had been chosen
             async with self._database.transaction() as session:
-                await leases.release_lost(session, worker=worker, suspect=False)
+                await leases.release_lost_jobs(session, worker=worker, count_loss=False)
 
-    async def _refuse(self, claim: Claim, reason: str) -> None:
+    async def _fail_unplaceable(self, claim: Claim, reason: str) -> None:
         """End a job that no worker can be made for, instead of everybody else's."""
-        self._room.remove(claim.worker)
-        values = leases.failed(Failure("unplaceable", reason), attempt=1, max_attempts=1)
-        ending = Write(claim.job_id, claim.token, values, [Entry(claim.job_id, "failed", {"error": values["error"]})])
+        self._capacity.remove(claim.worker)
+        values = leases.failure_values(Failure("unplaceable", reason), attempt=1, max_attempts=1)
+        failure = GuardedWrite(
+            claim.job_id, claim.token, values, [JournalEntry(claim.job_id, "failed", {"error": values["error"]})]
+        )
         async with self._database.transaction() as session:
-            await leases.write(session, [ending])
+            await leases.apply_writes(session, [failure])
 
     def _create(self, name: str, *, slots: int, options: dict[str, Any]) -> None:
         """Detached, so that the workers and their jobs outlive this process."""
@@ -242,7 +248,7 @@ class Dispatcher:
             **options,
         )
         self._handles[name] = actor.remote(name, slots)
-        self._keep(self._watch(name, self._handles[name]))
+        self._start_task(self._watch(name, self._handles[name]))
 
     async def _await_start(self, worker: str) -> None:
         """A process that needs GPUs or a new machine may take longer to start than a lease lasts."""
@@ -256,16 +262,16 @@ class Dispatcher:
             await handle.until_death.remote()
         ray.kill(handle)  # it may be out of reach only
         self._handles.pop(worker, None)
-        self._room.remove(worker)
+        self._capacity.remove(worker)
         never_started = self._starting.pop(worker, None) is not None
         async with self._database.transaction() as session:
-            for job_id, _ in await leases.release_lost(session, worker=worker, suspect=not never_started):
+            for job_id, _ in await leases.release_lost_jobs(session, worker=worker, count_loss=not never_started):
                 log.warning("worker %s died; %s goes to another one", worker, job_id)
         self._fill_pool()
         self._wake.set()
 
     def _dismiss_if_done(self, worker: str) -> None:
-        if self._room.is_done(worker):
+        if self._capacity.is_done(worker):
             self._dismiss(worker)
 
     def _dismiss(self, worker: str) -> None:
@@ -273,22 +279,22 @@ class Dispatcher:
         if handle := self._handles.get(worker):
             ray.kill(handle)
         else:
-            self._room.remove(worker)
+            self._capacity.remove(worker)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-def _cluster() -> tuple[dict[str, float], list[dict[str, Any]]]:
+def _read_cluster() -> tuple[dict[str, float], list[dict[str, Any]]]:
     """What is free in the cluster, and its living nodes."""
     available: dict[str, float] = {**ray.available_resources()}
     return available, [node for node in ray.nodes() if node["Alive"]]
 
 
-def _by_worker(claims: list[Claim]) -> dict[str, list[Claim]]:
+def _group_by_worker(claims: list[Claim]) -> dict[str, list[Claim]]:
     groups: dict[str, list[Claim]] = {}
-    for one in claims:
-        groups.setdefault(one.worker, []).append(one)
+    for claim in claims:
+        groups.setdefault(claim.worker, []).append(claim)
     return groups

@@ -22,12 +22,12 @@ from typing import IO, Any
 
 from cluster.errors import ForgearrError
 
-LAST_LINES = 6
+MAX_ERROR_LINES = 6
 """How much of what a failed step has printed its error repeats."""
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 PROJECT = Path(__file__).parents[2]
 
-Report = Callable[[float, str], None]
+OnProgress = Callable[[float, str], None]
 """Hears which part of the step is done, from 0 to 1, and what it is doing."""
 
 
@@ -37,15 +37,15 @@ class StepFailed(ForgearrError):
     code = "STEP_FAILED"
 
 
-class Interrupted(Exception):
+class StepInterrupted(Exception):
     """The step was killed, because its job should stop."""
 
 
-def run(
+def run_isolated(
     function: str,
-    request: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     *,
-    report: Report,
+    report: OnProgress,
     should_stop: Callable[[], bool],
     threads: int,
     paths: Sequence[Path] = (),
@@ -54,7 +54,7 @@ def run(
 
     Raises Interrupted when the job should stop.
     """
-    command = [sys.executable, "-P", "-m", "jobs.execution.isolated", function, json.dumps(request)]
+    command = [sys.executable, "-P", "-m", "jobs.execution.isolated", function, json.dumps(arguments)]
     process = subprocess.Popen(
         command,
         env=_environment(threads, paths),
@@ -65,23 +65,23 @@ def run(
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    answers: list[dict[str, Any]] = []
-    printed: deque[str] = deque(maxlen=200)
-    news = _News()
+    messages: list[dict[str, Any]] = []
+    output_lines: deque[str] = deque(maxlen=200)
+    progress = _StepProgress()
     readers = [
-        threading.Thread(target=_read_answers, args=(process.stdout, answers, news), daemon=True),
-        threading.Thread(target=_read_printed, args=(process.stderr, printed, news), daemon=True),
+        threading.Thread(target=_read_messages, args=(process.stdout, messages, progress), daemon=True),
+        threading.Thread(target=_read_output, args=(process.stderr, output_lines, progress), daemon=True),
     ]
     try:
         for reader in readers:
             reader.start()
         while process.poll() is None:
             if should_stop():
-                raise Interrupted
-            if told := news.take():
-                report(*told)
-            news.arrived.wait(LOOK_SECONDS)
-            news.arrived.clear()
+                raise StepInterrupted
+            if update := progress.take():
+                report(*update)
+            progress.changed.wait(POLL_SECONDS)
+            progress.changed.clear()
     finally:
         process.kill()
         process.wait()
@@ -89,94 +89,96 @@ def run(
             reader.join()
         for pipe in (process.stdin, process.stdout, process.stderr):
             pipe.close()
-    return _outcome(function, process.returncode, answers, printed, news.last)
+    return _result_or_raise(function, process.returncode, messages, output_lines, progress.last_phase)
 
 
-class _News:
+class _StepProgress:
     """The newest progress of a step, told by its threads and taken by the job's."""
 
     def __init__(self) -> None:
-        self.arrived = threading.Event()
-        self._told: tuple[float, str] | None = None
-        self.last = "starting"
-        self._part = 0.0
+        self.changed = threading.Event()
+        self._update: tuple[float, str] | None = None
+        self.last_phase = "starting"
+        self._fraction = 0.0
 
-    def tell(self, part: float, doing: str) -> None:
-        self._part = max(part, self._part)  # a second bar begins at 0 again
-        self._told, self.last = (self._part, doing), doing
-        self.arrived.set()
+    def set(self, fraction: float, phase: str) -> None:
+        self._fraction = max(fraction, self._fraction)  # a second bar begins at 0 again
+        self._update, self.last_phase = (self._fraction, phase), phase
+        self.changed.set()
 
     def take(self) -> tuple[float, str] | None:
-        told, self._told = self._told, None
-        return told
+        update, self._update = self._update, None
+        return update
 
 
 def _environment(threads: int, paths: Sequence[Path]) -> dict[str, str]:
-    found = [*map(str, paths), str(PROJECT), os.environ.get("PYTHONPATH")]
+    entries = [*map(str, paths), str(PROJECT), os.environ.get("PYTHONPATH")]
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(one for one in found if one),
+        "PYTHONPATH": os.pathsep.join(entry for entry in entries if entry),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
 
 
-def _read_answers(stream: IO[bytes], answers: list[dict[str, Any]], news: _News) -> None:
+def _read_messages(stream: IO[bytes], messages: list[dict[str, Any]], progress: _StepProgress) -> None:
     for line in stream:
-        told = json.loads(line)
-        if "part" in told:
-            news.tell(told["part"], told["doing"])
+        message = json.loads(line)
+        if "part" in message:
+            progress.set(message["part"], message["doing"])
         else:
-            answers.append(told)
-    news.arrived.set()
+            messages.append(message)
+    progress.changed.set()
 
 
-def _read_printed(stream: IO[bytes], printed: deque[str], news: _News) -> None:
+def _read_output(stream: IO[bytes], output_lines: deque[str], progress: _StepProgress) -> None:
     """Lines, of which a progress bar draws many over each other."""
-    rest = ""
+    remainder = ""
     while chunk := os.read(stream.fileno(), 65_536):
-        *lines, rest = re.split(r"[\r\n]", rest + chunk.decode(errors="replace"))
+        *lines, remainder = re.split(r"[\r\n]", remainder + chunk.decode(errors="replace"))
         for line in lines:
-            if bar := re.match(r"Writing:\s+(\d+)%", line):
-                news.tell(int(bar[1]) / 100, "converting")
+            if match := re.match(r"Writing:\s+(\d+)%", line):
+                progress.set(int(match[1]) / 100, "converting")
             elif line.strip():
-                printed.append(line.strip())
-    if rest.strip():
-        printed.append(rest.strip())
+                output_lines.append(line.strip())
+    if remainder.strip():
+        output_lines.append(remainder.strip())
 
 
-def _outcome(function: str, code: int, answers: list[dict[str, Any]], printed: deque[str], doing: str) -> Any:
-    answer = answers[-1] if answers else {}
-    if "result" in answer:
-        return answer["result"]
-    if "error" in answer:
-        module, _, name = answer["error"].partition(":")
-        raise getattr(import_module(module), name)(answer["message"])
-    last = " | ".join(list(printed)[-LAST_LINES:]) or "it said nothing"
-    ended = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+def _result_or_raise(
+    function: str, exit_code: int, messages: list[dict[str, Any]], output_lines: deque[str], phase: str
+) -> Any:
+    message = messages[-1] if messages else {}
+    if "result" in message:
+        return message["result"]
+    if "error" in message:
+        module, _, name = message["error"].partition(":")
+        raise getattr(import_module(module), name)(message["message"])
+    output_tail = " | ".join(list(output_lines)[-MAX_ERROR_LINES:]) or "it said nothing"
+    ending = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with {exit_code}"
     name = function.partition(":")[2]
-    raise StepFailed(f"The step {name} {ended} while {doing}: {last}", details={"printed": list(printed)})
+    raise StepFailed(f"The step {name} {ending} while {phase}: {output_tail}", details={"printed": list(output_lines)})
 
 
 def main() -> None:
     """The process's side."""
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
     module, _, name = sys.argv[1].partition(":")
 
-    def report(part: float, doing: str) -> None:
-        print(json.dumps({"part": part, "doing": doing}), file=answers, flush=True)
+    def report(fraction: float, phase: str) -> None:
+        print(json.dumps({"part": fraction, "doing": phase}), file=output, flush=True)
 
     try:
-        answer = {"result": getattr(import_module(module), name)(report=report, **json.loads(sys.argv[2]))}
+        message = {"result": getattr(import_module(module), name)(report=report, **json.loads(sys.argv[2]))}
     except ForgearrError as error:
-        answer = {"error": f"{type(error).__module__}:{type(error).__name__}", "message": error.message}
+        message = {"error": f"{type(error).__module__}:{type(error).__name__}", "message": error.message}
     except Exception:
         traceback.print_exc()
         os._exit(1)
-    print(json.dumps(answer), file=answers, flush=True)
+    print(json.dumps(message), file=output, flush=True)
     os._exit(0)  # what was made is written; tearing down large libraries would only take time
 
 

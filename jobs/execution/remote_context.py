@@ -14,37 +14,37 @@ import ray.exceptions
 
 from cluster import storage
 from cluster.actors import NAMESPACE
-from jobs.context import Context, Stop
-from jobs.execution.report_writer import News, storable
+from jobs.context import Context, StopJob
+from jobs.execution.report_writer import JournalEvent, to_storable
 from jobs.leases import Claim
 from jobs.registry import Resources
 from jobs.tables import Job
 
-LISTEN_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
-def context_elsewhere(claim: Claim) -> Context:
+def restore_context(claim: Claim) -> Context:
     """What a context becomes when it arrives in another process."""
     worker = ray.get_actor(claim.worker, namespace=NAMESPACE)
-    context = Context(claim, _Link(worker))
-    threading.Thread(target=_listen, args=(worker, claim, context), daemon=True).start()
+    context = Context(claim, _RemoteLink(worker))
+    threading.Thread(target=_poll_stop_reason, args=(worker, claim, context), daemon=True).start()
     return context
 
 
-class _Link:
+class _RemoteLink:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: News) -> None:
-        self._worker.report_of.remote(claim, storable(values), storable(news))
+    def report(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent) -> None:
+        self._worker.report_of.remote(claim, to_storable(values), to_storable(event))
 
     def checkpoint(self, claim: Claim, state: Any) -> None:
         try:
-            saved = ray.get(self._worker.checkpoint_of.remote(claim, storable(state)))
+            saved = ray.get(self._worker.checkpoint_of.remote(claim, to_storable(state)))
         except ray.exceptions.RayActorError:
             saved = False
         if not saved:
-            raise Stop("lease_lost")
+            raise StopJob("lease_lost")
 
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         address = storage.save(path, f"jobs/{claim.job_id}/{name}")
@@ -55,7 +55,7 @@ class _Link:
         raise RuntimeError("children are made by the job's own function, not by the processes that it starts")
 
 
-def _listen(worker: Any, claim: Claim, context: Context) -> None:
+def _poll_stop_reason(worker: Any, claim: Claim, context: Context) -> None:
     while True:
         try:
             context.stop(ray.get(worker.stop_reason_of.remote(claim)))
@@ -63,4 +63,4 @@ def _listen(worker: Any, claim: Claim, context: Context) -> None:
             return context.stop("lease_lost")
         if context.stop_reason == "lease_lost":
             return
-        time.sleep(LISTEN_SECONDS)
+        time.sleep(POLL_SECONDS)

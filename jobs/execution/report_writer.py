@@ -17,97 +17,97 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 from sqlalchemy.exc import SQLAlchemyError
 
-from cluster.db import Database, is_passing
+from cluster.db import Database, is_transient
 from jobs import leases
-from jobs.journal import Entry
-from jobs.leases import Claim, Write
+from jobs.journal import JournalEntry
+from jobs.leases import Claim, GuardedWrite
 from jobs.retry_policy import Failure, backoff
 from jobs.states import FINISHED
 
-REPORT_SECONDS = 0.5
+REPORT_DELAY_SECONDS = 0.5
 """How long a report or a log line may wait for others to be written with it."""
-LONGEST_WAIT_SECONDS = 10.0
+MAX_WAIT_SECONDS = 10.0
 
-UNSTORABLE = re.compile("[\\x00\\ud800-\\udfff]")
+UNSTORABLE_CHARACTERS = re.compile("[\\x00\\ud800-\\udfff]")
 
 log = logging.getLogger(__name__)
 
-News = tuple[str, dict[str, Any]]
+JournalEvent = tuple[str, dict[str, Any]]
 """Type and data of an entry for the journal."""
 
 
-class Writer:
-    def __init__(self, database: Database, on_refusal: Callable[[str], None]) -> None:
+class ReportWriter:
+    def __init__(self, database: Database, on_lease_lost: Callable[[str], None]) -> None:
         """`on_refusal` hears the token of each lease under which nothing is written any more."""
         self._database = database
-        self._on_refusal = on_refusal
+        self._on_lease_lost = on_lease_lost
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self._writes: dict[str, Write] = {}  # by token
-        self._waiting: list[asyncio.Future[set[str]]] = []
+        self._writes: dict[str, GuardedWrite] = {}  # by token
+        self._futures: list[asyncio.Future[set[str]]] = []
         self._dirty, self._urgent = asyncio.Event(), asyncio.Event()
-        self.one_at_a_time = asyncio.Lock()
+        self.transaction_lock = asyncio.Lock()
         """Held by every transaction on this worker's jobs, so that no two of them lock the same rows crosswise."""
 
-    def gather(self, claim: Claim, values: Mapping[str, Any], news: News | None = None) -> None:
+    def add(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent | None = None) -> None:
         """Have this written with the next transaction. From any thread."""
         with self._lock:
             if not self._writes:
                 self._loop.call_soon_threadsafe(self._dirty.set)
-            write = self._writes.setdefault(claim.token, Write(claim.job_id, claim.token))
+            write = self._writes.setdefault(claim.token, GuardedWrite(claim.job_id, claim.token))
             write.values.update(values)
-            if news is None:
+            if event is None:
                 return
-            entry = Entry(claim.job_id, *news)
-            if _is_mere_progress(entry) and write.entries and _is_mere_progress(write.entries[-1]):
-                entry = Entry(claim.job_id, entry.type, {**write.entries.pop().data, **entry.data})
+            entry = JournalEntry(claim.job_id, *event)
+            if _is_progress_only(entry) and write.entries and _is_progress_only(write.entries[-1]):
+                entry = JournalEntry(claim.job_id, entry.type, {**write.entries.pop().data, **entry.data})
             write.entries.append(entry)
 
-    async def write(self, claim: Claim, values: Mapping[str, Any], news: News | None = None) -> bool:
+    async def write(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent | None = None) -> bool:
         """Have this written now, and wait for it; returns whether the lease still holds."""
-        self.gather(claim, values, news)
-        written: asyncio.Future[set[str]] = self._loop.create_future()
-        self._waiting.append(written)
+        self.add(claim, values, event)
+        future: asyncio.Future[set[str]] = self._loop.create_future()
+        self._futures.append(future)
         self._urgent.set()
-        return claim.token not in await written
+        return claim.token not in await future
 
     async def write_forever(self) -> None:
         while True:
             await self._dirty.wait()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), REPORT_SECONDS)
+                await asyncio.wait_for(self._urgent.wait(), REPORT_DELAY_SECONDS)
             self._dirty.clear()
             self._urgent.clear()
             with self._lock:
                 writes, self._writes = list(self._writes.values()), {}
-            waiting, self._waiting = self._waiting, []
-            refused = await self._write(writes)
-            for written in waiting:
-                written.set_result(refused)
-            for token in refused:
-                self._on_refusal(token)
+            futures, self._futures = self._futures, []
+            lost_tokens = await self._write(writes)
+            for future in futures:
+                future.set_result(lost_tokens)
+            for token in lost_tokens:
+                self._on_lease_lost(token)
 
-    async def _write(self, writes: list[Write]) -> set[str]:
+    async def _write(self, writes: list[GuardedWrite]) -> set[str]:
         for attempt in itertools.count(1):
             try:
-                async with self.one_at_a_time, self._database.transaction() as session:
-                    return await leases.write(session, writes)
+                async with self.transaction_lock, self._database.transaction() as session:
+                    return await leases.apply_writes(session, writes)
             except SQLAlchemyError as error:
-                if not is_passing(error) and len(writes) == 1:
-                    writes = [_unstorable(writes[0], error)]
-                elif not is_passing(error):  # one of them cannot be stored: do not let it take the others along
-                    return set[str]().union(*[await self._write([one]) for one in writes])
+                if not is_transient(error) and len(writes) == 1:
+                    writes = [_unstorable_failure(writes[0], error)]
+                elif not is_transient(error):  # one of them cannot be stored: do not let it take the others along
+                    return set[str]().union(*[await self._write([write]) for write in writes])
                 log.warning("%d jobs could not be written; trying again", len(writes), exc_info=error)
-            await asyncio.sleep(min(backoff(attempt), LONGEST_WAIT_SECONDS))
+            await asyncio.sleep(min(backoff(attempt), MAX_WAIT_SECONDS))
         raise AssertionError("unreachable")
 
 
-def storable(value: Any) -> Any:
+def to_storable(value: Any) -> Any:
     """The value as plain JSON that both databases take: NaN is null, and what is in no text of theirs is replaced."""
-    return _as_text(to_jsonable_python(value, inf_nan_mode="null"))
+    return _replace_unstorable(to_jsonable_python(value, inf_nan_mode="null"))
 
 
-def outcome_news(values: Mapping[str, Any]) -> News:
+def outcome_event(values: Mapping[str, Any]) -> JournalEvent:
     """How the journal tells of an outcome: its state, its error, and when it goes on if it does."""
     data: dict[str, Any] = {"error": values["error"]} if values.get("error") else {}
     if values["state"] not in FINISHED and "attempt" in values:
@@ -115,27 +115,27 @@ def outcome_news(values: Mapping[str, Any]) -> News:
     return str(values["state"]), data
 
 
-def _unstorable(refused: Write, error: SQLAlchemyError) -> Write:
+def _unstorable_failure(write: GuardedWrite, error: SQLAlchemyError) -> GuardedWrite:
     """What becomes of a job that says something which no database takes."""
-    log.error("the state of %s cannot be stored", refused.job_id, exc_info=error)
+    log.error("the state of %s cannot be stored", write.job_id, exc_info=error)
     failure = Failure("unstorable", f"What the job reports cannot be stored ({type(error).__name__}).")
-    values = leases.failed(failure, attempt=1, max_attempts=1)
-    return Write(refused.job_id, refused.token, values, [Entry(refused.job_id, *outcome_news(values))])
+    values = leases.failure_values(failure, attempt=1, max_attempts=1)
+    return GuardedWrite(write.job_id, write.token, values, [JournalEntry(write.job_id, *outcome_event(values))])
 
 
-def _is_mere_progress(entry: Entry) -> bool:
+def _is_progress_only(entry: JournalEntry) -> bool:
     """A report without numbers is worth keeping only until the next one."""
     return entry.type == "progress" and "metrics" not in entry.data
 
 
-def _as_text(value: Any) -> Any:
+def _replace_unstorable(value: Any) -> Any:
     """PostgreSQL refuses NUL, and the names of files may have halves of characters."""
     if isinstance(value, str):
-        return UNSTORABLE.sub("\ufffd", value)
+        return UNSTORABLE_CHARACTERS.sub("\ufffd", value)
     if isinstance(value, dict):
-        return {_as_text(key): _as_text(item) for key, item in value.items()}
+        return {_replace_unstorable(key): _replace_unstorable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_as_text(item) for item in value]
+        return [_replace_unstorable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -19,37 +19,37 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster import actors, logs, storage
 from cluster.db import get_database
 from cluster.errors import Unavailable
-from cluster.runtime.processes import stand_back
+from cluster.runtime.processes import lower_priority
 from cluster.settings import get_settings
 from jobs import leases, queue
-from jobs.context import Context, JobLogHandler, Park, Stop, StopReason, current
-from jobs.execution.report_writer import LONGEST_WAIT_SECONDS, News, Writer, outcome_news, storable
+from jobs.context import Context, JobLogHandler, ParkJob, StopJob, StopReason, current_context
+from jobs.execution.report_writer import MAX_WAIT_SECONDS, JournalEvent, ReportWriter, outcome_event, to_storable
 from jobs.leases import Claim
 from jobs.registry import Resources, find_kind, load_function
-from jobs.retry_policy import Failure, backoff, judge
+from jobs.retry_policy import Failure, backoff, classify_error
 from jobs.states import Control
 from jobs.tables import Job
 
 log = logging.getLogger(__name__)
 
 
-class Running:
+class RunningJob:
     """A job that this worker holds."""
 
     def __init__(self, claim: Claim, worker: "Worker") -> None:
         self.claim = claim
         self.context = Context(claim, worker)
         self.started = time.monotonic()
-        self.stop_asked: float | None = None
-        self.settled = False
+        self.stop_requested_at: float | None = None
+        self.is_finished = False
         """Its outcome is being written, or is not ours to write: nothing that its thread still says counts."""
 
-    def ask_to_stop(self, reason: StopReason | None) -> None:
+    def request_stop(self, reason: StopReason | None) -> None:
         self.context.stop(reason)
         if reason is None or reason == "pause":
-            self.stop_asked = None
-        elif self.stop_asked is None:
-            self.stop_asked = time.monotonic()
+            self.stop_requested_at = None
+        elif self.stop_requested_at is None:
+            self.stop_requested_at = time.monotonic()
 
 
 class Worker:
@@ -61,41 +61,41 @@ class Worker:
         self._name = name
         self._database = get_database()
         self._settings = get_settings().jobs
-        self._threads = ThreadPoolExecutor(slots, thread_name_prefix="job", initializer=stand_back)
-        self._running: dict[str, Running] = {}  # by token
-        self._freed: list[str] = []
+        self._threads = ThreadPoolExecutor(slots, thread_name_prefix="job", initializer=lower_priority)
+        self._running: dict[str, RunningJob] = {}  # by token
+        self._finished_ids: list[str] = []
         self._loop = asyncio.get_running_loop()
-        self._writer = Writer(self._database, self._lose)
+        self._writer = ReportWriter(self._database, self._drop_lost_job)
         self._tasks: set[asyncio.Task[None]] = set()
-        for work in (self._writer.write_forever(), self._beat_forever()):
-            self._keep(work).add_done_callback(_die)
+        for coroutine in (self._writer.write_forever(), self._heartbeat_forever()):
+            self._start_task(coroutine).add_done_callback(_exit_process)
 
     async def run(self, claims: list[Claim]) -> None:
         """Start these jobs. Their outcomes go to the database, and word of them to the dispatcher."""
         for claim in claims:
-            running = self._running[claim.token] = Running(claim, self)
+            running = self._running[claim.token] = RunningJob(claim, self)
             self._loop.run_in_executor(self._threads, self._run, running)
 
     async def control(self, job_id: str, control: str | None) -> None:
         """Pass on what somebody has asked of a job."""
         for running in self._running.values():
             if running.claim.job_id == job_id:
-                self._hear(running, control)
+                self._apply_control(running, control)
 
     async def jobs(self) -> list[str]:
         return [running.claim.job_id for running in self._running.values()]
 
     # Called by processes that a job has started elsewhere, through their contexts (jobs/execution/remote_context.py).
 
-    async def report_of(self, claim: Claim, values: Mapping[str, Any], news: News) -> None:
+    async def report_of(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent) -> None:
         if running := self._running.get(claim.token):
-            running.context.last_sign = time.monotonic()
-            self._writer.gather(claim, values, news)
+            running.context.last_activity = time.monotonic()
+            self._writer.add(claim, values, event)
 
     async def checkpoint_of(self, claim: Claim, state: Any) -> bool:
         """Whether it is saved: not when the job is no longer ours."""
         if running := self._running.get(claim.token):
-            running.context.last_sign = time.monotonic()
+            running.context.last_activity = time.monotonic()
             return await self._writer.write(claim, {"checkpoint": state}, ("checkpoint", {"state": state}))
         return False
 
@@ -109,74 +109,74 @@ class Worker:
 
     # Called by the jobs' threads, through their contexts.
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: News) -> None:
-        self._writer.gather(claim, storable(values), storable(news))
+    def report(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent) -> None:
+        self._writer.add(claim, to_storable(values), to_storable(event))
 
     def checkpoint(self, claim: Claim, state: Any) -> None:
-        state = storable(state)
+        state = to_storable(state)
         writing = self._writer.write(claim, {"checkpoint": state}, ("checkpoint", {"state": state}))
         if not asyncio.run_coroutine_threadsafe(writing, self._loop).result():
-            raise Stop("lease_lost")
+            raise StopJob("lease_lost")
 
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         address = storage.save(path, f"jobs/{claim.job_id}/{name}")
-        self._writer.gather(claim, {}, ("artifact", {"name": name, "address": address, "bytes": path.stat().st_size}))
+        self._writer.add(claim, {}, ("artifact", {"name": name, "address": address, "bytes": path.stat().st_size}))
         return address
 
     def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
         child = self._child(claim, name, kind, spec, resources)
         return asyncio.run_coroutine_threadsafe(child, self._loop).result()
 
-    def _run(self, running: Running) -> None:
+    def _run(self, running: RunningJob) -> None:
         """The life of one attempt, in its own thread."""
         claim = running.claim
-        current.set(running.context)
+        current_context.set(running.context)
         logs.job_id.set(claim.job_id)
         try:
             kind = find_kind(claim.kind)
             function = load_function(kind.entrypoint)
             result = function(running.context, kind.spec.model_validate(claim.spec))
-            ending = self._settle(claim, leases.succeeded(storable(result)))
-        except Park as park:
-            ending = self._park(claim, park.children)
-        except Stop as stop:
-            ending = self._settle(claim, _stopped(claim, stop.reason))
+            outcome = self._finish_job(claim, leases.succeeded_values(to_storable(result)))
+        except ParkJob as park:
+            outcome = self._park(claim, park.children)
+        except StopJob as stop:
+            outcome = self._finish_job(claim, _stop_values(claim, stop.reason))
         except BaseException as error:
             log.info("%s failed", claim.job_id, exc_info=True)
-            failure = judge(error, claim.attempt)
-            ending = self._settle(claim, leases.failed(failure, claim.attempt, claim.max_attempts))
+            failure = classify_error(error, claim.attempt)
+            outcome = self._finish_job(claim, leases.failure_values(failure, claim.attempt, claim.max_attempts))
         finally:
-            current.set(None)
+            current_context.set(None)
             logs.job_id.set(None)
-        self._loop.call_soon_threadsafe(self._end, running, ending)
+        self._loop.call_soon_threadsafe(self._end_once, running, outcome)
 
     # On the event loop again.
 
-    def _end(self, running: Running, ending: Coroutine[Any, Any, None]) -> None:
+    def _end_once(self, running: RunningJob, outcome: Coroutine[Any, Any, None]) -> None:
         """Let a job end in this way, unless it has been settled in another one."""
-        if running.settled:
-            ending.close()
+        if running.is_finished:
+            outcome.close()
             return
-        running.settled = True
-        self._keep(ending)
+        running.is_finished = True
+        self._start_task(outcome)
 
-    async def _settle(self, claim: Claim, values: Mapping[str, Any] | None) -> None:
+    async def _finish_job(self, claim: Claim, values: Mapping[str, Any] | None) -> None:
         """Write the outcome, then forget the job and tell the dispatcher that there is room."""
         if values is not None:
-            await self._writer.write(claim, values, outcome_news(values))
-        self._forget(claim)
+            await self._writer.write(claim, values, outcome_event(values))
+        self._remove(claim)
 
     async def _park(self, claim: Claim, children: list[str]) -> None:
         await self._writer.write(claim, {})
         for attempt in itertools.count(1):
             try:
-                async with self._writer.one_at_a_time, self._database.transaction() as session:
+                async with self._writer.transaction_lock, self._database.transaction() as session:
                     await leases.park(session, claim.job_id, claim.token, children)
                 break
             except SQLAlchemyError:
                 log.warning("%s could not be parked; trying again", claim.job_id, exc_info=True)
-                await asyncio.sleep(min(backoff(attempt), LONGEST_WAIT_SECONDS))
-        self._forget(claim)
+                await asyncio.sleep(min(backoff(attempt), MAX_WAIT_SECONDS))
+        self._remove(claim)
 
     async def _child(
         self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None
@@ -184,105 +184,106 @@ class Worker:
         async with self._database.transaction() as session:
             parent = await session.get_one(Job, claim.job_id, with_for_update={"key_share": True})
             if parent.lease_token != claim.token:
-                raise Stop("lease_lost")
+                raise StopJob("lease_lost")
             if parent.control == Control.CANCEL:
-                raise Stop("cancel")
+                raise StopJob("cancel")
             return await queue.enqueue_child(session, parent, name, kind, dict(spec), resources)
 
-    def _forget(self, claim: Claim) -> None:
-        if not self._freed:
-            self._loop.call_soon(self._tell_freed)
-        self._freed.append(claim.job_id)
+    def _remove(self, claim: Claim) -> None:
+        if not self._finished_ids:
+            self._loop.call_soon(self._report_finished)
+        self._finished_ids.append(claim.job_id)
         self._running.pop(claim.token, None)
 
-    def _tell_freed(self) -> None:
-        freed, self._freed = self._freed, []
+    def _report_finished(self) -> None:
+        job_ids, self._finished_ids = self._finished_ids, []
         with contextlib.suppress(Unavailable):
-            actors.find(queue.DISPATCHER).released.remote(self._name, freed)
+            actors.find_actor(queue.DISPATCHER).released.remote(self._name, job_ids)
 
-    async def _beat_forever(self) -> None:
+    async def _heartbeat_forever(self) -> None:
         """Keep the jobs to their limits, and renew their leases in time."""
-        pause = min(1.0, self._settings.lease_seconds / 3)
-        renewed = time.monotonic()
+        interval = min(1.0, self._settings.lease_seconds / 3)
+        last_renewal = time.monotonic()
         while True:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(interval)
             self._enforce_limits()
-            if self._running and time.monotonic() - renewed >= self._settings.lease_seconds / 3 - pause:
-                renewed = time.monotonic()
+            if self._running and time.monotonic() - last_renewal >= self._settings.lease_seconds / 3 - interval:
+                last_renewal = time.monotonic()
                 await self._renew()
 
     async def _renew(self) -> None:
         """Renew the leases, and hear on the way what was asked of the jobs, and which of them are ours no more."""
-        before = list(self._running.values())
+        running_jobs = list(self._running.values())
         try:
-            async with self._writer.one_at_a_time, self._database.transaction() as session:
-                held = await leases.renew(session, [running.claim.token for running in before])
+            async with self._writer.transaction_lock, self._database.transaction() as session:
+                controls = await leases.renew(session, [running.claim.token for running in running_jobs])
         except SQLAlchemyError:
             log.warning("the leases could not be renewed; trying again", exc_info=True)
             return
-        for running in before:
-            if running.claim.token in held:
-                self._hear(running, held[running.claim.token])
-            elif not running.settled:
-                self._lose(running.claim.token)
+        for running in running_jobs:
+            if running.claim.token in controls:
+                self._apply_control(running, controls[running.claim.token])
+            elif not running.is_finished:
+                self._drop_lost_job(running.claim.token)
 
-    def _hear(self, running: Running, control: str | None) -> None:
+    def _apply_control(self, running: RunningJob, control: str | None) -> None:
         """A wish may be taken back, but not a cancel, and no wish takes back a limit or a lost lease."""
         reason: StopReason | None = None if control is None else "cancel" if control == Control.CANCEL else "pause"
         if running.context.stop_reason in {None, "pause"} and running.context.stop_reason != reason:
-            running.ask_to_stop(reason)
+            running.request_stop(reason)
 
     def _enforce_limits(self) -> None:
         moment = time.monotonic()
         for running in list(self._running.values()):
             claim = running.claim
-            if running.stop_asked is None:
+            if running.stop_requested_at is None:
                 if claim.time_limit and moment - running.started > claim.time_limit:
-                    running.ask_to_stop("time_limit")
-                elif claim.stall_limit and moment - running.context.last_sign > claim.stall_limit:
-                    running.ask_to_stop("stall_limit")
-            elif moment - running.stop_asked > self._settings.stop_grace_seconds and not running.settled:
+                    running.request_stop("time_limit")
+                elif claim.stall_limit and moment - running.context.last_activity > claim.stall_limit:
+                    running.request_stop("stall_limit")
+            elif moment - running.stop_requested_at > self._settings.stop_grace_seconds and not running.is_finished:
                 self._abandon(running)
 
-    def _abandon(self, running: Running) -> None:
+    def _abandon(self, running: RunningJob) -> None:
         """The function does not listen: settle the job without it, and have this process replaced to be rid of it."""
-        self._end(
-            running, self._settle(running.claim, _stopped(running.claim, running.context.stop_reason or "cancel"))
+        self._end_once(
+            running,
+            self._finish_job(running.claim, _stop_values(running.claim, running.context.stop_reason or "cancel")),
         )
         with contextlib.suppress(Unavailable):
-            actors.find(queue.DISPATCHER).retire.remote(self._name)
+            actors.find_actor(queue.DISPATCHER).retire.remote(self._name)
 
-    def _lose(self, token: str) -> None:
+    def _drop_lost_job(self, token: str) -> None:
         if running := self._running.get(token):
             log.warning("the lease of %s was lost; its work here is dropped", running.claim.job_id)
-            running.ask_to_stop("lease_lost")
-            running.settled = True
-            self._forget(running.claim)
+            running.request_stop("lease_lost")
+            running.is_finished = True
+            self._remove(running.claim)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._loop.create_task(work)
+    def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
 
-def _die(task: asyncio.Task[None]) -> None:
+def _exit_process(task: asyncio.Task[None]) -> None:
     """A worker that has gone deaf or dumb is worse than a dead one, which is replaced."""
     log.critical("this worker cannot go on", exc_info=None if task.cancelled() else task.exception())
     os._exit(1)
 
 
-def _stopped(claim: Claim, reason: StopReason) -> dict[str, Any] | None:
+def _stop_values(claim: Claim, reason: StopReason) -> dict[str, Any] | None:
     """What a stop for this reason makes of the job; None when it is no longer ours to say."""
     match reason:
         case "cancel":
-            return leases.cancelled()
+            return leases.cancelled_values()
         case "pause":
-            return leases.paused()
+            return leases.paused_values()
         case "lease_lost":
             return None
         case "time_limit":
             code, message = "time_limit", f"It ran longer than its limit of {claim.time_limit:g} s."
         case "stall_limit":
             code, message = "stalled", f"It gave no sign for {claim.stall_limit:g} s."
-    return leases.failed(Failure(code, message, backoff(claim.attempt)), claim.attempt, claim.max_attempts)
+    return leases.failure_values(Failure(code, message, backoff(claim.attempt)), claim.attempt, claim.max_attempts)

@@ -12,10 +12,10 @@ from pathlib import Path
 from cluster.errors import ForgearrError
 from cluster.settings import home
 
-MARGIN_BYTES = 4_000_000
+MIN_FREE_BYTES = 4_000_000
 """A disk with less than this left is full: the next block of a model does not fit."""
 
-SHORT_WRITES = r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
+SHORT_WRITE_PATTERN = r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
 
 
 class DiskFull(ForgearrError):
@@ -25,7 +25,7 @@ class DiskFull(ForgearrError):
 
 
 @contextmanager
-def folder(job_id: str) -> Generator[Path]:
+def temporary_folder(job_id: str) -> Generator[Path]:
     """A new folder, which is removed with all that is in it when the block ends.
 
     A process that is killed leaves its folder behind. The kernel lets go of its lock, by which the next one knows.
@@ -33,39 +33,39 @@ def folder(job_id: str) -> Generator[Path]:
     parent = home() / "work"
     parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(parent)
-    name = Path(tempfile.mkdtemp(prefix=f"{job_id}-", dir=parent))
-    lock_file = name.with_suffix(".lock")
+    path = Path(tempfile.mkdtemp(prefix=f"{job_id}-", dir=parent))
+    lock_file = path.with_suffix(".lock")
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            yield name
+            yield path
         finally:
-            shutil.rmtree(name, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
             lock_file.unlink(missing_ok=True)
 
 
-def require_space(place: Path, needed: int, purpose: str) -> None:
-    free = shutil.disk_usage(place).free
-    if free < needed:
+def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
         raise DiskFull(
-            f"{purpose} needs {_gigabytes(needed)} in {place}, where {_gigabytes(free)} are free. Make room there, or "
-            "point FORGEARR_HOME to a larger disk.",
-            details={"folder": str(place), "needed_bytes": needed, "free_bytes": free},
+            f"{purpose} needs {_gigabytes(needed_bytes)} in {folder}, where {_gigabytes(free)} are free. Make room "
+            "there, or point FORGEARR_HOME to a larger disk.",
+            details={"folder": str(folder), "needed_bytes": needed_bytes, "free_bytes": free},
         )
 
 
-def is_full(error: Exception, place: Path) -> bool:
+def is_disk_full(error: Exception, folder: Path) -> bool:
     """Whether this error is that of a full disk; some libraries say only that they wrote less than they should."""
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return True
-    return bool(re.search(SHORT_WRITES, str(error))) or shutil.disk_usage(place).free < MARGIN_BYTES
+    return bool(re.search(SHORT_WRITE_PATTERN, str(error))) or shutil.disk_usage(folder).free < MIN_FREE_BYTES
 
 
-def filled(place: Path, needed: int, purpose: str) -> DiskFull:
+def disk_full_error(folder: Path, needed_bytes: int, purpose: str) -> DiskFull:
     return DiskFull(
-        f"The disk became full: {purpose} needs {_gigabytes(needed)} in {place}, where others write too. Make room "
-        "there, and retry.",
-        details={"folder": str(place), "needed_bytes": needed},
+        f"The disk became full: {purpose} needs {_gigabytes(needed_bytes)} in {folder}, where others write too. "
+        "Make room there, and retry.",
+        details={"folder": str(folder), "needed_bytes": needed_bytes},
     )
 
 

@@ -1,29 +1,38 @@
 """Who runs what: the leadership of the dispatcher, the leases of workers, and the guarded writes that both allow."""
 
-from jobs.leases.acquire import Capacity, claim, outlook
-from jobs.leases.claim import ALONE, Claim
-from jobs.leases.leadership import LeadershipLost, keep_leadership, take_leadership
-from jobs.leases.outcomes import Write, cancelled, failed, park, parked, paused, succeeded, write
-from jobs.leases.renewal import held_by_workers, release_lost, renew
+from jobs.leases.acquire import Capacity, claim_jobs, next_wakeup
+from jobs.leases.claim import OWN_WORKER, Claim
+from jobs.leases.leadership import LeadershipLost, renew_leadership, take_leadership
+from jobs.leases.outcomes import (
+    GuardedWrite,
+    apply_writes,
+    cancelled_values,
+    failure_values,
+    park,
+    parked_values,
+    paused_values,
+    succeeded_values,
+)
+from jobs.leases.renewal import release_lost_jobs, renew, running_jobs_by_worker
 
 __all__ = [
-    "ALONE",
+    "OWN_WORKER",
     "Capacity",
     "Claim",
+    "GuardedWrite",
     "LeadershipLost",
-    "Write",
-    "cancelled",
-    "claim",
-    "failed",
-    "held_by_workers",
-    "keep_leadership",
-    "outlook",
+    "apply_writes",
+    "cancelled_values",
+    "claim_jobs",
+    "failure_values",
+    "next_wakeup",
     "park",
-    "parked",
-    "paused",
-    "release_lost",
+    "parked_values",
+    "paused_values",
+    "release_lost_jobs",
     "renew",
-    "succeeded",
+    "renew_leadership",
+    "running_jobs_by_worker",
+    "succeeded_values",
     "take_leadership",
-    "write",
 ]

@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
 from jobs import journal
-from jobs.journal import Entry
-from jobs.leases.claim import Claim, new_expiry
+from jobs.journal import JournalEntry
+from jobs.leases.claim import Claim, new_lease_expiry
 from jobs.leases.leadership import require_leadership
 from jobs.states import State
 from jobs.tables import Job
@@ -25,20 +25,20 @@ from jobs.tables import Job
 class Capacity(Protocol):
     """Where there is room. The dispatcher knows; the queue only asks."""
 
-    def room(self, *, heavy: bool) -> int:
+    def available_slots(self, *, heavy: bool) -> int:
         """About how many more light or heavy jobs could start now."""
         ...
 
-    def take(self, job: Job) -> str | None:
+    def allocate(self, job: Job) -> str | None:
         """The worker that this job goes to, whose room is then occupied; None when it does not fit anywhere now."""
         ...
 
-    def shortage(self, demand: str) -> str:
+    def wait_reason(self, demand: str) -> str:
         """What a job of this demand waits for when it does not fit."""
         ...
 
 
-async def claim(session: AsyncSession, token: str, capacity: Capacity) -> list[Claim]:
+async def claim_jobs(session: AsyncSession, token: str, capacity: Capacity) -> list[Claim]:
     """Give queued jobs to workers, by priority, then age, as far as there is room.
 
     A job that does not fit lets smaller ones pass: its demand, or its kind when that is at its limit, is set aside
@@ -46,37 +46,39 @@ async def claim(session: AsyncSession, token: str, capacity: Capacity) -> list[C
     compete: the former share warm workers, the latter have an actor each.
     """
     leader = await require_leadership(session, token)
-    due = (Job.state == State.QUEUED, Job.delayed, Job.run_after <= now())
-    await session.execute(update(Job).where(*due).values(delayed=False, updated_at=Job.updated_at))
-    kinds = await _room_of_kinds(session)
-    waiting = {} if capacity.room(heavy=True) else _still_waiting(leader.waiting, kinds)
+    is_due = (Job.state == State.QUEUED, Job.delayed, Job.run_after <= now())
+    await session.execute(update(Job).where(*is_due).values(delayed=False, updated_at=Job.updated_at))
+    free_by_kind = await _free_slots_by_kind(session)
+    wait_reasons = {} if capacity.available_slots(heavy=True) else _remaining_wait_reasons(leader.waiting, free_by_kind)
     chosen: list[tuple[Job, str]] = []
     for heavy in (False, True):
         full_demands: set[str] = set()
-        while room := capacity.room(heavy=heavy):
-            full_kinds = [kind for kind, left in kinds.items() if left <= 0]
-            taken = [job.id for job, _ in chosen]
-            page = await _runnable(session, heavy, full_demands, full_kinds, taken, room)
+        while limit := capacity.available_slots(heavy=heavy):
+            full_kinds = [kind for kind, left in free_by_kind.items() if left <= 0]
+            chosen_ids = [job.id for job, _ in chosen]
+            page = await _find_runnable(session, heavy, full_demands, full_kinds, chosen_ids, limit)
             for job in page:
-                if job.concurrency is not None and kinds.setdefault(job.kind, job.concurrency) <= 0:
-                    waiting[f"kind {job.kind}"] = f"one of the {job.concurrency} running '{job.kind}' jobs to finish"
-                elif job.demand in full_demands or (worker := capacity.take(job)) is None:
+                if job.concurrency is not None and free_by_kind.setdefault(job.kind, job.concurrency) <= 0:
+                    wait_reasons[f"kind {job.kind}"] = (
+                        f"one of the {job.concurrency} running '{job.kind}' jobs to finish"
+                    )
+                elif job.demand in full_demands or (worker := capacity.allocate(job)) is None:
                     full_demands.add(job.demand)
-                    waiting[f"demand {job.demand}"] = capacity.shortage(job.demand)
+                    wait_reasons[f"demand {job.demand}"] = capacity.wait_reason(job.demand)
                 else:
                     chosen.append((job, worker))
                     if job.concurrency is not None:
-                        kinds[job.kind] -= 1
-            if len(page) < room:
+                        free_by_kind[job.kind] -= 1
+            if len(page) < limit:
                 break
-    if not capacity.room(heavy=False):
-        waiting["demand "] = capacity.shortage("")
-    if leader.waiting != waiting:
-        leader.waiting = waiting
-    return await _lease(session, chosen)
+    if not capacity.available_slots(heavy=False):
+        wait_reasons["demand "] = capacity.wait_reason("")
+    if leader.waiting != wait_reasons:
+        leader.waiting = wait_reasons
+    return await _grant_leases(session, chosen)
 
 
-async def outlook(session: AsyncSession) -> tuple[float, bool]:
+async def next_wakeup(session: AsyncSession) -> tuple[float, bool]:
     """Seconds until a delayed job may run, and whether any heavy job is queued."""
     delayed = await session.scalar(
         select(Job.run_after).where(Job.state == State.QUEUED, Job.delayed).order_by(Job.run_after).limit(1)
@@ -89,7 +91,7 @@ async def outlook(session: AsyncSession) -> tuple[float, bool]:
     return math.inf if delayed is None else max(0.0, (delayed - now()).total_seconds()), heavy is not None
 
 
-async def _room_of_kinds(session: AsyncSession) -> dict[str, int]:
+async def _free_slots_by_kind(session: AsyncSession) -> dict[str, int]:
     """How many more may run of each kind that has a limit and runs now."""
     rows = await session.execute(
         select(Job.kind, (func.min(Job.concurrency) - func.count()).label("room"))
@@ -99,25 +101,29 @@ async def _room_of_kinds(session: AsyncSession) -> dict[str, int]:
     return {row.kind: row.room for row in rows.all()}
 
 
-def _still_waiting(waiting: Mapping[str, str], kinds: Mapping[str, int]) -> dict[str, str]:
+def _remaining_wait_reasons(wait_reasons: Mapping[str, str], free_by_kind: Mapping[str, int]) -> dict[str, str]:
     """What kept heavy jobs waiting still does when they are not looked at this time, unless their kind has room."""
-    full = {f"kind {kind}" for kind, left in kinds.items() if left <= 0}
-    return {key: why for key, why in waiting.items() if key in full or (key.startswith("demand") and key != "demand ")}
+    full = {f"kind {kind}" for kind, left in free_by_kind.items() if left <= 0}
+    return {
+        key: reason
+        for key, reason in wait_reasons.items()
+        if key in full or (key.startswith("demand") and key != "demand ")
+    }
 
 
-async def _runnable(
+async def _find_runnable(
     session: AsyncSession,
     heavy: bool,
     full_demands: Iterable[str],
     full_kinds: Iterable[str],
-    taken: Iterable[str],
+    excluded_ids: Iterable[str],
     limit: int,
 ) -> Sequence[Job]:
     query = (
         select(Job)
         .where(Job.state == State.QUEUED, Job.unfinished_dependencies == 0, ~Job.delayed)
         .where(Job.demand > "" if heavy else Job.demand == "")
-        .where(Job.demand.not_in(full_demands), Job.kind.not_in(full_kinds), Job.id.not_in(taken))
+        .where(Job.demand.not_in(full_demands), Job.kind.not_in(full_kinds), Job.id.not_in(excluded_ids))
         .order_by(Job.priority.desc(), Job.created_at)
         .limit(limit)
         .with_for_update(skip_locked=True, key_share=True)
@@ -125,33 +131,36 @@ async def _runnable(
     return (await session.scalars(query)).all()
 
 
-async def _lease(session: AsyncSession, chosen: Sequence[tuple[Job, str]]) -> list[Claim]:
+async def _grant_leases(session: AsyncSession, chosen: Sequence[tuple[Job, str]]) -> list[Claim]:
     if not chosen:
         return []
-    moment, expiry = now(), new_expiry()
-    claims = [_claim(job, worker) for job, worker in chosen]
+    moment, expiry = now(), new_lease_expiry()
+    claims = [_build_claim(job, worker) for job, worker in chosen]
     started = {job.id: job.started_at or moment for job, _ in chosen}
     rows = [
         {
-            "id": one.job_id,
+            "id": claim.job_id,
             "state": State.RUNNING,
-            "worker": one.worker,
-            "lease_token": one.token,
+            "worker": claim.worker,
+            "lease_token": claim.token,
             "lease_expires_at": expiry,
-            "attempt": one.attempt,
-            "started_at": started[one.job_id],
+            "attempt": claim.attempt,
+            "started_at": started[claim.job_id],
             "phase": None,
             "updated_at": moment,
         }
-        for one in claims
+        for claim in claims
     ]
     await session.execute(update(Job), rows)
-    entries = [Entry(one.job_id, "running", {"attempt": one.attempt, "worker": one.worker}, moment) for one in claims]
+    entries = [
+        JournalEntry(claim.job_id, "running", {"attempt": claim.attempt, "worker": claim.worker}, moment)
+        for claim in claims
+    ]
     journal.record(session, entries)
     return claims
 
 
-def _claim(job: Job, worker: str) -> Claim:
+def _build_claim(job: Job, worker: str) -> Claim:
     return Claim(
         job_id=job.id,
         token=secrets.token_hex(8),

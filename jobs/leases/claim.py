@@ -7,7 +7,7 @@ from typing import Any
 from cluster.db import now
 from cluster.settings import get_settings
 
-ALONE = "a worker of its own"
+OWN_WORKER = "a worker of its own"
 """The demand of a light job that may have killed the workers that it shared with others."""
 
 
@@ -29,5 +29,5 @@ class Claim:
     owner_id: str | None  # None: this machine's own
 
 
-def new_expiry() -> Any:
+def new_lease_expiry() -> Any:
     return now() + timedelta(seconds=get_settings().jobs.lease_seconds)

@@ -6,7 +6,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
 from cluster.errors import ForgearrError
-from jobs.leases.claim import new_expiry
+from jobs.leases.claim import new_lease_expiry
 from jobs.tables import Leadership
 
 
@@ -21,17 +21,17 @@ async def take_leadership(session: AsyncSession, holder: str) -> str | None:
     token = secrets.token_hex(8)
     leader = await session.get(Leadership, 1, with_for_update=True)
     if leader is None:
-        session.add(Leadership(id=1, holder=holder, token=token, expires_at=new_expiry(), waiting={}))
+        session.add(Leadership(id=1, holder=holder, token=token, expires_at=new_lease_expiry(), waiting={}))
         return token
     if leader.holder != holder and leader.expires_at > now():
         return None
-    leader.holder, leader.token, leader.expires_at = holder, token, new_expiry()
+    leader.holder, leader.token, leader.expires_at = holder, token, new_lease_expiry()
     return token
 
 
-async def keep_leadership(session: AsyncSession, token: str) -> None:
+async def renew_leadership(session: AsyncSession, token: str) -> None:
     leader = await require_leadership(session, token)
-    leader.expires_at = new_expiry()
+    leader.expires_at = new_lease_expiry()
 
 
 async def require_leadership(session: AsyncSession, token: str) -> Leadership:

@@ -10,68 +10,72 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
 from jobs import journal, queue
-from jobs.journal import Entry
+from jobs.journal import JournalEntry
 from jobs.retry_policy import Failure
 from jobs.states import FINISHED, Control, State
 from jobs.tables import Job, JobDependency
 
 
 @dataclass
-class Write:
+class GuardedWrite:
     """What a worker wants to say of one job: columns to set and entries for the journal."""
 
     job_id: str
     token: str
     values: dict[str, Any] = field(default_factory=dict[str, Any])
-    entries: list[Entry] = field(default_factory=list[Entry])
+    entries: list[JournalEntry] = field(default_factory=list[JournalEntry])
 
 
-async def write(session: AsyncSession, writes: Sequence[Write]) -> set[str]:
+async def apply_writes(session: AsyncSession, writes: Sequence[GuardedWrite]) -> set[str]:
     """Do all these writes whose tokens still hold; returns the tokens that do not, whose writes changed nothing."""
     held = await session.execute(
         select(Job.id, Job.lease_token, Job.control)
-        .where(Job.id.in_([one.job_id for one in writes]), Job.state == State.RUNNING)
+        .where(Job.id.in_([write.job_id for write in writes]), Job.state == State.RUNNING)
         .order_by(Job.id)  # everybody who locks several jobs locks them in this order
         .with_for_update(key_share=True)
     )
-    rows_held = {row.lease_token: row for row in held.all()}
-    valid = [_as_asked(one, rows_held[one.token].control) for one in writes if one.token in rows_held]
+    rows_by_token = {row.lease_token: row for row in held.all()}
+    valid = [
+        _apply_control(write, rows_by_token[write.token].control) for write in writes if write.token in rows_by_token
+    ]
     moment = now()
-    for columns, rows in _by_columns(valid).items():
+    for columns, rows in _group_by_columns(valid).items():
         if columns:
             await session.execute(update(Job), [row | {"updated_at": moment} for row in rows])
-    journal.record(session, [entry for one in valid for entry in one.entries])
-    if any(one.values.get("state") == State.QUEUED for one in valid):
-        queue.wake_dispatcher_after(session)
-    ended = {one.job_id: State(one.values["state"]) for one in valid if one.values.get("state") in FINISHED}
-    if ended:
-        await queue.release_dependents(session, ended)
-    return {one.token for one in writes} - {one.token for one in valid}
+    journal.record(session, [entry for write in valid for entry in write.entries])
+    if any(write.values.get("state") == State.QUEUED for write in valid):
+        queue.wake_dispatcher_on_commit(session)
+    finished_states = {
+        write.job_id: State(write.values["state"]) for write in valid if write.values.get("state") in FINISHED
+    }
+    if finished_states:
+        await queue.release_dependents(session, finished_states)
+    return {write.token for write in writes} - {write.token for write in valid}
 
 
-def succeeded(result: object) -> dict[str, Any]:
+def succeeded_values(result: object) -> dict[str, Any]:
     return finished_values(State.SUCCEEDED) | {"result": result, "error": None, "progress": 100.0, "phase": None}
 
 
-def cancelled() -> dict[str, Any]:
+def cancelled_values() -> dict[str, Any]:
     return finished_values(State.CANCELLED) | {"error": {"code": "cancelled", "message": "Cancelled."}}
 
 
-def paused() -> dict[str, Any]:
+def paused_values() -> dict[str, Any]:
     return released_values(State.PAUSED)
 
 
-def parked() -> dict[str, Any]:
+def parked_values() -> dict[str, Any]:
     return released_values(State.QUEUED) | {"phase": "waiting for its children"}
 
 
-def failed(failure: Failure, attempt: int, max_attempts: int) -> dict[str, Any]:
+def failure_values(failure: Failure, attempt: int, max_attempts: int) -> dict[str, Any]:
     """Another attempt when there is one left and it makes sense, else the end."""
     if failure.retry_in is None or attempt >= max_attempts:
-        return finished_values(State.FAILED) | {"error": failure.as_error()}
+        return finished_values(State.FAILED) | {"error": failure.to_error()}
     later = now() + timedelta(seconds=failure.retry_in)
     return released_values(State.QUEUED) | {
-        "error": failure.as_error(),
+        "error": failure.to_error(),
         "attempt": attempt + 1,
         "run_after": later,
         "delayed": True,
@@ -87,30 +91,32 @@ async def park(session: AsyncSession, job_id: str, token: str, children: Iterabl
     for child in await session.scalars(select(Job).where(Job.id.in_(set(children))).with_for_update(read=True)):
         await session.merge(JobDependency(job_id=job_id, depends_on_id=child.id))
         unfinished += child.state not in FINISHED
-    parking = _as_asked(Write(job_id, token, parked(), [Entry(job_id, "queued", {"parked": True})]), job.control)
-    for column, value in parking.values.items():
+    park_write = _apply_control(
+        GuardedWrite(job_id, token, parked_values(), [JournalEntry(job_id, "queued", {"parked": True})]), job.control
+    )
+    for column, value in park_write.values.items():
         setattr(job, column, value)
     job.unfinished_dependencies = unfinished
     await session.flush()
-    journal.record(session, parking.entries)
-    queue.wake_dispatcher_after(session)
+    journal.record(session, park_write.entries)
+    queue.wake_dispatcher_on_commit(session)
     if job.state in FINISHED:
         await queue.release_dependents(session, {job.id: State(job.state)})
     return True
 
 
-def _as_asked(one: Write, control: str | None) -> Write:
+def _apply_control(write: GuardedWrite, control: str | None) -> GuardedWrite:
     """A job that would go on, or hold, does what was asked of it meanwhile."""
-    state = one.values.get("state")
+    state = write.values.get("state")
     if state not in {State.QUEUED, State.PAUSED}:
-        return one
-    wishes: dict[str | None, State] = {Control.PAUSE: State.PAUSED, Control.CANCEL: State.CANCELLED}
-    asked = wishes.get(control, State.QUEUED)
-    if asked == state:
-        return one
-    values = cancelled() if asked == State.CANCELLED else one.values | {"state": asked}
-    entries = [entry for entry in one.entries if entry.type not in set(State)]
-    return Write(one.job_id, one.token, values, [*entries, Entry(one.job_id, asked)])
+        return write
+    target_states: dict[str | None, State] = {Control.PAUSE: State.PAUSED, Control.CANCEL: State.CANCELLED}
+    target = target_states.get(control, State.QUEUED)
+    if target == state:
+        return write
+    values = cancelled_values() if target == State.CANCELLED else write.values | {"state": target}
+    entries = [entry for entry in write.entries if entry.type not in set(State)]
+    return GuardedWrite(write.job_id, write.token, values, [*entries, JournalEntry(write.job_id, target)])
 
 
 def released_values(state: State) -> dict[str, Any]:
@@ -121,9 +127,9 @@ def finished_values(state: State) -> dict[str, Any]:
     return released_values(state) | {"finished_at": now()}
 
 
-def _by_columns(writes: Iterable[Write]) -> Mapping[frozenset[str], list[dict[str, Any]]]:
+def _group_by_columns(writes: Iterable[GuardedWrite]) -> Mapping[frozenset[str], list[dict[str, Any]]]:
     """Rows that set the same columns go to the database as one statement."""
     groups: dict[frozenset[str], list[dict[str, Any]]] = {}
-    for one in writes:
-        groups.setdefault(frozenset(one.values), []).append({"id": one.job_id, **one.values})
+    for write in writes:
+        groups.setdefault(frozenset(write.values), []).append({"id": write.job_id, **write.values})
     return groups

@@ -1,12 +1,12 @@
 """The queue: enqueue jobs, control them, and wake the dispatcher."""
 
 from jobs.queue.control import cancel, pause, resume, retry
-from jobs.queue.dependencies import finish_waiting, release_dependents
-from jobs.queue.enqueue import enqueue, enqueue_child, enqueue_many, new_job_id, stillborn
+from jobs.queue.dependencies import finish_waiting_jobs, release_dependents
+from jobs.queue.enqueue import enqueue, enqueue_child, enqueue_many, new_job_id, rejected_job
 from jobs.queue.errors import ChildFailed, IdempotencyConflict, JobNotFound, JobStateConflict, UnknownDependency
 from jobs.queue.requests import MAX_DEPENDENCIES, JobRequest
 from jobs.queue.rows import get
-from jobs.queue.wakeup import DISPATCHER, wake_dispatcher, wake_dispatcher_after
+from jobs.queue.wakeup import DISPATCHER, wake_dispatcher, wake_dispatcher_on_commit
 
 __all__ = [
     "DISPATCHER",
@@ -21,14 +21,14 @@ __all__ = [
     "enqueue",
     "enqueue_child",
     "enqueue_many",
-    "finish_waiting",
+    "finish_waiting_jobs",
     "get",
     "new_job_id",
     "pause",
+    "rejected_job",
     "release_dependents",
     "resume",
     "retry",
-    "stillborn",
     "wake_dispatcher",
-    "wake_dispatcher_after",
+    "wake_dispatcher_on_commit",
 ]

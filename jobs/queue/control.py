@@ -5,11 +5,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import after_commit, now
 from jobs import journal
-from jobs.journal import Entry
-from jobs.queue.dependencies import finish_waiting
-from jobs.queue.errors import END_TEXTS, JobStateConflict, end_as_text
-from jobs.queue.rows import descendants_of, is_held, lock_jobs
-from jobs.queue.wakeup import tell_dispatcher, wake_dispatcher_after
+from jobs.journal import JournalEntry
+from jobs.queue.dependencies import finish_waiting_jobs
+from jobs.queue.errors import END_TEXTS, JobStateConflict, format_end
+from jobs.queue.rows import descendants_of, is_paused_or_pausing, lock_jobs
+from jobs.queue.wakeup import notify_dispatcher, wake_dispatcher_on_commit
 from jobs.registry import Resources
 from jobs.states import FINISHED, RETRYABLE, Control, State
 from jobs.tables import Job, JobDependency
@@ -18,42 +18,42 @@ from jobs.tables import Job, JobDependency
 async def cancel(session: AsyncSession, job: Job) -> None:
     """Cancel a job and all its children: at once when it waits, as soon as it listens when it runs."""
     if job.state in FINISHED:
-        raise JobStateConflict(f"{job.id} has already {end_as_text(job)}.")
+        raise JobStateConflict(f"{job.id} has already {format_end(job)}.")
     family = [job, *await descendants_of(session, [job.id])]
     waiting = [member for member in family if member.state in {State.QUEUED, State.PAUSED}]
-    await finish_waiting(session, waiting, State.CANCELLED, {"code": "cancelled", "message": "Cancelled."})
+    await finish_waiting_jobs(session, waiting, State.CANCELLED, {"code": "cancelled", "message": "Cancelled."})
     for member in family:
         if member.state == State.RUNNING:
-            await _ask(session, member, Control.CANCEL)
+            await _set_control(session, member, Control.CANCEL)
 
 
 async def pause(session: AsyncSession, job: Job) -> None:
     """Hold a job and all its children: at once when they are queued, at their next checkpoint when they run."""
     if job.state in FINISHED:
-        raise JobStateConflict(f"{job.id} has already {end_as_text(job)}.")
+        raise JobStateConflict(f"{job.id} has already {format_end(job)}.")
     if job.control == Control.CANCEL:
         raise JobStateConflict(f"{job.id} is being cancelled.")
     family = [job, *await descendants_of(session, [job.id])]
     for member in family:
         if member.state == State.QUEUED:
             member.state = State.PAUSED
-            journal.record(session, [Entry(member.id, "paused")])
+            journal.record(session, [JournalEntry(member.id, "paused")])
         elif member.state == State.RUNNING and member.control != Control.CANCEL:
-            await _ask(session, member, Control.PAUSE)
+            await _set_control(session, member, Control.PAUSE)
 
 
 async def resume(session: AsyncSession, job: Job) -> None:
     """Let a paused job, and all its children that are paused, go on from their checkpoints."""
-    if not is_held(job):
+    if not is_paused_or_pausing(job):
         raise JobStateConflict(f"{job.id} is {job.state}, not paused.")
     family = [job, *await descendants_of(session, [job.id])]
-    for member in filter(is_held, family):
+    for member in filter(is_paused_or_pausing, family):
         if member.state == State.RUNNING:
-            await _ask(session, member, None)
+            await _set_control(session, member, None)
             continue
         member.state = State.QUEUED
-        journal.record(session, [Entry(member.id, "queued", {"resumed": True})])
-        wake_dispatcher_after(session)
+        journal.record(session, [JournalEntry(member.id, "queued", {"resumed": True})])
+        wake_dispatcher_on_commit(session)
 
 
 async def retry(session: AsyncSession, job: Job) -> None:
@@ -74,15 +74,15 @@ async def retry(session: AsyncSession, job: Job) -> None:
     job.demand = Resources.model_validate(job.resources).demand
     job.error = job.finished_at = job.control = job.phase = None
     job.run_after, job.delayed = now(), False
-    journal.record(session, [Entry(job.id, "queued", {"retried": True})])
-    wake_dispatcher_after(session)
+    journal.record(session, [JournalEntry(job.id, "queued", {"retried": True})])
+    wake_dispatcher_on_commit(session)
 
 
-async def _ask(session: AsyncSession, job: Job, control: Control | None) -> None:
+async def _set_control(session: AsyncSession, job: Job, control: Control | None) -> None:
     """Leave a wish on a running job's row, and send word to its worker, which else sees it at its next heartbeat."""
     if job.control == control:
         return
     job.control = control
-    journal.record(session, [Entry(job.id, "control", {"control": control})])
+    journal.record(session, [JournalEntry(job.id, "control", {"control": control})])
     worker, job_id = job.worker, job.id
-    after_commit(session, lambda: tell_dispatcher("control", worker, job_id, control))
+    after_commit(session, lambda: notify_dispatcher("control", worker, job_id, control))

@@ -9,19 +9,21 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from cluster.db import now
 from cluster.ownership import Owner
 from jobs import journal
-from jobs.journal import Entry
+from jobs.journal import JournalEntry
 from jobs.queue.errors import END_TEXTS, ChildFailed, UnknownDependency
 from jobs.queue.rows import lock_jobs
-from jobs.queue.wakeup import wake_dispatcher_after
+from jobs.queue.wakeup import wake_dispatcher_on_commit
 from jobs.states import RETRYABLE, State
 from jobs.tables import Job, JobDependency
 
 
-async def finish_waiting(session: AsyncSession, waiting: Sequence[Job], state: State, error: dict[str, Any]) -> None:
+async def finish_waiting_jobs(
+    session: AsyncSession, waiting: Sequence[Job], state: State, error: dict[str, Any]
+) -> None:
     """End jobs that no worker holds, and with them whatever depends on them."""
     for job in waiting:
         job.state, job.error, job.finished_at, job.control = state, error, now(), None
-    journal.record(session, [Entry(job.id, state, {"error": error}) for job in waiting])
+    journal.record(session, [JournalEntry(job.id, state, {"error": error}) for job in waiting])
     await release_dependents(session, {job.id: state for job in waiting})
 
 
@@ -40,7 +42,7 @@ async def release_dependents(session: AsyncSession, finished: dict[str, State]) 
             .where(Job.id == job_id, Job.unfinished_dependencies > 0)
             .values(unfinished_dependencies=Job.unfinished_dependencies - 1)
         )
-        wake_dispatcher_after(session)
+        wake_dispatcher_on_commit(session)
     if not doomed:
         return
     waiting = select(Job).where(Job.id.in_(doomed), Job.state.in_([State.QUEUED, State.PAUSED]))
@@ -52,16 +54,16 @@ async def release_dependents(session: AsyncSession, finished: dict[str, State]) 
         }
         if cause.parent_id == dependent.id:
             error = {"code": ChildFailed.code.lower(), "message": ChildFailed(cause).message}
-        await finish_waiting(session, [dependent], State.FAILED, error)
+        await finish_waiting_jobs(session, [dependent], State.FAILED, error)
 
 
-async def link_dependencies(session: AsyncSession, job: Job, wanted: Sequence[str], owner: Owner) -> None:
-    if not wanted:
+async def link_dependencies(session: AsyncSession, job: Job, dependency_ids: Sequence[str], owner: Owner) -> None:
+    if not dependency_ids:
         return
     # Locked, so that none of them finishes between this look and our commit.
-    found = await session.scalars(select(Job).where(Job.id.in_(set(wanted))).with_for_update(read=True))
+    found = await session.scalars(select(Job).where(Job.id.in_(set(dependency_ids))).with_for_update(read=True))
     known = {other.id: other for other in found if owner.is_admin or other.owner_id == owner.id}
-    for dependency_id in dict.fromkeys(wanted):
+    for dependency_id in dict.fromkeys(dependency_ids):
         if dependency_id not in known:
             raise UnknownDependency(f"There is no job '{dependency_id}' to depend on.")
         session.add(JobDependency(job_id=job.id, depends_on_id=dependency_id))
@@ -69,6 +71,6 @@ async def link_dependencies(session: AsyncSession, job: Job, wanted: Sequence[st
     states = {other.id: State(other.state) for other in known.values()}
     job.unfinished_dependencies = sum(state != State.SUCCEEDED for state in states.values())
     await session.flush()
-    lost = {key: state for key, state in states.items() if state in RETRYABLE}
-    if lost:
-        await release_dependents(session, lost)
+    unsuccessful = {key: state for key, state in states.items() if state in RETRYABLE}
+    if unsuccessful:
+        await release_dependents(session, unsuccessful)

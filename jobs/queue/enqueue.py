@@ -14,18 +14,18 @@ from pydantic import BaseModel
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import now, one_at_a_time
+from cluster.db import advisory_lock, now
 from cluster.errors import Forbidden, UnprocessableRequest
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from cluster.settings import get_settings
 from jobs import journal
-from jobs.journal import Entry
+from jobs.journal import JournalEntry
 from jobs.queue.control import pause
 from jobs.queue.dependencies import link_dependencies
 from jobs.queue.errors import IdempotencyConflict
 from jobs.queue.requests import JobRequest, request_hash
 from jobs.queue.rows import lock_jobs
-from jobs.queue.wakeup import wake_dispatcher_after
+from jobs.queue.wakeup import wake_dispatcher_on_commit
 from jobs.registry import Kind, Resources, find_kind
 from jobs.states import Control, State
 from jobs.tables import IdempotencyKey, Job
@@ -34,7 +34,7 @@ from jobs.tables import IdempotencyKey, Job
 async def enqueue(
     session: AsyncSession,
     request: JobRequest,
-    owner: Owner = LOCAL,
+    owner: Owner = LOCAL_OWNER,
     *,
     idempotency_key: str | None = None,
     unless_queued: bool = False,
@@ -43,10 +43,10 @@ async def enqueue(
 
     With `unless_queued`, one that waits to do the same will do, whoever asked for it.
     """
-    if idempotency_key and (known := await _find_by_key(session, request, owner, idempotency_key)):
-        return known
+    if idempotency_key and (existing := await _find_by_key(session, request, owner, idempotency_key)):
+        return existing
     kind = find_kind(request.kind)
-    spec = kind.check(request.spec)
+    spec = kind.validate_spec(request.spec)
     if not owner.is_admin and kind.needs_admin(spec):
         raise Forbidden(f"Only an administrator may run '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
     job = await _find_queued(session, kind, spec) if unless_queued else None
@@ -54,17 +54,19 @@ async def enqueue(
         (job,) = await _insert(session, [(request, kind, spec)], owner)
         await link_dependencies(session, job, request.depends_on, owner)
     if idempotency_key:
-        session.add(_remember(job, request, owner, idempotency_key))
+        session.add(_build_idempotency_key(job, request, owner, idempotency_key))
         await session.flush()
     return job
 
 
-async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], owner: Owner = LOCAL) -> list[Job]:
+async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], owner: Owner = LOCAL_OWNER) -> list[Job]:
     """Put many jobs without dependencies into the queue in one go."""
     if any(request.depends_on for request in requests):
         raise UnprocessableRequest("Jobs that are queued together cannot have dependencies; queue them one by one.")
-    wanted = [(request, find_kind(request.kind)) for request in requests]
-    return await _insert(session, [(request, kind, kind.check(request.spec)) for request, kind in wanted], owner)
+    with_kinds = [(request, find_kind(request.kind)) for request in requests]
+    return await _insert(
+        session, [(request, kind, kind.validate_spec(request.spec)) for request, kind in with_kinds], owner
+    )
 
 
 async def enqueue_child(
@@ -76,9 +78,9 @@ async def enqueue_child(
     resources: Resources | None = None,
 ) -> Job:
     """The child of this name: found when the parent asks again, after a crash or a park, else queued now."""
-    known = await session.scalar(select(Job).where(Job.parent_id == parent.id, Job.child_name == name))
-    if known is not None:
-        return known
+    existing = await session.scalar(select(Job).where(Job.parent_id == parent.id, Job.child_name == name))
+    if existing is not None:
+        return existing
     request = JobRequest(kind=kind, spec=spec, priority=parent.priority, resources=resources)
     child = await enqueue(session, request, Owner(id=parent.owner_id, name=parent.created_by))
     child.parent_id, child.child_name = parent.id, name
@@ -88,10 +90,10 @@ async def enqueue_child(
     return child
 
 
-def stillborn(request: JobRequest, owner: Owner, error: dict[str, Any]) -> Job:
+def rejected_job(request: JobRequest, owner: Owner, error: dict[str, Any]) -> Job:
     """A job that could not even be queued, kept so that somebody sees why."""
     moment = now()
-    job = _job(request, Kind(request.kind, "", BaseModel, ""), request.spec, owner, moment)
+    job = _build_job(request, Kind(request.kind, "", BaseModel, ""), request.spec, owner, moment)
     job.state, job.error, job.finished_at = State.FAILED, error, moment
     return job
 
@@ -106,19 +108,19 @@ _suffixes = itertools.count(secrets.randbelow(36**4))
 
 
 async def _insert(
-    session: AsyncSession, wanted: Sequence[tuple[JobRequest, Kind, dict[str, Any]]], owner: Owner
+    session: AsyncSession, checked_requests: Sequence[tuple[JobRequest, Kind, dict[str, Any]]], owner: Owner
 ) -> list[Job]:
     """Queue these; their specs have been checked."""
     moment = now()
-    jobs = [_job(request, kind, spec, owner, moment) for request, kind, spec in wanted]
+    jobs = [_build_job(request, kind, spec, owner, moment) for request, kind, spec in checked_requests]
     session.add_all(jobs)
     await session.flush()
-    journal.record(session, [Entry(job.id, "queued", {"kind": job.kind}, moment) for job in jobs])
-    wake_dispatcher_after(session)
+    journal.record(session, [JournalEntry(job.id, "queued", {"kind": job.kind}, moment) for job in jobs])
+    wake_dispatcher_on_commit(session)
     return jobs
 
 
-def _job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Owner, moment: datetime) -> Job:
+def _build_job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Owner, moment: datetime) -> Job:
     resources = request.resources or kind.resources_for(spec)
     return Job(
         id=new_job_id(moment),
@@ -143,29 +145,29 @@ def _job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Owner, mo
 
 
 async def _find_by_key(session: AsyncSession, request: JobRequest, owner: Owner, key: str) -> Job | None:
-    await one_at_a_time(session, f"idempotency {owner.id} {key}")
-    known = await session.get(IdempotencyKey, (owner.id or owner.name, key))
-    if known is None:
+    await advisory_lock(session, f"idempotency {owner.id} {key}")
+    row = await session.get(IdempotencyKey, (owner.id or owner.name, key))
+    if row is None:
         return None
-    if known.expires_at <= now():
+    if row.expires_at <= now():
         await session.execute(
-            delete(IdempotencyKey).where(IdempotencyKey.owner == known.owner, IdempotencyKey.key == key)
+            delete(IdempotencyKey).where(IdempotencyKey.owner == row.owner, IdempotencyKey.key == key)
         )
-        session.expunge(known)
+        session.expunge(row)
         return None
-    if known.request_hash != request_hash(request):
-        raise IdempotencyConflict(f"The idempotency key '{key}' was used for another request ({known.job_id}).")
-    return await session.get_one(Job, known.job_id)
+    if row.request_hash != request_hash(request):
+        raise IdempotencyConflict(f"The idempotency key '{key}' was used for another request ({row.job_id}).")
+    return await session.get_one(Job, row.job_id)
 
 
 async def _find_queued(session: AsyncSession, kind: Kind, spec: dict[str, Any]) -> Job | None:
-    await one_at_a_time(session, f"queued {kind.name}")
+    await advisory_lock(session, f"queued {kind.name}")
     # Locked, so that it waits until we have said our word.
     waiting = await lock_jobs(session, select(Job).where(Job.kind == kind.name, Job.state == State.QUEUED))
     return next((job for job in waiting if job.spec == spec), None)
 
 
-def _remember(job: Job, request: JobRequest, owner: Owner, key: str) -> IdempotencyKey:
+def _build_idempotency_key(job: Job, request: JobRequest, owner: Owner, key: str) -> IdempotencyKey:
     return IdempotencyKey(
         owner=owner.id or owner.name,
         key=key,

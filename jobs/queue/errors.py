@@ -42,5 +42,5 @@ class ChildFailed(ForgearrError):
 END_TEXTS = {State.SUCCEEDED: "succeeded", State.FAILED: "failed", State.CANCELLED: "was cancelled"}
 
 
-def end_as_text(job: Job) -> str:
+def format_end(job: Job) -> str:
     return {State.CANCELLED: "been cancelled"}.get(State(job.state), job.state)

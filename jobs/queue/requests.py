@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.times import GivenTime
+from cluster.times import RequestTime
 from jobs.registry import Resources
 
 MAX_DEPENDENCIES = 1000
@@ -20,7 +20,7 @@ class JobRequest(BaseModel):
     kind: str = Field(max_length=100, examples=["probe"], description="GET /api/v1/jobs/kinds lists them.")
     spec: dict[str, Any] = Field(default_factory=dict, description="What to do, as this kind defines it.")
     priority: int = Field(default=0, ge=-1000, le=1000, description="Higher goes first.")
-    run_after: GivenTime | None = Field(default=None, description="Not before this time.")
+    run_after: RequestTime | None = Field(default=None, description="Not before this time.")
     depends_on: list[str] = Field(
         default_factory=list, max_length=MAX_DEPENDENCIES, description="Jobs that must succeed first."
     )

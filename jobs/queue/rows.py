@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from jobs.queue.errors import JobNotFound
 from jobs.states import FINISHED, Control, State
 from jobs.tables import Job
 
 
-async def get(session: AsyncSession, job_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Job:
+async def get(session: AsyncSession, job_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Job:
     """The job, if this owner may see it: anybody else is told that it does not exist."""
     query = select(Job).where(Job.id == job_id)
     job = await session.scalar(query.with_for_update(key_share=True) if lock else query)
@@ -20,9 +20,9 @@ async def get(session: AsyncSession, job_id: str, owner: Owner = LOCAL, *, lock:
     return job
 
 
-async def lock_jobs(session: AsyncSession, wanted: Select[Job]) -> list[Job]:
+async def lock_jobs(session: AsyncSession, query: Select[Job]) -> list[Job]:
     """These jobs as they are now, locked in the order that everybody locks them in, so that they stay so."""
-    ordered = wanted.order_by(Job.id).with_for_update(key_share=True).execution_options(populate_existing=True)
+    ordered = query.order_by(Job.id).with_for_update(key_share=True).execution_options(populate_existing=True)
     return list(await session.scalars(ordered))
 
 
@@ -35,6 +35,6 @@ async def descendants_of(session: AsyncSession, parents: Sequence[str]) -> list[
     return found
 
 
-def is_held(job: Job) -> bool:
+def is_paused_or_pausing(job: Job) -> bool:
     """It is paused, or will be at its next checkpoint."""
     return job.state == State.PAUSED or (job.state == State.RUNNING and job.control == Control.PAUSE)

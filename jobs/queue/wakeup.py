@@ -9,19 +9,19 @@ from cluster.errors import Unavailable
 DISPATCHER = "dispatcher"
 
 
-def wake_dispatcher_after(session: AsyncSession) -> None:
+def wake_dispatcher_on_commit(session: AsyncSession) -> None:
     """When this transaction has committed, tell the dispatcher that there may be something to do."""
     if wake_dispatcher not in session.info.get("after_commit", []):
         after_commit(session, wake_dispatcher)
 
 
 def wake_dispatcher() -> None:
-    tell_dispatcher("wake")
+    notify_dispatcher("wake")
 
 
-def tell_dispatcher(method: str, *arguments: object) -> None:
+def notify_dispatcher(method: str, *arguments: object) -> None:
     """Send word and do not wait: what the message says is in the database, where the dispatcher looks by itself too."""
     try:
-        getattr(actors.find(DISPATCHER), method).remote(*arguments)
+        getattr(actors.find_actor(DISPATCHER), method).remote(*arguments)
     except Unavailable:
         return

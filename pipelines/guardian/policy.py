@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.times import UtcTime, ZoneName
+from cluster.times import TimeZoneName, UtcTime
 
 if TYPE_CHECKING:
     from pipelines.guardian.git.objects import Changes
@@ -38,7 +38,7 @@ class Policy(BaseModel):
     quiet_hours: str | None = Field(
         default=None, pattern=rf"^{CLOCK}-{CLOCK}$", examples=["22:00-06:00"], description="Nor within these hours."
     )
-    timezone: ZoneName = Field(default="UTC", description="Of the quiet hours: an IANA name.")
+    timezone: TimeZoneName = Field(default="UTC", description="Of the quiet hours: an IANA name.")
 
 
 class Metrics(BaseModel):
@@ -65,13 +65,13 @@ def decide(
     policy: Policy, changes: "Changes", trained_at: datetime | None, now: datetime, feedback: int | None = None
 ) -> Decision:
     """What the policy says of these changes. `trained_at` is when the last training ended well."""
-    critical = _critical(policy.critical_paths, changes.paths)
+    critical = _critical_path(policy.critical_paths, changes.paths)
     hours = None if trained_at is None else max(now - trained_at, timedelta(0)) / HOUR
-    wanted, reason = _wanted(policy, changes, critical, trained_at)
-    if wanted and (hindrance := _hindrance(policy, hours, now)):
-        wanted, reason = False, f"{reason}, but {hindrance}"
+    should_retrain, reason = _check_thresholds(policy, changes, critical, trained_at)
+    if should_retrain and (block_reason := _block_reason(policy, hours, now)):
+        should_retrain, reason = False, f"{reason}, but {block_reason}"
     return Decision(
-        should_retrain=wanted,
+        should_retrain=should_retrain,
         reason=reason,
         metrics=Metrics(
             commits_since_last_train=changes.commits,
@@ -87,7 +87,9 @@ def decide(
     )
 
 
-def _wanted(policy: Policy, changes: "Changes", critical: str | None, trained_at: datetime | None) -> tuple[bool, str]:
+def _check_thresholds(
+    policy: Policy, changes: "Changes", critical: str | None, trained_at: datetime | None
+) -> tuple[bool, str]:
     if trained_at is None:
         return True, "never trained"
     if not changes.files:
@@ -99,23 +101,23 @@ def _wanted(policy: Policy, changes: "Changes", critical: str | None, trained_at
         (changes.commits, policy.min_commits, "commit"),
         (changes.lines, policy.min_lines, "line"),
     ]
-    looked_at = [(count, limit, word) for count, limit, word in counted if limit is not None]
-    known = [(count, limit, word) for count, limit, word in looked_at if count is not None]
-    for count, limit, word in known:
+    checked = [(count, limit, unit) for count, limit, unit in counted if limit is not None]
+    known = [(count, limit, unit) for count, limit, unit in checked if count is not None]
+    for count, limit, unit in known:
         if count >= limit:
-            return True, _said(count, limit, word)
+            return True, _describe_threshold(count, limit, unit)
     if known:
-        return False, ", ".join(_said(count, limit, word) for count, limit, word in known)
-    if looked_at:
+        return False, ", ".join(_describe_threshold(count, limit, unit) for count, limit, unit in known)
+    if checked:
         return False, f"{changes.files} files changed, but the history that is there does not say how many commits"
     return False, f"{changes.files} files changed, none of them on a critical path"
 
 
-def _said(count: int, limit: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'} changed (threshold: {limit})"
+def _describe_threshold(count: int, limit: int, unit: str) -> str:
+    return f"{count} {unit}{'' if count == 1 else 's'} changed (threshold: {limit})"
 
 
-def _hindrance(policy: Policy, hours: float | None, now: datetime) -> str | None:
+def _block_reason(policy: Policy, hours: float | None, now: datetime) -> str | None:
     if policy.min_hours is not None and hours is not None and hours < policy.min_hours:
         return f"the last training was {hours:.1f} hours ago (at least {policy.min_hours:g})"
     if policy.quiet_hours is not None:
@@ -127,21 +129,21 @@ def _hindrance(policy: Policy, hours: float | None, now: datetime) -> str | None
     return None
 
 
-def _critical(patterns: Iterable[str], paths: Iterable[str]) -> str | None:
+def _critical_path(patterns: Iterable[str], paths: Iterable[str]) -> str | None:
     """The first path that a pattern names."""
-    expressions = [_expression(pattern) for pattern in patterns]
-    return next((path for path in paths if any(one.fullmatch(path) for one in expressions)), None)
+    expressions = [_glob_to_regex(pattern) for pattern in patterns]
+    return next((path for path in paths if any(expression.fullmatch(path) for expression in expressions)), None)
 
 
 @cache
-def _expression(pattern: str) -> re.Pattern[str]:
+def _glob_to_regex(pattern: str) -> re.Pattern[str]:
     """`*` is anything but a slash, `**` is anything, and a folder is all that is in it."""
-    wanted = pattern.removeprefix("/")
-    if "/" not in wanted.removesuffix("/") and not pattern.startswith("/"):
-        wanted = f"**/{wanted}"
-    if wanted.endswith("/"):
-        wanted += "**"
-    wanted = re.sub(r"(\*\*/)+", "**/", wanted)
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", wanted)
+    glob = pattern.removeprefix("/")
+    if "/" not in glob.removesuffix("/") and not pattern.startswith("/"):
+        glob = f"**/{glob}"
+    if glob.endswith("/"):
+        glob += "**"
+    glob = re.sub(r"(\*\*/)+", "**/", glob)
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob)
     spelled = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
     return re.compile("".join(spelled.get(part) or re.escape(part) for part in parts), re.DOTALL)

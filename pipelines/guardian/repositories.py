@@ -16,21 +16,21 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster import secrets
 from cluster.db import Base, now
 from cluster.errors import Conflict, NotFound, UnprocessableRequest
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from cluster.settings import get_settings
 from jobs import schedules
 from jobs.registry import find_kind
 from jobs.schedules import ScheduleRequest
 from jobs.states import FINISHED
 from jobs.tables import Job
-from pipelines.guardian.git.urls import Remote, checked_url
+from pipelines.guardian.git.urls import RemoteRepository, validate_url
 from pipelines.guardian.policy import Policy
-from pipelines.training.data.parsing import sentence
+from pipelines.training.data.parsing import first_error_message
 from pipelines.training.spec import ModelName
 
-RETRAIN = "retrain"
+RETRAIN_KIND = "retrain"
 """The kind of the plan."""
-WATCH = "watch_repositories"
+WATCH_ALL_KIND = "watch_repositories"
 RESERVED = {"name", "suffix", "data", "validation", "method"}
 """What a training is not free to choose: the repository says it."""
 
@@ -38,13 +38,13 @@ BRANCH = r"^[^\s~^:?*\[\\\x00-\x20\x7f]{1,200}$"
 BAD_BRANCH = re.compile(r"[-/]|.*(\.\.|//|@\{|/\.|[/.]$|\.lock$)")
 
 
-def _branch(name: str) -> str:
+def _validate_branch(name: str) -> str:
     if BAD_BRANCH.match(name):
         raise ValueError("is not the name of a branch")
     return name
 
 
-BranchName = Annotated[str, Field(pattern=BRANCH), AfterValidator(_branch)]
+BranchName = Annotated[str, Field(pattern=BRANCH), AfterValidator(_validate_branch)]
 
 
 class RepositoryNotFound(NotFound):
@@ -99,7 +99,7 @@ class RepositoryRequest(BaseModel):
     webhook_secret: Secret | None = Field(default=None, description="What its webhooks sign with. It is never told.")
 
     @model_validator(mode="after")
-    def lie_somewhere(self) -> Self:
+    def validate_location(self) -> Self:
         if (self.path is None) == (self.url is None):
             raise ValueError("say where it is: either path or url")
         if self.credentials is not None and (self.url is None or not self.url.startswith("http")):
@@ -137,19 +137,19 @@ class Repository(Base):
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
 
-async def create(session: AsyncSession, request: RepositoryRequest, owner: Owner = LOCAL) -> Repository:
+async def create(session: AsyncSession, request: RepositoryRequest, owner: Owner = LOCAL_OWNER) -> Repository:
     """Register a repository, whose path, if it has one, has been checked. From then on it is watched."""
     repository = Repository(created_by=owner.name, **_columns(request))
     session.add(repository)
     await _flush(session, request.name)
     cron = get_settings().guardian.watch_cron
-    await schedules.ensure(session, ScheduleRequest(name="watch-repositories", kind=WATCH, cron=cron))
+    await schedules.ensure(session, ScheduleRequest(name="watch-repositories", kind=WATCH_ALL_KIND, cron=cron))
     return repository
 
 
 async def change(session: AsyncSession, repository: Repository, changes: Mapping[str, Any]) -> None:
     """Set these fields, if the repository makes sense with them."""
-    request = changed(repository, changes)
+    request = merge_changes(repository, changes)
     columns = _columns(request)
     if request.url == repository.url and "credentials" not in changes:
         del columns["credentials"]  # they are for this address only
@@ -163,18 +163,18 @@ async def change(session: AsyncSession, repository: Repository, changes: Mapping
     await _flush(session, request.name)
 
 
-def changed(repository: Repository, changes: Mapping[str, Any]) -> RepositoryRequest:
+def merge_changes(repository: Repository, changes: Mapping[str, Any]) -> RepositoryRequest:
     """What would be asked for with these changes."""
     secret = {"credentials", "webhook_secret"}
     before = {name: getattr(repository, name) for name in RepositoryRequest.model_fields.keys() - secret}
-    told = {**before, **changes}
-    for one, other in (("path", "url"), ("url", "path")):
-        if changes.get(one) is not None and other not in changes:
-            told[other] = None
+    values = {**before, **changes}
+    for key, other in (("path", "url"), ("url", "path")):
+        if changes.get(key) is not None and other not in changes:
+            values[other] = None
     try:
-        return RepositoryRequest.model_validate(told)
+        return RepositoryRequest.model_validate(values)
     except ValidationError as error:
-        raise UnprocessableRequest(f"The repository would not be valid: {sentence(error)}.") from None
+        raise UnprocessableRequest(f"The repository would not be valid: {first_error_message(error)}.") from None
 
 
 async def delete(session: AsyncSession, repository: Repository) -> None:
@@ -195,48 +195,48 @@ async def find(session: AsyncSession, id_or_name: str, *, lock: bool = False) ->
     return repository
 
 
-async def at_path(session: AsyncSession, path: Path) -> Repository | None:
+async def find_by_path(session: AsyncSession, path: Path) -> Repository | None:
     """The repository in this folder that was registered first."""
-    wanted = select(Repository).where(Repository.path == str(path))
-    return await session.scalar(wanted.order_by(Repository.created_at, Repository.id).limit(1))
+    query = select(Repository).where(Repository.path == str(path))
+    return await session.scalar(query.order_by(Repository.created_at, Repository.id).limit(1))
 
 
-def remote_of(repository: Repository) -> Remote:
+def to_remote(repository: Repository) -> RemoteRepository:
     """Where a repository with an address is fetched from."""
     assert repository.url is not None
     if repository.credentials is None:
-        return Remote(repository.url, repository.branch)
+        return RemoteRepository(repository.url, repository.branch)
     credentials = Credentials.model_validate_json(secrets.unseal(repository.credentials))
-    return Remote(repository.url, repository.branch, credentials.username, credentials.token)
+    return RemoteRepository(repository.url, repository.branch, credentials.username, credentials.token)
 
 
 async def unfinished_plan(session: AsyncSession, repository_id: str) -> Job | None:
     """The job that retrains the model of this repository, while there is one."""
-    wanted = select(Job).where(Job.kind == RETRAIN, Job.state.not_in(FINISHED))
-    mine = wanted.where(Job.spec["repository_id"].as_string() == repository_id)
-    return await session.scalar(mine.order_by(Job.created_at).limit(1))
+    query = select(Job).where(Job.kind == RETRAIN_KIND, Job.state.not_in(FINISHED))
+    filtered = query.where(Job.spec["repository_id"].as_string() == repository_id)
+    return await session.scalar(filtered.order_by(Job.created_at).limit(1))
 
 
 def _columns(request: RepositoryRequest) -> dict[str, Any]:
     """A request as the table takes it."""
     if request.url is not None:
-        checked_url(request.url)
+        validate_url(request.url)
     credentials, secret = request.credentials, request.webhook_secret
     return {
         **request.model_dump(exclude={"policy", "credentials", "webhook_secret"}),
         "model": request.model or request.name,
-        "training": _checked_training(request),
+        "training": _validate_training(request),
         "policy": request.policy.model_dump(mode="json"),
         "credentials": None if credentials is None else secrets.seal(credentials.model_dump_json()),
         "webhook_secret": None if secret is None else secrets.seal(secret),
     }
 
 
-def _checked_training(request: RepositoryRequest) -> dict[str, Any]:
+def _validate_training(request: RepositoryRequest) -> dict[str, Any]:
     """What was said of the training, which stays as it was said: presets and defaults may become better."""
     if reserved := sorted(RESERVED & request.training.keys()):
         raise UnprocessableRequest(f"training says nothing of {', '.join(reserved)}: the repository does.")
-    find_kind("fine_tune").check(
+    find_kind("fine_tune").validate_spec(
         {**request.training, "name": request.model or request.name, "data": {"dataset": "its-own"}}
     )
     return request.training

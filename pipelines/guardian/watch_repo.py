@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, apart, now
+from cluster.db import Database, now, with_own_database
 from cluster.errors import ForgearrError
 from cluster.ownership import Owner
 from jobs import queue
@@ -23,8 +23,8 @@ from pipelines.guardian.repositories import Repository, RepositoryNotFound
 from pipelines.guardian.retrain import job as retrain_job
 from pipelines.guardian.retrain.job import RetrainSpec
 
-LOOK = "watch_repo"
-GUARDIAN = Owner(name="guardian")
+WATCH_REPO_KIND = "watch_repo"
+GUARDIAN_OWNER = Owner(name="guardian")
 
 
 class WatchSpec(BaseModel):
@@ -36,70 +36,72 @@ class WatchSpec(BaseModel):
 
 
 @dataclass(frozen=True)
-class Look:
+class RepoState:
     """What a look at a repository has seen."""
 
     commit: str
     decision: Decision
 
 
-async def ask_to_watch(
+async def enqueue_watch(
     session: AsyncSession, repository: Repository, owner: Owner, *, idempotency_key: str | None = None
 ) -> Job:
     """The job that will look at this repository: one that waits to is as good as a new one, but one that runs may have
     looked too early."""
-    request = JobRequest(kind=LOOK, spec={"repository_id": repository.id})
+    request = JobRequest(kind=WATCH_REPO_KIND, spec={"repository_id": repository.id})
     return await queue.enqueue(session, request, owner, idempotency_key=idempotency_key, unless_queued=True)
 
 
-@job(LOOK, spec=WatchSpec, admin_only=True)
+@job(WATCH_REPO_KIND, spec=WatchSpec, admin_only=True)
 def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
     """Looks whether a repository has changed enough, and if so, has its model trained again."""
-    found = asyncio.run(apart(lambda database: _find(database, spec.repository_id)))
+    found = asyncio.run(with_own_database(lambda database: _find(database, spec.repository_id)))
     if found is None:
         return {"watched": False, "reason": "It is no longer registered."}
     repository, feedback = found
     context.report(phase="looking")
     try:
-        seen = look(repository, feedback, lambda line: context.report(phase=line or None))
+        state = evaluate_repository(repository, feedback, lambda line: context.report(phase=line or None))
     except ForgearrError as error:
         message = error.message
-        asyncio.run(apart(lambda database: _note_error(database, spec.repository_id, message)))
+        asyncio.run(with_own_database(lambda database: _note_error(database, spec.repository_id, message)))
         raise
-    plan, reason = asyncio.run(apart(lambda database: _settle(database, spec.repository_id, seen)))
+    plan, reason = asyncio.run(with_own_database(lambda database: _record_state(database, spec.repository_id, state)))
     context.log(reason)
     return {
         "watched": True,
         "repository": repository.name,
-        "commit": seen.commit,
+        "commit": state.commit,
         "reason": reason,
         "retrain_job_id": plan,
-        "decision": seen.decision.model_dump(mode="json"),
+        "decision": state.decision.model_dump(mode="json"),
     }
 
 
-def look(repository: Repository, feedback: int, on_progress: Callable[[str], None] = lambda _: None) -> Look:
+def evaluate_repository(
+    repository: Repository, feedback: int, on_progress: Callable[[str], None] = lambda _: None
+) -> RepoState:
     """What the policy says of the repository as it is now, and with so much new feedback on its model."""
-    from pipelines.guardian.repository_access import opened
+    from pipelines.guardian.repository_access import open_registered
 
-    with opened(repository, on_progress) as checkout:
-        tip = checkout.tip().sha
-        changes = checkout.changes(repository.trained_commit, tip)
+    with open_registered(repository, on_progress) as reader:
+        tip = reader.tip().sha
+        changes = reader.changes(repository.trained_commit, tip)
     policy = Policy.model_validate(repository.policy)
-    return Look(tip, decide(policy, changes, repository.trained_at, now(), feedback))
+    return RepoState(tip, decide(policy, changes, repository.trained_at, now(), feedback))
 
 
-def look_at(folder: Path) -> Decision:
+def evaluate_folder(folder: Path) -> Decision:
     """What the default policy says of a folder that is not registered."""
-    from pipelines.guardian.git.repo import opened_inside
+    from pipelines.guardian.git.repo import open_inside_roots
 
-    with opened_inside(folder) as checkout:
-        changes = checkout.changes(None, checkout.tip().sha)
+    with open_inside_roots(folder) as reader:
+        changes = reader.changes(None, reader.tip().sha)
     return decide(Policy(), changes, None, now())
 
 
 async def _find(database: Database, repository_id: str) -> tuple[Repository, int] | None:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         repository = await session.get(Repository, repository_id)
         return repository and (repository, await count_new(session, repository.model))
 
@@ -110,18 +112,18 @@ async def _note_error(database: Database, repository_id: str, message: str) -> N
             repository.checked_at, repository.check_error = now(), message
 
 
-async def _settle(database: Database, repository_id: str, seen: Look) -> tuple[str | None, str]:
+async def _record_state(database: Database, repository_id: str, state: RepoState) -> tuple[str | None, str]:
     """Note down what was seen; returns the plan, if there is one for it now, and the reason."""
     async with database.transaction() as session:
         repository = await session.get(Repository, repository_id, with_for_update=True)
         if repository is None:
             raise RepositoryNotFound("The repository was deleted while it was looked at.")
-        repository.seen_commit, repository.checked_at, repository.check_error = seen.commit, now(), None
-        reason = seen.decision.reason
-        if not seen.decision.should_retrain:
+        repository.seen_commit, repository.checked_at, repository.check_error = state.commit, now(), None
+        reason = state.decision.reason
+        if not state.decision.should_retrain:
             return None, reason
-        if repository.tried_commit == seen.commit:
+        if repository.tried_commit == state.commit:
             return None, f"{reason}; but {repository.tried_job_id} has tried this commit already"
-        spec = RetrainSpec(repository_id=repository.id, commit=seen.commit)
-        plan, is_new = await retrain_job.ask(session, spec, GUARDIAN)
+        spec = RetrainSpec(repository_id=repository.id, commit=state.commit)
+        plan, is_new = await retrain_job.get_or_enqueue(session, spec, GUARDIAN_OWNER)
         return plan.id, reason if is_new else f"{reason}; {plan.id} is under way"

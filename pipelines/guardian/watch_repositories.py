@@ -6,11 +6,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from jobs.context import Context
 from jobs.registry import job
-from pipelines.guardian.repositories import WATCH, Repository
-from pipelines.guardian.watch_repo import GUARDIAN, ask_to_watch
+from pipelines.guardian.repositories import WATCH_ALL_KIND, Repository
+from pipelines.guardian.watch_repo import GUARDIAN_OWNER, enqueue_watch
 
 
 class WatchAllSpec(BaseModel):
@@ -19,14 +19,14 @@ class WatchAllSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-@job(WATCH, spec=WatchAllSpec, admin_only=True)
+@job(WATCH_ALL_KIND, spec=WatchAllSpec, admin_only=True)
 def watch_repositories(context: Context, spec: WatchAllSpec) -> dict[str, Any]:
     """Asks for a look at each repository that is watched."""
-    return asyncio.run(apart(_ask_for_all))
+    return asyncio.run(with_own_database(_enqueue_all))
 
 
-async def _ask_for_all(database: Database) -> dict[str, Any]:
+async def _enqueue_all(database: Database) -> dict[str, Any]:
     async with database.transaction() as session:
         watched = await session.scalars(select(Repository).where(Repository.enabled).order_by(Repository.id))
-        asked = [await ask_to_watch(session, repository, GUARDIAN) for repository in watched.all()]
-        return {"asked": [job.id for job in asked]}
+        jobs = [await enqueue_watch(session, repository, GUARDIAN_OWNER) for repository in watched.all()]
+        return {"asked": [job.id for job in jobs]}

@@ -16,7 +16,7 @@ PUSHES = {"push", "push hook"}
 PINGS = {"ping"}
 SCP = re.compile(r"[^/\s]+@([^/:\s]+):(?!/)(.+)")
 BRANCH = "refs/heads/"
-NOTHING = re.compile(r"0*")
+NULL_COMMIT = re.compile(r"0*")
 
 
 def is_signed(provider: Provider, headers: Mapping[str, str], body: bytes, secret: str) -> bool:
@@ -38,23 +38,23 @@ def is_push(provider: Provider, headers: Mapping[str, str]) -> bool:
     return headers.get(EVENT_HEADERS[provider], "").lower() in PUSHES
 
 
-def read(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+def parse_payload(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     """What the body says; nothing where it cannot be read. GitHub may send it as a form."""
     if headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         body = next(iter(parse_qs(body).get(b"payload", [])), b"")
     try:
-        told = orjson.loads(body)
+        payload = orjson.loads(body)
     except orjson.JSONDecodeError:
         return {}
-    return cast(dict[str, Any], told) if isinstance(told, dict) else {}
+    return cast(dict[str, Any], payload) if isinstance(payload, dict) else {}
 
 
-def places(payload: Mapping[str, Any]) -> set[str]:
+def repository_keys(payload: Mapping[str, Any]) -> set[str]:
     """Where the repository is that this is about, each address as `place` writes it."""
-    return {place(address) for address in _addresses(payload) if address}
+    return {repository_key(address) for address in _addresses(payload) if address}
 
 
-def place(address: str) -> str:
+def repository_key(address: str) -> str:
     """An address without what differs between the ways to one repository: host/owner/name."""
     scp = SCP.fullmatch(address)
     if scp:
@@ -71,7 +71,7 @@ def place(address: str) -> str:
 def pushed_branch(payload: Mapping[str, Any]) -> str | None:
     """The branch that has got new commits; None for a tag, and for a branch that was deleted."""
     reference, after = payload.get("ref"), payload.get("after")
-    deleted = payload.get("deleted") is True or (isinstance(after, str) and NOTHING.fullmatch(after))
+    deleted = payload.get("deleted") is True or (isinstance(after, str) and NULL_COMMIT.fullmatch(after))
     if deleted or not isinstance(reference, str) or not reference.startswith(BRANCH):
         return None
     return reference.removeprefix(BRANCH)

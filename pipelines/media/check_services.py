@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, apart
-from cluster.ownership import LOCAL, Owner
+from cluster.db import Database, with_own_database
+from cluster.ownership import LOCAL_OWNER, Owner
 from cluster.services import health_checks
 from cluster.services import store as service_store
 from cluster.settings import get_settings
@@ -16,7 +16,7 @@ from jobs.context import Context
 from jobs.queue import JobRequest
 from jobs.registry import job
 from jobs.schedules import ScheduleRequest
-from jobs.sweep import sweeper
+from jobs.sweep import register_sweeper
 from pipelines.media.downloads import cases, watch_downloads
 
 KIND = "check_services"
@@ -33,10 +33,10 @@ class CheckServicesSpec(BaseModel):
 @job(KIND, spec=CheckServicesSpec, admin_only=True)
 def check_services(context: Context, spec: CheckServicesSpec) -> dict[str, Any]:
     """Asks every enabled service, or one, how it is, and keeps the answers."""
-    return asyncio.run(apart(lambda database: _check(context, spec, database)))
+    return asyncio.run(with_own_database(lambda database: _check(context, spec, database)))
 
 
-async def ask_to_check(session: AsyncSession, service_id: int, owner: Owner = LOCAL) -> None:
+async def enqueue_check(session: AsyncSession, service_id: int, owner: Owner = LOCAL_OWNER) -> None:
     """Have a service checked that is new, or connected anew; from the first one on, all are checked again and again."""
     await _ensure_schedules(session)
     await queue.enqueue(session, JobRequest(kind=KIND, spec={"service_id": service_id}), owner)
@@ -46,21 +46,21 @@ async def declare_services(database: Database) -> None:
     """Take over what the settings declare, when Forgearr starts."""
     async with database.transaction() as session:
         await service_store.declare(session, get_settings().services.declared)
-        if await service_store.every(session):
+        if await service_store.list_services(session):
             await _ensure_schedules(session)
             await queue.enqueue(session, JobRequest(kind=KIND))  # it may be long since anybody asked
 
 
-@sweeper("service_checks")
+@register_sweeper("service_checks")
 async def remove_old_checks(database: Database) -> int:
     return await health_checks.remove_old(database)
 
 
 async def _check(context: Context, spec: CheckServicesSpec, database: Database) -> dict[str, Any]:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         services = [
             service
-            for service in await service_store.every(session)
+            for service in await service_store.list_services(session)
             if service.enabled and spec.service_id in {None, service.id}
         ]
     context.report(phase=f"{len(services)} services")

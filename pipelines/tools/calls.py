@@ -17,19 +17,19 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, delete_rows, now
 from cluster.errors import Forbidden, ForgearrError, InvalidRequest, NotFound
-from cluster.logs import MASK, SECRET_NAME, only_hosts, redact
+from cluster.logs import MASK, SECRET_NAME, redact, strip_url_paths
 from cluster.ownership import Owner
 from cluster.services import store as service_store
 from cluster.services.connector import Tool
-from cluster.services.selection import choose
+from cluster.services.selection import choose_service
 from cluster.services.store import Service
 from cluster.settings import get_settings
-from jobs.sweep import sweeper
+from jobs.sweep import register_sweeper
 
-MAX_ARGUMENTS = 10_000
+MAX_ARGUMENTS_LENGTH = 10_000
 """Characters. Of longer arguments only the length is kept."""
 
-Outcome = Literal["running", "succeeded", "failed", "refused"]
+ToolCallOutcome = Literal["running", "succeeded", "failed", "refused"]
 
 
 class UnknownTool(NotFound):
@@ -54,58 +54,60 @@ class ToolCall(Base):
     service: Mapped[str] = mapped_column(String(100))  # its name then: the record outlives it
     tool: Mapped[str] = mapped_column(String(100))
     arguments: Mapped[dict[str, Any]]  # without secrets
-    outcome: Mapped[Outcome] = mapped_column(String(10))
+    outcome: Mapped[ToolCallOutcome] = mapped_column(String(10))
     error_code: Mapped[str | None] = mapped_column(String(100))
     error: Mapped[str | None] = mapped_column(Text)
     execution_time_ms: Mapped[float | None] = mapped_column(Float)  # None: it was refused, or has not ended
 
 
 @dataclass(frozen=True)
-class Called:
+class ToolCallResult:
     result: Any
     execution_time_ms: float
 
 
-async def service_with_tools(database: Database, word: str) -> Service:
+async def service_with_tools(database: Database, service_name: str) -> Service:
     """The enabled service of this type or name, if its type has tools."""
-    async with database.reading() as session:
-        return await choose(session, lambda connector: connector.tools or None, "has tools", word)
+    async with database.read_transaction() as session:
+        return await choose_service(session, lambda connector: connector.tools or None, "has tools", service_name)
 
 
-async def call(database: Database, word: str, name: str, arguments: Mapping[str, Any], owner: Owner) -> Called:
+async def call(
+    database: Database, service_name: str, tool_name: str, arguments: Mapping[str, Any], owner: Owner
+) -> ToolCallResult:
     """Have a service do something, in somebody's name."""
-    service = await service_with_tools(database, word)
+    service = await service_with_tools(database, service_name)
     record = ToolCall(
         at=now(),
         called_by=owner.name,
         service=service.name,
-        tool=name[:100],
+        tool=tool_name[:100],
         arguments=_without_secrets(arguments),
         outcome="running",
     )
     try:
-        tool = _find(service, name)
-        _check_rights(tool, owner)
-        wanted = _checked(tool, arguments)
+        tool = _find_tool(service, tool_name)
+        _check_permission(tool, owner)
+        validated = _validate_arguments(tool, arguments)
     except ForgearrError as error:
-        await _keep(database, record, "refused", error)
+        await _save_record(database, record, "refused", error)
         raise
     async with database.transaction() as session:
         session.add(record)
-    began = perf_counter()
+    started = perf_counter()
     try:
-        async with service_store.connected(database, service) as client:
-            result = to_jsonable_python(await tool.run(client, wanted))
+        async with service_store.open_client(database, service) as client:
+            result = to_jsonable_python(await tool.run(client, validated))
     except ForgearrError as error:
-        record.execution_time_ms = _milliseconds_since(began)
-        await _keep(database, record, "failed", error)
+        record.execution_time_ms = _milliseconds_since(started)
+        await _save_record(database, record, "failed", error)
         raise
-    took = record.execution_time_ms = _milliseconds_since(began)
-    await _keep(database, record, "succeeded")
-    return Called(result, took)
+    took = record.execution_time_ms = _milliseconds_since(started)
+    await _save_record(database, record, "succeeded")
+    return ToolCallResult(result, took)
 
 
-@sweeper("tool_calls")
+@register_sweeper("tool_calls")
 async def remove_old_calls(database: Database) -> int:
     """Forget calls that are older than `services.history_days`."""
     async with database.transaction() as session:
@@ -113,29 +115,31 @@ async def remove_old_calls(database: Database) -> int:
         return await delete_rows(session, delete(ToolCall).where(ToolCall.at < oldest))
 
 
-def _find(service: Service, name: str) -> Tool:
+def _find_tool(service: Service, tool_name: str) -> Tool:
     tools = {tool.name: tool for tool in service.connector.tools}
-    if name not in tools:
-        raise UnknownTool(f"{service.name} has no tool '{name[:100]}'. It has: {', '.join(tools)}.")
-    return tools[name]
+    if tool_name not in tools:
+        raise UnknownTool(f"{service.name} has no tool '{tool_name[:100]}'. It has: {', '.join(tools)}.")
+    return tools[tool_name]
 
 
-def _check_rights(tool: Tool, owner: Owner) -> None:
+def _check_permission(tool: Tool, owner: Owner) -> None:
     if tool.effect != "read" and not owner.is_admin:
         raise Forbidden(f"Only an administrator may call '{tool.name}': it changes something.")
 
 
-def _checked(tool: Tool, arguments: Mapping[str, Any]) -> Any:
+def _validate_arguments(tool: Tool, arguments: Mapping[str, Any]) -> Any:
     try:
         return tool.arguments.model_validate(dict(arguments))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
         details = {".".join(map(str, problem["loc"]))[:100]: problem["msg"] for problem in problems[:20]}
-        said = "; ".join(f"{field}: {reason}" for field, reason in details.items())
-        raise InvalidArguments(f"'{tool.name}' does not take these arguments: {said}.", details=details) from None
+        summary = "; ".join(f"{field}: {reason}" for field, reason in details.items())
+        raise InvalidArguments(f"'{tool.name}' does not take these arguments: {summary}.", details=details) from None
 
 
-async def _keep(database: Database, record: ToolCall, outcome: Outcome, error: ForgearrError | None = None) -> None:
+async def _save_record(
+    database: Database, record: ToolCall, outcome: ToolCallOutcome, error: ForgearrError | None = None
+) -> None:
     record.outcome = outcome
     if error:
         record.error_code, record.error = error.code, error.message
@@ -148,17 +152,17 @@ def _without_secrets(arguments: Mapping[str, Any]) -> dict[str, Any]:
         length = len(json.dumps(arguments, allow_nan=False))
     except (ValueError, RecursionError):
         return {"omitted": "they cannot be kept"}
-    return {"omitted": f"{length} characters"} if length > MAX_ARGUMENTS else _masked(dict(arguments))
+    return {"omitted": f"{length} characters"} if length > MAX_ARGUMENTS_LENGTH else _mask_secrets(dict(arguments))
 
 
-def _masked(value: Any) -> Any:
+def _mask_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         fields = cast(dict[str, Any], value).items()
-        return {name: MASK if SECRET_NAME.search(name) else _masked(inner) for name, inner in fields}
+        return {name: MASK if SECRET_NAME.search(name) else _mask_secrets(inner) for name, inner in fields}
     if isinstance(value, list):
-        return [_masked(inner) for inner in cast(list[Any], value)]
-    return only_hosts(redact(value)) if isinstance(value, str) else value
+        return [_mask_secrets(inner) for inner in cast(list[Any], value)]
+    return strip_url_paths(redact(value)) if isinstance(value, str) else value
 
 
-def _milliseconds_since(began: float) -> float:
-    return round((perf_counter() - began) * 1000, 1)
+def _milliseconds_since(started: float) -> float:
+    return round((perf_counter() - started) * 1000, 1)

@@ -9,7 +9,7 @@ from jobs.registry import Resources, job
 from pipelines.training.data.resolution import needs_admin
 from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec
 
-SHARES = {"fine_tune": (0, 60), "export": (60, 75), "validate": (75, 90), "deploy": (90, 100)}
+PROGRESS_RANGES = {"fine_tune": (0, 60), "export": (60, 75), "validate": (75, 90), "deploy": (90, 100)}
 """Where in the whole, in percent, each step begins and ends."""
 
 
@@ -25,22 +25,22 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
     Each step is a job of its own, with its own resources, attempts and run in MLflow. This one waits in between, and
     finds the steps that are done when it is called again.
     """
-    candidate = make_candidate(context, spec, lambda step: _begin(context, step))
-    exported, validated = candidate.exported, candidate.validated
-    deployed = None
-    if spec.deploy and (validated["passed"] or spec.force):
-        _begin(context, "deploy")
-        deployed = deploy_version(context, exported["name"], exported["version"], force=spec.force)
+    candidate = build_candidate(context, spec, lambda step: _report_step(context, step))
+    export_result, validation_result = candidate.export_result, candidate.validation_result
+    deploy_result = None
+    if spec.deploy and (validation_result["passed"] or spec.force):
+        _report_step(context, "deploy")
+        deploy_result = deploy_version(context, export_result["name"], export_result["version"], force=spec.force)
     elif spec.deploy:
-        context.log(f"Not deployed, because it did not pass: {'; '.join(validated['reasons'])}", "WARNING")
+        context.log(f"Not deployed, because it did not pass: {'; '.join(validation_result['reasons'])}", "WARNING")
     return {
         "name": spec.full_name,
-        "version": exported["version"],
-        "passed": validated["passed"],
-        "fine_tune": candidate.trained,
-        "export": exported,
-        "validate": validated,
-        "deploy": deployed,
+        "version": export_result["version"],
+        "passed": validation_result["passed"],
+        "fine_tune": candidate.training_result,
+        "export": export_result,
+        "validate": validation_result,
+        "deploy": deploy_result,
     }
 
 
@@ -49,40 +49,40 @@ class Candidate:
     """A version that could be served, and the results of the steps that have made it."""
 
     training_id: str
-    trained: dict[str, Any]
-    exported: dict[str, Any]
-    validated: dict[str, Any]
+    training_result: dict[str, Any]
+    export_result: dict[str, Any]
+    validation_result: dict[str, Any]
 
 
-def make_candidate(context: Context, spec: ForgeSpec, begin: Callable[[str], None]) -> Candidate:
+def build_candidate(context: Context, spec: ForgeSpec, on_step: Callable[[str], None]) -> Candidate:
     """Fine-tune, export and validate, as children of this job. `begin` hears of each step that comes next."""
-    begin("fine_tune")
+    on_step("fine_tune")
     training = context.child("fine_tune", "fine_tune", spec.model_dump(include=set(FineTuneSpec.model_fields)))
-    (trained,) = context.join(training)
+    (training_result,) = context.join(training)
 
-    begin("export")
-    wanted = ExportSpec(job_id=training.id, quantizations=spec.quantizations, adapter=spec.adapter)
-    export = context.child("export", "export", wanted.model_dump(), resources_of("export", spec))
-    (exported,) = context.join(export)
+    on_step("export")
+    export_spec = ExportSpec(job_id=training.id, quantizations=spec.quantizations, adapter=spec.adapter)
+    export = context.child("export", "export", export_spec.model_dump(), resources_of("export", spec))
+    (export_result,) = context.join(export)
 
-    begin("validate")
-    check = ValidateSpec(
+    on_step("validate")
+    validate_spec = ValidateSpec(
         job_id=training.id,
         export_job_id=export.id,
         max_samples=spec.max_samples,
         max_new_tokens=spec.max_new_tokens,
         gates=spec.gates,
     )
-    validation = context.child("validate", "validate", check.model_dump(), resources_of("validate", spec))
-    (validated,) = context.join(validation)
-    return Candidate(training.id, trained, exported, validated)
+    validation = context.child("validate", "validate", validate_spec.model_dump(), resources_of("validate", spec))
+    (validation_result,) = context.join(validation)
+    return Candidate(training.id, training_result, export_result, validation_result)
 
 
 def deploy_version(context: Context, name: str, version: int, *, force: bool = False) -> dict[str, Any]:
     """Serve a version, as a child of this job."""
-    target = DeploySpec(name=name, version=version, force=force)
-    (deployed,) = context.join(context.child("deploy", "deploy", target.model_dump()))
-    return deployed
+    deploy_spec = DeploySpec(name=name, version=version, force=force)
+    (deploy_result,) = context.join(context.child("deploy", "deploy", deploy_spec.model_dump()))
+    return deploy_result
 
 
 def resources_of(step: Literal["export", "validate"], training: FineTuneSpec) -> Resources:
@@ -91,5 +91,5 @@ def resources_of(step: Literal["export", "validate"], training: FineTuneSpec) ->
     return Resources(cpus=training.cpus_per_worker, gpus=gpus)
 
 
-def _begin(context: Context, step: str) -> None:
-    context.report(progress=SHARES[step][0], phase=step)
+def _report_step(context: Context, step: str) -> None:
+    context.report(progress=PROGRESS_RANGES[step][0], phase=step)

@@ -19,7 +19,7 @@ def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
 
 
-def fill_in(spec: dict[str, Any]) -> dict[str, Any]:
+def apply_preset(spec: dict[str, Any]) -> dict[str, Any]:
     """The spec, with all that the preset named by its base model adds."""
     name = spec.get("base_model")
     if name not in names():

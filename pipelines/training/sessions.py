@@ -12,10 +12,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster.db import Base, Document, now
 from cluster.errors import UnprocessableRequest
 from jobs.registry import find_kind
-from pipelines.training.data.resolution import SHIPPED
-from pipelines.training.spec import Data, FineTuneSpec
+from pipelines.training.data.resolution import DEMO_DATASET
+from pipelines.training.spec import DataSource, FineTuneSpec
 
-NOT_CONFIGURED = {"name", "base_model", "data", "labels"}
+RESERVED_FIELDS = {"name", "base_model", "data", "labels"}
 """What of a spec a session says in other words."""
 
 
@@ -38,42 +38,48 @@ class TrainingSession(Base):
 
 def config_schema(ref_template: str) -> dict[str, Any]:
     fields: dict[str, Any] = FineTuneSpec.model_json_schema(ref_template=ref_template)["properties"]
-    own = {name: field for name, field in fields.items() if name not in NOT_CONFIGURED}
-    return {"type": "object", "properties": {"num_epochs": own["epochs"], **own}, "additionalProperties": False}
+    configurable = {name: field for name, field in fields.items() if name not in RESERVED_FIELDS}
+    return {
+        "type": "object",
+        "properties": {"num_epochs": configurable["epochs"], **configurable},
+        "additionalProperties": False,
+    }
 
 
-def check(name: str, base_model: str, config: dict[str, Any]) -> None:
+def validate_config(name: str, base_model: str, config: dict[str, Any]) -> None:
     """Refuse what could not be started, whatever it is started with."""
-    wanted = spec(name, base_model, config, Data(dataset=SHIPPED), {})
-    find_kind("fine_tune").check(wanted.model_dump(mode="json"))
+    session_spec = build_spec(name, base_model, config, DataSource(dataset=DEMO_DATASET), {})
+    find_kind("fine_tune").validate_spec(session_spec.model_dump(mode="json"))
 
 
-def spec(name: str, base_model: str, config: dict[str, Any], data: Data, labels: dict[str, str]) -> FineTuneSpec:
+def build_spec(
+    name: str, base_model: str, config: dict[str, Any], data: DataSource, labels: dict[str, str]
+) -> FineTuneSpec:
     """A session's words as the spec that everybody uses."""
-    said = dict(config)
-    if twice := NOT_CONFIGURED & said.keys():
-        raise _unfit({f"config.{min(twice)}": "does not belong here"})
-    if {"num_epochs", "epochs"} <= said.keys():
-        raise _unfit({"config.epochs": "is said twice, as num_epochs too"})
-    epochs = "num_epochs" if "num_epochs" in said else "epochs"
-    if epochs in said:
-        said["epochs"] = said.pop(epochs)
-    room = 100 - len(f"-{said.get('suffix') or ''}")
-    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[: max(room, 1)] or "session"
-    about = {"name": slug, "base_model": base_model, "data": data, "labels": labels}
+    values = dict(config)
+    if reserved := RESERVED_FIELDS & values.keys():
+        raise _invalid_session({f"config.{min(reserved)}": "does not belong here"})
+    if {"num_epochs", "epochs"} <= values.keys():
+        raise _invalid_session({"config.epochs": "is said twice, as num_epochs too"})
+    epochs_key = "num_epochs" if "num_epochs" in values else "epochs"
+    if epochs_key in values:
+        values["epochs"] = values.pop(epochs_key)
+    max_length = 100 - len(f"-{values.get('suffix') or ''}")
+    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[: max(max_length, 1)] or "session"
+    fixed = {"name": slug, "base_model": base_model, "data": data, "labels": labels}
     try:
-        return FineTuneSpec.model_validate(said | about, strict=True)
+        return FineTuneSpec.model_validate(values | fixed, strict=True)
     except ValidationError as error:
         faults: dict[str, str] = {}
         for fault in error.errors(include_url=False):
             # Where there are several types to choose from, each of them says why it is not meant.
-            field = epochs if fault["loc"][:1] == ("epochs",) else ".".join(str(part) for part in fault["loc"][:1])
-            place = f"config.{field}".rstrip(".") if field not in about else field
+            field = epochs_key if fault["loc"][:1] == ("epochs",) else ".".join(str(part) for part in fault["loc"][:1])
+            path = f"config.{field}".rstrip(".") if field not in fixed else field
             reason = fault["msg"].removeprefix("Value error, ")
-            faults[place] = f"{faults[place]}; or: {reason}" if place in faults else reason
-        raise _unfit(faults) from None
+            faults[path] = f"{faults[path]}; or: {reason}" if path in faults else reason
+        raise _invalid_session(faults) from None
 
 
-def _unfit(faults: dict[str, str]) -> UnprocessableRequest:
+def _invalid_session(faults: dict[str, str]) -> UnprocessableRequest:
     field, fault = next(iter(faults.items()))
     return UnprocessableRequest(f"The session is not valid: {field}: {fault}.", details=faults)

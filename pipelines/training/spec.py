@@ -39,13 +39,13 @@ class PromptFilter(Spec):
     category: str | None = Field(default=None, max_length=100)
 
     @model_validator(mode="after")
-    def say_which(self) -> Self:
+    def require_filter(self) -> Self:
         if self.ids is None and self.tags is None and self.category is None:
             raise ValueError("say which prompts: ids, tags or a category")
         return self
 
 
-class Data(Spec):
+class DataSource(Spec):
     """What a model learns from: exactly one of these."""
 
     dataset: str | None = Field(
@@ -56,7 +56,7 @@ class Data(Spec):
     file: str | None = Field(default=None, max_length=100, description="A file of /v1/files, to be learned from.")
 
     @model_validator(mode="after")
-    def be_one(self) -> Self:
+    def require_one_source(self) -> Self:
         if sum(source is not None for source in (self.dataset, self.prompts, self.folder, self.file)) != 1:
             raise ValueError("name exactly one of dataset, prompts, folder and file")
         return self
@@ -71,7 +71,7 @@ class FineTuneSpec(Spec):
         description="A Hugging Face id, a local folder, a registered version (NAME:v3, NAME:latest), forgearr/tiny, or "
         "a preset (a name in configs/models).",
     )
-    data: Data
+    data: DataSource
     method: Literal["supervised", "dpo"] = "supervised"
 
     tuning: Literal["lora", "qlora", "full"] = Field(default="lora", description="qlora: the base in 4 bits (NF4).")
@@ -98,7 +98,7 @@ class FineTuneSpec(Spec):
     long_samples: Literal["refuse", "truncate", "skip"] = "refuse"
     packing: bool = Field(default=False, description="Several short samples in one row.")
     eval_split: float = Field(default=0.1, ge=0, le=0.5, description="Part of the samples that is held out.")
-    validation: Data | None = Field(default=None, description="Held-out samples of their own, instead of a part.")
+    validation: DataSource | None = Field(default=None, description="Held-out samples of their own, instead of a part.")
     early_stopping: int | None = Field(
         default=None, ge=1, description="Stop after this many evaluations without an improvement."
     )
@@ -121,7 +121,7 @@ class FineTuneSpec(Spec):
     metadata: Metadata | None = Field(default=None, description="Notes of a client, by which jobs can be found.")
 
     @property
-    def holds_out(self) -> bool:
+    def has_held_out(self) -> bool:
         return bool(self.eval_split or self.validation)
 
     @property
@@ -130,14 +130,14 @@ class FineTuneSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def take_preset(cls, said: Any) -> Any:
-        return presets.fill_in(cast(dict[str, Any], said)) if isinstance(said, dict) else said
+    def expand_preset(cls, values: Any) -> Any:
+        return presets.apply_preset(cast(dict[str, Any], values)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def fit_together(self) -> Self:
+    def validate_combination(self) -> Self:
         if isinstance(self.batch_size, int) and not 1 <= self.batch_size <= 4096:
             raise ValueError("batch_size is auto, or from 1 to 4096")
-        if self.early_stopping and not self.holds_out:
+        if self.early_stopping and not self.has_held_out:
             raise ValueError("early_stopping needs samples that are held out: set eval_split")
         if self.pissa and self.tuning != "lora":
             raise ValueError("pissa is a way to begin a lora")
@@ -184,7 +184,7 @@ class DeploySpec(Spec):
     force: bool = Field(default=False, description="Even when it did not pass its validation, or was never validated.")
 
     @model_validator(mode="after")
-    def say_which(self) -> Self:
+    def require_target(self) -> Self:
         named = self.name is not None and self.version is not None
         if (self.name is None) != (self.version is None) or named == (self.export_job_id is not None):
             raise ValueError("say which version: name and version, or export_job_id")
@@ -203,9 +203,9 @@ class ForgeSpec(FineTuneSpec):
     force: bool = Field(default=False, description="Deploy even what did not pass.")
 
     @model_validator(mode="after")
-    def come_to_an_end(self) -> Self:
+    def validate_pipeline(self) -> Self:
         if self.adapter and self.tuning == "full":
             raise ValueError("tuning: full makes no adapter that could be exported: take adapter: false, or a lora")
-        if not self.holds_out:
+        if not self.has_held_out:
             raise ValueError("what is made is validated on samples that are held out: set eval_split above 0")
         return self

@@ -8,7 +8,7 @@ from sqlalchemy import String, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster.db import Base, now, one_at_a_time
+from cluster.db import Base, advisory_lock, now
 from cluster.errors import NotFound
 
 NODE_LABEL = "forgearr.io/node"
@@ -31,27 +31,27 @@ class TrainingWorker(Base):
     last_seen_at: Mapped[datetime] = mapped_column(default=now)
 
 
-def name_of(node: dict[str, Any]) -> tuple[str, str]:
+def label_and_name(node: dict[str, Any]) -> tuple[str, str]:
     """A node's label for being chosen, and its value."""
     label = NODE_LABEL if NODE_LABEL in node["Labels"] else RAY_LABEL
     return label, node["Labels"].get(label, node["NodeID"])
 
 
-async def number(session: AsyncSession, nodes: Sequence[dict[str, Any]]) -> list[TrainingWorker]:
+async def register_workers(session: AsyncSession, nodes: Sequence[dict[str, Any]]) -> list[TrainingWorker]:
     """All workers, with those of these nodes that are new, in the order of their numbers."""
-    await one_at_a_time(session, "training_workers")
-    known = {worker.node: worker for worker in await session.scalars(select(TrainingWorker))}
+    await advisory_lock(session, "training_workers")
+    workers_by_node = {worker.node: worker for worker in await session.scalars(select(TrainingWorker))}
     for node in nodes:
-        label, name = name_of(node)
-        if name not in known:
-            known[name] = TrainingWorker(node=name, label=label)
-            session.add(known[name])
+        label, name = label_and_name(node)
+        if name not in workers_by_node:
+            workers_by_node[name] = TrainingWorker(node=name, label=label)
+            session.add(workers_by_node[name])
             await session.flush()
-        known[name].last_seen_at = now()
-    return sorted(known.values(), key=lambda worker: worker.id)
+        workers_by_node[name].last_seen_at = now()
+    return sorted(workers_by_node.values(), key=lambda worker: worker.id)
 
 
-async def is_known(session: AsyncSession, worker_id: int) -> bool:
+async def worker_exists(session: AsyncSession, worker_id: int) -> bool:
     return await session.get(TrainingWorker, worker_id) is not None
 
 

@@ -3,25 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.training.models.versions import Manner
-from serve.engines.messages import Message, conversation
+from pipelines.training.models.versions import ModelDefaults
+from serve.engines.messages import Message, to_openai_messages
 from serve.engines.options import Parameters
 
 
-def applied(request: Mapping[str, Any], manner: Manner) -> Mapping[str, Any]:
+def apply_defaults(request: Mapping[str, Any], defaults: ModelDefaults) -> Mapping[str, Any]:
     """The same request, with the model's own parameters, system message and first messages where it has none."""
-    if manner.parameters:
-        request = {**Parameters.model_validate(manner.parameters).for_engine(), **request}
-    if "messages" in request and (manner.system or manner.messages):
-        said: list[dict[str, Any]] = list(request["messages"])
-        system = [{"role": "system", "content": manner.system}] if manner.system else []
-        if said and said[0]["role"] == "system":
-            system, said = said[:1], said[1:]
-        first = conversation([Message.model_validate(one) for one in manner.messages])
-        request = {**request, "messages": [*system, *first, *said]}
+    if defaults.parameters:
+        request = {**Parameters.model_validate(defaults.parameters).for_engine(), **request}
+    if "messages" in request and (defaults.system or defaults.messages):
+        messages: list[dict[str, Any]] = list(request["messages"])
+        system = [{"role": "system", "content": defaults.system}] if defaults.system else []
+        if messages and messages[0]["role"] == "system":
+            system, messages = messages[:1], messages[1:]
+        first = to_openai_messages([Message.model_validate(message) for message in defaults.messages])
+        request = {**request, "messages": [*system, *first, *messages]}
     return request
 
 
-def context_of(manner: Manner) -> int | None:
+def context_limit(defaults: ModelDefaults) -> int | None:
     """How many tokens a conversation may have by the model's own parameters."""
-    return manner.parameters.get("num_ctx")
+    return defaults.parameters.get("num_ctx")

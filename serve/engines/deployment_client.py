@@ -12,85 +12,85 @@ from cluster.settings import get_settings
 from serve.engines.model_header import Header
 from serve.engines.protocol import (
     Chunk,
-    Embedded,
+    EmbeddingResult,
     EngineFailed,
     EngineLost,
+    EngineRequest,
     EngineUnavailable,
-    Held,
-    Loading,
-    Ranked,
-    Request,
+    LoadedModelInfo,
+    LoadingModelInfo,
+    Ranking,
     Source,
 )
 from serve.engines.read_ahead import read_ahead
 
 APPLICATION = "forgearr"
-ASK_SECONDS = 30
+BROADCAST_TIMEOUT_SECONDS = 30
 
-_preparing = threading.Lock()
+_handle_lock = threading.Lock()
 """Whoever asks for a handle in this process gets the same one, which is prepared once."""
 
 
-class RemoteEngine:
+class DeploymentEngine:
     """Satisfies protocol.Engine."""
 
-    def __init__(self, deployment: str, setting: str, *, apart: bool = False) -> None:
+    def __init__(self, deployment: str, replicas_setting: str, *, separate_loop: bool = False) -> None:
         """`setting` is the one of the section `engines` that says how many replicas there are.
 
         Serve's throughput mode ties a handle to the event loop of whoever comes first, unless it is to be `apart`.
         """
         self._deployment = deployment
-        self._apart = apart
-        self._setting = setting
+        self._separate_loop = separate_loop
+        self._replicas_setting = replicas_setting
         self._handle: Any = None
 
-    def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+    def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk]]:
         return read_ahead(self._chat(reference, request, source))
 
-    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
-        handle = (await self._find()).options(**self._routing(reference))
-        with _our_errors():
+    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+        handle = (await self._get_handle()).options(**self._routing(reference))
+        with _translate_errors():
             answer = handle.complete.remote(reference, request, source)
             try:
                 return await answer
             finally:
                 answer.cancel()
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
-        handle = (await self._find()).options(**self._routing(reference))
-        with _our_errors():
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
+        handle = (await self._get_handle()).options(**self._routing(reference))
+        with _translate_errors():
             return await handle.embed.remote(reference, texts, source)
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
-        handle = (await self._find()).options(**self._routing(reference))
-        with _our_errors():
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
+        handle = (await self._get_handle()).options(**self._routing(reference))
+        with _translate_errors():
             return await handle.rank.remote(reference, query, documents, source)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
-        handle = (await self._find()).options(**self._routing(reference))
-        with _our_errors():
+        handle = (await self._get_handle()).options(**self._routing(reference))
+        with _translate_errors():
             return await handle.describe.remote(reference, source)
 
     async def load(self, reference: str, source: Source = None) -> str:
-        handle = (await self._find()).options(**self._routing(reference))
-        with _our_errors():
+        handle = (await self._get_handle()).options(**self._routing(reference))
+        with _translate_errors():
             return await handle.load.remote(reference, source)
 
     async def unload(self, reference: str, source: Source = None) -> bool:
-        return any(await self._ask_all("unload", reference))
+        return any(await self._broadcast("unload", reference))
 
-    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
-        await self._ask_all("keep", reference, seconds, source)
+    async def set_keep_alive(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._broadcast("set_keep_alive", reference, seconds, source)
 
-    async def loaded(self) -> list[Held]:
-        return [held for found in await self._ask_all("loaded") for held in found]
+    async def loaded(self) -> list[LoadedModelInfo]:
+        return [model for models in await self._broadcast("loaded") for model in models]
 
-    async def loading(self) -> list[Loading]:
-        return [model for found in await self._ask_all("loading") for model in found]
+    async def loading(self) -> list[LoadingModelInfo]:
+        return [model for models in await self._broadcast("loading") for model in models]
 
-    async def _chat(self, reference: str, request: Request, source: Source) -> AsyncGenerator[list[Chunk]]:
-        handle = (await self._find()).options(stream=True, **self._routing(reference))
-        with _our_errors():
+    async def _chat(self, reference: str, request: EngineRequest, source: Source) -> AsyncGenerator[list[Chunk]]:
+        handle = (await self._get_handle()).options(stream=True, **self._routing(reference))
+        with _translate_errors():
             answer = handle.chat.remote(reference, request, source)
             try:
                 async for chunks in answer:
@@ -98,28 +98,28 @@ class RemoteEngine:
             finally:
                 answer.cancel()
 
-    async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+    async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
         """Each replica holds models of its own. Where none runs, because nobody has asked yet, none is started."""
         if not self._replicas:
             return []
-        handle = await self._find()
+        handle = await self._get_handle()
         from ray.serve.exceptions import DeploymentUnavailableError
 
-        with _our_errors(), suppress(DeploymentUnavailableError):
-            return await handle.broadcast(method, *arguments).results_async(timeout_s=ASK_SECONDS)
+        with _translate_errors(), suppress(DeploymentUnavailableError):
+            return await handle.broadcast(method, *arguments).results_async(timeout_s=BROADCAST_TIMEOUT_SECONDS)
         return []
 
-    async def _find(self) -> Any:
+    async def _get_handle(self) -> Any:
         # A process that has not joined Ray must not do so by the way: Ray would start a cluster of its own for it.
         ray: Any = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             raise EngineUnavailable("This process is not part of the cluster and cannot reach an engine.")
         if not self._replicas:
             raise EngineUnavailable(
-                f"No engine for this model runs: set engines.{self._setting} to 1 or more and start Forgearr again."
+                f"No engine runs for this model: set engines.{self._replicas_setting} to 1 or more, then restart."
             )
         if self._handle is None:
-            self._handle = await asyncio.to_thread(_handle, self._deployment, self._apart)
+            self._handle = await asyncio.to_thread(_create_handle, self._deployment, self._separate_loop)
         return self._handle
 
     def _routing(self, reference: str) -> dict[str, str]:
@@ -128,18 +128,18 @@ class RemoteEngine:
 
     @property
     def _replicas(self) -> int:
-        return getattr(get_settings().engines, self._setting)
+        return getattr(get_settings().engines, self._replicas_setting)
 
 
-def _handle(deployment: str, apart: bool) -> Any:
+def _create_handle(deployment: str, separate_loop: bool) -> Any:
     from ray import serve as ray_serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     try:
-        with _preparing:
+        with _handle_lock:
             handle: Any = ray_serve.get_deployment_handle(deployment, app_name=APPLICATION)
-            if apart and not handle.is_initialized:
+            if separate_loop and not handle.is_initialized:
                 handle._init(_run_router_in_separate_loop=True)
     except (KeyError, RayError, RayServeException) as error:  # a KeyError while the application is being deployed
         raise EngineUnavailable from error
@@ -147,7 +147,7 @@ def _handle(deployment: str, apart: bool) -> Any:
 
 
 @contextmanager
-def _our_errors() -> Generator[None]:
+def _translate_errors() -> Generator[None]:
     """The one line of defence: what goes wrong in Ray, or in the engine, is one of our errors above."""
     import ray.exceptions
     from ray.serve.exceptions import RayServeException

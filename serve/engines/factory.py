@@ -1,16 +1,19 @@
 """The engines that an installation has, as one."""
 
 from cluster.settings import get_settings
-from serve.engines.deployment_client import RemoteEngine
+from serve.engines.deployment_client import DeploymentEngine
 from serve.engines.ollama.engine import OllamaEngine
-from serve.engines.protocol import Engine, Folder, Remote
-from serve.engines.router import ChosenEngine
+from serve.engines.protocol import Engine, ModelFolder, OllamaModel
+from serve.engines.router import EngineRouter
 
 GGUF, TRANSFORMERS = "gguf", "transformers"
 
 
-def installed(*, apart: bool = False) -> Engine:
+def build_engine(*, separate_loop: bool = False) -> Engine:
     """`apart`: for a process whose event loops come and go, as those of jobs do."""
-    folders = RemoteEngine(TRANSFORMERS, "transformers_replicas", apart=apart)
-    elsewhere = OllamaEngine(get_settings().ollama.url)
-    return ChosenEngine(RemoteEngine(GGUF, "replicas", apart=apart), {Folder: folders, Remote: elsewhere})
+    folders = DeploymentEngine(TRANSFORMERS, "transformers_replicas", separate_loop=separate_loop)
+    ollama_engine = OllamaEngine(get_settings().ollama.url)
+    return EngineRouter(
+        DeploymentEngine(GGUF, "replicas", separate_loop=separate_loop),
+        {ModelFolder: folders, OllamaModel: ollama_engine},
+    )

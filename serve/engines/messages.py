@@ -29,29 +29,29 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
 
-def conversation(messages: list[Message]) -> list[dict[str, Any]]:
+def to_openai_messages(messages: list[Message]) -> list[dict[str, Any]]:
     """As OpenAI has it, where a tool's message names the call that it answers."""
-    told: list[dict[str, Any]] = []
+    converted: list[dict[str, Any]] = []
     open_calls = deque[tuple[str, str]]()  # name and id, in the order in which they were made
     for number, message in enumerate(messages):
-        one: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        openai_message: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.thinking:
-            one["reasoning_content"] = message.thinking
+            openai_message["reasoning_content"] = message.thinking
         if message.tool_calls:
-            one["tool_calls"] = []
+            openai_message["tool_calls"] = []
             for index, call in enumerate(message.tool_calls):
                 identifier = call.id or f"call_{number}_{index}"
                 open_calls.append((call.function.name, identifier))
                 arguments = json.dumps(call.function.arguments, ensure_ascii=False, separators=(",", ":"))
                 function = {"name": call.function.name, "arguments": arguments}
-                one["tool_calls"].append({"id": identifier, "type": "function", "function": function})
+                openai_message["tool_calls"].append({"id": identifier, "type": "function", "function": function})
         if message.role == "tool":
-            one["tool_call_id"] = message.tool_call_id or _answered(open_calls, message.tool_name)
-        told.append(one)
-    return told
+            openai_message["tool_call_id"] = message.tool_call_id or _answered_call_id(open_calls, message.tool_name)
+        converted.append(openai_message)
+    return converted
 
 
-def _answered(open_calls: deque[tuple[str, str]], name: str | None) -> str:
+def _answered_call_id(open_calls: deque[tuple[str, str]], name: str | None) -> str:
     """The oldest call of that name that has no answer yet, or the oldest of all when none is named."""
     for call in open_calls:
         if name is None or call[0] == name:

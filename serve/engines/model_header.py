@@ -15,7 +15,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-LONGEST_KEPT_ARRAY = 1024
+MAX_ARRAY_LENGTH = 1024
 """Of numbers, such as the heads of each layer. Of longer ones, and of strings, only the length is kept."""
 QUANTIZATIONS = {
     **{0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 8: "q5_0", 9: "q5_1", 10: "q2_k", 11: "q3_k_s"},
@@ -23,9 +23,9 @@ QUANTIZATIONS = {
 }
 """By llama.cpp's numbers (llama_ftype)."""
 ELEMENT_BYTES = 2  # of the cache of keys and values, which is in f16
-RANKING = 4
+RANK_POOLING = 4
 """The way of pooling whose outcome is a single number."""
-BATCH = 512
+BATCH_TOKENS = 512
 
 
 class ModelUnreadable(ForgearrError):
@@ -40,20 +40,22 @@ class Header:
     file_bytes: int
     context: int  # tokens that the model was made for
     layers: int
-    width: int
-    key_values: int  # numbers that one layer keeps of one token
-    vocabulary: int
+    hidden_size: int
+    kv_width: int  # numbers that one layer keeps of one token
+    vocab_size: int
     parameters: int
     template: str  # of conversations, in Jinja; empty where it has none
-    pools: bool  # made for embeddings: it says itself how those of the tokens become that of a text
-    ranks: bool  # made to say how well a text fits a question
-    gap: tuple[int, int, int] | None  # tokens that stand before what precedes a gap, what follows it, and what fills it
+    has_pooling: bool  # made for embeddings: it says itself how those of the tokens become that of a text
+    is_reranker: bool  # made to say how well a text fits a question
+    fim_tokens: (
+        tuple[int, int, int] | None
+    )  # tokens that stand before what precedes a gap, what follows it, and what fills it
     quantization: str = "unknown"  # as its file says
 
-    def memory(self, context: int, slots: int, batch: int = BATCH) -> int:
+    def memory_bytes(self, context: int, slots: int, batch: int = BATCH_TOKENS) -> int:
         """Bytes for weights, cache and working space, when each of the slots holds so many tokens."""
-        cache = self.layers * self.key_values * ELEMENT_BYTES * context * slots
-        return self.file_bytes + cache + 4 * batch * (self.vocabulary + 4 * self.width)
+        cache = self.layers * self.kv_width * ELEMENT_BYTES * context * slots
+        return self.file_bytes + cache + 4 * batch * (self.vocab_size + 4 * self.hidden_size)
 
 
 def read_header(path: Path) -> Header:
@@ -78,7 +80,7 @@ def _opened(path: Path) -> Generator[mmap.mmap]:
 
 def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
     architecture = fields["general.architecture"]
-    heads = _most(fields.get(f"{architecture}.attention.head_count", 1)) or 1
+    heads = _max_of(fields.get(f"{architecture}.attention.head_count", 1)) or 1
     head_width = fields[f"{architecture}.embedding_length"] // heads
     keys = fields.get(f"{architecture}.attention.key_length", head_width)
     values = fields.get(f"{architecture}.attention.value_length", head_width)
@@ -87,24 +89,24 @@ def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
         file_bytes=size,
         context=fields[f"{architecture}.context_length"],
         layers=fields[f"{architecture}.block_count"],
-        width=fields[f"{architecture}.embedding_length"],
-        key_values=_most(fields.get(f"{architecture}.attention.head_count_kv", heads)) * (keys + values),
-        vocabulary=fields["tokenizer.ggml.tokens"],
+        hidden_size=fields[f"{architecture}.embedding_length"],
+        kv_width=_max_of(fields.get(f"{architecture}.attention.head_count_kv", heads)) * (keys + values),
+        vocab_size=fields["tokenizer.ggml.tokens"],
         parameters=parameters,
         template=fields.get("tokenizer.chat_template", ""),
-        pools=bool(fields.get(f"{architecture}.pooling_type")),
-        ranks=fields.get(f"{architecture}.pooling_type") == RANKING,
-        gap=_gap(fields),
+        has_pooling=bool(fields.get(f"{architecture}.pooling_type")),
+        is_reranker=fields.get(f"{architecture}.pooling_type") == RANK_POOLING,
+        fim_tokens=_fim_tokens(fields),
         quantization=QUANTIZATIONS.get(fields.get("general.file_type", -1), "unknown"),
     )
 
 
-def _gap(fields: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    before, after, between = (fields.get(f"tokenizer.ggml.fim_{part}_token_id") for part in ("pre", "suf", "mid"))
-    return None if before is None or after is None or between is None else (before, after, between)
+def _fim_tokens(fields: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    prefix, suffix, middle = (fields.get(f"tokenizer.ggml.fim_{part}_token_id") for part in ("pre", "suf", "mid"))
+    return None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
 
 
-def _most(value: int | list[int]) -> int:
+def _max_of(value: int | list[int]) -> int:
     return max(value) if isinstance(value, list) else value
 
 
@@ -115,50 +117,50 @@ def _fields(content: mmap.mmap) -> tuple[dict[str, Any], int]:
     version, tensors, count = struct.unpack_from("<IQQ", content, 4)
     if version not in VERSIONS:
         raise ValueError(f"it has version {version} of the format")
-    place = 24
+    offset = 24
     fields: dict[str, Any] = {}
     for _ in range(count):
-        name, place = _string(content, place)
-        (kind,) = struct.unpack_from("<I", content, place)
-        fields[name], place = _value(content, place + 4, kind)
-    return fields, sum(_sizes(content, place, tensors))
+        name, offset = _string(content, offset)
+        (kind,) = struct.unpack_from("<I", content, offset)
+        fields[name], offset = _value(content, offset + 4, kind)
+    return fields, sum(_tensor_sizes(content, offset, tensors))
 
 
-def _sizes(content: mmap.mmap, place: int, tensors: int) -> Iterator[int]:
+def _tensor_sizes(content: mmap.mmap, offset: int, tensors: int) -> Iterator[int]:
     """How many numbers each of the tensors has, that are told of after the metadata."""
     for _ in range(tensors):
-        _, place = _string(content, place)
-        (dimensions,) = struct.unpack_from("<I", content, place)
-        yield math.prod(struct.unpack_from(f"<{dimensions}Q", content, place + 4))
-        place += 4 + 8 * dimensions + 12  # its type and its place in the file
+        _, offset = _string(content, offset)
+        (dimensions,) = struct.unpack_from("<I", content, offset)
+        yield math.prod(struct.unpack_from(f"<{dimensions}Q", content, offset + 4))
+        offset += 4 + 8 * dimensions + 12  # its type and its place in the file
 
 
-def _value(content: mmap.mmap, place: int, kind: int) -> tuple[Any, int]:
+def _value(content: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
     if kind == STRING:
-        return _string(content, place)
+        return _string(content, offset)
     if kind == ARRAY:
-        return _array(content, place)
-    return struct.unpack_from(SCALARS[kind], content, place)[0], place + struct.calcsize(SCALARS[kind])
+        return _array(content, offset)
+    return struct.unpack_from(SCALARS[kind], content, offset)[0], offset + struct.calcsize(SCALARS[kind])
 
 
-def _array(content: mmap.mmap, place: int) -> tuple[Any, int]:
-    kind, count = struct.unpack_from("<IQ", content, place)
-    place += 12
+def _array(content: mmap.mmap, offset: int) -> tuple[Any, int]:
+    kind, count = struct.unpack_from("<IQ", content, offset)
+    offset += 12
     if kind == STRING:
         for _ in range(count):
-            (length,) = struct.unpack_from("<Q", content, place)
-            place += 8 + length
-        return count, place
-    form = SCALARS[kind]
-    end = place + count * struct.calcsize(form)
-    if count > LONGEST_KEPT_ARRAY:
+            (length,) = struct.unpack_from("<Q", content, offset)
+            offset += 8 + length
+        return count, offset
+    scalar_format = SCALARS[kind]
+    end = offset + count * struct.calcsize(scalar_format)
+    if count > MAX_ARRAY_LENGTH:
         return count, end
-    return list(struct.unpack_from(f"<{count}{form[1]}", content, place)), end
+    return list(struct.unpack_from(f"<{count}{scalar_format[1]}", content, offset)), end
 
 
-def _string(content: mmap.mmap, place: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", content, place)
-    text = content[place + 8 : place + 8 + length]
+def _string(content: mmap.mmap, offset: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<Q", content, offset)
+    text = content[offset + 8 : offset + 8 + length]
     if len(text) != length:
         raise ValueError("it breaks off")
-    return text.decode(), place + 8 + length
+    return text.decode(), offset + 8 + length

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_SEEDS = 2**32 - 1
+SEED_MODULUS = 2**32 - 1
 
 
-PASSED_ON = {
+PASSTHROUGH_OPTIONS = {
     "temperature",
     "top_k",
     "top_p",
@@ -23,7 +23,7 @@ PASSED_ON = {
     "mirostat_eta",
 }
 """Options that llama.cpp takes as they come."""
-OF_LOADING = {
+LOAD_OPTIONS = {
     "num_ctx",
     "num_batch",
     "num_gpu",
@@ -65,26 +65,26 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def leave_loading_out(cls, said: Any) -> Any:
-        if not isinstance(said, Mapping):
-            return said
-        return without_loading(said)
+    def drop_load_options(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return without_load_options(value)
 
     def for_engine(self) -> dict[str, Any]:
-        wanted = self.model_dump(include=PASSED_ON, exclude_none=True)
+        engine_options = self.model_dump(include=PASSTHROUGH_OPTIONS, exclude_none=True)
         if self.num_predict is not None and self.num_predict >= 0:
-            wanted["max_tokens"] = self.num_predict
+            engine_options["max_tokens"] = self.num_predict
         if self.seed is not None:
-            wanted["seed"] = self.seed % MOST_SEEDS
+            engine_options["seed"] = self.seed % SEED_MODULUS
         if self.stop:
-            wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
-        return wanted
+            engine_options["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        return engine_options
 
 
-def without_loading(said: Mapping[str, Any], kept: Set[str] = frozenset()) -> dict[str, Any]:
+def without_load_options(options: Mapping[str, Any], allowed: Set[str] = frozenset()) -> dict[str, Any]:
     """Options, without those of how a model is loaded."""
-    left_out = OF_LOADING - kept
-    return {name: value for name, value in said.items() if name not in left_out and value is not None}
+    excluded = LOAD_OPTIONS - allowed
+    return {name: value for name, value in options.items() if name not in excluded and value is not None}
 
 
 class Parameters(Options):
@@ -92,7 +92,7 @@ class Parameters(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def leave_loading_out(cls, said: Any) -> Any:
-        if not isinstance(said, Mapping):
-            return said
-        return without_loading(said, kept={"num_ctx"})
+    def drop_load_options(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return without_load_options(value, allowed={"num_ctx"})

@@ -14,12 +14,12 @@ from cluster.errors import ForgearrError, InvalidRequest, Unavailable
 from pipelines.training.models.versions import Version
 from serve.engines.model_header import Header
 
-Request = Mapping[str, Any]
+EngineRequest = Mapping[str, Any]
 Chunk = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Folder:
+class ModelFolder:
     """A model as transformers has it, which has no GGUF yet: a whole one, or an adapter."""
 
     address: str | None  # in storage; None: the base model as it is
@@ -28,7 +28,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Remote:
+class OllamaModel:
     """A model of the configured Ollama server."""
 
     name: str
@@ -39,12 +39,12 @@ class Remote:
     created_at: datetime
 
 
-Source = Version | Folder | Remote | None
+Source = Version | ModelFolder | OllamaModel | None
 """What a name means, and so which engine answers. None: forgearr/tiny as it comes, which is in no registry."""
 
 Phase = Literal["fetching", "waiting for room", "loading"]
 
-BUSY_SECONDS = 1
+BUSY_RETRY_SECONDS = 1
 
 
 class EngineUnavailable(Unavailable):
@@ -63,7 +63,7 @@ class EngineBusy(Unavailable):
     """As many requests as engines.queue allows wait for this model already; try again in a moment."""
 
     code = "ENGINE_BUSY"
-    retry_after = BUSY_SECONDS
+    retry_after = BUSY_RETRY_SECONDS
 
 
 class EngineFailed(ForgearrError):
@@ -95,19 +95,19 @@ class TextTooLong(ContextExceeded):
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingResult:
     vectors: list[list[float]]  # one for each text, of length 1
     tokens: int
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Ranking:
     scores: list[float]  # how well each document fits; more is better
     tokens: int
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedModelInfo:
     """A model in the memory of an engine."""
 
     reference: str
@@ -118,7 +118,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadingModelInfo:
     """A model on its way into the memory of an engine."""
 
     reference: str
@@ -131,19 +131,19 @@ class Loading:
 class Engine(Protocol):
     """`reference` names a model for good (NAME:v3, not NAME:latest); `source` says what it is."""
 
-    def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
+    def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
         """The answer as it is made, in batches of chunks. Closing it, or cancelling its reader, ends the work."""
         ...
 
-    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
+    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
         """The whole answer: `choices` with a message or a text each, `usage` and `timings`."""
         ...
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
         """What texts mean, as numbers."""
         ...
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
         """How well documents fit a question."""
         ...
 
@@ -159,14 +159,14 @@ class Engine(Protocol):
         """Let a model go as soon as nobody uses it; whether it was there."""
         ...
 
-    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
+    async def set_keep_alive(self, reference: str, seconds: float | None, source: Source = None) -> None:
         """How long a model stays when its present answers are given, unless it is used again. None: it stays."""
         ...
 
-    async def loaded(self) -> list[Held]:
+    async def loaded(self) -> list[LoadedModelInfo]:
         """The models in memory."""
         ...
 
-    async def loading(self) -> list[Loading]:
+    async def loading(self) -> list[LoadingModelInfo]:
         """The models on their way there."""
         ...

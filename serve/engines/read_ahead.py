@@ -12,25 +12,25 @@ from serve.engines.protocol import Chunk
 
 
 async def read_ahead(answer: AsyncGenerator[list[Chunk], None]) -> AsyncGenerator[list[Chunk]]:
-    heard = asyncio.Queue[list[Chunk] | Exception | None]()
-    hearing = asyncio.create_task(_hear(answer, heard))
+    queue = asyncio.Queue[list[Chunk] | Exception | None]()
+    reader = asyncio.create_task(_fill_queue(answer, queue))
     try:
-        while (told := await heard.get()) is not None:
-            if isinstance(told, Exception):
-                raise told
-            yield told
+        while (item := await queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
     finally:
-        hearing.cancel()
-        await asyncio.wait([hearing])
+        reader.cancel()
+        await asyncio.wait([reader])
 
 
-async def _hear(
-    answer: AsyncGenerator[list[Chunk], None], heard: asyncio.Queue[list[Chunk] | Exception | None]
+async def _fill_queue(
+    answer: AsyncGenerator[list[Chunk], None], queue: asyncio.Queue[list[Chunk] | Exception | None]
 ) -> None:
     try:
         async with aclosing(answer):
             async for chunks in answer:
-                heard.put_nowait(chunks)
-        heard.put_nowait(None)
+                queue.put_nowait(chunks)
+        queue.put_nowait(None)
     except Exception as error:
-        heard.put_nowait(error)
+        queue.put_nowait(error)

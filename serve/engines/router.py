@@ -5,48 +5,57 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from serve.engines.model_header import Header
-from serve.engines.protocol import Chunk, Embedded, Engine, Held, Loading, Ranked, Request, Source
+from serve.engines.protocol import (
+    Chunk,
+    EmbeddingResult,
+    Engine,
+    EngineRequest,
+    LoadedModelInfo,
+    LoadingModelInfo,
+    Ranking,
+    Source,
+)
 
 
-class ChosenEngine:
+class EngineRouter:
     """Satisfies protocol.Engine."""
 
-    def __init__(self, usual: Engine, others: Mapping[type, Engine]) -> None:
+    def __init__(self, default: Engine, by_source_type: Mapping[type, Engine]) -> None:
         """`others` are by the kind of source that they are for."""
-        self._usual = usual
-        self._others = others
+        self._default = default
+        self._by_source_type = by_source_type
 
-    def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
-        return self._of(source).chat(reference, request, source)
+    def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
+        return self._engine_for(source).chat(reference, request, source)
 
-    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
-        return await self._of(source).complete(reference, request, source)
+    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+        return await self._engine_for(source).complete(reference, request, source)
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
-        return await self._of(source).embed(reference, texts, source)
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
+        return await self._engine_for(source).embed(reference, texts, source)
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
-        return await self._of(source).rank(reference, query, documents, source)
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
+        return await self._engine_for(source).rank(reference, query, documents, source)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
-        return await self._of(source).describe(reference, source)
+        return await self._engine_for(source).describe(reference, source)
 
     async def load(self, reference: str, source: Source = None) -> str:
-        return await self._of(source).load(reference, source)
+        return await self._engine_for(source).load(reference, source)
 
     async def unload(self, reference: str, source: Source = None) -> bool:
-        return await self._of(source).unload(reference, source)
+        return await self._engine_for(source).unload(reference, source)
 
-    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
-        await self._of(source).keep(reference, seconds, source)
+    async def set_keep_alive(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._engine_for(source).set_keep_alive(reference, seconds, source)
 
-    async def loaded(self) -> list[Held]:
-        engines = [self._usual, *self._others.values()]
-        return [held for models in await asyncio.gather(*(engine.loaded() for engine in engines)) for held in models]
+    async def loaded(self) -> list[LoadedModelInfo]:
+        engines = [self._default, *self._by_source_type.values()]
+        return [model for models in await asyncio.gather(*(engine.loaded() for engine in engines)) for model in models]
 
-    async def loading(self) -> list[Loading]:
-        engines = [self._usual, *self._others.values()]
+    async def loading(self) -> list[LoadingModelInfo]:
+        engines = [self._default, *self._by_source_type.values()]
         return [model for models in await asyncio.gather(*(engine.loading() for engine in engines)) for model in models]
 
-    def _of(self, source: Source) -> Engine:
-        return self._others.get(type(source), self._usual)
+    def _engine_for(self, source: Source) -> Engine:
+        return self._by_source_type.get(type(source), self._default)

@@ -6,20 +6,27 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import get_database, one_at_a_time
+from cluster.db import advisory_lock, get_database
 from cluster.errors import Forbidden, NotFound
 from jobs import queue
-from jobs.outputs import NotMade
+from jobs.outputs import OutputMissing
 from jobs.queue import JobRequest
 from jobs.states import FINISHED, RETRYABLE, State
 from jobs.tables import Job
 from pipelines.training import progress
 from pipelines.training.data import resolution
 from pipelines.training.spec import DeploySpec, ExportSpec, ValidateSpec
-from serve.forge.schemas import DeploymentView, FineTuneRequest, NoData, StatusView, Submitted, ValidationView
+from serve.forge.schemas import (
+    DeploymentView,
+    FineTuneRequest,
+    JobSubmitted,
+    NoTrainingData,
+    StatusView,
+    ValidationView,
+)
 from serve.forge.steps import find_or_start_deployment, find_or_start_step
 from serve.http.errors import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
-from serve.http.job_wait import UNFINISHED, Wait, outcome_of
+from serve.http.job_wait import UNFINISHED_RESPONSE, WaitSeconds, wait_for_job
 from serve.jobs.routes import JobId
 from serve.security.callers import Caller, CurrentCaller, owner_of
 
@@ -35,48 +42,50 @@ class TrainingNotFound(NotFound):
 
 @openai_router.post("/fine-tune")
 async def fine_tune(
-    wanted: FineTuneRequest,
+    body: FineTuneRequest,
     caller: CurrentCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
-) -> Submitted:
+) -> JobSubmitted:
     """Queue a fine-tuning job."""
-    if wanted.data is None:
-        raise NoData
-    request = JobRequest(kind="fine_tune", spec=wanted.model_dump(mode="json"))
+    if body.data is None:
+        raise NoTrainingData
+    job_request = JobRequest(kind="fine_tune", spec=body.model_dump(mode="json"))
     async with get_database().transaction() as session:
-        for data in (wanted.data, wanted.validation):
+        for data in (body.data, body.validation):
             if data is not None:
-                await resolution.check(session, data, owner_of(caller), wanted.method)
-        job = await queue.enqueue(session, request, owner_of(caller), idempotency_key=idempotency_key)
-        return Submitted(job_id=job.id, status="queued", message="Fine-tuning job queued")
+                await resolution.require_usable(session, data, owner_of(caller), body.method)
+        job = await queue.enqueue(session, job_request, owner_of(caller), idempotency_key=idempotency_key)
+        return JobSubmitted(job_id=job.id, status="queued", message="Fine-tuning job queued")
 
 
 @router.get("/status/{job_id}")
 async def status(job_id: JobId, caller: CurrentCaller) -> StatusView:
     """How far a fine_tune or forge job is."""
-    async with get_database().reading() as session:
-        job = await _training(session, job_id, caller)
-        found = await progress.of(session, job)
+    async with get_database().read_transaction() as session:
+        job = await _find_training(session, job_id, caller)
+        current = await progress.get_progress(session, job)
     return StatusView(
         job_id=job.id,
         error=job.error["message"] if job.error else None,
         created_at=job.created_at,
         updated_at=job.updated_at,
-        **dict(found),
+        **dict(current),
     )
 
 
-@router.post("/validate/{job_id}", responses=UNFINISHED)
+@router.post("/validate/{job_id}", responses=UNFINISHED_RESPONSE)
 async def validate(
-    job_id: JobId, caller: CurrentCaller, request: Request, response: Response, wait: Wait = 60
+    job_id: JobId, caller: CurrentCaller, request: Request, response: Response, wait: WaitSeconds = 60
 ) -> ValidationView:
     """Measure a trained model on the samples that were held out, once; the same again answers what was found."""
     async with get_database().transaction() as session:
-        training = await _trained(session, job_id, caller)
-        check = ValidateSpec(job_id=training.id)
+        training = await _lock_fine_tune_job(session, job_id, caller)
+        validate_spec = ValidateSpec(job_id=training.id)
         # One that has measured the export too, has measured this.
-        job = await find_or_start_step(session, training, "validate", check, caller, but={"export_job_id"})
-    job = await outcome_of(request, job.id, wait)
+        job = await find_or_start_step(
+            session, training, "validate", validate_spec, caller, ignored_fields={"export_job_id"}
+        )
+    job = await wait_for_job(request, job.id, wait)
     response.status_code = 200 if job.state in FINISHED else 202
     result: dict[str, Any] = job.result or {}
     failure = [job.error["message"]] if job.error else []
@@ -90,26 +99,26 @@ async def validate(
     )
 
 
-@router.post("/deploy/{job_id}", responses=UNFINISHED)
+@router.post("/deploy/{job_id}", responses=UNFINISHED_RESPONSE)
 async def deploy(
     job_id: JobId,
     caller: CurrentCaller,
     request: Request,
     response: Response,
     force: Annotated[bool, Query(description="Even when it does not pass its validation.")] = False,
-    wait: Wait = 60,
+    wait: WaitSeconds = 60,
 ) -> DeploymentView:
     """Export a trained model, validate the export, and serve it as NAME:latest. What is done already stays done."""
     if not caller.is_admin:
         raise Forbidden("Only an administrator may deploy.")
     async with get_database().transaction() as session:
-        training = await _trained(session, job_id, caller)
+        training = await _lock_fine_tune_job(session, job_id, caller)
         export = await find_or_start_step(session, training, "export", ExportSpec(job_id=training.id), caller)
-        check = ValidateSpec(job_id=training.id, export_job_id=export.id)
-        validation = await find_or_start_step(session, training, "validate", check, caller, after=export)
-        target = DeploySpec(export_job_id=export.id, force=force)
-        job = await find_or_start_deployment(session, target, caller, after=validation)
-    job = await outcome_of(request, job.id, wait)
+        validate_spec = ValidateSpec(job_id=training.id, export_job_id=export.id)
+        validation = await find_or_start_step(session, training, "validate", validate_spec, caller, depends_on=export)
+        deploy_spec = DeploySpec(export_job_id=export.id, force=force)
+        job = await find_or_start_deployment(session, deploy_spec, caller, depends_on=validation)
+    job = await wait_for_job(request, job.id, wait)
     response.status_code = 200 if job.state in FINISHED else 202
     result: dict[str, Any] = job.result or {}
     return DeploymentView(
@@ -122,21 +131,21 @@ async def deploy(
     )
 
 
-async def _training(session: AsyncSession, job_id: str, caller: Caller) -> Job:
+async def _find_training(session: AsyncSession, job_id: str, caller: Caller) -> Job:
     job = await queue.get(session, job_id, owner_of(caller))
-    if job.kind not in progress.KINDS:
+    if job.kind not in progress.TRAINING_KINDS:
         raise TrainingNotFound(f"{job_id} is a job of the kind '{job.kind}'; it trains nothing.")
     return job
 
 
-async def _trained(session: AsyncSession, job_id: str, caller: Caller) -> Job:
+async def _lock_fine_tune_job(session: AsyncSession, job_id: str, caller: Caller) -> Job:
     """The fine_tune job whose model is meant, to queue steps for; a forge job that has none yet stands for it."""
-    job = await _training(session, job_id, caller)
+    job = await _find_training(session, job_id, caller)
     if job.kind == "forge":
         child = await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == "fine_tune"))
         job = child or job
     if job.state in RETRYABLE:
-        raise NotMade(f"{job.id} is {job.state}, so there is no model to go on from; retry it first.")
+        raise OutputMissing(f"{job.id} is {job.state}, so there is no model to go on from; retry it first.")
     # Two who ask at once would both find that a step is missing.
-    await one_at_a_time(session, f"steps {job.id}")
+    await advisory_lock(session, f"steps {job.id}")
     return job

@@ -8,10 +8,10 @@ from pydantic.json_schema import SkipJsonSchema
 from cluster.errors import InvalidRequest
 from cluster.times import UtcTime
 from pipelines.training import progress
-from pipelines.training.spec import Data, FineTuneSpec, ModelName
+from pipelines.training.spec import DataSource, FineTuneSpec, ModelName
 
 
-class NoData(InvalidRequest):
+class NoTrainingData(InvalidRequest):
     """Say what to train on: data with one of dataset, prompts (by ids, tags or category) or folder."""
 
     code = "NO_TRAINING_DATA"
@@ -28,18 +28,18 @@ class FineTuneRequest(FineTuneSpec):
 
     name: ModelName = Field(alias="project_name")
     pissa: bool = Field(default=False, alias="use_pissa")
-    data: Data | SkipJsonSchema[None] = Field(  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    data: DataSource | SkipJsonSchema[None] = Field(  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
         default=None, description="What to train on: exactly one of dataset, prompts and folder."
     )
 
 
-class Submitted(BaseModel):
+class JobSubmitted(BaseModel):
     job_id: str
     status: progress.Status
     message: str
 
 
-class StatusView(progress.Progress):
+class StatusView(progress.TrainingProgress):
     job_id: str
     error: str | None
     created_at: UtcTime

@@ -25,53 +25,57 @@ async def find_or_start_step(
     spec: BaseModel,
     caller: Caller,
     *,
-    after: Job | None = None,
-    but: Set[str] = frozenset(),
+    depends_on: Job | None = None,
+    ignored_fields: Set[str] = frozenset(),
 ) -> Job:
     """The job that does this for a training: the one that has done it or will, else a new one.
 
     What somebody else has queued for it counts only if they may do so: else it will fail.
     """
     administrators = select(User.id).where(User.role == "admin")
-    entitled = or_(
+    is_entitled = or_(
         Job.owner_id.is_(None),
         Job.owner_id == training.owner_id,
         Job.owner_id.in_(administrators),
     )
-    known = await session.scalars(
+    candidates = await session.scalars(
         select(Job)
         .where(Job.kind == kind, Job.state.not_in(RETRYABLE), Job.spec["job_id"].as_string() == training.id)
-        .where(or_(Job.state == State.SUCCEEDED, entitled))
+        .where(or_(Job.state == State.SUCCEEDED, is_entitled))
         .order_by(Job.created_at.desc())
     )
-    wanted = spec.model_dump(mode="json")
-    for job in known:
-        if job.spec.keys() == wanted.keys() and all(job.spec[name] == wanted[name] for name in wanted.keys() - but):
+    spec_values = spec.model_dump(mode="json")
+    for job in candidates:
+        if job.spec.keys() == spec_values.keys() and all(
+            job.spec[name] == spec_values[name] for name in spec_values.keys() - ignored_fields
+        ):
             return job
     resources = resources_of(kind, FineTuneSpec.model_construct(**training.spec))
-    return await _new_step(session, kind, spec, caller, after=after or training, resources=resources)
+    return await _enqueue_step(session, kind, spec, caller, depends_on=depends_on or training, resources=resources)
 
 
-async def find_or_start_deployment(session: AsyncSession, spec: DeploySpec, caller: Caller, after: Job) -> Job:
+async def find_or_start_deployment(session: AsyncSession, spec: DeploySpec, caller: Caller, depends_on: Job) -> Job:
     """The deployment that is under way, else a new one: since an earlier one, something else may have been deployed."""
-    under_way = select(Job).where(
+    query = select(Job).where(
         Job.kind == "deploy",
         Job.state.not_in(FINISHED),
         Job.spec["export_job_id"].as_string() == spec.export_job_id,
     )
-    for job in await session.scalars(under_way):
+    for job in await session.scalars(query):
         if job.spec == spec.model_dump(mode="json"):
             return job
-    return await _new_step(session, "deploy", spec, caller, after)
+    return await _enqueue_step(session, "deploy", spec, caller, depends_on)
 
 
-async def _new_step(
+async def _enqueue_step(
     session: AsyncSession,
     kind: str,
     spec: BaseModel,
     caller: Caller,
-    after: Job,
+    depends_on: Job,
     resources: Resources | None = None,
 ) -> Job:
-    request = JobRequest(kind=kind, spec=spec.model_dump(mode="json"), depends_on=[after.id], resources=resources)
-    return await queue.enqueue(session, request, owner_of(caller))
+    job_request = JobRequest(
+        kind=kind, spec=spec.model_dump(mode="json"), depends_on=[depends_on.id], resources=resources
+    )
+    return await queue.enqueue(session, job_request, owner_of(caller))

@@ -18,7 +18,7 @@ from pipelines.guardian.policy import Policy
 from pipelines.guardian.repositories import BranchName, Credentials, Repository, RepositoryRequest, Secret
 from pipelines.training.spec import ModelName
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller, owner_of
 
 router = APIRouter(prefix="/api/v1/repos", tags=["Guardian"], responses=ERROR_RESPONSES)
@@ -73,40 +73,40 @@ class RepositoryChanges(BaseModel):
     webhook_secret: Secret | None = Field(default=None, description="Null: forget it, and hear no more webhooks.")
 
 
-class Asked(BaseModel):
+class CheckAccepted(BaseModel):
     job_id: str = Field(description="The job that looks at the repository.")
 
 
 @router.post("", status_code=201)
-async def register_repository(wanted: RepositoryRequest, caller: AdminCaller) -> RepositoryView:
+async def register_repository(body: RepositoryRequest, caller: AdminCaller) -> RepositoryView:
     """Register a repository and look at it for the first time. From then on it is watched."""
-    if wanted.path is not None:
-        folder = await asyncio.to_thread(git_repo.checked_path, wanted.path, wanted.branch)
-        wanted = wanted.model_copy(update={"path": str(folder)})
+    if body.path is not None:
+        folder = await asyncio.to_thread(git_repo.validate_path, body.path, body.branch)
+        body = body.model_copy(update={"path": str(folder)})
     async with get_database().transaction() as session:
-        repository = await repositories.create(session, wanted, owner_of(caller))
+        repository = await repositories.create(session, body, owner_of(caller))
         if repository.enabled:
-            await watch_repo.ask_to_watch(session, repository, owner_of(caller))
+            await watch_repo.enqueue_watch(session, repository, owner_of(caller))
         return _view(repository)
 
 
 @router.get("")
 async def list_repositories(
     caller: AdminCaller,
-    paging: WantedPage,
+    paging: PaginationParams,
     path: Annotated[FolderPath | SkipJsonSchema[None], Query(description="Those in this folder.")] = None,
 ) -> Page[RepositoryView]:
     """Repositories by their names."""
-    wanted = select(Repository) if path is None else select(Repository).where(Repository.path == path)
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        rows = await session.scalars(wanted.order_by(Repository.name).offset(paging.skip).limit(paging.limit))
+    query = select(Repository) if path is None else select(Repository).where(Repository.path == path)
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        rows = await session.scalars(query.order_by(Repository.name).offset(paging.skip).limit(paging.limit))
         return paging.page([_view(repository) for repository in rows], total)
 
 
 @router.get("/{repository}")
 async def show_repository(repository: RepositoryName, caller: AdminCaller) -> RepositoryView:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return _view(await repositories.find(session, repository))
 
 
@@ -115,25 +115,25 @@ async def change_repository(
     repository: RepositoryName, changes: RepositoryChanges, caller: AdminCaller
 ) -> RepositoryView:
     """Change what is sent; the rest stays. With another url, the credentials of the old one are forgotten."""
-    wanted = changes.model_dump(exclude_unset=True)
-    async with get_database().reading() as session:
-        before = await repositories.find(session, repository)
-    after = repositories.changed(before, wanted)
-    if after.path is not None and (after.path, after.branch) != (before.path, before.branch):
-        wanted["path"] = str(await asyncio.to_thread(git_repo.checked_path, after.path, after.branch))
+    values = changes.model_dump(exclude_unset=True)
+    async with get_database().read_transaction() as session:
+        current = await repositories.find(session, repository)
+    updated = repositories.merge_changes(current, values)
+    if updated.path is not None and (updated.path, updated.branch) != (current.path, current.branch):
+        values["path"] = str(await asyncio.to_thread(git_repo.validate_path, updated.path, updated.branch))
     async with get_database().transaction() as session:
-        found = await repositories.find(session, before.id, lock=True)
-        await repositories.change(session, found, wanted)
-        return _view(found)
+        row = await repositories.find(session, current.id, lock=True)
+        await repositories.change(session, row, values)
+        return _view(row)
 
 
 @router.delete("/{repository}", status_code=204)
 async def delete_repository(repository: RepositoryName, caller: AdminCaller) -> None:
     """Forget a repository, and what was fetched of it. Datasets and models made of it stay."""
     async with get_database().transaction() as session:
-        found = await repositories.find(session, repository, lock=True)
-        await repositories.delete(session, found)
-    await asyncio.to_thread(shutil.rmtree, locations.mirror_of(found.id), ignore_errors=True)
+        row = await repositories.find(session, repository, lock=True)
+        await repositories.delete(session, row)
+    await asyncio.to_thread(shutil.rmtree, locations.mirror_path(row.id), ignore_errors=True)
 
 
 @router.post("/{repository}/check", status_code=202)
@@ -141,16 +141,16 @@ async def check_repository(
     repository: RepositoryName,
     caller: AdminCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
-) -> Asked:
+) -> CheckAccepted:
     """Look at a repository now, and have it learned from if its policy says so."""
     async with get_database().transaction() as session:
-        found = await repositories.find(session, repository)
-        job = await watch_repo.ask_to_watch(session, found, owner_of(caller), idempotency_key=idempotency_key)
-        return Asked(job_id=job.id)
+        row = await repositories.find(session, repository)
+        job = await watch_repo.enqueue_watch(session, row, owner_of(caller), idempotency_key=idempotency_key)
+        return CheckAccepted(job_id=job.id)
 
 
 def _view(repository: Repository) -> RepositoryView:
-    told = {name: getattr(repository, name, None) for name in RepositoryView.model_fields}
-    told["has_credentials"] = repository.credentials is not None
-    told["has_webhook_secret"] = repository.webhook_secret is not None
-    return RepositoryView.model_validate(told)
+    values = {name: getattr(repository, name, None) for name in RepositoryView.model_fields}
+    values["has_credentials"] = repository.credentials is not None
+    values["has_webhook_secret"] = repository.webhook_secret is not None
+    return RepositoryView.model_validate(values)

@@ -20,7 +20,7 @@ from pipelines.guardian import repositories, watch_repo
 from pipelines.guardian.feedback import store as feedback_store
 from pipelines.guardian.git import repo as git_repo
 from pipelines.guardian.policy import Decision
-from pipelines.guardian.repositories import RETRAIN, Repository, RepositoryRequest
+from pipelines.guardian.repositories import RETRAIN_KIND, Repository, RepositoryRequest
 from pipelines.guardian.retrain import estimates
 from pipelines.guardian.retrain import job as retrain_job
 from pipelines.guardian.retrain.estimates import Step
@@ -58,7 +58,7 @@ class RetrainRequest(BaseModel):
     force: bool = Field(default=False, description="Whatever its policy says.")
 
     @model_validator(mode="after")
-    def say_one(self) -> Self:
+    def validate_exactly_one(self) -> Self:
         if self.repository is not None and "project_path" in self.model_fields_set:
             raise ValueError("say which by project_path or by repository, not by both")
         return self
@@ -69,7 +69,7 @@ class Plan(BaseModel):
     estimated_duration_minutes: float
 
 
-class Triggered(BaseModel):
+class RetrainResponse(BaseModel):
     triggered: bool
     reason: str
     plan: Plan = Field(description="What is done, or would be.")
@@ -100,25 +100,27 @@ class PlanView(BaseModel):
 
 
 @router.post("")
-async def trigger_retraining(wanted: RetrainRequest, caller: AdminCaller) -> Triggered:
+async def trigger_retraining(body: RetrainRequest, caller: AdminCaller) -> RetrainResponse:
     """Train the model of a repository again, if its policy says so or it is forced. There is one plan at a time."""
-    repository = await _repository(wanted, caller)
-    deploy = wanted.auto_deploy if "auto_deploy" in wanted.model_fields_set else repository.auto_deploy
-    spec = RetrainSpec(repository_id=repository.id, force=wanted.force, auto_deploy=deploy)
-    async with get_database().reading() as session:
-        known = await retrain_job.unfinished(session, spec)
+    repository = await _find_or_register_repository(body, caller)
+    deploy = body.auto_deploy if "auto_deploy" in body.model_fields_set else repository.auto_deploy
+    spec = RetrainSpec(repository_id=repository.id, force=body.force, auto_deploy=deploy)
+    async with get_database().read_transaction() as session:
+        unfinished = await retrain_job.find_unfinished(session, spec)
         new_feedback = await feedback_store.count_new(session, repository.model)
-    reason, should = "it is forced", True
-    if known is None and not wanted.force:
-        look = await asyncio.to_thread(watch_repo.look, repository, new_feedback)
-        reason, should = look.decision.reason, look.decision.should_retrain
-        spec = spec.model_copy(update={"commit": look.commit})
+    reason, should_retrain = "it is forced", True
+    if unfinished is None and not body.force:
+        state = await asyncio.to_thread(watch_repo.evaluate_repository, repository, new_feedback)
+        reason, should_retrain = state.decision.reason, state.decision.should_retrain
+        spec = spec.model_copy(update={"commit": state.commit})
     async with get_database().transaction() as session:
-        job, is_new = await retrain_job.ask(session, spec, owner_of(caller)) if should else (None, False)
-        plan = await _plan(session, repository, deploy)
+        job, is_new = (
+            await retrain_job.get_or_enqueue(session, spec, owner_of(caller)) if should_retrain else (None, False)
+        )
+        plan = await _estimate_plan(session, repository, deploy)
     if job is not None and not is_new:
         reason = f"{job.id} is under way"
-    return Triggered(triggered=job is not None, reason=reason, plan=plan, job_id=job.id if job else None)
+    return RetrainResponse(triggered=job is not None, reason=reason, plan=plan, job_id=job.id if job else None)
 
 
 @router.get("/monitor")
@@ -127,19 +129,19 @@ async def monitor_repository(
     project_path: Annotated[FolderPath, Query(description="A folder in one of guardian.roots.")] = ".",
 ) -> Decision:
     """Check a repository for changes since it was learned from. Nothing is trained."""
-    folder = await asyncio.to_thread(git_repo.checked_path, project_path)
-    async with get_database().reading() as session:
-        known = await repositories.at_path(session, folder)
+    folder = await asyncio.to_thread(git_repo.validate_path, project_path)
+    async with get_database().read_transaction() as session:
+        known = await repositories.find_by_path(session, folder)
         new_feedback = await feedback_store.count_new(session, known.model) if known else 0
     if known is not None:
-        return (await asyncio.to_thread(watch_repo.look, known, new_feedback)).decision
-    return await asyncio.to_thread(watch_repo.look_at, folder)
+        return (await asyncio.to_thread(watch_repo.evaluate_repository, known, new_feedback)).decision
+    return await asyncio.to_thread(watch_repo.evaluate_folder, folder)
 
 
 @router.get("/{job_id}")
 async def show_plan(job_id: JobId, caller: AdminCaller) -> PlanView:
     """How far a plan is, step by step, and what came of it."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return await _view(session, await _find(session, job_id, caller))
 
 
@@ -155,36 +157,38 @@ async def resume_plan(job_id: JobId, caller: AdminCaller) -> PlanView:
     return await _change(queue.resume, job_id, caller)
 
 
-async def _repository(wanted: RetrainRequest, caller: Caller) -> Repository:
+async def _find_or_register_repository(body: RetrainRequest, caller: Caller) -> Repository:
     """The one that is meant; a folder that is not registered yet is from now on."""
-    if wanted.repository is not None:
-        async with get_database().reading() as session:
-            return await repositories.find(session, wanted.repository)
-    folder = await asyncio.to_thread(git_repo.checked_path, wanted.project_path)
+    if body.repository is not None:
+        async with get_database().read_transaction() as session:
+            return await repositories.find(session, body.repository)
+    folder = await asyncio.to_thread(git_repo.validate_path, body.project_path)
     async with get_database().transaction() as session:
-        if known := await repositories.at_path(session, folder):
-            return known
-        request = RepositoryRequest(name=_name(folder), path=str(folder), auto_deploy=wanted.auto_deploy)
-        return await repositories.create(session, request, owner_of(caller))
+        if existing := await repositories.find_by_path(session, folder):
+            return existing
+        registration = RepositoryRequest(name=_name_from_folder(folder), path=str(folder), auto_deploy=body.auto_deploy)
+        return await repositories.create(session, registration, owner_of(caller))
 
 
-def _name(folder: Path) -> str:
+def _name_from_folder(folder: Path) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", folder.name.lower()).strip("-._")[:100] or "repository"
 
 
-async def _plan(session: AsyncSession, repository: Repository, deploy: bool) -> Plan:
-    learned = await feedback_store.was_learned(session, repository.model)
-    steps = await estimates.of(session, retrain_job.steps_of(repository=True, feedback=learned, deploy=deploy))
-    return Plan(plan=steps, estimated_duration_minutes=_sum(steps))
+async def _estimate_plan(session: AsyncSession, repository: Repository, deploy: bool) -> Plan:
+    has_feedback = await feedback_store.has_learned(session, repository.model)
+    steps = await estimates.estimate_steps(
+        session, retrain_job.steps_of(repository=True, feedback=has_feedback, deploy=deploy)
+    )
+    return Plan(plan=steps, estimated_duration_minutes=_total_minutes(steps))
 
 
-def _sum(steps: list[Step]) -> float:
+def _total_minutes(steps: list[Step]) -> float:
     return round(sum(step.estimated_minutes for step in steps), 2)
 
 
 async def _find(session: AsyncSession, job_id: str, caller: Caller, *, lock: bool = False) -> Job:
     job = await queue.get(session, job_id, owner_of(caller), lock=lock)
-    if job.kind != RETRAIN:
+    if job.kind != RETRAIN_KIND:
         raise PlanNotFound(f"{job_id} is a job of the kind '{job.kind}', not a plan.")
     return job
 
@@ -200,27 +204,27 @@ async def _change(action: Any, job_id: str, caller: Caller) -> PlanView:
 async def _view(session: AsyncSession, job: Job) -> PlanView:
     children = await session.scalars(select(Job).where(Job.parent_id == job.id))
     by_step = {child.child_name: child for child in children}
-    outset: dict[str, Any] = job.checkpoint or {}
-    deploy = outset.get("auto_deploy", job.spec["auto_deploy"])
-    steps = await estimates.of(
+    plan_state: dict[str, Any] = job.checkpoint or {}
+    deploy = plan_state.get("auto_deploy", job.spec["auto_deploy"])
+    steps = await estimates.estimate_steps(
         session,
         retrain_job.steps_of(
             repository=job.spec["repository_id"] is not None,
-            feedback=outset.get("feedback", job.spec["feedback"] is not None),
+            feedback=plan_state.get("feedback", job.spec["feedback"] is not None),
             deploy=deploy is not False,
         ),
     )
-    compared = by_step.get("compare")
-    comparison: dict[str, Any] = (compared.result if compared else None) or {}
+    compare_job = by_step.get("compare")
+    comparison: dict[str, Any] = (compare_job.result if compare_job else None) or {}
     return PlanView(
         job_id=job.id,
         status=State(job.state),
         phase=job.phase,
         progress=job.progress,
         repository_id=job.spec["repository_id"],
-        model=outset.get("model"),
-        commit=outset.get("commit"),
-        plan=[_step(step, by_step.get(step.name)) for step in steps],
+        model=plan_state.get("model"),
+        commit=plan_state.get("commit"),
+        plan=[_step_view(step, by_step.get(step.name)) for step in steps],
         promoted=comparison.get("promoted"),
         reason=comparison.get("reason"),
         comparison=comparison or None,
@@ -230,8 +234,8 @@ async def _view(session: AsyncSession, job: Job) -> PlanView:
     )
 
 
-def _step(step: Step, child: Job | None) -> StepView:
-    facts: dict[str, Any] = {"state": None, "progress": None, "job_id": None}
+def _step_view(step: Step, child: Job | None) -> StepView:
+    fields: dict[str, Any] = {"state": None, "progress": None, "job_id": None}
     if child is not None:
-        facts = {"state": State(child.state), "progress": child.progress, "job_id": child.id}
-    return StepView(**dict(step), **facts)
+        fields = {"state": State(child.state), "progress": child.progress, "job_id": child.id}
+    return StepView(**dict(step), **fields)

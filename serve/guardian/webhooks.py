@@ -20,7 +20,7 @@ from serve.http.errors import ERROR_RESPONSES
 
 router = APIRouter(prefix="/webhooks", tags=["Guardian"], responses=ERROR_RESPONSES)
 
-BODY: dict[str, Any] = {
+REQUEST_BODY_SCHEMA: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
 }
 
@@ -31,13 +31,13 @@ class WebhookRefused(Unauthenticated):
     code = "WEBHOOK_REFUSED"
 
 
-class WebhookAnswer(BaseModel):
+class WebhookResponse(BaseModel):
     status: Literal["queued", "ignored", "pong"]
     reason: str | None = Field(default=None, description="Why nothing was done.")
     job_ids: list[str] = Field(default_factory=list, description="The jobs that look at the repository.")
 
 
-@router.post("/{provider}", status_code=202, openapi_extra=BODY)
+@router.post("/{provider}", status_code=202, openapi_extra=REQUEST_BODY_SCHEMA)
 async def hear_webhook(
     provider: Provider,
     request: Request,
@@ -45,54 +45,60 @@ async def hear_webhook(
         Annotated[str, Field(max_length=100)] | SkipJsonSchema[None],
         Query(description="Which repository is meant: its id or name. Without it, the one of the payload's addresses."),
     ] = None,
-) -> WebhookAnswer:
+) -> WebhookResponse:
     """A push, signed with the secret of the repository that it is about: look whether to learn from it. The same
     delivery told again makes no second job."""
     body = await request.body()
     headers = {name.lower(): value for name, value in request.headers.items()}
-    payload = webhooks.read(headers, body)
-    meant = await _meant(repository, payload)
-    signed = await asyncio.to_thread(
+    payload = webhooks.parse_payload(headers, body)
+    candidates = await _candidates(repository, payload)
+    verified = await asyncio.to_thread(
         lambda: [
-            one
-            for one in meant
-            if webhooks.is_signed(provider, headers, body, secrets.unseal(one.webhook_secret or ""))
+            candidate
+            for candidate in candidates
+            if webhooks.is_signed(provider, headers, body, secrets.unseal(candidate.webhook_secret or ""))
         ]
     )
-    if not signed:
+    if not verified:
         raise WebhookRefused
     if webhooks.is_ping(provider, headers):
-        return WebhookAnswer(status="pong")
+        return WebhookResponse(status="pong")
     if not webhooks.is_push(provider, headers):
-        return WebhookAnswer(status="ignored", reason="It is no push.")
+        return WebhookResponse(status="ignored", reason="It is no push.")
     branch = webhooks.pushed_branch(payload)
-    watched = [one for one in signed if one.enabled and branch in {one.branch or _default(payload, branch)} - {None}]
+    watched = [
+        candidate
+        for candidate in verified
+        if candidate.enabled and branch in {candidate.branch or _default_branch(payload, branch)} - {None}
+    ]
     if not watched:
-        return WebhookAnswer(status="ignored", reason="Nobody watches this branch.")
+        return WebhookResponse(status="ignored", reason="Nobody watches this branch.")
     digest = hashlib.sha256(body).hexdigest()
     async with get_database().transaction() as session:
-        asked = [
-            await watch_repo.ask_to_watch(session, one, Owner(name="webhook"), idempotency_key=f"{one.id} {digest}")
-            for one in watched
+        jobs = [
+            await watch_repo.enqueue_watch(
+                session, candidate, Owner(name="webhook"), idempotency_key=f"{candidate.id} {digest}"
+            )
+            for candidate in watched
         ]
-        return WebhookAnswer(status="queued", job_ids=[job.id for job in asked])
+        return WebhookResponse(status="queued", job_ids=[job.id for job in jobs])
 
 
-async def _meant(named: str | None, payload: dict[str, Any]) -> list[Repository]:
+async def _candidates(name_or_id: str | None, payload: dict[str, Any]) -> list[Repository]:
     """The repositories that this may be about, as far as they have a secret."""
-    wanted = select(Repository).where(Repository.webhook_secret.is_not(None))
-    if named is not None:
-        wanted = wanted.where(or_(Repository.id == named, Repository.name == named))
+    query = select(Repository).where(Repository.webhook_secret.is_not(None))
+    if name_or_id is not None:
+        query = query.where(or_(Repository.id == name_or_id, Repository.name == name_or_id))
     else:
-        wanted = wanted.where(Repository.url.is_not(None))
-    async with get_database().reading() as session:
-        found = list(await session.scalars(wanted.order_by(Repository.id)))
-    if named is not None:
-        return found
-    places = webhooks.places(payload)
-    return [one for one in found if webhooks.place(one.url or "") in places]
+        query = query.where(Repository.url.is_not(None))
+    async with get_database().read_transaction() as session:
+        candidates = list(await session.scalars(query.order_by(Repository.id)))
+    if name_or_id is not None:
+        return candidates
+    repository_keys = webhooks.repository_keys(payload)
+    return [candidate for candidate in candidates if webhooks.repository_key(candidate.url or "") in repository_keys]
 
 
-def _default(payload: dict[str, Any], pushed: str | None) -> str | None:
+def _default_branch(payload: dict[str, Any], pushed_branch: str | None) -> str | None:
     """The branch that is watched where none is named. Who does not say which that is means any."""
-    return webhooks.default_branch(payload) or pushed
+    return webhooks.default_branch(payload) or pushed_branch

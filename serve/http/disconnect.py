@@ -6,26 +6,26 @@ from typing import TypeVar
 
 from fastapi import Request
 
-Answered = TypeVar("Answered")
+Result = TypeVar("Result")
 
 
-async def while_connected(request: Request, work: Awaitable[Answered]) -> Answered:
+async def cancel_on_disconnect(request: Request, awaitable: Awaitable[Result]) -> Result:
     """Do what a client waits for; when it goes away, stop. It gets no answer then, whatever is raised here."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
+    task = asyncio.ensure_future(awaitable)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            working.cancel()
-            await asyncio.wait([working])
-        return working.result()
+        await asyncio.wait([task, disconnect], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+        return task.result()
     except asyncio.CancelledError:
-        working.cancel()
+        task.cancel()
         raise
     finally:
-        leaving.cancel()
+        disconnect.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from cluster import errors
 from cluster.errors import ForgearrError, UnprocessableRequest
 from serve.http.errors import (
-    REFERENCE,
+    SCHEMA_REFERENCE,
     SECRET_FIELD,
     ErrorEnvelope,
     OpenAIErrorEnvelope,
@@ -27,7 +27,7 @@ from serve.http.errors import (
 )
 
 INTERNAL_CLOSE_CODE = 1011
-KINDS: dict[int, type[ForgearrError]] = {
+ERROR_BY_STATUS: dict[int, type[ForgearrError]] = {
     kind.status: kind
     for kind in (
         errors.InvalidRequest,
@@ -45,11 +45,11 @@ KINDS: dict[int, type[ForgearrError]] = {
 def handle_errors(app: FastAPI) -> None:
     """Make the application answer every error that a route raises with the envelope, and describe it."""
     for kind in (ForgearrError, RequestValidationError, WebSocketRequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _answer)
-    described = app.openapi
+        app.add_exception_handler(kind, _handle_error)
+    original_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = described()
+        document = original_openapi()
         document["components"]["schemas"] |= _schemas()
         return document
 
@@ -60,7 +60,7 @@ def handle_errors(app: FastAPI) -> None:
 def _schemas() -> dict[str, Any]:
     envelopes = (ErrorEnvelope, RateLimitEnvelope, OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
     sent: list[tuple[type[BaseModel], JsonSchemaMode]] = [(envelope, "serialization") for envelope in envelopes]
-    return models_json_schema(sent, ref_template=REFERENCE)[1]["$defs"]
+    return models_json_schema(sent, ref_template=SCHEMA_REFERENCE)[1]["$defs"]
 
 
 def as_forgearr_error(error: Exception) -> ForgearrError:
@@ -74,11 +74,11 @@ def as_forgearr_error(error: Exception) -> ForgearrError:
     return ForgearrError()
 
 
-async def _answer(connection: HTTPConnection, error: Exception) -> Any:
-    known = as_forgearr_error(error)
+async def _handle_error(connection: HTTPConnection, error: Exception) -> Any:
+    api_error = as_forgearr_error(error)
     if isinstance(connection, WebSocket):
-        return await _refuse_socket(connection, known)
-    response = error_response(known, connection.scope["path"])
+        return await _refuse_socket(connection, api_error)
+    response = error_response(api_error, connection.scope["path"])
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
         if error.status_code == 405 and (methods := _methods(connection)):
@@ -109,8 +109,8 @@ def _invalid_fields(problems: Sequence[Mapping[str, Any]]) -> UnprocessableReque
 
 def _field(problem: Mapping[str, Any]) -> str:
     """`items.0.name` for ("body", "items", 0, "name"); the place itself if nothing in it is named."""
-    place, *names = problem["loc"]
-    return ".".join(str(name) for name in names) or str(place)
+    location, *names = problem["loc"]
+    return ".".join(str(name) for name in names) or str(location)
 
 
 def _reason(problem: Mapping[str, Any]) -> str:
@@ -124,7 +124,7 @@ def _http_error(error: HTTPException) -> ForgearrError:
     """An error that the framework raised, such as for a route or method that does not exist."""
     phrase = HTTPStatus(error.status_code).phrase
     message = None if error.detail == phrase else error.detail
-    if kind := KINDS.get(error.status_code):
+    if kind := ERROR_BY_STATUS.get(error.status_code):
         return kind(message)
     answer = ForgearrError(message or f"{phrase}.")
     answer.status = error.status_code

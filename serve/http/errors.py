@@ -34,7 +34,7 @@ OLLAMA_PATHS = {
     "/api/pull",
     "/api/push",
 }
-OLLAMA_BLOBS = "/api/blobs/"
+OLLAMA_BLOBS_PREFIX = "/api/blobs/"
 OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -42,7 +42,7 @@ OPENAI_TYPES = {
     429: "rate_limit_error",
 }
 SECRET_FIELD = re.compile(r"password|secret|token|key|credential", re.IGNORECASE)
-REFERENCE = "#/components/schemas/{model}"
+SCHEMA_REFERENCE = "#/components/schemas/{model}"
 STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
 
 
@@ -79,27 +79,27 @@ class OpenAIRateLimitEnvelope(OpenAIErrorEnvelope):
 Responses = dict[int | str, dict[str, Any]]
 
 
-def _declared(envelope: type[BaseModel], rate_limited: type[BaseModel]) -> Responses:
+def _responses_for(envelope: type[BaseModel], rate_limited: type[BaseModel]) -> Responses:
     """By reference: FastAPI would make a field of each model for each status of each route, which takes a second."""
 
     def response(status: int) -> dict[str, Any]:
         shown = rate_limited if status == HTTPStatus.TOO_MANY_REQUESTS else envelope
-        schema = {"$ref": REFERENCE.format(model=shown.__name__)}
+        schema = {"$ref": SCHEMA_REFERENCE.format(model=shown.__name__)}
         return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
 
     return {status: response(status) for status in STATUSES}
 
 
-ERROR_RESPONSES = _declared(ErrorEnvelope, RateLimitEnvelope)
+ERROR_RESPONSES = _responses_for(ErrorEnvelope, RateLimitEnvelope)
 """What OpenAPI says about errors, for every route."""
-OPENAI_ERROR_RESPONSES = _declared(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
+OPENAI_ERROR_RESPONSES = _responses_for(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
 """The same for routers under /v1: `APIRouter(responses=OPENAI_ERROR_RESPONSES)`."""
 
 
 def error_response(error: ForgearrError, path: str) -> Response:
     """The error, in the dialect that is spoken at this path."""
     envelope = _openai_envelope(error) if path.startswith(OPENAI_PREFIX) else _envelope(error)
-    if path in OLLAMA_PATHS or path.startswith(OLLAMA_BLOBS):
+    if path in OLLAMA_PATHS or path.startswith(OLLAMA_BLOBS_PREFIX):
         envelope["error"] = error.message
     headers: dict[str, str] = {}
     if error.retry_after is not None:

@@ -12,10 +12,10 @@ from starlette.responses import StreamingResponse
 MEMORY_BYTES = 1024 * 1024
 PART_BYTES = 64 * 1024
 
-Add = Callable[[BaseModel], None]
+AddItem = Callable[[BaseModel], None]
 
 
-async def long_list(name: str, find: Callable[[Add], Awaitable[int]]) -> StreamingResponse:
+async def spooled_list_response(name: str, add_items: Callable[[AddItem], Awaitable[int]]) -> StreamingResponse:
     """`{name: […], "total": …}`; `find` adds each row, and returns how many there are in all."""
     file = SpooledTemporaryFile[bytes](max_size=MEMORY_BYTES)
     separator = b""
@@ -27,7 +27,7 @@ async def long_list(name: str, find: Callable[[Add], Awaitable[int]]) -> Streami
 
     try:
         file.write(b'{"%s":[' % name.encode())
-        total = await find(add)
+        total = await add_items(add)
         file.write(b'],"total":%d}' % total)
     except BaseException:
         file.close()

@@ -38,7 +38,7 @@ def cursor_page(items: list[Item], ids: list[str], limit: int) -> CursorPage[Ite
     return CursorPage(data=items[:limit], first_id=first, last_id=last, has_more=len(items) > limit)
 
 
-class Paging:
+class Pagination:
     """Which page a request wants: `?skip=…&limit=…`."""
 
     def __init__(
@@ -64,4 +64,4 @@ class Paging:
         return f"{url.path}?{url.query}"
 
 
-WantedPage = Annotated[Paging, Depends()]
+PaginationParams = Annotated[Pagination, Depends()]

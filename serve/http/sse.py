@@ -7,14 +7,14 @@ from fastapi.responses import StreamingResponse
 from serve.http.errors import Responses
 
 
-def described(kind: str) -> Responses:
+def sse_responses(kind: str) -> Responses:
     """What OpenAPI says of such an answer."""
     data = {"type": "string", "description": f"A {kind}, or [DONE]."}
     item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {200: {"content": {"text/event-stream": {"itemSchema": item}}}}
 
 
-def streamed(events: AsyncIterator[bytes]) -> StreamingResponse:
+def sse_response(events: AsyncIterator[bytes]) -> StreamingResponse:
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 

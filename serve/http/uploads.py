@@ -11,9 +11,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cluster.errors import InvalidRequest
 
-FORM_BYTES = 1024 * 1024
+MAX_FORM_OVERHEAD_BYTES = 1024 * 1024
 """What a form may have around its file."""
-MOST_FIELDS = 10
+MAX_FIELDS = 10
 
 
 class UploadTooLarge(InvalidRequest):
@@ -30,24 +30,24 @@ class NotAForm(InvalidRequest):
 
 
 @asynccontextmanager
-async def received(request: Request, most_bytes: int) -> AsyncGenerator[Path]:
+async def receive_body(request: Request, max_bytes: int) -> AsyncGenerator[Path]:
     """The body as a file that lasts as long as the block."""
     with tempfile.TemporaryDirectory(prefix="forgearr-upload-") as folder:
         path = Path(folder) / "body"
         with path.open("wb") as file:
-            async for chunk in _bounded(request, most_bytes):
+            async for chunk in _bounded(request, max_bytes):
                 file.write(chunk)
         yield path
 
 
 @asynccontextmanager
-async def received_form(request: Request, most_bytes: int) -> AsyncGenerator[FormData]:
+async def receive_form(request: Request, max_bytes: int) -> AsyncGenerator[FormData]:
     """The body as a form, whose file lasts as long as the block."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise NotAForm
-    stream = _bounded(request, most_bytes + FORM_BYTES)
+    stream = _bounded(request, max_bytes + MAX_FORM_OVERHEAD_BYTES)
     try:
-        form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=MOST_FIELDS).parse()
+        form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=MAX_FIELDS).parse()
     except MultiPartException as error:
         raise NotAForm(f"The form cannot be read: {error.message}") from None
     try:
@@ -56,10 +56,10 @@ async def received_form(request: Request, most_bytes: int) -> AsyncGenerator[For
         await form.close()
 
 
-async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes]:
+async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes]:
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > most_bytes:
-            raise UploadTooLarge(f"The body is larger than {most_bytes // 1024 // 1024} MiB.")
+        if size > max_bytes:
+            raise UploadTooLarge(f"The body is larger than {max_bytes // 1024 // 1024} MiB.")
         yield chunk

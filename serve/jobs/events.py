@@ -16,13 +16,13 @@ from jobs.states import FINISHED
 from jobs.tables import Job, JobEvent
 from serve.http.errors import ERROR_RESPONSES, Responses
 from serve.jobs.routes import JobId
-from serve.security.callers import Caller, CurrentCaller, is_still_welcome, owner_of
+from serve.security.callers import Caller, CurrentCaller, is_still_authorized, owner_of
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
 
 LastEventId = Annotated[Annotated[str, Field(pattern=r"^\d{0,15}$")] | SkipJsonSchema[None], Header()]
 
-FOLLOW_SECONDS = 15.0
+HEARTBEAT_SECONDS = 15.0
 """How long a followed stream may be silent: then it looks into the database itself, and shows that it lives."""
 
 
@@ -50,12 +50,12 @@ class LogPage(BaseModel):
     next_after: int | None
 
 
-def _followed(shown: type[BaseModel]) -> Responses:
+def _stream_responses(view_class: type[BaseModel]) -> Responses:
     """What OpenAPI says of a journal that can also be followed."""
     data = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"$ref": f"#/components/schemas/{shown.__name__}"},
+        "contentSchema": {"$ref": f"#/components/schemas/{view_class.__name__}"},
     }
     event = {
         "type": "object",
@@ -68,7 +68,7 @@ def _followed(shown: type[BaseModel]) -> Responses:
     }
 
 
-class Place:
+class JournalQuery:
     """Where in the journal to begin, and how to go on."""
 
     def __init__(
@@ -83,65 +83,67 @@ class Place:
         self.follow = follow
 
 
-WantedPlace = Annotated[Place, Depends()]
+JournalParams = Annotated[JournalQuery, Depends()]
 
 
-@router.get("/{job_id}/events", response_model=EventPage, responses=_followed(EventView))
-async def job_events(request: Request, job_id: JobId, caller: CurrentCaller, place: WantedPlace) -> Any:
+@router.get("/{job_id}/events", response_model=EventPage, responses=_stream_responses(EventView))
+async def job_events(request: Request, job_id: JobId, caller: CurrentCaller, query: JournalParams) -> Any:
     """What happened to a job: state changes, progress, checkpoints and log lines."""
-    job, page = await _read(job_id, caller, place, only=None)
-    if place.follow:
-        return _follow(request, job, page, place.after, only=None)
-    return EventPage(items=[_event(entry) for entry in page], next_after=page[-1].id if page else None)
+    job, page = await _read_page(job_id, caller, query, event_type=None)
+    if query.follow:
+        return _follow_response(request, job, page, query.after, event_type=None)
+    return EventPage(items=[_event(event) for event in page], next_after=page[-1].id if page else None)
 
 
-@router.get("/{job_id}/logs", response_model=LogPage, responses=_followed(LogLine))
-async def job_logs(request: Request, job_id: JobId, caller: CurrentCaller, place: WantedPlace) -> Any:
+@router.get("/{job_id}/logs", response_model=LogPage, responses=_stream_responses(LogLine))
+async def job_logs(request: Request, job_id: JobId, caller: CurrentCaller, query: JournalParams) -> Any:
     """The log of a job: what it wrote through its context or Python's logging."""
-    job, page = await _read(job_id, caller, place, only="log")
-    if place.follow:
-        return _follow(request, job, page, place.after, only="log")
-    return LogPage(items=[_line(entry) for entry in page], next_after=page[-1].id if page else None)
+    job, page = await _read_page(job_id, caller, query, event_type="log")
+    if query.follow:
+        return _follow_response(request, job, page, query.after, event_type="log")
+    return LogPage(items=[_log_line(event) for event in page], next_after=page[-1].id if page else None)
 
 
-async def _read(job_id: str, caller: Caller, place: Place, only: str | None) -> tuple[Job, list[JobEvent]]:
-    async with get_database().reading() as session:
+async def _read_page(
+    job_id: str, caller: Caller, query: JournalQuery, event_type: str | None
+) -> tuple[Job, list[JobEvent]]:
+    async with get_database().read_transaction() as session:
         job = await queue.get(session, job_id, owner_of(caller))
-        return job, await journal.read(session, job_id, place.after, place.limit, only)
+        return job, await journal.read(session, job_id, query.after, query.limit, event_type)
 
 
-def _follow(request: Request, job: Job, page: list[JobEvent], after: int, only: str | None) -> Response:
+def _follow_response(request: Request, job: Job, page: list[JobEvent], after: int, event_type: str | None) -> Response:
     if not page and job.state in FINISHED:
         return Response(status_code=204)  # tells an EventSource not to come back
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    stream = _stream(request, job.id, after, only)
+    stream = _stream_journal(request, job.id, after, event_type)
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
 
-async def _stream(request: Request, job_id: str, after: int, only: str | None) -> AsyncIterator[str]:
+async def _stream_journal(request: Request, job_id: str, after: int, event_type: str | None) -> AsyncIterator[str]:
     """The journal from `after` on, and what is added to it, until the job has finished."""
-    shown = _line if only == "log" else _event
+    to_view = _log_line if event_type == "log" else _event
     async with request.app.state.hub.subscribe({f"job:{job_id}"}) as subscription:
-        while await is_still_welcome(request):
-            async with get_database().reading() as session:
+        while await is_still_authorized(request):
+            async with get_database().read_transaction() as session:
                 state = await session.scalar(select(Job.state).where(Job.id == job_id))
-                page = await journal.read(session, job_id, after, only=only)
+                page = await journal.read(session, job_id, after, event_type=event_type)
             for event in page:
                 after = event.id
-                yield f"id: {event.id}\nevent: {event.type}\ndata: {shown(event).model_dump_json()}\n\n"
+                yield f"id: {event.id}\nevent: {event.type}\ndata: {to_view(event).model_dump_json()}\n\n"
             if page:
                 continue
             if state is None or state in FINISHED:
                 return
-            if await subscription.get(FOLLOW_SECONDS) is None:
+            if await subscription.get(HEARTBEAT_SECONDS) is None:
                 if subscription.dropped:
                     return  # it reads too slowly to follow; it may come back with its Last-Event-ID
                 yield ": still here\n\n"
 
 
-def _event(entry: JobEvent) -> EventView:
-    return EventView(id=entry.id, type=entry.type, data=entry.data, created_at=entry.created_at)
+def _event(event: JobEvent) -> EventView:
+    return EventView(id=event.id, type=event.type, data=event.data, created_at=event.created_at)
 
 
-def _line(entry: JobEvent) -> LogLine:
-    return LogLine(id=entry.id, timestamp=entry.created_at, level=entry.data["level"], message=entry.data["message"])
+def _log_line(event: JobEvent) -> LogLine:
+    return LogLine(id=event.id, timestamp=event.created_at, level=event.data["level"], message=event.data["message"])

@@ -8,14 +8,14 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
-from cluster.times import GivenTime, UtcTime
+from cluster.times import RequestTime, UtcTime
 from jobs import queue, wait_reasons
 from jobs.queue import JobRequest
 from jobs.registry import Resources, kinds
 from jobs.states import State
 from jobs.tables import Job, JobDependency
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import Caller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
@@ -88,44 +88,44 @@ async def list_kinds(caller: CurrentCaller) -> list[KindView]:
 
 @router.post("", status_code=201)
 async def create_job(
-    wanted: JobRequest,
+    body: JobRequest,
     caller: CurrentCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> JobView:
     """Put a job into the queue. The same Idempotency-Key with the same body makes one job, however often it is sent."""
     async with get_database().transaction() as session:
-        job = await queue.enqueue(session, wanted, owner_of(caller), idempotency_key=idempotency_key)
+        job = await queue.enqueue(session, body, owner_of(caller), idempotency_key=idempotency_key)
         return await _view(session, job)
 
 
 @router.get("")
 async def list_jobs(
     caller: CurrentCaller,
-    paging: WantedPage,
+    paging: PaginationParams,
     state: State | None = None,
     kind: Annotated[str | None, Query(max_length=100)] = None,
     parent_id: Annotated[str | None, Query(max_length=40)] = None,
-    created_after: GivenTime | None = None,
-    created_before: GivenTime | None = None,
+    created_after: RequestTime | None = None,
+    created_before: RequestTime | None = None,
 ) -> Page[JobView]:
     """Jobs, the newest first: your own, or everybody's when you are an administrator."""
-    wanted = _visible_to(caller)
+    query = _visible_to(caller)
     for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent_id)):
         if value is not None:
-            wanted = wanted.where(column == value)
+            query = query.where(column == value)
     if created_after:
-        wanted = wanted.where(Job.created_at >= created_after)
+        query = query.where(Job.created_at >= created_after)
     if created_before:
-        wanted = wanted.where(Job.created_at < created_before)
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        newest_first = wanted.order_by(Job.created_at.desc(), Job.id.desc()).offset(paging.skip).limit(paging.limit)
+        query = query.where(Job.created_at < created_before)
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        newest_first = query.order_by(Job.created_at.desc(), Job.id.desc()).offset(paging.skip).limit(paging.limit)
         return paging.page(await _views(session, list(await session.scalars(newest_first))), total)
 
 
 @router.get("/{job_id}")
 async def show_job(job_id: JobId, caller: CurrentCaller) -> JobView:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return await _view(session, await queue.get(session, job_id, owner_of(caller)))
 
 
@@ -171,18 +171,18 @@ async def _view(session: AsyncSession, job: Job) -> JobView:
 
 async def _views(session: AsyncSession, jobs: list[Job]) -> list[JobView]:
     reasons = await wait_reasons.reasons(session, jobs)
-    links = await session.execute(
+    rows = await session.execute(
         select(JobDependency.job_id, JobDependency.depends_on_id)
         .where(JobDependency.job_id.in_([job.id for job in jobs]))
         .order_by(JobDependency.depends_on_id)
     )
     dependencies: dict[str, list[str]] = {}
-    for job_id, dependency_id in links.all():
+    for job_id, dependency_id in rows.all():
         dependencies.setdefault(job_id, []).append(dependency_id)
-    own = set(JobView.model_fields) - {"waiting_for", "depends_on"}
+    copied_fields = set(JobView.model_fields) - {"waiting_for", "depends_on"}
     return [
         JobView(
-            **{name: getattr(job, name) for name in own},
+            **{name: getattr(job, name) for name in copied_fields},
             waiting_for=reasons.get(job.id),
             depends_on=dependencies.get(job.id, []),
         )

@@ -12,7 +12,7 @@ from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Schedule
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/v1/schedules", tags=["Schedules"], responses=ERROR_RESPONSES)
@@ -38,32 +38,32 @@ class ScheduleView(BaseModel):
 
 
 @router.post("", status_code=201)
-async def create_schedule(wanted: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
+async def create_schedule(body: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
     async with get_database().transaction() as session:
-        return _view(await schedules.create(session, wanted, owner_of(caller)))
+        return _view(await schedules.create(session, body, owner_of(caller)))
 
 
 @router.get("")
-async def list_schedules(caller: CurrentCaller, paging: WantedPage) -> Page[ScheduleView]:
-    wanted = select(Schedule) if caller.is_admin else select(Schedule).where(Schedule.owner_id == caller.user_id)
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        rows = await session.scalars(wanted.order_by(Schedule.name).offset(paging.skip).limit(paging.limit))
+async def list_schedules(caller: CurrentCaller, paging: PaginationParams) -> Page[ScheduleView]:
+    query = select(Schedule) if caller.is_admin else select(Schedule).where(Schedule.owner_id == caller.user_id)
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        rows = await session.scalars(query.order_by(Schedule.name).offset(paging.skip).limit(paging.limit))
         return paging.page([_view(schedule) for schedule in rows], total)
 
 
 @router.get("/{schedule_id}")
 async def show_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> ScheduleView:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return _view(await schedules.get(session, schedule_id, owner_of(caller)))
 
 
 @router.put("/{schedule_id}")
-async def replace_schedule(schedule_id: ScheduleId, wanted: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
+async def replace_schedule(schedule_id: ScheduleId, body: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
     """Replace all that a schedule says; its next fire time is reckoned anew."""
     async with get_database().transaction() as session:
         schedule = await schedules.get(session, schedule_id, owner_of(caller), lock=True)
-        await schedules.replace(session, schedule, wanted, owner_of(caller))
+        await schedules.replace(session, schedule, body, owner_of(caller))
         return _view(schedule)
 
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.times import UtcTime
 from jobs.states import State
-from pipelines.media.audit.change_settings import IDS_MAX, ItemResult
+from pipelines.media.audit.change_settings import MAX_RECOMMENDATIONS, ItemResult
 from pipelines.media.audit.rules import Category, Priority
 
 Id = Annotated[int, Field(ge=1, le=2**63 - 1)]
@@ -21,14 +21,14 @@ class AuditRequest(BaseModel):
     include_web_search: bool = Field(default=True, description="Whether to look for pages about what is found.")
 
 
-class ByPriority(BaseModel):
+class CountsByPriority(BaseModel):
     critical: int
     high: int
     medium: int
     low: int
 
 
-class Found(BaseModel):
+class ServiceFindings(BaseModel):
     issues_found: int
     recommendations: int
 
@@ -49,14 +49,14 @@ class AuditView(BaseModel):
     services_audited: list[str]
     failed_services: dict[str, str] = Field(description="Those that could not be audited, and why.")
     total_recommendations: int | None
-    recommendations_by_priority: ByPriority | None
-    summary: dict[str, Found]
+    recommendations_by_priority: CountsByPriority | None
+    summary: dict[str, ServiceFindings]
     rule_problems: list[str] = Field(description="What is wrong in files of rules: FILE:LINE: why.")
     web_search: WebSearch | None
     error: str | None
 
 
-class Pagination(BaseModel):
+class PageInfo(BaseModel):
     page: int
     page_size: int
     total_items: int
@@ -93,14 +93,14 @@ class RecommendationDetail(RecommendationView):
 
 class RecommendationPage(BaseModel):
     recommendations: list[RecommendationView]
-    pagination: Pagination
+    pagination: PageInfo
     filters_applied: dict[str, str | bool]
 
 
 class ApplyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    recommendation_ids: list[Id] = Field(max_length=IDS_MAX, examples=[[1, 2, 3]])
+    recommendation_ids: list[Id] = Field(max_length=MAX_RECOMMENDATIONS, examples=[[1, 2, 3]])
     dry_run: bool = Field(default=False, description="Show what would be changed, and change nothing.")
 
 
@@ -135,7 +135,7 @@ class PastAudit(BaseModel):
 
 class AuditHistory(BaseModel):
     audits: list[PastAudit]
-    pagination: Pagination
+    pagination: PageInfo
 
 
 class RuleView(BaseModel):

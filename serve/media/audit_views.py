@@ -11,9 +11,18 @@ from jobs.tables import Job
 from pipelines.media.audit import audit_services
 from pipelines.media.audit.rules import PRIORITIES
 from pipelines.media.audit.tables import Audit, Recommendation
-from serve.media.audit_schemas import AuditView, Pagination
+from serve.media.audit_schemas import AuditView, PageInfo
 
-FIELDS = ("id", "category", "current_value", "recommended_value", "priority", "rationale", "impact", "created_at")
+COPIED_FIELDS = (
+    "id",
+    "category",
+    "current_value",
+    "recommended_value",
+    "priority",
+    "rationale",
+    "impact",
+    "created_at",
+)
 
 
 def error_message(job: Job) -> str | None:
@@ -58,19 +67,22 @@ def finished_audit_view(row: Audit) -> AuditView:
     )
 
 
-def by_severity(wanted: Select[Recommendation]) -> Select[Recommendation]:
+def by_severity(query: Select[Recommendation]) -> Select[Recommendation]:
     weight = case({name: number for number, name in enumerate(PRIORITIES)}, value=Recommendation.priority)
-    return wanted.order_by(weight, Recommendation.id)
+    return query.order_by(weight, Recommendation.id)
 
 
 async def service_handles(session: AsyncSession) -> dict[int, str]:
-    return {service.id: handle for handle, service in service_store.handles(await service_store.every(session)).items()}
-
-
-def recommendation_fields(row: Recommendation, names: dict[int, str]) -> dict[str, Any]:
     return {
-        **{name: getattr(row, name) for name in FIELDS},
-        "service": names[row.service_id],
+        service.id: handle
+        for handle, service in service_store.handles(await service_store.list_services(session)).items()
+    }
+
+
+def recommendation_fields(row: Recommendation, handles: dict[int, str]) -> dict[str, Any]:
+    return {
+        **{name: getattr(row, name) for name in COPIED_FIELDS},
+        "service": handles[row.service_id],
         "setting_name": row.setting,
         "applied": row.applied_at is not None,
         "area": row.area,
@@ -79,5 +91,5 @@ def recommendation_fields(row: Recommendation, names: dict[int, str]) -> dict[st
     }
 
 
-def pagination_of(page: int, page_size: int, total: int) -> Pagination:
-    return Pagination(page=page, page_size=page_size, total_items=total, total_pages=-(-total // page_size))
+def pagination_of(page: int, page_size: int, total: int) -> PageInfo:
+    return PageInfo(page=page, page_size=page_size, total_items=total, total_pages=-(-total // page_size))

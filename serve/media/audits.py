@@ -22,7 +22,7 @@ from pipelines.media.audit.change_settings import ChangeSpec
 from pipelines.media.audit.rules import PRIORITIES, Category, Priority
 from pipelines.media.audit.tables import Audit, AuditNotFound, Recommendation
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.job_wait import UNFINISHED, Wait, outcome_of
+from serve.http.job_wait import UNFINISHED_RESPONSE, WaitSeconds, wait_for_job
 from serve.media.audit_schemas import (
     ApplyRequest,
     AuditHistory,
@@ -49,11 +49,13 @@ from serve.security.callers import AdminCaller, Caller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/v1/config", tags=["Configuration"], responses=ERROR_RESPONSES)
 
-ID_MAX = 2**63 - 1
+MAX_ID = 2**63 - 1
 
 PageNumber = Annotated[int, Query(ge=1, le=2**31 - 1, description="Counted from 1.")]
 PageSize = Annotated[int, Query(ge=1, le=100)]
-Word = Annotated[str | SkipJsonSchema[None], Query(min_length=1, max_length=100, description="Its type, or its name.")]
+ServiceName = Annotated[
+    str | SkipJsonSchema[None], Query(min_length=1, max_length=100, description="Its type, or its name.")
+]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 
 
@@ -69,35 +71,35 @@ class ChangeFailed(Unavailable):
     code = "CHANGE_FAILED"
 
 
-@router.post("/audit", responses=UNFINISHED)
+@router.post("/audit", responses=UNFINISHED_RESPONSE)
 async def audit_configuration(
-    wanted: AuditRequest,
+    body: AuditRequest,
     caller: AdminCaller,
     request: Request,
     response: Response,
-    wait: Wait = 60,
+    wait: WaitSeconds = 60,
     idempotency_key: IdempotencyKey = None,
 ) -> AuditView:
     """Audit the settings of services. One that cannot be reached is told of; the others are audited."""
-    if not wanted.services:
+    if not body.services:
         raise InvalidRequest("At least one service must be specified")
-    spec = AuditSpec(services=list(dict.fromkeys(wanted.services)), include_web_search=wanted.include_web_search)
+    spec = AuditSpec(services=list(dict.fromkeys(body.services)), include_web_search=body.include_web_search)
     async with get_database().transaction() as session:
-        await audit_services.auditable(session, spec.services)
-        asked = JobRequest(kind=audit_services.KIND, spec=spec.model_dump())
-        job = await queue.enqueue(session, asked, owner_of(caller), idempotency_key=idempotency_key)
-    job = await outcome_of(request, job.id, wait)
+        await audit_services.find_auditable(session, spec.services)
+        job_request = JobRequest(kind=audit_services.KIND, spec=spec.model_dump())
+        job = await queue.enqueue(session, job_request, owner_of(caller), idempotency_key=idempotency_key)
+    job = await wait_for_job(request, job.id, wait)
     if job.state in FINISHED and job.state != State.SUCCEEDED:
         raise AuditFailed(error_message(job))
     response.status_code = 200 if job.state in FINISHED else 202
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return await audit_view(session, job)
 
 
 @router.get("/audit/history")
 async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: PageSize = 10) -> AuditHistory:
     """Audits that have been done, the newest first."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         total = await session.scalar(select(func.count()).select_from(Audit)) or 0
         newest = select(Audit).order_by(Audit.at.desc(), Audit.id.desc())
         rows = list(await session.scalars(newest.offset((page - 1) * page_size).limit(page_size)))
@@ -120,7 +122,7 @@ async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: Pa
 @router.get("/audit/{audit_id}")
 async def show_audit(audit_id: Annotated[str, Path(max_length=40)], caller: CurrentCaller) -> AuditView:
     """An audit, or how far it is."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         if row := await session.get(Audit, audit_id):
             return finished_audit_view(row)
         try:
@@ -135,7 +137,7 @@ async def show_audit(audit_id: Annotated[str, Path(max_length=40)], caller: Curr
 @router.get("/recommendations")
 async def list_recommendations(
     caller: CurrentCaller,
-    service: Word = None,
+    service: ServiceName = None,
     priority: Annotated[Priority | SkipJsonSchema[None], Query()] = None,
     category: Annotated[Category | SkipJsonSchema[None], Query()] = None,
     applied: Annotated[bool | SkipJsonSchema[None], Query(description="Only those that are, or are not.")] = None,
@@ -144,20 +146,20 @@ async def list_recommendations(
 ) -> RecommendationPage:
     """What is recommended, and what has been applied; the weightiest first."""
     filters = {"service": service, "priority": priority, "category": category, "applied": applied}
-    wanted = audit_tables.shown()
+    query = audit_tables.visible_recommendations()
     for column, value in ((Recommendation.priority, priority), (Recommendation.category, category)):
         if value is not None:
-            wanted = wanted.where(column == value)
+            query = query.where(column == value)
     if applied is not None:
-        set_already = Recommendation.applied_at.is_not(None)
-        wanted = wanted.where(set_already if applied else ~set_already)
-    async with get_database().reading() as session:
+        is_applied = Recommendation.applied_at.is_not(None)
+        query = query.where(is_applied if applied else ~is_applied)
+    async with get_database().read_transaction() as session:
         if service is not None:
-            wanted = wanted.where(Recommendation.service_id == await _service_id(session, service))
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        rows = await session.scalars(by_severity(wanted).offset((page - 1) * page_size).limit(page_size))
-        names = await service_handles(session)
-        views = [RecommendationView(**recommendation_fields(row, names)) for row in rows]
+            query = query.where(Recommendation.service_id == await _service_id(session, service))
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        rows = await session.scalars(by_severity(query).offset((page - 1) * page_size).limit(page_size))
+        handles = await service_handles(session)
+        views = [RecommendationView(**recommendation_fields(row, handles)) for row in rows]
     return RecommendationPage(
         recommendations=views,
         pagination=pagination_of(page, page_size, total),
@@ -167,13 +169,13 @@ async def list_recommendations(
 
 @router.get("/recommendations/{recommendation_id}")
 async def show_recommendation(
-    recommendation_id: Annotated[int, Path(ge=1, le=ID_MAX)], caller: CurrentCaller
+    recommendation_id: Annotated[int, Path(ge=1, le=MAX_ID)], caller: CurrentCaller
 ) -> RecommendationDetail:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         row = await audit_tables.get(session, recommendation_id)
-        facts = recommendation_fields(row, await service_handles(session))
+        fields = recommendation_fields(row, await service_handles(session))
     return RecommendationDetail(
-        **facts,
+        **fields,
         explanation=row.explanation,
         references=row.references,
         sources=row.sources,
@@ -185,73 +187,73 @@ async def show_recommendation(
     )
 
 
-@router.post("/apply", responses=UNFINISHED)
+@router.post("/apply", responses=UNFINISHED_RESPONSE)
 async def apply_recommendations(
-    wanted: ApplyRequest,
+    body: ApplyRequest,
     caller: AdminCaller,
     request: Request,
     response: Response,
-    wait: Wait = 60,
+    wait: WaitSeconds = 60,
     idempotency_key: IdempotencyKey = None,
 ) -> ChangesView:
     """Set what is recommended. Each setting is read before and after; what was changed since is not overwritten."""
-    return await _change("apply", wanted, caller, request, response, wait, idempotency_key)
+    return await _change("apply", body, caller, request, response, wait, idempotency_key)
 
 
-@router.post("/rollback", responses=UNFINISHED)
+@router.post("/rollback", responses=UNFINISHED_RESPONSE)
 async def roll_back(
-    wanted: ApplyRequest,
+    body: ApplyRequest,
     caller: AdminCaller,
     request: Request,
     response: Response,
-    wait: Wait = 60,
+    wait: WaitSeconds = 60,
     idempotency_key: IdempotencyKey = None,
 ) -> ChangesView:
     """Give settings that were applied their former values back, unless somebody has changed them since."""
-    return await _change("restore", wanted, caller, request, response, wait, idempotency_key)
+    return await _change("restore", body, caller, request, response, wait, idempotency_key)
 
 
 @router.get("/rules")
 async def list_rules(caller: CurrentCaller) -> RulesView:
     """The rules that audits go by, your own among them, and what is wrong in their files."""
-    known = await asyncio.to_thread(rules.load)
+    rule_set = await asyncio.to_thread(rules.load)
     return RulesView(
         rules=[
             RuleView(
                 **{name: getattr(rule, name) for name in set(RuleView.model_fields) - {"by_hand"}},
                 by_hand=rule.apply.is_by_hand,
             )
-            for rule in known.rules
+            for rule in rule_set.rules
         ],
-        problems=[str(problem) for problem in known.problems],
+        problems=[str(problem) for problem in rule_set.problems],
     )
 
 
 async def _change(
     action: Any,
-    wanted: ApplyRequest,
+    body: ApplyRequest,
     caller: Caller,
     request: Request,
     response: Response,
     wait: float,
     idempotency_key: str | None,
 ) -> ChangesView:
-    if not wanted.recommendation_ids:
+    if not body.recommendation_ids:
         raise InvalidRequest("At least one recommendation must be specified")
-    spec = ChangeSpec(action=action, recommendation_ids=wanted.recommendation_ids, dry_run=wanted.dry_run)
+    spec = ChangeSpec(action=action, recommendation_ids=body.recommendation_ids, dry_run=body.dry_run)
     async with get_database().transaction() as session:
-        asked = JobRequest(kind=change_settings.KIND, spec=spec.model_dump())
-        job = await queue.enqueue(session, asked, owner_of(caller), idempotency_key=idempotency_key)
-    job = await outcome_of(request, job.id, wait)
+        job_request = JobRequest(kind=change_settings.KIND, spec=spec.model_dump())
+        job = await queue.enqueue(session, job_request, owner_of(caller), idempotency_key=idempotency_key)
+    job = await wait_for_job(request, job.id, wait)
     if job.state in FINISHED and job.state != State.SUCCEEDED:
         raise ChangeFailed(error_message(job))
     response.status_code = 200 if job.state in FINISHED else 202
-    nothing = {"results": [], "summary": {"total": 0, "successful": 0, "failed": 0}, "dry_run": wanted.dry_run}
-    return ChangesView.model_validate({**(job.result or nothing), "job_id": job.id, "status": job.state})
+    empty_result = {"results": [], "summary": {"total": 0, "successful": 0, "failed": 0}, "dry_run": body.dry_run}
+    return ChangesView.model_validate({**(job.result or empty_result), "job_id": job.id, "status": job.state})
 
 
-async def _service_id(session: AsyncSession, word: str) -> int:
-    service = await service_store.find(session, word)
+async def _service_id(session: AsyncSession, name: str) -> int:
+    service = await service_store.find(session, name)
     if service is None:
-        raise ServiceNotFound(f"There is no service of type '{word}'.")
+        raise ServiceNotFound(f"There is no service of type '{name}'.")
     return service.id

@@ -9,15 +9,15 @@ from fastapi import Query
 from cluster.db import get_database
 from cluster.services.connector import Connector
 from cluster.services.http.client import Client
-from cluster.services.selection import connected_to
+from cluster.services.selection import open_client_for
 
-Part = TypeVar("Part")
-ServiceWord = Annotated[
+Capability = TypeVar("Capability")
+ServiceName = Annotated[
     str | None, Query(alias="service", max_length=100, description="Name of the service, if there are several.")
 ]
 
 
-def connected(
-    part: Callable[[Connector], Part | None], does: str, word: str | None
-) -> AbstractAsyncContextManager[tuple[Client, Part]]:
-    return connected_to(get_database(), part, does, word)
+def connected_service(
+    get_capability: Callable[[Connector], Capability | None], description: str, service_name: str | None
+) -> AbstractAsyncContextManager[tuple[Client, Capability]]:
+    return open_client_for(get_database(), get_capability, description, service_name)

@@ -6,10 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel
 
-from cluster.services.capabilities.downloads import DownloadHistory, DownloadQueue, Downloads, Pausing
+from cluster.services.capabilities.downloads import DownloadHistory, DownloadQueue, Downloads, QueuePauseState
 from cluster.services.http.client import Client
 from serve.http.errors import ERROR_RESPONSES
-from serve.media.dependencies import ServiceWord, connected
+from serve.media.dependencies import ServiceName, connected_service
 from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/downloads", tags=["Downloads"], responses=ERROR_RESPONSES)
@@ -17,54 +17,54 @@ router = APIRouter(prefix="/api/v1/downloads", tags=["Downloads"], responses=ERR
 DownloadId = Annotated[str, Path(examples=["SABnzbd_nzo_abc123"])]
 
 
-class Retried(BaseModel):
+class DownloadRetried(BaseModel):
     success: bool = True
     message: str
     nzo_id: str
     new_nzo_id: str
 
 
-class Deleted(BaseModel):
+class DownloadDeleted(BaseModel):
     success: bool = True
     message: str
     nzo_id: str
 
 
 @router.get("/queue")
-async def show_queue(caller: CurrentCaller, service: ServiceWord = None) -> DownloadQueue:
+async def show_queue(caller: CurrentCaller, service: ServiceName = None) -> DownloadQueue:
     """What is being downloaded, or waits."""
-    async with _downloader(service) as (client, downloads):
+    async with _download_service(service) as (client, downloads):
         return await downloads.queue(client)
 
 
 @router.get("/history")
 async def show_history(
-    caller: CurrentCaller, limit: Annotated[int, Query(ge=1, le=1000)] = 50, service: ServiceWord = None
+    caller: CurrentCaller, limit: Annotated[int, Query(ge=1, le=1000)] = 50, service: ServiceName = None
 ) -> DownloadHistory:
     """What was downloaded, or failed, the latest first."""
-    async with _downloader(service) as (client, downloads):
+    async with _download_service(service) as (client, downloads):
         return await downloads.history(client, limit)
 
 
 @router.post("/retry/{nzo_id}")
-async def retry_download(nzo_id: DownloadId, caller: CurrentCaller, service: ServiceWord = None) -> Retried:
+async def retry_download(nzo_id: DownloadId, caller: CurrentCaller, service: ServiceName = None) -> DownloadRetried:
     """Try a download again that has failed."""
-    async with _downloader(service) as (client, downloads):
-        fresh = await downloads.retry(client, nzo_id)
-    return Retried(message="Download retried successfully", nzo_id=nzo_id, new_nzo_id=fresh)
+    async with _download_service(service) as (client, downloads):
+        new_id = await downloads.retry(client, nzo_id)
+    return DownloadRetried(message="Download retried successfully", nzo_id=nzo_id, new_nzo_id=new_id)
 
 
 @router.post("/pause")
-async def pause_queue(caller: AdminCaller, service: ServiceWord = None) -> Pausing:
+async def pause_queue(caller: AdminCaller, service: ServiceName = None) -> QueuePauseState:
     """Pause the queue: what runs stops, and nothing begins."""
-    async with _downloader(service) as (client, downloads):
+    async with _download_service(service) as (client, downloads):
         return await downloads.pause(client)
 
 
 @router.post("/resume")
-async def resume_queue(caller: AdminCaller, service: ServiceWord = None) -> Pausing:
+async def resume_queue(caller: AdminCaller, service: ServiceName = None) -> QueuePauseState:
     """Go on with the queue."""
-    async with _downloader(service) as (client, downloads):
+    async with _download_service(service) as (client, downloads):
         return await downloads.resume(client)
 
 
@@ -73,13 +73,13 @@ async def delete_download(
     nzo_id: DownloadId,
     caller: AdminCaller,
     delete_files: Annotated[bool, Query(description="Also what it has downloaded so far.")] = True,
-    service: ServiceWord = None,
-) -> Deleted:
+    service: ServiceName = None,
+) -> DownloadDeleted:
     """Take a download out of the queue."""
-    async with _downloader(service) as (client, downloads):
+    async with _download_service(service) as (client, downloads):
         await downloads.delete(client, nzo_id, delete_files)
-    return Deleted(message="Download deleted successfully", nzo_id=nzo_id)
+    return DownloadDeleted(message="Download deleted successfully", nzo_id=nzo_id)
 
 
-def _downloader(word: str | None) -> AbstractAsyncContextManager[tuple[Client, Downloads]]:
-    return connected(lambda connector: connector.downloads, "downloads", word)
+def _download_service(service_name: str | None) -> AbstractAsyncContextManager[tuple[Client, Downloads]]:
+    return connected_service(lambda connector: connector.downloads, "downloads", service_name)

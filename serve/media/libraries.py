@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.services.capabilities.library import Libraries, Library, RecentlyAdded
 from cluster.services.http.client import Client
 from serve.http.errors import ERROR_RESPONSES
-from serve.media.dependencies import ServiceWord, connected
+from serve.media.dependencies import ServiceName, connected_service
 from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/media", tags=["Media"], responses=ERROR_RESPONSES)
@@ -21,33 +21,33 @@ class ScanRequest(BaseModel):
     library_key: str = Field(min_length=1, max_length=100, description="See /api/v1/media/libraries.", examples=["1"])
 
 
-class Scanning(BaseModel):
+class ScanStarted(BaseModel):
     success: bool = True
     message: str
     library: str
 
 
 @router.get("/libraries")
-async def list_libraries(caller: CurrentCaller, service: ServiceWord = None) -> Libraries:
-    async with _shower(service) as (client, library):
+async def list_libraries(caller: CurrentCaller, service: ServiceName = None) -> Libraries:
+    async with _library_service(service) as (client, library):
         return await library.libraries(client)
 
 
 @router.get("/recently-added")
 async def list_recently_added(
-    caller: CurrentCaller, limit: Annotated[int, Query(ge=1, le=500)] = 20, service: ServiceWord = None
+    caller: CurrentCaller, limit: Annotated[int, Query(ge=1, le=500)] = 20, service: ServiceName = None
 ) -> RecentlyAdded:
-    async with _shower(service) as (client, library):
+    async with _library_service(service) as (client, library):
         return await library.recently_added(client, limit)
 
 
 @router.post("/scan")
-async def scan_library(wanted: ScanRequest, caller: AdminCaller, service: ServiceWord = None) -> Scanning:
+async def scan_library(body: ScanRequest, caller: AdminCaller, service: ServiceName = None) -> ScanStarted:
     """Have a library look for what is new in its folders."""
-    async with _shower(service) as (client, library):
-        title = await library.scan(client, wanted.library_key)
-    return Scanning(message="Library scan triggered", library=title)
+    async with _library_service(service) as (client, library):
+        title = await library.scan(client, body.library_key)
+    return ScanStarted(message="Library scan triggered", library=title)
 
 
-def _shower(word: str | None) -> AbstractAsyncContextManager[tuple[Client, Library]]:
-    return connected(lambda connector: connector.library, "keeps a library", word)
+def _library_service(service_name: str | None) -> AbstractAsyncContextManager[tuple[Client, Library]]:
+    return connected_service(lambda connector: connector.library, "keeps a library", service_name)

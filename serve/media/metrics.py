@@ -17,29 +17,29 @@ COUNTS = {
 
 
 async def download_families() -> list[Metric]:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         followed = select(Service.name, FollowedService).join(Service, Service.id == FollowedService.service_id)
         services = (await session.execute(followed)).all()
         stuck = select(FollowedDownload.service_id, func.count().label("number")).where(FollowedDownload.strikes > 0)
-        found = await session.execute(stuck.group_by(FollowedDownload.service_id))
-        strikes: dict[int, int] = {row.service_id: row.number for row in found}
+        rows = await session.execute(stuck.group_by(FollowedDownload.service_id))
+        strikes: dict[int, int] = {row.service_id: row.number for row in rows}
         decided = select(Recovery.decision, Recovery.outcome, func.count())
         recoveries = (await session.execute(decided.group_by(Recovery.decision, Recovery.outcome))).all()
     families: list[Metric] = []
     for name, meaning in COUNTS.items():
         counter = CounterMetricFamily(f"downloads_{name}", meaning, labels=["service"])
-        for service, known in services:
-            counter.add_metric([service], getattr(known, name))
+        for service, counts in services:
+            counter.add_metric([service], getattr(counts, name))
         families.append(counter)
-    underway = GaugeMetricFamily("downloads_in_queue", "Downloads that have not ended.", labels=["service"])
-    left = GaugeMetricFamily("downloads_bytes_left", "What is left of them.", labels=["service"])
-    still = GaugeMetricFamily("downloads_without_progress", "Those that have strikes.", labels=["service"])
-    for service, known in services:
-        underway.add_metric([service], known.underway)
-        left.add_metric([service], known.bytes_left)
-        still.add_metric([service], strikes.get(known.service_id, 0))
+    active = GaugeMetricFamily("downloads_in_queue", "Downloads that have not ended.", labels=["service"])
+    bytes_left = GaugeMetricFamily("downloads_bytes_left", "What is left of them.", labels=["service"])
+    stalled = GaugeMetricFamily("downloads_without_progress", "Those that have strikes.", labels=["service"])
+    for service, counts in services:
+        active.add_metric([service], counts.underway)
+        bytes_left.add_metric([service], counts.bytes_left)
+        stalled.add_metric([service], strikes.get(counts.service_id, 0))
     # A gauge, because old decisions are forgotten.
-    made = GaugeMetricFamily("recoveries", "Decisions about downloads.", labels=["decision", "outcome"])
+    decisions = GaugeMetricFamily("recoveries", "Decisions about downloads.", labels=["decision", "outcome"])
     for decision, outcome, count in recoveries:
-        made.add_metric([decision, outcome], count)
-    return [*families, underway, left, still, made]
+        decisions.add_metric([decision, outcome], count)
+    return [*families, active, bytes_left, stalled, decisions]

@@ -5,13 +5,20 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from cluster.services.arr.movies import MOVIES
-from cluster.services.arr.movies_tools import AddingMovie
+from cluster.services.arr.movies_tools import AddMovieRequest
 from cluster.services.capabilities import collection as capabilities_collection
 from cluster.times import UtcTime
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.json_stream import long_list
-from serve.media.collections import DeleteFiles, SearchBegun, ThingId, WantedPart, collector, tell_added
-from serve.media.dependencies import ServiceWord
+from serve.http.json_stream import spooled_list_response
+from serve.media.collections import (
+    CollectionItemId,
+    CollectionParams,
+    DeleteFiles,
+    SearchStarted,
+    collection_client,
+    publish_added,
+)
+from serve.media.dependencies import ServiceName
 from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/movies", tags=["Movies"], responses=ERROR_RESPONSES)
@@ -82,54 +89,58 @@ class MovieDeleted(BaseModel):
 
 @router.get("", include_in_schema=False)
 @router.get("/", response_class=StreamingResponse, responses={200: {"model": MovieList}})
-async def list_movies(caller: CurrentCaller, part: WantedPart, service: ServiceWord = None) -> StreamingResponse:
+async def list_movies(
+    caller: CurrentCaller, params: CollectionParams, service: ServiceName = None
+) -> StreamingResponse:
     """All movies, or the part that is asked for."""
-    async with collector(MOVIES, service) as client:
-        return await long_list(
+    async with collection_client(MOVIES, service) as client:
+        return await spooled_list_response(
             "movies",
-            lambda add: capabilities_collection.each(
+            lambda add: capabilities_collection.for_each_item(
                 client,
                 MOVIES,
                 lambda movie: add(MovieRow.model_validate(movie, from_attributes=True)),
-                query=part.query,
-                offset=part.offset,
-                limit=part.limit,
+                query=params.query,
+                offset=params.offset,
+                limit=params.limit,
             ),
         )
 
 
 @router.post("", include_in_schema=False, status_code=201)
 @router.post("/", status_code=201)
-async def add_movie(wanted: AddingMovie, caller: CurrentCaller, service: ServiceWord = None) -> MovieAdded:
+async def add_movie(body: AddMovieRequest, caller: CurrentCaller, service: ServiceName = None) -> MovieAdded:
     """Add a movie, by its `tmdb_id`, or by its title alone, which is looked up."""
-    async with collector(MOVIES, service) as client:
-        movie = await capabilities_collection.add(client, MOVIES, wanted.wanted)
-    tell_added(MOVIES, movie)
+    async with collection_client(MOVIES, service) as client:
+        movie = await capabilities_collection.add(client, MOVIES, body.item_to_add)
+    publish_added(MOVIES, movie)
     return MovieAdded.model_validate(movie, from_attributes=True)
 
 
 @router.get("/{movie_id}")
-async def show_movie(movie_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> MovieView:
-    async with collector(MOVIES, service) as client:
+async def show_movie(movie_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None) -> MovieView:
+    async with collection_client(MOVIES, service) as client:
         return MovieView.model_validate(
             await capabilities_collection.get(client, MOVIES, movie_id), from_attributes=True
         )
 
 
 @router.post("/{movie_id}/search")
-async def search_for_movie(movie_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> SearchBegun:
+async def search_for_movie(
+    movie_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None
+) -> SearchStarted:
     """Have Radarr search for a movie."""
-    async with collector(MOVIES, service) as client:
+    async with collection_client(MOVIES, service) as client:
         movie, command = await capabilities_collection.search(client, MOVIES, movie_id)
-    return SearchBegun(
-        message=f"Search triggered for {movie.title}", command_id=capabilities_collection.command_name(command)
+    return SearchStarted(
+        message=f"Search triggered for {movie.title}", command_id=capabilities_collection.format_command_id(command)
     )
 
 
 @router.delete("/{movie_id}")
 async def delete_movie(
-    movie_id: ThingId, caller: AdminCaller, delete_files: DeleteFiles = False, service: ServiceWord = None
+    movie_id: CollectionItemId, caller: AdminCaller, delete_files: DeleteFiles = False, service: ServiceName = None
 ) -> MovieDeleted:
-    async with collector(MOVIES, service) as client:
+    async with collection_client(MOVIES, service) as client:
         await capabilities_collection.delete(client, MOVIES, movie_id, delete_files=delete_files)
     return MovieDeleted(movie_id=movie_id, files_deleted=delete_files)

@@ -12,17 +12,17 @@ from cluster.times import UtcTime
 from jobs import queue
 from jobs.queue import JobRequest
 from pipelines.media.downloads import log as recovery_log
-from pipelines.media.downloads.cases import RECOVER
-from pipelines.media.downloads.log import KeptPolicy, Recovery, RecoveryOutcome
+from pipelines.media.downloads.cases import RECOVER_KIND
+from pipelines.media.downloads.log import Recovery, RecoveryOutcome, RecoveryPolicyOverride
 from pipelines.media.downloads.policy import RecoveryPolicy, Verdict
-from pipelines.media.downloads.tables import FollowedDownload, ItemState
+from pipelines.media.downloads.tables import DownloadState, FollowedDownload
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/v1/recovery", tags=["Recovery"], responses=ERROR_RESPONSES)
 
-Word = Annotated[str, Query(min_length=1, max_length=300)]
+ServiceName = Annotated[str, Query(min_length=1, max_length=300)]
 
 
 class RecoveryView(BaseModel):
@@ -52,7 +52,7 @@ class DownloadView(BaseModel):
     item: str
     download_id: str | None
     title: str
-    state: ItemState
+    state: DownloadState
     reason: str
     tags: list[str]
     bytes_left: int | None
@@ -75,22 +75,22 @@ class RunRequest(BaseModel):
     dry_run: bool | None = Field(default=None, description="Only say what would be done. Null: as the policy says.")
 
 
-class Asked(BaseModel):
+class RecoveryAccepted(BaseModel):
     job_id: str
 
 
 @router.get("")
 async def list_recoveries(
     caller: CurrentCaller,
-    paging: WantedPage,
-    service: Word | SkipJsonSchema[None] = None,
+    paging: PaginationParams,
+    service: ServiceName | SkipJsonSchema[None] = None,
     item: Annotated[str, Query(min_length=1, max_length=4000)] | SkipJsonSchema[None] = None,
     decision: Verdict | SkipJsonSchema[None] = None,
     outcome: RecoveryOutcome | SkipJsonSchema[None] = None,
     dry_run: bool | SkipJsonSchema[None] = None,
 ) -> Page[RecoveryView]:
     """Every decision with its reason, the latest first."""
-    wanted = select(Recovery)
+    query = select(Recovery)
     for column, value in (
         (Recovery.item, item),
         (Recovery.decision, decision),
@@ -98,26 +98,26 @@ async def list_recoveries(
         (Recovery.dry_run, dry_run),
     ):
         if value is not None:
-            wanted = wanted.where(column == value)
+            query = query.where(column == value)
     if service is not None:
-        wanted = wanted.where(func.lower(Recovery.service) == service.lower())
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        rows = await session.scalars(wanted.order_by(Recovery.id.desc()).offset(paging.skip).limit(paging.limit))
+        query = query.where(func.lower(Recovery.service) == service.lower())
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        rows = await session.scalars(query.order_by(Recovery.id.desc()).offset(paging.skip).limit(paging.limit))
         return paging.page([RecoveryView.model_validate(row, from_attributes=True) for row in rows], total)
 
 
 @router.get("/downloads")
 async def list_followed_downloads(
-    caller: CurrentCaller, paging: WantedPage, state: ItemState | SkipJsonSchema[None] = None
+    caller: CurrentCaller, paging: PaginationParams, state: DownloadState | SkipJsonSchema[None] = None
 ) -> Page[DownloadView]:
     """The downloads that are followed, and how many strikes each has; those that have ended come last."""
-    wanted = select(FollowedDownload)
+    query = select(FollowedDownload)
     if state is not None:
-        wanted = wanted.where(FollowedDownload.state == state)
-    ordered = wanted.order_by(FollowedDownload.ended_at.is_not(None), FollowedDownload.id.desc())
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
+        query = query.where(FollowedDownload.state == state)
+    ordered = query.order_by(FollowedDownload.ended_at.is_not(None), FollowedDownload.id.desc())
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
         rows = await session.scalars(ordered.offset(paging.skip).limit(paging.limit))
         return paging.page([DownloadView.model_validate(row, from_attributes=True) for row in rows], total)
 
@@ -125,38 +125,38 @@ async def list_followed_downloads(
 @router.get("/policy")
 async def show_policy(caller: CurrentCaller) -> PolicyView:
     """The policy in force: the settings `recovery.*`, until an administrator has set another one."""
-    async with get_database().reading() as session:
-        return _policy_view(*await recovery_log.policy_of(session))
+    async with get_database().read_transaction() as session:
+        return _policy_view(*await recovery_log.current_policy(session))
 
 
 @router.put("/policy")
-async def replace_policy(wanted: RecoveryPolicy, caller: AdminCaller) -> PolicyView:
+async def replace_policy(body: RecoveryPolicy, caller: AdminCaller) -> PolicyView:
     """Have another policy in force, all of it. What the one before has left alone is thought about anew."""
     async with get_database().transaction() as session:
-        return _policy_view(wanted, await recovery_log.keep_policy(session, wanted, caller.username))
+        return _policy_view(body, await recovery_log.set_policy(session, body, caller.username))
 
 
 @router.delete("/policy", status_code=204)
 async def forget_policy(caller: AdminCaller) -> None:
     """Go by the settings again."""
     async with get_database().transaction() as session:
-        await recovery_log.forget_policy(session)
+        await recovery_log.reset_policy(session)
 
 
 @router.post("/run", status_code=202)
 async def run_recovery(
-    wanted: RunRequest,
+    body: RunRequest,
     caller: AdminCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
-) -> Asked:
+) -> RecoveryAccepted:
     """Decide about failed and stuck downloads now, and, unless it is a dry run, do it."""
-    request = JobRequest(kind=RECOVER, spec=wanted.model_dump())
+    job_request = JobRequest(kind=RECOVER_KIND, spec=body.model_dump())
     async with get_database().transaction() as session:
         job = await queue.enqueue(
-            session, request, owner_of(caller), idempotency_key=idempotency_key, unless_queued=True
+            session, job_request, owner_of(caller), idempotency_key=idempotency_key, unless_queued=True
         )
-        return Asked(job_id=job.id)
+        return RecoveryAccepted(job_id=job.id)
 
 
-def _policy_view(policy: RecoveryPolicy, kept: KeptPolicy | None) -> PolicyView:
-    return PolicyView(policy=policy, changed_by=kept and kept.changed_by, changed_at=kept and kept.changed_at)
+def _policy_view(policy: RecoveryPolicy, stored: RecoveryPolicyOverride | None) -> PolicyView:
+    return PolicyView(policy=policy, changed_by=stored and stored.changed_by, changed_at=stored and stored.changed_at)

@@ -5,13 +5,20 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from cluster.services.arr.series import SERIES, Series
-from cluster.services.arr.series_tools import AddingSeries
+from cluster.services.arr.series_tools import AddSeriesRequest
 from cluster.services.capabilities import collection as capabilities_collection
 from cluster.times import UtcTime
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.json_stream import long_list
-from serve.media.collections import DeleteFiles, SearchBegun, ThingId, WantedPart, collector, tell_added
-from serve.media.dependencies import ServiceWord
+from serve.http.json_stream import spooled_list_response
+from serve.media.collections import (
+    CollectionItemId,
+    CollectionParams,
+    DeleteFiles,
+    SearchStarted,
+    collection_client,
+    publish_added,
+)
+from serve.media.dependencies import ServiceName
 from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/shows", tags=["Shows"], responses=ERROR_RESPONSES)
@@ -83,62 +90,64 @@ class SeriesDeleted(BaseModel):
 
 @router.get("", include_in_schema=False)
 @router.get("/", response_class=StreamingResponse, responses={200: {"model": SeriesList}})
-async def list_shows(caller: CurrentCaller, part: WantedPart, service: ServiceWord = None) -> StreamingResponse:
+async def list_shows(caller: CurrentCaller, params: CollectionParams, service: ServiceName = None) -> StreamingResponse:
     """All series, or the part that is asked for."""
-    async with collector(SERIES, service) as client:
-        return await long_list(
+    async with collection_client(SERIES, service) as client:
+        return await spooled_list_response(
             "series",
-            lambda add: capabilities_collection.each(
+            lambda add: capabilities_collection.for_each_item(
                 client,
                 SERIES,
                 lambda series: add(_row(series)),
-                query=part.query,
-                offset=part.offset,
-                limit=part.limit,
+                query=params.query,
+                offset=params.offset,
+                limit=params.limit,
             ),
         )
 
 
 @router.post("", include_in_schema=False, status_code=201)
 @router.post("/", status_code=201)
-async def add_show(wanted: AddingSeries, caller: CurrentCaller, service: ServiceWord = None) -> SeriesAdded:
+async def add_show(body: AddSeriesRequest, caller: CurrentCaller, service: ServiceName = None) -> SeriesAdded:
     """Add a series, by its `tvdb_id`, or by its title alone, which is looked up."""
-    async with collector(SERIES, service) as client:
-        series = await capabilities_collection.add(client, SERIES, wanted.wanted)
-    tell_added(SERIES, series)
+    async with collection_client(SERIES, service) as client:
+        series = await capabilities_collection.add(client, SERIES, body.item_to_add)
+    publish_added(SERIES, series)
     return SeriesAdded.model_validate(series, from_attributes=True)
 
 
 @router.get("/{series_id}")
-async def show_series(series_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> SeriesView:
-    async with collector(SERIES, service) as client:
+async def show_series(series_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None) -> SeriesView:
+    async with collection_client(SERIES, service) as client:
         series = await capabilities_collection.get(client, SERIES, series_id)
-    shown = {name: getattr(series, name) for name in SeriesView.model_fields if name != "sizeOnDisk"}
+    fields = {name: getattr(series, name) for name in SeriesView.model_fields if name != "sizeOnDisk"}
     size = series.statistics and series.statistics.sizeOnDisk
-    return SeriesView.model_validate({**shown, "sizeOnDisk": size}, from_attributes=True)
+    return SeriesView.model_validate({**fields, "sizeOnDisk": size}, from_attributes=True)
 
 
 @router.post("/{series_id}/search")
-async def search_for_series(series_id: ThingId, caller: CurrentCaller, service: ServiceWord = None) -> SearchBegun:
+async def search_for_series(
+    series_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None
+) -> SearchStarted:
     """Have Sonarr search for the episodes that are missing."""
-    async with collector(SERIES, service) as client:
+    async with collection_client(SERIES, service) as client:
         series, command = await capabilities_collection.search(client, SERIES, series_id)
-    return SearchBegun(
-        message=f"Search triggered for {series.title}", command_id=capabilities_collection.command_name(command)
+    return SearchStarted(
+        message=f"Search triggered for {series.title}", command_id=capabilities_collection.format_command_id(command)
     )
 
 
 @router.delete("/{series_id}")
 async def delete_series(
-    series_id: ThingId, caller: AdminCaller, delete_files: DeleteFiles = False, service: ServiceWord = None
+    series_id: CollectionItemId, caller: AdminCaller, delete_files: DeleteFiles = False, service: ServiceName = None
 ) -> SeriesDeleted:
-    async with collector(SERIES, service) as client:
+    async with collection_client(SERIES, service) as client:
         await capabilities_collection.delete(client, SERIES, series_id, delete_files=delete_files)
     return SeriesDeleted(series_id=series_id, files_deleted=delete_files)
 
 
 def _row(series: Series) -> SeriesRow:
     count = series.statistics and series.statistics.episodeCount
-    others = {"seasons", "episodeCount"}
-    shown = {name: getattr(series, name) for name in SeriesRow.model_fields.keys() - others}
-    return SeriesRow(**shown, seasons=series.season_count, episodeCount=count)
+    computed = {"seasons", "episodeCount"}
+    fields = {name: getattr(series, name) for name in SeriesRow.model_fields.keys() - computed}
+    return SeriesRow(**fields, seasons=series.season_count, episodeCount=count)

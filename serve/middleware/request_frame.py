@@ -15,17 +15,17 @@ from cluster.errors import ForgearrError
 from cluster.logs import request_id
 from serve.http.errors import route_template
 from serve.monitoring.metrics import RequestMetrics
-from serve.security.callers import refuse
+from serve.security.callers import send_error
 
 SLOW_SECONDS = 1.0
 CLIENT_CLOSED_REQUEST = 499
-ANSWER_STARTS = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
-SANE_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
+RESPONSE_START_TYPES = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
+VALID_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
 
 logger = logging.getLogger(__name__)
 
 
-class RequestFrame:
+class RequestContextMiddleware:
     """Gives each request its id, times it, counts it, logs it, and answers for what went wrong inside it."""
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
@@ -42,7 +42,7 @@ class RequestFrame:
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, seconds
-            if message["type"] in ANSWER_STARTS:
+            if message["type"] in RESPONSE_START_TYPES:
                 status, seconds = message.get("status", 101), perf_counter() - started
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier)]
             await send(message)
@@ -55,7 +55,7 @@ class RequestFrame:
             logger.exception("%s failed.", _line(scope))
             if status:
                 raise  # too late for an answer: the server breaks the connection off
-            await refuse(ForgearrError(), scope, receive, send_with_id)
+            await send_error(ForgearrError(), scope, receive, send_with_id)
         finally:
             if not status:
                 status, seconds = CLIENT_CLOSED_REQUEST, perf_counter() - started
@@ -67,14 +67,14 @@ class RequestFrame:
 
 def _request_id(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and SANE_REQUEST_ID.fullmatch(value):
+        if name == b"x-request-id" and VALID_REQUEST_ID.fullmatch(value):
             return value
     return token_hex(16).encode()
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    troubled = status >= 500 or seconds > SLOW_SECONDS
-    level = logging.WARNING if troubled else logging.DEBUG
+    is_problem = status >= 500 or seconds > SLOW_SECONDS
+    level = logging.WARNING if is_problem else logging.DEBUG
     if logger.isEnabledFor(level):
         logger.log(level, "%s %d in %.0f ms", _line(scope), status, seconds * 1000)
 

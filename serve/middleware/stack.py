@@ -4,16 +4,16 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from cluster.settings import get_settings
-from serve.middleware.request_frame import RequestFrame
-from serve.middleware.strict_input import StrictInput
+from serve.middleware.request_frame import RequestContextMiddleware
+from serve.middleware.strict_input import InputValidationMiddleware
 from serve.security.origins import OriginGuard
-from serve.security.rate_limits import RateLimits
+from serve.security.rate_limits import RateLimitMiddleware
 
 
 def add_middleware(app: FastAPI) -> None:
     """The layers around every route. Each one added surrounds those before it."""
-    app.add_middleware(StrictInput)
-    app.add_middleware(RateLimits)
+    app.add_middleware(InputValidationMiddleware)
+    app.add_middleware(RateLimitMiddleware)
     app.add_middleware(OriginGuard)
     if origins := get_settings().serve.allowed_origins:
         app.add_middleware(
@@ -29,4 +29,4 @@ def add_middleware(app: FastAPI) -> None:
                 "Retry-After",
             ],
         )
-    app.add_middleware(RequestFrame, metrics=app.state.metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=app.state.metrics)

@@ -10,12 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError, InvalidRequest
 from serve.http.errors import OLLAMA_PATHS
-from serve.security.callers import find_caller, refuse
+from serve.security.callers import find_caller, send_error
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
-STRANGERS_BODY_BYTES = 4 * 1024 * 1024
+MAX_ANONYMOUS_BODY_BYTES = 4 * 1024 * 1024
 """Of who has not said who they are: a login, or a webhook. A long document stops everybody while it is read."""
-LONG_BODIES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts|/api/blobs/[^/]+")
+STREAMED_BODY_ROUTES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts|/api/blobs/[^/]+")
 """Routes that take longer bodies: they read them as they come, and bound and check them themselves."""
 MAX_JSON_DEPTH = 100
 JSON_CONTENT = re.compile(rb"application/([^;\s]+\+)?json\b", re.IGNORECASE | re.ASCII)
@@ -23,14 +23,14 @@ JSON_CONTENT = re.compile(rb"application/([^;\s]+\+)?json\b", re.IGNORECASE | re
 
 class BodyTooLarge(InvalidRequest):
     __doc__ = (
-        f"The body is larger than {MAX_BODY_BYTES >> 20} MiB, or {STRANGERS_BODY_BYTES >> 20} without a credential."
+        f"The body is larger than {MAX_BODY_BYTES >> 20} MiB, or {MAX_ANONYMOUS_BODY_BYTES >> 20} without a credential."
     )
 
     status = 413
     code = "BODY_TOO_LARGE"
 
 
-class StrictInput:
+class InputValidationMiddleware:
     """Refuses what no route can keep: broken JSON, text that no database stores, and bodies without end."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -42,22 +42,22 @@ class StrictInput:
         try:
             _check_address(scope)
             if scope["path"] in OLLAMA_PATHS:
-                scope = _as_json(scope)
-            if scope["type"] == "http" and _brings_body(scope):
-                receive = await _checked_body(scope, receive)
+                scope = _with_json_content_type(scope)
+            if scope["type"] == "http" and _should_check_body(scope):
+                receive = await _check_body(scope, receive)
         except ForgearrError as error:
-            return await refuse(error, scope, receive, send)
+            return await send_error(error, scope, receive, send)
         await self.app(scope, receive, send)
 
 
-def _as_json(scope: Scope) -> Scope:
+def _with_json_content_type(scope: Scope) -> Scope:
     """Ollama reads every body as JSON, and its guides send them with `curl -d`, which calls them a form."""
     headers = [header for header in scope["headers"] if header[0] != b"content-type"]
     return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
 
 
-def _brings_body(scope: Scope) -> bool:
-    return scope["method"] not in {"GET", "HEAD", "OPTIONS"} and not LONG_BODIES.fullmatch(scope["path"])
+def _should_check_body(scope: Scope) -> bool:
+    return scope["method"] not in {"GET", "HEAD", "OPTIONS"} and not STREAMED_BODY_ROUTES.fullmatch(scope["path"])
 
 
 def _check_address(scope: Scope) -> None:
@@ -65,41 +65,41 @@ def _check_address(scope: Scope) -> None:
         raise InvalidRequest("An address may not contain the character U+0000.")
 
 
-async def _checked_body(scope: Scope, receive: Receive) -> Receive:
+async def _check_body(scope: Scope, receive: Receive) -> Receive:
     """Look at a JSON body, or at one of unknown length, before the route does; others pass as they come."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length")
-    most = STRANGERS_BODY_BYTES
-    if (length is None or int(length) > most) and await find_caller(HTTPConnection(scope)):
-        most = MAX_BODY_BYTES
-    if length is not None and int(length) > most:
+    max_bytes = MAX_ANONYMOUS_BODY_BYTES
+    if (length is None or int(length) > max_bytes) and await find_caller(HTTPConnection(scope)):
+        max_bytes = MAX_BODY_BYTES
+    if length is not None and int(length) > max_bytes:
         raise BodyTooLarge()
     # A header that is sent twice may be read either way.
     is_json = any(name == b"content-type" and JSON_CONTENT.match(value) for name, value in scope["headers"])
     if not is_json and b"transfer-encoding" not in headers:
         return receive
-    messages = [message async for message in _messages(receive, most)]
+    messages = [message async for message in _messages(receive, max_bytes)]
     if is_json:
         _check_json(b"".join(message.get("body", b"") for message in messages))
     return _replay(messages, receive)
 
 
-async def _messages(receive: Receive, most: int) -> AsyncIterator[Message]:
+async def _messages(receive: Receive, max_bytes: int) -> AsyncIterator[Message]:
     size, more = 0, True
     while more:
         message = await receive()
         size += len(message.get("body", b""))
-        if size > most:
+        if size > max_bytes:
             raise BodyTooLarge()
         more = message.get("more_body", False)
         yield message
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:
-    waiting = iter(messages)
+    pending = iter(messages)
 
     async def replay() -> Message:
-        message = next(waiting, None)
+        message = next(pending, None)
         return await receive() if message is None else message
 
     return replay

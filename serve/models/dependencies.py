@@ -3,12 +3,12 @@
 from fastapi import Request
 
 from serve.engines.protocol import Engine
-from serve.models.resolver import Models
+from serve.models.resolver import ModelResolver
 
 
-def models_of(request: Request) -> Models:
+def get_models(request: Request) -> ModelResolver:
     return request.app.state.models
 
 
-def engine_of(request: Request) -> Engine:
+def get_engine(request: Request) -> Engine:
     return request.app.state.engine

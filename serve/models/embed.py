@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cluster.errors import InvalidRequest
-from serve.engines.protocol import Embedded, Engine, Source, TextTooLong
+from serve.engines.protocol import EmbeddingResult, Engine, Source, TextTooLong
 
 
 class TooManyDimensions(InvalidRequest):
@@ -26,15 +26,15 @@ async def embed(
     *,
     dimensions: int | None = None,
     truncate: bool = False,
-) -> Embedded:
+) -> EmbeddingResult:
     """Each text by itself, so that one request never keeps the model from all others."""
     vectors: list[list[float]] = []
     tokens = 0
     for text in texts:
-        found = await _embed(engine, reference, text, source, truncate)
-        vectors += [_shortened(vector, dimensions) for vector in found.vectors]
-        tokens += found.tokens
-    return Embedded(vectors, tokens)
+        embedded = await _embed(engine, reference, text, source, truncate)
+        vectors += [_truncated(vector, dimensions) for vector in embedded.vectors]
+        tokens += embedded.tokens
+    return EmbeddingResult(vectors, tokens)
 
 
 def as_base64(vector: Sequence[float]) -> str:
@@ -42,18 +42,18 @@ def as_base64(vector: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-async def _embed(engine: Engine, reference: str, text: str, source: Source, truncate: bool) -> Embedded:
+async def _embed(engine: Engine, reference: str, text: str, source: Source, truncate: bool) -> EmbeddingResult:
     while True:
         try:
             return await engine.embed(reference, [text], source)
         except TextTooLong as error:
             if not truncate:
                 raise
-            tokens, most = (int(str(error.details[name])) for name in ("tokens", "most"))
-            text = text[: max(1, min(len(text) - 1, len(text) * most // tokens))]
+            tokens, limit = (int(str(error.details[name])) for name in ("tokens", "most"))
+            text = text[: max(1, min(len(text) - 1, len(text) * limit // tokens))]
 
 
-def _shortened(vector: list[float], dimensions: int | None) -> list[float]:
+def _truncated(vector: list[float], dimensions: int | None) -> list[float]:
     if dimensions is None or dimensions == len(vector):
         return vector
     if dimensions > len(vector):
@@ -63,11 +63,11 @@ def _shortened(vector: list[float], dimensions: int | None) -> list[float]:
     return [value / length for value in first]
 
 
-MOST_TEXTS = 2048
+MAX_TEXTS = 2048
 """OpenAI's limit."""
 Text = Annotated[str, Field(min_length=1)]
-Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
-def texts_of(wanted: str | list[str]) -> list[str]:
-    return [wanted] if isinstance(wanted, str) else wanted
+def texts_of(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from cluster.times import UtcTime
 from serve.engines.protocol import Phase
 from serve.http.errors import ERROR_RESPONSES
-from serve.models.dependencies import engine_of
+from serve.models.dependencies import get_engine
 from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api/v1/engines", tags=["Models"], responses=ERROR_RESPONSES)
@@ -32,8 +32,8 @@ class EngineModels(BaseModel):
 @router.get("")
 async def show_engines(request: Request, caller: CurrentCaller) -> EngineModels:
     """The models in memory, and how far those are that are being loaded."""
-    engine = engine_of(request)
-    arriving = [
+    engine = get_engine(request)
+    loading = [
         EngineModel(
             model=model.reference,
             phase=model.phase,
@@ -46,17 +46,17 @@ async def show_engines(request: Request, caller: CurrentCaller) -> EngineModels:
         )
         for model in await engine.loading()
     ]
-    present = [
+    loaded = [
         EngineModel(
-            model=held.reference,
+            model=loaded_model.reference,
             phase="loaded",
             progress=1.0,
             seconds=None,
-            bytes=held.bytes,
-            context=held.context,
-            requests=held.users,
-            leaves_at=held.leaves_at,
+            bytes=loaded_model.bytes,
+            context=loaded_model.context,
+            requests=loaded_model.users,
+            leaves_at=loaded_model.leaves_at,
         )
-        for held in await engine.loaded()
+        for loaded_model in await engine.loaded()
     ]
-    return EngineModels(models=arriving + present)
+    return EngineModels(models=loading + loaded)

@@ -19,23 +19,23 @@ from jobs.tables import Job
 from pipelines.training import progress
 from pipelines.training.data.resolution import is_path
 from pipelines.training.models.versions import ModelNotFound
-from serve.engines.protocol import Folder
+from serve.engines.protocol import ModelFolder
 
 PREFIX = "ft:"
 CHECKPOINT = re.compile(r":ckpt-step-(\d{1,9})\Z")
-BASE_MAX = 120
+MAX_BASE_LENGTH = 120
 JOB_PREFIX = "job_"
 
 
-def name(job: Job) -> str:
+def model_name(job: Job) -> str:
     base: str = job.spec["base_model"]
     shown = Path(base).name if is_path(base) else base
     suffix = job.spec.get("suffix") or ""
-    return f"{PREFIX}{shown[:BASE_MAX]}:{organization(job)}:{suffix}:{short_id(job)}"
+    return f"{PREFIX}{shown[:MAX_BASE_LENGTH]}:{organization(job)}:{suffix}:{short_id(job)}"
 
 
 def checkpoint_name(job: Job, step: int) -> str:
-    return f"{name(job)}:ckpt-step-{step}"
+    return f"{model_name(job)}:ckpt-step-{step}"
 
 
 def organization(job: Job) -> str:
@@ -46,32 +46,32 @@ def short_id(job: Job) -> str:
     return job.id.removeprefix(JOB_PREFIX)
 
 
-def trainings(owner: Owner) -> Select[Job]:
+def fine_tuning_jobs(owner: Owner) -> Select[Job]:
     """The jobs that fine-tune a model, but not those that another one of them has begun."""
-    jobs = select(Job).where(Job.kind.in_(progress.KINDS), Job.parent_id.is_(None))
+    jobs = select(Job).where(Job.kind.in_(progress.TRAINING_KINDS), Job.parent_id.is_(None))
     return jobs if owner.is_admin else jobs.where(Job.owner_id == owner.id)
 
 
-async def training_of(session: AsyncSession, job: Job) -> Job | None:
+async def find_fine_tune_job(session: AsyncSession, job: Job) -> Job | None:
     """The fine_tune job of it, which has the checkpoints and the numbers; None before it has begun."""
     if job.kind == "fine_tune":
         return job
     return await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == "fine_tune"))
 
 
-async def resolve(session: AsyncSession, reference: str, owner: Owner) -> str | Folder:
+async def resolve(session: AsyncSession, reference: str, owner: Owner) -> str | ModelFolder:
     """What a name stands for: a version of the registry (NAME:v3), or a folder that was never exported."""
-    told = CHECKPOINT.search(reference)
+    checkpoint = CHECKPOINT.search(reference)
     job = await _find(session, CHECKPOINT.sub("", reference), owner)
-    training = await training_of(session, job)
-    if told:
-        return _checkpoint(training, int(told[1]), reference)
+    training = await find_fine_tune_job(session, job)
+    if checkpoint:
+        return _checkpoint(training, int(checkpoint[1]), reference)
     if job.state != State.SUCCEEDED or training is None:
         raise ModelNotFound(f"The job {job.id}, which makes the model '{reference}', is {job.state}.")
     if version := version_of(job):
         return "{}:v{}".format(*version)
     assert isinstance(job.result, dict)
-    return Folder(job.result["model"], job.result["base_model"], job.finished_at or job.created_at)
+    return ModelFolder(job.result["model"], job.result["base_model"], job.finished_at or job.created_at)
 
 
 def version_of(job: Job) -> tuple[str, int] | None:
@@ -91,16 +91,16 @@ async def _find(session: AsyncSession, reference: str, owner: Owner) -> Job:
         job = await queue.get(session, JOB_PREFIX + reference.rpartition(":")[2], owner)
     except JobNotFound:
         job = None
-    if job is None or job.kind not in progress.KINDS or job.parent_id or name(job) != reference:
+    if job is None or job.kind not in progress.TRAINING_KINDS or job.parent_id or model_name(job) != reference:
         raise ModelNotFound(f"There is no model '{reference}'.")
     return job
 
 
-def _checkpoint(training: Job | None, step: int, reference: str) -> Folder:
+def _checkpoint(training: Job | None, step: int, reference: str) -> ModelFolder:
     for epoch in epochs(training):
         if epoch["step"] == step:
             assert training is not None
             assert isinstance(training.checkpoint, dict)
             moment = datetime.fromisoformat(epoch["created_at"])
-            return Folder(epoch["address"], training.checkpoint["base_model"], moment)
+            return ModelFolder(epoch["address"], training.checkpoint["base_model"], moment)
     raise ModelNotFound(f"There is no model '{reference}'.")

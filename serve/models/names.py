@@ -7,9 +7,9 @@ from fastapi import Request
 from cluster.errors import InvalidRequest, Unavailable
 from pipelines.training.models import deletion as model_deletion
 from pipelines.training.models.versions import Version
-from serve.engines.protocol import Folder
+from serve.engines.protocol import ModelFolder
 from serve.models import fine_tuned_names
-from serve.models.dependencies import engine_of, models_of
+from serve.models.dependencies import get_engine, get_models
 from serve.security.callers import Caller, owner_of
 
 
@@ -27,23 +27,23 @@ async def active_model(request: Request) -> str | None:
         return None
 
 
-async def delete(request: Request, reference: str, caller: Caller) -> None:
+async def delete_and_unload(request: Request, reference: str, caller: Caller) -> None:
     """Delete models, and let them go from memory when the last requests that use them are answered."""
     owner = owner_of(caller)
     if reference.startswith(fine_tuned_names.PREFIX):
-        meant = await models_of(request).resolve(reference, owner)
-        if isinstance(meant.source, Folder):
+        resolved = await get_models(request).resolve(reference, owner)
+        if isinstance(resolved.source, ModelFolder):
             raise NotRegistered(f"'{reference}' was never exported, so there is no model to delete.")
-        reference = meant.reference
-    gone = await model_deletion.remove(reference, owner)
-    models_of(request).forget()
-    for version in gone:
+        reference = resolved.reference
+    deleted = await model_deletion.remove(reference, owner)
+    get_models(request).clear_cache()
+    for version in deleted:
         with suppress(Unavailable):  # what is not reachable now makes room as soon as others need it
-            await engine_of(request).unload(version.reference, version)
+            await get_engine(request).unload(version.reference, version)
 
 
 async def served_versions(request: Request) -> list[Version]:
-    return [model.served for model in await models_of(request).all() if model.served is not None]
+    return [model.served for model in await get_models(request).list_registered() if model.served is not None]
 
 
 def newest_name(served: list[Version]) -> str | None:

@@ -21,145 +21,149 @@ from jobs.queue import JobNotFound
 from pipelines.training.models import registry, tiny
 from pipelines.training.models.versions import Model, ModelNotFound, Version
 from serve.engines.ollama.engine import OllamaEngine
-from serve.engines.protocol import Folder, Remote, Source
+from serve.engines.protocol import ModelFolder, OllamaModel, Source
 from serve.models import fine_tuned_names
 
-JOB = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
-EARLIEST = datetime.fromtimestamp(0, UTC)
+JOB_ID = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
+UNKNOWN_DATE = datetime.fromtimestamp(0, UTC)
 """Nobody knows when a model was made that the settings name."""
-FRESH_SECONDS = 1.0
-PATIENCE_SECONDS = 3.0
+CACHE_SECONDS = 1.0
+REFRESH_TIMEOUT_SECONDS = 3.0
 """How long to wait for MLflow where an older answer is at hand."""
-MOST_REMEMBERED = 1000
+MAX_CACHED_VERSIONS = 1000
 
 log = logging.getLogger(__name__)
 
-Known = TypeVar("Known")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Meant:
+class ResolvedModel:
     """What a reference stands for now."""
 
     reference: str  # a name that stays with it: NAME:v3
     source: Source
 
 
-def folders() -> dict[str, Folder]:
+def configured_folders() -> dict[str, ModelFolder]:
     """The models that the settings name."""
-    return {name: Folder(None, model, EARLIEST) for name, model in get_settings().engines.folders.items()}
+    return {name: ModelFolder(None, model, UNKNOWN_DATE) for name, model in get_settings().engines.folders.items()}
 
 
-class Models:
+class ModelResolver:
     def __init__(self, find_database: Callable[[], Database] = get_database) -> None:
         """A job, whose event loop is another one than its process's, brings a database of its own."""
         self._database = find_database
-        self._versions: dict[str, _Remembered[Version]] = {}
-        self._models = _Remembered(_all_models)
-        self._remote = _Remembered(_all_remote)
+        self._versions: dict[str, _Cached[Version]] = {}
+        self._models = _Cached(_list_models)
+        self._remote = _Cached(_list_ollama_models)
 
-    async def resolve(self, reference: str, owner: Owner) -> Meant:
+    async def resolve(self, reference: str, owner: Owner) -> ResolvedModel:
         """What NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, a training's id or a name of the settings means."""
         if reference.startswith(fine_tuned_names.PREFIX):
-            async with self._database().reading() as session:
+            async with self._database().read_transaction() as session:
                 tuned = await fine_tuned_names.resolve(session, reference, owner)
-            return Meant(reference, tuned) if isinstance(tuned, Folder) else await self.resolve(tuned, owner)
+            return (
+                ResolvedModel(reference, tuned) if isinstance(tuned, ModelFolder) else await self.resolve(tuned, owner)
+            )
         name = reference.removesuffix(":latest")
         if name == tiny.NAME:
-            return Meant(tiny.NAME, None)
-        if JOB.fullmatch(name):
-            return await self._trained(name, owner)
-        if folder := folders().get(name):
-            return Meant(name, folder)
+            return ResolvedModel(tiny.NAME, None)
+        if JOB_ID.fullmatch(name):
+            return await self._resolve_training(name, owner)
+        if folder := configured_folders().get(name):
+            return ResolvedModel(name, folder)
         try:
-            return await self._registered(reference)
+            return await self._resolve_registered(reference)
         except (ModelNotFound, Unavailable):  # another server may have it, whatever is with ours
-            wanted = {reference, f"{reference}:latest"}
-            remote = next((model for model in await self._remote.get() if model.name in wanted), None)
+            names = {reference, f"{reference}:latest"}
+            remote = next((model for model in await self._remote.get() if model.name in names), None)
             if remote is None:
                 raise
-            return Meant(remote.name, remote)
+            return ResolvedModel(remote.name, remote)
 
-    async def _registered(self, reference: str) -> Meant:
+    async def _resolve_registered(self, reference: str) -> ResolvedModel:
         if not get_settings().mlflow.enabled:
             raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")
-        known = self._versions.get(reference) or _Remembered(lambda: _find(reference))
-        version = await known.get()
+        cached = self._versions.get(reference) or _Cached(lambda: _find(reference))
+        version = await cached.get()
         # Only what exists is remembered, so that made-up names take no memory.
-        if len(self._versions) >= MOST_REMEMBERED:
+        if len(self._versions) >= MAX_CACHED_VERSIONS:
             self._versions.clear()
-        self._versions[reference] = known
-        return Meant(version.reference, version)
+        self._versions[reference] = cached
+        return ResolvedModel(version.reference, version)
 
-    async def remote(self) -> list[Remote]:
+    async def list_remote(self) -> list[OllamaModel]:
         """The models of the server elsewhere whose names are not ours; none, while it does not answer."""
         try:
-            found = await self._remote.get()
+            remote_models = await self._remote.get()
         except Unavailable as error:
             log.warning("Models of a remote server are not listed: %s", error.message)
             return []
-        models = await self.all()
-        ours = {f"{model.name}:latest" for model in models if model.served} | {
+        models = await self.list_registered()
+        own_names = {f"{model.name}:latest" for model in models if model.served} | {
             version.reference for model in models for version in model.versions
         }
-        ours |= {f"{name}:latest" for name in (tiny.NAME, *folders())}
-        return [model for model in found if model.name not in ours]
+        own_names |= {f"{name}:latest" for name in (tiny.NAME, *configured_folders())}
+        return [model for model in remote_models if model.name not in own_names]
 
-    async def all(self) -> list[Model]:
+    async def list_registered(self) -> list[Model]:
         """Every registered model, by name."""
         return await self._models.get() if get_settings().mlflow.enabled else []
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Ask the registry anew: somebody has just changed it through this replica, and looks whether it is so."""
         self._versions.clear()
-        self._models = _Remembered(_all_models)
-        self._remote = _Remembered(_all_remote)
+        self._models = _Cached(_list_models)
+        self._remote = _Cached(_list_ollama_models)
 
-    async def _trained(self, job_id: str, owner: Owner) -> Meant:
+    async def _resolve_training(self, job_id: str, owner: Owner) -> ResolvedModel:
         """What a training has made, before any export."""
         try:
-            async with self._database().reading() as session:
-                made = await outputs.find(session, job_id, "fine_tune", owner)
+            async with self._database().read_transaction() as session:
+                output = await outputs.find_output(session, job_id, "fine_tune", owner)
         except JobNotFound as error:
             raise ModelNotFound(f"There is no model '{job_id}'.") from error
-        return Meant(made.job_id, Folder(made.result["model"], made.result["base_model"], made.finished_at))
+        return ResolvedModel(
+            output.job_id, ModelFolder(output.result["model"], output.result["base_model"], output.finished_at)
+        )
 
 
 @dataclass
-class _Remembered(Generic[Known]):
+class _Cached(Generic[Value]):
     """An answer of the registry, asked for again when it is old, by one request for all that wait."""
 
-    ask: Callable[[], Awaitable[Known]]
-    _answer: list[Known] = field(default_factory=list[Known])  # none or one
-    _asked_at: float = 0
-    _asking: asyncio.Task[Known] | None = None
+    load: Callable[[], Awaitable[Value]]
+    _value: list[Value] = field(default_factory=list[Value])  # none or one
+    _loaded_at: float = 0
+    _loading: asyncio.Task[Value] | None = None
 
-    async def get(self) -> Known:
-        if self._answer and time.monotonic() - self._asked_at < FRESH_SECONDS:
-            return self._answer[0]
-        if self._asking is None:
-            self._asking = asyncio.create_task(self._ask())
-            self._asking.add_done_callback(self._settle)
-        asking = self._asking
-        if not self._answer:
-            return await asyncio.shield(asking)
-        await asyncio.wait([asking], timeout=PATIENCE_SECONDS)
-        if asking.done() and not isinstance(asking.exception(), Unavailable):
-            return asking.result()
-        return self._answer[0]
+    async def get(self) -> Value:
+        if self._value and time.monotonic() - self._loaded_at < CACHE_SECONDS:
+            return self._value[0]
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load())
+            self._loading.add_done_callback(self._on_loaded)
+        loading = self._loading
+        if not self._value:
+            return await asyncio.shield(loading)
+        await asyncio.wait([loading], timeout=REFRESH_TIMEOUT_SECONDS)
+        if loading.done() and not isinstance(loading.exception(), Unavailable):
+            return loading.result()
+        return self._value[0]
 
-    async def _ask(self) -> Known:
-        return await self.ask()
+    async def _load(self) -> Value:
+        return await self.load()
 
-    def _settle(self, asking: asyncio.Task[Known]) -> None:
-        self._asking = None
-        error = asking.exception()
+    def _on_loaded(self, task: asyncio.Task[Value]) -> None:
+        self._loading = None
+        error = task.exception()
         if error is None:
-            self._answer = [asking.result()]
+            self._value = [task.result()]
         elif not isinstance(error, Unavailable):
-            self._answer = []
+            self._value = []
         # Also when MLflow is away it is asked once in a while only.
-        self._asked_at = time.monotonic()
+        self._loaded_at = time.monotonic()
 
 
 async def _find(reference: str) -> Version:
@@ -167,10 +171,10 @@ async def _find(reference: str) -> Version:
         return await models.find(reference)
 
 
-async def _all_models() -> list[Model]:
+async def _list_models() -> list[Model]:
     async with registry.connect() as models:
         return await models.models()
 
 
-async def _all_remote() -> list[Remote]:
+async def _list_ollama_models() -> list[OllamaModel]:
     return await OllamaEngine(get_settings().ollama.url).models()

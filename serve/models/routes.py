@@ -12,7 +12,7 @@ from pipelines.training.models import registry
 from pipelines.training.models.versions import Model, Version
 from pipelines.training.spec import ModelName
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
+from serve.http.pagination import Page, PaginationParams
 from serve.jobs.routes import JobView, create_job
 from serve.security.callers import AdminCaller, CurrentCaller
 
@@ -63,7 +63,7 @@ class DeployRequest(BaseModel):
     force: bool = Field(default=False, description="Even when it did not pass its validation, or was never validated.")
 
 
-class RolledBack(BaseModel):
+class RollbackResult(BaseModel):
     name: str
     version: int = Field(description="What is served now.")
     previous: int = Field(description="What was served until now.")
@@ -71,12 +71,12 @@ class RolledBack(BaseModel):
 
 
 @router.get("")
-async def list_models(caller: CurrentCaller, paging: WantedPage) -> Page[ModelView]:
+async def list_models(caller: CurrentCaller, paging: PaginationParams) -> Page[ModelView]:
     """Models by name, with all their versions."""
     async with registry.connect() as models:
-        found = await models.models()
-    wanted = found[paging.skip : paging.skip + paging.limit]
-    return paging.page([_view(model) for model in wanted], len(found))
+        all_models = await models.models()
+    page = all_models[paging.skip : paging.skip + paging.limit]
+    return paging.page([_view(model) for model in page], len(all_models))
 
 
 @router.get("/{name}")
@@ -89,22 +89,22 @@ async def show_model(name: ModelName, caller: CurrentCaller) -> ModelView:
 @router.post("/{name}/deploy", status_code=201)
 async def deploy_model(
     name: ModelName,
-    wanted: DeployRequest,
+    body: DeployRequest,
     caller: AdminCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> JobView:
     """Serve a version as NAME:latest. Answers with the job that does it; no request is dropped meanwhile."""
     async with registry.connect() as models:
-        deploy_job.refuse_what_did_not_pass(await models.find(f"{name}:v{wanted.version}"), wanted.force)
-    request = JobRequest(kind="deploy", spec={"name": name, **wanted.model_dump()})
-    return await create_job(request, caller, idempotency_key)
+        deploy_job.require_validated(await models.find(f"{name}:v{body.version}"), body.force)
+    job_request = JobRequest(kind="deploy", spec={"name": name, **body.model_dump()})
+    return await create_job(job_request, caller, idempotency_key)
 
 
 @router.post("/{name}/rollback")
-async def roll_back_model(name: ModelName, caller: AdminCaller) -> RolledBack:
+async def roll_back_model(name: ModelName, caller: AdminCaller) -> RollbackResult:
     """Serve, at once, the version that was served before this one."""
     version, replaced, warning = await deploy_job.roll_back(name)
-    return RolledBack(name=name, version=version.number, previous=replaced, warning=warning)
+    return RollbackResult(name=name, version=version.number, previous=replaced, warning=warning)
 
 
 @router.delete("/{name}", status_code=204)
@@ -123,14 +123,14 @@ async def delete_version(name: ModelName, version: VersionNumber, caller: AdminC
 
 def _view(model: Model) -> ModelView:
     served = model.served.number if model.served else None
-    versions = [_version(version, version.number == served) for version in model.versions]
+    versions = [_version_view(version, version.number == served) for version in model.versions]
     return ModelView(name=model.name, served_version=served, versions=versions)
 
 
-def _version(version: Version, served: bool) -> VersionView:
-    same = ("name", "passed", "reasons", "comparison", "files", "adapter", "base_model", "created_at")
+def _version_view(version: Version, served: bool) -> VersionView:
+    copied_fields = ("name", "passed", "reasons", "comparison", "files", "adapter", "base_model", "created_at")
     return VersionView(
-        **{name: getattr(version, name) for name in same},
+        **{name: getattr(version, name) for name in copied_fields},
         version=version.number,
         model_name=version.reference,
         served=served,

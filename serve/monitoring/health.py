@@ -24,8 +24,8 @@ from serve.services.health import ServiceHealth
 
 router = APIRouter(tags=["Monitoring"], responses=ERROR_RESPONSES)
 
-KEPT_SECONDS = 1.0
-PATIENCE_SECONDS = 1.0
+CACHE_SECONDS = 1.0
+CHECK_TIMEOUT_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +65,24 @@ class HealthCheck:
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
-        self._known: Health | None = None
-        self._known_until = 0.0
+        self._cached: Health | None = None
+        self._cached_until = 0.0
 
     async def current(self) -> Health:
         async with self._lock:
-            if self._known is None or time.monotonic() >= self._known_until:
-                self._known = await _look()
-                self._known_until = time.monotonic() + KEPT_SECONDS
-            return self._known
+            if self._cached is None or time.monotonic() >= self._cached_until:
+                self._cached = await _check_health()
+                self._cached_until = time.monotonic() + CACHE_SECONDS
+            return self._cached
 
 
 @router.get("/health", responses={503: {"model": Health, "description": "The database is not reachable"}})
 async def health(request: Request, response: Response) -> Health:
     """Whether Forgearr works, and which of its parts do."""
-    found = await request.app.state.health.current()
-    if found.database == "disconnected":
+    result = await request.app.state.health.current()
+    if result.database == "disconnected":
         response.status_code = 503
-    return found
+    return result
 
 
 @router.get("/api/v1/ping")
@@ -91,13 +91,17 @@ async def ping() -> Pong:
     return Pong(pong=True)
 
 
-async def _look() -> Health:
+async def _check_health() -> Health:
     database, services, dispatcher, live_events, ollama = await asyncio.gather(
-        _database(), _services(), _actor("dispatcher"), _actor("events"), _ollama()
+        _database_state(),
+        _services_health(),
+        _actor_state("dispatcher"),
+        _actor_state("events"),
+        _is_ollama_available(),
     )
-    whole = dispatcher == live_events == "running"
+    actors_running = dispatcher == live_events == "running"
     return Health(
-        status="unhealthy" if database == "disconnected" else _status(services, whole),
+        status="unhealthy" if database == "disconnected" else _overall_status(services, actors_running),
         service="Forgearr",
         version=VERSION,
         environment=get_settings().serve.environment,
@@ -110,16 +114,18 @@ async def _look() -> Health:
     )
 
 
-def _status(services: Mapping[str, ServiceHealth], whole: bool) -> Literal["healthy", "degraded", "unhealthy"]:
+def _overall_status(
+    services: Mapping[str, ServiceHealth], actors_running: bool
+) -> Literal["healthy", "degraded", "unhealthy"]:
     failing = sum(service.healthy is False for service in services.values())
     if failing and failing == len(services):
         return "unhealthy"
-    return "healthy" if whole and not failing else "degraded"
+    return "healthy" if actors_running and not failing else "degraded"
 
 
-async def _database() -> Literal["connected", "disconnected"]:
+async def _database_state() -> Literal["connected", "disconnected"]:
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS), get_database().reading() as session:
+        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS), get_database().read_transaction() as session:
             await session.execute(text("SELECT 1"))
     except (SQLAlchemyError, OSError) as error:
         logger.warning("The database does not answer: %s", error or type(error).__name__)
@@ -127,41 +133,41 @@ async def _database() -> Literal["connected", "disconnected"]:
     return "connected"
 
 
-async def _services() -> dict[str, ServiceHealth]:
+async def _services_health() -> dict[str, ServiceHealth]:
     """What is known of the outside services; nobody is asked for it now."""
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS), get_database().reading() as session:
-            return await services_health.of_all(session)
+        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS), get_database().read_transaction() as session:
+            return await services_health.health_by_service(session)
     except (SQLAlchemyError, OSError) as error:
         logger.warning("The state of the services cannot be read: %s", error or type(error).__name__)
         return {}
 
 
-async def _ollama() -> bool | None:
+async def _is_ollama_available() -> bool | None:
     """Whether the Ollama of the settings answers; None without one."""
     url = get_settings().ollama.url
     if url is None:
         return None
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS), httpx.AsyncClient() as client:
+        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS), httpx.AsyncClient() as client:
             return (await client.get(f"{url.rstrip('/')}/api/version")).is_success
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError):
         return False
 
 
-async def _actor(name: str) -> Literal["running", "unreachable"]:
+async def _actor_state(name: str) -> Literal["running", "unreachable"]:
     """Whether a named actor answers a call that Ray gives every actor."""
     try:
-        actor = await asyncio.to_thread(actors.find, name)
+        actor = await asyncio.to_thread(actors.find_actor, name)
     except Unavailable:
         return "unreachable"
     from ray.exceptions import RayActorError, RaySystemError
 
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
             await actor.__ray_ready__.remote()
     except (RayActorError, RaySystemError, TimeoutError) as error:
-        actors.forget(name)
+        actors.forget_actor(name)
         logger.warning("The %s actor does not answer: %s", name, error or type(error).__name__)
         return "unreachable"
     return "running"

@@ -10,7 +10,7 @@ from jobs.tables import Job
 
 
 async def job_families() -> list[Metric]:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         counts = await session.execute(select(Job.kind, Job.state, func.count()).group_by(Job.kind, Job.state))
         runnable = select(func.count(), func.min(Job.created_at)).where(
             Job.state == State.QUEUED, Job.unfinished_dependencies == 0, Job.run_after <= now()

@@ -59,7 +59,7 @@ class RequestMetrics:
         latency.observe(seconds)
         self._changed = True
 
-    async def keep_shared(self) -> None:
+    async def share_periodically(self) -> None:
         """Leave the counts with the events actor, over and over, whenever they have changed."""
         while True:
             await asyncio.sleep(SHARE_SECONDS)
@@ -78,7 +78,7 @@ class RequestMetrics:
     async def render(self) -> bytes:
         """Everything that there is to know now, in Prometheus' text format."""
         snapshots = await self._shared_snapshots()
-        families = [*self._merged(snapshots), *await _collected()]
+        families = [*self._merged(snapshots), *await _collect_families()]
         return generate_latest(_Families(families))
 
     def snapshot(self) -> events.Snapshot:
@@ -123,7 +123,7 @@ class _Families(Collector):
         return self._families
 
 
-async def _collected() -> list[Metric]:
+async def _collect_families() -> list[Metric]:
     families: list[Metric] = []
     for collect in collectors:
         try:

@@ -11,8 +11,8 @@ from serve.security.callers import AdminCaller
 router = APIRouter(prefix="/api/blobs", tags=["Ollama"])
 
 Digest = Annotated[str, Path(pattern=r"^sha256[:-][0-9a-f]{64}$", examples=[f"sha256:{'0' * 64}"])]
-PREFIX = len("sha256:")
-CONTENT = {
+DIGEST_PREFIX_LENGTH = len("sha256:")
+BLOB_REQUEST_BODY = {
     "requestBody": {
         "required": True,
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
@@ -23,12 +23,12 @@ CONTENT = {
 @router.head("/{digest}", response_class=Response)
 async def find_blob(digest: Digest, caller: AdminCaller) -> Response:
     """Whether a file of this digest is here: 200, or 404."""
-    await blobs.touch(get_database(), digest[PREFIX:])
+    await blobs.touch(get_database(), digest[DIGEST_PREFIX_LENGTH:])
     return Response()
 
 
-@router.post("/{digest}", status_code=201, response_class=Response, openapi_extra=CONTENT)
+@router.post("/{digest}", status_code=201, response_class=Response, openapi_extra=BLOB_REQUEST_BODY)
 async def send_blob(request: Request, digest: Digest, caller: AdminCaller) -> Response:
     """Send a file, which must have this digest. It stays for a day, or as long as a model uses it."""
-    await blobs.receive(get_database(), digest[PREFIX:], request.stream())
+    await blobs.receive(get_database(), digest[DIGEST_PREFIX_LENGTH:], request.stream())
     return Response(status_code=201)

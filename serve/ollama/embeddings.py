@@ -6,12 +6,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.engines.protocol import Embedded
-from serve.http.disconnect import while_connected
+from serve.engines.protocol import EmbeddingResult
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import ERROR_RESPONSES
-from serve.models.dependencies import engine_of, models_of
+from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Text, Texts, embed, texts_of
-from serve.ollama.keep_alive import keep
+from serve.ollama.keep_alive import apply_keep_alive
 from serve.ollama.schemas import KeepAlive
 from serve.openai.chat_schemas import ModelReference
 from serve.security.callers import Caller, CurrentCaller, owner_of
@@ -19,7 +19,7 @@ from serve.security.callers import Caller, CurrentCaller, owner_of
 router = APIRouter(prefix="/api", tags=["Ollama"], responses=ERROR_RESPONSES)
 
 
-class OllamaAsked(BaseModel):
+class BaseOllamaEmbedRequest(BaseModel):
     """Options concern how a model is loaded and answers: none of them changes an embedding."""
 
     model_config = ConfigDict(extra="forbid")
@@ -29,59 +29,63 @@ class OllamaAsked(BaseModel):
     keep_alive: KeepAlive = None
 
 
-class OllamaEmbedRequest(OllamaAsked):
+class OllamaEmbedRequest(BaseOllamaEmbedRequest):
     input: Texts
     truncate: bool | None = Field(default=None, description="False: refuse texts that are too long.")
     dimensions: int | None = Field(default=None, ge=1, le=100_000)
 
 
-class OllamaEmbeddingsRequest(OllamaAsked):
+class OllamaEmbeddingsRequest(BaseOllamaEmbedRequest):
     prompt: Text
 
 
-class OllamaEmbed(BaseModel):
+class OllamaEmbedResponse(BaseModel):
     model: str
     embeddings: list[list[float]]
     total_duration: int
     prompt_eval_count: int
 
 
-class OllamaEmbeddings(BaseModel):
+class OllamaEmbeddingsResponse(BaseModel):
     embedding: list[float]
 
 
 @router.post("/embed")
-async def create_ollama_embeddings(request: Request, wanted: OllamaEmbedRequest, caller: CurrentCaller) -> OllamaEmbed:
+async def create_ollama_embeddings(
+    request: Request, body: OllamaEmbedRequest, caller: CurrentCaller
+) -> OllamaEmbedResponse:
     """The same as Ollama has it; what is too long is cut unless `truncate` is false."""
-    began = perf_counter_ns()
-    found = await _found(
-        request, caller, wanted.model, wanted.input, dimensions=wanted.dimensions, truncate=wanted.truncate is not False
+    started_at = perf_counter_ns()
+    result = await _embed(
+        request, caller, body.model, body.input, dimensions=body.dimensions, truncate=body.truncate is not False
     )
-    await _keep(request, caller, wanted)
-    return OllamaEmbed(
-        model=wanted.model,
-        embeddings=found.vectors,
-        total_duration=perf_counter_ns() - began,
-        prompt_eval_count=found.tokens,
+    await _apply_keep_alive(request, caller, body)
+    return OllamaEmbedResponse(
+        model=body.model,
+        embeddings=result.vectors,
+        total_duration=perf_counter_ns() - started_at,
+        prompt_eval_count=result.tokens,
     )
 
 
 @router.post("/embeddings")
 async def create_ollama_embedding(
-    request: Request, wanted: OllamaEmbeddingsRequest, caller: CurrentCaller
-) -> OllamaEmbeddings:
+    request: Request, body: OllamaEmbeddingsRequest, caller: CurrentCaller
+) -> OllamaEmbeddingsResponse:
     """The older way of it, for a single text."""
-    found = await _found(request, caller, wanted.model, wanted.prompt, truncate=True)
-    await _keep(request, caller, wanted)
-    return OllamaEmbeddings(embedding=found.vectors[0])
+    result = await _embed(request, caller, body.model, body.prompt, truncate=True)
+    await _apply_keep_alive(request, caller, body)
+    return OllamaEmbeddingsResponse(embedding=result.vectors[0])
 
 
-async def _keep(request: Request, caller: Caller, wanted: OllamaAsked) -> None:
-    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    await keep(engine_of(request), meant, wanted.keep_alive)
+async def _apply_keep_alive(request: Request, caller: Caller, body: BaseOllamaEmbedRequest) -> None:
+    model = await get_models(request).resolve(body.model, owner_of(caller))
+    await apply_keep_alive(get_engine(request), model, body.keep_alive)
 
 
-async def _found(request: Request, caller: Caller, model: str, texts: str | list[str], **options: Any) -> Embedded:
-    meant = await models_of(request).resolve(model, owner_of(caller))
-    work = embed(engine_of(request), meant.reference, texts_of(texts), meant.source, **options)
-    return await while_connected(request, work)
+async def _embed(
+    request: Request, caller: Caller, model: str, texts: str | list[str], **options: Any
+) -> EmbeddingResult:
+    resolved = await get_models(request).resolve(model, owner_of(caller))
+    awaitable = embed(get_engine(request), resolved.reference, texts_of(texts), resolved.source, **options)
+    return await cancel_on_disconnect(request, awaitable)

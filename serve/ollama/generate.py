@@ -7,20 +7,20 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from cluster.errors import ForgearrError
-from cluster.times import seconds_of
-from serve.engines.collect import Answer
+from cluster.times import parse_duration
+from serve.engines.collect import ChunkAccumulator
 from serve.engines.protocol import Chunk, Engine
-from serve.http.disconnect import while_connected
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.error_handlers import as_forgearr_error
-from serve.models.dependencies import engine_of, models_of
-from serve.models.resolver import Meant
-from serve.ollama.keep_alive import keep
+from serve.models.dependencies import get_engine, get_models
+from serve.models.resolver import ResolvedModel
+from serve.ollama.keep_alive import apply_keep_alive
 from serve.ollama.lines import (
     NDJSON,
-    ChatTeller,
-    GenerateTeller,
+    ChatFormatter,
+    GenerateFormatter,
     Line,
-    Teller,
+    ResponseFormatter,
     add_chunks,
     done_reason,
     json_response,
@@ -28,82 +28,99 @@ from serve.ollama.lines import (
     to_line,
     tool_calls_of,
 )
-from serve.ollama.schemas import Asked, ChatRequest, GenerateRequest
+from serve.ollama.schemas import BaseRequest, ChatRequest, GenerateRequest
 from serve.security.callers import Caller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
 
 @router.post("/chat")
-async def chat(request: Request, wanted: ChatRequest, caller: CurrentCaller) -> Response:
+async def chat(request: Request, body: ChatRequest, caller: CurrentCaller) -> Response:
     """Answer a conversation: line by line, or whole."""
-    return await _answer(request, caller, wanted, ChatTeller(wanted.model), is_empty=not wanted.messages)
+    return await _respond(request, caller, body, ChatFormatter(body.model), is_empty=not body.messages)
 
 
 @router.post("/generate")
-async def generate(request: Request, wanted: GenerateRequest, caller: CurrentCaller) -> Response:
+async def generate(request: Request, body: GenerateRequest, caller: CurrentCaller) -> Response:
     """Answer a prompt: line by line, or whole."""
-    return await _answer(request, caller, wanted, GenerateTeller(wanted.model), is_empty=not wanted.prompt)
+    return await _respond(request, caller, body, GenerateFormatter(body.model), is_empty=not body.prompt)
 
 
-async def _answer(
-    request: Request, caller: Caller, wanted: ChatRequest | GenerateRequest, teller: Teller, *, is_empty: bool
+async def _respond(
+    request: Request,
+    caller: Caller,
+    body: ChatRequest | GenerateRequest,
+    formatter: ResponseFormatter,
+    *,
+    is_empty: bool,
 ) -> Response:
-    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    engine = engine_of(request)
+    model = await get_models(request).resolve(body.model, owner_of(caller))
+    engine = get_engine(request)
     if is_empty:
         # So Ollama is told to load a model, or to let it go.
-        is_leaving = wanted.keep_alive is not None and seconds_of(wanted.keep_alive) == 0
-        if not is_leaving:
-            await while_connected(request, engine.load(meant.reference, meant.source))
-        if wanted.keep_alive is not None:
-            await engine.keep(meant.reference, seconds_of(wanted.keep_alive), meant.source)
-        return json_response(teller.silence("unload" if is_leaving else "load"))
-    answer = engine.chat(meant.reference, wanted.for_engine(), meant.source)
+        should_unload = body.keep_alive is not None and parse_duration(body.keep_alive) == 0
+        if not should_unload:
+            await cancel_on_disconnect(request, engine.load(model.reference, model.source))
+        if body.keep_alive is not None:
+            await engine.set_keep_alive(model.reference, parse_duration(body.keep_alive), model.source)
+        return json_response(formatter.empty_response("unload" if should_unload else "load"))
+    stream = engine.chat(model.reference, body.for_engine(), model.source)
     # The first words are waited for, because until then an error still has a status.
-    first = await while_connected(request, anext(answer))
-    if wanted.is_streamed:
-        lines = _lines(first, answer, teller, engine, wanted, meant)
+    first = await cancel_on_disconnect(request, anext(stream))
+    if body.is_streamed:
+        lines = _stream_lines(first, stream, formatter, engine, body, model)
         return StreamingResponse(lines, media_type=NDJSON, headers={"X-Accel-Buffering": "no"})
-    return json_response(await while_connected(request, _whole(first, answer, teller, engine, wanted, meant)))
+    return json_response(
+        await cancel_on_disconnect(request, _complete_response(first, stream, formatter, engine, body, model))
+    )
 
 
-async def _whole(
-    first: list[Chunk], chunks: AsyncGenerator[list[Chunk]], teller: Teller, engine: Engine, wanted: Asked, meant: Meant
+async def _complete_response(
+    first: list[Chunk],
+    chunks: AsyncGenerator[list[Chunk]],
+    formatter: ResponseFormatter,
+    engine: Engine,
+    body: BaseRequest,
+    model: ResolvedModel,
 ) -> Line:
-    answer = Answer()
+    accumulator = ChunkAccumulator()
     async with aclosing(chunks):
-        add_chunks(answer, first)
-        async for told in chunks:
-            add_chunks(answer, told)
-    whole = answer.whole()
-    (choice,) = whole["choices"]
+        add_chunks(accumulator, first)
+        async for batch in chunks:
+            add_chunks(accumulator, batch)
+    result = accumulator.result()
+    (choice,) = result["choices"]
     message = choice.get("message", {})
-    said = teller.part(
+    fields = formatter.content_fields(
         choice.get("text", message.get("content") or ""), message.get("reasoning_content"), tool_calls_of(message)
     )
     if choice["logprobs"]:
-        said["logprobs"] = choice["logprobs"]["content"]
-    await keep(engine, meant, wanted.keep_alive)
-    return teller.last(done_reason(choice), whole, **said)
+        fields["logprobs"] = choice["logprobs"]["content"]
+    await apply_keep_alive(engine, model, body.keep_alive)
+    return formatter.final_line(done_reason(choice), result, **fields)
 
 
-async def _lines(
-    first: list[Chunk], chunks: AsyncGenerator[list[Chunk]], teller: Teller, engine: Engine, wanted: Asked, meant: Meant
+async def _stream_lines(
+    first: list[Chunk],
+    chunks: AsyncGenerator[list[Chunk]],
+    formatter: ResponseFormatter,
+    engine: Engine,
+    body: BaseRequest,
+    model: ResolvedModel,
 ) -> AsyncGenerator[bytes]:
-    answer = Answer()
+    accumulator = ChunkAccumulator()
     async with aclosing(chunks):
         try:
-            yield partial_lines(answer, first, teller)
-            async for told in chunks:
-                yield partial_lines(answer, told, teller)
+            yield partial_lines(accumulator, first, formatter)
+            async for batch in chunks:
+                yield partial_lines(accumulator, batch, formatter)
         except ForgearrError as error:
             yield to_line({"error": as_forgearr_error(error).message})
             return
-    await keep(engine, meant, wanted.keep_alive)
-    whole = answer.whole()
-    (choice,) = whole["choices"]
+    await apply_keep_alive(engine, model, body.keep_alive)
+    result = accumulator.result()
+    (choice,) = result["choices"]
     calls = tool_calls_of(choice.get("message", {}))
     if calls:
-        yield to_line(teller.line(**teller.part("", None, calls)))
-    yield to_line(teller.last(done_reason(choice), whole, **teller.part("", None)))
+        yield to_line(formatter.line(**formatter.content_fields("", None, calls)))
+    yield to_line(formatter.final_line(done_reason(choice), result, **formatter.content_fields("", None)))

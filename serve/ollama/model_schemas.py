@@ -4,18 +4,18 @@ from typing import Annotated, Any, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
-from pipelines.training.models.versions import Manner
+from pipelines.training.models.versions import ModelDefaults
 from serve.engines.messages import Message
 from serve.engines.options import Parameters
 from serve.openai.chat_schemas import ModelReference
 
 Digest = Annotated[str, Field(pattern=r"^sha256[:-][0-9a-f]{64}$", examples=[f"sha256:{'0' * 64}"])]
 Blobs = Annotated[dict[Annotated[str, Field(min_length=1, max_length=200)], Digest], Field(min_length=1)]
-LONGEST_TEXT = 90_000
+MAX_TEXT_LENGTH = 90_000
 """Of what a model brings along: MLflow keeps it, all in one tag."""
 
 
-class Named(BaseModel):
+class NamedRequest(BaseModel):
     """Older clients say `name`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -23,7 +23,7 @@ class Named(BaseModel):
     model: ModelReference = Field(validation_alias=AliasChoices("model", "name"))
 
 
-class Streamed(Named):
+class StreamedRequest(NamedRequest):
     stream: bool | None = Field(default=None, description="Null: true.")
 
     @property
@@ -31,7 +31,7 @@ class Streamed(Named):
         return self.stream is not False
 
 
-class DeleteRequest(Named):
+class DeleteRequest(NamedRequest):
     pass
 
 
@@ -42,15 +42,15 @@ class CopyRequest(BaseModel):
     destination: ModelReference
 
 
-class PullRequest(Streamed):
+class PullRequest(StreamedRequest):
     insecure: bool | None = Field(default=None, description="Passed on to the Ollama that pulls.")
 
 
-class PushRequest(Streamed):
+class PushRequest(StreamedRequest):
     insecure: bool | None = Field(default=None, description="Not used.")
 
 
-class CreateRequest(Streamed):
+class CreateRequest(StreamedRequest):
     from_: ModelReference | None = Field(default=None, alias="from", description="A model that there is.")
     files: Blobs | None = Field(default=None, description="A GGUF file: its name, and the digest of its blob.")
     adapters: Blobs | None = Field(default=None, description="A LoRA as GGUF, for the model that `from` names.")
@@ -62,26 +62,30 @@ class CreateRequest(Streamed):
     quantize: str | None = Field(default=None, max_length=20, examples=["q4_K_M"])
 
     @model_validator(mode="after")
-    def fit_together(self) -> Self:
+    def validate_combination(self) -> Self:
         if (self.from_ is None) == (self.files is None):
             raise ValueError("say what to make it from: from, or files")
         if self.adapters is not None and self.from_ is None:
             raise ValueError("an adapter is for a model that there is: create that first, and name it in from")
         if self.adapters is not None and self.quantize is not None:
             raise ValueError("an adapter is not quantized")
-        if len(self.model_dump_json(include={"template", "system", "messages", "license"})) > LONGEST_TEXT:
-            raise ValueError(f"template, system, messages and license have {LONGEST_TEXT} characters at most, together")
+        if len(self.model_dump_json(include={"template", "system", "messages", "license"})) > MAX_TEXT_LENGTH:
+            raise ValueError(
+                f"template, system, messages and license have {MAX_TEXT_LENGTH} characters at most, together"
+            )
         return self
 
-    def manner(self, inherited: Manner, template: str | None) -> Manner:
+    def merge_defaults(self, inherited: ModelDefaults, template: str | None) -> ModelDefaults:
         """What is said here, and else what the model has that it is made from."""
         licenses = [self.license] if isinstance(self.license, str) else self.license
-        own = self.parameters.model_dump(exclude_none=True) if self.parameters else {}
-        messages = None if self.messages is None else [one.model_dump(exclude_none=True) for one in self.messages]
-        return Manner(
+        own_parameters = self.parameters.model_dump(exclude_none=True) if self.parameters else {}
+        messages = (
+            None if self.messages is None else [message.model_dump(exclude_none=True) for message in self.messages]
+        )
+        return ModelDefaults(
             template=inherited.template if template is None else template,
             system=inherited.system if self.system is None else self.system,
-            parameters={**inherited.parameters, **own},
+            parameters={**inherited.parameters, **own_parameters},
             messages=inherited.messages if messages is None else messages,
             license=inherited.license if licenses is None else licenses,
         )
@@ -96,7 +100,7 @@ class Progress(BaseModel):
     completed: int | None = None
 
 
-PROGRESS_ANSWER: dict[int | str, dict[str, Any]] = {
+PROGRESS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "What is being done, line by line; or the last line alone, when `stream` is false.",
         "content": {"application/x-ndjson": {"schema": {"type": "string"}}},

@@ -8,24 +8,24 @@ from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from cluster.times import UtcTime
-from pipelines.training.models.versions import Manner, Version
+from pipelines.training.models.versions import ModelDefaults, Version
 from serve.engines.gguf import tiny as gguf_tiny
 from serve.engines.model_header import Header
-from serve.engines.protocol import Folder, Remote, Source
-from serve.http.disconnect import while_connected
-from serve.models.dependencies import engine_of, models_of
+from serve.engines.protocol import ModelFolder, OllamaModel, Source
+from serve.http.disconnect import cancel_on_disconnect
+from serve.models.dependencies import get_engine, get_models
 from serve.monitoring.version import VERSION
-from serve.ollama.modelfile import as_text, modelfile
+from serve.ollama.modelfile import format_parameters, modelfile
 from serve.openai.chat_schemas import ModelReference
 from serve.security.callers import CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
-NEVER = datetime(2318, 1, 1, tzinfo=UTC)
+NEVER_EXPIRES = datetime(2318, 1, 1, tzinfo=UTC)
 """What Ollama says of a model that stays: it leaves only when another one needs its memory."""
 
 
-class Details(BaseModel):
+class ModelDetails(BaseModel):
     format: str = "gguf"
     parent_model: str = Field(description="What it was trained from.")
     quantization_level: str
@@ -37,25 +37,25 @@ class Tag(BaseModel):
     modified_at: UtcTime
     size: int = Field(description="Bytes of its file.")
     digest: str = Field(description="SHA-256 of its file.")
-    details: Details
+    details: ModelDetails
 
 
 class Tags(BaseModel):
     models: list[Tag]
 
 
-class Running(BaseModel):
+class RunningModel(BaseModel):
     name: str
     model: str
     size: int = Field(description="Bytes of memory.")
     expires_at: UtcTime
     context_length: int
     digest: str
-    details: Details | None
+    details: ModelDetails | None
 
 
-class Runnings(BaseModel):
-    models: list[Running]
+class RunningModels(BaseModel):
+    models: list[RunningModel]
 
 
 class ShowRequest(BaseModel):
@@ -65,13 +65,13 @@ class ShowRequest(BaseModel):
     verbose: bool | None = Field(default=None, description="Not used.")
 
 
-class ShownDetails(Details):
+class ShowDetails(ModelDetails):
     family: str
     families: list[str]
     parameter_size: str = Field(examples=["2.9M"])
 
 
-class Shown(BaseModel):
+class ShowResponse(BaseModel):
     modified_at: UtcTime | None = Field(description="Null: it comes with Forgearr.")
     modelfile: str
     template: str = Field(description="Of conversations, in Jinja: its own, or that of its file.")
@@ -79,7 +79,7 @@ class Shown(BaseModel):
     parameters: str = Field(description="Its own, a line each.")
     messages: list[dict[str, Any]] = Field(description="How every conversation begins.")
     license: str
-    details: ShownDetails
+    details: ShowDetails
     model_info: dict[str, str | int]
     capabilities: list[str]
 
@@ -91,7 +91,7 @@ class VersionView(BaseModel):
 @router.get("/tags")
 async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
     """Every registered model, under each of its names."""
-    models = await models_of(request).all()
+    models = await get_models(request).list_registered()
     latest = [_tag(f"{model.name}:latest", model.served) for model in models if model.served]
     versions = [_tag(version.reference, version) for model in models for version in model.versions]
     remote = [
@@ -103,58 +103,65 @@ async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
             digest=model.digest,
             details=_details(model),
         )
-        for model in await models_of(request).remote()
+        for model in await get_models(request).list_remote()
     ]
     return Tags(models=[*latest, *versions, *remote])
 
 
 @router.post("/show")
-async def show(request: Request, wanted: ShowRequest, caller: CurrentCaller) -> Shown:
+async def show(request: Request, body: ShowRequest, caller: CurrentCaller) -> ShowResponse:
     """What a model's file says of it."""
-    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    header = await while_connected(request, engine_of(request).describe(meant.reference, meant.source))
-    source = meant.source
+    model = await get_models(request).resolve(body.model, owner_of(caller))
+    header = await cancel_on_disconnect(request, get_engine(request).describe(model.reference, model.source))
+    source = model.source
     family = header.architecture
-    manner = source.manner if isinstance(source, Version) else Manner()
-    template = manner.template or header.template
-    return Shown(
+    defaults = source.defaults if isinstance(source, Version) else ModelDefaults()
+    template = defaults.template or header.template
+    return ShowResponse(
         modified_at=source.created_at if source else None,
-        modelfile=modelfile(meant.reference, template, manner),
+        modelfile=modelfile(model.reference, template, defaults),
         template=template,
-        system=manner.system,
-        parameters=as_text(manner.parameters),
-        messages=manner.messages,
-        license="\n".join(manner.license),
-        details=ShownDetails(
-            **_details(source).model_dump(), family=family, families=[family], parameter_size=_short(header.parameters)
+        system=defaults.system,
+        parameters=format_parameters(defaults.parameters),
+        messages=defaults.messages,
+        license="\n".join(defaults.license),
+        details=ShowDetails(
+            **_details(source).model_dump(),
+            family=family,
+            families=[family],
+            parameter_size=_format_count(header.parameters),
         ),
         model_info={
             "general.architecture": family,
             "general.parameter_count": header.parameters,
             f"{family}.block_count": header.layers,
             f"{family}.context_length": header.context,
-            f"{family}.embedding_length": header.width,
+            f"{family}.embedding_length": header.hidden_size,
         },
         capabilities=list(_capabilities(header, template)),
     )
 
 
 @router.get("/ps")
-async def list_running(request: Request, caller: CurrentCaller) -> Runnings:
+async def list_running(request: Request, caller: CurrentCaller) -> RunningModels:
     """The models in memory."""
-    versions = {version.reference: version for model in await models_of(request).all() for version in model.versions}
-    return Runnings(
+    versions = {
+        version.reference: version
+        for model in await get_models(request).list_registered()
+        for version in model.versions
+    }
+    return RunningModels(
         models=[
-            Running(
-                name=_name(held.reference),
-                model=_name(held.reference),
-                size=held.bytes,
-                expires_at=held.leaves_at or NEVER,
-                context_length=held.context,
-                digest=version.file.sha256 if (version := versions.get(held.reference)) else "",
+            RunningModel(
+                name=_name_with_tag(loaded.reference),
+                model=_name_with_tag(loaded.reference),
+                size=loaded.bytes,
+                expires_at=loaded.leaves_at or NEVER_EXPIRES,
+                context_length=loaded.context,
+                digest=version.file.sha256 if (version := versions.get(loaded.reference)) else "",
                 details=_details(version) if version else None,
             )
-            for held in await engine_of(request).loaded()
+            for loaded in await get_engine(request).loaded()
         ]
     )
 
@@ -177,25 +184,25 @@ def _tag(name: str, version: Version) -> Tag:
     )
 
 
-def _details(source: Source) -> Details:
-    if isinstance(source, Folder):
-        return Details(format="safetensors", parent_model=source.base_model, quantization_level="unknown")
-    if isinstance(source, Remote):
-        return Details(parent_model=source.base_model, quantization_level=source.quantization)
+def _details(source: Source) -> ModelDetails:
+    if isinstance(source, ModelFolder):
+        return ModelDetails(format="safetensors", parent_model=source.base_model, quantization_level="unknown")
+    if isinstance(source, OllamaModel):
+        return ModelDetails(parent_model=source.base_model, quantization_level=source.quantization)
     if source is None:
-        return Details(parent_model="", quantization_level=gguf_tiny.QUANTIZATION.upper())
+        return ModelDetails(parent_model="", quantization_level=gguf_tiny.QUANTIZATION.upper())
     parent = source.parent or source.base_model
-    return Details(parent_model=parent, quantization_level=source.file.quantization.upper())
+    return ModelDetails(parent_model=parent, quantization_level=source.file.quantization.upper())
 
 
-def _name(reference: str) -> str:
+def _name_with_tag(reference: str) -> str:
     """Ollama's names always have a tag."""
     return reference if ":" in reference else f"{reference}:latest"
 
 
 def _capabilities(header: Header, template: str) -> Iterator[str]:
     """What a model was made for, as far as its file tells."""
-    if header.pools:
+    if header.has_pooling:
         yield "embedding"
         return
     yield "completion"
@@ -205,6 +212,6 @@ def _capabilities(header: Header, template: str) -> Iterator[str]:
         yield "thinking"
 
 
-def _short(count: int) -> str:
+def _format_count(count: int) -> str:
     """135.2M, 8.0B."""
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -10,17 +10,17 @@ from pathlib import Path
 from cluster.db import get_database
 from cluster.errors import NotFound
 from cluster.settings import get_settings
-from pipelines.training.deploy.ollama_push import translated_errors
+from pipelines.training.deploy.ollama_push import translate_errors
 from pipelines.training.models import blobs, registry, tiny
 from pipelines.training.models import versions as models_versions
-from pipelines.training.models.versions import Manner
+from pipelines.training.models.versions import ModelDefaults
 from serve.ollama import create as ollama_create
-from serve.ollama.create import CannotCreate, Made, Status
+from serve.ollama.create import CannotCreate, ModelDraft, Status
 from serve.ollama.model_schemas import PullRequest
 
 READ_BYTES = 16 * 1024 * 1024
-SILENCE_SECONDS = 900
-NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
+READ_TIMEOUT_SECONDS = 900
+INVALID_NAME_CHARACTERS = re.compile(r"[^a-z0-9._-]+")
 
 
 class NothingToPull(NotFound):
@@ -29,24 +29,24 @@ class NothingToPull(NotFound):
     code = "NOTHING_TO_PULL"
 
 
-async def pull(wanted: PullRequest) -> AsyncGenerator[Status]:
-    if wanted.model.startswith(("/", "~", "file:")):
-        steps = _of_file(Path(wanted.model.removeprefix("file://").removeprefix("file:")))
-    elif await _is_here(wanted.model):
-        steps = _nothing()
+async def pull(body: PullRequest) -> AsyncGenerator[Status]:
+    if body.model.startswith(("/", "~", "file:")):
+        steps = _pull_file(Path(body.model.removeprefix("file://").removeprefix("file:")))
+    elif await _is_available(body.model):
+        steps = _already_present()
     else:
-        steps = _of_ollama(wanted)
+        steps = _pull_from_ollama(body)
     async with aclosing(steps):
         async for step in steps:
             yield step
 
 
-async def _nothing() -> AsyncGenerator[Status]:
+async def _already_present() -> AsyncGenerator[Status]:
     yield {"status": "pulling manifest"}
     yield {"status": "success"}
 
 
-async def _is_here(reference: str) -> bool:
+async def _is_available(reference: str) -> bool:
     if reference.removesuffix(":latest") == tiny.NAME:
         return True
     if not get_settings().mlflow.enabled:
@@ -59,66 +59,66 @@ async def _is_here(reference: str) -> bool:
     return True
 
 
-async def _of_file(path: Path) -> AsyncGenerator[Status]:
+async def _pull_file(path: Path) -> AsyncGenerator[Status]:
     """Named after the file: /models/Qwen3-4B.Q4_K_M.gguf becomes qwen3-4b.q4_k_m."""
     path = await asyncio.to_thread(path.expanduser)
     if not await asyncio.to_thread(path.is_file):
         raise NothingToPull(f"There is no file {path} on the machine of this server.")
-    name = NOT_IN_NAMES.sub("-", path.stem.lower()).strip("-._")[:100]
+    name = INVALID_NAME_CHARACTERS.sub("-", path.stem.lower()).strip("-._")[:100]
     if not name:
         raise CannotCreate(f"{path.name} gives no name for a model.")
-    checked = await ollama_create.checked_file(path, path.name, "")
+    gguf_file = await ollama_create.inspect_gguf(path, path.name, "")
     yield {"status": "pulling manifest"}
-    total = checked.bytes
+    total = gguf_file.bytes
     digest = hashlib.sha256()
     with path.open("rb") as content:
-        passed = 0
+        completed = 0
         while piece := await asyncio.to_thread(content.read, READ_BYTES):
             await asyncio.to_thread(digest.update, piece)
-            passed += len(piece)
-            yield {"status": "verifying sha256 digest", "total": total, "completed": passed}
+            completed += len(piece)
+            yield {"status": "verifying sha256 digest", "total": total, "completed": completed}
     sha256 = digest.hexdigest()
     heading: Status = {"status": f"pulling {sha256[:12]}", "digest": f"sha256:{sha256}", "total": total}
     try:
         await blobs.touch(get_database(), sha256)
     except blobs.BlobNotFound:
-        async for step in _taken(path, sha256, heading):
+        async for step in _store_blob(path, sha256, heading):
             yield step
     yield {**heading, "completed": total}
     yield {"status": "writing manifest"}
     async with registry.connect() as models:
-        file = models_versions.File(checked.name, checked.quantization, sha256, total)
-        await ollama_create.serve(models, name, Made([file], None, "", Manner()))
+        file = models_versions.ModelFile(gguf_file.name, gguf_file.quantization, sha256, total)
+        await ollama_create.register_and_serve(models, name, ModelDraft([file], None, "", ModelDefaults()))
     yield {"status": "success"}
 
 
-async def _taken(path: Path, sha256: str, heading: Status) -> AsyncGenerator[Status]:
+async def _store_blob(path: Path, sha256: str, heading: Status) -> AsyncGenerator[Status]:
     """Each piece of a file that is on its way into storage."""
-    arrived = asyncio.Queue[int | None]()
-    taking = asyncio.ensure_future(blobs.take(get_database(), path, sha256, arrived.put_nowait))
-    taking.add_done_callback(lambda _: arrived.put_nowait(None))
+    progress = asyncio.Queue[int | None]()
+    task = asyncio.ensure_future(blobs.add_file(get_database(), path, sha256, progress.put_nowait))
+    task.add_done_callback(lambda _: progress.put_nowait(None))
     try:
-        while (passed := await arrived.get()) is not None:
-            yield {**heading, "completed": passed}
-        await taking
+        while (completed := await progress.get()) is not None:
+            yield {**heading, "completed": completed}
+        await task
     finally:
-        taking.cancel()
+        task.cancel()
 
 
-async def _of_ollama(wanted: PullRequest) -> AsyncGenerator[Status]:
+async def _pull_from_ollama(body: PullRequest) -> AsyncGenerator[Status]:
     """It pulls for itself; what it has then can be asked here by the same name."""
     url = get_settings().ollama.url
     if url is None:
         raise NothingToPull(
-            f"There is no model '{wanted.model}' here, and no Ollama that could pull it is configured (ollama.url). A "
+            f"There is no model '{body.model}' here, and no Ollama that could pull it is configured (ollama.url). A "
             "GGUF file on the machine of this server is pulled by its path."
         )
     import httpx
     import ollama
 
-    timeout = httpx.Timeout(SILENCE_SECONDS, connect=10)
-    with translated_errors(url):
+    timeout = httpx.Timeout(READ_TIMEOUT_SECONDS, connect=10)
+    with translate_errors(url):
         async with ollama.AsyncClient(host=url, timeout=timeout) as client:
-            steps = await client.pull(wanted.model, insecure=bool(wanted.insecure), stream=True)
+            steps = await client.pull(body.model, insecure=bool(body.insecure), stream=True)
             async for step in steps:
                 yield step.model_dump(exclude_none=True)

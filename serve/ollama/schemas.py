@@ -4,16 +4,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from cluster.times import seconds_of
-from serve.engines.messages import Message, conversation
+from cluster.times import parse_duration
+from serve.engines.messages import Message, to_openai_messages
 from serve.engines.options import Options
 from serve.openai.chat_schemas import ModelReference, Tool
 
 
-def _know_duration(said: float | str | None) -> float | str | None:
-    if said is not None:
-        seconds_of(said)
-    return said
+def _validate_duration(value: float | str | None) -> float | str | None:
+    if value is not None:
+        parse_duration(value)
+    return value
 
 
 KeepAlive = Annotated[
@@ -22,11 +22,11 @@ KeepAlive = Annotated[
         description="How long the model stays in memory afterwards: seconds, or 5m; negative: until its memory is "
         "needed. Null: as in the settings."
     ),
-    AfterValidator(_know_duration),
+    AfterValidator(_validate_duration),
 ]
 
 
-class Asked(BaseModel):
+class BaseRequest(BaseModel):
     """What both have."""
 
     model_config = ConfigDict(extra="forbid")
@@ -44,36 +44,36 @@ class Asked(BaseModel):
     def is_streamed(self) -> bool:
         return self.stream is not False
 
-    def common(self) -> dict[str, Any]:
-        wanted = self.options.for_engine() if self.options else {}
+    def common_fields(self) -> dict[str, Any]:
+        fields = self.options.for_engine() if self.options else {}
         if self.format == "json":
-            wanted["response_format"] = {"type": "json_object"}
+            fields["response_format"] = {"type": "json_object"}
         elif self.format:
-            wanted["response_format"] = {
+            fields["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "answer", "schema": self.format},
             }
         if self.think is not None:
-            wanted["chat_template_kwargs"] = {"enable_thinking": self.think is not False}
+            fields["chat_template_kwargs"] = {"enable_thinking": self.think is not False}
             if isinstance(self.think, str):
-                wanted["reasoning_effort"] = self.think
+                fields["reasoning_effort"] = self.think
         if self.logprobs:
-            wanted |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
-        return wanted
+            fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        return fields
 
 
-class ChatRequest(Asked):
+class ChatRequest(BaseRequest):
     messages: list[Message] = Field(default_factory=list[Message], max_length=10_000)
     tools: list[Tool] | None = Field(default=None, max_length=128)
 
     def for_engine(self) -> dict[str, Any]:
-        wanted = {**self.common(), "messages": conversation(self.messages)}
+        engine_request = {**self.common_fields(), "messages": to_openai_messages(self.messages)}
         if self.tools:
-            wanted["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
-        return wanted
+            engine_request["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return engine_request
 
 
-class GenerateRequest(Asked):
+class GenerateRequest(BaseRequest):
     prompt: str = ""
     system: str | None = None
     raw: bool | None = Field(default=None, description="Go on from the prompt as it is, without the model's template.")
@@ -83,13 +83,13 @@ class GenerateRequest(Asked):
     images: Annotated[list[str] | None, Field(max_length=0)] = None
 
     @model_validator(mode="after")
-    def fit_together(self) -> Self:
+    def validate_combination(self) -> Self:
         if self.raw and self.system:
             raise ValueError("a raw prompt has no system message: write it into the prompt")
         return self
 
     def for_engine(self) -> dict[str, Any]:
         if self.raw:
-            return {**self.common(), "prompt": self.prompt}
+            return {**self.common_fields(), "prompt": self.prompt}
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return {**self.common(), "messages": [*system, {"role": "user", "content": self.prompt}]}
+        return {**self.common_fields(), "messages": [*system, {"role": "user", "content": self.prompt}]}

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request, Response
 
 from serve.engines.protocol import Chunk, Engine
 from serve.http import sse
-from serve.http.disconnect import while_connected
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import OPENAI_ERROR_RESPONSES
-from serve.models.dependencies import engine_of, models_of
-from serve.models.resolver import Meant
+from serve.models.dependencies import get_engine, get_models
+from serve.models.resolver import ResolvedModel
 from serve.openai import choices as openai_choices
 from serve.openai import streaming
 from serve.openai.chat_schemas import ChatCompletion, ChatRequest
@@ -23,49 +23,49 @@ from serve.security.callers import CurrentCaller, owner_of
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses=sse.described("chat.completion.chunk"))
-async def create_chat_completion(request: Request, wanted: ChatRequest, caller: CurrentCaller) -> Any:
+@router.post("/chat/completions", response_model=ChatCompletion, responses=sse.sse_responses("chat.completion.chunk"))
+async def create_chat_completion(request: Request, body: ChatRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events; as OpenAI's clients know it."""
-    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    if wanted.stream:
-        return await _stream(request, wanted, meant)
-    told = await while_connected(request, answer_chat(engine_of(request), meant, wanted))
-    return Response(orjson.dumps(told), media_type="application/json")
+    model = await get_models(request).resolve(body.model, owner_of(caller))
+    if body.stream:
+        return await _stream(request, body, model)
+    completion = await cancel_on_disconnect(request, complete_chat(get_engine(request), model, body))
+    return Response(orjson.dumps(completion), media_type="application/json")
 
 
-async def answer_chat(engine: Engine, meant: Meant, wanted: ChatRequest) -> dict[str, Any]:
+async def complete_chat(engine: Engine, model: ResolvedModel, body: ChatRequest) -> dict[str, Any]:
     """The whole answer."""
-    answers = await openai_choices.complete(engine, meant, _requests(wanted))
-    choices = [{**answer["choices"][0], "index": index} for index, answer in enumerate(answers)]
-    usage = openai_choices.of_one_prompt([answer["usage"] for answer in answers])
-    return {**_heading(wanted.model, "chat.completion"), "choices": choices, "usage": usage}
+    completions = await openai_choices.complete_all(engine, model, _engine_requests(body))
+    choices = [{**completion["choices"][0], "index": index} for index, completion in enumerate(completions)]
+    usage = openai_choices.sum_choice_usage([completion["usage"] for completion in completions])
+    return {**_common_fields(body.model, "chat.completion"), "choices": choices, "usage": usage}
 
 
-def _requests(wanted: ChatRequest) -> list[dict[str, Any]]:
-    return [wanted.for_engine(number) for number in range(wanted.n or 1)]
+def _engine_requests(body: ChatRequest) -> list[dict[str, Any]]:
+    return [body.for_engine(choice_index) for choice_index in range(body.n or 1)]
 
 
-async def _stream(request: Request, wanted: ChatRequest, meant: Meant) -> Response:
-    engine, requests = engine_of(request), _requests(wanted)
+async def _stream(request: Request, body: ChatRequest, model: ResolvedModel) -> Response:
+    engine, requests = get_engine(request), _engine_requests(body)
     if len(requests) == 1:
-        answer = engine.chat(meant.reference, requests[0], meant.source)
+        stream = engine.chat(model.reference, requests[0], model.source)
     else:
-        answer = _with_one_usage(openai_choices.speak(engine, meant, requests))
-    first = await while_connected(request, anext(answer))
-    with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-    heading = _heading(wanted.model, "chat.completion.chunk")
-    return streaming.respond(streaming.rejoined(first, answer), heading, with_usage=with_usage)
+        stream = _with_total_usage(openai_choices.stream_all(engine, model, requests))
+    first = await cancel_on_disconnect(request, anext(stream))
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    common_fields = _common_fields(body.model, "chat.completion.chunk")
+    return streaming.stream_completion(streaming.prepend(first, stream), common_fields, with_usage=with_usage)
 
 
-async def _with_one_usage(answer: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
+async def _with_total_usage(stream: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
     """Several answers, and at last what all of them used."""
     usages: list[dict[str, Any]] = []
-    async with aclosing(answer):
-        async for chunks in answer:
+    async with aclosing(stream):
+        async for chunks in stream:
             usages += [chunk["usage"] for chunk in chunks if "usage" in chunk]
             yield [chunk for chunk in chunks if chunk["choices"]]
-    yield [{"choices": [], "usage": openai_choices.of_one_prompt(usages)}]
+    yield [{"choices": [], "usage": openai_choices.sum_choice_usage(usages)}]
 
 
-def _heading(model: str, kind: str) -> dict[str, Any]:
+def _common_fields(model: str, kind: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}

@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from serve.engines.options import MOST_SEEDS
-from serve.http.schemas import Strict
+from serve.engines.options import SEED_MODULUS
+from serve.http.schemas import StrictModel
 
 ModelReference = Annotated[
     str,
     Field(min_length=1, max_length=400, examples=["homelab:latest"], description="NAME:latest, or NAME:v3 for good."),
 ]
-PASSED_ON = {
+PASSTHROUGH_FIELDS = {
     "temperature",
     "top_p",
     "frequency_penalty",
@@ -26,27 +26,27 @@ PASSED_ON = {
 Grammar = Annotated[
     str, Field(min_length=1, max_length=100_000, description="What an answer may be, as a GBNF grammar of llama.cpp's.")
 ]
-TOKEN_DIGITS = 9
-MOST_ANSWERS = 16
+MAX_TOKEN_DIGITS = 9
+MAX_CHOICES = 16
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(Strict):
+class FunctionCall(StrictModel):
     name: str = Field(min_length=1)
     arguments: str = Field(description="JSON.")
 
 
-class ToolCall(Strict):
+class ToolCall(StrictModel):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class ChatMessage(Strict):
+class ChatMessage(StrictModel):
     """What somebody has said. An answer may be sent back as it came; what OpenAI adds to those must be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -61,7 +61,7 @@ class ChatMessage(Strict):
     annotations: list[Any] | None = Field(default=None, max_length=0)
 
     @model_validator(mode="after")
-    def say_something(self) -> Self:
+    def validate_content(self) -> Self:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError(f"a message of the role {self.role} has content")
         if self.tool_calls and self.role != "assistant":
@@ -71,57 +71,57 @@ class ChatMessage(Strict):
         return self
 
     def for_engine(self) -> dict[str, Any]:
-        said: dict[str, Any] = {
+        message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content,
         }
-        told = self.model_dump(include={"name", "tool_calls", "tool_call_id", "reasoning_content"}, exclude_none=True)
-        return said | told
+        extra = self.model_dump(include={"name", "tool_calls", "tool_call_id", "reasoning_content"}, exclude_none=True)
+        return message | extra
 
 
-class Function(Strict):
+class Function(StrictModel):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict, description="JSON Schema.")
     strict: bool | None = None
 
 
-class Tool(Strict):
+class Tool(StrictModel):
     type: Literal["function"]
     function: Function
 
 
-class ChosenFunction(Strict):
+class ChosenFunction(StrictModel):
     name: str
 
 
-class ChosenTool(Strict):
+class ChosenTool(StrictModel):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class AnyFormat(Strict):
+class PlainFormat(StrictModel):
     type: Literal["text", "json_object"]
 
 
-class NamedSchema(Strict):
+class NamedSchema(StrictModel):
     name: str
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class SchemaFormat(Strict):
+class SchemaFormat(StrictModel):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class ChatRequest(Strict):
+class ChatRequest(StrictModel):
     """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
 
     model: ModelReference
@@ -139,25 +139,25 @@ class ChatRequest(Strict):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    n: int | None = Field(default=None, ge=1, le=MOST_ANSWERS, description="How many answers to give.")
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="How many answers to give.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: AnyFormat | SchemaFormat | None = None
+    response_format: PlainFormat | SchemaFormat | None = None
     grammar: Grammar | None = None
     user: str | None = Field(default=None, description="Not used.")
     metadata: dict[str, str] | None = Field(default=None, description="Not used.")
     store: Literal[False] | None = None
 
     @model_validator(mode="after")
-    def fit_together(self) -> Self:
+    def validate_combination(self) -> Self:
         if isinstance(self.tool_choice, ChosenTool) and not self._chosen_tools():
             raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is not among the tools")
         if self.tool_choice == "required" and not self.tools:
             raise ValueError("tool_choice required needs tools")
-        if not all(token.isdecimal() and len(token) <= TOKEN_DIGITS for token in self.logit_bias or ()):
+        if not all(token.isdecimal() and len(token) <= MAX_TOKEN_DIGITS for token in self.logit_bias or ()):
             raise ValueError("logit_bias is by the numbers of tokens")
         if self.grammar and (self.tools or (self.response_format and self.response_format.type != "text")):
             raise ValueError("grammar, tools and response_format are three ways to say what an answer may be: take one")
@@ -169,25 +169,25 @@ class ChatRequest(Strict):
             raise ValueError("logprobs of a streamed answer that may call tools are not available")
         return self
 
-    def for_engine(self, number: int = 0) -> dict[str, Any]:
+    def for_engine(self, choice_index: int = 0) -> dict[str, Any]:
         """For the answer of this number: with a seed, each is another one, and the same ones every time."""
-        wanted = self.model_dump(include=PASSED_ON, exclude_none=True, by_alias=True)
-        wanted["messages"] = [message.for_engine() for message in self.messages]
-        if longest := self.max_completion_tokens or self.max_tokens:
-            wanted["max_tokens"] = longest
+        engine_request = self.model_dump(include=PASSTHROUGH_FIELDS, exclude_none=True, by_alias=True)
+        engine_request["messages"] = [message.for_engine() for message in self.messages]
+        if max_tokens := self.max_completion_tokens or self.max_tokens:
+            engine_request["max_tokens"] = max_tokens
         if self.stop:
-            wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+            engine_request["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.seed is not None:
-            wanted["seed"] = (self.seed + number) % MOST_SEEDS
+            engine_request["seed"] = (self.seed + choice_index) % SEED_MODULUS
         if self.logit_bias:
-            wanted["logit_bias"] = [[int(token), bias] for token, bias in self.logit_bias.items()]
+            engine_request["logit_bias"] = [[int(token), bias] for token, bias in self.logit_bias.items()]
         if tools := self._chosen_tools():
-            wanted["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
+            engine_request["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
             # llama.cpp knows no names here, but can be made to call the only tool that it is shown.
-            wanted["tool_choice"] = (
+            engine_request["tool_choice"] = (
                 "required" if isinstance(self.tool_choice, ChosenTool) else self.tool_choice or "auto"
             )
-        return wanted
+        return engine_request
 
     def _chosen_tools(self) -> list[Tool]:
         tools = self.tools or []
@@ -196,7 +196,7 @@ class ChatRequest(Strict):
         return [tool for tool in tools if tool.function.name == self.tool_choice.function.name]
 
 
-class AnswerMessage(BaseModel):
+class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     reasoning_content: str | None = None
@@ -205,7 +205,7 @@ class AnswerMessage(BaseModel):
 
 class Choice(BaseModel):
     index: int
-    message: AnswerMessage
+    message: AssistantMessage
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 

@@ -11,14 +11,14 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 
-from serve.engines.options import MOST_SEEDS
+from serve.engines.options import SEED_MODULUS
 from serve.engines.protocol import Chunk, Engine
 from serve.http import sse
-from serve.http.disconnect import while_connected
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import OPENAI_ERROR_RESPONSES
-from serve.http.schemas import Strict
-from serve.models.dependencies import engine_of, models_of
-from serve.models.resolver import Meant
+from serve.http.schemas import StrictModel
+from serve.models.dependencies import get_engine, get_models
+from serve.models.resolver import ResolvedModel
 from serve.openai import choices as openai_choices
 from serve.openai import streaming
 from serve.openai.chat_schemas import Grammar, ModelReference, StreamOptions, Usage
@@ -26,17 +26,17 @@ from serve.security.callers import CurrentCaller, owner_of
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
-MOST_PROMPTS = 128
-DEFAULT_TOKENS = 16
+MAX_PROMPTS = 128
+DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
 
-class CompletionRequest(Strict):
+class CompletionRequest(StrictModel):
     """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
 
     model: ModelReference
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1, description=f"Null: {DEFAULT_TOKENS}.")
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1, description=f"Null: {DEFAULT_MAX_TOKENS}.")
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -54,7 +54,7 @@ class CompletionRequest(Strict):
     user: str | None = Field(default=None, description="Not used.")
 
     @model_validator(mode="after")
-    def fit_together(self) -> Self:
+    def validate_combination(self) -> Self:
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is for answers with stream")
         if self.echo and self.logprobs is not None:
@@ -66,7 +66,7 @@ class CompletionRequest(Strict):
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
     def for_engine(self, prompt: str) -> dict[str, Any]:
-        passed_on = {
+        passthrough_fields = {
             "temperature",
             "top_p",
             "frequency_penalty",
@@ -75,13 +75,13 @@ class CompletionRequest(Strict):
             "suffix",
             "grammar",
         }
-        wanted = self.model_dump(include=passed_on, exclude_none=True)
-        wanted |= {"prompt": prompt, "max_tokens": self.max_tokens or DEFAULT_TOKENS}
+        engine_request = self.model_dump(include=passthrough_fields, exclude_none=True)
+        engine_request |= {"prompt": prompt, "max_tokens": self.max_tokens or DEFAULT_MAX_TOKENS}
         if self.stop:
-            wanted["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+            engine_request["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.seed is not None:
-            wanted["seed"] = self.seed % MOST_SEEDS
-        return wanted
+            engine_request["seed"] = self.seed % SEED_MODULUS
+        return engine_request
 
 
 class Logprobs(BaseModel):
@@ -107,32 +107,34 @@ class Completion(BaseModel):
     usage: Usage
 
 
-@router.post("/completions", response_model=Completion, responses=sse.described("text_completion"))
-async def create_completion(request: Request, wanted: CompletionRequest, caller: CurrentCaller) -> Any:
+@router.post("/completions", response_model=Completion, responses=sse.sse_responses("text_completion"))
+async def create_completion(request: Request, body: CompletionRequest, caller: CurrentCaller) -> Any:
     """Go on from one prompt or several, whole or as server-sent events."""
-    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    if wanted.stream:
-        spoken = _told(wanted, openai_choices.speak(engine_of(request), meant, _requests(wanted)))
-        first = await while_connected(request, anext(spoken))
-        with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-        return streaming.respond(streaming.rejoined(first, spoken), _heading(wanted.model), with_usage=with_usage)
-    told = await while_connected(request, answer_completion(engine_of(request), meant, wanted))
-    return Response(orjson.dumps(told), media_type="application/json")
+    model = await get_models(request).resolve(body.model, owner_of(caller))
+    if body.stream:
+        stream = _to_openai_stream(body, openai_choices.stream_all(get_engine(request), model, _engine_requests(body)))
+        first = await cancel_on_disconnect(request, anext(stream))
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return streaming.stream_completion(
+            streaming.prepend(first, stream), _common_fields(body.model), with_usage=with_usage
+        )
+    completion = await cancel_on_disconnect(request, complete_prompts(get_engine(request), model, body))
+    return Response(orjson.dumps(completion), media_type="application/json")
 
 
-async def answer_completion(engine: Engine, meant: Meant, wanted: CompletionRequest) -> dict[str, Any]:
+async def complete_prompts(engine: Engine, model: ResolvedModel, body: CompletionRequest) -> dict[str, Any]:
     """The whole answer."""
-    answers = await openai_choices.complete(engine, meant, _requests(wanted))
-    choices = [_choice(wanted, index, answer["choices"][0]) for index, answer in enumerate(answers)]
-    usage = openai_choices.of_prompts([answer["usage"] for answer in answers])
-    return {**_heading(wanted.model), "choices": choices, "usage": usage}
+    completions = await openai_choices.complete_all(engine, model, _engine_requests(body))
+    choices = [_choice(body, index, completion["choices"][0]) for index, completion in enumerate(completions)]
+    usage = openai_choices.sum_usage([completion["usage"] for completion in completions])
+    return {**_common_fields(body.model), "choices": choices, "usage": usage}
 
 
-def _requests(wanted: CompletionRequest) -> list[dict[str, Any]]:
-    return [wanted.for_engine(prompt) for prompt in wanted.prompts]
+def _engine_requests(body: CompletionRequest) -> list[dict[str, Any]]:
+    return [body.for_engine(prompt) for prompt in body.prompts]
 
 
-def _heading(model: str) -> dict[str, Any]:
+def _common_fields(model: str) -> dict[str, Any]:
     return {
         "id": f"cmpl-{token_hex(12)}",
         "object": "text_completion",
@@ -141,45 +143,47 @@ def _heading(model: str) -> dict[str, Any]:
     }
 
 
-async def _told(wanted: CompletionRequest, spoken: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
+async def _to_openai_stream(
+    body: CompletionRequest, stream: AsyncGenerator[list[Chunk]]
+) -> AsyncGenerator[list[Chunk]]:
     """A stream as OpenAI has it: perhaps with the prompts, and at last with what all of it used."""
     offsets: dict[int, int] = {}
     usages: list[dict[str, int]] = []
-    async with aclosing(spoken):
-        async for chunks in spoken:
-            told: list[Chunk] = []
+    async with aclosing(stream):
+        async for chunks in stream:
+            converted: list[Chunk] = []
             for chunk in chunks:
                 usages += [chunk["usage"]] if "usage" in chunk else []
                 for choice in chunk["choices"]:
                     index = choice["index"]
                     if index not in offsets:
                         offsets[index] = 0
-                        told += _echo(wanted, index)
-                    told.append({"choices": [{**choice, "logprobs": _logprobs(choice, offsets[index])}]})
+                        converted += _echo_chunk(body, index)
+                    converted.append({"choices": [{**choice, "logprobs": _to_openai_logprobs(choice, offsets[index])}]})
                     offsets[index] += len(choice["text"])
-            yield told
-    yield [{"choices": [], "usage": openai_choices.of_prompts(usages)}]
+            yield converted
+    yield [{"choices": [], "usage": openai_choices.sum_usage(usages)}]
 
 
-def _echo(wanted: CompletionRequest, index: int) -> list[Chunk]:
-    told = {"index": index, "text": wanted.prompts[index], "logprobs": None, "finish_reason": None}
-    return [{"choices": [told]}] if wanted.echo else []
+def _echo_chunk(body: CompletionRequest, index: int) -> list[Chunk]:
+    choice = {"index": index, "text": body.prompts[index], "logprobs": None, "finish_reason": None}
+    return [{"choices": [choice]}] if body.echo else []
 
 
-def _choice(wanted: CompletionRequest, index: int, answered: dict[str, Any]) -> dict[str, Any]:
-    echo = wanted.prompts[index] if wanted.echo else ""
-    return {**answered, "index": index, "text": echo + answered["text"], "logprobs": _logprobs(answered, len(echo))}
+def _choice(body: CompletionRequest, index: int, choice: dict[str, Any]) -> dict[str, Any]:
+    echo = body.prompts[index] if body.echo else ""
+    return {**choice, "index": index, "text": echo + choice["text"], "logprobs": _to_openai_logprobs(choice, len(echo))}
 
 
-def _logprobs(choice: dict[str, Any], offset: int) -> dict[str, Any] | None:
+def _to_openai_logprobs(choice: dict[str, Any], offset: int) -> dict[str, Any] | None:
     """llama.cpp tells them as of a conversation."""
-    told = (choice.get("logprobs") or {}).get("content")
-    if not told:
+    entries = (choice.get("logprobs") or {}).get("content")
+    if not entries:
         return None
-    tokens = [one["token"] for one in told]
+    tokens = [entry["token"] for entry in entries]
     return {
         "tokens": tokens,
-        "token_logprobs": [one["logprob"] for one in told],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in told],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
         "text_offset": [offset, *accumulate(map(len, tokens[:-1]), initial=offset)][1:],
     }

@@ -7,19 +7,19 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from serve.engines.protocol import Engine
-from serve.http.disconnect import while_connected
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import OPENAI_ERROR_RESPONSES
-from serve.http.schemas import Strict
-from serve.models.dependencies import engine_of, models_of
+from serve.http.schemas import StrictModel
+from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Texts, as_base64, embed, texts_of
-from serve.models.resolver import Meant
+from serve.models.resolver import ResolvedModel
 from serve.openai.chat_schemas import ModelReference
 from serve.security.callers import CurrentCaller, owner_of
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(StrictModel):
     model: ModelReference
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
@@ -46,20 +46,22 @@ class Embeddings(BaseModel):
 
 
 @router.post("/embeddings", response_model=Embeddings)
-async def create_embeddings(request: Request, wanted: EmbeddingRequest, caller: CurrentCaller) -> Any:
+async def create_embeddings(request: Request, body: EmbeddingRequest, caller: CurrentCaller) -> Any:
     """Texts as numbers: what is alike in meaning is close by."""
-    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    told = await while_connected(request, answer_embeddings(engine_of(request), meant, wanted))
-    return Response(orjson.dumps(told), media_type="application/json")
+    model = await get_models(request).resolve(body.model, owner_of(caller))
+    response = await cancel_on_disconnect(request, compute_embeddings(get_engine(request), model, body))
+    return Response(orjson.dumps(response), media_type="application/json")
 
 
-async def answer_embeddings(engine: Engine, meant: Meant, wanted: EmbeddingRequest) -> dict[str, Any]:
-    texts = texts_of(wanted.input)
-    found = await embed(engine, meant.reference, texts, meant.source, dimensions=wanted.dimensions)
-    packed = [as_base64(vector) if wanted.encoding_format == "base64" else vector for vector in found.vectors]
+async def compute_embeddings(engine: Engine, model: ResolvedModel, body: EmbeddingRequest) -> dict[str, Any]:
+    texts = texts_of(body.input)
+    result = await embed(engine, model.reference, texts, model.source, dimensions=body.dimensions)
+    encoded = [as_base64(vector) if body.encoding_format == "base64" else vector for vector in result.vectors]
     return {
         "object": "list",
-        "model": wanted.model,
-        "data": [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(packed)],
-        "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
+        "model": body.model,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": embedding} for index, embedding in enumerate(encoded)
+        ],
+        "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
     }

@@ -13,27 +13,27 @@ from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.models import tiny
 from pipelines.training.models.versions import Model
-from serve.engines.protocol import Remote
+from serve.engines.protocol import OllamaModel
 from serve.http.errors import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 from serve.models import fine_tuned_names
-from serve.models.dependencies import models_of
-from serve.models.names import delete, latest_name, newest_name, served_versions
-from serve.models.resolver import folders
+from serve.models.dependencies import get_models
+from serve.models.names import delete_and_unload, latest_name, newest_name, served_versions
+from serve.models.resolver import configured_folders
 from serve.security.callers import CurrentCaller, owner_of
 
 openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
 native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
 router = APIRouter()
 
-OWNER = "forgearr"
-MOST_TUNED = 1000
+DEFAULT_OWNER = "forgearr"
+MAX_FINE_TUNED = 1000
 
 
 class ModelCard(BaseModel):
     id: str = Field(examples=["homelab:latest"])
     object: Literal["model"] = "model"
     created: int = Field(description="Unix time. 0: it comes with Forgearr, or the settings name it.")
-    owned_by: str = OWNER
+    owned_by: str = DEFAULT_OWNER
 
 
 class ModelCards(BaseModel):
@@ -61,11 +61,13 @@ class ModelSummaries(BaseModel):
 @openai.get("/models")
 async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
     """Every name under which a model can be asked; of the fine-tuned ones (ft:…) your own."""
-    models = await models_of(request).all()
-    cards = [card for model in models for card in _cards(model)]
-    named = [_card(name, folder.created_at) for name, folder in folders().items()]
-    remote = [_remote(model) for model in await models_of(request).remote()]
-    return ModelCards(data=[*cards, *named, _tiny(), *await _tuned(models, owner_of(caller)), *remote])
+    models = await get_models(request).list_registered()
+    cards = [card for model in models for card in _model_cards(model)]
+    folder_cards = [_card(name, folder.created_at) for name, folder in configured_folders().items()]
+    remote_cards = [_remote_card(model) for model in await get_models(request).list_remote()]
+    return ModelCards(
+        data=[*cards, *folder_cards, _tiny_card(), *await _fine_tuned_cards(models, owner_of(caller)), *remote_cards]
+    )
 
 
 @openai.get("/models/{model:path}")
@@ -73,10 +75,10 @@ async def show_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelCard:
     """One of them."""
-    meant = await models_of(request).resolve(model, owner_of(caller))
-    if isinstance(meant.source, Remote):
-        return _remote(meant.source)
-    return _tiny() if meant.source is None else _card(model, meant.source.created_at)
+    resolved = await get_models(request).resolve(model, owner_of(caller))
+    if isinstance(resolved.source, OllamaModel):
+        return _remote_card(resolved.source)
+    return _tiny_card() if resolved.source is None else _card(model, resolved.source.created_at)
 
 
 @openai.delete("/models/{model:path}")
@@ -85,7 +87,7 @@ async def delete_model(
 ) -> ModelDeleted:
     """Delete a version (NAME:v3, or ft:…), or a model with all its versions (NAME, NAME:latest): one's own, or any as
     an administrator."""
-    await delete(request, model, caller)
+    await delete_and_unload(request, model, caller)
     return ModelDeleted(id=model)
 
 
@@ -106,31 +108,31 @@ router.include_router(openai)
 router.include_router(native)
 
 
-def _cards(model: Model) -> list[ModelCard]:
+def _model_cards(model: Model) -> list[ModelCard]:
     latest = [_card(latest_name(model.served), model.served.created_at)] if model.served else []
     return latest + [_card(version.reference, version.created_at) for version in model.versions]
 
 
-async def _tuned(models: list[Model], owner: Owner) -> list[ModelCard]:
+async def _fine_tuned_cards(models: list[Model], owner: Owner) -> list[ModelCard]:
     """What has been fine-tuned, the newest first; without what was exported and has been deleted since."""
     versions = {(version.name, version.number) for model in models for version in model.versions}
-    done = fine_tuned_names.trainings(owner).where(Job.state == State.SUCCEEDED)
-    async with get_database().reading() as session:
-        jobs = list(await session.scalars(done.order_by(Job.created_at.desc()).limit(MOST_TUNED)))
+    query = fine_tuned_names.fine_tuning_jobs(owner).where(Job.state == State.SUCCEEDED)
+    async with get_database().read_transaction() as session:
+        jobs = list(await session.scalars(query.order_by(Job.created_at.desc()).limit(MAX_FINE_TUNED)))
     return [
-        _card(fine_tuned_names.name(job), job.finished_at or job.created_at, fine_tuned_names.organization(job))
+        _card(fine_tuned_names.model_name(job), job.finished_at or job.created_at, fine_tuned_names.organization(job))
         for job in jobs
         if (version := fine_tuned_names.version_of(job)) is None or version in versions
     ]
 
 
-def _card(reference: str, created_at: datetime, owner: str = OWNER) -> ModelCard:
+def _card(reference: str, created_at: datetime, owner: str = DEFAULT_OWNER) -> ModelCard:
     return ModelCard(id=reference, created=int(created_at.timestamp()), owned_by=owner)
 
 
-def _remote(model: Remote) -> ModelCard:
+def _remote_card(model: OllamaModel) -> ModelCard:
     return ModelCard(id=model.name, created=int(model.created_at.timestamp()), owned_by="ollama")
 
 
-def _tiny() -> ModelCard:
+def _tiny_card() -> ModelCard:
     return ModelCard(id=tiny.NAME, created=0)

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from serve.http.disconnect import while_connected
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import OPENAI_ERROR_RESPONSES
-from serve.http.schemas import Strict
-from serve.models.dependencies import engine_of, models_of
+from serve.http.schemas import StrictModel
+from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Text
 from serve.openai.chat_schemas import ModelReference
 from serve.openai.embeddings import EmbeddingUsage
@@ -16,13 +16,13 @@ from serve.security.callers import CurrentCaller, owner_of
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
-MOST_DOCUMENTS = 1000
+MAX_DOCUMENTS = 1000
 
 
-class RerankRequest(Strict):
+class RerankRequest(StrictModel):
     model: ModelReference
     query: Text
-    documents: Annotated[list[Text], Field(min_length=1, max_length=MOST_DOCUMENTS)]
+    documents: Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     top_n: int | None = Field(default=None, ge=1, description="How many of the best to tell. Null: all.")
     return_documents: bool | None = Field(default=None, description="Null: false.")
 
@@ -33,7 +33,7 @@ class RankedDocument(BaseModel):
     document: str | None
 
 
-class Reranked(BaseModel):
+class RerankResponse(BaseModel):
     object: Literal["list"] = "list"
     model: str
     results: list[RankedDocument] = Field(description="The best first.")
@@ -41,19 +41,19 @@ class Reranked(BaseModel):
 
 
 @router.post("/rerank")
-async def rerank(request: Request, wanted: RerankRequest, caller: CurrentCaller) -> Reranked:
+async def rerank(request: Request, body: RerankRequest, caller: CurrentCaller) -> RerankResponse:
     """Say how well texts fit a question, by a model that was made for that."""
-    meant = await models_of(request).resolve(wanted.model, owner_of(caller))
-    work = engine_of(request).rank(meant.reference, wanted.query, wanted.documents, meant.source)
-    ranked = await while_connected(request, work)
-    best = sorted(enumerate(ranked.scores), key=lambda one: -one[1])[: wanted.top_n]
+    model = await get_models(request).resolve(body.model, owner_of(caller))
+    awaitable = get_engine(request).rank(model.reference, body.query, body.documents, model.source)
+    ranked = await cancel_on_disconnect(request, awaitable)
+    best = sorted(enumerate(ranked.scores), key=lambda pair: -pair[1])[: body.top_n]
     results = [
         RankedDocument(
             index=index,
             relevance_score=score,
-            document=wanted.documents[index] if wanted.return_documents else None,
+            document=body.documents[index] if body.return_documents else None,
         )
         for index, score in best
     ]
     usage = EmbeddingUsage(prompt_tokens=ranked.tokens, total_tokens=ranked.tokens)
-    return Reranked(model=wanted.model, results=results, usage=usage)
+    return RerankResponse(model=body.model, results=results, usage=usage)

@@ -11,14 +11,16 @@ from cluster.errors import ForgearrError
 from serve.engines.protocol import Chunk
 from serve.http.error_handlers import as_forgearr_error
 from serve.http.errors import OPENAI_PREFIX, error_response
-from serve.http.sse import event, streamed
+from serve.http.sse import event, sse_response
 
 
-def respond(answer: AsyncGenerator[list[Chunk]], heading: dict[str, Any], *, with_usage: bool) -> StreamingResponse:
-    return streamed(_events(answer, {**heading, "usage": None} if with_usage else heading, with_usage))
+def stream_completion(
+    answer: AsyncGenerator[list[Chunk]], heading: dict[str, Any], *, with_usage: bool
+) -> StreamingResponse:
+    return sse_response(_events(answer, {**heading, "usage": None} if with_usage else heading, with_usage))
 
 
-async def rejoined(first: list[Chunk], rest: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
+async def prepend(first: list[Chunk], rest: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
     """An answer whose first words were waited for, because until then an error still has a status."""
     async with aclosing(rest):
         yield first
@@ -43,5 +45,5 @@ async def _events(
     yield event(b"[DONE]")
 
 
-def _usage(chunk: Chunk, wanted: bool) -> Chunk:
-    return {"usage": chunk["usage"]} if wanted and "usage" in chunk else {}
+def _usage(chunk: Chunk, with_usage: bool) -> Chunk:
+    return {"usage": chunk["usage"]} if with_usage and "usage" in chunk else {}

@@ -36,18 +36,18 @@ async def follow_events(poll: Poll = events.poll) -> AsyncGenerator[list[Message
             batch = await poll(cursor)
         except Unavailable as error:
             logger.debug("No live events: %s", error)
-            cursor = events.LOST
+            cursor = events.LOST_CURSOR
             yield []
             await asyncio.sleep(RETRY_SECONDS)
             continue
         cursor = batch.cursor
-        yield [_missed(), *batch.messages] if batch.missed else list(batch.messages)
+        yield [_missed_message(), *batch.messages] if batch.missed else list(batch.messages)
 
 
 async def follow_system() -> AsyncGenerator[list[Message]]:
     """A sample of this machine every two seconds."""
     yield []
-    async for sample in nodes.samples(SAMPLE_SECONDS):
+    async for sample in nodes.stream_metrics(SAMPLE_SECONDS):
         yield [{"rooms": [EVERYBODY], **sample}]
 
 
@@ -60,7 +60,7 @@ async def follow_logs() -> AsyncGenerator[list[Message]]:
         await asyncio.sleep(LOG_SECONDS)
 
 
-def _missed() -> Message:
+def _missed_message() -> Message:
     return {
         "rooms": [EVERYBODY],
         "type": "events.missed",

@@ -14,20 +14,20 @@ from typing import Any, Self
 import orjson
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from serve.security.callers import POLICY_VIOLATION, is_still_welcome
+from serve.security.callers import POLICY_VIOLATION, is_still_authorized
 
 Message = Mapping[str, Any]
 """What a hub passes on: `rooms`, which say to whom, and whatever else the client is to see."""
 Feed = Callable[[], AsyncGenerator[list[Message]]]
-Tell = Callable[[Message], Awaitable[Message]]
-Answer = Callable[[dict[str, Any]], Awaitable[Message]]
+Transform = Callable[[Message], Awaitable[Message]]
+MessageHandler = Callable[[dict[str, Any]], Awaitable[Message]]
 
 EVERYBODY = "*"
-QUEUE_MESSAGES = 256
+MAX_QUEUED_MESSAGES = 256
 SEND_SECONDS = 10.0
 CLOSE_SECONDS = 2.0
 READY_SECONDS = 5.0
-WELCOME_SECONDS = 30.0
+AUTH_CHECK_SECONDS = 30.0
 """How long somebody may go on listening whose key was revoked, or whose account was disabled."""
 TRY_AGAIN_LATER = 1013
 
@@ -41,7 +41,7 @@ class Subscription:
         self.rooms = {*rooms, EVERYBODY}
         self.dropped = False
         self._hub = hub
-        self._queue = asyncio.Queue[Message | None](QUEUE_MESSAGES)
+        self._queue = asyncio.Queue[Message | None](MAX_QUEUED_MESSAGES)
 
     async def __aenter__(self) -> Self:
         """From here on nothing is missed without a message that says so."""
@@ -142,20 +142,22 @@ class Hub:
             subscription.put(message)
 
 
-def refusal(sentence: str) -> Message:
+def error_message(sentence: str) -> Message:
     return {"type": "error", "message": sentence}
 
 
-async def converse(socket: WebSocket, subscription: Subscription, answer: Answer, tell: Tell | None = None) -> None:
+async def serve_socket(
+    socket: WebSocket, subscription: Subscription, on_message: MessageHandler, transform: Transform | None = None
+) -> None:
     """Send what the subscription brings, and answer what the client says, until either of them ends.
 
     With `tell`, the client gets what that makes of the news, instead of the news themselves.
     """
     async with asyncio.TaskGroup() as tasks:
-        sending = tasks.create_task(_send_all(socket, subscription, tell))
-        hearing = tasks.create_task(_hear(socket, subscription, answer))
-        watching = tasks.create_task(_until_unwelcome(socket))
-        together = (sending, hearing, watching)
+        sending = tasks.create_task(_send_all(socket, subscription, transform))
+        receiving = tasks.create_task(_receive_all(socket, subscription, on_message))
+        watching = tasks.create_task(_until_unauthorized(socket))
+        together = (sending, receiving, watching)
         for task in together:
             task.add_done_callback(lambda _: [other.cancel() for other in together])
     if not watching.cancelled():
@@ -172,18 +174,18 @@ async def _close(socket: WebSocket, code: int, reason: str) -> None:
                 await socket.close(code, reason)
 
 
-async def _until_unwelcome(socket: WebSocket) -> None:
+async def _until_unauthorized(socket: WebSocket) -> None:
     while True:
-        await asyncio.sleep(WELCOME_SECONDS)
-        if not await is_still_welcome(socket):
+        await asyncio.sleep(AUTH_CHECK_SECONDS)
+        if not await is_still_authorized(socket):
             return
 
 
-async def _send_all(socket: WebSocket, subscription: Subscription, tell: Tell | None) -> None:
+async def _send_all(socket: WebSocket, subscription: Subscription, transform: Transform | None) -> None:
     try:
         async for message in subscription:
-            if tell and "rooms" in message:
-                message = await tell(message)
+            if transform and "rooms" in message:
+                message = await transform(message)
             shown = {name: value for name, value in message.items() if name != "rooms"}
             text = orjson.dumps(shown, default=str, option=orjson.OPT_UTC_Z).decode()
             async with asyncio.timeout(SEND_SECONDS):
@@ -194,17 +196,17 @@ async def _send_all(socket: WebSocket, subscription: Subscription, tell: Tell | 
         return
 
 
-async def _hear(socket: WebSocket, subscription: Subscription, answer: Answer) -> None:
+async def _receive_all(socket: WebSocket, subscription: Subscription, on_message: MessageHandler) -> None:
     while (frame := await socket.receive())["type"] == "websocket.receive":
         # An answer takes its place in the queue: who asks without reading is dropped like any slow reader.
-        subscription.put(await _answer(frame, answer))
+        subscription.put(await _handle_frame(frame, on_message))
 
 
-async def _answer(frame: Mapping[str, Any], answer: Answer) -> Message:
+async def _handle_frame(frame: Mapping[str, Any], on_message: MessageHandler) -> Message:
     try:
-        said: Any = orjson.loads(frame.get("text") or frame.get("bytes") or b"")
+        message: Any = orjson.loads(frame.get("text") or frame.get("bytes") or b"")
     except orjson.JSONDecodeError:
-        said = None
-    if not isinstance(said, dict):
-        return refusal('A message is a JSON object, such as {"type": "ping"}.')
-    return {"type": "pong"} if said.get("type") == "ping" else await answer(said)
+        message = None
+    if not isinstance(message, dict):
+        return error_message('A message is a JSON object, such as {"type": "ping"}.')
+    return {"type": "pong"} if message.get("type") == "ping" else await on_message(message)

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Depends, Path, WebSocket
 from cluster.db import get_database
 from cluster.errors import Forbidden, NotFound
 from jobs import queue
-from serve.realtime.hub import EVERYBODY, Hub, Message, Subscription, converse, refusal
+from serve.realtime.hub import EVERYBODY, Hub, Message, Subscription, error_message, serve_socket
 from serve.security.callers import Caller, authenticate, owner_of
-from serve.training.sessions import training_now
+from serve.training.sessions import training_status
 
 router = APIRouter()
 
@@ -39,21 +39,21 @@ async def log_lines(socket: WebSocket, caller: SocketCaller) -> None:
 @router.websocket("/ws/training/{training_id}")
 async def training(socket: WebSocket, caller: SocketCaller, training_id: Annotated[str, Path(max_length=40)]) -> None:
     """How a training goes: at once, and whenever it gets further. It is named by its session, or by its job."""
-    await training_now(training_id, caller)  # refuses what there is not
+    await training_status(training_id, caller)  # refuses what there is not
     async with socket.app.state.hub.subscribe([f"training:{training_id}"]) as subscription:
 
-        async def tell(_: Message) -> Message:
-            concerned, status = await training_now(training_id, caller)
-            if unjoined := concerned - subscription.rooms:
-                for room in unjoined:
+        async def current_status(_: Message) -> Message:
+            needed_rooms, status = await training_status(training_id, caller)
+            if missing_rooms := needed_rooms - subscription.rooms:
+                for room in missing_rooms:
                     subscription.join(room)
                 # Of what was said in there just before, nobody has told us.
-                status = (await training_now(training_id, caller))[1]
+                status = (await training_status(training_id, caller))[1]
             return status.model_dump()
 
         await socket.accept()
         subscription.put({"rooms": []})
-        await converse(socket, subscription, _nothing_to_say, tell)
+        await serve_socket(socket, subscription, _refuse_message, current_status)
 
 
 @router.websocket("/ws/{client_id}")
@@ -61,11 +61,11 @@ async def rooms(socket: WebSocket, caller: SocketCaller, client_id: Annotated[st
     """Whatever happens in the rooms that the client joins."""
     async with socket.app.state.hub.subscribe(()) as subscription:
 
-        async def answer(said: dict[str, Any]) -> Message:
-            return await _change_rooms(subscription, caller, said)
+        async def on_message(message: dict[str, Any]) -> Message:
+            return await _change_rooms(subscription, caller, message)
 
         await socket.accept()
-        await converse(socket, subscription, answer)
+        await serve_socket(socket, subscription, on_message)
 
 
 async def may_join(caller: Caller, room: str) -> bool:
@@ -75,30 +75,30 @@ async def may_join(caller: Caller, room: str) -> bool:
     if room in ADMIN_ROOMS:
         return caller.is_admin
     job = JOB_ROOM.fullmatch(room)
-    return job is not None and await _may_see(caller, job[1])
+    return job is not None and await _can_see_job(caller, job[1])
 
 
-async def _change_rooms(subscription: Subscription, caller: Caller, said: dict[str, Any]) -> Message:
-    action, room = said.get("type"), said.get("room")
+async def _change_rooms(subscription: Subscription, caller: Caller, message: dict[str, Any]) -> Message:
+    action, room = message.get("type"), message.get("room")
     if action not in ("join_room", "leave_room"):  # it may be anything, and not everything can be in a set
-        return refusal("A message's type is join_room, leave_room or ping.")
+        return error_message("A message's type is join_room, leave_room or ping.")
     if not isinstance(room, str):
-        return refusal("Name the room: a text under 'room'.")
+        return error_message("Name the room: a text under 'room'.")
     if action == "leave_room":
         if room != EVERYBODY:
             subscription.leave(room)
         return {"type": "room_left", "room": room}
     if len(subscription.rooms) > MAX_ROOMS:
-        return refusal(f"One connection may be in {MAX_ROOMS} rooms.")
+        return error_message(f"One connection may be in {MAX_ROOMS} rooms.")
     if not await may_join(caller, room):
-        return refusal("There is no such room, or it is not open to you.")
+        return error_message("There is no such room, or it is not open to you.")
     subscription.join(room)
     return {"type": "room_joined", "room": room}
 
 
-async def _may_see(caller: Caller, job_id: str) -> bool:
+async def _can_see_job(caller: Caller, job_id: str) -> bool:
     try:
-        async with get_database().reading() as session:
+        async with get_database().read_transaction() as session:
             await queue.get(session, job_id, owner_of(caller))
     except NotFound:
         return False
@@ -108,8 +108,8 @@ async def _may_see(caller: Caller, job_id: str) -> bool:
 async def _listen_only(socket: WebSocket, hub: Hub) -> None:
     async with hub.subscribe(()) as subscription:
         await socket.accept()
-        await converse(socket, subscription, _nothing_to_say)
+        await serve_socket(socket, subscription, _refuse_message)
 
 
-async def _nothing_to_say(said: dict[str, Any]) -> Message:
-    return refusal("This connection only tells; it answers a ping.")
+async def _refuse_message(message: dict[str, Any]) -> Message:
+    return error_message("This connection only tells; it answers a ping.")

@@ -23,8 +23,8 @@ from serve.http.errors import error_response
 
 log = logging.getLogger(__name__)
 
-OUTCOME = "forgearr.caller"
-NOT_NEEDED = "not-needed"
+CALLER_SCOPE_KEY = "forgearr.caller"
+PLACEHOLDER_KEY = "not-needed"
 """What OpenAI's clients, which insist on some key, are told to send to a server that needs none. There it is no key."""
 POLICY_VIOLATION = 1008
 
@@ -44,7 +44,7 @@ class Caller:
         return self.role == "admin"
 
 
-LOCAL = Caller(user_id=None, username="local", role="admin")
+LOCAL_CALLER = Caller(user_id=None, username="local", role="admin")
 
 
 async def authenticate(connection: HTTPConnection) -> Caller:
@@ -57,18 +57,18 @@ async def authenticate(connection: HTTPConnection) -> Caller:
 
 async def find_caller(connection: HTTPConnection) -> Caller | None:
     """The caller, or None where a credential is needed and there is none. A wrong one is an error everywhere."""
-    if OUTCOME not in connection.scope:
+    if CALLER_SCOPE_KEY not in connection.scope:
         try:
-            connection.scope[OUTCOME] = await _identify(connection)
+            connection.scope[CALLER_SCOPE_KEY] = await _identify(connection)
         except ForgearrError as error:
-            connection.scope[OUTCOME] = error
-    outcome = connection.scope[OUTCOME]
+            connection.scope[CALLER_SCOPE_KEY] = error
+    outcome = connection.scope[CALLER_SCOPE_KEY]
     if isinstance(outcome, ForgearrError):
         raise outcome
     return outcome
 
 
-async def is_still_welcome(connection: HTTPConnection) -> bool:
+async def is_still_authorized(connection: HTTPConnection) -> bool:
     """Whether who was let in may stay: a key may be revoked, and an account disabled, in the middle of a conversation.
 
     An access token may run out meanwhile: it says for how long one may begin something.
@@ -77,11 +77,11 @@ async def is_still_welcome(connection: HTTPConnection) -> bool:
     if caller.user_id is None or credential is None:
         return True
     try:
-        async with get_database().reading() as session:
+        async with get_database().read_transaction() as session:
             if credential.startswith(f"{identity.KEY_PREFIX}_"):
-                await identity.user_of_key(session, credential)
+                await identity.user_from_key(session, credential)
             else:
-                await identity.active_user(session, caller.user_id)
+                await identity.get_active_user(session, caller.user_id)
     except (Unauthenticated, AccountDisabled):
         return False
     except SQLAlchemyError as error:
@@ -120,7 +120,7 @@ AdminCaller = Annotated[Caller, Depends(_admin_caller)]
 SocketCaller = Annotated[Caller, Depends(authenticate)]
 
 
-async def refuse(error: ForgearrError, scope: Scope, receive: Receive, send: Send) -> None:
+async def send_error(error: ForgearrError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or a WebSocket handshake, with an error from within a middleware."""
     if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
         return await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message})
@@ -130,14 +130,14 @@ async def refuse(error: ForgearrError, scope: Scope, receive: Receive, send: Sen
 async def _identify(connection: HTTPConnection) -> Caller | None:
     credential = _credential(connection)
     required = get_settings().auth_required
-    if credential is None or (credential == NOT_NEEDED and not required):
-        return None if required else LOCAL
-    async with get_database().reading() as session:
+    if credential is None or (credential == PLACEHOLDER_KEY and not required):
+        return None if required else LOCAL_CALLER
+    async with get_database().read_transaction() as session:
         if not credential.startswith(f"{identity.KEY_PREFIX}_"):
-            user = await identity.user_of_access_token(session, credential)
+            user = await identity.user_from_access_token(session, credential)
             return Caller(user.id, user.username, user.role)
-        user, key = await identity.user_of_key(session, credential)
-    if identity.is_use_due(key):
+        user, key = await identity.user_from_key(session, credential)
+    if identity.should_record_use(key):
         async with get_database().transaction() as session:
             await identity.record_use(session, key)
     return Caller(user.id, user.username, user.role)

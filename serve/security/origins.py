@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import CrossOrigin
 from cluster.settings import LOOPBACK, get_settings
-from serve.security.callers import refuse
+from serve.security.callers import send_error
 
 
 class OriginGuard:
@@ -22,7 +22,7 @@ class OriginGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in {"http", "websocket"} and not get_settings().auth_required and not _is_own_page(scope):
-            return await refuse(CrossOrigin(), scope, receive, send)
+            return await send_error(CrossOrigin(), scope, receive, send)
         await self.app(scope, receive, send)
 
 
@@ -30,7 +30,7 @@ def _is_own_page(scope: Scope) -> bool:
     settings = get_settings().serve
     headers = Headers(scope=scope)
     host = headers.get("host", "").lower()
-    if _name_of(host) not in LOOPBACK | {name.lower() for name in settings.allowed_hosts}:
+    if _host_name(host) not in LOOPBACK | {name.lower() for name in settings.allowed_hosts}:
         return False
     origin = headers.get("origin")
     if origin in settings.allowed_origins:
@@ -41,7 +41,7 @@ def _is_own_page(scope: Scope) -> bool:
     return headers.get("sec-fetch-site", "none") in {"same-origin", "none"}
 
 
-def _name_of(host: str) -> str | None:
+def _host_name(host: str) -> str | None:
     """The name in `name:port` or `[address]:port`; None if it is anything else."""
     match = re.fullmatch(r"\[([0-9a-f:.]+)\](:\d+)?|([a-z0-9._-]+)(:\d+)?", host)
     return match and (match[1] or match[3])

@@ -25,23 +25,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError, RateLimitExceeded
 from cluster.settings import get_settings
-from serve.security.callers import find_caller, refuse
+from serve.security.callers import find_caller, send_error
 
 STORAGE_TIMEOUT_SECONDS = 1.0
 HEALTH_PATHS = ("/health", "/api/health", "/api/v1/health")
-CONFIG = "/api/v1/config"
-OWN_LIMITS = (
+CONFIG_PATH = "/api/v1/config"
+ROUTE_LIMITS = (
     ("content", "POST", ("/api/v1/shows", "/api/v1/movies")),
-    ("audit", "POST", (f"{CONFIG}/audit",)),
-    ("apply", "POST", (f"{CONFIG}/apply", f"{CONFIG}/rollback")),
-    ("recommendations", "GET", (CONFIG,)),
+    ("audit", "POST", (f"{CONFIG_PATH}/audit",)),
+    ("apply", "POST", (f"{CONFIG_PATH}/apply", f"{CONFIG_PATH}/rollback")),
+    ("recommendations", "GET", (CONFIG_PATH,)),
 )
 """Which requests have a limit of their own: its setting, their method, and how their paths begin."""
 
 logger = logging.getLogger(__name__)
 
 
-class RateLimits:
+class RateLimitMiddleware:
     """ASGI middleware: counts each request, refuses those over the limit, and tells every caller where it stands."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -67,7 +67,7 @@ class RateLimits:
             await send(message)
 
         if not allowed:
-            return await refuse(_exceeded(window), scope, receive, send_with_headers)
+            return await send_error(_exceeded(window), scope, receive, send_with_headers)
         await self.app(scope, receive, send_with_headers)
 
 
@@ -137,17 +137,17 @@ async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str
         caller = await find_caller(connection)
     except ForgearrError:
         caller = None  # the route will say so
-    name = _name_of_limit(scope)
+    name = _limit_name(scope)
     limit = _parse(getattr(settings, name))
     if caller is None or caller.user_id is None:
         return limit, (name, client_address(connection))
     return limit, (name, f"user {caller.user_id}")
 
 
-def _name_of_limit(scope: Scope) -> str:
+def _limit_name(scope: Scope) -> str:
     """Under which setting a request falls; those of one name are counted together."""
     path: str = scope["path"].rstrip("/")
-    for name, method, paths in OWN_LIMITS:
+    for name, method, paths in ROUTE_LIMITS:
         if scope.get("method") == method and any(path == known or path.startswith(f"{known}/") for known in paths):
             return name
     return "general"

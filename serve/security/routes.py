@@ -11,12 +11,12 @@ from cluster import identity
 from cluster.db import get_database, now
 from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, Unauthenticated
 from cluster.settings import get_settings
-from cluster.times import GivenTime, UtcTime
-from serve.http.pagination import Page, WantedPage
+from cluster.times import RequestTime, UtcTime
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller, OptionalCaller
 from serve.security.rate_limits import check_login, client_address, count_failed_login
 
-KEY_MAX_DAYS = 3650
+MAX_KEY_DAYS = 3650
 
 router = APIRouter(prefix="/api/v1/auth", tags=["Auth"])
 
@@ -33,30 +33,30 @@ class AccountRequired(Conflict):
     code = "ACCOUNT_REQUIRED"
 
 
-def _email(text: str) -> str:
+def _validate_email(text: str) -> str:
     try:
-        return identity.normal_email(text)
+        return identity.normalize_email(text)
     except ForgearrError as error:
         raise ValueError(error.message) from error
 
 
 # Control characters in a name are a mistake at best, and PostgreSQL cannot store all of them.
 Text = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Email = Annotated[Text, Field(max_length=254, json_schema_extra={"format": "email"}), AfterValidator(_email)]
-Password = Annotated[SecretStr, Field(min_length=identity.PASSWORD_MIN, max_length=identity.PASSWORD_MAX)]
+Email = Annotated[Text, Field(max_length=254, json_schema_extra={"format": "email"}), AfterValidator(_validate_email)]
+Password = Annotated[SecretStr, Field(min_length=identity.MIN_PASSWORD_LENGTH, max_length=identity.MAX_PASSWORD_LENGTH)]
 Token = Annotated[SecretStr, Field(min_length=1, max_length=500)]
 
 
 class Registration(BaseModel):
     email: Email
-    username: Annotated[str, Field(pattern=identity.USERNAME)]
+    username: Annotated[str, Field(pattern=identity.USERNAME_PATTERN)]
     password: Password
     full_name: Text | None = None
 
 
 class Login(BaseModel):
     email: Text
-    password: Annotated[SecretStr, Field(min_length=1, max_length=identity.PASSWORD_MAX)]
+    password: Annotated[SecretStr, Field(min_length=1, max_length=identity.MAX_PASSWORD_LENGTH)]
 
 
 class RefreshTokenBody(BaseModel):
@@ -82,23 +82,23 @@ class Account(BaseModel):
     last_login_at: UtcTime | None
 
 
-class NewKey(BaseModel):
+class ApiKeyRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: Text
-    expires_at: GivenTime | None = Field(None, description="When it expires. Null: never.")
-    expires_in_days: int | None = Field(None, ge=1, le=KEY_MAX_DAYS, description="The same, counted from now.")
+    expires_at: RequestTime | None = Field(None, description="When it expires. Null: never.")
+    expires_in_days: int | None = Field(None, ge=1, le=MAX_KEY_DAYS, description="The same, counted from now.")
 
     @model_validator(mode="after")
-    def refuse_senseless_expiry(self) -> Self:
+    def validate_expiry(self) -> Self:
         if self.expires_at and self.expires_in_days:
             raise ValueError("give expires_at or expires_in_days, not both")
-        if self.expires_at and not now() < self.expires_at <= now() + timedelta(days=KEY_MAX_DAYS):
-            raise ValueError(f"expires_at must lie in the next {KEY_MAX_DAYS} days")
+        if self.expires_at and not now() < self.expires_at <= now() + timedelta(days=MAX_KEY_DAYS):
+            raise ValueError(f"expires_at must lie in the next {MAX_KEY_DAYS} days")
         return self
 
 
-class Key(BaseModel):
+class ApiKeyView(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: str
@@ -109,7 +109,7 @@ class Key(BaseModel):
     expires_at: UtcTime | None
 
 
-class CreatedKey(Key):
+class CreatedApiKey(ApiKeyView):
     key: str = Field(description="The key itself. It is not shown again.")
 
 
@@ -135,9 +135,9 @@ async def login(body: Login, request: Request) -> Tokens:
     """Exchange an email and a password for an access token and a refresh token."""
     address = client_address(request)
     await check_login(body.email, address)
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         user = await identity.find_user(session, body.email)
-    if not await identity.is_password_of(user, body.password.get_secret_value()) or user is None:
+    if not await identity.verify_password(user, body.password.get_secret_value()) or user is None:
         await count_failed_login(body.email, address)
         raise Unauthenticated("The email or the password is wrong.")
     # Again: guesses sent at the same moment all passed the first check, and must not learn which of them was right.
@@ -179,28 +179,28 @@ async def me(caller: CurrentCaller) -> Account:
             created_at=None,
             last_login_at=None,
         )
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return Account.model_validate(await session.get_one(identity.User, caller.user_id))
 
 
 @router.post("/keys", status_code=201)
-async def create_key(body: NewKey, caller: CurrentCaller) -> CreatedKey:
+async def create_key(body: ApiKeyRequest, caller: CurrentCaller) -> CreatedApiKey:
     """Create an API key for your account. It is shown in this answer only."""
     if caller.user_id is None:
         raise AccountRequired()
     expires_at = now() + timedelta(days=body.expires_in_days) if body.expires_in_days else body.expires_at
     async with get_database().transaction() as session:
         key, token = await identity.create_key(session, caller.user_id, body.name, expires_at)
-    return CreatedKey(**Key.model_validate(key).model_dump(), key=token)
+    return CreatedApiKey(**ApiKeyView.model_validate(key).model_dump(), key=token)
 
 
 @router.get("/keys")
-async def list_keys(caller: CurrentCaller, paging: WantedPage) -> Page[Key]:
+async def list_keys(caller: CurrentCaller, paging: PaginationParams) -> Page[ApiKeyView]:
     """Your API keys."""
     if caller.user_id is None:
         return paging.page([], 0)
-    async with get_database().reading() as session:
-        keys = [Key.model_validate(key) for key, _ in await identity.list_keys(session, caller.user_id)]
+    async with get_database().read_transaction() as session:
+        keys = [ApiKeyView.model_validate(key) for key, _ in await identity.list_keys(session, caller.user_id)]
     return paging.page(keys[paging.skip : paging.skip + paging.limit], len(keys))
 
 
@@ -215,7 +215,7 @@ async def revoke_key(key_id: UUID, caller: CurrentCaller) -> None:
 
 def _tokens(user: identity.User, refresh_token: str) -> Tokens:
     return Tokens(
-        access_token=identity.access_token(user),
+        access_token=identity.create_access_token(user),
         refresh_token=refresh_token,
         expires_in=get_settings().auth.access_token_minutes * 60,
     )

@@ -22,10 +22,10 @@ from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/health", tags=["Monitoring"], responses=ERROR_RESPONSES)
 
-FRESH = timedelta(seconds=30)
+MAX_CHECK_AGE = timedelta(seconds=30)
 """A check that is no older is an answer; else the service is asked now."""
 
-Word = Annotated[str, Path(max_length=100, description="Its type, or its name.", examples=["sonarr"])]
+ServiceName = Annotated[str, Path(max_length=100, description="Its type, or its name.", examples=["sonarr"])]
 
 
 class ServiceNotConnected(Unavailable):
@@ -49,18 +49,18 @@ class CircuitView(BaseModel):
 
 
 @router.get("/{service}")
-async def show_service_health(service: Word, caller: CurrentCaller) -> ServiceHealth:
+async def show_service_health(service: ServiceName, caller: CurrentCaller) -> ServiceHealth:
     """How a service is. 503 when it does not work, with the reason in `details`."""
     database = get_database()
-    async with database.reading() as session:
-        found = await service_store.find(session, service)
-        outcome = (await health_checks.last_checks(session)).get(found.id) if found else None
-    if found is None or not found.enabled:
+    async with database.read_transaction() as session:
+        row = await service_store.find(session, service)
+        outcome = (await health_checks.last_checks(session)).get(row.id) if row else None
+    if row is None or not row.enabled:
         raise ServiceNotConnected(f"Service '{service}' is not connected")
-    if outcome is None or now() - outcome.at > FRESH:
-        outcome = await health_checks.check(database, found)
-    async with database.reading() as session:
-        circuit = await session.get(Circuit, found.id)
+    if outcome is None or now() - outcome.at > MAX_CHECK_AGE:
+        outcome = await health_checks.check(database, row)
+    async with database.read_transaction() as session:
+        circuit = await session.get(Circuit, row.id)
     if circuit is None:
         raise ServiceNotFound(f"There is no service named '{service}'.")  # any more
     health = _health(outcome, circuit)
@@ -70,11 +70,11 @@ async def show_service_health(service: Word, caller: CurrentCaller) -> ServiceHe
 
 
 @router.get("/circuit-breaker/{service}")
-async def show_circuit_breaker(service: Word, caller: CurrentCaller) -> CircuitView:
+async def show_circuit_breaker(service: ServiceName, caller: CurrentCaller) -> CircuitView:
     """Whether a service is asked at all: closed, it is; open, it has failed too often; half_open, it is tried again."""
-    async with get_database().reading() as session:
-        found = await service_store.find(session, service)
-        circuit = await session.get(Circuit, found.id) if found else None
+    async with get_database().read_transaction() as session:
+        row = await service_store.find(session, service)
+        circuit = await session.get(Circuit, row.id) if row else None
     if circuit is None:
         raise ServiceNotFound(f"There is no service of type '{service}'.")
     settings = get_settings().services
@@ -87,9 +87,9 @@ async def show_circuit_breaker(service: Word, caller: CurrentCaller) -> CircuitV
     )
 
 
-async def of_all(session: AsyncSession) -> dict[str, ServiceHealth]:
+async def health_by_service(session: AsyncSession) -> dict[str, ServiceHealth]:
     """Every enabled service by its handle, as its last check has found it: nobody is asked now."""
-    services = await service_store.every(session)
+    services = await service_store.list_services(session)
     outcomes = await health_checks.last_checks(session)
     circuits = {circuit.service_id: circuit for circuit in await session.scalars(select(Circuit))}
     return {

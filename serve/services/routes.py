@@ -17,24 +17,24 @@ from cluster.services.connector import Capability
 from cluster.services.health_checks import ServiceCheck
 from cluster.services.store import Service
 from cluster.times import UtcTime
-from pipelines.media.check_services import ask_to_check
+from pipelines.media.check_services import enqueue_check
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/services", tags=["Services"], responses=ERROR_RESPONSES)
 
-ID_MAX = 2**63 - 1
+MAX_ID = 2**63 - 1
 
 
-def _one_line(text: str) -> str:
+def _validate_one_line(text: str) -> str:
     if not text.isprintable() or text != text.strip():
         raise ValueError("must be one line, without spaces around it")
     return text
 
 
-ServiceId = Annotated[int, Path(ge=1, le=ID_MAX)]
-Name = Annotated[str, Field(min_length=1, max_length=100, examples=["Plex"]), AfterValidator(_one_line)]
+ServiceId = Annotated[int, Path(ge=1, le=MAX_ID)]
+Name = Annotated[str, Field(min_length=1, max_length=100, examples=["Plex"]), AfterValidator(_validate_one_line)]
 Type = Annotated[str, Field(min_length=1, max_length=40, description="See /api/services/types.", examples=["plex"])]
 Url = Annotated[str, Field(min_length=1, max_length=2000, examples=["http://192.168.1.100:32400"])]
 ApiKey = Annotated[SecretStr, Field(min_length=1, max_length=2000, description="It is never shown again.")]
@@ -125,10 +125,10 @@ class CheckView(BaseModel):
 
 @router.get("")
 async def list_services(caller: CurrentCaller) -> list[ServiceView]:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         outcomes = await health_checks.last_checks(session)
         circuits = {circuit.service_id: circuit for circuit in await session.scalars(select(Circuit))}
-        services = await service_store.every(session)
+        services = await service_store.list_services(session)
     return [_view(service, outcomes.get(service.id), circuits[service.id]) for service in services]
 
 
@@ -150,19 +150,19 @@ async def list_service_types(caller: CurrentCaller) -> list[ServiceTypeView]:
 
 
 @router.post("", status_code=201)
-async def create_service(wanted: ServiceRequest, caller: AdminCaller) -> ServiceView:
+async def create_service(body: ServiceRequest, caller: AdminCaller) -> ServiceView:
     """Add a service, and have it checked."""
     async with get_database().transaction() as session:
-        service = await service_store.create(session, _columns(wanted), caller.username)
+        service = await service_store.create(session, _columns(body), caller.username)
         if service.enabled:
-            await ask_to_check(session, service.id, owner_of(caller))
-        return await _shown(session, service)
+            await enqueue_check(session, service.id, owner_of(caller))
+        return await _load_view(session, service)
 
 
 @router.get("/{service_id}")
 async def show_service(service_id: ServiceId, caller: CurrentCaller) -> ServiceView:
-    async with get_database().reading() as session:
-        return await _shown(session, await service_store.get(session, service_id))
+    async with get_database().read_transaction() as session:
+        return await _load_view(session, await service_store.get(session, service_id))
 
 
 @router.put("/{service_id}")
@@ -170,11 +170,11 @@ async def change_service(service_id: ServiceId, changes: ServiceChanges, caller:
     """Change what is sent; the rest stays. One that is connected otherwise now is checked again."""
     async with get_database().transaction() as session:
         service = await service_store.get(session, service_id, lock=True)
-        before = service.connected_as_of, service.enabled
+        previous_state = service.connected_as_of, service.enabled
         await service_store.change(session, service, _columns(changes))
-        if service.enabled and (service.connected_as_of, service.enabled) != before:
-            await ask_to_check(session, service.id, owner_of(caller))
-        return await _shown(session, service)
+        if service.enabled and (service.connected_as_of, service.enabled) != previous_state:
+            await enqueue_check(session, service.id, owner_of(caller))
+        return await _load_view(session, service)
 
 
 @router.delete("/{service_id}", status_code=204)
@@ -187,7 +187,7 @@ async def delete_service(service_id: ServiceId, caller: AdminCaller) -> None:
 @router.post("/{service_id}/test")
 async def test_service(service_id: ServiceId, caller: AdminCaller) -> ConnectionTest:
     """Ask a service how it is, right now, with its key and whatever its circuit breaker says."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         service = await service_store.get(session, service_id)
     outcome = await health_checks.check(get_database(), service)
     return ConnectionTest(
@@ -200,24 +200,24 @@ async def test_service(service_id: ServiceId, caller: AdminCaller) -> Connection
 
 
 @router.get("/{service_id}/checks")
-async def list_checks(service_id: ServiceId, caller: CurrentCaller, paging: WantedPage) -> Page[CheckView]:
+async def list_checks(service_id: ServiceId, caller: CurrentCaller, paging: PaginationParams) -> Page[CheckView]:
     """How the service was, the latest check first."""
-    wanted = select(ServiceCheck).where(ServiceCheck.service_id == service_id)
-    async with get_database().reading() as session:
+    query = select(ServiceCheck).where(ServiceCheck.service_id == service_id)
+    async with get_database().read_transaction() as session:
         await service_store.get(session, service_id)
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        rows = await session.scalars(wanted.order_by(ServiceCheck.id.desc()).offset(paging.skip).limit(paging.limit))
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        rows = await session.scalars(query.order_by(ServiceCheck.id.desc()).offset(paging.skip).limit(paging.limit))
         return paging.page([CheckView.model_validate(row, from_attributes=True) for row in rows], total)
 
 
-def _columns(sent: ServiceRequest | ServiceChanges) -> dict[str, object]:
-    values = sent.model_dump(exclude_unset=isinstance(sent, ServiceChanges))
-    if sent.api_key is not None:
-        values["api_key"] = sent.api_key.get_secret_value()
+def _columns(body: ServiceRequest | ServiceChanges) -> dict[str, object]:
+    values = body.model_dump(exclude_unset=isinstance(body, ServiceChanges))
+    if body.api_key is not None:
+        values["api_key"] = body.api_key.get_secret_value()
     return values
 
 
-async def _shown(session: AsyncSession, service: Service) -> ServiceView:
+async def _load_view(session: AsyncSession, service: Service) -> ServiceView:
     outcomes = await health_checks.last_checks(session)
     return _view(service, outcomes.get(service.id), await session.get_one(Circuit, service.id))
 

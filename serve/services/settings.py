@@ -13,7 +13,7 @@ from cluster.services import health_checks
 from cluster.services import store as service_store
 from cluster.services.store import ServiceNotFound
 from pipelines.media.audit import schedule as audit_schedule
-from pipelines.media.check_services import ask_to_check
+from pipelines.media.check_services import enqueue_check
 from serve.http.errors import ERROR_RESPONSES
 from serve.models.names import active_model
 from serve.security.callers import AdminCaller, Caller, CurrentCaller, owner_of
@@ -50,7 +50,7 @@ class SettingsView(BaseModel):
     audit: AuditSettings
 
 
-class Part(BaseModel):
+class PartialUpdate(BaseModel):
     """What is not sent stays as it is; nothing can be null."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -63,17 +63,17 @@ class Part(BaseModel):
         return value
 
 
-class ServerChanges(Part):
+class ServerChanges(PartialUpdate):
     enabled: bool | SkipJsonSchema[None] = None
     url: Url | SkipJsonSchema[None] = None
 
 
-class AuditChanges(Part):
+class AuditChanges(PartialUpdate):
     auto_audit_enabled: bool | SkipJsonSchema[None] = None
     auto_audit_interval_hours: Hours | SkipJsonSchema[None] = None
 
 
-class SettingsChanges(Part):
+class SettingsChanges(PartialUpdate):
     mcp_servers: dict[Annotated[str, Field(min_length=1, max_length=100)], ServerChanges] | SkipJsonSchema[None] = None
     audit: AuditChanges | SkipJsonSchema[None] = None
 
@@ -86,9 +86,9 @@ class SettingsChanged(BaseModel):
 
 @router.get("")
 async def show_settings(caller: CurrentCaller, request: Request) -> SettingsView:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         outcomes = await health_checks.last_checks(session)
-        handles = service_store.handles(await service_store.every(session))
+        handles = service_store.handles(await service_store.list_services(session))
         enabled, hours = await audit_schedule.state(session)
     servers = {
         handle: ServerSettings(
@@ -106,26 +106,26 @@ async def show_settings(caller: CurrentCaller, request: Request) -> SettingsView
 
 
 @router.put("")
-async def change_settings(wanted: SettingsChanges, caller: AdminCaller) -> SettingsChanged:
+async def change_settings(body: SettingsChanges, caller: AdminCaller) -> SettingsChanged:
     """Change what is sent; the rest stays. Either all of it is changed, or nothing."""
-    sent = wanted.model_dump(exclude_unset=True)
-    if not sent:
+    updates = body.model_dump(exclude_unset=True)
+    if not updates:
         raise NothingToChange
     async with get_database().transaction() as session:
-        for word, changes in sent.get("mcp_servers", {}).items():
-            await _change_server(session, word, changes, caller)
-        if wanted.audit is not None and sent["audit"]:
-            asked = wanted.audit.auto_audit_enabled, wanted.audit.auto_audit_interval_hours
-            await audit_schedule.change(session, *asked)
-    return SettingsChanged(message="Settings updated successfully", updated_settings=sent)
+        for name, changes in updates.get("mcp_servers", {}).items():
+            await _change_server(session, name, changes, caller)
+        if body.audit is not None and updates["audit"]:
+            audit_changes = body.audit.auto_audit_enabled, body.audit.auto_audit_interval_hours
+            await audit_schedule.change(session, *audit_changes)
+    return SettingsChanged(message="Settings updated successfully", updated_settings=updates)
 
 
-async def _change_server(session: AsyncSession, word: str, changes: dict[str, Any], caller: Caller) -> None:
-    found = await service_store.find(session, word)
-    if found is None:
-        raise ServiceNotFound(f"There is no service of type '{word}': add one at /api/services.")
-    service = await service_store.get(session, found.id, lock=True)
-    before = service.connected_as_of, service.enabled
+async def _change_server(session: AsyncSession, name: str, changes: dict[str, Any], caller: Caller) -> None:
+    match_ = await service_store.find(session, name)
+    if match_ is None:
+        raise ServiceNotFound(f"There is no service of type '{name}': add one at /api/services.")
+    service = await service_store.get(session, match_.id, lock=True)
+    previous_state = service.connected_as_of, service.enabled
     await service_store.change(session, service, changes)
-    if service.enabled and (service.connected_as_of, service.enabled) != before:
-        await ask_to_check(session, service.id, owner_of(caller))
+    if service.enabled and (service.connected_as_of, service.enabled) != previous_state:
+        await enqueue_check(session, service.id, owner_of(caller))

@@ -9,17 +9,17 @@ from sqlalchemy import func, select
 from cluster.db import get_database
 from cluster.services.connector import Tool
 from cluster.services.errors import ServiceError
-from cluster.services.tools import parameters
+from cluster.services.tools import tool_parameters
 from cluster.times import UtcTime
 from pipelines.tools import calls as tool_calls
-from pipelines.tools.calls import Outcome, ToolCall
+from pipelines.tools.calls import ToolCall, ToolCallOutcome
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/v1/mcp", tags=["Service tools"], responses=ERROR_RESPONSES)
 
-Server = Annotated[str, Path(max_length=100, description="Type or name of a service.", examples=["sabnzbd"])]
+ServerName = Annotated[str, Path(max_length=100, description="Type or name of a service.", examples=["sabnzbd"])]
 
 
 class ToolView(BaseModel):
@@ -56,7 +56,7 @@ class CallView(BaseModel):
     service: str
     tool: str
     arguments: dict[str, Any] = Field(description="Without secrets.")
-    outcome: Outcome = Field(description="Running, long after `at`: everything stopped while it ran.")
+    outcome: ToolCallOutcome = Field(description="Running, long after `at`: everything stopped while it ran.")
     error_code: str | None
     error: str | None
     execution_time_ms: float | None
@@ -65,34 +65,34 @@ class CallView(BaseModel):
 @router.get("/calls")
 async def list_calls(
     caller: AdminCaller,
-    paging: WantedPage,
+    paging: PaginationParams,
     service: Annotated[str | None, Query(max_length=100, description="Name of the service.")] = None,
 ) -> Page[CallView]:
     """The calls of tools, the latest first."""
-    wanted = select(ToolCall) if service is None else select(ToolCall).where(ToolCall.service == service)
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        rows = await session.scalars(wanted.order_by(ToolCall.id.desc()).offset(paging.skip).limit(paging.limit))
+    query = select(ToolCall) if service is None else select(ToolCall).where(ToolCall.service == service)
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        rows = await session.scalars(query.order_by(ToolCall.id.desc()).offset(paging.skip).limit(paging.limit))
         return paging.page([CallView.model_validate(row, from_attributes=True) for row in rows], total)
 
 
 @router.get("/{server}/tools")
-async def list_tools(server: Server, caller: CurrentCaller) -> ToolList:
+async def list_tools(server: ServerName, caller: CurrentCaller) -> ToolList:
     service = await tool_calls.service_with_tools(get_database(), server)
     return ToolList(server=server, tools=[_view(tool) for tool in service.connector.tools])
 
 
 @router.post("/{server}/call")
-async def call_tool(server: Server, wanted: CallRequest, caller: CurrentCaller) -> CallResult:
+async def call_tool(server: ServerName, body: CallRequest, caller: CurrentCaller) -> CallResult:
     """Call a tool. What changes something is for administrators; every call is recorded."""
     try:
-        called = await tool_calls.call(get_database(), server, wanted.tool, wanted.arguments, owner_of(caller))
+        call_result = await tool_calls.call(get_database(), server, body.tool, body.arguments, owner_of(caller))
     except ServiceError as error:
         if error.is_failure:
             error.error = "mcp_connection_error"
         raise
-    return CallResult(result=called.result, execution_time_ms=called.execution_time_ms)
+    return CallResult(result=call_result.result, execution_time_ms=call_result.execution_time_ms)
 
 
 def _view(tool: Tool) -> ToolView:
-    return ToolView(name=tool.name, description=tool.description, effect=tool.effect, parameters=parameters(tool))
+    return ToolView(name=tool.name, description=tool.description, effect=tool.effect, parameters=tool_parameters(tool))

@@ -17,14 +17,14 @@ from cluster.db import get_database
 from cluster.times import UtcTime
 from pipelines.training.data import content as data_content
 from pipelines.training.data import datasets
-from pipelines.training.data.content import Content
-from pipelines.training.data.datasets import NAME, Dataset
-from pipelines.training.data.parsing import lines_of, read
+from pipelines.training.data.content import SampleFile
+from pipelines.training.data.datasets import NAME_PATTERN, Dataset
+from pipelines.training.data.parsing import read_lines, read_samples
 from serve.http.errors import ERROR_RESPONSES
-from serve.http.pagination import Page, WantedPage
-from serve.http.uploads import received
+from serve.http.pagination import Page, PaginationParams
+from serve.http.uploads import receive_body
 from serve.security.callers import CurrentCaller, owner_of
-from serve.training.prompts import JSON_LINES, LINES_ANSWER, LINES_BODY
+from serve.training.prompts import JSON_LINES, JSON_LINES_REQUEST, JSON_LINES_RESPONSES
 
 router = APIRouter(prefix="/api/v1/datasets", tags=["Training"], responses=ERROR_RESPONSES)
 
@@ -50,59 +50,59 @@ class DatasetView(BaseModel):
 @router.post(
     "",
     status_code=201,
-    openapi_extra=LINES_BODY,
+    openapi_extra=JSON_LINES_REQUEST,
 )
 async def create_dataset(
-    request: Request, caller: CurrentCaller, name: Annotated[str, Query(pattern=NAME)]
+    request: Request, caller: CurrentCaller, name: Annotated[str, Query(pattern=NAME_PATTERN)]
 ) -> DatasetView:
     """Upload samples, one per line of JSONL: chat, or preferences. The same content under the same name is the same
     dataset, whose version then may be an older one."""
-    async with received(request, MAX_UPLOAD_BYTES) as body:
-        content = await asyncio.to_thread(_checked, body)
-        kept = await datasets.keep(get_database(), name, content, {"upload": name}, owner_of(caller))
-    return _view(kept)
+    async with receive_body(request, MAX_UPLOAD_BYTES) as body:
+        content = await asyncio.to_thread(_parse_upload, body)
+        dataset = await datasets.store_dataset(get_database(), name, content, {"upload": name}, owner_of(caller))
+    return _view(dataset)
 
 
 @router.get("")
 async def list_datasets(
     caller: CurrentCaller,
-    paging: WantedPage,
+    paging: PaginationParams,
     name: Annotated[Annotated[str, Field(max_length=100)] | SkipJsonSchema[None], Query()] = None,
 ) -> Page[DatasetView]:
     """Datasets, the newest first: your own, or everybody's when you are an administrator."""
-    wanted = datasets.visible_to(owner_of(caller))
+    query = datasets.visible_to(owner_of(caller))
     if name is not None:
-        wanted = wanted.where(Dataset.name == name)
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        newest_first = wanted.order_by(Dataset.created_at.desc(), Dataset.id).offset(paging.skip).limit(paging.limit)
+        query = query.where(Dataset.name == name)
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        newest_first = query.order_by(Dataset.created_at.desc(), Dataset.id).offset(paging.skip).limit(paging.limit)
         return paging.page([_view(dataset) for dataset in await session.scalars(newest_first)], total)
 
 
 @router.get("/{dataset_id}")
 async def show_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> DatasetView:
     """A dataset by its id, or one of yours by its name (the newest version) or NAME:v2."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return _view(await datasets.find(session, dataset_id, owner_of(caller)))
 
 
 @router.get(
     "/{dataset_id}/content",
     response_class=StreamingResponse,
-    responses=LINES_ANSWER,
+    responses=JSON_LINES_RESPONSES,
 )
 async def read_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> StreamingResponse:
     """Its samples as JSONL."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         dataset = await datasets.find(session, dataset_id, owner_of(caller))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="forgearr-dataset-"))
         path = await asyncio.to_thread(datasets.fetch, dataset, Path(folder))
         content = stack.enter_context(path.open("rb"))
-        closing = stack.pop_all()
+        resources = stack.pop_all()
 
     async def chunks() -> AsyncIterator[bytes]:
-        with closing:
+        with resources:
             while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
                 yield chunk
 
@@ -116,10 +116,10 @@ async def delete_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> None:
     await datasets.delete(get_database(), dataset_id, owner_of(caller))
 
 
-def _checked(body: Path) -> Content:
+def _parse_upload(body: Path) -> SampleFile:
     with body.open("rb") as file:
-        samples = read(lines_of(file), "the upload")
-        return data_content.write(samples, body.with_name("samples.jsonl"), "the upload")
+        samples = read_samples(read_lines(file), "the upload")
+        return data_content.write_samples(samples, body.with_name("samples.jsonl"), "the upload")
 
 
 def _view(dataset: Dataset) -> DatasetView:

@@ -17,27 +17,29 @@ from cluster.db import get_database
 from cluster.times import UtcTime
 from pipelines.training.data import prompts
 from pipelines.training.data.messages import Message, Tool, ToolCall
-from pipelines.training.data.parsing import EmptyData, lines_of
-from pipelines.training.data.prompts import ID_MAX, PAGE, Input, Name, Prompt, PromptRequest, Tags
+from pipelines.training.data.parsing import EmptyData, read_lines
+from pipelines.training.data.prompts import MAX_ID, PAGE_SIZE, Input, Name, Prompt, PromptRequest, Tags
 from serve.http.errors import ERROR_RESPONSES, Responses
-from serve.http.pagination import Page, WantedPage
-from serve.http.uploads import received
+from serve.http.pagination import Page, PaginationParams
+from serve.http.uploads import receive_body
 from serve.security.callers import Caller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/training/prompts", tags=["Training"], responses=ERROR_RESPONSES)
 
 MAX_IMPORT_BYTES = 32 * 1024 * 1024
 JSON_LINES = "application/x-ndjson"
-LINES: dict[str, Any] = {"schema": {"type": "string"}}
-LINES_BODY = {"requestBody": {"required": True, "content": {JSON_LINES: LINES, "text/plain": LINES}}}
-LINES_ANSWER: Responses = {200: {"description": "JSON Lines", "content": {JSON_LINES: LINES}}}
+JSON_LINES_CONTENT: dict[str, Any] = {"schema": {"type": "string"}}
+JSON_LINES_REQUEST = {
+    "requestBody": {"required": True, "content": {JSON_LINES: JSON_LINES_CONTENT, "text/plain": JSON_LINES_CONTENT}}
+}
+JSON_LINES_RESPONSES: Responses = {200: {"description": "JSON Lines", "content": {JSON_LINES: JSON_LINES_CONTENT}}}
 
-PromptId = Annotated[int, Path(ge=1, le=ID_MAX)]
-Word = Annotated[str, Field(max_length=100)]
-Category = Annotated[Word | SkipJsonSchema[None], Query()]
-OneTag = Annotated[Word | SkipJsonSchema[None], Query(description="Prompts with this tag.")]
-Search = Annotated[
-    Word | SkipJsonSchema[None],
+PromptId = Annotated[int, Path(ge=1, le=MAX_ID)]
+ShortText = Annotated[str, Field(max_length=100)]
+CategoryFilter = Annotated[ShortText | SkipJsonSchema[None], Query()]
+TagFilter = Annotated[ShortText | SkipJsonSchema[None], Query(description="Prompts with this tag.")]
+SearchFilter = Annotated[
+    ShortText | SkipJsonSchema[None],
     Query(description="Prompts with this in their name, their input or their expected output."),
 ]
 
@@ -74,75 +76,77 @@ class PromptChanges(BaseModel):
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=100)
 
 
-class Imported(BaseModel):
+class ImportResult(BaseModel):
     imported: int
 
 
 @router.get("")
 async def list_prompts(
     caller: CurrentCaller,
-    paging: WantedPage,
-    category: Category = None,
-    tag: OneTag = None,
-    search: Search = None,
+    paging: PaginationParams,
+    category: CategoryFilter = None,
+    tag: TagFilter = None,
+    search: SearchFilter = None,
 ) -> Page[PromptView]:
     """Training prompts by id: your own, or everybody's when you are an administrator."""
-    async with get_database().reading() as session:
-        wanted = _wanted(session, caller, category, tag, search)
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        rows = await session.scalars(wanted.order_by(Prompt.id).offset(paging.skip).limit(paging.limit))
+    async with get_database().read_transaction() as session:
+        query = _filtered_query(session, caller, category, tag, search)
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        rows = await session.scalars(query.order_by(Prompt.id).offset(paging.skip).limit(paging.limit))
         return paging.page([_view(prompt) for prompt in rows], total)
 
 
 @router.post("", status_code=201)
-async def create_prompt(wanted: PromptRequest, caller: CurrentCaller) -> PromptView:
+async def create_prompt(body: PromptRequest, caller: CurrentCaller) -> PromptView:
     async with get_database().transaction() as session:
-        return _view(await prompts.create(session, wanted, owner_of(caller)))
+        return _view(await prompts.create(session, body, owner_of(caller)))
 
 
 @router.post(
     "/import",
     status_code=201,
-    openapi_extra=LINES_BODY,
+    openapi_extra=JSON_LINES_REQUEST,
 )
-async def import_prompts(request: Request, caller: CurrentCaller) -> Imported:
+async def import_prompts(request: Request, caller: CurrentCaller) -> ImportResult:
     """Create many prompts, one per line of JSONL: all of them, or none if a line is not valid."""
-    async with received(request, MAX_IMPORT_BYTES) as body:
-        checked = body.with_name("checked.jsonl")
-        count = await asyncio.to_thread(_check, body, checked)
-        with checked.open("rb") as rows:
+    async with receive_body(request, MAX_IMPORT_BYTES) as body:
+        validated = body.with_name("checked.jsonl")
+        count = await asyncio.to_thread(_validate_upload, body, validated)
+        with validated.open("rb") as rows:
             async with get_database().transaction() as session:
                 await prompts.create_many(session, map(orjson.loads, rows), owner_of(caller))
-    return Imported(imported=count)
+    return ImportResult(imported=count)
 
 
 @router.get(
     "/export",
     response_class=StreamingResponse,
-    responses=LINES_ANSWER,
+    responses=JSON_LINES_RESPONSES,
 )
 async def export_prompts(
-    caller: CurrentCaller, category: Category = None, tag: OneTag = None, search: Search = None
+    caller: CurrentCaller, category: CategoryFilter = None, tag: TagFilter = None, search: SearchFilter = None
 ) -> StreamingResponse:
     """The same prompts as JSONL, as an import takes it."""
 
     async def lines() -> AsyncIterator[bytes]:
-        last = 0
+        last_id = 0
         while True:
-            async with get_database().reading() as session:
-                wanted = _wanted(session, caller, category, tag, search).where(Prompt.id > last)
-                page = list(await session.scalars(wanted.order_by(Prompt.id).limit(PAGE)))
+            async with get_database().read_transaction() as session:
+                query = _filtered_query(session, caller, category, tag, search).where(Prompt.id > last_id)
+                page = list(await session.scalars(query.order_by(Prompt.id).limit(PAGE_SIZE)))
             if not page:
                 return
-            last = page[-1].id
-            yield b"".join(orjson.dumps(prompts.as_request(one), option=orjson.OPT_APPEND_NEWLINE) for one in page)
+            last_id = page[-1].id
+            yield b"".join(
+                orjson.dumps(prompts.to_request(prompt), option=orjson.OPT_APPEND_NEWLINE) for prompt in page
+            )
 
     return StreamingResponse(lines(), media_type=JSON_LINES)
 
 
 @router.get("/{prompt_id}")
 async def show_prompt(prompt_id: PromptId, caller: CurrentCaller) -> PromptView:
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return _view(await prompts.get(session, prompt_id, owner_of(caller)))
 
 
@@ -151,7 +155,7 @@ async def change_prompt(prompt_id: PromptId, changes: PromptChanges, caller: Cur
     """Change what is sent; the rest stays. Datasets made from the prompt before stay as they are."""
     async with get_database().transaction() as session:
         prompt = await prompts.get(session, prompt_id, owner_of(caller), lock=True)
-        await prompts.change(session, prompt, changes.model_dump(exclude_unset=True))
+        await prompts.update_prompt(session, prompt, changes.model_dump(exclude_unset=True))
         return _view(prompt)
 
 
@@ -162,22 +166,22 @@ async def delete_prompt(prompt_id: PromptId, caller: CurrentCaller) -> None:
         await session.delete(await prompts.get(session, prompt_id, owner_of(caller), lock=True))
 
 
-def _wanted(
+def _filtered_query(
     session: AsyncSession, caller: Caller, category: str | None, tag: str | None, search: str | None
 ) -> Select[Prompt]:
     tags = None if tag is None else [tag]
     visible = prompts.visible_to(owner_of(caller), select(Prompt))
-    return prompts.narrowed(session, visible, category=category, tags=tags, search=search)
+    return prompts.filter_prompts(session, visible, category=category, tags=tags, search=search)
 
 
-def _check(body: FilePath, checked: FilePath) -> int:
+def _validate_upload(body: FilePath, validated: FilePath) -> int:
     """Write what is valid by itself into another file: the transaction then has nothing to do but to insert it."""
     count = 0
-    with body.open("rb") as file, checked.open("wb") as rows:
-        for number, line in enumerate(lines_of(file), 1):
+    with body.open("rb") as file, validated.open("wb") as rows:
+        for number, line in enumerate(read_lines(file), 1):
             if line.strip():
-                request = prompts.read_line(line, f"line {number} of the upload")
-                rows.write(orjson.dumps(prompts.columns(request), option=orjson.OPT_APPEND_NEWLINE))
+                prompt = prompts.read_line(line, f"line {number} of the upload")
+                rows.write(orjson.dumps(prompts.to_columns(prompt), option=orjson.OPT_APPEND_NEWLINE))
                 count += 1
     if not count:
         raise EmptyData("There is no prompt in the upload: send one JSON object per line.")
@@ -185,5 +189,5 @@ def _check(body: FilePath, checked: FilePath) -> int:
 
 
 def _view(prompt: Prompt) -> PromptView:
-    told: dict[str, Any] = {name: getattr(prompt, name) for name in PromptView.model_fields}
-    return PromptView.model_validate(told)
+    values: dict[str, Any] = {name: getattr(prompt, name) for name in PromptView.model_fields}
+    return PromptView.model_validate(values)

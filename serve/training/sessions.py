@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
-from cluster import nodes as machines
+from cluster import nodes as cluster_nodes
 from cluster.db import after_commit, get_database, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.times import UtcTime
@@ -23,9 +23,9 @@ from pipelines.training import progress, sessions
 from pipelines.training import workers as training_workers
 from pipelines.training.data import resolution
 from pipelines.training.sessions import TrainingSession
-from pipelines.training.spec import Data, FineTuneSpec, PromptFilter
-from serve.http.errors import ERROR_RESPONSES, REFERENCE
-from serve.http.pagination import Page, WantedPage
+from pipelines.training.spec import DataSource, FineTuneSpec, PromptFilter
+from serve.http.errors import ERROR_RESPONSES, SCHEMA_REFERENCE
+from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import Caller, CurrentCaller, owner_of
 
 router = APIRouter(prefix="/api/training/sessions", tags=["Training"], responses=ERROR_RESPONSES)
@@ -46,7 +46,7 @@ class SessionStarted(Conflict):
     code = "TRAINING_SESSION_STARTED"
 
 
-Config = Annotated[dict[str, Any], WithJsonSchema(sessions.config_schema(REFERENCE))]
+Config = Annotated[dict[str, Any], WithJsonSchema(sessions.config_schema(SCHEMA_REFERENCE))]
 
 
 class SessionRequest(BaseModel):
@@ -68,7 +68,7 @@ class StartRequest(BaseModel):
 
     worker_id: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Null: wherever there is room.")
     prompt_ids: list[int] | None = Field(default=None, min_length=1, max_length=100_000)
-    data: Data | None = Field(default=None, description="What to train on instead of single prompts.")
+    data: DataSource | None = Field(default=None, description="What to train on instead of single prompts.")
 
 
 class SessionView(BaseModel):
@@ -86,31 +86,31 @@ class SessionView(BaseModel):
     updated_at: UtcTime
 
 
-class SessionStatus(progress.Numbers):
+class SessionStatus(progress.TrainingMetrics):
     session_id: str
     status: progress.Status | None = Field(description="Null: not started.")
     error: str | None = None
 
 
 @router.get("")
-async def list_sessions(caller: CurrentCaller, paging: WantedPage) -> Page[SessionView]:
+async def list_sessions(caller: CurrentCaller, paging: PaginationParams) -> Page[SessionView]:
     """Training sessions, the newest first: your own, or everybody's when you are an administrator."""
-    wanted = select(TrainingSession)
+    query = select(TrainingSession)
     if not caller.is_admin:
-        wanted = wanted.where(TrainingSession.owner_id == caller.user_id)
-    async with get_database().reading() as session:
-        total = await session.scalar(select(func.count()).select_from(wanted.subquery())) or 0
-        newest_first = wanted.order_by(TrainingSession.created_at.desc(), TrainingSession.id)
+        query = query.where(TrainingSession.owner_id == caller.user_id)
+    async with get_database().read_transaction() as session:
+        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        newest_first = query.order_by(TrainingSession.created_at.desc(), TrainingSession.id)
         rows = (await session.scalars(newest_first.offset(paging.skip).limit(paging.limit))).all()
         return paging.page(await _views(session, rows), total)
 
 
 @router.post("", status_code=201)
-async def create_session(wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
+async def create_session(body: SessionRequest, caller: CurrentCaller) -> SessionView:
     """Set up a training. Nothing runs until it is started."""
-    sessions.check(wanted.name, wanted.base_model, wanted.config)
+    sessions.validate_config(body.name, body.base_model, body.config)
     owner = owner_of(caller)
-    row = TrainingSession(**wanted.model_dump(), owner_id=owner.id, created_by=owner.name)
+    row = TrainingSession(**body.model_dump(), owner_id=owner.id, created_by=owner.name)
     async with get_database().transaction() as session:
         session.add(row)
         await session.flush()
@@ -119,19 +119,19 @@ async def create_session(wanted: SessionRequest, caller: CurrentCaller) -> Sessi
 
 @router.get("/{session_id}")
 async def show_session(session_id: SessionId, caller: CurrentCaller) -> SessionView:
-    async with get_database().reading() as session:
-        return await _view(session, await find(session, session_id, caller))
+    async with get_database().read_transaction() as session:
+        return await _view(session, await find_session(session, session_id, caller))
 
 
 @router.put("/{session_id}")
-async def change_session(session_id: SessionId, wanted: SessionRequest, caller: CurrentCaller) -> SessionView:
+async def change_session(session_id: SessionId, body: SessionRequest, caller: CurrentCaller) -> SessionView:
     """Set a training up anew, as long as it was not started."""
-    sessions.check(wanted.name, wanted.base_model, wanted.config)
+    sessions.validate_config(body.name, body.base_model, body.config)
     async with get_database().transaction() as session:
-        row = await find(session, session_id, caller, lock=True)
+        row = await find_session(session, session_id, caller, lock=True)
         if row.job_id is not None:
             raise SessionStarted(f"The session was started as {row.job_id}; make a new one for other settings.")
-        for name, value in wanted.model_dump().items():
+        for name, value in body.model_dump().items():
             setattr(row, name, value)
         await session.flush()
         return await _view(session, row)
@@ -141,7 +141,7 @@ async def change_session(session_id: SessionId, wanted: SessionRequest, caller: 
 async def delete_session(session_id: SessionId, caller: CurrentCaller) -> None:
     """Delete a session that does not run. Its job, and what it has made, stay."""
     async with get_database().transaction() as session:
-        row = await find(session, session_id, caller, lock=True)
+        row = await find_session(session, session_id, caller, lock=True)
         job = await session.get(Job, row.job_id) if row.job_id else None
         if job is not None and job.state not in FINISHED:
             raise SessionStarted(f"The session is still {job.state}; cancel it first.")
@@ -149,46 +149,48 @@ async def delete_session(session_id: SessionId, caller: CurrentCaller) -> None:
 
 
 @router.post("/{session_id}/start")
-async def start_session(session_id: SessionId, wanted: StartRequest, caller: CurrentCaller) -> SessionView:
+async def start_session(session_id: SessionId, body: StartRequest, caller: CurrentCaller) -> SessionView:
     """Queue the training, on these prompts and on that worker. A session whose training has ended may start again."""
-    data = wanted.data or (Data(prompts=PromptFilter(ids=wanted.prompt_ids)) if wanted.prompt_ids else None)
-    if data is None or (wanted.data and wanted.prompt_ids):
+    data = body.data or (DataSource(prompts=PromptFilter(ids=body.prompt_ids)) if body.prompt_ids else None)
+    if data is None or (body.data and body.prompt_ids):
         raise InvalidRequest("Say what to train on: prompt_ids, or data with one of dataset, prompts and folder.")
-    async with get_database().reading() as session:
-        await find(session, session_id, caller)
-        unseen = wanted.worker_id is not None and not await training_workers.is_known(session, wanted.worker_id)
-    alive = await asyncio.to_thread(machines.living) if unseen else []
+    async with get_database().read_transaction() as session:
+        await find_session(session, session_id, caller)
+        is_unknown_worker = body.worker_id is not None and not await training_workers.worker_exists(
+            session, body.worker_id
+        )
+    alive = await asyncio.to_thread(cluster_nodes.alive_nodes) if is_unknown_worker else []
     async with get_database().transaction() as session:
-        row = await find(session, session_id, caller, lock=True)
-        before = await session.get(Job, row.job_id) if row.job_id else None
-        if before is not None and before.state not in FINISHED:
-            raise SessionStarted(f"The session is already {before.state}, as {before.id}.")
+        row = await find_session(session, session_id, caller, lock=True)
+        previous_job = await session.get(Job, row.job_id) if row.job_id else None
+        if previous_job is not None and previous_job.state not in FINISHED:
+            raise SessionStarted(f"The session is already {previous_job.state}, as {previous_job.id}.")
         if alive:
-            await training_workers.number(session, alive)
-        labels = await training_workers.labels_of(session, wanted.worker_id) if wanted.worker_id else {}
-        spec = sessions.spec(row.name, row.base_model, row.config, data, labels)
-        await resolution.check(session, data, owner_of(caller), spec.method)
+            await training_workers.register_workers(session, alive)
+        labels = await training_workers.labels_of(session, body.worker_id) if body.worker_id else {}
+        spec = sessions.build_spec(row.name, row.base_model, row.config, data, labels)
+        await resolution.require_usable(session, data, owner_of(caller), spec.method)
         job = await queue.enqueue(
             session, JobRequest(kind="fine_tune", spec=spec.model_dump(mode="json")), owner_of(caller)
         )
-        row.job_id, row.worker_id, row.prompt_ids = job.id, wanted.worker_id, wanted.prompt_ids
+        row.job_id, row.worker_id, row.prompt_ids = job.id, body.worker_id, body.prompt_ids
         await session.flush()
-        news = events.message([f"training:{row.id}"], "training.started", {"job_id": job.id}, now())
-        after_commit(session, lambda: events.publish([news]))
+        started_event = events.build_message([f"training:{row.id}"], "training.started", {"job_id": job.id}, now())
+        after_commit(session, lambda: events.publish([started_event]))
         return await _view(session, row)
 
 
 @router.get("/{session_id}/status")
 async def session_status(session_id: SessionId, caller: CurrentCaller) -> SessionStatus:
-    async with get_database().reading() as session:
-        return await status_of(session, await find(session, session_id, caller))
+    async with get_database().read_transaction() as session:
+        return await status_of(session, await find_session(session, session_id, caller))
 
 
 @router.post("/{session_id}/cancel")
 async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> SessionStatus:
     """Cancel the training: at once when it waits, as soon as it listens when it runs."""
     async with get_database().transaction() as session:
-        row = await find(session, session_id, caller, lock=True)
+        row = await find_session(session, session_id, caller, lock=True)
         if row.job_id is None:
             raise Conflict("The session was not started, so there is nothing to cancel.")
         await queue.cancel(session, await queue.get(session, row.job_id, lock=True))
@@ -196,20 +198,22 @@ async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> Sessio
         return await status_of(session, row)
 
 
-async def training_now(training_id: str, caller: Caller) -> tuple[set[str], SessionStatus]:
+async def training_status(training_id: str, caller: Caller) -> tuple[set[str], SessionStatus]:
     """The rooms and the status of a training that is named by its session, or by its job."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         if not training_id.startswith(JOB_PREFIX):
-            row = await find(session, training_id, caller)
+            row = await find_session(session, training_id, caller)
             return {f"job:{row.job_id}"} if row.job_id else set(), await status_of(session, row)
         job = await queue.get(session, training_id, owner_of(caller))
-        if job.kind not in progress.KINDS:
+        if job.kind not in progress.TRAINING_KINDS:
             raise SessionNotFound(f"{training_id} is a job of the kind '{job.kind}'; it trains nothing.")
-        rooms = {f"job:{job_id}" for job_id in await progress.jobs_of(session, job)}
+        rooms = {f"job:{job_id}" for job_id in await progress.related_job_ids(session, job)}
         return rooms, await _status(session, job, training_id)
 
 
-async def find(session: AsyncSession, session_id: str, caller: Caller, *, lock: bool = False) -> TrainingSession:
+async def find_session(
+    session: AsyncSession, session_id: str, caller: Caller, *, lock: bool = False
+) -> TrainingSession:
     row = await session.get(TrainingSession, session_id, with_for_update=lock)
     if row is None or not (caller.is_admin or row.owner_id == caller.user_id):
         raise SessionNotFound(f"There is no training session '{session_id}'.")
@@ -220,14 +224,14 @@ async def status_of(session: AsyncSession, row: TrainingSession) -> SessionStatu
     job = await session.get(Job, row.job_id) if row.job_id else None
     if job is None:
         epochs = row.config.get("num_epochs", row.config.get("epochs", FineTuneSpec.model_fields["epochs"].default))
-        known = None if row.config.get("max_steps") else math.ceil(epochs)
-        return SessionStatus(session_id=row.id, status=None, total_epochs=known)
+        total_epochs = None if row.config.get("max_steps") else math.ceil(epochs)
+        return SessionStatus(session_id=row.id, status=None, total_epochs=total_epochs)
     return await _status(session, job, row.id)
 
 
-async def _status(session: AsyncSession, job: Job, named: str) -> SessionStatus:
-    found = await progress.of(session, job)
-    return SessionStatus(session_id=named, error=job.error["message"] if job.error else None, **dict(found))
+async def _status(session: AsyncSession, job: Job, training_id: str) -> SessionStatus:
+    current = await progress.get_progress(session, job)
+    return SessionStatus(session_id=training_id, error=job.error["message"] if job.error else None, **dict(current))
 
 
 async def _view(session: AsyncSession, row: TrainingSession) -> SessionView:
@@ -236,6 +240,11 @@ async def _view(session: AsyncSession, row: TrainingSession) -> SessionView:
 
 async def _views(session: AsyncSession, rows: Sequence[TrainingSession]) -> list[SessionView]:
     started = await session.scalars(select(Job).where(Job.id.in_([row.job_id for row in rows if row.job_id])))
-    statuses: dict[str | None, progress.Status] = {job.id: await progress.status(session, job) for job in started.all()}
-    own = set(SessionView.model_fields) - {"status"}
-    return [SessionView(**{name: getattr(row, name) for name in own}, status=statuses.get(row.job_id)) for row in rows]
+    statuses: dict[str | None, progress.Status] = {
+        job.id: await progress.get_status(session, job) for job in started.all()
+    }
+    copied_fields = set(SessionView.model_fields) - {"status"}
+    return [
+        SessionView(**{name: getattr(row, name) for name in copied_fields}, status=statuses.get(row.job_id))
+        for row in rows
+    ]

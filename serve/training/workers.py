@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from cluster import nodes as machines
+from cluster import nodes as cluster_nodes
 from cluster.db import get_database
 from cluster.times import UtcTime
 from pipelines.training import workers as training_workers
@@ -32,10 +32,13 @@ class WorkerView(BaseModel):
 @router.get("")
 async def list_workers(caller: CurrentCaller) -> list[WorkerView]:
     """Every node that is or was part of the cluster. A number stays with its node."""
-    alive = await asyncio.to_thread(machines.living)
-    by_name = {training_workers.name_of(node)[1]: node for node in alive}
+    alive = await asyncio.to_thread(cluster_nodes.alive_nodes)
+    by_name = {training_workers.label_and_name(node)[1]: node for node in alive}
     async with get_database().transaction() as session:
-        return [_view(worker, by_name.get(worker.node)) for worker in await training_workers.number(session, alive)]
+        return [
+            _view(worker, by_name.get(worker.node))
+            for worker in await training_workers.register_workers(session, alive)
+        ]
 
 
 def _view(worker: TrainingWorker, node: dict[str, Any] | None) -> WorkerView:

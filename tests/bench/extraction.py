@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
 from pipelines.guardian.extract_data.pipeline import Limits
-from pipelines.guardian.git.repo import opened_at
+from pipelines.guardian.git.repo import open_folder
 from tests.bench.figures import Figure
 from tests.pipelines.guardian.repos import commit_files, git, new_repository
 
@@ -95,7 +95,7 @@ def _median(values: list[float]) -> float:
 
 def main(repository: Path, out: Path, processes: int) -> None:
     out.mkdir(exist_ok=True)
-    with opened_at(repository) as checkout:
+    with open_folder(repository) as checkout:
         tip = checkout.tip().sha
         done = extract_data_pipeline.extract(checkout, tip, out, out / "cache.sqlite", LIMITS, _unheard, processes)
     told = {

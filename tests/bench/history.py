@@ -37,7 +37,7 @@ async def main(finished: int, waiting: int) -> None:
 
 async def _finished_job() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The columns of some job that succeeded, and those of its events."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         job = (await session.scalars(select(Job).where(Job.kind == "probe", Job.finished_at.is_not(None)))).first()
         assert job is not None, "run a probe first"
         events = (await session.scalars(select(JobEvent).where(JobEvent.job_id == job.id))).all()

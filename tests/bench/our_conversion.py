@@ -17,7 +17,7 @@ def convert(model: str, file: str, outtype: str, scripts: Path) -> float:
         "work": str(Path(file).parent),
     }
     started = time.perf_counter()
-    isolated.run(
+    isolated.run_isolated(
         "pipelines.training.export.convert:convert",
         request,
         report=lambda part, doing: None,

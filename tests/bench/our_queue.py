@@ -85,7 +85,7 @@ async def _run_one(request: JobRequest) -> float:
     async with get_database().transaction() as session:
         job = await queue.enqueue(session, request, owner)
     await _wait_until_succeeded(owner, pause=0.005)
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         began = (await session.get_one(Job, job.id)).result
     return (began - started) * 1000 if isinstance(began, float) else 0.0
 
@@ -93,7 +93,7 @@ async def _run_one(request: JobRequest) -> float:
 async def _wait_until_succeeded(owner: Owner, pause: float) -> None:
     unfinished = select(Job.state).where(Job.owner_id == owner.id, Job.state != State.SUCCEEDED).limit(1)
     while True:
-        async with get_database().reading() as session:
+        async with get_database().read_transaction() as session:
             state = await session.scalar(unfinished)
         if state is None:
             return
@@ -104,7 +104,7 @@ async def _wait_until_succeeded(owner: Owner, pause: float) -> None:
 async def _wait_until_idle() -> None:
     runnable = select(Job.id).where(Job.state.in_([State.QUEUED, State.RUNNING]), Job.priority == -1).limit(1)
     while True:
-        async with get_database().reading() as session:
+        async with get_database().read_transaction() as session:
             if await session.scalar(runnable) is None:
                 return
         await asyncio.sleep(0.1)

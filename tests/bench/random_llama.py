@@ -13,15 +13,15 @@ from pipelines.training.models import tiny
 
 
 def build(folder: Path, width: int, layers: int) -> float:
-    tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model_folder())
     config = LlamaConfig(
-        vocab_size=tiny.VOCABULARY,
+        vocab_size=tiny.VOCABULARY_SIZE,
         hidden_size=width,
         intermediate_size=width * 8 // 3,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
-        max_position_embeddings=tiny.CONTEXT,
+        max_position_embeddings=tiny.CONTEXT_LENGTH,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

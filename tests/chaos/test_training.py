@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from cluster.runtime import embedded
-from cluster.runtime.processes import MARK
+from cluster.runtime.processes import MARKER_VARIABLE
 from cluster.settings import load_settings
 from tests.platform import Platform, running_platform
 from tests.waiting import eventually
@@ -156,7 +156,11 @@ def events(platform: Platform, job_id: str) -> list[dict[str, Any]]:
 
 def another_node(platform: Platform) -> subprocess.Popen[bytes]:
     """A second node of the cluster, on this machine: only it carries the label role=trainer."""
-    environment = {**embedded.environment(load_settings().settings), **platform.environment, MARK: str(platform.home)}
+    environment = {
+        **embedded.environment(load_settings().settings),
+        **platform.environment,
+        MARKER_VARIABLE: str(platform.home),
+    }
     address = f"127.0.0.1:{platform.environment['FORGEARR_RAY__PORT']}"
     command = [sys.executable, "-m", "tests.chaos.node", address, "role", "trainer"]
     with Path(platform.home, "node.log").open("ab") as log:

@@ -9,7 +9,7 @@ from cluster import identity
 from cluster.cli import key, user
 from cluster.db import Database, get_database
 from cluster.errors import ForgearrError
-from cluster.migrations import run_alone
+from cluster.migrations import run_in_own_session
 
 PASSWORD = "correct horse battery"
 
@@ -29,17 +29,17 @@ def run(app: object, *arguments: str, stdin: str = "") -> Result:
 
 
 def find(email: str) -> identity.User:
-    return asyncio.run(run_alone(lambda session: identity.get_user(session, email)))
+    return asyncio.run(run_in_own_session(lambda session: identity.get_user(session, email)))
 
 
 def test_an_account_from_its_beginning_to_its_end() -> None:
     run(user.app, "add", "Ada@example.com", "--admin", "--password-stdin", stdin=f"{PASSWORD}\n")
     ada = find("ada@example.com")
     assert (ada.username, ada.role, ada.is_active) == ("Ada", "admin", True)
-    assert asyncio.run(identity.is_password_of(ada, PASSWORD))
+    assert asyncio.run(identity.verify_password(ada, PASSWORD))
 
     run(user.app, "password", "ada@example.com", stdin="a better one\na better one\n")
-    assert asyncio.run(identity.is_password_of(find("ada@example.com"), "a better one"))
+    assert asyncio.run(identity.verify_password(find("ada@example.com"), "a better one"))
 
     run(user.app, "disable", "ada@example.com")
     listed = run(user.app, "list").output
@@ -60,7 +60,7 @@ def test_what_cannot_be_an_account_is_refused() -> None:
 def test_a_key_from_its_beginning_to_its_end() -> None:
     run(user.app, "add", "ada@example.com", "--password-stdin", stdin=f"{PASSWORD}\n")
     token = run(key.app, "create", "laptop", "--user", "ada@example.com", "--days", "30").stdout.strip()
-    owner, record = asyncio.run(run_alone(lambda session: identity.user_of_key(session, token)))
+    owner, record = asyncio.run(run_in_own_session(lambda session: identity.user_from_key(session, token)))
     assert owner.email == "ada@example.com"
     assert record.expires_at is not None
 

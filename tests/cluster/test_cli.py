@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.runtime import processes, run_state, supervisor
-from cluster.runtime.run_state import Running
+from cluster.runtime.run_state import RunState
 from cluster.settings import get_settings
 from tests.platform import unused_ports
 from tests.waiting import PATIENCE
@@ -29,8 +29,8 @@ def forgearr(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
-def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> Running:
-    run = Running(
+def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> RunState:
+    run = RunState(
         pid=process.pid,
         create_time=process.create_time(),
         version="0.1.0",
@@ -41,7 +41,7 @@ def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> Run
         ray_address="127.0.0.1:16380",
         mlflow_uri=None,
     )
-    run_state.note(run)
+    run_state.save_run(run)
     return run
 
 
@@ -114,15 +114,15 @@ def test_up_twice_says_so(home: Path) -> None:
 
 def test_a_pid_that_was_given_out_again_is_not_ours(home: Path) -> None:
     run = noted_run(psutil.Process())
-    run_state.note(run.model_copy(update={"create_time": run.create_time - 100}))
-    assert run_state.last() is not None
-    assert run_state.current() is None
+    run_state.save_run(run.model_copy(update={"create_time": run.create_time - 100}))
+    assert run_state.last_run() is not None
+    assert run_state.current_run() is None
     assert run_state.current_url() == get_settings().url
 
 
 def test_notes_of_another_version_are_not_trusted(home: Path) -> None:
     (run_state.folder() / "state.json").write_text('{"pid": 1}')
-    assert run_state.last() is None
+    assert run_state.last_run() is None
 
 
 def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pyt
         f"Port {port} is taken by process {os.getpid()} ({psutil.Process().name()}): stop that, or choose another one "
         f"with `forgearr up --set ray.port={port + 10}`.\n"
     )
-    assert run_state.last() is None
+    assert run_state.last_run() is None
 
 
 def test_an_open_door_without_credentials_is_refused(home: Path) -> None:
@@ -151,7 +151,7 @@ def test_down_ends_what_a_killed_supervisor_left_behind(home: Path) -> None:
     get_settings()
     mine = processes.marked_environment()
     orphan = stubborn_process(mine)
-    stranger = stubborn_process({**mine, processes.MARK: f"{home}-of-somebody-else"})
+    stranger = stubborn_process({**mine, processes.MARKER_VARIABLE: f"{home}-of-somebody-else"})
     try:
         told: list[tuple[str, str]] = []
         asyncio.run(supervisor.stop(lambda step, detail: told.append((step, detail))))

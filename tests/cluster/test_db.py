@@ -5,18 +5,18 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InternalError, OperationalError, SQLAlchemyError
 
-from cluster.db import Database, after_commit, before_commit, is_passing
+from cluster.db import Database, after_commit, before_commit, is_transient
 
 pytestmark = pytest.mark.both_databases
 
 
 async def test_a_server_that_is_away_is_an_error_worth_trying_again() -> None:
     database = Database("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
-    for opened in (database.transaction, database.reading):
+    for opened in (database.transaction, database.read_transaction):
         with pytest.raises(OperationalError) as refused:
             async with opened():
                 raise AssertionError("there is nothing to connect to")
-        assert is_passing(refused.value)
+        assert is_transient(refused.value)
     await database.close()
 
 
@@ -26,7 +26,7 @@ async def test_a_value_that_no_database_takes_is_not(database: Database) -> None
         with pytest.raises(SQLAlchemyError) as refused:
             async with database.transaction() as session:
                 await session.execute(text(f"SELECT CAST(:value AS {type_})"), {"value": value})
-        assert not is_passing(refused.value)
+        assert not is_transient(refused.value)
 
 
 @pytest.mark.parametrize("database", ["postgres"], indirect=True)
@@ -36,13 +36,13 @@ async def test_a_driver_that_loses_its_way_is_tried_again(database: Database, mo
     async def lost(*_: object, **__: object) -> None:
         raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
 
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         await session.execute(text("SELECT 1"))
         with monkeypatch.context() as driver:
             driver.setattr(asyncpg.Connection, "prepare", lost)
             with pytest.raises(InternalError) as refused:
                 await session.execute(text("SELECT 2"))
-    assert is_passing(refused.value)
+    assert is_transient(refused.value)
 
 
 async def test_nobody_hears_of_what_was_rolled_back(database: Database) -> None:

@@ -13,7 +13,7 @@ from cluster.cli import app
 from cluster.db import get_database
 from cluster.migrations import migrate
 from cluster.runtime import doctor
-from cluster.runtime.doctor import Finding
+from cluster.runtime.doctor import CheckResult
 from cluster.settings import get_settings
 from tests.platform import unused_ports
 
@@ -25,8 +25,8 @@ def free_ports(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"FORGEARR_{name}", str(port))
 
 
-def findings(subject: str) -> list[Finding]:
-    return [finding for finding in doctor.examine(get_settings()) if finding.subject == subject]
+def findings(subject: str) -> list[CheckResult]:
+    return [finding for finding in doctor.run_checks(get_settings()) if finding.subject == subject]
 
 
 async def set_schema(version: str | None) -> None:
@@ -42,7 +42,7 @@ def test_a_fresh_installation_is_well() -> None:
     assert result.exit_code == 0, result.output
     assert "fail" not in {line.split()[0] for line in result.output.splitlines()}
     assert "SQLite, made by the first `forgearr up`" in result.output
-    subjects = {finding.subject for finding in doctor.examine(get_settings())}
+    subjects = {finding.subject for finding in doctor.run_checks(get_settings())}
     assert {"python", "ray", "mlflow", "home", "disk", "memory", "port"} <= subjects
     assert {"haproxy", "git", "database", "gpu"} <= subjects
 
@@ -113,6 +113,6 @@ def test_a_driver_that_stands_still_is_a_warning(tmp_path: Path, monkeypatch: py
     program.write_text("#!/bin/sh\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(doctor, "COMMAND_TIMEOUT_SECONDS", 0.5)
     [finding] = findings("gpu")
     assert (finding.level, finding.text) == ("warn", "nvidia-smi fails: no answer within 0.5 seconds")

@@ -12,7 +12,7 @@ import pytest
 
 from cluster import actors, events
 from cluster.errors import Unavailable
-from cluster.events import LOST, Cursor, Events, Message
+from cluster.events import LOST_CURSOR, Cursor, Events, Message
 from tests.waiting import PATIENCE
 
 
@@ -58,7 +58,7 @@ async def test_every_reader_gets_everything_in_order() -> None:
         got: list[int] = []
         while len(got) < 2500:
             batch = await actor.poll(cursor, seconds=0)
-            assert 0 < len(batch.messages) <= events.BATCH_MESSAGES
+            assert 0 < len(batch.messages) <= events.MAX_BATCH_MESSAGES
             got, cursor = got + numbers(batch.messages), batch.cursor
         assert got == list(range(2500))
 
@@ -66,14 +66,14 @@ async def test_every_reader_gets_everything_in_order() -> None:
 async def test_a_reader_that_falls_behind_is_told_so_and_goes_on_with_what_is_left() -> None:
     actor = Events()
     cursor = (await actor.poll(None, seconds=0)).cursor
-    await actor.publish([message(number) for number in range(events.KEPT_MESSAGES + 5)])
+    await actor.publish([message(number) for number in range(events.MAX_BUFFERED_MESSAGES + 5)])
     batch = await actor.poll(cursor, seconds=0)
     assert batch.missed
     assert numbers(batch.messages)[0] == 5
     assert not (await actor.poll(batch.cursor, seconds=0)).missed
 
 
-@pytest.mark.parametrize("cursor", [LOST, Cursor("another life", 7)])
+@pytest.mark.parametrize("cursor", [LOST_CURSOR, Cursor("another life", 7)])
 async def test_a_reader_of_an_earlier_life_is_told_that_it_missed_something(cursor: Cursor) -> None:
     actor = Events()
     await actor.publish([message(1)])
@@ -112,12 +112,12 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         )
         yield ray
         ray.shutdown()
-        actors.forget(events.NAME)
+        actors.forget_actor(events.ACTOR_NAME)
 
 
 @pytest.mark.platform
 async def test_the_actor_may_be_killed_and_its_readers_and_writers_go_on(ray_cluster: Any) -> None:
-    options = {"name": events.NAME, "lifetime": "detached", "max_restarts": -1, "max_concurrency": 1000}
+    options = {"name": events.ACTOR_NAME, "lifetime": "detached", "max_restarts": -1, "max_concurrency": 1000}
     actor = ray_cluster.remote(Events).options(num_cpus=0, **options).remote()
     cursor = (await events.poll(None)).cursor
     events.publish([message(1)])

@@ -24,7 +24,7 @@ listen stats
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
 def test_only_the_gateway_is_where_the_setting_says(host: str) -> None:
-    changed = haproxy.rebind(CONFIGURATION, host).splitlines()
+    changed = haproxy.set_bind_addresses(CONFIGURATION, host).splitlines()
     original = CONFIGURATION.splitlines()
     differences = {old.strip(): new.strip() for old, new in zip(original, changed, strict=True) if old != new}
     expected = {"bind :9101": "bind 127.0.0.1:9101", "bind *:8404": "bind 127.0.0.1:8404"}

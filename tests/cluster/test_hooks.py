@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from sqlalchemy import select
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from cluster.settings import get_settings
 from jobs.states import State
 from jobs.tables import Job
@@ -56,10 +56,10 @@ def looks() -> list[Job]:
     """The looks that were asked for."""
 
     async def read(database: Database) -> list[Job]:
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             return list(await session.scalars(select(Job).where(Job.kind == "watch_repo")))
 
-    return asyncio.run(apart(read))
+    return asyncio.run(with_own_database(read))
 
 
 def log_of(folder: Path) -> str:

@@ -40,7 +40,7 @@ async def log_in(database: Database, user: identity.User) -> str:
 
 async def test_an_account_is_found_by_its_email_in_any_spelling(database: Database) -> None:
     user = await add_user(database)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         found = await identity.find_user(session, " Ada@EXAMPLE.com ")
     assert found is not None
     assert (found.id, found.email, found.role, found.is_active) == (user.id, "ada@example.com", "user", True)
@@ -52,7 +52,7 @@ async def test_email_and_username_are_unique(database: Database, email: str, use
     with pytest.raises(identity.AccountExists):
         async with database.transaction() as session:
             await identity.add_user(session, email=email, username=username, password_hash="x")
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(identity.User)) == 1
 
 
@@ -65,7 +65,7 @@ async def test_malformed_accounts_are_refused(database: Database, email: str, us
 
 async def test_only_an_active_admin_counts_as_one(database: Database) -> None:
     async def has_admin() -> bool:
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             return await identity.has_admin(session)
 
     await add_user(database)
@@ -80,9 +80,9 @@ async def test_only_an_active_admin_counts_as_one(database: Database) -> None:
 async def test_a_password_is_kept_as_argon2_only(database: Database) -> None:
     user = await add_user(database)
     assert user.password_hash.startswith("$argon2id$")
-    assert await identity.is_password_of(user, PASSWORD)
-    assert not await identity.is_password_of(user, PASSWORD.upper())
-    assert not await identity.is_password_of(None, PASSWORD)
+    assert await identity.verify_password(user, PASSWORD)
+    assert not await identity.verify_password(user, PASSWORD.upper())
+    assert not await identity.verify_password(None, PASSWORD)
 
 
 async def test_hashing_leaves_the_loop_free(database: Database) -> None:
@@ -102,17 +102,17 @@ async def test_a_password_of_a_bad_length_is_refused(password: str) -> None:
 
 async def test_an_access_token_stands_for_its_user(database: Database) -> None:
     user = await add_user(database, role="admin")
-    token = identity.access_token(user)
+    token = identity.create_access_token(user)
     claims = jwt.decode(token, signing_key(), algorithms=["HS256"])
     assert (claims["sub"], claims["role"], claims["type"]) == (user.id, "admin", "access")
     assert claims["exp"] - claims["iat"] == 3600
-    async with database.reading() as session:
-        assert (await identity.user_of_access_token(session, token)).id == user.id
+    async with database.read_transaction() as session:
+        assert (await identity.user_from_access_token(session, token)).id == user.id
 
 
 async def test_an_access_token_must_be_whole_ours_and_unexpired(database: Database) -> None:
     user = await add_user(database)
-    good = jwt.decode(identity.access_token(user), signing_key(), algorithms=["HS256"])
+    good = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"])
     bad = [
         "nonsense",
         jwt.encode(good, "another key, also of 32 characters", algorithm="HS256"),
@@ -122,24 +122,24 @@ async def test_an_access_token_must_be_whole_ours_and_unexpired(database: Databa
         jwt.encode(good | {"sub": "nobody"}, signing_key(), algorithm="HS256"),
         jwt.encode({name: good[name] for name in good if name != "exp"}, signing_key(), algorithm="HS256"),
     ]
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         for token in bad:
             with pytest.raises(Unauthenticated):
-                await identity.user_of_access_token(session, token)
+                await identity.user_from_access_token(session, token)
 
 
 async def test_disabling_an_account_ends_every_credential_at_once(database: Database) -> None:
     user = await add_user(database)
-    access, refresh = identity.access_token(user), await log_in(database, user)
+    access, refresh = identity.create_access_token(user), await log_in(database, user)
     async with database.transaction() as session:
         _, key = await identity.create_key(session, user.id, "laptop")
         await identity.set_active(session, await identity.get_user(session, user.email), False)
     assert await rotate(database, refresh) is None
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         with pytest.raises(AccountDisabled):
-            await identity.user_of_access_token(session, access)
+            await identity.user_from_access_token(session, access)
         with pytest.raises(AccountDisabled):
-            await identity.user_of_key(session, key)
+            await identity.user_from_key(session, key)
 
 
 async def test_a_new_password_ends_the_logins_of_the_old_one(database: Database) -> None:
@@ -148,9 +148,9 @@ async def test_a_new_password_ends_the_logins_of_the_old_one(database: Database)
     password_hash = await identity.hash_password("another password")
     async with database.transaction() as session:
         await identity.set_password(session, await identity.get_user(session, user.email), password_hash)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         user = await identity.get_user(session, user.email)
-    assert await identity.is_password_of(user, "another password")
+    assert await identity.verify_password(user, "another password")
     assert await rotate(database, refresh) is None
 
 
@@ -181,7 +181,7 @@ async def test_an_expired_refresh_token_is_refused_and_swept_at_the_next_login(d
         await session.execute(update(identity.RefreshToken).values(expires_at=now() - timedelta(seconds=1)))
     assert await rotate(database, token) is None
     await log_in(database, user)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.get(identity.RefreshToken, token_hash(token)) is None
         found = await identity.get_user(session, user.email)
     assert found.last_login_at is not None
@@ -205,24 +205,24 @@ async def test_an_api_key_is_kept_as_a_hash_and_known_by_its_first_characters(da
     assert token.startswith(key.prefix)
     assert len(key.prefix) == len("fgr_") + 8
     assert token not in str(vars(key))
-    async with database.reading() as session:
-        owner, found = await identity.user_of_key(session, token)
+    async with database.read_transaction() as session:
+        owner, found = await identity.user_from_key(session, token)
         assert (owner.id, found.name) == (user.id, "laptop")
         with pytest.raises(Unauthenticated):
-            await identity.user_of_key(session, token + "x")
+            await identity.user_from_key(session, token + "x")
 
 
 async def test_an_api_key_expires(database: Database) -> None:
     user = await add_user(database)
     async with database.transaction() as session:
         _, token = await identity.create_key(session, user.id, "laptop", now() + timedelta(days=1))
-    async with database.reading() as session:
-        await identity.user_of_key(session, token)
+    async with database.read_transaction() as session:
+        await identity.user_from_key(session, token)
     async with database.transaction() as session:
         await session.execute(update(identity.ApiKey).values(expires_at=now() - timedelta(seconds=1)))
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         with pytest.raises(Unauthenticated, match="expired"):
-            await identity.user_of_key(session, token)
+            await identity.user_from_key(session, token)
 
 
 async def test_a_key_is_revoked_by_its_owner_only(database: Database) -> None:
@@ -234,26 +234,26 @@ async def test_a_key_is_revoked_by_its_owner_only(database: Database) -> None:
             await identity.revoke_key(session, key.id, bob.id)
     async with database.transaction() as session:
         await identity.revoke_key(session, key.id, ada.id)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await identity.list_keys(session) == []
         with pytest.raises(Unauthenticated):
-            await identity.user_of_key(session, token)
+            await identity.user_from_key(session, token)
 
 
 async def test_the_use_of_a_key_is_recorded_once_a_minute(database: Database) -> None:
     user = await add_user(database)
     async with database.transaction() as session:
         key, token = await identity.create_key(session, user.id, "laptop")
-    assert identity.is_use_due(key)
+    assert identity.should_record_use(key)
 
     async def use() -> identity.ApiKey:
         async with database.transaction() as session:
             await identity.record_use(session, key)
-        async with database.reading() as session:
-            return (await identity.user_of_key(session, token))[1]
+        async with database.read_transaction() as session:
+            return (await identity.user_from_key(session, token))[1]
 
     first = await use()
-    assert not identity.is_use_due(first)
+    assert not identity.should_record_use(first)
     assert (await use()).last_used_at == first.last_used_at
     async with database.transaction() as session:
         await session.execute(update(identity.ApiKey).values(last_used_at=now() - timedelta(minutes=2)))

@@ -34,7 +34,7 @@ def restored_logging(home: Path) -> Iterator[None]:
     """Each test configures logging for the whole process: put back what pytest had."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
-    quiet = {name: logging.getLogger(name).level for name in logs.CHATTY}
+    quiet = {name: logging.getLogger(name).level for name in logs.NOISY_LOGGERS}
     root.handlers[:] = []
     yield
     for handler in root.handlers:
@@ -180,7 +180,7 @@ def test_all_components_are_read_as_one_story() -> None:
         file.write('{"timestamp": "half a li')
 
     def read(count: int, component: str | None = None, level: str | None = None) -> list[str]:
-        return [line["message"] for line in logs.recent(count, logs.wanted(component, level))]
+        return [line["message"] for line in logs.recent(count, logs.line_filter(component, level))]
 
     assert read(10) == ["one", "two", "three", "four"]
     assert read(2) == ["three", "four"]
@@ -191,13 +191,13 @@ def test_all_components_are_read_as_one_story() -> None:
 def test_lines_longer_than_a_block_are_read_whole() -> None:
     long = "y" * (2 * logs.BLOCK_BYTES + 17)
     write("gateway", ("01", "INFO", "short"), ("02", "INFO", long), ("03", "INFO", "end"))
-    found = logs.recent(3, logs.wanted(None, None))
+    found = logs.recent(3, logs.line_filter(None, None))
     assert [line["message"] for line in found] == ["short", long, "end"]
 
 
 def test_new_lines_are_followed_even_when_the_file_is_set_aside() -> None:
     write("gateway", ("01", "INFO", "old"))
-    story = logs.follow(logs.wanted(None, None))
+    story = logs.follow(logs.line_filter(None, None))
     write("gateway", ("02", "INFO", "second"))
     assert next(story)["message"] == "second"
     path = logs.folder() / "gateway.jsonl"

@@ -66,7 +66,7 @@ async def test_an_older_schema_migrates_and_keeps_its_rows(
     (newer_code / "versions" / "next.py").write_text(NEXT_MIGRATION.format(head=head()))
     monkeypatch.setattr(migrations, "FOLDER", newer_code)
     await migrate()
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(text("SELECT count(*) FROM users WHERE nickname IS NULL")) == 1
         assert [key.name for key, _ in await identity.list_keys(session)] == ["laptop"]
     with pytest.raises(IntegrityError):

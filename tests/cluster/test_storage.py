@@ -27,7 +27,7 @@ def root(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyP
     url = f"memory://{home}" if request.param == "bucket" else str(home / "shared")
     monkeypatch.setenv("FORGEARR_STORAGE__URL", url)
     get_settings.cache_clear()
-    storage._root.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    storage._filesystem_and_root.cache_clear()  # pyright: ignore[reportPrivateUsage]
     return url
 
 
@@ -35,7 +35,7 @@ def test_a_stream_is_written_and_read(root: str) -> None:
     address = storage.write(BytesIO(CONTENT), NAME)
     assert address == storage.address(NAME)
     assert (storage.read(address), storage.size(address)) == (CONTENT, len(CONTENT))
-    with storage.opened(address) as file:
+    with storage.open_file(address) as file:
         assert file.read(3) == CONTENT[:3]
     storage.write(BytesIO(b"another"), NAME)
     assert storage.read(address) == b"another"

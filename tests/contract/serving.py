@@ -34,5 +34,5 @@ async def serving(app: FastAPI | None = None) -> AsyncGenerator[str]:
 
 async def let_go(engine: LocalEngine[Any]) -> None:
     """Give back the memory and the threads of all that it holds."""
-    for held in engine.held:
+    for held in engine.loaded_models:
         await engine.unload(held.reference)

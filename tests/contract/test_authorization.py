@@ -34,7 +34,7 @@ from pipelines.training.sessions import TrainingSession
 from serve.app import create_app
 from serve.openai.batches.store import Batch
 from serve.openai.responses import store as response_store
-from serve.openai.responses.events import Telling
+from serve.openai.responses.events import ResponseStream
 from serve.openai.responses.request import ResponseRequest
 
 PASSWORD = "correct horse battery"
@@ -149,7 +149,7 @@ class Household:
         return self.keys[name], self.bearer(name)
 
     def bearer(self, name: str) -> Headers:
-        return {"Authorization": f"Bearer {identity.access_token(self.users[name])}"}
+        return {"Authorization": f"Bearer {identity.create_access_token(self.users[name])}"}
 
     async def log_in(self, name: str) -> dict[str, str]:
         login = {"email": f"{name}@example.com", "password": PASSWORD}
@@ -258,7 +258,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
             schedule = await schedules.create(session, request, owner)
             said = feedback_store.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
-            given, _ = await feedback_store.give(session, said, owner)
+            given, _ = await feedback_store.save(session, said, owner)
             prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), owner)
             upload = file_uploads.begin(
                 session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, owner=owner
@@ -269,12 +269,14 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             await session.flush()
             key, _ = await identity.create_key(session, household.users["owner"].id, "owner's second")
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
-        told = Telling("resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").repeated())
+        told = ResponseStream(
+            "resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").request_fields()
+        )
         told.end()
-        await response_store.keep(database, told.response, [], owner)
-        content = data_content.write(resolution.shipped(), tmp_path / "content.jsonl", "test")
-        dataset = await datasets.keep(database, "owners", content, {}, owner)
-        file = await file_store.keep(database, BytesIO(b"x"), filename="a.txt", purpose="batch", owner=owner)
+        await response_store.store(database, told.response, [], owner)
+        content = data_content.write_samples(resolution.demo_samples(), tmp_path / "content.jsonl", "test")
+        dataset = await datasets.store_dataset(database, "owners", content, {}, owner)
+        file = await file_store.create_file(database, BytesIO(b"x"), filename="a.txt", purpose="batch", owner=owner)
         about = {"endpoint": "/v1/embeddings", "labels": {}, "owner_id": owner.id, "created_by": "owner"}
         batch = Batch(id="batch_1", job_id=job.id, input_file_id=file.id, expires_at=now(), **about)
         async with database.transaction() as session:
@@ -457,7 +459,7 @@ def having(statuses: Statuses, *wanted: int) -> set[str]:
 async def wrong_credential(sort: str, household: Household, database: Database) -> Headers:
     """A credential that is not good, although its account is."""
     user = household.users["owner"]
-    claims = jwt.decode(identity.access_token(user), signing_key(), algorithms=["HS256"])
+    claims = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"])
     match sort:
         case "wrong key":
             return {"X-API-Key": "fgr_" + "x" * 43}

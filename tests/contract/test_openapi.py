@@ -19,7 +19,7 @@ from cluster import identity
 from cluster.db import Database, now
 from cluster.settings import get_settings
 from jobs import journal, queue
-from jobs.journal import Entry
+from jobs.journal import JournalEntry
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.data import prompts
@@ -40,7 +40,11 @@ async def stocked(database: Database, shelf: Shelf) -> Database:
         log = {"level": "INFO", "message": "one step"}
         told = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes.", "tags": ["home"]}
         await prompts.create(session, prompts.PromptRequest.model_validate(told))
-        entries = [Entry(job.id, "running", {"worker": "w"}), Entry(job.id, "log", log), Entry(job.id, "succeeded")]
+        entries = [
+            JournalEntry(job.id, "running", {"worker": "w"}),
+            JournalEntry(job.id, "log", log),
+            JournalEntry(job.id, "succeeded"),
+        ]
         journal.record(session, entries)
         ended = {"started_at": now(), "finished_at": now(), "phase": "step 1 of 1", "progress": 100.0}
         done = update(Job).where(Job.id == job.id).values(state=State.SUCCEEDED, result={"payload": "✓"}, **ended)
@@ -48,7 +52,7 @@ async def stocked(database: Database, shelf: Shelf) -> Database:
         learn = {"data": {"dataset": "demo/homelab"}}
         training = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=learn))
         numbers = {"step": 3, "epoch": 0.5, "loss": 2.5, "learning_rate": 2e-4, "memory_mb": 512.0}
-        journal.record(session, [Entry(training.id, "progress", {"metrics": numbers})])
+        journal.record(session, [JournalEntry(training.id, "progress", {"metrics": numbers})])
         told = {"name": "House v1", "base_model": "forgearr/tiny", "config": {"num_epochs": 2}, "created_by": "local"}
         session.add_all([TrainingSession(**told), TrainingSession(**told, job_id=training.id)])
     return database
@@ -92,7 +96,7 @@ async def test_a_server_that_needs_one(stocked: Database, configure: Callable[..
             session, email="admin@example.com", username="admin", password_hash=password_hash, role="admin"
         )
     # Not an API key: it would be found, and revoked, in the course of this.
-    token = identity.access_token(admin)
+    token = identity.create_access_token(admin)
     async with serving() as address:
         header = f"Authorization: Bearer {token}"
         await check(f"http://{address}/api/v1/openapi.json", "--phases", "coverage", "--header", header)

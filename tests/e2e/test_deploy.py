@@ -44,7 +44,7 @@ def name(home: Path, platform: Platform, tmp_path: Path) -> str:
             shelf = Shelf(mlflow, tmp_path)
             for number, text in enumerate((FIRST, SECOND), 1):
                 await shelf.register(write_parrot(tmp_path / f"{number}.gguf", text).read_bytes())
-                await shelf.registry.judge(shelf.name, number, True)
+                await shelf.registry.set_validation(shelf.name, number, True)
             return shelf.name
 
     platform.wait_for_mlflow()

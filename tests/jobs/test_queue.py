@@ -13,9 +13,9 @@ from cluster.db import Database, now
 from cluster.errors import Forbidden
 from cluster.ownership import Owner
 from jobs import journal, leases, queue, wait_reasons
-from jobs.dispatch.capacity import Room
-from jobs.journal import Entry
-from jobs.leases import Claim, LeadershipLost, Write
+from jobs.dispatch.capacity import ClusterCapacity
+from jobs.journal import JournalEntry
+from jobs.leases import Claim, GuardedWrite, LeadershipLost
 from jobs.queue import IdempotencyConflict, JobNotFound, JobRequest, JobStateConflict, UnknownDependency
 from jobs.registry import InvalidSpec, UnknownKind
 from jobs.retry_policy import Failure
@@ -33,7 +33,7 @@ class Bench:
 
     def __init__(self, database: Database, slots: int = 8) -> None:
         self.database = database
-        self.room = Room(slots)
+        self.room = ClusterCapacity(slots)
         self.room.add("worker-1")
         self.token = ""
 
@@ -43,26 +43,28 @@ class Bench:
         self.token = token or self.token
         return token
 
-    async def submit(self, owner: Owner = ownership.LOCAL, key: str | None = None, **request: Any) -> Job:
+    async def submit(self, owner: Owner = ownership.LOCAL_OWNER, key: str | None = None, **request: Any) -> Job:
         wanted = JobRequest.model_validate({"kind": "probe", **request})
         async with self.database.transaction() as session:
             return await queue.enqueue(session, wanted, owner, idempotency_key=key)
 
     async def claim(self) -> list[Claim]:
         async with self.database.transaction() as session:
-            return await leases.claim(session, self.token, self.room)
+            return await leases.claim_jobs(session, self.token, self.room)
 
     async def write(self, claim: Claim, values: dict[str, Any], *entries: tuple[str, dict[str, Any]]) -> bool:
         """Whether the write was taken."""
-        write = Write(claim.job_id, claim.token, values, [Entry(claim.job_id, *entry) for entry in entries])
+        write = GuardedWrite(
+            claim.job_id, claim.token, values, [JournalEntry(claim.job_id, *entry) for entry in entries]
+        )
         async with self.database.transaction() as session:
-            lost = await leases.write(session, [write])
+            lost = await leases.apply_writes(session, [write])
         if values.get("state"):
             self.room.release(claim.worker, claim.job_id)
         return not lost
 
     async def job(self, job_id: str) -> Job:
-        async with self.database.reading() as session:
+        async with self.database.read_transaction() as session:
             return await session.get_one(Job, job_id)
 
     async def do(self, action: Any, job_id: str) -> None:
@@ -82,12 +84,12 @@ async def test_a_job_goes_from_queued_to_succeeded(bench: Bench) -> None:
     assert (job.state, job.attempt, job.progress) == (State.QUEUED, 0, 0.0)
     (claim,) = await bench.claim()
     assert (claim.job_id, claim.attempt, claim.spec["payload"]) == (job.id, 1, {"deep": [1, None]})
-    assert await bench.write(claim, leases.succeeded({"answer": 42}), ("succeeded", {}))
+    assert await bench.write(claim, leases.succeeded_values({"answer": 42}), ("succeeded", {}))
     done = await bench.job(job.id)
     assert (done.state, done.result, done.progress, done.worker) == (State.SUCCEEDED, {"answer": 42}, 100.0, None)
     assert done.started_at is not None
     assert done.finished_at is not None
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         assert [event.type for event in await journal.read(session, job.id)] == ["queued", "running", "succeeded"]
 
 
@@ -96,7 +98,7 @@ async def test_a_rolled_back_request_leaves_no_job(bench: Bench) -> None:
         async with bench.database.transaction() as session:
             await queue.enqueue(session, JobRequest(kind="probe"))
             _ = 1 / 0
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Job)) == 0
         assert await session.scalar(select(func.count()).select_from(JobEvent)) == 0
 
@@ -144,7 +146,7 @@ async def test_a_key_told_at_once_by_many_makes_one_job(bench: Bench) -> None:
 
 async def test_nobody_sees_the_job_of_another(bench: Bench) -> None:
     job = await bench.submit(ALICE)
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         assert (await queue.get(session, job.id, ALICE)).id == job.id
         with pytest.raises(JobNotFound):
             await queue.get(session, job.id, BOB)
@@ -155,28 +157,28 @@ async def test_a_worker_given_up_for_dead_is_not_heard(bench: Bench) -> None:
     (frozen,) = await bench.claim()
     async with bench.database.transaction() as session:
         await session.execute(update(Job).values(lease_expires_at=now() - timedelta(seconds=1)))
-        assert await leases.release_lost(session) == [(job.id, "worker-1")]
+        assert await leases.release_lost_jobs(session) == [(job.id, "worker-1")]
     bench.room.release("worker-1", job.id)
     (replacement,) = await bench.claim()
     assert replacement.attempt == 1  # being lost does not use an attempt up
-    assert not await bench.write(frozen, leases.succeeded("from the grave"), ("succeeded", {}))
-    assert await bench.write(replacement, leases.succeeded("alive"), ("succeeded", {}))
-    assert not await bench.write(frozen, leases.succeeded("from the grave"), ("succeeded", {}))
+    assert not await bench.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
+    assert await bench.write(replacement, leases.succeeded_values("alive"), ("succeeded", {}))
+    assert not await bench.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
     assert (await bench.job(job.id)).result == "alive"
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         types = [event.type for event in await journal.read(session, job.id)]
     assert types.count("succeeded") == 1
 
 
 async def test_a_job_that_keeps_losing_its_worker_fails(bench: Bench) -> None:
     job = await bench.submit()
-    bench.room.see_cluster({"CPU": 1.0}, [{"Resources": {"CPU": 1.0}, "Labels": {}}])
+    bench.room.update_cluster({"CPU": 1.0}, [{"Resources": {"CPU": 1.0}, "Labels": {}}])
     workers: list[str] = []
     for _ in range(3):
         (claim,) = await bench.claim()
         workers.append(claim.worker)
         async with bench.database.transaction() as session:
-            await leases.release_lost(session, worker=claim.worker)
+            await leases.release_lost_jobs(session, worker=claim.worker)
         bench.room.release(claim.worker, job.id)
     assert workers[:2] == ["worker-1", "worker-1"]
     assert workers[2].startswith("heavy-")  # the last time, nobody else was there to blame
@@ -189,11 +191,11 @@ async def test_a_retryable_failure_waits_and_goes_on_from_its_checkpoint(bench: 
     job = await bench.submit()
     (claim,) = await bench.claim()
     assert await bench.write(claim, {"checkpoint": {"step": 3}}, ("checkpoint", {}))
-    values = leases.failed(Failure("flaky", "Try again.", 0.0), claim.attempt, claim.max_attempts)
+    values = leases.failure_values(Failure("flaky", "Try again.", 0.0), claim.attempt, claim.max_attempts)
     assert await bench.write(claim, values, ("queued", {}))
     (again,) = await bench.claim()
     assert (again.attempt, again.checkpoint, again.token != claim.token) == (2, {"step": 3}, True)
-    assert await bench.write(again, leases.failed(Failure("bad", "No use.", None), 2, 3), ("failed", {}))
+    assert await bench.write(again, leases.failure_values(Failure("bad", "No use.", None), 2, 3), ("failed", {}))
     done = await bench.job(job.id)
     assert (done.state, done.error) == (State.FAILED, {"code": "bad", "message": "No use."})
 
@@ -204,13 +206,13 @@ async def test_dependencies_are_waited_for_and_their_failure_is_passed_on(bench:
     third = await bench.submit(depends_on=[second.id, first.id])
     (claim,) = await bench.claim()
     assert claim.job_id == first.id
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         reasons = await wait_reasons.reasons(session, [await session.get_one(Job, job.id) for job in (second, third)])
     assert reasons[second.id] == f"{first.id} to succeed"
-    await bench.write(claim, leases.succeeded(None), ("succeeded", {}))
+    await bench.write(claim, leases.succeeded_values(None), ("succeeded", {}))
     (claim,) = await bench.claim()
     assert claim.job_id == second.id
-    await bench.write(claim, leases.failed(Failure("bad", "Broken."), 1, 1), ("failed", {}))
+    await bench.write(claim, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
     doomed = await bench.job(third.id)
     assert (doomed.state, doomed.error) == (
         State.FAILED,
@@ -241,7 +243,7 @@ async def test_cancel_reaches_children_and_dependents(bench: Bench) -> None:
     assert (running.state, running.control) == (State.RUNNING, "cancel")
     async with bench.database.transaction() as session:
         assert await leases.renew(session, [claim.token, "another"]) == {claim.token: "cancel"}
-    assert await bench.write(claim, leases.cancelled(), ("cancelled", {}))
+    assert await bench.write(claim, leases.cancelled_values(), ("cancelled", {}))
     with pytest.raises(JobStateConflict, match="been cancelled"):
         await bench.do(queue.cancel, parent.id)
 
@@ -255,7 +257,7 @@ async def test_a_parked_parent_goes_on_when_its_children_have_finished(bench: Be
     bench.room.release(claim.worker, parent.id)
     (of_child,) = await bench.claim()
     assert of_child.job_id == child.id
-    await bench.write(of_child, leases.succeeded("part"), ("succeeded", {}))
+    await bench.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
     (again,) = await bench.claim()
     assert (again.job_id, again.attempt) == (parent.id, 1)
     async with bench.database.transaction() as session:
@@ -263,7 +265,7 @@ async def test_a_parked_parent_goes_on_when_its_children_have_finished(bench: Be
         assert await leases.park(session, parent.id, again.token, [sheep.id])
     bench.room.release(again.worker, parent.id)
     (of_sheep,) = await bench.claim()
-    await bench.write(of_sheep, leases.failed(Failure("bad", "Broken."), 1, 1), ("failed", {}))
+    await bench.write(of_sheep, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
     error = {"code": "child_failed", "message": f"Its child 'black sheep' ({sheep.id}) failed: Broken."}
     assert (await bench.job(parent.id)).error == error
 
@@ -276,7 +278,7 @@ async def test_pause_and_resume(bench: Bench) -> None:
     (claim,) = await bench.claim()
     await bench.do(queue.pause, job.id)
     assert (await bench.job(job.id)).control == "pause"
-    await bench.write(claim, leases.paused(), ("paused", {}))
+    await bench.write(claim, leases.paused_values(), ("paused", {}))
     paused = await bench.job(job.id)
     assert (paused.state, paused.control, paused.worker) == (State.PAUSED, None, None)
     await bench.do(queue.resume, job.id)
@@ -297,8 +299,8 @@ async def test_a_pause_reaches_the_whole_family(bench: Bench) -> None:
         waits = await queue.enqueue_child(session, runs, "waits", "probe", {})
         done = await queue.enqueue_child(session, runs, "done", "probe", {})
     (of_waits, of_done) = await bench.claim()
-    assert await bench.write(of_done, leases.succeeded(1), ("succeeded", {}))
-    await bench.write(of_waits, leases.failed(Failure("flaky", "Again.", 3600.0), 1, 3), ("queued", {}))
+    assert await bench.write(of_done, leases.succeeded_values(1), ("succeeded", {}))
+    await bench.write(of_waits, leases.failure_values(Failure("flaky", "Again.", 3600.0), 1, 3), ("queued", {}))
 
     await bench.do(queue.pause, parent.id)
     family = [await bench.job(one.id) for one in (parent, runs, waits, done)]
@@ -308,7 +310,7 @@ async def test_a_pause_reaches_the_whole_family(bench: Bench) -> None:
     async with bench.database.transaction() as session:
         late = await queue.enqueue_child(session, await session.get_one(Job, runs.id), "late", "probe", {})
     assert (await bench.job(late.id)).state == State.PAUSED
-    await bench.write(of_child, leases.paused(), ("paused", {}))
+    await bench.write(of_child, leases.paused_values(), ("paused", {}))
     assert await bench.claim() == []
     await bench.do(queue.pause, parent.id)  # once more changes nothing
 
@@ -336,7 +338,7 @@ async def test_a_family_that_has_not_paused_yet_hears_that_it_need_not(bench: Be
 
     # A child that ends although its family is paused is not waited for when that goes on.
     await bench.do(queue.pause, parent.id)
-    assert await bench.write(first, leases.succeeded(1), ("succeeded", {}))
+    assert await bench.write(first, leases.succeeded_values(1), ("succeeded", {}))
     await bench.do(queue.cancel, parent.id)
     assert (await bench.job(parent.id)).state == State.CANCELLED
     with pytest.raises(JobStateConflict, match="has already been cancelled"):
@@ -347,14 +349,14 @@ async def test_what_is_asked_while_an_outcome_is_written_is_not_lost(bench: Benc
     job = await bench.submit()
     (claim,) = await bench.claim()
     await bench.do(queue.cancel, job.id)  # the worker has not heard of it yet, and fails
-    assert await bench.write(claim, leases.failed(Failure("flaky", "Again.", 0.0), 1, 3), ("queued", {}))
+    assert await bench.write(claim, leases.failure_values(Failure("flaky", "Again.", 0.0), 1, 3), ("queued", {}))
     assert (await bench.job(job.id)).state == State.CANCELLED
 
     job = await bench.submit()
     (claim,) = await bench.claim()
     await bench.do(queue.pause, job.id)
     await bench.do(queue.resume, job.id)  # the worker is just about to pause
-    assert await bench.write(claim, leases.paused(), ("paused", {}))
+    assert await bench.write(claim, leases.paused_values(), ("paused", {}))
     assert (await bench.job(job.id)).state == State.QUEUED
     (again,) = await bench.claim()
 
@@ -362,7 +364,7 @@ async def test_what_is_asked_while_an_outcome_is_written_is_not_lost(bench: Benc
     async with bench.database.transaction() as session:
         assert await leases.park(session, job.id, again.token, [])
     assert (await bench.job(job.id)).state == State.CANCELLED
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         types = [event.type for event in await journal.read(session, job.id)]
     assert types[-1] == "cancelled"
 
@@ -378,7 +380,7 @@ async def test_retrying_a_parent_retries_its_children(bench: Bench) -> None:
     await bench.do(queue.retry, parent.id)
     (of_child,) = await bench.claim()
     assert of_child.job_id == child.id
-    await bench.write(of_child, leases.succeeded("part"), ("succeeded", {}))
+    await bench.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
     assert [claim.job_id for claim in await bench.claim()] == [parent.id]
 
 
@@ -391,12 +393,12 @@ async def test_a_job_is_not_retried_before_what_it_depends_on(bench: Bench) -> N
     await bench.do(queue.retry, first.id)
     await bench.do(queue.retry, second.id)
     (claim,) = await bench.claim()
-    await bench.write(claim, leases.succeeded(None), ("succeeded", {}))
+    await bench.write(claim, leases.succeeded_values(None), ("succeeded", {}))
     assert [claim.job_id for claim in await bench.claim()] == [second.id]
 
 
 async def test_a_kind_without_a_limit_is_never_at_it(bench: Bench) -> None:
-    bench.room.see_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
+    bench.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
     light, heavy = await bench.submit(), await bench.submit(resources={"cpus": 1})
     assert {claim.job_id for claim in await bench.claim()} == {light.id, heavy.id}
 
@@ -405,7 +407,7 @@ async def test_a_delayed_job_is_claimed_when_its_time_has_come(bench: Bench) -> 
     job = await bench.submit(run_after=now() + timedelta(hours=10))
     assert await bench.claim() == []
     async with bench.database.transaction() as session:
-        due, _ = await leases.outlook(session)
+        due, _ = await leases.next_wakeup(session)
         assert 35_000 < due <= 36_000
         await session.execute(update(Job).values(run_after=now()))
     assert [claim.job_id for claim in await bench.claim()] == [job.id]
@@ -415,7 +417,7 @@ async def test_retry_gives_fresh_attempts(bench: Bench) -> None:
     job = await bench.submit()
     (claim,) = await bench.claim()
     await bench.write(claim, {"checkpoint": 7})
-    await bench.write(claim, leases.failed(Failure("bad", "Broken."), 3, 3), ("failed", {}))
+    await bench.write(claim, leases.failure_values(Failure("bad", "Broken."), 3, 3), ("failed", {}))
     await bench.do(queue.retry, job.id)
     (again,) = await bench.claim()
     assert (again.attempt, again.checkpoint) == (1, 7)
@@ -430,7 +432,7 @@ async def test_only_one_dispatcher_leads(bench: Bench) -> None:
     assert await bench.lead("here") is not None  # the same place may replace itself at once
     async with bench.database.transaction() as session:
         with pytest.raises(LeadershipLost):
-            await leases.claim(session, old, bench.room)
+            await leases.claim_jobs(session, old, bench.room)
     assert len(await bench.claim()) == 1
 
 
@@ -438,20 +440,20 @@ async def test_a_kind_at_its_limit_lets_others_pass(bench: Bench) -> None:
     sweeps = [await bench.submit(kind="sweep", priority=3) for _ in range(3)]
     probe = await bench.submit()
     assert {claim.job_id for claim in await bench.claim()} == {sweeps[0].id, probe.id}
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         reasons = await wait_reasons.reasons(session, [await session.get_one(Job, sweeps[1].id)])
     assert reasons[sweeps[1].id] == "one of the 1 running 'sweep' jobs to finish"
 
 
 async def test_a_job_too_large_says_what_it_waits_for(bench: Bench) -> None:
-    bench.room.see_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}])
+    bench.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}])
     too_large = await bench.submit(resources={"gpus": 8}, priority=9)
     elsewhere = await bench.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
     fits = await bench.submit(resources={"cpus": 1, "labels": {"zone": "a"}})
     full = await bench.submit(resources={"cpus": 1.5})
     claims = await bench.claim()
     assert [claim.job_id for claim in claims] == [fits.id]
-    async with bench.database.reading() as session:
+    async with bench.database.read_transaction() as session:
         jobs = [await session.get_one(Job, job.id) for job in (too_large, elsewhere, full)]
         reasons = await wait_reasons.reasons(session, jobs)
     assert (

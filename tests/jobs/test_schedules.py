@@ -75,7 +75,7 @@ async def test_a_due_schedule_queues_one_job_and_moves_on(database: Database) ->
     schedule = await create(database, wanted(spec={"payload": 1}, priority=4))
     await make_due(database)
     await asyncio.gather(fire(database), fire(database))
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         job = (await session.scalars(select(Job))).one()
         fired = await session.get_one(Schedule, schedule.id)
         ticks = await session.scalar(select(func.count()).select_from(ScheduleTick))
@@ -90,7 +90,7 @@ async def test_missed_times_are_made_up_for_once(database: Database) -> None:
     await make_due(database, since=timedelta(days=1100))
     await fire(database)
     await fire(database)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Job)) == 1
 
 
@@ -101,7 +101,7 @@ async def test_the_same_tick_never_makes_a_second_job(database: Database) -> Non
         async with database.transaction() as session:
             await session.execute(update(Schedule).values(next_fire_at=moment))
         await fire(database)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Job)) == 1
 
 
@@ -110,7 +110,7 @@ async def test_a_schedule_that_can_fire_no_more_says_why_and_stops(database: Dat
     async with database.transaction() as session:
         await session.execute(update(Schedule).values(kind="gone", next_fire_at=now() - timedelta(minutes=1)))
     await fire(database)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         job = (await session.scalars(select(Job))).one()
         stopped = await session.get_one(Schedule, schedule.id)
     assert (job.state, job.error["code"]) == (State.FAILED, "job_kind_not_found")  # pyright: ignore[reportOptionalSubscript]
@@ -125,7 +125,7 @@ async def test_the_schedule_of_a_disabled_account_stops(database: Database) -> N
         schedule = await schedules.create(session, wanted(), Owner(id=user.id, name="alice", is_admin=False))
     await make_due(database)
     await fire(database)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         job = (await session.scalars(select(Job))).one()
         stopped = await session.get_one(Schedule, schedule.id)
     assert (job.state, job.error["code"]) == (State.FAILED, "account_disabled")  # pyright: ignore[reportOptionalSubscript]
@@ -137,7 +137,7 @@ async def test_the_platforms_own_schedule_is_made_whoever_has_its_name(database:
     for _ in range(2):
         async with database.transaction() as session:
             await schedules.ensure(session, wanted(name="sweep", kind="sweep", spec={}))
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         found = {row.name: (row.kind, row.enabled) for row in await session.scalars(select(Schedule))}
     assert found == {"sweep": ("sweep", True), f"sweep-{theirs.id}": ("probe", True)}
 
@@ -147,7 +147,7 @@ async def test_a_disabled_schedule_does_not_fire(database: Database) -> None:
     assert schedule.next_fire_at is None
     await make_due(database)
     await fire(database)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Job)) == 0
 
 
@@ -159,13 +159,13 @@ async def test_names_are_unique_and_specs_are_checked(database: Database) -> Non
         await create(database, wanted(name="other", spec={"steps": "many"}))
     with pytest.raises(Forbidden):
         await create(database, wanted(name="other", kind="sweep"))
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert [row.name for row in await session.scalars(select(Schedule))] == ["nightly"]
 
 
 async def test_nobody_sees_the_schedule_of_another(database: Database) -> None:
     schedule = await create(database, wanted())
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert (await schedules.get(session, schedule.id, ALICE)).name == "nightly"
         with pytest.raises(ScheduleNotFound):
             await schedules.get(session, schedule.id, Owner(id="b" * 36, name="bob", is_admin=False))

@@ -17,11 +17,11 @@ from cluster.files.uploads import Upload
 from jobs import leases, queue
 from jobs.context import Context
 from jobs.dispatch.capacity import actor_options
-from jobs.execution.report_writer import storable
+from jobs.execution.report_writer import to_storable
 from jobs.leases import Claim
 from jobs.queue import JobRequest
 from jobs.registry import Resources
-from jobs.retry_policy import backoff, judge
+from jobs.retry_policy import backoff, classify_error
 from jobs.states import State
 from jobs.sweep import SweepSpec, sweep
 from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.both_databases
 class Silent:
     """A worker that keeps nothing of what its job says."""
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None: ...
+    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None: ...
     def checkpoint(self, claim: Claim, state: Any) -> None: ...
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         return str(path)
@@ -56,7 +56,7 @@ class Silent:
 def test_an_error_decides_whether_there_is_another_attempt(
     home: Path, error: Exception, code: str, again: bool
 ) -> None:
-    failure = judge(error, attempt=1)
+    failure = classify_error(error, attempt=1)
     assert (failure.code, failure.retry_in is not None) == (code, again)
     assert failure.message
 
@@ -83,9 +83,9 @@ def test_only_jobs_that_asked_for_gpus_see_them() -> None:
 
 
 def test_only_json_is_storable() -> None:
-    assert storable({"a": (1, math.nan, {"b\0": "\0\udc80"})}) == {"a": [1, None, {"b\ufffd": "\ufffd\ufffd"}]}
+    assert to_storable({"a": (1, math.nan, {"b\0": "\0\udc80"})}) == {"a": [1, None, {"b\ufffd": "\ufffd\ufffd"}]}
     with pytest.raises(ValueError, match="serialize"):
-        storable(object())
+        to_storable(object())
 
 
 async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) -> None:
@@ -127,7 +127,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         "recoveries": 0,
         "recommendations": 0,
     }
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         left = set(await session.scalars(select(JobEvent.job_id)))
         # Whether its worker is gone, or all of us were away for a while, is for the dispatcher to say.
         assert (await session.get_one(Job, dead.id)).state == State.RUNNING
@@ -140,9 +140,10 @@ async def test_a_page_of_writes_refuses_only_the_stale_ones(database: Database) 
     async with database.transaction() as session:
         await session.execute(update(Job).values(state=State.RUNNING, worker="w", lease_token="good"))
     writes = [
-        leases.Write(job.id, "bad" if index == 1 else "good", {"progress": 50.0}) for index, job in enumerate(jobs)
+        leases.GuardedWrite(job.id, "bad" if index == 1 else "good", {"progress": 50.0})
+        for index, job in enumerate(jobs)
     ]
     async with database.transaction() as session:
-        assert await leases.write(session, writes) == {"bad"}
-    async with database.reading() as session:
+        assert await leases.apply_writes(session, writes) == {"bad"}
+    async with database.read_transaction() as session:
         assert [await session.scalar(select(Job.progress).where(Job.id == job.id)) for job in jobs] == [50, 0, 50]

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from cluster.cli import client
-from cluster.cli.client import Later, Patience, Refused, Unreachable, look
+from cluster.cli.client import RequestRefused, RetryLater, RetryPolicy, ServerUnreachable, poll
 
-GONE = Unreachable("Nothing answers.")
+GONE = ServerUnreachable("Nothing answers.")
 
 
 @pytest.fixture
@@ -34,27 +34,27 @@ def answering(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
 def test_a_limit_and_a_replaced_gateway_are_waited_out(
     monkeypatch: pytest.MonkeyPatch, slept: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answering(monkeypatch, "first", Later("Too many requests.", 40), GONE, Later("Not now.", 2), "second")
-    patience = Patience()
-    assert [look("/status/job", patience) for _ in range(2)] == ["first", "second"]
+    answering(monkeypatch, "first", RetryLater("Too many requests.", 40), GONE, RetryLater("Not now.", 2), "second")
+    patience = RetryPolicy()
+    assert [poll("/status/job", patience) for _ in range(2)] == ["first", "second"]
     assert slept == [40, client.RETRY_SECONDS, 2]
-    assert capsys.readouterr().err == f"Too many requests. Trying again for {client.PATIENCE_SECONDS} s …\n"
+    assert capsys.readouterr().err == f"Too many requests. Trying again for {client.MAX_WAIT_SECONDS} s …\n"
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     answering(monkeypatch, "first", GONE)
-    patience = Patience()
-    look("/status/job", patience)
-    with pytest.raises(Unreachable):
-        look("/status/job", patience)
-    assert sum(slept) == pytest.approx(client.PATIENCE_SECONDS, abs=client.RETRY_SECONDS)
+    patience = RetryPolicy()
+    poll("/status/job", patience)
+    with pytest.raises(ServerUnreachable):
+        poll("/status/job", patience)
+    assert sum(slept) == pytest.approx(client.MAX_WAIT_SECONDS, abs=client.RETRY_SECONDS)
 
 
-@pytest.mark.parametrize("error", [GONE, Refused("There is no such job.")])
+@pytest.mark.parametrize("error", [GONE, RequestRefused("There is no such job.")])
 def test_what_no_waiting_helps_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, slept: list[float], error: Exception
 ) -> None:
     answering(monkeypatch, error)
     with pytest.raises(type(error)):
-        look("/status/job", Patience())
+        poll("/status/job", RetryPolicy())
     assert slept == []

@@ -13,7 +13,7 @@ from cluster import mlflow_client, storage
 from cluster.db import Database, now
 from cluster.settings import get_settings
 from jobs.context import Context
-from jobs.execution.report_writer import News, storable
+from jobs.execution.report_writer import JournalEvent, to_storable
 from jobs.leases import Claim
 from jobs.queue import new_job_id
 from jobs.registry import Resources, find_kind, load_function
@@ -42,15 +42,15 @@ SEARCH = {
 class Silence:
     """A watcher that nobody listens to, and that keeps no checkpoints."""
 
-    def phase(self, name: str) -> None: ...
-    def say(self, message: str) -> None: ...
-    def step(self, progress: float, values: Mapping[str, float]) -> None: ...
+    def on_phase(self, name: str) -> None: ...
+    def on_warning(self, message: str) -> None: ...
+    def on_step(self, progress: float, values: Mapping[str, float]) -> None: ...
     def should_stop(self) -> bool:
         return False
 
-    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None: ...
-    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None: ...
-    def kept(self, step: int) -> Path:
+    def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None: ...
+    def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None: ...
+    def load_checkpoint(self, step: int) -> Path:
         raise AssertionError("nothing was kept")
 
 
@@ -58,16 +58,16 @@ class Ledger:
     """A link to no worker: what the job says is kept here, and artifacts in storage."""
 
     def __init__(self) -> None:
-        self.news: list[News] = []
+        self.events: list[JournalEvent] = []
         self.checkpoints: list[Any] = []
         self.on_report: Callable[[str], None] = lambda phase: None
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: News) -> None:
-        self.news.append(news)
+    def report(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent) -> None:
+        self.events.append(event)
         self.on_report(values.get("phase") or "")
 
     def checkpoint(self, claim: Claim, state: Any) -> None:
-        self.checkpoints.append(storable(state))
+        self.checkpoints.append(to_storable(state))
 
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         return storage.save(path, f"jobs/{claim.job_id}/{name}")
@@ -77,11 +77,11 @@ class Ledger:
 
     @property
     def logged(self) -> list[str]:
-        return [data["message"] for kind, data in self.news if kind == "log"]
+        return [data["message"] for kind, data in self.events if kind == "log"]
 
     @property
     def progress(self) -> list[float]:
-        return [data["progress"] for _, data in self.news if "progress" in data]
+        return [data["progress"] for _, data in self.events if "progress" in data]
 
 
 class Bench:
@@ -109,7 +109,7 @@ class Bench:
         """A running job of this kind, with its run in MLflow."""
         job_id = new_job_id(now())
         run_id = asyncio.run(_run_in_mlflow(kind, job_id)) if tracked else None
-        checked = find_kind(kind).check(dict(spec))
+        checked = find_kind(kind).validate_spec(dict(spec))
         job = Job(id=job_id, kind=kind, spec=checked, state=State.RUNNING, owner_id=owner_id)
         job.tracked, job.mlflow_run_id = tracked, run_id
         return self.add(job), Ledger()
@@ -149,7 +149,7 @@ class Bench:
 
     def call(self, kind: str, spec: Mapping[str, Any], context: Context) -> Any:
         declared = find_kind(kind)
-        return storable(load_function(declared.entrypoint)(context, declared.spec.model_validate(dict(spec))))
+        return to_storable(load_function(declared.entrypoint)(context, declared.spec.model_validate(dict(spec))))
 
 
 def train(folder: Path) -> None:
@@ -163,7 +163,9 @@ def train(folder: Path) -> None:
     torch.set_num_threads(1)  # such small matrices are slower on two cores, of which others use one
     for name, way in ways.items():
         spec = FineTuneSpec.model_validate({**shared, **way})
-        outcome = recipe.train(spec, samples, base=str(tiny.folder()), work=folder / "work", watcher=Silence())
+        outcome = recipe.train(
+            spec, samples, base=str(tiny.model_folder()), work_folder=folder / "work", observer=Silence()
+        )
         lines = [json.dumps(sample.model_dump(exclude_none=True)) for sample in samples]
         (outcome.model / "held_out.jsonl").write_text("\n".join(lines) + "\n")
         outcome.model.rename(folder / name)
@@ -202,4 +204,4 @@ async def _finish(job_id: str, result: Any) -> None:
 
 async def _run_in_mlflow(kind: str, job_id: str) -> str:
     async with mlflow_client.connect(get_settings().mlflow_uri or "") as mlflow:
-        return await mlflow.run_of_job(await mlflow.experiment(kind), job_id, now(), {})
+        return await mlflow.find_or_create_run(await mlflow.find_or_create_experiment(kind), job_id, now(), {})

@@ -5,23 +5,23 @@ import sys
 from typing import Any
 
 from cluster.errors import NotFound
-from jobs.execution.isolated import Report
+from jobs.execution.isolated import OnProgress
 
 
-def abort(report: Report) -> None:
+def abort(report: OnProgress) -> None:
     print("Last words", file=sys.stderr, flush=True)
     os.abort()
 
 
-def fail(report: Report) -> None:
+def fail(report: OnProgress) -> None:
     raise KeyError("nowhere")
 
 
-def refuse(report: Report) -> None:
+def refuse(report: OnProgress) -> None:
     raise NotFound("as it was raised")
 
 
-def chatter(report: Report) -> dict[str, Any]:
+def chatter(report: OnProgress) -> dict[str, Any]:
     """Prints what is no answer, to where answers go, and more than a pipe holds."""
     report(0.5, "chattering")
     print("this is no answer", flush=True)

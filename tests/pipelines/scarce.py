@@ -15,7 +15,7 @@ from tests.pipelines.test_recipe import Notes
 
 class Scarce(Notes):
     def phase(self, name: str) -> None:
-        super().phase(name)
+        super().on_phase(name)
         if name == "training" and self.phases.count(name) == 1:
             # Only what can be written to: the whole address space grows with every thread, however little it uses.
             limit = psutil.Process().memory_info().data + int(sys.argv[3]) * 2**20
@@ -28,8 +28,8 @@ def main(base: str, folder: Path) -> None:
     samples = [Sample.model_validate({"messages": messages})] * 48
     spec = FineTuneSpec.model_validate({"data": {"dataset": "any"}, "epochs": 1, "batch_size": 16, "eval_split": 0})
     notes = Scarce(folder / "kept")
-    outcome = recipe.train(spec, samples, base=base, work=folder, watcher=notes)
-    print(json.dumps({"batch_size": outcome.batch_size, "steps": outcome.steps, "said": notes.said}))
+    outcome = recipe.train(spec, samples, base=base, work_folder=folder, observer=notes)
+    print(json.dumps({"batch_size": outcome.batch_size, "steps": outcome.steps, "said": notes.warnings}))
 
 
 if __name__ == "__main__":

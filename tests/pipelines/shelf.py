@@ -9,28 +9,28 @@ from uuid import uuid4
 
 from cluster import mlflow_client
 from cluster.db import now
-from cluster.mlflow_client import Tracking
+from cluster.mlflow_client import MlflowRestClient
 from pipelines.training.models.registry import Registry
-from pipelines.training.models.versions import File, Version
+from pipelines.training.models.versions import ModelFile, Version
 
 
 class Shelf:
     """A model of its own in the registry, and files to put there."""
 
-    def __init__(self, mlflow: Tracking, folder: Path) -> None:
+    def __init__(self, mlflow: MlflowRestClient, folder: Path) -> None:
         self.mlflow = mlflow
         self.registry = Registry(mlflow)
         self.folder = folder
         self.name = f"m-{uuid4().hex[:12]}"
 
-    def file(self, content: bytes, quantization: str = "q8_0") -> tuple[File, Path]:
+    def file(self, content: bytes, quantization: str = "q8_0") -> tuple[ModelFile, Path]:
         path = self.folder / f"{self.name}.{quantization}.{uuid4().hex[:6]}.gguf"
         path.write_bytes(content)
-        return File(path.name, quantization, hashlib.sha256(content).hexdigest(), len(content)), path
+        return ModelFile(path.name, quantization, hashlib.sha256(content).hexdigest(), len(content)), path
 
     async def run(self, export_job_id: str) -> str:
-        experiment = await self.mlflow.experiment("export")
-        return await self.mlflow.run_of_job(experiment, export_job_id, now(), {})
+        experiment = await self.mlflow.find_or_create_experiment("export")
+        return await self.mlflow.find_or_create_run(experiment, export_job_id, now(), {})
 
     async def register(self, *contents: bytes, export: str | None = None, **options: Any) -> Version:
         export = export or f"job_{uuid4().hex[:8]}"
@@ -53,7 +53,7 @@ def register_on(mlflow_url: str, folder: Path, *files: Path) -> str:
             shelf = Shelf(mlflow, folder)
             for file in files:
                 await shelf.register(file.read_bytes())
-            await shelf.registry.point(shelf.name, 1)
+            await shelf.registry.set_served(shelf.name, 1)
             return shelf.name
 
     return asyncio.run(register())

@@ -8,7 +8,7 @@ import yaml
 
 from cluster.cli.train import shipped_recipes
 from pipelines.training import presets
-from pipelines.training.data.parsing import parse
+from pipelines.training.data.parsing import parse_samples
 from pipelines.training.spec import FineTuneSpec, ForgeSpec
 
 CONFIGS = files("configs")
@@ -35,7 +35,7 @@ def test_every_preset_fills_in_what_a_spec_does_not_say(name: str) -> None:
 
 
 def test_the_demo_has_enough_to_learn() -> None:
-    samples = parse((CONFIGS / "demo" / "homelab.jsonl").read_text(), "the demo")
+    samples = parse_samples((CONFIGS / "demo" / "homelab.jsonl").read_text(), "the demo")
     calls = [sample for sample in samples if any(message.tool_calls for message in sample.messages)]
     assert len(samples) >= 40
     assert len(calls) >= 8

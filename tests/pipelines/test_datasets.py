@@ -15,7 +15,7 @@ import pytest
 from cluster import identity
 from cluster.db import Database
 from cluster.errors import Forbidden, ForgearrError, InvalidRequest
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.states import State
@@ -24,8 +24,8 @@ from pipelines.training.data.datasets import DatasetDamaged, DatasetNotFound
 from pipelines.training.data.documents import NoDocument, TooManyDocuments
 from pipelines.training.data.prompts import NoMatchingPrompt, PromptRequest
 from pipelines.training.data.resolution import FolderForbidden, FolderNotFound
-from pipelines.training.data.samples import Pair, Sample
-from pipelines.training.spec import Data, FineTuneSpec, PromptFilter
+from pipelines.training.data.samples import PreferencePair, Sample
+from pipelines.training.spec import DataSource, FineTuneSpec, PromptFilter
 from serve.app import create_app
 
 PATH = "/api/v1/datasets"
@@ -74,11 +74,11 @@ async def upload(client: httpx.AsyncClient, name: str, *lines: str) -> dict[str,
     return answer.json()
 
 
-async def resolve(data: Data, owner: Owner = LOCAL) -> datasets.Dataset:
+async def resolve(data: DataSource, owner: Owner = LOCAL_OWNER) -> datasets.Dataset:
     return await asyncio.to_thread(resolution.resolve, data, owner.id)
 
 
-async def load(data: Data, owner: Owner = LOCAL) -> list[Any]:
+async def load(data: DataSource, owner: Owner = LOCAL_OWNER) -> list[Any]:
     dataset = await resolve(data, owner)
     assert (await asyncio.to_thread(datasets.get, dataset.id)).digest == dataset.digest
     return list(datasets.load(dataset))
@@ -133,7 +133,7 @@ async def test_a_file_stays_as_long_as_a_dataset_needs_it(client: httpx.AsyncCli
 async def test_a_dataset_that_a_job_needs_is_kept(client: httpx.AsyncClient, database: Database, named: str) -> None:
     kept = await upload(client, "home", chat())
     async with database.transaction() as session:
-        job = queue.stillborn(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": named}}), LOCAL, {})
+        job = queue.rejected_job(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": named}}), LOCAL_OWNER, {})
         job.state, job.finished_at = State.QUEUED, None
         session.add(job)
     refused = await client.delete(f"{PATH}/{kept['id']}")
@@ -210,24 +210,27 @@ async def test_a_dataset_by_name_and_by_id(client: httpx.AsyncClient, database: 
     old = await upload(client, "home", chat())
     new = await upload(client, "home", chat("No."))
     pairs = await upload(client, "pairs", PAIR)
-    assert (await resolve(Data(dataset="home"))).id == new["id"]
-    assert (await resolve(Data(dataset="home:v1"))).id == old["id"]
-    assert (await resolve(Data(dataset=old["id"]))).id == old["id"]
-    (sample,) = await load(Data(dataset="home"))
+    assert (await resolve(DataSource(dataset="home"))).id == new["id"]
+    assert (await resolve(DataSource(dataset="home:v1"))).id == old["id"]
+    assert (await resolve(DataSource(dataset=old["id"]))).id == old["id"]
+    (sample,) = await load(DataSource(dataset="home"))
     assert isinstance(sample, Sample)
-    (pair,) = await load(Data(dataset="pairs"))
-    assert isinstance(pair, Pair)
+    (pair,) = await load(DataSource(dataset="pairs"))
+    assert isinstance(pair, PreferencePair)
     for reference in ("home", old["id"], pairs["id"]):
         with pytest.raises(DatasetNotFound, match=f"There is no dataset '{reference}'"):
-            await resolve(Data(dataset=reference), alice)
+            await resolve(DataSource(dataset=reference), alice)
 
 
 async def test_the_dataset_that_ships_is_everybodys(database: Database, alice: Owner) -> None:
-    mine, ours = await resolve(Data(dataset="demo/homelab"), alice), await resolve(Data(dataset="demo/homelab"))
+    mine, ours = (
+        await resolve(DataSource(dataset="demo/homelab"), alice),
+        await resolve(DataSource(dataset="demo/homelab")),
+    )
     assert mine.id != ours.id
     assert mine.digest == ours.digest
-    assert (await resolve(Data(dataset="demo/homelab"), alice)).id == mine.id
-    assert datasets.load(mine) == resolution.shipped()
+    assert (await resolve(DataSource(dataset="demo/homelab"), alice)).id == mine.id
+    assert datasets.load(mine) == resolution.demo_samples()
     assert (mine.created_by, ours.created_by) == ("alice", "local")
 
 
@@ -236,28 +239,28 @@ async def test_prompts_become_a_dataset_that_stays(database: Database, alice: Ow
         for name in ("One", "Two"):
             request = PromptRequest(name=name, user_input=name, expected_output="Yes.", tags=["Home Media"])
             await prompts.create(session, request, alice)
-    data = Data(prompts=PromptFilter(tags=["Home Media"]))
+    data = DataSource(prompts=PromptFilter(tags=["Home Media"]))
     first = await resolve(data, alice)
     assert (first.name, first.version, first.samples) == ("prompts/home-media", 1, 2)
     assert first.source == {"prompts": {"tags": ["Home Media"]}}
     assert (await resolve(data, alice)).id == first.id
     async with database.transaction() as session:
-        one, two = await prompts.matching(session, PromptFilter(tags=["Home Media"]), alice)
+        one, two = await prompts.find_matching_ids(session, PromptFilter(tags=["Home Media"]), alice)
         await session.delete(await prompts.get(session, one, alice))
-        await prompts.change(session, await prompts.get(session, two, alice), {"expected_output": "No."})
+        await prompts.update_prompt(session, await prompts.get(session, two, alice), {"expected_output": "No."})
     assert [sample.messages[0].content for sample in datasets.load(first)] == ["One", "Two"]
     second = await resolve(data, alice)
     assert (second.name, second.version, second.samples) == ("prompts/home-media", 2, 1)
     with pytest.raises(NoMatchingPrompt):
-        await resolve(Data(prompts=PromptFilter(category="nothing")), alice)
+        await resolve(DataSource(prompts=PromptFilter(category="nothing")), alice)
 
 
 async def test_a_damaged_file_is_noticed(client: httpx.AsyncClient, home: Path) -> None:
     made = await upload(client, "home", chat())
-    dataset = await resolve(Data(dataset="home"))
+    dataset = await resolve(DataSource(dataset="home"))
     file = home / "storage" / "datasets" / f"{made['digest']}.jsonl"
     file.write_text(chat("No.") + "\n")
-    with pytest.raises(DatasetDamaged, match="is not what it was"):
+    with pytest.raises(DatasetDamaged, match="has changed"):
         datasets.load(dataset)
     file.unlink()
     with pytest.raises(DatasetDamaged, match="is gone"):
@@ -270,7 +273,7 @@ async def test_a_damaged_file_is_noticed(client: httpx.AsyncClient, home: Path) 
 
 async def test_whoever_is_gone_resolves_nothing(database: Database) -> None:
     with pytest.raises(Forbidden, match="does not exist"):
-        await asyncio.to_thread(resolution.resolve, Data(dataset="demo/homelab"), "x" * 36)
+        await asyncio.to_thread(resolution.resolve, DataSource(dataset="demo/homelab"), "x" * 36)
 
 
 # Folders
@@ -332,7 +335,7 @@ def test_a_long_text_comes_in_pieces(tmp_path: Path) -> None:
         *(f"What does long.txt say? (part {part} of 3)" for part in (1, 2, 3)),
         *(f"What does wide.txt say? (part {part} of 3)" for part in (1, 2, 3)),
     ]
-    assert max(len(answer) for answer in answers) <= documents.PIECE_CHARACTERS
+    assert max(len(answer) for answer in answers) <= documents.CHUNK_CHARACTERS
     assert "".join(answers[3:]) == "x" * 5000
     assert [word for answer in answers[:3] for word in answer.split()] == " ".join(paragraphs).split()
 
@@ -341,7 +344,7 @@ async def test_a_repository_is_a_folder_and_its_state_a_version(database: Databa
     repository = tmp_path / "Media Stack"
     write(repository, {"README.md": "# Media\nIt plays."})
     await asyncio.to_thread(subprocess.run, ["git", "init", "-q", repository], check=True)
-    data = Data(folder=str(repository))
+    data = DataSource(folder=str(repository))
     first = await resolve(data)
     assert (first.name, first.version, first.source) == (
         "folder/media-stack",
@@ -370,7 +373,7 @@ async def test_a_folder_without_use(
     folder.mkdir()
     write(folder, files)
     with pytest.raises(error, match=reason):
-        await resolve(Data(folder=str(folder)))
+        await resolve(DataSource(folder=str(folder)))
 
 
 def test_a_folder_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,53 +397,53 @@ async def test_folders_are_for_administrators_unless_they_are_shared(
     closed = [private, shared / "way-out", shared / ".." / "private", tmp_path, shared.with_name("shared2"), Path("/")]
     open_ = [shared, private / "way-in", shared / "." / "way-out" / ".." / "shared"]
     for path in closed:
-        assert resolution.needs_admin(Data(folder=str(path)))
-        assert resolution.needs_admin(FineTuneSpec(base_model=str(path), data=Data(dataset="x")))
+        assert resolution.needs_admin(DataSource(folder=str(path)))
+        assert resolution.needs_admin(FineTuneSpec(base_model=str(path), data=DataSource(dataset="x")))
         with pytest.raises(FolderForbidden):
-            await resolve(Data(folder=str(path)), alice)
+            await resolve(DataSource(folder=str(path)), alice)
         with pytest.raises(FolderForbidden):
-            await check(database, Data(folder=str(path)), alice)
+            await check(database, DataSource(folder=str(path)), alice)
     for path in open_:
-        assert not resolution.needs_admin(FineTuneSpec(base_model=str(path), data=Data(folder=str(path))))
-        assert await load(Data(folder=str(path)), alice)
-        await check(database, Data(folder=str(path)), alice)
+        assert not resolution.needs_admin(FineTuneSpec(base_model=str(path), data=DataSource(folder=str(path))))
+        assert await load(DataSource(folder=str(path)), alice)
+        await check(database, DataSource(folder=str(path)), alice)
     admin = await account(database, "admin", "admin")
-    for owner in (LOCAL, admin):
-        assert await load(Data(folder=str(private)), owner)
+    for owner in (LOCAL_OWNER, admin):
+        assert await load(DataSource(folder=str(private)), owner)
     for base in ("forgearr/tiny", "homelab:v3", "owner/name"):
-        assert not resolution.needs_admin(FineTuneSpec(base_model=base, data=Data(dataset="x")))
+        assert not resolution.needs_admin(FineTuneSpec(base_model=base, data=DataSource(dataset="x")))
     for base in ("~/model", "../model", "./model"):
-        assert resolution.needs_admin(FineTuneSpec(base_model=base, data=Data(dataset="x")))
+        assert resolution.needs_admin(FineTuneSpec(base_model=base, data=DataSource(dataset="x")))
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "/etc/hostname", "/" + "x" * 300, "~nobody-of-this-name/x"])
 async def test_a_folder_that_is_none(database: Database, path: str) -> None:
     with pytest.raises(FolderNotFound):
-        await check(database, Data(folder=path), LOCAL)
+        await check(database, DataSource(folder=path), LOCAL_OWNER)
     with pytest.raises(FolderNotFound):
-        await resolve(Data(folder=path))
+        await resolve(DataSource(folder=path))
 
 
 async def test_doors_learn_at_once_what_cannot_be(client: httpx.AsyncClient, database: Database, alice: Owner) -> None:
     await upload(client, "home", chat())
-    await check(database, Data(dataset="home"), LOCAL)
-    await check(database, Data(dataset="demo/homelab"), alice)
+    await check(database, DataSource(dataset="home"), LOCAL_OWNER)
+    await check(database, DataSource(dataset="demo/homelab"), alice)
     for data, owner, status in (
-        (Data(dataset="home"), alice, 404),
-        (Data(dataset="nothing"), LOCAL, 404),
-        (Data(prompts=PromptFilter(tags=["nothing"])), LOCAL, 400),
-        (Data(prompts=PromptFilter(ids=[7])), LOCAL, 404),
-        (Data(folder="/nowhere"), LOCAL, 400),
-        (Data(folder="/nowhere"), alice, 403),
+        (DataSource(dataset="home"), alice, 404),
+        (DataSource(dataset="nothing"), LOCAL_OWNER, 404),
+        (DataSource(prompts=PromptFilter(tags=["nothing"])), LOCAL_OWNER, 400),
+        (DataSource(prompts=PromptFilter(ids=[7])), LOCAL_OWNER, 404),
+        (DataSource(folder="/nowhere"), LOCAL_OWNER, 400),
+        (DataSource(folder="/nowhere"), alice, 403),
     ):
         with pytest.raises(ForgearrError) as refused:
             await check(database, data, owner)
         assert refused.value.status == status
 
 
-async def check(database: Database, data: Data, owner: Owner) -> None:
-    async with database.reading() as session:
-        await resolution.check(session, data, owner, "supervised")
+async def check(database: Database, data: DataSource, owner: Owner) -> None:
+    async with database.read_transaction() as session:
+        await resolution.require_usable(session, data, owner, "supervised")
 
 
 def write(folder: Path, files: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from jobs.leases import Claim
 from jobs.registry import Resources
 from jobs.tables import Job
 from pipelines.training.deploy import job as deploy_job
-from pipelines.training.deploy.job import NotPassed
+from pipelines.training.deploy.job import VersionNotPassed
 from pipelines.training.deploy.ollama_push import OllamaRefused, OllamaUnavailable
 from pipelines.training.models import cache as model_cache
 from pipelines.training.models.versions import ModelNotFound, NoEarlierVersion
@@ -36,11 +36,11 @@ class Notebook:
         self.phases: list[str] = []
         self.lines: list[str] = []
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None:
+    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None:
         if phase := values.get("phase"):
             self.phases.append(phase)
-        if news[0] == "log":
-            self.lines.append(news[1]["message"])
+        if event[0] == "log":
+            self.lines.append(event[1]["message"])
 
     def checkpoint(self, claim: Claim, state: Any) -> None: ...
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
@@ -74,7 +74,7 @@ async def run_spec(spec: DeploySpec, notebook: Notebook) -> dict[str, Any]:
 
 async def passed_version(shelf: Shelf, content: bytes = b"") -> int:
     version = await shelf.register(content) if content else await shelf.register()
-    await shelf.registry.judge(shelf.name, version.number, True)
+    await shelf.registry.set_validation(shelf.name, version.number, True)
     return version.number
 
 
@@ -105,10 +105,10 @@ async def test_the_alias_moves_and_comes_back(shelf: Shelf) -> None:
 
 async def test_what_did_not_pass_is_refused_unless_it_is_forced(shelf: Shelf) -> None:
     await shelf.register()
-    with pytest.raises(NotPassed, match="never validated"):
+    with pytest.raises(VersionNotPassed, match="never validated"):
         await run(shelf, 1)
-    await shelf.registry.judge(shelf.name, 1, False, ["rouge_l 0.1 is under 0.5"])
-    with pytest.raises(NotPassed, match=r"rouge_l 0\.1 is under 0\.5"):
+    await shelf.registry.set_validation(shelf.name, 1, False, ["rouge_l 0.1 is under 0.5"])
+    with pytest.raises(VersionNotPassed, match=r"rouge_l 0\.1 is under 0\.5"):
         await run(shelf, 1)
     with pytest.raises(ModelNotFound):
         await shelf.registry.find(f"{shelf.name}:latest")

@@ -20,23 +20,23 @@ from safetensors.numpy import load_file
 
 from cluster.errors import NotFound
 from cluster.settings import get_settings
-from jobs.context import Stop
+from jobs.context import StopJob
 from jobs.execution import isolated, workspace
 from jobs.execution.workspace import DiskFull
-from jobs.outputs import NotMade
+from jobs.outputs import OutputMissing
 from jobs.queue import JobNotFound
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.export import llama_converter as export_llama_converter
 from pipelines.training.export.convert import UnsupportedModel
-from pipelines.training.export.job import NoAdapter, NotTracked
+from pipelines.training.export.job import ExportNotTracked, NoAdapter
 from pipelines.training.export.llama_converter import ConverterNotFound, ConverterUnavailable
 from pipelines.training.export.quantize import BrokenModelFile
 from pipelines.training.fine_tune import recipe
 from pipelines.training.models import base_models, registry
 from pipelines.training.models import cache as model_cache
 from pipelines.training.models.base_models import BaseModelNotFound
-from pipelines.training.models.versions import File, ModelNotFound, RegistryOff, Version
+from pipelines.training.models.versions import ModelFile, ModelNotFound, RegistryDisabled, Version
 from pipelines.training.spec import FineTuneSpec
 from tests.pipelines.bench import Bench, Ledger, Silence
 from tests.pipelines.test_recipe import chats
@@ -65,7 +65,7 @@ def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trai
         assert len(content) == told["bytes"]
 
     expected = learned(trained / "lora")
-    assert not numpy.allclose(expected, weight(base_models.folder("forgearr/tiny")), atol=1e-3), "nothing was learned"
+    assert not numpy.allclose(expected, weight(base_models.resolve("forgearr/tiny")), atol=1e-3), "nothing was learned"
     by_type = {file.quantization: fetch(version, file) for file in version.files}
     numpy.testing.assert_allclose(tensor(by_type["f16"]), expected, atol=2e-4)
     numpy.testing.assert_allclose(tensor(by_type["q8_0"]), expected, atol=2e-3)
@@ -78,16 +78,16 @@ def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trai
     assert left_behind() == []
 
     # The version is a base model for the next training: the same weights, merged once.
-    folder = base_models.folder(version.reference)
+    folder = base_models.resolve(version.reference)
     numpy.testing.assert_allclose(weight(folder), expected, atol=1e-6)
-    assert base_models.folder(version.reference) == folder
+    assert base_models.resolve(version.reference) == folder
     with pytest.raises(ModelNotFound):
-        base_models.folder("all-types:v99")
+        base_models.resolve("all-types:v99")
 
     # A training names it so that a later deployment changes nothing.
     asyncio.run(serve(version))
-    assert base_models.pinned("all-types:latest") == version.reference
-    assert base_models.pinned("forgearr/tiny") == "forgearr/tiny"
+    assert base_models.pin_reference("all-types:latest") == version.reference
+    assert base_models.pin_reference("forgearr/tiny") == "forgearr/tiny"
 
 
 @pytest.mark.deep
@@ -97,14 +97,14 @@ def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained
 
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = tmp_path / "tiny-bnb-4bit"
-    packed: Any = AutoModelForCausalLM.from_pretrained(base_models.folder("forgearr/tiny"), quantization_config=bits)
+    packed: Any = AutoModelForCausalLM.from_pretrained(base_models.resolve("forgearr/tiny"), quantization_config=bits)
     packed.save_pretrained(base)
-    AutoTokenizer.from_pretrained(base_models.folder("forgearr/tiny")).save_pretrained(base)
+    AutoTokenizer.from_pretrained(base_models.resolve("forgearr/tiny")).save_pretrained(base)
 
-    def learn(**values: Any) -> recipe.Outcome:
+    def learn(**values: Any) -> recipe.TrainingResult:
         said = {"data": {"dataset": "any"}, "max_steps": 3, "batch_size": 2, "eval_split": 0, **values}
         spec = FineTuneSpec.model_validate({"base_model": "packed", "learning_rate": 0.01, **said})
-        return recipe.train(spec, chats(8), base=str(base), work=tmp_path / "work", watcher=Silence())
+        return recipe.train(spec, chats(8), base=str(base), work_folder=tmp_path / "work", observer=Silence())
 
     with pytest.raises(recipe.QuantizedBase, match="packed is kept in few bits, so its own weights"):
         learn(tuning="full")
@@ -117,7 +117,7 @@ def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained
     _, result, _ = bench.run("export", {"job_id": fine_tune, "quantizations": ["f16"], "adapter": True})
     exported = find(f"{result['name']}:v1")
     numpy.testing.assert_allclose(
-        tensor(fetch(exported, exported.files[0])), weight(base_models.folder("forgearr/tiny")), atol=0.1
+        tensor(fetch(exported, exported.files[0])), weight(base_models.resolve("forgearr/tiny")), atol=0.1
     )
     assert exported.adapter is not None
     bench.run("validate", {"job_id": fine_tune, "max_samples": 1, "max_new_tokens": 2})
@@ -143,18 +143,18 @@ def test_what_cannot_be_exported_is_refused(bench: Bench, monkeypatch: pytest.Mo
     with pytest.raises(JobNotFound):
         bench.run("export", {"job_id": bench.fine_tuned("full", owner_id="alice")}, owner_id="bob")
     running = bench.add(Job(id="job_20260101_000000_run1", kind="fine_tune", state=State.RUNNING))
-    with pytest.raises(NotMade, match="running"):
+    with pytest.raises(OutputMissing, match="running"):
         bench.run("export", {"job_id": running})
-    with pytest.raises(NotMade, match="'export'"):
+    with pytest.raises(OutputMissing, match="'export'"):
         bench.run("export", {"job_id": bench.begin("export", {"job_id": "job_x"})[0]})
     with pytest.raises(BaseModelNotFound, match="no folder on this machine"):
         bench.run("export", {"job_id": bench.fine_tuned("lora", base_model="/nowhere/at/all")})
     job_id, ledger = bench.begin("export", {"job_id": "job_x"}, tracked=False)
-    with pytest.raises(NotTracked):
+    with pytest.raises(ExportNotTracked):
         bench.go_on("export", {"job_id": "job_x"}, job_id, ledger)
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     get_settings.cache_clear()
-    with pytest.raises(RegistryOff):
+    with pytest.raises(RegistryDisabled):
         bench.go_on("export", {"job_id": "job_x"}, job_id, ledger)
 
 
@@ -187,7 +187,7 @@ def test_a_cancelled_export_ends_at_once_and_leaves_nothing(bench: Bench) -> Non
             context.stop("cancel")
 
     ledger.on_report = cancel
-    with pytest.raises(Stop):
+    with pytest.raises(StopJob):
         bench.call("export", spec, context)
     assert seen
     assert seen[0], "it had not begun to work"
@@ -203,7 +203,7 @@ def test_a_paused_export_begins_its_step_anew(bench: Bench) -> None:
     job_id, ledger = bench.begin("export", spec)
     context = bench.context(job_id, ledger)
     ledger.on_report = lambda phase: context.stop("pause") if phase == "converting" else None
-    with pytest.raises(Stop, match="pause"):
+    with pytest.raises(StopJob, match="pause"):
         bench.call("export", spec, context)
     assert left_behind() == []
     ledger.on_report = lambda phase: None
@@ -279,9 +279,9 @@ def test_what_a_killed_job_has_left_is_removed_by_the_next(home: Path) -> None:
     script = "import os; from jobs.execution import workspace\nwith workspace.folder('dead'): os._exit(9)"
     subprocess.run([sys.executable, "-c", script], check=False)
     assert len(left_behind()) == 2
-    with workspace.folder("alive") as first:
+    with workspace.temporary_folder("alive") as first:
         assert {name.partition("-")[0] for name in left_behind()} == {"alive"}
-        with workspace.folder("other"):
+        with workspace.temporary_folder("other"):
             assert first.exists()
     assert left_behind() == []
 
@@ -293,17 +293,17 @@ def test_the_converter_is_found_or_the_reason_is_said(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ConverterUnavailable, match=r"set forge\.converter to a folder"):
-        export_llama_converter.folder()
+        export_llama_converter.locate_converter()
     monkeypatch.setitem(export_llama_converter.HASHES, version(export_llama_converter.PACKAGE), "0" * 64)
     with pytest.raises(ConverterUnavailable):
-        export_llama_converter.folder()
+        export_llama_converter.locate_converter()
     with pytest.raises(ConverterUnavailable, match=r"hash of .* 0\.0\.1 is not known"):
         export_llama_converter.fetch("0.0.1", tmp_path / "none")
     assert list((home / "cache").iterdir()) == []
     monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(tmp_path))
     get_settings.cache_clear()
     with pytest.raises(ConverterNotFound, match="convert_hf_to_gguf"):
-        export_llama_converter.folder()
+        export_llama_converter.locate_converter()
 
 
 def test_a_package_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,9 +315,9 @@ def test_a_package_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_a_base_model_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseModelNotFound, match=r"no config\.json and no \*\.safetensors"):
-        base_models.folder(str(tmp_path))
+        base_models.resolve(str(tmp_path))
     with pytest.raises(BaseModelNotFound, match="neither forgearr/tiny, a folder"):
-        base_models.folder("no such/thing/at all")
+        base_models.resolve("no such/thing/at all")
     # The library reads where the hub is when it is imported.
     script = "from pipelines.training.models import base_models; base_models.folder('somebody/some-model')"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
@@ -356,7 +356,7 @@ def small_disk() -> Iterator[Callable[..., None]]:
 
 def step(function: str, request: dict[str, Any] | None = None, paths: list[Path] | None = None) -> Any:
     heard: list[float] = []
-    return isolated.run(
+    return isolated.run_isolated(
         function,
         request or {},
         report=lambda part, doing: heard.append(part),
@@ -382,10 +382,10 @@ def find(reference: str) -> Version:
 
 async def serve(version: Version) -> None:
     async with registry.connect() as models:
-        await models.point(version.name, version.number)
+        await models.set_served(version.name, version.number)
 
 
-def fetch(version: Version, file: File | None) -> Path:
+def fetch(version: Version, file: ModelFile | None) -> Path:
     async def load() -> Path:
         async with registry.connect() as models:
             return await models.fetch(version, file)
@@ -402,7 +402,7 @@ def learned(adapter: Path) -> Any:
     config = json.loads((adapter / "adapter_config.json").read_text())
     parts = load_file(adapter / "adapter_model.safetensors")
     first, second = (parts[f"base_model.model.{WEIGHT.replace('.weight', f'.lora_{part}.weight')}"] for part in "AB")
-    return weight(base_models.folder("forgearr/tiny")) + config["lora_alpha"] / config["r"] * second @ first
+    return weight(base_models.resolve("forgearr/tiny")) + config["lora_alpha"] / config["r"] * second @ first
 
 
 def tensor(file: Path) -> Any:
@@ -411,7 +411,7 @@ def tensor(file: Path) -> Any:
 
 
 def phases(ledger: Ledger) -> list[str]:
-    return [data["phase"] for _, data in ledger.news if "phase" in data]
+    return [data["phase"] for _, data in ledger.events if "phase" in data]
 
 
 def left_behind() -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.db import Database
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from pipelines.training.data import prompts
 from pipelines.training.data.parsing import InvalidSample
 from pipelines.training.data.prompts import NoMatchingPrompt, PromptNotFound, PromptRequest
@@ -198,14 +198,14 @@ async def test_prompts_are_chosen_for_training(database: Database) -> None:
     one, two, three = (prompt.id for prompt in mine)
 
     async def chosen(owner: Owner = ALICE, **told: Any) -> list[int]:
-        async with database.reading() as session:
-            return await prompts.matching(session, PromptFilter(**told), owner)
+        async with database.read_transaction() as session:
+            return await prompts.find_matching_ids(session, PromptFilter(**told), owner)
 
     assert await chosen(tags=["a"]) == [one, two]
     assert await chosen(tags=["b", "c"]) == [two, three]
     assert await chosen(tags=["a", "c"], ids=[three, one]) == [one, three]
     assert await chosen(category="media") == [one, two, three]
-    assert await chosen(LOCAL, tags=["a"]) == [one, two, theirs.id]
+    assert await chosen(LOCAL_OWNER, tags=["a"]) == [one, two, theirs.id]
     with pytest.raises(NoMatchingPrompt, match="No training prompt of yours has any of the tags nothing"):
         await chosen(tags=["nothing"])
     with pytest.raises(NoMatchingPrompt, match="the category 'x' and any of the tags a"):
@@ -221,8 +221,8 @@ async def test_a_prompt_becomes_a_conversation(database: Database) -> None:
     async with database.transaction() as session:
         for told in (MOVIE, TALK, {**TALK, "expected_output": None, "tool_calls": [CALL]}):
             await prompts.create(session, PromptRequest.model_validate(told))
-    async with database.reading() as session:
-        samples = await prompts.samples(session, PromptFilter(ids=[1, 2, 3]))
+    async with database.read_transaction() as session:
+        samples = await prompts.load_samples(session, PromptFilter(ids=[1, 2, 3]))
     movie, talk, call = (sample.model_dump(exclude_none=True) for sample in samples)
     assert movie == {
         "messages": [

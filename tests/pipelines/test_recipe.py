@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster import storage
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.models import tiny
 from pipelines.training.spec import FineTuneSpec, ForgeSpec
 from tests.waiting import PATIENCE
@@ -35,18 +35,18 @@ class Notes:
         self.losses: dict[int, float] = {}
         self.values: list[Mapping[str, float]] = []
         self.phases: list[str] = []
-        self.said: list[str] = []
-        self.place: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        self.training_state: dict[str, Any] = {}
         self.stop = False
         self.epochs: list[dict[str, float]] = []
 
-    def phase(self, name: str) -> None:
+    def on_phase(self, name: str) -> None:
         self.phases.append(name)
 
-    def say(self, message: str) -> None:
-        self.said.append(message)
+    def on_warning(self, message: str) -> None:
+        self.warnings.append(message)
 
-    def step(self, progress: float, values: Mapping[str, float]) -> None:
+    def on_step(self, progress: float, values: Mapping[str, float]) -> None:
         self.values.append({"progress": progress, **values})
         if "loss" in values:
             self.losses[int(values["step"])] = values["loss"]
@@ -54,23 +54,23 @@ class Notes:
     def should_stop(self) -> bool:
         return self.stop
 
-    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None:
-        self.place = json.loads(json.dumps(place))
-        shutil.copytree(checkpoint, self.kept(place["step"]), dirs_exist_ok=True)
-        if place["step"] == self._end_at:
+    def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
+        self.training_state = json.loads(json.dumps(training_state))
+        shutil.copytree(checkpoint, self.load_checkpoint(training_state["step"]), dirs_exist_ok=True)
+        if training_state["step"] == self._end_at:
             raise Interrupted
 
-    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None:
+    def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None:
         assert (checkpoint / "adapter_model.safetensors").exists()
-        self.epochs.append(dict(numbers))
+        self.epochs.append(dict(metrics))
 
-    def kept(self, step: int) -> Path:
+    def load_checkpoint(self, step: int) -> Path:
         return self._folder / str(step)
 
 
 @pytest.fixture
 def base(home: Path) -> str:
-    return str(tiny.folder())
+    return str(tiny.model_folder())
 
 
 def chats(count: int = 24) -> list[Sample]:
@@ -96,7 +96,7 @@ def train(spec: FineTuneSpec, base: str, work: Path, notes: Notes, samples: Any 
     from pipelines.training.fine_tune import recipe
 
     work.mkdir(exist_ok=True)
-    return recipe.train(spec, samples or chats(), base=base, work=work, watcher=notes, **resume)
+    return recipe.train(spec, samples or chats(), base=base, work_folder=work, observer=notes, **resume)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,9 @@ def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
     with pytest.raises(Interrupted):
         train(spec, base, tmp_path / "first", first)
     second = Notes(tmp_path / "kept")
-    outcome = train(spec, base, tmp_path / "second", second, checkpoint=first.kept(step), place=first.place)
+    outcome = train(
+        spec, base, tmp_path / "second", second, checkpoint=first.load_checkpoint(step), place=first.training_state
+    )
 
     assert max(first.losses) == step
     assert min(second.losses) == step + 1  # nothing is trained twice
@@ -199,7 +201,7 @@ def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_p
     # The weights are those of that evaluation, not the last ones.
     from safetensors.torch import load_file
 
-    best = load_file(notes.kept(notes.place["best_step"]) / "model.safetensors")
+    best = load_file(notes.load_checkpoint(notes.training_state["best_step"]) / "model.safetensors")
     saved = load_file(outcome.model / "model.safetensors")
     assert all(bool((best[name] == saved[name]).all()) for name in saved)
 
@@ -278,9 +280,9 @@ def test_what_would_fail_in_the_end_is_refused_in_the_beginning(
 def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) -> None:
     from transformers.trainer_callback import TrainerControl, TrainerState
 
-    from pipelines.training.fine_tune.callbacks import Follower
+    from pipelines.training.fine_tune.callbacks import ProgressCallback
 
-    follower = Follower(spec_of(early_stopping=2), Notes(tmp_path), {})
+    follower = ProgressCallback(spec_of(early_stopping=2), Notes(tmp_path), {})
     control = TrainerControl()
     stops: list[bool] = []
     for _ in range(2):
@@ -340,7 +342,7 @@ def test_every_process_knows_where_the_checkpoints_are(
         (tmp_path / f"{rank}").mkdir()
         monkeypatch.setattr("ray.train.get_context", lambda rank=rank: World(rank))
         context = Bench(tmp_path).context("job_x", Ledger())
-        watchers.append(fine_tune_job.JobWatcher(context, {}, tmp_path))
+        watchers.append(fine_tune_job.JobObserver(context, {}, tmp_path))
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     for step in (2, 4, 6):
         for rank, watcher in enumerate(watchers):
@@ -370,7 +372,7 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
         places.append(place)
         if len(places) > 1:
             raise Interrupted
-        raise batch_size.StartSmaller("Out of memory", details=smaller)
+        raise batch_size.RestartWithSmallerBatch("Out of memory", details=smaller)
 
     def run_here(context: Any, spec: Any, work: Any) -> Any:
         return work()
@@ -382,8 +384,8 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     monkeypatch.setattr(datasets, "get", always(dataset))
     monkeypatch.setattr(datasets, "load", always(chats()))
     monkeypatch.setattr(recipe, "train", scarce_train)
-    monkeypatch.setattr(fine_tune_job, "_on_ray_train", run_here)
-    monkeypatch.setattr(outputs, "own_row", always(Row(ledger.checkpoints)))
+    monkeypatch.setattr(fine_tune_job, "_run_on_ray_train", run_here)
+    monkeypatch.setattr(outputs, "own_job", always(Row(ledger.checkpoints)))
     with pytest.raises(Interrupted):
         fine_tune_job.fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of())
     assert places == [None, smaller]
@@ -442,9 +444,9 @@ def long_chats(count: int) -> list[Sample]:
     ]
 
 
-def preferences() -> list[Pair]:
+def preferences() -> list[PreferencePair]:
     return [
-        Pair.model_validate(
+        PreferencePair.model_validate(
             {
                 "messages": [{"role": "user", "content": f"Shall I delete disk {number}?"}],
                 "chosen": [{"role": "assistant", "content": "No, ask first."}],

@@ -15,20 +15,20 @@ import pytest
 
 from cluster import mlflow_client
 from cluster.db import now
-from cluster.mlflow_client import Tracking, TrackingUnavailable
+from cluster.mlflow_client import MlflowRestClient, MlflowUnavailable
 from cluster.settings import get_settings
 from pipelines.training.models import cache as model_cache
 from pipelines.training.models import registry
 from pipelines.training.models.cache import DamagedModel
 from pipelines.training.models.registry import Registry
 from pipelines.training.models.versions import (
-    File,
-    Manner,
+    ModelDefaults,
+    ModelFile,
     ModelNotFound,
     NoEarlierVersion,
-    RegistryOff,
+    RegistryDisabled,
     Version,
-    VersionNeeded,
+    VersionInUse,
     VersionServed,
 )
 from tests.pipelines.shelf import Shelf
@@ -78,7 +78,7 @@ async def test_the_alias_and_the_way_back(shelf: Shelf) -> None:
             await shelf.registry.find(reference)
     with pytest.raises(NoEarlierVersion):
         await shelf.registry.roll_back(shelf.name)
-    assert [await shelf.registry.point(shelf.name, number) for number in (1, 2, 2, 3)] == [None, 1, 1, 2]
+    assert [await shelf.registry.set_served(shelf.name, number) for number in (1, 2, 2, 3)] == [None, 1, 1, 2]
     assert (await shelf.registry.find(shelf.name)).number == 3
     assert (await shelf.registry.find(f"{shelf.name}:v2")).number == 2
     for back_to, from_there in ((2, 3), (1, 2)):
@@ -88,14 +88,14 @@ async def test_the_alias_and_the_way_back(shelf: Shelf) -> None:
     with pytest.raises(NoEarlierVersion):
         await shelf.registry.roll_back(shelf.name)
     with pytest.raises(ModelNotFound):
-        await shelf.registry.point(shelf.name, 9)
+        await shelf.registry.set_served(shelf.name, 9)
     assert (await shelf.registry.find(shelf.name)).number == 1
 
 
 async def test_the_way_back_skips_what_was_deleted(shelf: Shelf) -> None:
     for number in (1, 2, 3):
         await shelf.register()
-        await shelf.registry.point(shelf.name, number)
+        await shelf.registry.set_served(shelf.name, number)
     await shelf.registry.delete_version(shelf.name, 2)
     version, _ = await shelf.registry.roll_back(shelf.name)
     assert version.number == 1
@@ -104,7 +104,7 @@ async def test_the_way_back_skips_what_was_deleted(shelf: Shelf) -> None:
 async def test_a_switch_that_broke_off_half_way_does_not_confuse_the_way_back(shelf: Shelf) -> None:
     for number in (1, 2):
         await shelf.register()
-        await shelf.registry.point(shelf.name, number)
+        await shelf.registry.set_served(shelf.name, number)
     # What point() writes before it moves the alias, when it comes no further.
     history = {"name": shelf.name, "key": "forgearr.history", "value": "[1, 2]"}
     await shelf.mlflow.call("POST", "registered-models/set-tag", json=history)
@@ -114,14 +114,14 @@ async def test_a_switch_that_broke_off_half_way_does_not_confuse_the_way_back(sh
 async def test_judgements(shelf: Shelf) -> None:
     await shelf.register()
     for passed, reasons in ((False, ["perplexity 9 is over 5"]), (True, [])):
-        await shelf.registry.judge(shelf.name, 1, passed, reasons)
+        await shelf.registry.set_validation(shelf.name, 1, passed, reasons)
         version = await shelf.registry.find(f"{shelf.name}:v1")
         assert (version.passed, version.reasons) == (passed, reasons)
 
 
 async def test_deleting(shelf: Shelf) -> None:
     first, second = await shelf.register(b"one"), await shelf.register(b"two")
-    await shelf.registry.point(shelf.name, 2)
+    await shelf.registry.set_served(shelf.name, 2)
     with pytest.raises(VersionServed):
         await shelf.registry.delete_version(shelf.name, 2)
     await shelf.registry.delete_version(shelf.name, 1)
@@ -162,7 +162,7 @@ async def test_an_adapter_stands_on_another_version(shelf: Shelf) -> None:
     assert await shelf.registry.adapters_of(first.reference) == []
     assert (await shelf.registry.fetch(first)).read_bytes() == b"adapter 1"
     for delete in (shelf.registry.delete_version(base.name, 1), shelf.registry.delete_model(base.name)):
-        with pytest.raises(VersionNeeded, match="is an adapter for it"):
+        with pytest.raises(VersionInUse, match="is an adapter for it"):
             await delete
     for adapter in (first, second):
         await shelf.registry.delete_model(adapter.name)
@@ -203,27 +203,27 @@ async def test_no_copy_stays_of_what_was_deleted_meanwhile(shelf: Shelf, monkeyp
 
 async def test_a_copy_in_another_manner_must_pass_anew(shelf: Shelf) -> None:
     version = await shelf.register(b"one")
-    await shelf.registry.judge(shelf.name, 1, True)
-    manner = Manner(system="Be brief.", parameters={"temperature": 0, "stop": ["x"]}, license=["MIT"])
+    await shelf.registry.set_validation(shelf.name, 1, True)
+    manner = ModelDefaults(system="Be brief.", parameters={"temperature": 0, "stop": ["x"]}, license=["MIT"])
     made = await shelf.registry.copy(await shelf.registry.find(version.reference), f"{shelf.name}-brief", manner)
-    assert (made.manner, made.passed) == (manner, None)
+    assert (made.defaults, made.passed) == (manner, None)
     again = await shelf.registry.copy(made, f"{shelf.name}-again")
-    assert (again.manner, again.parent) == (manner, made.reference)
+    assert (again.defaults, again.parent) == (manner, made.reference)
 
 
 async def test_what_an_adapter_stands_on_stays(shelf: Shelf) -> None:
     base = await shelf.register(b"base")
-    adapter = File("a.gguf", "f16", "a" * 64, 7)
+    adapter = ModelFile("a.gguf", "f16", "a" * 64, 7)
     name = f"{shelf.name}-adapted"
-    made = await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, manner=Manner())
+    made = await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, defaults=ModelDefaults())
     assert (made.files, made.adapter, made.file, made.run_id) == ([], adapter, adapter, "")
     assert "a" * 64 in await shelf.registry.blobs()
-    with pytest.raises(VersionNeeded, match=f"{name}:v1 is an adapter for it"):
+    with pytest.raises(VersionInUse, match=f"{name}:v1 is an adapter for it"):
         await shelf.registry.delete_model(shelf.name)
     await shelf.registry.delete_model(name)
     await shelf.registry.delete_model(shelf.name)
     with pytest.raises(ModelNotFound):
-        await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, manner=Manner())
+        await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, defaults=ModelDefaults())
     with pytest.raises(ModelNotFound):
         await shelf.registry.model(name)
 
@@ -238,7 +238,7 @@ async def test_a_list_is_two_requests_however_long(shelf: Shelf, mlflow_server: 
         requests.append(request.url.path)
 
     async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
-        models = await Registry(Tracking(client)).models()
+        models = await Registry(MlflowRestClient(client)).models()
     assert len(requests) == 2
     (ours,) = (model for model in models if model.name == shelf.name)
     assert [version.number for version in ours.versions] == list(range(12, 0, -1))
@@ -247,7 +247,7 @@ async def test_a_list_is_two_requests_however_long(shelf: Shelf, mlflow_server: 
 
 
 async def test_a_list_longer_than_a_page(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "PAGE", 2)
+    monkeypatch.setattr(registry, "PAGE_SIZE", 2)
     for _ in range(5):
         await shelf.register()
     assert [version.number for version in (await shelf.registry.model(shelf.name)).versions] == [5, 4, 3, 2, 1]
@@ -276,7 +276,7 @@ async def test_several_who_fetch_at_once_download_once(shelf: Shelf, mlflow_serv
             downloads.append(request.url.path)
 
     async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
-        other = Registry(Tracking(client))
+        other = Registry(MlflowRestClient(client))
         copies = await asyncio.gather(*(other.fetch(version) for _ in range(4)))
     assert set(copies) == {get_copy(version)}
     assert len(downloads) == 1
@@ -304,7 +304,7 @@ async def test_a_dropped_connection_is_taken_up_again(shelf: Shelf, mlflow_serve
 
 async def test_mlflow_being_away_is_worth_another_attempt(home: Path) -> None:
     async with mlflow_client.connect("http://127.0.0.1:9") as mlflow:
-        with pytest.raises(TrackingUnavailable) as caught:
+        with pytest.raises(MlflowUnavailable) as caught:
             await Registry(mlflow).models()
     assert caught.value.retryable
 
@@ -312,7 +312,7 @@ async def test_mlflow_being_away_is_worth_another_attempt(home: Path) -> None:
 async def test_without_mlflow_there_is_no_registry(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     get_settings.cache_clear()
-    with pytest.raises(RegistryOff, match=r"mlflow\.enabled"):
+    with pytest.raises(RegistryDisabled, match=r"mlflow\.enabled"):
         async with registry.connect():
             pass
 
@@ -324,7 +324,7 @@ def test_what_was_used_longest_ago_makes_room(home: Path, tmp_path: Path, monkey
     for number in range(5):
         source = tmp_path / f"{number}.gguf"
         source.write_bytes(bytes([number]) * 1000)
-        copies.append(model_cache.keep(source, f"{number}" * 64))
+        copies.append(model_cache.cache_file(source, f"{number}" * 64))
         assert source.exists()
     assert all(copy.exists() for copy in copies)  # used a moment ago
     unfinished = copies[0].parent / "x.part"
@@ -333,7 +333,7 @@ def test_what_was_used_longest_ago_makes_room(home: Path, tmp_path: Path, monkey
         used_at = time.time() - 100_000 + age
         os.utime(file, (used_at, used_at))
     assert model_cache.find("4" * 64, 1000) == copies[4]  # used again
-    model_cache.make_room(copies[0])
+    model_cache.evict(copies[0])
     assert [copy.exists() for copy in copies] == [True, True, False, False, True]
     assert not unfinished.exists()
 

@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from pipelines.training.data import resolution
-from pipelines.training.data.parsing import EmptyData, InvalidSample, line_of, lines_of, parse, read
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.parsing import (
+    EmptyData,
+    InvalidSample,
+    parse_samples,
+    read_lines,
+    read_samples,
+    to_json_line,
+)
+from pipelines.training.data.samples import PreferencePair, Sample
 
 ASK = {"role": "user", "content": "Find Alien."}
 SAY = {"role": "assistant", "content": "Here it is."}
@@ -32,7 +39,7 @@ def call(name: str = "search", arguments: Any = "{}") -> dict[str, Any]:
 
 
 def test_a_conversation_with_a_call_and_its_result() -> None:
-    (sample,) = parse(chat(ASK, CALL, RESULT, SAY, tools=[TOOL]), "test")
+    (sample,) = parse_samples(chat(ASK, CALL, RESULT, SAY, tools=[TOOL]), "test")
     assert isinstance(sample, Sample)
     assert [message.role for message in sample.messages] == ["user", "assistant", "tool", "assistant"]
     assert sample.model_dump(exclude_none=True) == {"messages": [ASK, CALL, RESULT, SAY], "tools": [TOOL]}
@@ -49,7 +56,7 @@ def test_a_conversation_with_a_call_and_its_result() -> None:
     ],
 )
 def test_what_others_write_differently(told: dict[str, Any], meant: dict[str, Any]) -> None:
-    (sample,) = parse(chat(ASK, told, SAY, tools=[TOOL], parallel_tool_calls=False), "test")
+    (sample,) = parse_samples(chat(ASK, told, SAY, tools=[TOOL], parallel_tool_calls=False), "test")
     assert isinstance(sample, Sample)
     assert sample.messages[1].model_dump(exclude_none=True) == meant
 
@@ -69,9 +76,9 @@ def test_what_others_write_differently(told: dict[str, Any], meant: dict[str, An
     ],
 )
 def test_preferences_in_every_form_are_the_same(line: dict[str, Any]) -> None:
-    (pair,) = parse(json.dumps(line), "test")
+    (pair,) = parse_samples(json.dumps(line), "test")
     expected = {"messages": [ASK], "chosen": [SAY], "rejected": [{**SAY, "content": "No."}]}
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, PreferencePair)
     assert pair.model_dump(exclude_none=True) == expected
 
 
@@ -119,36 +126,36 @@ def test_preferences_in_every_form_are_the_same(line: dict[str, Any]) -> None:
 def test_a_bad_line_is_named(line: str, reason: str) -> None:
     good = chat(ASK, SAY)
     with pytest.raises(InvalidSample) as refused:
-        parse(f"{good}\n\n{line}\n{good}\n", "my-set")
+        parse_samples(f"{good}\n\n{line}\n{good}\n", "my-set")
     assert "line 3 of my-set" in refused.value.message
     assert reason in refused.value.message
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:
     with pytest.raises(InvalidSample, match="line 1 of test is not JSON"):
-        parse(b'{"messages": "\xff"}', "test")
+        parse_samples(b'{"messages": "\xff"}', "test")
 
 
 def test_one_set_has_one_sort() -> None:
     pair = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
-    with pytest.raises(InvalidSample, match="line 2 of test is preferences, and those before are chat"):
-        parse([chat(ASK, SAY), pair], "test")
+    with pytest.raises(InvalidSample, match="line 2 of test is preferences, those before are chat"):
+        parse_samples([chat(ASK, SAY), pair], "test")
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", b"", []])
 def test_nothing_is_an_error(text: Any) -> None:
     with pytest.raises(EmptyData, match="no sample in test"):
-        parse(text, "test")
+        parse_samples(text, "test")
 
 
 def test_what_looks_like_the_end_of_a_line_is_text() -> None:
     said = "one\u2028two\x85three\x0bfour"
     line = json.dumps({"messages": [{**ASK, "content": said}, SAY]}, ensure_ascii=False)
     line = line.replace("\x0b", "\\u000b")
-    (sample,) = parse(f"\ufeff{line}\r\n", "test")
+    (sample,) = parse_samples(f"\ufeff{line}\r\n", "test")
     assert isinstance(sample, Sample)
     assert sample.messages[0].content == said
-    assert parse(line_of(sample), "test") == [sample]
+    assert parse_samples(to_json_line(sample), "test") == [sample]
 
 
 def test_samples_are_read_one_by_one() -> None:
@@ -156,23 +163,23 @@ def test_samples_are_read_one_by_one() -> None:
         while True:
             yield chat(ASK, SAY)
 
-    reading = read(endless(), "test")
+    reading = read_samples(endless(), "test")
     assert next(reading) == next(reading)
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.training.data.parsing.LINE_MAX_BYTES", 1000)
+    monkeypatch.setattr("pipelines.training.data.parsing.MAX_LINE_BYTES", 1000)
     path = tmp_path / "long"
     path.write_bytes(b" " * 10_000 + b"{}")
     with path.open("rb") as file:
-        assert max(len(line) for line in lines_of(file)) == 1001
+        assert max(len(line) for line in read_lines(file)) == 1001
     path.write_bytes(b"[" + b" " * 10_000)
     with path.open("rb") as file, pytest.raises(InvalidSample, match="line 1 of test has more than 1000 bytes"):
-        parse(lines_of(file), "test")
+        parse_samples(read_lines(file), "test")
 
 
 def test_the_samples_that_ship() -> None:
-    samples = resolution.shipped()
+    samples = resolution.demo_samples()
     calls = [sample for sample in samples if any(message.tool_calls for message in sample.messages)]
     assert len(samples) >= 40
     assert len(calls) >= 10

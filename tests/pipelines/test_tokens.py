@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.training.data.parsing import parse
+from pipelines.training.data.parsing import parse_samples
 from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune import tokenize
 from pipelines.training.fine_tune.tokenize import IGNORED, UnusableTokenizer, encode
@@ -79,7 +79,7 @@ def test_only_answers_are_learned_and_what_ends_them(tokenizer: Any) -> None:
     )
     pairs = zip(encoding.input_ids, encoding.labels, strict=True)
     assert all(label in {IGNORED, token} for token, label in pairs)
-    assert encoding.learned == len(tokenizer("Yes, since Monday.<|im_end|>Still.<|im_end|>")["input_ids"])
+    assert encoding.learned_tokens == len(tokenizer("Yes, since Monday.<|im_end|>Still.<|im_end|>")["input_ids"])
 
 
 def test_what_is_read_before_an_answer_is_what_it_will_be_asked_with(tokenizer: Any) -> None:
@@ -125,13 +125,15 @@ def test_a_template_that_cannot_be_learned_from_is_refused(
 
 
 def test_all_that_ships_fits_the_tiny_model(tokenizer: Any) -> None:
-    samples = parse((files("configs") / "demo" / "homelab.jsonl").read_bytes(), "homelab.jsonl")
+    samples = parse_samples((files("configs") / "demo" / "homelab.jsonl").read_bytes(), "homelab.jsonl")
     assert len(samples) >= 40
     for sample in samples:
         assert isinstance(sample, Sample)
         told = sample.model_dump(exclude_none=True)
         encodings = encode(tokenizer, told["messages"], told.get("tools"))
-        assert all(0 < encoding.learned < len(encoding.input_ids) <= tiny.CONTEXT for encoding in encodings)
+        assert all(
+            0 < encoding.learned_tokens < len(encoding.input_ids) <= tiny.CONTEXT_LENGTH for encoding in encodings
+        )
 
 
 def test_the_tiny_model_is_the_same_wherever_it_is_built(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import storage
-from jobs.context import Stop
-from pipelines.training.data.parsing import parse
+from jobs.context import StopJob
+from pipelines.training.data.parsing import parse_samples
 from pipelines.training.data.samples import Sample
 from pipelines.training.export.convert import load_merged
 from pipelines.training.fine_tune.tokenize import encode
@@ -20,7 +20,7 @@ from pipelines.training.models import base_models, registry
 from pipelines.training.models import versions as models_versions
 from pipelines.training.validate import job as validate_job
 from pipelines.training.validate import metrics as eval_metrics
-from pipelines.training.validate.job import NothingHeldOut, NotItsExport
+from pipelines.training.validate.job import ExportMismatch, NothingHeldOut
 from pipelines.training.validate.metrics import score
 from tests.pipelines.bench import Bench
 
@@ -37,7 +37,7 @@ def test_a_model_is_measured_beside_its_base_and_its_gguf(bench: Bench, trained:
     tokenizer = AutoTokenizer.from_pretrained(trained / "full")
     samples = held_out(trained / "full")
     tuned = AutoModelForCausalLM.from_pretrained(trained / "full")
-    base = AutoModelForCausalLM.from_pretrained(base_models.folder("forgearr/tiny"))
+    base = AutoModelForCausalLM.from_pretrained(base_models.resolve("forgearr/tiny"))
     assert metrics["final_loss"] == pytest.approx(mean_loss(tuned, tokenizer, samples), rel=1e-4)
     assert metrics["base_loss"] == pytest.approx(mean_loss(base, tokenizer, samples), rel=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["final_loss"]))
@@ -87,23 +87,23 @@ def test_without_an_export_nothing_is_said_of_one(bench: Bench) -> None:
 
 @pytest.mark.deep
 def test_a_validation_goes_on_from_where_it_was_paused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate_job, "TOGETHER", 2)
+    monkeypatch.setattr(validate_job, "SAMPLES_PER_ROUND", 2)
     spec = {"job_id": bench.fine_tuned("lora"), "max_new_tokens": 4}
     _, expected, whole = bench.run("validate", spec)
 
     job_id, ledger = bench.begin("validate", spec)
     context = bench.context(job_id, ledger)
     ledger.on_report = lambda phase: context.stop("pause") if phase.startswith("measuring the model: 2") else None
-    with pytest.raises(Stop, match="pause"):
+    with pytest.raises(StopJob, match="pause"):
         bench.call("validate", spec, context)
     ledger.on_report = lambda phase: None
-    before = len(ledger.news)
+    before = len(ledger.events)
     result = bench.go_on("validate", spec, job_id, ledger)
     assert result["metrics"] == expected["metrics"]
-    went_on = [data["phase"] for _, data in ledger.news[before:] if data.get("phase", "").startswith("measuring")]
+    went_on = [data["phase"] for _, data in ledger.events[before:] if data.get("phase", "").startswith("measuring")]
     assert went_on[0].startswith("measuring the model: ")
     assert not storage.exists(storage.address(f"jobs/{job_id}/measured.json"))
-    assert len([1 for _, data in whole.news if data.get("phase", "").startswith("measuring")]) == 6
+    assert len([1 for _, data in whole.events if data.get("phase", "").startswith("measuring")]) == 6
 
 
 def test_what_cannot_be_validated_is_refused(bench: Bench, trained: Path) -> None:
@@ -113,18 +113,18 @@ def test_what_cannot_be_validated_is_refused(bench: Bench, trained: Path) -> Non
         bench.run("validate", {"job_id": fine_tune})
     export, _ = bench.begin("export", {"job_id": bench.fine_tuned("full")})
     bench.finish(export, {"name": "other", "version": 1})
-    with pytest.raises(NotItsExport):
+    with pytest.raises(ExportMismatch):
         bench.run("validate", {"job_id": fine_tune, "export_job_id": export})
 
 
 @pytest.mark.deep
 def test_an_adapter_is_measured_merged(trained: Path, bench: Bench) -> None:
-    base = base_models.folder("forgearr/tiny")
+    base = base_models.resolve("forgearr/tiny")
     tokenizer: Any = AutoTokenizer.from_pretrained(trained / "lora")
     prepared = [eval_metrics.prepare(tokenizer, sample, 2048) for sample in held_out(trained / "lora")]
     merged = load_merged(base, trained / "lora").eval()
     told = eval_metrics.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: False)
-    loss = eval_metrics.total(told, "loss") / eval_metrics.total(told, "tokens")
+    loss = eval_metrics.sum_of(told, "loss") / eval_metrics.sum_of(told, "tokens")
     assert loss == pytest.approx(mean_loss(merged, tokenizer, held_out(trained / "lora")), rel=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert loss < mean_loss(plain, tokenizer, held_out(trained / "lora"))
@@ -132,7 +132,7 @@ def test_an_adapter_is_measured_merged(trained: Path, bench: Bench) -> None:
     short = eval_metrics.prepare(tokenizer, held_out(trained / "lora")[-1], 60)
     assert all(len(one.input_ids) <= 60 for one in short.encodings)
     assert len(short.questions) < len(prepared[-1].questions)
-    with pytest.raises(eval_metrics.Interrupted):
+    with pytest.raises(eval_metrics.MeasurementInterrupted):
         eval_metrics.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: True)
 
 
@@ -182,7 +182,7 @@ def test_gates_decide(gates: dict[str, float], with_gguf: bool, reasons: list[st
         "gguf_top1_agreement": 0.9,
     }
     every = {gate: gates.get(gate) for gate in validate_job.GATES}
-    assert validate_job.judge(metrics, every, with_gguf=with_gguf) == reasons
+    assert validate_job.check_gates(metrics, every, with_gguf=with_gguf) == reasons
 
 
 async def find(reference: str) -> models_versions.Version:
@@ -191,7 +191,7 @@ async def find(reference: str) -> models_versions.Version:
 
 
 def held_out(model: Path) -> list[Sample]:
-    samples = parse((model / "held_out.jsonl").read_text(), "held_out.jsonl")
+    samples = parse_samples((model / "held_out.jsonl").read_text(), "held_out.jsonl")
     return [sample for sample in samples if isinstance(sample, Sample)]
 
 
@@ -203,7 +203,7 @@ def mean_loss(model: Any, tokenizer: Any, samples: list[Sample]) -> float:
         for one in encode(tokenizer, document["messages"], document.get("tools")):
             with torch.inference_mode():
                 told = model(input_ids=torch.tensor([one.input_ids]), labels=torch.tensor([one.labels]))
-            losses.append((told.loss.item(), one.learned))
+            losses.append((told.loss.item(), one.learned_tokens))
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 

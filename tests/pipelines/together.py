@@ -34,17 +34,17 @@ def main(base: str, folder: Path) -> None:
             raise MemoryError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_size, "_step", scarce_step)
-        patch.setattr(batch_size, "LEAST_GAIN", 0)
+        patch.setattr(batch_size, "_trial_step", scarce_step)
+        patch.setattr(batch_size, "MIN_SPEEDUP", 0)
         patch.setattr(recipe.SFTTrainer, "train", no_training)
-        patch.setattr(recipe, "_save", _save_nothing)
-        patch.setattr(recipe, "_outcome", _save_nothing)
+        patch.setattr(recipe, "_save_model", _save_nothing)
+        patch.setattr(recipe, "_build_result", _save_nothing)
         refused = None
         try:
             spec = spec_of(batch_size="auto", eval_split=0)
-            recipe.train(spec, chats(40), base=base, work=folder / str(rank), watcher=Notes(folder))
-        except batch_size.StartSmaller as smaller:
-            refused = smaller.place
+            recipe.train(spec, chats(40), base=base, work_folder=folder / str(rank), observer=Notes(folder))
+        except batch_size.RestartWithSmallerBatch as smaller:
+            refused = smaller.batch_settings
     print(json.dumps({"batch_size": sizes[0], "refused": refused}))
     distributed.destroy_process_group()
 

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from cluster.db import Database, now
 from jobs.context import Context
-from jobs.execution.report_writer import storable
+from jobs.execution.report_writer import to_storable
 from jobs.leases import Claim
 from jobs.registry import Resources, find_kind, load_function
 from jobs.states import State
@@ -25,8 +25,8 @@ class Notes:
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None:
-        self.metrics |= news[1].get("metrics", {})
+    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None:
+        self.metrics |= event[1].get("metrics", {})
 
     def checkpoint(self, claim: Claim, state: Any) -> None: ...
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
@@ -38,7 +38,7 @@ class Notes:
 
 async def run(database: Database, *kinds: str) -> list[Notes]:
     """Do all queued jobs of these kinds, the oldest first."""
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         queued = select(Job).where(Job.state == State.QUEUED, Job.kind.in_(kinds)).order_by(Job.created_at, Job.id)
         jobs = list(await session.scalars(queued))
     return [await _do(database, job) for job in jobs]
@@ -75,5 +75,5 @@ async def _do(database: Database, job: Job) -> Notes:
     result = await asyncio.to_thread(function, Context(claim, notes), kind.spec.model_validate(job.spec))
     async with database.transaction() as session:
         row = await session.get_one(Job, job.id)
-        row.state, row.result, row.finished_at = State.SUCCEEDED, storable(result), now()
+        row.state, row.result, row.finished_at = State.SUCCEEDED, to_storable(result), now()
     return notes

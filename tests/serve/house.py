@@ -10,7 +10,7 @@ from sqlalchemy import func, select, update
 from cluster import identity, ownership
 from cluster.db import Database
 from jobs import journal, queue
-from jobs.journal import Entry
+from jobs.journal import JournalEntry
 from jobs.states import State
 from jobs.tables import Job
 
@@ -31,7 +31,10 @@ class House:
         )
 
     async def ask(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {identity.access_token(self.people[who])}", **options.pop("headers", {})}
+        headers = {
+            "Authorization": f"Bearer {identity.create_access_token(self.people[who])}",
+            **options.pop("headers", {}),
+        }
         if method in {"POST", "PUT"}:
             headers["Content-Type"] = "application/json"
         return await self.http.request(method, path, headers=headers, **options)
@@ -67,11 +70,11 @@ class House:
 
     async def tell(self, job_id: str, **metrics: Any) -> None:
         async with self.database.transaction() as session:
-            journal.record(session, [Entry(job_id, "progress", {"metrics": metrics})])
+            journal.record(session, [JournalEntry(job_id, "progress", {"metrics": metrics})])
 
     async def kinds(self) -> Counter[str]:
         """How many jobs of each kind there are."""
-        async with self.database.reading() as session:
+        async with self.database.read_transaction() as session:
             rows = await session.execute(select(Job.kind, func.count().label("count")).group_by(Job.kind))
             return Counter({row.kind: row.count for row in rows})
 

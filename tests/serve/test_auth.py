@@ -31,7 +31,7 @@ LOGIN = {"email": "ada@example.com", "password": PASSWORD}
 def build_app() -> FastAPI:
     app = FastAPI()
     app.include_router(router)
-    app.add_middleware(strict_input.StrictInput)
+    app.add_middleware(strict_input.InputValidationMiddleware)
     app.add_middleware(OriginGuard)
     handle_errors(app)
 
@@ -224,7 +224,7 @@ async def test_logging_out_ends_the_login(client: httpx.AsyncClient, database: D
 
 
 async def test_a_key_is_shown_once_works_and_is_revoked(client: httpx.AsyncClient, database: Database) -> None:
-    token = identity.access_token(await add_user(database))
+    token = identity.create_access_token(await add_user(database))
     created = await client.post("/api/v1/auth/keys", json={"name": "laptop"}, headers=bearer(token))
     key = created.json()["key"]
     assert created.status_code == 201
@@ -245,7 +245,7 @@ async def test_a_key_is_shown_once_works_and_is_revoked(client: httpx.AsyncClien
 async def test_a_stranger_cannot_say_much(
     client: httpx.AsyncClient, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strict_input, "STRANGERS_BODY_BYTES", 1000)
+    monkeypatch.setattr(strict_input, "MAX_ANONYMOUS_BODY_BYTES", 1000)
     key = await add_key(database, await add_user(database))
     long = LOGIN | {"password": "x" * 2000}
 
@@ -265,14 +265,14 @@ async def test_a_key_belongs_to_its_user(client: httpx.AsyncClient, database: Da
     ada, bob = await add_user(database), await add_user(database, "bob", "admin")
     key = await add_key(database, ada)
     (item,) = (await client.get("/api/v1/auth/keys", headers={"X-API-Key": key})).json()["items"]
-    other = bearer(identity.access_token(bob))
+    other = bearer(identity.create_access_token(bob))
     assert (await client.get("/api/v1/auth/keys", headers=other)).json()["items"] == []
     assert (await client.delete(f"/api/v1/auth/keys/{item['id']}", headers=other)).status_code == 404
     assert (await client.get("/whoami", headers={"X-API-Key": key})).status_code == 200
 
 
 async def test_a_key_expires(client: httpx.AsyncClient, database: Database) -> None:
-    headers = bearer(identity.access_token(await add_user(database)))
+    headers = bearer(identity.create_access_token(await add_user(database)))
     body = {"name": "ci", "expires_in_days": 30}
     created = (await client.post("/api/v1/auth/keys", json=body, headers=headers)).json()
     assert created["expires_at"] > created["created_at"]
@@ -294,7 +294,7 @@ async def test_a_key_expires(client: httpx.AsyncClient, database: Database) -> N
 async def test_a_senseless_expiry_is_refused(
     client: httpx.AsyncClient, database: Database, expiry: dict[str, Any]
 ) -> None:
-    headers = bearer(identity.access_token(await add_user(database)))
+    headers = bearer(identity.create_access_token(await add_user(database)))
     answer = await client.post("/api/v1/auth/keys", json={"name": "ci"} | expiry, headers=headers)
     assert answer.status_code == 422
 
@@ -308,7 +308,7 @@ async def test_a_key_needs_an_account(client: httpx.AsyncClient) -> None:
 async def test_the_use_of_a_key_is_recorded(client: httpx.AsyncClient, database: Database) -> None:
     key = await add_key(database, await add_user(database))
     await client.get("/whoami", headers={"X-API-Key": key})
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(select(identity.ApiKey.last_used_at)) is not None
 
 
@@ -349,20 +349,20 @@ async def test_a_required_credential_is_required(client: httpx.AsyncClient, head
 async def test_admin_routes_are_for_admins(client: httpx.AsyncClient, database: Database) -> None:
     user, admin = await add_user(database), await add_user(database, "root", "admin")
     assert (await client.get("/admin")).status_code == 401
-    assert (await client.get("/admin", headers=bearer(identity.access_token(user)))).status_code == 403
-    assert (await client.get("/admin", headers=bearer(identity.access_token(admin)))).json() == "root"
+    assert (await client.get("/admin", headers=bearer(identity.create_access_token(user)))).status_code == 403
+    assert (await client.get("/admin", headers=bearer(identity.create_access_token(admin)))).json() == "root"
 
 
 async def test_the_role_is_the_accounts_not_the_tokens(client: httpx.AsyncClient, database: Database) -> None:
     user = await add_user(database)
-    claims = jwt.decode(identity.access_token(user), signing_key(), algorithms=["HS256"]) | {"role": "admin"}
+    claims = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"]) | {"role": "admin"}
     token = jwt.encode(claims, signing_key(), algorithm="HS256")
     assert (await client.get("/whoami", headers=bearer(token))).json() == "ada user"
 
 
 async def test_a_disabled_account_is_shut_out_at_once(client: httpx.AsyncClient, database: Database) -> None:
     user = await add_user(database)
-    credentials = [bearer(identity.access_token(user)), {"X-API-Key": await add_key(database, user)}]
+    credentials = [bearer(identity.create_access_token(user)), {"X-API-Key": await add_key(database, user)}]
     await disable(database, user)
     for headers in credentials:
         answer = await client.get("/whoami", headers=headers)
@@ -406,7 +406,7 @@ async def connect(query: str = "", **headers: str) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("required")
 async def test_a_socket_takes_its_credential_from_header_or_query(database: Database) -> None:
     user = await add_user(database)
-    token, key = identity.access_token(user), await add_key(database, user)
+    token, key = identity.create_access_token(user), await add_key(database, user)
     for said in (
         await connect(x_api_key=key),
         await connect(authorization=f"Bearer {token}"),

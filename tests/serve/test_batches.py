@@ -14,16 +14,16 @@ from cluster import storage
 from cluster.db import Database, now
 from cluster.errors import Unavailable
 from cluster.files import store as file_store
-from cluster.ownership import LOCAL
+from cluster.ownership import LOCAL_OWNER
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.models.registry import OnProgress
 from serve.engines.gguf.replica import GgufEngine
-from serve.engines.protocol import EngineBusy, EngineLost, EngineUnavailable, Request, Source
+from serve.engines.protocol import EngineBusy, EngineLost, EngineRequest, EngineUnavailable, Source
 from serve.openai.batches import store as batch_store
-from serve.openai.batches.line import MOST_LOSSES, Answering
+from serve.openai.batches.line import MAX_ENGINE_LOSSES, LineRunner
 from serve.openai.files.validation import BatchLine
 from tests.serve.small_models import write_parrot
 
@@ -39,7 +39,7 @@ class Unsteady(GgufEngine):
     away: Sequence[Unavailable] = ()
     asked = 0
 
-    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
+    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
         self.asked += 1
         if self.asked <= len(self.away):
             raise self.away[self.asked - 1]
@@ -60,8 +60,8 @@ def engine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unste
 
 
 @pytest.fixture
-def answering(engine: Unsteady, database: Database) -> Answering:
-    return Answering(database, engine, LOCAL)
+def answering(engine: Unsteady, database: Database) -> LineRunner:
+    return LineRunner(database, engine, LOCAL_OWNER)
 
 
 def line(**options: Any) -> BatchLine:
@@ -69,9 +69,9 @@ def line(**options: Any) -> BatchLine:
     return BatchLine(custom_id="one", method="POST", url="/v1/chat/completions", body=body)
 
 
-async def test_an_engine_that_is_away_is_asked_again(answering: Answering, engine: Unsteady) -> None:
-    engine.away = [EngineBusy()] * 9 + [EngineUnavailable()] * 3 + [EngineLost()] * MOST_LOSSES
-    outcome = await answering.answer(7, line())
+async def test_an_engine_that_is_away_is_asked_again(answering: LineRunner, engine: Unsteady) -> None:
+    engine.away = [EngineBusy()] * 9 + [EngineUnavailable()] * 3 + [EngineLost()] * MAX_ENGINE_LOSSES
+    outcome = await answering.run(7, line())
     assert (outcome.number, outcome.succeeded) == (7, True)
     assert engine.asked == len(engine.away) + 1
     told = json.loads(outcome.line)
@@ -79,9 +79,9 @@ async def test_an_engine_that_is_away_is_asked_again(answering: Answering, engin
     assert outcome.usage == told["response"]["body"]["usage"]
 
 
-async def test_a_line_over_which_engines_are_lost_is_given_up(answering: Answering, engine: Unsteady) -> None:
-    engine.away = [EngineLost()] * (MOST_LOSSES + 1)
-    outcome = await answering.answer(1, line())
+async def test_a_line_over_which_engines_are_lost_is_given_up(answering: LineRunner, engine: Unsteady) -> None:
+    engine.away = [EngineLost()] * (MAX_ENGINE_LOSSES + 1)
+    outcome = await answering.run(1, line())
     told = json.loads(outcome.line)
     assert (outcome.succeeded, told["response"]["status_code"]) == (False, 503)
     assert told["response"]["body"]["error"]["code"] == "engine_lost"
@@ -93,18 +93,18 @@ async def test_a_job_asks_a_database_of_its_own(engine: Unsteady, database: Data
     async def ask() -> bytes:
         own = Database(get_settings().database_url)
         try:
-            return (await Answering(own, engine, LOCAL).answer(1, line(model="job_20260101_000000_abcd"))).line
+            return (await LineRunner(own, engine, LOCAL_OWNER).run(1, line(model="job_20260101_000000_abcd"))).line
         finally:
             await own.close()
 
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         await session.get(Job, "job_none")
     told = json.loads(await asyncio.to_thread(lambda: asyncio.run(ask())))
     assert told["response"]["status_code"] == 404
 
 
 async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: Database) -> None:
-    file = await file_store.keep(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
+    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
     made: dict[State, str] = {}
     long_ago = now() - timedelta(days=get_settings().jobs.event_days + 1)
     for state in (State.FAILED, State.SUCCEEDED, State.RUNNING):
@@ -115,24 +115,26 @@ async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: 
                 input_file_id=file.id,
                 labels={},
                 output_seconds=None,
-                owner=LOCAL,
+                owner=LOCAL_OWNER,
             )
             job.state, job.finished_at = state, long_ago
-        made[state] = storage.address(batch_store.folder(batch.id))
-        storage.write(BytesIO(b"{}"), f"{batch_store.folder(batch.id)}/part")
+        made[state] = storage.address(batch_store.parts_folder(batch.id))
+        storage.write(BytesIO(b"{}"), f"{batch_store.parts_folder(batch.id)}/part")
     assert await batch_store.remove_left_over(database) == 1
     assert {state for state, address in made.items() if storage.exists(address)} == {State.SUCCEEDED, State.RUNNING}
     assert await batch_store.remove_left_over(database) == 0
 
 
 async def test_a_batch_whose_job_failed_says_why(database: Database) -> None:
-    file = await file_store.keep(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
+    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
     async with database.transaction() as session:
         batch, job = await batch_store.create(
-            session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, owner=LOCAL
+            session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, owner=LOCAL_OWNER
         )
-        assert batch_store.told(batch, job)["status"] == "validating"
-        await queue.finish_waiting(session, [job], State.FAILED, {"code": "file_not_found", "message": "It is gone."})
-    async with database.reading() as session:
-        told = batch_store.told(batch, await session.get_one(Job, job.id))
+        assert batch_store.to_openai(batch, job)["status"] == "validating"
+        await queue.finish_waiting_jobs(
+            session, [job], State.FAILED, {"code": "file_not_found", "message": "It is gone."}
+        )
+    async with database.read_transaction() as session:
+        told = batch_store.to_openai(batch, await session.get_one(Job, job.id))
     assert (told["status"], told["errors"][0]["message"]) == ("failed", "It is gone.")

@@ -227,7 +227,7 @@ async def test_how_far_a_model_is_that_is_being_loaded(house: House) -> None:
     assert (await asking).choices[0].message.content == SPOKEN
     (model,) = await look()
     assert (model["model"], model["phase"], model["progress"], model["seconds"]) == (TINY, "loaded", 1, None)
-    assert (model["bytes"], model["requests"]) == (house.engine.held[0].bytes, 0)
+    assert (model["bytes"], model["requests"]) == (house.engine.loaded_models[0].bytes, 0)
 
 
 async def test_too_many_at_once(house: House) -> None:
@@ -235,7 +235,7 @@ async def test_too_many_at_once(house: House) -> None:
     stream = await house.say(stream=True)
     await anext(aiter(stream))
     waiting = asyncio.create_task(house.say(max_tokens=1))
-    await eventually_async(lambda: house.engine.held[0].users == 2)
+    await eventually_async(lambda: house.engine.loaded_models[0].users == 2)
     busy = await house.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO})
     assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
     assert busy.json()["error"]["code"] == "engine_busy"
@@ -246,7 +246,7 @@ async def test_too_many_at_once(house: House) -> None:
 async def test_who_waits_for_a_whole_answer_and_leaves_makes_room(house: House) -> None:
     write_model(house.file, seed=1, talkative=True, context=262_144)
     leaving = asyncio.create_task(house.say())
-    await eventually_async(lambda: any(held.users for held in house.engine.held))
+    await eventually_async(lambda: any(held.users for held in house.engine.loaded_models))
     leaving.cancel()
     assert (await house.say(max_tokens=1)).usage.completion_tokens == 1
 

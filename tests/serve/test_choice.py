@@ -7,23 +7,23 @@ import pytest
 
 from cluster.settings import get_settings
 from pipelines.training.models.registry import OnProgress
-from pipelines.training.models.versions import File, Version
-from serve.engines.collect import whole_of
+from pipelines.training.models.versions import ModelFile, Version
+from serve.engines.collect import collect
 from serve.engines.gguf.replica import GgufEngine
-from serve.engines.protocol import Folder, Request, Source
-from serve.engines.router import ChosenEngine
+from serve.engines.protocol import EngineRequest, ModelFolder, Source
+from serve.engines.router import EngineRouter
 from tests.serve.small_models import write_parrot
 
 NOW = datetime.now(UTC)
-FILE = File("house.gguf", "q8_0", "", 1)
+FILE = ModelFile("house.gguf", "q8_0", "", 1)
 VERSION = Version("house", 3, "run", [FILE], None, "forgearr/tiny", "job_1", "job_2", True, NOW)
-FOLDER = Folder("/models/house", "forgearr/tiny", NOW)
-HELLO: Request = {"messages": [{"role": "user", "content": "Hello"}]}
+FOLDER = ModelFolder("/models/house", "forgearr/tiny", NOW)
+HELLO: EngineRequest = {"messages": [{"role": "user", "content": "Hello"}]}
 SPOKEN = {VERSION.reference: "I run GGUF models.", "job_3": "I run folders."}
 
 
 @pytest.fixture
-def engine(home: Path, tmp_path: Path) -> ChosenEngine:
+def engine(home: Path, tmp_path: Path) -> EngineRouter:
     def one(name: str) -> GgufEngine:
         file = write_parrot(tmp_path / f"{name}.gguf", SPOKEN[name])
 
@@ -32,18 +32,18 @@ def engine(home: Path, tmp_path: Path) -> ChosenEngine:
 
         return GgufEngine(get_settings().engines, find_file)
 
-    return ChosenEngine(one(VERSION.reference), {Folder: one("job_3")})
+    return EngineRouter(one(VERSION.reference), {ModelFolder: one("job_3")})
 
 
 @pytest.mark.parametrize(("reference", "source"), [(VERSION.reference, VERSION), ("job_3", FOLDER)])
-async def test_the_source_decides_who_answers(engine: ChosenEngine, reference: str, source: Source) -> None:
+async def test_the_source_decides_who_answers(engine: EngineRouter, reference: str, source: Source) -> None:
     whole = await engine.complete(reference, HELLO, source)
-    heard = await whole_of(engine.chat(reference, HELLO, source))
+    heard = await collect(engine.chat(reference, HELLO, source))
     assert whole["choices"] == heard["choices"]
     assert whole["choices"][0]["message"]["content"] == SPOKEN[reference]
 
 
-async def test_all_that_is_in_memory_is_told_of_and_let_go(engine: ChosenEngine) -> None:
+async def test_all_that_is_in_memory_is_told_of_and_let_go(engine: EngineRouter) -> None:
     await engine.load(VERSION.reference, VERSION)
     await engine.load("job_3", FOLDER)
     assert [held.reference for held in await engine.loaded()] == [VERSION.reference, "job_3"]

@@ -16,7 +16,7 @@ from cluster.settings import get_settings
 from jobs.tables import Job
 from pipelines.media.audit import audit_services, change_settings
 from pipelines.media.audit import tables as audit_tables
-from pipelines.media.audit.tables import Change, Recommendation
+from pipelines.media.audit.tables import Recommendation, SettingChange
 from serve.security import rate_limits
 from tests.cluster.services import programs
 from tests.cluster.services.arr_stand_in import ArrStandIn, arr_standing_in
@@ -299,7 +299,7 @@ async def test_secrets_are_kept_and_told_nowhere(
     assert found["api_key"]["current_value"] == "********"
     await changed(house, "apply", found["fail_hopeless_jobs"]["id"])
     kept: list[Any] = []
-    async with house.database.reading() as session:
+    async with house.database.read_transaction() as session:
         for table in Base.metadata.sorted_tables:
             if table.name != "services":
                 kept += [[*row] for row in await session.execute(text(f'SELECT * FROM "{table.name}"'))]
@@ -569,7 +569,7 @@ async def test_the_room_hears_of_an_audit_and_mlflow_of_its_numbers(
     assert message["data"] == {"audit_id": asked.json()["audit_id"], "recommendation_count": total}
     assert message["timestamp"].endswith("Z")
     assert sum(notes.metrics[f"priority_{name}"] for name in ("critical", "high", "medium", "low")) == total
-    async with house.database.reading() as session:
+    async with house.database.read_transaction() as session:
         (job,) = await session.scalars(select(Job))
     assert (job.tracked, job.concurrency) == (True, 1)
     assert job.result
@@ -623,7 +623,7 @@ async def test_an_attempt_that_was_lost_is_done_once(house: House, sonarr: ArrSt
     await audited(house, "sonarr")
     found = (await recommended(house))["copyUsingHardlinks"]
     async with database.transaction() as session:
-        session.add(Change(recommendation_id=found["id"], previous=False, new=True, outcome="begun", by="ada"))
+        session.add(SettingChange(recommendation_id=found["id"], previous=False, new=True, outcome="begun", by="ada"))
     sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] = True
     (result,) = await changed(house, "apply", found["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, True)
@@ -652,7 +652,7 @@ async def test_old_audits_are_forgotten(house: House, sonarr: ArrStandIn, databa
             text("UPDATE recommendations SET closed_at = '2020-01-01 00:00:00+00:00' WHERE closed_at IS NOT NULL")
         )
     assert await audit_tables.remove_old(database) == 1
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert not (await session.scalars(select(Recommendation).where(Recommendation.closed_at.is_not(None)))).all()
     assert (await house.ask("bob", "GET", f"{PATH}/audit/history")).json()["audits"] == []
 

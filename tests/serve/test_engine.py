@@ -14,20 +14,20 @@ import pytest
 from cluster.db import now
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training.models.registry import OnProgress
-from pipelines.training.models.versions import File, Version
-from serve.engines.collect import whole_of
-from serve.engines.gguf.model import LoadedModel
-from serve.engines.gguf.replica import GgufEngine, GgufFiles
-from serve.engines.local.pool import MB, Shelf
+from pipelines.training.models.versions import ModelFile, Version
+from serve.engines.collect import collect
+from serve.engines.gguf.model import LlamaCppModel
+from serve.engines.gguf.replica import GgufEngine, GgufLoader
+from serve.engines.local.pool import MB, ModelPool
 from serve.engines.model_header import ModelUnreadable, read_header
-from serve.engines.protocol import ContextExceeded, EngineBusy, ModelTooLarge, Request, RequestRefused, Source
+from serve.engines.protocol import ContextExceeded, EngineBusy, EngineRequest, ModelTooLarge, RequestRefused, Source
 from serve.engines.read_ahead import read_ahead
 from tests.contract.serving import let_go
 from tests.serve.small_models import write_adapter, write_model
 from tests.waiting import eventually_async
 
-HELLO: Request = {"messages": [{"role": "user", "content": "Hello"}]}
-FILE = File("quiet.gguf", "q8_0", "", 1)
+HELLO: EngineRequest = {"messages": [{"role": "user", "content": "Hello"}]}
+FILE = ModelFile("quiet.gguf", "q8_0", "", 1)
 FOR_GOOD = Version("quiet", 1, "run", [FILE], None, "forgearr/tiny", "job_1", "job_2", True, datetime.now(UTC))
 ENDLESS = 1_000_000
 WEATHER = {
@@ -64,7 +64,7 @@ class Models:
             number=1,
             run_id="",
             files=[],
-            adapter=File(path.name, "lora", "", path.stat().st_size),
+            adapter=ModelFile(path.name, "lora", "", path.stat().st_size),
             base_model=base,
             job_id="",
             export_job_id="",
@@ -120,7 +120,7 @@ async def test_a_whole_answer(engine: GgufEngine) -> None:
 @pytest.mark.parametrize("chosen", [{"temperature": 0}, {"temperature": 1.5, "seed": 7}])
 async def test_a_streamed_answer_is_the_same_answer(engine: GgufEngine, chosen: dict[str, Any]) -> None:
     request = {**HELLO, "max_tokens": 40, **chosen}
-    heard = await whole_of(engine.chat("talker", request))
+    heard = await collect(engine.chat("talker", request))
     whole = await engine.complete("talker", request)
     assert heard["choices"] == whole["choices"]
     assert heard["usage"]["completion_tokens"] == 40
@@ -166,11 +166,11 @@ async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[...,
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as left:
         await anext(left)
     cancelled = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": ENDLESS}))
-    await eventually_async(lambda: engine.held[0].users)
+    await eventually_async(lambda: engine.loaded_models[0].users)
     cancelled.cancel()
     with suppress(asyncio.CancelledError):
         await cancelled
-    assert engine.held[0].users == 0
+    assert engine.loaded_models[0].users == 0
     assert (await engine.complete("talker", {**HELLO, "max_tokens": 3}))["usage"]["completion_tokens"] == 3
 
 
@@ -179,7 +179,7 @@ async def test_who_does_not_read_keeps_nobody_waiting(models: Models, settings: 
     request = {**HELLO, "max_tokens": 60, "temperature": 0}
     async with aclosing(read_ahead(engine.chat("talker", request))) as unread:
         heard = await anext(unread)
-        await eventually_async(lambda: not engine.held[0].users)
+        await eventually_async(lambda: not engine.loaded_models[0].users)
         assert (await engine.complete("talker", request))["usage"]["completion_tokens"] == 60
         # Nothing of what was said meanwhile is lost.
         heard += [chunk async for chunks in unread for chunk in chunks]
@@ -191,7 +191,7 @@ async def test_the_queue_has_an_end(models: Models, settings: Callable[..., Engi
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as answered:
         await anext(answered)
         waiting = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": 2}))
-        await eventually_async(lambda: engine.held[0].users == 2)
+        await eventually_async(lambda: engine.loaded_models[0].users == 2)
         with pytest.raises(EngineBusy):
             await engine.complete("talker", HELLO)
         # Another model has a queue of its own.
@@ -213,18 +213,18 @@ async def test_a_model_is_loaded_once_for_all_who_wait(models: Models, engine: G
 async def test_the_least_recently_used_makes_room(models: Models, settings: Callable[..., EngineSettings]) -> None:
     for name in ("one", "two", "three"):
         models.add(name)
-    needed = read_header(models.folder / "one.gguf").memory(2048, 2)
+    needed = read_header(models.folder / "one.gguf").memory_bytes(2048, 2)
     told: list[list[str]] = []
     engine = GgufEngine(settings(memory_mb=-(-2 * needed // MB)), models.find, models.find_adapters, told.append)
     for name in ("one", "two", "one", "three"):
         await engine.complete(name, {**HELLO, "max_tokens": 1})
-    assert [held.reference for held in engine.held] == ["one", "three"]
+    assert [held.reference for held in engine.loaded_models] == ["one", "three"]
     assert told[-1] == ["one", "three"]
 
 
 async def test_a_model_in_use_stays(models: Models, settings: Callable[..., EngineSettings]) -> None:
     models.add("other", context=16_384)
-    needed = read_header(models.folder / "talker.gguf").memory(16_384, 2)
+    needed = read_header(models.folder / "talker.gguf").memory_bytes(16_384, 2)
     engine = GgufEngine(settings(memory_mb=-(-needed // MB)), models.find, models.find_adapters)
     answer = engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})
     await anext(answer)
@@ -237,7 +237,7 @@ async def test_a_model_in_use_stays(models: Models, settings: Callable[..., Engi
     assert (arriving.reference, arriving.phase, arriving.bytes) == ("other", "waiting for room", None)
     await answer.aclose()
     assert await waiting
-    assert [held.reference for held in engine.held] == ["other"]
+    assert [held.reference for held in engine.loaded_models] == ["other"]
 
 
 async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(models: Models, home: Path) -> None:
@@ -246,7 +246,7 @@ async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(models: Model
     engine = GgufEngine(settings, models.find, models.find_adapters)
     with pytest.raises(ModelTooLarge, match=r"large needs \d+ MB \(\d+ MB of weights.* allows 64 MB"):
         await engine.complete("large", HELLO)
-    assert engine.held == []
+    assert engine.loaded_models == []
 
 
 async def test_unload_waits_for_the_last_answer(engine: GgufEngine) -> None:
@@ -256,7 +256,7 @@ async def test_unload_waits_for_the_last_answer(engine: GgufEngine) -> None:
     assert await engine.unload("talker")
     assert await anext(answer)
     await answer.aclose()
-    assert engine.held == []
+    assert engine.loaded_models == []
     assert await engine.complete("talker", {**HELLO, "max_tokens": 1})
 
 
@@ -269,9 +269,9 @@ async def test_reading_a_long_question_can_be_given_up(models: Models, settings:
     models.add("slow", layers=4, heads=8, context=16_384)
     engine = GgufEngine(settings(slots=1), models.find, models.find_adapters)
     await engine.complete("slow", {**HELLO, "max_tokens": 1})
-    question: Request = {"messages": [{"role": "user", "content": "x" * 3_000}], "max_tokens": 1}
+    question: EngineRequest = {"messages": [{"role": "user", "content": "x" * 3_000}], "max_tokens": 1}
     asked = asyncio.create_task(engine.complete("slow", question))
-    await eventually_async(lambda: engine.held[0].users)
+    await eventually_async(lambda: engine.loaded_models[0].users)
     asked.cancel()
     with suppress(asyncio.CancelledError):
         await asked
@@ -289,7 +289,7 @@ async def test_reading_a_long_question_can_be_given_up(models: Models, settings:
     ],
     ids=["no content", "bad schema", "bad tool"],
 )
-async def test_what_the_model_cannot_take_is_refused(engine: GgufEngine, wrong: Request) -> None:
+async def test_what_the_model_cannot_take_is_refused(engine: GgufEngine, wrong: EngineRequest) -> None:
     with pytest.raises(RequestRefused):
         await engine.complete("quiet", wrong)
     assert await engine.complete("quiet", {**HELLO, "max_tokens": 1})
@@ -320,16 +320,16 @@ async def test_nobody_else_can_speak_to_a_model(engine: GgufEngine) -> None:
 
 def test_what_a_file_says_of_itself(models: Models) -> None:
     header = read_header(models.folder / "talker.gguf")
-    assert (header.architecture, header.layers, header.width, header.context) == ("llama", 2, 64, 16_384)
-    assert header.vocabulary == 260
-    assert header.key_values == 2 * 64
+    assert (header.architecture, header.layers, header.hidden_size, header.context) == ("llama", 2, 64, 16_384)
+    assert header.vocab_size == 260
+    assert header.kv_width == 2 * 64
     cache = 2 * (2 * 64) * 2 * 1000 * 3
-    assert header.memory(1000, 3) - header.memory(1000, 0) == cache
+    assert header.memory_bytes(1000, 3) - header.memory_bytes(1000, 0) == cache
 
 
 async def test_files_are_found_only_once_for_a_shelf(models: Models, settings: Callable[..., EngineSettings]) -> None:
-    files = GgufFiles(settings(), models.find, models.find_adapters)
-    shelf = Shelf[LoadedModel](1024 * MB, settings())
+    files = GgufLoader(settings(), models.find, models.find_adapters)
+    shelf = ModelPool[LlamaCppModel](1024 * MB, settings())
     for _ in range(2):
         async with shelf.use("quiet", lambda tell: files.prepare("quiet", None, "answers", tell)):
             pass
@@ -372,4 +372,4 @@ async def test_an_adapter_that_came_later_has_its_model_loaded_once_more(models:
 async def test_a_model_is_let_go_before_anybody_asked_it(engine: GgufEngine) -> None:
     await engine.load("quiet", FOR_GOOD)
     assert await engine.unload("quiet")
-    assert engine.held == []
+    assert engine.loaded_models == []

@@ -75,8 +75,8 @@ def build_app() -> FastAPI:
 
     app.include_router(openai)
     handle_errors(app)
-    app.add_middleware(strict_input.StrictInput)
-    app.add_middleware(request_frame.RequestFrame, metrics=RequestMetrics())
+    app.add_middleware(strict_input.InputValidationMiddleware)
+    app.add_middleware(request_frame.RequestContextMiddleware, metrics=RequestMetrics())
     return app
 
 
@@ -210,7 +210,7 @@ async def test_nul_in_an_address_is_refused(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_body_without_end_is_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    for bound in ("MAX_BODY_BYTES", "STRANGERS_BODY_BYTES"):
+    for bound in ("MAX_BODY_BYTES", "MAX_ANONYMOUS_BODY_BYTES"):
         monkeypatch.setattr(strict_input, bound, 1000)
     sent = 0
 

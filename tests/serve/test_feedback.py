@@ -10,7 +10,7 @@ from cluster.settings import get_settings
 from jobs.states import State
 from pipelines.guardian.repositories import Repository
 from serve.openai.responses import store as response_store
-from serve.openai.responses.events import Telling
+from serve.openai.responses.events import ResponseStream
 from serve.openai.responses.items import Message
 from serve.openai.responses.request import ResponseRequest
 from tests.serve.house import House
@@ -226,9 +226,9 @@ async def respond(database: Database, owner: Owner, letter: str, said: str, aske
     """A response that was answered and kept; returns its id."""
     identifier = "resp_" + 32 * letter
     request = ResponseRequest(model="homelab:latest", input=asked, **wanted)
-    telling = Telling(identifier, request.repeated())
-    answered = Message(role="assistant", content=said).item()
+    telling = ResponseStream(identifier, request.request_fields())
+    answered = Message(role="assistant", content=said).to_item()
     telling.end()
     body = {**telling.response, "output": [{"id": f"msg_{32 * letter}0000", **answered}]}
-    await response_store.keep(database, body, request.items(identifier, {}), owner)
+    await response_store.store(database, body, request.items(identifier, {}), owner)
     return identifier

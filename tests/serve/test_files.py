@@ -42,7 +42,7 @@ class House:
     def __init__(self, url: str, database: Database, people: dict[str, identity.User]) -> None:
         self.url = url
         self.database = database
-        self.tokens = {name: identity.access_token(user) for name, user in people.items()}
+        self.tokens = {name: identity.create_access_token(user) for name, user in people.items()}
         self.clients = {
             name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
             for name, token in self.tokens.items()
@@ -56,7 +56,7 @@ class House:
             await session.execute(over)
 
     async def count(self, row: type[Any]) -> int:
-        async with self.database.reading() as session:
+        async with self.database.read_transaction() as session:
             return await session.scalar(select(func.count()).select_from(row)) or 0
 
 
@@ -127,7 +127,7 @@ async def test_the_client_that_waits(house: House) -> None:
 async def test_what_fits_its_purpose_is_processed(house: House, purpose: Any, content: list[Any], kind: str) -> None:
     made = await house.ada.files.create(file=("a.jsonl", lines(*content)), purpose=purpose)
     assert (made.status, made.status_details) == ("processed", None)
-    async with house.database.reading() as session:
+    async with house.database.read_transaction() as session:
         assert (await file_store.find(session, made.id)).content == kind
 
 
@@ -236,10 +236,10 @@ async def test_a_file_whose_time_is_over_is_gone(house: House) -> None:
 
 async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(house: House, tmp_path: Path) -> None:
     told: dict[str, Any] = {"filename": "out.jsonl", "purpose": "batch_output", "file_id": "file-of-job"}
-    first = await file_store.keep(house.database, BytesIO(b"one\ntwo\n"), **told)
-    again = await file_store.keep(house.database, BytesIO(b"other"), **told)
+    first = await file_store.create_file(house.database, BytesIO(b"one\ntwo\n"), **told)
+    again = await file_store.create_file(house.database, BytesIO(b"other"), **told)
     assert (first.id, again.bytes) == (again.id, 8)
-    with file_store.opened(again) as content:
+    with file_store.open_file(again) as content:
         assert list(content) == [b"one\n", b"two\n"]
 
 

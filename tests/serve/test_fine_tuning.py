@@ -14,14 +14,14 @@ from cluster.db import Database, now
 from cluster.ownership import Owner
 from cluster.settings import get_settings
 from jobs import journal, queue
-from jobs.journal import Entry
+from jobs.journal import JournalEntry
 from jobs.queue import JobRequest
 from jobs.states import Control, State
 from jobs.tables import Job
 from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
-from serve.engines.protocol import Folder
-from serve.models.resolver import Models
+from serve.engines.protocol import ModelFolder
+from serve.models.resolver import ModelResolver
 from tests.contract.serving import serving
 
 pytestmark = pytest.mark.both_databases
@@ -45,7 +45,7 @@ class House:
             name: Owner(id=user.id, name=name, is_admin=user.role == "admin") for name, user in people.items()
         }
         self.clients = {
-            name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=identity.access_token(user), max_retries=0)
+            name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=identity.create_access_token(user), max_retries=0)
             for name, user in people.items()
         }
         self.ada, self.bob, self.admin = (self.clients[name].fine_tuning.jobs for name in ("ada", "bob", "admin"))
@@ -62,7 +62,7 @@ class House:
         return (await self.job(job_id)).spec
 
     async def job(self, job_id: str) -> Job:
-        async with self.database.reading() as session:
+        async with self.database.read_transaction() as session:
             return await queue.get(session, job_id)
 
     async def settle(self, job_id: str, **facts: Any) -> None:
@@ -78,12 +78,12 @@ class House:
         await self.settle(child.id, **facts)
         return child.id
 
-    async def tell(self, *entries: Entry) -> None:
+    async def tell(self, *entries: JournalEntry) -> None:
         async with self.database.transaction() as session:
             journal.record(session, entries)
 
     async def resolve(self, name: str, who: str = "ada") -> Any:
-        return (await Models().resolve(name, self.owners[who])).source
+        return (await ModelResolver().resolve(name, self.owners[who])).source
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ async def test_when_it_will_be_done_is_estimated(house: House) -> None:
     job = await house.create()
     training = await house.step(job.id, "fine_tune", state=State.RUNNING, phase="training", started_at=now())
     assert (await house.ada.retrieve(job.id)).estimated_finish is None
-    await house.tell(Entry(training, "progress", {"metrics": {"step": 1, "loss": 2.0, "eta_seconds": 600.0}}))
+    await house.tell(JournalEntry(training, "progress", {"metrics": {"step": 1, "loss": 2.0, "eta_seconds": 600.0}}))
     estimated = (await house.ada.retrieve(job.id)).estimated_finish
     assert estimated
     assert 590 < estimated - now().timestamp() < 1200
@@ -300,15 +300,15 @@ async def test_the_journal_is_told_in_openais_words(house: House) -> None:
     training = await house.step(job.id, "fine_tune")
     numbers = {"step": 2, "epoch": 1.0, "loss": 1.5, "token_accuracy": 0.5, "memory_mb": 100.0}
     await house.tell(
-        Entry(job.id, "running"),
-        Entry(job.id, "queued", {"parked": True}),
-        Entry(training, "running", {"worker": "w"}),
-        Entry(training, "progress", {"phase": "loading the model"}),
-        Entry(training, "progress", {"metrics": numbers}),
-        Entry(training, "progress", {"metrics": {"step": 2, "eval_loss": 1.25}}),
-        Entry(training, "log", {"level": "WARNING", "message": "Out of memory at step 2."}),
-        Entry(training, "succeeded"),
-        Entry(job.id, "failed", {"error": {"code": "x", "message": "No room."}}),
+        JournalEntry(job.id, "running"),
+        JournalEntry(job.id, "queued", {"parked": True}),
+        JournalEntry(training, "running", {"worker": "w"}),
+        JournalEntry(training, "progress", {"phase": "loading the model"}),
+        JournalEntry(training, "progress", {"metrics": numbers}),
+        JournalEntry(training, "progress", {"metrics": {"step": 2, "eval_loss": 1.25}}),
+        JournalEntry(training, "log", {"level": "WARNING", "message": "Out of memory at step 2."}),
+        JournalEntry(training, "succeeded"),
+        JournalEntry(job.id, "failed", {"error": {"code": "x", "message": "No room."}}),
     )
     told = [event async for event in house.ada.list_events(job.id, limit=2)][::-1]
     assert [(event.level, event.type, event.message) for event in told] == [
@@ -345,7 +345,11 @@ async def test_checkpoints_have_names_that_stand_for_their_folders(house: House)
         await house.ada.checkpoints.list(job.id, after="ftckpt_x_1")
     name = found[1].fine_tuned_model_checkpoint
     assert name == f"ft:{TINY}:ada:demo:{job.id.removeprefix('job_')}:ckpt-step-8"
-    assert await house.resolve(name) == await house.resolve(name, "admin") == Folder(epochs[1]["address"], TINY, moment)
+    assert (
+        await house.resolve(name)
+        == await house.resolve(name, "admin")
+        == ModelFolder(epochs[1]["address"], TINY, moment)
+    )
     for wrong, who in ((name, "bob"), (name.replace("-8", "-9"), "ada"), (name.replace("demo", "other"), "ada")):
         with pytest.raises(ModelNotFound):
             await house.resolve(wrong, who)
@@ -364,7 +368,7 @@ async def test_a_model_that_was_not_exported_has_a_name_too(house: House) -> Non
     result = {"model": storage.address("jobs/x/model"), "base_model": TINY}
     await house.settle(job.id, state=State.SUCCEEDED, result=result, finished_at=moment)
     assert (await house.ada.retrieve(job.id)).fine_tuned_model == name
-    assert await house.resolve(name) == Folder(result["model"], TINY, moment)
+    assert await house.resolve(name) == ModelFolder(result["model"], TINY, moment)
     assert name in {card.id async for card in house.clients["ada"].models.list()}
     assert (await house.clients["ada"].models.retrieve(name)).owned_by == "forgearr"
     assert name not in {card.id async for card in house.clients["bob"].models.list()}

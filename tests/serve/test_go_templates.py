@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from jinja2 import Environment
 
-from serve.ollama.templates.chat_template import TemplateRefused, as_jinja
+from serve.ollama.templates.chat_template import TemplateRefused, to_jinja
 
 TURN = (
     "{{ if .System }}[system {{ .System }}]\n{{ end }}{{- if .Prompt }}[user {{ .Prompt }}]\n{{ end }}"
@@ -45,7 +45,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 def rendered(template: str, *messages: dict[str, Any], begun: bool = True, **more: Any) -> str:
     """As llama.cpp and transformers do it."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    template = as_jinja(template)
+    template = to_jinja(template)
     return environment.from_string(template).render(messages=messages, add_generation_prompt=begun, **more)
 
 
@@ -156,7 +156,7 @@ def test_what_go_has_for_it(template: str, written: str) -> None:
 )
 def test_what_jinja_cannot_say_is_named(template: str, reason: str) -> None:
     with pytest.raises(TemplateRefused, match=f"{reason}.*Send one in Jinja"):
-        as_jinja(template)
+        to_jinja(template)
 
 
 @pytest.mark.parametrize(
@@ -165,4 +165,4 @@ def test_what_jinja_cannot_say_is_named(template: str, reason: str) -> None:
 )
 def test_what_is_nested_too_deeply_is_refused(template: str) -> None:
     with pytest.raises(TemplateRefused, match="nested too deeply"):
-        as_jinja(template)
+        to_jinja(template)

@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE
 
 @pytest.fixture
 def app(home: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
-    monkeypatch.setattr(health, "PATIENCE_SECONDS", PATIENCE)
+    monkeypatch.setattr(health, "CHECK_TIMEOUT_SECONDS", PATIENCE)
     return create_app()
 
 
@@ -78,7 +78,7 @@ async def test_without_the_database_it_is_unhealthy(
 
 
 async def test_many_questions_at_once_are_one_look(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "KEPT_SECONDS", 3600)
+    monkeypatch.setattr(health, "CACHE_SECONDS", 3600)
     answers = await asyncio.gather(*(client.get("/health") for _ in range(20)))
     assert len({answer.json()["timestamp"] for answer in answers}) == 1
 
@@ -86,7 +86,7 @@ async def test_many_questions_at_once_are_one_look(client: httpx.AsyncClient, mo
 async def test_health_looks_again_when_its_answer_is_old(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "KEPT_SECONDS", 0)
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0)
     first, second = [(await client.get("/health")).json()["timestamp"] for _ in range(2)]
     assert first != second
 

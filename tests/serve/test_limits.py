@@ -23,7 +23,7 @@ from cluster.settings import get_settings
 from serve.http.error_handlers import handle_errors
 from serve.security import rate_limits
 from serve.security.callers import CurrentCaller
-from serve.security.rate_limits import RateLimits, check_login, client_address, count_failed_login
+from serve.security.rate_limits import RateLimitMiddleware, check_login, client_address, count_failed_login
 from tests.platform import unused_ports
 from tests.waiting import PATIENCE, eventually
 
@@ -68,7 +68,7 @@ def limited(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 def connect() -> Connect:
     """Call the server from an address."""
     app = FastAPI()
-    app.add_middleware(RateLimits)
+    app.add_middleware(RateLimitMiddleware)
     handle_errors(app)
 
     @app.get("/whoami")

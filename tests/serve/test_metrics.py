@@ -13,7 +13,7 @@ from cluster import events
 from cluster.db import Database
 from jobs import queue
 from jobs.queue import JobRequest
-from serve.middleware.request_frame import RequestFrame
+from serve.middleware.request_frame import RequestContextMiddleware
 from serve.monitoring import metrics
 from serve.monitoring.metrics import RequestMetrics
 
@@ -43,7 +43,7 @@ async def client(own: RequestMetrics) -> AsyncIterator[httpx.AsyncClient]:
         return item_id
 
     app.include_router(router, prefix="/api")
-    app.add_middleware(RequestFrame, metrics=own)
+    app.add_middleware(RequestContextMiddleware, metrics=own)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
         yield client
 

@@ -22,8 +22,8 @@ async def client(database: Database, shelf: Shelf) -> AsyncIterator[httpx.AsyncC
 async def test_models_are_listed_and_shown(client: httpx.AsyncClient, shelf: Shelf) -> None:
     version = await shelf.register(b"one", b"two", adapter=shelf.file(b"adapter", "f16"))
     await shelf.register()
-    await shelf.registry.judge(shelf.name, 1, False, ["too dull"])
-    await shelf.registry.point(shelf.name, 2)
+    await shelf.registry.set_validation(shelf.name, 1, False, ["too dull"])
+    await shelf.registry.set_served(shelf.name, 2)
     shown = (await client.get(f"/api/v1/models/{shelf.name}")).json()
     assert (shown["name"], shown["served_version"]) == (shelf.name, 2)
     newest, oldest = shown["versions"]
@@ -65,7 +65,7 @@ async def test_the_way_back_and_deletion(client: httpx.AsyncClient, shelf: Shelf
     path = f"/api/v1/models/{shelf.name}"
     for number in (1, 2):
         await shelf.register()
-        await shelf.registry.point(shelf.name, number)
+        await shelf.registry.set_served(shelf.name, number)
     done = await client.post(f"{path}/rollback")
     assert done.json() == {"name": shelf.name, "version": 1, "previous": 2, "warning": None}
     nothing = await client.post(f"{path}/rollback")

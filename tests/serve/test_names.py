@@ -8,17 +8,17 @@ import pytest
 from sqlalchemy import update
 
 from cluster.db import Database
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from cluster.settings import get_settings
 from jobs import queue
-from jobs.outputs import NotMade
+from jobs.outputs import OutputMissing
 from jobs.queue import JobRequest
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
-from serve.engines.protocol import Folder
-from serve.models.resolver import Models
+from serve.engines.protocol import ModelFolder
+from serve.models.resolver import ModelResolver
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -39,16 +39,16 @@ async def training(database: Database, state: State, owner: Owner = ALICE) -> st
 
 async def test_what_a_training_has_made_is_its_owners(database: Database) -> None:
     job_id = await training(database, State.SUCCEEDED)
-    for owner in (ALICE, LOCAL):
-        meant = await Models().resolve(job_id, owner)
-        assert (meant.reference, meant.source) == (job_id, Folder(MADE["model"], "forgearr/tiny", NOW))
+    for owner in (ALICE, LOCAL_OWNER):
+        meant = await ModelResolver().resolve(job_id, owner)
+        assert (meant.reference, meant.source) == (job_id, ModelFolder(MADE["model"], "forgearr/tiny", NOW))
     with pytest.raises(ModelNotFound):
-        await Models().resolve(job_id, BOB)
+        await ModelResolver().resolve(job_id, BOB)
 
 
 async def test_a_training_that_is_not_over_has_made_nothing(database: Database) -> None:
-    with pytest.raises(NotMade, match="is running"):
-        await Models().resolve(await training(database, State.RUNNING), ALICE)
+    with pytest.raises(OutputMissing, match="is running"):
+        await ModelResolver().resolve(await training(database, State.RUNNING), ALICE)
 
 
 async def test_names_in_the_settings(
@@ -57,9 +57,9 @@ async def test_names_in_the_settings(
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     monkeypatch.setenv("FORGEARR_ENGINES__FOLDERS", f"{{small: {tmp_path}}}")
     get_settings.cache_clear()
-    meant = await Models().resolve("small:latest", BOB)
+    meant = await ModelResolver().resolve("small:latest", BOB)
     assert meant.reference == "small"
-    assert isinstance(meant.source, Folder)
+    assert isinstance(meant.source, ModelFolder)
     assert (meant.source.address, meant.source.base_model) == (None, str(tmp_path))
     transport = httpx.ASGITransport(create_app())
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:

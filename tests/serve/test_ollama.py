@@ -176,9 +176,9 @@ async def test_a_model_that_need_not_stay_goes(house: House, stream: bool) -> No
     answer = await house.chat(keep_alive="0s", stream=stream)
     if stream:
         _ = [part async for part in answer]
-    await eventually_async(lambda: house.engine.held == [])
+    await eventually_async(lambda: house.engine.loaded_models == [])
     await house.chat(keep_alive="1h30m")
-    assert len(house.engine.held) == 1
+    assert len(house.engine.loaded_models) == 1
 
 
 async def test_a_model_stays_as_long_as_was_said_last(house: House) -> None:
@@ -196,7 +196,7 @@ async def test_a_model_stays_as_long_as_was_said_last(house: House) -> None:
     await house.chat()  # whoever says nothing means what the settings say
     assert (await leaves_at()).year > 2300
     await house.client.embed(model=TINY, input="Is Plex up?", keep_alive=0.05)
-    await eventually_async(lambda: house.engine.held == [])
+    await eventually_async(lambda: house.engine.loaded_models == [])
 
 
 async def test_models_may_leave_by_themselves(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ async def test_models_may_leave_by_themselves(house: House, monkeypatch: pytest.
     for _ in range(2):
         answer = await engine.complete(TINY, {"messages": HELLO})
         assert answer["choices"][0]["message"]["content"] == SPOKEN
-        await eventually_async(lambda: engine.held == [])
+        await eventually_async(lambda: engine.loaded_models == [])
 
 
 async def test_who_leaves_frees_the_slot(house: House) -> None:

@@ -168,7 +168,7 @@ async def test_a_model_made_from_another_one(house: House) -> None:
     made = await house.client.create(f"{name}-b", from_=name, system="Two.", parameters={"top_k": 9})
     assert made.status == "success"
     version = await house.shelf.registry.find(f"{name}-b")
-    assert (version.manner.system, version.manner.parameters) == ("Two.", {"temperature": 0, "top_k": 9})
+    assert (version.defaults.system, version.defaults.parameters) == ("Two.", {"temperature": 0, "top_k": 9})
     shown = await house.client.show(f"{name}-b")
     assert shown.details is not None
     assert shown.details.parent_model == f"{name}:v1"

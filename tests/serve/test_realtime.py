@@ -104,7 +104,7 @@ async def test_a_hub_listens_only_while_somebody_listens_to_it() -> None:
 
 async def test_who_does_not_keep_up_is_dropped_and_the_others_hear_everything(hub: Hub, actor: events.Events) -> None:
     async with hub.subscribe({"a"}) as idle, hub.subscribe({"a"}) as busy:
-        for batch in batches(3 * realtime_hub.QUEUE_MESSAGES):
+        for batch in batches(3 * realtime_hub.MAX_QUEUED_MESSAGES):
             await actor.publish([message("a", number) for number in batch])
             assert [await number_in(busy) for _ in batch] == list(batch)
         assert (idle.dropped, busy.dropped) == (True, False)
@@ -277,7 +277,7 @@ async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Dat
     ada, ada_key = await add_user(database, "ada", "user")
     _, root_key = await add_user(database, "root", "admin")
     own = await add_job(database, ownership.Owner(id=ada.id, name="ada", is_admin=False))
-    other = await add_job(database, ownership.LOCAL)
+    other = await add_job(database, ownership.LOCAL_OWNER)
     rooms = ["jobs", f"job:{own}", f"job:{other}", "job:none", "downloads"]
 
     async def joined(key: str) -> list[str]:
@@ -306,16 +306,16 @@ async def test_who_may_not_connect_is_refused_in_the_handshake(
 async def test_who_may_not_stay_is_sent_away(
     app: FastAPI, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime_hub, "WELCOME_SECONDS", 0.05)
-    monkeypatch.setattr(jobs_events, "FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(realtime_hub, "AUTH_CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(jobs_events, "HEARTBEAT_SECONDS", 0.05)
     ada, key = await add_user(database, "ada", "user")
     bob, bobs = await add_user(database, "bob", "user")
     job = await add_job(database, ownership.Owner(id=bob.id, name="bob", is_admin=False))
     async with (
         serving(app) as url,
         connect(f"{url}/ws/a?token={key}", **PATIENT) as revoked,
-        connect(f"{url}/ws/b?token={identity.access_token(bob)}", **PATIENT) as disabled,
-        connect(f"{url}/ws/c?token={identity.access_token(ada)}", **PATIENT) as stays,
+        connect(f"{url}/ws/b?token={identity.create_access_token(bob)}", **PATIENT) as disabled,
+        connect(f"{url}/ws/c?token={identity.create_access_token(ada)}", **PATIENT) as stays,
         httpx.AsyncClient(base_url=url.replace("ws", "http"), headers={"X-API-Key": bobs}, timeout=PATIENCE) as client,
         client.stream("GET", f"/api/v1/jobs/{job}/events", params={"follow": 1}) as events_of_job,
     ):
@@ -378,7 +378,7 @@ async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
         with await deaf_client(url, {"type": "join_room", "room": "system"}):
             await until(lambda: hub.listeners("system") == 2)
             # More than every buffer between the two ends together.
-            for batch in batches(3 * realtime_hub.QUEUE_MESSAGES):
+            for batch in batches(3 * realtime_hub.MAX_QUEUED_MESSAGES):
                 await actor.publish([message("system", number, padding="x" * 50_000) for number in batch])
                 assert [(await hear(quick))["data"]["number"] for _ in batch] == list(batch)
             await until(lambda: hub.listeners() == 1)
@@ -398,7 +398,7 @@ async def test_a_client_that_takes_nothing_is_given_up(hub: Hub, monkeypatch: py
     stuck: Any = SimpleNamespace(send_text=for_ever, receive=for_ever, close=close, application_state=state)
     async with asyncio.timeout(PATIENCE), hub.subscribe(()) as subscription:
         subscription.put({"type": "news"})
-        await realtime_hub.converse(stuck, subscription, for_ever)
+        await realtime_hub.serve_socket(stuck, subscription, for_ever)
     assert closed == [realtime_hub.TRY_AGAIN_LATER]
 
 
@@ -440,7 +440,7 @@ def published(actor: events.Events, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(name: str) -> object:
         return SimpleNamespace(publish=Method())
 
-    monkeypatch.setattr(events, "find", find)
+    monkeypatch.setattr(events, "find_actor", find)
 
 
 @pytest.fixture

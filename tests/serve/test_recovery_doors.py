@@ -12,8 +12,8 @@ from cluster.settings import get_settings
 from jobs.tables import Job
 from pipelines.media.downloads import cases, watch_downloads
 from pipelines.media.downloads import log as recovery_log
-from pipelines.media.downloads.log import Recovery, as_recovery
-from pipelines.media.downloads.policy import Decision, Past, RecoveryPolicy, Verdict
+from pipelines.media.downloads.log import Recovery, build_recovery
+from pipelines.media.downloads.policy import Decision, History, RecoveryPolicy, Verdict
 from pipelines.media.downloads.tables import FollowedDownload, FollowedService
 from tests.serve.house import House
 
@@ -48,7 +48,9 @@ async def service_id(house: House) -> int:
         said: list[tuple[Verdict, bool]] = [("replace", False), ("replace", True), ("give_up", True)]
         for verdict, acts in said:
             decision = Decision(verdict, "Lost")
-            await recovery_log.note(session, as_recovery(decision, policy, acts=acts, at=at, job_id="job_1", **what))
+            await recovery_log.record_decision(
+                session, build_recovery(decision, policy, execute=acts, at=at, job_id="job_1", **what)
+            )
     return service.id
 
 
@@ -74,8 +76,8 @@ async def test_a_policy_is_set_by_administrators_and_forgotten(house: House, ser
     changed = (await house.ask("admin", "PUT", POLICY, json=wanted)).json()
     assert (changed["policy"], changed["changed_by"]) == (wanted, "admin")
     assert (await house.ask("ada", "GET", POLICY)).json() == changed
-    async with house.database.reading() as session:
-        (row,) = await cases.cases(session, RecoveryPolicy(**wanted), [service_id], now())
+    async with house.database.read_transaction() as session:
+        (row,) = await cases.find_cases(session, RecoveryPolicy(**wanted), [service_id], now())
         assert row.settled is False  # it is thought about anew
     for wrong in ({"strikes": 0}, {"strikes": "9"}, {"leftovers": "burn"}, {"more": 1}):
         assert (await house.ask("admin", "PUT", POLICY, json={**wanted, **wrong})).status_code == 422
@@ -90,7 +92,7 @@ async def test_a_run_is_a_job_of_administrators(house: House) -> None:
     assert [answer.status_code for answer in asked] == [202, 202]
     job_id = asked[0].json()["job_id"]
     assert asked[1].json()["job_id"] == job_id  # one that waits will do
-    async with house.database.reading() as session:
+    async with house.database.read_transaction() as session:
         job = await session.get_one(Job, job_id)
     assert (job.kind, job.spec, job.tracked) == ("recover_downloads", {"dry_run": True}, True)
     assert (await house.ask("ada", "POST", "/api/v1/recovery/run", json={})).status_code == 403
@@ -118,13 +120,13 @@ async def test_old_rows_go_and_what_is_begun_stays(house: House, service_id: int
             row.ended_at = long_ago
     assert await watch_downloads.remove_old_recoveries(house.database) == 2
     assert await watch_downloads.remove_old_downloads(house.database) == 1
-    async with house.database.reading() as session:
-        assert len(await recovery_log.unended(session, now())) == 1
+    async with house.database.read_transaction() as session:
+        assert len(await recovery_log.unfinished_recoveries(session, now())) == 1
 
 
 async def test_only_what_was_done_counts_as_past(house: House, service_id: int) -> None:
-    async with house.database.reading() as session:
-        past = await recovery_log.past_of(session, service_id, "one", "Other", now())
-        other = await recovery_log.past_of(session, service_id, "two", "Two", now())
-    assert (past.last_hour, past.retries, past.last_at is not None) == (1, 0, True)
-    assert other == Past(0, None, 1)
+    async with house.database.read_transaction() as session:
+        past = await recovery_log.load_history(session, service_id, "one", "Other", now())
+        other = await recovery_log.load_history(session, service_id, "two", "Two", now())
+    assert (past.actions_last_hour, past.retries, past.last_at is not None) == (1, 0, True)
+    assert other == History(0, None, 1)

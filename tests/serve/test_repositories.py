@@ -21,8 +21,8 @@ from jobs.states import State
 from jobs.tables import Job, Schedule
 from pipelines.guardian import watch_repo, watch_repositories
 from pipelines.guardian.git.errors import NotARepository
-from pipelines.guardian.repositories import RETRAIN, WATCH, Repository
-from pipelines.guardian.watch_repo import LOOK, WatchSpec
+from pipelines.guardian.repositories import RETRAIN_KIND, WATCH_ALL_KIND, Repository
+from pipelines.guardian.watch_repo import WATCH_REPO_KIND, WatchSpec
 from pipelines.guardian.watch_repositories import WatchAllSpec
 from serve.app import create_app
 from tests.pipelines.bench import Ledger
@@ -66,9 +66,9 @@ async def client(root: Path, database: Database) -> AsyncIterator[httpx.AsyncCli
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     """Plans can be queued, whoever carries them out."""
-    if RETRAIN not in kinds():
+    if RETRAIN_KIND not in kinds():
         known = registry._kinds  # pyright: ignore[reportPrivateUsage]
-        monkeypatch.setitem(known, RETRAIN, Kind(RETRAIN, "", PlanSpec, ""))
+        monkeypatch.setitem(known, RETRAIN_KIND, Kind(RETRAIN_KIND, "", PlanSpec, ""))
 
 
 def a_context(kind: str) -> Context:
@@ -77,11 +77,11 @@ def a_context(kind: str) -> Context:
 
 async def look(repository: dict[str, Any]) -> dict[str, Any]:
     spec = WatchSpec(repository_id=repository["id"])
-    return await asyncio.to_thread(watch_repo.watch_repo, a_context(LOOK), spec)
+    return await asyncio.to_thread(watch_repo.watch_repo, a_context(WATCH_REPO_KIND), spec)
 
 
 async def jobs_of(database: Database, kind: str) -> list[Job]:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         return list(await session.scalars(select(Job).where(Job.kind == kind).order_by(Job.created_at)))
 
 
@@ -109,9 +109,9 @@ async def test_a_repository_is_registered_changed_and_deleted(
     assert made["id"].startswith("repo_")
     assert (made["path"], made["model"], made["has_webhook_secret"]) == (str(folder), "work", True)
     assert (made["policy"]["min_files"], made["training"]) == (5, {"epochs": 2})
-    assert len(await jobs_of(database, LOOK)) == 1, "it is looked at for the first time"
-    async with database.reading() as session:
-        assert await session.scalar(select(func.count()).where(Schedule.kind == WATCH)) == 1
+    assert len(await jobs_of(database, WATCH_REPO_KIND)) == 1, "it is looked at for the first time"
+    async with database.read_transaction() as session:
+        assert await session.scalar(select(func.count()).where(Schedule.kind == WATCH_ALL_KIND)) == 1
 
     answer = await client.patch(f"{PATH}/work", json={"policy": {"min_files": None}, "enabled": False})
     assert answer.status_code == 200, answer.text
@@ -137,7 +137,7 @@ async def test_secrets_are_sealed_and_never_told(client: httpx.AsyncClient, data
     assert made.status_code == 201
     assert made.json()["has_credentials"]
     answers = [made.text, (await client.get(PATH)).text, (await client.patch(f"{PATH}/work", json={})).text]
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         row = await session.scalar(select(Repository))
         assert row is not None
         answers += [str(row.credentials), str(row.webhook_secret)]
@@ -190,7 +190,7 @@ async def test_what_cannot_be_watched_is_refused(
     answer = await client.post(PATH, json={"name": "other", **wanted})
     assert (answer.status_code, answer.json()["error_code"]) == (status, code), answer.text
     assert "ada:secret" not in answer.text
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Repository)) == 0
         assert await session.scalar(select(func.count()).select_from(Job)) == 0
 
@@ -201,7 +201,7 @@ def test_what_may_not_be_read_is_said_so(folder: Path) -> None:
     folder.chmod(0)
     try:
         with pytest.raises(Exception, match="may not read"):
-            watch_repo.look_at(folder)
+            watch_repo.evaluate_folder(folder)
     finally:
         folder.chmod(0o755)
 
@@ -211,7 +211,7 @@ async def test_a_look_asks_for_a_plan_once(client: httpx.AsyncClient, folder: Pa
     made = await register(client, path=str(folder), policy={"min_files": 2, "min_hours": None})
     tip = git(folder, "rev-parse", "HEAD")
     seen = await look(made)
-    (plan,) = await jobs_of(database, RETRAIN)
+    (plan,) = await jobs_of(database, RETRAIN_KIND)
     assert (seen["commit"], seen["reason"], seen["retrain_job_id"]) == (tip, "never trained", plan.id)
     assert (plan.spec["repository_id"], plan.spec["commit"]) == (made["id"], tip)
     assert (await look(made))["retrain_job_id"] == plan.id, "there is one already"
@@ -233,7 +233,7 @@ async def test_a_look_asks_for_a_plan_once(client: httpx.AsyncClient, folder: Pa
     newest = commit_files(folder, "Third", {"c.py": "1\n"})
     seen = await look(made)
     assert seen["reason"] == "2 files changed (threshold: 2)"
-    assert (await jobs_of(database, RETRAIN))[-1].spec["commit"] == newest
+    assert (await jobs_of(database, RETRAIN_KIND))[-1].spec["commit"] == newest
 
 
 @pytest.mark.usefixtures("plans")
@@ -248,14 +248,14 @@ async def test_what_a_look_cannot_see_is_noted_down(
     await asyncio.to_thread(folder.with_name("moved").rename, folder)
     await look(made)
     assert (await client.get(f"{PATH}/work")).json()["check_error"] is None
-    assert len(await jobs_of(database, RETRAIN)) == 1
+    assert len(await jobs_of(database, RETRAIN_KIND)) == 1
 
 
 async def test_a_repository_is_asked_for_once(client: httpx.AsyncClient, folder: Path, database: Database) -> None:
     await register(client, path=str(folder))
     first = (await client.post(f"{PATH}/work/check")).json()["job_id"]
     assert (await client.post(f"{PATH}/work/check")).json()["job_id"] == first
-    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH), WatchAllSpec())
+    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH_ALL_KIND), WatchAllSpec())
     assert asked == {"asked": [first]}
     async with database.transaction() as session:
         await session.execute(update(Job).values(state=State.RUNNING))
@@ -263,7 +263,7 @@ async def test_a_repository_is_asked_for_once(client: httpx.AsyncClient, folder:
     assert second != first, "one that runs may have looked too early"
 
     await client.patch(f"{PATH}/work", json={"enabled": False})
-    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH), WatchAllSpec())
+    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH_ALL_KIND), WatchAllSpec())
     assert asked == {"asked": []}
 
 

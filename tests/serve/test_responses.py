@@ -25,7 +25,7 @@ from serve.engines.gguf.replica import FindFile, GgufEngine
 from serve.engines.protocol import Chunk, EngineLost, Source
 from serve.openai.responses import routes as responses_routes
 from serve.openai.responses import store as response_store
-from serve.openai.responses.conversation import messages_of
+from serve.openai.responses.conversation import to_messages
 from serve.openai.responses.store import StoredResponse
 from tests.contract.serving import serving
 from tests.serve.small_models import write_model, write_parrot
@@ -66,7 +66,7 @@ class House:
         return [event async for event in await self.say(stream=True, **options)]
 
     async def stored(self) -> int:
-        async with self.database.reading() as session:
+        async with self.database.read_transaction() as session:
             return await session.scalar(select(func.count()).select_from(StoredResponse)) or 0
 
 
@@ -372,9 +372,9 @@ async def test_a_client_that_goes_away_ends_the_work(house: House) -> None:
     while (await anext(seen)).type != "response.output_text.delta":
         pass
     await stream.close()
-    await eventually_async(lambda: not any(held.users for held in house.engine.held))
+    await eventually_async(lambda: not any(held.users for held in house.engine.loaded_models))
 
-    await asyncio.gather(*responses_routes._keeping)  # pyright: ignore[reportPrivateUsage]
+    await asyncio.gather(*responses_routes._save_tasks)  # pyright: ignore[reportPrivateUsage]
     left = (await house.http.get(f"/v1/responses/{first.response.id}")).json()
     assert (left["status"], left["output"][0]["status"]) == ("cancelled", "incomplete")
     assert left["output"][0]["content"][0]["text"]
@@ -393,7 +393,7 @@ async def test_a_response_that_cannot_be_kept_says_so(house: House, monkeypatch:
     async def fail(*_: Any) -> None:
         raise ConnectionResetError
 
-    monkeypatch.setattr(response_store, "keep", fail)
+    monkeypatch.setattr(response_store, "store", fail)
     *_, last = await house.events()
     assert (last.type, last.code) == ("error", "internal_error")
     with pytest.raises(openai.InternalServerError):
@@ -519,7 +519,7 @@ def test_what_an_assistant_does_in_one_go_is_one_message() -> None:
     thought = {"type": "reasoning", "summary": [], "content": [{"text": "Hm."}]}
     found = {"type": "function_call_output", "call_id": "c1", "output": [{"text": "x"}]}
     items = [message("user", "Q"), thought, message("assistant", "A"), call(1), call(2), found, call(3), thought]
-    told = messages_of([*items, message("assistant", "B")])
+    told = to_messages([*items, message("assistant", "B")])
     assert [(one["role"], one["content"], len(one.get("tool_calls", []))) for one in told] == [
         ("user", "Q", 0),
         ("assistant", "A", 2),

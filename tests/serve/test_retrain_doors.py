@@ -42,7 +42,7 @@ async def test_a_folder_is_registered_and_its_plan_told(house: House, folder: Pa
     ]
     assert told["plan"]["estimated_duration_minutes"] == 47
     assert {step["estimate"] for step in told["plan"]["plan"]} == {"default"}
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         (repository,) = await session.scalars(select(Repository))
     assert (repository.name, repository.model, repository.path) == ("hand-book", "hand-book", str(folder))
     job = await house.job(told["job_id"])
@@ -99,7 +99,7 @@ async def test_bad_wishes_change_nothing(
     answer = await house.ask("admin", "POST", PATH, json=body)
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.scalar(select(Repository.id)) is None
     assert (await house.kinds())["retrain"] == 0
 
@@ -144,11 +144,11 @@ async def test_a_plan_is_followed_held_and_resumed(house: House, folder: Path, d
 
     held = await house.ask("admin", "POST", f"{PATH}/{plan}/pause")
     assert (held.status_code, held.json()["status"]) == (200, "paused")
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert (await session.get_one(Job, running.id)).control == "pause"
     went_on = (await house.ask("admin", "POST", f"{PATH}/{plan}/resume")).json()
     assert went_on["status"] == "queued"
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert (await session.get_one(Job, running.id)).control is None
     refused = await house.ask("admin", "POST", f"{PATH}/{plan}/resume")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "job_state_conflict")

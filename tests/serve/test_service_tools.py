@@ -11,7 +11,7 @@ from sqlalchemy import update
 from cluster.db import now
 from cluster.services import store as service_store
 from cluster.services.catalog import all_connectors
-from cluster.services.tools import parameters
+from cluster.services.tools import tool_parameters
 from pipelines.tools.calls import ToolCall, remove_old_calls
 from tests.cluster.services import programs, usenet
 from tests.cluster.services.likenesses import KEY, LIKENESSES
@@ -93,7 +93,7 @@ def test_every_tool_says_what_it_does_and_takes() -> None:
         assert len(names) == len(set(names))
         for tool in connector.tools:
             assert tool.description
-            for name, parameter in parameters(tool).items():
+            for name, parameter in tool_parameters(tool).items():
                 assert {"type", "description"} <= parameter.keys(), (connector.type, tool.name, name)
 
 

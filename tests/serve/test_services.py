@@ -31,8 +31,8 @@ DEAD = "http://127.0.0.1:9"
 
 @pytest.fixture
 def app(database: Database, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
-    monkeypatch.setattr(health, "KEPT_SECONDS", 0)
-    monkeypatch.setattr(health, "PATIENCE_SECONDS", PATIENCE)
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0)
+    monkeypatch.setattr(health, "CHECK_TIMEOUT_SECONDS", PATIENCE)
     return create_app()
 
 
@@ -166,7 +166,7 @@ async def test_what_is_new_or_changed_is_checked_and_all_are_from_then_on(
     address = f"/api/services/{made['id']}"
     for changes in ({"name": "Series"}, {"api_key": WRONG_KEY}, {"enabled": False}, {"enabled": True}):
         assert (await client.put(address, json=changes)).status_code == 200
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         jobs = [*await session.scalars(select(Job))]
         checking, watching = await session.scalars(select(Schedule).order_by(Schedule.name))
     assert [(job.kind, job.spec) for job in jobs] == 3 * [("check_services", {"service_id": made["id"]})]
@@ -244,7 +244,7 @@ async def test_all_services_away_is_unhealthy_but_no_reason_to_send_nobody_here(
 
 
 async def test_the_health_of_one(client: httpx.AsyncClient, sonarr: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services_health, "FRESH", timedelta(hours=1))
+    monkeypatch.setattr(services_health, "MAX_CHECK_AGE", timedelta(hours=1))
     await create(client, sonarr.url, api_key=KEY)
     for word in ("sonarr", "TV", "tv"):
         answer = await client.get(f"/health/{word}")

@@ -11,7 +11,7 @@ from cluster.settings import get_settings
 from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Job, Schedule
-from pipelines.media.audit.schedule import CRON
+from pipelines.media.audit.schedule import CRON_BY_HOURS
 from tests.serve.house import House
 
 PATH = "/api/v1/settings"
@@ -57,7 +57,7 @@ async def test_audits_are_scheduled(house: House) -> None:
         "updated_settings": {"audit": wanted},
     }
     assert (await house.ask("bob", "GET", PATH)).json()["audit"] == wanted
-    async with house.database.reading() as session:
+    async with house.database.read_transaction() as session:
         (schedule,) = await session.scalars(select(Schedule))
     assert (schedule.name, schedule.kind, schedule.enabled) == ("auto-audit", "audit_services", True)
     assert schedule.next_fire_at is not None
@@ -65,12 +65,12 @@ async def test_audits_are_scheduled(house: House) -> None:
     assert (await house.ask("bob", "GET", PATH)).json()["audit"] == {**wanted, "auto_audit_enabled": False}
 
 
-@pytest.mark.parametrize("hours", list(CRON))
+@pytest.mark.parametrize("hours", list(CRON_BY_HOURS))
 def test_each_interval_is_one(hours: int) -> None:
 
-    moment = schedules.next_fire(CRON[hours], "UTC", datetime(2026, 1, 30, tzinfo=UTC))
+    moment = schedules.next_fire(CRON_BY_HOURS[hours], "UTC", datetime(2026, 1, 30, tzinfo=UTC))
     for _ in range(40):
-        following = schedules.next_fire(CRON[hours], "UTC", moment)
+        following = schedules.next_fire(CRON_BY_HOURS[hours], "UTC", moment)
         assert following - moment == timedelta(hours=hours)
         moment = following
 
@@ -85,7 +85,7 @@ async def test_services_are_changed(house: House) -> None:
         "connected": None,
     }
     await put(house, mcp_servers={"TV": {"enabled": True}})
-    async with house.database.reading() as session:
+    async with house.database.read_transaction() as session:
         (job,) = await session.scalars(select(Job))
     assert job.kind == "check_services"
 

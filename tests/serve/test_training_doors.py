@@ -14,7 +14,7 @@ from pipelines.training import workers as training_workers
 from pipelines.training.workers import TrainingWorker, WorkerNotFound
 from serve.realtime.hub import Hub
 from serve.security.callers import Caller
-from serve.training.sessions import training_now
+from serve.training.sessions import training_status
 from tests.serve.house import LEARN, SESSION, SESSIONS, House
 from tests.waiting import eventually_async
 
@@ -415,10 +415,10 @@ async def test_a_forge_job_is_as_far_as_its_steps(house: House) -> None:
 async def test_the_rooms_of_a_forge_job_are_also_those_of_its_steps(house: House) -> None:
     admin = Caller(house.people["admin"].id, "admin", "admin")
     forge = await forged(house)
-    assert (await training_now(forge, admin))[0] == {f"job:{forge}"}
+    assert (await training_status(forge, admin))[0] == {f"job:{forge}"}
     training = await child(house, forge, "fine_tune", LEARN)
     export = await child(house, forge, "export", {"job_id": training})
-    assert (await training_now(forge, admin))[0] == {f"job:{forge}", f"job:{training}", f"job:{export}"}
+    assert (await training_status(forge, admin))[0] == {f"job:{forge}", f"job:{training}", f"job:{export}"}
 
 
 async def test_a_job_of_another_kind_is_no_training(house: House) -> None:
@@ -499,7 +499,7 @@ async def test_a_step_gets_what_a_process_of_the_training_had(house: House) -> N
     deployment = (await house.ask("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
     (validation,) = (await house.job(deployment))["depends_on"]
     (export,) = (await house.job(validation))["depends_on"]
-    async with house.database.reading() as session:
+    async with house.database.read_transaction() as session:
         for step, demand in ((validation, "4 CPU, 1 GPU"), (export, "4 CPU")):
             assert (await queue.get(session, step)).demand == demand
 

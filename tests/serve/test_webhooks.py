@@ -14,8 +14,8 @@ from sqlalchemy import select, update
 from cluster.db import Database
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.guardian.watch_repo import LOOK
-from pipelines.guardian.webhooks import place
+from pipelines.guardian.watch_repo import WATCH_REPO_KIND
+from pipelines.guardian.webhooks import repository_key
 from serve.app import create_app
 
 SECRET = "a secret of webhooks"
@@ -40,8 +40,8 @@ async def end_all(database: Database) -> None:
 
 async def looks(database: Database) -> int:
     """How many looks were asked for since the repository was registered."""
-    async with database.reading() as session:
-        return len(list(await session.scalars(select(Job.id).where(Job.kind == LOOK)))) - 1
+    async with database.read_transaction() as session:
+        return len(list(await session.scalars(select(Job.id).where(Job.kind == WATCH_REPO_KIND)))) - 1
 
 
 def push(provider: str, **changes: Any) -> dict[str, Any]:
@@ -160,6 +160,6 @@ def test_ways_to_one_repository_are_one_place() -> None:
         "git@git.example.com:Ada/work.git",
         "http://ada@GIT.example.com/ada/work/",
     ]
-    assert {place(way) for way in ways} == {"git.example.com/ada/work"}
-    assert place("https://git.example.com/ada/work2") != place(ways[0])
-    assert place("https://[broken") == ""
+    assert {repository_key(way) for way in ways} == {"git.example.com/ada/work"}
+    assert repository_key("https://git.example.com/ada/work2") != repository_key(ways[0])
+    assert repository_key("https://[broken") == ""

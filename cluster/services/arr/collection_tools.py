@@ -9,35 +9,35 @@ from pydantic import BaseModel, Field, model_validator
 
 from cluster.db import now
 from cluster.services.capabilities import collection as capabilities_collection
-from cluster.services.capabilities.collection import API, ID_MAX, Collection, Number, Thing, Title, Wanted
+from cluster.services.capabilities.collection import API, MAX_ID, Collection, CollectionItem, ItemToAdd, Number, Title
 from cluster.services.connector import Tool
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
-MAX_LISTED = 200
+MAX_LIMIT = 200
 
-Id = Annotated[int, Field(ge=1, le=ID_MAX)]
-Run = Callable[[Client, Any], Awaitable[Any]]
-
-
-class Limit(Arguments):
-    limit: int = Field(default=50, ge=1, le=MAX_LISTED, description="How many at most.")
+Id = Annotated[int, Field(ge=1, le=MAX_ID)]
+ToolFunction = Callable[[Client, Any], Awaitable[Any]]
 
 
-class Listing(Limit):
+class LimitArguments(Arguments):
+    limit: int = Field(default=50, ge=1, le=MAX_LIMIT, description="How many at most.")
+
+
+class ListArguments(LimitArguments):
     query: str | None = Field(default=None, max_length=200, description="Only those with this in their title.")
-    offset: int = Field(default=0, ge=0, le=ID_MAX, description="How many to leave out at the beginning.")
+    offset: int = Field(default=0, ge=0, le=MAX_ID, description="How many to leave out at the beginning.")
 
 
-class Term(Arguments):
+class LookupArguments(Arguments):
     title: str = Field(min_length=1, max_length=200, description="The title, or a part of it.")
 
 
-class Days(Arguments):
+class CalendarArguments(Arguments):
     days: int = Field(default=7, ge=1, le=90, description="How far to look ahead.")
 
 
-class Adding(Arguments, ABC):
+class AddRequest(Arguments, ABC):
     """What every service wants to know of something new."""
 
     title: str | None = Field(default=None, min_length=1, max_length=200, description="Looked up, without an id.")
@@ -50,26 +50,28 @@ class Adding(Arguments, ABC):
 
     @property
     @abstractmethod
-    def outer_id(self) -> int | None:
+    def external_id(self) -> int | None:
         """The id that it has in the world."""
 
     @property
     @abstractmethod
-    def fields(self) -> dict[str, object]:
+    def extra_fields(self) -> dict[str, object]:
         """What only this service is told."""
 
     @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.title, self.outer_id, self.year, self.quality_profile_id, self.root_folder_path, self.fields)
+    def item_to_add(self) -> ItemToAdd:
+        return ItemToAdd(
+            self.title, self.external_id, self.year, self.quality_profile_id, self.root_folder_path, self.extra_fields
+        )
 
     @model_validator(mode="after")
-    def check_named(self) -> "Adding":
-        if self.title is None and self.outer_id is None:
+    def validate_title_or_id(self) -> "AddRequest":
+        if self.title is None and self.external_id is None:
             raise ValueError("a title or an id is needed")
         return self
 
 
-class Entry(BaseModel):
+class QueueItem(BaseModel):
     """Something in the queue."""
 
     id: Number
@@ -87,67 +89,69 @@ class Entry(BaseModel):
 
 class Queue(BaseModel):
     totalRecords: Number
-    records: list[Entry]
+    records: list[QueueItem]
 
 
-def listing(collection: Collection[Any], word: str) -> Run:
-    async def run(client: Client, wanted: Listing) -> dict[str, Any]:
-        rows: list[Thing] = []
-        total = await capabilities_collection.each(client, collection, rows.append, **wanted.model_dump())
-        return {word: [told(row) for row in rows], "total": total}
+def make_list(collection: Collection[Any], result_key: str) -> ToolFunction:
+    async def run(client: Client, arguments: ListArguments) -> dict[str, Any]:
+        rows: list[CollectionItem] = []
+        total = await capabilities_collection.for_each_item(client, collection, rows.append, **arguments.model_dump())
+        return {result_key: [to_json(row) for row in rows], "total": total}
 
     return run
 
 
-def looking_up(collection: Collection[Any]) -> Run:
-    async def run(client: Client, wanted: Term) -> list[dict[str, Any]]:
-        found = (await capabilities_collection.look_up(client, collection, wanted.title))[
+def make_lookup(collection: Collection[Any]) -> ToolFunction:
+    async def run(client: Client, arguments: LookupArguments) -> list[dict[str, Any]]:
+        results = (await capabilities_collection.look_up(client, collection, arguments.title))[
             : capabilities_collection.MAX_CHOICES
         ]
-        return [capabilities_collection.choice(collection, one) for one in found]
+        return [capabilities_collection.to_choice(collection, result) for result in results]
 
     return run
 
 
-def adding(collection: Collection[Any]) -> Run:
-    async def run(client: Client, wanted: Adding) -> dict[str, Any]:
-        return told(await capabilities_collection.add(client, collection, wanted.wanted))
+def make_add(collection: Collection[Any]) -> ToolFunction:
+    async def run(client: Client, add_request: AddRequest) -> dict[str, Any]:
+        return to_json(await capabilities_collection.add(client, collection, add_request.item_to_add))
 
     return run
 
 
-def told(thing: Thing) -> dict[str, Any]:
-    return thing.model_dump(mode="json", exclude_none=True)
+def to_json(item: CollectionItem) -> dict[str, Any]:
+    return item.model_dump(mode="json", exclude_none=True)
 
 
-async def queue(client: Client, wanted: Limit) -> dict[str, Any]:
-    answer = await client.get(f"{API}/queue", page=1, pageSize=wanted.limit)
-    page = client.read(Queue, answer)
-    entries = [entry.model_dump(exclude_none=True) for entry in page.records[: wanted.limit]]
+async def get_queue(client: Client, arguments: LimitArguments) -> dict[str, Any]:
+    answer = await client.get(f"{API}/queue", page=1, pageSize=arguments.limit)
+    page = client.parse(Queue, answer)
+    entries = [entry.model_dump(exclude_none=True) for entry in page.records[: arguments.limit]]
     return {"queue": entries, "total": page.totalRecords}
 
 
-async def profiles(client: Client, _: Arguments) -> list[dict[str, Any]]:
+async def get_quality_profiles(client: Client, _: Arguments) -> list[dict[str, Any]]:
     return [profile.model_dump() for profile in await capabilities_collection.quality_profiles(client)]
 
 
-async def folders(client: Client, _: Arguments) -> list[dict[str, Any]]:
+async def get_root_folders(client: Client, _: Arguments) -> list[dict[str, Any]]:
     return [folder.model_dump() for folder in await capabilities_collection.root_folders(client)]
 
 
-async def calendar(client: Client, wanted: Days, **more: bool) -> Any:
-    begin = now()
-    end = begin + timedelta(days=wanted.days)
-    return await client.get(f"{API}/calendar", start=begin.isoformat(), end=end.isoformat(), **more)
+async def get_calendar_items(client: Client, arguments: CalendarArguments, **flags: bool) -> Any:
+    start = now()
+    end = start + timedelta(days=arguments.days)
+    return await client.get(f"{API}/calendar", start=start.isoformat(), end=end.isoformat(), **flags)
 
 
-async def command(client: Client, body: dict[str, object]) -> dict[str, Any]:
-    return {"command_id": capabilities_collection.command_name(await capabilities_collection.command(client, body))}
+async def run_command(client: Client, body: dict[str, object]) -> dict[str, Any]:
+    return {
+        "command_id": capabilities_collection.format_command_id(await capabilities_collection.run_command(client, body))
+    }
 
 
-SHARED = (
-    Tool("get_queue", "What is being downloaded, and how far it is.", Limit, queue),
-    Tool("get_quality_profiles", "Which quality profiles there are.", Arguments, profiles),
-    Tool("get_root_folders", "Which folders there are to add to.", Arguments, folders),
+SHARED_TOOLS = (
+    Tool("get_queue", "What is being downloaded, and how far it is.", LimitArguments, get_queue),
+    Tool("get_quality_profiles", "Which quality profiles there are.", Arguments, get_quality_profiles),
+    Tool("get_root_folders", "Which folders there are to add to.", Arguments, get_root_folders),
 )
 """Tools that are the same for all."""

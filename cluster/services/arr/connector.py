@@ -3,13 +3,13 @@
 from typing import Any
 
 from cluster.services.capabilities.collection import Collection
-from cluster.services.capabilities.download_tracking import Following
-from cluster.services.capabilities.settings import Areas
+from cluster.services.capabilities.download_tracking import DownloadTracker
+from cluster.services.capabilities.settings import SettingsAreas
 from cluster.services.connector import Capability, Connector, Tool
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 
-HELP = "Settings, General, Security: API Key."
+KEY_HELP = "Settings, General, Security: API Key."
 
 
 def connector(
@@ -19,15 +19,15 @@ def connector(
     *capabilities: Capability,
     collection: Collection[Any] | None = None,
     tools: tuple[Tool, ...] = (),
-    following: Following | None = None,
-    settings: Areas | None = None,
+    download_tracker: DownloadTracker | None = None,
+    settings: SettingsAreas | None = None,
 ) -> Connector:
     """The connector of one of them, whose API has this prefix."""
 
     async def health(client: Client) -> str:
-        status = client.expect(await client.get(f"{api}/system/status"), "appName", "version")
+        status = client.require_keys(await client.get(f"{api}/system/status"), "appName", "version")
         if status["appName"] != title:
-            raise client.wrong(status["appName"])
+            raise client.wrong_service(status["appName"])
         return str(status["version"])
 
     return Connector(
@@ -35,10 +35,10 @@ def connector(
         title=title,
         capabilities=frozenset({"health", *capabilities}),
         health=health,
-        key=Key(header="X-Api-Key"),
-        key_help=HELP,
+        key_scheme=ApiKeyScheme(header="X-Api-Key"),
+        key_help=KEY_HELP,
         collection=collection,
         tools=tools,
-        following=following,
+        download_tracker=download_tracker,
         settings=settings,
     )

@@ -8,87 +8,87 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, BaseModel, Field
 
 from cluster.services.capabilities.download_tracking import (
-    ID_MAX,
-    Ended,
-    Following,
+    MAX_ID_LENGTH,
+    ActiveDownload,
+    ActiveState,
+    DownloadSnapshot,
+    DownloadTracker,
+    FinishedDownload,
     Grab,
-    Look,
     Outcome,
-    Place,
-    Replacing,
-    Underway,
-    UnderwayState,
-    in_a_line,
+    ReplacementActions,
+    TrackingPosition,
+    to_single_line,
 )
-from cluster.services.errors import NotThere
+from cluster.services.errors import NotFoundInService
 from cluster.services.http.client import Client
-from cluster.times import written
+from cluster.times import format_utc
 
 API = "/api/v3"
-PAGE = 500
-MOST_PAGES = 20
+PAGE_SIZE = 500
+MAX_PAGES = 20
 """A queue of more is followed up to there."""
-ENDINGS: dict[str, Outcome] = {
+OUTCOME_BY_EVENT: dict[str, Outcome] = {
     "downloadFolderImported": "imported",
     "seriesFolderImported": "imported",
     "movieFolderImported": "imported",
     "downloadFailed": "failed",
 }
-STATES: dict[str, UnderwayState] = {
+STATE_BY_TRACKED_STATE: dict[str, ActiveState] = {
     "failedPending": "failed",
     "failed": "failed",
     "importBlocked": "blocked",
     "importing": "processing",
 }
-OVER = {"imported", "ignored"}
-GRAVEST: tuple[UnderwayState, ...] = ("failed", "blocked", "running", "processing", "waiting")
+FINISHED_TRACKED_STATES = {"imported", "ignored"}
+STATES_BY_SEVERITY: tuple[ActiveState, ...] = ("failed", "blocked", "running", "processing", "waiting")
 
 
-class Thing(BaseModel):
+class ArrItem(BaseModel):
     """A series or a movie."""
 
     title: str = ""
     tags: tuple[int, ...] = ()
 
 
-class Words(BaseModel):
+class StatusMessage(BaseModel):
     title: str | None = None
     messages: list[str] | None = None
 
 
-class Sort(BaseModel):
+class ItemRow(BaseModel):
     """What both call by names of their own."""
 
     series_id: int | None = Field(default=None, alias="seriesId")
     episode_id: int | None = Field(default=None, alias="episodeId")
     movie_id: int | None = Field(default=None, alias="movieId")
-    series: Thing | None = None
-    movie: Thing | None = None
+    series: ArrItem | None = None
+    movie: ArrItem | None = None
 
     @property
-    def thing(self) -> Thing:
-        return self.series or self.movie or Thing()
+    def item(self) -> ArrItem:
+        return self.series or self.movie or ArrItem()
 
     @property
-    def thing_id(self) -> int | None:
+    def item_id(self) -> int | None:
         return self.series_id or self.movie_id
 
     @property
     def content(self) -> tuple[str, ...]:
-        named = {"series": self.series_id, "episode": self.episode_id, "movie": self.movie_id}
-        return tuple(f"{name}:{number}" for name, number in named.items() if number)
+        ids = {"series": self.series_id, "episode": self.episode_id, "movie": self.movie_id}
+        return tuple(f"{name}:{number}" for name, number in ids.items() if number)
 
 
-class QueueRow(Sort):
+class QueueRow(ItemRow):
     id: int
     title: str | None = None
     size_left: float | None = Field(default=None, alias="sizeleft", ge=0, le=1e18)
     status: str | None = None
     tracked_status: str | None = Field(default=None, alias="trackedDownloadStatus")
     tracked_state: str | None = Field(default=None, alias="trackedDownloadState")
-    messages: list[Words] | None = Field(default=None, alias="statusMessages")
+    messages: list[StatusMessage] | None = Field(default=None, alias="statusMessages")
     error: str | None = Field(default=None, alias="errorMessage")
-    download_id: str | None = Field(default=None, alias="downloadId", max_length=ID_MAX)
+    download_id: str | None = Field(default=None, alias="downloadId", max_length=MAX_ID_LENGTH)
     protocol: str | None = None
 
 
@@ -96,12 +96,12 @@ class QueuePage(BaseModel):
     records: list[QueueRow]
 
 
-class HistoryRow(Sort):
+class HistoryRow(ItemRow):
     id: int
     source_title: str | None = Field(default=None, alias="sourceTitle")
     date: AwareDatetime
     event: str | None = Field(default=None, alias="eventType")
-    download_id: str | None = Field(default=None, alias="downloadId", max_length=ID_MAX)
+    download_id: str | None = Field(default=None, alias="downloadId", max_length=MAX_ID_LENGTH)
     data: dict[str, str | None] | None = None
 
 
@@ -125,132 +125,138 @@ class CommandRow(BaseModel):
     body: dict[str, Any] | None = None
 
 
-def following(thing: Literal["series", "movie"]) -> Following:
+def download_tracker(content_type: Literal["series", "movie"]) -> DownloadTracker:
     """How the one that keeps series, or movies, is followed."""
-    included: dict[str, bool] = {"includeSeries" if thing == "series" else "includeMovie": True}
+    include_parameters: dict[str, bool] = {"includeSeries" if content_type == "series" else "includeMovie": True}
 
-    async def look(client: Client, place: Place) -> Look:
+    async def poll(client: Client, position: TrackingPosition) -> DownloadSnapshot:
         tags = await _tags(client)
-        underway = await _underway(client, included, tags)
-        since, seen = _read_cursor(place)
-        answer = await client.get(f"{API}/history/since", date=written(since), **included)
-        rows = [row for row in client.read(list[HistoryRow], answer) if row.date >= since]
-        ended = [_ended(row, thing, tags) for row in rows if row.id not in seen and row.event in ENDINGS]
-        return Look(tuple(underway.values()), tuple(ended), _cursor(rows, since, seen))
+        active = await _active_downloads(client, include_parameters, tags)
+        since, seen_ids = _read_cursor(position)
+        answer = await client.get(f"{API}/history/since", date=format_utc(since), **include_parameters)
+        rows = [row for row in client.parse(list[HistoryRow], answer) if row.date >= since]
+        finished = [
+            _to_finished_download(row, content_type, tags)
+            for row in rows
+            if row.id not in seen_ids and row.event in OUTCOME_BY_EVENT
+        ]
+        return DownloadSnapshot(tuple(active.values()), tuple(finished), _next_cursor(rows, since, seen_ids))
 
-    async def find(client: Client, item: str) -> Underway | None:
+    async def find(client: Client, item_id: str) -> ActiveDownload | None:
         tags = await _tags(client)
-        return (await _underway(client, included, tags)).get(item)
+        return (await _active_downloads(client, include_parameters, tags)).get(item_id)
 
-    async def remove(client: Client, item: str, search: bool) -> bool:
-        rows = [row async for row in _queue(client, included) if _id(row) == item]
+    async def remove(client: Client, item_id: str, search: bool) -> bool:
+        rows = [row async for row in _queue(client, include_parameters) if _item_id(row) == item_id]
         options = {"removeFromClient": True, "blocklist": True, "skipRedownload": not search}
         try:
             for row in rows[:1]:  # all rows of a download go together
                 await client.delete(f"{API}/queue/{row.id}", **options)
-        except NotThere:
+        except NotFoundInService:
             return False
         return bool(rows)
 
-    async def grab_of(client: Client, download_id: str) -> Grab | None:
+    async def find_grab(client: Client, download_id: str) -> Grab | None:
         answer = await client.get(
             f"{API}/history",
             downloadId=download_id,
-            pageSize=PAGE,
+            pageSize=PAGE_SIZE,
             sortKey="date",
             sortDirection="descending",
-            **included,
+            **include_parameters,
         )
-        found = [row for row in client.read(HistoryPage, answer).records if row.download_id == download_id]
-        grabs = [row for row in found if row.event == "grabbed"]
+        rows = [row for row in client.parse(HistoryPage, answer).records if row.download_id == download_id]
+        grabs = [row for row in rows if row.event == "grabbed"]
         if not grabs:
             return None
-        tags, ends = await _tags(client), {ENDINGS.get(row.event or "") for row in found}
+        tags, outcomes = await _tags(client), {OUTCOME_BY_EVENT.get(row.event or "") for row in rows}
         return Grab(
             id=grabs[0].id,
             title=grabs[0].source_title or download_id,
-            content=_joined(row.content for row in grabs),
-            tags=_labels(grabs[0].thing, tags),
-            failed="failed" in ends,
-            imported="imported" in ends,
+            content=_merge_content(row.content for row in grabs),
+            tags=_tag_labels(grabs[0].item, tags),
+            failed="failed" in outcomes,
+            imported="imported" in outcomes,
         )
 
     async def mark_failed(client: Client, grab: int) -> None:
         await client.post(f"{API}/history/failed/{grab}")
 
-    async def searches_itself(client: Client) -> bool:
+    async def searches_automatically(client: Client) -> bool:
         answer = await client.get(f"{API}/config/downloadclient")
-        handling = client.read(DownloadHandling, answer)
+        handling = client.parse(DownloadHandling, answer)
         return handling.searches and handling.searches_for_people
 
     async def search(client: Client, content: tuple[str, ...]) -> None:
-        await client.post(f"{API}/command", _search(content))
+        await client.post(f"{API}/command", _search_command(content))
 
     async def is_searching(client: Client, content: tuple[str, ...], since: datetime) -> bool:
         answer = await client.get(f"{API}/command")
-        wanted = _search(content)
+        command = _search_command(content)
         return any(
-            row.name == wanted["name"]
+            row.name == command["name"]
             and row.queued is not None
             and row.queued >= since
-            and all((row.body or {}).get(name) == value for name, value in wanted.items() if name != "name")
-            for row in client.read(list[CommandRow], answer)
+            and all((row.body or {}).get(name) == value for name, value in command.items() if name != "name")
+            for row in client.parse(list[CommandRow], answer)
         )
 
-    replacing = Replacing(find, remove, grab_of, mark_failed, searches_itself, search, is_searching)
-    return Following(look, replacing=replacing)
+    replacement = ReplacementActions(find, remove, find_grab, mark_failed, searches_automatically, search, is_searching)
+    return DownloadTracker(poll, replacement=replacement)
 
 
-async def _underway(client: Client, included: dict[str, bool], tags: dict[int, str]) -> dict[str, Underway]:
+async def _active_downloads(
+    client: Client, include_parameters: dict[str, bool], tags: dict[int, str]
+) -> dict[str, ActiveDownload]:
     """What is in the queue by its id: a download once, for however many episodes it is."""
-    downloads: dict[str, Underway] = {}
-    async for row in _queue(client, included):
-        if row.tracked_state in OVER:
+    downloads: dict[str, ActiveDownload] = {}
+    async for row in _queue(client, include_parameters):
+        if row.tracked_state in FINISHED_TRACKED_STATES:
             continue
-        one = _as_underway(row, tags)
-        before = downloads.get(one.id)
-        if before is not None:
-            gravest = min(before, one, key=lambda each: GRAVEST.index(each.state))
-            one = replace(gravest, content=_joined([before.content, one.content]))
-        downloads[one.id] = one
+        download = _to_active_download(row, tags)
+        previous = downloads.get(download.id)
+        if previous is not None:
+            most_severe = min(previous, download, key=lambda candidate: STATES_BY_SEVERITY.index(candidate.state))
+            download = replace(most_severe, content=_merge_content([previous.content, download.content]))
+        downloads[download.id] = download
     return downloads
 
 
-async def _queue(client: Client, included: dict[str, bool]) -> AsyncGenerator[QueueRow]:
-    for page in range(1, MOST_PAGES + 1):
-        answer = await client.get(f"{API}/queue", page=page, pageSize=PAGE, **included)
-        rows = client.read(QueuePage, answer).records
+async def _queue(client: Client, include_parameters: dict[str, bool]) -> AsyncGenerator[QueueRow]:
+    for page in range(1, MAX_PAGES + 1):
+        answer = await client.get(f"{API}/queue", page=page, pageSize=PAGE_SIZE, **include_parameters)
+        rows = client.parse(QueuePage, answer).records
         for row in rows:
             yield row
-        if len(rows) < PAGE:
+        if len(rows) < PAGE_SIZE:
             return
 
 
 async def _tags(client: Client) -> dict[int, str]:
     answer = await client.get(f"{API}/tag")
-    return {tag.id: tag.label or str(tag.id) for tag in client.read(list[Tag], answer)}
+    return {tag.id: tag.label or str(tag.id) for tag in client.parse(list[Tag], answer)}
 
 
-def _as_underway(row: QueueRow, tags: dict[int, str]) -> Underway:
-    return Underway(
-        id=_id(row),
-        title=in_a_line(row.title) or _id(row),
+def _to_active_download(row: QueueRow, tags: dict[int, str]) -> ActiveDownload:
+    return ActiveDownload(
+        id=_item_id(row),
+        title=to_single_line(row.title) or _item_id(row),
         state=_state(row),
         download_id=row.download_id,
         bytes_left=None if row.size_left is None else int(row.size_left),
         reason=_reason(row),
         content=row.content,
-        tags=_labels(row.thing, tags),
+        tags=_tag_labels(row.item, tags),
     )
 
 
-def _id(row: QueueRow) -> str:
+def _item_id(row: QueueRow) -> str:
     return row.download_id or f"queue-{row.id}"
 
 
-def _state(row: QueueRow) -> UnderwayState:
-    if row.tracked_state in STATES:
-        return STATES[row.tracked_state]
+def _state(row: QueueRow) -> ActiveState:
+    if row.tracked_state in STATE_BY_TRACKED_STATE:
+        return STATE_BY_TRACKED_STATE[row.tracked_state]
     if row.tracked_state == "importPending":
         # Without a warning it is only waiting for its turn.
         return "processing" if row.tracked_status == "ok" else "blocked"
@@ -263,53 +269,53 @@ def _state(row: QueueRow) -> UnderwayState:
 
 
 def _reason(row: QueueRow) -> str:
-    said = [message for words in row.messages or [] for message in words.messages or []]
-    return in_a_line("; ".join([*([row.error] if row.error else []), *said]))
+    messages = [message for status_message in row.messages or [] for message in status_message.messages or []]
+    return to_single_line("; ".join([*([row.error] if row.error else []), *messages]))
 
 
-def _ended(row: HistoryRow, thing: str, tags: dict[int, str]) -> Ended:
-    return Ended(
+def _to_finished_download(row: HistoryRow, content_type: str, tags: dict[int, str]) -> FinishedDownload:
+    return FinishedDownload(
         id=row.download_id or f"history-{row.id}",
-        title=in_a_line(row.source_title) or f"history-{row.id}",
-        outcome=ENDINGS[row.event or ""],
+        title=to_single_line(row.source_title) or f"history-{row.id}",
+        outcome=OUTCOME_BY_EVENT[row.event or ""],
         at=row.date.astimezone(UTC),
         download_id=row.download_id,
-        reason=in_a_line((row.data or {}).get("message")),
+        reason=to_single_line((row.data or {}).get("message")),
         content=row.content,
-        tags=_labels(row.thing, tags),
-        content_id=None if row.thing_id is None else str(row.thing_id),
-        content_title=in_a_line(row.thing.title) or None,
-        content_type=thing,
+        tags=_tag_labels(row.item, tags),
+        content_id=None if row.item_id is None else str(row.item_id),
+        content_title=to_single_line(row.item.title) or None,
+        content_type=content_type,
     )
 
 
-def _read_cursor(place: Place) -> tuple[datetime, set[int]]:
+def _read_cursor(position: TrackingPosition) -> tuple[datetime, set[int]]:
     """The time of the last entry that was seen, and which ones of that time were."""
-    told = place.cursor.get("since")
-    return datetime.fromisoformat(told) if told else place.since, set(place.cursor.get("seen", []))
+    since = position.cursor.get("since")
+    return datetime.fromisoformat(since) if since else position.since, set(position.cursor.get("seen", []))
 
 
-def _cursor(rows: list[HistoryRow], since: datetime, seen: set[int]) -> dict[str, Any]:
+def _next_cursor(rows: list[HistoryRow], since: datetime, seen_ids: set[int]) -> dict[str, Any]:
     newest = max((row.date for row in rows), default=since)
-    here = {row.id for row in rows if row.date == newest} | (seen if newest == since else set[int]())
-    return {"since": newest.astimezone(UTC).isoformat(), "seen": sorted(here)}
+    newest_ids = {row.id for row in rows if row.date == newest} | (seen_ids if newest == since else set[int]())
+    return {"since": newest.astimezone(UTC).isoformat(), "seen": sorted(newest_ids)}
 
 
-def _search(content: tuple[str, ...]) -> dict[str, Any]:
+def _search_command(content: tuple[str, ...]) -> dict[str, Any]:
     """The command that has just this searched for."""
     for name, command, field in (
         ("episode", "EpisodeSearch", "episodeIds"),
         ("movie", "MoviesSearch", "movieIds"),
     ):
-        if found := [int(one.partition(":")[2]) for one in content if one.startswith(f"{name}:")]:
+        if found := [int(item.partition(":")[2]) for item in content if item.startswith(f"{name}:")]:
             return {"name": command, field: sorted(found)}
-    (series,) = [int(one.partition(":")[2]) for one in content if one.startswith("series:")]
+    (series,) = [int(item.partition(":")[2]) for item in content if item.startswith("series:")]
     return {"name": "SeriesSearch", "seriesId": series}
 
 
-def _labels(thing: Thing, tags: dict[int, str]) -> tuple[str, ...]:
-    return tuple(tags.get(number, str(number)) for number in thing.tags)
+def _tag_labels(item: ArrItem, tags: dict[int, str]) -> tuple[str, ...]:
+    return tuple(tags.get(tag_id, str(tag_id)) for tag_id in item.tags)
 
 
-def _joined(contents: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one for content in contents for one in content))
+def _merge_content(contents: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part for content in contents for part in content))

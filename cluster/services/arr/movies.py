@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, model_validator
 
-from cluster.services.capabilities.collection import API, Collection, Number, Thing, Title
+from cluster.services.capabilities.collection import API, Collection, CollectionItem, Number, Title
 
 Availability = Literal["announced", "inCinemas", "released"]
-SOURCES = ("tmdb", "imdb", "trakt", "metacritic", "rottenTomatoes")
+RATING_SOURCES = ("tmdb", "imdb", "trakt", "metacritic", "rottenTomatoes")
 """Whose ratings are told, the first that there are."""
 
 
@@ -18,11 +18,11 @@ class Ratings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def of_one_source(cls, told: Any) -> Any:
+    def select_source(cls, ratings: Any) -> Any:
         """Radarr has those of several sources, and had only one before."""
-        if not isinstance(told, dict) or "value" in told:
-            return told
-        return next((told[source] for source in SOURCES if told.get(source)), {})
+        if not isinstance(ratings, dict) or "value" in ratings:
+            return ratings
+        return next((ratings[source] for source in RATING_SOURCES if ratings.get(source)), {})
 
 
 class QualityName(BaseModel):
@@ -39,7 +39,7 @@ class MovieFile(BaseModel):
     quality: Quality | None = None
 
 
-class Movie(Thing):
+class Movie(CollectionItem):
     year: Number | None = None
     tmdbId: Number | None = None
     status: Title | None = None
@@ -56,18 +56,18 @@ class Movie(Thing):
     added: datetime | None = None
 
 
-def fields(*, monitored: bool, available: Availability, search: bool) -> dict[str, object]:
+def movie_fields(*, monitored: bool, available: Availability, search: bool) -> dict[str, object]:
     """What Radarr is told of a movie that is added."""
     options = {"monitor": "movieOnly" if monitored else "none", "searchForMovie": search}
     return {"monitored": monitored, "minimumAvailability": available, "addOptions": options}
 
 
 MOVIES = Collection(
-    word="movie",
-    does="collects movies",
+    item_name="movie",
+    description="collects movies",
     path=f"{API}/movie",
-    thing=Movie,
-    outer_id="tmdbId",
-    term="tmdb",
-    search=lambda movie_id: {"name": "MoviesSearch", "movieIds": [movie_id]},
+    item_type=Movie,
+    external_id_field="tmdbId",
+    lookup_prefix="tmdb",
+    search_command=lambda movie_id: {"name": "MoviesSearch", "movieIds": [movie_id]},
 )

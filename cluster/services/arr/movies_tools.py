@@ -6,47 +6,47 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from cluster.services.arr.collection_tools import (
-    SHARED,
-    Adding,
-    Days,
+    SHARED_TOOLS,
+    AddRequest,
+    CalendarArguments,
     Id,
-    Listing,
-    Term,
-    adding,
-    calendar,
-    command,
-    listing,
-    looking_up,
-    told,
+    ListArguments,
+    LookupArguments,
+    get_calendar_items,
+    make_add,
+    make_list,
+    make_lookup,
+    run_command,
+    to_json,
 )
-from cluster.services.arr.movies import MOVIES, Availability, fields
+from cluster.services.arr.movies import MOVIES, Availability, movie_fields
 from cluster.services.capabilities import collection as capabilities_collection
-from cluster.services.capabilities.collection import Number, Title, command_name
+from cluster.services.capabilities.collection import Number, Title, format_command_id
 from cluster.services.connector import Tool
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
-class OneMovie(Arguments):
+class MovieArguments(Arguments):
     movie_id: Id = Field(description="Its id in Radarr.")
 
 
-class Deleting(OneMovie):
+class DeleteMovieArguments(MovieArguments):
     delete_files: bool = Field(default=False, description="Also its files.")
 
 
-class AddingMovie(Adding):
+class AddMovieRequest(AddRequest):
     tmdb_id: Id | None = Field(default=None, description="Its id at TMDB.")
     search_for_movie: bool = Field(default=False, description="Search for it at once.")
     minimum_availability: Availability = Field(default="released", description="From when on to look for it.")
 
     @property
-    def outer_id(self) -> int | None:
+    def external_id(self) -> int | None:
         return self.tmdb_id
 
     @property
-    def fields(self) -> dict[str, object]:
-        return fields(monitored=self.monitored, available=self.minimum_availability, search=self.search_for_movie)
+    def extra_fields(self) -> dict[str, object]:
+        return movie_fields(monitored=self.monitored, available=self.minimum_availability, search=self.search_for_movie)
 
 
 class Release(BaseModel):
@@ -60,35 +60,37 @@ class Release(BaseModel):
     hasFile: bool | None = None
 
 
-async def get_movie(client: Client, wanted: OneMovie) -> dict[str, Any]:
-    return told(await capabilities_collection.get(client, MOVIES, wanted.movie_id))
+async def get_movie(client: Client, arguments: MovieArguments) -> dict[str, Any]:
+    return to_json(await capabilities_collection.get(client, MOVIES, arguments.movie_id))
 
 
-async def search_for_movie(client: Client, wanted: OneMovie) -> dict[str, Any]:
-    movie, number = await capabilities_collection.search(client, MOVIES, wanted.movie_id)
-    return {"title": movie.title, "command_id": command_name(number)}
+async def search_for_movie(client: Client, arguments: MovieArguments) -> dict[str, Any]:
+    movie, command_number = await capabilities_collection.search(client, MOVIES, arguments.movie_id)
+    return {"title": movie.title, "command_id": format_command_id(command_number)}
 
 
-async def search_for_missing_movies(client: Client, wanted: Arguments) -> dict[str, Any]:
-    return await command(client, {"name": "MissingMoviesSearch"})
+async def search_for_missing_movies(client: Client, arguments: Arguments) -> dict[str, Any]:
+    return await run_command(client, {"name": "MissingMoviesSearch"})
 
 
-async def delete_movie(client: Client, wanted: Deleting) -> dict[str, Any]:
-    movie = await capabilities_collection.delete(client, MOVIES, wanted.movie_id, delete_files=wanted.delete_files)
-    return {"deleted": movie.title, "files_deleted": wanted.delete_files}
+async def delete_movie(client: Client, arguments: DeleteMovieArguments) -> dict[str, Any]:
+    movie = await capabilities_collection.delete(
+        client, MOVIES, arguments.movie_id, delete_files=arguments.delete_files
+    )
+    return {"deleted": movie.title, "files_deleted": arguments.delete_files}
 
 
-async def get_calendar(client: Client, wanted: Days) -> list[dict[str, Any]]:
-    releases = client.read(list[Release], await calendar(client, wanted))
+async def get_calendar(client: Client, arguments: CalendarArguments) -> list[dict[str, Any]]:
+    releases = client.parse(list[Release], await get_calendar_items(client, arguments))
     return [release.model_dump(mode="json", exclude_none=True) for release in releases]
 
 
 TOOLS = (
-    Tool("list_movies", "Which movies Radarr has.", Listing, listing(MOVIES, "movies")),
-    Tool("get_movie", "All about one movie: whether it is there, and how good.", OneMovie, get_movie),
-    Tool("search_movies", "Which movies could be added and are named like this.", Term, looking_up(MOVIES)),
-    Tool("add_movie", "Add a movie, by its tmdb_id or by its title.", AddingMovie, adding(MOVIES), "change"),
-    Tool("search_for_movie", "Search for a movie that is missing.", OneMovie, search_for_movie, "change"),
+    Tool("list_movies", "Which movies Radarr has.", ListArguments, make_list(MOVIES, "movies")),
+    Tool("get_movie", "All about one movie: whether it is there, and how good.", MovieArguments, get_movie),
+    Tool("search_movies", "Which movies could be added and are named like this.", LookupArguments, make_lookup(MOVIES)),
+    Tool("add_movie", "Add a movie, by its tmdb_id or by its title.", AddMovieRequest, make_add(MOVIES), "change"),
+    Tool("search_for_movie", "Search for a movie that is missing.", MovieArguments, search_for_movie, "change"),
     Tool(
         "search_for_missing_movies",
         "Search for all monitored movies that are missing.",
@@ -96,7 +98,13 @@ TOOLS = (
         search_for_missing_movies,
         "change",
     ),
-    Tool("delete_movie", "Take a movie out of Radarr, with its files or without.", Deleting, delete_movie, "destroy"),
-    Tool("get_calendar", "Which movies come out in the next days.", Days, get_calendar),
-    *SHARED,
+    Tool(
+        "delete_movie",
+        "Take a movie out of Radarr, with its files or without.",
+        DeleteMovieArguments,
+        delete_movie,
+        "destroy",
+    ),
+    Tool("get_calendar", "Which movies come out in the next days.", CalendarArguments, get_calendar),
+    *SHARED_TOOLS,
 )

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from pydantic import BaseModel
 
-from cluster.services.capabilities.collection import API, Collection, Number, Thing, Title
+from cluster.services.capabilities.collection import API, Collection, CollectionItem, Number, Title
 
 
 class Statistics(BaseModel):
@@ -21,7 +21,7 @@ class Season(BaseModel):
     statistics: Statistics | None = None
 
 
-class Series(Thing):
+class Series(CollectionItem):
     tvdbId: Number | None = None
     status: Title | None = None
     overview: str | None = None
@@ -42,7 +42,7 @@ class Series(Thing):
         return None if self.seasons is None else sum(season.seasonNumber > 0 for season in self.seasons)
 
 
-def fields(*, monitored: bool, season_folder: bool, search: bool) -> dict[str, object]:
+def series_fields(*, monitored: bool, season_folder: bool, search: bool) -> dict[str, object]:
     """What Sonarr is told of a series that is added."""
     episodes = "all" if monitored else "none"
     options = {"monitor": episodes, "searchForMissingEpisodes": search, "searchForCutoffUnmetEpisodes": False}
@@ -50,11 +50,11 @@ def fields(*, monitored: bool, season_folder: bool, search: bool) -> dict[str, o
 
 
 SERIES = Collection(
-    word="series",
-    does="collects series",
+    item_name="series",
+    description="collects series",
     path=f"{API}/series",
-    thing=Series,
-    outer_id="tvdbId",
-    term="tvdb",
-    search=lambda series_id: {"name": "SeriesSearch", "seriesId": series_id},
+    item_type=Series,
+    external_id_field="tvdbId",
+    lookup_prefix="tvdb",
+    search_command=lambda series_id: {"name": "SeriesSearch", "seriesId": series_id},
 )

@@ -6,47 +6,47 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from cluster.services.arr.collection_tools import (
-    SHARED,
-    Adding,
-    Days,
+    SHARED_TOOLS,
+    AddRequest,
+    CalendarArguments,
     Id,
-    Listing,
-    Term,
-    adding,
-    calendar,
-    command,
-    listing,
-    looking_up,
-    told,
+    ListArguments,
+    LookupArguments,
+    get_calendar_items,
+    make_add,
+    make_list,
+    make_lookup,
+    run_command,
+    to_json,
 )
-from cluster.services.arr.series import SERIES, fields
+from cluster.services.arr.series import SERIES, series_fields
 from cluster.services.capabilities import collection as capabilities_collection
-from cluster.services.capabilities.collection import Number, Title, command_name
+from cluster.services.capabilities.collection import Number, Title, format_command_id
 from cluster.services.connector import Tool
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
-class OneSeries(Arguments):
+class SeriesArguments(Arguments):
     series_id: Id = Field(description="Its id in Sonarr.")
 
 
-class Deleting(OneSeries):
+class DeleteSeriesArguments(SeriesArguments):
     delete_files: bool = Field(default=False, description="Also its files.")
 
 
-class AddingSeries(Adding):
+class AddSeriesRequest(AddRequest):
     tvdb_id: Id | None = Field(default=None, description="Its id at TheTVDB.")
     season_folder: bool = Field(default=True, description="Whether each season has a folder.")
     search_for_missing_episodes: bool = Field(default=False, description="Search for all that is missing at once.")
 
     @property
-    def outer_id(self) -> int | None:
+    def external_id(self) -> int | None:
         return self.tvdb_id
 
     @property
-    def fields(self) -> dict[str, object]:
-        return fields(
+    def extra_fields(self) -> dict[str, object]:
+        return series_fields(
             monitored=self.monitored, season_folder=self.season_folder, search=self.search_for_missing_episodes
         )
 
@@ -66,35 +66,39 @@ class Episode(BaseModel):
     series: SeriesTitle | None = None
 
 
-async def get_series(client: Client, wanted: OneSeries) -> dict[str, Any]:
-    return told(await capabilities_collection.get(client, SERIES, wanted.series_id))
+async def get_series(client: Client, arguments: SeriesArguments) -> dict[str, Any]:
+    return to_json(await capabilities_collection.get(client, SERIES, arguments.series_id))
 
 
-async def search_for_series(client: Client, wanted: OneSeries) -> dict[str, Any]:
-    series, number = await capabilities_collection.search(client, SERIES, wanted.series_id)
-    return {"title": series.title, "command_id": command_name(number)}
+async def search_for_series(client: Client, arguments: SeriesArguments) -> dict[str, Any]:
+    series, command_number = await capabilities_collection.search(client, SERIES, arguments.series_id)
+    return {"title": series.title, "command_id": format_command_id(command_number)}
 
 
-async def search_for_missing_episodes(client: Client, wanted: Arguments) -> dict[str, Any]:
-    return await command(client, {"name": "MissingEpisodeSearch"})
+async def search_for_missing_episodes(client: Client, arguments: Arguments) -> dict[str, Any]:
+    return await run_command(client, {"name": "MissingEpisodeSearch"})
 
 
-async def delete_series(client: Client, wanted: Deleting) -> dict[str, Any]:
-    series = await capabilities_collection.delete(client, SERIES, wanted.series_id, delete_files=wanted.delete_files)
-    return {"deleted": series.title, "files_deleted": wanted.delete_files}
+async def delete_series(client: Client, arguments: DeleteSeriesArguments) -> dict[str, Any]:
+    series = await capabilities_collection.delete(
+        client, SERIES, arguments.series_id, delete_files=arguments.delete_files
+    )
+    return {"deleted": series.title, "files_deleted": arguments.delete_files}
 
 
-async def get_calendar(client: Client, wanted: Days) -> list[dict[str, Any]]:
-    episodes = client.read(list[Episode], await calendar(client, wanted, includeSeries=True))
+async def get_calendar(client: Client, arguments: CalendarArguments) -> list[dict[str, Any]]:
+    episodes = client.parse(list[Episode], await get_calendar_items(client, arguments, includeSeries=True))
     return [episode.model_dump(mode="json", exclude_none=True) for episode in episodes]
 
 
 TOOLS = (
-    Tool("list_series", "Which series Sonarr has.", Listing, listing(SERIES, "series")),
-    Tool("get_series", "All about one series: its seasons, its episodes, how much is there.", OneSeries, get_series),
-    Tool("search_series", "Which series could be added and are named like this.", Term, looking_up(SERIES)),
-    Tool("add_series", "Add a series, by its tvdb_id or by its title.", AddingSeries, adding(SERIES), "change"),
-    Tool("search_for_series", "Search for what is missing of a series.", OneSeries, search_for_series, "change"),
+    Tool("list_series", "Which series Sonarr has.", ListArguments, make_list(SERIES, "series")),
+    Tool(
+        "get_series", "All about one series: its seasons, its episodes, how much is there.", SeriesArguments, get_series
+    ),
+    Tool("search_series", "Which series could be added and are named like this.", LookupArguments, make_lookup(SERIES)),
+    Tool("add_series", "Add a series, by its tvdb_id or by its title.", AddSeriesRequest, make_add(SERIES), "change"),
+    Tool("search_for_series", "Search for what is missing of a series.", SeriesArguments, search_for_series, "change"),
     Tool(
         "search_for_missing_episodes",
         "Search for all monitored episodes that are missing.",
@@ -103,8 +107,12 @@ TOOLS = (
         "change",
     ),
     Tool(
-        "delete_series", "Take a series out of Sonarr, with its files or without.", Deleting, delete_series, "destroy"
+        "delete_series",
+        "Take a series out of Sonarr, with its files or without.",
+        DeleteSeriesArguments,
+        delete_series,
+        "destroy",
     ),
-    Tool("get_calendar", "Which episodes air in the next days.", Days, get_calendar),
-    *SHARED,
+    Tool("get_calendar", "Which episodes air in the next days.", CalendarArguments, get_calendar),
+    *SHARED_TOOLS,
 )

@@ -6,19 +6,19 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.services.capabilities.settings import Areas, Entry, is_list, refuse_masked, told
+from cluster.services.capabilities.settings import SettingsAreas, SettingsEntry, is_list, mask_secrets, reject_masked
 from cluster.services.errors import BadResponse
 from cluster.services.http.client import Client
 
-CONFIGS = ("mediamanagement", "naming", "downloadclient", "indexer", "host")
-PROFILES = ("qualityprofile[]", "qualitydefinition[]", "downloadclient[]", "indexer[]")
-READ_ONLY = ("health[]", "rootfolder[]", "remotepathmapping[]", "customformat[]")
-FIELD = "fields."
+CONFIG_NAMES = ("mediamanagement", "naming", "downloadclient", "indexer", "host")
+WRITABLE_LISTS = ("qualityprofile[]", "qualitydefinition[]", "downloadclient[]", "indexer[]")
+READ_ONLY_AREAS = ("health[]", "rootfolder[]", "remotepathmapping[]", "customformat[]")
+FIELD_PREFIX = "fields."
 """How a setting is named that is one of the fields of an indexer, a download client or an application."""
-NAMES = ("name", "title", "path", "remotePath", "source")
+NAME_KEYS = ("name", "title", "path", "remotePath", "source")
 
 
-class Thing(BaseModel):
+class SettingsRecord(BaseModel):
     """As much as has to be so of every answer."""
 
     model_config = ConfigDict(extra="allow")
@@ -32,55 +32,60 @@ class Setting(BaseModel):
     value: Any = None
 
 
-def areas(api: str, *, writable: tuple[str, ...], readable: tuple[str, ...]) -> Areas:
+def settings_areas(api: str, *, writable: tuple[str, ...], readable: tuple[str, ...]) -> SettingsAreas:
     """The areas of one of them, whose API has this prefix."""
 
-    async def read(client: Client, area: str) -> list[Entry]:
+    async def read(client: Client, area: str) -> list[SettingsEntry]:
         answer = await client.get(f"{api}/{area.removesuffix('[]')}")
         if not is_list(area):
-            client.read(Thing, answer)
-            return [_entry("", answer)]
-        client.read(list[Thing], answer)
-        return [_entry(_key(area, thing), thing) for thing in answer]
+            client.parse(SettingsRecord, answer)
+            return [_to_entry("", answer)]
+        client.parse(list[SettingsRecord], answer)
+        return [_to_entry(_record_key(area, record), record) for record in answer]
 
-    async def write(client: Client, area: str, entry: Entry, changes: Mapping[str, Any]) -> None:
-        thing = entry.source.get("id")
-        if not isinstance(thing, int):
+    async def write(client: Client, area: str, entry: SettingsEntry, changes: Mapping[str, Any]) -> None:
+        record_id = entry.raw.get("id")
+        if not isinstance(record_id, int):
             raise BadResponse(f"{client.connection.name} does not say which {area} this is.")
         # Fields that are secret are told, and taken back, as asterisks; what is beside them is not.
-        refuse_masked(client, entry.source)
-        await client.put(f"{api}/{quote(area.removesuffix('[]'))}/{thing}", _changed(entry.source, changes))
+        reject_masked(client, entry.raw)
+        await client.put(f"{api}/{quote(area.removesuffix('[]'))}/{record_id}", _with_changes(entry.raw, changes))
 
-    return Areas(read, write, frozenset(writable), frozenset(readable))
+    return SettingsAreas(read, write, frozenset(writable), frozenset(readable))
 
 
-OF_SERIES_AND_MOVIES = areas(
-    "/api/v3", writable=(*(f"config/{name}" for name in CONFIGS), *PROFILES), readable=READ_ONLY
+SERIES_AND_MOVIES_AREAS = settings_areas(
+    "/api/v3", writable=(*(f"config/{name}" for name in CONFIG_NAMES), *WRITABLE_LISTS), readable=READ_ONLY_AREAS
 )
-OF_INDEXERS = areas("/api/v1", writable=("config/host", "applications[]", "indexer[]"), readable=("health[]",))
+INDEXERS_AREAS = settings_areas(
+    "/api/v1", writable=("config/host", "applications[]", "indexer[]"), readable=("health[]",)
+)
 
 
-def _key(area: str, thing: Mapping[str, Any]) -> str:
+def _record_key(area: str, record: Mapping[str, Any]) -> str:
     # Findings of a service's own have no id that lasts.
-    return str(thing.get("source" if area == "health[]" else "id") or "")[:200]
+    return str(record.get("source" if area == "health[]" else "id") or "")[:200]
 
 
-def _entry(key: str, thing: dict[str, Any]) -> Entry:
-    fields = {f"{FIELD}{one['name']}": one.get("value") for one in thing.get("fields") or []}
-    name = next((str(thing[name]) for name in NAMES if thing.get(name)), key)
+def _to_entry(key: str, record: dict[str, Any]) -> SettingsEntry:
+    fields = {f"{FIELD_PREFIX}{item['name']}": item.get("value") for item in record.get("fields") or []}
+    name = next((str(record[name]) for name in NAME_KEYS if record.get(name)), key)
     # An address is told as a text, and was to be told in parts by their documents.
     addresses = {
-        one: value["fullUri"] for one, value in thing.items() if isinstance(value, dict) and "fullUri" in value
+        item: value["fullUri"] for item, value in record.items() if isinstance(value, dict) and "fullUri" in value
     }
-    return Entry(key, name if key else "", told({**thing, **fields, **addresses}), thing)
+    return SettingsEntry(key, name if key else "", mask_secrets({**record, **fields, **addresses}), record)
 
 
-def _changed(thing: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _with_changes(record: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The thing with these changes; the rest is as it was."""
-    changed = {**thing, **{name: value for name, value in changes.items() if not name.startswith(FIELD)}}
-    inside = {name.removeprefix(FIELD): value for name, value in changes.items() if name.startswith(FIELD)}
-    if inside:
+    changed = {**record, **{name: value for name, value in changes.items() if not name.startswith(FIELD_PREFIX)}}
+    field_changes = {
+        name.removeprefix(FIELD_PREFIX): value for name, value in changes.items() if name.startswith(FIELD_PREFIX)
+    }
+    if field_changes:
         changed["fields"] = [
-            {**one, "value": inside[one["name"]]} if one["name"] in inside else one for one in thing["fields"]
+            {**field, "value": field_changes[field["name"]]} if field["name"] in field_changes else field
+            for field in record["fields"]
         ]
     return changed

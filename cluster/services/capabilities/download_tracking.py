@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from cluster.services.http.client import Client
 
-UnderwayState = Literal[
+ActiveState = Literal[
     "waiting",  # for its turn, for the network, or because all is paused
     "running",  # bytes should come in
     "processing",  # it is unpacked, checked or imported
@@ -20,18 +20,18 @@ UnderwayState = Literal[
     "failed",
 ]
 Outcome = Literal["completed", "failed", "imported"]
-ID_MAX = 300
+MAX_ID_LENGTH = 300
 """How long the name of a download can be, as it is kept here."""
-MOST_WORDS = 500
+MAX_TEXT_LENGTH = 500
 
 
 @dataclass(frozen=True)
-class Underway:
+class ActiveDownload:
     """A download that has not ended."""
 
     id: str  # by which the service can be asked about it
     title: str
-    state: UnderwayState
+    state: ActiveState
     download_id: str | None  # as the download client calls it
     bytes_left: int | None = None
     reason: str = ""  # what the service says of it
@@ -40,7 +40,7 @@ class Underway:
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedDownload:
     """A download that has ended, or that has become a part of a library."""
 
     id: str  # as it was called while it was underway
@@ -57,7 +57,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Place:
+class TrackingPosition:
     """How far a service has been followed."""
 
     since: datetime  # what ended before then is no news
@@ -66,13 +66,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Look:
+class DownloadSnapshot:
     """What a look at a service has seen."""
 
-    underway: tuple[Underway, ...]
-    ended: tuple[Ended, ...]
+    active: tuple[ActiveDownload, ...]
+    finished: tuple[FinishedDownload, ...]
     cursor: dict[str, Any]
-    moves: bool = True  # whether it brings in anything at all: if not, that is no single download's fault
+    has_throughput: bool = True  # whether it brings in anything at all: if not, that is no single download's fault
 
 
 @dataclass(frozen=True)
@@ -88,34 +88,34 @@ class Grab:
 
 
 @dataclass(frozen=True)
-class Replacing:
-    find: Callable[["Client", str], Awaitable[Underway | None]]
+class ReplacementActions:
+    find: Callable[["Client", str], Awaitable[ActiveDownload | None]]
     # For good, with its files; whether to search by itself. Returns False if it was gone already.
     remove: Callable[["Client", str, bool], Awaitable[bool]]
-    grab_of: Callable[["Client", str], Awaitable[Grab | None]]  # by the download's id
+    find_grab: Callable[["Client", str], Awaitable[Grab | None]]  # by the download's id
     mark_failed: Callable[["Client", int], Awaitable[None]]  # a grab
-    searches_itself: Callable[["Client"], Awaitable[bool]]  # after something has failed
+    searches_automatically: Callable[["Client"], Awaitable[bool]]  # after something has failed
     search: Callable[["Client", tuple[str, ...]], Awaitable[None]]
     is_searching: Callable[["Client", tuple[str, ...], datetime], Awaitable[bool]]  # since then, for just that
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedFolders:
     """Where finished downloads lie, on the service's machine."""
 
     folder: str
     subfolders: tuple[str, ...]  # of its categories
-    known: frozenset[str]  # folders that its history still speaks of
+    known_folders: frozenset[str]  # folders that its history still speaks of
 
 
 @dataclass(frozen=True)
-class Following:
-    look: Callable[["Client", Place], Awaitable[Look]]
+class DownloadTracker:
+    poll: Callable[["Client", TrackingPosition], Awaitable[DownloadSnapshot]]
     retry: Callable[["Client", str], Awaitable[str]] | None = None  # as in `Downloads`
-    replacing: Replacing | None = None
-    finished: Callable[["Client"], Awaitable[Finished]] | None = None
+    replacement: ReplacementActions | None = None
+    finished_folders: Callable[["Client"], Awaitable[FinishedFolders]] | None = None
 
 
-def in_a_line(text: str | None) -> str:
+def to_single_line(text: str | None) -> str:
     """What a service says, as it is kept."""
-    return " ".join((text or "").replace("\0", "").split())[:MOST_WORDS]
+    return " ".join((text or "").replace("\0", "").split())[:MAX_TEXT_LENGTH]

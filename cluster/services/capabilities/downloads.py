@@ -44,7 +44,7 @@ class DownloadQueue(BaseModel):
     disk_space: str | None = Field(description="What is free where downloads begin.", examples=["250.5 GB"])
 
 
-class EndedDownload(BaseModel):
+class DownloadHistoryItem(BaseModel):
     nzo_id: str
     name: str
     category: str | None
@@ -55,11 +55,11 @@ class EndedDownload(BaseModel):
 
 
 class DownloadHistory(BaseModel):
-    history: list[EndedDownload] = Field(description="The latest first.")
+    history: list[DownloadHistoryItem] = Field(description="The latest first.")
     total: int = Field(description="How many there are, shown or not.")
 
 
-class Pausing(BaseModel):
+class QueuePauseState(BaseModel):
     """How the queue is after it was paused, or resumed."""
 
     success: bool = True
@@ -75,5 +75,5 @@ class Downloads:
     history: Callable[["Client", int], Awaitable[DownloadHistory]]  # at most so many
     retry: Callable[["Client", str], Awaitable[str]]  # returns the id of the new attempt
     delete: Callable[["Client", str, bool], Awaitable[None]]  # true: and what it has downloaded so far
-    pause: Callable[["Client"], Awaitable[Pausing]]
-    resume: Callable[["Client"], Awaitable[Pausing]]
+    pause: Callable[["Client"], Awaitable[QueuePauseState]]
+    resume: Callable[["Client"], Awaitable[QueuePauseState]]

@@ -53,7 +53,7 @@ class Library:
     scan: Callable[["Client", str], Awaitable[str]]  # looks for what is new in it; returns its title
 
 
-def missing(key: str, known: dict[str, str]) -> LibraryNotFound:
+def library_not_found(key: str, titles: dict[str, str]) -> LibraryNotFound:
     """The error that says which libraries there are, by their keys."""
-    there = ", ".join(f"{one} ({title})" for one, title in known.items()) or "none"
-    return LibraryNotFound(f"There is no library '{key[:100]}'. There are: {there}.")
+    choices = ", ".join(f"{known_key} ({title})" for known_key, title in titles.items()) or "none"
+    return LibraryNotFound(f"There is no library '{key[:100]}'. There are: {choices}.")

@@ -15,28 +15,30 @@ from cluster.services.errors import Refused
 if TYPE_CHECKING:
     from cluster.services.http.client import Client
 
-SECRET = re.compile(
+SECRET_PATTERN = re.compile(
     r"passw|pwd|passphrase|passkey|(api|nzb|user|rss|access|private)_?key|token|secret|cookie|credential", re.I
 )
-WORDS = {"true": 1, "false": 0}
+BOOLEAN_VALUES = {"true": 1, "false": 0}
 
 
 @dataclass(frozen=True)
-class Entry:
+class SettingsEntry:
     """One thing that has settings."""
 
     key: str  # which one of its area; empty where there is only one
     name: str  # what people call it
     values: Mapping[str, Any]
-    source: Any = field(default=None, repr=False)  # as the service has told it, secrets included: to be sent back
+    raw: Any = field(default=None, repr=False)  # as the service has told it, secrets included: to be sent back
 
 
 @dataclass(frozen=True)
-class Areas:
+class SettingsAreas:
     """How the settings of a sort of service are read, and written."""
 
-    read: Callable[["Client", str], Awaitable[list[Entry]]]
-    write: Callable[["Client", str, Entry, Mapping[str, Any]], Awaitable[None]]  # into an entry that was just read
+    read: Callable[["Client", str], Awaitable[list[SettingsEntry]]]
+    write: Callable[
+        ["Client", str, SettingsEntry, Mapping[str, Any]], Awaitable[None]
+    ]  # into an entry that was just read
     writable: frozenset[str]
     readable: frozenset[str] = frozenset()  # besides those
 
@@ -50,31 +52,31 @@ def is_list(area: str) -> bool:
 
 
 def is_secret(setting: str) -> bool:
-    return SECRET.search(setting) is not None
+    return SECRET_PATTERN.search(setting) is not None
 
 
-def told(values: Mapping[str, Any]) -> dict[str, Any]:
+def mask_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
     """These settings, with whatever is secret in them only as being there or not."""
     return {name: (MASK if value else "") if is_secret(name) else value for name, value in values.items()}
 
 
-def plain(value: Any) -> Any:
+def normalize(value: Any) -> Any:
     """A value in the one form in which it can be compared: services say 1, "1", true and "true" for the same."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str):
         text = value.strip()
-        return WORDS.get(text.casefold(), _number(text))
+        return BOOLEAN_VALUES.get(text.casefold(), _parse_number(text))
     if isinstance(value, list):
-        return [plain(part) for part in value]
+        return [normalize(item) for item in value]
     return value
 
 
-def same(one: Any, other: Any) -> bool:
-    return plain(one) == plain(other)
+def settings_equal(left: Any, right: Any) -> bool:
+    return normalize(left) == normalize(right)
 
 
-def refuse_masked(client: "Client", values: Mapping[str, Any]) -> None:
+def reject_masked(client: "Client", values: Mapping[str, Any]) -> None:
     """What a service shows as asterisks would be written back as asterisks."""
     for name, value in values.items():
         if isinstance(value, str) and value and not value.strip("*"):
@@ -84,7 +86,7 @@ def refuse_masked(client: "Client", values: Mapping[str, Any]) -> None:
             )
 
 
-def _number(text: str) -> int | float | str:
+def _parse_number(text: str) -> int | float | str:
     if not re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", text, re.ASCII):
         return text
     return float(text) if "." in text else int(text)

@@ -3,30 +3,30 @@
 from pydantic import BaseModel
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.services.tools import HowMany
+from cluster.services.tools import LimitArguments
 
 
 async def health(client: Client) -> str:
-    answer = client.expect(await client.get("/api/system/status"), "data")
-    return str(client.expect(answer["data"], "bazarr_version")["bazarr_version"])
+    answer = client.require_keys(await client.get("/api/system/status"), "data")
+    return str(client.require_keys(answer["data"], "bazarr_version")["bazarr_version"])
 
 
-class Wanted(BaseModel):
+class MissingSubtitles(BaseModel):
     seriesTitle: str | None = None
     episode_number: str | None = None
     episodeTitle: str | None = None
     missing_subtitles: list[dict[str, object]] = []
 
 
-class AllWanted(BaseModel):
-    data: list[Wanted]
+class MissingSubtitlesPage(BaseModel):
+    data: list[MissingSubtitles]
     total: int
 
 
-async def get_wanted(client: Client, wanted: HowMany) -> AllWanted:
-    return client.read(AllWanted, await client.get("/api/episodes/wanted", start=0, length=wanted.limit))
+async def get_wanted(client: Client, arguments: LimitArguments) -> MissingSubtitlesPage:
+    return client.parse(MissingSubtitlesPage, await client.get("/api/episodes/wanted", start=0, length=arguments.limit))
 
 
 CONNECTOR = Connector(
@@ -34,7 +34,7 @@ CONNECTOR = Connector(
     title="Bazarr",
     capabilities=frozenset({"health", "subtitles"}),
     health=health,
-    key=Key(header="X-API-KEY"),
+    key_scheme=ApiKeyScheme(header="X-API-KEY"),
     key_help="Settings, General, Security: API Key.",
-    tools=(Tool("get_wanted", "List episodes whose subtitles are missing", HowMany, get_wanted),),
+    tools=(Tool("get_wanted", "List episodes whose subtitles are missing", LimitArguments, get_wanted),),
 )

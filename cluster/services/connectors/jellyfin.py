@@ -3,20 +3,20 @@
 from pydantic import BaseModel
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
     # /System/Info/Public would be answered without a key.
-    system = client.expect(await client.get("/System/Info"), "Version")
+    system = client.require_keys(await client.get("/System/Info"), "Version")
     if system.get("ProductName") != "Jellyfin Server":
-        raise client.wrong(system.get("ProductName"))
+        raise client.wrong_service(system.get("ProductName"))
     return str(system["Version"])
 
 
-class Playing(BaseModel):
+class NowPlaying(BaseModel):
     Name: str | None = None
     SeriesName: str | None = None
     Type: str | None = None
@@ -26,11 +26,11 @@ class Session(BaseModel):
     UserName: str | None = None
     Client: str | None = None
     DeviceName: str | None = None
-    NowPlayingItem: Playing | None = None
+    NowPlayingItem: NowPlaying | None = None
 
 
 async def get_activity(client: Client, _: Arguments) -> list[Session]:
-    sessions = client.read(list[Session], await client.get("/Sessions"))
+    sessions = client.parse(list[Session], await client.get("/Sessions"))
     return [session for session in sessions if session.NowPlayingItem]
 
 
@@ -39,7 +39,7 @@ CONNECTOR = Connector(
     title="Jellyfin",
     capabilities=frozenset({"health", "activity"}),
     health=health,
-    key=Key(header="Authorization", form='MediaBrowser Token="{}"'),
+    key_scheme=ApiKeyScheme(header="Authorization", template='MediaBrowser Token="{}"'),
     key_help="Dashboard, API Keys.",
     tools=(Tool("get_activity", "List who watches what right now", Arguments, get_activity),),
 )

@@ -3,15 +3,15 @@
 from pydantic import BaseModel
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
-    told = client.expect(await client.get("/api/version"), "version")
-    client.expect(await client.get("/api/tags"), "models")  # others have a version too
-    return str(told["version"])
+    version_info = client.require_keys(await client.get("/api/version"), "version")
+    client.require_keys(await client.get("/api/tags"), "models")  # others have a version too
+    return str(version_info["version"])
 
 
 class Model(BaseModel):
@@ -24,7 +24,7 @@ class Models(BaseModel):
 
 
 async def get_models(client: Client, _: Arguments) -> list[Model]:
-    return client.read(Models, await client.get("/api/tags")).models
+    return client.parse(Models, await client.get("/api/tags")).models
 
 
 CONNECTOR = Connector(
@@ -32,7 +32,7 @@ CONNECTOR = Connector(
     title="Ollama",
     capabilities=frozenset({"health", "models"}),
     health=health,
-    key=Key(header="Authorization", form="Bearer {}", needed=False),
+    key_scheme=ApiKeyScheme(header="Authorization", template="Bearer {}", required=False),
     key_help="Only behind a proxy that wants one.",
     tools=(Tool("get_models", "List the models, with their sizes in bytes", Arguments, get_models),),
 )

@@ -3,18 +3,18 @@
 from pydantic import BaseModel
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.services.tools import HowMany
+from cluster.services.tools import LimitArguments
 
 
 async def health(client: Client) -> str:
     # /status would be answered without a key.
-    about = client.expect(await client.get("/api/v1/settings/about"), "version", "totalRequests")
+    about = client.require_keys(await client.get("/api/v1/settings/about"), "version", "totalRequests")
     return str(about["version"])
 
 
-class Requested(BaseModel):
+class RequestedMedia(BaseModel):
     tmdbId: int | None = None
     tvdbId: int | None = None
     status: int | None = None
@@ -29,7 +29,7 @@ class Request(BaseModel):
     type: str | None = None
     status: int
     createdAt: str | None = None
-    media: Requested | None = None
+    media: RequestedMedia | None = None
     requestedBy: Person | None = None
 
 
@@ -37,9 +37,9 @@ class Requests(BaseModel):
     results: list[Request]
 
 
-async def get_requests(client: Client, wanted: HowMany) -> list[Request]:
-    answer = await client.get("/api/v1/request", take=wanted.limit, skip=0, sort="added")
-    return client.read(Requests, answer).results
+async def get_requests(client: Client, arguments: LimitArguments) -> list[Request]:
+    answer = await client.get("/api/v1/request", take=arguments.limit, skip=0, sort="added")
+    return client.parse(Requests, answer).results
 
 
 CONNECTOR = Connector(
@@ -48,7 +48,7 @@ CONNECTOR = Connector(
     aliases=("jellyseerr", "seerr"),
     capabilities=frozenset({"health", "requests"}),
     health=health,
-    key=Key(header="X-Api-Key"),
+    key_scheme=ApiKeyScheme(header="X-Api-Key"),
     key_help="Settings, General: API Key.",
-    tools=(Tool("get_requests", "List what people have asked for, the latest first", HowMany, get_requests),),
+    tools=(Tool("get_requests", "List what people have asked for, the latest first", LimitArguments, get_requests),),
 )

@@ -2,16 +2,16 @@
 
 from cluster.services import tools
 from cluster.services.connector import Connector
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.plex.library import LIBRARY
-from cluster.services.plex.settings import AREAS
+from cluster.services.plex.settings import SETTINGS_AREAS
 
 
 async def health(client: Client) -> str:
     # /identity would be answered without a token.
-    answer = client.expect(await client.get("/"), "MediaContainer")
-    return str(client.expect(answer["MediaContainer"], "machineIdentifier", "version")["version"])
+    answer = client.require_keys(await client.get("/"), "MediaContainer")
+    return str(client.require_keys(answer["MediaContainer"], "machineIdentifier", "version")["version"])
 
 
 CONNECTOR = Connector(
@@ -19,9 +19,9 @@ CONNECTOR = Connector(
     title="Plex",
     capabilities=frozenset({"health", "library", "configure"}),
     health=health,
-    key=Key(header="X-Plex-Token"),
+    key_scheme=ApiKeyScheme(header="X-Plex-Token"),
     key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the address.",
-    tools=tools.of_library(LIBRARY),
+    tools=tools.library_tools(LIBRARY),
     library=LIBRARY,
-    settings=AREAS,
+    settings=SETTINGS_AREAS,
 )

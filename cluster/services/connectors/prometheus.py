@@ -5,34 +5,34 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.errors import ErrorInside
-from cluster.services.http.api_key import Key
+from cluster.services.errors import ErrorInResponse
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
-    build = client.expect(await client.get("/api/v1/status/buildinfo"), "version", "goVersion")
+    build = client.require_keys(await client.get("/api/v1/status/buildinfo"), "version", "goVersion")
     return str(build["version"])
 
 
 def unwrap(answer: Any) -> Any:
     if isinstance(answer, dict) and answer.get("status") == "error":
-        raise ErrorInside(str(answer.get("error") or ""))
+        raise ErrorInResponse(str(answer.get("error") or ""))
     return answer["data"] if isinstance(answer, dict) and "data" in answer else answer
 
 
-class Query(Arguments):
+class QueryArguments(Arguments):
     query: str = Field(min_length=1, max_length=5000, description="An expression of PromQL")
 
 
-class Values(BaseModel):
+class QueryResult(BaseModel):
     resultType: str
     result: list[Any]
 
 
-async def query_metrics(client: Client, wanted: Query) -> Values:
-    return client.read(Values, await client.get("/api/v1/query", query=wanted.query))
+async def query_metrics(client: Client, arguments: QueryArguments) -> QueryResult:
+    return client.parse(QueryResult, await client.get("/api/v1/query", query=arguments.query))
 
 
 CONNECTOR = Connector(
@@ -40,8 +40,8 @@ CONNECTOR = Connector(
     title="Prometheus",
     capabilities=frozenset({"health", "metrics"}),
     health=health,
-    key=Key(header="Authorization", form="Bearer {}", needed=False),
+    key_scheme=ApiKeyScheme(header="Authorization", template="Bearer {}", required=False),
     key_help="Only behind a proxy that wants one.",
     unwrap=unwrap,
-    tools=(Tool("query_metrics", "What an expression is right now", Query, query_metrics),),
+    tools=(Tool("query_metrics", "What an expression is right now", QueryArguments, query_metrics),),
 )

@@ -3,7 +3,7 @@
 from pydantic import BaseModel
 
 from cluster.services.arr import connector as arr_connector
-from cluster.services.arr.settings import OF_INDEXERS
+from cluster.services.arr.settings import INDEXERS_AREAS
 from cluster.services.connector import Tool
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
@@ -19,7 +19,7 @@ class Indexer(BaseModel):
 
 
 async def get_indexers(client: Client, _: Arguments) -> list[Indexer]:
-    return client.read(list[Indexer], await client.get("/api/v1/indexer"))
+    return client.parse(list[Indexer], await client.get("/api/v1/indexer"))
 
 
 CONNECTOR = arr_connector.connector(
@@ -29,5 +29,5 @@ CONNECTOR = arr_connector.connector(
     "indexers",
     "configure",
     tools=(Tool("get_indexers", "List the indexers that are searched", Arguments, get_indexers),),
-    settings=OF_INDEXERS,
+    settings=INDEXERS_AREAS,
 )

@@ -5,14 +5,14 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
-    told = client.expect(await client.get("/api2/json/version"), "version", "repoid")
-    return str(told["version"])
+    version_info = client.require_keys(await client.get("/api2/json/version"), "version", "repoid")
+    return str(version_info["version"])
 
 
 def unwrap(answer: Any) -> Any:
@@ -33,7 +33,7 @@ class Machine(BaseModel):
 
 
 async def get_machines(client: Client, _: Arguments) -> list[Machine]:
-    return client.read(list[Machine], await client.get("/api2/json/cluster/resources", type="vm"))
+    return client.parse(list[Machine], await client.get("/api2/json/cluster/resources", type="vm"))
 
 
 CONNECTOR = Connector(
@@ -42,7 +42,7 @@ CONNECTOR = Connector(
     aliases=("pve",),
     capabilities=frozenset({"health", "machines"}),
     health=health,
-    key=Key(header="Authorization", form="PVEAPIToken={}"),
+    key_scheme=ApiKeyScheme(header="Authorization", template="PVEAPIToken={}"),
     key_help="Datacenter, Permissions, API Tokens: USER@REALM!TOKENID=SECRET.",
     unwrap=unwrap,
     tools=(Tool("get_machines", "List virtual machines and containers", Arguments, get_machines),),

@@ -8,33 +8,33 @@ from pydantic import BaseModel, Field
 from cluster.services.connector import Connector, Tool
 from cluster.services.errors import ServiceError
 from cluster.services.http.client import Client
-from cluster.services.tools import HowMany
+from cluster.services.tools import LimitArguments
 
 KEY_PREFIX = "qbt_"
 
 
 async def health(client: Client) -> str:
-    client.expect(await client.get("/api/v2/app/buildInfo"), "libtorrent")
-    return (await client.line("/api/v2/app/version")).removeprefix("v")
+    client.require_keys(await client.get("/api/v2/app/buildInfo"), "libtorrent")
+    return (await client.get_text("/api/v2/app/version")).removeprefix("v")
 
 
 @asynccontextmanager
 async def session(client: Client, key: str) -> AsyncGenerator[None]:
     if key.startswith(KEY_PREFIX):
         if not (key.isascii() and key.isprintable()):
-            raise client.refuses_key()
-        client.always_send({"Authorization": f"Bearer {key}"})
+            raise client.unauthorized()
+        client.set_headers({"Authorization": f"Bearer {key}"})
         yield
         return
     username, _, password = key.partition(":")
-    said = await client.send_form("/api/v2/auth/login", {"username": username, "password": password})
-    if said == "Fails.":
-        raise client.refuses_key()
+    login_result = await client.post_form("/api/v2/auth/login", {"username": username, "password": password})
+    if login_result == "Fails.":
+        raise client.unauthorized()
     try:
         yield
     finally:
         with suppress(ServiceError):  # it would keep the session for an hour
-            await client.send_form("/api/v2/auth/logout", {})
+            await client.post_form("/api/v2/auth/logout", {})
 
 
 class Torrent(BaseModel):
@@ -48,8 +48,8 @@ class Torrent(BaseModel):
     category: str | None = None
 
 
-async def get_torrents(client: Client, wanted: HowMany) -> list[Torrent]:
-    return client.read(list[Torrent], await client.get("/api/v2/torrents/info", limit=wanted.limit))
+async def get_torrents(client: Client, arguments: LimitArguments) -> list[Torrent]:
+    return client.parse(list[Torrent], await client.get("/api/v2/torrents/info", limit=arguments.limit))
 
 
 CONNECTOR = Connector(
@@ -59,5 +59,5 @@ CONNECTOR = Connector(
     health=health,
     session=session,
     key_help="Options, WebUI: an API key, or NAME:PASSWORD.",
-    tools=(Tool("get_torrents", "List the torrents, with state and progress", HowMany, get_torrents),),
+    tools=(Tool("get_torrents", "List the torrents, with state and progress", LimitArguments, get_torrents),),
 )

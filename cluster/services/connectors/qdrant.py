@@ -3,17 +3,17 @@
 from pydantic import BaseModel
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.http.api_key import Key
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
-    told = client.expect(await client.get("/"), "title", "version")
-    if not str(told["title"]).startswith("qdrant"):
-        raise client.wrong(told["title"])
+    root_info = client.require_keys(await client.get("/"), "title", "version")
+    if not str(root_info["title"]).startswith("qdrant"):
+        raise client.wrong_service(root_info["title"])
     await client.get("/collections")  # the first call is answered without a key
-    return str(told["version"])
+    return str(root_info["version"])
 
 
 class Collection(BaseModel):
@@ -29,7 +29,7 @@ class CollectionsAnswer(BaseModel):
 
 
 async def get_collections(client: Client, _: Arguments) -> list[Collection]:
-    return client.read(CollectionsAnswer, await client.get("/collections")).result.collections
+    return client.parse(CollectionsAnswer, await client.get("/collections")).result.collections
 
 
 CONNECTOR = Connector(
@@ -37,7 +37,7 @@ CONNECTOR = Connector(
     title="Qdrant",
     capabilities=frozenset({"health", "vectors"}),
     health=health,
-    key=Key(header="api-key", needed=False),
+    key_scheme=ApiKeyScheme(header="api-key", required=False),
     key_help="service.api_key of its configuration.",
     tools=(Tool("get_collections", "List the collections of vectors", Arguments, get_collections),),
 )

@@ -1,10 +1,10 @@
 """Radarr: movies."""
 
 from cluster.services.arr import connector as arr_connector
-from cluster.services.arr.download_tracking import following
+from cluster.services.arr.download_tracking import download_tracker
 from cluster.services.arr.movies import MOVIES
 from cluster.services.arr.movies_tools import TOOLS
-from cluster.services.arr.settings import OF_SERIES_AND_MOVIES
+from cluster.services.arr.settings import SERIES_AND_MOVIES_AREAS
 
 CONNECTOR = arr_connector.connector(
     "radarr",
@@ -18,6 +18,6 @@ CONNECTOR = arr_connector.connector(
     "configure",
     collection=MOVIES,
     tools=TOOLS,
-    following=following("movie"),
-    settings=OF_SERIES_AND_MOVIES,
+    download_tracker=download_tracker("movie"),
+    settings=SERIES_AND_MOVIES_AREAS,
 )

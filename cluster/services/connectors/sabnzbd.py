@@ -6,35 +6,35 @@ from pydantic import Field
 
 from cluster.services import tools
 from cluster.services.connector import Connector, Tool
-from cluster.services.errors import ErrorInside
-from cluster.services.http.api_key import Key
+from cluster.services.errors import ErrorInResponse
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.sabnzbd import downloads as sabnzbd_downloads
-from cluster.services.sabnzbd.download_tracking import FOLLOWING
-from cluster.services.sabnzbd.settings import AREAS
+from cluster.services.sabnzbd.download_tracking import DOWNLOAD_TRACKER
+from cluster.services.sabnzbd.settings import SETTINGS_AREAS
 
 
 async def health(client: Client) -> str:
     # `mode=version` would be answered without a key.
-    answer = client.expect(await client.get("/api", mode="queue", output="json", limit=1), "queue")
-    return str(client.expect(answer["queue"], "version")["version"])
+    answer = client.require_keys(await client.get("/api", mode="queue", output="json", limit=1), "queue")
+    return str(client.require_keys(answer["queue"], "version")["version"])
 
 
 def unwrap(answer: Any) -> Any:
     if isinstance(answer, dict) and answer.get("status") is False and "error" in answer:
-        words = str(answer["error"])
-        raise ErrorInside(words, concerns_key="api key" in words.casefold())
+        message = str(answer["error"])
+        raise ErrorInResponse(message, is_key_error="api key" in message.casefold())
     return answer
 
 
-class OneNzb(tools.Arguments):
+class AddDownloadArguments(tools.Arguments):
     url: str = Field(pattern=r"^https?://\S+$", max_length=2000, description="Address of the NZB")
     name: str = Field(default="", max_length=200, description="What to call the download")
     category: str = Field(default="", max_length=100, description="Category, such as tv")
 
 
-async def add_download(client: Client, wanted: OneNzb) -> dict[str, str]:
-    return {"nzo_id": await sabnzbd_downloads.add(client, wanted.url, wanted.name, wanted.category)}
+async def add_download(client: Client, arguments: AddDownloadArguments) -> dict[str, str]:
+    return {"nzo_id": await sabnzbd_downloads.add(client, arguments.url, arguments.name, arguments.category)}
 
 
 CONNECTOR = Connector(
@@ -42,14 +42,14 @@ CONNECTOR = Connector(
     title="SABnzbd",
     capabilities=frozenset({"health", "queue", "history", "add", "configure"}),
     health=health,
-    key=Key(parameter="apikey"),
+    key_scheme=ApiKeyScheme(query_parameter="apikey"),
     key_help="Config, General, Security: API Key.",
     unwrap=unwrap,
     tools=(
-        *tools.of_downloads(sabnzbd_downloads.DOWNLOADS),
-        Tool("add_download", "Download what an NZB at an address names", OneNzb, add_download, "change"),
+        *tools.download_tools(sabnzbd_downloads.DOWNLOADS),
+        Tool("add_download", "Download what an NZB at an address names", AddDownloadArguments, add_download, "change"),
     ),
     downloads=sabnzbd_downloads.DOWNLOADS,
-    following=FOLLOWING,
-    settings=AREAS,
+    download_tracker=DOWNLOAD_TRACKER,
+    settings=SETTINGS_AREAS,
 )

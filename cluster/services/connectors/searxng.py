@@ -5,10 +5,10 @@ from pydantic import BaseModel, Field
 from cluster.services.connector import Connector, Tool
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
-from cluster.services.web_search import Source
+from cluster.services.web_search import SearchResult
 
-URL_MAX = 1000
-TITLE_MAX = 300
+MAX_URL_LENGTH = 1000
+MAX_TITLE_LENGTH = 300
 
 
 class Result(BaseModel):
@@ -21,27 +21,29 @@ class Results(BaseModel):
     results: list[Result]
 
 
-class Question(Arguments):
+class SearchArguments(Arguments):
     query: str = Field(min_length=1, max_length=500, description="What to search for")
     limit: int = Field(default=10, ge=1, le=50, description="Maximum results to return")
 
 
 async def health(client: Client) -> str:
-    config = client.expect(await client.get("/config"), "engines", "categories", "version")
+    config = client.require_keys(await client.get("/config"), "engines", "categories", "version")
     return str(config["version"])
 
 
-async def search_web(client: Client, question: str) -> list[Source]:
-    answer = client.read(Results, await client.get("/search", q=question, format="json"))
+async def search_web(client: Client, query: str) -> list[SearchResult]:
+    answer = client.parse(Results, await client.get("/search", q=query, format="json"))
     return [
-        Source(" ".join(result.title.split())[:TITLE_MAX], result.url, result.content)
+        SearchResult(" ".join(result.title.split())[:MAX_TITLE_LENGTH], result.url, result.content)
         for result in answer.results
-        if result.url.startswith(("https://", "http://")) and result.url.isprintable() and len(result.url) <= URL_MAX
+        if result.url.startswith(("https://", "http://"))
+        and result.url.isprintable()
+        and len(result.url) <= MAX_URL_LENGTH
     ]
 
 
-async def find_pages(client: Client, wanted: Question) -> list[Source]:
-    return (await search_web(client, wanted.query))[: wanted.limit]
+async def find_pages(client: Client, arguments: SearchArguments) -> list[SearchResult]:
+    return (await search_web(client, arguments.query))[: arguments.limit]
 
 
 CONNECTOR = Connector(
@@ -50,6 +52,6 @@ CONNECTOR = Connector(
     aliases=("searx",),
     capabilities=frozenset({"health", "web_search"}),
     health=health,
-    tools=(Tool("search_web", "Search the web", Question, find_pages),),
+    tools=(Tool("search_web", "Search the web", SearchArguments, find_pages),),
     search_web=search_web,
 )

@@ -5,15 +5,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.services.connector import Connector, Tool
-from cluster.services.errors import ErrorInside
-from cluster.services.http.api_key import Key
+from cluster.services.errors import ErrorInResponse
+from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import Arguments
 
 
 async def health(client: Client) -> str:
-    told = client.expect(await client.get("/api/v2", cmd="get_tautulli_info"), "tautulli_version")
-    return str(told["tautulli_version"]).removeprefix("v")
+    tautulli_info = client.require_keys(await client.get("/api/v2", cmd="get_tautulli_info"), "tautulli_version")
+    return str(tautulli_info["tautulli_version"]).removeprefix("v")
 
 
 def unwrap(answer: Any) -> Any:
@@ -21,8 +21,8 @@ def unwrap(answer: Any) -> Any:
     if not isinstance(response, dict):
         return answer
     if response.get("result") == "error":
-        words = str(response.get("message") or "")
-        raise ErrorInside(words, concerns_key="apikey" in words.casefold())
+        message = str(response.get("message") or "")
+        raise ErrorInResponse(message, is_key_error="apikey" in message.casefold())
     return response.get("data")
 
 
@@ -41,7 +41,7 @@ class Activity(BaseModel):
 
 
 async def get_activity(client: Client, _: Arguments) -> list[Stream]:
-    return client.read(Activity, await client.get("/api/v2", cmd="get_activity")).sessions
+    return client.parse(Activity, await client.get("/api/v2", cmd="get_activity")).sessions
 
 
 CONNECTOR = Connector(
@@ -49,7 +49,7 @@ CONNECTOR = Connector(
     title="Tautulli",
     capabilities=frozenset({"health", "activity"}),
     health=health,
-    key=Key(parameter="apikey"),
+    key_scheme=ApiKeyScheme(query_parameter="apikey"),
     key_help="Settings, Web Interface: API key.",
     unwrap=unwrap,
     tools=(Tool("get_activity", "List who watches what right now", Arguments, get_activity),),

@@ -9,7 +9,7 @@ import httpx
 
 from cluster.services.connector import Connector
 
-LONG_BYTES = 256 * 1024
+LARGE_BODY_BYTES = 256 * 1024
 """What is longer is parsed in another thread, so that it holds nobody else up."""
 
 
@@ -25,20 +25,20 @@ class Connection:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServiceResponse:
     status: int
     content: bytes = field(repr=False)
     location: str | None = None
 
     @property
-    def is_page(self) -> bool:
+    def is_html(self) -> bool:
         # By what it is: SABnzbd calls its words of refusal a page, and others call their pages words.
         return self.content[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
 
     @property
     def title(self) -> str | None:
         """What a web page calls itself."""
-        match = re.search(rb"<title[^>]*>([^<]{1,200})</title>", self.content[:LONG_BYTES], re.IGNORECASE)
+        match = re.search(rb"<title[^>]*>([^<]{1,200})</title>", self.content[:LARGE_BODY_BYTES], re.IGNORECASE)
         return " ".join(match[1].decode(errors="replace").split()) if match else None
 
 

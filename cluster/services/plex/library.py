@@ -10,7 +10,7 @@ from cluster.services.capabilities import library as capabilities_library
 from cluster.services.capabilities.library import AddedItem, Libraries, Library, LibrarySection, RecentlyAdded
 from cluster.services.http.client import Client
 
-LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+MAX_TIMESTAMP = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
 class Section(BaseModel):
@@ -29,7 +29,7 @@ class Item(BaseModel):
     index: int | None = None
     parentIndex: int | None = None
     year: int | None = None
-    addedAt: Annotated[float, Field(ge=0, le=LATEST)] | None = None
+    addedAt: Annotated[float, Field(ge=0, le=MAX_TIMESTAMP)] | None = None
     librarySectionTitle: str | None = None
     rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
     audienceRating: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -61,24 +61,26 @@ class CountAnswer(BaseModel):
 
 
 async def list_libraries(client: Client) -> Libraries:
-    found = await _sections(client)
+    sections = await _sections(client)
     return Libraries(
-        libraries=[LibrarySection(**section.model_dump(), count=await _count(client, section.key)) for section in found]
+        libraries=[
+            LibrarySection(**section.model_dump(), count=await _count(client, section.key)) for section in sections
+        ]
     )
 
 
 async def recently_added(client: Client, limit: int) -> RecentlyAdded:
     page = {"X-Plex-Container-Start": 0, "X-Plex-Container-Size": limit}
     answer = await client.get("/library/recentlyAdded", **page)
-    items = [_told(item) for item in client.read(ItemsAnswer, answer).MediaContainer.Metadata[:limit]]
+    items = [_to_added_item(item) for item in client.parse(ItemsAnswer, answer).MediaContainer.Metadata[:limit]]
     return RecentlyAdded(items=items, total=len(items))
 
 
 async def scan(client: Client, key: str) -> str:
     titles = {section.key: section.title for section in await _sections(client)}
     if key not in titles:
-        raise capabilities_library.missing(key, titles)
-    await client.line(f"/library/sections/{quote(key, safe='')}/refresh")  # the answer is empty
+        raise capabilities_library.library_not_found(key, titles)
+    await client.get_text(f"/library/sections/{quote(key, safe='')}/refresh")  # the answer is empty
     return titles[key]
 
 
@@ -86,18 +88,18 @@ LIBRARY = Library(libraries=list_libraries, recently_added=recently_added, scan=
 
 
 async def _sections(client: Client) -> list[Section]:
-    return client.read(SectionsAnswer, await client.get("/library/sections")).MediaContainer.Directory
+    return client.parse(SectionsAnswer, await client.get("/library/sections")).MediaContainer.Directory
 
 
 async def _count(client: Client, key: str) -> int:
     """How many there are: a page with nothing on it tells."""
     page = {"X-Plex-Container-Start": 0, "X-Plex-Container-Size": 0}
     answer = await client.get(f"/library/sections/{quote(key, safe='')}/all", **page)
-    told = client.read(CountAnswer, answer).MediaContainer
-    return told.size if told.totalSize is None else told.totalSize
+    container = client.parse(CountAnswer, answer).MediaContainer
+    return container.size if container.totalSize is None else container.totalSize
 
 
-def _told(item: Item) -> AddedItem:
+def _to_added_item(item: Item) -> AddedItem:
     return AddedItem(
         title=_title(item),
         year=item.year,

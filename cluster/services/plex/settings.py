@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from cluster.services.capabilities.settings import Areas, Entry, told
+from cluster.services.capabilities.settings import SettingsAreas, SettingsEntry, mask_secrets
 from cluster.services.http.client import Client
 
 PATH = "/:/prefs"
@@ -20,18 +20,22 @@ class Preferences(BaseModel):
     preferences: list[Preference] = Field(alias="Setting")
 
 
-class Answer(BaseModel):
+class PreferencesResponse(BaseModel):
     container: Preferences = Field(alias="MediaContainer")
 
 
-async def read(client: Client, area: str) -> list[Entry]:
-    answer = client.read(Answer, await client.get(PATH))
-    return [Entry("", "", told({one.id: one.value for one in answer.container.preferences}))]
+async def read(client: Client, area: str) -> list[SettingsEntry]:
+    answer = client.parse(PreferencesResponse, await client.get(PATH))
+    return [
+        SettingsEntry(
+            "", "", mask_secrets({preference.id: preference.value for preference in answer.container.preferences})
+        )
+    ]
 
 
-async def write(client: Client, area: str, entry: Entry, changes: Mapping[str, Any]) -> None:
-    sent = {name: int(value) if isinstance(value, bool) else value for name, value in changes.items()}
-    await client.put(PATH, None, **sent)
+async def write(client: Client, area: str, entry: SettingsEntry, changes: Mapping[str, Any]) -> None:
+    encoded = {name: int(value) if isinstance(value, bool) else value for name, value in changes.items()}
+    await client.put(PATH, None, **encoded)
 
 
-AREAS = Areas(read, write, writable=frozenset({"prefs"}))
+SETTINGS_AREAS = SettingsAreas(read, write, writable=frozenset({"prefs"}))

@@ -8,32 +8,32 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from cluster.services.capabilities.download_tracking import (
-    ID_MAX,
-    Ended,
-    Finished,
-    Following,
-    Look,
-    Place,
-    Underway,
-    UnderwayState,
-    in_a_line,
+    MAX_ID_LENGTH,
+    ActiveDownload,
+    ActiveState,
+    DownloadSnapshot,
+    DownloadTracker,
+    FinishedDownload,
+    FinishedFolders,
+    TrackingPosition,
+    to_single_line,
 )
 from cluster.services.http.client import Client
-from cluster.services.sabnzbd.downloads import Text, ask, retry
+from cluster.services.sabnzbd.downloads import Text, call_api, retry
 
-PAGE = 200
-MOST_PAGES = 50
-LATEST = 253_402_300_799
+PAGE_SIZE = 200
+MAX_PAGES = 50
+MAX_TIMESTAMP = 253_402_300_799
 """The last second that a time can have."""
 OVERLAP = timedelta(hours=1)
 """Entries are in the order of a clock that may have been set back."""
-WHOLE_AFTER = timedelta(minutes=15)
+FULL_READ_INTERVAL = timedelta(minutes=15)
 """SABnzbd counts the changes of its history from 1 again when it starts, so its word for "nothing new" is not taken for
 longer than this."""
 MEBIBYTE = 1024 * 1024
-AT_WORK = {"Checking", "Grabbing", "Fetching"}
-Id = Annotated[str, Field(min_length=1, max_length=ID_MAX)]
-TURN: dict[str, UnderwayState] = {**dict.fromkeys(AT_WORK, "processing"), "Downloading": "running"}
+BUSY_STATUSES = {"Checking", "Grabbing", "Fetching"}
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
+STATE_BY_STATUS: dict[str, ActiveState] = {**dict.fromkeys(BUSY_STATUSES, "processing"), "Downloading": "running"}
 
 
 class QueueSlot(BaseModel):
@@ -60,7 +60,7 @@ class HistorySlot(BaseModel):
     status: str | None = None
     category: str | None = None
     fail_message: Text = ""
-    completed: int | None = Field(default=None, ge=0, le=LATEST)
+    completed: int | None = Field(default=None, ge=0, le=MAX_TIMESTAMP)
     storage: str | None = None
     loaded: bool = False
 
@@ -95,97 +95,104 @@ class CategoryAnswer(BaseModel):
 
 
 @dataclass(frozen=True)
-class Read:
+class HistoryRead:
     """What was read of the history: None, if nothing has changed."""
 
     slots: list[HistorySlot]
     changes: int | None
 
 
-async def look(client: Client, place: Place) -> Look:
+async def poll(client: Client, position: TrackingPosition) -> DownloadSnapshot:
     slots, speed, paused = await _queue(client)
-    floor, changes = _read_cursor(place)
-    read = await _history(client, floor, changes)
-    if read is None:
+    read_from, changes = _read_cursor(position)
+    history = await _history(client, read_from, changes)
+    if history is None:
         # What is unpacked is in the history too; there is none of that while nothing changes there.
-        return Look(tuple(_underway(slots, paused)), (), dict(place.cursor), moves=speed > 0)
-    underway = [*_underway(slots, paused), *map(_processing, (slot for slot in read.slots if not _is_over(slot)))]
-    over = [_ended(slot) for slot in read.slots if _is_over(slot)]
-    ended = tuple(one for one in over if one.at >= floor)
-    newest = max((one.at for one in ended), default=floor + OVERLAP)
-    busy = len(underway) > len(slots)
+        return DownloadSnapshot(
+            tuple(_active_downloads(slots, paused)), (), dict(position.cursor), has_throughput=speed > 0
+        )
+    active = [
+        *_active_downloads(slots, paused),
+        *map(_to_processing_download, (slot for slot in history.slots if not _is_finished(slot))),
+    ]
+    finished_downloads = [_to_finished_download(slot) for slot in history.slots if _is_finished(slot)]
+    finished = tuple(download for download in finished_downloads if download.at >= read_from)
+    newest = max((download.at for download in finished), default=read_from + OVERLAP)
+    is_processing = len(active) > len(slots)
     cursor = {
         "newest": newest.isoformat(),
         # Post-processing does not count as a change until it is over.
-        "changes": None if busy else read.changes,
-        "read_at": place.at.isoformat(),
+        "changes": None if is_processing else history.changes,
+        "read_at": position.at.isoformat(),
     }
-    return Look(tuple(underway), ended, cursor, moves=speed > 0)
+    return DownloadSnapshot(tuple(active), finished, cursor, has_throughput=speed > 0)
 
 
-async def finished(client: Client) -> Finished:
-    status = await ask(client, "fullstatus", skip_dashboard=1)
-    folder = client.read(StatusAnswer, status).status.completedir
-    answer = await ask(client, "get_config", section="categories")
-    categories = client.read(CategoryAnswer, answer).config.categories
+async def finished_folders(client: Client) -> FinishedFolders:
+    status = await call_api(client, "fullstatus", skip_dashboard=1)
+    folder = client.parse(StatusAnswer, status).status.completedir
+    answer = await call_api(client, "get_config", section="categories")
+    categories = client.parse(CategoryAnswer, answer).config.categories
     known = [slot.storage async for slot in _all_history(client) if slot.storage]
     subfolders = {category.dir.rstrip("*") for category in categories if category.dir and category.dir.rstrip("*")}
-    return Finished(folder, tuple(sorted(subfolders)), frozenset(known))
+    return FinishedFolders(folder, tuple(sorted(subfolders)), frozenset(known))
 
 
-FOLLOWING = Following(look, retry=retry, finished=finished)
+DOWNLOAD_TRACKER = DownloadTracker(poll, retry=retry, finished_folders=finished_folders)
 
 
 async def _queue(client: Client) -> tuple[list[QueueSlot], float, bool]:
     slots: list[QueueSlot] = []
-    for page in range(MOST_PAGES):
-        answer = await ask(client, "queue", start=page * PAGE, limit=PAGE)
-        queue = client.read(QueueAnswer, answer).queue
+    for page in range(MAX_PAGES):
+        answer = await call_api(client, "queue", start=page * PAGE_SIZE, limit=PAGE_SIZE)
+        queue = client.parse(QueueAnswer, answer).queue
         slots += queue.slots
-        if len(queue.slots) < PAGE:
+        if len(queue.slots) < PAGE_SIZE:
             break
     return slots, queue.speed, queue.status == "Paused"  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-async def _history(client: Client, floor: datetime, changes: int | None) -> Read | None:
+async def _history(client: Client, read_from: datetime, changes: int | None) -> HistoryRead | None:
     """Entries down to what ended at `floor`, or None if nothing has changed since."""
     slots: list[HistorySlot] = []
-    counted: int | None = None
-    for page in range(MOST_PAGES):
-        unless = {} if changes is None or page else {"last_history_update": changes}
-        history = await _page(client, page, **unless)
+    change_count: int | None = None
+    for page in range(MAX_PAGES):
+        parameters = {} if changes is None or page else {"last_history_update": changes}
+        history = await _history_page(client, page, **parameters)
         if not history:
             return None
         slots += history.slots
-        counted = history.changes if page == 0 else counted
-        over = [slot for slot in history.slots if _is_over(slot)]
-        if len(history.slots) < PAGE or (over and _time(over[-1]) < floor):
+        change_count = history.changes if page == 0 else change_count
+        finished = [slot for slot in history.slots if _is_finished(slot)]
+        if len(history.slots) < PAGE_SIZE or (finished and _finished_at(finished[-1]) < read_from):
             break
-    return Read(slots, counted)
+    return HistoryRead(slots, change_count)
 
 
 async def _all_history(client: Client) -> AsyncGenerator[HistorySlot]:
-    for page in range(MOST_PAGES):
-        history = await _page(client, page)
+    for page in range(MAX_PAGES):
+        history = await _history_page(client, page)
         for slot in history.slots if history else ():
             yield slot
-        if not history or len(history.slots) < PAGE:
+        if not history or len(history.slots) < PAGE_SIZE:
             return
 
 
-async def _page(client: Client, page: int, **unless: int) -> History | Literal[False]:
-    answer = await ask(client, "history", start=page * PAGE, limit=PAGE, **unless)
-    return client.read(HistoryAnswer, answer).history
+async def _history_page(client: Client, page: int, **parameters: int) -> History | Literal[False]:
+    answer = await call_api(client, "history", start=page * PAGE_SIZE, limit=PAGE_SIZE, **parameters)
+    return client.parse(HistoryAnswer, answer).history
 
 
-def _underway(slots: list[QueueSlot], paused: bool) -> list[Underway]:
+def _active_downloads(slots: list[QueueSlot], paused: bool) -> list[ActiveDownload]:
     """Downloads run one after another, though SABnzbd calls all of them downloading: the first one is."""
-    turn = next((slot for slot in slots if not paused and slot.status == "Downloading"), None)
+    current = next((slot for slot in slots if not paused and slot.status == "Downloading"), None)
     return [
-        Underway(
+        ActiveDownload(
             id=slot.nzo_id,
-            title=in_a_line(slot.filename) or slot.nzo_id,
-            state=TURN.get(slot.status or "", "waiting") if slot is turn or slot.status in AT_WORK else "waiting",
+            title=to_single_line(slot.filename) or slot.nzo_id,
+            state=STATE_BY_STATUS.get(slot.status or "", "waiting")
+            if slot is current or slot.status in BUSY_STATUSES
+            else "waiting",
             download_id=slot.nzo_id,
             bytes_left=None if slot.mb_left is None else int(slot.mb_left * MEBIBYTE),
             tags=(slot.cat,) if slot.cat else (),
@@ -194,42 +201,42 @@ def _underway(slots: list[QueueSlot], paused: bool) -> list[Underway]:
     ]
 
 
-def _processing(slot: HistorySlot) -> Underway:
-    return Underway(
+def _to_processing_download(slot: HistorySlot) -> ActiveDownload:
+    return ActiveDownload(
         id=slot.nzo_id,
-        title=in_a_line(slot.name) or slot.nzo_id,
+        title=to_single_line(slot.name) or slot.nzo_id,
         state="processing",
         download_id=slot.nzo_id,
         tags=(slot.category,) if slot.category else (),
     )
 
 
-def _ended(slot: HistorySlot) -> Ended:
-    return Ended(
+def _to_finished_download(slot: HistorySlot) -> FinishedDownload:
+    return FinishedDownload(
         id=slot.nzo_id,
-        title=in_a_line(slot.name) or slot.nzo_id,
+        title=to_single_line(slot.name) or slot.nzo_id,
         outcome="failed" if slot.status == "Failed" else "completed",
-        at=_time(slot),
+        at=_finished_at(slot),
         download_id=slot.nzo_id,
-        reason=in_a_line(slot.fail_message),
+        reason=to_single_line(slot.fail_message),
         tags=(slot.category,) if slot.category else (),
     )
 
 
-def _is_over(slot: HistorySlot) -> bool:
+def _is_finished(slot: HistorySlot) -> bool:
     # What it still has in its hands may be called completed already.
     return slot.status in {"Completed", "Failed"} and not slot.loaded
 
 
-def _time(slot: HistorySlot) -> datetime:
+def _finished_at(slot: HistorySlot) -> datetime:
     return datetime.fromtimestamp(slot.completed or 0, UTC)
 
 
-def _read_cursor(place: Place) -> tuple[datetime, int | None]:
+def _read_cursor(position: TrackingPosition) -> tuple[datetime, int | None]:
     """From when on the history is read, and how many changes the last look has seen of it."""
-    told, changes = place.cursor.get("newest"), place.cursor.get("changes")
-    if not told:
-        return place.since.replace(microsecond=0), None
-    floor = max(datetime.fromisoformat(told) - OVERLAP, place.since.replace(microsecond=0))
-    stale = place.at - datetime.fromisoformat(place.cursor["read_at"]) > WHOLE_AFTER
-    return floor, None if stale else changes
+    newest, changes = position.cursor.get("newest"), position.cursor.get("changes")
+    if not newest:
+        return position.since.replace(microsecond=0), None
+    read_from = max(datetime.fromisoformat(newest) - OVERLAP, position.since.replace(microsecond=0))
+    stale = position.at - datetime.fromisoformat(position.cursor["read_at"]) > FULL_READ_INTERVAL
+    return read_from, None if stale else changes

@@ -11,44 +11,44 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from cluster.logs import only_hosts
+from cluster.logs import strip_url_paths
 from cluster.services.capabilities.downloads import (
     DownloadHistory,
+    DownloadHistoryItem,
     DownloadNotFailed,
     DownloadNotFound,
     DownloadQueue,
     Downloads,
-    EndedDownload,
-    Pausing,
     QueuedDownload,
+    QueuePauseState,
 )
 from cluster.services.errors import Refused
 from cluster.services.http.client import Client
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 MEGABYTE = 1024 * 1024
-LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
-ENDED = {"Completed", "Failed"}
-LOOKS, BETWEEN_LOOKS_SECONDS = 10, 0.2
+MAX_TIMESTAMP = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+FINISHED_STATUSES = {"Completed", "Failed"}
+MAX_LOOKUPS, LOOKUP_INTERVAL_SECONDS = 10, 0.2
 """While it reads an NZB, and between its queue and its history, it has a download nowhere for a moment."""
 
 PRIORITIES = {2: "Force", 1: "High", 0: "Normal", -1: "Low", -2: "Paused", -3: "Duplicate", -4: "Stop"}
 
 
-def _without_keys(value: Any) -> Any:
+def _redact_url(value: Any) -> Any:
     """While it fetches an NZB, its name is the whole address, with somebody's key in it."""
-    return only_hosts(value) if isinstance(value, str) else "" if value is None else value
+    return strip_url_paths(value) if isinstance(value, str) else "" if value is None else value
 
 
-def _named(value: Any) -> Any:
+def _priority_name(value: Any) -> Any:
     """The priority of what it still fetches is a number."""
     return PRIORITIES.get(value, str(value)) if isinstance(value, int) else "" if value is None else value
 
 
-Text = Annotated[str, BeforeValidator(_without_keys)]
-Priority = Annotated[str, BeforeValidator(_named)]
+Text = Annotated[str, BeforeValidator(_redact_url)]
+Priority = Annotated[str, BeforeValidator(_priority_name)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Moment = Annotated[float, Field(ge=0, le=LATEST)]
+Timestamp = Annotated[float, Field(ge=0, le=MAX_TIMESTAMP)]
 
 
 class QueueSlot(BaseModel):
@@ -82,7 +82,7 @@ class HistorySlot(BaseModel):
     status: str
     fail_message: Text = ""
     bytes: Amount = 0
-    completed: Moment | None = None
+    completed: Timestamp | None = None
     retry: bool = False  # whether it has what it takes to try it again
     loaded: bool = False  # whether it is still being unpacked and moved, though it may be called completed already
 
@@ -109,7 +109,7 @@ class Added(BaseModel):
 
 
 async def queue(client: Client) -> DownloadQueue:
-    now = await _queue(client)
+    current = await _queue(client)
     return DownloadQueue(
         queue=[
             QueuedDownload(
@@ -118,27 +118,27 @@ async def queue(client: Client) -> DownloadQueue:
                 mb_left=slot.mbleft,
                 mb=slot.mb,
                 percentage=min(100, max(0, slot.percentage)),
-                eta=_eta(slot.timeleft) if now.kbpersec else None,
+                eta=_eta(slot.timeleft) if current.kbpersec else None,
                 status=slot.status,
                 priority=slot.priority,
             )
-            for slot in now.slots
+            for slot in current.slots
         ],
-        speed=f"{in_units(now.kbpersec * 1024)}/s",
-        size_left=in_units(now.mbleft * MEGABYTE),
-        paused=now.paused,
-        disk_space=None if now.diskspace1 is None else in_units(now.diskspace1 * 1024 * MEGABYTE),
+        speed=f"{format_bytes(current.kbpersec * 1024)}/s",
+        size_left=format_bytes(current.mbleft * MEGABYTE),
+        paused=current.paused,
+        disk_space=None if current.diskspace1 is None else format_bytes(current.diskspace1 * 1024 * MEGABYTE),
     )
 
 
 async def history(client: Client, limit: int) -> DownloadHistory:
-    past = await _history(client, limit=limit)
-    return DownloadHistory(history=[_ended(slot) for slot in past.slots[:limit]], total=past.noofslots)
+    page = await _history(client, limit=limit)
+    return DownloadHistory(history=[_to_history_item(slot) for slot in page.slots[:limit]], total=page.noofslots)
 
 
 async def retry(client: Client, nzo_id: str) -> str:
     """Try a download again that has failed."""
-    name, slot = client.connection.name, await _find_ended(client, nzo_id)
+    name, slot = client.connection.name, await _find_in_history(client, nzo_id)
     if slot is None:
         if await _find_queued(client, nzo_id):
             raise DownloadNotFailed(f"'{nzo_id}' is still in the queue of {name}; only what has failed is tried again.")
@@ -147,111 +147,111 @@ async def retry(client: Client, nzo_id: str) -> str:
         raise DownloadNotFailed(f"'{slot.name}' is {slot.status}; only what has failed is tried again.")
     if not slot.retry:
         raise Refused(f"{name} cannot try '{slot.name}' again: what it had of it is gone.")
-    fresh = client.read(Retried, await tell(client, "retry", value=nzo_id)).nzo_id
-    await _must_be_there(client, fresh, slot.name)
-    return fresh
+    new_id = client.parse(Retried, await call_api_once(client, "retry", value=nzo_id)).nzo_id
+    await _require_present(client, new_id, slot.name)
+    return new_id
 
 
 async def delete(client: Client, nzo_id: str, with_files: bool) -> None:
     """Take a download out of the queue."""
     name = client.connection.name
     if await _find_queued(client, nzo_id) is None:
-        if slot := await _find_ended(client, nzo_id):
+        if slot := await _find_in_history(client, nzo_id):
             raise DownloadNotFound(f"'{slot.name}' is no longer in the queue of {name}: it is {slot.status}.")
         raise DownloadNotFound(f"{name} has no download '{nzo_id}' in its queue.")
-    answer = await tell(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
+    answer = await call_api_once(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
     if await _find_queued(client, nzo_id):
         raise Refused(f"{name} still has '{nzo_id}' in its queue.")
-    if nzo_id not in client.read(Removed, answer).nzo_ids:
+    if nzo_id not in client.parse(Removed, answer).nzo_ids:
         raise DownloadNotFound(f"'{nzo_id}' has just left the queue of {name} by itself.")
 
 
-async def pause(client: Client) -> Pausing:
-    await tell(client, "pause")
-    return await _paused(client, wanted=True)
+async def pause(client: Client) -> QueuePauseState:
+    await call_api_once(client, "pause")
+    return await _require_paused(client, expected=True)
 
 
-async def resume(client: Client) -> Pausing:
-    await tell(client, "resume")
-    return await _paused(client, wanted=False)
+async def resume(client: Client) -> QueuePauseState:
+    await call_api_once(client, "resume")
+    return await _require_paused(client, expected=False)
 
 
 async def add(client: Client, url: str, name: str, category: str) -> str:
     """Have the NZB at this address downloaded; returns the id of the download."""
     options = {"nzbname": name, "cat": category}
-    answer = await tell(client, "addurl", name=url, **{key: value for key, value in options.items() if value})
-    added = client.read(Added, answer).nzo_ids[0]
-    await _must_be_there(client, added, name or _without_keys(url))
+    answer = await call_api_once(client, "addurl", name=url, **{key: value for key, value in options.items() if value})
+    added = client.parse(Added, answer).nzo_ids[0]
+    await _require_present(client, added, name or _redact_url(url))
     return added
 
 
-async def ask(client: Client, mode: str, **parameters: Any) -> Any:
+async def call_api(client: Client, mode: str, **parameters: Any) -> Any:
     return await client.get("/api", mode=mode, output="json", **parameters)
 
 
-async def tell(client: Client, mode: str, **parameters: Any) -> Any:
+async def call_api_once(client: Client, mode: str, **parameters: Any) -> Any:
     """What changes something is sent once: a download that is added twice is two."""
-    return await client.act("/api", mode=mode, output="json", **parameters)
+    return await client.get_once("/api", mode=mode, output="json", **parameters)
 
 
 DOWNLOADS = Downloads(queue=queue, history=history, retry=retry, delete=delete, pause=pause, resume=resume)
 
 
 async def _queue(client: Client, **parameters: Any) -> Queue:
-    return client.read(QueueAnswer, await ask(client, "queue", **parameters)).queue
+    return client.parse(QueueAnswer, await call_api(client, "queue", **parameters)).queue
 
 
 async def _history(client: Client, **parameters: Any) -> History:
-    return client.read(HistoryAnswer, await ask(client, "history", **parameters)).history
+    return client.parse(HistoryAnswer, await call_api(client, "history", **parameters)).history
 
 
 async def _find_queued(client: Client, nzo_id: str) -> QueueSlot | None:
-    found = await _queue(client, nzo_ids=_checked(nzo_id))
-    return next((slot for slot in found.slots if slot.nzo_id == nzo_id), None)
+    queued = await _queue(client, nzo_ids=_validate_id(nzo_id))
+    return next((slot for slot in queued.slots if slot.nzo_id == nzo_id), None)
 
 
-async def _find_ended(client: Client, nzo_id: str) -> HistorySlot | None:
-    found = await _history(client, nzo_ids=_checked(nzo_id))
-    return next((slot for slot in found.slots if slot.nzo_id == nzo_id), None)
+async def _find_in_history(client: Client, nzo_id: str) -> HistorySlot | None:
+    past = await _history(client, nzo_ids=_validate_id(nzo_id))
+    return next((slot for slot in past.slots if slot.nzo_id == nzo_id), None)
 
 
-def _checked(nzo_id: str) -> str:
+def _validate_id(nzo_id: str) -> str:
     if not ID.fullmatch(nzo_id):
         raise DownloadNotFound(f"There is no download '{nzo_id[:100]}'.")
     return nzo_id
 
 
-async def _must_be_there(client: Client, nzo_id: str, what: str) -> None:
-    for look in range(LOOKS):
-        await asyncio.sleep(BETWEEN_LOOKS_SECONDS if look else 0)
-        if await _find_queued(client, nzo_id) or await _find_ended(client, nzo_id):
+async def _require_present(client: Client, nzo_id: str, name: str) -> None:
+    for attempt in range(MAX_LOOKUPS):
+        await asyncio.sleep(LOOKUP_INTERVAL_SECONDS if attempt else 0)
+        if await _find_queued(client, nzo_id) or await _find_in_history(client, nzo_id):
             return
-    raise Refused(f"{client.connection.name} says that it has taken '{what}', and does not have it.")
+    raise Refused(f"{client.connection.name} says that it has taken '{name}', and does not have it.")
 
 
-async def _paused(client: Client, *, wanted: bool) -> Pausing:
-    now = await _queue(client, limit=1)
-    if now.paused is not wanted:
-        raise Refused(f"{client.connection.name} is {'still' if now.paused else 'not'} paused.")
-    return Pausing(paused=now.paused, queue_status=now.status)
+async def _require_paused(client: Client, *, expected: bool) -> QueuePauseState:
+    current = await _queue(client, limit=1)
+    if current.paused is not expected:
+        raise Refused(f"{client.connection.name} is {'still' if current.paused else 'not'} paused.")
+    return QueuePauseState(paused=current.paused, queue_status=current.status)
 
 
-def _ended(slot: HistorySlot) -> EndedDownload:
-    has_ended = slot.status in ENDED and not slot.loaded and slot.completed is not None
-    return EndedDownload(
+def _to_history_item(slot: HistorySlot) -> DownloadHistoryItem:
+    is_finished = slot.status in FINISHED_STATUSES and not slot.loaded and slot.completed is not None
+    return DownloadHistoryItem(
         nzo_id=slot.nzo_id,
         name=slot.name,
         category=slot.category,
         status=slot.status,
         fail_message=slot.fail_message,
-        size=in_units(slot.bytes),
-        completed=datetime.fromtimestamp(slot.completed or 0, UTC) if has_ended else None,
+        size=format_bytes(slot.bytes),
+        completed=datetime.fromtimestamp(slot.completed or 0, UTC) if is_finished else None,
     )
 
 
-def _eta(left: str) -> str | None:
+def _eta(time_left: str) -> str | None:
     """00:15:30 for 0:15:30, and 49:00:00 for 2:01:00:00; it says 0:00:00 of what it does not know."""
-    parts = left.split(":")
+    parts = time_left.split(":")
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts) or len(parts) > 4:
         return None
     days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
@@ -262,7 +262,7 @@ def _eta(left: str) -> str | None:
 UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
-def in_units(count: float) -> str:
+def format_bytes(count: float) -> str:
     for unit in UNITS[:-1]:
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

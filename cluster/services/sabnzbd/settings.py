@@ -6,52 +6,56 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cluster.services.capabilities.settings import Areas, Entry, is_list, told
-from cluster.services.errors import BadResponse, NotThere
+from cluster.services.capabilities.settings import SettingsAreas, SettingsEntry, is_list, mask_secrets
+from cluster.services.errors import BadResponse, NotFoundInService
 from cluster.services.http.client import Client
 
 
-class Answer(BaseModel):
+class ConfigResponse(BaseModel):
     config: dict[str, Any]
 
 
-class Named(BaseModel):
+class NamedRecord(BaseModel):
     name: str
 
 
-async def read(client: Client, area: str) -> list[Entry]:
+async def read(client: Client, area: str) -> list[SettingsEntry]:
     section = area.removesuffix("[]")
     answer = await client.get("/api", mode="get_config", output="json", section=section)
-    config = client.read(Answer, answer).config
+    config = client.parse(ConfigResponse, answer).config
     if not is_list(area):
         if section not in config:
             raise BadResponse(f"{client.connection.name} does not tell its settings.")
-        return [Entry("", "", told(client.read(dict[str, Any], config[section])))]
-    things = config.get(section, [])  # it does not name a list that is empty
-    client.read(list[Named], things)
-    return [Entry(thing["name"], thing["name"], told(thing)) for thing in things]
+        return [SettingsEntry("", "", mask_secrets(client.parse(dict[str, Any], config[section])))]
+    records = config.get(section, [])  # it does not name a list that is empty
+    client.parse(list[NamedRecord], records)
+    return [SettingsEntry(record["name"], record["name"], mask_secrets(record)) for record in records]
 
 
-async def write(client: Client, area: str, entry: Entry, changes: Mapping[str, Any]) -> None:
-    sent = {name: _said(value) for name, value in changes.items()}
+async def write(client: Client, area: str, entry: SettingsEntry, changes: Mapping[str, Any]) -> None:
+    encoded = {name: _to_config_value(value) for name, value in changes.items()}
     if not is_list(area):
-        for name, value in sent.items():
-            await _set(client, section=area, keyword=name, value=value)
+        for name, value in encoded.items():
+            await _set_config(client, section=area, keyword=name, value=value)
         return
     # It would make a new one of a name that it does not know.
-    if not any(known.key == entry.key for known in await read(client, area)):
-        raise NotThere(f"{client.connection.name} has no '{entry.name}' among its {area.removesuffix('[]')} any more.")
-    await _set(client, section=area.removesuffix("[]"), keyword=entry.key, **sent)
+    if not any(existing.key == entry.key for existing in await read(client, area)):
+        raise NotFoundInService(
+            f"{client.connection.name} has no '{entry.name}' among its {area.removesuffix('[]')} any more."
+        )
+    await _set_config(client, section=area.removesuffix("[]"), keyword=entry.key, **encoded)
 
 
-AREAS = Areas(read, write, writable=frozenset({"misc", "categories[]", "sorters[]"}), readable=frozenset({"servers[]"}))
+SETTINGS_AREAS = SettingsAreas(
+    read, write, writable=frozenset({"misc", "categories[]", "sorters[]"}), readable=frozenset({"servers[]"})
+)
 
 
-async def _set(client: Client, **sent: Any) -> None:
-    await client.act("/api", mode="set_config", output="json", **sent)
+async def _set_config(client: Client, **parameters: Any) -> None:
+    await client.get_once("/api", mode="set_config", output="json", **parameters)
 
 
-def _said(value: Any) -> str:
+def _to_config_value(value: Any) -> str:
     if isinstance(value, list):
-        return ",".join(map(_said, value))
+        return ",".join(map(_to_config_value, value))
     return str(int(value)) if isinstance(value, bool) else "" if value is None else str(value)

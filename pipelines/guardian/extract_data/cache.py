@@ -21,7 +21,7 @@ from pipelines.guardian.extract_data.per_file import Extract
 from pipelines.guardian.extract_data.questions import Example
 from pipelines.training.data import documents
 
-COMMIT = "/commit/"
+COMMIT_PREFIX = "/commit/"
 """How the keys of commits begin. No path in a repository begins with a slash."""
 
 SCHEMA = """
@@ -30,12 +30,12 @@ CREATE TABLE extract (
     kinds TEXT NOT NULL, numbers BLOB NOT NULL, texts BLOB NOT NULL
 )
 """
-KINDS = {"purpose": "p", "section": "s", "code": "c", "where": "w", "complete": "r", "commit": "m"}
-KIND_OF = {letter: kind for kind, letter in KINDS.items()}
-NUMBERS, TEXTS = 3, 3
+KIND_LETTERS = {"purpose": "p", "section": "s", "code": "c", "where": "w", "complete": "r", "commit": "m"}
+KIND_OF = {letter: kind for kind, letter in KIND_LETTERS.items()}
+HASHES_PER_EXAMPLE, TEXTS_PER_EXAMPLE = 3, 3
 """Of each example: of its question, its exact question and its answer."""
 
-Prepared = tuple[str, int, int, int, bytes, bytes, bytes]
+PreparedExample = tuple[str, int, int, int, bytes, bytes, bytes]
 """An example, ready to be compared and written: its kind, the numbers of its question, of its exact question and of its
 answer; then, as JSON, these two questions and the rest of its line up to the commit. Without an exact question, that is
 0 and b"".
@@ -55,10 +55,10 @@ class Summary:
     withheld: int
     paths: list[str]
     kinds: str  # of its examples, a letter each
-    asked: "array[int]"  # the numbers of their questions
+    question_hashes: "array[int]"  # the numbers of their questions
 
 
-class Kept:
+class ExtractCache:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
@@ -79,57 +79,57 @@ class Kept:
 
     def summaries(self) -> Iterator[Summary]:
         """What there is of each key, in their order, without the examples themselves."""
-        told = self._connection.execute(
+        rows = self._connection.execute(
             "SELECT key, reason, language, facts, kinds, numbers FROM extract WHERE key != '' ORDER BY key"
         )
-        for key, reason, language, facts, kinds, asked in told:
-            places, withheld, paths = orjson.loads(facts)
-            numbers = _numbers(asked)[0::NUMBERS]
+        for key, reason, language, facts, kinds, stored_hashes in rows:
+            locations, withheld, paths = orjson.loads(facts)
+            hashes = _load_hashes(stored_hashes)[0::HASHES_PER_EXAMPLE]
             yield Summary(
-                key, reason, language, [(line, kind) for line, kind in places], withheld, paths, kinds, numbers
+                key, reason, language, [(line, kind) for line, kind in locations], withheld, paths, kinds, hashes
             )
 
-    def examples(self, key: str) -> Iterator[Prepared]:
-        found = "SELECT kinds, numbers, texts FROM extract WHERE key = ?"
-        kinds, numbers, texts = self._connection.execute(found, (key,)).fetchone()
-        three, said = _numbers(numbers), texts.split(b"\n")
+    def examples(self, key: str) -> Iterator[PreparedExample]:
+        query = "SELECT kinds, numbers, texts FROM extract WHERE key = ?"
+        kinds, stored_hashes, texts = self._connection.execute(query, (key,)).fetchone()
+        hashes, parts = _load_hashes(stored_hashes), texts.split(b"\n")
         return zip(
             map(KIND_OF.__getitem__, kinds),
-            *(three[one::NUMBERS] for one in range(NUMBERS)),
-            *(said[one::TEXTS] for one in range(TEXTS)),
+            *(hashes[index::HASHES_PER_EXAMPLE] for index in range(HASHES_PER_EXAMPLE)),
+            *(parts[index::TEXTS_PER_EXAMPLE] for index in range(TEXTS_PER_EXAMPLE)),
             strict=False,  # behind the last text there is an empty one
         )
 
 
 @contextmanager
-def opened(path: Path, limit: int) -> Generator[Kept]:
+def open_cache(path: Path, limit: int) -> Generator[ExtractCache]:
     """What is kept in this file, if it is of this extractor, with this limit of characters; else nothing is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = f"{extractor()}-{limit}"
+    expected = f"{extractor()}-{limit}"
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
     try:
         # What a crash of the machine takes from a cache is extracted again.
         connection.execute("PRAGMA synchronous = OFF")
         known = connection.execute("PRAGMA user_version").fetchone()[0]
-        usable = known and connection.execute("SELECT blob FROM extract WHERE key = ''").fetchone() == (wanted,)
+        usable = known and connection.execute("SELECT blob FROM extract WHERE key = ''").fetchone() == (expected,)
     except sqlite3.DatabaseError:
         usable = False
     if not usable:
         connection.close()
-        for one in path.parent.glob(f"{path.name}*"):
-            one.unlink(missing_ok=True)
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink(missing_ok=True)
         connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         connection.execute("PRAGMA synchronous = OFF")
         with connection:
             connection.execute(SCHEMA)
-            connection.execute("INSERT INTO extract VALUES ('', ?, NULL, '', '', '', '', '')", (wanted,))
+            connection.execute("INSERT INTO extract VALUES ('', ?, NULL, '', '', '', '', '')", (expected,))
             connection.execute("PRAGMA user_version = 1")
     with closing(connection):
-        yield Kept(connection)
+        yield ExtractCache(connection)
 
 
-def number_of(text: str) -> int:
+def hash_text(text: str) -> int:
     """64 bits by which texts are compared."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -148,28 +148,28 @@ def extractor() -> str:
 
 def _row(row: tuple[str, str, Extract]) -> tuple[object, ...]:
     key, blob, extract = row
-    kinds = "".join(KINDS[one.kind] for one in extract.examples)
-    numbers = array("Q", (number for one in extract.examples for number in _numbers_of(one)))
-    texts = b"".join(_texts_of(key, one) for one in extract.examples)
+    kinds = "".join(KIND_LETTERS[example.kind] for example in extract.examples)
+    hashes = array("Q", (hash_ for example in extract.examples for hash_ in _hashes_of(example)))
+    texts = b"".join(_texts_of(key, example) for example in extract.examples)
     facts = orjson.dumps([extract.leaks, extract.withheld, extract.paths])
-    return key, blob, extract.reason, extract.language, facts, kinds, numbers.tobytes(), texts
+    return key, blob, extract.reason, extract.language, facts, kinds, hashes.tobytes(), texts
 
 
-def _numbers_of(example: Example) -> tuple[int, int, int]:
-    exact = 0 if example.question_in is None else number_of(example.question_in)
-    return number_of(example.question), exact, number_of(" ".join(example.answer.split()))
+def _hashes_of(example: Example) -> tuple[int, int, int]:
+    exact = 0 if example.question_with_path is None else hash_text(example.question_with_path)
+    return hash_text(example.question), exact, hash_text(" ".join(example.answer.split()))
 
 
 def _texts_of(key: str, example: Example) -> bytes:
     """Its questions, and what comes behind them in the line that samples.line_of makes of it."""
-    where = {} if key.startswith(COMMIT) else {"path": key, "lines": [example.first, example.last]}
+    where = {} if key.startswith(COMMIT_PREFIX) else {"path": key, "lines": [example.first, example.last]}
     source = orjson.dumps({"kind": example.kind, **where, "commit": ""}).removesuffix(b'"}')
-    exact = b"" if example.question_in is None else orjson.dumps(example.question_in)
+    exact = b"" if example.question_with_path is None else orjson.dumps(example.question_with_path)
     rest = b'},{"role":"assistant","content":' + orjson.dumps(example.answer) + b'}],"source":' + source
     return b"\n".join((orjson.dumps(example.question), exact, rest, b""))
 
 
-def _numbers(stored: bytes) -> "array[int]":
+def _load_hashes(stored: bytes) -> "array[int]":
     numbers = array("Q")
     numbers.frombytes(stored)
     return numbers

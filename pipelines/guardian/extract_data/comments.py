@@ -24,7 +24,7 @@ DIRECTIVE = re.compile(
 LINE_MARK = re.compile(r"\s*(?:///?!?|#+)[ \t]?")
 BLOCK_BEGIN, BLOCK_END = re.compile(r"\A\s*/\*+[!<]?[ \t]?"), re.compile(r"[ \t]*\*+/\s*\Z")
 BLOCK_LINE = re.compile(r"^[ \t]*\*(?!\*)[ \t]?", re.MULTILINE)
-RULE = re.compile(r"[\W_]*")
+SEPARATOR = re.compile(r"[\W_]*")
 
 INLINE_TAG = re.compile(r"\{@(?:code|link|linkplain|literal|value)\s+([^{}]*)\}")
 PARAGRAPH_TAG = re.compile(r"[ \t]*</?(?:p|br|ul|ol|div|pre|blockquote)\s*/?>[ \t]*", re.IGNORECASE)
@@ -46,28 +46,32 @@ PARAMETERS = re.compile(
 )
 """How a text begins that lists parameters, or shows how to call something, but does not say what it is for."""
 
-LEAST_CHARACTERS, LEAST_WORDS = 12, 3
+MIN_CHARACTERS, MIN_WORDS = 12, 3
 
 
-def docstring(text: str) -> str:
+def clean_docstring(text: str) -> str:
     """What a docstring says, or nothing if it says nothing that could be learned."""
-    return _worth(inspect.cleandoc(text))
+    return _if_informative(inspect.cleandoc(text))
 
 
-def comment(parts: Sequence[str]) -> str:
+def clean_comment(parts: Sequence[str]) -> str:
     """What the comments say that stand together above a declaration."""
     lines: list[str] = []
-    for part in (one.rstrip("\n") for one in parts):
-        lines += (_of_block(part) if part.lstrip().startswith("/*") else LINE_MARK.sub("", part, count=1)).split("\n")
+    for part in (raw.rstrip("\n") for raw in parts):
+        lines += (_clean_block(part) if part.lstrip().startswith("/*") else LINE_MARK.sub("", part, count=1)).split(
+            "\n"
+        )
     text = "\n".join(line.rstrip() for line in lines if not DIRECTIVE.match(line.strip()))
-    return _worth(inspect.cleandoc("\n".join("" if _is_rule(line) else line for line in text.split("\n"))))
+    return _if_informative(
+        inspect.cleandoc("\n".join("" if _is_separator(line) else line for line in text.split("\n")))
+    )
 
 
 def is_licence(text: str) -> bool:
     return LICENCE.search(text) is not None
 
 
-def shortened(text: str, limit: int) -> str:
+def shorten(text: str, limit: int) -> str:
     """Whole paragraphs from its beginning, or nothing if the first one alone is longer than that."""
     if len(text) <= limit:
         return text
@@ -75,7 +79,7 @@ def shortened(text: str, limit: int) -> str:
     return text[:end].rstrip() if end > 0 else ""
 
 
-def _of_block(text: str) -> str:
+def _clean_block(text: str) -> str:
     inside = BLOCK_END.sub("", BLOCK_BEGIN.sub("", text))
     inside = BLOCK_LINE.sub("", inside)
     inside = BOOK_KEEPING.sub("", INLINE_TAG.sub(_quoted, inside))
@@ -87,14 +91,14 @@ def _quoted(tag: re.Match[str]) -> str:
     return f"`{tag[1].strip().lstrip('#')}`"
 
 
-def _worth(text: str) -> str:
+def _if_informative(text: str) -> str:
     paragraphs = [part.rstrip().strip("\n") for part in re.split(r"\n[ \t]*\n", text)]
-    said = "\n\n".join(part for part in paragraphs if part.strip() and not is_licence(part)).strip()
-    words = re.findall(r"[^\W\d_]{2,}", said)
-    says_enough = len(said) >= LEAST_CHARACTERS and len(words) >= LEAST_WORDS
-    return said if says_enough and not PARAMETERS.match(said) else ""
+    cleaned = "\n\n".join(part for part in paragraphs if part.strip() and not is_licence(part)).strip()
+    words = re.findall(r"[^\W\d_]{2,}", cleaned)
+    is_long_enough = len(cleaned) >= MIN_CHARACTERS and len(words) >= MIN_WORDS
+    return cleaned if is_long_enough and not PARAMETERS.match(cleaned) else ""
 
 
-def _is_rule(line: str) -> bool:
+def _is_separator(line: str) -> bool:
     """A line of dashes, to part one thing from the next."""
-    return len(line.strip()) > 2 and RULE.fullmatch(line) is not None
+    return len(line.strip()) > 2 and SEPARATOR.fullmatch(line) is not None

@@ -3,11 +3,11 @@
 import re
 
 from pipelines.guardian.extract_data.languages import language_of
-from pipelines.training.data.documents import MARKDOWN
+from pipelines.training.data.documents import MARKDOWN_EXTENSIONS
 
-MARKDOWN_SUFFIXES = tuple(sorted(MARKDOWN))
+MARKDOWN_SUFFIXES = tuple(sorted(MARKDOWN_EXTENSIONS))
 
-FOREIGN = {
+THIRD_PARTY_FOLDERS = {
     "node_modules",
     "bower_components",
     "site-packages",
@@ -29,7 +29,7 @@ FOREIGN = {
 }
 """Folders of other people's code."""
 
-LOCKS = {"composer.lock", "cargo.lock", "gemfile.lock", "poetry.lock", "uv.lock", "pdm.lock", "go.sum"} | {
+LOCK_FILES = {"composer.lock", "cargo.lock", "gemfile.lock", "poetry.lock", "uv.lock", "pdm.lock", "go.sum"} | {
     "package-lock.json",
     "npm-shrinkwrap.json",
     "pipfile.lock",
@@ -39,16 +39,16 @@ LOCKS = {"composer.lock", "cargo.lock", "gemfile.lock", "poetry.lock", "uv.lock"
     "flake.lock",
 }
 LICENCES = re.compile(r"(?:licen[cs]es?|copying|notice|copyright|third[-_ ]?party.*)(?:[-_.][\w.-]+)?", re.IGNORECASE)
-MADE_NAMES = re.compile(
+GENERATED_NAMES = re.compile(
     r".*(?:_pb2(?:_grpc)?\.pyi?|\.pb\.go|\.pb\.[ch]|_pb\.[jt]s|_generated\.\w+|\.generated\.\w+|\.g\.\w+|_gen\.go|\.d\.ts\.map)"
     r"|zz_generated.*",
     re.IGNORECASE,
 )
-PACKED_NAMES = re.compile(r".*[.-]min\.(?:js|mjs|cjs|css)|.*\.bundle\.js|.*\.map", re.IGNORECASE)
-MADE_FOLDERS = {"dist", "generated", "__generated__"}
+MINIFIED_NAMES = re.compile(r".*[.-]min\.(?:js|mjs|cjs|css)|.*\.bundle\.js|.*\.map", re.IGNORECASE)
+GENERATED_FOLDERS = {"dist", "generated", "__generated__"}
 
-POINTER = b"version https://git-lfs.github.com/spec/"
-MADE = re.compile(
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+GENERATED_MARK = re.compile(
     r"^\s*(?:#|//|/?\*|--|<!--|%|;|\"\"\").*(?:@generated\b|\bcode generated\b|\bdo not (?:edit|modify)\b"
     r"|\bauto-?matically generated\b|\bauto-?generated\b|\bgenerated (?:automatically|by)\b"
     r"|\bthis file (?:is|was) generated\b)",
@@ -56,10 +56,10 @@ MADE = re.compile(
 )
 """What a program writes at the beginning of a file that it makes."""
 HEAD_LINES = 20
-PACKED_LINE, PACKED_AVERAGE = 5000, 250
+MAX_LINE_LENGTH, MAX_AVERAGE_LINE_LENGTH = 5000, 250
 """Lines that no person writes: one that is longer, or all of them on average."""
 
-OF_C_PLUS_PLUS = re.compile(
+CPP_SYNTAX = re.compile(
     r"^\s*(?:class\s+\w+|namespace\b|template\s*<|public:|private:|protected:|using\s+\w+|constexpr\b)|\bstd::|@interface\b",
     re.MULTILINE,
 )
@@ -69,17 +69,17 @@ def is_markdown(path: str) -> bool:
     return path.lower().endswith(MARKDOWN_SUFFIXES)
 
 
-def skipped_by_path(path: str) -> str | None:
+def skip_reason_by_path(path: str) -> str | None:
     """Why a file of this path is not learned from, if its path says so."""
     *parents, name = path.lower().split("/")
     folders = set(parents)
-    if folders & FOREIGN:
+    if folders & THIRD_PARTY_FOLDERS:
         return "foreign"
-    if name in LOCKS:
+    if name in LOCK_FILES:
         return "lock"
-    if PACKED_NAMES.fullmatch(name):
+    if MINIFIED_NAMES.fullmatch(name):
         return "minified"
-    if MADE_NAMES.fullmatch(name) or folders & MADE_FOLDERS:
+    if GENERATED_NAMES.fullmatch(name) or folders & GENERATED_FOLDERS:
         return "generated"
     if LICENCES.fullmatch(name.rpartition(".")[0] or name) and (is_markdown(path) or language_of(path) is None):
         return "licence"
@@ -88,9 +88,9 @@ def skipped_by_path(path: str) -> str | None:
     return None
 
 
-def text_of(content: bytes) -> tuple[str, str | None]:
+def decode_text(content: bytes) -> tuple[str, str | None]:
     """What a file says, or why it is not learned from."""
-    if content.startswith(POINTER):
+    if content.startswith(LFS_POINTER):
         return "", "lfs_pointer"
     if b"\0" in content:
         return "", "binary"
@@ -101,15 +101,15 @@ def text_of(content: bytes) -> tuple[str, str | None]:
     return text.replace("\r\n", "\n").replace("\r", "\n"), None
 
 
-def skipped_by_text(path: str, text: str) -> str | None:
+def skip_reason_by_text(path: str, text: str) -> str | None:
     """Why a file with this text is not learned from, if its text says so."""
     lines = text.split("\n")
-    if MADE.search("\n".join(line[:500] for line in lines[:HEAD_LINES])):
+    if GENERATED_MARK.search("\n".join(line[:500] for line in lines[:HEAD_LINES])):
         return "generated"
     if is_markdown(path):
         return None
-    if max(map(len, lines)) > PACKED_LINE or len(text) > PACKED_AVERAGE * len(lines):
+    if max(map(len, lines)) > MAX_LINE_LENGTH or len(text) > MAX_AVERAGE_LINE_LENGTH * len(lines):
         return "minified"
-    if path.lower().endswith(".h") and OF_C_PLUS_PLUS.search(text):
+    if path.lower().endswith(".h") and CPP_SYNTAX.search(text):
         return "other_kind"
     return None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from cluster.errors import UnprocessableRequest
 from cluster.settings import get_settings, home
 from jobs.context import Context
@@ -16,11 +16,11 @@ from pipelines.guardian.repositories import Repository
 from pipelines.training.spec import Spec
 
 if TYPE_CHECKING:
-    from pipelines.guardian.extract_data.pipeline import Extracted, Limits
-    from pipelines.training.data.content import Content
+    from pipelines.guardian.extract_data.pipeline import ExtractionResult, Limits
+    from pipelines.training.data.content import SampleFile
 
-LEAKS_LOGGED = 20
-NAME_CHARACTERS = 80
+MAX_LOGGED_LEAKS = 20
+MAX_NAME_CHARACTERS = 80
 """Of a repository's name, in the names of its datasets."""
 
 
@@ -51,13 +51,16 @@ def extract_data(context: Context, spec: ExtractSpec) -> dict[str, Any]:
     extracted until then is kept.
     """
     from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
-    from pipelines.guardian.repository_access import opened
+    from pipelines.guardian.repository_access import open_registered
 
-    repository = asyncio.run(apart(lambda database: _find(database, spec.repository_id)))
-    wanted: str | None = context.checkpoint_state or spec.commit
+    repository = asyncio.run(with_own_database(lambda database: _find(database, spec.repository_id)))
+    requested_commit: str | None = context.checkpoint_state or spec.commit
     context.report(progress=0, phase="fetch")
-    with opened(repository, commits=[wanted] if wanted else []) as checkout, workspace.folder(context.job_id) as folder:
-        commit = (checkout.commit(wanted) if wanted else checkout.tip()).sha
+    with (
+        open_registered(repository, commits=[requested_commit] if requested_commit else []) as reader,
+        workspace.temporary_folder(context.job_id) as folder,
+    ):
+        commit = (reader.commit(requested_commit) if requested_commit else reader.tip()).sha
         context.checkpoint(commit)  # what comes in the meantime is for the next training
 
         def report(part: float, phase: str) -> None:
@@ -66,13 +69,13 @@ def extract_data(context: Context, spec: ExtractSpec) -> dict[str, Any]:
                 context.checkpoint(commit)
 
         cache = home() / "cache" / "extraction" / f"{repository.id}.sqlite"
-        done = extract_data_pipeline.extract(checkout, commit, folder, cache, _limits(spec), report, spec.processes)
-        _tell_leaks(context, done)
-        return _result(context, repository, commit, done)
+        result = extract_data_pipeline.extract(reader, commit, folder, cache, _limits(spec), report, spec.processes)
+        _log_leaks(context, result)
+        return _result(context, repository, commit, result)
 
 
 async def _find(database: Database, repository_id: str) -> Repository:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         return await repositories.find(session, repository_id)
 
 
@@ -88,53 +91,53 @@ def _limits(spec: ExtractSpec) -> "Limits":
     )
 
 
-def _tell_leaks(context: Context, done: "Extracted") -> None:
-    for leak in done.leaks[:LEAKS_LOGGED]:
+def _log_leaks(context: Context, result: "ExtractionResult") -> None:
+    for leak in result.leaks[:MAX_LOGGED_LEAKS]:
         where = leak.get("path") or f"commit {leak['commit']}"
         context.log(f"{where}:{leak['line']}: a secret ({leak['kind']}). What shows it is not learned.", "WARNING")
-    if (more := sum(done.secrets.values()) - LEAKS_LOGGED) > 0:
+    if (more := sum(result.secrets.values()) - MAX_LOGGED_LEAKS) > 0:
         context.log(f"{more} more secrets; the job's result counts them by their kinds.", "WARNING")
 
 
-def _result(context: Context, repository: Repository, commit: str, done: "Extracted") -> dict[str, Any]:
-    written = done.written
+def _result(context: Context, repository: Repository, commit: str, result: "ExtractionResult") -> dict[str, Any]:
+    written = result.written
     if written.train is None:
         raise NothingToExtract(
-            f"{repository.name} has nothing to learn from at {commit[:12]}: {done.files} files, of which "
-            f"{_numbers(done.skipped) or 'none'} are skipped, and {done.withheld} answers with secrets.",
-            details={"files": done.files, "skipped": dict(done.skipped), "secrets": dict(done.secrets)},
+            f"{repository.name} has nothing to learn from at {commit[:12]}: {result.files} files, of which "
+            f"{_numbers(result.skipped) or 'none'} are skipped, and {result.withheld} answers with secrets.",
+            details={"files": result.files, "skipped": dict(result.skipped), "secrets": dict(result.secrets)},
         )
     return {
         "repository": repository.name,
         "repository_id": repository.id,
         "commit": commit,
-        "train": _kept(context, repository, commit, "train", written.train),
-        "held_out": _kept(context, repository, commit, "held-out", written.held_out),
-        "files": done.files,
-        "commits": done.commits,
-        "extracted": done.extracted,
-        "unchanged": done.unchanged,
-        "skipped": dict(sorted(done.skipped.items())),
-        "secrets": dict(sorted(done.secrets.items())),
-        "leaks": done.leaks,
-        "withheld": done.withheld,
+        "train": _save_dataset(context, repository, commit, "train", written.train),
+        "held_out": _save_dataset(context, repository, commit, "held-out", written.held_out),
+        "files": result.files,
+        "commits": result.commits,
+        "extracted": result.extracted,
+        "unchanged": result.unchanged,
+        "skipped": dict(sorted(result.skipped.items())),
+        "secrets": dict(sorted(result.secrets.items())),
+        "leaks": result.leaks,
+        "withheld": result.withheld,
         "duplicates": written.duplicates,
         "by_kind": dict(sorted(written.by_kind.items())),
         "by_language": dict(sorted(written.by_language.items())),
-        "seconds": done.seconds,
+        "seconds": result.seconds,
     }
 
 
-def _kept(
-    context: Context, repository: Repository, commit: str, side: str, content: "Content | None"
+def _save_dataset(
+    context: Context, repository: Repository, commit: str, side: str, content: "SampleFile | None"
 ) -> dict[str, Any] | None:
     from pipelines.training.data import datasets
 
     if content is None:
         return None
-    name = f"repo/{repository.name[:NAME_CHARACTERS].rstrip('-.')}/{side}"
+    name = f"repo/{repository.name[:MAX_NAME_CHARACTERS].rstrip('-.')}/{side}"
     source = {"repository": repository.name, "commit": commit}
-    dataset = datasets.keep_for(context.owner_id, name, content, source)
+    dataset = datasets.store_for_owner(context.owner_id, name, content, source)
     context.input(name, content.digest, dataset.address, samples=content.samples)
     return {"dataset": dataset.id, "name": f"{dataset.name}:v{dataset.version}", "samples": content.samples}
 

@@ -21,7 +21,7 @@ class Language:
     grammar: str  # module:function
     kinds: Mapping[str, str] = field(default_factory=dict[str, str])
     """What a node of this type declares, as a person calls it."""
-    around: frozenset[str] = frozenset()
+    containers: frozenset[str] = frozenset()
     """Nodes without a name of their own, in which there are declarations."""
     separator: str = "."
 
@@ -35,7 +35,7 @@ ECMASCRIPT = {
     "variable_declarator": "function",
     "assignment_expression": "function",
 }
-ECMASCRIPT_AROUND = frozenset(
+ECMASCRIPT_CONTAINERS = frozenset(
     {"export_statement", "expression_statement", "lexical_declaration", "variable_declaration", "class_body"}
 )
 
@@ -45,7 +45,7 @@ PYTHON = Language(
     suffixes=(".py", ".pyi"),
     grammar="tree_sitter_python:language",
     kinds={"function_definition": "function", "class_definition": "class"},
-    around=frozenset(
+    containers=frozenset(
         {
             "decorated_definition",
             "block",
@@ -65,7 +65,7 @@ JAVASCRIPT = Language(
     suffixes=(".js", ".jsx", ".mjs", ".cjs"),
     grammar="tree_sitter_javascript:language",
     kinds=ECMASCRIPT,
-    around=ECMASCRIPT_AROUND,
+    containers=ECMASCRIPT_CONTAINERS,
 )
 TYPESCRIPT = Language(
     name="TypeScript",
@@ -81,7 +81,7 @@ TYPESCRIPT = Language(
         "enum_declaration": "enum",
         "internal_module": "namespace",
     },
-    around=ECMASCRIPT_AROUND | {"ambient_declaration", "statement_block"},
+    containers=ECMASCRIPT_CONTAINERS | {"ambient_declaration", "statement_block"},
 )
 TSX = Language(
     name="TypeScript",
@@ -89,7 +89,7 @@ TSX = Language(
     suffixes=(".tsx",),
     grammar="tree_sitter_typescript:language_tsx",
     kinds=TYPESCRIPT.kinds,
-    around=TYPESCRIPT.around,
+    containers=TYPESCRIPT.containers,
 )
 GO = Language(
     name="Go",
@@ -102,7 +102,7 @@ GO = Language(
         "type_spec": "type",
         "type_alias": "type",
     },
-    around=frozenset({"type_declaration"}),
+    containers=frozenset({"type_declaration"}),
 )
 RUST = Language(
     name="Rust",
@@ -120,7 +120,7 @@ RUST = Language(
         "mod_item": "module",
         "impl_item": "implementation",
     },
-    around=frozenset({"declaration_list"}),
+    containers=frozenset({"declaration_list"}),
     separator="::",
 )
 JAVA = Language(
@@ -137,7 +137,7 @@ JAVA = Language(
         "method_declaration": "method",
         "constructor_declaration": "constructor",
     },
-    around=frozenset({"class_body", "interface_body", "enum_body", "enum_body_declarations"}),
+    containers=frozenset({"class_body", "interface_body", "enum_body", "enum_body_declarations"}),
 )
 C = Language(
     name="C",
@@ -153,7 +153,7 @@ C = Language(
         "type_definition": "type",
         "preproc_function_def": "macro",
     },
-    around=frozenset(
+    containers=frozenset(
         {
             "preproc_ifdef",
             "preproc_if",

@@ -10,7 +10,7 @@ from pipelines.guardian.extract_data.languages import language_of
 from pipelines.guardian.extract_data.questions import Example
 from pipelines.guardian.extract_data.secret_scan import Leak
 
-SHORT_VALUE = 6
+MIN_GLOBAL_SECRET_LENGTH = 6
 """A secret shorter than this says little by itself: it counts only in the lines where it was found."""
 
 SECTION = re.compile(r"^(?=diff --git )", re.MULTILINE)
@@ -31,44 +31,48 @@ class Extract:
     paths: list[str] = field(default_factory=list[str])  # that a change is about
 
 
-def of_file(path: str, content: bytes, limit: int) -> Extract:
-    text, reason = file_filter.text_of(content)
-    reason = reason or file_filter.skipped_by_text(path, text)
+def extract_file(path: str, content: bytes, limit: int) -> Extract:
+    text, reason = file_filter.decode_text(content)
+    reason = reason or file_filter.skip_reason_by_text(path, text)
     if reason is not None:
         return Extract(reason=reason)
     language = language_of(path)
     if language is None:
-        told = list(questions.of_document(path, text, limit))
+        examples = list(questions.of_document(path, text, limit))
     else:
-        told = list(questions.of_source(path, symbols.find(text, language), language, limit))
-    found = secret_scan.find(path, text)
-    return _without_leaks(told, found, language.name if language else "Markdown")
+        examples = list(questions.of_source(path, symbols.find(text, language), language, limit))
+    found_leaks = secret_scan.find(path, text)
+    return _without_leaks(examples, found_leaks, language.name if language else "Markdown")
 
 
-def of_commit(subject: str, body: str, diff: str | None, limit: int) -> Extract:
+def extract_commit(subject: str, body: str, diff: str | None, limit: int) -> Extract:
     if diff is None:
         return Extract(reason="commit_too_large")
-    sections = [one for one in SECTION.split(diff) if one]
-    paths = sorted({path for one in sections for path in _paths(one)})
-    kept = [(path, one) for one in sections for path in _paths(one)[:1] if _is_told(path, one)]
-    example = questions.of_commit(subject, body, [_without_licence(one) for _, one in kept], limit) if kept else None
+    sections = [section for section in SECTION.split(diff) if section]
+    paths = sorted({path for section in sections for path in _paths(section)})
+    relevant = [(path, section) for section in sections for path in _paths(section)[:1] if _is_relevant(path, section)]
+    example = (
+        questions.of_commit(subject, body, [_without_licence(section) for _, section in relevant], limit)
+        if relevant
+        else None
+    )
     if example is None:
         return Extract(reason="commit_says_little", paths=paths)
-    found = [leak for path, one in kept for leak in secret_scan.find(path, _unmarked(one))]
-    found += secret_scan.find("message", f"{subject}\n{body}")
-    extract = _without_leaks([example], found, "")
+    found_leaks = [leak for path, section in relevant for leak in secret_scan.find(path, _without_diff_marks(section))]
+    found_leaks += secret_scan.find("message", f"{subject}\n{body}")
+    extract = _without_leaks([example], found_leaks, "")
     return Extract(extract.examples, None, "", extract.leaks, extract.withheld, paths)
 
 
-def _without_leaks(told: Sequence[Example], found: Sequence[Leak], language: str) -> Extract:
+def _without_leaks(examples: Sequence[Example], found_leaks: Sequence[Leak], language: str) -> Extract:
     """Only the examples in which there is no secret, neither where it was found nor anywhere else in the file."""
-    kept = [one for one in told if not any(_is_in(leak, one) for leak in found)]
-    places = sorted({(leak.line, leak.kind) for leak in found})
-    return Extract(kept, None, language, places, len(told) - len(kept))
+    clean = [example for example in examples if not any(_exposes(leak, example) for leak in found_leaks)]
+    locations = sorted({(leak.line, leak.kind) for leak in found_leaks})
+    return Extract(clean, None, language, locations, len(examples) - len(clean))
 
 
-def _is_in(leak: Leak, example: Example) -> bool:
-    if len(leak.value) < SHORT_VALUE and not example.first <= leak.line <= example.last:
+def _exposes(leak: Leak, example: Example) -> bool:
+    if len(leak.value) < MIN_GLOBAL_SECRET_LENGTH and not example.first <= leak.line <= example.last:
         return False
     return leak.value in example.answer or leak.value in example.question
 
@@ -79,9 +83,9 @@ def _paths(section: str) -> list[str]:
     return sorted({*PATHS.findall(head), *([header[1]] if header else [])})
 
 
-def _is_told(path: str, section: str) -> bool:
+def _is_relevant(path: str, section: str) -> bool:
     """Whether a part of a change is one that a person has made, in text."""
-    reason = file_filter.skipped_by_path(path)
+    reason = file_filter.skip_reason_by_path(path)
     return reason in {None, "other_kind"} and "\n@@" in section and "GIT binary patch" not in section
 
 
@@ -93,7 +97,7 @@ def _without_licence(section: str) -> str:
     return head + mark + ADDED_COMMENT.sub(lambda block: "" if is_licence(block[0]) else block[0], hunks, count=1)
 
 
-def _unmarked(section: str) -> str:
+def _without_diff_marks(section: str) -> str:
     return "\n".join(_lines(section))
 
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from pipelines.guardian.extract_data.comments import is_licence, shortened
+from pipelines.guardian.extract_data.comments import is_licence, shorten
 from pipelines.guardian.extract_data.languages import Language
-from pipelines.guardian.extract_data.symbols import Found, Symbol
+from pipelines.guardian.extract_data.symbols import FileSymbols, Symbol
 from pipelines.training.data import documents
 
 PURPOSE: Mapping[bool, tuple[str, ...]] = {
@@ -51,11 +51,11 @@ SECTION = (
 )
 
 DUNDER = re.compile(r"(?:.*\.)?__\w+__")
-LEAST_CODE_LINES, LEAST_REST_LINES, LEAST_REST_CHARACTERS = 3, 2, 30
-TITLE_WORDS = 5
-ROOM = 300
+MIN_CODE_LINES, MIN_REST_LINES, MIN_REST_CHARACTERS = 3, 2, 30
+MAX_TITLE_WORDS = 5
+QUESTION_RESERVE = 300
 """Characters left for a question where an answer is cut to fit."""
-LEAST_SECTION_CHARACTERS, LEAST_SECTION_WORDS = 40, 6
+MIN_SECTION_CHARACTERS, MIN_SECTION_WORDS = 40, 6
 
 HTML_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 PICTURE = re.compile(
@@ -70,16 +70,16 @@ TRAILER = re.compile(
     r"|Cc|PiperOrigin-RevId|fbshipit-source-id):? .*",
     re.IGNORECASE,
 )
-NO_MESSAGE = re.compile(
+UNINFORMATIVE_SUBJECT = re.compile(
     r"(?:wip|fix|fixes|fixed|fixup!?|squash!?|tmp|temp|test|update|updates|initial commit|first commit|merge|cleanup"
     r"|minor|typo|oops|\.+|save|changes|misc|stuff|bump version|release|v?\d+(?:\.\d+)+\S*)\W*\Z",
     re.IGNORECASE,
 )
 MERGE = re.compile(r"Merge (?:branch|pull request|remote|tag|commit)\b|(?:fixup|squash|amend)! |Bump .+ from .+ to ")
 INDEX = re.compile(r"^index [0-9a-f]+\.\.[0-9a-f]+.*\n", re.MULTILINE)
-MORE = "[{number} more lines]\n"
-LEAST_SECTION_OF_DIFF = 250
-LEAST_SUBJECT_CHARACTERS, LEAST_SUBJECT_WORDS = 12, 3
+OMITTED_LINES = "[{number} more lines]\n"
+MIN_DIFF_SECTION = 250
+MIN_SUBJECT_CHARACTERS, MIN_SUBJECT_WORDS = 12, 3
 
 
 @dataclass(frozen=True)
@@ -89,80 +89,82 @@ class Example:
     answer: str
     first: int  # the lines that it is from
     last: int
-    question_in: str | None = None
+    question_with_path: str | None = None
     """The question for when several files would be asked the same one. None: then it is not asked."""
 
 
-def of_source(path: str, found: Found, language: Language, limit: int) -> Iterator[Example]:
+def of_source(path: str, file_symbols: FileSymbols, language: Language, limit: int) -> Iterator[Example]:
     """Questions about a source file; none has more characters than that, together with its answer."""
-    if found.doc and (answer := shortened(found.doc, limit)):
-        yield Example("purpose", _chosen(OF_FILE, path).format(name=path), answer, *found.doc_lines)
-    named = sorted(found.symbols, key=lambda symbol: symbol.name)
+    if file_symbols.doc and (answer := shorten(file_symbols.doc, limit)):
+        yield Example("purpose", _choose_phrase(OF_FILE, path).format(name=path), answer, *file_symbols.doc_lines)
+    named = sorted(file_symbols.symbols, key=lambda symbol: symbol.name)
     for _, group in groupby(named, key=lambda symbol: symbol.name):
         for example in _of_symbol(path, list(group), language, limit):
-            if len(example.question_in or example.question) + len(example.answer) <= limit:
+            if len(example.question_with_path or example.question) + len(example.answer) <= limit:
                 yield example
 
 
 def of_document(path: str, text: str, limit: int) -> Iterator[Example]:
     """Questions about a Markdown document, one for each section, or for each part of one that is long."""
     line = 1
-    for headings, said in documents.sections(text):
-        body = PICTURE.sub("", HTML_COMMENT.sub("", said)).strip()
-        first = text.count("\n", 0, max(text.find(said), 0)) + 1 if said else line
-        line, last = first, first + said.count("\n")
-        if len(body) < LEAST_SECTION_CHARACTERS or len(WORD.findall(body)) < LEAST_SECTION_WORDS or is_licence(body):
+    for headings, section in documents.sections(text):
+        body = PICTURE.sub("", HTML_COMMENT.sub("", section)).strip()
+        first = text.count("\n", 0, max(text.find(section), 0)) + 1 if section else line
+        line, last = first, first + section.count("\n")
+        if len(body) < MIN_SECTION_CHARACTERS or len(WORD.findall(body)) < MIN_SECTION_WORDS or is_licence(body):
             continue
-        topics = [topic for heading in headings if (topic := _plain(heading))]
-        parts = _parts(body, limit - ROOM)
+        topics = [topic for heading in headings if (topic := _plain_heading(heading))]
+        parts = _parts(body, limit - QUESTION_RESERVE)
         for number, part in enumerate(parts, 1):
-            which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
-            question, exact = _about(path, topics)
-            yield Example("section", question + which, part, first, last, exact + which)
+            part_label = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
+            question, exact = _section_question(path, topics)
+            yield Example("section", question + part_label, part, first, last, exact + part_label)
 
 
 def of_commit(subject: str, body: str, sections: Sequence[str], limit: int) -> Example | None:
     """What a change was told to be, if its message tells it. The sections of its diff are about one file each."""
     message = "\n".join(line.rstrip() for line in body.split("\n") if not TRAILER.fullmatch(line.strip())).strip()
-    told = f"{subject.strip()}\n\n{message}" if message else subject.strip()
-    is_short = len(subject) < LEAST_SUBJECT_CHARACTERS or len(WORD.findall(subject)) < LEAST_SUBJECT_WORDS
-    if is_short or NO_MESSAGE.match(subject.strip()) or MERGE.match(subject):
+    full_message = f"{subject.strip()}\n\n{message}" if message else subject.strip()
+    is_short = len(subject) < MIN_SUBJECT_CHARACTERS or len(WORD.findall(subject)) < MIN_SUBJECT_WORDS
+    if is_short or UNINFORMATIVE_SUBJECT.match(subject.strip()) or MERGE.match(subject):
         return None
-    diff = "".join(_shortened(sections, limit - len(told) - len(COMMIT))).strip("\n")
-    return Example("commit", COMMIT.format(diff=diff), told, 1, 1) if diff else None
+    diff = "".join(_shorten_diff(sections, limit - len(full_message) - len(COMMIT))).strip("\n")
+    return Example("commit", COMMIT.format(diff=diff), full_message, 1, 1) if diff else None
 
 
 def _of_symbol(path: str, symbols: Sequence[Symbol], language: Language, limit: int) -> Iterator[Example]:
     """Questions about one name of a file, which may be declared there several times."""
-    told = next((symbol for symbol in symbols if symbol.doc), None)
-    if told is not None and (answer := shortened(told.doc, limit - ROOM)):
-        phrases = PURPOSE[told.kind in {"function", "method", "constructor", "macro"}]
-        yield _asked("purpose", phrases, path, told, answer)
+    documented = next((symbol for symbol in symbols if symbol.doc), None)
+    if documented is not None and (answer := shorten(documented.doc, limit - QUESTION_RESERVE)):
+        phrases = PURPOSE[documented.kind in {"function", "method", "constructor", "macro"}]
+        yield _example("purpose", phrases, path, documented, answer)
     defined = [symbol for symbol in symbols if symbol.is_defined]
     if not defined:
         return
     symbol = defined[0]
-    code = "\n\n".join(one.code for one in defined)
-    if code.count("\n") + 1 >= LEAST_CODE_LINES:
-        example = _asked("code", CODE, path, symbol, _fenced(code, language))
+    code = "\n\n".join(definition.code for definition in defined)
+    if code.count("\n") + 1 >= MIN_CODE_LINES:
+        example = _example("code", CODE, path, symbol, _fenced(code, language))
         yield Example(
-            example.kind, example.question, example.answer, symbol.first, defined[-1].last, example.question_in
+            example.kind, example.question, example.answer, symbol.first, defined[-1].last, example.question_with_path
         )
     if not DUNDER.fullmatch(symbol.name):
-        question = _chosen(WHERE, symbol.name).format(kind=symbol.kind, name=symbol.name)
-        yield Example("where", question, _place(path, defined), symbol.first, defined[-1].last)
-    for one in defined:
-        if (example := _completion(path, one, language)) is not None:
+        question = _choose_phrase(WHERE, symbol.name).format(kind=symbol.kind, name=symbol.name)
+        yield Example("where", question, _location_answer(path, defined), symbol.first, defined[-1].last)
+    for definition in defined:
+        if (example := _completion(path, definition, language)) is not None:
             yield example
 
 
-def _asked(kind: str, phrases: Sequence[str], path: str, symbol: Symbol, answer: str) -> Example:
-    phrase = _chosen(phrases, symbol.name)
-    plain, exact = (phrase.format(kind=symbol.kind, name=symbol.name, place=place) for place in ("", f" in `{path}`"))
+def _example(kind: str, phrases: Sequence[str], path: str, symbol: Symbol, answer: str) -> Example:
+    phrase = _choose_phrase(phrases, symbol.name)
+    plain, exact = (
+        phrase.format(kind=symbol.kind, name=symbol.name, place=location) for location in ("", f" in `{path}`")
+    )
     return Example(kind, plain, answer, symbol.first, symbol.last, exact)
 
 
-def _place(path: str, symbols: Sequence[Symbol]) -> str:
+def _location_answer(path: str, symbols: Sequence[Symbol]) -> str:
     spans = [
         f"lines {symbol.first} to {symbol.last}" if symbol.last > symbol.first else f"line {symbol.first}"
         for symbol in symbols
@@ -175,17 +177,17 @@ def _completion(path: str, symbol: Symbol, language: Language) -> Example | None
     if not symbol.cuts:
         return None
     lines = symbol.code.split("\n")
-    from_the_start = symbol.doc and _number(symbol.name) % 2
-    cut = symbol.cuts[0] if from_the_start else min(symbol.cuts, key=lambda one: (abs(2 * one - len(lines)), one))
+    from_the_start = symbol.doc and _stable_hash(symbol.name) % 2
+    cut = symbol.cuts[0] if from_the_start else min(symbol.cuts, key=lambda line: (abs(2 * line - len(lines)), line))
     rest = "\n".join(lines[cut:])
-    if len(lines) - cut < LEAST_REST_LINES or len(rest.strip()) < LEAST_REST_CHARACTERS:
+    if len(lines) - cut < MIN_REST_LINES or len(rest.strip()) < MIN_REST_CHARACTERS:
         return None
-    begun = "\n".join(lines[:cut]).rstrip()
-    question = COMPLETE.format(kind=f"{language.name} {symbol.kind}", path=path, fence=language.fence, code=begun)
+    beginning = "\n".join(lines[:cut]).rstrip()
+    question = COMPLETE.format(kind=f"{language.name} {symbol.kind}", path=path, fence=language.fence, code=beginning)
     return Example("complete", question, _fenced(rest, language), symbol.first, symbol.last)
 
 
-def _about(path: str, topics: Sequence[str]) -> tuple[str, str]:
+def _section_question(path: str, topics: Sequence[str]) -> tuple[str, str]:
     """The question, and the one for when another document says something about the same."""
     if not topics:
         question = f"What does `{path}` say at its beginning?"
@@ -193,26 +195,26 @@ def _about(path: str, topics: Sequence[str]) -> tuple[str, str]:
     # The title of a document says less than its path does.
     topic = " / ".join(topics[1:] or topics)
     exact = SECTION[0].format(path=path, topic=topic)
-    if len(topics) == 1 and path.lower().startswith("readme.") and len(topic.split()) <= TITLE_WORDS:
+    if len(topics) == 1 and path.lower().startswith("readme.") and len(topic.split()) <= MAX_TITLE_WORDS:
         return f"What is {topic}?", exact
-    return _chosen(SECTION, f"{path}/{topic}").format(path=path, topic=topic), exact
+    return _choose_phrase(SECTION, f"{path}/{topic}").format(path=path, topic=topic), exact
 
 
-def _shortened(sections: Sequence[str], limit: int) -> list[str]:
+def _shorten_diff(sections: Sequence[str], limit: int) -> list[str]:
     """The sections of a diff, the long ones cut so that all fit; nothing if they would say nothing any more."""
-    room, shown = limit, dict[int, str]()
+    remaining, shown = limit, dict[int, str]()
     by_length = sorted(range(len(sections)), key=lambda number: len(sections[number]))
     for done, number in enumerate(by_length):
-        share = room // (len(sections) - done)
+        share = remaining // (len(sections) - done)
         section = INDEX.sub("", sections[number])
         if len(section) > share:
-            if share < LEAST_SECTION_OF_DIFF:
+            if share < MIN_DIFF_SECTION:
                 return []
             lines = section.split("\n")
-            kept = section[: share - len(MORE)].split("\n")[:-1]
-            section = "\n".join(kept) + "\n" + MORE.format(number=len(lines) - len(kept))
+            head = section[: share - len(OMITTED_LINES)].split("\n")[:-1]
+            section = "\n".join(head) + "\n" + OMITTED_LINES.format(number=len(lines) - len(head))
         shown[number] = section
-        room -= len(section)
+        remaining -= len(section)
     return [shown[number] for number in range(len(sections))]
 
 
@@ -222,7 +224,7 @@ def _parts(text: str, limit: int) -> list[str]:
     fence = ""
     for line in text.split("\n"):
         goes_on = bool(fence) or (bool(line.strip()) and bool(blocks) and bool(blocks[-1]))
-        fence = documents.fence_after(line, fence)
+        fence = documents.next_fence(line, fence)
         if goes_on:
             blocks[-1] += f"\n{line}"
         else:
@@ -249,7 +251,7 @@ def _pieces(block: str, limit: int) -> list[str]:
     return pieces
 
 
-def _plain(heading: str) -> str:
+def _plain_heading(heading: str) -> str:
     text = PICTURE.sub("", ANCHOR.sub("", heading))
     return LINK.sub(r"\1", text).replace("**", "").strip().rstrip(":?!.")
 
@@ -259,10 +261,10 @@ def _fenced(code: str, language: Language) -> str:
     return f"{fence}{language.fence}\n{code}\n{fence}"
 
 
-def _chosen(phrases: Sequence[str], name: str) -> str:
-    return phrases[_number(name) % len(phrases)]
+def _choose_phrase(phrases: Sequence[str], name: str) -> str:
+    return phrases[_stable_hash(name) % len(phrases)]
 
 
-def _number(name: str) -> int:
+def _stable_hash(name: str) -> int:
     """The same for the same name, always and everywhere."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

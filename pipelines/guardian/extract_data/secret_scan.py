@@ -25,18 +25,18 @@ from detect_secrets.plugins.softlayer import SoftlayerDetector
 from detect_secrets.util.code_snippet import CodeSnippet
 from detect_secrets.util.filetype import FileType, determine_file_type
 
-NO_SECRETS = (IPPublicDetector,)
+IGNORED_DETECTORS = (IPPublicDetector,)
 """An address is nothing that a repository must hide, and looks like a version."""
 
 KEYWORDS = re.compile("|".join(keyword.DENYLIST))
 """Of a text in small letters."""
 ASSIGNMENT = re.compile(r"\s*(?:[-*>$#]\s+)?(?:export\s+|set\s+|ENV\s+)?[\"']?[\w.-]+[\"']?\s*[:=]\s*\S+\s*")
 """A line of a text that sets something. There, as in files of settings, a value needs no quotes."""
-LINE_CHARACTERS, OVERLAP = 2000, 200
-LEAST_RANDOM = 9
+MAX_LINE_CHARACTERS, OVERLAP = 2000, 200
+MIN_RANDOM_LENGTH = 9
 """A shorter string cannot be as random as the detectors ask for."""
 
-LONG_VALUES = (CloudantDetector, IbmCloudIamDetector, IbmCosHmacDetector, SoftlayerDetector)
+LONG_VALUE_DETECTORS = (CloudantDetector, IbmCloudIamDetector, IbmCosHmacDetector, SoftlayerDetector)
 LONG_VALUE = re.compile(r"[a-zA-Z0-9_-]{24,}")
 """Detectors whose patterns take long, and what is in every line that they find something in."""
 
@@ -44,7 +44,7 @@ RUN = re.compile(r"[^\s\"'`<>()]+")
 """Some detectors name only the beginning of what they have found: the secret is all that it runs on to."""
 
 KEY_END = re.compile(r"END [A-Z0-9 ]*PRIVATE KEY")
-KEY_LINES = 200
+MAX_KEY_LINES = 200
 """How long a private key may be, when nothing says where it ends."""
 
 
@@ -66,10 +66,10 @@ def _find(path: str, text: str, lines: Sequence[str]) -> Iterator[Leak]:
     with_long_values = "\n".join(lines[number] for number in _lines_with(LONG_VALUE, text))
     for detector, patterns in _detectors():
         if isinstance(detector, keyword.KeywordDetector):
-            candidates = _with_keywords(detector, path, text, lines)
+            candidates = _keyword_secrets(detector, path, text, lines)
         elif isinstance(detector, HighEntropyStringsPlugin):
-            candidates = _random(detector, patterns[0], text)
-        elif _occur(patterns, with_long_values if isinstance(detector, LONG_VALUES) else text):
+            candidates = _random_strings(detector, patterns[0], text)
+        elif _matches_any(patterns, with_long_values if isinstance(detector, LONG_VALUE_DETECTORS) else text):
             candidates = (
                 (number, value) for number, line in enumerate(lines) for value in detector.analyze_string(line)
             )
@@ -80,35 +80,35 @@ def _find(path: str, text: str, lines: Sequence[str]) -> Iterator[Leak]:
                 yield from _leaks(lines, number, value, detector)
 
 
-def _occur(patterns: Sequence[re.Pattern[str]], text: str) -> bool:
+def _matches_any(patterns: Sequence[re.Pattern[str]], text: str) -> bool:
     return any(pattern.search(text) for pattern in patterns)
 
 
 def _leaks(lines: Sequence[str], number: int, value: str, detector: Any) -> Iterator[Leak]:
-    run = next((one for one in RUN.findall(lines[number]) if value in one), value)
+    run = next((candidate for candidate in RUN.findall(lines[number]) if value in candidate), value)
     yield Leak(number + 1, detector.secret_type, run)
     if not isinstance(detector, PrivateKeyDetector):
         return
-    for following in range(number + 1, min(number + KEY_LINES, len(lines))):
+    for following in range(number + 1, min(number + MAX_KEY_LINES, len(lines))):
         if KEY_END.search(lines[following]):
             return
         if inside := lines[following].strip(" \t\"'+\\n,"):
             yield Leak(following + 1, detector.secret_type, inside)
 
 
-def _with_keywords(detector: Any, path: str, text: str, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
+def _keyword_secrets(detector: Any, path: str, text: str, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
     kind = determine_file_type(path)
     patterns = keyword.REGEX_BY_FILETYPE.get(kind, keyword.QUOTES_REQUIRED_DENYLIST_REGEX_TO_GROUP)
     for number in _lines_with(KEYWORDS, text.lower()):
         line = lines[number]
-        loose = kind == FileType.OTHER and len(line) <= LINE_CHARACTERS and ASSIGNMENT.fullmatch(line)
+        loose = kind == FileType.OTHER and len(line) <= MAX_LINE_CHARACTERS and ASSIGNMENT.fullmatch(line)
         of_line = keyword.CONFIG_DENYLIST_REGEX_TO_GROUP if loose else patterns
-        for start in range(0, len(line), LINE_CHARACTERS - OVERLAP):
-            part = line[start : start + LINE_CHARACTERS]
+        for start in range(0, len(line), MAX_LINE_CHARACTERS - OVERLAP):
+            part = line[start : start + MAX_LINE_CHARACTERS]
             yield from ((number, value) for value in detector.analyze_string(part, of_line) if value)
 
 
-def _random(detector: Any, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, str]]:
+def _random_strings(detector: Any, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, str]]:
     for match in pattern.finditer(text):
         if detector.calculate_shannon_entropy(match[2]) > detector.entropy_limit:
             yield text.count("\n", 0, match.start()), match[2]
@@ -117,10 +117,10 @@ def _random(detector: Any, pattern: re.Pattern[str], text: str) -> Iterator[tupl
 def _is_harmless(path: str, lines: Sequence[str], number: int, value: str, detector: Any) -> bool:
     """The filters of detect-secrets, and what the repository's people have marked as harmless."""
     line = lines[number]
-    around = CodeSnippet([lines[number - 1], line] if number else [line], 0, 1 if number else 0)
+    snippet = CodeSnippet([lines[number - 1], line] if number else [line], 0, 1 if number else 0)
     is_pattern = isinstance(detector, RegexBasedDetector)
     return (
-        allowlist.is_line_allowlisted(path, line, around)
+        allowlist.is_line_allowlisted(path, line, snippet)
         or (
             not is_pattern
             and (
@@ -153,13 +153,13 @@ def _detectors() -> list[tuple[Any, list[re.Pattern[str]]]]:
     kinds: Mapping[str, Any] = get_mapping_from_secret_type_to_class()
     return [
         (detector, _patterns(detector))
-        for detector in (kind() for _, kind in sorted(kinds.items()) if kind not in NO_SECRETS)
+        for detector in (kind() for _, kind in sorted(kinds.items()) if kind not in IGNORED_DETECTORS)
     ]
 
 
 def _patterns(detector: Any) -> list[re.Pattern[str]]:
     if isinstance(detector, HighEntropyStringsPlugin):
-        return [re.compile(rf"(['\"])([{re.escape(detector.charset)}]{{{LEAST_RANDOM},}})(\1)")]
+        return [re.compile(rf"(['\"])([{re.escape(detector.charset)}]{{{MIN_RANDOM_LENGTH},}})(\1)")]
     if isinstance(detector, RegexBasedDetector):
-        return [re.compile(one.pattern, one.flags | re.MULTILINE) for one in detector.denylist]
+        return [re.compile(pattern.pattern, pattern.flags | re.MULTILINE) for pattern in detector.denylist]
     return []

@@ -11,91 +11,99 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipelines.guardian.extract_data.cache import COMMIT, Kept, Prepared, Summary
-from pipelines.training.data.content import Content
+from pipelines.guardian.extract_data.cache import COMMIT_PREFIX, ExtractCache, PreparedExample, Summary
+from pipelines.training.data.content import SampleFile
 
 BEGIN, END = b'{"messages":[{"role":"user","content":', b'"}}\n'
 
-ONCE = frozenset({"code", "complete", "section", "commit"})
+UNIQUE_ANSWER_KINDS = frozenset({"code", "complete", "section", "commit"})
 """Kinds whose answers are learned once, however often the repository has them."""
 
 Side = Literal["train", "held_out"]
 
 
 @dataclass
-class Written:
-    train: Content | None = None
-    held_out: Content | None = None
+class SplitResult:
+    train: SampleFile | None = None
+    held_out: SampleFile | None = None
     duplicates: int = 0  # and questions that several files would answer
-    across: int = 0  # changes that touch files of both sides
+    crossing_commits: int = 0  # changes that touch files of both sides
     by_kind: Counter[str] = field(default_factory=Counter[str])
     by_language: Counter[str] = field(default_factory=Counter[str])
 
 
-def write(store: Kept, summaries: Sequence[Summary], commit: str, out: Path, share: float) -> Written:
+def write(store: ExtractCache, summaries: Sequence[Summary], commit: str, out: Path, share: float) -> SplitResult:
     """Write train.jsonl and held_out.jsonl into `out`, as far as there is something to write."""
-    told = [one for one in summaries if one.kinds]
-    held_files = held_out_of((one.key for one in told if not one.key.startswith(COMMIT)), share)
-    sides: dict[str, Side | None] = {one.key: _side(one, held_files, share) for one in told}
-    seen = _Seen(_asked_twice(one for one in told if sides[one.key] is not None))
-    written = Written(across=sum(side is None for side in sides.values()))
+    with_examples = [summary for summary in summaries if summary.kinds]
+    held_files = choose_held_out(
+        (summary.key for summary in with_examples if not summary.key.startswith(COMMIT_PREFIX)), share
+    )
+    sides: dict[str, Side | None] = {summary.key: _side(summary, held_files, share) for summary in with_examples}
+    seen = _Deduplicator(_ambiguous_questions(summary for summary in with_examples if sides[summary.key] is not None))
+    written = SplitResult(crossing_commits=sum(side is None for side in sides.values()))
 
     def of_side(side: Side) -> Iterator[list[bytes]]:
-        for one in told:
-            if sides[one.key] == side:
-                yield list(_lines(one, store.examples(one.key), commit, seen, written))
+        for summary in with_examples:
+            if sides[summary.key] == side:
+                yield list(_lines(summary, store.examples(summary.key), commit, seen, written))
 
     # What is held out goes first: it is the same, whatever else there is to learn.
-    written.held_out = _content(out / "held_out.jsonl", of_side("held_out"))
+    written.held_out = _write_file(out / "held_out.jsonl", of_side("held_out"))
     seen.held_answers, seen.answers = seen.answers, set()
-    written.train = _content(out / "train.jsonl", of_side("train"))
+    written.train = _write_file(out / "train.jsonl", of_side("train"))
     return written
 
 
-def held_out_of(paths: Iterable[str], share: float) -> set[str]:
+def choose_held_out(paths: Iterable[str], share: float) -> set[str]:
     """The files that are held out: by their paths, so that they are the same ones every time.
 
     At least one is, and at least one is not, when there are two.
     """
-    placed = sorted((_place(path), path) for path in paths)
-    chosen = {path for place, path in placed if place < share}
+    placed = sorted((_hash_fraction(path), path) for path in paths)
+    chosen = {path for fraction, path in placed if fraction < share}
     if share and len(placed) > 1:
         chosen = (chosen or {placed[0][1]}) - ({placed[-1][1]} if len(chosen) == len(placed) else set[str]())
     return chosen
 
 
 @dataclass
-class _Seen:
+class _Deduplicator:
     """What was written, and what several files would be asked; by their numbers."""
 
-    asked_twice: set[int]
+    ambiguous_questions: set[int]
     questions: set[int] = field(default_factory=set[int])
     answers: set[int] = field(default_factory=set[int])
     held_answers: set[int] = field(default_factory=set[int])
 
-    def is_new(self, kind: str, asked: int, answered: int) -> bool:
-        if asked in self.questions or answered in self.held_answers or (kind in ONCE and answered in self.answers):
+    def is_new(self, kind: str, question_hash: int, answer_hash: int) -> bool:
+        if (
+            question_hash in self.questions
+            or answer_hash in self.held_answers
+            or (kind in UNIQUE_ANSWER_KINDS and answer_hash in self.answers)
+        ):
             return False
-        self.questions.add(asked)
-        self.answers.add(answered)
+        self.questions.add(question_hash)
+        self.answers.add(answer_hash)
         return True
 
 
-def _lines(one: Summary, examples: Iterable[Prepared], commit: str, seen: _Seen, written: Written) -> Iterator[bytes]:
-    end = (one.key.removeprefix(COMMIT) if one.key.startswith(COMMIT) else commit).encode() + END
-    for kind, asked, exactly_asked, answered, question, exact, rest in examples:
-        if asked in seen.asked_twice:
-            asked, question = exactly_asked, exact
-        if not question or not seen.is_new(kind, asked, answered):
+def _lines(
+    summary: Summary, examples: Iterable[PreparedExample], commit: str, seen: _Deduplicator, written: SplitResult
+) -> Iterator[bytes]:
+    end = (summary.key.removeprefix(COMMIT_PREFIX) if summary.key.startswith(COMMIT_PREFIX) else commit).encode() + END
+    for kind, question_hash, exact_hash, answer_hash, question, exact, rest in examples:
+        if question_hash in seen.ambiguous_questions:
+            question_hash, question = exact_hash, exact
+        if not question or not seen.is_new(kind, question_hash, answer_hash):
             written.duplicates += 1
             continue
         written.by_kind[kind] += 1
-        if one.language:
-            written.by_language[one.language] += 1
+        if summary.language:
+            written.by_language[summary.language] += 1
         yield b"".join((BEGIN, question, rest, end))
 
 
-def _content(path: Path, chunks: Iterable[list[bytes]]) -> Content | None:
+def _write_file(path: Path, chunks: Iterable[list[bytes]]) -> SampleFile | None:
     digest, count = hashlib.sha256(), 0
     with path.open("wb") as file:
         for lines in chunks:
@@ -103,28 +111,28 @@ def _content(path: Path, chunks: Iterable[list[bytes]]) -> Content | None:
             digest.update(chunk)
             file.write(chunk)
             count += len(lines)
-    return Content(path, "chat", digest.hexdigest(), count, path.stat().st_size) if count else None
+    return SampleFile(path, "chat", digest.hexdigest(), count, path.stat().st_size) if count else None
 
 
-def _side(one: Summary, held_files: set[str], share: float) -> Side | None:
+def _side(summary: Summary, held_files: set[str], share: float) -> Side | None:
     """None for a change that is not to be learned, because of what is held out, and not held out itself."""
-    if not one.key.startswith(COMMIT):
-        return "held_out" if one.key in held_files else "train"
-    if _place(one.key) < share:
+    if not summary.key.startswith(COMMIT_PREFIX):
+        return "held_out" if summary.key in held_files else "train"
+    if _hash_fraction(summary.key) < share:
         return "held_out"
-    return "train" if held_files.isdisjoint(one.paths) else None
+    return "train" if held_files.isdisjoint(summary.paths) else None
 
 
-def _asked_twice(told: Iterable[Summary]) -> set[int]:
+def _ambiguous_questions(summaries: Iterable[Summary]) -> set[int]:
     """The questions that more than one file would answer."""
-    once, twice = set[int](), set[int]()
-    for one in told:
-        numbers = set(one.asked)
-        twice |= once & numbers
-        once |= numbers
-    return twice
+    seen_once, seen_twice = set[int](), set[int]()
+    for summary in summaries:
+        numbers = set(summary.question_hashes)
+        seen_twice |= seen_once & numbers
+        seen_once |= numbers
+    return seen_twice
 
 
-def _place(name: str) -> float:
+def _hash_fraction(name: str) -> float:
     """From 0 to 1, the same for the same name, always and everywhere."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

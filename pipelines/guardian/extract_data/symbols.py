@@ -16,7 +16,7 @@ MAX_DEPTH = 50
 
 COMMENTS = frozenset({"comment", "line_comment", "block_comment"})
 CALLABLE = frozenset({"arrow_function", "function_expression", "function", "generator_function"})
-HOLDS_A_VALUE = frozenset(
+VALUE_HOLDERS = frozenset(
     {"variable_declarator", "field_definition", "public_field_definition", "assignment_expression"}
 )
 TYPES = frozenset(
@@ -35,8 +35,8 @@ WRAPPERS = frozenset(
 )
 """Nodes around one declaration that belong to it."""
 DECORATION = frozenset({"decorator", "accessibility_modifier"})
-AFTER_THE_BEGINNING = frozenset({"preproc_include", "import_statement", "import_declaration", "package_declaration"})
-RUN = frozenset({"function", "method", "constructor"})
+PREAMBLE_NODES = frozenset({"preproc_include", "import_statement", "import_declaration", "package_declaration"})
+RUNNABLE_KINDS = frozenset({"function", "method", "constructor"})
 """What has statements, so that it can be completed."""
 
 
@@ -53,14 +53,14 @@ class Symbol:
 
 
 @dataclass(frozen=True)
-class Found:
+class FileSymbols:
     doc: str = ""  # what the file says of itself
     doc_lines: tuple[int, int] = (1, 1)
     symbols: list[Symbol] = field(default_factory=list[Symbol])
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Context:
     language: Language
     lines: list[str]
     scope: tuple[str, ...] = ()
@@ -68,16 +68,16 @@ class _Place:
     depth: int = 0
 
 
-def find(text: str, language: Language) -> Found:
+def find(text: str, language: Language) -> FileSymbols:
     """Every declaration of a file that is whole, in its order. What is inside a function belongs to that function."""
     root = parser_of(language.grammar).parse(text.encode()).root_node
-    place = _Place(language, text.split("\n"))
-    doc, lines = _of_the_file(root, language)
-    return Found(doc, lines, list(_declared(root, place)))
+    context = _Context(language, text.split("\n"))
+    doc, lines = _file_doc(root, language)
+    return FileSymbols(doc, lines, list(_declared(root, context)))
 
 
-def _declared(parent: "Node", place: _Place) -> Iterator[Symbol]:
-    if place.depth > MAX_DEPTH:
+def _declared(parent: "Node", context: _Context) -> Iterator[Symbol]:
+    if context.depth > MAX_DEPTH:
         return
     above = _before_block(parent)
     end = -1
@@ -89,7 +89,7 @@ def _declared(parent: "Node", place: _Place) -> Iterator[Symbol]:
             above = [*above, node] if is_own_line else []
         else:
             touching = above if above and _last_row(above[-1]) + 1 >= node.start_point.row else []
-            yield from _of_node(node, node, touching, place)
+            yield from _of_node(node, node, touching, context)
             above = []
         end = _last_row(node)
 
@@ -104,33 +104,35 @@ def _before_block(block: "Node") -> "list[Node]":
     return before
 
 
-def _of_node(node: "Node", outer: "Node", above: "Sequence[Node]", place: _Place) -> Iterator[Symbol]:
+def _of_node(node: "Node", outer: "Node", above: "Sequence[Node]", context: _Context) -> Iterator[Symbol]:
     """What a node declares. `outer` is the whole of it, with decorators and the like."""
-    if kind := _kind(node, place):
-        yield from _of_declaration(node, kind, outer, above, place)
-    elif node.type in place.language.around:
-        inner = [one for one in node.named_children if one.type not in COMMENTS | DECORATION]
+    if kind := _kind(node, context):
+        yield from _of_declaration(node, kind, outer, above, context)
+    elif node.type in context.language.containers:
+        inner = [child for child in node.named_children if child.type not in COMMENTS | DECORATION]
         is_group = node.type == "type_declaration" and len(inner) < node.named_child_count
         if len(inner) == 1 and node.type in WRAPPERS and not is_group:
-            yield from _of_node(inner[0], outer, above, place)
+            yield from _of_node(inner[0], outer, above, context)
         else:
-            yield from _declared(node, place)
+            yield from _declared(node, context)
 
 
-def _of_declaration(node: "Node", kind: str, outer: "Node", above: "Sequence[Node]", place: _Place) -> Iterator[Symbol]:
+def _of_declaration(
+    node: "Node", kind: str, outer: "Node", above: "Sequence[Node]", context: _Context
+) -> Iterator[Symbol]:
     name = _name(node)
     if not name:
         return
     inner = _value(node)
     body = inner.child_by_field_name("body")
-    names = [*place.scope, _receiver(node), name]
-    full_name = place.language.separator.join(one for one in names if one)
+    names = [*context.scope, _receiver(node), name]
+    full_name = context.language.separator.join(part for part in names if part)
     if kind != "implementation" and not node.has_error:
-        symbol = _symbol(node, kind, full_name, outer, above, body, place)
+        symbol = _symbol(node, kind, full_name, outer, above, body, context)
         if symbol is not None:
             yield symbol
     if body is not None and kind in TYPES | {"module"}:
-        within = _Place(place.language, place.lines, (*place.scope, name), kind, place.depth + 1)
+        within = _Context(context.language, context.lines, (*context.scope, name), kind, context.depth + 1)
         yield from _declared(body, within)
 
 
@@ -141,36 +143,38 @@ def _symbol(
     outer: "Node",
     above: "Sequence[Node]",
     body: "Node | None",
-    place: _Place,
+    context: _Context,
 ) -> Symbol | None:
-    before = [one for one in above if not (one.type in COMMENTS and comments.is_licence(_text(one)))]
-    told = [_text(one) for one in before if one.type in COMMENTS]
-    doc = (_docstring(body) if place.language is PYTHON and body is not None else "") or comments.comment(told)
-    shown = before if doc or any(one.type == "attribute_item" for one in before) else []
-    if place.language is PYTHON:
+    before = [item for item in above if not (item.type in COMMENTS and comments.is_licence(_text(item)))]
+    comment_texts = [_text(item) for item in before if item.type in COMMENTS]
+    doc = (_docstring(body) if context.language is PYTHON and body is not None else "") or comments.clean_comment(
+        comment_texts
+    )
+    shown = before if doc or any(item.type == "attribute_item" for item in before) else []
+    if context.language is PYTHON:
         shown = []
     first = shown[0].start_point.row if shown else outer.start_point.row
     last = _last_row(outer)
-    start = place.lines[first]
+    start = context.lines[first]
     if start[: len(start) - len(start.lstrip())] != start[: (shown[0] if shown else outer).start_point.column]:
         return None  # something else begins in this line, as in code that was packed
-    code = _dedented(place.lines[first : last + 1])
-    is_defined = body is not None or kind not in RUN
-    cuts = tuple(_cuts(body, first)) if body is not None and kind in RUN else ()
+    code = _dedented(context.lines[first : last + 1])
+    is_defined = body is not None or kind not in RUNNABLE_KINDS
+    cuts = tuple(_cuts(body, first)) if body is not None and kind in RUNNABLE_KINDS else ()
     return Symbol(kind, name, first + 1, last + 1, code, doc, is_defined, cuts)
 
 
-def _kind(node: "Node", place: _Place) -> str | None:
-    kind = place.language.kinds.get(node.type)
+def _kind(node: "Node", context: _Context) -> str | None:
+    kind = context.language.kinds.get(node.type)
     if kind is None:
         return None
-    if node.type in HOLDS_A_VALUE and _value(node) is node:
+    if node.type in VALUE_HOLDERS and _value(node) is node:
         return None
-    if place.language is C and not _is_c_declaration(node):
+    if context.language is C and not _is_c_declaration(node):
         return None
     if _value(node).type in {"class", "class_expression"}:
         return "class"
-    if kind == "function" and place.inside in TYPES - {"namespace"}:
+    if kind == "function" and context.inside in TYPES - {"namespace"}:
         return "method"
     if kind == "type":
         specified = node.child_by_field_name("type")
@@ -216,7 +220,7 @@ def _receiver(node: "Node") -> str:
 
 def _value(node: "Node") -> "Node":
     """The function or class that a name is given to, or else the node itself."""
-    if node.type not in HOLDS_A_VALUE:
+    if node.type not in VALUE_HOLDERS:
         return node
     value = node.child_by_field_name("value") or node.child_by_field_name("right")
     return value if value is not None and value.type in CALLABLE | {"class", "class_expression"} else node
@@ -236,28 +240,28 @@ def _innermost(declarator: "Node | None") -> "Node | None":
     """The name in what C calls a declarator."""
     while declarator is not None and declarator.type not in {"type_identifier", "identifier"}:
         inner = declarator.child_by_field_name("declarator")
-        declarator = inner or next((one for one in declarator.named_children), None)
+        declarator = inner or next((child for child in declarator.named_children), None)
     return declarator
 
 
-def _of_the_file(root: "Node", language: Language) -> tuple[str, tuple[int, int]]:
+def _file_doc(root: "Node", language: Language) -> tuple[str, tuple[int, int]]:
     """What stands at the very top and speaks of the file, not of what comes next."""
     if language is PYTHON:
         doc = _docstring(root)
-        first = next((one for one in root.named_children if one.type not in COMMENTS), root)
+        first = next((node for node in root.named_children if node.type not in COMMENTS), root)
         return doc, (first.start_point.row + 1, _last_row(first) + 1)
-    comment = _comment_of_the_file(root, language)
+    comment = _file_comment(root, language)
     if not comment:
         return "", (1, 1)
-    return comments.comment([_text(one) for one in comment]), (
+    return comments.clean_comment([_text(node) for node in comment]), (
         comment[0].start_point.row + 1,
         _last_row(comment[-1]) + 1,
     )
 
 
-def _comment_of_the_file(root: "Node", language: Language) -> "list[Node]":
+def _file_comment(root: "Node", language: Language) -> "list[Node]":
     nodes = root.named_children
-    begin = next((number for number, one in enumerate(nodes) if one.type not in COMMENTS), len(nodes))
+    begin = next((number for number, item in enumerate(nodes) if item.type not in COMMENTS), len(nodes))
     groups: list[list[Node]] = []
     for node in nodes[:begin]:
         if comments.is_licence(_text(node)) or (language is RUST and not _text(node).startswith(("//!", "/*!"))):
@@ -267,42 +271,48 @@ def _comment_of_the_file(root: "Node", language: Language) -> "list[Node]":
         else:
             groups.append([node])
     if not groups or language is RUST:
-        return [one for group in groups for one in group]
+        return [item for group in groups for item in group]
     following = nodes[begin] if begin < len(nodes) else None
-    is_apart = following is None or following.start_point.row > _last_row(groups[-1][-1]) + 1
+    is_separate = following is None or following.start_point.row > _last_row(groups[-1][-1]) + 1
     if language is GO:
-        return [] if is_apart else groups[-1]
-    of_the_file = len(groups) > 1 or is_apart or (following is not None and following.type in AFTER_THE_BEGINNING)
-    return groups[0] if of_the_file else []
+        return [] if is_separate else groups[-1]
+    belongs_to_file = len(groups) > 1 or is_separate or (following is not None and following.type in PREAMBLE_NODES)
+    return groups[0] if belongs_to_file else []
 
 
 def _docstring(body: "Node") -> str:
     first = _doc_node(body)
     if first is None:
         return ""
-    return comments.docstring("".join(_text(part) for part in first.named_children if part.type == "string_content"))
+    return comments.clean_docstring(
+        "".join(_text(part) for part in first.named_children if part.type == "string_content")
+    )
 
 
 def _doc_node(body: "Node") -> "Node | None":
-    first = next((one for one in body.named_children if one.type not in COMMENTS), None)
+    first = next((child for child in body.named_children if child.type not in COMMENTS), None)
     if first is None or first.type != "expression_statement" or not first.named_children:
         return None
     string = first.named_children[0]
-    is_text = string.type == "string" and not any(one.type == "interpolation" for one in string.named_children)
+    is_text = string.type == "string" and not any(child.type == "interpolation" for child in string.named_children)
     return string if is_text else None
 
 
 def _cuts(body: "Node", first: int) -> Iterator[int]:
     """The lines in which statements begin that end with the lines before."""
     doc = _doc_node(body)
-    held = body.named_children
-    if len(held) == 1 and held[0].type == "statement_list":
-        held = held[0].named_children
-    statements = [one for one in held if one.type not in COMMENTS and (doc is None or one.start_byte != doc.start_byte)]
+    children = body.named_children
+    if len(children) == 1 and children[0].type == "statement_list":
+        children = children[0].named_children
+    statements = [
+        statement
+        for statement in children
+        if statement.type not in COMMENTS and (doc is None or statement.start_byte != doc.start_byte)
+    ]
     if statements and (_row_before(statements[0], body) < statements[0].start_point.row):
         yield statements[0].start_point.row - first
-    for one, following in pairwise(statements):
-        if following.start_point.row > _last_row(one):
+    for statement, following in pairwise(statements):
+        if following.start_point.row > _last_row(statement):
             yield following.start_point.row - first
 
 

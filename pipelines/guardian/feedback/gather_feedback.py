@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 from sqlalchemy import select
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from jobs.context import Context
 from jobs.registry import job
 from pipelines.guardian.feedback import store as feedback_store
@@ -19,16 +19,16 @@ from pipelines.guardian.feedback.store import Feedback, FeedbackFilter
 from pipelines.training.data import content as data_content
 from pipelines.training.data import datasets, prompts
 from pipelines.training.data.datasets import Dataset
-from pipelines.training.data.parsing import EmptyData, lines_of, read
+from pipelines.training.data.parsing import EmptyData, read_lines, read_samples
 from pipelines.training.data.prompts import Prompt
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.spec import ModelName, PromptFilter, Spec
 
 HELD_OUT_EVERY = 10
 """One question in so many is not learned, and always the same ones."""
 
 
-class GatherSpec(Spec):
+class GatherFeedbackSpec(Spec):
     """Learn from the feedback on a model, beside other data if there is some."""
 
     model: ModelName
@@ -36,25 +36,25 @@ class GatherSpec(Spec):
     held_out: str | None = Field(default=None, max_length=200, description="What is held out of that.")
 
 
-@job("gather_feedback", spec=GatherSpec, admin_only=True)
-def gather_feedback(context: Context, spec: GatherSpec) -> dict[str, Any]:
+@job("gather_feedback", spec=GatherFeedbackSpec, admin_only=True)
+def gather_feedback(context: Context, spec: GatherFeedbackSpec) -> dict[str, Any]:
     """Turns the feedback on a model into training prompts, and all such prompts into data to learn from."""
     context.report(phase="turning feedback into prompts")
-    learned, conversations = asyncio.run(apart(lambda database: _prompts(database, spec.model)))
+    learned, conversations = asyncio.run(with_own_database(lambda database: _prompts(database, spec.model)))
     if not conversations and spec.train is None:
         raise EmptyData(f"There is no feedback on {spec.model} that anything could be learned from.")
     train, held_out = split(conversations)
     context.report(progress=30, phase="writing datasets")
-    made = asyncio.run(apart(lambda database: _datasets(database, spec, train, held_out)))
-    told = {name: {"dataset": dataset.id, "samples": dataset.samples} for name, dataset in made.items()}
-    return {"model": spec.model, "prompts": len(conversations), "new_prompts": learned, **told}
+    created = asyncio.run(with_own_database(lambda database: _datasets(database, spec, train, held_out)))
+    parts = {name: {"dataset": dataset.id, "samples": dataset.samples} for name, dataset in created.items()}
+    return {"model": spec.model, "prompts": len(conversations), "new_prompts": learned, **parts}
 
 
 def split(conversations: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """What is learned and what is held out. A question is on one side, whatever was answered to it."""
     by_question: dict[int, list[Sample]] = {}
     for sample in conversations:
-        by_question.setdefault(_number(sample), []).append(sample)
+        by_question.setdefault(_question_hash(sample), []).append(sample)
     hidden = [number for number in sorted(by_question) if number % HELD_OUT_EVERY == 0]
     if not hidden and len(by_question) > 1:
         hidden = [min(by_question)]
@@ -68,66 +68,66 @@ async def _prompts(database: Database, model: str) -> tuple[int, list[Sample]]:
     learned = 0
     while True:
         async with database.transaction() as session:
-            some = await feedback_store.learn(session, FeedbackFilter(model=model, tags=["feedback", model]))
-            learned += len(some.prompt_ids)
-        if not some.left:
+            result = await feedback_store.learn(session, FeedbackFilter(model=model, tags=["feedback", model]))
+            learned += len(result.prompt_ids)
+        if not result.remaining:
             break
-    async with database.reading() as session:
-        made = select(Prompt.id).join(Feedback, Feedback.prompt_id == Prompt.id).where(Feedback.model == model)
-        ids = list(await session.scalars(made))
-        return learned, await prompts.samples(session, PromptFilter(ids=ids)) if ids else []
+    async with database.read_transaction() as session:
+        query = select(Prompt.id).join(Feedback, Feedback.prompt_id == Prompt.id).where(Feedback.model == model)
+        ids = list(await session.scalars(query))
+        return learned, await prompts.load_samples(session, PromptFilter(ids=ids)) if ids else []
 
 
 async def _datasets(
-    database: Database, spec: GatherSpec, train: Sequence[Sample], held_out: Sequence[Sample]
+    database: Database, spec: GatherFeedbackSpec, train: Sequence[Sample], held_out: Sequence[Sample]
 ) -> dict[str, Dataset]:
     """Both parts, each beside what is there already. Nothing that one of them holds out is learned."""
-    secret: set[bytes] = set()
+    hidden: set[bytes] = set()
 
-    def hide(sample: Sample | Pair) -> bool:
-        secret.add(_identity(sample))
+    def hold_out(sample: Sample | PreferencePair) -> bool:
+        hidden.add(_identity(sample))
         return True
 
-    def is_open(sample: Sample | Pair) -> bool:
-        return _identity(sample) not in secret
+    def is_learnable(sample: Sample | PreferencePair) -> bool:
+        return _identity(sample) not in hidden
 
-    made: dict[str, Dataset] = {}
+    created: dict[str, Dataset] = {}
     with tempfile.TemporaryDirectory(prefix="forgearr-feedback-") as folder:
-        for part, beside, own, is_wanted in (
-            ("held_out", spec.held_out, held_out, hide),
-            ("train", spec.train, train, is_open),
+        for part, base_reference, own, is_included in (
+            ("held_out", spec.held_out, held_out, hold_out),
+            ("train", spec.train, train, is_learnable),
         ):
-            known = await _find(database, beside) if beside else None
-            samples = filter(is_wanted, chain(_samples(known, Path(folder)), own))
+            base = await _find(database, base_reference) if base_reference else None
+            samples = filter(is_included, chain(_samples(base, Path(folder)), own))
             name = f"feedback/{spec.model[:80]}/{part.replace('_', '-')}"
             path = Path(folder) / f"{part}.jsonl"
-            content = await asyncio.to_thread(data_content.write, samples, path, name)
-            source = {"feedback": spec.model, "prompts": len(own), "beside": beside}
-            made[part] = await datasets.keep(database, name, content, source)
-    return {"train": made["train"], "held_out": made["held_out"]}
+            content = await asyncio.to_thread(data_content.write_samples, samples, path, name)
+            source = {"feedback": spec.model, "prompts": len(own), "beside": base_reference}
+            created[part] = await datasets.store_dataset(database, name, content, source)
+    return {"train": created["train"], "held_out": created["held_out"]}
 
 
 async def _find(database: Database, reference: str) -> Dataset:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         return await datasets.find(session, reference)
 
 
-def _samples(dataset: Dataset | None, folder: Path) -> Iterator[Sample | Pair]:
+def _samples(dataset: Dataset | None, folder: Path) -> Iterator[Sample | PreferencePair]:
     if dataset is None:
         return
-    place = folder / dataset.id
-    place.mkdir()
-    with datasets.fetch(dataset, place).open("rb") as file:
-        yield from read(lines_of(file), dataset.name)
+    download_folder = folder / dataset.id
+    download_folder.mkdir()
+    with datasets.fetch(dataset, download_folder).open("rb") as file:
+        yield from read_samples(read_lines(file), dataset.name)
 
 
-def _number(sample: Sample) -> int:
+def _question_hash(sample: Sample) -> int:
     """Of a question, stable for good."""
-    asked = next(message.content or "" for message in sample.messages if message.role == "user")
-    return int.from_bytes(hashlib.sha256(asked.strip().encode()).digest()[:8])
+    question = next(message.content or "" for message in sample.messages if message.role == "user")
+    return int.from_bytes(hashlib.sha256(question.strip().encode()).digest()[:8])
 
 
-def _identity(sample: Sample | Pair) -> bytes:
+def _identity(sample: Sample | PreferencePair) -> bytes:
     """Wherever it is from."""
-    told = sample.model_dump_json(include={"messages", "tools", "chosen", "rejected"})
-    return hashlib.blake2b(told.encode(), digest_size=16).digest()
+    document = sample.model_dump_json(include={"messages", "tools", "chosen", "rejected"})
+    return hashlib.blake2b(document.encode(), digest_size=16).digest()

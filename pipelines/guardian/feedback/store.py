@@ -11,18 +11,18 @@ from sqlalchemy import ColumnElement, Index, Select, String, Text, and_, func, o
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster.db import Base, now, one_at_a_time
+from cluster.db import Base, advisory_lock, now
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, NotFound
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from pipelines.training.data import prompts
 from pipelines.training.data.messages import Message, Tool
-from pipelines.training.data.parsing import sentence
-from pipelines.training.data.prompts import PromptRequest, Tags, Told
+from pipelines.training.data.parsing import first_error_message
+from pipelines.training.data.prompts import OrderedJson, PromptRequest, Tags
 from pipelines.training.models import versions as models_versions
 from pipelines.training.models.versions import ModelNotFound
 
-LEARNED_AT_ONCE = 1000
+MAX_LEARNED = 1000
 
 Target = Literal["chat_completion", "tool_call", "agent_message", "response"]
 Rating = Literal["up", "down"]
@@ -53,10 +53,10 @@ class Feedback(Base):
     target_id: Mapped[str] = mapped_column(String(200))
     rating: Mapped[str] = mapped_column(String(4))
     model: Mapped[str | None] = mapped_column(String(300))  # whatever version answered
-    messages: Mapped[Any | None] = mapped_column(Told)  # the conversation before the answer
-    tools: Mapped[Any | None] = mapped_column(Told)
-    answer: Mapped[Any | None] = mapped_column(Told)  # the assistant's message
-    correction: Mapped[Any | None] = mapped_column(Told)  # the one that it should have been
+    messages: Mapped[Any | None] = mapped_column(OrderedJson)  # the conversation before the answer
+    tools: Mapped[Any | None] = mapped_column(OrderedJson)
+    answer: Mapped[Any | None] = mapped_column(OrderedJson)  # the assistant's message
+    correction: Mapped[Any | None] = mapped_column(OrderedJson)  # the one that it should have been
     comment: Mapped[str | None] = mapped_column(Text)
     prompt_id: Mapped[int | None] = mapped_column(Counter)  # the prompt made of it, which may have been deleted since
     owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
@@ -86,19 +86,19 @@ class FeedbackRequest(BaseModel):
     comment: str | None = Field(default=None, max_length=10_000)
 
     @model_validator(mode="after")
-    def make_sense(self) -> Self:
+    def validate_combination(self) -> Self:
         for name in ("answer", "correction"):
-            said = getattr(self, name)
-            if isinstance(said, Message) and said.role != "assistant":
-                raise ValueError(f"{name}: the assistant's message, not the {said.role}'s")
-            if isinstance(said, str) and not said.strip():
+            value = getattr(self, name)
+            if isinstance(value, Message) and value.role != "assistant":
+                raise ValueError(f"{name}: the assistant's message, not the {value.role}'s")
+            if isinstance(value, str) and not value.strip():
                 raise ValueError(f"{name}: it says nothing")
-        if self.messages is not None and (lesson := self.correction or self.answer) is not None:
-            _lesson(self.messages, self.tools, lesson, "feedback", None, [])
+        if self.messages is not None and (target_answer := self.correction or self.answer) is not None:
+            _build_prompt(self.messages, self.tools, target_answer, "feedback", None, [])
         return self
 
     @property
-    def lacks(self) -> str | None:
+    def missing_field(self) -> str | None:
         """What nothing could be learned without."""
         if self.rating == "down" and self.correction is None:
             return None
@@ -112,84 +112,84 @@ class FeedbackFilter(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    ids: list[Id] | None = Field(default=None, min_length=1, max_length=LEARNED_AT_ONCE)
+    ids: list[Id] | None = Field(default=None, min_length=1, max_length=MAX_LEARNED)
     model: str | None = Field(default=None, min_length=1, max_length=300)
     rating: Rating | None = None
     category: str | None = Field(default="feedback", min_length=1, max_length=100, description="Of the new prompts.")
     tags: Tags = Field(default=["feedback"], description="Of the new prompts.")
 
     @model_validator(mode="after")
-    def say_which(self) -> Self:
+    def validate_filter(self) -> Self:
         if self.ids is None and self.model is None and self.rating is None:
             raise ValueError("say which feedback: ids, a model or a rating")
         return self
 
 
 @dataclass
-class Learned:
+class LearnResult:
     prompt_ids: list[int] = field(default_factory=list[int])
     skipped: dict[str, str] = field(default_factory=dict[str, str])
     """Which feedback nothing was learned from, and why."""
-    left: int = 0
+    remaining: int = 0
     """How much more there is for another time."""
 
 
-async def give(session: AsyncSession, request: FeedbackRequest, owner: Owner = LOCAL) -> tuple[Feedback, bool]:
+async def save(session: AsyncSession, request: FeedbackRequest, owner: Owner = LOCAL_OWNER) -> tuple[Feedback, bool]:
     """Keep feedback, instead of what its giver has said of the same answer before; and whether it is the first."""
-    await one_at_a_time(session, f"feedback {owner.id} {request.target_id}")
+    await advisory_lock(session, f"feedback {owner.id} {request.target_id}")
     same = (Feedback.target == request.target, Feedback.target_id == request.target_id)
-    known = await session.scalar(select(Feedback).where(*same, Feedback.owner_id == owner.id))
-    if known is not None and known.prompt_id is not None:
+    existing = await session.scalar(select(Feedback).where(*same, Feedback.owner_id == owner.id))
+    if existing is not None and existing.prompt_id is not None:
         raise FeedbackLearned(
-            f"A training prompt has been made of {known.id} already: change prompt {known.prompt_id}."
+            f"A training prompt has been made of {existing.id} already: change prompt {existing.prompt_id}."
         )
     columns = _columns(request)
-    if known is None:
-        given = Feedback(**columns, owner_id=owner.id, created_by=owner.name)
-        session.add(given)
+    if existing is None:
+        feedback = Feedback(**columns, owner_id=owner.id, created_by=owner.name)
+        session.add(feedback)
     else:
-        given = known
+        feedback = existing
         for name, value in columns.items():
-            setattr(given, name, value)
+            setattr(feedback, name, value)
     await session.flush()
-    return given, known is None
+    return feedback, existing is None
 
 
-async def find(session: AsyncSession, feedback_id: str, owner: Owner = LOCAL, *, lock: bool = False) -> Feedback:
-    found = await session.get(Feedback, feedback_id, with_for_update=lock)
-    if found is None or not (owner.is_admin or found.owner_id == owner.id):
+async def find(session: AsyncSession, feedback_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Feedback:
+    feedback = await session.get(Feedback, feedback_id, with_for_update=lock)
+    if feedback is None or not (owner.is_admin or feedback.owner_id == owner.id):
         raise FeedbackNotFound(f"There is no feedback '{feedback_id}'.")
-    return found
+    return feedback
 
 
 def visible_to(owner: Owner) -> Select[Feedback]:
     return select(Feedback) if owner.is_admin else select(Feedback).where(Feedback.owner_id == owner.id)
 
 
-async def learn(session: AsyncSession, wanted: FeedbackFilter, owner: Owner = LOCAL) -> Learned:
+async def learn(session: AsyncSession, filters: FeedbackFilter, owner: Owner = LOCAL_OWNER) -> LearnResult:
     """Make a training prompt of each, once: of a correction, else of an answer that was found good."""
     query = visible_to(owner)
-    if wanted.model is not None:
-        query = query.where(Feedback.model == name_of(wanted.model))
-    if wanted.rating is not None:
-        query = query.where(Feedback.rating == wanted.rating)
-    if wanted.ids is None:
-        query = query.where(Feedback.prompt_id.is_(None), _has_lesson())
+    if filters.model is not None:
+        query = query.where(Feedback.model == base_name(filters.model))
+    if filters.rating is not None:
+        query = query.where(Feedback.rating == filters.rating)
+    if filters.ids is None:
+        query = query.where(Feedback.prompt_id.is_(None), _is_learnable())
     else:
-        query = query.where(Feedback.id.in_(wanted.ids))
+        query = query.where(Feedback.id.in_(filters.ids))
     total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-    oldest_first = query.order_by(Feedback.created_at, Feedback.id).limit(LEARNED_AT_ONCE)
+    oldest_first = query.order_by(Feedback.created_at, Feedback.id).limit(MAX_LEARNED)
     chosen = list(await session.scalars(oldest_first.with_for_update()))
-    missing = sorted(set(wanted.ids or ()) - {one.id for one in chosen})
-    if missing and wanted.model is None and wanted.rating is None:
+    missing = sorted(set(filters.ids or ()) - {feedback.id for feedback in chosen})
+    if missing and filters.model is None and filters.rating is None:
         raise FeedbackNotFound(f"There is no feedback '{missing[0]}'.")
-    learned = Learned(left=total - len(chosen))
-    for one in chosen:
-        if reason := _nothing_in(one):
-            learned.skipped[one.id] = reason
+    learned = LearnResult(remaining=total - len(chosen))
+    for feedback in chosen:
+        if reason := _skip_reason(feedback):
+            learned.skipped[feedback.id] = reason
             continue
-        prompt = await prompts.create(session, as_prompt(one, wanted.category, wanted.tags), owner)
-        one.prompt_id = prompt.id
+        prompt = await prompts.create(session, to_prompt(feedback, filters.category, filters.tags), owner)
+        feedback.prompt_id = prompt.id
         learned.prompt_ids.append(prompt.id)
     await session.flush()
     return learned
@@ -197,32 +197,32 @@ async def learn(session: AsyncSession, wanted: FeedbackFilter, owner: Owner = LO
 
 async def count_new(session: AsyncSession, model: str) -> int:
     """How much feedback on a model there is to learn from, and has not been learned from yet."""
-    new = (Feedback.model == name_of(model), Feedback.prompt_id.is_(None), _has_lesson())
+    new = (Feedback.model == base_name(model), Feedback.prompt_id.is_(None), _is_learnable())
     return await session.scalar(select(func.count()).select_from(Feedback).where(*new)) or 0
 
 
-async def was_learned(session: AsyncSession, model: str) -> bool:
+async def has_learned(session: AsyncSession, model: str) -> bool:
     """Whether training prompts were made of feedback on this model."""
-    learned = (Feedback.model == name_of(model), Feedback.prompt_id.is_not(None))
+    learned = (Feedback.model == base_name(model), Feedback.prompt_id.is_not(None))
     return await session.scalar(select(Feedback.id).where(*learned).limit(1)) is not None
 
 
-def as_prompt(feedback: Feedback, category: str | None, tags: Sequence[str]) -> PromptRequest:
+def to_prompt(feedback: Feedback, category: str | None, tags: Sequence[str]) -> PromptRequest:
     messages = [Message.model_validate(message) for message in feedback.messages or ()]
     tools = [Tool.model_validate(tool) for tool in feedback.tools or ()] or None
-    lesson = Message.model_validate(feedback.correction or feedback.answer)
-    return _lesson(messages, tools, lesson, f"Feedback on {feedback.target_id}"[:200], category, tags)
+    answer = Message.model_validate(feedback.correction or feedback.answer)
+    return _build_prompt(messages, tools, answer, f"Feedback on {feedback.target_id}"[:200], category, tags)
 
 
-def name_of(model: str) -> str:
+def base_name(model: str) -> str:
     """homelab:latest and homelab:v3 are homelab; names of others stay as they are."""
     try:
-        return models_versions.parse(model)[0]
+        return models_versions.parse_reference(model)[0]
     except ModelNotFound:
         return model
 
 
-def _lesson(
+def _build_prompt(
     messages: Sequence[Message],
     tools: list[Tool] | None,
     answer: str | Message,
@@ -234,7 +234,7 @@ def _lesson(
     system, rest = (messages[0].content, messages[1:]) if messages[0].role == "system" else (None, messages)
     if not rest or rest[0].role != "user" or rest[-1].role == "assistant":
         raise ValueError("messages: begin with what the user asked, and end before the answer")
-    told = answer if isinstance(answer, Message) else Message(role="assistant", content=answer)
+    message = answer if isinstance(answer, Message) else Message(role="assistant", content=answer)
     try:
         return PromptRequest(
             name=name,
@@ -242,31 +242,31 @@ def _lesson(
             system_prompt=system,
             user_input=cast(str, rest[0].content),
             messages=list(rest[1:]) or None,
-            expected_output=told.content,
-            tool_calls=told.tool_calls,
+            expected_output=message.content,
+            tool_calls=message.tool_calls,
             tools=tools,
             tags=list(tags),
         )
     except ValidationError as error:
-        raise ValueError(sentence(error)) from None
+        raise ValueError(first_error_message(error)) from None
 
 
 def _columns(request: FeedbackRequest) -> dict[str, Any]:
-    told = request.model_dump(exclude_none=True)
-    columns = {name: told.get(name) for name in FeedbackRequest.model_fields}
+    fields = request.model_dump(exclude_none=True)
+    columns = {name: fields.get(name) for name in FeedbackRequest.model_fields}
     for name in ("answer", "correction"):
-        if isinstance(said := columns[name], str):
-            columns[name] = {"role": "assistant", "content": said}
-    columns["model"] = name_of(request.model) if request.model else None
+        if isinstance(value := columns[name], str):
+            columns[name] = {"role": "assistant", "content": value}
+    columns["model"] = base_name(request.model) if request.model else None
     return columns
 
 
-def _has_lesson() -> ColumnElement[bool]:
+def _is_learnable() -> ColumnElement[bool]:
     approved = and_(Feedback.rating == "up", Feedback.answer.is_not(None))
     return and_(Feedback.messages.is_not(None), or_(Feedback.correction.is_not(None), approved))
 
 
-def _nothing_in(feedback: Feedback) -> str | None:
+def _skip_reason(feedback: Feedback) -> str | None:
     """Why no prompt is made of it."""
     if feedback.prompt_id is not None:
         return f"prompt {feedback.prompt_id} has been made of it already"

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 
-FOREIGN = {
+HOOK_VARIABLES = {
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
     "GIT_COMMON_DIR",
     "GIT_CONFIG",
@@ -28,7 +28,7 @@ FOREIGN = {
 }
 """What git tells the hooks that it runs. Whoever was started by one would look into the wrong repository."""
 
-OVERRULED = {
+SAFE_CONFIG = {
     "safe.directory": "*",  # its owner may be somebody else: nothing of it is run
     "core.fsmonitor": "false",
     "core.hooksPath": os.devnull,
@@ -39,11 +39,11 @@ OVERRULED = {
 }
 
 
-def environment(settings: Mapping[str, str] | None = None, protocols: str = "none") -> dict[str, str]:
+def git_environment(settings: Mapping[str, str] | None = None, protocols: str = "none") -> dict[str, str]:
     """The variables for git, with these settings above all others."""
-    for name in FOREIGN & os.environ.keys():
+    for name in HOOK_VARIABLES & os.environ.keys():
         del os.environ[name]
-    told = {**OVERRULED, **(settings or {})}
+    config = {**SAFE_CONFIG, **(settings or {})}
     variables = {
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_ASKPASS": "",
@@ -55,21 +55,21 @@ def environment(settings: Mapping[str, str] | None = None, protocols: str = "non
         "GIT_ALLOW_PROTOCOL": protocols,
         "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND")
         or "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15",
-        "GIT_CONFIG_COUNT": str(len(told)),
+        "GIT_CONFIG_COUNT": str(len(config)),
     }
-    for number, (name, value) in enumerate(told.items()):
+    for number, (name, value) in enumerate(config.items()):
         variables[f"GIT_CONFIG_KEY_{number}"], variables[f"GIT_CONFIG_VALUE_{number}"] = name, value
     return variables
 
 
-def first_fault(told: str) -> str:
+def first_error(output: str) -> str:
     """What git gave up over: it may go on to say what to do about it."""
-    fault = re.search(r"^(?:fatal|error): (.+)$", told, re.MULTILINE)
-    return fault[1][:300] if fault else last_words(told)
+    error = re.search(r"^(?:fatal|error): (.+)$", output, re.MULTILINE)
+    return error[1][:300] if error else last_line(output)
 
 
-def last_words(told: str | bytes) -> str:
+def last_line(output: str | bytes) -> str:
     """The last line that git has printed, of which a progress bar draws many over each other."""
-    text = told.decode(errors="replace") if isinstance(told, bytes) else told
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output
     lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
     return lines[-1][:300] if lines else ""

@@ -18,7 +18,7 @@ class InvalidPath(InvalidRequest):
     code = "INVALID_REPOSITORY_PATH"
 
 
-def mirror_of(repository_id: str) -> Path:
+def mirror_path(repository_id: str) -> Path:
     """Where the objects of a repository with an address are kept on this machine."""
     return home() / "cache" / "repositories" / f"{repository_id}.git"
 
@@ -38,12 +38,12 @@ def checked_folder(path: str) -> Path:
     except RuntimeError:
         raise InvalidPath(f"There is no such home folder: {path}") from None
     if named.is_absolute():
-        return _resolved(named)
-    candidates = [_resolved(root / named) for root in _roots()]
+        return _resolve_inside_roots(named)
+    candidates = [_resolve_inside_roots(root / named) for root in _roots()]
     return next((folder for folder in candidates if _exists(folder)), candidates[0])
 
 
-def _resolved(named: Path) -> Path:
+def _resolve_inside_roots(named: Path) -> Path:
     try:
         folder = named.resolve()
     except (OSError, RuntimeError) as error:

@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 import git
 
 from cluster.errors import InvalidRequest, Unavailable
-from pipelines.guardian.git.env import environment, first_fault, last_words
-from pipelines.guardian.git.urls import SCHEMES, Remote, address_of
+from pipelines.guardian.git.env import first_error, git_environment, last_line
+from pipelines.guardian.git.urls import SCHEMES, RemoteRepository, resolve_address
 
 DEPTH = 1000
 """How many commits back a mirror goes."""
 STALLED_SECONDS = 60
-TIP = "refs/forgearr/tip"
-KEPT = "refs/forgearr/kept"
+TIP_REF = "refs/forgearr/tip"
+PINNED_REFS = "refs/forgearr/kept"
 OnProgress = Callable[[str], None]
 
 
@@ -49,7 +49,7 @@ class BranchNotFound(InvalidRequest):
     code = "BRANCH_NOT_FOUND"
 
 
-def fetch(mirror: Path, remote: Remote, kept: Sequence[str], on_progress: OnProgress) -> None:
+def fetch(mirror: Path, remote: RemoteRepository, pinned: Sequence[str], on_progress: OnProgress) -> None:
     """Make the mirror what the remote repository is now. `kept` are commits that it should have too, if they still
     exist; others that the branch has left behind are let go."""
     mirror.parent.mkdir(parents=True, exist_ok=True)
@@ -58,30 +58,34 @@ def fetch(mirror: Path, remote: Remote, kept: Sequence[str], on_progress: OnProg
         # Whoever held the lock and was killed may have left git's own behind.
         for left in mirror.rglob("*.lock"):
             left.unlink()
-        _fetch(mirror, remote, kept, on_progress)
+        _fetch(mirror, remote, pinned, on_progress)
 
 
-def _fetch(mirror: Path, remote: Remote, kept: Sequence[str], on_progress: OnProgress) -> None:
-    variables = environment(_configuration(remote), protocols=":".join(SCHEMES))
+def _fetch(mirror: Path, remote: RemoteRepository, pinned: Sequence[str], on_progress: OnProgress) -> None:
+    variables = git_environment(_configuration(remote), protocols=":".join(SCHEMES))
     if not (mirror / "HEAD").exists():
         git.Repo.init(mirror, bare=True)
     repository = git.Repo(mirror)
     repository.git.update_environment(**variables)
     source = f"refs/heads/{remote.branch}" if remote.branch else "HEAD"
     try:
-        _run(repository, remote, [f"+{source}:{TIP}"], on_progress)
-        for commit in kept:
-            if _has(repository, commit):
-                repository.git.update_ref(f"{KEPT}/{commit}", commit)
+        _run_fetch(repository, remote, [f"+{source}:{TIP_REF}"], on_progress)
+        for commit in pinned:
+            if _has_commit(repository, commit):
+                repository.git.update_ref(f"{PINNED_REFS}/{commit}", commit)
             else:
-                _try_to_have(repository, remote, commit, on_progress)
-        _forget_others(repository, kept)
+                _try_fetch_commit(repository, remote, commit, on_progress)
+        _delete_other_refs(repository, pinned)
     finally:
         repository.close()
 
 
-def _run(
-    repository: git.Repo, remote: Remote, wanted: list[str], on_progress: OnProgress, depth: int | None = None
+def _run_fetch(
+    repository: git.Repo,
+    remote: RemoteRepository,
+    refspecs: list[str],
+    on_progress: OnProgress,
+    depth: int | None = None,
 ) -> None:
     options = [
         "--progress",
@@ -90,12 +94,12 @@ def _run(
         "--no-write-fetch-head",
         f"--depth={depth or DEPTH}",
     ]
-    process = repository.git.fetch(*options, "--", remote.url, *wanted, as_process=True)
-    told = b""
+    process = repository.git.fetch(*options, "--", remote.url, *refspecs, as_process=True)
+    output = b""
     try:
         while chunk := process.stderr.read1(65_536):
-            told = (told + chunk)[-65_536:]
-            on_progress(last_words(chunk))
+            output = (output + chunk)[-65_536:]
+            on_progress(last_line(chunk))
         code = process.proc.wait()
     except BaseException:
         process.proc.terminate()  # it tidies up
@@ -105,35 +109,35 @@ def _run(
         process.proc.stdout.close()
         process.proc.stderr.close()
     if code:
-        _refuse(remote, told.decode(errors="replace"))
+        _raise_fetch_error(remote, output.decode(errors="replace"))
 
 
-def _refuse(remote: Remote, told: str) -> None:
-    where = urlsplit(remote.url).hostname
-    if "couldn't find remote ref HEAD" in told:
-        raise EmptyRepository(f"The repository at {where} has no commit.")
-    if "couldn't find remote ref" in told:
-        raise BranchNotFound(f"The repository at {where} has no branch '{remote.branch}'.")
-    if re.search(r"redirect|The requested URL returned error: 30\d", told):
-        raise FetchRefused(f"{where} leads to another address: register that one.")
+def _raise_fetch_error(remote: RemoteRepository, output: str) -> None:
+    host = urlsplit(remote.url).hostname
+    if "couldn't find remote ref HEAD" in output:
+        raise EmptyRepository(f"The repository at {host} has no commit.")
+    if "couldn't find remote ref" in output:
+        raise BranchNotFound(f"The repository at {host} has no branch '{remote.branch}'.")
+    if re.search(r"redirect|The requested URL returned error: 30\d", output):
+        raise FetchRefused(f"{host} leads to another address: register that one.")
     if re.search(
-        r"Authentication failed|could not read Username|error: 40[13]|Permission denied|terminal prompts", told
+        r"Authentication failed|could not read Username|error: 40[13]|Permission denied|terminal prompts", output
     ):
-        raise FetchRefused(f"{where} does not let us in: check the credentials.")
-    if re.search(r"not found|error: 404|does not appear to be a git repository", told):
+        raise FetchRefused(f"{host} does not let us in: check the credentials.")
+    if re.search(r"not found|error: 404|does not appear to be a git repository", output):
         raise FetchRefused(f"There is no repository at {remote.url}, or it is hidden from us.")
-    raise FetchFailed(f"Fetching from {where} failed: {first_fault(told)}")
+    raise FetchFailed(f"Fetching from {host} failed: {first_error(output)}")
 
 
-def _try_to_have(repository: git.Repo, remote: Remote, commit: str, on_progress: OnProgress) -> None:
+def _try_fetch_commit(repository: git.Repo, remote: RemoteRepository, commit: str, on_progress: OnProgress) -> None:
     """A commit that the branch has left behind may still be there to ask for; most servers hand it out."""
     try:
-        _run(repository, remote, [f"+{commit}:{KEPT}/{commit}"], on_progress, depth=1)
+        _run_fetch(repository, remote, [f"+{commit}:{PINNED_REFS}/{commit}"], on_progress, depth=1)
     except (FetchRefused, FetchFailed, BranchNotFound):
         on_progress(f"{commit} is no longer there")
 
 
-def _has(repository: git.Repo, commit: str) -> bool:
+def _has_commit(repository: git.Repo, commit: str) -> bool:
     try:
         repository.git.cat_file("-e", f"{commit}^{{commit}}")
     except git.GitCommandError:
@@ -141,17 +145,17 @@ def _has(repository: git.Repo, commit: str) -> bool:
     return True
 
 
-def _forget_others(repository: git.Repo, kept: Sequence[str]) -> None:
-    for reference in repository.git.for_each_ref(KEPT, format="%(refname)").split():
-        if reference.rpartition("/")[2] not in kept:
+def _delete_other_refs(repository: git.Repo, pinned: Sequence[str]) -> None:
+    for reference in repository.git.for_each_ref(PINNED_REFS, format="%(refname)").split():
+        if reference.rpartition("/")[2] not in pinned:
             repository.git.update_ref("-d", reference)
 
 
-def _configuration(remote: Remote) -> Mapping[str, str]:
+def _configuration(remote: RemoteRepository) -> Mapping[str, str]:
     parts = urlsplit(remote.url)
     assert parts.hostname is not None
     port = parts.port or SCHEMES[parts.scheme]
-    address = address_of(parts.hostname, port)
+    address = resolve_address(parts.hostname, port)
     settings = {
         # To follow is to take credentials, or a request from inside our network, to wherever somebody likes.
         "http.followRedirects": "false",

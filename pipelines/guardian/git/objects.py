@@ -18,7 +18,7 @@ class TreeFile:
 @dataclass(frozen=True)
 class Commit:
     sha: str
-    at: datetime
+    committed_at: datetime
     subject: str
     body: str
     parents: tuple[str, ...]  # none also where a shallow history ends

@@ -11,45 +11,45 @@ from typing import Any
 
 import git
 
-from pipelines.guardian.git.env import environment, first_fault
+from pipelines.guardian.git.env import first_error, git_environment
 from pipelines.guardian.git.errors import CommitNotFound, NotARepository, RepositoryDamaged, RepositoryUnreadable
 from pipelines.guardian.git.locations import FolderOutside, checked_folder, is_inside
 from pipelines.guardian.git.mirrors import BranchNotFound, EmptyRepository
 from pipelines.guardian.git.objects import COMMIT_FORMAT, Changes, Commit, TreeFile, new_commit
 
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
-PATHS_MAX = 100_000
+MAX_PATHS = 100_000
 CHUNK_BYTES = 65_536
-REGULAR = b"100"
+REGULAR_FILE_MODE = b"100"
 
 
 @contextmanager
-def opened_at(path: Path, branch: str | None = None) -> Generator["Checkout"]:
+def open_folder(path: Path, branch: str | None = None) -> Generator["RepoReader"]:
     """A repository in a folder, with its files or bare."""
-    with closing_checkout(Checkout(path, f"refs/heads/{branch}" if branch else "HEAD")) as checkout:
-        yield checkout
+    with closing_checkout(RepoReader(path, f"refs/heads/{branch}" if branch else "HEAD")) as reader:
+        yield reader
 
 
 @contextmanager
-def opened_inside(path: Path, branch: str | None = None) -> Generator["Checkout"]:
+def open_inside_roots(path: Path, branch: str | None = None) -> Generator["RepoReader"]:
     """A repository that lies in guardian.roots, with all that belongs to it."""
-    with opened_at(path, branch) as checkout:
-        for folder in (path, *checkout.folders):
+    with open_folder(path, branch) as reader:
+        for folder in (path, *reader.folders):
             if not is_inside(folder.resolve()):
                 raise FolderOutside(f"{path} leads out of the folders for repositories (guardian.roots).")
-        yield checkout
+        yield reader
 
 
-class Checkout:
+class RepoReader:
     def __init__(self, path: Path, reference: str) -> None:
         self._reference = reference
-        self._where = path
+        self._path = path
         self._repository = _open(path)
         self.folders = (Path(self._repository.git_dir), Path(self._repository.common_dir))
         self._git: Any = self._repository.git
-        self._git.update_environment(**environment())
-        self._know_format()
-        self._ends = self._shallow_ends()
+        self._git.update_environment(**git_environment())
+        self._require_sha1()
+        self._shallow_commits = self._read_shallow_commits()
 
     def tip(self) -> Commit:
         """The newest commit of the branch."""
@@ -57,31 +57,31 @@ class Checkout:
         if found:
             return self.commit(found)
         if self._reference != "HEAD" and self._output("for-each-ref", "--count=1", "refs/heads"):
-            raise BranchNotFound(f"{self._where} has no branch '{self._reference.removeprefix('refs/heads/')}'.")
-        raise EmptyRepository(f"{self._where} has no commit yet.")
+            raise BranchNotFound(f"{self._path} has no branch '{self._reference.removeprefix('refs/heads/')}'.")
+        raise EmptyRepository(f"{self._path} has no commit yet.")
 
     def commit(self, sha: str) -> Commit:
         found = self._output("rev-parse", "--verify", "--quiet", "--end-of-options", f"{sha}^{{commit}}", may_fail=True)
         if not found:
-            raise CommitNotFound(f"{self._where} has no commit {sha}.")
+            raise CommitNotFound(f"{self._path} has no commit {sha}.")
         return next(self.log(found, 1))
 
     def log(self, sha: str, limit: int) -> Iterator[Commit]:
         """This commit and those before it, the newest first."""
         command = ["rev-list", "--no-commit-header", f"--format={COMMIT_FORMAT}", "--encoding=UTF-8"]
-        told: list[str] = []
+        fields: list[str] = []
         for field in self._records([*command, f"--max-count={limit}", sha, "--"]):
-            told.append(field.decode(errors="replace"))
-            if len(told) == 5:
-                yield new_commit(*told)
-                told = []
+            fields.append(field.decode(errors="replace"))
+            if len(fields) == 5:
+                yield new_commit(*fields)
+                fields = []
 
     def files(self, sha: str) -> Iterator[TreeFile]:
         """The regular files of a commit, in the order of their paths."""
         for record in self._records(["ls-tree", "-r", "-z", "-l", "--full-tree", sha]):
             facts, _, path = record.partition(b"\t")
             mode, _, blob, size = facts.split()
-            if mode.startswith(REGULAR):
+            if mode.startswith(REGULAR_FILE_MODE):
                 yield TreeFile(path.decode(errors="replace"), blob.decode(), int(size))
 
     def read(self, blob: str) -> bytes:
@@ -89,7 +89,7 @@ class Checkout:
         try:
             _, _, _, content = self._git.get_object_data(blob)
         except (ValueError, OSError) as error:
-            raise RepositoryDamaged(f"{self._where} has no object {blob}: {error}") from error
+            raise RepositoryDamaged(f"{self._path} has no object {blob}: {error}") from error
         return content
 
     def diff(self, sha: str, max_bytes: int) -> str | None:
@@ -97,31 +97,31 @@ class Checkout:
 
         None where that is longer, is not text in UTF-8, or cannot be known because a shallow history ends here.
         """
-        if sha in self._ends:
+        if sha in self._shallow_commits:
             return None
         parents = self.commit(sha).parents
         before = parents[0] if parents else EMPTY_TREE
-        told = b""
-        for chunk in self._chunks([*DIFF, "-p", before, sha]):
-            told += chunk
-            if len(told) > max_bytes:
+        patch = b""
+        for chunk in self._chunks([*DIFF_COMMAND, "-p", before, sha]):
+            patch += chunk
+            if len(patch) > max_bytes:
                 return None
         try:
-            return told.decode()
+            return patch.decode()
         except UnicodeDecodeError:
             return None
 
     def changes(self, since: str | None, until: str) -> Changes:
         """What is different at `until`. Without `since`, or when it has gone, that is everything."""
-        known = since is not None and self._has(since)
+        known = since is not None and self._has_commit(since)
         base = since if since is not None and known else EMPTY_TREE
         files = lines = 0
         paths: list[str] = []
-        for record in self._records([*DIFF, "--numstat", "-z", base, until]):
+        for record in self._records([*DIFF_COMMAND, "--numstat", "-z", base, until]):
             added, removed, path = record.split(b"\t", 2)
             files += 1
             lines += sum(int(number) for number in (added, removed) if number != b"-")
-            if len(paths) < PATHS_MAX:
+            if len(paths) < MAX_PATHS:
                 paths.append(path.decode(errors="replace"))
         commits, rewritten = self._distance(since if known else None, until)
         return Changes(commits, files, lines, tuple(paths), rewritten or (since is not None and not known))
@@ -132,31 +132,31 @@ class Checkout:
     def _distance(self, since: str | None, until: str) -> tuple[int | None, bool]:
         """How many commits lie between, and whether the newer one does not stand on the older one."""
         if since is None:
-            return (None if self._ends else int(self._output("rev-list", "--count", until, "--"))), False
+            return (None if self._shallow_commits else int(self._output("rev-list", "--count", until, "--"))), False
         shared = self._output("merge-base", since, until, may_fail=True)
-        if not shared and self._ends:
+        if not shared and self._shallow_commits:
             return None, False  # the older one lies behind the end of what is there, or nowhere
         return int(self._output("rev-list", "--count", until, f"^{since}", "--")), shared != since
 
-    def _has(self, sha: str) -> bool:
+    def _has_commit(self, sha: str) -> bool:
         return bool(self._output("rev-parse", "--verify", "--quiet", f"{sha}^{{commit}}", may_fail=True))
 
-    def _know_format(self) -> None:
+    def _require_sha1(self) -> None:
         if self._output("rev-parse", "--show-object-format") != "sha1":
-            raise NotARepository(f"{self._where} names its objects by SHA-256, which is not read yet.")
+            raise NotARepository(f"{self._path} names its objects by SHA-256, which is not read yet.")
 
-    def _shallow_ends(self) -> frozenset[str]:
+    def _read_shallow_commits(self) -> frozenset[str]:
         """The commits whose parents are missing here."""
         path = self.folders[1] / "shallow"
         return frozenset(path.read_text().split()) if path.exists() else frozenset()
 
     def _output(self, *command: str, may_fail: bool = False) -> str:
-        status, told, errors = self._git.execute(
+        status, output, errors = self._git.execute(
             ["git", *command], with_extended_output=True, with_exceptions=False, stdout_as_string=True
         )
         if status and not may_fail:
-            raise RepositoryDamaged(f"{self._where}: git {command[0]} failed: {first_fault(errors)}")
-        return "" if status else told
+            raise RepositoryDamaged(f"{self._path}: git {command[0]} failed: {first_error(errors)}")
+        return "" if status else output
 
     def _records(self, command: Sequence[str]) -> Iterator[bytes]:
         """What git prints with a zero behind each."""
@@ -171,10 +171,10 @@ class Checkout:
         try:
             while chunk := process.stdout.read1(CHUNK_BYTES):
                 yield chunk
-            told = process.stderr.read()
+            errors = process.stderr.read()
             if process.proc.wait():
                 raise RepositoryDamaged(
-                    f"{self._where}: git {command[0]} failed: {first_fault(told.decode(errors='replace'))}"
+                    f"{self._path}: git {command[0]} failed: {first_error(errors.decode(errors='replace'))}"
                 )
         finally:
             process.proc.kill()
@@ -183,15 +183,23 @@ class Checkout:
             process.proc.stderr.close()
 
 
-DIFF = ["diff-tree", "-r", "--no-renames", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all"]
+DIFF_COMMAND = [
+    "diff-tree",
+    "-r",
+    "--no-renames",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-color",
+    "--ignore-submodules=all",
+]
 
 
 @contextmanager
-def closing_checkout(checkout: Checkout) -> Generator[Checkout]:
+def closing_checkout(reader: RepoReader) -> Generator[RepoReader]:
     try:
-        yield checkout
+        yield reader
     finally:
-        checkout.close()
+        reader.close()
 
 
 def _open(path: Path) -> git.Repo:
@@ -208,11 +216,11 @@ def _open(path: Path) -> git.Repo:
 # Work on files, for a thread of its own.
 
 
-def checked_path(path: str, branch: str | None = None) -> Path:
+def validate_path(path: str, branch: str | None = None) -> Path:
     """The folder that is meant, all links resolved: a repository that has commits, in one of guardian.roots."""
     pass
 
     folder = checked_folder(path)
-    with opened_inside(folder, branch) as checkout:
-        checkout.tip()
+    with open_inside_roots(folder, branch) as reader:
+        reader.tip()
     return folder

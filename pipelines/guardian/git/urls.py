@@ -24,14 +24,14 @@ class UnknownHost(Unavailable):
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteRepository:
     url: str
     branch: str | None
     username: str | None = None
     token: str | None = field(default=None, repr=False)
 
 
-def checked_url(url: str) -> str:
+def validate_url(url: str) -> str:
     """The address, if it is of a sort that is fetched from."""
     if re.search(r"[\s\x00-\x1f\x7f]", url):
         raise InvalidAddress("The address of a repository has no spaces in it.")
@@ -51,13 +51,13 @@ def checked_url(url: str) -> str:
     return url
 
 
-def address_of(host: str, port: int) -> str:
+def resolve_address(host: str, port: int) -> str:
     """The address of a machine, if it is one that may be asked."""
     try:
-        found = {str(known[4][0]) for known in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        addresses = {str(known[4][0]) for known in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
         raise UnknownHost(f"There is no machine named {host} ({error}).") from None
-    if any(is_forbidden(address) for address in found):
+    if any(is_forbidden(address) for address in addresses):
         raise InvalidAddress(f"{host} is an address that nothing is fetched from.")
-    four = sorted(address for address in found if ":" not in address)
-    return four[0] if four else f"[{min(found)}]"
+    ipv4 = sorted(address for address in addresses if ":" not in address)
+    return ipv4[0] if ipv4 else f"[{min(addresses)}]"

@@ -26,7 +26,7 @@ from jobs.registry import Resources, job
 from pipelines.training.data import parsing
 from pipelines.training.data.messages import Message
 from pipelines.training.data.samples import Sample
-from pipelines.training.fine_tune.preprocess import HELD_OUT
+from pipelines.training.fine_tune.preprocess import HELD_OUT_FILE
 from pipelines.training.fine_tune.tokenize import UnusableTokenizer, turns
 from pipelines.training.models import registry
 from pipelines.training.models.versions import ModelNotFound, Version
@@ -34,9 +34,9 @@ from pipelines.training.spec import JobId, ModelName, Spec
 from pipelines.training.validate import metrics as eval_metrics
 from pipelines.training.validate import progress as eval_progress
 from pipelines.training.validate.gguf_model import GgufModel
-from pipelines.training.validate.gguf_tokenizer import GgufWords
+from pipelines.training.validate.gguf_tokenizer import GgufTokenizer
 from pipelines.training.validate.job import NothingHeldOut
-from pipelines.training.validate.metrics import Interrupted
+from pipelines.training.validate.metrics import MeasurementInterrupted
 from pipelines.training.validate.progress import Measurements, Row
 
 REPORT = "comparison.json"
@@ -72,12 +72,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSet:
     """The same samples as each model reads them."""
 
     by_model: dict[str, list[list[Question]]]
     characters: list[int]  # of the expected answers of each sample
-    left_out: int  # samples that one of the models cannot read
+    skipped: int  # samples that one of the models cannot read
 
 
 @job("compare", spec=CompareSpec, resources=Resources(cpus=1), admin_only=True, tracked=True)
@@ -85,97 +85,103 @@ def compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
     """Compares a new version of a model with the one that is served, and says whether it should take its place."""
     state: dict[str, Any] = context.checkpoint_state or {}
     result = state.get("result") or _compare(context, spec)
-    eval_progress.settle(context, result)
+    eval_progress.save_result(context, result)
     numbers = {
-        f"{which}_{name}": value for which, told in result["metrics"].items() for name, value in (told or {}).items()
+        f"{role}_{name}": value
+        for role, metrics in result["metrics"].items()
+        for name, value in (metrics or {}).items()
     }
     context.report(progress=100, phase="promoted" if result["promoted"] else "a candidate", **numbers)
     return result
 
 
-def spread(conversations: Sequence[Sample], most: int) -> list[Sample]:
+def sample_evenly(conversations: Sequence[Sample], max_samples: int) -> list[Sample]:
     """So many of them, from beginning to end: neighbours are often of one file."""
-    if len(conversations) <= most:
+    if len(conversations) <= max_samples:
         return list(conversations)
-    return [conversations[number * len(conversations) // most] for number in range(most)]
+    return [conversations[number * len(conversations) // max_samples] for number in range(max_samples)]
 
 
-def prepare(conversations: Sequence[Sample], words: Mapping[str, GgufWords]) -> Asked:
+def prepare(conversations: Sequence[Sample], tokenizers: Mapping[str, GgufTokenizer]) -> EvalSet:
     """The samples that all models can read whole, as each of them reads them."""
-    by_model: dict[str, list[list[Question]]] = {which: [] for which in words}
+    by_model: dict[str, list[list[Question]]] = {role: [] for role in tokenizers}
     characters: list[int] = []
     for sample in conversations:
-        read = {which: _questions(sample, own) for which, own in words.items()}
+        tokenized = {role: _questions(sample, tokenizer) for role, tokenizer in tokenizers.items()}
         length = sum(_length(message) for message in sample.messages if message.role == "assistant")
-        if length and all(read.values()):
+        if length and all(tokenized.values()):
             characters.append(length)
-            for which, questions in read.items():
-                by_model[which].append(questions)
+            for role, questions in tokenized.items():
+                by_model[role].append(questions)
     if not characters:
         raise NothingComparable(
-            f"None of the {len(conversations)} held-out samples can be told whole to {' and '.join(words)}: they are "
+            f"None of the {len(conversations)} held-out samples fit whole into {' and '.join(tokenizers)}: they are "
             "longer than what the models read at once, or their chat templates cannot tell them."
         )
-    return Asked(by_model, characters, len(conversations) - len(characters))
+    return EvalSet(by_model, characters, len(conversations) - len(characters))
 
 
-def summarize(asked: Asked, rows: Sequence[Row], which: str) -> dict[str, float]:
+def summarize(eval_set: EvalSet, rows: Sequence[Row], role: str) -> dict[str, float]:
     nats = sum(row["nats"] for row in rows)
     scores = [
         eval_metrics.score(answer, question.expected)
-        for questions, row in zip(asked.by_model[which], rows, strict=True)
+        for questions, row in zip(eval_set.by_model[role], rows, strict=True)
         for question, answer in zip(questions, row["answers"], strict=True)
     ]
     return {
-        "bits_per_character": nats / math.log(2) / sum(asked.characters),
+        "bits_per_character": nats / math.log(2) / sum(eval_set.characters),
         "rouge_l": sum(score["rouge_l"] for score in scores) / len(scores),
         "exact_match": sum(score["exact"] for score in scores) / len(scores),
     }
 
 
-def judge(
+def evaluate_gate(
     new: Version,
     served: Version | None,
     metrics: Mapping[str, Mapping[str, float]],
-    least: float,
-    refusal: str | None = None,
+    min_improvement: float,
+    veto_reason: str | None = None,
 ) -> tuple[bool, float | None, str]:
     """Whether the new version takes the place of the one served, by how much it is better, and why."""
-    if refusal is not None:
-        return False, None, refusal
+    if veto_reason is not None:
+        return False, None, veto_reason
     if served is None:
         return True, None, f"No version of {new.name} is served, and {new.reference} passed its validation."
-    bits, before = (metrics[which]["bits_per_character"] for which in ("candidate", "served"))
+    bits, before = (metrics[role]["bits_per_character"] for role in ("candidate", "served"))
     improvement = 1 - bits / before if before else 0.0
-    told = (
+    summary = (
         f"{new.reference} needs {bits:.4g} bits per character of the held-out answers, {served.reference}, which is "
         f"served, {before:.4g}: {abs(improvement):.1%} {'fewer' if improvement >= 0 else 'more'}"
     )
-    is_better = improvement >= least and improvement > 0
-    return is_better, improvement, f"{told}{'.' if is_better else f', and at least {least:.1%} fewer are wanted.'}"
+    is_better = improvement >= min_improvement and improvement > 0
+    return (
+        is_better,
+        improvement,
+        f"{summary}{'.' if is_better else f', and at least {min_improvement:.1%} fewer are wanted.'}",
+    )
 
 
 def _compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
     new, served = asyncio.run(_versions(spec))
-    least = get_settings().guardian.min_improvement if spec.min_improvement is None else spec.min_improvement
-    refusal = _refusal(new, served)
-    beside = served if served and served.number != new.number and not served.is_adapter else None
-    conversations = spread(_held_out(spec.job_id, context.owner_id), spec.max_samples)
-    with workspace.folder(context.job_id) as place, ExitStack() as closing:
+    min_improvement = get_settings().guardian.min_improvement if spec.min_improvement is None else spec.min_improvement
+    veto_reason = _veto_reason(new, served)
+    baseline = served if served and served.number != new.number and not served.is_adapter else None
+    conversations = sample_evenly(_held_out(spec.job_id, context.owner_id), spec.max_samples)
+    with workspace.temporary_folder(context.job_id) as folder, ExitStack() as stack:
         context.report(progress=0, phase="fetching the models")
-        files = asyncio.run(_fetch([version for version in (beside, new) if version is not None]))
-        versions = {"candidate": new, **({"served": beside} if beside else {})}
-        words = {
-            which: closing.enter_context(GgufWords(str(files[version.reference]), version.manner.template))
-            for which, version in versions.items()
+        files = asyncio.run(_fetch([version for version in (baseline, new) if version is not None]))
+        versions = {"candidate": new, **({"served": baseline} if baseline else {})}
+        tokenizers = {
+            role: stack.enter_context(GgufTokenizer(str(files[version.reference]), version.defaults.template))
+            for role, version in versions.items()
         }
-        asked = prepare(conversations, words)
-        total = len(asked.characters) * len(versions)
-        measured = Measurements(context, place, total, TITLES, {"served": beside.reference if beside else None})
-        for which, version in versions.items():
-            _measure_all(context, spec, measured, asked, which, str(files[version.reference]), words[which])
-        metrics = {which: summarize(asked, measured.rows[which], which) for which in versions}
-        promoted, improvement, reason = judge(new, served, metrics, least, refusal)
+        eval_set = prepare(conversations, tokenizers)
+        total = len(eval_set.characters) * len(versions)
+        measured = Measurements(context, folder, total, TITLES, {"served": baseline.reference if baseline else None})
+        for role, version in versions.items():
+            _measure_all(context, spec, measured, eval_set, role, str(files[version.reference]), tokenizers[role])
+        metrics = {role: summarize(eval_set, measured.rows[role], role) for role in versions}
+        promoted, improvement, reason = evaluate_gate(new, served, metrics, min_improvement, veto_reason)
         verdict = {
             "name": new.name,
             "version": new.number,
@@ -183,19 +189,19 @@ def _compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
             "promoted": promoted,
             "reason": reason,
             "improvement": improvement,
-            "min_improvement": least,
-            "questions": sum(len(questions) for questions in asked.by_model["candidate"]),
-            "left_out": asked.left_out,
-            "metrics": {which: metrics.get(which) for which in ("candidate", "served")},
+            "min_improvement": min_improvement,
+            "questions": sum(len(questions) for questions in eval_set.by_model["candidate"]),
+            "left_out": eval_set.skipped,
+            "metrics": {role: metrics.get(role) for role in ("candidate", "served")},
         }
-        report = place / REPORT
-        report.write_text(json.dumps({**verdict, "answers": _answers(asked, measured.rows)}, indent=2))
+        report = folder / REPORT
+        report.write_text(json.dumps({**verdict, "answers": _answers(eval_set, measured.rows)}, indent=2))
         address = context.artifact(report)
-    asyncio.run(_remember(new, verdict))
+    asyncio.run(_save_comparison(new, verdict))
     return {**verdict, "report": address}
 
 
-def _refusal(new: Version, served: Version | None) -> str | None:
+def _veto_reason(new: Version, served: Version | None) -> str | None:
     """Why it is not promoted, whatever is measured."""
     if new.passed is not True:
         why = "; ".join(new.reasons) if new.passed is False else "it was never validated"
@@ -223,37 +229,40 @@ async def _fetch(versions: Sequence[Version]) -> dict[str, Path]:
         return {version.reference: await models.fetch(version) for version in versions}
 
 
-async def _remember(new: Version, verdict: Mapping[str, Any]) -> None:
+async def _save_comparison(new: Version, verdict: Mapping[str, Any]) -> None:
     async with registry.connect() as models:
-        await models.remember_comparison(new.name, new.number, verdict)
+        await models.save_comparison(new.name, new.number, verdict)
 
 
 def _held_out(job_id: str, owner_id: str | None) -> list[Sample]:
-    made = outputs.of(job_id, "fine_tune", owner_id)
-    address = f"{made.result['model']}/{HELD_OUT}"
+    output = outputs.get_output(job_id, "fine_tune", owner_id)
+    address = f"{output.result['model']}/{HELD_OUT_FILE}"
     text = storage.read(address) if storage.exists(address) else b""
     if not text.strip():
-        raise NothingHeldOut(f"{made.job_id} has held no samples out, so there is nothing to compare on.")
-    return [sample for sample in parsing.parse(text, HELD_OUT) if isinstance(sample, Sample)]
+        raise NothingHeldOut(f"{output.job_id} has held no samples out, so there is nothing to compare on.")
+    return [sample for sample in parsing.parse_samples(text, HELD_OUT_FILE) if isinstance(sample, Sample)]
 
 
-def _questions(sample: Sample, words: GgufWords) -> list[Question]:
+def _questions(sample: Sample, tokenizer: GgufTokenizer) -> list[Question]:
     """Nothing, when the model cannot read the sample whole."""
     document = sample.model_dump(exclude_none=True)
     try:
-        told = turns(words, document["messages"], document.get("tools"))
+        pairs = turns(tokenizer, document["messages"], document.get("tools"))
     except (TemplateError, UnusableTokenizer):
         return []
-    questions = [_question(words, before, answer) for before, answer in told]
+    questions = [_question(tokenizer, before, answer) for before, answer in pairs]
     fits = all(
-        one.prompt and one.expected.strip() and len(one.prompt) + len(one.answer) <= words.context for one in questions
+        question.prompt
+        and question.expected.strip()
+        and len(question.prompt) + len(question.answer) <= tokenizer.context_length
+        for question in questions
     )
     return questions if fits else []
 
 
-def _question(words: GgufWords, before: str, answer: str) -> Question:
-    expected = answer.removesuffix(words.eos_token) if words.eos_token else answer
-    return Question(words.tokenize(before), words.tokenize(answer), expected)
+def _question(tokenizer: GgufTokenizer, before: str, answer: str) -> Question:
+    expected = answer.removesuffix(tokenizer.eos_token) if tokenizer.eos_token else answer
+    return Question(tokenizer.tokenize(before), tokenizer.tokenize(answer), expected)
 
 
 def _length(message: Message) -> int:
@@ -262,46 +271,62 @@ def _length(message: Message) -> int:
     return len((message.content or "").strip()) + sum(len(call.name) + len(call.arguments) for call in calls)
 
 
-def _answers(asked: Asked, rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+def _answers(eval_set: EvalSet, rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
     return [
         {
-            "expected": [question.expected for question in asked.by_model["candidate"][number]],
-            "bits_per_character": {which: own[number]["nats"] / math.log(2) / length for which, own in rows.items()},
-            "answers": {which: own[number]["answers"] for which, own in rows.items()},
+            "expected": [question.expected for question in eval_set.by_model["candidate"][number]],
+            "bits_per_character": {
+                role: model_rows[number]["nats"] / math.log(2) / length for role, model_rows in rows.items()
+            },
+            "answers": {role: model_rows[number]["answers"] for role, model_rows in rows.items()},
         }
-        for number, length in enumerate(asked.characters)
+        for number, length in enumerate(eval_set.characters)
     ]
 
 
 def _measure_all(
-    context: Context, spec: CompareSpec, measured: Measurements, asked: Asked, which: str, file: str, words: GgufWords
+    context: Context,
+    spec: CompareSpec,
+    measured: Measurements,
+    eval_set: EvalSet,
+    role: str,
+    file: str,
+    tokenizer: GgufTokenizer,
 ) -> None:
     """One model, on what is missing."""
-    questions = asked.by_model[which]
-    if not measured.lacks(which, len(questions)):
+    questions = eval_set.by_model[role]
+    if not measured.needs_more(role, len(questions)):
         return
-    longest = max(len(one.prompt) + max(len(one.answer), spec.max_new_tokens) for some in questions for one in some)
-    threads = max(1, int(outputs.own_row(context.job_id).resources["cpus"]))
-    with GgufModel(file, min(words.context, longest), threads) as model:
+    max_length = max(
+        len(question.prompt) + max(len(question.answer), spec.max_new_tokens)
+        for sample_questions in questions
+        for question in sample_questions
+    )
+    threads = max(1, int(outputs.own_job(context.job_id).resources["cpus"]))
+    with GgufModel(file, min(tokenizer.context_length, max_length), threads) as model:
 
-        def measure_one(number: int) -> list[Row]:
-            return [_measure(model, words, questions[number], spec.max_new_tokens, context.should_stop)]
+        def measure_sample(number: int) -> list[Row]:
+            return [_measure(model, tokenizer, questions[number], spec.max_new_tokens, context.should_stop)]
 
-        measured.follow(which, len(questions), measure_one)
+        measured.measure_missing(role, len(questions), measure_sample)
 
 
 def _measure(
-    model: GgufModel, words: GgufWords, questions: Sequence[Question], most: int, should_stop: Callable[[], bool]
+    model: GgufModel,
+    tokenizer: GgufTokenizer,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    should_stop: Callable[[], bool],
 ) -> Row:
     if should_stop():
-        raise Interrupted
+        raise MeasurementInterrupted
     nats = sum(sum(_losses(model, question)) for question in questions)
     answers: list[str] = []
     for question in questions:
-        said = model.generate(question.prompt, most, should_stop)
-        if said is None:
-            raise Interrupted
-        answers.append(words.text_of(said))
+        generated = model.generate(question.prompt, max_new_tokens, should_stop)
+        if generated is None:
+            raise MeasurementInterrupted
+        answers.append(tokenizer.decode(generated))
     return {"nats": nats, "answers": answers}
 
 
@@ -312,6 +337,6 @@ def _losses(model: GgufModel, question: Question) -> Iterator[float]:
     ids = [*question.prompt, *question.answer]
     positions = range(len(question.prompt) - 1, len(ids) - 1)
     for row, token in zip(model.logits(ids, positions), question.answer, strict=True):
-        told = row.astype(numpy.float64)
-        highest = told.max()
-        yield float(highest + numpy.log(numpy.exp(told - highest).sum()) - told[token])
+        logits = row.astype(numpy.float64)
+        highest = logits.max()
+        yield float(highest + numpy.log(numpy.exp(logits - highest).sum()) - logits[token])

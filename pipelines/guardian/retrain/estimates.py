@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from jobs.states import State
 from jobs.tables import Job
 
-LOOKED_AT = 25
+RECENT_JOBS = 25
 """Of how many jobs of a kind, the newest, the middle duration is taken."""
 
 DEFAULT_MINUTES = {
@@ -36,20 +36,22 @@ class Step(BaseModel):
     )
 
 
-async def of(session: AsyncSession, steps: Sequence[str]) -> list[Step]:
+async def estimate_steps(session: AsyncSession, steps: Sequence[str]) -> list[Step]:
     """The steps, which are named by their kinds of job, with how long each will take."""
     estimated: list[Step] = []
-    for place, name in enumerate(steps, 1):
+    for number, name in enumerate(steps, 1):
         minutes = await _minutes(session, name)
-        told = DEFAULT_MINUTES[name] if minutes is None else minutes
+        estimated_minutes = DEFAULT_MINUTES[name] if minutes is None else minutes
         estimate = "default" if minutes is None else "measured"
-        estimated.append(Step(id=str(place), name=name, estimated_minutes=round(told, 2), estimate=estimate))
+        estimated.append(
+            Step(id=str(number), name=name, estimated_minutes=round(estimated_minutes, 2), estimate=estimate)
+        )
     return estimated
 
 
 async def _minutes(session: AsyncSession, kind: str) -> float | None:
     """None, when no job of this kind has succeeded yet."""
     done = select(Job.started_at, Job.finished_at).where(Job.kind == kind, Job.state == State.SUCCEEDED)
-    newest = await session.execute(done.order_by(Job.finished_at.desc()).limit(LOOKED_AT))
+    newest = await session.execute(done.order_by(Job.finished_at.desc()).limit(RECENT_JOBS))
     seconds = [(row.finished_at - row.started_at).total_seconds() for row in newest.all() if row.started_at]
     return median(seconds) / 60 if seconds else None

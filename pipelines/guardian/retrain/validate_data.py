@@ -23,20 +23,20 @@ from jobs.context import Context
 from jobs.registry import Resources, job
 from pipelines.training.data import datasets
 from pipelines.training.data.datasets import Dataset
-from pipelines.training.data.parsing import lines_of, read
+from pipelines.training.data.parsing import read_lines, read_samples
 from pipelines.training.data.samples import Sample, Source
-from pipelines.training.fine_tune.preprocess import context_of
+from pipelines.training.fine_tune.preprocess import context_length
 from pipelines.training.fine_tune.tokenize import render
 from pipelines.training.models import base_models
 from pipelines.training.spec import Spec
 
 CARD, CARD_JSON = "data_card.md", "data_card.json"
-TOKENIZED = 5000
+MAX_TOKENIZED_SAMPLES = 5000
 """In how many samples of a part, from its beginning to its end, tokens are counted."""
-LOOK_EVERY = 200
+REPORT_EVERY = 200
 
 
-class ExamineSpec(Spec):
+class ValidateDataSpec(Spec):
     """Look through the data of a training."""
 
     train: str = Field(max_length=200, description="A dataset.")
@@ -58,7 +58,7 @@ class HeldOutLeaked(UnprocessableRequest):
 
 
 @dataclass
-class Part:
+class DatasetStats:
     """What has been counted of one dataset."""
 
     characters: list[int] = field(default_factory=list[int])
@@ -75,77 +75,77 @@ class Part:
         return len(self.characters) - len(self.samples)
 
 
-@job("validate_data", spec=ExamineSpec, resources=Resources(cpus=1), tracked=True, admin_only=True)
-def validate_data(context: Context, spec: ExamineSpec) -> dict[str, Any]:
+@job("validate_data", spec=ValidateDataSpec, resources=Resources(cpus=1), tracked=True, admin_only=True)
+def validate_data(context: Context, spec: ValidateDataSpec) -> dict[str, Any]:
     """Counts what a model is about to learn from, writes a data card, and stops what would come to nothing."""
     named = {"train": spec.train, "held_out": spec.held_out}
-    found = {part: datasets.get(name) for part, name in named.items() if name is not None}
-    for name, dataset in found.items():
+    datasets_by_part = {part: datasets.get(name) for part, name in named.items() if name is not None}
+    for name, dataset in datasets_by_part.items():
         context.input(f"{dataset.name} ({name})", dataset.digest, dataset.address, samples=dataset.samples)
-    parts = {name: _count(context, name, dataset, spec.base_model) for name, dataset in found.items()}
-    parts.setdefault("held_out", Part())
-    least = spec.min_samples or get_settings().guardian.min_samples
-    told: dict[str, Any] = {**describe(parts, least), "base_model": spec.base_model}
+    parts = {name: _count(context, name, dataset, spec.base_model) for name, dataset in datasets_by_part.items()}
+    parts.setdefault("held_out", DatasetStats())
+    min_samples = spec.min_samples or get_settings().guardian.min_samples
+    report: dict[str, Any] = {**summarize(parts, min_samples), "base_model": spec.base_model}
     with tempfile.TemporaryDirectory(prefix="forgearr-card-") as folder:
-        files = write_card(told, found, Path(folder))
+        files = write_card(report, datasets_by_part, Path(folder))
         addresses = {path.name: context.artifact(path) for path in files}
-    numbers = {f"{name}_samples": told[name]["samples"] for name in parts}
-    context.report(progress=100, phase="counted", **numbers, leaked=told["leaked"])
-    refuse(told)
-    return {**told, "card": addresses[CARD]}
+    numbers = {f"{name}_samples": report[name]["samples"] for name in parts}
+    context.report(progress=100, phase="counted", **numbers, leaked=report["leaked"])
+    require_usable(report)
+    return {**report, "card": addresses[CARD]}
 
 
-def count(sample: Sample, part: Part) -> None:
+def count_sample(sample: Sample, stats: DatasetStats) -> None:
     document = sample.model_dump(exclude_none=True, include={"messages", "tools"})
     messages = document["messages"]
-    asked = [message for message in messages if message["role"] != "assistant"]
-    said = [message for message in messages if message["role"] == "assistant"]
-    part.characters.append(sum(len(message.get("content") or "") for message in messages))
-    part.samples.add(_digest(document))
-    part.questions.add(_digest(asked))
-    part.answers.add(_digest(said))
+    questions = [message for message in messages if message["role"] != "assistant"]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    stats.characters.append(sum(len(message.get("content") or "") for message in messages))
+    stats.samples.add(_digest(document))
+    stats.questions.add(_digest(questions))
+    stats.answers.add(_digest(answers))
     source = sample.source or Source()
-    part.kinds[source.kind or "other"] += 1
+    stats.kinds[source.kind or "other"] += 1
     if source.path is not None:
-        part.files.add(source.path)
+        stats.files.add(source.path)
 
 
-def describe(parts: Mapping[str, Part], least: int) -> dict[str, Any]:
+def summarize(parts: Mapping[str, DatasetStats], min_samples: int) -> dict[str, Any]:
     """All numbers, and why there is nothing to learn from, if so."""
     train, held_out = parts["train"], parts["held_out"]
-    told: dict[str, Any] = {name: _numbers(part) for name, part in parts.items()}
-    told["leaked"] = len(train.samples & held_out.samples)
-    told["shared"] = {
+    report: dict[str, Any] = {name: _numbers(part) for name, part in parts.items()}
+    report["leaked"] = len(train.samples & held_out.samples)
+    report["shared"] = {
         "questions": len(train.questions & held_out.questions),
         "answers": len(train.answers & held_out.answers),
         "files": len(train.files & held_out.files),
     }
-    told["min_samples"] = least
+    report["min_samples"] = min_samples
     reasons: list[str] = []
-    if len(train.samples) < least:
+    if len(train.samples) < min_samples:
         reasons.append(
-            f"there are {len(train.samples)} different samples to learn from, and at least {least} are wanted"
+            f"there are {len(train.samples)} different samples to learn from, and at least {min_samples} are wanted"
         )
     if not held_out.samples:
         reasons.append("no sample is held out to measure on")
-    return {**told, "enough": not reasons, "reasons": reasons}
+    return {**report, "enough": not reasons, "reasons": reasons}
 
 
-def refuse(told: Mapping[str, Any]) -> None:
-    if not told["enough"]:
-        raise TooLittleData(f"Too little data: {'; '.join(told['reasons'])}.", details=dict(told))
-    if told["leaked"]:
+def require_usable(report: Mapping[str, Any]) -> None:
+    if not report["enough"]:
+        raise TooLittleData(f"Too little data: {'; '.join(report['reasons'])}.", details=dict(report))
+    if report["leaked"]:
         raise HeldOutLeaked(
-            f"{told['leaked']} of {told['held_out']['samples']} held-out samples are learned too, so nothing could be "
-            "measured on them.",
-            details=dict(told),
+            f"{report['leaked']} of {report['held_out']['samples']} held-out samples are learned too, so nothing could "
+            "be measured on them.",
+            details=dict(report),
         )
 
 
-def write_card(told: Mapping[str, Any], found: Mapping[str, Dataset], folder: Path) -> list[Path]:
+def write_card(report: Mapping[str, Any], datasets_by_part: Mapping[str, Dataset], folder: Path) -> list[Path]:
     """The data card, for people and for programs."""
-    names = {name: f"{dataset.name}:v{dataset.version}" for name, dataset in found.items()}
-    kinds = sorted({*told["train"]["kinds"], *told["held_out"]["kinds"]})
+    names = {name: f"{dataset.name}:v{dataset.version}" for name, dataset in datasets_by_part.items()}
+    kinds = sorted({*report["train"]["kinds"], *report["held_out"]["kinds"]})
     rows = [
         ("Samples", "samples"),
         ("Duplicates", "duplicates"),
@@ -160,56 +160,56 @@ def write_card(told: Mapping[str, Any], found: Mapping[str, Dataset], folder: Pa
     lines = [
         f"# {names['train']}",
         "",
-        f"Learned from {names['train']}, measured on {measured_on}, in tokens of {told['base_model']}.",
+        f"Learned from {names['train']}, measured on {measured_on}, in tokens of {report['base_model']}.",
         "",
-        *[f"- {reason[0].upper()}{reason[1:]}." for reason in told["reasons"]],
-        *([""] if told["reasons"] else []),
+        *[f"- {reason[0].upper()}{reason[1:]}." for reason in report["reasons"]],
+        *([""] if report["reasons"] else []),
         "| | learned | held out |",
         "|---|---|---|",
-        *[f"| {title} | {_cell(told['train'], key)} | {_cell(told['held_out'], key)} |" for title, key in rows],
+        *[f"| {title} | {_cell(report['train'], key)} | {_cell(report['held_out'], key)} |" for title, key in rows],
         "",
-        f"In both: {told['leaked']} samples, {told['shared']['questions']} questions, {told['shared']['answers']} "
-        f"answers, {told['shared']['files']} files.",
+        f"In both: {report['leaked']} samples, {report['shared']['questions']} questions, "
+        f"{report['shared']['answers']} answers, {report['shared']['files']} files.",
         "",
         "| Kind | learned | held out |",
         "|---|---|---|",
-        *[f"| {kind} | {_share(told['train'], kind)} | {_share(told['held_out'], kind)} |" for kind in kinds],
+        *[f"| {kind} | {_share(report['train'], kind)} | {_share(report['held_out'], kind)} |" for kind in kinds],
         "",
     ]
     card, document = folder / CARD, folder / CARD_JSON
     card.write_text("\n".join(lines))
-    document.write_text(json.dumps({**told, "datasets": names}, indent=2))
+    document.write_text(json.dumps({**report, "datasets": names}, indent=2))
     return [card, document]
 
 
-def _count(context: Context, name: str, dataset: Dataset, base_model: str) -> Part:
+def _count(context: Context, name: str, dataset: Dataset, base_model: str) -> DatasetStats:
     """One pass over the file, which may be larger than memory."""
     from transformers import AutoTokenizer
 
-    base = base_models.folder(base_model)
+    base = base_models.resolve(base_model)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    limit = context_of(base, tokenizer)
-    part = Part()
-    every = -(-dataset.samples // TOKENIZED) or 1
+    limit = context_length(base, tokenizer)
+    stats = DatasetStats()
+    every = -(-dataset.samples // MAX_TOKENIZED_SAMPLES) or 1
     for number, sample in enumerate(_samples(dataset)):
-        count(sample, part)
+        count_sample(sample, stats)
         if number % every == 0 and (tokens := _tokens(tokenizer, sample)) is not None:
-            part.tokens.append(tokens)
-            part.too_long += tokens > limit
-        if number % LOOK_EVERY == 0:
+            stats.tokens.append(tokens)
+            stats.too_long += tokens > limit
+        if number % REPORT_EVERY == 0:
             first = 0 if name == "train" else 90
             share = 90 if name == "train" else 10
             context.report(progress=first + share * number / max(dataset.samples, 1), phase=f"counting: {name}")
             if context.should_stop():
                 context.checkpoint(None)
-    return part
+    return stats
 
 
 def _samples(dataset: Dataset) -> Iterator[Sample]:
-    with ExitStack() as closing:
-        folder = closing.enter_context(tempfile.TemporaryDirectory(prefix="forgearr-dataset-"))
-        file = closing.enter_context(datasets.fetch(dataset, Path(folder)).open("rb"))
-        for sample in read(lines_of(file), dataset.name):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="forgearr-dataset-"))
+        file = stack.enter_context(datasets.fetch(dataset, Path(folder)).open("rb"))
+        for sample in read_samples(read_lines(file), dataset.name):
             if isinstance(sample, Sample):
                 yield sample
 
@@ -224,19 +224,19 @@ def _tokens(tokenizer: Any, sample: Sample) -> int | None:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _numbers(part: Part) -> dict[str, Any]:
+def _numbers(stats: DatasetStats) -> dict[str, Any]:
     return {
-        "samples": len(part.characters),
-        "duplicates": part.duplicates,
-        "files": len(part.files),
-        "characters": _spread(part.characters),
-        "tokens": {**_spread(part.tokens), "counted_in": len(part.tokens)},
-        "too_long": part.too_long,
-        "kinds": {kind: number / len(part.characters) for kind, number in part.kinds.most_common()},
+        "samples": len(stats.characters),
+        "duplicates": stats.duplicates,
+        "files": len(stats.files),
+        "characters": _statistics(stats.characters),
+        "tokens": {**_statistics(stats.tokens), "counted_in": len(stats.tokens)},
+        "too_long": stats.too_long,
+        "kinds": {kind: number / len(stats.characters) for kind, number in stats.kinds.most_common()},
     }
 
 
-def _spread(numbers: Sequence[int]) -> dict[str, float | None]:
+def _statistics(numbers: Sequence[int]) -> dict[str, float | None]:
     if not numbers:
         return {"min": None, "median": None, "mean": None, "max": None, "total": 0}
     middle, average = median(numbers), round(mean(numbers), 1)

@@ -11,27 +11,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
-from cluster.db import Database, after_commit, apart, now
+from cluster.db import Database, after_commit, now, with_own_database
 from cluster.secrets import SealBroken
 from cluster.services import store as service_store
-from cluster.services.capabilities.settings import Areas, Entry
-from cluster.services.errors import NotThere, ServiceError
+from cluster.services.capabilities.settings import SettingsAreas, SettingsEntry
+from cluster.services.errors import NotFoundInService, ServiceError
 from cluster.services.http.client import Client
-from cluster.services.selection import choose
+from cluster.services.selection import choose_service
 from cluster.services.store import Service
 from jobs.context import Context
 from jobs.registry import job
 from jobs.tables import Job
 from pipelines.media.audit import rules, web_search
 from pipelines.media.audit import tables as audit_tables
-from pipelines.media.audit.evaluate import Finding, find
-from pipelines.media.audit.rules import PRIORITIES, Rule, Rules
+from pipelines.media.audit.evaluate import Finding, evaluate_rules
+from pipelines.media.audit.rules import PRIORITIES, Rule, RuleSet
 from pipelines.media.audit.tables import Audit, AuditFinding, Recommendation
-from pipelines.media.audit.web_search import Advice
+from pipelines.media.audit.web_search import WebSearchResult
 
 KIND = "audit_services"
 ROOM = "config_audit"
-AT_ONCE = 8
+MAX_CONCURRENCY = 8
 
 
 class AuditSpec(BaseModel):
@@ -46,7 +46,7 @@ class AuditSpec(BaseModel):
 
 
 @dataclass
-class Outcome:
+class ServiceAudit:
     """What has come of one service."""
 
     handle: str
@@ -58,7 +58,7 @@ class Outcome:
 @job(KIND, spec=AuditSpec, admin_only=True, concurrency=1, tracked=True)
 def audit_services(context: Context, spec: AuditSpec) -> dict[str, Any]:
     """Audits the settings of services by rules, and keeps what is found as recommendations."""
-    return asyncio.run(apart(lambda database: _audit(context, spec, database)))
+    return asyncio.run(with_own_database(lambda database: _audit(context, spec, database)))
 
 
 def audit_id_of(job_id: str) -> str:
@@ -69,39 +69,41 @@ def job_id_of(audit_id: str) -> str:
     return f"job_{audit_id.removeprefix('audit_')}"
 
 
-async def auditable(session: AsyncSession, words: Sequence[str]) -> dict[str, Service]:
+async def find_auditable(session: AsyncSession, names: Sequence[str]) -> dict[str, Service]:
     """The services that are meant, by their handles. No words mean all that can be audited."""
-    services = await service_store.every(session)
+    services = await service_store.list_services(session)
     handles = {service.id: handle for handle, service in service_store.handles(services).items()}
-    if not words:
-        wanted = [service for service in services if service.enabled and service.connector.settings]
-        return {handles[service.id]: service for service in wanted}
+    if not names:
+        selected = [service for service in services if service.enabled and service.connector.settings]
+        return {handles[service.id]: service for service in selected}
     found: dict[str, Service] = {}
-    for word in words:
-        service = await choose(session, lambda connector: connector.settings, "lets its settings be read", word)
+    for name in names:
+        service = await choose_service(session, lambda connector: connector.settings, "lets its settings be read", name)
         found[handles[service.id]] = service
     return found
 
 
 async def _audit(context: Context, spec: AuditSpec, database: Database) -> dict[str, Any]:
-    audit_id, began = audit_id_of(context.job_id), now()
-    async with database.reading() as session:
-        if done := await session.get(Audit, audit_id):
-            return _told(done)  # by an attempt whose end nobody has heard of
-        wanted = await auditable(session, spec.services)
-    context.report(phase=f"{len(wanted)} services")
-    known = await asyncio.to_thread(rules.load)
-    outcomes = await _look_at_all(database, wanted, known)
-    found = [finding for outcome in outcomes for finding in outcome.findings]
+    audit_id, started_at = audit_id_of(context.job_id), now()
+    async with database.read_transaction() as session:
+        if existing := await session.get(Audit, audit_id):
+            return _audit_result(existing)  # by an attempt whose end nobody has heard of
+        services = await find_auditable(session, spec.services)
+    context.report(phase=f"{len(services)} services")
+    rule_set = await asyncio.to_thread(rules.load)
+    outcomes = await _audit_all(database, services, rule_set)
+    findings = [finding for outcome in outcomes for finding in outcome.findings]
     context.report(progress=60, phase="searching the web" if spec.include_web_search else "recommending")
-    web = (
-        await web_search.search(database, found) if spec.include_web_search else Advice(False, "It was not asked for.")
+    web_result = (
+        await web_search.search(database, findings)
+        if spec.include_web_search
+        else WebSearchResult(False, "It was not asked for.")
     )
     async with database.transaction() as session:
-        audit = await _keep(session, audit_id, began, outcomes, known, web)
+        audit = await _save_audit(session, audit_id, started_at, outcomes, rule_set, web_result)
         owner = await session.get(Job, context.job_id)
         audit.created_by = owner.created_by if owner else "local"
-        after_commit(session, lambda: _tell(audit))
+        after_commit(session, lambda: _publish_completed(audit))
     context.report(
         progress=100,
         phase="done",
@@ -110,60 +112,69 @@ async def _audit(context: Context, spec: AuditSpec, database: Database) -> dict[
         failed_services=len(audit.failed),
         **{f"priority_{name}": audit.counts[name] for name in PRIORITIES},
     )
-    return _told(audit)
+    return _audit_result(audit)
 
 
-async def _look_at_all(database: Database, wanted: dict[str, Service], known: Rules) -> list[Outcome]:
-    room = asyncio.Semaphore(AT_ONCE)
+async def _audit_all(database: Database, services: dict[str, Service], rule_set: RuleSet) -> list[ServiceAudit]:
+    semaphore = asyncio.Semaphore(MAX_CONCURRENCY)
 
-    async def look(handle: str, service: Service) -> Outcome:
-        outcome = Outcome(handle, service)
-        concerned = [rule for rule in known.rules if rule.service == service.connector.type]
+    async def audit_one(handle: str, service: Service) -> ServiceAudit:
+        outcome = ServiceAudit(handle, service)
+        relevant_rules = [rule for rule in rule_set.rules if rule.service == service.connector.type]
         if service.connector.settings is None:
             return outcome
-        async with room:
+        async with semaphore:
             try:
-                async with service_store.connected(database, service) as client:
-                    read = await read_areas(client, service.connector.settings, concerned)
-                outcome.findings = find(concerned, read)
+                async with service_store.open_client(database, service) as client:
+                    by_area = await read_areas(client, service.connector.settings, relevant_rules)
+                outcome.findings = evaluate_rules(relevant_rules, by_area)
             except (ServiceError, SealBroken) as error:
                 outcome.error = error.message
         return outcome
 
-    return await asyncio.gather(*(look(handle, service) for handle, service in wanted.items()))
+    return await asyncio.gather(*(audit_one(handle, service) for handle, service in services.items()))
 
 
-async def read_areas(client: Client, settings: Areas, concerned: Sequence[Rule]) -> dict[str, list[Entry]]:
+async def read_areas(
+    client: Client, settings: SettingsAreas, relevant_rules: Sequence[Rule]
+) -> dict[str, list[SettingsEntry]]:
     """Each area that these rules look at, read once. One that this version of a service does not have is left out."""
-    read: dict[str, list[Entry]] = {}
-    for area in sorted({area for rule in concerned for area in rule.areas}):
+    by_area: dict[str, list[SettingsEntry]] = {}
+    for area in sorted({area for rule in relevant_rules for area in rule.areas}):
         try:
-            read[area] = await settings.read(client, area)
-        except NotThere:
+            by_area[area] = await settings.read(client, area)
+        except NotFoundInService:
             continue
-    if concerned and not read:
-        raise client.wrong()
-    return read
+    if relevant_rules and not by_area:
+        raise client.wrong_service()
+    return by_area
 
 
-async def _keep(
-    session: AsyncSession, audit_id: str, began: datetime, outcomes: Sequence[Outcome], known: Rules, web: Advice
+async def _save_audit(
+    session: AsyncSession,
+    audit_id: str,
+    started_at: datetime,
+    outcomes: Sequence[ServiceAudit],
+    rule_set: RuleSet,
+    web_result: WebSearchResult,
 ) -> Audit:
-    kept: list[Recommendation] = []
+    saved: list[Recommendation] = []
     summary: dict[str, Any] = {}
     failed: dict[str, Any] = {}
-    there = {service.id for service in await service_store.every(session)}
+    existing_ids = {service.id for service in await service_store.list_services(session)}
     for outcome in outcomes:
-        if outcome.service.id not in there:
+        if outcome.service.id not in existing_ids:
             failed[outcome.handle] = "It was deleted during the audit."
             continue
         if outcome.error is not None:
             failed[outcome.handle] = outcome.error
             continue
-        rows = await audit_tables.keep(session, outcome.service.id, outcome.findings, web.sources, began)
+        rows = await audit_tables.save_findings(
+            session, outcome.service.id, outcome.findings, web_result.sources, started_at
+        )
         summary[outcome.handle] = {"issues_found": len(outcome.findings), "recommendations": len(rows)}
-        kept += rows
-    counts = Counter(row.priority for row in kept)
+        saved += rows
+    counts = Counter(row.priority for row in saved)
     audit = Audit(
         id=audit_id,
         at=now(),
@@ -171,23 +182,23 @@ async def _keep(
         failed=failed,
         summary=summary,
         counts={name: counts[name] for name in PRIORITIES},
-        total=len(kept),
-        rule_problems=[str(problem) for problem in known.problems],
-        web_search=web.as_told(),
+        total=len(saved),
+        rule_problems=[str(problem) for problem in rule_set.problems],
+        web_search=web_result.to_dict(),
         created_by="",
     )
     session.add(audit)
     await session.flush()
-    session.add_all(AuditFinding(audit_id=audit_id, recommendation_id=row.id) for row in kept)
+    session.add_all(AuditFinding(audit_id=audit_id, recommendation_id=row.id) for row in saved)
     return audit
 
 
-def _tell(audit: Audit) -> None:
+def _publish_completed(audit: Audit) -> None:
     data = {"audit_id": audit.id, "recommendation_count": audit.total}
-    events.publish([events.message([ROOM], "config.audit.completed", data, audit.at)])
+    events.publish([events.build_message([ROOM], "config.audit.completed", data, audit.at)])
 
 
-def _told(audit: Audit) -> dict[str, Any]:
+def _audit_result(audit: Audit) -> dict[str, Any]:
     """What its job's result, and so MLflow, says of an audit."""
     return {
         "audit_id": audit.id,

@@ -6,16 +6,16 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from cluster.services.capabilities.settings import Entry, plain, same
+from cluster.services.capabilities.settings import SettingsEntry, normalize, settings_equal
 
 Number = int | float
-Read = Mapping[str, list[Entry]]
+SettingsByArea = Mapping[str, list[SettingsEntry]]
 """The areas of a service, as they were read."""
 
-PATTERN_MAX = 300
+MAX_PATTERN_LENGTH = 300
 
 
-class Elsewhere(BaseModel):
+class SettingReference(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     area: str
@@ -33,14 +33,16 @@ class Expectation(BaseModel):
     at_most: Number | None = None
     between: list[Number] | None = Field(default=None, min_length=2, max_length=2)
     empty: bool | None = Field(default=None, description="True: nothing stands there. False: something does.")
-    matches: str | None = Field(default=None, max_length=PATTERN_MAX, description="A regular expression that fits.")
-    not_matches: str | None = Field(default=None, max_length=PATTERN_MAX)
+    matches: str | None = Field(
+        default=None, max_length=MAX_PATTERN_LENGTH, description="A regular expression that fits."
+    )
+    not_matches: str | None = Field(default=None, max_length=MAX_PATTERN_LENGTH)
     different_from: str | None = Field(default=None, description="Another setting of the same thing.")
-    outside: Elsewhere | None = Field(default=None, description="A folder that lies in none of those.")
+    outside: SettingReference | None = Field(default=None, description="A folder that lies in none of those.")
 
     @field_validator("matches", "not_matches")
     @classmethod
-    def be_readable(cls, pattern: str | None) -> str | None:
+    def validate_pattern(cls, pattern: str | None) -> str | None:
         try:
             re.compile(pattern or "")
         except re.error as error:
@@ -48,36 +50,36 @@ class Expectation(BaseModel):
         return pattern
 
     @model_validator(mode="after")
-    def say_one(self) -> Self:
+    def validate_exactly_one(self) -> Self:
         if len(self.model_fields_set & set(Expectation.model_fields)) != 1:
             raise ValueError(f"say one of {', '.join(Expectation.model_fields)}")
         return self
 
-    def holds(self, value: Any, entry: Entry, read: Read) -> bool:
+    def holds(self, value: Any, entry: SettingsEntry, by_area: SettingsByArea) -> bool:
         """Whether a value is as expected. What is of another sort than expected is not."""
         (operator,) = self.model_fields_set & set(Expectation.model_fields)
-        wanted, found = getattr(self, operator), plain(value)
+        expected, normalized = getattr(self, operator), normalize(value)
         match operator:
             case "equals":
-                return same(value, wanted)
+                return settings_equal(value, expected)
             case "one_of":
-                return any(same(value, one) for one in wanted)
+                return any(settings_equal(value, one) for one in expected)
             case "at_least":
-                return _is_number(found) and found >= wanted
+                return _is_number(normalized) and normalized >= expected
             case "at_most":
-                return _is_number(found) and found <= wanted
+                return _is_number(normalized) and normalized <= expected
             case "between":
-                return _is_number(found) and wanted[0] <= found <= wanted[1]
+                return _is_number(normalized) and expected[0] <= normalized <= expected[1]
             case "empty":
-                return (value in (None, "", [], {})) is wanted
+                return (value in (None, "", [], {})) is expected
             case "matches":
-                return re.search(wanted, _text(value)) is not None
+                return re.search(expected, _text(value)) is not None
             case "not_matches":
-                return re.search(wanted, _text(value)) is None
+                return re.search(expected, _text(value)) is None
             case "different_from":
-                return not same(value, entry.values.get(wanted))
+                return not settings_equal(value, entry.values.get(expected))
             case _:
-                folders = [other.values.get(wanted.setting) for other in read.get(wanted.area, [])]
+                folders = [other.values.get(expected.setting) for other in by_area.get(expected.area, [])]
                 return not any(_is_inside(_text(value), _text(folder)) for folder in folders)
 
     @property
@@ -92,10 +94,11 @@ class Condition(Expectation):
     area: str | None = None
     setting: str
 
-    def met(self, entry: Entry, read: Read) -> bool:
-        things = [entry] if self.area is None else read.get(self.area, [])
+    def is_met(self, entry: SettingsEntry, by_area: SettingsByArea) -> bool:
+        entries = [entry] if self.area is None else by_area.get(self.area, [])
         return any(
-            self.setting in thing.values and self.holds(thing.values[self.setting], thing, read) for thing in things
+            self.setting in candidate.values and self.holds(candidate.values[self.setting], candidate, by_area)
+            for candidate in entries
         )
 
     @property

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.logs import redact
-from cluster.services.capabilities.settings import Entry, same
-from pipelines.media.audit.conditions import Read
+from cluster.services.capabilities.settings import SettingsEntry, settings_equal
+from pipelines.media.audit.conditions import SettingsByArea
 from pipelines.media.audit.rules import Rule
 
-KEPT_CHARACTERS = 4000
-SHOWN_CHARACTERS = 500
-SHOWN_THINGS = 50
-WORDS_MAX = 300
+MAX_STORED_CHARACTERS = 4000
+MAX_EXCERPT_CHARACTERS = 500
+MAX_LISTED_ITEMS = 50
+MAX_NAME_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -24,76 +24,87 @@ class Finding:
     entry: str  # the key of the thing in its area; empty: the only one, or all of them
     entry_name: str
     current: Any  # as it may be kept and shown
-    whole: bool = True  # whether `current` is the value itself, and not only what may be shown of it
+    is_exact: bool = True  # whether `current` is the value itself, and not only what may be shown of it
     reference: str | None = None
 
     @property
     def by_hand(self) -> str | None:
         """Why this cannot be applied."""
-        if not self.rule.apply.is_by_hand and not self.whole:
+        if not self.rule.apply.is_by_hand and not self.is_exact:
             return "The present value could not be restored, because it is too long or has a secret in it."
         return self.rule.apply.by_hand
 
 
-def find(rules: Iterable[Rule], read: Read) -> list[Finding]:
+def evaluate_rules(rules: Iterable[Rule], by_area: SettingsByArea) -> list[Finding]:
     """What is not as it should be. A rule whose area or setting this version of a service does not have is left out."""
-    return [finding for rule in rules if rule.area in read for finding in _of_rule(rule, read)]
+    return [finding for rule in rules if rule.area in by_area for finding in _evaluate_rule(rule, by_area)]
 
 
-def keepable(value: Any) -> tuple[Any, bool]:
+def to_storable(value: Any) -> tuple[Any, bool]:
     """A value as it may be kept, told and put into a log; and whether that is still the value itself."""
     if isinstance(value, list) and all(isinstance(part, str | int | float | bool | None) for part in value):
-        parts = [keepable(part) for part in value[:SHOWN_THINGS]]
-        kept = [part for part, _ in parts]
-        return kept, len(value) <= SHOWN_THINGS and all(whole for _, whole in parts)
+        parts = [to_storable(part) for part in value[:MAX_LISTED_ITEMS]]
+        stored = [part for part, _ in parts]
+        return stored, len(value) <= MAX_LISTED_ITEMS and all(is_exact for _, is_exact in parts)
     if isinstance(value, str):
-        clean = redact(value)
-        return (clean, clean == value) if len(clean) <= KEPT_CHARACTERS else (clean[:SHOWN_CHARACTERS], False)
-    if value is None or isinstance(value, bool) or _is_reasonable(value):
+        redacted = redact(value)
+        return (
+            (redacted, redacted == value)
+            if len(redacted) <= MAX_STORED_CHARACTERS
+            else (redacted[:MAX_EXCERPT_CHARACTERS], False)
+        )
+    if value is None or isinstance(value, bool) or _is_storable_number(value):
         return value, True
-    return redact(json.dumps(value, default=str))[:SHOWN_CHARACTERS], False
+    return redact(json.dumps(value, default=str))[:MAX_EXCERPT_CHARACTERS], False
 
 
-def _of_rule(rule: Rule, read: Read) -> list[Finding]:
-    if rule.when and rule.when.area and not rule.when.met(Entry("", "", {}), read):
+def _evaluate_rule(rule: Rule, by_area: SettingsByArea) -> list[Finding]:
+    if rule.when and rule.when.area and not rule.when.is_met(SettingsEntry("", "", {}), by_area):
         return []
-    things = [
-        thing
-        for thing in read[rule.area]
-        if all(same(thing.values.get(name), wanted) for name, wanted in rule.where.items())
-        and (rule.when is None or rule.when.met(thing, read))
+    entries = [
+        entry
+        for entry in by_area[rule.area]
+        if all(settings_equal(entry.values.get(name), expected) for name, expected in rule.where.items())
+        and (rule.when is None or rule.when.is_met(entry, by_area))
     ]
-    wrong = [
-        thing
-        for thing in things
-        if rule.setting in thing.values and not rule.expect.holds(thing.values[rule.setting], thing, read)
+    failing = [
+        entry
+        for entry in entries
+        if rule.setting in entry.values and not rule.expect.holds(entry.values[rule.setting], entry, by_area)
     ]
     match rule.over:
         case "each":
-            return [_finding(rule, thing) for thing in {thing.key: thing for thing in wrong}.values()]
+            return [_entry_finding(rule, entry) for entry in {entry.key: entry for entry in failing}.values()]
         case "some":
             # Of things that do not even have the setting, nobody can say anything.
-            known = [thing for thing in things if rule.setting in thing.values]
-            return [_of_all(rule, wrong)] if len(wrong) == len(known) and len(known) == len(things) else []
+            known = [entry for entry in entries if rule.setting in entry.values]
+            return (
+                [_combined_finding(rule, failing)] if len(failing) == len(known) and len(known) == len(entries) else []
+            )
         case "all":
-            return [_of_all(rule, wrong)] if wrong else []
+            return [_combined_finding(rule, failing)] if failing else []
 
 
-def _finding(rule: Rule, thing: Entry) -> Finding:
-    current, whole = keepable(thing.values[rule.setting])
-    reference = thing.values.get(rule.reference_setting) if rule.reference_setting else None
+def _entry_finding(rule: Rule, entry: SettingsEntry) -> Finding:
+    current, is_exact = to_storable(entry.values[rule.setting])
+    reference = entry.values.get(rule.reference_setting) if rule.reference_setting else None
     if not isinstance(reference, str) or not reference.startswith("https://"):
         reference = None
-    name, _ = keepable(thing.name[:WORDS_MAX])
-    return Finding(rule, thing.key[:WORDS_MAX], name, current, whole, reference and redact(reference)[:WORDS_MAX])
+    name, _ = to_storable(entry.name[:MAX_NAME_LENGTH])
+    return Finding(
+        rule, entry.key[:MAX_NAME_LENGTH], name, current, is_exact, reference and redact(reference)[:MAX_NAME_LENGTH]
+    )
 
 
-def _of_all(rule: Rule, wrong: Sequence[Entry]) -> Finding:
-    current = [f"{thing.name[:WORDS_MAX]}: {keepable(thing.values[rule.setting])[0]}" for thing in wrong[:SHOWN_THINGS]]
-    return Finding(rule, "", "", [redact(line) for line in current], whole=False)
+def _combined_finding(rule: Rule, failing: Sequence[SettingsEntry]) -> Finding:
+    current = [
+        f"{entry.name[:MAX_NAME_LENGTH]}: {to_storable(entry.values[rule.setting])[0]}"
+        for entry in failing[:MAX_LISTED_ITEMS]
+    ]
+    return Finding(rule, "", "", [redact(line) for line in current], is_exact=False)
 
 
-def _is_reasonable(value: Any) -> bool:
+def _is_storable_number(value: Any) -> bool:
     """JSON has numbers that no database takes."""
     if isinstance(value, int):
         return abs(value) < 2**63

@@ -22,19 +22,19 @@ from pipelines.media.audit.conditions import Condition, Expectation
 Category = Literal["performance", "security", "best_practices"]
 Priority = Literal["critical", "high", "medium", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
-SHIPPED = files("configs") / "audit"
-FILE_MAX = 1_000_000
-ALIASES_MAX = 100
+SHIPPED_RULES = files("configs") / "audit"
+MAX_FILE_CHARACTERS = 1_000_000
+MAX_ALIASES = 100
 YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # twenty times as fast, where there is libyaml
 
 
-def _one_address(text: str) -> str:
+def _validate_url(text: str) -> str:
     if not text.startswith(("https://", "http://")):
         raise ValueError("a reference is an address that begins with https://")
     return text
 
 
-Words = Annotated[str, Field(min_length=1, max_length=2000)]
+RuleText = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class Remedy(BaseModel):
@@ -43,10 +43,10 @@ class Remedy(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     set: JsonValue = None
-    by_hand: Words | None = Field(default=None, description="What a person has to do.")
+    by_hand: RuleText | None = Field(default=None, description="What a person has to do.")
 
     @model_validator(mode="after")
-    def say_one(self) -> Self:
+    def validate_exactly_one(self) -> Self:
         if len(self.model_fields_set) != 1 or (self.model_fields_set == {"by_hand"} and self.by_hand is None):
             raise ValueError("say one of set, by_hand")
         return self
@@ -74,15 +74,15 @@ class Rule(BaseModel):
     apply: Remedy
     category: Category
     priority: Priority
-    rationale: Words
-    explanation: Words
-    impact: Words
-    references: list[Annotated[str, Field(max_length=500), AfterValidator(_one_address)]] = Field(max_length=20)
+    rationale: RuleText
+    explanation: RuleText
+    impact: RuleText
+    references: list[Annotated[str, Field(max_length=500), AfterValidator(_validate_url)]] = Field(max_length=20)
     reference_setting: str | None = Field(default=None, description="A setting of the thing that holds another one.")
     enabled: bool = True
 
     @model_validator(mode="after")
-    def be_possible(self) -> Self:
+    def validate_rule(self) -> Self:
         try:
             connector = find_connector(self.service)
         except ForgearrError as error:
@@ -108,7 +108,7 @@ class Rule(BaseModel):
         return {self.area} | self.expect.areas | (self.when.areas if self.when else set())
 
     @property
-    def better(self) -> Any:
+    def recommended_value(self) -> Any:
         """The value that is recommended, to show to people."""
         if self.recommended is not None:
             return self.recommended
@@ -116,7 +116,7 @@ class Rule(BaseModel):
 
 
 @dataclass(frozen=True)
-class Problem:
+class RuleProblem:
     """Something in a file of rules that cannot be."""
 
     file: str
@@ -128,41 +128,43 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Rules:
+class RuleSet:
     rules: list[Rule]
-    problems: list[Problem]
+    problems: list[RuleProblem]
 
 
-def folder() -> Path:
+def user_folder() -> Path:
     """Where users keep their own."""
     return get_settings().audit.rules or home() / "audit"
 
 
-def load() -> Rules:
+def load() -> RuleSet:
     """All rules that are enabled, and what is wrong with others."""
-    problems: list[Problem] = []
-    said: dict[str, tuple[dict[str, Any], _Place]] = {}
-    shipped = sorted(SHIPPED.iterdir(), key=lambda file: file.name)
-    own = sorted(folder().glob("*.y*ml"))
-    for name, path in [(f"configs/audit/{file.name}", file) for file in shipped] + [(str(path), path) for path in own]:
+    problems: list[RuleProblem] = []
+    rules_by_id: dict[str, tuple[dict[str, Any], _RuleSource]] = {}
+    shipped_files = sorted(SHIPPED_RULES.iterdir(), key=lambda file: file.name)
+    user_files = sorted(user_folder().glob("*.y*ml"))
+    for name, path in [(f"configs/audit/{file.name}", file) for file in shipped_files] + [
+        (str(path), path) for path in user_files
+    ]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(Problem(name, 1, f"It cannot be read: {error}."))
+            problems.append(RuleProblem(name, 1, f"It cannot be read: {error}."))
             continue
-        for values, place in _parse(name, text, problems):
-            _take(said, values, place, problems)
+        for values, source in _parse(name, text, problems):
+            _merge_rule(rules_by_id, values, source, problems)
     rules: list[Rule] = []
-    for values, place in said.values():
+    for values, source in rules_by_id.values():
         try:
             rules.append(Rule.model_validate(values))
         except ValidationError as error:
-            problems.append(_problem(error, place))
-    return Rules([rule for rule in rules if rule.enabled], problems)
+            problems.append(_to_problem(error, source))
+    return RuleSet([rule for rule in rules if rule.enabled], problems)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _RuleSource:
     file: str
     node: yaml.MappingNode
 
@@ -181,54 +183,59 @@ class _Place:
         return line + 1
 
 
-def _parse(file: str, text: str, problems: list[Problem]) -> Iterator[tuple[dict[str, Any], _Place]]:
+def _parse(file: str, text: str, problems: list[RuleProblem]) -> Iterator[tuple[dict[str, Any], _RuleSource]]:
     """The rules of a file as they are written, each with its place."""
-    if len(text) > FILE_MAX:
-        problems.append(Problem(file, 1, f"A file of rules has {FILE_MAX} characters at most."))
+    if len(text) > MAX_FILE_CHARACTERS:
+        problems.append(RuleProblem(file, 1, f"A file of rules has {MAX_FILE_CHARACTERS} characters at most."))
         return
     loader = YamlLoader(text)
     try:
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=YamlLoader)) > ALIASES_MAX:
-            problems.append(Problem(file, 1, f"A file of rules has {ALIASES_MAX} aliases at most."))
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=YamlLoader)) > MAX_ALIASES:
+            problems.append(RuleProblem(file, 1, f"A file of rules has {MAX_ALIASES} aliases at most."))
             return
         root = loader.get_single_node()
         if root is None:
             return
         if not isinstance(root, yaml.SequenceNode):
-            problems.append(Problem(file, root.start_mark.line + 1, "A file of rules is a list of them."))
+            problems.append(RuleProblem(file, root.start_mark.line + 1, "A file of rules is a list of them."))
             return
         for node in root.value:
             values = loader.construct_document(node)
             if isinstance(values, dict) and isinstance(node, yaml.MappingNode) and isinstance(values.get("id"), str):
-                yield values, _Place(file, node)
+                yield values, _RuleSource(file, node)
             else:
-                problems.append(Problem(file, node.start_mark.line + 1, "A rule has an id, and what it says."))
+                problems.append(RuleProblem(file, node.start_mark.line + 1, "A rule has an id, and what it says."))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or "it is not YAML"
-        problems.append(Problem(file, mark.line + 1 if mark else 1, f"It cannot be read: {reason}."))
+        problems.append(RuleProblem(file, mark.line + 1 if mark else 1, f"It cannot be read: {reason}."))
     finally:
         loader.dispose()
 
 
-def _take(
-    said: dict[str, tuple[dict[str, Any], _Place]], values: dict[str, Any], place: _Place, problems: list[Problem]
+def _merge_rule(
+    rules_by_id: dict[str, tuple[dict[str, Any], _RuleSource]],
+    values: dict[str, Any],
+    source: _RuleSource,
+    problems: list[RuleProblem],
 ) -> None:
-    known = said.get(values["id"])
-    if known is None:
-        said[values["id"]] = values, place
+    existing = rules_by_id.get(values["id"])
+    if existing is None:
+        rules_by_id[values["id"]] = values, source
         return
-    merged = {**known[0], **values}
+    merged = {**existing[0], **values}
     try:
         Rule.model_validate(merged)
     except ValidationError as error:
-        problems.append(_problem(error, place))  # the one that is changed stays as it was
+        problems.append(_to_problem(error, source))  # the one that is changed stays as it was
         return
-    said[values["id"]] = merged, place
+    rules_by_id[values["id"]] = merged, source
 
 
-def _problem(error: ValidationError, place: _Place) -> Problem:
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, fault["loc"]))
-    message = fault["msg"].removeprefix("Value error, ").rstrip(".")
-    return Problem(place.file, place.line(*fault["loc"]), f"{where}: {message}." if where else f"{message}.")
+def _to_problem(error: ValidationError, source: _RuleSource) -> RuleProblem:
+    first_error = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = ".".join(map(str, first_error["loc"]))
+    message = first_error["msg"].removeprefix("Value error, ").rstrip(".")
+    return RuleProblem(
+        source.file, source.line(*first_error["loc"]), f"{field}: {message}." if field else f"{message}."
+    )

@@ -11,7 +11,7 @@ from jobs.tables import Schedule
 from pipelines.media.audit.audit_services import KIND
 
 NAME = "auto-audit"
-CRON = {
+CRON_BY_HOURS = {
     1: "7 * * * *",
     2: "7 */2 * * *",
     3: "7 */3 * * *",
@@ -37,7 +37,7 @@ async def state(session: AsyncSession) -> tuple[bool, int | None]:
     schedule = await _find(session)
     if schedule is None:
         return False, DEFAULT_HOURS
-    return schedule.enabled, next((hours for hours, cron in CRON.items() if cron == schedule.cron), None)
+    return schedule.enabled, next((hours for hours, cron in CRON_BY_HOURS.items() if cron == schedule.cron), None)
 
 
 async def change(session: AsyncSession, enabled: bool | None, hours: int | None) -> tuple[bool, int]:
@@ -46,7 +46,7 @@ async def change(session: AsyncSession, enabled: bool | None, hours: int | None)
     was_enabled, was_hours = await state(session)
     hours = hours or was_hours or DEFAULT_HOURS
     request = ScheduleRequest(
-        name=NAME, kind=KIND, cron=CRON[hours], enabled=was_enabled if enabled is None else enabled
+        name=NAME, kind=KIND, cron=CRON_BY_HOURS[hours], enabled=was_enabled if enabled is None else enabled
     )
     if schedule is None:
         await schedules.create(session, request, Owner(name="system"))
@@ -57,8 +57,8 @@ async def change(session: AsyncSession, enabled: bool | None, hours: int | None)
 
 
 async def _find(session: AsyncSession, *, lock: bool = False) -> Schedule | None:
-    wanted = select(Schedule).where(Schedule.name == NAME)
-    schedule = await session.scalar(wanted.with_for_update() if lock else wanted)
+    query = select(Schedule).where(Schedule.name == NAME)
+    schedule = await session.scalar(query.with_for_update() if lock else query)
     if schedule is not None and schedule.kind != KIND:
         raise NameTaken
     return schedule

@@ -19,10 +19,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster.db import Base, Database, Document, delete_rows, now
 from cluster.errors import NotFound
 from cluster.settings import get_settings
-from jobs.sweep import sweeper
+from jobs.sweep import register_sweeper
 from pipelines.media.audit.evaluate import Finding
 
-Outcome = Literal["begun", "applied", "failed", "restored"]
+ChangeOutcome = Literal["begun", "applied", "failed", "restored"]
 Id = BigInteger().with_variant(Integer, "sqlite")
 
 
@@ -105,7 +105,7 @@ class AuditFinding(Base):
     )
 
 
-class Change(Base):
+class SettingChange(Base):
     """A setting that was written, kept before it is: whoever dies in between leaves a trace."""
 
     __tablename__ = "setting_changes"
@@ -114,7 +114,7 @@ class Change(Base):
     recommendation_id: Mapped[int] = mapped_column(ForeignKey("recommendations.id", ondelete="CASCADE"), index=True)
     previous: Mapped[Any | None] = mapped_column(Document)
     new: Mapped[Any | None] = mapped_column(Document)
-    outcome: Mapped[Outcome] = mapped_column(String(10))
+    outcome: Mapped[ChangeOutcome] = mapped_column(String(10))
     at: Mapped[datetime] = mapped_column(default=now)
     by: Mapped[str] = mapped_column(String(200))
     restored_at: Mapped[datetime | None]
@@ -122,60 +122,60 @@ class Change(Base):
 
 
 async def get(session: AsyncSession, recommendation_id: int, *, lock: bool = False) -> Recommendation:
-    found = await session.get(Recommendation, recommendation_id, with_for_update=lock)
-    if found is None:
+    recommendation = await session.get(Recommendation, recommendation_id, with_for_update=lock)
+    if recommendation is None:
         raise RecommendationNotFound(f"Recommendation with ID {recommendation_id} not found")
-    return found
+    return recommendation
 
 
 def is_open() -> Any:
     return Recommendation.closed_at.is_(None)
 
 
-def shown() -> Select[Recommendation]:
+def visible_recommendations() -> Select[Recommendation]:
     """Those that are open, and those that were applied."""
     return select(Recommendation).where(is_open() | Recommendation.applied_at.is_not(None))
 
 
-async def keep(
+async def save_findings(
     session: AsyncSession, service_id: int, findings: Sequence[Finding], sources: Mapping[str, list[str]], at: datetime
 ) -> list[Recommendation]:
     """Make what is open of a service what an audit has found now."""
     rows = await session.scalars(
         select(Recommendation).where(Recommendation.service_id == service_id, is_open()).with_for_update()
     )
-    known = {(row.rule_id, row.entry): row for row in rows}
+    open_rows = {(row.rule_id, row.entry): row for row in rows}
     # What was applied while the audit was on its way may have been read before.
     applied = await session.execute(
         select(Recommendation.rule_id, Recommendation.entry).where(
             Recommendation.service_id == service_id, Recommendation.applied_at >= at
         )
     )
-    outdated = {(row.rule_id, row.entry) for row in applied.all()}
-    kept: list[Recommendation] = []
+    applied_since = {(row.rule_id, row.entry) for row in applied.all()}
+    saved: list[Recommendation] = []
     for finding in findings:
-        row = known.pop((finding.rule.id, finding.entry), None)
+        row = open_rows.pop((finding.rule.id, finding.entry), None)
         if row is None:
-            if (finding.rule.id, finding.entry) in outdated:
+            if (finding.rule.id, finding.entry) in applied_since:
                 continue
             row = Recommendation(service_id=service_id, rule_id=finding.rule.id, entry=finding.entry, sources=[])
             row.created_at = at
             session.add(row)
-        _say(row, finding)
+        _fill_row(row, finding)
         row.seen_at = at
         row.sources = sources.get(finding.rule.id, row.sources)
-        kept.append(row)
-    for row in known.values():
+        saved.append(row)
+    for row in open_rows.values():
         row.closed_at = at
     await session.flush()
-    return kept
+    return saved
 
 
-async def last_change(session: AsyncSession, recommendation_id: int, *outcomes: Outcome) -> Change | None:
+async def last_change(session: AsyncSession, recommendation_id: int, *outcomes: ChangeOutcome) -> SettingChange | None:
     return await session.scalar(
-        select(Change)
-        .where(Change.recommendation_id == recommendation_id, Change.outcome.in_(outcomes))
-        .order_by(Change.id.desc())
+        select(SettingChange)
+        .where(SettingChange.recommendation_id == recommendation_id, SettingChange.outcome.in_(outcomes))
+        .order_by(SettingChange.id.desc())
         .limit(1)
         .with_for_update()
     )
@@ -192,21 +192,21 @@ async def applied_counts(session: AsyncSession, audit_ids: Sequence[str]) -> dic
     return {row[0]: row[1] for row in rows.all()}
 
 
-@sweeper("recommendations")
+@register_sweeper("recommendations")
 async def remove_old(database: Database) -> int:
     """Forget audits that are older than `audit.history_days`, and what ended before and was found by none since."""
     oldest = now() - timedelta(days=get_settings().audit.history_days)
     async with database.transaction() as session:
         await session.execute(delete(Audit).where(Audit.at < oldest))
-        named = select(AuditFinding).where(AuditFinding.recommendation_id == Recommendation.id).exists()
+        is_referenced = select(AuditFinding).where(AuditFinding.recommendation_id == Recommendation.id).exists()
         ended = Recommendation.closed_at < oldest
-        return await delete_rows(session, delete(Recommendation).where(ended, ~named))
+        return await delete_rows(session, delete(Recommendation).where(ended, ~is_referenced))
 
 
-def _say(row: Recommendation, finding: Finding) -> None:
+def _fill_row(row: Recommendation, finding: Finding) -> None:
     rule = finding.rule
     row.area, row.setting, row.entry_name = rule.area, rule.setting, finding.entry_name
     row.category, row.priority = rule.category, rule.priority
-    row.current_value, row.recommended_value, row.by_hand = finding.current, rule.better, finding.by_hand
+    row.current_value, row.recommended_value, row.by_hand = finding.current, rule.recommended_value, finding.by_hand
     row.rationale, row.explanation, row.impact = rule.rationale, rule.explanation, rule.impact
     row.references = [*rule.references, *([finding.reference] if finding.reference else [])]

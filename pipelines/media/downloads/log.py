@@ -14,7 +14,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, delete_rows, now
 from cluster.settings import get_settings
-from pipelines.media.downloads.policy import ACTIONS, HOUR, Decision, Past, RecoveryPolicy, Verdict
+from pipelines.media.downloads.policy import ACTIONS, HOUR, Decision, History, RecoveryPolicy, Verdict
 from pipelines.media.downloads.tables import FollowedDownload
 
 RecoveryOutcome = Literal[
@@ -26,7 +26,7 @@ RecoveryOutcome = Literal[
     "noted",  # there was nothing to do
 ]
 SECOND = timedelta(seconds=1)
-ONLY = 1
+POLICY_ID = 1
 """The id of the row that holds the policy."""
 
 
@@ -56,7 +56,7 @@ class Recovery(Base):
     job_id: Mapped[str] = mapped_column(String(40))
 
 
-class KeptPolicy(Base):
+class RecoveryPolicyOverride(Base):
     """What an administrator has set in place of the settings."""
 
     __tablename__ = "recovery_policy"
@@ -67,42 +67,46 @@ class KeptPolicy(Base):
     changed_at: Mapped[datetime] = mapped_column(default=now)
 
 
-async def policy_of(session: AsyncSession) -> tuple[RecoveryPolicy, KeptPolicy | None]:
+async def current_policy(session: AsyncSession) -> tuple[RecoveryPolicy, RecoveryPolicyOverride | None]:
     """The policy in force, and the row that says so, if it is not the settings."""
-    kept = await session.get(KeptPolicy, ONLY)
-    if kept is not None:
+    override = await session.get(RecoveryPolicyOverride, POLICY_ID)
+    if override is not None:
         # A policy of an older Forgearr lacks what is new; what there is no more is not missed.
         defaults = get_settings().recovery.model_dump()
-        known = {name: value for name, value in kept.policy.items() if name in defaults}
-        return RecoveryPolicy.model_validate({**defaults, **known}), kept
+        known = {name: value for name, value in override.policy.items() if name in defaults}
+        return RecoveryPolicy.model_validate({**defaults, **known}), override
     return RecoveryPolicy.model_validate(get_settings().recovery.model_dump()), None
 
 
-async def keep_policy(session: AsyncSession, policy: RecoveryPolicy, by: str) -> KeptPolicy:
+async def set_policy(session: AsyncSession, policy: RecoveryPolicy, by: str) -> RecoveryPolicyOverride:
     """Have this policy in force from now on; what was settled under the one before is thought about anew."""
-    kept = await session.merge(KeptPolicy(id=ONLY, policy=policy.model_dump(), changed_by=by, changed_at=now()))
-    await _think_anew(session)
-    return kept
+    override = await session.merge(
+        RecoveryPolicyOverride(id=POLICY_ID, policy=policy.model_dump(), changed_by=by, changed_at=now())
+    )
+    await _reset_settled(session)
+    return override
 
 
-async def forget_policy(session: AsyncSession) -> None:
+async def reset_policy(session: AsyncSession) -> None:
     """Go by the settings again."""
-    await session.execute(delete(KeptPolicy))
-    await _think_anew(session)
+    await session.execute(delete(RecoveryPolicyOverride))
+    await _reset_settled(session)
 
 
-async def past_of(session: AsyncSession, service_id: int, item: str, title: str, at: datetime) -> Past:
+async def load_history(session: AsyncSession, service_id: int, item: str, title: str, at: datetime) -> History:
     """What was done about a download, or one of its title, and about all of them within the hour."""
-    taken = Recovery.decision.in_(ACTIONS) & (Recovery.dry_run.is_(False)) & (Recovery.outcome != "overtaken")
-    same = taken & (Recovery.service_id == service_id) & or_(Recovery.item == item, Recovery.title == title)
-    retries = await session.scalar(select(func.count()).where(same, Recovery.decision == "retry"))
-    last_at = await session.scalar(select(func.max(Recovery.at)).where(same))
-    last_hour = await session.scalar(select(func.count()).where(taken, Recovery.at > at - HOUR))
-    begun = await session.scalar(select(func.count()).where(same, Recovery.outcome == "begun"))
-    return Past(retries or 0, last_at, last_hour or 0, bool(begun))
+    is_action = Recovery.decision.in_(ACTIONS) & (Recovery.dry_run.is_(False)) & (Recovery.outcome != "overtaken")
+    same_download = (
+        is_action & (Recovery.service_id == service_id) & or_(Recovery.item == item, Recovery.title == title)
+    )
+    retries = await session.scalar(select(func.count()).where(same_download, Recovery.decision == "retry"))
+    last_at = await session.scalar(select(func.max(Recovery.at)).where(same_download))
+    last_hour = await session.scalar(select(func.count()).where(is_action, Recovery.at > at - HOUR))
+    begun = await session.scalar(select(func.count()).where(same_download, Recovery.outcome == "begun"))
+    return History(retries or 0, last_at, last_hour or 0, bool(begun))
 
 
-async def note(session: AsyncSession, recovery: Recovery) -> bool:
+async def record_decision(session: AsyncSession, recovery: Recovery) -> bool:
     """Write down a decision, unless the last one about the same download was the same; whether it was written."""
     if recovery.outcome != "begun":
         last = await session.scalar(
@@ -111,14 +115,14 @@ async def note(session: AsyncSession, recovery: Recovery) -> bool:
             .order_by(Recovery.id.desc())
             .limit(1)
         )
-        if last is not None and _same(last, recovery):
+        if last is not None and _is_same_decision(last, recovery):
             return False
     session.add(recovery)
     await session.flush()
     return True
 
 
-async def unended(session: AsyncSession, at: datetime) -> Sequence[Recovery]:
+async def unfinished_recoveries(session: AsyncSession, at: datetime) -> Sequence[Recovery]:
     """What was begun, and nobody knows what came of it: its worker has died, or the service has not answered."""
     begun = select(Recovery).where(
         Recovery.outcome == "begun", or_(Recovery.again_at.is_(None), Recovery.again_at <= at)
@@ -126,12 +130,12 @@ async def unended(session: AsyncSession, at: datetime) -> Sequence[Recovery]:
     return (await session.scalars(begun.order_by(Recovery.id))).all()
 
 
-async def came_good(
+async def mark_recovered(
     session: AsyncSession, service_id: int, titles: Iterable[str], content: Iterable[str], at: datetime
 ) -> int:
     """What had failed and was acted upon has come after all: a download of this title, or what it was to be."""
-    wanted_titles, wanted = set(titles), {one for one in content if not one.startswith("series:")}
-    open_ones = await session.scalars(
+    seen_titles, seen_content = set(titles), {one for one in content if not one.startswith("series:")}
+    open_recoveries = await session.scalars(
         select(Recovery).where(
             Recovery.service_id == service_id,
             Recovery.outcome.in_(["begun", "done"]),
@@ -140,13 +144,13 @@ async def came_good(
             Recovery.at < at + SECOND,  # services tell whole ones
         )
     )
-    good = [one for one in open_ones if one.title in wanted_titles or wanted & set(one.content)]
-    for one in good:
+    recovered = [one for one in open_recoveries if one.title in seen_titles or seen_content & set(one.content)]
+    for one in recovered:
         one.recovered_at = at
-    return len(good)
+    return len(recovered)
 
 
-async def numbers(session: AsyncSession, since: datetime) -> dict[str, int]:
+async def outcome_counts(session: AsyncSession, since: datetime) -> dict[str, int]:
     """What was done since then, and what has come of it."""
     done = (Recovery.outcome == "done") & (Recovery.ended_at > since)
     counts = {
@@ -158,7 +162,9 @@ async def numbers(session: AsyncSession, since: datetime) -> dict[str, int]:
         "failed": (Recovery.outcome == "failed") & (Recovery.ended_at > since),
         "recovered": Recovery.recovered_at > since,
     }
-    return {name: await session.scalar(select(func.count()).where(which)) or 0 for name, which in counts.items()}
+    return {
+        name: await session.scalar(select(func.count()).where(condition)) or 0 for name, condition in counts.items()
+    }
 
 
 async def remove_old(database: Database) -> int:
@@ -169,8 +175,8 @@ async def remove_old(database: Database) -> int:
         return await delete_rows(session, old)
 
 
-def as_recovery(
-    decision: Decision, policy: RecoveryPolicy, *, acts: bool, at: datetime, job_id: str, **what: Any
+def build_recovery(
+    decision: Decision, policy: RecoveryPolicy, *, execute: bool, at: datetime, job_id: str, **columns: Any
 ) -> Recovery:
     """A decision as it is written down."""
     is_action = decision.verdict in ACTIONS
@@ -179,18 +185,18 @@ def as_recovery(
         decision=decision.verdict,
         reason=decision.reason,
         policy=policy.model_dump(exclude={"protected_tags", "leave_messages"}),
-        dry_run=not acts,
-        outcome=("begun" if acts else "dry_run") if is_action else "noted",
+        dry_run=not execute,
+        outcome=("begun" if execute else "dry_run") if is_action else "noted",
         job_id=job_id,
-        **what,
+        **columns,
     )
 
 
-async def _think_anew(session: AsyncSession) -> None:
+async def _reset_settled(session: AsyncSession) -> None:
     unsolved = FollowedDownload.state.in_(["failed", "blocked", "running"]) & FollowedDownload.ended_at.is_(None)
     failed = FollowedDownload.state == "failed"
     await session.execute(update(FollowedDownload).where(unsolved | failed).values(settled=False, decide_at=None))
 
 
-def _same(one: Recovery, other: Recovery) -> bool:
+def _is_same_decision(one: Recovery, other: Recovery) -> bool:
     return (one.decision, one.reason, one.dry_run) == (other.decision, other.reason, other.dry_run)

@@ -9,20 +9,26 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
-from cluster.db import Database, after_commit, now, one_at_a_time
+from cluster.db import Database, advisory_lock, after_commit, now
 from cluster.services import store as service_store
-from cluster.services.capabilities.download_tracking import Ended, Following, Look, Place, Underway
+from cluster.services.capabilities.download_tracking import (
+    ActiveDownload,
+    DownloadSnapshot,
+    DownloadTracker,
+    FinishedDownload,
+    TrackingPosition,
+)
 from cluster.services.store import Service
 from pipelines.media.downloads import log as recovery_log
-from pipelines.media.downloads.cases import ENOUGH
+from pipelines.media.downloads.cases import MIN_RUNNING_DOWNLOADS
 from pipelines.media.downloads.policy import next_strikes
 from pipelines.media.downloads.tables import FollowedDownload, FollowedService
 
-IDS_AT_ONCE = 500
+MAX_IDS_PER_QUERY = 500
 
 
 @dataclass
-class Seen:
+class PollResult:
     """What one look has changed."""
 
     failed: int = 0
@@ -30,141 +36,153 @@ class Seen:
     recovered: int = 0
 
 
-async def look_at(database: Database, service: Service, following: Following) -> Seen:
+async def poll_service(database: Database, service: Service, tracker: DownloadTracker) -> PollResult:
     """Look at a service, and note what is new."""
-    async with database.reading() as session:
-        place, looks = await _place(session, service)
-    async with service_store.connected(database, service) as client:
-        look = await following.look(client, place)
+    async with database.read_transaction() as session:
+        cursor, poll_count = await _load_cursor(session, service)
+    async with service_store.open_client(database, service) as client:
+        snapshot = await tracker.poll(client, cursor)
     async with database.transaction() as session:
-        return await _settle(session, service, look, place.at, looks, mends_itself=following.retry is None)
+        return await _save_snapshot(
+            session, service, snapshot, cursor.at, poll_count, recovers_itself=tracker.retry is None
+        )
 
 
-async def _place(session: AsyncSession, service: Service) -> tuple[Place, int]:
-    known = await session.get(FollowedService, service.id)
-    if known is None or known.connected_as_of != service.connected_as_of:
-        return Place(since=service.connected_as_of, at=now()), 0 if known is None else known.looks
-    return Place(since=service.connected_as_of, at=now(), cursor=known.cursor), known.looks
+async def _load_cursor(session: AsyncSession, service: Service) -> tuple[TrackingPosition, int]:
+    followed = await session.get(FollowedService, service.id)
+    if followed is None or followed.connected_as_of != service.connected_as_of:
+        return TrackingPosition(since=service.connected_as_of, at=now()), 0 if followed is None else followed.looks
+    return TrackingPosition(since=service.connected_as_of, at=now(), cursor=followed.cursor), followed.looks
 
 
-async def _settle(
-    session: AsyncSession, service: Service, look: Look, at: datetime, looks: int, *, mends_itself: bool
-) -> Seen:
+async def _save_snapshot(
+    session: AsyncSession,
+    service: Service,
+    snapshot: DownloadSnapshot,
+    at: datetime,
+    poll_count: int,
+    *,
+    recovers_itself: bool,
+) -> PollResult:
     # One download may be told of by two services, so one of them is noted after the other.
-    await one_at_a_time(session, FollowedDownload.__tablename__)
+    await advisory_lock(session, FollowedDownload.__tablename__)
     if await session.get(Service, service.id) is None:
-        return Seen()  # it was deleted meanwhile
-    known = await session.get(FollowedService, service.id, with_for_update=True)
-    if known is None:
-        known = FollowedService(service_id=service.id, looks=0, completed=0, failed=0, imported=0)
-        session.add(known)
-    if known.looks != looks:
-        return Seen()  # somebody else has looked meanwhile, and noted what is newer
-    known.connected_as_of, known.cursor, known.error = service.connected_as_of, look.cursor, None
-    known.looks, known.looked_at = looks + 1, at
+        return PollResult()  # it was deleted meanwhile
+    followed = await session.get(FollowedService, service.id, with_for_update=True)
+    if followed is None:
+        followed = FollowedService(service_id=service.id, looks=0, completed=0, failed=0, imported=0)
+        session.add(followed)
+    if followed.looks != poll_count:
+        return PollResult()  # somebody else has looked meanwhile, and noted what is newer
+    followed.connected_as_of, followed.cursor, followed.error = service.connected_as_of, snapshot.cursor, None
+    followed.looks, followed.looked_at = poll_count + 1, at
     # A service is asked for its queue before its history, and what ends in between is in both.
-    over = {one.id for one in look.ended}
-    still = [one for one in look.underway if one.id not in over]
-    known.underway = len(still)
-    known.bytes_left = sum(one.bytes_left or 0 for one in still)
-    seen = Seen()
-    rows = await _rows(session, service.id, look)
-    for ended in look.ended:
-        await _note_end(session, known, rows, ended, seen, mends_itself=mends_itself)
-    moves = look.moves and _any_moves(rows, still)
-    for underway in still:
-        await _note_underway(session, known, rows, underway, moves, at, seen)
-    await _note_gone(session, rows, look, at)
-    return seen
+    ended_ids = {one.id for one in snapshot.finished}
+    active = [one for one in snapshot.active if one.id not in ended_ids]
+    followed.underway = len(active)
+    followed.bytes_left = sum(one.bytes_left or 0 for one in active)
+    result = PollResult()
+    rows = await _load_rows(session, service.id, snapshot)
+    for finished in snapshot.finished:
+        await _record_finished(session, followed, rows, finished, result, recovers_itself=recovers_itself)
+    is_transferring = snapshot.has_throughput and _is_transferring(rows, active)
+    for download in active:
+        await _record_active(session, followed, rows, download, is_transferring, at, result)
+    await _remove_vanished(session, rows, snapshot, at)
+    return result
 
 
-async def _rows(session: AsyncSession, service_id: int, look: Look) -> dict[str, FollowedDownload]:
+async def _load_rows(session: AsyncSession, service_id: int, snapshot: DownloadSnapshot) -> dict[str, FollowedDownload]:
     """What was known before of what this look has seen, and of what was underway."""
-    here = select(FollowedDownload).where(FollowedDownload.service_id == service_id)
-    found = list(await session.scalars(here.where(FollowedDownload.ended_at.is_(None))))
-    ids = sorted({one.id for one in (*look.underway, *look.ended)})
-    for start in range(0, len(ids), IDS_AT_ONCE):
-        page = ids[start : start + IDS_AT_ONCE]
-        found += await session.scalars(here.where(FollowedDownload.item.in_(page)))
+    service_rows = select(FollowedDownload).where(FollowedDownload.service_id == service_id)
+    found = list(await session.scalars(service_rows.where(FollowedDownload.ended_at.is_(None))))
+    ids = sorted({one.id for one in (*snapshot.active, *snapshot.finished)})
+    for start in range(0, len(ids), MAX_IDS_PER_QUERY):
+        batch = ids[start : start + MAX_IDS_PER_QUERY]
+        found += await session.scalars(service_rows.where(FollowedDownload.item.in_(batch)))
     return {row.item: row for row in found}
 
 
-def _any_moves(rows: Mapping[str, FollowedDownload], underway: Iterable[Underway]) -> bool:
+def _is_transferring(rows: Mapping[str, FollowedDownload], active: Iterable[ActiveDownload]) -> bool:
     """Whether one of several has got on. If none has, it is the line; of one alone, nobody knows."""
-    running = [one for one in underway if one.state == "running"]
-    left = [(row.bytes_left, one.bytes_left) for one in running if (row := rows.get(one.id)) is not None]
-    got_on = any(before is not None and after is not None and after < before for before, after in left)
-    return got_on or len(running) < ENOUGH
+    running = [one for one in active if one.state == "running"]
+    bytes_left_pairs = [(row.bytes_left, one.bytes_left) for one in running if (row := rows.get(one.id)) is not None]
+    has_progress = any(
+        before is not None and after is not None and after < before for before, after in bytes_left_pairs
+    )
+    return has_progress or len(running) < MIN_RUNNING_DOWNLOADS
 
 
-async def _note_end(
+async def _record_finished(
     session: AsyncSession,
-    known: FollowedService,
+    followed: FollowedService,
     rows: dict[str, FollowedDownload],
-    ended: Ended,
-    seen: Seen,
+    finished: FinishedDownload,
+    result: PollResult,
     *,
-    mends_itself: bool,
+    recovers_itself: bool,
 ) -> None:
-    if ended.outcome != "failed":
-        seen.recovered += await recovery_log.came_good(
-            session, known.service_id, [ended.title], ended.content, ended.at
+    if finished.outcome != "failed":
+        result.recovered += await recovery_log.mark_recovered(
+            session, followed.service_id, [finished.title], finished.content, finished.at
         )
-    row = rows.get(ended.id)
-    if row is not None and row.state in {ended.outcome, "retried"} and row.ended_at is not None:
+    row = rows.get(finished.id)
+    if row is not None and row.state in {finished.outcome, "retried"} and row.ended_at is not None:
         return  # an old story
     if row is None:
-        row = rows[ended.id] = _new_row(session, known.service_id, ended, ended.at)
+        row = rows[finished.id] = _new_row(session, followed.service_id, finished, finished.at)
     was_failed = row.state == "failed"
-    row.state, row.reason, row.ended_at, row.moved_at = ended.outcome, ended.reason, ended.at, ended.at
-    row.tags, row.content = list(ended.tags), list(dict.fromkeys([*row.content, *ended.content]))
+    row.state, row.reason, row.ended_at, row.moved_at = finished.outcome, finished.reason, finished.at, finished.at
+    row.tags, row.content = list(finished.tags), list(dict.fromkeys([*row.content, *finished.content]))
     row.bytes_left, row.strikes, row.decide_at = None, 0, None
     # Who chose a download, and notes that it has failed, has dealt with it.
-    row.settled = ended.outcome != "failed" or mends_itself
-    match ended.outcome:
+    row.settled = finished.outcome != "failed" or recovers_itself
+    match finished.outcome:
         case "failed":
-            known.failed += not was_failed
-            await _tell_failure(session, row, seen)
+            followed.failed += not was_failed
+            await _announce_failure(session, row, result)
         case "completed":
-            known.completed += 1
+            followed.completed += 1
         case "imported":
-            known.imported += 1
-            _tell_addition(session, row, ended, seen)
+            followed.imported += 1
+            _announce_addition(session, row, finished, result)
 
 
-async def _note_underway(
+async def _record_active(
     session: AsyncSession,
-    known: FollowedService,
+    followed: FollowedService,
     rows: dict[str, FollowedDownload],
-    underway: Underway,
-    moves: bool,
+    active: ActiveDownload,
+    is_transferring: bool,
     at: datetime,
-    seen: Seen,
+    result: PollResult,
 ) -> None:
-    row = rows.get(underway.id)
-    if row is not None and row.ended_at is not None and underway.state != "failed" and row.state == "imported":
+    row = rows.get(active.id)
+    if row is not None and row.ended_at is not None and active.state != "failed" and row.state == "imported":
         return  # it is about to leave the queue
     if row is None:
-        row = rows[underway.id] = _new_row(session, known.service_id, underway, at)
-    is_new_failure = underway.state == "failed" and row.state != "failed"
-    strikes = next_strikes(row.strikes, underway.state, row.bytes_left, underway.bytes_left, moves)
-    if not strikes or row.state != underway.state or row.ended_at is not None:
+        row = rows[active.id] = _new_row(session, followed.service_id, active, at)
+    is_new_failure = active.state == "failed" and row.state != "failed"
+    strikes = next_strikes(row.strikes, active.state, row.bytes_left, active.bytes_left, is_transferring)
+    if not strikes or row.state != active.state or row.ended_at is not None:
         row.moved_at, row.settled, row.decide_at = at, False, None
-    if row.reason != underway.reason:
+    if row.reason != active.reason:
         row.settled, row.decide_at = False, None
-    row.title, row.state, row.reason, row.strikes = underway.title, underway.state, underway.reason, strikes
-    row.tags, row.content = list(underway.tags), list(underway.content)
-    row.bytes_left, row.ended_at = underway.bytes_left, None
+    row.title, row.state, row.reason, row.strikes = active.title, active.state, active.reason, strikes
+    row.tags, row.content = list(active.tags), list(active.content)
+    row.bytes_left, row.ended_at = active.bytes_left, None
     if is_new_failure:
-        known.failed += 1
-        await _tell_failure(session, row, seen)
+        followed.failed += 1
+        await _announce_failure(session, row, result)
 
 
-async def _note_gone(session: AsyncSession, rows: dict[str, FollowedDownload], look: Look, at: datetime) -> None:
+async def _remove_vanished(
+    session: AsyncSession, rows: dict[str, FollowedDownload], snapshot: DownloadSnapshot, at: datetime
+) -> None:
     """What was underway and is nowhere any more; a failure is remembered, so that it is not told again."""
-    here = {one.id for one in look.underway}
+    active_ids = {one.id for one in snapshot.active}
     for row in rows.values():
-        if row.ended_at is not None or row.item in here:
+        if row.ended_at is not None or row.item in active_ids:
             continue
         if row.state == "failed":
             row.ended_at, row.settled = at, True
@@ -172,12 +190,14 @@ async def _note_gone(session: AsyncSession, rows: dict[str, FollowedDownload], l
             await session.delete(row)
 
 
-def _new_row(session: AsyncSession, service_id: int, one: Underway | Ended, at: datetime) -> FollowedDownload:
+def _new_row(
+    session: AsyncSession, service_id: int, download: ActiveDownload | FinishedDownload, at: datetime
+) -> FollowedDownload:
     row = FollowedDownload(
         service_id=service_id,
-        item=one.id,
-        download_id=one.download_id,
-        title=one.title,
+        item=download.id,
+        download_id=download.download_id,
+        title=download.title,
         state="waiting",
         reason="",
         tags=[],
@@ -191,15 +211,15 @@ def _new_row(session: AsyncSession, service_id: int, one: Underway | Ended, at: 
     return row
 
 
-async def _tell_failure(session: AsyncSession, row: FollowedDownload, seen: Seen) -> None:
+async def _announce_failure(session: AsyncSession, row: FollowedDownload, result: PollResult) -> None:
     if row.told:
         return
     row.told = True
     await session.flush()
-    if row.download_id is not None and await _was_told(session, row):
+    if row.download_id is not None and await _was_announced(session, row):
         return
-    seen.failed += 1
-    _tell(
+    result.failed += 1
+    _publish_event(
         session,
         "downloads",
         "download.failed",
@@ -207,7 +227,7 @@ async def _tell_failure(session: AsyncSession, row: FollowedDownload, seen: Seen
     )
 
 
-async def _was_told(session: AsyncSession, row: FollowedDownload) -> bool:
+async def _was_announced(session: AsyncSession, row: FollowedDownload) -> bool:
     """Whether another service has told of the same download that it failed."""
     others = select(FollowedDownload.id).where(
         FollowedDownload.download_id == row.download_id,
@@ -218,20 +238,22 @@ async def _was_told(session: AsyncSession, row: FollowedDownload) -> bool:
     return await session.scalar(others.limit(1)) is not None
 
 
-def _tell_addition(session: AsyncSession, row: FollowedDownload, ended: Ended, seen: Seen) -> None:
+def _announce_addition(
+    session: AsyncSession, row: FollowedDownload, finished: FinishedDownload, result: PollResult
+) -> None:
     row.told = True
-    seen.added += 1
-    title = ended.content_title or ended.title
-    told = {"request_id": None, "content_id": ended.content_id, "title": title, "type": ended.content_type}
-    _tell(session, "content_requests", "content.added", told)
+    result.added += 1
+    title = finished.content_title or finished.title
+    payload = {"request_id": None, "content_id": finished.content_id, "title": title, "type": finished.content_type}
+    _publish_event(session, "content_requests", "content.added", payload)
 
 
-def _tell(session: AsyncSession, room: str, kind: str, data: dict[str, Any]) -> None:
-    message = events.message([room], kind, data, now())
+def _publish_event(session: AsyncSession, room: str, event_type: str, data: dict[str, Any]) -> None:
+    message = events.build_message([room], event_type, data, now())
     after_commit(session, lambda: events.publish([message]))
 
 
-async def note_error(database: Database, service: Service, message: str) -> None:
+async def record_error(database: Database, service: Service, message: str) -> None:
     async with database.transaction() as session:
-        if known := await session.get(FollowedService, service.id, with_for_update=True):
-            known.looked_at, known.error = now(), message
+        if followed := await session.get(FollowedService, service.id, with_for_update=True):
+            followed.looked_at, followed.error = now(), message

@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, apart, now, one_at_a_time
+from cluster.db import Database, advisory_lock, now, with_own_database
 from cluster.secrets import SealBroken
 from cluster.services import store as service_store
-from cluster.services.capabilities.download_tracking import Finished, Following
+from cluster.services.capabilities.download_tracking import DownloadTracker, FinishedFolders
 from cluster.services.errors import ServiceError
 from cluster.services.store import Service
 from cluster.settings import get_settings
@@ -24,16 +24,16 @@ from jobs.context import Context
 from jobs.registry import job
 from pipelines.media.downloads import log as recovery_log
 from pipelines.media.downloads import orphans
-from pipelines.media.downloads.actions import carry_out
-from pipelines.media.downloads.cases import RECOVER, cases, followed_services
-from pipelines.media.downloads.log import Recovery, as_recovery
-from pipelines.media.downloads.policy import ACTIONS, Case, Decision, Past, RecoveryPolicy, decide
+from pipelines.media.downloads.actions import execute_recovery
+from pipelines.media.downloads.cases import RECOVER_KIND, find_cases, followed_services
+from pipelines.media.downloads.log import Recovery, build_recovery
+from pipelines.media.downloads.policy import ACTIONS, Decision, History, RecoveryCase, RecoveryPolicy, decide
 from pipelines.media.downloads.tables import FollowedDownload, FollowedService
 
-CASES_AT_ONCE = 50
+MAX_CASES_PER_RUN = 50
 DAY = timedelta(days=1)
 
-Followed = Mapping[int, tuple[Service, Following]]
+TrackedServices = Mapping[int, tuple[Service, DownloadTracker]]
 
 
 class RecoverDownloadsSpec(BaseModel):
@@ -45,7 +45,7 @@ class RecoverDownloadsSpec(BaseModel):
 
 
 @dataclass(frozen=True)
-class Target:
+class RecoveryTarget:
     """Whom an action would be asked of, and what it is about."""
 
     service: Service
@@ -54,100 +54,108 @@ class Target:
     bytes_left: int | None = None
 
 
-@job(RECOVER, spec=RecoverDownloadsSpec, admin_only=True, concurrency=1, tracked=True)
+@job(RECOVER_KIND, spec=RecoverDownloadsSpec, admin_only=True, concurrency=1, tracked=True)
 def recover_downloads(context: Context, spec: RecoverDownloadsSpec) -> dict[str, Any]:
     """Has failed and stuck downloads fetched again, or replaced by others, as the policy says."""
-    told = asyncio.run(apart(lambda database: _recover(context, spec, database)))
+    result = asyncio.run(with_own_database(lambda database: _recover(context, spec, database)))
     # Of the last day, so that the runs of weeks make a curve.
-    last_day: dict[str, float] = told.pop("last_day")
+    last_day: dict[str, float] = result.pop("last_day")
     context.report(100, None, **last_day)
-    return told
+    return result
 
 
 async def _recover(context: Context, spec: RecoverDownloadsSpec, database: Database) -> dict[str, Any]:
-    async with database.reading() as session:
-        policy, _ = await recovery_log.policy_of(session)
-        services = {service.id: (service, following) for service, following in await followed_services(session)}
-    wished = spec.dry_run is not None
-    acts = not (spec.dry_run if wished else policy.dry_run)
+    async with database.read_transaction() as session:
+        policy, _ = await recovery_log.current_policy(session)
+        services = {service.id: (service, tracker) for service, tracker in await followed_services(session)}
+    is_manual = spec.dry_run is not None
+    execute = not (spec.dry_run if is_manual else policy.dry_run)
     outcomes: dict[str, int] = {}
-    if policy.enabled or wished:
-        outcomes = await _mend(context, database, services, policy, acts=acts, wished=wished)
-    async with database.reading() as session:
-        last_day = await recovery_log.numbers(session, now() - DAY)
-    return {"enabled": policy.enabled, "dry_run": not acts, "outcomes": outcomes, "last_day": last_day}
+    if policy.enabled or is_manual:
+        outcomes = await _run_recoveries(context, database, services, policy, execute=execute, is_manual=is_manual)
+    async with database.read_transaction() as session:
+        last_day = await recovery_log.outcome_counts(session, now() - DAY)
+    return {"enabled": policy.enabled, "dry_run": not execute, "outcomes": outcomes, "last_day": last_day}
 
 
-async def _mend(
-    context: Context, database: Database, services: Followed, policy: RecoveryPolicy, *, acts: bool, wished: bool
+async def _run_recoveries(
+    context: Context,
+    database: Database,
+    services: TrackedServices,
+    policy: RecoveryPolicy,
+    *,
+    execute: bool,
+    is_manual: bool,
 ) -> dict[str, int]:
     """With `wished`, a person wants it now; what a dry run finds then changes nothing about what comes later."""
-    noted: list[Recovery] = []
-    if acts or not wished:
-        async with database.reading() as session:
-            begun = await recovery_log.unended(session, now())
-        for recovery in begun:
+    recoveries: list[Recovery] = []
+    if execute or not is_manual:
+        async with database.read_transaction() as session:
+            unfinished = await recovery_log.unfinished_recoveries(session, now())
+        for recovery in unfinished:
             context.report(phase=f"what came of '{recovery.title}'")
-            await carry_out(database, services, recovery, resumed=True)
-    async with database.reading() as session:
-        open_cases = await cases(session, policy, services, now(), early=wished)
-    for row in open_cases[:CASES_AT_ONCE]:
+            await execute_recovery(database, services, recovery, resumed=True)
+    async with database.read_transaction() as session:
+        open_cases = await find_cases(session, policy, services, now(), ignore_delay=is_manual)
+    for row in open_cases[:MAX_CASES_PER_RUN]:
         context.report(phase=f"'{row.title}'")
-        if recovery := await _decide(context, database, services, row, acts=acts, settles=acts or not wished):
-            noted.append(recovery)
-    noted += await _decide_leftovers(context, database, services, acts=acts)
-    todo = [recovery for recovery in noted if recovery.outcome == "begun"]
+        if recovery := await _decide(
+            context, database, services, row, execute=execute, updates_row=execute or not is_manual
+        ):
+            recoveries.append(recovery)
+    recoveries += await _decide_leftovers(context, database, services, execute=execute)
+    todo = [recovery for recovery in recoveries if recovery.outcome == "begun"]
     for number, recovery in enumerate(todo):
         context.report(progress=100 * number / len(todo), phase=f"{recovery.decision} '{recovery.title}'")
-        await carry_out(database, services, recovery, resumed=False)
-    counted: dict[str, int] = {}
-    for recovery in noted:
+        await execute_recovery(database, services, recovery, resumed=False)
+    counts: dict[str, int] = {}
+    for recovery in recoveries:
         context.log(f"{recovery.service}: '{recovery.title}': {recovery.decision}: {recovery.reason}")
         name = f"{recovery.decision}, {recovery.outcome}"
-        counted[name] = counted.get(name, 0) + 1
-    return counted
+        counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
 async def _decide(
     context: Context,
     database: Database,
-    services: Followed,
+    services: TrackedServices,
     row: FollowedDownload,
     *,
-    acts: bool,
-    settles: bool,
+    execute: bool,
+    updates_row: bool,
 ) -> Recovery | None:
     """What is to be done about a download, written down; None: nothing that was not said before."""
-    case, target = await _case(database, services, row)
+    case, target = await _build_case(database, services, row)
     async with database.transaction() as session:
-        await one_at_a_time(session, Recovery.__tablename__)
-        policy, _ = await recovery_log.policy_of(session)
+        await advisory_lock(session, Recovery.__tablename__)
+        policy, _ = await recovery_log.current_policy(session)
         at = now()
-        past = await recovery_log.past_of(session, target.service.id, target.item, row.title, at)
-        decision = decide(policy, case, past, at)
-        if settles:
-            await _settle(session, row, decision, policy, at)
-        what = {"service_id": target.service.id, "service": target.service.name, "item": target.item}
-        recovery = as_recovery(
+        history = await recovery_log.load_history(session, target.service.id, target.item, row.title, at)
+        decision = decide(policy, case, history, at)
+        if updates_row:
+            await _update_row(session, row, decision, policy, at)
+        service_columns = {"service_id": target.service.id, "service": target.service.name, "item": target.item}
+        recovery = build_recovery(
             decision,
             policy,
-            acts=acts,
+            execute=execute,
             at=at,
             job_id=context.job_id,
             title=row.title,
             content=list(target.content),
             stood_at=target.bytes_left if case.state == "running" else None,
-            **what,
+            **service_columns,
         )
-        return recovery if await recovery_log.note(session, recovery) else None
+        return recovery if await recovery_log.record_decision(session, recovery) else None
 
 
-async def _settle(
-    session: AsyncSession, judged: FollowedDownload, decision: Decision, policy: RecoveryPolicy, at: datetime
+async def _update_row(
+    session: AsyncSession, evaluated: FollowedDownload, decision: Decision, policy: RecoveryPolicy, at: datetime
 ) -> None:
     """Until when there is nothing more to decide about this download, unless it has become another case meanwhile."""
-    row = await session.get(FollowedDownload, judged.id, with_for_update=True)
-    if row is None or (row.state, row.reason) != (judged.state, judged.reason):
+    row = await session.get(FollowedDownload, evaluated.id, with_for_update=True)
+    if row is None or (row.state, row.reason) != (evaluated.state, evaluated.reason):
         return
     if decision.verdict in ACTIONS:
         # If it does not help, the same download is a case again when the cooldown is over.
@@ -157,88 +165,96 @@ async def _settle(
     row.settled = decision.verdict != "wait"
 
 
-async def _case(database: Database, services: Followed, row: FollowedDownload) -> tuple[Case, Target]:
+async def _build_case(
+    database: Database, services: TrackedServices, row: FollowedDownload
+) -> tuple[RecoveryCase, RecoveryTarget]:
     """All that is known of a download, and who could do something about it."""
-    service, following = services[row.service_id]
-    case = Case(row.state, row.strikes, row.moved_at, row.reason, tuple(row.tags))
-    if following.replacing is not None:
-        target = Target(service, row.item, tuple(row.content), row.bytes_left)
+    service, tracker = services[row.service_id]
+    case = RecoveryCase(row.state, row.strikes, row.moved_at, row.reason, tuple(row.tags))
+    if tracker.replacement is not None:
+        target = RecoveryTarget(service, row.item, tuple(row.content), row.bytes_left)
         return replace(case, chosen_by=service.name, replaced_by=service.name), target
     unsure = None
-    for other, others in services.values():
-        if others.replacing is None or row.download_id is None:
+    for other_service, other_tracker in services.values():
+        if other_tracker.replacement is None or row.download_id is None:
             continue
         try:
-            async with service_store.connected(database, other) as client:
-                queued = await others.replacing.find(client, row.download_id)
-                grab = await others.replacing.grab_of(client, row.download_id)
+            async with service_store.open_client(database, other_service) as client:
+                queued = await other_tracker.replacement.find(client, row.download_id)
+                grab = await other_tracker.replacement.find_grab(client, row.download_id)
         except (ServiceError, SealBroken):
-            unsure = other.name
+            unsure = other_service.name
             continue
         if queued is None and grab is None:
             continue
         content = queued.content if queued else grab.content if grab else ()
         tags = queued.tags if queued else grab.tags if grab else ()
-        said = [case.reason, queued.reason if queued else ""]
-        known = replace(
+        reasons = [case.reason, queued.reason if queued else ""]
+        matched_case = replace(
             case,
-            reason="; ".join(words for words in dict.fromkeys(said) if words),
+            reason="; ".join(text for text in dict.fromkeys(reasons) if text),
             tags=(*case.tags, *tags),
-            chosen_by=other.name,
-            replaced_by=other.name if queued else None,
+            chosen_by=other_service.name,
+            replaced_by=other_service.name if queued else None,
             is_marked=queued is not None or (grab is not None and (grab.failed or grab.imported)),
         )
-        return known, Target(other, row.download_id, content, queued.bytes_left if queued else None)
-    retried_by = service.name if following.retry else None
-    return replace(case, retried_by=retried_by, unsure=unsure), Target(service, row.item)
+        return matched_case, RecoveryTarget(
+            other_service, row.download_id, content, queued.bytes_left if queued else None
+        )
+    retried_by = service.name if tracker.retry else None
+    return replace(case, retried_by=retried_by, unsure=unsure), RecoveryTarget(service, row.item)
 
 
-async def _decide_leftovers(context: Context, database: Database, services: Followed, *, acts: bool) -> list[Recovery]:
+async def _decide_leftovers(
+    context: Context, database: Database, services: TrackedServices, *, execute: bool
+) -> list[Recovery]:
     """What is to be done about folders that nobody knows any more."""
-    noted: list[Recovery] = []
-    for service, following in services.values():
-        if following.finished is None:
+    recoveries: list[Recovery] = []
+    for service, tracker in services.values():
+        if tracker.finished_folders is None:
             continue
         context.report(phase=f"leftover folders of {service.name}")
         try:
-            async with service_store.connected(database, service) as client:
-                finished = await following.finished(client)
+            async with service_store.open_client(database, service) as client:
+                finished = await tracker.finished_folders(client)
         except (ServiceError, SealBroken) as error:
             context.log(f"{service.name}: its folders are not known: {error.message}", "WARNING")
             async with database.transaction() as session:
-                await _note_looked(session, service, now())
+                await _mark_leftovers_checked(session, service, now())
             continue
         found = await asyncio.to_thread(_find_leftovers, context, service.name, finished)
         async with database.transaction() as session:
-            await one_at_a_time(session, Recovery.__tablename__)
-            policy, _ = await recovery_log.policy_of(session)
+            await advisory_lock(session, Recovery.__tablename__)
+            policy, _ = await recovery_log.current_policy(session)
             at = now()
-            await _note_looked(session, service, at)
+            await _mark_leftovers_checked(session, service, at)
             for leftover in found:
-                past = await recovery_log.past_of(session, service.id, leftover.told_path, leftover.told_path, at)
-                recovery = as_recovery(
-                    _about_folder(policy, leftover, past, at),
+                history = await recovery_log.load_history(
+                    session, service.id, leftover.service_path, leftover.service_path, at
+                )
+                recovery = build_recovery(
+                    _decide_folder(policy, leftover, history, at),
                     policy,
-                    acts=acts,
+                    execute=execute,
                     at=at,
                     job_id=context.job_id,
                     service_id=service.id,
                     service=service.name,
-                    item=leftover.told_path,
+                    item=leftover.service_path,
                     title=leftover.path.name,
                 )
-                if await recovery_log.note(session, recovery):
-                    noted.append(recovery)
-    return noted
+                if await recovery_log.record_decision(session, recovery):
+                    recoveries.append(recovery)
+    return recoveries
 
 
-async def _note_looked(session: AsyncSession, service: Service, at: datetime) -> None:
+async def _mark_leftovers_checked(session: AsyncSession, service: Service, at: datetime) -> None:
     """So that nobody looks again within the hour, whether anything was to be seen or not."""
-    if known := await session.get(FollowedService, service.id, with_for_update=True):
-        known.leftovers_at = at
+    if followed := await session.get(FollowedService, service.id, with_for_update=True):
+        followed.leftovers_at = at
 
 
-def _find_leftovers(context: Context, name: str, finished: Finished) -> list[orphans.Leftover]:
+def _find_leftovers(context: Context, name: str, finished: FinishedFolders) -> list[orphans.LeftoverFolder]:
     try:
         return orphans.find(finished, get_settings().media.folders)
     except OSError as error:
@@ -246,16 +262,18 @@ def _find_leftovers(context: Context, name: str, finished: Finished) -> list[orp
         return []
 
 
-def _about_folder(policy: RecoveryPolicy, leftover: orphans.Leftover, past: Past, at: datetime) -> Decision:
-    what = "a folder of a failed download that its service no longer knows"
+def _decide_folder(
+    policy: RecoveryPolicy, leftover: orphans.LeftoverFolder, history: History, at: datetime
+) -> Decision:
+    description = "a folder of a failed download that its service no longer knows"
     if policy.leftovers == "report":
-        return Decision("report", what)
-    if not leftover.may_go:
-        return Decision("report", f"{what}; media.folders does not say that it is the service's own")
+        return Decision("report", description)
+    if not leftover.is_removable:
+        return Decision("report", f"{description}; media.folders does not say that it is the service's own")
     if at - leftover.changed_at < timedelta(days=policy.leftover_days):
-        return Decision("report", f"{what}; it goes when it is {policy.leftover_days:g} days old")
-    if past.is_begun:
+        return Decision("report", f"{description}; it goes when it is {policy.leftover_days:g} days old")
+    if history.has_unfinished:
         return Decision("wait", "until it is known what came of the last time")
-    if past.last_hour >= policy.max_per_hour:
+    if history.actions_last_hour >= policy.max_per_hour:
         return Decision("wait", "to remove it: this hour has seen enough actions")
-    return Decision("remove_folder", f"{what}, for more than {policy.leftover_days:g} days")
+    return Decision("remove_folder", f"{description}, for more than {policy.leftover_days:g} days")

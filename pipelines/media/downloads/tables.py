@@ -8,10 +8,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, delete_rows, now
-from cluster.services.capabilities.download_tracking import ID_MAX, Outcome, UnderwayState
+from cluster.services.capabilities.download_tracking import MAX_ID_LENGTH, ActiveState, Outcome
 from cluster.settings import get_settings
 
-ItemState = UnderwayState | Outcome | Literal["retried"]
+DownloadState = ActiveState | Outcome | Literal["retried"]
 
 
 class FollowedService(Base):
@@ -41,10 +41,12 @@ class FollowedDownload(Base):
 
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     service_id: Mapped[int] = mapped_column(ForeignKey("services.id", ondelete="CASCADE"))
-    item: Mapped[str] = mapped_column(String(ID_MAX))  # what the service calls it
-    download_id: Mapped[str | None] = mapped_column(String(ID_MAX), index=True)  # what the download client calls it
+    item: Mapped[str] = mapped_column(String(MAX_ID_LENGTH))  # what the service calls it
+    download_id: Mapped[str | None] = mapped_column(
+        String(MAX_ID_LENGTH), index=True
+    )  # what the download client calls it
     title: Mapped[str] = mapped_column(Text)
-    state: Mapped[ItemState] = mapped_column(String(20))
+    state: Mapped[DownloadState] = mapped_column(String(20))
     reason: Mapped[str] = mapped_column(Text, default="")
     tags: Mapped[list[str]] = mapped_column(default=list)
     content: Mapped[list[str]] = mapped_column(default=list)

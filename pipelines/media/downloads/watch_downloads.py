@@ -9,23 +9,23 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from cluster.secrets import SealBroken
-from cluster.services.capabilities.download_tracking import Following
+from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.errors import ServiceError
 from cluster.services.store import Service
 from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.registry import job
 from jobs.schedules import ScheduleRequest
-from jobs.sweep import sweeper
+from jobs.sweep import register_sweeper
 from pipelines.media.downloads import log as recovery_log
 from pipelines.media.downloads import tables as download_tables
-from pipelines.media.downloads.cases import ask_to_recover, followed_services
-from pipelines.media.downloads.poll import Seen, look_at, note_error
+from pipelines.media.downloads.cases import enqueue_recovery, followed_services
+from pipelines.media.downloads.poll import PollResult, poll_service, record_error
 
 KIND = "watch_downloads"
-AT_ONCE = 8
+MAX_CONCURRENCY = 8
 
 
 class WatchDownloadsSpec(BaseModel):
@@ -37,50 +37,50 @@ class WatchDownloadsSpec(BaseModel):
 @job(KIND, spec=WatchDownloadsSpec, admin_only=True, concurrency=1)
 def watch_downloads(context: Context, spec: WatchDownloadsSpec) -> dict[str, Any]:
     """Looks at the downloads of every service that can be followed, and tells what has failed or was imported."""
-    return asyncio.run(apart(lambda database: _watch(context, database)))
+    return asyncio.run(with_own_database(lambda database: _watch(context, database)))
 
 
 def schedule() -> ScheduleRequest:
     return ScheduleRequest(name="watch-downloads", kind=KIND, cron=get_settings().media.watch_cron)
 
 
-@sweeper("downloads")
+@register_sweeper("downloads")
 async def remove_old_downloads(database: Database) -> int:
     return await download_tables.remove_old(database)
 
 
-@sweeper("recoveries")
+@register_sweeper("recoveries")
 async def remove_old_recoveries(database: Database) -> int:
     return await recovery_log.remove_old(database)
 
 
 async def _watch(context: Context, database: Database) -> dict[str, Any]:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         services = await followed_services(session)
     context.report(phase=f"{len(services)} services")
-    room = asyncio.Semaphore(AT_ONCE)
+    semaphore = asyncio.Semaphore(MAX_CONCURRENCY)
 
-    async def one(service: Service, following: Following) -> Seen | str:
-        async with room:
+    async def poll_one(service: Service, tracker: DownloadTracker) -> PollResult | str:
+        async with semaphore:
             try:
-                return await look_at(database, service, following)
+                return await poll_service(database, service, tracker)
             except (ServiceError, SealBroken) as error:
-                await note_error(database, service, error.message)
+                await record_error(database, service, error.message)
                 return error.message
 
-    outcomes = await asyncio.gather(*(one(*pair) for pair in services))
-    seen = [outcome for outcome in outcomes if isinstance(outcome, Seen)]
-    recovered = sum(one.recovered for one in seen)
-    asked = await ask_to_recover(database, services, came_good=recovered > 0)
+    outcomes = await asyncio.gather(*(poll_one(*pair) for pair in services))
+    results = [outcome for outcome in outcomes if isinstance(outcome, PollResult)]
+    recovered = sum(poll_one.recovered for poll_one in results)
+    recover_job_id = await enqueue_recovery(database, services, has_recovered=recovered > 0)
     return {
-        "looked_at": len(seen),
+        "looked_at": len(results),
         "unseen": {
             service.name: outcome
             for (service, _), outcome in zip(services, outcomes, strict=True)
             if isinstance(outcome, str)
         },
-        "failed": sum(one.failed for one in seen),
-        "added": sum(one.added for one in seen),
+        "failed": sum(poll_one.failed for poll_one in results),
+        "added": sum(poll_one.added for poll_one in results),
         "recovered": recovered,
-        "recover_job_id": asked,
+        "recover_job_id": recover_job_id,
     }

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.training.data.parsing import EmptyData, line_of
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.parsing import EmptyData, to_json_line
+from pipelines.training.data.samples import PreferencePair, Sample
 
 
 @dataclass(frozen=True)
-class Content:
+class SampleFile:
     """A file of lines that are known to be samples, each written in the one way."""
 
     path: Path
@@ -20,16 +20,16 @@ class Content:
     bytes: int
 
 
-def write(samples: Iterable[Sample | Pair], path: Path, source: str) -> Content:
+def write_samples(samples: Iterable[Sample | PreferencePair], path: Path, source: str) -> SampleFile:
     """Write samples, one by one, into a file that can become a dataset."""
     digest, count, kind = hashlib.sha256(), 0, ""
     with path.open("wb") as file:
         for sample in samples:
-            line = line_of(sample)
+            line = to_json_line(sample)
             digest.update(line)
             file.write(line)
             count += 1
             kind = "chat" if isinstance(sample, Sample) else "preference"
     if not count:
         raise EmptyData(f"There is no sample in {source}.")
-    return Content(path, kind, digest.hexdigest(), count, path.stat().st_size)
+    return SampleFile(path, kind, digest.hexdigest(), count, path.stat().st_size)

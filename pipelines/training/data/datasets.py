@@ -19,21 +19,21 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import storage
-from cluster.db import Base, Database, apart, now, one_at_a_time
+from cluster.db import Base, Database, advisory_lock, now, with_own_database
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
 from cluster.identity import User
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from jobs.states import FINISHED
 from jobs.tables import Job
-from pipelines.training.data.content import Content
-from pipelines.training.data.parsing import parse
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.content import SampleFile
+from pipelines.training.data.parsing import parse_samples
+from pipelines.training.data.samples import PreferencePair, Sample
 
-NAME = r"^[a-z0-9][a-z0-9._-]{0,99}$"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,99}$"
 """Of a dataset that somebody uploads. The names of others have a slash in them."""
-NAME_MAX = 100
-VERSION = re.compile(r":v([1-9][0-9]{0,8})\Z")
+MAX_NAME_LENGTH = 100
+VERSION_SUFFIX = re.compile(r":v([1-9][0-9]{0,8})\Z")
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Dataset(Base):
     __table_args__ = (Index("ix_datasets_name_version", "name", "version"),)
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
-    name: Mapped[str] = mapped_column(String(NAME_MAX))
+    name: Mapped[str] = mapped_column(String(MAX_NAME_LENGTH))
     version: Mapped[int]  # counts up within the owner and the name
     kind: Mapped[str] = mapped_column(String(12))  # chat or preference
     digest: Mapped[str] = mapped_column(String(64), index=True)  # SHA-256 of its lines
@@ -75,23 +75,23 @@ class Dataset(Base):
 
 
 def get(dataset_id: str) -> Dataset:
-    return asyncio.run(apart(lambda database: _get(database, dataset_id)))
+    return asyncio.run(with_own_database(lambda database: _get(database, dataset_id)))
 
 
-def keep_for(owner_id: str | None, name: str, content: Content, source: dict[str, Any]) -> Dataset:
+def store_for_owner(owner_id: str | None, name: str, content: SampleFile, source: dict[str, Any]) -> Dataset:
     """The dataset of this name with this content, of the owner of a job."""
-    return asyncio.run(apart(lambda database: _keep_for(database, owner_id, name, content, source)))
+    return asyncio.run(with_own_database(lambda database: _store_for_owner(database, owner_id, name, content, source)))
 
 
-def load(dataset: Dataset) -> list[Sample] | list[Pair]:
+def load(dataset: Dataset) -> list[Sample] | list[PreferencePair]:
     """All its samples, if they are still what they were."""
     with tempfile.TemporaryDirectory(prefix="forgearr-dataset-") as folder:
         content = fetch(dataset, Path(folder)).read_bytes()
     if hashlib.sha256(content).hexdigest() != dataset.digest:
         raise DatasetDamaged(
-            f"{dataset.address}, the file of {_title(dataset)}, is not what it was: delete the dataset, make it anew."
+            f"{dataset.address}, the file of {_versioned_name(dataset)}, has changed: delete and recreate the dataset."
         )
-    return parse(content, _title(dataset))
+    return parse_samples(content, _versioned_name(dataset))
 
 
 def fetch(dataset: Dataset, folder: Path) -> Path:
@@ -99,20 +99,22 @@ def fetch(dataset: Dataset, folder: Path) -> Path:
     try:
         return storage.fetch(dataset.address, folder)
     except FileNotFoundError as error:
-        raise DatasetDamaged(f"{dataset.address}, the file of {_title(dataset)}, is gone: make it anew.") from error
+        raise DatasetDamaged(
+            f"{dataset.address}, the file of {_versioned_name(dataset)}, is gone: make it anew."
+        ) from error
 
 
 def visible_to(owner: Owner) -> Select[Dataset]:
     return select(Dataset) if owner.is_admin else select(Dataset).where(Dataset.owner_id == owner.id)
 
 
-async def find(session: AsyncSession, reference: str, owner: Owner = LOCAL) -> Dataset:
+async def find(session: AsyncSession, reference: str, owner: Owner = LOCAL_OWNER) -> Dataset:
     """A dataset by its id, or one's own by its name (the newest version) or NAME:v2."""
     by_id = await session.get(Dataset, reference)
     if by_id is not None and (owner.is_admin or by_id.owner_id == owner.id):
         return by_id
-    version = VERSION.search(reference)
-    query = select(Dataset).where(Dataset.name == VERSION.sub("", reference), Dataset.owner_id == owner.id)
+    version = VERSION_SUFFIX.search(reference)
+    query = select(Dataset).where(Dataset.name == VERSION_SUFFIX.sub("", reference), Dataset.owner_id == owner.id)
     if version:
         query = query.where(Dataset.version == int(version[1]))
     found = await session.scalar(query.order_by(Dataset.version.desc()).limit(1))
@@ -121,57 +123,57 @@ async def find(session: AsyncSession, reference: str, owner: Owner = LOCAL) -> D
     return found
 
 
-async def keep(
-    database: Database, name: str, content: Content, source: dict[str, Any], owner: Owner = LOCAL
+async def store_dataset(
+    database: Database, name: str, content: SampleFile, source: dict[str, Any], owner: Owner = LOCAL_OWNER
 ) -> Dataset:
     """The dataset of this name with this content: the one there is, or the next version."""
-    stored = f"datasets/{content.digest}.jsonl"
+    storage_name = f"datasets/{content.digest}.jsonl"
     while True:
-        if not await asyncio.to_thread(storage.exists, storage.address(stored)):
-            await asyncio.to_thread(storage.save, content.path, stored)
+        if not await asyncio.to_thread(storage.exists, storage.address(storage_name)):
+            await asyncio.to_thread(storage.save, content.path, storage_name)
         async with database.transaction() as session:
-            await one_at_a_time(session, "datasets")
+            await advisory_lock(session, "datasets")
             # Nobody removes it while this is open; but a moment ago somebody may have.
-            if await asyncio.to_thread(storage.exists, storage.address(stored)):
-                return await _keep_row(session, name, content, storage.address(stored), source, owner)
+            if await asyncio.to_thread(storage.exists, storage.address(storage_name)):
+                return await _find_or_add(session, name, content, storage.address(storage_name), source, owner)
 
 
-async def delete(database: Database, dataset_id: str, owner: Owner = LOCAL) -> None:
+async def delete(database: Database, dataset_id: str, owner: Owner = LOCAL_OWNER) -> None:
     """Delete a dataset, and its file when no other dataset has the same content."""
     async with database.transaction() as session:
         dataset = await session.get(Dataset, dataset_id)
         if dataset is None or not (owner.is_admin or dataset.owner_id == owner.id):
             raise DatasetNotFound(f"There is no dataset '{dataset_id}'.")
-        if job_id := await _learner(session, dataset):
-            raise DatasetInUse(f"{job_id} learns from {_title(dataset)}: wait for it, or cancel it.")
+        if job_id := await _job_using(session, dataset):
+            raise DatasetInUse(f"{job_id} learns from {_versioned_name(dataset)}: wait for it, or cancel it.")
         await session.delete(dataset)
     async with database.transaction() as session:
-        await one_at_a_time(session, "datasets")
+        await advisory_lock(session, "datasets")
         if await session.scalar(select(Dataset.id).where(Dataset.digest == dataset.digest).limit(1)) is None:
             await asyncio.to_thread(storage.remove, dataset.address)
 
 
 async def _get(database: Database, dataset_id: str) -> Dataset:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         return await find(session, dataset_id)
 
 
-async def _keep_for(
-    database: Database, owner_id: str | None, name: str, content: Content, source: dict[str, Any]
+async def _store_for_owner(
+    database: Database, owner_id: str | None, name: str, content: SampleFile, source: dict[str, Any]
 ) -> Dataset:
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         owner = await owner_with_id(session, owner_id)
-    return await keep(database, name, content, source, owner)
+    return await store_dataset(database, name, content, source, owner)
 
 
-async def _keep_row(
-    session: AsyncSession, name: str, content: Content, address: str, source: dict[str, Any], owner: Owner
+async def _find_or_add(
+    session: AsyncSession, name: str, content: SampleFile, address: str, source: dict[str, Any], owner: Owner
 ) -> Dataset:
-    own = (Dataset.name == name, Dataset.owner_id == owner.id)
-    known = await session.scalar(select(Dataset).where(*own, Dataset.digest == content.digest))
-    if known is not None:
-        return known
-    newest = await session.scalar(select(func.max(Dataset.version)).where(*own)) or 0
+    same_name = (Dataset.name == name, Dataset.owner_id == owner.id)
+    existing = await session.scalar(select(Dataset).where(*same_name, Dataset.digest == content.digest))
+    if existing is not None:
+        return existing
+    newest = await session.scalar(select(func.max(Dataset.version)).where(*same_name)) or 0
     dataset = Dataset(
         id=f"ds_{uuid4().hex}",
         name=name,
@@ -190,28 +192,28 @@ async def _keep_row(
     return dataset
 
 
-async def _learner(session: AsyncSession, dataset: Dataset) -> str | None:
+async def _job_using(session: AsyncSession, dataset: Dataset) -> str | None:
     """A job that has not finished and needs this dataset."""
     unfinished = select(Job).where(Job.kind.in_(["fine_tune", "forge"]), Job.state.not_in(FINISHED))
     for job in await session.scalars(unfinished):
-        wanted = job.spec.get("data", {}).get("dataset")
+        dataset_name = job.spec.get("data", {}).get("dataset")
         held_out = (job.spec.get("validation") or {}).get("dataset")
         state: dict[str, Any] = job.checkpoint if isinstance(job.checkpoint, dict) else {}
-        own = job.owner_id == dataset.owner_id
-        named = own and not {wanted, held_out}.isdisjoint({dataset.name, _title(dataset)})
-        if named or dataset.id in (wanted, held_out, state.get("dataset"), state.get("validation")):
+        is_same_owner = job.owner_id == dataset.owner_id
+        is_named = is_same_owner and not {dataset_name, held_out}.isdisjoint({dataset.name, _versioned_name(dataset)})
+        if is_named or dataset.id in (dataset_name, held_out, state.get("dataset"), state.get("validation")):
             return job.id
     return None
 
 
 async def owner_with_id(session: AsyncSession, owner_id: str | None) -> Owner:
     if owner_id is None:
-        return LOCAL
+        return LOCAL_OWNER
     user = await session.get(User, owner_id)
     if user is None:
         raise Forbidden(f"The account '{owner_id}', in whose name this runs, does not exist.")
     return Owner(id=user.id, name=user.username, is_admin=user.role == "admin")
 
 
-def _title(dataset: Dataset) -> str:
+def _versioned_name(dataset: Dataset) -> str:
     return f"{dataset.name}:v{dataset.version}"

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from cluster.errors import InvalidRequest
 from pipelines.training.data.messages import Message
-from pipelines.training.data.parsing import read
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.parsing import read_samples
+from pipelines.training.data.samples import PreferencePair, Sample
 
-MARKDOWN = {".md", ".markdown"}
-TEXT = {".txt", ".text", ".rst"}
-SAMPLES = {".jsonl"}
-FOREIGN = {"node_modules", "site-packages", "__pycache__"}
+MARKDOWN_EXTENSIONS = {".md", ".markdown"}
+TEXT_EXTENSIONS = {".txt", ".text", ".rst"}
+SAMPLE_EXTENSIONS = {".jsonl"}
+IGNORED_FOLDERS = {"node_modules", "site-packages", "__pycache__"}
 
 MAX_FILES = 20_000
 MAX_BYTES = 256 * 1024 * 1024
-PIECE_CHARACTERS = 2000
+CHUNK_CHARACTERS = 2000
 """What one answer has of a long text: paragraphs together up to this, so that it fits the context of small models."""
 
 HEADING = re.compile(r"(#{1,6})\s+(.*?)(?:\s+#+)?\s*")
@@ -50,40 +50,44 @@ class UnreadableDocument(InvalidRequest):
 
 
 @dataclass
-class Reading:
+class FolderContent:
     """What a folder gave."""
 
-    samples: list[Sample] | list[Pair] = field(default_factory=list[Sample])
+    samples: list[Sample] | list[PreferencePair] = field(default_factory=list[Sample])
     files: int = 0
     skipped: list[str] = field(default_factory=list[str])  # named like documents, but not text in UTF-8
 
 
-def read_folder(folder: Path) -> Reading:
+def read_folder(folder: Path) -> FolderContent:
     """Everything there is to learn in a folder, in the order of its paths."""
-    reading = Reading()
-    samples: list[Sample | Pair] = []
+    content = FolderContent()
+    samples: list[Sample | PreferencePair] = []
     size = 0
     for path in _documents(folder):
-        name = shown(path.relative_to(folder))
+        name = printable_path(path.relative_to(folder))
         size += path.stat().st_size
-        if reading.files == MAX_FILES or size > MAX_BYTES:
+        if content.files == MAX_FILES or size > MAX_BYTES:
             raise TooManyDocuments(
                 f"{folder} holds more than {MAX_FILES} documents or {MAX_BYTES // 1024 // 1024} MiB: name a part of it."
             )
-        text = _text(path)
+        text = _read_text(path)
         if text is None:
-            reading.skipped.append(name)
+            content.skipped.append(name)
             continue
-        reading.files += 1
-        samples += read(text.split("\n"), name) if path.suffix.lower() in SAMPLES else _learned(path, name, text)
+        content.files += 1
+        samples += (
+            read_samples(text.split("\n"), name)
+            if path.suffix.lower() in SAMPLE_EXTENSIONS
+            else _to_samples(path, name, text)
+        )
     if not samples:
-        kinds = ", ".join(sorted(MARKDOWN | TEXT | SAMPLES))
+        kinds = ", ".join(sorted(MARKDOWN_EXTENSIONS | TEXT_EXTENSIONS | SAMPLE_EXTENSIONS))
         raise NoDocument(f"{folder} has no document with text in it ({kinds}).")
-    sorts = {type(sample) for sample in samples}
-    if len(sorts) > 1:
+    sample_types = {type(sample) for sample in samples}
+    if len(sample_types) > 1:
         raise InvalidRequest(f"{folder} has both preferences and other documents: name a folder with one sort of them.")
-    reading.samples = samples  # pyright: ignore[reportAttributeAccessIssue]
-    return reading
+    content.samples = samples  # pyright: ignore[reportAttributeAccessIssue]
+    return content
 
 
 def sections(text: str) -> Iterator[tuple[list[str], str]]:
@@ -92,7 +96,7 @@ def sections(text: str) -> Iterator[tuple[list[str], str]]:
     lines: list[str] = []
     fence = ""
     for line in FRONT_MATTER.sub("", text).split("\n"):
-        fence = fence_after(line, fence)
+        fence = next_fence(line, fence)
         heading = None if fence else HEADING.fullmatch(line)
         if heading is None:
             lines.append(line)
@@ -104,64 +108,64 @@ def sections(text: str) -> Iterator[tuple[list[str], str]]:
     yield [title for _, title in headings], "\n".join(lines).strip()
 
 
-def pieces(text: str) -> list[str]:
+def split_into_chunks(text: str) -> list[str]:
     """A text in pieces of whole paragraphs; a paragraph is cut only where it is too long by itself."""
-    found: list[str] = []
+    chunks: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
-        for start in range(0, len(paragraph), PIECE_CHARACTERS):
-            part = paragraph[start : start + PIECE_CHARACTERS]
-            if found and not start and len(found[-1]) + len(part) + 2 <= PIECE_CHARACTERS:
-                found[-1] += f"\n\n{part}"
+        for start in range(0, len(paragraph), CHUNK_CHARACTERS):
+            part = paragraph[start : start + CHUNK_CHARACTERS]
+            if chunks and not start and len(chunks[-1]) + len(part) + 2 <= CHUNK_CHARACTERS:
+                chunks[-1] += f"\n\n{part}"
             else:
-                found.append(part)
-    return [piece for piece in found if piece.strip()]
+                chunks.append(part)
+    return [chunk for chunk in chunks if chunk.strip()]
 
 
-def fence_after(line: str, fence: str) -> str:
+def next_fence(line: str, fence: str) -> str:
     """The fence of the code that the next line is in, empty outside of code."""
-    mark = FENCE.fullmatch(line)
-    if mark is None:
+    match = FENCE.fullmatch(line)
+    if match is None:
         return fence
     if not fence:
-        return mark[1]
-    return "" if mark[1].startswith(fence) and not mark[2].strip() else fence
+        return match[1]
+    return "" if match[1].startswith(fence) and not match[2].strip() else fence
 
 
-def shown(path: Path) -> str:
+def printable_path(path: Path) -> str:
     """A path as text that can be kept, also where its name is no UTF-8."""
     return os.fsencode(path.as_posix()).decode(errors="replace")
 
 
 def _documents(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in FOREIGN)
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in IGNORED_FOLDERS)
         for name in sorted(names):
-            path = Path(place, name)
-            known = path.suffix.lower() in MARKDOWN | TEXT | SAMPLES
+            path = Path(parent, name)
+            is_document = path.suffix.lower() in MARKDOWN_EXTENSIONS | TEXT_EXTENSIONS | SAMPLE_EXTENSIONS
             # A link could lead out of the folder, and what is no regular file may never end.
-            if known and not name.startswith(".") and not path.is_symlink() and path.is_file():
+            if is_document and not name.startswith(".") and not path.is_symlink() and path.is_file():
                 yield path
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     raise UnreadableDocument(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
-def _text(path: Path) -> str | None:
+def _read_text(path: Path) -> str | None:
     """None if it is no text."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
     except OSError as error:
-        return _refuse(error)
+        return _raise_unreadable(error)
     return None if "\0" in text else text.replace("\r\n", "\n")
 
 
-def _learned(path: Path, name: str, text: str) -> Iterator[Sample]:
-    told = sections(text) if path.suffix.lower() in MARKDOWN else [(list[str](), text)]
-    for headings, said in told:
-        answers = pieces(said)
+def _to_samples(path: Path, name: str, text: str) -> Iterator[Sample]:
+    texts = sections(text) if path.suffix.lower() in MARKDOWN_EXTENSIONS else [(list[str](), text)]
+    for headings, content in texts:
+        answers = split_into_chunks(content)
         for number, answer in enumerate(answers, 1):
             yield _sample(_question(name, headings, number, len(answers)), answer)
 

@@ -9,63 +9,63 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MAX_DEPTH = 100
 
 
-class Part(BaseModel):
+class SamplePart(BaseModel):
     """What a message is made of. An unknown field may change what is meant, so it is an error unless it is empty."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def forget_what_is_empty(cls, value: Any) -> Any:
+    def drop_empty_fields(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         fields = cast(Mapping[str, Any], value)
-        return {name: held for name, held in fields.items() if name in cls.model_fields or held not in (None, [])}
+        return {name: item for name, item in fields.items() if name in cls.model_fields or item not in (None, [])}
 
 
-class FunctionCall(Part):
+class FunctionCall(SamplePart):
     name: str = Field(min_length=1, max_length=200)
     arguments: str = Field(description="A JSON object, as text.", examples=['{"title": "Inception"}'])
 
     @field_validator("arguments", mode="before")
     @classmethod
-    def write_object(cls, value: Any) -> Any:
+    def serialize_arguments(cls, value: Any) -> Any:
         return orjson.dumps(value).decode() if isinstance(value, dict) else value
 
     @field_validator("arguments")
     @classmethod
-    def be_object(cls, value: str) -> str:
+    def validate_arguments(cls, value: str) -> str:
         try:
             arguments = orjson.loads(value)
         except orjson.JSONDecodeError as error:
             raise ValueError(f"is not JSON: {error}") from None
         if not isinstance(arguments, dict):
             raise ValueError("must be a JSON object, as text")
-        check_text(arguments)
+        validate_text(arguments)
         return value
 
 
-class ToolCall(Part):
+class ToolCall(SamplePart):
     id: str = Field(min_length=1, max_length=200, examples=["call_1"])
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Function(Part):
+class Function(SamplePart):
     name: str = Field(min_length=1, max_length=200, examples=["search_movies"])
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="JSON Schema of the arguments.")
     strict: bool | None = None
 
 
-class Tool(Part):
+class Tool(SamplePart):
     """A function that the assistant may call."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
-class Message(Part):
+class Message(SamplePart):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -74,12 +74,12 @@ class Message(Part):
 
     @field_validator("role", mode="before")
     @classmethod
-    def know_developers(cls, value: Any) -> Any:
+    def developer_to_system(cls, value: Any) -> Any:
         return "system" if value == "developer" else value
 
     @field_validator("content", mode="before")
     @classmethod
-    def join_texts(cls, value: Any) -> Any:
+    def join_text_parts(cls, value: Any) -> Any:
         """OpenAI's API also takes content as a list of parts."""
         if not isinstance(value, list):
             return value
@@ -90,17 +90,17 @@ class Message(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def weigh_nothing(cls, value: Any) -> Any:
+    def drop_weight(cls, value: Any) -> Any:
         """OpenAI's files may give a message a weight: 1 says nothing new, and 0 is something that we cannot do."""
         if isinstance(value, dict) and "weight" in value:
             message = cast(dict[str, Any], value)
             if message["weight"] not in (None, 1):
                 raise ValueError("every answer is learned: leave the weight out, or the message")
-            return {name: held for name, held in message.items() if name != "weight"}
+            return {name: item for name, item in message.items() if name != "weight"}
         return value
 
     @model_validator(mode="after")
-    def fit_its_role(self) -> Self:
+    def validate_role(self) -> Self:
         if self.role == "assistant":
             if self.tool_calls is not None and not self.tool_calls:
                 self.tool_calls = None
@@ -115,34 +115,36 @@ class Message(Part):
         return self
 
 
-def check_conversation(messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
+def validate_conversation(messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
     """Raises ValueError about what no chat template could tell, or what would be learned by nobody."""
     roles = [message.role for message in messages]
     if "assistant" not in roles:
         raise ValueError("it has no assistant's turn, so there is nothing to learn")
     if roles[-1] != "assistant":
         raise ValueError(f"its last message is the {roles[-1]}'s; it must be the assistant's")
-    known = {tool.function.name for tool in tools or ()}
-    called: set[str] = set()
+    tool_names = {tool.function.name for tool in tools or ()}
+    call_ids: set[str] = set()
     for number, message in enumerate(messages):
         for call in message.tool_calls or ():
-            if call.function.name not in known:
+            if call.function.name not in tool_names:
                 raise ValueError(f"messages.{number} calls '{call.function.name}', which is not among its tools")
-            called.add(call.id)
-        if message.tool_call_id is not None and message.tool_call_id not in called:
+            call_ids.add(call.id)
+        if message.tool_call_id is not None and message.tool_call_id not in call_ids:
             raise ValueError(
                 f"messages.{number} answers the call '{message.tool_call_id}', which nobody made before it"
             )
 
 
-def check_text(value: Any) -> None:
+def validate_text(value: Any) -> None:
     """Raises ValueError about what is too deep to be looked through, or has a character that no database stores."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
-        if any(isinstance(one, str) and "\0" in one for one in level):
+        if any(isinstance(node, str) and "\0" in node for node in level):
             raise ValueError("text may not contain the character U+0000")
-        held = [one for one in level if isinstance(one, dict | list)]
-        level = [child for one in held for child in ((*one, *one.values()) if isinstance(one, dict) else one)]
+        containers = [node for node in level if isinstance(node, dict | list)]
+        level = [
+            child for node in containers for child in ((*node, *node.values()) if isinstance(node, dict) else node)
+        ]
         if not level:
             return
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")

@@ -7,11 +7,11 @@ import orjson
 from pydantic import ValidationError
 
 from cluster.errors import InvalidRequest
-from pipelines.training.data.messages import check_text
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.messages import validate_text
+from pipelines.training.data.samples import PreferencePair, Sample
 
-LINE_MAX_BYTES = 8_000_000
-FORMS = (
+MAX_LINE_BYTES = 8_000_000
+FORMAT_HELP = (
     'a line is {"messages": [...]} for chat, or {"messages": [...], "chosen": ..., "rejected": ...} for preferences; '
     "both may have tools"
 )
@@ -35,74 +35,76 @@ class WrongKindOfData(InvalidRequest):
     code = "WRONG_KIND_OF_DATA"
 
 
-def parse(text: str | bytes | Iterable[str | bytes], source: str) -> list[Sample] | list[Pair]:
+def parse_samples(text: str | bytes | Iterable[str | bytes], source: str) -> list[Sample] | list[PreferencePair]:
     """All samples of a JSONL text or of its lines. An error names the line and the source."""
-    samples = list(read(_lines(text), source))
+    samples = list(read_samples(_split_lines(text), source))
     if not samples:
-        raise EmptyData(f"There is no sample in {source}: {FORMS}.")
-    return cast(list[Sample] | list[Pair], samples)
+        raise EmptyData(f"There is no sample in {source}: {FORMAT_HELP}.")
+    return cast(list[Sample] | list[PreferencePair], samples)
 
 
-def read(lines: Iterable[str | bytes], source: str) -> Iterator[Sample | Pair]:
+def read_samples(lines: Iterable[str | bytes], source: str) -> Iterator[Sample | PreferencePair]:
     """The samples of these lines, one by one, all of one sort. Blank lines say nothing."""
-    first: type[Sample | Pair] | None = None
+    first_type: type[Sample | PreferencePair] | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        place = f"line {number} of {source}"
-        sample = as_sample(read_json(line, place), place)
-        first = first or type(sample)
-        if not isinstance(sample, first):
+        location = f"line {number} of {source}"
+        sample = parse_sample(parse_json_line(line, location), location)
+        first_type = first_type or type(sample)
+        if not isinstance(sample, first_type):
             raise InvalidSample(
-                f"The {place} is {_sort(type(sample))}, and those before are {_sort(first)}: split them."
+                f"The {location} is {_kind_name(type(sample))}, those before are {_kind_name(first_type)}: split them."
             )
         yield sample
 
 
-def lines_of(file: BinaryIO) -> Iterator[bytes]:
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file that somebody sent: one without end is not read to its end."""
-    while line := file.readline(LINE_MAX_BYTES + 1):
+    while line := file.readline(MAX_LINE_BYTES + 1):
         yield line
 
 
-def read_json(line: str | bytes, place: str) -> Any:
+def parse_json_line(line: str | bytes, location: str) -> Any:
     """One line as JSON that can be kept anywhere."""
-    if len(line) > LINE_MAX_BYTES:
-        raise InvalidSample(f"The {place} has more than {LINE_MAX_BYTES} bytes.")
+    if len(line) > MAX_LINE_BYTES:
+        raise InvalidSample(f"The {location} has more than {MAX_LINE_BYTES} bytes.")
     raw = line.encode(errors="surrogatepass") if isinstance(line, str) else line
     try:
         document = orjson.loads(raw.removeprefix(b"\xef\xbb\xbf"))
-        check_text(document)
+        validate_text(document)
     except orjson.JSONDecodeError as error:
-        raise InvalidSample(f"The {place} is not JSON: {error}.") from None
+        raise InvalidSample(f"The {location} is not JSON: {error}.") from None
     except ValueError as error:
-        raise InvalidSample(f"The {place} cannot be kept: {error}.") from None
+        raise InvalidSample(f"The {location} cannot be kept: {error}.") from None
     return document
 
 
-def as_sample(document: Any, place: str) -> Sample | Pair:
+def parse_sample(document: Any, location: str) -> Sample | PreferencePair:
     try:
         if not isinstance(document, dict):
-            raise ValueError(f"it is no object; {FORMS}")
+            raise ValueError(f"it is no object; {FORMAT_HELP}")
         fields = cast(dict[str, Any], document)
         if fields.keys() & {"chosen", "rejected", "preferred_output", "non_preferred_output"}:
-            return Pair.model_validate(_as_pair(fields))
+            return PreferencePair.model_validate(_to_pair_fields(fields))
         if "messages" not in fields:
-            raise ValueError(f"it has no messages; {FORMS}")
+            raise ValueError(f"it has no messages; {FORMAT_HELP}")
         # OpenAI's files may say it; it is about serving, not about what is learned.
         return Sample.model_validate({name: fields[name] for name in fields if name != "parallel_tool_calls"})
     except ValidationError as error:
-        raise InvalidSample(f"The {place} is no sample: {sentence(error)}.", details={"place": place}) from None
+        raise InvalidSample(
+            f"The {location} is no sample: {first_error_message(error)}.", details={"place": location}
+        ) from None
     except ValueError as error:
-        raise InvalidSample(f"The {place} is no sample: {error}.", details={"place": place}) from None
+        raise InvalidSample(f"The {location} is no sample: {error}.", details={"place": location}) from None
 
 
-def line_of(sample: Sample | Pair) -> bytes:
+def to_json_line(sample: Sample | PreferencePair) -> bytes:
     """A sample as the one line that says it, so that the same content is the same bytes."""
     return orjson.dumps(sample.model_dump(exclude_none=True), option=orjson.OPT_APPEND_NEWLINE)
 
 
-def sentence(error: ValidationError) -> str:
+def first_error_message(error: ValidationError) -> str:
     """The first fault that was found: `messages.1.content: Input should be a valid string`."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = ".".join(str(part) for part in fault["loc"])
@@ -110,42 +112,42 @@ def sentence(error: ValidationError) -> str:
     return f"{path}: {message}" if path else message
 
 
-def _as_pair(fields: dict[str, Any]) -> dict[str, Any]:
+def _to_pair_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The other two ways to tell a pair, in ours."""
     if "input" in fields:
-        told = fields["input"]
-        if not isinstance(told, dict):
+        input_fields = fields["input"]
+        if not isinstance(input_fields, dict):
             raise ValueError("input is an object with messages")
         extra = fields.keys() - {"input", "preferred_output", "non_preferred_output"}
-        unknown = extra | (told.keys() - {"messages", "tools", "parallel_tool_calls"})
+        unknown = extra | (input_fields.keys() - {"messages", "tools", "parallel_tool_calls"})
         if unknown:
             raise ValueError(f"'{min(unknown)}' is not known here")
         return {
-            **{name: told[name] for name in ("messages", "tools") if name in told},
+            **{name: input_fields[name] for name in ("messages", "tools") if name in input_fields},
             "chosen": fields.get("preferred_output"),
             "rejected": fields.get("non_preferred_output"),
         }
     pair = dict(fields)
     if "prompt" in pair and "messages" not in pair:
-        pair["messages"] = _as_messages(pair.pop("prompt"), "user")
+        pair["messages"] = _to_messages(pair.pop("prompt"), "user")
     for answer in ("chosen", "rejected"):
         if answer in pair:
-            pair[answer] = _as_messages(pair[answer], "assistant")
+            pair[answer] = _to_messages(pair[answer], "assistant")
     return pair
 
 
-def _as_messages(value: Any, role: str) -> Any:
+def _to_messages(value: Any, role: str) -> Any:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [value] if isinstance(value, dict) else value
 
 
-def _lines(text: str | bytes | Iterable[str | bytes]) -> Iterable[str | bytes]:
+def _split_lines(text: str | bytes | Iterable[str | bytes]) -> Iterable[str | bytes]:
     # Not splitlines: JSON may hold U+2028 and other characters that it takes for the end of a line.
     if isinstance(text, str):
         return text.split("\n")
     return text.split(b"\n") if isinstance(text, bytes) else text
 
 
-def _sort(kind: type[Sample | Pair]) -> str:
+def _kind_name(kind: type[Sample | PreferencePair]) -> str:
     return "chat" if kind is Sample else "preferences"

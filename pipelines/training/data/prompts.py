@@ -14,18 +14,18 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster.db import Base, now
 from cluster.db import Sequence as Counter
 from cluster.errors import InvalidRequest, NotFound, UnprocessableRequest
-from cluster.ownership import LOCAL, Owner
+from cluster.ownership import LOCAL_OWNER, Owner
 from pipelines.training.data.messages import Message, Tool, ToolCall
-from pipelines.training.data.parsing import InvalidSample, read_json, sentence
+from pipelines.training.data.parsing import InvalidSample, first_error_message, parse_json_line
 from pipelines.training.data.samples import Sample
 from pipelines.training.spec import PromptFilter
 
-ID_MAX = 2**63 - 1
-PAGE = 1000
+MAX_ID = 2**63 - 1
+PAGE_SIZE = 1000
 """How many rows are read, or written, in one statement: databases bound the parameters of one."""
 
 # Not JSONB: that forgets in what order the fields of a tool were told, and a model reads them in their order.
-Told = JSON(none_as_null=True)
+OrderedJson = JSON(none_as_null=True)
 
 Name = Annotated[str, Field(min_length=1, max_length=200, examples=["Movie request"])]
 Input = Annotated[str, Field(min_length=1, max_length=1_000_000, examples=["I want to watch Inception"])]
@@ -57,9 +57,9 @@ class Prompt(Base):
     user_input: Mapped[str] = mapped_column(Text)
     expected_output: Mapped[str | None] = mapped_column(Text)
     tags: Mapped[list[str]]
-    tools: Mapped[Any | None] = mapped_column(Told)
-    messages: Mapped[Any | None] = mapped_column(Told)
-    tool_calls: Mapped[Any | None] = mapped_column(Told)
+    tools: Mapped[Any | None] = mapped_column(OrderedJson)
+    messages: Mapped[Any | None] = mapped_column(OrderedJson)
+    tool_calls: Mapped[Any | None] = mapped_column(OrderedJson)
     owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -92,44 +92,44 @@ class PromptRequest(BaseModel):
     )
 
     @model_validator(mode="after")
-    def be_conversation(self) -> Self:
-        _conversation(self)
+    def validate_conversation(self) -> Self:
+        _to_sample(self)
         return self
 
 
-def columns(request: PromptRequest) -> dict[str, Any]:
+def to_columns(request: PromptRequest) -> dict[str, Any]:
     """A request as the table takes it, in plain JSON."""
-    told = request.model_dump(exclude_none=True)
-    return {name: told.get(name) for name in PromptRequest.model_fields}
+    fields = request.model_dump(exclude_none=True)
+    return {name: fields.get(name) for name in PromptRequest.model_fields}
 
 
-async def create(session: AsyncSession, request: PromptRequest, owner: Owner = LOCAL) -> Prompt:
-    prompt = Prompt(**columns(request), owner_id=owner.id, created_by=owner.name)
+async def create(session: AsyncSession, request: PromptRequest, owner: Owner = LOCAL_OWNER) -> Prompt:
+    prompt = Prompt(**to_columns(request), owner_id=owner.id, created_by=owner.name)
     session.add(prompt)
     await session.flush()
     return prompt
 
 
-async def create_many(session: AsyncSession, checked: Iterable[dict[str, Any]], owner: Owner = LOCAL) -> None:
+async def create_many(session: AsyncSession, checked: Iterable[dict[str, Any]], owner: Owner = LOCAL_OWNER) -> None:
     """Create prompts from the `columns` of requests, which are read in another thread."""
     rows = ({**row, "owner_id": owner.id, "created_by": owner.name} for row in checked)
-    while page := await asyncio.to_thread(lambda: list(islice(rows, PAGE))):
+    while page := await asyncio.to_thread(lambda: list(islice(rows, PAGE_SIZE))):
         await session.execute(insert(Prompt), page)
 
 
-async def change(session: AsyncSession, prompt: Prompt, changes: Mapping[str, Any]) -> None:
+async def update_prompt(session: AsyncSession, prompt: Prompt, changes: Mapping[str, Any]) -> None:
     """Set these fields, if the prompt makes sense with them."""
-    before = {name: getattr(prompt, name) for name in PromptRequest.model_fields}
+    current = {name: getattr(prompt, name) for name in PromptRequest.model_fields}
     try:
-        request = PromptRequest.model_validate({**before, **changes})
+        request = PromptRequest.model_validate({**current, **changes})
     except ValidationError as error:
-        raise UnprocessableRequest(f"The prompt would not be valid: {sentence(error)}.") from None
-    for name, value in columns(request).items():
+        raise UnprocessableRequest(f"The prompt would not be valid: {first_error_message(error)}.") from None
+    for name, value in to_columns(request).items():
         setattr(prompt, name, value)
     await session.flush()
 
 
-async def get(session: AsyncSession, prompt_id: int, owner: Owner = LOCAL, *, lock: bool = False) -> Prompt:
+async def get(session: AsyncSession, prompt_id: int, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Prompt:
     prompt = await session.get(Prompt, prompt_id, with_for_update=lock)
     if prompt is None or not (owner.is_admin or prompt.owner_id == owner.id):
         raise PromptNotFound(f"There is no prompt {prompt_id}.")
@@ -141,7 +141,7 @@ def visible_to(owner: Owner, query: Select[Row]) -> Select[Row]:
     return query if owner.is_admin else query.where(Prompt.owner_id == owner.id)
 
 
-def narrowed(
+def filter_prompts(
     session: AsyncSession,
     query: Select[Row],
     *,
@@ -152,8 +152,8 @@ def narrowed(
     if category is not None:
         query = query.where(Prompt.category == category)
     if tags is not None:
-        listed = func.jsonb_array_elements_text if session.get_bind().dialect.name == "postgresql" else func.json_each
-        tag = listed(Prompt.tags).table_valued("value").c.value
+        expand = func.jsonb_array_elements_text if session.get_bind().dialect.name == "postgresql" else func.json_each
+        tag = expand(Prompt.tags).table_valued("value").c.value
         query = query.where(select(1).where(tag.in_(tags)).exists())
     if search is not None:
         texts = (Prompt.name, Prompt.user_input, Prompt.expected_output)
@@ -161,74 +161,78 @@ def narrowed(
     return query
 
 
-async def matching(session: AsyncSession, wanted: PromptFilter, owner: Owner = LOCAL) -> list[int]:
+async def find_matching_ids(
+    session: AsyncSession, prompt_filter: PromptFilter, owner: Owner = LOCAL_OWNER
+) -> list[int]:
     """The ids of the prompts that are wanted, in their order; there is at least one."""
     query = visible_to(owner, select(Prompt.id)).order_by(Prompt.id)
-    query = narrowed(session, query, category=wanted.category, tags=wanted.tags)
-    if wanted.ids is None:
+    query = filter_prompts(session, query, category=prompt_filter.category, tags=prompt_filter.tags)
+    if prompt_filter.ids is None:
         found = list(await session.scalars(query))
     else:
-        asked = sorted({number for number in wanted.ids if 0 < number <= ID_MAX})
-        pages = [asked[start : start + PAGE] for start in range(0, len(asked), PAGE)]
+        ids = sorted({number for number in prompt_filter.ids if 0 < number <= MAX_ID})
+        pages = [ids[start : start + PAGE_SIZE] for start in range(0, len(ids), PAGE_SIZE)]
         found = [number for page in pages for number in await session.scalars(query.where(Prompt.id.in_(page)))]
-        missing = set(wanted.ids) - set(found)
-        if missing and wanted.tags is None and wanted.category is None:
-            raise PromptNotFound(f"There {_are(sorted(missing))}.")
+        missing = set(prompt_filter.ids) - set(found)
+        if missing and prompt_filter.tags is None and prompt_filter.category is None:
+            raise PromptNotFound(f"There {_missing_text(sorted(missing))}.")
     if not found:
-        raise NoMatchingPrompt(f"No training prompt of yours has {_said(wanted)}.")
+        raise NoMatchingPrompt(f"No training prompt of yours has {_describe_filter(prompt_filter)}.")
     return found
 
 
-async def samples(session: AsyncSession, wanted: PromptFilter, owner: Owner = LOCAL) -> list[Sample]:
+async def load_samples(session: AsyncSession, prompt_filter: PromptFilter, owner: Owner = LOCAL_OWNER) -> list[Sample]:
     """The prompts that are wanted, as conversations to learn."""
-    found = await matching(session, wanted, owner)
-    learned: list[Sample] = []
-    for start in range(0, len(found), PAGE):
-        page = select(Prompt).where(Prompt.id.in_(found[start : start + PAGE])).order_by(Prompt.id)
-        learned += [_conversation(prompt) for prompt in await session.scalars(page)]
-    return learned
+    ids = await find_matching_ids(session, prompt_filter, owner)
+    conversations: list[Sample] = []
+    for start in range(0, len(ids), PAGE_SIZE):
+        page = select(Prompt).where(Prompt.id.in_(ids[start : start + PAGE_SIZE])).order_by(Prompt.id)
+        conversations += [_to_sample(prompt) for prompt in await session.scalars(page)]
+    return conversations
 
 
-def read_line(line: str | bytes, place: str) -> PromptRequest:
+def read_line(line: str | bytes, location: str) -> PromptRequest:
     """A prompt from a line of JSONL."""
-    document = read_json(line, place)
+    document = parse_json_line(line, location)
     try:
         return PromptRequest.model_validate(document)
     except ValidationError as error:
-        raise InvalidSample(f"The {place} is no prompt: {sentence(error)}.", details={"place": place}) from None
+        raise InvalidSample(
+            f"The {location} is no prompt: {first_error_message(error)}.", details={"place": location}
+        ) from None
 
 
-def as_request(prompt: Prompt) -> dict[str, Any]:
+def to_request(prompt: Prompt) -> dict[str, Any]:
     """What of a prompt can be given to another one: a line of an export."""
-    told = {name: getattr(prompt, name) for name in PromptRequest.model_fields}
-    return {name: value for name, value in told.items() if value is not None}
+    fields = {name: getattr(prompt, name) for name in PromptRequest.model_fields}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _conversation(prompt: Prompt | PromptRequest) -> Sample:
+def _to_sample(prompt: Prompt | PromptRequest) -> Sample:
     """Raises ValidationError, which is a ValueError too, if it makes no sense."""
-    between = [_plain(message) for message in prompt.messages or ()]
-    answer = {"role": "assistant", "content": prompt.expected_output, "tool_calls": _plain(prompt.tool_calls or None)}
-    first = [{"role": "system", "content": prompt.system_prompt}] if prompt.system_prompt else []
-    asked = {"role": "user", "content": prompt.user_input}
+    middle = [_dump(message) for message in prompt.messages or ()]
+    answer = {"role": "assistant", "content": prompt.expected_output, "tool_calls": _dump(prompt.tool_calls or None)}
+    system = [{"role": "system", "content": prompt.system_prompt}] if prompt.system_prompt else []
+    question = {"role": "user", "content": prompt.user_input}
     try:
-        return Sample.model_validate({"messages": [*first, asked, *between, answer], "tools": _plain(prompt.tools)})
+        return Sample.model_validate({"messages": [*system, question, *middle, answer], "tools": _dump(prompt.tools)})
     except ValidationError as error:
-        raise ValueError(sentence(error)) from None
+        raise ValueError(first_error_message(error)) from None
 
 
-def _plain(value: Any) -> Any:
+def _dump(value: Any) -> Any:
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_dump(item) for item in value]
     return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
 
 
-def _are(missing: Sequence[int]) -> str:
+def _missing_text(missing: Sequence[int]) -> str:
     shown = ", ".join(str(number) for number in missing[:10]) + (", …" if len(missing) > 10 else "")
     return f"is no prompt {shown}" if len(missing) == 1 else f"are no prompts {shown}"
 
 
-def _said(wanted: PromptFilter) -> str:
-    said = [f"the category '{wanted.category}'"] if wanted.category is not None else []
-    said += [f"any of the tags {', '.join(wanted.tags[:10])}"] if wanted.tags else []
-    said += ["one of these ids"] if wanted.ids else []
-    return " and ".join(said)
+def _describe_filter(prompt_filter: PromptFilter) -> str:
+    parts = [f"the category '{prompt_filter.category}'"] if prompt_filter.category is not None else []
+    parts += [f"any of the tags {', '.join(prompt_filter.tags[:10])}"] if prompt_filter.tags else []
+    parts += ["one of these ids"] if prompt_filter.ids else []
+    return " and ".join(parts)

@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from cluster.errors import Forbidden, InvalidRequest
 from cluster.files import store as file_store
 from cluster.files.store import File
 from cluster.ownership import Owner
 from cluster.settings import get_settings
 from pipelines.training.data import documents, prompts
-from pipelines.training.data.content import write
-from pipelines.training.data.datasets import Dataset, find, keep, logger, owner_with_id
-from pipelines.training.data.parsing import WrongKindOfData, lines_of, parse, read
-from pipelines.training.data.samples import Pair, Sample
-from pipelines.training.spec import Data, FineTuneSpec
+from pipelines.training.data.content import write_samples
+from pipelines.training.data.datasets import Dataset, find, logger, owner_with_id, store_dataset
+from pipelines.training.data.parsing import WrongKindOfData, parse_samples, read_lines, read_samples
+from pipelines.training.data.samples import PreferencePair, Sample
+from pipelines.training.spec import DataSource, FineTuneSpec
 
-SHIPPED = "demo/homelab"
+DEMO_DATASET = "demo/homelab"
 
 
 class FolderForbidden(Forbidden):
@@ -38,7 +38,7 @@ class FolderNotFound(InvalidRequest):
     code = "FOLDER_NOT_FOUND"
 
 
-class NotToLearnFrom(InvalidRequest):
+class InvalidTrainingFile(InvalidRequest):
     """This file is not one to learn from."""
 
     code = "INVALID_TRAINING_FILE"
@@ -47,37 +47,39 @@ class NotToLearnFrom(InvalidRequest):
 # For jobs, which run in threads without an event loop.
 
 
-def resolve(data: Data, owner_id: str | None) -> Dataset:
+def resolve(data: DataSource, owner_id: str | None) -> Dataset:
     """The dataset that is meant: found, or made from prompts or documents as they are now."""
-    return asyncio.run(apart(lambda database: _resolve(database, data, owner_id)))
+    return asyncio.run(with_own_database(lambda database: _resolve(database, data, owner_id)))
 
 
 # For doors.
 
 
-async def check(session: AsyncSession, data: Data, owner: Owner, method: Literal["supervised", "dpo"]) -> None:
+async def require_usable(
+    session: AsyncSession, data: DataSource, owner: Owner, method: Literal["supervised", "dpo"]
+) -> None:
     """Raise what `resolve` and the training would, as far as that can be said without reading the data."""
     kind = "chat"  # whatever is no uploaded dataset
-    if data.dataset is not None and data.dataset != SHIPPED:
+    if data.dataset is not None and data.dataset != DEMO_DATASET:
         kind = (await find(session, data.dataset, owner)).kind
     if data.file is not None:
         kind = (await _training_file(session, data.file, owner)).content or kind
     if data.prompts is not None:
-        await prompts.matching(session, data.prompts, owner)
+        await prompts.find_matching_ids(session, data.prompts, owner)
     if data.folder is not None:
-        _permitted(data.folder, owner)
+        _require_folder(data.folder, owner)
     if (kind == "preference") != (method == "dpo"):
-        wanted = "pairs (chosen and rejected)" if method == "dpo" else "chat samples"
-        raise WrongKindOfData(f"The method '{method}' learns from {wanted}; this data is of the kind '{kind}'.")
+        expected = "pairs (chosen and rejected)" if method == "dpo" else "chat samples"
+        raise WrongKindOfData(f"The method '{method}' learns from {expected}; this data is of the kind '{kind}'.")
 
 
-def needs_admin(spec: Data | FineTuneSpec) -> bool:
+def needs_admin(spec: DataSource | FineTuneSpec) -> bool:
     """Whether it names a folder of this machine that is not for everybody."""
-    sources = [spec] if isinstance(spec, Data) else [spec.data, *([spec.validation] if spec.validation else [])]
-    named = [data.folder for data in sources if data.folder is not None]
+    sources = [spec] if isinstance(spec, DataSource) else [spec.data, *([spec.validation] if spec.validation else [])]
+    paths = [data.folder for data in sources if data.folder is not None]
     if isinstance(spec, FineTuneSpec) and is_path(spec.base_model):
-        named.append(spec.base_model)
-    return not all(is_shared(path) for path in named)
+        paths.append(spec.base_model)
+    return not all(is_shared(path) for path in paths)
 
 
 def is_path(reference: str) -> bool:
@@ -87,61 +89,67 @@ def is_path(reference: str) -> bool:
 
 def is_shared(path: str) -> bool:
     """Whether it lies in a folder that is for everybody, wherever its links lead."""
-    place = _place(path)
-    return any(place.is_relative_to(root.expanduser().resolve()) for root in get_settings().forge.folders)
+    resolved = _resolve_path(path)
+    return any(resolved.is_relative_to(root.expanduser().resolve()) for root in get_settings().forge.folders)
 
 
-async def _resolve(database: Database, data: Data, owner_id: str | None) -> Dataset:
-    async with database.reading() as session:
+async def _resolve(database: Database, data: DataSource, owner_id: str | None) -> Dataset:
+    async with database.read_transaction() as session:
         owner = await owner_with_id(session, owner_id)
-        if data.dataset is not None and data.dataset != SHIPPED:
+        if data.dataset is not None and data.dataset != DEMO_DATASET:
             return await find(session, data.dataset, owner)
         file = await _training_file(session, data.file, owner) if data.file is not None else None
-        chosen = await prompts.samples(session, data.prompts, owner) if data.prompts is not None else []
+        prompt_samples = await prompts.load_samples(session, data.prompts, owner) if data.prompts is not None else []
     if file is not None:
-        with file_store.opened(file) as content:
-            samples = read(lines_of(content), file.filename)
-            return await _make(database, f"file/{_slug(file.filename)}", samples, {"file": file.id}, owner)
+        with file_store.open_file(file) as content:
+            samples = read_samples(read_lines(content), file.filename)
+            return await _build_dataset(database, f"file/{_slug(file.filename)}", samples, {"file": file.id}, owner)
     if data.prompts is not None:
         source = {"prompts": data.prompts.model_dump(exclude_none=True)}
-        return await _make(database, _prompts_name(data), chosen, source, owner)
+        return await _build_dataset(database, _prompts_name(data), prompt_samples, source, owner)
     if data.folder is not None:
-        folder = _permitted(data.folder, owner)
-        reading = documents.read_folder(folder)
-        if reading.skipped:
-            named = ", ".join(reading.skipped[:20])
-            logger.warning("%s: %d files are no text in UTF-8: %s", folder, len(reading.skipped), named)
-        source = {"folder": documents.shown(folder), "files": reading.files, "skipped": len(reading.skipped)}
-        return await _make(database, f"folder/{_slug(folder.name)}", reading.samples, source, owner)
-    return await _make(database, SHIPPED, shipped(), {"shipped": SHIPPED}, owner)
+        folder = _require_folder(data.folder, owner)
+        folder_content = documents.read_folder(folder)
+        if folder_content.skipped:
+            names = ", ".join(folder_content.skipped[:20])
+            logger.warning("%s: %d files are no text in UTF-8: %s", folder, len(folder_content.skipped), names)
+        source = {
+            "folder": documents.printable_path(folder),
+            "files": folder_content.files,
+            "skipped": len(folder_content.skipped),
+        }
+        return await _build_dataset(database, f"folder/{_slug(folder.name)}", folder_content.samples, source, owner)
+    return await _build_dataset(database, DEMO_DATASET, demo_samples(), {"shipped": DEMO_DATASET}, owner)
 
 
-def shipped() -> list[Sample] | list[Pair]:
+def demo_samples() -> list[Sample] | list[PreferencePair]:
     """The samples that come with Forgearr."""
-    return parse((shipped_files("configs") / f"{SHIPPED}.jsonl").read_bytes(), SHIPPED)
+    return parse_samples((shipped_files("configs") / f"{DEMO_DATASET}.jsonl").read_bytes(), DEMO_DATASET)
 
 
-async def _make(
-    database: Database, name: str, samples: Iterable[Sample | Pair], source: dict[str, Any], owner: Owner
+async def _build_dataset(
+    database: Database, name: str, samples: Iterable[Sample | PreferencePair], source: dict[str, Any], owner: Owner
 ) -> Dataset:
     with tempfile.TemporaryDirectory(prefix="forgearr-dataset-") as folder:
-        content = write(samples, Path(folder) / "samples.jsonl", name)
-        return await keep(database, name, content, source, owner)
+        content = write_samples(samples, Path(folder) / "samples.jsonl", name)
+        return await store_dataset(database, name, content, source, owner)
 
 
 async def _training_file(session: AsyncSession, file_id: str, owner: Owner) -> File:
     file = await file_store.find(session, file_id, owner)
     if file.purpose != "fine-tune":
-        raise NotToLearnFrom(f"The file '{file_id}' was uploaded with the purpose '{file.purpose}', not 'fine-tune'.")
+        raise InvalidTrainingFile(
+            f"The file '{file_id}' was uploaded with the purpose '{file.purpose}', not 'fine-tune'."
+        )
     if file.fault:
-        raise NotToLearnFrom(f"The file '{file_id}' cannot be learned from: {file.fault}")
+        raise InvalidTrainingFile(f"The file '{file_id}' cannot be learned from: {file.fault}")
     return file
 
 
-def _permitted(path: str, owner: Owner) -> Path:
+def _require_folder(path: str, owner: Owner) -> Path:
     if not owner.is_admin and not is_shared(path):
         raise FolderForbidden(f"Only an administrator may read {path}: it is not in a folder of forge.folders.")
-    folder = _place(path)
+    folder = _resolve_path(path)
     try:
         if not folder.is_dir():
             raise FolderNotFound(f"There is no folder {path} on this machine.")
@@ -150,17 +158,17 @@ def _permitted(path: str, owner: Owner) -> Path:
     return folder
 
 
-def _place(path: str) -> Path:
+def _resolve_path(path: str) -> Path:
     try:
         return Path(path).expanduser().resolve()
     except (OSError, RuntimeError) as error:  # an unknown ~user, links that lead to themselves
         raise FolderNotFound(f"There is no folder {path} on this machine: {error}.") from error
 
 
-def _prompts_name(data: Data) -> str:
+def _prompts_name(data: DataSource) -> str:
     assert data.prompts is not None
-    said = [data.prompts.category or "", *sorted(data.prompts.tags or ())]
-    return f"prompts/{_slug('-'.join(word for word in said if word) or 'chosen')}"
+    parts = [data.prompts.category or "", *sorted(data.prompts.tags or ())]
+    return f"prompts/{_slug('-'.join(word for word in parts if word) or 'chosen')}"
 
 
 def _slug(text: str) -> str:

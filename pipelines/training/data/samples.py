@@ -9,10 +9,10 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from pipelines.training.data.messages import Message, Part, Tool, check_conversation
+from pipelines.training.data.messages import Message, SamplePart, Tool, validate_conversation
 
 
-class Source(Part):
+class Source(SamplePart):
     """Where in a repository a sample is from. It is not learned."""
 
     kind: str | None = Field(default=None, max_length=40, description="What sort of question it is.")
@@ -21,7 +21,7 @@ class Source(Part):
     commit: str | None = Field(default=None, max_length=64)
 
 
-class Sample(Part):
+class Sample(SamplePart):
     """A conversation that ends with what the assistant should say."""
 
     messages: list[Message] = Field(min_length=1)
@@ -29,13 +29,13 @@ class Sample(Part):
     source: Source | None = None
 
     @model_validator(mode="after")
-    def make_sense(self) -> Self:
+    def validate_messages(self) -> Self:
         self.tools = self.tools or None
-        check_conversation(self.messages, self.tools)
+        validate_conversation(self.messages, self.tools)
         return self
 
 
-class Pair(Part):
+class PreferencePair(SamplePart):
     """A conversation up to an answer, with a better and a worse one."""
 
     messages: list[Message] = Field(min_length=1)
@@ -44,14 +44,14 @@ class Pair(Part):
     rejected: list[Message] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def make_sense(self) -> Self:
+    def validate_messages(self) -> Self:
         self.tools = self.tools or None
         for answer in (self.chosen, self.rejected):
             if answer[0].role != "assistant":
                 raise ValueError(
                     "chosen and rejected begin with the assistant's answer; what comes before is in messages"
                 )
-            check_conversation([*self.messages, *answer], self.tools)
+            validate_conversation([*self.messages, *answer], self.tools)
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same, so there is nothing to prefer")
         return self

@@ -19,10 +19,10 @@ from pipelines.training.models import registry
 from pipelines.training.models.versions import Version
 from pipelines.training.spec import DeploySpec
 
-ENGINE, APPLICATION = "gguf", "forgearr"
+ENGINE_DEPLOYMENT, SERVE_APPLICATION = "gguf", "forgearr"
 
 
-class NotPassed(Conflict):
+class VersionNotPassed(Conflict):
     """A version that has not passed its validation is deployed only when it is forced."""
 
     code = "VERSION_NOT_PASSED"
@@ -47,9 +47,11 @@ def deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
     return asyncio.run(_deploy(context, spec))
 
 
-def refuse_what_did_not_pass(version: Version, force: bool) -> None:
+def require_validated(version: Version, force: bool) -> None:
     if version.passed is not True and not force:
-        raise NotPassed(f"{version.reference} is not deployed: {_verdict(version)} Force it to serve it all the same.")
+        raise VersionNotPassed(
+            f"{version.reference} is not deployed: {_validation_summary(version)} Force it to serve it all the same."
+        )
 
 
 async def roll_back(name: str) -> tuple[Version, int, str | None]:
@@ -64,7 +66,7 @@ async def roll_back(name: str) -> tuple[Version, int, str | None]:
     if url is None:
         return version, replaced, None
     try:
-        await asyncio.to_thread(ollama_push.serve, url, version)
+        await asyncio.to_thread(ollama_push.set_latest, url, version)
     except (OllamaUnavailable, OllamaRefused) as error:
         return version, replaced, f"{error.message} There, {name}:latest is still another version."
     return version, replaced, None
@@ -76,21 +78,21 @@ async def _deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
             version = await models.find_export(spec.export_job_id)
         else:
             version = await models.find(await asyncio.to_thread(_reference, spec, context.owner_id))
-        refuse_what_did_not_pass(version, spec.force)
+        require_validated(version, spec.force)
         if version.passed is not True:
-            context.log(f"{version.reference} is deployed by force: {_verdict(version)}", "WARNING")
+            context.log(f"{version.reference} is deployed by force: {_validation_summary(version)}", "WARNING")
 
         context.report(progress=0, phase="fetching")
 
-        def follow(done: int, total: int) -> None:
+        def on_progress(done: int, total: int) -> None:
             context.report(progress=40 * done / max(total, 1))
 
-        path = await models.fetch(version, on_progress=follow)
+        path = await models.fetch(version, on_progress=on_progress)
         context.report(progress=40, phase="loading")
-        await asyncio.to_thread(_load, context, version.reference)
-        pushed = await _push(context, version, path)
+        await asyncio.to_thread(_load_on_engine, context, version.reference)
+        pushed = await _push_to_ollama(context, version, path)
         context.report(progress=95, phase="switching")
-        previous = await models.point(version.name, version.number)
+        previous = await models.set_served(version.name, version.number)
     return {
         "name": version.name,
         "model_name": f"{version.name}:latest",
@@ -104,17 +106,17 @@ async def _deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
 def _reference(spec: DeploySpec, owner_id: str | None) -> str:
     if spec.export_job_id is None:
         return f"{spec.name}:v{spec.version}"
-    exported = outputs.of(spec.export_job_id, "export", owner_id).result
-    return f"{exported['name']}:v{exported['version']}"
+    export_result = outputs.get_output(spec.export_job_id, "export", owner_id).result
+    return f"{export_result['name']}:v{export_result['version']}"
 
 
-def _verdict(version: Version) -> str:
+def _validation_summary(version: Version) -> str:
     if version.passed is None:
         return "it was never validated."
     return f"it did not pass its validation: {'; '.join(version.reasons) or 'its report says why'}."
 
 
-def _load(context: Context, reference: str) -> None:
+def _load_on_engine(context: Context, reference: str) -> None:
     """Have every replica of the engine load a version, beside what it already has."""
     if not get_settings().engines.replicas:
         context.log("No engine is configured (engines.replicas is 0), so none loads it.")
@@ -124,7 +126,7 @@ def _load(context: Context, reference: str) -> None:
     from ray.serve.exceptions import RayServeException
 
     try:
-        engine: Any = ray_serve.get_deployment_handle(ENGINE, app_name=APPLICATION)
+        engine: Any = ray_serve.get_deployment_handle(ENGINE_DEPLOYMENT, app_name=SERVE_APPLICATION)
         if not engine.is_initialized:
             # Serve's throughput mode would tie it to the event loop of whoever comes first; jobs have none that lasts.
             engine._init(_run_router_in_separate_loop=True)
@@ -140,7 +142,7 @@ def _load(context: Context, reference: str) -> None:
         ) from error
 
 
-async def _push(context: Context, version: Version, path: Path) -> dict[str, str] | None:
+async def _push_to_ollama(context: Context, version: Version, path: Path) -> dict[str, str] | None:
     url = get_settings().ollama.url
     if url is None:
         return None

@@ -10,9 +10,9 @@ from cluster.errors import ForgearrError, Unavailable
 from cluster.settings import get_settings
 from pipelines.training.models.versions import Version
 
-CONNECT_SECONDS = 10
-SILENCE_SECONDS = 900  # while the server reads, checks and copies a file of many GB
-TURN_BEGINS, TURN_ENDS = "<|im_start|>", "<|im_end|>"
+CONNECT_TIMEOUT_SECONDS = 10
+READ_TIMEOUT_SECONDS = 900  # while the server reads, checks and copies a file of many GB
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 
 class OllamaUnavailable(Unavailable):
@@ -33,39 +33,39 @@ def push(url: str, version: Version, path: Path) -> dict[str, str]:
     import ollama
 
     digest = f"sha256:{version.files[0].sha256}"
-    timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
-    with translated_errors(url), ollama.Client(host=url, timeout=timeout) as client:
+    timeout = httpx.Timeout(READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
+    with translate_errors(url), ollama.Client(host=url, timeout=timeout) as client:
         # Its client can send a blob, but not ask for one.
-        if httpx.head(f"{url.rstrip('/')}/api/blobs/{digest}", timeout=CONNECT_SECONDS).is_error:
+        if httpx.head(f"{url.rstrip('/')}/api/blobs/{digest}", timeout=CONNECT_TIMEOUT_SECONDS).is_error:
             client.create_blob(path)
         for _ in client.create(
-            model=version.reference, files={version.files[0].name: digest}, stream=True, **_description(path)
+            model=version.reference, files={version.files[0].name: digest}, stream=True, **_create_options(path)
         ):
             pass  # each is a step of its work; one that fails raises
-    serve(url, version)
+    set_latest(url, version)
     return {"url": url, "model": version.reference, "latest": f"{version.name}:latest", "digest": digest}
 
 
-def serve(url: str, version: Version) -> None:
+def set_latest(url: str, version: Version) -> None:
     """Let NAME:latest be a version that the server already has."""
     import ollama
 
-    with translated_errors(url), ollama.Client(host=url, timeout=CONNECT_SECONDS) as client:
+    with translate_errors(url), ollama.Client(host=url, timeout=CONNECT_TIMEOUT_SECONDS) as client:
         client.copy(version.reference, f"{version.name}:latest")
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _create_options(path: Path) -> dict[str, Any]:
     """Template and parameters. Where we know no better, the server finds out itself what it can about a file."""
-    template, context = _facts(path)
+    template, context = _read_gguf_metadata(path)
     parameters: dict[str, Any] = {"num_ctx": min(context or 2**31, get_settings().engines.context)}
-    if TURN_BEGINS not in template:
+    if TURN_START not in template:
         return {"parameters": parameters}
-    parameters["stop"] = [TURN_BEGINS, TURN_ENDS]
+    parameters["stop"] = [TURN_START, TURN_END]
     template = files("configs").joinpath("ollama/chatml.gotmpl").read_text().removesuffix("\n")
     return {"template": template, "parameters": parameters}
 
 
-def _facts(path: Path) -> tuple[str, int | None]:
+def _read_gguf_metadata(path: Path) -> tuple[str, int | None]:
     """The chat template in a GGUF file, and the longest context of its model."""
     from gguf import GGUFReader
 
@@ -80,7 +80,7 @@ def _facts(path: Path) -> tuple[str, int | None]:
 
 
 @contextmanager
-def translated_errors(url: str) -> Generator[None]:
+def translate_errors(url: str) -> Generator[None]:
     import httpx
     from ollama import ResponseError
 

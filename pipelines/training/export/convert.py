@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UnprocessableRequest
-from jobs.execution.isolated import Report
+from jobs.execution.isolated import OnProgress
 
-MERGED = "merged"
-BYTE_LEVEL_REGEX = "gpt-2"
+MERGED_FOLDER = "merged"
+GPT2_PRE_TOKENIZER = "gpt-2"
 
 
 class UnsupportedModel(UnprocessableRequest):
@@ -26,29 +26,31 @@ class UnsupportedModel(UnprocessableRequest):
 
 
 def convert(
-    model: str, base: str | None, file: str, outtype: str, adapter_file: str | None, work: str, report: Report
+    model: str, base: str | None, file: str, outtype: str, adapter_file: str | None, work: str, report: OnProgress
 ) -> dict[str, Any]:
     """Write a model as GGUF: `model` itself, or the base with the adapter that `model` is. Returns its precision."""
     source = Path(model)
     if base is not None:
         report(0, "merging")
-        source = Path(work) / MERGED
+        source = Path(work) / MERGED_FOLDER
         merge(Path(base), Path(model), source)
     if outtype == "auto":
         outtype = "bf16" if _is_bfloat(source) else "f16"
     report(0, "converting")
-    _recognize_byte_level()
-    _call("convert_hf_to_gguf", [str(source), "--outfile", file, "--outtype", outtype])
+    _patch_pre_tokenizer_lookup()
+    _run_script("convert_hf_to_gguf", [str(source), "--outfile", file, "--outtype", outtype])
     if base is not None:
         if adapter_file is not None:
             report(1, "converting the adapter")
-            plain = str(source) if _is_quantized(Path(base)) else base  # only its config is read
-            _call("convert_lora_to_gguf", [model, "--base", plain, "--outfile", adapter_file, "--outtype", "f16"])
+            config_source = str(source) if _is_quantized(Path(base)) else base  # only its config is read
+            _run_script(
+                "convert_lora_to_gguf", [model, "--base", config_source, "--outfile", adapter_file, "--outtype", "f16"]
+            )
         shutil.rmtree(source)
     return {"outtype": outtype}
 
 
-def merge_only(base: str, adapter: str, target: str, report: Report) -> None:
+def merge_only(base: str, adapter: str, target: str, report: OnProgress) -> None:
     report(0, "merging")
     merge(Path(base), Path(adapter), Path(target))
 
@@ -68,19 +70,19 @@ def load_merged(base: Path | str, adapter: Path | str) -> Any:
     """A model that has learned, in memory. Also what was trained in 4 bits goes into the whole base."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_whole(base), str(adapter)).merge_and_unload(safe_merge=True)
+    return PeftModel.from_pretrained(load_dequantized(base), str(adapter)).merge_and_unload(safe_merge=True)
 
 
-def load_whole(model: Path | str) -> Any:
+def load_dequantized(model: Path | str) -> Any:
     """A model in memory. One that is kept in 4 or 8 bits is unpacked: llama.cpp's converter does not read those."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if getattr(loaded, "hf_quantizer", None) is None:
         return loaded
-    whole: Any = loaded.dequantize()
-    whole._weight_conversions = None  # how it was unpacked when it was read: saving would undo that, and cannot
-    return whole
+    dequantized: Any = loaded.dequantize()
+    dequantized._weight_conversions = None  # how it was unpacked when it was read: saving would undo that, and cannot
+    return dequantized
 
 
 def _is_quantized(model: Path) -> bool:
@@ -92,61 +94,61 @@ def _is_bfloat(model: Path) -> bool:
     return "bfloat16" in {config.get("dtype"), config.get("torch_dtype")}
 
 
-def _call(script: str, arguments: list[str]) -> None:
+def _run_script(script: str, arguments: list[str]) -> None:
     """Run one of llama.cpp's scripts as if it had been started with these arguments."""
     logging.basicConfig(level=logging.INFO)
-    complaints = _Complaints(logging.ERROR)
-    logging.getLogger().addHandler(complaints)
+    errors = _ErrorCollector(logging.ERROR)
+    logging.getLogger().addHandler(errors)
     sys.argv = [script, *arguments]
     try:
         runpy.run_module(script, run_name="__main__")
     except SystemExit as end:
         if end.code:
-            reason = " ".join(complaints.texts) or f"it ended with {end.code}"
+            reason = " ".join(errors.messages) or f"it ended with {end.code}"
             raise UnsupportedModel(f"llama.cpp's converter refuses the model: {reason}") from end
 
 
-class _Complaints(logging.Handler):
+class _ErrorCollector(logging.Handler):
     """Keeps what the scripts say before they exit."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self.texts: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
-def _recognize_byte_level() -> None:
+def _patch_pre_tokenizer_lookup() -> None:
     """llama.cpp knows tokenizers by a hash, and so none that somebody has made for a model of their own.
 
     It then stops, since it cannot know how the tokenizer splits text into words. For a byte-level BPE that splits as
     GPT-2 does, and only for that, the answer is known.
     """
     base = import_module("conversion.base")
-    recognize = base.TextModel.get_vocab_base_pre
+    original = base.TextModel.get_vocab_base_pre
 
-    def recognize_or_look(self: Any, tokenizer: Any) -> str:
+    def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
         try:
-            return recognize(self, tokenizer)
+            return original(self, tokenizer)
         except NotImplementedError:
             return _pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
 
-    base.TextModel.get_vocab_base_pre = recognize_or_look
+    base.TextModel.get_vocab_base_pre = get_vocab_base_pre
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
-    splits, normalizes = tokenizer["pre_tokenizer"] or {}, tokenizer["normalizer"]
+    pre_tokenizer, normalizer = tokenizer["pre_tokenizer"] or {}, tokenizer["normalizer"]
     if (
         tokenizer["model"]["type"] == "BPE"
-        and splits.get("type") == "ByteLevel"
-        and splits.get("use_regex", True)
-        and not splits["add_prefix_space"]
-        and normalizes is None
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer.get("use_regex", True)
+        and not pre_tokenizer["add_prefix_space"]
+        and normalizer is None
     ):
-        return BYTE_LEVEL_REGEX
+        return GPT2_PRE_TOKENIZER
     raise UnsupportedModel(
         "llama.cpp does not know this tokenizer, and it is no byte-level BPE that splits text as GPT-2 does (it has "
-        f"the pre-tokenizer {splits.get('type')} and the normalizer {(normalizes or {}).get('type')}), so its GGUF "
-        "would read text differently."
+        f"the pre-tokenizer {pre_tokenizer.get('type')} and the normalizer {(normalizer or {}).get('type')}), so its "
+        "GGUF would read text differently."
     )

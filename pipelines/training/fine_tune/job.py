@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from cluster import storage
 from cluster.db import now
 from cluster.errors import ForgearrError
-from cluster.runtime.processes import stand_back
+from cluster.runtime.processes import lower_priority
 from cluster.settings import home
 from jobs import outputs
-from jobs.context import Context, Stop
+from jobs.context import Context, StopJob
 from jobs.execution import workspace
 from jobs.registry import Resources, job
 from pipelines.training.data import datasets, resolution
@@ -26,11 +26,11 @@ from pipelines.training.models import base_models
 from pipelines.training.spec import FineTuneSpec
 
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-TRAINERS_OWN = {"trainer_state.json"}
+TRAINER_FILES = {"trainer_state.json"}
 """What is in a checkpoint and no part of the model, beside files of other sorts: optimizer, schedule, random state."""
 
 if TYPE_CHECKING:
-    from pipelines.training.fine_tune.recipe import Outcome
+    from pipelines.training.fine_tune.recipe import TrainingResult
 
 
 def _resources(spec: FineTuneSpec) -> Resources:
@@ -42,97 +42,97 @@ def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
     """Fine-tunes a language model on prompts, a dataset or documents."""
     state: dict[str, Any] = dict(context.checkpoint_state or {})
     if "result" not in state:
-        state["result"] = _train_from(context, spec, state)
+        state["result"] = _train_or_resume(context, spec, state)
         context.checkpoint(state)  # safe, before what it was made from is removed
     storage.remove(storage.address(f"jobs/{context.job_id}/checkpoints"))
     return state["result"]
 
 
-def _train_from(context: Context, spec: FineTuneSpec, state: dict[str, Any]) -> dict[str, Any]:
+def _train_or_resume(context: Context, spec: FineTuneSpec, state: dict[str, Any]) -> dict[str, Any]:
     """Train, beginning or going on at this state. Data and base stay what they were at the beginning."""
-    from pipelines.training.fine_tune.batch_size import StartSmaller
+    from pipelines.training.fine_tune.batch_size import RestartWithSmallerBatch
 
     if "dataset" not in state:
         context.report(progress=0, phase="gathering the data")
         state["dataset"] = resolution.resolve(spec.data, context.owner_id).id
         if spec.validation:
             state["validation"] = resolution.resolve(spec.validation, context.owner_id).id
-        state["base_model"] = base_models.pinned(spec.base_model)
+        state["base_model"] = base_models.pin_reference(spec.base_model)
         context.checkpoint(state)
     dataset = datasets.get(state["dataset"])
     context.input(dataset.name, dataset.digest, dataset.address, samples=dataset.samples)
     while True:
         try:
-            return _on_ray_train(context, spec, partial(_train, context, spec, dataset, state))
-        except StartSmaller as smaller:
-            context.log(smaller.message, "WARNING")
-            state = dict(outputs.own_row(context.job_id).checkpoint or {})  # its processes have saved the smaller place
+            return _run_on_ray_train(context, spec, partial(_train, context, spec, dataset, state))
+        except RestartWithSmallerBatch as restart:
+            context.log(restart.message, "WARNING")
+            state = dict(outputs.own_job(context.job_id).checkpoint or {})  # its processes have saved the smaller place
 
 
-def _on_ray_train(context: Context, spec: FineTuneSpec, work: Callable[[], Any]) -> Any:
+def _run_on_ray_train(context: Context, spec: FineTuneSpec, train_function: Callable[[], Any]) -> Any:
     """Run this in as many processes as the spec says. With one, it is this one: it has the job's CPUs and GPUs."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    alone = spec.workers == 1
+    is_single = spec.workers == 1
     scaling = ScalingConfig(
-        num_workers=0 if alone else spec.workers,
+        num_workers=0 if is_single else spec.workers,
         use_gpu=spec.gpus_per_worker > 0,
         resources_per_worker={"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker},
         label_selector=spec.labels or None,
     )
     # Nothing is kept there: checkpoints go to storage, under the guard of the job's lease.
-    run = RunConfig(
+    run_config = RunConfig(
         name=context.job_id,
         storage_path=str(home() / "cache" / "ray-train"),
         failure_config=FailureConfig(max_failures=0),
     )
     try:
-        return TorchTrainer(work, scaling_config=scaling, run_config=run).fit().return_value
+        return TorchTrainer(train_function, scaling_config=scaling, run_config=run_config).fit().return_value
     except TrainingFailedError as failure:
         if context.stop_reason is not None:
-            raise Stop(context.stop_reason) from failure
-        raise _cause(failure) from failure
+            raise StopJob(context.stop_reason) from failure
+        raise _original_error(failure) from failure
 
 
 def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[str, Any]) -> dict[str, Any]:
     """What each process does. The result is that of the first one; the others make the same model, and drop it."""
     if spec.workers > 1:
-        stand_back()  # as the threads of jobs do
+        lower_priority()  # as the threads of jobs do
     from pipelines.training.fine_tune.unsloth_model import prefer_unsloth
 
     prefer_unsloth(spec)
     from pipelines.training.fine_tune import recipe
-    from pipelines.training.fine_tune.batch_size import StartSmaller
+    from pipelines.training.fine_tune.batch_size import RestartWithSmallerBatch
 
-    with workspace.folder(context.job_id) as folder:
-        watcher = JobWatcher(context, state, folder, spec.keep_epochs)
+    with workspace.temporary_folder(context.job_id) as folder:
+        observer = JobObserver(context, state, folder, spec.keep_epochs)
         try:
             outcome = recipe.train(
                 spec,
                 datasets.load(dataset),
-                base=base_models.folder(state["base_model"]),
-                work=folder,
-                watcher=watcher,
+                base=base_models.resolve(state["base_model"]),
+                work_folder=folder,
+                observer=observer,
                 validation=datasets.load(datasets.get(state["validation"])) if "validation" in state else None,
-                checkpoint=watcher.newest(),
-                place=state.get("place"),
+                checkpoint=observer.latest_checkpoint(),
+                resume_state=state.get("place"),
             )
-            if not watcher.is_first:
+            if not observer.is_rank_zero:
                 return {}
             context.checkpoint(state)  # nobody else may have gone on with this job meanwhile
             return _publish(context, spec, dataset, state["base_model"], outcome, folder)
-        except StartSmaller as smaller:
-            context.checkpoint({**state, "place": {**state.get("place", {}), **smaller.place}})
+        except RestartWithSmallerBatch as restart:
+            context.checkpoint({**state, "place": {**state.get("place", {}), **restart.batch_settings}})
             raise
         except Exception as error:
-            if workspace.is_full(error, folder):
-                raise workspace.filled(folder, _size(folder), "Saving the training") from error
+            if workspace.is_disk_full(error, folder):
+                raise workspace.disk_full_error(folder, _folder_size(folder), "Saving the training") from error
             raise
 
 
 def _publish(
-    context: Context, spec: FineTuneSpec, dataset: Dataset, base_model: str, outcome: "Outcome", folder: Path
+    context: Context, spec: FineTuneSpec, dataset: Dataset, base_model: str, outcome: "TrainingResult", folder: Path
 ) -> dict[str, Any]:
     """Keep the model in storage, and show in MLflow what one wants to see of it."""
     from pipelines.training.fine_tune import plots
@@ -143,11 +143,11 @@ def _publish(
             context.artifact(outcome.model / name)
     context.artifact(plots.loss_curve(outcome.history, folder / "loss.png"))
     context.artifact(plots.environment(folder / "environment.json"))
-    results_file = step_metrics.keep(outcome.history, folder / "step_metrics.csv", outputs.own_row(context.job_id))
-    told = dataclasses.asdict(outcome)
-    counts = {name: told.pop(name) for name in ("train", "held_out", "truncated", "skipped")}
+    results_file = step_metrics.save_file(outcome.history, folder / "step_metrics.csv", outputs.own_job(context.job_id))
+    result = dataclasses.asdict(outcome)
+    counts = {name: result.pop(name) for name in ("train", "held_out", "truncated", "skipped")}
     for name in ("model", "history"):
-        told.pop(name)
+        result.pop(name)
     return {
         "name": spec.full_name,
         "base_model": base_model,
@@ -156,11 +156,11 @@ def _publish(
         "model": address,
         "result_files": [results_file],
         "dataset": {"id": dataset.id, "digest": dataset.digest, "samples": dataset.samples, **counts},
-        **told,
+        **result,
     }
 
 
-class JobWatcher:
+class JobObserver:
     """Tells the job how its training goes, and keeps its checkpoints. Only the first process tells."""
 
     def __init__(self, context: Context, state: dict[str, Any], folder: Path, keep_epochs: int = 0) -> None:
@@ -173,92 +173,92 @@ class JobWatcher:
         self._stale: set[str] = set()  # folders of epochs that nobody will name any more
         self._rank = train.get_context().get_world_rank()
         self._processes = train.get_context().get_world_size()
-        self.is_first = self._rank == 0
+        self.is_rank_zero = self._rank == 0
 
-    def phase(self, name: str) -> None:
-        if self.is_first:
+    def on_phase(self, name: str) -> None:
+        if self.is_rank_zero:
             self._context.report(phase=name)
 
-    def say(self, message: str) -> None:
-        if self.is_first:
+    def on_warning(self, message: str) -> None:
+        if self.is_rank_zero:
             self._context.log(message, "WARNING")
 
-    def step(self, progress: float, values: Mapping[str, float]) -> None:
+    def on_step(self, progress: float, values: Mapping[str, float]) -> None:
         self._context.report(progress=progress, phase="training", **values)
 
     def should_stop(self) -> bool:
-        return self.is_first and self._context.should_stop()
+        return self.is_rank_zero and self._context.should_stop()
 
-    def keep(self, checkpoint: Path, place: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
         """The first process keeps all of it; the others add their random state. Then it counts."""
-        step = str(place["step"])
+        step = str(training_state["step"])
         name = f"jobs/{self._context.job_id}/checkpoints/{self._context.attempt}-{step}"
-        if self.is_first:
+        if self.is_rank_zero:
             storage.save(checkpoint, name)
-        self._meet()
-        if not self.is_first:
+        self._barrier()
+        if not self.is_rank_zero:
             random_state = f"rng_state_{self._rank}.pth"
             storage.save(checkpoint / random_state, f"{name}/{random_state}")
-        self._meet()
-        before: dict[str, str] = self._state.get("checkpoints", {})
-        wanted = {step, str(place.get("best_step"))}
-        kept = {number: address for number, address in before.items() if number in wanted}
-        kept[step] = storage.address(name)
-        self._state |= {"place": dict(place), "checkpoints": kept}
-        if self.is_first:
-            self._record(self._stale | set(before.values()) - set(kept.values()))
+        self._barrier()
+        previous: dict[str, str] = self._state.get("checkpoints", {})
+        needed_steps = {step, str(training_state.get("best_step"))}
+        remaining = {number: address for number, address in previous.items() if number in needed_steps}
+        remaining[step] = storage.address(name)
+        self._state |= {"place": dict(training_state), "checkpoints": remaining}
+        if self.is_rank_zero:
+            self._save_state(self._stale | set(previous.values()) - set(remaining.values()))
             self._stale = set()
-        self._meet()
+        self._barrier()
 
-    def epoch(self, checkpoint: Path, numbers: Mapping[str, float]) -> None:
-        step = int(numbers["step"])
+    def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None:
+        step = int(metrics["step"])
         name = f"jobs/{self._context.job_id}/epochs/{step}"
-        if self.is_first:
+        if self.is_rank_zero:
             for file in sorted(checkpoint.iterdir()):
-                if file.suffix in MODEL_FILES and file.name not in TRAINERS_OWN:
+                if file.suffix in MODEL_FILES and file.name not in TRAINER_FILES:
                     storage.save(file, f"{name}/{file.name}")
             self._context.log(f"Checkpoint created at step {step}")
-        kept = {"address": storage.address(name), "created_at": now().isoformat(), **numbers, "step": step}
-        before: list[dict[str, Any]] = [one for one in self._state.get("epochs", []) if one["step"] != step]
-        self._state["epochs"] = [*before, kept][-self._keep_epochs :]
-        self._stale |= {one["address"] for one in before} - {one["address"] for one in self._state["epochs"]}
+        saved = {"address": storage.address(name), "created_at": now().isoformat(), **metrics, "step": step}
+        previous: list[dict[str, Any]] = [epoch for epoch in self._state.get("epochs", []) if epoch["step"] != step]
+        self._state["epochs"] = [*previous, saved][-self._keep_epochs :]
+        self._stale |= {epoch["address"] for epoch in previous} - {epoch["address"] for epoch in self._state["epochs"]}
 
-    def kept(self, step: int) -> Path:
+    def load_checkpoint(self, step: int) -> Path:
         return storage.fetch(self._state["checkpoints"][str(step)], self._folder)
 
-    def newest(self) -> Path | None:
+    def latest_checkpoint(self) -> Path | None:
         step = self._state.get("place", {}).get("step")
-        return None if step is None else self.kept(step)
+        return None if step is None else self.load_checkpoint(step)
 
-    def _record(self, stale: set[str]) -> None:
+    def _save_state(self, stale: set[str]) -> None:
         try:
             self._context.checkpoint(self._state)
-        except Stop as stop:
+        except StopJob as stop:
             if stop.reason == "pause":  # it is saved; for any other reason, the row still names those before
-                _remove(stale)
+                _remove_from_storage(stale)
             raise
-        _remove(stale)
+        _remove_from_storage(stale)
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         if self._processes > 1:
             from torch import distributed
 
             distributed.barrier()
 
 
-def _remove(addresses: Iterable[str]) -> None:
+def _remove_from_storage(addresses: Iterable[str]) -> None:
     for address in addresses:
         storage.remove(address)
 
 
-def _size(folder: Path) -> int:
+def _folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _cause(failure: Exception) -> Exception:
+def _original_error(failure: Exception) -> Exception:
     """What really went wrong in a process of the training, if one of them said it."""
     errors = [error for error in getattr(failure, "worker_failures", {}).values() if isinstance(error, Exception)]
     originals = [getattr(error, "_base_exc", error) for error in errors]
     # When one process fails, others may complain of its absence.
-    said = [error for error in originals if isinstance(error, ForgearrError)] or originals
-    return said[0] if said and isinstance(said[0], Exception) else failure
+    own_errors = [error for error in originals if isinstance(error, ForgearrError)] or originals
+    return own_errors[0] if own_errors and isinstance(own_errors[0], Exception) else failure

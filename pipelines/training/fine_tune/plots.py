@@ -28,12 +28,12 @@ def loss_curve(history: Sequence[Mapping[str, float]], target: Path) -> Path:
 
 def environment(target: Path) -> Path:
     """Python, the machine, and every package's version."""
-    packages = {found.metadata["Name"]: found.version for found in distributions()}
-    described = {
+    packages = {distribution.metadata["Name"]: distribution.version for distribution in distributions()}
+    info = {
         "python": platform.python_version(),
         "machine": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
     }
-    target.write_text(json.dumps(described, indent=2))
+    target.write_text(json.dumps(info, indent=2))
     return target

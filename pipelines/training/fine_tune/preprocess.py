@@ -9,16 +9,16 @@ from jinja2 import TemplateError
 
 from cluster.errors import UnprocessableRequest
 from pipelines.training.data.parsing import WrongKindOfData
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.fine_tune.tokenize import IGNORED, UnusableTokenizer, encode, render
 
-HELD_OUT = "held_out.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
 """File beside a model that was trained, with the samples that its training has held out."""
 NO_LIMIT = 1_000_000
 """Tokenizers without a limit of their own name a number beyond this."""
 
 Row = dict[str, Any]
-Numbered = tuple[int, Sample | Pair]
+NumberedSample = tuple[int, Sample | PreferencePair]
 
 
 class SampleTooLong(UnprocessableRequest):
@@ -40,7 +40,7 @@ class NothingToTrain(UnprocessableRequest):
 
 
 @dataclass
-class Rows:
+class PreparedRows:
     rows: list[Row] = field(default_factory=list[Row])
     tokens: int = 0
     samples: int = 0  # which these rows are of
@@ -48,10 +48,10 @@ class Rows:
     skipped: int = 0
 
 
-def require_kind(samples: Sequence[Sample] | Sequence[Pair], method: Literal["supervised", "dpo"]) -> None:
+def require_kind(samples: Sequence[Sample] | Sequence[PreferencePair], method: Literal["supervised", "dpo"]) -> None:
     if not samples:
         return
-    is_pairs = any(isinstance(sample, Pair) for sample in samples)
+    is_pairs = any(isinstance(sample, PreferencePair) for sample in samples)
     if method == "dpo" and not is_pairs:
         raise WrongKindOfData(
             "method: dpo learns from preferences, and this data is conversations: give each line chosen and rejected, "
@@ -64,7 +64,7 @@ def require_kind(samples: Sequence[Sample] | Sequence[Pair], method: Literal["su
         )
 
 
-def context_of(base: str, tokenizer: Any) -> int:
+def context_length(base: str, tokenizer: Any) -> int:
     """How many tokens the model can read at once."""
     from transformers import AutoConfig
 
@@ -73,32 +73,41 @@ def context_of(base: str, tokenizer: Any) -> int:
     return min(limit for limit in limits if limit)
 
 
-def length_within(wanted: int | None, context: int) -> int:
+def resolve_max_length(requested: int | None, context: int) -> int:
     """How long a sample may be: as long as was asked for, or as the model can read."""
-    if wanted is not None and wanted > context:
+    if requested is not None and requested > context:
         raise LengthBeyondContext(
-            f"max_length is {wanted}, and the model reads {context} tokens at once: take {context} or less."
+            f"max_length is {requested}, and the model reads {context} tokens at once: take {context} or less."
         )
-    return wanted or context
+    return requested or context
 
 
-def split(samples: Sequence[Sample] | Sequence[Pair], part: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
+def split(
+    samples: Sequence[Sample] | Sequence[PreferencePair], share: float, seed: int
+) -> tuple[list[NumberedSample], list[NumberedSample]]:
     """Which samples are learned from and which are held out, the same each time. Each has its number, from 1."""
-    numbered: list[Numbered] = list(enumerate(samples, 1))
-    held_out = min(max(1, round(len(samples) * part)), len(samples) - 1) if part else 0
+    numbered: list[NumberedSample] = list(enumerate(samples, 1))
+    held_out = min(max(1, round(len(samples) * share)), len(samples) - 1) if share else 0
     order = list(range(1, len(samples) + 1))
     random.Random(seed).shuffle(order)  # noqa: S311 - the same split each time is the point
-    chosen = set(order[:held_out])
-    return [one for one in numbered if one[0] not in chosen], [one for one in numbered if one[0] in chosen]
+    held_out_numbers = set(order[:held_out])
+    return [item for item in numbered if item[0] not in held_out_numbers], [
+        item for item in numbered if item[0] in held_out_numbers
+    ]
 
 
 def prepare(
-    samples: Sequence[Numbered], tokenizer: Any, max_length: int, long_samples: Literal["refuse", "truncate", "skip"]
-) -> Rows:
-    done = Rows()
+    samples: Sequence[NumberedSample],
+    tokenizer: Any,
+    max_length: int,
+    long_samples: Literal["refuse", "truncate", "skip"],
+) -> PreparedRows:
+    prepared = PreparedRows()
     for number, sample in samples:
         try:
-            rows = [_pair(tokenizer, sample)] if isinstance(sample, Pair) else _chat(tokenizer, sample)
+            rows = (
+                [_pair_row(tokenizer, sample)] if isinstance(sample, PreferencePair) else _chat_rows(tokenizer, sample)
+            )
         except TemplateError as error:
             raise UnusableTokenizer(
                 f"The chat template of {tokenizer.name_or_path} refuses sample {number}: {error}. Change the sample, "
@@ -111,26 +120,26 @@ def prepare(
                     f"Sample {number} has {longest} tokens, and the model reads {max_length} at once. Shorten it, set "
                     "another max_length, or choose long_samples: truncate or skip."
                 )
-            rows = [short for row in rows if (short := _shortened(row, tokenizer, max_length))]
+            rows = [short for row in rows if (short := _truncate(row, tokenizer, max_length))]
             if long_samples == "skip" or not rows:
-                done.skipped += 1
+                prepared.skipped += 1
                 continue
-            done.truncated += 1
-        done.rows += rows
-        done.samples += 1
-        done.tokens += min(longest, max_length)
-    return done
+            prepared.truncated += 1
+        prepared.rows += rows
+        prepared.samples += 1
+        prepared.tokens += min(longest, max_length)
+    return prepared
 
 
-def _chat(tokenizer: Any, sample: Sample) -> list[Row]:
+def _chat_rows(tokenizer: Any, sample: Sample) -> list[Row]:
     document = sample.model_dump(exclude_none=True)
     return [
-        {"input_ids": one.input_ids, "labels": one.labels, "length": len(one.input_ids)}
-        for one in encode(tokenizer, document["messages"], document.get("tools"))
+        {"input_ids": encoding.input_ids, "labels": encoding.labels, "length": len(encoding.input_ids)}
+        for encoding in encode(tokenizer, document["messages"], document.get("tools"))
     ]
 
 
-def _pair(tokenizer: Any, pair: Pair) -> Row:
+def _pair_row(tokenizer: Any, pair: PreferencePair) -> Row:
     """As text: the trainer turns it into tokens itself, and adds the first token of all when the tokenizer has one."""
     document = pair.model_dump(exclude_none=True)
     tools = document.get("tools")
@@ -145,7 +154,7 @@ def _pair(tokenizer: Any, pair: Pair) -> Row:
     return {"prompt": prompt, **answers, "length": longest}
 
 
-def _shortened(row: Row, tokenizer: Any, max_length: int) -> Row | None:
+def _truncate(row: Row, tokenizer: Any, max_length: int) -> Row | None:
     """The beginning of it, if that holds anything to learn."""
     if "prompt" in row:  # the trainer shortens the answers itself
         return row if len(tokenizer(row["prompt"])["input_ids"]) < max_length else None

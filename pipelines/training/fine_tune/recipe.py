@@ -23,25 +23,25 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from cluster.errors import UnprocessableRequest
-from pipelines.training.data.samples import Pair, Sample
+from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.fine_tune import batch_size, distributed, unsloth_model
-from pipelines.training.fine_tune.callbacks import Follower, Watcher
+from pipelines.training.fine_tune.callbacks import ProgressCallback, TrainingObserver
 from pipelines.training.fine_tune.preprocess import (
-    HELD_OUT,
+    HELD_OUT_FILE,
     NothingToTrain,
-    Numbered,
-    Rows,
-    context_of,
-    length_within,
+    NumberedSample,
+    PreparedRows,
+    context_length,
     prepare,
     require_kind,
+    resolve_max_length,
     split,
 )
 from pipelines.training.spec import FineTuneSpec
 
-INITIAL = "initial"
+INITIAL_ADAPTER = "initial"
 """Folder of an adapter as it was before the training."""
-MOST_EVALUATED = 4
+MAX_EVAL_BATCH_SIZE = 4
 """How many samples are evaluated at once, where training takes as many."""
 
 
@@ -52,7 +52,7 @@ class QuantizedBase(UnprocessableRequest):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     model: Path  # an adapter or a whole model, the tokenizer, and the samples that were held out
     steps: int
     epochs: float
@@ -69,52 +69,54 @@ class Outcome:
 
 def train(
     spec: FineTuneSpec,
-    samples: Sequence[Sample] | Sequence[Pair],
+    samples: Sequence[Sample] | Sequence[PreferencePair],
     *,
     base: str,
-    work: Path,
-    watcher: Watcher,
-    validation: Sequence[Sample] | Sequence[Pair] | None = None,
+    work_folder: Path,
+    observer: TrainingObserver,
+    validation: Sequence[Sample] | Sequence[PreferencePair] | None = None,
     checkpoint: Path | None = None,
-    place: Mapping[str, Any] | None = None,
-) -> Outcome:
+    resume_state: Mapping[str, Any] | None = None,
+) -> TrainingResult:
     """Train, or go on from a checkpoint that the watcher was given before, with the place it was told with it.
 
     What is held out is `validation`, or else a part of the samples.
     """
     disable_progress_bar()  # the watcher tells how it goes
     disable_progress_bars()
-    for given in (samples, validation or ()):
-        require_kind(given, spec.method)
+    for sample_set in (samples, validation or ()):
+        require_kind(sample_set, spec.method)
     _require_trainable(spec, base)
-    watcher.phase("reading the samples")
+    observer.on_phase("reading the samples")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    max_length = length_within(spec.max_length, context_of(base, tokenizer))
+    max_length = resolve_max_length(spec.max_length, context_length(base, tokenizer))
     if validation is None:
-        learned, held_out = split(samples, spec.eval_split, spec.seed)
+        train_samples, held_out = split(samples, spec.eval_split, spec.seed)
     else:
-        learned, held_out = list(enumerate(samples, 1)), list(enumerate(validation, 1))
-    rows = prepare(learned, tokenizer, max_length, spec.long_samples)
+        train_samples, held_out = list(enumerate(samples, 1)), list(enumerate(validation, 1))
+    rows = prepare(train_samples, tokenizer, max_length, spec.long_samples)
     held_out_rows = prepare(held_out, tokenizer, max_length, spec.long_samples)
     if not rows.rows:
-        raise NothingToTrain(f"None of {len(learned)} samples fits into {max_length} tokens.")
+        raise NothingToTrain(f"None of {len(train_samples)} samples fits into {max_length} tokens.")
 
-    followed = dict(place or {"batch_size": spec.batch_size, "gradient_accumulation": spec.gradient_accumulation})
+    training_state = dict(
+        resume_state or {"batch_size": spec.batch_size, "gradient_accumulation": spec.gradient_accumulation}
+    )
 
-    def build() -> Any:
-        return _trainer(spec, base, tokenizer, (rows, held_out_rows), max_length, work, followed)
+    def build_trainer() -> Any:
+        return _build_trainer(spec, base, tokenizer, (rows, held_out_rows), max_length, work_folder, training_state)
 
-    trainer, follower = _until_it_fits(spec, build, watcher, checkpoint, followed)
-    watcher.phase("saving the model")
-    if follower.best_step and follower.best_step < trainer.state.global_step:
-        trainer._load_from_checkpoint(str(watcher.kept(follower.best_step)))
-    model = _save(trainer, spec, tokenizer, held_out, work)
-    return _outcome(trainer, model, followed, rows, held_out_rows)
+    trainer, callback = _train_with_oom_retry(spec, build_trainer, observer, checkpoint, training_state)
+    observer.on_phase("saving the model")
+    if callback.best_step and callback.best_step < trainer.state.global_step:
+        trainer._load_from_checkpoint(str(observer.load_checkpoint(callback.best_step)))
+    model = _save_model(trainer, spec, tokenizer, held_out, work_folder)
+    return _build_result(trainer, model, training_state, rows, held_out_rows)
 
 
 def _require_trainable(spec: FineTuneSpec, base: str) -> None:
     """A base that is kept in few bits takes an adapter only, and must be unpacked again for an export."""
-    quantization = _quantization(base)
+    quantization = _quantization_config(base)
     if quantization is None:
         return
     if quantization.get("quant_method") != "bitsandbytes":
@@ -129,70 +131,77 @@ def _require_trainable(spec: FineTuneSpec, base: str) -> None:
         )
 
 
-def _quantization(base: str) -> dict[str, Any] | None:
+def _quantization_config(base: str) -> dict[str, Any] | None:
     return AutoConfig.from_pretrained(base).to_dict().get("quantization_config")
 
 
-def _until_it_fits(
-    spec: FineTuneSpec, build: Callable[[], Any], watcher: Watcher, checkpoint: Path | None, followed: dict[str, Any]
-) -> tuple[Any, Follower]:
+def _train_with_oom_retry(
+    spec: FineTuneSpec,
+    build_trainer: Callable[[], Any],
+    observer: TrainingObserver,
+    checkpoint: Path | None,
+    training_state: dict[str, Any],
+) -> tuple[Any, ProgressCallback]:
     """Train in batches that fit into the memory; `followed` is the place in the training, and goes on with it."""
     while True:
-        follower = Follower(spec, watcher, followed)
+        callback = ProgressCallback(spec, observer, training_state)
         trainer: Any = None
         try:
-            watcher.phase("loading the model")
-            trainer = build()
-            if followed["batch_size"] == "auto":
-                watcher.phase("finding the batch size")
-                _take_batches_of(
-                    trainer, batch_size.find(trainer, len(trainer.train_dataset) // batch_size.LEAST_STEPS)
+            observer.on_phase("loading the model")
+            trainer = build_trainer()
+            if training_state["batch_size"] == "auto":
+                observer.on_phase("finding the batch size")
+                _set_batch_size(
+                    trainer,
+                    batch_size.find_batch_size(trainer, len(trainer.train_dataset) // batch_size.MIN_STEPS_PER_EPOCH),
                 )
-                followed["batch_size"] = trainer.args.per_device_train_batch_size
-            trainer.add_callback(follower)
-            watcher.phase("training")
+                training_state["batch_size"] = trainer.args.per_device_train_batch_size
+            trainer.add_callback(callback)
+            observer.on_phase("training")
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            return trainer, follower
+            return trainer, callback
         except (MemoryError, RuntimeError) as error:
             if not batch_size.is_out_of_memory(error):
                 raise
-            smaller = batch_size.halve(followed)
-            if trainer is None or smaller is None:
+            smaller_batches = batch_size.halve(training_state)
+            if trainer is None or smaller_batches is None:
                 raise batch_size.OutOfMemory(
                     f"There is not enough memory to train {spec.base_model}, not even on one sample at a time. Take a "
                     "smaller base model, tuning: qlora, a lower rank, a shorter max_length, or a larger machine."
                 ) from error
             step = trainer.state.global_step
-            news = (
-                f"Out of memory at step {step}. Going on with batches of {smaller['batch_size']}, "
-                f"{smaller['gradient_accumulation']} to a step."
+            message = (
+                f"Out of memory at step {step}. Going on with batches of {smaller_batches['batch_size']}, "
+                f"{smaller_batches['gradient_accumulation']} to a step."
             )
             if (
-                distributed.is_several()
+                distributed.is_distributed()
             ):  # the others wait for this one in the middle of a step, and cannot go back alone
-                raise batch_size.StartSmaller(news, details=smaller) from error
-            followed |= smaller
-            watcher.say(news)
-            checkpoint = watcher.kept(follower.saved_step) if follower.saved_step else checkpoint
-        del trainer, follower
-        batch_size.release()
+                raise batch_size.RestartWithSmallerBatch(message, details=smaller_batches) from error
+            training_state |= smaller_batches
+            observer.on_warning(message)
+            checkpoint = observer.load_checkpoint(callback.saved_step) if callback.saved_step else checkpoint
+        del trainer, callback
+        batch_size.free_memory()
 
 
-def _take_batches_of(trainer: Any, size: int) -> None:
+def _set_batch_size(trainer: Any, size: int) -> None:
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
-    trainer.args.per_device_eval_batch_size = min(MOST_EVALUATED, size)
+    trainer.args.per_device_eval_batch_size = min(MAX_EVAL_BATCH_SIZE, size)
 
 
-def _outcome(trainer: Any, model: Path, followed: Mapping[str, Any], rows: Rows, held_out_rows: Rows) -> Outcome:
+def _build_result(
+    trainer: Any, model: Path, training_state: Mapping[str, Any], rows: PreparedRows, held_out_rows: PreparedRows
+) -> TrainingResult:
     history = [{name: float(value) for name, value in entry.items()} for entry in trainer.state.log_history]
-    return Outcome(
+    return TrainingResult(
         model=model,
         steps=trainer.state.global_step,
         epochs=round(float(trainer.state.epoch or 0), 4),
         train_loss=[entry["loss"] for entry in history if "loss" in entry][-1],
-        eval_loss=followed.get("best_loss", followed.get("eval_loss")),
+        eval_loss=training_state.get("best_loss", training_state.get("eval_loss")),
         trained_tokens=int(trainer.state.num_input_tokens_seen),
-        batch_size=int(followed["batch_size"]),
+        batch_size=int(training_state["batch_size"]),
         train=rows.samples,
         held_out=held_out_rows.samples,
         truncated=rows.truncated + held_out_rows.truncated,
@@ -201,26 +210,26 @@ def _outcome(trainer: Any, model: Path, followed: Mapping[str, Any], rows: Rows,
     )
 
 
-def _trainer(
+def _build_trainer(
     spec: FineTuneSpec,
     base: str,
     tokenizer: Any,
-    rows: tuple[Rows, Rows],
+    rows: tuple[PreparedRows, PreparedRows],
     max_length: int,
-    work: Path,
-    place: Mapping[str, Any],
+    work_folder: Path,
+    training_state: Mapping[str, Any],
 ) -> Any:
     """TRL's trainer for this spec."""
     set_seed(spec.seed)
     train_rows, held_out_rows = rows
-    batch_size = 1 if place["batch_size"] == "auto" else place["batch_size"]
+    batch_size = 1 if training_state["batch_size"] == "auto" else training_state["batch_size"]
     cuda = torch.cuda.is_available()
-    evaluates = bool(held_out_rows.rows)
+    has_eval = bool(held_out_rows.rows)
     options: dict[str, Any] = {
-        "output_dir": str(work / "run"),
+        "output_dir": str(work_folder / "run"),
         "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": min(MOST_EVALUATED, batch_size),
-        "gradient_accumulation_steps": place["gradient_accumulation"],
+        "per_device_eval_batch_size": min(MAX_EVAL_BATCH_SIZE, batch_size),
+        "gradient_accumulation_steps": training_state["gradient_accumulation"],
         "num_train_epochs": spec.epochs,
         "max_steps": spec.max_steps or -1,
         "learning_rate": spec.learning_rate,
@@ -234,7 +243,7 @@ def _trainer(
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "gradient_checkpointing": cuda,  # memory is what a GPU lacks, time what a processor lacks
-        "eval_strategy": "no" if not evaluates else "steps" if spec.eval_steps else "epoch",
+        "eval_strategy": "no" if not has_eval else "steps" if spec.eval_steps else "epoch",
         "eval_steps": spec.eval_steps,
         "save_strategy": "no",  # the follower says when
         "logging_steps": 1,
@@ -245,9 +254,9 @@ def _trainer(
     }
     datasets: dict[str, Any] = {
         "train_dataset": Dataset.from_list(train_rows.rows),
-        "eval_dataset": Dataset.from_list(held_out_rows.rows) if evaluates else None,
+        "eval_dataset": Dataset.from_list(held_out_rows.rows) if has_eval else None,
     }
-    model, adapter = _model(spec, base, max_length)
+    model, adapter = _load_model(spec, base, max_length)
     trainer: Any
     if spec.method == "dpo":
         arguments = DPOConfig(**options, beta=spec.beta)
@@ -257,18 +266,18 @@ def _trainer(
         trainer = SFTTrainer(model, args=arguments, processing_class=tokenizer, peft_config=adapter, **datasets)
     trainer.remove_callback(PrinterCallback)
     if spec.pissa and trainer.is_world_process_zero():
-        trainer.model.save_pretrained(work / INITIAL)
+        trainer.model.save_pretrained(work_folder / INITIAL_ADAPTER)
     return trainer
 
 
-def _model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, LoraConfig | None]:
+def _load_model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, LoraConfig | None]:
     """The base model, and the adapter to put on it: none when all of it is trained, or when it carries one already."""
     cuda = torch.cuda.is_available()
-    if unsloth_model.is_for(spec):
+    if unsloth_model.uses_unsloth(spec):
         return unsloth_model.load(spec, base, max_length), None
-    is_in_bits = _quantization(base) is not None
+    is_quantized = _quantization_config(base) is not None
     options: dict[str, Any] = {}
-    if spec.tuning == "qlora" and not is_in_bits:
+    if spec.tuning == "qlora" and not is_quantized:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -278,16 +287,16 @@ def _model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, LoraCon
     model = AutoModelForCausalLM.from_pretrained(
         base,
         dtype=torch.bfloat16 if cuda else torch.float32,
-        device_map={"": torch.cuda.current_device()} if cuda and (spec.tuning == "qlora" or is_in_bits) else None,
+        device_map={"": torch.cuda.current_device()} if cuda and (spec.tuning == "qlora" or is_quantized) else None,
         **options,
     )
     model.config.use_cache = False
     if spec.tuning == "full":
         return model, None
-    if spec.tuning == "qlora" or is_in_bits:
+    if spec.tuning == "qlora" or is_quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=cuda)
         if not cuda:
-            _stay_trainable(model)
+            _disable_weight_repacking(model)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.rank,
@@ -299,30 +308,32 @@ def _model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, LoraCon
     return model, adapter
 
 
-def _stay_trainable(model: Any) -> None:
+def _disable_weight_repacking(model: Any) -> None:
     """On some processors, bitsandbytes repacks weights at the first evaluation, and then passes no gradient on."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def _save(trainer: Any, spec: FineTuneSpec, tokenizer: Any, held_out: Sequence[Numbered], work: Path) -> Path:
-    folder = work / "model"
+def _save_model(
+    trainer: Any, spec: FineTuneSpec, tokenizer: Any, held_out: Sequence[NumberedSample], work_folder: Path
+) -> Path:
+    folder = work_folder / "model"
     if not trainer.is_world_process_zero():
         return folder
     model = trainer.accelerator.unwrap_model(trainer.model)
     # PiSSA has changed the base's weights. What is saved is the difference to the base as everybody knows it; PEFT
     # warns of the second adapter that it loads to find that.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
-        options = {"path_initial_model_for_weight_conversion": work / INITIAL} if spec.pissa else {}
+        options = {"path_initial_model_for_weight_conversion": work_folder / INITIAL_ADAPTER} if spec.pissa else {}
         model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
-    lines = [_told(sample).model_dump_json(exclude_none=True) for _, sample in held_out]
-    (folder / HELD_OUT).write_text("".join(f"{line}\n" for line in lines))
+    lines = [_to_conversation(sample).model_dump_json(exclude_none=True) for _, sample in held_out]
+    (folder / HELD_OUT_FILE).write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
-def _told(sample: Sample | Pair) -> Sample:
+def _to_conversation(sample: Sample | PreferencePair) -> Sample:
     """A pair as the conversation that is preferred."""
     if isinstance(sample, Sample):
         return sample

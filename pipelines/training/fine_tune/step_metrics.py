@@ -5,13 +5,13 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from cluster.files import store as file_store
 from cluster.files.store import File
 from cluster.ownership import Owner
 from jobs.tables import Job
 
-COLUMNS = {
+CSV_COLUMNS = {
     "train_loss": ("loss",),
     "train_accuracy": ("mean_token_accuracy", "rewards/accuracies"),
     "valid_loss": ("eval_loss",),
@@ -20,14 +20,14 @@ COLUMNS = {
 """OpenAI's columns, and what the trainer logs for them; of preferences, how often the better one is preferred."""
 
 
-def keep(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> str:
+def save_file(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> str:
     """Make the file, which belongs to whom the job does; returns its id."""
-    write(history, path)
+    write_csv(history, path)
     owner = Owner(id=job.owner_id, name=job.created_by)
     with path.open("rb") as content:
 
-        async def save(database: Database) -> File:
-            return await file_store.keep(
+        async def create(database: Database) -> File:
+            return await file_store.create_file(
                 database,
                 content,
                 filename="step_metrics.csv",
@@ -36,15 +36,15 @@ def keep(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> str:
                 file_id=f"file-{job.id}",
             )
 
-        return asyncio.run(apart(save)).id
+        return asyncio.run(with_own_database(create)).id
 
 
-def write(history: Sequence[Mapping[str, float]], path: Path) -> None:
+def write_csv(history: Sequence[Mapping[str, float]], path: Path) -> None:
     steps: dict[int, dict[str, float]] = {}
     for entry in history:
         row = steps.setdefault(int(entry["step"]), {})
-        row |= {column: entry[name] for column, names in COLUMNS.items() for name in names if name in entry}
+        row |= {column: entry[name] for column, names in CSV_COLUMNS.items() for name in names if name in entry}
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", *COLUMNS])
+        writer = csv.DictWriter(file, ["step", *CSV_COLUMNS])
         writer.writeheader()
         writer.writerows({"step": step, **row} for step, row in sorted(steps.items()) if row)

@@ -27,7 +27,7 @@ class Encoding:
     labels: list[int]
 
     @property
-    def learned(self) -> int:
+    def learned_tokens(self) -> int:
         """How many of its tokens are learned. The first token is predicted from nothing, and never counts."""
         return sum(label != IGNORED for label in self.labels[1:])
 
@@ -40,18 +40,23 @@ def encode(
     Some templates tell an earlier answer differently once another one has followed (they drop its reasoning). Then each
     answer becomes an encoding of its own, just as it will be asked for.
     """
-    told = turns(tokenizer, messages, tools)
-    whole = told[-1][0] + told[-1][1]
-    if all(whole.startswith(before + answer) for before, answer in told):
-        return [_tokenize(tokenizer, whole, [(len(before), len(before + answer)) for before, answer in told])]
-    return [_tokenize(tokenizer, before + answer, [(len(before), len(before + answer))]) for before, answer in told]
+    rendered_turns = turns(tokenizer, messages, tools)
+    full_text = rendered_turns[-1][0] + rendered_turns[-1][1]
+    if all(full_text.startswith(before + answer) for before, answer in rendered_turns):
+        return [
+            _tokenize(tokenizer, full_text, [(len(before), len(before + answer)) for before, answer in rendered_turns])
+        ]
+    return [
+        _tokenize(tokenizer, before + answer, [(len(before), len(before + answer))])
+        for before, answer in rendered_turns
+    ]
 
 
 def turns(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> list[tuple[str, str]]:
     """Each answer of the assistant as text, with the token that ends it; and before it, what the model reads first."""
-    return [_turn(tokenizer, messages, number, tools) for number in _answers(messages)]
+    return [_render_turn(tokenizer, messages, number, tools) for number in _answer_positions(messages)]
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: Any) -> str:
@@ -61,15 +66,17 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequenc
             f"{tokenizer.name_or_path} has no chat template, so it does not say how a conversation looks. Take its "
             "instruct or chat variant, or a folder with a chat_template.jinja."
         )
-    told = [_for_template(message) for message in messages]
-    return tokenizer.apply_chat_template(told, tools=list(tools) if tools else None, tokenize=False, **options)
+    template_messages = [_to_template_message(message) for message in messages]
+    return tokenizer.apply_chat_template(
+        template_messages, tools=list(tools) if tools else None, tokenize=False, **options
+    )
 
 
-def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def _answer_positions(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _turn(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int, tools: Any) -> tuple[str, str]:
+def _render_turn(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int, tools: Any) -> tuple[str, str]:
     """What the model reads before this answer, and the answer with the token that ends it."""
     before = render(tokenizer, messages[:number], tools, add_generation_prompt=True)
     after = render(tokenizer, messages[: number + 1], tools)
@@ -79,9 +86,9 @@ def _turn(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int, to
             "it tells it, so the model cannot be trained on answers alone."
         )
     answer = after[len(before) :]
-    end = tokenizer.eos_token
-    if end and end in answer:
-        answer = answer[: answer.rindex(end) + len(end)]
+    eos = tokenizer.eos_token
+    if eos and eos in answer:
+        answer = answer[: answer.rindex(eos) + len(eos)]
     return before, answer
 
 
@@ -90,21 +97,21 @@ def _tokenize(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> En
         raise UnusableTokenizer(f"{tokenizer.name_or_path} has only a slow tokenizer; a fast one is needed.")
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = tokens["input_ids"]
-    inside = [any(first <= start < end <= last for first, last in spans) for start, end in tokens["offset_mapping"]]
-    return Encoding(ids, [token if learned else IGNORED for token, learned in zip(ids, inside, strict=True)])
+    is_learned = [any(first <= start < end <= last for first, last in spans) for start, end in tokens["offset_mapping"]]
+    return Encoding(ids, [token if learned else IGNORED for token, learned in zip(ids, is_learned, strict=True)])
 
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+def _to_template_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Templates want arguments as an object, and a text even where there is none."""
-    told = {**message, "content": message.get("content") or ""}
+    prepared = {**message, "content": message.get("content") or ""}
     if calls := message.get("tool_calls"):
-        told["tool_calls"] = [
+        prepared["tool_calls"] = [
             {**call, "function": {**call["function"], "arguments": _arguments(call["function"]["arguments"])}}
             for call in calls
         ]
     else:
-        told.pop("tool_calls", None)
-    return told
+        prepared.pop("tool_calls", None)
+    return prepared
 
 
 def _arguments(arguments: Any) -> Any:

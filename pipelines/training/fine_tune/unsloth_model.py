@@ -9,17 +9,17 @@ import torch
 
 from pipelines.training.spec import FineTuneSpec
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def is_for(spec: FineTuneSpec) -> bool:
-    wanted = spec.unsloth and spec.tuning != "full" and not spec.pissa
-    return wanted and torch.cuda.is_available() and find_spec("unsloth") is not None
+def uses_unsloth(spec: FineTuneSpec) -> bool:
+    is_requested = spec.unsloth and spec.tuning != "full" and not spec.pissa
+    return is_requested and torch.cuda.is_available() and find_spec("unsloth") is not None
 
 
 def prefer_unsloth(spec: FineTuneSpec) -> None:
     """Import Unsloth where it will be used. It changes trl, transformers and peft, so it must come before them."""
-    if not is_for(spec):
+    if not uses_unsloth(spec):
         return
     os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # the trainer computes its metrics from them
     import_module("unsloth")
@@ -37,7 +37,7 @@ def load(spec: FineTuneSpec, base: str, max_length: int) -> Any:
         r=spec.rank,
         lora_alpha=spec.alpha or 2 * spec.rank,
         lora_dropout=spec.dropout,
-        target_modules=LINEAR if spec.target_modules == "all-linear" else spec.target_modules,
+        target_modules=LINEAR_LAYERS if spec.target_modules == "all-linear" else spec.target_modules,
         use_gradient_checkpointing="unsloth",
         random_state=spec.seed,
     )

@@ -25,70 +25,70 @@ class BaseModelNotFound(NotFound):
     code = "BASE_MODEL_NOT_FOUND"
 
 
-def folder(reference: str) -> str:
+def resolve(reference: str) -> str:
     """The folder on this machine, as transformers reads it; what is not here yet is fetched.
 
     forgearr/tiny is built, NAME:v3 and NAME:latest are what that version was exported from, a path is a folder, and
     anything else is a model of the Hugging Face hub.
     """
     if reference == tiny.NAME:
-        return str(tiny.folder())
+        return str(tiny.model_folder())
     if reference.startswith(("/", "~", ".")):
-        return _local(reference)
+        return _local_folder(reference)
     if ":" in reference:
-        return _registered(reference)
-    return _of_hub(reference)
+        return _registered_folder(reference)
+    return _download_from_hub(reference)
 
 
-def pinned(reference: str) -> str:
+def pin_reference(reference: str) -> str:
     """The same base under a name that stays with it: NAME:latest becomes NAME:v3. Others stay as they are."""
     if reference.startswith(("/", "~", ".")) or ":" not in reference:
         return reference
-    return asyncio.run(_find(reference)).reference
+    return asyncio.run(_find_version(reference)).reference
 
 
 def is_adapter(model: Path) -> bool:
     return (model / "adapter_config.json").exists()
 
 
-def _local(reference: str) -> str:
-    place = Path(reference).expanduser()
-    missing = [] if (place / "config.json").exists() else ["config.json"]
-    if not any(file for pattern in WEIGHTS for file in place.glob(pattern)):
+def _local_folder(reference: str) -> str:
+    folder = Path(reference).expanduser()
+    missing = [] if (folder / "config.json").exists() else ["config.json"]
+    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
         missing.append("*.safetensors")
     if missing:
         raise BaseModelNotFound(
-            f"There is no model in the folder {place}: it has no {' and no '.join(missing)}."
-            if place.is_dir()
-            else f"There is no base model '{reference}': {place} is no folder on this machine."
+            f"There is no model in the folder {folder}: it has no {' and no '.join(missing)}."
+            if folder.is_dir()
+            else f"There is no base model '{reference}': {folder} is no folder on this machine."
         )
-    return str(place)
+    return str(folder)
 
 
-def _registered(reference: str) -> str:
+def _registered_folder(reference: str) -> str:
     """The trained model that a version was exported from. An adapter is merged into its base, once."""
-    version = asyncio.run(_find(reference))
+    version = asyncio.run(_find_version(reference))
     if not version.job_id:
         raise BaseModelNotFound(
             f"{reference} was made from GGUF files, which cannot be trained: name what they were made from."
         )
-    made = outputs.of(version.job_id, "fine_tune", None).result
+    result = outputs.get_output(version.job_id, "fine_tune", None).result
     cache = home() / "cache" / "bases"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / version.job_id
     if target.exists():
         return str(target)
     with tempfile.TemporaryDirectory(prefix=f"{version.job_id}.", dir=cache) as work:
-        model = fetch(made["model"], Path(work), reference)
+        model = fetch(result["model"], Path(work), reference)
         if not is_adapter(model):
             if not model.is_relative_to(work):
                 return str(model)
             ready = model
         else:
             ready = Path(work) / "merged"
-            isolated.run(
+            isolated.run_isolated(
                 "pipelines.training.export.convert:merge_only",
-                {"base": folder(made["base_model"]), "adapter": str(model), "target": str(ready)},
+                {"base": resolve(result["base_model"]), "adapter": str(model), "target": str(ready)},
                 report=lambda part, doing: None,
                 should_stop=lambda: False,
                 threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
@@ -109,18 +109,18 @@ def fetch(address: str, work: Path, name: str) -> Path:
         raise BaseModelNotFound(f"What {name} has made is no longer in storage: {address} is gone.") from error
 
 
-async def _find(reference: str) -> models_versions.Version:
+async def _find_version(reference: str) -> models_versions.Version:
     async with registry.connect() as models:
         return await models.find(reference)
 
 
-def _of_hub(reference: str) -> str:
+def _download_from_hub(reference: str) -> str:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return _complete(snapshot_download(reference, allow_patterns=HUB_FILES), reference)
+        return _require_weights(snapshot_download(reference, allow_patterns=HUB_FILES), reference)
     except HFValidationError as error:
         raise BaseModelNotFound(
             f"There is no base model '{reference}': it is neither forgearr/tiny, a folder (/path), a version "
@@ -144,10 +144,10 @@ def _of_hub(reference: str) -> str:
         ) from error
 
 
-def _complete(place: str, reference: str) -> str:
-    if not any(file for pattern in WEIGHTS for file in Path(place).glob(pattern)):
+def _require_weights(folder: str, reference: str) -> str:
+    if not any(file for pattern in WEIGHTS for file in Path(folder).glob(pattern)):
         raise BaseModelNotFound(f"The model '{reference}' of the Hugging Face hub has no weights as safetensors.")
-    return place
+    return folder
 
 
 def _first_line(error: Any) -> str:

@@ -7,7 +7,7 @@ from sqlalchemy import select
 
 from cluster.db import Database, now
 from cluster.errors import Unavailable
-from jobs.sweep import sweeper
+from jobs.sweep import register_sweeper
 from pipelines.training.models import blobs, registry
 from pipelines.training.models.blobs import Blob
 
@@ -16,12 +16,12 @@ UNUSED_HOURS = 24
 log = logging.getLogger(__name__)
 
 
-@sweeper("blobs")
+@register_sweeper("blobs")
 async def sweep(database: Database) -> int:
     """Remove blobs that nobody has touched for a day and no version uses; returns how many."""
-    before = now() - timedelta(hours=UNUSED_HOURS)
-    async with database.reading() as session:
-        old = set(await session.scalars(select(Blob.sha256).where(Blob.used_at < before)))
+    cutoff = now() - timedelta(hours=UNUSED_HOURS)
+    async with database.read_transaction() as session:
+        old = set(await session.scalars(select(Blob.sha256).where(Blob.used_at < cutoff)))
     if not old:
         return 0
     try:
@@ -30,4 +30,4 @@ async def sweep(database: Database) -> int:
     except Unavailable as error:
         log.warning("Blobs stay until a sweep can ask which models use them: %s", error.message)
         return 0
-    return sum([await blobs.forget(database, sha256, before) for sha256 in unused])
+    return sum([await blobs.remove_unused(database, sha256, cutoff) for sha256 in unused])

@@ -18,7 +18,7 @@ from sqlalchemy import String, delete, update
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import storage
-from cluster.db import Base, Database, Sequence, delete_rows, now, one_at_a_time
+from cluster.db import Base, Database, Sequence, advisory_lock, delete_rows, now
 from cluster.errors import InvalidRequest, NotFound
 
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -67,95 +67,95 @@ async def touch(database: Database, sha256: str) -> int:
 async def receive(database: Database, sha256: str, content: AsyncIterable[bytes]) -> None:
     """Take a blob in as it comes. Of one that does not have this digest, or breaks off, nothing stays."""
     digest, size = hashlib.sha256(), 0
-    file = await asyncio.to_thread(storage.NewFile, _name(sha256))
+    file = await asyncio.to_thread(storage.StorageWriter, _storage_name(sha256))
     try:
-        async for piece in _pieces(content):
-            await asyncio.to_thread(_write, file, digest, piece)
-            size += len(piece)
+        async for chunk in _chunks(content):
+            await asyncio.to_thread(_write, file, digest, chunk)
+            size += len(chunk)
         if digest.hexdigest() != sha256:
             raise DigestMismatch(f"The content has the digest sha256:{digest.hexdigest()}, not sha256:{sha256}.")
-        await asyncio.to_thread(file.keep)
+        await asyncio.to_thread(file.commit)
     except BaseException as error:
         await asyncio.to_thread(file.discard)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise NoSpaceForBlob from error
         raise
-    await _remember(database, sha256, size)
+    await _save_row(database, sha256, size)
 
 
-async def take(database: Database, path: Path, sha256: str, on_bytes: OnBytes = lambda _: None) -> None:
+async def add_file(database: Database, path: Path, sha256: str, on_bytes: OnBytes = lambda _: None) -> None:
     """The same of a file on this machine."""
 
     async def content() -> AsyncIterator[bytes]:
-        passed = 0
+        bytes_read = 0
         with path.open("rb") as file:
-            while piece := await asyncio.to_thread(file.read, CHUNK_BYTES):
-                yield piece
-                passed += len(piece)
-                on_bytes(passed)
+            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield chunk
+                bytes_read += len(chunk)
+                on_bytes(bytes_read)
 
     await receive(database, sha256, content())
 
 
-def local(sha256: str, folder: Path) -> Path:
+def local_path(sha256: str, folder: Path) -> Path:
     """A blob as a file of this machine, which is only to be read: itself when it is here, else a copy in `folder`."""
     try:
-        return storage.fetch(storage.address(_name(sha256)), folder)
+        return storage.fetch(storage.address(_storage_name(sha256)), folder)
     except FileNotFoundError as error:
         raise BlobNotFound(f"The blob sha256:{sha256} is no longer in storage.") from error
 
 
-def copy(sha256: str, target: Path) -> str:
+def copy_to(sha256: str, target: Path) -> str:
     """Put a blob's content into a new file of this machine; returns its SHA-256."""
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
-        source = local(sha256, Path(folder))
+        source = local_path(sha256, Path(folder))
         try:
             os.link(source, target)  # costs nothing where both are on one disk
         except OSError:
             shutil.copyfile(source, target)
-    return hash_of(target)
+    return sha256_of(target)
 
 
-def hash_of(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-async def forget(database: Database, sha256: str, before: datetime) -> bool:
+async def remove_unused(database: Database, sha256: str, before: datetime) -> bool:
     """Remove a blob that was not touched since; whether it was so."""
     async with database.transaction() as session:
-        await one_at_a_time(session, "blobs")
+        await advisory_lock(session, "blobs")
         if not await delete_rows(session, delete(Blob).where(Blob.sha256 == sha256, Blob.used_at < before)):
             return False
         # Before anybody can send it again.
-        await asyncio.to_thread(storage.remove, storage.address(_name(sha256)))
+        await asyncio.to_thread(storage.remove, storage.address(_storage_name(sha256)))
     return True
 
 
-async def _pieces(content: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+async def _chunks(content: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     """The same in pieces that are worth a thread's work."""
-    gathered = bytearray()
+    buffer = bytearray()
     async for chunk in content:
-        gathered += chunk
-        if len(gathered) >= CHUNK_BYTES:
-            yield bytes(gathered)
-            gathered.clear()
-    yield bytes(gathered)
+        buffer += chunk
+        if len(buffer) >= CHUNK_BYTES:
+            yield bytes(buffer)
+            buffer.clear()
+    yield bytes(buffer)
 
 
-def _write(file: storage.NewFile, digest: Any, piece: bytes) -> None:
-    digest.update(piece)
-    file.write(piece)
+def _write(file: storage.StorageWriter, digest: Any, chunk: bytes) -> None:
+    digest.update(chunk)
+    file.write(chunk)
 
 
-async def _remember(database: Database, sha256: str, size: int) -> None:
+async def _save_row(database: Database, sha256: str, size: int) -> None:
     async with database.transaction() as session:
-        await one_at_a_time(session, "blobs")
+        await advisory_lock(session, "blobs")
         # Nobody removes it while this is open; but a moment ago, when it was an old one, somebody may have.
-        if not await asyncio.to_thread(storage.exists, storage.address(_name(sha256))):
+        if not await asyncio.to_thread(storage.exists, storage.address(_storage_name(sha256))):
             raise BlobNotFound(f"The blob sha256:{sha256} was removed while it came anew: send it once more.")
         await session.merge(Blob(sha256=sha256, bytes=size, used_at=now()))
 
 
-def _name(sha256: str) -> str:
+def _storage_name(sha256: str) -> str:
     return f"blobs/{sha256}"

@@ -19,7 +19,7 @@ from cluster.settings import get_settings, home
 
 log = logging.getLogger(__name__)
 
-YOUNG_SECONDS = 3600
+MIN_UNUSED_SECONDS = 3600
 """What was used this recently may be in use, and stays."""
 
 
@@ -30,10 +30,10 @@ class DamagedModel(ForgearrError):
     retryable = True
 
 
-def keep(path: Path, sha256: str) -> Path:
+def cache_file(path: Path, sha256: str) -> Path:
     """Put a file of this machine into the cache; returns its copy there. The caller has just computed its hash."""
-    target = _place(sha256)
-    partial = _partial(target)
+    target = _cache_path(sha256)
+    partial = _partial_path(target)
     try:
         try:
             os.link(path, partial)  # costs nothing where both are on one disk
@@ -43,13 +43,13 @@ def keep(path: Path, sha256: str) -> Path:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-    make_room(target)
+    evict(target)
     return target
 
 
 def find(sha256: str, size: int) -> Path | None:
     """The copy of a file, if there is a whole one; it counts as used now."""
-    target = _place(sha256)
+    target = _cache_path(sha256)
     try:
         if target.stat().st_size != size:
             log.warning("%s has %d bytes instead of %d: it is fetched again", target, target.stat().st_size, size)
@@ -60,35 +60,35 @@ def find(sha256: str, size: int) -> Path | None:
     return target
 
 
-async def obtain(sha256: str, size: int, download: Callable[[Path], Awaitable[str]]) -> Path:
+async def get_or_download(sha256: str, size: int, download: Callable[[Path], Awaitable[str]]) -> Path:
     """The copy of a file, which `download` makes when there is none; it returns the hash of what has come."""
     if (target := find(sha256, size)) is not None:
         return target
-    target = _place(sha256)
-    async with _alone(target):
-        if (found := find(sha256, size)) is not None:  # another process has fetched it meanwhile
-            return found
-        partial = _partial(target)
+    target = _cache_path(sha256)
+    async with _download_lock(target):
+        if (cached := find(sha256, size)) is not None:  # another process has fetched it meanwhile
+            return cached
+        partial = _partial_path(target)
         try:
-            arrived = await download(partial)
-            if arrived != sha256:
-                raise DamagedModel(f"A model file arrived with the SHA-256 {arrived} instead of {sha256}.")
+            actual_sha256 = await download(partial)
+            if actual_sha256 != sha256:
+                raise DamagedModel(f"A model file arrived with the SHA-256 {actual_sha256} instead of {sha256}.")
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    await asyncio.to_thread(make_room, target)
+    await asyncio.to_thread(evict, target)
     return target
 
 
-def make_room(needed: Path) -> None:
+def evict(protected: Path) -> None:
     """Delete the copies that were used longest ago until the rest fit into `engines.cache_gb`."""
     files = sorted(_files())
     excess = sum(size for _, size, _ in files) - get_settings().engines.cache_gb * 1_000_000_000
     for used_at, size, file in files:
-        if time.time() - used_at < YOUNG_SECONDS:
+        if time.time() - used_at < MIN_UNUSED_SECONDS:
             return
         # A download that was never finished, or a lock, is of no use to anybody by now.
-        if file.suffix == ".gguf" and (excess <= 0 or file == needed):
+        if file.suffix == ".gguf" and (excess <= 0 or file == protected):
             continue
         file.unlink(missing_ok=True)
         excess -= size
@@ -98,12 +98,12 @@ def _files() -> Iterator[tuple[float, int, Path]]:
     """(time of the last use, bytes, file) of everything there is."""
     for file in _folder().iterdir():
         with suppress(FileNotFoundError):  # another process makes room too
-            found = file.stat()
-            yield found.st_mtime, found.st_size, file
+            status = file.stat()
+            yield status.st_mtime, status.st_size, file
 
 
 @asynccontextmanager
-async def _alone(target: Path) -> AsyncGenerator[None]:
+async def _download_lock(target: Path) -> AsyncGenerator[None]:
     """One process at a time fetches a file. The system takes the lock back from one that dies."""
     with target.with_suffix(".lock").open("w") as lock:
         while True:
@@ -115,11 +115,11 @@ async def _alone(target: Path) -> AsyncGenerator[None]:
         yield
 
 
-def _place(sha256: str) -> Path:
+def _cache_path(sha256: str) -> Path:
     return _folder() / f"{sha256}.gguf"
 
 
-def _partial(target: Path) -> Path:
+def _partial_path(target: Path) -> Path:
     return target.with_suffix(f".{uuid4().hex}.part")
 
 

@@ -11,13 +11,13 @@ from pipelines.training.models import versions as models_versions
 from pipelines.training.models.versions import ModelNotFound, Version
 
 
-class NotYours(Forbidden):
+class NotModelOwner(Forbidden):
     """Only an administrator may delete what others have made."""
 
     code = "NOT_YOUR_MODEL"
 
 
-class ComesAlong(Forbidden):
+class BuiltInModel(Forbidden):
     """forgearr/tiny comes with Forgearr and stays."""
 
     code = "MODEL_COMES_ALONG"
@@ -26,27 +26,27 @@ class ComesAlong(Forbidden):
 async def remove(reference: str, owner: Owner) -> list[Version]:
     """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest). Returns what is gone."""
     if reference.removesuffix(":latest") == tiny.NAME:
-        raise ComesAlong
-    name, number = models_versions.parse(reference)
+        raise BuiltInModel
+    name, number = models_versions.parse_reference(reference)
     async with registry.connect() as models:
         model = await models.model(name)
-        leaving = [version for version in model.versions if number in {None, version.number}]
-        if not leaving:
+        versions = [version for version in model.versions if number in {None, version.number}]
+        if not versions:
             raise ModelNotFound(f"There is no model version {reference}.")
         if not owner.is_admin:
-            await _refuse_what_is_anothers(leaving, owner)
+            await _require_own_models(versions, owner)
         if number is None:
             await models.delete_model(name)
         else:
             await models.delete_version(name, number)
-    return leaving
+    return versions
 
 
-async def _refuse_what_is_anothers(leaving: list[Version], owner: Owner) -> None:
-    made_by = {version.job_id for version in leaving}
-    async with get_database().reading() as session:
-        own = set(await session.scalars(select(Job.id).where(Job.id.in_(made_by), Job.owner_id == owner.id)))
-    if own != made_by:
-        raise NotYours(
-            f"Only an administrator may delete {leaving[0].name}, because not all of it is the work of your own jobs."
+async def _require_own_models(versions: list[Version], owner: Owner) -> None:
+    job_ids = {version.job_id for version in versions}
+    async with get_database().read_transaction() as session:
+        own_ids = set(await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.owner_id == owner.id)))
+    if own_ids != job_ids:
+        raise NotModelOwner(
+            f"Only an administrator may delete {versions[0].name}, because not all of it is the work of your own jobs."
         )

@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cluster.settings import get_settings
-from pipelines.training.models.versions import SERVED, File, Manner, Model, Version
+from pipelines.training.models.versions import SERVED_ALIAS, Model, ModelDefaults, ModelFile, Version
 
-BLOBS = "forgearr:/blobs"
+BLOB_SOURCE = "forgearr:/blobs"
 """Where MLflow is told that the files of a version are, when they lie in storage, by their SHA-256, and not with it."""
-LONGEST_HISTORY = 100
+MAX_HISTORY = 100
 
 
-def version_tags(files: Sequence[File], adapter: File | None, base_model: str) -> dict[str, str]:
+def version_tags(files: Sequence[ModelFile], adapter: ModelFile | None, base_model: str) -> dict[str, str]:
     return {
         "files": json.dumps([asdict(file) for file in files]),
         "adapter": json.dumps(asdict(adapter) if adapter else None),
@@ -24,8 +24,8 @@ def version_tags(files: Sequence[File], adapter: File | None, base_model: str) -
     }
 
 
-def defaults_as_tags(manner: Manner) -> dict[str, str]:
-    return {"manner": json.dumps(asdict(manner))} if manner != Manner() else {}
+def defaults_as_tags(defaults: ModelDefaults) -> dict[str, str]:
+    return {"manner": json.dumps(asdict(defaults))} if defaults != ModelDefaults() else {}
 
 
 def version_key(name: str, number: int) -> dict[str, str]:
@@ -35,8 +35,8 @@ def version_key(name: str, number: int) -> dict[str, str]:
 def version_description(base_model: str, job_id: str, export_job_id: str) -> str:
     """What MLflow's pages show of a version, with the way back to its jobs."""
     jobs = f"{get_settings().url}/api/v1/jobs"
-    made, exported = (f"[{job}]({jobs}/{job})" for job in (job_id, export_job_id))
-    return f"Made from `{base_model}` by {made}, exported by {exported}."
+    training_link, export_link = (f"[{job}]({jobs}/{job})" for job in (job_id, export_job_id))
+    return f"Made from `{base_model}` by {training_link}, exported by {export_link}."
 
 
 def is_ours(row: dict[str, Any]) -> bool:
@@ -44,22 +44,22 @@ def is_ours(row: dict[str, Any]) -> bool:
 
 
 def version_of_row(row: dict[str, Any]) -> Version:
-    facts = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
-    adapter = json.loads(facts["adapter"])
+    tags = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
+    adapter = json.loads(tags["adapter"])
     return Version(
         name=row["name"],
         number=int(row["version"]),
         run_id=row.get("run_id", ""),
-        files=[File(**file) for file in json.loads(facts["files"])],
-        adapter=File(**adapter) if adapter else None,
-        base_model=facts["base_model"],
-        job_id=facts["job_id"],
-        export_job_id=facts["export_job_id"],
-        passed=json.loads(facts["passed"]) if "passed" in facts else None,
-        reasons=json.loads(facts.get("reasons", "[]")),
-        manner=Manner(**json.loads(facts.get("manner", "{}"))),
-        parent=facts.get("parent", ""),
-        comparison=json.loads(facts.get("comparison", "null")),
+        files=[ModelFile(**file) for file in json.loads(tags["files"])],
+        adapter=ModelFile(**adapter) if adapter else None,
+        base_model=tags["base_model"],
+        job_id=tags["job_id"],
+        export_job_id=tags["export_job_id"],
+        passed=json.loads(tags["passed"]) if "passed" in tags else None,
+        reasons=json.loads(tags.get("reasons", "[]")),
+        defaults=ModelDefaults(**json.loads(tags.get("manner", "{}"))),
+        parent=tags.get("parent", ""),
+        comparison=json.loads(tags.get("comparison", "null")),
         created_at=datetime.fromtimestamp(int(row["creation_timestamp"]) / 1000, UTC),
     )
 
@@ -73,7 +73,7 @@ def new_model(versions: list[Version], served: int | None) -> Model:
 
 
 def served_number(row: dict[str, Any]) -> int | None:
-    return next((int(alias["version"]) for alias in row.get("aliases", []) if alias["alias"] == SERVED), None)
+    return next((int(alias["version"]) for alias in row.get("aliases", []) if alias["alias"] == SERVED_ALIAS), None)
 
 
 def served_history(row: dict[str, Any]) -> list[int]:

@@ -18,34 +18,34 @@ from typing import Any
 from cluster.settings import home
 
 NAME = "forgearr/tiny"
-VOCABULARY = 2048
-CONTEXT = 2048
+VOCABULARY_SIZE = 2048
+CONTEXT_LENGTH = 2048
 SEED = 20
 START, END, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
-def folder() -> Path:
+def model_folder() -> Path:
     """The model's folder, as transformers reads it; built when it is not there yet."""
-    template, corpus = _shipped("chat_template.jinja"), _shipped("corpus.txt")
-    target = home() / "cache" / name_of_folder()
+    template, corpus = _read_config("chat_template.jinja"), _read_config("corpus.txt")
+    target = home() / "cache" / folder_name()
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
-            build(building, template, corpus)
-            building.rename(target)
+            build(partial, template, corpus)
+            partial.rename(target)
         except OSError:
             if not target.exists():  # unless somebody else was quicker
                 raise
         finally:
-            shutil.rmtree(building, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def name_of_folder() -> str:
+def folder_name() -> str:
     """It changes with whatever the model is made from."""
-    template, corpus = _shipped("chat_template.jinja"), _shipped("corpus.txt")
-    version = hashlib.sha256(f"{template}{corpus}{VOCABULARY}{CONTEXT}{SEED}".encode()).hexdigest()[:12]
+    template, corpus = _read_config("chat_template.jinja"), _read_config("corpus.txt")
+    version = hashlib.sha256(f"{template}{corpus}{VOCABULARY_SIZE}{CONTEXT_LENGTH}{SEED}".encode()).hexdigest()[:12]
     return f"forgearr-tiny-{version}"
 
 
@@ -56,13 +56,13 @@ def build(target: Path, template: str, corpus: str) -> None:
 
     tokenizer = _tokenizer(template, corpus)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_SIZE,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids(END),
@@ -89,24 +89,24 @@ def _tokenizer(template: str, corpus: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_SIZE,
         special_tokens=[PADDING, START, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus.splitlines(keepends=True), trainer)
-    if missing := VOCABULARY - tokenizer.get_vocab_size():  # a short corpus has fewer pairs to join
+    if missing := VOCABULARY_SIZE - tokenizer.get_vocab_size():  # a short corpus has fewer pairs to join
         tokenizer.add_special_tokens([f"<|unused_{number}|>" for number in range(missing)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=None,
         eos_token=END,
         pad_token=PADDING,
-        model_max_length=CONTEXT,
+        model_max_length=CONTEXT_LENGTH,
         clean_up_tokenization_spaces=False,
         chat_template=template,
     )
 
 
-def _shipped(name: str) -> str:
+def _read_config(name: str) -> str:
     return (files("configs") / "tiny" / name).read_text()

@@ -8,9 +8,9 @@ from typing import Any
 
 from cluster.errors import Conflict, NotFound, Unavailable
 
-SERVED = "served"
-REFERENCE = re.compile(r"([a-z0-9][a-z0-9._-]{0,99})(?::(?:latest|v([1-9]\d{0,8})))?")
-JOB_ID = re.compile(r"[\w-]+")
+SERVED_ALIAS = "served"
+REFERENCE_PATTERN = re.compile(r"([a-z0-9][a-z0-9._-]{0,99})(?::(?:latest|v([1-9]\d{0,8})))?")
+JOB_ID_PATTERN = re.compile(r"[\w-]+")
 
 
 class ModelNotFound(NotFound):
@@ -31,13 +31,13 @@ class VersionServed(Conflict):
     code = "VERSION_SERVED"
 
 
-class VersionNeeded(Conflict):
+class VersionInUse(Conflict):
     """A version that adapters stand on cannot be deleted before them."""
 
     code = "VERSION_NEEDED"
 
 
-class RegistryOff(Unavailable):
+class RegistryDisabled(Unavailable):
     """Models are registered in MLflow, which is switched off: set mlflow.enabled to true and start Forgearr again."""
 
     code = "MODEL_REGISTRY_OFF"
@@ -45,7 +45,7 @@ class RegistryOff(Unavailable):
 
 
 @dataclass(frozen=True)
-class File:
+class ModelFile:
     name: str
     quantization: str
     sha256: str
@@ -53,7 +53,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Manner:
+class ModelDefaults:
     """What a model brings along for requests that do not say it themselves."""
 
     template: str = ""  # of conversations, in Jinja; empty: that of the file
@@ -68,15 +68,15 @@ class Version:
     name: str
     number: int
     run_id: str  # of MLflow, which holds the files; empty: they are blobs
-    files: list[File]  # the first one is served; none: the adapter is, on its base model
-    adapter: File | None  # the adapter alone, as a GGUF LoRA
+    files: list[ModelFile]  # the first one is served; none: the adapter is, on its base model
+    adapter: ModelFile | None  # the adapter alone, as a GGUF LoRA
     base_model: str
     job_id: str  # the fine_tune that made it; empty: it was made from files
     export_job_id: str
     passed: bool | None  # its validation; None before one
     created_at: datetime
     reasons: list[str] = field(default_factory=list[str])  # why it did not pass
-    manner: Manner = field(default_factory=Manner)
+    defaults: ModelDefaults = field(default_factory=ModelDefaults)
     parent: str = ""  # the version that it has its files from
     comparison: Mapping[str, Any] | None = None  # with what was served when it was made
 
@@ -85,7 +85,7 @@ class Version:
         return f"{self.name}:v{self.number}"
 
     @property
-    def file(self) -> File:
+    def file(self) -> ModelFile:
         """The one that is served."""
         if self.files:
             return self.files[0]
@@ -105,9 +105,9 @@ class Model:
     versions: list[Version]  # newest first
 
 
-def parse(reference: str) -> tuple[str, int | None]:
+def parse_reference(reference: str) -> tuple[str, int | None]:
     """The name of a model, and the number of a version where one is named."""
-    match = REFERENCE.fullmatch(reference)
+    match = REFERENCE_PATTERN.fullmatch(reference)
     if match is None:
         raise ModelNotFound(f"There is no model '{reference}'; versions are named NAME:latest or NAME:v3.")
     return match[1], int(match[2]) if match[2] else None

@@ -23,14 +23,14 @@ class GgufModel:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch = context, BATCH_TOKENS
         parameters.n_threads = parameters.n_threads_batch = threads
-        running = llama_cpp.llama_init_from_model(model, parameters)
-        if running is None:
+        llama_context = llama_cpp.llama_init_from_model(model, parameters)
+        if llama_context is None:
             llama_cpp.llama_model_free(model)
             raise BrokenModelFile(f"llama.cpp cannot run {path} with {context} tokens of context.")
-        self._model, self._context = model, running
+        self._model, self._context = model, llama_context
         self._vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
         self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
-        self._room = context
+        self._context_size = context
 
     def __enter__(self) -> Self:
         return self
@@ -46,40 +46,40 @@ class GgufModel:
         """What the model says at these positions about the token that follows: a matrix."""
         import numpy
 
-        self._forget()
+        self._clear_memory()
         rows = numpy.empty((len(positions), self.vocabulary_size), dtype=numpy.float32)
-        row_of = {position: row for row, position in enumerate(positions)}
+        row_by_position = {position: row for row, position in enumerate(positions)}
         for start in range(0, len(ids), BATCH_TOKENS):
-            part = ids[start : start + BATCH_TOKENS]
-            wanted = [number for number in range(len(part)) if start + number in row_of]
-            self._read(part, start, wanted)
-            for number in wanted:
-                rows[row_of[start + number]] = self._logits_at(number)
+            chunk = ids[start : start + BATCH_TOKENS]
+            logit_indices = [number for number in range(len(chunk)) if start + number in row_by_position]
+            self._decode(chunk, start, logit_indices)
+            for number in logit_indices:
+                rows[row_by_position[start + number]] = self._logits_at(number)
         return rows
 
-    def generate(self, ids: Sequence[int], most: int, should_stop: Callable[[], bool]) -> list[int] | None:
+    def generate(self, ids: Sequence[int], max_tokens: int, should_stop: Callable[[], bool]) -> list[int] | None:
         """The likeliest continuation; None when it was interrupted."""
-        self._forget()
+        self._clear_memory()
         for start in range(0, len(ids), BATCH_TOKENS):
-            part = ids[start : start + BATCH_TOKENS]
-            self._read(part, start, [len(part) - 1])
-        said: list[int] = []
+            chunk = ids[start : start + BATCH_TOKENS]
+            self._decode(chunk, start, [len(chunk) - 1])
+        generated: list[int] = []
         token = int(self._logits_at(-1).argmax())
         while not self._llama.llama_vocab_is_eog(self._vocabulary, token):
-            said.append(token)
-            if len(said) == most or len(ids) + len(said) >= self._room:
+            generated.append(token)
+            if len(generated) == max_tokens or len(ids) + len(generated) >= self._context_size:
                 break
             if should_stop():
                 return None
-            self._read([token], len(ids) + len(said) - 1, [0])
+            self._decode([token], len(ids) + len(generated) - 1, [0])
             token = int(self._logits_at(-1).argmax())
-        return said
+        return generated
 
-    def _forget(self) -> None:
+    def _clear_memory(self) -> None:
         memory: Any = self._llama.llama_get_memory(self._context)
         self._llama.llama_memory_clear(memory, True)
 
-    def _read(self, ids: Sequence[int], start: int, wanted: Sequence[int]) -> None:
+    def _decode(self, ids: Sequence[int], start: int, logit_indices: Sequence[int]) -> None:
         batch = self._llama.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
@@ -89,7 +89,7 @@ class GgufModel:
                 batch.n_seq_id[number] = 1
                 batch.seq_id[number][0] = 0
                 batch.logits[number] = False
-            for number in wanted:
+            for number in logit_indices:
                 batch.logits[number] = True
             if failure := self._llama.llama_decode(self._context, batch):
                 raise BrokenModelFile(f"llama.cpp cannot run the model: llama_decode returned {failure}.")

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from pipelines.training.export.quantize import BrokenModelFile
 
-VALUE_BYTES = 1024
+MAX_VALUE_BYTES = 1024
 
 
-class GgufWords:
+class GgufTokenizer:
     def __init__(self, path: str, template: str = "") -> None:
         """`template`: instead of the file's own."""
         import llama_cpp
@@ -28,12 +28,12 @@ class GgufWords:
             raise BrokenModelFile(f"llama.cpp cannot load the vocabulary of {path}.")
         self._model = model
         self._vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
-        own: bytes | None = llama_cpp.llama_model_chat_template(model, None)
-        self.chat_template = template or (own or b"").decode()
+        own_template: bytes | None = llama_cpp.llama_model_chat_template(model, None)
+        self.chat_template = template or (own_template or b"").decode()
         self.name_or_path = path
-        self.bos_token = self._special(llama_cpp.llama_vocab_bos(self._vocabulary))
-        self.eos_token = self._special(llama_cpp.llama_vocab_eos(self._vocabulary))
-        self.context = int(self._fact(f"{self._fact('general.architecture')}.context_length"))
+        self.bos_token = self._token_text(llama_cpp.llama_vocab_bos(self._vocabulary))
+        self.eos_token = self._token_text(llama_cpp.llama_vocab_eos(self._vocabulary))
+        self.context_length = int(self._metadata(f"{self._metadata('general.architecture')}.context_length"))
 
     def __enter__(self) -> Self:
         return self
@@ -65,23 +65,23 @@ class GgufWords:
     def tokenize(self, text: str) -> list[int]:
         return tokenize(self._vocabulary, text)
 
-    def text_of(self, tokens: Sequence[int]) -> str:
-        given = (self._llama.llama_token * len(tokens))(*tokens)
+    def decode(self, tokens: Sequence[int]) -> str:
+        token_array = (self._llama.llama_token * len(tokens))(*tokens)
         size = 16 * len(tokens) + 16
         while True:
             text = ctypes.create_string_buffer(size)
-            written = self._llama.llama_detokenize(self._vocabulary, given, len(tokens), text, size, False, False)  # pyright: ignore[reportArgumentType]
+            written = self._llama.llama_detokenize(self._vocabulary, token_array, len(tokens), text, size, False, False)  # pyright: ignore[reportArgumentType]
             if written >= 0:
                 return text.raw[:written].decode(errors="replace")
             size = -written
 
-    def _special(self, token: Any) -> str:
+    def _token_text(self, token: Any) -> str:
         return self._llama.llama_vocab_get_text(self._vocabulary, token).decode() if token >= 0 else ""
 
-    def _fact(self, key: str) -> str:
-        value = ctypes.create_string_buffer(VALUE_BYTES)
-        found = self._llama.llama_model_meta_val_str(self._model, key.encode(), value, VALUE_BYTES)  # pyright: ignore[reportArgumentType]
-        if found < 0:
+    def _metadata(self, key: str) -> str:
+        value = ctypes.create_string_buffer(MAX_VALUE_BYTES)
+        length = self._llama.llama_model_meta_val_str(self._model, key.encode(), value, MAX_VALUE_BYTES)  # pyright: ignore[reportArgumentType]
+        if length < 0:
             raise BrokenModelFile(f"{self.name_or_path} does not say its {key}.")
         return value.value.decode()
 

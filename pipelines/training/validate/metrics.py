@@ -14,14 +14,14 @@ from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune.tokenize import IGNORED, Encoding, encode, render
 from pipelines.training.validate.gguf_model import GgufModel
 
-BATCH = 8
+GENERATION_BATCH_SIZE = 8
 """How many answers are generated together."""
 
-Measured = dict[str, Any]
+SampleMetrics = dict[str, Any]
 """Of one sample: the summed loss and number of its tokens, and its answers. Of a GGUF also how it differs."""
 
 
-class Interrupted(Exception):
+class MeasurementInterrupted(Exception):
     """A measurement was given up, because its job should stop."""
 
 
@@ -41,17 +41,17 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSample:
     encodings: list[Encoding]
     questions: list[Question]
 
 
-def prepare(tokenizer: Any, sample: Sample, context: int) -> Prepared:
+def prepare(tokenizer: Any, sample: Sample, context: int) -> PreparedSample:
     """A sample as a model reads it; what is beyond the model's context is left out."""
     document = sample.model_dump(exclude_none=True)
     messages, tools = document["messages"], document.get("tools")
     encodings = encode(tokenizer, messages, tools)
-    answers = [answer for encoding in encodings for answer in _answers(tokenizer, encoding)]
+    answers = [answer for encoding in encodings for answer in _expected_answers(tokenizer, encoding)]
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     questions: list[Question] = []
     for number, expected in zip(turns, answers, strict=True):
@@ -59,27 +59,27 @@ def prepare(tokenizer: Any, sample: Sample, context: int) -> Prepared:
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if len(prompt_ids) < context:
             questions.append(Question(prompt, prompt_ids, expected))
-    short = [Encoding(one.input_ids[:context], one.labels[:context]) for one in encodings]
-    return Prepared([one for one in short if one.learned], questions)
+    truncated = [Encoding(item.input_ids[:context], item.labels[:context]) for item in encodings]
+    return PreparedSample([item for item in truncated if item.learned_tokens], questions)
 
 
 def measure(
     model: Any,
     tokenizer: Any,
-    samples: Sequence[Prepared],
+    samples: Sequence[PreparedSample],
     *,
     context: int,
     max_new_tokens: int,
     should_stop: Callable[[], bool],
-) -> list[Measured]:
+) -> list[SampleMetrics]:
     """Measure a transformers model on some samples, whose answers are generated together."""
-    measured = [_losses(model, sample) for sample in samples]
+    measured = [_measure_loss(model, sample) for sample in samples]
     if should_stop():
-        raise Interrupted
+        raise MeasurementInterrupted
     questions = [question for sample in samples for question in sample.questions]
     answers = _generate(model, tokenizer, questions, context, max_new_tokens, should_stop)
-    for sample, one in zip(samples, measured, strict=True):
-        one["answers"] = [next(answers) for _ in sample.questions]
+    for sample, metrics in zip(samples, measured, strict=True):
+        metrics["answers"] = [next(answers) for _ in sample.questions]
     return measured
 
 
@@ -87,33 +87,40 @@ def compare(
     model: Any,
     exported: GgufModel,
     tokenizer: Any,
-    sample: Prepared,
+    sample: PreparedSample,
     *,
     max_new_tokens: int,
     should_stop: Callable[[], bool],
-) -> Measured:
+) -> SampleMetrics:
     """Measure a GGUF on a sample, beside the transformers model that it was made from."""
     loss = divergence = 0.0
     tokens = agreed = 0
     for encoding in sample.encodings:
-        positions = _positions(encoding)
-        trained = _log_probabilities(model, encoding, positions)
-        own = _normal(exported.logits(encoding.input_ids, positions), trained)
-        targets = _targets(encoding, positions, trained)
-        loss -= own.gather(1, targets).sum().item()
-        divergence += (trained.exp() * (trained - own)).sum().item()
-        agreed += int((trained.argmax(-1) == own.argmax(-1)).sum().item())
+        positions = _predicting_positions(encoding)
+        log_probs = _log_probabilities(model, encoding, positions)
+        gguf_log_probs = _to_log_probabilities(exported.logits(encoding.input_ids, positions), log_probs)
+        targets = _targets(encoding, positions, log_probs)
+        loss -= gguf_log_probs.gather(1, targets).sum().item()
+        divergence += (log_probs.exp() * (log_probs - gguf_log_probs)).sum().item()
+        agreed += int((log_probs.argmax(-1) == gguf_log_probs.argmax(-1)).sum().item())
         tokens += len(positions)
     answers: list[str] = []
-    same = 0
+    same_prompts = 0
     for question in sample.questions:
         ids = exported.tokenize(question.prompt)
-        same += ids == question.prompt_ids
-        said = exported.generate(ids, max_new_tokens, should_stop)
-        if said is None:
-            raise Interrupted
-        answers.append(tokenizer.decode(_until_end(said, tokenizer), clean_up_tokenization_spaces=False))
-    return {"loss": loss, "tokens": tokens, "agreed": agreed, "kl": divergence, "same": same, "answers": answers}
+        same_prompts += ids == question.prompt_ids
+        generated = exported.generate(ids, max_new_tokens, should_stop)
+        if generated is None:
+            raise MeasurementInterrupted
+        answers.append(tokenizer.decode(_before_eos(generated, tokenizer), clean_up_tokenization_spaces=False))
+    return {
+        "loss": loss,
+        "tokens": tokens,
+        "agreed": agreed,
+        "kl": divergence,
+        "same": same_prompts,
+        "answers": answers,
+    }
 
 
 def perplexity(loss: float) -> float:
@@ -121,45 +128,47 @@ def perplexity(loss: float) -> float:
 
 
 def score(answer: str, expected: str) -> Score:
-    said, wanted = answer.strip(), expected.strip()
-    words, wanted_words = said.lower().split(), wanted.lower().split()
+    actual, target = answer.strip(), expected.strip()
+    actual_words, target_words = actual.lower().split(), target.lower().split()
     return {
-        "exact": said == wanted,
-        "rouge_l": _f_measure(_longest_common(words, wanted_words), len(words), len(wanted_words)),
-        "rouge_1": _f_measure(_common(words, wanted_words), len(words), len(wanted_words)),
+        "exact": actual == target,
+        "rouge_l": _f_measure(
+            _longest_common_subsequence(actual_words, target_words), len(actual_words), len(target_words)
+        ),
+        "rouge_1": _f_measure(_common_words(actual_words, target_words), len(actual_words), len(target_words)),
     }
 
 
-def _answers(tokenizer: Any, encoding: Encoding) -> Iterator[str]:
+def _expected_answers(tokenizer: Any, encoding: Encoding) -> Iterator[str]:
     """The stretches that are learned, as text without the token that ends them."""
-    for learned, stretch in groupby(encoding.labels, lambda label: label != IGNORED):
+    for learned, group in groupby(encoding.labels, lambda label: label != IGNORED):
         if learned:
-            yield tokenizer.decode(_until_end(list(stretch), tokenizer), clean_up_tokenization_spaces=False)
+            yield tokenizer.decode(_before_eos(list(group), tokenizer), clean_up_tokenization_spaces=False)
 
 
-def _until_end(ids: list[int], tokenizer: Any) -> list[int]:
+def _before_eos(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
 
 
-def _losses(model: Any, sample: Prepared) -> Measured:
+def _measure_loss(model: Any, sample: PreparedSample) -> SampleMetrics:
     loss, tokens = 0.0, 0
     for encoding in sample.encodings:
-        positions = _positions(encoding)
-        told = _log_probabilities(model, encoding, positions)
-        loss -= told.gather(1, _targets(encoding, positions, told)).sum().item()
+        positions = _predicting_positions(encoding)
+        log_probs = _log_probabilities(model, encoding, positions)
+        loss -= log_probs.gather(1, _targets(encoding, positions, log_probs)).sum().item()
         tokens += len(positions)
     return {"loss": loss, "tokens": tokens}
 
 
-def _positions(encoding: Encoding) -> list[int]:
+def _predicting_positions(encoding: Encoding) -> list[int]:
     """Where a learned token is predicted: one before it."""
     return [number - 1 for number, label in enumerate(encoding.labels) if label != IGNORED and number > 0]
 
 
-def _targets(encoding: Encoding, positions: Sequence[int], like: Any) -> Any:
+def _targets(encoding: Encoding, positions: Sequence[int], reference: Any) -> Any:
     import torch
 
-    return torch.tensor([[encoding.input_ids[position + 1]] for position in positions], device=like.device)
+    return torch.tensor([[encoding.input_ids[position + 1]] for position in positions], device=reference.device)
 
 
 def _log_probabilities(model: Any, encoding: Encoding, positions: Sequence[int]) -> Any:
@@ -167,17 +176,17 @@ def _log_probabilities(model: Any, encoding: Encoding, positions: Sequence[int])
     import torch
 
     ids = torch.tensor([encoding.input_ids], device=model.device)
-    wanted = torch.tensor(positions, device=model.device)
+    kept_positions = torch.tensor(positions, device=model.device)
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits[0]
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept_positions).logits[0]
         return logits.float().log_softmax(-1)
 
 
-def _normal(logits: Any, like: Any) -> Any:
+def _to_log_probabilities(logits: Any, reference: Any) -> Any:
     import torch
 
     # A GGUF's vocabulary may be padded.
-    return torch.from_numpy(logits).to(like.device)[:, : like.shape[1]].log_softmax(-1)
+    return torch.from_numpy(logits).to(reference.device)[:, : reference.shape[1]].log_softmax(-1)
 
 
 def _generate(
@@ -191,24 +200,24 @@ def _generate(
     """The likeliest answers, in the order of the questions. Those of about the same length are generated together."""
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt_ids))
     answers: dict[int, str] = {}
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
+    for start in range(0, len(order), GENERATION_BATCH_SIZE):
+        batch = order[start : start + GENERATION_BATCH_SIZE]
         prompts = [questions[number].prompt_ids for number in batch]
-        longest = min(max_new_tokens, context - len(prompts[-1]))
-        for number, ids in zip(batch, _continue(model, tokenizer, prompts, longest, should_stop), strict=True):
-            answers[number] = tokenizer.decode(_until_end(ids, tokenizer), clean_up_tokenization_spaces=False)
+        max_tokens = min(max_new_tokens, context - len(prompts[-1]))
+        for number, ids in zip(batch, _generate_batch(model, tokenizer, prompts, max_tokens, should_stop), strict=True):
+            answers[number] = tokenizer.decode(_before_eos(ids, tokenizer), clean_up_tokenization_spaces=False)
     return iter([answers[number] for number in range(len(questions))])
 
 
-def _continue(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], longest: int, should_stop: Callable[[], bool]
+def _generate_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_tokens: int, should_stop: Callable[[], bool]
 ) -> list[list[int]]:
     import torch
     from transformers import GenerationConfig
 
-    def interrupt(ids: Any, scores: Any) -> Any:
+    def stop_criterion(ids: Any, scores: Any) -> Any:
         if should_stop():
-            raise Interrupted
+            raise MeasurementInterrupted
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     width = max(len(prompt) for prompt in prompts)
@@ -216,35 +225,35 @@ def _continue(
     ids = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     greedy = GenerationConfig(
-        max_new_tokens=longest, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding
     )
     with torch.inference_mode():
-        done = model.generate(
+        output = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             generation_config=greedy,
-            stopping_criteria=[interrupt],
+            stopping_criteria=[stop_criterion],
         )
-    return done[:, width:].tolist()
+    return output[:, width:].tolist()
 
 
-def _f_measure(common: int, said: int, wanted: int) -> float:
-    return 2 * common / (said + wanted) if common else float(said == wanted == 0)
+def _f_measure(common: int, answer_length: int, expected_length: int) -> float:
+    return 2 * common / (answer_length + expected_length) if common else float(answer_length == expected_length == 0)
 
 
-def _common(said: Sequence[str], wanted: Sequence[str]) -> int:
-    return sum(min(said.count(word), wanted.count(word)) for word in set(said))
+def _common_words(words: Sequence[str], expected: Sequence[str]) -> int:
+    return sum(min(words.count(word), expected.count(word)) for word in set(words))
 
 
-def _longest_common(said: Sequence[str], wanted: Sequence[str]) -> int:
+def _longest_common_subsequence(words: Sequence[str], expected: Sequence[str]) -> int:
     """The length of the longest sequence of words that both have in this order."""
-    row = [0] * (len(wanted) + 1)
-    for word in said:
-        before = 0
-        for number, other in enumerate(wanted, 1):
-            before, row[number] = row[number], before + 1 if word == other else max(row[number], row[number - 1])
+    row = [0] * (len(expected) + 1)
+    for word in words:
+        diagonal = 0
+        for number, other in enumerate(expected, 1):
+            diagonal, row[number] = row[number], diagonal + 1 if word == other else max(row[number], row[number - 1])
     return row[-1]
 
 
-def total(measured: Sequence[Mapping[str, Any]], name: str) -> float:
+def sum_of(measured: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(one[name] for one in measured)

@@ -23,96 +23,101 @@ import orjson
 from cluster.errors import ForgearrError
 from cluster.settings import EngineSettings
 from serve.engines.local.pool import Purpose
-from serve.engines.model_header import BATCH, Header, ModelUnreadable
+from serve.engines.model_header import BATCH_TOKENS, Header, ModelUnreadable
 from serve.engines.protocol import (
     Chunk,
     ContextExceeded,
-    Embedded,
+    EmbeddingResult,
     EngineFailed,
-    Ranked,
-    Request,
+    EngineRequest,
+    Ranking,
     RequestRefused,
     TextTooLong,
 )
 
-CHECKPOINTS = 4
+CONTEXT_CHECKPOINTS = 4
 """Of a slot whose cache cannot be cut back, as that of a sliding window: places from which it can go on."""
-ERRORS_ONLY = 1
-PACE_SECONDS = 0.025
+VERBOSITY_ERRORS = 1
+FLUSH_SECONDS = 0.025
 """Nobody sees words come faster than that."""
-TOO_LONG = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
+TOO_LONG_ERROR = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
 
 
 @dataclass(frozen=True)
-class Files:
+class GgufModelFiles:
     model: Path
     adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])  # by the reference of their version
     template: str = ""  # of conversations, in Jinja; empty: the one in the file
     context: int | None = None  # tokens of a conversation; None: as the settings have it
 
     @property
-    def bytes_of_adapters(self) -> int:
+    def adapter_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.adapters.values())
 
 
-class LoadedModel:
+class LlamaCppModel:
     """Made and closed in a thread of its own: both take a while."""
 
     def __init__(
-        self, files: Files, header: Header, context: int, settings: EngineSettings, purpose: Purpose = "answers"
+        self,
+        files: GgufModelFiles,
+        header: Header,
+        context: int,
+        settings: EngineSettings,
+        purpose: Purpose = "answers",
     ) -> None:
         self.adapters = list(files.adapters)
-        self._gap, self._ranks = header.gap, header.ranks
-        self._server = _start(files, header, context, settings, purpose)
+        self._fim_tokens, self._is_reranker = header.fim_tokens, header.is_reranker
+        self._server = _start_server(files, header, context, settings, purpose)
         self._slots = asyncio.Semaphore(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
 
-    async def answer(self, request: Request, reference: str) -> AsyncGenerator[list[Chunk]]:
+    async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
         """Waits for a slot, then yields what the model says as it says it. The slot is free when it is closed."""
         async with self._slots:
             loop = asyncio.get_running_loop()
-            spoken = _Spoken(loop)
-            ask = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
+            chunk_queue = _ChunkQueue(loop)
+            handler = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
             body = self._body(request, reference)
-            speaking = loop.run_in_executor(self._threads, _speak, ask, body, spoken)
+            generation = loop.run_in_executor(self._threads, _run_handler, handler, body, chunk_queue)
             try:
-                async for chunks in spoken:
+                async for chunks in chunk_queue:
                     yield chunks
             finally:
-                spoken.stopped.set()
-                await asyncio.shield(speaking)
+                chunk_queue.stopped.set()
+                await asyncio.shield(generation)
 
-    async def embed(self, texts: Sequence[str]) -> Embedded:
+    async def embed(self, texts: Sequence[str]) -> EmbeddingResult:
         """What the texts mean, as numbers. All of it is one piece of work."""
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _embed, self._server, texts)
 
-    async def rank(self, query: str, documents: Sequence[str]) -> Ranked:
+    async def rank(self, query: str, documents: Sequence[str]) -> Ranking:
         """How well the documents fit. All of it is one piece of work."""
-        if not self._ranks:
+        if not self._is_reranker:
             raise RequestRefused("The model was not made to rank texts: take a reranker, exported as GGUF.")
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _rank, self._server, query, documents)
 
-    def _body(self, request: Request, reference: str) -> bytes:
+    def _body(self, request: EngineRequest, reference: str) -> bytes:
         try:
-            return orjson.dumps({**self._with_gap(request), **STREAMED, **self._with(reference)})
+            return orjson.dumps({**self._with_infill(request), **STREAM_OPTIONS, **self._adapter_scales(reference)})
         except orjson.JSONEncodeError as error:  # half of a letter, or what is nested too deeply
             raise RequestRefused(f"The model cannot take this request: {str(error).rstrip('.')}.") from error
 
-    def _with_gap(self, request: Request) -> Request:
+    def _with_infill(self, request: EngineRequest) -> EngineRequest:
         """What shall be filled in between a prompt and its suffix, in the model's own signs for that."""
         if "suffix" not in request:
             return request
-        if self._gap is None:
+        if self._fim_tokens is None:
             raise RequestRefused("The model was not made to fill gaps, so it takes no suffix.")
-        before, after, between = self._gap
-        prompt = [before, request["prompt"], after, request["suffix"], between]
+        prefix, suffix, middle = self._fim_tokens
+        prompt = [prefix, request["prompt"], suffix, request["suffix"], middle]
         return {**{name: value for name, value in request.items() if name != "suffix"}, "prompt": prompt}
 
-    def _with(self, adapter: str) -> Request:
+    def _adapter_scales(self, adapter: str) -> EngineRequest:
         """llama.cpp applies those adapters that a request gives a scale; all of them when it names none."""
         return {"lora": [{"id": number, "scale": float(name == adapter)} for number, name in enumerate(self.adapters)]}
 
@@ -122,11 +127,11 @@ class LoadedModel:
         del self._server
 
 
-STREAMED = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
+STREAM_OPTIONS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 """Progress reports are what lets an answer be given up while the model still reads the question."""
 
 
-class _Spoken:
+class _ChunkQueue:
     """What a model says: told by a thread, read by the event loop in batches of all that has come meanwhile.
 
     The first word passes at once, later ones at most every few milliseconds: passing words on, one by one, would take
@@ -136,11 +141,11 @@ class _Spoken:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.stopped = threading.Event()
         self._loop = loop
-        self._said = deque[Chunk | ForgearrError | None]()
+        self._items = deque[Chunk | ForgearrError | None]()
         self._arrived, self._ended = asyncio.Event(), asyncio.Event()
-        self._is_awaited = True
+        self._has_waiter = True
 
-    def tell(self, data: bytes) -> bool:
+    def on_data(self, data: bytes) -> bool:
         """Called by llama.cpp; it ends the answer when this is true."""
         chunk = orjson.loads(data)
         if "error" in chunk:
@@ -149,103 +154,107 @@ class _Spoken:
             self.put(chunk)
         return self.stopped.is_set()
 
-    def put(self, told: Chunk | ForgearrError | None) -> None:
-        self._said.append(told)
-        if told is None:
+    def put(self, item: Chunk | ForgearrError | None) -> None:
+        self._items.append(item)
+        if item is None:
             self._loop.call_soon_threadsafe(self._ended.set)
-        if told is None or self._is_awaited:
+        if item is None or self._has_waiter:
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def __aiter__(self) -> AsyncGenerator[list[Chunk]]:
         while True:
-            for one in await self._take():
-                if isinstance(one, list):
-                    yield one
-                elif one is None:
+            for item in await self._take():
+                if isinstance(item, list):
+                    yield item
+                elif item is None:
                     return
                 else:
-                    raise one
+                    raise item
             with suppress(TimeoutError):
-                async with asyncio.timeout(PACE_SECONDS):
+                async with asyncio.timeout(FLUSH_SECONDS):
                     await self._ended.wait()
 
     async def _take(self) -> list[list[Chunk] | ForgearrError | None]:
         """All chunks that have come, and then perhaps the error or the end."""
         # In this order: whatever is put after the look at the list finds that it is awaited.
         self._arrived.clear()
-        self._is_awaited = True
-        if not self._said:
+        self._has_waiter = True
+        if not self._items:
             await self._arrived.wait()
-        self._is_awaited = False
-        told = [self._said.popleft() for _ in range(len(self._said))]
-        chunks = [part for one in told if isinstance(one, dict) for part in _told(one)]
-        last = [one for one in told if not isinstance(one, dict)][:1]
+        self._has_waiter = False
+        items = [self._items.popleft() for _ in range(len(self._items))]
+        chunks = [chunk for item in items if isinstance(item, dict) for chunk in _split_usage(item)]
+        last = [item for item in items if not isinstance(item, dict)][:1]
         return [*([chunks] if chunks else []), *last]
 
 
-def _speak(ask: Callable[[bytes, Callable[[bytes], bool]], None], body: bytes, spoken: _Spoken) -> None:
+def _run_handler(
+    handler: Callable[[bytes, Callable[[bytes], bool]], None], body: bytes, chunk_queue: _ChunkQueue
+) -> None:
     """What cannot be read, or does not fit the model's template, is an exception; later errors are chunks."""
     try:
-        ask(body, spoken.tell)
+        handler(body, chunk_queue.on_data)
     except (ValueError, RuntimeError) as error:
-        spoken.put(RequestRefused(f"The model cannot take this request: {str(error).strip().rstrip('.')}."))
+        chunk_queue.put(RequestRefused(f"The model cannot take this request: {str(error).strip().rstrip('.')}."))
     finally:
-        spoken.put(None)
+        chunk_queue.put(None)
 
 
-def _embed(server: Any, texts: Sequence[str]) -> Embedded:
-    told = orjson.loads(server.handle_embeddings(orjson.dumps({"input": texts}).decode()))
-    if "error" in told:
-        raise _error(told["error"])
-    return Embedded([one["embedding"] for one in told["data"]], told["usage"]["prompt_tokens"])
+def _embed(server: Any, texts: Sequence[str]) -> EmbeddingResult:
+    result = orjson.loads(server.handle_embeddings(orjson.dumps({"input": texts}).decode()))
+    if "error" in result:
+        raise _error(result["error"])
+    return EmbeddingResult([item["embedding"] for item in result["data"]], result["usage"]["prompt_tokens"])
 
 
-def _rank(server: Any, query: str, documents: Sequence[str]) -> Ranked:
-    told = orjson.loads(server.handle_rerank(orjson.dumps({"query": query, "documents": documents}).decode()))
-    if "error" in told:
-        raise _error(told["error"])
-    scores = {one["index"]: one["relevance_score"] for one in told["results"]}
-    return Ranked([scores[index] for index in range(len(documents))], told["usage"]["total_tokens"])
+def _rank(server: Any, query: str, documents: Sequence[str]) -> Ranking:
+    result = orjson.loads(server.handle_rerank(orjson.dumps({"query": query, "documents": documents}).decode()))
+    if "error" in result:
+        raise _error(result["error"])
+    scores = {item["index"]: item["relevance_score"] for item in result["results"]}
+    return Ranking([scores[index] for index in range(len(documents))], result["usage"]["total_tokens"])
 
 
-def _told(chunk: Chunk) -> list[Chunk]:
+def _split_usage(chunk: Chunk) -> list[Chunk]:
     """Of a prompt that was gone on from, llama.cpp tells the end and the usage at once; else one after the other."""
-    ended: Chunk = {name: chunk[name] for name in ("usage", "timings") if name in chunk}
-    said: list[Chunk] = [{"choices": chunk["choices"]}] if chunk["choices"] else []
-    return [*said, {"choices": [], **ended}] if ended else said
+    stats: Chunk = {name: chunk[name] for name in ("usage", "timings") if name in chunk}
+    chunks: list[Chunk] = [{"choices": chunk["choices"]}] if chunk["choices"] else []
+    return [*chunks, {"choices": [], **stats}] if stats else chunks
 
 
-def _error(told: dict[str, Any]) -> ForgearrError:
-    if told.get("type") == "exceed_context_size_error":
+def _error(error: dict[str, Any]) -> ForgearrError:
+    if error.get("type") == "exceed_context_size_error":
         return ContextExceeded(
-            f"The conversation has {told['n_prompt_tokens']} tokens; the model takes {told['n_ctx']} with its answer."
+            f"The conversation has {error['n_prompt_tokens']} tokens; the model takes {error['n_ctx']} with its answer."
         )
-    if too_long := TOO_LONG.search(told["message"]):
-        tokens, most = (int(number) for number in too_long.groups())
+    if too_long := TOO_LONG_ERROR.search(error["message"]):
+        tokens, limit = (int(number) for number in too_long.groups())
         return TextTooLong(
-            f"A text has {tokens} tokens; the model takes {most}.", details={"tokens": tokens, "most": most}
+            f"A text has {tokens} tokens; the model takes {limit}.", details={"tokens": tokens, "most": limit}
         )
-    if told.get("code") == 400:
-        return RequestRefused(f"The model cannot take this request: {told['message'].rstrip('.')}.")
-    return EngineFailed(f"The engine could not answer: {told['message'].rstrip('.')}.")
+    if error.get("code") == 400:
+        return RequestRefused(f"The model cannot take this request: {error['message'].rstrip('.')}.")
+    return EngineFailed(f"The engine could not answer: {error['message'].rstrip('.')}.")
 
 
-def _start(files: Files, header: Header, context: int, settings: EngineSettings, purpose: Purpose) -> Any:
+def _start_server(
+    files: GgufModelFiles, header: Header, context: int, settings: EngineSettings, purpose: Purpose
+) -> Any:
     xllamacpp: Any = import_module("xllamacpp")  # it has no types
     parameters = xllamacpp.CommonParams()
-    parameters.verbosity = ERRORS_ONLY
+    parameters.verbosity = VERBOSITY_ERRORS
     parameters.model.path = str(files.model)
     parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path)) for path in files.adapters.values()]
     parameters.lora_init_without_apply = True
     parameters.n_parallel = settings.slots
     parameters.n_ctx = context * settings.slots
-    parameters.n_batch = parameters.n_ubatch = BATCH
+    parameters.n_batch = parameters.n_ubatch = BATCH_TOKENS
     if purpose == "embeddings":
         parameters.embedding = True
         parameters.n_batch = parameters.n_ubatch = context  # a text is read in one go
-        if header.ranks:
+        if header.is_reranker:
             parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
-        elif not header.pools:
+        elif not header.has_pooling:
             parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     parameters.chat_template = files.template
     parameters.n_gpu_layers = settings.gpu_layers
@@ -256,11 +265,11 @@ def _start(files: Files, header: Header, context: int, settings: EngineSettings,
     parameters.prefill_assistant = False
     # It would take memory that nobody counts.
     parameters.cache_ram_mib = 0
-    parameters.n_ctx_checkpoints = CHECKPOINTS
-    return _serve_nobody(xllamacpp, parameters, files)
+    parameters.n_ctx_checkpoints = CONTEXT_CHECKPOINTS
+    return _start_without_http(xllamacpp, parameters, files)
 
 
-def _serve_nobody(xllamacpp: Any, parameters: Any, files: Files) -> Any:
+def _start_without_http(xllamacpp: Any, parameters: Any, files: GgufModelFiles) -> Any:
     """llama.cpp's server cannot do without its own HTTP door: it gets one that is locked, and taken away at once."""
     parameters.api_keys = [token_hex(32)]
     parameters.ui = parameters.endpoint_slots = False

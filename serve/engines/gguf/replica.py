@@ -15,18 +15,18 @@ from cluster.errors import Unavailable
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training.models import registry, tiny
 from pipelines.training.models.registry import OnProgress
-from pipelines.training.models.versions import Manner, Version
-from serve.engines.defaults import context_of
+from pipelines.training.models.versions import ModelDefaults, Version
+from serve.engines.defaults import context_limit
 from serve.engines.gguf import tiny as gguf_tiny
-from serve.engines.gguf.model import Files, LoadedModel
-from serve.engines.local.engine import LocalEngine, tell_router
-from serve.engines.local.pool import MB, Plan, Purpose
-from serve.engines.model_header import BATCH, Header, read_header
+from serve.engines.gguf.model import GgufModelFiles, LlamaCppModel
+from serve.engines.local.engine import LocalEngine, report_models_to_router
+from serve.engines.local.pool import MB, LoadPlan, Purpose
+from serve.engines.model_header import BATCH_TOKENS, Header, read_header
 from serve.engines.protocol import RequestRefused, Source
 
 log = logging.getLogger(__name__)
 
-MOST_ADAPTERS = 32
+MAX_PRELOADED_ADAPTERS = 32
 """To load with a model before anybody asks for them: the newest."""
 
 FindFile = Callable[[str, Source, OnProgress], Awaitable[Path]]
@@ -35,7 +35,7 @@ FindAdapters = Callable[[str, Version | None], Awaitable[Mapping[str, Path]]]
 """The files of the adapters that stand on a model, by reference; this one among them, if it is one."""
 
 
-class GgufEngine(LocalEngine[LoadedModel]):
+class GgufEngine(LocalEngine[LlamaCppModel]):
     def __init__(
         self,
         settings: EngineSettings,
@@ -43,7 +43,7 @@ class GgufEngine(LocalEngine[LoadedModel]):
         find_adapters: FindAdapters | None = None,
         on_change: Callable[[list[str]], None] = lambda _: None,
     ) -> None:
-        super().__init__(settings, GgufFiles(settings, find_file, find_adapters), on_change)
+        super().__init__(settings, GgufLoader(settings, find_file, find_adapters), on_change)
 
     async def load(self, reference: str, source: Source = None) -> str:
         if source is None and reference != tiny.NAME:
@@ -51,22 +51,22 @@ class GgufEngine(LocalEngine[LoadedModel]):
             reference = source.reference
         return await super().load(reference, source)
 
-    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
-        await super().keep(_base(reference, source)[0], seconds)
+    async def set_keep_alive(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await super().set_keep_alive(_base_model_of(reference, source)[0], seconds)
 
     def _use(
         self, reference: str, source: Source, purpose: Purpose = "answers"
-    ) -> AbstractAsyncContextManager[LoadedModel]:
-        adapter = _adapter(source)
+    ) -> AbstractAsyncContextManager[LlamaCppModel]:
+        adapter = _as_adapter(source)
         if adapter is None:
             return super()._use(reference, source, purpose)
         if purpose == "embeddings":
             raise RequestRefused(f"{reference} is an adapter, which makes no embeddings; {adapter.base_model} may.")
         prepare = partial(self._loader.prepare, reference, source, purpose)
-        return self._shelf.use(adapter.base_model, prepare, purpose, lambda model: reference in model.adapters)
+        return self._pool.use(adapter.base_model, prepare, purpose, lambda model: reference in model.adapters)
 
 
-class GgufFiles:
+class GgufLoader:
     """Satisfies local.Loader."""
 
     def __init__(
@@ -76,33 +76,37 @@ class GgufFiles:
         self._find_file = find_file or _find_file
         self._find_adapters = find_adapters or _find_adapters
         # Whoever brings the files himself may have no registry.
-        self._find_version = _find_base if find_file is None else _find_nothing
+        self._find_version = _find_base if find_file is None else _no_version
 
-    async def prepare(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Plan[LoadedModel]:
-        files = await self._files(reference, source, purpose, tell)
+    async def prepare(
+        self, reference: str, source: Source, purpose: Purpose, on_progress: OnProgress
+    ) -> LoadPlan[LlamaCppModel]:
+        files = await self._resolve_files(reference, source, purpose, on_progress)
         header = await asyncio.to_thread(read_header, files.model)
         slots, context = self._settings.slots, min(files.context or self._settings.context, header.context)
-        batch = context if purpose == "embeddings" else BATCH
-        return Plan(
-            bytes=header.memory(context, slots, batch) + files.bytes_of_adapters,
-            parts=f"{header.file_bytes // MB} MB of weights, and {slots} slots of {context} tokens",
+        batch = context if purpose == "embeddings" else BATCH_TOKENS
+        return LoadPlan(
+            bytes=header.memory_bytes(context, slots, batch) + files.adapter_bytes,
+            breakdown=f"{header.file_bytes // MB} MB of weights, and {slots} slots of {context} tokens",
             remedy="export the model with fewer bits",
             context=context,
-            load=partial(LoadedModel, files, header, context, self._settings, purpose),
+            load=partial(LlamaCppModel, files, header, context, self._settings, purpose),
         )
 
     async def describe(self, reference: str, source: Source) -> Header:
-        path = await self._find_file(*_base(reference, source), lambda done, total: None)
+        path = await self._find_file(*_base_model_of(reference, source), lambda done, total: None)
         return await asyncio.to_thread(read_header, path)
 
-    async def _files(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Files:
-        base, own = _base(reference, source)
-        adapter = _adapter(source)
-        version = await self._find_version(base) if adapter else own
-        path = await self._find_file(base, version, tell)
+    async def _resolve_files(
+        self, reference: str, source: Source, purpose: Purpose, on_progress: OnProgress
+    ) -> GgufModelFiles:
+        base, base_source = _base_model_of(reference, source)
+        adapter = _as_adapter(source)
+        version = await self._find_version(base) if adapter else base_source
+        path = await self._find_file(base, version, on_progress)
         adapters = await self._find_adapters(base, adapter) if purpose == "answers" else {}
-        manner = version.manner if isinstance(version, Version) else Manner()
-        return Files(path, adapters, manner.template, context_of(manner))
+        defaults = version.defaults if isinstance(version, Version) else ModelDefaults()
+        return GgufModelFiles(path, adapters, defaults.template, context_limit(defaults))
 
 
 class GgufReplica(GgufEngine):
@@ -110,18 +114,18 @@ class GgufReplica(GgufEngine):
 
     def __init__(self) -> None:
         logs.configure("gguf")
-        super().__init__(get_settings().engines, on_change=tell_router)
+        super().__init__(get_settings().engines, on_change=report_models_to_router)
 
 
-async def _find_file(reference: str, source: Source, tell: OnProgress) -> Path:
+async def _find_file(reference: str, source: Source, on_progress: OnProgress) -> Path:
     if reference == tiny.NAME:
-        return await gguf_tiny.file()
+        return await gguf_tiny.ensure_file()
     async with registry.connect() as models:
         version = source if isinstance(source, Version) else await models.find(reference)
-        return await models.fetch(version, on_progress=tell)
+        return await models.fetch(version, on_progress=on_progress)
 
 
-async def _find_adapters(base: str, wanted: Version | None) -> Mapping[str, Path]:
+async def _find_adapters(base: str, requested: Version | None) -> Mapping[str, Path]:
     if not get_settings().mlflow.enabled:
         return {}
     async with registry.connect() as models:
@@ -130,17 +134,20 @@ async def _find_adapters(base: str, wanted: Version | None) -> Mapping[str, Path
         except Unavailable as error:
             log.warning("Adapters of %s are loaded when somebody asks for them: %s", base, error.message)
             adapters = []
-        known = {adapter.reference: adapter for adapter in [*adapters[:MOST_ADAPTERS], *([wanted] if wanted else [])]}
+        known = {
+            adapter.reference: adapter
+            for adapter in [*adapters[:MAX_PRELOADED_ADAPTERS], *([requested] if requested else [])]
+        }
         return {reference: await models.fetch(adapter) for reference, adapter in known.items()}
 
 
-def _base(reference: str, source: Source) -> tuple[str, Source]:
+def _base_model_of(reference: str, source: Source) -> tuple[str, Source]:
     """What has to be in memory for a model: itself, or what an adapter stands on."""
-    adapter = _adapter(source)
+    adapter = _as_adapter(source)
     return (adapter.base_model, None) if adapter else (reference, source)
 
 
-def _adapter(source: Source) -> Version | None:
+def _as_adapter(source: Source) -> Version | None:
     return source if isinstance(source, Version) and source.is_adapter else None
 
 
@@ -148,7 +155,7 @@ async def _find_base(reference: str) -> Version | None:
     return None if reference == tiny.NAME else await _find(reference)
 
 
-async def _find_nothing(reference: str) -> None:
+async def _no_version(reference: str) -> None:
     return None
 
 

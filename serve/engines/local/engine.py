@@ -11,21 +11,29 @@ import psutil
 from cluster.settings import EngineSettings
 from pipelines.training.models.registry import OnProgress
 from pipelines.training.models.versions import Version
-from serve.engines.collect import whole_of
-from serve.engines.defaults import applied
-from serve.engines.local.pool import MB, Closable, Plan, Purpose, Shelf
+from serve.engines.collect import collect
+from serve.engines.defaults import apply_defaults
+from serve.engines.local.pool import MB, Closable, LoadPlan, ModelPool, Purpose
 from serve.engines.model_header import Header
-from serve.engines.protocol import Chunk, Embedded, Held, Loading, Ranked, Request, Source
+from serve.engines.protocol import (
+    Chunk,
+    EmbeddingResult,
+    EngineRequest,
+    LoadedModelInfo,
+    LoadingModelInfo,
+    Ranking,
+    Source,
+)
 
 
 class RunningModel(Closable, Protocol):
-    def answer(self, request: Request, reference: str) -> AsyncGenerator[list[Chunk], None]:
+    def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk], None]:
         """What it says, or an adapter on it, as it says it. Closing it ends the work."""
         ...
 
-    async def embed(self, texts: Sequence[str]) -> Embedded: ...
+    async def embed(self, texts: Sequence[str]) -> EmbeddingResult: ...
 
-    async def rank(self, query: str, documents: Sequence[str]) -> Ranked: ...
+    async def rank(self, query: str, documents: Sequence[str]) -> Ranking: ...
 
 
 Model = TypeVar("Model", bound=RunningModel)
@@ -34,7 +42,9 @@ Model = TypeVar("Model", bound=RunningModel)
 class Loader(Protocol[Model]):
     """What an engine knows of the models that it can run."""
 
-    async def prepare(self, reference: str, source: Source, purpose: Purpose, tell: OnProgress) -> Plan[Model]:
+    async def prepare(
+        self, reference: str, source: Source, purpose: Purpose, on_progress: OnProgress
+    ) -> LoadPlan[Model]:
         """Bring it onto this machine, telling how many bytes of how many have come, and see what it needs."""
         ...
 
@@ -52,28 +62,28 @@ class LocalEngine(Generic[Model]):
     ) -> None:
         self._loader = loader
         capacity = settings.memory_mb * MB if settings.memory_mb else psutil.virtual_memory().total // 2
-        self._shelf = Shelf[Model](capacity, settings, on_change)
+        self._pool = ModelPool[Model](capacity, settings, on_change)
 
-    async def chat(self, reference: str, request: Request, source: Source = None) -> AsyncGenerator[list[Chunk]]:
-        asked = perf_counter()
+    async def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+        started_at = perf_counter()
         if isinstance(source, Version):
-            request = applied(request, source.manner)
+            request = apply_defaults(request, source.defaults)
         async with self._use(reference, source) as model:
-            load_ms = (perf_counter() - asked) * 1000
+            load_ms = (perf_counter() - started_at) * 1000
             async with aclosing(model.answer(request, reference)) as answer:
                 async for chunks in answer:
                     if timings := chunks[-1].get("timings"):
                         timings["load_ms"] = load_ms
                     yield chunks
 
-    async def complete(self, reference: str, request: Request, source: Source = None) -> dict[str, Any]:
-        return await whole_of(self.chat(reference, request, source))
+    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+        return await collect(self.chat(reference, request, source))
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> Embedded:
+    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
         async with self._use(reference, source, "embeddings") as model:
             return await model.embed(texts)
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranked:
+    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
         async with self._use(reference, source, "embeddings") as model:
             return await model.rank(query, documents)
 
@@ -85,29 +95,29 @@ class LocalEngine(Generic[Model]):
             return reference
 
     async def unload(self, reference: str, source: Source = None) -> bool:
-        return await self._shelf.unload(reference)
+        return await self._pool.unload(reference)
 
-    async def keep(self, reference: str, seconds: float | None, source: Source = None) -> None:
-        await self._shelf.keep(reference, seconds)
+    async def set_keep_alive(self, reference: str, seconds: float | None, source: Source = None) -> None:
+        await self._pool.set_keep_alive(reference, seconds)
 
-    async def loaded(self) -> list[Held]:
-        return self.held
+    async def loaded(self) -> list[LoadedModelInfo]:
+        return self.loaded_models
 
-    async def loading(self) -> list[Loading]:
-        return self._shelf.loading()
+    async def loading(self) -> list[LoadingModelInfo]:
+        return self._pool.loading()
 
     @property
-    def held(self) -> list[Held]:
+    def loaded_models(self) -> list[LoadedModelInfo]:
         return [
-            Held(entry.reference, entry.bytes, entry.context, entry.users, entry.leaves_at)
-            for entry in self._shelf.loaded()
+            LoadedModelInfo(entry.reference, entry.bytes, entry.context, entry.users, entry.leaves_at)
+            for entry in self._pool.loaded()
         ]
 
     def _use(self, reference: str, source: Source, purpose: Purpose = "answers") -> AbstractAsyncContextManager[Model]:
-        return self._shelf.use(reference, partial(self._loader.prepare, reference, source, purpose), purpose)
+        return self._pool.use(reference, partial(self._loader.prepare, reference, source, purpose), purpose)
 
 
-def tell_router(references: list[str]) -> None:
+def report_models_to_router(references: list[str]) -> None:
     """Serve's own multiplexing does this for models that it unloads by their number; ours go by their size."""
     from ray import serve as ray_serve
     from ray.serve._private.common import RequestRoutingInfo

@@ -14,11 +14,11 @@ from transformers import (
 )
 
 from cluster.settings import EngineSettings
-from serve.engines.transformers.memory import BATCH, BLOCK, Files, blocks
+from serve.engines.transformers.memory import BATCH_TOKENS, BLOCK_TOKENS, TransformersFiles, block_count
 from serve.engines.transformers.sampling import Sampler
 
 
-def load_model(files: Files, settings: EngineSettings) -> Any:
+def load_model(files: TransformersFiles, settings: EngineSettings) -> Any:
     cuda = torch.cuda.is_available() and settings.gpu_layers != 0
     options: dict[str, Any] = {}
     if settings.load_in_4bit:
@@ -26,20 +26,20 @@ def load_model(files: Files, settings: EngineSettings) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=element(settings),
+            bnb_4bit_compute_dtype=compute_dtype(settings),
         )
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        files.model, dtype=element(settings), device_map={"": 0} if cuda else None, **options
+        files.model, dtype=compute_dtype(settings), device_map={"": 0} if cuda else None, **options
     )
     if files.adapter is not None:
-        adapted: Any = PeftModel.from_pretrained(loaded, str(files.adapter))
+        peft_model: Any = PeftModel.from_pretrained(loaded, str(files.adapter))
         # What is kept in 4 bits would lose by a merger.
-        whole = getattr(loaded, "hf_quantizer", None) is None
-        loaded = adapted.merge_and_unload(safe_merge=True) if whole else adapted.get_base_model()
+        is_unquantized = getattr(loaded, "hf_quantizer", None) is None
+        loaded = peft_model.merge_and_unload(safe_merge=True) if is_unquantized else peft_model.get_base_model()
     return loaded.eval()
 
 
-def element(settings: EngineSettings) -> torch.dtype:
+def compute_dtype(settings: EngineSettings) -> torch.dtype:
     """The numbers that are computed with."""
     return torch.bfloat16 if torch.cuda.is_available() and settings.gpu_layers != 0 else torch.float32
 
@@ -48,9 +48,9 @@ def start_batching(model: Any, sampler: Sampler, context: int, settings: EngineS
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
         continuous_batching_config=ContinuousBatchingConfig(
-            block_size=BLOCK,
-            num_blocks=blocks(context, settings.slots),
-            max_batch_tokens=BATCH,
+            block_size=BLOCK_TOKENS,
+            num_blocks=block_count(context, settings.slots),
+            max_batch_tokens=BATCH_TOKENS,
             max_requests_per_batch=settings.slots,
             # The sampler is Python, and looks at one step after the other.
             use_async_batching=False,
@@ -64,6 +64,6 @@ def start_batching(model: Any, sampler: Sampler, context: int, settings: EngineS
     return manager
 
 
-def tokenizer_folder(files: Files) -> Path:
-    trained = files.adapter
-    return trained if trained is not None and (trained / "tokenizer_config.json").exists() else files.model
+def tokenizer_folder(files: TransformersFiles) -> Path:
+    adapter = files.adapter
+    return adapter if adapter is not None and (adapter / "tokenizer_config.json").exists() else files.model

@@ -10,17 +10,17 @@ from typing import Any
 
 from serve.engines.model_header import Header, ModelUnreadable
 
-BATCH = 512
+BATCH_TOKENS = 512
 """Tokens that are read in one step."""
-BLOCK = 32
+BLOCK_TOKENS = 32
 """Tokens by which the cache grows, and by which what two conversations begin with is shared."""
-FOUR_BITS = 0.57
+NF4_BYTES_PER_WEIGHT = 0.57
 """Bytes of a weight in NF4, with its scale."""
 SPARE_BLOCKS = 2
 
 
 @dataclass(frozen=True)
-class Files:
+class TransformersFiles:
     """Folders on this machine."""
 
     model: Path
@@ -28,7 +28,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Weight:
+class TensorInfo:
     name: str
     shape: tuple[int, ...]
 
@@ -37,7 +37,7 @@ class Weight:
         return math.prod(self.shape)
 
     @property
-    def is_packed(self) -> bool:
+    def is_quantizable(self) -> bool:
         """Whether it is among those that are kept in 4 bits: the matrices, but for what words go in and out by."""
         return len(self.shape) == 2 and "embed" not in self.name and "lm_head" not in self.name
 
@@ -45,29 +45,29 @@ class Weight:
 @dataclass(frozen=True)
 class FolderHeader:
     header: Header
-    weights: list[Weight]
-    attention: int  # how wide the keys of all heads are
+    weights: list[TensorInfo]
+    attention_width: int  # how wide the keys of all heads are
     is_quantized: bool  # as it lies there
 
-    def weight_bytes(self, element: int, in_4bit: bool) -> int:
+    def weight_bytes(self, element_size: int, in_4bit: bool) -> int:
         if self.is_quantized:  # its tensors are no longer its weights
             return self.header.file_bytes
-        size = {True: FOUR_BITS, False: element}
-        return int(sum(weight.count * size[in_4bit and weight.is_packed] for weight in self.weights))
+        size = {True: NF4_BYTES_PER_WEIGHT, False: element_size}
+        return int(sum(weight.count * size[in_4bit and weight.is_quantizable] for weight in self.weights))
 
-    def working_bytes(self, context: int, slots: int, element: int) -> int:
+    def working_bytes(self, context: int, slots: int, element_size: int) -> int:
         """The cache of all slots, the mask over it, and what one layer and the words need while a step is made."""
-        tokens = blocks(context, slots) * BLOCK
-        cache = self.header.layers * self.header.key_values * tokens
-        mask = BATCH * tokens
-        read = 2 * (self.header.key_values + self.attention) * tokens
-        scores = 4 * slots * self.header.vocabulary + 8 * BATCH * self.header.width
-        return element * (cache + mask + read + scores)
+        tokens = block_count(context, slots) * BLOCK_TOKENS
+        cache = self.header.layers * self.header.kv_width * tokens
+        mask = BATCH_TOKENS * tokens
+        read = 2 * (self.header.kv_width + self.attention_width) * tokens
+        scores = 4 * slots * self.header.vocab_size + 8 * BATCH_TOKENS * self.header.hidden_size
+        return element_size * (cache + mask + read + scores)
 
 
-def blocks(context: int, slots: int) -> int:
+def block_count(context: int, slots: int) -> int:
     """Of the cache, so that each slot may hold so many tokens."""
-    return slots * (math.ceil(context / BLOCK) + SPARE_BLOCKS)
+    return slots * (math.ceil(context / BLOCK_TOKENS) + SPARE_BLOCKS)
 
 
 def read_folder(model: Path, name: str) -> FolderHeader:
@@ -85,17 +85,17 @@ def read_folder(model: Path, name: str) -> FolderHeader:
                 file_bytes=sum(file.stat().st_size for file in model.glob("*.safetensors")),
                 context=text.max_position_embeddings,
                 layers=text.num_hidden_layers,
-                width=text.hidden_size,
-                key_values=2 * (getattr(text, "num_key_value_heads", None) or heads) * head_width,
-                vocabulary=text.vocab_size,
+                hidden_size=text.hidden_size,
+                kv_width=2 * (getattr(text, "num_key_value_heads", None) or heads) * head_width,
+                vocab_size=text.vocab_size,
                 parameters=sum(weight.count for weight in weights),
                 template=_template(model),
-                pools=False,
-                ranks=False,
-                gap=None,
+                has_pooling=False,
+                is_reranker=False,
+                fim_tokens=None,
             ),
             weights=weights,
-            attention=heads * head_width,
+            attention_width=heads * head_width,
             is_quantized=getattr(config, "quantization_config", None) is not None,
         )
     except (OSError, ValueError, KeyError, AttributeError, struct.error) as error:
@@ -106,11 +106,11 @@ def adapter_bytes(adapter: Path) -> int:
     return sum(4 * weight.count for file in adapter.glob("adapter_model.safetensors") for weight in _weights(file))
 
 
-def _weights(file: Path) -> Iterator[Weight]:
+def _weights(file: Path) -> Iterator[TensorInfo]:
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
-        told: dict[str, Any] = json.loads(opened.read(length))
-    return (Weight(name, tuple(one["shape"])) for name, one in told.items() if name != "__metadata__")
+        tensors: dict[str, Any] = json.loads(opened.read(length))
+    return (TensorInfo(name, tuple(tensor["shape"])) for name, tensor in tensors.items() if name != "__metadata__")
 
 
 def _template(model: Path) -> str:
@@ -118,5 +118,5 @@ def _template(model: Path) -> str:
     if file.exists():
         return file.read_text()
     settings = model / "tokenizer_config.json"
-    found = json.loads(settings.read_text()).get("chat_template") if settings.exists() else None
-    return found if isinstance(found, str) else ""
+    template = json.loads(settings.read_text()).get("chat_template") if settings.exists() else None
+    return template if isinstance(template, str) else ""

@@ -27,23 +27,23 @@ from serve.engines.model_header import ModelUnreadable
 from serve.engines.protocol import (
     Chunk,
     ContextExceeded,
-    Embedded,
+    EmbeddingResult,
     EngineFailed,
-    Ranked,
-    Request,
+    EngineRequest,
+    Ranking,
     RequestRefused,
     TextTooLong,
 )
 from serve.engines.transformers.loading import load_model, start_batching, tokenizer_folder
-from serve.engines.transformers.memory import Files
+from serve.engines.transformers.memory import TransformersFiles
 from serve.engines.transformers.request_stream import RequestStream, tools_of
 from serve.engines.transformers.sampling import Sampler, Sampling
-from serve.engines.transformers.text_stream import CALL
+from serve.engines.transformers.text_stream import TOOL_CALL_START
 
 # Threads of torch that wait for each other by spinning take the time that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-UNDERSTOOD = {
+SUPPORTED_FIELDS = {
     "messages",
     "prompt",
     "max_tokens",
@@ -55,17 +55,17 @@ UNDERSTOOD = {
     "logprobs",
     "top_logprobs",
 }
-CHOICES = {"temperature", "top_k", "top_p", "min_p", "seed", "frequency_penalty", "presence_penalty"}
+SAMPLING_FIELDS = {"temperature", "top_k", "top_p", "min_p", "seed", "frequency_penalty", "presence_penalty"}
 
 
-class LoadedFolder:
+class TransformersModel:
     """Made and closed in a thread of its own: both take a while."""
 
     adapters = ()  # one that there is, is merged
 
     def __init__(
         self,
-        files: Files,
+        files: TransformersFiles,
         context: int,
         settings: EngineSettings,
         purpose: Purpose,
@@ -73,7 +73,7 @@ class LoadedFolder:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         disable_progress_bar()
         self._context = context
-        self._embedding, self._starting = asyncio.Lock(), asyncio.Lock()
+        self._embed_lock, self._start_lock = asyncio.Lock(), asyncio.Lock()
         self._sampler = Sampler()
         self._manager: Any = None  # of the batch; embeddings are made without one
         try:
@@ -83,41 +83,44 @@ class LoadedFolder:
                 self._manager = start_batching(self._model, self._sampler, context, settings)
                 self._start()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelUnreadable(f"transformers cannot load this model: {_first(error)}") from error
+            raise ModelUnreadable(f"transformers cannot load this model: {_first_line(error)}") from error
 
-    async def answer(self, request: Request, reference: str) -> AsyncGenerator[list[Chunk]]:
+    async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
         """Yields what the model says as it says it. Closing it takes the request out of the batch."""
-        asked = perf_counter()
-        tokens = await asyncio.to_thread(self._read, request)
-        room = self._context - len(tokens)
-        longest = min(request.get("max_tokens", room), room)
-        sampling = _sampling(request)
-        telling = RequestStream(request, self._tokenizer, sampling)
-        ends, first = self._ends(), None
-        spoken = self._speak(tokens, longest, sampling, ends) if longest else _silence()
-        finish, count = "length", 0
-        async with aclosing(spoken):
-            async for token in spoken:
-                first = first or perf_counter()
+        started_at = perf_counter()
+        tokens = await asyncio.to_thread(self._prompt_tokens, request)
+        available = self._context - len(tokens)
+        max_tokens = min(request.get("max_tokens", available), available)
+        sampling = _parse_sampling(request)
+        stream = RequestStream(request, self._tokenizer, sampling)
+        eos_tokens, first_token_at = self._eos_tokens(), None
+        generated = self._generate(tokens, max_tokens, sampling, eos_tokens) if max_tokens else _no_tokens()
+        finish_reason, count = "length", 0
+        async with aclosing(generated):
+            async for token in generated:
+                first_token_at = first_token_at or perf_counter()
                 count += 1
-                if token in ends:
-                    finish = "stop"
-                elif chunks := telling.hear(token):
+                if token in eos_tokens:
+                    finish_reason = "stop"
+                elif chunks := stream.feed(token):
                     yield chunks
-                if telling.stopped:
-                    finish = "stop"
+                if stream.stopped:
+                    finish_reason = "stop"
                     break
         usage = {"prompt_tokens": len(tokens), "completion_tokens": count, "total_tokens": len(tokens) + count}
-        ended = perf_counter()
-        timings = {"prompt_ms": ((first or ended) - asked) * 1000, "predicted_ms": (ended - (first or ended)) * 1000}
-        yield [*telling.end(finish), {"choices": [], "usage": usage, "timings": timings}]
+        ended_at = perf_counter()
+        timings = {
+            "prompt_ms": ((first_token_at or ended_at) - started_at) * 1000,
+            "predicted_ms": (ended_at - (first_token_at or ended_at)) * 1000,
+        }
+        yield [*stream.end(finish_reason), {"choices": [], "usage": usage, "timings": timings}]
 
-    async def embed(self, texts: Sequence[str]) -> Embedded:
+    async def embed(self, texts: Sequence[str]) -> EmbeddingResult:
         """The mean of what the last layer says of each token, of length 1."""
-        async with self._embedding:
+        async with self._embed_lock:
             return await asyncio.to_thread(self._embed, texts)
 
-    async def rank(self, query: str, documents: Sequence[str]) -> Ranked:
+    async def rank(self, query: str, documents: Sequence[str]) -> Ranking:
         raise RequestRefused("A model that is no GGUF does not rank texts here: export it.")
 
     def close(self) -> None:
@@ -139,39 +142,41 @@ class LoadedFolder:
         starting.start()
         starting.join()
 
-    async def _speak(self, tokens: list[int], longest: int, sampling: Sampling, ends: set[int]) -> AsyncGenerator[int]:
+    async def _generate(
+        self, tokens: list[int], max_tokens: int, sampling: Sampling, eos_tokens: set[int]
+    ) -> AsyncGenerator[int]:
         manager = self._manager
-        async with self._starting:
+        async with self._start_lock:
             if manager.background_thread_status.can_accept_new_requests() is not None:
                 await asyncio.to_thread(self._start)
         identifier = token_hex(12)
-        arrived = asyncio.Queue[Any]()
-        self._sampler.of[identifier] = sampling
-        manager.register_result_handler(identifier, arrived.put_nowait)
-        heard, told = 0, None
+        results = asyncio.Queue[Any]()
+        self._sampler.by_request_id[identifier] = sampling
+        manager.register_result_handler(identifier, results.put_nowait)
+        yielded, result = 0, None
         try:
             added = manager.add_request(
-                tokens, request_id=identifier, max_new_tokens=longest, streaming=True, eos_token_id=list(ends)
+                tokens, request_id=identifier, max_new_tokens=max_tokens, streaming=True, eos_token_id=list(eos_tokens)
             )
             if added is None:
                 raise EngineFailed("The engine could not answer: it has just stopped.")
-            while told is None or not told.is_finished():
-                told = await arrived.get()
-                if told.error is not None:
-                    raise EngineFailed(f"The engine could not answer: {told.error.splitlines()[0].rstrip('.')}.")
-                for token in told.generated_tokens[heard:]:
-                    heard += 1
+            while result is None or not result.is_finished():
+                result = await results.get()
+                if result.error is not None:
+                    raise EngineFailed(f"The engine could not answer: {result.error.splitlines()[0].rstrip('.')}.")
+                for token in result.generated_tokens[yielded:]:
+                    yielded += 1
                     yield token
         finally:
-            if told is None or not told.is_finished():
+            if result is None or not result.is_finished():
                 manager.cancel_request(identifier)
             manager.output_router.result_handlers.pop(identifier, None)
             while not manager.output_router.output_queue.empty():  # words for those who have gone away
                 manager.output_router.output_queue.get_nowait()
-            self._sampler.of.pop(identifier, None)
+            self._sampler.by_request_id.pop(identifier, None)
 
-    def _read(self, request: Request) -> list[int]:
-        tokens = self._plain(request["prompt"]) if "prompt" in request else self._in_template(request)
+    def _prompt_tokens(self, request: EngineRequest) -> list[int]:
+        tokens = self._tokenize(request["prompt"]) if "prompt" in request else self._apply_chat_template(request)
         if not tokens:
             raise RequestRefused("The model cannot take this request: there is nothing to go on from.")
         if len(tokens) >= self._context:
@@ -180,16 +185,18 @@ class LoadedFolder:
             )
         return tokens
 
-    def _plain(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         return self._tokenizer(text)["input_ids"]
 
-    def _in_template(self, request: Request) -> list[int]:
+    def _apply_chat_template(self, request: EngineRequest) -> list[int]:
         template = self._tokenizer.chat_template
         if not template:
             raise RequestRefused("This model has no template for conversations: it only goes on from a prompt.")
         tools = tools_of(request)
-        if tools and CALL not in str(template):
-            raise RequestRefused(f"This model's template writes calls of tools in another way than {CALL}: no tools.")
+        if tools and TOOL_CALL_START not in str(template):
+            raise RequestRefused(
+                f"This model's template writes calls of tools in another way than {TOOL_CALL_START}: no tools."
+            )
         try:
             return self._tokenizer.apply_chat_template(
                 request["messages"],
@@ -199,19 +206,24 @@ class LoadedFolder:
                 **request.get("chat_template_kwargs", {}),
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise RequestRefused(f"The messages do not fit the model's template: {_first(error)}") from error
+            raise RequestRefused(f"The messages do not fit the model's template: {_first_line(error)}") from error
 
-    def _ends(self) -> set[int]:
+    def _eos_tokens(self) -> set[int]:
         """The tokens that end an answer."""
-        said = [self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id]
-        return {token for one in said if one is not None for token in (one if isinstance(one, list) else [one])}
+        eos_ids = [self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id]
+        return {
+            token
+            for eos_id in eos_ids
+            if eos_id is not None
+            for token in (eos_id if isinstance(eos_id, list) else [eos_id])
+        }
 
     @torch.inference_mode()
-    def _embed(self, texts: Sequence[str]) -> Embedded:
+    def _embed(self, texts: Sequence[str]) -> EmbeddingResult:
         vectors: list[list[float]] = []
         count = 0
         for text in texts:
-            tokens = self._plain(text)
+            tokens = self._tokenize(text)
             if len(tokens) > self._context:
                 raise TextTooLong(
                     f"A text has {len(tokens)} tokens; the model takes {self._context}.",
@@ -223,37 +235,42 @@ class LoadedFolder:
             mean = hidden[0].float().mean(0)
             vectors.append((mean / mean.norm().clamp_min(1e-12)).tolist())
             count += len(tokens)
-        return Embedded(vectors, count)
+        return EmbeddingResult(vectors, count)
 
 
-def _sampling(request: Request) -> Sampling:
-    understood = UNDERSTOOD | CHOICES | {"logit_bias"}
-    extra = {name for name in request if name not in understood and not _says_nothing(name, request[name])}
+def _parse_sampling(request: EngineRequest) -> Sampling:
+    supported = SUPPORTED_FIELDS | SAMPLING_FIELDS | {"logit_bias"}
+    extra = {name for name in request if name not in supported and not _is_default_value(name, request[name])}
     if extra:
         raise RequestRefused(
             f"This model is run by transformers, where {', '.join(sorted(extra))} cannot be heeded: leave it out, or "
             "export the model as GGUF."
         )
-    wanted: dict[str, Any] = {name: request[name] for name in CHOICES if name in request}
-    wanted["logit_bias"] = dict(request.get("logit_bias", []))
+    options: dict[str, Any] = {name: request[name] for name in SAMPLING_FIELDS if name in request}
+    options["logit_bias"] = dict(request.get("logit_bias", []))
     logprobs = request.get("logprobs")
     if isinstance(logprobs, bool):
-        wanted["told"] = request.get("top_logprobs", 0) if logprobs else None
+        options["top_logprobs"] = request.get("top_logprobs", 0) if logprobs else None
     else:  # of a prompt that is gone on from, it is their number
-        wanted["told"] = logprobs
-    return Sampling(**wanted)
+        options["top_logprobs"] = logprobs
+    return Sampling(**options)
 
 
-def _says_nothing(name: str, value: Any) -> bool:
+def _is_default_value(name: str, value: Any) -> bool:
     """Some say what is so anyway."""
-    usual: Mapping[str, Any] = {"response_format": {"type": "text"}, "repeat_penalty": 1, "typical_p": 1, "mirostat": 0}
-    return name in usual and value == usual[name]
+    defaults: Mapping[str, Any] = {
+        "response_format": {"type": "text"},
+        "repeat_penalty": 1,
+        "typical_p": 1,
+        "mirostat": 0,
+    }
+    return name in defaults and value == defaults[name]
 
 
-async def _silence() -> AsyncGenerator[int]:
+async def _no_tokens() -> AsyncGenerator[int]:
     for token in ():
         yield token
 
 
-def _first(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".") + "."

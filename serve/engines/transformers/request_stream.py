@@ -3,71 +3,71 @@
 from collections.abc import Iterator
 from typing import Any
 
-from serve.engines.protocol import Chunk, Request, RequestRefused
+from serve.engines.protocol import Chunk, EngineRequest, RequestRefused
 from serve.engines.transformers.sampling import Sampling
-from serve.engines.transformers.text_stream import Letters, Speech
+from serve.engines.transformers.text_stream import IncrementalDecoder, OutputParser
 
 
 class RequestStream:
     """One answer in the chunks that a client hears."""
 
-    def __init__(self, request: Request, tokenizer: Any, sampling: Sampling) -> None:
+    def __init__(self, request: EngineRequest, tokenizer: Any, sampling: Sampling) -> None:
         self._is_prompt = "prompt" in request
         self._tokenizer = tokenizer
         self._sampling = sampling
-        self._letters = Letters(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
-        self._speech = Speech(request.get("stop", []), with_tools=bool(tools_of(request)))
-        self._one_call = request.get("parallel_tool_calls") is False
-        self._heard: list[int] = []  # since the last chunk
-        self._begun = self._is_prompt
+        self._decoder = IncrementalDecoder(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+        self._parser = OutputParser(request.get("stop", []), with_tools=bool(tools_of(request)))
+        self._single_call = request.get("parallel_tool_calls") is False
+        self._pending: list[int] = []  # since the last chunk
+        self._started = self._is_prompt
 
     @property
     def stopped(self) -> bool:
-        return self._speech.stopped
+        return self._parser.stopped
 
-    def hear(self, token: int) -> list[Chunk]:
-        self._heard.append(token)
-        text = self._speech.hear(self._letters.hear(token))
+    def feed(self, token: int) -> list[Chunk]:
+        self._pending.append(token)
+        text = self._parser.feed(self._decoder.feed(token))
         return [self._chunk(text)] if text else []
 
-    def end(self, finish: str) -> list[Chunk]:
-        text, calls = self._speech.rest()
-        said = [self._chunk(text)] if text else []
+    def end(self, finish_reason: str) -> list[Chunk]:
+        text, calls = self._parser.flush()
+        chunks = [self._chunk(text)] if text else []
         if calls:
-            calls = calls[:1] if self._one_call else calls
+            calls = calls[:1] if self._single_call else calls
             numbered = [{"index": index, **call} for index, call in enumerate(calls)]
-            said.append({"choices": [{"index": 0, "delta": {"tool_calls": numbered}, "finish_reason": None}]})
-            finish = "tool_calls" if finish == "stop" else finish
+            chunks.append({"choices": [{"index": 0, "delta": {"tool_calls": numbered}, "finish_reason": None}]})
+            finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
         last = {"text": ""} if self._is_prompt else {"delta": {}}
-        return [*said, {"choices": [{"index": 0, **last, "finish_reason": finish}]}]
+        return [*chunks, {"choices": [{"index": 0, **last, "finish_reason": finish_reason}]}]
 
     def _chunk(self, text: str) -> Chunk:
         choice: dict[str, Any] = {"index": 0, "finish_reason": None}
         if self._is_prompt:
             choice["text"] = text
         else:
-            choice["delta"] = {"content": text} if self._begun else {"role": "assistant", "content": text}
-        self._begun = True
-        if self._sampling.told is not None:
+            choice["delta"] = {"content": text} if self._started else {"role": "assistant", "content": text}
+        self._started = True
+        if self._sampling.top_logprobs is not None:
             choice["logprobs"] = {"content": list(self._logprobs())}
         return {"choices": [choice]}
 
     def _logprobs(self) -> Iterator[dict[str, Any]]:
-        chosen = self._sampling.chosen[: len(self._heard)]
-        del self._sampling.chosen[: len(self._heard)]
-        for token, one in zip(self._heard, chosen, strict=True):
+        logprobs = self._sampling.logprobs[: len(self._pending)]
+        del self._sampling.logprobs[: len(self._pending)]
+        for token, token_logprobs in zip(self._pending, logprobs, strict=True):
             yield {
-                **self._named(token, one.logprob),
-                "top_logprobs": [self._named(other, logprob) for other, logprob in one.likeliest],
+                **self._token_logprob(token, token_logprobs.logprob),
+                "top_logprobs": [self._token_logprob(other, logprob) for other, logprob in token_logprobs.top_logprobs],
             }
-        self._heard.clear()
+        self._pending.clear()
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token_logprob(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.decode([token])
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
-def tools_of(request: Request) -> list[dict[str, Any]]:
+def tools_of(request: EngineRequest) -> list[dict[str, Any]]:
     if request.get("tool_choice") == "none":
         return []
     if request.get("tool_choice") == "required":

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-NEVER = float("-inf")
+NEGATIVE_INFINITY = float("-inf")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TokenLogprobs:
     """How likely the chosen token was, and which were the likeliest, before anything but the model had a say."""
 
     logprob: float
-    likeliest: list[tuple[int, float]]
+    top_logprobs: list[tuple[int, float]]
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Sampling:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
-    told: int | None = None  # how many of the likeliest tokens to tell of; None: of none, nor of the chosen one
-    chosen: list[Chosen] = field(default_factory=list[Chosen])
+    top_logprobs: int | None = None  # how many of the likeliest tokens to tell of; None: of none, nor of the chosen one
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     _random: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,24 +47,24 @@ class Sampling:
         else:
             self._random.manual_seed(self.seed)
 
-    def choose(self, scores: torch.Tensor, said: Sequence[int]) -> int:
+    def choose(self, scores: torch.Tensor, generated: Sequence[int]) -> int:
         """The next token after those that were said."""
         scores = scores.float().cpu()
-        wanted = self._wanted(scores.clone(), said)
-        token = int(wanted.argmax()) if self.temperature == 0 else self._draw(wanted / self.temperature)
-        if self.told is not None:
-            likely = scores.log_softmax(-1)
-            best = likely.topk(self.told)
+        adjusted = self._with_penalties(scores.clone(), generated)
+        token = int(adjusted.argmax()) if self.temperature == 0 else self._draw(adjusted / self.temperature)
+        if self.top_logprobs is not None:
+            logprobs = scores.log_softmax(-1)
+            best = logprobs.topk(self.top_logprobs)
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            self.chosen.append(Chosen(float(likely[token]), list(pairs)))
+            self.logprobs.append(TokenLogprobs(float(logprobs[token]), list(pairs)))
         return token
 
-    def _wanted(self, scores: torch.Tensor, said: Sequence[int]) -> torch.Tensor:
+    def _with_penalties(self, scores: torch.Tensor, generated: Sequence[int]) -> torch.Tensor:
         for token, bias in self.logit_bias.items():
             if token < len(scores):
                 scores[token] += bias
         if self.frequency_penalty or self.presence_penalty:
-            for token, times in Counter(said).items():
+            for token, times in Counter(generated).items():
                 scores[token] -= times * self.frequency_penalty + self.presence_penalty
         return scores
 
@@ -72,17 +72,19 @@ class Sampling:
         ordered, tokens = scores.sort(descending=True, stable=True)
         if self.top_k:
             ordered = ordered[: self.top_k]
-        likely = ordered.softmax(-1)
+        probabilities = ordered.softmax(-1)
         # A token stays as long as those before it do not reach top_p; so the first one always does.
-        kept = (likely.cumsum(-1) - likely < self.top_p) & (likely >= self.min_p * likely[0])
-        kept[0] = True
-        return int(tokens[torch.multinomial(likely * kept, 1, generator=self._random)])
+        mask = (probabilities.cumsum(-1) - probabilities < self.top_p) & (
+            probabilities >= self.min_p * probabilities[0]
+        )
+        mask[0] = True
+        return int(tokens[torch.multinomial(probabilities * mask, 1, generator=self._random)])
 
 
 class Sampler(ContinuousBatchingLogitsProcessor):
     def __init__(self) -> None:
         self.supported_kwargs, self.ignored_kwargs = {}, ()
-        self.of = dict[str, Sampling]()  # by the id of a request
+        self.by_request_id = dict[str, Sampling]()  # by the id of a request
         self.steps = 0  # of the model, each for all requests of its batch
         self._batch: list[Any] = []
 
@@ -96,16 +98,16 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Any, tensor_arg: torch.Tensor) -> Any:
         self.steps += 1
-        only = torch.full_like(scores, NEVER)
+        masked = torch.full_like(scores, NEGATIVE_INFINITY)
         for row, state in enumerate(self._batch):
             # Whoever has gone away is taken out of the batch before the next step.
-            sampling = self.of.get(state.request_id)
-            token = sampling.choose(scores[row], _said(state)) if sampling else 0
-            only[row, token] = 0
-        return only
+            sampling = self.by_request_id.get(state.request_id)
+            token = sampling.choose(scores[row], _generated_tokens(state)) if sampling else 0
+            masked[row, token] = 0
+        return masked
 
 
-def _said(state: Any) -> list[int]:
+def _generated_tokens(state: Any) -> list[int]:
     """A request that had to leave the cache for a while has come back with what it said as part of its prompt."""
     before = state.initial_tokens[state._true_initial_tokens :] if state._true_initial_tokens else []
     return before + state.generated_tokens

@@ -6,7 +6,9 @@ from cluster.errors import InvalidRequest
 from serve.ollama.templates import go_to_jinja
 from serve.ollama.templates.go_parser import NotTranslatable
 
-GO = re.compile(r"\{\{-?\s*(\.|\$|(if|range|else|end|with|define|block|template|and|or|not|eq|ne|len|index|slice)\b)")
+GO_TEMPLATE = re.compile(
+    r"\{\{-?\s*(\.|\$|(if|range|else|end|with|define|block|template|and|or|not|eq|ne|len|index|slice)\b)"
+)
 
 
 class TemplateRefused(InvalidRequest):
@@ -15,13 +17,13 @@ class TemplateRefused(InvalidRequest):
     code = "TEMPLATE_REFUSED"
 
 
-def as_jinja(template: str) -> str:
+def to_jinja(template: str) -> str:
     """The template, as llama.cpp may understand it."""
     from jinja2 import Environment, TemplateSyntaxError
 
     try:
-        if "{%" not in template and GO.search(template):
-            template = go_to_jinja.as_jinja(template)
+        if "{%" not in template and GO_TEMPLATE.search(template):
+            template = go_to_jinja.to_jinja(template)
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)  # noqa: S701  (it is not rendered)
     except NotTranslatable as error:
         raise TemplateRefused(

@@ -13,7 +13,7 @@ TOKEN = re.compile(
     r"""|(?P<fields>(?:\.[A-Za-z]\w*)+)|(?P<word>[A-Za-z]\w*)|(?P<sign>:=|[.()|,=]))"""
 )
 
-MOST_SHOWN = 50
+MAX_SHOWN_CHARACTERS = 50
 
 
 class NotTranslatable(ValueError):
@@ -37,7 +37,7 @@ class Block:
     text: str = ""
 
 
-def parsed(template: str) -> list[Block]:
+def parse(template: str) -> list[Block]:
     pieces = list(_pieces(template))
     blocks, end = _blocks(pieces, 0)
     if end < len(pieces):
@@ -47,22 +47,22 @@ def parsed(template: str) -> list[Block]:
 
 def _pieces(template: str) -> Iterator[Block]:
     """Text and actions, one after the other. What is trimmed is gone."""
-    place, trim = 0, False
-    while (begin := template.find("{{", place)) >= 0:
+    position, trim = 0, False
+    while (begin := template.find("{{", position)) >= 0:
         found = ACTION.match(template, begin)
         if found is None:
             raise NotTranslatable("an action begins with {{ and does not end.")
-        yield from _text(template[place:begin], begins=trim, ends=bool(found["left"]))
+        yield from _text(template[position:begin], trim_left=trim, trim_right=bool(found["left"]))
         if not COMMENT.fullmatch(found["inside"]):
             yield _action(_tokens(found["inside"]))
-        place, trim = found.end(), bool(found["right"])
-    yield from _text(template[place:], begins=trim)
+        position, trim = found.end(), bool(found["right"])
+    yield from _text(template[position:], trim_left=trim)
 
 
-def _text(text: str, *, begins: bool, ends: bool = False) -> Iterator[Block]:
+def _text(text: str, *, trim_left: bool, trim_right: bool = False) -> Iterator[Block]:
     """What is left of it when its beginning, or its end, is trimmed."""
-    text = text.lstrip() if begins else text
-    text = text.rstrip() if ends else text
+    text = text.lstrip() if trim_left else text
+    text = text.rstrip() if trim_right else text
     if text:
         yield Block("text", text=text)
 
@@ -81,41 +81,41 @@ def _action(tokens: list[Token]) -> Block:
 
 def _tokens(inside: str) -> list[Token]:
     tokens: list[Token] = []
-    place, inside = 0, inside.rstrip()
-    while place < len(inside):
-        found = TOKEN.match(inside, place)
+    position, inside = 0, inside.rstrip()
+    while position < len(inside):
+        found = TOKEN.match(inside, position)
         if found is None:
-            raise NotTranslatable(f"'{inside[place:].strip()[:MOST_SHOWN]}' cannot be read.")
+            raise NotTranslatable(f"'{inside[position:].strip()[:MAX_SHOWN_CHARACTERS]}' cannot be read.")
         kind = found.lastgroup or ""
         tokens.append(Token(kind, found[kind]))
-        place = found.end()
+        position = found.end()
     return tokens
 
 
-def _blocks(pieces: Sequence[Block], place: int) -> tuple[list[Block], int]:
+def _blocks(pieces: Sequence[Block], position: int) -> tuple[list[Block], int]:
     """What stands here up to an `else` or `end` that belongs to somebody else, and where that is."""
     blocks: list[Block] = []
-    while place < len(pieces) and pieces[place].action not in {"else", "end"}:
-        block = pieces[place]
-        place += 1
+    while position < len(pieces) and pieces[position].action not in {"else", "end"}:
+        block = pieces[position]
+        position += 1
         if block.action in {"if", "range", "with"}:
-            place = _fill(block, pieces, place)
+            position = _fill_block(block, pieces, position)
         blocks.append(block)
-    return blocks, place
+    return blocks, position
 
 
-def _fill(block: Block, pieces: Sequence[Block], place: int) -> int:
+def _fill_block(block: Block, pieces: Sequence[Block], position: int) -> int:
     """Give a block what is between it and its end; returns where it goes on behind that."""
-    block.inside, place = _blocks(pieces, place)
-    if place < len(pieces) and pieces[place].action == "else":
-        tokens = pieces[place].tokens
+    block.inside, position = _blocks(pieces, position)
+    if position < len(pieces) and pieces[position].action == "else":
+        tokens = pieces[position].tokens
         if tokens:  # else if, which ends with the same end
             other = Block(tokens[0].value, tokens[1:])
             if other.action not in {"if", "with"}:
                 raise NotTranslatable(f"'else {other.action}' is not known here.")
             block.otherwise = [other]
-            return _fill(other, pieces, place + 1)
-        block.otherwise, place = _blocks(pieces, place + 1)
-    if place >= len(pieces) or pieces[place].action != "end":
+            return _fill_block(other, pieces, position + 1)
+        block.otherwise, position = _blocks(pieces, position + 1)
+    if position >= len(pieces) or pieces[position].action != "end":
         raise NotTranslatable(f"'{block.action}' has no end.")
-    return place + 1
+    return position + 1

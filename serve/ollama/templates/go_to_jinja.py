@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from serve.ollama.templates.go_parser import Block, NotTranslatable, Token, parsed
+from serve.ollama.templates.go_parser import Block, NotTranslatable, Token, parse
 
-WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
+WORD_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
-ROOT = {
+ROOT_VARIABLES = {
     "Messages": "messages",
     "Tools": "(tools or [])",
     "System": "go.system",
@@ -25,27 +25,32 @@ ROOT = {
     "ThinkLevel": '""',
     "IsThinkSet": "(enable_thinking is defined)",
 }
-TURN = {**ROOT, **{name: f"turn.{name.lower()}" for name in ("System", "Prompt", "Response")}}
+TURN_VARIABLES = {**ROOT_VARIABLES, **{name: f"turn.{name.lower()}" for name in ("System", "Prompt", "Response")}}
 """What the template itself is told, by Go's names."""
-NAMES = {"Thinking": "reasoning_content", "ToolName": "name"}
+RENAMED_FIELDS = {"Thinking": "reasoning_content", "ToolName": "name"}
 TEXTS = {"Content", "Description", "Name", "Prompt", "Response", "Role", "System", "Thinking", "ToolName", "Type"}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
-JOINED = '{{% set go.{0} = (go.{0} + "\\n\\n" if go.{0} else "") + (one.content or "") %}}'
+APPEND_CONTENT = '{{% set go.{0} = (go.{0} + "\\n\\n" if go.{0} else "") + (one.content or "") %}}'
 FLUSH = (
     "{% set go.turns = go.turns + [{'system': go.system, 'prompt': go.prompt, 'response': go.response}] %}"
     '{% set go.system = "" %}{% set go.prompt = "" %}{% set go.response = "" %}'
 )
 TURNS = (
     "{% for one in messages %}"
-    '{% if one.role == "system" %}{% if go.prompt or go.response %}' + FLUSH + "{% endif %}" + JOINED.format("system")
-    + '{% elif one.role == "user" %}{% if go.response %}' + FLUSH + "{% endif %}" + JOINED.format("prompt")
-    + '{% elif one.role == "assistant" %}' + JOINED.format("response")
+    '{% if one.role == "system" %}{% if go.prompt or go.response %}' + FLUSH + "{% endif %}"
+    + APPEND_CONTENT.format("system")
+    + '{% elif one.role == "user" %}{% if go.response %}' + FLUSH + "{% endif %}" + APPEND_CONTENT.format("prompt")
+    + '{% elif one.role == "assistant" %}' + APPEND_CONTENT.format("response")
     + "{% endif %}{% endfor %}"
     "{% if go.response and add_generation_prompt %}" + FLUSH + "{% endif %}" + FLUSH
 )  # fmt: skip
 """A conversation as turns: a system message, if there is a new one, what was asked, and what was answered."""
-SYSTEM = '{% for one in messages %}{% if one.role == "system" %}' + JOINED.format("system") + "{% endif %}{% endfor %}"
+SYSTEM = (
+    '{% for one in messages %}{% if one.role == "system" %}'
+    + APPEND_CONTENT.format("system")
+    + "{% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -56,48 +61,48 @@ class Scope:
     dot: str | None = None  # in Jinja; None: the root
     variables: tuple[tuple[str, str], ...] = ()
 
-    def knows(self, name: str, meaning: str) -> "Scope":
+    def with_variable(self, name: str, meaning: str) -> "Scope":
         return replace(self, variables=((name, meaning), *self.variables))
 
 
-def as_jinja(template: str) -> str:
-    blocks = parsed(template)
+def to_jinja(template: str) -> str:
+    blocks = parse(template)
     begin = '{% set go = namespace(system="", prompt="", response="", turns=[]) %}'
-    if _speaks_of(blocks, "Messages"):
-        return begin + SYSTEM + _Writer().write(blocks, Scope(ROOT))
-    if not _speaks_of(blocks, "Response"):
+    if _mentions(blocks, "Messages"):
+        return begin + SYSTEM + _JinjaWriter().write(blocks, Scope(ROOT_VARIABLES))
+    if not _mentions(blocks, "Response"):
         blocks.append(Block("output", [Token("fields", ".Response")]))
-    whole = _Writer().write(blocks, Scope(TURN))
-    begun = _Writer().write(_cut(blocks)[0], Scope(TURN))
+    full = _JinjaWriter().write(blocks, Scope(TURN_VARIABLES))
+    prefix = _JinjaWriter().write(_cut_at_response(blocks)[0], Scope(TURN_VARIABLES))
     last = "{% if loop.last and add_generation_prompt %}"
-    return f"{begin}{TURNS}{{% for turn in go.turns %}}{last}{begun}{{% else %}}{whole}{{% endif %}}{{% endfor %}}"
+    return f"{begin}{TURNS}{{% for turn in go.turns %}}{last}{prefix}{{% else %}}{full}{{% endif %}}{{% endfor %}}"
 
 
-def _speaks_of(blocks: Sequence[Block], field: str) -> bool:
+def _mentions(blocks: Sequence[Block], field: str) -> bool:
     return any(
         any(token.kind == "fields" and field in token.value.split(".") for token in block.tokens)
-        or _speaks_of([*block.inside, *block.otherwise], field)
+        or _mentions([*block.inside, *block.otherwise], field)
         for block in blocks
     )
 
 
-def _cut(blocks: Sequence[Block]) -> tuple[list[Block], bool]:
+def _cut_at_response(blocks: Sequence[Block]) -> tuple[list[Block], bool]:
     """The same up to where the response is spoken of, and whether it is."""
-    kept: list[Block] = []
+    result: list[Block] = []
     for block in blocks:
-        if _speaks_of([replace(block, inside=[], otherwise=[])], "Response"):
+        if _mentions([replace(block, inside=[], otherwise=[])], "Response"):
             if block.action == "output":
-                kept.append(block)
-            return kept, True
-        inside, ends = _cut(block.inside)
-        otherwise, ends_otherwise = ([], True) if ends else _cut(block.otherwise)
-        kept.append(replace(block, inside=inside, otherwise=otherwise))
+                result.append(block)
+            return result, True
+        inside, ends = _cut_at_response(block.inside)
+        otherwise, ends_otherwise = ([], True) if ends else _cut_at_response(block.otherwise)
+        result.append(replace(block, inside=inside, otherwise=otherwise))
         if ends or ends_otherwise:
-            return kept, True
-    return kept, False
+            return result, True
+    return result, False
 
 
-class _Writer:
+class _JinjaWriter:
     def __init__(self) -> None:
         self._names = 0
 
@@ -108,10 +113,10 @@ class _Writer:
                 text, scope = self._set(block, scope)
                 written.append(text)
             else:
-                written.append(self._one(block, scope))
+                written.append(self._block(block, scope))
         return "".join(written)
 
-    def _one(self, block: Block, scope: Scope) -> str:
+    def _block(self, block: Block, scope: Scope) -> str:
         if block.action == "text":
             return f"{{{{ {_quoted(block.text)} }}}}"
         if block.action in {"break", "continue"}:
@@ -120,27 +125,27 @@ class _Writer:
             return self._range(block, scope)
         if block.action == "output":
             return self._output(block, scope)
-        what = _Reader(block.tokens, scope).pipeline()
+        expression = _PipelineReader(block.tokens, scope).pipeline()
         inner, set_dot = scope, ""
         if block.action == "with":
-            name = self._new()
-            set_dot, inner = f"{{% set go.{name} = {what} %}}", replace(scope, dot=f"go.{name}")
+            name = self._new_name()
+            set_dot, inner = f"{{% set go.{name} = {expression} %}}", replace(scope, dot=f"go.{name}")
         inside, otherwise = self.write(block.inside, inner), self.write(block.otherwise, scope)
-        return f"{{% if {what} %}}{set_dot}{inside}{{% else %}}{otherwise}{{% endif %}}"
+        return f"{{% if {expression} %}}{set_dot}{inside}{{% else %}}{otherwise}{{% endif %}}"
 
     def _output(self, block: Block, scope: Scope) -> str:
-        what = _Reader(block.tokens, scope).pipeline()
+        expression = _PipelineReader(block.tokens, scope).pipeline()
         *_, last = block.tokens
         if last.kind in {"text", "raw"} or (last.kind == "fields" and last.value.rpartition(".")[2] in TEXTS):
-            return f"{{{{ {what} }}}}"
-        return f"{{{{ {what} if {what} is string else {what} | tojson }}}}"
+            return f"{{{{ {expression} }}}}"
+        return f"{{{{ {expression} if {expression} is string else {expression} | tojson }}}}"
 
     def _set(self, block: Block, scope: Scope) -> tuple[str, Scope]:
         name, sign, *tokens = block.tokens
-        what = _Reader(tokens, scope).pipeline()
+        expression = _PipelineReader(tokens, scope).pipeline()
         if sign.value == ":=":
-            scope = scope.knows(name.value, f"go.{self._new()}")
-        return f"{{% set {_meaning(name.value, scope)} = {what} %}}", scope
+            scope = scope.with_variable(name.value, f"go.{self._new_name()}")
+        return f"{{% set {_meaning(name.value, scope)} = {expression} %}}", scope
 
     def _range(self, block: Block, scope: Scope) -> str:
         tokens, names = block.tokens, list[str]()
@@ -148,22 +153,22 @@ class _Writer:
         if ":=" in signs:
             at = signs.index(":=")
             names, tokens = [token.value for token in tokens[:at] if token.kind == "variable"], tokens[at + 1 :]
-        what, one, index = _Reader(tokens, scope).pipeline(), self._new(), self._new()
-        inner = replace(scope, dot=one)
-        for name, meaning in zip(names[::-1], (one, f"go.{index}"), strict=False):
-            inner = inner.knows(name, meaning)
+        expression, item, index = _PipelineReader(tokens, scope).pipeline(), self._new_name(), self._new_name()
+        inner = replace(scope, dot=item)
+        for name, meaning in zip(names[::-1], (item, f"go.{index}"), strict=False):
+            inner = inner.with_variable(name, meaning)
         inside, otherwise = self.write(block.inside, inner), self.write(block.otherwise, scope)
-        begin = f"{{% for {one} in {what} %}}{{% set go.{index} = loop.index0 %}}"
+        begin = f"{{% for {item} in {expression} %}}{{% set go.{index} = loop.index0 %}}"
         return (
             f"{begin}{inside}{{% else %}}{otherwise}{{% endfor %}}" if otherwise else f"{begin}{inside}{{% endfor %}}"
         )
 
-    def _new(self) -> str:
+    def _new_name(self) -> str:
         self._names += 1
         return f"v{self._names}"
 
 
-class _Reader:
+class _PipelineReader:
     """Reads a pipeline of Go's as an expression of Jinja's."""
 
     def __init__(self, tokens: Sequence[Token], scope: Scope) -> None:
@@ -171,17 +176,17 @@ class _Reader:
         self._scope = scope
 
     def pipeline(self) -> str:
-        read = self._piped()
+        expression = self._piped()
         if self._tokens:
             raise NotTranslatable(f"'{self._tokens[0].value}' is not expected there.")
-        return read
+        return expression
 
     def _piped(self) -> str:
-        read = self._command([])
+        expression = self._command([])
         while self._next() == "|":
             self._tokens.pop(0)
-            read = self._command([read])
-        return read
+            expression = self._command([expression])
+        return expression
 
     def _command(self, piped: list[str]) -> str:
         if not self._tokens:
@@ -191,7 +196,7 @@ class _Reader:
             arguments: list[str] = []
             while self._tokens and self._next() not in {"|", ")"}:
                 arguments.append(self._operand())
-            return _called(function, [*arguments, *piped])
+            return _call_function(function, [*arguments, *piped])
         if piped:
             raise NotTranslatable("only a function takes what is piped to it.")
         return self._operand()
@@ -199,18 +204,18 @@ class _Reader:
     def _operand(self) -> str:
         token = self._tokens.pop(0)
         if token.value == "(" and token.kind == "sign":
-            read = self._piped()
+            expression = self._piped()
             if self._next() != ")":
                 raise NotTranslatable("a parenthesis is not closed.")
             self._tokens.pop(0)
-            return self._with_fields(f"({read})")
+            return self._with_fields(f"({expression})")
         if token.kind == "variable":
             if token.value == "$":
-                return self._of_root() if self._is_fields() else _refuse("$")
+                return self._root_field() if self._is_fields() else _refuse("$")
             return self._with_fields(_meaning(token.value, self._scope))
         if token.kind == "fields":
             self._tokens.insert(0, token)
-            return self._of_root() if self._scope.dot is None else self._with_fields(self._scope.dot)
+            return self._root_field() if self._scope.dot is None else self._with_fields(self._scope.dot)
         if token.value == "." and token.kind == "sign":
             return self._scope.dot or _refuse(".")
         if token.kind in {"text", "raw"}:
@@ -218,17 +223,17 @@ class _Reader:
         if token.kind == "number":
             return token.value
         if token.kind == "word":
-            return {"true": "true", "false": "false", "nil": "none"}.get(token.value) or _called(token.value, [])
+            return {"true": "true", "false": "false", "nil": "none"}.get(token.value) or _call_function(token.value, [])
         return _refuse(token.value)
 
-    def _of_root(self) -> str:
+    def _root_field(self) -> str:
         first, *others = self._tokens.pop(0).value.split(".")[1:]
         if first not in self._scope.root:
             return _refuse(f".{first}")
         return _field(self._scope.root[first], others)
 
-    def _with_fields(self, of: str) -> str:
-        return _field(of, self._tokens.pop(0).value.split(".")[1:]) if self._is_fields() else of
+    def _with_fields(self, target: str) -> str:
+        return _field(target, self._tokens.pop(0).value.split(".")[1:]) if self._is_fields() else target
 
     def _is_fields(self) -> bool:
         return bool(self._tokens) and self._tokens[0].kind == "fields"
@@ -237,18 +242,18 @@ class _Reader:
         return self._tokens[0].value if self._tokens and self._tokens[0].kind == "sign" else None
 
 
-def _field(of: str, names: Sequence[str]) -> str:
+def _field(target: str, names: Sequence[str]) -> str:
     for name in names:
-        of = f"{of}.{NAMES.get(name) or WORD.sub('_', name).lower()}"
+        target = f"{target}.{RENAMED_FIELDS.get(name) or WORD_BOUNDARY.sub('_', name).lower()}"
     # A message that only calls tools has no content.
-    return f'({of} or "")' if names and names[-1] in {"Content", "Thinking"} else of
+    return f'({target} or "")' if names and names[-1] in {"Content", "Thinking"} else target
 
 
 def _meaning(variable: str, scope: Scope) -> str:
     return next((meaning for name, meaning in scope.variables if name == variable), None) or _refuse(variable)
 
 
-def _called(function: str, arguments: list[str]) -> str:
+def _call_function(function: str, arguments: list[str]) -> str:
     write = FUNCTIONS.get(function)
     if write is None:
         raise NotTranslatable(f"the function '{function}' is not known here.")
@@ -265,30 +270,30 @@ def _compare(sign: str) -> Callable[..., str]:
     return write
 
 
-def _join(word: str) -> Callable[..., str]:
+def _join(operator: str) -> Callable[..., str]:
     def write(first: str, *others: str) -> str:
-        return "(" + f" {word} ".join([first, *others]) + ")"
+        return "(" + f" {operator} ".join([first, *others]) + ")"
 
     return write
 
 
 def _filter(name: str) -> Callable[..., str]:
-    def write(what: str) -> str:
-        return f"({what} | {name})"
+    def write(expression: str) -> str:
+        return f"({expression} | {name})"
 
     return write
 
 
-def _not(what: str) -> str:
-    return f"(not {what})"
+def _not(expression: str) -> str:
+    return f"(not {expression})"
 
 
-def _index(of: str, *places: str) -> str:
-    return of + "".join(f"[{place}]" for place in places)
+def _index(target: str, *keys: str) -> str:
+    return target + "".join(f"[{key}]" for key in keys)
 
 
-def _slice(of: str, begin: str = "", end: str = "") -> str:
-    return f"{of}[{begin}:{end}]"
+def _slice(target: str, begin: str = "", end: str = "") -> str:
+    return f"{target}[{begin}:{end}]"
 
 
 FUNCTIONS: dict[str, Callable[..., str]] = {

@@ -9,7 +9,7 @@ from jobs.context import Context
 from jobs.registry import job
 from serve.openai.batches.store import ID_MAX, KIND
 
-MOST_ATTEMPTS = 10
+MAX_ATTEMPTS = 10
 
 
 class BatchSpec(BaseModel):
@@ -20,7 +20,7 @@ class BatchSpec(BaseModel):
     batch_id: str = Field(max_length=ID_MAX)
 
 
-@job(KIND, spec=BatchSpec, max_attempts=MOST_ATTEMPTS)
+@job(KIND, spec=BatchSpec, max_attempts=MAX_ATTEMPTS)
 def batch(context: Context, spec: BatchSpec) -> dict[str, Any]:
     """Answers the requests of a batch (/v1/batches)."""
     from serve.openai.batches.runner import run

@@ -8,11 +8,11 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import and_, or_
 
 from cluster.db import get_database
-from cluster.files.store import ID_MAX
+from cluster.files.store import MAX_ID_LENGTH
 from jobs.tables import Job
 from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.pagination import CursorPage, cursor_page
-from serve.http.schemas import Strict
+from serve.http.schemas import StrictModel
 from serve.openai.batches import store as batch_store
 from serve.openai.batches.store import Batch
 from serve.openai.files.schemas import ExpiresAfter
@@ -25,24 +25,24 @@ router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=OPENAI_ERRO
 BatchId = Annotated[str, Field(max_length=100)]
 
 
-class BatchRequest(Strict):
-    input_file_id: str = Field(max_length=ID_MAX)
+class BatchRequest(StrictModel):
+    input_file_id: str = Field(max_length=MAX_ID_LENGTH)
     endpoint: BatchUrl
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = Field(default=None, description="Null: its files stay.")
 
 
-class BatchFault(BaseModel):
+class BatchError(BaseModel):
     code: str | None
     line: int | None
     message: str | None
     param: str | None
 
 
-class BatchFaults(BaseModel):
+class BatchErrors(BaseModel):
     object: Literal["list"] = "list"
-    data: list[BatchFault]
+    data: list[BatchError]
 
 
 class RequestCounts(BaseModel):
@@ -61,7 +61,7 @@ class BatchObject(BaseModel):
         "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
     ]
     model: str | None = Field(description="Null: not known yet, or its requests name several.")
-    errors: BatchFaults | None = Field(description="Why it could not begin, or not go on.")
+    errors: BatchErrors | None = Field(description="Why it could not begin, or not go on.")
     output_file_id: str | None
     error_file_id: str | None
     request_counts: RequestCounts | None = Field(description="Null: not known yet.")
@@ -80,16 +80,16 @@ class BatchObject(BaseModel):
 
 
 @router.post("")
-async def create_batch(wanted: BatchRequest, caller: CurrentCaller) -> BatchObject:
+async def create_batch(body: BatchRequest, caller: CurrentCaller) -> BatchObject:
     """Have the requests of a file answered, within a day."""
-    lasting = wanted.output_expires_after
+    expiry = body.output_expires_after
     async with get_database().transaction() as session:
         batch, job = await batch_store.create(
             session,
-            endpoint=wanted.endpoint,
-            input_file_id=wanted.input_file_id,
-            labels=wanted.metadata or {},
-            output_seconds=lasting.seconds if lasting else None,
+            endpoint=body.endpoint,
+            input_file_id=body.input_file_id,
+            labels=body.metadata or {},
+            output_seconds=expiry.seconds if expiry else None,
             owner=owner_of(caller),
         )
         return _view(batch, job)
@@ -103,21 +103,21 @@ async def list_batches(
 ) -> CursorPage[BatchObject]:
     """Batches, the newest first: your own, or everybody's when you are an administrator."""
     owner = owner_of(caller)
-    wanted = batch_store.visible_to(owner).add_columns(Job).join(Job, Job.id == Batch.job_id)
-    async with get_database().reading() as session:
+    query = batch_store.visible_to(owner).add_columns(Job).join(Job, Job.id == Batch.job_id)
+    async with get_database().read_transaction() as session:
         if after is not None:
             last = await batch_store.find(session, after, owner)
             older = and_(Batch.created_at == last.created_at, Batch.id < last.id)
-            wanted = wanted.where(or_(Batch.created_at < last.created_at, older))
-        ordered = wanted.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit + 1)
-        found = [_view(batch, job) for batch, job in await session.execute(ordered)]
-    return cursor_page(found, [batch.id for batch in found], limit)
+            query = query.where(or_(Batch.created_at < last.created_at, older))
+        ordered = query.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit + 1)
+        views = [_view(batch, job) for batch, job in await session.execute(ordered)]
+    return cursor_page(views, [batch.id for batch in views], limit)
 
 
 @router.get("/{batch_id}")
 async def show_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
     """How far a batch is, and the files with its answers when it has ended."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         batch = await batch_store.find(session, batch_id, owner_of(caller))
         return _view(batch, await session.get_one(Job, batch.job_id))
 
@@ -131,28 +131,28 @@ async def cancel_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
 
 
 def _view(batch: Batch, job: Job) -> BatchObject:
-    told = batch_store.told(batch, job)
-    faults = told.get("errors")
+    fields = batch_store.to_openai(batch, job)
+    errors = fields.get("errors")
     return BatchObject(
         id=batch.id,
         endpoint=batch.endpoint,
         input_file_id=batch.input_file_id,
-        status=told["status"],
-        model=told.get("model"),
-        errors=BatchFaults(data=faults) if faults else None,
-        output_file_id=told.get("output_file_id"),
-        error_file_id=told.get("error_file_id"),
-        request_counts=told.get("request_counts"),
-        usage=told.get("usage"),
+        status=fields["status"],
+        model=fields.get("model"),
+        errors=BatchErrors(data=errors) if errors else None,
+        output_file_id=fields.get("output_file_id"),
+        error_file_id=fields.get("error_file_id"),
+        request_counts=fields.get("request_counts"),
+        usage=fields.get("usage"),
         metadata=batch.labels,
         created_at=int(batch.created_at.timestamp()),
         expires_at=int(batch.expires_at.timestamp()),
-        in_progress_at=told.get("in_progress_at"),
-        finalizing_at=told.get("finalizing_at"),
-        completed_at=told.get("completed_at"),
-        failed_at=told.get("failed_at"),
-        expired_at=told.get("expired_at"),
+        in_progress_at=fields.get("in_progress_at"),
+        finalizing_at=fields.get("finalizing_at"),
+        completed_at=fields.get("completed_at"),
+        failed_at=fields.get("failed_at"),
+        expired_at=fields.get("expired_at"),
         cancelling_at=int(batch.cancelling_at.timestamp()) if batch.cancelling_at else None,
-        cancelled_at=told.get("cancelled_at"),
+        cancelled_at=fields.get("cancelled_at"),
         job_id=batch.job_id,
     )

@@ -22,13 +22,13 @@ from cluster.settings import get_settings
 from jobs import queue
 from jobs.queue import JobRequest
 from jobs.states import FINISHED, RETRYABLE, State
-from jobs.sweep import sweeper
+from jobs.sweep import register_sweeper
 from jobs.tables import Job
 
 KIND = "batch"
-WINDOW = timedelta(hours=24)
+COMPLETION_WINDOW = timedelta(hours=24)
 ID_MAX = 60
-ENDED = {"failed", "completed", "expired", "cancelled"}
+FINAL_STATUSES = {"failed", "completed", "expired", "cancelled"}
 
 
 class BatchNotFound(NotFound):
@@ -55,7 +55,7 @@ class Batch(Base):
     id: Mapped[str] = mapped_column(String(ID_MAX), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     endpoint: Mapped[str] = mapped_column(String(100))
-    input_file_id: Mapped[str] = mapped_column(String(file_store.ID_MAX))  # which may have been deleted since
+    input_file_id: Mapped[str] = mapped_column(String(file_store.MAX_ID_LENGTH))  # which may have been deleted since
     labels: Mapped[dict[str, Any]]  # what OpenAI calls its metadata
     output_seconds: Mapped[int | None]  # how long the files that it writes last; None: until they are deleted
     owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
@@ -92,7 +92,7 @@ async def create(
         owner_id=owner.id,
         created_by=owner.name,
         created_at=moment,
-        expires_at=moment + WINDOW,
+        expires_at=moment + COMPLETION_WINDOW,
     )
     session.add(batch)
     await session.flush()
@@ -113,8 +113,8 @@ def visible_to(owner: Owner) -> Select[Batch]:
 async def cancel(session: AsyncSession, batch: Batch) -> Job:
     """Ask its job to end it, which keeps what is done until then; the job itself is not cancelled."""
     job = await session.get_one(Job, batch.job_id, with_for_update={"key_share": True})
-    status = told(batch, job)["status"]
-    if status in ENDED:
+    status = to_openai(batch, job)["status"]
+    if status in FINAL_STATUSES:
         raise BatchEnded(f"The batch '{batch.id}' cannot be cancelled: it is {status}.")
     batch.cancelling_at = batch.cancelling_at or now()
     if job.state == State.PAUSED:
@@ -122,19 +122,19 @@ async def cancel(session: AsyncSession, batch: Batch) -> Job:
     return job
 
 
-def folder(batch_id: str) -> str:
+def parts_folder(batch_id: str) -> str:
     """Where its answers lie in storage until they are files."""
     return f"batches/{batch_id}"
 
 
-@sweeper("batches")
+@register_sweeper("batches")
 async def remove_left_over(database: Database) -> int:
     """Delete the answers of batches whose job did not come to its end, when nobody will retry it any more."""
     before = now() - timedelta(days=get_settings().jobs.event_days)
     ended_early = select(Batch.id).join(Job, Job.id == Batch.job_id)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         old = ended_early.where(Job.state.in_(RETRYABLE), Job.finished_at < before)
-        addresses = [storage.address(folder(batch_id)) for batch_id in await session.scalars(old)]
+        addresses = [storage.address(parts_folder(batch_id)) for batch_id in await session.scalars(old)]
     removed = 0
     for address in addresses:
         if await asyncio.to_thread(storage.exists, address):
@@ -143,14 +143,14 @@ async def remove_left_over(database: Database) -> int:
     return removed
 
 
-def told(batch: Batch, job: Job) -> dict[str, Any]:
+def to_openai(batch: Batch, job: Job) -> dict[str, Any]:
     """What there is to say of a batch."""
-    known: dict[str, Any] = {"status": "validating", **(job.checkpoint or {}).get("told", {}), **(job.result or {})}
-    if job.state in FINISHED and known["status"] not in ENDED:
-        known |= _ended_early(job)
-    if known["status"] not in ENDED and batch.cancelling_at is not None:
-        known["status"] = "cancelling"
-    return known
+    fields: dict[str, Any] = {"status": "validating", **(job.checkpoint or {}).get("told", {}), **(job.result or {})}
+    if job.state in FINISHED and fields["status"] not in FINAL_STATUSES:
+        fields |= _ended_early(job)
+    if fields["status"] not in FINAL_STATUSES and batch.cancelling_at is not None:
+        fields["status"] = "cancelling"
+    return fields
 
 
 def _ended_early(job: Job) -> dict[str, Any]:

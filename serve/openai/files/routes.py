@@ -14,11 +14,11 @@ from sqlalchemy import ColumnElement, and_, or_
 
 from cluster.db import get_database
 from cluster.files import store as file_store
-from cluster.files.store import ID_MAX, File
+from cluster.files.store import MAX_ID_LENGTH, File
 from cluster.settings import get_settings
 from serve.http.errors import OPENAI_ERROR_RESPONSES, Responses
 from serve.http.pagination import CursorPage, cursor_page
-from serve.http.uploads import received_form
+from serve.http.uploads import receive_form
 from serve.openai.files import validation
 from serve.openai.files.schemas import BATCH_DAYS, DAY_SECONDS, DeletedFile, FileObject, file_fields, file_object
 from serve.security.callers import CurrentCaller, owner_of
@@ -26,11 +26,11 @@ from serve.security.callers import CurrentCaller, owner_of
 router = APIRouter(prefix="/v1/files", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
 
 CHUNK_BYTES = 256 * 1024
-MOST_LISTED = 10_000
+MAX_LISTED = 10_000
 MEBIBYTE = 1024 * 1024
 
-FileId = Annotated[str, Field(max_length=ID_MAX)]
-FORM: dict[str, Any] = {
+FileId = Annotated[str, Field(max_length=MAX_ID_LENGTH)]
+UPLOAD_FORM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "file": {"type": "string", "format": "binary"},
@@ -41,29 +41,32 @@ FORM: dict[str, Any] = {
     "required": ["file", "purpose"],
     "additionalProperties": False,
 }
-CONTENT: Responses = {
+CONTENT_RESPONSES: Responses = {
     200: {"description": "Its bytes", "content": {"application/octet-stream": {"schema": {"type": "string"}}}}
 }
 
 
 @router.post(
-    "", openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}}
+    "",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD_FORM_SCHEMA}}}
+    },
 )
 async def create_file(request: Request, caller: CurrentCaller) -> FileObject:
     """Upload a file. One to learn from, or of a batch, is read at once; what is wrong in it is in `status_details`."""
-    async with received_form(request, get_settings().files.max_mb * MEBIBYTE) as form:
-        said, upload = file_fields(form)
-        content, fault = await asyncio.to_thread(validation.look, said.purpose, upload.file, said.filename)
+    async with receive_form(request, get_settings().files.max_mb * MEBIBYTE) as form:
+        fields, upload = file_fields(form)
+        content, error = await asyncio.to_thread(validation.check_content, fields.purpose, upload.file, fields.filename)
         await upload.seek(0)
-        file = await file_store.keep(
+        file = await file_store.create_file(
             get_database(),
             upload.file,
-            filename=said.filename,
-            purpose=said.purpose,
+            filename=fields.filename,
+            purpose=fields.purpose,
             owner=owner_of(caller),
             content=content,
-            fault=fault,
-            lifetime=timedelta(seconds=said.seconds) if said.seconds else None,
+            fault=error,
+            lifetime=timedelta(seconds=fields.seconds) if fields.seconds else None,
         )
     return file_object(file)
 
@@ -72,39 +75,39 @@ async def create_file(request: Request, caller: CurrentCaller) -> FileObject:
 async def list_files(
     caller: CurrentCaller,
     after: Annotated[FileId | SkipJsonSchema[None], Query()] = None,
-    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = MOST_LISTED,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = MAX_LISTED,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[Annotated[str, Field(max_length=40)] | SkipJsonSchema[None], Query()] = None,
 ) -> CursorPage[FileObject]:
     """Files, the newest first: your own, or everybody's when you are an administrator."""
     owner = owner_of(caller)
-    wanted = file_store.visible_to(owner)
+    query = file_store.visible_to(owner)
     if purpose is not None:
-        wanted = wanted.where(File.purpose == purpose)
-    async with get_database().reading() as session:
+        query = query.where(File.purpose == purpose)
+    async with get_database().read_transaction() as session:
         if after is not None:
-            wanted = wanted.where(_beyond(await file_store.find(session, after, owner), order))
+            query = query.where(_after_file(await file_store.find(session, after, owner), order))
         if order == "asc":
-            ordered = wanted.order_by(File.created_at, File.id)
+            ordered = query.order_by(File.created_at, File.id)
         else:
-            ordered = wanted.order_by(File.created_at.desc(), File.id.desc())
-        found = list(await session.scalars(ordered.limit(limit + 1)))
-    return cursor_page([file_object(file) for file in found], [file.id for file in found], limit)
+            ordered = query.order_by(File.created_at.desc(), File.id.desc())
+        rows = list(await session.scalars(ordered.limit(limit + 1)))
+    return cursor_page([file_object(file) for file in rows], [file.id for file in rows], limit)
 
 
 @router.get("/{file_id}")
 async def show_file(file_id: FileId, caller: CurrentCaller) -> FileObject:
     """What is known of a file."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return file_object(await file_store.find(session, file_id, owner_of(caller)))
 
 
-@router.get("/{file_id}/content", response_class=StreamingResponse, responses=CONTENT)
+@router.get("/{file_id}/content", response_class=StreamingResponse, responses=CONTENT_RESPONSES)
 async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse:
     """What is in it."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         file = await file_store.find(session, file_id, owner_of(caller))
-    content = await asyncio.to_thread(file_store.opened, file)
+    content = await asyncio.to_thread(file_store.open_file, file)
 
     async def chunks() -> AsyncIterator[bytes]:
         with content:
@@ -127,7 +130,7 @@ async def delete_file(file_id: FileId, caller: CurrentCaller) -> DeletedFile:
     return DeletedFile(id=file_id)
 
 
-def _beyond(last: File, order: str) -> ColumnElement[bool]:
+def _after_file(last: File, order: str) -> ColumnElement[bool]:
     if order == "asc":
         return or_(File.created_at > last.created_at, and_(File.created_at == last.created_at, File.id > last.id))
     return or_(File.created_at < last.created_at, and_(File.created_at == last.created_at, File.id < last.id))

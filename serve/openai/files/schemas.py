@@ -6,9 +6,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from cluster.files.store import FILENAME_MAX, File
+from cluster.files.store import MAX_FILENAME_LENGTH, File
 from cluster.files.uploads import Upload
-from serve.http.schemas import Strict
+from serve.http.schemas import StrictModel
 
 Purpose = Literal["fine-tune", "batch", "user_data"]
 """OpenAI has others, for what is not here: assistants, vision and evals."""
@@ -16,36 +16,36 @@ DAY_SECONDS = 24 * 3600
 BATCH_DAYS = 30
 
 
-class ExpiresAfter(Strict):
+class ExpiresAfter(StrictModel):
     anchor: Literal["created_at"]
     seconds: int = Field(ge=3600, le=BATCH_DAYS * DAY_SECONDS)
 
 
-class FileFields(Strict):
+class FileFields(StrictModel):
     """What a form says of its file."""
 
     purpose: Purpose
-    filename: str = Field(min_length=1, max_length=FILENAME_MAX, pattern=r"^[^\x00]*$")
+    filename: str = Field(min_length=1, max_length=MAX_FILENAME_LENGTH, pattern=r"^[^\x00]*$")
     expires_after: ExpiresAfter | None = None
 
     @property
     def seconds(self) -> int | None:
-        return lasting(self.purpose, self.expires_after)
+        return lifetime_seconds(self.purpose, self.expires_after)
 
 
-class UploadRequest(Strict):
+class UploadRequest(StrictModel):
     purpose: Purpose
-    filename: str = Field(min_length=1, max_length=FILENAME_MAX)
+    filename: str = Field(min_length=1, max_length=MAX_FILENAME_LENGTH)
     bytes: int = Field(ge=1, le=2**53, description="How many bytes all parts will have together.")
     mime_type: str = Field(max_length=200, description="Not used.")
     expires_after: ExpiresAfter | None = None
 
     @property
     def seconds(self) -> int | None:
-        return lasting(self.purpose, self.expires_after)
+        return lifetime_seconds(self.purpose, self.expires_after)
 
 
-class Completion(Strict):
+class CompleteUploadRequest(StrictModel):
     part_ids: list[str] = Field(min_length=1, max_length=10_000, description="In the order of the file.")
     md5: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{32}$", description="Of the whole file.")
 
@@ -87,27 +87,27 @@ class PartObject(BaseModel):
     upload_id: str
 
 
-def lasting(purpose: str, wanted: ExpiresAfter | None) -> int | None:
+def lifetime_seconds(purpose: str, expires_after: ExpiresAfter | None) -> int | None:
     """How many seconds a file lasts; None: for good."""
-    if wanted is not None:
-        return wanted.seconds
+    if expires_after is not None:
+        return expires_after.seconds
     return BATCH_DAYS * DAY_SECONDS if purpose == "batch" else None
 
 
 def file_fields(form: FormData) -> tuple[FileFields, UploadFile]:
     """What the form of a file says, with nothing in it that is not understood."""
     file = only_file(form, "file")
-    said: dict[str, Any] = {"filename": file.filename}
+    values: dict[str, Any] = {"filename": file.filename}
     for name, value in form.multi_items():
         if name.startswith("expires_after[") and name.endswith("]"):
-            said.setdefault("expires_after", {})[name.removeprefix("expires_after[").removesuffix("]")] = value
+            values.setdefault("expires_after", {})[name.removeprefix("expires_after[").removesuffix("]")] = value
         elif name != "file":
-            said[name] = value
+            values[name] = value
     try:
-        return FileFields.model_validate(said), file
+        return FileFields.model_validate(values), file
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
+        issues = error.errors(include_url=False)
+        raise RequestValidationError([{**issue, "loc": ("body", *issue["loc"])} for issue in issues]) from None
 
 
 def only_file(form: FormData, name: str) -> UploadFile:

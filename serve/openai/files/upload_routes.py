@@ -9,18 +9,25 @@ from cluster.db import get_database
 from cluster.files import uploads as file_uploads
 from cluster.settings import get_settings
 from serve.http.errors import OPENAI_ERROR_RESPONSES
-from serve.http.uploads import UploadTooLarge, received_form
+from serve.http.uploads import UploadTooLarge, receive_form
 from serve.openai.files import validation
 from serve.openai.files.routes import MEBIBYTE
-from serve.openai.files.schemas import Completion, PartObject, UploadObject, UploadRequest, only_file, upload_object
+from serve.openai.files.schemas import (
+    CompleteUploadRequest,
+    PartObject,
+    UploadObject,
+    UploadRequest,
+    only_file,
+    upload_object,
+)
 from serve.security.callers import CurrentCaller, owner_of
 
 router = APIRouter(prefix="/v1/uploads", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
 
-PART_MB = 64
+MAX_PART_MB = 64
 
 UploadId = Annotated[str, Field(max_length=40)]
-FORM: dict[str, Any] = {
+PART_FORM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"data": {"type": "string", "format": "binary"}},
     "required": ["data"],
@@ -28,18 +35,18 @@ FORM: dict[str, Any] = {
 
 
 @router.post("")
-async def create_upload(wanted: UploadRequest, caller: CurrentCaller) -> UploadObject:
+async def create_upload(body: UploadRequest, caller: CurrentCaller) -> UploadObject:
     """Begin an upload, and have an hour for its parts."""
-    most = get_settings().files.max_upload_mb
-    if wanted.bytes > most * MEBIBYTE:
-        raise UploadTooLarge(f"A file that comes in parts has {most} MiB at most (files.max_upload_mb).")
+    max_mb = get_settings().files.max_upload_mb
+    if body.bytes > max_mb * MEBIBYTE:
+        raise UploadTooLarge(f"A file that comes in parts has {max_mb} MiB at most (files.max_upload_mb).")
     async with get_database().transaction() as session:
         upload = file_uploads.begin(
             session,
-            filename=wanted.filename,
-            purpose=wanted.purpose,
-            size=wanted.bytes,
-            file_seconds=wanted.seconds,
+            filename=body.filename,
+            purpose=body.purpose,
+            size=body.bytes,
+            file_seconds=body.seconds,
             owner=owner_of(caller),
         )
     return upload_object(upload)
@@ -47,24 +54,24 @@ async def create_upload(wanted: UploadRequest, caller: CurrentCaller) -> UploadO
 
 @router.post(
     "/{upload_id}/parts",
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": PART_FORM_SCHEMA}}}},
 )
 async def add_part(upload_id: UploadId, request: Request, caller: CurrentCaller) -> PartObject:
     """Add a part of up to 64 MiB. Parts may come in any order, at the same time, and again."""
     owner = owner_of(caller)
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         await file_uploads.find_pending(session, upload_id, owner)
-    async with received_form(request, PART_MB * MEBIBYTE) as form:
+    async with receive_form(request, MAX_PART_MB * MEBIBYTE) as form:
         data = only_file(form, "data")
         part = await file_uploads.add_part(get_database(), upload_id, data.file, data.size or 0, owner)
     return PartObject(id=part.id, created_at=int(part.created_at.timestamp()), upload_id=upload_id)
 
 
 @router.post("/{upload_id}/complete")
-async def complete_upload(upload_id: UploadId, wanted: Completion, caller: CurrentCaller) -> UploadObject:
+async def complete_upload(upload_id: UploadId, body: CompleteUploadRequest, caller: CurrentCaller) -> UploadObject:
     """Make a file of parts that together have the bytes that were announced."""
     upload, file = await file_uploads.complete(
-        get_database(), upload_id, wanted.part_ids, wanted.md5, validation.look, owner_of(caller)
+        get_database(), upload_id, body.part_ids, body.md5, validation.check_content, owner_of(caller)
     )
     return upload_object(upload, file)
 

@@ -5,11 +5,11 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import ForgearrError, InvalidRequest
-from pipelines.training.data.parsing import EmptyData, lines_of, read, read_json, sentence
-from pipelines.training.data.samples import Pair
+from pipelines.training.data.parsing import EmptyData, first_error_message, parse_json_line, read_lines, read_samples
+from pipelines.training.data.samples import PreferencePair
 
 BATCH_URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-MOST_REQUESTS = 50_000
+MAX_REQUESTS = 50_000
 
 BatchUrl = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 
@@ -31,49 +31,49 @@ class BatchLine(BaseModel):
     body: dict[str, Any]
 
 
-def look(purpose: str, file: BinaryIO, name: str) -> tuple[str | None, str | None]:
+def check_content(purpose: str, file: BinaryIO, name: str) -> tuple[str | None, str | None]:
     """What its lines are (chat, preference or batch), and what is wrong with them."""
     try:
         match purpose:
             case "fine-tune":
-                return _samples(file, name), None
+                return _check_samples(file, name), None
             case "batch":
-                return _requests(file, name), None
+                return _check_requests(file, name), None
             case _:
                 return None, None
     except ForgearrError as error:
         return None, error.message
 
 
-def batch_line(line: bytes, place: str) -> BatchLine:
+def parse_batch_line(line: bytes, location: str) -> BatchLine:
     """A request of a batch, from its line; `place` says where it is, for whoever has to mend it."""
     try:
-        return BatchLine.model_validate(read_json(line, place))
+        return BatchLine.model_validate(parse_json_line(line, location))
     except ValidationError as error:
-        raise InvalidBatchLine(f"The {place} is no request of a batch: {sentence(error)}.") from None
+        raise InvalidBatchLine(f"The {location} is no request of a batch: {first_error_message(error)}.") from None
 
 
-def _samples(file: BinaryIO, name: str) -> str:
+def _check_samples(file: BinaryIO, name: str) -> str:
     kind = ""
-    for sample in read(lines_of(file), name):
-        kind = "preference" if isinstance(sample, Pair) else "chat"
+    for sample in read_samples(read_lines(file), name):
+        kind = "preference" if isinstance(sample, PreferencePair) else "chat"
     if not kind:
         raise EmptyData(f"There is no sample in {name}.")
     return kind
 
 
-def _requests(file: BinaryIO, name: str) -> str:
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines_of(file), 1):
+def _check_requests(file: BinaryIO, name: str) -> str:
+    lines_by_id: dict[str, int] = {}
+    for number, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
-        place = f"line {number} of {name}"
-        custom_id = batch_line(line, place).custom_id
-        if custom_id in seen:
-            raise InvalidBatchLine(f"The {place} has the custom_id '{custom_id}' of line {seen[custom_id]}.")
-        seen[custom_id] = number
-        if len(seen) > MOST_REQUESTS:
-            raise InvalidBatchLine(f"There are more than {MOST_REQUESTS} requests in {name}.")
-    if not seen:
+        location = f"line {number} of {name}"
+        custom_id = parse_batch_line(line, location).custom_id
+        if custom_id in lines_by_id:
+            raise InvalidBatchLine(f"The {location} has the custom_id '{custom_id}' of line {lines_by_id[custom_id]}.")
+        lines_by_id[custom_id] = number
+        if len(lines_by_id) > MAX_REQUESTS:
+            raise InvalidBatchLine(f"There are more than {MAX_REQUESTS} requests in {name}.")
+    if not lines_by_id:
         raise EmptyData(f"There is no request in {name}.")
     return "batch"

@@ -12,18 +12,18 @@ from pipelines.training.data import resolution
 from pipelines.training.models import tiny
 from pipelines.training.models.versions import ModelNotFound
 from pipelines.training.spec import FineTuneSpec
-from serve.engines.protocol import Folder
+from serve.engines.protocol import ModelFolder
 from serve.models import fine_tuned_names
-from serve.models.dependencies import models_of
+from serve.models.dependencies import get_models
 from serve.openai.fine_tuning.schemas import (
     DpoHyperparameters,
-    JobCreation,
+    FineTuningJobRequest,
 )
 
-KEPT_EPOCHS = 3
+MAX_CHECKPOINTS = 3
 """OpenAI's."""
-LEARNING_RATE: float = FineTuneSpec.model_fields["learning_rate"].default
-ABOUT_DATA = {
+DEFAULT_LEARNING_RATE: float = FineTuneSpec.model_fields["learning_rate"].default
+DATA_ERROR_CODES = {
     "empty_data",
     "file_not_found",
     "invalid_sample",
@@ -35,13 +35,13 @@ ABOUT_DATA = {
 """Errors of a training that come from its file."""
 
 
-class MethodNotThere(InvalidRequest):
+class MethodNotAvailable(InvalidRequest):
     """Models are fine-tuned by the methods supervised and dpo; reinforcement is not available."""
 
     code = "METHOD_NOT_AVAILABLE"
 
 
-class NotABase(InvalidRequest):
+class NotABaseModel(InvalidRequest):
     """No training can begin with this model."""
 
     code = "NOT_A_BASE_MODEL"
@@ -57,45 +57,45 @@ async def resolve_base_model(request: Request, model: str, owner: Owner) -> str:
     if "/" in model and not is_tuned:
         return model  # of the Hugging Face hub
     try:
-        meant = await models_of(request).resolve(model, owner)
+        resolved = await get_models(request).resolve(model, owner)
     except ModelNotFound:
         if ":" in model:
             raise
         return model  # of the hub too, where some have no owner
-    if isinstance(meant.source, Folder):
-        raise NotABase(
+    if isinstance(resolved.source, ModelFolder):
+        raise NotABaseModel(
             f"'{model}' was never exported, so no training can begin with it: take the model of a whole job."
         )
-    return meant.reference
+    return resolved.reference
 
 
-def forge_spec(wanted: JobCreation, base_model: str) -> dict[str, Any]:
-    method = wanted.method.type if wanted.method else "supervised"
-    told = wanted.wanted_hyperparameters
-    suffix = re.sub(r"[^a-z0-9_-]+", "-", wanted.suffix.lower()).strip("-") if wanted.suffix else ""
+def forge_spec(body: FineTuningJobRequest, base_model: str) -> dict[str, Any]:
+    method = body.method.type if body.method else "supervised"
+    hyperparameters = body.requested_hyperparameters
+    suffix = re.sub(r"[^a-z0-9_-]+", "-", body.suffix.lower()).strip("-") if body.suffix else ""
     spec: dict[str, Any] = {
         "name": _registered_name(base_model, suffix),
         "base_model": base_model,
-        "data": {"file": wanted.training_file},
+        "data": {"file": body.training_file},
         "method": method,
         "deploy": False,
-        "keep_epochs": KEPT_EPOCHS,
-        "metadata": wanted.metadata,
+        "keep_epochs": MAX_CHECKPOINTS,
+        "metadata": body.metadata,
     }
     if suffix:
         spec["suffix"] = suffix
-    if wanted.validation_file:
-        spec["validation"] = {"file": wanted.validation_file}
-    if wanted.seed is not None:
-        spec["seed"] = wanted.seed
-    if told.n_epochs not in (None, "auto"):
-        spec["epochs"] = told.n_epochs
-    if isinstance(told.batch_size, int):
-        spec |= {"batch_size": told.batch_size, "gradient_accumulation": 1}
-    if isinstance(told.learning_rate_multiplier, float):
-        spec["learning_rate"] = LEARNING_RATE * told.learning_rate_multiplier
-    if isinstance(told, DpoHyperparameters) and isinstance(told.beta, float):
-        spec["beta"] = told.beta
+    if body.validation_file:
+        spec["validation"] = {"file": body.validation_file}
+    if body.seed is not None:
+        spec["seed"] = body.seed
+    if hyperparameters.n_epochs not in (None, "auto"):
+        spec["epochs"] = hyperparameters.n_epochs
+    if isinstance(hyperparameters.batch_size, int):
+        spec |= {"batch_size": hyperparameters.batch_size, "gradient_accumulation": 1}
+    if isinstance(hyperparameters.learning_rate_multiplier, float):
+        spec["learning_rate"] = DEFAULT_LEARNING_RATE * hyperparameters.learning_rate_multiplier
+    if isinstance(hyperparameters, DpoHyperparameters) and isinstance(hyperparameters.beta, float):
+        spec["beta"] = hyperparameters.beta
     return spec
 
 

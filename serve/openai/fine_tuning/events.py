@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.errors import InvalidRequest
 from jobs.tables import Job, JobEvent
-from serve.openai.fine_tuning.schemas import JobEvent as Told
+from serve.openai.fine_tuning.schemas import FineTuningJobEvent as FineTuningEvent
 
 PREFIX = "ftevent-"
 IDENTIFIER = re.compile(PREFIX + r"(\d{1,18})")
@@ -30,40 +30,40 @@ METRICS = {
 }
 
 
-async def page(session: AsyncSession, job: Job, after: str | None, limit: int) -> list[Told]:
+async def page(session: AsyncSession, job: Job, after: str | None, limit: int) -> list[FineTuningEvent]:
     """The newest, or those before the event `after`."""
     steps = {step.id: step.kind for step in await session.scalars(select(Job).where(Job.parent_id == job.id))}
     kinds = {**steps, job.id: job.kind}
-    told = or_(_of_job(job), and_(JobEvent.job_id.in_(steps), _of_step()))
-    wanted = select(JobEvent).where(told)
+    condition = or_(_job_events(job), and_(JobEvent.job_id.in_(steps), _step_events()))
+    query = select(JobEvent).where(condition)
     if after is not None:
-        known = IDENTIFIER.fullmatch(after)
-        if known is None:
+        identifier = IDENTIFIER.fullmatch(after)
+        if identifier is None:
             raise InvalidRequest(f"There is no event '{after}'.")
-        wanted = wanted.where(JobEvent.id < int(known[1]))
-    events = await session.scalars(wanted.order_by(JobEvent.id.desc()).limit(limit))
-    return [_told(event, kinds[event.job_id], job) for event in events]
+        query = query.where(JobEvent.id < int(identifier[1]))
+    events = await session.scalars(query.order_by(JobEvent.id.desc()).limit(limit))
+    return [_to_openai(event, kinds[event.job_id], job) for event in events]
 
 
-def _of_job(job: Job) -> ColumnElement[bool]:
+def _job_events(job: Job) -> ColumnElement[bool]:
     """A job that has its steps done by others parks meanwhile, which is no news."""
     own = ["paused", "succeeded", "failed", "cancelled", "log"]
     queued = and_(JobEvent.type == "queued", JobEvent.data["parked"].as_string().is_(None))
-    all_of_it = or_(JobEvent.type.in_(own), queued, *([_of_step()] if job.kind == "fine_tune" else []))
-    return and_(JobEvent.job_id == job.id, all_of_it)
+    included = or_(JobEvent.type.in_(own), queued, *([_step_events()] if job.kind == "fine_tune" else []))
+    return and_(JobEvent.job_id == job.id, included)
 
 
-def _of_step() -> ColumnElement[bool]:
+def _step_events() -> ColumnElement[bool]:
     numbers = or_(*(JobEvent.data["metrics"][name].as_float().is_not(None) for name in ("loss", "eval_loss")))
     return or_(JobEvent.type.in_(["running", "log"]), and_(JobEvent.type == "progress", numbers))
 
 
-def _told(event: JobEvent, kind: str, job: Job) -> Told:
+def _to_openai(event: JobEvent, kind: str, job: Job) -> FineTuningEvent:
     level: Literal["info", "warn", "error"] = "info"
     data: dict[str, Any] | None = None
     match event.type:
         case "progress":
-            data = _numbers(event.data["metrics"])
+            data = _openai_metrics(event.data["metrics"])
             message = _sentence(data)
         case "log":
             message, level = event.data["message"], LEVELS.get(event.data["level"], "info")
@@ -79,7 +79,7 @@ def _told(event: JobEvent, kind: str, job: Job) -> Told:
             message, level = f"The job failed: {(event.data.get('error') or {}).get('message', '')}", "error"
         case _:
             message = "The job was cancelled"
-    return Told(
+    return FineTuningEvent(
         id=f"{PREFIX}{event.id}",
         created_at=int(event.created_at.timestamp()),
         level=level,
@@ -89,14 +89,14 @@ def _told(event: JobEvent, kind: str, job: Job) -> Told:
     )
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    told = {theirs: metrics[ours] for ours, theirs in METRICS.items() if ours in metrics}
-    return {"step": int(metrics["step"]), **told}
+def _openai_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    values = {theirs: metrics[ours] for ours, theirs in METRICS.items() if ours in metrics}
+    return {"step": int(metrics["step"]), **values}
 
 
 def _sentence(numbers: dict[str, Any]) -> str:
-    told = {"training loss": numbers.get("train_loss"), "validation loss": numbers.get("valid_loss")}
-    losses = [f"{name}={value:.4f}" for name, value in told.items() if value is not None]
+    losses_by_name = {"training loss": numbers.get("train_loss"), "validation loss": numbers.get("valid_loss")}
+    losses = [f"{name}={value:.4f}" for name, value in losses_by_name.items() if value is not None]
     return f"Step {numbers['step']}: {', '.join(losses)}"
 
 

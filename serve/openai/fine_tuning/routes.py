@@ -15,14 +15,14 @@ from jobs import queue
 from jobs.queue import JobRequest
 from jobs.tables import Job
 from pipelines.training.data import resolution
-from pipelines.training.spec import Data
+from pipelines.training.spec import DataSource
 from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.pagination import CursorPage, cursor_page
 from serve.jobs.routes import JobId
 from serve.models import fine_tuned_names
 from serve.openai.fine_tuning import events as fine_tuning_events
-from serve.openai.fine_tuning.creation import MethodNotThere, forge_spec, resolve_base_model
-from serve.openai.fine_tuning.schemas import Checkpoint, FineTuningJob, JobCreation, JobEvent
+from serve.openai.fine_tuning.creation import MethodNotAvailable, forge_spec, resolve_base_model
+from serve.openai.fine_tuning.schemas import Checkpoint, FineTuningJob, FineTuningJobEvent, FineTuningJobRequest
 from serve.openai.fine_tuning.view import checkpoint_view, job_view, with_metadata
 from serve.security.callers import CurrentCaller, owner_of
 
@@ -35,19 +35,19 @@ After = Annotated[Annotated[str, Field(max_length=100)] | SkipJsonSchema[None], 
 @router.post("")
 async def create_fine_tuning_job(
     request: Request,
-    wanted: JobCreation,
+    body: FineTuningJobRequest,
     caller: CurrentCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> FineTuningJob:
     """Fine-tune a model on a file, export and validate it. Nobody but its owner knows it by its name."""
-    if wanted.method and wanted.method.type == "reinforcement":
-        raise MethodNotThere
+    if body.method and body.method.type == "reinforcement":
+        raise MethodNotAvailable
     owner = owner_of(caller)
-    spec = forge_spec(wanted, await resolve_base_model(request, wanted.model, owner))
+    spec = forge_spec(body, await resolve_base_model(request, body.model, owner))
     async with get_database().transaction() as session:
-        for file_id in (wanted.training_file, wanted.validation_file):
+        for file_id in (body.training_file, body.validation_file):
             if file_id is not None:
-                await resolution.check(session, Data(file=file_id), owner, spec["method"])
+                await resolution.require_usable(session, DataSource(file=file_id), owner, spec["method"])
         job = await queue.enqueue(session, JobRequest(kind="forge", spec=spec), owner, idempotency_key=idempotency_key)
         return await job_view(session, job)
 
@@ -58,22 +58,22 @@ async def list_fine_tuning_jobs(
 ) -> CursorPage[FineTuningJob]:
     """Fine-tuning jobs, the newest first, whichever door they came through; also by `metadata[key]=value`."""
     owner = owner_of(caller)
-    async with get_database().reading() as session:
-        wanted = with_metadata(session, fine_tuned_names.trainings(owner), request)
+    async with get_database().read_transaction() as session:
+        query = with_metadata(session, fine_tuned_names.fine_tuning_jobs(owner), request)
         if after is not None:
             last = await _find(session, after, owner)
             same_time = and_(Job.created_at == last.created_at, Job.id < last.id)
-            wanted = wanted.where(or_(Job.created_at < last.created_at, same_time))
-        newest_first = wanted.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+            query = query.where(or_(Job.created_at < last.created_at, same_time))
+        newest_first = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
         jobs = list(await session.scalars(newest_first))
-        shown = [await job_view(session, job) for job in jobs]
-    return cursor_page(shown, [job.id for job in jobs], limit)
+        views = [await job_view(session, job) for job in jobs]
+    return cursor_page(views, [job.id for job in jobs], limit)
 
 
 @router.get("/{job_id}")
 async def show_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
     """One of them."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         return await job_view(session, await _find(session, job_id, owner_of(caller)))
 
 
@@ -110,9 +110,9 @@ async def resume_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTu
 @router.get("/{job_id}/events")
 async def list_fine_tuning_events(
     job_id: JobId, caller: CurrentCaller, after: After = None, limit: Limit = 20
-) -> CursorPage[JobEvent]:
+) -> CursorPage[FineTuningJobEvent]:
     """What happened to it, the newest first: messages, and the numbers of each step."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         job = await _find(session, job_id, owner_of(caller))
         events = await fine_tuning_events.page(session, job, after, limit + 1)
     return cursor_page(events, [event.id for event in events], limit)
@@ -123,20 +123,20 @@ async def list_checkpoints(
     job_id: JobId, caller: CurrentCaller, after: After = None, limit: Limit = 10
 ) -> CursorPage[Checkpoint]:
     """The models that it had at the ends of its last three epochs, the newest first. Each can be asked."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         job = await _find(session, job_id, owner_of(caller))
-        epochs = fine_tuned_names.epochs(await fine_tuned_names.training_of(session, job))
-    found = [checkpoint_view(job, epoch) for epoch in reversed(epochs)]
+        epochs = fine_tuned_names.epochs(await fine_tuned_names.find_fine_tune_job(session, job))
+    checkpoints = [checkpoint_view(job, epoch) for epoch in reversed(epochs)]
     if after is not None:
-        ids = [checkpoint.id for checkpoint in found]
+        ids = [checkpoint.id for checkpoint in checkpoints]
         if after not in ids:
             raise InvalidRequest(f"There is no checkpoint '{after}' of {job.id}.")
-        found = found[ids.index(after) + 1 :]
-    return cursor_page(found, [checkpoint.id for checkpoint in found], limit)
+        checkpoints = checkpoints[ids.index(after) + 1 :]
+    return cursor_page(checkpoints, [checkpoint.id for checkpoint in checkpoints], limit)
 
 
 async def _find(session: AsyncSession, job_id: str, owner: Owner, *, lock: bool = False) -> Job:
-    query = fine_tuned_names.trainings(owner).where(Job.id == job_id)
+    query = fine_tuned_names.fine_tuning_jobs(owner).where(Job.id == job_id)
     job = await session.scalar(query.with_for_update(key_share=True) if lock else query)
     if job is None:
         raise queue.JobNotFound(f"There is no fine-tuning job '{job_id}'.")

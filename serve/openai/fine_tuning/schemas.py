@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from pipelines.training.spec import Metadata
-from serve.http.schemas import Strict
+from serve.http.schemas import StrictModel
 
 Auto = Literal["auto"]
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 FileId = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-class SupervisedHyperparameters(Strict):
+class SupervisedHyperparameters(StrictModel):
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="auto: as many as fit into the memory."
     )
@@ -26,29 +26,29 @@ class DpoHyperparameters(SupervisedHyperparameters):
     beta: Auto | Annotated[float, Field(gt=0, le=10)] | None = Field(default=None, description="auto: 0.1.")
 
 
-class Supervised(Strict):
+class SupervisedMethod(StrictModel):
     hyperparameters: SupervisedHyperparameters | None = None
 
 
-class Dpo(Strict):
+class DpoMethod(StrictModel):
     hyperparameters: DpoHyperparameters | None = None
 
 
-class Method(Strict):
+class Method(StrictModel):
     type: Literal["supervised", "dpo", "reinforcement"] = Field(description="reinforcement is refused.")
-    supervised: Supervised | None = None
-    dpo: Dpo | None = None
+    supervised: SupervisedMethod | None = None
+    dpo: DpoMethod | None = None
     reinforcement: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def speak_of_one(self) -> Self:
+    def validate_single_method(self) -> Self:
         for other in {"supervised", "dpo", "reinforcement"} - {self.type}:
             if getattr(self, other) is not None:
                 raise ValueError(f"{other} does not belong to the method {self.type}")
         return self
 
 
-class JobCreation(Strict):
+class FineTuningJobRequest(StrictModel):
     """OpenAI's request. What is not here is refused, since the model would not be what was asked for."""
 
     model: str = Field(
@@ -67,15 +67,17 @@ class JobCreation(Strict):
     integrations: list[Any] | None = Field(default=None, max_length=0, description="None: runs are in MLflow anyway.")
 
     @model_validator(mode="after")
-    def say_it_once(self) -> Self:
+    def validate_hyperparameters(self) -> Self:
         if self.method and self.hyperparameters:
             raise ValueError("hyperparameters belong into method, where there is one")
         return self
 
     @property
-    def wanted_hyperparameters(self) -> SupervisedHyperparameters:
-        told = self.method and (self.method.supervised or self.method.dpo)
-        return (told.hyperparameters if told else self.hyperparameters) or SupervisedHyperparameters()
+    def requested_hyperparameters(self) -> SupervisedHyperparameters:
+        method_options = self.method and (self.method.supervised or self.method.dpo)
+        return (
+            method_options.hyperparameters if method_options else self.hyperparameters
+        ) or SupervisedHyperparameters()
 
 
 class UsedHyperparameters(BaseModel):
@@ -102,7 +104,7 @@ class UsedMethod(BaseModel):
     dpo: UsedDpo | None = None
 
 
-class JobError(BaseModel):
+class FineTuningJobError(BaseModel):
     code: str
     message: str
     param: str | None
@@ -115,7 +117,7 @@ class FineTuningJob(BaseModel):
     finished_at: int | None
     estimated_finish: int | None
     status: Status
-    error: JobError | None
+    error: FineTuningJobError | None
     model: str
     fine_tuned_model: str | None
     organization_id: str
@@ -131,7 +133,7 @@ class FineTuningJob(BaseModel):
     user_provided_suffix: str | None
 
 
-class JobEvent(BaseModel):
+class FineTuningJobEvent(BaseModel):
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int

@@ -12,14 +12,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from jobs import journal
 from jobs.states import State
 from jobs.tables import Job
-from pipelines.training.forge import SHARES
+from pipelines.training.forge import PROGRESS_RANGES
 from serve.models import fine_tuned_names
-from serve.openai.fine_tuning.creation import ABOUT_DATA, LEARNING_RATE
+from serve.openai.fine_tuning.creation import DATA_ERROR_CODES, DEFAULT_LEARNING_RATE
 from serve.openai.fine_tuning.schemas import (
     Checkpoint,
     CheckpointMetrics,
     FineTuningJob,
-    JobError,
+    FineTuningJobError,
     Status,
     UsedDpo,
     UsedDpoHyperparameters,
@@ -28,19 +28,19 @@ from serve.openai.fine_tuning.schemas import (
     UsedSupervised,
 )
 
-METADATA = re.compile(r"metadata\[(.+)\]")
+METADATA_PARAMETER = re.compile(r"metadata\[(.+)\]")
 
 
-def with_metadata(session: AsyncSession, wanted: Select[Job], request: Request) -> Select[Job]:
+def with_metadata(session: AsyncSession, query: Select[Job], request: Request) -> Select[Job]:
     for name, value in request.query_params.multi_items():
-        if told := METADATA.fullmatch(name):
-            wanted = wanted.where(_says(session, told[1], value))
+        if matched := METADATA_PARAMETER.fullmatch(name):
+            query = query.where(_metadata_equals(session, matched[1], value))
         elif name == "metadata" and value == "null":
-            wanted = wanted.where(Job.spec["metadata"].as_string().is_(None))
-    return wanted
+            query = query.where(Job.spec["metadata"].as_string().is_(None))
+    return query
 
 
-def _says(session: AsyncSession, key: str, value: str) -> ColumnElement[bool]:
+def _metadata_equals(session: AsyncSession, key: str, value: str) -> ColumnElement[bool]:
     if session.get_bind().dialect.name == "postgresql":
         return Job.spec["metadata"][key].as_string() == value
     # A path of SQLite's finds no key that has quotes, or anything beyond ASCII, in it.
@@ -49,17 +49,17 @@ def _says(session: AsyncSession, key: str, value: str) -> ColumnElement[bool]:
 
 
 async def job_view(session: AsyncSession, job: Job) -> FineTuningJob:
-    training = await fine_tuned_names.training_of(session, job)
+    training = await fine_tuned_names.find_fine_tune_job(session, job)
     spec: dict[str, Any] = job.spec
     result: dict[str, Any] = (training.result if training else None) or {}
-    used = _used(spec, training, result)
+    hyperparameters = _used_hyperparameters(spec, training, result)
     status = _status(job, training)
     validation: dict[str, Any] | None = spec.get("validation")
     if spec["method"] == "dpo":
-        parameters = UsedDpoHyperparameters(**used.model_dump(), beta=spec["beta"])
+        parameters = UsedDpoHyperparameters(**hyperparameters.model_dump(), beta=spec["beta"])
         method = UsedMethod(type="dpo", dpo=UsedDpo(hyperparameters=parameters))
     else:
-        method = UsedMethod(type="supervised", supervised=UsedSupervised(hyperparameters=used))
+        method = UsedMethod(type="supervised", supervised=UsedSupervised(hyperparameters=hyperparameters))
     return FineTuningJob(
         id=job.id,
         created_at=int(job.created_at.timestamp()),
@@ -68,13 +68,13 @@ async def job_view(session: AsyncSession, job: Job) -> FineTuningJob:
         status=status,
         error=await _error(session, job),
         model=spec["base_model"],
-        fine_tuned_model=fine_tuned_names.name(job) if job.state == State.SUCCEEDED else None,
+        fine_tuned_model=fine_tuned_names.model_name(job) if job.state == State.SUCCEEDED else None,
         organization_id=f"org-{job.owner_id or fine_tuned_names.organization(job)}",
-        training_file=_source(spec["data"]),
-        validation_file=_source(validation) if validation else None,
+        training_file=_source_id(spec["data"]),
+        validation_file=_source_id(validation) if validation else None,
         result_files=result.get("result_files", []),
         trained_tokens=result.get("trained_tokens"),
-        hyperparameters=used,
+        hyperparameters=hyperparameters,
         method=method,
         seed=spec["seed"],
         metadata=spec.get("metadata"),
@@ -82,14 +82,16 @@ async def job_view(session: AsyncSession, job: Job) -> FineTuningJob:
     )
 
 
-def _used(spec: dict[str, Any], training: Job | None, result: dict[str, Any]) -> UsedHyperparameters:
+def _used_hyperparameters(spec: dict[str, Any], training: Job | None, result: dict[str, Any]) -> UsedHyperparameters:
     state: Any = training.checkpoint if training else None
-    place: dict[str, Any] = state.get("place", {}) if isinstance(state, dict) else {}
-    in_memory = result.get("batch_size") or place.get("batch_size") or spec["batch_size"]
-    steps = place.get("gradient_accumulation") or spec["gradient_accumulation"]
+    trainer_state: dict[str, Any] = state.get("place", {}) if isinstance(state, dict) else {}
+    per_device_batch = result.get("batch_size") or trainer_state.get("batch_size") or spec["batch_size"]
+    accumulation_steps = trainer_state.get("gradient_accumulation") or spec["gradient_accumulation"]
     return UsedHyperparameters(
-        batch_size=in_memory * steps * spec["workers"] if isinstance(in_memory, int) else "auto",
-        learning_rate_multiplier=float(f"{spec['learning_rate'] / LEARNING_RATE:.6g}"),
+        batch_size=per_device_batch * accumulation_steps * spec["workers"]
+        if isinstance(per_device_batch, int)
+        else "auto",
+        learning_rate_multiplier=float(f"{spec['learning_rate'] / DEFAULT_LEARNING_RATE:.6g}"),
         n_epochs=math.ceil(spec["epochs"]),
     )
 
@@ -114,16 +116,16 @@ def _status(job: Job, training: Job | None) -> Status:
             return "running"
 
 
-async def _error(session: AsyncSession, job: Job) -> JobError | None:
+async def _error(session: AsyncSession, job: Job) -> FineTuningJobError | None:
     if job.state != State.FAILED or not job.error:
         return None
-    told: dict[str, Any] = job.error
+    error_body: dict[str, Any] = job.error
     if job.kind == "forge":
         failed = select(Job).where(Job.parent_id == job.id, Job.state == State.FAILED).order_by(Job.id)
         step = await session.scalar(failed.limit(1))
-        told = (step.error if step else None) or told
-    param = "training_file" if told["code"] in ABOUT_DATA else None
-    return JobError(code=told["code"], message=told["message"], param=param)
+        error_body = (step.error if step else None) or error_body
+    param = "training_file" if error_body["code"] in DATA_ERROR_CODES else None
+    return FineTuningJobError(code=error_body["code"], message=error_body["message"], param=param)
 
 
 async def _estimated_finish(session: AsyncSession, training: Job | None) -> int | None:
@@ -133,15 +135,19 @@ async def _estimated_finish(session: AsyncSession, training: Job | None) -> int 
     for event in await journal.newest(session, training.id, "progress", limit=5):
         eta = event.data.get("metrics", {}).get("eta_seconds")
         if eta is not None:
-            _, share = SHARES["fine_tune"]
-            left = timedelta(seconds=eta)
-            begun = training.started_at or event.created_at
-            rest = (event.created_at + left - begun) * (100 - share) / share if training.parent_id else timedelta()
-            return int((event.created_at + left + rest).timestamp())
+            _, share = PROGRESS_RANGES["fine_tune"]
+            remaining = timedelta(seconds=eta)
+            started_at = training.started_at or event.created_at
+            later_steps = (
+                (event.created_at + remaining - started_at) * (100 - share) / share
+                if training.parent_id
+                else timedelta()
+            )
+            return int((event.created_at + remaining + later_steps).timestamp())
     return None
 
 
-def _source(data: dict[str, Any]) -> str:
+def _source_id(data: dict[str, Any]) -> str:
     """A file's id; or what else a job of another door learns from."""
     for name in ("file", "dataset", "folder"):
         if data.get(name):

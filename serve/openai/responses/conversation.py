@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from serve.openai.responses.items import CallUnknown, Item
+from serve.openai.responses.items import CallNotFound, Item
 
 
-def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
+def to_messages(items: Iterable[Item]) -> list[dict[str, Any]]:
     """A conversation as an engine reads it: what an assistant thinks, says and calls in one go is one message."""
     messages: list[dict[str, Any]] = []
     turn: dict[str, Any] | None = None  # the assistant's, as long as it lasts
@@ -16,38 +16,38 @@ def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
             turn = None
             messages.append(_other_message(item))
             continue
-        begins = kind != "function_call" and turn is not None and (turn["content"] or "tool_calls" in turn)
-        if turn is None or begins:
+        starts_turn = kind != "function_call" and turn is not None and (turn["content"] or "tool_calls" in turn)
+        if turn is None or starts_turn:
             turn = {"role": "assistant", "content": ""}
             messages.append(turn)
         if kind == "function_call":
             function = {"name": item["name"], "arguments": item["arguments"]}
             turn.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
         elif kind == "message":
-            turn["content"] = _text(item["content"])
-        elif thought := _text(item["content"] or item["summary"]):
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + thought
+            turn["content"] = _join_text(item["content"])
+        elif reasoning := _join_text(item["content"] or item["summary"]):
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + reasoning
     return messages
 
 
 def check_calls(items: Sequence[Item]) -> None:
     """Refuse an answer to a call that nobody made; a chat template would show it to the model as if it had."""
-    called: set[str] = set()
+    known_call_ids: set[str] = set()
     for item in items:
         if item["type"] == "function_call":
-            called.add(item["call_id"])
-        if item["type"] == "function_call_output" and item["call_id"] not in called:
-            raise CallUnknown(f"There is no call '{item['call_id']}' in the conversation before what answers it.")
+            known_call_ids.add(item["call_id"])
+        if item["type"] == "function_call_output" and item["call_id"] not in known_call_ids:
+            raise CallNotFound(f"There is no call '{item['call_id']}' in the conversation before what answers it.")
 
 
 def _other_message(item: Item) -> dict[str, Any]:
     if item["type"] == "function_call_output":
         output = item["output"]
-        said = output if isinstance(output, str) else _text(output)
-        return {"role": "tool", "tool_call_id": item["call_id"], "content": said}
+        text = output if isinstance(output, str) else _join_text(output)
+        return {"role": "tool", "tool_call_id": item["call_id"], "content": text}
     role = "system" if item["role"] == "developer" else item["role"]
-    return {"role": role, "content": _text(item["content"])}
+    return {"role": role, "content": _join_text(item["content"])}
 
 
-def _text(parts: Iterable[Item]) -> str:
+def _join_text(parts: Iterable[Item]) -> str:
     return "".join(part["text"] for part in parts)

@@ -11,19 +11,19 @@ from serve.openai.responses.items import Item, item_id
 
 Event = dict[str, Any]
 
-ENDINGS = {"completed": "response.completed", "failed": "response.failed"}
+END_EVENTS = {"completed": "response.completed", "failed": "response.failed"}
 """Of any other status: response.incomplete."""
-OF_A_TOKEN = ("token", "logprob", "bytes")
+TOKEN_FIELDS = ("token", "logprob", "bytes")
 
 
 def new_response_id() -> str:
     return f"resp_{token_hex(16)}"
 
 
-class Telling:
+class ResponseStream:
     """Hears an answer; `response` is what there is of it until now."""
 
-    def __init__(self, response_id: str, repeated: dict[str, Any], items_before: int = 0) -> None:
+    def __init__(self, response_id: str, request_fields: dict[str, Any], items_before: int = 0) -> None:
         self.response: dict[str, Any] = {
             "id": response_id,
             "object": "response",
@@ -34,82 +34,82 @@ class Telling:
             "incomplete_details": None,
             "output": [],
             "usage": None,
-            **repeated,
+            **request_fields,
         }
         self._items_before = items_before
         self._events = 0
-        self._open = False  # whether the last item is still being said
-        self._call: int | None = None  # the number that the engine gives the call that is being said
+        self._is_item_open = False  # whether the last item is still being said
+        self._call_index: int | None = None  # the number that the engine gives the call that is being said
         self._finish_reason: str | None = None
 
     def begin(self) -> list[Event]:
-        return [self._event(kind, response=self._now()) for kind in ("response.created", "response.in_progress")]
+        return [self._event(kind, response=self._snapshot()) for kind in ("response.created", "response.in_progress")]
 
-    def hear(self, chunk: Chunk) -> list[Event]:
+    def feed(self, chunk: Chunk) -> list[Event]:
         events: list[Event] = []
         for choice in chunk["choices"]:
             delta = choice["delta"]
-            if thought := delta.get("reasoning_content"):
-                events += self._go_on("reasoning") + self._say(thought)
-            if said := delta.get("content"):
-                events += self._go_on("message") + self._say(said, _logprobs(choice))
+            if reasoning := delta.get("reasoning_content"):
+                events += self._advance("reasoning") + self._append_text(reasoning)
+            if text := delta.get("content"):
+                events += self._advance("message") + self._append_text(text, _logprobs(choice))
             for call in delta.get("tool_calls") or []:
-                events += self._hear_call(call)
+                events += self._feed_tool_call(call)
             self._finish_reason = choice["finish_reason"] or self._finish_reason
         if "usage" in chunk:
             self.response["usage"] = self._usage(chunk["usage"])
         return events
 
     def end(self) -> list[Event]:
-        full = self._finish_reason == "length"
+        is_truncated = self._finish_reason == "length"
         events = [] if self.response["output"] else self._begin_item("message")
-        events += self._close("incomplete" if full else "completed")
-        if full:
+        events += self._close_item("incomplete" if is_truncated else "completed")
+        if is_truncated:
             return events + self._finish("incomplete", incomplete_details={"reason": "max_output_tokens"})
         return events + self._finish("completed", completed_at=int(time.time()))
 
     def fail(self, error: ForgearrError) -> list[Event]:
-        told = {"code": "server_error", "message": error.message}
-        return self._close("incomplete") + self._finish("failed", error=told)
+        error_body = {"code": "server_error", "message": error.message}
+        return self._close_item("incomplete") + self._finish("failed", error=error_body)
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """Nobody listens any more."""
-        self._close("incomplete")
+        self._close_item("incomplete")
         self._finish("cancelled")
 
-    def tell_again(self, told: dict[str, Any]) -> list[Event]:
+    def replay(self, response: dict[str, Any]) -> list[Event]:
         """The events of a response that has been told, with each text as one piece."""
         events = self.begin()
-        for item in told["output"]:
-            said = item.get("arguments") or "".join(part["text"] for part in item.get("content", ()))
-            logprobs = [one for part in item.get("content", ()) for one in part.get("logprobs") or ()]
+        for item in response["output"]:
+            text = item.get("arguments") or "".join(part["text"] for part in item.get("content", ()))
+            logprobs = [logprob for part in item.get("content", ()) for logprob in part.get("logprobs") or ()]
             blank = {"arguments": ""} if item["type"] == "function_call" else {"content": []}
             events += self._begin_item(item["type"], {**item, **blank, "status": "in_progress"})
-            events += (self._say(said, logprobs) if said else []) + self._close(item["status"])
-        return events + self._finish(**told)
+            events += (self._append_text(text, logprobs) if text else []) + self._close_item(item["status"])
+        return events + self._finish(**response)
 
-    def refuse(self, error: ForgearrError) -> Event:
+    def error_event(self, error: ForgearrError) -> Event:
         """What ends a stream that cannot even say how the response ended."""
         return self._event("error", code=error.code.lower(), message=error.message, param=None)
 
-    def _hear_call(self, told: dict[str, Any]) -> list[Event]:
-        function, events = told.get("function", {}), list[Event]()
-        if self._call != told["index"]:
-            events += self._close("completed")
-            about = {"call_id": told.get("id") or f"call_{token_hex(12)}", "name": "", "arguments": ""}
-            events += self._begin_item("function_call", about | {"name": function.get("name", "")})
-            self._call = told["index"]
+    def _feed_tool_call(self, delta: dict[str, Any]) -> list[Event]:
+        function, events = delta.get("function", {}), list[Event]()
+        if self._call_index != delta["index"]:
+            events += self._close_item("completed")
+            fields = {"call_id": delta.get("id") or f"call_{token_hex(12)}", "name": "", "arguments": ""}
+            events += self._begin_item("function_call", fields | {"name": function.get("name", "")})
+            self._call_index = delta["index"]
         if arguments := function.get("arguments"):
-            events += self._say(arguments)
+            events += self._append_text(arguments)
         return events
 
-    def _go_on(self, kind: str) -> list[Event]:
+    def _advance(self, kind: str) -> list[Event]:
         """With the item that is open if it is of this kind, else with a new one."""
-        if self._open and self._item["type"] == kind:
+        if self._is_item_open and self._item["type"] == kind:
             return []
-        return self._close("completed") + self._begin_item(kind)
+        return self._close_item("completed") + self._begin_item(kind)
 
-    def _begin_item(self, kind: str, about: Item | None = None) -> list[Event]:
+    def _begin_item(self, kind: str, fields: Item | None = None) -> list[Event]:
         output = self.response["output"]
         identifier = item_id(self.response["id"], kind, self._items_before + len(output))
         item: Item = {"id": identifier, "type": kind, "status": "in_progress"}
@@ -117,8 +117,8 @@ class Telling:
             item |= {"role": "assistant", "content": []}
         if kind == "reasoning":
             item |= {"summary": [], "content": []}
-        output.append(item | (about or {}))
-        self._open = True
+        output.append(item | (fields or {}))
+        self._is_item_open = True
         events = [self._item_event("response.output_item.added", item=deepcopy(self._item))]
         if kind != "function_call":
             part: Item = {"type": "reasoning_text", "text": ""}
@@ -128,11 +128,11 @@ class Telling:
             events.append(self._part_event("response.content_part.added", part=deepcopy(part)))
         return events
 
-    def _say(self, text: str, logprobs: list[Item] | None = None) -> list[Event]:
+    def _append_text(self, text: str, logprobs: list[Item] | None = None) -> list[Event]:
         item = self._item
         if item["type"] == "function_call":
             item["arguments"] += text
-            return [self._said_event("response.function_call_arguments.delta", delta=text)]
+            return [self._content_event("response.function_call_arguments.delta", delta=text)]
         part = item["content"][0]
         part["text"] += text
         if item["type"] == "reasoning":
@@ -140,68 +140,74 @@ class Telling:
         part["logprobs"] += logprobs or []
         return [self._part_event("response.output_text.delta", delta=text, logprobs=logprobs or [])]
 
-    def _close(self, status: str) -> list[Event]:
-        if not self._open:
+    def _close_item(self, status: str) -> list[Event]:
+        if not self._is_item_open:
             return []
         item = self._item
         item["status"] = status
         if item["type"] == "function_call":
-            said = {"name": item["name"], "arguments": item["arguments"]}
-            events = [self._said_event("response.function_call_arguments.done", **said)]
+            fields = {"name": item["name"], "arguments": item["arguments"]}
+            events = [self._content_event("response.function_call_arguments.done", **fields)]
         else:
             part = deepcopy(item["content"][0])
-            told = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
+            extra = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             kind = "response.output_text.done" if item["type"] == "message" else "response.reasoning_text.done"
             events = [
-                self._part_event(kind, text=part["text"], **told),
+                self._part_event(kind, text=part["text"], **extra),
                 self._part_event("response.content_part.done", part=part),
             ]
         events.append(self._item_event("response.output_item.done", item=deepcopy(item)))
-        self._open, self._call = False, None
+        self._is_item_open, self._call_index = False, None
         return events
 
-    def _finish(self, status: str, **told: Any) -> list[Event]:
-        self.response |= {**told, "status": status}
-        return [self._event(ENDINGS.get(status, "response.incomplete"), response=self._now())]
+    def _finish(self, status: str, **fields: Any) -> list[Event]:
+        self.response |= {**fields, "status": status}
+        return [self._event(END_EVENTS.get(status, "response.incomplete"), response=self._snapshot())]
 
     @property
     def _item(self) -> Item:
         return self.response["output"][-1]
 
-    def _usage(self, told: dict[str, Any]) -> dict[str, Any]:
-        read, said = told["prompt_tokens"], told["completion_tokens"]
-        remembered = (told.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        thought = any(item["type"] == "reasoning" for item in self.response["output"])
+    def _usage(self, usage: dict[str, Any]) -> dict[str, Any]:
+        input_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        has_reasoning = any(item["type"] == "reasoning" for item in self.response["output"])
         return {
-            "input_tokens": read,
-            "input_tokens_details": {"cached_tokens": remembered, "cache_write_tokens": read - remembered},
-            "output_tokens": said,
-            "output_tokens_details": {"reasoning_tokens": None if thought else 0},
-            "total_tokens": told["total_tokens"],
+            "input_tokens": input_tokens,
+            "input_tokens_details": {
+                "cached_tokens": cached_tokens,
+                "cache_write_tokens": input_tokens - cached_tokens,
+            },
+            "output_tokens": output_tokens,
+            "output_tokens_details": {"reasoning_tokens": None if has_reasoning else 0},
+            "total_tokens": usage["total_tokens"],
         }
 
-    def _now(self) -> dict[str, Any]:
+    def _snapshot(self) -> dict[str, Any]:
         return {**self.response, "output": list(self.response["output"])}
 
-    def _part_event(self, kind: str, **told: Any) -> Event:
-        return self._said_event(kind, content_index=0, **told)
+    def _part_event(self, kind: str, **fields: Any) -> Event:
+        return self._content_event(kind, content_index=0, **fields)
 
-    def _said_event(self, kind: str, **told: Any) -> Event:
-        return self._item_event(kind, item_id=self._item["id"], **told)
+    def _content_event(self, kind: str, **fields: Any) -> Event:
+        return self._item_event(kind, item_id=self._item["id"], **fields)
 
-    def _item_event(self, kind: str, **told: Any) -> Event:
-        return self._event(kind, output_index=len(self.response["output"]) - 1, **told)
+    def _item_event(self, kind: str, **fields: Any) -> Event:
+        return self._event(kind, output_index=len(self.response["output"]) - 1, **fields)
 
-    def _event(self, kind: str, **told: Any) -> Event:
-        event = {"type": kind, "sequence_number": self._events, **told}
+    def _event(self, kind: str, **fields: Any) -> Event:
+        event = {"type": kind, "sequence_number": self._events, **fields}
         self._events += 1
         return event
 
 
 def _logprobs(choice: dict[str, Any]) -> list[Item]:
-    told = (choice.get("logprobs") or {}).get("content") or []
-    return [_of_a_token(one) | {"top_logprobs": [_of_a_token(top) for top in one["top_logprobs"]]} for one in told]
+    logprobs = (choice.get("logprobs") or {}).get("content") or []
+    return [
+        _token_fields(token) | {"top_logprobs": [_token_fields(top) for top in token["top_logprobs"]]}
+        for token in logprobs
+    ]
 
 
-def _of_a_token(told: dict[str, Any]) -> Item:
-    return {name: told[name] for name in OF_A_TOKEN}
+def _token_fields(logprob: dict[str, Any]) -> Item:
+    return {name: logprob[name] for name in TOKEN_FIELDS}

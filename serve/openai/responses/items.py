@@ -5,38 +5,38 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cluster.errors import InvalidRequest
-from serve.http.schemas import Strict
+from serve.http.schemas import StrictModel
 
 Item = dict[str, Any]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ItemId = Annotated[str, Field(min_length=1, max_length=100)]
 
-LOGPROBS = "message.output_text.logprobs"
-MOST_ITEMS = 10_000
-PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
-ANYTHING = [{"role": "user", "content": ""}]
+LOGPROBS_INCLUDE = "message.output_text.logprobs"
+MAX_ITEMS = 10_000
+ITEM_ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+PLACEHOLDER_MESSAGES = [{"role": "user", "content": ""}]
 """A conversation to check the rest of a request with."""
 
 
-class CallUnknown(InvalidRequest):
+class CallNotFound(InvalidRequest):
     """What a function has answered belongs to a call, which comes before it in the conversation."""
 
     code = "CALL_NOT_FOUND"
 
 
-class InputText(Strict):
+class InputText(StrictModel):
     type: Literal["input_text"]
     text: str
 
 
-class OutputText(Strict):
+class OutputText(StrictModel):
     type: Literal["output_text"]
     text: str
     annotations: list[Any] | None = Field(default=None, max_length=0)
     logprobs: list[dict[str, Any]] | None = None
 
 
-class Message(Strict):
+class Message(StrictModel):
     """What somebody has said. An answer may be sent back as it came; what OpenAI adds to those must be null."""
 
     type: Literal["message"] = "message"
@@ -46,16 +46,16 @@ class Message(Strict):
     status: ItemStatus | None = None
     phase: None = None
 
-    def item(self) -> Item:
-        said = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+    def to_item(self) -> Item:
+        texts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         if self.role == "assistant":
-            content = [{"type": "output_text", "text": text, "annotations": []} for text in said]
+            content = [{"type": "output_text", "text": text, "annotations": []} for text in texts]
         else:
-            content = [{"type": "input_text", "text": text} for text in said]
+            content = [{"type": "input_text", "text": text} for text in texts]
         return {"type": "message", "role": self.role, "content": content, "status": "completed"}
 
 
-class FunctionCallItem(Strict):
+class FunctionCallItem(StrictModel):
     type: Literal["function_call"]
     call_id: str = Field(min_length=1, max_length=200)
     name: str = Field(min_length=1)
@@ -65,32 +65,32 @@ class FunctionCallItem(Strict):
     namespace: None = None
     caller: None = None
 
-    def item(self) -> Item:
+    def to_item(self) -> Item:
         return {**self.model_dump(include={"type", "call_id", "name", "arguments"}), "status": "completed"}
 
 
-class FunctionCallOutput(Strict):
+class FunctionCallOutput(StrictModel):
     type: Literal["function_call_output"]
     call_id: str = Field(min_length=1, max_length=200, description="Of the call that this answers.")
     output: str | list[InputText]
     id: ItemId | None = None
     status: ItemStatus | None = None
 
-    def item(self) -> Item:
+    def to_item(self) -> Item:
         return {**self.model_dump(include={"type", "call_id", "output"}), "status": "completed"}
 
 
-class ReasoningText(Strict):
+class ReasoningText(StrictModel):
     type: Literal["reasoning_text"]
     text: str
 
 
-class SummaryText(Strict):
+class SummaryText(StrictModel):
     type: Literal["summary_text"]
     text: str
 
 
-class Reasoning(Strict):
+class Reasoning(StrictModel):
     """What a model has thought, in words. Encrypted thoughts are another server's."""
 
     type: Literal["reasoning"]
@@ -100,12 +100,12 @@ class Reasoning(Strict):
     id: ItemId | None = None
     status: ItemStatus | None = None
 
-    def item(self) -> Item:
+    def to_item(self) -> Item:
         content = [part.model_dump() for part in self.content or []]
         return {**self.model_dump(include={"type", "summary"}), "content": content, "status": "completed"}
 
 
-class ItemReference(Strict):
+class ItemReference(StrictModel):
     """An item of a response that is stored, by its id."""
 
     type: Literal["item_reference"] | None = None
@@ -120,4 +120,4 @@ def item_type(item: Any) -> str | None:
 
 def item_id(response_id: str, kind: str, position: int) -> str:
     """It says where the item is: in which response, and at which place among what that was given and has answered."""
-    return f"{PREFIXES[kind]}_{response_id.removeprefix('resp_')}{position:04x}"
+    return f"{ITEM_ID_PREFIXES[kind]}_{response_id.removeprefix('resp_')}{position:04x}"

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from serve.http.schemas import Strict
+from serve.http.schemas import StrictModel
 from serve.openai.chat_schemas import ChatRequest, Function, ModelReference
-from serve.openai.responses.conversation import messages_of
+from serve.openai.responses.conversation import to_messages
 from serve.openai.responses.items import (
-    ANYTHING,
-    LOGPROBS,
-    MOST_ITEMS,
+    LOGPROBS_INCLUDE,
+    MAX_ITEMS,
+    PLACEHOLDER_MESSAGES,
     FunctionCallItem,
     FunctionCallOutput,
     Item,
@@ -42,7 +42,7 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(Strict):
+class FunctionTool(StrictModel):
     type: Literal["function"]
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
@@ -51,32 +51,32 @@ class FunctionTool(Strict):
 
     @field_validator("type", mode="before")
     @classmethod
-    def refuse_by_name(cls, kind: object) -> object:
+    def validate_type(cls, kind: object) -> object:
         if isinstance(kind, str) and kind != "function":
             raise ValueError(f"there is no tool of the type {kind[:100]} here, only function")
         return kind
 
-    def for_chat(self) -> dict[str, Any]:
+    def to_chat_tool(self) -> dict[str, Any]:
         function = self.model_dump(include=set(Function.model_fields), exclude_none=True)
         return {"type": "function", "function": function}
 
 
-class ChosenFunction(Strict):
+class ChosenFunction(StrictModel):
     type: Literal["function"]
     name: str
 
 
-class AllowedTools(Strict):
+class AllowedTools(StrictModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[ChosenFunction] = Field(min_length=1, max_length=128)
 
 
-class AnyFormat(Strict):
+class PlainFormat(StrictModel):
     type: Literal["text", "json_object"]
 
 
-class SchemaFormat(Strict):
+class SchemaFormat(StrictModel):
     type: Literal["json_schema"]
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
@@ -84,12 +84,12 @@ class SchemaFormat(Strict):
     strict: bool | None = None
 
 
-class TextConfiguration(Strict):
-    format: AnyFormat | SchemaFormat | None = None
+class TextConfiguration(StrictModel):
+    format: PlainFormat | SchemaFormat | None = None
     verbosity: None = None
 
 
-class NoReasoning(Strict):
+class NoReasoning(StrictModel):
     """How much a model thinks cannot be chosen here."""
 
     effort: None = None
@@ -97,15 +97,15 @@ class NoReasoning(Strict):
     generate_summary: None = None
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseRequest(Strict):
+class ResponseRequest(StrictModel):
     """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
 
     model: ModelReference
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_ITEMS)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = Field(default=None, description="A system message for this response only.")
     previous_response_id: ResponseId | None = Field(default=None, description="The stored one that this goes on from.")
     tools: list[FunctionTool] | None = Field(default=None, max_length=128)
@@ -133,17 +133,17 @@ class ResponseRequest(Strict):
     max_tool_calls: None = None
 
     @model_validator(mode="after")
-    def fit_together(self) -> Self:
+    def validate_combination(self) -> Self:
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is for answers with stream")
-        if self.top_logprobs and not self._logprobs():
-            raise ValueError(f"top_logprobs needs {LOGPROBS} in include")
+        if self.top_logprobs and not self._wants_logprobs():
+            raise ValueError(f"top_logprobs needs {LOGPROBS_INCLUDE} in include")
         if isinstance(self.tool_choice, AllowedTools):
-            known = {tool.name for tool in self.tools or []}
-            if unknown := [tool.name for tool in self.tool_choice.tools if tool.name not in known]:
+            tool_names = {tool.name for tool in self.tools or []}
+            if unknown := [tool.name for tool in self.tool_choice.tools if tool.name not in tool_names]:
                 raise ValueError(f"tool_choice names {unknown[0]}, which is not among the tools")
         try:
-            self._chat()
+            self._to_chat_request()
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
@@ -151,28 +151,30 @@ class ResponseRequest(Strict):
     @property
     def references(self) -> list[str]:
         """The ids of the stored items that it refers to."""
-        return [] if isinstance(self.input, str) else [one.id for one in self.input if isinstance(one, ItemReference)]
+        return (
+            [] if isinstance(self.input, str) else [item.id for item in self.input if isinstance(item, ItemReference)]
+        )
 
-    def items(self, response_id: str, referred: Mapping[str, Item]) -> list[Item]:
+    def items(self, response_id: str, referenced_items: Mapping[str, Item]) -> list[Item]:
         """What it brings, each with an id; instead of a reference, what it refers to."""
-        given = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        input_items = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         items: list[Item] = []
-        for position, one in enumerate(given):
-            if isinstance(one, ItemReference):
-                items.append(referred[one.id])
+        for position, input_item in enumerate(input_items):
+            if isinstance(input_item, ItemReference):
+                items.append(referenced_items[input_item.id])
                 continue
-            item = one.item()
-            items.append({"id": one.id or item_id(response_id, item["type"], position), **item})
+            item = input_item.to_item()
+            items.append({"id": input_item.id or item_id(response_id, item["type"], position), **item})
         return items
 
     def for_engine(self, items: Iterable[Item]) -> dict[str, Any]:
         """For an answer to all that was said until now."""
-        ruled = [{"role": "system", "content": self.instructions}] if self.instructions is not None else []
-        return {**self._chat().for_engine(), "messages": [*ruled, *messages_of(items)]}
+        system = [{"role": "system", "content": self.instructions}] if self.instructions is not None else []
+        return {**self._to_chat_request().for_engine(), "messages": [*system, *to_messages(items)]}
 
-    def repeated(self) -> dict[str, Any]:
+    def request_fields(self) -> dict[str, Any]:
         """What a response says again of its request. What nobody chose, and the engine decides, is null."""
-        asked = self.model_dump(
+        fields = self.model_dump(
             mode="json",
             by_alias=True,
             include={
@@ -181,7 +183,7 @@ class ResponseRequest(Strict):
             },
         )
         text = self.text.model_dump(mode="json", by_alias=True, exclude_none=True) if self.text else {}
-        return asked | {
+        return fields | {
             "tools": [tool.model_dump() for tool in self.tools or []],
             "tool_choice": "auto" if self.tool_choice is None else self.model_dump()["tool_choice"],
             "parallel_tool_calls": self.parallel_tool_calls is not False,
@@ -195,7 +197,7 @@ class ResponseRequest(Strict):
             "max_tool_calls": None,
         }
 
-    def _chat(self) -> ChatRequest:
+    def _to_chat_request(self) -> ChatRequest:
         """The same wishes in a chat's words, which are checked there."""
         tools = self.tools or []
         choice: Any = self.tool_choice
@@ -204,26 +206,26 @@ class ResponseRequest(Strict):
             tools, choice = [tool for tool in tools if tool.name in allowed], choice.mode
         if isinstance(choice, ChosenFunction):
             choice = {"type": "function", "function": {"name": choice.name}}
-        asked: dict[str, Any] = {
+        options: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_completion_tokens": self.max_output_tokens,
-            "tools": [tool.for_chat() for tool in tools] or None,
+            "tools": [tool.to_chat_tool() for tool in tools] or None,
             "tool_choice": choice,
             "parallel_tool_calls": self.parallel_tool_calls is not False if tools else None,
-            "response_format": self._format(),
+            "response_format": self._response_format(),
             "stream": self.stream,
         }
-        if self._logprobs():
-            asked |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        return ChatRequest.model_validate({"model": self.model, "messages": ANYTHING, **asked})
+        if self._wants_logprobs():
+            options |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        return ChatRequest.model_validate({"model": self.model, "messages": PLACEHOLDER_MESSAGES, **options})
 
-    def _logprobs(self) -> bool:
-        return LOGPROBS in (self.include or [])
+    def _wants_logprobs(self) -> bool:
+        return LOGPROBS_INCLUDE in (self.include or [])
 
-    def _format(self) -> dict[str, Any] | None:
-        wanted = self.text.format if self.text else None
-        if not isinstance(wanted, SchemaFormat):
-            return wanted.model_dump() if wanted else None
-        told = wanted.model_dump(by_alias=True, exclude_none=True)
-        return {"type": told.pop("type"), "json_schema": told}
+    def _response_format(self) -> dict[str, Any] | None:
+        text_format = self.text.format if self.text else None
+        if not isinstance(text_format, SchemaFormat):
+            return text_format.model_dump() if text_format else None
+        json_schema = text_format.model_dump(by_alias=True, exclude_none=True)
+        return {"type": json_schema.pop("type"), "json_schema": json_schema}

@@ -16,19 +16,19 @@ from cluster.db import Database, get_database
 from cluster.errors import ForgearrError, InvalidRequest
 from cluster.ownership import Owner
 from serve.engines.protocol import Chunk, Engine
-from serve.engines.protocol import Request as EngineRequest
+from serve.engines.protocol import EngineRequest as EngineRequest
 from serve.http import sse
-from serve.http.disconnect import while_connected
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.error_handlers import as_forgearr_error
 from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.pagination import CursorPage, cursor_page
-from serve.models.dependencies import engine_of, models_of
-from serve.models.resolver import Meant
+from serve.models.dependencies import get_engine, get_models
+from serve.models.resolver import ResolvedModel
 from serve.openai import streaming
-from serve.openai.responses import schemas as bodies
+from serve.openai.responses import schemas as schemas
 from serve.openai.responses import store as response_store
 from serve.openai.responses.conversation import check_calls
-from serve.openai.responses.events import Event, Telling, new_response_id
+from serve.openai.responses.events import Event, ResponseStream, new_response_id
 from serve.openai.responses.items import Item
 from serve.openai.responses.request import ResponseRequest
 from serve.openai.responses.schemas import DeletedResponse
@@ -36,11 +36,11 @@ from serve.security.callers import CurrentCaller, owner_of
 
 router = APIRouter(prefix="/v1/responses", tags=["Responses"], responses=OPENAI_ERROR_RESPONSES)
 
-Keep = Callable[[dict[str, Any]], Awaitable[None]]
+SaveResponse = Callable[[dict[str, Any]], Awaitable[None]]
 ResponseId = Annotated[str, Field(max_length=100)]
 
 log = logging.getLogger(__name__)
-_keeping: set[asyncio.Task[None]] = set()
+_save_tasks: set[asyncio.Task[None]] = set()
 
 
 class NotInBackground(InvalidRequest):
@@ -55,33 +55,35 @@ class CannotContinue(InvalidRequest):
     code = "CANNOT_START_AFTER"
 
 
-@router.post("", response_model=bodies.Response, responses=sse.described("event of a response"))
-async def create_response(request: Request, wanted: ResponseRequest, caller: CurrentCaller) -> Any:
+@router.post("", response_model=schemas.Response, responses=sse.sse_responses("event of a response"))
+async def create_response(request: Request, body: ResponseRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events, and keep the response."""
     owner = owner_of(caller)
-    meant = await models_of(request).resolve(wanted.model, owner)
-    if not wanted.stream:
-        work = answer_response(get_database(), engine_of(request), meant, wanted, owner)
-        return Response(orjson.dumps(await while_connected(request, work)), media_type="application/json")
-    asked = await _asked(get_database(), wanted, owner)
-    answer = engine_of(request).chat(meant.reference, asked.request, meant.source)
-    first = await while_connected(request, anext(answer))
-    keep = partial(_keep, get_database(), asked.given, owner)
-    return _stream(_told(asked.telling, streaming.rejoined(first, answer), keep))
+    model = await get_models(request).resolve(body.model, owner)
+    if not body.stream:
+        awaitable = complete_response(get_database(), get_engine(request), model, body, owner)
+        return Response(orjson.dumps(await cancel_on_disconnect(request, awaitable)), media_type="application/json")
+    prepared = await _prepare(get_database(), body, owner)
+    stream = get_engine(request).chat(model.reference, prepared.engine_request, model.source)
+    first = await cancel_on_disconnect(request, anext(stream))
+    save = partial(_save, get_database(), prepared.input_items, owner)
+    return _sse_response(_stream_events(prepared.response_stream, streaming.prepend(first, stream), save))
 
 
-async def answer_response(
-    database: Database, engine: Engine, meant: Meant, wanted: ResponseRequest, owner: Owner
+async def complete_response(
+    database: Database, engine: Engine, model: ResolvedModel, body: ResponseRequest, owner: Owner
 ) -> dict[str, Any]:
     """The whole response, which is kept if that is wanted."""
-    asked = await _asked(database, wanted, owner)
-    asked.telling.hear(_as_chunk(await engine.complete(meant.reference, asked.request, meant.source)))
-    asked.telling.end()
-    await _keep(database, asked.given, owner, asked.telling.response)
-    return asked.telling.response
+    prepared = await _prepare(database, body, owner)
+    prepared.response_stream.feed(
+        _as_chunk(await engine.complete(model.reference, prepared.engine_request, model.source))
+    )
+    prepared.response_stream.end()
+    await _save(database, prepared.input_items, owner, prepared.response_stream.response)
+    return prepared.response_stream.response
 
 
-@router.get("/{response_id}", response_model=bodies.Response, responses=sse.described("event of a response"))
+@router.get("/{response_id}", response_model=schemas.Response, responses=sse.sse_responses("event of a response"))
 async def show_response(
     response_id: ResponseId,
     caller: CurrentCaller,
@@ -91,16 +93,22 @@ async def show_response(
     """A response that was kept; with `stream`, as the events that tell of it."""
     if starting_after is not None:
         raise CannotContinue()
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         stored = await response_store.find(session, response_id, owner_of(caller))
     if not stream:
         return Response(orjson.dumps(stored.body), media_type="application/json")
 
-    async def again() -> AsyncGenerator[list[Event]]:
-        begun = {"status": "in_progress", "output": [], "usage": None, "completed_at": None, "incomplete_details": None}
-        yield Telling(response_id, {**stored.body, **begun, "error": None}).tell_again(stored.body)
+    async def replay_events() -> AsyncGenerator[list[Event]]:
+        initial_fields = {
+            "status": "in_progress",
+            "output": [],
+            "usage": None,
+            "completed_at": None,
+            "incomplete_details": None,
+        }
+        yield ResponseStream(response_id, {**stored.body, **initial_fields, "error": None}).replay(stored.body)
 
-    return _stream(again())
+    return _sse_response(replay_events())
 
 
 @router.delete("/{response_id}")
@@ -111,10 +119,10 @@ async def delete_response(response_id: ResponseId, caller: CurrentCaller) -> Del
     return DeletedResponse(id=response_id)
 
 
-@router.post("/{response_id}/cancel", response_model=bodies.Response)
+@router.post("/{response_id}/cancel", response_model=schemas.Response)
 async def cancel_response(response_id: ResponseId, caller: CurrentCaller) -> Any:
     """Refused: a response ends when whoever waits for it closes the connection."""
-    async with get_database().reading() as session:
+    async with get_database().read_transaction() as session:
         await response_store.find(session, response_id, owner_of(caller))
     raise NotInBackground()
 
@@ -128,8 +136,8 @@ async def list_input_items(
     order: Literal["asc", "desc"] = "desc",
 ) -> CursorPage[dict[str, Any]]:
     """What it was an answer to, with the conversation before."""
-    async with get_database().reading() as session:
-        items = await response_store.given_to(session, response_id, owner_of(caller))
+    async with get_database().read_transaction() as session:
+        items = await response_store.input_items_of(session, response_id, owner_of(caller))
     if order == "desc":
         items.reverse()
     if after is not None:
@@ -142,89 +150,97 @@ async def list_input_items(
 
 
 @dataclass(frozen=True)
-class _Asked:
-    telling: Telling
-    request: EngineRequest
-    given: list[Item]
+class _PreparedRequest:
+    response_stream: ResponseStream
+    engine_request: EngineRequest
+    input_items: list[Item]
 
 
-async def _asked(database: Database, wanted: ResponseRequest, owner: Owner) -> _Asked:
+async def _prepare(database: Database, body: ResponseRequest, owner: Owner) -> _PreparedRequest:
     response_id = new_response_id()
-    before, referred = await _known(database, wanted, owner)
-    given = wanted.items(response_id, referred)
-    items = [*before, *given]
+    previous_items, referenced_items = await _load_context(database, body, owner)
+    input_items = body.items(response_id, referenced_items)
+    items = [*previous_items, *input_items]
     check_calls(items)
-    return _Asked(Telling(response_id, wanted.repeated(), len(given)), wanted.for_engine(items), given)
+    return _PreparedRequest(
+        ResponseStream(response_id, body.request_fields(), len(input_items)), body.for_engine(items), input_items
+    )
 
 
-async def _known(database: Database, wanted: ResponseRequest, owner: Owner) -> tuple[list[Item], dict[str, Item]]:
+async def _load_context(database: Database, body: ResponseRequest, owner: Owner) -> tuple[list[Item], dict[str, Item]]:
     """What a request only names: the conversation before it, and items by their ids."""
-    previous, references = wanted.previous_response_id, wanted.references
-    if previous is None and not references:
+    previous_id, references = body.previous_response_id, body.references
+    if previous_id is None and not references:
         return [], {}
-    async with database.reading() as session:
-        before = await response_store.said_before(session, previous, owner) if previous is not None else []
-        return before, {one: await response_store.find_item(session, one, owner) for one in references}
+    async with database.read_transaction() as session:
+        previous_items = (
+            await response_store.conversation_until(session, previous_id, owner) if previous_id is not None else []
+        )
+        return previous_items, {
+            reference: await response_store.find_item(session, reference, owner) for reference in references
+        }
 
 
-async def _keep(database: Database, given: list[Item], owner: Owner, body: dict[str, Any]) -> None:
+async def _save(database: Database, input_items: list[Item], owner: Owner, body: dict[str, Any]) -> None:
     if body["store"]:
-        await response_store.keep(database, body, given, owner)
+        await response_store.store(database, body, input_items, owner)
 
 
-async def _told(telling: Telling, answer: AsyncGenerator[list[Chunk]], keep: Keep) -> AsyncGenerator[list[Event]]:
+async def _stream_events(
+    response_stream: ResponseStream, engine_stream: AsyncGenerator[list[Chunk]], save: SaveResponse
+) -> AsyncGenerator[list[Event]]:
     """The events of an answer. It is kept before the last of them, so that one can go on from it at once."""
-    async with aclosing(answer):
+    async with aclosing(engine_stream):
         try:
-            yield telling.begin()
-            async for chunks in answer:
-                yield [event for chunk in chunks for event in telling.hear(chunk)]
-            last = telling.end()
+            yield response_stream.begin()
+            async for chunks in engine_stream:
+                yield [event for chunk in chunks for event in response_stream.feed(chunk)]
+            last = response_stream.end()
         except ForgearrError as error:
-            last = telling.fail(error)
+            last = response_stream.fail(error)
         except (asyncio.CancelledError, GeneratorExit):
-            telling.leave()
-            _apart(keep(telling.response))
+            response_stream.cancel()
+            _run_detached(save(response_stream.response))
             raise
     try:
-        await asyncio.shield(_apart(keep(telling.response)))
+        await asyncio.shield(_run_detached(save(response_stream.response)))
     except Exception as error:
-        log.exception("%s cannot be kept.", telling.response["id"])
-        last = [telling.refuse(as_forgearr_error(error))]
+        log.exception("%s cannot be kept.", response_stream.response["id"])
+        last = [response_stream.error_event(as_forgearr_error(error))]
     yield last
 
 
-def _apart(keeping: Awaitable[None]) -> asyncio.Task[None]:
+def _run_detached(awaitable: Awaitable[None]) -> asyncio.Task[None]:
     """Done to its end also when the request is over, whose own work is cancelled when the client goes away."""
-    task = asyncio.ensure_future(keeping)
-    _keeping.add(task)
-    task.add_done_callback(_settle)
+    task = asyncio.ensure_future(awaitable)
+    _save_tasks.add(task)
+    task.add_done_callback(_on_saved)
     return task
 
 
-def _settle(task: asyncio.Task[None]) -> None:
-    _keeping.discard(task)
+def _on_saved(task: asyncio.Task[None]) -> None:
+    _save_tasks.discard(task)
     if not task.cancelled() and (error := task.exception()):
         log.error("A response that nobody waits for cannot be kept.", exc_info=error)
 
 
-def _as_chunk(answer: dict[str, Any]) -> Chunk:
+def _as_chunk(completion: dict[str, Any]) -> Chunk:
     """A whole answer as one chunk of a streamed one."""
-    (choice,) = answer["choices"]
+    (choice,) = completion["choices"]
     message = choice["message"]
     calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls") or [])]
-    return {**answer, "choices": [{**choice, "delta": {**message, "tool_calls": calls}}]}
+    return {**completion, "choices": [{**choice, "delta": {**message, "tool_calls": calls}}]}
 
 
-def _stream(told: AsyncGenerator[list[Event]]) -> Response:
-    async def written() -> AsyncGenerator[bytes]:
-        async with aclosing(told):
-            async for events in told:
+def _sse_response(batches: AsyncGenerator[list[Event]]) -> Response:
+    async def serialized() -> AsyncGenerator[bytes]:
+        async with aclosing(batches):
+            async for events in batches:
                 if events:
-                    yield b"".join(_written(events))
+                    yield b"".join(_serialize(events))
 
-    return sse.streamed(written())
+    return sse.sse_response(serialized())
 
 
-def _written(events: Iterable[Event]) -> Iterable[bytes]:
+def _serialize(events: Iterable[Event]) -> Iterable[bytes]:
     return (b"event: %s\n%s" % (event["type"].encode(), sse.event(orjson.dumps(event))) for event in events)

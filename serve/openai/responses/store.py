@@ -16,10 +16,10 @@ from cluster.db import Base, Database, Document, delete_rows, now
 from cluster.errors import NotFound
 from cluster.ownership import Owner
 from cluster.settings import get_settings
-from jobs.sweep import sweeper
+from jobs.sweep import register_sweeper
 from serve.openai.responses.items import Item
 
-OWN_ITEM = re.compile(r"[a-z]+_([0-9a-f]{32})([0-9a-f]{4})")
+STORED_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})([0-9a-f]{4})")
 SWEEP_PAGE = 1000
 
 
@@ -53,13 +53,13 @@ class StoredResponse(Base):
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
 
-async def keep(database: Database, body: dict[str, Any], given: Sequence[Item], owner: Owner) -> None:
+async def store(database: Database, body: dict[str, Any], input_items: Sequence[Item], owner: Owner) -> None:
     async with database.transaction() as session:
         session.add(
             StoredResponse(
                 id=body["id"],
                 previous_id=body["previous_response_id"],
-                given=list(given),
+                given=list(input_items),
                 body=body,
                 owner_id=owner.id,
                 created_by=owner.name,
@@ -68,23 +68,23 @@ async def keep(database: Database, body: dict[str, Any], given: Sequence[Item], 
 
 
 async def find(session: AsyncSession, response_id: str, owner: Owner) -> StoredResponse:
-    found = await session.scalar(_visible_to(owner).where(StoredResponse.id == response_id))
-    if found is None:
+    response = await session.scalar(_visible_to(owner).where(StoredResponse.id == response_id))
+    if response is None:
         raise ResponseNotFound(f"There is no response '{response_id}'.")
-    return found
+    return response
 
 
-async def said_before(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
+async def conversation_until(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
     """The whole conversation up to, and with, this response."""
     chain = await _chain(session, response_id, owner)
     if not chain:
         raise PreviousResponseNotFound(f"There is no response '{response_id}' to go on from.")
-    if gone := chain[0].previous_id:
-        raise PreviousResponseNotFound(f"'{response_id}' cannot be gone on from: '{gone}', before it, is gone.")
+    if missing_id := chain[0].previous_id:
+        raise PreviousResponseNotFound(f"'{response_id}' cannot be gone on from: '{missing_id}', before it, is gone.")
     return [item for response in chain for item in _items(response)]
 
 
-async def given_to(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
+async def input_items_of(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
     """What a response was an answer to: what is still there of the conversation before it, and what it was given."""
     chain = await _chain(session, response_id, owner)
     if not chain:
@@ -94,10 +94,10 @@ async def given_to(session: AsyncSession, response_id: str, owner: Owner) -> lis
 
 
 async def find_item(session: AsyncSession, identifier: str, owner: Owner) -> Item:
-    if place := OWN_ITEM.fullmatch(identifier):
-        stored = await session.scalar(_visible_to(owner).where(StoredResponse.id == f"resp_{place[1]}"))
+    if match := STORED_ITEM_ID.fullmatch(identifier):
+        stored = await session.scalar(_visible_to(owner).where(StoredResponse.id == f"resp_{match[1]}"))
         items = _items(stored) if stored else []
-        position = int(place[2], 16)
+        position = int(match[2], 16)
         if position < len(items) and items[position]["id"] == identifier:
             return items[position]
     raise ItemNotFound(f"There is no item '{identifier}': only those of stored responses can be referred to.")
@@ -107,7 +107,7 @@ async def remove(session: AsyncSession, response_id: str, owner: Owner) -> None:
     await session.delete(await find(session, response_id, owner))
 
 
-@sweeper("responses")
+@register_sweeper("responses")
 async def remove_old(database: Database) -> int:
     """Delete what is older than serve.response_days, a page at a time."""
     removed = 0
@@ -136,8 +136,8 @@ async def _chain(session: AsyncSession, response_id: str, owner: Owner) -> list[
     chain = newest.cte("chain", recursive=True)
     older = select(row.id, row.previous_id, chain.c.place + 1).join(chain, row.id == chain.c.previous_id)
     chain = chain.union_all(older)
-    found = await session.scalars(select(row).join(chain, row.id == chain.c.id).order_by(chain.c.place.desc()))
-    return list(found)
+    rows = await session.scalars(select(row).join(chain, row.id == chain.c.id).order_by(chain.c.place.desc()))
+    return list(rows)
 
 
 def _items(response: StoredResponse) -> list[Item]:

@@ -10,7 +10,7 @@ from cluster.db import Database, now
 from cluster.services import circuit_breaker
 from cluster.services import store as service_store
 from cluster.services.circuit_breaker import Circuit, state_of
-from cluster.services.errors import CircuitOpen, NotThere, Unreachable
+from cluster.services.errors import CircuitOpen, NotFoundInService, Unreachable
 from cluster.services.store import Service
 from cluster.settings import get_settings
 from tests.cluster.services.conftest import Add
@@ -47,7 +47,7 @@ class Household:
         return text("down", 503) if self.is_broken else telling({})
 
     async def ask(self, replica: int = 0, times: int = 1) -> None:
-        async with service_store.connected(self.replicas[replica], self.service, clock=self.clock) as client:
+        async with service_store.open_client(self.replicas[replica], self.service, clock=self.clock) as client:
             for _ in range(times):
                 await client.get("/")
 
@@ -58,7 +58,7 @@ class Household:
                 await self.ask(turn % 2)
 
     async def circuit(self) -> Circuit:
-        async with self.replicas[1].reading() as session:
+        async with self.replicas[1].read_transaction() as session:
             return await session.get_one(Circuit, self.service.id)
 
     async def counts(self) -> tuple[str, int, int]:
@@ -105,7 +105,7 @@ async def test_a_success_in_between_starts_the_count_anew(household: Household) 
 async def test_that_a_service_says_no_is_no_failure(household: Household) -> None:
     household.answer = lambda asked: Reply(b"", 404)
     for _ in range(THRESHOLD + 1):
-        with pytest.raises(NotThere):
+        with pytest.raises(NotFoundInService):
             await household.ask()
     assert await household.counts() == ("closed", 0, THRESHOLD + 1)
 
@@ -119,7 +119,7 @@ async def test_when_the_time_is_up_one_tries_and_closes_it(household: Household)
     household.clock.forward(1)
     assert (await household.counts())[0] == "half_open"
     household.is_broken = False
-    async with service_store.connected(household.replicas[0], household.service, clock=household.clock) as client:
+    async with service_store.open_client(household.replicas[0], household.service, clock=household.clock) as client:
         with pytest.raises(CircuitOpen):  # the other replica is not the one who tries
             await household.ask(1)
         await client.get("/")
@@ -131,7 +131,9 @@ async def test_of_all_who_find_its_time_up_at_once_one_tries(household: Househol
     await household.fail(THRESHOLD)
     household.clock.forward(SECONDS)
     service, at = household.service, household.clock()
-    entering = (circuit_breaker.enter(replica, service.id, service.name, at) for replica in 4 * household.replicas)
+    entering = (
+        circuit_breaker.before_call(replica, service.id, service.name, at) for replica in 4 * household.replicas
+    )
     outcomes = await asyncio.gather(*entering, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes if outcome] == 7 * [CircuitOpen]
 
@@ -149,7 +151,7 @@ async def test_when_the_trial_fails_it_is_left_alone_again(household: Household)
 async def test_a_trial_that_is_never_heard_of_again_does_not_block_it_forever(household: Household) -> None:
     await household.fail(THRESHOLD)
     household.clock.forward(SECONDS)
-    async with service_store.connected(household.replicas[0], household.service, clock=household.clock):
+    async with service_store.open_client(household.replicas[0], household.service, clock=household.clock):
         pass  # as if its process had died: it has asked nothing
     with pytest.raises(CircuitOpen):
         await household.ask(1)
@@ -160,7 +162,7 @@ async def test_a_trial_that_is_never_heard_of_again_does_not_block_it_forever(ho
 
 
 async def test_who_began_before_it_opened_does_not_keep_it_open_longer(household: Household) -> None:
-    async with service_store.connected(household.replicas[0], household.service, clock=household.clock) as late:
+    async with service_store.open_client(household.replicas[0], household.service, clock=household.clock) as late:
         await household.fail(THRESHOLD)
         household.clock.forward(SECONDS / 2)
         with pytest.raises(Unreachable):
@@ -173,7 +175,7 @@ async def test_who_began_before_it_opened_does_not_keep_it_open_longer(household
 
 async def test_what_is_failed_and_caught_inside_counts_too(household: Household) -> None:
     household.is_broken = True
-    async with service_store.connected(household.replicas[0], household.service, clock=household.clock) as client:
+    async with service_store.open_client(household.replicas[0], household.service, clock=household.clock) as client:
         for _ in range(THRESHOLD):
             with pytest.raises(Unreachable):
                 await client.get("/")
@@ -186,8 +188,8 @@ async def test_the_failure_of_another_service_is_not_ones_own(household: Househo
 
         async def ask_both() -> None:
             async with (
-                service_store.connected(household.replicas[0], household.service, clock=household.clock) as fine,
-                service_store.connected(household.replicas[0], other, clock=household.clock) as failing,
+                service_store.open_client(household.replicas[0], household.service, clock=household.clock) as fine,
+                service_store.open_client(household.replicas[0], other, clock=household.clock) as failing,
             ):
                 await fine.get("/")
                 await failing.get("/")
@@ -207,9 +209,9 @@ async def test_another_address_is_another_chance(household: Household) -> None:
 
 async def test_a_service_that_is_deleted_meanwhile_leaves_nothing(household: Household) -> None:
     database = household.replicas[0]
-    async with service_store.connected(database, household.service, clock=household.clock) as client:
+    async with service_store.open_client(database, household.service, clock=household.clock) as client:
         await client.get("/")
         async with household.replicas[1].transaction() as session:
             await service_store.delete(session, await service_store.get(session, household.service.id))
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert await session.get(Circuit, household.service.id) is None

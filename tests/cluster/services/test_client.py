@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from cluster.services.catalog import find_connector
-from cluster.services.errors import BadResponse, NotThere, Refused, ServiceError, Unauthorised, Unreachable
+from cluster.services.errors import BadResponse, NotFoundInService, Refused, ServiceError, Unauthorized, Unreachable
 from cluster.services.http import client as clients
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
-from cluster.services.http.urls import InvalidServiceUrl, checked_url
+from cluster.services.http.urls import InvalidServiceUrl, validate_url
 from cluster.settings import get_settings
 from tests.cluster.services.likenesses import KEY
 from tests.cluster.services.stand_in import Asked, Handler, Reply, page, standing_in, telling, text
@@ -50,9 +50,9 @@ MISBEHAVIOUR: dict[str, tuple[Handler | Reply, type[ServiceError], str]] = {
     "less than announced": (Reply(b'{"records": [', length=900), Unreachable, "cannot be reached"),
     "packed wrongly": (Reply(b"no gzip", headers={"Content-Encoding": "gzip"}), BadResponse, "unpacked"),
     "no HTTP": (Reply(b"", 200, "x\r\nno header at all"), Unreachable, "cannot be reached"),
-    "no key": (telling({"error": "Unauthorized"}, 401), Unauthorised, "with this API key: Unauthorized"),
-    "forbidden": (text("Access denied - Hostname verification failed", 403), Unauthorised, "Hostname verification"),
-    "not there": (telling({"message": "NotFound"}, 404), NotThere, "has nothing at /api/v3/thing: NotFound"),
+    "no key": (telling({"error": "Unauthorized"}, 401), Unauthorized, "with this API key: Unauthorized"),
+    "forbidden": (text("Access denied - Hostname verification failed", 403), Unauthorized, "Hostname verification"),
+    "not there": (telling({"message": "NotFound"}, 404), NotFoundInService, "has nothing at /api/v3/thing: NotFound"),
     "refused": (
         telling([{"propertyName": "Path", "errorMessage": "Path is not valid"}], 400),
         Refused,
@@ -104,7 +104,7 @@ async def test_an_address_of_the_sixth_version_is_one_too() -> None:
 async def test_an_error_with_status_200_is_an_error() -> None:
     with pytest.raises(Refused, match="item does not exist"):
         await get(telling({"status": False, "error": "item does not exist"}), "sabnzbd")
-    with pytest.raises(Unauthorised, match="API Key Incorrect"):
+    with pytest.raises(Unauthorized, match="API Key Incorrect"):
         await get(telling({"status": False, "error": "API Key Incorrect"}), "sabnzbd")
     with pytest.raises(Refused, match="bad_data"):
         await get(telling({"status": "error", "errorType": "bad_data", "error": "bad_data: parse"}), "prometheus")
@@ -242,7 +242,7 @@ async def test_a_certificate_of_ones_own_is_taken_only_when_told_so(tmp_path: Pa
     ],
 )
 def test_a_home_may_be_anywhere(url: str) -> None:
-    assert checked_url(f"{url}/") == url
+    assert validate_url(f"{url}/") == url
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_home_may_be_anywhere(url: str) -> None:
 )
 def test_no_service_is_where_clouds_keep_secrets_or_nowhere(url: str) -> None:
     with pytest.raises(InvalidServiceUrl):
-        checked_url(url)
+        validate_url(url)
 
 
 async def test_a_name_that_leads_to_metadata_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:

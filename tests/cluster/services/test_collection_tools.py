@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.services.capabilities.collection import AlreadyThere, NotInCollection
+from cluster.services.capabilities.collection import AlreadyInCollection, NotInCollection
 from cluster.services.catalog import all_connectors, find_connector
 from cluster.services.connector import Tool
 from cluster.services.http.client import Client
@@ -57,7 +57,7 @@ async def test_a_movie_is_looked_up_added_searched_for_and_deleted() -> None:
             {"title": "The Matrix Reloaded", "year": 2003, "tmdbId": 604},
         ]
         assert (await use(radarr, "add_movie", title="the matrix"))["id"] == 1
-        with pytest.raises(AlreadyThere):
+        with pytest.raises(AlreadyInCollection):
             await use(radarr, "add_movie", tmdb_id=603)
         assert (await use(radarr, "search_for_movie", movie_id=1))["title"] == "The Matrix"
         assert await use(radarr, "search_for_missing_movies") == {"command_id": "cmd_2"}

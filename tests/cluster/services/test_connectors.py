@@ -6,7 +6,7 @@ import pytest
 
 from cluster.services import health_checks
 from cluster.services.catalog import UnknownServiceType, all_connectors, find_connector
-from cluster.services.errors import ServiceError, Unauthorised, WrongService
+from cluster.services.errors import ServiceError, Unauthorized, WrongService
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
 from tests.cluster.services.likenesses import KEY, LIKENESSES
@@ -25,9 +25,9 @@ async def ask(url: str, name: str, key: str | None) -> str:
     connection = Connection("Ours", find_connector(name), url, key)
     try:
         async with Client(connection).open() as client:
-            return await health_checks.version_of(client)
+            return await health_checks.get_version(client)
     except ServiceError as error:
-        raise await health_checks.explained(error, connection) from error
+        raise await health_checks.diagnose(error, connection) from error
 
 
 def test_every_service_has_a_connector_and_a_likeness() -> None:
@@ -40,7 +40,7 @@ def test_a_service_can_do_what_it_says() -> None:
         can = connector.capabilities
         assert ("configure" in can) == (connector.settings is not None), connector.type
         assert ("library" in can) == bool(connector.library or connector.collection), connector.type
-        assert ("history" in can) == bool(connector.downloads or connector.following), connector.type
+        assert ("history" in can) == bool(connector.downloads or connector.download_tracker), connector.type
         assert ("web_search" in can) == (connector.search_web is not None), connector.type
         assert (can > {"health"}) == bool(connector.tools), connector.type
 
@@ -115,7 +115,7 @@ async def test_qbittorrents_own_keys_need_no_login() -> None:
 
 async def test_a_key_that_no_header_can_carry_is_a_wrong_one() -> None:
     async with standing_in(LIKENESSES["qbittorrent"].answer) as server:
-        with pytest.raises(Unauthorised):
+        with pytest.raises(Unauthorized):
             await ask(server.url, "qbittorrent", "qbt_ключ")
 
 

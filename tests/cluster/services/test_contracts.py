@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cluster.services import health_checks
-from cluster.services.capabilities.download_tracking import Place
+from cluster.services.capabilities.download_tracking import TrackingPosition
 from cluster.services.catalog import find_connector
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
@@ -89,7 +89,7 @@ async def test_no_request_breaks_the_document(service: str, prism: Running) -> N
     async with arr_standing_in(service) as arr:
         stock(arr)
         async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
-            await health_checks.version_of(client)
+            await health_checks.get_version(client)
         used = await use_everything(service, arr.url, "read", "change", "destroy")
         assert used == {tool.name for tool in find_connector(service).tools}
     assert {one.method for one in arr.asked} == {"GET", "POST", "DELETE"}
@@ -98,10 +98,10 @@ async def test_no_request_breaks_the_document(service: str, prism: Running) -> N
 
 @pytest.mark.deep
 async def test_nothing_that_mends_downloads_breaks_the_document(service: str, prism: Running) -> None:
-    following = find_connector(service).following
+    following = find_connector(service).download_tracker
     assert following
-    assert following.replacing
-    mend, place = following.replacing, Place(since=AGES_AGO, at=AGES_AGO)
+    assert following.replacement
+    mend, place = following.replacement, TrackingPosition(since=AGES_AGO, at=AGES_AGO)
     ids, content = (
         ({"seriesId": 1, "episodeId": 12}, ("series:1", "episode:12"))
         if service == "sonarr"
@@ -114,16 +114,16 @@ async def test_nothing_that_mends_downloads_breaks_the_document(service: str, pr
         grabbed = {"eventType": "grabbed", "downloadId": download, "sourceTitle": "Dune", "date": LONG_AGO, **ids}
         grab = arr.keep("history", grabbed)["id"]
         async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
-            look = await following.look(client, place)
-            assert ([one.id for one in look.underway], look.ended) == ([download], ())
-            assert await mend.find(client, download) == look.underway[0]
-            found = await mend.grab_of(client, download)
+            look = await following.poll(client, place)
+            assert ([one.id for one in look.active], look.finished) == ([download], ())
+            assert await mend.find(client, download) == look.active[0]
+            found = await mend.find_grab(client, download)
             assert found
             assert (found.id, found.content, found.failed) == (grab, content, False)
             await mend.mark_failed(client, grab)
-            (ended,) = (await following.look(client, place)).ended
+            (ended,) = (await following.poll(client, place)).finished
             assert (ended.id, ended.outcome, ended.content) == (download, "failed", content)
-            assert not await mend.searches_itself(client)
+            assert not await mend.searches_automatically(client)
             assert not await mend.is_searching(client, content, AGES_AGO)
             await mend.search(client, content)
             assert await mend.is_searching(client, content, AGES_AGO)
@@ -146,7 +146,7 @@ async def allowed_by(prism: Running, asked: Iterable[Asked]) -> None:
 async def test_prism_refuses_what_does_break_it(service: str, prism: Running) -> None:
     connector = find_connector(service)
     assert connector.collection
-    path, outer = connector.collection.path, connector.collection.outer_id
+    path, outer = connector.collection.path, connector.collection.external_id_field
     async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
         assert (await http.get(path, params={outer: "x"})).status_code == 422
         assert (await http.post("/api/v3/command", json={"name": 5})).status_code == 422

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.services.http import json_stream
-from cluster.services.http.json_stream import NotAList, Objects
+from cluster.services.http.json_stream import JsonListParser, NotAnObjectList
 
 JSON = st.recursive(
     st.none()
@@ -24,10 +24,10 @@ LISTS = st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3), max_siz
 
 
 def read(text: bytes, length: int) -> list[dict[str, Any]]:
-    objects = Objects()
+    objects = JsonListParser()
     found = [one for begin in range(0, len(text), length) for one in objects.feed(text[begin : begin + length])]
-    if not objects.ended:
-        raise NotAList("it has no end")
+    if not objects.is_complete:
+        raise NotAnObjectList("it has no end")
     return found
 
 
@@ -47,7 +47,7 @@ def test_what_json_does_not_take_for_a_list_of_objects_is_none(text: bytes, leng
     if isinstance(told, list) and all(isinstance(one, dict) for one in told):
         assert read(text, length) == told
     else:
-        with pytest.raises(NotAList):
+        with pytest.raises(NotAnObjectList):
             read(text, length)
 
 
@@ -77,7 +77,7 @@ def test_what_json_does_not_take_for_a_list_of_objects_is_none(text: bytes, leng
 )
 @pytest.mark.parametrize("length", [1, 2, 1000])
 def test_what_is_none(text: bytes, length: int) -> None:
-    with pytest.raises(NotAList):
+    with pytest.raises(NotAnObjectList):
         read(text, length if len(text) < 1000 else 1000)
 
 
@@ -85,15 +85,15 @@ def test_what_is_none(text: bytes, length: int) -> None:
     ("begin", "more"), [(b'[{"a":"', b"x"), (b"[", b" "), (b"[{}", b","), (b'[{"a":[{}', b",{}"), (b"[", b"\t\n")]
 )
 def test_of_what_has_no_end_not_all_is_held(monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes) -> None:
-    monkeypatch.setattr(json_stream, "OBJECT_BYTES", 1000)
-    with pytest.raises(NotAList, match="more than"):
+    monkeypatch.setattr(json_stream, "MAX_OBJECT_BYTES", 1000)
+    with pytest.raises(NotAnObjectList, match="more than"):
         read(begin + 2000 * more, 64)
 
 
 def test_a_long_list_takes_no_more_memory_than_a_short_one() -> None:
     row = json.dumps({"title": 4000 * "x", "images": [{"url": "y"}] * 5}).encode()
     parts = [b"[" + row, *[b"," + row] * 5000, b"]"]
-    objects, found = Objects(), 0
+    objects, found = JsonListParser(), 0
     tracemalloc.start()
     try:
         for part in parts:
@@ -101,5 +101,5 @@ def test_a_long_list_takes_no_more_memory_than_a_short_one() -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (found, objects.ended) == (5001, True)
+    assert (found, objects.is_complete) == (5001, True)
     assert peak < 200_000  # of 20 MB

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.services import health_checks
 from cluster.services.catalog import find_connector
-from cluster.services.errors import Refused, ServiceError, Unauthorised
+from cluster.services.errors import Refused, ServiceError, Unauthorized
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
 from tests.cluster.services import programs, usenet
@@ -31,7 +31,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 async def ask(name: str, url: str, key: str | None = None) -> str:
     async with Client(Connection("Ours", find_connector(name), url, key)).open() as client:
-        return await health_checks.version_of(client)
+        return await health_checks.get_version(client)
 
 
 async def test_sabnzbd_tells_its_version(sabnzbd: Running) -> None:
@@ -42,7 +42,7 @@ async def test_sabnzbd_tells_its_version(sabnzbd: Running) -> None:
 
 @pytest.mark.parametrize(("key", "words"), [(None, "API Key Required"), ("wrong", "API Key Incorrect")])
 async def test_sabnzbd_wants_its_key(sabnzbd: Running, key: str | None, words: str) -> None:
-    with pytest.raises(Unauthorised, match=words):
+    with pytest.raises(Unauthorized, match=words):
         await ask("sabnzbd", sabnzbd.url, key)
 
 
@@ -57,7 +57,7 @@ async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: Running) -> Non
     connection = Connection("Ours", find_connector("sonarr"), sabnzbd.url, "0123456789")
     with pytest.raises(ServiceError) as refused:
         await ask("sonarr", sabnzbd.url, "0123456789")
-    explained = await health_checks.explained(refused.value, connection)
+    explained = await health_checks.diagnose(refused.value, connection)
     assert explained.message == "SABnzbd answers at the address of Ours, not Sonarr."
 
 

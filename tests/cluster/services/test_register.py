@@ -14,7 +14,7 @@ from cluster.services.health_checks import ServiceCheck
 from cluster.services.http.urls import InvalidServiceUrl
 from cluster.services.store import (
     InvalidServiceKey,
-    KeyWanted,
+    KeyMustBeResent,
     MisleadingName,
     Service,
     ServiceDeclared,
@@ -40,7 +40,7 @@ async def change(database: Database, service: Service, **values: Any) -> Service
 
 async def test_a_key_lies_sealed_in_the_database(database: Database, add: Add) -> None:
     service = await add(URL, api_key=KEY)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         rows = [*await session.execute(text("SELECT * FROM services"))]
     assert KEY not in str(rows)
     connection = service_store.connection_of(service)
@@ -57,8 +57,8 @@ async def test_names_are_ones_own_whatever_their_letters(database: Database, add
             await add(URL, name=taken)
         with pytest.raises((ServiceNameTaken, MisleadingName)):
             await change(database, other, name=taken)
-    async with database.reading() as session:
-        assert [service.name for service in await service_store.every(session)] == [name, "Our radarr"]
+    async with database.read_transaction() as session:
+        assert [service.name for service in await service_store.list_services(session)] == [name, "Our radarr"]
 
 
 async def test_no_service_is_named_as_another_type(add: Add) -> None:
@@ -73,7 +73,7 @@ async def test_a_type_means_the_service_that_is_named_so_else_the_first(database
     wish = await add(URL, "jellyseerr", name="Wishes")
 
     async def found(word: str) -> Service | None:
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             return await service_store.find(session, word)
 
     async def found_id(word: str) -> int | None:
@@ -107,7 +107,7 @@ async def test_what_cannot_be_changes_nothing(
     service = await add(URL, api_key=KEY)
     with pytest.raises(error):
         await change(database, service, **values)
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         kept = await service_store.get(session, service.id)
         assert (kept.url, kept.type, service_store.connection_of(kept).key) == (URL, "sonarr", KEY)
 
@@ -115,7 +115,7 @@ async def test_what_cannot_be_changes_nothing(
 async def test_a_key_goes_to_no_address_that_it_was_not_given_for(database: Database, add: Add) -> None:
     service = await add(f"{URL}/sonarr", api_key=KEY)
     for other in ({"url": "http://127.0.0.1:10/sonarr"}, {"url": "https://127.0.0.1:9/sonarr"}, {"type": "radarr"}):
-        with pytest.raises(KeyWanted):
+        with pytest.raises(KeyMustBeResent):
             await change(database, service, **other)
     assert (await change(database, service, url=f"{URL}/tv")).url == f"{URL}/tv"
     moved = await change(database, service, url="http://127.0.0.1:10", api_key="another")
@@ -126,17 +126,17 @@ async def test_a_check_says_nothing_of_a_service_that_is_connected_otherwise_now
     async with standing_in(LIKENESSES["sonarr"]) as server:
         service = await add(server.url, api_key=KEY)
         await health_checks.check(database, service)
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             assert (await health_checks.last_checks(session))[service.id].healthy
         await change(database, service, name="TV")
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             assert service.id in await health_checks.last_checks(session)
         await change(database, service, api_key="another")
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             assert await health_checks.last_checks(session) == {}
         async with database.transaction() as session:
             await service_store.delete(session, await service_store.get(session, service.id))
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         assert [*await session.scalars(select(ServiceCheck))] == [*await session.scalars(select(Circuit))] == []
 
 
@@ -147,8 +147,8 @@ async def declare(database: Database, monkeypatch: pytest.MonkeyPatch, declared:
     monkeypatch.setenv("FORGEARR_SERVICES__DECLARED", declared)
     get_settings.cache_clear()
     await declare_services(database)
-    async with database.reading() as session:
-        return [*await service_store.every(session)]
+    async with database.read_transaction() as session:
+        return [*await service_store.list_services(session)]
 
 
 async def test_settings_declare_services_which_only_they_change(
@@ -168,7 +168,7 @@ async def test_settings_declare_services_which_only_they_change(
     _, moved = await declare(database, monkeypatch, f"[{line.replace(':9', ':10')}]")
     assert (moved.id, moved.url, moved.connected_as_of > tv.connected_as_of) == (tv.id, "http://127.0.0.1:10", True)
     assert [service.id for service in await declare(database, monkeypatch, "[]")] == [own.id]
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         jobs = [*await session.scalars(select(Job.spec))]
         assert jobs == 4 * [{"service_id": None}]  # each start has all of them checked
         kinds = await session.scalars(select(Schedule.kind).order_by(Schedule.kind))

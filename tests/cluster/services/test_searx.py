@@ -9,7 +9,7 @@ from cluster.services.catalog import find_connector
 from cluster.services.errors import BadResponse
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
-from cluster.services.web_search import Source
+from cluster.services.web_search import SearchResult
 from tests.cluster.services import programs
 from tests.cluster.services.stand_in import standing_in, telling
 
@@ -25,9 +25,9 @@ async def test_it_finds_pages(tmp_path: Path) -> None:
     async with standing_in(lambda asked: telling({"results": FOUND})) as engine:
         with programs.searx(tmp_path, engine.url) as running:
             async with Client(Connection("Ours", connector, running.url)).open() as client:
-                assert await health_checks.version_of(client)
+                assert await health_checks.get_version(client)
                 found = await connector.search_web(client, "what is 1 & 1?")
-    assert found == [Source("A guide", "https://guide.example/a", "A guide")]
+    assert found == [SearchResult("A guide", "https://guide.example/a", "A guide")]
     assert engine.asked[0].query["q"] == "what is 1 & 1?"
 
 

@@ -11,12 +11,12 @@ import pytest
 from cluster import secrets
 from pipelines.guardian.git import mirrors
 from pipelines.guardian.git.errors import CommitNotFound, NotARepository, RepositoryDamaged
-from pipelines.guardian.git.locations import mirror_of
+from pipelines.guardian.git.locations import mirror_path
 from pipelines.guardian.git.mirrors import BranchNotFound, EmptyRepository, FetchFailed, FetchRefused
-from pipelines.guardian.git.repo import Checkout, opened_at
-from pipelines.guardian.git.urls import InvalidAddress, Remote, UnknownHost, address_of, checked_url
+from pipelines.guardian.git.repo import RepoReader, open_folder
+from pipelines.guardian.git.urls import InvalidAddress, RemoteRepository, UnknownHost, resolve_address, validate_url
 from pipelines.guardian.repositories import Credentials, Repository
-from pipelines.guardian.repository_access import opened
+from pipelines.guardian.repository_access import open_registered
 from tests.pipelines.guardian.git_server import GitServer, git_server
 from tests.pipelines.guardian.repos import commit_files, git, import_commits, new_repository
 
@@ -49,7 +49,7 @@ def test_what_a_commit_holds_is_read(folder: Path) -> None:
     second = commit_files(folder, "Second", {"a.py": "x = 2\ny = 3\n", "logo.png": b"\x89PNG\0\1"})
     (folder / "a.py").write_text("not committed")
 
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         assert checkout.tip().sha == second
         assert [(one.sha, one.subject, one.body) for one in checkout.log(second, 10)] == [
             (second, "Second", ""),
@@ -94,9 +94,9 @@ def test_branches_and_bare_repositories_are_read(folder: Path, tmp_path: Path) -
         (tmp_path / "bare.git", "feature/x", feature),
         (tmp_path / "beside", None, main),
     ):
-        with opened_at(path, branch) as checkout:
+        with open_folder(path, branch) as checkout:
             assert checkout.tip().sha == tip
-    with opened_at(folder, "nope") as checkout, pytest.raises(BranchNotFound):
+    with open_folder(folder, "nope") as checkout, pytest.raises(BranchNotFound):
         checkout.tip()
 
 
@@ -106,17 +106,17 @@ def test_what_is_no_repository_is_said_so(tmp_path: Path) -> None:
     new_repository(tmp_path / "work")
     (tmp_path / "work" / "inner").mkdir()
     for name in ("plain", "file", "missing", "work/inner"):
-        with pytest.raises(NotARepository), opened_at(tmp_path / name):
+        with pytest.raises(NotARepository), open_folder(tmp_path / name):
             pass
     subprocess.run(["git", "init", "--quiet", "--object-format=sha256", tmp_path / "sha256"], check=True)
-    with pytest.raises(NotARepository, match="SHA-256"), opened_at(tmp_path / "sha256"):
+    with pytest.raises(NotARepository, match="SHA-256"), open_folder(tmp_path / "sha256"):
         pass
 
 
 def test_an_empty_repository_is_said_so(folder: Path) -> None:
-    with opened_at(folder) as checkout, pytest.raises(EmptyRepository):
+    with open_folder(folder) as checkout, pytest.raises(EmptyRepository):
         checkout.tip()
-    with opened_at(folder, "main") as checkout, pytest.raises(EmptyRepository):
+    with open_folder(folder, "main") as checkout, pytest.raises(EmptyRepository):
         checkout.tip()
 
 
@@ -125,7 +125,7 @@ def test_rewritten_and_missing_history_is_recognised(folder: Path) -> None:
     old = commit_files(folder, "Second", {"b": "2\n"})
     git(folder, "commit", "--amend", "--message", "Another second")
     new = commit_files(folder, "Third", {"c": "3\n"})
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         changes = checkout.changes(old, new)
         assert (changes.commits, changes.paths, changes.rewritten) == (2, ("c",), True)
         gone = checkout.changes(NOWHERE, new)
@@ -137,7 +137,7 @@ def test_a_shallow_clone_says_what_it_cannot_know(folder: Path, tmp_path: Path) 
     commit_files(folder, "Second", {"b": "2\n"})
     third = commit_files(folder, "Third", {"c": "3\n"})
     git(tmp_path, "clone", "--depth=2", f"file://{folder}", "shallow")
-    with opened_at(tmp_path / "shallow") as checkout:
+    with open_folder(tmp_path / "shallow") as checkout:
         assert [one.subject for one in checkout.log(third, 10)] == ["Third", "Second"]
         end = list(checkout.log(third, 10))[-1]
         assert checkout.diff(end.sha, 10_000) is None, "its parent is not there"
@@ -152,7 +152,7 @@ def test_submodules_are_left_out(folder: Path, tmp_path: Path) -> None:
     commit_files(inner, "Inner", {"secret.py": "1"})
     git(folder, "submodule", "add", str(inner), "vendored")
     tip = commit_files(folder, "With a submodule", {"a.py": "1\n"})
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         assert {one.path for one in checkout.files(tip)} == {".gitmodules", "a.py"}
         assert checkout.changes(None, tip).files == 2
 
@@ -161,7 +161,7 @@ def test_a_large_file_is_known_by_its_size_and_never_compared(folder: Path) -> N
     with (folder / "big.txt").open("wb") as file:
         file.truncate(64 * 1024 * 1024)
     tip = commit_files(folder, "Big", {})
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         (big,) = checkout.files(tip)
         assert big.bytes == 64 * 1024 * 1024
         assert checkout.changes(None, tip).lines == 0
@@ -171,14 +171,14 @@ def test_a_large_file_is_known_by_its_size_and_never_compared(folder: Path) -> N
 def test_a_name_that_is_not_utf_8_harms_nobody(folder: Path) -> None:
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.py")).write_text("x = 1\n")
     tip = commit_files(folder, "Odd", {"text.txt": b"\xff\xfe broken"})
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         assert len([one.path.encode() for one in checkout.files(tip)]) == 2
         assert checkout.diff(tip, 10_000) is None
 
 
 def test_a_long_history_is_no_trouble(folder: Path) -> None:
     tip = import_commits(folder, 20_000)
-    with opened_at(folder, "main") as checkout:
+    with open_folder(folder, "main") as checkout:
         assert checkout.changes(None, tip).commits == 20_000
         assert [one.subject for one in checkout.log(tip, 2)] == ["Change 20000", "Change 19999"]
 
@@ -207,7 +207,7 @@ def test_no_repository_makes_git_run_a_program(folder: Path, tmp_path: Path) -> 
     git(folder, "config", "remote.origin.url", f"file://{folder}")
     git(folder, "config", "core.repositoryFormatVersion", "1")
     git(folder, "config", "extensions.partialClone", "origin")
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         first = checkout.tip().parents[0]
         for one in checkout.files(tip):
             checkout.read(one.blob)
@@ -224,7 +224,7 @@ def test_repositories_of_others_are_read(folder: Path) -> None:
     tip = commit_files(folder, "First", {"a": "1"})
     for path in (folder, folder / ".git"):
         os.chown(path, 12345, 12345)
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         assert checkout.tip().sha == tip
 
 
@@ -233,7 +233,7 @@ def test_variables_of_a_hook_lead_nowhere(folder: Path, tmp_path: Path, monkeypa
     other = new_repository(tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         assert checkout.tip().sha == tip
 
 
@@ -242,14 +242,14 @@ def test_an_address_is_fetched_incrementally(
 ) -> None:
     first = commit_files(folder, "First", {"a": "1\n"})
     repository = registered(server)
-    with opened(repository) as checkout:
+    with open_registered(repository) as checkout:
         assert checkout.tip().sha == first
     second = commit_files(folder, "Second", {"a": "2\n"})
     repository.trained_commit = first
-    with opened(repository) as checkout:
+    with open_registered(repository) as checkout:
         assert checkout.tip().sha == second
         assert checkout.changes(first, second).commits == 1
-    mirror = mirror_of(repository.id)
+    mirror = mirror_path(repository.id)
     for path in mirror.rglob("*"):
         assert not path.is_file() or b"s3cret" not in path.read_bytes()
     assert not any("s3cret" in line for line in record_git())
@@ -260,13 +260,13 @@ def test_a_force_push_keeps_what_was_trained_from(folder: Path, server: GitServe
     commit_files(folder, "First", {"a": "1\n"})
     trained = commit_files(folder, "Second", {"b": "2\n"})
     repository = registered(server, trained_commit=trained)
-    with opened(repository):
+    with open_registered(repository):
         pass
     git(folder, "reset", "--hard", "HEAD~1")
     pushed = commit_files(folder, "Another second", {"c": "3\n"})
     git(folder, "reflog", "expire", "--expire=now", "--all")
     git(folder, "gc", "--prune=now", "--quiet")
-    with opened(repository) as checkout:
+    with open_registered(repository) as checkout:
         changes = checkout.changes(trained, pushed)
         assert checkout.tip().sha == pushed
         assert (changes.commits, changes.paths, changes.rewritten) == (1, ("b", "c"), True)
@@ -275,16 +275,16 @@ def test_a_force_push_keeps_what_was_trained_from(folder: Path, server: GitServe
 def test_a_mirror_that_was_lost_is_made_again(folder: Path, server: GitServer) -> None:
     trained = commit_files(folder, "First", {"a": "1\n"})
     tip = commit_files(folder, "Second", {"b": "2\n"})
-    with opened(registered(server, id="repo_2", trained_commit=trained)) as checkout:
+    with open_registered(registered(server, id="repo_2", trained_commit=trained)) as checkout:
         assert checkout.changes(trained, tip).files == 1
-    with opened(registered(server, id="repo_3", trained_commit=NOWHERE)) as checkout:
+    with open_registered(registered(server, id="repo_3", trained_commit=NOWHERE)) as checkout:
         assert checkout.changes(NOWHERE, tip).rewritten
 
 
 def test_a_long_history_is_fetched_in_part(folder: Path, server: GitServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirrors, "DEPTH", 50)
     tip = import_commits(folder, 5000)
-    with opened(registered(server)) as checkout:
+    with open_registered(registered(server)) as checkout:
         assert sum(1 for _ in checkout.log(tip, 10_000)) == 50
         assert checkout.changes(None, tip).commits is None
 
@@ -300,7 +300,7 @@ def test_who_may_not_fetch_is_told_so(folder: Path, server: GitServer, tmp_path:
         (registered(server, url=f"{server.url}/empty"), EmptyRepository),
         (registered(server, url="http://127.0.0.1:1/work"), FetchFailed),
     ):
-        with pytest.raises(error) as raised, opened(repository):
+        with pytest.raises(error) as raised, open_registered(repository):
             pass
         assert "s3cret" not in str(raised.value)
 
@@ -308,7 +308,7 @@ def test_who_may_not_fetch_is_told_so(folder: Path, server: GitServer, tmp_path:
 def test_credentials_are_sent_nowhere_else(folder: Path, tmp_path: Path, home: Path) -> None:
     commit_files(folder, "First", {"a": "1"})
     with git_server(tmp_path) as target, git_server(tmp_path, redirect=target.url) as first:
-        with pytest.raises(FetchRefused, match="another address"), opened(registered(first)):
+        with pytest.raises(FetchRefused, match="another address"), open_registered(registered(first)):
             pass
         assert first.asked[0][1] is not None
         assert target.asked == []
@@ -323,11 +323,11 @@ def test_a_fetch_that_is_stopped_ends(folder: Path, server: GitServer) -> None:
     def stop(_: str) -> None:
         raise Stopped
 
-    with pytest.raises(Stopped), opened(registered(server), stop):
+    with pytest.raises(Stopped), open_registered(registered(server), stop):
         pass
-    lock = mirror_of("repo_1") / "shallow.lock"
+    lock = mirror_path("repo_1") / "shallow.lock"
     lock.touch()  # as a process that was killed would leave it
-    with opened(registered(server)) as checkout:
+    with open_registered(registered(server)) as checkout:
         assert checkout.tip().subject == "First"
 
 
@@ -354,29 +354,29 @@ def test_a_fetch_that_is_stopped_ends(folder: Path, server: GitServer) -> None:
 )
 def test_other_addresses_are_refused(url: str) -> None:
     with pytest.raises(InvalidAddress) as raised:
-        checked_url(url)
+        validate_url(url)
     assert "secret" not in str(raised.value)
 
 
 def test_machines_of_the_cloud_are_not_asked() -> None:
     for host in ("169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:169.254.169.254", "0.0.0.0", "2852039166"):
         with pytest.raises(InvalidAddress):
-            address_of(host, 80)
-    assert address_of("127.0.0.1", 80) == "127.0.0.1"
+            resolve_address(host, 80)
+    assert resolve_address("127.0.0.1", 80) == "127.0.0.1"
     with pytest.raises(UnknownHost):
-        address_of("no-such-machine.invalid", 80)
+        resolve_address("no-such-machine.invalid", 80)
 
 
 def test_a_remote_hides_its_token() -> None:
-    assert "s3cret" not in repr(replace(Remote("https://example.com/work", None), token="s3cret"))
+    assert "s3cret" not in repr(replace(RemoteRepository("https://example.com/work", None), token="s3cret"))
 
 
 def test_a_checkout_leaves_no_process_behind(folder: Path) -> None:
     import psutil
 
     commit_files(folder, "First", {"a": "1"})
-    with opened_at(folder) as checkout:
-        assert isinstance(checkout, Checkout)
+    with open_folder(folder) as checkout:
+        assert isinstance(checkout, RepoReader)
         checkout.read(next(checkout.files("HEAD")).blob)
         assert [child.name() for child in psutil.Process().children()].count("git") == 1
     assert "git" not in [child.name() for child in psutil.Process().children()]

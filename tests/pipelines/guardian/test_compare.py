@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import storage
-from jobs.context import Stop
+from jobs.context import StopJob
 from pipelines.guardian.retrain import compare
-from pipelines.guardian.retrain.compare import NothingComparable, judge, spread
-from pipelines.training.data.parsing import parse
+from pipelines.guardian.retrain.compare import NothingComparable, evaluate_gate, sample_evenly
+from pipelines.training.data.parsing import parse_samples
 from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune.tokenize import encode, turns
 from pipelines.training.models import registry
-from pipelines.training.models.versions import File, Version
-from pipelines.training.validate.gguf_tokenizer import GgufWords
+from pipelines.training.models.versions import ModelFile, Version
+from pipelines.training.validate.gguf_tokenizer import GgufTokenizer
 from pipelines.training.validate.job import NothingHeldOut
 from tests.pipelines.bench import Bench
 from tests.pipelines.shelf import register_on
@@ -108,21 +108,21 @@ def test_it_goes_on_from_where_it_was_paused(bench: Bench, subject: tuple[str, s
     context = bench.context(job_id, ledger)
     pausing = "measuring the version that is served: 2"
     ledger.on_report = lambda phase: context.stop("pause") if phase.startswith(pausing) else None
-    with pytest.raises(Stop, match="pause"):
+    with pytest.raises(StopJob, match="pause"):
         bench.call("compare", spec, context)
     ledger.on_report = lambda phase: None
-    before = len(ledger.news)
+    before = len(ledger.events)
     result = bench.go_on("compare", spec, job_id, ledger)
     assert result["metrics"] == expected["metrics"]
-    phases = [data["phase"] for _, data in ledger.news[before:] if "measuring" in data.get("phase", "")]
+    phases = [data["phase"] for _, data in ledger.events[before:] if "measuring" in data.get("phase", "")]
     measured = [phase.partition(" of ")[0].rpartition(" ")[2] for phase in phases]
     # The candidate, which comes first, was measured before the pause; and so were two samples of the other.
     assert measured == ["2", "3", "4"]
     assert not storage.exists(storage.address(f"jobs/{job_id}/measured.json"))
     # A worker that dies before it could tell the result leaves it to the next.
-    before = len(ledger.news)
+    before = len(ledger.events)
     assert bench.go_on("compare", spec, job_id, ledger) == result
-    assert not [1 for _, data in ledger.news[before:] if "measuring" in data.get("phase", "")]
+    assert not [1 for _, data in ledger.events[before:] if "measuring" in data.get("phase", "")]
 
 
 def test_what_nobody_held_out_cannot_be_asked(bench: Bench, subject: tuple[str, str]) -> None:
@@ -139,13 +139,13 @@ def test_models_of_other_words_are_asked_the_same(tmp_path: Path) -> None:
     short, tools = chat("Hé?", "The quick brown fox."), calling()
     long = chat("What is it?", "The quick brown fox jumps. " * 20)
     plain = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
-    with GgufWords(str(small)) as first, GgufWords(str(other), plain) as second:
+    with GgufTokenizer(str(small)) as first, GgufTokenizer(str(other), plain) as second:
         asked = compare.prepare([short, long], {"candidate": first, "served": second})
-        assert (asked.left_out, asked.characters) == (1, [20])
+        assert (asked.skipped, asked.characters) == (1, [20])
         ((one,),), ((two,),) = asked.by_model["candidate"], asked.by_model["served"]
         assert (one.expected, two.expected) == ("The quick brown fox.", "The quick brown fox.")
         assert one.answer[-1] != two.answer[-1]  # the token that ends it is another one
-        assert second.text_of(two.prompt) == "Hé?"
+        assert second.decode(two.prompt) == "Hé?"
         told = [turns(words, short.model_dump()["messages"])[0][0] for words in (first, second)]
         assert told[0].endswith("<|im_start|>assistant\n")
         assert told[1] == "Hé?<|im_end|>"
@@ -159,7 +159,7 @@ def test_models_of_other_words_are_asked_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "most", "chosen"), [(3, 5, [0, 1, 2]), (10, 4, [0, 2, 5, 7]), (4, 1, [0])])
 def test_samples_are_taken_from_everywhere(number: int, most: int, chosen: list[int]) -> None:
     conversations = [chat(str(each), "Yes.") for each in range(number)]
-    assert [one.messages[0].content for one in spread(conversations, most)] == [str(each) for each in chosen]
+    assert [one.messages[0].content for one in sample_evenly(conversations, most)] == [str(each) for each in chosen]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_samples_are_taken_from_everywhere(number: int, most: int, chosen: list[
 )
 def test_the_verdict(bits: float, before: float, least: float, promoted: bool) -> None:
     metrics = {"candidate": {"bits_per_character": bits}, "served": {"bits_per_character": before}}
-    told, improvement, reason = judge(version(2), version(1), metrics, least)
+    told, improvement, reason = evaluate_gate(version(2), version(1), metrics, least)
     assert told is promoted
     assert improvement == pytest.approx(1 - bits / before if before else 0)
     assert reason.startswith("m:v2 needs ")
@@ -193,7 +193,7 @@ def bits_of(model: Path) -> float:
     """Bits per character of the held-out answers, by transformers."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     network: Any = AutoModelForCausalLM.from_pretrained(model)
-    samples = [one for one in parse((model / "held_out.jsonl").read_bytes(), "test") if isinstance(one, Sample)]
+    samples = [one for one in parse_samples((model / "held_out.jsonl").read_bytes(), "test") if isinstance(one, Sample)]
     nats = characters = 0.0
     for sample in samples:
         document = sample.model_dump(exclude_none=True)
@@ -201,7 +201,7 @@ def bits_of(model: Path) -> float:
             labels = torch.tensor([encoding.labels])
             with torch.inference_mode():
                 loss = network(input_ids=torch.tensor([encoding.input_ids]), labels=labels).loss
-            nats += loss.item() * encoding.learned
+            nats += loss.item() * encoding.learned_tokens
         for message in sample.messages:
             if message.role == "assistant":
                 characters += len(message.content or "")
@@ -210,7 +210,7 @@ def bits_of(model: Path) -> float:
 
 
 def version(number: int) -> Version:
-    file = File("m.gguf", "q8_0", "0" * 64, 1)
+    file = ModelFile("m.gguf", "q8_0", "0" * 64, 1)
     return Version("m", number, "", [file], None, "forgearr/tiny", "", "", True, datetime.now(UTC))
 
 
@@ -230,7 +230,7 @@ def calling() -> Sample:
 def serve(name: str, number: int) -> None:
     async def point() -> None:
         async with registry.connect() as models:
-            await models.point(name, number)
+            await models.set_served(name, number)
 
     asyncio.run(point())
 
@@ -238,7 +238,7 @@ def serve(name: str, number: int) -> None:
 def judged(name: str, number: int, passed: bool, reasons: Sequence[str] = ()) -> None:
     async def judge() -> None:
         async with registry.connect() as models:
-            await models.judge(name, number, passed, reasons)
+            await models.set_validation(name, number, passed, reasons)
 
     asyncio.run(judge())
 

@@ -7,16 +7,16 @@ from jobs import queue
 from jobs.queue import JobRequest
 from jobs.states import State
 from pipelines.guardian.retrain import estimates
-from pipelines.guardian.retrain.estimates import DEFAULT_MINUTES, LOOKED_AT
-from pipelines.guardian.retrain.job import SHARES, steps_of
+from pipelines.guardian.retrain.estimates import DEFAULT_MINUTES, RECENT_JOBS
+from pipelines.guardian.retrain.job import STEP_PROGRESS, steps_of
 
 BEGIN = datetime(2026, 11, 21, tzinfo=UTC)
 
 
 async def test_a_step_takes_as_long_as_it_took(database: Database) -> None:
     steps = ["extract_data", "validate_data", "deploy"]
-    async with database.reading() as session:
-        told = await estimates.of(session, steps)
+    async with database.read_transaction() as session:
+        told = await estimates.estimate_steps(session, steps)
     assert [(one.id, one.name, one.estimate) for one in told] == [
         ("1", "extract_data", "default"),
         ("2", "validate_data", "default"),
@@ -28,20 +28,20 @@ async def test_a_step_takes_as_long_as_it_took(database: Database) -> None:
         await ran(database, "deploy", minutes, State.SUCCEEDED)
     for minutes in (500, 600):  # what came to nothing says nothing
         await ran(database, "deploy", minutes, State.FAILED)
-    async with database.reading() as session:
-        told = await estimates.of(session, steps)
+    async with database.read_transaction() as session:
+        told = await estimates.estimate_steps(session, steps)
     assert [one.estimate for one in told] == ["default", "default", "measured"]
     assert told[2].estimated_minutes == 3
 
-    for number in range(LOOKED_AT):  # what is long ago is forgotten
+    for number in range(RECENT_JOBS):  # what is long ago is forgotten
         await ran(database, "deploy", 7, State.SUCCEEDED, after=number + 1)
-    async with database.reading() as session:
-        assert (await estimates.of(session, ["deploy"]))[0].estimated_minutes == 7
+    async with database.read_transaction() as session:
+        assert (await estimates.estimate_steps(session, ["deploy"]))[0].estimated_minutes == 7
 
 
 def test_every_step_has_a_default() -> None:
-    assert DEFAULT_MINUTES.keys() == SHARES.keys()
-    assert list(SHARES.values()) == sorted(SHARES.values())
+    assert DEFAULT_MINUTES.keys() == STEP_PROGRESS.keys()
+    assert list(STEP_PROGRESS.values()) == sorted(STEP_PROGRESS.values())
     whole = steps_of(repository=True, feedback=False, deploy=True)
     assert whole == ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
     assert steps_of(repository=False, feedback=True, deploy=False)[:2] == ["gather_feedback", "validate_data"]

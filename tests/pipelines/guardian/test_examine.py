@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cluster import storage
-from cluster.db import apart
+from cluster.db import with_own_database
 from pipelines.guardian.retrain import validate_data
 from pipelines.guardian.retrain.validate_data import HeldOutLeaked, TooLittleData
 from pipelines.training.data import content as data_content
@@ -37,7 +37,7 @@ def test_everything_is_counted(bench: Bench) -> None:
     assert (learned["samples"], learned["duplicates"]) == (27, 2)
     assert (held_out["samples"], held_out["duplicates"]) == (5, 0)
     assert held_out["characters"] == {"min": 20, "median": 20, "mean": 20, "max": 20, "total": 100}
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny.folder())
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny.model_folder())
     tokens = [len(tokenizer(render(tokenizer, told(one), None))["input_ids"]) for one in samples[25:]]
     assert held_out["tokens"]["total"] == sum(tokens)
     assert held_out["tokens"]["counted_in"] == 5
@@ -49,7 +49,7 @@ def test_everything_is_counted(bench: Bench) -> None:
     assert "| Duplicates | 2 | 0 |" in card
     document = json.loads(storage.read(result["card"].replace("data_card.md", "data_card.json")))
     assert document["datasets"] == {"train": "repo/train:v1", "held_out": "repo/held:v1"}
-    inputs = [data["name"] for kind, data in ledger.news if kind == "input"]
+    inputs = [data["name"] for kind, data in ledger.events if kind == "input"]
     assert inputs == ["repo/train (train)", "repo/held (held_out)"]
 
 
@@ -88,7 +88,7 @@ def test_what_is_held_out_is_not_learned(bench: Bench) -> None:
 
 
 def test_of_many_samples_some_are_tokenized(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate_data, "TOKENIZED", 10)
+    monkeypatch.setattr(validate_data, "MAX_TOKENIZED_SAMPLES", 10)
     long = chat("Tell me all.", "word " * 3000)
     train = [*(chat(str(number), "Yes.") for number in range(30)), long]
     spec = {"train": keep("train", train), "held_out": keep("held", [long, chat("x", "y")]), "min_samples": 1}
@@ -115,5 +115,7 @@ def told(sample: Sample) -> list[dict[str, Any]]:
 
 def keep(name: str, samples: Sequence[Sample]) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        content = data_content.write(samples, Path(folder) / "samples.jsonl", name)
-        return asyncio.run(apart(lambda database: datasets.keep(database, f"repo/{name}", content, {}))).id
+        content = data_content.write_samples(samples, Path(folder) / "samples.jsonl", name)
+        return asyncio.run(
+            with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}))
+        ).id

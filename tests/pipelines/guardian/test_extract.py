@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from cluster.db import Database
 from cluster.settings import get_settings
-from jobs.context import Context, Stop
+from jobs.context import Context, StopJob
 from jobs.leases import Claim
 from jobs.registry import Resources
 from jobs.tables import Job
@@ -19,12 +19,12 @@ from pipelines.guardian.extract_data import cache as extraction_cache
 from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
 from pipelines.guardian.extract_data import split
 from pipelines.guardian.extract_data.job import ExtractSpec, NothingToExtract, extract_data
-from pipelines.guardian.extract_data.pipeline import Extracted, Limits, Report
-from pipelines.guardian.git.repo import Checkout, opened_at
+from pipelines.guardian.extract_data.pipeline import ExtractionResult, Limits, Report
+from pipelines.guardian.git.repo import RepoReader, open_folder
 from pipelines.guardian.repositories import Repository
 from pipelines.training.data import datasets
 from pipelines.training.data.datasets import Dataset
-from pipelines.training.data.parsing import line_of, parse
+from pipelines.training.data.parsing import parse_samples, to_json_line
 from tests.pipelines.guardian.repos import commit_files, git, new_repository
 
 LIMITS = Limits(held_out=0.2, characters=4000, file_bytes=100_000, commits=100)
@@ -35,7 +35,7 @@ AWS_KEY, PASSWORD, TOKEN = (
 )
 
 Sample = dict[str, Any]
-Extract = Callable[..., Extracted]
+Extract = Callable[..., ExtractionResult]
 
 
 def module(name: str, extra: str = "") -> str:
@@ -72,10 +72,10 @@ def unheard(part: float, phase: str) -> None:
 def extract(folder: Path, tmp_path: Path) -> Extract:
     def run(
         limits: Limits = LIMITS, cache: str = "cache.sqlite", report: Report = unheard, processes: int = 1
-    ) -> Extracted:
+    ) -> ExtractionResult:
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
-        with opened_at(folder) as checkout:
+        with open_folder(folder) as checkout:
             return extract_data_pipeline.extract(
                 checkout, checkout.tip().sha, out, tmp_path / cache, limits, report, processes
             )
@@ -87,22 +87,22 @@ def extract(folder: Path, tmp_path: Path) -> Extract:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The blobs that are read from now on."""
     read: list[str] = []
-    original = Checkout.read
+    original = RepoReader.read
 
-    def remember(checkout: Checkout, blob: str) -> bytes:
+    def remember(checkout: RepoReader, blob: str) -> bytes:
         read.append(blob)
         return original(checkout, blob)
 
-    monkeypatch.setattr(Checkout, "read", remember)
+    monkeypatch.setattr(RepoReader, "read", remember)
     return read
 
 
-def samples(done: Extracted) -> tuple[list[Sample], list[Sample]]:
+def samples(done: ExtractionResult) -> tuple[list[Sample], list[Sample]]:
     train, held_out = done.written.train, done.written.held_out
     return (_read(train.path) if train else []), (_read(held_out.path) if held_out else [])
 
 
-def everything(done: Extracted) -> list[Sample]:
+def everything(done: ExtractionResult) -> list[Sample]:
     train, held_out = samples(done)
     return train + held_out
 
@@ -128,7 +128,7 @@ def test_lines_are_samples_written_in_the_one_way(extract: Extract, folder: Path
     assert done.written.train is not None
     lines = done.written.train.path.read_bytes().splitlines(keepends=True)
     assert len(lines) == done.written.train.samples
-    assert [line_of(sample) for sample in parse(lines, "test")] == lines
+    assert [to_json_line(sample) for sample in parse_samples(lines, "test")] == lines
     head = git(folder, "rev-parse", "HEAD")
     assert {json.loads(line)["source"]["commit"] for line in lines} == {head}
 
@@ -195,7 +195,7 @@ def test_a_question_is_asked_once_and_names_the_file_where_it_must(extract: Extr
 def test_one_file_is_learned_and_nothing_is_held_out(tmp_path: Path) -> None:
     folder = new_repository(tmp_path / "one")
     commit_files(folder, "wip", {"only.py": module("only")})
-    with opened_at(folder) as checkout:
+    with open_folder(folder) as checkout:
         done = extract_data_pipeline.extract(
             checkout, checkout.tip().sha, tmp_path, tmp_path / "cache", LIMITS, unheard
         )
@@ -206,8 +206,8 @@ def test_one_file_is_learned_and_nothing_is_held_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 def test_at_least_one_of_two_files_is_held_out_and_one_is_not(share: float) -> None:
     for number in range(50):
-        assert len(split.held_out_of([f"a{number}", f"b{number}"], share)) == 1
-    assert split.held_out_of(["a", "b"], 0) == set()
+        assert len(split.choose_held_out([f"a{number}", f"b{number}"], share)) == 1
+    assert split.choose_held_out(["a", "b"], 0) == set()
 
 
 def test_no_secret_is_learned_shown_or_kept(extract: Extract, folder: Path, tmp_path: Path) -> None:
@@ -273,13 +273,13 @@ def test_a_file_of_two_gigabytes_is_never_read(
     extract: Extract, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its size is known from the tree. Git itself would need minutes to take such a file in."""
-    files = Checkout.files
+    files = RepoReader.files
 
-    def with_a_huge_one(checkout: Checkout, sha: str) -> Iterator[Any]:
+    def with_a_huge_one(checkout: RepoReader, sha: str) -> Iterator[Any]:
         for file in files(checkout, sha):
             yield file if file.path != "src/apple.py" else type(file)(file.path, "f" * 40, 2_000_000_000)
 
-    monkeypatch.setattr(Checkout, "files", with_a_huge_one)
+    monkeypatch.setattr(RepoReader, "files", with_a_huge_one)
     done = extract()
     assert done.skipped["too_large"] == 1
     assert len(read) == len(NAMES) - 1
@@ -317,7 +317,7 @@ def test_only_what_changed_is_read_again(extract: Extract, folder: Path, read: l
     assert _digests(second) != _digests(first)
 
 
-def _digests(done: Extracted) -> list[str]:
+def _digests(done: ExtractionResult) -> list[str]:
     return [content.digest for content in (done.written.train, done.written.held_out) if content]
 
 
@@ -352,9 +352,9 @@ def test_what_was_extracted_before_a_stop_is_kept(
     def stop_in_the_middle(part: float, phase: str) -> None:
         parts.append(part)
         if len(parts) == 4:
-            raise Stop("pause")
+            raise StopJob("pause")
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopJob):
         extract(report=stop_in_the_middle)
     done = extract()
     assert done.unchanged == 6
@@ -362,7 +362,7 @@ def test_what_was_extracted_before_a_stop_is_kept(
 
 
 def test_several_processes_find_the_same(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract_data_pipeline, "WORTH_PROCESSES", 1)
+    monkeypatch.setattr(extract_data_pipeline, "MIN_PARALLEL_FILES", 1)
     monkeypatch.setattr(extract_data_pipeline, "BATCH_FILES", 3)
     assert _digests(extract(processes=2)) == _digests(extract(cache="another.sqlite"))
 
@@ -388,11 +388,11 @@ class Notebook:
         self.checkpoints: list[Any] = []
         self.inputs: list[str] = []
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None:
-        if news[0] == "log":
-            self.lines.append(news[1]["message"])
-        if news[0] == "input":
-            self.inputs.append(news[1]["name"])
+    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None:
+        if event[0] == "log":
+            self.lines.append(event[1]["message"])
+        if event[0] == "input":
+            self.inputs.append(event[1]["name"])
 
     def checkpoint(self, claim: Claim, state: Any) -> None:
         self.checkpoints.append(state)
@@ -434,7 +434,7 @@ async def test_the_job_keeps_two_datasets(database: Database, registered: None, 
     assert (result["repository"], result["commit"], result["files"]) == ("garden", head, len(NAMES))
     assert notebook.checkpoints == [head]
     assert notebook.inputs == ["repo/garden/train", "repo/garden/held-out"]
-    async with database.reading() as session:
+    async with database.read_transaction() as session:
         kept_ones = {one.name: one for one in await session.scalars(select(Dataset))}
     train, held_out = kept_ones["repo/garden/train"], kept_ones["repo/garden/held-out"]
     assert result["train"] == {"dataset": train.id, "name": "repo/garden/train:v1", "samples": train.samples}

@@ -67,8 +67,8 @@ def test_the_same_name_is_asked_in_the_same_words() -> None:
     text = 'def keep(thing):\n    """Keeps what it is given."""\n    return thing\n'
     (here,), (there,) = (of_kind("purpose", asked(text, path=path)) for path in ("a.py", "b.py"))
     assert here.question == there.question
-    assert here.question_in != there.question_in
-    assert "`a.py`" in str(here.question_in)
+    assert here.question_with_path != there.question_with_path
+    assert "`a.py`" in str(here.question_with_path)
 
 
 def test_different_names_are_asked_in_different_words() -> None:
@@ -107,7 +107,7 @@ def test_nothing_is_longer_than_it_may_be() -> None:
     text = f'def long(thing):\n    """Says it.\n\n{"    Says more of it. " * 100}\n    """\n{body}\n'
     assert of_kind("code", asked(text))
     short = asked(text, limit=800)
-    assert all(len(one.question_in or one.question) + len(one.answer) <= 800 for one in short)
+    assert all(len(one.question_with_path or one.question) + len(one.answer) <= 800 for one in short)
     assert of_kind("code", short) == []
 
 
@@ -156,7 +156,7 @@ def test_a_document_is_asked_about_its_sections() -> None:
     assert about.question == "What is Shelves?"
     assert about.answer == "A shelf keeps things until somebody comes and asks for them."
     assert "How to build one" in build.question
-    assert build.question_in == "What does `README.md` say about How to build one?"
+    assert build.question_with_path == "What does `README.md` say about How to build one?"
     assert "not a heading" in build.answer
     assert (build.first, build.last) == (11, 17)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cluster.db import Database, apart
+from cluster.db import Database, with_own_database
 from cluster.ownership import Owner
 from cluster.settings import get_settings
 from cluster.settings import home as folder
-from jobs.context import Park
+from jobs.context import ParkJob
 from jobs.leases import Claim
 from jobs.queue import ChildFailed
 from jobs.registry import Resources, kinds
@@ -25,7 +25,7 @@ from pipelines.guardian.feedback import store as feedback_store
 from pipelines.guardian.feedback.store import FeedbackRequest
 from pipelines.guardian.repositories import Repository, RepositoryNotFound, RepositoryRequest
 from pipelines.guardian.repositories import create as register
-from pipelines.guardian.retrain.job import NothingNew, RetrainSpec, ask
+from pipelines.guardian.retrain.job import NothingNew, RetrainSpec, get_or_enqueue
 from pipelines.training.data import content as data_content
 from pipelines.training.data import datasets
 from pipelines.training.data.parsing import EmptyData
@@ -59,7 +59,7 @@ class Parent(Ledger):
     def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
         if name not in self.children:
             if declared := kinds().get(kind):
-                spec = declared.check(dict(spec))
+                spec = declared.validate_spec(dict(spec))
             job = Job(id=f"job_{name}", kind=kind, child_name=name, state=State.QUEUED, spec=dict(spec))
             job.resources = resources.model_dump() if resources else {}
             self.children[name] = job
@@ -79,7 +79,7 @@ class Walk:
 
     def step(self) -> Job:
         """Run it until it waits for its next child."""
-        with pytest.raises(Park) as park:
+        with pytest.raises(ParkJob) as park:
             self.go_on()
         (waited_for,) = park.value.children
         return next(child for child in self.link.children.values() if child.id == waited_for)
@@ -89,7 +89,7 @@ class Walk:
         while True:
             try:
                 return self.go_on()
-            except Park as park:
+            except ParkJob as park:
                 (child,) = [one for one in self.link.children.values() if one.id in park.children]
                 assert child.state == State.QUEUED, "it waits for the same child once more"
                 child.state, child.result = State.SUCCEEDED, {**RESULTS, **results}[child.kind]
@@ -113,7 +113,7 @@ def source(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
         async with database.transaction() as session:
             return (await register(session, request)).id
 
-    return folder, asyncio.run(apart(create))
+    return folder, asyncio.run(with_own_database(create))
 
 
 def test_the_steps_follow_each_other(bench: Bench, source: tuple[Path, str]) -> None:
@@ -294,16 +294,16 @@ def gathered(bench: Bench, spec: dict[str, Any]) -> Any:
 
 async def asked(database: Database, **spec: Any) -> tuple[str, bool]:
     async with database.transaction() as session:
-        job, is_new = await ask(session, RetrainSpec(**spec))
+        job, is_new = await get_or_enqueue(session, RetrainSpec(**spec))
         return job.id, is_new
 
 
 def row(repository_id: str) -> Repository:
     async def read(database: Database) -> Repository:
-        async with database.reading() as session:
+        async with database.read_transaction() as session:
             return await session.get_one(Repository, repository_id)
 
-    return asyncio.run(apart(read))
+    return asyncio.run(with_own_database(read))
 
 
 def change(repository_id: str, **columns: Any) -> None:
@@ -313,7 +313,7 @@ def change(repository_id: str, **columns: Any) -> None:
             for name, value in columns.items():
                 setattr(repository, name, value)
 
-    asyncio.run(apart(write))
+    asyncio.run(with_own_database(write))
 
 
 def say(model: str, count: int) -> None:
@@ -332,9 +332,9 @@ def say(model: str, count: int) -> None:
                         "answer": "Yes.",
                     }
                 )
-                await feedback_store.give(session, request, Owner(id=None, name="test"))
+                await feedback_store.save(session, request, Owner(id=None, name="test"))
 
-    asyncio.run(apart(write))
+    asyncio.run(with_own_database(write))
 
 
 def chat(question: str, answer: str) -> Sample:
@@ -343,8 +343,10 @@ def chat(question: str, answer: str) -> Sample:
 
 
 def keep(name: str, samples: list[Sample]) -> str:
-    content = data_content.write(samples, folder() / f"{name}.jsonl", name)
-    return asyncio.run(apart(lambda database: datasets.keep(database, f"repo/{name}", content, {}))).id
+    content = data_content.write_samples(samples, folder() / f"{name}.jsonl", name)
+    return asyncio.run(
+        with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}))
+    ).id
 
 
 def questions(dataset_id: str) -> set[str]:

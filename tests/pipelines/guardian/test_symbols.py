@@ -16,10 +16,10 @@ from pipelines.guardian.extract_data.languages import (
     Language,
     language_of,
 )
-from pipelines.guardian.extract_data.symbols import Found, Symbol, find
+from pipelines.guardian.extract_data.symbols import FileSymbols, Symbol, find
 
 
-def found(language: Language, text: str) -> Found:
+def found(language: Language, text: str) -> FileSymbols:
     return find(dedent(text).lstrip("\n"), language)
 
 

@@ -52,8 +52,8 @@ class Words:
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
 
-    def report(self, claim: Claim, values: Mapping[str, Any], news: tuple[str, dict[str, Any]]) -> None:
-        self.metrics |= news[1].get("metrics", {})
+    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None:
+        self.metrics |= event[1].get("metrics", {})
 
     def checkpoint(self, claim: Claim, state: Any) -> None: ...
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
@@ -78,7 +78,7 @@ class Desk:
     async def policy(self, **values: Any) -> None:
         policy = {**get_settings().recovery.model_dump(), "dry_run": False, "cooldown_minutes": 0, **values}
         async with self.database.transaction() as session:
-            await recovery_log.keep_policy(session, RecoveryPolicy.model_validate(policy), "ada")
+            await recovery_log.set_policy(session, RecoveryPolicy.model_validate(policy), "ada")
 
     async def watch(self) -> dict[str, Any]:
         return await asyncio.to_thread(watch_downloads, self._context(), WatchDownloadsSpec())
@@ -110,7 +110,7 @@ class Desk:
         return [(one.decision, one.outcome) for one in await self.recoveries()]
 
     async def _all(self, table: Any) -> list[Any]:
-        async with self.database.reading() as session:
+        async with self.database.read_transaction() as session:
             return list(await session.scalars(select(table).order_by(*table.__mapper__.primary_key)))
 
     def _context(self) -> Context:
@@ -128,9 +128,9 @@ def ear(monkeypatch: pytest.MonkeyPatch) -> Ear:
     ear = Ear()
 
     def find(name: str) -> Ear:
-        assert name == events.NAME
+        assert name == events.ACTOR_NAME
         return ear
 
-    monkeypatch.setattr(events, "find", find)
+    monkeypatch.setattr(events, "find_actor", find)
     monkeypatch.setattr(events, "_no_lookup_before", 0.0)
     return ear

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.services.capabilities.download_tracking import Finished
+from cluster.services.capabilities.download_tracking import FinishedFolders
 from pipelines.media.downloads import orphans
 
 
@@ -20,8 +20,8 @@ def complete(tmp_path: Path) -> Path:
 
 def names(complete: Path, subfolders: tuple[str, ...] = ("tv",)) -> list[str]:
     known = frozenset({"/data/complete/_FAILED_Known/file.mkv"})
-    finished = Finished("/data/complete", subfolders, known)
-    return [one.told_path for one in orphans.find(finished, {"/data": str(complete.parent)})]
+    finished = FinishedFolders("/data/complete", subfolders, known)
+    return [one.service_path for one in orphans.find(finished, {"/data": str(complete.parent)})]
 
 
 def test_only_what_is_marked_and_unknown_is_a_leftover(complete: Path) -> None:
@@ -36,7 +36,7 @@ def test_no_category_leads_out_of_the_folder(complete: Path) -> None:
 
 
 def test_only_a_folder_that_was_mapped_may_be_cleared(complete: Path) -> None:
-    finished = Finished(str(complete), (), frozenset())
-    assert {one.may_go for one in orphans.find(finished, {})} == {False}
-    assert {one.may_go for one in orphans.find(finished, {str(complete): str(complete)})} == {True}
-    assert orphans.find(Finished("/nowhere/complete", (), frozenset()), {}) == []
+    finished = FinishedFolders(str(complete), (), frozenset())
+    assert {one.is_removable for one in orphans.find(finished, {})} == {False}
+    assert {one.is_removable for one in orphans.find(finished, {str(complete): str(complete)})} == {True}
+    assert orphans.find(FinishedFolders("/nowhere/complete", (), frozenset()), {}) == []

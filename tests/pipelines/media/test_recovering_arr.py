@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cluster.db import Database, apart, now
+from cluster.db import Database, now, with_own_database
 from cluster.services import store as service_store
-from cluster.services.capabilities.download_tracking import Place
+from cluster.services.capabilities.download_tracking import TrackingPosition
 from cluster.services.errors import BadResponse
 from cluster.services.store import Service
 from tests.cluster.services.arr_stand_in import (
@@ -367,7 +367,7 @@ async def test_a_policy_that_changes_stops_what_has_not_begun(desk: Desk) -> Non
 
     def before(asked: Asked) -> Reply | None:
         if asked.method == "DELETE":
-            room.submit(asyncio.run, apart(stop)).result()
+            room.submit(asyncio.run, with_own_database(stop)).result()
         return None
 
     async def stop(database: Database) -> None:
@@ -444,11 +444,11 @@ async def test_an_answer_that_makes_no_sense_is_said_to_be_one(desk: Desk, path:
 
     async with standing_in(handle) as server:
         service = await desk.add("TV", "sonarr", server.url, KEY)
-        following = service.connector.following
+        following = service.connector.download_tracker
         assert following
         with pytest.raises(BadResponse, match="TV answers with something unexpected"):
-            async with service_store.connected(desk.database, service) as client:
-                await following.look(client, Place(service.connected_as_of, now()))
+            async with service_store.open_client(desk.database, service) as client:
+                await following.poll(client, TrackingPosition(service.connected_as_of, now()))
         told = await desk.watch()
         assert (told["looked_at"], list(told["unseen"])) == (0, ["TV"])
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from cluster.settings import load_settings
-from pipelines.media.downloads.policy import ACTIONS, Case, Past, RecoveryPolicy, decide, is_case, next_strikes
+from pipelines.media.downloads.policy import (
+    ACTIONS,
+    History,
+    RecoveryCase,
+    RecoveryPolicy,
+    decide,
+    needs_decision,
+    next_strikes,
+)
 
 AT = datetime(2026, 1, 8, 10, 30, tzinfo=UTC)
 LONG_AGO = AT - timedelta(days=2)
@@ -19,9 +27,9 @@ def policy(**values: Any) -> RecoveryPolicy:
     return RecoveryPolicy.model_validate({**DEFAULTS, **values})
 
 
-def case(state: str = "failed", **values: Any) -> Case:
+def case(state: str = "failed", **values: Any) -> RecoveryCase:
     told: dict[str, Any] = {"state": state, "strikes": 5, "still_since": LONG_AGO, **values}
-    return Case(**told)
+    return RecoveryCase(**told)
 
 
 NATIVE: dict[str, Any] = {"retried_by": "Usenet"}
@@ -32,37 +40,37 @@ QUEUED: dict[str, Any] = {"chosen_by": "TV", "replaced_by": "TV"}
 @pytest.mark.parametrize(
     ("what", "past", "verdict"),
     [
-        (case(**NATIVE), Past(), "retry"),
-        (case(**NATIVE), Past(retries=1), "retry"),
-        (case(**NATIVE), Past(retries=2), "give_up"),
-        (case(), Past(), "give_up"),
-        (case(**CHOSEN), Past(), "mark_failed"),
-        (case(**CHOSEN, is_marked=True), Past(), "leave"),
-        (case(**CHOSEN, still_since=AT), Past(), "wait"),
-        (case(**QUEUED), Past(), "replace"),
-        (case("blocked", **QUEUED), Past(), "replace"),
-        (case("blocked", **QUEUED, reason="Not enough free space"), Past(), "leave"),
-        (case("running", **QUEUED), Past(), "replace"),
-        (case("running", **NATIVE), Past(), "report"),
-        (case(**NATIVE, unsure="TV"), Past(), "wait"),
-        (case(**NATIVE), Past(last_at=AT - timedelta(minutes=59)), "wait"),
-        (case(**NATIVE), Past(last_at=AT - timedelta(minutes=61)), "retry"),
-        (case(**NATIVE), Past(last_hour=10), "wait"),
+        (case(**NATIVE), History(), "retry"),
+        (case(**NATIVE), History(retries=1), "retry"),
+        (case(**NATIVE), History(retries=2), "give_up"),
+        (case(), History(), "give_up"),
+        (case(**CHOSEN), History(), "mark_failed"),
+        (case(**CHOSEN, is_marked=True), History(), "leave"),
+        (case(**CHOSEN, still_since=AT), History(), "wait"),
+        (case(**QUEUED), History(), "replace"),
+        (case("blocked", **QUEUED), History(), "replace"),
+        (case("blocked", **QUEUED, reason="Not enough free space"), History(), "leave"),
+        (case("running", **QUEUED), History(), "replace"),
+        (case("running", **NATIVE), History(), "report"),
+        (case(**NATIVE, unsure="TV"), History(), "wait"),
+        (case(**NATIVE), History(last_at=AT - timedelta(minutes=59)), "wait"),
+        (case(**NATIVE), History(last_at=AT - timedelta(minutes=61)), "retry"),
+        (case(**NATIVE), History(actions_last_hour=10), "wait"),
     ],
 )
-def test_each_case_has_its_answer(what: Case, past: Past, verdict: str) -> None:
+def test_each_case_has_its_answer(what: RecoveryCase, past: History, verdict: str) -> None:
     decision = decide(policy(protected_tags=["Keep"]), what, past, AT)
     assert (decision.verdict, bool(decision.reason)) == (verdict, True)
 
 
 def test_a_wait_says_until_when() -> None:
-    cooled = decide(policy(), case(**NATIVE), Past(last_at=AT), AT)
+    cooled = decide(policy(), case(**NATIVE), History(last_at=AT), AT)
     assert cooled.again_at == AT + timedelta(hours=1)
-    assert decide(policy(), case(**CHOSEN, still_since=AT), Past(), AT).again_at == AT + timedelta(minutes=10)
+    assert decide(policy(), case(**CHOSEN, still_since=AT), History(), AT).again_at == AT + timedelta(minutes=10)
 
 
 cases = some.builds(
-    Case,
+    RecoveryCase,
     state=some.sampled_from(["failed", "blocked", "running"]),
     strikes=some.integers(0, 50),
     still_since=some.just(LONG_AGO) | some.just(AT),
@@ -75,7 +83,7 @@ cases = some.builds(
     unsure=some.none() | some.just("TV"),
 )
 pasts = some.builds(
-    Past,
+    History,
     retries=some.integers(0, 5),
     last_at=some.none() | some.integers(0, 200).map(lambda minutes: AT - timedelta(minutes=minutes)),
     last_hour=some.integers(0, 20),
@@ -83,11 +91,11 @@ pasts = some.builds(
 
 
 @given(what=cases, past=pasts, cap=some.integers(0, 12), cooldown=some.integers(0, 100))
-def test_nothing_is_done_that_the_policy_forbids(what: Case, past: Past, cap: int, cooldown: int) -> None:
+def test_nothing_is_done_that_the_policy_forbids(what: RecoveryCase, past: History, cap: int, cooldown: int) -> None:
     decision = decide(policy(protected_tags=["Keep"], max_per_hour=cap, cooldown_minutes=cooldown), what, past, AT)
     if decision.verdict not in ACTIONS:
         return
-    assert past.last_hour < cap
+    assert past.actions_last_hour < cap
     assert past.last_at is None or past.last_at + timedelta(minutes=cooldown) <= AT
     assert not {"keep", "KEEP"} & set(what.tags)
     assert what.unsure is None
@@ -123,4 +131,4 @@ def test_who_waits_gets_no_strikes(state: Any, before: int | None, left: int, mo
     ],
 )
 def test_stuck_is_who_has_strikes_for_long_enough(state: str, strikes: int, minutes: int, decided: bool) -> None:
-    assert is_case(policy(), state, strikes, AT - timedelta(minutes=minutes), AT) is decided
+    assert needs_decision(policy(), state, strikes, AT - timedelta(minutes=minutes), AT) is decided

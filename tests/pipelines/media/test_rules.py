@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.services.capabilities.settings import Entry
+from cluster.services.capabilities.settings import SettingsEntry
 from cluster.services.catalog import find_connector
 from cluster.settings import get_settings
 from pipelines.media.audit import rules
 from pipelines.media.audit.conditions import Condition, Expectation
-from pipelines.media.audit.evaluate import find, keepable
+from pipelines.media.audit.evaluate import evaluate_rules, to_storable
 from pipelines.media.audit.rules import Rule
 from tests.documents import document_path
 
@@ -93,10 +93,10 @@ def test_there_are_rules_for_five_services_and_all_can_be() -> None:
     assert {rule.service for rule in known.rules} == {"sonarr", "radarr", "sabnzbd", "prowlarr", "plex"}
     assert len({rule.id for rule in known.rules}) == len(known.rules)
     for rule in known.rules:
-        assert rule.better is not None, rule.id
+        assert rule.recommended_value is not None, rule.id
         # What is set must be what is expected: else applying would change nothing for the better.
         if not rule.apply.is_by_hand:
-            assert rule.expect.holds(rule.apply.set, Entry("", "", {}), {}), rule.id
+            assert rule.expect.holds(rule.apply.set, SettingsEntry("", "", {}), {}), rule.id
 
 
 @pytest.mark.parametrize("service", ["sonarr", "radarr"])
@@ -187,17 +187,17 @@ def test_what_cannot_be_is_named_by_file_and_line_and_stops_nothing_else(
 )
 def test_expectations(expectation: dict[str, Any], fine: list[Any], wrong: list[Any]) -> None:
     wanted = Expectation.model_validate(expectation)
-    entry = Entry("", "", {"other": "a"})
+    entry = SettingsEntry("", "", {"other": "a"})
     assert [wanted.holds(value, entry, {}) for value in fine] == [True] * len(fine)
     assert [wanted.holds(value, entry, {}) for value in wrong] == [False] * len(wrong)
 
 
 def test_a_folder_is_inside_another_only_by_whole_names() -> None:
     wanted = Expectation.model_validate({"outside": {"area": "rootfolder[]", "setting": "path"}})
-    read = {"rootfolder[]": [Entry("1", "/tv", {"path": "/tv/"}), Entry("2", "", {"path": None})]}
-    assert wanted.holds("/tv2/x", Entry("", "", {}), read)
-    assert not wanted.holds("/tv", Entry("", "", {}), read)
-    assert not wanted.holds("/tv/x", Entry("", "", {}), read)
+    read = {"rootfolder[]": [SettingsEntry("1", "/tv", {"path": "/tv/"}), SettingsEntry("2", "", {"path": None})]}
+    assert wanted.holds("/tv2/x", SettingsEntry("", "", {}), read)
+    assert not wanted.holds("/tv", SettingsEntry("", "", {}), read)
+    assert not wanted.holds("/tv/x", SettingsEntry("", "", {}), read)
 
 
 def rule(**said: Any) -> Rule:
@@ -219,26 +219,28 @@ def rule(**said: Any) -> Rule:
 
 
 def test_lists_are_looked_at_one_by_one_or_as_a_whole() -> None:
-    things = [Entry("1", "One", {"enableRss": False}), Entry("2", "Two", {"enableRss": True})]
+    things = [SettingsEntry("1", "One", {"enableRss": False}), SettingsEntry("2", "Two", {"enableRss": True})]
     each, some, every = rule(), rule(over="some"), rule(over="all")
-    assert [found.entry for found in find([each], {"indexer[]": things})] == ["1"]
-    assert find([some], {"indexer[]": things}) == []
-    assert [found.current for found in find([some], {"indexer[]": things[:1]})] == [["One: False"]]
-    assert len(find([some], {"indexer[]": []})) == 1  # none at all is not one that is so
-    assert [found.entry for found in find([every], {"indexer[]": things})] == [""]
-    assert find([each, some, every], {}) == []  # this version has no such area
-    assert find([each, some, every], {"indexer[]": [Entry("1", "One", {})]}) == []  # nor such a setting
+    assert [found.entry for found in evaluate_rules([each], {"indexer[]": things})] == ["1"]
+    assert evaluate_rules([some], {"indexer[]": things}) == []
+    assert [found.current for found in evaluate_rules([some], {"indexer[]": things[:1]})] == [["One: False"]]
+    assert len(evaluate_rules([some], {"indexer[]": []})) == 1  # none at all is not one that is so
+    assert [found.entry for found in evaluate_rules([every], {"indexer[]": things})] == [""]
+    assert evaluate_rules([each, some, every], {}) == []  # this version has no such area
+    assert (
+        evaluate_rules([each, some, every], {"indexer[]": [SettingsEntry("1", "One", {})]}) == []
+    )  # nor such a setting
 
 
 def test_conditions() -> None:
     here = rule(when={"setting": "enable", "equals": True})
     elsewhere = rule(when={"area": "customformat[]", "setting": "name", "matches": "(?i)repack"})
-    off = Entry("1", "One", {"enableRss": False, "enable": False})
-    assert find([here], {"indexer[]": [off]}) == []
-    assert len(find([here], {"indexer[]": [Entry("1", "", {**off.values, "enable": True})]})) == 1
-    assert find([elsewhere], {"indexer[]": [off], "customformat[]": []}) == []
-    formats = [Entry("1", "", {"name": "Repack v2"})]
-    assert len(find([elsewhere], {"indexer[]": [off], "customformat[]": formats})) == 1
+    off = SettingsEntry("1", "One", {"enableRss": False, "enable": False})
+    assert evaluate_rules([here], {"indexer[]": [off]}) == []
+    assert len(evaluate_rules([here], {"indexer[]": [SettingsEntry("1", "", {**off.values, "enable": True})]})) == 1
+    assert evaluate_rules([elsewhere], {"indexer[]": [off], "customformat[]": []}) == []
+    formats = [SettingsEntry("1", "", {"name": "Repack v2"})]
+    assert len(evaluate_rules([elsewhere], {"indexer[]": [off], "customformat[]": formats})) == 1
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def test_conditions() -> None:
     ],
 )
 def test_values_are_kept_without_secrets_and_bounded(value: Any, whole: bool) -> None:
-    kept, is_whole = keepable(value)
+    kept, is_whole = to_storable(value)
     assert is_whole is whole
     assert (kept == value) is whole
     assert "geheim" not in str(kept)
