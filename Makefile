@@ -11,8 +11,10 @@ help: ## List the targets
 
 setup: .venv/installed ## Install everything, in .venv
 
-# Built for any processor: a native build of llama-cpp-python dies on machines that advertise more than they can do.
-.venv/installed: export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
+# llama-cpp-python is compiled for any processor: a native build dies on machines that advertise more than they can do.
+# Its library for pictures and sound (mtmd) is left out, and ccache is used where it is installed.
+CCACHE := $(if $(shell command -v ccache),-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
+.venv/installed: export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF $(CCACHE)
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt

@@ -27,8 +27,8 @@ WARM_UP = 3
 LONG, BRIEF = 900, 120
 """Characters of a sample."""
 
-FETCH_CONVERTER = "from pipelines.training.export import llama_converter; print(llama_converter.folder())"
-FIND_TINY = "from pipelines.training.models import tiny; print(tiny.folder())"
+FETCH_CONVERTER = "from pipelines.training.export import llama_converter; print(llama_converter.locate_converter())"
+FIND_TINY = "from pipelines.training.models import tiny; print(tiny.model_folder())"
 FORGE_IMPORTS = "import pipelines.training.fine_tune.recipe, ray.train.torch"
 
 

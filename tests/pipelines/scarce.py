@@ -14,7 +14,7 @@ from tests.pipelines.test_recipe import Notes
 
 
 class Scarce(Notes):
-    def phase(self, name: str) -> None:
+    def on_phase(self, name: str) -> None:
         super().on_phase(name)
         if name == "training" and self.phases.count(name) == 1:
             # Only what can be written to: the whole address space grows with every thread, however little it uses.

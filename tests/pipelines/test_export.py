@@ -276,7 +276,7 @@ def test_a_step_that_crashes_is_an_error_with_its_last_words(home: Path) -> None
 
 
 def test_what_a_killed_job_has_left_is_removed_by_the_next(home: Path) -> None:
-    script = "import os; from jobs.execution import workspace\nwith workspace.folder('dead'): os._exit(9)"
+    script = "import os; from jobs.execution import workspace\nwith workspace.temporary_folder('dead'): os._exit(9)"
     subprocess.run([sys.executable, "-c", script], check=False)
     assert len(left_behind()) == 2
     with workspace.temporary_folder("alive") as first:
@@ -319,7 +319,7 @@ def test_a_base_model_that_is_not_there_is_named(home: Path, tmp_path: Path) -> 
     with pytest.raises(BaseModelNotFound, match="neither forgearr/tiny, a folder"):
         base_models.resolve("no such/thing/at all")
     # The library reads where the hub is when it is imported.
-    script = "from pipelines.training.models import base_models; base_models.folder('somebody/some-model')"
+    script = "from pipelines.training.models import base_models; base_models.resolve('somebody/some-model')"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert "BaseModelNotFound: The base model 'somebody/some-model' is not on this machine" in done.stderr

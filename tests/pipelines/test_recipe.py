@@ -27,7 +27,7 @@ class Interrupted(BaseException):
 
 
 class Notes:
-    """A watcher that keeps checkpoints in a folder, and may end the training at one of them."""
+    """A observer that keeps checkpoints in a folder, and may end the training at one of them."""
 
     def __init__(self, folder: Path, end_at: int | None = None) -> None:
         self._folder = folder
@@ -119,7 +119,7 @@ def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
         train(spec, base, tmp_path / "first", first)
     second = Notes(tmp_path / "kept")
     outcome = train(
-        spec, base, tmp_path / "second", second, checkpoint=first.load_checkpoint(step), place=first.training_state
+        spec, base, tmp_path / "second", second, checkpoint=first.load_checkpoint(step), resume_state=first.training_state
     )
 
     assert max(first.losses) == step
@@ -337,23 +337,23 @@ def test_every_process_knows_where_the_checkpoints_are(
     from pipelines.training.fine_tune import job as fine_tune_job
     from tests.pipelines.bench import Bench, Ledger
 
-    watchers: list[Any] = []
+    observers: list[Any] = []
     for rank in (0, 1):
         (tmp_path / f"{rank}").mkdir()
         monkeypatch.setattr("ray.train.get_context", lambda rank=rank: World(rank))
         context = Bench(tmp_path).context("job_x", Ledger())
-        watchers.append(fine_tune_job.JobObserver(context, {}, tmp_path))
+        observers.append(fine_tune_job.JobObserver(context, {}, tmp_path))
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     for step in (2, 4, 6):
-        for rank, watcher in enumerate(watchers):
+        for rank, observer in enumerate(observers):
             name = "weights" if rank == 0 else f"rng_state_{rank}.pth"
             (tmp_path / f"{rank}" / name).write_text(f"{step}")
-            watcher.keep(tmp_path / f"{rank}", {"step": step, "best_step": 2})
-    for watcher in watchers:
-        assert {path.name for path in watcher.kept(2).iterdir()} == {"weights", "rng_state_1.pth"}
-        assert (watcher.newest() / "weights").read_text() == "6"
+            observer.save_checkpoint(tmp_path / f"{rank}", {"step": step, "best_step": 2})
+    for observer in observers:
+        assert {path.name for path in observer.load_checkpoint(2).iterdir()} == {"weights", "rng_state_1.pth"}
+        assert (observer.latest_checkpoint() / "weights").read_text() == "6"
         with pytest.raises(KeyError):
-            watcher.kept(4)
+            observer.load_checkpoint(4)
 
 
 def test_when_one_process_needs_smaller_batches_all_start_again(
@@ -366,11 +366,11 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     from tests.pipelines.bench import Bench, Ledger
 
     smaller = {"batch_size": 4, "gradient_accumulation": 2}
-    places: list[Any] = []
+    resume_states: list[Any] = []
 
-    def scarce_train(*_: Any, place: Any, **__: Any) -> None:
-        places.append(place)
-        if len(places) > 1:
+    def scarce_train(*_: Any, resume_state: Any, **__: Any) -> None:
+        resume_states.append(resume_state)
+        if len(resume_states) > 1:
             raise Interrupted
         raise batch_size.RestartWithSmallerBatch("Out of memory", details=smaller)
 
@@ -388,7 +388,7 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     monkeypatch.setattr(outputs, "own_job", always(Row(ledger.checkpoints)))
     with pytest.raises(Interrupted):
         fine_tune_job.fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of())
-    assert places == [None, smaller]
+    assert resume_states == [None, smaller]
     assert ledger.checkpoints[-1] == {**ledger.checkpoints[0], "place": smaller}
 
 

@@ -19,7 +19,7 @@ def _save_nothing(*_: Any) -> None: ...
 def main(base: str, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    step: Any = vars(batch_size)["_step"]
+    step: Any = vars(batch_size)["_trial_step"]
 
     def scarce_step(trainer: Any, model: Any, rows: list[Any]) -> None:
         if rank == 1 and len(rows) > 2:

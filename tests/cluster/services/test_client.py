@@ -186,7 +186,7 @@ async def test_no_redirect_of_a_change_is_followed() -> None:
     assert [asked.path for asked in server.asked] == ["/here"]
 
 
-@pytest.mark.parametrize(("method", "times"), [("get", 2), ("act", 1), ("post", 1), ("put", 1), ("delete", 1)])
+@pytest.mark.parametrize(("method", "times"), [("get", 2), ("get_once", 1), ("post", 1), ("put", 1), ("delete", 1)])
 async def test_only_what_changes_nothing_is_sent_again(method: str, times: int) -> None:
     """The connection breaks after the first request, whose answer is not whole."""
     replies = iter([Reply(b"{", length=100), telling({"fine": True})])

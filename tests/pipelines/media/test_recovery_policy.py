@@ -28,7 +28,7 @@ def policy(**values: Any) -> RecoveryPolicy:
 
 
 def case(state: str = "failed", **values: Any) -> RecoveryCase:
-    told: dict[str, Any] = {"state": state, "strikes": 5, "still_since": LONG_AGO, **values}
+    told: dict[str, Any] = {"state": state, "strikes": 5, "stalled_since": LONG_AGO, **values}
     return RecoveryCase(**told)
 
 
@@ -46,7 +46,7 @@ QUEUED: dict[str, Any] = {"chosen_by": "TV", "replaced_by": "TV"}
         (case(), History(), "give_up"),
         (case(**CHOSEN), History(), "mark_failed"),
         (case(**CHOSEN, is_marked=True), History(), "leave"),
-        (case(**CHOSEN, still_since=AT), History(), "wait"),
+        (case(**CHOSEN, stalled_since=AT), History(), "wait"),
         (case(**QUEUED), History(), "replace"),
         (case("blocked", **QUEUED), History(), "replace"),
         (case("blocked", **QUEUED, reason="Not enough free space"), History(), "leave"),
@@ -66,14 +66,14 @@ def test_each_case_has_its_answer(what: RecoveryCase, past: History, verdict: st
 def test_a_wait_says_until_when() -> None:
     cooled = decide(policy(), case(**NATIVE), History(last_at=AT), AT)
     assert cooled.again_at == AT + timedelta(hours=1)
-    assert decide(policy(), case(**CHOSEN, still_since=AT), History(), AT).again_at == AT + timedelta(minutes=10)
+    assert decide(policy(), case(**CHOSEN, stalled_since=AT), History(), AT).again_at == AT + timedelta(minutes=10)
 
 
 cases = some.builds(
     RecoveryCase,
     state=some.sampled_from(["failed", "blocked", "running"]),
     strikes=some.integers(0, 50),
-    still_since=some.just(LONG_AGO) | some.just(AT),
+    stalled_since=some.just(LONG_AGO) | some.just(AT),
     reason=some.text(max_size=20),
     tags=some.lists(some.sampled_from(["keep", "KEEP", "other"])).map(tuple),
     retried_by=some.none() | some.just("Usenet"),
@@ -86,7 +86,7 @@ pasts = some.builds(
     History,
     retries=some.integers(0, 5),
     last_at=some.none() | some.integers(0, 200).map(lambda minutes: AT - timedelta(minutes=minutes)),
-    last_hour=some.integers(0, 20),
+    actions_last_hour=some.integers(0, 20),
 )
 
 
