@@ -10,10 +10,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster import identity
 from cluster.db import Database
 from cluster.errors import Conflict
-from cluster.identity import User
-from cluster.ownership import Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.states import State
@@ -42,9 +42,9 @@ def get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
     return asyncio.run(_get_output(job_id, kind, owner_id))
 
 
-async def find_output(session: AsyncSession, job_id: str, kind: str, owner: Owner) -> JobOutput:
+async def find_output(session: AsyncSession, job_id: str, kind: str, principal: Principal) -> JobOutput:
     """The same, inside a transaction of the caller's."""
-    job = await queue.get(session, job_id, owner)
+    job = await queue.get(session, job_id, principal)
     if job.kind == "forge":
         child = await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == kind))
         if child is None:
@@ -66,14 +66,12 @@ def own_job(job_id: str) -> Job:
 
 async def _get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
     async with _read_session() as session:
-        user = await session.get(User, owner_id) if owner_id else None
-        is_admin = owner_id is None or (user is not None and user.role == "admin")
-        return await find_output(session, job_id, kind, Owner(id=owner_id, is_admin=is_admin))
+        return await find_output(session, job_id, kind, await identity.find_principal(session, owner_id))
 
 
 async def _get_job(job_id: str) -> Job:
     async with _read_session() as session:
-        return await queue.get(session, job_id)
+        return await queue.get(session, job_id, LOCAL)
 
 
 @asynccontextmanager

@@ -15,10 +15,10 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster import identity
 from cluster.db import now
-from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, NotFound
-from cluster.identity import User
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
+from cluster.ownership import Principal, require, system
 from cluster.times import CronExpression, TimeZoneName
 from jobs import journal, queue
 from jobs.journal import JournalEntry
@@ -58,19 +58,17 @@ class ScheduleRequest(BaseModel):
     enabled: bool = True
 
 
-async def create(session: AsyncSession, request: ScheduleRequest, owner: Owner = LOCAL_OWNER) -> Schedule:
-    schedule = Schedule(id=str(uuid.uuid4()), owner_id=owner.id, created_by=owner.name)
+async def create(session: AsyncSession, request: ScheduleRequest, principal: Principal) -> Schedule:
+    schedule = Schedule(id=str(uuid.uuid4()), owner_id=principal.id, created_by=principal.name)
     session.add(schedule)
-    await replace(session, schedule, request, owner)
+    await replace(session, schedule, request, principal)
     return schedule
 
 
-async def replace(
-    session: AsyncSession, schedule: Schedule, request: ScheduleRequest, owner: Owner = LOCAL_OWNER
-) -> None:
+async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRequest, principal: Principal) -> None:
     kind = find_kind(request.kind)
     spec = kind.validate_spec(request.spec)
-    if not owner.is_admin and kind.needs_admin(spec):
+    if not principal.is_admin and kind.needs_admin(spec):
         raise Forbidden(f"Only an administrator may schedule '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
     for name, value in request.model_dump().items():
         setattr(schedule, name, value)
@@ -83,11 +81,9 @@ async def replace(
     queue.wake_dispatcher_on_commit(session)
 
 
-async def get(session: AsyncSession, schedule_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Schedule:
+async def get(session: AsyncSession, schedule_id: str, principal: Principal, *, lock: bool = False) -> Schedule:
     schedule = await session.get(Schedule, schedule_id, with_for_update=lock)
-    if schedule is None or not (owner.is_admin or schedule.owner_id == owner.id):
-        raise ScheduleNotFound(f"There is no schedule '{schedule_id}'.")
-    return schedule
+    return require(schedule, principal, ScheduleNotFound(f"There is no schedule '{schedule_id}'."))
 
 
 async def ensure(session: AsyncSession, request: ScheduleRequest) -> None:
@@ -100,7 +96,7 @@ async def ensure(session: AsyncSession, request: ScheduleRequest) -> None:
     if existing is not None:
         existing.name = f"{existing.name[: MAX_NAME_LENGTH - len(existing.id) - 1]}-{existing.id}"
         await session.flush()
-    await create(session, request, Owner(name="system"))
+    await create(session, request, system("system"))
 
 
 async def fire_due(session: AsyncSession) -> None:
@@ -133,16 +129,14 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime:
 
 async def _fire(session: AsyncSession, schedule: Schedule) -> str:
     """Queue the job. One that may not or cannot be any more leaves a failed one that says so, and is the last."""
-    user = None if schedule.owner_id is None else await session.get(User, schedule.owner_id)
-    is_admin = user is None or user.role == "admin"
-    owner = Owner(id=schedule.owner_id, name=f"schedule:{schedule.name}", is_admin=is_admin)
+    name = f"schedule:{schedule.name}"
     request = JobRequest(kind=schedule.kind, spec=schedule.spec, priority=schedule.priority)
     try:
-        if user is not None and not user.is_active:
-            raise AccountDisabled(f"The account of {user.username}, whose schedule this is, is disabled.")
-        return (await queue.enqueue(session, request, owner)).id
+        principal = await identity.find_principal(session, schedule.owner_id, name)
+        return (await queue.enqueue(session, request, principal)).id
     except ForgearrError as error:
         schedule.enabled, schedule.next_fire_at = False, None
+        owner = Principal(id=schedule.owner_id, name=name)
         job = queue.rejected_job(request, owner, {"code": error.code.lower(), "message": error.message})
         session.add(job)
         await session.flush()

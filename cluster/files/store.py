@@ -17,7 +17,7 @@ from cluster import storage
 from cluster.db import Base, Database, now
 from cluster.db import Sequence as Counter
 from cluster.errors import NotFound
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal, visible
 
 MAX_ID_LENGTH = 100
 MAX_FILENAME_LENGTH = 500
@@ -56,7 +56,7 @@ async def create_file(
     *,
     filename: str,
     purpose: str,
-    owner: Owner = LOCAL_OWNER,
+    principal: Principal,
     content: str | None = None,
     fault: str | None = None,
     lifetime: timedelta | None = None,
@@ -71,7 +71,7 @@ async def create_file(
         existing = await session.get(File, file_id)
     if existing is not None:
         return existing
-    file = await store_bytes(source, file_id, filename, purpose, owner, lifetime)
+    file = await store_bytes(source, file_id, filename, purpose, principal, lifetime)
     file.content, file.fault = content, fault
     async with database.transaction() as session:
         session.add(file)
@@ -79,7 +79,7 @@ async def create_file(
 
 
 async def store_bytes(
-    source: BinaryIO, file_id: str, filename: str, purpose: str, owner: Owner, lifetime: timedelta | None
+    source: BinaryIO, file_id: str, filename: str, purpose: str, principal: Principal, lifetime: timedelta | None
 ) -> File:
     """Bring the bytes into storage. The row is for the caller to add, in a transaction of its own."""
     address = await asyncio.to_thread(storage.write, source, _storage_name(file_id))
@@ -89,24 +89,24 @@ async def store_bytes(
         purpose=purpose,
         filename=filename,
         bytes=size,
-        owner_id=owner.id,
-        created_by=owner.name,
+        owner_id=principal.id,
+        created_by=principal.name,
         created_at=now(),
         expires_at=now() + lifetime if lifetime else None,
     )
 
 
-async def find(session: AsyncSession, file_id: str, owner: Owner = LOCAL_OWNER) -> File:
-    file = await session.scalar(visible_to(owner).where(File.id == file_id))
+async def find(session: AsyncSession, file_id: str, principal: Principal) -> File:
+    file = await session.scalar(visible_to(principal).where(File.id == file_id))
     if file is None:
         raise FileNotFound(f"There is no file '{file_id}'.")
     return file
 
 
-def visible_to(owner: Owner) -> Select[File]:
+def visible_to(principal: Principal) -> Select[File]:
     """The files that this owner may see, and whose time is not over."""
     unexpired = select(File).where(or_(File.expires_at.is_(None), File.expires_at > now()))
-    return unexpired if owner.is_admin else unexpired.where(File.owner_id == owner.id)
+    return visible(unexpired, File, principal)
 
 
 def open_file(file: File) -> BinaryIO:
@@ -117,9 +117,9 @@ def open_file(file: File) -> BinaryIO:
         raise FileNotFound(f"The bytes of the file '{file.id}' are not in storage any more.") from error
 
 
-async def delete(database: Database, file_id: str, owner: Owner = LOCAL_OWNER) -> None:
+async def delete(database: Database, file_id: str, principal: Principal) -> None:
     async with database.transaction() as session:
-        file = await find(session, file_id, owner)
+        file = await find(session, file_id, principal)
         file.expires_at = now()  # gone for everybody; whatever happens from here on, the sweep does the rest
     await _remove(database, [file])
 

@@ -18,7 +18,7 @@ from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
 from cluster.files.store import MAX_FILENAME_LENGTH, File
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal, require
 
 UPLOAD_LIFETIME = timedelta(hours=1)
 CHUNK_BYTES = 1024 * 1024
@@ -88,7 +88,7 @@ def begin(
     purpose: str,
     size: int,
     file_seconds: int | None,
-    owner: Owner = LOCAL_OWNER,
+    principal: Principal,
 ) -> Upload:
     moment = now()
     upload = Upload(
@@ -97,8 +97,8 @@ def begin(
         filename=filename,
         bytes=size,
         file_seconds=file_seconds,
-        owner_id=owner.id,
-        created_by=owner.name,
+        owner_id=principal.id,
+        created_by=principal.name,
         created_at=moment,
         expires_at=moment + UPLOAD_LIFETIME,
     )
@@ -106,31 +106,25 @@ def begin(
     return upload
 
 
-async def find(session: AsyncSession, upload_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Upload:
+async def find(session: AsyncSession, upload_id: str, principal: Principal, *, lock: bool = False) -> Upload:
     query: Select[Upload] = select(Upload).where(Upload.id == upload_id)
     upload = await session.scalar(query.with_for_update() if lock else query)
-    if upload is None or not (owner.is_admin or upload.owner_id == owner.id):
-        raise UploadNotFound(f"There is no upload '{upload_id}'.")
-    return upload
+    return require(upload, principal, UploadNotFound(f"There is no upload '{upload_id}'."))
 
 
-async def find_pending(
-    session: AsyncSession, upload_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False
-) -> Upload:
-    upload = await find(session, upload_id, owner, lock=lock)
+async def find_pending(session: AsyncSession, upload_id: str, principal: Principal, *, lock: bool = False) -> Upload:
+    upload = await find(session, upload_id, principal, lock=lock)
     if upload.status != "pending":
         raise UploadEnded(f"The upload '{upload_id}' is {upload.status}, and takes nothing any more.")
     return upload
 
 
-async def add_part(
-    database: Database, upload_id: str, source: BinaryIO, size: int, owner: Owner = LOCAL_OWNER
-) -> UploadPart:
+async def add_part(database: Database, upload_id: str, source: BinaryIO, size: int, principal: Principal) -> UploadPart:
     part = UploadPart(id=f"part_{uuid4().hex}", upload_id=upload_id, bytes=size, created_at=now())
     address = await asyncio.to_thread(storage.write, source, part.name)
     try:
         async with database.transaction() as session:
-            upload = await find_pending(session, upload_id, owner, lock=True)
+            upload = await find_pending(session, upload_id, principal, lock=True)
             stored_bytes = select(func.sum(UploadPart.bytes)).where(UploadPart.upload_id == upload_id)
             if (await session.scalar(stored_bytes) or 0) + size > MAX_SIZE_FACTOR * upload.bytes:
                 raise InvalidParts(
@@ -149,15 +143,15 @@ async def complete(
     part_ids: Sequence[str],
     md5: str | None,
     check_content: Callable[[str, BinaryIO, str], ContentCheck],
-    owner: Owner = LOCAL_OWNER,
+    principal: Principal,
 ) -> tuple[Upload, File]:
     """Make a file of these parts, in this order. `look` is told purpose, content and name of it."""
     async with database.read_transaction() as session:
-        upload = await find_pending(session, upload_id, owner)
+        upload = await find_pending(session, upload_id, principal)
         uploaded = await session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
         parts = _select_parts({part.id: part for part in uploaded}, part_ids, upload)
     lifetime = timedelta(seconds=upload.file_seconds) if upload.file_seconds else None
-    file_owner = Owner(id=upload.owner_id, name=upload.created_by)
+    file_owner = Principal(id=upload.owner_id, name=upload.created_by)
     with tempfile.TemporaryFile(prefix="forgearr-upload-") as combined:
         digest = await asyncio.to_thread(_concatenate, parts, combined)
         if md5 is not None and digest != md5.lower():
@@ -171,7 +165,7 @@ async def complete(
     file.content, file.fault = content, fault
     try:
         async with database.transaction() as session:
-            upload = await find_pending(session, upload_id, owner, lock=True)
+            upload = await find_pending(session, upload_id, principal, lock=True)
             upload.ended, upload.file_id = "completed", file.id
             session.add(file)
     except Exception:
@@ -181,9 +175,9 @@ async def complete(
     return upload, file
 
 
-async def cancel(database: Database, upload_id: str, owner: Owner = LOCAL_OWNER) -> Upload:
+async def cancel(database: Database, upload_id: str, principal: Principal) -> Upload:
     async with database.transaction() as session:
-        upload = await find_pending(session, upload_id, owner, lock=True)
+        upload = await find_pending(session, upload_id, principal, lock=True)
         upload.ended = "cancelled"
     await _delete_parts(database, upload)
     return upload

@@ -32,12 +32,14 @@ from cluster.identity.users import (
     Role,
     User,
     add_user,
+    find_principal,
     find_user,
     get_active_user,
     get_user,
     has_admin,
     list_users,
     normalize_email,
+    principal,
 )
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "create_access_token",
     "create_key",
     "end_login",
+    "find_principal",
     "find_user",
     "get_active_user",
     "get_user",
@@ -66,6 +69,7 @@ __all__ = [
     "list_keys",
     "list_users",
     "normalize_email",
+    "principal",
     "record_use",
     "revoke_key",
     "rotate_refresh_token",

@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, now
-from cluster.errors import AccountDisabled, Conflict, NotFound, Unauthenticated, UnprocessableRequest
+from cluster.errors import AccountDisabled, Conflict, Forbidden, NotFound, Unauthenticated, UnprocessableRequest
+from cluster.ownership import LOCAL, Principal, system
 
 Role = Literal["user", "admin"]
 USERNAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$"
@@ -107,6 +108,25 @@ def normalize_email(email: str) -> str:
         return validate_email(email.strip(), check_deliverability=False).normalized.lower()
     except EmailNotValidError as error:
         raise UnprocessableRequest(f"'{email}' is not an email address: {error}") from error
+
+
+async def find_principal(session: AsyncSession, owner_id: str | None, name: str | None = None) -> Principal:
+    """In whose name a stored row acts now: with the rights that its owner has at this moment.
+
+    What has no owner is the platform's own.
+    """
+    if owner_id is None:
+        return system(name) if name else LOCAL
+    user = await session.get(User, owner_id)
+    if user is None:
+        raise Forbidden(f"The account '{owner_id}', in whose name this runs, does not exist.")
+    if not user.is_active:
+        raise AccountDisabled(f"The account of {user.username}, in whose name this runs, is disabled.")
+    return principal(user, name)
+
+
+def principal(user: User, name: str | None = None) -> Principal:
+    return Principal(id=user.id, name=name or user.username, is_admin=user.role == "admin")
 
 
 def require_active(user: User | None) -> User:

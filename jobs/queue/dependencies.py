@@ -7,7 +7,7 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
-from cluster.ownership import Owner
+from cluster.ownership import Principal, can_access
 from jobs import journal
 from jobs.journal import JournalEntry
 from jobs.queue.errors import END_TEXTS, ChildFailed, UnknownDependency
@@ -57,12 +57,14 @@ async def release_dependents(session: AsyncSession, finished: dict[str, State]) 
         await finish_waiting_jobs(session, [dependent], State.FAILED, error)
 
 
-async def link_dependencies(session: AsyncSession, job: Job, dependency_ids: Sequence[str], owner: Owner) -> None:
+async def link_dependencies(
+    session: AsyncSession, job: Job, dependency_ids: Sequence[str], principal: Principal
+) -> None:
     if not dependency_ids:
         return
     # Locked, so that none of them finishes between this look and our commit.
     found = await session.scalars(select(Job).where(Job.id.in_(set(dependency_ids))).with_for_update(read=True))
-    known = {other.id: other for other in found if owner.is_admin or other.owner_id == owner.id}
+    known = {other.id: other for other in found if can_access(other, principal)}
     for dependency_id in dict.fromkeys(dependency_ids):
         if dependency_id not in known:
             raise UnknownDependency(f"There is no job '{dependency_id}' to depend on.")

@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster import identity
 from cluster.db import advisory_lock, now
 from cluster.errors import Forbidden, UnprocessableRequest
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import journal
 from jobs.journal import JournalEntry
@@ -34,7 +35,7 @@ from jobs.tables import IdempotencyKey, Job
 async def enqueue(
     session: AsyncSession,
     request: JobRequest,
-    owner: Owner = LOCAL_OWNER,
+    principal: Principal,
     *,
     idempotency_key: str | None = None,
     unless_queued: bool = False,
@@ -43,29 +44,29 @@ async def enqueue(
 
     With `unless_queued`, one that waits to do the same will do, whoever asked for it.
     """
-    if idempotency_key and (existing := await _find_by_key(session, request, owner, idempotency_key)):
+    if idempotency_key and (existing := await _find_by_key(session, request, principal, idempotency_key)):
         return existing
     kind = find_kind(request.kind)
     spec = kind.validate_spec(request.spec)
-    if not owner.is_admin and kind.needs_admin(spec):
+    if not principal.is_admin and kind.needs_admin(spec):
         raise Forbidden(f"Only an administrator may run '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
     job = await _find_queued(session, kind, spec) if unless_queued else None
     if job is None:
-        (job,) = await _insert(session, [(request, kind, spec)], owner)
-        await link_dependencies(session, job, request.depends_on, owner)
+        (job,) = await _insert(session, [(request, kind, spec)], principal)
+        await link_dependencies(session, job, request.depends_on, principal)
     if idempotency_key:
-        session.add(_build_idempotency_key(job, request, owner, idempotency_key))
+        session.add(_build_idempotency_key(job, request, principal, idempotency_key))
         await session.flush()
     return job
 
 
-async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], owner: Owner = LOCAL_OWNER) -> list[Job]:
+async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], principal: Principal) -> list[Job]:
     """Put many jobs without dependencies into the queue in one go."""
     if any(request.depends_on for request in requests):
         raise UnprocessableRequest("Jobs that are queued together cannot have dependencies; queue them one by one.")
     with_kinds = [(request, find_kind(request.kind)) for request in requests]
     return await _insert(
-        session, [(request, kind, kind.validate_spec(request.spec)) for request, kind in with_kinds], owner
+        session, [(request, kind, kind.validate_spec(request.spec)) for request, kind in with_kinds], principal
     )
 
 
@@ -82,7 +83,8 @@ async def enqueue_child(
     if existing is not None:
         return existing
     request = JobRequest(kind=kind, spec=spec, priority=parent.priority, resources=resources)
-    child = await enqueue(session, request, Owner(id=parent.owner_id, name=parent.created_by))
+    principal = await identity.find_principal(session, parent.owner_id, parent.created_by)
+    child = await enqueue(session, request, principal)
     child.parent_id, child.child_name = parent.id, name
     if parent.control == Control.PAUSE:  # asked of the whole family, a moment before this one was born
         await pause(session, child)
@@ -90,10 +92,10 @@ async def enqueue_child(
     return child
 
 
-def rejected_job(request: JobRequest, owner: Owner, error: dict[str, Any]) -> Job:
+def rejected_job(request: JobRequest, principal: Principal, error: dict[str, Any]) -> Job:
     """A job that could not even be queued, kept so that somebody sees why."""
     moment = now()
-    job = _build_job(request, Kind(request.kind, "", BaseModel, ""), request.spec, owner, moment)
+    job = _build_job(request, Kind(request.kind, "", BaseModel, ""), request.spec, principal, moment)
     job.state, job.error, job.finished_at = State.FAILED, error, moment
     return job
 
@@ -108,11 +110,11 @@ _suffixes = itertools.count(secrets.randbelow(36**4))
 
 
 async def _insert(
-    session: AsyncSession, checked_requests: Sequence[tuple[JobRequest, Kind, dict[str, Any]]], owner: Owner
+    session: AsyncSession, checked_requests: Sequence[tuple[JobRequest, Kind, dict[str, Any]]], principal: Principal
 ) -> list[Job]:
     """Queue these; their specs have been checked."""
     moment = now()
-    jobs = [_build_job(request, kind, spec, owner, moment) for request, kind, spec in checked_requests]
+    jobs = [_build_job(request, kind, spec, principal, moment) for request, kind, spec in checked_requests]
     session.add_all(jobs)
     await session.flush()
     journal.record(session, [JournalEntry(job.id, "queued", {"kind": job.kind}, moment) for job in jobs])
@@ -120,7 +122,7 @@ async def _insert(
     return jobs
 
 
-def _build_job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Owner, moment: datetime) -> Job:
+def _build_job(request: JobRequest, kind: Kind, spec: dict[str, Any], principal: Principal, moment: datetime) -> Job:
     resources = request.resources or kind.resources_for(spec)
     return Job(
         id=new_job_id(moment),
@@ -137,16 +139,16 @@ def _build_job(request: JobRequest, kind: Kind, spec: dict[str, Any], owner: Own
         stall_limit=kind.stall_limit,
         max_attempts=request.max_attempts or kind.max_attempts,
         tracked=kind.tracked if request.tracked is None else request.tracked,
-        owner_id=owner.id,
-        created_by=owner.name,
+        owner_id=principal.id,
+        created_by=principal.name,
         created_at=moment,
         updated_at=moment,
     )
 
 
-async def _find_by_key(session: AsyncSession, request: JobRequest, owner: Owner, key: str) -> Job | None:
-    await advisory_lock(session, f"idempotency {owner.id} {key}")
-    row = await session.get(IdempotencyKey, (owner.id or owner.name, key))
+async def _find_by_key(session: AsyncSession, request: JobRequest, principal: Principal, key: str) -> Job | None:
+    await advisory_lock(session, f"idempotency {principal.id} {key}")
+    row = await session.get(IdempotencyKey, (principal.id or principal.name, key))
     if row is None:
         return None
     if row.expires_at <= now():
@@ -167,9 +169,9 @@ async def _find_queued(session: AsyncSession, kind: Kind, spec: dict[str, Any]) 
     return next((job for job in waiting if job.spec == spec), None)
 
 
-def _build_idempotency_key(job: Job, request: JobRequest, owner: Owner, key: str) -> IdempotencyKey:
+def _build_idempotency_key(job: Job, request: JobRequest, principal: Principal, key: str) -> IdempotencyKey:
     return IdempotencyKey(
-        owner=owner.id or owner.name,
+        owner=principal.id or principal.name,
         key=key,
         request_hash=request_hash(request),
         job_id=job.id,

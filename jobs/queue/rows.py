@@ -5,19 +5,17 @@ from collections.abc import Sequence
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal, require
 from jobs.queue.errors import JobNotFound
 from jobs.states import FINISHED, Control, State
 from jobs.tables import Job
 
 
-async def get(session: AsyncSession, job_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Job:
+async def get(session: AsyncSession, job_id: str, principal: Principal, *, lock: bool = False) -> Job:
     """The job, if this owner may see it: anybody else is told that it does not exist."""
     query = select(Job).where(Job.id == job_id)
     job = await session.scalar(query.with_for_update(key_share=True) if lock else query)
-    if job is None or not (owner.is_admin or job.owner_id == owner.id):
-        raise JobNotFound(f"There is no job '{job_id}'.")
-    return job
+    return require(job, principal, JobNotFound(f"There is no job '{job_id}'."))
 
 
 async def lock_jobs(session: AsyncSession, query: Select[Job]) -> list[Job]:

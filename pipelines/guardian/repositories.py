@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster import secrets
 from cluster.db import Base, now
 from cluster.errors import Conflict, NotFound, UnprocessableRequest
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import schedules
 from jobs.registry import find_kind
@@ -137,9 +137,9 @@ class Repository(Base):
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
 
-async def create(session: AsyncSession, request: RepositoryRequest, owner: Owner = LOCAL_OWNER) -> Repository:
+async def create(session: AsyncSession, request: RepositoryRequest, principal: Principal) -> Repository:
     """Register a repository, whose path, if it has one, has been checked. From then on it is watched."""
-    repository = Repository(created_by=owner.name, **_columns(request))
+    repository = Repository(created_by=principal.name, **_columns(request))
     session.add(repository)
     await _flush(session, request.name)
     cron = get_settings().guardian.watch_cron

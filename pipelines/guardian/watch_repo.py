@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import Database, now, with_own_database
 from cluster.errors import ForgearrError
-from cluster.ownership import Owner
+from cluster.ownership import Principal, system
 from jobs import queue
 from jobs.context import Context
 from jobs.queue import JobRequest
@@ -24,7 +24,7 @@ from pipelines.guardian.retrain import job as retrain_job
 from pipelines.guardian.retrain.job import RetrainSpec
 
 WATCH_REPO_KIND = "watch_repo"
-GUARDIAN_OWNER = Owner(name="guardian")
+GUARDIAN = system("guardian")
 
 
 class WatchSpec(BaseModel):
@@ -44,12 +44,12 @@ class RepoState:
 
 
 async def enqueue_watch(
-    session: AsyncSession, repository: Repository, owner: Owner, *, idempotency_key: str | None = None
+    session: AsyncSession, repository: Repository, principal: Principal, *, idempotency_key: str | None = None
 ) -> Job:
     """The job that will look at this repository: one that waits to is as good as a new one, but one that runs may have
     looked too early."""
     request = JobRequest(kind=WATCH_REPO_KIND, spec={"repository_id": repository.id})
-    return await queue.enqueue(session, request, owner, idempotency_key=idempotency_key, unless_queued=True)
+    return await queue.enqueue(session, request, principal, idempotency_key=idempotency_key, unless_queued=True)
 
 
 @job(WATCH_REPO_KIND, spec=WatchSpec, admin_only=True)
@@ -125,5 +125,5 @@ async def _record_state(database: Database, repository_id: str, state: RepoState
         if repository.tried_commit == state.commit:
             return None, f"{reason}; but {repository.tried_job_id} has tried this commit already"
         spec = RetrainSpec(repository_id=repository.id, commit=state.commit)
-        plan, is_new = await retrain_job.get_or_enqueue(session, spec, GUARDIAN_OWNER)
+        plan, is_new = await retrain_job.get_or_enqueue(session, spec, GUARDIAN)
         return plan.id, reason if is_new else f"{reason}; {plan.id} is under way"

@@ -10,7 +10,7 @@ from cluster.db import Database, with_own_database
 from jobs.context import Context
 from jobs.registry import job
 from pipelines.guardian.repositories import WATCH_ALL_KIND, Repository
-from pipelines.guardian.watch_repo import GUARDIAN_OWNER, enqueue_watch
+from pipelines.guardian.watch_repo import GUARDIAN, enqueue_watch
 
 
 class WatchAllSpec(BaseModel):
@@ -28,5 +28,5 @@ def watch_repositories(context: Context, spec: WatchAllSpec) -> dict[str, Any]:
 async def _enqueue_all(database: Database) -> dict[str, Any]:
     async with database.transaction() as session:
         watched = await session.scalars(select(Repository).where(Repository.enabled).order_by(Repository.id))
-        jobs = [await enqueue_watch(session, repository, GUARDIAN_OWNER) for repository in watched.all()]
+        jobs = [await enqueue_watch(session, repository, GUARDIAN) for repository in watched.all()]
         return {"asked": [job.id for job in jobs]}

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import Database, with_own_database
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.services import health_checks
 from cluster.services import store as service_store
 from cluster.settings import get_settings
@@ -36,10 +36,10 @@ def check_services(context: Context, spec: CheckServicesSpec) -> dict[str, Any]:
     return asyncio.run(with_own_database(lambda database: _check(context, spec, database)))
 
 
-async def enqueue_check(session: AsyncSession, service_id: int, owner: Owner = LOCAL_OWNER) -> None:
+async def enqueue_check(session: AsyncSession, service_id: int, principal: Principal) -> None:
     """Have a service checked that is new, or connected anew; from the first one on, all are checked again and again."""
     await _ensure_schedules(session)
-    await queue.enqueue(session, JobRequest(kind=KIND, spec={"service_id": service_id}), owner)
+    await queue.enqueue(session, JobRequest(kind=KIND, spec={"service_id": service_id}), principal)
 
 
 async def declare_services(database: Database) -> None:
@@ -48,7 +48,7 @@ async def declare_services(database: Database) -> None:
         await service_store.declare(session, get_settings().services.declared)
         if await service_store.list_services(session):
             await _ensure_schedules(session)
-            await queue.enqueue(session, JobRequest(kind=KIND))  # it may be long since anybody asked
+            await queue.enqueue(session, JobRequest(kind=KIND), LOCAL)  # it may be long since anybody asked
 
 
 @register_sweeper("service_checks")

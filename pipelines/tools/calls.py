@@ -18,7 +18,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster.db import Base, Database, delete_rows, now
 from cluster.errors import Forbidden, ForgearrError, InvalidRequest, NotFound
 from cluster.logs import MASK, SECRET_NAME, redact, strip_url_paths
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from cluster.services import store as service_store
 from cluster.services.connector import Tool
 from cluster.services.selection import choose_service
@@ -73,13 +73,13 @@ async def service_with_tools(database: Database, service_name: str) -> Service:
 
 
 async def call(
-    database: Database, service_name: str, tool_name: str, arguments: Mapping[str, Any], owner: Owner
+    database: Database, service_name: str, tool_name: str, arguments: Mapping[str, Any], principal: Principal
 ) -> ToolCallResult:
     """Have a service do something, in somebody's name."""
     service = await service_with_tools(database, service_name)
     record = ToolCall(
         at=now(),
-        called_by=owner.name,
+        called_by=principal.name,
         service=service.name,
         tool=tool_name[:100],
         arguments=_without_secrets(arguments),
@@ -87,7 +87,7 @@ async def call(
     )
     try:
         tool = _find_tool(service, tool_name)
-        _check_permission(tool, owner)
+        _check_permission(tool, principal)
         validated = _validate_arguments(tool, arguments)
     except ForgearrError as error:
         await _save_record(database, record, "refused", error)
@@ -122,8 +122,8 @@ def _find_tool(service: Service, tool_name: str) -> Tool:
     return tools[tool_name]
 
 
-def _check_permission(tool: Tool, owner: Owner) -> None:
-    if tool.effect != "read" and not owner.is_admin:
+def _check_permission(tool: Tool, principal: Principal) -> None:
+    if tool.effect != "read" and not principal.is_admin:
         raise Forbidden(f"Only an administrator may call '{tool.name}': it changes something.")
 
 

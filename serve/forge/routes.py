@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import advisory_lock, get_database
 from cluster.errors import Forbidden, NotFound
+from cluster.ownership import Principal
 from jobs import queue
 from jobs.outputs import OutputMissing
 from jobs.queue import JobRequest
@@ -28,7 +29,7 @@ from serve.forge.steps import find_or_start_deployment, find_or_start_step
 from serve.http.errors import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 from serve.http.job_wait import UNFINISHED_RESPONSE, WaitSeconds, wait_for_job
 from serve.jobs.routes import JobId
-from serve.security.callers import Caller, CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(tags=["Forge"], responses=ERROR_RESPONSES)
 openai_router = APIRouter(prefix="/v1", tags=["Forge"], responses=OPENAI_ERROR_RESPONSES)
@@ -53,8 +54,8 @@ async def fine_tune(
     async with get_database().transaction() as session:
         for data in (body.data, body.validation):
             if data is not None:
-                await resolution.require_usable(session, data, owner_of(caller), body.method)
-        job = await queue.enqueue(session, job_request, owner_of(caller), idempotency_key=idempotency_key)
+                await resolution.require_usable(session, data, caller, body.method)
+        job = await queue.enqueue(session, job_request, caller, idempotency_key=idempotency_key)
         return JobSubmitted(job_id=job.id, status="queued", message="Fine-tuning job queued")
 
 
@@ -131,14 +132,14 @@ async def deploy(
     )
 
 
-async def _find_training(session: AsyncSession, job_id: str, caller: Caller) -> Job:
-    job = await queue.get(session, job_id, owner_of(caller))
+async def _find_training(session: AsyncSession, job_id: str, caller: Principal) -> Job:
+    job = await queue.get(session, job_id, caller)
     if job.kind not in progress.TRAINING_KINDS:
         raise TrainingNotFound(f"{job_id} is a job of the kind '{job.kind}'; it trains nothing.")
     return job
 
 
-async def _lock_fine_tune_job(session: AsyncSession, job_id: str, caller: Caller) -> Job:
+async def _lock_fine_tune_job(session: AsyncSession, job_id: str, caller: Principal) -> Job:
     """The fine_tune job whose model is meant, to queue steps for; a forge job that has none yet stands for it."""
     job = await _find_training(session, job_id, caller)
     if job.kind == "forge":

@@ -8,6 +8,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.identity import User
+from cluster.ownership import Principal
 from jobs import queue
 from jobs.queue import JobRequest
 from jobs.registry import Resources
@@ -15,7 +16,6 @@ from jobs.states import FINISHED, RETRYABLE, State
 from jobs.tables import Job
 from pipelines.training.forge import resources_of
 from pipelines.training.spec import DeploySpec, FineTuneSpec
-from serve.security.callers import Caller, owner_of
 
 
 async def find_or_start_step(
@@ -23,7 +23,7 @@ async def find_or_start_step(
     training: Job,
     kind: Literal["export", "validate"],
     spec: BaseModel,
-    caller: Caller,
+    caller: Principal,
     *,
     depends_on: Job | None = None,
     ignored_fields: Set[str] = frozenset(),
@@ -54,7 +54,7 @@ async def find_or_start_step(
     return await _enqueue_step(session, kind, spec, caller, depends_on=depends_on or training, resources=resources)
 
 
-async def find_or_start_deployment(session: AsyncSession, spec: DeploySpec, caller: Caller, depends_on: Job) -> Job:
+async def find_or_start_deployment(session: AsyncSession, spec: DeploySpec, caller: Principal, depends_on: Job) -> Job:
     """The deployment that is under way, else a new one: since an earlier one, something else may have been deployed."""
     query = select(Job).where(
         Job.kind == "deploy",
@@ -71,11 +71,11 @@ async def _enqueue_step(
     session: AsyncSession,
     kind: str,
     spec: BaseModel,
-    caller: Caller,
+    caller: Principal,
     depends_on: Job,
     resources: Resources | None = None,
 ) -> Job:
     job_request = JobRequest(
         kind=kind, spec=spec.model_dump(mode="json"), depends_on=[depends_on.id], resources=resources
     )
-    return await queue.enqueue(session, job_request, owner_of(caller))
+    return await queue.enqueue(session, job_request, caller)

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
 from cluster.errors import UnprocessableRequest
-from cluster.ownership import Owner
+from cluster.ownership import Principal, visible
 from cluster.times import UtcTime
 from pipelines.guardian.feedback import store as feedback_store
 from pipelines.guardian.feedback.store import Feedback, FeedbackFilter, FeedbackRequest, Id, Rating, Target, base_name
@@ -21,7 +21,7 @@ from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.openai.responses import store as response_store
 from serve.openai.responses.conversation import to_messages
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(tags=["Feedback"], responses=ERROR_RESPONSES)
 
@@ -72,15 +72,14 @@ class LearnedView(BaseModel):
 )
 async def give_feedback(body: FeedbackRequest, caller: CurrentCaller, response: Response) -> FeedbackAccepted:
     """Say whether an answer was good, or what would have been. Said again of the same answer, it is the newer word."""
-    owner = owner_of(caller)
     async with get_database().transaction() as session:
-        completed = await _with_stored_conversation(session, body, owner)
+        completed = await _with_stored_conversation(session, body, caller)
         if completed.missing_field:
             raise FeedbackIncomplete(
                 f"{completed.missing_field} is missing: nothing is kept here of a {completed.target}, so say what was "
                 "asked (messages) and answered (answer), or what should have been (correction)."
             )
-        saved, is_first = await feedback_store.save(session, completed, owner)
+        saved, is_first = await feedback_store.save(session, completed, caller)
         plan = await retrain_job.enqueue_after_feedback(session, saved.model) if saved.model else None
         response.status_code = 201 if is_first else 200
         return FeedbackAccepted(**dict(_view(saved)), retrain_job_id=plan.id if plan else None)
@@ -96,7 +95,7 @@ async def list_feedback(
     learned: bool | SkipJsonSchema[None] = None,
 ) -> Page[FeedbackView]:
     """Feedback, the newest first: your own, or everybody's when you are an administrator."""
-    query = feedback_store.visible_to(owner_of(caller))
+    query = visible(select(Feedback), Feedback, caller)
     for column, value in (
         (Feedback.target, target),
         (Feedback.rating, rating),
@@ -116,33 +115,35 @@ async def list_feedback(
 @router.get("/api/v1/feedback/{feedback_id}")
 async def show_feedback(feedback_id: Id, caller: CurrentCaller) -> FeedbackView:
     async with get_database().read_transaction() as session:
-        return _view(await feedback_store.find(session, feedback_id, owner_of(caller)))
+        return _view(await feedback_store.find(session, feedback_id, caller))
 
 
 @router.delete("/api/v1/feedback/{feedback_id}", status_code=204)
 async def delete_feedback(feedback_id: Id, caller: CurrentCaller) -> None:
     """Delete feedback. A prompt that was made of it stays."""
     async with get_database().transaction() as session:
-        await session.delete(await feedback_store.find(session, feedback_id, owner_of(caller), lock=True))
+        await session.delete(await feedback_store.find(session, feedback_id, caller, lock=True))
 
 
 @router.post("/api/training/prompts/from-feedback", status_code=201)
 async def learn_from_feedback(body: FeedbackFilter, caller: CurrentCaller) -> LearnedView:
     """Make training prompts of feedback, each once: of the correction, or of an answer that was found good."""
     async with get_database().transaction() as session:
-        result = await feedback_store.learn(session, body, owner_of(caller))
+        result = await feedback_store.learn(session, body, caller)
     skipped = [SkippedView(id=feedback_id, reason=reason) for feedback_id, reason in result.skipped.items()]
     return LearnedView(
         created=len(result.prompt_ids), prompt_ids=result.prompt_ids, skipped=skipped, left=result.remaining
     )
 
 
-async def _with_stored_conversation(session: AsyncSession, body: FeedbackRequest, owner: Owner) -> FeedbackRequest:
+async def _with_stored_conversation(
+    session: AsyncSession, body: FeedbackRequest, principal: Principal
+) -> FeedbackRequest:
     """With what was asked and answered, where that is kept here."""
     if body.target != "response" or body.messages is not None:
         return body
-    stored = await response_store.find(session, body.target_id, owner)
-    input_items = await response_store.input_items_of(session, body.target_id, owner)
+    stored = await response_store.find(session, body.target_id, principal)
+    input_items = await response_store.input_items_of(session, body.target_id, principal)
     answers = [message for message in to_messages(stored.body["output"]) if message["role"] == "assistant"]
     system = (
         [{"role": "system", "content": instructions}]

@@ -19,7 +19,7 @@ from pipelines.guardian.repositories import BranchName, Credentials, Repository,
 from pipelines.training.spec import ModelName
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import AdminCaller, owner_of
+from serve.security.callers import AdminCaller
 
 router = APIRouter(prefix="/api/v1/repos", tags=["Guardian"], responses=ERROR_RESPONSES)
 
@@ -84,9 +84,9 @@ async def register_repository(body: RepositoryRequest, caller: AdminCaller) -> R
         folder = await asyncio.to_thread(git_repo.validate_path, body.path, body.branch)
         body = body.model_copy(update={"path": str(folder)})
     async with get_database().transaction() as session:
-        repository = await repositories.create(session, body, owner_of(caller))
+        repository = await repositories.create(session, body, caller)
         if repository.enabled:
-            await watch_repo.enqueue_watch(session, repository, owner_of(caller))
+            await watch_repo.enqueue_watch(session, repository, caller)
         return _view(repository)
 
 
@@ -145,7 +145,7 @@ async def check_repository(
     """Look at a repository now, and have it learned from if its policy says so."""
     async with get_database().transaction() as session:
         row = await repositories.find(session, repository)
-        job = await watch_repo.enqueue_watch(session, row, owner_of(caller), idempotency_key=idempotency_key)
+        job = await watch_repo.enqueue_watch(session, row, caller, idempotency_key=idempotency_key)
         return CheckAccepted(job_id=job.id)
 
 

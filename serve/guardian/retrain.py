@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
 from cluster.errors import NotFound
+from cluster.ownership import Principal
 from cluster.times import UtcTime
 from jobs import queue
 from jobs.states import State
@@ -28,7 +29,7 @@ from pipelines.guardian.retrain.job import RetrainSpec
 from serve.guardian.repositories import FolderPath
 from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.jobs.routes import JobId
-from serve.security.callers import AdminCaller, Caller, owner_of
+from serve.security.callers import AdminCaller
 
 router = APIRouter(prefix="/v1/retrain", tags=["Guardian"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -114,9 +115,7 @@ async def trigger_retraining(body: RetrainRequest, caller: AdminCaller) -> Retra
         reason, should_retrain = state.decision.reason, state.decision.should_retrain
         spec = spec.model_copy(update={"commit": state.commit})
     async with get_database().transaction() as session:
-        job, is_new = (
-            await retrain_job.get_or_enqueue(session, spec, owner_of(caller)) if should_retrain else (None, False)
-        )
+        job, is_new = await retrain_job.get_or_enqueue(session, spec, caller) if should_retrain else (None, False)
         plan = await _estimate_plan(session, repository, deploy)
     if job is not None and not is_new:
         reason = f"{job.id} is under way"
@@ -157,7 +156,7 @@ async def resume_plan(job_id: JobId, caller: AdminCaller) -> PlanView:
     return await _change(queue.resume, job_id, caller)
 
 
-async def _find_or_register_repository(body: RetrainRequest, caller: Caller) -> Repository:
+async def _find_or_register_repository(body: RetrainRequest, caller: Principal) -> Repository:
     """The one that is meant; a folder that is not registered yet is from now on."""
     if body.repository is not None:
         async with get_database().read_transaction() as session:
@@ -167,7 +166,7 @@ async def _find_or_register_repository(body: RetrainRequest, caller: Caller) -> 
         if existing := await repositories.find_by_path(session, folder):
             return existing
         registration = RepositoryRequest(name=_name_from_folder(folder), path=str(folder), auto_deploy=body.auto_deploy)
-        return await repositories.create(session, registration, owner_of(caller))
+        return await repositories.create(session, registration, caller)
 
 
 def _name_from_folder(folder: Path) -> str:
@@ -186,14 +185,14 @@ def _total_minutes(steps: list[Step]) -> float:
     return round(sum(step.estimated_minutes for step in steps), 2)
 
 
-async def _find(session: AsyncSession, job_id: str, caller: Caller, *, lock: bool = False) -> Job:
-    job = await queue.get(session, job_id, owner_of(caller), lock=lock)
+async def _find(session: AsyncSession, job_id: str, caller: Principal, *, lock: bool = False) -> Job:
+    job = await queue.get(session, job_id, caller, lock=lock)
     if job.kind != RETRAIN_KIND:
         raise PlanNotFound(f"{job_id} is a job of the kind '{job.kind}', not a plan.")
     return job
 
 
-async def _change(action: Any, job_id: str, caller: Caller) -> PlanView:
+async def _change(action: Any, job_id: str, caller: Principal) -> PlanView:
     async with get_database().transaction() as session:
         job = await _find(session, job_id, caller, lock=True)
         await action(session, job)

@@ -12,7 +12,7 @@ from sqlalchemy import or_, select
 from cluster import secrets
 from cluster.db import get_database
 from cluster.errors import Unauthenticated
-from cluster.ownership import Owner
+from cluster.ownership import system
 from pipelines.guardian import watch_repo, webhooks
 from pipelines.guardian.repositories import Repository
 from pipelines.guardian.webhooks import Provider
@@ -77,7 +77,7 @@ async def hear_webhook(
     async with get_database().transaction() as session:
         jobs = [
             await watch_repo.enqueue_watch(
-                session, candidate, Owner(name="webhook"), idempotency_key=f"{candidate.id} {digest}"
+                session, candidate, system("webhook"), idempotency_key=f"{candidate.id} {digest}"
             )
             for candidate in watched
         ]

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import Query, Request
 
 from cluster.db import get_database
+from cluster.ownership import LOCAL
 from jobs import queue
 from jobs.states import FINISHED
 from jobs.tables import Job
@@ -27,7 +28,7 @@ async def wait_for_job(request: Request, job_id: str, seconds: float) -> Job:
     async with request.app.state.hub.subscribe([f"job:{job_id}"]) as subscription:
         while True:
             async with get_database().read_transaction() as session:
-                job = await queue.get(session, job_id)
+                job = await queue.get(session, job_id, LOCAL)
             left = deadline - time.monotonic()
             if job.state in FINISHED or left <= 0:
                 return job

@@ -10,13 +10,14 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import select
 
 from cluster.db import get_database
+from cluster.ownership import Principal
 from cluster.times import UtcTime
 from jobs import journal, queue
 from jobs.states import FINISHED
 from jobs.tables import Job, JobEvent
 from serve.http.errors import ERROR_RESPONSES, Responses
 from serve.jobs.routes import JobId
-from serve.security.callers import Caller, CurrentCaller, is_still_authorized, owner_of
+from serve.security.callers import CurrentCaller, is_still_authorized
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
 
@@ -105,10 +106,10 @@ async def job_logs(request: Request, job_id: JobId, caller: CurrentCaller, query
 
 
 async def _read_page(
-    job_id: str, caller: Caller, query: JournalQuery, event_type: str | None
+    job_id: str, caller: Principal, query: JournalQuery, event_type: str | None
 ) -> tuple[Job, list[JobEvent]]:
     async with get_database().read_transaction() as session:
-        job = await queue.get(session, job_id, owner_of(caller))
+        job = await queue.get(session, job_id, caller)
         return job, await journal.read(session, job_id, query.after, query.limit, event_type)
 
 

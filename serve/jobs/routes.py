@@ -4,10 +4,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from pydantic import BaseModel, Field
-from sqlalchemy import Select, func, select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
+from cluster.ownership import Principal, visible
 from cluster.times import RequestTime, UtcTime
 from jobs import queue, wait_reasons
 from jobs.queue import JobRequest
@@ -16,7 +17,7 @@ from jobs.states import State
 from jobs.tables import Job, JobDependency
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import Caller, CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
 
@@ -94,7 +95,7 @@ async def create_job(
 ) -> JobView:
     """Put a job into the queue. The same Idempotency-Key with the same body makes one job, however often it is sent."""
     async with get_database().transaction() as session:
-        job = await queue.enqueue(session, body, owner_of(caller), idempotency_key=idempotency_key)
+        job = await queue.enqueue(session, body, caller, idempotency_key=idempotency_key)
         return await _view(session, job)
 
 
@@ -109,7 +110,7 @@ async def list_jobs(
     created_before: RequestTime | None = None,
 ) -> Page[JobView]:
     """Jobs, the newest first: your own, or everybody's when you are an administrator."""
-    query = _visible_to(caller)
+    query = visible(select(Job), Job, caller)
     for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent_id)):
         if value is not None:
             query = query.where(column == value)
@@ -126,7 +127,7 @@ async def list_jobs(
 @router.get("/{job_id}")
 async def show_job(job_id: JobId, caller: CurrentCaller) -> JobView:
     async with get_database().read_transaction() as session:
-        return await _view(session, await queue.get(session, job_id, owner_of(caller)))
+        return await _view(session, await queue.get(session, job_id, caller))
 
 
 @router.post("/{job_id}/cancel")
@@ -153,13 +154,9 @@ async def retry_job(job_id: JobId, caller: CurrentCaller) -> JobView:
     return await _change(queue.retry, job_id, caller)
 
 
-def _visible_to(caller: Caller) -> Select[Job]:
-    return select(Job) if caller.is_admin else select(Job).where(Job.owner_id == caller.user_id)
-
-
-async def _change(action: Any, job_id: str, caller: Caller) -> JobView:
+async def _change(action: Any, job_id: str, caller: Principal) -> JobView:
     async with get_database().transaction() as session:
-        job = await queue.get(session, job_id, owner_of(caller), lock=True)
+        job = await queue.get(session, job_id, caller, lock=True)
         await action(session, job)
         await session.flush()
         return await _view(session, job)

@@ -7,13 +7,14 @@ from pydantic import BaseModel, Field
 from sqlalchemy import func, select
 
 from cluster.db import get_database
+from cluster.ownership import visible
 from cluster.times import UtcTime
 from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Schedule
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api/v1/schedules", tags=["Schedules"], responses=ERROR_RESPONSES)
 
@@ -40,12 +41,12 @@ class ScheduleView(BaseModel):
 @router.post("", status_code=201)
 async def create_schedule(body: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
     async with get_database().transaction() as session:
-        return _view(await schedules.create(session, body, owner_of(caller)))
+        return _view(await schedules.create(session, body, caller))
 
 
 @router.get("")
 async def list_schedules(caller: CurrentCaller, paging: PaginationParams) -> Page[ScheduleView]:
-    query = select(Schedule) if caller.is_admin else select(Schedule).where(Schedule.owner_id == caller.user_id)
+    query = visible(select(Schedule), Schedule, caller)
     async with get_database().read_transaction() as session:
         total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
         rows = await session.scalars(query.order_by(Schedule.name).offset(paging.skip).limit(paging.limit))
@@ -55,15 +56,15 @@ async def list_schedules(caller: CurrentCaller, paging: PaginationParams) -> Pag
 @router.get("/{schedule_id}")
 async def show_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> ScheduleView:
     async with get_database().read_transaction() as session:
-        return _view(await schedules.get(session, schedule_id, owner_of(caller)))
+        return _view(await schedules.get(session, schedule_id, caller))
 
 
 @router.put("/{schedule_id}")
 async def replace_schedule(schedule_id: ScheduleId, body: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
     """Replace all that a schedule says; its next fire time is reckoned anew."""
     async with get_database().transaction() as session:
-        schedule = await schedules.get(session, schedule_id, owner_of(caller), lock=True)
-        await schedules.replace(session, schedule, body, owner_of(caller))
+        schedule = await schedules.get(session, schedule_id, caller, lock=True)
+        await schedules.replace(session, schedule, body, caller)
         return _view(schedule)
 
 
@@ -71,7 +72,7 @@ async def replace_schedule(schedule_id: ScheduleId, body: ScheduleRequest, calle
 async def delete_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> None:
     """Delete a schedule. The jobs that it has made stay."""
     async with get_database().transaction() as session:
-        await session.delete(await schedules.get(session, schedule_id, owner_of(caller), lock=True))
+        await session.delete(await schedules.get(session, schedule_id, caller, lock=True))
 
 
 def _view(schedule: Schedule) -> ScheduleView:

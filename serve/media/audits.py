@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
 from cluster.errors import InvalidRequest, Unavailable
+from cluster.ownership import LOCAL, Principal
 from cluster.services import store as service_store
 from cluster.services.store import ServiceNotFound
 from jobs import queue
@@ -45,7 +46,7 @@ from serve.media.audit_views import (
     recommendation_fields,
     service_handles,
 )
-from serve.security.callers import AdminCaller, Caller, CurrentCaller, owner_of
+from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/config", tags=["Configuration"], responses=ERROR_RESPONSES)
 
@@ -87,7 +88,7 @@ async def audit_configuration(
     async with get_database().transaction() as session:
         await audit_services.find_auditable(session, spec.services)
         job_request = JobRequest(kind=audit_services.KIND, spec=spec.model_dump())
-        job = await queue.enqueue(session, job_request, owner_of(caller), idempotency_key=idempotency_key)
+        job = await queue.enqueue(session, job_request, caller, idempotency_key=idempotency_key)
     job = await wait_for_job(request, job.id, wait)
     if job.state in FINISHED and job.state != State.SUCCEEDED:
         raise AuditFailed(error_message(job))
@@ -126,7 +127,7 @@ async def show_audit(audit_id: Annotated[str, Path(max_length=40)], caller: Curr
         if row := await session.get(Audit, audit_id):
             return finished_audit_view(row)
         try:
-            job = await queue.get(session, audit_services.job_id_of(audit_id))
+            job = await queue.get(session, audit_services.job_id_of(audit_id), LOCAL)
         except JobNotFound:
             job = None
         if job is None or job.kind != audit_services.KIND or audit_id != audit_services.audit_id_of(job.id):
@@ -232,7 +233,7 @@ async def list_rules(caller: CurrentCaller) -> RulesView:
 async def _change(
     action: Any,
     body: ApplyRequest,
-    caller: Caller,
+    caller: Principal,
     request: Request,
     response: Response,
     wait: float,
@@ -243,7 +244,7 @@ async def _change(
     spec = ChangeSpec(action=action, recommendation_ids=body.recommendation_ids, dry_run=body.dry_run)
     async with get_database().transaction() as session:
         job_request = JobRequest(kind=change_settings.KIND, spec=spec.model_dump())
-        job = await queue.enqueue(session, job_request, owner_of(caller), idempotency_key=idempotency_key)
+        job = await queue.enqueue(session, job_request, caller, idempotency_key=idempotency_key)
     job = await wait_for_job(request, job.id, wait)
     if job.state in FINISHED and job.state != State.SUCCEEDED:
         raise ChangeFailed(error_message(job))

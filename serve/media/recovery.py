@@ -18,7 +18,7 @@ from pipelines.media.downloads.policy import RecoveryPolicy, Verdict
 from pipelines.media.downloads.tables import DownloadState, FollowedDownload
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import AdminCaller, CurrentCaller, owner_of
+from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/recovery", tags=["Recovery"], responses=ERROR_RESPONSES)
 
@@ -133,7 +133,7 @@ async def show_policy(caller: CurrentCaller) -> PolicyView:
 async def replace_policy(body: RecoveryPolicy, caller: AdminCaller) -> PolicyView:
     """Have another policy in force, all of it. What the one before has left alone is thought about anew."""
     async with get_database().transaction() as session:
-        return _policy_view(body, await recovery_log.set_policy(session, body, caller.username))
+        return _policy_view(body, await recovery_log.set_policy(session, body, caller.name))
 
 
 @router.delete("/policy", status_code=204)
@@ -152,9 +152,7 @@ async def run_recovery(
     """Decide about failed and stuck downloads now, and, unless it is a dry run, do it."""
     job_request = JobRequest(kind=RECOVER_KIND, spec=body.model_dump())
     async with get_database().transaction() as session:
-        job = await queue.enqueue(
-            session, job_request, owner_of(caller), idempotency_key=idempotency_key, unless_queued=True
-        )
+        job = await queue.enqueue(session, job_request, caller, idempotency_key=idempotency_key, unless_queued=True)
         return RecoveryAccepted(job_id=job.id)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.ownership import Owner
+from cluster.ownership import Principal, visible
 from jobs import queue
 from jobs.queue import JobNotFound
 from jobs.states import State
@@ -46,10 +46,10 @@ def short_id(job: Job) -> str:
     return job.id.removeprefix(JOB_PREFIX)
 
 
-def fine_tuning_jobs(owner: Owner) -> Select[Job]:
+def fine_tuning_jobs(principal: Principal) -> Select[Job]:
     """The jobs that fine-tune a model, but not those that another one of them has begun."""
     jobs = select(Job).where(Job.kind.in_(progress.TRAINING_KINDS), Job.parent_id.is_(None))
-    return jobs if owner.is_admin else jobs.where(Job.owner_id == owner.id)
+    return visible(jobs, Job, principal)
 
 
 async def find_fine_tune_job(session: AsyncSession, job: Job) -> Job | None:
@@ -59,10 +59,10 @@ async def find_fine_tune_job(session: AsyncSession, job: Job) -> Job | None:
     return await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == "fine_tune"))
 
 
-async def resolve(session: AsyncSession, reference: str, owner: Owner) -> str | ModelFolder:
+async def resolve(session: AsyncSession, reference: str, principal: Principal) -> str | ModelFolder:
     """What a name stands for: a version of the registry (NAME:v3), or a folder that was never exported."""
     checkpoint = CHECKPOINT.search(reference)
-    job = await _find(session, CHECKPOINT.sub("", reference), owner)
+    job = await _find(session, CHECKPOINT.sub("", reference), principal)
     training = await find_fine_tune_job(session, job)
     if checkpoint:
         return _checkpoint(training, int(checkpoint[1]), reference)
@@ -86,9 +86,9 @@ def epochs(training: Job | None) -> list[dict[str, Any]]:
     return state.get("epochs", []) if isinstance(state, dict) else []
 
 
-async def _find(session: AsyncSession, reference: str, owner: Owner) -> Job:
+async def _find(session: AsyncSession, reference: str, principal: Principal) -> Job:
     try:
-        job = await queue.get(session, JOB_PREFIX + reference.rpartition(":")[2], owner)
+        job = await queue.get(session, JOB_PREFIX + reference.rpartition(":")[2], principal)
     except JobNotFound:
         job = None
     if job is None or job.kind not in progress.TRAINING_KINDS or job.parent_id or model_name(job) != reference:

@@ -5,12 +5,12 @@ from contextlib import suppress
 from fastapi import Request
 
 from cluster.errors import InvalidRequest, Unavailable
+from cluster.ownership import Principal
 from pipelines.training.models import deletion as model_deletion
 from pipelines.training.models.versions import Version
 from serve.engines.protocol import ModelFolder
 from serve.models import fine_tuned_names
 from serve.models.dependencies import get_engine, get_models
-from serve.security.callers import Caller, owner_of
 
 
 class NotRegistered(InvalidRequest):
@@ -27,15 +27,14 @@ async def active_model(request: Request) -> str | None:
         return None
 
 
-async def delete_and_unload(request: Request, reference: str, caller: Caller) -> None:
+async def delete_and_unload(request: Request, reference: str, caller: Principal) -> None:
     """Delete models, and let them go from memory when the last requests that use them are answered."""
-    owner = owner_of(caller)
     if reference.startswith(fine_tuned_names.PREFIX):
-        resolved = await get_models(request).resolve(reference, owner)
+        resolved = await get_models(request).resolve(reference, caller)
         if isinstance(resolved.source, ModelFolder):
             raise NotRegistered(f"'{reference}' was never exported, so there is no model to delete.")
         reference = resolved.reference
-    deleted = await model_deletion.remove(reference, owner)
+    deleted = await model_deletion.remove(reference, caller)
     get_models(request).clear_cache()
     for version in deleted:
         with suppress(Unavailable):  # what is not reachable now makes room as soon as others need it

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from cluster.db import Database, get_database
 from cluster.errors import Unavailable
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import outputs
 from jobs.queue import JobNotFound
@@ -58,19 +58,21 @@ class ModelResolver:
         self._models = _Cached(_list_models)
         self._remote = _Cached(_list_ollama_models)
 
-    async def resolve(self, reference: str, owner: Owner) -> ResolvedModel:
+    async def resolve(self, reference: str, principal: Principal) -> ResolvedModel:
         """What NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, a training's id or a name of the settings means."""
         if reference.startswith(fine_tuned_names.PREFIX):
             async with self._database().read_transaction() as session:
-                tuned = await fine_tuned_names.resolve(session, reference, owner)
+                tuned = await fine_tuned_names.resolve(session, reference, principal)
             return (
-                ResolvedModel(reference, tuned) if isinstance(tuned, ModelFolder) else await self.resolve(tuned, owner)
+                ResolvedModel(reference, tuned)
+                if isinstance(tuned, ModelFolder)
+                else await self.resolve(tuned, principal)
             )
         name = reference.removesuffix(":latest")
         if name == tiny.NAME:
             return ResolvedModel(tiny.NAME, None)
         if JOB_ID.fullmatch(name):
-            return await self._resolve_training(name, owner)
+            return await self._resolve_training(name, principal)
         if folder := configured_folders().get(name):
             return ResolvedModel(name, folder)
         try:
@@ -117,11 +119,11 @@ class ModelResolver:
         self._models = _Cached(_list_models)
         self._remote = _Cached(_list_ollama_models)
 
-    async def _resolve_training(self, job_id: str, owner: Owner) -> ResolvedModel:
+    async def _resolve_training(self, job_id: str, principal: Principal) -> ResolvedModel:
         """What a training has made, before any export."""
         try:
             async with self._database().read_transaction() as session:
-                output = await outputs.find_output(session, job_id, "fine_tune", owner)
+                output = await outputs.find_output(session, job_id, "fine_tune", principal)
         except JobNotFound as error:
             raise ModelNotFound(f"There is no model '{job_id}'.") from error
         return ResolvedModel(

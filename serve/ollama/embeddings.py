@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.ownership import Principal
 from serve.engines.protocol import EmbeddingResult
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import ERROR_RESPONSES
@@ -14,7 +15,7 @@ from serve.models.embed import Text, Texts, embed, texts_of
 from serve.ollama.keep_alive import apply_keep_alive
 from serve.ollama.schemas import KeepAlive
 from serve.openai.chat_schemas import ModelReference
-from serve.security.callers import Caller, CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api", tags=["Ollama"], responses=ERROR_RESPONSES)
 
@@ -78,14 +79,14 @@ async def create_ollama_embedding(
     return OllamaEmbeddingsResponse(embedding=result.vectors[0])
 
 
-async def _apply_keep_alive(request: Request, caller: Caller, body: BaseOllamaEmbedRequest) -> None:
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+async def _apply_keep_alive(request: Request, caller: Principal, body: BaseOllamaEmbedRequest) -> None:
+    model = await get_models(request).resolve(body.model, caller)
     await apply_keep_alive(get_engine(request), model, body.keep_alive)
 
 
 async def _embed(
-    request: Request, caller: Caller, model: str, texts: str | list[str], **options: Any
+    request: Request, caller: Principal, model: str, texts: str | list[str], **options: Any
 ) -> EmbeddingResult:
-    resolved = await get_models(request).resolve(model, owner_of(caller))
+    resolved = await get_models(request).resolve(model, caller)
     awaitable = embed(get_engine(request), resolved.reference, texts_of(texts), resolved.source, **options)
     return await cancel_on_disconnect(request, awaitable)

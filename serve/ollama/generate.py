@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from cluster.errors import ForgearrError
+from cluster.ownership import Principal
 from cluster.times import parse_duration
 from serve.engines.collect import ChunkAccumulator
 from serve.engines.protocol import Chunk, Engine
@@ -29,7 +30,7 @@ from serve.ollama.lines import (
     tool_calls_of,
 )
 from serve.ollama.schemas import BaseRequest, ChatRequest, GenerateRequest
-from serve.security.callers import Caller, CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
@@ -48,13 +49,13 @@ async def generate(request: Request, body: GenerateRequest, caller: CurrentCalle
 
 async def _respond(
     request: Request,
-    caller: Caller,
+    caller: Principal,
     body: ChatRequest | GenerateRequest,
     formatter: ResponseFormatter,
     *,
     is_empty: bool,
 ) -> Response:
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+    model = await get_models(request).resolve(body.model, caller)
     engine = get_engine(request)
     if is_empty:
         # So Ollama is told to load a model, or to let it go.

@@ -27,7 +27,7 @@ from serve.ollama.model_schemas import (
     PullRequest,
     PushRequest,
 )
-from serve.security.callers import AdminCaller, CurrentCaller, owner_of
+from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
@@ -47,7 +47,7 @@ async def create_model(request: Request, body: CreateRequest, caller: AdminCalle
     """Make a model of a GGUF file, of another model, or of an adapter, and serve it as NAME:latest."""
 
     async def describe(reference: str) -> Header:
-        model = await get_models(request).resolve(reference, owner_of(caller))
+        model = await get_models(request).resolve(reference, caller)
         return await get_engine(request).describe(model.reference, model.source)
 
     return await _progress_response(request, ollama_create.create(body, describe), body.is_streamed)

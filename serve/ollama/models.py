@@ -17,7 +17,7 @@ from serve.models.dependencies import get_engine, get_models
 from serve.monitoring.version import VERSION
 from serve.ollama.modelfile import format_parameters, modelfile
 from serve.openai.chat_schemas import ModelReference
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
@@ -111,7 +111,7 @@ async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
 @router.post("/show")
 async def show(request: Request, body: ShowRequest, caller: CurrentCaller) -> ShowResponse:
     """What a model's file says of it."""
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+    model = await get_models(request).resolve(body.model, caller)
     header = await cancel_on_disconnect(request, get_engine(request).describe(model.reference, model.source))
     source = model.source
     family = header.architecture

@@ -18,7 +18,7 @@ from serve.models.resolver import ResolvedModel
 from serve.openai import choices as openai_choices
 from serve.openai import streaming
 from serve.openai.chat_schemas import ChatCompletion, ChatRequest
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES
 @router.post("/chat/completions", response_model=ChatCompletion, responses=sse.sse_responses("chat.completion.chunk"))
 async def create_chat_completion(request: Request, body: ChatRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events; as OpenAI's clients know it."""
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+    model = await get_models(request).resolve(body.model, caller)
     if body.stream:
         return await _stream(request, body, model)
     completion = await cancel_on_disconnect(request, complete_chat(get_engine(request), model, body))

@@ -22,7 +22,7 @@ from serve.models.resolver import ResolvedModel
 from serve.openai import choices as openai_choices
 from serve.openai import streaming
 from serve.openai.chat_schemas import Grammar, ModelReference, StreamOptions, Usage
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -110,7 +110,7 @@ class Completion(BaseModel):
 @router.post("/completions", response_model=Completion, responses=sse.sse_responses("text_completion"))
 async def create_completion(request: Request, body: CompletionRequest, caller: CurrentCaller) -> Any:
     """Go on from one prompt or several, whole or as server-sent events."""
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+    model = await get_models(request).resolve(body.model, caller)
     if body.stream:
         stream = _to_openai_stream(body, openai_choices.stream_all(get_engine(request), model, _engine_requests(body)))
         first = await cancel_on_disconnect(request, anext(stream))

@@ -14,7 +14,7 @@ from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Texts, as_base64, embed, texts_of
 from serve.models.resolver import ResolvedModel
 from serve.openai.chat_schemas import ModelReference
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -48,7 +48,7 @@ class Embeddings(BaseModel):
 @router.post("/embeddings", response_model=Embeddings)
 async def create_embeddings(request: Request, body: EmbeddingRequest, caller: CurrentCaller) -> Any:
     """Texts as numbers: what is alike in meaning is close by."""
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+    model = await get_models(request).resolve(body.model, caller)
     response = await cancel_on_disconnect(request, compute_embeddings(get_engine(request), model, body))
     return Response(orjson.dumps(response), media_type="application/json")
 

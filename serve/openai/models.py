@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
 
 from cluster.db import get_database
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from cluster.times import UtcTime
 from jobs.states import State
 from jobs.tables import Job
@@ -19,7 +19,7 @@ from serve.models import fine_tuned_names
 from serve.models.dependencies import get_models
 from serve.models.names import delete_and_unload, latest_name, newest_name, served_versions
 from serve.models.resolver import configured_folders
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
 native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
@@ -66,7 +66,7 @@ async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
     folder_cards = [_card(name, folder.created_at) for name, folder in configured_folders().items()]
     remote_cards = [_remote_card(model) for model in await get_models(request).list_remote()]
     return ModelCards(
-        data=[*cards, *folder_cards, _tiny_card(), *await _fine_tuned_cards(models, owner_of(caller)), *remote_cards]
+        data=[*cards, *folder_cards, _tiny_card(), *await _fine_tuned_cards(models, caller), *remote_cards]
     )
 
 
@@ -75,7 +75,7 @@ async def show_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelCard:
     """One of them."""
-    resolved = await get_models(request).resolve(model, owner_of(caller))
+    resolved = await get_models(request).resolve(model, caller)
     if isinstance(resolved.source, OllamaModel):
         return _remote_card(resolved.source)
     return _tiny_card() if resolved.source is None else _card(model, resolved.source.created_at)
@@ -113,10 +113,10 @@ def _model_cards(model: Model) -> list[ModelCard]:
     return latest + [_card(version.reference, version.created_at) for version in model.versions]
 
 
-async def _fine_tuned_cards(models: list[Model], owner: Owner) -> list[ModelCard]:
+async def _fine_tuned_cards(models: list[Model], principal: Principal) -> list[ModelCard]:
     """What has been fine-tuned, the newest first; without what was exported and has been deleted since."""
     versions = {(version.name, version.number) for model in models for version in model.versions}
-    query = fine_tuned_names.fine_tuning_jobs(owner).where(Job.state == State.SUCCEEDED)
+    query = fine_tuned_names.fine_tuning_jobs(principal).where(Job.state == State.SUCCEEDED)
     async with get_database().read_transaction() as session:
         jobs = list(await session.scalars(query.order_by(Job.created_at.desc()).limit(MAX_FINE_TUNED)))
     return [

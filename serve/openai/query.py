@@ -8,7 +8,7 @@ from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.models.dependencies import get_engine, get_models
 from serve.openai.query_schemas import QueryRequest, QueryResponse
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES
 @router.post("/query")
 async def query(request: Request, body: QueryRequest, caller: CurrentCaller) -> QueryResponse:
     """Answer a single question."""
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+    model = await get_models(request).resolve(body.model, caller)
     engine_request: dict[str, Any] = {"messages": [{"role": "user", "content": body.prompt}]}
     if body.temperature is not None:
         engine_request["temperature"] = body.temperature

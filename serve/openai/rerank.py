@@ -12,7 +12,7 @@ from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Text
 from serve.openai.chat_schemas import ModelReference
 from serve.openai.embeddings import EmbeddingUsage
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -43,7 +43,7 @@ class RerankResponse(BaseModel):
 @router.post("/rerank")
 async def rerank(request: Request, body: RerankRequest, caller: CurrentCaller) -> RerankResponse:
     """Say how well texts fit a question, by a model that was made for that."""
-    model = await get_models(request).resolve(body.model, owner_of(caller))
+    model = await get_models(request).resolve(body.model, caller)
     awaitable = get_engine(request).rank(model.reference, body.query, body.documents, model.source)
     ranked = await cancel_on_disconnect(request, awaitable)
     best = sorted(enumerate(ranked.scores), key=lambda pair: -pair[1])[: body.top_n]

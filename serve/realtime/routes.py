@@ -7,9 +7,10 @@ from fastapi import APIRouter, Depends, Path, WebSocket
 
 from cluster.db import get_database
 from cluster.errors import Forbidden, NotFound
+from cluster.ownership import Principal
 from jobs import queue
 from serve.realtime.hub import EVERYBODY, Hub, Message, Subscription, error_message, serve_socket
-from serve.security.callers import Caller, authenticate, owner_of
+from serve.security.callers import authenticate
 from serve.training.sessions import training_status
 
 router = APIRouter()
@@ -19,7 +20,7 @@ ADMIN_ROOMS = frozenset({"jobs"})
 JOB_ROOM = re.compile(r"job:([\w-]{1,64})", re.ASCII)
 MAX_ROOMS = 100
 
-SocketCaller = Annotated[Caller, Depends(authenticate)]
+SocketCaller = Annotated[Principal, Depends(authenticate)]
 
 
 @router.websocket("/ws/system")
@@ -68,7 +69,7 @@ async def rooms(socket: WebSocket, caller: SocketCaller, client_id: Annotated[st
         await serve_socket(socket, subscription, on_message)
 
 
-async def may_join(caller: Caller, room: str) -> bool:
+async def may_join(caller: Principal, room: str) -> bool:
     """Whether there is such a room, and it is open to this caller."""
     if room in ROOMS:
         return True
@@ -78,7 +79,7 @@ async def may_join(caller: Caller, room: str) -> bool:
     return job is not None and await _can_see_job(caller, job[1])
 
 
-async def _change_rooms(subscription: Subscription, caller: Caller, message: dict[str, Any]) -> Message:
+async def _change_rooms(subscription: Subscription, caller: Principal, message: dict[str, Any]) -> Message:
     action, room = message.get("type"), message.get("room")
     if action not in ("join_room", "leave_room"):  # it may be anything, and not everything can be in a set
         return error_message("A message's type is join_room, leave_room or ping.")
@@ -96,10 +97,10 @@ async def _change_rooms(subscription: Subscription, caller: Caller, message: dic
     return {"type": "room_joined", "room": room}
 
 
-async def _can_see_job(caller: Caller, job_id: str) -> bool:
+async def _can_see_job(caller: Principal, job_id: str) -> bool:
     try:
         async with get_database().read_transaction() as session:
-            await queue.get(session, job_id, owner_of(caller))
+            await queue.get(session, job_id, caller)
     except NotFound:
         return False
     return True

@@ -5,7 +5,6 @@ outcome stays in the ASGI scope.
 """
 
 import logging
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Security
@@ -17,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from cluster import identity
 from cluster.db import get_database
 from cluster.errors import AccountDisabled, Forbidden, ForgearrError, Unauthenticated
-from cluster.ownership import Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from serve.http.errors import error_response
 
@@ -33,21 +32,7 @@ _api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API 
 _bearer = HTTPBearer(auto_error=False, description="An API key or an access token.")
 
 
-@dataclass(frozen=True)
-class Caller:
-    user_id: str | None  # None: this machine's own user, on a server that needs no credential
-    username: str
-    role: identity.Role
-
-    @property
-    def is_admin(self) -> bool:
-        return self.role == "admin"
-
-
-LOCAL_CALLER = Caller(user_id=None, username="local", role="admin")
-
-
-async def authenticate(connection: HTTPConnection) -> Caller:
+async def authenticate(connection: HTTPConnection) -> Principal:
     """The caller of an HTTP request or a WebSocket handshake; raises Unauthenticated or AccountDisabled."""
     caller = await find_caller(connection)
     if caller is None:
@@ -55,7 +40,7 @@ async def authenticate(connection: HTTPConnection) -> Caller:
     return caller
 
 
-async def find_caller(connection: HTTPConnection) -> Caller | None:
+async def find_caller(connection: HTTPConnection) -> Principal | None:
     """The caller, or None where a credential is needed and there is none. A wrong one is an error everywhere."""
     if CALLER_SCOPE_KEY not in connection.scope:
         try:
@@ -74,14 +59,14 @@ async def is_still_authorized(connection: HTTPConnection) -> bool:
     An access token may run out meanwhile: it says for how long one may begin something.
     """
     caller, credential = await authenticate(connection), _credential(connection)
-    if caller.user_id is None or credential is None:
+    if caller.id is None or credential is None:
         return True
     try:
         async with get_database().read_transaction() as session:
             if credential.startswith(f"{identity.KEY_PREFIX}_"):
                 await identity.user_from_key(session, credential)
             else:
-                await identity.get_active_user(session, caller.user_id)
+                await identity.get_active_user(session, caller.id)
     except (Unauthenticated, AccountDisabled):
         return False
     except SQLAlchemyError as error:
@@ -93,31 +78,31 @@ async def _optional_caller(
     connection: HTTPConnection,
     _key: Annotated[object, Security(_api_key)],
     _token: Annotated[object, Security(_bearer)],
-) -> Caller | None:
+) -> Principal | None:
     return await find_caller(connection)
 
 
-OptionalCaller = Annotated[Caller | None, Depends(_optional_caller)]
+OptionalCaller = Annotated[Principal | None, Depends(_optional_caller)]
 
 
-async def _current_caller(caller: OptionalCaller) -> Caller:
+async def _current_caller(caller: OptionalCaller) -> Principal:
     if caller is None:
         raise Unauthenticated()
     return caller
 
 
-CurrentCaller = Annotated[Caller, Depends(_current_caller)]
+CurrentCaller = Annotated[Principal, Depends(_current_caller)]
 
 
-async def _admin_caller(caller: CurrentCaller) -> Caller:
+async def _admin_caller(caller: CurrentCaller) -> Principal:
     if not caller.is_admin:
         raise Forbidden("Only an administrator may do this.")
     return caller
 
 
-AdminCaller = Annotated[Caller, Depends(_admin_caller)]
+AdminCaller = Annotated[Principal, Depends(_admin_caller)]
 # OpenAPI does not speak of WebSockets, and its security schemes cannot read one.
-SocketCaller = Annotated[Caller, Depends(authenticate)]
+SocketCaller = Annotated[Principal, Depends(authenticate)]
 
 
 async def send_error(error: ForgearrError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,20 +112,20 @@ async def send_error(error: ForgearrError, scope: Scope, receive: Receive, send:
     await error_response(error, scope["path"])(scope, receive, send)
 
 
-async def _identify(connection: HTTPConnection) -> Caller | None:
+async def _identify(connection: HTTPConnection) -> Principal | None:
     credential = _credential(connection)
     required = get_settings().auth_required
     if credential is None or (credential == PLACEHOLDER_KEY and not required):
-        return None if required else LOCAL_CALLER
+        return None if required else LOCAL
     async with get_database().read_transaction() as session:
         if not credential.startswith(f"{identity.KEY_PREFIX}_"):
             user = await identity.user_from_access_token(session, credential)
-            return Caller(user.id, user.username, user.role)
+            return identity.principal(user)
         user, key = await identity.user_from_key(session, credential)
     if identity.should_record_use(key):
         async with get_database().transaction() as session:
             await identity.record_use(session, key)
-    return Caller(user.id, user.username, user.role)
+    return identity.principal(user)
 
 
 def _credential(connection: HTTPConnection) -> str | None:
@@ -153,7 +138,3 @@ def _credential(connection: HTTPConnection) -> str | None:
         # A browser cannot set headers on a WebSocket.
         return connection.query_params.get("api_key", connection.query_params.get("token"))
     return None
-
-
-def owner_of(caller: Caller) -> Owner:
-    return Owner(id=caller.user_id, name=caller.username, is_admin=caller.is_admin)

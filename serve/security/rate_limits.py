@@ -139,9 +139,9 @@ async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str
         caller = None  # the route will say so
     name = _limit_name(scope)
     limit = _parse(getattr(settings, name))
-    if caller is None or caller.user_id is None:
+    if caller is None or caller.id is None:
         return limit, (name, client_address(connection))
-    return limit, (name, f"user {caller.user_id}")
+    return limit, (name, f"user {caller.id}")
 
 
 def _limit_name(scope: Scope) -> str:

@@ -169,48 +169,48 @@ async def logout(body: RefreshTokenBody) -> None:
 @router.get("/me")
 async def me(caller: CurrentCaller) -> Account:
     """The account that this request acts as."""
-    if caller.user_id is None:
+    if caller.id is None:
         return Account(
             id=None,
             email=None,
-            username=caller.username,
+            username=caller.name,
             full_name=None,
-            role=caller.role,
+            role="admin" if caller.is_admin else "user",
             created_at=None,
             last_login_at=None,
         )
     async with get_database().read_transaction() as session:
-        return Account.model_validate(await session.get_one(identity.User, caller.user_id))
+        return Account.model_validate(await session.get_one(identity.User, caller.id))
 
 
 @router.post("/keys", status_code=201)
 async def create_key(body: ApiKeyRequest, caller: CurrentCaller) -> CreatedApiKey:
     """Create an API key for your account. It is shown in this answer only."""
-    if caller.user_id is None:
+    if caller.id is None:
         raise AccountRequired()
     expires_at = now() + timedelta(days=body.expires_in_days) if body.expires_in_days else body.expires_at
     async with get_database().transaction() as session:
-        key, token = await identity.create_key(session, caller.user_id, body.name, expires_at)
+        key, token = await identity.create_key(session, caller.id, body.name, expires_at)
     return CreatedApiKey(**ApiKeyView.model_validate(key).model_dump(), key=token)
 
 
 @router.get("/keys")
 async def list_keys(caller: CurrentCaller, paging: PaginationParams) -> Page[ApiKeyView]:
     """Your API keys."""
-    if caller.user_id is None:
+    if caller.id is None:
         return paging.page([], 0)
     async with get_database().read_transaction() as session:
-        keys = [ApiKeyView.model_validate(key) for key, _ in await identity.list_keys(session, caller.user_id)]
+        keys = [ApiKeyView.model_validate(key) for key, _ in await identity.list_keys(session, caller.id)]
     return paging.page(keys[paging.skip : paging.skip + paging.limit], len(keys))
 
 
 @router.delete("/keys/{key_id}", status_code=204)
 async def revoke_key(key_id: UUID, caller: CurrentCaller) -> None:
     """Revoke one of your API keys, at once."""
-    if caller.user_id is None:
+    if caller.id is None:
         raise identity.KeyNotFound()
     async with get_database().transaction() as session:
-        await identity.revoke_key(session, str(key_id), caller.user_id)
+        await identity.revoke_key(session, str(key_id), caller.id)
 
 
 def _tokens(user: identity.User, refresh_token: str) -> Tokens:

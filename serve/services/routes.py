@@ -20,7 +20,7 @@ from cluster.times import UtcTime
 from pipelines.media.check_services import enqueue_check
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import AdminCaller, CurrentCaller, owner_of
+from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/services", tags=["Services"], responses=ERROR_RESPONSES)
 
@@ -153,9 +153,9 @@ async def list_service_types(caller: CurrentCaller) -> list[ServiceTypeView]:
 async def create_service(body: ServiceRequest, caller: AdminCaller) -> ServiceView:
     """Add a service, and have it checked."""
     async with get_database().transaction() as session:
-        service = await service_store.create(session, _columns(body), caller.username)
+        service = await service_store.create(session, _columns(body), caller.name)
         if service.enabled:
-            await enqueue_check(session, service.id, owner_of(caller))
+            await enqueue_check(session, service.id, caller)
         return await _load_view(session, service)
 
 
@@ -173,7 +173,7 @@ async def change_service(service_id: ServiceId, changes: ServiceChanges, caller:
         previous_state = service.connected_as_of, service.enabled
         await service_store.change(session, service, _columns(changes))
         if service.enabled and (service.connected_as_of, service.enabled) != previous_state:
-            await enqueue_check(session, service.id, owner_of(caller))
+            await enqueue_check(session, service.id, caller)
         return await _load_view(session, service)
 
 

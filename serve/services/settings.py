@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
 from cluster.errors import InvalidRequest
+from cluster.ownership import Principal
 from cluster.services import health_checks
 from cluster.services import store as service_store
 from cluster.services.store import ServiceNotFound
@@ -16,7 +17,7 @@ from pipelines.media.audit import schedule as audit_schedule
 from pipelines.media.check_services import enqueue_check
 from serve.http.errors import ERROR_RESPONSES
 from serve.models.names import active_model
-from serve.security.callers import AdminCaller, Caller, CurrentCaller, owner_of
+from serve.security.callers import AdminCaller, CurrentCaller
 from serve.services.routes import Url
 
 router = APIRouter(prefix="/api/v1/settings", tags=["Settings"], responses=ERROR_RESPONSES)
@@ -120,7 +121,7 @@ async def change_settings(body: SettingsChanges, caller: AdminCaller) -> Setting
     return SettingsChanged(message="Settings updated successfully", updated_settings=updates)
 
 
-async def _change_server(session: AsyncSession, name: str, changes: dict[str, Any], caller: Caller) -> None:
+async def _change_server(session: AsyncSession, name: str, changes: dict[str, Any], caller: Principal) -> None:
     match_ = await service_store.find(session, name)
     if match_ is None:
         raise ServiceNotFound(f"There is no service of type '{name}': add one at /api/services.")
@@ -128,4 +129,4 @@ async def _change_server(session: AsyncSession, name: str, changes: dict[str, An
     previous_state = service.connected_as_of, service.enabled
     await service_store.change(session, service, changes)
     if service.enabled and (service.connected_as_of, service.enabled) != previous_state:
-        await enqueue_check(session, service.id, owner_of(caller))
+        await enqueue_check(session, service.id, caller)

@@ -15,7 +15,7 @@ from pipelines.tools import calls as tool_calls
 from pipelines.tools.calls import ToolCall, ToolCallOutcome
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import AdminCaller, CurrentCaller, owner_of
+from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/mcp", tags=["Service tools"], responses=ERROR_RESPONSES)
 
@@ -86,7 +86,7 @@ async def list_tools(server: ServerName, caller: CurrentCaller) -> ToolList:
 async def call_tool(server: ServerName, body: CallRequest, caller: CurrentCaller) -> CallResult:
     """Call a tool. What changes something is for administrators; every call is recorded."""
     try:
-        call_result = await tool_calls.call(get_database(), server, body.tool, body.arguments, owner_of(caller))
+        call_result = await tool_calls.call(get_database(), server, body.tool, body.arguments, caller)
     except ServiceError as error:
         if error.is_failure:
             error.error = "mcp_connection_error"

@@ -14,6 +14,7 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import func, select
 
 from cluster.db import get_database
+from cluster.ownership import visible
 from cluster.times import UtcTime
 from pipelines.training.data import content as data_content
 from pipelines.training.data import datasets
@@ -23,7 +24,7 @@ from pipelines.training.data.parsing import read_lines, read_samples
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.http.uploads import receive_body
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 from serve.training.prompts import JSON_LINES, JSON_LINES_REQUEST, JSON_LINES_RESPONSES
 
 router = APIRouter(prefix="/api/v1/datasets", tags=["Training"], responses=ERROR_RESPONSES)
@@ -59,7 +60,7 @@ async def create_dataset(
     dataset, whose version then may be an older one."""
     async with receive_body(request, MAX_UPLOAD_BYTES) as body:
         content = await asyncio.to_thread(_parse_upload, body)
-        dataset = await datasets.store_dataset(get_database(), name, content, {"upload": name}, owner_of(caller))
+        dataset = await datasets.store_dataset(get_database(), name, content, {"upload": name}, caller)
     return _view(dataset)
 
 
@@ -70,7 +71,7 @@ async def list_datasets(
     name: Annotated[Annotated[str, Field(max_length=100)] | SkipJsonSchema[None], Query()] = None,
 ) -> Page[DatasetView]:
     """Datasets, the newest first: your own, or everybody's when you are an administrator."""
-    query = datasets.visible_to(owner_of(caller))
+    query = visible(select(Dataset), Dataset, caller)
     if name is not None:
         query = query.where(Dataset.name == name)
     async with get_database().read_transaction() as session:
@@ -83,7 +84,7 @@ async def list_datasets(
 async def show_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> DatasetView:
     """A dataset by its id, or one of yours by its name (the newest version) or NAME:v2."""
     async with get_database().read_transaction() as session:
-        return _view(await datasets.find(session, dataset_id, owner_of(caller)))
+        return _view(await datasets.find(session, dataset_id, caller))
 
 
 @router.get(
@@ -94,7 +95,7 @@ async def show_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> DatasetV
 async def read_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> StreamingResponse:
     """Its samples as JSONL."""
     async with get_database().read_transaction() as session:
-        dataset = await datasets.find(session, dataset_id, owner_of(caller))
+        dataset = await datasets.find(session, dataset_id, caller)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="forgearr-dataset-"))
         path = await asyncio.to_thread(datasets.fetch, dataset, Path(folder))
@@ -113,7 +114,7 @@ async def read_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> Streamin
 @router.delete("/{dataset_id}", status_code=204)
 async def delete_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> None:
     """Delete this version, by its id. Models that have learned from it stay."""
-    await datasets.delete(get_database(), dataset_id, owner_of(caller))
+    await datasets.delete(get_database(), dataset_id, caller)
 
 
 def _parse_upload(body: Path) -> SampleFile:

@@ -14,6 +14,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
+from cluster.ownership import Principal, visible
 from cluster.times import UtcTime
 from pipelines.training.data import prompts
 from pipelines.training.data.messages import Message, Tool, ToolCall
@@ -22,7 +23,7 @@ from pipelines.training.data.prompts import MAX_ID, PAGE_SIZE, Input, Name, Prom
 from serve.http.errors import ERROR_RESPONSES, Responses
 from serve.http.pagination import Page, PaginationParams
 from serve.http.uploads import receive_body
-from serve.security.callers import Caller, CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api/training/prompts", tags=["Training"], responses=ERROR_RESPONSES)
 
@@ -99,7 +100,7 @@ async def list_prompts(
 @router.post("", status_code=201)
 async def create_prompt(body: PromptRequest, caller: CurrentCaller) -> PromptView:
     async with get_database().transaction() as session:
-        return _view(await prompts.create(session, body, owner_of(caller)))
+        return _view(await prompts.create(session, body, caller))
 
 
 @router.post(
@@ -114,7 +115,7 @@ async def import_prompts(request: Request, caller: CurrentCaller) -> ImportResul
         count = await asyncio.to_thread(_validate_upload, body, validated)
         with validated.open("rb") as rows:
             async with get_database().transaction() as session:
-                await prompts.create_many(session, map(orjson.loads, rows), owner_of(caller))
+                await prompts.create_many(session, map(orjson.loads, rows), caller)
     return ImportResult(imported=count)
 
 
@@ -147,14 +148,14 @@ async def export_prompts(
 @router.get("/{prompt_id}")
 async def show_prompt(prompt_id: PromptId, caller: CurrentCaller) -> PromptView:
     async with get_database().read_transaction() as session:
-        return _view(await prompts.get(session, prompt_id, owner_of(caller)))
+        return _view(await prompts.get(session, prompt_id, caller))
 
 
 @router.put("/{prompt_id}")
 async def change_prompt(prompt_id: PromptId, changes: PromptChanges, caller: CurrentCaller) -> PromptView:
     """Change what is sent; the rest stays. Datasets made from the prompt before stay as they are."""
     async with get_database().transaction() as session:
-        prompt = await prompts.get(session, prompt_id, owner_of(caller), lock=True)
+        prompt = await prompts.get(session, prompt_id, caller, lock=True)
         await prompts.update_prompt(session, prompt, changes.model_dump(exclude_unset=True))
         return _view(prompt)
 
@@ -163,15 +164,15 @@ async def change_prompt(prompt_id: PromptId, changes: PromptChanges, caller: Cur
 async def delete_prompt(prompt_id: PromptId, caller: CurrentCaller) -> None:
     """Delete a prompt. Datasets made from it stay as they are."""
     async with get_database().transaction() as session:
-        await session.delete(await prompts.get(session, prompt_id, owner_of(caller), lock=True))
+        await session.delete(await prompts.get(session, prompt_id, caller, lock=True))
 
 
 def _filtered_query(
-    session: AsyncSession, caller: Caller, category: str | None, tag: str | None, search: str | None
+    session: AsyncSession, caller: Principal, category: str | None, tag: str | None, search: str | None
 ) -> Select[Prompt]:
     tags = None if tag is None else [tag]
-    visible = prompts.visible_to(owner_of(caller), select(Prompt))
-    return prompts.filter_prompts(session, visible, category=category, tags=tags, search=search)
+    query = visible(select(Prompt), Prompt, caller)
+    return prompts.filter_prompts(session, query, category=category, tags=tags, search=search)
 
 
 def _validate_upload(body: FilePath, validated: FilePath) -> int:

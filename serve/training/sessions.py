@@ -14,6 +14,7 @@ from cluster import events
 from cluster import nodes as cluster_nodes
 from cluster.db import after_commit, get_database, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
+from cluster.ownership import LOCAL, Principal, require, visible
 from cluster.times import UtcTime
 from jobs import queue
 from jobs.queue import JobRequest
@@ -26,7 +27,7 @@ from pipelines.training.sessions import TrainingSession
 from pipelines.training.spec import DataSource, FineTuneSpec, PromptFilter
 from serve.http.errors import ERROR_RESPONSES, SCHEMA_REFERENCE
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import Caller, CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api/training/sessions", tags=["Training"], responses=ERROR_RESPONSES)
 
@@ -95,9 +96,7 @@ class SessionStatus(progress.TrainingMetrics):
 @router.get("")
 async def list_sessions(caller: CurrentCaller, paging: PaginationParams) -> Page[SessionView]:
     """Training sessions, the newest first: your own, or everybody's when you are an administrator."""
-    query = select(TrainingSession)
-    if not caller.is_admin:
-        query = query.where(TrainingSession.owner_id == caller.user_id)
+    query = visible(select(TrainingSession), TrainingSession, caller)
     async with get_database().read_transaction() as session:
         total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
         newest_first = query.order_by(TrainingSession.created_at.desc(), TrainingSession.id)
@@ -109,8 +108,7 @@ async def list_sessions(caller: CurrentCaller, paging: PaginationParams) -> Page
 async def create_session(body: SessionRequest, caller: CurrentCaller) -> SessionView:
     """Set up a training. Nothing runs until it is started."""
     sessions.validate_config(body.name, body.base_model, body.config)
-    owner = owner_of(caller)
-    row = TrainingSession(**body.model_dump(), owner_id=owner.id, created_by=owner.name)
+    row = TrainingSession(**body.model_dump(), owner_id=caller.id, created_by=caller.name)
     async with get_database().transaction() as session:
         session.add(row)
         await session.flush()
@@ -169,10 +167,8 @@ async def start_session(session_id: SessionId, body: StartRequest, caller: Curre
             await training_workers.register_workers(session, alive)
         labels = await training_workers.labels_of(session, body.worker_id) if body.worker_id else {}
         spec = sessions.build_spec(row.name, row.base_model, row.config, data, labels)
-        await resolution.require_usable(session, data, owner_of(caller), spec.method)
-        job = await queue.enqueue(
-            session, JobRequest(kind="fine_tune", spec=spec.model_dump(mode="json")), owner_of(caller)
-        )
+        await resolution.require_usable(session, data, caller, spec.method)
+        job = await queue.enqueue(session, JobRequest(kind="fine_tune", spec=spec.model_dump(mode="json")), caller)
         row.job_id, row.worker_id, row.prompt_ids = job.id, body.worker_id, body.prompt_ids
         await session.flush()
         started_event = events.build_message([f"training:{row.id}"], "training.started", {"job_id": job.id}, now())
@@ -193,18 +189,18 @@ async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> Sessio
         row = await find_session(session, session_id, caller, lock=True)
         if row.job_id is None:
             raise Conflict("The session was not started, so there is nothing to cancel.")
-        await queue.cancel(session, await queue.get(session, row.job_id, lock=True))
+        await queue.cancel(session, await queue.get(session, row.job_id, LOCAL, lock=True))
         await session.flush()
         return await status_of(session, row)
 
 
-async def training_status(training_id: str, caller: Caller) -> tuple[set[str], SessionStatus]:
+async def training_status(training_id: str, caller: Principal) -> tuple[set[str], SessionStatus]:
     """The rooms and the status of a training that is named by its session, or by its job."""
     async with get_database().read_transaction() as session:
         if not training_id.startswith(JOB_PREFIX):
             row = await find_session(session, training_id, caller)
             return {f"job:{row.job_id}"} if row.job_id else set(), await status_of(session, row)
-        job = await queue.get(session, training_id, owner_of(caller))
+        job = await queue.get(session, training_id, caller)
         if job.kind not in progress.TRAINING_KINDS:
             raise SessionNotFound(f"{training_id} is a job of the kind '{job.kind}'; it trains nothing.")
         rooms = {f"job:{job_id}" for job_id in await progress.related_job_ids(session, job)}
@@ -212,12 +208,10 @@ async def training_status(training_id: str, caller: Caller) -> tuple[set[str], S
 
 
 async def find_session(
-    session: AsyncSession, session_id: str, caller: Caller, *, lock: bool = False
+    session: AsyncSession, session_id: str, caller: Principal, *, lock: bool = False
 ) -> TrainingSession:
     row = await session.get(TrainingSession, session_id, with_for_update=lock)
-    if row is None or not (caller.is_admin or row.owner_id == caller.user_id):
-        raise SessionNotFound(f"There is no training session '{session_id}'.")
-    return row
+    return require(row, caller, SessionNotFound(f"There is no training session '{session_id}'."))
 
 
 async def status_of(session: AsyncSession, row: TrainingSession) -> SessionStatus:

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import insert, select
 
 from cluster.db import get_database, now
+from cluster.ownership import LOCAL
 from jobs import queue
 from jobs.queue import JobRequest
 from jobs.registry import Resources
@@ -31,7 +32,7 @@ async def main(finished: int, waiting: int) -> None:
     for request in (impossible, tomorrow):
         for _ in range(0, waiting, PAGE):
             async with get_database().transaction() as session:
-                await queue.enqueue_many(session, [request] * min(PAGE, waiting))
+                await queue.enqueue_many(session, [request] * min(PAGE, waiting), LOCAL)
     await get_database().close()
 
 

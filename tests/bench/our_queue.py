@@ -16,7 +16,7 @@ from sqlalchemy import select
 
 from cluster.actors import NAMESPACE
 from cluster.db import get_database
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.queue import JobRequest
@@ -37,19 +37,19 @@ async def throughput(count: int, behind: int = 0) -> dict[str, Any]:
     low = [NOTHING.model_copy(update={"priority": -1})] * behind
     # One transaction, so that none of those behind can start while nobody is before them.
     chunks = [[NOTHING] * min(CHUNK, count - first) for first in range(0, count, CHUNK)]
-    owner = Owner(id=str(uuid4()), name="bench")
+    principal = Principal(id=str(uuid4()), name="bench")
     started = time.perf_counter()
     if behind:
         async with get_database().transaction() as session:
-            await queue.enqueue_many(session, low, Owner(id=str(uuid4()), name="bench"))
+            await queue.enqueue_many(session, low, Principal(id=str(uuid4()), name="bench"))
             started = time.perf_counter()
-            await queue.enqueue_many(session, [NOTHING] * count, owner)
+            await queue.enqueue_many(session, [NOTHING] * count, principal)
     else:
         for chunk in chunks:
             async with get_database().transaction() as session:
-                await queue.enqueue_many(session, chunk, owner)
+                await queue.enqueue_many(session, chunk, principal)
     enqueued = time.perf_counter() - started
-    await _wait_until_succeeded(owner, pause=0.02)
+    await _wait_until_succeeded(principal, pause=0.02)
     seconds = time.perf_counter() - started
     if behind:
         await _wait_until_idle()
@@ -80,18 +80,18 @@ async def calls(count: int) -> dict[str, Any]:
 
 
 async def _run_one(request: JobRequest) -> float:
-    owner = Owner(id=str(uuid4()), name="bench")
+    principal = Principal(id=str(uuid4()), name="bench")
     started = time.time()
     async with get_database().transaction() as session:
-        job = await queue.enqueue(session, request, owner)
-    await _wait_until_succeeded(owner, pause=0.005)
+        job = await queue.enqueue(session, request, principal)
+    await _wait_until_succeeded(principal, pause=0.005)
     async with get_database().read_transaction() as session:
         began = (await session.get_one(Job, job.id)).result
     return (began - started) * 1000 if isinstance(began, float) else 0.0
 
 
-async def _wait_until_succeeded(owner: Owner, pause: float) -> None:
-    unfinished = select(Job.state).where(Job.owner_id == owner.id, Job.state != State.SUCCEEDED).limit(1)
+async def _wait_until_succeeded(principal: Principal, pause: float) -> None:
+    unfinished = select(Job.state).where(Job.owner_id == principal.id, Job.state != State.SUCCEEDED).limit(1)
     while True:
         async with get_database().read_transaction() as session:
             state = await session.scalar(unfinished)

@@ -13,6 +13,7 @@ import pytest
 from websockets.asyncio.client import connect
 
 from cluster.db import Database
+from cluster.ownership import LOCAL
 from jobs import schedules
 from serve.app import create_app
 from serve.realtime.routes import MAX_ROOMS
@@ -268,7 +269,7 @@ async def test_a_schedule_of_the_longest_name_fires(client: httpx.AsyncClient, d
         lengths[length] = answer.status_code
         if answer.status_code == 201:
             async with database.transaction() as session:
-                schedule = await schedules.get(session, answer.json()["id"])
+                schedule = await schedules.get(session, answer.json()["id"], LOCAL)
                 schedule.next_fire_at = schedule.created_at
             async with database.transaction() as session:
                 await schedules.fire_due(session)

@@ -248,20 +248,20 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
         for name in ("owner", "other", "admin", "disabled"):
             await _move_in(household, database, name)
         async with database.transaction() as session:
-            owner = ownership.Owner(id=household.users["owner"].id, name="owner", is_admin=False)
-            job = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=LEARN), owner)
+            principal = ownership.Principal(id=household.users["owner"].id, name="owner", is_admin=False)
+            job = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=LEARN), principal)
             training = TrainingSession(
-                name="House v1", base_model="forgearr/tiny", config={}, owner_id=owner.id, created_by="owner"
+                name="House v1", base_model="forgearr/tiny", config={}, owner_id=principal.id, created_by="owner"
             )
             session.add(training)
             await session.flush()
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
-            schedule = await schedules.create(session, request, owner)
+            schedule = await schedules.create(session, request, principal)
             said = feedback_store.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
-            given, _ = await feedback_store.save(session, said, owner)
-            prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), owner)
+            given, _ = await feedback_store.save(session, said, principal)
+            prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), principal)
             upload = file_uploads.begin(
-                session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, owner=owner
+                session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, principal=principal
             )
             about = {"name": "handbook", "url": "https://git.example/handbook", "model": "handbook"}
             repository = Repository(**about, training={}, policy={}, created_by="admin")
@@ -273,11 +273,13 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             "resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").request_fields()
         )
         told.end()
-        await response_store.store(database, told.response, [], owner)
+        await response_store.store(database, told.response, [], principal)
         content = data_content.write_samples(resolution.demo_samples(), tmp_path / "content.jsonl", "test")
-        dataset = await datasets.store_dataset(database, "owners", content, {}, owner)
-        file = await file_store.create_file(database, BytesIO(b"x"), filename="a.txt", purpose="batch", owner=owner)
-        about = {"endpoint": "/v1/embeddings", "labels": {}, "owner_id": owner.id, "created_by": "owner"}
+        dataset = await datasets.store_dataset(database, "owners", content, {}, principal)
+        file = await file_store.create_file(
+            database, BytesIO(b"x"), filename="a.txt", purpose="batch", principal=principal
+        )
+        about = {"endpoint": "/v1/embeddings", "labels": {}, "owner_id": principal.id, "created_by": "owner"}
         batch = Batch(id="batch_1", job_id=job.id, input_file_id=file.id, expires_at=now(), **about)
         async with database.transaction() as session:
             session.add(batch)

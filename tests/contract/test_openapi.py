@@ -17,6 +17,7 @@ from sqlalchemy import update
 
 from cluster import identity
 from cluster.db import Database, now
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from jobs import journal, queue
 from jobs.journal import JournalEntry
@@ -36,10 +37,10 @@ async def stocked(database: Database, shelf: Shelf) -> Database:
     """A database with jobs that have something to tell, a training session, and a registry with a model."""
     await shelf.register()
     async with database.transaction() as session:
-        job = await queue.enqueue(session, queue.JobRequest(kind="probe", spec={"payload": "✓"}))
+        job = await queue.enqueue(session, queue.JobRequest(kind="probe", spec={"payload": "✓"}), LOCAL)
         log = {"level": "INFO", "message": "one step"}
         told = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes.", "tags": ["home"]}
-        await prompts.create(session, prompts.PromptRequest.model_validate(told))
+        await prompts.create(session, prompts.PromptRequest.model_validate(told), LOCAL)
         entries = [
             JournalEntry(job.id, "running", {"worker": "w"}),
             JournalEntry(job.id, "log", log),
@@ -50,7 +51,7 @@ async def stocked(database: Database, shelf: Shelf) -> Database:
         done = update(Job).where(Job.id == job.id).values(state=State.SUCCEEDED, result={"payload": "✓"}, **ended)
         await session.execute(done)
         learn = {"data": {"dataset": "demo/homelab"}}
-        training = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=learn))
+        training = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=learn), LOCAL)
         numbers = {"step": 3, "epoch": 0.5, "loss": 2.5, "learning_rate": 2e-4, "memory_mb": 512.0}
         journal.record(session, [JournalEntry(training.id, "progress", {"metrics": numbers})])
         told = {"name": "House v1", "base_model": "forgearr/tiny", "config": {"num_epochs": 2}, "created_by": "local"}

@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 from cluster import ownership
 from cluster.db import Database, now
 from cluster.errors import Forbidden
-from cluster.ownership import Owner
+from cluster.ownership import LOCAL, Principal
 from jobs import journal, leases, queue, wait_reasons
 from jobs.dispatch.capacity import ClusterCapacity
 from jobs.journal import JournalEntry
@@ -24,8 +24,8 @@ from jobs.tables import Job, JobEvent
 
 pytestmark = pytest.mark.both_databases
 
-ALICE = Owner(id="a" * 36, name="alice", is_admin=False)
-BOB = Owner(id="b" * 36, name="bob", is_admin=False)
+ALICE = Principal(id="a" * 36, name="alice")
+BOB = Principal(id="b" * 36, name="bob")
 
 
 class Bench:
@@ -43,10 +43,10 @@ class Bench:
         self.token = token or self.token
         return token
 
-    async def submit(self, owner: Owner = ownership.LOCAL_OWNER, key: str | None = None, **request: Any) -> Job:
+    async def submit(self, principal: Principal = ownership.LOCAL, key: str | None = None, **request: Any) -> Job:
         wanted = JobRequest.model_validate({"kind": "probe", **request})
         async with self.database.transaction() as session:
-            return await queue.enqueue(session, wanted, owner, idempotency_key=key)
+            return await queue.enqueue(session, wanted, principal, idempotency_key=key)
 
     async def claim(self) -> list[Claim]:
         async with self.database.transaction() as session:
@@ -69,7 +69,7 @@ class Bench:
 
     async def do(self, action: Any, job_id: str) -> None:
         async with self.database.transaction() as session:
-            await action(session, await queue.get(session, job_id, lock=True))
+            await action(session, await queue.get(session, job_id, LOCAL, lock=True))
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ async def test_a_job_goes_from_queued_to_succeeded(bench: Bench) -> None:
 async def test_a_rolled_back_request_leaves_no_job(bench: Bench) -> None:
     with suppress(ZeroDivisionError):
         async with bench.database.transaction() as session:
-            await queue.enqueue(session, JobRequest(kind="probe"))
+            await queue.enqueue(session, JobRequest(kind="probe"), LOCAL)
             _ = 1 / 0
     async with bench.database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Job)) == 0
@@ -465,5 +465,5 @@ async def test_a_job_too_large_says_what_it_waits_for(bench: Bench) -> None:
 
 async def test_many_jobs_are_queued_in_one_go(bench: Bench) -> None:
     async with bench.database.transaction() as session:
-        jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(1000)])
+        jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(1000)], LOCAL)
     assert len({job.id for job in jobs}) == 1000

@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 from cluster import identity
 from cluster.db import Database, now
 from cluster.errors import Forbidden
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from jobs import schedules
 from jobs.registry import InvalidSpec
 from jobs.schedules import ScheduleNameTaken, ScheduleNotFound, ScheduleRequest
@@ -20,16 +20,22 @@ from jobs.tables import Job, Schedule, ScheduleTick
 
 pytestmark = pytest.mark.both_databases
 
-ALICE = Owner(id="a" * 36, name="alice", is_admin=False)
+ALICE = Principal(id="a" * 36, name="alice")
+
+
+@pytest.fixture(autouse=True)
+async def _account_of_alice(database: Database) -> None:  # pyright: ignore[reportUnusedFunction]
+    async with database.transaction() as session:
+        session.add(identity.User(id=ALICE.id, email="alice@example.com", username="alice", password_hash="-"))
 
 
 def wanted(**changes: Any) -> ScheduleRequest:
     return ScheduleRequest.model_validate({"name": "nightly", "kind": "probe", "cron": "0 3 * * *", **changes})
 
 
-async def create(database: Database, request: ScheduleRequest, owner: Owner = ALICE) -> Schedule:
+async def create(database: Database, request: ScheduleRequest, principal: Principal = ALICE) -> Schedule:
     async with database.transaction() as session:
-        return await schedules.create(session, request, owner)
+        return await schedules.create(session, request, principal)
 
 
 async def make_due(database: Database, since: timedelta = timedelta(minutes=1)) -> None:
@@ -119,10 +125,10 @@ async def test_a_schedule_that_can_fire_no_more_says_why_and_stops(database: Dat
 
 async def test_the_schedule_of_a_disabled_account_stops(database: Database) -> None:
     async with database.transaction() as session:
-        user = identity.User(email="a@example.com", username="alice", password_hash="-", is_active=False)
+        user = identity.User(email="bob@example.com", username="bob", password_hash="-", is_active=False)
         session.add(user)
         await session.flush()
-        schedule = await schedules.create(session, wanted(), Owner(id=user.id, name="alice", is_admin=False))
+        schedule = await schedules.create(session, wanted(), Principal(id=user.id, name="bob"))
     await make_due(database)
     await fire(database)
     async with database.read_transaction() as session:
@@ -168,4 +174,4 @@ async def test_nobody_sees_the_schedule_of_another(database: Database) -> None:
     async with database.read_transaction() as session:
         assert (await schedules.get(session, schedule.id, ALICE)).name == "nightly"
         with pytest.raises(ScheduleNotFound):
-            await schedules.get(session, schedule.id, Owner(id="b" * 36, name="bob", is_admin=False))
+            await schedules.get(session, schedule.id, Principal(id="b" * 36, name="bob"))

@@ -14,6 +14,7 @@ from cluster.db import Database, now
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
 from cluster.files.store import File
 from cluster.files.uploads import Upload
+from cluster.ownership import LOCAL
 from jobs import leases, queue
 from jobs.context import Context
 from jobs.dispatch.capacity import actor_options
@@ -93,7 +94,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
     async with database.transaction() as session:
         old, fresh, told, untold, dead = [
             await queue.enqueue(
-                session, JobRequest(kind="probe", tracked=number in {2, 3}), idempotency_key=f"k{number}"
+                session, JobRequest(kind="probe", tracked=number in {2, 3}), LOCAL, idempotency_key=f"k{number}"
             )
             for number in range(5)
         ]
@@ -136,7 +137,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
 
 async def test_a_page_of_writes_refuses_only_the_stale_ones(database: Database) -> None:
     async with database.transaction() as session:
-        jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(3)])
+        jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(3)], LOCAL)
     async with database.transaction() as session:
         await session.execute(update(Job).values(state=State.RUNNING, worker="w", lease_token="good"))
     writes = [

@@ -15,7 +15,7 @@ import pytest
 from cluster import identity
 from cluster.db import Database
 from cluster.errors import Forbidden, ForgearrError, InvalidRequest
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.states import State
@@ -46,7 +46,7 @@ async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def alice(database: Database) -> Owner:
+async def alice(database: Database) -> Principal:
     return await account(database, "alice", "user")
 
 
@@ -60,12 +60,12 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
     return folder
 
 
-async def account(database: Database, name: str, role: identity.Role) -> Owner:
+async def account(database: Database, name: str, role: identity.Role) -> Principal:
     async with database.transaction() as session:
         user = await identity.add_user(
             session, email=f"{name}@example.com", username=name, password_hash="-", role=role
         )
-    return Owner(id=user.id, name=name, is_admin=role == "admin")
+    return Principal(id=user.id, name=name, is_admin=role == "admin")
 
 
 async def upload(client: httpx.AsyncClient, name: str, *lines: str) -> dict[str, Any]:
@@ -74,12 +74,12 @@ async def upload(client: httpx.AsyncClient, name: str, *lines: str) -> dict[str,
     return answer.json()
 
 
-async def resolve(data: DataSource, owner: Owner = LOCAL_OWNER) -> datasets.Dataset:
-    return await asyncio.to_thread(resolution.resolve, data, owner.id)
+async def resolve(data: DataSource, principal: Principal = LOCAL) -> datasets.Dataset:
+    return await asyncio.to_thread(resolution.resolve, data, principal.id)
 
 
-async def load(data: DataSource, owner: Owner = LOCAL_OWNER) -> list[Any]:
-    dataset = await resolve(data, owner)
+async def load(data: DataSource, principal: Principal = LOCAL) -> list[Any]:
+    dataset = await resolve(data, principal)
     assert (await asyncio.to_thread(datasets.get, dataset.id)).digest == dataset.digest
     return list(datasets.load(dataset))
 
@@ -133,14 +133,14 @@ async def test_a_file_stays_as_long_as_a_dataset_needs_it(client: httpx.AsyncCli
 async def test_a_dataset_that_a_job_needs_is_kept(client: httpx.AsyncClient, database: Database, named: str) -> None:
     kept = await upload(client, "home", chat())
     async with database.transaction() as session:
-        job = queue.rejected_job(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": named}}), LOCAL_OWNER, {})
+        job = queue.rejected_job(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": named}}), LOCAL, {})
         job.state, job.finished_at = State.QUEUED, None
         session.add(job)
     refused = await client.delete(f"{PATH}/{kept['id']}")
     assert (refused.status_code, refused.json()["error_code"]) == (409, "DATASET_IN_USE")
     assert job.id in refused.json()["message"]
     async with database.transaction() as session:
-        await queue.cancel(session, await queue.get(session, job.id))
+        await queue.cancel(session, await queue.get(session, job.id, LOCAL))
     assert (await client.delete(f"{PATH}/{kept['id']}")).status_code == 204
 
 
@@ -206,7 +206,7 @@ async def test_an_upload_is_bounded(client: httpx.AsyncClient, monkeypatch: pyte
 # What jobs resolve
 
 
-async def test_a_dataset_by_name_and_by_id(client: httpx.AsyncClient, database: Database, alice: Owner) -> None:
+async def test_a_dataset_by_name_and_by_id(client: httpx.AsyncClient, database: Database, alice: Principal) -> None:
     old = await upload(client, "home", chat())
     new = await upload(client, "home", chat("No."))
     pairs = await upload(client, "pairs", PAIR)
@@ -222,7 +222,7 @@ async def test_a_dataset_by_name_and_by_id(client: httpx.AsyncClient, database: 
             await resolve(DataSource(dataset=reference), alice)
 
 
-async def test_the_dataset_that_ships_is_everybodys(database: Database, alice: Owner) -> None:
+async def test_the_dataset_that_ships_is_everybodys(database: Database, alice: Principal) -> None:
     mine, ours = (
         await resolve(DataSource(dataset="demo/homelab"), alice),
         await resolve(DataSource(dataset="demo/homelab")),
@@ -234,7 +234,7 @@ async def test_the_dataset_that_ships_is_everybodys(database: Database, alice: O
     assert (mine.created_by, ours.created_by) == ("alice", "local")
 
 
-async def test_prompts_become_a_dataset_that_stays(database: Database, alice: Owner) -> None:
+async def test_prompts_become_a_dataset_that_stays(database: Database, alice: Principal) -> None:
     async with database.transaction() as session:
         for name in ("One", "Two"):
             request = PromptRequest(name=name, user_input=name, expected_output="Yes.", tags=["Home Media"])
@@ -387,7 +387,7 @@ def test_a_folder_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_folders_are_for_administrators_unless_they_are_shared(
-    database: Database, shared: Path, tmp_path: Path, alice: Owner
+    database: Database, shared: Path, tmp_path: Path, alice: Principal
 ) -> None:
     private = tmp_path / "private"
     for folder in (shared, private):
@@ -408,7 +408,7 @@ async def test_folders_are_for_administrators_unless_they_are_shared(
         assert await load(DataSource(folder=str(path)), alice)
         await check(database, DataSource(folder=str(path)), alice)
     admin = await account(database, "admin", "admin")
-    for owner in (LOCAL_OWNER, admin):
+    for owner in (LOCAL, admin):
         assert await load(DataSource(folder=str(private)), owner)
     for base in ("forgearr/tiny", "homelab:v3", "owner/name"):
         assert not resolution.needs_admin(FineTuneSpec(base_model=base, data=DataSource(dataset="x")))
@@ -419,21 +419,23 @@ async def test_folders_are_for_administrators_unless_they_are_shared(
 @pytest.mark.parametrize("path", ["/no/such/folder", "/etc/hostname", "/" + "x" * 300, "~nobody-of-this-name/x"])
 async def test_a_folder_that_is_none(database: Database, path: str) -> None:
     with pytest.raises(FolderNotFound):
-        await check(database, DataSource(folder=path), LOCAL_OWNER)
+        await check(database, DataSource(folder=path), LOCAL)
     with pytest.raises(FolderNotFound):
         await resolve(DataSource(folder=path))
 
 
-async def test_doors_learn_at_once_what_cannot_be(client: httpx.AsyncClient, database: Database, alice: Owner) -> None:
+async def test_doors_learn_at_once_what_cannot_be(
+    client: httpx.AsyncClient, database: Database, alice: Principal
+) -> None:
     await upload(client, "home", chat())
-    await check(database, DataSource(dataset="home"), LOCAL_OWNER)
+    await check(database, DataSource(dataset="home"), LOCAL)
     await check(database, DataSource(dataset="demo/homelab"), alice)
     for data, owner, status in (
         (DataSource(dataset="home"), alice, 404),
-        (DataSource(dataset="nothing"), LOCAL_OWNER, 404),
-        (DataSource(prompts=PromptFilter(tags=["nothing"])), LOCAL_OWNER, 400),
-        (DataSource(prompts=PromptFilter(ids=[7])), LOCAL_OWNER, 404),
-        (DataSource(folder="/nowhere"), LOCAL_OWNER, 400),
+        (DataSource(dataset="nothing"), LOCAL, 404),
+        (DataSource(prompts=PromptFilter(tags=["nothing"])), LOCAL, 400),
+        (DataSource(prompts=PromptFilter(ids=[7])), LOCAL, 404),
+        (DataSource(folder="/nowhere"), LOCAL, 400),
         (DataSource(folder="/nowhere"), alice, 403),
     ):
         with pytest.raises(ForgearrError) as refused:
@@ -441,9 +443,9 @@ async def test_doors_learn_at_once_what_cannot_be(client: httpx.AsyncClient, dat
         assert refused.value.status == status
 
 
-async def check(database: Database, data: DataSource, owner: Owner) -> None:
+async def check(database: Database, data: DataSource, principal: Principal) -> None:
     async with database.read_transaction() as session:
-        await resolution.require_usable(session, data, owner, "supervised")
+        await resolution.require_usable(session, data, principal, "supervised")
 
 
 def write(folder: Path, files: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.db import Database
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import LOCAL, Principal
 from pipelines.training.data import prompts
 from pipelines.training.data.parsing import InvalidSample
 from pipelines.training.data.prompts import NoMatchingPrompt, PromptNotFound, PromptRequest
@@ -18,8 +18,8 @@ from pipelines.training.spec import PromptFilter
 from serve.app import create_app
 
 PATH = "/api/training/prompts"
-ALICE = Owner(id="a" * 36, name="alice", is_admin=False)
-BOB = Owner(id="b" * 36, name="bob", is_admin=False)
+ALICE = Principal(id="a" * 36, name="alice")
+BOB = Principal(id="b" * 36, name="bob")
 SEARCH = {
     "type": "function",
     "function": {"name": "search", "parameters": {"type": "object", "z": 1, "a": {"b": None}}},
@@ -197,15 +197,15 @@ async def test_prompts_are_chosen_for_training(database: Database) -> None:
         theirs = await prompts.create(session, wanted(tags=["a"]), BOB)
     one, two, three = (prompt.id for prompt in mine)
 
-    async def chosen(owner: Owner = ALICE, **told: Any) -> list[int]:
+    async def chosen(principal: Principal = ALICE, **told: Any) -> list[int]:
         async with database.read_transaction() as session:
-            return await prompts.find_matching_ids(session, PromptFilter(**told), owner)
+            return await prompts.find_matching_ids(session, PromptFilter(**told), principal)
 
     assert await chosen(tags=["a"]) == [one, two]
     assert await chosen(tags=["b", "c"]) == [two, three]
     assert await chosen(tags=["a", "c"], ids=[three, one]) == [one, three]
     assert await chosen(category="media") == [one, two, three]
-    assert await chosen(LOCAL_OWNER, tags=["a"]) == [one, two, theirs.id]
+    assert await chosen(LOCAL, tags=["a"]) == [one, two, theirs.id]
     with pytest.raises(NoMatchingPrompt, match="No training prompt of yours has any of the tags nothing"):
         await chosen(tags=["nothing"])
     with pytest.raises(NoMatchingPrompt, match="the category 'x' and any of the tags a"):
@@ -220,9 +220,9 @@ async def test_prompts_are_chosen_for_training(database: Database) -> None:
 async def test_a_prompt_becomes_a_conversation(database: Database) -> None:
     async with database.transaction() as session:
         for told in (MOVIE, TALK, {**TALK, "expected_output": None, "tool_calls": [CALL]}):
-            await prompts.create(session, PromptRequest.model_validate(told))
+            await prompts.create(session, PromptRequest.model_validate(told), LOCAL)
     async with database.read_transaction() as session:
-        samples = await prompts.load_samples(session, PromptFilter(ids=[1, 2, 3]))
+        samples = await prompts.load_samples(session, PromptFilter(ids=[1, 2, 3]), LOCAL)
     movie, talk, call = (sample.model_dump(exclude_none=True) for sample in samples)
     assert movie == {
         "messages": [

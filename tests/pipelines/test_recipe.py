@@ -119,7 +119,12 @@ def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
         train(spec, base, tmp_path / "first", first)
     second = Notes(tmp_path / "kept")
     outcome = train(
-        spec, base, tmp_path / "second", second, checkpoint=first.load_checkpoint(step), resume_state=first.training_state
+        spec,
+        base,
+        tmp_path / "second",
+        second,
+        checkpoint=first.load_checkpoint(step),
+        resume_state=first.training_state,
     )
 
     assert max(first.losses) == step

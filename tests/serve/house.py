@@ -54,9 +54,9 @@ class House:
     async def queue(self, kind: str, spec: dict[str, Any], who: str = "ada", **facts: Any) -> str:
         """A job that is as it is said to be."""
         user = self.people[who]
-        owner = ownership.Owner(id=user.id, name=who, is_admin=user.role == "admin")
+        principal = ownership.Principal(id=user.id, name=who, is_admin=user.role == "admin")
         async with self.database.transaction() as session:
-            job = await queue.enqueue(session, queue.JobRequest(kind=kind, spec=spec), owner)
+            job = await queue.enqueue(session, queue.JobRequest(kind=kind, spec=spec), principal)
         await self.settle(job.id, **facts)
         return job.id
 

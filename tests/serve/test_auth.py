@@ -37,16 +37,16 @@ def build_app() -> FastAPI:
 
     @app.get("/whoami")
     async def whoami(caller: CurrentCaller) -> str:
-        return f"{caller.username} {caller.role}"
+        return f"{caller.name} {'admin' if caller.is_admin else 'user'}"
 
     @app.get("/admin")
     async def admin(caller: AdminCaller) -> str:
-        return caller.username
+        return caller.name
 
     @app.websocket("/socket")
     async def socket(socket: WebSocket, caller: SocketCaller) -> None:
         await socket.accept()
-        await socket.send_text(caller.username)
+        await socket.send_text(caller.name)
         await socket.close()
 
     return app

@@ -14,7 +14,7 @@ from cluster import storage
 from cluster.db import Database, now
 from cluster.errors import Unavailable
 from cluster.files import store as file_store
-from cluster.ownership import LOCAL_OWNER
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.states import State
@@ -61,7 +61,7 @@ def engine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unste
 
 @pytest.fixture
 def answering(engine: Unsteady, database: Database) -> LineRunner:
-    return LineRunner(database, engine, LOCAL_OWNER)
+    return LineRunner(database, engine, LOCAL)
 
 
 def line(**options: Any) -> BatchLine:
@@ -93,7 +93,7 @@ async def test_a_job_asks_a_database_of_its_own(engine: Unsteady, database: Data
     async def ask() -> bytes:
         own = Database(get_settings().database_url)
         try:
-            return (await LineRunner(own, engine, LOCAL_OWNER).run(1, line(model="job_20260101_000000_abcd"))).line
+            return (await LineRunner(own, engine, LOCAL).run(1, line(model="job_20260101_000000_abcd"))).line
         finally:
             await own.close()
 
@@ -104,7 +104,7 @@ async def test_a_job_asks_a_database_of_its_own(engine: Unsteady, database: Data
 
 
 async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: Database) -> None:
-    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
+    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
     made: dict[State, str] = {}
     long_ago = now() - timedelta(days=get_settings().jobs.event_days + 1)
     for state in (State.FAILED, State.SUCCEEDED, State.RUNNING):
@@ -115,7 +115,7 @@ async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: 
                 input_file_id=file.id,
                 labels={},
                 output_seconds=None,
-                owner=LOCAL_OWNER,
+                principal=LOCAL,
             )
             job.state, job.finished_at = state, long_ago
         made[state] = storage.address(batch_store.parts_folder(batch.id))
@@ -126,10 +126,10 @@ async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: 
 
 
 async def test_a_batch_whose_job_failed_says_why(database: Database) -> None:
-    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch")
+    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
     async with database.transaction() as session:
         batch, job = await batch_store.create(
-            session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, owner=LOCAL_OWNER
+            session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, principal=LOCAL
         )
         assert batch_store.to_openai(batch, job)["status"] == "validating"
         await queue.finish_waiting_jobs(

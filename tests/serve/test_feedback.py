@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster.db import Database
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs.states import State
 from pipelines.guardian.repositories import Repository
@@ -175,9 +175,9 @@ async def test_calls_are_learned_too(house: House) -> None:
 
 
 async def test_a_stored_response_says_itself_what_was_asked(house: House, database: Database) -> None:
-    owner = Owner(id=house.people["ada"].id, name="ada", is_admin=False)
-    first = await respond(database, owner, "a", "Sonarr does.", "Who tracks series?", instructions="Be brief.")
-    second = await respond(database, owner, "b", "Radarr does.", "And movies?", previous_response_id=first)
+    principal = Principal(id=house.people["ada"].id, name="ada", is_admin=False)
+    first = await respond(database, principal, "a", "Sonarr does.", "Who tracks series?", instructions="Be brief.")
+    second = await respond(database, principal, "b", "Radarr does.", "And movies?", previous_response_id=first)
     given = await give(house, {"target": "response", "target_id": second, "rating": "up"})
     assert given["model"] == "homelab"
     assert [message["content"] for message in given["messages"]] == [
@@ -222,7 +222,7 @@ async def test_enough_of_it_retrains(house: House, database: Database, monkeypat
 REGISTERED: dict[str, Any] = {"training": {}, "policy": {}, "created_by": "test"}
 
 
-async def respond(database: Database, owner: Owner, letter: str, said: str, asked: str, **wanted: Any) -> str:
+async def respond(database: Database, principal: Principal, letter: str, said: str, asked: str, **wanted: Any) -> str:
     """A response that was answered and kept; returns its id."""
     identifier = "resp_" + 32 * letter
     request = ResponseRequest(model="homelab:latest", input=asked, **wanted)
@@ -230,5 +230,5 @@ async def respond(database: Database, owner: Owner, letter: str, said: str, aske
     answered = Message(role="assistant", content=said).to_item()
     telling.end()
     body = {**telling.response, "output": [{"id": f"msg_{32 * letter}0000", **answered}]}
-    await response_store.store(database, body, request.items(identifier, {}), owner)
+    await response_store.store(database, body, request.items(identifier, {}), principal)
     return identifier

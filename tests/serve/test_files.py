@@ -20,6 +20,7 @@ from cluster.files import store as file_store
 from cluster.files import uploads as file_uploads
 from cluster.files.store import File
 from cluster.files.uploads import Upload, UploadPart
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from serve.app import create_app
 from tests.contract.serving import serving
@@ -128,7 +129,7 @@ async def test_what_fits_its_purpose_is_processed(house: House, purpose: Any, co
     made = await house.ada.files.create(file=("a.jsonl", lines(*content)), purpose=purpose)
     assert (made.status, made.status_details) == ("processed", None)
     async with house.database.read_transaction() as session:
-        assert (await file_store.find(session, made.id)).content == kind
+        assert (await file_store.find(session, made.id, LOCAL)).content == kind
 
 
 @pytest.mark.parametrize(

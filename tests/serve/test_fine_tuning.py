@@ -11,7 +11,7 @@ from sqlalchemy import update
 
 from cluster import identity, storage
 from cluster.db import Database, now
-from cluster.ownership import Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs import journal, queue
 from jobs.journal import JournalEntry
@@ -42,7 +42,7 @@ class House:
     def __init__(self, url: str, database: Database, people: dict[str, identity.User]) -> None:
         self.database = database
         self.owners = {
-            name: Owner(id=user.id, name=name, is_admin=user.role == "admin") for name, user in people.items()
+            name: Principal(id=user.id, name=name, is_admin=user.role == "admin") for name, user in people.items()
         }
         self.clients = {
             name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=identity.create_access_token(user), max_retries=0)
@@ -63,7 +63,7 @@ class House:
 
     async def job(self, job_id: str) -> Job:
         async with self.database.read_transaction() as session:
-            return await queue.get(session, job_id)
+            return await queue.get(session, job_id, LOCAL)
 
     async def settle(self, job_id: str, **facts: Any) -> None:
         async with self.database.transaction() as session:
@@ -72,7 +72,7 @@ class House:
     async def step(self, job_id: str, kind: str, **facts: Any) -> str:
         """A step of a forge job."""
         async with self.database.transaction() as session:
-            parent = await queue.get(session, job_id)
+            parent = await queue.get(session, job_id, LOCAL)
             spec = {"fine_tune": {"data": {"dataset": "demo/homelab"}}, "export": {"job_id": job_id}}[kind]
             child = await queue.enqueue_child(session, parent, kind, kind, spec)
         await self.settle(child.id, **facts)

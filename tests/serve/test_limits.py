@@ -73,7 +73,7 @@ def connect() -> Connect:
 
     @app.get("/whoami")
     async def whoami(caller: CurrentCaller) -> str:
-        return caller.username
+        return caller.name
 
     @app.get("/v1/models")
     @app.get("/health")

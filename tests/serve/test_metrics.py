@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster import events
 from cluster.db import Database
+from cluster.ownership import LOCAL
 from jobs import queue
 from jobs.queue import JobRequest
 from serve.middleware.request_frame import RequestContextMiddleware
@@ -137,9 +138,9 @@ async def test_the_queue_is_told_by_kind_and_state(
     client: httpx.AsyncClient, own: RequestMetrics, database: Database
 ) -> None:
     async with database.transaction() as session:
-        first, *_ = [await queue.enqueue(session, JobRequest(kind="probe")) for _ in range(3)]
+        first, *_ = [await queue.enqueue(session, JobRequest(kind="probe"), LOCAL) for _ in range(3)]
         await queue.pause(session, first)
-        await queue.enqueue(session, JobRequest(kind="probe", depends_on=[first.id]))
+        await queue.enqueue(session, JobRequest(kind="probe", depends_on=[first.id]), LOCAL)
     text = (await own.render()).decode()
     assert 'jobs{kind="probe",state="queued"} 3.0' in text
     assert 'jobs{kind="probe",state="paused"} 1.0' in text

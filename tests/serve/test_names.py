@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import update
 
 from cluster.db import Database
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.outputs import OutputMissing
@@ -22,15 +22,15 @@ from serve.models.resolver import ModelResolver
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
-ALICE, BOB = (Owner(id=name, name=name, is_admin=False) for name in ("alice", "bob"))
+ALICE, BOB = (Principal(id=name, name=name) for name in ("alice", "bob"))
 NOW = datetime(2026, 5, 4, tzinfo=UTC)
 MADE = {"model": "/storage/jobs/1/model", "base_model": "forgearr/tiny"}
 
 
-async def training(database: Database, state: State, owner: Owner = ALICE) -> str:
+async def training(database: Database, state: State, principal: Principal = ALICE) -> str:
     async with database.transaction() as session:
         spec = {"data": {"dataset": "demo/homelab"}}
-        job = await queue.enqueue(session, JobRequest(kind="fine_tune", spec=spec), owner)
+        job = await queue.enqueue(session, JobRequest(kind="fine_tune", spec=spec), principal)
         result = MADE if state == State.SUCCEEDED else None
         done = update(Job).where(Job.id == job.id).values(state=state, result=result, finished_at=NOW)
         await session.execute(done)
@@ -39,7 +39,7 @@ async def training(database: Database, state: State, owner: Owner = ALICE) -> st
 
 async def test_what_a_training_has_made_is_its_owners(database: Database) -> None:
     job_id = await training(database, State.SUCCEEDED)
-    for owner in (ALICE, LOCAL_OWNER):
+    for owner in (ALICE, LOCAL):
         meant = await ModelResolver().resolve(job_id, owner)
         assert (meant.reference, meant.source) == (job_id, ModelFolder(MADE["model"], "forgearr/tiny", NOW))
     with pytest.raises(ModelNotFound):

@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
 from cluster import events, identity, logs, ownership
 from cluster.db import Database
+from cluster.ownership import LOCAL
 from cluster.services import health_checks
 from cluster.services import store as service_store
 from cluster.settings import get_settings
@@ -226,7 +227,7 @@ async def test_a_service_that_goes_away_and_comes_back_is_told_once(
 async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: events.Events, database: Database) -> None:
     data = {"data": {"dataset": "demo/homelab"}}
     async with database.transaction() as session:
-        forge = await queue.enqueue(session, queue.JobRequest(kind="forge", spec=data))
+        forge = await queue.enqueue(session, queue.JobRequest(kind="forge", spec=data), LOCAL)
     async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", **PATIENT) as client:
         assert (await hear(client))["progress"] == 0
         async with database.transaction() as session:
@@ -234,7 +235,7 @@ async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: event
         await actor.publish([message(f"job:{forge.id}")])  # as when it parks
         await hear(client)
         async with database.transaction() as session:
-            (await queue.get(session, training.id)).progress = 50
+            (await queue.get(session, training.id, LOCAL)).progress = 50
         await actor.publish([message(f"job:{training.id}")])
         assert (await hear(client))["progress"] == 30
 
@@ -276,8 +277,8 @@ async def test_a_connection_has_a_bounded_number_of_rooms(app: FastAPI, monkeypa
 async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Database, required: None) -> None:
     ada, ada_key = await add_user(database, "ada", "user")
     _, root_key = await add_user(database, "root", "admin")
-    own = await add_job(database, ownership.Owner(id=ada.id, name="ada", is_admin=False))
-    other = await add_job(database, ownership.LOCAL_OWNER)
+    own = await add_job(database, ownership.Principal(id=ada.id, name="ada", is_admin=False))
+    other = await add_job(database, ownership.LOCAL)
     rooms = ["jobs", f"job:{own}", f"job:{other}", "job:none", "downloads"]
 
     async def joined(key: str) -> list[str]:
@@ -310,7 +311,7 @@ async def test_who_may_not_stay_is_sent_away(
     monkeypatch.setattr(jobs_events, "HEARTBEAT_SECONDS", 0.05)
     ada, key = await add_user(database, "ada", "user")
     bob, bobs = await add_user(database, "bob", "user")
-    job = await add_job(database, ownership.Owner(id=bob.id, name="bob", is_admin=False))
+    job = await add_job(database, ownership.Principal(id=bob.id, name="bob", is_admin=False))
     async with (
         serving(app) as url,
         connect(f"{url}/ws/a?token={key}", **PATIENT) as revoked,
@@ -534,7 +535,7 @@ async def add_user(database: Database, name: str, role: identity.Role) -> tuple[
     return user, key
 
 
-async def add_job(database: Database, owner: ownership.Owner) -> str:
+async def add_job(database: Database, owner: ownership.Principal) -> str:
     async with database.transaction() as session:
         job = await queue.enqueue(session, queue.JobRequest(kind="probe"), owner)
     return job.id

@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import select, update
 
 from cluster.db import Database, now
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.states import State
@@ -127,7 +128,7 @@ async def test_a_plan_is_followed_held_and_resumed(house: House, folder: Path, d
     verdict = {"promoted": False, "reason": "It is worse.", "improvement": -0.1}
     outset = {"model": "hand-book", "commit": "0" * 40, "feedback": True, "auto_deploy": False, "training": {}}
     async with database.transaction() as session:
-        job = await queue.get(session, plan, lock=True)
+        job = await queue.get(session, plan, LOCAL, lock=True)
         job.checkpoint = outset
         running = await queue.enqueue_child(session, job, "validate_data", "validate_data", learned)
         running.state, running.progress = State.RUNNING, 40

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from cluster.ownership import LOCAL
 from cluster.services import store as service_store
 from cluster.settings import get_settings
 from jobs import schedules
@@ -123,6 +124,6 @@ async def test_what_cannot_be_is_refused_as_a_whole(house: House, body: dict[str
 
 async def test_a_schedule_of_that_name_may_be_somebodys(house: House) -> None:
     async with house.database.transaction() as session:
-        await schedules.create(session, ScheduleRequest(name="auto-audit", kind="probe", cron="0 3 * * *"))
+        await schedules.create(session, ScheduleRequest(name="auto-audit", kind="probe", cron="0 3 * * *"), LOCAL)
     assert (await put(house, audit={"auto_audit_enabled": True})).status_code == 409
     assert (await house.ask("ada", "PUT", PATH, json={"audit": {"auto_audit_enabled": True}})).status_code == 403

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from cluster.db import Database
+from cluster.ownership import LOCAL, Principal
 from jobs import queue
 from jobs.states import State
 from pipelines.training import workers as training_workers
 from pipelines.training.workers import TrainingWorker, WorkerNotFound
 from serve.realtime.hub import Hub
-from serve.security.callers import Caller
 from serve.training.sessions import training_status
 from tests.serve.house import LEARN, SESSION, SESSIONS, House
 from tests.waiting import eventually_async
@@ -413,7 +413,7 @@ async def test_a_forge_job_is_as_far_as_its_steps(house: House) -> None:
 
 
 async def test_the_rooms_of_a_forge_job_are_also_those_of_its_steps(house: House) -> None:
-    admin = Caller(house.people["admin"].id, "admin", "admin")
+    admin = Principal(id=house.people["admin"].id, name="admin", is_admin=True)
     forge = await forged(house)
     assert (await training_status(forge, admin))[0] == {f"job:{forge}"}
     training = await child(house, forge, "fine_tune", LEARN)
@@ -501,7 +501,7 @@ async def test_a_step_gets_what_a_process_of_the_training_had(house: House) -> N
     (export,) = (await house.job(validation))["depends_on"]
     async with house.database.read_transaction() as session:
         for step, demand in ((validation, "4 CPU, 1 GPU"), (export, "4 CPU")):
-            assert (await queue.get(session, step)).demand == demand
+            assert (await queue.get(session, step, LOCAL)).demand == demand
 
 
 async def test_a_training_is_validated_once(house: House) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 from sqlalchemy import select
 
 from cluster.db import Database, with_own_database
+from cluster.ownership import LOCAL
 from jobs.context import Context
 from jobs.registry import job
 from pipelines.guardian.feedback import store as feedback_store
@@ -68,14 +69,14 @@ async def _prompts(database: Database, model: str) -> tuple[int, list[Sample]]:
     learned = 0
     while True:
         async with database.transaction() as session:
-            result = await feedback_store.learn(session, FeedbackFilter(model=model, tags=["feedback", model]))
+            result = await feedback_store.learn(session, FeedbackFilter(model=model, tags=["feedback", model]), LOCAL)
             learned += len(result.prompt_ids)
         if not result.remaining:
             break
     async with database.read_transaction() as session:
         query = select(Prompt.id).join(Feedback, Feedback.prompt_id == Prompt.id).where(Feedback.model == model)
         ids = list(await session.scalars(query))
-        return learned, await prompts.load_samples(session, PromptFilter(ids=ids)) if ids else []
+        return learned, await prompts.load_samples(session, PromptFilter(ids=ids), LOCAL) if ids else []
 
 
 async def _datasets(
@@ -103,13 +104,13 @@ async def _datasets(
             path = Path(folder) / f"{part}.jsonl"
             content = await asyncio.to_thread(data_content.write_samples, samples, path, name)
             source = {"feedback": spec.model, "prompts": len(own), "beside": base_reference}
-            created[part] = await datasets.store_dataset(database, name, content, source)
+            created[part] = await datasets.store_dataset(database, name, content, source, LOCAL)
     return {"train": created["train"], "held_out": created["held_out"]}
 
 
 async def _find(database: Database, reference: str) -> Dataset:
     async with database.read_transaction() as session:
-        return await datasets.find(session, reference)
+        return await datasets.find(session, reference, LOCAL)
 
 
 def _samples(dataset: Dataset | None, folder: Path) -> Iterator[Sample | PreferencePair]:

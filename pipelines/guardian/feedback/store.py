@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal, Self, cast
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from sqlalchemy import ColumnElement, Index, Select, String, Text, and_, func, or_, select
+from sqlalchemy import ColumnElement, Index, String, Text, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, advisory_lock, now
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, NotFound
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal, require, visible
 from pipelines.training.data import prompts
 from pipelines.training.data.messages import Message, Tool
 from pipelines.training.data.parsing import first_error_message
@@ -134,18 +134,18 @@ class LearnResult:
     """How much more there is for another time."""
 
 
-async def save(session: AsyncSession, request: FeedbackRequest, owner: Owner = LOCAL_OWNER) -> tuple[Feedback, bool]:
+async def save(session: AsyncSession, request: FeedbackRequest, principal: Principal) -> tuple[Feedback, bool]:
     """Keep feedback, instead of what its giver has said of the same answer before; and whether it is the first."""
-    await advisory_lock(session, f"feedback {owner.id} {request.target_id}")
+    await advisory_lock(session, f"feedback {principal.id} {request.target_id}")
     same = (Feedback.target == request.target, Feedback.target_id == request.target_id)
-    existing = await session.scalar(select(Feedback).where(*same, Feedback.owner_id == owner.id))
+    existing = await session.scalar(select(Feedback).where(*same, Feedback.owner_id == principal.id))
     if existing is not None and existing.prompt_id is not None:
         raise FeedbackLearned(
             f"A training prompt has been made of {existing.id} already: change prompt {existing.prompt_id}."
         )
     columns = _columns(request)
     if existing is None:
-        feedback = Feedback(**columns, owner_id=owner.id, created_by=owner.name)
+        feedback = Feedback(**columns, owner_id=principal.id, created_by=principal.name)
         session.add(feedback)
     else:
         feedback = existing
@@ -155,20 +155,14 @@ async def save(session: AsyncSession, request: FeedbackRequest, owner: Owner = L
     return feedback, existing is None
 
 
-async def find(session: AsyncSession, feedback_id: str, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Feedback:
+async def find(session: AsyncSession, feedback_id: str, principal: Principal, *, lock: bool = False) -> Feedback:
     feedback = await session.get(Feedback, feedback_id, with_for_update=lock)
-    if feedback is None or not (owner.is_admin or feedback.owner_id == owner.id):
-        raise FeedbackNotFound(f"There is no feedback '{feedback_id}'.")
-    return feedback
+    return require(feedback, principal, FeedbackNotFound(f"There is no feedback '{feedback_id}'."))
 
 
-def visible_to(owner: Owner) -> Select[Feedback]:
-    return select(Feedback) if owner.is_admin else select(Feedback).where(Feedback.owner_id == owner.id)
-
-
-async def learn(session: AsyncSession, filters: FeedbackFilter, owner: Owner = LOCAL_OWNER) -> LearnResult:
+async def learn(session: AsyncSession, filters: FeedbackFilter, principal: Principal) -> LearnResult:
     """Make a training prompt of each, once: of a correction, else of an answer that was found good."""
-    query = visible_to(owner)
+    query = visible(select(Feedback), Feedback, principal)
     if filters.model is not None:
         query = query.where(Feedback.model == base_name(filters.model))
     if filters.rating is not None:
@@ -188,7 +182,7 @@ async def learn(session: AsyncSession, filters: FeedbackFilter, owner: Owner = L
         if reason := _skip_reason(feedback):
             learned.skipped[feedback.id] = reason
             continue
-        prompt = await prompts.create(session, to_prompt(feedback, filters.category, filters.tags), owner)
+        prompt = await prompts.create(session, to_prompt(feedback, filters.category, filters.tags), principal)
         feedback.prompt_id = prompt.id
         learned.prompt_ids.append(prompt.id)
     await session.flush()

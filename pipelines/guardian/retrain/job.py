@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import Database, advisory_lock, now, with_own_database
 from cluster.errors import UnprocessableRequest
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal, system
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.context import Context
@@ -138,7 +138,7 @@ def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
     }
 
 
-async def get_or_enqueue(session: AsyncSession, spec: RetrainSpec, owner: Owner = LOCAL_OWNER) -> tuple[Job, bool]:
+async def get_or_enqueue(session: AsyncSession, spec: RetrainSpec, principal: Principal) -> tuple[Job, bool]:
     """The plan that does this, and whether it is a new one: there is one at a time of each repository."""
     if spec.repository_id is None:
         await advisory_lock(session, f"retrain {spec.feedback}")
@@ -146,7 +146,7 @@ async def get_or_enqueue(session: AsyncSession, spec: RetrainSpec, owner: Owner 
         raise RepositoryNotFound(f"There is no repository '{spec.repository_id}'.")
     if existing := await find_unfinished(session, spec):
         return existing, False
-    return await queue.enqueue(session, JobRequest(kind=RETRAIN_KIND, spec=spec.model_dump()), owner), True
+    return await queue.enqueue(session, JobRequest(kind=RETRAIN_KIND, spec=spec.model_dump()), principal), True
 
 
 async def find_unfinished(session: AsyncSession, spec: RetrainSpec) -> Job | None:
@@ -169,7 +169,7 @@ async def enqueue_after_feedback(session: AsyncSession, model: str) -> Job | Non
         return None
     repository = await session.scalar(select(Repository).where(Repository.model == model).limit(1))
     spec = RetrainSpec(repository_id=repository.id if repository else None, feedback=model)
-    plan, is_new = await get_or_enqueue(session, spec, Owner(name=f"feedback:{model}"))
+    plan, is_new = await get_or_enqueue(session, spec, system(f"feedback:{model}"))
     return plan if is_new else None
 
 

@@ -4,7 +4,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.errors import Conflict
-from cluster.ownership import Owner
+from cluster.ownership import LOCAL, system
 from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Schedule
@@ -49,10 +49,10 @@ async def change(session: AsyncSession, enabled: bool | None, hours: int | None)
         name=NAME, kind=KIND, cron=CRON_BY_HOURS[hours], enabled=was_enabled if enabled is None else enabled
     )
     if schedule is None:
-        await schedules.create(session, request, Owner(name="system"))
+        await schedules.create(session, request, system("system"))
     else:
         request = request.model_copy(update={"spec": schedule.spec, "priority": schedule.priority})
-        await schedules.replace(session, schedule, request)
+        await schedules.replace(session, schedule, request, LOCAL)
     return request.enabled, hours
 
 

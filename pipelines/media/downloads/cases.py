@@ -7,7 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import Database, now
-from cluster.ownership import Owner
+from cluster.ownership import system
 from cluster.services import store as service_store
 from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.store import Service
@@ -18,7 +18,7 @@ from pipelines.media.downloads.policy import RecoveryPolicy, needs_decision
 from pipelines.media.downloads.tables import FollowedDownload, FollowedService
 
 RECOVER_KIND = "recover_downloads"
-WATCH_OWNER = Owner(name="watch_downloads")
+WATCHER = system("watch_downloads")
 LEFTOVERS_INTERVAL = timedelta(hours=1)
 MIN_RUNNING_DOWNLOADS = 2
 """So many downloads that stand still at once do so for a reason that is not theirs."""
@@ -47,9 +47,7 @@ async def enqueue_recovery(
         if not is_needed and not await find_cases(session, policy, [service.id for service, _ in services], now()):
             return None
         spec = {"dry_run": None}
-        return (
-            await queue.enqueue(session, JobRequest(kind=RECOVER_KIND, spec=spec), WATCH_OWNER, unless_queued=True)
-        ).id
+        return (await queue.enqueue(session, JobRequest(kind=RECOVER_KIND, spec=spec), WATCHER, unless_queued=True)).id
 
 
 async def find_cases(

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Index, Select, String, Text, func, select
+from sqlalchemy import Index, String, Text, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster import storage
+from cluster import identity, storage
 from cluster.db import Base, Database, advisory_lock, now, with_own_database
 from cluster.db import Sequence as Counter
-from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
-from cluster.identity import User
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.errors import Conflict, ForgearrError, NotFound
+from cluster.ownership import LOCAL, Principal, can_access, require
 from jobs.states import FINISHED
 from jobs.tables import Job
 from pipelines.training.data.content import SampleFile
@@ -104,17 +103,13 @@ def fetch(dataset: Dataset, folder: Path) -> Path:
         ) from error
 
 
-def visible_to(owner: Owner) -> Select[Dataset]:
-    return select(Dataset) if owner.is_admin else select(Dataset).where(Dataset.owner_id == owner.id)
-
-
-async def find(session: AsyncSession, reference: str, owner: Owner = LOCAL_OWNER) -> Dataset:
+async def find(session: AsyncSession, reference: str, principal: Principal) -> Dataset:
     """A dataset by its id, or one's own by its name (the newest version) or NAME:v2."""
     by_id = await session.get(Dataset, reference)
-    if by_id is not None and (owner.is_admin or by_id.owner_id == owner.id):
+    if by_id is not None and can_access(by_id, principal):
         return by_id
     version = VERSION_SUFFIX.search(reference)
-    query = select(Dataset).where(Dataset.name == VERSION_SUFFIX.sub("", reference), Dataset.owner_id == owner.id)
+    query = select(Dataset).where(Dataset.name == VERSION_SUFFIX.sub("", reference), Dataset.owner_id == principal.id)
     if version:
         query = query.where(Dataset.version == int(version[1]))
     found = await session.scalar(query.order_by(Dataset.version.desc()).limit(1))
@@ -124,7 +119,7 @@ async def find(session: AsyncSession, reference: str, owner: Owner = LOCAL_OWNER
 
 
 async def store_dataset(
-    database: Database, name: str, content: SampleFile, source: dict[str, Any], owner: Owner = LOCAL_OWNER
+    database: Database, name: str, content: SampleFile, source: dict[str, Any], principal: Principal
 ) -> Dataset:
     """The dataset of this name with this content: the one there is, or the next version."""
     storage_name = f"datasets/{content.digest}.jsonl"
@@ -135,15 +130,14 @@ async def store_dataset(
             await advisory_lock(session, "datasets")
             # Nobody removes it while this is open; but a moment ago somebody may have.
             if await asyncio.to_thread(storage.exists, storage.address(storage_name)):
-                return await _find_or_add(session, name, content, storage.address(storage_name), source, owner)
+                return await _find_or_add(session, name, content, storage.address(storage_name), source, principal)
 
 
-async def delete(database: Database, dataset_id: str, owner: Owner = LOCAL_OWNER) -> None:
+async def delete(database: Database, dataset_id: str, principal: Principal) -> None:
     """Delete a dataset, and its file when no other dataset has the same content."""
     async with database.transaction() as session:
-        dataset = await session.get(Dataset, dataset_id)
-        if dataset is None or not (owner.is_admin or dataset.owner_id == owner.id):
-            raise DatasetNotFound(f"There is no dataset '{dataset_id}'.")
+        missing = DatasetNotFound(f"There is no dataset '{dataset_id}'.")
+        dataset = require(await session.get(Dataset, dataset_id), principal, missing)
         if job_id := await _job_using(session, dataset):
             raise DatasetInUse(f"{job_id} learns from {_versioned_name(dataset)}: wait for it, or cancel it.")
         await session.delete(dataset)
@@ -155,21 +149,21 @@ async def delete(database: Database, dataset_id: str, owner: Owner = LOCAL_OWNER
 
 async def _get(database: Database, dataset_id: str) -> Dataset:
     async with database.read_transaction() as session:
-        return await find(session, dataset_id)
+        return await find(session, dataset_id, LOCAL)
 
 
 async def _store_for_owner(
     database: Database, owner_id: str | None, name: str, content: SampleFile, source: dict[str, Any]
 ) -> Dataset:
     async with database.read_transaction() as session:
-        owner = await owner_with_id(session, owner_id)
-    return await store_dataset(database, name, content, source, owner)
+        principal = await identity.find_principal(session, owner_id)
+    return await store_dataset(database, name, content, source, principal)
 
 
 async def _find_or_add(
-    session: AsyncSession, name: str, content: SampleFile, address: str, source: dict[str, Any], owner: Owner
+    session: AsyncSession, name: str, content: SampleFile, address: str, source: dict[str, Any], principal: Principal
 ) -> Dataset:
-    same_name = (Dataset.name == name, Dataset.owner_id == owner.id)
+    same_name = (Dataset.name == name, Dataset.owner_id == principal.id)
     existing = await session.scalar(select(Dataset).where(*same_name, Dataset.digest == content.digest))
     if existing is not None:
         return existing
@@ -184,8 +178,8 @@ async def _find_or_add(
         bytes=content.bytes,
         address=address,
         source=source,
-        owner_id=owner.id,
-        created_by=owner.name,
+        owner_id=principal.id,
+        created_by=principal.name,
     )
     session.add(dataset)
     await session.flush()
@@ -204,15 +198,6 @@ async def _job_using(session: AsyncSession, dataset: Dataset) -> str | None:
         if is_named or dataset.id in (dataset_name, held_out, state.get("dataset"), state.get("validation")):
             return job.id
     return None
-
-
-async def owner_with_id(session: AsyncSession, owner_id: str | None) -> Owner:
-    if owner_id is None:
-        return LOCAL_OWNER
-    user = await session.get(User, owner_id)
-    if user is None:
-        raise Forbidden(f"The account '{owner_id}', in whose name this runs, does not exist.")
-    return Owner(id=user.id, name=user.username, is_admin=user.role == "admin")
 
 
 def _versioned_name(dataset: Dataset) -> str:

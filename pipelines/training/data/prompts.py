@@ -14,7 +14,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster.db import Base, now
 from cluster.db import Sequence as Counter
 from cluster.errors import InvalidRequest, NotFound, UnprocessableRequest
-from cluster.ownership import LOCAL_OWNER, Owner
+from cluster.ownership import Principal, require, visible
 from pipelines.training.data.messages import Message, Tool, ToolCall
 from pipelines.training.data.parsing import InvalidSample, first_error_message, parse_json_line
 from pipelines.training.data.samples import Sample
@@ -103,16 +103,16 @@ def to_columns(request: PromptRequest) -> dict[str, Any]:
     return {name: fields.get(name) for name in PromptRequest.model_fields}
 
 
-async def create(session: AsyncSession, request: PromptRequest, owner: Owner = LOCAL_OWNER) -> Prompt:
-    prompt = Prompt(**to_columns(request), owner_id=owner.id, created_by=owner.name)
+async def create(session: AsyncSession, request: PromptRequest, principal: Principal) -> Prompt:
+    prompt = Prompt(**to_columns(request), owner_id=principal.id, created_by=principal.name)
     session.add(prompt)
     await session.flush()
     return prompt
 
 
-async def create_many(session: AsyncSession, checked: Iterable[dict[str, Any]], owner: Owner = LOCAL_OWNER) -> None:
+async def create_many(session: AsyncSession, checked: Iterable[dict[str, Any]], principal: Principal) -> None:
     """Create prompts from the `columns` of requests, which are read in another thread."""
-    rows = ({**row, "owner_id": owner.id, "created_by": owner.name} for row in checked)
+    rows = ({**row, "owner_id": principal.id, "created_by": principal.name} for row in checked)
     while page := await asyncio.to_thread(lambda: list(islice(rows, PAGE_SIZE))):
         await session.execute(insert(Prompt), page)
 
@@ -129,16 +129,9 @@ async def update_prompt(session: AsyncSession, prompt: Prompt, changes: Mapping[
     await session.flush()
 
 
-async def get(session: AsyncSession, prompt_id: int, owner: Owner = LOCAL_OWNER, *, lock: bool = False) -> Prompt:
+async def get(session: AsyncSession, prompt_id: int, principal: Principal, *, lock: bool = False) -> Prompt:
     prompt = await session.get(Prompt, prompt_id, with_for_update=lock)
-    if prompt is None or not (owner.is_admin or prompt.owner_id == owner.id):
-        raise PromptNotFound(f"There is no prompt {prompt_id}.")
-    return prompt
-
-
-def visible_to(owner: Owner, query: Select[Row]) -> Select[Row]:
-    """Of these prompts those that the owner may see: the own ones, or everybody's when it is an administrator."""
-    return query if owner.is_admin else query.where(Prompt.owner_id == owner.id)
+    return require(prompt, principal, PromptNotFound(f"There is no prompt {prompt_id}."))
 
 
 def filter_prompts(
@@ -161,11 +154,9 @@ def filter_prompts(
     return query
 
 
-async def find_matching_ids(
-    session: AsyncSession, prompt_filter: PromptFilter, owner: Owner = LOCAL_OWNER
-) -> list[int]:
+async def find_matching_ids(session: AsyncSession, prompt_filter: PromptFilter, principal: Principal) -> list[int]:
     """The ids of the prompts that are wanted, in their order; there is at least one."""
-    query = visible_to(owner, select(Prompt.id)).order_by(Prompt.id)
+    query = visible(select(Prompt.id), Prompt, principal).order_by(Prompt.id)
     query = filter_prompts(session, query, category=prompt_filter.category, tags=prompt_filter.tags)
     if prompt_filter.ids is None:
         found = list(await session.scalars(query))
@@ -181,9 +172,9 @@ async def find_matching_ids(
     return found
 
 
-async def load_samples(session: AsyncSession, prompt_filter: PromptFilter, owner: Owner = LOCAL_OWNER) -> list[Sample]:
+async def load_samples(session: AsyncSession, prompt_filter: PromptFilter, principal: Principal) -> list[Sample]:
     """The prompts that are wanted, as conversations to learn."""
-    ids = await find_matching_ids(session, prompt_filter, owner)
+    ids = await find_matching_ids(session, prompt_filter, principal)
     conversations: list[Sample] = []
     for start in range(0, len(ids), PAGE_SIZE):
         page = select(Prompt).where(Prompt.id.in_(ids[start : start + PAGE_SIZE])).order_by(Prompt.id)

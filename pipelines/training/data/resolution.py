@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster import identity
 from cluster.db import Database, with_own_database
 from cluster.errors import Forbidden, InvalidRequest
 from cluster.files import store as file_store
 from cluster.files.store import File
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from pipelines.training.data import documents, prompts
 from pipelines.training.data.content import write_samples
-from pipelines.training.data.datasets import Dataset, find, logger, owner_with_id, store_dataset
+from pipelines.training.data.datasets import Dataset, find, logger, store_dataset
 from pipelines.training.data.parsing import WrongKindOfData, parse_samples, read_lines, read_samples
 from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.spec import DataSource, FineTuneSpec
@@ -56,18 +57,18 @@ def resolve(data: DataSource, owner_id: str | None) -> Dataset:
 
 
 async def require_usable(
-    session: AsyncSession, data: DataSource, owner: Owner, method: Literal["supervised", "dpo"]
+    session: AsyncSession, data: DataSource, principal: Principal, method: Literal["supervised", "dpo"]
 ) -> None:
     """Raise what `resolve` and the training would, as far as that can be said without reading the data."""
     kind = "chat"  # whatever is no uploaded dataset
     if data.dataset is not None and data.dataset != DEMO_DATASET:
-        kind = (await find(session, data.dataset, owner)).kind
+        kind = (await find(session, data.dataset, principal)).kind
     if data.file is not None:
-        kind = (await _training_file(session, data.file, owner)).content or kind
+        kind = (await _training_file(session, data.file, principal)).content or kind
     if data.prompts is not None:
-        await prompts.find_matching_ids(session, data.prompts, owner)
+        await prompts.find_matching_ids(session, data.prompts, principal)
     if data.folder is not None:
-        _require_folder(data.folder, owner)
+        _require_folder(data.folder, principal)
     if (kind == "preference") != (method == "dpo"):
         expected = "pairs (chosen and rejected)" if method == "dpo" else "chat samples"
         raise WrongKindOfData(f"The method '{method}' learns from {expected}; this data is of the kind '{kind}'.")
@@ -95,20 +96,22 @@ def is_shared(path: str) -> bool:
 
 async def _resolve(database: Database, data: DataSource, owner_id: str | None) -> Dataset:
     async with database.read_transaction() as session:
-        owner = await owner_with_id(session, owner_id)
+        principal = await identity.find_principal(session, owner_id)
         if data.dataset is not None and data.dataset != DEMO_DATASET:
-            return await find(session, data.dataset, owner)
-        file = await _training_file(session, data.file, owner) if data.file is not None else None
-        prompt_samples = await prompts.load_samples(session, data.prompts, owner) if data.prompts is not None else []
+            return await find(session, data.dataset, principal)
+        file = await _training_file(session, data.file, principal) if data.file is not None else None
+        prompt_samples = (
+            await prompts.load_samples(session, data.prompts, principal) if data.prompts is not None else []
+        )
     if file is not None:
         with file_store.open_file(file) as content:
             samples = read_samples(read_lines(content), file.filename)
-            return await _build_dataset(database, f"file/{_slug(file.filename)}", samples, {"file": file.id}, owner)
+            return await _build_dataset(database, f"file/{_slug(file.filename)}", samples, {"file": file.id}, principal)
     if data.prompts is not None:
         source = {"prompts": data.prompts.model_dump(exclude_none=True)}
-        return await _build_dataset(database, _prompts_name(data), prompt_samples, source, owner)
+        return await _build_dataset(database, _prompts_name(data), prompt_samples, source, principal)
     if data.folder is not None:
-        folder = _require_folder(data.folder, owner)
+        folder = _require_folder(data.folder, principal)
         folder_content = documents.read_folder(folder)
         if folder_content.skipped:
             names = ", ".join(folder_content.skipped[:20])
@@ -118,8 +121,8 @@ async def _resolve(database: Database, data: DataSource, owner_id: str | None) -
             "files": folder_content.files,
             "skipped": len(folder_content.skipped),
         }
-        return await _build_dataset(database, f"folder/{_slug(folder.name)}", folder_content.samples, source, owner)
-    return await _build_dataset(database, DEMO_DATASET, demo_samples(), {"shipped": DEMO_DATASET}, owner)
+        return await _build_dataset(database, f"folder/{_slug(folder.name)}", folder_content.samples, source, principal)
+    return await _build_dataset(database, DEMO_DATASET, demo_samples(), {"shipped": DEMO_DATASET}, principal)
 
 
 def demo_samples() -> list[Sample] | list[PreferencePair]:
@@ -128,15 +131,19 @@ def demo_samples() -> list[Sample] | list[PreferencePair]:
 
 
 async def _build_dataset(
-    database: Database, name: str, samples: Iterable[Sample | PreferencePair], source: dict[str, Any], owner: Owner
+    database: Database,
+    name: str,
+    samples: Iterable[Sample | PreferencePair],
+    source: dict[str, Any],
+    principal: Principal,
 ) -> Dataset:
     with tempfile.TemporaryDirectory(prefix="forgearr-dataset-") as folder:
         content = write_samples(samples, Path(folder) / "samples.jsonl", name)
-        return await store_dataset(database, name, content, source, owner)
+        return await store_dataset(database, name, content, source, principal)
 
 
-async def _training_file(session: AsyncSession, file_id: str, owner: Owner) -> File:
-    file = await file_store.find(session, file_id, owner)
+async def _training_file(session: AsyncSession, file_id: str, principal: Principal) -> File:
+    file = await file_store.find(session, file_id, principal)
     if file.purpose != "fine-tune":
         raise InvalidTrainingFile(
             f"The file '{file_id}' was uploaded with the purpose '{file.purpose}', not 'fine-tune'."
@@ -146,8 +153,8 @@ async def _training_file(session: AsyncSession, file_id: str, owner: Owner) -> F
     return file
 
 
-def _require_folder(path: str, owner: Owner) -> Path:
-    if not owner.is_admin and not is_shared(path):
+def _require_folder(path: str, principal: Principal) -> Path:
+    if not principal.is_admin and not is_shared(path):
         raise FolderForbidden(f"Only an administrator may read {path}: it is not in a folder of forge.folders.")
     folder = _resolve_path(path)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.db import Database, with_own_database
 from cluster.files import store as file_store
 from cluster.files.store import File
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from jobs.tables import Job
 
 CSV_COLUMNS = {
@@ -23,7 +23,7 @@ CSV_COLUMNS = {
 def save_file(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> str:
     """Make the file, which belongs to whom the job does; returns its id."""
     write_csv(history, path)
-    owner = Owner(id=job.owner_id, name=job.created_by)
+    principal = Principal(id=job.owner_id, name=job.created_by)
     with path.open("rb") as content:
 
         async def create(database: Database) -> File:
@@ -32,7 +32,7 @@ def save_file(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> s
                 content,
                 filename="step_metrics.csv",
                 purpose="fine-tune-results",
-                owner=owner,
+                principal=principal,
                 file_id=f"file-{job.id}",
             )
 

@@ -4,7 +4,7 @@ from sqlalchemy import select
 
 from cluster.db import get_database
 from cluster.errors import Forbidden
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from jobs.tables import Job
 from pipelines.training.models import registry, tiny
 from pipelines.training.models import versions as models_versions
@@ -23,7 +23,7 @@ class BuiltInModel(Forbidden):
     code = "MODEL_COMES_ALONG"
 
 
-async def remove(reference: str, owner: Owner) -> list[Version]:
+async def remove(reference: str, principal: Principal) -> list[Version]:
     """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest). Returns what is gone."""
     if reference.removesuffix(":latest") == tiny.NAME:
         raise BuiltInModel
@@ -33,8 +33,8 @@ async def remove(reference: str, owner: Owner) -> list[Version]:
         versions = [version for version in model.versions if number in {None, version.number}]
         if not versions:
             raise ModelNotFound(f"There is no model version {reference}.")
-        if not owner.is_admin:
-            await _require_own_models(versions, owner)
+        if not principal.is_admin:
+            await _require_own_models(versions, principal)
         if number is None:
             await models.delete_model(name)
         else:
@@ -42,10 +42,10 @@ async def remove(reference: str, owner: Owner) -> list[Version]:
     return versions
 
 
-async def _require_own_models(versions: list[Version], owner: Owner) -> None:
+async def _require_own_models(versions: list[Version], principal: Principal) -> None:
     job_ids = {version.job_id for version in versions}
     async with get_database().read_transaction() as session:
-        own_ids = set(await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.owner_id == owner.id)))
+        own_ids = set(await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.owner_id == principal.id)))
     if own_ids != job_ids:
         raise NotModelOwner(
             f"Only an administrator may delete {versions[0].name}, because not all of it is the work of your own jobs."

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.db import Database, is_transient
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from jobs.retry_policy import backoff
 from serve.engines.protocol import Engine, EngineLost
 from serve.http.error_handlers import as_forgearr_error
@@ -56,10 +56,10 @@ class LineResult:
 
 
 class LineRunner:
-    def __init__(self, database: Database, engine: Engine, owner: Owner) -> None:
+    def __init__(self, database: Database, engine: Engine, principal: Principal) -> None:
         self._database = database
         self._engine = engine
-        self._owner = owner
+        self._principal = principal
         self._models = ModelResolver(lambda: database)
 
     async def run(self, number: int, line: BatchLine) -> LineResult:
@@ -79,12 +79,12 @@ class LineRunner:
 
     async def _answer(self, line: BatchLine) -> dict[str, Any]:
         body = _parse_body(line)
-        model = await self._models.resolve(body.model, self._owner)
+        model = await self._models.resolve(body.model, self._principal)
         return await self._complete(body, model)
 
     def _complete(self, body: Any, model: ResolvedModel) -> Awaitable[dict[str, Any]]:
         if isinstance(body, ResponseRequest):
-            return complete_response(self._database, self._engine, model, body, self._owner)
+            return complete_response(self._database, self._engine, model, body, self._principal)
         handlers: dict[type, Callable[..., Awaitable[dict[str, Any]]]] = {
             ChatRequest: complete_chat,
             CompletionRequest: complete_prompts,

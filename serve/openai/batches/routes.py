@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import and_, or_
+from sqlalchemy import and_, or_, select
 
 from cluster.db import get_database
 from cluster.files.store import MAX_ID_LENGTH
+from cluster.ownership import visible
 from jobs.tables import Job
 from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.pagination import CursorPage, cursor_page
@@ -18,7 +19,7 @@ from serve.openai.batches.store import Batch
 from serve.openai.files.schemas import ExpiresAfter
 from serve.openai.files.validation import BatchUrl
 from serve.openai.responses.request import Metadata
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -90,7 +91,7 @@ async def create_batch(body: BatchRequest, caller: CurrentCaller) -> BatchObject
             input_file_id=body.input_file_id,
             labels=body.metadata or {},
             output_seconds=expiry.seconds if expiry else None,
-            owner=owner_of(caller),
+            principal=caller,
         )
         return _view(batch, job)
 
@@ -102,11 +103,10 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> CursorPage[BatchObject]:
     """Batches, the newest first: your own, or everybody's when you are an administrator."""
-    owner = owner_of(caller)
-    query = batch_store.visible_to(owner).add_columns(Job).join(Job, Job.id == Batch.job_id)
+    query = visible(select(Batch, Job), Batch, caller).join(Job, Job.id == Batch.job_id)
     async with get_database().read_transaction() as session:
         if after is not None:
-            last = await batch_store.find(session, after, owner)
+            last = await batch_store.find(session, after, caller)
             older = and_(Batch.created_at == last.created_at, Batch.id < last.id)
             query = query.where(or_(Batch.created_at < last.created_at, older))
         ordered = query.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit + 1)
@@ -118,7 +118,7 @@ async def list_batches(
 async def show_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
     """How far a batch is, and the files with its answers when it has ended."""
     async with get_database().read_transaction() as session:
-        batch = await batch_store.find(session, batch_id, owner_of(caller))
+        batch = await batch_store.find(session, batch_id, caller)
         return _view(batch, await session.get_one(Job, batch.job_id))
 
 
@@ -126,7 +126,7 @@ async def show_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
 async def cancel_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
     """End it as soon as possible. What is answered until then is in its files."""
     async with get_database().transaction() as session:
-        batch = await batch_store.find(session, batch_id, owner_of(caller))
+        batch = await batch_store.find(session, batch_id, caller)
         return _view(batch, await batch_store.cancel(session, batch))
 
 

@@ -17,13 +17,12 @@ from typing import Any, BinaryIO
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import storage
+from cluster import identity, storage
 from cluster.db import Database, now, with_own_database
-from cluster.errors import Forbidden, ForgearrError
+from cluster.errors import ForgearrError
 from cluster.files import store as file_store
 from cluster.files.store import File
-from cluster.identity import User
-from cluster.ownership import Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs.context import Context
 from pipelines.training.data.parsing import read_lines
@@ -50,38 +49,33 @@ async def run(context: Context, batch_id: str, engine: Engine | None = None) -> 
 
 async def _run_batch(context: Context, database: Database, batch_id: str, engine: Engine) -> dict[str, Any]:
     async with database.read_transaction() as session:
-        batch, file, owner = await _load(session, context, batch_id)
-    run = _BatchRun(context, database, batch, file, owner)
+        batch, file, principal = await _load(session, context, batch_id)
+    run = _BatchRun(context, database, batch, file, principal)
     if context.checkpoint_state is None and (errors := await run.validate()):
         return {"status": "failed", "failed_at": _now(), "errors": errors}
     if run.state["ending"] is None:
-        await run.run_lines(LineRunner(database, engine, owner))
+        await run.run_lines(LineRunner(database, engine, principal))
     return await run.finish()
 
 
-async def _load(session: AsyncSession, context: Context, batch_id: str) -> tuple[Batch, File, Owner]:
-    batch = await find(session, batch_id, Owner())
+async def _load(session: AsyncSession, context: Context, batch_id: str) -> tuple[Batch, File, Principal]:
+    batch = await find(session, batch_id, LOCAL)
     if batch.job_id != context.job_id:
         raise BatchNotFound(f"There is no batch '{batch_id}' for this job.")
-    owner = Owner(name=batch.created_by)
-    if batch.owner_id is not None:
-        user = await session.get(User, batch.owner_id)
-        if user is None or not user.is_active:
-            raise Forbidden("The account that this batch belongs to is closed.")
-        owner = Owner(id=user.id, name=user.username, is_admin=user.role == "admin")
-    return batch, await file_store.find(session, batch.input_file_id, owner), owner
+    principal = await identity.find_principal(session, batch.owner_id, batch.created_by)
+    return batch, await file_store.find(session, batch.input_file_id, principal), principal
 
 
 class _BatchRun:
     """One attempt at a batch. `state` is what its checkpoints save."""
 
-    def __init__(self, context: Context, database: Database, batch: Batch, file: File, owner: Owner) -> None:
+    def __init__(self, context: Context, database: Database, batch: Batch, file: File, principal: Principal) -> None:
         self.state: dict[str, Any] = context.checkpoint_state
         self._context = context
         self._database = database
         self._batch = batch
         self._file = file
-        self._owner = owner
+        self._principal = principal
         self._nonce = token_hex(4)
         self._results: list[LineResult] = []
         self._committed_at = time.monotonic()
@@ -159,7 +153,7 @@ class _BatchRun:
 
     async def _requested_ending(self) -> str | None:
         async with self._database.read_transaction() as session:
-            batch = await find(session, self._batch.id, Owner())
+            batch = await find(session, self._batch.id, LOCAL)
         if batch.cancelling_at is not None:
             return "cancelled"
         return "expired" if batch.expires_at <= now() else None
@@ -219,7 +213,7 @@ class _BatchRun:
                 output,
                 filename=f"{self._batch.id}_{kind}.jsonl",
                 purpose="batch_output",
-                owner=self._owner,
+                principal=self._principal,
                 lifetime=None if seconds is None else timedelta(seconds=seconds),
                 file_id=file_id,
             )

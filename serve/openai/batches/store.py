@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ForeignKey, Select, String, select
+from sqlalchemy import ForeignKey, String, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -17,7 +17,7 @@ from cluster import storage
 from cluster.db import Base, Database, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
-from cluster.ownership import Owner
+from cluster.ownership import Principal, require
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.queue import JobRequest
@@ -72,16 +72,16 @@ async def create(
     input_file_id: str,
     labels: dict[str, str],
     output_seconds: int | None,
-    owner: Owner,
+    principal: Principal,
 ) -> tuple[Batch, Job]:
     """A batch, and the job that will do it."""
-    file = await file_store.find(session, input_file_id, owner)
+    file = await file_store.find(session, input_file_id, principal)
     if file.purpose != "batch":
         raise NoBatchFile(
             f"The file '{file.id}' has the purpose {file.purpose}; a batch reads one of the purpose batch."
         )
     batch_id, moment = f"batch_{uuid4().hex}", now()
-    job = await queue.enqueue(session, JobRequest(kind=KIND, spec={"batch_id": batch_id}), owner)
+    job = await queue.enqueue(session, JobRequest(kind=KIND, spec={"batch_id": batch_id}), principal)
     batch = Batch(
         id=batch_id,
         job_id=job.id,
@@ -89,8 +89,8 @@ async def create(
         input_file_id=input_file_id,
         labels=labels,
         output_seconds=output_seconds,
-        owner_id=owner.id,
-        created_by=owner.name,
+        owner_id=principal.id,
+        created_by=principal.name,
         created_at=moment,
         expires_at=moment + COMPLETION_WINDOW,
     )
@@ -99,15 +99,9 @@ async def create(
     return batch, job
 
 
-async def find(session: AsyncSession, batch_id: str, owner: Owner) -> Batch:
-    batch = await session.scalar(visible_to(owner).where(Batch.id == batch_id))
-    if batch is None:
-        raise BatchNotFound(f"There is no batch '{batch_id}'.")
-    return batch
-
-
-def visible_to(owner: Owner) -> Select[Batch]:
-    return select(Batch) if owner.is_admin else select(Batch).where(Batch.owner_id == owner.id)
+async def find(session: AsyncSession, batch_id: str, principal: Principal) -> Batch:
+    batch = await session.get(Batch, batch_id)
+    return require(batch, principal, BatchNotFound(f"There is no batch '{batch_id}'."))
 
 
 async def cancel(session: AsyncSession, batch: Batch) -> Job:

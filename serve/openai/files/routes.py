@@ -21,7 +21,7 @@ from serve.http.pagination import CursorPage, cursor_page
 from serve.http.uploads import receive_form
 from serve.openai.files import validation
 from serve.openai.files.schemas import BATCH_DAYS, DAY_SECONDS, DeletedFile, FileObject, file_fields, file_object
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1/files", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -63,7 +63,7 @@ async def create_file(request: Request, caller: CurrentCaller) -> FileObject:
             upload.file,
             filename=fields.filename,
             purpose=fields.purpose,
-            owner=owner_of(caller),
+            principal=caller,
             content=content,
             fault=error,
             lifetime=timedelta(seconds=fields.seconds) if fields.seconds else None,
@@ -80,13 +80,12 @@ async def list_files(
     purpose: Annotated[Annotated[str, Field(max_length=40)] | SkipJsonSchema[None], Query()] = None,
 ) -> CursorPage[FileObject]:
     """Files, the newest first: your own, or everybody's when you are an administrator."""
-    owner = owner_of(caller)
-    query = file_store.visible_to(owner)
+    query = file_store.visible_to(caller)
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     async with get_database().read_transaction() as session:
         if after is not None:
-            query = query.where(_after_file(await file_store.find(session, after, owner), order))
+            query = query.where(_after_file(await file_store.find(session, after, caller), order))
         if order == "asc":
             ordered = query.order_by(File.created_at, File.id)
         else:
@@ -99,14 +98,14 @@ async def list_files(
 async def show_file(file_id: FileId, caller: CurrentCaller) -> FileObject:
     """What is known of a file."""
     async with get_database().read_transaction() as session:
-        return file_object(await file_store.find(session, file_id, owner_of(caller)))
+        return file_object(await file_store.find(session, file_id, caller))
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse, responses=CONTENT_RESPONSES)
 async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse:
     """What is in it."""
     async with get_database().read_transaction() as session:
-        file = await file_store.find(session, file_id, owner_of(caller))
+        file = await file_store.find(session, file_id, caller)
     content = await asyncio.to_thread(file_store.open_file, file)
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -126,7 +125,7 @@ async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse
 @router.delete("/{file_id}")
 async def delete_file(file_id: FileId, caller: CurrentCaller) -> DeletedFile:
     """Delete a file. What has been learned from it stays."""
-    await file_store.delete(get_database(), file_id, owner_of(caller))
+    await file_store.delete(get_database(), file_id, caller)
     return DeletedFile(id=file_id)
 
 

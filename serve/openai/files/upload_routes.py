@@ -20,7 +20,7 @@ from serve.openai.files.schemas import (
     only_file,
     upload_object,
 )
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1/uploads", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -47,7 +47,7 @@ async def create_upload(body: UploadRequest, caller: CurrentCaller) -> UploadObj
             purpose=body.purpose,
             size=body.bytes,
             file_seconds=body.seconds,
-            owner=owner_of(caller),
+            principal=caller,
         )
     return upload_object(upload)
 
@@ -58,12 +58,11 @@ async def create_upload(body: UploadRequest, caller: CurrentCaller) -> UploadObj
 )
 async def add_part(upload_id: UploadId, request: Request, caller: CurrentCaller) -> PartObject:
     """Add a part of up to 64 MiB. Parts may come in any order, at the same time, and again."""
-    owner = owner_of(caller)
     async with get_database().read_transaction() as session:
-        await file_uploads.find_pending(session, upload_id, owner)
+        await file_uploads.find_pending(session, upload_id, caller)
     async with receive_form(request, MAX_PART_MB * MEBIBYTE) as form:
         data = only_file(form, "data")
-        part = await file_uploads.add_part(get_database(), upload_id, data.file, data.size or 0, owner)
+        part = await file_uploads.add_part(get_database(), upload_id, data.file, data.size or 0, caller)
     return PartObject(id=part.id, created_at=int(part.created_at.timestamp()), upload_id=upload_id)
 
 
@@ -71,7 +70,7 @@ async def add_part(upload_id: UploadId, request: Request, caller: CurrentCaller)
 async def complete_upload(upload_id: UploadId, body: CompleteUploadRequest, caller: CurrentCaller) -> UploadObject:
     """Make a file of parts that together have the bytes that were announced."""
     upload, file = await file_uploads.complete(
-        get_database(), upload_id, body.part_ids, body.md5, validation.check_content, owner_of(caller)
+        get_database(), upload_id, body.part_ids, body.md5, validation.check_content, caller
     )
     return upload_object(upload, file)
 
@@ -79,4 +78,4 @@ async def complete_upload(upload_id: UploadId, body: CompleteUploadRequest, call
 @router.post("/{upload_id}/cancel")
 async def cancel_upload(upload_id: UploadId, caller: CurrentCaller) -> UploadObject:
     """Give an upload up, with all its parts."""
-    return upload_object(await file_uploads.cancel(get_database(), upload_id, owner_of(caller)))
+    return upload_object(await file_uploads.cancel(get_database(), upload_id, caller))

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import Request
 
 from cluster.errors import InvalidRequest
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from pipelines.training import presets
 from pipelines.training.data import resolution
 from pipelines.training.models import tiny
@@ -47,7 +47,7 @@ class NotABaseModel(InvalidRequest):
     code = "NOT_A_BASE_MODEL"
 
 
-async def resolve_base_model(request: Request, model: str, owner: Owner) -> str:
+async def resolve_base_model(request: Request, model: str, principal: Principal) -> str:
     """What the forge calls it; of what changes its meaning, such as NAME:latest, what it means now."""
     if model.removesuffix(":latest") == tiny.NAME:
         return tiny.NAME
@@ -57,7 +57,7 @@ async def resolve_base_model(request: Request, model: str, owner: Owner) -> str:
     if "/" in model and not is_tuned:
         return model  # of the Hugging Face hub
     try:
-        resolved = await get_models(request).resolve(model, owner)
+        resolved = await get_models(request).resolve(model, principal)
     except ModelNotFound:
         if ":" in model:
             raise

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
 from cluster.errors import InvalidRequest
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from jobs import queue
 from jobs.queue import JobRequest
 from jobs.tables import Job
@@ -24,7 +24,7 @@ from serve.openai.fine_tuning import events as fine_tuning_events
 from serve.openai.fine_tuning.creation import MethodNotAvailable, forge_spec, resolve_base_model
 from serve.openai.fine_tuning.schemas import Checkpoint, FineTuningJob, FineTuningJobEvent, FineTuningJobRequest
 from serve.openai.fine_tuning.view import checkpoint_view, job_view, with_metadata
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -42,13 +42,12 @@ async def create_fine_tuning_job(
     """Fine-tune a model on a file, export and validate it. Nobody but its owner knows it by its name."""
     if body.method and body.method.type == "reinforcement":
         raise MethodNotAvailable
-    owner = owner_of(caller)
-    spec = forge_spec(body, await resolve_base_model(request, body.model, owner))
+    spec = forge_spec(body, await resolve_base_model(request, body.model, caller))
     async with get_database().transaction() as session:
         for file_id in (body.training_file, body.validation_file):
             if file_id is not None:
-                await resolution.require_usable(session, DataSource(file=file_id), owner, spec["method"])
-        job = await queue.enqueue(session, JobRequest(kind="forge", spec=spec), owner, idempotency_key=idempotency_key)
+                await resolution.require_usable(session, DataSource(file=file_id), caller, spec["method"])
+        job = await queue.enqueue(session, JobRequest(kind="forge", spec=spec), caller, idempotency_key=idempotency_key)
         return await job_view(session, job)
 
 
@@ -57,11 +56,10 @@ async def list_fine_tuning_jobs(
     request: Request, caller: CurrentCaller, after: After = None, limit: Limit = 20
 ) -> CursorPage[FineTuningJob]:
     """Fine-tuning jobs, the newest first, whichever door they came through; also by `metadata[key]=value`."""
-    owner = owner_of(caller)
     async with get_database().read_transaction() as session:
-        query = with_metadata(session, fine_tuned_names.fine_tuning_jobs(owner), request)
+        query = with_metadata(session, fine_tuned_names.fine_tuning_jobs(caller), request)
         if after is not None:
-            last = await _find(session, after, owner)
+            last = await _find(session, after, caller)
             same_time = and_(Job.created_at == last.created_at, Job.id < last.id)
             query = query.where(or_(Job.created_at < last.created_at, same_time))
         newest_first = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
@@ -74,14 +72,14 @@ async def list_fine_tuning_jobs(
 async def show_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
     """One of them."""
     async with get_database().read_transaction() as session:
-        return await job_view(session, await _find(session, job_id, owner_of(caller)))
+        return await job_view(session, await _find(session, job_id, caller))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
     """Cancel it: at once when it waits, as soon as it listens when it runs."""
     async with get_database().transaction() as session:
-        job = await _find(session, job_id, owner_of(caller), lock=True)
+        job = await _find(session, job_id, caller, lock=True)
         await queue.cancel(session, job)
         await session.flush()
         return await job_view(session, job)
@@ -91,7 +89,7 @@ async def cancel_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTu
 async def pause_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
     """Hold it: at once when it waits, at its next checkpoint when it trains."""
     async with get_database().transaction() as session:
-        job = await _find(session, job_id, owner_of(caller), lock=True)
+        job = await _find(session, job_id, caller, lock=True)
         await queue.pause(session, job)
         await session.flush()
         return await job_view(session, job)
@@ -101,7 +99,7 @@ async def pause_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTun
 async def resume_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
     """Let it go on from its checkpoint."""
     async with get_database().transaction() as session:
-        job = await _find(session, job_id, owner_of(caller), lock=True)
+        job = await _find(session, job_id, caller, lock=True)
         await queue.resume(session, job)
         await session.flush()
         return await job_view(session, job)
@@ -113,7 +111,7 @@ async def list_fine_tuning_events(
 ) -> CursorPage[FineTuningJobEvent]:
     """What happened to it, the newest first: messages, and the numbers of each step."""
     async with get_database().read_transaction() as session:
-        job = await _find(session, job_id, owner_of(caller))
+        job = await _find(session, job_id, caller)
         events = await fine_tuning_events.page(session, job, after, limit + 1)
     return cursor_page(events, [event.id for event in events], limit)
 
@@ -124,7 +122,7 @@ async def list_checkpoints(
 ) -> CursorPage[Checkpoint]:
     """The models that it had at the ends of its last three epochs, the newest first. Each can be asked."""
     async with get_database().read_transaction() as session:
-        job = await _find(session, job_id, owner_of(caller))
+        job = await _find(session, job_id, caller)
         epochs = fine_tuned_names.epochs(await fine_tuned_names.find_fine_tune_job(session, job))
     checkpoints = [checkpoint_view(job, epoch) for epoch in reversed(epochs)]
     if after is not None:
@@ -135,8 +133,8 @@ async def list_checkpoints(
     return cursor_page(checkpoints, [checkpoint.id for checkpoint in checkpoints], limit)
 
 
-async def _find(session: AsyncSession, job_id: str, owner: Owner, *, lock: bool = False) -> Job:
-    query = fine_tuned_names.fine_tuning_jobs(owner).where(Job.id == job_id)
+async def _find(session: AsyncSession, job_id: str, principal: Principal, *, lock: bool = False) -> Job:
+    query = fine_tuned_names.fine_tuning_jobs(principal).where(Job.id == job_id)
     job = await session.scalar(query.with_for_update(key_share=True) if lock else query)
     if job is None:
         raise queue.JobNotFound(f"There is no fine-tuning job '{job_id}'.")

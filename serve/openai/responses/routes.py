@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cluster.db import Database, get_database
 from cluster.errors import ForgearrError, InvalidRequest
-from cluster.ownership import Owner
+from cluster.ownership import Principal
 from serve.engines.protocol import Chunk, Engine
 from serve.engines.protocol import EngineRequest as EngineRequest
 from serve.http import sse
@@ -32,7 +32,7 @@ from serve.openai.responses.events import Event, ResponseStream, new_response_id
 from serve.openai.responses.items import Item
 from serve.openai.responses.request import ResponseRequest
 from serve.openai.responses.schemas import DeletedResponse
-from serve.security.callers import CurrentCaller, owner_of
+from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/v1/responses", tags=["Responses"], responses=OPENAI_ERROR_RESPONSES)
 
@@ -58,28 +58,27 @@ class CannotContinue(InvalidRequest):
 @router.post("", response_model=schemas.Response, responses=sse.sse_responses("event of a response"))
 async def create_response(request: Request, body: ResponseRequest, caller: CurrentCaller) -> Any:
     """Answer a conversation, whole or as server-sent events, and keep the response."""
-    owner = owner_of(caller)
-    model = await get_models(request).resolve(body.model, owner)
+    model = await get_models(request).resolve(body.model, caller)
     if not body.stream:
-        awaitable = complete_response(get_database(), get_engine(request), model, body, owner)
+        awaitable = complete_response(get_database(), get_engine(request), model, body, caller)
         return Response(orjson.dumps(await cancel_on_disconnect(request, awaitable)), media_type="application/json")
-    prepared = await _prepare(get_database(), body, owner)
+    prepared = await _prepare(get_database(), body, caller)
     stream = get_engine(request).chat(model.reference, prepared.engine_request, model.source)
     first = await cancel_on_disconnect(request, anext(stream))
-    save = partial(_save, get_database(), prepared.input_items, owner)
+    save = partial(_save, get_database(), prepared.input_items, caller)
     return _sse_response(_stream_events(prepared.response_stream, streaming.prepend(first, stream), save))
 
 
 async def complete_response(
-    database: Database, engine: Engine, model: ResolvedModel, body: ResponseRequest, owner: Owner
+    database: Database, engine: Engine, model: ResolvedModel, body: ResponseRequest, principal: Principal
 ) -> dict[str, Any]:
     """The whole response, which is kept if that is wanted."""
-    prepared = await _prepare(database, body, owner)
+    prepared = await _prepare(database, body, principal)
     prepared.response_stream.feed(
         _as_chunk(await engine.complete(model.reference, prepared.engine_request, model.source))
     )
     prepared.response_stream.end()
-    await _save(database, prepared.input_items, owner, prepared.response_stream.response)
+    await _save(database, prepared.input_items, principal, prepared.response_stream.response)
     return prepared.response_stream.response
 
 
@@ -94,7 +93,7 @@ async def show_response(
     if starting_after is not None:
         raise CannotContinue()
     async with get_database().read_transaction() as session:
-        stored = await response_store.find(session, response_id, owner_of(caller))
+        stored = await response_store.find(session, response_id, caller)
     if not stream:
         return Response(orjson.dumps(stored.body), media_type="application/json")
 
@@ -115,7 +114,7 @@ async def show_response(
 async def delete_response(response_id: ResponseId, caller: CurrentCaller) -> DeletedResponse:
     """Delete it. What goes on from it cannot be gone on from any more."""
     async with get_database().transaction() as session:
-        await response_store.remove(session, response_id, owner_of(caller))
+        await response_store.remove(session, response_id, caller)
     return DeletedResponse(id=response_id)
 
 
@@ -123,7 +122,7 @@ async def delete_response(response_id: ResponseId, caller: CurrentCaller) -> Del
 async def cancel_response(response_id: ResponseId, caller: CurrentCaller) -> Any:
     """Refused: a response ends when whoever waits for it closes the connection."""
     async with get_database().read_transaction() as session:
-        await response_store.find(session, response_id, owner_of(caller))
+        await response_store.find(session, response_id, caller)
     raise NotInBackground()
 
 
@@ -137,7 +136,7 @@ async def list_input_items(
 ) -> CursorPage[dict[str, Any]]:
     """What it was an answer to, with the conversation before."""
     async with get_database().read_transaction() as session:
-        items = await response_store.input_items_of(session, response_id, owner_of(caller))
+        items = await response_store.input_items_of(session, response_id, caller)
     if order == "desc":
         items.reverse()
     if after is not None:
@@ -156,9 +155,9 @@ class _PreparedRequest:
     input_items: list[Item]
 
 
-async def _prepare(database: Database, body: ResponseRequest, owner: Owner) -> _PreparedRequest:
+async def _prepare(database: Database, body: ResponseRequest, principal: Principal) -> _PreparedRequest:
     response_id = new_response_id()
-    previous_items, referenced_items = await _load_context(database, body, owner)
+    previous_items, referenced_items = await _load_context(database, body, principal)
     input_items = body.items(response_id, referenced_items)
     items = [*previous_items, *input_items]
     check_calls(items)
@@ -167,23 +166,25 @@ async def _prepare(database: Database, body: ResponseRequest, owner: Owner) -> _
     )
 
 
-async def _load_context(database: Database, body: ResponseRequest, owner: Owner) -> tuple[list[Item], dict[str, Item]]:
+async def _load_context(
+    database: Database, body: ResponseRequest, principal: Principal
+) -> tuple[list[Item], dict[str, Item]]:
     """What a request only names: the conversation before it, and items by their ids."""
     previous_id, references = body.previous_response_id, body.references
     if previous_id is None and not references:
         return [], {}
     async with database.read_transaction() as session:
         previous_items = (
-            await response_store.conversation_until(session, previous_id, owner) if previous_id is not None else []
+            await response_store.conversation_until(session, previous_id, principal) if previous_id is not None else []
         )
         return previous_items, {
-            reference: await response_store.find_item(session, reference, owner) for reference in references
+            reference: await response_store.find_item(session, reference, principal) for reference in references
         }
 
 
-async def _save(database: Database, input_items: list[Item], owner: Owner, body: dict[str, Any]) -> None:
+async def _save(database: Database, input_items: list[Item], principal: Principal, body: dict[str, Any]) -> None:
     if body["store"]:
-        await response_store.store(database, body, input_items, owner)
+        await response_store.store(database, body, input_items, principal)
 
 
 async def _stream_events(

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, String, delete, literal, select
+from sqlalchemy import String, delete, literal, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, Document, delete_rows, now
 from cluster.errors import NotFound
-from cluster.ownership import Owner
+from cluster.ownership import Principal, can_access, require, visible
 from cluster.settings import get_settings
 from jobs.sweep import register_sweeper
 from serve.openai.responses.items import Item
@@ -53,7 +53,7 @@ class StoredResponse(Base):
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
 
-async def store(database: Database, body: dict[str, Any], input_items: Sequence[Item], owner: Owner) -> None:
+async def store(database: Database, body: dict[str, Any], input_items: Sequence[Item], principal: Principal) -> None:
     async with database.transaction() as session:
         session.add(
             StoredResponse(
@@ -61,22 +61,20 @@ async def store(database: Database, body: dict[str, Any], input_items: Sequence[
                 previous_id=body["previous_response_id"],
                 given=list(input_items),
                 body=body,
-                owner_id=owner.id,
-                created_by=owner.name,
+                owner_id=principal.id,
+                created_by=principal.name,
             )
         )
 
 
-async def find(session: AsyncSession, response_id: str, owner: Owner) -> StoredResponse:
-    response = await session.scalar(_visible_to(owner).where(StoredResponse.id == response_id))
-    if response is None:
-        raise ResponseNotFound(f"There is no response '{response_id}'.")
-    return response
+async def find(session: AsyncSession, response_id: str, principal: Principal) -> StoredResponse:
+    response = await session.get(StoredResponse, response_id)
+    return require(response, principal, ResponseNotFound(f"There is no response '{response_id}'."))
 
 
-async def conversation_until(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
+async def conversation_until(session: AsyncSession, response_id: str, principal: Principal) -> list[Item]:
     """The whole conversation up to, and with, this response."""
-    chain = await _chain(session, response_id, owner)
+    chain = await _chain(session, response_id, principal)
     if not chain:
         raise PreviousResponseNotFound(f"There is no response '{response_id}' to go on from.")
     if missing_id := chain[0].previous_id:
@@ -84,27 +82,27 @@ async def conversation_until(session: AsyncSession, response_id: str, owner: Own
     return [item for response in chain for item in _items(response)]
 
 
-async def input_items_of(session: AsyncSession, response_id: str, owner: Owner) -> list[Item]:
+async def input_items_of(session: AsyncSession, response_id: str, principal: Principal) -> list[Item]:
     """What a response was an answer to: what is still there of the conversation before it, and what it was given."""
-    chain = await _chain(session, response_id, owner)
+    chain = await _chain(session, response_id, principal)
     if not chain:
         raise ResponseNotFound(f"There is no response '{response_id}'.")
     *before, last = chain
     return [item for response in before for item in _items(response)] + last.given
 
 
-async def find_item(session: AsyncSession, identifier: str, owner: Owner) -> Item:
+async def find_item(session: AsyncSession, identifier: str, principal: Principal) -> Item:
     if match := STORED_ITEM_ID.fullmatch(identifier):
-        stored = await session.scalar(_visible_to(owner).where(StoredResponse.id == f"resp_{match[1]}"))
-        items = _items(stored) if stored else []
+        stored = await session.get(StoredResponse, f"resp_{match[1]}")
+        items = _items(stored) if stored and can_access(stored, principal) else []
         position = int(match[2], 16)
         if position < len(items) and items[position]["id"] == identifier:
             return items[position]
     raise ItemNotFound(f"There is no item '{identifier}': only those of stored responses can be referred to.")
 
 
-async def remove(session: AsyncSession, response_id: str, owner: Owner) -> None:
-    await session.delete(await find(session, response_id, owner))
+async def remove(session: AsyncSession, response_id: str, principal: Principal) -> None:
+    await session.delete(await find(session, response_id, principal))
 
 
 @register_sweeper("responses")
@@ -121,19 +119,11 @@ async def remove_old(database: Database) -> int:
         removed += count
 
 
-def _visible_to(owner: Owner) -> Select[StoredResponse]:
-    return (
-        select(StoredResponse) if owner.is_admin else select(StoredResponse).where(StoredResponse.owner_id == owner.id)
-    )
-
-
-async def _chain(session: AsyncSession, response_id: str, owner: Owner) -> list[StoredResponse]:
+async def _chain(session: AsyncSession, response_id: str, principal: Principal) -> list[StoredResponse]:
     """This response after those that it goes on from, as far as they are there."""
     row = StoredResponse
     newest = select(row.id, row.previous_id, literal(0).label("place")).where(row.id == response_id)
-    if not owner.is_admin:
-        newest = newest.where(row.owner_id == owner.id)
-    chain = newest.cte("chain", recursive=True)
+    chain = visible(newest, row, principal).cte("chain", recursive=True)
     older = select(row.id, row.previous_id, chain.c.place + 1).join(chain, row.id == chain.c.previous_id)
     chain = chain.union_all(older)
     rows = await session.scalars(select(row).join(chain, row.id == chain.c.id).order_by(chain.c.place.desc()))

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 from cluster.db import Database
+from cluster.ownership import LOCAL
 from jobs import queue
 from jobs.queue import JobRequest
 from jobs.states import State
@@ -51,5 +52,5 @@ async def ran(database: Database, kind: str, minutes: float, state: State, after
     """A job of this kind that took so long."""
     begin = BEGIN + timedelta(days=after)
     async with database.transaction() as session:
-        job = await queue.enqueue(session, JobRequest(kind=kind, spec={"name": "m", "version": 1}))
+        job = await queue.enqueue(session, JobRequest(kind=kind, spec={"name": "m", "version": 1}), LOCAL)
         job.state, job.started_at, job.finished_at = state, begin, begin + timedelta(minutes=minutes)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from cluster import storage
 from cluster.db import with_own_database
+from cluster.ownership import LOCAL
 from pipelines.guardian.retrain import validate_data
 from pipelines.guardian.retrain.validate_data import HeldOutLeaked, TooLittleData
 from pipelines.training.data import content as data_content
@@ -117,5 +118,5 @@ def keep(name: str, samples: Sequence[Sample]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         content = data_content.write_samples(samples, Path(folder) / "samples.jsonl", name)
         return asyncio.run(
-            with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}))
+            with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}, LOCAL))
         ).id

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.db import Database, with_own_database
-from cluster.ownership import Owner
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from cluster.settings import home as folder
 from jobs.context import ParkJob
@@ -111,7 +111,7 @@ def source(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
 
     async def create(database: Database) -> str:
         async with database.transaction() as session:
-            return (await register(session, request)).id
+            return (await register(session, request, LOCAL)).id
 
     return folder, asyncio.run(with_own_database(create))
 
@@ -294,7 +294,7 @@ def gathered(bench: Bench, spec: dict[str, Any]) -> Any:
 
 async def asked(database: Database, **spec: Any) -> tuple[str, bool]:
     async with database.transaction() as session:
-        job, is_new = await get_or_enqueue(session, RetrainSpec(**spec))
+        job, is_new = await get_or_enqueue(session, RetrainSpec(**spec), LOCAL)
         return job.id, is_new
 
 
@@ -332,7 +332,7 @@ def say(model: str, count: int) -> None:
                         "answer": "Yes.",
                     }
                 )
-                await feedback_store.save(session, request, Owner(id=None, name="test"))
+                await feedback_store.save(session, request, Principal(id=None, name="test"))
 
     asyncio.run(with_own_database(write))
 
@@ -345,7 +345,7 @@ def chat(question: str, answer: str) -> Sample:
 def keep(name: str, samples: list[Sample]) -> str:
     content = data_content.write_samples(samples, folder() / f"{name}.jsonl", name)
     return asyncio.run(
-        with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}))
+        with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}, LOCAL))
     ).id
 
 
