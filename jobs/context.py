@@ -15,7 +15,7 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -56,7 +56,7 @@ class WorkerLink(Protocol):
 
 
 class Context:
-    def __init__(self, claim: Claim, link: WorkerLink) -> None:
+    def __init__(self, claim: Claim, link: WorkerLink, restore: Callable[[Claim], "Context"] | None = None) -> None:
         self.job_id = claim.job_id
         self.owner_id = claim.owner_id
         self.attempt = claim.attempt
@@ -65,6 +65,7 @@ class Context:
         self.last_activity = time.monotonic()
         self._claim = claim
         self._link = link
+        self._restore = restore  # makes this context anew in another process
         self._stop = threading.Event()
         self._reason: StopReason | None = None
 
@@ -146,9 +147,9 @@ class Context:
         return self._reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from jobs.execution.remote_context import restore_context
-
-        return restore_context, (self._claim,)
+        if self._restore is None:
+            raise TypeError("this context was not made by a worker, so it cannot be sent to another process")
+        return self._restore, (self._claim,)
 
     def _mark_active(self) -> None:
         self.last_activity = time.monotonic()

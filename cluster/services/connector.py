@@ -7,19 +7,17 @@ Nobody else may branch on the name of a service: what is asked is what it can do
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from cluster.services.capabilities.collection import Collection
 from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.capabilities.downloads import Downloads
 from cluster.services.capabilities.library import Library
-
-if TYPE_CHECKING:
-    from cluster.services.capabilities.collection import Collection
-    from cluster.services.capabilities.settings import SettingsAreas
-    from cluster.services.http.client import Client
+from cluster.services.capabilities.settings import SettingsAreas
 from cluster.services.http.api_key import ApiKeyScheme
+from cluster.services.http.client import Client
 from cluster.services.web_search import SearchResult
 
 Capability = Literal[
@@ -49,7 +47,7 @@ class Tool:
     name: str  # a verb and what it is done to: get_queue
     description: str
     arguments: type[BaseModel]
-    run: Callable[["Client", Any], Awaitable[Any]]  # given arguments of that sort
+    run: Callable[[Client, Any], Awaitable[Any]]  # given arguments of that sort
     effect: Literal["read", "change", "destroy"] = "read"
 
 
@@ -62,19 +60,19 @@ class Connector:
     type: str  # the word for it, as in `type` of /api/services
     title: str  # how it writes its name
     capabilities: frozenset[Capability]
-    health: Callable[["Client"], Awaitable[str]]  # asks whether it works, with its key; returns its version
+    health: Callable[[Client], Awaitable[str]]  # asks whether it works, with its key; returns its version
     key_scheme: ApiKeyScheme | None = None  # None: it has no keys, or logs in by itself
     aliases: tuple[str, ...] = ()  # other products that are spoken to in the same way
     key_help: str = ""  # where a person finds the key
     unwrap: Callable[[Any], Any] = unchanged  # what an answer holds; raises ErrorInside if that is an error
     tools: tuple[Tool, ...] = ()
-    collection: "Collection[Any] | None" = None  # what it collects: series, movies
+    collection: Collection[Any] | None = None  # what it collects: series, movies
     downloads: Downloads | None = None
     library: Library | None = None
     download_tracker: DownloadTracker | None = None
-    settings: "SettingsAreas | None" = None  # how its settings are read and changed
-    search_web: "Callable[[Client, str], Awaitable[list[SearchResult]]] | None" = None  # the pages that suit a question
-    session: Callable[["Client", str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
+    settings: SettingsAreas | None = None  # how its settings are read and changed
+    search_web: Callable[[Client, str], Awaitable[list[SearchResult]]] | None = None  # the pages that suit a question
+    session: Callable[[Client, str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property
     def names(self) -> tuple[str, ...]:

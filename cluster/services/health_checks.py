@@ -46,12 +46,12 @@ async def check(database: Database, service: Service) -> ServiceCheck:
     started = perf_counter()
     try:
         async with service_store.open_client(database, service, ignore_circuit=True) as client:
-            service_check.version = (await get_version(client))[:MAX_VERSION_LENGTH]
+            service_check.version = (await get_version(client, service.connector))[:MAX_VERSION_LENGTH]
         service_check.healthy = True
         service_check.latency_ms = _milliseconds_since(started)
     except ServiceError as error:
         service_check.latency_ms = None if isinstance(error, Unreachable) else _milliseconds_since(started)
-        reason = await diagnose(error, service_store.connection_of(service))
+        reason = await diagnose(error, service_store.connection_of(service), service.connector)
         service_check.error_code, service_check.error = reason.code, reason.message
     except SealBroken as error:
         service_check.error_code, service_check.error = error.code, error.message
@@ -81,21 +81,21 @@ async def check_all(database: Database, services: Sequence[Service]) -> list[Ser
     return await asyncio.gather(*map(check_one, services))
 
 
-async def get_version(client: Client) -> str:
+async def get_version(client: Client, connector: Connector) -> str:
     """Ask whether the service works."""
     try:
-        return await client.connection.connector.health(client)
+        return await connector.health(client)
     except NotFoundInService as error:
         raise client.wrong_service() from error
 
 
-async def diagnose(error: ServiceError, connection: Connection) -> ServiceError:
+async def diagnose(error: ServiceError, connection: Connection, connector: Connector) -> ServiceError:
     """What has gone wrong; or, if the page at this address is another service's, that."""
     if isinstance(error, Unreachable):
         return error
     anonymous_client = Client(replace(connection, key=None))
     async with anonymous_client.open():
-        other_title = _other_service(await anonymous_client.root_page_title() or "", connection.connector)
+        other_title = _other_service(await anonymous_client.root_page_title() or "", connector)
     return anonymous_client.wrong_service(other_title) if other_title else error
 
 

@@ -26,7 +26,7 @@ POLL_SECONDS = 1.0
 def restore_context(claim: Claim) -> Context:
     """What a context becomes when it arrives in another process."""
     worker = ray.get_actor(claim.worker, namespace=NAMESPACE)
-    context = Context(claim, _RemoteLink(worker))
+    context = Context(claim, _RemoteLink(worker), restore_context)
     threading.Thread(target=_poll_stop_reason, args=(worker, claim, context), daemon=True).start()
     return context
 

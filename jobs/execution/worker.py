@@ -23,6 +23,7 @@ from cluster.runtime.processes import lower_priority
 from cluster.settings import get_settings
 from jobs import leases, queue
 from jobs.context import Context, JobLogHandler, ParkJob, StopJob, StopReason, current_context
+from jobs.execution.remote_context import restore_context
 from jobs.execution.report_writer import MAX_WAIT_SECONDS, JournalEvent, ReportWriter, outcome_event, to_storable
 from jobs.leases import Claim
 from jobs.registry import Resources, find_kind, load_function
@@ -38,7 +39,7 @@ class RunningJob:
 
     def __init__(self, claim: Claim, worker: "Worker") -> None:
         self.claim = claim
-        self.context = Context(claim, worker)
+        self.context = Context(claim, worker, restore_context)
         self.started = time.monotonic()
         self.stop_requested_at: float | None = None
         self.is_finished = False

@@ -4,15 +4,13 @@ import re
 from collections.abc import Iterable
 from datetime import datetime, time, timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.times import TimeZoneName, UtcTime
-
-if TYPE_CHECKING:
-    from pipelines.guardian.git.objects import Changes
+from pipelines.guardian.git.objects import Changes
 
 HOUR = timedelta(hours=1)
 CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
@@ -62,7 +60,7 @@ class Decision(BaseModel):
 
 
 def decide(
-    policy: Policy, changes: "Changes", trained_at: datetime | None, now: datetime, feedback: int | None = None
+    policy: Policy, changes: Changes, trained_at: datetime | None, now: datetime, feedback: int | None = None
 ) -> Decision:
     """What the policy says of these changes. `trained_at` is when the last training ended well."""
     critical = _critical_path(policy.critical_paths, changes.paths)
@@ -88,7 +86,7 @@ def decide(
 
 
 def _check_thresholds(
-    policy: Policy, changes: "Changes", critical: str | None, trained_at: datetime | None
+    policy: Policy, changes: Changes, critical: str | None, trained_at: datetime | None
 ) -> tuple[bool, str]:
     if trained_at is None:
         return True, "never trained"

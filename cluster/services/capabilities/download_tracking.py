@@ -7,10 +7,9 @@ chose what is fetched can choose something else (`Replacing`). `pipelines/media/
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from cluster.services.http.client import Client
+from cluster.services.http.client import Client
 
 ActiveState = Literal[
     "waiting",  # for its turn, for the network, or because all is paused
@@ -89,14 +88,14 @@ class Grab:
 
 @dataclass(frozen=True)
 class ReplacementActions:
-    find: Callable[["Client", str], Awaitable[ActiveDownload | None]]
+    find: Callable[[Client, str], Awaitable[ActiveDownload | None]]
     # For good, with its files; whether to search by itself. Returns False if it was gone already.
-    remove: Callable[["Client", str, bool], Awaitable[bool]]
-    find_grab: Callable[["Client", str], Awaitable[Grab | None]]  # by the download's id
-    mark_failed: Callable[["Client", int], Awaitable[None]]  # a grab
-    searches_automatically: Callable[["Client"], Awaitable[bool]]  # after something has failed
-    search: Callable[["Client", tuple[str, ...]], Awaitable[None]]
-    is_searching: Callable[["Client", tuple[str, ...], datetime], Awaitable[bool]]  # since then, for just that
+    remove: Callable[[Client, str, bool], Awaitable[bool]]
+    find_grab: Callable[[Client, str], Awaitable[Grab | None]]  # by the download's id
+    mark_failed: Callable[[Client, int], Awaitable[None]]  # a grab
+    searches_automatically: Callable[[Client], Awaitable[bool]]  # after something has failed
+    search: Callable[[Client, tuple[str, ...]], Awaitable[None]]
+    is_searching: Callable[[Client, tuple[str, ...], datetime], Awaitable[bool]]  # since then, for just that
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,10 @@ class FinishedFolders:
 
 @dataclass(frozen=True)
 class DownloadTracker:
-    poll: Callable[["Client", TrackingPosition], Awaitable[DownloadSnapshot]]
-    retry: Callable[["Client", str], Awaitable[str]] | None = None  # as in `Downloads`
+    poll: Callable[[Client, TrackingPosition], Awaitable[DownloadSnapshot]]
+    retry: Callable[[Client, str], Awaitable[str]] | None = None  # as in `Downloads`
     replacement: ReplacementActions | None = None
-    finished_folders: Callable[["Client"], Awaitable[FinishedFolders]] | None = None
+    finished_folders: Callable[[Client], Awaitable[FinishedFolders]] | None = None
 
 
 def to_single_line(text: str | None) -> str:

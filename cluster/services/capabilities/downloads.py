@@ -2,15 +2,12 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
 from cluster.errors import Conflict, NotFound
+from cluster.services.http.client import Client
 from cluster.times import UtcTime
-
-if TYPE_CHECKING:
-    from cluster.services.http.client import Client
 
 
 class DownloadNotFound(NotFound):
@@ -71,9 +68,9 @@ class QueuePauseState(BaseModel):
 class Downloads:
     """All of them look whether it has come to what they were to do, and raise an error if not."""
 
-    queue: Callable[["Client"], Awaitable[DownloadQueue]]
-    history: Callable[["Client", int], Awaitable[DownloadHistory]]  # at most so many
-    retry: Callable[["Client", str], Awaitable[str]]  # returns the id of the new attempt
-    delete: Callable[["Client", str, bool], Awaitable[None]]  # true: and what it has downloaded so far
-    pause: Callable[["Client"], Awaitable[QueuePauseState]]
-    resume: Callable[["Client"], Awaitable[QueuePauseState]]
+    queue: Callable[[Client], Awaitable[DownloadQueue]]
+    history: Callable[[Client, int], Awaitable[DownloadHistory]]  # at most so many
+    retry: Callable[[Client, str], Awaitable[str]]  # returns the id of the new attempt
+    delete: Callable[[Client, str, bool], Awaitable[None]]  # true: and what it has downloaded so far
+    pause: Callable[[Client], Awaitable[QueuePauseState]]
+    resume: Callable[[Client], Awaitable[QueuePauseState]]

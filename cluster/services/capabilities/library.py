@@ -2,15 +2,12 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
 from cluster.errors import NotFound
+from cluster.services.http.client import Client
 from cluster.times import UtcTime
-
-if TYPE_CHECKING:
-    from cluster.services.http.client import Client
 
 
 class LibraryNotFound(NotFound):
@@ -48,9 +45,9 @@ class RecentlyAdded(BaseModel):
 
 @dataclass(frozen=True)
 class Library:
-    libraries: Callable[["Client"], Awaitable[Libraries]]
-    recently_added: Callable[["Client", int], Awaitable[RecentlyAdded]]  # at most so many
-    scan: Callable[["Client", str], Awaitable[str]]  # looks for what is new in it; returns its title
+    libraries: Callable[[Client], Awaitable[Libraries]]
+    recently_added: Callable[[Client, int], Awaitable[RecentlyAdded]]  # at most so many
+    scan: Callable[[Client, str], Awaitable[str]]  # looks for what is new in it; returns its title
 
 
 def library_not_found(key: str, titles: dict[str, str]) -> LibraryNotFound:

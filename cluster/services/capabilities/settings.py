@@ -7,13 +7,11 @@ is secret is told only as being there: no password and no key leaves this room b
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.logs import MASK
 from cluster.services.errors import Refused
-
-if TYPE_CHECKING:
-    from cluster.services.http.client import Client
+from cluster.services.http.client import Client
 
 SECRET_PATTERN = re.compile(
     r"passw|pwd|passphrase|passkey|(api|nzb|user|rss|access|private)_?key|token|secret|cookie|credential", re.I
@@ -35,9 +33,9 @@ class SettingsEntry:
 class SettingsAreas:
     """How the settings of a sort of service are read, and written."""
 
-    read: Callable[["Client", str], Awaitable[list[SettingsEntry]]]
+    read: Callable[[Client, str], Awaitable[list[SettingsEntry]]]
     write: Callable[
-        ["Client", str, SettingsEntry, Mapping[str, Any]], Awaitable[None]
+        [Client, str, SettingsEntry, Mapping[str, Any]], Awaitable[None]
     ]  # into an entry that was just read
     writable: frozenset[str]
     readable: frozenset[str] = frozenset()  # besides those
@@ -76,7 +74,7 @@ def settings_equal(left: Any, right: Any) -> bool:
     return normalize(left) == normalize(right)
 
 
-def reject_masked(client: "Client", values: Mapping[str, Any]) -> None:
+def reject_masked(client: Client, values: Mapping[str, Any]) -> None:
     """What a service shows as asterisks would be written back as asterisks."""
     for name, value in values.items():
         if isinstance(value, str) and value and not value.strip("*"):

@@ -76,7 +76,7 @@ class Client:
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[Self]:
         """Logged in, where the service wants that."""
-        session, key = self.connection.connector.session, self.connection.key
+        session, key = self.connection.profile.session, self.connection.key
         async with self._http:
             if session is None or key is None:
                 yield self
@@ -145,7 +145,7 @@ class Client:
 
     def wrong_service(self, found: object = None) -> WrongService:
         """For connectors: something answers, but as something else."""
-        name, expected = self.connection.name, self.connection.connector.title
+        name, expected = self.connection.name, self.connection.profile.title
         if found:
             message = f"{self._sanitize(str(found))} answers at the address of {name}, not {expected}."
         else:
@@ -213,7 +213,7 @@ class Client:
         accept: str = "application/json",
     ) -> ServiceResponse:
         """The line of defence: from here on there are only errors of ours, and answers that are no error."""
-        key, key_scheme = self.connection.key, self.connection.connector.key_scheme or ApiKeyScheme()
+        key, key_scheme = self.connection.key, self.connection.profile.key_scheme or ApiKeyScheme()
         request: dict[str, Any] = {
             "params": {**parameters, **key_scheme.parameters(key)} or None,
             "headers": {"Accept": accept, **key_scheme.headers(key), **self._headers},
@@ -335,7 +335,7 @@ class Client:
         except orjson.JSONDecodeError as error:
             raise BadResponse(f"{name} answers with something that is not JSON, or only a part of it.") from error
         try:
-            return self.connection.connector.unwrap(content)
+            return self.connection.profile.unwrap(content)
         except ErrorInResponse as error:
             message = self._sanitize(error.message)
             if error.is_key_error:

@@ -7,7 +7,7 @@ from functools import cache
 
 import httpx
 
-from cluster.services.connector import Connector
+from cluster.services.http.profile import ServiceProfile
 
 LARGE_BODY_BYTES = 256 * 1024
 """What is longer is parsed in another thread, so that it holds nobody else up."""
@@ -18,7 +18,7 @@ class Connection:
     """Where a service is, and what it is asked with."""
 
     name: str
-    connector: Connector
+    profile: ServiceProfile
     url: str
     key: str | None = field(default=None, repr=False)
     verify_tls: bool = True

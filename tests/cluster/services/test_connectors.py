@@ -22,12 +22,13 @@ def settings(home: object) -> None:
 
 
 async def ask(url: str, name: str, key: str | None) -> str:
-    connection = Connection("Ours", find_connector(name), url, key)
+    connector = find_connector(name)
+    connection = Connection("Ours", connector, url, key)
     try:
         async with Client(connection).open() as client:
-            return await health_checks.get_version(client)
+            return await health_checks.get_version(client, connector)
     except ServiceError as error:
-        raise await health_checks.diagnose(error, connection) from error
+        raise await health_checks.diagnose(error, connection, connector) from error
 
 
 def test_every_service_has_a_connector_and_a_likeness() -> None:

@@ -88,8 +88,9 @@ def stock(arr: ArrStandIn) -> None:
 async def test_no_request_breaks_the_document(service: str, prism: Running) -> None:
     async with arr_standing_in(service) as arr:
         stock(arr)
-        async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
-            await health_checks.get_version(client)
+        connector = find_connector(service)
+        async with Client(Connection("Ours", connector, arr.url, KEY)).open() as client:
+            await health_checks.get_version(client, connector)
         used = await use_everything(service, arr.url, "read", "change", "destroy")
         assert used == {tool.name for tool in find_connector(service).tools}
     assert {one.method for one in arr.asked} == {"GET", "POST", "DELETE"}

@@ -30,8 +30,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 async def ask(name: str, url: str, key: str | None = None) -> str:
-    async with Client(Connection("Ours", find_connector(name), url, key)).open() as client:
-        return await health_checks.get_version(client)
+    connector = find_connector(name)
+    async with Client(Connection("Ours", connector, url, key)).open() as client:
+        return await health_checks.get_version(client, connector)
 
 
 async def test_sabnzbd_tells_its_version(sabnzbd: Running) -> None:
@@ -54,10 +55,11 @@ async def test_sabnzbds_errors_come_with_status_200(sabnzbd: Running) -> None:
 
 
 async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: Running) -> None:
-    connection = Connection("Ours", find_connector("sonarr"), sabnzbd.url, "0123456789")
+    sonarr = find_connector("sonarr")
+    connection = Connection("Ours", sonarr, sabnzbd.url, "0123456789")
     with pytest.raises(ServiceError) as refused:
         await ask("sonarr", sabnzbd.url, "0123456789")
-    explained = await health_checks.diagnose(refused.value, connection)
+    explained = await health_checks.diagnose(refused.value, connection, sonarr)
     assert explained.message == "SABnzbd answers at the address of Ours, not Sonarr."
 
 

@@ -25,7 +25,7 @@ async def test_it_finds_pages(tmp_path: Path) -> None:
     async with standing_in(lambda asked: telling({"results": FOUND})) as engine:
         with programs.searx(tmp_path, engine.url) as running:
             async with Client(Connection("Ours", connector, running.url)).open() as client:
-                assert await health_checks.get_version(client)
+                assert await health_checks.get_version(client, connector)
                 found = await connector.search_web(client, "what is 1 & 1?")
     assert found == [SearchResult("A guide", "https://guide.example/a", "A guide")]
     assert engine.asked[0].query["q"] == "what is 1 & 1?"
