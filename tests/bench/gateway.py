@@ -16,6 +16,7 @@ from tests.platform import Platform, unused_ports
 from tests.waiting import eventually
 
 GROUP = "Gateway"
+GATEWAY = "ray::ServeReplica:forgearr:gateway"
 ROUTE = "/api/v1/ping"
 CONNECTIONS = 16
 SECONDS = 5
@@ -103,7 +104,7 @@ def _uvicorn(platform: Platform, application: str, *options: str, workers: int =
 
 def _replica_url(platform: Platform) -> str:
     """Where the replica itself listens: of its ports, the one that answers."""
-    (replica,) = platform.processes("ray::ServeReplica")
+    (replica,) = platform.processes(GATEWAY)
     ports = [one.laddr.port for one in replica.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     for port in ports:
         url = f"http://127.0.0.1:{port}"

@@ -5,11 +5,9 @@ adds is beside llama.cpp's server asked directly.
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -17,9 +15,10 @@ from statistics import median
 import httpx
 
 from tests.bench.figures import Figure, figure_of_pairs
+from tests.bench.servers import run, running_server
 from tests.bench.wrk import requests_per_second
 from tests.platform import Platform, unused_ports
-from tests.waiting import PATIENCE, eventually
+from tests.waiting import PATIENCE
 
 GROUP = "A gateway in front of an engine, forgearr/tiny, answers of one word"
 PEER, PACKAGE = "LiteLLM's proxy", "litellm[proxy]==1.106.2"
@@ -76,9 +75,8 @@ def _llama_server(file: Path, home: Path) -> Generator[str]:
     port = unused_ports(1)[0]
     wanted = {"model": str(file), "context": 512, "slots": CONNECTIONS, "port": port}
     script = str(Path(__file__).parent / "bare_engine.py")
-    with _running([sys.executable, script, json.dumps(wanted)], home / "llama-server.log"):
-        url = f"http://127.0.0.1:{port}/v1"
-        eventually(lambda: _answers(f"{url}/models"))
+    url = f"http://127.0.0.1:{port}/v1"
+    with running_server([sys.executable, script, json.dumps(wanted)], f"{url}/models", home / "llama-server.log"):
         yield url
 
 
@@ -86,33 +84,12 @@ def _llama_server(file: Path, home: Path) -> Generator[str]:
 def _proxy(engine: str, home: Path) -> Generator[str]:
     """LiteLLM, in an environment of its own: it wants other versions of much that is here."""
     folder, port = home / "litellm", unused_ports(1)[0]
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", PACKAGE]
-    subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
+    run([sys.executable, "-m", "venv", folder])
+    run([folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", PACKAGE])
     config = home / "litellm.json"
     model = {"model": f"openai/{MODEL}", "api_base": engine, "api_key": "none"}
     config.write_text(json.dumps({"model_list": [{"model_name": MODEL, "litellm_params": model}]}))
-    command = [folder / "bin" / "litellm", "--config", config, "--host", "127.0.0.1", "--port", port]
-    with _running([str(word) for word in command], home / "litellm.log", OPEN_AND_OFFLINE):
-        url = f"http://127.0.0.1:{port}/v1"
-        eventually(lambda: _answers(f"{url}/models"))
+    command = [folder / "bin" / "litellm", "--config", config, "--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}/v1"
+    with running_server(command, f"{url}/models", home / "litellm.log", OPEN_AND_OFFLINE):
         yield url
-
-
-@contextmanager
-def _running(command: list[str], printed: Path, more: Mapping[str, str] | None = None) -> Generator[None]:
-    environment = {**os.environ, **(more or {})}
-    with printed.open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
-        try:
-            yield
-        finally:
-            process.kill()
-            process.communicate()
-
-
-def _answers(url: str) -> bool | None:
-    try:
-        return httpx.get(url).is_success
-    except httpx.TransportError:
-        return None

@@ -4,7 +4,6 @@ Clients are processes of curl, which take next to nothing of the two cores that 
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,8 +17,9 @@ import httpx
 import psutil
 
 from tests.bench.figures import Figure, figure_of_pairs
+from tests.bench.gateway import GATEWAY
+from tests.bench.servers import run, running_server
 from tests.platform import Platform, unused_ports
-from tests.waiting import eventually
 
 GROUP = "Answers of a model with 102 M parameters, q8_0"
 SLOTS = 8
@@ -29,7 +29,7 @@ FIRST_WORDS = 60
 LONG_PREFIX = "The homelab has a NAS, a router, two nodes and a printer. " * 60
 PEER_PACKAGES = ["sse-starlette", "starlette-context"]
 """What llama-cpp-python's server needs besides what is here."""
-GATEWAY, ENGINE = "ray::ServeReplica:forgearr:gateway", "ray::ServeReplica:forgearr:gguf"
+ENGINE = "ray::ServeReplica:forgearr:gguf"
 ALONE, SERVER = "xllamacpp alone", "llama_cpp.server"
 
 
@@ -180,23 +180,12 @@ def _bare_engine(file: Path) -> Generator[Any]:
 @contextmanager
 def _peer_server(home: Path, file: Path) -> Generator[str]:
     """llama-cpp-python's server, with the packages that it needs in a folder of its own."""
-    folder = home / "peer"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "--no-deps"]
-    subprocess.run([*command, *PEER_PACKAGES], check=True, stderr=subprocess.DEVNULL)
-    port = unused_ports(1)[0]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", str(CONTEXT), "--port", str(port)],
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    folder, port = home / "peer", unused_ports(1)[0]
+    run([sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, "--no-deps", *PEER_PACKAGES])
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", file, "--n_ctx", str(CONTEXT), "--port", str(port)]
     url = f"http://127.0.0.1:{port}/v1"
-    try:
-        eventually(lambda: httpx.get(f"{url}/models").is_success or None, 60)
+    with running_server(command, f"{url}/models", home / "llama-cpp-server.log", {"PYTHONPATH": str(folder)}):
         yield url
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _pss(process: psutil.Process) -> float:
