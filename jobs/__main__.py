@@ -22,7 +22,7 @@ from cluster.actors import NAMESPACE
 from cluster.db import get_database
 from cluster.dotlist import assign
 from cluster.errors import ForgearrError
-from cluster.ownership import Principal
+from cluster.ownership import system
 from jobs import journal, queue
 from jobs.queue import JobRequest
 from jobs.states import FINISHED, State
@@ -58,7 +58,7 @@ async def _submit(arguments: argparse.Namespace) -> int:
         assign(spec, setting)
     request = JobRequest(kind=arguments.kind, spec=spec, priority=arguments.priority, depends_on=arguments.depends_on)
     async with get_database().transaction() as session:
-        job = await queue.enqueue(session, request, Principal(name=os.environ.get("USER", "cluster")))
+        job = await queue.enqueue(session, request, system(os.environ.get("USER", "cluster")))
     _print_line(job.id)
     return await _follow(job.id) if arguments.wait else 0
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.db import Database, with_own_database
-from cluster.ownership import LOCAL, Principal
+from cluster.ownership import LOCAL, system
 from cluster.settings import get_settings
 from cluster.settings import home as folder
 from jobs.context import ParkJob
@@ -332,7 +332,7 @@ def say(model: str, count: int) -> None:
                         "answer": "Yes.",
                     }
                 )
-                await feedback_store.save(session, request, Principal(id=None, name="test"))
+                await feedback_store.save(session, request, system("test"))
 
     asyncio.run(with_own_database(write))
 
