@@ -28,9 +28,9 @@ from cluster.runtime import embedded
 from cluster.services.http import client
 from cluster.settings import get_settings, load_settings
 from pipelines.guardian.git import mirrors
-from tests.pipelines.shelf import Shelf
-from tests.platform import unused_ports
-from tests.waiting import PATIENCE, eventually
+from tests.support.platform import unused_ports
+from tests.support.registry_model import Shelf
+from tests.support.waiting import PATIENCE, eventually
 
 # No example fails because the machine was busy, and each run tries the same.
 SLOW = [hypothesis.HealthCheck.too_slow]

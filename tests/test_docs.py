@@ -18,7 +18,7 @@ from fastapi.routing import APIWebSocketRoute
 
 from cluster.cli import app as command_line
 from cluster.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, Settings
-from tests.platform import running_platform
+from tests.support.platform import running_platform
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

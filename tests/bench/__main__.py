@@ -19,7 +19,7 @@ from rich.table import Table
 from tests.bench import extraction, forge, gateway, idle, jobs, overhead, serving, startup
 from tests.bench.figures import Figure, machine
 from tests.bench.postgres import new_database, running_postgres
-from tests.platform import Platform, running_platform
+from tests.support.platform import Platform, running_platform
 
 RESULTS = Path(__file__).parent / "results"
 SETTLE_SECONDS = 15

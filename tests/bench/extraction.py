@@ -17,7 +17,7 @@ from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
 from pipelines.guardian.extract_data.pipeline import Limits
 from pipelines.guardian.git.repo import open_folder
 from tests.bench.figures import Figure
-from tests.pipelines.guardian.repos import commit_files, git, new_repository
+from tests.support.git_repos import commit_files, git, new_repository
 
 GROUP = "A repository into samples"
 PACKAGE = "transformers"

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from tests.bench.figures import Figure, compare, figure_of_pairs
-from tests.platform import Platform
+from tests.support.platform import Platform
 
 STEP, SHORT, EXPORT = "A training step", "Around ten steps of forgearr/tiny", "An export"
 NAME = "bench"

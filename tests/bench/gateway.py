@@ -12,8 +12,8 @@ import psutil
 
 from tests.bench.figures import Figure, compare, figure_of_pairs
 from tests.bench.wrk import requests_per_second
-from tests.platform import Platform, unused_ports
-from tests.waiting import eventually
+from tests.support.platform import Platform, unused_ports
+from tests.support.waiting import eventually
 
 GROUP = "Gateway"
 GATEWAY = "ray::ServeReplica:forgearr:gateway"

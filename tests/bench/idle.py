@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 
 from tests.bench.figures import Figure, figure_of_pairs
-from tests.platform import Platform
+from tests.support.platform import Platform
 
 GROUP = "At rest, for a minute"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.bench.figures import Figure, compare, figure_of_pairs, percentile
-from tests.platform import Platform
+from tests.support.platform import Platform
 
 SQLITE, POSTGRES, HISTORY = "Jobs on SQLite", "Jobs on PostgreSQL", "Jobs on SQLite with a past"
 JOBS = 2000

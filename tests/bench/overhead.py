@@ -17,8 +17,8 @@ import httpx
 from tests.bench.figures import Figure, figure_of_pairs
 from tests.bench.servers import run, running_server
 from tests.bench.wrk import requests_per_second
-from tests.platform import Platform, unused_ports
-from tests.waiting import PATIENCE
+from tests.support.platform import Platform, unused_ports
+from tests.support.waiting import PATIENCE
 
 GROUP = "A gateway in front of an engine, forgearr/tiny, answers of one word"
 PEER, PACKAGE = "LiteLLM's proxy", "litellm[proxy]==1.106.2"

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from tests.platform import unused_ports
+from tests.support.platform import unused_ports
 
 
 @contextmanager

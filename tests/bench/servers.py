@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 LOG_LINES = 30
 

@@ -19,7 +19,7 @@ import psutil
 from tests.bench.figures import Figure, figure_of_pairs
 from tests.bench.gateway import GATEWAY
 from tests.bench.servers import run, running_server
-from tests.platform import Platform, unused_ports
+from tests.support.platform import Platform, unused_ports
 
 GROUP = "Answers of a model with 102 M parameters, q8_0"
 SLOTS = 8

@@ -7,7 +7,7 @@ import time
 from statistics import median
 
 from tests.bench.figures import Figure, compare
-from tests.platform import BINARIES, Platform
+from tests.support.platform import BINARIES, Platform
 
 GROUP = "Start"
 RUNS = 10

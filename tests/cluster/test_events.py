@@ -13,7 +13,7 @@ import pytest
 from cluster import actors, events
 from cluster.errors import Unavailable
 from cluster.events import LOST_CURSOR, Cursor, Events, Message
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 def message(number: int) -> Message:

@@ -17,8 +17,8 @@ from cluster.ownership import LOCAL
 from jobs import schedules
 from serve.app import create_app
 from serve.realtime.routes import MAX_ROOMS
-from tests.contract.serving import serving
-from tests.waiting import PATIENCE, PATIENT
+from tests.support.app_server import serving
+from tests.support.waiting import PATIENCE, PATIENT
 
 ODD_WORDS = [
     "'; DROP TABLE jobs; --",

@@ -25,9 +25,9 @@ from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.data import prompts
 from pipelines.training.sessions import TrainingSession
-from tests.contract.serving import serving
-from tests.pipelines.shelf import Shelf
-from tests.waiting import PATIENCE
+from tests.support.app_server import serving
+from tests.support.registry_model import Shelf
+from tests.support.waiting import PATIENCE
 
 CONFIGURATION = Path(__file__).parent / "schemathesis.toml"
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.settings import get_settings
 from pipelines.training.export import llama_converter as export_llama_converter
-from tests.pipelines.bench import Bench, train
+from tests.support.job_harness import Bench, train
 
 
 @pytest.fixture(scope="session")

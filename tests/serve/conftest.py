@@ -8,7 +8,7 @@ from cluster import identity
 from cluster.db import Database
 from cluster.settings import get_settings
 from serve.app import create_app
-from tests.serve.house import House
+from tests.support.api_client import House
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 HEAVY = [
     "torch",

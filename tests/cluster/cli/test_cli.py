@@ -1,0 +1,164 @@
+"""The command line itself: light, and plain about what is wrong."""
+
+import asyncio
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.runtime import processes, run_state, supervisor
+from cluster.runtime.run_state import RunState
+from cluster.settings import get_settings
+from tests.support.platform import unused_ports
+from tests.support.waiting import PATIENCE
+
+HEAVY = {"alembic", "fastapi", "httpx", "mlflow", "pydantic", "ray", "sqlalchemy", "torch"}
+
+
+def forgearr(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, in this test's home."""
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> RunState:
+    run = RunState(
+        pid=process.pid,
+        create_time=process.create_time(),
+        version="0.1.0",
+        url="http://127.0.0.1:18080",
+        started_at=datetime.now(UTC),
+        ready=True,
+        ports=ports or [],
+        ray_address="127.0.0.1:16380",
+        mlflow_uri=None,
+    )
+    run_state.save_run(run)
+    return run
+
+
+def stubborn_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A process that does not obey SIGTERM."""
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as output:
+        output.readline()
+    return process
+
+
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, cluster.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
+    code = "import sys; from cluster.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    for command in ("up", "down", "status", "doctor", "logs", "config", "user", "key", "jobs"):
+        assert f" {command} " in done.stdout
+    assert not HEAVY & {name.partition(".")[0] for name in done.stderr.split()}
+
+
+def test_version() -> None:
+    assert forgearr("--version").stdout == "Forgearr 0.1.0\n"
+
+
+def test_an_error_is_one_sentence_without_a_trace(home: Path) -> None:
+    done = forgearr("config", "show", "--set", "serve.prot=1")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    sentence = "Unknown setting 'serve.prot' (set to 1 by command line); docs/settings.md lists those there are.\n"
+    assert done.stderr == sentence
+
+
+def test_config_show_tells_value_and_origin_and_no_secret(home: Path) -> None:
+    key = "a-signing-key-of-more-than-32-characters"
+    result = CliRunner().invoke(app, ["config", "show", "--set", "serve.port=8010", "--set", f"auth.signing_key={key}"])
+    assert result.exit_code == 0
+    shown = [line.rstrip().split(maxsplit=2) for line in result.output.splitlines()]
+    assert ["serve.port", "8010", "command line"] in shown
+    assert ["serve.host", "127.0.0.1", "configs/forgearr.yaml"] in shown
+    assert ["serve.allowed_hosts", "[]", "configs/forgearr.yaml"] in shown
+    assert key not in result.output
+
+
+def test_nothing_runs(home: Path) -> None:
+    result = CliRunner().invoke(app, ["status"])
+    assert result.exit_code == 1
+    assert {line.split()[1] for line in result.output.splitlines()[1:]} == {"stopped"}
+    assert CliRunner().invoke(app, ["down"]).output == "Forgearr is not running.\n"
+
+
+def test_up_twice_says_so(home: Path) -> None:
+    noted_run(psutil.Process())
+    expected = (
+        f"Forgearr is already running at http://127.0.0.1:18080 (process {os.getpid()}); `forgearr down` stops it.\n"
+    )
+    with (run_state.folder() / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for arguments in (["up"], ["up", "--detach"]):
+            done = forgearr(*arguments)
+            assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+    assert run_state.current_url() == "http://127.0.0.1:18080"
+
+
+def test_a_pid_that_was_given_out_again_is_not_ours(home: Path) -> None:
+    run = noted_run(psutil.Process())
+    run_state.save_run(run.model_copy(update={"create_time": run.create_time - 100}))
+    assert run_state.last_run() is not None
+    assert run_state.current_run() is None
+    assert run_state.current_url() == get_settings().url
+
+
+def test_notes_of_another_version_are_not_trusted(home: Path) -> None:
+    (run_state.folder() / "state.json").write_text('{"pid": 1}')
+    assert run_state.last_run() is None
+
+
+def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port: int = listener.getsockname()[1]
+        monkeypatch.setenv("FORGEARR_RAY__PORT", str(port))
+        monkeypatch.setenv("FORGEARR_SERVE__PORT", str(unused_ports(1)[0]))
+        done = forgearr("up")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"Port {port} is taken by process {os.getpid()} ({psutil.Process().name()}): stop that, or choose another one "
+        f"with `forgearr up --set ray.port={port + 10}`.\n"
+    )
+    assert run_state.last_run() is None
+
+
+def test_an_open_door_without_credentials_is_refused(home: Path) -> None:
+    done = forgearr("up", "--set", "serve.host=0.0.0.0", "--set", "auth.required=false")
+    assert done.returncode == 1
+    assert done.stderr.startswith("auth.required is off and serve.host is 0.0.0.0: anyone")
+
+
+def test_down_ends_what_a_killed_supervisor_left_behind(home: Path) -> None:
+    get_settings()
+    mine = processes.marked_environment()
+    orphan = stubborn_process(mine)
+    stranger = stubborn_process({**mine, processes.MARKER_VARIABLE: f"{home}-of-somebody-else"})
+    try:
+        told: list[tuple[str, str]] = []
+        asyncio.run(supervisor.stop(lambda step, detail: told.append((step, detail))))
+        assert told == [("recovered", "ended 1 processes that were left behind")]
+        assert not psutil.pid_exists(orphan.pid)
+        assert stranger.poll() is None
+    finally:
+        for process in (orphan, stranger):
+            process.kill()
+            process.wait()

@@ -1,0 +1,82 @@
+"""The tools of Sonarr and Radarr, with stand-ins that have a memory."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.services.capabilities.collection import AlreadyInCollection, NotInCollection
+from cluster.services.catalog import all_connectors, find_connector
+from cluster.services.connector import Tool
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
+from tests.support.services.fake_arr import ArrStandIn, arr_standing_in, kept_movie, kept_series, movie, queued
+from tests.support.services.fake_services import KEY
+
+
+@pytest.fixture(autouse=True)
+def settings(home: object) -> None:
+    """A client wants to know how long it may wait."""
+
+
+def tools_of(service: str) -> dict[str, Tool]:
+    return {tool.name: tool for tool in find_connector(service).tools}
+
+
+async def use(arr: ArrStandIn, name: str, **arguments: Any) -> Any:
+    tool = tools_of(arr.service)[name]
+    async with Client(Connection("Ours", find_connector(arr.service), arr.url, KEY)).open() as client:
+        return await tool.run(client, tool.arguments.model_validate(arguments))
+
+
+def test_what_changes_something_says_so() -> None:
+    effects = {name: tool.effect for service in ("sonarr", "radarr") for name, tool in tools_of(service).items()}
+    assert {name for name, effect in effects.items() if effect == "destroy"} == {"delete_series", "delete_movie"}
+    changing = {name for name, effect in effects.items() if effect == "change"}
+    assert {name.partition("_for_")[0].partition("_")[0] for name in changing} == {"add", "search"}
+    for connector in all_connectors().values():
+        names = [tool.name for tool in connector.tools]
+        assert len(names) == len(set(names))
+
+
+async def test_a_list_is_told_in_parts() -> None:
+    async with arr_standing_in("radarr", movie=[kept_movie(f"Movie {n}", n, n) for n in range(1, 70)]) as radarr:
+        told = await use(radarr, "list_movies")
+        assert (len(told["movies"]), told["total"]) == (50, 69)
+        told = await use(radarr, "list_movies", query="movie 6", limit=2, offset=1)
+        assert ([row["id"] for row in told["movies"]], told["total"]) == ([60, 61], 11)
+        with pytest.raises(ValidationError):
+            await use(radarr, "list_movies", limit=100_000)
+
+
+async def test_a_movie_is_looked_up_added_searched_for_and_deleted() -> None:
+    async with arr_standing_in("radarr", calendar=[movie("Dune", 438631, 2021, hasFile=False)]) as radarr:
+        radarr.catalogue += [movie("The Matrix", 603), movie("The Matrix Reloaded", 604, 2003)]
+        assert await use(radarr, "search_movies", title="matrix") == [
+            {"title": "The Matrix", "year": 1999, "tmdbId": 603},
+            {"title": "The Matrix Reloaded", "year": 2003, "tmdbId": 604},
+        ]
+        assert (await use(radarr, "add_movie", title="the matrix"))["id"] == 1
+        with pytest.raises(AlreadyInCollection):
+            await use(radarr, "add_movie", tmdb_id=603)
+        assert (await use(radarr, "search_for_movie", movie_id=1))["title"] == "The Matrix"
+        assert await use(radarr, "search_for_missing_movies") == {"command_id": "cmd_2"}
+        assert [command["name"] for command in radarr.commands] == ["MoviesSearch", "MissingMoviesSearch"]
+        assert await use(radarr, "get_calendar") == [{"title": "Dune", "year": 2021, "hasFile": False}]
+        assert await use(radarr, "delete_movie", movie_id=1) == {"deleted": "The Matrix", "files_deleted": False}
+        with pytest.raises(NotInCollection):
+            await use(radarr, "get_movie", movie_id=1)
+
+
+async def test_what_sonarr_says_of_its_work() -> None:
+    kept, show = kept_series("Dune: Prophecy", 367118, 1), {"title": "Dune: Prophecy"}
+    airing = {"id": 1, "title": "High-Handed Enemy", "seasonNumber": 1, "episodeNumber": 6, "series": kept}
+    waiting = queued("Dune.S01E06", 5, seriesId=1, episodeId=1)
+    async with arr_standing_in("sonarr", series=[kept], queue=[waiting], calendar=[airing]) as sonarr:
+        told = await use(sonarr, "get_queue")
+        assert (told["total"], told["queue"][0]["id"], told["queue"][0]["sizeleft"]) == (1, 5, 1e9)
+        (episode,) = await use(sonarr, "get_calendar", days=30)
+        assert episode == {"title": "High-Handed Enemy", "seasonNumber": 1, "episodeNumber": 6, "series": show}
+        assert (await use(sonarr, "get_series", series_id=1))["statistics"]["episodeCount"] == 7
+        assert [profile["name"] for profile in await use(sonarr, "get_quality_profiles")] == ["HD-1080p", "Ultra-HD"]
+        assert [folder["path"] for folder in await use(sonarr, "get_root_folders")] == ["/tv"]

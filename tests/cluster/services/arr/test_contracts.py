@@ -1,0 +1,172 @@
+"""All that is asked of Sonarr and Radarr, against Prism, which knows their official documents and refuses what breaks
+them; and what the documents say is answered, against our tools."""
+
+import json
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.services import health_checks
+from cluster.services.capabilities.download_tracking import TrackingPosition
+from cluster.services.catalog import find_connector
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
+from tests.support.services import real_services
+from tests.support.services.fake_arr import (
+    LONG_AGO,
+    ArrStandIn,
+    arr_standing_in,
+    kept_movie,
+    kept_series,
+    movie,
+    queued,
+    series,
+)
+from tests.support.services.fake_services import KEY
+from tests.support.services.real_services import Running
+from tests.support.services.stub_server import Asked
+from tests.support.waiting import PATIENCE
+
+AGES_AGO = datetime.fromisoformat(LONG_AGO) - timedelta(hours=1)
+HEADERS = {"X-Api-Key": KEY, "Accept": "application/json", "Content-Type": "application/json"}
+ARGUMENTS: dict[str, list[dict[str, Any]]] = {
+    "add_series": [{"tvdb_id": 81189}, {"title": "Dune", "monitored": False, "search_for_missing_episodes": True}],
+    "add_movie": [{"tmdb_id": 603}, {"title": "Dune", "minimum_availability": "announced", "search_for_movie": True}],
+    "get_series": [{"series_id": 1}],
+    "get_movie": [{"movie_id": 1}],
+    "search_for_series": [{"series_id": 1}],
+    "search_for_movie": [{"movie_id": 1}],
+    "search_series": [{"title": "Dune"}],
+    "search_movies": [{"title": "Dune"}],
+    "delete_series": [{"series_id": 1, "delete_files": True}],
+    "delete_movie": [{"movie_id": 1, "delete_files": True}],
+}
+
+
+@pytest.fixture(scope="module", params=["sonarr", "radarr"])
+def service(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def prism(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with real_services.prism(tmp_path_factory.mktemp("prism"), service) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def settings(home: object) -> None:
+    """A client wants to know how long it may wait."""
+
+
+async def use_everything(service: str, url: str, *effects: str) -> set[str]:
+    """Have each tool with such an effect do its work; returns their names."""
+    used: set[str] = set()
+    async with Client(Connection("Ours", find_connector(service), url, KEY)).open() as client:
+        for tool in sorted(find_connector(service).tools, key=lambda tool: tool.effect == "destroy"):
+            if tool.effect in effects:
+                for arguments in ARGUMENTS.get(tool.name, [{}]):
+                    json.dumps(await tool.run(client, tool.arguments.model_validate(arguments)))
+                    used.add(tool.name)
+    return used
+
+
+def stock(arr: ArrStandIn) -> None:
+    if arr.service == "sonarr":
+        arr.keep("series", kept_series("The Wire", 79126, 1))
+        arr.catalogue += [series("Breaking Bad", 81189), series("Dune", 5)]
+    else:
+        arr.keep("movie", kept_movie("Metropolis", 19, 1))
+        arr.catalogue += [movie("The Matrix", 603), movie("Dune", 5)]
+    arr.resources["calendar"] = []
+
+
+@pytest.mark.deep
+async def test_no_request_breaks_the_document(service: str, prism: Running) -> None:
+    async with arr_standing_in(service) as arr:
+        stock(arr)
+        connector = find_connector(service)
+        async with Client(Connection("Ours", connector, arr.url, KEY)).open() as client:
+            await health_checks.get_version(client, connector)
+        used = await use_everything(service, arr.url, "read", "change", "destroy")
+        assert used == {tool.name for tool in find_connector(service).tools}
+    assert {one.method for one in arr.asked} == {"GET", "POST", "DELETE"}
+    await allowed_by(prism, arr.asked)
+
+
+@pytest.mark.deep
+async def test_nothing_that_mends_downloads_breaks_the_document(service: str, prism: Running) -> None:
+    following = find_connector(service).download_tracker
+    assert following
+    assert following.replacement
+    mend, place = following.replacement, TrackingPosition(since=AGES_AGO, at=AGES_AGO)
+    ids, content = (
+        ({"seriesId": 1, "episodeId": 12}, ("series:1", "episode:12"))
+        if service == "sonarr"
+        else ({"movieId": 1}, ("movie:1",))
+    )
+    resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
+    async with arr_standing_in(service, **resources) as arr:
+        stock(arr)
+        download = arr.keep("queue", queued("Dune", 1, **ids))["downloadId"]
+        grabbed = {"eventType": "grabbed", "downloadId": download, "sourceTitle": "Dune", "date": LONG_AGO, **ids}
+        grab = arr.keep("history", grabbed)["id"]
+        async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
+            look = await following.poll(client, place)
+            assert ([one.id for one in look.active], look.finished) == ([download], ())
+            assert await mend.find(client, download) == look.active[0]
+            found = await mend.find_grab(client, download)
+            assert found
+            assert (found.id, found.content, found.failed) == (grab, content, False)
+            await mend.mark_failed(client, grab)
+            (ended,) = (await following.poll(client, place)).finished
+            assert (ended.id, ended.outcome, ended.content) == (download, "failed", content)
+            assert not await mend.searches_automatically(client)
+            assert not await mend.is_searching(client, content, AGES_AGO)
+            await mend.search(client, content)
+            assert await mend.is_searching(client, content, AGES_AGO)
+            assert not await mend.is_searching(client, content, AGES_AGO + timedelta(days=1))  # that is an older one
+            assert not await mend.is_searching(client, tuple(f"{one}0" for one in content), AGES_AGO)
+            assert await mend.remove(client, download, False)
+            assert not await mend.remove(client, download, False)
+            assert await mend.find(client, download) is None
+    await allowed_by(prism, arr.asked)
+
+
+async def allowed_by(prism: Running, asked: Iterable[Asked]) -> None:
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
+        for one in asked:
+            answer = await http.request(one.method, one.path, params=one.query, content=one.body or None)
+            assert answer.is_success, f"{one.method} {one.path} {one.query} {one.body}: {answer.text}"
+
+
+@pytest.mark.deep
+async def test_prism_refuses_what_does_break_it(service: str, prism: Running) -> None:
+    connector = find_connector(service)
+    assert connector.collection
+    path, outer = connector.collection.path, connector.collection.external_id_field
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
+        assert (await http.get(path, params={outer: "x"})).status_code == 422
+        assert (await http.post("/api/v3/command", json={"name": 5})).status_code == 422
+        assert (await http.get("/api/v3/nothing")).status_code == 404
+
+
+async def test_the_stand_in_looks_into_bodies_that_prism_passes(service: str) -> None:
+    """The description of a movie refers to itself, and Prism does not check what is sent as one."""
+    collection = find_connector(service).collection
+    assert collection
+    async with arr_standing_in(service) as arr:
+        async with httpx.AsyncClient(base_url=arr.url, headers=HEADERS, timeout=PATIENCE) as http:
+            answer = await http.post(collection.path, json={"title": "Dune", "colour": "red"})
+            assert (answer.status_code, "colour" in answer.text) == (500, True)
+        assert len(arr.complaints) == 1
+        arr.complaints.clear()
+
+
+@pytest.mark.deep
+async def test_what_the_document_answers_can_be_read(service: str, prism: Running) -> None:
+    used = await use_everything(service, prism.url, "read")
+    assert {"get_queue", "get_calendar", "get_quality_profiles", "get_root_folders"} < used

@@ -1,0 +1,129 @@
+"""Every connector with a likeness of its service: the key travels as it should, and nobody is taken for another."""
+
+import json
+
+import pytest
+
+from cluster.services import health_checks
+from cluster.services.catalog import UnknownServiceType, all_connectors, find_connector
+from cluster.services.errors import ServiceError, Unauthorized, WrongService
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
+from tests.support.services.fake_services import KEY, LIKENESSES
+from tests.support.services.openapi_documents import check_answer
+from tests.support.services.stub_server import page, standing_in
+
+GUARDED = [name for name, likeness in LIKENESSES.items() if likeness.guards]
+
+
+@pytest.fixture(autouse=True)
+def settings(home: object) -> None:
+    """A client wants to know how long it may wait."""
+
+
+async def ask(url: str, name: str, key: str | None) -> str:
+    connector = find_connector(name)
+    connection = Connection("Ours", connector, url, key)
+    try:
+        async with Client(connection).open() as client:
+            return await health_checks.get_version(client, connector)
+    except ServiceError as error:
+        raise await health_checks.diagnose(error, connection, connector) from error
+
+
+def test_every_service_has_a_connector_and_a_likeness() -> None:
+    assert all_connectors().keys() == LIKENESSES.keys()
+    assert all("health" in connector.capabilities for connector in all_connectors().values())
+
+
+def test_a_service_can_do_what_it_says() -> None:
+    for connector in all_connectors().values():
+        can = connector.capabilities
+        assert ("configure" in can) == (connector.settings is not None), connector.type
+        assert ("library" in can) == bool(connector.library or connector.collection), connector.type
+        assert ("history" in can) == bool(connector.downloads or connector.download_tracker), connector.type
+        assert ("web_search" in can) == (connector.search_web is not None), connector.type
+        assert (can > {"health"}) == bool(connector.tools), connector.type
+
+
+def test_a_service_is_known_by_the_names_of_its_brothers() -> None:
+    assert {find_connector(word).type for word in ("overseerr", "Jellyseerr", "SEERR")} == {"overseerr"}
+    with pytest.raises(UnknownServiceType, match="sonarr"):
+        find_connector("sonar")
+
+
+@pytest.mark.parametrize("name", LIKENESSES)
+async def test_a_service_tells_its_version_to_whoever_has_its_key(name: str) -> None:
+    likeness = LIKENESSES[name]
+    async with standing_in(likeness) as server:
+        assert await ask(server.url, name, likeness.key if likeness.guards else None) == likeness.version
+
+
+@pytest.mark.parametrize("name", GUARDED)
+@pytest.mark.parametrize("key", [None, "ada:wrong-key-of-ours"])
+async def test_a_wrong_key_is_told_from_all_else_and_never_shown(name: str, key: str | None) -> None:
+    async with standing_in(LIKENESSES[name]) as server:
+        with pytest.raises(ServiceError) as refused:
+            await ask(server.url, name, key)
+    assert refused.value.code == "SERVICE_UNAUTHORIZED"
+    assert "wrong-key" not in refused.value.message
+
+
+@pytest.mark.parametrize("name", LIKENESSES)
+async def test_no_service_is_taken_for_another(name: str) -> None:
+    """Whatever answers at the address of one, with the key of that or not: what it is, is said where it shows."""
+    for other, likeness in LIKENESSES.items():
+        if other == name:
+            continue
+        async with standing_in(likeness) as server:
+            with pytest.raises(ServiceError) as refused:
+                await ask(server.url, name, likeness.key if likeness.guards else None)
+        assert refused.value.code in {"WRONG_SERVICE", "SERVICE_UNAUTHORIZED", "SERVICE_BAD_RESPONSE"}, other
+        if likeness.title:
+            assert isinstance(refused.value, WrongService), other
+            assert find_connector(other).title in refused.value.message
+
+
+async def test_radarr_at_the_address_of_sonarr_is_told_by_its_own_word() -> None:
+    async with standing_in(LIKENESSES["radarr"]) as server:
+        with pytest.raises(WrongService, match=r"^Radarr answers at the address of Ours, not Sonarr\.$"):
+            await ask(server.url, "sonarr", KEY)
+
+
+async def test_the_page_of_whatever_else_is_there_does_not_hear_the_key() -> None:
+    async with standing_in(lambda asked: page("Login - Sonarr", 200 if asked.path == "/" else 404)) as server:
+        with pytest.raises(WrongService, match="Sonarr answers"):
+            await ask(server.url, "radarr", KEY)
+    front = [asked for asked in server.asked if asked.path == "/"]
+    assert len(front) == 1
+    assert KEY not in json.dumps(front[0].headers)
+    assert front[0].headers["accept"] == "text/html"
+
+
+async def test_a_login_is_ended_too() -> None:
+    async with standing_in(LIKENESSES["qbittorrent"]) as server:
+        await ask(server.url, "qbittorrent", LIKENESSES["qbittorrent"].key)
+    assert [asked.path.rpartition("/")[2] for asked in server.asked] == ["login", "buildInfo", "version", "logout"]
+    assert server.asked[-1].headers["cookie"] == "SID=session"
+
+
+async def test_qbittorrents_own_keys_need_no_login() -> None:
+    likeness = LIKENESSES["qbittorrent"]
+    async with standing_in(likeness.answer) as server:
+        assert await ask(server.url, "qbittorrent", "qbt_" + 28 * "x") == likeness.version
+    assert {asked.headers["authorization"] for asked in server.asked} == {"Bearer qbt_" + 28 * "x"}
+
+
+async def test_a_key_that_no_header_can_carry_is_a_wrong_one() -> None:
+    async with standing_in(LIKENESSES["qbittorrent"].answer) as server:
+        with pytest.raises(Unauthorized):
+            await ask(server.url, "qbittorrent", "qbt_ключ")
+
+
+@pytest.mark.parametrize("name", ["sonarr", "radarr"])
+async def test_likenesses_are_what_the_official_documents_say(name: str) -> None:
+    path = "/api/v3/system/status"
+    async with standing_in(LIKENESSES[name]) as server:
+        client = Client(Connection("Ours", find_connector(name), server.url, KEY))
+        async with client.open():
+            check_answer(name, path, await client.get(path))

@@ -1,0 +1,86 @@
+"""Connectors with the real thing: Debian's SABnzbd and Prometheus, each with a folder of its own."""
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.services import health_checks
+from cluster.services.catalog import find_connector
+from cluster.services.errors import Refused, ServiceError, Unauthorized
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
+from tests.support.services import news_server, real_services
+from tests.support.services.real_services import Running
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture(scope="module")
+def sabnzbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with real_services.prometheus(tmp_path_factory.mktemp("prometheus")) as running:
+        yield running
+
+
+async def ask(name: str, url: str, key: str | None = None) -> str:
+    connector = find_connector(name)
+    async with Client(Connection("Ours", connector, url, key)).open() as client:
+        return await health_checks.get_version(client, connector)
+
+
+async def test_sabnzbd_tells_its_version(sabnzbd: Running) -> None:
+    url, key = sabnzbd.url, sabnzbd.key
+    assert (await ask("sabnzbd", url, key))[:2] in {"3.", "4.", "5."}
+    assert await ask("sabnzbd", f"{url}/sabnzbd", key) == await ask("sabnzbd", url, key)
+
+
+@pytest.mark.parametrize(("key", "words"), [(None, "API Key Required"), ("wrong", "API Key Incorrect")])
+async def test_sabnzbd_wants_its_key(sabnzbd: Running, key: str | None, words: str) -> None:
+    with pytest.raises(Unauthorized, match=words):
+        await ask("sabnzbd", sabnzbd.url, key)
+
+
+async def test_sabnzbds_errors_come_with_status_200(sabnzbd: Running) -> None:
+    url, key = sabnzbd.url, sabnzbd.key
+    async with Client(Connection("Ours", find_connector("sabnzbd"), url, key)).open() as client:
+        with pytest.raises(Refused, match="item does not exist"):
+            await client.get("/api", mode="retry", output="json", value="SABnzbd_nzo_none")
+
+
+async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: Running) -> None:
+    sonarr = find_connector("sonarr")
+    connection = Connection("Ours", sonarr, sabnzbd.url, "0123456789")
+    with pytest.raises(ServiceError) as refused:
+        await ask("sonarr", sabnzbd.url, "0123456789")
+    explained = await health_checks.diagnose(refused.value, connection, sonarr)
+    assert explained.message == "SABnzbd answers at the address of Ours, not Sonarr."
+
+
+@pytest.mark.deep
+async def test_prometheus_tells_its_version_and_its_errors(prometheus: Running) -> None:
+    assert (await ask("prometheus", prometheus.url))[0] in "23"
+    async with Client(Connection("Ours", find_connector("prometheus"), prometheus.url)).open() as client:
+        with pytest.raises(Refused, match="parse error"):
+            await client.get("/api/v1/query", query="up{")
+        assert (await client.get("/api/v1/query", query="1 + 1"))["result"][1] == "2"
+
+
+def test_downloads_complete_and_fail(sabnzbd: Running) -> None:
+    content = secrets.token_bytes(300_000)
+    with news_server.usenet() as news:
+        news_server.subscribe(sabnzbd, news)
+        whole = news_server.download(sabnzbd, news.post("film.mkv", content), "Whole")
+        done = news_server.ended(sabnzbd, whole)
+        lost = news_server.ended(
+            sabnzbd, news_server.download(sabnzbd, news.post("film.mkv", content[1:], lost=4), "Lost")
+        )
+    assert (done["status"], Path(done["storage"]).read_bytes()) == ("Completed", content)
+    assert (lost["status"], lost["retry"]) == ("Failed", 1)
+    assert "Not on your server" in lost["fail_message"]

@@ -1,0 +1,42 @@
+"""Searching the web with the real thing: Debian's searx, whose only engine is ours."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.services import health_checks
+from cluster.services.catalog import find_connector
+from cluster.services.errors import BadResponse
+from cluster.services.http.client import Client
+from cluster.services.http.connection import Connection
+from cluster.services.web_search import SearchResult
+from tests.support.services import real_services
+from tests.support.services.stub_server import standing_in, telling
+
+pytestmark = pytest.mark.usefixtures("home")
+
+FOUND = [{"title": "A guide", "url": "https://guide.example/a"}, {"title": "B", "url": "ftp://guide.example/b"}]
+
+
+@pytest.mark.deep
+async def test_it_finds_pages(tmp_path: Path) -> None:
+    connector = find_connector("searxng")
+    assert connector.search_web
+    async with standing_in(lambda asked: telling({"results": FOUND})) as engine:
+        with real_services.searx(tmp_path, engine.url) as running:
+            async with Client(Connection("Ours", connector, running.url)).open() as client:
+                assert await health_checks.get_version(client, connector)
+                found = await connector.search_web(client, "what is 1 & 1?")
+    assert found == [SearchResult("A guide", "https://guide.example/a", "A guide")]
+    assert engine.asked[0].query["q"] == "what is 1 & 1?"
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"results": None}, {"results": [{"title": "no address"}]}])
+async def test_answers_that_make_no_sense(answer: object) -> None:
+    connector = find_connector("searxng")
+    assert connector.search_web
+    async with standing_in(lambda asked: telling(answer)) as server:
+        async with Client(Connection("Ours", connector, server.url)).open() as client:
+            with pytest.raises(BadResponse, match="something unexpected"):
+                await connector.search_web(client, "x")
+        assert client.failures == 1

@@ -1,0 +1,99 @@
+"""Four layers of settings, and sentences for what is wrong with one."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import SettingsError
+from cluster.settings import LoadedSettings, load_settings
+
+SIGNING_KEY = "a-signing-key-of-more-than-32-characters"
+
+
+@pytest.fixture(autouse=True)
+def own_file(home: Path) -> Path:
+    home.mkdir()
+    return home / "forgearr.yaml"
+
+
+def row(loaded: LoadedSettings, setting: str) -> tuple[str, str]:
+    return next((value, origin) for key, value, origin in loaded.rows() if key == setting)
+
+
+def test_the_home_is_private(home: Path) -> None:
+    home.rmdir()
+    load_settings()
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+def test_each_layer_wins_over_the_one_before(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert row(load_settings(), "serve.port") == ("8000", "configs/forgearr.yaml")
+    own_file.write_text("serve:\n  port: 8001\n")
+    assert row(load_settings(), "serve.port") == ("8001", str(own_file))
+    monkeypatch.setenv("FORGEARR_SERVE__PORT", "8002")
+    assert row(load_settings(), "serve.port") == ("8002", "environment variable FORGEARR_SERVE__PORT")
+    assert row(load_settings(["serve.port=8003"]), "serve.port") == ("8003", "command line")
+
+
+def test_values_of_the_environment_are_read_as_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
+    monkeypatch.setenv("FORGEARR_SERVE__ALLOWED_HOSTS", "[forge.example, forge.lan]")
+    settings = load_settings(["mlflow.enabled=false"]).settings
+    assert settings.auth.required is True
+    assert settings.serve.allowed_hosts == ["forge.example", "forge.lan"]
+    assert settings.mlflow.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("serve.prot=1", "Unknown setting 'serve.prot' (set to 1 by command line)"),
+        ("server.port=1", "Unknown setting 'server.port' (set to 1 by command line)"),
+        ("serve.port=many", "Setting 'serve.port' cannot be 'many' (from command line)"),
+        ("serve.port=70000", "Setting 'serve.port' cannot be 70000 (from command line)"),
+        ("logs.level=LOUD", "Setting 'logs.level' cannot be 'LOUD' (from command line)"),
+        ("serve.port", "--set takes key=value, not 'serve.port'"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        load_settings([override])
+    assert raised.value.message.startswith(sentence)
+    assert "\n" not in raised.value.message
+
+
+def test_a_file_that_is_not_yaml_is_named(own_file: Path) -> None:
+    own_file.write_text("serve: [")
+    with pytest.raises(SettingsError, match=f"^{own_file} is not valid YAML"):
+        load_settings()
+
+
+def test_secrets_are_never_shown() -> None:
+    loaded = load_settings([f"auth.signing_key={SIGNING_KEY}", "database.url=postgresql://ada:hunter22@db.lan/forge"])
+    shown = "\n".join(value for _, value, _ in loaded.rows())
+    assert SIGNING_KEY not in shown
+    assert "hunter22" not in shown
+    assert "postgresql://ada:********@db.lan/forge" in shown
+
+
+@pytest.mark.parametrize("weak", ["changeme", "secret", "short"])
+def test_a_weak_signing_key_is_refused_without_being_repeated(weak: str) -> None:
+    with pytest.raises(SettingsError, match="at least 32 characters") as raised:
+        load_settings([f"auth.signing_key={weak}"])
+    assert f"'{weak}'" not in raised.value.message
+
+
+def test_what_depends_on_the_bind() -> None:
+    local, open_bind = load_settings().settings, load_settings(["serve.host=0.0.0.0"]).settings
+    assert (local.auth_required, local.registration_open, local.limits_enabled) == (False, True, False)
+    assert (open_bind.auth_required, open_bind.registration_open, open_bind.limits_enabled) == (True, False, True)
+    assert open_bind.url == "http://127.0.0.1:8000"
+
+
+@pytest.mark.usefixtures("home")
+def test_a_trusted_proxy_is_an_address_or_a_network() -> None:
+    loaded = load_settings(["serve.trusted_proxies=[192.0.2.1, 10.0.0.0/8]"])
+    assert loaded.settings.serve.trusted_proxies == ["192.0.2.1/32", "10.0.0.0/8"]
+    for wrong in ("proxy.example", "10.0.0.1/8", "'; reboot"):
+        with pytest.raises(SettingsError, match=r"serve\.trusted_proxies"):
+            load_settings([f'serve.trusted_proxies=["{wrong}"]'])

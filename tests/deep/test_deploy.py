@@ -1,0 +1,117 @@
+"""Switching the served version of a model on a whole platform, while people go on asking it."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import httpx
+import pytest
+
+from cluster import mlflow_client
+from tests.support.fake_ollama import OllamaServer, running_ollama
+from tests.support.platform import Platform, running_platform
+from tests.support.registry_model import Shelf
+from tests.support.small_models import write_parrot
+from tests.support.waiting import PATIENCE, eventually
+
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
+
+FIRST, SECOND = "I am the first version.", "I am the second version."
+ASKERS = 6
+
+
+@pytest.fixture(scope="module")
+def ollama() -> Iterator[OllamaServer]:
+    with running_ollama() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def platform(ollama: OllamaServer) -> Iterator[Platform]:
+    with running_platform({"ollama.url": ollama.url}) as platform:
+        yield platform
+
+
+@pytest.fixture
+def name(home: Path, platform: Platform, tmp_path: Path) -> str:
+    """A model with two versions, each of which says which one it is."""
+
+    async def register() -> str:
+        async with mlflow_client.connect(platform.mlflow_url) as mlflow:
+            shelf = Shelf(mlflow, tmp_path)
+            for number, text in enumerate((FIRST, SECOND), 1):
+                await shelf.register(write_parrot(tmp_path / f"{number}.gguf", text).read_bytes())
+                await shelf.registry.set_validation(shelf.name, number, True)
+            return shelf.name
+
+    platform.wait_for_mlflow()
+    return asyncio.run(register())
+
+
+def test_nobody_notices_a_switch_but_by_the_answers(platform: Platform, ollama: OllamaServer, name: str) -> None:
+    platform.cli("deploy", name, "1")
+    assert ask(platform, name) == FIRST
+    ended = Event()
+
+    def keep_asking(streamed: bool) -> list[str]:
+        heard: list[str] = []
+        while not ended.is_set():
+            heard.append(ask(platform, f"{name}:latest", streamed=streamed))
+        return heard
+
+    with ThreadPoolExecutor(ASKERS) as threads:
+        asking = [threads.submit(keep_asking, number % 2 == 0) for number in range(ASKERS)]
+        try:
+            for move, expected in (
+                (("deploy", name, "2"), SECOND),
+                (("rollback", name), FIRST),
+                (("deploy", name, "2"), SECOND),
+            ):
+                platform.cli(*move)
+                eventually(lambda expected=expected: ask(platform, name) == expected)
+                assert {ask(platform, name) for _ in range(10)} == {expected}
+            assert platform.http.delete(f"/api/v1/models/{name}/versions/1").status_code == httpx.codes.NO_CONTENT
+            assert {ask(platform, name) for _ in range(10)} == {SECOND}
+        finally:
+            ended.set()
+        heard = [answer for asker in asking for answer in asker.result()]
+    assert set(heard) == {FIRST, SECOND}
+    assert len(heard) > 10 * ASKERS
+    assert ollama.models[f"{name}:latest"] == ollama.models[f"{name}:v2"]
+    shown = platform.http.get(f"/api/v1/models/{name}").json()
+    assert (shown["served_version"], [version["version"] for version in shown["versions"]]) == (2, [2])
+
+
+def test_a_file_that_no_engine_can_load_is_never_served(platform: Platform, name: str, tmp_path: Path) -> None:
+    async def register_rubbish() -> None:
+        async with mlflow_client.connect(platform.mlflow_url) as mlflow:
+            shelf = Shelf(mlflow, tmp_path)
+            shelf.name = name
+            await shelf.register(b"GGUF, or so it says")
+
+    platform.cli("deploy", name, "1")
+    asyncio.run(register_rubbish())
+    unforced = platform.cli("deploy", name, "3", check=False)
+    assert (unforced.returncode, unforced.stdout) == (1, "")
+    assert "never validated" in unforced.stderr
+    failed = platform.cli("deploy", name, "3", "--force", check=False)
+    assert failed.returncode == 1
+    assert "failed" in failed.stdout
+    assert ask(platform, name) == FIRST
+    assert platform.http.get(f"/api/v1/models/{name}").json()["served_version"] == 1
+
+
+def ask(platform: Platform, model: str, *, streamed: bool = False) -> str:
+    """The answer to a question, each over a connection of its own; anything but an answer fails."""
+    question = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
+    answer = httpx.post(f"{platform.url}/v1/chat/completions", json={**question, "stream": streamed}, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    if not streamed:
+        return answer.json()["choices"][0]["message"]["content"]
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    chunks = [json.loads(line) for line in lines]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)

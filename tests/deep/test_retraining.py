@@ -1,0 +1,117 @@
+"""A repository that changes retrains its own model: real commits, a real hook, a platform that dies on the way."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.platform import Platform, running_platform
+from tests.support.sample_repo import AT_FIRST, LATER, Household
+from tests.support.waiting import eventually
+
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
+
+FILE, FUNCTION = "doors.py", "lock_at_ten"
+TRAINING: dict[str, Any] = {
+    "tuning": "full",
+    "epochs": 40,
+    "learning_rate": 0.002,
+    "batch_size": 4,
+    "max_length": 128,  # of whole functions; changes of whole files are longer
+    "cpus_per_worker": 2,
+}
+HARDLY = {"tuning": "full", "max_steps": 1}
+POLICY = {"min_files": len(LATER), "min_hours": "null"}
+STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
+
+
+@pytest.fixture(scope="module")
+def household(tmp_path_factory: pytest.TempPathFactory) -> Household:
+    household = Household(tmp_path_factory.mktemp("projects") / "household")
+    household.commit(AT_FIRST)
+    return household
+
+
+@pytest.fixture(scope="module")
+def platform(household: Household) -> Iterator[Platform]:
+    settings = {"guardian.roots": f"[{household.folder.parent}]", "guardian.watch_cron": "0 0 1 1 *"}
+    with running_platform(settings) as platform:
+        yield platform
+
+
+def test_a_repository_that_changes_retrains_its_model(platform: Platform, household: Household) -> None:
+    chosen = {f"training.{key}": value for key, value in HARDLY.items()}
+    chosen |= {f"policy.{key}": value for key, value in POLICY.items()}
+    options = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+    platform.cli("repo", "add", str(household.folder), *options)
+    first = ended(platform, plans(platform, 1)[0])
+    assert first["state"] == "succeeded", first["error"]
+    assert (first["result"]["promoted"], served(platform)) == (True, 1)
+    told = LATER[FILE][FUNCTION]
+    assert told not in ask(platform)
+
+    platform.http.patch("/api/v1/repos/household", json={"training": TRAINING}).raise_for_status()
+    platform.cli("hook", "install", str(household.folder))
+    household.commit(LATER, platform.environment)
+    second = plans(platform, 2)[0]
+    eventually(lambda: step(platform, second, "fine_tune", "running"))
+    platform.cut_the_power()
+    platform.up()
+    after = ended(platform, second)
+    assert after["state"] == "succeeded", after["error"]
+    assert after["result"]["promoted"], after["result"]["reason"]
+    assert [child["kind"] for child in children(platform, second)] == STEPS  # none of them twice
+    assert step(platform, second, "extract_data")["attempt"] == 1
+    assert after["result"]["commit"] == household.git("rev-parse", "HEAD")
+    assert served(platform) == 2
+    assert told in ask(platform)
+
+    platform.http.patch("/api/v1/repos/household", json={"training": HARDLY}).raise_for_status()
+    platform.cli("repo", "retrain", "household", "--force")
+    third = ended(platform, plans(platform, 3)[0])
+    assert third["state"] == "succeeded", third["error"]
+    assert (third["result"]["promoted"], third["result"]["deploy"]) == (False, None)
+    assert (third["result"]["version"], served(platform)) == (3, 2)
+    assert told in ask(platform)
+
+
+def plans(platform: Platform, count: int) -> list[str]:
+    """The plans there are, the newest first, as soon as there are so many; there must not be more."""
+
+    def look() -> list[str] | None:
+        found = platform.http.get("/api/v1/jobs", params={"kind": "retrain"}).json()["items"]
+        return [job["id"] for job in found] if len(found) >= count else None
+
+    found = eventually(look)
+    assert len(found) == count
+    return found
+
+
+def ended(platform: Platform, plan: str) -> dict[str, Any]:
+    return platform.wait_for(plan)
+
+
+def children(platform: Platform, plan: str) -> list[dict[str, Any]]:
+    found = platform.http.get("/api/v1/jobs", params={"parent_id": plan, "limit": 100}).json()["items"]
+    return sorted(found, key=lambda job: job["created_at"])
+
+
+def step(platform: Platform, plan: str, kind: str, state: str | None = None) -> Any:
+    found = [job for job in children(platform, plan) if job["kind"] == kind and state in (None, job["state"])]
+    return found[0] if found else None
+
+
+def served(platform: Platform) -> int:
+    return platform.http.get("/api/v1/models/household").json()["served_version"]
+
+
+def ask(platform: Platform) -> str:
+    question = {
+        "model": "household",
+        "messages": [{"role": "user", "content": f"What does the function `{FUNCTION}` do?"}],
+        "max_tokens": 60,
+        "temperature": 0,
+    }
+    answer = platform.http.post("/v1/chat/completions", json=question)
+    assert answer.is_success, answer.text
+    return answer.json()["choices"][0]["message"]["content"]

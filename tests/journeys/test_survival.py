@@ -1,0 +1,116 @@
+"""Kill any process, lose nothing: with real processes and kill -9."""
+
+import signal
+import sqlite3
+from collections import Counter
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from tests.support.platform import Platform, running_platform
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.platform
+
+STEPS = 6
+
+
+@pytest.fixture
+def platform() -> Generator[Platform]:
+    settings = {"jobs.lease_seconds": "6", "jobs.slots": "32", "jobs.max_losses": "9", "mlflow.enabled": "false"}
+    with running_platform(settings) as platform:
+        yield platform
+
+
+def test_jobs_survive_the_death_of_a_worker_and_of_the_dispatcher(platform: Platform) -> None:
+    jobs: list[str] = []
+    for part in ("ray::Worker", "ray::Dispatcher"):
+        platform.keep_busy(jobs, {"steps": STEPS, "seconds": 2, "payload": "precious"})
+        platform.processes(part)[0].kill()
+    _assert_all_were_done(platform, jobs)
+
+
+@pytest.mark.deep
+def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
+    spec = {"steps": STEPS, "seconds": 12, "payload": "precious"}
+    jobs: list[str] = []
+    for part in ("ray::Worker", "ray::Dispatcher", "ray::Events", "ray::ServeReplica", "everything"):
+        platform.keep_busy(jobs, spec)
+        if part == "everything":
+            platform.cut_the_power()
+            platform.up()
+        elif part == "ray::Worker":
+            platform.processes(part)[0].kill()
+        else:
+            platform.kill(part)
+        half = len(jobs) // 2
+        eventually(lambda least=half: platform.count("succeeded") >= least)
+
+    _assert_all_were_done(platform, jobs)
+
+
+@pytest.mark.deep
+def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> None:
+    for _ in range(10):
+        job_id = platform.submit(spec={"steps": 40, "seconds": 8})
+        eventually(lambda job_id=job_id: platform.job(job_id)["progress"] > 5)
+        frozen = eventually(lambda: _freeze_workers(platform))
+        if platform.job(job_id)["state"] == "running":
+            break
+        platform.kill("ray::Worker", signal.SIGCONT)
+    else:
+        pytest.fail("each of ten jobs was over before its worker was frozen")
+    holder = _events(platform, job_id, "running")[0]["data"]["worker"]
+    # Both warm workers are frozen now: the job must be taken from its holder and given to a new process.
+    eventually(lambda: len(_events(platform, job_id, "running")) > 1)
+    job = platform.wait_for(job_id, "succeeded")
+    for pid in frozen:
+        for process in platform.processes("ray::Worker"):
+            if process.pid == pid:
+                process.send_signal(signal.SIGCONT)
+    eventually(lambda: not {process.pid for process in platform.processes("ray::Worker")} & set(frozen))
+    after = platform.job(job_id)
+    assert after["result"] == job["result"] == {"payload": None, "executed": list(range(40))}
+    assert after["finished_at"] == job["finished_at"]
+    events = _events(platform, job_id)
+    _assert_told_once(events)
+    assert next(event["data"]["worker"] for event in events if event["type"] == "running") == holder
+
+
+def _freeze_workers(platform: Platform) -> list[int] | None:
+    """Freeze them, but not within a transaction: SQLite's lock would be frozen with them, and everybody with it."""
+    frozen = platform.kill("ray::Worker", signal.SIGSTOP)
+    with closing(sqlite3.connect(platform.home / "forgearr.db", timeout=1, isolation_level=None)) as database:
+        try:
+            database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            platform.kill("ray::Worker", signal.SIGCONT)
+            return None
+    return frozen
+
+
+def _assert_all_were_done(platform: Platform, jobs: list[str]) -> None:
+    for job_id in jobs:
+        assert platform.wait_for(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
+        _assert_told_once(_events(platform, job_id))
+
+
+def _assert_told_once(events: list[dict[str, Any]]) -> None:
+    """One outcome; and no step that was checkpointed was executed, and so checkpointed, again."""
+    kinds = Counter(event["type"] for event in events)
+    assert kinds["succeeded"] == 1
+    steps = [event["data"]["state"][-1] for event in events if event["type"] == "checkpoint"]
+    assert steps == sorted(set(steps)), steps
+
+
+def _events(platform: Platform, job_id: str, only: str | None = None) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    after: int | None = 0
+    while after is not None:
+        answer = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500})
+        assert answer.status_code == 200, answer.text
+        found += answer.json()["items"]
+        after = answer.json()["next_after"]
+    return [event for event in found if only in (None, event["type"])]

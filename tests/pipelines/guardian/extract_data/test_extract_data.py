@@ -1,0 +1,475 @@
+"""Real repositories, from git to datasets: what is learned, what is held out, and what is never in either."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from cluster.db import Database
+from cluster.settings import get_settings
+from jobs.context import Context, StopJob
+from jobs.leases import Claim
+from jobs.registry import Resources
+from jobs.tables import Job
+from pipelines.guardian.extract_data import cache as extraction_cache
+from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
+from pipelines.guardian.extract_data import split
+from pipelines.guardian.extract_data.job import ExtractSpec, NothingToExtract, extract_data
+from pipelines.guardian.extract_data.pipeline import ExtractionResult, Limits, Report
+from pipelines.guardian.git.repo import RepoReader, open_folder
+from pipelines.guardian.repositories import Repository
+from pipelines.training.data import datasets
+from pipelines.training.data.datasets import Dataset
+from pipelines.training.data.parsing import parse_samples, to_json_line
+from tests.support.git_repos import commit_files, git, new_repository
+
+LIMITS = Limits(held_out=0.2, characters=4000, file_bytes=100_000, commits=100)
+AWS_KEY, PASSWORD, TOKEN = (
+    "AKIA" + "Q3EGSNPL5NHYD2K7",
+    "hunter2-is-not-it",
+    "ghp_" + "x8Kd03jfM2qPz7vTbN4sLw9RcY6hAe1uGo5i",
+)
+
+Sample = dict[str, Any]
+Extract = Callable[..., ExtractionResult]
+
+
+def module(name: str, extra: str = "") -> str:
+    return f'''"""Everything about {name}s."""
+
+
+def make_{name}(size):
+    """Makes a {name} of this size."""
+    {name} = allocate("{name}", size)
+    {name}.fill(size)
+    return {name}
+{extra}'''
+
+
+NAMES = ("apple", "bench", "cloud", "dress", "eagle", "fence", "grape", "house", "igloo", "jewel", "kayak", "lemon")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # A change is held out by its hash, of which the date is a part: they shall be the same ones every time.
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_DATE", "2026-01-01T12:00:00Z")
+    folder = new_repository(tmp_path / "repository")
+    commit_files(folder, "Begin with all of the modules", {f"src/{name}.py": module(name) for name in NAMES})
+    return folder
+
+
+def unheard(part: float, phase: str) -> None:
+    assert 0 <= part <= 1
+    assert phase
+
+
+@pytest.fixture
+def extract(folder: Path, tmp_path: Path) -> Extract:
+    def run(
+        limits: Limits = LIMITS, cache: str = "cache.sqlite", report: Report = unheard, processes: int = 1
+    ) -> ExtractionResult:
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        with open_folder(folder) as checkout:
+            return extract_data_pipeline.extract(
+                checkout, checkout.tip().sha, out, tmp_path / cache, limits, report, processes
+            )
+
+    return run
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The blobs that are read from now on."""
+    read: list[str] = []
+    original = RepoReader.read
+
+    def remember(checkout: RepoReader, blob: str) -> bytes:
+        read.append(blob)
+        return original(checkout, blob)
+
+    monkeypatch.setattr(RepoReader, "read", remember)
+    return read
+
+
+def samples(done: ExtractionResult) -> tuple[list[Sample], list[Sample]]:
+    train, held_out = done.written.train, done.written.held_out
+    return (_read(train.path) if train else []), (_read(held_out.path) if held_out else [])
+
+
+def everything(done: ExtractionResult) -> list[Sample]:
+    train, held_out = samples(done)
+    return train + held_out
+
+
+def answer(sample: Sample) -> str:
+    return sample["messages"][1]["content"]
+
+
+def question(sample: Sample) -> str:
+    return sample["messages"][0]["content"]
+
+
+def paths(several: list[Sample]) -> set[str]:
+    return {one["source"]["path"] for one in several if "path" in one["source"]}
+
+
+def _read(path: Path) -> list[Sample]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_samples_written_in_the_one_way(extract: Extract, folder: Path) -> None:
+    done = extract()
+    assert done.written.train is not None
+    lines = done.written.train.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == done.written.train.samples
+    assert [to_json_line(sample) for sample in parse_samples(lines, "test")] == lines
+    head = git(folder, "rev-parse", "HEAD")
+    assert {json.loads(line)["source"]["commit"] for line in lines} == {head}
+
+
+def test_every_example_says_where_it_is_from(extract: Extract, folder: Path) -> None:
+    for sample in everything(extract()):
+        source = sample["source"]
+        if source["kind"] != "code":
+            continue
+        first, last = source["lines"]
+        lines = (folder / source["path"]).read_text().split("\n")[first - 1 : last]
+        assert answer(sample) == "```python\n" + "\n".join(lines) + "\n```"
+
+
+def test_files_are_on_one_side_only(extract: Extract) -> None:
+    train, held_out = samples(extract())
+    assert paths(train) | paths(held_out) == {f"src/{name}.py" for name in NAMES}
+    assert paths(train).isdisjoint(paths(held_out))
+    assert paths(held_out)
+
+
+def test_the_same_files_are_held_out_when_others_come(extract: Extract, folder: Path) -> None:
+    _, before = samples(extract())
+    commit_files(folder, "Add some more of the modules", {f"src/new{name}.py": module(f"new{name}") for name in NAMES})
+    train, after = samples(extract())
+    assert paths(before) <= paths(after)
+    assert paths(before).isdisjoint(paths(train))
+
+
+def test_what_is_held_out_is_nowhere_in_what_is_learned(extract: Extract, folder: Path) -> None:
+    """Copies of files, and the changes that made them, would tell it."""
+    _, before = samples(extract())
+    copied = sorted(paths(before))[0]
+    copies: dict[str, str | bytes] = {
+        f"copies/{number}/{Path(copied).name}": (folder / copied).read_text() for number in range(10)
+    }
+    commit_files(folder, "Copy a module to ten places", copies)
+    text = (folder / copied).read_text()
+    commit_files(folder, "Change what is held out a bit", {copied: text.replace("fill", "fill_up")})
+    done = extract()
+    train, held_out = samples(done)
+    held_answers = {answer(one) for one in held_out}
+    assert any(copied in (one["source"].get("path") or "") for one in held_out)
+    assert held_answers.isdisjoint(answer(one) for one in train)
+    assert not [
+        one for one in train if one["source"]["kind"] == "commit" and f"b/{copied}" in one["messages"][0]["content"]
+    ]
+    assert done.skipped["commit_across_split"] >= 1
+
+
+def test_a_question_is_asked_once_and_names_the_file_where_it_must(extract: Extract, folder: Path) -> None:
+    start = 'def start():\n    """Starts the engine of {0}."""\n    engine = {0}()\n    return engine\n'
+    commit_files(folder, "Add two functions of one name", {f"src/{one}.py": start.format(one) for one in "ab"})
+    told = everything(extract())
+    assert len({question(one) for one in told}) == len(told)
+    for kind, answers in (("purpose", "Starts the engine"), ("code", "def start")):
+        about = [one for one in told if one["source"]["kind"] == kind and answers in answer(one)]
+        assert len(about) == 2
+        assert all(f"`{one['source']['path']}`" in question(one) for one in about)
+    # Where it is can't be asked without saying it.
+    assert not [one for one in told if one["source"]["kind"] == "where" and "`start`" in answer(one)]
+
+
+def test_one_file_is_learned_and_nothing_is_held_out(tmp_path: Path) -> None:
+    folder = new_repository(tmp_path / "one")
+    commit_files(folder, "wip", {"only.py": module("only")})
+    with open_folder(folder) as checkout:
+        done = extract_data_pipeline.extract(
+            checkout, checkout.tip().sha, tmp_path, tmp_path / "cache", LIMITS, unheard
+        )
+    assert done.written.train is not None
+    assert done.written.held_out is None
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_at_least_one_of_two_files_is_held_out_and_one_is_not(share: float) -> None:
+    for number in range(50):
+        assert len(split.choose_held_out([f"a{number}", f"b{number}"], share)) == 1
+    assert split.choose_held_out(["a", "b"], 0) == set()
+
+
+def test_no_secret_is_learned_shown_or_kept(extract: Extract, folder: Path, tmp_path: Path) -> None:
+    secret = f'\n\ndef connect():\n    key = "{AWS_KEY}"\n    client = open_client(key)\n    return client\n'
+    shown = f'\n\ndef login():\n    """Logs in by {PASSWORD} as all do."""\n    password = "{PASSWORD}"\n'
+    guide = f"# Guide\n\nUse this key for all that you do here:\n\n```sh\nexport API_KEY={TOKEN}\n```\n"
+    files: dict[str, str | bytes] = {
+        "src/apple.py": module("apple", secret),
+        "src/bench.py": module("bench", shown),
+        "docs/guide.md": guide,
+        "certificates.md": f"# Certificates\n\nThis is the key that everybody uses here:\n\n{PRIVATE_KEY}\n",
+    }
+    commit_files(folder, f"Connect by the token {TOKEN} for now", files)
+    done = extract()
+    assert {"AWS Access Key", "Secret Keyword", "GitHub Token", "Private Key"} <= done.secrets.keys()
+    assert {leak.get("path") for leak in done.leaks} >= files.keys()
+    line = module("apple", secret).split("\n").index(f'    key = "{AWS_KEY}"') + 1
+    assert {"path": "src/apple.py", "line": line, "kind": "AWS Access Key"} in done.leaks
+    told = json.dumps(everything(done)) + json.dumps(done.leaks) + repr(done)
+    stored = (tmp_path / "cache.sqlite").read_bytes()
+    for value in (AWS_KEY, PASSWORD, TOKEN, "MIIEpAIBAAKCAQEA"):
+        assert value not in told
+        assert value.encode() not in stored
+    # What has no secret in it is still learned.
+    assert any("def make_apple" in answer(one) for one in everything(done))
+    assert any("`connect`" in question(one) for one in everything(done))
+
+
+PRIVATE_KEY = """-----BEGIN RSA PRIVATE KEY-----
+MIIEpAIBAAKCAQEAx
+AbCdEfGhIjKl
+-----END RSA PRIVATE KEY-----"""
+
+
+FILES: dict[str, tuple[str, str | bytes]] = {
+    "lfs_pointer": ("src/data.py", "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12\n"),
+    "binary": ("src/image.py", b"\x00\x01\x02 def hidden(): pass"),
+    "invalid_utf8": ("src/latin.py", 'def hidden():\n    """Sagt schöne Dinge auf."""\n    pass\n'.encode("latin-1")),
+    "generated": ("src/made.py", "# Code generated by protoc. DO NOT EDIT.\n" + module("hidden")),
+    "minified": ("src/app.js", "function hidden(a){" + "a=a+1;" * 1000 + "}"),
+    "too_large": ("src/large.py", module("hidden") + "# long\n" * 20_000),
+    "foreign": (
+        "node_modules/left/index.js",
+        "/** Pads what is on the left. */\nfunction hidden() {\n  return 1;\n}\n",
+    ),
+    "lock": ("package-lock.json", '{"hidden": 1}'),
+    "licence": ("LICENSE.md", "# License\n\nPermission is hereby granted, free of charge, to any hidden person.\n"),
+    "other_kind": ("src/hidden.bin", "def hidden(): pass"),
+}
+
+
+@pytest.mark.parametrize("reason", FILES)
+def test_what_nobody_wrote_is_skipped_and_counted(extract: Extract, folder: Path, reason: str) -> None:
+    path, content = FILES[reason]
+    commit_files(folder, "wip", {path: content})
+    done = extract()
+    assert done.skipped[reason] == 1
+    assert path not in paths(everything(done))
+    assert "hidden" not in json.dumps(everything(done))
+
+
+def test_a_file_of_two_gigabytes_is_never_read(
+    extract: Extract, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size is known from the tree. Git itself would need minutes to take such a file in."""
+    files = RepoReader.files
+
+    def with_a_huge_one(checkout: RepoReader, sha: str) -> Iterator[Any]:
+        for file in files(checkout, sha):
+            yield file if file.path != "src/apple.py" else type(file)(file.path, "f" * 40, 2_000_000_000)
+
+    monkeypatch.setattr(RepoReader, "files", with_a_huge_one)
+    done = extract()
+    assert done.skipped["too_large"] == 1
+    assert len(read) == len(NAMES) - 1
+    assert "f" * 40 not in read
+
+
+def test_links_and_submodules_are_no_files(extract: Extract, folder: Path) -> None:
+    (folder / "link.py").symlink_to("/etc/passwd")
+    git(folder, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},module.py")
+    commit_files(folder, "wip", {})
+    assert extract().files == len(NAMES)
+
+
+def test_licence_headers_are_not_learned(extract: Extract, folder: Path) -> None:
+    header = "/*\n * Copyright (c) 2020 Somebody Important.\n * Permission is hereby granted to everybody.\n */\n"
+    add = "/* Adds up two numbers. */\nint add(int a, int b) {\n  int sum = a + b;\n  return sum;\n}\n"
+    other = "int other(void) {\n  int a = 1;\n  return a;\n}\n"
+    commit_files(folder, "Add a function that adds up", {"src/add.c": header + add, "src/other.c": header + other})
+    told = json.dumps(everything(extract(Limits(0.0, 4000, 100_000, 100))))
+    assert "Adds up two numbers." in told
+    assert "Somebody Important" not in told
+    assert "Permission is hereby" not in told
+
+
+def test_only_what_changed_is_read_again(extract: Extract, folder: Path, read: list[str]) -> None:
+    first = extract()
+    assert (first.extracted, first.unchanged) == (len(NAMES) + 1, 0)
+    read.clear()
+    commit_files(folder, "Let the lemon be something else", {"src/lemon.py": module("lemon", "\n\nZEST = 1\n")})
+    second = extract()
+    assert (second.extracted, second.unchanged) == (2, len(NAMES))  # the file, and the commit
+    assert len(read) == 1
+    # The same as if all had been extracted anew.
+    assert _digests(second) == _digests(extract(cache="another.sqlite"))
+    assert _digests(second) != _digests(first)
+
+
+def _digests(done: ExtractionResult) -> list[str]:
+    return [content.digest for content in (done.written.train, done.written.held_out) if content]
+
+
+def test_what_was_removed_is_forgotten(extract: Extract, folder: Path) -> None:
+    extract()
+    git(folder, "rm", "src/lemon.py")
+    commit_files(folder, "wip", {})
+    assert "src/lemon.py" not in paths(everything(extract()))
+
+
+@pytest.mark.parametrize("damage", [b"", b"no database at all" * 1000])
+def test_a_cache_that_is_broken_is_made_anew(extract: Extract, tmp_path: Path, damage: bytes) -> None:
+    first = extract()
+    (tmp_path / "cache.sqlite").write_bytes(damage)
+    assert (again := extract()).extracted == first.extracted
+    assert _digests(again) == _digests(first)
+
+
+def test_another_extractor_or_limit_reads_everything_again(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = extract()
+    assert extract(Limits(0.2, 3999, 100_000, 100)).extracted == first.extracted
+    monkeypatch.setattr(extraction_cache, "extractor", lambda: "another")
+    assert extract().extracted == first.extracted
+
+
+def test_what_was_extracted_before_a_stop_is_kept(
+    extract: Extract, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract_data_pipeline, "BATCH_FILES", 2)
+    parts: list[float] = []
+
+    def stop_in_the_middle(part: float, phase: str) -> None:
+        parts.append(part)
+        if len(parts) == 4:
+            raise StopJob("pause")
+
+    with pytest.raises(StopJob):
+        extract(report=stop_in_the_middle)
+    done = extract()
+    assert done.unchanged == 6
+    assert _digests(done) == _digests(extract(cache="another.sqlite"))
+
+
+def test_several_processes_find_the_same(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract_data_pipeline, "MIN_PARALLEL_FILES", 1)
+    monkeypatch.setattr(extract_data_pipeline, "BATCH_FILES", 3)
+    assert _digests(extract(processes=2)) == _digests(extract(cache="another.sqlite"))
+
+
+def test_merges_are_not_learned_and_changes_are(extract: Extract, folder: Path) -> None:
+    git(folder, "checkout", "-b", "side")
+    commit_files(folder, "Write down what the fruits are for", {"notes.txt": "fruits\n"})
+    git(folder, "checkout", "main")
+    commit_files(folder, "Write down what the houses are for", {"houses.txt": "houses\n"})
+    git(folder, "merge", "--no-ff", "--message", "Bring both of the notes together", "side")
+    done = extract()
+    told = {answer(one) for one in everything(done) if one["source"]["kind"] == "commit"}
+    assert {"Write down what the fruits are for", "Write down what the houses are for"} <= told
+    assert "Bring both of the notes together" not in told
+    assert done.skipped["commit_merges"] == 1
+
+
+class Notebook:
+    """A worker that writes down what its job says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.checkpoints: list[Any] = []
+        self.inputs: list[str] = []
+
+    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None:
+        if event[0] == "log":
+            self.lines.append(event[1]["message"])
+        if event[0] == "input":
+            self.inputs.append(event[1]["name"])
+
+    def checkpoint(self, claim: Claim, state: Any) -> None:
+        self.checkpoints.append(state)
+
+    def artifact(self, claim: Claim, path: Path, name: str) -> str:
+        return str(path)
+
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
+        raise AssertionError("an extraction has no children")
+
+
+@pytest.fixture
+async def registered(database: Database, folder: Path) -> None:
+    async with database.transaction() as session:
+        session.add(repository_of(folder, "garden"))
+
+
+def repository_of(folder: Path, name: str) -> Repository:
+    return Repository(
+        id=f"repo_{name}", name=name, path=str(folder), model=name, training={}, policy={}, created_by="test"
+    )
+
+
+@pytest.fixture(autouse=True)
+def roots(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_GUARDIAN__ROOTS", f"[{tmp_path}]")
+    get_settings.cache_clear()
+
+
+async def run_job(spec: ExtractSpec, notebook: Notebook, state: Any = None) -> dict[str, Any]:
+    claim = Claim("job_x", "t", "extract_data", {}, state, 1, 3, None, None, {}, "w", None)
+    return await asyncio.to_thread(extract_data, Context(claim, notebook), spec)
+
+
+async def test_the_job_keeps_two_datasets(database: Database, registered: None, folder: Path) -> None:
+    notebook = Notebook()
+    result = await run_job(ExtractSpec(repository_id="garden", held_out=0.2), notebook)
+    head = git(folder, "rev-parse", "HEAD")
+    assert (result["repository"], result["commit"], result["files"]) == ("garden", head, len(NAMES))
+    assert notebook.checkpoints == [head]
+    assert notebook.inputs == ["repo/garden/train", "repo/garden/held-out"]
+    async with database.read_transaction() as session:
+        kept_ones = {one.name: one for one in await session.scalars(select(Dataset))}
+    train, held_out = kept_ones["repo/garden/train"], kept_ones["repo/garden/held-out"]
+    assert result["train"] == {"dataset": train.id, "name": "repo/garden/train:v1", "samples": train.samples}
+    assert result["held_out"]["dataset"] == held_out.id
+    assert train.source == {"repository": "garden", "commit": head}
+    assert sum(result["by_kind"].values()) == train.samples + held_out.samples
+    learned = await asyncio.to_thread(datasets.load, train)
+    assert len(learned) == train.samples
+    # Again, of the same commit: the same datasets.
+    again = await run_job(ExtractSpec(repository_id="repo_garden", held_out=0.2), Notebook())
+    assert (again["train"], again["extracted"]) == (result["train"], 0)
+
+
+async def test_an_attempt_that_goes_on_takes_the_commit_it_began_with(registered: None, folder: Path) -> None:
+    began_with = git(folder, "rev-parse", "HEAD")
+    commit_files(folder, "Come in the meantime and be new", {"src/new.py": module("new")})
+    result = await run_job(ExtractSpec(repository_id="garden"), Notebook(), began_with)
+    assert (result["commit"], result["files"]) == (began_with, len(NAMES))
+
+
+async def test_the_log_says_where_a_secret_is_but_not_which(registered: None, folder: Path) -> None:
+    commit_files(folder, "wip", {"src/apple.py": module("apple", f'\n\nKEY = "{AWS_KEY}"\n')})
+    notebook = Notebook()
+    result = await run_job(ExtractSpec(repository_id="garden"), notebook)
+    assert any("src/apple.py:11: a secret (AWS Access Key)" in line for line in notebook.lines)
+    assert result["secrets"]["AWS Access Key"] >= 1
+    assert AWS_KEY not in json.dumps(result) + "".join(notebook.lines)
+
+
+async def test_a_repository_with_nothing_to_say_is_an_error_with_numbers(database: Database, tmp_path: Path) -> None:
+    folder = new_repository(tmp_path / "empty")
+    commit_files(folder, "wip", {"data.bin": b"\0\1", "more.bin": b"\0\1"})
+    async with database.transaction() as session:
+        session.add(
+            Repository(id="repo_2", name="empty", path=str(folder), model="m", training={}, policy={}, created_by="t")
+        )
+    with pytest.raises(NothingToExtract, match="2 files, of which 1 commit_says_little, 2 other_kind are skipped"):
+        await run_job(ExtractSpec(repository_id="empty"), Notebook())

@@ -1,0 +1,429 @@
+"""Exports of models that were really trained, with llama.cpp's real converter, to a real MLflow."""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+from safetensors.numpy import load_file
+
+from cluster.errors import NotFound
+from cluster.settings import get_settings
+from jobs.context import StopJob
+from jobs.execution import isolated, workspace
+from jobs.execution.workspace import DiskFull
+from jobs.outputs import OutputMissing
+from jobs.queue import JobNotFound
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.training.export import llama_converter as export_llama_converter
+from pipelines.training.export.convert import UnsupportedModel
+from pipelines.training.export.job import ExportNotTracked, NoAdapter
+from pipelines.training.export.llama_converter import ConverterNotFound, ConverterUnavailable
+from pipelines.training.export.quantize import BrokenModelFile
+from pipelines.training.fine_tune import recipe
+from pipelines.training.models import base_models, registry
+from pipelines.training.models import cache as model_cache
+from pipelines.training.models.base_models import BaseModelNotFound
+from pipelines.training.models.versions import ModelFile, ModelNotFound, RegistryDisabled, Version
+from pipelines.training.spec import FineTuneSpec
+from tests.pipelines.training.fine_tune.test_recipe import chats
+from tests.support.job_harness import Bench, Ledger, Silence
+
+QUANTIZATIONS = ["q4_k_m", "q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_0"]
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trained: Path) -> None:
+    fine_tune = bench.fine_tuned("lora")
+    job_id, result, ledger = bench.run(
+        "export", {"job_id": fine_tune, "quantizations": QUANTIZATIONS, "adapter": True, "name": "all-types"}
+    )
+    version = find(f"all-types:v{result['version']}")
+    assert (version.job_id, version.export_job_id, version.run_id) == (fine_tune, job_id, result["run_id"])
+    assert [file.quantization for file in version.files] == QUANTIZATIONS
+    assert [file["name"] for file in result["files"]] == [f"all-types-{one}.gguf" for one in QUANTIZATIONS]
+    sizes = {file["quantization"]: file["bytes"] for file in result["files"]}
+    assert sorted(sizes, key=sizes.__getitem__)[:3] == ["q4_0", "q4_k_m", "q5_k_m"]
+    assert all(file["seconds"] > 0 for file in result["files"])
+    # What is served comes first, and is here already.
+    assert model_cache.find(result["files"][0]["sha256"], result["files"][0]["bytes"]) is not None
+    for told, file in zip([*result["files"], result["adapter"]], [*version.files, version.adapter], strict=True):
+        content = fetch(version, file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == told["sha256"]
+        assert len(content) == told["bytes"]
+
+    expected = learned(trained / "lora")
+    assert not numpy.allclose(expected, weight(base_models.resolve("forgearr/tiny")), atol=1e-3), "nothing was learned"
+    by_type = {file.quantization: fetch(version, file) for file in version.files}
+    numpy.testing.assert_allclose(tensor(by_type["f16"]), expected, atol=2e-4)
+    numpy.testing.assert_allclose(tensor(by_type["q8_0"]), expected, atol=2e-3)
+    assert version.adapter is not None
+    reader = gguf.GGUFReader(fetch(version, version.adapter))
+    assert "blk.0.ffn_up.weight.lora_a" in {one.name for one in reader.tensors}
+
+    assert ledger.progress == sorted(ledger.progress)
+    assert (ledger.progress[0], ledger.progress[-1]) == (0, 100)
+    assert left_behind() == []
+
+    # The version is a base model for the next training: the same weights, merged once.
+    folder = base_models.resolve(version.reference)
+    numpy.testing.assert_allclose(weight(folder), expected, atol=1e-6)
+    assert base_models.resolve(version.reference) == folder
+    with pytest.raises(ModelNotFound):
+        base_models.resolve("all-types:v99")
+
+    # A training names it so that a later deployment changes nothing.
+    asyncio.run(serve(version))
+    assert base_models.pin_reference("all-types:latest") == version.reference
+    assert base_models.pin_reference("forgearr/tiny") == "forgearr/tiny"
+
+
+@pytest.mark.deep
+def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = tmp_path / "tiny-bnb-4bit"
+    packed: Any = AutoModelForCausalLM.from_pretrained(base_models.resolve("forgearr/tiny"), quantization_config=bits)
+    packed.save_pretrained(base)
+    AutoTokenizer.from_pretrained(base_models.resolve("forgearr/tiny")).save_pretrained(base)
+
+    def learn(**values: Any) -> recipe.TrainingResult:
+        said = {"data": {"dataset": "any"}, "max_steps": 3, "batch_size": 2, "eval_split": 0, **values}
+        spec = FineTuneSpec.model_validate({"base_model": "packed", "learning_rate": 0.01, **said})
+        return recipe.train(spec, chats(8), base=str(base), work_folder=tmp_path / "work", observer=Silence())
+
+    with pytest.raises(recipe.QuantizedBase, match="packed is kept in few bits, so its own weights"):
+        learn(tuning="full")
+    model = learn(tuning="qlora").model
+    lines = [sample.model_dump_json(exclude_none=True) for sample in chats(1)]
+    (model / "held_out.jsonl").write_text("\n".join(lines))
+    model.rename(trained / "packed")
+    fine_tune = bench.fine_tuned("packed", base_model=str(base))
+    shutil.rmtree(trained / "packed")
+    _, result, _ = bench.run("export", {"job_id": fine_tune, "quantizations": ["f16"], "adapter": True})
+    exported = find(f"{result['name']}:v1")
+    numpy.testing.assert_allclose(
+        tensor(fetch(exported, exported.files[0])), weight(base_models.resolve("forgearr/tiny")), atol=0.1
+    )
+    assert exported.adapter is not None
+    bench.run("validate", {"job_id": fine_tune, "max_samples": 1, "max_new_tokens": 2})
+
+
+@pytest.mark.deep
+def test_one_file_of_a_whole_model_is_written_by_the_converter_alone(bench: Bench, trained: Path) -> None:
+    fine_tune = bench.fine_tuned("full")
+    _, result, ledger = bench.run("export", {"job_id": fine_tune})
+    version = find(f"{result['name']}:v1")
+    assert [file.quantization for file in version.files] == ["q8_0"]
+    assert version.adapter is None
+    assert result["adapter"] is None
+    numpy.testing.assert_allclose(tensor(fetch(version, version.files[0])), weight(trained / "full"), atol=2e-3)
+    assert not [phase for phase in phases(ledger) if phase.startswith(("merging", "quantizing"))]
+
+
+def test_what_cannot_be_exported_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoAdapter, match="has trained the whole model"):
+        bench.run("export", {"job_id": bench.fine_tuned("full"), "adapter": True})
+    with pytest.raises(JobNotFound):
+        bench.run("export", {"job_id": "job_20260101_000000_none"})
+    with pytest.raises(JobNotFound):
+        bench.run("export", {"job_id": bench.fine_tuned("full", owner_id="alice")}, owner_id="bob")
+    running = bench.add(Job(id="job_20260101_000000_run1", kind="fine_tune", state=State.RUNNING))
+    with pytest.raises(OutputMissing, match="running"):
+        bench.run("export", {"job_id": running})
+    with pytest.raises(OutputMissing, match="'export'"):
+        bench.run("export", {"job_id": bench.begin("export", {"job_id": "job_x"})[0]})
+    with pytest.raises(BaseModelNotFound, match="no folder on this machine"):
+        bench.run("export", {"job_id": bench.fine_tuned("lora", base_model="/nowhere/at/all")})
+    job_id, ledger = bench.begin("export", {"job_id": "job_x"}, tracked=False)
+    with pytest.raises(ExportNotTracked):
+        bench.go_on("export", {"job_id": "job_x"}, job_id, ledger)
+    monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
+    get_settings.cache_clear()
+    with pytest.raises(RegistryDisabled):
+        bench.go_on("export", {"job_id": "job_x"}, job_id, ledger)
+
+
+@pytest.mark.deep
+def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(bench: Bench, trained: Path) -> None:
+    odd = trained / "odd"
+    shutil.copytree(trained / "full", odd)
+    tokenizer = json.loads((odd / "tokenizer.json").read_text())
+    byte_level = tokenizer["pre_tokenizer"]
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+    (odd / "tokenizer.json").write_text(json.dumps(tokenizer))
+    fine_tune = bench.fine_tuned("odd")
+    shutil.rmtree(odd)
+    with pytest.raises(UnsupportedModel, match="pre-tokenizer Sequence"):
+        bench.run("export", {"job_id": fine_tune})
+    assert left_behind() == []
+
+
+@pytest.mark.deep
+def test_a_cancelled_export_ends_at_once_and_leaves_nothing(bench: Bench) -> None:
+    spec = {"job_id": bench.fine_tuned("lora"), "name": "cancelled"}
+    job_id, ledger = bench.begin("export", spec)
+    context = bench.context(job_id, ledger)
+    seen: list[list[str]] = []
+
+    def cancel(phase: str) -> None:
+        if phase == "merging":
+            seen.append(left_behind())
+            context.stop("cancel")
+
+    ledger.on_report = cancel
+    with pytest.raises(StopJob):
+        bench.call("export", spec, context)
+    assert seen
+    assert seen[0], "it had not begun to work"
+    assert left_behind() == []
+    assert not children()
+    with pytest.raises(ModelNotFound):
+        find("cancelled:v1")
+
+
+@pytest.mark.deep
+def test_a_paused_export_begins_its_step_anew(bench: Bench) -> None:
+    spec = {"job_id": bench.fine_tuned("full")}
+    job_id, ledger = bench.begin("export", spec)
+    context = bench.context(job_id, ledger)
+    ledger.on_report = lambda phase: context.stop("pause") if phase == "converting" else None
+    with pytest.raises(StopJob, match="pause"):
+        bench.call("export", spec, context)
+    assert left_behind() == []
+    ledger.on_report = lambda phase: None
+    assert bench.go_on("export", spec, job_id, ledger)["version"] == 1
+
+
+@pytest.mark.deep
+def test_a_disk_that_is_too_small_is_seen_beforehand(bench: Bench, home: Path, small_disk: Callable[..., None]) -> None:
+    (home / "work").mkdir()
+    small_disk(home / "work", megabytes=20)
+    with pytest.raises(DiskFull, match=f"needs 0.0. GB in {home}/work/job_"):
+        bench.run("export", {"job_id": bench.fine_tuned("lora")})
+    assert left_behind() == []
+
+
+@pytest.mark.deep
+def test_a_disk_that_fills_up_ends_the_export(bench: Bench, home: Path, small_disk: Callable[..., None]) -> None:
+    (home / "work").mkdir()
+    small_disk(home / "work", megabytes=60)
+    spec = {"job_id": bench.fine_tuned("lora"), "name": "filled", "quantizations": ["q4_0", "q8_0"]}
+    job_id, ledger = bench.begin("export", spec)
+
+    def fill(phase: str) -> None:
+        """As another program might, write until nothing is left."""
+        if phase == "merging" and not (home / "work" / "other").exists():
+            with (home / "work" / "other").open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(100_000))
+
+    ledger.on_report = fill
+    with pytest.raises(DiskFull, match="became full"):
+        bench.go_on("export", spec, job_id, ledger)
+    assert left_behind() == ["other"]
+    with pytest.raises(ModelNotFound):
+        find("filled:v1")
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("damage", ["cut", "garbage", "scrambled", "missing"])
+def test_a_broken_file_fails_its_proof(home: Path, tmp_path: Path, trained: Path, whole: Path, damage: str) -> None:
+    file = tmp_path / "model.gguf"
+    content = bytearray(whole.read_bytes())
+    match damage:
+        case "cut":
+            file.write_bytes(content[: len(content) // 2])
+        case "garbage":
+            file.write_bytes(os.urandom(100_000))
+        case "scrambled":
+            content[2_000_000:] = b"\xff" * (len(content) - 2_000_000)  # weights that are no numbers
+            file.write_bytes(content)
+        case _:
+            pass
+    with pytest.raises(BrokenModelFile, match=str(file)):
+        prove(file)
+
+
+@pytest.mark.deep
+def test_a_whole_file_passes_its_proof(home: Path, whole: Path) -> None:
+    assert prove(whole)[0]["fallbacks"] == 0
+
+
+def test_a_step_that_crashes_is_an_error_with_its_last_words(home: Path) -> None:
+    with pytest.raises(isolated.StepFailed, match=r"signal 6 while starting: .*Last words"):
+        step("tests.pipelines.training.export.crashing_steps:abort")
+    with pytest.raises(isolated.StepFailed, match=r"ended with 1 while starting: .*KeyError: 'nowhere'"):
+        step("tests.pipelines.training.export.crashing_steps:fail")
+    with pytest.raises(NotFound, match="as it was raised"):
+        step("tests.pipelines.training.export.crashing_steps:refuse")
+    assert step("tests.pipelines.training.export.crashing_steps:chatter") == {"heard": True}
+
+
+def test_what_a_killed_job_has_left_is_removed_by_the_next(home: Path) -> None:
+    script = "import os; from jobs.execution import workspace\nwith workspace.temporary_folder('dead'): os._exit(9)"
+    subprocess.run([sys.executable, "-c", script], check=False)
+    assert len(left_behind()) == 2
+    with workspace.temporary_folder("alive") as first:
+        assert {name.partition("-")[0] for name in left_behind()} == {"alive"}
+        with workspace.temporary_folder("other"):
+            assert first.exists()
+    assert left_behind() == []
+
+
+def test_the_converter_is_found_or_the_reason_is_said(
+    home: Path, tmp_path: Path, llama_converter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (llama_converter / "convert_hf_to_gguf.py").exists()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ConverterUnavailable, match=r"set forge\.converter to a folder"):
+        export_llama_converter.locate_converter()
+    monkeypatch.setitem(export_llama_converter.HASHES, version(export_llama_converter.PACKAGE), "0" * 64)
+    with pytest.raises(ConverterUnavailable):
+        export_llama_converter.locate_converter()
+    with pytest.raises(ConverterUnavailable, match=r"hash of .* 0\.0\.1 is not known"):
+        export_llama_converter.fetch("0.0.1", tmp_path / "none")
+    assert list((home / "cache").iterdir()) == []
+    monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(tmp_path))
+    get_settings.cache_clear()
+    with pytest.raises(ConverterNotFound, match="convert_hf_to_gguf"):
+        export_llama_converter.locate_converter()
+
+
+def test_a_package_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(export_llama_converter.HASHES, version(export_llama_converter.PACKAGE), "0" * 64)
+    with pytest.raises(ConverterUnavailable, match="DO NOT MATCH THE HASHES"):
+        export_llama_converter.fetch(version(export_llama_converter.PACKAGE), tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_model_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelNotFound, match=r"no config\.json and no \*\.safetensors"):
+        base_models.resolve(str(tmp_path))
+    with pytest.raises(BaseModelNotFound, match="neither forgearr/tiny, a folder"):
+        base_models.resolve("no such/thing/at all")
+    # The library reads where the hub is when it is imported.
+    script = "from pipelines.training.models import base_models; base_models.resolve('somebody/some-model')"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "BaseModelNotFound: The base model 'somebody/some-model' is not on this machine" in done.stderr
+
+
+@pytest.fixture(scope="session")
+def whole(trained: Path, llama_converter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model as a GGUF that is as it should be."""
+    file = tmp_path_factory.mktemp("whole") / "whole.gguf"
+    request = {"model": str(trained / "full"), "base": None, "file": str(file), "outtype": "f16"}
+    step(
+        "pipelines.training.export.convert:convert",
+        {**request, "adapter_file": None, "work": str(file.parent)},
+        paths=[llama_converter / "gguf-py", llama_converter],
+    )
+    return file
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[..., None]]:
+    """Makes a folder a disk of so many megabytes, until the test is over."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path, megabytes: int) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        if os.getuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("only an administrator of the machine can mount a small disk")
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def step(function: str, request: dict[str, Any] | None = None, paths: list[Path] | None = None) -> Any:
+    heard: list[float] = []
+    return isolated.run_isolated(
+        function,
+        request or {},
+        report=lambda part, doing: heard.append(part),
+        should_stop=lambda: False,
+        threads=1,
+        paths=paths or [],
+    )
+
+
+def prove(file: Path) -> Any:
+    files = [{"path": str(file), "quantization": "f16"}]
+    request = {"source": str(file), "files": files, "adapter": None, "threads": 1}
+    return step("pipelines.training.export.quantize:finish", request)
+
+
+def find(reference: str) -> Version:
+    async def look() -> Version:
+        async with registry.connect() as models:
+            return await models.find(reference)
+
+    return asyncio.run(look())
+
+
+async def serve(version: Version) -> None:
+    async with registry.connect() as models:
+        await models.set_served(version.name, version.number)
+
+
+def fetch(version: Version, file: ModelFile | None) -> Path:
+    async def load() -> Path:
+        async with registry.connect() as models:
+            return await models.fetch(version, file)
+
+    return asyncio.run(load())
+
+
+def weight(folder: Path | str) -> Any:
+    return load_file(Path(folder) / "model.safetensors")[WEIGHT]
+
+
+def learned(adapter: Path) -> Any:
+    """The same weight with the adapter's change added to it, as the paper says."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    parts = load_file(adapter / "adapter_model.safetensors")
+    first, second = (parts[f"base_model.model.{WEIGHT.replace('.weight', f'.lora_{part}.weight')}"] for part in "AB")
+    return weight(base_models.resolve("forgearr/tiny")) + config["lora_alpha"] / config["r"] * second @ first
+
+
+def tensor(file: Path) -> Any:
+    (found,) = [one for one in gguf.GGUFReader(file).tensors if one.name == "blk.0.ffn_up.weight"]
+    return gguf.dequantize(found.data, found.tensor_type)
+
+
+def phases(ledger: Ledger) -> list[str]:
+    return [data["phase"] for _, data in ledger.events if "phase" in data]
+
+
+def left_behind() -> list[str]:
+    from cluster.settings import home
+
+    folder = home() / "work"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def children() -> list[str]:
+    import psutil
+
+    return [
+        " ".join(one.cmdline()) for one in psutil.Process().children() if "jobs.execution.isolated" in one.cmdline()
+    ]

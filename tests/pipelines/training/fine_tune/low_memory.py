@@ -1,0 +1,36 @@
+"""Trains on long samples in batches of 16, in so many MB more memory than there is in use when the training begins."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from pipelines.training.data.samples import Sample
+from pipelines.training.fine_tune import recipe
+from pipelines.training.spec import FineTuneSpec
+from tests.pipelines.training.fine_tune.test_recipe import Notes
+
+
+class Scarce(Notes):
+    def on_phase(self, name: str) -> None:
+        super().on_phase(name)
+        if name == "training" and self.phases.count(name) == 1:
+            # Only what can be written to: the whole address space grows with every thread, however little it uses.
+            limit = psutil.Process().memory_info().data + int(sys.argv[3]) * 2**20
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+
+def main(base: str, folder: Path) -> None:
+    text = "one word and another word and " * 60
+    messages = [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text}]
+    samples = [Sample.model_validate({"messages": messages})] * 48
+    spec = FineTuneSpec.model_validate({"data": {"dataset": "any"}, "epochs": 1, "batch_size": 16, "eval_split": 0})
+    notes = Scarce(folder / "kept")
+    outcome = recipe.train(spec, samples, base=base, work_folder=folder, observer=notes)
+    print(json.dumps({"batch_size": outcome.batch_size, "steps": outcome.steps, "said": notes.warnings}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,506 @@
+"""The training recipe, with forgearr/tiny and no Ray: what it learns from, how it goes on, and what it refuses."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cluster import storage
+from pipelines.training.data.samples import PreferencePair, Sample
+from pipelines.training.models import tiny
+from pipelines.training.spec import FineTuneSpec, ForgeSpec
+from tests.support.waiting import PATIENCE
+
+SERVICES = ["Sonarr", "Radarr", "Plex"]
+
+
+class Interrupted(BaseException):
+    """As Stop is: it passes any `except Exception` in its way."""
+
+
+class Notes:
+    """A observer that keeps checkpoints in a folder, and may end the training at one of them."""
+
+    def __init__(self, folder: Path, end_at: int | None = None) -> None:
+        self._folder = folder
+        self._end_at = end_at
+        self.losses: dict[int, float] = {}
+        self.values: list[Mapping[str, float]] = []
+        self.phases: list[str] = []
+        self.warnings: list[str] = []
+        self.training_state: dict[str, Any] = {}
+        self.stop = False
+        self.epochs: list[dict[str, float]] = []
+
+    def on_phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def on_warning(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def on_step(self, progress: float, values: Mapping[str, float]) -> None:
+        self.values.append({"progress": progress, **values})
+        if "loss" in values:
+            self.losses[int(values["step"])] = values["loss"]
+
+    def should_stop(self) -> bool:
+        return self.stop
+
+    def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
+        self.training_state = json.loads(json.dumps(training_state))
+        shutil.copytree(checkpoint, self.load_checkpoint(training_state["step"]), dirs_exist_ok=True)
+        if training_state["step"] == self._end_at:
+            raise Interrupted
+
+    def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None:
+        assert (checkpoint / "adapter_model.safetensors").exists()
+        self.epochs.append(dict(metrics))
+
+    def load_checkpoint(self, step: int) -> Path:
+        return self._folder / str(step)
+
+
+@pytest.fixture
+def base(home: Path) -> str:
+    return str(tiny.model_folder())
+
+
+def chats(count: int = 24) -> list[Sample]:
+    return [
+        Sample.model_validate(
+            {
+                "messages": [
+                    {"role": "user", "content": f"Which service is number {number}?"},
+                    {"role": "assistant", "content": f"Number {number} is {SERVICES[number % 3]}."},
+                ]
+            }
+        )
+        for number in range(count)
+    ]
+
+
+def spec_of(**values: Any) -> FineTuneSpec:
+    defaults = {"data": {"dataset": "any"}, "epochs": 3, "learning_rate": 2e-3, "batch_size": 4, "dropout": 0.1}
+    return FineTuneSpec.model_validate(defaults | values)
+
+
+def train(spec: FineTuneSpec, base: str, work: Path, notes: Notes, samples: Any = None, **resume: Any) -> Any:
+    from pipelines.training.fine_tune import recipe
+
+    work.mkdir(exist_ok=True)
+    return recipe.train(spec, samples or chats(), base=base, work_folder=work, observer=notes, **resume)
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        pytest.param({"tuning": "lora"}, 4, marks=pytest.mark.deep),  # within an epoch
+        ({"tuning": "lora"}, 6),  # at the end of one
+        pytest.param({"tuning": "full", "gradient_accumulation": 2}, 4, marks=pytest.mark.deep),
+    ],
+)
+def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
+    base: str, tmp_path: Path, values: dict[str, Any], step: int
+) -> None:
+    spec = spec_of(checkpoint_steps=step, **values)
+    whole = Notes(tmp_path / "kept")
+    expected = train(spec, base, tmp_path / "whole", whole)
+
+    first = Notes(tmp_path / "kept", end_at=step)
+    with pytest.raises(Interrupted):
+        train(spec, base, tmp_path / "first", first)
+    second = Notes(tmp_path / "kept")
+    outcome = train(
+        spec,
+        base,
+        tmp_path / "second",
+        second,
+        checkpoint=first.load_checkpoint(step),
+        resume_state=first.training_state,
+    )
+
+    assert max(first.losses) == step
+    assert min(second.losses) == step + 1  # nothing is trained twice
+    assert first.losses | second.losses == whole.losses
+    assert (outcome.eval_loss, outcome.trained_tokens) == (expected.eval_loss, expected.trained_tokens)
+    assert [entry["step"] for entry in outcome.history] == [entry["step"] for entry in expected.history]
+
+
+def test_it_learns_and_tells_how_it_goes(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(tuning="full", epochs=6), base, tmp_path / "work", notes)
+    assert (outcome.train, outcome.held_out, outcome.steps) == (22, 2, 36)
+    assert outcome.train_loss < min(3, notes.losses[1] / 2)
+    last = [values for values in notes.values if "loss" in values][-1]
+    told = {"progress", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"}
+    assert told | {"eta_seconds"} <= last.keys()
+    assert (last["progress"], last["eta_seconds"]) == (100, 0)
+    assert notes.phases[-2:] == ["training", "saving the model"]
+    held_out = (outcome.model / "held_out.jsonl").read_text().splitlines()
+    assert len(held_out) == 2
+    assert {Sample.model_validate_json(line).model_dump_json() for line in held_out} <= {
+        sample.model_dump_json() for sample in chats()
+    }
+
+
+@pytest.mark.deep
+def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    outcome = train(spec_of(pissa=True, rank=8), base, tmp_path / "work", Notes(tmp_path / "kept"))
+    adapter = json.loads((outcome.model / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["init_lora_weights"]) == (16, True)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    tuned = PeftModel.from_pretrained(model, str(outcome.model))
+    tokenizer = AutoTokenizer.from_pretrained(str(outcome.model))
+    line = (outcome.model / "held_out.jsonl").read_text().splitlines()[0]
+    from pipelines.training.fine_tune.tokenize import encode
+
+    (encoding,) = encode(tokenizer, json.loads(line)["messages"])
+    with torch.no_grad():
+        tokens = torch.tensor([encoding.input_ids])
+        loss = tuned(input_ids=tokens, labels=torch.tensor([encoding.labels])).loss
+    assert outcome.eval_loss is not None
+    assert abs(float(loss) - outcome.eval_loss) < 0.5
+
+
+def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(method="dpo", epochs=3), base, tmp_path / "work", notes, preferences())
+    margins = [values["reward_margin"] for values in notes.values if "reward_margin" in values]
+    assert margins[0] == pytest.approx(0, abs=0.01)
+    assert margins[-1] > 0.1
+    (held_out,) = (outcome.model / "held_out.jsonl").read_text().splitlines()
+    assert json.loads(held_out)["messages"][-1]["content"] == "No, ask first."
+
+
+@pytest.mark.deep
+def test_four_bits_and_packing_train_on_a_processor_too(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(tuning="qlora", packing=True, max_length=128), base, tmp_path / "work", notes)
+    alone = train(spec_of(max_length=128), base, tmp_path / "alone", Notes(tmp_path / "kept"))
+    assert outcome.steps < alone.steps  # several samples in a row
+    assert outcome.train_loss < notes.losses[1]
+
+
+@pytest.mark.deep
+def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(
+        spec_of(tuning="full", epochs=50, learning_rate=0.01, early_stopping=2), base, tmp_path / "work", notes
+    )
+    evaluations = [values["eval_loss"] for values in notes.values if "eval_loss" in values]
+    assert outcome.eval_loss == min(evaluations)
+    assert len(evaluations) < 50
+    assert evaluations.index(min(evaluations)) == len(evaluations) - 3
+    # The weights are those of that evaluation, not the last ones.
+    from safetensors.torch import load_file
+
+    best = load_file(notes.load_checkpoint(notes.training_state["best_step"]) / "model.safetensors")
+    saved = load_file(outcome.model / "model.safetensors")
+    assert all(bool((best[name] == saved[name]).all()) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("long_samples", "counts"), [("truncate", {"truncated": 2, "skipped": 0}), ("skip", {"truncated": 0, "skipped": 2})]
+)
+def test_what_is_too_long_is_cut_or_left_out_and_counted(
+    base: str, tmp_path: Path, long_samples: str, counts: dict[str, int]
+) -> None:
+    samples = [*chats(10), *long_chats(2)]
+    spec = spec_of(epochs=1, max_length=64, long_samples=long_samples, eval_split=0)
+    outcome = train(spec, base, tmp_path / "work", Notes(tmp_path / "kept"), samples)
+    assert {name: getattr(outcome, name) for name in counts} == counts
+    assert outcome.train == 12 - outcome.skipped
+
+
+def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
+    from pipelines.training.fine_tune.preprocess import SampleTooLong
+
+    with pytest.raises(SampleTooLong, match=r"Sample 11 has \d+ tokens, and the model reads 64 at once"):
+        train(
+            spec_of(max_length=64, eval_split=0), base, tmp_path / "work", Notes(tmp_path), [*chats(10), *long_chats(1)]
+        )
+
+
+def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
+    from pipelines.training.fine_tune.preprocess import NothingToTrain
+
+    spec = spec_of(max_length=16, long_samples="skip", eval_split=0)
+    with pytest.raises(NothingToTrain, match="None of 2 samples fits into 16 tokens"):
+        train(spec, base, tmp_path / "work", Notes(tmp_path), long_chats(2))
+
+
+def test_what_the_model_cannot_read_or_the_method_not_learn_is_refused(base: str, tmp_path: Path) -> None:
+    from pipelines.training.data.parsing import WrongKindOfData
+    from pipelines.training.fine_tune.preprocess import LengthBeyondContext
+    from pipelines.training.fine_tune.tokenize import UnusableTokenizer
+
+    def refused(base: str = base, samples: Any = None, **values: Any) -> None:
+        train(spec_of(**values), base, tmp_path / "work", Notes(tmp_path), samples)
+
+    with pytest.raises(LengthBeyondContext, match=r"max_length is 4096, and the model reads \d+ tokens at once"):
+        refused(max_length=4096)
+    with pytest.raises(WrongKindOfData, match="this data is conversations"):
+        refused(method="dpo")
+    with pytest.raises(WrongKindOfData, match="this data is preferences"):
+        refused(samples=preferences())
+
+    strict = tmp_path / "strict"
+    shutil.copytree(base, strict)
+    refusal = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
+    template = strict / "chat_template.jinja"
+    template.write_text(refusal + template.read_text())
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    told.append({"role": "assistant", "content": "!"})
+    with pytest.raises(UnusableTokenizer, match="refuses sample 25: no system role"):
+        refused(str(strict), [*chats(), Sample.model_validate({"messages": told})])
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "why"),
+    [
+        (FineTuneSpec, {"pissa": True, "method": "dpo"}, "which dpo compares with"),
+        (ForgeSpec, {"adapter": True, "tuning": "full"}, "makes no adapter"),
+        (ForgeSpec, {"eval_split": 0}, "set eval_split above 0"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_refused_in_the_beginning(
+    spec: type[FineTuneSpec], values: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValidationError, match=why):
+        spec.model_validate({"data": {"dataset": "any"}, **values})
+
+
+def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) -> None:
+    from transformers.trainer_callback import TrainerControl, TrainerState
+
+    from pipelines.training.fine_tune.callbacks import ProgressCallback
+
+    follower = ProgressCallback(spec_of(early_stopping=2), Notes(tmp_path), {})
+    control = TrainerControl()
+    stops: list[bool] = []
+    for _ in range(2):
+        follower.on_evaluate(None, TrainerState(), control, metrics={"eval_loss": math.nan})
+        stops.append(control.should_training_stop)
+    assert stops == [False, True]
+
+
+@pytest.mark.deep
+def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -> None:
+    from pipelines.training.fine_tune.callbacks import TrainingDiverged
+
+    with pytest.raises(TrainingDiverged, match=r"choose a lower learning_rate than 1e\+30"):
+        train(spec_of(tuning="full", learning_rate=1e30, epochs=50), base, tmp_path / "work", Notes(tmp_path))
+
+
+@pytest.mark.deep
+def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    outcome = train(spec_of(batch_size="auto", epochs=1), base, tmp_path / "work", notes)
+    assert "finding the batch size" in notes.phases
+    assert 1 <= outcome.batch_size <= 22 // 8
+    assert outcome.steps == math.ceil(22 / outcome.batch_size)
+
+
+@pytest.mark.deep
+def test_processes_that_train_together_agree(base: str, tmp_path: Path) -> None:
+    """The second one has room for two samples at once, and when the training begins no more."""
+    command = [sys.executable, "-m", "tests.pipelines.training.fine_tune.two_processes", base, str(tmp_path)]
+    # They meet in a file, and accelerate wants to be told of an address all the same.
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in printed)
+    assert first == {"batch_size": 2, "refused": None}
+    assert second == {"batch_size": 2, "refused": {"batch_size": 1, "gradient_accumulation": 2}}
+
+
+def test_every_process_knows_where_the_checkpoints_are(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.training.fine_tune import job as fine_tune_job
+    from tests.support.job_harness import Bench, Ledger
+
+    observers: list[Any] = []
+    for rank in (0, 1):
+        (tmp_path / f"{rank}").mkdir()
+        monkeypatch.setattr("ray.train.get_context", lambda rank=rank: World(rank))
+        context = Bench(tmp_path).context("job_x", Ledger())
+        observers.append(fine_tune_job.JobObserver(context, {}, tmp_path))
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    for step in (2, 4, 6):
+        for rank, observer in enumerate(observers):
+            name = "weights" if rank == 0 else f"rng_state_{rank}.pth"
+            (tmp_path / f"{rank}" / name).write_text(f"{step}")
+            observer.save_checkpoint(tmp_path / f"{rank}", {"step": step, "best_step": 2})
+    for observer in observers:
+        assert {path.name for path in observer.load_checkpoint(2).iterdir()} == {"weights", "rng_state_1.pth"}
+        assert (observer.latest_checkpoint() / "weights").read_text() == "6"
+        with pytest.raises(KeyError):
+            observer.load_checkpoint(4)
+
+
+def test_when_one_process_needs_smaller_batches_all_start_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import outputs
+    from pipelines.training.data import datasets
+    from pipelines.training.fine_tune import batch_size, recipe
+    from pipelines.training.fine_tune import job as fine_tune_job
+    from tests.support.job_harness import Bench, Ledger
+
+    smaller = {"batch_size": 4, "gradient_accumulation": 2}
+    resume_states: list[Any] = []
+
+    def scarce_train(*_: Any, resume_state: Any, **__: Any) -> None:
+        resume_states.append(resume_state)
+        if len(resume_states) > 1:
+            raise Interrupted
+        raise batch_size.RestartWithSmallerBatch("Out of memory", details=smaller)
+
+    def run_here(context: Any, spec: Any, work: Any) -> Any:
+        return work()
+
+    dataset = datasets.Dataset(id="ds_1", name="any", digest="", address="", samples=24)
+    ledger = Ledger()
+    ledger.checkpoints.append({"dataset": "ds_1", "base_model": "forgearr/tiny"})
+    monkeypatch.setattr("ray.train.get_context", lambda: World(1))
+    monkeypatch.setattr(datasets, "get", always(dataset))
+    monkeypatch.setattr(datasets, "load", always(chats()))
+    monkeypatch.setattr(recipe, "train", scarce_train)
+    monkeypatch.setattr(fine_tune_job, "_run_on_ray_train", run_here)
+    monkeypatch.setattr(outputs, "own_job", always(Row(ledger.checkpoints)))
+    with pytest.raises(Interrupted):
+        fine_tune_job.fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of())
+    assert resume_states == [None, smaller]
+    assert ledger.checkpoints[-1] == {**ledger.checkpoints[0], "place": smaller}
+
+
+def test_a_training_whose_result_is_safe_is_not_done_again(home: Path, tmp_path: Path) -> None:
+    from pipelines.training.fine_tune.job import fine_tune
+    from tests.support.job_harness import Bench, Ledger
+
+    ledger = Ledger()
+    ledger.checkpoints.append({"dataset": "gone", "base_model": "gone", "result": {"name": "house"}})
+    (tmp_path / "weights").write_text("some")
+    left = storage.save(tmp_path / "weights", "jobs/job_x/checkpoints/1-2/weights")
+    assert fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of()) == {"name": "house"}
+    assert not storage.exists(left)
+
+
+def train_in(megabytes: int, base: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which may have only so much more memory than it has when training begins."""
+    # Else what is freed stays in the heap, in pieces too small for the next try: how many depends on the moment.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "tests.pipelines.training.fine_tune.low_memory", base, str(folder), str(megabytes)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+@pytest.mark.deep
+def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -> None:
+    done = train_in(300, base, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["batch_size"] < 16
+    assert "Out of memory at step 0. Going on with batches of" in outcome["said"][0]
+    assert outcome["steps"] == 3
+
+
+@pytest.mark.deep
+def test_too_little_memory_for_one_sample_is_said(base: str, tmp_path: Path) -> None:
+    done = train_in(45, base, tmp_path)
+    assert done.returncode == 1
+    assert "OutOfMemory: There is not enough memory to train" in done.stderr
+
+
+def long_chats(count: int) -> list[Sample]:
+    words = "a word and another word and " * 100
+    return [
+        Sample.model_validate(
+            {
+                "messages": [
+                    {"role": "user", "content": "Tell me."},
+                    {"role": "assistant", "content": f"{number} {words}"},
+                ]
+            }
+        )
+        for number in range(count)
+    ]
+
+
+def preferences() -> list[PreferencePair]:
+    return [
+        PreferencePair.model_validate(
+            {
+                "messages": [{"role": "user", "content": f"Shall I delete disk {number}?"}],
+                "chosen": [{"role": "assistant", "content": "No, ask first."}],
+                "rejected": [{"role": "assistant", "content": "Yes, at once!"}],
+            }
+        )
+        for number in range(12)
+    ]
+
+
+class World:
+    """Two processes that train together, as Ray Train tells one of them."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def get_world_rank(self) -> int:
+        return self._rank
+
+    def get_world_size(self) -> int:
+        return 2
+
+
+class Row:
+    """Of the job: it has what was saved last."""
+
+    def __init__(self, checkpoints: list[Any]) -> None:
+        self._checkpoints = checkpoints
+
+    @property
+    def checkpoint(self) -> Any:
+        return self._checkpoints[-1]
+
+
+def always(value: Any) -> Callable[..., Any]:
+    def tell(*_: Any) -> Any:
+        return value
+
+    return tell
+
+
+def test_each_epoch_is_shown_with_its_numbers_on_the_validation_data(base: str, tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "kept")
+    spec = spec_of(epochs=2, batch_size=4, keep_epochs=2)
+    outcome = train(spec, base, tmp_path / "work", notes, chats(8), validation=chats(5))
+    assert (outcome.train, outcome.held_out) == (8, 5)
+    assert [(one["step"], one["epoch"]) for one in notes.epochs] == [(2, 1.0), (4, 2.0)]
+    evaluated = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
+    assert [one["eval_loss"] for one in notes.epochs] == evaluated
+    learned = {entry["step"]: entry["loss"] for entry in outcome.history if "loss" in entry}
+    assert [one["loss"] for one in notes.epochs] == [learned[2], learned[4]]
+    assert all(0 <= one["token_accuracy"] <= 1 for one in notes.epochs)

@@ -1,0 +1,386 @@
+"""The registry of models, on a real MLflow server."""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from cluster import mlflow_client
+from cluster.db import now
+from cluster.mlflow_client import MlflowRestClient, MlflowUnavailable
+from cluster.settings import get_settings
+from pipelines.training.models import cache as model_cache
+from pipelines.training.models import registry
+from pipelines.training.models.cache import DamagedModel
+from pipelines.training.models.registry import Registry
+from pipelines.training.models.versions import (
+    ModelDefaults,
+    ModelFile,
+    ModelNotFound,
+    NoEarlierVersion,
+    RegistryDisabled,
+    Version,
+    VersionInUse,
+    VersionServed,
+)
+from tests.support.registry_model import Shelf
+from tests.support.waiting import PATIENCE
+
+
+async def test_a_version_is_what_was_registered(shelf: Shelf) -> None:
+    content, adapter = os.urandom(9_000_000), shelf.file(b"adapter", "f16")
+    heard: list[tuple[int, int]] = []
+
+    def hear(done: int, total: int) -> None:
+        heard.append((done, total))
+
+    version = await shelf.register(content, b"second", adapter=adapter, on_progress=hear)
+    total = len(content) + len(b"second") + len(b"adapter")
+    assert heard[-1] == (total, total)
+    assert len(heard) > 3
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert version.reference == f"{shelf.name}:v1"
+    assert version == await shelf.registry.find(f"{shelf.name}:v1")
+    assert [file.sha256 for file in version.files] == [
+        hashlib.sha256(part).hexdigest() for part in (content, b"second")
+    ]
+    assert version.adapter == adapter[0]
+    assert (version.base_model, version.job_id, version.passed) == ("forgearr/tiny", "job_train", None)
+    assert abs((now() - version.created_at).total_seconds()) < 3600
+    assert (await shelf.registry.fetch(version)).read_bytes() == content
+    assert (await shelf.registry.fetch(version, version.files[1])).read_bytes() == b"second"
+    assert (await shelf.registry.fetch(version, adapter[0])).read_bytes() == b"adapter"
+
+
+async def test_an_export_that_is_told_twice_is_one_version(shelf: Shelf) -> None:
+    first = await shelf.register(b"a", export="job_once")
+    assert await shelf.register(b"a", export="job_once") == first
+    together = await asyncio.gather(*(shelf.register(b"b", export="job_together") for _ in range(3)))
+    model = await shelf.registry.model(shelf.name)
+    assert {version.reference for version in together} == {model.versions[0].reference}
+    assert [version.export_job_id for version in model.versions] == ["job_together", "job_once"]
+    assert (await shelf.registry.fetch(together[0])).read_bytes() == b"b"
+
+
+async def test_the_alias_and_the_way_back(shelf: Shelf) -> None:
+    for _ in range(3):
+        await shelf.register()
+    for reference in (shelf.name, f"{shelf.name}:latest", f"{shelf.name}:v4", "no-such", "no-such:v1", "No Such"):
+        with pytest.raises(ModelNotFound):
+            await shelf.registry.find(reference)
+    with pytest.raises(NoEarlierVersion):
+        await shelf.registry.roll_back(shelf.name)
+    assert [await shelf.registry.set_served(shelf.name, number) for number in (1, 2, 2, 3)] == [None, 1, 1, 2]
+    assert (await shelf.registry.find(shelf.name)).number == 3
+    assert (await shelf.registry.find(f"{shelf.name}:v2")).number == 2
+    for back_to, from_there in ((2, 3), (1, 2)):
+        version, replaced = await shelf.registry.roll_back(shelf.name)
+        assert (version.number, replaced) == (back_to, from_there)
+        assert (await shelf.registry.find(f"{shelf.name}:latest")).number == back_to
+    with pytest.raises(NoEarlierVersion):
+        await shelf.registry.roll_back(shelf.name)
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.set_served(shelf.name, 9)
+    assert (await shelf.registry.find(shelf.name)).number == 1
+
+
+async def test_the_way_back_skips_what_was_deleted(shelf: Shelf) -> None:
+    for number in (1, 2, 3):
+        await shelf.register()
+        await shelf.registry.set_served(shelf.name, number)
+    await shelf.registry.delete_version(shelf.name, 2)
+    version, _ = await shelf.registry.roll_back(shelf.name)
+    assert version.number == 1
+
+
+async def test_a_switch_that_broke_off_half_way_does_not_confuse_the_way_back(shelf: Shelf) -> None:
+    for number in (1, 2):
+        await shelf.register()
+        await shelf.registry.set_served(shelf.name, number)
+    # What point() writes before it moves the alias, when it comes no further.
+    history = {"name": shelf.name, "key": "forgearr.history", "value": "[1, 2]"}
+    await shelf.mlflow.call("POST", "registered-models/set-tag", json=history)
+    assert (await shelf.registry.roll_back(shelf.name))[0].number == 1
+
+
+async def test_judgements(shelf: Shelf) -> None:
+    await shelf.register()
+    for passed, reasons in ((False, ["perplexity 9 is over 5"]), (True, [])):
+        await shelf.registry.set_validation(shelf.name, 1, passed, reasons)
+        version = await shelf.registry.find(f"{shelf.name}:v1")
+        assert (version.passed, version.reasons) == (passed, reasons)
+
+
+async def test_deleting(shelf: Shelf) -> None:
+    first, second = await shelf.register(b"one"), await shelf.register(b"two")
+    await shelf.registry.set_served(shelf.name, 2)
+    with pytest.raises(VersionServed):
+        await shelf.registry.delete_version(shelf.name, 2)
+    await shelf.registry.delete_version(shelf.name, 1)
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.find(first.reference)
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.fetch(first)
+    assert await _artifacts(shelf, first) == []
+    assert len(await _artifacts(shelf, second)) == 1
+    assert (await shelf.register()).number == 3
+    await shelf.registry.delete_model(shelf.name)
+    assert await _artifacts(shelf, second) == []
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.model(shelf.name)
+    assert shelf.name not in [model.name for model in await shelf.registry.models()]
+    assert (await shelf.register()).number == 4
+
+
+async def test_an_adapter_stands_on_another_version(shelf: Shelf) -> None:
+    base = await shelf.register()
+
+    async def register(number: int) -> Version:
+        export = f"job_{uuid4().hex[:8]}"
+        adapter = shelf.file(f"adapter {number}".encode(), "lora")
+        return await shelf.registry.register(
+            f"{shelf.name}-{number}",
+            await shelf.run(export),
+            [],
+            adapter,
+            base_model=base.reference,
+            job_id="job_train",
+            export_job_id=export,
+        )
+
+    first, second = [await register(number) for number in (1, 2)]
+    assert (first.is_adapter, base.is_adapter) == (True, False)
+    assert await shelf.registry.adapters_of(base.reference) == [second, first]
+    assert await shelf.registry.adapters_of(first.reference) == []
+    assert (await shelf.registry.fetch(first)).read_bytes() == b"adapter 1"
+    for delete in (shelf.registry.delete_version(base.name, 1), shelf.registry.delete_model(base.name)):
+        with pytest.raises(VersionInUse, match="is an adapter for it"):
+            await delete
+    for adapter in (first, second):
+        await shelf.registry.delete_model(adapter.name)
+    await shelf.registry.delete_model(base.name)
+
+
+async def test_a_copy_has_the_same_files_and_neither_takes_them_from_the_other(shelf: Shelf) -> None:
+    version = await shelf.register(b"shared", adapter=shelf.file(b"adapter", "f16"))
+    copies = [await shelf.registry.copy(version, f"{shelf.name}-{number}") for number in (1, 2)]
+    for copy in copies:
+        assert copy == await shelf.registry.find(copy.reference)
+        assert (copy.files, copy.adapter, copy.job_id) == (version.files, version.adapter, version.job_id)
+        assert (copy.number, copy.parent, copy.export_job_id) == (1, version.reference, "")
+    await shelf.registry.delete_model(shelf.name)
+    await shelf.registry.delete_model(copies[0].name)
+    assert (await shelf.registry.fetch(copies[1])).read_bytes() == b"shared"
+    assert len(await _artifacts(shelf, version)) == 2
+    await shelf.registry.delete_model(copies[1].name)
+    assert await _artifacts(shelf, version) == []
+
+
+async def test_no_copy_stays_of_what_was_deleted_meanwhile(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = await shelf.register(b"gone")
+    call = shelf.mlflow.call
+
+    async def delete_before(method: str, path: str, **options: Any) -> dict[str, Any]:
+        if path == "model-versions/create":
+            monkeypatch.setattr(shelf.mlflow, "call", call)
+            await shelf.registry.delete_model(shelf.name)
+        return await call(method, path, **options)
+
+    monkeypatch.setattr(shelf.mlflow, "call", delete_before)
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.copy(version, f"{shelf.name}-copy")
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.model(f"{shelf.name}-copy")
+
+
+async def test_a_copy_in_another_manner_must_pass_anew(shelf: Shelf) -> None:
+    version = await shelf.register(b"one")
+    await shelf.registry.set_validation(shelf.name, 1, True)
+    manner = ModelDefaults(system="Be brief.", parameters={"temperature": 0, "stop": ["x"]}, license=["MIT"])
+    made = await shelf.registry.copy(await shelf.registry.find(version.reference), f"{shelf.name}-brief", manner)
+    assert (made.defaults, made.passed) == (manner, None)
+    again = await shelf.registry.copy(made, f"{shelf.name}-again")
+    assert (again.defaults, again.parent) == (manner, made.reference)
+
+
+async def test_what_an_adapter_stands_on_stays(shelf: Shelf) -> None:
+    base = await shelf.register(b"base")
+    adapter = ModelFile("a.gguf", "f16", "a" * 64, 7)
+    name = f"{shelf.name}-adapted"
+    made = await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, defaults=ModelDefaults())
+    assert (made.files, made.adapter, made.file, made.run_id) == ([], adapter, adapter, "")
+    assert "a" * 64 in await shelf.registry.blobs()
+    with pytest.raises(VersionInUse, match=f"{name}:v1 is an adapter for it"):
+        await shelf.registry.delete_model(shelf.name)
+    await shelf.registry.delete_model(name)
+    await shelf.registry.delete_model(shelf.name)
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, defaults=ModelDefaults())
+    with pytest.raises(ModelNotFound):
+        await shelf.registry.model(name)
+
+
+async def test_a_list_is_two_requests_however_long(shelf: Shelf, mlflow_server: str) -> None:
+    for _ in range(12):
+        await shelf.register(export=f"job_{uuid4().hex[:8]}")
+    await shelf.mlflow.call("POST", "registered-models/create", json={"name": f"foreign-{uuid4().hex}"})
+    requests: list[str] = []
+
+    async def count(request: httpx.Request) -> None:
+        requests.append(request.url.path)
+
+    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
+        models = await Registry(MlflowRestClient(client)).models()
+    assert len(requests) == 2
+    (ours,) = (model for model in models if model.name == shelf.name)
+    assert [version.number for version in ours.versions] == list(range(12, 0, -1))
+    assert ours.served is None
+    assert not [model.name for model in models if model.name.startswith("foreign")]
+
+
+async def test_a_list_longer_than_a_page(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "PAGE_SIZE", 2)
+    for _ in range(5):
+        await shelf.register()
+    assert [version.number for version in (await shelf.registry.model(shelf.name)).versions] == [5, 4, 3, 2, 1]
+
+
+# Files
+
+
+async def test_a_copy_is_fetched_once_and_replaced_when_it_is_not_whole(shelf: Shelf) -> None:
+    version = await shelf.register(b"content")
+    copy = await shelf.registry.fetch(version)
+    assert copy == get_copy(version)
+    written = copy.stat().st_ino
+    assert (await shelf.registry.fetch(version)).stat().st_ino == written
+    copy.write_bytes(b"conte")
+    assert (await shelf.registry.fetch(version)).read_bytes() == b"content"
+    assert [file.suffix for file in copy.parent.iterdir() if file.suffix != ".lock"] == [".gguf"]
+
+
+async def test_several_who_fetch_at_once_download_once(shelf: Shelf, mlflow_server: str) -> None:
+    version = await shelf.register(os.urandom(5_000_000))
+    downloads: list[str] = []
+
+    async def count(request: httpx.Request) -> None:
+        if "mlflow-artifacts" in request.url.path:
+            downloads.append(request.url.path)
+
+    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
+        other = Registry(MlflowRestClient(client))
+        copies = await asyncio.gather(*(other.fetch(version) for _ in range(4)))
+    assert set(copies) == {get_copy(version)}
+    assert len(downloads) == 1
+
+
+async def test_a_file_that_changed_in_storage_is_refused(shelf: Shelf) -> None:
+    version = await shelf.register(b"content")
+    await shelf.mlflow.upload(version.run_id, f"gguf/{version.export_job_id}/{version.files[0].name}", b"c0ntent")
+    with pytest.raises(DamagedModel):
+        await shelf.registry.fetch(version)
+    assert not get_copy(version).exists()
+
+
+async def test_a_dropped_connection_is_taken_up_again(shelf: Shelf, mlflow_server: str) -> None:
+    content = os.urandom(6_000_000)
+    async with _breaking_off(mlflow_server, 2_000_000, times=2) as (url, broken):
+        async with mlflow_client.connect(url) as mlflow:
+            version = await Shelf(mlflow, shelf.folder).register(content)
+        assert len(broken) == 2
+        broken.clear()
+        async with mlflow_client.connect(url) as mlflow:
+            assert (await Registry(mlflow).fetch(version)).read_bytes() == content
+        assert len(broken) == 2
+
+
+async def test_mlflow_being_away_is_worth_another_attempt(home: Path) -> None:
+    async with mlflow_client.connect("http://127.0.0.1:9") as mlflow:
+        with pytest.raises(MlflowUnavailable) as caught:
+            await Registry(mlflow).models()
+    assert caught.value.retryable
+
+
+async def test_without_mlflow_there_is_no_registry(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
+    get_settings.cache_clear()
+    with pytest.raises(RegistryDisabled, match=r"mlflow\.enabled"):
+        async with registry.connect():
+            pass
+
+
+def test_what_was_used_longest_ago_makes_room(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_ENGINES__CACHE_GB", "0.000003")
+    get_settings.cache_clear()
+    copies: list[Path] = []
+    for number in range(5):
+        source = tmp_path / f"{number}.gguf"
+        source.write_bytes(bytes([number]) * 1000)
+        copies.append(model_cache.cache_file(source, f"{number}" * 64))
+        assert source.exists()
+    assert all(copy.exists() for copy in copies)  # used a moment ago
+    unfinished = copies[0].parent / "x.part"
+    unfinished.write_bytes(b"")
+    for age, file in enumerate([unfinished, *reversed(copies)]):
+        used_at = time.time() - 100_000 + age
+        os.utime(file, (used_at, used_at))
+    assert model_cache.find("4" * 64, 1000) == copies[4]  # used again
+    model_cache.evict(copies[0])
+    assert [copy.exists() for copy in copies] == [True, True, False, False, True]
+    assert not unfinished.exists()
+
+
+def get_copy(version: Version) -> Path:
+    return Path(os.environ["FORGEARR_HOME"]) / "cache" / "models" / f"{version.files[0].sha256}.gguf"
+
+
+async def _artifacts(shelf: Shelf, version: Version) -> list[dict[str, Any]]:
+    wanted = {"run_id": version.run_id, "path": f"gguf/{version.export_job_id}"}
+    return (await shelf.mlflow.call("GET", "artifacts/list", params=wanted)).get("files", [])
+
+
+@asynccontextmanager
+async def _breaking_off(target: str, after: int, times: int) -> AsyncGenerator[tuple[str, list[int]]]:
+    """A way to a server on which a connection breaks off once `after` bytes have passed in one direction.
+
+    Yields its URL and how many bytes each broken connection had carried; there are `times` of them at most.
+    """
+    host, _, port = target.removeprefix("http://").partition(":")
+    broken: list[int] = []
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passed = 0
+        while chunk := await reader.read(65536):
+            passed += len(chunk)
+            if passed > after and len(broken) < times:
+                broken.append(passed)
+                return
+            writer.write(chunk)
+            await writer.drain()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
+        directions = [
+            asyncio.create_task(carry(reader, onward_writer)),
+            asyncio.create_task(carry(onward_reader, writer)),
+        ]
+        await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        for direction in directions:
+            direction.cancel()
+        await asyncio.gather(*directions, return_exceptions=True)
+        for end in (writer, onward_writer):
+            end.transport.abort()
+
+    server = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", broken
+    finally:
+        server.close()

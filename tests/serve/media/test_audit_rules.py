@@ -1,0 +1,229 @@
+"""Every rule that ships and sets something: found, applied, read back and taken back, each against its own service.
+
+Sonarr's and Radarr's stand-ins hold all that is written against the official documents; SABnzbd is a real one. For
+Prowlarr and Plex a few lines remember what they are told, and refuse what those do not take.
+"""
+
+import copy
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.media.audit import rules
+from pipelines.media.audit.rules import Rule
+from tests.pipelines.media.audit.test_rules import settings_of
+from tests.serve.media.test_audits import audited, changed, config, connect, recommended, said, says
+from tests.support.api_client import House
+from tests.support.services import real_services
+from tests.support.services.fake_arr import arr_standing_in
+from tests.support.services.fake_services import KEY
+from tests.support.services.stub_server import Asked, Reply, standing_in, telling
+
+State = dict[str, Any]
+Service = AbstractAsyncContextManager[tuple[str, str, State]]
+"""Its address, its key, and what it has been told: area by area, as it is now."""
+
+SABNZBD_CLIENT = {"id": 1, "name": "SAB", "implementation": "Sabnzbd", "enable": True, "protocol": "usenet"}
+ARR_AT_FIRST: State = {
+    "config/mediamanagement": {
+        "id": 1,
+        "copyUsingHardlinks": False,
+        "downloadPropersAndRepacks": "preferAndUpgrade",
+        "enableMediaInfo": False,
+        "skipFreeSpaceCheckWhenImporting": True,
+        "minimumFreeSpaceWhenImporting": 0,
+    },
+    "config/downloadclient": {"id": 1, "enableCompletedDownloadHandling": False, "autoRedownloadFailed": False},
+    "config/host": {"id": 1, "certificateValidation": "disabled"},
+    "config/indexer": {"id": 1, "rssSyncInterval": 0},
+    "customformat": [{"id": 1, "name": "Repack v2"}],
+    "downloadclient": [{**SABNZBD_CLIENT, "removeCompletedDownloads": False, "removeFailedDownloads": False}],
+    "qualityprofile": [
+        {
+            "id": 1,
+            "name": "Any",
+            "upgradeAllowed": False,
+            "cutoffFormatScore": 0,
+            "minFormatScore": -100,
+            "minUpgradeFormatScore": 0,
+        }
+    ],
+}
+NAMING_AT_FIRST: dict[str, State] = {
+    "sonarr": {"renameEpisodes": False, "seasonFolderFormat": "S{season}"},
+    "radarr": {"renameMovies": False},
+}
+SABNZBD_AT_FIRST = {
+    "cache_limit": "",
+    "direct_unpack": "0",
+    "pause_on_post_processing": "1",
+    "fail_hopeless_jobs": "0",
+    "pre_check": "1",
+    "safe_postproc": "0",
+    "enable_recursive": "0",
+    "ignore_samples": "1",
+    "deobfuscate_final_filenames": "0",
+    "enable_all_par": "1",
+    "unwanted_extensions": "",
+    "action_on_unwanted_extensions": "0",
+    "pause_on_pwrar": "0",
+    "propagation_delay": "0",
+    "history_retention": "2d",
+    "history_retention_number": "2",
+}
+OF_OTHER_RELEASES = {
+    "misc": {"history_retention_option", "history_retention_number", "enable_tv_sorting", "enable_movie_sorting"}
+}
+"""Since SABnzbd 4 the one pair, before it the other."""
+SYNC_LEVELS = {"disabled", "addOnly", "fullSync"}
+"""Taken by hand from `ApplicationSyncLevel` of Prowlarr's official document."""
+PLEX_TAKES: dict[str, set[str]] = {
+    "GenerateBIFBehavior": {"never", "scheduled", "asap"},
+    "secureConnections": set("012"),
+}
+"""As a server's own list (`/:/prefs`) has it; all others are 0 or 1."""
+PLEX_AT_FIRST: State = {
+    "FSEventLibraryUpdatesEnabled": False,
+    "FSEventLibraryPartialScanEnabled": False,
+    "ScheduledLibraryUpdatesEnabled": True,
+    "autoEmptyTrash": False,
+    "allowMediaDeletion": True,
+    "ScannerLowPriority": False,
+    "GenerateBIFBehavior": "asap",
+    "secureConnections": 2,
+    "HardwareAcceleratedCodecs": False,
+}
+
+
+@asynccontextmanager
+async def arr(service: str) -> AsyncGenerator[tuple[str, str, State]]:
+    resources: dict[str, Any] = copy.deepcopy(ARR_AT_FIRST) | {"config/naming": {"id": 1, **NAMING_AT_FIRST[service]}}
+    async with arr_standing_in(service, **resources) as stand_in:
+        yield stand_in.url, KEY, stand_in.resources
+
+
+@asynccontextmanager
+async def prowlarr() -> AsyncGenerator[tuple[str, str, State]]:
+    state: State = {"applications": [{"id": 1, "name": "Sonarr", "syncLevel": "addOnly", "fields": [], "tags": []}]}
+
+    def answer(asked: Asked) -> Reply:
+        area, _, number = asked.path.removeprefix("/api/v1/").partition("/")
+        if asked.method == "PUT":
+            (row,) = (row for row in state[area] if row["id"] == int(number))
+            told = json.loads(asked.body)
+            if told["syncLevel"] not in SYNC_LEVELS:
+                return telling({"message": f"There is no sync level {told['syncLevel']}."}, 400)
+            row.update(told)
+            return telling(row, 202)
+        return telling(state.get(area, []))
+
+    async with standing_in(answer) as server:
+        yield server.url, KEY, state
+
+
+@asynccontextmanager
+async def plex() -> AsyncGenerator[tuple[str, str, State]]:
+    state = dict(PLEX_AT_FIRST)
+
+    def answer(asked: Asked) -> Reply:
+        if asked.method == "PUT":
+            for name, value in asked.query.items():
+                if value not in PLEX_TAKES.get(name, set("01")):
+                    return Reply(b"", 400)
+                state[name] = type(PLEX_AT_FIRST[name])(int(value) if value.isdigit() else value)
+            return Reply()
+        return telling({"MediaContainer": {"Setting": [{"id": name, "value": state[name]} for name in state]}})
+
+    async with standing_in(answer) as server:
+        yield server.url, KEY, state
+
+
+PROGRAMS: dict[str, Callable[[], Service]] = {
+    "sonarr": partial(arr, "sonarr"),
+    "radarr": partial(arr, "radarr"),
+    "prowlarr": prowlarr,
+    "plex": plex,
+}
+
+
+def settable(service: str) -> dict[str, Rule]:
+    ours = [rule for rule in rules.load().rules if rule.service == service and not rule.apply.is_by_hand]
+    by_setting = {rule.setting: rule for rule in ours}
+    assert len(by_setting) == len(ours) > 0
+    return by_setting
+
+
+async def applied_all(house: House, service: str) -> dict[str, int]:
+    """Audit and apply until nothing is left: some rules count only where another is followed. By name, what was."""
+    wanted, done = settable(service), dict[str, int]()
+    while True:
+        told = await audited(house, service)
+        assert told["failed_services"] == {}
+        open_ones = await recommended(house, applied=False)
+        ids = {one["setting_name"]: one["id"] for one in open_ones.values() if one["setting_name"] in wanted}
+        if not ids:
+            return done
+        assert not ids.keys() & done.keys(), "what was set is found again"
+        results = await changed(house, "apply", *ids.values())
+        assert [(one["success"], one["changed"]) for one in results] == [(True, True)] * len(ids), results
+        done |= ids
+
+
+# What is asked of services does not depend on where our own facts lie.
+on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+
+
+@on_sqlite
+@pytest.mark.parametrize("service", PROGRAMS)
+async def test_every_rule_is_applied_and_taken_back(house: House, service: str) -> None:
+    async with PROGRAMS[service]() as (url, key, state):
+        await connect(house, service, service, url, key)
+        before = copy.deepcopy(state)
+        done = await applied_all(house, service)
+        assert done.keys() == settable(service).keys()
+        after = copy.deepcopy(state)
+        assert after != before
+        again = await changed(house, "apply", *done.values())
+        assert [(one["success"], one["changed"]) for one in again] == [(True, False)] * len(done)
+        assert state == after
+        await changed(house, "rollback", *done.values())
+        assert state == before
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("option", "passed_over"),
+    [("days-delete", "history_retention_option"), ("number-delete", "history_retention_number")],
+)
+async def test_every_rule_for_sabnzbd_is_applied_and_taken_back(
+    house: House, tmp_path: Path, option: str, passed_over: str
+) -> None:
+    with real_services.sabnzbd(tmp_path) as program:
+        for name, value in {**SABNZBD_AT_FIRST, "history_retention_option": option}.items():
+            said(program, name, value)
+        await connect(house, "sabnzbd", "sabnzbd", program.url, program.key)
+        before = config(program)
+        done = await applied_all(house, "sabnzbd")
+        assert done.keys() == (settable("sabnzbd").keys() & before.keys()) - {passed_over}
+        await changed(house, "rollback", *done.values())
+        assert config(program) == before
+
+
+@pytest.mark.usefixtures("home")
+def test_a_real_sabnzbd_has_every_setting(tmp_path: Path) -> None:
+    """Also those that are changed by hand."""
+    with real_services.sabnzbd(tmp_path) as program:
+        says(program, section="categories", keyword="tv", name="tv")
+        says(program, section="servers", keyword="one", name="one", host="news.example")
+        for area in ("misc", "categories[]", "servers[]"):
+            told = config(program, area.removesuffix("[]"))
+            known = told if area == "misc" else told[0]
+            ours = [rule for rule in rules.load().rules if rule.service == "sabnzbd"]
+            named = {setting for rule in ours for place, setting in settings_of(rule) if place == area}
+            assert named
+            assert named - known.keys() <= OF_OTHER_RELEASES.get(area, set())

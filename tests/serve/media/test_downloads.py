@@ -1,0 +1,338 @@
+"""/api/v1/downloads, with the real SABnzbd and a news server; and what becomes of a SABnzbd that talks nonsense."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.db import Database, now
+from cluster.services import store as service_store
+from serve.app import create_app
+from tests.support.services import news_server, real_services
+from tests.support.services.news_server import Usenet
+from tests.support.services.real_services import Running
+from tests.support.services.stub_server import Asked, Reply, StandIn, page, standing_in, telling, text
+from tests.support.waiting import eventually
+
+DOWNLOADS = "/api/v1/downloads"
+NAME = 'Our "Movie" & <i>Ünïcode 🎬 100%'
+# What is asked of SABnzbd does not depend on where our own facts lie.
+pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def news() -> Iterator[Usenet]:
+    with news_server.usenet() as news:
+        yield news
+
+
+@pytest.fixture(scope="module")
+def sabnzbd(tmp_path_factory: pytest.TempPathFactory, news: Usenet) -> Iterator[Running]:
+    with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as running:
+        news_server.subscribe(running, news)
+        yield running
+
+
+@pytest.fixture
+async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+async def real(client: httpx.AsyncClient, database: Database, sabnzbd: Running) -> httpx.AsyncClient:
+    """A server to which the real SABnzbd is connected."""
+    await connect(database, sabnzbd.url, sabnzbd.key)
+    return client
+
+
+async def connect(database: Database, url: str, key: str = "key", name: str = "Usenet") -> None:
+    async with database.transaction() as session:
+        await service_store.create(session, {"name": name, "type": "sabnzbd", "url": url, "api_key": key}, "ada")
+
+
+async def told(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> dict[str, Any]:
+    answer = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def refused(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> tuple[int, str]:
+    answer = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
+    return answer.status_code, answer.json()["error_code"]
+
+
+async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Running, news: Usenet) -> None:
+    with news.holding():
+        nzo_id = news_server.download(sabnzbd, news.post("movie.mkv", secrets.token_bytes(3_000_000)), NAME)
+        news_server.still(sabnzbd, news)
+        queue = await told(real, "/queue")
+        (slot,) = queue["queue"]
+        assert slot == {
+            "nzo_id": nzo_id,
+            "filename": slot["filename"],
+            "mb_left": pytest.approx(2.95, abs=0.1),
+            "mb": pytest.approx(2.95, abs=0.1),
+            "percentage": 0,
+            "eta": None,
+            "status": "Downloading",
+            "priority": "Normal",
+        }
+        assert all(word in slot["filename"] for word in ("Movie", "Ünïcode", "🎬", "100%"))
+        assert (queue["speed"], queue["size_left"], queue["paused"]) == ("0 B/s", f"{slot['mb']:.1f} MB", False)
+        assert queue["disk_space"].endswith(("GB", "TB"))
+        assert await told(real, "/pause", "POST") == {"success": True, "paused": True, "queue_status": "Paused"}
+        assert news_server.ask(sabnzbd, "queue")["queue"]["paused"] is True
+        assert (await told(real, "/queue"))["paused"] is True
+        assert await told(real, "/resume", "POST") == {"success": True, "paused": False, "queue_status": "Idle"}
+        assert news_server.ask(sabnzbd, "queue")["queue"]["paused"] is False
+
+        absent = {(404, "DOWNLOAD_NOT_FOUND"), (404, "NOT_FOUND")}
+        for none in ("SABnzbd_nzo_none", "all", f"{nzo_id},all", f"{nzo_id}%2Fx", 400 * "9", "%F0%9F%8E%AC", "%22'"):
+            assert await refused(real, f"/{none}", "DELETE") in absent, none
+            assert await refused(real, f"/retry/{none}", "POST") in absent, none
+        assert await refused(real, f"/retry/{nzo_id}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
+        assert [slot["nzo_id"] for slot in (await told(real, "/queue"))["queue"]] == [nzo_id]
+
+        deleted = {"success": True, "message": "Download deleted successfully", "nzo_id": nzo_id}
+        assert await told(real, f"/{nzo_id}", "DELETE") == deleted
+        assert news_server.ask(sabnzbd, "queue")["queue"]["slots"] == []
+        assert not [*sabnzbd.folder.glob("incomplete/*")]
+        assert await refused(real, f"/{nzo_id}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
+
+
+async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: Running, news: Usenet) -> None:
+    content = secrets.token_bytes(300_000)
+    whole = news_server.download(sabnzbd, news.post("whole.mkv", content), f"{NAME} whole")
+    ended = news_server.ended(sabnzbd, whole)["completed"]
+    eventually(lambda: time.time() > ended + 1)  # SABnzbd tells whole seconds
+    broken = news_server.download(sabnzbd, news.post("broken.mkv", content[::-1], lost=4), "Broken", cat="movies")
+    news_server.ended(sabnzbd, broken)
+    history = await told(real, "/history")
+    failed, completed = history["history"]
+    assert history["total"] == 2
+    assert failed == {
+        "nzo_id": broken,
+        "name": "Broken",
+        "category": "movies",
+        "status": "Failed",
+        "fail_message": failed["fail_message"],
+        "size": "0 B",
+        "completed": failed["completed"],
+    }
+    assert "Not on your server" in failed["fail_message"]
+    assert (completed["nzo_id"], completed["status"], completed["fail_message"]) == (whole, "Completed", "")
+    assert (completed["size"][:2], completed["size"][-3:], completed["completed"][-1]) == ("30", " KB", "Z")
+    assert now() - datetime.fromisoformat(completed["completed"]) < timedelta(hours=1)
+    first = await told(real, "/history", limit=1)
+    assert ([slot["nzo_id"] for slot in first["history"]], first["total"]) == ([broken], 2)
+
+    assert await refused(real, f"/retry/{whole}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
+    assert await refused(real, f"/{whole}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
+    news.find_lost()
+    again = await told(real, f"/retry/{broken}", "POST")
+    assert again == {
+        "success": True,
+        "message": "Download retried successfully",
+        "nzo_id": broken,
+        "new_nzo_id": again["new_nzo_id"],
+    }
+    assert again["new_nzo_id"] != broken
+    assert news_server.ended(sabnzbd, again["new_nzo_id"])["status"] == "Completed"
+    assert await refused(real, f"/retry/{broken}", "POST") == (404, "DOWNLOAD_NOT_FOUND")
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1001, 10**30, "many", ""])
+async def test_a_limit_is_a_number_within_bounds(client: httpx.AsyncClient, limit: object) -> None:
+    assert await refused(client, "/history", limit=limit) == (422, "VALIDATION_ERROR")
+
+
+async def test_without_a_service_it_says_how_to_connect_one(client: httpx.AsyncClient, database: Database) -> None:
+    answer = await client.get(f"{DOWNLOADS}/queue")
+    assert (answer.status_code, answer.json()["error_code"]) == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert "POST /api/services: SABnzbd" in answer.json()["message"]
+    async with database.transaction() as session:
+        await service_store.create(session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada")
+        off = {"name": "Off", "type": "sabnzbd", "url": "http://127.0.0.1:9", "enabled": False}
+        await service_store.create(session, off, "ada")
+    assert await refused(client, "/queue") == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert await refused(client, "/queue", service="Off") == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert await refused(client, "/queue", service="TV") == (400, "SERVICE_CANNOT")
+    assert await refused(client, "/queue", service="nobody") == (404, "SERVICE_NOT_FOUND")
+
+
+# A SABnzbd that is not as it should be
+
+SLOT = {
+    "nzo_id": "SABnzbd_nzo_1",
+    "filename": "Film",
+    "mb": "2048.00",
+    "mbleft": "1536.50",
+    "percentage": "25",
+    "timeleft": "0:15:30",
+    "status": "Downloading",
+    "priority": "Normal",
+}
+QUEUE = {
+    "slots": [SLOT],
+    "paused": False,
+    "status": "Downloading",
+    "kbpersec": "5324.80",
+    "mbleft": "15564.80",
+    "diskspace1": "250.50",
+}
+ENDED = {"nzo_id": "SABnzbd_nzo_1", "name": "Film", "status": "Completed", "bytes": 1610612736, "completed": 1736329500}
+
+
+class Nonsense:
+    """It answers what it is told to."""
+
+    def __init__(self, server: StandIn) -> None:
+        self.server = server
+        self.reply = telling({"queue": QUEUE})
+
+    def answer(self, asked: Asked) -> Reply:
+        return self.reply
+
+
+@pytest.fixture
+async def nonsense(database: Database) -> AsyncIterator[Nonsense]:
+    async with standing_in(lambda asked: nonsense.answer(asked)) as server:
+        nonsense = Nonsense(server)
+        await connect(database, server.url)
+        yield nonsense
+
+
+async def test_units(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
+    assert await told(client, "/queue") == {
+        "queue": [
+            {
+                "nzo_id": "SABnzbd_nzo_1",
+                "filename": "Film",
+                "mb_left": 1536.5,
+                "mb": 2048.0,
+                "percentage": 25,
+                "eta": "00:15:30",
+                "status": "Downloading",
+                "priority": "Normal",
+            }
+        ],
+        "speed": "5.2 MB/s",
+        "size_left": "15.2 GB",
+        "paused": False,
+        "disk_space": "250.5 GB",
+    }
+    nonsense.reply = telling({"history": {"slots": [ENDED], "noofslots": 150}})
+    history = await told(client, "/history")
+    assert (history["history"][0]["size"], history["history"][0]["completed"]) == ("1.5 GB", "2025-01-08T09:45:00Z")
+    # As SABnzbd 4 and 5 say it while they move what they have unpacked.
+    nonsense.reply = telling({"history": {"slots": [{**ENDED, "loaded": True}], "noofslots": 150}})
+    assert (await told(client, "/history"))["history"][0]["completed"] is None
+
+
+@pytest.mark.parametrize(
+    ("left", "eta"),
+    [
+        ("0:00:00", None),
+        ("2:01:00:05", "49:00:05"),
+        (None, None),
+        ("soon", None),
+        ("1:2:3:4:5", None),
+        ("\u0663:\u0660:\u0660", None),
+    ],
+)
+async def test_a_time_that_nobody_knows_is_null(
+    client: httpx.AsyncClient, nonsense: Nonsense, left: str | None, eta: str | None
+) -> None:
+    nonsense.reply = telling({"queue": {**QUEUE, "slots": [{**SLOT, "timeleft": left}]}})
+    assert (await told(client, "/queue"))["queue"][0]["eta"] == eta
+
+
+async def test_what_ends_just_before_it_is_deleted_is_not_deleted(
+    client: httpx.AsyncClient, nonsense: Nonsense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = [SLOT]
+
+    def answer(asked: Asked) -> Reply:
+        if asked.query.get("name") == "delete":
+            slots.clear()
+            return telling({"status": False, "nzo_ids": []})
+        return telling({"queue": {**QUEUE, "slots": slots}})
+
+    monkeypatch.setattr(nonsense, "answer", answer)
+    told = await client.delete(f"{DOWNLOADS}/{SLOT['nzo_id']}")
+    assert (told.status_code, "has just left the queue" in told.json()["message"]) == (404, True)
+
+
+async def test_what_does_not_come_in_has_no_time_to_come(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
+    # 0.00 may be four bytes a second, of which SABnzbd makes 198 hours.
+    slow = {**QUEUE, "kbpersec": "0.00", "slots": [{**SLOT, "timeleft": "8:06:47:49"}]}
+    nonsense.reply = telling({"queue": slow})
+    queue = await told(client, "/queue")
+    assert (queue["speed"], queue["queue"][0]["eta"]) == ("0 B/s", None)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        telling({"queue": {**QUEUE, "slots": None}}),
+        telling({"queue": {**QUEUE, "slots": [{**SLOT, "mb": "a lot"}]}}),
+        telling({"queue": {**QUEUE, "slots": [{**SLOT, "mb": "1e999"}]}}),
+        telling({"queue": {**QUEUE, "slots": [{**SLOT, "percentage": 9000 * "9"}]}}),
+        telling({"queue": {**QUEUE, "slots": [{**SLOT, "nzo_id": None}]}}),
+        telling({"queue": {**QUEUE, "slots": [None]}}),
+        telling({"queue": {**QUEUE, "paused": "perhaps"}}),
+        telling({"queue": []}),
+        telling({"queue": None}),
+        telling([]),
+        telling(None),
+        page("Welcome"),
+        text('{"queue": {"slots": ['),
+    ],
+)
+async def test_an_answer_that_makes_no_sense_is_one_clear_error(
+    client: httpx.AsyncClient, nonsense: Nonsense, reply: Reply
+) -> None:
+    nonsense.reply = reply
+    answer = await client.get(f"{DOWNLOADS}/queue")
+    assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
+    assert "Usenet" in answer.json()["message"]
+    nonsense.reply = telling({"queue": QUEUE})
+    assert len((await told(client, "/queue"))["queue"]) == 1
+
+
+async def test_nonsense_opens_the_breaker_and_sense_closes_it(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
+    nonsense.reply = telling({"history": {"slots": [{**ENDED, "completed": 1e300}], "noofslots": 1}})
+    for _ in range(5):
+        assert await refused(client, "/history") == (503, "SERVICE_BAD_RESPONSE")
+    asked = len(nonsense.server.asked)
+    answer = await client.get(f"{DOWNLOADS}/queue")
+    assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_CIRCUIT_OPEN")
+    assert int(answer.headers["Retry-After"]) <= 60
+    assert len(nonsense.server.asked) == asked
+    nonsense.reply = telling({"queue": {**QUEUE, "version": "3.7.1"}})
+    assert (await client.get("/health/sabnzbd")).status_code == 200
+    assert len((await told(client, "/queue"))["queue"]) == 1
+
+
+async def test_a_yes_is_not_believed(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
+    """It says that all was done, and nothing was."""
+    nonsense.reply = telling({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE})
+    assert await refused(client, "/pause", "POST") == (400, "REFUSED_BY_SERVICE")
+    assert await refused(client, "/SABnzbd_nzo_1", "DELETE") == (400, "REFUSED_BY_SERVICE")
+    for retry in (1, 0):
+        history = {"slots": [{**ENDED, "status": "Failed", "retry": retry}], "noofslots": 1}
+        nonsense.reply = telling({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE, "history": history})
+        assert await refused(client, "/retry/SABnzbd_nzo_1", "POST") == (400, "REFUSED_BY_SERVICE")
+
+
+async def test_an_error_inside_and_a_wrong_key(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
+    nonsense.reply = telling({"status": False, "error": "not today"})
+    assert await refused(client, "/queue") == (400, "REFUSED_BY_SERVICE")
+    nonsense.reply = text("API Key Incorrect", 403)
+    assert await refused(client, "/queue") == (503, "SERVICE_UNAUTHORIZED")

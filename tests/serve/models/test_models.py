@@ -1,0 +1,78 @@
+"""/api/v1/models over HTTP, on a real MLflow server."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from cluster.db import Database
+from serve.app import create_app
+from tests.support.registry_model import Shelf
+
+pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+async def client(database: Database, shelf: Shelf) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        yield client
+
+
+async def test_models_are_listed_and_shown(client: httpx.AsyncClient, shelf: Shelf) -> None:
+    version = await shelf.register(b"one", b"two", adapter=shelf.file(b"adapter", "f16"))
+    await shelf.register()
+    await shelf.registry.set_validation(shelf.name, 1, False, ["too dull"])
+    await shelf.registry.set_served(shelf.name, 2)
+    shown = (await client.get(f"/api/v1/models/{shelf.name}")).json()
+    assert (shown["name"], shown["served_version"]) == (shelf.name, 2)
+    newest, oldest = shown["versions"]
+    assert (newest["model_name"], newest["served"], newest["passed"]) == (f"{shelf.name}:v2", True, None)
+    assert (oldest["served"], oldest["passed"], oldest["reasons"]) == (False, False, ["too dull"])
+    assert [file["sha256"] for file in oldest["files"]] == [file.sha256 for file in version.files]
+    assert oldest["adapter"]["quantization"] == "f16"
+    assert oldest["mlflow_run_id"] == version.run_id
+    page = (await client.get("/api/v1/models")).json()
+    assert shown in page["items"]
+    assert page["total"] == len(page["items"])
+    last = (await client.get("/api/v1/models", params={"skip": page["total"] - 1, "limit": 1})).json()
+    assert last["items"] == page["items"][-1:]
+    for unknown in ("no-such", "No%20Such"):
+        answer = await client.get(f"/api/v1/models/{unknown}")
+        assert answer.status_code in {404, 422}
+
+
+async def test_a_deploy_is_a_job_that_is_refused_at_once_when_it_cannot_be(
+    client: httpx.AsyncClient, shelf: Shelf
+) -> None:
+    await shelf.register()
+    path = f"/api/v1/models/{shelf.name}/deploy"
+    unknown = await client.post(path, json={"version": 2})
+    assert (unknown.status_code, unknown.json()["error_code"]) == (404, "MODEL_NOT_FOUND")
+    refused = await client.post(path, json={"version": 1})
+    assert (refused.status_code, refused.json()["error_code"]) == (409, "VERSION_NOT_PASSED")
+    assert (await client.get("/api/v1/jobs")).json()["total"] == 0
+    jobs = [
+        (await client.post(path, json={"version": 1, "force": True}, headers={"Idempotency-Key": "once"})).json()
+        for _ in range(2)
+    ]
+    assert jobs[0]["id"] == jobs[1]["id"]
+    assert jobs[0]["kind"] == "deploy"
+    assert jobs[0]["spec"].items() >= {"name": shelf.name, "version": 1, "force": True}.items()
+
+
+async def test_the_way_back_and_deletion(client: httpx.AsyncClient, shelf: Shelf) -> None:
+    path = f"/api/v1/models/{shelf.name}"
+    for number in (1, 2):
+        await shelf.register()
+        await shelf.registry.set_served(shelf.name, number)
+    done = await client.post(f"{path}/rollback")
+    assert done.json() == {"name": shelf.name, "version": 1, "previous": 2, "warning": None}
+    nothing = await client.post(f"{path}/rollback")
+    assert (nothing.status_code, nothing.json()["error_code"]) == (409, "NO_EARLIER_VERSION")
+    served = await client.delete(f"{path}/versions/1")
+    assert (served.status_code, served.json()["error_code"]) == (409, "VERSION_SERVED")
+    assert (await client.delete(f"{path}/versions/2")).status_code == 204
+    assert (await client.delete(f"{path}/versions/2")).status_code == 404
+    assert (await client.delete(path)).status_code == 204
+    assert (await client.get(path)).status_code == 404

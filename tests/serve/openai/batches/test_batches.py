@@ -1,0 +1,140 @@
+"""Single lines of batches, on an engine of this process that is away at times; and what is left of batches."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import storage
+from cluster.db import Database, now
+from cluster.errors import Unavailable
+from cluster.files import store as file_store
+from cluster.ownership import LOCAL
+from cluster.settings import get_settings
+from jobs import queue
+from jobs.states import State
+from jobs.tables import Job
+from pipelines.training.models.registry import OnProgress
+from serve.engines.gguf.replica import GgufEngine
+from serve.engines.protocol import EngineBusy, EngineLost, EngineRequest, EngineUnavailable, Source
+from serve.openai.batches import store as batch_store
+from serve.openai.batches.line import MAX_ENGINE_LOSSES, LineRunner
+from serve.openai.files.validation import BatchLine
+from tests.support.small_models import write_parrot
+
+pytestmark = pytest.mark.both_databases
+
+TINY = "forgearr/tiny"
+SPOKEN = "Sonarr watches."
+
+
+class Unsteady(GgufEngine):
+    """An engine that is away as often, and in the way, that it is told."""
+
+    away: Sequence[Unavailable] = ()
+    asked = 0
+
+    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+        self.asked += 1
+        if self.asked <= len(self.away):
+            raise self.away[self.asked - 1]
+        return await super().complete(reference, request, source)
+
+
+@pytest.fixture
+def engine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unsteady:
+    monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
+    monkeypatch.setenv("FORGEARR_JOBS__RETRY_SECONDS", "0")
+    get_settings.cache_clear()
+    file = write_parrot(tmp_path / "model.gguf", SPOKEN)
+
+    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
+        return file
+
+    return Unsteady(get_settings().engines, find_file)
+
+
+@pytest.fixture
+def answering(engine: Unsteady, database: Database) -> LineRunner:
+    return LineRunner(database, engine, LOCAL)
+
+
+def line(**options: Any) -> BatchLine:
+    body = {"model": TINY, "messages": [{"role": "user", "content": "Hello"}], **options}
+    return BatchLine(custom_id="one", method="POST", url="/v1/chat/completions", body=body)
+
+
+async def test_an_engine_that_is_away_is_asked_again(answering: LineRunner, engine: Unsteady) -> None:
+    engine.away = [EngineBusy()] * 9 + [EngineUnavailable()] * 3 + [EngineLost()] * MAX_ENGINE_LOSSES
+    outcome = await answering.run(7, line())
+    assert (outcome.number, outcome.succeeded) == (7, True)
+    assert engine.asked == len(engine.away) + 1
+    told = json.loads(outcome.line)
+    assert told["response"]["body"]["choices"][0]["message"]["content"] == SPOKEN
+    assert outcome.usage == told["response"]["body"]["usage"]
+
+
+async def test_a_line_over_which_engines_are_lost_is_given_up(answering: LineRunner, engine: Unsteady) -> None:
+    engine.away = [EngineLost()] * (MAX_ENGINE_LOSSES + 1)
+    outcome = await answering.run(1, line())
+    told = json.loads(outcome.line)
+    assert (outcome.succeeded, told["response"]["status_code"]) == (False, 503)
+    assert told["response"]["body"]["error"]["code"] == "engine_lost"
+
+
+async def test_a_job_asks_a_database_of_its_own(engine: Unsteady, database: Database) -> None:
+    """That of its process belongs to another event loop."""
+
+    async def ask() -> bytes:
+        own = Database(get_settings().database_url)
+        try:
+            return (await LineRunner(own, engine, LOCAL).run(1, line(model="job_20260101_000000_abcd"))).line
+        finally:
+            await own.close()
+
+    async with database.read_transaction() as session:
+        await session.get(Job, "job_none")
+    told = json.loads(await asyncio.to_thread(lambda: asyncio.run(ask())))
+    assert told["response"]["status_code"] == 404
+
+
+async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: Database) -> None:
+    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
+    made: dict[State, str] = {}
+    long_ago = now() - timedelta(days=get_settings().jobs.event_days + 1)
+    for state in (State.FAILED, State.SUCCEEDED, State.RUNNING):
+        async with database.transaction() as session:
+            batch, job = await batch_store.create(
+                session,
+                endpoint="/v1/embeddings",
+                input_file_id=file.id,
+                labels={},
+                output_seconds=None,
+                principal=LOCAL,
+            )
+            job.state, job.finished_at = state, long_ago
+        made[state] = storage.address(batch_store.parts_folder(batch.id))
+        storage.write(BytesIO(b"{}"), f"{batch_store.parts_folder(batch.id)}/part")
+    assert await batch_store.remove_left_over(database) == 1
+    assert {state for state, address in made.items() if storage.exists(address)} == {State.SUCCEEDED, State.RUNNING}
+    assert await batch_store.remove_left_over(database) == 0
+
+
+async def test_a_batch_whose_job_failed_says_why(database: Database) -> None:
+    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
+    async with database.transaction() as session:
+        batch, job = await batch_store.create(
+            session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, principal=LOCAL
+        )
+        assert batch_store.to_openai(batch, job)["status"] == "validating"
+        await queue.finish_waiting_jobs(
+            session, [job], State.FAILED, {"code": "file_not_found", "message": "It is gone."}
+        )
+    async with database.read_transaction() as session:
+        told = batch_store.to_openai(batch, await session.get_one(Job, job.id))
+    assert (told["status"], told["errors"][0]["message"]) == ("failed", "It is gone.")

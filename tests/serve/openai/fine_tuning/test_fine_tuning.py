@@ -1,0 +1,383 @@
+"""Fine-tuning jobs as OpenAI's client asks for them: what is made of a request, and what is told of a job."""
+
+import json
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import openai
+import pytest
+from sqlalchemy import update
+
+from cluster import identity, storage
+from cluster.db import Database, now
+from cluster.ownership import LOCAL, Principal
+from cluster.settings import get_settings
+from jobs import journal, queue
+from jobs.journal import JournalEntry
+from jobs.queue import JobRequest
+from jobs.states import Control, State
+from jobs.tables import Job
+from pipelines.training.models.versions import ModelNotFound
+from serve.app import create_app
+from serve.engines.protocol import ModelFolder
+from serve.models.resolver import ModelResolver
+from tests.support.app_server import serving
+
+pytestmark = pytest.mark.both_databases
+
+SAMPLE = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good evening."}]}
+PAIR = {
+    "input": {"messages": [{"role": "user", "content": "Hello"}]},
+    "preferred_output": [{"role": "assistant", "content": "Good evening."}],
+    "non_preferred_output": [{"role": "assistant", "content": "What?"}],
+}
+TINY = "forgearr/tiny"
+KEY = 'ü.b "c" [d]'
+
+
+class House:
+    """A gateway that needs credentials, with files to learn from, and jobs that are as they are said to be."""
+
+    def __init__(self, url: str, database: Database, people: dict[str, identity.User]) -> None:
+        self.database = database
+        self.owners = {
+            name: Principal(id=user.id, name=name, is_admin=user.role == "admin") for name, user in people.items()
+        }
+        self.clients = {
+            name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=identity.create_access_token(user), max_retries=0)
+            for name, user in people.items()
+        }
+        self.ada, self.bob, self.admin = (self.clients[name].fine_tuning.jobs for name in ("ada", "bob", "admin"))
+
+    async def file(self, *lines: Any, purpose: Any = "fine-tune", who: str = "ada") -> str:
+        content = "\n".join(json.dumps(line) for line in lines).encode()
+        return (await self.clients[who].files.create(file=("a.jsonl", content), purpose=purpose)).id
+
+    async def create(self, **wanted: Any) -> Any:
+        create: Any = self.ada.create
+        return await create(**{"model": TINY, "training_file": await self.file(SAMPLE), **wanted})
+
+    async def spec(self, job_id: str) -> dict[str, Any]:
+        return (await self.job(job_id)).spec
+
+    async def job(self, job_id: str) -> Job:
+        async with self.database.read_transaction() as session:
+            return await queue.get(session, job_id, LOCAL)
+
+    async def settle(self, job_id: str, **facts: Any) -> None:
+        async with self.database.transaction() as session:
+            await session.execute(update(Job).where(Job.id == job_id).values(**facts))
+
+    async def step(self, job_id: str, kind: str, **facts: Any) -> str:
+        """A step of a forge job."""
+        async with self.database.transaction() as session:
+            parent = await queue.get(session, job_id, LOCAL)
+            spec = {"fine_tune": {"data": {"dataset": "demo/homelab"}}, "export": {"job_id": job_id}}[kind]
+            child = await queue.enqueue_child(session, parent, kind, kind, spec)
+        await self.settle(child.id, **facts)
+        return child.id
+
+    async def tell(self, *entries: JournalEntry) -> None:
+        async with self.database.transaction() as session:
+            journal.record(session, entries)
+
+    async def resolve(self, name: str, who: str = "ada") -> Any:
+        return (await ModelResolver().resolve(name, self.owners[who])).source
+
+
+@pytest.fixture
+async def house(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
+    monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
+    monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
+    get_settings.cache_clear()
+    people: dict[str, identity.User] = {}
+    async with database.transaction() as session:
+        for name in ("ada", "bob", "admin"):
+            role = "admin" if name == "admin" else "user"
+            people[name] = await identity.add_user(
+                session, email=f"{name}@example.com", username=name, password_hash="-", role=role
+            )
+    async with serving(create_app()) as address:
+        house = House(f"http://{address}", database, people)
+        yield house
+        for client in house.clients.values():
+            await client.close()
+
+
+# What is asked for
+
+
+async def test_a_request_becomes_a_job_of_the_forge(house: House) -> None:
+    validation = await house.file(SAMPLE)
+    hyperparameters = {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 0.5}
+    job = await house.create(
+        method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        validation_file=validation,
+        suffix="My Model!",
+        seed=3,
+        metadata={"a": "b"},
+        integrations=[],
+    )
+    row = await house.job(job.id)
+    assert (row.kind, row.owner_id, row.spec["name"], row.spec["suffix"]) == (
+        "forge",
+        house.owners["ada"].id,
+        "ft-tiny",
+        "my-model",
+    )
+    wanted = {"epochs": 2, "batch_size": 3, "learning_rate": 1e-4, "seed": 3, "deploy": False, "keep_epochs": 3}
+    assert row.spec.items() >= wanted.items()
+    assert (row.spec["data"]["file"], row.spec["validation"]["file"]) == (job.training_file, validation)
+    assert job.hyperparameters.to_dict() == hyperparameters
+    assert (job.status, job.validation_file, job.metadata, job.seed) == ("queued", validation, {"a": "b"}, 3)
+    assert job.organization_id == f"org-{house.owners['ada'].id}"
+
+
+async def test_what_is_left_to_us_is_what_every_training_has(house: House) -> None:
+    auto: Any = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    job = await house.create(hyperparameters=auto)
+    assert job.hyperparameters.to_dict() == {"batch_size": "auto", "learning_rate_multiplier": 1.0, "n_epochs": 3}
+    assert await house.spec(job.id) == await house.spec((await house.create(training_file=job.training_file)).id)
+
+
+async def test_preferences_are_learned_by_dpo(house: House) -> None:
+    told = {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}
+    job = await house.create(training_file=await house.file(PAIR), method={"type": "dpo", "dpo": told})
+    assert (job.method.type, job.method.dpo.hyperparameters.beta, job.method.supervised) == ("dpo", 0.3, None)
+    assert (await house.spec(job.id))["beta"] == 0.3
+
+
+async def test_a_preset_is_filled_in(house: House) -> None:
+    job = await house.create(model="qwen2.5-0.5b")
+    assert (job.model, (await house.spec(job.id))["rank"]) == ("Qwen/Qwen2.5-0.5B-Instruct", 32)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status", "message"),
+    [
+        ({"method": {"type": "reinforcement"}}, 400, "reinforcement is not available"),
+        ({"method": {"type": "supervised", "dpo": {}}}, 422, "does not belong"),
+        ({"method": {"type": "supervised"}, "hyperparameters": {"n_epochs": 1}}, 422, "belong into method"),
+        ({"method": {"type": "dpo"}}, 400, "learns from pairs"),
+        ({"hyperparameters": {"n_epochs": 0}}, 422, "n_epochs"),
+        ({"hyperparameters": {"batch_size": "all"}}, 422, "batch_size"),
+        ({"hyperparameters": {"beta": 1}}, 422, "beta"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 422, "integrations"),
+        ({"suffix": "x" * 65}, 422, "suffix"),
+        ({"metadata": {"x" * 65: "y"}}, 422, "metadata"),
+        ({"metadata": {str(n): "y" for n in range(17)}}, 422, "metadata"),
+        ({"seed": -1}, 422, "seed"),
+        ({"extra_body": {"n_classes": 2}}, 422, "n_classes"),
+        ({"training_file": "file-unknown"}, 404, "no file"),
+        ({"validation_file": "file-unknown"}, 404, "no file"),
+        ({"model": "nobody:v3"}, 404, "no model"),
+        ({"model": "ft:forgearr/tiny:ada::20260101_000000_aaaa"}, 404, "no model"),
+        ({"model": "/etc"}, 403, "administrator"),
+    ],
+)
+async def test_what_cannot_be_done_is_refused(house: House, wanted: dict[str, Any], status: int, message: str) -> None:
+    with pytest.raises(openai.APIStatusError, match=message) as refused:
+        await house.create(**wanted)
+    assert refused.value.status_code == status
+    assert [job async for job in house.ada.list()] == []
+
+
+async def test_a_file_that_is_not_to_be_learned_from_is_refused(house: House) -> None:
+    files = [
+        (await house.file({"no": "sample"}), "cannot be learned from: The line 1 of a.jsonl is no sample"),
+        (await house.file(SAMPLE, purpose="user_data"), "purpose 'user_data'"),
+        (await house.file(PAIR), "kind 'preference'"),
+    ]
+    for file_id, message in files:
+        for wanted in ({"training_file": file_id}, {"validation_file": file_id}):
+            with pytest.raises(openai.BadRequestError, match=message):
+                await house.create(**wanted)
+    with pytest.raises(openai.NotFoundError):
+        await house.create(training_file=await house.file(SAMPLE, who="bob"))
+
+
+# What is told
+
+
+async def test_jobs_are_listed_page_by_page_to_their_owner(house: House) -> None:
+    made = [(await house.create(metadata={"run": str(n % 2), KEY: "x"})).id for n in range(4)]
+    made.append((await house.create()).id)
+    newest_first = made[::-1]
+    assert [job.id async for job in house.ada.list(limit=2)] == newest_first
+    page = await house.ada.list(limit=2, after=newest_first[2])
+    assert ([job.id for job in page.data], page.has_more) == (newest_first[3:], False)
+    assert [job.id async for job in house.ada.list(metadata={"run": "1"})] == [made[3], made[1]]
+    assert [job.id async for job in house.ada.list(metadata={"run": "0", KEY: "x"})] == [made[2], made[0]]
+    assert [job.id async for job in house.ada.list(metadata={"run": "0", KEY: "y"})] == []
+    assert [job.id async for job in house.ada.list(extra_query={"metadata": "null"})] == [made[4]]
+    assert [job async for job in house.bob.list()] == []
+    assert [job.id async for job in house.admin.list()] == newest_first
+    attempts: list[Any] = [house.bob.retrieve, house.bob.cancel, house.bob.pause, house.bob.resume]
+    for attempt in (*attempts, house.bob.list_events, house.bob.checkpoints.list):
+        with pytest.raises(openai.NotFoundError):
+            await attempt(made[0])
+    with pytest.raises(openai.NotFoundError):
+        await house.bob.list(after=made[0])
+
+
+async def test_other_jobs_are_no_fine_tuning_jobs(house: House) -> None:
+    async with house.database.transaction() as session:
+        probe = await queue.enqueue(session, JobRequest(kind="probe"), house.owners["ada"])
+    job = await house.create()
+    child = await house.step(job.id, "fine_tune")
+    for job_id in (probe.id, child):
+        with pytest.raises(openai.NotFoundError):
+            await house.ada.retrieve(job_id)
+    assert [one.id async for one in house.ada.list()] == [job.id]
+
+
+async def test_the_status_is_that_of_its_step(house: House) -> None:
+    job = await house.create()
+
+    async def status() -> str:
+        return (await house.ada.retrieve(job.id)).status
+
+    training = await house.step(job.id, "fine_tune")
+    assert await status() == "queued"
+    steps: list[tuple[dict[str, Any], str]] = [
+        ({"state": State.RUNNING, "phase": "gathering the data"}, "validating_files"),
+        ({"state": State.RUNNING, "phase": "training"}, "running"),
+        ({"state": State.PAUSED}, "paused"),
+        ({"state": State.SUCCEEDED, "phase": None}, "running"),
+    ]
+    for facts, expected in steps:
+        await house.settle(training, **facts)
+        assert await status() == expected
+    for state in (State.PAUSED, State.CANCELLED, State.SUCCEEDED):
+        result = {"name": "ft-tiny", "version": 1} if state == State.SUCCEEDED else None
+        await house.settle(job.id, state=state, result=result)
+        assert await status() == state
+
+
+async def test_when_it_will_be_done_is_estimated(house: House) -> None:
+    job = await house.create()
+    training = await house.step(job.id, "fine_tune", state=State.RUNNING, phase="training", started_at=now())
+    assert (await house.ada.retrieve(job.id)).estimated_finish is None
+    await house.tell(JournalEntry(training, "progress", {"metrics": {"step": 1, "loss": 2.0, "eta_seconds": 600.0}}))
+    estimated = (await house.ada.retrieve(job.id)).estimated_finish
+    assert estimated
+    assert 590 < estimated - now().timestamp() < 1200
+
+
+async def test_a_failure_is_that_of_its_step(house: House) -> None:
+    job = await house.create()
+    error = {"code": "sample_too_long", "message": "Sample 3 has 5000 tokens."}
+    await house.step(job.id, "fine_tune", state=State.FAILED, error=error)
+    told = {"code": "child_failed", "message": "Its child 'fine_tune' failed."}
+    await house.settle(job.id, state=State.FAILED, error=told, finished_at=now())
+    failed = await house.ada.retrieve(job.id)
+    assert (failed.status, failed.fine_tuned_model) == ("failed", None)
+    assert failed.error
+    assert failed.error.to_dict() == {**error, "param": "training_file"}
+    with pytest.raises(openai.ConflictError):
+        await house.ada.pause(job.id)
+
+
+async def test_a_job_and_its_step_are_held_together(house: House) -> None:
+    job = await house.create()
+    assert (await house.ada.pause(job.id)).status == "paused"
+    assert (await house.ada.resume(job.id)).status == "queued"
+    training = await house.step(job.id, "fine_tune", state=State.RUNNING, worker="w", lease_token="t")
+    assert (await house.ada.pause(job.id)).status == "paused"
+    assert ((await house.job(job.id)).state, (await house.job(training)).control) == (State.PAUSED, Control.PAUSE)
+    assert (await house.ada.resume(job.id)).status == "running"
+    assert ((await house.job(job.id)).state, (await house.job(training)).control) == (State.QUEUED, None)
+    with pytest.raises(openai.ConflictError, match="not paused"):
+        await house.ada.resume(job.id)
+    await house.ada.cancel(job.id)
+    assert (await house.job(training)).control == Control.CANCEL
+
+
+async def test_the_journal_is_told_in_openais_words(house: House) -> None:
+    job = await house.create()
+    training = await house.step(job.id, "fine_tune")
+    numbers = {"step": 2, "epoch": 1.0, "loss": 1.5, "token_accuracy": 0.5, "memory_mb": 100.0}
+    await house.tell(
+        JournalEntry(job.id, "running"),
+        JournalEntry(job.id, "queued", {"parked": True}),
+        JournalEntry(training, "running", {"worker": "w"}),
+        JournalEntry(training, "progress", {"phase": "loading the model"}),
+        JournalEntry(training, "progress", {"metrics": numbers}),
+        JournalEntry(training, "progress", {"metrics": {"step": 2, "eval_loss": 1.25}}),
+        JournalEntry(training, "log", {"level": "WARNING", "message": "Out of memory at step 2."}),
+        JournalEntry(training, "succeeded"),
+        JournalEntry(job.id, "failed", {"error": {"code": "x", "message": "No room."}}),
+    )
+    told = [event async for event in house.ada.list_events(job.id, limit=2)][::-1]
+    assert [(event.level, event.type, event.message) for event in told] == [
+        ("info", "message", f"Created fine-tuning job: {job.id}"),
+        ("info", "message", "Fine-tuning job started"),
+        ("info", "metrics", "Step 2: training loss=1.5000"),
+        ("info", "metrics", "Step 2: validation loss=1.2500"),
+        ("warn", "message", "Out of memory at step 2."),
+        ("error", "message", "The job failed: No room."),
+    ]
+    assert told[2].data == {"step": 2, "train_loss": 1.5, "train_mean_token_accuracy": 0.5}
+    with pytest.raises(openai.BadRequestError, match="no event"):
+        await house.ada.list_events(job.id, after="ftevent-x")
+
+
+async def test_checkpoints_have_names_that_stand_for_their_folders(house: House) -> None:
+    job = await house.create(suffix="demo")
+    moment = now() - timedelta(minutes=1)
+    epochs: list[dict[str, Any]] = [
+        {
+            "address": storage.address(f"jobs/x/epochs/{step}"),
+            "created_at": moment.isoformat(),
+            "step": step,
+            "loss": 2.0,
+        }
+        for step in (4, 8, 12)
+    ]
+    await house.step(job.id, "fine_tune", checkpoint={"base_model": TINY, "epochs": epochs})
+    found = [checkpoint async for checkpoint in house.ada.checkpoints.list(job.id, limit=2)]
+    assert [checkpoint.step_number for checkpoint in found] == [12, 8, 4]
+    assert (found[0].created_at, found[0].metrics.train_loss) == (int(moment.timestamp()), 2.0)
+    assert found[0].metrics.valid_loss is None
+    with pytest.raises(openai.BadRequestError, match="no checkpoint"):
+        await house.ada.checkpoints.list(job.id, after="ftckpt_x_1")
+    name = found[1].fine_tuned_model_checkpoint
+    assert name == f"ft:{TINY}:ada:demo:{job.id.removeprefix('job_')}:ckpt-step-8"
+    assert (
+        await house.resolve(name)
+        == await house.resolve(name, "admin")
+        == ModelFolder(epochs[1]["address"], TINY, moment)
+    )
+    for wrong, who in ((name, "bob"), (name.replace("-8", "-9"), "ada"), (name.replace("demo", "other"), "ada")):
+        with pytest.raises(ModelNotFound):
+            await house.resolve(wrong, who)
+    with pytest.raises(openai.BadRequestError, match="never exported"):
+        await house.create(model=name)
+
+
+async def test_a_model_that_was_not_exported_has_a_name_too(house: House) -> None:
+    async with house.database.transaction() as session:
+        wanted = JobRequest(kind="fine_tune", spec={"data": {"dataset": "demo/homelab"}})
+        job = await queue.enqueue(session, wanted, house.owners["ada"])
+    name = f"ft:{TINY}:ada::{job.id.removeprefix('job_')}"
+    with pytest.raises(ModelNotFound, match="is queued"):
+        await house.resolve(name)
+    moment = now()
+    result = {"model": storage.address("jobs/x/model"), "base_model": TINY}
+    await house.settle(job.id, state=State.SUCCEEDED, result=result, finished_at=moment)
+    assert (await house.ada.retrieve(job.id)).fine_tuned_model == name
+    assert await house.resolve(name) == ModelFolder(result["model"], TINY, moment)
+    assert name in {card.id async for card in house.clients["ada"].models.list()}
+    assert (await house.clients["ada"].models.retrieve(name)).owned_by == "forgearr"
+    assert name not in {card.id async for card in house.clients["bob"].models.list()}
+    with pytest.raises(openai.NotFoundError):
+        await house.clients["bob"].models.retrieve(name)
+
+
+async def test_the_same_key_makes_one_job(house: House) -> None:
+    file_id = await house.file(SAMPLE)
+    told: Any = {"training_file": file_id, "extra_headers": {"Idempotency-Key": "once"}}
+    first, second = [await house.create(**told) for _ in range(2)]
+    assert first.id == second.id

@@ -1,0 +1,545 @@
+"""Hubs and WebSockets: who hears what, and what becomes of a client that does not listen."""
+
+import asyncio
+import base64
+import json
+import os
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.websockets import WebSocketState
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+
+from cluster import events, identity, logs, ownership
+from cluster.db import Database
+from cluster.ownership import LOCAL
+from cluster.services import health_checks
+from cluster.services import store as service_store
+from cluster.settings import get_settings
+from jobs import queue
+from serve.app import create_app
+from serve.jobs import events as jobs_events
+from serve.realtime import feeds
+from serve.realtime import hub as realtime_hub
+from serve.realtime.feeds import follow_events
+from serve.realtime.hub import Hub, Message
+from tests.support.services.fake_services import KEY, LIKENESSES
+from tests.support.services.stub_server import Reply, standing_in
+from tests.support.waiting import PATIENCE, PATIENT
+
+
+def message(room: str, number: int = 0, **data: Any) -> events.Message:
+    return {"rooms": [room], "type": "test", "data": {"number": number, **data}, "timestamp": "2026-01-01T00:00:00Z"}
+
+
+@pytest.fixture
+def actor() -> events.Events:
+    """The events actor, in this process."""
+    return events.Events()
+
+
+@pytest.fixture
+def hub(actor: events.Events) -> Hub:
+    return hub_of(actor)
+
+
+def hub_of(actor: events.Events) -> Hub:
+    return Hub(lambda: follow_events(lambda cursor: actor.poll(cursor, PATIENCE)))
+
+
+# Hubs
+
+
+async def test_a_listener_hears_its_rooms_and_no_others(hub: Hub, actor: events.Events) -> None:
+    async with hub.subscribe({"a"}) as subscription:
+        subscription.join("b")
+        await actor.publish([message("c", 1), message("a", 2), message("b", 3)])
+        assert [await number_in(subscription), await number_in(subscription)] == [2, 3]
+        subscription.leave("a")
+        await actor.publish([message("a", 4), message("b", 5)])
+        assert await number_in(subscription) == 5
+
+
+async def test_a_message_for_two_rooms_is_heard_once(hub: Hub, actor: events.Events) -> None:
+    async with hub.subscribe({"a", "b"}) as subscription:
+        await actor.publish([{**message("a", 1), "rooms": ["a", "b"]}, message("a", 2)])
+        assert [await number_in(subscription), await number_in(subscription)] == [1, 2]
+
+
+async def test_get_says_none_when_the_time_is_up(hub: Hub) -> None:
+    async with hub.subscribe({"a"}) as subscription:
+        assert await subscription.get(timeout=0.01) is None
+        assert not subscription.dropped
+
+
+async def test_a_hub_listens_only_while_somebody_listens_to_it() -> None:
+    running = 0
+
+    async def feed() -> AsyncGenerator[list[Message]]:
+        nonlocal running
+        running += 1
+        try:
+            while True:
+                yield []
+                await asyncio.sleep(0.001)
+        finally:
+            running -= 1
+
+    hub = Hub(feed)
+    assert running == 0
+    for _ in range(2):
+        async with hub.subscribe({"a"}), hub.subscribe({"b"}):
+            assert running == 1
+        await until(lambda: running == 0)
+
+
+async def test_who_does_not_keep_up_is_dropped_and_the_others_hear_everything(hub: Hub, actor: events.Events) -> None:
+    async with hub.subscribe({"a"}) as idle, hub.subscribe({"a"}) as busy:
+        for batch in batches(3 * realtime_hub.MAX_QUEUED_MESSAGES):
+            await actor.publish([message("a", number) for number in batch])
+            assert [await number_in(busy) for _ in batch] == list(batch)
+        assert (idle.dropped, busy.dropped) == (True, False)
+        assert hub.listeners() == 1
+        assert await idle.get(timeout=PATIENCE) is None
+        idle.put(message("a"))
+        assert [message async for message in nothing_more(idle)] == []
+
+
+async def test_after_the_actor_was_replaced_listeners_hear_that_they_missed_something(actor: events.Events) -> None:
+    actors = [actor]
+    hub = Hub(lambda: follow_events(lambda cursor: actors[-1].poll(cursor, 0.01)))
+    async with hub.subscribe({"a"}) as subscription:
+        actors.append(events.Events())
+        await actors[-1].publish([message("a", 1)])
+        missed = await subscription.get(timeout=PATIENCE)
+        assert missed is not None
+        assert missed["type"] == "events.missed"
+        assert await number_in(subscription) == 1
+
+
+async def test_while_the_actor_is_away_listeners_wait_for_it(
+    actor: events.Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "RETRY_SECONDS", 0.01)
+    away = True
+
+    async def poll(cursor: events.Cursor | None) -> events.Batch:
+        return await (events.poll(cursor) if away else actor.poll(cursor, 0.01))  # without Ray the first is Unavailable
+
+    hub = Hub(lambda: follow_events(poll))
+    async with hub.subscribe({"a"}) as subscription:
+        away = False
+        missed = await subscription.get(timeout=PATIENCE)
+        assert missed is not None
+        assert missed["type"] == "events.missed"
+
+
+async def test_when_a_feed_breaks_its_listeners_are_sent_away(caplog: pytest.LogCaptureFixture) -> None:
+    async def feed() -> AsyncGenerator[list[Message]]:
+        yield []
+        raise OSError("the disk is gone")
+
+    async with Hub(feed).subscribe({"a"}) as subscription:
+        assert await subscription.get(timeout=PATIENCE) is None
+        assert subscription.dropped
+    assert "the disk is gone" in caplog.text
+
+
+# WebSockets
+
+
+async def test_rooms(app: FastAPI, actor: events.Events) -> None:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+        assert await ask(client, type="ping") == {"type": "pong"}
+        assert await ask(client, type="join_room", room="downloads") == {"type": "room_joined", "room": "downloads"}
+        await actor.publish([message("config_audit", 1), message("downloads", 2)])
+        assert await hear(client) == {"type": "test", "data": {"number": 2}, "timestamp": "2026-01-01T00:00:00Z"}
+        assert await ask(client, type="leave_room", room="downloads") == {"type": "room_left", "room": "downloads"}
+        assert await ask(client, type="join_room", room="system") == {"type": "room_joined", "room": "system"}
+        await actor.publish([message("downloads", 3), message("system", 4)])
+        assert (await hear(client))["data"] == {"number": 4}
+
+
+NEWS: list[tuple[str, str, dict[str, Any]]] = [
+    ("config_audit", "config.audit.completed", {"audit_id": "audit_abc123", "recommendation_count": 8}),
+    (
+        "downloads",
+        "download.failed",
+        {"download_id": "SABnzbd_nzo_abc123", "title": "Movie.2024.1080p", "reason": "Incomplete download"},
+    ),
+    (
+        "content_requests",
+        "content.added",
+        {"request_id": "req_456", "content_id": "123", "title": 'The "Matrix" 🎬', "type": "movie"},
+    ),
+    ("system", "service.unhealthy", {"service": "TV", "type": "sonarr", "error": "TV cannot be reached."}),
+]
+
+
+async def test_news_of_services_reach_their_rooms_whole_and_no_others(app: FastAPI, published: None) -> None:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+        for room, kind, data in NEWS:
+            assert (await ask(client, type="join_room", room=room))["type"] == "room_joined"
+            stamp = "2025-01-08T10:30:00Z"
+            told = [events.Message(rooms=[place], type=kind, data=what, timestamp=stamp) for place, kind, what in NEWS]
+            events.publish(told)
+            assert await hear(client) == {"type": kind, "data": data, "timestamp": stamp}
+            assert (await ask(client, type="leave_room", room=room))["type"] == "room_left"
+
+
+async def test_a_service_that_goes_away_and_comes_back_is_told_once(
+    app: FastAPI, database: Database, published: None
+) -> None:
+    works = True
+    sonarr = LIKENESSES["sonarr"]
+    async with (
+        standing_in(lambda asked: sonarr(asked) if works else Reply(b"down", 503)) as stand_in,
+        serving(app) as url,
+        connect(f"{url}/ws/client-1", **PATIENT) as client,
+    ):
+        async with database.transaction() as session:
+            values = {"name": "TV 📺", "type": "sonarr", "url": stand_in.url, "api_key": KEY}
+            service = await service_store.create(session, values, "ada")
+        assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
+        heard: list[dict[str, Any]] = []
+        for state in (True, False, False, True, True, False):
+            works = state
+            await health_checks.check(database, service)
+        for _ in range(3):
+            heard.append(await hear(client))
+    assert [news["type"] for news in heard] == ["service.unhealthy", "service.healthy", "service.unhealthy"]
+    assert heard[0].keys() == {"type", "data", "timestamp"}
+    assert heard[0]["timestamp"].endswith("Z")
+    assert (heard[0]["data"]["service"], heard[0]["data"]["type"]) == ("TV 📺", "sonarr")
+    assert ("503" in heard[0]["data"]["error"], heard[1]["data"]["error"]) == (True, None)
+
+
+async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: events.Events, database: Database) -> None:
+    data = {"data": {"dataset": "demo/homelab"}}
+    async with database.transaction() as session:
+        forge = await queue.enqueue(session, queue.JobRequest(kind="forge", spec=data), LOCAL)
+    async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", **PATIENT) as client:
+        assert (await hear(client))["progress"] == 0
+        async with database.transaction() as session:
+            training = await queue.enqueue_child(session, forge, "fine_tune", "fine_tune", data)
+        await actor.publish([message(f"job:{forge.id}")])  # as when it parks
+        await hear(client)
+        async with database.transaction() as session:
+            (await queue.get(session, training.id, LOCAL)).progress = 50
+        await actor.publish([message(f"job:{training.id}")])
+        assert (await hear(client))["progress"] == 30
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "{",
+        "[]",
+        "1",
+        "{}",
+        b"\xff",
+        '{"type": "shout"}',
+        '{"type": 1}',
+        '{"type": "join_room"}',
+        '{"type": "join_room", "room": 1}',
+        '{"type": "join_room", "room": "*"}',
+        '{"type": "join_room", "room": "cellar"}',
+        '{"type": "join_room", "room": "job:no such job"}',
+    ],
+)
+async def test_what_makes_no_sense_is_answered_with_an_error(app: FastAPI, said: str | bytes) -> None:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+        await client.send(said)
+        answer = await hear(client)
+        assert answer["type"] == "error"
+        assert answer["message"]
+        assert await ask(client, type="ping") == {"type": "pong"}
+
+
+async def test_a_connection_has_a_bounded_number_of_rooms(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.realtime.routes.MAX_ROOMS", 1)
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+        assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
+        assert (await ask(client, type="join_room", room="downloads"))["type"] == "error"
+
+
+async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Database, required: None) -> None:
+    ada, ada_key = await add_user(database, "ada", "user")
+    _, root_key = await add_user(database, "root", "admin")
+    own = await add_job(database, ownership.Principal(id=ada.id, name="ada", is_admin=False))
+    other = await add_job(database, ownership.LOCAL)
+    rooms = ["jobs", f"job:{own}", f"job:{other}", "job:none", "downloads"]
+
+    async def joined(key: str) -> list[str]:
+        async with connect(f"{url}/ws/x", additional_headers={"X-API-Key": key}, **PATIENT) as client:
+            answers = [await ask(client, type="join_room", room=room) for room in rooms]
+            return [answer["room"] for answer in answers if answer["type"] == "room_joined"]
+
+    async with serving(app) as url:
+        assert await joined(ada_key) == [f"job:{own}", "downloads"]
+        assert await joined(root_key) == ["jobs", f"job:{own}", f"job:{other}", "downloads"]
+
+
+async def test_who_may_not_connect_is_refused_in_the_handshake(
+    app: FastAPI, database: Database, required: None
+) -> None:
+    _, key = await add_user(database, "ada", "user")
+    async with serving(app) as url:
+        assert await refusal(f"{url}/ws/client-1") == (401, "UNAUTHORIZED")
+        assert await refusal(f"{url}/ws/client-1?token=wrong") == (401, "UNAUTHORIZED")
+        assert await refusal(f"{url}/ws/logs?token={key}") == (403, "FORBIDDEN")
+        assert await refusal(f"{url}/ws/{'x' * 129}?token={key}") == (422, "VALIDATION_ERROR")
+        async with connect(f"{url}/ws/system?token={key}", **PATIENT) as client:
+            assert "cpu_percent" in await hear(client)
+
+
+async def test_who_may_not_stay_is_sent_away(
+    app: FastAPI, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(realtime_hub, "AUTH_CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(jobs_events, "HEARTBEAT_SECONDS", 0.05)
+    ada, key = await add_user(database, "ada", "user")
+    bob, bobs = await add_user(database, "bob", "user")
+    job = await add_job(database, ownership.Principal(id=bob.id, name="bob", is_admin=False))
+    async with (
+        serving(app) as url,
+        connect(f"{url}/ws/a?token={key}", **PATIENT) as revoked,
+        connect(f"{url}/ws/b?token={identity.create_access_token(bob)}", **PATIENT) as disabled,
+        connect(f"{url}/ws/c?token={identity.create_access_token(ada)}", **PATIENT) as stays,
+        httpx.AsyncClient(base_url=url.replace("ws", "http"), headers={"X-API-Key": bobs}, timeout=PATIENCE) as client,
+        client.stream("GET", f"/api/v1/jobs/{job}/events", params={"follow": 1}) as events_of_job,
+    ):
+        assert events_of_job.status_code == 200
+        async with database.transaction() as session:
+            ((listed, _),) = await identity.list_keys(session, ada.id)
+            await identity.revoke_key(session, listed.id)
+            await identity.set_active(session, await identity.get_user(session, bob.email), active=False)
+        for client_that_goes in (revoked, disabled):
+            with pytest.raises(ConnectionClosedError) as closed:
+                await hear(client_that_goes)
+            assert closed.value.rcvd
+            assert closed.value.rcvd.code == 1008
+        async with asyncio.timeout(PATIENCE):
+            await events_of_job.aread()  # it ends
+        assert await ask(stays, type="ping") == {"type": "pong"}
+
+
+async def test_a_page_of_another_origin_is_refused(app: FastAPI) -> None:
+    async with serving(app) as url:
+        assert await refusal(f"{url}/ws/client-1", Origin="https://evil.example") == (403, "CROSS_ORIGIN")
+
+
+async def test_system_samples(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "SAMPLE_SECONDS", 0.05)
+    async with serving(app) as url, connect(f"{url}/ws/system", **PATIENT) as client:
+        first, second = await hear(client), await hear(client)
+    assert first["timestamp"] < second["timestamp"]
+    assert first["timestamp"].endswith("Z")
+    for name in ("cpu_percent", "memory_percent", "disk_percent"):
+        assert 0 <= first[name] <= 100
+
+
+async def test_log_lines(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "LOG_SECONDS", 0.01)
+    path = logs.folder() / "worker.jsonl"
+    path.write_text(line("from yesterday"))
+    async with serving(app) as url, connect(f"{url}/ws/logs", **PATIENT) as client:
+        assert await ask(client, type="ping") == {"type": "pong"}
+        with path.open("a") as file:
+            file.write(line("one") + line("two")[:20])
+            file.flush()
+            assert (await hear(client))["message"] == "one"
+            file.write(line("two")[20:])
+        assert (await hear(client))["message"] == "two"
+        path.replace(path.with_suffix(".jsonl.1"))
+        path.write_text(line("3"))
+        assert (await hear(client))["message"] == "3"
+        (logs.folder() / "dispatcher.jsonl").write_text("broken\n" + line("four"))
+        assert await hear(client) == {"timestamp": "2026-01-01T00:00:00Z", "level": "INFO", "message": "four"}
+
+
+async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
+    app: FastAPI, actor: events.Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(realtime_hub, "SEND_SECONDS", PATIENCE)
+    hub: Hub = app.state.hub
+    async with serving(app) as url, connect(f"{url}/ws/quick", **PATIENT) as quick:
+        assert (await ask(quick, type="join_room", room="system"))["type"] == "room_joined"
+        with await deaf_client(url, {"type": "join_room", "room": "system"}):
+            await until(lambda: hub.listeners("system") == 2)
+            # More than every buffer between the two ends together.
+            for batch in batches(3 * realtime_hub.MAX_QUEUED_MESSAGES):
+                await actor.publish([message("system", number, padding="x" * 50_000) for number in batch])
+                assert [(await hear(quick))["data"]["number"] for _ in batch] == list(batch)
+            await until(lambda: hub.listeners() == 1)
+
+
+async def test_a_client_that_takes_nothing_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(realtime_hub, "SEND_SECONDS", 0.05)
+    closed: list[int] = []
+
+    async def for_ever(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async def close(code: int, _: str) -> None:
+        closed.append(code)
+
+    state = WebSocketState.CONNECTED
+    stuck: Any = SimpleNamespace(send_text=for_ever, receive=for_ever, close=close, application_state=state)
+    async with asyncio.timeout(PATIENCE), hub.subscribe(()) as subscription:
+        subscription.put({"type": "news"})
+        await realtime_hub.serve_socket(stuck, subscription, for_ever)
+    assert closed == [realtime_hub.TRY_AGAIN_LATER]
+
+
+async def test_a_client_that_is_gone_without_a_word_is_noticed(app: FastAPI, actor: events.Events) -> None:
+    hub: Hub = app.state.hub
+    async with serving(app, ws_ping_interval=1.0, ws_ping_timeout=1.0) as url:
+        with await deaf_client(url, {"type": "join_room", "room": "system"}):
+            await until(lambda: hub.listeners("system") == 1)
+            await until(lambda: hub.listeners() == 0)
+
+
+@pytest.fixture
+def app(home: Path, actor: events.Events) -> FastAPI:
+    """The whole application, with the events actor in this process."""
+    app = create_app()
+    app.state.hub = hub_of(actor)
+    return app
+
+
+@pytest.fixture
+def published(actor: events.Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published goes to the actor in this process, as Ray would bring it to the one in another."""
+
+    class Call:
+        def __init__(self, task: asyncio.Task[None]) -> None:
+            self.task = task
+
+        def future(self) -> Future[None]:
+            done = Future[None]()
+            self.task.add_done_callback(lambda task: done.set_result(task.result()))
+            return done
+
+    class Method:
+        def remote(self, messages: list[events.Message]) -> Call:
+            return Call(asyncio.create_task(actor.publish(messages)))
+
+    monkeypatch.setattr(events, "_no_lookup_before", 0.0)
+
+    def find(name: str) -> object:
+        return SimpleNamespace(publish=Method())
+
+    monkeypatch.setattr(events, "find_actor", find)
+
+
+@pytest.fixture
+def required(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server needs a credential, as it does on any address but loopback."""
+    monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
+    get_settings.cache_clear()
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, **options: Any) -> AsyncGenerator[str]:
+    """A real server on loopback; yields its WebSocket URL."""
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options))
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = asyncio.create_task(server.serve([listener]))
+    try:
+        yield f"ws://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def deaf_client(url: str, said: dict[str, str]) -> socket.socket:
+    """A client that shakes hands, says one thing, and then reads nothing, not even a ping."""
+    address = url.removeprefix("ws://")
+    host, _, port = address.partition(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, (host, int(port)))
+    key = base64.b64encode(os.urandom(16)).decode()
+    await loop.sock_sendall(
+        client,
+        f"GET /ws/deaf HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode(),
+    )
+    assert b" 101 " in await loop.sock_recv(client, 1024)
+    payload = json.dumps(said).encode()
+    # A client's frame is masked; a mask of zeros leaves it readable.
+    await loop.sock_sendall(client, bytes([0x81, 0x80 | len(payload), 0, 0, 0, 0]) + payload)
+    return client
+
+
+async def ask(client: ClientConnection, **said: str) -> dict[str, Any]:
+    await client.send(json.dumps(said))
+    return await hear(client)
+
+
+async def hear(client: ClientConnection) -> dict[str, Any]:
+    async with asyncio.timeout(PATIENCE):
+        return json.loads(await client.recv())
+
+
+async def refusal(url: str, **headers: str) -> tuple[int, str]:
+    with pytest.raises(InvalidStatus) as caught:
+        await connect(url, additional_headers=headers, **PATIENT)
+    response = caught.value.response
+    return response.status_code, json.loads(response.body)["error_code"]
+
+
+async def number_in(subscription: realtime_hub.Subscription) -> int:
+    message = await subscription.get(timeout=PATIENCE)
+    assert message is not None
+    return message["data"]["number"]
+
+
+def batches(count: int) -> list[range]:
+    return [range(start, start + 64) for start in range(0, count, 64)]
+
+
+async def nothing_more(subscription: realtime_hub.Subscription) -> AsyncIterator[Message]:
+    while (message := await subscription.get(timeout=0.01)) is not None:
+        yield message
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not is_true():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def add_user(database: Database, name: str, role: identity.Role) -> tuple[identity.User, str]:
+    """A user, and a key of theirs."""
+    async with database.transaction() as session:
+        user = await identity.add_user(
+            session, email=f"{name}@example.com", username=name, password_hash="-", role=role
+        )
+        await session.flush()
+        _, key = await identity.create_key(session, user.id, "test")
+    return user, key
+
+
+async def add_job(database: Database, owner: ownership.Principal) -> str:
+    async with database.transaction() as session:
+        job = await queue.enqueue(session, queue.JobRequest(kind="probe"), owner)
+    return job.id
+
+
+def line(text: str) -> str:
+    return json.dumps({"timestamp": "2026-01-01T00:00:00Z", "level": "INFO", "message": text}) + "\n"

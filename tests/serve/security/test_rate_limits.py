@@ -1,0 +1,264 @@
+"""Rate limits, counted in memory and in Redis."""
+
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.requests import HTTPConnection
+
+from cluster import identity
+from cluster.db import Database
+from cluster.errors import RateLimitExceeded
+from cluster.settings import get_settings
+from serve.http.error_handlers import handle_errors
+from serve.security import rate_limits
+from serve.security.callers import CurrentCaller
+from serve.security.rate_limits import RateLimitMiddleware, check_login, client_address, count_failed_login
+from tests.support.platform import unused_ports
+from tests.support.waiting import PATIENCE, eventually
+
+Connect = Callable[[str], AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis that lives as long as the test session."""
+    program = shutil.which("redis-server")
+    if program is None:
+        reason = "Redis is not installed (there is no redis-server), so nothing is tested on it."
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    (port,) = unused_ports(1)
+    folder = tmp_path_factory.mktemp("redis")
+    command = [program, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)]
+    server = subprocess.Popen([*command, "--logfile", str(folder / "log")])
+    _wait_until_ready(folder / "log", server)
+    yield f"redis://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(PATIENCE)
+
+
+@pytest.fixture
+def limited(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Limits of 3 an hour on a server that needs credentials; call it to change settings."""
+
+    def change(**settings: str) -> None:
+        for name, value in settings.items():
+            monkeypatch.setenv(f"FORGEARR_{name.upper()}", value)
+        get_settings.cache_clear()
+        rate_limits.limiter.cache_clear()
+
+    change(auth__required="true", limits__general="3/hour", limits__health="2/hour", auth__login_attempts="3/hour")
+    yield change
+    rate_limits.limiter.cache_clear()
+
+
+@pytest.fixture
+def connect() -> Connect:
+    """Call the server from an address."""
+    app = FastAPI()
+    app.add_middleware(RateLimitMiddleware)
+    handle_errors(app)
+
+    @app.get("/whoami")
+    async def whoami(caller: CurrentCaller) -> str:
+        return caller.name
+
+    @app.get("/v1/models")
+    @app.get("/health")
+    async def health() -> str:
+        return "healthy"
+
+    @asynccontextmanager
+    async def client(address: str) -> AsyncGenerator[httpx.AsyncClient]:
+        transport = httpx.ASGITransport(app, client=(address, 40000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            yield client
+
+    return client
+
+
+async def add_key(database: Database, name: str = "ada") -> dict[str, str]:
+    async with database.transaction() as session:
+        user = await identity.add_user(session, email=f"{name}@example.com", username=name, password_hash="x")
+        _, key = await identity.create_key(session, user.id, "test")
+    return {"X-API-Key": key}
+
+
+@pytest.mark.usefixtures("limited")
+async def test_every_answer_says_where_the_caller_stands(connect: Connect, database: Database) -> None:
+    key = await add_key(database)
+    async with connect("192.0.2.1") as client:
+        for remaining in (2, 1, 0):
+            answer = await client.get("/whoami", headers=key)
+            assert answer.status_code == 200
+            assert answer.headers["X-RateLimit-Limit"] == "3"
+            assert answer.headers["X-RateLimit-Remaining"] == str(remaining)
+            assert time.time() < int(answer.headers["X-RateLimit-Reset"]) <= time.time() + 3601
+        refused = await client.get("/whoami", headers=key)
+    body = refused.json()
+    assert (refused.status_code, body["error"], body["error_code"]) == (
+        429,
+        "rate_limit_exceeded",
+        "RATE_LIMIT_EXCEEDED",
+    )
+    assert body["message"] == f"Rate limit exceeded. Try again in {body['retry_after']} seconds."
+    assert refused.headers["Retry-After"] == str(body["retry_after"])
+    assert 0 < body["retry_after"] <= 3600
+    assert refused.headers["X-RateLimit-Remaining"] == "0"
+
+
+@pytest.mark.usefixtures("limited")
+async def test_openai_clients_are_refused_in_their_dialect(connect: Connect) -> None:
+    async with connect("192.0.2.1") as client:
+        answers = [await client.get("/v1/models") for _ in range(4)]
+    assert answers[3].status_code == 429
+    assert answers[3].json()["error"]["type"] == "rate_limit_error"
+    assert "Retry-After" in answers[3].headers
+
+
+@pytest.mark.usefixtures("limited")
+async def test_a_caller_is_the_owner_of_the_credential_wherever_they_call_from(
+    connect: Connect, database: Database
+) -> None:
+    ada, bob = await add_key(database), await add_key(database, "bob")
+    for number in range(3):
+        async with connect(f"192.0.2.{number}") as client:
+            assert (await client.get("/whoami", headers=ada)).status_code == 200
+    async with connect("192.0.2.9") as client:
+        assert (await client.get("/whoami", headers=ada)).status_code == 429
+        assert (await client.get("/whoami", headers=bob)).status_code == 200
+
+
+@pytest.mark.usefixtures("limited", "database")
+async def test_made_up_credentials_share_the_allowance_of_their_address(connect: Connect) -> None:
+    async with connect("192.0.2.1") as client:
+        statuses = [
+            (await client.get("/whoami", headers={"X-API-Key": f"fgr_{number}"})).status_code for number in range(5)
+        ]
+        assert statuses == [401, 401, 401, 429, 429]
+    async with connect("192.0.2.2") as client:
+        assert (await client.get("/whoami")).status_code == 401
+
+
+async def test_what_people_ask_for_has_a_limit_of_its_own(
+    connect: Connect, database: Database, limited: Callable[..., None]
+) -> None:
+    limited(limits__content="2/hour")
+    ada, bob = await add_key(database), await add_key(database, "bob")
+    async with connect("192.0.2.1") as client:
+        for path, remaining in (("/api/v1/shows/", "1"), ("/api/v1/movies/7/search", "0")):
+            answer = await client.post(path, headers=ada)
+            assert (answer.headers["X-RateLimit-Limit"], answer.headers["X-RateLimit-Remaining"]) == ("2", remaining)
+        assert (await client.post("/api/v1/movies", headers=ada)).status_code == 429
+        assert (await client.post("/api/v1/movies", headers=bob)).status_code == 404
+        for path in ("/api/v1/shows/", "/api/v1/showsx"):
+            assert (await client.get(path, headers=ada)).headers["X-RateLimit-Limit"] == "3"
+
+
+@pytest.mark.usefixtures("limited")
+async def test_health_has_a_limit_of_its_own(connect: Connect, database: Database) -> None:
+    key = await add_key(database)
+    async with connect("192.0.2.1") as client:
+        assert [(await client.get("/health", headers=key)).status_code for _ in range(3)] == [200, 200, 429]
+        assert (await client.get("/whoami", headers=key)).status_code == 200
+
+
+async def test_an_open_server_counts_only_when_told_to(connect: Connect, limited: Callable[..., None]) -> None:
+    limited(auth__required="false")
+    async with connect("127.0.0.1") as client:
+        answers = [await client.get("/whoami") for _ in range(5)]
+        assert {answer.status_code for answer in answers} == {200}
+        assert not [name for name in answers[0].headers if name.startswith("x-ratelimit")]
+        limited(limits__enabled="true")
+        assert [(await client.get("/whoami")).status_code for _ in range(4)] == [200, 200, 200, 429]
+
+
+async def test_replicas_count_together_in_redis(
+    connect: Connect, limited: Callable[..., None], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate_limits, "STORAGE_TIMEOUT_SECONDS", PATIENCE)
+    limited(limits__storage=redis_url)
+    async with connect(f"10.0.0.{uuid4().int % 256}") as client:
+        statuses: list[int] = []
+        for _ in range(4):
+            statuses.append((await client.get("/health")).status_code)
+            await _close_redis()
+            rate_limits.limiter.cache_clear()  # as if the next request reached another replica
+    assert statuses == [200, 200, 429, 429]
+
+
+async def test_requests_pass_while_the_storage_is_down(
+    connect: Connect, limited: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    limited(limits__storage=f"redis://:hunter2@127.0.0.1:{unused_ports(1)[0]}")
+    with caplog.at_level(logging.WARNING):
+        async with connect("192.0.2.1") as client:
+            assert [(await client.get("/health")).status_code for _ in range(3)] == [200, 200, 200]
+        await count_failed_login("ada@example.com", "192.0.2.1")
+        await check_login("ada@example.com", "192.0.2.1")
+    await _close_redis()
+    assert "their storage is unreachable" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
+@pytest.mark.usefixtures("limited")
+async def test_failed_logins_count_by_account_and_by_address() -> None:
+    for number in range(3):
+        await check_login("ada@example.com", "192.0.2.1")
+        await count_failed_login("ada@example.com", f"198.51.100.{number}")
+        await count_failed_login(f"user{number}@example.com", "192.0.2.1")
+    with pytest.raises(RateLimitExceeded):
+        await check_login("Ada@Example.com", "203.0.113.1")
+    with pytest.raises(RateLimitExceeded):
+        await check_login("bob@example.com", "192.0.2.1")
+    await check_login("bob@example.com", "203.0.113.1")
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("not an address", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_a_client_is_known_by_an_address_it_cannot_choose(peer: str | None, address: str) -> None:
+    headers = [(b"x-forwarded-for", b"6.6.6.6")]
+    scope = {"type": "http", "headers": headers, "client": (peer, 40000) if peer else None}
+    assert client_address(HTTPConnection(scope)) == address
+
+
+def test_behind_haproxy_the_address_is_believed_only_if_haproxy_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = HTTPConnection({"type": "http", "headers": [], "client": ("6.6.6.6", 40000)})
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    assert client_address(connection) == "proxy"
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    assert client_address(connection) == "6.6.6.6"
+
+
+async def _close_redis() -> None:
+    await cast(Any, rate_limits.limiter().storage).bridge.storage.aclose()
+
+
+def _wait_until_ready(log: Path, server: "subprocess.Popen[bytes]") -> None:
+    def ready() -> bool:
+        if server.poll() is not None:
+            pytest.fail("redis-server ended")
+        return log.exists() and "Ready to accept connections" in log.read_text()
+
+    eventually(ready)

@@ -1,0 +1,129 @@
+"""/api/v1/settings: services by their handles, the model that answers, and audits on a schedule."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from cluster.ownership import LOCAL
+from cluster.services import store as service_store
+from cluster.settings import get_settings
+from jobs import schedules
+from jobs.schedules import ScheduleRequest
+from jobs.tables import Job, Schedule
+from pipelines.media.audit.schedule import CRON_BY_HOURS
+from tests.support.api_client import House
+
+PATH = "/api/v1/settings"
+DEAD = "http://127.0.0.1:9"
+pytestmark = pytest.mark.usefixtures("without_mlflow")
+
+
+@pytest.fixture
+def without_mlflow(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
+    get_settings.cache_clear()
+
+
+async def connect(house: House, **values: Any) -> None:
+    async with house.database.transaction() as session:
+        await service_store.create(session, {"name": "TV", "type": "sonarr", "url": DEAD, **values}, "ada")
+
+
+async def put(house: House, **body: Any) -> Any:
+    return await house.ask("admin", "PUT", PATH, json=body)
+
+
+async def test_settings_are_as_documented(house: House) -> None:
+    await connect(house)
+    await connect(house, name="4K", enabled=False)
+    told = (await house.ask("bob", "GET", PATH)).json()
+    assert told == {
+        "mcp_servers": {
+            "sonarr": {"enabled": True, "url": DEAD, "connected": None},
+            "4K": {"enabled": False, "url": DEAD, "connected": None},
+        },
+        "llm": {"provider": "forgearr", "model": None},
+        "audit": {"auto_audit_enabled": False, "auto_audit_interval_hours": 24},
+    }
+
+
+async def test_audits_are_scheduled(house: House) -> None:
+    wanted = {"auto_audit_enabled": True, "auto_audit_interval_hours": 12}
+    answer = await put(house, audit=wanted)
+    assert answer.json() == {
+        "success": True,
+        "message": "Settings updated successfully",
+        "updated_settings": {"audit": wanted},
+    }
+    assert (await house.ask("bob", "GET", PATH)).json()["audit"] == wanted
+    async with house.database.read_transaction() as session:
+        (schedule,) = await session.scalars(select(Schedule))
+    assert (schedule.name, schedule.kind, schedule.enabled) == ("auto-audit", "audit_services", True)
+    assert schedule.next_fire_at is not None
+    await put(house, audit={"auto_audit_enabled": False})
+    assert (await house.ask("bob", "GET", PATH)).json()["audit"] == {**wanted, "auto_audit_enabled": False}
+
+
+@pytest.mark.parametrize("hours", list(CRON_BY_HOURS))
+def test_each_interval_is_one(hours: int) -> None:
+
+    moment = schedules.next_fire(CRON_BY_HOURS[hours], "UTC", datetime(2026, 1, 30, tzinfo=UTC))
+    for _ in range(40):
+        following = schedules.next_fire(CRON_BY_HOURS[hours], "UTC", moment)
+        assert following - moment == timedelta(hours=hours)
+        moment = following
+
+
+async def test_services_are_changed(house: House) -> None:
+    await connect(house)
+    answer = await put(house, mcp_servers={"sonarr": {"url": "http://127.0.0.1:10", "enabled": False}})
+    assert answer.status_code == 200, answer.text
+    assert (await house.ask("bob", "GET", PATH)).json()["mcp_servers"]["sonarr"] == {
+        "enabled": False,
+        "url": "http://127.0.0.1:10",
+        "connected": None,
+    }
+    await put(house, mcp_servers={"TV": {"enabled": True}})
+    async with house.database.read_transaction() as session:
+        (job,) = await session.scalars(select(Job))
+    assert job.kind == "check_services"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"llm": {"model": "x"}}, 422),
+        ({"audit": {"auto_audit_interval_hours": 5}}, 422),
+        ({"audit": {"auto_audit_interval_hours": None}}, 422),
+        ({"audit": {"auto_audit_enabled": "yes"}}, 422),
+        ({"audit": None}, 422),
+        ({"audit": {"colour": 1}}, 422),
+        ({"mcp_servers": {"radarr": {"enabled": True}}}, 404),
+        ({"mcp_servers": {"nothing": {"enabled": True}}}, 404),
+        ({"mcp_servers": {"sonarr": {"api_key": "x"}}}, 422),
+        ({"mcp_servers": {"sonarr": {"url": "ftp://x"}}}, 400),
+        ({"mcp_servers": {"sonarr": {"url": "http://10.0.0.1"}}}, 422),  # the key was given for another address
+        ({"mcp_servers": {"settled": {"enabled": False}}}, 409),
+    ],
+)
+async def test_what_cannot_be_is_refused_as_a_whole(house: House, body: dict[str, Any], status: int) -> None:
+    await connect(house, api_key="0123456789")
+    await connect(house, name="settled", declared=True)
+    before = (await house.ask("bob", "GET", PATH)).json()
+    # What could be is changed no more than the rest.
+    more = {"sonarr": {"enabled": False}} if "mcp_servers" in body and "sonarr" not in body["mcp_servers"] else {}
+    if more:
+        body = {"mcp_servers": {**more, **body["mcp_servers"]}}
+    answer = await house.ask("admin", "PUT", PATH, json=body)
+    assert answer.status_code == status, answer.text
+    assert (await house.ask("bob", "GET", PATH)).json() == before
+
+
+async def test_a_schedule_of_that_name_may_be_somebodys(house: House) -> None:
+    async with house.database.transaction() as session:
+        await schedules.create(session, ScheduleRequest(name="auto-audit", kind="probe", cron="0 3 * * *"), LOCAL)
+    assert (await put(house, audit={"auto_audit_enabled": True})).status_code == 409
+    assert (await house.ask("ada", "PUT", PATH, json={"audit": {"auto_audit_enabled": True}})).status_code == 403

@@ -1,0 +1,418 @@
+"""/api/v1/mcp: the tools of services, who may call them, with what, and what is kept of the calls."""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from cluster.db import now
+from cluster.services import store as service_store
+from cluster.services.catalog import all_connectors
+from cluster.services.tools import tool_parameters
+from pipelines.tools.calls import ToolCall, remove_old_calls
+from tests.support.api_client import House
+from tests.support.services import news_server, real_services
+from tests.support.services.fake_services import KEY, LIKENESSES
+from tests.support.services.news_server import Usenet
+from tests.support.services.real_services import Running
+from tests.support.services.stub_server import Asked, Reply, StandIn, standing_in, telling
+from tests.support.waiting import eventually_async
+
+MCP = "/api/v1/mcp"
+DEAD = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def sabnzbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with (
+        real_services.node_exporter(tmp_path_factory.mktemp("node")) as node,
+        real_services.prometheus(tmp_path_factory.mktemp("prometheus"), node) as running,
+    ):
+        yield running
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[StandIn]:
+    """It says that its queue is empty, whatever is asked."""
+    queue = {"slots": [], "paused": False, "status": "Idle", "kbpersec": "0.00", "mbleft": "0.00"}
+    async with standing_in(lambda _: telling({"queue": queue})) as server:
+        yield server
+
+
+async def connect(house: House, type: str, url: str, key: str | None = KEY, **values: Any) -> None:  # noqa: A002
+    async with house.database.transaction() as session:
+        await service_store.create(session, {"name": type, "type": type, "url": url, "api_key": key, **values}, "ada")
+
+
+async def call(house: House, server: str, tool: str, who: str = "admin", **arguments: Any) -> tuple[int, Any]:
+    answer = await house.ask(who, "POST", f"{MCP}/{server}/call", json={"tool": tool, "arguments": arguments})
+    return answer.status_code, answer.json()
+
+
+async def calls(house: House, **parameters: Any) -> list[dict[str, Any]]:
+    answer = await house.ask("admin", "GET", f"{MCP}/calls", params=parameters)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["items"]
+
+
+def names_in_queue(sabnzbd: Running) -> list[str]:
+    return [slot["filename"] for slot in news_server.ask(sabnzbd, "queue")["queue"]["slots"]]
+
+
+async def test_the_tools_of_sabnzbd(house: House) -> None:
+    await connect(house, "sabnzbd", DEAD)
+    answer = (await house.ask("ada", "GET", f"{MCP}/sabnzbd/tools")).json()
+    assert answer["server"] == "sabnzbd"
+    tools = {tool["name"]: tool for tool in answer["tools"]}
+    assert tools["get_queue"] == {
+        "name": "get_queue",
+        "description": "Get current download queue",
+        "effect": "read",
+        "parameters": {},
+    }
+    limit = tools["get_history"]["parameters"]["limit"]
+    assert (limit["type"], limit["description"], limit["default"]) == ("integer", "Maximum items to return", 50)
+    assert "required" not in limit
+    assert tools["retry_download"]["parameters"]["nzo_id"]["required"] is True
+    effects = {name: tool["effect"] for name, tool in tools.items()}
+    assert (effects["pause_queue"], effects["delete_download"]) == ("change", "destroy")
+
+
+def test_every_tool_says_what_it_does_and_takes() -> None:
+    for connector in all_connectors().values():
+        names = [tool.name for tool in connector.tools]
+        assert len(names) == len(set(names))
+        for tool in connector.tools:
+            assert tool.description
+            for name, parameter in tool_parameters(tool).items():
+                assert {"type", "description"} <= parameter.keys(), (connector.type, tool.name, name)
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+async def test_a_real_sabnzbd_does_what_it_is_told_to(house: House, sabnzbd: Running) -> None:
+    await connect(house, "sabnzbd", sabnzbd.url, sabnzbd.key)
+    status, paused = await call(house, "sabnzbd", "pause_queue")
+    assert (status, paused["result"]) == (200, {"success": True, "paused": True, "queue_status": "Paused"})
+    assert paused["execution_time_ms"] > 0
+    assert news_server.ask(sabnzbd, "queue")["queue"]["paused"] is True
+    status, queue = await call(house, "sabnzbd", "get_queue", "ada")
+    assert (status, queue["result"]["paused"], queue["result"]["speed"]) == (200, True, "0 B/s")
+    assert (await call(house, "sabnzbd", "resume_queue"))[1]["result"]["paused"] is False
+    added = (await call(house, "sabnzbd", "add_download", url=f"{DEAD}/x.nzb&i=1&r=hidden", name="Film"))[1]["result"]
+    (slot,) = (await call(house, "sabnzbd", "get_queue"))[1]["result"]["queue"]
+    assert (slot["nzo_id"], slot["status"], slot["priority"]) == (added["nzo_id"], "Grabbing", "Normal")
+    # Releases differ in whether it has its name already, or is called by its address.
+    assert slot["filename"] == "Film" or slot["filename"].endswith(f"{DEAD}/…")
+    assert (await call(house, "sabnzbd", "delete_download", **added))[0] == 200
+    nzb = Usenet().post("film.mkv", b"film")
+    async with standing_in(lambda asked: Reply(nzb.encode(), 200, "application/x-nzb")) as web:
+        added = (await call(house, "sabnzbd", "add_download", url=f"{web.url}/x.nzb", name="Film"))[1]["result"]
+        await eventually_async(lambda: names_in_queue(sabnzbd) == ["Film"])
+    status, history = await call(house, "sabnzbd", "get_history", "ada", limit=1)
+    assert (status, history["result"]) == (200, {"history": [], "total": 0})
+    assert (await call(house, "sabnzbd", "delete_download", **added))[1]["result"] == added
+    assert names_in_queue(sabnzbd) == []
+    status, gone = await call(house, "sabnzbd", "delete_download", **added)
+    assert (status, gone["error_code"]) == (404, "DOWNLOAD_NOT_FOUND")
+    kept = await calls(house)
+    assert [(record["tool"], record["called_by"], record["outcome"]) for record in kept] == [
+        ("delete_download", "admin", "failed"),
+        ("delete_download", "admin", "succeeded"),
+        ("get_history", "ada", "succeeded"),
+        ("add_download", "admin", "succeeded"),
+        ("delete_download", "admin", "succeeded"),
+        ("get_queue", "admin", "succeeded"),
+        ("add_download", "admin", "succeeded"),
+        ("resume_queue", "admin", "succeeded"),
+        ("get_queue", "ada", "succeeded"),
+        ("pause_queue", "admin", "succeeded"),
+    ]
+    assert (kept[0]["error_code"], kept[2]["arguments"]) == ("DOWNLOAD_NOT_FOUND", {"limit": 1})
+    # Any part of an address may be a key.
+    assert kept[6]["arguments"] == {"url": f"{DEAD}/…", "name": "Film"}
+    assert kept[-1]["execution_time_ms"] == paused["execution_time_ms"]
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+async def test_a_real_prometheus_is_asked(house: House, prometheus: Running) -> None:
+    await connect(house, "prometheus", prometheus.url, None)
+    status, answer = await call(house, "prometheus", "query_metrics", "ada", query="1 + 1")
+    assert (status, answer["result"]["resultType"], answer["result"]["result"][1]) == (200, "scalar", "2")
+    cores = 'count(last_over_time(node_cpu_seconds_total{mode="idle"}[1h]))'  # a slow answer makes it forget the last
+    status, answer = await call(house, "prometheus", "query_metrics", "ada", query=cores)
+    assert int(answer["result"]["result"][0]["value"][1]) == os.cpu_count()
+    status, answer = await call(house, "prometheus", "query_metrics", "ada", query="up{")
+    assert (status, answer["error_code"]) == (400, "REFUSED_BY_SERVICE")
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "field"),
+    [
+        ("get_history", {"limit": 0}, "limit"),
+        ("get_history", {"limit": "20"}, "limit"),
+        ("get_history", {"limit": 10**40}, "limit"),
+        ("get_history", {"limit": None}, "limit"),
+        ("get_history", {"limits": 3}, "limits"),
+        ("get_queue", {"nzo_id": "x"}, "nzo_id"),
+        ("retry_download", {}, "nzo_id"),
+        ("retry_download", {"nzo_id": ["x"]}, "nzo_id"),
+        ("add_download", {"url": "file:///etc/passwd"}, "url"),
+    ],
+)
+async def test_arguments_that_a_tool_does_not_take(
+    house: House, server: StandIn, tool: str, arguments: dict[str, Any], field: str
+) -> None:
+    await connect(house, "sabnzbd", server.url)
+    status, answer = await call(house, "sabnzbd", tool, **arguments)
+    assert (status, answer["error"], answer["error_code"]) == (400, "invalid_request", "INVALID_TOOL_ARGUMENTS")
+    assert (list(answer["details"]), field in answer["message"]) == ([field], True)
+    assert server.asked == []
+    (kept,) = await calls(house)
+    assert (kept["outcome"], kept["arguments"], kept["execution_time_ms"]) == ("refused", arguments, None)
+
+
+async def test_what_changes_something_is_for_administrators(house: House, server: StandIn) -> None:
+    await connect(house, "sabnzbd", server.url)
+    for tool in ("pause_queue", "delete_download", "retry_download"):
+        status, answer = await call(house, "sabnzbd", tool, "ada", nzo_id="x")
+        assert (status, answer["error"]) == (403, "forbidden")
+    assert server.asked == []
+    assert (await call(house, "sabnzbd", "get_queue", "ada"))[0] == 200
+    assert [record["outcome"] for record in await calls(house)] == ["succeeded", "refused", "refused", "refused"]
+    assert (await house.ask("ada", "GET", f"{MCP}/calls")).status_code == 403
+
+
+async def test_what_there_is_not(house: House, server: StandIn) -> None:
+    await connect(house, "sabnzbd", server.url)
+    status, answer = await call(house, "sabnzbd", "shut_down")
+    assert (status, answer["error_code"]) == (404, "UNKNOWN_TOOL")
+    assert "get_queue, get_history" in answer["message"]
+    for word, expected in (("nobody", 404), ("plex", 503)):
+        assert (await call(house, word, "get_queue"))[0] == expected
+        assert (await house.ask("ada", "GET", f"{MCP}/{word}/tools")).status_code == expected
+    assert [record["tool"] for record in await calls(house)] == ["shut_down"]
+
+
+async def test_a_service_that_is_away_is_told_in_the_documents_word(house: House) -> None:
+    await connect(house, "sabnzbd", DEAD)
+    status, answer = await call(house, "sabnzbd", "get_queue")
+    assert (status, answer["error"], answer["error_code"]) == (503, "mcp_connection_error", "SERVICE_UNREACHABLE")
+    assert (await calls(house))[0]["outcome"] == "failed"
+
+
+async def test_secrets_and_long_arguments_are_not_kept(house: House, server: StandIn) -> None:
+    await connect(house, "sabnzbd", server.url)
+    await call(
+        house, "sabnzbd", "get_queue", api_key="sesame", deep=[{"password": {"is": "sesame"}}], say="token=sesame"
+    )
+    await call(house, "sabnzbd", "get_queue", text=20_000 * "x")
+    long, secret = await calls(house)
+    assert "sesame" not in str(secret)
+    assert secret["arguments"]["deep"] == [{"password": "********"}]
+    assert long["arguments"] == {"omitted": "20012 characters"}
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", 900 * "[" + 900 * "]", '"\\ud800"'])
+async def test_arguments_that_nobody_can_keep(house: House, server: StandIn, value: str) -> None:
+    await connect(house, "sabnzbd", server.url)
+    content = '{"tool": "get_queue", "arguments": {"x": ' + value + "}}"
+    answer = await house.ask("admin", "POST", f"{MCP}/sabnzbd/call", content=content)
+    assert answer.status_code in {400, 422}, answer.text
+
+
+async def test_calls_are_paged_filtered_and_forgotten(house: House, server: StandIn) -> None:
+    await connect(house, "sabnzbd", server.url)
+    await connect(house, "plex", DEAD)
+    for _ in range(3):
+        await call(house, "sabnzbd", "get_queue")
+    await call(house, "plex", "get_libraries")
+    assert len(await calls(house, limit=2)) == 2
+    assert [record["tool"] for record in await calls(house, service="plex")] == ["get_libraries"]
+    async with house.database.transaction() as session:
+        old = update(ToolCall).where(ToolCall.service == "plex").values(at=now() - timedelta(days=31))
+        await session.execute(old)
+    assert await remove_old_calls(house.database) == 1
+    assert len(await calls(house)) == 3
+
+
+# What the others have: a likeness of each, with an answer of the shape that its API documents.
+
+ANSWERS: dict[str, tuple[str, str, dict[str, Any], Any, Any]] = {
+    "prowlarr": (
+        "get_indexers",
+        "/api/v1/indexer",
+        {},
+        [{"id": 1, "name": "NZB", "protocol": "usenet", "privacy": "private", "enable": True, "priority": 25}],
+        [{"id": 1, "name": "NZB", "protocol": "usenet", "privacy": "private", "enable": True, "priority": 25}],
+    ),
+    "overseerr": (
+        "get_requests",
+        "/api/v1/request",
+        {"limit": 5},
+        {
+            "pageInfo": {"results": 1},
+            "results": [{"id": 3, "type": "movie", "status": 2, "media": {"tmdbId": 603}, "requestedBy": {"id": 1}}],
+        },
+        [
+            {
+                "id": 3,
+                "type": "movie",
+                "status": 2,
+                "createdAt": None,
+                "media": {"tmdbId": 603, "tvdbId": None, "status": None},
+                "requestedBy": {"displayName": None},
+            }
+        ],
+    ),
+    "ollama": (
+        "get_models",
+        "/api/tags",
+        {},
+        {"models": [{"name": "qwen3:8b", "size": 5_200_000_000, "digest": "a"}]},
+        [{"name": "qwen3:8b", "size": 5_200_000_000}],
+    ),
+    "qdrant": (
+        "get_collections",
+        "/collections",
+        {},
+        {"result": {"collections": [{"name": "docs"}]}, "status": "ok", "time": 0.1},
+        [{"name": "docs"}],
+    ),
+    "searxng": (
+        "search_web",
+        "/search",
+        {"query": "sabnzbd", "limit": 1},
+        {"query": "sabnzbd", "results": [{"url": "https://a.example", "title": "A"}, {"url": "https://b.example"}]},
+        [{"url": "https://a.example", "title": "A", "content": None}],
+    ),
+    "bazarr": (
+        "get_wanted",
+        "/api/episodes/wanted",
+        {},
+        {
+            "data": [{"seriesTitle": "Lost", "episode_number": "1x01", "missing_subtitles": [{"code2": "en"}]}],
+            "total": 1,
+        },
+        {
+            "data": [
+                {
+                    "seriesTitle": "Lost",
+                    "episode_number": "1x01",
+                    "episodeTitle": None,
+                    "missing_subtitles": [{"code2": "en"}],
+                }
+            ],
+            "total": 1,
+        },
+    ),
+    "jellyfin": (
+        "get_activity",
+        "/Sessions",
+        {},
+        [{"UserName": "ada", "NowPlayingItem": {"Name": "Pilot", "Type": "Episode"}}, {"UserName": "bob"}],
+        [
+            {
+                "UserName": "ada",
+                "Client": None,
+                "DeviceName": None,
+                "NowPlayingItem": {"Name": "Pilot", "SeriesName": None, "Type": "Episode"},
+            }
+        ],
+    ),
+    "qbittorrent": (
+        "get_torrents",
+        "/api/v2/torrents/info",
+        {"limit": 1},
+        [
+            {
+                "hash": "ab",
+                "name": "Debian 🐧",
+                "state": "downloading",
+                "progress": 0.5,
+                "size": 9,
+                "dlspeed": 1,
+                "eta": None,
+            }
+        ],
+        [
+            {
+                "hash": "ab",
+                "name": "Debian 🐧",
+                "state": "downloading",
+                "progress": 0.5,
+                "size": 9,
+                "dlspeed": 1,
+                "eta": None,
+                "category": None,
+            }
+        ],
+    ),
+    "proxmox": (
+        "get_machines",
+        "/api2/json/cluster/resources",
+        {},
+        {"data": [{"vmid": 100, "name": "nas", "node": "pve", "type": "qemu", "status": "running", "cpu": 0.1}]},
+        [
+            {
+                "vmid": 100,
+                "name": "nas",
+                "node": "pve",
+                "type": "qemu",
+                "status": "running",
+                "cpu": 0.1,
+                "maxcpu": None,
+                "mem": None,
+                "maxmem": None,
+                "uptime": None,
+            }
+        ],
+    ),
+    "tautulli": (
+        "get_activity",
+        "/api/v2",
+        {},
+        {"response": {"result": "success", "message": None, "data": {"sessions": [{"full_title": "The Matrix"}]}}},
+        [
+            {
+                "user": None,
+                "full_title": "The Matrix",
+                "media_type": None,
+                "state": None,
+                "progress_percent": None,
+                "player": None,
+                "transcode_decision": None,
+            }
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_what_others_tell(house: House, name: str) -> None:
+    tool, path, arguments, said, told = ANSWERS[name]
+    likeness = LIKENESSES[name]
+    nonsense = False
+
+    def answer(asked: Asked) -> Reply:
+        reply = likeness(asked)
+        if asked.path != path or reply.status in {401, 403}:
+            return reply
+        return telling({"results": 7, "data": "?", "response": {"data": 1}} if nonsense else said)
+
+    async with standing_in(answer) as server:
+        await connect(house, name, server.url, likeness.key if likeness.guards else None)
+        status, result = await call(house, name, tool, "ada", **arguments)
+        assert (status, result.get("result")) == (200, told), result
+        nonsense = True
+        status, result = await call(house, name, tool, "ada", **arguments)
+        assert (status, result["error_code"]) == (503, "SERVICE_BAD_RESPONSE")

@@ -1,0 +1,183 @@
+"""A whole platform for a test: `forgearr up --detach` in a home of its own, and hands that can kill any part of it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import psutil
+
+from cluster.runtime import embedded
+from cluster.runtime.processes import MARKER_VARIABLE, is_listening
+from tests.support.waiting import PATIENCE, eventually
+
+BINARIES = Path(sys.executable).parent
+LOCK = Path(tempfile.gettempdir()) / "forgearr-test.lock"
+WAVE = 60
+
+
+class Platform:
+    """One installation. Every call uses the real command line or the real HTTP API."""
+
+    def __init__(self, home: Path, settings: dict[str, str] | None = None) -> None:
+        port, ray, dashboard, mlflow = unused_ports(4)
+        self.home = home
+        self.url = f"http://127.0.0.1:{port}"
+        self.dashboard_url = f"http://127.0.0.1:{dashboard}"
+        self.mlflow_url = f"http://127.0.0.1:{mlflow}"
+        chosen = {
+            "serve.port": port,
+            "ray.port": ray,
+            "ray.dashboard_port": dashboard,
+            "mlflow.port": mlflow,
+            **(settings or {}),
+        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")}
+        variables = {f"FORGEARR_{key.upper().replace('.', '__')}": str(value) for key, value in chosen.items()}
+        self.environment = {**inherited, **variables, "FORGEARR_HOME": str(home), "COLUMNS": "160"}
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run `forgearr …`. Two that come up at once may choose the same ports for what Ray starts by itself."""
+        with LOCK.open("w") as lock:
+            if "up" in arguments:
+                flock(lock, LOCK_EX)
+            return self.run([str(BINARIES / "forgearr"), *arguments], check=check)
+
+    def run(self, command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        if check:
+            assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def up(self) -> None:
+        self.cli("up", "--detach")
+
+    def down(self) -> None:
+        self.cli("down")
+
+    def submit(self, kind: str = "probe", **request: Any) -> str:
+        answer = self.http.post("/api/v1/jobs", json={"kind": kind, **request})
+        assert answer.status_code == 201, answer.text
+        return answer.json()["id"]
+
+    def keep_busy(self, jobs: list[str], spec: dict[str, Any]) -> None:
+        """Add jobs to these, and more of them where they are over before ten were seen to run at once."""
+        self._submit_wave(jobs, spec)
+
+        def busy() -> bool:
+            if self.count("running") >= 10:
+                return True
+            if self.count("succeeded") == len(jobs):
+                self._submit_wave(jobs, spec)
+            return False
+
+        eventually(busy)
+
+    def _submit_wave(self, jobs: list[str], spec: dict[str, Any]) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            jobs += pool.map(self._submit_surely, [spec] * WAVE)
+
+    def _submit_surely(self, spec: dict[str, Any]) -> str:
+        """Sent until somebody answers: a door may have died, and with it the answer to what it took."""
+        headers = {"Idempotency-Key": uuid4().hex}
+
+        def send() -> str:
+            answer = self.http.post("/api/v1/jobs", json={"kind": "probe", "spec": spec}, headers=headers)
+            assert answer.status_code == 201, answer.text
+            return answer.json()["id"]
+
+        return eventually(send)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        answer = self.http.get(f"/api/v1/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def count(self, state: str) -> int:
+        answer = self.http.get("/api/v1/jobs", params={"state": state, "kind": "probe", "limit": 1})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["total"]
+
+    def wait_for(self, job_id: str, *states: str) -> dict[str, Any]:
+        wanted = states or ("succeeded", "failed", "cancelled")
+        return eventually(lambda: job if (job := self.job(job_id))["state"] in wanted else None)
+
+    def wait_for_mlflow(self) -> None:
+        """A cold one takes a while to start, and the rest of the platform does not wait for it."""
+        eventually(lambda: httpx.get(f"{self.mlflow_url}/health").is_success)
+
+    def processes(self, title: str = "", *, mentions: str = "") -> list[psutil.Process]:
+        """The living processes of this installation whose command line begins with `title`, and mentions that."""
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARKER_VARIABLE) != str(self.home) or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                command = " ".join(process.cmdline())
+                if command.startswith(title) and mentions in command:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def cut_the_power(self) -> None:
+        """Kill every process at once: the supervisor, Ray and all that runs on it, HAProxy, MLflow."""
+        supervisor = psutil.Process(json.loads((self.home / "run" / "state.json").read_text())["pid"])
+        while victims := [process for process in (supervisor, *self.processes()) if process.is_running()]:
+            for victim in victims:
+                with suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            psutil.wait_procs(victims, timeout=5)
+
+    def kill(self, title: str, number: signal.Signals = signal.SIGKILL) -> list[int]:
+        """Send a signal to every process of that title; there must be one."""
+        victims = self.processes(title)
+        assert victims, f"no process '{title}' among {[p.cmdline()[:1] for p in self.processes()]}"
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.send_signal(number)
+        return [victim.pid for victim in victims]
+
+
+def unused_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, below those that the system gives out by itself meanwhile."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randint(10_100, 19_900)
+        if port not in ports and not is_listening("127.0.0.1", port):
+            ports.append(port)
+    return ports
+
+
+@contextmanager
+def running_platform(settings: dict[str, str] | None = None) -> Generator[Platform]:
+    """A platform that is up, and afterwards down without a trace."""
+    home = Path(tempfile.mkdtemp(prefix="forgearr-test-", dir="/tmp"))
+    platform = Platform(home, settings)
+    try:
+        platform.up()
+        yield platform
+    finally:
+        platform.cli("down", check=False)
+        platform.http.close()
+        leftovers = platform.processes()
+        for process in leftovers:
+            process.kill()
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(embedded.private_folder(home), ignore_errors=True)
+        assert not leftovers, f"left running after down: {leftovers}"

@@ -1,0 +1,192 @@
+"""A news server on loopback, and a real SABnzbd that downloads from it.
+
+What is posted is yEnc in articles, which the server has or, as it happens on Usenet, has lost. It answers in threads of
+its own, so it lives as long as a module's SABnzbd, whatever event loops come and go.
+"""
+
+import re
+import secrets
+import socketserver
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+from zlib import crc32
+
+import httpx
+
+from tests.support.services.real_services import Running
+from tests.support.waiting import PATIENCE, eventually
+
+CONNECTIONS = 2
+LINE = 128
+SHIFTED = bytes((value + 42) % 256 for value in range(256))
+CRITICAL = re.compile(rb"[\0\n\r=]")
+END = b"\r\n.\r\n"
+
+
+@dataclass
+class Usenet:
+    port: int = 0
+    articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
+    lost: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
+    open: threading.Event = field(default_factory=threading.Event, repr=False)
+    sent: list[int] = field(default_factory=list[int], repr=False)  # how many bytes, each time
+    waiting: set[socketserver.StreamRequestHandler] = field(
+        default_factory=set[socketserver.StreamRequestHandler], repr=False
+    )
+
+    def post(self, name: str, content: bytes, *, parts: int = 4, lost: int = 0) -> str:
+        """Post a file; returns the NZB that says where it is. The server has lost the first `lost` of its articles."""
+        length = -(-len(content) // parts)
+        segments: list[str] = []
+        for number, begin in enumerate(range(0, len(content), length), 1):
+            article, key = _article(name, content, begin, length, number), f"{secrets.token_hex(8)}@forgearr.test"
+            (self.articles if number > lost else self.lost)[key] = article
+            segments.append(f'<segment bytes="{len(article)}" number="{number}">{key}</segment>')
+        subject = quoteattr(f'"{name}" yEnc (1/{len(segments)})')
+        return (
+            '<?xml version="1.0" encoding="UTF-8"?><nzb xmlns="http://www.newzbin.com/DTD/2003/nzb">'
+            f'<file poster="ada" date="{int(time.time())}" subject={subject}>'
+            f"<groups><group>{escape('alt.binaries.test')}</group></groups>"
+            f"<segments>{''.join(segments)}</segments></file></nzb>"
+        )
+
+    @contextmanager
+    def holding(self) -> Generator[None]:
+        """While in the block, the server keeps everybody waiting."""
+        self.open.clear()
+        try:
+            yield
+        finally:
+            self.open.set()
+
+    def find_lost(self) -> None:
+        """From now on the server has all that was ever posted."""
+        self.articles |= self.lost
+        self.lost.clear()
+
+
+@contextmanager
+def usenet() -> Generator[Usenet]:
+    """A news server, for as long as the block."""
+    news = Usenet()
+    news.open.set()
+
+    class Conversation(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            _converse(news, self)
+
+    with _Server(("127.0.0.1", 0), Conversation) as server:
+        news.port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield news
+        news.open.set()
+        server.shutdown()
+
+
+def subscribe(sabnzbd: Running, news: Usenet) -> None:
+    """Have SABnzbd download from this server."""
+    server = {"name": "Loopback", "host": "127.0.0.1", "port": news.port, "connections": CONNECTIONS}
+    ask(sabnzbd, "set_config", section="servers", **server, enable=1, ssl=0)
+
+
+def download(sabnzbd: Running, nzb: str, name: str, **options: Any) -> str:
+    """Give SABnzbd an NZB; returns the id of the download."""
+    sent = {"nzbfile": (f"{name}.nzb", nzb.encode(), "application/x-nzb")}
+    parameters = {"mode": "addfile", "output": "json", "apikey": sabnzbd.key, "nzbname": name, **options}
+    told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent, timeout=PATIENCE).raise_for_status().json()
+    (nzo_id,) = told["nzo_ids"]
+    return nzo_id
+
+
+def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
+    """What the history has of a download, once it is completed or failed."""
+
+    def found() -> dict[str, Any] | None:
+        slots = ask(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
+        # What SABnzbd still has in its hands is stored nowhere, and may be called completed already.
+        is_over = len(slots) == 1 and slots[0]["status"] in {"Completed", "Failed"} and slots[0]["storage"]
+        return slots[0] if is_over else None
+
+    return eventually(found)
+
+
+def still(sabnzbd: Running, news: Usenet) -> None:
+    """Wait until SABnzbd is kept waiting, and nothing that came before, such as a greeting, counts as its speed."""
+    eventually(lambda: len(news.waiting) == CONNECTIONS)
+    eventually(lambda: ask(sabnzbd, "server_stats")["total"] == sum(news.sent))
+    eventually(lambda: float(ask(sabnzbd, "queue")["queue"]["kbpersec"]) == 0)
+
+
+def ask(sabnzbd: Running, mode: str, **parameters: Any) -> Any:
+    """What SABnzbd itself says, without anything of Forgearr's."""
+    sent = {"mode": mode, "output": "json", "apikey": sabnzbd.key, **parameters}
+    return httpx.get(f"{sabnzbd.url}/api", params=sent, timeout=PATIENCE).raise_for_status().json()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+
+def _converse(news: Usenet, conversation: socketserver.StreamRequestHandler) -> None:
+    def say(words: bytes) -> None:
+        conversation.wfile.write(words)
+        news.sent.append(len(words))
+
+    try:
+        say(b"200 Welcome\r\n")
+        while line := conversation.rfile.readline().decode("latin-1").split():
+            match line[0].upper():
+                case "QUIT":
+                    return
+                case "BODY" | "ARTICLE" | "HEAD" | "STAT" as command:
+                    news.waiting.add(conversation)
+                    news.open.wait()
+                    news.waiting.discard(conversation)
+                    say(_answer(news, command, line[1].strip("<>")))
+                case "GROUP":
+                    say(b"211 1 1 1 group\r\n")
+                case _:
+                    say(b"500 What?\r\n")
+    except ConnectionError:
+        pass  # the other side has had enough
+
+
+def _answer(news: Usenet, command: str, key: str) -> bytes:
+    article = news.articles.get(key)
+    if article is None:
+        return b"430 No such article\r\n"
+    head = f"Message-ID: <{key}>\r\n".encode()
+    match command:
+        case "STAT":
+            return f"223 0 <{key}>\r\n".encode()
+        case "HEAD":
+            return f"221 0 <{key}>\r\n".encode() + head + b".\r\n"
+        case "ARTICLE":
+            return f"220 0 <{key}>\r\n".encode() + head + b"\r\n" + article + END
+        case _:
+            return f"222 0 <{key}>\r\n".encode() + article + END
+
+
+def _article(name: str, content: bytes, begin: int, length: int, number: int) -> bytes:
+    part = content[begin : begin + length]
+    total = -(-len(content) // length)
+    lines = [_encoded(part[start : start + LINE]) for start in range(0, len(part), LINE)]
+    return b"\r\n".join(
+        [
+            f"=ybegin part={number} total={total} line={LINE} size={len(content)} name={name}".encode(),
+            f"=ypart begin={begin + 1} end={begin + len(part)}".encode(),
+            *lines,
+            f"=yend size={len(part)} part={number} pcrc32={crc32(part):08x}".encode(),
+        ]
+    )
+
+
+def _encoded(line: bytes) -> bytes:
+    escaped = CRITICAL.sub(lambda match: bytes((ord("="), (match[0][0] + 64) % 256)), line.translate(SHIFTED))
+    return b"." + escaped if escaped.startswith(b".") else escaped

@@ -1,0 +1,92 @@
+"""The official documents of services, which lie in `shared/specs` beside the checkout; without them, tests skip."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft7Validator
+
+FOLDER = Path(__file__).parents[4] / "shared" / "specs"
+
+
+def document_path(document: str) -> Path:
+    path = FOLDER / f"{document}-v3.json"
+    if not path.exists():
+        pytest.skip(f"The official document of {document} is not at {path}.")
+    return path
+
+
+def corrected(document: str) -> dict[str, Any]:
+    """The document, but for where it is wrong: a command takes fields of its own, such as seriesId, and tells them."""
+    told = json.loads(document_path(document).read_text())
+    for name in ("CommandResource", "Command"):
+        told["components"]["schemas"][name]["additionalProperties"] = True
+    return told
+
+
+def check_request(document: str, method: str, path: str, query: Mapping[str, str], body: object = None) -> None:
+    """Fail unless the document has this operation, with these parameters and this body."""
+    operation = _operation(document, method, path)
+    known = {one["name"]: one["schema"] for one in operation.get("parameters", []) if one["in"] == "query"}
+    for name, value in query.items():
+        assert name in known, f"{method} {path} has no parameter {name}"
+        _validate(document, known[name], _as_sent(known[name].get("type"), value))
+    if "requestBody" not in operation:
+        assert body is None, f"{method} {path} takes no body"
+        return
+    _validate(document, operation["requestBody"]["content"]["application/json"]["schema"], body)
+
+
+def check_answer(document: str, path: str, content: object, method: str = "GET") -> None:
+    """Fail unless this is what the document says that this operation answers."""
+    kinds = _operation(document, method, path)["responses"]["200"].get("content")
+    if kinds is None:
+        return  # it does not say
+    (_,) = {str(kind["schema"]) for kind in kinds.values()}
+    _validate(document, kinds["application/json"]["schema"], content)
+
+
+def _validate(document: str, schema: dict[str, Any], content: object) -> None:
+    Draft7Validator({**schema, "components": _document(document)["components"]}).validate(content)
+
+
+def _operation(document: str, method: str, path: str) -> dict[str, Any]:
+    """The operation of an address, in which ids may stand where the document has `{id}`."""
+    paths = _document(document)["paths"]
+    asked = path.split("/")
+    fitting = [known for known in paths if _fits(known.split("/"), asked) and method.lower() in paths[known]]
+    assert fitting, f"{document} has no {method} {path}"
+    return paths[min(fitting, key=lambda known: known.count("{"))][method.lower()]
+
+
+def _fits(known: list[str], asked: list[str]) -> bool:
+    return len(known) == len(asked) and all(
+        one == other or (one.startswith("{") and (other.isdigit() or one == other))
+        for one, other in zip(known, asked, strict=True)
+    )
+
+
+def _as_sent(kind: str | None, value: str) -> object:
+    if kind in {"integer", "boolean", "number"}:
+        return json.loads(value)
+    return [value] if kind == "array" else value
+
+
+@cache
+def _document(name: str) -> dict[str, Any]:
+    return _nullable(corrected(name))
+
+
+def _nullable(schema: Any) -> Any:
+    """OpenAPI 3.0 says `nullable` where JSON Schema has a type of its own for null."""
+    if isinstance(schema, list):
+        return [_nullable(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {name: _nullable(part) for name, part in schema.items()}
+    if plain.get("nullable") is True and isinstance(plain.get("type"), str):
+        plain["type"] = [plain["type"], "null"]
+    return plain

@@ -1,0 +1,147 @@
+"""Real programs on loopback: Debian's SABnzbd and Prometheus, each with a folder of its own.
+
+Whichever is first in PATH is taken, so that the tests can be run with another release. A program is started once for a
+module: `with programs.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server`.
+"""
+
+import configparser
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.support.platform import unused_ports
+from tests.support.services.openapi_documents import corrected
+from tests.support.waiting import PATIENCE, eventually
+
+PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
+"""Where .ci/run puts it. It comes from npm, and belongs to nobody else on this machine."""
+
+
+@dataclass(frozen=True)
+class Running:
+    url: str
+    folder: Path
+    key: str = field(default="", repr=False)
+
+
+@contextmanager
+def sabnzbd(folder: Path) -> Generator[Running]:
+    """SABnzbd, whose downloads go to `complete` in the folder."""
+    ini, address = folder / "sabnzbd.ini", _free_address()
+    # Its folders are in the home of its user, unless it is told of others; and a news server that it has left, it does
+    # not ask again for five seconds.
+    folders = f"download_dir = {folder / 'incomplete'}\ncomplete_dir = {folder / 'complete'}\n"
+    ini.write_text(f"[misc]\n{folders}auto_disconnect = 0\nurl_base = /sabnzbd\n")
+    with _running(
+        folder, address, "/api?mode=version&output=json", "sabnzbdplus", "-f", str(ini), "-s", address, "-b", "0"
+    ) as url:
+        # What stands before the first section is no INI to anybody else.
+        settings = configparser.RawConfigParser(strict=False, interpolation=None)
+        settings.read_string("[top]\n" + ini.read_text())
+        yield Running(url, folder, settings["misc"]["api_key"])
+
+
+@contextmanager
+def node_exporter(folder: Path) -> Generator[Running]:
+    """What tells Prometheus of this machine."""
+    address = _free_address()
+    with _running(folder, address, "/metrics", "prometheus-node-exporter", f"--web.listen-address={address}") as url:
+        yield Running(url, folder)
+
+
+@contextmanager
+def prometheus(folder: Path, *scraped: Running) -> Generator[Running]:
+    """Prometheus, which looks at these every second, and has done so once."""
+    targets = [running.url.removeprefix("http://") for running in scraped]
+    jobs = [{"job_name": "scraped", "static_configs": [{"targets": targets}]}] if targets else []
+    told = {"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(told))
+    address = _free_address()
+    options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    with _running(folder, address, "/-/ready", "prometheus", *options, f"--web.listen-address={address}") as url:
+        eventually(lambda: _scraped(url) >= len(scraped))
+        yield Running(url, folder)
+
+
+@contextmanager
+def prism(folder: Path, document: str) -> Generator[Running]:
+    """Prism, which answers as the official document of a service says, and refuses what that does not allow."""
+    (folder / "document.json").write_text(json.dumps(corrected(document)))
+    address = _free_address()
+    host, port = address.split(":")
+    program = str(PRISM) if PRISM.exists() else "prism"
+    with _running(
+        folder, address, "/api/v3/system/status", program, "mock", str(folder / "document.json"), "-h", host, "-p", port
+    ) as url:
+        yield Running(url, folder)
+
+
+@contextmanager
+def searx(folder: Path, finds: str) -> Generator[Running]:
+    """searx, whose only engine asks the address `finds` for {"results": [{"url", "title"}]}."""
+    example = Path("/usr/share/doc/searx/examples/settings.yml")
+    settings = yaml.safe_load(example.read_text()) if example.exists() else {}
+    address = _free_address()
+    engine = {
+        "name": "ours",
+        "engine": "json_engine",
+        "shortcut": "o",
+        "categories": "general",
+        "enable_http": True,
+        "timeout": PATIENCE,
+    }
+    fields = {"results_query": "results", "url_query": "url", "title_query": "title", "content_query": "title"}
+    settings["engines"] = [{**engine, **fields, "search_url": f"{finds}/?q={{query}}"}]
+    settings["search"] = {**settings.get("search", {}), "formats": ["html", "json"]}
+    told = {"bind_address": "127.0.0.1", "port": int(address.rpartition(":")[2]), "secret_key": "of a test"}
+    settings["server"] = {**settings.get("server", {}), **told}
+    (folder / "settings.yml").write_text(yaml.safe_dump(settings))
+    # It is made for the system's own Python, and has no program but the one that leads to it.
+    options = [f"SEARX_SETTINGS_PATH={folder / 'settings.yml'}", "/usr/bin/python3", "-m", "searx.webapp"]
+    with _running(folder, address, "/config", "env" if example.exists() else "searx", *options) as url:
+        yield Running(url, folder)
+
+
+@contextmanager
+def _running(folder: Path, address: str, health: str, program: str, *options: str) -> Generator[str]:
+    """The program, for as long as the block, once it answers at the path `health`; its URL."""
+    path = shutil.which(program)
+    if path is None:
+        reason = f"{program} is not installed, so what needs it is tried with likenesses only."
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([path, *options], cwd=folder, stdout=log, stderr=log)
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            pytest.fail(f"{program} did not start:\n{(folder / 'log').read_text()}")
+        headers = {"X-Api-Key": "any", "Accept": "application/json"}
+        return httpx.get(f"http://{address}{health}", headers=headers).is_success
+
+    try:
+        eventually(answers)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def _scraped(prometheus: str) -> int:
+    """How many of its targets it has seen."""
+    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": "count(up == 1)"}).json()
+    return sum(int(found["value"][1]) for found in answer["data"]["result"])
+
+
+def _free_address() -> str:
+    return f"127.0.0.1:{unused_ports(1)[0]}"
