@@ -29,8 +29,8 @@ from cluster.services.http import client
 from cluster.settings import get_settings, load_settings
 from pipelines.guardian.git import mirrors
 from tests.support.platform import unused_ports
-from tests.support.registry_model import Shelf
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.registry_model import RegistryModel
+from tests.support.waiting import TIMEOUT, eventually
 
 # No example fails because the machine was busy, and each run tries the same.
 SLOW = [hypothesis.HealthCheck.too_slow]
@@ -53,11 +53,11 @@ asyncio.run(work())
 # other tests they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What we ask may be slow here.
-mlflow_client.TIMEOUT_SECONDS = mirrors.STALLED_SECONDS = PATIENCE
-client.CONNECT_SECONDS = PATIENCE
+mlflow_client.TIMEOUT_SECONDS = mirrors.STALLED_SECONDS = TIMEOUT
+client.CONNECT_SECONDS = TIMEOUT
 
 
-class PlatformsApart(LoadFileScheduling):
+class PlatformScheduling(LoadFileScheduling):
     """The first worker begins with whole platforms, the others with all else: platforms beside each other would take
     each other's processors. Those with the fewest tests take the longest, and so go first."""
 
@@ -76,7 +76,7 @@ def _starts_platforms(file: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
-    return PlatformsApart(config, log)
+    return PlatformScheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -95,13 +95,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _let_go_of_applications() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    """FastAPI remembers each function that it has looked into, and those of /docs hold a whole application. A process
-    that keeps the applications of a thousand tests stops for seconds whenever Python looks for garbage."""
+def _clear_fastapi_caches() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """FastAPI caches what it knows of each function, and those of /docs refer to a whole application. A process that
+    keeps the applications of a thousand tests stops for seconds whenever Python collects garbage."""
     yield
     for value in vars(models).values():
-        if forget := getattr(value, "cache_clear", None):
-            forget()
+        if clear := getattr(value, "cache_clear", None):
+            clear()
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(variable)
     folder = tmp_path / "home"
     monkeypatch.setenv("FORGEARR_HOME", str(folder))
-    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", str(PATIENCE))
+    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", str(TIMEOUT))
     _forget_settings()
     yield folder
     _forget_settings()
@@ -167,7 +167,7 @@ def postgres_server() -> Iterator[str]:
 
     def run(program: str, *arguments: str) -> None:
         command = [str(binaries / program), "-D", str(folder / "data"), *arguments]
-        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
+        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=TIMEOUT)
 
     run("initdb", "--username=postgres", "--auth=trust", "--no-sync", "--encoding=UTF8")
     run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
@@ -196,19 +196,19 @@ def mlflow_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(PATIENCE)
+        server.wait(TIMEOUT)
         shutil.rmtree(folder)
 
 
 @pytest.fixture
-async def shelf(
+async def registry_model(
     home: Path, tmp_path: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Shelf]:
+) -> AsyncIterator[RegistryModel]:
     """A model of its own in the registry of this installation, which has no version yet."""
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
     get_settings.cache_clear()
     async with mlflow_client.connect(mlflow_server) as mlflow:
-        yield Shelf(mlflow, tmp_path)
+        yield RegistryModel(mlflow, tmp_path)
 
 
 async def new_postgres_database(server: str, template: str = "template1") -> str:
@@ -225,7 +225,7 @@ async def drop_postgres_database(url: str) -> None:
 
 async def _administer(server: str, statement: str) -> None:
     address = make_url(server).set(database="postgres").render_as_string(hide_password=False)
-    connection = await asyncpg.connect(address, timeout=PATIENCE)
+    connection = await asyncpg.connect(address, timeout=TIMEOUT)
     await connection.execute(statement)
     await connection.close()
 
@@ -233,7 +233,7 @@ async def _administer(server: str, statement: str) -> None:
 def _migrate(**settings: str) -> None:
     """In a process of its own, so that nothing of it is left in this one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")} | settings
-    subprocess.run([sys.executable, "-c", MIGRATE], env=environment, check=True, timeout=PATIENCE)
+    subprocess.run([sys.executable, "-c", MIGRATE], env=environment, check=True, timeout=TIMEOUT)
 
 
 def _postgres_binaries() -> Path:

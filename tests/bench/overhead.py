@@ -18,7 +18,7 @@ from tests.bench.figures import Figure, figure_of_pairs
 from tests.bench.servers import run, running_server
 from tests.bench.wrk import requests_per_second
 from tests.support.platform import Platform, unused_ports
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 GROUP = "A gateway in front of an engine, forgearr/tiny, answers of one word"
 PEER, PACKAGE = "LiteLLM's proxy", "litellm[proxy]==1.106.2"
@@ -61,7 +61,7 @@ def _at_once(url: str) -> float:
 def _one_by_one(url: str, count: int) -> float:
     """Milliseconds from a question to its answer, the median of so many."""
     taken: list[float] = []
-    with httpx.Client(timeout=PATIENCE) as client:
+    with httpx.Client(timeout=TIMEOUT) as client:
         for _ in range(count):
             started = time.perf_counter()
             client.post(f"{url}/chat/completions", json=QUESTION).raise_for_status()

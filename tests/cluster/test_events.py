@@ -13,7 +13,7 @@ import pytest
 from cluster import actors, events
 from cluster.errors import Unavailable
 from cluster.events import LOST_CURSOR, Cursor, Events, Message
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 
 def message(number: int) -> Message:
@@ -138,7 +138,7 @@ def _process_of(_: object) -> int:
 
 async def _first_news(cursor: Cursor) -> events.Batch:
     """Publish until a message comes through: those that the dying actor swallowed are lost, as is allowed."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while True:
             events.publish([message(2)])
             try:

@@ -17,8 +17,8 @@ from cluster.ownership import LOCAL
 from jobs import schedules
 from serve.app import create_app
 from serve.realtime.routes import MAX_ROOMS
-from tests.support.app_server import serving
-from tests.support.waiting import PATIENCE, PATIENT
+from tests.support.app_server import running_app
+from tests.support.waiting import TIMEOUT, WEBSOCKET_OPTIONS
 
 ODD_WORDS = [
     "'; DROP TABLE jobs; --",
@@ -281,7 +281,7 @@ async def test_a_schedule_of_the_longest_name_fires(client: httpx.AsyncClient, d
 
 
 async def test_senseless_messages_are_answered_and_do_no_harm(database: Database) -> None:
-    async with serving() as address, connect(f"ws://{address}/ws/client-1", **PATIENT) as client:
+    async with running_app() as address, connect(f"ws://{address}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
         for message in SENSELESS:
             await client.send(message)
             assert json.loads(await client.recv())["type"] == "error", message
@@ -293,7 +293,7 @@ async def test_senseless_messages_are_answered_and_do_no_harm(database: Database
 
 async def test_one_connection_cannot_be_in_rooms_without_end(database: Database, client: httpx.AsyncClient) -> None:
     made = [(await client.post("/api/v1/jobs", json={"kind": "probe"})).json()["id"] for _ in range(MAX_ROOMS + 5)]
-    async with serving() as address, connect(f"ws://{address}/ws/client-1", **PATIENT) as socket:
+    async with running_app() as address, connect(f"ws://{address}/ws/client-1", **WEBSOCKET_OPTIONS) as socket:
         answers = Counter[str]()
         for job in made:
             await socket.send(json.dumps({"type": "join_room", "room": f"job:{job}"}))
@@ -302,8 +302,8 @@ async def test_one_connection_cannot_be_in_rooms_without_end(database: Database,
 
 
 async def test_many_idle_connections_are_no_burden(database: Database) -> None:
-    async with serving() as address, AsyncExitStack() as stack, httpx.AsyncClient(timeout=PATIENCE) as client:
-        opened = [connect(f"ws://{address}/ws/client-{number}", **PATIENT) for number in range(200)]
+    async with running_app() as address, AsyncExitStack() as stack, httpx.AsyncClient(timeout=TIMEOUT) as client:
+        opened = [connect(f"ws://{address}/ws/client-{number}", **WEBSOCKET_OPTIONS) for number in range(200)]
         sockets = [await stack.enter_async_context(connection) for connection in opened]
         assert (await client.get(f"http://{address}/api/v1/jobs")).status_code == 200
         for socket in sockets:

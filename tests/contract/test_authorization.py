@@ -135,7 +135,7 @@ Headers = dict[str, str]
 Statuses = dict[str, int]
 
 
-class Household:
+class GuardedServer:
     """A server that needs credentials, and people who have some."""
 
     def __init__(self, app: FastAPI, client: httpx.AsyncClient) -> None:
@@ -235,7 +235,7 @@ class Household:
 
 
 @pytest.fixture
-async def household(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Household]:
+async def server(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[GuardedServer]:
     """An owner who has one of everything; another user, an administrator, and one who is disabled."""
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_AUTH__REGISTRATION", "false")
@@ -244,11 +244,11 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
     app = create_app()
     transport = httpx.ASGITransport(app, client=("192.0.2.1", 40000))
     async with httpx.AsyncClient(transport=transport, base_url="https://api.example") as client:
-        household = Household(app, client)
+        server = GuardedServer(app, client)
         for name in ("owner", "other", "admin", "disabled"):
-            await _move_in(household, database, name)
+            await _add_account(server, database, name)
         async with database.transaction() as session:
-            principal = ownership.Principal(id=household.users["owner"].id, name="owner", is_admin=False)
+            principal = ownership.Principal(id=server.users["owner"].id, name="owner", is_admin=False)
             job = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=LEARN), principal)
             training = TrainingSession(
                 name="House v1", base_model="forgearr/tiny", config={}, owner_id=principal.id, created_by="owner"
@@ -267,7 +267,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             repository = Repository(**about, training={}, policy={}, created_by="admin")
             session.add(repository)
             await session.flush()
-            key, _ = await identity.create_key(session, household.users["owner"].id, "owner's second")
+            key, _ = await identity.create_key(session, server.users["owner"].id, "owner's second")
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
         told = ResponseStream(
             "resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").request_fields()
@@ -283,7 +283,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
         batch = Batch(id="batch_1", job_id=job.id, input_file_id=file.id, expires_at=now(), **about)
         async with database.transaction() as session:
             session.add(batch)
-        household.ids = {
+        server.ids = {
             "job_id": job.id,
             "schedule_id": schedule.id,
             "key_id": key.id,
@@ -297,7 +297,7 @@ async def household(database: Database, tmp_path: Path, monkeypatch: pytest.Monk
             "repository": repository.id,
             "feedback_id": given.id,
         }
-        yield household
+        yield server
 
 
 WRONG = ["wrong key", "expired key", "wrong bearer", "foreign token", "expired token", "refresh token", "basic"]
@@ -306,90 +306,90 @@ WRONG = ["wrong key", "expired key", "wrong bearer", "foreign token", "expired t
 # Operations
 
 
-async def test_strangers_are_refused(household: Household) -> None:
-    statuses = await household.try_all({})
+async def test_strangers_are_refused(server: GuardedServer) -> None:
+    statuses = await server.try_all({})
     assert statuses.keys() >= PUBLIC | ADMIN_ONLY
     assert having(statuses, 401) == statuses.keys() - PUBLIC - ADMIN_ONLY
     assert having(statuses, 403) == ADMIN_ONLY
 
 
-async def test_a_signature_is_no_credentials_business(household: Household) -> None:
-    assert set(operations(household.app)) >= SIGNED
-    for headers in ({}, *household.credentials("admin")):
+async def test_a_signature_is_no_credentials_business(server: GuardedServer) -> None:
+    assert set(operations(server.app)) >= SIGNED
+    for headers in ({}, *server.credentials("admin")):
         for operation in SIGNED:
-            answer = await household.client.post(operation.split()[1].format(provider="github"), headers=headers)
+            answer = await server.client.post(operation.split()[1].format(provider="github"), headers=headers)
             assert answer.status_code == 401
 
 
-async def test_wrong_credentials_are_refused(household: Household, database: Database) -> None:
+async def test_wrong_credentials_are_refused(server: GuardedServer, database: Database) -> None:
     for sort in WRONG:
-        statuses = await household.try_all(await wrong_credential(sort, household, database))
+        statuses = await server.try_all(await wrong_credential(sort, server, database))
         assert having(statuses, 401) == statuses.keys() - PUBLIC, sort
 
 
-async def test_a_disabled_account_is_shut_out(household: Household) -> None:
-    for headers in household.credentials("disabled"):
-        statuses = await household.try_all(headers)
+async def test_a_disabled_account_is_shut_out(server: GuardedServer) -> None:
+    for headers in server.credentials("disabled"):
+        statuses = await server.try_all(headers)
         assert having(statuses, 403) == statuses.keys() - PUBLIC
 
 
-async def test_a_user_may_do_all_but_what_is_for_administrators(household: Household) -> None:
-    for headers in household.credentials("owner"):
-        statuses = await household.try_all(headers)
+async def test_a_user_may_do_all_but_what_is_for_administrators(server: GuardedServer) -> None:
+    for headers in server.credentials("owner"):
+        statuses = await server.try_all(headers)
         assert (having(statuses, 401), having(statuses, 403)) == (set(), ADMIN_ONLY | FOR_ADMINISTRATORS)
 
 
-async def test_an_administrator_may_do_everything(household: Household) -> None:
-    for headers in household.credentials("admin"):
-        assert having(await household.try_all(headers), 401, 403) == set()
+async def test_an_administrator_may_do_everything(server: GuardedServer) -> None:
+    for headers in server.credentials("admin"):
+        assert having(await server.try_all(headers), 401, 403) == set()
 
 
-async def test_what_is_public_works_whatever_is_sent(household: Household, database: Database) -> None:
-    for headers in ({}, household.keys["disabled"], await wrong_credential("expired token", household, database)):
-        statuses = await household.try_all(headers)
+async def test_what_is_public_works_whatever_is_sent(server: GuardedServer, database: Database) -> None:
+    for headers in ({}, server.keys["disabled"], await wrong_credential("expired token", server, database)):
+        statuses = await server.try_all(headers)
         assert {operation: statuses[operation] for operation in PUBLIC if statuses[operation] >= 300} == {}
 
 
 # What belongs to somebody
 
 
-async def test_what_is_anothers_does_not_exist(household: Household) -> None:
-    statuses = await household.try_all(household.bearer("other"), only_with_id=True)
-    assert {path.split("{")[1].split("}")[0] for path in statuses} == household.ids.keys()
+async def test_what_is_anothers_does_not_exist(server: GuardedServer) -> None:
+    statuses = await server.try_all(server.bearer("other"), only_with_id=True)
+    assert {path.split("{")[1].split("}")[0] for path in statuses} == server.ids.keys()
     # Whether there is such a thing is not said either to those who may not do it to anything.
     assert having(statuses, 403) == statuses.keys() & FOR_ADMINISTRATORS
     assert having(statuses, 404) == statuses.keys() - FOR_ADMINISTRATORS
     # Nothing was done to it either: to its owner it is what it was.
-    kept = await household.try_all(household.bearer("owner"), only_with_id=True)
+    kept = await server.try_all(server.bearer("owner"), only_with_id=True)
     assert having(kept, 404) == set()
 
 
-async def test_lists_show_only_what_is_ones_own(household: Household) -> None:
+async def test_lists_show_only_what_is_ones_own(server: GuardedServer) -> None:
     for name, count in (("owner", 1), ("other", 0), ("admin", 1)):
         for path in OWNED_LISTS:
-            page = (await household.client.get(path, headers=household.bearer(name))).json()
+            page = (await server.client.get(path, headers=server.bearer(name))).json()
             assert (page["total"], len(page["items"])) == (count, count)
         for path in OPENAI_LISTS:
-            listed = (await household.client.get(path, headers=household.bearer(name))).json()
+            listed = (await server.client.get(path, headers=server.bearer(name))).json()
             assert len(listed["data"]) == count
     for name, count in (("owner", 2), ("other", 1), ("admin", 1)):
-        page = (await household.client.get("/api/v1/auth/keys", headers=household.bearer(name))).json()
+        page = (await server.client.get("/api/v1/auth/keys", headers=server.bearer(name))).json()
         assert page["total"] == count
 
 
-async def test_nobody_can_depend_on_anothers_job(household: Household) -> None:
-    body = {"kind": "probe", "depends_on": [household.ids["job_id"]]}
-    refused = await household.client.post("/api/v1/jobs", json=body, headers=household.keys["other"])
+async def test_nobody_can_depend_on_anothers_job(server: GuardedServer) -> None:
+    body = {"kind": "probe", "depends_on": [server.ids["job_id"]]}
+    refused = await server.client.post("/api/v1/jobs", json=body, headers=server.keys["other"])
     assert (refused.status_code, refused.json()["error_code"]) == (422, "UNKNOWN_DEPENDENCY")
-    allowed = await household.client.post("/api/v1/jobs", json=body, headers=household.keys["owner"])
+    allowed = await server.client.post("/api/v1/jobs", json=body, headers=server.keys["owner"])
     assert allowed.status_code == 201
 
 
-async def test_an_idempotency_key_is_ones_own(household: Household) -> None:
+async def test_an_idempotency_key_is_ones_own(server: GuardedServer) -> None:
     made = {
         (
-            await household.client.post(
-                "/api/v1/jobs", json={"kind": "probe"}, headers={**household.keys[name], "Idempotency-Key": "same"}
+            await server.client.post(
+                "/api/v1/jobs", json={"kind": "probe"}, headers={**server.keys[name], "Idempotency-Key": "same"}
             )
         ).json()["id"]
         for name in ("owner", "other", "owner")
@@ -397,47 +397,47 @@ async def test_an_idempotency_key_is_ones_own(household: Household) -> None:
     assert len(made) == 2
 
 
-async def test_a_users_job_of_an_administrators_kind_is_refused(household: Household) -> None:
+async def test_a_users_job_of_an_administrators_kind_is_refused(server: GuardedServer) -> None:
     for name, status in (("owner", 403), ("admin", 201)):
         for path, body in (
             ("/api/v1/jobs", {"kind": "sweep"}),
             ("/api/v1/schedules", {"name": "mine", "kind": "sweep", "cron": "0 3 * * *"}),
         ):
-            answer = await household.client.post(path, json=body, headers=household.keys[name])
+            answer = await server.client.post(path, json=body, headers=server.keys[name])
             assert answer.status_code == status
 
 
 # WebSockets
 
 
-async def test_every_socket_is_in_a_table(household: Household) -> None:
-    assert sockets(household.app) == SOCKETS | ADMIN_SOCKETS
+async def test_every_socket_is_in_a_table(server: GuardedServer) -> None:
+    assert sockets(server.app) == SOCKETS | ADMIN_SOCKETS
 
 
-async def test_strangers_get_no_socket(household: Household) -> None:
-    assert set((await connect_all(household, {})).values()) == {401}
+async def test_strangers_get_no_socket(server: GuardedServer) -> None:
+    assert set((await connect_all(server, {})).values()) == {401}
 
 
-async def test_wrong_credentials_get_no_socket(household: Household, database: Database) -> None:
+async def test_wrong_credentials_get_no_socket(server: GuardedServer, database: Database) -> None:
     for sort in WRONG:
-        statuses = await connect_all(household, await wrong_credential(sort, household, database))
+        statuses = await connect_all(server, await wrong_credential(sort, server, database))
         assert set(statuses.values()) == {401}, sort
 
 
-async def test_sockets_are_for_users_and_some_for_administrators(household: Household) -> None:
-    for headers in household.credentials("disabled"):
-        assert set((await connect_all(household, headers)).values()) == {403}
-    for headers in household.credentials("owner"):
-        statuses = await connect_all(household, headers)
+async def test_sockets_are_for_users_and_some_for_administrators(server: GuardedServer) -> None:
+    for headers in server.credentials("disabled"):
+        assert set((await connect_all(server, headers)).values()) == {403}
+    for headers in server.credentials("owner"):
+        statuses = await connect_all(server, headers)
         assert (having(statuses, 101), having(statuses, 403)) == (SOCKETS, ADMIN_SOCKETS)
-    for headers in household.credentials("admin"):
-        assert set((await connect_all(household, headers)).values()) == {101}
+    for headers in server.credentials("admin"):
+        assert set((await connect_all(server, headers)).values()) == {101}
 
 
-async def test_anothers_training_cannot_be_watched(household: Household) -> None:
-    for known in (household.ids["session_id"], household.ids["job_id"]):
+async def test_anothers_training_cannot_be_watched(server: GuardedServer) -> None:
+    for known in (server.ids["session_id"], server.ids["job_id"]):
         for name, status in (("owner", 101), ("other", 404), ("admin", 101)):
-            answer = await _shake_hands(household.app, f"/ws/training/{known}", household.bearer(name))
+            answer = await _shake_hands(server.app, f"/ws/training/{known}", server.bearer(name))
             assert answer == status
 
 
@@ -458,9 +458,9 @@ def having(statuses: Statuses, *wanted: int) -> set[str]:
     return {name for name, status in statuses.items() if status in wanted}
 
 
-async def wrong_credential(sort: str, household: Household, database: Database) -> Headers:
+async def wrong_credential(sort: str, server: GuardedServer, database: Database) -> Headers:
     """A credential that is not good, although its account is."""
-    user = household.users["owner"]
+    user = server.users["owner"]
     claims = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"])
     match sort:
         case "wrong key":
@@ -477,15 +477,15 @@ async def wrong_credential(sort: str, household: Household, database: Database) 
             expired = claims | {"exp": now() - timedelta(seconds=1)}
             return {"Authorization": f"Bearer {jwt.encode(expired, signing_key(), algorithm='HS256')}"}
         case "refresh token":
-            return {"Authorization": f"Bearer {(await household.log_in('owner'))['refresh_token']}"}
+            return {"Authorization": f"Bearer {(await server.log_in('owner'))['refresh_token']}"}
         case _:
             return {"Authorization": "Basic b3duZXI6Y29ycmVjdCBob3JzZSBiYXR0ZXJ5"}
 
 
-async def connect_all(household: Household, headers: Headers) -> Statuses:
+async def connect_all(server: GuardedServer, headers: Headers) -> Statuses:
     """What the server says to a handshake at each WebSocket's address: 101, or the status of its refusal."""
-    known = {"client_id": "client-1", "training_id": household.ids["session_id"]}
-    return {path: await _shake_hands(household.app, path.format_map(known), headers) for path in sockets(household.app)}
+    known = {"client_id": "client-1", "training_id": server.ids["session_id"]}
+    return {path: await _shake_hands(server.app, path.format_map(known), headers) for path in sockets(server.app)}
 
 
 async def _shake_hands(app: FastAPI, path: str, headers: Headers) -> int:
@@ -519,7 +519,7 @@ class _Known(dict[str, str]):
         return "unknown"
 
 
-async def _move_in(household: Household, database: Database, name: str) -> None:
+async def _add_account(server: GuardedServer, database: Database, name: str) -> None:
     async with database.transaction() as session:
         user = await identity.add_user(
             session,
@@ -529,7 +529,7 @@ async def _move_in(household: Household, database: Database, name: str) -> None:
             role="admin" if name == "admin" else "user",
         )
         _, key = await identity.create_key(session, user.id, "test")
-    household.users[name], household.keys[name] = user, {"X-API-Key": key}
+    server.users[name], server.keys[name] = user, {"X-API-Key": key}
 
 
 @cache

@@ -25,17 +25,17 @@ from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.data import prompts
 from pipelines.training.sessions import TrainingSession
-from tests.support.app_server import serving
-from tests.support.registry_model import Shelf
-from tests.support.waiting import PATIENCE
+from tests.support.app_server import running_app
+from tests.support.registry_model import RegistryModel
+from tests.support.waiting import TIMEOUT
 
 CONFIGURATION = Path(__file__).parent / "schemathesis.toml"
 
 
 @pytest.fixture
-async def stocked(database: Database, shelf: Shelf) -> Database:
+async def stocked(database: Database, registry_model: RegistryModel) -> Database:
     """A database with jobs that have something to tell, a training session, and a registry with a model."""
-    await shelf.register()
+    await registry_model.register()
     async with database.transaction() as session:
         job = await queue.enqueue(session, queue.JobRequest(kind="probe", spec={"payload": "✓"}), LOCAL)
         log = {"level": "INFO", "message": "one step"}
@@ -73,7 +73,7 @@ async def test_a_few_examples_of_everything(configure: Callable[..., None], tmp_
         assert text.count(many) == 1
         text = text.replace(many, few)
     (tmp_path / "few.toml").write_text(text)
-    async with serving() as address:
+    async with running_app() as address:
         url = f"http://{address}/api/v1/openapi.json"
         await check(url, "--phases", "examples,fuzzing", configuration=tmp_path / "few.toml")
 
@@ -83,7 +83,7 @@ async def test_a_few_examples_of_everything(configure: Callable[..., None], tmp_
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_server_that_needs_no_credential(configure: Callable[..., None]) -> None:
     configure(limits__enabled="false")
-    async with serving() as address:
+    async with running_app() as address:
         await check(f"http://{address}/api/v1/openapi.json", "--phases", "examples,fuzzing,stateful")
 
 
@@ -98,7 +98,7 @@ async def test_a_server_that_needs_one(stocked: Database, configure: Callable[..
         )
     # Not an API key: it would be found, and revoked, in the course of this.
     token = identity.create_access_token(admin)
-    async with serving() as address:
+    async with running_app() as address:
         header = f"Authorization: Bearer {token}"
         await check(f"http://{address}/api/v1/openapi.json", "--phases", "coverage", "--header", header)
 
@@ -122,6 +122,6 @@ async def check(url: str, *options: str, configuration: Path = CONFIGURATION) ->
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=dict(os.environ)
     )
-    async with asyncio.timeout(2 * PATIENCE):
+    async with asyncio.timeout(2 * TIMEOUT):
         output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()

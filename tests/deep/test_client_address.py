@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 LIMIT = 5
@@ -53,7 +53,7 @@ def test_a_trusted_proxy_says_whom_it_asks_for(platform: Platform) -> None:
 def statuses(platform: Platform, address: str, headers: Sequence[str]) -> Iterator[int]:
     """What becomes of one request after another, each sent from this address with one of these headers."""
     transport = httpx.HTTPTransport(local_address=address)
-    with httpx.Client(transport=transport, base_url=platform.url, timeout=PATIENCE) as client:
+    with httpx.Client(transport=transport, base_url=platform.url, timeout=TIMEOUT) as client:
         for header in headers:
             name, _, value = header.partition(": ")
             yield client.get("/api/v1/ping", headers={name: value}).status_code

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -170,7 +170,7 @@ def visit(platform: Platform, job_id: str) -> dict[str, str]:
         TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         browsing(url, profile),
     ):
-        return outcome.get(timeout=PATIENCE)
+        return outcome.get(timeout=TIMEOUT)
 
 
 @contextmanager
@@ -220,4 +220,4 @@ def browsing(url: str, profile: str) -> Generator[None]:
         yield
     finally:
         browser.terminate()
-        browser.wait(timeout=PATIENCE)
+        browser.wait(timeout=TIMEOUT)

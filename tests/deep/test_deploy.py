@@ -11,11 +11,11 @@ import httpx
 import pytest
 
 from cluster import mlflow_client
-from tests.support.fake_ollama import OllamaServer, running_ollama
+from tests.support.fake_ollama import FakeOllama, running_fake_ollama
 from tests.support.platform import Platform, running_platform
-from tests.support.registry_model import Shelf
-from tests.support.small_models import write_parrot
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.registry_model import RegistryModel
+from tests.support.small_models import write_constant_model
+from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -24,13 +24,13 @@ ASKERS = 6
 
 
 @pytest.fixture(scope="module")
-def ollama() -> Iterator[OllamaServer]:
-    with running_ollama() as server:
+def ollama() -> Iterator[FakeOllama]:
+    with running_fake_ollama() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def platform(ollama: OllamaServer) -> Iterator[Platform]:
+def platform(ollama: FakeOllama) -> Iterator[Platform]:
     with running_platform({"ollama.url": ollama.url}) as platform:
         yield platform
 
@@ -41,17 +41,17 @@ def name(home: Path, platform: Platform, tmp_path: Path) -> str:
 
     async def register() -> str:
         async with mlflow_client.connect(platform.mlflow_url) as mlflow:
-            shelf = Shelf(mlflow, tmp_path)
+            registry_model = RegistryModel(mlflow, tmp_path)
             for number, text in enumerate((FIRST, SECOND), 1):
-                await shelf.register(write_parrot(tmp_path / f"{number}.gguf", text).read_bytes())
-                await shelf.registry.set_validation(shelf.name, number, True)
-            return shelf.name
+                await registry_model.register(write_constant_model(tmp_path / f"{number}.gguf", text).read_bytes())
+                await registry_model.registry.set_validation(registry_model.name, number, True)
+            return registry_model.name
 
     platform.wait_for_mlflow()
     return asyncio.run(register())
 
 
-def test_nobody_notices_a_switch_but_by_the_answers(platform: Platform, ollama: OllamaServer, name: str) -> None:
+def test_nobody_notices_a_switch_but_by_the_answers(platform: Platform, ollama: FakeOllama, name: str) -> None:
     platform.cli("deploy", name, "1")
     assert ask(platform, name) == FIRST
     ended = Event()
@@ -88,9 +88,9 @@ def test_nobody_notices_a_switch_but_by_the_answers(platform: Platform, ollama: 
 def test_a_file_that_no_engine_can_load_is_never_served(platform: Platform, name: str, tmp_path: Path) -> None:
     async def register_rubbish() -> None:
         async with mlflow_client.connect(platform.mlflow_url) as mlflow:
-            shelf = Shelf(mlflow, tmp_path)
-            shelf.name = name
-            await shelf.register(b"GGUF, or so it says")
+            registry_model = RegistryModel(mlflow, tmp_path)
+            registry_model.name = name
+            await registry_model.register(b"GGUF, or so it says")
 
     platform.cli("deploy", name, "1")
     asyncio.run(register_rubbish())
@@ -107,7 +107,7 @@ def test_a_file_that_no_engine_can_load_is_never_served(platform: Platform, name
 def ask(platform: Platform, model: str, *, streamed: bool = False) -> str:
     """The answer to a question, each over a connection of its own; anything but an answer fails."""
     question = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
-    answer = httpx.post(f"{platform.url}/v1/chat/completions", json={**question, "stream": streamed}, timeout=PATIENCE)
+    answer = httpx.post(f"{platform.url}/v1/chat/completions", json={**question, "stream": streamed}, timeout=TIMEOUT)
     assert answer.status_code == 200, answer.text
     if not streamed:
         return answer.json()["choices"][0]["message"]["content"]

@@ -11,7 +11,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE, eventually, eventually_async
+from tests.support.waiting import TIMEOUT, eventually, eventually_async
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -28,7 +28,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
         yield client
 
 
@@ -182,7 +182,7 @@ def test_the_client_that_does_not_wait_pauses_resumes_and_cancels(platform: Plat
             )
 
             async def until(status: str) -> FineTuningJob:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(TIMEOUT):
                     while (now := await jobs.retrieve(job.id)).status != status:
                         assert now.status not in {"failed", "succeeded"}, now.error
                         await asyncio.sleep(0.2)

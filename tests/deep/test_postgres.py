@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import new_postgres_database
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -41,7 +41,7 @@ def test_jobs_survive_on_postgresql(platform: Platform, database_url: str) -> No
 
 async def _cut_connections(url: str) -> int:
     """Have the server drop everybody else, as its restart would; returns how many those were."""
-    connection = await asyncpg.connect(url, timeout=PATIENCE)
+    connection = await asyncpg.connect(url, timeout=TIMEOUT)
     try:
         dropped = await connection.fetch(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.platform import Platform, running_platform
-from tests.support.sample_repo import AT_FIRST, LATER, Household
+from tests.support.sample_repo import FIRST_MODULES, LATER_MODULES, SampleRepo
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
@@ -21,38 +21,38 @@ TRAINING: dict[str, Any] = {
     "cpus_per_worker": 2,
 }
 HARDLY = {"tuning": "full", "max_steps": 1}
-POLICY = {"min_files": len(LATER), "min_hours": "null"}
+POLICY = {"min_files": len(LATER_MODULES), "min_hours": "null"}
 STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
 
 
 @pytest.fixture(scope="module")
-def household(tmp_path_factory: pytest.TempPathFactory) -> Household:
-    household = Household(tmp_path_factory.mktemp("projects") / "household")
-    household.commit(AT_FIRST)
-    return household
+def repo(tmp_path_factory: pytest.TempPathFactory) -> SampleRepo:
+    repo = SampleRepo(tmp_path_factory.mktemp("projects") / "household")
+    repo.commit(FIRST_MODULES)
+    return repo
 
 
 @pytest.fixture(scope="module")
-def platform(household: Household) -> Iterator[Platform]:
-    settings = {"guardian.roots": f"[{household.folder.parent}]", "guardian.watch_cron": "0 0 1 1 *"}
+def platform(repo: SampleRepo) -> Iterator[Platform]:
+    settings = {"guardian.roots": f"[{repo.folder.parent}]", "guardian.watch_cron": "0 0 1 1 *"}
     with running_platform(settings) as platform:
         yield platform
 
 
-def test_a_repository_that_changes_retrains_its_model(platform: Platform, household: Household) -> None:
+def test_a_repository_that_changes_retrains_its_model(platform: Platform, repo: SampleRepo) -> None:
     chosen = {f"training.{key}": value for key, value in HARDLY.items()}
     chosen |= {f"policy.{key}": value for key, value in POLICY.items()}
     options = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
-    platform.cli("repo", "add", str(household.folder), *options)
+    platform.cli("repo", "add", str(repo.folder), *options)
     first = ended(platform, plans(platform, 1)[0])
     assert first["state"] == "succeeded", first["error"]
     assert (first["result"]["promoted"], served(platform)) == (True, 1)
-    told = LATER[FILE][FUNCTION]
+    told = LATER_MODULES[FILE][FUNCTION]
     assert told not in ask(platform)
 
     platform.http.patch("/api/v1/repos/household", json={"training": TRAINING}).raise_for_status()
-    platform.cli("hook", "install", str(household.folder))
-    household.commit(LATER, platform.environment)
+    platform.cli("hook", "install", str(repo.folder))
+    repo.commit(LATER_MODULES, platform.environment)
     second = plans(platform, 2)[0]
     eventually(lambda: step(platform, second, "fine_tune", "running"))
     platform.cut_the_power()
@@ -62,7 +62,7 @@ def test_a_repository_that_changes_retrains_its_model(platform: Platform, househ
     assert after["result"]["promoted"], after["result"]["reason"]
     assert [child["kind"] for child in children(platform, second)] == STEPS  # none of them twice
     assert step(platform, second, "extract_data")["attempt"] == 1
-    assert after["result"]["commit"] == household.git("rev-parse", "HEAD")
+    assert after["result"]["commit"] == repo.git("rev-parse", "HEAD")
     assert served(platform) == 2
     assert told in ask(platform)
 

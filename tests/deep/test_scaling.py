@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -22,4 +22,4 @@ def test_an_engine_comes_when_it_is_asked_and_goes_again() -> None:
 
 def ask(platform: Platform) -> httpx.Response:
     said = {"model": "forgearr/tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
-    return platform.http.post("/v1/chat/completions", json=said, timeout=PATIENCE)
+    return platform.http.post("/v1/chat/completions", json=said, timeout=TIMEOUT)

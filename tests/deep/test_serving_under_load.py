@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from tests.support.platform import Platform, running_platform
-from tests.support.registry_model import register_on
+from tests.support.registry_model import register_model
 from tests.support.small_models import write_model
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -39,7 +39,7 @@ def platform() -> Iterator[Platform]:
 def talker(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that never ends an answer by itself."""
     folder = tmp_path_factory.mktemp("models")
-    return register_on(
+    return register_model(
         platform.mlflow_url, folder, write_model(folder / "1.gguf", seed=1, talkative=True, context=CONTEXT)
     )
 
@@ -50,7 +50,7 @@ def asked(model: str, tokens: int | None = None, **more: Any) -> dict[str, Any]:
 
 
 def ask(platform: Platform, model: str, **more: Any) -> httpx.Response:
-    return platform.http.post("/v1/chat/completions", json=asked(model, **more), timeout=PATIENCE)
+    return platform.http.post("/v1/chat/completions", json=asked(model, **more), timeout=TIMEOUT)
 
 
 def test_two_hundred_streams_at_once(platform: Platform, talker: str) -> None:
@@ -69,7 +69,7 @@ def test_two_hundred_streams_at_once(platform: Platform, talker: str) -> None:
 
     async def all_at_once() -> Counter[str]:
         limits = httpx.Limits(max_connections=STREAMS)
-        async with httpx.AsyncClient(base_url=platform.url, timeout=PATIENCE, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=platform.url, timeout=TIMEOUT, limits=limits) as client:
             return Counter(await asyncio.gather(*(stream(client) for _ in range(STREAMS))))
 
     assert ask(platform, talker, tokens=1).is_success  # it is loaded
@@ -146,7 +146,7 @@ def open_stream(platform: Platform, body: dict[str, Any]) -> socket.socket:
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     )
-    client = socket.create_connection((address.hostname or "", address.port or 0), timeout=PATIENCE)
+    client = socket.create_connection((address.hostname or "", address.port or 0), timeout=TIMEOUT)
     client.sendall(head.encode() + content)
     return client
 
@@ -163,7 +163,7 @@ def test_a_model_on_disk_is_not_harmed(platform: Platform, talker: str, tmp_path
     whole = write_model(tmp_path / "whole.gguf", seed=2)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
-    name = register_on(platform.mlflow_url, tmp_path, broken)
+    name = register_model(platform.mlflow_url, tmp_path, broken)
     refused = ask(platform, name, tokens=1)
     assert (refused.status_code, refused.json()["error"]["code"]) == (500, "model_unreadable"), refused.text
     assert ask(platform, talker, tokens=1).is_success

@@ -9,7 +9,7 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE, PATIENT, eventually
+from tests.support.waiting import TIMEOUT, WEBSOCKET_OPTIONS, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -79,10 +79,10 @@ def test_a_fine_tune_learns_and_everybody_can_watch(platform: Platform, dataset:
     assert answer.json()["status"] == "queued"
     job_id = answer.json()["job_id"]
 
-    with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{job_id}", **PATIENT) as socket:
-        told = [json.loads(socket.recv(timeout=PATIENCE))]
+    with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{job_id}", **WEBSOCKET_OPTIONS) as socket:
+        told = [json.loads(socket.recv(timeout=TIMEOUT))]
         while told[-1]["status"] not in {"completed", "failed"}:
-            told.append(json.loads(socket.recv(timeout=PATIENCE)))
+            told.append(json.loads(socket.recv(timeout=TIMEOUT)))
     assert told[-1]["status"] == "completed", told[-1]
     assert {one["status"] for one in told} <= {"queued", "preparing", "training", "completed"}
     assert [one["progress"] for one in told] == sorted(one["progress"] for one in told)
@@ -199,11 +199,11 @@ def test_a_session_is_set_up_started_watched_and_cancelled(platform: Platform) -
     unknown = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 77, "prompt_ids": prompts})
     assert unknown.status_code == 404
 
-    with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{session}", **PATIENT) as socket:
-        assert json.loads(socket.recv(timeout=PATIENCE))["status"] is None
+    with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{session}", **WEBSOCKET_OPTIONS) as socket:
+        assert json.loads(socket.recv(timeout=TIMEOUT))["status"] is None
         started = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 1, "prompt_ids": prompts})
         assert started.status_code == 200, started.text
-        while (told := json.loads(socket.recv(timeout=PATIENCE)))["status"] != "training":
+        while (told := json.loads(socket.recv(timeout=TIMEOUT)))["status"] != "training":
             assert told["status"] in {"queued", "preparing"}, told
     assert platform.job(started.json()["job_id"])["spec"]["labels"].keys() == {"forgearr.io/node"}
 

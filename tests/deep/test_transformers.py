@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
@@ -55,7 +55,7 @@ def test_a_training_answers_before_its_export(platform: Platform, trained: str) 
     assert not platform.processes(ENGINE)
     assert platform.http.get("/api/ps").json() == {"models": []}
     assert not platform.processes(ENGINE)  # to ask what there is starts nothing
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
         for asked, said in LEARNED.items():
             messages: Any = [{"role": "user", "content": asked}]
             answer = client.chat.completions.create(model=trained, messages=messages, temperature=0)

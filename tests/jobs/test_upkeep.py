@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,9 @@ from jobs.retry_policy import backoff, classify_error
 from jobs.states import State
 from jobs.sweep import SweepSpec, sweep
 from jobs.tables import IdempotencyKey, Job, JobEvent, Leadership
+from tests.support.recording_link import RecordingLink
 
 pytestmark = pytest.mark.both_databases
-
-
-class Silent:
-    """A worker that keeps nothing of what its job says."""
-
-    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None: ...
-    def checkpoint(self, claim: Claim, state: Any) -> None: ...
-    def artifact(self, claim: Claim, path: Path, name: str) -> str:
-        return str(path)
-
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
-        raise AssertionError("a sweep has no children")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +101,7 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         await session.execute(update(Job).where(Job.id == dead.id).values(**held))
     claim = Claim("job_x", "t", "sweep", {}, None, 1, 3, None, None, {}, "worker-1", None)
     # In a thread, as a worker runs it: it has an event loop of its own.
-    swept = await asyncio.to_thread(sweep, Context(claim, Silent()), SweepSpec())
+    swept = await asyncio.to_thread(sweep, Context(claim, RecordingLink()), SweepSpec())
     assert swept == {
         "idempotency_keys": 1,
         "events": 2,

@@ -11,7 +11,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -29,7 +29,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
         yield client
 
 
@@ -122,7 +122,7 @@ def test_a_batch_that_is_cancelled_keeps_what_is_done(client: openai.OpenAI) -> 
 def test_a_batch_expires_and_says_which_requests_it_did_not_do(client: openai.OpenAI, platform: Platform) -> None:
     batch = submit(client, [chat(number, max_tokens=60) for number in range(1000)])
     eventually(lambda: counts(client, batch.id).get("completed"))
-    with closing(sqlite3.connect(platform.home / "forgearr.db", timeout=PATIENCE, isolation_level=None)) as database:
+    with closing(sqlite3.connect(platform.home / "forgearr.db", timeout=TIMEOUT, isolation_level=None)) as database:
         database.execute("UPDATE batches SET expires_at = created_at WHERE id = ?", (batch.id,))
     expired = wait(client, batch.id)
     assert expired.status == "expired"

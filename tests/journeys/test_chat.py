@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.support.platform import Platform, running_platform
-from tests.support.registry_model import register_on
-from tests.support.small_models import write_model, write_parrot
-from tests.support.waiting import PATIENCE
+from tests.support.registry_model import register_model
+from tests.support.small_models import write_constant_model, write_model
+from tests.support.waiting import TIMEOUT
 
 pytestmark = pytest.mark.platform
 
@@ -29,7 +29,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=PATIENCE) as client:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
         yield client
 
 
@@ -37,14 +37,15 @@ def client(platform: Platform) -> Iterator[openai.OpenAI]:
 def register(home: Path, platform: Platform, tmp_path: Path) -> Callable[..., str]:
     """Put files into the registry as versions of a new model, which serves the first one; returns its name."""
 
-    return lambda *files: register_on(platform.mlflow_url, tmp_path, *files)
+    return lambda *files: register_model(platform.mlflow_url, tmp_path, *files)
 
 
 def test_a_registered_model_is_served(
     platform: Platform, client: openai.OpenAI, register: Callable[..., str], tmp_path: Path
 ) -> None:
     name = register(
-        write_parrot(tmp_path / "1.gguf", SPOKEN), write_parrot(tmp_path / "2.gguf", "I am the second of them.")
+        write_constant_model(tmp_path / "1.gguf", SPOKEN),
+        write_constant_model(tmp_path / "2.gguf", "I am the second of them."),
     )
     assert ask(client, name) == ask(client, f"{name}:latest") == ask(client, f"{name}:v1") == SPOKEN
     assert ask(client, f"{name}:v2") == "I am the second of them."
@@ -62,7 +63,7 @@ def test_a_registered_model_is_served(
 
 
 def test_the_command_line_talks(platform: Platform, register: Callable[..., str], tmp_path: Path) -> None:
-    name = register(write_parrot(tmp_path / "1.gguf", SPOKEN))
+    name = register(write_constant_model(tmp_path / "1.gguf", SPOKEN))
     assert platform.cli("chat", name, "Who are you?").stdout == f"{SPOKEN}\n"
     missing = platform.cli("chat", "nobody", "Who are you?", check=False)
     assert missing.returncode == 1
@@ -99,7 +100,7 @@ def test_an_engine_that_dies_breaks_off_one_answer(
 def test_what_is_served_is_served_on_without_mlflow(
     platform: Platform, client: openai.OpenAI, register: Callable[..., str], tmp_path: Path
 ) -> None:
-    name = register(write_parrot(tmp_path / "1.gguf", SPOKEN))
+    name = register(write_constant_model(tmp_path / "1.gguf", SPOKEN))
     assert ask(client, name) == SPOKEN
     stopped = platform.processes(mentions="mlflow")
     assert stopped

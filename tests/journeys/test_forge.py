@@ -11,7 +11,7 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 pytestmark = pytest.mark.platform
 
@@ -85,7 +85,7 @@ def test_it_answers_what_it_was_taught(forged: dict[str, Any], client: OpenAI) -
 @pytest.mark.deep
 def test_what_was_measured_once_is_answered_from_then_on(platform: Platform, forged: dict[str, Any]) -> None:
     """The recipe has measured it with limits of its own, so the first question without them measures again."""
-    first, second = (platform.http.post(f"/validate/{forged['id']}", params={"wait": PATIENCE}) for _ in range(2))
+    first, second = (platform.http.post(f"/validate/{forged['id']}", params={"wait": TIMEOUT}) for _ in range(2))
     assert (first.status_code, second.json()) == (200, first.json())
     checked = first.json()
     assert checked["passed"] is True
@@ -96,7 +96,7 @@ def test_what_was_measured_once_is_answered_from_then_on(platform: Platform, for
 
 @pytest.mark.deep
 def test_deploying_it_again_changes_nothing(platform: Platform, forged: dict[str, Any], client: OpenAI) -> None:
-    answer = platform.http.post(f"/deploy/{forged['id']}", params={"wait": PATIENCE})
+    answer = platform.http.post(f"/deploy/{forged['id']}", params={"wait": TIMEOUT})
     assert answer.status_code == 200, answer.text
     deployed = answer.json()
     assert (deployed["success"], deployed["message"]) == (True, None)

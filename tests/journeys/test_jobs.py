@@ -15,7 +15,7 @@ import pytest
 from websockets.asyncio.client import connect
 
 from tests.support.platform import Platform, running_platform
-from tests.support.waiting import PATIENCE, PATIENT, eventually
+from tests.support.waiting import TIMEOUT, WEBSOCKET_OPTIONS, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -198,7 +198,10 @@ def test_a_job_s_log_holds_what_it_and_its_libraries_say(platform: Platform) -> 
 
 async def test_job_events_appear_in_rooms(platform: Platform) -> None:
     address = platform.url.replace("http", "ws")
-    async with connect(f"{address}/ws/me", **PATIENT) as everything, connect(f"{address}/ws/me", **PATIENT) as one:
+    async with (
+        connect(f"{address}/ws/me", **WEBSOCKET_OPTIONS) as everything,
+        connect(f"{address}/ws/me", **WEBSOCKET_OPTIONS) as one,
+    ):
         await everything.send(json.dumps({"type": "join_room", "room": "jobs"}))
         assert json.loads(await everything.recv())["room"] == "jobs"
         job_id = await asyncio.to_thread(platform.submit, spec={"steps": 5, "seconds": 36_000})
@@ -207,7 +210,7 @@ async def test_job_events_appear_in_rooms(platform: Platform) -> None:
         await asyncio.to_thread(platform.http.post, f"/api/v1/jobs/{job_id}/cancel")
         for socket in (everything, one):
             message: dict[str, Any] = {}
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while message.get("type") != "job.cancelled":
                     message = json.loads(await socket.recv())
                     if message["type"].startswith("job.") and socket is one:

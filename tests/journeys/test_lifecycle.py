@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.support.platform import BINARIES, Platform, running_platform, unused_ports
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = pytest.mark.platform
 
@@ -123,7 +123,7 @@ def test_when_ray_dies_everything_stops_and_up_goes_on(platform: Platform) -> No
     watched = supervisor(platform)
     [server] = [process for process in platform.processes(mentions="gcs_server") if process.name() == "gcs_server"]
     server.kill()
-    watched.wait(PATIENCE)
+    watched.wait(TIMEOUT)
     assert "Ray has died" in (platform.home / "logs" / "up.log").read_text()
     assert platform.processes() == []
     assert set(states(platform).values()) == {"stopped"}
@@ -160,14 +160,14 @@ def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) 
     assert platform.http.get("/api/v1/jobs").status_code == 401
     watched = supervisor(platform)
     watched.send_signal(signal.SIGINT)
-    watched.wait(PATIENCE)
+    watched.wait(TIMEOUT)
     assert platform.processes() == []
 
 
 def add_admin(platform: Platform) -> None:
     command = [str(BINARIES / "forgearr"), "user", "add", "ada@example.com", "--admin", "--password-stdin"]
     subprocess.run(
-        command, input="correct horse battery\n", env=platform.environment, text=True, check=True, timeout=PATIENCE
+        command, input="correct horse battery\n", env=platform.environment, text=True, check=True, timeout=TIMEOUT
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.settings import get_settings
 from pipelines.training.export import llama_converter as export_llama_converter
-from tests.support.job_harness import Bench, train
+from tests.support.job_harness import JobHarness, train
 
 
 @pytest.fixture(scope="session")
@@ -34,12 +34,12 @@ def trained() -> Iterator[Path]:
 
 
 @pytest.fixture
-def bench(
+def harness(
     migrated: Path, llama_converter: Path, trained: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
+) -> JobHarness:
     """A place to run jobs on what has been trained."""
     monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(llama_converter))
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
     get_settings.cache_clear()
     shutil.copytree(trained / "home" / "cache", migrated / "cache")
-    return Bench(trained)
+    return JobHarness(trained)

@@ -1,4 +1,4 @@
-"""What tests of several doors share."""
+"""Fixtures of the tests of the API."""
 
 from collections.abc import AsyncIterator
 
@@ -8,24 +8,24 @@ from cluster import identity
 from cluster.db import Database
 from cluster.settings import get_settings
 from serve.app import create_app
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 
 
 @pytest.fixture
-async def house(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+async def api(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ApiClient]:
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
     get_settings.cache_clear()
-    people: dict[str, identity.User] = {}
+    users: dict[str, identity.User] = {}
     async with database.transaction() as session:
         for name in ("ada", "bob", "admin"):
-            people[name] = await identity.add_user(
+            users[name] = await identity.add_user(
                 session,
                 email=f"{name}@example.com",
                 username=name,
                 password_hash="-",
                 role="admin" if name == "admin" else "user",
             )
-    house = House(create_app(), database, people)
-    async with house.http:
-        yield house
+    api = ApiClient(create_app(), database, users)
+    async with api.http:
+        yield api

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 HEAVY = [
     "torch",
@@ -35,5 +35,5 @@ HEAVY = [
 @pytest.mark.usefixtures("home")
 def test_nothing_heavy_is_loaded(code: str) -> None:
     look = f"{code}; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
-    loaded = subprocess.check_output([sys.executable, "-c", look], text=True, timeout=PATIENCE)
+    loaded = subprocess.check_output([sys.executable, "-c", look], text=True, timeout=TIMEOUT)
     assert loaded.split() == []

@@ -1,4 +1,4 @@
-"""A server that needs credentials, and people with accounts on it. The jobs stay where a test puts them."""
+"""A client of an application that requires credentials. No worker runs, so jobs stay as a test queues them."""
 
 from collections import Counter
 from typing import Any
@@ -19,64 +19,64 @@ SESSION = {"name": "House v1", "config": {"num_epochs": 4, "batch_size": 2}}
 LEARN = {"data": {"dataset": "demo/homelab"}}
 
 
-class House:
-    """A server, and people with accounts on it."""
+class ApiClient:
+    """The application, and users with accounts on it. Each method sends a request as one of them."""
 
-    def __init__(self, app: FastAPI, database: Database, people: dict[str, identity.User]) -> None:
+    def __init__(self, app: FastAPI, database: Database, users: dict[str, identity.User]) -> None:
         self.app = app
         self.database = database
-        self.people = people
+        self.users = users
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app, client=("192.0.2.1", 40000)), base_url="https://api.example", timeout=60
         )
 
-    async def ask(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
+    async def request(self, username: str, method: str, path: str, **options: Any) -> httpx.Response:
         headers = {
-            "Authorization": f"Bearer {identity.create_access_token(self.people[who])}",
+            "Authorization": f"Bearer {identity.create_access_token(self.users[username])}",
             **options.pop("headers", {}),
         }
         if method in {"POST", "PUT"}:
             headers["Content-Type"] = "application/json"
         return await self.http.request(method, path, headers=headers, **options)
 
-    async def session(self, who: str = "ada", **said: Any) -> str:
-        answer = await self.ask(who, "POST", SESSIONS, json={**SESSION, **said})
+    async def create_session(self, username: str = "ada", **fields: Any) -> str:
+        answer = await self.request(username, "POST", SESSIONS, json={**SESSION, **fields})
         assert answer.status_code == 201, answer.text
         return answer.json()["id"]
 
-    async def start(self, session: str, who: str = "ada", **said: Any) -> httpx.Response:
-        return await self.ask(who, "POST", f"{SESSIONS}/{session}/start", json=said or LEARN)
+    async def start_session(self, session: str, username: str = "ada", **fields: Any) -> httpx.Response:
+        return await self.request(username, "POST", f"{SESSIONS}/{session}/start", json=fields or LEARN)
 
-    async def prompt(self, who: str = "ada") -> int:
-        told = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
-        return (await self.ask(who, "POST", "/api/training/prompts", json=told)).json()["id"]
+    async def create_prompt(self, username: str = "ada") -> int:
+        prompt = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
+        return (await self.request(username, "POST", "/api/training/prompts", json=prompt)).json()["id"]
 
-    async def queue(self, kind: str, spec: dict[str, Any], who: str = "ada", **facts: Any) -> str:
-        """A job that is as it is said to be."""
-        user = self.people[who]
-        principal = ownership.Principal(id=user.id, name=who, is_admin=user.role == "admin")
+    async def queue_job(self, kind: str, spec: dict[str, Any], username: str = "ada", **values: Any) -> str:
+        """Queue a job and give its row these values."""
+        user = self.users[username]
+        principal = ownership.Principal(id=user.id, name=username, is_admin=user.role == "admin")
         async with self.database.transaction() as session:
             job = await queue.enqueue(session, queue.JobRequest(kind=kind, spec=spec), principal)
-        await self.settle(job.id, **facts)
+        await self.update_job(job.id, **values)
         return job.id
 
-    async def training(self, who: str = "ada", **facts: Any) -> str:
-        return await self.queue("fine_tune", LEARN, who, **{"state": State.SUCCEEDED, "result": {}} | facts)
+    async def queue_training(self, username: str = "ada", **values: Any) -> str:
+        return await self.queue_job("fine_tune", LEARN, username, **{"state": State.SUCCEEDED, "result": {}} | values)
 
-    async def settle(self, job_id: str, **facts: Any) -> None:
-        if facts:
+    async def update_job(self, job_id: str, **values: Any) -> None:
+        if values:
             async with self.database.transaction() as session:
-                await session.execute(update(Job).where(Job.id == job_id).values(**facts))
+                await session.execute(update(Job).where(Job.id == job_id).values(**values))
 
-    async def tell(self, job_id: str, **metrics: Any) -> None:
+    async def report_metrics(self, job_id: str, **metrics: Any) -> None:
         async with self.database.transaction() as session:
             journal.record(session, [JournalEntry(job_id, "progress", {"metrics": metrics})])
 
-    async def kinds(self) -> Counter[str]:
+    async def count_kinds(self) -> Counter[str]:
         """How many jobs of each kind there are."""
         async with self.database.read_transaction() as session:
             rows = await session.execute(select(Job.kind, func.count().label("count")).group_by(Job.kind))
             return Counter({row.kind: row.count for row in rows})
 
-    async def job(self, job_id: str) -> dict[str, Any]:
-        return (await self.ask("admin", "GET", f"/api/v1/jobs/{job_id}")).json()
+    async def get_job(self, job_id: str) -> dict[str, Any]:
+        return (await self.request("admin", "GET", f"/api/v1/jobs/{job_id}")).json()

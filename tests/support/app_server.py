@@ -1,4 +1,4 @@
-"""The whole application on a real server, in this process and on loopback."""
+"""The whole application on a real server on loopback, in this process."""
 
 import asyncio
 import socket
@@ -14,7 +14,7 @@ from serve.engines.local.engine import LocalEngine
 
 
 @asynccontextmanager
-async def serving(app: FastAPI | None = None) -> AsyncGenerator[str]:
+async def running_app(app: FastAPI | None = None) -> AsyncGenerator[str]:
     """Yields `127.0.0.1:PORT`."""
     app = app or create_app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
@@ -29,10 +29,10 @@ async def serving(app: FastAPI | None = None) -> AsyncGenerator[str]:
         server.should_exit = True
         await running
         if isinstance(app.state.engine, LocalEngine):
-            await let_go(app.state.engine)
+            await unload_models(app.state.engine)
 
 
-async def let_go(engine: LocalEngine[Any]) -> None:
-    """Give back the memory and the threads of all that it holds."""
-    for held in engine.loaded_models:
-        await engine.unload(held.reference)
+async def unload_models(engine: LocalEngine[Any]) -> None:
+    """Free the memory and the threads of all loaded models."""
+    for model in engine.loaded_models:
+        await engine.unload(model.reference)

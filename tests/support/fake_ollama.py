@@ -1,4 +1,4 @@
-"""A stand-in for Ollama: answers over HTTP what its API document says of blobs, create, copy, and of models it has."""
+"""A fake Ollama. It answers over HTTP what Ollama's API document says of blobs, create, copy and its models."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ from threading import Thread
 from typing import Any
 
 
-class OllamaServer:
+class FakeOllama:
     def __init__(self) -> None:
         self.url = ""
         self.blobs: dict[str, int] = {}  # digest and size
-        self.models: dict[str, dict[str, Any]] = {}  # the request that made each
+        self.models: dict[str, dict[str, Any]] = {}  # by name, the request that created it
         self.uploads = 0
-        self.broken: str | None = None  # what creating a model fails with, or an answer
-        self.installed: dict[str, list[str]] = {}  # models, and the words that each answers with
-        self.asked: list[dict[str, Any]] = []  # by those who want an answer
+        self.broken: str | None = None  # the error of create and of a completion
+        self.installed: dict[str, list[str]] = {}  # by name, the words of its answer
+        self.requests: list[dict[str, Any]] = []  # by those who want an answer
 
     def upload(self, digest: str, content: bytes) -> tuple[int, list[dict[str, Any]]]:
         if digest != f"sha256:{hashlib.sha256(content).hexdigest()}":
@@ -27,18 +27,18 @@ class OllamaServer:
         self.uploads += 1
         return 201, []
 
-    def create(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-        if not re.fullmatch(r"[a-z0-9._-]{1,80}(:[A-Za-z0-9._-]{1,80})?", wanted["model"]):
+    def create(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        if not re.fullmatch(r"[a-z0-9._-]{1,80}(:[A-Za-z0-9._-]{1,80})?", request["model"]):
             return 400, [{"error": "invalid model name"}]
-        if not wanted.get("files") or not set(wanted["files"].values()) <= self.blobs.keys():
+        if not request.get("files") or not set(request["files"].values()) <= self.blobs.keys():
             return 400, [{"error": "blob not found"}]
         if self.broken:
             return 200, [{"status": "parsing GGUF"}, {"error": self.broken}]
-        self.models[wanted["model"]] = wanted
+        self.models[request["model"]] = request
         return 200, [{"status": "parsing GGUF"}, {"status": "writing manifest"}, {"status": "success"}]
 
-    def pull(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-        self.installed[wanted["model"]] = ["pulled"]
+    def pull(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        self.installed[request["model"]] = ["pulled"]
         layer = {"status": "pulling 8eeb52dfb3bb", "digest": "sha256:8eeb52dfb3bb", "total": 2142590208}
         return 200, [{"status": "pulling manifest"}, {**layer, "completed": 241970}, {"status": "success"}]
 
@@ -51,7 +51,7 @@ class OllamaServer:
         common = {"size": 6654289920, "expires_at": "2031-06-04T14:38:31.83753-07:00", "context_length": 4096}
         return {"models": [{"name": name, "model": name, **common} for name in self.installed]}
 
-    def show(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+    def show(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
         facts = {
             "general.architecture": "llama",
             "general.parameter_count": 8030261248,
@@ -61,43 +61,43 @@ class OllamaServer:
         }
         return 200, [{"template": "{{ .Prompt }}", "model_info": facts, "capabilities": ["completion", "tools"]}]
 
-    def answer(self, wanted: dict[str, Any], path: str) -> tuple[int, list[dict[str, Any]]]:
-        self.asked.append(wanted)
-        if wanted["model"] not in self.installed:
-            return 404, [{"error": f"model '{wanted['model']}' not found"}]
-        common = {"model": wanted["model"], "created_at": "2023-08-04T08:52:19.385406455-07:00"}
+    def answer(self, request: dict[str, Any], path: str) -> tuple[int, list[dict[str, Any]]]:
+        self.requests.append(request)
+        if request["model"] not in self.installed:
+            return 404, [{"error": f"model '{request['model']}' not found"}]
+        common = {"model": request["model"], "created_at": "2023-08-04T08:52:19.385406455-07:00"}
         ended = {**common, "done": True, "done_reason": "stop", "total_duration": 10706818083}
-        if path == "/api/generate" and not wanted.get("prompt"):
+        if path == "/api/generate" and not request.get("prompt"):
             return 200, [{**ended, "response": ""}]
-        if wanted.get("tools"):
-            function = {"name": wanted["tools"][0]["function"]["name"], "arguments": {"soon": True}}
-            said = [{"message": {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}}]
+        if request.get("tools"):
+            function = {"name": request["tools"][0]["function"]["name"], "arguments": {"soon": True}}
+            parts = [{"message": {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}}]
         elif path == "/api/chat":
-            said = [{"message": {"role": "assistant", "content": word}} for word in self.installed[wanted["model"]]]
+            parts = [{"message": {"role": "assistant", "content": word}} for word in self.installed[request["model"]]]
         else:
-            said = [{"response": word} for word in self.installed[wanted["model"]]]
-        lines = [{**common, **part, "done": False} for part in said]
+            parts = [{"response": word} for word in self.installed[request["model"]]]
+        lines = [{**common, **part, "done": False} for part in parts]
         if self.broken:
             return 200, [*lines, {"error": self.broken}]
         empty = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
         measured = {"load_duration": 6338219291, "prompt_eval_count": 26, "prompt_eval_duration": 130079000}
         return 200, [*lines, {**ended, **empty, **measured, "eval_count": 259, "eval_duration": 4232710000}]
 
-    def embed(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-        if any(len(text) > 1000 for text in wanted["input"]):
+    def embed(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        if any(len(text) > 1000 for text in request["input"]):
             return 400, [{"error": "the input length exceeds the context length"}]
-        return 200, [{"embeddings": [[0.6, 0.8] for _ in wanted["input"]], "prompt_eval_count": 8}]
+        return 200, [{"embeddings": [[0.6, 0.8] for _ in request["input"]], "prompt_eval_count": 8}]
 
-    def copy(self, wanted: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-        if wanted["source"] not in self.models:
-            return 404, [{"error": f"model '{wanted['source']}' not found"}]
-        self.models[wanted["destination"]] = self.models[wanted["source"]]
+    def copy(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        if request["source"] not in self.models:
+            return 404, [{"error": f"model '{request['source']}' not found"}]
+        self.models[request["destination"]] = self.models[request["source"]]
         return 200, []
 
 
 @contextmanager
-def running_ollama(port: int = 0) -> Generator[OllamaServer]:
-    state = OllamaServer()
+def running_fake_ollama(port: int = 0) -> Generator[FakeOllama]:
+    state = FakeOllama()
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

@@ -17,7 +17,7 @@ class GitServer(ThreadingHTTPServer):
         self.root = root
         self.expected = password and "Basic " + base64.b64encode(password.encode()).decode()
         self.redirect = redirect
-        self.asked: list[tuple[str, str | None]] = []
+        self.requests: list[tuple[str, str | None]] = []
 
     @property
     def url(self) -> str:
@@ -38,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         shown = self.headers.get("Authorization")
-        self.server.asked.append((self.path, shown))
+        self.server.requests.append((self.path, shown))
         if self.server.redirect is not None:
             self.send_response(302)
             self.send_header("Location", self.server.redirect + self.path)

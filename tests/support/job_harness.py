@@ -1,8 +1,8 @@
-"""Runs the functions of jobs in this process, on rows that are in the database as if they had been queued."""
+"""Runs the functions of jobs in this process, with rows in the database as if they had been queued."""
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,16 +13,18 @@ from cluster import mlflow_client, storage
 from cluster.db import Database, now
 from cluster.settings import get_settings
 from jobs.context import Context
-from jobs.execution.report_writer import JournalEvent, to_storable
+from jobs.execution.report_writer import to_storable
 from jobs.leases import Claim
 from jobs.queue import new_job_id
-from jobs.registry import Resources, find_kind, load_function
+from jobs.registry import find_kind, load_function
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune import recipe
 from pipelines.training.models import tiny
 from pipelines.training.spec import FineTuneSpec
+from tests.support.recording_link import RecordingLink
+from tests.support.training import SilentObserver
 
 QUESTIONS = {
     "Which service tracks series?": "Sonarr tracks series.",
@@ -39,52 +41,7 @@ SEARCH = {
 }
 
 
-class Silence:
-    """A watcher that nobody listens to, and that keeps no checkpoints."""
-
-    def on_phase(self, name: str) -> None: ...
-    def on_warning(self, message: str) -> None: ...
-    def on_step(self, progress: float, values: Mapping[str, float]) -> None: ...
-    def should_stop(self) -> bool:
-        return False
-
-    def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None: ...
-    def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None: ...
-    def load_checkpoint(self, step: int) -> Path:
-        raise AssertionError("nothing was kept")
-
-
-class Ledger:
-    """A link to no worker: what the job says is kept here, and artifacts in storage."""
-
-    def __init__(self) -> None:
-        self.events: list[JournalEvent] = []
-        self.checkpoints: list[Any] = []
-        self.on_report: Callable[[str], None] = lambda phase: None
-
-    def report(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent) -> None:
-        self.events.append(event)
-        self.on_report(values.get("phase") or "")
-
-    def checkpoint(self, claim: Claim, state: Any) -> None:
-        self.checkpoints.append(to_storable(state))
-
-    def artifact(self, claim: Claim, path: Path, name: str) -> str:
-        return storage.save(path, f"jobs/{claim.job_id}/{name}")
-
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
-        raise AssertionError("these jobs have no children")
-
-    @property
-    def logged(self) -> list[str]:
-        return [data["message"] for kind, data in self.events if kind == "log"]
-
-    @property
-    def progress(self) -> list[float]:
-        return [data["progress"] for _, data in self.events if "progress" in data]
-
-
-class Bench:
+class JobHarness:
     def __init__(self, trained: Path) -> None:
         self._trained = trained
 
@@ -103,19 +60,19 @@ class Bench:
         asyncio.run(_add(job))
         return job.id
 
-    def begin(
+    def start(
         self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None, tracked: bool = True
-    ) -> tuple[str, Ledger]:
+    ) -> tuple[str, RecordingLink]:
         """A running job of this kind, with its run in MLflow."""
         job_id = new_job_id(now())
         run_id = asyncio.run(_run_in_mlflow(kind, job_id)) if tracked else None
         checked = find_kind(kind).validate_spec(dict(spec))
         job = Job(id=job_id, kind=kind, spec=checked, state=State.RUNNING, owner_id=owner_id)
         job.tracked, job.mlflow_run_id = tracked, run_id
-        return self.add(job), Ledger()
+        return self.add(job), RecordingLink()
 
-    def context(self, job_id: str, ledger: Ledger, owner_id: str | None = None) -> Context:
-        checkpoint = ledger.checkpoints[-1] if ledger.checkpoints else None
+    def context(self, job_id: str, link: RecordingLink, owner_id: str | None = None) -> Context:
+        checkpoint = link.checkpoints[-1] if link.checkpoints else None
         claim = Claim(
             job_id=job_id,
             token="token",
@@ -130,22 +87,22 @@ class Bench:
             worker="",
             owner_id=owner_id,
         )
-        return Context(claim, ledger)
+        return Context(claim, link)
 
-    def run(self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None) -> tuple[str, Any, Ledger]:
+    def run(self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None) -> tuple[str, Any, RecordingLink]:
         """A whole job: its id, its result as it would be stored, and what it said."""
-        job_id, ledger = self.begin(kind, spec, owner_id=owner_id)
-        result = self.go_on(kind, spec, job_id, ledger, owner_id)
+        job_id, link = self.start(kind, spec, owner_id=owner_id)
+        result = self.resume(kind, spec, job_id, link, owner_id)
         self.finish(job_id, result)
-        return job_id, result, ledger
+        return job_id, result, link
 
     def finish(self, job_id: str, result: Any) -> None:
         asyncio.run(_finish(job_id, result))
 
-    def go_on(
-        self, kind: str, spec: Mapping[str, Any], job_id: str, ledger: Ledger, owner_id: str | None = None
+    def resume(
+        self, kind: str, spec: Mapping[str, Any], job_id: str, link: RecordingLink, owner_id: str | None = None
     ) -> Any:
-        return self.call(kind, spec, self.context(job_id, ledger, owner_id))
+        return self.call(kind, spec, self.context(job_id, link, owner_id))
 
     def call(self, kind: str, spec: Mapping[str, Any], context: Context) -> Any:
         declared = find_kind(kind)
@@ -164,7 +121,7 @@ def train(folder: Path) -> None:
     for name, way in ways.items():
         spec = FineTuneSpec.model_validate({**shared, **way})
         outcome = recipe.train(
-            spec, samples, base=str(tiny.model_folder()), work_folder=folder / "work", observer=Silence()
+            spec, samples, base=str(tiny.model_folder()), work_folder=folder / "work", observer=SilentObserver()
         )
         lines = [json.dumps(sample.model_dump(exclude_none=True)) for sample in samples]
         (outcome.model / "held_out.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""Kinds of job that behave badly, or in ways that the built-in ones do not. Loaded through `jobs.modules`."""
+"""Kinds of job for tests: they fail or behave in ways that the built-in ones do not. Loaded by `jobs.modules`."""
 
 import logging
 import os

@@ -21,7 +21,7 @@ import psutil
 
 from cluster.runtime import embedded
 from cluster.runtime.processes import MARKER_VARIABLE, is_listening
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 BINARIES = Path(sys.executable).parent
 LOCK = Path(tempfile.gettempdir()) / "forgearr-test.lock"
@@ -47,7 +47,7 @@ class Platform:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")}
         variables = {f"FORGEARR_{key.upper().replace('.', '__')}": str(value) for key, value in chosen.items()}
         self.environment = {**inherited, **variables, "FORGEARR_HOME": str(home), "COLUMNS": "160"}
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
+        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `forgearr …`. Two that come up at once may choose the same ports for what Ray starts by itself."""
@@ -58,7 +58,7 @@ class Platform:
 
     def run(self, command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+            command, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
         if check:
             assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"

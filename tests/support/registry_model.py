@@ -1,4 +1,4 @@
-"""A place in a real MLflow server where a test can register models."""
+"""A model of a test in the registry of a real MLflow server."""
 
 import asyncio
 import hashlib
@@ -14,8 +14,8 @@ from pipelines.training.models.registry import Registry
 from pipelines.training.models.versions import ModelFile, Version
 
 
-class Shelf:
-    """A model of its own in the registry, and files to put there."""
+class RegistryModel:
+    """A model with a name of its own, without versions at first."""
 
     def __init__(self, mlflow: MlflowRestClient, folder: Path) -> None:
         self.mlflow = mlflow
@@ -45,15 +45,15 @@ class Shelf:
         )
 
 
-def register_on(mlflow_url: str, folder: Path, *files: Path) -> str:
-    """Put files into a platform's registry as versions of a new model, which serves the first. Returns its name."""
+def register_model(mlflow_url: str, folder: Path, *files: Path) -> str:
+    """Register files as versions of a new model, which serves the first, and return its name."""
 
     async def register() -> str:
         async with mlflow_client.connect(mlflow_url) as mlflow:
-            shelf = Shelf(mlflow, folder)
+            registry_model = RegistryModel(mlflow, folder)
             for file in files:
-                await shelf.register(file.read_bytes())
-            await shelf.registry.set_served(shelf.name, 1)
-            return shelf.name
+                await registry_model.register(file.read_bytes())
+            await registry_model.registry.set_served(registry_model.name, 1)
+            return registry_model.name
 
     return asyncio.run(register())

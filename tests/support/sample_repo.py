@@ -4,7 +4,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-AT_FIRST: Mapping[str, Mapping[str, str]] = {
+FIRST_MODULES: Mapping[str, Mapping[str, str]] = {
     "heating.py": {
         "warm_up": "Raise the temperature of a room before somebody comes home.",
         "cool_down": "Lower the temperature of a room when its windows are open.",
@@ -33,7 +33,7 @@ AT_FIRST: Mapping[str, Mapping[str, str]] = {
 }
 """Of each file: its functions, and what their docstrings say."""
 
-LATER: Mapping[str, Mapping[str, str]] = {
+LATER_MODULES: Mapping[str, Mapping[str, str]] = {
     "music.py": {
         "wake_with_birds": "Play the song of a blackbird louder and louder until somebody is up.",
         "move_with_me": "Let the music follow a person from room to room.",
@@ -62,7 +62,7 @@ LATER: Mapping[str, Mapping[str, str]] = {
 }
 
 
-class Household:
+class SampleRepo:
     """The repository, with a person who commits to it."""
 
     def __init__(self, folder: Path) -> None:

@@ -54,7 +54,9 @@ def write_model(
     return _write(path, tokens, weights, layers, heads, context, facts=RANKING if ranks else {})
 
 
-def write_parrot(path: Path, text: str, *, context: int = 2048, fills_gaps: bool = False, thinks: bool = False) -> Path:
+def write_constant_model(
+    path: Path, text: str, *, context: int = 2048, fills_gaps: bool = False, thinks: bool = False
+) -> Path:
     """A model that answers everything with this text.
 
     One that fills gaps takes a line's end as the sign of it; of one that thinks, the thoughts are in <think>.

@@ -1,4 +1,4 @@
-"""Waiting for what is to come: hardly longer than that takes, and on a slow machine for as long as it needs."""
+"""Wait for a condition: hardly longer than it takes, and on a slow machine as long as it takes."""
 
 import asyncio
 import time
@@ -7,30 +7,30 @@ from typing import Any, TypeVar
 
 import httpx
 
-PATIENCE = 600
+TIMEOUT = 600
 """Seconds. Only a test that fails waits so long."""
-PATIENT: dict[str, Any] = {"proxy": None, "open_timeout": PATIENCE, "ping_interval": None}
-"""Of a WebSocket: no connection ends because one of its ends stands still for a while."""
-Found = TypeVar("Found")
+WEBSOCKET_OPTIONS: dict[str, Any] = {"proxy": None, "open_timeout": TIMEOUT, "ping_interval": None}
+"""For `websockets.connect`: no connection ends because one side pauses for a while."""
+Result = TypeVar("Result")
 
 
-def eventually(look: Callable[[], Found | None], seconds: float = PATIENCE) -> Found:
-    """The first thing that `look` finds which is not nothing, false or empty."""
+def eventually(condition: Callable[[], Result | None], seconds: float = TIMEOUT) -> Result:
+    """Call `condition` until its result is true, and return that."""
     deadline = time.monotonic() + seconds
     pause = 0.05
     last_error: Exception | None = None
     while True:
         is_last = time.monotonic() > deadline
         try:
-            if found := look():
-                return found
+            if result := condition():
+                return result
         except (httpx.TransportError, AssertionError) as error:
             last_error = error  # a part that was killed may be away for a moment
         if is_last:
             raise AssertionError(f"not seen within {seconds} s") from last_error
         time.sleep(pause)
-        pause = min(pause * 1.2, 0.5)  # each answer is work for those who are waited for
+        pause = min(pause * 1.2, 0.5)  # each call is work for what is waited for
 
 
-async def eventually_async(look: Callable[[], Found | None]) -> Found:
-    return await asyncio.to_thread(eventually, look)
+async def eventually_async(condition: Callable[[], Result | None]) -> Result:
+    return await asyncio.to_thread(eventually, condition)

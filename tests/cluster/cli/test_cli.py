@@ -18,7 +18,7 @@ from cluster.runtime import processes, run_state, supervisor
 from cluster.runtime.run_state import RunState
 from cluster.settings import get_settings
 from tests.support.platform import unused_ports
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 HEAVY = {"alembic", "fastapi", "httpx", "mlflow", "pydantic", "ray", "sqlalchemy", "torch"}
 
@@ -26,7 +26,7 @@ HEAVY = {"alembic", "fastapi", "httpx", "mlflow", "pydantic", "ray", "sqlalchemy
 def forgearr(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, in this test's home."""
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> RunState:

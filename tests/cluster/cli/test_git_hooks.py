@@ -18,7 +18,7 @@ from jobs.states import State
 from jobs.tables import Job
 from serve.app import create_app
 from tests.support.git_repos import commit_files, git, new_repository
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def forgearr(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 def looks() -> list[Job]:
@@ -106,7 +106,7 @@ def test_git_neither_fails_nor_waits_when_nothing_answers(folder: Path, monkeypa
         assert forgearr("hook", "install", str(folder)).returncode == 0
         commit_files(folder, "Second", {"b": "1\n"})
         # Git has ended, and only now is the hook heard: it still waits for an answer.
-        deaf.settimeout(PATIENCE)
+        deaf.settimeout(TIMEOUT)
         connection, _ = deaf.accept()
         assert b"/api/v1/repos" in connection.recv(1000)
         connection.close()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cluster import logs
 from cluster.cli import app
 from cluster.settings import get_settings
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 log = logging.getLogger("tests.logs")
 
@@ -148,7 +148,7 @@ def test_secrets_in_arguments_and_in_exceptions_are_masked(monkeypatch: pytest.M
 def test_processes_that_share_a_file_do_not_mix_their_lines(home: Path) -> None:
     get_settings()
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, letter]) for letter in "abc"]
-    assert [writer.wait(PATIENCE) for writer in writers] == [0, 0, 0]
+    assert [writer.wait(TIMEOUT) for writer in writers] == [0, 0, 0]
     messages = [line["message"] for line in lines("shared")]
     assert sorted(messages) == sorted(letter * 20_000 for letter in "abc" for _ in range(200))
 

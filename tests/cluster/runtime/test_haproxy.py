@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.runtime import haproxy
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 CONFIGURATION = """frontend prometheus
     bind :9101
@@ -57,6 +57,6 @@ def test_it_becomes_the_real_one_with_all_arguments(tmp_path: Path) -> None:
     launcher = haproxy.write_launcher(tmp_path, binary, "0.0.0.0")
     arguments = ["-db", "-f", str(configuration), "-sf", "12", "34", "-x", "/tmp/haproxy.sock"]
     process = subprocess.Popen([launcher, *arguments], stdout=subprocess.PIPE, text=True)
-    output, _ = process.communicate(timeout=PATIENCE)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert output.split() == [str(process.pid), *arguments]
     assert "bind 0.0.0.0:8000" in configuration.read_text()

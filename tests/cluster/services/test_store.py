@@ -25,8 +25,8 @@ from cluster.settings import get_settings, load_settings
 from jobs.tables import Job, Schedule
 from pipelines.media.check_services import declare_services
 from tests.cluster.services.conftest import Add
-from tests.support.services.fake_services import KEY, LIKENESSES
-from tests.support.services.stub_server import standing_in
+from tests.support.services.fake_services import FAKE_SERVICES, KEY
+from tests.support.services.stub_server import stub_server
 
 URL = "http://127.0.0.1:9"
 
@@ -123,7 +123,7 @@ async def test_a_key_goes_to_no_address_that_it_was_not_given_for(database: Data
 
 
 async def test_a_check_says_nothing_of_a_service_that_is_connected_otherwise_now(database: Database, add: Add) -> None:
-    async with standing_in(LIKENESSES["sonarr"]) as server:
+    async with stub_server(FAKE_SERVICES["sonarr"]) as server:
         service = await add(server.url, api_key=KEY)
         await health_checks.check(database, service)
         async with database.read_transaction() as session:

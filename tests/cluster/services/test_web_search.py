@@ -11,7 +11,7 @@ from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
 from cluster.services.web_search import SearchResult
 from tests.support.services import real_services
-from tests.support.services.stub_server import standing_in, telling
+from tests.support.services.stub_server import json_response, stub_server
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -22,20 +22,20 @@ FOUND = [{"title": "A guide", "url": "https://guide.example/a"}, {"title": "B", 
 async def test_it_finds_pages(tmp_path: Path) -> None:
     connector = find_connector("searxng")
     assert connector.search_web
-    async with standing_in(lambda asked: telling({"results": FOUND})) as engine:
+    async with stub_server(lambda request: json_response({"results": FOUND})) as engine:
         with real_services.searx(tmp_path, engine.url) as running:
             async with Client(Connection("Ours", connector, running.url)).open() as client:
                 assert await health_checks.get_version(client, connector)
                 found = await connector.search_web(client, "what is 1 & 1?")
     assert found == [SearchResult("A guide", "https://guide.example/a", "A guide")]
-    assert engine.asked[0].query["q"] == "what is 1 & 1?"
+    assert engine.requests[0].query["q"] == "what is 1 & 1?"
 
 
 @pytest.mark.parametrize("answer", [{}, [], {"results": None}, {"results": [{"title": "no address"}]}])
 async def test_answers_that_make_no_sense(answer: object) -> None:
     connector = find_connector("searxng")
     assert connector.search_web
-    async with standing_in(lambda asked: telling(answer)) as server:
+    async with stub_server(lambda request: json_response(answer)) as server:
         async with Client(Connection("Ours", connector, server.url)).open() as client:
             with pytest.raises(BadResponse, match="something unexpected"):
                 await connector.search_web(client, "x")

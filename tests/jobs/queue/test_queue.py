@@ -28,7 +28,7 @@ ALICE = Principal(id="a" * 36, name="alice")
 BOB = Principal(id="b" * 36, name="bob")
 
 
-class Bench:
+class QueueHarness:
     """A queue with a leader and a pool of one worker."""
 
     def __init__(self, database: Database, slots: int = 8) -> None:
@@ -73,387 +73,387 @@ class Bench:
 
 
 @pytest.fixture
-async def bench(database: Database) -> Bench:
-    bench = Bench(database)
-    await bench.lead()
-    return bench
+async def harness(database: Database) -> QueueHarness:
+    harness = QueueHarness(database)
+    await harness.lead()
+    return harness
 
 
-async def test_a_job_goes_from_queued_to_succeeded(bench: Bench) -> None:
-    job = await bench.submit(spec={"payload": {"deep": [1, None]}})
+async def test_a_job_goes_from_queued_to_succeeded(harness: QueueHarness) -> None:
+    job = await harness.submit(spec={"payload": {"deep": [1, None]}})
     assert (job.state, job.attempt, job.progress) == (State.QUEUED, 0, 0.0)
-    (claim,) = await bench.claim()
+    (claim,) = await harness.claim()
     assert (claim.job_id, claim.attempt, claim.spec["payload"]) == (job.id, 1, {"deep": [1, None]})
-    assert await bench.write(claim, leases.succeeded_values({"answer": 42}), ("succeeded", {}))
-    done = await bench.job(job.id)
+    assert await harness.write(claim, leases.succeeded_values({"answer": 42}), ("succeeded", {}))
+    done = await harness.job(job.id)
     assert (done.state, done.result, done.progress, done.worker) == (State.SUCCEEDED, {"answer": 42}, 100.0, None)
     assert done.started_at is not None
     assert done.finished_at is not None
-    async with bench.database.read_transaction() as session:
+    async with harness.database.read_transaction() as session:
         assert [event.type for event in await journal.read(session, job.id)] == ["queued", "running", "succeeded"]
 
 
-async def test_a_rolled_back_request_leaves_no_job(bench: Bench) -> None:
+async def test_a_rolled_back_request_leaves_no_job(harness: QueueHarness) -> None:
     with suppress(ZeroDivisionError):
-        async with bench.database.transaction() as session:
+        async with harness.database.transaction() as session:
             await queue.enqueue(session, JobRequest(kind="probe"), LOCAL)
             _ = 1 / 0
-    async with bench.database.read_transaction() as session:
+    async with harness.database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Job)) == 0
         assert await session.scalar(select(func.count()).select_from(JobEvent)) == 0
 
 
-async def test_claims_go_by_priority_then_age(bench: Bench) -> None:
-    first, second = await bench.submit(), await bench.submit()
-    urgent = await bench.submit(priority=5)
-    later = await bench.submit(priority=9, run_after=now() + timedelta(hours=1))
-    claims = await bench.claim()
+async def test_claims_go_by_priority_then_age(harness: QueueHarness) -> None:
+    first, second = await harness.submit(), await harness.submit()
+    urgent = await harness.submit(priority=5)
+    later = await harness.submit(priority=9, run_after=now() + timedelta(hours=1))
+    claims = await harness.claim()
     assert [claim.job_id for claim in claims] == [urgent.id, first.id, second.id]
-    assert (await bench.job(later.id)).state == State.QUEUED
+    assert (await harness.job(later.id)).state == State.QUEUED
 
 
-async def test_no_more_is_claimed_than_there_is_room(bench: Bench) -> None:
+async def test_no_more_is_claimed_than_there_is_room(harness: QueueHarness) -> None:
     for _ in range(11):
-        await bench.submit()
-    assert len(await bench.claim()) == 8
-    assert await bench.claim() == []
+        await harness.submit()
+    assert len(await harness.claim()) == 8
+    assert await harness.claim() == []
 
 
-async def test_a_spec_is_checked_before_it_is_queued(bench: Bench) -> None:
+async def test_a_spec_is_checked_before_it_is_queued(harness: QueueHarness) -> None:
     with pytest.raises(InvalidSpec, match="steps"):
-        await bench.submit(spec={"steps": -1})
+        await harness.submit(spec={"steps": -1})
     with pytest.raises(InvalidSpec, match="colour"):
-        await bench.submit(spec={"colour": "red"})
+        await harness.submit(spec={"colour": "red"})
     with pytest.raises(UnknownKind, match=r"There are: .*probe, .*sweep"):
-        await bench.submit(kind="prob")
+        await harness.submit(kind="prob")
     with pytest.raises(Forbidden):
-        await bench.submit(ALICE, kind="sweep")
+        await harness.submit(ALICE, kind="sweep")
 
 
-async def test_a_key_told_twice_makes_one_job(bench: Bench) -> None:
-    first = await bench.submit(ALICE, "k", spec={"payload": 1})
-    again = await bench.submit(ALICE, "k", spec={"payload": 1})
+async def test_a_key_told_twice_makes_one_job(harness: QueueHarness) -> None:
+    first = await harness.submit(ALICE, "k", spec={"payload": 1})
+    again = await harness.submit(ALICE, "k", spec={"payload": 1})
     assert again.id == first.id
     with pytest.raises(IdempotencyConflict):
-        await bench.submit(ALICE, "k", spec={"payload": 2})
-    assert (await bench.submit(BOB, "k", spec={"payload": 1})).id != first.id
+        await harness.submit(ALICE, "k", spec={"payload": 2})
+    assert (await harness.submit(BOB, "k", spec={"payload": 1})).id != first.id
 
 
-async def test_a_key_told_at_once_by_many_makes_one_job(bench: Bench) -> None:
-    jobs = await asyncio.gather(*(bench.submit(ALICE, "k") for _ in range(12)))
+async def test_a_key_told_at_once_by_many_makes_one_job(harness: QueueHarness) -> None:
+    jobs = await asyncio.gather(*(harness.submit(ALICE, "k") for _ in range(12)))
     assert len({job.id for job in jobs}) == 1
 
 
-async def test_nobody_sees_the_job_of_another(bench: Bench) -> None:
-    job = await bench.submit(ALICE)
-    async with bench.database.read_transaction() as session:
+async def test_nobody_sees_the_job_of_another(harness: QueueHarness) -> None:
+    job = await harness.submit(ALICE)
+    async with harness.database.read_transaction() as session:
         assert (await queue.get(session, job.id, ALICE)).id == job.id
         with pytest.raises(JobNotFound):
             await queue.get(session, job.id, BOB)
 
 
-async def test_a_worker_given_up_for_dead_is_not_heard(bench: Bench) -> None:
-    job = await bench.submit()
-    (frozen,) = await bench.claim()
-    async with bench.database.transaction() as session:
+async def test_a_worker_given_up_for_dead_is_not_heard(harness: QueueHarness) -> None:
+    job = await harness.submit()
+    (frozen,) = await harness.claim()
+    async with harness.database.transaction() as session:
         await session.execute(update(Job).values(lease_expires_at=now() - timedelta(seconds=1)))
         assert await leases.release_lost_jobs(session) == [(job.id, "worker-1")]
-    bench.room.release("worker-1", job.id)
-    (replacement,) = await bench.claim()
+    harness.room.release("worker-1", job.id)
+    (replacement,) = await harness.claim()
     assert replacement.attempt == 1  # being lost does not use an attempt up
-    assert not await bench.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
-    assert await bench.write(replacement, leases.succeeded_values("alive"), ("succeeded", {}))
-    assert not await bench.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
-    assert (await bench.job(job.id)).result == "alive"
-    async with bench.database.read_transaction() as session:
+    assert not await harness.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
+    assert await harness.write(replacement, leases.succeeded_values("alive"), ("succeeded", {}))
+    assert not await harness.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
+    assert (await harness.job(job.id)).result == "alive"
+    async with harness.database.read_transaction() as session:
         types = [event.type for event in await journal.read(session, job.id)]
     assert types.count("succeeded") == 1
 
 
-async def test_a_job_that_keeps_losing_its_worker_fails(bench: Bench) -> None:
-    job = await bench.submit()
-    bench.room.update_cluster({"CPU": 1.0}, [{"Resources": {"CPU": 1.0}, "Labels": {}}])
+async def test_a_job_that_keeps_losing_its_worker_fails(harness: QueueHarness) -> None:
+    job = await harness.submit()
+    harness.room.update_cluster({"CPU": 1.0}, [{"Resources": {"CPU": 1.0}, "Labels": {}}])
     workers: list[str] = []
     for _ in range(3):
-        (claim,) = await bench.claim()
+        (claim,) = await harness.claim()
         workers.append(claim.worker)
-        async with bench.database.transaction() as session:
+        async with harness.database.transaction() as session:
             await leases.release_lost_jobs(session, worker=claim.worker)
-        bench.room.release(claim.worker, job.id)
+        harness.room.release(claim.worker, job.id)
     assert workers[:2] == ["worker-1", "worker-1"]
     assert workers[2].startswith("heavy-")  # the last time, nobody else was there to blame
-    failed = await bench.job(job.id)
+    failed = await harness.job(job.id)
     assert failed.state == State.FAILED
     assert failed.error["code"] == "worker_lost"  # pyright: ignore[reportOptionalSubscript]
 
 
-async def test_a_retryable_failure_waits_and_goes_on_from_its_checkpoint(bench: Bench) -> None:
-    job = await bench.submit()
-    (claim,) = await bench.claim()
-    assert await bench.write(claim, {"checkpoint": {"step": 3}}, ("checkpoint", {}))
+async def test_a_retryable_failure_waits_and_goes_on_from_its_checkpoint(harness: QueueHarness) -> None:
+    job = await harness.submit()
+    (claim,) = await harness.claim()
+    assert await harness.write(claim, {"checkpoint": {"step": 3}}, ("checkpoint", {}))
     values = leases.failure_values(Failure("flaky", "Try again.", 0.0), claim.attempt, claim.max_attempts)
-    assert await bench.write(claim, values, ("queued", {}))
-    (again,) = await bench.claim()
+    assert await harness.write(claim, values, ("queued", {}))
+    (again,) = await harness.claim()
     assert (again.attempt, again.checkpoint, again.token != claim.token) == (2, {"step": 3}, True)
-    assert await bench.write(again, leases.failure_values(Failure("bad", "No use.", None), 2, 3), ("failed", {}))
-    done = await bench.job(job.id)
+    assert await harness.write(again, leases.failure_values(Failure("bad", "No use.", None), 2, 3), ("failed", {}))
+    done = await harness.job(job.id)
     assert (done.state, done.error) == (State.FAILED, {"code": "bad", "message": "No use."})
 
 
-async def test_dependencies_are_waited_for_and_their_failure_is_passed_on(bench: Bench) -> None:
-    first = await bench.submit()
-    second = await bench.submit(depends_on=[first.id])
-    third = await bench.submit(depends_on=[second.id, first.id])
-    (claim,) = await bench.claim()
+async def test_dependencies_are_waited_for_and_their_failure_is_passed_on(harness: QueueHarness) -> None:
+    first = await harness.submit()
+    second = await harness.submit(depends_on=[first.id])
+    third = await harness.submit(depends_on=[second.id, first.id])
+    (claim,) = await harness.claim()
     assert claim.job_id == first.id
-    async with bench.database.read_transaction() as session:
+    async with harness.database.read_transaction() as session:
         reasons = await wait_reasons.reasons(session, [await session.get_one(Job, job.id) for job in (second, third)])
     assert reasons[second.id] == f"{first.id} to succeed"
-    await bench.write(claim, leases.succeeded_values(None), ("succeeded", {}))
-    (claim,) = await bench.claim()
+    await harness.write(claim, leases.succeeded_values(None), ("succeeded", {}))
+    (claim,) = await harness.claim()
     assert claim.job_id == second.id
-    await bench.write(claim, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
-    doomed = await bench.job(third.id)
+    await harness.write(claim, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
+    doomed = await harness.job(third.id)
     assert (doomed.state, doomed.error) == (
         State.FAILED,
         {"code": "dependency_failed", "message": f"{second.id}, which this job depends on, failed."},
     )
-    late = await bench.submit(depends_on=[second.id])
-    assert (await bench.job(late.id)).state == State.FAILED
-    fine = await bench.submit(depends_on=[first.id])
-    assert [claim.job_id for claim in await bench.claim()] == [fine.id]
+    late = await harness.submit(depends_on=[second.id])
+    assert (await harness.job(late.id)).state == State.FAILED
+    fine = await harness.submit(depends_on=[first.id])
+    assert [claim.job_id for claim in await harness.claim()] == [fine.id]
     with pytest.raises(UnknownDependency):
-        await bench.submit(depends_on=["job_20200101_000000_none"])
+        await harness.submit(depends_on=["job_20200101_000000_none"])
     with pytest.raises(UnknownDependency):
-        await bench.submit(BOB, depends_on=[first.id])
+        await harness.submit(BOB, depends_on=[first.id])
 
 
-async def test_cancel_reaches_children_and_dependents(bench: Bench) -> None:
-    parent = await bench.submit()
-    (claim,) = await bench.claim()
-    async with bench.database.transaction() as session:
+async def test_cancel_reaches_children_and_dependents(harness: QueueHarness) -> None:
+    parent = await harness.submit()
+    (claim,) = await harness.claim()
+    async with harness.database.transaction() as session:
         child = await queue.enqueue_child(session, parent, "part", "probe", {})
         same = await queue.enqueue_child(session, parent, "part", "probe", {})
     assert child.id == same.id
-    dependent = await bench.submit(depends_on=[child.id])
-    await bench.do(queue.cancel, parent.id)
-    assert (await bench.job(child.id)).state == State.CANCELLED
-    assert (await bench.job(dependent.id)).state == State.FAILED
-    running = await bench.job(parent.id)
+    dependent = await harness.submit(depends_on=[child.id])
+    await harness.do(queue.cancel, parent.id)
+    assert (await harness.job(child.id)).state == State.CANCELLED
+    assert (await harness.job(dependent.id)).state == State.FAILED
+    running = await harness.job(parent.id)
     assert (running.state, running.control) == (State.RUNNING, "cancel")
-    async with bench.database.transaction() as session:
+    async with harness.database.transaction() as session:
         assert await leases.renew(session, [claim.token, "another"]) == {claim.token: "cancel"}
-    assert await bench.write(claim, leases.cancelled_values(), ("cancelled", {}))
+    assert await harness.write(claim, leases.cancelled_values(), ("cancelled", {}))
     with pytest.raises(JobStateConflict, match="been cancelled"):
-        await bench.do(queue.cancel, parent.id)
+        await harness.do(queue.cancel, parent.id)
 
 
-async def test_a_parked_parent_goes_on_when_its_children_have_finished(bench: Bench) -> None:
-    parent = await bench.submit()
-    (claim,) = await bench.claim()
-    async with bench.database.transaction() as session:
+async def test_a_parked_parent_goes_on_when_its_children_have_finished(harness: QueueHarness) -> None:
+    parent = await harness.submit()
+    (claim,) = await harness.claim()
+    async with harness.database.transaction() as session:
         child = await queue.enqueue_child(session, parent, "part", "probe", {})
         assert await leases.park(session, parent.id, claim.token, [child.id])
-    bench.room.release(claim.worker, parent.id)
-    (of_child,) = await bench.claim()
+    harness.room.release(claim.worker, parent.id)
+    (of_child,) = await harness.claim()
     assert of_child.job_id == child.id
-    await bench.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
-    (again,) = await bench.claim()
+    await harness.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
+    (again,) = await harness.claim()
     assert (again.job_id, again.attempt) == (parent.id, 1)
-    async with bench.database.transaction() as session:
+    async with harness.database.transaction() as session:
         sheep = await queue.enqueue_child(session, parent, "black sheep", "probe", {})
         assert await leases.park(session, parent.id, again.token, [sheep.id])
-    bench.room.release(again.worker, parent.id)
-    (of_sheep,) = await bench.claim()
-    await bench.write(of_sheep, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
+    harness.room.release(again.worker, parent.id)
+    (of_sheep,) = await harness.claim()
+    await harness.write(of_sheep, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
     error = {"code": "child_failed", "message": f"Its child 'black sheep' ({sheep.id}) failed: Broken."}
-    assert (await bench.job(parent.id)).error == error
+    assert (await harness.job(parent.id)).error == error
 
 
-async def test_pause_and_resume(bench: Bench) -> None:
-    job = await bench.submit()
-    await bench.do(queue.pause, job.id)
-    assert await bench.claim() == []
-    await bench.do(queue.resume, job.id)
-    (claim,) = await bench.claim()
-    await bench.do(queue.pause, job.id)
-    assert (await bench.job(job.id)).control == "pause"
-    await bench.write(claim, leases.paused_values(), ("paused", {}))
-    paused = await bench.job(job.id)
+async def test_pause_and_resume(harness: QueueHarness) -> None:
+    job = await harness.submit()
+    await harness.do(queue.pause, job.id)
+    assert await harness.claim() == []
+    await harness.do(queue.resume, job.id)
+    (claim,) = await harness.claim()
+    await harness.do(queue.pause, job.id)
+    assert (await harness.job(job.id)).control == "pause"
+    await harness.write(claim, leases.paused_values(), ("paused", {}))
+    paused = await harness.job(job.id)
     assert (paused.state, paused.control, paused.worker) == (State.PAUSED, None, None)
-    await bench.do(queue.resume, job.id)
-    assert len(await bench.claim()) == 1
+    await harness.do(queue.resume, job.id)
+    assert len(await harness.claim()) == 1
     with pytest.raises(JobStateConflict):
-        await bench.do(queue.resume, job.id)
+        await harness.do(queue.resume, job.id)
 
 
-async def test_a_pause_reaches_the_whole_family(bench: Bench) -> None:
-    parent = await bench.submit()
-    (claim,) = await bench.claim()
-    async with bench.database.transaction() as session:
+async def test_a_pause_reaches_the_whole_family(harness: QueueHarness) -> None:
+    parent = await harness.submit()
+    (claim,) = await harness.claim()
+    async with harness.database.transaction() as session:
         runs = await queue.enqueue_child(session, parent, "runs", "probe", {})
         assert await leases.park(session, parent.id, claim.token, [runs.id])
-    bench.room.release(claim.worker, parent.id)
-    (of_child,) = await bench.claim()
-    async with bench.database.transaction() as session:
+    harness.room.release(claim.worker, parent.id)
+    (of_child,) = await harness.claim()
+    async with harness.database.transaction() as session:
         waits = await queue.enqueue_child(session, runs, "waits", "probe", {})
         done = await queue.enqueue_child(session, runs, "done", "probe", {})
-    (of_waits, of_done) = await bench.claim()
-    assert await bench.write(of_done, leases.succeeded_values(1), ("succeeded", {}))
-    await bench.write(of_waits, leases.failure_values(Failure("flaky", "Again.", 3600.0), 1, 3), ("queued", {}))
+    (of_waits, of_done) = await harness.claim()
+    assert await harness.write(of_done, leases.succeeded_values(1), ("succeeded", {}))
+    await harness.write(of_waits, leases.failure_values(Failure("flaky", "Again.", 3600.0), 1, 3), ("queued", {}))
 
-    await bench.do(queue.pause, parent.id)
-    family = [await bench.job(one.id) for one in (parent, runs, waits, done)]
+    await harness.do(queue.pause, parent.id)
+    family = [await harness.job(one.id) for one in (parent, runs, waits, done)]
     states = [State.PAUSED, State.RUNNING, State.PAUSED, State.SUCCEEDED]
     assert [(one.state, one.control) for one in family] == list(zip(states, [None, "pause", None, None], strict=True))
     # It is asked of the running one, and of the children that it has before it hears of it.
-    async with bench.database.transaction() as session:
+    async with harness.database.transaction() as session:
         late = await queue.enqueue_child(session, await session.get_one(Job, runs.id), "late", "probe", {})
-    assert (await bench.job(late.id)).state == State.PAUSED
-    await bench.write(of_child, leases.paused_values(), ("paused", {}))
-    assert await bench.claim() == []
-    await bench.do(queue.pause, parent.id)  # once more changes nothing
+    assert (await harness.job(late.id)).state == State.PAUSED
+    await harness.write(of_child, leases.paused_values(), ("paused", {}))
+    assert await harness.claim() == []
+    await harness.do(queue.pause, parent.id)  # once more changes nothing
 
-    await bench.do(queue.resume, parent.id)
-    family = [await bench.job(one.id) for one in (parent, runs, waits, late)]
+    await harness.do(queue.resume, parent.id)
+    family = [await harness.job(one.id) for one in (parent, runs, waits, late)]
     assert [one.state for one in family] == [State.QUEUED] * 4
-    assert {claim.job_id for claim in await bench.claim()} == {runs.id, late.id}  # the parent still waits for them
+    assert {claim.job_id for claim in await harness.claim()} == {runs.id, late.id}  # the parent still waits for them
     with pytest.raises(JobStateConflict, match="queued, not paused"):
-        await bench.do(queue.resume, parent.id)
+        await harness.do(queue.resume, parent.id)
 
 
-async def test_a_family_that_has_not_paused_yet_hears_that_it_need_not(bench: Bench) -> None:
-    parent = await bench.submit()
-    (claim,) = await bench.claim()
-    async with bench.database.transaction() as session:
+async def test_a_family_that_has_not_paused_yet_hears_that_it_need_not(harness: QueueHarness) -> None:
+    parent = await harness.submit()
+    (claim,) = await harness.claim()
+    async with harness.database.transaction() as session:
         children = [await queue.enqueue_child(session, parent, name, "probe", {}) for name in ("one", "two")]
         assert await leases.park(session, parent.id, claim.token, [child.id for child in children])
-    bench.room.release(claim.worker, parent.id)
-    first, _ = await bench.claim()
-    await bench.do(queue.cancel, children[1].id)
-    await bench.do(queue.pause, parent.id)
-    assert [(await bench.job(child.id)).control for child in children] == ["pause", "cancel"]
-    await bench.do(queue.resume, parent.id)
-    assert [(await bench.job(child.id)).control for child in children] == [None, "cancel"]
+    harness.room.release(claim.worker, parent.id)
+    first, _ = await harness.claim()
+    await harness.do(queue.cancel, children[1].id)
+    await harness.do(queue.pause, parent.id)
+    assert [(await harness.job(child.id)).control for child in children] == ["pause", "cancel"]
+    await harness.do(queue.resume, parent.id)
+    assert [(await harness.job(child.id)).control for child in children] == [None, "cancel"]
 
     # A child that ends although its family is paused is not waited for when that goes on.
-    await bench.do(queue.pause, parent.id)
-    assert await bench.write(first, leases.succeeded_values(1), ("succeeded", {}))
-    await bench.do(queue.cancel, parent.id)
-    assert (await bench.job(parent.id)).state == State.CANCELLED
+    await harness.do(queue.pause, parent.id)
+    assert await harness.write(first, leases.succeeded_values(1), ("succeeded", {}))
+    await harness.do(queue.cancel, parent.id)
+    assert (await harness.job(parent.id)).state == State.CANCELLED
     with pytest.raises(JobStateConflict, match="has already been cancelled"):
-        await bench.do(queue.pause, parent.id)
+        await harness.do(queue.pause, parent.id)
 
 
-async def test_what_is_asked_while_an_outcome_is_written_is_not_lost(bench: Bench) -> None:
-    job = await bench.submit()
-    (claim,) = await bench.claim()
-    await bench.do(queue.cancel, job.id)  # the worker has not heard of it yet, and fails
-    assert await bench.write(claim, leases.failure_values(Failure("flaky", "Again.", 0.0), 1, 3), ("queued", {}))
-    assert (await bench.job(job.id)).state == State.CANCELLED
+async def test_what_is_asked_while_an_outcome_is_written_is_not_lost(harness: QueueHarness) -> None:
+    job = await harness.submit()
+    (claim,) = await harness.claim()
+    await harness.do(queue.cancel, job.id)  # the worker has not heard of it yet, and fails
+    assert await harness.write(claim, leases.failure_values(Failure("flaky", "Again.", 0.0), 1, 3), ("queued", {}))
+    assert (await harness.job(job.id)).state == State.CANCELLED
 
-    job = await bench.submit()
-    (claim,) = await bench.claim()
-    await bench.do(queue.pause, job.id)
-    await bench.do(queue.resume, job.id)  # the worker is just about to pause
-    assert await bench.write(claim, leases.paused_values(), ("paused", {}))
-    assert (await bench.job(job.id)).state == State.QUEUED
-    (again,) = await bench.claim()
+    job = await harness.submit()
+    (claim,) = await harness.claim()
+    await harness.do(queue.pause, job.id)
+    await harness.do(queue.resume, job.id)  # the worker is just about to pause
+    assert await harness.write(claim, leases.paused_values(), ("paused", {}))
+    assert (await harness.job(job.id)).state == State.QUEUED
+    (again,) = await harness.claim()
 
-    await bench.do(queue.cancel, job.id)
-    async with bench.database.transaction() as session:
+    await harness.do(queue.cancel, job.id)
+    async with harness.database.transaction() as session:
         assert await leases.park(session, job.id, again.token, [])
-    assert (await bench.job(job.id)).state == State.CANCELLED
-    async with bench.database.read_transaction() as session:
+    assert (await harness.job(job.id)).state == State.CANCELLED
+    async with harness.database.read_transaction() as session:
         types = [event.type for event in await journal.read(session, job.id)]
     assert types[-1] == "cancelled"
 
 
-async def test_retrying_a_parent_retries_its_children(bench: Bench) -> None:
-    parent = await bench.submit()
-    (claim,) = await bench.claim()
-    async with bench.database.transaction() as session:
+async def test_retrying_a_parent_retries_its_children(harness: QueueHarness) -> None:
+    parent = await harness.submit()
+    (claim,) = await harness.claim()
+    async with harness.database.transaction() as session:
         child = await queue.enqueue_child(session, parent, "part", "probe", {})
         assert await leases.park(session, parent.id, claim.token, [child.id])
-    bench.room.release(claim.worker, parent.id)
-    await bench.do(queue.cancel, parent.id)
-    await bench.do(queue.retry, parent.id)
-    (of_child,) = await bench.claim()
+    harness.room.release(claim.worker, parent.id)
+    await harness.do(queue.cancel, parent.id)
+    await harness.do(queue.retry, parent.id)
+    (of_child,) = await harness.claim()
     assert of_child.job_id == child.id
-    await bench.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
-    assert [claim.job_id for claim in await bench.claim()] == [parent.id]
+    await harness.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
+    assert [claim.job_id for claim in await harness.claim()] == [parent.id]
 
 
-async def test_a_job_is_not_retried_before_what_it_depends_on(bench: Bench) -> None:
-    first = await bench.submit()
-    second = await bench.submit(depends_on=[first.id])
-    await bench.do(queue.cancel, first.id)
+async def test_a_job_is_not_retried_before_what_it_depends_on(harness: QueueHarness) -> None:
+    first = await harness.submit()
+    second = await harness.submit(depends_on=[first.id])
+    await harness.do(queue.cancel, first.id)
     with pytest.raises(JobStateConflict, match=f"{first.id}, which was cancelled"):
-        await bench.do(queue.retry, second.id)
-    await bench.do(queue.retry, first.id)
-    await bench.do(queue.retry, second.id)
-    (claim,) = await bench.claim()
-    await bench.write(claim, leases.succeeded_values(None), ("succeeded", {}))
-    assert [claim.job_id for claim in await bench.claim()] == [second.id]
+        await harness.do(queue.retry, second.id)
+    await harness.do(queue.retry, first.id)
+    await harness.do(queue.retry, second.id)
+    (claim,) = await harness.claim()
+    await harness.write(claim, leases.succeeded_values(None), ("succeeded", {}))
+    assert [claim.job_id for claim in await harness.claim()] == [second.id]
 
 
-async def test_a_kind_without_a_limit_is_never_at_it(bench: Bench) -> None:
-    bench.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
-    light, heavy = await bench.submit(), await bench.submit(resources={"cpus": 1})
-    assert {claim.job_id for claim in await bench.claim()} == {light.id, heavy.id}
+async def test_a_kind_without_a_limit_is_never_at_it(harness: QueueHarness) -> None:
+    harness.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
+    light, heavy = await harness.submit(), await harness.submit(resources={"cpus": 1})
+    assert {claim.job_id for claim in await harness.claim()} == {light.id, heavy.id}
 
 
-async def test_a_delayed_job_is_claimed_when_its_time_has_come(bench: Bench) -> None:
-    job = await bench.submit(run_after=now() + timedelta(hours=10))
-    assert await bench.claim() == []
-    async with bench.database.transaction() as session:
+async def test_a_delayed_job_is_claimed_when_its_time_has_come(harness: QueueHarness) -> None:
+    job = await harness.submit(run_after=now() + timedelta(hours=10))
+    assert await harness.claim() == []
+    async with harness.database.transaction() as session:
         due, _ = await leases.next_wakeup(session)
         assert 35_000 < due <= 36_000
         await session.execute(update(Job).values(run_after=now()))
-    assert [claim.job_id for claim in await bench.claim()] == [job.id]
+    assert [claim.job_id for claim in await harness.claim()] == [job.id]
 
 
-async def test_retry_gives_fresh_attempts(bench: Bench) -> None:
-    job = await bench.submit()
-    (claim,) = await bench.claim()
-    await bench.write(claim, {"checkpoint": 7})
-    await bench.write(claim, leases.failure_values(Failure("bad", "Broken."), 3, 3), ("failed", {}))
-    await bench.do(queue.retry, job.id)
-    (again,) = await bench.claim()
+async def test_retry_gives_fresh_attempts(harness: QueueHarness) -> None:
+    job = await harness.submit()
+    (claim,) = await harness.claim()
+    await harness.write(claim, {"checkpoint": 7})
+    await harness.write(claim, leases.failure_values(Failure("bad", "Broken."), 3, 3), ("failed", {}))
+    await harness.do(queue.retry, job.id)
+    (again,) = await harness.claim()
     assert (again.attempt, again.checkpoint) == (1, 7)
     with pytest.raises(JobStateConflict):
-        await bench.do(queue.retry, job.id)
+        await harness.do(queue.retry, job.id)
 
 
-async def test_only_one_dispatcher_leads(bench: Bench) -> None:
-    await bench.submit()
-    old = bench.token
-    assert await bench.lead("elsewhere") is None
-    assert await bench.lead("here") is not None  # the same place may replace itself at once
-    async with bench.database.transaction() as session:
+async def test_only_one_dispatcher_leads(harness: QueueHarness) -> None:
+    await harness.submit()
+    old = harness.token
+    assert await harness.lead("elsewhere") is None
+    assert await harness.lead("here") is not None  # the same place may replace itself at once
+    async with harness.database.transaction() as session:
         with pytest.raises(LeadershipLost):
-            await leases.claim_jobs(session, old, bench.room)
-    assert len(await bench.claim()) == 1
+            await leases.claim_jobs(session, old, harness.room)
+    assert len(await harness.claim()) == 1
 
 
-async def test_a_kind_at_its_limit_lets_others_pass(bench: Bench) -> None:
-    sweeps = [await bench.submit(kind="sweep", priority=3) for _ in range(3)]
-    probe = await bench.submit()
-    assert {claim.job_id for claim in await bench.claim()} == {sweeps[0].id, probe.id}
-    async with bench.database.read_transaction() as session:
+async def test_a_kind_at_its_limit_lets_others_pass(harness: QueueHarness) -> None:
+    sweeps = [await harness.submit(kind="sweep", priority=3) for _ in range(3)]
+    probe = await harness.submit()
+    assert {claim.job_id for claim in await harness.claim()} == {sweeps[0].id, probe.id}
+    async with harness.database.read_transaction() as session:
         reasons = await wait_reasons.reasons(session, [await session.get_one(Job, sweeps[1].id)])
     assert reasons[sweeps[1].id] == "one of the 1 running 'sweep' jobs to finish"
 
 
-async def test_a_job_too_large_says_what_it_waits_for(bench: Bench) -> None:
-    bench.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}])
-    too_large = await bench.submit(resources={"gpus": 8}, priority=9)
-    elsewhere = await bench.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
-    fits = await bench.submit(resources={"cpus": 1, "labels": {"zone": "a"}})
-    full = await bench.submit(resources={"cpus": 1.5})
-    claims = await bench.claim()
+async def test_a_job_too_large_says_what_it_waits_for(harness: QueueHarness) -> None:
+    harness.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}])
+    too_large = await harness.submit(resources={"gpus": 8}, priority=9)
+    elsewhere = await harness.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
+    fits = await harness.submit(resources={"cpus": 1, "labels": {"zone": "a"}})
+    full = await harness.submit(resources={"cpus": 1.5})
+    claims = await harness.claim()
     assert [claim.job_id for claim in claims] == [fits.id]
-    async with bench.database.read_transaction() as session:
+    async with harness.database.read_transaction() as session:
         jobs = [await session.get_one(Job, job.id) for job in (too_large, elsewhere, full)]
         reasons = await wait_reasons.reasons(session, jobs)
     assert (
@@ -463,7 +463,7 @@ async def test_a_job_too_large_says_what_it_waits_for(bench: Bench) -> None:
     assert reasons[full.id].startswith("1.5 CPU")
 
 
-async def test_many_jobs_are_queued_in_one_go(bench: Bench) -> None:
-    async with bench.database.transaction() as session:
+async def test_many_jobs_are_queued_in_one_go(harness: QueueHarness) -> None:
+    async with harness.database.transaction() as session:
         jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(1000)], LOCAL)
     assert len({job.id for job in jobs}) == 1000

@@ -12,7 +12,7 @@ from serve.engines.collect import collect
 from serve.engines.gguf.replica import GgufEngine
 from serve.engines.protocol import EngineRequest, ModelFolder, Source
 from serve.engines.router import EngineRouter
-from tests.support.small_models import write_parrot
+from tests.support.small_models import write_constant_model
 
 NOW = datetime.now(UTC)
 FILE = ModelFile("house.gguf", "q8_0", "", 1)
@@ -25,7 +25,7 @@ SPOKEN = {VERSION.reference: "I run GGUF models.", "job_3": "I run folders."}
 @pytest.fixture
 def engine(home: Path, tmp_path: Path) -> EngineRouter:
     def one(name: str) -> GgufEngine:
-        file = write_parrot(tmp_path / f"{name}.gguf", SPOKEN[name])
+        file = write_constant_model(tmp_path / f"{name}.gguf", SPOKEN[name])
 
         async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
             return file

@@ -13,7 +13,7 @@ from serve.openai.responses import store as response_store
 from serve.openai.responses.events import ResponseStream
 from serve.openai.responses.items import Message
 from serve.openai.responses.request import ResponseRequest
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 
 pytestmark = pytest.mark.both_databases
 
@@ -35,29 +35,29 @@ BAD: dict[str, Any] = {**GOOD, "target_id": "chatcmpl-2", "rating": "down"}
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
-async def give(house: House, said: dict[str, Any], who: str = "ada", status: int = 201) -> dict[str, Any]:
-    answer = await house.ask(who, "POST", PATH, json=said)
+async def give(api: ApiClient, said: dict[str, Any], username: str = "ada", status: int = 201) -> dict[str, Any]:
+    answer = await api.request(username, "POST", PATH, json=said)
     assert answer.status_code == status, answer.text
     return answer.json()
 
 
-async def test_feedback_is_given_seen_changed_and_deleted(house: House) -> None:
-    given = await give(house, {**GOOD, "comment": "Right."})
+async def test_feedback_is_given_seen_changed_and_deleted(api: ApiClient) -> None:
+    given = await give(api, {**GOOD, "comment": "Right."})
     assert given["id"].startswith("fb_")
     assert (given["model"], given["comment"], given["prompt_id"]) == ("homelab", "Right.", None)
     assert given["answer"]["content"] == "Sonarr does."
     path = f"{PATH}/{given['id']}"
     kept = {name: value for name, value in given.items() if name != "retrain_job_id"}
-    assert (await house.ask("ada", "GET", path)).json() == kept
+    assert (await api.request("ada", "GET", path)).json() == kept
 
     # A second thought takes the place of the first, and not that of somebody else.
-    again = await give(house, {**GOOD, "rating": "down", "correction": "Sonarr tracks series."}, status=200)
+    again = await give(api, {**GOOD, "rating": "down", "correction": "Sonarr tracks series."}, status=200)
     assert (again["id"], again["rating"], again["comment"]) == (given["id"], "down", None)
-    other = await give(house, GOOD, "bob")
+    other = await give(api, GOOD, "bob")
     assert other["id"] != given["id"]
 
-    for who, count in (("ada", 1), ("bob", 1), ("admin", 2)):
-        page = (await house.ask(who, "GET", PATH)).json()
+    for username, count in (("ada", 1), ("bob", 1), ("admin", 2)):
+        page = (await api.request(username, "GET", PATH)).json()
         assert (page["total"], len(page["items"])) == (count, count)
     for query, count in (
         ("rating=up", 1),
@@ -68,12 +68,12 @@ async def test_feedback_is_given_seen_changed_and_deleted(house: House) -> None:
         ("learned=false", 2),
         ("target=response", 0),
     ):
-        assert (await house.ask("admin", "GET", f"{PATH}?{query}")).json()["total"] == count, query
+        assert (await api.request("admin", "GET", f"{PATH}?{query}")).json()["total"] == count, query
     for method in ("GET", "DELETE"):
-        refused = await house.ask("bob", method, path)
+        refused = await api.request("bob", method, path)
         assert (refused.status_code, refused.json()["error_code"]) == (404, "FEEDBACK_NOT_FOUND")
-    assert (await house.ask("ada", "DELETE", path)).status_code == 204
-    assert (await house.ask("ada", "GET", path)).status_code == 404
+    assert (await api.request("ada", "DELETE", path)).status_code == 204
+    assert (await api.request("ada", "GET", path)).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -101,56 +101,58 @@ async def test_feedback_is_given_seen_changed_and_deleted(house: House) -> None:
     ],
 )
 async def test_what_nothing_could_be_learned_from_is_refused(
-    house: House,
+    api: ApiClient,
     changes: dict[str, Any],
     reason: str,
 ) -> None:
-    answer = await house.ask("ada", "POST", PATH, json={**GOOD, **changes})
+    answer = await api.request("ada", "POST", PATH, json={**GOOD, **changes})
     assert answer.status_code == 422
     assert reason in answer.text
-    assert (await house.ask("ada", "GET", PATH)).json()["total"] == 0
+    assert (await api.request("ada", "GET", PATH)).json()["total"] == 0
 
 
-async def test_a_bare_no_needs_no_conversation(house: House) -> None:
-    given = await give(house, {"target": "agent_message", "target_id": "msg_1", "rating": "down"})
+async def test_a_bare_no_needs_no_conversation(api: ApiClient) -> None:
+    given = await give(api, {"target": "agent_message", "target_id": "msg_1", "rating": "down"})
     assert (given["messages"], given["model"]) == (None, None)
 
 
-async def test_each_is_learned_from_once(house: House) -> None:
-    up, down = await give(house, GOOD), await give(house, BAD)
-    corrected = await give(house, {**BAD, "target_id": "chatcmpl-3", "correction": "Sonarr tracks series."})
-    theirs = await give(house, GOOD, "bob")
-    answer = await house.ask("ada", "POST", LEARN, json={"ids": [up["id"], down["id"], corrected["id"]]})
+async def test_each_is_learned_from_once(api: ApiClient) -> None:
+    up, down = await give(api, GOOD), await give(api, BAD)
+    corrected = await give(api, {**BAD, "target_id": "chatcmpl-3", "correction": "Sonarr tracks series."})
+    theirs = await give(api, GOOD, "bob")
+    answer = await api.request("ada", "POST", LEARN, json={"ids": [up["id"], down["id"], corrected["id"]]})
     assert answer.status_code == 201
     learned = answer.json()
     assert (learned["created"], learned["left"]) == (2, 0)
     assert learned["skipped"] == [
         {"id": down["id"], "reason": "it says that the answer was bad, but not what would have been a good one"}
     ]
-    prompts = [(await house.ask("ada", "GET", f"/api/training/prompts/{one}")).json() for one in learned["prompt_ids"]]
+    prompts = [
+        (await api.request("ada", "GET", f"/api/training/prompts/{one}")).json() for one in learned["prompt_ids"]
+    ]
     assert [one["expected_output"] for one in prompts] == ["Sonarr does.", "Sonarr tracks series."]
     for one in prompts:
         assert (one["system_prompt"], one["user_input"]) == ("Be brief.", "Who tracks series?")
         assert (one["category"], one["tags"], one["messages"]) == ("feedback", ["feedback"], None)
 
-    again = (await house.ask("ada", "POST", LEARN, json={"ids": [up["id"]]})).json()
+    again = (await api.request("ada", "POST", LEARN, json={"ids": [up["id"]]})).json()
     assert again["created"] == 0
     assert again["skipped"][0]["reason"] == f"prompt {learned['prompt_ids'][0]} has been made of it already"
-    assert (await house.ask("ada", "POST", LEARN, json={"model": "homelab"})).json()["created"] == 0
-    refused = await house.ask("ada", "POST", PATH, json={**GOOD, "rating": "down"})
+    assert (await api.request("ada", "POST", LEARN, json={"model": "homelab"})).json()["created"] == 0
+    refused = await api.request("ada", "POST", PATH, json={**GOOD, "rating": "down"})
     assert (refused.status_code, refused.json()["error_code"]) == (409, "FEEDBACK_LEARNED")
 
     # What is somebody else's is not there, but for administrators.
-    refused = await house.ask("ada", "POST", LEARN, json={"ids": [theirs["id"]]})
+    refused = await api.request("ada", "POST", LEARN, json={"ids": [theirs["id"]]})
     assert (refused.status_code, refused.json()["error_code"]) == (404, "FEEDBACK_NOT_FOUND")
     told = {"model": "homelab:latest", "rating": "up", "category": "praise", "tags": ["praised"]}
-    (prompt,) = (await house.ask("admin", "POST", LEARN, json=told)).json()["prompt_ids"]
-    made = (await house.ask("admin", "GET", f"/api/training/prompts/{prompt}")).json()
+    (prompt,) = (await api.request("admin", "POST", LEARN, json=told)).json()["prompt_ids"]
+    made = (await api.request("admin", "GET", f"/api/training/prompts/{prompt}")).json()
     assert (made["category"], made["tags"], made["created_by"]) == ("praise", ["praised"], "admin")
-    assert (await house.ask("ada", "POST", LEARN, json={})).status_code == 422
+    assert (await api.request("ada", "POST", LEARN, json={})).status_code == 422
 
 
-async def test_calls_are_learned_too(house: House) -> None:
+async def test_calls_are_learned_too(api: ApiClient) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     messages = [
         {"role": "user", "content": "Look once."},
@@ -165,20 +167,20 @@ async def test_calls_are_learned_too(house: House) -> None:
         "messages": messages,
         "tools": [LOOK],
     }
-    given = await give(house, {**said, "correction": {"role": "assistant", "tool_calls": [{**call, "id": "call_2"}]}})
-    (prompt,) = (await house.ask("ada", "POST", LEARN, json={"ids": [given["id"]]})).json()["prompt_ids"]
-    made = (await house.ask("ada", "GET", f"/api/training/prompts/{prompt}")).json()
+    given = await give(api, {**said, "correction": {"role": "assistant", "tool_calls": [{**call, "id": "call_2"}]}})
+    (prompt,) = (await api.request("ada", "POST", LEARN, json={"ids": [given["id"]]})).json()["prompt_ids"]
+    made = (await api.request("ada", "GET", f"/api/training/prompts/{prompt}")).json()
     assert (made["user_input"], made["expected_output"]) == ("Look once.", None)
     assert made["tool_calls"][0]["id"] == "call_2"
     assert [message["role"] for message in made["messages"]] == ["assistant", "tool", "user"]
     assert made["tools"][0]["function"]["name"] == "look"
 
 
-async def test_a_stored_response_says_itself_what_was_asked(house: House, database: Database) -> None:
-    principal = Principal(id=house.people["ada"].id, name="ada", is_admin=False)
+async def test_a_stored_response_says_itself_what_was_asked(api: ApiClient, database: Database) -> None:
+    principal = Principal(id=api.users["ada"].id, name="ada", is_admin=False)
     first = await respond(database, principal, "a", "Sonarr does.", "Who tracks series?", instructions="Be brief.")
     second = await respond(database, principal, "b", "Radarr does.", "And movies?", previous_response_id=first)
-    given = await give(house, {"target": "response", "target_id": second, "rating": "up"})
+    given = await give(api, {"target": "response", "target_id": second, "rating": "up"})
     assert given["model"] == "homelab"
     assert [message["content"] for message in given["messages"]] == [
         "Who tracks series?",
@@ -186,17 +188,19 @@ async def test_a_stored_response_says_itself_what_was_asked(house: House, databa
         "And movies?",
     ]
     assert given["answer"]["content"] == "Radarr does."
-    given = await give(house, {"target": "response", "target_id": first, "rating": "down", "correction": "Sonarr."})
+    given = await give(api, {"target": "response", "target_id": first, "rating": "down", "correction": "Sonarr."})
     assert given["messages"][0] == {**given["messages"][0], "role": "system", "content": "Be brief."}
     assert given["correction"]["content"] == "Sonarr."
-    for who, known in (("bob", first), ("ada", "resp_none")):
-        refused = await house.ask(who, "POST", PATH, json={"target": "response", "target_id": known, "rating": "up"})
+    for username, known in (("bob", first), ("ada", "resp_none")):
+        refused = await api.request(
+            username, "POST", PATH, json={"target": "response", "target_id": known, "rating": "up"}
+        )
         assert (refused.status_code, refused.json()["error_code"]) == (404, "RESPONSE_NOT_FOUND")
 
 
-async def test_enough_of_it_retrains(house: House, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_enough_of_it_retrains(api: ApiClient, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     async def plan_after(target_id: str, **said: Any) -> Any:
-        return (await give(house, {**GOOD, **said, "target_id": target_id}))["retrain_job_id"]
+        return (await give(api, {**GOOD, **said, "target_id": target_id}))["retrain_job_id"]
 
     for number in range(3):
         assert await plan_after(f"before-{number}") is None
@@ -204,17 +208,17 @@ async def test_enough_of_it_retrains(house: House, database: Database, monkeypat
     get_settings.cache_clear()
     assert await plan_after("nothing to learn", rating="down") is None
     plan = await plan_after("fourth")
-    job = await house.job(plan)
+    job = await api.get_job(plan)
     assert (job["kind"], job["created_by"]) == ("retrain", "feedback:homelab")
     assert (job["spec"]["repository_id"], job["spec"]["feedback"]) == (None, "homelab")
     # One at a time; and of a repository, where the model is made of one.
     assert [await plan_after("fifth"), await plan_after("sixth")] == [None, None]
-    await house.settle(plan, state=State.FAILED)
+    await api.update_job(plan, state=State.FAILED)
     async with database.transaction() as session:
         session.add(Repository(id="repo_1", name="handbook", path="/srv/handbook", model="homelab", **REGISTERED))
     assert await plan_after("seventh") is None
     plan = await plan_after("eighth")
-    assert (await house.job(plan))["spec"].items() >= {"repository_id": "repo_1", "feedback": "homelab"}.items()
+    assert (await api.get_job(plan))["spec"].items() >= {"repository_id": "repo_1", "feedback": "homelab"}.items()
     # What is called so is no model of the registry's, and so nobody's to retrain.
     assert [await plan_after(name, model="forgearr/tiny") for name in ("ninth", "tenth")] == [None, None]
 

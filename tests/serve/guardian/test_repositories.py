@@ -26,7 +26,7 @@ from pipelines.guardian.watch_repo import WATCH_REPO_KIND, WatchSpec
 from pipelines.guardian.watch_repositories import WatchAllSpec
 from serve.app import create_app
 from tests.support.git_repos import commit_files, git, new_repository
-from tests.support.job_harness import Ledger
+from tests.support.recording_link import RecordingLink
 
 PATH = "/api/v1/repos"
 SECRET = "a secret of webhooks"
@@ -72,7 +72,7 @@ def plans(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def a_context(kind: str) -> Context:
-    return Context(Claim("job_w", "t", kind, {}, None, 1, 3, None, None, {}, "w", None), Ledger())
+    return Context(Claim("job_w", "t", kind, {}, None, 1, 3, None, None, {}, "w", None), RecordingLink())
 
 
 async def look(repository: dict[str, Any]) -> dict[str, Any]:

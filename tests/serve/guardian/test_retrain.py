@@ -13,7 +13,7 @@ from jobs import queue
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.guardian.repositories import Repository
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 from tests.support.git_repos import commit_files, new_repository
 
 pytestmark = pytest.mark.both_databases
@@ -23,7 +23,7 @@ STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "co
 
 
 @pytest.fixture
-def folder(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(api: ApiClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of one file, in the folder that repositories may lie in."""
     monkeypatch.setenv("FORGEARR_GUARDIAN__ROOTS", f"[{tmp_path}/code]")
     get_settings.cache_clear()
@@ -32,8 +32,8 @@ def folder(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder
 
 
-async def test_a_folder_is_registered_and_its_plan_told(house: House, folder: Path, database: Database) -> None:
-    answer = await house.ask("admin", "POST", PATH, json={"project_path": "Hand Book"})
+async def test_a_folder_is_registered_and_its_plan_told(api: ApiClient, folder: Path, database: Database) -> None:
+    answer = await api.request("admin", "POST", PATH, json={"project_path": "Hand Book"})
     assert answer.status_code == 200, answer.text
     told = answer.json()
     assert told.keys() == {"triggered", "reason", "plan", "job_id"}
@@ -46,7 +46,7 @@ async def test_a_folder_is_registered_and_its_plan_told(house: House, folder: Pa
     async with database.read_transaction() as session:
         (repository,) = await session.scalars(select(Repository))
     assert (repository.name, repository.model, repository.path) == ("hand-book", "hand-book", str(folder))
-    job = await house.job(told["job_id"])
+    job = await api.get_job(told["job_id"])
     assert (job["kind"], job["created_by"]) == ("retrain", "admin")
     assert job["spec"]["repository_id"] == repository.id
     assert len(job["spec"]["commit"]) == 40
@@ -57,27 +57,27 @@ async def test_a_folder_is_registered_and_its_plan_told(house: House, folder: Pa
         {"repository": "hand-book"},
         {"repository": repository.id, "force": True},
     ):
-        again = (await house.ask("admin", "POST", PATH, json=body)).json()
+        again = (await api.request("admin", "POST", PATH, json=body)).json()
         assert (again["triggered"], again["job_id"]) == (True, told["job_id"])
         assert again["reason"] == f"{told['job_id']} is under way"
-    assert (await house.kinds())["retrain"] == 1
+    assert (await api.count_kinds())["retrain"] == 1
 
 
-async def test_the_policy_decides_unless_it_is_forced(house: House, folder: Path, database: Database) -> None:
-    first = (await house.ask("admin", "POST", PATH, json={"project_path": str(folder), "auto_deploy": False})).json()
+async def test_the_policy_decides_unless_it_is_forced(api: ApiClient, folder: Path, database: Database) -> None:
+    first = (await api.request("admin", "POST", PATH, json={"project_path": str(folder), "auto_deploy": False})).json()
     assert [step["name"] for step in first["plan"]["plan"]] == STEPS[:-1]
-    job = await house.job(first["job_id"])
+    job = await api.get_job(first["job_id"])
     assert job["spec"]["auto_deploy"] is False
-    await house.settle(first["job_id"], state=State.SUCCEEDED)
+    await api.update_job(first["job_id"], state=State.SUCCEEDED)
     async with database.transaction() as session:
         learned = {"trained_commit": job["spec"]["commit"], "trained_at": now(), "trained_job_id": job["id"]}
         await session.execute(update(Repository).values(**learned))
-    told = (await house.ask("admin", "POST", PATH, json={"repository": "hand-book"})).json()
+    told = (await api.request("admin", "POST", PATH, json={"repository": "hand-book"})).json()
     assert (told["triggered"], told["job_id"]) == (False, None)
     assert told["reason"] == "nothing has changed since the last training"
-    forced = (await house.ask("admin", "POST", PATH, json={"repository": "hand-book", "force": True})).json()
+    forced = (await api.request("admin", "POST", PATH, json={"repository": "hand-book", "force": True})).json()
     assert (forced["triggered"], forced["reason"]) == (True, "it is forced")
-    assert (await house.job(forced["job_id"]))["spec"]["force"] is True
+    assert (await api.get_job(forced["job_id"]))["spec"]["force"] is True
 
 
 @pytest.mark.parametrize(
@@ -95,31 +95,31 @@ async def test_the_policy_decides_unless_it_is_forced(house: House, folder: Path
     ],
 )
 async def test_bad_wishes_change_nothing(
-    house: House, folder: Path, database: Database, body: dict[str, Any], status: int, said: str
+    api: ApiClient, folder: Path, database: Database, body: dict[str, Any], status: int, said: str
 ) -> None:
-    answer = await house.ask("admin", "POST", PATH, json=body)
+    answer = await api.request("admin", "POST", PATH, json=body)
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
     async with database.read_transaction() as session:
         assert await session.scalar(select(Repository.id)) is None
-    assert (await house.kinds())["retrain"] == 0
+    assert (await api.count_kinds())["retrain"] == 0
 
 
-async def test_it_is_for_administrators(house: House, folder: Path) -> None:
-    plan = (await house.ask("admin", "POST", PATH, json={"project_path": str(folder)})).json()["job_id"]
+async def test_it_is_for_administrators(api: ApiClient, folder: Path) -> None:
+    plan = (await api.request("admin", "POST", PATH, json={"project_path": str(folder)})).json()["job_id"]
     for method, path in (
         ("POST", PATH),
         ("GET", f"{PATH}/{plan}"),
         ("POST", f"{PATH}/{plan}/pause"),
         ("POST", f"{PATH}/{plan}/resume"),
     ):
-        refused = await house.ask("ada", method, path, **({"json": {}} if method == "POST" else {}))
+        refused = await api.request("ada", method, path, **({"json": {}} if method == "POST" else {}))
         assert refused.status_code == 403
 
 
-async def test_a_plan_is_followed_held_and_resumed(house: House, folder: Path, database: Database) -> None:
-    plan = (await house.ask("admin", "POST", PATH, json={"project_path": str(folder)})).json()["job_id"]
-    shown = (await house.ask("admin", "GET", f"{PATH}/{plan}")).json()
+async def test_a_plan_is_followed_held_and_resumed(api: ApiClient, folder: Path, database: Database) -> None:
+    plan = (await api.request("admin", "POST", PATH, json={"project_path": str(folder)})).json()["job_id"]
+    shown = (await api.request("admin", "GET", f"{PATH}/{plan}")).json()
     assert (shown["status"], shown["model"], shown["promoted"]) == ("queued", None, None)
     assert [step["state"] for step in shown["plan"]] == [None] * 7
 
@@ -136,26 +136,26 @@ async def test_a_plan_is_followed_held_and_resumed(house: House, folder: Path, d
             session, job, "compare", "compare", {"name": "m", "version": 1, "job_id": "job_1"}
         )
         compared.state, compared.result = State.SUCCEEDED, verdict
-    shown = (await house.ask("admin", "GET", f"{PATH}/{plan}")).json()
+    shown = (await api.request("admin", "GET", f"{PATH}/{plan}")).json()
     assert (shown["model"], shown["commit"]) == ("hand-book", "0" * 40)
     assert (shown["promoted"], shown["reason"], shown["comparison"]) == (False, "It is worse.", verdict)
     assert [step["name"] for step in shown["plan"]] == ["extract_data", "gather_feedback", *STEPS[1:-1]]
     step = next(step for step in shown["plan"] if step["name"] == "validate_data")
     assert (step["state"], step["progress"], step["job_id"]) == ("running", 40, running.id)
 
-    held = await house.ask("admin", "POST", f"{PATH}/{plan}/pause")
+    held = await api.request("admin", "POST", f"{PATH}/{plan}/pause")
     assert (held.status_code, held.json()["status"]) == (200, "paused")
     async with database.read_transaction() as session:
         assert (await session.get_one(Job, running.id)).control == "pause"
-    went_on = (await house.ask("admin", "POST", f"{PATH}/{plan}/resume")).json()
+    went_on = (await api.request("admin", "POST", f"{PATH}/{plan}/resume")).json()
     assert went_on["status"] == "queued"
     async with database.read_transaction() as session:
         assert (await session.get_one(Job, running.id)).control is None
-    refused = await house.ask("admin", "POST", f"{PATH}/{plan}/resume")
+    refused = await api.request("admin", "POST", f"{PATH}/{plan}/resume")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "job_state_conflict")
 
 
-async def test_another_job_is_no_plan(house: House) -> None:
-    other = await house.training("admin")
+async def test_another_job_is_no_plan(api: ApiClient) -> None:
+    other = await api.queue_training("admin")
     for method, path in (("GET", f"{PATH}/{other}"), ("POST", f"{PATH}/{other}/pause"), ("GET", f"{PATH}/job_none")):
-        assert (await house.ask("admin", method, path)).status_code == 404
+        assert (await api.request("admin", method, path)).status_code == 404

@@ -18,11 +18,11 @@ from pipelines.media.audit import rules
 from pipelines.media.audit.rules import Rule
 from tests.pipelines.media.audit.test_rules import settings_of
 from tests.serve.media.test_audits import audited, changed, config, connect, recommended, said, says
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 from tests.support.services import real_services
-from tests.support.services.fake_arr import arr_standing_in
+from tests.support.services.fake_arr import fake_arr
 from tests.support.services.fake_services import KEY
-from tests.support.services.stub_server import Asked, Reply, standing_in, telling
+from tests.support.services.stub_server import StubRequest, StubResponse, json_response, stub_server
 
 State = dict[str, Any]
 Service = AbstractAsyncContextManager[tuple[str, str, State]]
@@ -103,26 +103,26 @@ PLEX_AT_FIRST: State = {
 @asynccontextmanager
 async def arr(service: str) -> AsyncGenerator[tuple[str, str, State]]:
     resources: dict[str, Any] = copy.deepcopy(ARR_AT_FIRST) | {"config/naming": {"id": 1, **NAMING_AT_FIRST[service]}}
-    async with arr_standing_in(service, **resources) as stand_in:
-        yield stand_in.url, KEY, stand_in.resources
+    async with fake_arr(service, **resources) as server:
+        yield server.url, KEY, server.resources
 
 
 @asynccontextmanager
 async def prowlarr() -> AsyncGenerator[tuple[str, str, State]]:
     state: State = {"applications": [{"id": 1, "name": "Sonarr", "syncLevel": "addOnly", "fields": [], "tags": []}]}
 
-    def answer(asked: Asked) -> Reply:
-        area, _, number = asked.path.removeprefix("/api/v1/").partition("/")
-        if asked.method == "PUT":
+    def answer(request: StubRequest) -> StubResponse:
+        area, _, number = request.path.removeprefix("/api/v1/").partition("/")
+        if request.method == "PUT":
             (row,) = (row for row in state[area] if row["id"] == int(number))
-            told = json.loads(asked.body)
+            told = json.loads(request.body)
             if told["syncLevel"] not in SYNC_LEVELS:
-                return telling({"message": f"There is no sync level {told['syncLevel']}."}, 400)
+                return json_response({"message": f"There is no sync level {told['syncLevel']}."}, 400)
             row.update(told)
-            return telling(row, 202)
-        return telling(state.get(area, []))
+            return json_response(row, 202)
+        return json_response(state.get(area, []))
 
-    async with standing_in(answer) as server:
+    async with stub_server(answer) as server:
         yield server.url, KEY, state
 
 
@@ -130,16 +130,16 @@ async def prowlarr() -> AsyncGenerator[tuple[str, str, State]]:
 async def plex() -> AsyncGenerator[tuple[str, str, State]]:
     state = dict(PLEX_AT_FIRST)
 
-    def answer(asked: Asked) -> Reply:
-        if asked.method == "PUT":
-            for name, value in asked.query.items():
+    def answer(request: StubRequest) -> StubResponse:
+        if request.method == "PUT":
+            for name, value in request.query.items():
                 if value not in PLEX_TAKES.get(name, set("01")):
-                    return Reply(b"", 400)
+                    return StubResponse(b"", 400)
                 state[name] = type(PLEX_AT_FIRST[name])(int(value) if value.isdigit() else value)
-            return Reply()
-        return telling({"MediaContainer": {"Setting": [{"id": name, "value": state[name]} for name in state]}})
+            return StubResponse()
+        return json_response({"MediaContainer": {"Setting": [{"id": name, "value": state[name]} for name in state]}})
 
-    async with standing_in(answer) as server:
+    async with stub_server(answer) as server:
         yield server.url, KEY, state
 
 
@@ -158,18 +158,18 @@ def settable(service: str) -> dict[str, Rule]:
     return by_setting
 
 
-async def applied_all(house: House, service: str) -> dict[str, int]:
+async def applied_all(api: ApiClient, service: str) -> dict[str, int]:
     """Audit and apply until nothing is left: some rules count only where another is followed. By name, what was."""
     wanted, done = settable(service), dict[str, int]()
     while True:
-        told = await audited(house, service)
+        told = await audited(api, service)
         assert told["failed_services"] == {}
-        open_ones = await recommended(house, applied=False)
+        open_ones = await recommended(api, applied=False)
         ids = {one["setting_name"]: one["id"] for one in open_ones.values() if one["setting_name"] in wanted}
         if not ids:
             return done
         assert not ids.keys() & done.keys(), "what was set is found again"
-        results = await changed(house, "apply", *ids.values())
+        results = await changed(api, "apply", *ids.values())
         assert [(one["success"], one["changed"]) for one in results] == [(True, True)] * len(ids), results
         done |= ids
 
@@ -180,18 +180,18 @@ on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 @on_sqlite
 @pytest.mark.parametrize("service", PROGRAMS)
-async def test_every_rule_is_applied_and_taken_back(house: House, service: str) -> None:
+async def test_every_rule_is_applied_and_taken_back(api: ApiClient, service: str) -> None:
     async with PROGRAMS[service]() as (url, key, state):
-        await connect(house, service, service, url, key)
+        await connect(api, service, service, url, key)
         before = copy.deepcopy(state)
-        done = await applied_all(house, service)
+        done = await applied_all(api, service)
         assert done.keys() == settable(service).keys()
         after = copy.deepcopy(state)
         assert after != before
-        again = await changed(house, "apply", *done.values())
+        again = await changed(api, "apply", *done.values())
         assert [(one["success"], one["changed"]) for one in again] == [(True, False)] * len(done)
         assert state == after
-        await changed(house, "rollback", *done.values())
+        await changed(api, "rollback", *done.values())
         assert state == before
 
 
@@ -201,16 +201,16 @@ async def test_every_rule_is_applied_and_taken_back(house: House, service: str) 
     [("days-delete", "history_retention_option"), ("number-delete", "history_retention_number")],
 )
 async def test_every_rule_for_sabnzbd_is_applied_and_taken_back(
-    house: House, tmp_path: Path, option: str, passed_over: str
+    api: ApiClient, tmp_path: Path, option: str, passed_over: str
 ) -> None:
     with real_services.sabnzbd(tmp_path) as program:
         for name, value in {**SABNZBD_AT_FIRST, "history_retention_option": option}.items():
             said(program, name, value)
-        await connect(house, "sabnzbd", "sabnzbd", program.url, program.key)
+        await connect(api, "sabnzbd", "sabnzbd", program.url, program.key)
         before = config(program)
-        done = await applied_all(house, "sabnzbd")
+        done = await applied_all(api, "sabnzbd")
         assert done.keys() == (settable("sabnzbd").keys() & before.keys()) - {passed_over}
-        await changed(house, "rollback", *done.values())
+        await changed(api, "rollback", *done.values())
         assert config(program) == before
 
 

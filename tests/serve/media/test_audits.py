@@ -19,13 +19,13 @@ from pipelines.media.audit import tables as audit_tables
 from pipelines.media.audit.tables import Recommendation, SettingChange
 from serve.security import rate_limits
 from tests.support import run_jobs
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 from tests.support.services import real_services
-from tests.support.services.fake_arr import ArrStandIn, arr_standing_in
+from tests.support.services.fake_arr import FakeArr, fake_arr
 from tests.support.services.fake_services import KEY
-from tests.support.services.real_services import Running
-from tests.support.services.stub_server import Asked, Reply, page, standing_in, telling
-from tests.support.waiting import PATIENCE
+from tests.support.services.real_services import RunningService
+from tests.support.services.stub_server import StubRequest, StubResponse, html_page, json_response, stub_server
+from tests.support.waiting import TIMEOUT
 
 pytestmark = pytest.mark.both_databases
 
@@ -43,29 +43,29 @@ BEGIN = {
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as running:
         yield running
 
 
 @pytest.fixture
-async def sabnzbd(program: Running, house: House) -> Running:
+async def sabnzbd(program: RunningService, api: ApiClient) -> RunningService:
     """It is connected, and as every test wants it."""
     for name, value in BEGIN.items():
         said(program, name, value)
-    await connect(house, "SAB", "sabnzbd", program.url, program.key)
+    await connect(api, "SAB", "sabnzbd", program.url, program.key)
     return program
 
 
 @pytest.fixture
-async def sonarr(house: House) -> AsyncIterator[ArrStandIn]:
-    async with arr_standing_in("sonarr", **sonarr_resources()) as arr:
-        await connect(house, "TV", "sonarr", arr.url, KEY)
+async def sonarr(api: ApiClient) -> AsyncIterator[FakeArr]:
+    async with fake_arr("sonarr", **sonarr_resources()) as arr:
+        await connect(api, "TV", "sonarr", arr.url, KEY)
         yield arr
 
 
 @pytest.fixture
-def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, house: House) -> Callable[[str], Path]:
+def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: ApiClient) -> Callable[[str], Path]:
     monkeypatch.setenv("FORGEARR_AUDIT__RULES", str(tmp_path / "rules"))
     get_settings.cache_clear()
     (tmp_path / "rules").mkdir()
@@ -78,38 +78,38 @@ def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, house: House) -> 
     return write
 
 
-async def connect(house: House, name: str, type: str, url: str, key: str | None = None) -> int:  # noqa: A002
-    async with house.database.transaction() as session:
+async def connect(api: ApiClient, name: str, type: str, url: str, key: str | None = None) -> int:  # noqa: A002
+    async with api.database.transaction() as session:
         values = {"name": name, "type": type, "url": url, "api_key": key}
         return (await service_store.create(session, values, "ada")).id
 
 
-def said(program: Running, keyword: str, value: str) -> None:
+def said(program: RunningService, keyword: str, value: str) -> None:
     says(program, section="misc", keyword=keyword, value=value)
 
 
-def says(program: Running, **told: str) -> None:
+def says(program: RunningService, **told: str) -> None:
     query = {"mode": "set_config", **told}
     httpx.get(
-        f"{program.url}/api", params={**query, "output": "json", "apikey": program.key}, timeout=PATIENCE
+        f"{program.url}/api", params={**query, "output": "json", "apikey": program.key}, timeout=TIMEOUT
     ).raise_for_status()
 
 
-def config(program: Running, section: str = "misc") -> Any:
+def config(program: RunningService, section: str = "misc") -> Any:
     query = {"mode": "get_config", "section": section, "output": "json", "apikey": program.key}
-    return httpx.get(f"{program.url}/api", params=query, timeout=PATIENCE).json()["config"][section]
+    return httpx.get(f"{program.url}/api", params=query, timeout=TIMEOUT).json()["config"][section]
 
 
-async def audited(house: House, *services: str, **more: Any) -> dict[str, Any]:
+async def audited(api: ApiClient, *services: str, **more: Any) -> dict[str, Any]:
     body = {"services": list(services), "include_web_search": False, **more}
-    answer = await run_jobs.ask(house, f"{PATH}/audit", body, audit_services.KIND)
+    answer = await run_jobs.request_and_run(api, f"{PATH}/audit", body, audit_services.KIND)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
-async def changed(house: House, door: str, *ids: int, dry_run: bool = False) -> list[dict[str, Any]]:
+async def changed(api: ApiClient, door: str, *ids: int, dry_run: bool = False) -> list[dict[str, Any]]:
     body = {"recommendation_ids": list(ids), "dry_run": dry_run}
-    answer = await run_jobs.ask(house, f"{PATH}/{door}", body, change_settings.KIND)
+    answer = await run_jobs.request_and_run(api, f"{PATH}/{door}", body, change_settings.KIND)
     assert answer.status_code == 200, answer.text
     told = answer.json()
     good = sum(result["success"] for result in told["results"])
@@ -118,14 +118,14 @@ async def changed(house: House, door: str, *ids: int, dry_run: bool = False) -> 
     return told["results"]
 
 
-async def recommended(house: House, **query: Any) -> dict[str, dict[str, Any]]:
-    answer = await house.ask("bob", "GET", f"{PATH}/recommendations", params={"page_size": 100, **query})
+async def recommended(api: ApiClient, **query: Any) -> dict[str, dict[str, Any]]:
+    answer = await api.request("bob", "GET", f"{PATH}/recommendations", params={"page_size": 100, **query})
     assert answer.status_code == 200, answer.text
     return {f"{one['item'] or ''}.{one['setting_name']}".lstrip("."): one for one in answer.json()["recommendations"]}
 
 
-async def test_an_audit_answers_as_documented(house: House, sabnzbd: Running) -> None:
-    told = await audited(house, "sabnzbd")
+async def test_an_audit_answers_as_documented(api: ApiClient, sabnzbd: RunningService) -> None:
+    told = await audited(api, "sabnzbd")
     assert told["audit_id"].startswith("audit_")
     assert (told["services_audited"], told["status"], told["failed_services"]) == (["sabnzbd"], "succeeded", {})
     total = told["total_recommendations"]
@@ -133,99 +133,101 @@ async def test_an_audit_answers_as_documented(house: House, sabnzbd: Running) ->
     assert list(told["recommendations_by_priority"]) == ["critical", "high", "medium", "low"]
     assert told["summary"] == {"sabnzbd": {"issues_found": total, "recommendations": total}}
     assert told["web_search"] == {"used": False, "reason": "It was not asked for.", "searches": 0}
-    assert (await house.ask("bob", "GET", f"{PATH}/audit/{told['audit_id']}")).json() == told
+    assert (await api.request("bob", "GET", f"{PATH}/audit/{told['audit_id']}")).json() == told
 
-    listed = (await house.ask("bob", "GET", f"{PATH}/recommendations?service=SAB&priority=high&page_size=2")).json()
+    listed = (await api.request("bob", "GET", f"{PATH}/recommendations?service=SAB&priority=high&page_size=2")).json()
     high = told["recommendations_by_priority"]["high"]
     assert listed["pagination"] == {"page": 1, "page_size": 2, "total_items": high, "total_pages": -(-high // 2)}
     assert listed["filters_applied"] == {"service": "SAB", "priority": "high"}
     assert len(listed["recommendations"]) == 2
-    hopeless = (await recommended(house))["fail_hopeless_jobs"]
+    hopeless = (await recommended(api))["fail_hopeless_jobs"]
     assert (hopeless["service"], hopeless["category"], hopeless["priority"]) == ("sabnzbd", "performance", "high")
     assert (hopeless["current_value"], hopeless["recommended_value"], hopeless["applied"]) == (0, 1, False)
-    detail = (await house.ask("bob", "GET", f"{PATH}/recommendations/{hopeless['id']}")).json()
+    detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{hopeless['id']}")).json()
     assert detail.items() >= hopeless.items()
     assert detail["explanation"]
     assert detail["references"][0].startswith("https://sabnzbd.org/wiki/")
     assert (detail["applied_at"], detail["closed_at"]) == (None, None)
-    missing = await house.ask("bob", "GET", f"{PATH}/recommendations/999999")
+    missing = await api.request("bob", "GET", f"{PATH}/recommendations/999999")
     assert (missing.status_code, missing.json()["message"]) == (404, "Recommendation with ID 999999 not found")
 
 
-async def test_the_same_finding_is_the_same_recommendation_until_it_is_gone(house: House, sabnzbd: Running) -> None:
-    first = await audited(house, "sabnzbd")
-    before = await recommended(house)
+async def test_the_same_finding_is_the_same_recommendation_until_it_is_gone(
+    api: ApiClient, sabnzbd: RunningService
+) -> None:
+    first = await audited(api, "sabnzbd")
+    before = await recommended(api)
     said(sabnzbd, "direct_unpack", "1")
     said(sabnzbd, "pre_check", "1")
-    second = await audited(house, "SAB")
-    after = await recommended(house)
+    second = await audited(api, "SAB")
+    after = await recommended(api)
     assert after.keys() == before.keys() - {"direct_unpack"} | {"pre_check"}
     assert {name: after[name]["id"] for name in before if name in after} == {
         name: one["id"] for name, one in before.items() if name in after
     }
-    closed = (await house.ask("bob", "GET", f"{PATH}/recommendations/{before['direct_unpack']['id']}")).json()
+    closed = (await api.request("bob", "GET", f"{PATH}/recommendations/{before['direct_unpack']['id']}")).json()
     assert closed["closed_at"] is not None
-    history = (await house.ask("bob", "GET", f"{PATH}/audit/history")).json()
+    history = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()
     assert [one["audit_id"] for one in history["audits"]] == [second["audit_id"], first["audit_id"]]
     assert history["pagination"]["total_items"] == 2
-    (result,) = await changed(house, "apply", before["direct_unpack"]["id"])
+    (result,) = await changed(api, "apply", before["direct_unpack"]["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, False)
 
 
-async def test_settings_are_applied_once_and_taken_back(house: House, sabnzbd: Running) -> None:
-    told = await audited(house, "sabnzbd")
-    found = await recommended(house)
+async def test_settings_are_applied_once_and_taken_back(api: ApiClient, sabnzbd: RunningService) -> None:
+    told = await audited(api, "sabnzbd")
+    found = await recommended(api)
     ids = [found[name]["id"] for name in ("fail_hopeless_jobs", "unwanted_extensions", "nzb_backup_dir")]
 
     before = config(sabnzbd)
-    dry = await changed(house, "apply", *ids, dry_run=True)
+    dry = await changed(api, "apply", *ids, dry_run=True)
     assert [(one["success"], one["changed"]) for one in dry] == [(True, False), (True, False), (False, False)]
     assert (dry[0]["previous_value"], dry[0]["new_value"], dry[0]["message"]) == (0, 1, "It would be changed")
     assert config(sabnzbd) == before
 
-    first = await changed(house, "apply", *ids)
+    first = await changed(api, "apply", *ids)
     assert [one["success"] for one in first] == [True, True, False]
     assert (first[0]["message"], first[0]["rollback_available"]) == ("Configuration applied successfully", True)
     assert (first[2]["error"], first[2]["message"][:22]) == ("by_hand", "This is done by hand: ")
     live = config(sabnzbd)
     assert live["fail_hopeless_jobs"] == 1
     assert live["unwanted_extensions"] == found["unwanted_extensions"]["recommended_value"]
-    assert (await recommended(house, applied=True)).keys() == {"fail_hopeless_jobs", "unwanted_extensions"}
+    assert (await recommended(api, applied=True)).keys() == {"fail_hopeless_jobs", "unwanted_extensions"}
 
-    again = await changed(house, "apply", *ids[:2])
+    again = await changed(api, "apply", *ids[:2])
     assert [(one["success"], one["changed"], one["rollback_available"]) for one in again] == [(True, False, True)] * 2
     assert config(sabnzbd) == live
-    (one,) = (await house.ask("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
+    (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
     assert (one["applied_count"], one["total_recommendations"]) == (2, told["total_recommendations"])
 
-    back = await changed(house, "rollback", ids[0])
+    back = await changed(api, "rollback", ids[0])
     assert (back[0]["success"], back[0]["previous_value"], back[0]["new_value"]) == (True, 1, 0)
     assert config(sabnzbd)["fail_hopeless_jobs"] == 0
-    (nothing,) = await changed(house, "rollback", ids[0])
+    (nothing,) = await changed(api, "rollback", ids[0])
     assert (nothing["success"], nothing["error"]) == (False, "conflict")
-    assert (await recommended(house))["fail_hopeless_jobs"]["applied"] is False
-    (one,) = (await house.ask("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
+    assert (await recommended(api))["fail_hopeless_jobs"]["applied"] is False
+    (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
     assert one["applied_count"] == 1
-    await changed(house, "rollback", ids[1])
+    await changed(api, "rollback", ids[1])
     assert config(sabnzbd) == before
 
 
-async def test_what_was_changed_by_hand_is_not_overwritten(house: House, sabnzbd: Running) -> None:
+async def test_what_was_changed_by_hand_is_not_overwritten(api: ApiClient, sabnzbd: RunningService) -> None:
     said(sabnzbd, "propagation_delay", "1")
-    await audited(house, "sabnzbd")
-    found = await recommended(house)
+    await audited(api, "sabnzbd")
+    found = await recommended(api)
     said(sabnzbd, "propagation_delay", "3")
-    (result,) = await changed(house, "apply", found["propagation_delay"]["id"])
+    (result,) = await changed(api, "apply", found["propagation_delay"]["id"])
     assert (result["success"], result["error"], result["previous_value"]) == (False, "changed_since", 3)
     assert config(sabnzbd)["propagation_delay"] == 3
 
-    (result,) = await changed(house, "apply", found["fail_hopeless_jobs"]["id"])
+    (result,) = await changed(api, "apply", found["fail_hopeless_jobs"]["id"])
     assert result["success"]
-    await audited(house, "sabnzbd")
-    (result,) = await changed(house, "apply", (await recommended(house))["propagation_delay"]["id"])
+    await audited(api, "sabnzbd")
+    (result,) = await changed(api, "apply", (await recommended(api))["propagation_delay"]["id"])
     assert (result["success"], result["previous_value"], result["new_value"]) == (True, 3, 5)
     said(sabnzbd, "propagation_delay", "20")
-    (result,) = await changed(house, "rollback", found["propagation_delay"]["id"])
+    (result,) = await changed(api, "rollback", found["propagation_delay"]["id"])
     assert (result["success"], result["error"]) == (False, "changed_since")
     assert config(sabnzbd)["propagation_delay"] == 20
 
@@ -247,59 +249,59 @@ RULE = """
 
 
 async def test_a_value_that_is_not_taken_is_reported_and_the_former_one_given_back(
-    house: House, sabnzbd: Running, own_rules: Callable[[str], Path]
+    api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     file = own_rules(
         RULE.format(id="soon", area="misc", setting="propagation_delay", value="soon")
         + RULE.format(id="open", area="misc", setting="inet_exposure", value="99")
         + "- {id: broken}\n"
     )
-    told = await audited(house, "sabnzbd")
+    told = await audited(api, "sabnzbd")
     assert told["rule_problems"] == [f"{file}:27: service: Field required."]
-    found = await recommended(house, priority="critical")
-    soon, exposure = await changed(house, "apply", found["propagation_delay"]["id"], found["inet_exposure"]["id"])
+    found = await recommended(api, priority="critical")
+    soon, exposure = await changed(api, "apply", found["propagation_delay"]["id"], found["inet_exposure"]["id"])
     assert (soon["success"], soon["error"]) == (False, "not_taken")
     assert "became 0: it was given its former value back" in soon["message"]
     assert (exposure["success"], exposure["error"]) == (False, "not_taken")
     live = config(sabnzbd)
     assert (live["propagation_delay"], live["inet_exposure"]) == (7, 0)
-    (nothing,) = await changed(house, "rollback", found["propagation_delay"]["id"])
+    (nothing,) = await changed(api, "rollback", found["propagation_delay"]["id"])
     assert nothing["success"] is False
 
 
 async def test_things_in_lists_are_changed_and_never_made(
-    house: House, sabnzbd: Running, own_rules: Callable[[str], Path]
+    api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     own_rules(RULE.format(id="folder", area="categories[]", setting="dir", value="shows"))
     says(sabnzbd, section="categories", keyword="*", name="*")  # with it, it makes none by itself
     says(sabnzbd, section="categories", keyword="tv", name="tv", dir="tv*")
-    await audited(house, "sabnzbd")
-    found = (await recommended(house, priority="critical"))["tv.dir"]
+    await audited(api, "sabnzbd")
+    found = (await recommended(api, priority="critical"))["tv.dir"]
     assert (found["area"], found["item"], found["current_value"]) == ("categories[]", "tv", "tv*")
     before = config(sabnzbd, "categories")
-    (result,) = await changed(house, "apply", found["id"])
+    (result,) = await changed(api, "apply", found["id"])
     assert result["success"], result
     assert config(sabnzbd, "categories") == [{**one, "dir": "shows"} if one["name"] == "tv" else one for one in before]
-    await changed(house, "rollback", found["id"])
+    await changed(api, "rollback", found["id"])
     assert config(sabnzbd, "categories") == before
     says(sabnzbd, mode="del_config", section="categories", keyword="tv")
-    (gone,) = await changed(house, "apply", found["id"])
+    (gone,) = await changed(api, "apply", found["id"])
     assert (gone["success"], gone["error"]) == (False, "not_found")
 
 
 async def test_secrets_are_kept_and_told_nowhere(
-    house: House, sabnzbd: Running, own_rules: Callable[[str], Path]
+    api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     server = {"keyword": "one", "name": "one", "host": "news.example", "username": "ada"}
     says(sabnzbd, section="servers", **server, password=PASSWORD)
     spying = RULE.format(id="spy", area="misc", setting="api_key", value="x").replace("{set: x}", "{by_hand: Look.}")
     own_rules(spying)
-    await audited(house, "sabnzbd")
-    found = await recommended(house)
+    await audited(api, "sabnzbd")
+    found = await recommended(api)
     assert found["api_key"]["current_value"] == "********"
-    await changed(house, "apply", found["fail_hopeless_jobs"]["id"])
+    await changed(api, "apply", found["fail_hopeless_jobs"]["id"])
     kept: list[Any] = []
-    async with house.database.read_transaction() as session:
+    async with api.database.read_transaction() as session:
         for table in Base.metadata.sorted_tables:
             if table.name != "services":
                 kept += [[*row] for row in await session.execute(text(f'SELECT * FROM "{table.name}"'))]
@@ -353,69 +355,69 @@ def sonarr_resources() -> dict[str, Any]:
     }
 
 
-async def test_sonarr_gets_back_what_it_told_but_for_what_was_changed(house: House, sonarr: ArrStandIn) -> None:
+async def test_sonarr_gets_back_what_it_told_but_for_what_was_changed(api: ApiClient, sonarr: FakeArr) -> None:
     before = json.loads(json.dumps(sonarr.resources))
-    told = await audited(house, "sonarr")
+    told = await audited(api, "sonarr")
     assert told["failed_services"] == {}
-    found = await recommended(house)
+    found = await recommended(api)
     assert found["rssSyncInterval"]["current_value"] == 0
     assert found["enableRss"]["current_value"] == []  # there is no indexer at all
     assert found["maxSize"]["current_value"] == ["HDTV-720p: 100.0"]
     assert found["UpdateCheck.message"]["current_value"] == "New"
-    detail = (await house.ask("bob", "GET", f"{PATH}/recommendations/{found['UpdateCheck.message']['id']}")).json()
+    detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{found['UpdateCheck.message']['id']}")).json()
     assert "https://wiki" in detail["references"]
     wanted = ["copyUsingHardlinks", "rssSyncInterval", 'SAB "🎬".removeCompletedDownloads']
-    results = await changed(house, "apply", *(found[name]["id"] for name in wanted))
+    results = await changed(api, "apply", *(found[name]["id"] for name in wanted))
     assert [one["success"] for one in results] == [True, True, True], results
     expected = json.loads(json.dumps(before))
     expected["config/mediamanagement"]["copyUsingHardlinks"] = True
     expected["config/indexer"]["rssSyncInterval"] = 15
     expected["downloadclient"][0]["removeCompletedDownloads"] = True
     assert sonarr.resources == expected
-    await changed(house, "rollback", *(found[name]["id"] for name in wanted))
+    await changed(api, "rollback", *(found[name]["id"] for name in wanted))
     assert sonarr.resources == before
 
 
-async def test_what_could_not_be_given_back_at_once_can_be_later(house: House) -> None:
+async def test_what_could_not_be_given_back_at_once_can_be_later(api: ApiClient) -> None:
     writes: list[int] = []
 
-    def before(asked: Asked) -> Reply | None:
-        if asked.method != "PUT":
+    def before(request: StubRequest) -> StubResponse | None:
+        if request.method != "PUT":
             return None
-        writes.append(json.loads(asked.body)["rssSyncInterval"])
+        writes.append(json.loads(request.body)["rssSyncInterval"])
         if len(writes) == 1:
             arr.resources["config/indexer"]["rssSyncInterval"] = 10
-            return telling(arr.resources["config/indexer"], 202)
-        return telling({"message": "Not now"}, 503) if len(writes) == 2 else None
+            return json_response(arr.resources["config/indexer"], 202)
+        return json_response({"message": "Not now"}, 503) if len(writes) == 2 else None
 
-    async with arr_standing_in("sonarr", before, **sonarr_resources()) as arr:
-        await connect(house, "TV", "sonarr", arr.url, KEY)
-        await audited(house, "sonarr")
-        wanted = (await recommended(house))["rssSyncInterval"]["id"]
-        (result,) = await changed(house, "apply", wanted)
+    async with fake_arr("sonarr", before, **sonarr_resources()) as arr:
+        await connect(api, "TV", "sonarr", arr.url, KEY)
+        await audited(api, "sonarr")
+        wanted = (await recommended(api))["rssSyncInterval"]["id"]
+        (result,) = await changed(api, "apply", wanted)
         assert (result["success"], result["error"]) == (False, "not_taken")
         assert "is 10 now; its former value could not be given back" in result["message"]
-        (result,) = await changed(house, "rollback", wanted)
+        (result,) = await changed(api, "rollback", wanted)
         assert (result["success"], result["changed"]) == (True, True), result
         assert writes == [15, 0, 0]
         assert arr.resources["config/indexer"]["rssSyncInterval"] == 0
 
 
-async def test_a_password_that_reads_as_asterisks_is_never_written(house: House, sonarr: ArrStandIn) -> None:
-    await audited(house, "sonarr")
-    found = await recommended(house)
-    (result,) = await changed(house, "apply", found["certificateValidation"]["id"])
+async def test_a_password_that_reads_as_asterisks_is_never_written(api: ApiClient, sonarr: FakeArr) -> None:
+    await audited(api, "sonarr")
+    found = await recommended(api)
+    (result,) = await changed(api, "apply", found["certificateValidation"]["id"])
     assert result["success"] is False
     assert "hides its setting 'password'" in result["message"]
-    assert not [asked for asked in sonarr.asked if asked.method == "PUT"]
+    assert not [request for request in sonarr.requests if request.method == "PUT"]
 
 
-async def test_an_audit_of_many_tells_of_those_that_are_down(house: House, sonarr: ArrStandIn) -> None:
-    await connect(house, "Movies", "radarr", DEAD, KEY)
-    half = Reply(b'{"MediaContainer": {"Setting": [{"id": "auto')
-    async with standing_in(lambda asked: half) as plex:
-        await connect(house, "plex", "plex", plex.url, KEY)
-        told = await audited(house, "sonarr", "radarr", "plex")
+async def test_an_audit_of_many_tells_of_those_that_are_down(api: ApiClient, sonarr: FakeArr) -> None:
+    await connect(api, "Movies", "radarr", DEAD, KEY)
+    half = StubResponse(b'{"MediaContainer": {"Setting": [{"id": "auto')
+    async with stub_server(lambda request: half) as plex:
+        await connect(api, "plex", "plex", plex.url, KEY)
+        told = await audited(api, "sonarr", "radarr", "plex")
     assert told["services_audited"] == ["sonarr"]
     assert told["failed_services"].keys() == {"radarr", "plex"}
     assert "cannot be reached" in told["failed_services"]["radarr"]
@@ -425,82 +427,82 @@ async def test_an_audit_of_many_tells_of_those_that_are_down(house: House, sonar
 @pytest.mark.parametrize(
     "answer",
     [
-        telling({}),
-        telling([]),
-        telling({"MediaContainer": None}),
-        telling({"MediaContainer": {"Setting": [{"id": 5}]}}),
-        telling({"MediaContainer": {"Setting": {"id": "x"}}}),
-        page("Welcome"),
-        Reply(b"[" * 100_000),
+        json_response({}),
+        json_response([]),
+        json_response({"MediaContainer": None}),
+        json_response({"MediaContainer": {"Setting": [{"id": 5}]}}),
+        json_response({"MediaContainer": {"Setting": {"id": "x"}}}),
+        html_page("Welcome"),
+        StubResponse(b"[" * 100_000),
     ],
 )
-async def test_answers_that_make_no_sense_fail_that_service_only(house: House, answer: Reply) -> None:
-    async with standing_in(lambda asked: answer) as plex:
-        await connect(house, "plex", "plex", plex.url, KEY)
-        told = await audited(house, "plex")
+async def test_answers_that_make_no_sense_fail_that_service_only(api: ApiClient, answer: StubResponse) -> None:
+    async with stub_server(lambda request: answer) as plex:
+        await connect(api, "plex", "plex", plex.url, KEY)
+        told = await audited(api, "plex")
     assert told["services_audited"] == []
     assert list(told["failed_services"]) == ["plex"]
 
 
-async def test_what_is_open_stays_open_while_a_service_is_away(house: House, sonarr: ArrStandIn) -> None:
-    await audited(house, "sonarr")
-    before = await recommended(house)
-    async with house.database.transaction() as session:
+async def test_what_is_open_stays_open_while_a_service_is_away(api: ApiClient, sonarr: FakeArr) -> None:
+    await audited(api, "sonarr")
+    before = await recommended(api)
+    async with api.database.transaction() as session:
         service = await service_store.find(session, "sonarr")
         assert service
         service.url = DEAD
-    told = await audited(house, "sonarr")
+    told = await audited(api, "sonarr")
     assert list(told["failed_services"]) == ["sonarr"]
-    assert (await recommended(house)).keys() == before.keys()
+    assert (await recommended(api)).keys() == before.keys()
     both = [before["copyUsingHardlinks"]["id"], before["rssSyncInterval"]["id"], 999999]
-    results = await changed(house, "apply", *both)
+    results = await changed(api, "apply", *both)
     assert [one["error"] for one in results] == ["mcp_connection_error", "mcp_connection_error", "not_found"]
     assert results[0]["message"].startswith("Service connection failed")
     assert results[2]["message"] == "Recommendation with ID 999999 not found"
 
 
-async def test_plex_is_told_by_names_and_numbers(house: House) -> None:
+async def test_plex_is_told_by_names_and_numbers(api: ApiClient) -> None:
     kept: dict[str, Any] = {"autoEmptyTrash": True, "allowMediaDeletion": True, "PlexOnlineToken": PASSWORD}
 
-    def answer(asked: Any) -> Reply:
-        if asked.method == "PUT":
-            kept.update({name: value == "1" for name, value in asked.query.items()})
-            return Reply()
-        return telling({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
+    def answer(request: Any) -> StubResponse:
+        if request.method == "PUT":
+            kept.update({name: value == "1" for name, value in request.query.items()})
+            return StubResponse()
+        return json_response({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
 
-    async with standing_in(answer) as plex:
-        await connect(house, "plex", "plex", plex.url, KEY)
-        told = await audited(house, "plex")
+    async with stub_server(answer) as plex:
+        await connect(api, "plex", "plex", plex.url, KEY)
+        told = await audited(api, "plex")
         assert told["total_recommendations"] == 1  # of settings that this version does not have, nothing is said
-        found = (await recommended(house))["allowMediaDeletion"]
-        (result,) = await changed(house, "apply", found["id"])
+        found = (await recommended(api))["allowMediaDeletion"]
+        (result,) = await changed(api, "apply", found["id"])
     assert result["success"], result
     assert kept["allowMediaDeletion"] is False
-    assert plex.asked[-2].query == {"allowMediaDeletion": "0"}
+    assert plex.requests[-2].query == {"allowMediaDeletion": "0"}
 
 
-async def test_what_is_no_longer_advisable_is_not_applied(house: House) -> None:
+async def test_what_is_no_longer_advisable_is_not_applied(api: ApiClient) -> None:
     kept = {"FSEventLibraryUpdatesEnabled": True, "ScheduledLibraryUpdatesEnabled": True}
 
-    def answer(asked: Asked) -> Reply:
-        return telling({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
+    def answer(request: StubRequest) -> StubResponse:
+        return json_response({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
 
-    async with standing_in(answer) as plex:
-        await connect(house, "plex", "plex", plex.url, KEY)
-        await audited(house, "plex")
-        found = (await recommended(house))["ScheduledLibraryUpdatesEnabled"]
+    async with stub_server(answer) as plex:
+        await connect(api, "plex", "plex", plex.url, KEY)
+        await audited(api, "plex")
+        found = (await recommended(api))["ScheduledLibraryUpdatesEnabled"]
         kept["FSEventLibraryUpdatesEnabled"] = False  # so Plex would look for new files in no way at all
         for dry_run in (True, False):
-            (result,) = await changed(house, "apply", found["id"], dry_run=dry_run)
+            (result,) = await changed(api, "apply", found["id"], dry_run=dry_run)
             assert (result["success"], result["error"]) == (False, "changed_since")
-        assert {asked.method for asked in plex.asked} == {"GET"}
+        assert {request.method for request in plex.requests} == {"GET"}
 
 
-async def test_another_thing_under_the_same_key_is_not_changed(house: House, sonarr: ArrStandIn) -> None:
-    await audited(house, "sonarr")
-    found = (await recommended(house))['SAB "🎬".removeCompletedDownloads']
+async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, sonarr: FakeArr) -> None:
+    await audited(api, "sonarr")
+    found = (await recommended(api))['SAB "🎬".removeCompletedDownloads']
     sonarr.rows("downloadclient")[0]["name"] = "Another"
-    (result,) = await changed(house, "apply", found["id"])
+    (result,) = await changed(api, "apply", found["id"])
     assert (result["success"], result["error"]) == (False, "changed_since")
     assert sonarr.rows("downloadclient")[0]["removeCompletedDownloads"] is False
 
@@ -520,63 +522,67 @@ async def test_another_thing_under_the_same_key_is_not_changed(house: House, son
         ({"services": [1]}, 422, "services"),
     ],
 )
-async def test_audits_that_cannot_be_are_refused(house: House, body: Any, status: int, words: str) -> None:
-    await connect(house, "search", "searxng", DEAD)
-    answer = await house.ask("admin", "POST", f"{PATH}/audit", json=body)
+async def test_audits_that_cannot_be_are_refused(api: ApiClient, body: Any, status: int, words: str) -> None:
+    await connect(api, "search", "searxng", DEAD)
+    answer = await api.request("admin", "POST", f"{PATH}/audit", json=body)
     assert (answer.status_code, words in answer.json()["message"]) == (status, True), answer.text
-    assert (await house.kinds())[audit_services.KIND] == 0
+    assert (await api.count_kinds())[audit_services.KIND] == 0
 
 
 @pytest.mark.parametrize(
     ("ids", "status"), [([], 400), ([0], 422), ([2**63], 422), (["1"], 422), (list(range(1, 102)), 422)]
 )
-async def test_changes_that_cannot_be_are_refused(house: House, ids: list[Any], status: int) -> None:
+async def test_changes_that_cannot_be_are_refused(api: ApiClient, ids: list[Any], status: int) -> None:
     for door in ("apply", "rollback"):
-        answer = await house.ask("admin", "POST", f"{PATH}/{door}", json={"recommendation_ids": ids})
+        answer = await api.request("admin", "POST", f"{PATH}/{door}", json={"recommendation_ids": ids})
         assert answer.status_code == status, answer.text
-    assert (await house.kinds())[change_settings.KIND] == 0
+    assert (await api.count_kinds())[change_settings.KIND] == 0
 
 
-async def test_only_administrators_audit_and_change(house: House) -> None:
+async def test_only_administrators_audit_and_change(api: ApiClient) -> None:
     for door, body in (("audit", {"services": ["plex"]}), ("apply", {"recommendation_ids": [1]})):
-        assert (await house.ask("ada", "POST", f"{PATH}/{door}", json=body)).status_code == 403
+        assert (await api.request("ada", "POST", f"{PATH}/{door}", json=body)).status_code == 403
     for path in ("audit/history", "recommendations", "rules"):
-        assert (await house.ask("ada", "GET", f"{PATH}/{path}")).status_code == 200
+        assert (await api.request("ada", "GET", f"{PATH}/{path}")).status_code == 200
 
 
-async def test_an_audit_under_way_can_be_looked_at(house: House, sonarr: ArrStandIn) -> None:
+async def test_an_audit_under_way_can_be_looked_at(api: ApiClient, sonarr: FakeArr) -> None:
     wanted = {"services": ["sonarr"], "include_web_search": False}
-    asked = await house.ask("admin", "POST", f"{PATH}/audit?wait=0", json=wanted)
-    assert (asked.status_code, asked.json()["status"], asked.json()["total_recommendations"]) == (202, "queued", None)
-    address = f"{PATH}/audit/{asked.json()['audit_id']}"
-    assert (await house.ask("bob", "GET", address)).json()["status"] == "queued"
-    await run_jobs.run(house.database, audit_services.KIND)
-    assert (await house.ask("bob", "GET", address)).json()["status"] == "succeeded"
-    for wrong in ("audit_x", "job_x", asked.json()["job_id"], "audit_%2e%2e"):
-        assert (await house.ask("bob", "GET", f"{PATH}/audit/{wrong}")).status_code == 404
+    accepted = await api.request("admin", "POST", f"{PATH}/audit?wait=0", json=wanted)
+    assert (accepted.status_code, accepted.json()["status"], accepted.json()["total_recommendations"]) == (
+        202,
+        "queued",
+        None,
+    )
+    address = f"{PATH}/audit/{accepted.json()['audit_id']}"
+    assert (await api.request("bob", "GET", address)).json()["status"] == "queued"
+    await run_jobs.run_queued(api.database, audit_services.KIND)
+    assert (await api.request("bob", "GET", address)).json()["status"] == "succeeded"
+    for wrong in ("audit_x", "job_x", accepted.json()["job_id"], "audit_%2e%2e"):
+        assert (await api.request("bob", "GET", f"{PATH}/audit/{wrong}")).status_code == 404
 
 
 async def test_the_room_hears_of_an_audit_and_mlflow_of_its_numbers(
-    house: House, sonarr: ArrStandIn, monkeypatch: pytest.MonkeyPatch
+    api: ApiClient, sonarr: FakeArr, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[events.Message] = []
     monkeypatch.setattr(events, "publish", heard.extend)
-    asked = await house.ask("admin", "POST", f"{PATH}/audit?wait=0", json={"services": ["sonarr"]})
-    (notes,) = await run_jobs.run(house.database, audit_services.KIND)
+    accepted = await api.request("admin", "POST", f"{PATH}/audit?wait=0", json={"services": ["sonarr"]})
+    (link,) = await run_jobs.run_queued(api.database, audit_services.KIND)
     (message,) = [one for one in heard if one["type"] == "config.audit.completed"]
-    total = notes.metrics["recommendations"]
+    total = link.metrics["recommendations"]
     assert message["rooms"] == ["config_audit"]
-    assert message["data"] == {"audit_id": asked.json()["audit_id"], "recommendation_count": total}
+    assert message["data"] == {"audit_id": accepted.json()["audit_id"], "recommendation_count": total}
     assert message["timestamp"].endswith("Z")
-    assert sum(notes.metrics[f"priority_{name}"] for name in ("critical", "high", "medium", "low")) == total
-    async with house.database.read_transaction() as session:
+    assert sum(link.metrics[f"priority_{name}"] for name in ("critical", "high", "medium", "low")) == total
+    async with api.database.read_transaction() as session:
         (job,) = await session.scalars(select(Job))
     assert (job.tracked, job.concurrency) == (True, 1)
     assert job.result
     assert job.result["web_search"]["reason"].startswith("No service is connected that searches the web.")
 
 
-async def test_the_web_is_asked_about_what_is_found(house: House, sonarr: ArrStandIn) -> None:
+async def test_the_web_is_asked_about_what_is_found(api: ApiClient, sonarr: FakeArr) -> None:
     found = [
         {"title": "Hardlinks", "url": "https://guide.example/hardlinks"},
         {"title": "Script", "url": "javascript:alert(1)"},
@@ -584,67 +590,67 @@ async def test_the_web_is_asked_about_what_is_found(house: House, sonarr: ArrSta
         {"url": "https://guide.example/3"},
         {"url": "https://guide.example/4"},
     ]
-    async with standing_in(lambda asked: telling({"query": asked.query["q"], "results": found})) as searx:
-        await connect(house, "search", "searxng", searx.url)
-        told = await audited(house, "sonarr", include_web_search=True)
+    async with stub_server(lambda request: json_response({"query": request.query["q"], "results": found})) as searx:
+        await connect(api, "search", "searxng", searx.url)
+        told = await audited(api, "sonarr", include_web_search=True)
         assert told["web_search"] == {"used": True, "reason": None, "searches": 12}
-        assert {asked.query["format"] for asked in searx.asked} == {"json"}
-        assert "Sonarr copyUsingHardlinks recommended setting" in {asked.query["q"] for asked in searx.asked}
-    hardlinks = (await recommended(house))["copyUsingHardlinks"]
-    detail = (await house.ask("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()
+        assert {request.query["format"] for request in searx.requests} == {"json"}
+        assert "Sonarr copyUsingHardlinks recommended setting" in {request.query["q"] for request in searx.requests}
+    hardlinks = (await recommended(api))["copyUsingHardlinks"]
+    detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()
     assert detail["sources"] == [f"https://guide.example/{end}" for end in ("hardlinks", "2", "3")]
-    told = await audited(house, "sonarr", include_web_search=True)  # it is gone now
+    told = await audited(api, "sonarr", include_web_search=True)  # it is gone now
     assert told["web_search"]["used"] is False
     assert "cannot be reached" in told["web_search"]["reason"]
-    assert (await house.ask("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()["sources"] == detail[
+    assert (await api.request("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()["sources"] == detail[
         "sources"
     ]
 
 
-async def test_audits_and_changes_have_limits_of_their_own(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_audits_and_changes_have_limits_of_their_own(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "true")
     get_settings.cache_clear()
     rate_limits.limiter.cache_clear()
     for door, amount in (("audit", 10), ("apply", 20), ("rollback", 20)):
-        answer = await house.ask("ada", "POST", f"{PATH}/{door}", json={})
+        answer = await api.request("ada", "POST", f"{PATH}/{door}", json={})
         assert answer.headers["x-ratelimit-limit"] == str(amount), door
     assert answer.headers["x-ratelimit-remaining"] == "18"  # applying and taking back are counted together
     for path in ("recommendations", "recommendations/1", "audit/history", "rules"):
-        assert (await house.ask("ada", "GET", f"{PATH}/{path}")).headers["x-ratelimit-limit"] == "50"
+        assert (await api.request("ada", "GET", f"{PATH}/{path}")).headers["x-ratelimit-limit"] == "50"
     for _ in range(10):
-        answer = await house.ask("ada", "POST", f"{PATH}/audit", json={})
+        answer = await api.request("ada", "POST", f"{PATH}/audit", json={})
     assert answer.status_code == 429
-    assert (await house.ask("bob", "POST", f"{PATH}/audit", json={})).status_code == 403
+    assert (await api.request("bob", "POST", f"{PATH}/audit", json={})).status_code == 403
     rate_limits.limiter.cache_clear()
 
 
-async def test_an_attempt_that_was_lost_is_done_once(house: House, sonarr: ArrStandIn, database: Database) -> None:
+async def test_an_attempt_that_was_lost_is_done_once(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
     """A worker may die between the end of an audit, or of a change, and the news of it."""
-    await audited(house, "sonarr")
-    found = (await recommended(house))["copyUsingHardlinks"]
+    await audited(api, "sonarr")
+    found = (await recommended(api))["copyUsingHardlinks"]
     async with database.transaction() as session:
         session.add(SettingChange(recommendation_id=found["id"], previous=False, new=True, outcome="begun", by="ada"))
     sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] = True
-    (result,) = await changed(house, "apply", found["id"])
+    (result,) = await changed(api, "apply", found["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, True)
 
     # Taken back after this was asked for, by an attempt that was lost or by whoever asked for the same.
     async def take_back() -> list[httpx.Response]:
         body = {"recommendation_ids": [found["id"]]}
         keys = [{"Idempotency-Key": key} for key in ("one", "two")]
-        return [await house.ask("admin", "POST", f"{PATH}/rollback?wait=0", json=body, headers=key) for key in keys]
+        return [await api.request("admin", "POST", f"{PATH}/rollback?wait=0", json=body, headers=key) for key in keys]
 
     await take_back()
-    await run_jobs.run(database, change_settings.KIND)
+    await run_jobs.run_queued(database, change_settings.KIND)
     results = [answer.json()["results"][0] for answer in await take_back()]
     assert [(one["success"], one["changed"]) for one in results] == [(True, True), (True, False)]
     assert sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] is False
 
 
-async def test_old_audits_are_forgotten(house: House, sonarr: ArrStandIn, database: Database) -> None:
-    await audited(house, "sonarr")
+async def test_old_audits_are_forgotten(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
+    await audited(api, "sonarr")
     sonarr.resources["config/indexer"]["rssSyncInterval"] = 15
-    await audited(house, "sonarr")
+    await audited(api, "sonarr")
     assert await audit_tables.remove_old(database) == 0
     async with database.transaction() as session:
         await session.execute(text("UPDATE audits SET at = '2020-01-01 00:00:00+00:00'"))
@@ -654,14 +660,14 @@ async def test_old_audits_are_forgotten(house: House, sonarr: ArrStandIn, databa
     assert await audit_tables.remove_old(database) == 1
     async with database.read_transaction() as session:
         assert not (await session.scalars(select(Recommendation).where(Recommendation.closed_at.is_not(None)))).all()
-    assert (await house.ask("bob", "GET", f"{PATH}/audit/history")).json()["audits"] == []
+    assert (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"] == []
 
 
-async def test_a_deleted_service_takes_its_recommendations_along(house: House, sonarr: ArrStandIn) -> None:
-    await audited(house, "sonarr")
-    async with house.database.transaction() as session:
+async def test_a_deleted_service_takes_its_recommendations_along(api: ApiClient, sonarr: FakeArr) -> None:
+    await audited(api, "sonarr")
+    async with api.database.transaction() as session:
         service = await service_store.find(session, "sonarr")
         assert service
         await service_store.delete(session, service)
-    assert await recommended(house) == {}
-    assert len((await house.ask("bob", "GET", f"{PATH}/audit/history")).json()["audits"]) == 1
+    assert await recommended(api) == {}
+    assert len((await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]) == 1

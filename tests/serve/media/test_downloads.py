@@ -13,9 +13,17 @@ from cluster.db import Database, now
 from cluster.services import store as service_store
 from serve.app import create_app
 from tests.support.services import news_server, real_services
-from tests.support.services.news_server import Usenet
-from tests.support.services.real_services import Running
-from tests.support.services.stub_server import Asked, Reply, StandIn, page, standing_in, telling, text
+from tests.support.services.news_server import NewsServer
+from tests.support.services.real_services import RunningService
+from tests.support.services.stub_server import (
+    StubRequest,
+    StubResponse,
+    StubServer,
+    html_page,
+    json_response,
+    stub_server,
+    text_response,
+)
 from tests.support.waiting import eventually
 
 DOWNLOADS = "/api/v1/downloads"
@@ -25,15 +33,15 @@ pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def news() -> Iterator[Usenet]:
-    with news_server.usenet() as news:
+def news() -> Iterator[NewsServer]:
+    with news_server.running_news_server() as news:
         yield news
 
 
 @pytest.fixture(scope="module")
-def sabnzbd(tmp_path_factory: pytest.TempPathFactory, news: Usenet) -> Iterator[Running]:
+def sabnzbd(tmp_path_factory: pytest.TempPathFactory, news: NewsServer) -> Iterator[RunningService]:
     with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as running:
-        news_server.subscribe(running, news)
+        news_server.add_news_server(running, news)
         yield running
 
 
@@ -45,7 +53,7 @@ async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def real(client: httpx.AsyncClient, database: Database, sabnzbd: Running) -> httpx.AsyncClient:
+async def real(client: httpx.AsyncClient, database: Database, sabnzbd: RunningService) -> httpx.AsyncClient:
     """A server to which the real SABnzbd is connected."""
     await connect(database, sabnzbd.url, sabnzbd.key)
     return client
@@ -67,10 +75,10 @@ async def refused(client: httpx.AsyncClient, path: str, method: str = "GET", **p
     return answer.status_code, answer.json()["error_code"]
 
 
-async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Running, news: Usenet) -> None:
-    with news.holding():
-        nzo_id = news_server.download(sabnzbd, news.post("movie.mkv", secrets.token_bytes(3_000_000)), NAME)
-        news_server.still(sabnzbd, news)
+async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: RunningService, news: NewsServer) -> None:
+    with news.paused():
+        nzo_id = news_server.add_download(sabnzbd, news.post("movie.mkv", secrets.token_bytes(3_000_000)), NAME)
+        news_server.wait_until_stalled(sabnzbd, news)
         queue = await told(real, "/queue")
         (slot,) = queue["queue"]
         assert slot == {
@@ -87,10 +95,10 @@ async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Run
         assert (queue["speed"], queue["size_left"], queue["paused"]) == ("0 B/s", f"{slot['mb']:.1f} MB", False)
         assert queue["disk_space"].endswith(("GB", "TB"))
         assert await told(real, "/pause", "POST") == {"success": True, "paused": True, "queue_status": "Paused"}
-        assert news_server.ask(sabnzbd, "queue")["queue"]["paused"] is True
+        assert news_server.call_api(sabnzbd, "queue")["queue"]["paused"] is True
         assert (await told(real, "/queue"))["paused"] is True
         assert await told(real, "/resume", "POST") == {"success": True, "paused": False, "queue_status": "Idle"}
-        assert news_server.ask(sabnzbd, "queue")["queue"]["paused"] is False
+        assert news_server.call_api(sabnzbd, "queue")["queue"]["paused"] is False
 
         absent = {(404, "DOWNLOAD_NOT_FOUND"), (404, "NOT_FOUND")}
         for none in ("SABnzbd_nzo_none", "all", f"{nzo_id},all", f"{nzo_id}%2Fx", 400 * "9", "%F0%9F%8E%AC", "%22'"):
@@ -101,18 +109,18 @@ async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Run
 
         deleted = {"success": True, "message": "Download deleted successfully", "nzo_id": nzo_id}
         assert await told(real, f"/{nzo_id}", "DELETE") == deleted
-        assert news_server.ask(sabnzbd, "queue")["queue"]["slots"] == []
+        assert news_server.call_api(sabnzbd, "queue")["queue"]["slots"] == []
         assert not [*sabnzbd.folder.glob("incomplete/*")]
         assert await refused(real, f"/{nzo_id}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
 
 
-async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: Running, news: Usenet) -> None:
+async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: RunningService, news: NewsServer) -> None:
     content = secrets.token_bytes(300_000)
-    whole = news_server.download(sabnzbd, news.post("whole.mkv", content), f"{NAME} whole")
-    ended = news_server.ended(sabnzbd, whole)["completed"]
+    whole = news_server.add_download(sabnzbd, news.post("whole.mkv", content), f"{NAME} whole")
+    ended = news_server.finished_download(sabnzbd, whole)["completed"]
     eventually(lambda: time.time() > ended + 1)  # SABnzbd tells whole seconds
-    broken = news_server.download(sabnzbd, news.post("broken.mkv", content[::-1], lost=4), "Broken", cat="movies")
-    news_server.ended(sabnzbd, broken)
+    broken = news_server.add_download(sabnzbd, news.post("broken.mkv", content[::-1], lost=4), "Broken", cat="movies")
+    news_server.finished_download(sabnzbd, broken)
     history = await told(real, "/history")
     failed, completed = history["history"]
     assert history["total"] == 2
@@ -134,7 +142,7 @@ async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: Runn
 
     assert await refused(real, f"/retry/{whole}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
     assert await refused(real, f"/{whole}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
-    news.find_lost()
+    news.restore_lost()
     again = await told(real, f"/retry/{broken}", "POST")
     assert again == {
         "success": True,
@@ -143,7 +151,7 @@ async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: Runn
         "new_nzo_id": again["new_nzo_id"],
     }
     assert again["new_nzo_id"] != broken
-    assert news_server.ended(sabnzbd, again["new_nzo_id"])["status"] == "Completed"
+    assert news_server.finished_download(sabnzbd, again["new_nzo_id"])["status"] == "Completed"
     assert await refused(real, f"/retry/{broken}", "POST") == (404, "DOWNLOAD_NOT_FOUND")
 
 
@@ -192,17 +200,17 @@ ENDED = {"nzo_id": "SABnzbd_nzo_1", "name": "Film", "status": "Completed", "byte
 class Nonsense:
     """It answers what it is told to."""
 
-    def __init__(self, server: StandIn) -> None:
+    def __init__(self, server: StubServer) -> None:
         self.server = server
-        self.reply = telling({"queue": QUEUE})
+        self.reply = json_response({"queue": QUEUE})
 
-    def answer(self, asked: Asked) -> Reply:
+    def answer(self, request: StubRequest) -> StubResponse:
         return self.reply
 
 
 @pytest.fixture
 async def nonsense(database: Database) -> AsyncIterator[Nonsense]:
-    async with standing_in(lambda asked: nonsense.answer(asked)) as server:
+    async with stub_server(lambda request: nonsense.answer(request)) as server:
         nonsense = Nonsense(server)
         await connect(database, server.url)
         yield nonsense
@@ -227,11 +235,11 @@ async def test_units(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
         "paused": False,
         "disk_space": "250.5 GB",
     }
-    nonsense.reply = telling({"history": {"slots": [ENDED], "noofslots": 150}})
+    nonsense.reply = json_response({"history": {"slots": [ENDED], "noofslots": 150}})
     history = await told(client, "/history")
     assert (history["history"][0]["size"], history["history"][0]["completed"]) == ("1.5 GB", "2025-01-08T09:45:00Z")
     # As SABnzbd 4 and 5 say it while they move what they have unpacked.
-    nonsense.reply = telling({"history": {"slots": [{**ENDED, "loaded": True}], "noofslots": 150}})
+    nonsense.reply = json_response({"history": {"slots": [{**ENDED, "loaded": True}], "noofslots": 150}})
     assert (await told(client, "/history"))["history"][0]["completed"] is None
 
 
@@ -249,7 +257,7 @@ async def test_units(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
 async def test_a_time_that_nobody_knows_is_null(
     client: httpx.AsyncClient, nonsense: Nonsense, left: str | None, eta: str | None
 ) -> None:
-    nonsense.reply = telling({"queue": {**QUEUE, "slots": [{**SLOT, "timeleft": left}]}})
+    nonsense.reply = json_response({"queue": {**QUEUE, "slots": [{**SLOT, "timeleft": left}]}})
     assert (await told(client, "/queue"))["queue"][0]["eta"] == eta
 
 
@@ -258,11 +266,11 @@ async def test_what_ends_just_before_it_is_deleted_is_not_deleted(
 ) -> None:
     slots = [SLOT]
 
-    def answer(asked: Asked) -> Reply:
-        if asked.query.get("name") == "delete":
+    def answer(request: StubRequest) -> StubResponse:
+        if request.query.get("name") == "delete":
             slots.clear()
-            return telling({"status": False, "nzo_ids": []})
-        return telling({"queue": {**QUEUE, "slots": slots}})
+            return json_response({"status": False, "nzo_ids": []})
+        return json_response({"queue": {**QUEUE, "slots": slots}})
 
     monkeypatch.setattr(nonsense, "answer", answer)
     told = await client.delete(f"{DOWNLOADS}/{SLOT['nzo_id']}")
@@ -272,7 +280,7 @@ async def test_what_ends_just_before_it_is_deleted_is_not_deleted(
 async def test_what_does_not_come_in_has_no_time_to_come(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
     # 0.00 may be four bytes a second, of which SABnzbd makes 198 hours.
     slow = {**QUEUE, "kbpersec": "0.00", "slots": [{**SLOT, "timeleft": "8:06:47:49"}]}
-    nonsense.reply = telling({"queue": slow})
+    nonsense.reply = json_response({"queue": slow})
     queue = await told(client, "/queue")
     assert (queue["speed"], queue["queue"][0]["eta"]) == ("0 B/s", None)
 
@@ -280,59 +288,59 @@ async def test_what_does_not_come_in_has_no_time_to_come(client: httpx.AsyncClie
 @pytest.mark.parametrize(
     "reply",
     [
-        telling({"queue": {**QUEUE, "slots": None}}),
-        telling({"queue": {**QUEUE, "slots": [{**SLOT, "mb": "a lot"}]}}),
-        telling({"queue": {**QUEUE, "slots": [{**SLOT, "mb": "1e999"}]}}),
-        telling({"queue": {**QUEUE, "slots": [{**SLOT, "percentage": 9000 * "9"}]}}),
-        telling({"queue": {**QUEUE, "slots": [{**SLOT, "nzo_id": None}]}}),
-        telling({"queue": {**QUEUE, "slots": [None]}}),
-        telling({"queue": {**QUEUE, "paused": "perhaps"}}),
-        telling({"queue": []}),
-        telling({"queue": None}),
-        telling([]),
-        telling(None),
-        page("Welcome"),
-        text('{"queue": {"slots": ['),
+        json_response({"queue": {**QUEUE, "slots": None}}),
+        json_response({"queue": {**QUEUE, "slots": [{**SLOT, "mb": "a lot"}]}}),
+        json_response({"queue": {**QUEUE, "slots": [{**SLOT, "mb": "1e999"}]}}),
+        json_response({"queue": {**QUEUE, "slots": [{**SLOT, "percentage": 9000 * "9"}]}}),
+        json_response({"queue": {**QUEUE, "slots": [{**SLOT, "nzo_id": None}]}}),
+        json_response({"queue": {**QUEUE, "slots": [None]}}),
+        json_response({"queue": {**QUEUE, "paused": "perhaps"}}),
+        json_response({"queue": []}),
+        json_response({"queue": None}),
+        json_response([]),
+        json_response(None),
+        html_page("Welcome"),
+        text_response('{"queue": {"slots": ['),
     ],
 )
 async def test_an_answer_that_makes_no_sense_is_one_clear_error(
-    client: httpx.AsyncClient, nonsense: Nonsense, reply: Reply
+    client: httpx.AsyncClient, nonsense: Nonsense, reply: StubResponse
 ) -> None:
     nonsense.reply = reply
     answer = await client.get(f"{DOWNLOADS}/queue")
     assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
     assert "Usenet" in answer.json()["message"]
-    nonsense.reply = telling({"queue": QUEUE})
+    nonsense.reply = json_response({"queue": QUEUE})
     assert len((await told(client, "/queue"))["queue"]) == 1
 
 
 async def test_nonsense_opens_the_breaker_and_sense_closes_it(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
-    nonsense.reply = telling({"history": {"slots": [{**ENDED, "completed": 1e300}], "noofslots": 1}})
+    nonsense.reply = json_response({"history": {"slots": [{**ENDED, "completed": 1e300}], "noofslots": 1}})
     for _ in range(5):
         assert await refused(client, "/history") == (503, "SERVICE_BAD_RESPONSE")
-    asked = len(nonsense.server.asked)
+    before = len(nonsense.server.requests)
     answer = await client.get(f"{DOWNLOADS}/queue")
     assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_CIRCUIT_OPEN")
     assert int(answer.headers["Retry-After"]) <= 60
-    assert len(nonsense.server.asked) == asked
-    nonsense.reply = telling({"queue": {**QUEUE, "version": "3.7.1"}})
+    assert len(nonsense.server.requests) == before
+    nonsense.reply = json_response({"queue": {**QUEUE, "version": "3.7.1"}})
     assert (await client.get("/health/sabnzbd")).status_code == 200
     assert len((await told(client, "/queue"))["queue"]) == 1
 
 
 async def test_a_yes_is_not_believed(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
     """It says that all was done, and nothing was."""
-    nonsense.reply = telling({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE})
+    nonsense.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE})
     assert await refused(client, "/pause", "POST") == (400, "REFUSED_BY_SERVICE")
     assert await refused(client, "/SABnzbd_nzo_1", "DELETE") == (400, "REFUSED_BY_SERVICE")
     for retry in (1, 0):
         history = {"slots": [{**ENDED, "status": "Failed", "retry": retry}], "noofslots": 1}
-        nonsense.reply = telling({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE, "history": history})
+        nonsense.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE, "history": history})
         assert await refused(client, "/retry/SABnzbd_nzo_1", "POST") == (400, "REFUSED_BY_SERVICE")
 
 
 async def test_an_error_inside_and_a_wrong_key(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
-    nonsense.reply = telling({"status": False, "error": "not today"})
+    nonsense.reply = json_response({"status": False, "error": "not today"})
     assert await refused(client, "/queue") == (400, "REFUSED_BY_SERVICE")
-    nonsense.reply = text("API Key Incorrect", 403)
+    nonsense.reply = text_response("API Key Incorrect", 403)
     assert await refused(client, "/queue") == (503, "SERVICE_UNAUTHORIZED")

@@ -9,8 +9,16 @@ import pytest
 from cluster.db import Database
 from cluster.services import store as service_store
 from serve.app import create_app
-from tests.support.services.fake_services import KEY, LIKENESSES
-from tests.support.services.stub_server import Asked, Reply, StandIn, page, standing_in, telling, text
+from tests.support.services.fake_services import FAKE_SERVICES, KEY
+from tests.support.services.stub_server import (
+    StubRequest,
+    StubResponse,
+    StubServer,
+    html_page,
+    json_response,
+    stub_server,
+    text_response,
+)
 
 MEDIA = "/api/v1/media"
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
@@ -63,30 +71,30 @@ class Plex:
 
     def __init__(self) -> None:
         self.scanned: list[str] = []
-        self.replies: dict[str, Reply] = {}
+        self.replies: dict[str, StubResponse] = {}
 
-    def __call__(self, asked: Asked) -> Reply:
-        if asked.headers.get("x-plex-token") != KEY:
-            return LIKENESSES["plex"](asked)
-        if asked.path in self.replies:
-            return self.replies[asked.path]
-        match asked.path.split("/")[1:]:
+    def __call__(self, request: StubRequest) -> StubResponse:
+        if request.headers.get("x-plex-token") != KEY:
+            return FAKE_SERVICES["plex"](request)
+        if request.path in self.replies:
+            return self.replies[request.path]
+        match request.path.split("/")[1:]:
             case ["library", "sections"]:
                 return container(Directory=SECTIONS)
             case ["library", "sections", key, "all"] if key in COUNTS:
-                assert asked.query["X-Plex-Container-Size"] == "0"
+                assert request.query["X-Plex-Container-Size"] == "0"
                 return container(size=0, totalSize=COUNTS[key], offset=0)
             case ["library", "sections", key, "refresh"] if key in COUNTS:
                 self.scanned.append(key)
-                return Reply(b"", 200, "text/html")
+                return StubResponse(b"", 200, "text/html")
             case ["library", "recentlyAdded"]:
-                return container(Metadata=ADDED[: int(asked.query["X-Plex-Container-Size"])])
+                return container(Metadata=ADDED[: int(request.query["X-Plex-Container-Size"])])
             case _:
-                return page("Not Found", 404)
+                return html_page("Not Found", 404)
 
 
-def container(**fields: Any) -> Reply:
-    return telling({"MediaContainer": {"size": 0, "allowSync": False, **fields}})
+def container(**fields: Any) -> StubResponse:
+    return json_response({"MediaContainer": {"size": 0, "allowSync": False, **fields}})
 
 
 @pytest.fixture
@@ -95,13 +103,13 @@ async def plex() -> Plex:
 
 
 @pytest.fixture
-async def server(plex: Plex) -> AsyncIterator[StandIn]:
-    async with standing_in(plex) as server:
+async def server(plex: Plex) -> AsyncIterator[StubServer]:
+    async with stub_server(plex) as server:
         yield server
 
 
 @pytest.fixture
-async def client(database: Database, server: StandIn) -> AsyncIterator[httpx.AsyncClient]:
+async def client(database: Database, server: StubServer) -> AsyncIterator[httpx.AsyncClient]:
     async with database.transaction() as session:
         await service_store.create(session, {"name": "Home", "type": "plex", "url": server.url, "api_key": KEY}, "ada")
     transport = httpx.ASGITransport(create_app())
@@ -177,20 +185,20 @@ async def test_a_limit_is_a_number_within_bounds(client: httpx.AsyncClient, limi
 @pytest.mark.parametrize(
     ("path", "reply"),
     [
-        ("/library/sections", telling({"MediaContainer": None})),
-        ("/library/sections", telling({"MediaContainer": {"Directory": [{"key": None}]}})),
-        ("/library/sections", telling({"MediaContainer": {"Directory": "many"}})),
-        ("/library/sections", page("Plex")),
-        ("/library/sections", text('{"MediaContainer"')),
+        ("/library/sections", json_response({"MediaContainer": None})),
+        ("/library/sections", json_response({"MediaContainer": {"Directory": [{"key": None}]}})),
+        ("/library/sections", json_response({"MediaContainer": {"Directory": "many"}})),
+        ("/library/sections", html_page("Plex")),
+        ("/library/sections", text_response('{"MediaContainer"')),
         ("/library/sections/1/all", container(size="lots")),
-        ("/library/sections/1/all", telling(7)),
+        ("/library/sections/1/all", json_response(7)),
         ("/library/recentlyAdded", container(Metadata=[{"type": "movie", "title": "A", "addedAt": 1e300}])),
         ("/library/recentlyAdded", container(Metadata=[{"type": "movie", "title": "A", "rating": "good"}])),
         ("/library/recentlyAdded", container(Metadata=[{"type": "movie"}])),
     ],
 )
 async def test_an_answer_that_makes_no_sense_is_one_clear_error(
-    client: httpx.AsyncClient, plex: Plex, path: str, reply: Reply
+    client: httpx.AsyncClient, plex: Plex, path: str, reply: StubResponse
 ) -> None:
     plex.replies = {path: reply}
     door = "recently-added" if "recently" in path else "libraries"
@@ -199,7 +207,7 @@ async def test_an_answer_that_makes_no_sense_is_one_clear_error(
     assert "Home" in answer.json()["message"]
 
 
-async def test_a_wrong_token(client: httpx.AsyncClient, server: StandIn) -> None:
+async def test_a_wrong_token(client: httpx.AsyncClient, server: StubServer) -> None:
     service = (await client.get("/api/services")).json()[0]
     await client.put(f"/api/services/{service['id']}", json={"api_key": "another"})
     answer = await client.get(f"{MEDIA}/libraries")

@@ -15,7 +15,7 @@ from pipelines.media.downloads import log as recovery_log
 from pipelines.media.downloads.log import Recovery, build_recovery
 from pipelines.media.downloads.policy import Decision, History, RecoveryPolicy, Verdict
 from pipelines.media.downloads.tables import FollowedDownload, FollowedService
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 
 pytestmark = pytest.mark.both_databases
 
@@ -27,11 +27,11 @@ def defaults(**values: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def service_id(house: House) -> int:
+async def service_id(api: ApiClient) -> int:
     """A service with a download that has failed, and what was decided about it."""
     policy = RecoveryPolicy.model_validate(defaults())
     at = now()
-    async with house.database.transaction() as session:
+    async with api.database.transaction() as session:
         service = await service_store.create(
             session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada"
         )
@@ -54,53 +54,53 @@ async def service_id(house: House) -> int:
     return service.id
 
 
-async def test_decisions_are_shown_with_their_reasons(house: House, service_id: int) -> None:
-    shown = (await house.ask("ada", "GET", "/api/v1/recovery")).json()
+async def test_decisions_are_shown_with_their_reasons(api: ApiClient, service_id: int) -> None:
+    shown = (await api.request("ada", "GET", "/api/v1/recovery")).json()
     assert shown["total"] == 3
     last, begun, said = shown["items"]
     assert (last["decision"], last["outcome"], last["reason"], last["service"]) == ("give_up", "noted", "Lost", "TV")
     assert (begun["outcome"], said["outcome"], said["dry_run"]) == ("begun", "dry_run", True)
     assert said["policy"]["max_per_hour"] == 10
     for query, total in (("decision=replace", 2), ("dry_run=false", 2), ("service=tv", 3), ("item=two", 0)):
-        assert (await house.ask("ada", "GET", f"/api/v1/recovery?{query}")).json()["total"] == total
-    assert (await house.ask("ada", "GET", "/api/v1/recovery?decision=anything")).status_code == 422
-    (download,) = (await house.ask("ada", "GET", "/api/v1/recovery/downloads?state=failed")).json()["items"]
+        assert (await api.request("ada", "GET", f"/api/v1/recovery?{query}")).json()["total"] == total
+    assert (await api.request("ada", "GET", "/api/v1/recovery?decision=anything")).status_code == 422
+    (download,) = (await api.request("ada", "GET", "/api/v1/recovery/downloads?state=failed")).json()["items"]
     assert (download["item"], download["strikes"], download["title"]) == ("one", 3, "Épisode")
 
 
-async def test_a_policy_is_set_by_administrators_and_forgotten(house: House, service_id: int) -> None:
-    told = (await house.ask("ada", "GET", POLICY)).json()
+async def test_a_policy_is_set_by_administrators_and_forgotten(api: ApiClient, service_id: int) -> None:
+    told = (await api.request("ada", "GET", POLICY)).json()
     assert told == {"policy": defaults(), "changed_by": None, "changed_at": None}
     wanted = defaults(dry_run=False, strikes=9, protected_tags=["keep"])
-    assert (await house.ask("ada", "PUT", POLICY, json=wanted)).status_code == 403
-    changed = (await house.ask("admin", "PUT", POLICY, json=wanted)).json()
+    assert (await api.request("ada", "PUT", POLICY, json=wanted)).status_code == 403
+    changed = (await api.request("admin", "PUT", POLICY, json=wanted)).json()
     assert (changed["policy"], changed["changed_by"]) == (wanted, "admin")
-    assert (await house.ask("ada", "GET", POLICY)).json() == changed
-    async with house.database.read_transaction() as session:
+    assert (await api.request("ada", "GET", POLICY)).json() == changed
+    async with api.database.read_transaction() as session:
         (row,) = await cases.find_cases(session, RecoveryPolicy(**wanted), [service_id], now())
         assert row.settled is False  # it is thought about anew
     for wrong in ({"strikes": 0}, {"strikes": "9"}, {"leftovers": "burn"}, {"more": 1}):
-        assert (await house.ask("admin", "PUT", POLICY, json={**wanted, **wrong})).status_code == 422
-    assert (await house.ask("admin", "PUT", POLICY, json={"strikes": 3})).status_code == 422
-    assert (await house.ask("ada", "GET", POLICY)).json() == changed
-    assert (await house.ask("admin", "DELETE", POLICY)).status_code == 204
-    assert (await house.ask("ada", "GET", POLICY)).json()["changed_by"] is None
+        assert (await api.request("admin", "PUT", POLICY, json={**wanted, **wrong})).status_code == 422
+    assert (await api.request("admin", "PUT", POLICY, json={"strikes": 3})).status_code == 422
+    assert (await api.request("ada", "GET", POLICY)).json() == changed
+    assert (await api.request("admin", "DELETE", POLICY)).status_code == 204
+    assert (await api.request("ada", "GET", POLICY)).json()["changed_by"] is None
 
 
-async def test_a_run_is_a_job_of_administrators(house: House) -> None:
-    asked = [await house.ask("admin", "POST", "/api/v1/recovery/run", json={"dry_run": True}) for _ in range(2)]
+async def test_a_run_is_a_job_of_administrators(api: ApiClient) -> None:
+    asked = [await api.request("admin", "POST", "/api/v1/recovery/run", json={"dry_run": True}) for _ in range(2)]
     assert [answer.status_code for answer in asked] == [202, 202]
     job_id = asked[0].json()["job_id"]
     assert asked[1].json()["job_id"] == job_id  # one that waits will do
-    async with house.database.read_transaction() as session:
+    async with api.database.read_transaction() as session:
         job = await session.get_one(Job, job_id)
     assert (job.kind, job.spec, job.tracked) == ("recover_downloads", {"dry_run": True}, True)
-    assert (await house.ask("ada", "POST", "/api/v1/recovery/run", json={})).status_code == 403
-    assert (await house.ask("admin", "POST", "/api/v1/recovery/run", json={"dry_run": 1})).status_code == 422
+    assert (await api.request("ada", "POST", "/api/v1/recovery/run", json={})).status_code == 403
+    assert (await api.request("admin", "POST", "/api/v1/recovery/run", json={"dry_run": 1})).status_code == 422
 
 
-async def test_prometheus_reads_what_was_counted(house: House, service_id: int) -> None:
-    told = (await house.http.get("/metrics")).text
+async def test_prometheus_reads_what_was_counted(api: ApiClient, service_id: int) -> None:
+    told = (await api.http.get("/metrics")).text
     for line in (
         'downloads_failed_total{service="TV"} 2.0',
         'downloads_in_queue{service="TV"} 1.0',
@@ -111,21 +111,21 @@ async def test_prometheus_reads_what_was_counted(house: House, service_id: int) 
         assert line in told
 
 
-async def test_old_rows_go_and_what_is_begun_stays(house: House, service_id: int) -> None:
+async def test_old_rows_go_and_what_is_begun_stays(api: ApiClient, service_id: int) -> None:
     long_ago = now() - timedelta(days=31)
-    async with house.database.transaction() as session:
+    async with api.database.transaction() as session:
         for row in [*await session.scalars(select(Recovery))]:
             row.at = long_ago
         for row in [*await session.scalars(select(FollowedDownload))]:
             row.ended_at = long_ago
-    assert await watch_downloads.remove_old_recoveries(house.database) == 2
-    assert await watch_downloads.remove_old_downloads(house.database) == 1
-    async with house.database.read_transaction() as session:
+    assert await watch_downloads.remove_old_recoveries(api.database) == 2
+    assert await watch_downloads.remove_old_downloads(api.database) == 1
+    async with api.database.read_transaction() as session:
         assert len(await recovery_log.unfinished_recoveries(session, now())) == 1
 
 
-async def test_only_what_was_done_counts_as_past(house: House, service_id: int) -> None:
-    async with house.database.read_transaction() as session:
+async def test_only_what_was_done_counts_as_past(api: ApiClient, service_id: int) -> None:
+    async with api.database.read_transaction() as session:
         past = await recovery_log.load_history(session, service_id, "one", "Other", now())
         other = await recovery_log.load_history(session, service_id, "two", "Two", now())
     assert (past.actions_last_hour, past.retries, past.last_at is not None) == (1, 0, True)

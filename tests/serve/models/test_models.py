@@ -7,27 +7,27 @@ import pytest
 
 from cluster.db import Database
 from serve.app import create_app
-from tests.support.registry_model import Shelf
+from tests.support.registry_model import RegistryModel
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-async def client(database: Database, shelf: Shelf) -> AsyncIterator[httpx.AsyncClient]:
+async def client(database: Database, registry_model: RegistryModel) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(create_app())
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
         yield client
 
 
-async def test_models_are_listed_and_shown(client: httpx.AsyncClient, shelf: Shelf) -> None:
-    version = await shelf.register(b"one", b"two", adapter=shelf.file(b"adapter", "f16"))
-    await shelf.register()
-    await shelf.registry.set_validation(shelf.name, 1, False, ["too dull"])
-    await shelf.registry.set_served(shelf.name, 2)
-    shown = (await client.get(f"/api/v1/models/{shelf.name}")).json()
-    assert (shown["name"], shown["served_version"]) == (shelf.name, 2)
+async def test_models_are_listed_and_shown(client: httpx.AsyncClient, registry_model: RegistryModel) -> None:
+    version = await registry_model.register(b"one", b"two", adapter=registry_model.file(b"adapter", "f16"))
+    await registry_model.register()
+    await registry_model.registry.set_validation(registry_model.name, 1, False, ["too dull"])
+    await registry_model.registry.set_served(registry_model.name, 2)
+    shown = (await client.get(f"/api/v1/models/{registry_model.name}")).json()
+    assert (shown["name"], shown["served_version"]) == (registry_model.name, 2)
     newest, oldest = shown["versions"]
-    assert (newest["model_name"], newest["served"], newest["passed"]) == (f"{shelf.name}:v2", True, None)
+    assert (newest["model_name"], newest["served"], newest["passed"]) == (f"{registry_model.name}:v2", True, None)
     assert (oldest["served"], oldest["passed"], oldest["reasons"]) == (False, False, ["too dull"])
     assert [file["sha256"] for file in oldest["files"]] == [file.sha256 for file in version.files]
     assert oldest["adapter"]["quantization"] == "f16"
@@ -43,10 +43,10 @@ async def test_models_are_listed_and_shown(client: httpx.AsyncClient, shelf: She
 
 
 async def test_a_deploy_is_a_job_that_is_refused_at_once_when_it_cannot_be(
-    client: httpx.AsyncClient, shelf: Shelf
+    client: httpx.AsyncClient, registry_model: RegistryModel
 ) -> None:
-    await shelf.register()
-    path = f"/api/v1/models/{shelf.name}/deploy"
+    await registry_model.register()
+    path = f"/api/v1/models/{registry_model.name}/deploy"
     unknown = await client.post(path, json={"version": 2})
     assert (unknown.status_code, unknown.json()["error_code"]) == (404, "MODEL_NOT_FOUND")
     refused = await client.post(path, json={"version": 1})
@@ -58,16 +58,16 @@ async def test_a_deploy_is_a_job_that_is_refused_at_once_when_it_cannot_be(
     ]
     assert jobs[0]["id"] == jobs[1]["id"]
     assert jobs[0]["kind"] == "deploy"
-    assert jobs[0]["spec"].items() >= {"name": shelf.name, "version": 1, "force": True}.items()
+    assert jobs[0]["spec"].items() >= {"name": registry_model.name, "version": 1, "force": True}.items()
 
 
-async def test_the_way_back_and_deletion(client: httpx.AsyncClient, shelf: Shelf) -> None:
-    path = f"/api/v1/models/{shelf.name}"
+async def test_the_way_back_and_deletion(client: httpx.AsyncClient, registry_model: RegistryModel) -> None:
+    path = f"/api/v1/models/{registry_model.name}"
     for number in (1, 2):
-        await shelf.register()
-        await shelf.registry.set_served(shelf.name, number)
+        await registry_model.register()
+        await registry_model.registry.set_served(registry_model.name, number)
     done = await client.post(f"{path}/rollback")
-    assert done.json() == {"name": shelf.name, "version": 1, "previous": 2, "warning": None}
+    assert done.json() == {"name": registry_model.name, "version": 1, "previous": 2, "warning": None}
     nothing = await client.post(f"{path}/rollback")
     assert (nothing.status_code, nothing.json()["error_code"]) == (409, "NO_EARLIER_VERSION")
     served = await client.delete(f"{path}/versions/1")

@@ -14,12 +14,12 @@ from cluster.settings import get_settings
 from serve.app import create_app
 from serve.monitoring import health
 from serve.monitoring.health import Health
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 
 @pytest.fixture
 def app(home: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
-    monkeypatch.setattr(health, "CHECK_TIMEOUT_SECONDS", PATIENCE)
+    monkeypatch.setattr(health, "CHECK_TIMEOUT_SECONDS", TIMEOUT)
     return create_app()
 
 

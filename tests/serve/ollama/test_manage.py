@@ -24,10 +24,10 @@ from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
 from serve.engines.gguf.replica import GgufEngine
 from tests.serve.ollama.templates.test_go_templates import TALK, TURN, rendered
-from tests.support.app_server import serving
-from tests.support.registry_model import Shelf
-from tests.support.small_models import write_adapter, write_model, write_parrot
-from tests.support.waiting import PATIENCE, eventually_async
+from tests.support.app_server import running_app
+from tests.support.registry_model import RegistryModel
+from tests.support.small_models import write_adapter, write_constant_model, write_model
+from tests.support.waiting import TIMEOUT, eventually_async
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -36,17 +36,19 @@ SPOKEN = "Sonarr knows every episode of every show that there is."
 ECHO = "{% for message in messages %}{{ message.content }}{% endfor %}assistant:"
 
 
-class House:
-    def __init__(self, url: str, shelf: Shelf, database: Database, engine: GgufEngine, folder: Path) -> None:
+class Gateway:
+    def __init__(
+        self, url: str, registry_model: RegistryModel, database: Database, engine: GgufEngine, folder: Path
+    ) -> None:
         self.url = url
-        self.shelf = shelf
+        self.registry_model = registry_model
         self.database = database
         self.engine = engine
         self.folder = folder
         self.client = ollama.AsyncClient(host=url)
 
-    def parrot(self, text: str = SPOKEN) -> Path:
-        return write_parrot(self.folder / "parrot.gguf", text)
+    def write_model(self, text: str = SPOKEN) -> Path:
+        return write_constant_model(self.folder / "parrot.gguf", text)
 
     async def create(self, name: str, path: Path, **said: Any) -> list[str]:
         """Send a file and make a model of it; returns what is told of that."""
@@ -54,62 +56,62 @@ class House:
         digest = await self.client.create_blob(path)
         return [step.status async for step in await create(name, files={path.name: digest}, stream=True, **said)]
 
-    async def said(self, model: str, **options: Any) -> str | None:
+    async def answer(self, model: str, **options: Any) -> str | None:
         chat: Any = self.client.chat
         return (await chat(model=model, **{"messages": HELLO, **options})).message.content
 
     async def post(self, path: str, content: Any, method: str = "POST") -> httpx.Response:
-        async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT) as http:
             return await http.request(method, path, content=content)
 
 
 @pytest.fixture
-async def house(
-    database: Database, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[House]:
+async def gateway(
+    database: Database, registry_model: RegistryModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Gateway]:
     monkeypatch.setenv("FORGEARR_ENGINES__SLOTS", "1")
     get_settings.cache_clear()
     app = create_app()
     app.state.engine = engine = GgufEngine(get_settings().engines)
-    async with serving(app) as address:
-        house = House(f"http://{address}", shelf, database, engine, tmp_path)
-        async with house.client:
-            yield house
+    async with running_app(app) as address:
+        gateway = Gateway(f"http://{address}", registry_model, database, engine, tmp_path)
+        async with gateway.client:
+            yield gateway
 
 
-async def test_a_file_becomes_a_model_that_answers_at_once(house: House) -> None:
-    name, path = house.shelf.name, house.parrot()
+async def test_a_file_becomes_a_model_that_answers_at_once(gateway: Gateway) -> None:
+    name, path = gateway.registry_model.name, gateway.write_model()
     digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-    assert (await house.post(f"/api/blobs/{digest}", None, "HEAD")).status_code == 404
-    steps = await house.create(name, path)
+    assert (await gateway.post(f"/api/blobs/{digest}", None, "HEAD")).status_code == 404
+    steps = await gateway.create(name, path)
     assert steps == ["parsing GGUF", f"using existing layer {digest}", "writing manifest", "success"]
-    assert (await house.post(f"/api/blobs/{digest}", None, "HEAD")).status_code == 200
-    assert await house.said(name) == SPOKEN
-    listed = {model.model: model for model in (await house.client.list()).models}
+    assert (await gateway.post(f"/api/blobs/{digest}", None, "HEAD")).status_code == 200
+    assert await gateway.answer(name) == SPOKEN
+    listed = {model.model: model for model in (await gateway.client.list()).models}
     assert listed[f"{name}:latest"].digest == digest.removeprefix("sha256:")
     # Made again it is the same; made of something else, it is the next version.
-    await house.create(name, path)
-    assert [version.number for version in (await house.shelf.registry.model(name)).versions] == [1]
-    write_parrot(path, "Something else is what this one says.")
-    await house.create(f"{name}:latest", path)
-    assert await house.said(name) == "Something else is what this one says."
-    assert await house.said(f"{name}:v1") == SPOKEN
+    await gateway.create(name, path)
+    assert [version.number for version in (await gateway.registry_model.registry.model(name)).versions] == [1]
+    write_constant_model(path, "Something else is what this one says.")
+    await gateway.create(f"{name}:latest", path)
+    assert await gateway.answer(name) == "Something else is what this one says."
+    assert await gateway.answer(f"{name}:v1") == SPOKEN
 
 
-async def test_the_client_that_waits_gets_one_line(house: House) -> None:
+async def test_the_client_that_waits_gets_one_line(gateway: Gateway) -> None:
     def make() -> str | None:
-        with ollama.Client(host=house.url) as client:
-            digest = client.create_blob(house.parrot())
-            return client.create(house.shelf.name, files={"model.gguf": digest}).status
+        with ollama.Client(host=gateway.url) as client:
+            digest = client.create_blob(gateway.write_model())
+            return client.create(gateway.registry_model.name, files={"model.gguf": digest}).status
 
     assert await asyncio.to_thread(make) == "success"
-    assert await house.said(house.shelf.name) == SPOKEN
+    assert await gateway.answer(gateway.registry_model.name) == SPOKEN
 
 
-async def test_what_a_model_brings_along_holds_at_every_door(house: House) -> None:
-    name = house.shelf.name
-    path = write_model(house.folder / "model.gguf", seed=1, talkative=True)
-    await house.create(
+async def test_what_a_model_brings_along_holds_at_every_door(gateway: Gateway) -> None:
+    name = gateway.registry_model.name
+    path = write_model(gateway.folder / "model.gguf", seed=1, talkative=True)
+    await gateway.create(
         name,
         path,
         template=ECHO,
@@ -118,7 +120,7 @@ async def test_what_a_model_brings_along_holds_at_every_door(house: House) -> No
         messages=[{"role": "user", "content": "Is it day?"}, {"role": "assistant", "content": "Yes."}],
         license=["MIT"],
     )
-    shown = await house.client.show(name)
+    shown = await gateway.client.show(name)
     assert shown.template == ECHO
     assert shown.license == "MIT"
     assert shown.parameters is not None
@@ -132,17 +134,17 @@ async def test_what_a_model_brings_along_holds_at_every_door(house: House) -> No
     ]
     assert shown.modelfile is not None
     assert f"FROM {name}:v1" in shown.modelfile
-    answer = await house.client.chat(model=name, messages=HELLO)
+    answer = await gateway.client.chat(model=name, messages=HELLO)
     assert answer.eval_count == 3
     # Its own template puts nothing around messages, so its tokens are theirs: a byte each.
     system, history = "Be brief. " * 20, "Is it day?Yes."
     assert answer.prompt_eval_count == len(f"{system}{history}Helloassistant:")
-    own = await house.client.chat(model=name, messages=[{"role": "system", "content": "S"}, *HELLO])
+    own = await gateway.client.chat(model=name, messages=[{"role": "system", "content": "S"}, *HELLO])
     assert own.prompt_eval_count == len(f"S{history}Helloassistant:")
-    assert (await house.client.chat(model=name, messages=HELLO, options={"num_predict": 5})).eval_count == 5
-    (held,) = await house.engine.loaded()
+    assert (await gateway.client.chat(model=name, messages=HELLO, options={"num_predict": 5})).eval_count == 5
+    (held,) = await gateway.engine.loaded()
     assert held.context == 512
-    async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key="not-needed") as client:
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client:
         told = await client.chat.completions.create(model=name, messages=HELLO)
         more = await client.chat.completions.create(model=name, messages=HELLO, max_tokens=4)
     assert told.usage is not None
@@ -152,141 +154,147 @@ async def test_what_a_model_brings_along_holds_at_every_door(house: House) -> No
 
 
 @pytest.mark.parametrize("template", [TURN, TALK])
-async def test_a_template_in_the_language_of_ollama(house: House, template: str) -> None:
-    path = write_model(house.folder / "model.gguf", seed=1, talkative=True)
-    await house.create(house.shelf.name, path, template=template)
+async def test_a_template_in_the_language_of_ollama(gateway: Gateway, template: str) -> None:
+    path = write_model(gateway.folder / "model.gguf", seed=1, talkative=True)
+    await gateway.create(gateway.registry_model.name, path, template=template)
     talk: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}, *HELLO]
     more = [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who is 'it' {{ 🎬 }}?"}]
     for messages in (talk, [*talk, *more]):
-        answer = await house.client.chat(model=house.shelf.name, messages=messages, options={"num_predict": 1})
+        answer = await gateway.client.chat(
+            model=gateway.registry_model.name, messages=messages, options={"num_predict": 1}
+        )
         assert answer.prompt_eval_count == len(rendered(template, *messages).encode())  # a token is a byte
 
 
-async def test_a_model_made_from_another_one(house: House) -> None:
-    name = house.shelf.name
-    await house.create(name, house.parrot(), system="One.", parameters={"temperature": 0, "top_k": 5})
-    made = await house.client.create(f"{name}-b", from_=name, system="Two.", parameters={"top_k": 9})
+async def test_a_model_made_from_another_one(gateway: Gateway) -> None:
+    name = gateway.registry_model.name
+    await gateway.create(name, gateway.write_model(), system="One.", parameters={"temperature": 0, "top_k": 5})
+    made = await gateway.client.create(f"{name}-b", from_=name, system="Two.", parameters={"top_k": 9})
     assert made.status == "success"
-    version = await house.shelf.registry.find(f"{name}-b")
+    version = await gateway.registry_model.registry.find(f"{name}-b")
     assert (version.defaults.system, version.defaults.parameters) == ("Two.", {"temperature": 0, "top_k": 9})
-    shown = await house.client.show(f"{name}-b")
+    shown = await gateway.client.show(f"{name}-b")
     assert shown.details is not None
     assert shown.details.parent_model == f"{name}:v1"
-    await house.client.delete(name)
-    assert await house.said(f"{name}-b") == SPOKEN
+    await gateway.client.delete(name)
+    assert await gateway.answer(f"{name}-b") == SPOKEN
 
 
-async def test_a_model_is_quantized(house: House) -> None:
-    name = house.shelf.name
+async def test_a_model_is_quantized(gateway: Gateway) -> None:
+    name = gateway.registry_model.name
     # Of two heads it has rows of 32, which is what a block of q8_0 holds.
-    path = write_model(house.folder / "model.gguf", seed=1, heads=2)
-    steps = await house.create(name, path, quantize="Q8_0")
+    path = write_model(gateway.folder / "model.gguf", seed=1, heads=2)
+    steps = await gateway.create(name, path, quantize="Q8_0")
     assert "quantizing F32 model to Q8_0" in steps
-    (file,) = (await house.shelf.registry.find(name)).files
+    (file,) = (await gateway.registry_model.registry.find(name)).files
     assert file.quantization == "q8_0"
     assert file.bytes < path.stat().st_size
-    assert (await house.client.generate(model=name, prompt="Hello", options={"num_predict": 2})).eval_count == 2
+    assert (await gateway.client.generate(model=name, prompt="Hello", options={"num_predict": 2})).eval_count == 2
     with pytest.raises(ollama.ResponseError, match="only models of 16 or 32 bits"):
-        await house.client.create(f"{name}-b", from_=name, quantize="q4_0")
+        await gateway.client.create(f"{name}-b", from_=name, quantize="q4_0")
 
 
-async def test_an_adapter_answers_on_the_model_that_it_is_for(house: House) -> None:
-    name = house.shelf.name
+async def test_an_adapter_answers_on_the_model_that_it_is_for(gateway: Gateway) -> None:
+    name = gateway.registry_model.name
     options = {"options": {"temperature": 0, "num_predict": 20}}
-    await house.create(name, write_model(house.folder / "model.gguf", seed=1, talkative=True), template=ECHO)
-    path = write_adapter(house.folder / "adapter.gguf")
-    adapters = {path.name: await house.client.create_blob(path)}
-    made = await house.client.create(f"{name}-a", from_=name, adapters=adapters, system="Be brief.")
+    await gateway.create(name, write_model(gateway.folder / "model.gguf", seed=1, talkative=True), template=ECHO)
+    path = write_adapter(gateway.folder / "adapter.gguf")
+    adapters = {path.name: await gateway.client.create_blob(path)}
+    made = await gateway.client.create(f"{name}-a", from_=name, adapters=adapters, system="Be brief.")
     assert made.status == "success"
-    version = await house.shelf.registry.find(f"{name}-a")
+    version = await gateway.registry_model.registry.find(f"{name}-a")
     assert (version.files, version.base_model) == ([], f"{name}:v1")
     assert version.adapter is not None
     assert version.adapter.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    adapted = await house.said(f"{name}-a", **options)
-    assert adapted != await house.said(name, messages=[{"role": "system", "content": "Be brief."}, *HELLO], **options)
-    assert f"{name}-a:latest" in {model.model for model in (await house.client.list()).models}
-    shown = await house.client.show(f"{name}-a")
+    adapted = await gateway.answer(f"{name}-a", **options)
+    assert adapted != await gateway.answer(
+        name, messages=[{"role": "system", "content": "Be brief."}, *HELLO], **options
+    )
+    assert f"{name}-a:latest" in {model.model for model in (await gateway.client.list()).models}
+    shown = await gateway.client.show(f"{name}-a")
     assert shown.details is not None
     assert (shown.template, shown.details.parent_model) == (ECHO, f"{name}:v1")
     with pytest.raises(ollama.ResponseError, match=f"{name}-a:v1 is an adapter for it"):
-        await house.client.delete(name)
+        await gateway.client.delete(name)
     with pytest.raises(ollama.ResponseError, match="shares template and num_ctx"):
-        await house.client.create(f"{name}-b", from_=f"{name}-a", parameters={"num_ctx": 512})
-    other = _adapter(house.folder / "other.gguf", "qwen3")
-    adapters = {other.name: await house.client.create_blob(other)}
+        await gateway.client.create(f"{name}-b", from_=f"{name}-a", parameters={"num_ctx": 512})
+    other = _adapter(gateway.folder / "other.gguf", "qwen3")
+    adapters = {other.name: await gateway.client.create_blob(other)}
     with pytest.raises(ollama.ResponseError, match="is for models of the architecture qwen3"):
-        await house.client.create(f"{name}-o", from_=name, adapters=adapters)
+        await gateway.client.create(f"{name}-o", from_=name, adapters=adapters)
 
 
-async def test_copies_live_on(house: House) -> None:
-    name = house.shelf.name
-    await house.create(name, house.parrot())
-    assert (await house.client.copy(name, f"{name}-b")).status == "success"
-    assert (await house.client.delete(f"{name}:latest")).status == "success"
-    assert await house.said(f"{name}-b") == SPOKEN
+async def test_copies_live_on(gateway: Gateway) -> None:
+    name = gateway.registry_model.name
+    await gateway.create(name, gateway.write_model())
+    assert (await gateway.client.copy(name, f"{name}-b")).status == "success"
+    assert (await gateway.client.delete(f"{name}:latest")).status == "success"
+    assert await gateway.answer(f"{name}-b") == SPOKEN
     with pytest.raises(ollama.ResponseError, match=f"There is no model '{name}'") as caught:
-        await house.client.delete(name)
+        await gateway.client.delete(name)
     assert caught.value.status_code == 404
     with pytest.raises(ollama.ResponseError, match="No version of a model"):
-        await house.client.copy(name, "another")
+        await gateway.client.copy(name, "another")
 
 
-async def test_openai_deletes_too(house: House) -> None:
-    name = house.shelf.name
+async def test_openai_deletes_too(gateway: Gateway) -> None:
+    name = gateway.registry_model.name
     for text in ("This is what the first one says.", SPOKEN):
-        await house.create(name, house.parrot(text))
-    async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key="not-needed") as client:
+        await gateway.create(name, gateway.write_model(text))
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client:
         with pytest.raises(openai.ConflictError, match="is served"):
             await client.models.delete(f"{name}:v2")
         gone = await client.models.delete(f"{name}:v1")
         assert (gone.id, gone.object, gone.deleted) == (f"{name}:v1", "model", True)
-        assert await house.said(name) == SPOKEN
+        assert await gateway.answer(name) == SPOKEN
         await client.models.delete(name)
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve(name)
     # Nor is it in memory any more.
-    assert await house.engine.loaded() == []
+    assert await gateway.engine.loaded() == []
 
 
-async def test_a_blob_is_taken_whole_and_right_or_not_at_all(house: House, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_blob_is_taken_whole_and_right_or_not_at_all(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
     content = b"GGUF" + bytes(9_000_000)
     right, wrong = (hashlib.sha256(text).hexdigest() for text in (content, b"wrong"))
-    refused = await house.post(f"/api/blobs/sha256:{wrong}", content)
+    refused = await gateway.post(f"/api/blobs/sha256:{wrong}", content)
     assert refused.status_code == 400
     assert refused.json()["error"].startswith(f"The content has the digest sha256:{right}")
-    assert (await house.post(f"/api/blobs/sha256:{wrong}", None, "HEAD")).status_code == 404
+    assert (await gateway.post(f"/api/blobs/sha256:{wrong}", None, "HEAD")).status_code == 404
 
     async def broken() -> AsyncIterator[bytes]:
         yield content[:5_000_000]
         raise OSError("the line is cut")
 
     with pytest.raises(OSError, match="the line is cut"):
-        await house.post(f"/api/blobs/sha256:{right}", broken())
+        await gateway.post(f"/api/blobs/sha256:{right}", broken())
     await eventually_async(lambda: _stored() == set())
     assert "failed" not in caplog.text  # that a client leaves is no error of the server
-    assert (await house.post(f"/api/blobs/sha256:{right}", None, "HEAD")).status_code == 404
-    assert (await house.post("/api/blobs/sha256:abc", content)).status_code == 422
+    assert (await gateway.post(f"/api/blobs/sha256:{right}", None, "HEAD")).status_code == 404
+    assert (await gateway.post("/api/blobs/sha256:abc", content)).status_code == 422
     assert _stored() == set()
-    assert (await house.post(f"/api/blobs/sha256:{right}", content)).status_code == 201
+    assert (await gateway.post(f"/api/blobs/sha256:{right}", content)).status_code == 201
 
 
-async def test_blobs_that_nothing_uses_go_after_a_while(house: House) -> None:
-    name = house.shelf.name
-    path = house.parrot(f"This is said by {name} alone, and by no other one.")
-    await house.create(name, path)
+async def test_blobs_that_nothing_uses_go_after_a_while(gateway: Gateway) -> None:
+    name = gateway.registry_model.name
+    path = gateway.write_model(f"This is said by {name} alone, and by no other one.")
+    await gateway.create(name, path)
     used = hashlib.sha256(path.read_bytes()).hexdigest()
     for content in (b"old", b"young"):
-        await house.post(f"/api/blobs/sha256:{hashlib.sha256(content).hexdigest()}", content)
+        await gateway.post(f"/api/blobs/sha256:{hashlib.sha256(content).hexdigest()}", content)
     old = hashlib.sha256(b"old").hexdigest()
     long_ago = now() - timedelta(hours=blob_cleanup.UNUSED_HOURS + 1)
-    async with house.database.transaction() as session:
+    async with gateway.database.transaction() as session:
         await session.execute(update(Blob).where(Blob.sha256.in_([used, old])).values(used_at=long_ago))
-    assert await blob_cleanup.sweep(house.database) == 1
+    assert await blob_cleanup.sweep(gateway.database) == 1
     assert _stored() == {used, hashlib.sha256(b"young").hexdigest()}
     with pytest.raises(blobs.BlobNotFound):
-        await blobs.touch(house.database, old)
-    await house.client.delete(name)
-    assert await blob_cleanup.sweep(house.database) == 1
+        await blobs.touch(gateway.database, old)
+    await gateway.client.delete(name)
+    assert await blob_cleanup.sweep(gateway.database) == 1
 
 
 @pytest.mark.parametrize(
@@ -305,47 +313,47 @@ async def test_blobs_that_nothing_uses_go_after_a_while(house: House) -> None:
     ],
 )
 async def test_what_cannot_be_made_is_said_in_a_sentence(
-    house: House, said: dict[str, Any], status: int, reason: str
+    gateway: Gateway, said: dict[str, Any], status: int, reason: str
 ) -> None:
     source = {} if {"files", "from"} & said.keys() or not said else {"from": "forgearr/tiny"}
-    body = {"model": house.shelf.name, **source, **said}
-    answer = await house.post("/api/create", json.dumps(body))
+    body = {"model": gateway.registry_model.name, **source, **said}
+    answer = await gateway.post("/api/create", json.dumps(body))
     assert (answer.status_code, reason in answer.json()["error"]) == (status, True), answer.text
     with pytest.raises(ModelNotFound):
-        await house.shelf.registry.find(house.shelf.name)
+        await gateway.registry_model.registry.find(gateway.registry_model.name)
 
 
 @pytest.mark.parametrize("content", [b"GGUF" + b"\xff" * 100, b"PK\x03\x04 some archive", b""])
-async def test_what_is_no_model_is_not_registered(house: House, content: bytes) -> None:
-    path = house.folder / "model.gguf"
+async def test_what_is_no_model_is_not_registered(gateway: Gateway, content: bytes) -> None:
+    path = gateway.folder / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(ollama.ResponseError, match="is not a GGUF file"):
-        await house.create(house.shelf.name, path)
+        await gateway.create(gateway.registry_model.name, path)
     with pytest.raises(ModelNotFound):
-        await house.shelf.registry.model(house.shelf.name)
+        await gateway.registry_model.registry.model(gateway.registry_model.name)
 
 
-async def test_a_file_is_pulled_by_its_path(house: House) -> None:
-    path = house.parrot().rename(house.folder / f"{house.shelf.name.upper()}.Q8_0.gguf")
-    name = f"{house.shelf.name}.q8_0"
-    steps = [step async for step in await house.client.pull(str(path), stream=True)]
+async def test_a_file_is_pulled_by_its_path(gateway: Gateway) -> None:
+    path = gateway.write_model().rename(gateway.folder / f"{gateway.registry_model.name.upper()}.Q8_0.gguf")
+    name = f"{gateway.registry_model.name}.q8_0"
+    steps = [step async for step in await gateway.client.pull(str(path), stream=True)]
     sent = [step for step in steps if step.digest]
     assert sent[-1].total == sent[-1].completed == path.stat().st_size
     assert sent[-1].digest == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     assert steps[-1].status == "success"
-    assert await house.said(name) == SPOKEN
-    assert (await house.client.pull(str(path))).status == "success"
-    assert [version.number for version in (await house.shelf.registry.model(name)).versions] == [1]
-    assert (await house.client.pull(name)).status == "success"
-    for unknown, reason in ((str(house.folder / "none.gguf"), "There is no file"), ("llama3.2", "no Ollama")):
+    assert await gateway.answer(name) == SPOKEN
+    assert (await gateway.client.pull(str(path))).status == "success"
+    assert [version.number for version in (await gateway.registry_model.registry.model(name)).versions] == [1]
+    assert (await gateway.client.pull(name)).status == "success"
+    for unknown, reason in ((str(gateway.folder / "none.gguf"), "There is no file"), ("llama3.2", "no Ollama")):
         with pytest.raises(ollama.ResponseError, match=reason) as caught:
-            await house.client.pull(unknown)
+            await gateway.client.pull(unknown)
         assert caught.value.status_code == 404
 
 
-async def test_nothing_is_pushed(house: House) -> None:
+async def test_nothing_is_pushed(gateway: Gateway) -> None:
     with pytest.raises(ollama.ResponseError, match="not pushed") as caught:
-        await house.client.push("forgearr/tiny")
+        await gateway.client.push("forgearr/tiny")
     assert caught.value.status_code == 501
 
 

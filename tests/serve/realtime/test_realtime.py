@@ -33,9 +33,9 @@ from serve.realtime import feeds
 from serve.realtime import hub as realtime_hub
 from serve.realtime.feeds import follow_events
 from serve.realtime.hub import Hub, Message
-from tests.support.services.fake_services import KEY, LIKENESSES
-from tests.support.services.stub_server import Reply, standing_in
-from tests.support.waiting import PATIENCE, PATIENT
+from tests.support.services.fake_services import FAKE_SERVICES, KEY
+from tests.support.services.stub_server import StubResponse, stub_server
+from tests.support.waiting import TIMEOUT, WEBSOCKET_OPTIONS
 
 
 def message(room: str, number: int = 0, **data: Any) -> events.Message:
@@ -54,7 +54,7 @@ def hub(actor: events.Events) -> Hub:
 
 
 def hub_of(actor: events.Events) -> Hub:
-    return Hub(lambda: follow_events(lambda cursor: actor.poll(cursor, PATIENCE)))
+    return Hub(lambda: follow_events(lambda cursor: actor.poll(cursor, TIMEOUT)))
 
 
 # Hubs
@@ -110,7 +110,7 @@ async def test_who_does_not_keep_up_is_dropped_and_the_others_hear_everything(hu
             assert [await number_in(busy) for _ in batch] == list(batch)
         assert (idle.dropped, busy.dropped) == (True, False)
         assert hub.listeners() == 1
-        assert await idle.get(timeout=PATIENCE) is None
+        assert await idle.get(timeout=TIMEOUT) is None
         idle.put(message("a"))
         assert [message async for message in nothing_more(idle)] == []
 
@@ -121,7 +121,7 @@ async def test_after_the_actor_was_replaced_listeners_hear_that_they_missed_some
     async with hub.subscribe({"a"}) as subscription:
         actors.append(events.Events())
         await actors[-1].publish([message("a", 1)])
-        missed = await subscription.get(timeout=PATIENCE)
+        missed = await subscription.get(timeout=TIMEOUT)
         assert missed is not None
         assert missed["type"] == "events.missed"
         assert await number_in(subscription) == 1
@@ -139,7 +139,7 @@ async def test_while_the_actor_is_away_listeners_wait_for_it(
     hub = Hub(lambda: follow_events(poll))
     async with hub.subscribe({"a"}) as subscription:
         away = False
-        missed = await subscription.get(timeout=PATIENCE)
+        missed = await subscription.get(timeout=TIMEOUT)
         assert missed is not None
         assert missed["type"] == "events.missed"
 
@@ -150,7 +150,7 @@ async def test_when_a_feed_breaks_its_listeners_are_sent_away(caplog: pytest.Log
         raise OSError("the disk is gone")
 
     async with Hub(feed).subscribe({"a"}) as subscription:
-        assert await subscription.get(timeout=PATIENCE) is None
+        assert await subscription.get(timeout=TIMEOUT) is None
         assert subscription.dropped
     assert "the disk is gone" in caplog.text
 
@@ -159,7 +159,7 @@ async def test_when_a_feed_breaks_its_listeners_are_sent_away(caplog: pytest.Log
 
 
 async def test_rooms(app: FastAPI, actor: events.Events) -> None:
-    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
         assert await ask(client, type="ping") == {"type": "pong"}
         assert await ask(client, type="join_room", room="downloads") == {"type": "room_joined", "room": "downloads"}
         await actor.publish([message("config_audit", 1), message("downloads", 2)])
@@ -187,7 +187,7 @@ NEWS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 async def test_news_of_services_reach_their_rooms_whole_and_no_others(app: FastAPI, published: None) -> None:
-    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
         for room, kind, data in NEWS:
             assert (await ask(client, type="join_room", room=room))["type"] == "room_joined"
             stamp = "2025-01-08T10:30:00Z"
@@ -201,11 +201,11 @@ async def test_a_service_that_goes_away_and_comes_back_is_told_once(
     app: FastAPI, database: Database, published: None
 ) -> None:
     works = True
-    sonarr = LIKENESSES["sonarr"]
+    sonarr = FAKE_SERVICES["sonarr"]
     async with (
-        standing_in(lambda asked: sonarr(asked) if works else Reply(b"down", 503)) as stand_in,
+        stub_server(lambda request: sonarr(request) if works else StubResponse(b"down", 503)) as stand_in,
         serving(app) as url,
-        connect(f"{url}/ws/client-1", **PATIENT) as client,
+        connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client,
     ):
         async with database.transaction() as session:
             values = {"name": "TV 📺", "type": "sonarr", "url": stand_in.url, "api_key": KEY}
@@ -228,7 +228,7 @@ async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: event
     data = {"data": {"dataset": "demo/homelab"}}
     async with database.transaction() as session:
         forge = await queue.enqueue(session, queue.JobRequest(kind="forge", spec=data), LOCAL)
-    async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", **PATIENT) as client:
+    async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", **WEBSOCKET_OPTIONS) as client:
         assert (await hear(client))["progress"] == 0
         async with database.transaction() as session:
             training = await queue.enqueue_child(session, forge, "fine_tune", "fine_tune", data)
@@ -259,7 +259,7 @@ async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: event
     ],
 )
 async def test_what_makes_no_sense_is_answered_with_an_error(app: FastAPI, said: str | bytes) -> None:
-    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
         await client.send(said)
         answer = await hear(client)
         assert answer["type"] == "error"
@@ -269,7 +269,7 @@ async def test_what_makes_no_sense_is_answered_with_an_error(app: FastAPI, said:
 
 async def test_a_connection_has_a_bounded_number_of_rooms(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.realtime.routes.MAX_ROOMS", 1)
-    async with serving(app) as url, connect(f"{url}/ws/client-1", **PATIENT) as client:
+    async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
         assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
         assert (await ask(client, type="join_room", room="downloads"))["type"] == "error"
 
@@ -282,7 +282,7 @@ async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Dat
     rooms = ["jobs", f"job:{own}", f"job:{other}", "job:none", "downloads"]
 
     async def joined(key: str) -> list[str]:
-        async with connect(f"{url}/ws/x", additional_headers={"X-API-Key": key}, **PATIENT) as client:
+        async with connect(f"{url}/ws/x", additional_headers={"X-API-Key": key}, **WEBSOCKET_OPTIONS) as client:
             answers = [await ask(client, type="join_room", room=room) for room in rooms]
             return [answer["room"] for answer in answers if answer["type"] == "room_joined"]
 
@@ -300,7 +300,7 @@ async def test_who_may_not_connect_is_refused_in_the_handshake(
         assert await refusal(f"{url}/ws/client-1?token=wrong") == (401, "UNAUTHORIZED")
         assert await refusal(f"{url}/ws/logs?token={key}") == (403, "FORBIDDEN")
         assert await refusal(f"{url}/ws/{'x' * 129}?token={key}") == (422, "VALIDATION_ERROR")
-        async with connect(f"{url}/ws/system?token={key}", **PATIENT) as client:
+        async with connect(f"{url}/ws/system?token={key}", **WEBSOCKET_OPTIONS) as client:
             assert "cpu_percent" in await hear(client)
 
 
@@ -314,10 +314,10 @@ async def test_who_may_not_stay_is_sent_away(
     job = await add_job(database, ownership.Principal(id=bob.id, name="bob", is_admin=False))
     async with (
         serving(app) as url,
-        connect(f"{url}/ws/a?token={key}", **PATIENT) as revoked,
-        connect(f"{url}/ws/b?token={identity.create_access_token(bob)}", **PATIENT) as disabled,
-        connect(f"{url}/ws/c?token={identity.create_access_token(ada)}", **PATIENT) as stays,
-        httpx.AsyncClient(base_url=url.replace("ws", "http"), headers={"X-API-Key": bobs}, timeout=PATIENCE) as client,
+        connect(f"{url}/ws/a?token={key}", **WEBSOCKET_OPTIONS) as revoked,
+        connect(f"{url}/ws/b?token={identity.create_access_token(bob)}", **WEBSOCKET_OPTIONS) as disabled,
+        connect(f"{url}/ws/c?token={identity.create_access_token(ada)}", **WEBSOCKET_OPTIONS) as stays,
+        httpx.AsyncClient(base_url=url.replace("ws", "http"), headers={"X-API-Key": bobs}, timeout=TIMEOUT) as client,
         client.stream("GET", f"/api/v1/jobs/{job}/events", params={"follow": 1}) as events_of_job,
     ):
         assert events_of_job.status_code == 200
@@ -330,7 +330,7 @@ async def test_who_may_not_stay_is_sent_away(
                 await hear(client_that_goes)
             assert closed.value.rcvd
             assert closed.value.rcvd.code == 1008
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await events_of_job.aread()  # it ends
         assert await ask(stays, type="ping") == {"type": "pong"}
 
@@ -342,7 +342,7 @@ async def test_a_page_of_another_origin_is_refused(app: FastAPI) -> None:
 
 async def test_system_samples(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "SAMPLE_SECONDS", 0.05)
-    async with serving(app) as url, connect(f"{url}/ws/system", **PATIENT) as client:
+    async with serving(app) as url, connect(f"{url}/ws/system", **WEBSOCKET_OPTIONS) as client:
         first, second = await hear(client), await hear(client)
     assert first["timestamp"] < second["timestamp"]
     assert first["timestamp"].endswith("Z")
@@ -354,7 +354,7 @@ async def test_log_lines(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(feeds, "LOG_SECONDS", 0.01)
     path = logs.folder() / "worker.jsonl"
     path.write_text(line("from yesterday"))
-    async with serving(app) as url, connect(f"{url}/ws/logs", **PATIENT) as client:
+    async with serving(app) as url, connect(f"{url}/ws/logs", **WEBSOCKET_OPTIONS) as client:
         assert await ask(client, type="ping") == {"type": "pong"}
         with path.open("a") as file:
             file.write(line("one") + line("two")[:20])
@@ -372,9 +372,9 @@ async def test_log_lines(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPat
 async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
     app: FastAPI, actor: events.Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime_hub, "SEND_SECONDS", PATIENCE)
+    monkeypatch.setattr(realtime_hub, "SEND_SECONDS", TIMEOUT)
     hub: Hub = app.state.hub
-    async with serving(app) as url, connect(f"{url}/ws/quick", **PATIENT) as quick:
+    async with serving(app) as url, connect(f"{url}/ws/quick", **WEBSOCKET_OPTIONS) as quick:
         assert (await ask(quick, type="join_room", room="system"))["type"] == "room_joined"
         with await deaf_client(url, {"type": "join_room", "room": "system"}):
             await until(lambda: hub.listeners("system") == 2)
@@ -397,7 +397,7 @@ async def test_a_client_that_takes_nothing_is_given_up(hub: Hub, monkeypatch: py
 
     state = WebSocketState.CONNECTED
     stuck: Any = SimpleNamespace(send_text=for_ever, receive=for_ever, close=close, application_state=state)
-    async with asyncio.timeout(PATIENCE), hub.subscribe(()) as subscription:
+    async with asyncio.timeout(TIMEOUT), hub.subscribe(()) as subscription:
         subscription.put({"type": "news"})
         await realtime_hub.serve_socket(stuck, subscription, for_ever)
     assert closed == [realtime_hub.TRY_AGAIN_LATER]
@@ -492,19 +492,19 @@ async def ask(client: ClientConnection, **said: str) -> dict[str, Any]:
 
 
 async def hear(client: ClientConnection) -> dict[str, Any]:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         return json.loads(await client.recv())
 
 
 async def refusal(url: str, **headers: str) -> tuple[int, str]:
     with pytest.raises(InvalidStatus) as caught:
-        await connect(url, additional_headers=headers, **PATIENT)
+        await connect(url, additional_headers=headers, **WEBSOCKET_OPTIONS)
     response = caught.value.response
     return response.status_code, json.loads(response.body)["error_code"]
 
 
 async def number_in(subscription: realtime_hub.Subscription) -> int:
-    message = await subscription.get(timeout=PATIENCE)
+    message = await subscription.get(timeout=TIMEOUT)
     assert message is not None
     return message["data"]["number"]
 
@@ -519,7 +519,7 @@ async def nothing_more(subscription: realtime_hub.Subscription) -> AsyncIterator
 
 
 async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not is_true():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

@@ -25,7 +25,7 @@ from serve.security import rate_limits
 from serve.security.callers import CurrentCaller
 from serve.security.rate_limits import RateLimitMiddleware, check_login, client_address, count_failed_login
 from tests.support.platform import unused_ports
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 Connect = Callable[[str], AbstractAsyncContextManager[httpx.AsyncClient]]
 
@@ -46,7 +46,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     _wait_until_ready(folder / "log", server)
     yield f"redis://127.0.0.1:{port}"
     server.terminate()
-    server.wait(PATIENCE)
+    server.wait(TIMEOUT)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ async def test_an_open_server_counts_only_when_told_to(connect: Connect, limited
 async def test_replicas_count_together_in_redis(
     connect: Connect, limited: Callable[..., None], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rate_limits, "STORAGE_TIMEOUT_SECONDS", PATIENCE)
+    monkeypatch.setattr(rate_limits, "STORAGE_TIMEOUT_SECONDS", TIMEOUT)
     limited(limits__storage=redis_url)
     async with connect(f"10.0.0.{uuid4().int % 256}") as client:
         statuses: list[int] = []

@@ -21,9 +21,9 @@ from pipelines.media.check_services import CheckServicesSpec, check_services, re
 from serve.app import create_app
 from serve.monitoring import health
 from serve.services import health as services_health
-from tests.support.services.fake_services import KEY, LIKENESSES
-from tests.support.services.stub_server import StandIn, page, standing_in, text
-from tests.support.waiting import PATIENCE
+from tests.support.services.fake_services import FAKE_SERVICES, KEY
+from tests.support.services.stub_server import StubServer, html_page, stub_server, text_response
+from tests.support.waiting import TIMEOUT
 
 WRONG_KEY = "ffffffffffffffffffffffffffffffff"
 DEAD = "http://127.0.0.1:9"
@@ -32,7 +32,7 @@ DEAD = "http://127.0.0.1:9"
 @pytest.fixture
 def app(database: Database, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     monkeypatch.setattr(health, "CACHE_SECONDS", 0)
-    monkeypatch.setattr(health, "CHECK_TIMEOUT_SECONDS", PATIENCE)
+    monkeypatch.setattr(health, "CHECK_TIMEOUT_SECONDS", TIMEOUT)
     return create_app()
 
 
@@ -43,8 +43,8 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def sonarr() -> AsyncIterator[StandIn]:
-    async with standing_in(LIKENESSES["sonarr"]) as server:
+async def sonarr() -> AsyncIterator[StubServer]:
+    async with stub_server(FAKE_SERVICES["sonarr"]) as server:
         yield server
 
 
@@ -54,7 +54,7 @@ async def create(client: httpx.AsyncClient, url: str, **more: Any) -> dict[str, 
     return answer.json()
 
 
-async def test_the_life_of_a_service(client: httpx.AsyncClient, sonarr: StandIn) -> None:
+async def test_the_life_of_a_service(client: httpx.AsyncClient, sonarr: StubServer) -> None:
     made = await create(client, sonarr.url, api_key=KEY)
     assert (made["is_healthy"], made["last_check"], made["has_key"], made["enabled"]) == (None, None, True, True)
     tested = (await client.post(f"/api/services/{made['id']}/test")).json()
@@ -73,7 +73,7 @@ async def test_the_life_of_a_service(client: httpx.AsyncClient, sonarr: StandIn)
 
 
 async def test_a_key_is_told_to_nobody_but_its_service(
-    client: httpx.AsyncClient, sonarr: StandIn, caplog: pytest.LogCaptureFixture
+    client: httpx.AsyncClient, sonarr: StubServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     made = await create(client, sonarr.url, api_key=WRONG_KEY)
@@ -87,11 +87,14 @@ async def test_a_key_is_told_to_nobody_but_its_service(
     assert WRONG_KEY not in "".join(told)
     ours = [record.getMessage() for record in caplog.records if record.name.startswith(("cluster", "serve", "httpx"))]
     assert WRONG_KEY not in "".join(ours)
-    assert sonarr.asked[0].headers["x-api-key"] == WRONG_KEY
+    assert sonarr.requests[0].headers["x-api-key"] == WRONG_KEY
 
 
 async def test_a_test_says_what_is_wrong(client: httpx.AsyncClient) -> None:
-    async with standing_in(LIKENESSES["radarr"]) as radarr, standing_in(lambda asked: page("Welcome")) as other:
+    async with (
+        stub_server(FAKE_SERVICES["radarr"]) as radarr,
+        stub_server(lambda request: html_page("Welcome")) as other,
+    ):
         service = await create(client, radarr.url, api_key=KEY)
         address = f"/api/services/{service['id']}"
         assert (await client.post(f"{address}/test")).json() == {
@@ -115,7 +118,7 @@ async def test_a_test_says_what_is_wrong(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_key_of_another_installation_is_no_500(
-    client: httpx.AsyncClient, sonarr: StandIn, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, sonarr: StubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = await create(client, sonarr.url, api_key=KEY)
     monkeypatch.setenv("FORGEARR_AUTH__SEALING_KEY", 32 * "x")
@@ -124,7 +127,7 @@ async def test_a_key_of_another_installation_is_no_500(
     assert (tested["success"], tested["error_code"]) == (False, "SEAL_BROKEN")
     shows = await client.get("/api/v1/shows")
     assert (shows.status_code, shows.json()["error_code"]) == (503, "SEAL_BROKEN")
-    assert sonarr.asked == []
+    assert sonarr.requests == []
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ async def test_only_a_key_can_be_taken_away(client: httpx.AsyncClient, field: st
 
 
 async def test_what_is_new_or_changed_is_checked_and_all_are_from_then_on(
-    client: httpx.AsyncClient, database: Database, sonarr: StandIn
+    client: httpx.AsyncClient, database: Database, sonarr: StubServer
 ) -> None:
     made = await create(client, sonarr.url, api_key=KEY)
     address = f"/api/services/{made['id']}"
@@ -176,7 +179,7 @@ async def test_what_is_new_or_changed_is_checked_and_all_are_from_then_on(
 
 
 async def test_the_job_checks_every_enabled_service(
-    client: httpx.AsyncClient, database: Database, sonarr: StandIn
+    client: httpx.AsyncClient, database: Database, sonarr: StubServer
 ) -> None:
     await create(client, sonarr.url, api_key=KEY)
     await create(client, DEAD, name="Broken", type="radarr", api_key=KEY)
@@ -194,7 +197,7 @@ async def test_the_job_checks_every_enabled_service(
     assert {name: told["healthy"] for name, told in health["services"].items()} == {"sonarr": True, "radarr": False}
 
 
-async def test_old_checks_are_forgotten(client: httpx.AsyncClient, database: Database, sonarr: StandIn) -> None:
+async def test_old_checks_are_forgotten(client: httpx.AsyncClient, database: Database, sonarr: StubServer) -> None:
     made = await create(client, sonarr.url, api_key=KEY)
     for _ in range(2):
         await client.post(f"/api/services/{made['id']}/test")
@@ -217,7 +220,7 @@ async def test_the_types_say_what_each_can_do(client: httpx.AsyncClient) -> None
 # Health
 
 
-async def test_health_tells_of_all_services_and_asks_none(client: httpx.AsyncClient, sonarr: StandIn) -> None:
+async def test_health_tells_of_all_services_and_asks_none(client: httpx.AsyncClient, sonarr: StubServer) -> None:
     made = await create(client, sonarr.url, api_key=KEY)
     second = await create(client, sonarr.url, name="4K", api_key=WRONG_KEY)
     assert (await client.get("/health")).json()["services"]["sonarr"] == {
@@ -227,7 +230,7 @@ async def test_health_tells_of_all_services_and_asks_none(client: httpx.AsyncCli
         "last_check": None,
         "circuit_breaker_state": "closed",
     }
-    assert sonarr.asked == []
+    assert sonarr.requests == []
     for service in (made, second):
         await client.post(f"/api/services/{service['id']}/test")
     told = (await client.get("/health")).json()
@@ -243,7 +246,9 @@ async def test_all_services_away_is_unhealthy_but_no_reason_to_send_nobody_here(
     assert (answer.status_code, answer.json()["status"], answer.json()["database"]) == (200, "unhealthy", "connected")
 
 
-async def test_the_health_of_one(client: httpx.AsyncClient, sonarr: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_health_of_one(
+    client: httpx.AsyncClient, sonarr: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(services_health, "MAX_CHECK_AGE", timedelta(hours=1))
     await create(client, sonarr.url, api_key=KEY)
     for word in ("sonarr", "TV", "tv"):
@@ -251,7 +256,7 @@ async def test_the_health_of_one(client: httpx.AsyncClient, sonarr: StandIn, mon
         assert answer.status_code == 200
         assert answer.json().keys() == {"healthy", "latency_ms", "error", "last_check", "circuit_breaker_state"}
     assert answer.json()["healthy"] is True
-    assert len(sonarr.asked) == 1  # the first answer is kept for a while
+    assert len(sonarr.requests) == 1  # the first answer is kept for a while
 
 
 async def test_a_service_that_does_not_work_is_503_and_an_unknown_one_404(client: httpx.AsyncClient) -> None:
@@ -269,8 +274,8 @@ async def test_a_service_that_does_not_work_is_503_and_an_unknown_one_404(client
 
 async def test_the_circuit_breaker_opens_and_a_test_closes_it(client: httpx.AsyncClient, database: Database) -> None:
     broken = True
-    answering = LIKENESSES["sonarr"]
-    async with standing_in(lambda asked: text("down", 503) if broken else answering(asked)) as server:
+    answering = FAKE_SERVICES["sonarr"]
+    async with stub_server(lambda request: text_response("down", 503) if broken else answering(request)) as server:
         made = await create(client, server.url, api_key=KEY)
         for _ in range(5):
             await client.post(f"/api/services/{made['id']}/test")

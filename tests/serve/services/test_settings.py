@@ -13,7 +13,7 @@ from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Job, Schedule
 from pipelines.media.audit.schedule import CRON_BY_HOURS
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 
 PATH = "/api/v1/settings"
 DEAD = "http://127.0.0.1:9"
@@ -21,24 +21,24 @@ pytestmark = pytest.mark.usefixtures("without_mlflow")
 
 
 @pytest.fixture
-def without_mlflow(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_mlflow(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     get_settings.cache_clear()
 
 
-async def connect(house: House, **values: Any) -> None:
-    async with house.database.transaction() as session:
+async def connect(api: ApiClient, **values: Any) -> None:
+    async with api.database.transaction() as session:
         await service_store.create(session, {"name": "TV", "type": "sonarr", "url": DEAD, **values}, "ada")
 
 
-async def put(house: House, **body: Any) -> Any:
-    return await house.ask("admin", "PUT", PATH, json=body)
+async def put(api: ApiClient, **body: Any) -> Any:
+    return await api.request("admin", "PUT", PATH, json=body)
 
 
-async def test_settings_are_as_documented(house: House) -> None:
-    await connect(house)
-    await connect(house, name="4K", enabled=False)
-    told = (await house.ask("bob", "GET", PATH)).json()
+async def test_settings_are_as_documented(api: ApiClient) -> None:
+    await connect(api)
+    await connect(api, name="4K", enabled=False)
+    told = (await api.request("bob", "GET", PATH)).json()
     assert told == {
         "mcp_servers": {
             "sonarr": {"enabled": True, "url": DEAD, "connected": None},
@@ -49,21 +49,21 @@ async def test_settings_are_as_documented(house: House) -> None:
     }
 
 
-async def test_audits_are_scheduled(house: House) -> None:
+async def test_audits_are_scheduled(api: ApiClient) -> None:
     wanted = {"auto_audit_enabled": True, "auto_audit_interval_hours": 12}
-    answer = await put(house, audit=wanted)
+    answer = await put(api, audit=wanted)
     assert answer.json() == {
         "success": True,
         "message": "Settings updated successfully",
         "updated_settings": {"audit": wanted},
     }
-    assert (await house.ask("bob", "GET", PATH)).json()["audit"] == wanted
-    async with house.database.read_transaction() as session:
+    assert (await api.request("bob", "GET", PATH)).json()["audit"] == wanted
+    async with api.database.read_transaction() as session:
         (schedule,) = await session.scalars(select(Schedule))
     assert (schedule.name, schedule.kind, schedule.enabled) == ("auto-audit", "audit_services", True)
     assert schedule.next_fire_at is not None
-    await put(house, audit={"auto_audit_enabled": False})
-    assert (await house.ask("bob", "GET", PATH)).json()["audit"] == {**wanted, "auto_audit_enabled": False}
+    await put(api, audit={"auto_audit_enabled": False})
+    assert (await api.request("bob", "GET", PATH)).json()["audit"] == {**wanted, "auto_audit_enabled": False}
 
 
 @pytest.mark.parametrize("hours", list(CRON_BY_HOURS))
@@ -76,17 +76,17 @@ def test_each_interval_is_one(hours: int) -> None:
         moment = following
 
 
-async def test_services_are_changed(house: House) -> None:
-    await connect(house)
-    answer = await put(house, mcp_servers={"sonarr": {"url": "http://127.0.0.1:10", "enabled": False}})
+async def test_services_are_changed(api: ApiClient) -> None:
+    await connect(api)
+    answer = await put(api, mcp_servers={"sonarr": {"url": "http://127.0.0.1:10", "enabled": False}})
     assert answer.status_code == 200, answer.text
-    assert (await house.ask("bob", "GET", PATH)).json()["mcp_servers"]["sonarr"] == {
+    assert (await api.request("bob", "GET", PATH)).json()["mcp_servers"]["sonarr"] == {
         "enabled": False,
         "url": "http://127.0.0.1:10",
         "connected": None,
     }
-    await put(house, mcp_servers={"TV": {"enabled": True}})
-    async with house.database.read_transaction() as session:
+    await put(api, mcp_servers={"TV": {"enabled": True}})
+    async with api.database.read_transaction() as session:
         (job,) = await session.scalars(select(Job))
     assert job.kind == "check_services"
 
@@ -109,21 +109,21 @@ async def test_services_are_changed(house: House) -> None:
         ({"mcp_servers": {"settled": {"enabled": False}}}, 409),
     ],
 )
-async def test_what_cannot_be_is_refused_as_a_whole(house: House, body: dict[str, Any], status: int) -> None:
-    await connect(house, api_key="0123456789")
-    await connect(house, name="settled", declared=True)
-    before = (await house.ask("bob", "GET", PATH)).json()
+async def test_what_cannot_be_is_refused_as_a_whole(api: ApiClient, body: dict[str, Any], status: int) -> None:
+    await connect(api, api_key="0123456789")
+    await connect(api, name="settled", declared=True)
+    before = (await api.request("bob", "GET", PATH)).json()
     # What could be is changed no more than the rest.
     more = {"sonarr": {"enabled": False}} if "mcp_servers" in body and "sonarr" not in body["mcp_servers"] else {}
     if more:
         body = {"mcp_servers": {**more, **body["mcp_servers"]}}
-    answer = await house.ask("admin", "PUT", PATH, json=body)
+    answer = await api.request("admin", "PUT", PATH, json=body)
     assert answer.status_code == status, answer.text
-    assert (await house.ask("bob", "GET", PATH)).json() == before
+    assert (await api.request("bob", "GET", PATH)).json() == before
 
 
-async def test_a_schedule_of_that_name_may_be_somebodys(house: House) -> None:
-    async with house.database.transaction() as session:
+async def test_a_schedule_of_that_name_may_be_somebodys(api: ApiClient) -> None:
+    async with api.database.transaction() as session:
         await schedules.create(session, ScheduleRequest(name="auto-audit", kind="probe", cron="0 3 * * *"), LOCAL)
-    assert (await put(house, audit={"auto_audit_enabled": True})).status_code == 409
-    assert (await house.ask("ada", "PUT", PATH, json={"audit": {"auto_audit_enabled": True}})).status_code == 403
+    assert (await put(api, audit={"auto_audit_enabled": True})).status_code == 409
+    assert (await api.request("ada", "PUT", PATH, json={"audit": {"auto_audit_enabled": True}})).status_code == 403

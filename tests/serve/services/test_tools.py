@@ -13,12 +13,12 @@ from cluster.services import store as service_store
 from cluster.services.catalog import all_connectors
 from cluster.services.tools import tool_parameters
 from pipelines.tools.calls import ToolCall, remove_old_calls
-from tests.support.api_client import House
+from tests.support.api_client import ApiClient
 from tests.support.services import news_server, real_services
-from tests.support.services.fake_services import KEY, LIKENESSES
-from tests.support.services.news_server import Usenet
-from tests.support.services.real_services import Running
-from tests.support.services.stub_server import Asked, Reply, StandIn, standing_in, telling
+from tests.support.services.fake_services import FAKE_SERVICES, KEY
+from tests.support.services.news_server import NewsServer
+from tests.support.services.real_services import RunningService
+from tests.support.services.stub_server import StubRequest, StubResponse, StubServer, json_response, stub_server
 from tests.support.waiting import eventually_async
 
 MCP = "/api/v1/mcp"
@@ -26,13 +26,13 @@ DEAD = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
-def sabnzbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def sabnzbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with (
         real_services.node_exporter(tmp_path_factory.mktemp("node")) as node,
         real_services.prometheus(tmp_path_factory.mktemp("prometheus"), node) as running,
@@ -41,36 +41,36 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[StandIn]:
+async def server() -> AsyncIterator[StubServer]:
     """It says that its queue is empty, whatever is asked."""
     queue = {"slots": [], "paused": False, "status": "Idle", "kbpersec": "0.00", "mbleft": "0.00"}
-    async with standing_in(lambda _: telling({"queue": queue})) as server:
+    async with stub_server(lambda _: json_response({"queue": queue})) as server:
         yield server
 
 
-async def connect(house: House, type: str, url: str, key: str | None = KEY, **values: Any) -> None:  # noqa: A002
-    async with house.database.transaction() as session:
+async def connect(api: ApiClient, type: str, url: str, key: str | None = KEY, **values: Any) -> None:  # noqa: A002
+    async with api.database.transaction() as session:
         await service_store.create(session, {"name": type, "type": type, "url": url, "api_key": key, **values}, "ada")
 
 
-async def call(house: House, server: str, tool: str, who: str = "admin", **arguments: Any) -> tuple[int, Any]:
-    answer = await house.ask(who, "POST", f"{MCP}/{server}/call", json={"tool": tool, "arguments": arguments})
+async def call(api: ApiClient, server: str, tool: str, username: str = "admin", **arguments: Any) -> tuple[int, Any]:
+    answer = await api.request(username, "POST", f"{MCP}/{server}/call", json={"tool": tool, "arguments": arguments})
     return answer.status_code, answer.json()
 
 
-async def calls(house: House, **parameters: Any) -> list[dict[str, Any]]:
-    answer = await house.ask("admin", "GET", f"{MCP}/calls", params=parameters)
+async def calls(api: ApiClient, **parameters: Any) -> list[dict[str, Any]]:
+    answer = await api.request("admin", "GET", f"{MCP}/calls", params=parameters)
     assert answer.status_code == 200, answer.text
     return answer.json()["items"]
 
 
-def names_in_queue(sabnzbd: Running) -> list[str]:
-    return [slot["filename"] for slot in news_server.ask(sabnzbd, "queue")["queue"]["slots"]]
+def names_in_queue(sabnzbd: RunningService) -> list[str]:
+    return [slot["filename"] for slot in news_server.call_api(sabnzbd, "queue")["queue"]["slots"]]
 
 
-async def test_the_tools_of_sabnzbd(house: House) -> None:
-    await connect(house, "sabnzbd", DEAD)
-    answer = (await house.ask("ada", "GET", f"{MCP}/sabnzbd/tools")).json()
+async def test_the_tools_of_sabnzbd(api: ApiClient) -> None:
+    await connect(api, "sabnzbd", DEAD)
+    answer = (await api.request("ada", "GET", f"{MCP}/sabnzbd/tools")).json()
     assert answer["server"] == "sabnzbd"
     tools = {tool["name"]: tool for tool in answer["tools"]}
     assert tools["get_queue"] == {
@@ -98,32 +98,32 @@ def test_every_tool_says_what_it_does_and_takes() -> None:
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_a_real_sabnzbd_does_what_it_is_told_to(house: House, sabnzbd: Running) -> None:
-    await connect(house, "sabnzbd", sabnzbd.url, sabnzbd.key)
-    status, paused = await call(house, "sabnzbd", "pause_queue")
+async def test_a_real_sabnzbd_does_what_it_is_told_to(api: ApiClient, sabnzbd: RunningService) -> None:
+    await connect(api, "sabnzbd", sabnzbd.url, sabnzbd.key)
+    status, paused = await call(api, "sabnzbd", "pause_queue")
     assert (status, paused["result"]) == (200, {"success": True, "paused": True, "queue_status": "Paused"})
     assert paused["execution_time_ms"] > 0
-    assert news_server.ask(sabnzbd, "queue")["queue"]["paused"] is True
-    status, queue = await call(house, "sabnzbd", "get_queue", "ada")
+    assert news_server.call_api(sabnzbd, "queue")["queue"]["paused"] is True
+    status, queue = await call(api, "sabnzbd", "get_queue", "ada")
     assert (status, queue["result"]["paused"], queue["result"]["speed"]) == (200, True, "0 B/s")
-    assert (await call(house, "sabnzbd", "resume_queue"))[1]["result"]["paused"] is False
-    added = (await call(house, "sabnzbd", "add_download", url=f"{DEAD}/x.nzb&i=1&r=hidden", name="Film"))[1]["result"]
-    (slot,) = (await call(house, "sabnzbd", "get_queue"))[1]["result"]["queue"]
+    assert (await call(api, "sabnzbd", "resume_queue"))[1]["result"]["paused"] is False
+    added = (await call(api, "sabnzbd", "add_download", url=f"{DEAD}/x.nzb&i=1&r=hidden", name="Film"))[1]["result"]
+    (slot,) = (await call(api, "sabnzbd", "get_queue"))[1]["result"]["queue"]
     assert (slot["nzo_id"], slot["status"], slot["priority"]) == (added["nzo_id"], "Grabbing", "Normal")
     # Releases differ in whether it has its name already, or is called by its address.
     assert slot["filename"] == "Film" or slot["filename"].endswith(f"{DEAD}/…")
-    assert (await call(house, "sabnzbd", "delete_download", **added))[0] == 200
-    nzb = Usenet().post("film.mkv", b"film")
-    async with standing_in(lambda asked: Reply(nzb.encode(), 200, "application/x-nzb")) as web:
-        added = (await call(house, "sabnzbd", "add_download", url=f"{web.url}/x.nzb", name="Film"))[1]["result"]
+    assert (await call(api, "sabnzbd", "delete_download", **added))[0] == 200
+    nzb = NewsServer().post("film.mkv", b"film")
+    async with stub_server(lambda request: StubResponse(nzb.encode(), 200, "application/x-nzb")) as web:
+        added = (await call(api, "sabnzbd", "add_download", url=f"{web.url}/x.nzb", name="Film"))[1]["result"]
         await eventually_async(lambda: names_in_queue(sabnzbd) == ["Film"])
-    status, history = await call(house, "sabnzbd", "get_history", "ada", limit=1)
+    status, history = await call(api, "sabnzbd", "get_history", "ada", limit=1)
     assert (status, history["result"]) == (200, {"history": [], "total": 0})
-    assert (await call(house, "sabnzbd", "delete_download", **added))[1]["result"] == added
+    assert (await call(api, "sabnzbd", "delete_download", **added))[1]["result"] == added
     assert names_in_queue(sabnzbd) == []
-    status, gone = await call(house, "sabnzbd", "delete_download", **added)
+    status, gone = await call(api, "sabnzbd", "delete_download", **added)
     assert (status, gone["error_code"]) == (404, "DOWNLOAD_NOT_FOUND")
-    kept = await calls(house)
+    kept = await calls(api)
     assert [(record["tool"], record["called_by"], record["outcome"]) for record in kept] == [
         ("delete_download", "admin", "failed"),
         ("delete_download", "admin", "succeeded"),
@@ -143,14 +143,14 @@ async def test_a_real_sabnzbd_does_what_it_is_told_to(house: House, sabnzbd: Run
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_a_real_prometheus_is_asked(house: House, prometheus: Running) -> None:
-    await connect(house, "prometheus", prometheus.url, None)
-    status, answer = await call(house, "prometheus", "query_metrics", "ada", query="1 + 1")
+async def test_a_real_prometheus_is_asked(api: ApiClient, prometheus: RunningService) -> None:
+    await connect(api, "prometheus", prometheus.url, None)
+    status, answer = await call(api, "prometheus", "query_metrics", "ada", query="1 + 1")
     assert (status, answer["result"]["resultType"], answer["result"]["result"][1]) == (200, "scalar", "2")
     cores = 'count(last_over_time(node_cpu_seconds_total{mode="idle"}[1h]))'  # a slow answer makes it forget the last
-    status, answer = await call(house, "prometheus", "query_metrics", "ada", query=cores)
+    status, answer = await call(api, "prometheus", "query_metrics", "ada", query=cores)
     assert int(answer["result"]["result"][0]["value"][1]) == os.cpu_count()
-    status, answer = await call(house, "prometheus", "query_metrics", "ada", query="up{")
+    status, answer = await call(api, "prometheus", "query_metrics", "ada", query="up{")
     assert (status, answer["error_code"]) == (400, "REFUSED_BY_SERVICE")
 
 
@@ -169,79 +169,77 @@ async def test_a_real_prometheus_is_asked(house: House, prometheus: Running) -> 
     ],
 )
 async def test_arguments_that_a_tool_does_not_take(
-    house: House, server: StandIn, tool: str, arguments: dict[str, Any], field: str
+    api: ApiClient, server: StubServer, tool: str, arguments: dict[str, Any], field: str
 ) -> None:
-    await connect(house, "sabnzbd", server.url)
-    status, answer = await call(house, "sabnzbd", tool, **arguments)
+    await connect(api, "sabnzbd", server.url)
+    status, answer = await call(api, "sabnzbd", tool, **arguments)
     assert (status, answer["error"], answer["error_code"]) == (400, "invalid_request", "INVALID_TOOL_ARGUMENTS")
     assert (list(answer["details"]), field in answer["message"]) == ([field], True)
-    assert server.asked == []
-    (kept,) = await calls(house)
+    assert server.requests == []
+    (kept,) = await calls(api)
     assert (kept["outcome"], kept["arguments"], kept["execution_time_ms"]) == ("refused", arguments, None)
 
 
-async def test_what_changes_something_is_for_administrators(house: House, server: StandIn) -> None:
-    await connect(house, "sabnzbd", server.url)
+async def test_what_changes_something_is_for_administrators(api: ApiClient, server: StubServer) -> None:
+    await connect(api, "sabnzbd", server.url)
     for tool in ("pause_queue", "delete_download", "retry_download"):
-        status, answer = await call(house, "sabnzbd", tool, "ada", nzo_id="x")
+        status, answer = await call(api, "sabnzbd", tool, "ada", nzo_id="x")
         assert (status, answer["error"]) == (403, "forbidden")
-    assert server.asked == []
-    assert (await call(house, "sabnzbd", "get_queue", "ada"))[0] == 200
-    assert [record["outcome"] for record in await calls(house)] == ["succeeded", "refused", "refused", "refused"]
-    assert (await house.ask("ada", "GET", f"{MCP}/calls")).status_code == 403
+    assert server.requests == []
+    assert (await call(api, "sabnzbd", "get_queue", "ada"))[0] == 200
+    assert [record["outcome"] for record in await calls(api)] == ["succeeded", "refused", "refused", "refused"]
+    assert (await api.request("ada", "GET", f"{MCP}/calls")).status_code == 403
 
 
-async def test_what_there_is_not(house: House, server: StandIn) -> None:
-    await connect(house, "sabnzbd", server.url)
-    status, answer = await call(house, "sabnzbd", "shut_down")
+async def test_what_there_is_not(api: ApiClient, server: StubServer) -> None:
+    await connect(api, "sabnzbd", server.url)
+    status, answer = await call(api, "sabnzbd", "shut_down")
     assert (status, answer["error_code"]) == (404, "UNKNOWN_TOOL")
     assert "get_queue, get_history" in answer["message"]
     for word, expected in (("nobody", 404), ("plex", 503)):
-        assert (await call(house, word, "get_queue"))[0] == expected
-        assert (await house.ask("ada", "GET", f"{MCP}/{word}/tools")).status_code == expected
-    assert [record["tool"] for record in await calls(house)] == ["shut_down"]
+        assert (await call(api, word, "get_queue"))[0] == expected
+        assert (await api.request("ada", "GET", f"{MCP}/{word}/tools")).status_code == expected
+    assert [record["tool"] for record in await calls(api)] == ["shut_down"]
 
 
-async def test_a_service_that_is_away_is_told_in_the_documents_word(house: House) -> None:
-    await connect(house, "sabnzbd", DEAD)
-    status, answer = await call(house, "sabnzbd", "get_queue")
+async def test_a_service_that_is_away_is_told_in_the_documents_word(api: ApiClient) -> None:
+    await connect(api, "sabnzbd", DEAD)
+    status, answer = await call(api, "sabnzbd", "get_queue")
     assert (status, answer["error"], answer["error_code"]) == (503, "mcp_connection_error", "SERVICE_UNREACHABLE")
-    assert (await calls(house))[0]["outcome"] == "failed"
+    assert (await calls(api))[0]["outcome"] == "failed"
 
 
-async def test_secrets_and_long_arguments_are_not_kept(house: House, server: StandIn) -> None:
-    await connect(house, "sabnzbd", server.url)
-    await call(
-        house, "sabnzbd", "get_queue", api_key="sesame", deep=[{"password": {"is": "sesame"}}], say="token=sesame"
-    )
-    await call(house, "sabnzbd", "get_queue", text=20_000 * "x")
-    long, secret = await calls(house)
+async def test_secrets_and_long_arguments_are_not_kept(api: ApiClient, server: StubServer) -> None:
+    await connect(api, "sabnzbd", server.url)
+    await call(api, "sabnzbd", "get_queue", api_key="sesame", deep=[{"password": {"is": "sesame"}}], say="token=sesame")
+    await call(api, "sabnzbd", "get_queue", text=20_000 * "x")
+    long, secret = await calls(api)
     assert "sesame" not in str(secret)
     assert secret["arguments"]["deep"] == [{"password": "********"}]
     assert long["arguments"] == {"omitted": "20012 characters"}
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e999", 900 * "[" + 900 * "]", '"\\ud800"'])
-async def test_arguments_that_nobody_can_keep(house: House, server: StandIn, value: str) -> None:
-    await connect(house, "sabnzbd", server.url)
+async def test_arguments_that_nobody_can_keep(api: ApiClient, server: StubServer, value: str) -> None:
+    await connect(api, "sabnzbd", server.url)
     content = '{"tool": "get_queue", "arguments": {"x": ' + value + "}}"
-    answer = await house.ask("admin", "POST", f"{MCP}/sabnzbd/call", content=content)
+    answer = await api.request("admin", "POST", f"{MCP}/sabnzbd/call", content=content)
     assert answer.status_code in {400, 422}, answer.text
 
 
-async def test_calls_are_paged_filtered_and_forgotten(house: House, server: StandIn) -> None:
-    await connect(house, "sabnzbd", server.url)
-    await connect(house, "plex", DEAD)
+async def test_calls_are_paged_filtered_and_forgotten(api: ApiClient, server: StubServer) -> None:
+    await connect(api, "sabnzbd", server.url)
+    await connect(api, "plex", DEAD)
     for _ in range(3):
-        await call(house, "sabnzbd", "get_queue")
-    await call(house, "plex", "get_libraries")
-    assert len(await calls(house, limit=2)) == 2
-    assert [record["tool"] for record in await calls(house, service="plex")] == ["get_libraries"]
-    async with house.database.transaction() as session:
+        await call(api, "sabnzbd", "get_queue")
+    await call(api, "plex", "get_libraries")
+    assert len(await calls(api, limit=2)) == 2
+    assert [record["tool"] for record in await calls(api, service="plex")] == ["get_libraries"]
+    async with api.database.transaction() as session:
         old = update(ToolCall).where(ToolCall.service == "plex").values(at=now() - timedelta(days=31))
         await session.execute(old)
-    assert await remove_old_calls(house.database) == 1
-    assert len(await calls(house)) == 3
+    assert await remove_old_calls(api.database) == 1
+    assert len(await calls(api)) == 3
 
 
 # What the others have: a likeness of each, with an answer of the shape that its API documents.
@@ -398,21 +396,21 @@ ANSWERS: dict[str, tuple[str, str, dict[str, Any], Any, Any]] = {
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("name", ANSWERS)
-async def test_what_others_tell(house: House, name: str) -> None:
+async def test_what_others_tell(api: ApiClient, name: str) -> None:
     tool, path, arguments, said, told = ANSWERS[name]
-    likeness = LIKENESSES[name]
+    fake = FAKE_SERVICES[name]
     nonsense = False
 
-    def answer(asked: Asked) -> Reply:
-        reply = likeness(asked)
-        if asked.path != path or reply.status in {401, 403}:
+    def answer(request: StubRequest) -> StubResponse:
+        reply = fake(request)
+        if request.path != path or reply.status in {401, 403}:
             return reply
-        return telling({"results": 7, "data": "?", "response": {"data": 1}} if nonsense else said)
+        return json_response({"results": 7, "data": "?", "response": {"data": 1}} if nonsense else said)
 
-    async with standing_in(answer) as server:
-        await connect(house, name, server.url, likeness.key if likeness.guards else None)
-        status, result = await call(house, name, tool, "ada", **arguments)
+    async with stub_server(answer) as server:
+        await connect(api, name, server.url, fake.key if fake.requires_key else None)
+        status, result = await call(api, name, tool, "ada", **arguments)
         assert (status, result.get("result")) == (200, told), result
         nonsense = True
-        status, result = await call(house, name, tool, "ada", **arguments)
+        status, result = await call(api, name, tool, "ada", **arguments)
         assert (status, result["error_code"]) == (503, "SERVICE_BAD_RESPONSE")

@@ -15,57 +15,57 @@ from pipelines.training import workers as training_workers
 from pipelines.training.workers import TrainingWorker, WorkerNotFound
 from serve.realtime.hub import Hub
 from serve.training.sessions import training_status
-from tests.support.api_client import LEARN, SESSION, SESSIONS, House
+from tests.support.api_client import LEARN, SESSION, SESSIONS, ApiClient
 from tests.support.waiting import eventually_async
 
 # Sessions
 
 
-async def test_a_session_is_made_shown_changed_and_deleted(house: House) -> None:
-    made = await house.ask("ada", "POST", SESSIONS, json=SESSION)
+async def test_a_session_is_made_shown_changed_and_deleted(api: ApiClient) -> None:
+    made = await api.request("ada", "POST", SESSIONS, json=SESSION)
     assert made.status_code == 201
     session = made.json()
     assert session.items() >= {**SESSION, "base_model": "forgearr/tiny", "created_by": "ada"}.items()
     unknown = {"status", "description", "worker_id", "prompt_ids", "job_id"}
     assert {name for name, value in session.items() if value is None} == unknown
     path = f"{SESSIONS}/{session['id']}"
-    assert (await house.ask("ada", "GET", path)).json() == session
+    assert (await api.request("ada", "GET", path)).json() == session
 
-    changed = await house.ask("ada", "PUT", path, json={"name": "House v2", "description": "Again.", "config": {}})
+    changed = await api.request("ada", "PUT", path, json={"name": "House v2", "description": "Again.", "config": {}})
     assert changed.json().items() >= {"name": "House v2", "description": "Again.", "config": {}}.items()
-    refused = await house.ask("ada", "PUT", path, json={"name": "House v3", "config": {"rank": 0}})
+    refused = await api.request("ada", "PUT", path, json={"name": "House v3", "config": {"rank": 0}})
     assert refused.status_code == 422
-    assert (await house.ask("ada", "GET", path)).json()["name"] == "House v2"
+    assert (await api.request("ada", "GET", path)).json()["name"] == "House v2"
 
-    assert (await house.ask("ada", "DELETE", path)).status_code == 204
+    assert (await api.request("ada", "DELETE", path)).status_code == 204
     for method in ("GET", "DELETE"):
-        answer = await house.ask("ada", method, path)
+        answer = await api.request("ada", method, path)
         assert (answer.status_code, answer.json()["error_code"]) == (404, "TRAINING_SESSION_NOT_FOUND")
-    assert await house.kinds() == {}
+    assert await api.count_kinds() == {}
 
 
-async def test_sessions_come_in_pages_with_the_newest_first(house: House) -> None:
-    made = [await house.session(name=f"Number {number}") for number in range(5)]
-    assert (await house.start(made[1])).status_code == 200
+async def test_sessions_come_in_pages_with_the_newest_first(api: ApiClient) -> None:
+    made = [await api.create_session(name=f"Number {number}") for number in range(5)]
+    assert (await api.start_session(made[1])).status_code == 200
     seen: list[str] = []
     path: str | None = f"{SESSIONS}?limit=2"
     while path:
-        page = (await house.ask("ada", "GET", path)).json()
+        page = (await api.request("ada", "GET", path)).json()
         assert page["total"] == 5
         seen += [one["id"] for one in page["items"]]
         path = page["links"]["next"]
     assert seen == made[::-1]
-    everything = (await house.ask("ada", "GET", SESSIONS)).json()["items"]
+    everything = (await api.request("ada", "GET", SESSIONS)).json()["items"]
     assert {one["id"]: one["status"] for one in everything} == {**dict.fromkeys(made), made[1]: "queued"}
-    assert (await house.ask("ada", "GET", f"{SESSIONS}?skip=5")).json()["items"] == []
+    assert (await api.request("ada", "GET", f"{SESSIONS}?skip=5")).json()["items"] == []
     for query in ("limit=0", "limit=101", "skip=-1", "skip=9999999999", "limit=x"):
-        assert (await house.ask("ada", "GET", f"{SESSIONS}?{query}")).status_code == 422
+        assert (await api.request("ada", "GET", f"{SESSIONS}?{query}")).status_code == 422
 
 
-async def test_a_user_sees_only_their_own_sessions_and_an_administrator_all(house: House) -> None:
-    session = await house.session("ada")
-    for who, count in (("ada", 1), ("bob", 0), ("admin", 1)):
-        assert (await house.ask(who, "GET", SESSIONS)).json()["total"] == count
+async def test_a_user_sees_only_their_own_sessions_and_an_administrator_all(api: ApiClient) -> None:
+    session = await api.create_session("ada")
+    for username, count in (("ada", 1), ("bob", 0), ("admin", 1)):
+        assert (await api.request(username, "GET", SESSIONS)).json()["total"] == count
     path = f"{SESSIONS}/{session}"
     for method, address, body in (
         ("GET", path, None),
@@ -76,10 +76,10 @@ async def test_a_user_sees_only_their_own_sessions_and_an_administrator_all(hous
         ("POST", f"{path}/start", LEARN),
         ("POST", f"{path}/start", {**LEARN, "worker_id": 1}),
     ):
-        answer = await house.ask("bob", method, address, json=body)
+        answer = await api.request("bob", method, address, json=body)
         assert (answer.status_code, answer.json()["error_code"]) == (404, "TRAINING_SESSION_NOT_FOUND")
-    assert (await house.ask("admin", "GET", f"{path}/status")).json()["status"] is None
-    assert await house.kinds() == {}
+    assert (await api.request("admin", "GET", f"{path}/status")).json()["status"] is None
+    assert await api.count_kinds() == {}
 
 
 @pytest.mark.parametrize(
@@ -120,22 +120,22 @@ async def test_a_user_sees_only_their_own_sessions_and_an_administrator_all(hous
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_what_is_wrong_with_a_session_is_named(house: House, said: dict[str, Any], field: str) -> None:
-    answer = await house.ask("ada", "POST", SESSIONS, json={**SESSION, **said})
+async def test_what_is_wrong_with_a_session_is_named(api: ApiClient, said: dict[str, Any], field: str) -> None:
+    answer = await api.request("ada", "POST", SESSIONS, json={**SESSION, **said})
     assert answer.status_code == 422, answer.text
     assert list(answer.json()["details"]) == [field]
     assert field in answer.json()["message"]
-    assert (await house.ask("ada", "GET", SESSIONS)).json()["total"] == 0
+    assert (await api.request("ada", "GET", SESSIONS)).json()["total"] == 0
 
 
-async def test_a_config_that_no_job_could_have_is_refused(house: House) -> None:
+async def test_a_config_that_no_job_could_have_is_refused(api: ApiClient) -> None:
     for config in ({"cpus_per_worker": 1e-9}, {"gpus_per_worker": 1e-9}, {"tags": {"note": "x" * 1_000_000}}):
-        answer = await house.ask("ada", "POST", SESSIONS, json={**SESSION, "config": config})
+        answer = await api.request("ada", "POST", SESSIONS, json={**SESSION, "config": config})
         assert (answer.status_code, answer.json()["error_code"]) == (422, "INVALID_JOB_SPEC")
-    assert (await house.ask("ada", "GET", SESSIONS)).json()["total"] == 0
+    assert (await api.request("ada", "GET", SESSIONS)).json()["total"] == 0
 
 
-async def test_odd_names_come_back_as_they_were_and_make_sound_names_of_models(house: House) -> None:
+async def test_odd_names_come_back_as_they_were_and_make_sound_names_of_models(api: ApiClient) -> None:
     for name, model in (
         ("Custom Assistant v1", "custom-assistant-v1"),
         ("'; DROP TABLE training_sessions; --", "drop-table-training_sessions"),
@@ -146,18 +146,18 @@ async def test_odd_names_come_back_as_they_were_and_make_sound_names_of_models(h
         ("%s %(name)s {name}", "s-name-s-name"),
         ("x" * 200, "x" * 99),
     ):
-        session = await house.session(name=name)
-        assert (await house.ask("ada", "GET", f"{SESSIONS}/{session}")).json()["name"] == name
-        started = (await house.start(session)).json()
-        assert (await house.job(started["job_id"]))["spec"]["name"] == model
+        session = await api.create_session(name=name)
+        assert (await api.request("ada", "GET", f"{SESSIONS}/{session}")).json()["name"] == name
+        started = (await api.start_session(session)).json()
+        assert (await api.get_job(started["job_id"]))["spec"]["name"] == model
 
 
-async def test_an_odd_id_is_that_of_no_session(house: House) -> None:
+async def test_an_odd_id_is_that_of_no_session(api: ApiClient) -> None:
     for odd in ("'%20OR%20'1'='1", "%F0%9F%8F%A0", "-1", "00000000-0000-0000-0000-000000000000"):
         for method, last in (("GET", ""), ("GET", "/status"), ("POST", "/cancel"), ("DELETE", "")):
-            assert (await house.ask("admin", method, f"{SESSIONS}/{odd}{last}")).status_code == 404
-    assert (await house.ask("admin", "GET", f"{SESSIONS}/{'x' * 41}")).status_code == 422
-    assert (await house.ask("admin", "GET", f"{SESSIONS}/%00")).status_code == 400
+            assert (await api.request("admin", method, f"{SESSIONS}/{odd}{last}")).status_code == 404
+    assert (await api.request("admin", "GET", f"{SESSIONS}/{'x' * 41}")).status_code == 422
+    assert (await api.request("admin", "GET", f"{SESSIONS}/%00")).status_code == 400
 
 
 # Starting
@@ -191,33 +191,33 @@ async def test_an_odd_id_is_that_of_no_session(house: House) -> None:
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_what_cannot_be_started_is_refused_and_changes_nothing(
-    house: House, said: dict[str, Any], status: int, code: str
+    api: ApiClient, said: dict[str, Any], status: int, code: str
 ) -> None:
-    session = await house.session()
-    before = (await house.ask("ada", "GET", f"{SESSIONS}/{session}")).json()
-    answer = await house.start(session, **said)
+    session = await api.create_session()
+    before = (await api.request("ada", "GET", f"{SESSIONS}/{session}")).json()
+    answer = await api.start_session(session, **said)
     assert (answer.status_code, answer.json()["error_code"]) == (status, code), answer.text
-    assert (await house.ask("ada", "GET", f"{SESSIONS}/{session}")).json() == before
-    assert await house.kinds() == {}
+    assert (await api.request("ada", "GET", f"{SESSIONS}/{session}")).json() == before
+    assert await api.count_kinds() == {}
 
 
-async def test_anothers_prompts_are_not_there(house: House) -> None:
-    prompt = await house.prompt("bob")
-    session = await house.session("ada")
-    assert (await house.start(session, prompt_ids=[prompt])).status_code == 404
-    assert (await house.start(session, who="admin", prompt_ids=[prompt])).status_code == 200
+async def test_anothers_prompts_are_not_there(api: ApiClient) -> None:
+    prompt = await api.create_prompt("bob")
+    session = await api.create_session("ada")
+    assert (await api.start_session(session, prompt_ids=[prompt])).status_code == 404
+    assert (await api.start_session(session, username="admin", prompt_ids=[prompt])).status_code == 200
 
 
-async def test_a_session_starts_on_its_prompts_and_its_worker(house: House) -> None:
-    async with house.database.transaction() as session:
+async def test_a_session_starts_on_its_prompts_and_its_worker(api: ApiClient) -> None:
+    async with api.database.transaction() as session:
         session.add(TrainingWorker(id=7, node="nas", label=training_workers.NODE_LABEL))
-    prompt, made = await house.prompt(), await house.session()
-    unknown = await house.start(made, prompt_ids=[prompt], worker_id=8)
+    prompt, made = await api.create_prompt(), await api.create_session()
+    unknown = await api.start_session(made, prompt_ids=[prompt], worker_id=8)
     assert unknown.status_code == 503  # no cluster to look for it
-    started = (await house.start(made, prompt_ids=[prompt], worker_id=7)).json()
+    started = (await api.start_session(made, prompt_ids=[prompt], worker_id=7)).json()
     expected = {"status": "queued", "worker_id": 7, "prompt_ids": [prompt]}
     assert started.items() >= expected.items()
-    job = await house.job(started["job_id"])
+    job = await api.get_job(started["job_id"])
     assert (job["kind"], job["created_by"]) == ("fine_tune", "ada")
     assert job["spec"]["labels"] == {training_workers.NODE_LABEL: "nas"}
     assert job["spec"]["data"]["prompts"]["ids"] == [prompt]
@@ -230,41 +230,41 @@ async def test_a_worker_that_never_was_is_not_found(database: Database) -> None:
             await training_workers.labels_of(session, 8)
 
 
-async def test_what_runs_is_neither_changed_nor_deleted_nor_started_again(house: House) -> None:
-    session = await house.session()
+async def test_what_runs_is_neither_changed_nor_deleted_nor_started_again(api: ApiClient) -> None:
+    session = await api.create_session()
     path = f"{SESSIONS}/{session}"
-    nothing = await house.ask("ada", "POST", f"{path}/cancel")
+    nothing = await api.request("ada", "POST", f"{path}/cancel")
     assert nothing.status_code == 409
-    job = (await house.start(session)).json()["job_id"]
+    job = (await api.start_session(session)).json()["job_id"]
     for state in (State.QUEUED, State.RUNNING, State.PAUSED):
-        await house.settle(job, state=state)
+        await api.update_job(job, state=state)
         for answer in (
-            await house.start(session),
-            await house.ask("ada", "PUT", path, json=SESSION),
-            await house.ask("ada", "DELETE", path),
+            await api.start_session(session),
+            await api.request("ada", "PUT", path, json=SESSION),
+            await api.request("ada", "DELETE", path),
         ):
             assert (answer.status_code, answer.json()["error_code"]) == (409, "TRAINING_SESSION_STARTED")
-    cancelled = await house.ask("ada", "POST", f"{path}/cancel")
+    cancelled = await api.request("ada", "POST", f"{path}/cancel")
     assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
-    assert (await house.ask("ada", "POST", f"{path}/cancel")).status_code == 409
-    again = await house.start(session)
+    assert (await api.request("ada", "POST", f"{path}/cancel")).status_code == 409
+    again = await api.start_session(session)
     assert (again.status_code, again.json()["job_id"] != job) == (200, True)
-    assert (await house.ask("ada", "PUT", path, json=SESSION)).status_code == 409
-    await house.settle(again.json()["job_id"], state=State.FAILED, error={"code": "x", "message": "No."})
-    assert (await house.ask("ada", "DELETE", path)).status_code == 204
-    assert await house.kinds() == {"fine_tune": 2}
+    assert (await api.request("ada", "PUT", path, json=SESSION)).status_code == 409
+    await api.update_job(again.json()["job_id"], state=State.FAILED, error={"code": "x", "message": "No."})
+    assert (await api.request("ada", "DELETE", path)).status_code == 204
+    assert await api.count_kinds() == {"fine_tune": 2}
 
 
-async def test_of_many_starts_at_once_one_makes_a_job(house: House) -> None:
-    session = await house.session()
-    answers = await asyncio.gather(*(house.start(session) for _ in range(8)))
+async def test_of_many_starts_at_once_one_makes_a_job(api: ApiClient) -> None:
+    session = await api.create_session()
+    answers = await asyncio.gather(*(api.start_session(session) for _ in range(8)))
     assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 7}
-    assert await house.kinds() == {"fine_tune": 1}
+    assert await api.count_kinds() == {"fine_tune": 1}
 
 
-async def test_everything_happens_to_one_session_at_once(house: House) -> None:
+async def test_everything_happens_to_one_session_at_once(api: ApiClient) -> None:
     for _ in range(3):
-        path = f"{SESSIONS}/{await house.session()}"
+        path = f"{SESSIONS}/{await api.create_session()}"
         wanted: list[tuple[str, str, Any]] = [
             ("POST", f"{path}/start", LEARN),
             ("DELETE", path, None),
@@ -272,7 +272,7 @@ async def test_everything_happens_to_one_session_at_once(house: House) -> None:
             ("POST", f"{path}/cancel", None),
             ("GET", f"{path}/status", None),
         ]
-        asked = [house.ask("ada", method, address, json=body) for method, address, body in wanted * 3]
+        asked = [api.request("ada", method, address, json=body) for method, address, body in wanted * 3]
         statuses = {answer.status_code for answer in await asyncio.gather(*asked)}
         assert statuses <= {200, 204, 404, 409}
 
@@ -296,12 +296,12 @@ async def test_everything_happens_to_one_session_at_once(house: House) -> None:
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_every_state_of_a_training_is_told_alike_by_all_doors(
-    house: House, facts: dict[str, Any], status: str
+    api: ApiClient, facts: dict[str, Any], status: str
 ) -> None:
-    session = await house.session()
-    job = (await house.start(session)).json()["job_id"]
-    await house.settle(job, **facts)
-    found = (await house.ask("ada", "GET", f"/status/{job}")).json()
+    session = await api.create_session()
+    job = (await api.start_session(session)).json()["job_id"]
+    await api.update_job(job, **facts)
+    found = (await api.request("ada", "GET", f"/status/{job}")).json()
     assert found["status"] == status
     assert found["error"] == facts.get("error", {}).get("message")
     assert (found["current_epoch"], found["total_epochs"], found["current_step"], found["loss"]) == (
@@ -310,18 +310,18 @@ async def test_every_state_of_a_training_is_told_alike_by_all_doors(
         None,
         None,
     )
-    told = (await house.ask("ada", "GET", f"{SESSIONS}/{session}/status")).json()
+    told = (await api.request("ada", "GET", f"{SESSIONS}/{session}/status")).json()
     assert told == {"session_id": session, **{name: found[name] for name in told if name != "session_id"}}
     assert found.keys() - told.keys() == {"job_id", "created_at", "updated_at"}
-    assert (await house.ask("ada", "GET", f"{SESSIONS}/{session}")).json()["status"] == status
-    assert (await house.ask("ada", "GET", SESSIONS)).json()["items"][0]["status"] == status
+    assert (await api.request("ada", "GET", f"{SESSIONS}/{session}")).json()["status"] == status
+    assert (await api.request("ada", "GET", SESSIONS)).json()["items"][0]["status"] == status
 
 
-async def test_the_newest_numbers_of_a_training_are_told(house: House) -> None:
-    job = await house.training(state=State.RUNNING, phase="training", progress=41.67, result=None)
-    await house.tell(job, step=9, epoch=0.9, loss=2.5, eval_loss=2.0, memory_mb=512.0)
-    await house.tell(job, step=10, epoch=1.0, loss=2.25, learning_rate=1e-4, unheard_of=1)
-    found = (await house.ask("ada", "GET", f"/status/{job}")).json()
+async def test_the_newest_numbers_of_a_training_are_told(api: ApiClient) -> None:
+    job = await api.queue_training(state=State.RUNNING, phase="training", progress=41.67, result=None)
+    await api.report_metrics(job, step=9, epoch=0.9, loss=2.5, eval_loss=2.0, memory_mb=512.0)
+    await api.report_metrics(job, step=10, epoch=1.0, loss=2.25, learning_rate=1e-4, unheard_of=1)
+    found = (await api.request("ada", "GET", f"/status/{job}")).json()
     expected = {
         "progress": 41.67,
         "current_step": 10,
@@ -338,16 +338,16 @@ async def test_the_newest_numbers_of_a_training_are_told(house: House) -> None:
     assert "unheard_of" not in found
 
 
-async def test_an_evaluation_is_told_however_many_steps_ago_it_was(house: House) -> None:
-    job = await house.training(state=State.RUNNING, phase="training", result=None)
-    await house.tell(job, step=10, epoch=1.0, eval_loss=2.5)
-    await house.tell(job, step=20, epoch=2.0, eval_loss=2.0)
+async def test_an_evaluation_is_told_however_many_steps_ago_it_was(api: ApiClient) -> None:
+    job = await api.queue_training(state=State.RUNNING, phase="training", result=None)
+    await api.report_metrics(job, step=10, epoch=1.0, eval_loss=2.5)
+    await api.report_metrics(job, step=20, epoch=2.0, eval_loss=2.0)
     for step in range(21, 46):
-        await house.tell(job, step=step, epoch=2.0 + step / 100, loss=1.0)
-    assert (await house.ask("ada", "GET", f"/status/{job}")).json()["eval_loss"] == 2.0
-    job = await house.training(state=State.RUNNING, phase="training", result=None)
-    await house.tell(job, step=40, epoch=4.0, loss=1.0)  # nothing was held out after all
-    assert (await house.ask("ada", "GET", f"/status/{job}")).json()["eval_loss"] is None
+        await api.report_metrics(job, step=step, epoch=2.0 + step / 100, loss=1.0)
+    assert (await api.request("ada", "GET", f"/status/{job}")).json()["eval_loss"] == 2.0
+    job = await api.queue_training(state=State.RUNNING, phase="training", result=None)
+    await api.report_metrics(job, step=40, epoch=4.0, loss=1.0)  # nothing was held out after all
+    assert (await api.request("ada", "GET", f"/status/{job}")).json()["eval_loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -356,85 +356,85 @@ async def test_an_evaluation_is_told_however_many_steps_ago_it_was(house: House)
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_the_end_of_an_epoch_still_belongs_to_it(
-    house: House, epoch: float, max_steps: int | None, current: int
+    api: ApiClient, epoch: float, max_steps: int | None, current: int
 ) -> None:
-    job = await house.queue("fine_tune", {**LEARN, "max_steps": max_steps}, state=State.RUNNING)
-    await house.tell(job, step=4, epoch=epoch)
-    assert (await house.ask("ada", "GET", f"/status/{job}")).json()["current_epoch"] == current
+    job = await api.queue_job("fine_tune", {**LEARN, "max_steps": max_steps}, state=State.RUNNING)
+    await api.report_metrics(job, step=4, epoch=epoch)
+    assert (await api.request("ada", "GET", f"/status/{job}")).json()["current_epoch"] == current
 
 
-async def test_a_session_with_a_number_of_steps_has_no_number_of_epochs(house: House) -> None:
-    session = await house.session(config={"max_steps": 5})
+async def test_a_session_with_a_number_of_steps_has_no_number_of_epochs(api: ApiClient) -> None:
+    session = await api.create_session(config={"max_steps": 5})
     path = f"{SESSIONS}/{session}/status"
-    assert (await house.ask("ada", "GET", path)).json()["total_epochs"] is None
-    await house.start(session)
-    assert (await house.ask("ada", "GET", path)).json()["total_epochs"] is None
+    assert (await api.request("ada", "GET", path)).json()["total_epochs"] is None
+    await api.start_session(session)
+    assert (await api.request("ada", "GET", path)).json()["total_epochs"] is None
 
 
-async def forged(house: House, **facts: Any) -> str:
-    return await house.queue("forge", {**LEARN, "deploy": False}, **{"state": State.RUNNING} | facts)
+async def forged(api: ApiClient, **facts: Any) -> str:
+    return await api.queue_job("forge", {**LEARN, "deploy": False}, **{"state": State.RUNNING} | facts)
 
 
-async def child(house: House, parent: str, kind: str, spec: dict[str, Any], **facts: Any) -> str:
-    return await house.queue(kind, spec, **{"parent_id": parent, "child_name": kind} | facts)
+async def child(api: ApiClient, parent: str, kind: str, spec: dict[str, Any], **facts: Any) -> str:
+    return await api.queue_job(kind, spec, **{"parent_id": parent, "child_name": kind} | facts)
 
 
-async def test_a_forge_job_is_as_far_as_its_steps(house: House) -> None:
+async def test_a_forge_job_is_as_far_as_its_steps(api: ApiClient) -> None:
     async def told() -> tuple[str, float, float | None]:
-        found = (await house.ask("ada", "GET", f"/status/{forge}")).json()
+        found = (await api.request("ada", "GET", f"/status/{forge}")).json()
         return found["status"], found["progress"], found["loss"]
 
-    forge = await forged(house, state=State.QUEUED)
+    forge = await forged(api, state=State.QUEUED)
     assert await told() == ("queued", 0, None)
-    await house.settle(forge, state=State.RUNNING, phase="fine_tune")
+    await api.update_job(forge, state=State.RUNNING, phase="fine_tune")
     assert await told() == ("queued", 0, None)
-    training = await child(house, forge, "fine_tune", LEARN)
+    training = await child(api, forge, "fine_tune", LEARN)
     assert await told() == ("queued", 0, None)
-    await house.settle(training, state=State.RUNNING, phase="gathering the data")
+    await api.update_job(training, state=State.RUNNING, phase="gathering the data")
     assert await told() == ("preparing", 0, None)
-    await house.settle(training, phase="training", progress=50.0)
-    await house.tell(training, step=3, epoch=1.5, loss=2.0)
+    await api.update_job(training, phase="training", progress=50.0)
+    await api.report_metrics(training, step=3, epoch=1.5, loss=2.0)
     assert await told() == ("training", 30, 2.0)
-    await house.settle(training, state=State.PAUSED)
+    await api.update_job(training, state=State.PAUSED)
     assert await told() == ("paused", 30, 2.0)
-    await house.settle(training, state=State.SUCCEEDED, progress=100.0)
+    await api.update_job(training, state=State.SUCCEEDED, progress=100.0)
     steps = (("export", "exporting", 67.5), ("validate", "validating", 82.5))
     for kind, status, progress in steps:
-        await house.settle(forge, phase=kind)
-        await child(house, forge, kind, {"job_id": training}, state=State.RUNNING, progress=50.0)
+        await api.update_job(forge, phase=kind)
+        await child(api, forge, kind, {"job_id": training}, state=State.RUNNING, progress=50.0)
         assert await told() == (status, progress, 2.0)
-    await house.settle(forge, phase="deploy")
+    await api.update_job(forge, phase="deploy")
     assert (await told())[0] == "deploying"
-    await house.settle(forge, state=State.SUCCEEDED, progress=100.0)
+    await api.update_job(forge, state=State.SUCCEEDED, progress=100.0)
     assert await told() == ("completed", 100, 2.0)
     for state, status in ((State.PAUSED, "paused"), (State.CANCELLED, "cancelled"), (State.FAILED, "failed")):
-        await house.settle(forge, state=state)
+        await api.update_job(forge, state=state)
         assert (await told())[0] == status
 
 
-async def test_the_rooms_of_a_forge_job_are_also_those_of_its_steps(house: House) -> None:
-    admin = Principal(id=house.people["admin"].id, name="admin", is_admin=True)
-    forge = await forged(house)
+async def test_the_rooms_of_a_forge_job_are_also_those_of_its_steps(api: ApiClient) -> None:
+    admin = Principal(id=api.users["admin"].id, name="admin", is_admin=True)
+    forge = await forged(api)
     assert (await training_status(forge, admin))[0] == {f"job:{forge}"}
-    training = await child(house, forge, "fine_tune", LEARN)
-    export = await child(house, forge, "export", {"job_id": training})
+    training = await child(api, forge, "fine_tune", LEARN)
+    export = await child(api, forge, "export", {"job_id": training})
     assert (await training_status(forge, admin))[0] == {f"job:{forge}", f"job:{training}", f"job:{export}"}
 
 
-async def test_a_job_of_another_kind_is_no_training(house: House) -> None:
-    job = await house.queue("probe", {})
+async def test_a_job_of_another_kind_is_no_training(api: ApiClient) -> None:
+    job = await api.queue_job("probe", {})
     for method, path in (("GET", "/status"), ("POST", "/validate"), ("POST", "/deploy")):
-        answer = await house.ask("admin", method, f"{path}/{job}")
+        answer = await api.request("admin", method, f"{path}/{job}")
         assert (answer.status_code, answer.json()["error_code"]) == (404, "TRAINING_NOT_FOUND")
         assert "probe" in answer.json()["message"]
-    assert await house.kinds() == {"probe": 1}
+    assert await api.count_kinds() == {"probe": 1}
 
 
-async def test_anothers_training_does_not_exist(house: House) -> None:
-    job = await house.training("ada")
+async def test_anothers_training_does_not_exist(api: ApiClient) -> None:
+    job = await api.queue_training("ada")
     for method, path in (("GET", "/status"), ("POST", "/validate")):
-        assert (await house.ask("bob", method, f"{path}/{job}")).status_code == 404
-        assert (await house.ask("ada", method, f"{path}/{job}?wait=0")).status_code in {200, 202}
+        assert (await api.request("bob", method, f"{path}/{job}")).status_code == 404
+        assert (await api.request("ada", method, f"{path}/{job}?wait=0")).status_code in {200, 202}
 
 
 # /v1/fine-tune
@@ -464,49 +464,49 @@ async def test_anothers_training_does_not_exist(house: House) -> None:
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_what_cannot_be_fine_tuned_is_refused(house: House, said: dict[str, Any], status: int) -> None:
-    answer = await house.ask("ada", "POST", "/v1/fine-tune", json={"project_name": "house", **LEARN, **said})
+async def test_what_cannot_be_fine_tuned_is_refused(api: ApiClient, said: dict[str, Any], status: int) -> None:
+    answer = await api.request("ada", "POST", "/v1/fine-tune", json={"project_name": "house", **LEARN, **said})
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"] == answer.json()["detail"]
-    assert await house.kinds() == {}
+    assert await api.count_kinds() == {}
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
-async def test_data_of_another_kind_than_the_method_learns_from_is_refused(house: House, method: str) -> None:
+async def test_data_of_another_kind_than_the_method_learns_from_is_refused(api: ApiClient, method: str) -> None:
     pair = '{"messages": [{"role": "user", "content": "Hi."}], "chosen": "Good day.", "rejected": "What?"}'
     path = "/api/v1/datasets?name=pairs"
-    assert (await house.ask("ada", "POST", path, content=pair)).status_code == 201
+    assert (await api.request("ada", "POST", path, content=pair)).status_code == 201
     data, other = {"dataset": "pairs"}, {"dataset": "demo/homelab"}
     fitting, unfit = (data, other) if method == "dpo" else (other, data)
     wanted = {"project_name": "house", "method": method}
-    refused = await house.ask("ada", "POST", "/v1/fine-tune", json={**wanted, "data": unfit})
+    refused = await api.request("ada", "POST", "/v1/fine-tune", json={**wanted, "data": unfit})
     assert refused.status_code == 400
     assert method in refused.json()["detail"]
-    session = await house.session(config={"method": method})
-    answer = await house.start(session, data=unfit)
+    session = await api.create_session(config={"method": method})
+    answer = await api.start_session(session, data=unfit)
     assert (answer.status_code, answer.json()["error_code"]) == (400, "WRONG_KIND_OF_DATA")
-    assert await house.kinds() == {}
-    assert (await house.ask("ada", "POST", "/v1/fine-tune", json={**wanted, "data": fitting})).status_code == 200
-    assert (await house.start(session, data=fitting)).status_code == 200
+    assert await api.count_kinds() == {}
+    assert (await api.request("ada", "POST", "/v1/fine-tune", json={**wanted, "data": fitting})).status_code == 200
+    assert (await api.start_session(session, data=fitting)).status_code == 200
 
 
 # /validate
 
 
-async def test_a_step_gets_what_a_process_of_the_training_had(house: House) -> None:
+async def test_a_step_gets_what_a_process_of_the_training_had(api: ApiClient) -> None:
     spec = {**LEARN, "cpus_per_worker": 4, "gpus_per_worker": 2}
-    job = await house.queue("fine_tune", spec, state=State.SUCCEEDED, result={})
-    deployment = (await house.ask("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
-    (validation,) = (await house.job(deployment))["depends_on"]
-    (export,) = (await house.job(validation))["depends_on"]
-    async with house.database.read_transaction() as session:
+    job = await api.queue_job("fine_tune", spec, state=State.SUCCEEDED, result={})
+    deployment = (await api.request("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
+    (validation,) = (await api.get_job(deployment))["depends_on"]
+    (export,) = (await api.get_job(validation))["depends_on"]
+    async with api.database.read_transaction() as session:
         for step, demand in ((validation, "4 CPU, 1 GPU"), (export, "4 CPU")):
             assert (await queue.get(session, step, LOCAL)).demand == demand
 
 
-async def test_a_training_is_validated_once(house: House) -> None:
-    job = await house.training()
-    asked = [house.ask("ada", "POST", f"/validate/{job}?wait=0") for _ in range(6)]
+async def test_a_training_is_validated_once(api: ApiClient) -> None:
+    job = await api.queue_training()
+    asked = [api.request("ada", "POST", f"/validate/{job}?wait=0") for _ in range(6)]
     answers = await asyncio.gather(*asked)
     assert {answer.status_code for answer in answers} == {202}
     (validation,) = {answer.json()["validation_job_id"] for answer in answers}
@@ -520,76 +520,76 @@ async def test_a_training_is_validated_once(house: House) -> None:
     }
     metrics = {"final_loss": 1.23, "perplexity": 3.42, "gguf_kl": None}
     result = {"passed": False, "reasons": ["too dull"], "metrics": metrics, "report_path": "validation_report.md"}
-    await house.settle(validation, state=State.SUCCEEDED, result={**result, "report_json": "report.json"})
-    found = await house.ask("ada", "POST", f"/validate/{job}")
+    await api.update_job(validation, state=State.SUCCEEDED, result={**result, "report_json": "report.json"})
+    found = await api.request("ada", "POST", f"/validate/{job}")
     assert found.status_code == 200
     assert found.json() == {"job_id": job, **result, "validation_job_id": validation}
-    assert await house.kinds() == {"fine_tune": 1, "validate": 1}
+    assert await api.count_kinds() == {"fine_tune": 1, "validate": 1}
 
 
-async def test_a_validation_that_fails_says_why_and_is_tried_again_when_it_is_asked_for(house: House) -> None:
-    job = await house.training()
-    first = (await house.ask("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
-    waiting = asyncio.create_task(house.ask("ada", "POST", f"/validate/{job}?wait=600"))
-    hub: Hub = house.app.state.hub
+async def test_a_validation_that_fails_says_why_and_is_tried_again_when_it_is_asked_for(api: ApiClient) -> None:
+    job = await api.queue_training()
+    first = (await api.request("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
+    waiting = asyncio.create_task(api.request("ada", "POST", f"/validate/{job}?wait=600"))
+    hub: Hub = api.app.state.hub
     await eventually_async(lambda: hub.listeners(f"job:{first}"))
-    await house.settle(first, state=State.FAILED, error={"code": "out_of_memory", "message": "Too large."})
+    await api.update_job(first, state=State.FAILED, error={"code": "out_of_memory", "message": "Too large."})
     hub._deliver({"rooms": [f"job:{first}"]})  # pyright: ignore[reportPrivateUsage]
     failed = await waiting
     assert failed.status_code == 200
     assert failed.json().items() >= {"passed": None, "metrics": {}, "reasons": ["Too large."]}.items()
-    again = await house.ask("ada", "POST", f"/validate/{job}?wait=0")
+    again = await api.request("ada", "POST", f"/validate/{job}?wait=0")
     assert again.status_code == 202
     assert again.json()["validation_job_id"] != first
 
 
-async def test_what_was_never_trained_is_neither_validated_nor_deployed(house: House) -> None:
+async def test_what_was_never_trained_is_neither_validated_nor_deployed(api: ApiClient) -> None:
     for state in (State.FAILED, State.CANCELLED):
-        job = await house.training(state=state, error={"code": "x", "message": "No."})
+        job = await api.queue_training(state=state, error={"code": "x", "message": "No."})
         for path in ("validate", "deploy"):
-            answer = await house.ask("admin", "POST", f"/{path}/{job}")
+            answer = await api.request("admin", "POST", f"/{path}/{job}")
             assert (answer.status_code, answer.json()["error_code"]) == (409, "JOB_HAS_NO_RESULT")
-    assert await house.kinds() == {"fine_tune": 2}
+    assert await api.count_kinds() == {"fine_tune": 2}
 
 
-async def test_steps_wait_for_the_training(house: House) -> None:
-    job = await house.training(state=State.RUNNING)
-    step = (await house.ask("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
-    assert (await house.job(step))["depends_on"] == [job]
+async def test_steps_wait_for_the_training(api: ApiClient) -> None:
+    job = await api.queue_training(state=State.RUNNING)
+    step = (await api.request("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
+    assert (await api.get_job(step))["depends_on"] == [job]
 
 
-async def test_what_a_stranger_has_queued_is_no_step_of_ones_own(house: House) -> None:
-    job = await house.training("ada")
-    strangers = await house.queue("validate", {"job_id": job}, "bob")  # it will fail: the training is not bob's
-    own = (await house.ask("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
+async def test_what_a_stranger_has_queued_is_no_step_of_ones_own(api: ApiClient) -> None:
+    job = await api.queue_training("ada")
+    strangers = await api.queue_job("validate", {"job_id": job}, "bob")  # it will fail: the training is not bob's
+    own = (await api.request("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
     assert own != strangers
-    helpful = await house.training("ada")
-    admins = await house.queue("validate", {"job_id": helpful}, "admin")
-    assert (await house.ask("ada", "POST", f"/validate/{helpful}?wait=0")).json()["validation_job_id"] == admins
+    helpful = await api.queue_training("ada")
+    admins = await api.queue_job("validate", {"job_id": helpful}, "admin")
+    assert (await api.request("ada", "POST", f"/validate/{helpful}?wait=0")).json()["validation_job_id"] == admins
 
 
 @pytest.mark.parametrize("wait", ["-1", "601", "nan", "inf", "1e999", "x", ""])
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_nobody_waits_for_an_odd_time(house: House, wait: str) -> None:
-    job = await house.training()
+async def test_nobody_waits_for_an_odd_time(api: ApiClient, wait: str) -> None:
+    job = await api.queue_training()
     for path in ("validate", "deploy"):
-        assert (await house.ask("admin", "POST", f"/{path}/{job}", params={"wait": wait})).status_code == 422
-    assert await house.kinds() == {"fine_tune": 1}
+        assert (await api.request("admin", "POST", f"/{path}/{job}", params={"wait": wait})).status_code == 422
+    assert await api.count_kinds() == {"fine_tune": 1}
 
 
 # /deploy
 
 
-async def test_only_administrators_deploy(house: House) -> None:
-    job = await house.training("ada")
-    refused = await house.ask("ada", "POST", f"/deploy/{job}?wait=0")
+async def test_only_administrators_deploy(api: ApiClient) -> None:
+    job = await api.queue_training("ada")
+    refused = await api.request("ada", "POST", f"/deploy/{job}?wait=0")
     assert refused.status_code == 403
-    assert await house.kinds() == {"fine_tune": 1}
+    assert await api.count_kinds() == {"fine_tune": 1}
 
 
-async def test_a_deployment_is_three_steps_each_of_which_is_queued_once(house: House) -> None:
-    job = await house.training("ada")
-    answers = await asyncio.gather(*(house.ask("admin", "POST", f"/deploy/{job}?wait=0") for _ in range(6)))
+async def test_a_deployment_is_three_steps_each_of_which_is_queued_once(api: ApiClient) -> None:
+    job = await api.queue_training("ada")
+    answers = await asyncio.gather(*(api.request("admin", "POST", f"/deploy/{job}?wait=0") for _ in range(6)))
     assert {answer.status_code for answer in answers} == {202}
     (deployment,) = {answer.json()["deployment_job_id"] for answer in answers}
     assert answers[0].json() == {
@@ -600,22 +600,22 @@ async def test_a_deployment_is_three_steps_each_of_which_is_queued_once(house: H
         "message": None,
         "deployment_job_id": deployment,
     }
-    assert await house.kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 1}
-    (validation,) = (await house.job(deployment))["depends_on"]
-    (export,) = (await house.job(validation))["depends_on"]
-    assert (await house.job(export))["depends_on"] == [job]
-    assert (await house.job(validation))["spec"]["export_job_id"] == export
+    assert await api.count_kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 1}
+    (validation,) = (await api.get_job(deployment))["depends_on"]
+    (export,) = (await api.get_job(validation))["depends_on"]
+    assert (await api.get_job(export))["depends_on"] == [job]
+    assert (await api.get_job(validation))["spec"]["export_job_id"] == export
 
     # To be forced is another wish, but the steps before it are the same.
-    await house.ask("admin", "POST", f"/deploy/{job}?wait=0&force=true")
-    assert await house.kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 2}
+    await api.request("admin", "POST", f"/deploy/{job}?wait=0&force=true")
+    assert await api.count_kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 2}
     # What was measured with the export need not be measured again.
-    measured = await house.ask("ada", "POST", f"/validate/{job}?wait=0")
+    measured = await api.request("ada", "POST", f"/validate/{job}?wait=0")
     assert measured.json()["validation_job_id"] == validation
 
 
-async def test_how_a_deployment_ended_is_told_and_the_next_one_makes_only_what_is_missing(house: House) -> None:
-    job = await house.training("ada")
+async def test_how_a_deployment_ended_is_told_and_the_next_one_makes_only_what_is_missing(api: ApiClient) -> None:
+    job = await api.queue_training("ada")
     ends: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (
             {"state": State.FAILED, "error": {"code": "version_not_passed", "message": "Too dull."}},
@@ -626,50 +626,50 @@ async def test_how_a_deployment_ended_is_told_and_the_next_one_makes_only_what_i
             {"success": True, "model_name": "forgearr:latest", "gguf_path": "/cache/a.gguf", "message": None},
         ),
     ]
-    hub: Hub = house.app.state.hub
+    hub: Hub = api.app.state.hub
     for facts, told in ends:
-        step = (await house.ask("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
-        waiting = asyncio.create_task(house.ask("admin", "POST", f"/deploy/{job}?wait=600"))
+        step = (await api.request("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
+        waiting = asyncio.create_task(api.request("admin", "POST", f"/deploy/{job}?wait=600"))
         await eventually_async(lambda room=f"job:{step}": hub.listeners(room))
-        await house.settle(step, **facts)
+        await api.update_job(step, **facts)
         hub._deliver({"rooms": [f"job:{step}"]})  # pyright: ignore[reportPrivateUsage]
         answer = await waiting
         assert answer.status_code == 200
         assert answer.json() == {"job_id": job, **told, "deployment_job_id": step}
-    assert await house.kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 2}
+    assert await api.count_kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 2}
 
 
-async def test_what_a_forge_job_has_done_is_not_done_again(house: House) -> None:
-    forge = await forged(house)
-    training = await child(house, forge, "fine_tune", LEARN, state=State.SUCCEEDED, result={})
-    export = await child(house, forge, "export", {"job_id": training}, state=State.SUCCEEDED, result={})
+async def test_what_a_forge_job_has_done_is_not_done_again(api: ApiClient) -> None:
+    forge = await forged(api)
+    training = await child(api, forge, "fine_tune", LEARN, state=State.SUCCEEDED, result={})
+    export = await child(api, forge, "export", {"job_id": training}, state=State.SUCCEEDED, result={})
     wanted = {"job_id": training, "export_job_id": export}
-    validation = await child(house, forge, "validate", wanted, state=State.SUCCEEDED, result={"passed": True})
+    validation = await child(api, forge, "validate", wanted, state=State.SUCCEEDED, result={"passed": True})
     # That the whole came to grief later does not matter.
-    await house.settle(forge, state=State.FAILED, error={"code": "x", "message": "No."})
+    await api.update_job(forge, state=State.FAILED, error={"code": "x", "message": "No."})
     for named in (forge, training):
-        found = await house.ask("ada", "POST", f"/validate/{named}")
+        found = await api.request("ada", "POST", f"/validate/{named}")
         assert (found.status_code, found.json()["validation_job_id"]) == (200, validation)
-        assert (await house.ask("admin", "POST", f"/deploy/{named}?wait=0")).status_code == 202
-    assert await house.kinds() == {"forge": 1, "fine_tune": 1, "export": 1, "validate": 1, "deploy": 1}
+        assert (await api.request("admin", "POST", f"/deploy/{named}?wait=0")).status_code == 202
+    assert await api.count_kinds() == {"forge": 1, "fine_tune": 1, "export": 1, "validate": 1, "deploy": 1}
 
 
-async def test_gates_of_somebodys_own_do_not_open_the_way_to_a_deployment(house: House) -> None:
-    job = await house.training("ada")
-    export = await house.queue("export", {"job_id": job}, state=State.SUCCEEDED, result={})
+async def test_gates_of_somebodys_own_do_not_open_the_way_to_a_deployment(api: ApiClient) -> None:
+    job = await api.queue_training("ada")
+    export = await api.queue_job("export", {"job_id": job}, state=State.SUCCEEDED, result={})
     easy = {"job_id": job, "export_job_id": export, "gates": {"max_perplexity": None}}
-    generous = await house.queue("validate", easy, state=State.SUCCEEDED, result={"passed": True})
-    deployment = (await house.ask("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
-    (validation,) = (await house.job(deployment))["depends_on"]
+    generous = await api.queue_job("validate", easy, state=State.SUCCEEDED, result={"passed": True})
+    deployment = (await api.request("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
+    (validation,) = (await api.get_job(deployment))["depends_on"]
     assert validation != generous
-    assert (await house.job(validation))["spec"]["gates"] == {}
+    assert (await api.get_job(validation))["spec"]["gates"] == {}
 
 
 # Bodies
 
 
-async def test_bodies_that_are_no_requests_are_refused(house: House) -> None:
-    session = await house.session()
+async def test_bodies_that_are_no_requests_are_refused(api: ApiClient) -> None:
+    session = await api.create_session()
     paths = (SESSIONS, f"{SESSIONS}/{session}/start", "/v1/fine-tune")
     for path in paths:
         for body, status in (
@@ -686,6 +686,6 @@ async def test_bodies_that_are_no_requests_are_refused(house: House) -> None:
             (b'{"name": "' + b"x" * (33 * 1024 * 1024) + b'"}', {413}),
             (b'{"name": "' + b"x" * (4 * 1024 * 1024) + b'"}', {422}),
         ):
-            answer = await house.ask("ada", "POST", path, content=body)
+            answer = await api.request("ada", "POST", path, content=body)
             assert answer.status_code in status, (path, body[:40], answer.text[:300])
-    assert await house.kinds() == {}
+    assert await api.count_kinds() == {}

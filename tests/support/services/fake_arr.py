@@ -1,7 +1,7 @@
-"""Sonarr or Radarr with a memory, on loopback: what is written can be read again.
+"""A fake Sonarr or Radarr on loopback that keeps state: what is written can be read again.
 
-Every request and every answer is held against the official document; where one breaks it, the answer is a 500 that says
-so, and the test fails at the latest when the stand-in goes.
+It checks every request and every response against the official OpenAPI document. A violation is answered with a 500,
+and makes the test fail when the server stops.
 """
 
 import json
@@ -13,8 +13,15 @@ from typing import Any
 from jsonschema import ValidationError
 
 from tests.support.services.fake_services import ARR_STATUS, KEY
-from tests.support.services.openapi_documents import check_answer, check_request, document_path
-from tests.support.services.stub_server import Asked, Reply, StandIn, page, standing_in, telling
+from tests.support.services.openapi_documents import check_request, check_response, document_path
+from tests.support.services.stub_server import (
+    StubRequest,
+    StubResponse,
+    StubServer,
+    html_page,
+    json_response,
+    stub_server,
+)
 
 API = "/api/v3/"
 ID_MAX = 2**31 - 1
@@ -25,57 +32,57 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Sort:
-    """What Sonarr and Radarr call what they keep."""
+class ArrType:
+    """The names that Sonarr or Radarr uses."""
 
     title: str
     version: str
-    things: str  # the resource
-    outer_id: str  # what a thing is called in the world
-    term: str  # how it is looked up by that
-    added: str
+    resource: str
+    external_id: str  # the field with the id in the public catalog
+    term: str  # the prefix of a lookup by that id
+    already_added: str  # the error message
 
 
-SORTS = {
-    "sonarr": Sort("Sonarr", "4.0.14.2939", "series", "tvdbId", "tvdb", "This series has already been added"),
-    "radarr": Sort("Radarr", "5.22.4.9896", "movie", "tmdbId", "tmdb", "This movie has already been added"),
+ARR_TYPES = {
+    "sonarr": ArrType("Sonarr", "4.0.14.2939", "series", "tvdbId", "tvdb", "This series has already been added"),
+    "radarr": ArrType("Radarr", "5.22.4.9896", "movie", "tmdbId", "tmdb", "This movie has already been added"),
 }
 
 
 @dataclass
-class ArrStandIn:
+class FakeArr:
     """`resources` are lists of rows, or one object for what there is only one of (`config/naming`), by the end of their
-    path. `catalogue` is what a lookup finds."""
+    path. `lookup_results` is what a lookup finds."""
 
     service: str
     resources: dict[str, Any] = field(default_factory=dict[str, Any])
-    catalogue: list[Row] = field(default_factory=list[Row])
-    complaints: list[str] = field(default_factory=list[str])
-    server: StandIn = field(init=False)
+    lookup_results: list[Row] = field(default_factory=list[Row])
+    violations: list[str] = field(default_factory=list[str])
+    server: StubServer = field(init=False)
 
     def __post_init__(self) -> None:
         document_path(self.service)  # without it, the test is skipped here
-        for name in ("queue", "history", "blocklist", "command", "health", "tag", self.sort.things):
+        for name in ("queue", "history", "blocklist", "command", "health", "tag", self.type.resource):
             self.resources.setdefault(name, [])
         self.resources.setdefault("qualityprofile", [quality_profile(1, "HD-1080p"), quality_profile(4, "Ultra-HD")])
         self.resources.setdefault("rootfolder", [root_folder(1, "/tv" if self.service == "sonarr" else "/movies")])
 
     @property
-    def sort(self) -> Sort:
-        return SORTS[self.service]
+    def type(self) -> ArrType:
+        return ARR_TYPES[self.service]
 
     @property
     def url(self) -> str:
         return self.server.url
 
     @property
-    def asked(self) -> list[Asked]:
-        return self.server.asked
+    def requests(self) -> list[StubRequest]:
+        return self.server.requests
 
     @property
     def commands(self) -> list[Row]:
-        """What it was told to do, the latest last: the body of each command."""
-        return [json.loads(asked.body) for asked in self.asked if _is(asked, "POST", "command")]
+        """The body of each command, the latest last."""
+        return [json.loads(request.body) for request in self.requests if _is(request, "POST", "command")]
 
     def rows(self, name: str) -> list[Row]:
         return self.resources[name]
@@ -83,154 +90,154 @@ class ArrStandIn:
     def row(self, name: str, row_id: int) -> Row | None:
         return next((row for row in self.rows(name) if row["id"] == row_id), None)
 
-    def keep(self, name: str, row: Row) -> Row:
-        """Put a row there, with the next id if it has none."""
+    def add_row(self, name: str, row: Row) -> Row:
+        """Add a row, with the next id if it has none."""
         rows = self.resources.setdefault(name, [])
         kept = {**row, "id": row.get("id") or max((one["id"] for one in rows), default=0) + 1}
         rows.append(kept)
         return kept
 
-    def __call__(self, asked: Asked) -> Reply:
-        if not asked.path.startswith(API):
-            return page(self.sort.title)
-        if asked.headers.get("x-api-key") != KEY:
-            return telling({"error": "Unauthorized"}, 401)
-        body = json.loads(asked.body) if asked.body else None
+    def __call__(self, request: StubRequest) -> StubResponse:
+        if not request.path.startswith(API):
+            return html_page(self.type.title)
+        if request.headers.get("x-api-key") != KEY:
+            return json_response({"error": "Unauthorized"}, 401)
+        body = json.loads(request.body) if request.body else None
         try:
-            check_request(self.service, asked.method, asked.path, asked.query, body)
-            reply = self._answer(asked, body)
+            check_request(self.service, request.method, request.path, request.query, body)
+            reply = self._answer(request, body)
             if reply.status < 300:
-                check_answer(self.service, asked.path, json.loads(reply.body), asked.method)
+                check_response(self.service, request.path, json.loads(reply.body), request.method)
         except (AssertionError, ValidationError, ValueError, LookupError) as error:
-            self.complaints.append(f"{asked.method} {asked.path}: {error!r}")
-            return telling({"message": self.complaints[-1]}, 500)
+            self.violations.append(f"{request.method} {request.path}: {error!r}")
+            return json_response({"message": self.violations[-1]}, 500)
         return reply
 
-    def _answer(self, asked: Asked, body: Any) -> Reply:
-        end = asked.path.removeprefix(API)
-        special = self._special(asked, end, body)
+    def _answer(self, request: StubRequest, body: Any) -> StubResponse:
+        end = request.path.removeprefix(API)
+        special = self._special(request, end, body)
         if special is not None:
             return special
         name, _, last = end.rpartition("/")
         if end in self.resources:
-            return self._whole(asked, end, body)
+            return self._whole(request, end, body)
         if name in self.resources and last.isdigit() and int(last) <= ID_MAX:
-            return self._one(asked, name, int(last), body)
-        return telling({"message": "NotFound", "description": "There is nothing here."}, 404)
+            return self._one(request, name, int(last), body)
+        return json_response({"message": "NotFound", "description": "There is nothing here."}, 404)
 
-    def _special(self, asked: Asked, end: str, body: Any) -> Reply | None:
-        """What is not just reading and writing rows."""
-        answers: dict[tuple[str, str], Callable[[], Reply]] = {
-            ("GET", "system/status"): lambda: telling(
-                {"appName": self.sort.title, "version": self.sort.version, **ARR_STATUS}
+    def _special(self, request: StubRequest, end: str, body: Any) -> StubResponse | None:
+        """The response of an operation that does more than read or write rows; None for any other."""
+        answers: dict[tuple[str, str], Callable[[], StubResponse]] = {
+            ("GET", "system/status"): lambda: json_response(
+                {"appName": self.type.title, "version": self.type.version, **ARR_STATUS}
             ),
-            ("GET", f"{self.sort.things}/lookup"): lambda: telling(self._found(asked.query["term"])),
-            ("POST", self.sort.things): lambda: self._add(body),
+            ("GET", f"{self.type.resource}/lookup"): lambda: json_response(self._found(request.query["term"])),
+            ("POST", self.type.resource): lambda: self._add(body),
             ("POST", "command"): lambda: self._command(body),
-            ("GET", "queue/details"): lambda: telling(self.rows("queue")),
-            ("GET", "history/since"): lambda: telling(
-                [row for row in self.rows("history") if row["date"] >= asked.query["date"]]
+            ("GET", "queue/details"): lambda: json_response(self.rows("queue")),
+            ("GET", "history/since"): lambda: json_response(
+                [row for row in self.rows("history") if row["date"] >= request.query["date"]]
             ),
-            ("DELETE", "queue/bulk"): lambda: self._leave_queue(asked, body["ids"]),
+            ("DELETE", "queue/bulk"): lambda: self._leave_queue(request, body["ids"]),
         }
-        if (answer := answers.get((asked.method, end))) is not None:
+        if (answer := answers.get((request.method, end))) is not None:
             return answer()
         head, _, last = end.rpartition("/")
-        if asked.method == "POST" and head == "history/failed" and self.row("history", int(last)):
+        if request.method == "POST" and head == "history/failed" and self.row("history", int(last)):
             return self._mark_failed(int(last))
-        if asked.method == "DELETE" and head == "queue" and last.isdigit() and self.row("queue", int(last)):
-            return self._leave_queue(asked, [int(last)])
+        if request.method == "DELETE" and head == "queue" and last.isdigit() and self.row("queue", int(last)):
+            return self._leave_queue(request, [int(last)])
         return None
 
-    def _whole(self, asked: Asked, name: str, body: Any) -> Reply:
+    def _whole(self, request: StubRequest, name: str, body: Any) -> StubResponse:
         content = self.resources[name]
-        if asked.method == "POST":
-            return telling(self.keep(name, body), 201)
+        if request.method == "POST":
+            return json_response(self.add_row(name, body), 201)
         if name in PAGED:
-            return telling(_page(content, asked.query))
+            return json_response(_page(content, request.query))
         if isinstance(content, list):
-            content = [row for row in content if all(_like(row, one, asked.query[one]) for one in asked.query)]
-        return telling(content)
+            content = [row for row in content if all(_like(row, one, request.query[one]) for one in request.query)]
+        return json_response(content)
 
-    def _one(self, asked: Asked, name: str, row_id: int, body: Any) -> Reply:
+    def _one(self, request: StubRequest, name: str, row_id: int, body: Any) -> StubResponse:
         content = self.resources[name]
         if isinstance(content, dict):
-            if asked.method == "PUT":
+            if request.method == "PUT":
                 content = self.resources[name] = body
-            return telling(content, 202 if asked.method == "PUT" else 200)
+            return json_response(content, 202 if request.method == "PUT" else 200)
         row = self.row(name, row_id)
         if row is None:
             kind = name.title()
-            return telling({"message": f"{kind} with ID {row_id} does not exist"}, 404)
-        if asked.method == "PUT":
+            return json_response({"message": f"{kind} with ID {row_id} does not exist"}, 404)
+        if request.method == "PUT":
             row.clear()
             row.update(body)
-            return telling(row, 202)
-        if asked.method == "DELETE":
+            return json_response(row, 202)
+        if request.method == "DELETE":
             content.remove(row)
-            return telling({})
-        return telling(row)
+            return json_response({})
+        return json_response(row)
 
     def _found(self, term: str) -> list[Row]:
         word, _, number = term.partition(":")
-        outer, here = self.sort.outer_id, self.rows(self.sort.things)
-        if word == self.sort.term and number.isdigit():
-            found = [row for row in self.catalogue if row[outer] == int(number)]
+        outer, here = self.type.external_id, self.rows(self.type.resource)
+        if word == self.type.term and number.isdigit():
+            found = [row for row in self.lookup_results if row[outer] == int(number)]
         else:
-            found = [row for row in self.catalogue if term.casefold() in row["title"].casefold()]
+            found = [row for row in self.lookup_results if term.casefold() in row["title"].casefold()]
         ids = {row[outer]: {"id": row["id"]} for row in here}
         return [{**row, **ids.get(row[outer], {})} for row in found]
 
-    def _add(self, body: Row) -> Reply:
-        outer = self.sort.outer_id
+    def _add(self, body: Row) -> StubResponse:
+        outer = self.type.external_id
         wrong: list[Row] = []
         if not self.row("qualityprofile", body.get("qualityProfileId", 0)):
             wrong.append(_refusal("QualityProfileId", "Quality Profile does not exist"))
         if not any(row["path"] == body.get("rootFolderPath") for row in self.rows("rootfolder")):
             wrong.append(_refusal("RootFolderPath", f"Root folder '{body.get('rootFolderPath')}' does not exist"))
-        if any(row[outer] == body[outer] for row in self.rows(self.sort.things)):
-            wrong.append(_refusal(outer[0].upper() + outer[1:], self.sort.added))
+        if any(row[outer] == body[outer] for row in self.rows(self.type.resource)):
+            wrong.append(_refusal(outer[0].upper() + outer[1:], self.type.already_added))
         if wrong:
-            return telling(wrong, 400)
+            return json_response(wrong, 400)
         folder = body.get("folder") or body["title"]
         row = {**body, "added": LONG_AGO, "path": f"{body['rootFolderPath']}/{folder}"}
         row.pop("addOptions", None)
-        return telling(self.keep(self.sort.things, row), 201)
+        return json_response(self.add_row(self.type.resource, row), 201)
 
-    def _command(self, body: Row) -> Reply:
+    def _command(self, body: Row) -> StubResponse:
         told = {"name": body["name"], "commandName": body["name"], "body": body, "status": "queued", "queued": LONG_AGO}
-        return telling(self.keep("command", {**told, "trigger": "manual"}), 201)
+        return json_response(self.add_row("command", {**told, "trigger": "manual"}), 201)
 
-    def _leave_queue(self, asked: Asked, ids: list[int]) -> Reply:
+    def _leave_queue(self, request: StubRequest, ids: list[int]) -> StubResponse:
         for row in [row for row in self.rows("queue") if row["id"] in ids]:
             # A download goes whole, however many episodes it is.
             same = [one for one in self.rows("queue") if one["downloadId"] == row["downloadId"]]
             for one in same:
                 self.rows("queue").remove(one)
-            if asked.query.get("blocklist") == "true":
+            if request.query.get("blocklist") == "true":
                 for grab in [one for one in self.rows("history") if _grabbed(one, row["downloadId"])]:
                     self._mark_failed(grab["id"])
                 kept = {name: row[name] for name in ("seriesId", "movieId", "protocol", "indexer") if name in row}
-                self.keep("blocklist", {**kept, "sourceTitle": row["title"], "date": LONG_AGO})
-        return telling({})
+                self.add_row("blocklist", {**kept, "sourceTitle": row["title"], "date": LONG_AGO})
+        return json_response({})
 
-    def _mark_failed(self, row_id: int) -> Reply:
+    def _mark_failed(self, row_id: int) -> StubResponse:
         grabbed = self.row("history", row_id)
         assert grabbed
-        self.keep("history", {**grabbed, "id": 0, "eventType": "downloadFailed"})
-        return telling({})
+        self.add_row("history", {**grabbed, "id": 0, "eventType": "downloadFailed"})
+        return json_response({})
 
 
 @asynccontextmanager
-async def arr_standing_in(
-    service: str, before: Callable[[Asked], Reply | None] = lambda asked: None, **resources: Any
-) -> AsyncGenerator[ArrStandIn]:
-    """A stand-in that listens. `before` may answer in its place, such as with a failure."""
-    arr = ArrStandIn(service, resources)
-    async with standing_in(lambda asked: before(asked) or arr(asked)) as server:
+async def fake_arr(
+    service: str, before: Callable[[StubRequest], StubResponse | None] = lambda request: None, **resources: Any
+) -> AsyncGenerator[FakeArr]:
+    """A fake that listens. `before` may answer in its place, such as with a failure."""
+    arr = FakeArr(service, resources)
+    async with stub_server(lambda request: before(request) or arr(request)) as server:
         arr.server = server
         yield arr
-    assert arr.complaints == []
+    assert arr.violations == []
 
 
 def quality_profile(row_id: int, name: str) -> Row:
@@ -264,8 +271,8 @@ def series(title: str, tvdb_id: int, year: int = 2008, **more: Any) -> Row:
     }
 
 
-def kept_series(title: str, tvdb_id: int, row_id: int, **more: Any) -> Row:
-    """A series that has been added, and aired seven episodes."""
+def library_series(title: str, tvdb_id: int, row_id: int, **more: Any) -> Row:
+    """A series in the library, with seven episodes."""
     counts = {"episodeFileCount": 7, "episodeCount": 7, "totalEpisodeCount": 7, "sizeOnDisk": 15360000000}
     statistics = {**counts, "releaseGroups": [], "percentOfEpisodes": 100}
     found = series(title, tvdb_id)
@@ -304,8 +311,8 @@ def movie(title: str, tmdb_id: int, year: int = 1999, **more: Any) -> Row:
     }
 
 
-def kept_movie(title: str, tmdb_id: int, row_id: int, **more: Any) -> Row:
-    """A movie that has been added, and is there."""
+def library_movie(title: str, tmdb_id: int, row_id: int, **more: Any) -> Row:
+    """A movie in the library, with its file."""
     found, size = movie(title, tmdb_id), 8589934592
     quality = {"quality": {"id": 7, "name": "Bluray-1080p", "source": "bluray", "resolution": 1080}}
     file = {"id": row_id, "movieId": row_id, "relativePath": f"{title}.mkv", "size": size, "quality": quality}
@@ -324,7 +331,7 @@ def kept_movie(title: str, tmdb_id: int, row_id: int, **more: Any) -> Row:
     }
 
 
-def queued(title: str, row_id: int, **more: Any) -> Row:
+def queue_row(title: str, row_id: int, **more: Any) -> Row:
     """A row of the queue; `seriesId` and `episodeId`, or `movieId`, say what it is for."""
     return {
         "id": row_id,
@@ -345,8 +352,8 @@ def queued(title: str, row_id: int, **more: Any) -> Row:
     }
 
 
-def _is(asked: Asked, method: str, end: str) -> bool:
-    return (asked.method, asked.path) == (method, API + end)
+def _is(request: StubRequest, method: str, end: str) -> bool:
+    return (request.method, request.path) == (method, API + end)
 
 
 def _grabbed(row: Row, download_id: str) -> bool:

@@ -1,10 +1,17 @@
-"""How each service answers a health check, its key, and a person's browser: as far as a connector can tell."""
+"""A fake of each service: it answers a health check, checks the key, and shows its page to a browser."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import parse_qs
 
-from tests.support.services.stub_server import Asked, Handler, Reply, page, telling, text
+from tests.support.services.stub_server import (
+    Handler,
+    StubRequest,
+    StubResponse,
+    html_page,
+    json_response,
+    text_response,
+)
 
 KEY = "0123456789abcdef0123456789abcdef"
 LOGIN = "ada:correct horse"
@@ -40,174 +47,185 @@ ARR_STATUS = {
 
 
 @dataclass(frozen=True)
-class Likeness:
+class FakeService:
     title: str
     version: str
-    answer: Handler  # what it says to those whose key is right
-    has_key: Callable[[Asked], bool]
-    refusal: Reply  # what it says to those whose key is not
-    guards: bool = True
+    answer: Handler
+    has_key: Callable[[StubRequest], bool]
+    unauthorized: StubResponse  # the response to a wrong key
+    requires_key: bool = True
     key: str = KEY
 
-    def __call__(self, asked: Asked) -> Reply:
-        knows = not self.guards or self.has_key(asked)
-        reply = self.answer(asked) if knows else self.refusal
-        if asked.path == "/" and asked.headers["accept"] == "text/html" and self.title:
-            return page(self.title)
+    def __call__(self, request: StubRequest) -> StubResponse:
+        is_authorized = not self.requires_key or self.has_key(request)
+        reply = self.answer(request) if is_authorized else self.unauthorized
+        if request.path == "/" and request.headers["accept"] == "text/html" and self.title:
+            return html_page(self.title)
         return reply
 
 
-def header(name: str, value: str) -> Callable[[Asked], bool]:
-    return lambda asked: asked.headers.get(name) == value
+def has_header(name: str, value: str) -> Callable[[StubRequest], bool]:
+    return lambda request: request.headers.get(name) == value
 
 
-def parameter(name: str) -> Callable[[Asked], bool]:
-    return lambda asked: asked.query.get(name) == KEY
+def has_parameter(name: str) -> Callable[[StubRequest], bool]:
+    return lambda request: request.query.get(name) == KEY
 
 
-def at(path: str, content: object) -> Handler:
-    return routes({path: telling(content)})
+def json_at(path: str, content: object) -> Handler:
+    return routes({path: json_response(content)})
 
 
-def routes(replies: dict[str, Reply]) -> Handler:
-    return lambda asked: replies.get(asked.path, Reply(b"", 404, "text/plain"))
+def routes(replies: dict[str, StubResponse]) -> Handler:
+    return lambda request: replies.get(request.path, StubResponse(b"", 404, "text/plain"))
 
 
-def sabnzbd(asked: Asked) -> Reply:
-    if asked.path != "/api":
-        return page("Not found", 404)
-    if asked.query.get("mode") == "version":
-        return telling({"version": "3.7.1"})
-    return telling({"queue": {"version": "3.7.1", "paused": False, "slots": []}})
+def sabnzbd(request: StubRequest) -> StubResponse:
+    if request.path != "/api":
+        return html_page("Not found", 404)
+    if request.query.get("mode") == "version":
+        return json_response({"version": "3.7.1"})
+    return json_response({"queue": {"version": "3.7.1", "paused": False, "slots": []}})
 
 
-def tautulli(asked: Asked) -> Reply:
-    if asked.path != "/api/v2":
-        return page("Not found", 404)
+def tautulli(request: StubRequest) -> StubResponse:
+    if request.path != "/api/v2":
+        return html_page("Not found", 404)
     data = {"tautulli_version": "v2.14.6", "tautulli_install_type": "docker"}
-    return telling({"response": {"result": "success", "message": None, "data": data}})
+    return json_response({"response": {"result": "success", "message": None, "data": data}})
 
 
-def qbittorrent(asked: Asked) -> Reply:
-    match asked.path:
+def qbittorrent(request: StubRequest) -> StubResponse:
+    match request.path:
         case "/api/v2/app/buildInfo":
-            return telling({"qt": "6.7.3", "libtorrent": "2.0.11.0", "boost": "1.87", "openssl": "3.4", "bitness": 64})
+            return json_response(
+                {"qt": "6.7.3", "libtorrent": "2.0.11.0", "boost": "1.87", "openssl": "3.4", "bitness": 64}
+            )
         case "/api/v2/app/version":
-            return text("v5.0.4")
+            return text_response("v5.0.4")
         case "/api/v2/auth/logout":
-            return text("")
+            return text_response("")
         case _:
-            return text("Not Found", 404)
+            return text_response("Not Found", 404)
 
 
-class QBittorrent(Likeness):
-    """Its session is a cookie, which a login gives."""
+class QBittorrent(FakeService):
+    """A login returns the session as a cookie."""
 
-    def __call__(self, asked: Asked) -> Reply:
-        if asked.path != "/api/v2/auth/login":
-            return super().__call__(asked)
-        said = {name: values[0] for name, values in parse_qs(asked.body.decode()).items()}
+    def __call__(self, request: StubRequest) -> StubResponse:
+        if request.path != "/api/v2/auth/login":
+            return super().__call__(request)
+        said = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
         if (said.get("username"), said.get("password")) != ("ada", "correct horse"):
-            return text("Fails.")
-        return Reply(b"Ok.", 200, "text/plain", {"Set-Cookie": "SID=session; HttpOnly; path=/"})
+            return text_response("Fails.")
+        return StubResponse(b"Ok.", 200, "text/plain", {"Set-Cookie": "SID=session; HttpOnly; path=/"})
 
 
-def arr(title: str, api: str, version: str) -> Likeness:
+def arr(title: str, api: str, version: str) -> FakeService:
     status = {"appName": title, "version": version, **ARR_STATUS}
-    return Likeness(
+    return FakeService(
         title,
         version,
-        at(f"{api}/system/status", status),
-        header("x-api-key", KEY),
-        telling({"error": "Unauthorized"}, 401),
+        json_at(f"{api}/system/status", status),
+        has_header("x-api-key", KEY),
+        json_response({"error": "Unauthorized"}, 401),
     )
 
 
-NOBODY = Reply(b"", 500)
-LIKENESSES = {
+NOBODY = StubResponse(b"", 500)
+FAKE_SERVICES = {
     "sonarr": arr("Sonarr", "/api/v3", "4.0.14.2939"),
     "radarr": arr("Radarr", "/api/v3", "5.22.4.9896"),
     "prowlarr": arr("Prowlarr", "/api/v1", "1.34.1.5021"),
-    "sabnzbd": Likeness("SABnzbd", "3.7.1", sabnzbd, parameter("apikey"), text("API Key Incorrect", 403)),
-    "plex": Likeness(
+    "sabnzbd": FakeService(
+        "SABnzbd", "3.7.1", sabnzbd, has_parameter("apikey"), text_response("API Key Incorrect", 403)
+    ),
+    "plex": FakeService(
         "Plex",
         "1.41.6.9685",
-        at("/", {"MediaContainer": {"size": 25, "machineIdentifier": "abc", "version": "1.41.6.9685"}}),
-        header("x-plex-token", KEY),
-        page("Unauthorized", 401),
+        json_at("/", {"MediaContainer": {"size": 25, "machineIdentifier": "abc", "version": "1.41.6.9685"}}),
+        has_header("x-plex-token", KEY),
+        html_page("Unauthorized", 401),
     ),
-    "overseerr": Likeness(
+    "overseerr": FakeService(
         "Overseerr",
         "1.34.0",
-        at("/api/v1/settings/about", {"version": "1.34.0", "totalRequests": 3, "totalMediaItems": 9}),
-        header("x-api-key", KEY),
-        telling({"status": 403, "error": "You do not have permission to access this endpoint"}, 403),
+        json_at("/api/v1/settings/about", {"version": "1.34.0", "totalRequests": 3, "totalMediaItems": 9}),
+        has_header("x-api-key", KEY),
+        json_response({"status": 403, "error": "You do not have permission to access this endpoint"}, 403),
     ),
-    "jellyfin": Likeness(
+    "jellyfin": FakeService(
         "Jellyfin",
         "10.10.7",
-        at("/System/Info", {"ProductName": "Jellyfin Server", "Version": "10.10.7", "Id": "abc"}),
-        header("authorization", f'MediaBrowser Token="{KEY}"'),
-        Reply(b"", 401, ""),
+        json_at("/System/Info", {"ProductName": "Jellyfin Server", "Version": "10.10.7", "Id": "abc"}),
+        has_header("authorization", f'MediaBrowser Token="{KEY}"'),
+        StubResponse(b"", 401, ""),
     ),
-    "tautulli": Likeness(
+    "tautulli": FakeService(
         "Tautulli",
         "2.14.6",
         tautulli,
-        parameter("apikey"),
-        telling({"response": {"result": "error", "message": "Invalid apikey", "data": {}}}),
+        has_parameter("apikey"),
+        json_response({"response": {"result": "error", "message": "Invalid apikey", "data": {}}}),
     ),
-    "bazarr": Likeness(
+    "bazarr": FakeService(
         "Bazarr",
         "1.5.2",
-        at("/api/system/status", {"data": {"bazarr_version": "1.5.2", "sonarr_version": "4.0.14"}}),
-        header("x-api-key", KEY),
-        telling("Unauthorized", 401),
+        json_at("/api/system/status", {"data": {"bazarr_version": "1.5.2", "sonarr_version": "4.0.14"}}),
+        has_header("x-api-key", KEY),
+        json_response("Unauthorized", 401),
     ),
     "qbittorrent": QBittorrent(
-        "qBittorrent WebUI", "5.0.4", qbittorrent, header("cookie", "SID=session"), text("Forbidden", 403), key=LOGIN
+        "qBittorrent WebUI",
+        "5.0.4",
+        qbittorrent,
+        has_header("cookie", "SID=session"),
+        text_response("Forbidden", 403),
+        key=LOGIN,
     ),
-    "ollama": Likeness(
+    "ollama": FakeService(
         "",
         "0.12.3",
-        routes({"/api/version": telling({"version": "0.12.3"}), "/api/tags": telling({"models": []})}),
-        lambda asked: True,
+        routes({"/api/version": json_response({"version": "0.12.3"}), "/api/tags": json_response({"models": []})}),
+        lambda request: True,
         NOBODY,
-        guards=False,
+        requires_key=False,
     ),
-    "searxng": Likeness(
+    "searxng": FakeService(
         "SearXNG",
         "2026.1.1",
-        at("/config", {"version": "2026.1.1", "engines": [], "categories": ["general"]}),
-        lambda asked: True,
+        json_at("/config", {"version": "2026.1.1", "engines": [], "categories": ["general"]}),
+        lambda request: True,
         NOBODY,
-        guards=False,
+        requires_key=False,
     ),
-    "proxmox": Likeness(
+    "proxmox": FakeService(
         "pve - Proxmox Virtual Environment",
         "8.4.1",
-        at("/api2/json/version", {"data": {"version": "8.4.1", "release": "8.4", "repoid": "2a5fa54a8503f96d"}}),
-        header("authorization", f"PVEAPIToken={KEY}"),
-        telling({"data": None}, 401),
+        json_at("/api2/json/version", {"data": {"version": "8.4.1", "release": "8.4", "repoid": "2a5fa54a8503f96d"}}),
+        has_header("authorization", f"PVEAPIToken={KEY}"),
+        json_response({"data": None}, 401),
     ),
-    "qdrant": Likeness(
+    "qdrant": FakeService(
         "",
         "1.15.4",
         routes(
             {
-                "/": telling({"title": "qdrant - vector search engine", "version": "1.15.4"}),
-                "/collections": telling({"result": {"collections": []}, "status": "ok", "time": 0.001}),
+                "/": json_response({"title": "qdrant - vector search engine", "version": "1.15.4"}),
+                "/collections": json_response({"result": {"collections": []}, "status": "ok", "time": 0.001}),
             }
         ),
-        header("api-key", KEY),
-        text("Must provide an API key or an Authorization bearer token", 401),
+        has_header("api-key", KEY),
+        text_response("Must provide an API key or an Authorization bearer token", 401),
     ),
-    "prometheus": Likeness(
+    "prometheus": FakeService(
         "Prometheus Time Series Collection and Processing Server",
         "2.53.0",
-        at("/api/v1/status/buildinfo", {"status": "success", "data": {"version": "2.53.0", "goVersion": "go1.22"}}),
-        lambda asked: True,
+        json_at(
+            "/api/v1/status/buildinfo", {"status": "success", "data": {"version": "2.53.0", "goVersion": "go1.22"}}
+        ),
+        lambda request: True,
         NOBODY,
-        guards=False,
+        requires_key=False,
     ),
 }

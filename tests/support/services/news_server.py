@@ -1,7 +1,7 @@
 """A news server on loopback, and a real SABnzbd that downloads from it.
 
-What is posted is yEnc in articles, which the server has or, as it happens on Usenet, has lost. It answers in threads of
-its own, so it lives as long as a module's SABnzbd, whatever event loops come and go.
+Posts are yEnc articles. The server has them or, as happens on Usenet, has lost them. It answers in threads of its own,
+so that it can live as long as a module's SABnzbd, independent of event loops.
 """
 
 import re
@@ -18,8 +18,8 @@ from zlib import crc32
 
 import httpx
 
-from tests.support.services.real_services import Running
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.services.real_services import RunningService
+from tests.support.waiting import TIMEOUT, eventually
 
 CONNECTIONS = 2
 LINE = 128
@@ -29,7 +29,7 @@ END = b"\r\n.\r\n"
 
 
 @dataclass
-class Usenet:
+class NewsServer:
     port: int = 0
     articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     lost: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
@@ -56,31 +56,31 @@ class Usenet:
         )
 
     @contextmanager
-    def holding(self) -> Generator[None]:
-        """While in the block, the server keeps everybody waiting."""
+    def paused(self) -> Generator[None]:
+        """Inside the block the server sends no articles."""
         self.open.clear()
         try:
             yield
         finally:
             self.open.set()
 
-    def find_lost(self) -> None:
-        """From now on the server has all that was ever posted."""
+    def restore_lost(self) -> None:
+        """From now on the server has all that was posted."""
         self.articles |= self.lost
         self.lost.clear()
 
 
 @contextmanager
-def usenet() -> Generator[Usenet]:
+def running_news_server() -> Generator[NewsServer]:
     """A news server, for as long as the block."""
-    news = Usenet()
+    news = NewsServer()
     news.open.set()
 
-    class Conversation(socketserver.StreamRequestHandler):
+    class Connection(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            _converse(news, self)
+            _serve(news, self)
 
-    with _Server(("127.0.0.1", 0), Conversation) as server:
+    with _Server(("127.0.0.1", 0), Connection) as server:
         news.port = server.server_address[1]
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield news
@@ -88,44 +88,44 @@ def usenet() -> Generator[Usenet]:
         server.shutdown()
 
 
-def subscribe(sabnzbd: Running, news: Usenet) -> None:
-    """Have SABnzbd download from this server."""
+def add_news_server(sabnzbd: RunningService, news: NewsServer) -> None:
+    """Make SABnzbd download from this server."""
     server = {"name": "Loopback", "host": "127.0.0.1", "port": news.port, "connections": CONNECTIONS}
-    ask(sabnzbd, "set_config", section="servers", **server, enable=1, ssl=0)
+    call_api(sabnzbd, "set_config", section="servers", **server, enable=1, ssl=0)
 
 
-def download(sabnzbd: Running, nzb: str, name: str, **options: Any) -> str:
+def add_download(sabnzbd: RunningService, nzb: str, name: str, **options: Any) -> str:
     """Give SABnzbd an NZB; returns the id of the download."""
     sent = {"nzbfile": (f"{name}.nzb", nzb.encode(), "application/x-nzb")}
     parameters = {"mode": "addfile", "output": "json", "apikey": sabnzbd.key, "nzbname": name, **options}
-    told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent, timeout=PATIENCE).raise_for_status().json()
+    told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent, timeout=TIMEOUT).raise_for_status().json()
     (nzo_id,) = told["nzo_ids"]
     return nzo_id
 
 
-def ended(sabnzbd: Running, nzo_id: str) -> dict[str, Any]:
-    """What the history has of a download, once it is completed or failed."""
+def finished_download(sabnzbd: RunningService, nzo_id: str) -> dict[str, Any]:
+    """Wait until a download has completed or failed; returns its slot in the history."""
 
     def found() -> dict[str, Any] | None:
-        slots = ask(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
-        # What SABnzbd still has in its hands is stored nowhere, and may be called completed already.
+        slots = call_api(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
+        # SABnzbd may call a download completed that it still moves: then it has no storage yet.
         is_over = len(slots) == 1 and slots[0]["status"] in {"Completed", "Failed"} and slots[0]["storage"]
         return slots[0] if is_over else None
 
     return eventually(found)
 
 
-def still(sabnzbd: Running, news: Usenet) -> None:
-    """Wait until SABnzbd is kept waiting, and nothing that came before, such as a greeting, counts as its speed."""
+def wait_until_stalled(sabnzbd: RunningService, news: NewsServer) -> None:
+    """Wait until SABnzbd waits for articles and measures a speed of 0."""
     eventually(lambda: len(news.waiting) == CONNECTIONS)
-    eventually(lambda: ask(sabnzbd, "server_stats")["total"] == sum(news.sent))
-    eventually(lambda: float(ask(sabnzbd, "queue")["queue"]["kbpersec"]) == 0)
+    eventually(lambda: call_api(sabnzbd, "server_stats")["total"] == sum(news.sent))
+    eventually(lambda: float(call_api(sabnzbd, "queue")["queue"]["kbpersec"]) == 0)
 
 
-def ask(sabnzbd: Running, mode: str, **parameters: Any) -> Any:
-    """What SABnzbd itself says, without anything of Forgearr's."""
+def call_api(sabnzbd: RunningService, mode: str, **parameters: Any) -> Any:
+    """Call SABnzbd's own API, without Forgearr."""
     sent = {"mode": mode, "output": "json", "apikey": sabnzbd.key, **parameters}
-    return httpx.get(f"{sabnzbd.url}/api", params=sent, timeout=PATIENCE).raise_for_status().json()
+    return httpx.get(f"{sabnzbd.url}/api", params=sent, timeout=TIMEOUT).raise_for_status().json()
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -133,31 +133,31 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
 
 
-def _converse(news: Usenet, conversation: socketserver.StreamRequestHandler) -> None:
+def _serve(news: NewsServer, connection: socketserver.StreamRequestHandler) -> None:
     def say(words: bytes) -> None:
-        conversation.wfile.write(words)
+        connection.wfile.write(words)
         news.sent.append(len(words))
 
     try:
         say(b"200 Welcome\r\n")
-        while line := conversation.rfile.readline().decode("latin-1").split():
+        while line := connection.rfile.readline().decode("latin-1").split():
             match line[0].upper():
                 case "QUIT":
                     return
                 case "BODY" | "ARTICLE" | "HEAD" | "STAT" as command:
-                    news.waiting.add(conversation)
+                    news.waiting.add(connection)
                     news.open.wait()
-                    news.waiting.discard(conversation)
+                    news.waiting.discard(connection)
                     say(_answer(news, command, line[1].strip("<>")))
                 case "GROUP":
                     say(b"211 1 1 1 group\r\n")
                 case _:
                     say(b"500 What?\r\n")
     except ConnectionError:
-        pass  # the other side has had enough
+        pass  # the client has disconnected
 
 
-def _answer(news: Usenet, command: str, key: str) -> bytes:
+def _answer(news: NewsServer, command: str, key: str) -> bytes:
     article = news.articles.get(key)
     if article is None:
         return b"430 No such article\r\n"

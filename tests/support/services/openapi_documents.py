@@ -1,4 +1,4 @@
-"""The official documents of services, which lie in `shared/specs` beside the checkout; without them, tests skip."""
+"""The official OpenAPI documents of services, in `shared/specs` beside the checkout; without them, tests skip."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def check_request(document: str, method: str, path: str, query: Mapping[str, str
     _validate(document, operation["requestBody"]["content"]["application/json"]["schema"], body)
 
 
-def check_answer(document: str, path: str, content: object, method: str = "GET") -> None:
+def check_response(document: str, path: str, content: object, method: str = "GET") -> None:
     """Fail unless this is what the document says that this operation answers."""
     kinds = _operation(document, method, path)["responses"]["200"].get("content")
     if kinds is None:
@@ -56,16 +56,16 @@ def _validate(document: str, schema: dict[str, Any], content: object) -> None:
 def _operation(document: str, method: str, path: str) -> dict[str, Any]:
     """The operation of an address, in which ids may stand where the document has `{id}`."""
     paths = _document(document)["paths"]
-    asked = path.split("/")
-    fitting = [known for known in paths if _fits(known.split("/"), asked) and method.lower() in paths[known]]
+    requested = path.split("/")
+    fitting = [known for known in paths if _fits(known.split("/"), requested) and method.lower() in paths[known]]
     assert fitting, f"{document} has no {method} {path}"
     return paths[min(fitting, key=lambda known: known.count("{"))][method.lower()]
 
 
-def _fits(known: list[str], asked: list[str]) -> bool:
-    return len(known) == len(asked) and all(
+def _fits(known: list[str], requested: list[str]) -> bool:
+    return len(known) == len(requested) and all(
         one == other or (one.startswith("{") and (other.isdigit() or one == other))
-        for one, other in zip(known, asked, strict=True)
+        for one, other in zip(known, requested, strict=True)
     )
 
 

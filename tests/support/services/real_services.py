@@ -1,7 +1,7 @@
-"""Real programs on loopback: Debian's SABnzbd and Prometheus, each with a folder of its own.
+"""Real services on loopback: Debian's SABnzbd, Prometheus and searx, and Prism, each with a folder of its own.
 
-Whichever is first in PATH is taken, so that the tests can be run with another release. A program is started once for a
-module: `with programs.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server`.
+The first in PATH is used, so that the tests can run with another release. A module starts a service once:
+`with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server`.
 """
 
 import configparser
@@ -20,21 +20,21 @@ import yaml
 
 from tests.support.platform import unused_ports
 from tests.support.services.openapi_documents import corrected
-from tests.support.waiting import PATIENCE, eventually
+from tests.support.waiting import TIMEOUT, eventually
 
 PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
 """Where .ci/run puts it. It comes from npm, and belongs to nobody else on this machine."""
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningService:
     url: str
     folder: Path
     key: str = field(default="", repr=False)
 
 
 @contextmanager
-def sabnzbd(folder: Path) -> Generator[Running]:
+def sabnzbd(folder: Path) -> Generator[RunningService]:
     """SABnzbd, whose downloads go to `complete` in the folder."""
     ini, address = folder / "sabnzbd.ini", _free_address()
     # Its folders are in the home of its user, unless it is told of others; and a news server that it has left, it does
@@ -47,19 +47,19 @@ def sabnzbd(folder: Path) -> Generator[Running]:
         # What stands before the first section is no INI to anybody else.
         settings = configparser.RawConfigParser(strict=False, interpolation=None)
         settings.read_string("[top]\n" + ini.read_text())
-        yield Running(url, folder, settings["misc"]["api_key"])
+        yield RunningService(url, folder, settings["misc"]["api_key"])
 
 
 @contextmanager
-def node_exporter(folder: Path) -> Generator[Running]:
+def node_exporter(folder: Path) -> Generator[RunningService]:
     """What tells Prometheus of this machine."""
     address = _free_address()
     with _running(folder, address, "/metrics", "prometheus-node-exporter", f"--web.listen-address={address}") as url:
-        yield Running(url, folder)
+        yield RunningService(url, folder)
 
 
 @contextmanager
-def prometheus(folder: Path, *scraped: Running) -> Generator[Running]:
+def prometheus(folder: Path, *scraped: RunningService) -> Generator[RunningService]:
     """Prometheus, which looks at these every second, and has done so once."""
     targets = [running.url.removeprefix("http://") for running in scraped]
     jobs = [{"job_name": "scraped", "static_configs": [{"targets": targets}]}] if targets else []
@@ -69,11 +69,11 @@ def prometheus(folder: Path, *scraped: Running) -> Generator[Running]:
     options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     with _running(folder, address, "/-/ready", "prometheus", *options, f"--web.listen-address={address}") as url:
         eventually(lambda: _scraped(url) >= len(scraped))
-        yield Running(url, folder)
+        yield RunningService(url, folder)
 
 
 @contextmanager
-def prism(folder: Path, document: str) -> Generator[Running]:
+def prism(folder: Path, document: str) -> Generator[RunningService]:
     """Prism, which answers as the official document of a service says, and refuses what that does not allow."""
     (folder / "document.json").write_text(json.dumps(corrected(document)))
     address = _free_address()
@@ -82,11 +82,11 @@ def prism(folder: Path, document: str) -> Generator[Running]:
     with _running(
         folder, address, "/api/v3/system/status", program, "mock", str(folder / "document.json"), "-h", host, "-p", port
     ) as url:
-        yield Running(url, folder)
+        yield RunningService(url, folder)
 
 
 @contextmanager
-def searx(folder: Path, finds: str) -> Generator[Running]:
+def searx(folder: Path, finds: str) -> Generator[RunningService]:
     """searx, whose only engine asks the address `finds` for {"results": [{"url", "title"}]}."""
     example = Path("/usr/share/doc/searx/examples/settings.yml")
     settings = yaml.safe_load(example.read_text()) if example.exists() else {}
@@ -97,7 +97,7 @@ def searx(folder: Path, finds: str) -> Generator[Running]:
         "shortcut": "o",
         "categories": "general",
         "enable_http": True,
-        "timeout": PATIENCE,
+        "timeout": TIMEOUT,
     }
     fields = {"results_query": "results", "url_query": "url", "title_query": "title", "content_query": "title"}
     settings["engines"] = [{**engine, **fields, "search_url": f"{finds}/?q={{query}}"}]
@@ -108,7 +108,7 @@ def searx(folder: Path, finds: str) -> Generator[Running]:
     # It is made for the system's own Python, and has no program but the one that leads to it.
     options = [f"SEARX_SETTINGS_PATH={folder / 'settings.yml'}", "/usr/bin/python3", "-m", "searx.webapp"]
     with _running(folder, address, "/config", "env" if example.exists() else "searx", *options) as url:
-        yield Running(url, folder)
+        yield RunningService(url, folder)
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _running(folder: Path, address: str, health: str, program: str, *options: st
         yield f"http://{address}"
     finally:
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
 def _scraped(prometheus: str) -> int:

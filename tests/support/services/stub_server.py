@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that answers what it is told to, byte by byte where that matters."""
+"""A real HTTP server on loopback whose responses a test chooses, down to single bytes."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ REASONS = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found",
 
 
 @dataclass(frozen=True)
-class Asked:
+class StubRequest:
     method: str
     path: str
     query: dict[str, str]
@@ -20,71 +20,71 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Reply:
+class StubResponse:
     body: bytes = b""
     status: int = 200
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
-    length: int | None = None  # what it says it will send, if that is not so
-    never: bool = False  # it is not sent at all
+    length: int | None = None  # a false Content-Length
+    hangs: bool = False  # nothing is sent
 
 
-Handler = Callable[[Asked], Reply]
+Handler = Callable[[StubRequest], StubResponse]
 
 
-def telling(content: object, status: int = 200) -> Reply:
-    return Reply(json.dumps(content).encode(), status)
+def json_response(content: object, status: int = 200) -> StubResponse:
+    return StubResponse(json.dumps(content).encode(), status)
 
 
-def page(title: str, status: int = 200) -> Reply:
+def html_page(title: str, status: int = 200) -> StubResponse:
     html = f"<!doctype html><html><head><title>{title}</title></head><body></body></html>"
-    return Reply(html.encode(), status, "text/html; charset=utf-8")
+    return StubResponse(html.encode(), status, "text/html; charset=utf-8")
 
 
-def text(words: str, status: int = 200) -> Reply:
-    return Reply(words.encode(), status, "text/plain")
+def text_response(content: str, status: int = 200) -> StubResponse:
+    return StubResponse(content.encode(), status, "text/plain")
 
 
 @dataclass
-class StandIn:
+class StubServer:
     answer: Handler
     url: str = ""
-    asked: list[Asked] = field(default_factory=list[Asked])
-    conversations: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict, repr=False)
+    requests: list[StubRequest] = field(default_factory=list[StubRequest])
+    connections: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict, repr=False)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        conversation = asyncio.current_task()
-        assert conversation
-        self.conversations[conversation] = writer
+        connection = asyncio.current_task()
+        assert connection
+        self.connections[connection] = writer
         try:
-            while asked := await _read(reader):
-                self.asked.append(asked)
-                reply = self.answer(asked)
-                if reply.never:
-                    await reader.read()  # until the other side has had enough
+            while request := await _read(reader):
+                self.requests.append(request)
+                response = self.answer(request)
+                if response.hangs:
+                    await reader.read()  # until the client gives up
                     break
-                writer.write(_head(reply) + reply.body)
+                writer.write(_head(response) + response.body)
                 await writer.drain()
-                if reply.length is not None:
+                if response.length is not None:
                     break
         except ConnectionError:
-            pass  # the other side has had enough
+            pass  # the client has disconnected
         finally:
             writer.close()
 
 
 @asynccontextmanager
-async def standing_in(answer: Handler) -> AsyncGenerator[StandIn]:
-    stand_in = StandIn(answer)
-    async with await asyncio.start_server(stand_in.serve, "127.0.0.1", 0) as server:
-        stand_in.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        yield stand_in
-        for writer in stand_in.conversations.values():
+async def stub_server(answer: Handler) -> AsyncGenerator[StubServer]:
+    stub = StubServer(answer)
+    async with await asyncio.start_server(stub.serve, "127.0.0.1", 0) as listener:
+        stub.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        yield stub
+        for writer in stub.connections.values():
             writer.close()
-        await asyncio.gather(*stand_in.conversations)
+        await asyncio.gather(*stub.connections)
 
 
-async def _read(reader: asyncio.StreamReader) -> Asked | None:
+async def _read(reader: asyncio.StreamReader) -> StubRequest | None:
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except asyncio.IncompleteReadError:
@@ -94,11 +94,11 @@ async def _read(reader: asyncio.StreamReader) -> Asked | None:
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
     body = await reader.readexactly(int(headers.get("content-length", 0)))
     parts = urlsplit(target)
-    return Asked(method, parts.path, dict(parse_qsl(parts.query, keep_blank_values=True)), headers, body)
+    return StubRequest(method, parts.path, dict(parse_qsl(parts.query, keep_blank_values=True)), headers, body)
 
 
-def _head(reply: Reply) -> bytes:
-    length = len(reply.body) if reply.length is None else reply.length
-    headers = {"Content-Type": reply.content_type, "Content-Length": str(length), **reply.headers}
-    lines = [f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Status')}", *map(": ".join, headers.items())]
+def _head(response: StubResponse) -> bytes:
+    length = len(response.body) if response.length is None else response.length
+    headers = {"Content-Type": response.content_type, "Content-Length": str(length), **response.headers}
+    lines = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}", *map(": ".join, headers.items())]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()

@@ -10,7 +10,7 @@ from cluster.services.catalog import all_connectors, find_connector
 from cluster.services.connector import Tool
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
-from tests.support.services.fake_arr import ArrStandIn, arr_standing_in, kept_movie, kept_series, movie, queued
+from tests.support.services.fake_arr import FakeArr, fake_arr, library_movie, library_series, movie, queue_row
 from tests.support.services.fake_services import KEY
 
 
@@ -23,7 +23,7 @@ def tools_of(service: str) -> dict[str, Tool]:
     return {tool.name: tool for tool in find_connector(service).tools}
 
 
-async def use(arr: ArrStandIn, name: str, **arguments: Any) -> Any:
+async def use(arr: FakeArr, name: str, **arguments: Any) -> Any:
     tool = tools_of(arr.service)[name]
     async with Client(Connection("Ours", find_connector(arr.service), arr.url, KEY)).open() as client:
         return await tool.run(client, tool.arguments.model_validate(arguments))
@@ -40,7 +40,7 @@ def test_what_changes_something_says_so() -> None:
 
 
 async def test_a_list_is_told_in_parts() -> None:
-    async with arr_standing_in("radarr", movie=[kept_movie(f"Movie {n}", n, n) for n in range(1, 70)]) as radarr:
+    async with fake_arr("radarr", movie=[library_movie(f"Movie {n}", n, n) for n in range(1, 70)]) as radarr:
         told = await use(radarr, "list_movies")
         assert (len(told["movies"]), told["total"]) == (50, 69)
         told = await use(radarr, "list_movies", query="movie 6", limit=2, offset=1)
@@ -50,8 +50,8 @@ async def test_a_list_is_told_in_parts() -> None:
 
 
 async def test_a_movie_is_looked_up_added_searched_for_and_deleted() -> None:
-    async with arr_standing_in("radarr", calendar=[movie("Dune", 438631, 2021, hasFile=False)]) as radarr:
-        radarr.catalogue += [movie("The Matrix", 603), movie("The Matrix Reloaded", 604, 2003)]
+    async with fake_arr("radarr", calendar=[movie("Dune", 438631, 2021, hasFile=False)]) as radarr:
+        radarr.lookup_results += [movie("The Matrix", 603), movie("The Matrix Reloaded", 604, 2003)]
         assert await use(radarr, "search_movies", title="matrix") == [
             {"title": "The Matrix", "year": 1999, "tmdbId": 603},
             {"title": "The Matrix Reloaded", "year": 2003, "tmdbId": 604},
@@ -69,10 +69,10 @@ async def test_a_movie_is_looked_up_added_searched_for_and_deleted() -> None:
 
 
 async def test_what_sonarr_says_of_its_work() -> None:
-    kept, show = kept_series("Dune: Prophecy", 367118, 1), {"title": "Dune: Prophecy"}
+    kept, show = library_series("Dune: Prophecy", 367118, 1), {"title": "Dune: Prophecy"}
     airing = {"id": 1, "title": "High-Handed Enemy", "seasonNumber": 1, "episodeNumber": 6, "series": kept}
-    waiting = queued("Dune.S01E06", 5, seriesId=1, episodeId=1)
-    async with arr_standing_in("sonarr", series=[kept], queue=[waiting], calendar=[airing]) as sonarr:
+    waiting = queue_row("Dune.S01E06", 5, seriesId=1, episodeId=1)
+    async with fake_arr("sonarr", series=[kept], queue=[waiting], calendar=[airing]) as sonarr:
         told = await use(sonarr, "get_queue")
         assert (told["total"], told["queue"][0]["id"], told["queue"][0]["sizeleft"]) == (1, 5, 1e9)
         (episode,) = await use(sonarr, "get_calendar", days=30)

@@ -17,18 +17,18 @@ from cluster.services.http.connection import Connection
 from tests.support.services import real_services
 from tests.support.services.fake_arr import (
     LONG_AGO,
-    ArrStandIn,
-    arr_standing_in,
-    kept_movie,
-    kept_series,
+    FakeArr,
+    fake_arr,
+    library_movie,
+    library_series,
     movie,
-    queued,
+    queue_row,
     series,
 )
 from tests.support.services.fake_services import KEY
-from tests.support.services.real_services import Running
-from tests.support.services.stub_server import Asked
-from tests.support.waiting import PATIENCE
+from tests.support.services.real_services import RunningService
+from tests.support.services.stub_server import StubRequest
+from tests.support.waiting import TIMEOUT
 
 AGES_AGO = datetime.fromisoformat(LONG_AGO) - timedelta(hours=1)
 HEADERS = {"X-Api-Key": KEY, "Accept": "application/json", "Content-Type": "application/json"}
@@ -52,7 +52,7 @@ def service(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def prism(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def prism(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with real_services.prism(tmp_path_factory.mktemp("prism"), service) as running:
         yield running
 
@@ -74,31 +74,31 @@ async def use_everything(service: str, url: str, *effects: str) -> set[str]:
     return used
 
 
-def stock(arr: ArrStandIn) -> None:
+def stock(arr: FakeArr) -> None:
     if arr.service == "sonarr":
-        arr.keep("series", kept_series("The Wire", 79126, 1))
-        arr.catalogue += [series("Breaking Bad", 81189), series("Dune", 5)]
+        arr.add_row("series", library_series("The Wire", 79126, 1))
+        arr.lookup_results += [series("Breaking Bad", 81189), series("Dune", 5)]
     else:
-        arr.keep("movie", kept_movie("Metropolis", 19, 1))
-        arr.catalogue += [movie("The Matrix", 603), movie("Dune", 5)]
+        arr.add_row("movie", library_movie("Metropolis", 19, 1))
+        arr.lookup_results += [movie("The Matrix", 603), movie("Dune", 5)]
     arr.resources["calendar"] = []
 
 
 @pytest.mark.deep
-async def test_no_request_breaks_the_document(service: str, prism: Running) -> None:
-    async with arr_standing_in(service) as arr:
+async def test_no_request_breaks_the_document(service: str, prism: RunningService) -> None:
+    async with fake_arr(service) as arr:
         stock(arr)
         connector = find_connector(service)
         async with Client(Connection("Ours", connector, arr.url, KEY)).open() as client:
             await health_checks.get_version(client, connector)
         used = await use_everything(service, arr.url, "read", "change", "destroy")
         assert used == {tool.name for tool in find_connector(service).tools}
-    assert {one.method for one in arr.asked} == {"GET", "POST", "DELETE"}
-    await allowed_by(prism, arr.asked)
+    assert {one.method for one in arr.requests} == {"GET", "POST", "DELETE"}
+    await allowed_by(prism, arr.requests)
 
 
 @pytest.mark.deep
-async def test_nothing_that_mends_downloads_breaks_the_document(service: str, prism: Running) -> None:
+async def test_nothing_that_mends_downloads_breaks_the_document(service: str, prism: RunningService) -> None:
     following = find_connector(service).download_tracker
     assert following
     assert following.replacement
@@ -109,11 +109,11 @@ async def test_nothing_that_mends_downloads_breaks_the_document(service: str, pr
         else ({"movieId": 1}, ("movie:1",))
     )
     resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
-    async with arr_standing_in(service, **resources) as arr:
+    async with fake_arr(service, **resources) as arr:
         stock(arr)
-        download = arr.keep("queue", queued("Dune", 1, **ids))["downloadId"]
+        download = arr.add_row("queue", queue_row("Dune", 1, **ids))["downloadId"]
         grabbed = {"eventType": "grabbed", "downloadId": download, "sourceTitle": "Dune", "date": LONG_AGO, **ids}
-        grab = arr.keep("history", grabbed)["id"]
+        grab = arr.add_row("history", grabbed)["id"]
         async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
             look = await following.poll(client, place)
             assert ([one.id for one in look.active], look.finished) == ([download], ())
@@ -133,22 +133,22 @@ async def test_nothing_that_mends_downloads_breaks_the_document(service: str, pr
             assert await mend.remove(client, download, False)
             assert not await mend.remove(client, download, False)
             assert await mend.find(client, download) is None
-    await allowed_by(prism, arr.asked)
+    await allowed_by(prism, arr.requests)
 
 
-async def allowed_by(prism: Running, asked: Iterable[Asked]) -> None:
-    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
-        for one in asked:
+async def allowed_by(prism: RunningService, requests: Iterable[StubRequest]) -> None:
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=TIMEOUT) as http:
+        for one in requests:
             answer = await http.request(one.method, one.path, params=one.query, content=one.body or None)
             assert answer.is_success, f"{one.method} {one.path} {one.query} {one.body}: {answer.text}"
 
 
 @pytest.mark.deep
-async def test_prism_refuses_what_does_break_it(service: str, prism: Running) -> None:
+async def test_prism_refuses_what_does_break_it(service: str, prism: RunningService) -> None:
     connector = find_connector(service)
     assert connector.collection
     path, outer = connector.collection.path, connector.collection.external_id_field
-    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=TIMEOUT) as http:
         assert (await http.get(path, params={outer: "x"})).status_code == 422
         assert (await http.post("/api/v3/command", json={"name": 5})).status_code == 422
         assert (await http.get("/api/v3/nothing")).status_code == 404
@@ -158,15 +158,15 @@ async def test_the_stand_in_looks_into_bodies_that_prism_passes(service: str) ->
     """The description of a movie refers to itself, and Prism does not check what is sent as one."""
     collection = find_connector(service).collection
     assert collection
-    async with arr_standing_in(service) as arr:
-        async with httpx.AsyncClient(base_url=arr.url, headers=HEADERS, timeout=PATIENCE) as http:
+    async with fake_arr(service) as arr:
+        async with httpx.AsyncClient(base_url=arr.url, headers=HEADERS, timeout=TIMEOUT) as http:
             answer = await http.post(collection.path, json={"title": "Dune", "colour": "red"})
             assert (answer.status_code, "colour" in answer.text) == (500, True)
-        assert len(arr.complaints) == 1
-        arr.complaints.clear()
+        assert len(arr.violations) == 1
+        arr.violations.clear()
 
 
 @pytest.mark.deep
-async def test_what_the_document_answers_can_be_read(service: str, prism: Running) -> None:
+async def test_what_the_document_answers_can_be_read(service: str, prism: RunningService) -> None:
     used = await use_everything(service, prism.url, "read")
     assert {"get_queue", "get_calendar", "get_quality_profiles", "get_root_folders"} < used

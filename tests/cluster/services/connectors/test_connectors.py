@@ -9,11 +9,11 @@ from cluster.services.catalog import UnknownServiceType, all_connectors, find_co
 from cluster.services.errors import ServiceError, Unauthorized, WrongService
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
-from tests.support.services.fake_services import KEY, LIKENESSES
-from tests.support.services.openapi_documents import check_answer
-from tests.support.services.stub_server import page, standing_in
+from tests.support.services.fake_services import FAKE_SERVICES, KEY
+from tests.support.services.openapi_documents import check_response
+from tests.support.services.stub_server import html_page, stub_server
 
-GUARDED = [name for name, likeness in LIKENESSES.items() if likeness.guards]
+WITH_KEY = [name for name, fake in FAKE_SERVICES.items() if fake.requires_key]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ async def ask(url: str, name: str, key: str | None) -> str:
 
 
 def test_every_service_has_a_connector_and_a_likeness() -> None:
-    assert all_connectors().keys() == LIKENESSES.keys()
+    assert all_connectors().keys() == FAKE_SERVICES.keys()
     assert all("health" in connector.capabilities for connector in all_connectors().values())
 
 
@@ -52,70 +52,75 @@ def test_a_service_is_known_by_the_names_of_its_brothers() -> None:
         find_connector("sonar")
 
 
-@pytest.mark.parametrize("name", LIKENESSES)
+@pytest.mark.parametrize("name", FAKE_SERVICES)
 async def test_a_service_tells_its_version_to_whoever_has_its_key(name: str) -> None:
-    likeness = LIKENESSES[name]
-    async with standing_in(likeness) as server:
-        assert await ask(server.url, name, likeness.key if likeness.guards else None) == likeness.version
+    fake = FAKE_SERVICES[name]
+    async with stub_server(fake) as server:
+        assert await ask(server.url, name, fake.key if fake.requires_key else None) == fake.version
 
 
-@pytest.mark.parametrize("name", GUARDED)
+@pytest.mark.parametrize("name", WITH_KEY)
 @pytest.mark.parametrize("key", [None, "ada:wrong-key-of-ours"])
 async def test_a_wrong_key_is_told_from_all_else_and_never_shown(name: str, key: str | None) -> None:
-    async with standing_in(LIKENESSES[name]) as server:
+    async with stub_server(FAKE_SERVICES[name]) as server:
         with pytest.raises(ServiceError) as refused:
             await ask(server.url, name, key)
     assert refused.value.code == "SERVICE_UNAUTHORIZED"
     assert "wrong-key" not in refused.value.message
 
 
-@pytest.mark.parametrize("name", LIKENESSES)
+@pytest.mark.parametrize("name", FAKE_SERVICES)
 async def test_no_service_is_taken_for_another(name: str) -> None:
     """Whatever answers at the address of one, with the key of that or not: what it is, is said where it shows."""
-    for other, likeness in LIKENESSES.items():
+    for other, fake in FAKE_SERVICES.items():
         if other == name:
             continue
-        async with standing_in(likeness) as server:
+        async with stub_server(fake) as server:
             with pytest.raises(ServiceError) as refused:
-                await ask(server.url, name, likeness.key if likeness.guards else None)
+                await ask(server.url, name, fake.key if fake.requires_key else None)
         assert refused.value.code in {"WRONG_SERVICE", "SERVICE_UNAUTHORIZED", "SERVICE_BAD_RESPONSE"}, other
-        if likeness.title:
+        if fake.title:
             assert isinstance(refused.value, WrongService), other
             assert find_connector(other).title in refused.value.message
 
 
 async def test_radarr_at_the_address_of_sonarr_is_told_by_its_own_word() -> None:
-    async with standing_in(LIKENESSES["radarr"]) as server:
+    async with stub_server(FAKE_SERVICES["radarr"]) as server:
         with pytest.raises(WrongService, match=r"^Radarr answers at the address of Ours, not Sonarr\.$"):
             await ask(server.url, "sonarr", KEY)
 
 
 async def test_the_page_of_whatever_else_is_there_does_not_hear_the_key() -> None:
-    async with standing_in(lambda asked: page("Login - Sonarr", 200 if asked.path == "/" else 404)) as server:
+    async with stub_server(lambda request: html_page("Login - Sonarr", 200 if request.path == "/" else 404)) as server:
         with pytest.raises(WrongService, match="Sonarr answers"):
             await ask(server.url, "radarr", KEY)
-    front = [asked for asked in server.asked if asked.path == "/"]
+    front = [request for request in server.requests if request.path == "/"]
     assert len(front) == 1
     assert KEY not in json.dumps(front[0].headers)
     assert front[0].headers["accept"] == "text/html"
 
 
 async def test_a_login_is_ended_too() -> None:
-    async with standing_in(LIKENESSES["qbittorrent"]) as server:
-        await ask(server.url, "qbittorrent", LIKENESSES["qbittorrent"].key)
-    assert [asked.path.rpartition("/")[2] for asked in server.asked] == ["login", "buildInfo", "version", "logout"]
-    assert server.asked[-1].headers["cookie"] == "SID=session"
+    async with stub_server(FAKE_SERVICES["qbittorrent"]) as server:
+        await ask(server.url, "qbittorrent", FAKE_SERVICES["qbittorrent"].key)
+    assert [request.path.rpartition("/")[2] for request in server.requests] == [
+        "login",
+        "buildInfo",
+        "version",
+        "logout",
+    ]
+    assert server.requests[-1].headers["cookie"] == "SID=session"
 
 
 async def test_qbittorrents_own_keys_need_no_login() -> None:
-    likeness = LIKENESSES["qbittorrent"]
-    async with standing_in(likeness.answer) as server:
-        assert await ask(server.url, "qbittorrent", "qbt_" + 28 * "x") == likeness.version
-    assert {asked.headers["authorization"] for asked in server.asked} == {"Bearer qbt_" + 28 * "x"}
+    fake = FAKE_SERVICES["qbittorrent"]
+    async with stub_server(fake.answer) as server:
+        assert await ask(server.url, "qbittorrent", "qbt_" + 28 * "x") == fake.version
+    assert {request.headers["authorization"] for request in server.requests} == {"Bearer qbt_" + 28 * "x"}
 
 
 async def test_a_key_that_no_header_can_carry_is_a_wrong_one() -> None:
-    async with standing_in(LIKENESSES["qbittorrent"].answer) as server:
+    async with stub_server(FAKE_SERVICES["qbittorrent"].answer) as server:
         with pytest.raises(Unauthorized):
             await ask(server.url, "qbittorrent", "qbt_ключ")
 
@@ -123,7 +128,7 @@ async def test_a_key_that_no_header_can_carry_is_a_wrong_one() -> None:
 @pytest.mark.parametrize("name", ["sonarr", "radarr"])
 async def test_likenesses_are_what_the_official_documents_say(name: str) -> None:
     path = "/api/v3/system/status"
-    async with standing_in(LIKENESSES[name]) as server:
+    async with stub_server(FAKE_SERVICES[name]) as server:
         client = Client(Connection("Ours", find_connector(name), server.url, KEY))
         async with client.open():
-            check_answer(name, path, await client.get(path))
+            check_response(name, path, await client.get(path))

@@ -12,19 +12,19 @@ from cluster.services.errors import Refused, ServiceError, Unauthorized
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
 from tests.support.services import news_server, real_services
-from tests.support.services.real_services import Running
+from tests.support.services.real_services import RunningService
 
 pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture(scope="module")
-def sabnzbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def sabnzbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with real_services.prometheus(tmp_path_factory.mktemp("prometheus")) as running:
         yield running
 
@@ -35,26 +35,26 @@ async def ask(name: str, url: str, key: str | None = None) -> str:
         return await health_checks.get_version(client, connector)
 
 
-async def test_sabnzbd_tells_its_version(sabnzbd: Running) -> None:
+async def test_sabnzbd_tells_its_version(sabnzbd: RunningService) -> None:
     url, key = sabnzbd.url, sabnzbd.key
     assert (await ask("sabnzbd", url, key))[:2] in {"3.", "4.", "5."}
     assert await ask("sabnzbd", f"{url}/sabnzbd", key) == await ask("sabnzbd", url, key)
 
 
 @pytest.mark.parametrize(("key", "words"), [(None, "API Key Required"), ("wrong", "API Key Incorrect")])
-async def test_sabnzbd_wants_its_key(sabnzbd: Running, key: str | None, words: str) -> None:
+async def test_sabnzbd_wants_its_key(sabnzbd: RunningService, key: str | None, words: str) -> None:
     with pytest.raises(Unauthorized, match=words):
         await ask("sabnzbd", sabnzbd.url, key)
 
 
-async def test_sabnzbds_errors_come_with_status_200(sabnzbd: Running) -> None:
+async def test_sabnzbds_errors_come_with_status_200(sabnzbd: RunningService) -> None:
     url, key = sabnzbd.url, sabnzbd.key
     async with Client(Connection("Ours", find_connector("sabnzbd"), url, key)).open() as client:
         with pytest.raises(Refused, match="item does not exist"):
             await client.get("/api", mode="retry", output="json", value="SABnzbd_nzo_none")
 
 
-async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: Running) -> None:
+async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: RunningService) -> None:
     sonarr = find_connector("sonarr")
     connection = Connection("Ours", sonarr, sabnzbd.url, "0123456789")
     with pytest.raises(ServiceError) as refused:
@@ -64,7 +64,7 @@ async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: Running) -> Non
 
 
 @pytest.mark.deep
-async def test_prometheus_tells_its_version_and_its_errors(prometheus: Running) -> None:
+async def test_prometheus_tells_its_version_and_its_errors(prometheus: RunningService) -> None:
     assert (await ask("prometheus", prometheus.url))[0] in "23"
     async with Client(Connection("Ours", find_connector("prometheus"), prometheus.url)).open() as client:
         with pytest.raises(Refused, match="parse error"):
@@ -72,14 +72,14 @@ async def test_prometheus_tells_its_version_and_its_errors(prometheus: Running) 
         assert (await client.get("/api/v1/query", query="1 + 1"))["result"][1] == "2"
 
 
-def test_downloads_complete_and_fail(sabnzbd: Running) -> None:
+def test_downloads_complete_and_fail(sabnzbd: RunningService) -> None:
     content = secrets.token_bytes(300_000)
-    with news_server.usenet() as news:
-        news_server.subscribe(sabnzbd, news)
-        whole = news_server.download(sabnzbd, news.post("film.mkv", content), "Whole")
-        done = news_server.ended(sabnzbd, whole)
-        lost = news_server.ended(
-            sabnzbd, news_server.download(sabnzbd, news.post("film.mkv", content[1:], lost=4), "Lost")
+    with news_server.running_news_server() as news:
+        news_server.add_news_server(sabnzbd, news)
+        whole = news_server.add_download(sabnzbd, news.post("film.mkv", content), "Whole")
+        done = news_server.finished_download(sabnzbd, whole)
+        lost = news_server.finished_download(
+            sabnzbd, news_server.add_download(sabnzbd, news.post("film.mkv", content[1:], lost=4), "Lost")
         )
     assert (done["status"], Path(done["storage"]).read_bytes()) == ("Completed", content)
     assert (lost["status"], lost["retry"]) == ("Failed", 1)

@@ -21,8 +21,16 @@ from cluster.services.http.connection import Connection
 from cluster.services.http.urls import InvalidServiceUrl, validate_url
 from cluster.settings import get_settings
 from tests.support.services.fake_services import KEY
-from tests.support.services.stub_server import Asked, Handler, Reply, page, standing_in, telling, text
-from tests.support.waiting import PATIENCE
+from tests.support.services.stub_server import (
+    Handler,
+    StubRequest,
+    StubResponse,
+    html_page,
+    json_response,
+    stub_server,
+    text_response,
+)
+from tests.support.waiting import TIMEOUT
 
 LONG = 50 * 1024 * 1024
 
@@ -36,39 +44,55 @@ def client(url: str, name: str = "sonarr", **more: Any) -> Client:
     return Client(Connection("Ours", find_connector(name), url, KEY, **more))
 
 
-async def get(answer: Handler | Reply, name: str = "sonarr") -> Any:
-    async with standing_in(_handler(answer)) as server, client(server.url, name).open() as ours:
+async def get(answer: Handler | StubResponse, name: str = "sonarr") -> Any:
+    async with stub_server(_handler(answer)) as server, client(server.url, name).open() as ours:
         return await ours.get("/api/v3/thing", page=1)
 
 
-MISBEHAVIOUR: dict[str, tuple[Handler | Reply, type[ServiceError], str]] = {
-    "a page": (page("Sign in"), BadResponse, "a web page titled 'Sign in'"),
-    "words": (text("all is well"), BadResponse, "not JSON"),
-    "nothing": (Reply(b""), BadResponse, "not JSON"),
-    "half of it": (Reply(b'{"records": [{"id": 1}, {"i'), BadResponse, "only a part"),
-    "no such text": (Reply(b'"\xff\xfe"'), BadResponse, "not JSON"),
-    "less than announced": (Reply(b'{"records": [', length=900), Unreachable, "cannot be reached"),
-    "packed wrongly": (Reply(b"no gzip", headers={"Content-Encoding": "gzip"}), BadResponse, "unpacked"),
-    "no HTTP": (Reply(b"", 200, "x\r\nno header at all"), Unreachable, "cannot be reached"),
-    "no key": (telling({"error": "Unauthorized"}, 401), Unauthorized, "with this API key: Unauthorized"),
-    "forbidden": (text("Access denied - Hostname verification failed", 403), Unauthorized, "Hostname verification"),
-    "not there": (telling({"message": "NotFound"}, 404), NotFoundInService, "has nothing at /api/v3/thing: NotFound"),
+MISBEHAVIOUR: dict[str, tuple[Handler | StubResponse, type[ServiceError], str]] = {
+    "a page": (html_page("Sign in"), BadResponse, "a web page titled 'Sign in'"),
+    "words": (text_response("all is well"), BadResponse, "not JSON"),
+    "nothing": (StubResponse(b""), BadResponse, "not JSON"),
+    "half of it": (StubResponse(b'{"records": [{"id": 1}, {"i'), BadResponse, "only a part"),
+    "no such text": (StubResponse(b'"\xff\xfe"'), BadResponse, "not JSON"),
+    "less than announced": (StubResponse(b'{"records": [', length=900), Unreachable, "cannot be reached"),
+    "packed wrongly": (StubResponse(b"no gzip", headers={"Content-Encoding": "gzip"}), BadResponse, "unpacked"),
+    "no HTTP": (StubResponse(b"", 200, "x\r\nno header at all"), Unreachable, "cannot be reached"),
+    "no key": (json_response({"error": "Unauthorized"}, 401), Unauthorized, "with this API key: Unauthorized"),
+    "forbidden": (
+        text_response("Access denied - Hostname verification failed", 403),
+        Unauthorized,
+        "Hostname verification",
+    ),
+    "not there": (
+        json_response({"message": "NotFound"}, 404),
+        NotFoundInService,
+        "has nothing at /api/v3/thing: NotFound",
+    ),
     "refused": (
-        telling([{"propertyName": "Path", "errorMessage": "Path is not valid"}], 400),
+        json_response([{"propertyName": "Path", "errorMessage": "Path is not valid"}], 400),
         Refused,
         "Path is not valid",
     ),
-    "busy": (text("slow down", 429), Unreachable, "status 429"),
-    "a proxy's": (page("502 Bad Gateway", 502), Unreachable, "502 Bad Gateway"),
-    "broken": (telling({"message": "database is locked"}, 500), BadResponse, "database is locked"),
-    "in circles": (lambda asked: Reply(b"", 302, headers={"Location": asked.path}), BadResponse, "in circles"),
+    "busy": (text_response("slow down", 429), Unreachable, "status 429"),
+    "a proxy's": (html_page("502 Bad Gateway", 502), Unreachable, "502 Bad Gateway"),
+    "broken": (json_response({"message": "database is locked"}, 500), BadResponse, "database is locked"),
+    "in circles": (
+        lambda request: StubResponse(b"", 302, headers={"Location": request.path}),
+        BadResponse,
+        "in circles",
+    ),
     "away": (
-        Reply(b"", 302, headers={"Location": "http://elsewhere.example/api?x=1"}),
+        StubResponse(b"", 302, headers={"Location": "http://elsewhere.example/api?x=1"}),
         BadResponse,
         "to http://elsewhere.example: if that is right, make it the url",
     ),
-    "to another scheme": (Reply(b"", 301, headers={"Location": "https://127.0.0.1/"}), BadResponse, "make it the url"),
-    "to nowhere": (Reply(b"", 302, headers={"Location": "http://[::"}), Unreachable, "Invalid URL"),
+    "to another scheme": (
+        StubResponse(b"", 301, headers={"Location": "https://127.0.0.1/"}),
+        BadResponse,
+        "make it the url",
+    ),
+    "to nowhere": (StubResponse(b"", 302, headers={"Location": "http://[::"}), Unreachable, "Invalid URL"),
 }
 
 
@@ -85,8 +109,8 @@ async def test_each_misbehaviour_has_its_error(sort: str) -> None:
 
 @pytest.mark.parametrize("status", [200, 400, 500])
 async def test_what_a_service_repeats_of_the_key_is_masked_wherever_it_stands(status: int) -> None:
-    def repeat(asked: Asked) -> Reply:
-        return telling({"status": False, "error": f"nothing for {asked.query['apikey']}"}, status)
+    def repeat(request: StubRequest) -> StubResponse:
+        return json_response({"status": False, "error": f"nothing for {request.query['apikey']}"}, status)
 
     with pytest.raises(ServiceError, match=r"nothing for \*{8}") as refused:
         await get(repeat, "sabnzbd")
@@ -103,11 +127,11 @@ async def test_an_address_of_the_sixth_version_is_one_too() -> None:
 
 async def test_an_error_with_status_200_is_an_error() -> None:
     with pytest.raises(Refused, match="item does not exist"):
-        await get(telling({"status": False, "error": "item does not exist"}), "sabnzbd")
+        await get(json_response({"status": False, "error": "item does not exist"}), "sabnzbd")
     with pytest.raises(Unauthorized, match="API Key Incorrect"):
-        await get(telling({"status": False, "error": "API Key Incorrect"}), "sabnzbd")
+        await get(json_response({"status": False, "error": "API Key Incorrect"}), "sabnzbd")
     with pytest.raises(Refused, match="bad_data"):
-        await get(telling({"status": "error", "errorType": "bad_data", "error": "bad_data: parse"}), "prometheus")
+        await get(json_response({"status": "error", "errorType": "bad_data", "error": "bad_data: parse"}), "prometheus")
 
 
 async def test_nobody_at_the_address() -> None:
@@ -128,7 +152,7 @@ async def test_silence_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "0.2")
     get_settings.cache_clear()
     with pytest.raises(Unreachable, match=r"within 0\.2 seconds"):
-        await get(Reply(never=True))
+        await get(StubResponse(hangs=True))
 
 
 async def test_dripping_does_not_outwit_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,65 +176,65 @@ async def test_dripping_does_not_outwit_the_deadline(monkeypatch: pytest.MonkeyP
         async with client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}").open() as ours:
             with pytest.raises(Unreachable, match="within"):
                 await ours.get("/")
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await gone.wait()
 
 
 async def test_a_long_answer_is_read_and_a_longer_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len((await get(Reply(b'{"a": "' + b"x" * LONG + b'"}')))["a"]) == LONG
+    assert len((await get(StubResponse(b'{"a": "' + b"x" * LONG + b'"}')))["a"]) == LONG
     monkeypatch.setattr(clients, "MAX_BYTES", 1024 * 1024)
     with pytest.raises(BadResponse, match="more than 1 MiB"):
-        await get(Reply(b'{"a": "' + b"x" * LONG + b'"}'))
+        await get(StubResponse(b'{"a": "' + b"x" * LONG + b'"}'))
     packed = gzip.compress(b'{"a": "' + b"x" * LONG + b'"}')
     assert len(packed) < 1024 * 1024
     with pytest.raises(BadResponse, match="more than 1 MiB"):
-        await get(Reply(packed, headers={"Content-Encoding": "gzip"}))
+        await get(StubResponse(packed, headers={"Content-Encoding": "gzip"}))
 
 
 async def test_a_redirect_on_the_same_server_is_followed_with_the_key() -> None:
-    def answer(asked: Asked) -> Reply:
-        if asked.path == "/sonarr/there":
-            return telling({"key": asked.headers["x-api-key"]})
-        return Reply(b"", 301, headers={"Location": "/sonarr/there"})
+    def answer(request: StubRequest) -> StubResponse:
+        if request.path == "/sonarr/there":
+            return json_response({"key": request.headers["x-api-key"]})
+        return StubResponse(b"", 301, headers={"Location": "/sonarr/there"})
 
     assert await get(answer) == {"key": KEY}
 
 
 async def test_no_redirect_of_a_change_is_followed() -> None:
     async with (
-        standing_in(lambda asked: Reply(b"", 302, headers={"Location": "/there"})) as server,
+        stub_server(lambda request: StubResponse(b"", 302, headers={"Location": "/there"})) as server,
         client(server.url).open() as ours,
     ):
         with pytest.raises(BadResponse, match="make it the url"):
             await ours.post("/here", {"a": 1})
-    assert [asked.path for asked in server.asked] == ["/here"]
+    assert [request.path for request in server.requests] == ["/here"]
 
 
 @pytest.mark.parametrize(("method", "times"), [("get", 2), ("get_once", 1), ("post", 1), ("put", 1), ("delete", 1)])
 async def test_only_what_changes_nothing_is_sent_again(method: str, times: int) -> None:
     """The connection breaks after the first request, whose answer is not whole."""
-    replies = iter([Reply(b"{", length=100), telling({"fine": True})])
-    async with standing_in(lambda asked: next(replies)) as server, client(server.url).open() as ours:
+    replies = iter([StubResponse(b"{", length=100), json_response({"fine": True})])
+    async with stub_server(lambda request: next(replies)) as server, client(server.url).open() as ours:
         call: Callable[[str], Any] = getattr(ours, method)
         if times == 2:
             assert await call("/thing") == {"fine": True}
         else:
             with pytest.raises(Unreachable):
                 await call("/thing")
-    assert len(server.asked) == times
+    assert len(server.requests) == times
 
 
 async def test_what_is_sent_arrives_and_no_answer_is_one() -> None:
     name = 'Größe "x" 🎬'
-    async with standing_in(lambda asked: Reply(b"", 204)) as server, client(server.url).open() as ours:
+    async with stub_server(lambda request: StubResponse(b"", 204)) as server, client(server.url).open() as ours:
         assert await ours.put("/api/v3/movie", {"title": name}, moveFiles=True) is None
-    (asked,) = server.asked
-    assert (json.loads(asked.body), asked.query) == ({"title": name}, {"moveFiles": "true"})
+    (request,) = server.requests
+    assert (json.loads(request.body), request.query) == ({"title": name}, {"moveFiles": "true"})
 
 
 async def test_words_are_one_short_line() -> None:
     with pytest.raises(Refused) as refused:
-        await get(text("no\n" * 5000, 400))
+        await get(text_response("no\n" * 5000, 400))
     assert len(refused.value.message) < 400
     assert "\n" not in refused.value.message
 
@@ -279,7 +303,7 @@ def test_no_service_is_where_clouds_keep_secrets_or_nowhere(url: str) -> None:
 
 async def test_a_name_that_leads_to_metadata_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor one that has a good address beside it: which of them is used would be luck."""
-    async with standing_in(lambda asked: telling({})) as server:
+    async with stub_server(lambda request: json_response({})) as server:
         port = int(server.url.rpartition(":")[2])
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.1", "169.254.169.254")]
 
@@ -290,14 +314,14 @@ async def test_a_name_that_leads_to_metadata_is_not_connected_to(monkeypatch: py
         async with client(f"http://rebound.example:{port}").open() as ours:
             with pytest.raises(Unreachable, match="no service may have"):
                 await ours.get("/")
-            assert server.asked == []
+            assert server.requests == []
             found.pop()
             assert await ours.get("/") == {}
-        assert server.asked[0].headers["host"] == f"rebound.example:{port}"
+        assert server.requests[0].headers["host"] == f"rebound.example:{port}"
 
 
 async def test_of_several_addresses_the_one_that_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with standing_in(lambda asked: telling({})) as server:
+    async with stub_server(lambda request: json_response({})) as server:
         port = int(server.url.rpartition(":")[2])
 
         async def look_up(*_: object, **__: object) -> Any:
@@ -311,7 +335,7 @@ async def test_of_several_addresses_the_one_that_listens_is_found(monkeypatch: p
 async def test_an_address_that_swallows_all_hides_no_other(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "60")
     get_settings.cache_clear()
-    async with standing_in(lambda asked: telling({})) as server:
+    async with stub_server(lambda request: json_response({})) as server:
         port = int(server.url.rpartition(":")[2])
         with socket.socket() as silent, socket.socket() as first:
             silent.bind(("127.0.0.2", port))
@@ -328,14 +352,14 @@ async def test_an_address_that_swallows_all_hides_no_other(monkeypatch: pytest.M
 
 async def test_proxies_of_the_environment_do_not_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert await get(telling({})) == {}
+    assert await get(json_response({})) == {}
 
 
-def _handler(answer: Handler | Reply) -> Handler:
-    if not isinstance(answer, Reply):
+def _handler(answer: Handler | StubResponse) -> Handler:
+    if not isinstance(answer, StubResponse):
         return answer
 
-    def always(asked: Asked) -> Reply:
+    def always(request: StubRequest) -> StubResponse:
         return answer
 
     return always

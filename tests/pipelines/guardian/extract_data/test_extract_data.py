@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from cluster.db import Database
 from cluster.settings import get_settings
 from jobs.context import Context, StopJob
 from jobs.leases import Claim
-from jobs.registry import Resources
-from jobs.tables import Job
 from pipelines.guardian.extract_data import cache as extraction_cache
 from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
 from pipelines.guardian.extract_data import split
@@ -26,6 +24,7 @@ from pipelines.training.data import datasets
 from pipelines.training.data.datasets import Dataset
 from pipelines.training.data.parsing import parse_samples, to_json_line
 from tests.support.git_repos import commit_files, git, new_repository
+from tests.support.recording_link import RecordingLink
 
 LIMITS = Limits(held_out=0.2, characters=4000, file_bytes=100_000, commits=100)
 AWS_KEY, PASSWORD, TOKEN = (
@@ -380,30 +379,6 @@ def test_merges_are_not_learned_and_changes_are(extract: Extract, folder: Path) 
     assert done.skipped["commit_merges"] == 1
 
 
-class Notebook:
-    """A worker that writes down what its job says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.checkpoints: list[Any] = []
-        self.inputs: list[str] = []
-
-    def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None:
-        if event[0] == "log":
-            self.lines.append(event[1]["message"])
-        if event[0] == "input":
-            self.inputs.append(event[1]["name"])
-
-    def checkpoint(self, claim: Claim, state: Any) -> None:
-        self.checkpoints.append(state)
-
-    def artifact(self, claim: Claim, path: Path, name: str) -> str:
-        return str(path)
-
-    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
-        raise AssertionError("an extraction has no children")
-
-
 @pytest.fixture
 async def registered(database: Database, folder: Path) -> None:
     async with database.transaction() as session:
@@ -422,18 +397,18 @@ def roots(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     get_settings.cache_clear()
 
 
-async def run_job(spec: ExtractSpec, notebook: Notebook, state: Any = None) -> dict[str, Any]:
+async def run_job(spec: ExtractSpec, link: RecordingLink, state: Any = None) -> dict[str, Any]:
     claim = Claim("job_x", "t", "extract_data", {}, state, 1, 3, None, None, {}, "w", None)
-    return await asyncio.to_thread(extract_data, Context(claim, notebook), spec)
+    return await asyncio.to_thread(extract_data, Context(claim, link), spec)
 
 
 async def test_the_job_keeps_two_datasets(database: Database, registered: None, folder: Path) -> None:
-    notebook = Notebook()
-    result = await run_job(ExtractSpec(repository_id="garden", held_out=0.2), notebook)
+    link = RecordingLink()
+    result = await run_job(ExtractSpec(repository_id="garden", held_out=0.2), link)
     head = git(folder, "rev-parse", "HEAD")
     assert (result["repository"], result["commit"], result["files"]) == ("garden", head, len(NAMES))
-    assert notebook.checkpoints == [head]
-    assert notebook.inputs == ["repo/garden/train", "repo/garden/held-out"]
+    assert link.checkpoints == [head]
+    assert link.inputs == ["repo/garden/train", "repo/garden/held-out"]
     async with database.read_transaction() as session:
         kept_ones = {one.name: one for one in await session.scalars(select(Dataset))}
     train, held_out = kept_ones["repo/garden/train"], kept_ones["repo/garden/held-out"]
@@ -444,24 +419,24 @@ async def test_the_job_keeps_two_datasets(database: Database, registered: None, 
     learned = await asyncio.to_thread(datasets.load, train)
     assert len(learned) == train.samples
     # Again, of the same commit: the same datasets.
-    again = await run_job(ExtractSpec(repository_id="repo_garden", held_out=0.2), Notebook())
+    again = await run_job(ExtractSpec(repository_id="repo_garden", held_out=0.2), RecordingLink())
     assert (again["train"], again["extracted"]) == (result["train"], 0)
 
 
 async def test_an_attempt_that_goes_on_takes_the_commit_it_began_with(registered: None, folder: Path) -> None:
     began_with = git(folder, "rev-parse", "HEAD")
     commit_files(folder, "Come in the meantime and be new", {"src/new.py": module("new")})
-    result = await run_job(ExtractSpec(repository_id="garden"), Notebook(), began_with)
+    result = await run_job(ExtractSpec(repository_id="garden"), RecordingLink(), began_with)
     assert (result["commit"], result["files"]) == (began_with, len(NAMES))
 
 
 async def test_the_log_says_where_a_secret_is_but_not_which(registered: None, folder: Path) -> None:
     commit_files(folder, "wip", {"src/apple.py": module("apple", f'\n\nKEY = "{AWS_KEY}"\n')})
-    notebook = Notebook()
-    result = await run_job(ExtractSpec(repository_id="garden"), notebook)
-    assert any("src/apple.py:11: a secret (AWS Access Key)" in line for line in notebook.lines)
+    link = RecordingLink()
+    result = await run_job(ExtractSpec(repository_id="garden"), link)
+    assert any("src/apple.py:11: a secret (AWS Access Key)" in line for line in link.logged)
     assert result["secrets"]["AWS Access Key"] >= 1
-    assert AWS_KEY not in json.dumps(result) + "".join(notebook.lines)
+    assert AWS_KEY not in json.dumps(result) + "".join(link.logged)
 
 
 async def test_a_repository_with_nothing_to_say_is_an_error_with_numbers(database: Database, tmp_path: Path) -> None:
@@ -472,4 +447,4 @@ async def test_a_repository_with_nothing_to_say_is_an_error_with_numbers(databas
             Repository(id="repo_2", name="empty", path=str(folder), model="m", training={}, policy={}, created_by="t")
         )
     with pytest.raises(NothingToExtract, match="2 files, of which 1 commit_says_little, 2 other_kind are skipped"):
-        await run_job(ExtractSpec(repository_id="empty"), Notebook())
+        await run_job(ExtractSpec(repository_id="empty"), RecordingLink())

@@ -310,8 +310,8 @@ def test_credentials_are_sent_nowhere_else(folder: Path, tmp_path: Path, home: P
     with git_server(tmp_path) as target, git_server(tmp_path, redirect=target.url) as first:
         with pytest.raises(FetchRefused, match="another address"), open_registered(registered(first)):
             pass
-        assert first.asked[0][1] is not None
-        assert target.asked == []
+        assert first.requests[0][1] is not None
+        assert target.requests == []
 
 
 def test_a_fetch_that_is_stopped_ends(folder: Path, server: GitServer) -> None:

@@ -23,31 +23,31 @@ from pipelines.training.models import registry
 from pipelines.training.models.versions import ModelFile, Version
 from pipelines.training.validate.gguf_tokenizer import GgufTokenizer
 from pipelines.training.validate.job import NothingHeldOut
-from tests.support.job_harness import Bench
-from tests.support.registry_model import register_on
-from tests.support.small_models import write_model, write_parrot
+from tests.support.job_harness import JobHarness
+from tests.support.registry_model import register_model
+from tests.support.small_models import write_constant_model, write_model
 
 SHORT = {"max_new_tokens": 16}
 
 
 @pytest.fixture
-def subject(bench: Bench, mlflow_server: str, tmp_path: Path) -> tuple[str, str]:
+def subject(harness: JobHarness, mlflow_server: str, tmp_path: Path) -> tuple[str, str]:
     """A model of two versions that know nothing, the first of which is served; and a training that held samples out."""
     files = [write_model(tmp_path / f"{seed}.gguf", seed=seed) for seed in (1, 2)]
-    name = register_on(mlflow_server, tmp_path, *files)
+    name = register_model(mlflow_server, tmp_path, *files)
     judged(name, 2, True)
-    return name, bench.fine_tuned("full")
+    return name, harness.fine_tuned("full")
 
 
-def test_the_better_one_is_promoted_and_the_worse_one_is_not(bench: Bench, trained: Path) -> None:
-    weak, strong = bench.fine_tuned("lora"), bench.fine_tuned("full")
+def test_the_better_one_is_promoted_and_the_worse_one_is_not(harness: JobHarness, trained: Path) -> None:
+    weak, strong = harness.fine_tuned("lora"), harness.fine_tuned("full")
     name = f"subject-{strong[-4:]}"
     for job_id in (weak, strong):
-        bench.run("export", {"job_id": job_id, "name": name, "quantizations": ["q8_0"]})
+        harness.run("export", {"job_id": job_id, "name": name, "quantizations": ["q8_0"]})
     serve(name, 1)
     judged(name, 1, True)
     judged(name, 2, True)
-    _, result, ledger = bench.run("compare", {"name": name, "version": 2, "job_id": strong, **SHORT})
+    _, result, link = harness.run("compare", {"name": name, "version": 2, "job_id": strong, **SHORT})
     assert result["promoted"]
     assert (result["served"], result["questions"], result["left_out"]) == (1, 6, 0)
     candidate, served = result["metrics"]["candidate"], result["metrics"]["served"]
@@ -56,7 +56,7 @@ def test_the_better_one_is_promoted_and_the_worse_one_is_not(bench: Bench, train
     assert candidate["rouge_l"] > served["rouge_l"]
     # The same, from the model itself before it became a GGUF.
     assert candidate["bits_per_character"] == pytest.approx(bits_of(trained / "full"), rel=0.02)
-    assert ledger.progress == sorted(ledger.progress)
+    assert link.progress == sorted(link.progress)
 
     kept = asyncio.run(find(f"{name}:v2")).comparison
     assert kept == {key: value for key, value in result.items() if key != "report"}
@@ -66,7 +66,7 @@ def test_the_better_one_is_promoted_and_the_worse_one_is_not(bench: Bench, train
     assert set(report["answers"][0]["answers"]) == {"candidate", "served"}
 
     serve(name, 2)
-    _, result, _ = bench.run("compare", {"name": name, "version": 1, "job_id": weak, **SHORT})
+    _, result, _ = harness.run("compare", {"name": name, "version": 1, "job_id": weak, **SHORT})
     assert not result["promoted"]
     assert result["improvement"] < 0
     assert "more, and at least 2.0% fewer are wanted" in result["reason"]
@@ -74,68 +74,70 @@ def test_the_better_one_is_promoted_and_the_worse_one_is_not(bench: Bench, train
 
 
 @pytest.mark.deep
-def test_the_margin_and_the_number_of_samples_are_what_is_asked_for(bench: Bench, subject: tuple[str, str]) -> None:
+def test_the_margin_and_the_number_of_samples_are_what_is_asked_for(
+    harness: JobHarness, subject: tuple[str, str]
+) -> None:
     name, training = subject
     spec = {"name": name, "version": 2, "job_id": training, "max_samples": 2, **SHORT}
-    _, result, _ = bench.run("compare", {**spec, "min_improvement": 0.99})
+    _, result, _ = harness.run("compare", {**spec, "min_improvement": 0.99})
     assert not result["promoted"]
     assert (result["questions"], result["min_improvement"]) == (2, 0.99)
 
 
 @pytest.mark.deep
-def test_the_first_one_is_promoted_if_it_passed_its_validation(bench: Bench) -> None:
-    training = bench.fine_tuned("lora")
-    _, exported, _ = bench.run("export", {"job_id": training, "quantizations": ["q8_0"]})
+def test_the_first_one_is_promoted_if_it_passed_its_validation(harness: JobHarness) -> None:
+    training = harness.fine_tuned("lora")
+    _, exported, _ = harness.run("export", {"job_id": training, "quantizations": ["q8_0"]})
     name = exported["name"]
     spec = {"name": name, "version": 1, "job_id": training, "max_samples": 1, **SHORT}
-    _, result, _ = bench.run("compare", spec)
+    _, result, _ = harness.run("compare", spec)
     assert not result["promoted"]
     assert "it was never validated" in result["reason"]
     judged(name, 1, True)
-    _, result, _ = bench.run("compare", spec)
+    _, result, _ = harness.run("compare", spec)
     assert (result["promoted"], result["served"], result["improvement"]) == (True, None, None)
     assert result["metrics"]["served"] is None
     assert result["metrics"]["candidate"]["bits_per_character"] > 0
 
 
 @pytest.mark.deep
-def test_it_goes_on_from_where_it_was_paused(bench: Bench, subject: tuple[str, str]) -> None:
+def test_it_goes_on_from_where_it_was_paused(harness: JobHarness, subject: tuple[str, str]) -> None:
     name, training = subject
     spec = {"name": name, "version": 2, "job_id": training, **SHORT}
-    _, expected, _ = bench.run("compare", spec)
+    _, expected, _ = harness.run("compare", spec)
 
-    job_id, ledger = bench.begin("compare", spec)
-    context = bench.context(job_id, ledger)
+    job_id, link = harness.start("compare", spec)
+    context = harness.context(job_id, link)
     pausing = "measuring the version that is served: 2"
-    ledger.on_report = lambda phase: context.stop("pause") if phase.startswith(pausing) else None
+    link.on_report = lambda phase: context.stop("pause") if phase.startswith(pausing) else None
     with pytest.raises(StopJob, match="pause"):
-        bench.call("compare", spec, context)
-    ledger.on_report = lambda phase: None
-    before = len(ledger.events)
-    result = bench.go_on("compare", spec, job_id, ledger)
+        harness.call("compare", spec, context)
+    link.on_report = lambda phase: None
+    before = len(link.events)
+    result = harness.resume("compare", spec, job_id, link)
     assert result["metrics"] == expected["metrics"]
-    phases = [data["phase"] for _, data in ledger.events[before:] if "measuring" in data.get("phase", "")]
+    phases = [data["phase"] for _, data in link.events[before:] if "measuring" in data.get("phase", "")]
     measured = [phase.partition(" of ")[0].rpartition(" ")[2] for phase in phases]
     # The candidate, which comes first, was measured before the pause; and so were two samples of the other.
     assert measured == ["2", "3", "4"]
     assert not storage.exists(storage.address(f"jobs/{job_id}/measured.json"))
     # A worker that dies before it could tell the result leaves it to the next.
-    before = len(ledger.events)
-    assert bench.go_on("compare", spec, job_id, ledger) == result
-    assert not [1 for _, data in ledger.events[before:] if "measuring" in data.get("phase", "")]
+    before = len(link.events)
+    assert harness.resume("compare", spec, job_id, link) == result
+    assert not [1 for _, data in link.events[before:] if "measuring" in data.get("phase", "")]
 
 
-def test_what_nobody_held_out_cannot_be_asked(bench: Bench, subject: tuple[str, str]) -> None:
+def test_what_nobody_held_out_cannot_be_asked(harness: JobHarness, subject: tuple[str, str]) -> None:
     name, training = subject
     (Path(storage.address(f"jobs/{training}/model")) / "held_out.jsonl").unlink()
     with pytest.raises(NothingHeldOut, match=training):
-        bench.run("compare", {"name": name, "version": 2, "job_id": training})
+        harness.run("compare", {"name": name, "version": 2, "job_id": training})
 
 
 def test_models_of_other_words_are_asked_the_same(tmp_path: Path) -> None:
     """Two vocabularies, two templates, two contexts: what only one of them can read, neither is asked."""
     small = write_model(tmp_path / "small.gguf", context=64)
-    other = write_parrot(tmp_path / "other.gguf", "The quick brown fox jumps over the lazy dog.")
+    other = write_constant_model(tmp_path / "other.gguf", "The quick brown fox jumps over the lazy dog.")
     short, tools = chat("Hé?", "The quick brown fox."), calling()
     long = chat("What is it?", "The quick brown fox jumps. " * 20)
     plain = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
@@ -175,15 +177,15 @@ def test_the_verdict(bits: float, before: float, least: float, promoted: bool) -
 
 
 @pytest.mark.deep
-def test_some_are_never_promoted(bench: Bench, subject: tuple[str, str]) -> None:
+def test_some_are_never_promoted(harness: JobHarness, subject: tuple[str, str]) -> None:
     name, training = subject
     serve(name, 2)
     spec = {"name": name, "version": 2, "job_id": training, "max_samples": 1, **SHORT}
-    _, result, _ = bench.run("compare", spec)
+    _, result, _ = harness.run("compare", spec)
     assert (result["promoted"], result["reason"]) == (False, f"{name}:v2 is what is served already.")
     serve(name, 1)
     judged(name, 2, False, ["its perplexity is 900"])
-    _, result, _ = bench.run("compare", spec)
+    _, result, _ = harness.run("compare", spec)
     assert result["reason"] == f"{name}:v2 did not pass its validation: its perplexity is 900."
     assert (result["promoted"], result["improvement"]) == (False, None)
     assert result["metrics"]["served"] is not None

@@ -31,7 +31,8 @@ from pipelines.training.data import datasets
 from pipelines.training.data.parsing import EmptyData
 from pipelines.training.data.samples import Sample
 from tests.support.git_repos import commit_files, new_repository
-from tests.support.job_harness import Bench, Ledger
+from tests.support.job_harness import JobHarness
+from tests.support.recording_link import RecordingLink
 
 EXTRACTED = {"train": {"dataset": "ds_train", "samples": 30}, "held_out": {"dataset": "ds_held", "samples": 4}}
 BETTER = {"promoted": True, "reason": "It is better.", "improvement": 0.3}
@@ -49,7 +50,7 @@ RESULTS: dict[str, Any] = {
 STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
 
 
-class Parent(Ledger):
+class ParentLink(RecordingLink):
     """A link that remembers the children a job asks for, as the queue does."""
 
     def __init__(self) -> None:
@@ -66,21 +67,21 @@ class Parent(Ledger):
         return self.children[name]
 
 
-class Walk:
+class RetrainRun:
     """A plan, and what becomes of it."""
 
-    def __init__(self, bench: Bench, spec: dict[str, Any]) -> None:
-        self.bench, self.spec = bench, spec
-        self.job_id, _ = bench.begin("retrain", spec, tracked=False)
-        self.link = Parent()
+    def __init__(self, harness: JobHarness, spec: dict[str, Any]) -> None:
+        self.harness, self.spec = harness, spec
+        self.job_id, _ = harness.start("retrain", spec, tracked=False)
+        self.link = ParentLink()
 
-    def go_on(self) -> Any:
-        return self.bench.go_on("retrain", self.spec, self.job_id, self.link)
+    def resume(self) -> Any:
+        return self.harness.resume("retrain", self.spec, self.job_id, self.link)
 
     def step(self) -> Job:
         """Run it until it waits for its next child."""
         with pytest.raises(ParkJob) as park:
-            self.go_on()
+            self.resume()
         (waited_for,) = park.value.children
         return next(child for child in self.link.children.values() if child.id == waited_for)
 
@@ -88,7 +89,7 @@ class Walk:
         """Let every step succeed with these results."""
         while True:
             try:
-                return self.go_on()
+                return self.resume()
             except ParkJob as park:
                 (child,) = [one for one in self.link.children.values() if one.id in park.children]
                 assert child.state == State.QUEUED, "it waits for the same child once more"
@@ -96,12 +97,12 @@ class Walk:
 
 
 @pytest.fixture
-def bench(migrated: Path) -> Bench:
-    return Bench(migrated)
+def harness(migrated: Path) -> JobHarness:
+    return JobHarness(migrated)
 
 
 @pytest.fixture
-def source(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+def source(harness: JobHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """A repository of one commit, and its id as a registered one."""
     monkeypatch.setenv("FORGEARR_GUARDIAN__ROOTS", f"[{tmp_path}/code]")
     get_settings.cache_clear()
@@ -116,22 +117,22 @@ def source(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     return folder, asyncio.run(with_own_database(create))
 
 
-def test_the_steps_follow_each_other(bench: Bench, source: tuple[Path, str]) -> None:
+def test_the_steps_follow_each_other(harness: JobHarness, source: tuple[Path, str]) -> None:
     folder, repository_id = source
     first = commit_files(folder, "Second", {"b.py": "B = 2\n"})
-    walk = Walk(bench, {"repository_id": repository_id})
-    extraction = walk.step()
+    run = RetrainRun(harness, {"repository_id": repository_id})
+    extraction = run.step()
     assert extraction.spec.items() >= {"repository_id": repository_id, "commit": first}.items()
     tried = row(repository_id)
-    assert (tried.tried_commit, tried.tried_job_id, tried.trained_commit) == (first, walk.job_id, None)
+    assert (tried.tried_commit, tried.tried_job_id, tried.trained_commit) == (first, run.job_id, None)
 
     # What it set out with, it goes by: neither a later commit nor another training changes this plan.
     commit_files(folder, "Third", {"c.py": "C = 3\n"})
     change(repository_id, training={"max_steps": 8})
-    assert walk.step() is extraction
-    result = walk.finish()
-    assert [child.kind for child in walk.link.children.values()] == STEPS
-    specs = {child.kind: child.spec for child in walk.link.children.values()}
+    assert run.step() is extraction
+    result = run.finish()
+    assert [child.kind for child in run.link.children.values()] == STEPS
+    specs = {child.kind: child.spec for child in run.link.children.values()}
     assert specs["validate_data"].items() >= {"train": "ds_train", "held_out": "ds_held"}.items()
     training = specs["fine_tune"]
     assert (training["name"], training["max_steps"], training["rank"]) == ("handbook", 7, 4)
@@ -145,85 +146,85 @@ def test_the_steps_follow_each_other(bench: Bench, source: tuple[Path, str]) -> 
     assert (result["model"], result["version"], result["commit"]) == ("handbook", 3, first)
     assert (result["promoted"], result["deploy"]) == (True, RESULTS["deploy"])
     trained = row(repository_id)
-    assert (trained.trained_commit, trained.trained_job_id) == (first, walk.job_id)
+    assert (trained.trained_commit, trained.trained_job_id) == (first, run.job_id)
     assert trained.trained_at is not None
-    assert walk.link.progress[-1] == 95
-    assert walk.link.logged[-1] == "Served from now on. It is better."
+    assert run.link.progress[-1] == 95
+    assert run.link.logged[-1] == "Served from now on. It is better."
 
 
-def test_a_worse_one_stays_a_candidate(bench: Bench, source: tuple[Path, str]) -> None:
+def test_a_worse_one_stays_a_candidate(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
-    walk = Walk(bench, {"repository_id": repository_id})
-    result = walk.finish(compare=WORSE)
-    assert "deploy" not in walk.link.children
+    run = RetrainRun(harness, {"repository_id": repository_id})
+    result = run.finish(compare=WORSE)
+    assert "deploy" not in run.link.children
     assert (result["promoted"], result["reason"], result["deploy"]) == (False, "It is worse.", None)
     assert row(repository_id).trained_commit == result["commit"]
-    assert walk.link.logged[-1] == "It stays a candidate. It is worse."
+    assert run.link.logged[-1] == "It stays a candidate. It is worse."
 
 
 @pytest.mark.parametrize(
     ("said", "registered", "deploys"), [(False, True, False), (True, False, True), (None, False, False)]
 )
 def test_it_is_served_if_that_is_wanted(
-    bench: Bench, source: tuple[Path, str], said: bool | None, registered: bool, deploys: bool
+    harness: JobHarness, source: tuple[Path, str], said: bool | None, registered: bool, deploys: bool
 ) -> None:
     _, repository_id = source
     change(repository_id, auto_deploy=registered)
-    walk = Walk(bench, {"repository_id": repository_id, "auto_deploy": said})
-    result = walk.finish()
+    run = RetrainRun(harness, {"repository_id": repository_id, "auto_deploy": said})
+    result = run.finish()
     assert result["promoted"]
-    assert ("deploy" in walk.link.children, result["deploy"] is not None) == (deploys, deploys)
+    assert ("deploy" in run.link.children, result["deploy"] is not None) == (deploys, deploys)
 
 
-def test_what_fails_ends_it_and_is_not_taken_for_learned(bench: Bench, source: tuple[Path, str]) -> None:
+def test_what_fails_ends_it_and_is_not_taken_for_learned(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
-    walk = Walk(bench, {"repository_id": repository_id})
-    walk.step().state, walk.link.children["extract_data"].result = State.SUCCEEDED, EXTRACTED
-    examined = walk.step()
+    run = RetrainRun(harness, {"repository_id": repository_id})
+    run.step().state, run.link.children["extract_data"].result = State.SUCCEEDED, EXTRACTED
+    examined = run.step()
     examined.state, examined.error = State.FAILED, {"message": "Too little data: there are 3 different samples."}
     with pytest.raises(ChildFailed, match="Too little data: there are 3"):
-        walk.go_on()
+        run.resume()
     left = row(repository_id)
-    assert (left.tried_job_id, left.trained_commit) == (walk.job_id, None)
+    assert (left.tried_job_id, left.trained_commit) == (run.job_id, None)
 
 
-def test_the_same_is_not_learned_twice_unless_it_is_forced(bench: Bench, source: tuple[Path, str]) -> None:
+def test_the_same_is_not_learned_twice_unless_it_is_forced(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
-    result = Walk(bench, {"repository_id": repository_id}).finish()
+    result = RetrainRun(harness, {"repository_id": repository_id}).finish()
     with pytest.raises(NothingNew, match=result["commit"]):
-        Walk(bench, {"repository_id": repository_id}).go_on()
-    assert Walk(bench, {"repository_id": repository_id, "force": True}).finish()["commit"] == result["commit"]
+        RetrainRun(harness, {"repository_id": repository_id}).resume()
+    assert RetrainRun(harness, {"repository_id": repository_id, "force": True}).finish()["commit"] == result["commit"]
     with pytest.raises(RepositoryNotFound):
-        Walk(bench, {"repository_id": "repo_unknown"}).go_on()
+        RetrainRun(harness, {"repository_id": "repo_unknown"}).resume()
 
 
-def test_feedback_is_learned_beside_the_repository_ever_after(bench: Bench, source: tuple[Path, str]) -> None:
+def test_feedback_is_learned_beside_the_repository_ever_after(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
-    Walk(bench, {"repository_id": repository_id}).finish()
+    RetrainRun(harness, {"repository_id": repository_id}).finish()
     say("handbook", 3)
-    walk = Walk(
-        bench, {"repository_id": repository_id, "feedback": "handbook"}
+    run = RetrainRun(
+        harness, {"repository_id": repository_id, "feedback": "handbook"}
     )  # the commit alone would be nothing new
-    walk.finish()
-    assert list(walk.link.children) == ["extract_data", "gather_feedback", *STEPS[1:]]
-    assert walk.link.children["gather_feedback"].spec == {
+    run.finish()
+    assert list(run.link.children) == ["extract_data", "gather_feedback", *STEPS[1:]]
+    assert run.link.children["gather_feedback"].spec == {
         "model": "handbook",
         "train": "ds_train",
         "held_out": "ds_held",
     }
-    assert walk.link.children["fine_tune"].spec["data"]["dataset"] == "ds_more"
-    gathered(bench, {"model": "handbook"})
-    later = Walk(bench, {"repository_id": repository_id, "force": True})
+    assert run.link.children["fine_tune"].spec["data"]["dataset"] == "ds_more"
+    gathered(harness, {"model": "handbook"})
+    later = RetrainRun(harness, {"repository_id": repository_id, "force": True})
     later.finish()
     assert "gather_feedback" in later.link.children
 
 
-def test_feedback_becomes_data(bench: Bench) -> None:
+def test_feedback_becomes_data(harness: JobHarness) -> None:
     with pytest.raises(EmptyData, match="no feedback on handbook"):
-        gathered(bench, {"model": "handbook"})
+        gathered(harness, {"model": "handbook"})
     say("handbook", 20)
     say("other", 1)
-    made = gathered(bench, {"model": "handbook"})
+    made = gathered(harness, {"model": "handbook"})
     assert (made["prompts"], made["new_prompts"]) == (20, 20)
     train, held_out = questions(made["train"]["dataset"]), questions(made["held_out"]["dataset"])
     assert train | held_out == {f"handbook {number}?" for number in range(20)}
@@ -234,7 +235,7 @@ def test_feedback_becomes_data(bench: Bench) -> None:
     hidden = min(held_out)
     beside = keep("beside", [chat(hidden, "Yes."), chat("Why?", "So.")]), keep("held", [chat("When?", "Now.")])
     spec = {"model": "handbook", "train": beside[0], "held_out": beside[1]}
-    again = gathered(bench, spec)
+    again = gathered(harness, spec)
     assert (again["prompts"], again["new_prompts"]) == (20, 0)
     assert questions(again["train"]["dataset"]) == train | {"Why?"}
     assert questions(again["held_out"]["dataset"]) == held_out | {"When?"}
@@ -287,9 +288,9 @@ def test_what_no_plan_can_be_made_of_is_refused(spec: dict[str, Any], said: str)
         RetrainSpec.model_validate(spec)
 
 
-def gathered(bench: Bench, spec: dict[str, Any]) -> Any:
-    job_id, ledger = bench.begin("gather_feedback", spec, tracked=False)
-    return bench.go_on("gather_feedback", spec, job_id, ledger)
+def gathered(harness: JobHarness, spec: dict[str, Any]) -> Any:
+    job_id, link = harness.start("gather_feedback", spec, tracked=False)
+    return harness.resume("gather_feedback", spec, job_id, link)
 
 
 async def asked(database: Database, **spec: Any) -> tuple[str, bool]:

@@ -20,19 +20,19 @@ from pipelines.training.data import datasets
 from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune.tokenize import render
 from pipelines.training.models import tiny
-from tests.support.job_harness import Bench
+from tests.support.job_harness import JobHarness
 
 
 @pytest.fixture
-def bench(migrated: Path) -> Bench:
-    return Bench(migrated)
+def harness(migrated: Path) -> JobHarness:
+    return JobHarness(migrated)
 
 
-def test_everything_is_counted(bench: Bench) -> None:
+def test_everything_is_counted(harness: JobHarness) -> None:
     samples = [chat(f"What is {number}?", f"It is {number}.") for number in range(30)]
     train = [*samples[:25], samples[0], chat("WHAT  is 1?", "It is 1.")]  # two of them for the second time
     spec = {"train": keep("train", train), "held_out": keep("held", samples[25:]), "min_samples": 25}
-    result, ledger = run(bench, spec)
+    result, link = run(harness, spec)
     assert (result["enough"], result["reasons"], result["leaked"]) == (True, [], 0)
     learned, held_out = result["train"], result["held_out"]
     assert (learned["samples"], learned["duplicates"]) == (27, 2)
@@ -50,59 +50,59 @@ def test_everything_is_counted(bench: Bench) -> None:
     assert "| Duplicates | 2 | 0 |" in card
     document = json.loads(storage.read(result["card"].replace("data_card.md", "data_card.json")))
     assert document["datasets"] == {"train": "repo/train:v1", "held_out": "repo/held:v1"}
-    inputs = [data["name"] for kind, data in ledger.events if kind == "input"]
+    inputs = [data["name"] for kind, data in link.events if kind == "input"]
     assert inputs == ["repo/train (train)", "repo/held (held_out)"]
 
 
-def test_too_little_is_stopped_with_the_numbers(bench: Bench) -> None:
+def test_too_little_is_stopped_with_the_numbers(harness: JobHarness) -> None:
     samples = [chat(str(number), "Yes.") for number in range(4)]
     spec = {"train": keep("train", [*samples[:3], samples[0]]), "held_out": keep("held", samples[3:])}
-    job_id, ledger = bench.begin("validate_data", spec, tracked=False)
+    job_id, link = harness.start("validate_data", spec, tracked=False)
     with pytest.raises(TooLittleData, match="there are 3 different samples to learn from, and at least 20 are wanted"):
-        bench.go_on("validate_data", spec, job_id, ledger)
+        harness.resume("validate_data", spec, job_id, link)
     assert not TooLittleData.retryable
     card = storage.read(storage.address(f"jobs/{job_id}/data_card.md")).decode()
     assert "- There are 3 different samples" in card
-    result, _ = run(bench, {**spec, "min_samples": 3})
+    result, _ = run(harness, {**spec, "min_samples": 3})
     assert result["enough"]
 
 
-def test_nothing_held_out_is_nothing_to_measure_on(bench: Bench) -> None:
+def test_nothing_held_out_is_nothing_to_measure_on(harness: JobHarness) -> None:
     """As it is with a repository that has one file."""
     spec = {"train": keep("train", [chat(str(number), "Yes.") for number in range(20)]), "held_out": None}
-    job_id, ledger = bench.begin("validate_data", spec, tracked=False)
+    job_id, link = harness.start("validate_data", spec, tracked=False)
     with pytest.raises(TooLittleData, match="no sample is held out to measure on"):
-        bench.go_on("validate_data", spec, job_id, ledger)
+        harness.resume("validate_data", spec, job_id, link)
     card = storage.read(storage.address(f"jobs/{job_id}/data_card.md")).decode()
     assert "measured on nothing" in card
     assert "| Samples | 20 | 0 |" in card
 
 
-def test_what_is_held_out_is_not_learned(bench: Bench) -> None:
+def test_what_is_held_out_is_not_learned(harness: JobHarness) -> None:
     samples = [chat(str(number), "Yes.") for number in range(4)]
     spec = {"train": keep("train", samples), "held_out": keep("held", [samples[2]]), "min_samples": 1}
     with pytest.raises(HeldOutLeaked, match="1 of 1 held-out samples"):
-        run(bench, spec)
+        run(harness, spec)
     # The same answer to another question is none of the kind; it is only told.
-    result, _ = run(bench, {**spec, "held_out": keep("other", [chat("nine", "Yes.")])})
+    result, _ = run(harness, {**spec, "held_out": keep("other", [chat("nine", "Yes.")])})
     assert (result["leaked"], result["shared"]["answers"]) == (0, 1)
 
 
-def test_of_many_samples_some_are_tokenized(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_samples_some_are_tokenized(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate_data, "MAX_TOKENIZED_SAMPLES", 10)
     long = chat("Tell me all.", "word " * 3000)
     train = [*(chat(str(number), "Yes.") for number in range(30)), long]
     spec = {"train": keep("train", train), "held_out": keep("held", [long, chat("x", "y")]), "min_samples": 1}
     with pytest.raises(HeldOutLeaked):
-        run(bench, spec)
-    result, _ = run(bench, {**spec, "held_out": keep("other", [chat("x", "long " * 3000)])})
+        run(harness, spec)
+    result, _ = run(harness, {**spec, "held_out": keep("other", [chat("x", "long " * 3000)])})
     assert result["train"]["tokens"]["counted_in"] == 8  # every fourth of 31
     assert (result["held_out"]["too_long"], result["held_out"]["tokens"]["counted_in"]) == (1, 1)
 
 
-def run(bench: Bench, spec: dict[str, Any]) -> tuple[Any, Any]:
-    job_id, ledger = bench.begin("validate_data", spec, tracked=False)
-    return bench.go_on("validate_data", spec, job_id, ledger), ledger
+def run(harness: JobHarness, spec: dict[str, Any]) -> tuple[Any, Any]:
+    job_id, link = harness.start("validate_data", spec, tracked=False)
+    return harness.resume("validate_data", spec, job_id, link), link
 
 
 def chat(question: str, answer: str) -> Sample:

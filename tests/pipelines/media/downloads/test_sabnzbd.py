@@ -12,189 +12,209 @@ from typing import Any
 import pytest
 
 from cluster.settings import get_settings
-from tests.pipelines.media.downloads.conftest import Desk, Ear
+from tests.pipelines.media.downloads.download_jobs import DownloadJobs, RecordedEvents
 from tests.support.services import real_services
-from tests.support.services.fake_arr import arr_standing_in, kept_series, queued
+from tests.support.services.fake_arr import fake_arr, library_series, queue_row
 from tests.support.services.fake_services import KEY
-from tests.support.services.news_server import Usenet, ask, download, ended, still, subscribe, usenet
-from tests.support.services.real_services import Running
-from tests.support.services.stub_server import Asked, Reply, standing_in, telling
+from tests.support.services.news_server import (
+    NewsServer,
+    add_download,
+    add_news_server,
+    call_api,
+    finished_download,
+    running_news_server,
+    wait_until_stalled,
+)
+from tests.support.services.real_services import RunningService
+from tests.support.services.stub_server import StubRequest, StubResponse, json_response, stub_server
 from tests.support.waiting import eventually
 
-pytestmark = [pytest.mark.usefixtures("ear"), pytest.mark.parametrize("database", ["sqlite"], indirect=True)]
+pytestmark = [pytest.mark.usefixtures("published"), pytest.mark.parametrize("database", ["sqlite"], indirect=True)]
 
 SIZE = 40_000
 TITLE = "Le Père 🎬 'Noël'"
 
 
 @pytest.fixture(scope="module")
-def news() -> Iterator[Usenet]:
-    with usenet() as news:
+def news() -> Iterator[NewsServer]:
+    with running_news_server() as news:
         yield news
 
 
 @pytest.fixture(scope="module")
-def server(news: Usenet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(news: NewsServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server:
-        subscribe(server, news)
+        add_news_server(server, news)
         yield server
 
 
 @pytest.fixture
-def sabnzbd(server: Running) -> Running:
+def sabnzbd(server: RunningService) -> RunningService:
     """Without a history: what has ended in this very second would count."""
-    ask(server, "history", name="delete", value="all")
+    call_api(server, "history", name="delete", value="all")
     return server
 
 
-def failing(sabnzbd: Running, news: Usenet, name: str) -> str:
+def failing(sabnzbd: RunningService, news: NewsServer, name: str) -> str:
     """A download all of whose articles are lost, which has failed."""
-    nzo_id = download(sabnzbd, news.post("a.bin", secrets.token_bytes(SIZE), lost=4), name)
-    assert ended(sabnzbd, nzo_id)["status"] == "Failed"
+    nzo_id = add_download(sabnzbd, news.post("a.bin", secrets.token_bytes(SIZE), lost=4), name)
+    assert finished_download(sabnzbd, nzo_id)["status"] == "Failed"
     return nzo_id
 
 
 @pytest.mark.deep
 async def test_what_ends_is_counted_and_a_failure_is_told_once(
-    sabnzbd: Running, news: Usenet, desk: Desk, ear: Ear
+    sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs, published: RecordedEvents
 ) -> None:
     before = failing(sabnzbd, news, "Before its time")
     await asyncio.sleep(1)  # SABnzbd tells whole seconds
-    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-    assert (await desk.watch())["failed"] == 0
-    good = download(sabnzbd, news.post("b.bin", secrets.token_bytes(SIZE)), "Good")
-    assert ended(sabnzbd, good)["status"] == "Completed"
+    await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    assert (await jobs.watch())["failed"] == 0
+    good = add_download(sabnzbd, news.post("b.bin", secrets.token_bytes(SIZE)), "Good")
+    assert finished_download(sabnzbd, good)["status"] == "Completed"
     bad = failing(sabnzbd, news, TITLE)
     # Two that look at the same time, and one that looks again.
-    both = await asyncio.gather(desk.watch(), desk.watch())
-    again = await desk.watch()
+    both = await asyncio.gather(jobs.watch(), jobs.watch())
+    again = await jobs.watch()
     assert [sum(one["failed"] for one in both), again["failed"]] == [1, 0]
-    (told,) = ear.of("download.failed")
+    (told,) = published.of("download.failed")
     assert (told["download_id"], told["title"]) == (bad, TITLE)
     # Of an address only the host is kept: elsewhere in it may be a key.
-    assert told["reason"] == re.sub(r"(https?://[^/]+)/\S+", r"\1/…", ended(sabnzbd, bad)["fail_message"])
-    followed = await desk.followed()
+    assert told["reason"] == re.sub(r"(https?://[^/]+)/\S+", r"\1/…", finished_download(sabnzbd, bad)["fail_message"])
+    followed = await jobs.followed()
     assert (followed.completed, followed.failed, followed.underway) == (1, 1, 0)
-    assert before not in await desk.downloads()
+    assert before not in await jobs.downloads()
 
 
 @pytest.mark.deep
-async def test_a_failure_is_retried_and_given_up_in_the_end(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
-    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-    await desk.policy(max_retries=1)
+async def test_a_failure_is_retried_and_given_up_in_the_end(
+    sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
+) -> None:
+    await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await jobs.policy(max_retries=1)
     first = failing(sabnzbd, news, "Gone for good")
-    assert (await desk.watch())["recover_job_id"]
-    await desk.recover(dry_run=True)
-    assert ended(sabnzbd, first)["status"] == "Failed"
-    await desk.recover()
-    said, retried = await desk.about("Gone for good")
+    assert (await jobs.watch())["recover_job_id"]
+    await jobs.recover(dry_run=True)
+    assert finished_download(sabnzbd, first)["status"] == "Failed"
+    await jobs.recover()
+    said, retried = await jobs.about("Gone for good")
     assert [(one.decision, one.outcome) for one in (said, retried)] == [("retry", "dry_run"), ("retry", "done")]
-    assert ask(sabnzbd, "history", nzo_ids=first)["history"]["slots"] == []
+    assert call_api(sabnzbd, "history", nzo_ids=first)["history"]["slots"] == []
     assert retried.new_item
-    assert ended(sabnzbd, retried.new_item)["status"] == "Failed"
-    await desk.watch()
-    await desk.recover()
-    *_, last = await desk.about("Gone for good")
+    assert finished_download(sabnzbd, retried.new_item)["status"] == "Failed"
+    await jobs.watch()
+    await jobs.recover()
+    *_, last = await jobs.about("Gone for good")
     assert (last.decision, last.outcome, last.item) == ("give_up", "noted", retried.new_item)
     assert "after 1 retries" in last.reason
-    assert (await desk.watch())["recover_job_id"] is None  # there is nothing more to decide
-    metrics = desk.words.metrics
+    assert (await jobs.watch())["recover_job_id"] is None  # there is nothing more to decide
+    metrics = jobs.link.metrics
     assert (metrics["retried"], metrics["given_up"], metrics["recovered"], metrics["failed"]) == (1, 1, 0, 0)
 
 
 @pytest.mark.deep
-async def test_what_a_person_has_dealt_with_is_tried_once(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
-    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-    await desk.policy(max_retries=5)
+async def test_what_a_person_has_dealt_with_is_tried_once(
+    sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
+) -> None:
+    await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await jobs.policy(max_retries=5)
     item = failing(sabnzbd, news, "Dealt with")
-    await desk.watch()
-    ask(sabnzbd, "history", name="delete", value=item)
-    await desk.recover()
-    assert [(one.decision, one.outcome) for one in await desk.about("Dealt with")] == [("retry", "overtaken")]
-    assert (await desk.watch())["recover_job_id"] is None
+    await jobs.watch()
+    call_api(sabnzbd, "history", name="delete", value=item)
+    await jobs.recover()
+    assert [(one.decision, one.outcome) for one in await jobs.about("Dealt with")] == [("retry", "overtaken")]
+    assert (await jobs.watch())["recover_job_id"] is None
 
 
-async def test_what_comes_after_all_has_recovered(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
-    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-    await desk.policy()
+async def test_what_comes_after_all_has_recovered(
+    sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
+) -> None:
+    await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await jobs.policy()
     nzb = news.post("c.bin", secrets.token_bytes(SIZE))
     lost = dict(news.articles)
     news.articles.clear()
-    item = download(sabnzbd, nzb, "Late")
-    assert ended(sabnzbd, item)["status"] == "Failed"
-    await desk.watch()
+    item = add_download(sabnzbd, nzb, "Late")
+    assert finished_download(sabnzbd, item)["status"] == "Failed"
+    await jobs.watch()
     news.articles |= lost
-    await desk.recover()
-    (retried,) = await desk.about("Late")
-    assert ended(sabnzbd, retried.new_item or "")["status"] == "Completed"
-    watched = await desk.watch()
+    await jobs.recover()
+    (retried,) = await jobs.about("Late")
+    assert finished_download(sabnzbd, retried.new_item or "")["status"] == "Completed"
+    watched = await jobs.watch()
     assert (watched["recovered"], bool(watched["recover_job_id"])) == (1, True)
-    (recovered,) = await desk.about("Late")
+    (recovered,) = await jobs.about("Late")
     assert recovered.recovered_at is not None
-    await desk.recover()
-    assert desk.words.metrics["recovered"] == 1
+    await jobs.recover()
+    assert jobs.link.metrics["recovered"] == 1
 
 
 @pytest.mark.deep
-async def test_who_waits_in_the_queue_is_not_stuck(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
-    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-    await desk.policy(strikes=1, stuck_minutes=0)
-    with news.holding():
-        items = [download(sabnzbd, news.post(f"{n}.bin", secrets.token_bytes(SIZE)), f"Waits {n}") for n in range(2)]
-        still(sabnzbd, news)
+async def test_who_waits_in_the_queue_is_not_stuck(
+    sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
+) -> None:
+    await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await jobs.policy(strikes=1, stuck_minutes=0)
+    with news.paused():
+        items = [
+            add_download(sabnzbd, news.post(f"{n}.bin", secrets.token_bytes(SIZE)), f"Waits {n}") for n in range(2)
+        ]
+        wait_until_stalled(sabnzbd, news)
         for _ in range(3):
-            await desk.watch()
-        rows = await desk.downloads()
+            await jobs.watch()
+        rows = await jobs.downloads()
         assert [(rows[item].state, rows[item].strikes) for item in items] == [("running", 0), ("waiting", 0)]
-        ask(sabnzbd, "pause")
-        eventually(lambda: ask(sabnzbd, "queue")["queue"]["status"] == "Paused")
-        await desk.watch()
-        rows = await desk.downloads()
+        call_api(sabnzbd, "pause")
+        eventually(lambda: call_api(sabnzbd, "queue")["queue"]["status"] == "Paused")
+        await jobs.watch()
+        rows = await jobs.downloads()
         assert {rows[item].state for item in items} == {"waiting"}
-        await desk.recover()
-        assert [await desk.about(f"Waits {number}") for number in range(2)] == [[], []]
-    ask(sabnzbd, "resume")
-    assert {ended(sabnzbd, item)["status"] for item in items} == {"Completed"}
+        await jobs.recover()
+        assert [await jobs.about(f"Waits {number}") for number in range(2)] == [[], []]
+    call_api(sabnzbd, "resume")
+    assert {finished_download(sabnzbd, item)["status"] for item in items} == {"Completed"}
 
 
-async def test_the_key_in_an_address_is_kept_nowhere(sabnzbd: Running, desk: Desk) -> None:
+async def test_the_key_in_an_address_is_kept_nowhere(sabnzbd: RunningService, jobs: DownloadJobs) -> None:
     key = secrets.token_hex(16)
-    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     # Until SABnzbd has it, a download is called by the address that it is fetched from.
-    (item,) = ask(sabnzbd, "addurl", name=f"http://127.0.0.1:9/getnzb?id=1&apikey={key}")["nzo_ids"]
-    assert key in str(ask(sabnzbd, "queue", nzo_ids=item))
-    await desk.watch()
-    row = (await desk.downloads())[item]
+    (item,) = call_api(sabnzbd, "addurl", name=f"http://127.0.0.1:9/getnzb?id=1&apikey={key}")["nzo_ids"]
+    assert key in str(call_api(sabnzbd, "queue", nzo_ids=item))
+    await jobs.watch()
+    row = (await jobs.downloads())[item]
     assert "http://127.0.0.1:9/…" in row.title
     assert key not in row.title
-    ask(sabnzbd, "queue", name="delete", value=item)
+    call_api(sabnzbd, "queue", name="delete", value=item)
 
 
 @pytest.mark.deep
-async def test_who_chose_a_download_hears_that_it_has_failed(sabnzbd: Running, news: Usenet, desk: Desk) -> None:
+async def test_who_chose_a_download_hears_that_it_has_failed(
+    sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
+) -> None:
     item = failing(sabnzbd, news, "Breaking.Bad.S01E02")
     found = {"seriesId": 3, "episodeId": 12, "sourceTitle": "Breaking.Bad.S01E02", "date": "2025-01-08T10:30:00Z"}
     resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
-    async with arr_standing_in("sonarr", **resources) as sonarr:
-        sonarr.keep("series", kept_series("Breaking Bad", 81189, 3))
-        sonarr.keep("history", {**found, "id": 7, "eventType": "grabbed", "downloadId": item})
-        tv = await desk.add("TV", "sonarr", sonarr.url, KEY)
-        usenet = await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-        async with desk.database.transaction() as session:
+    async with fake_arr("sonarr", **resources) as sonarr:
+        sonarr.add_row("series", library_series("Breaking Bad", 81189, 3))
+        sonarr.add_row("history", {**found, "id": 7, "eventType": "grabbed", "downloadId": item})
+        tv = await jobs.add("TV", "sonarr", sonarr.url, KEY)
+        usenet = await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+        async with jobs.database.transaction() as session:
             usenet.connected_as_of = usenet.connected_as_of.replace(year=2025)
             await session.merge(usenet)
-        await desk.policy(grace_minutes=1000)
-        await desk.watch()
-        await desk.recover()
-        mine = [one for one in await desk.recoveries() if one.item == item]
+        await jobs.policy(grace_minutes=1000)
+        await jobs.watch()
+        await jobs.recover()
+        mine = [one for one in await jobs.recoveries() if one.item == item]
         assert [(one.decision, one.service_id, one.outcome) for one in mine] == [("wait", tv.id, "noted")]
-        await desk.policy(grace_minutes=0, max_retries=0)
-        await desk.recover()
-        marked = [one for one in await desk.recoveries() if one.decision == "mark_failed"]
+        await jobs.policy(grace_minutes=0, max_retries=0)
+        await jobs.recover()
+        marked = [one for one in await jobs.recoveries() if one.decision == "mark_failed"]
         assert [(one.item, one.outcome, one.searched, one.content) for one in marked] == [
             (item, "done", True, ["series:3", "episode:12"])
         ]
-        assert [asked.path for asked in sonarr.asked if asked.method == "POST"] == [
+        assert [request.path for request in sonarr.requests if request.method == "POST"] == [
             "/api/v3/history/failed/7",
             "/api/v3/command",
         ]
@@ -202,27 +222,27 @@ async def test_who_chose_a_download_hears_that_it_has_failed(sabnzbd: Running, n
 
 
 async def test_folders_that_nobody_knows_are_found_and_go_only_by_policy(
-    sabnzbd: Running, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    sabnzbd: RunningService, jobs: DownloadJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete = sabnzbd.folder / "complete"
     old, new = complete / "_FAILED_Old", complete / "_FAILED_New"
     for folder in (old, new, complete / "Good"):
         folder.mkdir(parents=True, exist_ok=True)
     os.utime(old, (0, 0))
-    await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-    await desk.policy(max_retries=0)
+    await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+    await jobs.policy(max_retries=0)
     for _ in range(2):
-        await desk.recover()
-    reported = [one.title for one in await desk.recoveries() if one.decision == "report"]
+        await jobs.recover()
+    reported = [one.title for one in await jobs.recoveries() if one.decision == "report"]
     assert sorted(reported) == ["_FAILED_New", "_FAILED_Old"]  # each once, and none that is known
-    await desk.policy(max_retries=0, leftovers="remove")
-    await desk.recover()
+    await jobs.policy(max_retries=0, leftovers="remove")
+    await jobs.recover()
     assert old.exists()  # nobody has said that this folder is SABnzbd's
     monkeypatch.setenv("FORGEARR_MEDIA__FOLDERS", f"{{{complete}: {complete}}}")
     get_settings.cache_clear()
-    await desk.recover()
+    await jobs.recover()
     assert [old.exists(), new.exists()] == [False, True]
-    removed = [one for one in await desk.recoveries() if one.decision == "remove_folder"]
+    removed = [one for one in await jobs.recoveries() if one.decision == "remove_folder"]
     assert [(one.item, one.outcome) for one in removed] == [(str(old), "done")]
 
 
@@ -231,7 +251,7 @@ async def test_folders_that_nobody_knows_are_found_and_go_only_by_policy(
 
 def saying(
     queue: list[Any], history: list[Any], folder: str = "/data/complete", speed: str = "0.00"
-) -> Callable[[Asked], Reply]:
+) -> Callable[[StubRequest], StubResponse]:
     """A SABnzbd with these downloads, and no category."""
     answers: dict[str, Any] = {
         "queue": {"queue": {"slots": queue, "status": "Idle", "kbpersec": speed}},
@@ -239,76 +259,76 @@ def saying(
         "fullstatus": {"status": {"completedir": folder}},
         "get_config": {"config": {}},
     }
-    return lambda asked: telling(answers[asked.query["mode"]])
+    return lambda request: json_response(answers[request.query["mode"]])
 
 
-async def test_what_is_still_being_moved_has_not_ended(desk: Desk, ear: Ear) -> None:
+async def test_what_is_still_being_moved_has_not_ended(jobs: DownloadJobs, published: RecordedEvents) -> None:
     """Releases 4 and 5 call it completed before that."""
     slot = {"nzo_id": "1", "name": "Film", "status": "Completed", "completed": int(time.time()) + 3600, "loaded": True}
-    async with standing_in(saying([], [slot])) as server:
-        await desk.add("Usenet", "sabnzbd", server.url, KEY)
-        await desk.watch()
-        row = (await desk.downloads())["1"]
+    async with stub_server(saying([], [slot])) as server:
+        await jobs.add("Usenet", "sabnzbd", server.url, KEY)
+        await jobs.watch()
+        row = (await jobs.downloads())["1"]
         assert (row.state, row.ended_at) == ("processing", None)
         slot["loaded"] = False
-        await desk.watch()
-        assert (await desk.downloads())["1"].ended_at is not None
+        await jobs.watch()
+        assert (await jobs.downloads())["1"].ended_at is not None
 
 
-async def test_what_ends_between_two_questions_is_told_once(desk: Desk, ear: Ear) -> None:
+async def test_what_ends_between_two_questions_is_told_once(jobs: DownloadJobs, published: RecordedEvents) -> None:
     queue = [{"nzo_id": "1", "filename": "Film", "status": "Downloading", "mbleft": "0.50"}]
     failed = {"nzo_id": "1", "name": "Film", "status": "Failed", "completed": int(time.time()) + 3600}
-    async with standing_in(saying(queue, [failed])) as server:
-        await desk.add("Usenet", "sabnzbd", server.url, KEY)
-        first = await desk.watch()
-        assert (first["failed"], (await desk.downloads())["1"].state) == (1, "failed")
-        assert (await desk.followed()).underway == 0
+    async with stub_server(saying(queue, [failed])) as server:
+        await jobs.add("Usenet", "sabnzbd", server.url, KEY)
+        first = await jobs.watch()
+        assert (first["failed"], (await jobs.downloads())["1"].state) == (1, "failed")
+        assert (await jobs.followed()).underway == 0
         queue.clear()
-        assert (await desk.watch())["failed"] == 0
-    assert (len(ear.of("download.failed")), (await desk.followed()).failed) == (1, 1)
+        assert (await jobs.watch())["failed"] == 0
+    assert (len(published.of("download.failed")), (await jobs.followed()).failed) == (1, 1)
 
 
-async def test_an_id_that_cannot_be_kept_hides_no_other_service(sabnzbd: Running, desk: Desk) -> None:
-    async with standing_in(saying([{"nzo_id": "x" * 301, "status": "Queued"}], [])) as server:
-        await desk.add("Odd", "sabnzbd", server.url, KEY)
-        await desk.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-        told = await desk.watch()
+async def test_an_id_that_cannot_be_kept_hides_no_other_service(sabnzbd: RunningService, jobs: DownloadJobs) -> None:
+    async with stub_server(saying([{"nzo_id": "x" * 301, "status": "Queued"}], [])) as server:
+        await jobs.add("Odd", "sabnzbd", server.url, KEY)
+        await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
+        told = await jobs.watch()
         assert (told["looked_at"], list(told["unseen"])) == (1, ["Odd"])
 
 
-async def test_what_stands_still_is_replaced_by_who_chose_it(desk: Desk) -> None:
+async def test_what_stands_still_is_replaced_by_who_chose_it(jobs: DownloadJobs) -> None:
     slot = {"nzo_id": "SABnzbd_nzo_1", "filename": "Still", "status": "Downloading", "mbleft": "953.67"}
     resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
     async with (
-        standing_in(saying([slot], [], speed="512.00")) as server,
-        arr_standing_in("sonarr", **resources) as sonarr,
+        stub_server(saying([slot], [], speed="512.00")) as server,
+        fake_arr("sonarr", **resources) as sonarr,
     ):
-        sonarr.keep("series", kept_series("Breaking Bad", 81189, 3))
-        sonarr.keep("queue", queued("Still", 1, seriesId=3, episodeId=12))
-        tv = await desk.add("TV", "sonarr", sonarr.url, KEY)
-        await desk.add("Usenet", "sabnzbd", server.url, KEY)
-        await desk.policy(strikes=2, stuck_minutes=0)
+        sonarr.add_row("series", library_series("Breaking Bad", 81189, 3))
+        sonarr.add_row("queue", queue_row("Still", 1, seriesId=3, episodeId=12))
+        tv = await jobs.add("TV", "sonarr", sonarr.url, KEY)
+        await jobs.add("Usenet", "sabnzbd", server.url, KEY)
+        await jobs.policy(strikes=2, stuck_minutes=0)
         for _ in range(3):
-            await desk.watch()
-        await desk.recover()
-        (one,) = await desk.recoveries()
+            await jobs.watch()
+        await jobs.recover()
+        (one,) = await jobs.recoveries()
         assert (one.service_id, one.decision, one.outcome, one.searched) == (tv.id, "replace", "done", True)
         assert (sonarr.rows("queue"), sonarr.commands) == ([], [{"name": "EpisodeSearch", "episodeIds": [12]}])
 
 
-async def test_nobody_looks_again_and_again_for_folders_of_who_does_not_answer(desk: Desk) -> None:
-    await desk.policy()
-    away = await desk.add("Away", "sabnzbd", "http://127.0.0.1:9", KEY)
-    assert (await desk.watch())["recover_job_id"] is None
-    async with standing_in(saying([], [])) as server:
-        async with desk.database.transaction() as session:
+async def test_nobody_looks_again_and_again_for_folders_of_who_does_not_answer(jobs: DownloadJobs) -> None:
+    await jobs.policy()
+    away = await jobs.add("Away", "sabnzbd", "http://127.0.0.1:9", KEY)
+    assert (await jobs.watch())["recover_job_id"] is None
+    async with stub_server(saying([], [])) as server:
+        async with jobs.database.transaction() as session:
             away.url = server.url
             await session.merge(away)
-        assert (await desk.watch())["recover_job_id"]
+        assert (await jobs.watch())["recover_job_id"]
 
 
 async def test_a_folder_stays_where_the_policy_only_reports_by_now(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    jobs: DownloadJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete, looks = tmp_path / "complete", 0
     old = complete / "_FAILED_Old"
@@ -318,26 +338,26 @@ async def test_a_folder_stays_where_the_policy_only_reports_by_now(
     get_settings.cache_clear()
     told = saying([], [], folder=str(complete))
 
-    def answer(asked: Asked) -> Reply:
+    def answer(request: StubRequest) -> StubResponse:
         """It is away just when the folder is to be removed."""
         nonlocal looks
-        looks += asked.query["mode"] == "fullstatus"
-        return telling({}, 503) if looks == 2 else told(asked)
+        looks += request.query["mode"] == "fullstatus"
+        return json_response({}, 503) if looks == 2 else told(request)
 
-    async with standing_in(answer) as server:
-        await desk.add("Usenet", "sabnzbd", server.url, KEY)
-        await desk.policy(leftovers="remove")
-        await desk.recover()
-        assert await desk.decisions() == [("remove_folder", "begun")]
-        await desk.policy(leftovers="report")
-        await desk.resume()
-        assert (await desk.decisions(), old.exists()) == ([("remove_folder", "overtaken"), ("report", "noted")], True)
+    async with stub_server(answer) as server:
+        await jobs.add("Usenet", "sabnzbd", server.url, KEY)
+        await jobs.policy(leftovers="remove")
+        await jobs.recover()
+        assert await jobs.decisions() == [("remove_folder", "begun")]
+        await jobs.policy(leftovers="report")
+        await jobs.resume()
+        assert (await jobs.decisions(), old.exists()) == ([("remove_folder", "overtaken"), ("report", "noted")], True)
 
 
-async def test_a_folder_that_cannot_be_read_ends_nothing(desk: Desk) -> None:
-    async with standing_in(saying([], [], folder=f"/{'x' * 300}")) as server:
-        await desk.add("Usenet", "sabnzbd", server.url, KEY)
-        await desk.watch()
-        await desk.policy()
-        await desk.recover()
-        assert (await desk.followed()).leftovers_at is not None
+async def test_a_folder_that_cannot_be_read_ends_nothing(jobs: DownloadJobs) -> None:
+    async with stub_server(saying([], [], folder=f"/{'x' * 300}")) as server:
+        await jobs.add("Usenet", "sabnzbd", server.url, KEY)
+        await jobs.watch()
+        await jobs.policy()
+        await jobs.recover()
+        assert (await jobs.followed()).leftovers_at is not None

@@ -38,16 +38,17 @@ from pipelines.training.models import cache as model_cache
 from pipelines.training.models.base_models import BaseModelNotFound
 from pipelines.training.models.versions import ModelFile, ModelNotFound, RegistryDisabled, Version
 from pipelines.training.spec import FineTuneSpec
-from tests.pipelines.training.fine_tune.test_recipe import chats
-from tests.support.job_harness import Bench, Ledger, Silence
+from tests.support.job_harness import JobHarness
+from tests.support.recording_link import RecordingLink
+from tests.support.training import SilentObserver, chats
 
 QUANTIZATIONS = ["q4_k_m", "q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_0"]
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
-def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trained: Path) -> None:
-    fine_tune = bench.fine_tuned("lora")
-    job_id, result, ledger = bench.run(
+def test_an_adapter_is_merged_and_becomes_files_of_every_type(harness: JobHarness, trained: Path) -> None:
+    fine_tune = harness.fine_tuned("lora")
+    job_id, result, link = harness.run(
         "export", {"job_id": fine_tune, "quantizations": QUANTIZATIONS, "adapter": True, "name": "all-types"}
     )
     version = find(f"all-types:v{result['version']}")
@@ -73,8 +74,8 @@ def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trai
     reader = gguf.GGUFReader(fetch(version, version.adapter))
     assert "blk.0.ffn_up.weight.lora_a" in {one.name for one in reader.tensors}
 
-    assert ledger.progress == sorted(ledger.progress)
-    assert (ledger.progress[0], ledger.progress[-1]) == (0, 100)
+    assert link.progress == sorted(link.progress)
+    assert (link.progress[0], link.progress[-1]) == (0, 100)
     assert left_behind() == []
 
     # The version is a base model for the next training: the same weights, merged once.
@@ -91,7 +92,7 @@ def test_an_adapter_is_merged_and_becomes_files_of_every_type(bench: Bench, trai
 
 
 @pytest.mark.deep
-def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained: Path, tmp_path: Path) -> None:
+def test_a_base_in_four_bits_is_trained_and_exported_whole(harness: JobHarness, trained: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -104,7 +105,7 @@ def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained
     def learn(**values: Any) -> recipe.TrainingResult:
         said = {"data": {"dataset": "any"}, "max_steps": 3, "batch_size": 2, "eval_split": 0, **values}
         spec = FineTuneSpec.model_validate({"base_model": "packed", "learning_rate": 0.01, **said})
-        return recipe.train(spec, chats(8), base=str(base), work_folder=tmp_path / "work", observer=Silence())
+        return recipe.train(spec, chats(8), base=str(base), work_folder=tmp_path / "work", observer=SilentObserver())
 
     with pytest.raises(recipe.QuantizedBase, match="packed is kept in few bits, so its own weights"):
         learn(tuning="full")
@@ -112,54 +113,54 @@ def test_a_base_in_four_bits_is_trained_and_exported_whole(bench: Bench, trained
     lines = [sample.model_dump_json(exclude_none=True) for sample in chats(1)]
     (model / "held_out.jsonl").write_text("\n".join(lines))
     model.rename(trained / "packed")
-    fine_tune = bench.fine_tuned("packed", base_model=str(base))
+    fine_tune = harness.fine_tuned("packed", base_model=str(base))
     shutil.rmtree(trained / "packed")
-    _, result, _ = bench.run("export", {"job_id": fine_tune, "quantizations": ["f16"], "adapter": True})
+    _, result, _ = harness.run("export", {"job_id": fine_tune, "quantizations": ["f16"], "adapter": True})
     exported = find(f"{result['name']}:v1")
     numpy.testing.assert_allclose(
         tensor(fetch(exported, exported.files[0])), weight(base_models.resolve("forgearr/tiny")), atol=0.1
     )
     assert exported.adapter is not None
-    bench.run("validate", {"job_id": fine_tune, "max_samples": 1, "max_new_tokens": 2})
+    harness.run("validate", {"job_id": fine_tune, "max_samples": 1, "max_new_tokens": 2})
 
 
 @pytest.mark.deep
-def test_one_file_of_a_whole_model_is_written_by_the_converter_alone(bench: Bench, trained: Path) -> None:
-    fine_tune = bench.fine_tuned("full")
-    _, result, ledger = bench.run("export", {"job_id": fine_tune})
+def test_one_file_of_a_whole_model_is_written_by_the_converter_alone(harness: JobHarness, trained: Path) -> None:
+    fine_tune = harness.fine_tuned("full")
+    _, result, link = harness.run("export", {"job_id": fine_tune})
     version = find(f"{result['name']}:v1")
     assert [file.quantization for file in version.files] == ["q8_0"]
     assert version.adapter is None
     assert result["adapter"] is None
     numpy.testing.assert_allclose(tensor(fetch(version, version.files[0])), weight(trained / "full"), atol=2e-3)
-    assert not [phase for phase in phases(ledger) if phase.startswith(("merging", "quantizing"))]
+    assert not [phase for phase in phases(link) if phase.startswith(("merging", "quantizing"))]
 
 
-def test_what_cannot_be_exported_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_exported_is_refused(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NoAdapter, match="has trained the whole model"):
-        bench.run("export", {"job_id": bench.fine_tuned("full"), "adapter": True})
+        harness.run("export", {"job_id": harness.fine_tuned("full"), "adapter": True})
     with pytest.raises(JobNotFound):
-        bench.run("export", {"job_id": "job_20260101_000000_none"})
+        harness.run("export", {"job_id": "job_20260101_000000_none"})
     with pytest.raises(JobNotFound):
-        bench.run("export", {"job_id": bench.fine_tuned("full", owner_id="alice")}, owner_id="bob")
-    running = bench.add(Job(id="job_20260101_000000_run1", kind="fine_tune", state=State.RUNNING))
+        harness.run("export", {"job_id": harness.fine_tuned("full", owner_id="alice")}, owner_id="bob")
+    running = harness.add(Job(id="job_20260101_000000_run1", kind="fine_tune", state=State.RUNNING))
     with pytest.raises(OutputMissing, match="running"):
-        bench.run("export", {"job_id": running})
+        harness.run("export", {"job_id": running})
     with pytest.raises(OutputMissing, match="'export'"):
-        bench.run("export", {"job_id": bench.begin("export", {"job_id": "job_x"})[0]})
+        harness.run("export", {"job_id": harness.start("export", {"job_id": "job_x"})[0]})
     with pytest.raises(BaseModelNotFound, match="no folder on this machine"):
-        bench.run("export", {"job_id": bench.fine_tuned("lora", base_model="/nowhere/at/all")})
-    job_id, ledger = bench.begin("export", {"job_id": "job_x"}, tracked=False)
+        harness.run("export", {"job_id": harness.fine_tuned("lora", base_model="/nowhere/at/all")})
+    job_id, link = harness.start("export", {"job_id": "job_x"}, tracked=False)
     with pytest.raises(ExportNotTracked):
-        bench.go_on("export", {"job_id": "job_x"}, job_id, ledger)
+        harness.resume("export", {"job_id": "job_x"}, job_id, link)
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     get_settings.cache_clear()
     with pytest.raises(RegistryDisabled):
-        bench.go_on("export", {"job_id": "job_x"}, job_id, ledger)
+        harness.resume("export", {"job_id": "job_x"}, job_id, link)
 
 
 @pytest.mark.deep
-def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(bench: Bench, trained: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(harness: JobHarness, trained: Path) -> None:
     odd = trained / "odd"
     shutil.copytree(trained / "full", odd)
     tokenizer = json.loads((odd / "tokenizer.json").read_text())
@@ -167,18 +168,18 @@ def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(bench: Ben
     digits = {"type": "Digits", "individual_digits": True}
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
     (odd / "tokenizer.json").write_text(json.dumps(tokenizer))
-    fine_tune = bench.fine_tuned("odd")
+    fine_tune = harness.fine_tuned("odd")
     shutil.rmtree(odd)
     with pytest.raises(UnsupportedModel, match="pre-tokenizer Sequence"):
-        bench.run("export", {"job_id": fine_tune})
+        harness.run("export", {"job_id": fine_tune})
     assert left_behind() == []
 
 
 @pytest.mark.deep
-def test_a_cancelled_export_ends_at_once_and_leaves_nothing(bench: Bench) -> None:
-    spec = {"job_id": bench.fine_tuned("lora"), "name": "cancelled"}
-    job_id, ledger = bench.begin("export", spec)
-    context = bench.context(job_id, ledger)
+def test_a_cancelled_export_ends_at_once_and_leaves_nothing(harness: JobHarness) -> None:
+    spec = {"job_id": harness.fine_tuned("lora"), "name": "cancelled"}
+    job_id, link = harness.start("export", spec)
+    context = harness.context(job_id, link)
     seen: list[list[str]] = []
 
     def cancel(phase: str) -> None:
@@ -186,9 +187,9 @@ def test_a_cancelled_export_ends_at_once_and_leaves_nothing(bench: Bench) -> Non
             seen.append(left_behind())
             context.stop("cancel")
 
-    ledger.on_report = cancel
+    link.on_report = cancel
     with pytest.raises(StopJob):
-        bench.call("export", spec, context)
+        harness.call("export", spec, context)
     assert seen
     assert seen[0], "it had not begun to work"
     assert left_behind() == []
@@ -198,33 +199,35 @@ def test_a_cancelled_export_ends_at_once_and_leaves_nothing(bench: Bench) -> Non
 
 
 @pytest.mark.deep
-def test_a_paused_export_begins_its_step_anew(bench: Bench) -> None:
-    spec = {"job_id": bench.fine_tuned("full")}
-    job_id, ledger = bench.begin("export", spec)
-    context = bench.context(job_id, ledger)
-    ledger.on_report = lambda phase: context.stop("pause") if phase == "converting" else None
+def test_a_paused_export_begins_its_step_anew(harness: JobHarness) -> None:
+    spec = {"job_id": harness.fine_tuned("full")}
+    job_id, link = harness.start("export", spec)
+    context = harness.context(job_id, link)
+    link.on_report = lambda phase: context.stop("pause") if phase == "converting" else None
     with pytest.raises(StopJob, match="pause"):
-        bench.call("export", spec, context)
+        harness.call("export", spec, context)
     assert left_behind() == []
-    ledger.on_report = lambda phase: None
-    assert bench.go_on("export", spec, job_id, ledger)["version"] == 1
+    link.on_report = lambda phase: None
+    assert harness.resume("export", spec, job_id, link)["version"] == 1
 
 
 @pytest.mark.deep
-def test_a_disk_that_is_too_small_is_seen_beforehand(bench: Bench, home: Path, small_disk: Callable[..., None]) -> None:
+def test_a_disk_that_is_too_small_is_seen_beforehand(
+    harness: JobHarness, home: Path, small_disk: Callable[..., None]
+) -> None:
     (home / "work").mkdir()
     small_disk(home / "work", megabytes=20)
     with pytest.raises(DiskFull, match=f"needs 0.0. GB in {home}/work/job_"):
-        bench.run("export", {"job_id": bench.fine_tuned("lora")})
+        harness.run("export", {"job_id": harness.fine_tuned("lora")})
     assert left_behind() == []
 
 
 @pytest.mark.deep
-def test_a_disk_that_fills_up_ends_the_export(bench: Bench, home: Path, small_disk: Callable[..., None]) -> None:
+def test_a_disk_that_fills_up_ends_the_export(harness: JobHarness, home: Path, small_disk: Callable[..., None]) -> None:
     (home / "work").mkdir()
     small_disk(home / "work", megabytes=60)
-    spec = {"job_id": bench.fine_tuned("lora"), "name": "filled", "quantizations": ["q4_0", "q8_0"]}
-    job_id, ledger = bench.begin("export", spec)
+    spec = {"job_id": harness.fine_tuned("lora"), "name": "filled", "quantizations": ["q4_0", "q8_0"]}
+    job_id, link = harness.start("export", spec)
 
     def fill(phase: str) -> None:
         """As another program might, write until nothing is left."""
@@ -233,9 +236,9 @@ def test_a_disk_that_fills_up_ends_the_export(bench: Bench, home: Path, small_di
                 while True:
                     file.write(bytes(100_000))
 
-    ledger.on_report = fill
+    link.on_report = fill
     with pytest.raises(DiskFull, match="became full"):
-        bench.go_on("export", spec, job_id, ledger)
+        harness.resume("export", spec, job_id, link)
     assert left_behind() == ["other"]
     with pytest.raises(ModelNotFound):
         find("filled:v1")
@@ -410,8 +413,8 @@ def tensor(file: Path) -> Any:
     return gguf.dequantize(found.data, found.tensor_type)
 
 
-def phases(ledger: Ledger) -> list[str]:
-    return [data["phase"] for _, data in ledger.events if "phase" in data]
+def phases(link: RecordingLink) -> list[str]:
+    return [data["phase"] for _, data in link.events if "phase" in data]
 
 
 def left_behind() -> list[str]:

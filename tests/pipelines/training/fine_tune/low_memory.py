@@ -10,10 +10,10 @@ import psutil
 from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune import recipe
 from pipelines.training.spec import FineTuneSpec
-from tests.pipelines.training.fine_tune.test_recipe import Notes
+from tests.support.training import RecordingObserver
 
 
-class Scarce(Notes):
+class MemoryLimitingObserver(RecordingObserver):
     def on_phase(self, name: str) -> None:
         super().on_phase(name)
         if name == "training" and self.phases.count(name) == 1:
@@ -27,9 +27,9 @@ def main(base: str, folder: Path) -> None:
     messages = [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text}]
     samples = [Sample.model_validate({"messages": messages})] * 48
     spec = FineTuneSpec.model_validate({"data": {"dataset": "any"}, "epochs": 1, "batch_size": 16, "eval_split": 0})
-    notes = Scarce(folder / "kept")
-    outcome = recipe.train(spec, samples, base=base, work_folder=folder, observer=notes)
-    print(json.dumps({"batch_size": outcome.batch_size, "steps": outcome.steps, "said": notes.warnings}))
+    observer = MemoryLimitingObserver(folder / "kept")
+    outcome = recipe.train(spec, samples, base=base, work_folder=folder, observer=observer)
+    print(json.dumps({"batch_size": outcome.batch_size, "steps": outcome.steps, "said": observer.warnings}))
 
 
 if __name__ == "__main__":

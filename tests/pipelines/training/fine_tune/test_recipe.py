@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,8 @@ from cluster import storage
 from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.models import tiny
 from pipelines.training.spec import FineTuneSpec, ForgeSpec
-from tests.support.waiting import PATIENCE
-
-SERVICES = ["Sonarr", "Radarr", "Plex"]
-
-
-class Interrupted(BaseException):
-    """As Stop is: it passes any `except Exception` in its way."""
-
-
-class Notes:
-    """A observer that keeps checkpoints in a folder, and may end the training at one of them."""
-
-    def __init__(self, folder: Path, end_at: int | None = None) -> None:
-        self._folder = folder
-        self._end_at = end_at
-        self.losses: dict[int, float] = {}
-        self.values: list[Mapping[str, float]] = []
-        self.phases: list[str] = []
-        self.warnings: list[str] = []
-        self.training_state: dict[str, Any] = {}
-        self.stop = False
-        self.epochs: list[dict[str, float]] = []
-
-    def on_phase(self, name: str) -> None:
-        self.phases.append(name)
-
-    def on_warning(self, message: str) -> None:
-        self.warnings.append(message)
-
-    def on_step(self, progress: float, values: Mapping[str, float]) -> None:
-        self.values.append({"progress": progress, **values})
-        if "loss" in values:
-            self.losses[int(values["step"])] = values["loss"]
-
-    def should_stop(self) -> bool:
-        return self.stop
-
-    def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
-        self.training_state = json.loads(json.dumps(training_state))
-        shutil.copytree(checkpoint, self.load_checkpoint(training_state["step"]), dirs_exist_ok=True)
-        if training_state["step"] == self._end_at:
-            raise Interrupted
-
-    def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None:
-        assert (checkpoint / "adapter_model.safetensors").exists()
-        self.epochs.append(dict(metrics))
-
-    def load_checkpoint(self, step: int) -> Path:
-        return self._folder / str(step)
+from tests.support.training import RecordingObserver, TrainingInterrupted, chats, spec_of
+from tests.support.waiting import TIMEOUT
 
 
 @pytest.fixture
@@ -73,30 +26,13 @@ def base(home: Path) -> str:
     return str(tiny.model_folder())
 
 
-def chats(count: int = 24) -> list[Sample]:
-    return [
-        Sample.model_validate(
-            {
-                "messages": [
-                    {"role": "user", "content": f"Which service is number {number}?"},
-                    {"role": "assistant", "content": f"Number {number} is {SERVICES[number % 3]}."},
-                ]
-            }
-        )
-        for number in range(count)
-    ]
-
-
-def spec_of(**values: Any) -> FineTuneSpec:
-    defaults = {"data": {"dataset": "any"}, "epochs": 3, "learning_rate": 2e-3, "batch_size": 4, "dropout": 0.1}
-    return FineTuneSpec.model_validate(defaults | values)
-
-
-def train(spec: FineTuneSpec, base: str, work: Path, notes: Notes, samples: Any = None, **resume: Any) -> Any:
+def train(
+    spec: FineTuneSpec, base: str, work: Path, observer: RecordingObserver, samples: Any = None, **resume: Any
+) -> Any:
     from pipelines.training.fine_tune import recipe
 
     work.mkdir(exist_ok=True)
-    return recipe.train(spec, samples or chats(), base=base, work_folder=work, observer=notes, **resume)
+    return recipe.train(spec, samples or chats(), base=base, work_folder=work, observer=observer, **resume)
 
 
 @pytest.mark.parametrize(
@@ -111,13 +47,13 @@ def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
     base: str, tmp_path: Path, values: dict[str, Any], step: int
 ) -> None:
     spec = spec_of(checkpoint_steps=step, **values)
-    whole = Notes(tmp_path / "kept")
+    whole = RecordingObserver(tmp_path / "kept")
     expected = train(spec, base, tmp_path / "whole", whole)
 
-    first = Notes(tmp_path / "kept", end_at=step)
-    with pytest.raises(Interrupted):
+    first = RecordingObserver(tmp_path / "kept", end_at=step)
+    with pytest.raises(TrainingInterrupted):
         train(spec, base, tmp_path / "first", first)
-    second = Notes(tmp_path / "kept")
+    second = RecordingObserver(tmp_path / "kept")
     outcome = train(
         spec,
         base,
@@ -135,15 +71,15 @@ def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
 
 
 def test_it_learns_and_tells_how_it_goes(base: str, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "kept")
-    outcome = train(spec_of(tuning="full", epochs=6), base, tmp_path / "work", notes)
+    observer = RecordingObserver(tmp_path / "kept")
+    outcome = train(spec_of(tuning="full", epochs=6), base, tmp_path / "work", observer)
     assert (outcome.train, outcome.held_out, outcome.steps) == (22, 2, 36)
-    assert outcome.train_loss < min(3, notes.losses[1] / 2)
-    last = [values for values in notes.values if "loss" in values][-1]
+    assert outcome.train_loss < min(3, observer.losses[1] / 2)
+    last = [values for values in observer.values if "loss" in values][-1]
     told = {"progress", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"}
     assert told | {"eta_seconds"} <= last.keys()
     assert (last["progress"], last["eta_seconds"]) == (100, 0)
-    assert notes.phases[-2:] == ["training", "saving the model"]
+    assert observer.phases[-2:] == ["training", "saving the model"]
     held_out = (outcome.model / "held_out.jsonl").read_text().splitlines()
     assert len(held_out) == 2
     assert {Sample.model_validate_json(line).model_dump_json() for line in held_out} <= {
@@ -157,7 +93,7 @@ def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    outcome = train(spec_of(pissa=True, rank=8), base, tmp_path / "work", Notes(tmp_path / "kept"))
+    outcome = train(spec_of(pissa=True, rank=8), base, tmp_path / "work", RecordingObserver(tmp_path / "kept"))
     adapter = json.loads((outcome.model / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["init_lora_weights"]) == (16, True)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
@@ -175,9 +111,9 @@ def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp
 
 
 def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "kept")
-    outcome = train(spec_of(method="dpo", epochs=3), base, tmp_path / "work", notes, preferences())
-    margins = [values["reward_margin"] for values in notes.values if "reward_margin" in values]
+    observer = RecordingObserver(tmp_path / "kept")
+    outcome = train(spec_of(method="dpo", epochs=3), base, tmp_path / "work", observer, preferences())
+    margins = [values["reward_margin"] for values in observer.values if "reward_margin" in values]
     assert margins[0] == pytest.approx(0, abs=0.01)
     assert margins[-1] > 0.1
     (held_out,) = (outcome.model / "held_out.jsonl").read_text().splitlines()
@@ -186,27 +122,27 @@ def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Pat
 
 @pytest.mark.deep
 def test_four_bits_and_packing_train_on_a_processor_too(base: str, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "kept")
-    outcome = train(spec_of(tuning="qlora", packing=True, max_length=128), base, tmp_path / "work", notes)
-    alone = train(spec_of(max_length=128), base, tmp_path / "alone", Notes(tmp_path / "kept"))
+    observer = RecordingObserver(tmp_path / "kept")
+    outcome = train(spec_of(tuning="qlora", packing=True, max_length=128), base, tmp_path / "work", observer)
+    alone = train(spec_of(max_length=128), base, tmp_path / "alone", RecordingObserver(tmp_path / "kept"))
     assert outcome.steps < alone.steps  # several samples in a row
-    assert outcome.train_loss < notes.losses[1]
+    assert outcome.train_loss < observer.losses[1]
 
 
 @pytest.mark.deep
 def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "kept")
+    observer = RecordingObserver(tmp_path / "kept")
     outcome = train(
-        spec_of(tuning="full", epochs=50, learning_rate=0.01, early_stopping=2), base, tmp_path / "work", notes
+        spec_of(tuning="full", epochs=50, learning_rate=0.01, early_stopping=2), base, tmp_path / "work", observer
     )
-    evaluations = [values["eval_loss"] for values in notes.values if "eval_loss" in values]
+    evaluations = [values["eval_loss"] for values in observer.values if "eval_loss" in values]
     assert outcome.eval_loss == min(evaluations)
     assert len(evaluations) < 50
     assert evaluations.index(min(evaluations)) == len(evaluations) - 3
     # The weights are those of that evaluation, not the last ones.
     from safetensors.torch import load_file
 
-    best = load_file(notes.load_checkpoint(notes.training_state["best_step"]) / "model.safetensors")
+    best = load_file(observer.load_checkpoint(observer.training_state["best_step"]) / "model.safetensors")
     saved = load_file(outcome.model / "model.safetensors")
     assert all(bool((best[name] == saved[name]).all()) for name in saved)
 
@@ -219,7 +155,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_counted(
 ) -> None:
     samples = [*chats(10), *long_chats(2)]
     spec = spec_of(epochs=1, max_length=64, long_samples=long_samples, eval_split=0)
-    outcome = train(spec, base, tmp_path / "work", Notes(tmp_path / "kept"), samples)
+    outcome = train(spec, base, tmp_path / "work", RecordingObserver(tmp_path / "kept"), samples)
     assert {name: getattr(outcome, name) for name in counts} == counts
     assert outcome.train == 12 - outcome.skipped
 
@@ -229,7 +165,11 @@ def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
 
     with pytest.raises(SampleTooLong, match=r"Sample 11 has \d+ tokens, and the model reads 64 at once"):
         train(
-            spec_of(max_length=64, eval_split=0), base, tmp_path / "work", Notes(tmp_path), [*chats(10), *long_chats(1)]
+            spec_of(max_length=64, eval_split=0),
+            base,
+            tmp_path / "work",
+            RecordingObserver(tmp_path),
+            [*chats(10), *long_chats(1)],
         )
 
 
@@ -238,7 +178,7 @@ def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
 
     spec = spec_of(max_length=16, long_samples="skip", eval_split=0)
     with pytest.raises(NothingToTrain, match="None of 2 samples fits into 16 tokens"):
-        train(spec, base, tmp_path / "work", Notes(tmp_path), long_chats(2))
+        train(spec, base, tmp_path / "work", RecordingObserver(tmp_path), long_chats(2))
 
 
 def test_what_the_model_cannot_read_or_the_method_not_learn_is_refused(base: str, tmp_path: Path) -> None:
@@ -247,7 +187,7 @@ def test_what_the_model_cannot_read_or_the_method_not_learn_is_refused(base: str
     from pipelines.training.fine_tune.tokenize import UnusableTokenizer
 
     def refused(base: str = base, samples: Any = None, **values: Any) -> None:
-        train(spec_of(**values), base, tmp_path / "work", Notes(tmp_path), samples)
+        train(spec_of(**values), base, tmp_path / "work", RecordingObserver(tmp_path), samples)
 
     with pytest.raises(LengthBeyondContext, match=r"max_length is 4096, and the model reads \d+ tokens at once"):
         refused(max_length=4096)
@@ -287,7 +227,7 @@ def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) ->
 
     from pipelines.training.fine_tune.callbacks import ProgressCallback
 
-    follower = ProgressCallback(spec_of(early_stopping=2), Notes(tmp_path), {})
+    follower = ProgressCallback(spec_of(early_stopping=2), RecordingObserver(tmp_path), {})
     control = TrainerControl()
     stops: list[bool] = []
     for _ in range(2):
@@ -301,14 +241,16 @@ def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -
     from pipelines.training.fine_tune.callbacks import TrainingDiverged
 
     with pytest.raises(TrainingDiverged, match=r"choose a lower learning_rate than 1e\+30"):
-        train(spec_of(tuning="full", learning_rate=1e30, epochs=50), base, tmp_path / "work", Notes(tmp_path))
+        train(
+            spec_of(tuning="full", learning_rate=1e30, epochs=50), base, tmp_path / "work", RecordingObserver(tmp_path)
+        )
 
 
 @pytest.mark.deep
 def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "kept")
-    outcome = train(spec_of(batch_size="auto", epochs=1), base, tmp_path / "work", notes)
-    assert "finding the batch size" in notes.phases
+    observer = RecordingObserver(tmp_path / "kept")
+    outcome = train(spec_of(batch_size="auto", epochs=1), base, tmp_path / "work", observer)
+    assert "finding the batch size" in observer.phases
     assert 1 <= outcome.batch_size <= 22 // 8
     assert outcome.steps == math.ceil(22 / outcome.batch_size)
 
@@ -329,7 +271,7 @@ def test_processes_that_train_together_agree(base: str, tmp_path: Path) -> None:
         )
         for rank in ("0", "1")
     ]
-    printed = [process.communicate(timeout=PATIENCE) for process in processes]
+    printed = [process.communicate(timeout=TIMEOUT) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in printed)
     assert first == {"batch_size": 2, "refused": None}
@@ -340,13 +282,14 @@ def test_every_process_knows_where_the_checkpoints_are(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.training.fine_tune import job as fine_tune_job
-    from tests.support.job_harness import Bench, Ledger
+    from tests.support.job_harness import JobHarness
+    from tests.support.recording_link import RecordingLink
 
     observers: list[Any] = []
     for rank in (0, 1):
         (tmp_path / f"{rank}").mkdir()
         monkeypatch.setattr("ray.train.get_context", lambda rank=rank: World(rank))
-        context = Bench(tmp_path).context("job_x", Ledger())
+        context = JobHarness(tmp_path).context("job_x", RecordingLink())
         observers.append(fine_tune_job.JobObserver(context, {}, tmp_path))
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     for step in (2, 4, 6):
@@ -368,7 +311,8 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     from pipelines.training.data import datasets
     from pipelines.training.fine_tune import batch_size, recipe
     from pipelines.training.fine_tune import job as fine_tune_job
-    from tests.support.job_harness import Bench, Ledger
+    from tests.support.job_harness import JobHarness
+    from tests.support.recording_link import RecordingLink
 
     smaller = {"batch_size": 4, "gradient_accumulation": 2}
     resume_states: list[Any] = []
@@ -376,36 +320,37 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     def scarce_train(*_: Any, resume_state: Any, **__: Any) -> None:
         resume_states.append(resume_state)
         if len(resume_states) > 1:
-            raise Interrupted
+            raise TrainingInterrupted
         raise batch_size.RestartWithSmallerBatch("Out of memory", details=smaller)
 
     def run_here(context: Any, spec: Any, work: Any) -> Any:
         return work()
 
     dataset = datasets.Dataset(id="ds_1", name="any", digest="", address="", samples=24)
-    ledger = Ledger()
-    ledger.checkpoints.append({"dataset": "ds_1", "base_model": "forgearr/tiny"})
+    link = RecordingLink()
+    link.checkpoints.append({"dataset": "ds_1", "base_model": "forgearr/tiny"})
     monkeypatch.setattr("ray.train.get_context", lambda: World(1))
     monkeypatch.setattr(datasets, "get", always(dataset))
     monkeypatch.setattr(datasets, "load", always(chats()))
     monkeypatch.setattr(recipe, "train", scarce_train)
     monkeypatch.setattr(fine_tune_job, "_run_on_ray_train", run_here)
-    monkeypatch.setattr(outputs, "own_job", always(Row(ledger.checkpoints)))
-    with pytest.raises(Interrupted):
-        fine_tune_job.fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of())
+    monkeypatch.setattr(outputs, "own_job", always(Row(link.checkpoints)))
+    with pytest.raises(TrainingInterrupted):
+        fine_tune_job.fine_tune(JobHarness(tmp_path).context("job_x", link), spec_of())
     assert resume_states == [None, smaller]
-    assert ledger.checkpoints[-1] == {**ledger.checkpoints[0], "place": smaller}
+    assert link.checkpoints[-1] == {**link.checkpoints[0], "place": smaller}
 
 
 def test_a_training_whose_result_is_safe_is_not_done_again(home: Path, tmp_path: Path) -> None:
     from pipelines.training.fine_tune.job import fine_tune
-    from tests.support.job_harness import Bench, Ledger
+    from tests.support.job_harness import JobHarness
+    from tests.support.recording_link import RecordingLink
 
-    ledger = Ledger()
-    ledger.checkpoints.append({"dataset": "gone", "base_model": "gone", "result": {"name": "house"}})
+    link = RecordingLink()
+    link.checkpoints.append({"dataset": "gone", "base_model": "gone", "result": {"name": "house"}})
     (tmp_path / "weights").write_text("some")
     left = storage.save(tmp_path / "weights", "jobs/job_x/checkpoints/1-2/weights")
-    assert fine_tune(Bench(tmp_path).context("job_x", ledger), spec_of()) == {"name": "house"}
+    assert fine_tune(JobHarness(tmp_path).context("job_x", link), spec_of()) == {"name": "house"}
     assert not storage.exists(left)
 
 
@@ -414,7 +359,7 @@ def train_in(megabytes: int, base: str, folder: Path) -> subprocess.CompletedPro
     # Else what is freed stays in the heap, in pieces too small for the next try: how many depends on the moment.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "tests.pipelines.training.fine_tune.low_memory", base, str(folder), str(megabytes)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 @pytest.mark.deep
@@ -494,13 +439,13 @@ def always(value: Any) -> Callable[..., Any]:
 
 
 def test_each_epoch_is_shown_with_its_numbers_on_the_validation_data(base: str, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "kept")
+    observer = RecordingObserver(tmp_path / "kept")
     spec = spec_of(epochs=2, batch_size=4, keep_epochs=2)
-    outcome = train(spec, base, tmp_path / "work", notes, chats(8), validation=chats(5))
+    outcome = train(spec, base, tmp_path / "work", observer, chats(8), validation=chats(5))
     assert (outcome.train, outcome.held_out) == (8, 5)
-    assert [(one["step"], one["epoch"]) for one in notes.epochs] == [(2, 1.0), (4, 2.0)]
+    assert [(one["step"], one["epoch"]) for one in observer.epochs] == [(2, 1.0), (4, 2.0)]
     evaluated = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
-    assert [one["eval_loss"] for one in notes.epochs] == evaluated
+    assert [one["eval_loss"] for one in observer.epochs] == evaluated
     learned = {entry["step"]: entry["loss"] for entry in outcome.history if "loss" in entry}
-    assert [one["loss"] for one in notes.epochs] == [learned[2], learned[4]]
-    assert all(0 <= one["token_accuracy"] <= 1 for one in notes.epochs)
+    assert [one["loss"] for one in observer.epochs] == [learned[2], learned[4]]
+    assert all(0 <= one["token_accuracy"] <= 1 for one in observer.epochs)

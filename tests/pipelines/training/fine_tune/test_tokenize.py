@@ -14,7 +14,7 @@ from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune import tokenize
 from pipelines.training.fine_tune.tokenize import IGNORED, UnusableTokenizer, encode
 from pipelines.training.models import tiny
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import TIMEOUT
 
 ASKED = {"role": "user", "content": "Is Plex up?"}
 ANSWERED = {"role": "assistant", "content": "Yes, since Monday."}
@@ -153,6 +153,6 @@ distributed.init_process_group("gloo", init_method="file://{tmp_path}/meeting", 
 build(Path("{tmp_path}") / sys.argv[1])
 """
     both = [subprocess.Popen([sys.executable, "-c", code, rank]) for rank in ("0", "1")]
-    assert [process.wait(timeout=PATIENCE) for process in both] == [0, 0]
+    assert [process.wait(timeout=TIMEOUT) for process in both] == [0, 0]
     names = [{file.name for file in (tmp_path / rank).iterdir()} for rank in ("0", "1")]
     assert names[0] == names[1] >= {"config.json", "model.safetensors", "tokenizer.json"}

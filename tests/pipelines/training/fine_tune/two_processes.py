@@ -10,7 +10,7 @@ import pytest
 from torch import distributed
 
 from pipelines.training.fine_tune import batch_size, recipe
-from tests.pipelines.training.fine_tune.test_recipe import Notes, chats, spec_of
+from tests.support.training import RecordingObserver, chats, spec_of
 
 
 def _save_nothing(*_: Any) -> None: ...
@@ -42,7 +42,7 @@ def main(base: str, folder: Path) -> None:
         refused = None
         try:
             spec = spec_of(batch_size="auto", eval_split=0)
-            recipe.train(spec, chats(40), base=base, work_folder=folder / str(rank), observer=Notes(folder))
+            recipe.train(spec, chats(40), base=base, work_folder=folder / str(rank), observer=RecordingObserver(folder))
         except batch_size.RestartWithSmallerBatch as smaller:
             refused = smaller.batch_settings
     print(json.dumps({"batch_size": sizes[0], "refused": refused}))

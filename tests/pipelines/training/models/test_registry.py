@@ -31,124 +31,136 @@ from pipelines.training.models.versions import (
     VersionInUse,
     VersionServed,
 )
-from tests.support.registry_model import Shelf
-from tests.support.waiting import PATIENCE
+from tests.support.registry_model import RegistryModel
+from tests.support.waiting import TIMEOUT
 
 
-async def test_a_version_is_what_was_registered(shelf: Shelf) -> None:
-    content, adapter = os.urandom(9_000_000), shelf.file(b"adapter", "f16")
+async def test_a_version_is_what_was_registered(registry_model: RegistryModel) -> None:
+    content, adapter = os.urandom(9_000_000), registry_model.file(b"adapter", "f16")
     heard: list[tuple[int, int]] = []
 
     def hear(done: int, total: int) -> None:
         heard.append((done, total))
 
-    version = await shelf.register(content, b"second", adapter=adapter, on_progress=hear)
+    version = await registry_model.register(content, b"second", adapter=adapter, on_progress=hear)
     total = len(content) + len(b"second") + len(b"adapter")
     assert heard[-1] == (total, total)
     assert len(heard) > 3
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
-    assert version.reference == f"{shelf.name}:v1"
-    assert version == await shelf.registry.find(f"{shelf.name}:v1")
+    assert version.reference == f"{registry_model.name}:v1"
+    assert version == await registry_model.registry.find(f"{registry_model.name}:v1")
     assert [file.sha256 for file in version.files] == [
         hashlib.sha256(part).hexdigest() for part in (content, b"second")
     ]
     assert version.adapter == adapter[0]
     assert (version.base_model, version.job_id, version.passed) == ("forgearr/tiny", "job_train", None)
     assert abs((now() - version.created_at).total_seconds()) < 3600
-    assert (await shelf.registry.fetch(version)).read_bytes() == content
-    assert (await shelf.registry.fetch(version, version.files[1])).read_bytes() == b"second"
-    assert (await shelf.registry.fetch(version, adapter[0])).read_bytes() == b"adapter"
+    assert (await registry_model.registry.fetch(version)).read_bytes() == content
+    assert (await registry_model.registry.fetch(version, version.files[1])).read_bytes() == b"second"
+    assert (await registry_model.registry.fetch(version, adapter[0])).read_bytes() == b"adapter"
 
 
-async def test_an_export_that_is_told_twice_is_one_version(shelf: Shelf) -> None:
-    first = await shelf.register(b"a", export="job_once")
-    assert await shelf.register(b"a", export="job_once") == first
-    together = await asyncio.gather(*(shelf.register(b"b", export="job_together") for _ in range(3)))
-    model = await shelf.registry.model(shelf.name)
+async def test_an_export_that_is_told_twice_is_one_version(registry_model: RegistryModel) -> None:
+    first = await registry_model.register(b"a", export="job_once")
+    assert await registry_model.register(b"a", export="job_once") == first
+    together = await asyncio.gather(*(registry_model.register(b"b", export="job_together") for _ in range(3)))
+    model = await registry_model.registry.model(registry_model.name)
     assert {version.reference for version in together} == {model.versions[0].reference}
     assert [version.export_job_id for version in model.versions] == ["job_together", "job_once"]
-    assert (await shelf.registry.fetch(together[0])).read_bytes() == b"b"
+    assert (await registry_model.registry.fetch(together[0])).read_bytes() == b"b"
 
 
-async def test_the_alias_and_the_way_back(shelf: Shelf) -> None:
+async def test_the_alias_and_the_way_back(registry_model: RegistryModel) -> None:
     for _ in range(3):
-        await shelf.register()
-    for reference in (shelf.name, f"{shelf.name}:latest", f"{shelf.name}:v4", "no-such", "no-such:v1", "No Such"):
+        await registry_model.register()
+    for reference in (
+        registry_model.name,
+        f"{registry_model.name}:latest",
+        f"{registry_model.name}:v4",
+        "no-such",
+        "no-such:v1",
+        "No Such",
+    ):
         with pytest.raises(ModelNotFound):
-            await shelf.registry.find(reference)
+            await registry_model.registry.find(reference)
     with pytest.raises(NoEarlierVersion):
-        await shelf.registry.roll_back(shelf.name)
-    assert [await shelf.registry.set_served(shelf.name, number) for number in (1, 2, 2, 3)] == [None, 1, 1, 2]
-    assert (await shelf.registry.find(shelf.name)).number == 3
-    assert (await shelf.registry.find(f"{shelf.name}:v2")).number == 2
+        await registry_model.registry.roll_back(registry_model.name)
+    assert [await registry_model.registry.set_served(registry_model.name, number) for number in (1, 2, 2, 3)] == [
+        None,
+        1,
+        1,
+        2,
+    ]
+    assert (await registry_model.registry.find(registry_model.name)).number == 3
+    assert (await registry_model.registry.find(f"{registry_model.name}:v2")).number == 2
     for back_to, from_there in ((2, 3), (1, 2)):
-        version, replaced = await shelf.registry.roll_back(shelf.name)
+        version, replaced = await registry_model.registry.roll_back(registry_model.name)
         assert (version.number, replaced) == (back_to, from_there)
-        assert (await shelf.registry.find(f"{shelf.name}:latest")).number == back_to
+        assert (await registry_model.registry.find(f"{registry_model.name}:latest")).number == back_to
     with pytest.raises(NoEarlierVersion):
-        await shelf.registry.roll_back(shelf.name)
+        await registry_model.registry.roll_back(registry_model.name)
     with pytest.raises(ModelNotFound):
-        await shelf.registry.set_served(shelf.name, 9)
-    assert (await shelf.registry.find(shelf.name)).number == 1
+        await registry_model.registry.set_served(registry_model.name, 9)
+    assert (await registry_model.registry.find(registry_model.name)).number == 1
 
 
-async def test_the_way_back_skips_what_was_deleted(shelf: Shelf) -> None:
+async def test_the_way_back_skips_what_was_deleted(registry_model: RegistryModel) -> None:
     for number in (1, 2, 3):
-        await shelf.register()
-        await shelf.registry.set_served(shelf.name, number)
-    await shelf.registry.delete_version(shelf.name, 2)
-    version, _ = await shelf.registry.roll_back(shelf.name)
+        await registry_model.register()
+        await registry_model.registry.set_served(registry_model.name, number)
+    await registry_model.registry.delete_version(registry_model.name, 2)
+    version, _ = await registry_model.registry.roll_back(registry_model.name)
     assert version.number == 1
 
 
-async def test_a_switch_that_broke_off_half_way_does_not_confuse_the_way_back(shelf: Shelf) -> None:
+async def test_a_switch_that_broke_off_half_way_does_not_confuse_the_way_back(registry_model: RegistryModel) -> None:
     for number in (1, 2):
-        await shelf.register()
-        await shelf.registry.set_served(shelf.name, number)
+        await registry_model.register()
+        await registry_model.registry.set_served(registry_model.name, number)
     # What point() writes before it moves the alias, when it comes no further.
-    history = {"name": shelf.name, "key": "forgearr.history", "value": "[1, 2]"}
-    await shelf.mlflow.call("POST", "registered-models/set-tag", json=history)
-    assert (await shelf.registry.roll_back(shelf.name))[0].number == 1
+    history = {"name": registry_model.name, "key": "forgearr.history", "value": "[1, 2]"}
+    await registry_model.mlflow.call("POST", "registered-models/set-tag", json=history)
+    assert (await registry_model.registry.roll_back(registry_model.name))[0].number == 1
 
 
-async def test_judgements(shelf: Shelf) -> None:
-    await shelf.register()
+async def test_judgements(registry_model: RegistryModel) -> None:
+    await registry_model.register()
     for passed, reasons in ((False, ["perplexity 9 is over 5"]), (True, [])):
-        await shelf.registry.set_validation(shelf.name, 1, passed, reasons)
-        version = await shelf.registry.find(f"{shelf.name}:v1")
+        await registry_model.registry.set_validation(registry_model.name, 1, passed, reasons)
+        version = await registry_model.registry.find(f"{registry_model.name}:v1")
         assert (version.passed, version.reasons) == (passed, reasons)
 
 
-async def test_deleting(shelf: Shelf) -> None:
-    first, second = await shelf.register(b"one"), await shelf.register(b"two")
-    await shelf.registry.set_served(shelf.name, 2)
+async def test_deleting(registry_model: RegistryModel) -> None:
+    first, second = await registry_model.register(b"one"), await registry_model.register(b"two")
+    await registry_model.registry.set_served(registry_model.name, 2)
     with pytest.raises(VersionServed):
-        await shelf.registry.delete_version(shelf.name, 2)
-    await shelf.registry.delete_version(shelf.name, 1)
+        await registry_model.registry.delete_version(registry_model.name, 2)
+    await registry_model.registry.delete_version(registry_model.name, 1)
     with pytest.raises(ModelNotFound):
-        await shelf.registry.find(first.reference)
+        await registry_model.registry.find(first.reference)
     with pytest.raises(ModelNotFound):
-        await shelf.registry.fetch(first)
-    assert await _artifacts(shelf, first) == []
-    assert len(await _artifacts(shelf, second)) == 1
-    assert (await shelf.register()).number == 3
-    await shelf.registry.delete_model(shelf.name)
-    assert await _artifacts(shelf, second) == []
+        await registry_model.registry.fetch(first)
+    assert await _artifacts(registry_model, first) == []
+    assert len(await _artifacts(registry_model, second)) == 1
+    assert (await registry_model.register()).number == 3
+    await registry_model.registry.delete_model(registry_model.name)
+    assert await _artifacts(registry_model, second) == []
     with pytest.raises(ModelNotFound):
-        await shelf.registry.model(shelf.name)
-    assert shelf.name not in [model.name for model in await shelf.registry.models()]
-    assert (await shelf.register()).number == 4
+        await registry_model.registry.model(registry_model.name)
+    assert registry_model.name not in [model.name for model in await registry_model.registry.models()]
+    assert (await registry_model.register()).number == 4
 
 
-async def test_an_adapter_stands_on_another_version(shelf: Shelf) -> None:
-    base = await shelf.register()
+async def test_an_adapter_stands_on_another_version(registry_model: RegistryModel) -> None:
+    base = await registry_model.register()
 
     async def register(number: int) -> Version:
         export = f"job_{uuid4().hex[:8]}"
-        adapter = shelf.file(f"adapter {number}".encode(), "lora")
-        return await shelf.registry.register(
-            f"{shelf.name}-{number}",
-            await shelf.run(export),
+        adapter = registry_model.file(f"adapter {number}".encode(), "lora")
+        return await registry_model.registry.register(
+            f"{registry_model.name}-{number}",
+            await registry_model.run(export),
             [],
             adapter,
             base_model=base.reference,
@@ -158,143 +170,162 @@ async def test_an_adapter_stands_on_another_version(shelf: Shelf) -> None:
 
     first, second = [await register(number) for number in (1, 2)]
     assert (first.is_adapter, base.is_adapter) == (True, False)
-    assert await shelf.registry.adapters_of(base.reference) == [second, first]
-    assert await shelf.registry.adapters_of(first.reference) == []
-    assert (await shelf.registry.fetch(first)).read_bytes() == b"adapter 1"
-    for delete in (shelf.registry.delete_version(base.name, 1), shelf.registry.delete_model(base.name)):
+    assert await registry_model.registry.adapters_of(base.reference) == [second, first]
+    assert await registry_model.registry.adapters_of(first.reference) == []
+    assert (await registry_model.registry.fetch(first)).read_bytes() == b"adapter 1"
+    for delete in (
+        registry_model.registry.delete_version(base.name, 1),
+        registry_model.registry.delete_model(base.name),
+    ):
         with pytest.raises(VersionInUse, match="is an adapter for it"):
             await delete
     for adapter in (first, second):
-        await shelf.registry.delete_model(adapter.name)
-    await shelf.registry.delete_model(base.name)
+        await registry_model.registry.delete_model(adapter.name)
+    await registry_model.registry.delete_model(base.name)
 
 
-async def test_a_copy_has_the_same_files_and_neither_takes_them_from_the_other(shelf: Shelf) -> None:
-    version = await shelf.register(b"shared", adapter=shelf.file(b"adapter", "f16"))
-    copies = [await shelf.registry.copy(version, f"{shelf.name}-{number}") for number in (1, 2)]
+async def test_a_copy_has_the_same_files_and_neither_takes_them_from_the_other(registry_model: RegistryModel) -> None:
+    version = await registry_model.register(b"shared", adapter=registry_model.file(b"adapter", "f16"))
+    copies = [await registry_model.registry.copy(version, f"{registry_model.name}-{number}") for number in (1, 2)]
     for copy in copies:
-        assert copy == await shelf.registry.find(copy.reference)
+        assert copy == await registry_model.registry.find(copy.reference)
         assert (copy.files, copy.adapter, copy.job_id) == (version.files, version.adapter, version.job_id)
         assert (copy.number, copy.parent, copy.export_job_id) == (1, version.reference, "")
-    await shelf.registry.delete_model(shelf.name)
-    await shelf.registry.delete_model(copies[0].name)
-    assert (await shelf.registry.fetch(copies[1])).read_bytes() == b"shared"
-    assert len(await _artifacts(shelf, version)) == 2
-    await shelf.registry.delete_model(copies[1].name)
-    assert await _artifacts(shelf, version) == []
+    await registry_model.registry.delete_model(registry_model.name)
+    await registry_model.registry.delete_model(copies[0].name)
+    assert (await registry_model.registry.fetch(copies[1])).read_bytes() == b"shared"
+    assert len(await _artifacts(registry_model, version)) == 2
+    await registry_model.registry.delete_model(copies[1].name)
+    assert await _artifacts(registry_model, version) == []
 
 
-async def test_no_copy_stays_of_what_was_deleted_meanwhile(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = await shelf.register(b"gone")
-    call = shelf.mlflow.call
+async def test_no_copy_stays_of_what_was_deleted_meanwhile(
+    registry_model: RegistryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = await registry_model.register(b"gone")
+    call = registry_model.mlflow.call
 
     async def delete_before(method: str, path: str, **options: Any) -> dict[str, Any]:
         if path == "model-versions/create":
-            monkeypatch.setattr(shelf.mlflow, "call", call)
-            await shelf.registry.delete_model(shelf.name)
+            monkeypatch.setattr(registry_model.mlflow, "call", call)
+            await registry_model.registry.delete_model(registry_model.name)
         return await call(method, path, **options)
 
-    monkeypatch.setattr(shelf.mlflow, "call", delete_before)
+    monkeypatch.setattr(registry_model.mlflow, "call", delete_before)
     with pytest.raises(ModelNotFound):
-        await shelf.registry.copy(version, f"{shelf.name}-copy")
+        await registry_model.registry.copy(version, f"{registry_model.name}-copy")
     with pytest.raises(ModelNotFound):
-        await shelf.registry.model(f"{shelf.name}-copy")
+        await registry_model.registry.model(f"{registry_model.name}-copy")
 
 
-async def test_a_copy_in_another_manner_must_pass_anew(shelf: Shelf) -> None:
-    version = await shelf.register(b"one")
-    await shelf.registry.set_validation(shelf.name, 1, True)
+async def test_a_copy_in_another_manner_must_pass_anew(registry_model: RegistryModel) -> None:
+    version = await registry_model.register(b"one")
+    await registry_model.registry.set_validation(registry_model.name, 1, True)
     manner = ModelDefaults(system="Be brief.", parameters={"temperature": 0, "stop": ["x"]}, license=["MIT"])
-    made = await shelf.registry.copy(await shelf.registry.find(version.reference), f"{shelf.name}-brief", manner)
+    made = await registry_model.registry.copy(
+        await registry_model.registry.find(version.reference), f"{registry_model.name}-brief", manner
+    )
     assert (made.defaults, made.passed) == (manner, None)
-    again = await shelf.registry.copy(made, f"{shelf.name}-again")
+    again = await registry_model.registry.copy(made, f"{registry_model.name}-again")
     assert (again.defaults, again.parent) == (manner, made.reference)
 
 
-async def test_what_an_adapter_stands_on_stays(shelf: Shelf) -> None:
-    base = await shelf.register(b"base")
+async def test_what_an_adapter_stands_on_stays(registry_model: RegistryModel) -> None:
+    base = await registry_model.register(b"base")
     adapter = ModelFile("a.gguf", "f16", "a" * 64, 7)
-    name = f"{shelf.name}-adapted"
-    made = await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, defaults=ModelDefaults())
+    name = f"{registry_model.name}-adapted"
+    made = await registry_model.registry.register_blobs(
+        name, [], adapter, base_model=base.reference, defaults=ModelDefaults()
+    )
     assert (made.files, made.adapter, made.file, made.run_id) == ([], adapter, adapter, "")
-    assert "a" * 64 in await shelf.registry.blobs()
+    assert "a" * 64 in await registry_model.registry.blobs()
     with pytest.raises(VersionInUse, match=f"{name}:v1 is an adapter for it"):
-        await shelf.registry.delete_model(shelf.name)
-    await shelf.registry.delete_model(name)
-    await shelf.registry.delete_model(shelf.name)
+        await registry_model.registry.delete_model(registry_model.name)
+    await registry_model.registry.delete_model(name)
+    await registry_model.registry.delete_model(registry_model.name)
     with pytest.raises(ModelNotFound):
-        await shelf.registry.register_blobs(name, [], adapter, base_model=base.reference, defaults=ModelDefaults())
+        await registry_model.registry.register_blobs(
+            name, [], adapter, base_model=base.reference, defaults=ModelDefaults()
+        )
     with pytest.raises(ModelNotFound):
-        await shelf.registry.model(name)
+        await registry_model.registry.model(name)
 
 
-async def test_a_list_is_two_requests_however_long(shelf: Shelf, mlflow_server: str) -> None:
+async def test_a_list_is_two_requests_however_long(registry_model: RegistryModel, mlflow_server: str) -> None:
     for _ in range(12):
-        await shelf.register(export=f"job_{uuid4().hex[:8]}")
-    await shelf.mlflow.call("POST", "registered-models/create", json={"name": f"foreign-{uuid4().hex}"})
+        await registry_model.register(export=f"job_{uuid4().hex[:8]}")
+    await registry_model.mlflow.call("POST", "registered-models/create", json={"name": f"foreign-{uuid4().hex}"})
     requests: list[str] = []
 
     async def count(request: httpx.Request) -> None:
         requests.append(request.url.path)
 
-    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
+    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=TIMEOUT) as client:
         models = await Registry(MlflowRestClient(client)).models()
     assert len(requests) == 2
-    (ours,) = (model for model in models if model.name == shelf.name)
+    (ours,) = (model for model in models if model.name == registry_model.name)
     assert [version.number for version in ours.versions] == list(range(12, 0, -1))
     assert ours.served is None
     assert not [model.name for model in models if model.name.startswith("foreign")]
 
 
-async def test_a_list_longer_than_a_page(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_longer_than_a_page(registry_model: RegistryModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "PAGE_SIZE", 2)
     for _ in range(5):
-        await shelf.register()
-    assert [version.number for version in (await shelf.registry.model(shelf.name)).versions] == [5, 4, 3, 2, 1]
+        await registry_model.register()
+    assert [version.number for version in (await registry_model.registry.model(registry_model.name)).versions] == [
+        5,
+        4,
+        3,
+        2,
+        1,
+    ]
 
 
 # Files
 
 
-async def test_a_copy_is_fetched_once_and_replaced_when_it_is_not_whole(shelf: Shelf) -> None:
-    version = await shelf.register(b"content")
-    copy = await shelf.registry.fetch(version)
+async def test_a_copy_is_fetched_once_and_replaced_when_it_is_not_whole(registry_model: RegistryModel) -> None:
+    version = await registry_model.register(b"content")
+    copy = await registry_model.registry.fetch(version)
     assert copy == get_copy(version)
     written = copy.stat().st_ino
-    assert (await shelf.registry.fetch(version)).stat().st_ino == written
+    assert (await registry_model.registry.fetch(version)).stat().st_ino == written
     copy.write_bytes(b"conte")
-    assert (await shelf.registry.fetch(version)).read_bytes() == b"content"
+    assert (await registry_model.registry.fetch(version)).read_bytes() == b"content"
     assert [file.suffix for file in copy.parent.iterdir() if file.suffix != ".lock"] == [".gguf"]
 
 
-async def test_several_who_fetch_at_once_download_once(shelf: Shelf, mlflow_server: str) -> None:
-    version = await shelf.register(os.urandom(5_000_000))
+async def test_several_who_fetch_at_once_download_once(registry_model: RegistryModel, mlflow_server: str) -> None:
+    version = await registry_model.register(os.urandom(5_000_000))
     downloads: list[str] = []
 
     async def count(request: httpx.Request) -> None:
         if "mlflow-artifacts" in request.url.path:
             downloads.append(request.url.path)
 
-    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=PATIENCE) as client:
+    async with httpx.AsyncClient(base_url=mlflow_server, event_hooks={"request": [count]}, timeout=TIMEOUT) as client:
         other = Registry(MlflowRestClient(client))
         copies = await asyncio.gather(*(other.fetch(version) for _ in range(4)))
     assert set(copies) == {get_copy(version)}
     assert len(downloads) == 1
 
 
-async def test_a_file_that_changed_in_storage_is_refused(shelf: Shelf) -> None:
-    version = await shelf.register(b"content")
-    await shelf.mlflow.upload(version.run_id, f"gguf/{version.export_job_id}/{version.files[0].name}", b"c0ntent")
+async def test_a_file_that_changed_in_storage_is_refused(registry_model: RegistryModel) -> None:
+    version = await registry_model.register(b"content")
+    await registry_model.mlflow.upload(
+        version.run_id, f"gguf/{version.export_job_id}/{version.files[0].name}", b"c0ntent"
+    )
     with pytest.raises(DamagedModel):
-        await shelf.registry.fetch(version)
+        await registry_model.registry.fetch(version)
     assert not get_copy(version).exists()
 
 
-async def test_a_dropped_connection_is_taken_up_again(shelf: Shelf, mlflow_server: str) -> None:
+async def test_a_dropped_connection_is_taken_up_again(registry_model: RegistryModel, mlflow_server: str) -> None:
     content = os.urandom(6_000_000)
     async with _breaking_off(mlflow_server, 2_000_000, times=2) as (url, broken):
         async with mlflow_client.connect(url) as mlflow:
-            version = await Shelf(mlflow, shelf.folder).register(content)
+            version = await RegistryModel(mlflow, registry_model.folder).register(content)
         assert len(broken) == 2
         broken.clear()
         async with mlflow_client.connect(url) as mlflow:
@@ -342,9 +373,9 @@ def get_copy(version: Version) -> Path:
     return Path(os.environ["FORGEARR_HOME"]) / "cache" / "models" / f"{version.files[0].sha256}.gguf"
 
 
-async def _artifacts(shelf: Shelf, version: Version) -> list[dict[str, Any]]:
+async def _artifacts(registry_model: RegistryModel, version: Version) -> list[dict[str, Any]]:
     wanted = {"run_id": version.run_id, "path": f"gguf/{version.export_job_id}"}
-    return (await shelf.mlflow.call("GET", "artifacts/list", params=wanted)).get("files", [])
+    return (await registry_model.mlflow.call("GET", "artifacts/list", params=wanted)).get("files", [])
 
 
 @asynccontextmanager

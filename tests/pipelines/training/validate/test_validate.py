@@ -22,16 +22,16 @@ from pipelines.training.validate import job as validate_job
 from pipelines.training.validate import metrics as eval_metrics
 from pipelines.training.validate.job import ExportMismatch, NothingHeldOut
 from pipelines.training.validate.metrics import score
-from tests.support.job_harness import Bench
+from tests.support.job_harness import JobHarness
 
 MEASURED = {"final_loss", "perplexity", "base_loss", "base_perplexity", "exact_match", "rouge_l", "base_rouge_l"}
 
 
-def test_a_model_is_measured_beside_its_base_and_its_gguf(bench: Bench, trained: Path) -> None:
-    fine_tune = bench.fine_tuned("full")
-    export, exported, _ = bench.run("export", {"job_id": fine_tune, "quantizations": ["q8_0"]})
+def test_a_model_is_measured_beside_its_base_and_its_gguf(harness: JobHarness, trained: Path) -> None:
+    fine_tune = harness.fine_tuned("full")
+    export, exported, _ = harness.run("export", {"job_id": fine_tune, "quantizations": ["q8_0"]})
     spec = {"job_id": fine_tune, "export_job_id": export, "max_new_tokens": 24}
-    _, result, ledger = bench.run("validate", spec)
+    _, result, link = harness.run("validate", spec)
     metrics = result["metrics"]
 
     tokenizer = AutoTokenizer.from_pretrained(trained / "full")
@@ -67,13 +67,13 @@ def test_a_model_is_measured_beside_its_base_and_its_gguf(bench: Bench, trained:
     assert "**Passed.**" in markdown
     picture = Path(result["report_path"]).with_name("validation.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert ledger.progress == sorted(ledger.progress)
+    assert link.progress == sorted(link.progress)
 
 
 @pytest.mark.deep
-def test_without_an_export_nothing_is_said_of_one(bench: Bench) -> None:
-    spec = {"job_id": bench.fine_tuned("lora"), "max_samples": 2, "max_new_tokens": 4}
-    _, result, _ = bench.run("validate", {**spec, "gates": {"min_rouge_l": 0.9, "max_perplexity_ratio": None}})
+def test_without_an_export_nothing_is_said_of_one(harness: JobHarness) -> None:
+    spec = {"job_id": harness.fine_tuned("lora"), "max_samples": 2, "max_new_tokens": 4}
+    _, result, _ = harness.run("validate", {**spec, "gates": {"min_rouge_l": 0.9, "max_perplexity_ratio": None}})
     metrics = result["metrics"]
     assert {name for name, value in metrics.items() if value is None} == {
         name for name in metrics if name.startswith("gguf_")
@@ -86,39 +86,39 @@ def test_without_an_export_nothing_is_said_of_one(bench: Bench) -> None:
 
 
 @pytest.mark.deep
-def test_a_validation_goes_on_from_where_it_was_paused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_goes_on_from_where_it_was_paused(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate_job, "SAMPLES_PER_ROUND", 2)
-    spec = {"job_id": bench.fine_tuned("lora"), "max_new_tokens": 4}
-    _, expected, whole = bench.run("validate", spec)
+    spec = {"job_id": harness.fine_tuned("lora"), "max_new_tokens": 4}
+    _, expected, whole = harness.run("validate", spec)
 
-    job_id, ledger = bench.begin("validate", spec)
-    context = bench.context(job_id, ledger)
-    ledger.on_report = lambda phase: context.stop("pause") if phase.startswith("measuring the model: 2") else None
+    job_id, link = harness.start("validate", spec)
+    context = harness.context(job_id, link)
+    link.on_report = lambda phase: context.stop("pause") if phase.startswith("measuring the model: 2") else None
     with pytest.raises(StopJob, match="pause"):
-        bench.call("validate", spec, context)
-    ledger.on_report = lambda phase: None
-    before = len(ledger.events)
-    result = bench.go_on("validate", spec, job_id, ledger)
+        harness.call("validate", spec, context)
+    link.on_report = lambda phase: None
+    before = len(link.events)
+    result = harness.resume("validate", spec, job_id, link)
     assert result["metrics"] == expected["metrics"]
-    went_on = [data["phase"] for _, data in ledger.events[before:] if data.get("phase", "").startswith("measuring")]
+    went_on = [data["phase"] for _, data in link.events[before:] if data.get("phase", "").startswith("measuring")]
     assert went_on[0].startswith("measuring the model: ")
     assert not storage.exists(storage.address(f"jobs/{job_id}/measured.json"))
     assert len([1 for _, data in whole.events if data.get("phase", "").startswith("measuring")]) == 6
 
 
-def test_what_cannot_be_validated_is_refused(bench: Bench, trained: Path) -> None:
-    fine_tune = bench.fine_tuned("full")
+def test_what_cannot_be_validated_is_refused(harness: JobHarness, trained: Path) -> None:
+    fine_tune = harness.fine_tuned("full")
     (Path(storage.address(f"jobs/{fine_tune}/model")) / "held_out.jsonl").unlink()
     with pytest.raises(NothingHeldOut, match="eval_split above 0"):
-        bench.run("validate", {"job_id": fine_tune})
-    export, _ = bench.begin("export", {"job_id": bench.fine_tuned("full")})
-    bench.finish(export, {"name": "other", "version": 1})
+        harness.run("validate", {"job_id": fine_tune})
+    export, _ = harness.start("export", {"job_id": harness.fine_tuned("full")})
+    harness.finish(export, {"name": "other", "version": 1})
     with pytest.raises(ExportMismatch):
-        bench.run("validate", {"job_id": fine_tune, "export_job_id": export})
+        harness.run("validate", {"job_id": fine_tune, "export_job_id": export})
 
 
 @pytest.mark.deep
-def test_an_adapter_is_measured_merged(trained: Path, bench: Bench) -> None:
+def test_an_adapter_is_measured_merged(trained: Path, harness: JobHarness) -> None:
     base = base_models.resolve("forgearr/tiny")
     tokenizer: Any = AutoTokenizer.from_pretrained(trained / "lora")
     prepared = [eval_metrics.prepare(tokenizer, sample, 2048) for sample in held_out(trained / "lora")]

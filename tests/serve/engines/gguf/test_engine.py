@@ -22,7 +22,7 @@ from serve.engines.local.pool import MB, ModelPool
 from serve.engines.model_header import ModelUnreadable, read_header
 from serve.engines.protocol import ContextExceeded, EngineBusy, EngineRequest, ModelTooLarge, RequestRefused, Source
 from serve.engines.read_ahead import read_ahead
-from tests.support.app_server import let_go
+from tests.support.app_server import unload_models
 from tests.support.small_models import write_adapter, write_model
 from tests.support.waiting import eventually_async
 
@@ -103,7 +103,7 @@ def settings(home: Path) -> Callable[..., EngineSettings]:
 async def engine(models: Models, settings: Callable[..., EngineSettings]) -> AsyncIterator[GgufEngine]:
     engine = GgufEngine(settings(), models.find, models.find_adapters)
     yield engine
-    await let_go(engine)
+    await unload_models(engine)
 
 
 async def test_a_whole_answer(engine: GgufEngine) -> None:

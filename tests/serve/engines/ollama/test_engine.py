@@ -10,8 +10,8 @@ import pytest
 from cluster.db import Database
 from cluster.settings import get_settings
 from serve.app import create_app
-from tests.support.app_server import serving
-from tests.support.fake_ollama import OllamaServer, running_ollama
+from tests.support.app_server import running_app
+from tests.support.fake_ollama import FakeOllama, running_fake_ollama
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -25,8 +25,8 @@ WEATHER: Any = {
 }
 
 
-class House:
-    def __init__(self, url: str, server: OllamaServer) -> None:
+class Gateway:
+    def __init__(self, url: str, server: FakeOllama) -> None:
         self.server = server
         self.openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="not-needed", max_retries=0)
         self.ollama = ollama.AsyncClient(host=url)
@@ -37,58 +37,58 @@ class House:
 
 
 @pytest.fixture
-async def house(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gateway]:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
-    with running_ollama() as server:
+    with running_fake_ollama() as server:
         server.installed[MODEL] = WORDS
         monkeypatch.setenv("FORGEARR_OLLAMA__URL", server.url)
         get_settings.cache_clear()
-        async with serving(create_app()) as address:
-            house = House(f"http://{address}", server)
-            async with house.openai, house.ollama:
-                yield house
+        async with running_app(create_app()) as address:
+            gateway = Gateway(f"http://{address}", server)
+            async with gateway.openai, gateway.ollama:
+                yield gateway
 
 
-async def test_its_models_are_listed_with_ours(house: House) -> None:
-    cards = {card.id: card.owned_by for card in (await house.openai.models.list()).data}
+async def test_its_models_are_listed_with_ours(gateway: Gateway) -> None:
+    cards = {card.id: card.owned_by for card in (await gateway.openai.models.list()).data}
     assert cards == {"forgearr/tiny": "forgearr", MODEL: "ollama"}
-    assert (await house.openai.models.retrieve(MODEL)).owned_by == "ollama"
-    (tag,) = (await house.ollama.list()).models
+    assert (await gateway.openai.models.retrieve(MODEL)).owned_by == "ollama"
+    (tag,) = (await gateway.ollama.list()).models
     assert (tag.model, tag.digest, tag.size) == (MODEL, "0a8c2665", 4683075271)
-    shown = await house.ollama.show(MODEL)
+    shown = await gateway.ollama.show(MODEL)
     assert shown.details is not None
     assert (shown.details.family, shown.details.parameter_size) == ("llama", "8.0B")
 
 
-async def test_openais_client_is_answered(house: House) -> None:
-    answer = await house.chat(temperature=0.5, max_tokens=300, stop="x", seed=7)
+async def test_openais_client_is_answered(gateway: Gateway) -> None:
+    answer = await gateway.chat(temperature=0.5, max_tokens=300, stop="x", seed=7)
     assert answer.choices[0].message.content == SPOKEN
     assert answer.choices[0].finish_reason == "stop"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (26, 259)
-    asked = house.server.asked[-1]
+    asked = gateway.server.requests[-1]
     assert asked["messages"] == HELLO
     assert asked["options"] == {"temperature": 0.5, "num_predict": 300, "stop": ["x"], "seed": 7}
-    chunks = [chunk async for chunk in await house.chat(stream=True, stream_options={"include_usage": True})]
+    chunks = [chunk async for chunk in await gateway.chat(stream=True, stream_options={"include_usage": True})]
     assert [chunk.choices[0].delta.content for chunk in chunks if chunk.choices] == [*WORDS, None]
     assert chunks[-1].usage.total_tokens == 285
-    told = await house.openai.completions.create(model=MODEL, prompt="Sonarr")
+    told = await gateway.openai.completions.create(model=MODEL, prompt="Sonarr")
     assert told.choices[0].text == SPOKEN
-    assert house.server.asked[-1]["raw"] is True
+    assert gateway.server.requests[-1]["raw"] is True
 
 
-async def test_ollamas_client_is_answered(house: House) -> None:
-    chat: Any = house.ollama.chat
+async def test_ollamas_client_is_answered(gateway: Gateway) -> None:
+    chat: Any = gateway.ollama.chat
     answer = await chat(model=MODEL, messages=HELLO, format="json", keep_alive=60)
     assert (answer.message.content, answer.eval_count, answer.load_duration) == (SPOKEN, 259, 6338219291)
-    assert house.server.asked[-2]["format"] == "json"
-    assert house.server.asked[-1]["keep_alive"] == 60
+    assert gateway.server.requests[-2]["format"] == "json"
+    assert gateway.server.requests[-1]["keep_alive"] == 60
     parts = [part async for part in await chat(model=MODEL, messages=HELLO, stream=True)]
     assert "".join(part.message.content for part in parts) == SPOKEN
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_tools_are_called_and_answered(house: House, stream: bool) -> None:
-    answer = await house.chat(tools=[WEATHER], stream=stream)
+async def test_tools_are_called_and_answered(gateway: Gateway, stream: bool) -> None:
+    answer = await gateway.chat(tools=[WEATHER], stream=stream)
     if stream:
         chunks = [chunk async for chunk in answer]
         (call,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
@@ -99,59 +99,59 @@ async def test_tools_are_called_and_answered(house: House, stream: bool) -> None
     assert (call.function.name, call.function.arguments, reason) == ("get_weather", '{"soon":true}', "tool_calls")
     function = {"name": call.function.name, "arguments": call.function.arguments}
     said = {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": function}]}
-    await house.chat(messages=[*HELLO, said, {"role": "tool", "tool_call_id": call.id, "content": "rain"}])
-    _, called, found = house.server.asked[-1]["messages"]
+    await gateway.chat(messages=[*HELLO, said, {"role": "tool", "tool_call_id": call.id, "content": "rain"}])
+    _, called, found = gateway.server.requests[-1]["messages"]
     assert called["tool_calls"] == [{"function": {"name": "get_weather", "arguments": {"soon": True}}}]
     assert (found["tool_name"], found["content"]) == ("get_weather", "rain")
 
 
-async def test_texts_become_numbers(house: House) -> None:
-    told = await house.openai.embeddings.create(model=MODEL, input=["Is Plex up?"])
+async def test_texts_become_numbers(gateway: Gateway) -> None:
+    told = await gateway.openai.embeddings.create(model=MODEL, input=["Is Plex up?"])
     assert told.data[0].embedding == pytest.approx([0.6, 0.8])
     with pytest.raises(openai.BadRequestError, match="exceeds the context length"):
-        await house.openai.embeddings.create(model=MODEL, input="x" * 2000)
+        await gateway.openai.embeddings.create(model=MODEL, input="x" * 2000)
 
 
-async def test_what_is_refused_and_what_goes_wrong(house: House) -> None:
+async def test_what_is_refused_and_what_goes_wrong(gateway: Gateway) -> None:
     with pytest.raises(openai.BadRequestError, match="logit_bias cannot be heeded"):
-        await house.chat(logit_bias={"1": 5})
+        await gateway.chat(logit_bias={"1": 5})
     with pytest.raises(openai.NotFoundError):
-        await house.chat(model="nobody:7b")
-    house.server.broken = "llama runner process has terminated"
+        await gateway.chat(model="nobody:7b")
+    gateway.server.broken = "llama runner process has terminated"
     with pytest.raises(openai.InternalServerError, match="llama runner process has terminated"):
-        await house.chat()
-    house.server.broken = None
-    house.server.installed.clear()
+        await gateway.chat()
+    gateway.server.broken = None
+    gateway.server.installed.clear()
     with pytest.raises(openai.NotFoundError, match=f"model '{MODEL}' not found"):
-        await house.chat()
+        await gateway.chat()
 
 
 async def test_a_server_that_is_away(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
-    with running_ollama() as server:
+    with running_fake_ollama() as server:
         monkeypatch.setenv("FORGEARR_OLLAMA__URL", server.url)
     get_settings.cache_clear()
-    async with serving(create_app()) as address:
-        house = House(f"http://{address}", server)
-        assert [card.id for card in (await house.openai.models.list()).data] == ["forgearr/tiny"]
+    async with running_app(create_app()) as address:
+        gateway = Gateway(f"http://{address}", server)
+        assert [card.id for card in (await gateway.openai.models.list()).data] == ["forgearr/tiny"]
         with pytest.raises(openai.InternalServerError, match="does not answer") as caught:
-            await house.chat()
+            await gateway.chat()
         assert caught.value.status_code == 503
-        await house.openai.close()
+        await gateway.openai.close()
 
 
-async def test_it_answers_while_the_registry_is_away(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_answers_while_the_registry_is_away(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "true")
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", "http://127.0.0.1:9")
     get_settings.cache_clear()
-    assert (await house.chat()).choices[0].message.content == SPOKEN
+    assert (await gateway.chat()).choices[0].message.content == SPOKEN
     with pytest.raises(openai.APIStatusError) as caught:
-        await house.chat(model="mine")
+        await gateway.chat(model="mine")
     assert caught.value.status_code == 503
 
 
-async def test_it_pulls_for_us(house: House) -> None:
-    steps = [step async for step in await house.ollama.pull("gemma3:1b", stream=True)]
+async def test_it_pulls_for_us(gateway: Gateway) -> None:
+    steps = [step async for step in await gateway.ollama.pull("gemma3:1b", stream=True)]
     assert [step.status for step in steps] == ["pulling manifest", "pulling 8eeb52dfb3bb", "success"]
     assert (steps[1].total, steps[1].completed) == (2142590208, 241970)
-    assert (await house.chat(model="gemma3:1b")).choices[0].message.content == "pulled"
+    assert (await gateway.chat(model="gemma3:1b")).choices[0].message.content == "pulled"

@@ -31,7 +31,7 @@ from serve.engines.transformers.model import TransformersModel
 from serve.engines.transformers.replica import TransformersLoader
 from serve.engines.transformers.sampling import Sampler, Sampling
 from serve.engines.transformers.text_stream import REPLACEMENT_CHARACTER, IncrementalDecoder, OutputParser
-from tests.support.app_server import let_go
+from tests.support.app_server import unload_models
 from tests.support.small_models import write_folder
 from tests.support.waiting import eventually, eventually_async
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def house(folder: Path) -> ModelFolder:
+def model_folder(folder: Path) -> ModelFolder:
     return ModelFolder(str(folder), "forgearr/tiny", NOW)
 
 
@@ -88,7 +88,7 @@ class Engines:
 
     async def close(self) -> None:
         for engine in self._made:
-            await let_go(engine)
+            await unload_models(engine)
 
 
 @pytest.fixture
@@ -118,14 +118,14 @@ def by_generate(folder: Path, count: int, model: Any = None) -> tuple[str, int]:
     return tokenizer.decode(said, skip_special_tokens=True).rstrip(REPLACEMENT_CHARACTER), asked.shape[1]
 
 
-async def test_it_says_what_the_model_says(engines: Engines, house: ModelFolder, folder: Path) -> None:
+async def test_it_says_what_the_model_says(engines: Engines, model_folder: ModelFolder, folder: Path) -> None:
     expected, asked = by_generate(folder, 24)
     engine = engines.make()
-    whole = await engine.complete("house", {**GREEDY, "max_tokens": 24}, house)
+    whole = await engine.complete("house", {**GREEDY, "max_tokens": 24}, model_folder)
     assert content(whole) == expected
     assert whole["usage"] == {"prompt_tokens": asked, "completion_tokens": 24, "total_tokens": asked + 24}
     assert whole["choices"][0]["finish_reason"] == "length"
-    assert (await spoken(engine, {**GREEDY, "max_tokens": 24}, house))["choices"] == whole["choices"]
+    assert (await spoken(engine, {**GREEDY, "max_tokens": 24}, model_folder))["choices"] == whole["choices"]
 
 
 @pytest.fixture
@@ -143,11 +143,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def test_many_are_answered_in_one_batch(
-    engines: Engines, house: ModelFolder, steps: list[int], monkeypatch: pytest.MonkeyPatch
+    engines: Engines, model_folder: ModelFolder, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step of the model is for all: six answers of 20 tokens, four at a time, take far fewer than 120 steps."""
     engine = engines.make(slots=4)
-    alone = content(await engine.complete("house", {**GREEDY, "max_tokens": 20}, house))
+    alone = content(await engine.complete("house", {**GREEDY, "max_tokens": 20}, model_folder))
     steps.clear()
     asked = [{"messages": [{"role": "user", "content": "Hello" * count}], "temperature": 0} for count in range(1, 7)]
     step = Sampler.__call__
@@ -158,7 +158,7 @@ async def test_many_are_answered_in_one_batch(
         return step(self, scores, arguments)
 
     monkeypatch.setattr(Sampler, "__call__", once_all_have_asked)
-    said = await asyncio.gather(*(engine.complete("house", {**one, "max_tokens": 20}, house) for one in asked))
+    said = await asyncio.gather(*(engine.complete("house", {**one, "max_tokens": 20}, model_folder) for one in asked))
     assert content(said[0]) == alone
     assert len({content(one) for one in said}) > 1
     assert sum(steps) == 120
@@ -166,27 +166,29 @@ async def test_many_are_answered_in_one_batch(
     assert max(steps) == 4
 
 
-async def test_the_same_seed_gives_the_same_answer(engines: Engines, house: ModelFolder) -> None:
+async def test_the_same_seed_gives_the_same_answer(engines: Engines, model_folder: ModelFolder) -> None:
     engine = engines.make()
     request = {**HELLO, "max_tokens": 16, "temperature": 1.5, "top_k": 0, "top_p": 1, "min_p": 0}
-    said = [content(await engine.complete("house", {**request, "seed": seed}, house)) for seed in (7, 7, 8)]
+    said = [content(await engine.complete("house", {**request, "seed": seed}, model_folder)) for seed in (7, 7, 8)]
     assert said[0] == said[1] != said[2]
 
 
-async def test_it_stops_where_it_is_told_to(engines: Engines, house: ModelFolder) -> None:
+async def test_it_stops_where_it_is_told_to(engines: Engines, model_folder: ModelFolder) -> None:
     engine = engines.make()
-    text = content(await engine.complete("house", {**GREEDY, "max_tokens": 24}, house))
+    text = content(await engine.complete("house", {**GREEDY, "max_tokens": 24}, model_folder))
     # Across the border of two tokens: these are words, and it takes the end of one and the beginning of another.
     stop = text[9:14]
-    short = await engine.complete("house", {**GREEDY, "max_tokens": 24, "stop": ["never", stop]}, house)
+    short = await engine.complete("house", {**GREEDY, "max_tokens": 24, "stop": ["never", stop]}, model_folder)
     assert content(short) == text.partition(stop)[0]
     assert short["choices"][0]["finish_reason"] == "stop"
     assert short["usage"]["completion_tokens"] < 24
 
 
-async def test_a_prompt_is_gone_on_from(engines: Engines, house: ModelFolder) -> None:
+async def test_a_prompt_is_gone_on_from(engines: Engines, model_folder: ModelFolder) -> None:
     engine = engines.make()
-    whole = await engine.complete("house", {"prompt": "Hello", "max_tokens": 5, "temperature": 0, "logprobs": 2}, house)
+    whole = await engine.complete(
+        "house", {"prompt": "Hello", "max_tokens": 5, "temperature": 0, "logprobs": 2}, model_folder
+    )
     (choice,) = whole["choices"]
     assert choice["text"]
     told = choice["logprobs"]["content"]
@@ -196,36 +198,36 @@ async def test_a_prompt_is_gone_on_from(engines: Engines, house: ModelFolder) ->
     assert all(one["logprob"] == one["top_logprobs"][0]["logprob"] <= 0 for one in told)
 
 
-async def test_bias_and_penalties(engines: Engines, house: ModelFolder, folder: Path) -> None:
+async def test_bias_and_penalties(engines: Engines, model_folder: ModelFolder, folder: Path) -> None:
     engine = engines.make()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     (token,) = tokenizer("Why")["input_ids"]
     request = {**GREEDY, "max_tokens": 4, "logit_bias": [[token, 1000]]}
-    assert content(await engine.complete("house", request, house)) == "WhyWhyWhyWhy"
-    other = await engine.complete("house", {**request, "presence_penalty": 2000}, house)
+    assert content(await engine.complete("house", request, model_folder)) == "WhyWhyWhyWhy"
+    other = await engine.complete("house", {**request, "presence_penalty": 2000}, model_folder)
     assert content(other).count("Why") == 1
 
 
-async def test_who_leaves_is_out_of_the_batch(engines: Engines, house: ModelFolder, steps: list[int]) -> None:
+async def test_who_leaves_is_out_of_the_batch(engines: Engines, model_folder: ModelFolder, steps: list[int]) -> None:
     engine = engines.make(slots=1, queue=1)
-    async with aclosing(engine.chat("house", {**GREEDY, "logit_bias": [[2, -1000]]}, house)) as left:
+    async with aclosing(engine.chat("house", {**GREEDY, "logit_bias": [[2, -1000]]}, model_folder)) as left:
         await anext(left)
     before = len(steps)
-    await engine.complete("house", {**GREEDY, "max_tokens": 3}, house)
+    await engine.complete("house", {**GREEDY, "max_tokens": 3}, model_folder)
     assert len(steps) < before + 100  # of the two thousand that the other answer had room for
-    cancelled = asyncio.create_task(engine.complete("house", GREEDY, house))
+    cancelled = asyncio.create_task(engine.complete("house", GREEDY, model_folder))
     await eventually_async(lambda: engine.loaded_models[0].users)
     cancelled.cancel()
     with suppress(asyncio.CancelledError):
         await cancelled
     assert engine.loaded_models[0].users == 0
     # There is one place in the batch: a long answer in it would keep this one waiting.
-    async with aclosing(engine.chat("house", GREEDY, house)) as staying:
+    async with aclosing(engine.chat("house", GREEDY, model_folder)) as staying:
         await anext(staying)
-        waiting = asyncio.create_task(engine.complete("house", {**GREEDY, "max_tokens": 3}, house))
+        waiting = asyncio.create_task(engine.complete("house", {**GREEDY, "max_tokens": 3}, model_folder))
         await eventually_async(lambda: engine.loaded_models[0].users == 2)
         with pytest.raises(EngineBusy):
-            await engine.complete("house", HELLO, house)
+            await engine.complete("house", HELLO, model_folder)
         for _ in range(3):
             await anext(staying)
         assert not waiting.done()
@@ -233,11 +235,11 @@ async def test_who_leaves_is_out_of_the_batch(engines: Engines, house: ModelFold
 
 
 async def test_a_step_that_breaks_costs_only_those_in_it(
-    engines: Engines, house: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    engines: Engines, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engines.make()
     request = {**GREEDY, "max_tokens": 3}
-    expected = content(await engine.complete("house", request, house))
+    expected = content(await engine.complete("house", request, model_folder))
 
     def out_of_memory(*_: object) -> int:
         raise RuntimeError("out of memory")
@@ -245,16 +247,16 @@ async def test_a_step_that_breaks_costs_only_those_in_it(
     with monkeypatch.context() as broken:
         broken.setattr(Sampling, "choose", out_of_memory)
         failed = await asyncio.gather(
-            *(engine.complete("house", request, house) for _ in range(2)), return_exceptions=True
+            *(engine.complete("house", request, model_folder) for _ in range(2)), return_exceptions=True
         )
     assert all(isinstance(one, EngineFailed) and "out of memory" in str(one) for one in failed)
-    assert content(await engine.complete("house", request, house)) == expected
+    assert content(await engine.complete("house", request, model_folder)) == expected
 
 
-async def test_an_adapter_changes_the_answer(engines: Engines, house: ModelFolder, adapted: ModelFolder) -> None:
+async def test_an_adapter_changes_the_answer(engines: Engines, model_folder: ModelFolder, adapted: ModelFolder) -> None:
     engine = engines.make()
     request = {**GREEDY, "max_tokens": 16}
-    plain = content(await engine.complete("plain", request, house))
+    plain = content(await engine.complete("plain", request, model_folder))
     changed = content(await engine.complete("adapted", request, adapted))
     assert plain != changed
     base, adapter = Path(adapted.base_model), str(adapted.address)
@@ -262,37 +264,37 @@ async def test_an_adapter_changes_the_answer(engines: Engines, house: ModelFolde
     assert changed == by_generate(base, 16, model)[0]
 
 
-async def test_in_4_bits(engines: Engines, house: ModelFolder, adapted: ModelFolder) -> None:
+async def test_in_4_bits(engines: Engines, model_folder: ModelFolder, adapted: ModelFolder) -> None:
     small, large = engines.make(load_in_4bit=True), engines.make()
-    for source, name in ((house, "plain"), (adapted, "adapted")):
+    for source, name in ((model_folder, "plain"), (adapted, "adapted")):
         answer = await small.complete(name, {**GREEDY, "max_tokens": 8}, source)
         assert answer["usage"]["completion_tokens"] == 8
-    await large.load("plain", house)
+    await large.load("plain", model_folder)
     assert small.loaded_models[0].bytes < large.loaded_models[0].bytes
 
 
-async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(engines: Engines, house: ModelFolder) -> None:
+async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(engines: Engines, model_folder: ModelFolder) -> None:
     engine = engines.make(memory_mb=64, slots=64)
     with pytest.raises(ModelTooLarge, match=r"house needs \d+ MB \(11 MB of weights, and 64 slots of 2048 tokens\)"):
-        await engine.complete("house", HELLO, house)
+        await engine.complete("house", HELLO, model_folder)
     assert engine.loaded_models == []
 
 
-async def test_the_least_recently_used_makes_room(engines: Engines, house: ModelFolder) -> None:
+async def test_the_least_recently_used_makes_room(engines: Engines, model_folder: ModelFolder) -> None:
     probe = engines.make()
-    await probe.load("one", house)
+    await probe.load("one", model_folder)
     engine = engines.make(memory_mb=2 * probe.loaded_models[0].bytes // MB + 1)
     for name in ("one", "two", "one", "three"):
-        await engine.load(name, house)
+        await engine.load(name, model_folder)
     assert [held.reference for held in engine.loaded_models] == ["one", "three"]
 
 
-async def test_a_long_conversation_is_refused(engines: Engines, house: ModelFolder) -> None:
+async def test_a_long_conversation_is_refused(engines: Engines, model_folder: ModelFolder) -> None:
     engine = engines.make(context=256)
     long: EngineRequest = {"messages": [{"role": "user", "content": "Hello you " * 300}]}
     with pytest.raises(ContextExceeded, match=r"has \d{3,} tokens; the model takes 256"):
-        await engine.complete("house", long, house)
-    ended = await engine.complete("house", {**GREEDY, "logit_bias": [[1, -1000], [2, -1000]]}, house)
+        await engine.complete("house", long, model_folder)
+    ended = await engine.complete("house", {**GREEDY, "logit_bias": [[1, -1000], [2, -1000]]}, model_folder)
     assert ended["usage"]["total_tokens"] == 256
     assert ended["choices"][0]["finish_reason"] == "length"
 
@@ -309,12 +311,12 @@ async def test_a_long_conversation_is_refused(engines: Engines, house: ModelFold
     ids=["schema", "option", "forced call", "no content", "nothing"],
 )
 async def test_what_cannot_be_heeded_is_refused(
-    engines: Engines, house: ModelFolder, extra: dict[str, Any], why: str
+    engines: Engines, model_folder: ModelFolder, extra: dict[str, Any], why: str
 ) -> None:
     engine = engines.make()
     with pytest.raises(RequestRefused, match=why):
-        await engine.complete("house", {**HELLO, **extra}, house)
-    assert await engine.complete("house", {**HELLO, "max_tokens": 1}, house)
+        await engine.complete("house", {**HELLO, **extra}, model_folder)
+    assert await engine.complete("house", {**HELLO, "max_tokens": 1}, model_folder)
 
 
 async def test_a_folder_that_is_no_model_is_refused(engines: Engines, tmp_path: Path) -> None:
@@ -323,9 +325,9 @@ async def test_a_folder_that_is_no_model_is_refused(engines: Engines, tmp_path: 
         await engines.make().complete("house", HELLO, ModelFolder(str(tmp_path), "forgearr/tiny", NOW))
 
 
-async def test_embeddings(engines: Engines, house: ModelFolder, folder: Path) -> None:
+async def test_embeddings(engines: Engines, model_folder: ModelFolder, folder: Path) -> None:
     engine = engines.make(context=256)
-    found = await engine.embed("house", ["Hello", "Hello you"], house)
+    found = await engine.embed("house", ["Hello", "Hello you"], model_folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     asked = tokenizer("Hello you", return_tensors="pt")["input_ids"]
@@ -334,11 +336,11 @@ async def test_embeddings(engines: Engines, house: ModelFolder, folder: Path) ->
     assert found.vectors[1] == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
     assert found.tokens == len(tokenizer("Hello")["input_ids"]) + asked.shape[1]
     with pytest.raises(TextTooLong):
-        await engine.embed("house", ["Hello you " * 300], house)
+        await engine.embed("house", ["Hello you " * 300], model_folder)
 
 
-async def test_what_a_folder_says_of_itself(engines: Engines, house: ModelFolder) -> None:
-    header = await engines.make().describe("house", house)
+async def test_what_a_folder_says_of_itself(engines: Engines, model_folder: ModelFolder) -> None:
+    header = await engines.make().describe("house", model_folder)
     assert (header.architecture, header.layers, header.hidden_size, header.context) == ("llama", 4, 256, 2048)
     assert header.kv_width == 2 * 2 * 64
     assert header.vocab_size == 2048

@@ -25,7 +25,7 @@ from serve.engines.protocol import EngineBusy, EngineLost, EngineRequest, Engine
 from serve.openai.batches import store as batch_store
 from serve.openai.batches.line import MAX_ENGINE_LOSSES, LineRunner
 from serve.openai.files.validation import BatchLine
-from tests.support.small_models import write_parrot
+from tests.support.small_models import write_constant_model
 
 pytestmark = pytest.mark.both_databases
 
@@ -51,7 +51,7 @@ def engine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unste
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     monkeypatch.setenv("FORGEARR_JOBS__RETRY_SECONDS", "0")
     get_settings.cache_clear()
-    file = write_parrot(tmp_path / "model.gguf", SPOKEN)
+    file = write_constant_model(tmp_path / "model.gguf", SPOKEN)
 
     async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
         return file

@@ -23,8 +23,8 @@ from cluster.files.uploads import Upload, UploadPart
 from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from serve.app import create_app
-from tests.support.app_server import serving
-from tests.support.waiting import PATIENCE
+from tests.support.app_server import running_app
+from tests.support.waiting import TIMEOUT
 
 pytestmark = pytest.mark.both_databases
 
@@ -37,20 +37,20 @@ PAIR = {
 REQUEST: dict[str, Any] = {"custom_id": "1", "method": "POST", "url": "/v1/embeddings", "body": {"model": "homelab"}}
 
 
-class House:
+class Gateway:
     """A gateway that needs credentials, and clients of people who have some."""
 
-    def __init__(self, url: str, database: Database, people: dict[str, identity.User]) -> None:
+    def __init__(self, url: str, database: Database, users: dict[str, identity.User]) -> None:
         self.url = url
         self.database = database
-        self.tokens = {name: identity.create_access_token(user) for name, user in people.items()}
+        self.tokens = {name: identity.create_access_token(user) for name, user in users.items()}
         self.clients = {
             name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
             for name, token in self.tokens.items()
         }
         self.ada, self.bob, self.admin = (self.clients[name] for name in ("ada", "bob", "admin"))
 
-    async def age(self, row: type[File | Upload], identifier: str) -> None:
+    async def expire(self, row: type[File | Upload], identifier: str) -> None:
         """Let its time be over."""
         async with self.database.transaction() as session:
             over = update(row).where(row.id == identifier).values(expires_at=now() - timedelta(seconds=1))
@@ -62,52 +62,52 @@ class House:
 
 
 @pytest.fixture
-async def house(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gateway]:
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
     monkeypatch.setenv("FORGEARR_FILES__MAX_MB", "1")
     monkeypatch.setenv("FORGEARR_FILES__MAX_UPLOAD_MB", "2")
     get_settings.cache_clear()
-    people: dict[str, identity.User] = {}
+    users: dict[str, identity.User] = {}
     async with database.transaction() as session:
         for name in ("ada", "bob", "admin"):
             role = "admin" if name == "admin" else "user"
-            people[name] = await identity.add_user(
+            users[name] = await identity.add_user(
                 session, email=f"{name}@example.com", username=name, password_hash="-", role=role
             )
-    async with serving(create_app()) as address:
-        house = House(f"http://{address}", database, people)
-        yield house
-        for client in house.clients.values():
+    async with running_app(create_app()) as address:
+        gateway = Gateway(f"http://{address}", database, users)
+        yield gateway
+        for client in gateway.clients.values():
             await client.close()
 
 
 # Files
 
 
-async def test_a_file_comes_back_as_it_was_sent(house: House, tmp_path: Path) -> None:
+async def test_a_file_comes_back_as_it_was_sent(gateway: Gateway, tmp_path: Path) -> None:
     path = tmp_path / "größe.bin"
     path.write_bytes(bytes(range(256)) * 1000)
-    made = await house.ada.files.create(file=path, purpose="user_data")
+    made = await gateway.ada.files.create(file=path, purpose="user_data")
     assert (made.bytes, made.filename, made.purpose, made.object) == (256_000, "größe.bin", "user_data", "file")
     assert (made.status, made.status_details, made.expires_at) == ("processed", None, None)
     assert abs(made.created_at - now().timestamp()) < 60
-    assert await house.ada.files.retrieve(made.id) == made
-    content = await house.ada.files.content(made.id)
+    assert await gateway.ada.files.retrieve(made.id) == made
+    content = await gateway.ada.files.content(made.id)
     assert content.content == path.read_bytes()
     assert content.response.headers["content-type"] == "application/octet-stream"
     assert content.response.headers["content-disposition"].startswith("attachment")
 
-    deleted = await house.ada.files.delete(made.id)
+    deleted = await gateway.ada.files.delete(made.id)
     assert (deleted.id, deleted.deleted) == (made.id, True)
     with pytest.raises(openai.NotFoundError, match="There is no file"):
-        await house.ada.files.retrieve(made.id)
-    assert (await house.count(File), stored("files")) == (0, [])
+        await gateway.ada.files.retrieve(made.id)
+    assert (await gateway.count(File), stored("files")) == (0, [])
 
 
-async def test_the_client_that_waits(house: House) -> None:
+async def test_the_client_that_waits(gateway: Gateway) -> None:
     def work() -> tuple[bytes, list[str]]:
-        with openai.OpenAI(base_url=f"{house.url}/v1", api_key=house.tokens["ada"]) as client:
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.tokens["ada"]) as client:
             made = client.files.create(file=("a.jsonl", lines(SAMPLE)), purpose="fine-tune")
             waited = client.files.wait_for_processing(made.id)
             listed = [file.id for file in client.files.list() if file.id == waited.id]
@@ -125,10 +125,12 @@ async def test_the_client_that_waits(house: House) -> None:
         ("batch", [REQUEST, REQUEST | {"custom_id": "2"}], "batch"),
     ],
 )
-async def test_what_fits_its_purpose_is_processed(house: House, purpose: Any, content: list[Any], kind: str) -> None:
-    made = await house.ada.files.create(file=("a.jsonl", lines(*content)), purpose=purpose)
+async def test_what_fits_its_purpose_is_processed(
+    gateway: Gateway, purpose: Any, content: list[Any], kind: str
+) -> None:
+    made = await gateway.ada.files.create(file=("a.jsonl", lines(*content)), purpose=purpose)
     assert (made.status, made.status_details) == ("processed", None)
-    async with house.database.read_transaction() as session:
+    async with gateway.database.read_transaction() as session:
         assert (await file_store.find(session, made.id, LOCAL)).content == kind
 
 
@@ -148,47 +150,47 @@ async def test_what_fits_its_purpose_is_processed(house: House, purpose: Any, co
         ("batch", json.dumps(REQUEST).encode() * 1 + b"\n\n" + json.dumps(REQUEST).encode(), "line 3 .* of line 1"),
     ],
 )
-async def test_what_does_not_fit_says_where(house: House, purpose: Any, content: bytes, fault: str) -> None:
-    made = await house.ada.files.create(file=("a.jsonl", content), purpose=purpose)
+async def test_what_does_not_fit_says_where(gateway: Gateway, purpose: Any, content: bytes, fault: str) -> None:
+    made = await gateway.ada.files.create(file=("a.jsonl", content), purpose=purpose)
     assert made.status == "error"
     assert made.status_details is not None
     with pytest.raises(AssertionError, match=fault):
         raise AssertionError(made.status_details)
-    assert (await house.ada.files.content(made.id)).content == content
+    assert (await gateway.ada.files.content(made.id)).content == content
 
 
-async def test_files_are_listed_page_by_page(house: House) -> None:
-    made = [await house.ada.files.create(file=(f"{n}.txt", b"x"), purpose="user_data") for n in range(5)]
-    made.append(await house.ada.files.create(file=("b.jsonl", lines(REQUEST)), purpose="batch"))
+async def test_files_are_listed_page_by_page(gateway: Gateway) -> None:
+    made = [await gateway.ada.files.create(file=(f"{n}.txt", b"x"), purpose="user_data") for n in range(5)]
+    made.append(await gateway.ada.files.create(file=("b.jsonl", lines(REQUEST)), purpose="batch"))
     newest_first = [file.id for file in reversed(made)]
-    page = await house.ada.files.list(limit=4)
+    page = await gateway.ada.files.list(limit=4)
     assert ([file.id for file in page.data], page.has_more) == (newest_first[:4], True)
-    assert [file.id async for file in house.ada.files.list(limit=2)] == newest_first
-    assert [file.id async for file in house.ada.files.list(limit=2, order="asc")] == newest_first[::-1]
-    assert [file.id async for file in house.ada.files.list(purpose="batch")] == newest_first[:1]
-    assert [file.id async for file in house.ada.files.list(after=newest_first[3])] == newest_first[4:]
-    assert [file.id async for file in house.ada.files.list(after=newest_first[-1])] == []
+    assert [file.id async for file in gateway.ada.files.list(limit=2)] == newest_first
+    assert [file.id async for file in gateway.ada.files.list(limit=2, order="asc")] == newest_first[::-1]
+    assert [file.id async for file in gateway.ada.files.list(purpose="batch")] == newest_first[:1]
+    assert [file.id async for file in gateway.ada.files.list(after=newest_first[3])] == newest_first[4:]
+    assert [file.id async for file in gateway.ada.files.list(after=newest_first[-1])] == []
     with pytest.raises(openai.NotFoundError):
-        await house.ada.files.list(after="file-unknown")
+        await gateway.ada.files.list(after="file-unknown")
     for limit in (0, 10_001):
         with pytest.raises(openai.UnprocessableEntityError):
-            await house.ada.files.list(limit=limit)
+            await gateway.ada.files.list(limit=limit)
 
 
-async def test_a_file_is_its_owners(house: House) -> None:
-    made = await house.ada.files.create(file=("a.txt", b"mine"), purpose="user_data")
-    for attempt in (house.bob.files.retrieve, house.bob.files.content, house.bob.files.delete):
+async def test_a_file_is_its_owners(gateway: Gateway) -> None:
+    made = await gateway.ada.files.create(file=("a.txt", b"mine"), purpose="user_data")
+    for attempt in (gateway.bob.files.retrieve, gateway.bob.files.content, gateway.bob.files.delete):
         with pytest.raises(openai.NotFoundError):
             await attempt(made.id)
     with pytest.raises(openai.NotFoundError):
-        await house.bob.files.list(after=made.id)
-    assert [file async for file in house.bob.files.list()] == []
-    assert [file.id async for file in house.admin.files.list()] == [made.id]
-    assert (await house.admin.files.content(made.id)).content == b"mine"
+        await gateway.bob.files.list(after=made.id)
+    assert [file async for file in gateway.bob.files.list()] == []
+    assert [file.id async for file in gateway.admin.files.list()] == [made.id]
+    assert (await gateway.admin.files.content(made.id)).content == b"mine"
 
 
-async def test_what_cannot_be_meant_is_refused(house: House) -> None:
-    create: Any = house.ada.files.create
+async def test_what_cannot_be_meant_is_refused(gateway: Gateway) -> None:
+    create: Any = gateway.ada.files.create
     file = ("a.txt", b"x")
     refused: list[dict[str, Any]] = [
         {"file": file, "purpose": "assistants"},
@@ -203,7 +205,7 @@ async def test_what_cannot_be_meant_is_refused(house: House) -> None:
             await create(**wanted)
     with pytest.raises(openai.APIStatusError, match="larger than"):
         await create(file=("a.bin", b"x" * 3_000_000), purpose="user_data")
-    async with httpx.AsyncClient(base_url=house.url, headers=bearer(house, "ada"), timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(base_url=gateway.url, headers=bearer(gateway, "ada"), timeout=TIMEOUT) as http:
         bodies: list[tuple[dict[str, Any], int]] = [
             ({"json": {"purpose": "batch"}}, 400),
             ({"data": {"purpose": "user_data", "file": "x"}, "files": {"other": b"x"}}, 422),
@@ -214,11 +216,11 @@ async def test_what_cannot_be_meant_is_refused(house: House) -> None:
         for body, status in bodies:
             answer = await http.post("/v1/files", **body)
             assert (answer.status_code, "error" in answer.json()) == (status, True), answer.text
-    assert (await house.count(File), stored("files")) == (0, [])
+    assert (await gateway.count(File), stored("files")) == (0, [])
 
 
-async def test_a_file_whose_time_is_over_is_gone(house: House) -> None:
-    create: Any = house.ada.files.create
+async def test_a_file_whose_time_is_over_is_gone(gateway: Gateway) -> None:
+    create: Any = gateway.ada.files.create
     lasting = await create(file=("a.txt", b"x"), purpose="user_data")
     soon = {"anchor": "created_at", "seconds": 3600}
     passing = await create(file=("b.txt", b"x"), purpose="user_data", expires_after=soon)
@@ -226,19 +228,19 @@ async def test_a_file_whose_time_is_over_is_gone(house: House) -> None:
     batch = await create(file=("b.jsonl", lines(REQUEST)), purpose="batch")
     assert batch.expires_at == batch.created_at + 30 * 24 * 3600
 
-    await house.age(File, passing.id)
+    await gateway.expire(File, passing.id)
     with pytest.raises(openai.NotFoundError):
-        await house.ada.files.retrieve(passing.id)
-    assert {file.id async for file in house.ada.files.list()} == {lasting.id, batch.id}
+        await gateway.ada.files.retrieve(passing.id)
+    assert {file.id async for file in gateway.ada.files.list()} == {lasting.id, batch.id}
     assert len(stored("files")) == 3
-    assert await file_store.remove_expired(house.database) == 1
-    assert (await house.count(File), len(stored("files"))) == (2, 2)
+    assert await file_store.remove_expired(gateway.database) == 1
+    assert (await gateway.count(File), len(stored("files"))) == (2, 2)
 
 
-async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(house: House, tmp_path: Path) -> None:
+async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(gateway: Gateway, tmp_path: Path) -> None:
     told: dict[str, Any] = {"filename": "out.jsonl", "purpose": "batch_output", "file_id": "file-of-job"}
-    first = await file_store.create_file(house.database, BytesIO(b"one\ntwo\n"), **told)
-    again = await file_store.create_file(house.database, BytesIO(b"other"), **told)
+    first = await file_store.create_file(gateway.database, BytesIO(b"one\ntwo\n"), **told)
+    again = await file_store.create_file(gateway.database, BytesIO(b"other"), **told)
     assert (first.id, again.bytes) == (again.id, 8)
     with file_store.open_file(again) as content:
         assert list(content) == [b"one\n", b"two\n"]
@@ -247,13 +249,13 @@ async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(house: Hous
 # Uploads
 
 
-async def test_a_file_comes_in_parts(house: House) -> None:
+async def test_a_file_comes_in_parts(gateway: Gateway) -> None:
     content = lines(*[SAMPLE] * 200)
-    upload = await house.ada.uploads.create(
+    upload = await gateway.ada.uploads.create(
         bytes=len(content), filename="a.jsonl", mime_type="application/jsonl", purpose="fine-tune"
     )
     assert (upload.status, upload.expires_at - upload.created_at, upload.file) == ("pending", 3600, None)
-    send = house.ada.uploads.parts.create
+    send = gateway.ada.uploads.parts.create
     late = await send(upload.id, data=content[5000:])
     lost = await send(upload.id, data=content[:4000])
     early = await send(upload.id, data=content[:5000])
@@ -265,99 +267,99 @@ async def test_a_file_comes_in_parts(house: House) -> None:
         ([early.id, late.id], "0" * 32),
     ):
         with pytest.raises(openai.BadRequestError):
-            await house.ada.uploads.complete(upload.id, part_ids=part_ids, md5=md5 or openai.omit)
+            await gateway.ada.uploads.complete(upload.id, part_ids=part_ids, md5=md5 or openai.omit)
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    done = await house.ada.uploads.complete(upload.id, part_ids=[early.id, late.id], md5=digest)
+    done = await gateway.ada.uploads.complete(upload.id, part_ids=[early.id, late.id], md5=digest)
     assert done.status == "completed"
     assert done.file is not None
     assert (done.file.status, done.file.bytes, done.file.filename) == ("processed", len(content), "a.jsonl")
-    assert (await house.ada.files.content(done.file.id)).content == content
-    assert (await house.count(UploadPart), stored("uploads")) == (0, [])
-    for attempt in (send(upload.id, data=b"x"), house.ada.uploads.complete(upload.id, part_ids=[early.id])):
+    assert (await gateway.ada.files.content(done.file.id)).content == content
+    assert (await gateway.count(UploadPart), stored("uploads")) == (0, [])
+    for attempt in (send(upload.id, data=b"x"), gateway.ada.uploads.complete(upload.id, part_ids=[early.id])):
         with pytest.raises(openai.ConflictError, match="completed"):
             await attempt
 
 
-async def test_the_client_cuts_a_file_into_parts(house: House, tmp_path: Path) -> None:
+async def test_the_client_cuts_a_file_into_parts(gateway: Gateway, tmp_path: Path) -> None:
     path = tmp_path / "big.bin"
     path.write_bytes(bytes(range(250)) * 6000)
 
     def work() -> Any:
-        with openai.OpenAI(base_url=f"{house.url}/v1", api_key=house.tokens["ada"]) as client:
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.tokens["ada"]) as client:
             return client.uploads.upload_file_chunked(
                 file=path, mime_type="application/octet-stream", purpose="user_data", part_size=400_000
             )
 
     done = await asyncio.to_thread(work)
-    assert (await house.ada.files.content(done.file.id)).content == path.read_bytes()
+    assert (await gateway.ada.files.content(done.file.id)).content == path.read_bytes()
 
 
-async def test_parts_that_are_no_samples_make_a_file_with_an_error(house: House) -> None:
-    upload = await house.ada.uploads.create(bytes=5, filename="a.jsonl", mime_type="text/plain", purpose="fine-tune")
-    part = await house.ada.uploads.parts.create(upload.id, data=b"hello")
-    done = await house.ada.uploads.complete(upload.id, part_ids=[part.id])
+async def test_parts_that_are_no_samples_make_a_file_with_an_error(gateway: Gateway) -> None:
+    upload = await gateway.ada.uploads.create(bytes=5, filename="a.jsonl", mime_type="text/plain", purpose="fine-tune")
+    part = await gateway.ada.uploads.parts.create(upload.id, data=b"hello")
+    done = await gateway.ada.uploads.complete(upload.id, part_ids=[part.id])
     assert done.file is not None
     assert (done.file.status, "line 1 of a.jsonl" in (done.file.status_details or "")) == ("error", True)
 
 
-async def test_an_upload_can_be_given_up(house: House) -> None:
-    upload = await begin(house)
-    await house.ada.uploads.parts.create(upload.id, data=b"x" * 100)
-    assert (await house.ada.uploads.cancel(upload.id)).status == "cancelled"
-    assert (await house.count(UploadPart), stored("uploads")) == (0, [])
+async def test_an_upload_can_be_given_up(gateway: Gateway) -> None:
+    upload = await begin(gateway)
+    await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 100)
+    assert (await gateway.ada.uploads.cancel(upload.id)).status == "cancelled"
+    assert (await gateway.count(UploadPart), stored("uploads")) == (0, [])
     with pytest.raises(openai.ConflictError, match="cancelled"):
-        await house.ada.uploads.parts.create(upload.id, data=b"x")
+        await gateway.ada.uploads.parts.create(upload.id, data=b"x")
     assert stored("uploads") == []
 
 
-async def test_an_upload_ends_after_its_hour(house: House) -> None:
-    upload = await begin(house)
-    part = await house.ada.uploads.parts.create(upload.id, data=b"x" * 100)
-    await house.age(Upload, upload.id)
+async def test_an_upload_ends_after_its_hour(gateway: Gateway) -> None:
+    upload = await begin(gateway)
+    part = await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 100)
+    await gateway.expire(Upload, upload.id)
     with pytest.raises(openai.ConflictError, match="expired"):
-        await house.ada.uploads.complete(upload.id, part_ids=[part.id])
-    assert await file_uploads.remove_expired(house.database) == 1
-    assert (await house.count(UploadPart), stored("uploads")) == (0, [])
-    assert await file_uploads.remove_expired(house.database) == 0
+        await gateway.ada.uploads.complete(upload.id, part_ids=[part.id])
+    assert await file_uploads.remove_expired(gateway.database) == 1
+    assert (await gateway.count(UploadPart), stored("uploads")) == (0, [])
+    assert await file_uploads.remove_expired(gateway.database) == 0
 
 
-async def test_an_upload_is_its_owners_and_has_its_bounds(house: House) -> None:
-    upload = await begin(house)
+async def test_an_upload_is_its_owners_and_has_its_bounds(gateway: Gateway) -> None:
+    upload = await begin(gateway)
     for attempt in (
-        house.bob.uploads.parts.create(upload.id, data=b"x"),
-        house.bob.uploads.complete(upload.id, part_ids=["part_x"]),
-        house.bob.uploads.cancel(upload.id),
+        gateway.bob.uploads.parts.create(upload.id, data=b"x"),
+        gateway.bob.uploads.complete(upload.id, part_ids=["part_x"]),
+        gateway.bob.uploads.cancel(upload.id),
     ):
         with pytest.raises(openai.NotFoundError):
             await attempt
     with pytest.raises(openai.BadRequestError, match="more than 2 times"):
-        await house.ada.uploads.parts.create(upload.id, data=b"x" * 201)
+        await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 201)
     assert stored("uploads") == []
     with pytest.raises(openai.APIStatusError, match="2 MiB"):
-        await house.ada.uploads.create(bytes=3_000_000, filename="a", mime_type="a", purpose="user_data")
-    create: Any = house.ada.uploads.create
+        await gateway.ada.uploads.create(bytes=3_000_000, filename="a", mime_type="a", purpose="user_data")
+    create: Any = gateway.ada.uploads.create
     with pytest.raises(openai.UnprocessableEntityError):
         await create(bytes=1, filename="a", mime_type="a", purpose="vision")
 
 
-async def test_two_who_complete_an_upload_make_one_file(house: House) -> None:
-    upload = await begin(house)
-    part = await house.ada.uploads.parts.create(upload.id, data=b"x" * 100)
+async def test_two_who_complete_an_upload_make_one_file(gateway: Gateway) -> None:
+    upload = await begin(gateway)
+    part = await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 100)
     outcomes = await asyncio.gather(
-        *(house.ada.uploads.complete(upload.id, part_ids=[part.id]) for _ in range(4)), return_exceptions=True
+        *(gateway.ada.uploads.complete(upload.id, part_ids=[part.id]) for _ in range(4)), return_exceptions=True
     )
     refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert len(refused) == 3
     assert all(isinstance(error, openai.ConflictError) for error in refused)
-    assert (await house.count(File), len(stored("files"))) == (1, 1)
+    assert (await gateway.count(File), len(stored("files"))) == (1, 1)
 
 
-async def begin(house: House) -> Any:
-    return await house.ada.uploads.create(bytes=100, filename="a.txt", mime_type="text/plain", purpose="user_data")
+async def begin(gateway: Gateway) -> Any:
+    return await gateway.ada.uploads.create(bytes=100, filename="a.txt", mime_type="text/plain", purpose="user_data")
 
 
-def bearer(house: House, name: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {house.tokens[name]}"}
+def bearer(gateway: Gateway, name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {gateway.tokens[name]}"}
 
 
 def lines(*documents: dict[str, Any]) -> bytes:

@@ -22,7 +22,7 @@ from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
 from serve.engines.protocol import ModelFolder
 from serve.models.resolver import ModelResolver
-from tests.support.app_server import serving
+from tests.support.app_server import running_app
 
 pytestmark = pytest.mark.both_databases
 
@@ -36,23 +36,23 @@ TINY = "forgearr/tiny"
 KEY = 'ü.b "c" [d]'
 
 
-class House:
+class Gateway:
     """A gateway that needs credentials, with files to learn from, and jobs that are as they are said to be."""
 
-    def __init__(self, url: str, database: Database, people: dict[str, identity.User]) -> None:
+    def __init__(self, url: str, database: Database, users: dict[str, identity.User]) -> None:
         self.database = database
         self.owners = {
-            name: Principal(id=user.id, name=name, is_admin=user.role == "admin") for name, user in people.items()
+            name: Principal(id=user.id, name=name, is_admin=user.role == "admin") for name, user in users.items()
         }
         self.clients = {
             name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=identity.create_access_token(user), max_retries=0)
-            for name, user in people.items()
+            for name, user in users.items()
         }
         self.ada, self.bob, self.admin = (self.clients[name].fine_tuning.jobs for name in ("ada", "bob", "admin"))
 
-    async def file(self, *lines: Any, purpose: Any = "fine-tune", who: str = "ada") -> str:
+    async def file(self, *lines: Any, purpose: Any = "fine-tune", username: str = "ada") -> str:
         content = "\n".join(json.dumps(line) for line in lines).encode()
-        return (await self.clients[who].files.create(file=("a.jsonl", content), purpose=purpose)).id
+        return (await self.clients[username].files.create(file=("a.jsonl", content), purpose=purpose)).id
 
     async def create(self, **wanted: Any) -> Any:
         create: Any = self.ada.create
@@ -65,7 +65,7 @@ class House:
         async with self.database.read_transaction() as session:
             return await queue.get(session, job_id, LOCAL)
 
-    async def settle(self, job_id: str, **facts: Any) -> None:
+    async def update_job(self, job_id: str, **facts: Any) -> None:
         async with self.database.transaction() as session:
             await session.execute(update(Job).where(Job.id == job_id).values(**facts))
 
@@ -75,44 +75,44 @@ class House:
             parent = await queue.get(session, job_id, LOCAL)
             spec = {"fine_tune": {"data": {"dataset": "demo/homelab"}}, "export": {"job_id": job_id}}[kind]
             child = await queue.enqueue_child(session, parent, kind, kind, spec)
-        await self.settle(child.id, **facts)
+        await self.update_job(child.id, **facts)
         return child.id
 
-    async def tell(self, *entries: JournalEntry) -> None:
+    async def record(self, *entries: JournalEntry) -> None:
         async with self.database.transaction() as session:
             journal.record(session, entries)
 
-    async def resolve(self, name: str, who: str = "ada") -> Any:
-        return (await ModelResolver().resolve(name, self.owners[who])).source
+    async def resolve(self, name: str, username: str = "ada") -> Any:
+        return (await ModelResolver().resolve(name, self.owners[username])).source
 
 
 @pytest.fixture
-async def house(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gateway]:
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     get_settings.cache_clear()
-    people: dict[str, identity.User] = {}
+    users: dict[str, identity.User] = {}
     async with database.transaction() as session:
         for name in ("ada", "bob", "admin"):
             role = "admin" if name == "admin" else "user"
-            people[name] = await identity.add_user(
+            users[name] = await identity.add_user(
                 session, email=f"{name}@example.com", username=name, password_hash="-", role=role
             )
-    async with serving(create_app()) as address:
-        house = House(f"http://{address}", database, people)
-        yield house
-        for client in house.clients.values():
+    async with running_app(create_app()) as address:
+        gateway = Gateway(f"http://{address}", database, users)
+        yield gateway
+        for client in gateway.clients.values():
             await client.close()
 
 
 # What is asked for
 
 
-async def test_a_request_becomes_a_job_of_the_forge(house: House) -> None:
-    validation = await house.file(SAMPLE)
+async def test_a_request_becomes_a_job_of_the_forge(gateway: Gateway) -> None:
+    validation = await gateway.file(SAMPLE)
     hyperparameters = {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 0.5}
-    job = await house.create(
+    job = await gateway.create(
         method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         validation_file=validation,
         suffix="My Model!",
@@ -120,10 +120,10 @@ async def test_a_request_becomes_a_job_of_the_forge(house: House) -> None:
         metadata={"a": "b"},
         integrations=[],
     )
-    row = await house.job(job.id)
+    row = await gateway.job(job.id)
     assert (row.kind, row.owner_id, row.spec["name"], row.spec["suffix"]) == (
         "forge",
-        house.owners["ada"].id,
+        gateway.owners["ada"].id,
         "ft-tiny",
         "my-model",
     )
@@ -132,26 +132,26 @@ async def test_a_request_becomes_a_job_of_the_forge(house: House) -> None:
     assert (row.spec["data"]["file"], row.spec["validation"]["file"]) == (job.training_file, validation)
     assert job.hyperparameters.to_dict() == hyperparameters
     assert (job.status, job.validation_file, job.metadata, job.seed) == ("queued", validation, {"a": "b"}, 3)
-    assert job.organization_id == f"org-{house.owners['ada'].id}"
+    assert job.organization_id == f"org-{gateway.owners['ada'].id}"
 
 
-async def test_what_is_left_to_us_is_what_every_training_has(house: House) -> None:
+async def test_what_is_left_to_us_is_what_every_training_has(gateway: Gateway) -> None:
     auto: Any = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
-    job = await house.create(hyperparameters=auto)
+    job = await gateway.create(hyperparameters=auto)
     assert job.hyperparameters.to_dict() == {"batch_size": "auto", "learning_rate_multiplier": 1.0, "n_epochs": 3}
-    assert await house.spec(job.id) == await house.spec((await house.create(training_file=job.training_file)).id)
+    assert await gateway.spec(job.id) == await gateway.spec((await gateway.create(training_file=job.training_file)).id)
 
 
-async def test_preferences_are_learned_by_dpo(house: House) -> None:
+async def test_preferences_are_learned_by_dpo(gateway: Gateway) -> None:
     told = {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}
-    job = await house.create(training_file=await house.file(PAIR), method={"type": "dpo", "dpo": told})
+    job = await gateway.create(training_file=await gateway.file(PAIR), method={"type": "dpo", "dpo": told})
     assert (job.method.type, job.method.dpo.hyperparameters.beta, job.method.supervised) == ("dpo", 0.3, None)
-    assert (await house.spec(job.id))["beta"] == 0.3
+    assert (await gateway.spec(job.id))["beta"] == 0.3
 
 
-async def test_a_preset_is_filled_in(house: House) -> None:
-    job = await house.create(model="qwen2.5-0.5b")
-    assert (job.model, (await house.spec(job.id))["rank"]) == ("Qwen/Qwen2.5-0.5B-Instruct", 32)
+async def test_a_preset_is_filled_in(gateway: Gateway) -> None:
+    job = await gateway.create(model="qwen2.5-0.5b")
+    assert (job.model, (await gateway.spec(job.id))["rank"]) == ("Qwen/Qwen2.5-0.5B-Instruct", 32)
 
 
 @pytest.mark.parametrize(
@@ -177,69 +177,71 @@ async def test_a_preset_is_filled_in(house: House) -> None:
         ({"model": "/etc"}, 403, "administrator"),
     ],
 )
-async def test_what_cannot_be_done_is_refused(house: House, wanted: dict[str, Any], status: int, message: str) -> None:
+async def test_what_cannot_be_done_is_refused(
+    gateway: Gateway, wanted: dict[str, Any], status: int, message: str
+) -> None:
     with pytest.raises(openai.APIStatusError, match=message) as refused:
-        await house.create(**wanted)
+        await gateway.create(**wanted)
     assert refused.value.status_code == status
-    assert [job async for job in house.ada.list()] == []
+    assert [job async for job in gateway.ada.list()] == []
 
 
-async def test_a_file_that_is_not_to_be_learned_from_is_refused(house: House) -> None:
+async def test_a_file_that_is_not_to_be_learned_from_is_refused(gateway: Gateway) -> None:
     files = [
-        (await house.file({"no": "sample"}), "cannot be learned from: The line 1 of a.jsonl is no sample"),
-        (await house.file(SAMPLE, purpose="user_data"), "purpose 'user_data'"),
-        (await house.file(PAIR), "kind 'preference'"),
+        (await gateway.file({"no": "sample"}), "cannot be learned from: The line 1 of a.jsonl is no sample"),
+        (await gateway.file(SAMPLE, purpose="user_data"), "purpose 'user_data'"),
+        (await gateway.file(PAIR), "kind 'preference'"),
     ]
     for file_id, message in files:
         for wanted in ({"training_file": file_id}, {"validation_file": file_id}):
             with pytest.raises(openai.BadRequestError, match=message):
-                await house.create(**wanted)
+                await gateway.create(**wanted)
     with pytest.raises(openai.NotFoundError):
-        await house.create(training_file=await house.file(SAMPLE, who="bob"))
+        await gateway.create(training_file=await gateway.file(SAMPLE, username="bob"))
 
 
 # What is told
 
 
-async def test_jobs_are_listed_page_by_page_to_their_owner(house: House) -> None:
-    made = [(await house.create(metadata={"run": str(n % 2), KEY: "x"})).id for n in range(4)]
-    made.append((await house.create()).id)
+async def test_jobs_are_listed_page_by_page_to_their_owner(gateway: Gateway) -> None:
+    made = [(await gateway.create(metadata={"run": str(n % 2), KEY: "x"})).id for n in range(4)]
+    made.append((await gateway.create()).id)
     newest_first = made[::-1]
-    assert [job.id async for job in house.ada.list(limit=2)] == newest_first
-    page = await house.ada.list(limit=2, after=newest_first[2])
+    assert [job.id async for job in gateway.ada.list(limit=2)] == newest_first
+    page = await gateway.ada.list(limit=2, after=newest_first[2])
     assert ([job.id for job in page.data], page.has_more) == (newest_first[3:], False)
-    assert [job.id async for job in house.ada.list(metadata={"run": "1"})] == [made[3], made[1]]
-    assert [job.id async for job in house.ada.list(metadata={"run": "0", KEY: "x"})] == [made[2], made[0]]
-    assert [job.id async for job in house.ada.list(metadata={"run": "0", KEY: "y"})] == []
-    assert [job.id async for job in house.ada.list(extra_query={"metadata": "null"})] == [made[4]]
-    assert [job async for job in house.bob.list()] == []
-    assert [job.id async for job in house.admin.list()] == newest_first
-    attempts: list[Any] = [house.bob.retrieve, house.bob.cancel, house.bob.pause, house.bob.resume]
-    for attempt in (*attempts, house.bob.list_events, house.bob.checkpoints.list):
+    assert [job.id async for job in gateway.ada.list(metadata={"run": "1"})] == [made[3], made[1]]
+    assert [job.id async for job in gateway.ada.list(metadata={"run": "0", KEY: "x"})] == [made[2], made[0]]
+    assert [job.id async for job in gateway.ada.list(metadata={"run": "0", KEY: "y"})] == []
+    assert [job.id async for job in gateway.ada.list(extra_query={"metadata": "null"})] == [made[4]]
+    assert [job async for job in gateway.bob.list()] == []
+    assert [job.id async for job in gateway.admin.list()] == newest_first
+    attempts: list[Any] = [gateway.bob.retrieve, gateway.bob.cancel, gateway.bob.pause, gateway.bob.resume]
+    for attempt in (*attempts, gateway.bob.list_events, gateway.bob.checkpoints.list):
         with pytest.raises(openai.NotFoundError):
             await attempt(made[0])
     with pytest.raises(openai.NotFoundError):
-        await house.bob.list(after=made[0])
+        await gateway.bob.list(after=made[0])
 
 
-async def test_other_jobs_are_no_fine_tuning_jobs(house: House) -> None:
-    async with house.database.transaction() as session:
-        probe = await queue.enqueue(session, JobRequest(kind="probe"), house.owners["ada"])
-    job = await house.create()
-    child = await house.step(job.id, "fine_tune")
+async def test_other_jobs_are_no_fine_tuning_jobs(gateway: Gateway) -> None:
+    async with gateway.database.transaction() as session:
+        probe = await queue.enqueue(session, JobRequest(kind="probe"), gateway.owners["ada"])
+    job = await gateway.create()
+    child = await gateway.step(job.id, "fine_tune")
     for job_id in (probe.id, child):
         with pytest.raises(openai.NotFoundError):
-            await house.ada.retrieve(job_id)
-    assert [one.id async for one in house.ada.list()] == [job.id]
+            await gateway.ada.retrieve(job_id)
+    assert [one.id async for one in gateway.ada.list()] == [job.id]
 
 
-async def test_the_status_is_that_of_its_step(house: House) -> None:
-    job = await house.create()
+async def test_the_status_is_that_of_its_step(gateway: Gateway) -> None:
+    job = await gateway.create()
 
     async def status() -> str:
-        return (await house.ada.retrieve(job.id)).status
+        return (await gateway.ada.retrieve(job.id)).status
 
-    training = await house.step(job.id, "fine_tune")
+    training = await gateway.step(job.id, "fine_tune")
     assert await status() == "queued"
     steps: list[tuple[dict[str, Any], str]] = [
         ({"state": State.RUNNING, "phase": "gathering the data"}, "validating_files"),
@@ -248,58 +250,60 @@ async def test_the_status_is_that_of_its_step(house: House) -> None:
         ({"state": State.SUCCEEDED, "phase": None}, "running"),
     ]
     for facts, expected in steps:
-        await house.settle(training, **facts)
+        await gateway.update_job(training, **facts)
         assert await status() == expected
     for state in (State.PAUSED, State.CANCELLED, State.SUCCEEDED):
         result = {"name": "ft-tiny", "version": 1} if state == State.SUCCEEDED else None
-        await house.settle(job.id, state=state, result=result)
+        await gateway.update_job(job.id, state=state, result=result)
         assert await status() == state
 
 
-async def test_when_it_will_be_done_is_estimated(house: House) -> None:
-    job = await house.create()
-    training = await house.step(job.id, "fine_tune", state=State.RUNNING, phase="training", started_at=now())
-    assert (await house.ada.retrieve(job.id)).estimated_finish is None
-    await house.tell(JournalEntry(training, "progress", {"metrics": {"step": 1, "loss": 2.0, "eta_seconds": 600.0}}))
-    estimated = (await house.ada.retrieve(job.id)).estimated_finish
+async def test_when_it_will_be_done_is_estimated(gateway: Gateway) -> None:
+    job = await gateway.create()
+    training = await gateway.step(job.id, "fine_tune", state=State.RUNNING, phase="training", started_at=now())
+    assert (await gateway.ada.retrieve(job.id)).estimated_finish is None
+    await gateway.record(
+        JournalEntry(training, "progress", {"metrics": {"step": 1, "loss": 2.0, "eta_seconds": 600.0}})
+    )
+    estimated = (await gateway.ada.retrieve(job.id)).estimated_finish
     assert estimated
     assert 590 < estimated - now().timestamp() < 1200
 
 
-async def test_a_failure_is_that_of_its_step(house: House) -> None:
-    job = await house.create()
+async def test_a_failure_is_that_of_its_step(gateway: Gateway) -> None:
+    job = await gateway.create()
     error = {"code": "sample_too_long", "message": "Sample 3 has 5000 tokens."}
-    await house.step(job.id, "fine_tune", state=State.FAILED, error=error)
+    await gateway.step(job.id, "fine_tune", state=State.FAILED, error=error)
     told = {"code": "child_failed", "message": "Its child 'fine_tune' failed."}
-    await house.settle(job.id, state=State.FAILED, error=told, finished_at=now())
-    failed = await house.ada.retrieve(job.id)
+    await gateway.update_job(job.id, state=State.FAILED, error=told, finished_at=now())
+    failed = await gateway.ada.retrieve(job.id)
     assert (failed.status, failed.fine_tuned_model) == ("failed", None)
     assert failed.error
     assert failed.error.to_dict() == {**error, "param": "training_file"}
     with pytest.raises(openai.ConflictError):
-        await house.ada.pause(job.id)
+        await gateway.ada.pause(job.id)
 
 
-async def test_a_job_and_its_step_are_held_together(house: House) -> None:
-    job = await house.create()
-    assert (await house.ada.pause(job.id)).status == "paused"
-    assert (await house.ada.resume(job.id)).status == "queued"
-    training = await house.step(job.id, "fine_tune", state=State.RUNNING, worker="w", lease_token="t")
-    assert (await house.ada.pause(job.id)).status == "paused"
-    assert ((await house.job(job.id)).state, (await house.job(training)).control) == (State.PAUSED, Control.PAUSE)
-    assert (await house.ada.resume(job.id)).status == "running"
-    assert ((await house.job(job.id)).state, (await house.job(training)).control) == (State.QUEUED, None)
+async def test_a_job_and_its_step_are_held_together(gateway: Gateway) -> None:
+    job = await gateway.create()
+    assert (await gateway.ada.pause(job.id)).status == "paused"
+    assert (await gateway.ada.resume(job.id)).status == "queued"
+    training = await gateway.step(job.id, "fine_tune", state=State.RUNNING, worker="w", lease_token="t")
+    assert (await gateway.ada.pause(job.id)).status == "paused"
+    assert ((await gateway.job(job.id)).state, (await gateway.job(training)).control) == (State.PAUSED, Control.PAUSE)
+    assert (await gateway.ada.resume(job.id)).status == "running"
+    assert ((await gateway.job(job.id)).state, (await gateway.job(training)).control) == (State.QUEUED, None)
     with pytest.raises(openai.ConflictError, match="not paused"):
-        await house.ada.resume(job.id)
-    await house.ada.cancel(job.id)
-    assert (await house.job(training)).control == Control.CANCEL
+        await gateway.ada.resume(job.id)
+    await gateway.ada.cancel(job.id)
+    assert (await gateway.job(training)).control == Control.CANCEL
 
 
-async def test_the_journal_is_told_in_openais_words(house: House) -> None:
-    job = await house.create()
-    training = await house.step(job.id, "fine_tune")
+async def test_the_journal_is_told_in_openais_words(gateway: Gateway) -> None:
+    job = await gateway.create()
+    training = await gateway.step(job.id, "fine_tune")
     numbers = {"step": 2, "epoch": 1.0, "loss": 1.5, "token_accuracy": 0.5, "memory_mb": 100.0}
-    await house.tell(
+    await gateway.record(
         JournalEntry(job.id, "running"),
         JournalEntry(job.id, "queued", {"parked": True}),
         JournalEntry(training, "running", {"worker": "w"}),
@@ -310,7 +314,7 @@ async def test_the_journal_is_told_in_openais_words(house: House) -> None:
         JournalEntry(training, "succeeded"),
         JournalEntry(job.id, "failed", {"error": {"code": "x", "message": "No room."}}),
     )
-    told = [event async for event in house.ada.list_events(job.id, limit=2)][::-1]
+    told = [event async for event in gateway.ada.list_events(job.id, limit=2)][::-1]
     assert [(event.level, event.type, event.message) for event in told] == [
         ("info", "message", f"Created fine-tuning job: {job.id}"),
         ("info", "message", "Fine-tuning job started"),
@@ -321,11 +325,11 @@ async def test_the_journal_is_told_in_openais_words(house: House) -> None:
     ]
     assert told[2].data == {"step": 2, "train_loss": 1.5, "train_mean_token_accuracy": 0.5}
     with pytest.raises(openai.BadRequestError, match="no event"):
-        await house.ada.list_events(job.id, after="ftevent-x")
+        await gateway.ada.list_events(job.id, after="ftevent-x")
 
 
-async def test_checkpoints_have_names_that_stand_for_their_folders(house: House) -> None:
-    job = await house.create(suffix="demo")
+async def test_checkpoints_have_names_that_stand_for_their_folders(gateway: Gateway) -> None:
+    job = await gateway.create(suffix="demo")
     moment = now() - timedelta(minutes=1)
     epochs: list[dict[str, Any]] = [
         {
@@ -336,48 +340,48 @@ async def test_checkpoints_have_names_that_stand_for_their_folders(house: House)
         }
         for step in (4, 8, 12)
     ]
-    await house.step(job.id, "fine_tune", checkpoint={"base_model": TINY, "epochs": epochs})
-    found = [checkpoint async for checkpoint in house.ada.checkpoints.list(job.id, limit=2)]
+    await gateway.step(job.id, "fine_tune", checkpoint={"base_model": TINY, "epochs": epochs})
+    found = [checkpoint async for checkpoint in gateway.ada.checkpoints.list(job.id, limit=2)]
     assert [checkpoint.step_number for checkpoint in found] == [12, 8, 4]
     assert (found[0].created_at, found[0].metrics.train_loss) == (int(moment.timestamp()), 2.0)
     assert found[0].metrics.valid_loss is None
     with pytest.raises(openai.BadRequestError, match="no checkpoint"):
-        await house.ada.checkpoints.list(job.id, after="ftckpt_x_1")
+        await gateway.ada.checkpoints.list(job.id, after="ftckpt_x_1")
     name = found[1].fine_tuned_model_checkpoint
     assert name == f"ft:{TINY}:ada:demo:{job.id.removeprefix('job_')}:ckpt-step-8"
     assert (
-        await house.resolve(name)
-        == await house.resolve(name, "admin")
+        await gateway.resolve(name)
+        == await gateway.resolve(name, "admin")
         == ModelFolder(epochs[1]["address"], TINY, moment)
     )
-    for wrong, who in ((name, "bob"), (name.replace("-8", "-9"), "ada"), (name.replace("demo", "other"), "ada")):
+    for wrong, username in ((name, "bob"), (name.replace("-8", "-9"), "ada"), (name.replace("demo", "other"), "ada")):
         with pytest.raises(ModelNotFound):
-            await house.resolve(wrong, who)
+            await gateway.resolve(wrong, username)
     with pytest.raises(openai.BadRequestError, match="never exported"):
-        await house.create(model=name)
+        await gateway.create(model=name)
 
 
-async def test_a_model_that_was_not_exported_has_a_name_too(house: House) -> None:
-    async with house.database.transaction() as session:
+async def test_a_model_that_was_not_exported_has_a_name_too(gateway: Gateway) -> None:
+    async with gateway.database.transaction() as session:
         wanted = JobRequest(kind="fine_tune", spec={"data": {"dataset": "demo/homelab"}})
-        job = await queue.enqueue(session, wanted, house.owners["ada"])
+        job = await queue.enqueue(session, wanted, gateway.owners["ada"])
     name = f"ft:{TINY}:ada::{job.id.removeprefix('job_')}"
     with pytest.raises(ModelNotFound, match="is queued"):
-        await house.resolve(name)
+        await gateway.resolve(name)
     moment = now()
     result = {"model": storage.address("jobs/x/model"), "base_model": TINY}
-    await house.settle(job.id, state=State.SUCCEEDED, result=result, finished_at=moment)
-    assert (await house.ada.retrieve(job.id)).fine_tuned_model == name
-    assert await house.resolve(name) == ModelFolder(result["model"], TINY, moment)
-    assert name in {card.id async for card in house.clients["ada"].models.list()}
-    assert (await house.clients["ada"].models.retrieve(name)).owned_by == "forgearr"
-    assert name not in {card.id async for card in house.clients["bob"].models.list()}
+    await gateway.update_job(job.id, state=State.SUCCEEDED, result=result, finished_at=moment)
+    assert (await gateway.ada.retrieve(job.id)).fine_tuned_model == name
+    assert await gateway.resolve(name) == ModelFolder(result["model"], TINY, moment)
+    assert name in {card.id async for card in gateway.clients["ada"].models.list()}
+    assert (await gateway.clients["ada"].models.retrieve(name)).owned_by == "forgearr"
+    assert name not in {card.id async for card in gateway.clients["bob"].models.list()}
     with pytest.raises(openai.NotFoundError):
-        await house.clients["bob"].models.retrieve(name)
+        await gateway.clients["bob"].models.retrieve(name)
 
 
-async def test_the_same_key_makes_one_job(house: House) -> None:
-    file_id = await house.file(SAMPLE)
+async def test_the_same_key_makes_one_job(gateway: Gateway) -> None:
+    file_id = await gateway.file(SAMPLE)
     told: Any = {"training_file": file_id, "extra_headers": {"Idempotency-Key": "once"}}
-    first, second = [await house.create(**told) for _ in range(2)]
+    first, second = [await gateway.create(**told) for _ in range(2)]
     assert first.id == second.id

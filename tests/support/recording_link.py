@@ -1,0 +1,54 @@
+"""A worker link for jobs that run without a worker."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from jobs.execution.report_writer import JournalEvent, to_storable
+from jobs.leases import Claim
+from jobs.registry import Resources
+from jobs.tables import Job
+
+
+class RecordingLink:
+    """Keeps what a job reports. Artifacts go to storage."""
+
+    def __init__(self) -> None:
+        self.events: list[JournalEvent] = []
+        self.checkpoints: list[Any] = []
+        self.on_report: Callable[[str], None] = lambda phase: None
+
+    def report(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent) -> None:
+        self.events.append(event)
+        self.on_report(values.get("phase") or "")
+
+    def checkpoint(self, claim: Claim, state: Any) -> None:
+        self.checkpoints.append(to_storable(state))
+
+    def artifact(self, claim: Claim, path: Path, name: str) -> str:
+        return storage.save(path, f"jobs/{claim.job_id}/{name}")
+
+    def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
+        raise AssertionError("these jobs have no children")
+
+    @property
+    def logged(self) -> list[str]:
+        return [data["message"] for kind, data in self.events if kind == "log"]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [data["name"] for kind, data in self.events if kind == "input"]
+
+    @property
+    def progress(self) -> list[float]:
+        return [data["progress"] for _, data in self.events if "progress" in data]
+
+    @property
+    def phases(self) -> list[str]:
+        return [data["phase"] for _, data in self.events if data.get("phase")]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The latest value of each metric."""
+        return {name: value for _, data in self.events for name, value in data.get("metrics", {}).items()}
