@@ -1,11 +1,13 @@
-"""The layout of the code: where a kind of job is, and how large files and folders may grow."""
+"""The layout of code and tests: where a kind of job and a test are, and how large files and folders may grow."""
 
 from pathlib import Path
 
 from jobs.registry import kinds
 
 ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 PACKAGES = ("cluster", "jobs", "pipelines", "serve")
+DEEP = "pytestmark = [pytest.mark.platform, pytest.mark.deep]"
 MAX_LINES = 400
 MAX_MODULES = 15
 
@@ -17,10 +19,22 @@ def test_a_kind_is_in_the_module_of_its_name() -> None:
     assert [name for name, path in ours.items() if path[-1] != name and path[-2:] != [name, "job"]] == []
 
 
+def test_a_test_is_in_the_room_of_its_code() -> None:
+    folders = {file.parent.relative_to(TESTS) for package in PACKAGES for file in (TESTS / package).rglob("*.py")}
+    assert len(folders) > 40
+    assert [str(folder) for folder in folders if not (ROOT / folder).is_dir()] == []
+
+
+def test_the_folder_deep_has_deep_tests_only() -> None:
+    unmarked = [file.name for file in (TESTS / "deep").glob("test_*.py") if DEEP not in file.read_text()]
+    assert unmarked == []
+
+
 def test_no_file_is_too_long_and_no_folder_too_full() -> None:
     modules = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py") if "versions" not in file.parts]
     assert len(modules) > 300
     assert [str(file) for file in modules if len(file.read_text().splitlines()) > MAX_LINES] == []
-    folders = {file.parent for file in modules}
+    tests = [file for file in TESTS.rglob("*.py") if "bench" not in file.parts]
+    folders = {file.parent for file in [*modules, *tests]}
     full = [folder for folder in folders if len([*folder.glob("[!_]*.py")]) > MAX_MODULES]
     assert full == []

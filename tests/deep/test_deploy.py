@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from cluster import mlflow_client
-from tests.support.fake_ollama import FakeOllama, running_fake_ollama
 from tests.support.platform import Platform, running_platform
 from tests.support.registry_model import RegistryModel
+from tests.support.services.fake_ollama import FakeOllama, running_fake_ollama
 from tests.support.small_models import write_constant_model
 from tests.support.waiting import TIMEOUT, eventually
 

@@ -20,9 +20,9 @@ from pipelines.training.deploy.ollama_push import OllamaRefused, OllamaUnavailab
 from pipelines.training.models import cache as model_cache
 from pipelines.training.models.versions import ModelNotFound, NoEarlierVersion
 from pipelines.training.spec import DeploySpec
-from tests.support.fake_ollama import FakeOllama, running_fake_ollama
 from tests.support.recording_link import RecordingLink
 from tests.support.registry_model import RegistryModel
+from tests.support.services.fake_ollama import FakeOllama, running_fake_ollama
 from tests.support.waiting import TIMEOUT
 
 CHAT_TEMPLATE = files("configs").joinpath("tiny/chat_template.jinja").read_text()

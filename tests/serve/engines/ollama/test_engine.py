@@ -11,7 +11,7 @@ from cluster.db import Database
 from cluster.settings import get_settings
 from serve.app import create_app
 from tests.support.app_server import running_app
-from tests.support.fake_ollama import FakeOllama, running_fake_ollama
+from tests.support.services.fake_ollama import FakeOllama, running_fake_ollama
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
