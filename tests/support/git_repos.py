@@ -44,7 +44,7 @@ def commit_files(folder: Path, message: str, files: dict[str, str | bytes]) -> s
 
 
 def import_commits(folder: Path, count: int) -> str:
-    """A history of this many commits, each with another line in one file."""
+    """Import a history of this many commits; each changes a line of one file."""
     lines = ["blob", "mark :1", "data 3", "one"]
     for number in range(1, count + 1):
         text = f"line {number}\n"

@@ -1,4 +1,4 @@
-"""Real `git http-backend` behind a small HTTP server on loopback, which asks for Basic credentials if it has some."""
+"""Real `git http-backend` behind a small HTTP server on loopback, with Basic credentials if a test sets them."""
 
 import base64
 import os
@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def git_server(root: Path, password: str | None = None, redirect: str | None = None) -> Generator[GitServer]:
-    """Serves the repositories in a folder. `password` is user:password; with `redirect` it only leads there."""
+    """Serve the repositories in a folder. `password` is user:password; with `redirect`, all responses are redirects."""
     with GitServer(root, password, redirect) as server:
         thread = Thread(target=server.serve_forever, args=(0.05,))
         thread.start()

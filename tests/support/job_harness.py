@@ -46,7 +46,7 @@ class JobHarness:
         self._trained = trained
 
     def fine_tuned(self, which: str, owner_id: str | None = None, **result: Any) -> str:
-        """The id of a fine_tune job that has made the model `which`."""
+        """Add a finished fine_tune job whose result is the model `which`; returns its id."""
         job_id = new_job_id(now())
         address = storage.save(self._trained / which, f"jobs/{job_id}/model")
         made = {"name": f"test-{uuid4().hex[:8]}", "base_model": "forgearr/tiny", "model": address, **result}
@@ -63,7 +63,7 @@ class JobHarness:
     def start(
         self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None, tracked: bool = True
     ) -> tuple[str, RecordingLink]:
-        """A running job of this kind, with its run in MLflow."""
+        """Add a running job of this kind, with its run in MLflow."""
         job_id = new_job_id(now())
         run_id = asyncio.run(_run_in_mlflow(kind, job_id)) if tracked else None
         checked = find_kind(kind).validate_spec(dict(spec))
@@ -90,7 +90,7 @@ class JobHarness:
         return Context(claim, link)
 
     def run(self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None) -> tuple[str, Any, RecordingLink]:
-        """A whole job: its id, its result as it would be stored, and what it said."""
+        """Run a whole job; returns its id, its result as it would be stored, and its link."""
         job_id, link = self.start(kind, spec, owner_id=owner_id)
         result = self.resume(kind, spec, job_id, link, owner_id)
         self.finish(job_id, result)

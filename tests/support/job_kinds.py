@@ -28,7 +28,7 @@ class Family(BaseModel):
 
 @job("deaf", spec=Seconds, max_attempts=1)
 def deaf(context: Context, spec: Seconds) -> str:
-    """Hears nothing of what is asked of it."""
+    """Ignores every request to stop."""
     deadline = time.monotonic() + spec.seconds
     while time.monotonic() < deadline:
         time.sleep(0.05)
@@ -37,7 +37,7 @@ def deaf(context: Context, spec: Seconds) -> str:
 
 @job("hurried", spec=Seconds, max_attempts=1, time_limit=1)
 def hurried(context: Context, spec: Seconds) -> None:
-    """Takes longer than it may."""
+    """Exceeds its time limit."""
     while True:
         context.sleep(0.1)
         context.report(phase="still at it")
@@ -45,7 +45,7 @@ def hurried(context: Context, spec: Seconds) -> None:
 
 @job("silent", spec=Seconds, max_attempts=1, stall_limit=1)
 def silent(context: Context, spec: Seconds) -> None:
-    """Says nothing for longer than it may."""
+    """Exceeds its stall limit."""
     context.sleep(spec.seconds)
 
 
@@ -70,26 +70,26 @@ def broken(context: Context, spec: Empty) -> None:
 
 @job("deadly", spec=Empty)
 def deadly(context: Context, spec: Empty) -> None:
-    """Takes its worker with it."""
+    """Kills its worker."""
     os._exit(1)
 
 
 @job("unstorable", spec=Empty)
 def unstorable(context: Context, spec: Empty) -> object:
-    """Returns what is no JSON."""
+    """Returns something that is not JSON."""
     return object()
 
 
 @job("odd", spec=Empty)
 def odd(context: Context, spec: Empty) -> dict[str, Any]:
-    """Reports and returns what databases dislike."""
+    """Reports and returns values that databases refuse."""
     context.report(phase="nul \0 here", loss=float("nan"))
     return {"nul": "a\0b", "nan": float("nan"), "infinity": float("inf")}
 
 
 @job("talkative", spec=Empty)
 def talkative(context: Context, spec: Empty) -> None:
-    """Logs in every way there is."""
+    """Logs through the context and through `logging`."""
     context.log("through the context")
     logging.getLogger("some.library").warning("through %s", "logging")
 

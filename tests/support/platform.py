@@ -1,4 +1,4 @@
-"""A whole platform for a test: `forgearr up --detach` in a home of its own, and hands that can kill any part of it."""
+"""A whole platform for a test: `forgearr up --detach` in a home of its own, and ways to kill any part of it."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Platform:
         self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `forgearr …`. Two that come up at once may choose the same ports for what Ray starts by itself."""
+        """Run `forgearr …`. One `up` at a time: two could choose the same ports for what Ray starts by itself."""
         with LOCK.open("w") as lock:
             if "up" in arguments:
                 flock(lock, LOCK_EX)
@@ -76,7 +76,7 @@ class Platform:
         return answer.json()["id"]
 
     def keep_busy(self, jobs: list[str], spec: dict[str, Any]) -> None:
-        """Add jobs to these, and more of them where they are over before ten were seen to run at once."""
+        """Submit jobs until ten run at once, and add their ids to `jobs`."""
         self._submit_wave(jobs, spec)
 
         def busy() -> bool:
@@ -93,7 +93,7 @@ class Platform:
             jobs += pool.map(self._submit_surely, [spec] * WAVE)
 
     def _submit_surely(self, spec: dict[str, Any]) -> str:
-        """Sent until somebody answers: a door may have died, and with it the answer to what it took."""
+        """Retry until there is a response: a gateway may die between the request and the response."""
         headers = {"Idempotency-Key": uuid4().hex}
 
         def send() -> str:
@@ -114,15 +114,15 @@ class Platform:
         return answer.json()["total"]
 
     def wait_for(self, job_id: str, *states: str) -> dict[str, Any]:
-        wanted = states or ("succeeded", "failed", "cancelled")
-        return eventually(lambda: job if (job := self.job(job_id))["state"] in wanted else None)
+        awaited = states or ("succeeded", "failed", "cancelled")
+        return eventually(lambda: job if (job := self.job(job_id))["state"] in awaited else None)
 
     def wait_for_mlflow(self) -> None:
-        """A cold one takes a while to start, and the rest of the platform does not wait for it."""
+        """MLflow may take a while to start, and the rest of the platform does not wait for it."""
         eventually(lambda: httpx.get(f"{self.mlflow_url}/health").is_success)
 
     def processes(self, title: str = "", *, mentions: str = "") -> list[psutil.Process]:
-        """The living processes of this installation whose command line begins with `title`, and mentions that."""
+        """The living processes of this installation whose command line begins with `title` and contains `mentions`."""
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             try:
@@ -155,7 +155,7 @@ class Platform:
 
 
 def unused_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, below those that the system gives out by itself meanwhile."""
+    """Ports that nothing listens on, below the range from which the system assigns ports."""
     ports: list[int] = []
     while len(ports) < count:
         port = random.randint(10_100, 19_900)
@@ -166,7 +166,7 @@ def unused_ports(count: int) -> list[int]:
 
 @contextmanager
 def running_platform(settings: dict[str, str] | None = None) -> Generator[Platform]:
-    """A platform that is up, and afterwards down without a trace."""
+    """A running platform. After the block it is down and leaves no process."""
     home = Path(tempfile.mkdtemp(prefix="forgearr-test-", dir="/tmp"))
     platform = Platform(home, settings)
     try:

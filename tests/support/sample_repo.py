@@ -1,4 +1,4 @@
-"""A git repository of a few dozen documented functions, and its history: what a model is retrained on in tests."""
+"""A git repository of a few dozen documented functions, and its history: the data of retrainings in tests."""
 
 import subprocess
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ FIRST_MODULES: Mapping[str, Mapping[str, str]] = {
         "archive_old": "Move letters of past years into the archive on the tape.",
     },
 }
-"""Of each file: its functions, and what their docstrings say."""
+"""By file name: its functions and their docstrings."""
 
 LATER_MODULES: Mapping[str, Mapping[str, str]] = {
     "music.py": {
@@ -63,7 +63,7 @@ LATER_MODULES: Mapping[str, Mapping[str, str]] = {
 
 
 class SampleRepo:
-    """The repository, with a person who commits to it."""
+    """The repository."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ class SampleRepo:
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit(self, modules: Mapping[str, Mapping[str, str]], environment: Mapping[str, str] | None = None) -> None:
-        """A commit for each module, as a person makes them: hooks run."""
+        """Make a commit for each module. Hooks run."""
         for name, functions in modules.items():
             (self.folder / name).write_text(source(functions))
             self.git("add", name)
@@ -86,5 +86,6 @@ class SampleRepo:
 
 def source(functions: Mapping[str, str]) -> str:
     return "\n\n".join(
-        f'def {name}(house):\n    """{told}"""\n    return house.run("{name}")\n' for name, told in functions.items()
+        f'def {name}(house):\n    """{docstring}"""\n    return house.run("{name}")\n'
+        for name, docstring in functions.items()
     )

@@ -1,7 +1,7 @@
 """GGUF files for tests: tiny Llamas, written in milliseconds without torch or a converter.
 
-Their vocabulary is the 256 bytes and one pair. One sort has random weights; the other always says what it was made to
-say, because each of its tokens has just one that can follow.
+Their vocabulary is the 256 bytes and one pair. One kind has random weights. The other always generates the same text,
+because each of its tokens has only one successor.
 """
 
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ HEAD_WIDTH = 16
 MERGED = ("H", "i")  # a vocabulary of this sort must have one pair that is joined
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CERTAIN = 10.0
-LONGEST_PIECE = 12
+MAX_PIECE = 12
 LORA_RANK = 8
-GAP = [f"tokenizer.ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid")]
+FILL_IN_MIDDLE = [f"tokenizer.ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid")]
 RANKING = {"llama.pooling_type": 4}
-SAID = "{%- if message.content %}"
-THOUGHT = (
+CONTENT_BLOCK = "{%- if message.content %}"
+THINKING_BLOCK = (
     "{%- if message.reasoning_content %}"
     "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}"
 )
-"""In the template of forgearr/tiny: what an assistant has said, and what goes before it."""
+"""Parts of the template of forgearr/tiny: the content of an answer, and the thinking that goes before it."""
 
 Weights = dict[str, Any]
 
@@ -44,7 +44,7 @@ def write_model(
     talkative: bool = False,
     ranks: bool = False,
 ) -> Path:
-    """A model of random weights. A talkative one never ends an answer by itself; one that ranks says so in its file."""
+    """A model of random weights. A talkative one never ends its answer; one that ranks has a pooling type for it."""
     tokens = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
     random = np.random.default_rng(seed)
     width = heads * HEAD_WIDTH
@@ -59,7 +59,7 @@ def write_constant_model(
 ) -> Path:
     """A model that answers everything with this text.
 
-    One that fills gaps takes a line's end as the sign of it; of one that thinks, the thoughts are in <think>.
+    With `fills_gaps` it has tokens for filling in the middle; with `thinks` its template puts thinking into <think>.
     """
     known = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
     pieces = _pieces(text, set(known))
@@ -68,17 +68,17 @@ def write_constant_model(
     width = heads * HEAD_WIDTH
     weights = {name: np.zeros(shape) for name, shape in _shapes(1, width, len(tokens)).items()}
     weights["token_embd.weight"][: len(tokens), : len(tokens)] = np.eye(len(tokens))
-    # What comes last in a question is a line's end, after "assistant".
-    said = [tokens.index(_visible("\n")), *range(tokens.index(pieces[0]), tokens.index(pieces[-1]) + 1)]
-    for before, after in zip(said, [*said[1:], tokens.index("<|im_end|>")], strict=True):
+    # A prompt ends with a newline, after "assistant".
+    sequence = [tokens.index(_visible("\n")), *range(tokens.index(pieces[0]), tokens.index(pieces[-1]) + 1)]
+    for before, after in zip(sequence, [*sequence[1:], tokens.index("<|im_end|>")], strict=True):
         weights["output.weight"][after, before] = CERTAIN
-    gap = [tokens.index(sign) for sign in (*SPECIAL_TOKENS[:2], _visible("\n"))] if fills_gaps else []
-    facts = dict(zip(GAP, gap, strict=False))
+    gap_tokens = [tokens.index(sign) for sign in (*SPECIAL_TOKENS[:2], _visible("\n"))] if fills_gaps else []
+    facts = dict(zip(FILL_IN_MIDDLE, gap_tokens, strict=False))
     return _write(path, tokens, weights, 1, heads, context, facts=facts, thinks=thinks)
 
 
 def write_adapter(path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, strength: float = 1.0) -> Path:
-    """A LoRA for a model of random weights of the same shape; of strength 0, it changes nothing."""
+    """A LoRA for a model of random weights of the same shape. With strength 0 it has no effect."""
     random = np.random.default_rng(seed)
     width = heads * HEAD_WIDTH
     writer = GGUFWriter(path, "llama")
@@ -161,16 +161,16 @@ def _add_vocabulary(writer: GGUFWriter, tokens: list[str]) -> None:
 
 def _chat_template(thinks: bool) -> str:
     template = (files("configs") / "tiny" / "chat_template.jinja").read_text()
-    return template.replace(SAID, THOUGHT + SAID) if thinks else template
+    return template.replace(CONTENT_BLOCK, THINKING_BLOCK + CONTENT_BLOCK) if thinks else template
 
 
 def _pieces(text: str, taken: set[str]) -> list[str]:
-    """The text in parts that are all different, so that each can be a token of its own."""
+    """Split the text into parts that are all different, so that each can be a token."""
     pieces: list[str] = []
     rest = _visible(text)
     while rest:
-        # What is left over at the end is no piece of its own: single characters are all taken.
-        sizes = range(LONGEST_PIECE if len(rest) > 2 * LONGEST_PIECE else len(rest), len(rest) + 1)
+        # The last piece takes the rest: single characters are all taken.
+        sizes = range(MAX_PIECE if len(rest) > 2 * MAX_PIECE else len(rest), len(rest) + 1)
         length = next(size for size in sizes if rest[:size] not in taken)
         pieces.append(rest[:length])
         taken.add(rest[:length])
@@ -184,14 +184,14 @@ def _visible(text: str) -> str:
 
 
 def _byte_characters() -> list[str]:
-    """How GPT-2's vocabulary writes the 256 bytes: those that cannot be seen as characters from 256 on."""
+    """How GPT-2's vocabulary writes the 256 bytes: invisible ones as characters from 256 on."""
     unseen = count(256)
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     return [chr(byte if byte in seen else next(unseen)) for byte in range(256)]
 
 
 def write_folder(target: Path, *, spread: float = 0.3, context: int = 2048) -> Path:
-    """forgearr/tiny as a folder, with weights that differ more, so that it says something else with each token."""
+    """forgearr/tiny as a folder, with weights spread wider, so that it generates varied tokens."""
     import torch
     from safetensors.torch import load_file, save_file
 

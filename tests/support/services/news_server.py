@@ -40,7 +40,7 @@ class NewsServer:
     )
 
     def post(self, name: str, content: bytes, *, parts: int = 4, lost: int = 0) -> str:
-        """Post a file; returns the NZB that says where it is. The server has lost the first `lost` of its articles."""
+        """Post a file; returns its NZB. The server has lost the first `lost` of its articles."""
         length = -(-len(content) // parts)
         segments: list[str] = []
         for number, begin in enumerate(range(0, len(content), length), 1):
@@ -72,7 +72,7 @@ class NewsServer:
 
 @contextmanager
 def running_news_server() -> Generator[NewsServer]:
-    """A news server, for as long as the block."""
+    """A news server that runs during the block."""
     news = NewsServer()
     news.open.set()
 
@@ -95,7 +95,7 @@ def add_news_server(sabnzbd: RunningService, news: NewsServer) -> None:
 
 
 def add_download(sabnzbd: RunningService, nzb: str, name: str, **options: Any) -> str:
-    """Give SABnzbd an NZB; returns the id of the download."""
+    """Add an NZB to SABnzbd; returns the id of the download."""
     sent = {"nzbfile": (f"{name}.nzb", nzb.encode(), "application/x-nzb")}
     parameters = {"mode": "addfile", "output": "json", "apikey": sabnzbd.key, "nzbname": name, **options}
     told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent, timeout=TIMEOUT).raise_for_status().json()

@@ -20,11 +20,11 @@ def document_path(document: str) -> Path:
 
 
 def corrected(document: str) -> dict[str, Any]:
-    """The document, but for where it is wrong: a command takes fields of its own, such as seriesId, and tells them."""
-    told = json.loads(document_path(document).read_text())
+    """The document with one correction: a command has fields of its own, such as seriesId."""
+    content = json.loads(document_path(document).read_text())
     for name in ("CommandResource", "Command"):
-        told["components"]["schemas"][name]["additionalProperties"] = True
-    return told
+        content["components"]["schemas"][name]["additionalProperties"] = True
+    return content
 
 
 def check_request(document: str, method: str, path: str, query: Mapping[str, str], body: object = None) -> None:
@@ -41,7 +41,7 @@ def check_request(document: str, method: str, path: str, query: Mapping[str, str
 
 
 def check_response(document: str, path: str, content: object, method: str = "GET") -> None:
-    """Fail unless this is what the document says that this operation answers."""
+    """Fail unless this is a response of this operation, as the document declares it."""
     kinds = _operation(document, method, path)["responses"]["200"].get("content")
     if kinds is None:
         return  # it does not say
@@ -54,7 +54,7 @@ def _validate(document: str, schema: dict[str, Any], content: object) -> None:
 
 
 def _operation(document: str, method: str, path: str) -> dict[str, Any]:
-    """The operation of an address, in which ids may stand where the document has `{id}`."""
+    """The operation of a path, which may have ids where the document has `{id}`."""
     paths = _document(document)["paths"]
     requested = path.split("/")
     fitting = [known for known in paths if _fits(known.split("/"), requested) and method.lower() in paths[known]]
@@ -81,7 +81,7 @@ def _document(name: str) -> dict[str, Any]:
 
 
 def _nullable(schema: Any) -> Any:
-    """OpenAPI 3.0 says `nullable` where JSON Schema has a type of its own for null."""
+    """Translate OpenAPI 3.0's `nullable` into the type null of JSON Schema."""
     if isinstance(schema, list):
         return [_nullable(part) for part in schema]
     if not isinstance(schema, dict):

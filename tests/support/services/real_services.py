@@ -23,7 +23,7 @@ from tests.support.services.openapi_documents import corrected
 from tests.support.waiting import TIMEOUT, eventually
 
 PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
-"""Where .ci/run puts it. It comes from npm, and belongs to nobody else on this machine."""
+"""Where .ci/run puts it. It comes from npm."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def sabnzbd(folder: Path) -> Generator[RunningService]:
 
 @contextmanager
 def node_exporter(folder: Path) -> Generator[RunningService]:
-    """What tells Prometheus of this machine."""
+    """The exporter of this machine's metrics."""
     address = _free_address()
     with _running(folder, address, "/metrics", "prometheus-node-exporter", f"--web.listen-address={address}") as url:
         yield RunningService(url, folder)
@@ -60,7 +60,7 @@ def node_exporter(folder: Path) -> Generator[RunningService]:
 
 @contextmanager
 def prometheus(folder: Path, *scraped: RunningService) -> Generator[RunningService]:
-    """Prometheus, which looks at these every second, and has done so once."""
+    """Prometheus, which scrapes these every second, and has done so once."""
     targets = [running.url.removeprefix("http://") for running in scraped]
     jobs = [{"job_name": "scraped", "static_configs": [{"targets": targets}]}] if targets else []
     told = {"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}
@@ -74,7 +74,7 @@ def prometheus(folder: Path, *scraped: RunningService) -> Generator[RunningServi
 
 @contextmanager
 def prism(folder: Path, document: str) -> Generator[RunningService]:
-    """Prism, which answers as the official document of a service says, and refuses what that does not allow."""
+    """Prism, which answers by the official document of a service, and refuses what that does not allow."""
     (folder / "document.json").write_text(json.dumps(corrected(document)))
     address = _free_address()
     host, port = address.split(":")
@@ -113,7 +113,7 @@ def searx(folder: Path, finds: str) -> Generator[RunningService]:
 
 @contextmanager
 def _running(folder: Path, address: str, health: str, program: str, *options: str) -> Generator[str]:
-    """The program, for as long as the block, once it answers at the path `health`; its URL."""
+    """Run a program during the block; yields its URL once it answers at the path `health`."""
     path = shutil.which(program)
     if path is None:
         reason = f"{program} is not installed, so what needs it is tried with likenesses only."
@@ -138,7 +138,7 @@ def _running(folder: Path, address: str, health: str, program: str, *options: st
 
 
 def _scraped(prometheus: str) -> int:
-    """How many of its targets it has seen."""
+    """How many targets Prometheus has scraped."""
     answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": "count(up == 1)"}).json()
     return sum(int(found["value"][1]) for found in answer["data"]["result"])
 
