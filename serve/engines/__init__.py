@@ -1,1 +1,1 @@
-"""What runs models. Only the processes of an engine load its library; the gateway calls them through a client."""
+"""The engines, which run models. Only an engine's processes load its library; the gateway calls them by a client."""

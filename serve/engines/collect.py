@@ -1,4 +1,4 @@
-"""A whole answer, put together from the chunks of a streamed one."""
+"""Combines the chunks of a streamed completion into one response."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -10,21 +10,21 @@ TEXT_FIELDS = ("content", "reasoning_content")
 
 
 async def collect(stream: AsyncGenerator[list[Chunk], None]) -> dict[str, Any]:
-    """A stream, heard to its end."""
-    answer = ChunkAccumulator()
+    """Read the whole stream, and return the response for a client that does not stream."""
+    accumulator = ChunkAccumulator()
     async with aclosing(stream):
         async for chunks in stream:
             for chunk in chunks:
-                answer.add(chunk)
-    return answer.result()
+                accumulator.add(chunk)
+    return accumulator.result()
 
 
 class ChunkAccumulator:
-    """Hears chunks, in order; then `whole` is what a client gets that did not want a stream."""
+    """Takes the chunks of one completion in order, and builds its response without streaming."""
 
     def __init__(self) -> None:
         self._message: dict[str, Any] = {"role": "assistant", "content": None}
-        self._text: str | None = None  # of a prompt that was gone on from
+        self._text: str | None = None  # of the completion of a prompt; None for a chat
         self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: list[Any] = []
         self._finish_reason: str | None = None

@@ -1,4 +1,4 @@
-"""What a model brings along, put into the requests that do not say it themselves: one place for all doors."""
+"""Applies a model's own defaults to requests: parameters, system message and first messages, alike for all APIs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from serve.engines.options import Parameters
 
 
 def apply_defaults(request: Mapping[str, Any], defaults: ModelDefaults) -> Mapping[str, Any]:
-    """The same request, with the model's own parameters, system message and first messages where it has none."""
+    """Add the model's parameters, system message and first messages where the request sets none."""
     if defaults.parameters:
         request = {**Parameters.model_validate(defaults.parameters).for_engine(), **request}
     if "messages" in request and (defaults.system or defaults.messages):
@@ -23,5 +23,5 @@ def apply_defaults(request: Mapping[str, Any], defaults: ModelDefaults) -> Mappi
 
 
 def context_limit(defaults: ModelDefaults) -> int | None:
-    """How many tokens a conversation may have by the model's own parameters."""
+    """The size of the context in tokens that the model's own parameters set; None if they set none."""
     return defaults.parameters.get("num_ctx")

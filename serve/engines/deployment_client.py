@@ -1,4 +1,4 @@
-"""The engine as the gateway sees it: calls of a deployment on Ray Serve, and their errors in our own words."""
+"""The gateway's client of an engine: calls a deployment on Ray Serve, and translates its errors into Forgearr's."""
 
 import asyncio
 import sys
@@ -28,16 +28,17 @@ APPLICATION = "forgearr"
 BROADCAST_TIMEOUT_SECONDS = 30
 
 _handle_lock = threading.Lock()
-"""Whoever asks for a handle in this process gets the same one, which is prepared once."""
+"""Serve returns the same handle to all callers in this process; it can be initialized once only."""
 
 
 class DeploymentEngine:
     """Satisfies protocol.Engine."""
 
     def __init__(self, deployment: str, replicas_setting: str, *, separate_loop: bool = False) -> None:
-        """`setting` is the one of the section `engines` that says how many replicas there are.
+        """`replicas_setting` names the setting in the section `engines` that has the number of replicas.
 
-        Serve's throughput mode ties a handle to the event loop of whoever comes first, unless it is to be `apart`.
+        In Serve's throughput mode a handle works only in the event loop of its first caller. With `separate_loop` it
+        has a loop of its own, and works in all.
         """
         self._deployment = deployment
         self._separate_loop = separate_loop
@@ -50,11 +51,11 @@ class DeploymentEngine:
     async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
         handle = (await self._get_handle()).options(**self._routing(reference))
         with _translate_errors():
-            answer = handle.complete.remote(reference, request, source)
+            response = handle.complete.remote(reference, request, source)
             try:
-                return await answer
+                return await response
             finally:
-                answer.cancel()
+                response.cancel()
 
     async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
         handle = (await self._get_handle()).options(**self._routing(reference))
@@ -91,15 +92,15 @@ class DeploymentEngine:
     async def _chat(self, reference: str, request: EngineRequest, source: Source) -> AsyncGenerator[list[Chunk]]:
         handle = (await self._get_handle()).options(stream=True, **self._routing(reference))
         with _translate_errors():
-            answer = handle.chat.remote(reference, request, source)
+            response = handle.chat.remote(reference, request, source)
             try:
-                async for chunks in answer:
+                async for chunks in response:
                     yield chunks
             finally:
-                answer.cancel()
+                response.cancel()
 
     async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
-        """Each replica holds models of its own. Where none runs, because nobody has asked yet, none is started."""
+        """Call every replica, because each has its own models. If no replica runs, none is started."""
         if not self._replicas:
             return []
         handle = await self._get_handle()
@@ -110,7 +111,7 @@ class DeploymentEngine:
         return []
 
     async def _get_handle(self) -> Any:
-        # A process that has not joined Ray must not do so by the way: Ray would start a cluster of its own for it.
+        # In a process that has not joined Ray, a call of Serve would start a new cluster.
         ray: Any = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             raise EngineUnavailable("This process is not part of the cluster and cannot reach an engine.")
@@ -123,7 +124,7 @@ class DeploymentEngine:
         return self._handle
 
     def _routing(self, reference: str) -> dict[str, str]:
-        """Of several replicas, one that holds the model. For a single one, Serve's matching would only cost time."""
+        """Prefer a replica that has the model. With one replica, Serve's matching would only cost time."""
         return {"multiplexed_model_id": reference} if self._replicas > 1 else {}
 
     @property
@@ -148,7 +149,7 @@ def _create_handle(deployment: str, separate_loop: bool) -> Any:
 
 @contextmanager
 def _translate_errors() -> Generator[None]:
-    """The one line of defence: what goes wrong in Ray, or in the engine, is one of our errors above."""
+    """Translate the errors of Ray and of the engine into Forgearr's. Callers see no others."""
     import ray.exceptions
     from ray.serve.exceptions import RayServeException
 

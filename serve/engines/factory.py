@@ -1,4 +1,4 @@
-"""The engines that an installation has, as one."""
+"""Builds the engine of an installation: a router over its deployments and its Ollama server."""
 
 from cluster.settings import get_settings
 from serve.engines.deployment_client import DeploymentEngine
@@ -10,7 +10,7 @@ GGUF, TRANSFORMERS = "gguf", "transformers"
 
 
 def build_engine(*, separate_loop: bool = False) -> Engine:
-    """`apart`: for a process whose event loops come and go, as those of jobs do."""
+    """`separate_loop`: for a process with short-lived event loops, such as a worker that runs jobs."""
     folders = DeploymentEngine(TRANSFORMERS, "transformers_replicas", separate_loop=separate_loop)
     ollama_engine = OllamaEngine(get_settings().ollama.url)
     return EngineRouter(

@@ -1,4 +1,4 @@
-"""The messages of a chat, as engines take them."""
+"""Chat messages in Ollama's format, and their conversion to OpenAI's, which engines take."""
 
 import json
 from collections import deque
@@ -13,7 +13,7 @@ class CalledFunction(BaseModel):
 
 
 class Call(BaseModel):
-    """Ollama's calls have no id of their own; those of some clients do."""
+    """A call of a tool. In Ollama's format it has no id, but some clients send one."""
 
     id: str | None = None
     function: CalledFunction
@@ -25,14 +25,14 @@ class Message(BaseModel):
     thinking: str | None = None
     images: Annotated[list[str] | None, Field(max_length=0)] = None
     tool_calls: list[Call] | None = None
-    tool_name: str | None = Field(default=None, description="Of a tool's message: the function that was called.")
+    tool_name: str | None = Field(default=None, description="In a message of a tool: the name of the function.")
     tool_call_id: str | None = None
 
 
 def to_openai_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """As OpenAI has it, where a tool's message names the call that it answers."""
+    """Convert to OpenAI's format, where a message of a tool names the id of the call that it answers."""
     converted: list[dict[str, Any]] = []
-    open_calls = deque[tuple[str, str]]()  # name and id, in the order in which they were made
+    open_calls = deque[tuple[str, str]]()  # name and id, in the order of the calls
     for number, message in enumerate(messages):
         openai_message: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.thinking:
@@ -52,7 +52,7 @@ def to_openai_messages(messages: list[Message]) -> list[dict[str, Any]]:
 
 
 def _answered_call_id(open_calls: deque[tuple[str, str]], name: str | None) -> str:
-    """The oldest call of that name that has no answer yet, or the oldest of all when none is named."""
+    """The oldest call of that name that has no answer yet; without a name, the oldest of all."""
     for call in open_calls:
         if name is None or call[0] == name:
             open_calls.remove(call)

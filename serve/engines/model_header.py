@@ -1,4 +1,7 @@
-"""What a GGUF file says of its model, and how much memory that needs: read in milliseconds, without its weights."""
+"""Reads the header of a GGUF file, and computes from it how much memory the model needs.
+
+It takes milliseconds, because the weights are not read.
+"""
 
 import math
 import mmap
@@ -16,15 +19,15 @@ VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 MAX_ARRAY_LENGTH = 1024
-"""Of numbers, such as the heads of each layer. Of longer ones, and of strings, only the length is kept."""
+"""For numbers, such as the heads of each layer. Of longer arrays, and of arrays of strings, only the length is read."""
 QUANTIZATIONS = {
     **{0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 8: "q5_0", 9: "q5_1", 10: "q2_k", 11: "q3_k_s"},
     **{12: "q3_k_m", 13: "q3_k_l", 14: "q4_k_s", 15: "q4_k_m", 16: "q5_k_s", 17: "q5_k_m", 18: "q6_k", 32: "bf16"},
 }
-"""By llama.cpp's numbers (llama_ftype)."""
-ELEMENT_BYTES = 2  # of the cache of keys and values, which is in f16
+"""By llama.cpp's `llama_ftype`."""
+ELEMENT_BYTES = 2  # of the key-value cache, which is in f16
 RANK_POOLING = 4
-"""The way of pooling whose outcome is a single number."""
+"""llama.cpp's LLAMA_POOLING_TYPE_RANK: the result is one number."""
 BATCH_TOKENS = 512
 
 
@@ -38,22 +41,20 @@ class ModelUnreadable(ForgearrError):
 class Header:
     architecture: str
     file_bytes: int
-    context: int  # tokens that the model was made for
+    context: int  # tokens, at most
     layers: int
     hidden_size: int
-    kv_width: int  # numbers that one layer keeps of one token
+    kv_width: int  # numbers in the key-value cache for one layer and one token
     vocab_size: int
     parameters: int
-    template: str  # of conversations, in Jinja; empty where it has none
-    has_pooling: bool  # made for embeddings: it says itself how those of the tokens become that of a text
-    is_reranker: bool  # made to say how well a text fits a question
-    fim_tokens: (
-        tuple[int, int, int] | None
-    )  # tokens that stand before what precedes a gap, what follows it, and what fills it
-    quantization: str = "unknown"  # as its file says
+    template: str  # of chats, in Jinja; empty if there is none
+    has_pooling: bool  # an embedding model: it defines how token embeddings become the embedding of a text
+    is_reranker: bool  # it scores how well a text fits a query
+    fim_tokens: tuple[int, int, int] | None  # for fill in the middle: before the prefix, the suffix, the middle
+    quantization: str = "unknown"
 
     def memory_bytes(self, context: int, slots: int, batch: int = BATCH_TOKENS) -> int:
-        """Bytes for weights, cache and working space, when each of the slots holds so many tokens."""
+        """Bytes for the weights, the key-value cache and working memory, if each slot holds `context` tokens."""
         cache = self.layers * self.kv_width * ELEMENT_BYTES * context * slots
         return self.file_bytes + cache + 4 * batch * (self.vocab_size + 4 * self.hidden_size)
 
@@ -64,7 +65,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The metadata alone, which an adapter has too."""
+    """Only the metadata, which the file of an adapter has too."""
     with _opened(path) as content:
         return _fields(content)[0]
 
@@ -75,7 +76,7 @@ def _opened(path: Path) -> Generator[mmap.mmap]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield content
     except (struct.error, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise ModelUnreadable(f"{path.name} is not a GGUF file of a model: {error or 'it breaks off'}.") from error
+        raise ModelUnreadable(f"{path.name} is not a GGUF file of a model: {error or 'it is truncated'}.") from error
 
 
 def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
@@ -111,9 +112,9 @@ def _max_of(value: int | list[int]) -> int:
 
 
 def _fields(content: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """The metadata at the beginning of the file, and how many parameters its tensors have."""
+    """The metadata at the start of the file, and the number of parameters in its tensors."""
     if content[:4] != MAGIC:
-        raise ValueError("it does not begin as one")
+        raise ValueError("it does not start with 'GGUF'")
     version, tensors, count = struct.unpack_from("<IQQ", content, 4)
     if version not in VERSIONS:
         raise ValueError(f"it has version {version} of the format")
@@ -127,12 +128,12 @@ def _fields(content: mmap.mmap) -> tuple[dict[str, Any], int]:
 
 
 def _tensor_sizes(content: mmap.mmap, offset: int, tensors: int) -> Iterator[int]:
-    """How many numbers each of the tensors has, that are told of after the metadata."""
+    """The size of each tensor, from the table that follows the metadata."""
     for _ in range(tensors):
         _, offset = _string(content, offset)
         (dimensions,) = struct.unpack_from("<I", content, offset)
         yield math.prod(struct.unpack_from(f"<{dimensions}Q", content, offset + 4))
-        offset += 4 + 8 * dimensions + 12  # its type and its place in the file
+        offset += 4 + 8 * dimensions + 12  # the tensor's type and its offset in the file
 
 
 def _value(content: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
@@ -162,5 +163,5 @@ def _string(content: mmap.mmap, offset: int) -> tuple[str, int]:
     (length,) = struct.unpack_from("<Q", content, offset)
     text = content[offset + 8 : offset + 8 + length]
     if len(text) != length:
-        raise ValueError("it breaks off")
+        raise ValueError("it is truncated")
     return text.decode(), offset + 8 + length

@@ -1,4 +1,4 @@
-"""Options of a generation, by Ollama's names."""
+"""Generation options under Ollama's names, and their translation for engines."""
 
 from collections.abc import Mapping, Set
 from typing import Any, Literal
@@ -6,8 +6,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SEED_MODULUS = 2**32 - 1
-
-
 PASSTHROUGH_OPTIONS = {
     "temperature",
     "top_k",
@@ -22,7 +20,7 @@ PASSTHROUGH_OPTIONS = {
     "mirostat_tau",
     "mirostat_eta",
 }
-"""Options that llama.cpp takes as they come."""
+"""Options that llama.cpp has under the same name."""
 LOAD_OPTIONS = {
     "num_ctx",
     "num_batch",
@@ -39,11 +37,11 @@ LOAD_OPTIONS = {
     "embedding_only",
     "f16_kv",
 }
-"""How a model is loaded is said in this server's settings. Programs send these to every Ollama, so they pass."""
+"""Options of loading, which this server's settings decide. Programs send them to every Ollama, so they are ignored."""
 
 
 class Options(BaseModel):
-    """Of an option that is not here, nobody could say whether it was heeded: it is refused."""
+    """Generation options. An unknown option is an error, because it would have no effect."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,7 +52,9 @@ class Options(BaseModel):
     typical_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: str | list[str] | None = Field(default=None, max_length=1000)
-    num_predict: int | None = Field(default=None, ge=-2, le=2**31 - 1, description="-1, -2: as long as there is room.")
+    num_predict: int | None = Field(
+        default=None, ge=-2, le=2**31 - 1, description="Largest number of tokens. -1, -2: no limit."
+    )
     repeat_last_n: int | None = Field(default=None, ge=-1, le=2**31 - 1)
     repeat_penalty: float | None = Field(default=None, ge=0, le=100)
     presence_penalty: float | None = Field(default=None, ge=-100, le=100)
@@ -82,13 +82,13 @@ class Options(BaseModel):
 
 
 def without_load_options(options: Mapping[str, Any], allowed: Set[str] = frozenset()) -> dict[str, Any]:
-    """Options, without those of how a model is loaded."""
+    """The options that are set, without load options except those in `allowed`."""
     excluded = LOAD_OPTIONS - allowed
     return {name: value for name, value in options.items() if name not in excluded and value is not None}
 
 
 class Parameters(Options):
-    num_ctx: int | None = Field(default=None, ge=256, le=1_048_576, description="Tokens, if the model can.")
+    num_ctx: int | None = Field(default=None, ge=256, le=1_048_576, description="Size of the context in tokens.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,8 +1,8 @@
-"""What every engine offers to the gateway, and the errors that it answers with.
+"""The interface of every engine, and the errors that engines raise.
 
-A request is OpenAI's, without `model` and `stream`: `messages` to answer, or a `prompt` to go on from. A chunk is what
-OpenAI streams: `choices` with a delta each, or with text; the last one has none, but the `usage`, and the engine's own
-`timings` in milliseconds. Who tells a client adds id, time and the name that it asked for.
+A request has OpenAI's format, without `model` and `stream`: `messages` of a chat, or a `prompt` to complete. A chunk
+has the format of OpenAI's streams: `choices`, each with a delta or a text. The last chunk has no choices, but `usage`
+and the engine's `timings` in milliseconds. The route adds the id, the time and the model's name.
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -20,10 +20,10 @@ Chunk = dict[str, Any]
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model as transformers has it, which has no GGUF yet: a whole one, or an adapter."""
+    """A model or an adapter in the format of transformers, without a GGUF file."""
 
-    address: str | None  # in storage; None: the base model as it is
-    base_model: str  # what an adapter is for: any name that pipelines/training/models/base_models.py knows
+    address: str | None  # in storage; None: the base model itself
+    base_model: str  # any name that pipelines/training/models/base_models.py resolves
     created_at: datetime
 
 
@@ -40,7 +40,10 @@ class OllamaModel:
 
 
 Source = Version | ModelFolder | OllamaModel | None
-"""What a name means, and so which engine answers. None: forgearr/tiny as it comes, which is in no registry."""
+"""The model that a reference names; its type selects the engine.
+
+None: forgearr/tiny before any training, which is in no registry, or a version that the engine looks up itself.
+"""
 
 Phase = Literal["fetching", "waiting for room", "loading"]
 
@@ -54,13 +57,13 @@ class EngineUnavailable(Unavailable):
 
 
 class EngineLost(Unavailable):
-    """The engine ended in the middle of this answer; ask again."""
+    """The engine stopped during this request; send it again."""
 
     code = "ENGINE_LOST"
 
 
 class EngineBusy(Unavailable):
-    """As many requests as engines.queue allows wait for this model already; try again in a moment."""
+    """Too many requests wait for this model already (engines.queue); try again in a moment."""
 
     code = "ENGINE_BUSY"
     retry_after = BUSY_RETRY_SECONDS
@@ -85,24 +88,24 @@ class RequestRefused(InvalidRequest):
 
 
 class ContextExceeded(InvalidRequest):
-    """The conversation is longer than the model can read."""
+    """The conversation is longer than the context of the model."""
 
     code = "CONTEXT_LENGTH_EXCEEDED"
 
 
 class TextTooLong(ContextExceeded):
-    """A text is longer than the model can read at once."""
+    """A text is longer than the context of the model."""
 
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    vectors: list[list[float]]  # one for each text, of length 1
+    vectors: list[list[float]]  # one for each text, normalized to length 1
     tokens: int
 
 
 @dataclass(frozen=True)
 class Ranking:
-    scores: list[float]  # how well each document fits; more is better
+    scores: list[float]  # of each document; higher is better
     tokens: int
 
 
@@ -112,61 +115,61 @@ class LoadedModelInfo:
 
     reference: str
     bytes: int
-    context: int  # tokens that a conversation may have
-    users: int  # requests that it answers, or that wait for it
-    leaves_at: datetime | None = None  # unless it is used again; None: when its memory is needed
+    context: int  # tokens
+    users: int  # requests that it answers, and requests that wait for it
+    leaves_at: datetime | None = None  # when it is unloaded, unless it is used; None: when its memory is needed
 
 
 @dataclass(frozen=True)
 class LoadingModelInfo:
-    """A model on its way into the memory of an engine."""
+    """A model that is being loaded."""
 
     reference: str
     phase: Phase
-    progress: float | None  # which part of this phase is done, from 0 to 1; None: nobody knows
-    bytes: int | None  # that it will take; None: not known yet
-    seconds: float  # since somebody asked for it
+    progress: float | None  # of this phase, from 0 to 1; None: unknown
+    bytes: int | None  # of memory that it needs; None: not known yet
+    seconds: float  # since the first request for it
 
 
 class Engine(Protocol):
-    """`reference` names a model for good (NAME:v3, not NAME:latest); `source` says what it is."""
+    """`reference` names one version (NAME:v3, not NAME:latest); `source` describes what it names."""
 
     def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
-        """The answer as it is made, in batches of chunks. Closing it, or cancelling its reader, ends the work."""
+        """Stream a completion in batches of chunks. Closing the stream, or cancelling its reader, stops the model."""
         ...
 
     async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
-        """The whole answer: `choices` with a message or a text each, `usage` and `timings`."""
+        """Create a completion: `choices` with a message or a text each, `usage` and `timings`."""
         ...
 
     async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
-        """What texts mean, as numbers."""
+        """Create an embedding of each text."""
         ...
 
     async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
-        """How well documents fit a question."""
+        """Score how well each document fits the query."""
         ...
 
     async def describe(self, reference: str, source: Source = None) -> Header:
-        """What a model's file says of it."""
+        """Read the header of the model's files. The model need not be in memory."""
         ...
 
     async def load(self, reference: str, source: Source = None) -> str:
-        """Have a model in memory before anybody asks for it; returns what NAME:latest stood for."""
+        """Load a model before the first request for it. Returns its reference, with a version instead of `latest`."""
         ...
 
     async def unload(self, reference: str, source: Source = None) -> bool:
-        """Let a model go as soon as nobody uses it; whether it was there."""
+        """Unload a model as soon as no request uses it. Returns whether it was in memory."""
         ...
 
     async def set_keep_alive(self, reference: str, seconds: float | None, source: Source = None) -> None:
-        """How long a model stays when its present answers are given, unless it is used again. None: it stays."""
+        """Set how long a model stays in memory after its last request. None: no limit."""
         ...
 
     async def loaded(self) -> list[LoadedModelInfo]:
-        """The models in memory."""
+        """List the models in memory."""
         ...
 
     async def loading(self) -> list[LoadingModelInfo]:
-        """The models on their way there."""
+        """List the models that are being loaded."""
         ...

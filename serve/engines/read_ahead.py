@@ -1,7 +1,7 @@
-"""Answers that are heard at the pace of who gives them, and read at any other.
+"""Reads the stream of an engine at full speed, however slowly the client reads it.
 
-A model whose words nobody took would keep its slot, and one reader who takes nothing would in the end hold up all that
-the same engine says to others, because they share a connection. What is not read yet is at most one answer.
+Otherwise a slow client would occupy a slot of the model until it has read everything. It would also block the streams
+of other clients, because all streams of an engine share a connection. The buffer holds at most one completion.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from contextlib import aclosing
 from serve.engines.protocol import Chunk
 
 
-async def read_ahead(answer: AsyncGenerator[list[Chunk], None]) -> AsyncGenerator[list[Chunk]]:
+async def read_ahead(stream: AsyncGenerator[list[Chunk], None]) -> AsyncGenerator[list[Chunk]]:
     queue = asyncio.Queue[list[Chunk] | Exception | None]()
-    reader = asyncio.create_task(_fill_queue(answer, queue))
+    reader = asyncio.create_task(_fill_queue(stream, queue))
     try:
         while (item := await queue.get()) is not None:
             if isinstance(item, Exception):
@@ -25,11 +25,11 @@ async def read_ahead(answer: AsyncGenerator[list[Chunk], None]) -> AsyncGenerato
 
 
 async def _fill_queue(
-    answer: AsyncGenerator[list[Chunk], None], queue: asyncio.Queue[list[Chunk] | Exception | None]
+    stream: AsyncGenerator[list[Chunk], None], queue: asyncio.Queue[list[Chunk] | Exception | None]
 ) -> None:
     try:
-        async with aclosing(answer):
-            async for chunks in answer:
+        async with aclosing(stream):
+            async for chunks in stream:
                 queue.put_nowait(chunks)
         queue.put_nowait(None)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The engines of an installation as one: what a name means decides which of them answers."""
+"""Sends each call to the engine that runs the model."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -21,7 +21,7 @@ class EngineRouter:
     """Satisfies protocol.Engine."""
 
     def __init__(self, default: Engine, by_source_type: Mapping[type, Engine]) -> None:
-        """`others` are by the kind of source that they are for."""
+        """`by_source_type` maps types of sources to engines; `default` runs all others."""
         self._default = default
         self._by_source_type = by_source_type
 

@@ -91,7 +91,7 @@ def test_an_engine_that_dies_breaks_off_one_answer(
         answer = iter(stream)
         assert next(answer)
         assert platform.kill(ENGINE)
-        with pytest.raises(openai.APIError, match="The engine ended in the middle of this answer"):
+        with pytest.raises(openai.APIError, match="The engine stopped during this request"):
             list(answer)
     assert client.chat.completions.create(model=name, messages=HELLO, max_tokens=2).usage
 

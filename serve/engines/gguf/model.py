@@ -1,6 +1,6 @@
-"""One GGUF model in memory, run by llama.cpp's own server in this process (xllamacpp).
+"""Runs one GGUF model in this process, with llama.cpp's server (xllamacpp).
 
-An answer is made in a thread of llama.cpp's and one of ours, which waits for it. The event loop only passes chunks on.
+A thread of llama.cpp generates a completion, and a thread of ours waits for it. The event loop only forwards chunks.
 """
 
 import asyncio
@@ -36,19 +36,19 @@ from serve.engines.protocol import (
 )
 
 CONTEXT_CHECKPOINTS = 4
-"""Of a slot whose cache cannot be cut back, as that of a sliding window: places from which it can go on."""
+"""Per slot: positions to continue from, where the cache cannot be truncated, as with a sliding window."""
 VERBOSITY_ERRORS = 1
 FLUSH_SECONDS = 0.025
-"""Nobody sees words come faster than that."""
+"""Readers notice no shorter interval."""
 TOO_LONG_ERROR = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
 
 
 @dataclass(frozen=True)
 class GgufModelFiles:
     model: Path
-    adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])  # by the reference of their version
-    template: str = ""  # of conversations, in Jinja; empty: the one in the file
-    context: int | None = None  # tokens of a conversation; None: as the settings have it
+    adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])  # by reference
+    template: str = ""  # of chats, in Jinja; empty: the one in the file
+    context: int | None = None  # tokens; None: engines.context
 
     @property
     def adapter_bytes(self) -> int:
@@ -56,7 +56,7 @@ class GgufModelFiles:
 
 
 class LlamaCppModel:
-    """Made and closed in a thread of its own: both take a while."""
+    """Construct and close it in a thread: both are slow."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class LlamaCppModel:
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
 
     async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
-        """Waits for a slot, then yields what the model says as it says it. The slot is free when it is closed."""
+        """Wait for a slot, then stream a completion. Closing the stream frees the slot."""
         async with self._slots:
             loop = asyncio.get_running_loop()
             chunk_queue = _ChunkQueue(loop)
@@ -88,15 +88,15 @@ class LlamaCppModel:
                 await asyncio.shield(generation)
 
     async def embed(self, texts: Sequence[str]) -> EmbeddingResult:
-        """What the texts mean, as numbers. All of it is one piece of work."""
+        """Create an embedding of each text. All of them take one slot together."""
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _embed, self._server, texts)
 
     async def rank(self, query: str, documents: Sequence[str]) -> Ranking:
-        """How well the documents fit. All of it is one piece of work."""
+        """Score how well each document fits the query. All of them take one slot together."""
         if not self._is_reranker:
-            raise RequestRefused("The model was not made to rank texts: take a reranker, exported as GGUF.")
+            raise RequestRefused("This model cannot rank texts. Use a reranker that was exported as GGUF.")
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _rank, self._server, query, documents)
@@ -104,38 +104,38 @@ class LlamaCppModel:
     def _body(self, request: EngineRequest, reference: str) -> bytes:
         try:
             return orjson.dumps({**self._with_infill(request), **STREAM_OPTIONS, **self._adapter_scales(reference)})
-        except orjson.JSONEncodeError as error:  # half of a letter, or what is nested too deeply
-            raise RequestRefused(f"The model cannot take this request: {str(error).rstrip('.')}.") from error
+        except orjson.JSONEncodeError as error:  # a lone surrogate, or too deep nesting
+            raise RequestRefused(f"The model cannot process this request: {str(error).rstrip('.')}.") from error
 
     def _with_infill(self, request: EngineRequest) -> EngineRequest:
-        """What shall be filled in between a prompt and its suffix, in the model's own signs for that."""
+        """Encode the prompt and its suffix with the model's tokens for fill in the middle."""
         if "suffix" not in request:
             return request
         if self._fim_tokens is None:
-            raise RequestRefused("The model was not made to fill gaps, so it takes no suffix.")
+            raise RequestRefused("This model does not support suffix: it has no tokens for fill in the middle.")
         prefix, suffix, middle = self._fim_tokens
         prompt = [prefix, request["prompt"], suffix, request["suffix"], middle]
         return {**{name: value for name, value in request.items() if name != "suffix"}, "prompt": prompt}
 
     def _adapter_scales(self, adapter: str) -> EngineRequest:
-        """llama.cpp applies those adapters that a request gives a scale; all of them when it names none."""
+        """Apply one adapter only. llama.cpp would apply all of them to a request without scales."""
         return {"lora": [{"id": number, "scale": float(name == adapter)} for number, name in enumerate(self.adapters)]}
 
     def close(self) -> None:
-        """Give the memory back. Nobody may be waiting for an answer."""
+        """Free the memory. No request may be in progress."""
         self._threads.shutdown()
         del self._server
 
 
 STREAM_OPTIONS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
-"""Progress reports are what lets an answer be given up while the model still reads the question."""
+"""Progress reports are the only chance to stop a request while the model still reads its prompt."""
 
 
 class _ChunkQueue:
-    """What a model says: told by a thread, read by the event loop in batches of all that has come meanwhile.
+    """Forwards chunks from a thread of llama.cpp to the event loop, in batches.
 
-    The first word passes at once, later ones at most every few milliseconds: passing words on, one by one, would take
-    the processor from the model that makes them.
+    The first chunk is forwarded at once, later ones every FLUSH_SECONDS. To wake the event loop for each token would
+    take processor time from the model.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -146,7 +146,7 @@ class _ChunkQueue:
         self._has_waiter = True
 
     def on_data(self, data: bytes) -> bool:
-        """Called by llama.cpp; it ends the answer when this is true."""
+        """Called by llama.cpp, which stops the completion if this returns true."""
         chunk = orjson.loads(data)
         if "error" in chunk:
             self.put(_error(chunk["error"]))
@@ -175,8 +175,8 @@ class _ChunkQueue:
                     await self._ended.wait()
 
     async def _take(self) -> list[list[Chunk] | ForgearrError | None]:
-        """All chunks that have come, and then perhaps the error or the end."""
-        # In this order: whatever is put after the look at the list finds that it is awaited.
+        """All chunks that have arrived as one item, then the error or the end if there is one."""
+        # In this order: an item that is put after the queue was found empty sees that it is awaited.
         self._arrived.clear()
         self._has_waiter = True
         if not self._items:
@@ -191,11 +191,11 @@ class _ChunkQueue:
 def _run_handler(
     handler: Callable[[bytes, Callable[[bytes], bool]], None], body: bytes, chunk_queue: _ChunkQueue
 ) -> None:
-    """What cannot be read, or does not fit the model's template, is an exception; later errors are chunks."""
+    """llama.cpp raises if it cannot parse the request or apply the template. It sends later errors as data."""
     try:
         handler(body, chunk_queue.on_data)
     except (ValueError, RuntimeError) as error:
-        chunk_queue.put(RequestRefused(f"The model cannot take this request: {str(error).strip().rstrip('.')}."))
+        chunk_queue.put(RequestRefused(f"The model cannot process this request: {str(error).strip().rstrip('.')}."))
     finally:
         chunk_queue.put(None)
 
@@ -216,7 +216,7 @@ def _rank(server: Any, query: str, documents: Sequence[str]) -> Ranking:
 
 
 def _split_usage(chunk: Chunk) -> list[Chunk]:
-    """Of a prompt that was gone on from, llama.cpp tells the end and the usage at once; else one after the other."""
+    """Split the last chunk of a prompt's completion. llama.cpp sends a chat's end and its usage in separate chunks."""
     stats: Chunk = {name: chunk[name] for name in ("usage", "timings") if name in chunk}
     chunks: list[Chunk] = [{"choices": chunk["choices"]}] if chunk["choices"] else []
     return [*chunks, {"choices": [], **stats}] if stats else chunks
@@ -225,15 +225,16 @@ def _split_usage(chunk: Chunk) -> list[Chunk]:
 def _error(error: dict[str, Any]) -> ForgearrError:
     if error.get("type") == "exceed_context_size_error":
         return ContextExceeded(
-            f"The conversation has {error['n_prompt_tokens']} tokens; the model takes {error['n_ctx']} with its answer."
+            f"The conversation has {error['n_prompt_tokens']} tokens; with the answer, the model allows "
+            f"{error['n_ctx']}."
         )
     if too_long := TOO_LONG_ERROR.search(error["message"]):
         tokens, limit = (int(number) for number in too_long.groups())
         return TextTooLong(
-            f"A text has {tokens} tokens; the model takes {limit}.", details={"tokens": tokens, "most": limit}
+            f"A text has {tokens} tokens; the model allows {limit}.", details={"tokens": tokens, "most": limit}
         )
     if error.get("code") == 400:
-        return RequestRefused(f"The model cannot take this request: {error['message'].rstrip('.')}.")
+        return RequestRefused(f"The model cannot process this request: {error['message'].rstrip('.')}.")
     return EngineFailed(f"The engine could not answer: {error['message'].rstrip('.')}.")
 
 
@@ -251,7 +252,7 @@ def _start_server(
     parameters.n_batch = parameters.n_ubatch = BATCH_TOKENS
     if purpose == "embeddings":
         parameters.embedding = True
-        parameters.n_batch = parameters.n_ubatch = context  # a text is read in one go
+        parameters.n_batch = parameters.n_ubatch = context  # a text is processed in one batch
         if header.is_reranker:
             parameters.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
         elif not header.has_pooling:
@@ -261,16 +262,16 @@ def _start_server(
     parameters.fit_params = settings.gpu_layers == -1 and _has_gpu(xllamacpp)
     if settings.threads is not None:
         parameters.cpuparams.n_threads = settings.threads
-    # As OpenAI does it: an answer begins anew, even after a message of the assistant's.
+    # As OpenAI does: a message of the assistant is not continued, but answered.
     parameters.prefill_assistant = False
-    # It would take memory that nobody counts.
+    # This cache is not part of the computed memory.
     parameters.cache_ram_mib = 0
     parameters.n_ctx_checkpoints = CONTEXT_CHECKPOINTS
     return _start_without_http(xllamacpp, parameters, files)
 
 
 def _start_without_http(xllamacpp: Any, parameters: Any, files: GgufModelFiles) -> Any:
-    """llama.cpp's server cannot do without its own HTTP door: it gets one that is locked, and taken away at once."""
+    """llama.cpp's server always opens an HTTP socket. It gets a random key, and a file that is deleted at once."""
     parameters.api_keys = [token_hex(32)]
     parameters.ui = parameters.endpoint_slots = False
     parameters.n_threads_http = 1
@@ -282,9 +283,9 @@ def _start_without_http(xllamacpp: Any, parameters: Any, files: GgufModelFiles) 
         except RuntimeError as error:
             names = " and ".join(path.name for path in (files.model, *files.adapters.values()))
             raise ModelUnreadable(
-                f"llama.cpp cannot load {names}; what it says of that is in the log of the engine's process."
+                f"llama.cpp cannot load {names}. The reason is in the log of the engine's process."
             ) from error
-    # It runs when it answers. One that is let go before that would wait for itself for ever.
+    # Wait until it runs: to delete a server that has not started is a deadlock.
     server.handle_metrics()
     return server
 

@@ -1,6 +1,6 @@
-"""The engine for GGUF files: a deployment of Ray Serve, of which each replica holds models of its own.
+"""The deployment of Ray Serve that runs GGUF files. Each replica has its own pool of models.
 
-A request names its model to Serve's router too, which sends it to a replica that has that model in memory.
+A request also names its model to Serve's router, which prefers a replica that has the model in memory.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ from serve.engines.protocol import RequestRefused, Source
 log = logging.getLogger(__name__)
 
 MAX_PRELOADED_ADAPTERS = 32
-"""To load with a model before anybody asks for them: the newest."""
+"""The newest adapters of a model are loaded with it, before the first request for them."""
 
 FindFile = Callable[[str, Source, OnProgress], Awaitable[Path]]
-"""Where the file of a model is, on this machine, when it is not in memory; it may have to come from elsewhere."""
+"""Returns the path of a model's file on this machine, and downloads it if necessary."""
 FindAdapters = Callable[[str, Version | None], Awaitable[Mapping[str, Path]]]
-"""The files of the adapters that stand on a model, by reference; this one among them, if it is one."""
+"""Returns the files of a base model's adapters by reference, including the given adapter."""
 
 
 class GgufEngine(LocalEngine[LlamaCppModel]):
@@ -61,7 +61,7 @@ class GgufEngine(LocalEngine[LlamaCppModel]):
         if adapter is None:
             return super()._use(reference, source, purpose)
         if purpose == "embeddings":
-            raise RequestRefused(f"{reference} is an adapter, which makes no embeddings; {adapter.base_model} may.")
+            raise RequestRefused(f"{reference} is an adapter. Adapters create no embeddings; try {adapter.base_model}.")
         prepare = partial(self._loader.prepare, reference, source, purpose)
         return self._pool.use(adapter.base_model, prepare, purpose, lambda model: reference in model.adapters)
 
@@ -75,7 +75,7 @@ class GgufLoader:
         self._settings = settings
         self._find_file = find_file or _find_file
         self._find_adapters = find_adapters or _find_adapters
-        # Whoever brings the files himself may have no registry.
+        # A caller that provides the files may have no registry.
         self._find_version = _find_base if find_file is None else _no_version
 
     async def prepare(
@@ -110,7 +110,7 @@ class GgufLoader:
 
 
 class GgufReplica(GgufEngine):
-    """The engine in a replica of its own, which tells Serve's router what it holds."""
+    """The engine in a replica: it reports its loaded models to Serve's router."""
 
     def __init__(self) -> None:
         logs.configure("gguf")
@@ -132,7 +132,7 @@ async def _find_adapters(base: str, requested: Version | None) -> Mapping[str, P
         try:
             adapters = await models.adapters_of(base)
         except Unavailable as error:
-            log.warning("Adapters of %s are loaded when somebody asks for them: %s", base, error.message)
+            log.warning("The adapters of %s will be loaded with the first request for them: %s", base, error.message)
             adapters = []
         known = {
             adapter.reference: adapter
@@ -142,7 +142,7 @@ async def _find_adapters(base: str, requested: Version | None) -> Mapping[str, P
 
 
 def _base_model_of(reference: str, source: Source) -> tuple[str, Source]:
-    """What has to be in memory for a model: itself, or what an adapter stands on."""
+    """The model that must be in memory: the base model of an adapter, or the model itself."""
     adapter = _as_adapter(source)
     return (adapter.base_model, None) if adapter else (reference, source)
 

@@ -1,4 +1,7 @@
-"""forgearr/tiny as GGUF, before any training: made once on each machine, in a process of its own that loads torch."""
+"""Creates the GGUF file of forgearr/tiny before any training, once on each machine.
+
+The conversion loads torch, so it has a process of its own.
+"""
 
 import asyncio
 import shutil
@@ -16,12 +19,12 @@ QUANTIZATION = "q8_0"
 
 
 async def ensure_file() -> Path:
-    """The file, made when it is not there yet."""
+    """The path of the file, which is created if it does not exist."""
     return await asyncio.to_thread(_ensure_file)
 
 
 def make(file: str, work: str, report: OnProgress) -> dict[str, Any]:
-    """The step: build the model and convert it."""
+    """Build the model and convert it. Runs in the separate process."""
     from pipelines.training.export import convert
 
     model = str(tiny.model_folder())
@@ -40,7 +43,7 @@ def _ensure_file() -> Path:
         isolated.run_isolated(
             f"{__name__}:make",
             {"file": str(converted), "work": str(work)},
-            report=lambda part, doing: None,
+            report=lambda progress, message: None,
             should_stop=lambda: False,
             threads=1,
             paths=(scripts / "gguf-py", scripts),

@@ -1,4 +1,4 @@
-"""An engine that holds models in the memory of its own process, whatever runs them."""
+"""The engine that runs models in its own process. The GGUF and transformers engines share it."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -28,7 +28,7 @@ from serve.engines.protocol import (
 
 class RunningModel(Closable, Protocol):
     def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk], None]:
-        """What it says, or an adapter on it, as it says it. Closing it ends the work."""
+        """Stream a completion of the model, or of its adapter `reference`. Closing the stream stops the model."""
         ...
 
     async def embed(self, texts: Sequence[str]) -> EmbeddingResult: ...
@@ -40,12 +40,12 @@ Model = TypeVar("Model", bound=RunningModel)
 
 
 class Loader(Protocol[Model]):
-    """What an engine knows of the models that it can run."""
+    """Finds the models that an engine can run, and prepares loading them."""
 
     async def prepare(
         self, reference: str, source: Source, purpose: Purpose, on_progress: OnProgress
     ) -> LoadPlan[Model]:
-        """Bring it onto this machine, telling how many bytes of how many have come, and see what it needs."""
+        """Fetch the model to this machine and compute its memory. `on_progress` takes bytes fetched, and all bytes."""
         ...
 
     async def describe(self, reference: str, source: Source) -> Header: ...
@@ -70,8 +70,8 @@ class LocalEngine(Generic[Model]):
             request = apply_defaults(request, source.defaults)
         async with self._use(reference, source) as model:
             load_ms = (perf_counter() - started_at) * 1000
-            async with aclosing(model.answer(request, reference)) as answer:
-                async for chunks in answer:
+            async with aclosing(model.answer(request, reference)) as stream:
+                async for chunks in stream:
                     if timings := chunks[-1].get("timings"):
                         timings["load_ms"] = load_ms
                     yield chunks
@@ -109,8 +109,8 @@ class LocalEngine(Generic[Model]):
     @property
     def loaded_models(self) -> list[LoadedModelInfo]:
         return [
-            LoadedModelInfo(entry.reference, entry.bytes, entry.context, entry.users, entry.leaves_at)
-            for entry in self._pool.loaded()
+            LoadedModelInfo(pooled.reference, pooled.bytes, pooled.context, pooled.users, pooled.leaves_at)
+            for pooled in self._pool.loaded()
         ]
 
     def _use(self, reference: str, source: Source, purpose: Purpose = "answers") -> AbstractAsyncContextManager[Model]:
@@ -118,7 +118,10 @@ class LocalEngine(Generic[Model]):
 
 
 def report_models_to_router(references: list[str]) -> None:
-    """Serve's own multiplexing does this for models that it unloads by their number; ours go by their size."""
+    """Tell Serve's router which models this replica has in memory.
+
+    Serve's own multiplexing does this only for models that it unloads by their number. The pool unloads by memory.
+    """
     from ray import serve as ray_serve
     from ray.serve._private.common import RequestRoutingInfo
     from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]

@@ -1,1 +1,1 @@
-"""Models of a remote Ollama."""
+"""Models of a remote Ollama server."""

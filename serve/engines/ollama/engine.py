@@ -1,4 +1,4 @@
-"""The configured Ollama server as an engine, for the models that it has: through its own client, without Ray."""
+"""The engine for models of the configured Ollama server. It calls the server with Ollama's client, without Ray."""
 
 import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
@@ -29,7 +29,7 @@ from serve.engines.protocol import (
 
 CONNECT_SECONDS = 5
 QUERY_TIMEOUT_SECONDS = 10
-READ_TIMEOUT_SECONDS = 900  # while a model is loaded, and while it reads
+READ_TIMEOUT_SECONDS = 900  # a server sends nothing while it loads a model or reads a prompt
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ class OllamaEngine:
         self._url = url
 
     async def models(self) -> list[OllamaModel]:
-        """All that it has."""
         if self._url is None:
             return []
         async with self._client(QUERY_TIMEOUT_SECONDS) as client:
@@ -67,23 +66,23 @@ class OllamaEngine:
         return EmbeddingResult([list(vector) for vector in response.embeddings], response.prompt_eval_count or 0)
 
     async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
-        raise RequestRefused("Ollama's API ranks no texts.")
+        raise RequestRefused("Models of the Ollama server cannot rank texts.")
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         async with self._client(QUERY_TIMEOUT_SECONDS) as client:
             shown = await client.show(reference)
-        facts = dict(shown.modelinfo or {})
-        architecture = str(facts.get("general.architecture", ""))
-        known = {name.removeprefix(f"{architecture}."): value for name, value in facts.items()}
+        fields = dict(shown.modelinfo or {})
+        architecture = str(fields.get("general.architecture", ""))
+        model_fields = {name.removeprefix(f"{architecture}."): value for name, value in fields.items()}
         return Header(
             architecture=architecture,
             file_bytes=source.bytes if isinstance(source, OllamaModel) else 0,
-            context=known.get("context_length", 0),
-            layers=known.get("block_count", 0),
-            hidden_size=known.get("embedding_length", 0),
+            context=model_fields.get("context_length", 0),
+            layers=model_fields.get("block_count", 0),
+            hidden_size=model_fields.get("embedding_length", 0),
             kv_width=0,
             vocab_size=0,
-            parameters=facts.get("general.parameter_count", 0),
+            parameters=fields.get("general.parameter_count", 0),
             template=shown.template or "",
             has_pooling="embedding" in (shown.capabilities or []),
             is_reranker=False,
@@ -104,7 +103,7 @@ class OllamaEngine:
             await client.generate(model=reference, keep_alive=-1 if seconds is None else seconds)
 
     async def loading(self) -> list[LoadingModelInfo]:
-        return []  # it does not tell
+        return []  # the server does not report it
 
     async def loaded(self) -> list[LoadedModelInfo]:
         if self._url is None:
@@ -113,7 +112,7 @@ class OllamaEngine:
             async with self._client(QUERY_TIMEOUT_SECONDS) as client:
                 running = (await client.ps()).models
         except EngineUnavailable as error:
-            log.warning("What is in the memory of Ollama cannot be said: %s", error.message)
+            log.warning("The loaded models of the Ollama server are unknown: %s", error.message)
             return []
         return [
             LoadedModelInfo(model.model, int(model.size or 0), model.context_length or 0, 0, model.expires_at)
@@ -148,7 +147,7 @@ def _to_ollama_model(model: Any) -> OllamaModel:
 
 @contextmanager
 def _translate_errors(url: str) -> Generator[None]:
-    """The one line of defence: what goes wrong there is one of our errors."""
+    """Translate the errors of the client and of the server into Forgearr's."""
     import httpx
     from ollama import ResponseError
 
@@ -167,5 +166,5 @@ def _to_forgearr_error(message: str, status: int) -> ForgearrError:
         return EngineBusy(f"Ollama says: {message}.")
     if 400 <= status < 500:
         error_class = ContextExceeded if "context length" in message else RequestRefused
-        return error_class(f"Ollama cannot take this request: {message}.")
+        return error_class(f"Ollama cannot process this request: {message}.")
     return EngineFailed(f"Ollama could not answer: {message}.")

@@ -1,4 +1,4 @@
-"""Requests to an engine in Ollama's words, and its answers in those of an engine."""
+"""Translates an engine's requests into Ollama's format, and Ollama's responses into chunks."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import orjson
 from serve.engines.options import PASSTHROUGH_OPTIONS
 from serve.engines.protocol import Chunk, EngineRequest, RequestRefused
 
-NANOSECONDS_PER_MS = 1_000_000  # Ollama counts in nanoseconds
+NANOSECONDS_PER_MS = 1_000_000
 SUPPORTED_FIELDS = {
     "messages",
     "prompt",
@@ -21,15 +21,15 @@ SUPPORTED_FIELDS = {
 }
 OPTIONS = {**{name: name for name in PASSTHROUGH_OPTIONS}, "max_tokens": "num_predict", "stop": "stop", "seed": "seed"}
 NO_OP_VALUES: dict[str, list[Any]] = {"tool_choice": ["auto", "none"], "parallel_tool_calls": [True]}
-"""What says only what Ollama does by itself, when it says this."""
+"""Fields that Ollama does not have, and the values that ask for its normal behavior."""
 
 
 def to_ollama_request(request: EngineRequest) -> dict[str, Any]:
-    """For /api/chat, or with a prompt for /api/generate. What Ollama cannot do is refused."""
+    """The body for /api/chat, or with a prompt for /api/generate. A field that Ollama does not support is an error."""
     for name, value in request.items():
         known = name in SUPPORTED_FIELDS or name in OPTIONS or name == "chat_template_kwargs"
         if not known and value not in NO_OP_VALUES.get(name, []):
-            raise RequestRefused(f"{name} cannot be heeded by a model of the Ollama server.")
+            raise RequestRefused(f"Models of the Ollama server do not support {name}.")
     body: dict[str, Any] = {"options": {OPTIONS[name]: request[name] for name in OPTIONS.keys() & request.keys()}}
     if (response_format := request.get("response_format")) and response_format["type"] != "text":
         body["format"] = (
@@ -39,7 +39,7 @@ def to_ollama_request(request: EngineRequest) -> dict[str, Any]:
         body["think"] = request.get("reasoning_effort", template_kwargs.get("enable_thinking"))
     body |= {name: request[name] for name in ("logprobs", "top_logprobs") if name in request}
     if "prompt" in request:
-        # With a suffix it is up to the model's template what becomes of both.
+        # A suffix needs the model's template, so only a prompt without one is raw.
         return {**body, "prompt": request["prompt"], **_prompt_options(request)}
     if request.get("tools") and request.get("tool_choice") != "none":
         body["tools"] = request["tools"]
@@ -47,7 +47,7 @@ def to_ollama_request(request: EngineRequest) -> dict[str, Any]:
 
 
 class ChunkParser:
-    """Ollama's parts of one answer, as chunks."""
+    """Converts the parts of one streamed response of Ollama to chunks."""
 
     def __init__(self, is_text: bool) -> None:
         self._is_text = is_text
@@ -105,7 +105,7 @@ def _prompt_options(request: EngineRequest) -> dict[str, Any]:
 
 
 def _messages(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A tool's message names the function that it answers, not the call."""
+    """In Ollama's format a tool's message names the function that it answers, not the id of the call."""
     names = dict[str, str]()
     for message in messages:
         converted: dict[str, Any] = {"role": message["role"], "content": message.get("content") or ""}
@@ -123,4 +123,4 @@ def _function(function: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {"name": function["name"], "arguments": orjson.loads(function["arguments"])}
     except orjson.JSONDecodeError:
-        raise RequestRefused(f"The arguments of a call of {function['name']} are no JSON.") from None
+        raise RequestRefused(f"The arguments of a call of {function['name']} are not valid JSON.") from None

@@ -1,4 +1,4 @@
-"""Load a model folder with transformers."""
+"""Loads a model folder with transformers, and starts its continuous batching."""
 
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,13 @@ def load_model(files: TransformersFiles, settings: EngineSettings) -> Any:
     )
     if files.adapter is not None:
         peft_model: Any = PeftModel.from_pretrained(loaded, str(files.adapter))
-        # What is kept in 4 bits would lose by a merger.
+        # To merge into 4-bit weights would lose precision.
         is_unquantized = getattr(loaded, "hf_quantizer", None) is None
         loaded = peft_model.merge_and_unload(safe_merge=True) if is_unquantized else peft_model.get_base_model()
     return loaded.eval()
 
 
 def compute_dtype(settings: EngineSettings) -> torch.dtype:
-    """The numbers that are computed with."""
     return torch.bfloat16 if torch.cuda.is_available() and settings.gpu_layers != 0 else torch.float32
 
 
@@ -52,7 +51,7 @@ def start_batching(model: Any, sampler: Sampler, context: int, settings: EngineS
             num_blocks=block_count(context, settings.slots),
             max_batch_tokens=BATCH_TOKENS,
             max_requests_per_batch=settings.slots,
-            # The sampler is Python, and looks at one step after the other.
+            # The sampler is Python code that needs the scores of one step after the other.
             use_async_batching=False,
             use_cuda_graph=False,
         ),

@@ -1,4 +1,7 @@
-"""What a folder of transformers' says of its model, and how much memory that needs: read without its weights."""
+"""Reads the configuration of a transformers model from its folder, and computes how much memory the model needs.
+
+The weights are not read.
+"""
 
 import json
 import math
@@ -11,20 +14,20 @@ from typing import Any
 from serve.engines.model_header import Header, ModelUnreadable
 
 BATCH_TOKENS = 512
-"""Tokens that are read in one step."""
+"""Tokens of prompts that are processed in one step."""
 BLOCK_TOKENS = 32
-"""Tokens by which the cache grows, and by which what two conversations begin with is shared."""
+"""The cache grows by blocks. Conversations with the same beginning share its blocks."""
 NF4_BYTES_PER_WEIGHT = 0.57
-"""Bytes of a weight in NF4, with its scale."""
+"""Including the scale."""
 SPARE_BLOCKS = 2
 
 
 @dataclass(frozen=True)
 class TransformersFiles:
-    """Folders on this machine."""
+    """The folders of a model on this machine."""
 
     model: Path
-    adapter: Path | None  # for it
+    adapter: Path | None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class TensorInfo:
 
     @property
     def is_quantizable(self) -> bool:
-        """Whether it is among those that are kept in 4 bits: the matrices, but for what words go in and out by."""
+        """Whether it is stored in 4 bits: the matrices, except for embeddings and the output layer."""
         return len(self.shape) == 2 and "embed" not in self.name and "lm_head" not in self.name
 
 
@@ -46,17 +49,17 @@ class TensorInfo:
 class FolderHeader:
     header: Header
     weights: list[TensorInfo]
-    attention_width: int  # how wide the keys of all heads are
-    is_quantized: bool  # as it lies there
+    attention_width: int  # of all query heads together
+    is_quantized: bool  # in the files
 
     def weight_bytes(self, element_size: int, in_4bit: bool) -> int:
-        if self.is_quantized:  # its tensors are no longer its weights
+        if self.is_quantized:  # its tensors do not have the shapes of the weights
             return self.header.file_bytes
         size = {True: NF4_BYTES_PER_WEIGHT, False: element_size}
         return int(sum(weight.count * size[in_4bit and weight.is_quantizable] for weight in self.weights))
 
     def working_bytes(self, context: int, slots: int, element_size: int) -> int:
-        """The cache of all slots, the mask over it, and what one layer and the words need while a step is made."""
+        """The cache of all slots, the attention mask over it, and the activations of one step."""
         tokens = block_count(context, slots) * BLOCK_TOKENS
         cache = self.header.layers * self.header.kv_width * tokens
         mask = BATCH_TOKENS * tokens
@@ -66,7 +69,7 @@ class FolderHeader:
 
 
 def block_count(context: int, slots: int) -> int:
-    """Of the cache, so that each slot may hold so many tokens."""
+    """Blocks of the cache, if each slot holds `context` tokens."""
     return slots * (math.ceil(context / BLOCK_TOKENS) + SPARE_BLOCKS)
 
 
@@ -99,7 +102,7 @@ def read_folder(model: Path, name: str) -> FolderHeader:
             is_quantized=getattr(config, "quantization_config", None) is not None,
         )
     except (OSError, ValueError, KeyError, AttributeError, struct.error) as error:
-        raise ModelUnreadable(f"{name} is no model that transformers can read: {str(error).splitlines()[0]}") from error
+        raise ModelUnreadable(f"transformers cannot read the model {name}: {str(error).splitlines()[0]}") from error
 
 
 def adapter_bytes(adapter: Path) -> int:

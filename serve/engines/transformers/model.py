@@ -1,7 +1,7 @@
-"""One model in memory, run by transformers, which answers all its requests together (its continuous batching).
+"""Runs one model with transformers, whose continuous batching answers all requests together.
 
-A thread of transformers' makes step after step, each with a token for every request of the batch; requests join and
-leave between two steps. The event loop turns tokens into text.
+A thread of transformers runs step after step. Each step generates one token for every request of the batch. Requests
+join and leave the batch between steps. The event loop turns tokens into text.
 """
 
 import asyncio
@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import (
-    AutoTokenizer,
-)
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.settings import EngineSettings
@@ -40,7 +38,7 @@ from serve.engines.transformers.request_stream import RequestStream, tools_of
 from serve.engines.transformers.sampling import Sampler, Sampling
 from serve.engines.transformers.text_stream import TOOL_CALL_START
 
-# Threads of torch that wait for each other by spinning take the time that the others need.
+# By default torch's threads spin while they wait, and take processor time from other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SUPPORTED_FIELDS = {
@@ -59,9 +57,9 @@ SAMPLING_FIELDS = {"temperature", "top_k", "top_p", "min_p", "seed", "frequency_
 
 
 class TransformersModel:
-    """Made and closed in a thread of its own: both take a while."""
+    """Construct and close it in a thread: both are slow."""
 
-    adapters = ()  # one that there is, is merged
+    adapters = ()  # an adapter is merged into the model
 
     def __init__(
         self,
@@ -75,7 +73,7 @@ class TransformersModel:
         self._context = context
         self._embed_lock, self._start_lock = asyncio.Lock(), asyncio.Lock()
         self._sampler = Sampler()
-        self._manager: Any = None  # of the batch; embeddings are made without one
+        self._manager: Any = None  # of continuous batching; None for embeddings
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder(files))
             self._model = load_model(files, settings)
@@ -86,7 +84,7 @@ class TransformersModel:
             raise ModelUnreadable(f"transformers cannot load this model: {_first_line(error)}") from error
 
     async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
-        """Yields what the model says as it says it. Closing it takes the request out of the batch."""
+        """Stream a completion. Closing the stream takes the request out of the batch."""
         started_at = perf_counter()
         tokens = await asyncio.to_thread(self._prompt_tokens, request)
         available = self._context - len(tokens)
@@ -116,12 +114,12 @@ class TransformersModel:
         yield [*stream.end(finish_reason), {"choices": [], "usage": usage, "timings": timings}]
 
     async def embed(self, texts: Sequence[str]) -> EmbeddingResult:
-        """The mean of what the last layer says of each token, of length 1."""
+        """The mean of the last layer's hidden states of each text, normalized to length 1."""
         async with self._embed_lock:
             return await asyncio.to_thread(self._embed, texts)
 
     async def rank(self, query: str, documents: Sequence[str]) -> Ranking:
-        raise RequestRefused("A model that is no GGUF does not rank texts here: export it.")
+        raise RequestRefused("Only a reranker in GGUF can rank texts. Export this model as GGUF.")
 
     def close(self) -> None:
         if self._manager is not None:
@@ -133,9 +131,9 @@ class TransformersModel:
             torch.cuda.empty_cache()
 
     def _start(self) -> None:
-        """Also after a step that broke: that costs those who were in it.
+        """Start the thread of transformers, also after a failed step, whose requests have failed with it.
 
-        From a thread that ends with the process, because transformers' own inherits that from it.
+        It is started from a daemon thread, because it inherits that, and must not keep the process alive.
         """
         self._manager.join(perf_counter())
         starting = Thread(target=self._manager.start, daemon=True)
@@ -159,7 +157,7 @@ class TransformersModel:
                 tokens, request_id=identifier, max_new_tokens=max_tokens, streaming=True, eos_token_id=list(eos_tokens)
             )
             if added is None:
-                raise EngineFailed("The engine could not answer: it has just stopped.")
+                raise EngineFailed("The engine could not answer: it has stopped.")
             while result is None or not result.is_finished():
                 result = await results.get()
                 if result.error is not None:
@@ -171,17 +169,17 @@ class TransformersModel:
             if result is None or not result.is_finished():
                 manager.cancel_request(identifier)
             manager.output_router.result_handlers.pop(identifier, None)
-            while not manager.output_router.output_queue.empty():  # words for those who have gone away
+            while not manager.output_router.output_queue.empty():  # tokens of requests that were cancelled
                 manager.output_router.output_queue.get_nowait()
             self._sampler.by_request_id.pop(identifier, None)
 
     def _prompt_tokens(self, request: EngineRequest) -> list[int]:
         tokens = self._tokenize(request["prompt"]) if "prompt" in request else self._apply_chat_template(request)
         if not tokens:
-            raise RequestRefused("The model cannot take this request: there is nothing to go on from.")
+            raise RequestRefused("The model cannot process this request: the prompt is empty.")
         if len(tokens) >= self._context:
             raise ContextExceeded(
-                f"The conversation has {len(tokens)} tokens; the model takes {self._context} with its answer."
+                f"The conversation has {len(tokens)} tokens; with the answer, the model allows {self._context}."
             )
         return tokens
 
@@ -191,11 +189,11 @@ class TransformersModel:
     def _apply_chat_template(self, request: EngineRequest) -> list[int]:
         template = self._tokenizer.chat_template
         if not template:
-            raise RequestRefused("This model has no template for conversations: it only goes on from a prompt.")
+            raise RequestRefused("This model has no chat template; it can only complete a prompt.")
         tools = tools_of(request)
         if tools and TOOL_CALL_START not in str(template):
             raise RequestRefused(
-                f"This model's template writes calls of tools in another way than {TOOL_CALL_START}: no tools."
+                f"This model supports no tools here: its template does not write tool calls as {TOOL_CALL_START}."
             )
         try:
             return self._tokenizer.apply_chat_template(
@@ -209,7 +207,7 @@ class TransformersModel:
             raise RequestRefused(f"The messages do not fit the model's template: {_first_line(error)}") from error
 
     def _eos_tokens(self) -> set[int]:
-        """The tokens that end an answer."""
+        """Those of the model and of the tokenizer, which may differ."""
         eos_ids = [self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id]
         return {
             token
@@ -226,11 +224,11 @@ class TransformersModel:
             tokens = self._tokenize(text)
             if len(tokens) > self._context:
                 raise TextTooLong(
-                    f"A text has {len(tokens)} tokens; the model takes {self._context}.",
+                    f"A text has {len(tokens)} tokens; the model allows {self._context}.",
                     details={"tokens": len(tokens), "most": self._context},
                 )
             if not tokens:
-                raise RequestRefused("The model cannot take this request: a text is empty.")
+                raise RequestRefused("The model cannot process this request: a text is empty.")
             hidden = self._model.base_model(torch.tensor([tokens], device=self._model.device)).last_hidden_state
             mean = hidden[0].float().mean(0)
             vectors.append((mean / mean.norm().clamp_min(1e-12)).tolist())
@@ -243,7 +241,7 @@ def _parse_sampling(request: EngineRequest) -> Sampling:
     extra = {name for name in request if name not in supported and not _is_default_value(name, request[name])}
     if extra:
         raise RequestRefused(
-            f"This model is run by transformers, where {', '.join(sorted(extra))} cannot be heeded: leave it out, or "
+            f"This model runs on transformers, which does not support {', '.join(sorted(extra))}. Leave it out, or "
             "export the model as GGUF."
         )
     options: dict[str, Any] = {name: request[name] for name in SAMPLING_FIELDS if name in request}
@@ -251,13 +249,13 @@ def _parse_sampling(request: EngineRequest) -> Sampling:
     logprobs = request.get("logprobs")
     if isinstance(logprobs, bool):
         options["top_logprobs"] = request.get("top_logprobs", 0) if logprobs else None
-    else:  # of a prompt that is gone on from, it is their number
+    else:  # for a prompt, it is the number of tokens to report
         options["top_logprobs"] = logprobs
     return Sampling(**options)
 
 
 def _is_default_value(name: str, value: Any) -> bool:
-    """Some say what is so anyway."""
+    """Some clients send defaults, which have no effect."""
     defaults: Mapping[str, Any] = {
         "response_format": {"type": "text"},
         "repeat_penalty": 1,

@@ -1,6 +1,6 @@
-"""The engine for folders of transformers': models and adapters that have no GGUF yet.
+"""The deployment of Ray Serve that runs models and adapters without GGUF files, in the format of transformers.
 
-It is a deployment of Ray Serve that has no replica until somebody asks: torch alone takes half a gigabyte.
+It has no replica before the first request, because torch alone takes half a gigabyte.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class TransformersReplica(LocalEngine["TransformersModel"]):
-    """The engine in a replica of its own, which tells Serve's router what it holds."""
+    """The engine in a replica: it reports its loaded models to Serve's router."""
 
     def __init__(self) -> None:
         logs.configure("transformers")
@@ -58,7 +58,7 @@ class TransformersLoader:
         folder = read_folder(files.model, reference)
         element_size, slots = compute_dtype(self._settings).itemsize, self._settings.slots
         context = min(self._settings.context, folder.header.context)
-        # What is packed already stays as it is.
+        # A model that is quantized already is not quantized again.
         in_4bit = self._settings.load_in_4bit and not folder.is_quantized
         settings = self._settings.model_copy(update={"load_in_4bit": in_4bit})
         weights = folder.weight_bytes(element_size, in_4bit)
@@ -78,7 +78,7 @@ class TransformersLoader:
 
 
 def _fetch(reference: str, source: Source) -> TransformersFiles:
-    """The model on this machine. Copies that were made for that are there as long as somebody holds this."""
+    """Fetch the model to this machine. Temporary copies are deleted together with the returned object."""
     assert isinstance(source, ModelFolder)
     if source.address is None:
         return TransformersFiles(Path(base_models.resolve(source.base_model)), None)
@@ -103,6 +103,6 @@ def _require_packages(settings: EngineSettings) -> None:
     missing = [name for name in required if find_spec(name) is None]
     if missing:
         raise EngineUnavailable(
-            f"Models that are no GGUF need {' and '.join(missing)}, which is not installed here: `pip install "
-            f"{' '.join(missing)}`, and start Forgearr again."
+            f"Models without GGUF files need {' and '.join(missing)}, which is not installed. Run `pip install "
+            f"{' '.join(missing)}`, and restart Forgearr."
         )

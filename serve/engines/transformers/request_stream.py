@@ -1,4 +1,4 @@
-"""The stream of one request in a batch."""
+"""Turns the generated tokens of one request into the chunks of its stream."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +9,6 @@ from serve.engines.transformers.text_stream import IncrementalDecoder, OutputPar
 
 
 class RequestStream:
-    """One answer in the chunks that a client hears."""
-
     def __init__(self, request: EngineRequest, tokenizer: Any, sampling: Sampling) -> None:
         self._is_prompt = "prompt" in request
         self._tokenizer = tokenizer
@@ -18,7 +16,7 @@ class RequestStream:
         self._decoder = IncrementalDecoder(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
         self._parser = OutputParser(request.get("stop", []), with_tools=bool(tools_of(request)))
         self._single_call = request.get("parallel_tool_calls") is False
-        self._pending: list[int] = []  # since the last chunk
+        self._pending: list[int] = []  # tokens since the last chunk
         self._started = self._is_prompt
 
     @property
@@ -71,5 +69,5 @@ def tools_of(request: EngineRequest) -> list[dict[str, Any]]:
     if request.get("tool_choice") == "none":
         return []
     if request.get("tool_choice") == "required":
-        raise RequestRefused("This model is run by transformers, where no call can be made sure: tool_choice is auto.")
+        raise RequestRefused("This model runs on transformers, which cannot force tool calls. Set tool_choice to auto.")
     return request.get("tools", [])

@@ -1,8 +1,8 @@
-"""Which token comes next: each request's own way of choosing, in the batch that they share.
+"""Samples the next token of each request in a batch, with the parameters of that request.
 
-transformers' continuous batching knows temperature, top_p and top_k of a request, but no seed, penalties or bias, and
-tells no likelier tokens. It lets a processor look at all rows of a batch: this one chooses, and leaves it no choice.
-What a request does not say is as in llama.cpp, so that a model answers alike before its export and after it.
+transformers' continuous batching has temperature, top_p and top_k for each request, but no seed, penalties, bias or
+logprobs. It lets a processor see all rows of a batch. This processor samples the token itself, and masks all others.
+The defaults are llama.cpp's, so that a model answers alike before and after its export.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ NEGATIVE_INFINITY = float("-inf")
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """How likely the chosen token was, and which were the likeliest, before anything but the model had a say."""
+    """Log probabilities of the sampled token and of the most likely ones, before temperature, bias and penalties."""
 
     logprob: float
     top_logprobs: list[tuple[int, float]]
@@ -26,7 +26,7 @@ class TokenLogprobs:
 
 @dataclass
 class Sampling:
-    """How one request chooses."""
+    """The parameters of one request, and the logprobs of its tokens."""
 
     temperature: float = 0.8
     top_k: int = 40  # 0: all
@@ -36,7 +36,7 @@ class Sampling:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
-    top_logprobs: int | None = None  # how many of the likeliest tokens to tell of; None: of none, nor of the chosen one
+    top_logprobs: int | None = None  # number of most likely tokens to report; None: no logprobs
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     _random: torch.Generator = field(init=False)
 
@@ -47,8 +47,8 @@ class Sampling:
         else:
             self._random.manual_seed(self.seed)
 
-    def choose(self, scores: torch.Tensor, generated: Sequence[int]) -> int:
-        """The next token after those that were said."""
+    def sample(self, scores: torch.Tensor, generated: Sequence[int]) -> int:
+        """Return the token that follows the generated ones."""
         scores = scores.float().cpu()
         adjusted = self._with_penalties(scores.clone(), generated)
         token = int(adjusted.argmax()) if self.temperature == 0 else self._draw(adjusted / self.temperature)
@@ -73,7 +73,7 @@ class Sampling:
         if self.top_k:
             ordered = ordered[: self.top_k]
         probabilities = ordered.softmax(-1)
-        # A token stays as long as those before it do not reach top_p; so the first one always does.
+        # A token is dropped when the more likely ones reach top_p together; the first one never is.
         mask = (probabilities.cumsum(-1) - probabilities < self.top_p) & (
             probabilities >= self.min_p * probabilities[0]
         )
@@ -84,8 +84,8 @@ class Sampling:
 class Sampler(ContinuousBatchingLogitsProcessor):
     def __init__(self) -> None:
         self.supported_kwargs, self.ignored_kwargs = {}, ()
-        self.by_request_id = dict[str, Sampling]()  # by the id of a request
-        self.steps = 0  # of the model, each for all requests of its batch
+        self.by_request_id = dict[str, Sampling]()
+        self.steps = 0  # of the model, each for the whole batch
         self._batch: list[Any] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
@@ -100,14 +100,14 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         self.steps += 1
         masked = torch.full_like(scores, NEGATIVE_INFINITY)
         for row, state in enumerate(self._batch):
-            # Whoever has gone away is taken out of the batch before the next step.
+            # A cancelled request has no sampling, and leaves the batch before the next step.
             sampling = self.by_request_id.get(state.request_id)
-            token = sampling.choose(scores[row], _generated_tokens(state)) if sampling else 0
+            token = sampling.sample(scores[row], _generated_tokens(state)) if sampling else 0
             masked[row, token] = 0
         return masked
 
 
 def _generated_tokens(state: Any) -> list[int]:
-    """A request that had to leave the cache for a while has come back with what it said as part of its prompt."""
+    """A request that was evicted from the cache returns with its generated tokens as part of its prompt."""
     before = state.initial_tokens[state._true_initial_tokens :] if state._true_initial_tokens else []
     return before + state.generated_tokens

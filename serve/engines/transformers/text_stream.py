@@ -1,4 +1,4 @@
-"""What a model says, token by token, as what a client hears: whole letters up to a stop, and calls of tools."""
+"""Turns generated tokens into text and tool calls: complete characters only, up to a stop sequence."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,35 +8,34 @@ from typing import Any
 TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
 REPLACEMENT_CHARACTER = "\ufffd"
 MAX_CHARACTER_TOKENS = 8
-"""In tokens. What is unfinished after more is no letter: a model may say any bytes."""
+"""A character that is incomplete after that many tokens is invalid: a model may generate any bytes."""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 class IncrementalDecoder:
-    """Text of tokens as they come. A letter may be several tokens; half of one is kept until it is whole."""
+    """Decodes tokens as they come. Holds back an incomplete character, which may be spread over tokens."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._tokens: list[int] = []
-        self._context_start = self._emitted = (
-            0  # of the tokens that are decoded anew, and of those that are not told yet
-        )
+        self._context_start = 0  # of the tokens that are decoded again
+        self._emitted = 0  # tokens whose text was returned
 
     def feed(self, token: int) -> str:
         self._tokens.append(token)
-        # What a token reads as depends on those before it, so a few told ones are decoded with it.
-        before = self._decode(self._tokens[self._context_start : self._emitted])
-        now = self._decode(self._tokens[self._context_start :])
+        # The text of a token depends on those before it, so the last emitted ones are decoded with it.
+        context = self._decode(self._tokens[self._context_start : self._emitted])
+        text = self._decode(self._tokens[self._context_start :])
         pending = len(self._tokens) - self._emitted
-        if len(now) <= len(before) or (now.endswith(REPLACEMENT_CHARACTER) and pending <= MAX_CHARACTER_TOKENS):
+        if len(text) <= len(context) or (text.endswith(REPLACEMENT_CHARACTER) and pending <= MAX_CHARACTER_TOKENS):
             return ""
         self._context_start, self._emitted = self._emitted, len(self._tokens)
-        return now[len(before) :]
+        return text[len(context) :]
 
 
 class OutputParser:
-    """Text up to the first of the stops. What might be the beginning of one is kept back, and so is a call."""
+    """Passes text up to the first stop sequence. Holds back tool calls, and a possible start of a stop sequence."""
 
     def __init__(self, stops: Sequence[str], with_tools: bool) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -45,7 +44,7 @@ class OutputParser:
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """What can be told now."""
+        """Add text, and return what can be sent to the client."""
         self._buffer += text
         positions = [position for stop in self._stops if (position := self._buffer.find(stop)) >= 0]
         if positions:
@@ -60,12 +59,12 @@ class OutputParser:
         return released
 
     def flush(self) -> tuple[str, list[dict[str, Any]]]:
-        """At the end: text that was kept back after all, or calls."""
+        """At the end: the text that was held back, or the tool calls in it."""
         calls = _parse_tool_calls(self._buffer) if self._with_tools else []
         return ("" if calls else self._buffer), calls
 
     def _partial_marker_length(self) -> int:
-        """How many letters at the end could begin a stop, or a call."""
+        """The number of characters at the end that may start a stop sequence or a tool call."""
         markers = [*self._stops, *([TOOL_CALL_START] if self._with_tools else [])]
         max_length = max(map(len, markers), default=1) - 1
         for length in range(min(max_length, len(self._buffer)), 0, -1):
@@ -75,7 +74,7 @@ class OutputParser:
 
 
 def _parse_tool_calls(text: str) -> list[dict[str, Any]]:
-    """The calls in what a model has said, in the way of Qwen's; none if they cannot be read."""
+    """Parse tool calls in Qwen's format. The result is empty if any is invalid."""
     documents = [part.partition(TOOL_CALL_END)[0] for part in text.split(TOOL_CALL_START)[1:]]
     try:
         return [_parse_tool_call(json.loads(document)) for document in documents]

@@ -235,7 +235,7 @@ async def test_curl_needs_no_content_type(gateway: Gateway) -> None:
         ({"options": {"temprature": 1}}, 422, "temprature"),
         ({"options": {"temperature": "hot"}}, 422, "temperature"),
         ({"keep_alive": "soon"}, 422, "a duration such as 5m"),
-        ({"format": {"type": "nonsense"}}, 400, "cannot take this request"),
+        ({"format": {"type": "nonsense"}}, 400, "cannot process this request"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, 400, "The conversation has"),
         ({"messages": [{"role": "user", "content": "see", "images": ["aGk="]}]}, 422, "images"),
     ],
@@ -275,7 +275,7 @@ async def test_texts_become_numbers(gateway: Gateway) -> None:
     assert told.prompt_eval_count > 2000
     old = await gateway.client.embeddings(model=TINY, prompt="Is Plex up?")
     assert old.embedding == pytest.approx(told.embeddings[0])
-    with pytest.raises(ollama.ResponseError, match="the model takes 2048"):
+    with pytest.raises(ollama.ResponseError, match="the model allows 2048"):
         await gateway.client.embed(model=TINY, input="x" * 5000, truncate=False)
 
 

@@ -261,7 +261,7 @@ async def test_unload_waits_for_the_last_answer(engine: GgufEngine) -> None:
 
 
 async def test_a_long_conversation_is_refused(engine: GgufEngine) -> None:
-    with pytest.raises(ContextExceeded, match="takes 2048"):
+    with pytest.raises(ContextExceeded, match="allows 2048"):
         await engine.complete("quiet", {"messages": [{"role": "user", "content": "x" * 5000}]})
 
 

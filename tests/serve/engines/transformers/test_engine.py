@@ -245,7 +245,7 @@ async def test_a_step_that_breaks_costs_only_those_in_it(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Sampling, "choose", out_of_memory)
+        broken.setattr(Sampling, "sample", out_of_memory)
         failed = await asyncio.gather(
             *(engine.complete("house", request, model_folder) for _ in range(2)), return_exceptions=True
         )
@@ -292,7 +292,7 @@ async def test_the_least_recently_used_makes_room(engines: Engines, model_folder
 async def test_a_long_conversation_is_refused(engines: Engines, model_folder: ModelFolder) -> None:
     engine = engines.make(context=256)
     long: EngineRequest = {"messages": [{"role": "user", "content": "Hello you " * 300}]}
-    with pytest.raises(ContextExceeded, match=r"has \d{3,} tokens; the model takes 256"):
+    with pytest.raises(ContextExceeded, match=r"has \d{3,} tokens; with the answer, the model allows 256"):
         await engine.complete("house", long, model_folder)
     ended = await engine.complete("house", {**GREEDY, "logit_bias": [[1, -1000], [2, -1000]]}, model_folder)
     assert ended["usage"]["total_tokens"] == 256
@@ -302,11 +302,14 @@ async def test_a_long_conversation_is_refused(engines: Engines, model_folder: Mo
 @pytest.mark.parametrize(
     ("extra", "why"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format cannot be heeded"),
-        ({"mirostat": 2}, "mirostat cannot be heeded"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, "no call"),
+        ({"response_format": {"type": "json_object"}}, "does not support response_format"),
+        ({"mirostat": 2}, "does not support mirostat"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+            "cannot force tool calls",
+        ),
         ({"messages": [{"role": "user"}]}, "do not fit the model's template"),
-        ({"prompt": ""}, "nothing to go on from"),
+        ({"prompt": ""}, "the prompt is empty"),
     ],
     ids=["schema", "option", "forced call", "no content", "nothing"],
 )
@@ -321,7 +324,7 @@ async def test_what_cannot_be_heeded_is_refused(
 
 async def test_a_folder_that_is_no_model_is_refused(engines: Engines, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelUnreadable, match="house is no model"):
+    with pytest.raises(ModelUnreadable, match="cannot read the model house"):
         await engines.make().complete("house", HELLO, ModelFolder(str(tmp_path), "forgearr/tiny", NOW))
 
 
