@@ -1,4 +1,4 @@
-"""/v1/chat/completions, as OpenAI has it, and /v1/query, a question in one line."""
+"""The route /v1/chat/completions of OpenAI's API."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -25,7 +25,7 @@ router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=sse.sse_responses("chat.completion.chunk"))
 async def create_chat_completion(request: Request, body: ChatRequest, caller: CurrentCaller) -> Any:
-    """Answer a conversation, whole or as server-sent events; as OpenAI's clients know it."""
+    """Create a chat completion. With `stream`, the response is a stream of server-sent events."""
     model = await get_models(request).resolve(body.model, caller)
     if body.stream:
         return await _stream(request, body, model)
@@ -34,7 +34,6 @@ async def create_chat_completion(request: Request, body: ChatRequest, caller: Cu
 
 
 async def complete_chat(engine: Engine, model: ResolvedModel, body: ChatRequest) -> dict[str, Any]:
-    """The whole answer."""
     completions = await openai_choices.complete_all(engine, model, _engine_requests(body))
     choices = [{**completion["choices"][0], "index": index} for index, completion in enumerate(completions)]
     usage = openai_choices.sum_choice_usage([completion["usage"] for completion in completions])
@@ -58,7 +57,7 @@ async def _stream(request: Request, body: ChatRequest, model: ResolvedModel) -> 
 
 
 async def _with_total_usage(stream: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
-    """Several answers, and at last what all of them used."""
+    """Replace the usage of each choice with one total at the end."""
     usages: list[dict[str, Any]] = []
     async with aclosing(stream):
         async for chunks in stream:

@@ -1,4 +1,4 @@
-"""What /v1/chat/completions and /v1/query take and answer, as OpenAI has it."""
+"""The request and the response of /v1/chat/completions, and the translation of the request for an engine."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -9,7 +9,7 @@ from serve.http.schemas import StrictModel
 
 ModelReference = Annotated[
     str,
-    Field(min_length=1, max_length=400, examples=["homelab:latest"], description="NAME:latest, or NAME:v3 for good."),
+    Field(min_length=1, max_length=400, examples=["homelab:latest"], description="NAME:latest, or a version: NAME:v3."),
 ]
 PASSTHROUGH_FIELDS = {
     "temperature",
@@ -22,9 +22,9 @@ PASSTHROUGH_FIELDS = {
     "response_format",
     "grammar",
 }
-"""What llama.cpp takes as it comes."""
+"""Fields that llama.cpp has under the same name."""
 Grammar = Annotated[
-    str, Field(min_length=1, max_length=100_000, description="What an answer may be, as a GBNF grammar of llama.cpp's.")
+    str, Field(min_length=1, max_length=100_000, description="A grammar for the answer, in llama.cpp's GBNF.")
 ]
 MAX_TOKEN_DIGITS = 9
 MAX_CHOICES = 16
@@ -47,13 +47,15 @@ class ToolCall(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """What somebody has said. An answer may be sent back as it came; what OpenAI adds to those must be null."""
+    """A message. A received answer may be sent back unchanged; OpenAI's other fields of an answer must be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = Field(default=None, description="Of a tool's message: the call that it answers.")
+    tool_call_id: str | None = Field(
+        default=None, description="In a message of a tool: the id of the call that it answers."
+    )
     reasoning_content: str | None = None
     refusal: None = None
     audio: None = None
@@ -63,11 +65,11 @@ class ChatMessage(StrictModel):
     @model_validator(mode="after")
     def validate_content(self) -> Self:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError(f"a message of the role {self.role} has content")
+            raise ValueError(f"a message of the role {self.role} needs content")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("only a message of the role assistant has tool_calls")
+            raise ValueError("only a message of the role assistant may have tool_calls")
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("a message of the role tool, and no other, has a tool_call_id")
+            raise ValueError("a message of the role tool needs a tool_call_id, and no other message may have one")
         return self
 
     def for_engine(self) -> dict[str, Any]:
@@ -122,24 +124,24 @@ class StreamOptions(StrictModel):
 
 
 class ChatRequest(StrictModel):
-    """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
+    """OpenAI's request. An unsupported field is an error, because it would have no effect."""
 
     model: ModelReference
     messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0: the likeliest answer, always the same.")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0: the most likely tokens.")
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1, description="The newer name of it.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Newer name of max_tokens.")
     stop: str | list[str] | None = Field(default=None, max_length=1000)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, max_length=300, description="By the number of a token: how much likelier it shall be."
+        default=None, max_length=300, description="Maps ids of tokens to a bias, which is added to the logits."
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="How many answers to give.")
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Number of choices. Null: 1.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = Field(default=None, max_length=128)
@@ -158,19 +160,19 @@ class ChatRequest(StrictModel):
         if self.tool_choice == "required" and not self.tools:
             raise ValueError("tool_choice required needs tools")
         if not all(token.isdecimal() and len(token) <= MAX_TOKEN_DIGITS for token in self.logit_bias or ()):
-            raise ValueError("logit_bias is by the numbers of tokens")
+            raise ValueError("the keys of logit_bias must be ids of tokens")
         if self.grammar and (self.tools or (self.response_format and self.response_format.type != "text")):
-            raise ValueError("grammar, tools and response_format are three ways to say what an answer may be: take one")
+            raise ValueError("only one of grammar, tools and response_format may be set")
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options is for answers with stream")
+            raise ValueError("stream_options needs stream")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
         if self.logprobs and self.stream and self.tools:
-            raise ValueError("logprobs of a streamed answer that may call tools are not available")
+            raise ValueError("logprobs are not available together with stream and tools")
         return self
 
     def for_engine(self, choice_index: int = 0) -> dict[str, Any]:
-        """For the answer of this number: with a seed, each is another one, and the same ones every time."""
+        """The request for one choice. A seed is varied by the index, so that the choices differ reproducibly."""
         engine_request = self.model_dump(include=PASSTHROUGH_FIELDS, exclude_none=True, by_alias=True)
         engine_request["messages"] = [message.for_engine() for message in self.messages]
         if max_tokens := self.max_completion_tokens or self.max_tokens:
@@ -183,7 +185,7 @@ class ChatRequest(StrictModel):
             engine_request["logit_bias"] = [[int(token), bias] for token, bias in self.logit_bias.items()]
         if tools := self._chosen_tools():
             engine_request["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-            # llama.cpp knows no names here, but can be made to call the only tool that it is shown.
+            # llama.cpp takes no names here, but can be forced to call the only tool of a request.
             engine_request["tool_choice"] = (
                 "required" if isinstance(self.tool_choice, ChosenTool) else self.tool_choice or "auto"
             )

@@ -1,4 +1,7 @@
-"""Several answers to one request: side by side, as many as a model gives at once; so the queue stays for others."""
+"""Creates all choices of one request, at most as many at a time as a model has slots.
+
+More of them would only fill the queue of the engine, which other requests need too.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -12,14 +15,14 @@ from serve.models.resolver import ResolvedModel
 
 
 async def complete_all(engine: Engine, model: ResolvedModel, requests: Sequence[EngineRequest]) -> list[dict[str, Any]]:
-    """Each whole answer: a choice, and what it used."""
+    """Complete every request. Each result has one choice, and its usage."""
     semaphore = asyncio.Semaphore(get_settings().engines.slots)
 
-    async def answer(request: EngineRequest) -> dict[str, Any]:
+    async def complete(request: EngineRequest) -> dict[str, Any]:
         async with semaphore:
             return await engine.complete(model.reference, request, model.source)
 
-    tasks = [asyncio.ensure_future(answer(request)) for request in requests]
+    tasks = [asyncio.ensure_future(complete(request)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -29,11 +32,14 @@ async def complete_all(engine: Engine, model: ResolvedModel, requests: Sequence[
 async def stream_all(
     engine: Engine, model: ResolvedModel, requests: Sequence[EngineRequest]
 ) -> AsyncGenerator[list[Chunk]]:
-    """The same as it is made. A choice's index says which of them it is; what has a usage ends one."""
+    """Stream all completions together.
+
+    The index of a choice is the position of its request. The chunk with its usage is the last one of a request.
+    """
     semaphore = asyncio.Semaphore(get_settings().engines.slots)
     queue = asyncio.Queue[list[Chunk] | Exception | None](maxsize=1)
 
-    async def answer(index: int, request: EngineRequest) -> None:
+    async def stream_one(index: int, request: EngineRequest) -> None:
         try:
             async with semaphore, aclosing(engine.chat(model.reference, request, model.source)) as stream:
                 async for chunks in stream:
@@ -42,7 +48,7 @@ async def stream_all(
         except Exception as error:
             await queue.put(error)
 
-    tasks = [asyncio.ensure_future(answer(index, request)) for index, request in enumerate(requests)]
+    tasks = [asyncio.ensure_future(stream_one(index, request)) for index, request in enumerate(requests)]
     unfinished = len(tasks)
     try:
         while unfinished:
@@ -67,13 +73,13 @@ def _stop(tasks: Sequence[asyncio.Future[Any]]) -> None:
 
 
 def sum_usage(usages: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """What answers to different prompts used together."""
+    """The usage of completions of different prompts."""
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     return {name: sum(usage[name] for usage in usages) for name in names}
 
 
 def sum_choice_usage(usages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several answers to the same prompt used, which counts once."""
+    """The usage of choices for the same prompt, which counts once."""
     completion_tokens = sum(usage["completion_tokens"] for usage in usages)
     return {
         **usages[0],

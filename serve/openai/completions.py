@@ -1,4 +1,4 @@
-"""/v1/completions, as OpenAI has it: prompts that are gone on from, without a conversation around them."""
+"""The route /v1/completions of OpenAI's API: completes prompts without a chat template."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -32,7 +32,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionRequest(StrictModel):
-    """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
+    """OpenAI's request. An unsupported field is an error, because it would have no effect."""
 
     model: ModelReference
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -43,9 +43,11 @@ class CompletionRequest(StrictModel):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     stop: str | list[str] | None = Field(default=None, max_length=1000)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    logprobs: int | None = Field(default=None, ge=0, le=20, description="How many of the likeliest tokens to tell.")
-    echo: bool | None = Field(default=None, description="Begin the answer with the prompt.")
-    suffix: str | None = Field(default=None, description="What comes after the answer, for models that can fill gaps.")
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="Number of most likely tokens to report.")
+    echo: bool | None = Field(default=None, description="Start the text with the prompt.")
+    suffix: str | None = Field(
+        default=None, description="The text after the gap, for models that can fill in the middle."
+    )
     grammar: Grammar | None = None
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
@@ -56,9 +58,9 @@ class CompletionRequest(StrictModel):
     @model_validator(mode="after")
     def validate_combination(self) -> Self:
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options is for answers with stream")
+            raise ValueError("stream_options needs stream")
         if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs of an echoed prompt are not available")
+            raise ValueError("logprobs are not available together with echo")
         return self
 
     @property
@@ -109,7 +111,7 @@ class Completion(BaseModel):
 
 @router.post("/completions", response_model=Completion, responses=sse.sse_responses("text_completion"))
 async def create_completion(request: Request, body: CompletionRequest, caller: CurrentCaller) -> Any:
-    """Go on from one prompt or several, whole or as server-sent events."""
+    """Complete one or more prompts. With `stream`, the response is a stream of server-sent events."""
     model = await get_models(request).resolve(body.model, caller)
     if body.stream:
         stream = _to_openai_stream(body, openai_choices.stream_all(get_engine(request), model, _engine_requests(body)))
@@ -123,7 +125,6 @@ async def create_completion(request: Request, body: CompletionRequest, caller: C
 
 
 async def complete_prompts(engine: Engine, model: ResolvedModel, body: CompletionRequest) -> dict[str, Any]:
-    """The whole answer."""
     completions = await openai_choices.complete_all(engine, model, _engine_requests(body))
     choices = [_choice(body, index, completion["choices"][0]) for index, completion in enumerate(completions)]
     usage = openai_choices.sum_usage([completion["usage"] for completion in completions])
@@ -146,7 +147,7 @@ def _common_fields(model: str) -> dict[str, Any]:
 async def _to_openai_stream(
     body: CompletionRequest, stream: AsyncGenerator[list[Chunk]]
 ) -> AsyncGenerator[list[Chunk]]:
-    """A stream as OpenAI has it: perhaps with the prompts, and at last with what all of it used."""
+    """Add the echoed prompts, convert logprobs, and end with the usage of all prompts together."""
     offsets: dict[int, int] = {}
     usages: list[dict[str, int]] = []
     async with aclosing(stream):
@@ -176,14 +177,14 @@ def _choice(body: CompletionRequest, index: int, choice: dict[str, Any]) -> dict
 
 
 def _to_openai_logprobs(choice: dict[str, Any], offset: int) -> dict[str, Any] | None:
-    """llama.cpp tells them as of a conversation."""
-    entries = (choice.get("logprobs") or {}).get("content")
-    if not entries:
+    """Convert from the format of chats, which engines use for prompts too."""
+    logprobs = (choice.get("logprobs") or {}).get("content")
+    if not logprobs:
         return None
-    tokens = [entry["token"] for entry in entries]
+    tokens = [logprob["token"] for logprob in logprobs]
     return {
         "tokens": tokens,
-        "token_logprobs": [entry["logprob"] for entry in entries],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+        "token_logprobs": [logprob["logprob"] for logprob in logprobs],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in logprob["top_logprobs"]} for logprob in logprobs],
         "text_offset": [offset, *accumulate(map(len, tokens[:-1]), initial=offset)][1:],
     }

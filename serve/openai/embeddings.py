@@ -1,4 +1,4 @@
-"""/v1/embeddings, as OpenAI has it."""
+"""The route /v1/embeddings of OpenAI's API."""
 
 from typing import Any, Literal
 
@@ -23,14 +23,16 @@ class EmbeddingRequest(StrictModel):
     model: ModelReference
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(default=None, ge=1, le=100_000, description="The first so many, made to length 1.")
+    dimensions: int | None = Field(
+        default=None, ge=1, le=100_000, description="Size of the vectors, which are truncated and normalized again."
+    )
     user: str | None = Field(default=None, description="Not used.")
 
 
 class Embedding(BaseModel):
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str = Field(description="Base64 of little-endian floats of 4 bytes, where that is asked.")
+    embedding: list[float] | str = Field(description="With base64: little-endian floats of 4 bytes.")
 
 
 class EmbeddingUsage(BaseModel):
@@ -47,7 +49,7 @@ class Embeddings(BaseModel):
 
 @router.post("/embeddings", response_model=Embeddings)
 async def create_embeddings(request: Request, body: EmbeddingRequest, caller: CurrentCaller) -> Any:
-    """Texts as numbers: what is alike in meaning is close by."""
+    """Create an embedding of each text: texts of similar meaning have similar vectors."""
     model = await get_models(request).resolve(body.model, caller)
     response = await cancel_on_disconnect(request, compute_embeddings(get_engine(request), model, body))
     return Response(orjson.dumps(response), media_type="application/json")

@@ -1,4 +1,4 @@
-"""/v1/models, as OpenAI has it, and /models: the names under which models can be asked."""
+"""The routes /v1/models of OpenAI's API, and /models, a short list of the served models."""
 
 from datetime import datetime
 from typing import Annotated, Literal
@@ -32,7 +32,7 @@ MAX_FINE_TUNED = 1000
 class ModelCard(BaseModel):
     id: str = Field(examples=["homelab:latest"])
     object: Literal["model"] = "model"
-    created: int = Field(description="Unix time. 0: it comes with Forgearr, or the settings name it.")
+    created: int = Field(description="Unix time. 0: the model is part of Forgearr, or named in the settings.")
     owned_by: str = DEFAULT_OWNER
 
 
@@ -49,18 +49,18 @@ class ModelDeleted(BaseModel):
 
 class ModelSummary(BaseModel):
     name: str = Field(examples=["homelab:latest"])
-    size: int = Field(description="Bytes of the file that is served.")
+    size: int = Field(description="Bytes of the model's file.")
     modified_at: UtcTime
 
 
 class ModelSummaries(BaseModel):
     models: list[ModelSummary]
-    active_model: str | None = Field(description="The newest of those that are served.")
+    active_model: str | None = Field(description="The newest of the served models.")
 
 
 @openai.get("/models")
 async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
-    """Every name under which a model can be asked; of the fine-tuned ones (ft:…) your own."""
+    """List the models that requests can name. Of fine-tuned models (ft:…) only your own are listed."""
     models = await get_models(request).list_registered()
     cards = [card for model in models for card in _model_cards(model)]
     folder_cards = [_card(name, folder.created_at) for name, folder in configured_folders().items()]
@@ -74,7 +74,7 @@ async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
 async def show_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelCard:
-    """One of them."""
+    """Get one model."""
     resolved = await get_models(request).resolve(model, caller)
     if isinstance(resolved.source, OllamaModel):
         return _remote_card(resolved.source)
@@ -85,15 +85,17 @@ async def show_model(
 async def delete_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelDeleted:
-    """Delete a version (NAME:v3, or ft:…), or a model with all its versions (NAME, NAME:latest): one's own, or any as
-    an administrator."""
+    """Delete a version (NAME:v3, or ft:…), or a model with all its versions (NAME, NAME:latest).
+
+    Administrators may delete any model, others only their own.
+    """
     await delete_and_unload(request, model, caller)
     return ModelDeleted(id=model)
 
 
 @native.get("/models")
 async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
-    """What is served, in short."""
+    """List the served models in short form."""
     served = await served_versions(request)
     return ModelSummaries(
         models=[
@@ -114,7 +116,7 @@ def _model_cards(model: Model) -> list[ModelCard]:
 
 
 async def _fine_tuned_cards(models: list[Model], principal: Principal) -> list[ModelCard]:
-    """What has been fine-tuned, the newest first; without what was exported and has been deleted since."""
+    """The fine-tuned models, the newest first, without exported versions that were deleted since."""
     versions = {(version.name, version.number) for model in models for version in model.versions}
     query = fine_tuned_names.fine_tuning_jobs(principal).where(Job.state == State.SUCCEEDED)
     async with get_database().read_transaction() as session:

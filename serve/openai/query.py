@@ -1,4 +1,4 @@
-"""The route `/v1/query`."""
+"""The route /v1/query: one question, without the rest of a chat."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES
 
 @router.post("/query")
 async def query(request: Request, body: QueryRequest, caller: CurrentCaller) -> QueryResponse:
-    """Answer a single question."""
+    """Answer one question."""
     model = await get_models(request).resolve(body.model, caller)
     engine_request: dict[str, Any] = {"messages": [{"role": "user", "content": body.prompt}]}
     if body.temperature is not None:

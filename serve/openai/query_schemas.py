@@ -1,4 +1,4 @@
-"""Request and response of `/v1/query`."""
+"""The request and the response of /v1/query."""
 
 from pydantic import BaseModel, Field
 

@@ -1,4 +1,4 @@
-"""/v1/rerank, as Jina and llama.cpp have it: texts in the order in which they fit a question."""
+"""The route /v1/rerank, compatible with Jina's API and llama.cpp: sorts texts by their relevance to a query."""
 
 from typing import Annotated, Literal
 
@@ -23,12 +23,12 @@ class RerankRequest(StrictModel):
     model: ModelReference
     query: Text
     documents: Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
-    top_n: int | None = Field(default=None, ge=1, description="How many of the best to tell. Null: all.")
+    top_n: int | None = Field(default=None, ge=1, description="Number of best documents to return. Null: all.")
     return_documents: bool | None = Field(default=None, description="Null: false.")
 
 
 class RankedDocument(BaseModel):
-    index: int = Field(description="Its place among the documents.")
+    index: int = Field(description="Position in `documents`.")
     relevance_score: float
     document: str | None
 
@@ -42,7 +42,7 @@ class RerankResponse(BaseModel):
 
 @router.post("/rerank")
 async def rerank(request: Request, body: RerankRequest, caller: CurrentCaller) -> RerankResponse:
-    """Say how well texts fit a question, by a model that was made for that."""
+    """Sort documents by their relevance to a query. The model must be a reranker."""
     model = await get_models(request).resolve(body.model, caller)
     awaitable = get_engine(request).rank(model.reference, body.query, body.documents, model.source)
     ranked = await cancel_on_disconnect(request, awaitable)

@@ -1,4 +1,4 @@
-"""An engine's chunks as OpenAI's server-sent events."""
+"""Sends an engine's chunks as server-sent events in OpenAI's format."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -15,13 +15,16 @@ from serve.http.sse import event, sse_response
 
 
 def stream_completion(
-    answer: AsyncGenerator[list[Chunk]], heading: dict[str, Any], *, with_usage: bool
+    stream: AsyncGenerator[list[Chunk]], common_fields: dict[str, Any], *, with_usage: bool
 ) -> StreamingResponse:
-    return sse_response(_events(answer, {**heading, "usage": None} if with_usage else heading, with_usage))
+    """`common_fields` are in each event."""
+    if with_usage:
+        common_fields = {**common_fields, "usage": None}
+    return sse_response(_events(stream, common_fields, with_usage))
 
 
 async def prepend(first: list[Chunk], rest: AsyncGenerator[list[Chunk]]) -> AsyncGenerator[list[Chunk]]:
-    """An answer whose first words were waited for, because until then an error still has a status."""
+    """The whole stream again, after its first chunks were awaited. Until then an error can still set the status."""
     async with aclosing(rest):
         yield first
         async for chunks in rest:
@@ -29,13 +32,13 @@ async def prepend(first: list[Chunk], rest: AsyncGenerator[list[Chunk]]) -> Asyn
 
 
 async def _events(
-    answer: AsyncGenerator[list[Chunk]], heading: dict[str, Any], with_usage: bool
+    stream: AsyncGenerator[list[Chunk]], common_fields: dict[str, Any], with_usage: bool
 ) -> AsyncIterator[bytes]:
-    async with aclosing(answer):
+    async with aclosing(stream):
         try:
-            async for chunks in answer:
+            async for chunks in stream:
                 yield b"".join(
-                    event(orjson.dumps({**heading, "choices": chunk["choices"], **_usage(chunk, with_usage)}))
+                    event(orjson.dumps({**common_fields, "choices": chunk["choices"], **_usage(chunk, with_usage)}))
                     for chunk in chunks
                     if chunk["choices"] or with_usage
                 )

@@ -1,4 +1,4 @@
-"""The kind `batch`: does what /v1/batches was asked for."""
+"""The kind `batch`: executes the requests of a batch (/v1/batches)."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ MAX_ATTEMPTS = 10
 
 
 class BatchSpec(BaseModel):
-    """Which batch. The door makes both; no other job may do it."""
+    """The batch to execute. /v1/batches creates the batch together with its job; no other job may execute it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -22,7 +22,7 @@ class BatchSpec(BaseModel):
 
 @job(KIND, spec=BatchSpec, max_attempts=MAX_ATTEMPTS)
 def batch(context: Context, spec: BatchSpec) -> dict[str, Any]:
-    """Answers the requests of a batch (/v1/batches)."""
+    """Executes the requests of a batch (/v1/batches)."""
     from serve.openai.batches.runner import run
 
     return asyncio.run(run(context, spec.batch_id))

@@ -1,4 +1,4 @@
-"""One line of a batch: checked and answered as the door of its endpoint would do it."""
+"""Executes one line of a batch: validates and answers it as the route of its endpoint does."""
 
 import asyncio
 import logging
@@ -31,25 +31,25 @@ from serve.openai.responses.request import ResponseRequest
 from serve.openai.responses.routes import complete_response
 
 MAX_ENGINE_LOSSES = 3
-"""How often an engine may be lost over a line: it may be the line that kills it."""
+"""After so many losses of its engine a line fails: it may be what crashes the engine."""
 MAX_BACKOFF_ATTEMPT = 5
-"""Of the waits of a job, each twice as long as the one before: the last that doubles here."""
+"""From this attempt on, the wait no longer doubles."""
 TRANSIENT_ERRORS = (Unavailable, SQLAlchemyError)
 
 log = logging.getLogger(__name__)
 
 
 class StreamInBatch(InvalidRequest):
-    """Nobody listens to a batch: its requests cannot have stream."""
+    """Requests of a batch cannot have stream."""
 
     code = "STREAM_IN_BATCH"
 
 
 @dataclass(frozen=True)
 class LineResult:
-    """What a line of the file has come to: a line of the output, or of the errors."""
+    """The outcome of one request: a line for the output file or the error file."""
 
-    number: int
+    number: int  # of the line in the input file
     line: bytes
     succeeded: bool
     usage: dict[str, Any] | None = None
@@ -63,7 +63,7 @@ class LineRunner:
         self._models = ModelResolver(lambda: database)
 
     async def run(self, number: int, line: BatchLine) -> LineResult:
-        """However long that takes: whoever has no more time cancels it."""
+        """Execute one request. Transient errors are retried without a limit of time; the caller may cancel it."""
         losses = 0
         for attempt in count(1):
             try:

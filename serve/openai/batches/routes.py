@@ -1,4 +1,4 @@
-"""/v1/batches, as OpenAI has them: files of requests that are answered when there is time."""
+"""The routes /v1/batches of OpenAI's API: files of requests that a job executes within a day."""
 
 from typing import Annotated, Any, Literal
 
@@ -31,7 +31,7 @@ class BatchRequest(StrictModel):
     endpoint: BatchUrl
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
-    output_expires_after: ExpiresAfter | None = Field(default=None, description="Null: its files stay.")
+    output_expires_after: ExpiresAfter | None = Field(default=None, description="Null: the files never expire.")
 
 
 class BatchError(BaseModel):
@@ -61,8 +61,8 @@ class BatchObject(BaseModel):
     status: Literal[
         "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
     ]
-    model: str | None = Field(description="Null: not known yet, or its requests name several.")
-    errors: BatchErrors | None = Field(description="Why it could not begin, or not go on.")
+    model: str | None = Field(description="Null: not known yet, or more than one.")
+    errors: BatchErrors | None = Field(description="Why the batch failed.")
     output_file_id: str | None
     error_file_id: str | None
     request_counts: RequestCounts | None = Field(description="Null: not known yet.")
@@ -77,12 +77,12 @@ class BatchObject(BaseModel):
     expired_at: int | None
     cancelling_at: int | None
     cancelled_at: int | None
-    job_id: str = Field(description="The job that does it.")
+    job_id: str = Field(description="The job that executes the batch.")
 
 
 @router.post("")
 async def create_batch(body: BatchRequest, caller: CurrentCaller) -> BatchObject:
-    """Have the requests of a file answered, within a day."""
+    """Create a batch: the requests of a file are executed within a day."""
     expiry = body.output_expires_after
     async with get_database().transaction() as session:
         batch, job = await batch_store.create(
@@ -102,7 +102,7 @@ async def list_batches(
     after: Annotated[BatchId | SkipJsonSchema[None], Query()] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> CursorPage[BatchObject]:
-    """Batches, the newest first: your own, or everybody's when you are an administrator."""
+    """List batches, the newest first. Administrators see all batches, others their own."""
     query = visible(select(Batch, Job), Batch, caller).join(Job, Job.id == Batch.job_id)
     async with get_database().read_transaction() as session:
         if after is not None:
@@ -116,7 +116,7 @@ async def list_batches(
 
 @router.get("/{batch_id}")
 async def show_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
-    """How far a batch is, and the files with its answers when it has ended."""
+    """Get the status of a batch, and the ids of its output files when it has ended."""
     async with get_database().read_transaction() as session:
         batch = await batch_store.find(session, batch_id, caller)
         return _view(batch, await session.get_one(Job, batch.job_id))
@@ -124,7 +124,7 @@ async def show_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
 
 @router.post("/{batch_id}/cancel")
 async def cancel_batch(batch_id: BatchId, caller: CurrentCaller) -> BatchObject:
-    """End it as soon as possible. What is answered until then is in its files."""
+    """Cancel a batch. Its files have the responses until then."""
     async with get_database().transaction() as session:
         batch = await batch_store.find(session, batch_id, caller)
         return _view(batch, await batch_store.cancel(session, batch))

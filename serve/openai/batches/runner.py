@@ -1,8 +1,8 @@
-"""How a batch is done: its lines are answered several at once, and what is done is committed in parts.
+"""Runs a batch: executes its lines concurrently, and commits the results in parts.
 
-A part is written to storage first; then a checkpoint says that it counts, and which lines are in it. Whoever takes over
-goes on from the last checkpoint: a line may be asked again, but has one outcome. Each attempt writes parts under a name
-of its own, so that a worker that was given up for dead cannot change those of its successor.
+A part is written to storage first. Then a checkpoint makes it valid, and records which lines it has. The next attempt
+continues from the last checkpoint: a line may be executed again, but has one result. Each attempt has its own names for
+parts, so a worker that lost its lease cannot change the parts of its successor.
 """
 
 import asyncio
@@ -35,13 +35,13 @@ from serve.openai.files.validation import MAX_REQUESTS, BatchLine, parse_batch_l
 COMMIT_LINES = 100
 COMMIT_SECONDS = 5.0
 POLL_SECONDS = 1.0
-"""How often to look whether the batch is to end."""
+"""Interval of the checks whether the batch was cancelled or has expired."""
 MAX_ERRORS = 100
 OUTPUT_FILE, ERROR_FILE = "output", "errors"
 
 
 async def run(context: Context, batch_id: str, engine: Engine | None = None) -> dict[str, Any]:
-    """Do all of it; returns what there is to say of the batch in the end."""
+    """Execute the whole batch; returns the final fields of its public form."""
     return await with_own_database(
         lambda database: _run_batch(context, database, batch_id, engine or build_engine(separate_loop=True))
     )
@@ -67,7 +67,7 @@ async def _load(session: AsyncSession, context: Context, batch_id: str) -> tuple
 
 
 class _BatchRun:
-    """One attempt at a batch. `state` is what its checkpoints save."""
+    """One attempt at a batch. Checkpoints save `state`."""
 
     def __init__(self, context: Context, database: Database, batch: Batch, file: File, principal: Principal) -> None:
         self.state: dict[str, Any] = context.checkpoint_state
@@ -81,7 +81,7 @@ class _BatchRun:
         self._committed_at = time.monotonic()
 
     async def validate(self) -> list[dict[str, Any]]:
-        """What is wrong with the file, line by line; if nothing is, the batch begins."""
+        """The errors in the file. If there are none, the batch is marked as in progress."""
         self._context.report(phase="validating")
         total, models, errors = await asyncio.to_thread(_validate_file, self._file, self._batch.endpoint)
         if errors:
@@ -94,7 +94,7 @@ class _BatchRun:
         return []
 
     async def run_lines(self, runner: LineRunner) -> None:
-        """Until all lines are answered, or the batch is to end."""
+        """Execute lines until all have a result, or until the batch is cancelled or expires."""
         settings = get_settings().engines
         max_concurrency = settings.slots * max(settings.replicas, 1)
         lines = self._pending_lines()
@@ -126,7 +126,7 @@ class _BatchRun:
         await self._save()
 
     async def finish(self) -> dict[str, Any]:
-        """Make files of the parts. An attempt after this one finds those that there are."""
+        """Join the parts to files. Their ids are fixed, so a later attempt creates no second ones."""
         self._context.report(phase="finalizing")
         counts, ending = self.state["told"]["request_counts"], self.state["ending"]
         output = await self._save_file(OUTPUT_FILE) if counts["completed"] else None
@@ -136,20 +136,20 @@ class _BatchRun:
         return {**snapshot, "status": ending, f"{ending}_at": _now()}
 
     async def _pending_lines(self) -> AsyncGenerator[tuple[int, BatchLine]]:
-        """The lines that have no outcome yet."""
-        known = set(self.state["done"])
+        """The lines that have no result yet."""
+        finished = set(self.state["done"])
         with await asyncio.to_thread(file_store.open_file, self._file) as content:
             numbered = _numbered_lines(content)
             while (line := await asyncio.to_thread(next, numbered, None)) is not None:
                 number, text = line
-                if number >= self.state["first"] and number not in known:
+                if number >= self.state["first"] and number not in finished:
                     yield number, parse_batch_line(text, f"line {number}")
 
     def _is_commit_due(self) -> bool:
         if self._context.should_stop():
             return True
-        late = time.monotonic() - self._committed_at >= COMMIT_SECONDS
-        return len(self._results) >= COMMIT_LINES or bool(self._results and late)
+        is_overdue = time.monotonic() - self._committed_at >= COMMIT_SECONDS
+        return len(self._results) >= COMMIT_LINES or bool(self._results and is_overdue)
 
     async def _requested_ending(self) -> str | None:
         async with self._database.read_transaction() as session:
@@ -166,7 +166,7 @@ class _BatchRun:
         await self._commit()
 
     async def _commit(self) -> None:
-        """Let what is done count."""
+        """Write the collected results as a part, and make it valid with a checkpoint."""
         results, self._results, self._committed_at = self._results, [], time.monotonic()
         if results:
             index = self._begin_part()
@@ -179,7 +179,7 @@ class _BatchRun:
         await self._save()
 
     def _begin_part(self) -> int:
-        """The number of the next part of this attempt. Parts are remembered as how many each attempt has made."""
+        """The number of this attempt's next part. The state has the number of parts of each attempt."""
         parts = self.state["parts"]
         if not parts or parts[-1][0] != self._nonce:
             parts.append([self._nonce, 0])
@@ -230,7 +230,7 @@ class _BatchRun:
 
 
 def _validate_file(file: File, endpoint: str) -> tuple[int, set[str], list[dict[str, Any]]]:
-    """How many requests there are, of which models, and what is wrong with them."""
+    """The number of requests, their models, and the errors in the file."""
     line_by_custom_id: dict[str, int] = {}
     models: set[str] = set()
     errors: list[dict[str, Any]] = []
@@ -264,23 +264,23 @@ def _validate_file(file: File, endpoint: str) -> tuple[int, set[str], list[dict[
 
 
 def _numbered_lines(content: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that say something; only they are counted."""
+    """The lines with their numbers. Empty lines are skipped and not counted."""
     return enumerate((line for line in read_lines(content) if line.strip()), 1)
 
 
 def _add_usage(total: dict[str, Any] | None, usage: dict[str, Any]) -> dict[str, Any]:
-    """What was used until now; chats and embeddings tell it in other words than responses do."""
+    """Add a usage to the total. Responses name the fields differently from chats and embeddings."""
     input_tokens = usage.get("input_tokens", usage.get("prompt_tokens", 0))
     output_tokens = usage.get("output_tokens", usage.get("completion_tokens", 0))
     details = usage.get("input_tokens_details", usage.get("prompt_tokens_details")) or {}
-    before = total or {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": {}}
-    cached_tokens = before["input_tokens_details"].get("cached_tokens", 0) + details.get("cached_tokens", 0)
+    total = total or {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": {}}
+    cached_tokens = total["input_tokens_details"].get("cached_tokens", 0) + details.get("cached_tokens", 0)
     return {
-        "input_tokens": before["input_tokens"] + input_tokens,
+        "input_tokens": total["input_tokens"] + input_tokens,
         "input_tokens_details": {"cached_tokens": cached_tokens},
-        "output_tokens": before["output_tokens"] + output_tokens,
+        "output_tokens": total["output_tokens"] + output_tokens,
         "output_tokens_details": {"reasoning_tokens": None},
-        "total_tokens": before["total_tokens"] + input_tokens + output_tokens,
+        "total_tokens": total["total_tokens"] + input_tokens + output_tokens,
     }
 
 

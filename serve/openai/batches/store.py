@@ -1,7 +1,7 @@
-"""Batches: files of requests that a job answers. A row is what somebody asked for; what became of it, its job knows.
+"""The table of batches, and their public form.
 
-The job's checkpoint and result are written under its lease: so what is told of a batch is never what a worker says that
-was given up for dead.
+The row of a batch has its request. The status is in the checkpoint and the result of its job, which are written under
+the job's lease: a worker that lost its lease cannot change the status.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class BatchEnded(Conflict):
 
 
 class NoBatchFile(InvalidRequest):
-    """A batch reads a file of the purpose batch."""
+    """The input file of a batch must have the purpose batch."""
 
     code = "NO_BATCH_FILE"
 
@@ -55,14 +55,14 @@ class Batch(Base):
     id: Mapped[str] = mapped_column(String(ID_MAX), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     endpoint: Mapped[str] = mapped_column(String(100))
-    input_file_id: Mapped[str] = mapped_column(String(file_store.MAX_ID_LENGTH))  # which may have been deleted since
-    labels: Mapped[dict[str, Any]]  # what OpenAI calls its metadata
-    output_seconds: Mapped[int | None]  # how long the files that it writes last; None: until they are deleted
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    input_file_id: Mapped[str] = mapped_column(String(file_store.MAX_ID_LENGTH))  # may be deleted
+    labels: Mapped[dict[str, Any]]  # OpenAI's `metadata`
+    output_seconds: Mapped[int | None]  # lifetime of the output files; None: no limit
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: without an account
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
     expires_at: Mapped[datetime]
-    cancelling_at: Mapped[datetime | None]  # when somebody has asked to end it
+    cancelling_at: Mapped[datetime | None]  # when its cancellation was requested
 
 
 async def create(
@@ -74,11 +74,11 @@ async def create(
     output_seconds: int | None,
     principal: Principal,
 ) -> tuple[Batch, Job]:
-    """A batch, and the job that will do it."""
+    """Create a batch, and queue the job that executes it."""
     file = await file_store.find(session, input_file_id, principal)
     if file.purpose != "batch":
         raise NoBatchFile(
-            f"The file '{file.id}' has the purpose {file.purpose}; a batch reads one of the purpose batch."
+            f"The file '{file.id}' has the purpose {file.purpose}; a batch needs a file with the purpose batch."
         )
     batch_id, moment = f"batch_{uuid4().hex}", now()
     job = await queue.enqueue(session, JobRequest(kind=KIND, spec={"batch_id": batch_id}), principal)
@@ -105,7 +105,7 @@ async def find(session: AsyncSession, batch_id: str, principal: Principal) -> Ba
 
 
 async def cancel(session: AsyncSession, batch: Batch) -> Job:
-    """Ask its job to end it, which keeps what is done until then; the job itself is not cancelled."""
+    """Request the end of a batch. Its job is not cancelled: it saves the results until then."""
     job = await session.get_one(Job, batch.job_id, with_for_update={"key_share": True})
     status = to_openai(batch, job)["status"]
     if status in FINAL_STATUSES:
@@ -117,13 +117,13 @@ async def cancel(session: AsyncSession, batch: Batch) -> Job:
 
 
 def parts_folder(batch_id: str) -> str:
-    """Where its answers lie in storage until they are files."""
+    """The folder in storage with the results, until they are joined to files."""
     return f"batches/{batch_id}"
 
 
 @register_sweeper("batches")
 async def remove_left_over(database: Database) -> int:
-    """Delete the answers of batches whose job did not come to its end, when nobody will retry it any more."""
+    """Delete the parts of batches whose job failed or was cancelled, after the time for a retry has passed."""
     before = now() - timedelta(days=get_settings().jobs.event_days)
     ended_early = select(Batch.id).join(Job, Job.id == Batch.job_id)
     async with database.read_transaction() as session:
@@ -138,7 +138,7 @@ async def remove_left_over(database: Database) -> int:
 
 
 def to_openai(batch: Batch, job: Job) -> dict[str, Any]:
-    """What there is to say of a batch."""
+    """The fields of the public form that the job determines."""
     fields: dict[str, Any] = {"status": "validating", **(job.checkpoint or {}).get("told", {}), **(job.result or {})}
     if job.state in FINISHED and fields["status"] not in FINAL_STATUSES:
         fields |= _ended_early(job)
@@ -148,7 +148,7 @@ def to_openai(batch: Batch, job: Job) -> dict[str, Any]:
 
 
 def _ended_early(job: Job) -> dict[str, Any]:
-    """Of a batch whose job could not, or was not allowed to, come to its own end."""
+    """The status of a batch whose job failed or was cancelled."""
     moment = int(job.finished_at.timestamp()) if job.finished_at else None
     if job.state == State.CANCELLED:
         return {"status": "cancelled", "cancelled_at": moment}

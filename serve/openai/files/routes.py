@@ -1,4 +1,4 @@
-"""/v1/files, as OpenAI has them: what fine-tuning and batches read, and what they write."""
+"""The routes /v1/files of OpenAI's API: the files that fine-tuning jobs and batches read and write."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -42,7 +42,7 @@ UPLOAD_FORM_SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 CONTENT_RESPONSES: Responses = {
-    200: {"description": "Its bytes", "content": {"application/octet-stream": {"schema": {"type": "string"}}}}
+    200: {"description": "The content", "content": {"application/octet-stream": {"schema": {"type": "string"}}}}
 }
 
 
@@ -53,7 +53,7 @@ CONTENT_RESPONSES: Responses = {
     },
 )
 async def create_file(request: Request, caller: CurrentCaller) -> FileObject:
-    """Upload a file. One to learn from, or of a batch, is read at once; what is wrong in it is in `status_details`."""
+    """Upload a file. Files for fine-tuning and batches are validated at once; `status_details` has the error."""
     async with receive_form(request, get_settings().files.max_mb * MEBIBYTE) as form:
         fields, upload = file_fields(form)
         content, error = await asyncio.to_thread(validation.check_content, fields.purpose, upload.file, fields.filename)
@@ -79,7 +79,7 @@ async def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[Annotated[str, Field(max_length=40)] | SkipJsonSchema[None], Query()] = None,
 ) -> CursorPage[FileObject]:
-    """Files, the newest first: your own, or everybody's when you are an administrator."""
+    """List files, the newest first. Administrators see all files, others their own."""
     query = file_store.visible_to(caller)
     if purpose is not None:
         query = query.where(File.purpose == purpose)
@@ -96,14 +96,14 @@ async def list_files(
 
 @router.get("/{file_id}")
 async def show_file(file_id: FileId, caller: CurrentCaller) -> FileObject:
-    """What is known of a file."""
+    """Get the metadata of a file."""
     async with get_database().read_transaction() as session:
         return file_object(await file_store.find(session, file_id, caller))
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse, responses=CONTENT_RESPONSES)
 async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse:
-    """What is in it."""
+    """Download the content of a file."""
     async with get_database().read_transaction() as session:
         file = await file_store.find(session, file_id, caller)
     content = await asyncio.to_thread(file_store.open_file, file)
@@ -113,7 +113,7 @@ async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse
             while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
                 yield chunk
 
-    # Whatever somebody has uploaded, no browser shall take it for a page of this server.
+    # No browser may render an uploaded file as a page of this server.
     headers = {
         "Content-Length": str(file.bytes),
         "Content-Disposition": f"attachment; filename*=utf-8''{quote(file.filename)}",
@@ -124,7 +124,7 @@ async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse
 
 @router.delete("/{file_id}")
 async def delete_file(file_id: FileId, caller: CurrentCaller) -> DeletedFile:
-    """Delete a file. What has been learned from it stays."""
+    """Delete a file. Models that were trained with it stay."""
     await file_store.delete(get_database(), file_id, caller)
     return DeletedFile(id=file_id)
 

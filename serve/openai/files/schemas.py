@@ -1,4 +1,4 @@
-"""Files and uploads, as OpenAI has them."""
+"""The requests and responses of /v1/files and /v1/uploads."""
 
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from cluster.files.uploads import Upload
 from serve.http.schemas import StrictModel
 
 Purpose = Literal["fine-tune", "batch", "user_data"]
-"""OpenAI has others, for what is not here: assistants, vision and evals."""
+"""OpenAI's other purposes are for features that Forgearr does not have: assistants, vision and evals."""
 DAY_SECONDS = 24 * 3600
 BATCH_DAYS = 30
 
@@ -22,7 +22,7 @@ class ExpiresAfter(StrictModel):
 
 
 class FileFields(StrictModel):
-    """What a form says of its file."""
+    """The fields of an upload form, besides the content."""
 
     purpose: Purpose
     filename: str = Field(min_length=1, max_length=MAX_FILENAME_LENGTH, pattern=r"^[^\x00]*$")
@@ -36,7 +36,7 @@ class FileFields(StrictModel):
 class UploadRequest(StrictModel):
     purpose: Purpose
     filename: str = Field(min_length=1, max_length=MAX_FILENAME_LENGTH)
-    bytes: int = Field(ge=1, le=2**53, description="How many bytes all parts will have together.")
+    bytes: int = Field(ge=1, le=2**53, description="Total size of all parts.")
     mime_type: str = Field(max_length=200, description="Not used.")
     expires_after: ExpiresAfter | None = None
 
@@ -55,11 +55,11 @@ class FileObject(BaseModel):
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
-    expires_at: int | None = Field(description="Null: it stays until it is deleted.")
+    expires_at: int | None = Field(description="Null: never.")
     filename: str
     purpose: str
     status: Literal["processed", "error"]
-    status_details: str | None = Field(description="Of an error: the line that is wrong, and why.")
+    status_details: str | None = Field(description="With status error: the invalid line, and the reason.")
 
 
 class DeletedFile(BaseModel):
@@ -88,14 +88,14 @@ class PartObject(BaseModel):
 
 
 def lifetime_seconds(purpose: str, expires_after: ExpiresAfter | None) -> int | None:
-    """How many seconds a file lasts; None: for good."""
+    """Seconds until a file is deleted; None: it never is."""
     if expires_after is not None:
         return expires_after.seconds
     return BATCH_DAYS * DAY_SECONDS if purpose == "batch" else None
 
 
 def file_fields(form: FormData) -> tuple[FileFields, UploadFile]:
-    """What the form of a file says, with nothing in it that is not understood."""
+    """Parse an upload form. Unknown fields are errors."""
     file = only_file(form, "file")
     values: dict[str, Any] = {"filename": file.filename}
     for name, value in form.multi_items():

@@ -1,4 +1,4 @@
-"""/v1/uploads, as OpenAI has them: files that are too large for one request, part by part."""
+"""The routes /v1/uploads of OpenAI's API: files that are too large for one request are sent in parts."""
 
 from typing import Annotated, Any
 
@@ -36,10 +36,10 @@ PART_FORM_SCHEMA: dict[str, Any] = {
 
 @router.post("")
 async def create_upload(body: UploadRequest, caller: CurrentCaller) -> UploadObject:
-    """Begin an upload, and have an hour for its parts."""
+    """Start an upload in parts. It expires after one hour."""
     max_mb = get_settings().files.max_upload_mb
     if body.bytes > max_mb * MEBIBYTE:
-        raise UploadTooLarge(f"A file that comes in parts has {max_mb} MiB at most (files.max_upload_mb).")
+        raise UploadTooLarge(f"An upload in parts may have {max_mb} MiB at most (files.max_upload_mb).")
     async with get_database().transaction() as session:
         upload = file_uploads.begin(
             session,
@@ -57,7 +57,7 @@ async def create_upload(body: UploadRequest, caller: CurrentCaller) -> UploadObj
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": PART_FORM_SCHEMA}}}},
 )
 async def add_part(upload_id: UploadId, request: Request, caller: CurrentCaller) -> PartObject:
-    """Add a part of up to 64 MiB. Parts may come in any order, at the same time, and again."""
+    """Add a part of up to 64 MiB. Parts may be sent in any order, in parallel and repeatedly."""
     async with get_database().read_transaction() as session:
         await file_uploads.find_pending(session, upload_id, caller)
     async with receive_form(request, MAX_PART_MB * MEBIBYTE) as form:
@@ -68,7 +68,7 @@ async def add_part(upload_id: UploadId, request: Request, caller: CurrentCaller)
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(upload_id: UploadId, body: CompleteUploadRequest, caller: CurrentCaller) -> UploadObject:
-    """Make a file of parts that together have the bytes that were announced."""
+    """Create the file from its parts. Together they must have the announced size."""
     upload, file = await file_uploads.complete(
         get_database(), upload_id, body.part_ids, body.md5, validation.check_content, caller
     )
@@ -77,5 +77,5 @@ async def complete_upload(upload_id: UploadId, body: CompleteUploadRequest, call
 
 @router.post("/{upload_id}/cancel")
 async def cancel_upload(upload_id: UploadId, caller: CurrentCaller) -> UploadObject:
-    """Give an upload up, with all its parts."""
+    """Cancel an upload, and delete its parts."""
     return upload_object(await file_uploads.cancel(get_database(), upload_id, caller))

@@ -1,4 +1,4 @@
-"""What a file must be for its purpose: samples to learn from, or the requests of a batch."""
+"""Validates a file for its purpose: training samples, or the requests of a batch."""
 
 from typing import Any, BinaryIO, Literal
 
@@ -15,7 +15,7 @@ BatchUrl = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", 
 
 
 class InvalidBatchLine(InvalidRequest):
-    """A line of the file is no request of a batch."""
+    """A line of the file is not a valid request of a batch."""
 
     code = "INVALID_BATCH_LINE"
 
@@ -32,7 +32,7 @@ class BatchLine(BaseModel):
 
 
 def check_content(purpose: str, file: BinaryIO, name: str) -> tuple[str | None, str | None]:
-    """What its lines are (chat, preference or batch), and what is wrong with them."""
+    """Return the type of its lines (chat, preference or batch), or an error message."""
     try:
         match purpose:
             case "fine-tune":
@@ -46,11 +46,13 @@ def check_content(purpose: str, file: BinaryIO, name: str) -> tuple[str | None, 
 
 
 def parse_batch_line(line: bytes, location: str) -> BatchLine:
-    """A request of a batch, from its line; `place` says where it is, for whoever has to mend it."""
+    """Parse one request of a batch. `location` names the line in error messages."""
     try:
         return BatchLine.model_validate(parse_json_line(line, location))
     except ValidationError as error:
-        raise InvalidBatchLine(f"The {location} is no request of a batch: {first_error_message(error)}.") from None
+        raise InvalidBatchLine(
+            f"The {location} is not a valid request of a batch: {first_error_message(error)}."
+        ) from None
 
 
 def _check_samples(file: BinaryIO, name: str) -> str:

@@ -1,4 +1,4 @@
-"""From an OpenAI fine-tuning request to a forge job."""
+"""Translates a request of OpenAI's fine-tuning API into the spec of a forge job."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ from serve.openai.fine_tuning.schemas import (
 )
 
 MAX_CHECKPOINTS = 3
-"""OpenAI's."""
+"""As in OpenAI's API."""
 DEFAULT_LEARNING_RATE: float = FineTuneSpec.model_fields["learning_rate"].default
 DATA_ERROR_CODES = {
     "empty_data",
@@ -32,40 +32,38 @@ DATA_ERROR_CODES = {
     "sample_too_long",
     "wrong_kind_of_data",
 }
-"""Errors of a training that come from its file."""
+"""Errors that the training file causes."""
 
 
 class MethodNotAvailable(InvalidRequest):
-    """Models are fine-tuned by the methods supervised and dpo; reinforcement is not available."""
+    """The methods are supervised and dpo; reinforcement is not available."""
 
     code = "METHOD_NOT_AVAILABLE"
 
 
 class NotABaseModel(InvalidRequest):
-    """No training can begin with this model."""
+    """This model cannot be fine-tuned."""
 
     code = "NOT_A_BASE_MODEL"
 
 
 async def resolve_base_model(request: Request, model: str, principal: Principal) -> str:
-    """What the forge calls it; of what changes its meaning, such as NAME:latest, what it means now."""
+    """The name of the model in a forge spec. A name that can change, such as NAME:latest, becomes a version."""
     if model.removesuffix(":latest") == tiny.NAME:
         return tiny.NAME
     if model in presets.names() or resolution.is_path(model):
         return model
     is_tuned = model.startswith(fine_tuned_names.PREFIX)
     if "/" in model and not is_tuned:
-        return model  # of the Hugging Face hub
+        return model  # on the Hugging Face hub
     try:
         resolved = await get_models(request).resolve(model, principal)
     except ModelNotFound:
         if ":" in model:
             raise
-        return model  # of the hub too, where some have no owner
+        return model  # also on the hub, where some models have no owner
     if isinstance(resolved.source, ModelFolder):
-        raise NotABaseModel(
-            f"'{model}' was never exported, so no training can begin with it: take the model of a whole job."
-        )
+        raise NotABaseModel(f"'{model}' was never exported and cannot be fine-tuned. Use the model of a completed job.")
     return resolved.reference
 
 
@@ -100,7 +98,7 @@ def forge_spec(body: FineTuningJobRequest, base_model: str) -> dict[str, Any]:
 
 
 def _registered_name(base_model: str, suffix: str) -> str:
-    """Under which versions of it are registered: ft-llama-3.2-1b-instruct."""
+    """The name in the model registry, such as ft-llama-3.2-1b-instruct."""
     last = base_model.rstrip("/").rpartition("/")[2].partition(":")[0].lower().removeprefix("ft-")
     slug = re.sub(r"[^a-z0-9._-]+", "-", last)
     return f"ft-{slug}"[: 99 - len(suffix)].rstrip("-._")

@@ -1,4 +1,4 @@
-"""The journal of a training and its steps, as OpenAI tells what happens to a fine-tuning job."""
+"""Turns the journal of a training and its steps into the events of an OpenAI fine-tuning job."""
 
 import re
 from typing import Any, Literal
@@ -31,7 +31,7 @@ METRICS = {
 
 
 async def page(session: AsyncSession, job: Job, after: str | None, limit: int) -> list[FineTuningEvent]:
-    """The newest, or those before the event `after`."""
+    """The newest events, or the newest before the event `after`."""
     steps = {step.id: step.kind for step in await session.scalars(select(Job).where(Job.parent_id == job.id))}
     kinds = {**steps, job.id: job.kind}
     condition = or_(_job_events(job), and_(JobEvent.job_id.in_(steps), _step_events()))
@@ -46,7 +46,7 @@ async def page(session: AsyncSession, job: Job, after: str | None, limit: int) -
 
 
 def _job_events(job: Job) -> ColumnElement[bool]:
-    """A job that has its steps done by others parks meanwhile, which is no news."""
+    """A forge job is parked while its steps run. Its return to the queue after that is no event for the client."""
     own = ["paused", "succeeded", "failed", "cancelled", "log"]
     queued = and_(JobEvent.type == "queued", JobEvent.data["parked"].as_string().is_(None))
     included = or_(JobEvent.type.in_(own), queued, *([_step_events()] if job.kind == "fine_tune" else []))
@@ -54,8 +54,8 @@ def _job_events(job: Job) -> ColumnElement[bool]:
 
 
 def _step_events() -> ColumnElement[bool]:
-    numbers = or_(*(JobEvent.data["metrics"][name].as_float().is_not(None) for name in ("loss", "eval_loss")))
-    return or_(JobEvent.type.in_(["running", "log"]), and_(JobEvent.type == "progress", numbers))
+    has_loss = or_(*(JobEvent.data["metrics"][name].as_float().is_not(None) for name in ("loss", "eval_loss")))
+    return or_(JobEvent.type.in_(["running", "log"]), and_(JobEvent.type == "progress", has_loss))
 
 
 def _to_openai(event: JobEvent, kind: str, job: Job) -> FineTuningEvent:
@@ -64,13 +64,13 @@ def _to_openai(event: JobEvent, kind: str, job: Job) -> FineTuningEvent:
     match event.type:
         case "progress":
             data = _openai_metrics(event.data["metrics"])
-            message = _sentence(data)
+            message = _metrics_message(data)
         case "log":
             message, level = event.data["message"], LEVELS.get(event.data["level"], "info")
         case "running":
             message = STEPS.get(kind, f"The step {kind} has started")
         case "queued":
-            message = _queued(event.data, job)
+            message = _queued_message(event.data, job)
         case "paused":
             message = "Fine-tuning job paused"
         case "succeeded":
@@ -90,21 +90,21 @@ def _to_openai(event: JobEvent, kind: str, job: Job) -> FineTuningEvent:
 
 
 def _openai_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    values = {theirs: metrics[ours] for ours, theirs in METRICS.items() if ours in metrics}
+    values = {openai_name: metrics[name] for name, openai_name in METRICS.items() if name in metrics}
     return {"step": int(metrics["step"]), **values}
 
 
-def _sentence(numbers: dict[str, Any]) -> str:
-    losses_by_name = {"training loss": numbers.get("train_loss"), "validation loss": numbers.get("valid_loss")}
+def _metrics_message(metrics: dict[str, Any]) -> str:
+    losses_by_name = {"training loss": metrics.get("train_loss"), "validation loss": metrics.get("valid_loss")}
     losses = [f"{name}={value:.4f}" for name, value in losses_by_name.items() if value is not None]
-    return f"Step {numbers['step']}: {', '.join(losses)}"
+    return f"Step {metrics['step']}: {', '.join(losses)}"
 
 
-def _queued(data: dict[str, Any], job: Job) -> str:
+def _queued_message(data: dict[str, Any], job: Job) -> str:
     if "kind" in data:
         return f"Created fine-tuning job: {job.id}"
     if "resumed" in data:
         return "Fine-tuning job resumed"
     if "retried" in data:
-        return "Fine-tuning job is tried again"
-    return "Fine-tuning job waits to go on"
+        return "Fine-tuning job retried"
+    return "Fine-tuning job queued again"

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs, as OpenAI has them: the forge's own jobs, told in other words."""
+"""The routes /v1/fine_tuning/jobs of OpenAI's API. A fine-tuning job is a job of the kind forge or fine_tune."""
 
 from typing import Annotated
 
@@ -39,7 +39,7 @@ async def create_fine_tuning_job(
     caller: CurrentCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> FineTuningJob:
-    """Fine-tune a model on a file, export and validate it. Nobody but its owner knows it by its name."""
+    """Fine-tune a model with a file, export it and validate it. Its name works only for you and administrators."""
     if body.method and body.method.type == "reinforcement":
         raise MethodNotAvailable
     spec = forge_spec(body, await resolve_base_model(request, body.model, caller))
@@ -55,7 +55,10 @@ async def create_fine_tuning_job(
 async def list_fine_tuning_jobs(
     request: Request, caller: CurrentCaller, after: After = None, limit: Limit = 20
 ) -> CursorPage[FineTuningJob]:
-    """Fine-tuning jobs, the newest first, whichever door they came through; also by `metadata[key]=value`."""
+    """List fine-tuning jobs, the newest first, including those that other APIs created.
+
+    `metadata[key]=value` selects jobs by their metadata.
+    """
     async with get_database().read_transaction() as session:
         query = with_metadata(session, fine_tuned_names.fine_tuning_jobs(caller), request)
         if after is not None:
@@ -70,14 +73,14 @@ async def list_fine_tuning_jobs(
 
 @router.get("/{job_id}")
 async def show_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
-    """One of them."""
+    """Get one fine-tuning job."""
     async with get_database().read_transaction() as session:
         return await job_view(session, await _find(session, job_id, caller))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
-    """Cancel it: at once when it waits, as soon as it listens when it runs."""
+    """Cancel a job. A waiting job ends at once, a running one at its next report."""
     async with get_database().transaction() as session:
         job = await _find(session, job_id, caller, lock=True)
         await queue.cancel(session, job)
@@ -87,7 +90,7 @@ async def cancel_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTu
 
 @router.post("/{job_id}/pause")
 async def pause_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
-    """Hold it: at once when it waits, at its next checkpoint when it trains."""
+    """Pause a job. A waiting job pauses at once, a running one at its next checkpoint."""
     async with get_database().transaction() as session:
         job = await _find(session, job_id, caller, lock=True)
         await queue.pause(session, job)
@@ -97,7 +100,7 @@ async def pause_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTun
 
 @router.post("/{job_id}/resume")
 async def resume_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTuningJob:
-    """Let it go on from its checkpoint."""
+    """Resume a paused job from its checkpoint."""
     async with get_database().transaction() as session:
         job = await _find(session, job_id, caller, lock=True)
         await queue.resume(session, job)
@@ -109,7 +112,7 @@ async def resume_fine_tuning_job(job_id: JobId, caller: CurrentCaller) -> FineTu
 async def list_fine_tuning_events(
     job_id: JobId, caller: CurrentCaller, after: After = None, limit: Limit = 20
 ) -> CursorPage[FineTuningJobEvent]:
-    """What happened to it, the newest first: messages, and the numbers of each step."""
+    """List the events of a job, the newest first: messages, and the metrics of steps."""
     async with get_database().read_transaction() as session:
         job = await _find(session, job_id, caller)
         events = await fine_tuning_events.page(session, job, after, limit + 1)
@@ -120,7 +123,7 @@ async def list_fine_tuning_events(
 async def list_checkpoints(
     job_id: JobId, caller: CurrentCaller, after: After = None, limit: Limit = 10
 ) -> CursorPage[Checkpoint]:
-    """The models that it had at the ends of its last three epochs, the newest first. Each can be asked."""
+    """List the models after the last three epochs, the newest first. Requests can name each of them."""
     async with get_database().read_transaction() as session:
         job = await _find(session, job_id, caller)
         epochs = fine_tuned_names.epochs(await fine_tuned_names.find_fine_tune_job(session, job))

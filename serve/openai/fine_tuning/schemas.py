@@ -1,4 +1,4 @@
-"""Fine-tuning jobs, as OpenAI has them: what they take, and what is told of them."""
+"""The requests and responses of /v1/fine_tuning/jobs."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -14,10 +14,10 @@ FileId = Annotated[str, Field(min_length=1, max_length=100)]
 
 class SupervisedHyperparameters(StrictModel):
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        default=None, description="auto: as many as fit into the memory."
+        default=None, description="auto: as large as memory allows."
     )
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] | None = Field(
-        default=None, description="Of the rate that a training has by itself. auto: 1."
+        default=None, description="Factor for the default learning rate. auto: 1."
     )
     n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] | None = Field(default=None, description="auto: 3.")
 
@@ -35,7 +35,7 @@ class DpoMethod(StrictModel):
 
 
 class Method(StrictModel):
-    type: Literal["supervised", "dpo", "reinforcement"] = Field(description="reinforcement is refused.")
+    type: Literal["supervised", "dpo", "reinforcement"] = Field(description="reinforcement is not available.")
     supervised: SupervisedMethod | None = None
     dpo: DpoMethod | None = None
     reinforcement: dict[str, Any] | None = None
@@ -44,12 +44,12 @@ class Method(StrictModel):
     def validate_single_method(self) -> Self:
         for other in {"supervised", "dpo", "reinforcement"} - {self.type}:
             if getattr(self, other) is not None:
-                raise ValueError(f"{other} does not belong to the method {self.type}")
+                raise ValueError(f"the method {self.type} does not allow {other}")
         return self
 
 
 class FineTuningJobRequest(StrictModel):
-    """OpenAI's request. What is not here is refused, since the model would not be what was asked for."""
+    """OpenAI's request. An unsupported field is an error, because it would have no effect."""
 
     model: str = Field(
         min_length=1,
@@ -58,18 +58,20 @@ class FineTuningJobRequest(StrictModel):
         "model that was fine-tuned here (ft:…).",
     )
     training_file: FileId
-    validation_file: FileId | None = Field(default=None, description="Null: a tenth of the samples is held out.")
+    validation_file: FileId | None = Field(
+        default=None, description="Null: a tenth of the samples is the held-out split."
+    )
     method: Method | None = None
-    hyperparameters: SupervisedHyperparameters | None = Field(default=None, description="The older place of them.")
+    hyperparameters: SupervisedHyperparameters | None = Field(default=None, description="Deprecated: use method.")
     suffix: str | None = Field(default=None, min_length=1, max_length=64, description="Part of the model's name.")
     seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
     metadata: Metadata | None = None
-    integrations: list[Any] | None = Field(default=None, max_length=0, description="None: runs are in MLflow anyway.")
+    integrations: list[Any] | None = Field(default=None, max_length=0, description="Must be empty: runs are in MLflow.")
 
     @model_validator(mode="after")
     def validate_hyperparameters(self) -> Self:
         if self.method and self.hyperparameters:
-            raise ValueError("hyperparameters belong into method, where there is one")
+            raise ValueError("set hyperparameters in method, not beside it")
         return self
 
     @property
@@ -121,11 +123,11 @@ class FineTuningJob(BaseModel):
     model: str
     fine_tuned_model: str | None
     organization_id: str
-    training_file: str = Field(description="A file, or what else a job learns from that was begun at another door.")
+    training_file: str = Field(description="A file; of a job that another API created, its data source.")
     validation_file: str | None
     result_files: list[str]
     trained_tokens: int | None
-    hyperparameters: UsedHyperparameters = Field(description="auto, as long as it is not known what that comes to.")
+    hyperparameters: UsedHyperparameters = Field(description="auto until the value is known.")
     method: UsedMethod
     seed: int
     metadata: dict[str, str] | None

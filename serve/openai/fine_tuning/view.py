@@ -1,4 +1,4 @@
-"""A forge job as an OpenAI fine-tuning job."""
+"""Serializes a forge or fine_tune job as an OpenAI fine-tuning job."""
 
 import math
 import re
@@ -43,7 +43,7 @@ def with_metadata(session: AsyncSession, query: Select[Job], request: Request) -
 def _metadata_equals(session: AsyncSession, key: str, value: str) -> ColumnElement[bool]:
     if session.get_bind().dialect.name == "postgresql":
         return Job.spec["metadata"][key].as_string() == value
-    # A path of SQLite's finds no key that has quotes, or anything beyond ASCII, in it.
+    # JSON paths of SQLite find no keys with quotes or characters beyond ASCII.
     pairs = func.json_each(Job.spec, "$.metadata").table_valued("key", "value")
     return exists(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value))
 
@@ -129,7 +129,7 @@ async def _error(session: AsyncSession, job: Job) -> FineTuningJobError | None:
 
 
 async def _estimated_finish(session: AsyncSession, training: Job | None) -> int | None:
-    """When the training will be done by what it said last; what comes after it takes far less."""
+    """The end that the training estimated last, and in proportion the time for the steps after the training."""
     if training is None or training.state != State.RUNNING:
         return None
     for event in await journal.newest(session, training.id, "progress", limit=5):
@@ -148,7 +148,7 @@ async def _estimated_finish(session: AsyncSession, training: Job | None) -> int 
 
 
 def _source_id(data: dict[str, Any]) -> str:
-    """A file's id; or what else a job of another door learns from."""
+    """The id of the file, or the data source of a job that another API created."""
     for name in ("file", "dataset", "folder"):
         if data.get(name):
             return data[name]

@@ -1,4 +1,4 @@
-"""The items of a response as the messages of a chat."""
+"""Converts the items of the Responses API into the messages of a chat, which engines take."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,9 +7,9 @@ from serve.openai.responses.items import CallNotFound, Item
 
 
 def to_messages(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """A conversation as an engine reads it: what an assistant thinks, says and calls in one go is one message."""
+    """Convert items to messages. Consecutive reasoning, text and calls of the assistant become one message."""
     messages: list[dict[str, Any]] = []
-    turn: dict[str, Any] | None = None  # the assistant's, as long as it lasts
+    turn: dict[str, Any] | None = None  # the assistant's current message
     for item in items:
         kind = item["type"]
         if not (kind in {"reasoning", "function_call"} or item.get("role") == "assistant"):
@@ -31,13 +31,13 @@ def to_messages(items: Iterable[Item]) -> list[dict[str, Any]]:
 
 
 def check_calls(items: Sequence[Item]) -> None:
-    """Refuse an answer to a call that nobody made; a chat template would show it to the model as if it had."""
+    """Reject an output without a preceding call: a chat template would show it to the model as a real one."""
     known_call_ids: set[str] = set()
     for item in items:
         if item["type"] == "function_call":
             known_call_ids.add(item["call_id"])
         if item["type"] == "function_call_output" and item["call_id"] not in known_call_ids:
-            raise CallNotFound(f"There is no call '{item['call_id']}' in the conversation before what answers it.")
+            raise CallNotFound(f"The conversation has no call '{item['call_id']}' before its output.")
 
 
 def _other_message(item: Item) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A response as it comes to be: what an engine says becomes items, and events that tell of them, as OpenAI has it."""
+"""Builds a response from the chunks of an engine: its items, and the events of its stream in OpenAI's format."""
 
 import time
 from copy import deepcopy
@@ -12,7 +12,7 @@ from serve.openai.responses.items import Item, item_id
 Event = dict[str, Any]
 
 END_EVENTS = {"completed": "response.completed", "failed": "response.failed"}
-"""Of any other status: response.incomplete."""
+"""Any other status: response.incomplete."""
 TOKEN_FIELDS = ("token", "logprob", "bytes")
 
 
@@ -21,7 +21,7 @@ def new_response_id() -> str:
 
 
 class ResponseStream:
-    """Hears an answer; `response` is what there is of it until now."""
+    """Takes chunks and returns events. `response` is the response so far."""
 
     def __init__(self, response_id: str, request_fields: dict[str, Any], items_before: int = 0) -> None:
         self.response: dict[str, Any] = {
@@ -38,8 +38,8 @@ class ResponseStream:
         }
         self._items_before = items_before
         self._events = 0
-        self._is_item_open = False  # whether the last item is still being said
-        self._call_index: int | None = None  # the number that the engine gives the call that is being said
+        self._is_item_open = False  # whether the last item is still being generated
+        self._call_index: int | None = None  # the engine's index of the call that is being generated
         self._finish_reason: str | None = None
 
     def begin(self) -> list[Event]:
@@ -73,12 +73,11 @@ class ResponseStream:
         return self._close_item("incomplete") + self._finish("failed", error=error_body)
 
     def cancel(self) -> None:
-        """Nobody listens any more."""
         self._close_item("incomplete")
         self._finish("cancelled")
 
     def replay(self, response: dict[str, Any]) -> list[Event]:
-        """The events of a response that has been told, with each text as one piece."""
+        """The events of a finished response, with each text as one delta."""
         events = self.begin()
         for item in response["output"]:
             text = item.get("arguments") or "".join(part["text"] for part in item.get("content", ()))
@@ -89,7 +88,7 @@ class ResponseStream:
         return events + self._finish(**response)
 
     def error_event(self, error: ForgearrError) -> Event:
-        """What ends a stream that cannot even say how the response ended."""
+        """The last event of a stream whose response could not be finished."""
         return self._event("error", code=error.code.lower(), message=error.message, param=None)
 
     def _feed_tool_call(self, delta: dict[str, Any]) -> list[Event]:
@@ -104,7 +103,7 @@ class ResponseStream:
         return events
 
     def _advance(self, kind: str) -> list[Event]:
-        """With the item that is open if it is of this kind, else with a new one."""
+        """Continue the open item if it is of this kind, otherwise close it and begin a new one."""
         if self._is_item_open and self._item["type"] == kind:
             return []
         return self._close_item("completed") + self._begin_item(kind)

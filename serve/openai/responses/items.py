@@ -1,4 +1,4 @@
-"""Input and output items of the Responses API."""
+"""The items of the Responses API: messages, reasoning, function calls and their outputs."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,11 +15,11 @@ LOGPROBS_INCLUDE = "message.output_text.logprobs"
 MAX_ITEMS = 10_000
 ITEM_ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 PLACEHOLDER_MESSAGES = [{"role": "user", "content": ""}]
-"""A conversation to check the rest of a request with."""
+"""Messages for validating the other fields of a request."""
 
 
 class CallNotFound(InvalidRequest):
-    """What a function has answered belongs to a call, which comes before it in the conversation."""
+    """A function's output needs a call, which is before it in the conversation."""
 
     code = "CALL_NOT_FOUND"
 
@@ -37,7 +37,7 @@ class OutputText(StrictModel):
 
 
 class Message(StrictModel):
-    """What somebody has said. An answer may be sent back as it came; what OpenAI adds to those must be null."""
+    """A message. A received answer may be sent back unchanged; OpenAI's other fields of an answer must be null."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -71,7 +71,7 @@ class FunctionCallItem(StrictModel):
 
 class FunctionCallOutput(StrictModel):
     type: Literal["function_call_output"]
-    call_id: str = Field(min_length=1, max_length=200, description="Of the call that this answers.")
+    call_id: str = Field(min_length=1, max_length=200, description="The id of the call.")
     output: str | list[InputText]
     id: ItemId | None = None
     status: ItemStatus | None = None
@@ -91,7 +91,7 @@ class SummaryText(StrictModel):
 
 
 class Reasoning(StrictModel):
-    """What a model has thought, in words. Encrypted thoughts are another server's."""
+    """The reasoning of a model as text. Encrypted reasoning is not supported."""
 
     type: Literal["reasoning"]
     summary: list[SummaryText] = Field(default_factory=list[SummaryText])
@@ -106,7 +106,7 @@ class Reasoning(StrictModel):
 
 
 class ItemReference(StrictModel):
-    """An item of a response that is stored, by its id."""
+    """A reference to an item of a stored response."""
 
     type: Literal["item_reference"] | None = None
     id: ItemId
@@ -119,5 +119,5 @@ def item_type(item: Any) -> str | None:
 
 
 def item_id(response_id: str, kind: str, position: int) -> str:
-    """It says where the item is: in which response, and at which place among what that was given and has answered."""
+    """The id contains the id of the response, and the position among its input and output items."""
     return f"{ITEM_ID_PREFIXES[kind]}_{response_id.removeprefix('resp_')}{position:04x}"

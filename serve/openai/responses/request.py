@@ -1,8 +1,4 @@
-"""What /v1/responses takes and answers, as OpenAI has it, and how that is said to an engine, which knows only chats.
-
-An item is one thing of a conversation: a message, some reasoning, a call of a function or what that has answered. They
-are kept and told as plain documents, each with an id in which that of its response is (openai/responses/store.py).
-"""
+"""The request of /v1/responses, and its translation into a chat, which engines take."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
@@ -30,8 +26,6 @@ ResponseId = Annotated[str, Field(max_length=100)]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
-
-
 InputItem = Annotated[
     Annotated[Message, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
@@ -53,7 +47,7 @@ class FunctionTool(StrictModel):
     @classmethod
     def validate_type(cls, kind: object) -> object:
         if isinstance(kind, str) and kind != "function":
-            raise ValueError(f"there is no tool of the type {kind[:100]} here, only function")
+            raise ValueError(f"tools of the type {kind[:100]} are not supported, only function")
         return kind
 
     def to_chat_tool(self) -> dict[str, Any]:
@@ -90,7 +84,7 @@ class TextConfiguration(StrictModel):
 
 
 class NoReasoning(StrictModel):
-    """How much a model thinks cannot be chosen here."""
+    """The effort of reasoning cannot be set here: all fields must be null."""
 
     effort: None = None
     summary: None = None
@@ -102,12 +96,12 @@ class StreamOptions(StrictModel):
 
 
 class ResponseRequest(StrictModel):
-    """OpenAI's request. What is not here is refused, since the answer would not be what was asked for."""
+    """OpenAI's request. An unsupported field is an error, because it would have no effect."""
 
     model: ModelReference
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = Field(default=None, description="A system message for this response only.")
-    previous_response_id: ResponseId | None = Field(default=None, description="The stored one that this goes on from.")
+    previous_response_id: ResponseId | None = Field(default=None, description="The stored response to continue.")
     tools: list[FunctionTool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
@@ -117,8 +111,10 @@ class ResponseRequest(StrictModel):
     max_output_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     include: list[Literal["message.output_text.logprobs"]] | None = Field(default=None, max_length=10)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    store: bool | None = Field(default=None, description="Whether to keep it, to read and to go on from. Null: yes.")
-    metadata: Metadata | None = Field(default=None, description="Kept with the response.")
+    store: bool | None = Field(
+        default=None, description="Whether to store it, to read or continue it later. Null: true."
+    )
+    metadata: Metadata | None = Field(default=None, description="Stored with the response.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
@@ -127,7 +123,7 @@ class ResponseRequest(StrictModel):
     service_tier: Literal["auto", "default"] | None = None
     user: str | None = Field(default=None, description="Not used.")
     safety_identifier: str | None = Field(default=None, description="Not used.")
-    prompt_cache_key: str | None = Field(default=None, description="Not used: prompts are remembered without one.")
+    prompt_cache_key: str | None = Field(default=None, description="Not used: prompts are cached without one.")
     conversation: None = None
     prompt: None = None
     max_tool_calls: None = None
@@ -135,8 +131,8 @@ class ResponseRequest(StrictModel):
     @model_validator(mode="after")
     def validate_combination(self) -> Self:
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options is for answers with stream")
-        if self.top_logprobs and not self._wants_logprobs():
+            raise ValueError("stream_options needs stream")
+        if self.top_logprobs and not self._includes_logprobs():
             raise ValueError(f"top_logprobs needs {LOGPROBS_INCLUDE} in include")
         if isinstance(self.tool_choice, AllowedTools):
             tool_names = {tool.name for tool in self.tools or []}
@@ -150,13 +146,13 @@ class ResponseRequest(StrictModel):
 
     @property
     def references(self) -> list[str]:
-        """The ids of the stored items that it refers to."""
+        """The ids of the stored items in the input."""
         return (
             [] if isinstance(self.input, str) else [item.id for item in self.input if isinstance(item, ItemReference)]
         )
 
     def items(self, response_id: str, referenced_items: Mapping[str, Item]) -> list[Item]:
-        """What it brings, each with an id; instead of a reference, what it refers to."""
+        """The input as items with ids. References are replaced by the stored items."""
         input_items = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         items: list[Item] = []
         for position, input_item in enumerate(input_items):
@@ -168,12 +164,12 @@ class ResponseRequest(StrictModel):
         return items
 
     def for_engine(self, items: Iterable[Item]) -> dict[str, Any]:
-        """For an answer to all that was said until now."""
+        """The engine's request for an answer to the conversation."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions is not None else []
         return {**self._to_chat_request().for_engine(), "messages": [*system, *to_messages(items)]}
 
     def request_fields(self) -> dict[str, Any]:
-        """What a response says again of its request. What nobody chose, and the engine decides, is null."""
+        """The fields of the request that its response repeats. A field is null if the engine chose its value."""
         fields = self.model_dump(
             mode="json",
             by_alias=True,
@@ -198,7 +194,7 @@ class ResponseRequest(StrictModel):
         }
 
     def _to_chat_request(self) -> ChatRequest:
-        """The same wishes in a chat's words, which are checked there."""
+        """The same options as a chat request, which validates them."""
         tools = self.tools or []
         choice: Any = self.tool_choice
         if isinstance(choice, AllowedTools):
@@ -216,11 +212,11 @@ class ResponseRequest(StrictModel):
             "response_format": self._response_format(),
             "stream": self.stream,
         }
-        if self._wants_logprobs():
+        if self._includes_logprobs():
             options |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         return ChatRequest.model_validate({"model": self.model, "messages": PLACEHOLDER_MESSAGES, **options})
 
-    def _wants_logprobs(self) -> bool:
+    def _includes_logprobs(self) -> bool:
         return LOGPROBS_INCLUDE in (self.include or [])
 
     def _response_format(self) -> dict[str, Any] | None:

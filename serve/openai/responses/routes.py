@@ -1,4 +1,4 @@
-"""/v1/responses, as OpenAI has it: conversations that the server remembers."""
+"""The routes /v1/responses of OpenAI's API: conversations that the server stores."""
 
 import asyncio
 import logging
@@ -44,20 +44,20 @@ _save_tasks: set[asyncio.Task[None]] = set()
 
 
 class NotInBackground(InvalidRequest):
-    """Only a response with background=true can be cancelled, and there are none here: close the connection instead."""
+    """Background responses are not supported, so none can be cancelled. Close the connection instead."""
 
     code = "NOT_IN_BACKGROUND"
 
 
 class CannotContinue(InvalidRequest):
-    """The single events of a response are not kept: it can be told again from its beginning, without starting_after."""
+    """The events of a response are not stored: its stream can only be repeated whole, without starting_after."""
 
     code = "CANNOT_START_AFTER"
 
 
 @router.post("", response_model=schemas.Response, responses=sse.sse_responses("event of a response"))
 async def create_response(request: Request, body: ResponseRequest, caller: CurrentCaller) -> Any:
-    """Answer a conversation, whole or as server-sent events, and keep the response."""
+    """Create a response, and store it. With `stream`, the response is a stream of server-sent events."""
     model = await get_models(request).resolve(body.model, caller)
     if not body.stream:
         awaitable = complete_response(get_database(), get_engine(request), model, body, caller)
@@ -72,7 +72,7 @@ async def create_response(request: Request, body: ResponseRequest, caller: Curre
 async def complete_response(
     database: Database, engine: Engine, model: ResolvedModel, body: ResponseRequest, principal: Principal
 ) -> dict[str, Any]:
-    """The whole response, which is kept if that is wanted."""
+    """Create a response without streaming, and store it if the request says so."""
     prepared = await _prepare(database, body, principal)
     prepared.response_stream.feed(
         _as_chunk(await engine.complete(model.reference, prepared.engine_request, model.source))
@@ -87,9 +87,9 @@ async def show_response(
     response_id: ResponseId,
     caller: CurrentCaller,
     stream: bool = False,
-    starting_after: Annotated[int | None, Query(ge=0, description="Refused.")] = None,
+    starting_after: Annotated[int | None, Query(ge=0, description="Not supported.")] = None,
 ) -> Any:
-    """A response that was kept; with `stream`, as the events that tell of it."""
+    """Get a stored response. With `stream`, its events are sent again."""
     if starting_after is not None:
         raise CannotContinue()
     async with get_database().read_transaction() as session:
@@ -112,7 +112,7 @@ async def show_response(
 
 @router.delete("/{response_id}")
 async def delete_response(response_id: ResponseId, caller: CurrentCaller) -> DeletedResponse:
-    """Delete it. What goes on from it cannot be gone on from any more."""
+    """Delete a stored response. Responses that continue it can no longer be continued."""
     async with get_database().transaction() as session:
         await response_store.remove(session, response_id, caller)
     return DeletedResponse(id=response_id)
@@ -120,7 +120,7 @@ async def delete_response(response_id: ResponseId, caller: CurrentCaller) -> Del
 
 @router.post("/{response_id}/cancel", response_model=schemas.Response)
 async def cancel_response(response_id: ResponseId, caller: CurrentCaller) -> Any:
-    """Refused: a response ends when whoever waits for it closes the connection."""
+    """Not supported: a response is cancelled when its client closes the connection."""
     async with get_database().read_transaction() as session:
         await response_store.find(session, response_id, caller)
     raise NotInBackground()
@@ -130,11 +130,11 @@ async def cancel_response(response_id: ResponseId, caller: CurrentCaller) -> Any
 async def list_input_items(
     response_id: ResponseId,
     caller: CurrentCaller,
-    after: Annotated[str | None, Query(max_length=100, description="The item before the page.")] = None,
+    after: Annotated[str | None, Query(max_length=100, description="The last item of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> CursorPage[dict[str, Any]]:
-    """What it was an answer to, with the conversation before."""
+    """List the input items of a response, including the conversation before it."""
     async with get_database().read_transaction() as session:
         items = await response_store.input_items_of(session, response_id, caller)
     if order == "desc":
@@ -142,7 +142,7 @@ async def list_input_items(
     if after is not None:
         ids = [item["id"] for item in items]
         if after not in ids:
-            raise response_store.ItemNotFound(f"There is no item '{after}' among those that were given.")
+            raise response_store.ItemNotFound(f"There is no item '{after}' in the input of this response.")
         items = items[ids.index(after) + 1 :]
     page = items[: limit + 1]
     return cursor_page(page, [item["id"] for item in page], limit)
@@ -169,7 +169,7 @@ async def _prepare(database: Database, body: ResponseRequest, principal: Princip
 async def _load_context(
     database: Database, body: ResponseRequest, principal: Principal
 ) -> tuple[list[Item], dict[str, Item]]:
-    """What a request only names: the conversation before it, and items by their ids."""
+    """Load what a request refers to: the previous conversation, and stored items by their ids."""
     previous_id, references = body.previous_response_id, body.references
     if previous_id is None and not references:
         return [], {}
@@ -190,7 +190,7 @@ async def _save(database: Database, input_items: list[Item], principal: Principa
 async def _stream_events(
     response_stream: ResponseStream, engine_stream: AsyncGenerator[list[Chunk]], save: SaveResponse
 ) -> AsyncGenerator[list[Event]]:
-    """The events of an answer. It is kept before the last of them, so that one can go on from it at once."""
+    """The events of a response. It is stored before the last event, so that the client can continue it at once."""
     async with aclosing(engine_stream):
         try:
             yield response_stream.begin()
@@ -206,13 +206,13 @@ async def _stream_events(
     try:
         await asyncio.shield(_run_detached(save(response_stream.response)))
     except Exception as error:
-        log.exception("%s cannot be kept.", response_stream.response["id"])
+        log.exception("The response %s could not be stored.", response_stream.response["id"])
         last = [response_stream.error_event(as_forgearr_error(error))]
     yield last
 
 
 def _run_detached(awaitable: Awaitable[None]) -> asyncio.Task[None]:
-    """Done to its end also when the request is over, whose own work is cancelled when the client goes away."""
+    """Run to the end, even if the request is cancelled because its client disconnects."""
     task = asyncio.ensure_future(awaitable)
     _save_tasks.add(task)
     task.add_done_callback(_on_saved)
@@ -222,11 +222,11 @@ def _run_detached(awaitable: Awaitable[None]) -> asyncio.Task[None]:
 def _on_saved(task: asyncio.Task[None]) -> None:
     _save_tasks.discard(task)
     if not task.cancelled() and (error := task.exception()):
-        log.error("A response that nobody waits for cannot be kept.", exc_info=error)
+        log.error("The response of a disconnected client could not be stored.", exc_info=error)
 
 
 def _as_chunk(completion: dict[str, Any]) -> Chunk:
-    """A whole answer as one chunk of a streamed one."""
+    """Convert a completion into one chunk of a stream."""
     (choice,) = completion["choices"]
     message = choice["message"]
     calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls") or [])]

@@ -1,4 +1,4 @@
-"""A response of the Responses API."""
+"""The responses of /v1/responses."""
 
 from typing import Any, Literal
 
@@ -6,8 +6,8 @@ from pydantic import BaseModel, Field
 
 
 class InputDetails(BaseModel):
-    cached_tokens: int = Field(description="Tokens that the engine remembered from requests before.")
-    cache_write_tokens: int = Field(description="Tokens that it read anew, and remembers.")
+    cached_tokens: int = Field(description="Tokens that were in the engine's cache.")
+    cache_write_tokens: int = Field(description="Tokens that were added to the engine's cache.")
 
 
 class OutputDetails(BaseModel):
@@ -37,12 +37,12 @@ class Response(BaseModel):
     created_at: int
     completed_at: int | None
     status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"] = Field(
-        description="Cancelled: whoever asked went away in the middle."
+        description="cancelled: the client disconnected."
     )
     error: ResponseError | None
     incomplete_details: IncompleteDetails | None
     model: str
-    output: list[dict[str, Any]] = Field(description="Items: reasoning, a message, calls of functions.")
+    output: list[dict[str, Any]] = Field(description="Items: reasoning, messages, function calls.")
     usage: ResponseUsage | None
     instructions: str | None
     previous_response_id: str | None

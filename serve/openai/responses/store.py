@@ -1,6 +1,7 @@
-"""Responses that are kept: to be read, and to be gone on from.
+"""Stored responses, which clients can read and continue.
 
-A response keeps what it was given itself, and the id of the one that it goes on from; the conversation is their chain.
+A row has only the input items of its own request, and the id of the previous response. A conversation is a chain of
+rows.
 """
 
 import re
@@ -30,7 +31,7 @@ class ResponseNotFound(NotFound):
 
 
 class PreviousResponseNotFound(NotFound):
-    """There is no such response to go on from."""
+    """There is no such response to continue."""
 
     code = "PREVIOUS_RESPONSE_NOT_FOUND"
 
@@ -45,10 +46,10 @@ class StoredResponse(Base):
     __tablename__ = "responses"
 
     id: Mapped[str] = mapped_column(String(60), primary_key=True)
-    previous_id: Mapped[str | None] = mapped_column(String(60))  # which may have been deleted since
-    given: Mapped[Any] = mapped_column(Document)  # the items that it was asked with, besides those before
-    body: Mapped[dict[str, Any]]  # as it was answered
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    previous_id: Mapped[str | None] = mapped_column(String(60))  # may be deleted
+    given: Mapped[Any] = mapped_column(Document)  # the input items of its own request
+    body: Mapped[dict[str, Any]]  # the public form
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: without an account
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
@@ -73,17 +74,17 @@ async def find(session: AsyncSession, response_id: str, principal: Principal) ->
 
 
 async def conversation_until(session: AsyncSession, response_id: str, principal: Principal) -> list[Item]:
-    """The whole conversation up to, and with, this response."""
+    """The whole conversation, including this response."""
     chain = await _chain(session, response_id, principal)
     if not chain:
-        raise PreviousResponseNotFound(f"There is no response '{response_id}' to go on from.")
+        raise PreviousResponseNotFound(f"There is no response '{response_id}' to continue.")
     if missing_id := chain[0].previous_id:
-        raise PreviousResponseNotFound(f"'{response_id}' cannot be gone on from: '{missing_id}', before it, is gone.")
+        raise PreviousResponseNotFound(f"'{response_id}' cannot be continued: '{missing_id}' before it was deleted.")
     return [item for response in chain for item in _items(response)]
 
 
 async def input_items_of(session: AsyncSession, response_id: str, principal: Principal) -> list[Item]:
-    """What a response was an answer to: what is still there of the conversation before it, and what it was given."""
+    """The input of a response: the conversation before it, as far as it still exists, and its own input items."""
     chain = await _chain(session, response_id, principal)
     if not chain:
         raise ResponseNotFound(f"There is no response '{response_id}'.")
@@ -98,7 +99,7 @@ async def find_item(session: AsyncSession, identifier: str, principal: Principal
         position = int(match[2], 16)
         if position < len(items) and items[position]["id"] == identifier:
             return items[position]
-    raise ItemNotFound(f"There is no item '{identifier}': only those of stored responses can be referred to.")
+    raise ItemNotFound(f"There is no item '{identifier}'. Only items of stored responses can be referenced.")
 
 
 async def remove(session: AsyncSession, response_id: str, principal: Principal) -> None:
@@ -107,7 +108,7 @@ async def remove(session: AsyncSession, response_id: str, principal: Principal) 
 
 @register_sweeper("responses")
 async def remove_old(database: Database) -> int:
-    """Delete what is older than serve.response_days, a page at a time."""
+    """Delete responses older than serve.response_days, one page in each transaction."""
     removed = 0
     before = now() - timedelta(days=get_settings().serve.response_days)
     while True:
@@ -120,7 +121,7 @@ async def remove_old(database: Database) -> int:
 
 
 async def _chain(session: AsyncSession, response_id: str, principal: Principal) -> list[StoredResponse]:
-    """This response after those that it goes on from, as far as they are there."""
+    """The response and those before it, as far as they exist, the oldest first."""
     row = StoredResponse
     newest = select(row.id, row.previous_id, literal(0).label("place")).where(row.id == response_id)
     chain = visible(newest, row, principal).cte("chain", recursive=True)

@@ -158,8 +158,8 @@ async def test_a_preset_is_filled_in(gateway: Gateway) -> None:
     ("wanted", "status", "message"),
     [
         ({"method": {"type": "reinforcement"}}, 400, "reinforcement is not available"),
-        ({"method": {"type": "supervised", "dpo": {}}}, 422, "does not belong"),
-        ({"method": {"type": "supervised"}, "hyperparameters": {"n_epochs": 1}}, 422, "belong into method"),
+        ({"method": {"type": "supervised", "dpo": {}}}, 422, "does not allow dpo"),
+        ({"method": {"type": "supervised"}, "hyperparameters": {"n_epochs": 1}}, 422, "set hyperparameters in method"),
         ({"method": {"type": "dpo"}}, 400, "learns from pairs"),
         ({"hyperparameters": {"n_epochs": 0}}, 422, "n_epochs"),
         ({"hyperparameters": {"batch_size": "all"}}, 422, "batch_size"),
