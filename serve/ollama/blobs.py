@@ -1,4 +1,4 @@
-"""/api/blobs: the files that Ollama's clients send before they make a model of them."""
+"""The routes /api/blobs of Ollama's API: files that clients upload before they create models from them."""
 
 from typing import Annotated
 
@@ -22,13 +22,13 @@ BLOB_REQUEST_BODY = {
 
 @router.head("/{digest}", response_class=Response)
 async def find_blob(digest: Digest, caller: AdminCaller) -> Response:
-    """Whether a file of this digest is here: 200, or 404."""
+    """Check whether there is a file with this digest: 200 or 404."""
     await blobs.touch(get_database(), digest[DIGEST_PREFIX_LENGTH:])
     return Response()
 
 
 @router.post("/{digest}", status_code=201, response_class=Response, openapi_extra=BLOB_REQUEST_BODY)
 async def send_blob(request: Request, digest: Digest, caller: AdminCaller) -> Response:
-    """Send a file, which must have this digest. It stays for a day, or as long as a model uses it."""
+    """Upload a file, which must have this digest. It is deleted after a day, unless a model uses it."""
     await blobs.receive(get_database(), digest[DIGEST_PREFIX_LENGTH:], request.stream())
     return Response(status_code=201)

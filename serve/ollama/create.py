@@ -1,4 +1,4 @@
-"""Models made from blobs, or from other models: what /api/create does, told step by step in Ollama's words."""
+"""Creates models from blobs or other models (/api/create), and reports the progress in Ollama's format."""
 
 import asyncio
 import tempfile
@@ -25,36 +25,36 @@ from serve.ollama.templates.chat_template import to_jinja
 
 Status = dict[str, Any]
 Describe = Callable[[str], Awaitable[Header]]
-"""What the engine says of a model that there is."""
+"""Returns the header of an existing model."""
 
 QUANTIZABLE = {"f32", "f16", "bf16", "unknown"}
-"""What llama.cpp does quantize; of the last one only it can say."""
+"""Types that llama.cpp can quantize. If the type is unknown, only llama.cpp can tell."""
 GGUF_MAGIC = b"GGUF"
 
 
 class CannotCreate(InvalidRequest):
-    """A model cannot be made of this."""
+    """No model can be created from this."""
 
     code = "CANNOT_CREATE"
 
 
 @dataclass(frozen=True)
 class ModelDraft:
-    """What a model will be."""
+    """A model before its registration."""
 
     files: list[ModelFile]
     adapter: ModelFile | None
     base_model: str
     defaults: ModelDefaults
-    copied_from: Version | None = None  # it has its files from this one
+    copied_from: Version | None = None  # the version whose files it has
 
 
 async def create(body: CreateRequest, describe: Describe) -> AsyncGenerator[Status]:
-    """Make a model and serve it as NAME:latest. Until the first step is told, nothing has begun."""
+    """Create a model, and serve it as NAME:latest. The request is validated before the first status."""
     name = validate_name(body.model)
     template = None if body.template is None else to_jinja(body.template)
     if body.quantize is not None and body.quantize.lower() not in LLAMA_FTYPES:
-        raise CannotCreate(f"There is no quantization '{body.quantize}' here: take one of {', '.join(LLAMA_FTYPES)}.")
+        raise CannotCreate(f"There is no quantization '{body.quantize}'. There are: {', '.join(LLAMA_FTYPES)}.")
     async with registry.connect() as models:
         with tempfile.TemporaryDirectory(prefix="forgearr-create-", dir=home()) as folder:
             if body.files is not None:
@@ -65,7 +65,7 @@ async def create(body: CreateRequest, describe: Describe) -> AsyncGenerator[Stat
                 base = await _with_adapter(body.adapters, base, describe, Path(folder))
             defaults = body.merge_defaults(base.defaults, template)
             if not base.files and _load_settings(defaults) != _load_settings(base.defaults):
-                raise CannotCreate("An adapter shares template and num_ctx with the model that it is for.")
+                raise CannotCreate("An adapter has the template and num_ctx of its base model, not its own.")
             yield {"status": "parsing GGUF"}
             if body.quantize is not None:
                 async for update in _quantize(models, base, body.quantize.lower(), Path(folder)):
@@ -82,21 +82,21 @@ async def create(body: CreateRequest, describe: Describe) -> AsyncGenerator[Stat
 
 
 def validate_name(reference: str) -> str:
-    """The name of a model that is to be made; its versions number themselves."""
+    """Parse the name of a model to create. Versions are numbered automatically."""
     try:
         name, number = models_versions.parse_reference(reference)
     except models_versions.ModelNotFound as error:
         raise CannotCreate(
-            f"'{reference}' cannot be a model's name: take small letters, digits, dots, dashes and underscores, and no "
-            "tag but :latest."
+            f"'{reference}' is not a valid name for a model. Use lower-case letters, digits, dots, dashes and "
+            "underscores, and no tag except :latest."
         ) from error
     if number is not None:
-        raise CannotCreate(f"'{reference}' names a version; say {name}, and the next version of it is made.")
+        raise CannotCreate(f"'{reference}' names a version. Use {name}, which creates its next version.")
     return name
 
 
 async def register_and_serve(models: Registry, name: str, draft: ModelDraft) -> Version:
-    """Register it, unless it is what is served already, and serve it as NAME:latest."""
+    """Register the model, unless the served version is the same, and serve it as NAME:latest."""
     for file in [*draft.files, *([draft.adapter] if draft.adapter else [])]:
         if draft.copied_from is None or not draft.copied_from.run_id:
             await blobs.touch(get_database(), file.sha256)
@@ -114,7 +114,7 @@ async def register_and_serve(models: Registry, name: str, draft: ModelDraft) -> 
 
 
 async def inspect_gguf(path: Path, name: str, sha256: str) -> ModelFile:
-    """A GGUF file as that of a model, if it is one."""
+    """Describe the GGUF file of a model. Any other file is an error."""
     header = await asyncio.to_thread(_read_gguf_header, path, name)
     return ModelFile(name, header.quantization, sha256, header.file_bytes)
 
@@ -123,19 +123,19 @@ def _read_gguf_header(path: Path, name: str) -> Header:
     with path.open("rb") as file:
         if file.read(4) != GGUF_MAGIC:
             raise CannotCreate(
-                f"{name} is not a GGUF file. Models in safetensors are converted by an export of a fine-tune, or by "
-                "llama.cpp's convert_hf_to_gguf.py."
+                f"{name} is not a GGUF file. An export job converts a fine-tuned model; llama.cpp's "
+                "convert_hf_to_gguf.py converts other safetensors."
             )
     if read_fields(path).get("general.type") == "adapter":
-        raise CannotCreate(f"{name} is an adapter: send it as one, with the model that it is for in from.")
+        raise CannotCreate(f"{name} is an adapter. Send it in adapters, and its base model in from.")
     return read_header(path)
 
 
 async def _from_file(files: dict[str, str], defaults: ModelDefaults, folder: Path) -> ModelDraft:
     if len(files) != 1:
         raise CannotCreate(
-            "A model is made of one GGUF file. Turn a folder of safetensors, or a model that is split, into one first "
-            "(llama.cpp's convert_hf_to_gguf.py, llama-gguf-split --merge)."
+            "A model has one GGUF file. Convert a folder of safetensors, or merge a split model, first (llama.cpp's "
+            "convert_hf_to_gguf.py, llama-gguf-split --merge)."
         )
     ((name, digest),) = files.items()
     sha256 = digest[7:]
@@ -155,22 +155,22 @@ async def _from_model(models: Registry, reference: str, folder: Path) -> ModelDr
 
 
 async def _with_adapter(adapters: dict[str, str], base: ModelDraft, describe: Describe, folder: Path) -> ModelDraft:
-    """A model that is an adapter, and stands on another one."""
+    """The draft of an adapter for a base model."""
     if len(adapters) != 1:
-        raise CannotCreate("A model has one adapter.")
+        raise CannotCreate("A model can have one adapter only.")
     if base.copied_from is not None and not base.copied_from.files:
-        raise CannotCreate(f"{base.copied_from.reference} is an adapter itself; name the model that it is for.")
+        raise CannotCreate(f"{base.copied_from.reference} is an adapter itself. Name its base model.")
     ((name, digest),) = adapters.items()
     sha256 = digest[7:]
     size = await blobs.touch(get_database(), sha256)
     fields = await asyncio.to_thread(read_fields, await asyncio.to_thread(blobs.local_path, sha256, folder))
     if fields.get("general.type") != "adapter" or fields.get("adapter.type") != "lora":
-        raise CannotCreate(f"{name} is no LoRA adapter: its header does not say so.")
+        raise CannotCreate(f"{name} is not a LoRA adapter, according to its header.")
     base_reference = base.copied_from.reference if base.copied_from is not None else tiny.NAME
     architecture = (await describe(base_reference)).architecture
     if (adapter_architecture := fields.get("general.architecture")) != architecture:
         raise CannotCreate(
-            f"{name} is for models of the architecture {adapter_architecture}; {base_reference} is of {architecture}."
+            f"{name} needs a model of the architecture {adapter_architecture}; {base_reference} has {architecture}."
         )
     return ModelDraft([], ModelFile(Path(name).name, "lora", sha256, size), base_reference, base.defaults)
 
@@ -178,9 +178,9 @@ async def _with_adapter(adapters: dict[str, str], base: ModelDraft, describe: De
 async def _quantize(
     models: Registry, draft: ModelDraft, quantization: str, folder: Path
 ) -> AsyncGenerator[Status | ModelDraft]:
-    """Each step of it, and at last what it has become."""
+    """Quantize the file of a draft. Yields the progress, and at the end the new draft."""
     if not draft.files:
-        raise CannotCreate("An adapter is not quantized.")
+        raise CannotCreate("An adapter cannot be quantized.")
     source_file = draft.files[0]
     if source_file.quantization == quantization:
         yield draft
@@ -205,7 +205,7 @@ async def _quantize(
 
 
 async def _run_quantization(source: Path, target: Path, quantization: str) -> str:
-    """In a process of its own, which ends when nobody waits for it any more. Returns the file's SHA-256."""
+    """Quantize in a process of its own, which ends if this call is cancelled. Returns the SHA-256 of the file."""
     cancelled = threading.Event()
     task = asyncio.to_thread(
         isolated.run_isolated,
@@ -216,7 +216,7 @@ async def _run_quantization(source: Path, target: Path, quantization: str) -> st
             "adapter": None,
             "threads": 1,
         },
-        report=lambda part, doing: None,
+        report=lambda progress, message: None,
         should_stop=cancelled.is_set,
         threads=1,
     )

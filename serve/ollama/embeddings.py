@@ -1,4 +1,4 @@
-"""Ollama's embedding routes."""
+"""The routes /api/embed and /api/embeddings of Ollama's API."""
 
 from time import perf_counter_ns
 from typing import Any
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/api", tags=["Ollama"], responses=ERROR_RESPONSES)
 
 
 class BaseOllamaEmbedRequest(BaseModel):
-    """Options concern how a model is loaded and answers: none of them changes an embedding."""
+    """Accepts options without effect: they concern loading and sampling, and change no embedding."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,7 +32,9 @@ class BaseOllamaEmbedRequest(BaseModel):
 
 class OllamaEmbedRequest(BaseOllamaEmbedRequest):
     input: Texts
-    truncate: bool | None = Field(default=None, description="False: refuse texts that are too long.")
+    truncate: bool | None = Field(
+        default=None, description="false: a text that is too long is an error. Otherwise it is truncated."
+    )
     dimensions: int | None = Field(default=None, ge=1, le=100_000)
 
 
@@ -55,7 +57,7 @@ class OllamaEmbeddingsResponse(BaseModel):
 async def create_ollama_embeddings(
     request: Request, body: OllamaEmbedRequest, caller: CurrentCaller
 ) -> OllamaEmbedResponse:
-    """The same as Ollama has it; what is too long is cut unless `truncate` is false."""
+    """Create an embedding of each text."""
     started_at = perf_counter_ns()
     result = await _embed(
         request, caller, body.model, body.input, dimensions=body.dimensions, truncate=body.truncate is not False
@@ -73,7 +75,7 @@ async def create_ollama_embeddings(
 async def create_ollama_embedding(
     request: Request, body: OllamaEmbeddingsRequest, caller: CurrentCaller
 ) -> OllamaEmbeddingsResponse:
-    """The older way of it, for a single text."""
+    """Create an embedding of one text. Newer clients use /api/embed."""
     result = await _embed(request, caller, body.model, body.prompt, truncate=True)
     await _apply_keep_alive(request, caller, body)
     return OllamaEmbeddingsResponse(embedding=result.vectors[0])

@@ -1,4 +1,4 @@
-"""/api/chat and /api/generate, as Ollama has them, with the same models as behind /v1."""
+"""The routes /api/chat and /api/generate of Ollama's API."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -37,13 +37,13 @@ router = APIRouter(prefix="/api", tags=["Ollama"])
 
 @router.post("/chat")
 async def chat(request: Request, body: ChatRequest, caller: CurrentCaller) -> Response:
-    """Answer a conversation: line by line, or whole."""
+    """Answer a chat. The response is streamed as lines of JSON, unless `stream` is false."""
     return await _respond(request, caller, body, ChatFormatter(body.model), is_empty=not body.messages)
 
 
 @router.post("/generate")
 async def generate(request: Request, body: GenerateRequest, caller: CurrentCaller) -> Response:
-    """Answer a prompt: line by line, or whole."""
+    """Answer a prompt. The response is streamed as lines of JSON, unless `stream` is false."""
     return await _respond(request, caller, body, GenerateFormatter(body.model), is_empty=not body.prompt)
 
 
@@ -58,7 +58,7 @@ async def _respond(
     model = await get_models(request).resolve(body.model, caller)
     engine = get_engine(request)
     if is_empty:
-        # So Ollama is told to load a model, or to let it go.
+        # In Ollama's API an empty request loads or unloads the model.
         should_unload = body.keep_alive is not None and parse_duration(body.keep_alive) == 0
         if not should_unload:
             await cancel_on_disconnect(request, engine.load(model.reference, model.source))
@@ -66,7 +66,7 @@ async def _respond(
             await engine.set_keep_alive(model.reference, parse_duration(body.keep_alive), model.source)
         return json_response(formatter.empty_response("unload" if should_unload else "load"))
     stream = engine.chat(model.reference, body.for_engine(), model.source)
-    # The first words are waited for, because until then an error still has a status.
+    # Until the first chunks arrive, an error can still set the status.
     first = await cancel_on_disconnect(request, anext(stream))
     if body.is_streamed:
         lines = _stream_lines(first, stream, formatter, engine, body, model)

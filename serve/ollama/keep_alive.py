@@ -1,4 +1,4 @@
-"""How long a model stays loaded after a request."""
+"""Applies the field `keep_alive` of a request: how long its model stays in memory afterwards."""
 
 import logging
 
@@ -11,10 +11,10 @@ log = logging.getLogger(__name__)
 
 
 async def apply_keep_alive(engine: Engine, model: ResolvedModel, keep_alive: float | str | None) -> None:
-    """Let a model that has answered stay as long as its client says. The answer is there, whatever comes of it."""
+    """Set how long the model stays in memory. The request has succeeded already, so an error is only logged."""
     if keep_alive is None:
         return
     try:
         await engine.set_keep_alive(model.reference, parse_duration(keep_alive), model.source)
     except ForgearrError as error:
-        log.warning("%s may not stay as long as somebody has said: %s", model.reference, error.message)
+        log.warning("keep_alive of %s could not be set: %s", model.reference, error.message)

@@ -1,4 +1,4 @@
-"""An engine's chunks as the lines of Ollama's stream."""
+"""Formats an engine's chunks as the lines of Ollama's streams."""
 
 from datetime import UTC, datetime
 from time import perf_counter_ns
@@ -11,14 +11,12 @@ from serve.engines.collect import ChunkAccumulator
 from serve.engines.protocol import Chunk
 
 NDJSON = "application/x-ndjson"
-NANOSECONDS_PER_MS = 1_000_000  # Ollama counts in nanoseconds
+NANOSECONDS_PER_MS = 1_000_000
 
 Line = dict[str, Any]
 
 
 class ResponseFormatter:
-    """An answer in Ollama's words."""
-
     def __init__(self, model: str) -> None:
         self._model = model
         self._started = perf_counter_ns()
@@ -32,7 +30,7 @@ class ResponseFormatter:
         }
 
     def final_line(self, reason: str, result: Line | None = None, **fields: Any) -> Line:
-        """The line that ends an answer, with what it has cost."""
+        """The last line of a response, with its durations and numbers of tokens."""
         line: Line = {**self.line(**fields), "done": True, "done_reason": reason}
         line["total_duration"] = perf_counter_ns() - self._started
         if result is not None:
@@ -47,7 +45,7 @@ class ResponseFormatter:
         return line
 
     def empty_response(self, reason: str) -> Line:
-        """The only line of an answer to nothing."""
+        """The response to a request without a prompt, which only loads or unloads the model."""
         return self.final_line(reason, **self.content_fields("", None))
 
     def content_fields(self, content: str, thinking: str | None, calls: list[Line] | None = None) -> Line:
@@ -66,7 +64,7 @@ class GenerateFormatter(ResponseFormatter):
 
 
 def partial_lines(accumulator: ChunkAccumulator, chunks: list[Chunk], formatter: ResponseFormatter) -> bytes:
-    """What is said now. A call comes only when it is whole: so Ollama tells it."""
+    """The lines for the new text. Tool calls are not streamed: Ollama sends them whole, at the end."""
     add_chunks(accumulator, chunks)
     lines: list[bytes] = []
     for chunk in chunks:
@@ -87,7 +85,7 @@ def add_chunks(accumulator: ChunkAccumulator, chunks: list[Chunk]) -> None:
 
 
 def tool_calls_of(message: dict[str, Any]) -> list[Line] | None:
-    """Ollama's arguments are an object; a model that was cut off may have written half of one."""
+    """Tool calls in Ollama's format, with an object of arguments. Incomplete calls are left out."""
     calls = [call["function"] for call in message.get("tool_calls", [])]
     parsed = [(call["name"], _parse_object(call["arguments"])) for call in calls]
     return [

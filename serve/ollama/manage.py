@@ -1,4 +1,4 @@
-"""/api/create, /api/copy, /api/pull and /api/delete, as Ollama has them: what makes and removes models."""
+"""The routes of Ollama's API that create, copy, pull and delete models."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -35,7 +35,7 @@ NDJSON = "application/x-ndjson"
 
 
 class PushNotSupported(ForgearrError):
-    """Models are not pushed to a registry: there is none that this server knows. Deploying gives them to Ollama."""
+    """Models cannot be pushed to a registry. A deployment can copy a model to an Ollama server."""
 
     status = 501
     error = "not_implemented"
@@ -44,7 +44,7 @@ class PushNotSupported(ForgearrError):
 
 @router.post("/create", response_model=Progress, responses=PROGRESS_RESPONSES)
 async def create_model(request: Request, body: CreateRequest, caller: AdminCaller) -> Any:
-    """Make a model of a GGUF file, of another model, or of an adapter, and serve it as NAME:latest."""
+    """Create a model from a GGUF file, another model or an adapter, and serve it as NAME:latest."""
 
     async def describe(reference: str) -> Header:
         model = await get_models(request).resolve(reference, caller)
@@ -55,19 +55,19 @@ async def create_model(request: Request, body: CreateRequest, caller: AdminCalle
 
 @router.post("/pull", response_model=Progress, responses=PROGRESS_RESPONSES)
 async def pull_model(request: Request, body: PullRequest, caller: AdminCaller) -> Any:
-    """Get a model: from a GGUF file on the server's machine (its path), or have the configured Ollama pull it."""
+    """Import a GGUF file on the server's machine by its path, or have the configured Ollama server pull a model."""
     return await _progress_response(request, ollama_pull.pull(body), body.is_streamed)
 
 
-@router.post("/push", responses={501: {"description": "Always"}})
+@router.post("/push", responses={501: {"description": "Not supported"}})
 async def push_model(body: PushRequest, caller: AdminCaller) -> Progress:
-    """Always refused."""
+    """Not supported."""
     raise PushNotSupported
 
 
 @router.post("/copy", response_class=Response)
 async def copy_model(request: Request, body: CopyRequest, caller: AdminCaller) -> Response:
-    """Give a model another name, under which it stays even when the first one is deleted. No file is copied."""
+    """Copy a model to another name. The copy is independent of the original, but shares its files."""
     name = ollama_create.validate_name(body.destination)
     async with registry.connect() as models:
         version = await models.find(body.source)
@@ -79,14 +79,16 @@ async def copy_model(request: Request, body: CopyRequest, caller: AdminCaller) -
 
 @router.delete("/delete", response_class=Response)
 async def delete_model(request: Request, body: DeleteRequest, caller: CurrentCaller) -> Response:
-    """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest): one's own, or any as an
-    administrator."""
+    """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest).
+
+    Administrators may delete any model, others only their own.
+    """
     await delete_and_unload(request, body.model, caller)
     return Response()
 
 
 async def _progress_response(request: Request, steps: AsyncGenerator[Status], is_streamed: bool) -> Response:
-    # The first step is waited for, because until then an error still has a status.
+    # Until the first step arrives, an error can still set the status.
     first = await cancel_on_disconnect(request, anext(steps))
     if is_streamed:
         return StreamingResponse(_stream_lines(request, first, steps), media_type=NDJSON)

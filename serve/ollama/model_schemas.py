@@ -1,4 +1,4 @@
-"""What Ollama's doors take that make, copy and delete models."""
+"""The requests of the routes that create, copy, pull and delete models."""
 
 from typing import Annotated, Any, Self
 
@@ -12,11 +12,11 @@ from serve.openai.chat_schemas import ModelReference
 Digest = Annotated[str, Field(pattern=r"^sha256[:-][0-9a-f]{64}$", examples=[f"sha256:{'0' * 64}"])]
 Blobs = Annotated[dict[Annotated[str, Field(min_length=1, max_length=200)], Digest], Field(min_length=1)]
 MAX_TEXT_LENGTH = 90_000
-"""Of what a model brings along: MLflow keeps it, all in one tag."""
+"""For all texts of a model together, because MLflow stores them in one tag."""
 
 
 class NamedRequest(BaseModel):
-    """Older clients say `name`."""
+    """Older clients send `name` instead of `model`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,7 +43,7 @@ class CopyRequest(BaseModel):
 
 
 class PullRequest(StreamedRequest):
-    insecure: bool | None = Field(default=None, description="Passed on to the Ollama that pulls.")
+    insecure: bool | None = Field(default=None, description="Passed on to the Ollama server.")
 
 
 class PushRequest(StreamedRequest):
@@ -51,32 +51,32 @@ class PushRequest(StreamedRequest):
 
 
 class CreateRequest(StreamedRequest):
-    from_: ModelReference | None = Field(default=None, alias="from", description="A model that there is.")
-    files: Blobs | None = Field(default=None, description="A GGUF file: its name, and the digest of its blob.")
-    adapters: Blobs | None = Field(default=None, description="A LoRA as GGUF, for the model that `from` names.")
-    template: str | None = Field(default=None, description="Of conversations, in Jinja or in Go's language.")
+    from_: ModelReference | None = Field(default=None, alias="from", description="An existing model.")
+    files: Blobs | None = Field(default=None, description="One GGUF file: maps its name to the digest of its blob.")
+    adapters: Blobs | None = Field(default=None, description="A LoRA adapter as GGUF; `from` is its base model.")
+    template: str | None = Field(default=None, description="Chat template, in Jinja or Go.")
     system: str | None = None
     parameters: Parameters | None = None
-    messages: list[Message] | None = Field(default=None, max_length=1000, description="How every conversation begins.")
+    messages: list[Message] | None = Field(default=None, max_length=1000, description="First messages of every chat.")
     license: str | list[str] | None = None
     quantize: str | None = Field(default=None, max_length=20, examples=["q4_K_M"])
 
     @model_validator(mode="after")
     def validate_combination(self) -> Self:
         if (self.from_ is None) == (self.files is None):
-            raise ValueError("say what to make it from: from, or files")
+            raise ValueError("either from or files is required, but not both")
         if self.adapters is not None and self.from_ is None:
-            raise ValueError("an adapter is for a model that there is: create that first, and name it in from")
+            raise ValueError("an adapter needs an existing base model: create that first, and name it in from")
         if self.adapters is not None and self.quantize is not None:
-            raise ValueError("an adapter is not quantized")
+            raise ValueError("an adapter cannot be quantized")
         if len(self.model_dump_json(include={"template", "system", "messages", "license"})) > MAX_TEXT_LENGTH:
             raise ValueError(
-                f"template, system, messages and license have {MAX_TEXT_LENGTH} characters at most, together"
+                f"template, system, messages and license together may have {MAX_TEXT_LENGTH} characters at most"
             )
         return self
 
     def merge_defaults(self, inherited: ModelDefaults, template: str | None) -> ModelDefaults:
-        """What is said here, and else what the model has that it is made from."""
+        """The defaults of this request. Those that it does not set are inherited."""
         licenses = [self.license] if isinstance(self.license, str) else self.license
         own_parameters = self.parameters.model_dump(exclude_none=True) if self.parameters else {}
         messages = (
@@ -92,7 +92,7 @@ class CreateRequest(StreamedRequest):
 
 
 class Progress(BaseModel):
-    """A line of what is being done; the last one says success."""
+    """A step of the work. The last one has the status success."""
 
     status: str
     digest: str | None = None
@@ -102,7 +102,7 @@ class Progress(BaseModel):
 
 PROGRESS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "What is being done, line by line; or the last line alone, when `stream` is false.",
+        "description": "The progress, one line for each step. If `stream` is false, only the last one.",
         "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
         "model": Progress,
     }

@@ -1,4 +1,4 @@
-"""A model's defaults as a Modelfile."""
+"""Formats the defaults of a model as Ollama shows them: as a list of parameters, and as a Modelfile."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ COLUMN_WIDTH = 30
 
 
 def format_parameters(parameters: Mapping[str, Any]) -> str:
-    """As Ollama shows them: a line each, and one for each of several stops."""
+    """One line for each parameter, or for each element of a list."""
     lines = [
         f"{name:<{COLUMN_WIDTH}} {_format_value(item)}"
         for name, value in parameters.items()
@@ -19,7 +19,7 @@ def format_parameters(parameters: Mapping[str, Any]) -> str:
 
 
 def modelfile(reference: str, template: str, defaults: ModelDefaults) -> str:
-    """As one would write it for Ollama to make this model."""
+    """The Modelfile from which Ollama would create this model."""
     lines = [f"FROM {reference}", f'TEMPLATE """{template}"""']
     if defaults.system:
         lines.append(f'SYSTEM """{defaults.system}"""')

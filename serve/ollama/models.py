@@ -1,4 +1,4 @@
-"""/api/tags, /api/show, /api/ps and /api/version: what models there are, as Ollama tells it."""
+"""The routes of Ollama's API that list and describe models: /api/tags, /api/show, /api/ps; and /api/version."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -22,12 +22,12 @@ from serve.security.callers import CurrentCaller
 router = APIRouter(prefix="/api", tags=["Ollama"])
 
 NEVER_EXPIRES = datetime(2318, 1, 1, tzinfo=UTC)
-"""What Ollama says of a model that stays: it leaves only when another one needs its memory."""
+"""Ollama's value for a model without a limit of time, which is unloaded only when its memory is needed."""
 
 
 class ModelDetails(BaseModel):
     format: str = "gguf"
-    parent_model: str = Field(description="What it was trained from.")
+    parent_model: str = Field(description="The base model.")
     quantization_level: str
 
 
@@ -35,8 +35,8 @@ class Tag(BaseModel):
     name: str = Field(examples=["homelab:latest"])
     model: str
     modified_at: UtcTime
-    size: int = Field(description="Bytes of its file.")
-    digest: str = Field(description="SHA-256 of its file.")
+    size: int = Field(description="Bytes of the file.")
+    digest: str = Field(description="SHA-256 of the file.")
     details: ModelDetails
 
 
@@ -72,12 +72,12 @@ class ShowDetails(ModelDetails):
 
 
 class ShowResponse(BaseModel):
-    modified_at: UtcTime | None = Field(description="Null: it comes with Forgearr.")
+    modified_at: UtcTime | None = Field(description="Null: the model is part of Forgearr.")
     modelfile: str
-    template: str = Field(description="Of conversations, in Jinja: its own, or that of its file.")
+    template: str = Field(description="Chat template in Jinja: the model's own, or that of its file.")
     system: str
-    parameters: str = Field(description="Its own, a line each.")
-    messages: list[dict[str, Any]] = Field(description="How every conversation begins.")
+    parameters: str = Field(description="The model's own, one on each line.")
+    messages: list[dict[str, Any]] = Field(description="First messages of every chat.")
     license: str
     details: ShowDetails
     model_info: dict[str, str | int]
@@ -90,7 +90,7 @@ class VersionView(BaseModel):
 
 @router.get("/tags")
 async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
-    """Every registered model, under each of its names."""
+    """List the registered models, under each of their names, and the models of the configured Ollama server."""
     models = await get_models(request).list_registered()
     latest = [_tag(f"{model.name}:latest", model.served) for model in models if model.served]
     versions = [_tag(version.reference, version) for model in models for version in model.versions]
@@ -110,7 +110,7 @@ async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
 
 @router.post("/show")
 async def show(request: Request, body: ShowRequest, caller: CurrentCaller) -> ShowResponse:
-    """What a model's file says of it."""
+    """Get the details of a model."""
     model = await get_models(request).resolve(body.model, caller)
     header = await cancel_on_disconnect(request, get_engine(request).describe(model.reference, model.source))
     source = model.source
@@ -144,7 +144,7 @@ async def show(request: Request, body: ShowRequest, caller: CurrentCaller) -> Sh
 
 @router.get("/ps")
 async def list_running(request: Request, caller: CurrentCaller) -> RunningModels:
-    """The models in memory."""
+    """List the models in memory."""
     versions = {
         version.reference: version
         for model in await get_models(request).list_registered()
@@ -168,7 +168,7 @@ async def list_running(request: Request, caller: CurrentCaller) -> RunningModels
 
 @router.get("/version")
 async def show_version(caller: CurrentCaller) -> VersionView:
-    """Forgearr's version, since it is Forgearr that answers."""
+    """Get the version of Forgearr."""
     return VersionView(version=VERSION)
 
 
@@ -196,12 +196,12 @@ def _details(source: Source) -> ModelDetails:
 
 
 def _name_with_tag(reference: str) -> str:
-    """Ollama's names always have a tag."""
+    """In Ollama's API every name has a tag."""
     return reference if ":" in reference else f"{reference}:latest"
 
 
 def _capabilities(header: Header, template: str) -> Iterator[str]:
-    """What a model was made for, as far as its file tells."""
+    """The capabilities of a model, as far as its header and its template show them."""
     if header.has_pooling:
         yield "embedding"
         return
@@ -213,5 +213,5 @@ def _capabilities(header: Header, template: str) -> Iterator[str]:
 
 
 def _format_count(count: int) -> str:
-    """135.2M, 8.0B."""
+    """Such as 135.2M or 8.0B."""
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -1,4 +1,4 @@
-"""What /api/pull does: a GGUF file of the server's machine becomes a model, or the configured Ollama pulls one."""
+"""Pulls a model (/api/pull): imports a GGUF file on the server's machine, or has the configured Ollama pull one."""
 
 import asyncio
 import hashlib
@@ -60,13 +60,13 @@ async def _is_available(reference: str) -> bool:
 
 
 async def _pull_file(path: Path) -> AsyncGenerator[Status]:
-    """Named after the file: /models/Qwen3-4B.Q4_K_M.gguf becomes qwen3-4b.q4_k_m."""
+    """The name of the file becomes that of the model: /models/Qwen3-4B.Q4_K_M.gguf is qwen3-4b.q4_k_m."""
     path = await asyncio.to_thread(path.expanduser)
     if not await asyncio.to_thread(path.is_file):
         raise NothingToPull(f"There is no file {path} on the machine of this server.")
     name = INVALID_NAME_CHARACTERS.sub("-", path.stem.lower()).strip("-._")[:100]
     if not name:
-        raise CannotCreate(f"{path.name} gives no name for a model.")
+        raise CannotCreate(f"The name of the file {path.name} cannot become the name of a model.")
     gguf_file = await ollama_create.inspect_gguf(path, path.name, "")
     yield {"status": "pulling manifest"}
     total = gguf_file.bytes
@@ -78,13 +78,13 @@ async def _pull_file(path: Path) -> AsyncGenerator[Status]:
             completed += len(piece)
             yield {"status": "verifying sha256 digest", "total": total, "completed": completed}
     sha256 = digest.hexdigest()
-    heading: Status = {"status": f"pulling {sha256[:12]}", "digest": f"sha256:{sha256}", "total": total}
+    layer_fields: Status = {"status": f"pulling {sha256[:12]}", "digest": f"sha256:{sha256}", "total": total}
     try:
         await blobs.touch(get_database(), sha256)
     except blobs.BlobNotFound:
-        async for step in _store_blob(path, sha256, heading):
+        async for step in _store_blob(path, sha256, layer_fields):
             yield step
-    yield {**heading, "completed": total}
+    yield {**layer_fields, "completed": total}
     yield {"status": "writing manifest"}
     async with registry.connect() as models:
         file = models_versions.ModelFile(gguf_file.name, gguf_file.quantization, sha256, total)
@@ -92,26 +92,26 @@ async def _pull_file(path: Path) -> AsyncGenerator[Status]:
     yield {"status": "success"}
 
 
-async def _store_blob(path: Path, sha256: str, heading: Status) -> AsyncGenerator[Status]:
-    """Each piece of a file that is on its way into storage."""
+async def _store_blob(path: Path, sha256: str, layer_fields: Status) -> AsyncGenerator[Status]:
+    """Copy a file to storage. Yields the progress."""
     progress = asyncio.Queue[int | None]()
     task = asyncio.ensure_future(blobs.add_file(get_database(), path, sha256, progress.put_nowait))
     task.add_done_callback(lambda _: progress.put_nowait(None))
     try:
         while (completed := await progress.get()) is not None:
-            yield {**heading, "completed": completed}
+            yield {**layer_fields, "completed": completed}
         await task
     finally:
         task.cancel()
 
 
 async def _pull_from_ollama(body: PullRequest) -> AsyncGenerator[Status]:
-    """It pulls for itself; what it has then can be asked here by the same name."""
+    """The server pulls the model for itself. Requests can then name the model here, too."""
     url = get_settings().ollama.url
     if url is None:
         raise NothingToPull(
-            f"There is no model '{body.model}' here, and no Ollama that could pull it is configured (ollama.url). A "
-            "GGUF file on the machine of this server is pulled by its path."
+            f"There is no model '{body.model}', and no Ollama server that could pull it is configured (ollama.url). "
+            "To import a GGUF file on the machine of this server, send its path."
         )
     import httpx
     import ollama

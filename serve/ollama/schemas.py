@@ -1,4 +1,4 @@
-"""What /api/chat and /api/generate take, as Ollama has it, and the same as a request to an engine."""
+"""The requests of /api/chat and /api/generate, and their translation for an engine."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -19,16 +19,14 @@ def _validate_duration(value: float | str | None) -> float | str | None:
 KeepAlive = Annotated[
     float | str | None,
     Field(
-        description="How long the model stays in memory afterwards: seconds, or 5m; negative: until its memory is "
-        "needed. Null: as in the settings."
+        description="How long the model stays in memory afterwards: seconds, or a duration such as 5m. Negative: until "
+        "its memory is needed. Null: as the settings say."
     ),
     AfterValidator(_validate_duration),
 ]
 
 
 class BaseRequest(BaseModel):
-    """What both have."""
-
     model_config = ConfigDict(extra="forbid")
 
     model: ModelReference
@@ -76,7 +74,7 @@ class ChatRequest(BaseRequest):
 class GenerateRequest(BaseRequest):
     prompt: str = ""
     system: str | None = None
-    raw: bool | None = Field(default=None, description="Go on from the prompt as it is, without the model's template.")
+    raw: bool | None = Field(default=None, description="Complete the prompt as it is, without the chat template.")
     suffix: Annotated[str | None, Field(max_length=0)] = None
     template: Annotated[str | None, Field(max_length=0)] = None
     context: Annotated[list[int] | None, Field(max_length=0)] = None
@@ -85,7 +83,7 @@ class GenerateRequest(BaseRequest):
     @model_validator(mode="after")
     def validate_combination(self) -> Self:
         if self.raw and self.system:
-            raise ValueError("a raw prompt has no system message: write it into the prompt")
+            raise ValueError("raw does not allow system: write the system message into the prompt")
         return self
 
     def for_engine(self) -> dict[str, Any]:

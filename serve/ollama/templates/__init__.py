@@ -1,1 +1,1 @@
-"""Chat templates in Go's language and in Jinja."""
+"""Chat templates: translates Go's language into Jinja."""

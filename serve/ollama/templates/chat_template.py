@@ -1,4 +1,4 @@
-"""Templates of conversations: llama.cpp's are in Jinja, Ollama's in Go's language."""
+"""Checks a chat template, and translates it if it is in Go's language, as Ollama's are. llama.cpp needs Jinja."""
 
 import re
 
@@ -18,7 +18,7 @@ class TemplateRefused(InvalidRequest):
 
 
 def to_jinja(template: str) -> str:
-    """The template, as llama.cpp may understand it."""
+    """The template in Jinja. It is parsed, but not rendered: llama.cpp may still reject it."""
     from jinja2 import Environment, TemplateSyntaxError
 
     try:
@@ -27,11 +27,11 @@ def to_jinja(template: str) -> str:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)  # noqa: S701  (it is not rendered)
     except NotTranslatable as error:
         raise TemplateRefused(
-            f"The template is in Go's language, as Ollama's are, and cannot be said in Jinja: {error} "
-            "Send one in Jinja (tokenizer.chat_template of the model), or none: the model's own is used then."
+            f"The template is in Go's language and cannot be translated to Jinja: {error} Send a template in Jinja "
+            "(tokenizer.chat_template of the model), or none: then the model's own is used."
         ) from error
     except TemplateSyntaxError as error:
-        raise TemplateRefused(f"The template is no Jinja: {error.message}, in line {error.lineno}.") from error
+        raise TemplateRefused(f"The template is not valid Jinja: {error.message}, in line {error.lineno}.") from error
     except RecursionError as error:
         raise TemplateRefused("The template is nested too deeply.") from error
     return template

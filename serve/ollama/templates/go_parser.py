@@ -1,4 +1,4 @@
-"""The language of Go's templates: text, and actions between {{ and }}, some of which have more of both inside."""
+"""Parses Go's template language into blocks: texts, and actions between {{ and }}, which may contain blocks."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ MAX_SHOWN_CHARACTERS = 50
 
 
 class NotTranslatable(ValueError):
-    """The template is none, or has something in it that Jinja cannot say."""
+    """The template is invalid, or Jinja has no equivalent for something in it."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Token:
 
 @dataclass
 class Block:
-    """An action and what stands between it and its end. An output, and text, have nothing between."""
+    """A text or an action. The actions if, range and with contain blocks up to their end."""
 
-    action: str  # text, output, set, if, range, with, break, continue
+    action: str  # text, output, set, if, range, with, break, continue; in between also else, end
     tokens: list[Token] = field(default_factory=list[Token])
     inside: "list[Block]" = field(default_factory=lambda: list[Block]())
     otherwise: "list[Block]" = field(default_factory=lambda: list[Block]())
@@ -41,17 +41,17 @@ def parse(template: str) -> list[Block]:
     pieces = list(_pieces(template))
     blocks, end = _blocks(pieces, 0)
     if end < len(pieces):
-        raise NotTranslatable(f"'{pieces[end].action}' belongs to nothing.")
+        raise NotTranslatable(f"'{pieces[end].action}' has no matching 'if', 'range' or 'with'.")
     return blocks
 
 
 def _pieces(template: str) -> Iterator[Block]:
-    """Text and actions, one after the other. What is trimmed is gone."""
+    """Texts, trimmed as their actions say, and actions, in their order."""
     position, trim = 0, False
     while (begin := template.find("{{", position)) >= 0:
         found = ACTION.match(template, begin)
         if found is None:
-            raise NotTranslatable("an action begins with {{ and does not end.")
+            raise NotTranslatable("an action begins with {{ and is not closed.")
         yield from _text(template[position:begin], trim_left=trim, trim_right=bool(found["left"]))
         if not COMMENT.fullmatch(found["inside"]):
             yield _action(_tokens(found["inside"]))
@@ -60,7 +60,6 @@ def _pieces(template: str) -> Iterator[Block]:
 
 
 def _text(text: str, *, trim_left: bool, trim_right: bool = False) -> Iterator[Block]:
-    """What is left of it when its beginning, or its end, is trimmed."""
     text = text.lstrip() if trim_left else text
     text = text.rstrip() if trim_right else text
     if text:
@@ -69,12 +68,12 @@ def _text(text: str, *, trim_left: bool, trim_right: bool = False) -> Iterator[B
 
 def _action(tokens: list[Token]) -> Block:
     if not tokens:
-        raise NotTranslatable("an action has nothing in it.")
+        raise NotTranslatable("an action is empty.")
     first = tokens[0].value if tokens[0].kind == "word" else ""
     if first in {"if", "range", "with", "else", "end", "break", "continue"}:
         return Block(first, tokens[1:])
     if first in {"define", "template", "block"}:
-        raise NotTranslatable(f"'{first}' is not known here.")
+        raise NotTranslatable(f"'{first}' is not supported.")
     is_set = len(tokens) > 1 and tokens[0].kind == "variable" and tokens[1].value in {":=", "="}
     return Block("set" if is_set else "output", tokens)
 
@@ -85,7 +84,7 @@ def _tokens(inside: str) -> list[Token]:
     while position < len(inside):
         found = TOKEN.match(inside, position)
         if found is None:
-            raise NotTranslatable(f"'{inside[position:].strip()[:MAX_SHOWN_CHARACTERS]}' cannot be read.")
+            raise NotTranslatable(f"'{inside[position:].strip()[:MAX_SHOWN_CHARACTERS]}' is invalid.")
         kind = found.lastgroup or ""
         tokens.append(Token(kind, found[kind]))
         position = found.end()
@@ -93,7 +92,7 @@ def _tokens(inside: str) -> list[Token]:
 
 
 def _blocks(pieces: Sequence[Block], position: int) -> tuple[list[Block], int]:
-    """What stands here up to an `else` or `end` that belongs to somebody else, and where that is."""
+    """The blocks up to the `else` or `end` of the enclosing block, and the position of that."""
     blocks: list[Block] = []
     while position < len(pieces) and pieces[position].action not in {"else", "end"}:
         block = pieces[position]
@@ -105,14 +104,14 @@ def _blocks(pieces: Sequence[Block], position: int) -> tuple[list[Block], int]:
 
 
 def _fill_block(block: Block, pieces: Sequence[Block], position: int) -> int:
-    """Give a block what is between it and its end; returns where it goes on behind that."""
+    """Add the inner blocks to a block. Returns the position after its end."""
     block.inside, position = _blocks(pieces, position)
     if position < len(pieces) and pieces[position].action == "else":
         tokens = pieces[position].tokens
-        if tokens:  # else if, which ends with the same end
+        if tokens:  # "else if" shares the end of its "if"
             other = Block(tokens[0].value, tokens[1:])
             if other.action not in {"if", "with"}:
-                raise NotTranslatable(f"'else {other.action}' is not known here.")
+                raise NotTranslatable(f"'else {other.action}' is not supported.")
             block.otherwise = [other]
             return _fill_block(other, pieces, position + 1)
         block.otherwise, position = _blocks(pieces, position + 1)

@@ -1,8 +1,7 @@
-"""Templates of conversations in Go's language, as Ollama has them, said in Jinja, as llama.cpp wants them.
+"""Translates chat templates from Go's language, which Ollama uses, into Jinja, which llama.cpp uses.
 
-A template of Ollama's is of one of two sorts. The newer one goes through `.Messages` itself. The older one writes a
-single turn of `.System`, `.Prompt` and `.Response`, is used for each turn, and for the last one only up to where the
-response begins.
+There are two types of Ollama templates. The newer type iterates over `.Messages` itself. The older type writes one turn
+of `.System`, `.Prompt` and `.Response`. It is applied to each turn, and to the last turn only up to the response.
 """
 
 import json
@@ -26,7 +25,7 @@ ROOT_VARIABLES = {
     "IsThinkSet": "(enable_thinking is defined)",
 }
 TURN_VARIABLES = {**ROOT_VARIABLES, **{name: f"turn.{name.lower()}" for name in ("System", "Prompt", "Response")}}
-"""What the template itself is told, by Go's names."""
+"""Go's names at the root of a template, and their expressions in Jinja."""
 RENAMED_FIELDS = {"Thinking": "reasoning_content", "ToolName": "name"}
 TEXTS = {"Content", "Description", "Name", "Prompt", "Response", "Role", "System", "Thinking", "ToolName", "Type"}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -45,7 +44,7 @@ TURNS = (
     + "{% endif %}{% endfor %}"
     "{% if go.response and add_generation_prompt %}" + FLUSH + "{% endif %}" + FLUSH
 )  # fmt: skip
-"""A conversation as turns: a system message, if there is a new one, what was asked, and what was answered."""
+"""Groups messages into turns: a system message if there is a new one, a prompt and a response."""
 SYSTEM = (
     '{% for one in messages %}{% if one.role == "system" %}'
     + APPEND_CONTENT.format("system")
@@ -55,14 +54,14 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Scope:
-    """What the dot and the variables mean here."""
+    """The expressions in Jinja for the dot and the variables of Go."""
 
     root: dict[str, str]
-    dot: str | None = None  # in Jinja; None: the root
+    dot: str | None = None  # None: the root
     variables: tuple[tuple[str, str], ...] = ()
 
-    def with_variable(self, name: str, meaning: str) -> "Scope":
-        return replace(self, variables=((name, meaning), *self.variables))
+    def with_variable(self, name: str, expression: str) -> "Scope":
+        return replace(self, variables=((name, expression), *self.variables))
 
 
 def to_jinja(template: str) -> str:
@@ -87,7 +86,7 @@ def _mentions(blocks: Sequence[Block], field: str) -> bool:
 
 
 def _cut_at_response(blocks: Sequence[Block]) -> tuple[list[Block], bool]:
-    """The same up to where the response is spoken of, and whether it is."""
+    """The blocks up to the first mention of the response, and whether there is one."""
     result: list[Block] = []
     for block in blocks:
         if _mentions([replace(block, inside=[], otherwise=[])], "Response"):
@@ -145,7 +144,7 @@ class _JinjaWriter:
         expression = _PipelineReader(tokens, scope).pipeline()
         if sign.value == ":=":
             scope = scope.with_variable(name.value, f"go.{self._new_name()}")
-        return f"{{% set {_meaning(name.value, scope)} = {expression} %}}", scope
+        return f"{{% set {_variable_expression(name.value, scope)} = {expression} %}}", scope
 
     def _range(self, block: Block, scope: Scope) -> str:
         tokens, names = block.tokens, list[str]()
@@ -155,8 +154,8 @@ class _JinjaWriter:
             names, tokens = [token.value for token in tokens[:at] if token.kind == "variable"], tokens[at + 1 :]
         expression, item, index = _PipelineReader(tokens, scope).pipeline(), self._new_name(), self._new_name()
         inner = replace(scope, dot=item)
-        for name, meaning in zip(names[::-1], (item, f"go.{index}"), strict=False):
-            inner = inner.with_variable(name, meaning)
+        for name, variable in zip(names[::-1], (item, f"go.{index}"), strict=False):
+            inner = inner.with_variable(name, variable)
         inside, otherwise = self.write(block.inside, inner), self.write(block.otherwise, scope)
         begin = f"{{% for {item} in {expression} %}}{{% set go.{index} = loop.index0 %}}"
         return (
@@ -169,7 +168,7 @@ class _JinjaWriter:
 
 
 class _PipelineReader:
-    """Reads a pipeline of Go's as an expression of Jinja's."""
+    """Translates a pipeline of Go into an expression of Jinja."""
 
     def __init__(self, tokens: Sequence[Token], scope: Scope) -> None:
         self._tokens = list(tokens)
@@ -178,7 +177,7 @@ class _PipelineReader:
     def pipeline(self) -> str:
         expression = self._piped()
         if self._tokens:
-            raise NotTranslatable(f"'{self._tokens[0].value}' is not expected there.")
+            raise NotTranslatable(f"'{self._tokens[0].value}' is unexpected.")
         return expression
 
     def _piped(self) -> str:
@@ -190,7 +189,7 @@ class _PipelineReader:
 
     def _command(self, piped: list[str]) -> str:
         if not self._tokens:
-            raise NotTranslatable("an action has nothing in it.")
+            raise NotTranslatable("an action is empty.")
         if self._tokens[0].kind == "word" and self._tokens[0].value not in {"true", "false", "nil"}:
             function = self._tokens.pop(0).value
             arguments: list[str] = []
@@ -198,7 +197,7 @@ class _PipelineReader:
                 arguments.append(self._operand())
             return _call_function(function, [*arguments, *piped])
         if piped:
-            raise NotTranslatable("only a function takes what is piped to it.")
+            raise NotTranslatable("only a function can take a piped value.")
         return self._operand()
 
     def _operand(self) -> str:
@@ -212,7 +211,7 @@ class _PipelineReader:
         if token.kind == "variable":
             if token.value == "$":
                 return self._root_field() if self._is_fields() else _refuse("$")
-            return self._with_fields(_meaning(token.value, self._scope))
+            return self._with_fields(_variable_expression(token.value, self._scope))
         if token.kind == "fields":
             self._tokens.insert(0, token)
             return self._root_field() if self._scope.dot is None else self._with_fields(self._scope.dot)
@@ -249,18 +248,18 @@ def _field(target: str, names: Sequence[str]) -> str:
     return f'({target} or "")' if names and names[-1] in {"Content", "Thinking"} else target
 
 
-def _meaning(variable: str, scope: Scope) -> str:
-    return next((meaning for name, meaning in scope.variables if name == variable), None) or _refuse(variable)
+def _variable_expression(variable: str, scope: Scope) -> str:
+    return next((expression for name, expression in scope.variables if name == variable), None) or _refuse(variable)
 
 
 def _call_function(function: str, arguments: list[str]) -> str:
     write = FUNCTIONS.get(function)
     if write is None:
-        raise NotTranslatable(f"the function '{function}' is not known here.")
+        raise NotTranslatable(f"the function '{function}' is not supported.")
     try:
         return write(*arguments)
     except TypeError:
-        raise NotTranslatable(f"'{function}' is not given what it takes.") from None
+        raise NotTranslatable(f"'{function}' has the wrong number of arguments.") from None
 
 
 def _compare(sign: str) -> Callable[..., str]:
@@ -312,5 +311,5 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _refuse(what: str) -> str:
-    raise NotTranslatable(f"'{what}' is not known here.")
+def _refuse(name: str) -> str:
+    raise NotTranslatable(f"'{name}' is not supported.")

@@ -216,7 +216,7 @@ async def test_an_adapter_answers_on_the_model_that_it_is_for(gateway: Gateway) 
     assert (shown.template, shown.details.parent_model) == (ECHO, f"{name}:v1")
     with pytest.raises(ollama.ResponseError, match=f"{name}-a:v1 is an adapter for it"):
         await gateway.client.delete(name)
-    with pytest.raises(ollama.ResponseError, match="shares template and num_ctx"):
+    with pytest.raises(ollama.ResponseError, match="template and num_ctx of its base model"):
         await gateway.client.create(f"{name}-b", from_=f"{name}-a", parameters={"num_ctx": 512})
     other = _adapter(gateway.folder / "other.gguf", "qwen3")
     adapters = {other.name: await gateway.client.create_blob(other)}
@@ -300,16 +300,16 @@ async def test_blobs_that_nothing_uses_go_after_a_while(gateway: Gateway) -> Non
 @pytest.mark.parametrize(
     ("said", "status", "reason"),
     [
-        ({"model": "Big Name"}, 400, "cannot be a model's name"),
-        ({"model": "m:v3"}, 400, "the next version of it is made"),
+        ({"model": "Big Name"}, 400, "not a valid name for a model"),
+        ({"model": "m:v3"}, 400, "which creates its next version"),
         ({"from": "nobody"}, 404, "No version of a model 'nobody'"),
         ({"files": {"m.gguf": f"sha256:{'0' * 64}"}}, 404, "There is no blob"),
         ({"files": {"a": f"sha256:{'0' * 64}", "b": f"sha256:{'1' * 64}"}}, 400, "one GGUF file"),
         ({"quantize": "q3_x"}, 400, "There is no quantization"),
-        ({"template": "{{ if .System }}{{ .System }}{{ end }}{{ .Unheard }}"}, 400, "Send one in Jinja"),
-        ({"template": "{% for x in %}"}, 400, "The template is no Jinja"),
+        ({"template": "{{ if .System }}{{ .System }}{{ end }}{{ .Unheard }}"}, 400, "Send a template in Jinja"),
+        ({"template": "{% for x in %}"}, 400, "The template is not valid Jinja"),
         ({"parameters": {"temprature": 1}}, 422, "temprature"),
-        ({}, 422, "say what to make it from"),
+        ({}, 422, "either from or files is required"),
     ],
 )
 async def test_what_cannot_be_made_is_said_in_a_sentence(
@@ -352,7 +352,7 @@ async def test_a_file_is_pulled_by_its_path(gateway: Gateway) -> None:
 
 
 async def test_nothing_is_pushed(gateway: Gateway) -> None:
-    with pytest.raises(ollama.ResponseError, match="not pushed") as caught:
+    with pytest.raises(ollama.ResponseError, match="cannot be pushed") as caught:
         await gateway.client.push("forgearr/tiny")
     assert caught.value.status_code == 501
 

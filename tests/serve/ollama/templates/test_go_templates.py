@@ -137,25 +137,25 @@ def test_what_go_has_for_it(template: str, written: str) -> None:
     [
         ("{{ if .Prompt }}a", "'if' has no end"),
         ("{{ .Prompt }}{{ end }}", "'end' belongs to nothing"),
-        ("{{ .Prompt }}{{ else }}", "'else' belongs to nothing"),
-        ("{{ .Unheard }}", "'.Unheard' is not known"),
-        ("{{ $x }}{{ .Prompt }}", r"'\$x' is not known"),
-        ('{{ if eq .Prompt "a" }}{{ else range .Tools }}{{ end }}', "'else range' is not known"),
-        ('{{ printf "%s" .Prompt }}{{ .Prompt }}', "'printf' is not known"),
-        ("{{ eq .Prompt }}{{ .Prompt }}", "'eq' is not given"),
+        ("{{ .Prompt }}{{ else }}", "'else' has no matching"),
+        ("{{ .Unheard }}", "'.Unheard' is not supported"),
+        ("{{ $x }}{{ .Prompt }}", r"'\$x' is not supported"),
+        ('{{ if eq .Prompt "a" }}{{ else range .Tools }}{{ end }}', "'else range' is not supported"),
+        ('{{ printf "%s" .Prompt }}{{ .Prompt }}', "'printf' is not supported"),
+        ("{{ eq .Prompt }}{{ .Prompt }}", "'eq' has the wrong number"),
         ("{{ .Prompt }}{{ (.Prompt }}", "parenthesis"),
-        ("{{ .Prompt .Prompt }}", "'.Prompt' is not expected"),
+        ("{{ .Prompt .Prompt }}", "'.Prompt' is unexpected"),
         ("{{ .Prompt | .Prompt }}", "only a function"),
-        ("{{ .Prompt }}{{ # }}", "'#' cannot be read"),
-        ("{{ .Prompt }}{{ .Prompt", "does not end"),
-        ('{{ define "a" }}{{ .Prompt }}{{ end }}', "'define' is not known"),
-        ("{{ . }}{{ .Prompt }}", "is not known"),
-        ("{{ .Prompt }}{{ }}", "nothing in it"),
-        ("{{ .Prompt }}" + "{{ " * 20_000 + '"', "does not end"),
+        ("{{ .Prompt }}{{ # }}", "'#' is invalid"),
+        ("{{ .Prompt }}{{ .Prompt", "is not closed"),
+        ('{{ define "a" }}{{ .Prompt }}{{ end }}', "'define' is not supported"),
+        ("{{ . }}{{ .Prompt }}", "is not supported"),
+        ("{{ .Prompt }}{{ }}", "is empty"),
+        ("{{ .Prompt }}" + "{{ " * 20_000 + '"', "is not closed"),
     ],
 )
 def test_what_jinja_cannot_say_is_named(template: str, reason: str) -> None:
-    with pytest.raises(TemplateRefused, match=f"{reason}.*Send one in Jinja"):
+    with pytest.raises(TemplateRefused, match=f"{reason}.*Send a template in Jinja"):
         to_jinja(template)
 
 
