@@ -1,4 +1,4 @@
-"""/v1/fine-tune, /status, /validate and /deploy: from data to a served model, step by step."""
+"""The routes /v1/fine-tune, /status, /validate and /deploy: from data to a served model, step by step."""
 
 from typing import Annotated, Any
 
@@ -61,7 +61,7 @@ async def fine_tune(
 
 @router.get("/status/{job_id}")
 async def status(job_id: JobId, caller: CurrentCaller) -> StatusView:
-    """How far a fine_tune or forge job is."""
+    """Get the progress of a fine_tune or forge job."""
     async with get_database().read_transaction() as session:
         job = await _find_training(session, job_id, caller)
         current = await progress.get_progress(session, job)
@@ -78,11 +78,11 @@ async def status(job_id: JobId, caller: CurrentCaller) -> StatusView:
 async def validate(
     job_id: JobId, caller: CurrentCaller, request: Request, response: Response, wait: WaitSeconds = 60
 ) -> ValidationView:
-    """Measure a trained model on the samples that were held out, once; the same again answers what was found."""
+    """Measure a trained model on its held-out split. It is measured once; later requests get the same result."""
     async with get_database().transaction() as session:
         training = await _lock_fine_tune_job(session, job_id, caller)
         validate_spec = ValidateSpec(job_id=training.id)
-        # One that has measured the export too, has measured this.
+        # A validation of the export measures the trained model, too.
         job = await find_or_start_step(
             session, training, "validate", validate_spec, caller, ignored_fields={"export_job_id"}
         )
@@ -106,10 +106,10 @@ async def deploy(
     caller: CurrentCaller,
     request: Request,
     response: Response,
-    force: Annotated[bool, Query(description="Even when it does not pass its validation.")] = False,
+    force: Annotated[bool, Query(description="Deploy even if the validation does not pass.")] = False,
     wait: WaitSeconds = 60,
 ) -> DeploymentView:
-    """Export a trained model, validate the export, and serve it as NAME:latest. What is done already stays done."""
+    """Export a trained model, validate the export, and serve it as NAME:latest. Completed steps are not repeated."""
     if not caller.is_admin:
         raise Forbidden("Only an administrator may deploy.")
     async with get_database().transaction() as session:
@@ -135,18 +135,21 @@ async def deploy(
 async def _find_training(session: AsyncSession, job_id: str, caller: Principal) -> Job:
     job = await queue.get(session, job_id, caller)
     if job.kind not in progress.TRAINING_KINDS:
-        raise TrainingNotFound(f"{job_id} is a job of the kind '{job.kind}'; it trains nothing.")
+        raise TrainingNotFound(f"{job_id} is a job of the kind '{job.kind}', not a training.")
     return job
 
 
 async def _lock_fine_tune_job(session: AsyncSession, job_id: str, caller: Principal) -> Job:
-    """The fine_tune job whose model is meant, to queue steps for; a forge job that has none yet stands for it."""
+    """Find the fine_tune job, and lock it against a second request for its steps.
+
+    A forge job without a fine_tune job yet is returned itself.
+    """
     job = await _find_training(session, job_id, caller)
     if job.kind == "forge":
         child = await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == "fine_tune"))
         job = child or job
     if job.state in RETRYABLE:
-        raise OutputMissing(f"{job.id} is {job.state}, so there is no model to go on from; retry it first.")
-    # Two who ask at once would both find that a step is missing.
+        raise OutputMissing(f"{job.id} is {job.state}, so there is no model for this step. Retry it first.")
+    # Two concurrent requests would both find no job for a step, and queue two.
     await advisory_lock(session, f"steps {job.id}")
     return job

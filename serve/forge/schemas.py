@@ -1,4 +1,4 @@
-"""Requests and responses of the forge's routes."""
+"""The requests and responses of the forge's routes."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from pipelines.training.spec import DataSource, FineTuneSpec, ModelName
 
 
 class NoTrainingData(InvalidRequest):
-    """Say what to train on: data with one of dataset, prompts (by ids, tags or category) or folder."""
+    """Training data is missing: send data with one of dataset, prompts (by ids, tags or category) or folder."""
 
     code = "NO_TRAINING_DATA"
 
 
 def _require_data(schema: dict[str, Any]) -> None:
-    """It has a default only so that its absence can be answered in words of our own."""
+    """Show `data` as required. It has a default only so that a missing one gets an error message of its own."""
     schema["required"] = [*schema["required"], "data"]
     del schema["properties"]["data"]["default"]
 
@@ -29,7 +29,7 @@ class FineTuneRequest(FineTuneSpec):
     name: ModelName = Field(alias="project_name")
     pissa: bool = Field(default=False, alias="use_pissa")
     data: DataSource | SkipJsonSchema[None] = Field(  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
-        default=None, description="What to train on: exactly one of dataset, prompts and folder."
+        default=None, description="Training data: exactly one of dataset, prompts and folder."
     )
 
 
@@ -48,10 +48,10 @@ class StatusView(progress.TrainingProgress):
 
 class ValidationView(BaseModel):
     job_id: str
-    passed: bool | None = Field(description="Null: not known yet, or the validation failed; see its job.")
+    passed: bool | None = Field(description="Null: not known yet, or the validation job failed.")
     metrics: dict[str, float | None]
     report_path: str | None
-    reasons: list[str] = Field(description="Why it did not pass.")
+    reasons: list[str] = Field(description="Why the model did not pass.")
     validation_job_id: str
 
 
@@ -60,5 +60,5 @@ class DeploymentView(BaseModel):
     success: bool | None = Field(description="Null: not known yet.")
     model_name: str | None
     gguf_path: str | None
-    message: str | None = Field(description="Why it was not deployed.")
+    message: str | None = Field(description="Why the deployment failed.")
     deployment_job_id: str

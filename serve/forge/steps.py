@@ -1,4 +1,4 @@
-"""Steps of a forge job that can be asked for one by one."""
+"""Finds or queues the steps of a forge job (export, validation, deployment) one by one."""
 
 from collections.abc import Set
 from typing import Literal
@@ -28,9 +28,9 @@ async def find_or_start_step(
     depends_on: Job | None = None,
     ignored_fields: Set[str] = frozenset(),
 ) -> Job:
-    """The job that does this for a training: the one that has done it or will, else a new one.
+    """The job for a step of a training: one that has succeeded or is unfinished, otherwise a new one.
 
-    What somebody else has queued for it counts only if they may do so: else it will fail.
+    An unfinished job of another owner counts only if that owner may see the training: otherwise it will fail.
     """
     administrators = select(User.id).where(User.role == "admin")
     is_entitled = or_(
@@ -55,7 +55,7 @@ async def find_or_start_step(
 
 
 async def find_or_start_deployment(session: AsyncSession, spec: DeploySpec, caller: Principal, depends_on: Job) -> Job:
-    """The deployment that is under way, else a new one: since an earlier one, something else may have been deployed."""
+    """The unfinished deployment, otherwise a new one. After a finished one, another version may have been deployed."""
     query = select(Job).where(
         Job.kind == "deploy",
         Job.state.not_in(FINISHED),

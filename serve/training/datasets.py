@@ -1,4 +1,4 @@
-"""/api/v1/datasets: what training reads. A dataset never changes; new content is a new version."""
+"""The routes /api/v1/datasets: uploaded training data. A dataset never changes; new content is a new version."""
 
 import asyncio
 import tempfile
@@ -40,10 +40,10 @@ class DatasetView(BaseModel):
     name: str
     version: int
     kind: Literal["chat", "preference"]
-    digest: str = Field(description="SHA-256 of its content.")
+    digest: str = Field(description="SHA-256 of the content.")
     samples: int
     bytes: int
-    source: dict[str, Any] = Field(description="What it was made from.")
+    source: dict[str, Any] = Field(description="The origin of the samples.")
     created_by: str
     created_at: UtcTime
 
@@ -56,8 +56,10 @@ class DatasetView(BaseModel):
 async def create_dataset(
     request: Request, caller: CurrentCaller, name: Annotated[str, Query(pattern=NAME_PATTERN)]
 ) -> DatasetView:
-    """Upload samples, one per line of JSONL: chat, or preferences. The same content under the same name is the same
-    dataset, whose version then may be an older one."""
+    """Upload samples as JSONL, one on each line: chats or preferences.
+
+    If the name has a version with the same content already, that version is returned.
+    """
     async with receive_body(request, MAX_UPLOAD_BYTES) as body:
         content = await asyncio.to_thread(_parse_upload, body)
         dataset = await datasets.store_dataset(get_database(), name, content, {"upload": name}, caller)
@@ -70,7 +72,7 @@ async def list_datasets(
     paging: PaginationParams,
     name: Annotated[Annotated[str, Field(max_length=100)] | SkipJsonSchema[None], Query()] = None,
 ) -> Page[DatasetView]:
-    """Datasets, the newest first: your own, or everybody's when you are an administrator."""
+    """List datasets, the newest first. Administrators see all datasets, others their own."""
     query = visible(select(Dataset), Dataset, caller)
     if name is not None:
         query = query.where(Dataset.name == name)
@@ -82,7 +84,7 @@ async def list_datasets(
 
 @router.get("/{dataset_id}")
 async def show_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> DatasetView:
-    """A dataset by its id, or one of yours by its name (the newest version) or NAME:v2."""
+    """Get a dataset by its id, or one of your own by NAME (the newest version) or NAME:v2."""
     async with get_database().read_transaction() as session:
         return _view(await datasets.find(session, dataset_id, caller))
 
@@ -93,7 +95,7 @@ async def show_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> DatasetV
     responses=JSON_LINES_RESPONSES,
 )
 async def read_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> StreamingResponse:
-    """Its samples as JSONL."""
+    """Download the samples as JSONL."""
     async with get_database().read_transaction() as session:
         dataset = await datasets.find(session, dataset_id, caller)
     with ExitStack() as stack:
@@ -113,7 +115,7 @@ async def read_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> Streamin
 
 @router.delete("/{dataset_id}", status_code=204)
 async def delete_dataset(dataset_id: DatasetId, caller: CurrentCaller) -> None:
-    """Delete this version, by its id. Models that have learned from it stay."""
+    """Delete one version by its id. Models that were trained with it stay."""
     await datasets.delete(get_database(), dataset_id, caller)
 
 

@@ -1,4 +1,4 @@
-"""/api/training/prompts: exchanges that models learn from, written and kept by hand."""
+"""The routes /api/training/prompts: training prompts, which people write and edit one by one."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -41,7 +41,7 @@ CategoryFilter = Annotated[ShortText | SkipJsonSchema[None], Query()]
 TagFilter = Annotated[ShortText | SkipJsonSchema[None], Query(description="Prompts with this tag.")]
 SearchFilter = Annotated[
     ShortText | SkipJsonSchema[None],
-    Query(description="Prompts with this in their name, their input or their expected output."),
+    Query(description="Prompts with this text in their name, input or expected output."),
 ]
 
 
@@ -62,7 +62,7 @@ class PromptView(BaseModel):
 
 
 class PromptChanges(BaseModel):
-    """What to change in a prompt; what is not sent stays."""
+    """Changes to a prompt. Fields that are not sent stay unchanged."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -89,7 +89,7 @@ async def list_prompts(
     tag: TagFilter = None,
     search: SearchFilter = None,
 ) -> Page[PromptView]:
-    """Training prompts by id: your own, or everybody's when you are an administrator."""
+    """List training prompts by id. Administrators see all prompts, others their own."""
     async with get_database().read_transaction() as session:
         query = _filtered_query(session, caller, category, tag, search)
         total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
@@ -109,7 +109,7 @@ async def create_prompt(body: PromptRequest, caller: CurrentCaller) -> PromptVie
     openapi_extra=JSON_LINES_REQUEST,
 )
 async def import_prompts(request: Request, caller: CurrentCaller) -> ImportResult:
-    """Create many prompts, one per line of JSONL: all of them, or none if a line is not valid."""
+    """Create prompts from JSONL, one on each line. If a line is invalid, none is created."""
     async with receive_body(request, MAX_IMPORT_BYTES) as body:
         validated = body.with_name("checked.jsonl")
         count = await asyncio.to_thread(_validate_upload, body, validated)
@@ -127,7 +127,7 @@ async def import_prompts(request: Request, caller: CurrentCaller) -> ImportResul
 async def export_prompts(
     caller: CurrentCaller, category: CategoryFilter = None, tag: TagFilter = None, search: SearchFilter = None
 ) -> StreamingResponse:
-    """The same prompts as JSONL, as an import takes it."""
+    """Download prompts as JSONL, in the format of the import."""
 
     async def lines() -> AsyncIterator[bytes]:
         last_id = 0
@@ -153,7 +153,7 @@ async def show_prompt(prompt_id: PromptId, caller: CurrentCaller) -> PromptView:
 
 @router.put("/{prompt_id}")
 async def change_prompt(prompt_id: PromptId, changes: PromptChanges, caller: CurrentCaller) -> PromptView:
-    """Change what is sent; the rest stays. Datasets made from the prompt before stay as they are."""
+    """Change the fields that are sent. Existing datasets with this prompt stay unchanged."""
     async with get_database().transaction() as session:
         prompt = await prompts.get(session, prompt_id, caller, lock=True)
         await prompts.update_prompt(session, prompt, changes.model_dump(exclude_unset=True))
@@ -162,7 +162,7 @@ async def change_prompt(prompt_id: PromptId, changes: PromptChanges, caller: Cur
 
 @router.delete("/{prompt_id}", status_code=204)
 async def delete_prompt(prompt_id: PromptId, caller: CurrentCaller) -> None:
-    """Delete a prompt. Datasets made from it stay as they are."""
+    """Delete a prompt. Existing datasets with it stay unchanged."""
     async with get_database().transaction() as session:
         await session.delete(await prompts.get(session, prompt_id, caller, lock=True))
 
@@ -176,7 +176,7 @@ def _filtered_query(
 
 
 def _validate_upload(body: FilePath, validated: FilePath) -> int:
-    """Write what is valid by itself into another file: the transaction then has nothing to do but to insert it."""
+    """Write the validated prompts to another file, so that the transaction only has to insert them."""
     count = 0
     with body.open("rb") as file, validated.open("wb") as rows:
         for number, line in enumerate(read_lines(file), 1):
@@ -185,7 +185,7 @@ def _validate_upload(body: FilePath, validated: FilePath) -> int:
                 rows.write(orjson.dumps(prompts.to_columns(prompt), option=orjson.OPT_APPEND_NEWLINE))
                 count += 1
     if not count:
-        raise EmptyData("There is no prompt in the upload: send one JSON object per line.")
+        raise EmptyData("There is no prompt in the upload. Send one JSON object on each line.")
     return count
 
 

@@ -1,4 +1,4 @@
-"""/api/training/sessions: trainings that are set up first and started later."""
+"""The routes /api/training/sessions: trainings that are configured first and started later."""
 
 import asyncio
 import math
@@ -59,7 +59,7 @@ class SessionRequest(BaseModel):
     config: Config = Field(
         default_factory=dict,
         max_length=100,
-        description="num_epochs, learning_rate, batch_size and whatever else the spec of a fine_tune job has.",
+        description="num_epochs, learning_rate, batch_size and all other fields of the spec of a fine_tune job.",
         examples=[{"num_epochs": 3, "learning_rate": 2e-4, "batch_size": 4}],
     )
 
@@ -67,9 +67,9 @@ class SessionRequest(BaseModel):
 class StartRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    worker_id: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Null: wherever there is room.")
+    worker_id: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Null: any worker with free resources.")
     prompt_ids: list[int] | None = Field(default=None, min_length=1, max_length=100_000)
-    data: DataSource | None = Field(default=None, description="What to train on instead of single prompts.")
+    data: DataSource | None = Field(default=None, description="Training data instead of prompt_ids.")
 
 
 class SessionView(BaseModel):
@@ -95,7 +95,7 @@ class SessionStatus(progress.TrainingMetrics):
 
 @router.get("")
 async def list_sessions(caller: CurrentCaller, paging: PaginationParams) -> Page[SessionView]:
-    """Training sessions, the newest first: your own, or everybody's when you are an administrator."""
+    """List training sessions, the newest first. Administrators see all sessions, others their own."""
     query = visible(select(TrainingSession), TrainingSession, caller)
     async with get_database().read_transaction() as session:
         total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
@@ -106,7 +106,7 @@ async def list_sessions(caller: CurrentCaller, paging: PaginationParams) -> Page
 
 @router.post("", status_code=201)
 async def create_session(body: SessionRequest, caller: CurrentCaller) -> SessionView:
-    """Set up a training. Nothing runs until it is started."""
+    """Create a training session. Nothing runs until it is started."""
     sessions.validate_config(body.name, body.base_model, body.config)
     row = TrainingSession(**body.model_dump(), owner_id=caller.id, created_by=caller.name)
     async with get_database().transaction() as session:
@@ -123,12 +123,12 @@ async def show_session(session_id: SessionId, caller: CurrentCaller) -> SessionV
 
 @router.put("/{session_id}")
 async def change_session(session_id: SessionId, body: SessionRequest, caller: CurrentCaller) -> SessionView:
-    """Set a training up anew, as long as it was not started."""
+    """Replace the configuration of a session that was not started yet."""
     sessions.validate_config(body.name, body.base_model, body.config)
     async with get_database().transaction() as session:
         row = await find_session(session, session_id, caller, lock=True)
         if row.job_id is not None:
-            raise SessionStarted(f"The session was started as {row.job_id}; make a new one for other settings.")
+            raise SessionStarted(f"The session was started as {row.job_id}. Create a new session for other settings.")
         for name, value in body.model_dump().items():
             setattr(row, name, value)
         await session.flush()
@@ -137,21 +137,21 @@ async def change_session(session_id: SessionId, body: SessionRequest, caller: Cu
 
 @router.delete("/{session_id}", status_code=204)
 async def delete_session(session_id: SessionId, caller: CurrentCaller) -> None:
-    """Delete a session that does not run. Its job, and what it has made, stay."""
+    """Delete a session that is not running. Its job and the trained model stay."""
     async with get_database().transaction() as session:
         row = await find_session(session, session_id, caller, lock=True)
         job = await session.get(Job, row.job_id) if row.job_id else None
         if job is not None and job.state not in FINISHED:
-            raise SessionStarted(f"The session is still {job.state}; cancel it first.")
+            raise SessionStarted(f"The session is still {job.state}. Cancel it first.")
         await session.delete(row)
 
 
 @router.post("/{session_id}/start")
 async def start_session(session_id: SessionId, body: StartRequest, caller: CurrentCaller) -> SessionView:
-    """Queue the training, on these prompts and on that worker. A session whose training has ended may start again."""
+    """Queue the training with these prompts, on that worker. A session can be started again after its training."""
     data = body.data or (DataSource(prompts=PromptFilter(ids=body.prompt_ids)) if body.prompt_ids else None)
     if data is None or (body.data and body.prompt_ids):
-        raise InvalidRequest("Say what to train on: prompt_ids, or data with one of dataset, prompts and folder.")
+        raise InvalidRequest("Send either prompt_ids, or data with one of dataset, prompts and folder.")
     async with get_database().read_transaction() as session:
         await find_session(session, session_id, caller)
         is_unknown_worker = body.worker_id is not None and not await training_workers.worker_exists(
@@ -184,7 +184,7 @@ async def session_status(session_id: SessionId, caller: CurrentCaller) -> Sessio
 
 @router.post("/{session_id}/cancel")
 async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> SessionStatus:
-    """Cancel the training: at once when it waits, as soon as it listens when it runs."""
+    """Cancel the training. A waiting one ends at once, a running one at its next report."""
     async with get_database().transaction() as session:
         row = await find_session(session, session_id, caller, lock=True)
         if row.job_id is None:
@@ -195,14 +195,14 @@ async def cancel_session(session_id: SessionId, caller: CurrentCaller) -> Sessio
 
 
 async def training_status(training_id: str, caller: Principal) -> tuple[set[str], SessionStatus]:
-    """The rooms and the status of a training that is named by its session, or by its job."""
+    """The rooms and the status of a training, whose id is that of its session or of its job."""
     async with get_database().read_transaction() as session:
         if not training_id.startswith(JOB_PREFIX):
             row = await find_session(session, training_id, caller)
             return {f"job:{row.job_id}"} if row.job_id else set(), await status_of(session, row)
         job = await queue.get(session, training_id, caller)
         if job.kind not in progress.TRAINING_KINDS:
-            raise SessionNotFound(f"{training_id} is a job of the kind '{job.kind}'; it trains nothing.")
+            raise SessionNotFound(f"{training_id} is a job of the kind '{job.kind}', not a training.")
         rooms = {f"job:{job_id}" for job_id in await progress.related_job_ids(session, job)}
         return rooms, await _status(session, job, training_id)
 

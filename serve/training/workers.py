@@ -1,4 +1,4 @@
-"""/api/training/workers: the cluster's nodes and their GPUs, as places to train on."""
+"""The route /api/training/workers: the nodes of the cluster, and the GPUs on which they can train."""
 
 import asyncio
 from typing import Any
@@ -21,9 +21,9 @@ class WorkerView(BaseModel):
     id: int
     name: str
     status: str = Field(description="online or offline", examples=["online"])
-    cpus: float | None = Field(description="For jobs, in all. Null: it is offline, like the next ones.")
+    cpus: float | None = Field(description="All CPUs for jobs. Null: offline.")
     gpus: float | None
-    gpu_model: str | None = Field(description="As Ray calls it; null without a GPU.")
+    gpu_model: str | None = Field(description="Ray's name of it. Null: no GPU, or offline.")
     memory_mb: int | None
     labels: dict[str, str]
     last_seen_at: UtcTime
@@ -31,7 +31,7 @@ class WorkerView(BaseModel):
 
 @router.get("")
 async def list_workers(caller: CurrentCaller) -> list[WorkerView]:
-    """Every node that is or was part of the cluster. A number stays with its node."""
+    """List all nodes that are or were part of the cluster. The id of a node never changes."""
     alive = await asyncio.to_thread(cluster_nodes.alive_nodes)
     by_name = {training_workers.label_and_name(node)[1]: node for node in alive}
     async with get_database().transaction() as session:

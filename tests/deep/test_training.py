@@ -221,7 +221,7 @@ def test_a_session_is_set_up_started_watched_and_cancelled(platform: Platform) -
 @pytest.mark.parametrize(
     ("change", "status_code", "sentence"),
     [
-        ({"data": None}, 400, "Say what to train on"),
+        ({"data": None}, 400, "Training data is missing"),
         ({"data": {"dataset": "nowhere"}}, 404, "nowhere"),
         ({"data": {"prompts": {"tags": ["no-such-tag"]}}}, 400, "no-such-tag"),
         ({"data": {"dataset": "services", "folder": "/etc"}}, 422, "exactly one"),
