@@ -1,4 +1,4 @@
-"""/api/v1/feedback: what people say of answers; and what is learned from it."""
+"""The routes of people's feedback on answers, and of the training prompts that are created from it."""
 
 from typing import Annotated, Any
 
@@ -25,11 +25,11 @@ from serve.security.callers import CurrentCaller
 
 router = APIRouter(tags=["Feedback"], responses=ERROR_RESPONSES)
 
-ModelFilter = Annotated[str, Query(max_length=300, description="NAME, whatever version of it.")]
+ModelFilter = Annotated[str, Query(max_length=300, description="NAME: feedback on any of its versions.")]
 
 
 class FeedbackIncomplete(UnprocessableRequest):
-    """Nothing could be learned from this feedback: say what was asked and answered."""
+    """This feedback cannot become a training prompt: send the messages and the answer with it."""
 
     code = "FEEDBACK_INCOMPLETE"
 
@@ -45,14 +45,14 @@ class FeedbackView(BaseModel):
     answer: Message | None
     correction: Message | None
     comment: str | None
-    prompt_id: int | None = Field(description="The training prompt that was made of it. Null: none yet.")
+    prompt_id: int | None = Field(description="The training prompt that was created from it. Null: none yet.")
     created_by: str
     created_at: UtcTime
     updated_at: UtcTime
 
 
 class FeedbackAccepted(FeedbackView):
-    retrain_job_id: str | None = Field(description="The plan that this feedback, with others, has started.")
+    retrain_job_id: str | None = Field(description="The retraining plan that this feedback started. Null: none.")
 
 
 class SkippedView(BaseModel):
@@ -63,21 +63,23 @@ class SkippedView(BaseModel):
 class LearnedView(BaseModel):
     created: int
     prompt_ids: list[int]
-    skipped: list[SkippedView] = Field(description="What nothing was learned from, and why.")
-    left: int = Field(description="How much more there is: ask again.")
+    skipped: list[SkippedView] = Field(description="Feedback without a training prompt, and why.")
+    left: int = Field(description="Remaining feedback: repeat the request for it.")
 
 
 @router.post(
-    "/api/v1/feedback", status_code=201, responses={200: {"model": FeedbackAccepted, "description": "Said anew"}}
+    "/api/v1/feedback",
+    status_code=201,
+    responses={200: {"model": FeedbackAccepted, "description": "Replaced earlier feedback"}},
 )
 async def give_feedback(body: FeedbackRequest, caller: CurrentCaller, response: Response) -> FeedbackAccepted:
-    """Say whether an answer was good, or what would have been. Said again of the same answer, it is the newer word."""
+    """Rate an answer, or correct it. New feedback on the same answer replaces the old one."""
     async with get_database().transaction() as session:
         completed = await _with_stored_conversation(session, body, caller)
         if completed.missing_field:
             raise FeedbackIncomplete(
-                f"{completed.missing_field} is missing: nothing is kept here of a {completed.target}, so say what was "
-                "asked (messages) and answered (answer), or what should have been (correction)."
+                f"{completed.missing_field} is missing. A {completed.target} is not stored, so send what was asked "
+                "(messages), and what was answered (answer) or the right answer (correction)."
             )
         saved, is_first = await feedback_store.save(session, completed, caller)
         plan = await retrain_job.enqueue_after_feedback(session, saved.model) if saved.model else None
@@ -94,7 +96,7 @@ async def list_feedback(
     model: ModelFilter | SkipJsonSchema[None] = None,
     learned: bool | SkipJsonSchema[None] = None,
 ) -> Page[FeedbackView]:
-    """Feedback, the newest first: your own, or everybody's when you are an administrator."""
+    """List feedback, the newest first. Administrators see all feedback, others their own."""
     query = visible(select(Feedback), Feedback, caller)
     for column, value in (
         (Feedback.target, target),
@@ -120,14 +122,17 @@ async def show_feedback(feedback_id: Id, caller: CurrentCaller) -> FeedbackView:
 
 @router.delete("/api/v1/feedback/{feedback_id}", status_code=204)
 async def delete_feedback(feedback_id: Id, caller: CurrentCaller) -> None:
-    """Delete feedback. A prompt that was made of it stays."""
+    """Delete feedback. The training prompt that was created from it stays."""
     async with get_database().transaction() as session:
         await session.delete(await feedback_store.find(session, feedback_id, caller, lock=True))
 
 
 @router.post("/api/training/prompts/from-feedback", status_code=201)
 async def learn_from_feedback(body: FeedbackFilter, caller: CurrentCaller) -> LearnedView:
-    """Make training prompts of feedback, each once: of the correction, or of an answer that was found good."""
+    """Create training prompts from feedback: from its correction, or from an answer that was rated good.
+
+    Each feedback becomes one prompt at most.
+    """
     async with get_database().transaction() as session:
         result = await feedback_store.learn(session, body, caller)
     skipped = [SkippedView(id=feedback_id, reason=reason) for feedback_id, reason in result.skipped.items()]
@@ -139,7 +144,7 @@ async def learn_from_feedback(body: FeedbackFilter, caller: CurrentCaller) -> Le
 async def _with_stored_conversation(
     session: AsyncSession, body: FeedbackRequest, principal: Principal
 ) -> FeedbackRequest:
-    """With what was asked and answered, where that is kept here."""
+    """Add the messages and the answer of a stored response, if the request does not have them."""
     if body.target != "response" or body.messages is not None:
         return body
     stored = await response_store.find(session, body.target_id, principal)
@@ -157,22 +162,21 @@ async def _with_stored_conversation(
     stored_fields["tools"] = [_to_chat_tool(tool) for tool in stored.body.get("tools") or ()] or None
     if body.answer is None and answers:
         stored_fields["answer"] = _without_reasoning(answers[-1])
-    given_fields = body.model_dump(exclude_none=True)
+    request_fields = body.model_dump(exclude_none=True)
     try:
-        return FeedbackRequest.model_validate({**stored_fields, **given_fields})
+        return FeedbackRequest.model_validate({**stored_fields, **request_fields})
     except ValidationError as error:
         raise FeedbackIncomplete(
-            f"Nothing can be learned from {body.target_id}: {first_error_message(error)}."
+            f"{body.target_id} cannot become a training prompt: {first_error_message(error)}."
         ) from None
 
 
 def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Without what the model thought: that is not learned."""
     return {name: value for name, value in message.items() if name != "reasoning_content"}
 
 
 def _to_chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """As the tools of conversations are told."""
+    """Convert from the format of the Responses API."""
     fields = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool[name] for name in fields if tool.get(name) is not None}}
 

@@ -1,4 +1,4 @@
-"""/api/v1/repos: repositories that are watched; and /v1/retrain/monitor, which looks at one."""
+"""The routes /api/v1/repos: git repositories that are watched, so that their models are retrained after changes."""
 
 import asyncio
 import shutil
@@ -23,12 +23,12 @@ from serve.security.callers import AdminCaller
 
 router = APIRouter(prefix="/api/v1/repos", tags=["Guardian"], responses=ERROR_RESPONSES)
 
-RepositoryName = Annotated[str, Field(max_length=100, description="Its id or its name.")]
+RepositoryName = Annotated[str, Field(max_length=100, description="Id or name of the repository.")]
 FolderPath = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class RepositoryView(BaseModel):
-    """A repository as administrators see it. Its credentials and its secret are never shown."""
+    """A repository. Its credentials and its webhook secret are never shown."""
 
     id: str = Field(examples=["repo_0f3e5d0b6c1f4f0f9b7d6a5e4c3b2a19"])
     name: str
@@ -42,13 +42,13 @@ class RepositoryView(BaseModel):
     enabled: bool
     has_credentials: bool
     has_webhook_secret: bool
-    seen_commit: str | None = Field(description="The newest commit at the last look.")
+    seen_commit: str | None = Field(description="The newest commit at the last check.")
     checked_at: UtcTime | None
-    check_error: str | None = Field(description="Why the last look saw nothing.")
-    trained_commit: str | None = Field(description="What was learned last.")
+    check_error: str | None = Field(description="Why the last check failed.")
+    trained_commit: str | None = Field(description="The commit of the last training.")
     trained_at: UtcTime | None
     trained_job_id: str | None
-    tried_commit: str | None = Field(description="What the last plan began with, whatever came of it.")
+    tried_commit: str | None = Field(description="The commit of the last plan, whatever its outcome.")
     tried_job_id: str | None
     created_by: str
     created_at: UtcTime
@@ -56,7 +56,7 @@ class RepositoryView(BaseModel):
 
 
 class RepositoryChanges(BaseModel):
-    """What to change in a repository; what is not sent stays. A policy is sent whole."""
+    """Changes to a repository. Fields that are not sent stay unchanged. A policy is replaced as a whole."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -69,17 +69,17 @@ class RepositoryChanges(BaseModel):
     policy: Policy | SkipJsonSchema[None] = None
     auto_deploy: bool | SkipJsonSchema[None] = None
     enabled: bool | SkipJsonSchema[None] = None
-    credentials: Credentials | None = Field(default=None, description="Null: forget them.")
-    webhook_secret: Secret | None = Field(default=None, description="Null: forget it, and hear no more webhooks.")
+    credentials: Credentials | None = Field(default=None, description="Null: delete them.")
+    webhook_secret: Secret | None = Field(default=None, description="Null: delete it, and accept no more webhooks.")
 
 
 class CheckAccepted(BaseModel):
-    job_id: str = Field(description="The job that looks at the repository.")
+    job_id: str = Field(description="The job that checks the repository.")
 
 
 @router.post("", status_code=201)
 async def register_repository(body: RepositoryRequest, caller: AdminCaller) -> RepositoryView:
-    """Register a repository and look at it for the first time. From then on it is watched."""
+    """Register a repository, and queue its first check. From then on it is watched."""
     if body.path is not None:
         folder = await asyncio.to_thread(git_repo.validate_path, body.path, body.branch)
         body = body.model_copy(update={"path": str(folder)})
@@ -94,9 +94,9 @@ async def register_repository(body: RepositoryRequest, caller: AdminCaller) -> R
 async def list_repositories(
     caller: AdminCaller,
     paging: PaginationParams,
-    path: Annotated[FolderPath | SkipJsonSchema[None], Query(description="Those in this folder.")] = None,
+    path: Annotated[FolderPath | SkipJsonSchema[None], Query(description="Only repositories in this folder.")] = None,
 ) -> Page[RepositoryView]:
-    """Repositories by their names."""
+    """List repositories by name."""
     query = select(Repository) if path is None else select(Repository).where(Repository.path == path)
     async with get_database().read_transaction() as session:
         total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
@@ -114,7 +114,7 @@ async def show_repository(repository: RepositoryName, caller: AdminCaller) -> Re
 async def change_repository(
     repository: RepositoryName, changes: RepositoryChanges, caller: AdminCaller
 ) -> RepositoryView:
-    """Change what is sent; the rest stays. With another url, the credentials of the old one are forgotten."""
+    """Change the fields that are sent. A new url deletes the credentials of the old one."""
     values = changes.model_dump(exclude_unset=True)
     async with get_database().read_transaction() as session:
         current = await repositories.find(session, repository)
@@ -129,7 +129,7 @@ async def change_repository(
 
 @router.delete("/{repository}", status_code=204)
 async def delete_repository(repository: RepositoryName, caller: AdminCaller) -> None:
-    """Forget a repository, and what was fetched of it. Datasets and models made of it stay."""
+    """Delete a repository and its local mirror. Datasets and models that were created from it stay."""
     async with get_database().transaction() as session:
         row = await repositories.find(session, repository, lock=True)
         await repositories.delete(session, row)
@@ -142,7 +142,7 @@ async def check_repository(
     caller: AdminCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> CheckAccepted:
-    """Look at a repository now, and have it learned from if its policy says so."""
+    """Check a repository now, and retrain its model if the policy says so."""
     async with get_database().transaction() as session:
         row = await repositories.find(session, repository)
         job = await watch_repo.enqueue_watch(session, row, caller, idempotency_key=idempotency_key)

@@ -1,4 +1,4 @@
-"""/v1/retrain: have the model of a repository trained again, and follow, hold and resume the plan that does it."""
+"""The routes /v1/retrain: retrain the model of a repository, and control the plan that does it."""
 
 import asyncio
 import re
@@ -47,21 +47,21 @@ class RetrainRequest(BaseModel):
         default=".",
         min_length=1,
         max_length=1000,
-        description="A repository in a folder of guardian.roots. One that is not registered yet is, by its folder's "
-        "name.",
+        description="A repository in a folder of guardian.roots. If it is not registered yet, it is registered by the "
+        "name of its folder.",
     )
     repository: str | None = Field(
-        default=None, min_length=1, max_length=100, description="A registered one instead, by its id or name."
+        default=None, min_length=1, max_length=100, description="A registered repository instead, by its id or name."
     )
     auto_deploy: bool = Field(
-        default=True, description="Serve the new version, if it is better. Not sent: as the repository says."
+        default=True, description="Serve the new version if it is better. If not sent, the repository decides."
     )
-    force: bool = Field(default=False, description="Whatever its policy says.")
+    force: bool = Field(default=False, description="Retrain whatever the policy says.")
 
     @model_validator(mode="after")
     def validate_exactly_one(self) -> Self:
         if self.repository is not None and "project_path" in self.model_fields_set:
-            raise ValueError("say which by project_path or by repository, not by both")
+            raise ValueError("send either project_path or repository, not both")
         return self
 
 
@@ -73,12 +73,12 @@ class Plan(BaseModel):
 class RetrainResponse(BaseModel):
     triggered: bool
     reason: str
-    plan: Plan = Field(description="What is done, or would be.")
-    job_id: str | None = Field(description="The plan. Null: there is none, for that reason.")
+    plan: Plan = Field(description="The steps that are done, or would be done.")
+    job_id: str | None = Field(description="The job of the plan. Null: there is none, for that reason.")
 
 
 class StepView(Step):
-    state: State | None = Field(description="Null: the plan has not come to it, or has left it out.")
+    state: State | None = Field(description="Null: not reached yet, or skipped.")
     progress: float | None
     job_id: str | None
 
@@ -89,12 +89,12 @@ class PlanView(BaseModel):
     phase: str | None
     progress: float
     repository_id: str | None
-    model: str | None = Field(description="Null: the plan has not set out yet.")
+    model: str | None = Field(description="Null: the plan has not started yet.")
     commit: str | None
     plan: list[StepView]
     promoted: bool | None = Field(description="Whether the new version is better. Null: not known yet.")
-    reason: str | None = Field(description="Why it is, or is not, promoted.")
-    comparison: dict[str, Any] | None = Field(description="How it did beside the version that is served.")
+    reason: str | None = Field(description="Why the new version is, or is not, promoted.")
+    comparison: dict[str, Any] | None = Field(description="Comparison of the new version with the served one.")
     error: str | None
     created_at: UtcTime
     updated_at: UtcTime
@@ -102,7 +102,7 @@ class PlanView(BaseModel):
 
 @router.post("")
 async def trigger_retraining(body: RetrainRequest, caller: AdminCaller) -> RetrainResponse:
-    """Train the model of a repository again, if its policy says so or it is forced. There is one plan at a time."""
+    """Retrain the model of a repository, if its policy says so or `force` is set. It has one plan at a time."""
     repository = await _find_or_register_repository(body, caller)
     deploy = body.auto_deploy if "auto_deploy" in body.model_fields_set else repository.auto_deploy
     spec = RetrainSpec(repository_id=repository.id, force=body.force, auto_deploy=deploy)
@@ -118,7 +118,7 @@ async def trigger_retraining(body: RetrainRequest, caller: AdminCaller) -> Retra
         job, is_new = await retrain_job.get_or_enqueue(session, spec, caller) if should_retrain else (None, False)
         plan = await _estimate_plan(session, repository, deploy)
     if job is not None and not is_new:
-        reason = f"{job.id} is under way"
+        reason = f"{job.id} is not finished yet"
     return RetrainResponse(triggered=job is not None, reason=reason, plan=plan, job_id=job.id if job else None)
 
 
@@ -127,37 +127,37 @@ async def monitor_repository(
     caller: AdminCaller,
     project_path: Annotated[FolderPath, Query(description="A folder in one of guardian.roots.")] = ".",
 ) -> Decision:
-    """Check a repository for changes since it was learned from. Nothing is trained."""
+    """Check a repository for changes since its last training. Nothing is trained."""
     folder = await asyncio.to_thread(git_repo.validate_path, project_path)
     async with get_database().read_transaction() as session:
-        known = await repositories.find_by_path(session, folder)
-        new_feedback = await feedback_store.count_new(session, known.model) if known else 0
-    if known is not None:
-        return (await asyncio.to_thread(watch_repo.evaluate_repository, known, new_feedback)).decision
+        repository = await repositories.find_by_path(session, folder)
+        new_feedback = await feedback_store.count_new(session, repository.model) if repository else 0
+    if repository is not None:
+        return (await asyncio.to_thread(watch_repo.evaluate_repository, repository, new_feedback)).decision
     return await asyncio.to_thread(watch_repo.evaluate_folder, folder)
 
 
 @router.get("/{job_id}")
 async def show_plan(job_id: JobId, caller: AdminCaller) -> PlanView:
-    """How far a plan is, step by step, and what came of it."""
+    """Get the progress of a plan, step by step, and its result."""
     async with get_database().read_transaction() as session:
         return await _view(session, await _find(session, job_id, caller))
 
 
 @router.post("/{job_id}/pause")
 async def pause_plan(job_id: JobId, caller: AdminCaller) -> PlanView:
-    """Hold a plan: at once between two steps, and within one at its next checkpoint."""
+    """Pause a plan: between two steps at once, within a step at its next checkpoint."""
     return await _change(queue.pause, job_id, caller)
 
 
 @router.post("/{job_id}/resume")
 async def resume_plan(job_id: JobId, caller: AdminCaller) -> PlanView:
-    """Let a plan go on from where it was held."""
+    """Resume a paused plan."""
     return await _change(queue.resume, job_id, caller)
 
 
 async def _find_or_register_repository(body: RetrainRequest, caller: Principal) -> Repository:
-    """The one that is meant; a folder that is not registered yet is from now on."""
+    """The repository that the request names. A folder that is not registered yet is registered."""
     if body.repository is not None:
         async with get_database().read_transaction() as session:
             return await repositories.find(session, body.repository)

@@ -1,4 +1,4 @@
-"""/webhooks: where GitHub, Gitea and GitLab tell of a push."""
+"""The route /webhooks: receives push events from GitHub, Gitea and GitLab."""
 
 import asyncio
 import hashlib
@@ -26,15 +26,15 @@ REQUEST_BODY_SCHEMA: dict[str, Any] = {
 
 
 class WebhookRefused(Unauthenticated):
-    """No repository here is known by this address with this signature."""
+    """No registered repository has this address, with a secret that matches the signature."""
 
     code = "WEBHOOK_REFUSED"
 
 
 class WebhookResponse(BaseModel):
     status: Literal["queued", "ignored", "pong"]
-    reason: str | None = Field(default=None, description="Why nothing was done.")
-    job_ids: list[str] = Field(default_factory=list, description="The jobs that look at the repository.")
+    reason: str | None = Field(default=None, description="Why the event was ignored.")
+    job_ids: list[str] = Field(default_factory=list, description="The jobs that check the repository.")
 
 
 @router.post("/{provider}", status_code=202, openapi_extra=REQUEST_BODY_SCHEMA)
@@ -43,11 +43,13 @@ async def hear_webhook(
     request: Request,
     repository: Annotated[
         Annotated[str, Field(max_length=100)] | SkipJsonSchema[None],
-        Query(description="Which repository is meant: its id or name. Without it, the one of the payload's addresses."),
+        Query(description="Id or name of the repository. Without it, the addresses in the payload select it."),
     ] = None,
 ) -> WebhookResponse:
-    """A push, signed with the secret of the repository that it is about: look whether to learn from it. The same
-    delivery told again makes no second job."""
+    """Receive a push event, and queue a check of the repository.
+
+    The event must be signed with the webhook secret of the repository. A repeated delivery creates no second job.
+    """
     body = await request.body()
     headers = {name.lower(): value for name, value in request.headers.items()}
     payload = webhooks.parse_payload(headers, body)
@@ -64,7 +66,7 @@ async def hear_webhook(
     if webhooks.is_ping(provider, headers):
         return WebhookResponse(status="pong")
     if not webhooks.is_push(provider, headers):
-        return WebhookResponse(status="ignored", reason="It is no push.")
+        return WebhookResponse(status="ignored", reason="The event is not a push.")
     branch = webhooks.pushed_branch(payload)
     watched = [
         candidate
@@ -72,7 +74,7 @@ async def hear_webhook(
         if candidate.enabled and branch in {candidate.branch or _default_branch(payload, branch)} - {None}
     ]
     if not watched:
-        return WebhookResponse(status="ignored", reason="Nobody watches this branch.")
+        return WebhookResponse(status="ignored", reason="This branch is not watched.")
     digest = hashlib.sha256(body).hexdigest()
     async with get_database().transaction() as session:
         jobs = [
@@ -85,7 +87,7 @@ async def hear_webhook(
 
 
 async def _candidates(name_or_id: str | None, payload: dict[str, Any]) -> list[Repository]:
-    """The repositories that this may be about, as far as they have a secret."""
+    """The repositories with a webhook secret that the event may concern."""
     query = select(Repository).where(Repository.webhook_secret.is_not(None))
     if name_or_id is not None:
         query = query.where(or_(Repository.id == name_or_id, Repository.name == name_or_id))
@@ -100,5 +102,5 @@ async def _candidates(name_or_id: str | None, payload: dict[str, Any]) -> list[R
 
 
 def _default_branch(payload: dict[str, Any], pushed_branch: str | None) -> str | None:
-    """The branch that is watched where none is named. Who does not say which that is means any."""
+    """The default branch of the repository. If the payload does not name it, the pushed branch counts as it."""
     return webhooks.default_branch(payload) or pushed_branch

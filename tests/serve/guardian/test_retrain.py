@@ -59,7 +59,7 @@ async def test_a_folder_is_registered_and_its_plan_told(api: ApiClient, folder: 
     ):
         again = (await api.request("admin", "POST", PATH, json=body)).json()
         assert (again["triggered"], again["job_id"]) == (True, told["job_id"])
-        assert again["reason"] == f"{told['job_id']} is under way"
+        assert again["reason"] == f"{told['job_id']} is not finished yet"
     assert (await api.count_kinds())["retrain"] == 1
 
 
@@ -88,7 +88,7 @@ async def test_the_policy_decides_unless_it_is_forced(api: ApiClient, folder: Pa
         ({"project_path": "nothing"}, 400, "nothing"),
         ({"project_path": "."}, 400, "not a git repository"),
         ({"repository": "unknown"}, 404, "There is no repository 'unknown'"),
-        ({"repository": "x", "project_path": "y"}, 422, "not by both"),
+        ({"repository": "x", "project_path": "y"}, 422, "not both"),
         ({"project_path": ""}, 422, "project_path"),
         ({"force": "yes"}, 422, "force"),
         ({"colour": "red"}, 422, "colour"),

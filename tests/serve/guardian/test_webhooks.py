@@ -114,10 +114,10 @@ async def test_a_wrong_signature_and_a_stranger_are_refused_alike(
 @pytest.mark.parametrize(
     ("payload", "event", "status", "reason"),
     [
-        ({"ref": "refs/heads/other"}, None, "ignored", "Nobody watches this branch."),
-        ({"ref": "refs/tags/v1"}, None, "ignored", "Nobody watches this branch."),
-        ({"after": "0" * 40}, None, "ignored", "Nobody watches this branch."),
-        ({}, "issues", "ignored", "It is no push."),
+        ({"ref": "refs/heads/other"}, None, "ignored", "This branch is not watched."),
+        ({"ref": "refs/tags/v1"}, None, "ignored", "This branch is not watched."),
+        ({"after": "0" * 40}, None, "ignored", "This branch is not watched."),
+        ({}, "issues", "ignored", "The event is not a push."),
         ({}, "ping", "pong", None),
     ],
 )
