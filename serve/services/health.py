@@ -1,4 +1,4 @@
-"""/health/{service}: how each outside service is, and what its circuit breaker says. `/health` tells of them all."""
+"""The routes /health/{service}: the health of an outside service and its circuit breaker. /health has all of them."""
 
 from datetime import timedelta
 from typing import Annotated
@@ -23,9 +23,9 @@ from serve.security.callers import CurrentCaller
 router = APIRouter(prefix="/health", tags=["Monitoring"], responses=ERROR_RESPONSES)
 
 MAX_CHECK_AGE = timedelta(seconds=30)
-"""A check that is no older is an answer; else the service is asked now."""
+"""An older check is not returned: the service is checked again."""
 
-ServiceName = Annotated[str, Path(max_length=100, description="Its type, or its name.", examples=["sonarr"])]
+ServiceName = Annotated[str, Path(max_length=100, description="Type or name of the service.", examples=["sonarr"])]
 
 
 class ServiceNotConnected(Unavailable):
@@ -44,13 +44,13 @@ class CircuitView(BaseModel):
     state: CircuitState
     failure_count: int = Field(description="Failures in a row.")
     success_count: int
-    threshold: int = Field(description="How many failures in a row open it.")
-    timeout: float = Field(description="Seconds after which a service that is left alone is tried again.")
+    threshold: int = Field(description="Failures in a row that open it.")
+    timeout: float = Field(description="Seconds in the state open, before the next attempt.")
 
 
 @router.get("/{service}")
 async def show_service_health(service: ServiceName, caller: CurrentCaller) -> ServiceHealth:
-    """How a service is. 503 when it does not work, with the reason in `details`."""
+    """Get the health of a service. If it does not work, the response is 503, with the reason in `details`."""
     database = get_database()
     async with database.read_transaction() as session:
         row = await service_store.find(session, service)
@@ -62,7 +62,7 @@ async def show_service_health(service: ServiceName, caller: CurrentCaller) -> Se
     async with database.read_transaction() as session:
         circuit = await session.get(Circuit, row.id)
     if circuit is None:
-        raise ServiceNotFound(f"There is no service named '{service}'.")  # any more
+        raise ServiceNotFound(f"There is no service named '{service}'.")  # deleted since
     health = _health(outcome, circuit)
     if not health.healthy:
         raise ServiceNotConnected(f"Service '{service}' is not connected", details=health.model_dump(mode="json"))
@@ -71,7 +71,10 @@ async def show_service_health(service: ServiceName, caller: CurrentCaller) -> Se
 
 @router.get("/circuit-breaker/{service}")
 async def show_circuit_breaker(service: ServiceName, caller: CurrentCaller) -> CircuitView:
-    """Whether a service is asked at all: closed, it is; open, it has failed too often; half_open, it is tried again."""
+    """Get the circuit breaker of a service.
+
+    closed: it is called. open: it failed too often and is not called. half_open: the next call is an attempt.
+    """
     async with get_database().read_transaction() as session:
         row = await service_store.find(session, service)
         circuit = await session.get(Circuit, row.id) if row else None
@@ -88,7 +91,7 @@ async def show_circuit_breaker(service: ServiceName, caller: CurrentCaller) -> C
 
 
 async def health_by_service(session: AsyncSession) -> dict[str, ServiceHealth]:
-    """Every enabled service by its handle, as its last check has found it: nobody is asked now."""
+    """The enabled services by handle, with the results of their last checks. No service is called."""
     services = await service_store.list_services(session)
     outcomes = await health_checks.last_checks(session)
     circuits = {circuit.service_id: circuit for circuit in await session.scalars(select(Circuit))}

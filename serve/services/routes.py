@@ -1,4 +1,4 @@
-"""/api/services: the outside services, such as Sonarr or Plex, that Forgearr works with."""
+"""The routes /api/services: the outside services, such as Sonarr or Plex, to which Forgearr connects."""
 
 from typing import Annotated
 
@@ -37,37 +37,35 @@ ServiceId = Annotated[int, Path(ge=1, le=MAX_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=100, examples=["Plex"]), AfterValidator(_validate_one_line)]
 Type = Annotated[str, Field(min_length=1, max_length=40, description="See /api/services/types.", examples=["plex"])]
 Url = Annotated[str, Field(min_length=1, max_length=2000, examples=["http://192.168.1.100:32400"])]
-ApiKey = Annotated[SecretStr, Field(min_length=1, max_length=2000, description="It is never shown again.")]
+ApiKey = Annotated[SecretStr, Field(min_length=1, max_length=2000, description="The key is never shown.")]
 
 
 class ServiceTypeView(BaseModel):
     type: str
     title: str
-    aliases: list[str] = Field(description="Other words for it.")
+    aliases: list[str] = Field(description="Other names of the type.")
     capabilities: list[Capability]
     takes_key: bool
     needs_key: bool
-    key_help: str = Field(description="Where a person finds the key.")
+    key_help: str = Field(description="Where to find the key.")
 
 
 class ServiceView(BaseModel):
-    """A service as everybody sees it. Its key is not told."""
+    """A service. Its key is never shown."""
 
     id: int
     name: str
     type: str
     url: str
     enabled: bool
-    is_healthy: bool | None = Field(
-        description="What the last check has found. Null: not checked since its last change."
-    )
+    is_healthy: bool | None = Field(description="Result of the last check. Null: not checked since its last change.")
     last_check: UtcTime | None
     latency_ms: float | None
     error: str | None
     version: str | None
     has_key: bool
     verify_tls: bool
-    declared: bool = Field(description="Whether the settings declare it, and only they can change it.")
+    declared: bool = Field(description="Whether the settings declare it. Then only they can change it.")
     capabilities: list[Capability]
     circuit_breaker_state: CircuitState
     created_by: str
@@ -82,12 +80,12 @@ class ServiceRequest(BaseModel):
     type: Type
     url: Url
     api_key: ApiKey | None = None
-    verify_tls: bool = Field(default=True, description="False for a service whose certificate is its own.")
+    verify_tls: bool = Field(default=True, description="false for a service with a self-signed certificate.")
     enabled: bool = True
 
 
 class ServiceChanges(BaseModel):
-    """What to change in a service; what is not sent stays. A key has to be sent again with another address."""
+    """Changes to a service. Fields that are not sent stay unchanged. A new url needs the key again."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -109,7 +107,7 @@ class ServiceChanges(BaseModel):
 class ConnectionTest(BaseModel):
     success: bool
     message: str
-    response_time_ms: float | None = Field(description="Null: nobody has answered.")
+    response_time_ms: float | None = Field(description="Null: no response.")
     version: str | None
     error_code: str | None
 
@@ -134,7 +132,7 @@ async def list_services(caller: CurrentCaller) -> list[ServiceView]:
 
 @router.get("/types")
 async def list_service_types(caller: CurrentCaller) -> list[ServiceTypeView]:
-    """What can be connected, what each can do, and where its key is found."""
+    """List the types of service, their capabilities, and where to find their keys."""
     return [
         ServiceTypeView(
             type=connector.type,
@@ -151,7 +149,7 @@ async def list_service_types(caller: CurrentCaller) -> list[ServiceTypeView]:
 
 @router.post("", status_code=201)
 async def create_service(body: ServiceRequest, caller: AdminCaller) -> ServiceView:
-    """Add a service, and have it checked."""
+    """Add a service, and queue its first check."""
     async with get_database().transaction() as session:
         service = await service_store.create(session, _columns(body), caller.name)
         if service.enabled:
@@ -167,7 +165,7 @@ async def show_service(service_id: ServiceId, caller: CurrentCaller) -> ServiceV
 
 @router.put("/{service_id}")
 async def change_service(service_id: ServiceId, changes: ServiceChanges, caller: AdminCaller) -> ServiceView:
-    """Change what is sent; the rest stays. One that is connected otherwise now is checked again."""
+    """Change the fields that are sent. If the connection changes, a check is queued."""
     async with get_database().transaction() as session:
         service = await service_store.get(session, service_id, lock=True)
         previous_state = service.connected_as_of, service.enabled
@@ -179,14 +177,14 @@ async def change_service(service_id: ServiceId, changes: ServiceChanges, caller:
 
 @router.delete("/{service_id}", status_code=204)
 async def delete_service(service_id: ServiceId, caller: AdminCaller) -> None:
-    """Delete a service, and what was recorded of its health."""
+    """Delete a service and its checks."""
     async with get_database().transaction() as session:
         await service_store.delete(session, await service_store.get(session, service_id, lock=True))
 
 
 @router.post("/{service_id}/test")
 async def test_service(service_id: ServiceId, caller: AdminCaller) -> ConnectionTest:
-    """Ask a service how it is, right now, with its key and whatever its circuit breaker says."""
+    """Check a service now, whatever its circuit breaker says."""
     async with get_database().read_transaction() as session:
         service = await service_store.get(session, service_id)
     outcome = await health_checks.check(get_database(), service)
@@ -201,7 +199,7 @@ async def test_service(service_id: ServiceId, caller: AdminCaller) -> Connection
 
 @router.get("/{service_id}/checks")
 async def list_checks(service_id: ServiceId, caller: CurrentCaller, paging: PaginationParams) -> Page[CheckView]:
-    """How the service was, the latest check first."""
+    """List the checks of a service, the newest first."""
     query = select(ServiceCheck).where(ServiceCheck.service_id == service_id)
     async with get_database().read_transaction() as session:
         await service_store.get(session, service_id)

@@ -1,4 +1,4 @@
-"""/api/v1/settings: the services by their handles, the model that answers, and audits on a schedule."""
+"""The routes /api/v1/settings: an overview of the services, the served model and the scheduled audits."""
 
 from typing import Annotated, Any, Literal
 
@@ -26,33 +26,33 @@ Hours = Literal[1, 2, 3, 4, 6, 8, 12, 24, 168]
 
 
 class NothingToChange(InvalidRequest):
-    """Send what to change: mcp_servers, audit, or both."""
+    """The request changes nothing: send mcp_servers, audit or both."""
 
 
 class ServerSettings(BaseModel):
     enabled: bool
     url: str
-    connected: bool | None = Field(description="What the last check has found. Null: none since its last change.")
+    connected: bool | None = Field(description="Result of the last check. Null: not checked since its last change.")
 
 
 class LlmSettings(BaseModel):
     provider: Literal["forgearr"] = "forgearr"
-    model: str | None = Field(description="The newest of those that are served. Null: none is.")
+    model: str | None = Field(description="The newest served model. Null: none.")
 
 
 class AuditSettings(BaseModel):
     auto_audit_enabled: bool
-    auto_audit_interval_hours: int | None = Field(description="Null: the schedule `auto-audit` says something else.")
+    auto_audit_interval_hours: int | None = Field(description="Null: the schedule `auto-audit` has another cron line.")
 
 
 class SettingsView(BaseModel):
-    mcp_servers: dict[str, ServerSettings] = Field(description="The services by their handles.")
+    mcp_servers: dict[str, ServerSettings] = Field(description="The services by handle.")
     llm: LlmSettings
     audit: AuditSettings
 
 
 class PartialUpdate(BaseModel):
-    """What is not sent stays as it is; nothing can be null."""
+    """Fields that are not sent stay unchanged. No field can be null."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -108,7 +108,7 @@ async def show_settings(caller: CurrentCaller, request: Request) -> SettingsView
 
 @router.put("")
 async def change_settings(body: SettingsChanges, caller: AdminCaller) -> SettingsChanged:
-    """Change what is sent; the rest stays. Either all of it is changed, or nothing."""
+    """Change the fields that are sent. If one change fails, none is made."""
     updates = body.model_dump(exclude_unset=True)
     if not updates:
         raise NothingToChange
@@ -122,10 +122,10 @@ async def change_settings(body: SettingsChanges, caller: AdminCaller) -> Setting
 
 
 async def _change_server(session: AsyncSession, name: str, changes: dict[str, Any], caller: Principal) -> None:
-    match_ = await service_store.find(session, name)
-    if match_ is None:
-        raise ServiceNotFound(f"There is no service of type '{name}': add one at /api/services.")
-    service = await service_store.get(session, match_.id, lock=True)
+    found = await service_store.find(session, name)
+    if found is None:
+        raise ServiceNotFound(f"There is no service of type '{name}'. Add one at /api/services.")
+    service = await service_store.get(session, found.id, lock=True)
     previous_state = service.connected_as_of, service.enabled
     await service_store.change(session, service, changes)
     if service.enabled and (service.connected_as_of, service.enabled) != previous_state:

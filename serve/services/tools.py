@@ -1,4 +1,4 @@
-"""/api/v1/mcp: what each service can be made to do, having it done, and what was done."""
+"""The routes /api/v1/mcp: list the tools of services, call them, and list the recorded calls."""
 
 from typing import Annotated, Any, Literal
 
@@ -25,9 +25,9 @@ ServerName = Annotated[str, Path(max_length=100, description="Type or name of a 
 class ToolView(BaseModel):
     name: str
     description: str
-    effect: Literal["read", "change", "destroy"] = Field(description="All but read is for administrators.")
+    effect: Literal["read", "change", "destroy"] = Field(description="All effects but read are for administrators.")
     parameters: dict[str, dict[str, Any]] = Field(
-        description="For each its `type` and `description`; its `default`, or that it is `required`; its bounds.",
+        description="By name: `type`, `description`, `default` or `required`, and limits.",
         examples=[{"limit": {"type": "integer", "description": "Maximum items to return", "default": 50}}],
     )
 
@@ -56,7 +56,7 @@ class CallView(BaseModel):
     service: str
     tool: str
     arguments: dict[str, Any] = Field(description="Without secrets.")
-    outcome: ToolCallOutcome = Field(description="Running, long after `at`: everything stopped while it ran.")
+    outcome: ToolCallOutcome = Field(description="running long after `at`: the server stopped during the call.")
     error_code: str | None
     error: str | None
     execution_time_ms: float | None
@@ -68,7 +68,7 @@ async def list_calls(
     paging: PaginationParams,
     service: Annotated[str | None, Query(max_length=100, description="Name of the service.")] = None,
 ) -> Page[CallView]:
-    """The calls of tools, the latest first."""
+    """List the recorded calls of tools, the newest first."""
     query = select(ToolCall) if service is None else select(ToolCall).where(ToolCall.service == service)
     async with get_database().read_transaction() as session:
         total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
@@ -84,7 +84,7 @@ async def list_tools(server: ServerName, caller: CurrentCaller) -> ToolList:
 
 @router.post("/{server}/call")
 async def call_tool(server: ServerName, body: CallRequest, caller: CurrentCaller) -> CallResult:
-    """Call a tool. What changes something is for administrators; every call is recorded."""
+    """Call a tool. Only administrators may call tools that change something. Every call is recorded."""
     try:
         call_result = await tool_calls.call(get_database(), server, body.tool, body.arguments, caller)
     except ServiceError as error:
