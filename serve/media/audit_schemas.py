@@ -1,4 +1,4 @@
-"""What /api/v1/config is told, and tells."""
+"""The requests and responses of /api/v1/config."""
 
 from typing import Annotated, Any
 
@@ -16,9 +16,11 @@ class AuditRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     services: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
-        max_length=100, description="By type or name.", examples=[["sabnzbd", "sonarr"]]
+        max_length=100, description="Types or names of services.", examples=[["sabnzbd", "sonarr"]]
     )
-    include_web_search: bool = Field(default=True, description="Whether to look for pages about what is found.")
+    include_web_search: bool = Field(
+        default=True, description="Whether to search the web for pages about the findings."
+    )
 
 
 class CountsByPriority(BaseModel):
@@ -35,23 +37,23 @@ class ServiceFindings(BaseModel):
 
 class WebSearch(BaseModel):
     used: bool
-    reason: str | None = Field(description="Why it was not used, or not to its end.")
+    reason: str | None = Field(description="Why it was not used, or was incomplete.")
     searches: int
 
 
 class AuditView(BaseModel):
-    """An audit. What is null is not known yet, or never will be because it has failed."""
+    """An audit. Fields are null until it has finished, and stay null if it fails."""
 
     audit_id: str = Field(examples=["audit_20261121_083000_k3x9"])
     status: State
     job_id: str
     timestamp: UtcTime
     services_audited: list[str]
-    failed_services: dict[str, str] = Field(description="Those that could not be audited, and why.")
+    failed_services: dict[str, str] = Field(description="Services that could not be audited, and why.")
     total_recommendations: int | None
     recommendations_by_priority: CountsByPriority | None
     summary: dict[str, ServiceFindings]
-    rule_problems: list[str] = Field(description="What is wrong in files of rules: FILE:LINE: why.")
+    rule_problems: list[str] = Field(description="Errors in files of rules, as FILE:LINE: reason.")
     web_search: WebSearch | None
     error: str | None
 
@@ -68,25 +70,25 @@ class RecommendationView(BaseModel):
     service: str
     category: Category
     setting_name: str
-    current_value: Any = Field(description="As the last audit has found it.")
+    current_value: Any = Field(description="The value at the last audit.")
     recommended_value: Any
     priority: Priority
     rationale: str
     impact: str
     applied: bool
     created_at: UtcTime
-    area: str = Field(description="Where in the settings of the service.")
-    item: str | None = Field(description="Which one in that area, if it is a list.")
-    by_hand: str | None = Field(description="What a person has to do. Null: it can be applied.")
+    area: str = Field(description="The section of the service's settings.")
+    item: str | None = Field(description="The item in that area, if it is a list.")
+    by_hand: str | None = Field(description="What to do by hand. Null: it can be applied.")
 
 
 class RecommendationDetail(RecommendationView):
     explanation: str
     references: list[str]
-    sources: list[str] = Field(description="Pages that a web search has found.")
+    sources: list[str] = Field(description="Pages from the web search.")
     rule_id: str
-    last_seen_at: UtcTime = Field(description="When an audit has found it last.")
-    closed_at: UtcTime | None = Field(description="When it was applied, or an audit found it no more.")
+    last_seen_at: UtcTime = Field(description="When an audit last found it.")
+    closed_at: UtcTime | None = Field(description="When it was applied, or an audit no longer found it.")
     applied_at: UtcTime | None
     applied_by: str | None
 
@@ -101,7 +103,7 @@ class ApplyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     recommendation_ids: list[Id] = Field(max_length=MAX_RECOMMENDATIONS, examples=[[1, 2, 3]])
-    dry_run: bool = Field(default=False, description="Show what would be changed, and change nothing.")
+    dry_run: bool = Field(default=False, description="Show the changes without making them.")
 
 
 class ChangeSummary(BaseModel):
@@ -111,7 +113,7 @@ class ChangeSummary(BaseModel):
 
 
 class ChangesView(BaseModel):
-    """What has come of each recommendation. With status 202, nothing has yet: follow the job."""
+    """The result for each recommendation. With status 202 there is none yet: follow the job."""
 
     results: list[ItemResult]
     summary: ChangeSummary
@@ -129,7 +131,7 @@ class PastAudit(BaseModel):
     high_count: int
     medium_count: int
     low_count: int
-    applied_count: int = Field(description="How many of them are applied by now.")
+    applied_count: int = Field(description="Number of recommendations that are applied now.")
     failed_services: dict[str, str]
 
 
@@ -151,4 +153,4 @@ class RuleView(BaseModel):
 
 class RulesView(BaseModel):
     rules: list[RuleView]
-    problems: list[str] = Field(description="What is wrong in files of rules: FILE:LINE: why.")
+    problems: list[str] = Field(description="Errors in files of rules, as FILE:LINE: reason.")

@@ -1,4 +1,4 @@
-"""Audits as the API shows them."""
+"""Serializes audits and recommendations for the API."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""/api/v1/config: audits of the settings of services, what they recommend, and its application."""
+"""The routes /api/v1/config: audits of the settings of services, and their recommendations."""
 
 import asyncio
 from typing import Annotated, Any
@@ -55,19 +55,19 @@ MAX_ID = 2**63 - 1
 PageNumber = Annotated[int, Query(ge=1, le=2**31 - 1, description="Counted from 1.")]
 PageSize = Annotated[int, Query(ge=1, le=100)]
 ServiceName = Annotated[
-    str | SkipJsonSchema[None], Query(min_length=1, max_length=100, description="Its type, or its name.")
+    str | SkipJsonSchema[None], Query(min_length=1, max_length=100, description="Type or name of the service.")
 ]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 
 
 class AuditFailed(Unavailable):
-    """The audit has failed."""
+    """The audit failed."""
 
     code = "AUDIT_FAILED"
 
 
 class ChangeFailed(Unavailable):
-    """The changes have failed; which of them were made is shown by their recommendations."""
+    """The changes failed. The recommendations show which of them were made."""
 
     code = "CHANGE_FAILED"
 
@@ -81,7 +81,7 @@ async def audit_configuration(
     wait: WaitSeconds = 60,
     idempotency_key: IdempotencyKey = None,
 ) -> AuditView:
-    """Audit the settings of services. One that cannot be reached is told of; the others are audited."""
+    """Audit the settings of services. Services that do not respond are listed in `failed_services`."""
     if not body.services:
         raise InvalidRequest("At least one service must be specified")
     spec = AuditSpec(services=list(dict.fromkeys(body.services)), include_web_search=body.include_web_search)
@@ -99,7 +99,7 @@ async def audit_configuration(
 
 @router.get("/audit/history")
 async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: PageSize = 10) -> AuditHistory:
-    """Audits that have been done, the newest first."""
+    """List the finished audits, the newest first."""
     async with get_database().read_transaction() as session:
         total = await session.scalar(select(func.count()).select_from(Audit)) or 0
         newest = select(Audit).order_by(Audit.at.desc(), Audit.id.desc())
@@ -122,7 +122,7 @@ async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: Pa
 
 @router.get("/audit/{audit_id}")
 async def show_audit(audit_id: Annotated[str, Path(max_length=40)], caller: CurrentCaller) -> AuditView:
-    """An audit, or how far it is."""
+    """Get an audit, which may be unfinished."""
     async with get_database().read_transaction() as session:
         if row := await session.get(Audit, audit_id):
             return finished_audit_view(row)
@@ -141,11 +141,13 @@ async def list_recommendations(
     service: ServiceName = None,
     priority: Annotated[Priority | SkipJsonSchema[None], Query()] = None,
     category: Annotated[Category | SkipJsonSchema[None], Query()] = None,
-    applied: Annotated[bool | SkipJsonSchema[None], Query(description="Only those that are, or are not.")] = None,
+    applied: Annotated[
+        bool | SkipJsonSchema[None], Query(description="Only recommendations that are, or are not, applied.")
+    ] = None,
     page: PageNumber = 1,
     page_size: PageSize = 10,
 ) -> RecommendationPage:
-    """What is recommended, and what has been applied; the weightiest first."""
+    """List open and applied recommendations, those of the highest priority first."""
     filters = {"service": service, "priority": priority, "category": category, "applied": applied}
     query = audit_tables.visible_recommendations()
     for column, value in ((Recommendation.priority, priority), (Recommendation.category, category)):
@@ -197,7 +199,7 @@ async def apply_recommendations(
     wait: WaitSeconds = 60,
     idempotency_key: IdempotencyKey = None,
 ) -> ChangesView:
-    """Set what is recommended. Each setting is read before and after; what was changed since is not overwritten."""
+    """Apply recommendations. A setting that was changed since the audit is not overwritten."""
     return await _change("apply", body, caller, request, response, wait, idempotency_key)
 
 
@@ -210,13 +212,13 @@ async def roll_back(
     wait: WaitSeconds = 60,
     idempotency_key: IdempotencyKey = None,
 ) -> ChangesView:
-    """Give settings that were applied their former values back, unless somebody has changed them since."""
+    """Restore the former values of settings. A setting that was changed since it was applied stays."""
     return await _change("restore", body, caller, request, response, wait, idempotency_key)
 
 
 @router.get("/rules")
 async def list_rules(caller: CurrentCaller) -> RulesView:
-    """The rules that audits go by, your own among them, and what is wrong in their files."""
+    """List the rules of audits, including your own, and the errors in their files."""
     rule_set = await asyncio.to_thread(rules.load)
     return RulesView(
         rules=[

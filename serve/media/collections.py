@@ -1,4 +1,4 @@
-"""What the doors to series and movies have in common."""
+"""What the routes of series and of movies share: parameters, the service's client and the live message."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -20,11 +20,13 @@ DeleteFiles = Annotated[bool, Query(description="Delete the media files too.")]
 
 
 class CollectionQuery:
-    """Which part of a collection is wanted: all of it, if nothing is said."""
+    """The query parameters of a list. The default is the whole collection."""
 
     def __init__(
         self,
-        query: Annotated[str | None, Query(max_length=200, description="Only those with this in their title.")] = None,
+        query: Annotated[
+            str | None, Query(max_length=200, description="Only items with this text in the title.")
+        ] = None,
         offset: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
         limit: Annotated[int | None, Query(ge=1, le=MAX_ID)] = None,
     ) -> None:
@@ -44,7 +46,7 @@ class SearchStarted(BaseModel):
 
 @asynccontextmanager
 async def collection_client(collection: Collection[Any], service_name: str | None) -> AsyncGenerator[Client]:
-    """A client of the service with this collection; of the one that `word` names."""
+    """A client of the service that has this collection. `service_name` selects one if there are more."""
 
     def get_collection(connector: Connector) -> Collection[Any] | None:
         return collection if connector.collection is collection else None
@@ -54,7 +56,7 @@ async def collection_client(collection: Collection[Any], service_name: str | Non
 
 
 def publish_added(collection: Collection[Any], item: CollectionItem) -> None:
-    """Tell whoever follows what people ask for."""
+    """Send a live message about an added item."""
     data = {
         "request_id": request_id.get(),
         "content_id": str(item.id),

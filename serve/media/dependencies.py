@@ -1,4 +1,4 @@
-"""Which connected service a door speaks to: the one that does what is wanted, or of several the one that is named."""
+"""Selects the connected service for a route: the one with the capability, or the one that the request names."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -13,7 +13,8 @@ from cluster.services.selection import open_client_for
 
 Capability = TypeVar("Capability")
 ServiceName = Annotated[
-    str | None, Query(alias="service", max_length=100, description="Name of the service, if there are several.")
+    str | None,
+    Query(alias="service", max_length=100, description="Name of the service, if more than one has this capability."),
 ]
 
 

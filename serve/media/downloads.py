@@ -1,4 +1,4 @@
-"""/api/v1/downloads: what is downloaded, and what was, by the service that does it, such as SABnzbd."""
+"""The routes /api/v1/downloads: the queue and the history of a download client, such as SABnzbd."""
 
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated
@@ -32,7 +32,7 @@ class DownloadDeleted(BaseModel):
 
 @router.get("/queue")
 async def show_queue(caller: CurrentCaller, service: ServiceName = None) -> DownloadQueue:
-    """What is being downloaded, or waits."""
+    """Get the queue: running and waiting downloads."""
     async with _download_service(service) as (client, downloads):
         return await downloads.queue(client)
 
@@ -41,14 +41,14 @@ async def show_queue(caller: CurrentCaller, service: ServiceName = None) -> Down
 async def show_history(
     caller: CurrentCaller, limit: Annotated[int, Query(ge=1, le=1000)] = 50, service: ServiceName = None
 ) -> DownloadHistory:
-    """What was downloaded, or failed, the latest first."""
+    """Get the finished and failed downloads, the newest first."""
     async with _download_service(service) as (client, downloads):
         return await downloads.history(client, limit)
 
 
 @router.post("/retry/{nzo_id}")
 async def retry_download(nzo_id: DownloadId, caller: CurrentCaller, service: ServiceName = None) -> DownloadRetried:
-    """Try a download again that has failed."""
+    """Retry a failed download."""
     async with _download_service(service) as (client, downloads):
         new_id = await downloads.retry(client, nzo_id)
     return DownloadRetried(message="Download retried successfully", nzo_id=nzo_id, new_nzo_id=new_id)
@@ -56,14 +56,14 @@ async def retry_download(nzo_id: DownloadId, caller: CurrentCaller, service: Ser
 
 @router.post("/pause")
 async def pause_queue(caller: AdminCaller, service: ServiceName = None) -> QueuePauseState:
-    """Pause the queue: what runs stops, and nothing begins."""
+    """Pause the queue: running downloads stop, and no new ones start."""
     async with _download_service(service) as (client, downloads):
         return await downloads.pause(client)
 
 
 @router.post("/resume")
 async def resume_queue(caller: AdminCaller, service: ServiceName = None) -> QueuePauseState:
-    """Go on with the queue."""
+    """Resume the queue."""
     async with _download_service(service) as (client, downloads):
         return await downloads.resume(client)
 
@@ -72,10 +72,10 @@ async def resume_queue(caller: AdminCaller, service: ServiceName = None) -> Queu
 async def delete_download(
     nzo_id: DownloadId,
     caller: AdminCaller,
-    delete_files: Annotated[bool, Query(description="Also what it has downloaded so far.")] = True,
+    delete_files: Annotated[bool, Query(description="Delete its downloaded files, too.")] = True,
     service: ServiceName = None,
 ) -> DownloadDeleted:
-    """Take a download out of the queue."""
+    """Remove a download from the queue."""
     async with _download_service(service) as (client, downloads):
         await downloads.delete(client, nzo_id, delete_files)
     return DownloadDeleted(message="Download deleted successfully", nzo_id=nzo_id)

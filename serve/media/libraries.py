@@ -1,4 +1,4 @@
-"""/api/v1/media: the libraries that people watch, as the service that shows them has them, such as Plex."""
+"""The routes /api/v1/media: the libraries of a media server, such as Plex."""
 
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated
@@ -43,11 +43,11 @@ async def list_recently_added(
 
 @router.post("/scan")
 async def scan_library(body: ScanRequest, caller: AdminCaller, service: ServiceName = None) -> ScanStarted:
-    """Have a library look for what is new in its folders."""
+    """Start a scan of a library for new files."""
     async with _library_service(service) as (client, library):
         title = await library.scan(client, body.library_key)
     return ScanStarted(message="Library scan triggered", library=title)
 
 
 def _library_service(service_name: str | None) -> AbstractAsyncContextManager[tuple[Client, Library]]:
-    return connected_service(lambda connector: connector.library, "keeps a library", service_name)
+    return connected_service(lambda connector: connector.library, "has a media library", service_name)

@@ -1,4 +1,4 @@
-"""Downloads and recoveries as Prometheus sees them, read from the database at every scrape."""
+"""Prometheus metrics of downloads and recoveries, read from the database at every scrape."""
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -11,8 +11,8 @@ from pipelines.media.downloads.tables import FollowedDownload, FollowedService
 
 COUNTS = {
     "completed": "Downloads that were completed.",
-    "failed": "Downloads that have failed.",
-    "imported": "Downloads that became a part of a library.",
+    "failed": "Downloads that failed.",
+    "imported": "Downloads that were imported into a library.",
 }
 
 
@@ -26,19 +26,19 @@ async def download_families() -> list[Metric]:
         decided = select(Recovery.decision, Recovery.outcome, func.count())
         recoveries = (await session.execute(decided.group_by(Recovery.decision, Recovery.outcome))).all()
     families: list[Metric] = []
-    for name, meaning in COUNTS.items():
-        counter = CounterMetricFamily(f"downloads_{name}", meaning, labels=["service"])
+    for name, description in COUNTS.items():
+        counter = CounterMetricFamily(f"downloads_{name}", description, labels=["service"])
         for service, counts in services:
             counter.add_metric([service], getattr(counts, name))
         families.append(counter)
     active = GaugeMetricFamily("downloads_in_queue", "Downloads that have not ended.", labels=["service"])
-    bytes_left = GaugeMetricFamily("downloads_bytes_left", "What is left of them.", labels=["service"])
-    stalled = GaugeMetricFamily("downloads_without_progress", "Those that have strikes.", labels=["service"])
+    bytes_left = GaugeMetricFamily("downloads_bytes_left", "Bytes that they have left.", labels=["service"])
+    stalled = GaugeMetricFamily("downloads_without_progress", "Downloads with strikes.", labels=["service"])
     for service, counts in services:
         active.add_metric([service], counts.underway)
         bytes_left.add_metric([service], counts.bytes_left)
         stalled.add_metric([service], strikes.get(counts.service_id, 0))
-    # A gauge, because old decisions are forgotten.
+    # A gauge, because old decisions are deleted.
     decisions = GaugeMetricFamily("recoveries", "Decisions about downloads.", labels=["decision", "outcome"])
     for decision, outcome, count in recoveries:
         decisions.add_metric([decision, outcome], count)

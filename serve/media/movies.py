@@ -1,4 +1,4 @@
-"""/api/v1/movies: the movies of Radarr."""
+"""The routes /api/v1/movies: the movies in Radarr."""
 
 from fastapi import APIRouter
 from pydantic import BaseModel
@@ -92,7 +92,7 @@ class MovieDeleted(BaseModel):
 async def list_movies(
     caller: CurrentCaller, params: CollectionParams, service: ServiceName = None
 ) -> StreamingResponse:
-    """All movies, or the part that is asked for."""
+    """List all movies, or a part of them."""
     async with collection_client(MOVIES, service) as client:
         return await spooled_list_response(
             "movies",
@@ -110,7 +110,7 @@ async def list_movies(
 @router.post("", include_in_schema=False, status_code=201)
 @router.post("/", status_code=201)
 async def add_movie(body: AddMovieRequest, caller: CurrentCaller, service: ServiceName = None) -> MovieAdded:
-    """Add a movie, by its `tmdb_id`, or by its title alone, which is looked up."""
+    """Add a movie by its `tmdb_id`, or by its title, which Radarr looks up."""
     async with collection_client(MOVIES, service) as client:
         movie = await capabilities_collection.add(client, MOVIES, body.item_to_add)
     publish_added(MOVIES, movie)
@@ -129,7 +129,7 @@ async def show_movie(movie_id: CollectionItemId, caller: CurrentCaller, service:
 async def search_for_movie(
     movie_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None
 ) -> SearchStarted:
-    """Have Radarr search for a movie."""
+    """Start a search for a movie in Radarr."""
     async with collection_client(MOVIES, service) as client:
         movie, command = await capabilities_collection.search(client, MOVIES, movie_id)
     return SearchStarted(

@@ -1,4 +1,4 @@
-"""/api/v1/recovery: what was done about downloads that failed or got stuck, why, and by which policy."""
+"""The routes /api/v1/recovery: recoveries of failed and stuck downloads, and their policy."""
 
 from typing import Annotated, Any
 
@@ -29,19 +29,19 @@ class RecoveryView(BaseModel):
     id: int
     at: UtcTime
     service: str
-    item: str = Field(description="What the service calls it; a leftover folder by its path.")
+    item: str = Field(description="Id in the service; of a leftover folder, its path.")
     title: str
-    content: list[str] = Field(description="What it was to be, such as episode:12.")
+    content: list[str] = Field(description="The content that it should provide, such as episode:12.")
     decision: Verdict
     reason: str
-    policy: dict[str, Any] = Field(description="Its numbers, as they were.")
+    policy: dict[str, Any] = Field(description="The policy at that time.")
     dry_run: bool
     outcome: RecoveryOutcome
     searched: bool = Field(description="Whether another release was searched for.")
-    new_item: str | None = Field(description="What a download is called since it was retried.")
+    new_item: str | None = Field(description="Id of the download after a retry.")
     error: str | None
     ended_at: UtcTime | None
-    recovered_at: UtcTime | None = Field(description="When what had failed was there after all.")
+    recovered_at: UtcTime | None = Field(description="When the content was available after all.")
     job_id: str
 
 
@@ -56,23 +56,23 @@ class DownloadView(BaseModel):
     reason: str
     tags: list[str]
     bytes_left: int | None
-    strikes: int = Field(description="Looks in a row that have seen no progress where there should have been some.")
+    strikes: int = Field(description="Consecutive polls without the expected progress.")
     moved_at: UtcTime
     ended_at: UtcTime | None
-    settled: bool = Field(description="Whether there is nothing more to decide about it.")
-    decide_at: UtcTime | None = Field(description="Nothing is decided about it before then.")
+    settled: bool = Field(description="Whether no more decision is needed.")
+    decide_at: UtcTime | None = Field(description="Earliest time of the next decision.")
 
 
 class PolicyView(BaseModel):
     policy: RecoveryPolicy
-    changed_by: str | None = Field(description="Null: it is what the settings say.")
+    changed_by: str | None = Field(description="Null: the policy is that of the settings.")
     changed_at: UtcTime | None
 
 
 class RunRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    dry_run: bool | None = Field(default=None, description="Only say what would be done. Null: as the policy says.")
+    dry_run: bool | None = Field(default=None, description="Record decisions without acting. Null: as the policy says.")
 
 
 class RecoveryAccepted(BaseModel):
@@ -89,7 +89,7 @@ async def list_recoveries(
     outcome: RecoveryOutcome | SkipJsonSchema[None] = None,
     dry_run: bool | SkipJsonSchema[None] = None,
 ) -> Page[RecoveryView]:
-    """Every decision with its reason, the latest first."""
+    """List the decisions with their reasons, the newest first."""
     query = select(Recovery)
     for column, value in (
         (Recovery.item, item),
@@ -111,7 +111,7 @@ async def list_recoveries(
 async def list_followed_downloads(
     caller: CurrentCaller, paging: PaginationParams, state: DownloadState | SkipJsonSchema[None] = None
 ) -> Page[DownloadView]:
-    """The downloads that are followed, and how many strikes each has; those that have ended come last."""
+    """List the downloads that are followed, with their strikes. Finished downloads come last."""
     query = select(FollowedDownload)
     if state is not None:
         query = query.where(FollowedDownload.state == state)
@@ -124,21 +124,21 @@ async def list_followed_downloads(
 
 @router.get("/policy")
 async def show_policy(caller: CurrentCaller) -> PolicyView:
-    """The policy in force: the settings `recovery.*`, until an administrator has set another one."""
+    """Get the policy in force: the settings `recovery.*`, or the one that an administrator has set."""
     async with get_database().read_transaction() as session:
         return _policy_view(*await recovery_log.current_policy(session))
 
 
 @router.put("/policy")
 async def replace_policy(body: RecoveryPolicy, caller: AdminCaller) -> PolicyView:
-    """Have another policy in force, all of it. What the one before has left alone is thought about anew."""
+    """Replace the whole policy. Downloads on which the old policy did not act are decided again."""
     async with get_database().transaction() as session:
         return _policy_view(body, await recovery_log.set_policy(session, body, caller.name))
 
 
 @router.delete("/policy", status_code=204)
 async def forget_policy(caller: AdminCaller) -> None:
-    """Go by the settings again."""
+    """Return to the policy of the settings."""
     async with get_database().transaction() as session:
         await recovery_log.reset_policy(session)
 
@@ -149,7 +149,7 @@ async def run_recovery(
     caller: AdminCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> RecoveryAccepted:
-    """Decide about failed and stuck downloads now, and, unless it is a dry run, do it."""
+    """Decide about failed and stuck downloads now, and act, unless it is a dry run."""
     job_request = JobRequest(kind=RECOVER_KIND, spec=body.model_dump())
     async with get_database().transaction() as session:
         job = await queue.enqueue(session, job_request, caller, idempotency_key=idempotency_key, unless_queued=True)

@@ -1,4 +1,4 @@
-"""/api/v1/shows: the series of Sonarr."""
+"""The routes /api/v1/shows: the series in Sonarr."""
 
 from fastapi import APIRouter
 from pydantic import BaseModel
@@ -91,7 +91,7 @@ class SeriesDeleted(BaseModel):
 @router.get("", include_in_schema=False)
 @router.get("/", response_class=StreamingResponse, responses={200: {"model": SeriesList}})
 async def list_shows(caller: CurrentCaller, params: CollectionParams, service: ServiceName = None) -> StreamingResponse:
-    """All series, or the part that is asked for."""
+    """List all series, or a part of them."""
     async with collection_client(SERIES, service) as client:
         return await spooled_list_response(
             "series",
@@ -109,7 +109,7 @@ async def list_shows(caller: CurrentCaller, params: CollectionParams, service: S
 @router.post("", include_in_schema=False, status_code=201)
 @router.post("/", status_code=201)
 async def add_show(body: AddSeriesRequest, caller: CurrentCaller, service: ServiceName = None) -> SeriesAdded:
-    """Add a series, by its `tvdb_id`, or by its title alone, which is looked up."""
+    """Add a series by its `tvdb_id`, or by its title, which Sonarr looks up."""
     async with collection_client(SERIES, service) as client:
         series = await capabilities_collection.add(client, SERIES, body.item_to_add)
     publish_added(SERIES, series)
@@ -129,7 +129,7 @@ async def show_series(series_id: CollectionItemId, caller: CurrentCaller, servic
 async def search_for_series(
     series_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None
 ) -> SearchStarted:
-    """Have Sonarr search for the episodes that are missing."""
+    """Start a search for missing episodes in Sonarr."""
     async with collection_client(SERIES, service) as client:
         series, command = await capabilities_collection.search(client, SERIES, series_id)
     return SearchStarted(
