@@ -1,4 +1,4 @@
-"""/api/v1/jobs/{job_id}/events and /logs: what happened to a job, page by page or as it happens."""
+"""The routes of a job's journal and log: read them in pages, or follow them as server-sent events."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONS
 LastEventId = Annotated[Annotated[str, Field(pattern=r"^\d{0,15}$")] | SkipJsonSchema[None], Header()]
 
 HEARTBEAT_SECONDS = 15.0
-"""How long a followed stream may be silent: then it looks into the database itself, and shows that it lives."""
+"""After this time without a live message, a followed stream reads the database and sends a comment."""
 
 
 class EventView(BaseModel):
@@ -36,7 +36,7 @@ class EventView(BaseModel):
 
 class EventPage(BaseModel):
     items: list[EventView]
-    next_after: int | None = Field(description="Give it as `after` for the next page; null when there is none yet.")
+    next_after: int | None = Field(description="Send it as `after` for the next page. Null: there is none yet.")
 
 
 class LogLine(BaseModel):
@@ -52,7 +52,7 @@ class LogPage(BaseModel):
 
 
 def _stream_responses(view_class: type[BaseModel]) -> Responses:
-    """What OpenAPI says of a journal that can also be followed."""
+    """The responses in OpenAPI of a route that can also be followed."""
     data = {
         "type": "string",
         "contentMediaType": "application/json",
@@ -65,18 +65,16 @@ def _stream_responses(view_class: type[BaseModel]) -> Responses:
     }
     return {
         200: {"content": {"text/event-stream": {"itemSchema": event}}},
-        204: {"description": "A stream of a finished job that has nothing more to tell."},
+        204: {"description": "No more events: the job has finished."},
     }
 
 
 class JournalQuery:
-    """Where in the journal to begin, and how to go on."""
-
     def __init__(
         self,
-        after: Annotated[int, Query(ge=0, le=2**53, description="Only what came after the entry of this id.")] = 0,
+        after: Annotated[int, Query(ge=0, le=2**53, description="Only entries after the one with this id.")] = 0,
         limit: Annotated[int, Query(ge=1, le=500)] = 100,
-        follow: Annotated[bool, Query(description="As server-sent events, until the job has finished.")] = False,
+        follow: Annotated[bool, Query(description="Stream server-sent events until the job has finished.")] = False,
         last_event_id: LastEventId = None,
     ) -> None:
         self.after = int(last_event_id or after)
@@ -89,7 +87,7 @@ JournalParams = Annotated[JournalQuery, Depends()]
 
 @router.get("/{job_id}/events", response_model=EventPage, responses=_stream_responses(EventView))
 async def job_events(request: Request, job_id: JobId, caller: CurrentCaller, query: JournalParams) -> Any:
-    """What happened to a job: state changes, progress, checkpoints and log lines."""
+    """List or follow the journal of a job: state changes, progress, checkpoints and log lines."""
     job, page = await _read_page(job_id, caller, query, event_type=None)
     if query.follow:
         return _follow_response(request, job, page, query.after, event_type=None)
@@ -98,7 +96,7 @@ async def job_events(request: Request, job_id: JobId, caller: CurrentCaller, que
 
 @router.get("/{job_id}/logs", response_model=LogPage, responses=_stream_responses(LogLine))
 async def job_logs(request: Request, job_id: JobId, caller: CurrentCaller, query: JournalParams) -> Any:
-    """The log of a job: what it wrote through its context or Python's logging."""
+    """List or follow the log lines of a job."""
     job, page = await _read_page(job_id, caller, query, event_type="log")
     if query.follow:
         return _follow_response(request, job, page, query.after, event_type="log")
@@ -115,14 +113,14 @@ async def _read_page(
 
 def _follow_response(request: Request, job: Job, page: list[JobEvent], after: int, event_type: str | None) -> Response:
     if not page and job.state in FINISHED:
-        return Response(status_code=204)  # tells an EventSource not to come back
+        return Response(status_code=204)  # an EventSource does not reconnect after it
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     stream = _stream_journal(request, job.id, after, event_type)
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
 
 async def _stream_journal(request: Request, job_id: str, after: int, event_type: str | None) -> AsyncIterator[str]:
-    """The journal from `after` on, and what is added to it, until the job has finished."""
+    """Stream the journal after the entry `after`, and new entries, until the job has finished."""
     to_view = _log_line if event_type == "log" else _event
     async with request.app.state.hub.subscribe({f"job:{job_id}"}) as subscription:
         while await is_still_authorized(request):
@@ -138,7 +136,7 @@ async def _stream_journal(request: Request, job_id: str, after: int, event_type:
                 return
             if await subscription.get(HEARTBEAT_SECONDS) is None:
                 if subscription.dropped:
-                    return  # it reads too slowly to follow; it may come back with its Last-Event-ID
+                    return  # the client reads too slowly; it may reconnect with its Last-Event-ID
                 yield ": still here\n\n"
 
 

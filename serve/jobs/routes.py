@@ -1,4 +1,4 @@
-"""/api/v1/jobs: the queue over HTTP."""
+"""The routes /api/v1/jobs: queue jobs, list them and control them."""
 
 from typing import Annotated, Any
 
@@ -30,8 +30,6 @@ class JobError(BaseModel):
 
 
 class JobView(BaseModel):
-    """A job as everybody sees it."""
-
     id: str = Field(examples=["job_20261121_083000_k3x9"])
     kind: str
     spec: dict[str, Any]
@@ -40,7 +38,7 @@ class JobView(BaseModel):
     progress: float = Field(ge=0, le=100)
     waiting_for: str | None = Field(description="What a queued job waits for.")
     priority: int
-    attempt: int = Field(description="The attempt it is in; 0 before the first.")
+    attempt: int = Field(description="Number of the current attempt; 0 before the first.")
     max_attempts: int
     parent_id: str | None
     depends_on: list[str]
@@ -57,8 +55,8 @@ class JobView(BaseModel):
 class KindView(BaseModel):
     name: str
     description: str
-    spec: dict[str, Any] = Field(description="JSON Schema of its spec.")
-    resources: Resources | None = Field(description="What a job occupies. Null: that depends on its spec.")
+    spec: dict[str, Any] = Field(description="JSON Schema of the spec.")
+    resources: Resources | None = Field(description="Resources of a job. Null: they depend on its spec.")
     max_attempts: int
     time_limit: float | None
     stall_limit: float | None
@@ -69,7 +67,7 @@ class KindView(BaseModel):
 
 @router.get("/kinds")
 async def list_kinds(caller: CurrentCaller) -> list[KindView]:
-    """The kinds of job that can be created, with the schema of their specs."""
+    """List the kinds of job, with the schemas of their specs."""
     return [
         KindView(
             name=kind.name,
@@ -93,7 +91,7 @@ async def create_job(
     caller: CurrentCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> JobView:
-    """Put a job into the queue. The same Idempotency-Key with the same body makes one job, however often it is sent."""
+    """Queue a job. Requests with the same Idempotency-Key and the same body create one job only."""
     async with get_database().transaction() as session:
         job = await queue.enqueue(session, body, caller, idempotency_key=idempotency_key)
         return await _view(session, job)
@@ -109,7 +107,7 @@ async def list_jobs(
     created_after: RequestTime | None = None,
     created_before: RequestTime | None = None,
 ) -> Page[JobView]:
-    """Jobs, the newest first: your own, or everybody's when you are an administrator."""
+    """List jobs, the newest first. Administrators see all jobs, others their own."""
     query = visible(select(Job), Job, caller)
     for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent_id)):
         if value is not None:
@@ -132,25 +130,25 @@ async def show_job(job_id: JobId, caller: CurrentCaller) -> JobView:
 
 @router.post("/{job_id}/cancel")
 async def cancel_job(job_id: JobId, caller: CurrentCaller) -> JobView:
-    """Cancel a job and its children: at once when it waits, as soon as it listens when it runs."""
+    """Cancel a job and its children. Waiting jobs end at once, running ones at their next report."""
     return await _change(queue.cancel, job_id, caller)
 
 
 @router.post("/{job_id}/pause")
 async def pause_job(job_id: JobId, caller: CurrentCaller) -> JobView:
-    """Hold a job and its children: at once when they are queued, at their next checkpoint when they run."""
+    """Pause a job and its children. Queued jobs pause at once, running ones at their next checkpoint."""
     return await _change(queue.pause, job_id, caller)
 
 
 @router.post("/{job_id}/resume")
 async def resume_job(job_id: JobId, caller: CurrentCaller) -> JobView:
-    """Let a paused job, and its children that are paused, go on from their checkpoints."""
+    """Resume a paused job and its paused children from their checkpoints."""
     return await _change(queue.resume, job_id, caller)
 
 
 @router.post("/{job_id}/retry")
 async def retry_job(job_id: JobId, caller: CurrentCaller) -> JobView:
-    """Give a failed or cancelled job a fresh set of attempts, from its last checkpoint."""
+    """Queue a failed or cancelled job again, from its last checkpoint and with all its attempts."""
     return await _change(queue.retry, job_id, caller)
 
 

@@ -1,4 +1,4 @@
-"""/api/v1/schedules: jobs that are queued again and again."""
+"""The routes /api/v1/schedules: schedules, which queue jobs at the times of a cron line."""
 
 from typing import Annotated, Any
 
@@ -61,7 +61,7 @@ async def show_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> Sched
 
 @router.put("/{schedule_id}")
 async def replace_schedule(schedule_id: ScheduleId, body: ScheduleRequest, caller: CurrentCaller) -> ScheduleView:
-    """Replace all that a schedule says; its next fire time is reckoned anew."""
+    """Replace all fields of a schedule. Its next fire time is computed again."""
     async with get_database().transaction() as session:
         schedule = await schedules.get(session, schedule_id, caller, lock=True)
         await schedules.replace(session, schedule, body, caller)
@@ -70,7 +70,7 @@ async def replace_schedule(schedule_id: ScheduleId, body: ScheduleRequest, calle
 
 @router.delete("/{schedule_id}", status_code=204)
 async def delete_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> None:
-    """Delete a schedule. The jobs that it has made stay."""
+    """Delete a schedule. The jobs that it has queued stay."""
     async with get_database().transaction() as session:
         await session.delete(await schedules.get(session, schedule_id, caller, lock=True))
 
