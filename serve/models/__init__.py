@@ -1,1 +1,1 @@
-"""From the name of a model to what answers for it, and the API of registered models."""
+"""Names of models: what they refer to, and the API of registered models."""

@@ -1,4 +1,4 @@
-"""What the doors to models share: the engine, the names, and patience only as long as somebody listens."""
+"""The objects of the application that the routes of models use: the engine and the resolver of names."""
 
 from fastapi import Request
 

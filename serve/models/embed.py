@@ -1,4 +1,4 @@
-"""Texts as numbers, in the way that a client wants them."""
+"""Creates embeddings as clients need them: truncated texts, fewer dimensions, base64."""
 
 import base64
 import math
@@ -27,7 +27,7 @@ async def embed(
     dimensions: int | None = None,
     truncate: bool = False,
 ) -> EmbeddingResult:
-    """Each text by itself, so that one request never keeps the model from all others."""
+    """Embed each text in a call of its own, so that one request does not block all others."""
     vectors: list[list[float]] = []
     tokens = 0
     for text in texts:
@@ -38,7 +38,7 @@ async def embed(
 
 
 def as_base64(vector: Sequence[float]) -> str:
-    """As OpenAI packs it: little-endian floats of 4 bytes."""
+    """Encode as OpenAI does: little-endian floats of 4 bytes."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 

@@ -1,4 +1,4 @@
-"""/api/v1/engines: what the engines hold, and what is on its way there."""
+"""The route /api/v1/engines: the models in memory, and those that are being loaded."""
 
 from typing import Literal
 
@@ -17,12 +17,14 @@ router = APIRouter(prefix="/api/v1/engines", tags=["Models"], responses=ERROR_RE
 class EngineModel(BaseModel):
     model: str = Field(examples=["homelab:v3"])
     phase: Phase | Literal["loaded"]
-    progress: float | None = Field(description="Which part of this phase is done, from 0 to 1. Null: nobody knows.")
-    seconds: float | None = Field(description="Since somebody asked for it, while it is not there yet.")
-    bytes: int | None = Field(description="What it takes in memory. Null: not known yet.")
-    context: int | None = Field(description="How many tokens a conversation may have. Null: not known yet.")
-    requests: int | None = Field(description="How many it answers, or wait for it. Null: it is not there yet.")
-    leaves_at: UtcTime | None = Field(description="Unless it is used again. Null: when its memory is needed.")
+    progress: float | None = Field(description="Progress of this phase, from 0 to 1. Null: unknown.")
+    seconds: float | None = Field(description="Seconds since the first request for it. Null: loaded.")
+    bytes: int | None = Field(description="Bytes of memory. Null: not known yet.")
+    context: int | None = Field(description="Size of the context in tokens. Null: not known yet.")
+    requests: int | None = Field(description="Requests that use it or wait for it. Null: not loaded yet.")
+    leaves_at: UtcTime | None = Field(
+        description="When it is unloaded, unless it is used. Null: when its memory is needed."
+    )
 
 
 class EngineModels(BaseModel):
@@ -31,7 +33,7 @@ class EngineModels(BaseModel):
 
 @router.get("")
 async def show_engines(request: Request, caller: CurrentCaller) -> EngineModels:
-    """The models in memory, and how far those are that are being loaded."""
+    """List the models in memory, and the progress of those that are being loaded."""
     engine = get_engine(request)
     loading = [
         EngineModel(

@@ -1,6 +1,6 @@
-"""The names of fine-tuned models as OpenAI has them: `ft:BASE:OWNER:SUFFIX:ID`, and `…:ckpt-step-N` for checkpoints.
+"""OpenAI's names of fine-tuned models: `ft:BASE:OWNER:SUFFIX:ID`, and `…:ckpt-step-N` for checkpoints.
 
-A name is made of the job, and found by its id at the end. It is there for those who may see the job.
+A name is derived from its job, and resolved by the job's id at its end. Only callers who may see the job can use it.
 """
 
 import re
@@ -29,9 +29,9 @@ JOB_PREFIX = "job_"
 
 def model_name(job: Job) -> str:
     base: str = job.spec["base_model"]
-    shown = Path(base).name if is_path(base) else base
+    base_name = Path(base).name if is_path(base) else base
     suffix = job.spec.get("suffix") or ""
-    return f"{PREFIX}{shown[:MAX_BASE_LENGTH]}:{organization(job)}:{suffix}:{short_id(job)}"
+    return f"{PREFIX}{base_name[:MAX_BASE_LENGTH]}:{organization(job)}:{suffix}:{short_id(job)}"
 
 
 def checkpoint_name(job: Job, step: int) -> str:
@@ -47,27 +47,27 @@ def short_id(job: Job) -> str:
 
 
 def fine_tuning_jobs(principal: Principal) -> Select[Job]:
-    """The jobs that fine-tune a model, but not those that another one of them has begun."""
+    """The jobs that fine-tune a model, except for the children of such jobs."""
     jobs = select(Job).where(Job.kind.in_(progress.TRAINING_KINDS), Job.parent_id.is_(None))
     return visible(jobs, Job, principal)
 
 
 async def find_fine_tune_job(session: AsyncSession, job: Job) -> Job | None:
-    """The fine_tune job of it, which has the checkpoints and the numbers; None before it has begun."""
+    """The job itself or its fine_tune child, which has the checkpoints and metrics; None if there is no child yet."""
     if job.kind == "fine_tune":
         return job
     return await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == "fine_tune"))
 
 
 async def resolve(session: AsyncSession, reference: str, principal: Principal) -> str | ModelFolder:
-    """What a name stands for: a version of the registry (NAME:v3), or a folder that was never exported."""
+    """Resolve a name to a registered version (NAME:v3), or to a folder that was never exported."""
     checkpoint = CHECKPOINT.search(reference)
     job = await _find(session, CHECKPOINT.sub("", reference), principal)
     training = await find_fine_tune_job(session, job)
     if checkpoint:
         return _checkpoint(training, int(checkpoint[1]), reference)
     if job.state != State.SUCCEEDED or training is None:
-        raise ModelNotFound(f"The job {job.id}, which makes the model '{reference}', is {job.state}.")
+        raise ModelNotFound(f"The model '{reference}' does not exist: its job {job.id} is {job.state}.")
     if version := version_of(job):
         return "{}:v{}".format(*version)
     assert isinstance(job.result, dict)
@@ -75,13 +75,13 @@ async def resolve(session: AsyncSession, reference: str, principal: Principal) -
 
 
 def version_of(job: Job) -> tuple[str, int] | None:
-    """Name and number of the version that a job which has succeeded has registered; None if it exports nothing."""
+    """Name and number of the version that a succeeded job has registered; None if the job exports nothing."""
     result: Any = job.result
     return (result["name"], result["version"]) if job.kind == "forge" else None
 
 
 def epochs(training: Job | None) -> list[dict[str, Any]]:
-    """The checkpoints that stay of a training, the oldest first."""
+    """The stored checkpoints of a training, the oldest first."""
     state: Any = training.checkpoint if training else None
     return state.get("epochs", []) if isinstance(state, dict) else []
 

@@ -1,4 +1,4 @@
-"""Names of models as the APIs list them."""
+"""Served models for all APIs: their names, the newest one, and the deletion of a model by its name."""
 
 from contextlib import suppress
 
@@ -14,13 +14,13 @@ from serve.models.dependencies import get_engine, get_models
 
 
 class NotRegistered(InvalidRequest):
-    """This model is no version of the registry."""
+    """This model is not in the registry."""
 
     code = "NOT_REGISTERED"
 
 
 async def active_model(request: Request) -> str | None:
-    """The newest model that is served; None: there is none, or nobody can say."""
+    """The newest served model; None if there is none, or if the registry does not respond."""
     try:
         return newest_name(await served_versions(request))
     except Unavailable:
@@ -28,7 +28,7 @@ async def active_model(request: Request) -> str | None:
 
 
 async def delete_and_unload(request: Request, reference: str, caller: Principal) -> None:
-    """Delete models, and let them go from memory when the last requests that use them are answered."""
+    """Delete a model or a version, and unload it after its last request."""
     if reference.startswith(fine_tuned_names.PREFIX):
         resolved = await get_models(request).resolve(reference, caller)
         if isinstance(resolved.source, ModelFolder):
@@ -37,7 +37,7 @@ async def delete_and_unload(request: Request, reference: str, caller: Principal)
     deleted = await model_deletion.remove(reference, caller)
     get_models(request).clear_cache()
     for version in deleted:
-        with suppress(Unavailable):  # what is not reachable now makes room as soon as others need it
+        with suppress(Unavailable):  # an unreachable engine unloads it when the memory is needed
             await get_engine(request).unload(version.reference, version)
 
 

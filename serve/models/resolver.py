@@ -1,6 +1,7 @@
-"""Which model a request means: the registry, remembered for a moment, so that a request costs MLflow nothing.
+"""Resolves the name of a model to what an engine needs. Answers of the registry are cached for a moment.
 
-When MLflow does not answer, what was known last still holds: whatever was served goes on being served.
+So a request usually costs no call of MLflow. If MLflow does not respond, the last known answer is used: a model that
+was served is still served.
 """
 
 import asyncio
@@ -26,10 +27,10 @@ from serve.models import fine_tuned_names
 
 JOB_ID = re.compile(r"job_\d{8}_\d{6}_[a-z0-9]{4,}")
 UNKNOWN_DATE = datetime.fromtimestamp(0, UTC)
-"""Nobody knows when a model was made that the settings name."""
+"""For models that the settings name."""
 CACHE_SECONDS = 1.0
 REFRESH_TIMEOUT_SECONDS = 3.0
-"""How long to wait for MLflow where an older answer is at hand."""
+"""How long to wait for MLflow if there is an older answer."""
 MAX_CACHED_VERSIONS = 1000
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What a reference stands for now."""
+    """What a name refers to at the moment."""
 
-    reference: str  # a name that stays with it: NAME:v3
+    reference: str  # a name that does not change its meaning: NAME:v3
     source: Source
 
 
@@ -52,14 +53,14 @@ def configured_folders() -> dict[str, ModelFolder]:
 
 class ModelResolver:
     def __init__(self, find_database: Callable[[], Database] = get_database) -> None:
-        """A job, whose event loop is another one than its process's, brings a database of its own."""
+        """A job runs in an event loop of its own, so it provides a database of its own."""
         self._database = find_database
         self._versions: dict[str, _Cached[Version]] = {}
         self._models = _Cached(_list_models)
         self._remote = _Cached(_list_ollama_models)
 
     async def resolve(self, reference: str, principal: Principal) -> ResolvedModel:
-        """What NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, a training's id or a name of the settings means."""
+        """Resolve NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, the id of a training, or a name in the settings."""
         if reference.startswith(fine_tuned_names.PREFIX):
             async with self._database().read_transaction() as session:
                 tuned = await fine_tuned_names.resolve(session, reference, principal)
@@ -77,7 +78,7 @@ class ModelResolver:
             return ResolvedModel(name, folder)
         try:
             return await self._resolve_registered(reference)
-        except (ModelNotFound, Unavailable):  # another server may have it, whatever is with ours
+        except (ModelNotFound, Unavailable):  # the Ollama server may have it
             names = {reference, f"{reference}:latest"}
             remote = next((model for model in await self._remote.get() if model.name in names), None)
             if remote is None:
@@ -86,21 +87,21 @@ class ModelResolver:
 
     async def _resolve_registered(self, reference: str) -> ResolvedModel:
         if not get_settings().mlflow.enabled:
-            raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is off.")
+            raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is disabled.")
         cached = self._versions.get(reference) or _Cached(lambda: _find(reference))
         version = await cached.get()
-        # Only what exists is remembered, so that made-up names take no memory.
+        # Only existing versions are cached, so that invented names take no memory.
         if len(self._versions) >= MAX_CACHED_VERSIONS:
             self._versions.clear()
         self._versions[reference] = cached
         return ResolvedModel(version.reference, version)
 
     async def list_remote(self) -> list[OllamaModel]:
-        """The models of the server elsewhere whose names are not ours; none, while it does not answer."""
+        """The models of the Ollama server whose names are not used here. Empty while the server does not respond."""
         try:
             remote_models = await self._remote.get()
         except Unavailable as error:
-            log.warning("Models of a remote server are not listed: %s", error.message)
+            log.warning("The models of the Ollama server are not listed: %s", error.message)
             return []
         models = await self.list_registered()
         own_names = {f"{model.name}:latest" for model in models if model.served} | {
@@ -110,17 +111,17 @@ class ModelResolver:
         return [model for model in remote_models if model.name not in own_names]
 
     async def list_registered(self) -> list[Model]:
-        """Every registered model, by name."""
+        """The registered models, by name."""
         return await self._models.get() if get_settings().mlflow.enabled else []
 
     def clear_cache(self) -> None:
-        """Ask the registry anew: somebody has just changed it through this replica, and looks whether it is so."""
+        """Read the registry again: a client has changed it through this replica, and expects to see the change."""
         self._versions.clear()
         self._models = _Cached(_list_models)
         self._remote = _Cached(_list_ollama_models)
 
     async def _resolve_training(self, job_id: str, principal: Principal) -> ResolvedModel:
-        """What a training has made, before any export."""
+        """The model of a training, before any export."""
         try:
             async with self._database().read_transaction() as session:
                 output = await outputs.find_output(session, job_id, "fine_tune", principal)
@@ -133,7 +134,7 @@ class ModelResolver:
 
 @dataclass
 class _Cached(Generic[Value]):
-    """An answer of the registry, asked for again when it is old, by one request for all that wait."""
+    """A cached answer of the registry. One call refreshes it for all requests that wait."""
 
     load: Callable[[], Awaitable[Value]]
     _value: list[Value] = field(default_factory=list[Value])  # none or one
@@ -164,7 +165,7 @@ class _Cached(Generic[Value]):
             self._value = [task.result()]
         elif not isinstance(error, Unavailable):
             self._value = []
-        # Also when MLflow is away it is asked once in a while only.
+        # Also after a failure, so that an unreachable MLflow is not called by every request.
         self._loaded_at = time.monotonic()
 
 

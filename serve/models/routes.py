@@ -1,4 +1,4 @@
-"""/api/v1/models: the registry of models, and which version of each is served as NAME:latest."""
+"""The routes /api/v1/models: the registered models, and which of their versions is served as NAME:latest."""
 
 from typing import Annotated, Any
 
@@ -34,17 +34,17 @@ class VersionView(BaseModel):
     name: str
     version: int
     model_name: str = Field(examples=["homelab:v3"])
-    served: bool = Field(description="Whether it is what NAME:latest means.")
+    served: bool = Field(description="Whether it is NAME:latest.")
     passed: bool | None = Field(description="Whether it passed its validation. Null: it was never validated.")
-    reasons: list[str] = Field(description="Why it did not pass.")
+    reasons: list[str] = Field(description="Why it did not pass its validation.")
     comparison: dict[str, Any] | None = Field(
-        description="How it did beside the version that was served when it was made. Null: it was not compared."
+        description="Comparison with the version that was served before. Null: it was not compared."
     )
-    files: list[FileView] = Field(description="The first one is served. None: the adapter is.")
+    files: list[FileView] = Field(description="The first file is served. If there is none, the adapter is.")
     adapter: FileView | None
     base_model: str
-    parent: str | None = Field(description="The version that it has its files from. Null: they are its own.")
-    job_id: str | None = Field(description="The fine-tune that made it. Null: it was made from files.")
+    parent: str | None = Field(description="The version from which it was copied. Null: it has files of its own.")
+    job_id: str | None = Field(description="The job that trained it. Null: it was created from files.")
     export_job_id: str | None
     mlflow_run_id: str | None
     created_at: UtcTime
@@ -52,27 +52,29 @@ class VersionView(BaseModel):
 
 class ModelView(BaseModel):
     name: str
-    served_version: int | None = Field(description="What NAME:latest means. Null: nothing yet.")
-    versions: list[VersionView] = Field(description="Newest first.")
+    served_version: int | None = Field(description="The version that is NAME:latest. Null: none yet.")
+    versions: list[VersionView] = Field(description="The newest first.")
 
 
 class DeployRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: int = Field(ge=1, lt=10**9)
-    force: bool = Field(default=False, description="Even when it did not pass its validation, or was never validated.")
+    force: bool = Field(
+        default=False, description="Deploy even if it did not pass its validation, or was never validated."
+    )
 
 
 class RollbackResult(BaseModel):
     name: str
-    version: int = Field(description="What is served now.")
-    previous: int = Field(description="What was served until now.")
-    warning: str | None = Field(description="What is left to do: the Ollama server could not be told.")
+    version: int = Field(description="The version that is served now.")
+    previous: int = Field(description="The version that was served until now.")
+    warning: str | None = Field(description="Set if the Ollama server could not be updated.")
 
 
 @router.get("")
 async def list_models(caller: CurrentCaller, paging: PaginationParams) -> Page[ModelView]:
-    """Models by name, with all their versions."""
+    """List the models by name, with all their versions."""
     async with registry.connect() as models:
         all_models = await models.models()
     page = all_models[paging.skip : paging.skip + paging.limit]
@@ -81,7 +83,7 @@ async def list_models(caller: CurrentCaller, paging: PaginationParams) -> Page[M
 
 @router.get("/{name}")
 async def show_model(name: ModelName, caller: CurrentCaller) -> ModelView:
-    """A model with all its versions."""
+    """Get a model with all its versions."""
     async with registry.connect() as models:
         return _view(await models.model(name))
 
@@ -93,7 +95,7 @@ async def deploy_model(
     caller: AdminCaller,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> JobView:
-    """Serve a version as NAME:latest. Answers with the job that does it; no request is dropped meanwhile."""
+    """Queue a job that serves a version as NAME:latest. No request is dropped meanwhile."""
     async with registry.connect() as models:
         deploy_job.require_validated(await models.find(f"{name}:v{body.version}"), body.force)
     job_request = JobRequest(kind="deploy", spec={"name": name, **body.model_dump()})
@@ -102,21 +104,21 @@ async def deploy_model(
 
 @router.post("/{name}/rollback")
 async def roll_back_model(name: ModelName, caller: AdminCaller) -> RollbackResult:
-    """Serve, at once, the version that was served before this one."""
+    """Serve the version before the present one again, at once."""
     version, replaced, warning = await deploy_job.roll_back(name)
     return RollbackResult(name=name, version=version.number, previous=replaced, warning=warning)
 
 
 @router.delete("/{name}", status_code=204)
 async def delete_model(name: ModelName, caller: AdminCaller) -> None:
-    """Delete all versions of a model with their files, the one that is served too. Their numbers are not used again."""
+    """Delete a model: all its versions, including the served one, and their files. Their numbers are not reused."""
     async with registry.connect() as models:
         await models.delete_model(name)
 
 
 @router.delete("/{name}/versions/{version}", status_code=204)
 async def delete_version(name: ModelName, version: VersionNumber, caller: AdminCaller) -> None:
-    """Delete a version that is not served, with its files. Its number is not used again."""
+    """Delete a version that is not served, and its files. Its number is not reused."""
     async with registry.connect() as models:
         await models.delete_version(name, version)
 
