@@ -1,4 +1,4 @@
-"""/health, /metrics and /api/v1/ping: for load balancers, Prometheus and benchmarks. They need no credential."""
+"""The routes /health and /api/v1/ping, for load balancers and benchmarks. They need no credential."""
 
 import asyncio
 import logging
@@ -40,8 +40,8 @@ class Components(BaseModel):
 
 class Health(BaseModel):
     status: Literal["healthy", "degraded", "unhealthy"] = Field(
-        description="degraded: a part of Forgearr or an outside service does not work; unhealthy: no outside service "
-        "does, or there is no database, without which nothing works. Only the latter is a 503."
+        description="degraded: a component of Forgearr or an outside service does not work. unhealthy: no outside "
+        "service works, or the database is not reachable. Only without the database the status is 503."
     )
     service: str
     version: str
@@ -49,9 +49,9 @@ class Health(BaseModel):
     database: Literal["connected", "disconnected"]
     uptime: int = Field(description="Seconds since this gateway process started.")
     services: dict[str, ServiceHealth] = Field(
-        description="The enabled outside services, by type, and further ones of a type by name, as last checked."
+        description="Last checks of the enabled outside services, by type; further services of a type by name."
     )
-    ollama_available: bool | None = Field(description="Null: no Ollama is configured.")
+    ollama_available: bool | None = Field(description="Null: no Ollama server is configured.")
     components: Components
     timestamp: UtcTime
 
@@ -61,7 +61,7 @@ class Pong(BaseModel):
 
 
 class HealthCheck:
-    """Looks at the components at most once a second, however often it is asked."""
+    """Checks the components at most once a second, and returns the last result in between."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
@@ -78,7 +78,7 @@ class HealthCheck:
 
 @router.get("/health", responses={503: {"model": Health, "description": "The database is not reachable"}})
 async def health(request: Request, response: Response) -> Health:
-    """Whether Forgearr works, and which of its parts do."""
+    """Get the health of Forgearr, its components and the outside services."""
     result = await request.app.state.health.current()
     if result.database == "disconnected":
         response.status_code = 503
@@ -87,7 +87,7 @@ async def health(request: Request, response: Response) -> Health:
 
 @router.get("/api/v1/ping")
 async def ping() -> Pong:
-    """Does nothing, as fast as it can."""
+    """Respond at once, without any work."""
     return Pong(pong=True)
 
 
@@ -128,13 +128,13 @@ async def _database_state() -> Literal["connected", "disconnected"]:
         async with asyncio.timeout(CHECK_TIMEOUT_SECONDS), get_database().read_transaction() as session:
             await session.execute(text("SELECT 1"))
     except (SQLAlchemyError, OSError) as error:
-        logger.warning("The database does not answer: %s", error or type(error).__name__)
+        logger.warning("The database does not respond: %s", error or type(error).__name__)
         return "disconnected"
     return "connected"
 
 
 async def _services_health() -> dict[str, ServiceHealth]:
-    """What is known of the outside services; nobody is asked for it now."""
+    """The last checks of the outside services. No service is called."""
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_SECONDS), get_database().read_transaction() as session:
             return await services_health.health_by_service(session)
@@ -144,7 +144,7 @@ async def _services_health() -> dict[str, ServiceHealth]:
 
 
 async def _is_ollama_available() -> bool | None:
-    """Whether the Ollama of the settings answers; None without one."""
+    """Whether the configured Ollama server responds; None if there is none."""
     url = get_settings().ollama.url
     if url is None:
         return None
@@ -156,7 +156,7 @@ async def _is_ollama_available() -> bool | None:
 
 
 async def _actor_state(name: str) -> Literal["running", "unreachable"]:
-    """Whether a named actor answers a call that Ray gives every actor."""
+    """Whether a named actor responds to `__ray_ready__`, which every actor has."""
     try:
         actor = await asyncio.to_thread(actors.find_actor, name)
     except Unavailable:
@@ -168,6 +168,6 @@ async def _actor_state(name: str) -> Literal["running", "unreachable"]:
             await actor.__ray_ready__.remote()
     except (RayActorError, RaySystemError, TimeoutError) as error:
         actors.forget_actor(name)
-        logger.warning("The %s actor does not answer: %s", name, error or type(error).__name__)
+        logger.warning("The %s actor does not respond: %s", name, error or type(error).__name__)
         return "unreachable"
     return "running"

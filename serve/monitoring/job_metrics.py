@@ -1,4 +1,4 @@
-"""The queue as Prometheus sees it, read from the database at every scrape."""
+"""Prometheus metrics of the queue, read from the database at every scrape."""
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -16,12 +16,12 @@ async def job_families() -> list[Metric]:
             Job.state == State.QUEUED, Job.unfinished_dependencies == 0, Job.run_after <= now()
         )
         depth, oldest = (await session.execute(runnable)).one()
-    jobs = GaugeMetricFamily("jobs", "Jobs there are.", labels=["kind", "state"])
+    jobs = GaugeMetricFamily("jobs", "Jobs by kind and state.", labels=["kind", "state"])
     for kind, state, count in counts.all():
         jobs.add_metric([kind, state], count)
     age = (now() - oldest).total_seconds() if oldest else 0.0
     return [
         jobs,
         GaugeMetricFamily("job_queue_depth", "Jobs that could start if there were room.", depth),
-        GaugeMetricFamily("job_queue_oldest_seconds", "How long the oldest of those has been waiting.", age),
+        GaugeMetricFamily("job_queue_oldest_seconds", "Age of the oldest of these jobs.", age),
     ]

@@ -1,7 +1,7 @@
-"""What Prometheus reads: requests counted in every replica and merged, and whatever others read from the database.
+"""Prometheus metrics: request counts of all replicas, and metrics that are read from the database.
 
-A scrape reaches one replica. Each one leaves its counts with the events actor, so that any of them can answer for all.
-A replica that died is still counted; a lost events actor looks like the restart of a counter, which Prometheus expects.
+A scrape reaches one replica. Each replica shares its counts through the events actor, so any of them can respond for
+all. The counts of a dead replica stay. A lost events actor resets the counters, which Prometheus expects.
 """
 
 import asyncio
@@ -29,19 +29,19 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 logger = logging.getLogger(__name__)
 
 collectors: list[Callable[[], Awaitable[Iterable[Metric]]]] = [job_families, download_families]
-"""Functions that read further metrics at every scrape."""
+"""Functions that collect the metrics from the database at every scrape."""
 
 
 class RequestMetrics:
-    """This replica's counts of requests."""
+    """The request counts of this replica."""
 
     def __init__(self) -> None:
         self.replica = secrets.token_hex(8)
         self._registry = CollectorRegistry()
-        self._requests = Counter("api_requests", "Requests answered.", LABELS, registry=self._registry)
+        self._requests = Counter("api_requests", "Requests with a response.", LABELS, registry=self._registry)
         self._latency = Histogram(
             "api_request_duration_seconds",
-            "Time until an answer began.",
+            "Time until the start of the response.",
             LABELS,
             buckets=LATENCY_BUCKETS,
             registry=self._registry,
@@ -50,7 +50,7 @@ class RequestMetrics:
         self._changed = False
 
     def observe(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count a request by its route's template: paths as they were sent would have no end."""
+        """Count a request. `path` is the route's template: actual paths would create unlimited series."""
         key = (method if method in METHODS else "other", path, status)
         if key not in self._children:
             self._children[key] = (self._requests.labels(*key), self._latency.labels(*key))
@@ -60,7 +60,7 @@ class RequestMetrics:
         self._changed = True
 
     async def share_periodically(self) -> None:
-        """Leave the counts with the events actor, over and over, whenever they have changed."""
+        """Send changed counts to the events actor every SHARE_SECONDS."""
         while True:
             await asyncio.sleep(SHARE_SECONDS)
             await self.share()
@@ -76,7 +76,7 @@ class RequestMetrics:
             logger.debug("Request counts were not shared: %s", error)
 
     async def render(self) -> bytes:
-        """Everything that there is to know now, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         snapshots = await self._shared_snapshots()
         families = [*self._merged(snapshots), *await _collect_families()]
         return generate_latest(_Families(families))
@@ -98,23 +98,23 @@ class RequestMetrics:
         return {**snapshots, self.replica: self.snapshot()}
 
     def _merged(self, snapshots: Mapping[str, events.Snapshot]) -> list[Metric]:
-        """The families of this replica's registry, with every replica's samples added up."""
+        """This replica's families, with the sums of all replicas' samples."""
         totals: defaultdict[str, float] = defaultdict(float)
         for snapshot in snapshots.values():
             for key, value in snapshot.items():
                 totals[key] += value
         families = {
-            known.name: Metric(known.name, known.documentation, known.type) for known in self._registry.collect()
+            family.name: Metric(family.name, family.documentation, family.type) for family in self._registry.collect()
         }
         for key, value in totals.items():
-            family, name, labels = orjson.loads(key)
-            if family in families:  # a replica of another version may count what this one does not know
-                families[family].add_sample(name, labels, value)
+            family_name, name, labels = orjson.loads(key)
+            if family_name in families:  # a replica of another version may have other metrics
+                families[family_name].add_sample(name, labels, value)
         return list(families.values())
 
 
 class _Families(Collector):
-    """Families that are already collected, as what the text format is made from."""
+    """Passes collected families to `generate_latest`."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
@@ -129,11 +129,11 @@ async def _collect_families() -> list[Metric]:
         try:
             families.extend(await collect())
         except Exception:
-            # The database being down must not hide the requests that fail because of it.
-            logger.exception("A part of the metrics could not be read.")
+            # A broken database must not hide the counts of the requests that fail because of it.
+            logger.exception("Some metrics could not be collected.")
     return families
 
 
 def _key(family: Metric, sample: Sample) -> str:
-    """The name of a sample, the same in every replica and every process."""
+    """Identifies a sample in all replicas."""
     return orjson.dumps([family.name, sample.name, sample.labels], option=orjson.OPT_SORT_KEYS).decode()

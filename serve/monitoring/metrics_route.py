@@ -1,4 +1,4 @@
-"""The route of Prometheus metrics."""
+"""The route /metrics, which Prometheus scrapes."""
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -14,5 +14,5 @@ router = APIRouter(tags=["Monitoring"], responses=ERROR_RESPONSES)
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text"}},
 )
 async def metrics(request: Request) -> Response:
-    """Counts and latencies of requests over all replicas, and the state of the queue."""
+    """Get all metrics: requests of all replicas, the queue, downloads and recoveries."""
     return Response(await request.app.state.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

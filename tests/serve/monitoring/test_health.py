@@ -74,7 +74,7 @@ async def test_without_the_database_it_is_unhealthy(
     answer = await client.get("/health")
     body = Health.model_validate(answer.json())
     assert (answer.status_code, body.status, body.database) == (503, "unhealthy", "disconnected")
-    assert "The database does not answer" in caplog.text
+    assert "The database does not respond" in caplog.text
 
 
 async def test_many_questions_at_once_are_one_look(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
