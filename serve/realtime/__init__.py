@@ -1,1 +1,1 @@
-"""WebSockets, and the live messages behind them."""
+"""WebSockets, and the live messages that they send."""

@@ -1,6 +1,6 @@
-"""What there is to listen to: events of all processes, samples of this machine, and its log lines.
+"""The feeds of live messages: events of all processes, samples of this machine, and its log lines.
 
-A feed yields batches of messages. Its first batch, empty or not, says that nothing is missed from then on.
+A feed yields batches of messages. After its first batch, which may be empty, it misses no message.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 async def follow_events(poll: Poll = events.poll) -> AsyncGenerator[list[Message]]:
-    """What all processes publish. After a gap comes `events.missed`: the database knows what happened meanwhile."""
+    """The messages of all processes. `events.missed` marks a gap: clients then read the database."""
     cursor: events.Cursor | None = None
     while True:
         try:
@@ -52,7 +52,7 @@ async def follow_system() -> AsyncGenerator[list[Message]]:
 
 
 async def follow_logs() -> AsyncGenerator[list[Message]]:
-    """What this machine's components log, from now on."""
+    """New log lines of the components on this machine."""
     positions = {path: path.stat().st_size for path in logs.folder().glob("*.jsonl")}
     while True:
         lines = await asyncio.to_thread(_new_lines, positions)
@@ -70,14 +70,14 @@ def _missed_message() -> Message:
 
 
 def _new_lines(positions: dict[Path, int]) -> list[dict[str, Any]]:
-    """The complete lines that were written since the last look, which `positions` remembers."""
+    """The complete lines after `positions`, which are updated."""
     lines: list[dict[str, Any]] = []
     for path in logs.folder().glob("*.jsonl"):
-        with suppress(FileNotFoundError), path.open("rb") as file:  # it may be set aside while we look
+        with suppress(FileNotFoundError), path.open("rb") as file:  # it may be rotated meanwhile
             size = file.seek(0, SEEK_END)
             position = positions.get(path, 0)
             if position > size:
-                position = 0  # it was set aside, and this is its successor
+                position = 0  # it was rotated: this is a new file
             file.seek(max(position, size - LOG_BYTES))
             text = file.read()
             complete = text[: text.rfind(b"\n") + 1]
@@ -87,7 +87,7 @@ def _new_lines(positions: dict[Path, int]) -> list[dict[str, Any]]:
 
 
 def _parsed(raw: bytes) -> Iterator[dict[str, Any]]:
-    """A line, unless it is only a part of one."""
+    """The parsed line; nothing if it is incomplete."""
     with suppress(orjson.JSONDecodeError):
         line = orjson.loads(raw)
         if isinstance(line, dict) and "timestamp" in line:

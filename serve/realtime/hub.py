@@ -1,7 +1,7 @@
-"""Live news for clients: hubs that pass a feed on to subscriptions, and the talk over a WebSocket.
+"""Forwards live messages to clients: hubs distribute a feed to subscriptions, and WebSockets send them.
 
-A replica has one hub for each feed (events, samples of this machine, log lines). A hub listens to its feed only while
-somebody listens to the hub. Nobody waits for anybody: a subscription that does not keep up is dropped.
+A replica has one hub for each feed (events, samples of this machine, log lines). A hub reads its feed only while it has
+subscriptions. A slow subscription does not delay the others: it is dropped when its queue is full.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from serve.security.callers import POLICY_VIOLATION, is_still_authorized
 
 Message = Mapping[str, Any]
-"""What a hub passes on: `rooms`, which say to whom, and whatever else the client is to see."""
+"""A live message: `rooms` selects the subscriptions; clients receive all other fields."""
 Feed = Callable[[], AsyncGenerator[list[Message]]]
 Transform = Callable[[Message], Awaitable[Message]]
 MessageHandler = Callable[[dict[str, Any]], Awaitable[Message]]
@@ -28,14 +28,14 @@ SEND_SECONDS = 10.0
 CLOSE_SECONDS = 2.0
 READY_SECONDS = 5.0
 AUTH_CHECK_SECONDS = 30.0
-"""How long somebody may go on listening whose key was revoked, or whose account was disabled."""
+"""After a key is revoked or an account is disabled, a connection ends within this time."""
 TRY_AGAIN_LATER = 1013
 
 logger = logging.getLogger(__name__)
 
 
 class Subscription:
-    """A listener's own queue. Use it as `async with hub.subscribe(rooms) as subscription`."""
+    """The message queue of one client. Use it as `async with hub.subscribe(rooms) as subscription`."""
 
     def __init__(self, hub: "Hub", rooms: Iterable[str]) -> None:
         self.rooms = {*rooms, EVERYBODY}
@@ -44,7 +44,7 @@ class Subscription:
         self._queue = asyncio.Queue[Message | None](MAX_QUEUED_MESSAGES)
 
     async def __aenter__(self) -> Self:
-        """From here on nothing is missed without a message that says so."""
+        """From now on no message is missed without an `events.missed`."""
         await self._hub.add(self)
         return self
 
@@ -56,7 +56,7 @@ class Subscription:
             yield message
 
     async def get(self, timeout: float) -> Message | None:  # noqa: ASYNC109
-        """The next message; None if the time is up before there is one, or if this subscription was dropped."""
+        """The next message; None after `timeout` seconds, or if this subscription was dropped."""
         try:
             async with asyncio.timeout(timeout):
                 return await self._queue.get()
@@ -71,7 +71,7 @@ class Subscription:
         self._queue.put_nowait(message)
 
     def drop(self) -> None:
-        """Give this listener up: what it has not read is gone, and whoever waits for a message is woken."""
+        """End this subscription: discard its queue, and wake its reader."""
         self.dropped = True
         self._hub.remove(self)
         while not self._queue.empty():
@@ -104,7 +104,7 @@ class Hub:
         if self._listening is None:
             self._ready.clear()
             self._listening = asyncio.create_task(self._listen())
-        with suppress(TimeoutError):  # a feed that is slow to begin is no reason to refuse a listener
+        with suppress(TimeoutError):  # a slow feed must not block the client
             async with asyncio.timeout(READY_SECONDS):
                 await self._ready.wait()
 
@@ -133,7 +133,7 @@ class Hub:
                     for message in messages:
                         self._deliver(message)
         except Exception:
-            logger.exception("A live feed broke; its listeners are sent away, and may come back.")
+            logger.exception("A feed of live messages failed. Its subscriptions are dropped; clients can reconnect.")
             for subscription in tuple(self._members[EVERYBODY]):
                 subscription.drop()
 
@@ -142,32 +142,32 @@ class Hub:
             subscription.put(message)
 
 
-def error_message(sentence: str) -> Message:
-    return {"type": "error", "message": sentence}
+def error_message(text: str) -> Message:
+    return {"type": "error", "message": text}
 
 
 async def serve_socket(
     socket: WebSocket, subscription: Subscription, on_message: MessageHandler, transform: Transform | None = None
 ) -> None:
-    """Send what the subscription brings, and answer what the client says, until either of them ends.
+    """Send the messages of the subscription and respond to those of the client, until one of them ends.
 
-    With `tell`, the client gets what that makes of the news, instead of the news themselves.
+    `transform` replaces each live message before it is sent.
     """
     async with asyncio.TaskGroup() as tasks:
         sending = tasks.create_task(_send_all(socket, subscription, transform))
         receiving = tasks.create_task(_receive_all(socket, subscription, on_message))
-        watching = tasks.create_task(_until_unauthorized(socket))
-        together = (sending, receiving, watching)
-        for task in together:
-            task.add_done_callback(lambda _: [other.cancel() for other in together])
-    if not watching.cancelled():
-        await _close(socket, POLICY_VIOLATION, "What you came with is not valid any more.")
+        authorization_check = tasks.create_task(_until_unauthorized(socket))
+        all_tasks = (sending, receiving, authorization_check)
+        for task in all_tasks:
+            task.add_done_callback(lambda _: [other.cancel() for other in all_tasks])
+    if not authorization_check.cancelled():
+        await _close(socket, POLICY_VIOLATION, "The credential is no longer valid.")
     elif subscription.dropped:
-        await _close(socket, TRY_AGAIN_LATER, "Too much was waiting to be read; connect again.")
+        await _close(socket, TRY_AGAIN_LATER, "Too many messages were waiting. Connect again.")
 
 
 async def _close(socket: WebSocket, code: int, reason: str) -> None:
-    """A client that reads nothing at all does not take this either; then the connection just ends."""
+    """Close the socket. If the client does not read the close frame, the connection just ends."""
     if socket.application_state == WebSocketState.CONNECTED:
         with suppress(TimeoutError, WebSocketDisconnect):
             async with asyncio.timeout(CLOSE_SECONDS):
@@ -186,8 +186,8 @@ async def _send_all(socket: WebSocket, subscription: Subscription, transform: Tr
         async for message in subscription:
             if transform and "rooms" in message:
                 message = await transform(message)
-            shown = {name: value for name, value in message.items() if name != "rooms"}
-            text = orjson.dumps(shown, default=str, option=orjson.OPT_UTC_Z).decode()
+            content = {name: value for name, value in message.items() if name != "rooms"}
+            text = orjson.dumps(content, default=str, option=orjson.OPT_UTC_Z).decode()
             async with asyncio.timeout(SEND_SECONDS):
                 await socket.send_text(text)
     except TimeoutError:
@@ -198,7 +198,7 @@ async def _send_all(socket: WebSocket, subscription: Subscription, transform: Tr
 
 async def _receive_all(socket: WebSocket, subscription: Subscription, on_message: MessageHandler) -> None:
     while (frame := await socket.receive())["type"] == "websocket.receive":
-        # An answer takes its place in the queue: who asks without reading is dropped like any slow reader.
+        # Responses use the same queue, so a client that sends without reading is dropped, too.
         subscription.put(await _handle_frame(frame, on_message))
 
 

@@ -1,4 +1,4 @@
-"""WebSockets: /ws/{client_id} with its rooms, /ws/system and /ws/logs."""
+"""The WebSockets /ws/{client_id} (with rooms), /ws/training/{training_id}, /ws/system and /ws/logs."""
 
 import re
 from typing import Annotated, Any
@@ -25,13 +25,13 @@ SocketCaller = Annotated[Principal, Depends(authenticate)]
 
 @router.websocket("/ws/system")
 async def system(socket: WebSocket, caller: SocketCaller) -> None:
-    """What this machine is doing, every two seconds."""
+    """Send a sample of this machine's load every two seconds."""
     await _listen_only(socket, socket.app.state.system_hub)
 
 
 @router.websocket("/ws/logs")
 async def log_lines(socket: WebSocket, caller: SocketCaller) -> None:
-    """What the components log, as they do."""
+    """Send the log lines of the components as they are written."""
     if not caller.is_admin:
         raise Forbidden("Only an administrator may read the logs.")
     await _listen_only(socket, socket.app.state.log_hub)
@@ -39,8 +39,8 @@ async def log_lines(socket: WebSocket, caller: SocketCaller) -> None:
 
 @router.websocket("/ws/training/{training_id}")
 async def training(socket: WebSocket, caller: SocketCaller, training_id: Annotated[str, Path(max_length=40)]) -> None:
-    """How a training goes: at once, and whenever it gets further. It is named by its session, or by its job."""
-    await training_status(training_id, caller)  # refuses what there is not
+    """Send the status of a training, now and after each change. The id is that of its session or its job."""
+    await training_status(training_id, caller)  # raises if there is none
     async with socket.app.state.hub.subscribe([f"training:{training_id}"]) as subscription:
 
         async def current_status(_: Message) -> Message:
@@ -48,7 +48,7 @@ async def training(socket: WebSocket, caller: SocketCaller, training_id: Annotat
             if missing_rooms := needed_rooms - subscription.rooms:
                 for room in missing_rooms:
                     subscription.join(room)
-                # Of what was said in there just before, nobody has told us.
+                # Messages in these rooms before this moment were missed, so read the status again.
                 status = (await training_status(training_id, caller))[1]
             return status.model_dump()
 
@@ -59,7 +59,7 @@ async def training(socket: WebSocket, caller: SocketCaller, training_id: Annotat
 
 @router.websocket("/ws/{client_id}")
 async def rooms(socket: WebSocket, caller: SocketCaller, client_id: Annotated[str, Path(max_length=128)]) -> None:
-    """Whatever happens in the rooms that the client joins."""
+    """Send the live messages of the rooms that the client joins."""
     async with socket.app.state.hub.subscribe(()) as subscription:
 
         async def on_message(message: dict[str, Any]) -> Message:
@@ -70,7 +70,7 @@ async def rooms(socket: WebSocket, caller: SocketCaller, client_id: Annotated[st
 
 
 async def may_join(caller: Principal, room: str) -> bool:
-    """Whether there is such a room, and it is open to this caller."""
+    """Whether the room exists, and the caller may join it."""
     if room in ROOMS:
         return True
     if room in ADMIN_ROOMS:
@@ -81,10 +81,10 @@ async def may_join(caller: Principal, room: str) -> bool:
 
 async def _change_rooms(subscription: Subscription, caller: Principal, message: dict[str, Any]) -> Message:
     action, room = message.get("type"), message.get("room")
-    if action not in ("join_room", "leave_room"):  # it may be anything, and not everything can be in a set
+    if action not in ("join_room", "leave_room"):  # no set: the client may send an unhashable value
         return error_message("A message's type is join_room, leave_room or ping.")
     if not isinstance(room, str):
-        return error_message("Name the room: a text under 'room'.")
+        return error_message("The name of the room is missing: send it as 'room'.")
     if action == "leave_room":
         if room != EVERYBODY:
             subscription.leave(room)
@@ -92,7 +92,7 @@ async def _change_rooms(subscription: Subscription, caller: Principal, message: 
     if len(subscription.rooms) > MAX_ROOMS:
         return error_message(f"One connection may be in {MAX_ROOMS} rooms.")
     if not await may_join(caller, room):
-        return error_message("There is no such room, or it is not open to you.")
+        return error_message("There is no such room, or you may not join it.")
     subscription.join(room)
     return {"type": "room_joined", "room": room}
 
@@ -113,4 +113,4 @@ async def _listen_only(socket: WebSocket, hub: Hub) -> None:
 
 
 async def _refuse_message(message: dict[str, Any]) -> Message:
-    return error_message("This connection only tells; it answers a ping.")
+    return error_message("This connection accepts no messages but ping.")
