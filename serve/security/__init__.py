@@ -1,1 +1,1 @@
-"""Credentials, origins and rate limits of requests."""
+"""Authentication, protection against other origins, and rate limits of requests."""

@@ -1,7 +1,7 @@
-"""Who is calling: the credential of a request, and the guard of a server that asks for none.
+"""Authenticates requests: finds the caller by the credential.
 
-A request is authenticated once. Whoever needs the caller first (the rate limits, else the route) pays for it, and the
-outcome stays in the ASGI scope.
+A request is authenticated once, where the caller is needed first (in the rate limits or the route). The result is
+stored in the ASGI scope.
 """
 
 import logging
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 CALLER_SCOPE_KEY = "forgearr.caller"
 PLACEHOLDER_KEY = "not-needed"
-"""What OpenAI's clients, which insist on some key, are told to send to a server that needs none. There it is no key."""
+"""OpenAI's clients need a key. The documentation tells users of an open server to set this one, which is ignored."""
 POLICY_VIOLATION = 1008
 
-# What the OpenAPI document says about credentials. They refuse nothing by themselves: an open server needs none.
+# For the OpenAPI document only. They reject no request, because an open server needs no credential.
 _api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key (fgr_…).")
 _bearer = HTTPBearer(auto_error=False, description="An API key or an access token.")
 
@@ -41,22 +41,22 @@ async def authenticate(connection: HTTPConnection) -> Principal:
 
 
 async def find_caller(connection: HTTPConnection) -> Principal | None:
-    """The caller, or None where a credential is needed and there is none. A wrong one is an error everywhere."""
+    """The caller; None if a credential is required and missing. A wrong credential raises an error."""
     if CALLER_SCOPE_KEY not in connection.scope:
         try:
             connection.scope[CALLER_SCOPE_KEY] = await _identify(connection)
         except ForgearrError as error:
             connection.scope[CALLER_SCOPE_KEY] = error
-    outcome = connection.scope[CALLER_SCOPE_KEY]
-    if isinstance(outcome, ForgearrError):
-        raise outcome
-    return outcome
+    result = connection.scope[CALLER_SCOPE_KEY]
+    if isinstance(result, ForgearrError):
+        raise result
+    return result
 
 
 async def is_still_authorized(connection: HTTPConnection) -> bool:
-    """Whether who was let in may stay: a key may be revoked, and an account disabled, in the middle of a conversation.
+    """Whether an open connection may continue: its key may have been revoked, or its account disabled.
 
-    An access token may run out meanwhile: it says for how long one may begin something.
+    An expired access token does not end it: the token's expiry only limits the start of new connections.
     """
     caller, credential = await authenticate(connection), _credential(connection)
     if caller.id is None or credential is None:
@@ -70,7 +70,7 @@ async def is_still_authorized(connection: HTTPConnection) -> bool:
     except (Unauthenticated, AccountDisabled):
         return False
     except SQLAlchemyError as error:
-        log.warning("The database cannot say who may stay, so all do (%s).", type(error).__name__)
+        log.warning("Open connections continue unchecked: the database does not respond (%s).", type(error).__name__)
     return True
 
 
@@ -101,12 +101,12 @@ async def _admin_caller(caller: CurrentCaller) -> Principal:
 
 
 AdminCaller = Annotated[Principal, Depends(_admin_caller)]
-# OpenAPI does not speak of WebSockets, and its security schemes cannot read one.
+# The security schemes of OpenAPI do not work with WebSockets.
 SocketCaller = Annotated[Principal, Depends(authenticate)]
 
 
 async def send_error(error: ForgearrError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request, or a WebSocket handshake, with an error from within a middleware."""
+    """Send an error from a middleware, as the response to a request or a WebSocket handshake."""
     if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
         return await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message})
     await error_response(error, scope["path"])(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Host and Origin of requests that carry no credential."""
+"""Middleware that protects a server without credentials from foreign web pages, by Host and Origin."""
 
 import re
 
@@ -11,10 +11,10 @@ from serve.security.callers import send_error
 
 
 class OriginGuard:
-    """Keeps web pages away from a server that needs no credential.
+    """Rejects requests of foreign web pages, if the server needs no credential.
 
-    A person's browser can reach such a server, so any page it shows could too. Three things give a page away: the Host
-    it used (a name of its own that it pointed at this machine), the Origin, and the browser's Sec-Fetch-Site.
+    A browser on this machine can reach such a server, and so can any page in it. Three headers reveal a foreign page:
+    Host (a domain of its own that resolves to this machine), Origin, and Sec-Fetch-Site.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,8 +1,8 @@
-"""How often a caller may ask: rate limits of all requests, and of failed logins.
+"""Rate limits of all requests, and of failed logins.
 
-A window starts with a caller's first request in it. A caller is the owner of a valid credential, else an address, so
-that made-up credentials do not buy new allowances. If the storage of the counts is down, requests pass: a broken Redis
-must not take the service down with it.
+A window starts with the first request of a caller. A caller is the owner of a valid credential, otherwise an address,
+so invented credentials give no new allowance. If the storage of the counts is down, requests are not limited: a broken
+Redis must not stop the service.
 """
 
 import logging
@@ -36,13 +36,13 @@ ROUTE_LIMITS = (
     ("apply", "POST", (f"{CONFIG_PATH}/apply", f"{CONFIG_PATH}/rollback")),
     ("recommendations", "GET", (CONFIG_PATH,)),
 )
-"""Which requests have a limit of their own: its setting, their method, and how their paths begin."""
+"""Requests with a limit of their own: the setting, the method, and the prefixes of the paths."""
 
 logger = logging.getLogger(__name__)
 
 
 class RateLimitMiddleware:
-    """ASGI middleware: counts each request, refuses those over the limit, and tells every caller where it stands."""
+    """Counts each request, rejects those over the limit, and sets the X-RateLimit headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -72,7 +72,7 @@ class RateLimitMiddleware:
 
 
 async def check_login(email: str, address: str) -> None:
-    """Refuse a login of an account, or from an address, that has failed too often."""
+    """Reject a login if too many logins of its account, or from its address, have failed."""
     limit = _parse(get_settings().auth.login_attempts)
     try:
         for caller in _login_callers(email, address):
@@ -83,7 +83,10 @@ async def check_login(email: str, address: str) -> None:
 
 
 async def count_failed_login(email: str, address: str) -> None:
-    """Guesses sent at the same moment all pass the check: here those over the limit are refused as right ones are."""
+    """Count a failed login, and reject it if it is over the limit.
+
+    Concurrent guesses all pass `check_login`. Over the limit, wrong ones must get the same response as right ones.
+    """
     limit = _parse(get_settings().auth.login_attempts)
     try:
         over = [caller for caller in _login_callers(email, address) if not await limiter().hit(limit, *caller)]
@@ -94,11 +97,11 @@ async def count_failed_login(email: str, address: str) -> None:
 
 
 def client_address(connection: HTTPConnection) -> str:
-    """Where a request comes from, as far as the caller cannot choose it.
+    """The address of the client, which the client cannot forge.
 
-    Behind Ray Serve's HAProxy the peer is HAProxy; uvicorn takes the address from the X-Forwarded-For header instead.
-    FORWARDED_ALLOW_IPS says that HAProxy does append it (`option forwardfor`), and from which peers to believe it. As
-    long as nobody said so, that header is the caller's own invention.
+    Behind Ray Serve's HAProxy the peer is HAProxy, and uvicorn takes the address from X-Forwarded-For.
+    FORWARDED_ALLOW_IPS says that HAProxy appends that header (`option forwardfor`), and which peers to trust. Without
+    it, the client could have set the header itself.
     """
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and not os.environ.get("FORWARDED_ALLOW_IPS"):
         return "proxy"
@@ -110,13 +113,13 @@ def client_address(connection: HTTPConnection) -> str:
         return "unknown"
     if not isinstance(address, IPv6Address):
         return str(address)
-    # One customer has a whole /64, and so 2^64 addresses to call from.
+    # A client usually has a whole /64, and so 2^64 addresses.
     return str(address.ipv4_mapped or ip_network((address, 64), strict=False))
 
 
 @cache
 def limiter() -> FixedWindowRateLimiter:
-    """The counts of this process, or of all processes if the storage is Redis."""
+    """The limiter. Its counts are those of this process, or with Redis those of all processes."""
     storage = storage_from_string(
         f"async+{get_settings().limits.storage.get_secret_value()}",
         implementation="redispy",
@@ -131,12 +134,12 @@ async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str
     connection = HTTPConnection(scope)
     settings = get_settings().limits
     if scope["path"].startswith(HEALTH_PATHS):
-        # By address, without a look at the credential: health must answer when the database does not.
+        # By address: to check the credential needs the database, and /health must respond without it.
         return _parse(settings.health), ("health", client_address(connection))
     try:
         caller = await find_caller(connection)
     except ForgearrError:
-        caller = None  # the route will say so
+        caller = None  # the route raises the error again
     name = _limit_name(scope)
     limit = _parse(getattr(settings, name))
     if caller is None or caller.id is None:
@@ -145,10 +148,10 @@ async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str
 
 
 def _limit_name(scope: Scope) -> str:
-    """Under which setting a request falls; those of one name are counted together."""
+    """The setting that limits a request. Requests with the same setting are counted together."""
     path: str = scope["path"].rstrip("/")
     for name, method, paths in ROUTE_LIMITS:
-        if scope.get("method") == method and any(path == known or path.startswith(f"{known}/") for known in paths):
+        if scope.get("method") == method and any(path == prefix or path.startswith(f"{prefix}/") for prefix in paths):
             return name
     return "general"
 

@@ -1,4 +1,4 @@
-"""Accounts and credentials: /api/v1/auth."""
+"""The routes /api/v1/auth: accounts, logins and API keys."""
 
 from datetime import timedelta
 from typing import Annotated, Literal, Self
@@ -22,13 +22,13 @@ router = APIRouter(prefix="/api/v1/auth", tags=["Auth"])
 
 
 class RegistrationClosed(Forbidden):
-    """Only an administrator may create accounts here."""
+    """Only an administrator may create accounts on this server."""
 
     code = "REGISTRATION_CLOSED"
 
 
 class AccountRequired(Conflict):
-    """An API key stands for an account, and this request has none: create one with `forgearr user add` and log in."""
+    """An API key needs an account, and this request has none: create one with `forgearr user add` and log in."""
 
     code = "ACCOUNT_REQUIRED"
 
@@ -40,7 +40,7 @@ def _validate_email(text: str) -> str:
         raise ValueError(error.message) from error
 
 
-# Control characters in a name are a mistake at best, and PostgreSQL cannot store all of them.
+# Control characters in a name are a mistake, and PostgreSQL cannot store all of them.
 Text = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Email = Annotated[Text, Field(max_length=254, json_schema_extra={"format": "email"}), AfterValidator(_validate_email)]
 Password = Annotated[SecretStr, Field(min_length=identity.MIN_PASSWORD_LENGTH, max_length=identity.MAX_PASSWORD_LENGTH)]
@@ -65,7 +65,7 @@ class RefreshTokenBody(BaseModel):
 
 class Tokens(BaseModel):
     access_token: str
-    refresh_token: str = Field(description="Good for one use: its answer holds the next one.")
+    refresh_token: str = Field(description="Can be used once: the response has the next one.")
     token_type: Literal["bearer"] = "bearer"  # noqa: S105
     expires_in: int = Field(description="Seconds until the access token expires.")
 
@@ -73,7 +73,7 @@ class Tokens(BaseModel):
 class Account(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
-    id: str | None = Field(description="Null for this machine's own user, on a server that needs no credential.")
+    id: str | None = Field(description="Null: the local user of a server that needs no credential.")
     email: str | None
     username: str
     full_name: str | None
@@ -87,14 +87,14 @@ class ApiKeyRequest(BaseModel):
 
     name: Text
     expires_at: RequestTime | None = Field(None, description="When it expires. Null: never.")
-    expires_in_days: int | None = Field(None, ge=1, le=MAX_KEY_DAYS, description="The same, counted from now.")
+    expires_in_days: int | None = Field(None, ge=1, le=MAX_KEY_DAYS, description="Days until it expires.")
 
     @model_validator(mode="after")
     def validate_expiry(self) -> Self:
         if self.expires_at and self.expires_in_days:
-            raise ValueError("give expires_at or expires_in_days, not both")
+            raise ValueError("send either expires_at or expires_in_days, not both")
         if self.expires_at and not now() < self.expires_at <= now() + timedelta(days=MAX_KEY_DAYS):
-            raise ValueError(f"expires_at must lie in the next {MAX_KEY_DAYS} days")
+            raise ValueError(f"expires_at must be within the next {MAX_KEY_DAYS} days")
         return self
 
 
@@ -105,7 +105,7 @@ class ApiKeyView(BaseModel):
     name: str
     prefix: str = Field(description="The first characters of the key.")
     created_at: UtcTime
-    last_used_at: UtcTime | None = Field(description="To the minute.")
+    last_used_at: UtcTime | None = Field(description="Accurate to the minute.")
     expires_at: UtcTime | None
 
 
@@ -115,7 +115,7 @@ class CreatedApiKey(ApiKeyView):
 
 @router.post("/register", status_code=201)
 async def register(body: Registration, caller: OptionalCaller) -> Account:
-    """Create an account. Open to everybody on this machine's own server, elsewhere to administrators."""
+    """Create an account. If registration is closed, only administrators may do this."""
     if not get_settings().registration_open and not (caller and caller.is_admin):
         raise RegistrationClosed()
     password_hash = await identity.hash_password(body.password.get_secret_value())
@@ -140,7 +140,7 @@ async def login(body: Login, request: Request) -> Tokens:
     if not await identity.verify_password(user, body.password.get_secret_value()) or user is None:
         await count_failed_login(body.email, address)
         raise Unauthenticated("The email or the password is wrong.")
-    # Again: guesses sent at the same moment all passed the first check, and must not learn which of them was right.
+    # Again: concurrent guesses all passed the first check, and must not learn which of them was right.
     await check_login(body.email, address)
     if not user.is_active:
         raise AccountDisabled()
@@ -151,24 +151,24 @@ async def login(body: Login, request: Request) -> Tokens:
 
 @router.post("/refresh")
 async def refresh(body: RefreshTokenBody) -> Tokens:
-    """Exchange a refresh token for new tokens. It is good once: if it comes back, the whole login ends."""
+    """Exchange a refresh token for new tokens. It can be used once: a second use ends the whole login."""
     async with get_database().transaction() as session:
         rotated = await identity.rotate_refresh_token(session, body.refresh_token.get_secret_value())
     if rotated is None:
-        raise Unauthenticated("The refresh token is not valid any more; log in again.")
+        raise Unauthenticated("The refresh token is no longer valid. Log in again.")
     return _tokens(*rotated)
 
 
 @router.post("/logout", status_code=204)
 async def logout(body: RefreshTokenBody) -> None:
-    """End the login that a refresh token belongs to."""
+    """End the login of a refresh token."""
     async with get_database().transaction() as session:
         await identity.end_login(session, body.refresh_token.get_secret_value())
 
 
 @router.get("/me")
 async def me(caller: CurrentCaller) -> Account:
-    """The account that this request acts as."""
+    """Get your own account."""
     if caller.id is None:
         return Account(
             id=None,
@@ -185,7 +185,7 @@ async def me(caller: CurrentCaller) -> Account:
 
 @router.post("/keys", status_code=201)
 async def create_key(body: ApiKeyRequest, caller: CurrentCaller) -> CreatedApiKey:
-    """Create an API key for your account. It is shown in this answer only."""
+    """Create an API key for your account. Only this response shows the key."""
     if caller.id is None:
         raise AccountRequired()
     expires_at = now() + timedelta(days=body.expires_in_days) if body.expires_in_days else body.expires_at
@@ -196,7 +196,7 @@ async def create_key(body: ApiKeyRequest, caller: CurrentCaller) -> CreatedApiKe
 
 @router.get("/keys")
 async def list_keys(caller: CurrentCaller, paging: PaginationParams) -> Page[ApiKeyView]:
-    """Your API keys."""
+    """List your API keys."""
     if caller.id is None:
         return paging.page([], 0)
     async with get_database().read_transaction() as session:
@@ -206,7 +206,7 @@ async def list_keys(caller: CurrentCaller, paging: PaginationParams) -> Page[Api
 
 @router.delete("/keys/{key_id}", status_code=204)
 async def revoke_key(key_id: UUID, caller: CurrentCaller) -> None:
-    """Revoke one of your API keys, at once."""
+    """Revoke one of your API keys. It is invalid at once."""
     if caller.id is None:
         raise identity.KeyNotFound()
     async with get_database().transaction() as session:
