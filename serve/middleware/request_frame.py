@@ -1,6 +1,6 @@
-"""What surrounds every request: its id, its log line, its place in the metrics, and a look at what it brings.
+"""The outermost middleware: the id, the metrics and the log line of each request, and its unexpected errors.
 
-Plain ASGI, because each layer is paid for by every request.
+Plain ASGI, because its cost is a part of every request.
 """
 
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestContextMiddleware:
-    """Gives each request its id, times it, counts it, logs it, and answers for what went wrong inside it."""
+    """Sets the request id, measures and logs the request, and responds to unexpected exceptions."""
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self.app = app
@@ -50,11 +50,11 @@ class RequestContextMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
-            logger.debug("%s: the client left before its request was whole.", _line(scope))
+            logger.debug("%s: the client disconnected before the end of its request.", _line(scope))
         except Exception:
             logger.exception("%s failed.", _line(scope))
             if status:
-                raise  # too late for an answer: the server breaks the connection off
+                raise  # too late for an error response: the server closes the connection
             await send_error(ForgearrError(), scope, receive, send_with_id)
         finally:
             if not status:
@@ -80,5 +80,5 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
 
 
 def _line(scope: Scope) -> str:
-    # Without the query, which may hold a WebSocket's credential.
+    # Without the query, which may contain the credential of a WebSocket.
     return f"{scope.get('method', 'WebSocket')} {scope['path']}"

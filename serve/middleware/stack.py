@@ -1,4 +1,4 @@
-"""The middleware, in its order."""
+"""Adds the middleware to the application, in the right order."""
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -11,7 +11,7 @@ from serve.security.rate_limits import RateLimitMiddleware
 
 
 def add_middleware(app: FastAPI) -> None:
-    """The layers around every route. Each one added surrounds those before it."""
+    """Each middleware that is added surrounds those before it."""
     app.add_middleware(InputValidationMiddleware)
     app.add_middleware(RateLimitMiddleware)
     app.add_middleware(OriginGuard)

@@ -1,4 +1,4 @@
-"""Checks of a request's body and address before any route sees it."""
+"""Middleware that validates the path and the body of a request before its route."""
 
 import re
 from collections.abc import AsyncIterator
@@ -14,9 +14,9 @@ from serve.security.callers import find_caller, send_error
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_ANONYMOUS_BODY_BYTES = 4 * 1024 * 1024
-"""Of who has not said who they are: a login, or a webhook. A long document stops everybody while it is read."""
+"""Without a credential, as for a login or a webhook. To parse a long document blocks all other requests."""
 STREAMED_BODY_ROUTES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts|/api/blobs/[^/]+")
-"""Routes that take longer bodies: they read them as they come, and bound and check them themselves."""
+"""Routes that accept larger bodies. They read them as a stream, and limit and validate them themselves."""
 MAX_JSON_DEPTH = 100
 JSON_CONTENT = re.compile(rb"application/([^;\s]+\+)?json\b", re.IGNORECASE | re.ASCII)
 
@@ -31,7 +31,7 @@ class BodyTooLarge(InvalidRequest):
 
 
 class InputValidationMiddleware:
-    """Refuses what no route can keep: broken JSON, text that no database stores, and bodies without end."""
+    """Rejects invalid JSON, text that databases cannot store, and bodies that are too large."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -51,7 +51,7 @@ class InputValidationMiddleware:
 
 
 def _with_json_content_type(scope: Scope) -> Scope:
-    """Ollama reads every body as JSON, and its guides send them with `curl -d`, which calls them a form."""
+    """Ollama parses every body as JSON. Its guides use `curl -d`, which declares a form."""
     headers = [header for header in scope["headers"] if header[0] != b"content-type"]
     return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
 
@@ -62,11 +62,11 @@ def _should_check_body(scope: Scope) -> bool:
 
 def _check_address(scope: Scope) -> None:
     if b"%00" in scope["query_string"] or "\0" in scope["path"]:
-        raise InvalidRequest("An address may not contain the character U+0000.")
+        raise InvalidRequest("The URL may not contain the character U+0000.")
 
 
 async def _check_body(scope: Scope, receive: Receive) -> Receive:
-    """Look at a JSON body, or at one of unknown length, before the route does; others pass as they come."""
+    """Read and check JSON bodies, and bodies of unknown length, before the route. Others are passed on as a stream."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length")
     max_bytes = MAX_ANONYMOUS_BODY_BYTES
@@ -74,7 +74,7 @@ async def _check_body(scope: Scope, receive: Receive) -> Receive:
         max_bytes = MAX_BODY_BYTES
     if length is not None and int(length) > max_bytes:
         raise BodyTooLarge()
-    # A header that is sent twice may be read either way.
+    # If a client sends the header twice, the route may use either one.
     is_json = any(name == b"content-type" and JSON_CONTENT.match(value) for name, value in scope["headers"])
     if not is_json and b"transfer-encoding" not in headers:
         return receive
@@ -112,10 +112,10 @@ def _check_json(body: bytes) -> None:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    # Who shows such a document later, or looks through it, would not come back from its depths.
+    # Code that serializes or traverses such a document later would exceed the recursion limit.
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_too_deep(document):
-        raise InvalidRequest(f"JSON may be nested {MAX_JSON_DEPTH} levels deep.")
-    # Only an escape can bring the character in, and few documents have one that looks like it.
+        raise InvalidRequest(f"JSON may be nested {MAX_JSON_DEPTH} levels deep at most.")
+    # Only the escape can produce the character, and few documents contain it.
     if b"u0000" in body and _has_nul(document):
         raise InvalidRequest("Text may not contain the character U+0000.")
 
