@@ -1,6 +1,6 @@
-"""Builds the gateway: the FastAPI application, and its deployment on Ray Serve.
+"""Builds the FastAPI application of the gateway.
 
-`create_app()` also runs under plain uvicorn, where everything works but what needs Ray's actors.
+`create_app()` also runs under plain uvicorn. Only features that need Ray's actors do not work there.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ FINAL_METRICS_SECONDS = 1.0
 
 
 def create_app() -> FastAPI:
-    # The pages of /docs and /redoc come from here, not from somebody's CDN.
+    # /docs and /redoc load their scripts from this server, not from a CDN.
     app = FastAPIOffline(
         title="Forgearr",
         description="Trains, ships and runs a private assistant. Everything slow is a job.",
@@ -56,6 +56,6 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     yield
     sharing.cancel()
     await get_database().close()
-    with suppress(TimeoutError):  # when everything stops, there may be nobody left to tell
+    with suppress(TimeoutError):  # at shutdown the events actor may be gone already
         async with asyncio.timeout(FINAL_METRICS_SECONDS):
             await metrics.share()

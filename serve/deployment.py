@@ -1,4 +1,4 @@
-"""The Ray Serve application: the gateway and its engines as deployments."""
+"""Builds the Ray Serve application: the gateway and the engines as deployments."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,12 +8,12 @@ from serve.app import create_app
 from serve.engines.factory import GGUF, TRANSFORMERS
 
 MAX_ONGOING_REQUESTS = 10_000
-"""Per replica. A WebSocket or a followed stream is one for as long as it lasts."""
+"""Per replica. A WebSocket or a stream counts as one request until it ends."""
 SHUTDOWN_SECONDS = 5.0
 
 
 def build_application(settings: Settings) -> Any:
-    """The gateway, and the engines behind it, as an application for `ray.serve.run`."""
+    """The application for `ray.serve.run`."""
     from ray import serve as ray_serve
 
     from serve.gateway import Gateway
@@ -23,13 +23,13 @@ def build_application(settings: Settings) -> Any:
         num_replicas=settings.serve.replicas,
         **_deployment_options(MAX_ONGOING_REQUESTS),
     )
-    # A function is called in each replica; an application would have to be pickled.
+    # Serve calls the function in each replica. It would have to pickle an application.
     gateway: Any = deployment(ray_serve.ingress(create_app)(Gateway))
     return gateway.bind(*_engine_deployments(settings.engines))
 
 
 def _engine_deployments(settings: EngineSettings) -> Iterator[Any]:
-    """They take no GPU for themselves, and so none away from training: what is free there, they use."""
+    """Engines reserve no GPU, so that none is missing for trainings. They use the memory that is free on it."""
     from ray import serve as ray_serve
 
     from serve.engines.gguf.replica import GgufReplica

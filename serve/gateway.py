@@ -1,7 +1,6 @@
-"""A gateway replica: the process in which Ray Serve runs the application.
+"""The deployment class of the gateway: in each of its replicas, Ray Serve runs the application.
 
-It has no health check of its own, and none that asks for the database: replacing a replica does not bring a database
-back. Ray already sees whether its event loop turns.
+It has no health check of its own. A new replica would not repair the database, and Ray notices a blocked event loop.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -11,13 +10,13 @@ from cluster import logs
 
 class Gateway:
     def __init__(self, *engines: object) -> None:
-        """Of the engines it is told only so that Serve runs them beside it."""
+        """The engines are not used here. As arguments they become part of the same application."""
         logs.configure("gateway")
         _disable_ray_request_ids()
 
 
 def _disable_ray_request_ids() -> None:
-    """Ray adds an X-Request-ID of its own to every answer, whatever the client sent, beside the application's."""
+    """Ray would add a second X-Request-ID to every response, with an id of its own."""
     from ray.serve._private import http_util
 
     http_util.RequestIdMiddleware = _PassThroughMiddleware  # pyright: ignore[reportAttributeAccessIssue]

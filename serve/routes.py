@@ -1,7 +1,7 @@
-"""Every router of the gateway, in the order of the API document.
+"""The list of all routers, in the order of the API's documentation.
 
-No order between routers matters: no pattern of one router covers an address of another. Inside a router a literal path
-stands before a path with a parameter in the same place. tests/serve/test_routes.py holds both.
+The order of routers has no effect: no path pattern of a router matches a path of another one. Inside a router a literal
+path is declared before a pattern that matches it. tests/serve/test_routes.py verifies both.
 """
 
 from fastapi import APIRouter

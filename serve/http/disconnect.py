@@ -1,4 +1,4 @@
-"""Cancel the work when the client disconnects."""
+"""Cancels the work for a request when its client disconnects."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 async def cancel_on_disconnect(request: Request, awaitable: Awaitable[Result]) -> Result:
-    """Do what a client waits for; when it goes away, stop. It gets no answer then, whatever is raised here."""
+    """Await the result, or cancel it when the client disconnects. The response then reaches nobody."""
     task = asyncio.ensure_future(awaitable)
     disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:

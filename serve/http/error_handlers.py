@@ -1,4 +1,4 @@
-"""Every error as a response in its API's envelope."""
+"""Exception handlers: turn every error into a response in the envelope of its API."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -39,11 +39,11 @@ ERROR_BY_STATUS: dict[int, type[ForgearrError]] = {
         errors.Unavailable,
     )
 }
-"""What the framework's own errors become, by their status."""
+"""Forgearr's errors for those of the framework, by status."""
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Make the application answer every error that a route raises with the envelope, and describe it."""
+    """Register the handlers, and add the envelopes to the OpenAPI document."""
     for kind in (ForgearrError, RequestValidationError, WebSocketRequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle_error)
     original_openapi = app.openapi
@@ -64,7 +64,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def as_forgearr_error(error: Exception) -> ForgearrError:
-    """What a door says of an exception; of one that nobody expected, only that it happened."""
+    """The public error for an exception. An unexpected one becomes a general error without details."""
     if isinstance(error, ForgearrError):
         return error
     if isinstance(error, RequestValidationError | WebSocketRequestValidationError):
@@ -87,14 +87,14 @@ async def _handle_error(connection: HTTPConnection, error: Exception) -> Any:
 
 
 def _methods(connection: HTTPConnection) -> list[str]:
-    """All methods of an address: FastAPI has a route for each of them, and names only those of the first."""
+    """All methods of a path. FastAPI has a route for each method, and reports the first one only."""
     declared = (route_template(connection.scope) or "").replace(":path}", "}")
     operations = connection.app.openapi()["paths"].get(declared, {})
     return sorted(method.upper() for method in operations)
 
 
 async def _refuse_socket(socket: WebSocket, error: ForgearrError) -> None:
-    """A handshake is refused with an HTTP status where the server can do so; a running talk with a close code."""
+    """Refuse a handshake with an HTTP status if the server supports it, and an open socket with a close code."""
     if socket.client_state == WebSocketState.CONNECTING and "websocket.http.response" in socket.scope["extensions"]:
         return await socket.send_denial_response(error_response(error, socket.scope["path"]))
     code = INTERNAL_CLOSE_CODE if error.status >= 500 else 4000 + error.status
@@ -108,26 +108,26 @@ def _invalid_fields(problems: Sequence[Mapping[str, Any]]) -> UnprocessableReque
 
 
 def _field(problem: Mapping[str, Any]) -> str:
-    """`items.0.name` for ("body", "items", 0, "name"); the place itself if nothing in it is named."""
+    """`items.0.name` for ("body", "items", 0, "name"); the first part if it is the only one."""
     location, *names = problem["loc"]
     return ".".join(str(name) for name in names) or str(location)
 
 
 def _reason(problem: Mapping[str, Any]) -> str:
-    # A check of our own may quote the value that it refuses.
+    # A validator of Forgearr may quote the rejected value.
     if problem["type"] in {"value_error", "assertion_error"} and SECRET_FIELD.search(_field(problem)):
         return "is not valid"
     return str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
 
 
 def _http_error(error: HTTPException) -> ForgearrError:
-    """An error that the framework raised, such as for a route or method that does not exist."""
+    """Convert an error of the framework, such as an unknown route or method."""
     phrase = HTTPStatus(error.status_code).phrase
     message = None if error.detail == phrase else error.detail
     if kind := ERROR_BY_STATUS.get(error.status_code):
         return kind(message)
-    answer = ForgearrError(message or f"{phrase}.")
-    answer.status = error.status_code
-    answer.error = phrase.lower().replace(" ", "_")
-    answer.code = answer.error.upper()
-    return answer
+    converted = ForgearrError(message or f"{phrase}.")
+    converted.status = error.status_code
+    converted.error = phrase.lower().replace(" ", "_")
+    converted.code = converted.error.upper()
+    return converted

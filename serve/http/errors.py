@@ -1,8 +1,8 @@
-"""How an error looks on the wire: one renderer, three dialects.
+"""Renders an error as a response: one function, three envelopes.
 
-Everywhere: {"error", "error_code", "message", "detail", "details", "timestamp", "status"}, which holds the fields of
-every API that Forgearr unites. Under /v1, as OpenAI's clients want it: {"error": {"message", "type", "param", "code"}}.
-At Ollama's paths, whose clients show `error` to people, that is the sentence.
+The general envelope is {"error", "error_code", "message", "detail", "details", "timestamp", "status"}. Under /v1 it is
+OpenAI's: {"error": {"message", "type", "param", "code"}, "detail"}. At Ollama's paths it is the general one, but
+`error` is the message, because Ollama's clients show that field.
 """
 
 import re
@@ -47,11 +47,11 @@ STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
 
 
 class ErrorEnvelope(BaseModel):
-    error: str = Field(description="What went wrong, as a word.", examples=["not_found"])
-    error_code: str = Field(description="The same, more exactly.", examples=["JOB_NOT_FOUND"])
-    message: str = Field(description="What went wrong, as a sentence for people.")
-    detail: str = Field(description="The same sentence.")
-    details: dict[str, Any] = Field(description="What concerns single fields, by their names.")
+    error: str = Field(description="Type of the error.", examples=["not_found"])
+    error_code: str = Field(description="Code of the error.", examples=["JOB_NOT_FOUND"])
+    message: str = Field(description="Description of the error for people.")
+    detail: str = Field(description="Same as message.")
+    details: dict[str, Any] = Field(description="Errors of single fields, by name, or other details.")
     timestamp: UtcTime
     status: Literal["error"]
 
@@ -80,24 +80,24 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def _responses_for(envelope: type[BaseModel], rate_limited: type[BaseModel]) -> Responses:
-    """By reference: FastAPI would make a field of each model for each status of each route, which takes a second."""
+    """Refer to the schemas. With models, FastAPI would create a field for each status of each route: a second more."""
 
     def response(status: int) -> dict[str, Any]:
-        shown = rate_limited if status == HTTPStatus.TOO_MANY_REQUESTS else envelope
-        schema = {"$ref": SCHEMA_REFERENCE.format(model=shown.__name__)}
+        model = rate_limited if status == HTTPStatus.TOO_MANY_REQUESTS else envelope
+        schema = {"$ref": SCHEMA_REFERENCE.format(model=model.__name__)}
         return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
 
     return {status: response(status) for status in STATUSES}
 
 
 ERROR_RESPONSES = _responses_for(ErrorEnvelope, RateLimitEnvelope)
-"""What OpenAPI says about errors, for every route."""
+"""The error responses in OpenAPI, for routers outside /v1."""
 OPENAI_ERROR_RESPONSES = _responses_for(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
 """The same for routers under /v1: `APIRouter(responses=OPENAI_ERROR_RESPONSES)`."""
 
 
 def error_response(error: ForgearrError, path: str) -> Response:
-    """The error, in the dialect that is spoken at this path."""
+    """Render the error in the envelope of this path."""
     envelope = _openai_envelope(error) if path.startswith(OPENAI_PREFIX) else _envelope(error)
     if path in OLLAMA_PATHS or path.startswith(OLLAMA_BLOBS_PREFIX):
         envelope["error"] = error.message
@@ -113,7 +113,7 @@ def error_response(error: ForgearrError, path: str) -> Response:
 
 
 def route_template(scope: Scope) -> str | None:
-    """The path of the route that was found, as it was declared, with the prefixes of the routers around it."""
+    """The declared path of the matched route, with the prefixes of its routers."""
     route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
     return getattr(route, "path", None)
 

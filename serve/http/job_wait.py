@@ -1,4 +1,4 @@
-"""Doors that wait for the outcome of a job, for as long as their callers will."""
+"""Waits for the end of a job, for routes that return its result."""
 
 import time
 from typing import Annotated, Any
@@ -12,24 +12,24 @@ from jobs.states import FINISHED
 from jobs.tables import Job
 
 POLL_SECONDS = 5.0
-"""How long a lost message may delay the news that a job has finished."""
+"""The longest delay of a response after a lost live message."""
 
 WaitSeconds = Annotated[
-    float, Query(ge=0, le=600, description="Seconds to wait for the outcome before answering without it.")
+    float, Query(ge=0, le=600, description="Seconds to wait for the result before a response without it.")
 ]
 UNFINISHED_RESPONSE: dict[int | str, dict[str, Any]] = {
-    202: {"description": "Not finished yet; ask again, or follow the job"}
+    202: {"description": "Not finished yet: repeat the request, or follow the job"}
 }
 
 
 async def wait_for_job(request: Request, job_id: str, seconds: float) -> Job:
-    """The job when it has finished, or as it is when the time is up."""
+    """The finished job, or the unfinished one after `seconds`."""
     deadline = time.monotonic() + seconds
     async with request.app.state.hub.subscribe([f"job:{job_id}"]) as subscription:
         while True:
             async with get_database().read_transaction() as session:
                 job = await queue.get(session, job_id, LOCAL)
-            left = deadline - time.monotonic()
-            if job.state in FINISHED or left <= 0:
+            remaining = deadline - time.monotonic()
+            if job.state in FINISHED or remaining <= 0:
                 return job
-            await subscription.get(timeout=min(left, POLL_SECONDS))
+            await subscription.get(timeout=min(remaining, POLL_SECONDS))

@@ -1,6 +1,6 @@
-"""Lists too long to be held: written to a file while they are found, and sent when all of it is there.
+"""Sends a list that may be too long for memory: it is written to a file first, and sent when it is complete.
 
-So what goes wrong half way is an error, and not half an answer with status 200.
+So an error in the middle is an error response, and not half a response with status 200.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,7 +16,7 @@ AddItem = Callable[[BaseModel], None]
 
 
 async def spooled_list_response(name: str, add_items: Callable[[AddItem], Awaitable[int]]) -> StreamingResponse:
-    """`{name: […], "total": …}`; `find` adds each row, and returns how many there are in all."""
+    """A response `{name: […], "total": …}`. `add_items` adds each item, and returns the total."""
     file = SpooledTemporaryFile[bytes](max_size=MEMORY_BYTES)
     separator = b""
 

@@ -1,4 +1,4 @@
-"""Long lists, a page at a time."""
+"""Pagination: parameters and envelopes of lists, for Forgearr's API and for OpenAI's."""
 
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -9,20 +9,20 @@ Item = TypeVar("Item")
 
 
 class Links(BaseModel):
-    next: str | None = Field(description="Address of the next page, null on the last.")
+    next: str | None = Field(description="Path of the next page. Null on the last page.")
     prev: str | None
 
 
 class Page(BaseModel, Generic[Item]):
     items: list[Item]
-    total: int = Field(description="How many there are on all pages.")
+    total: int = Field(description="Number of items on all pages.")
     skip: int
     limit: int
     links: Links
 
 
 class CursorPage(BaseModel, Generic[Item]):
-    """A list as OpenAI has it: the next page comes after `last_id`."""
+    """A page in OpenAI's format. Send `last_id` as `after` for the next page."""
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -32,14 +32,14 @@ class CursorPage(BaseModel, Generic[Item]):
 
 
 def cursor_page(items: list[Item], ids: list[str], limit: int) -> CursorPage[Item]:
-    """A page of what was found; one more than `limit` was looked for."""
-    shown = ids[:limit]
-    first, last = (shown[0], shown[-1]) if shown else (None, None)
+    """The page of at most `limit` items. If there is one item more, there are more pages."""
+    page_ids = ids[:limit]
+    first, last = (page_ids[0], page_ids[-1]) if page_ids else (None, None)
     return CursorPage(data=items[:limit], first_id=first, last_id=last, has_more=len(items) > limit)
 
 
 class Pagination:
-    """Which page a request wants: `?skip=…&limit=…`."""
+    """The query parameters `skip` and `limit`."""
 
     def __init__(
         self,

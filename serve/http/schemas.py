@@ -1,4 +1,4 @@
-"""What all request bodies share."""
+"""The base class of request bodies: unknown fields are errors."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -1,4 +1,4 @@
-"""Answers as OpenAI streams them: server-sent events, with an error among them if one comes too late for a status."""
+"""Server-sent events in OpenAI's format."""
 
 from collections.abc import AsyncIterator
 
@@ -8,7 +8,7 @@ from serve.http.errors import Responses
 
 
 def sse_responses(kind: str) -> Responses:
-    """What OpenAPI says of such an answer."""
+    """The response in OpenAPI."""
     data = {"type": "string", "description": f"A {kind}, or [DONE]."}
     item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {200: {"content": {"text/event-stream": {"itemSchema": item}}}}
