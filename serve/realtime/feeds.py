@@ -16,7 +16,7 @@ import orjson
 from cluster import events, logs, nodes
 from cluster.db import now
 from cluster.errors import Unavailable
-from serve.realtime.hub import EVERYBODY, Message
+from serve.realtime.hub import BROADCAST_ROOM, Message
 
 Poll = Callable[[events.Cursor | None], Awaitable[events.Batch]]
 
@@ -48,7 +48,7 @@ async def follow_system() -> AsyncGenerator[list[Message]]:
     """A sample of this machine every two seconds."""
     yield []
     async for sample in nodes.stream_metrics(SAMPLE_SECONDS):
-        yield [{"rooms": [EVERYBODY], **sample}]
+        yield [{"rooms": [BROADCAST_ROOM], **sample}]
 
 
 async def follow_logs() -> AsyncGenerator[list[Message]]:
@@ -56,13 +56,13 @@ async def follow_logs() -> AsyncGenerator[list[Message]]:
     positions = {path: path.stat().st_size for path in logs.folder().glob("*.jsonl")}
     while True:
         lines = await asyncio.to_thread(_new_lines, positions)
-        yield [{"rooms": [EVERYBODY], **line} for line in lines]
+        yield [{"rooms": [BROADCAST_ROOM], **line} for line in lines]
         await asyncio.sleep(LOG_SECONDS)
 
 
 def _missed_message() -> Message:
     return {
-        "rooms": [EVERYBODY],
+        "rooms": [BROADCAST_ROOM],
         "type": "events.missed",
         "data": {},
         "timestamp": now(),

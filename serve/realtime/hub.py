@@ -22,7 +22,7 @@ Feed = Callable[[], AsyncGenerator[list[Message]]]
 Transform = Callable[[Message], Awaitable[Message]]
 MessageHandler = Callable[[dict[str, Any]], Awaitable[Message]]
 
-EVERYBODY = "*"
+BROADCAST_ROOM = "*"
 MAX_QUEUED_MESSAGES = 256
 SEND_SECONDS = 10.0
 CLOSE_SECONDS = 2.0
@@ -38,7 +38,7 @@ class Subscription:
     """The message queue of one client. Use it as `async with hub.subscribe(rooms) as subscription`."""
 
     def __init__(self, hub: "Hub", rooms: Iterable[str]) -> None:
-        self.rooms = {*rooms, EVERYBODY}
+        self.rooms = {*rooms, BROADCAST_ROOM}
         self.dropped = False
         self._hub = hub
         self._queue = asyncio.Queue[Message | None](MAX_QUEUED_MESSAGES)
@@ -95,7 +95,7 @@ class Hub:
     def subscribe(self, rooms: Iterable[str]) -> Subscription:
         return Subscription(self, rooms)
 
-    def listeners(self, room: str = EVERYBODY) -> int:
+    def listeners(self, room: str = BROADCAST_ROOM) -> int:
         return len(self._members.get(room, ()))
 
     async def add(self, subscription: Subscription) -> None:
@@ -134,7 +134,7 @@ class Hub:
                         self._deliver(message)
         except Exception:
             logger.exception("A feed of live messages failed. Its subscriptions are dropped; clients can reconnect.")
-            for subscription in tuple(self._members[EVERYBODY]):
+            for subscription in tuple(self._members[BROADCAST_ROOM]):
                 subscription.drop()
 
     def _deliver(self, message: Message) -> None:

@@ -9,7 +9,7 @@ from cluster.db import get_database
 from cluster.errors import Forbidden, NotFound
 from cluster.ownership import Principal
 from jobs import queue
-from serve.realtime.hub import EVERYBODY, Hub, Message, Subscription, error_message, serve_socket
+from serve.realtime.hub import BROADCAST_ROOM, Hub, Message, Subscription, error_message, serve_socket
 from serve.security.callers import authenticate
 from serve.training.sessions import training_status
 
@@ -86,7 +86,7 @@ async def _change_rooms(subscription: Subscription, caller: Principal, message: 
     if not isinstance(room, str):
         return error_message("The name of the room is missing: send it as 'room'.")
     if action == "leave_room":
-        if room != EVERYBODY:
+        if room != BROADCAST_ROOM:
             subscription.leave(room)
         return {"type": "room_left", "room": room}
     if len(subscription.rooms) > MAX_ROOMS:

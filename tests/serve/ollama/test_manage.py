@@ -220,7 +220,7 @@ async def test_an_adapter_answers_on_the_model_that_it_is_for(gateway: Gateway) 
         await gateway.client.create(f"{name}-b", from_=f"{name}-a", parameters={"num_ctx": 512})
     other = _adapter(gateway.folder / "other.gguf", "qwen3")
     adapters = {other.name: await gateway.client.create_blob(other)}
-    with pytest.raises(ollama.ResponseError, match="is for models of the architecture qwen3"):
+    with pytest.raises(ollama.ResponseError, match="needs a model of the architecture qwen3"):
         await gateway.client.create(f"{name}-o", from_=name, adapters=adapters)
 
 

@@ -136,7 +136,7 @@ def test_what_go_has_for_it(template: str, written: str) -> None:
     ("template", "reason"),
     [
         ("{{ if .Prompt }}a", "'if' has no end"),
-        ("{{ .Prompt }}{{ end }}", "'end' belongs to nothing"),
+        ("{{ .Prompt }}{{ end }}", "'end' has no matching"),
         ("{{ .Prompt }}{{ else }}", "'else' has no matching"),
         ("{{ .Unheard }}", "'.Unheard' is not supported"),
         ("{{ $x }}{{ .Prompt }}", r"'\$x' is not supported"),
