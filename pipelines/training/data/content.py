@@ -1,4 +1,4 @@
-"""The content of a dataset, and how it is written."""
+"""Write samples to a file that can become a dataset."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from pipelines.training.data.samples import PreferencePair, Sample
 
 @dataclass(frozen=True)
 class SampleFile:
-    """A file of lines that are known to be samples, each written in the one way."""
+    """A file of valid samples, one canonical line each."""
 
     path: Path
     kind: str
@@ -21,7 +21,7 @@ class SampleFile:
 
 
 def write_samples(samples: Iterable[Sample | PreferencePair], path: Path, source: str) -> SampleFile:
-    """Write samples, one by one, into a file that can become a dataset."""
+    """Write samples one by one, so that they need not fit into memory. Raises EmptyData if there are none."""
     digest, count, kind = hashlib.sha256(), 0, ""
     with path.open("wb") as file:
         for sample in samples:

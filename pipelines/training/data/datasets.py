@@ -1,7 +1,8 @@
-"""Datasets: what training reads, whatever it was made from. One is a file of samples that never changes.
+"""Datasets: find, store, fetch and delete the files of samples that trainings read.
 
-It is known by the hash of its lines: the same content under the same name of the same owner is the same dataset, and
-new content under that name is its next version. Made from prompts or documents, it stays as it is when they change.
+A dataset never changes. It is identified by the hash of its lines: the same content under the same name of the same
+owner is the same dataset, and new content under that name is its next version. A dataset that was made from prompts or
+documents does not change when they do.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from pipelines.training.data.parsing import parse_samples
 from pipelines.training.data.samples import PreferencePair, Sample
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,99}$"
-"""Of a dataset that somebody uploads. The names of others have a slash in them."""
+"""Of uploaded datasets. The names of generated datasets contain a slash."""
 MAX_NAME_LENGTH = 100
 VERSION_SUFFIX = re.compile(r":v([1-9][0-9]{0,8})\Z")
 
@@ -44,13 +45,13 @@ class DatasetNotFound(NotFound):
 
 
 class DatasetInUse(Conflict):
-    """A job learns from this dataset."""
+    """A job uses this dataset."""
 
     code = "DATASET_IN_USE"
 
 
 class DatasetDamaged(ForgearrError):
-    """The file of a dataset is gone, or is not what it was."""
+    """The file of a dataset is missing or has changed."""
 
     code = "DATASET_DAMAGED"
 
@@ -67,8 +68,8 @@ class Dataset(Base):
     samples: Mapped[int]
     bytes: Mapped[int] = mapped_column(Counter)
     address: Mapped[str] = mapped_column(Text)  # in storage; datasets with the same content share it
-    source: Mapped[dict[str, Any]]  # what its first maker made it from
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    source: Mapped[dict[str, Any]]  # what it was made from when it was created
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: the local owner
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
 
@@ -78,12 +79,12 @@ def get(dataset_id: str) -> Dataset:
 
 
 def store_for_owner(owner_id: str | None, name: str, content: SampleFile, source: dict[str, Any]) -> Dataset:
-    """The dataset of this name with this content, of the owner of a job."""
+    """`store_dataset` for jobs, which run in threads without an event loop."""
     return asyncio.run(with_own_database(lambda database: _store_for_owner(database, owner_id, name, content, source)))
 
 
 def load(dataset: Dataset) -> list[Sample] | list[PreferencePair]:
-    """All its samples, if they are still what they were."""
+    """All samples of a dataset. Raises DatasetDamaged if its file has changed."""
     with tempfile.TemporaryDirectory(prefix="forgearr-dataset-") as folder:
         content = fetch(dataset, Path(folder)).read_bytes()
     if hashlib.sha256(content).hexdigest() != dataset.digest:
@@ -94,17 +95,17 @@ def load(dataset: Dataset) -> list[Sample] | list[PreferencePair]:
 
 
 def fetch(dataset: Dataset, folder: Path) -> Path:
-    """Its file as one of this machine."""
+    """A path on this machine to the file of a dataset."""
     try:
         return storage.fetch(dataset.address, folder)
     except FileNotFoundError as error:
         raise DatasetDamaged(
-            f"{dataset.address}, the file of {_versioned_name(dataset)}, is gone: make it anew."
+            f"{dataset.address}, the file of {_versioned_name(dataset)}, is missing: delete and recreate the dataset."
         ) from error
 
 
 async def find(session: AsyncSession, reference: str, principal: Principal) -> Dataset:
-    """A dataset by its id, or one's own by its name (the newest version) or NAME:v2."""
+    """A dataset by its id, or one of the owner's by its name (the newest version) or by NAME:v2."""
     by_id = await session.get(Dataset, reference)
     if by_id is not None and can_access(by_id, principal):
         return by_id
@@ -121,14 +122,14 @@ async def find(session: AsyncSession, reference: str, principal: Principal) -> D
 async def store_dataset(
     database: Database, name: str, content: SampleFile, source: dict[str, Any], principal: Principal
 ) -> Dataset:
-    """The dataset of this name with this content: the one there is, or the next version."""
+    """Return the dataset with this name and content: the existing one, or a new version."""
     storage_name = f"datasets/{content.digest}.jsonl"
     while True:
         if not await asyncio.to_thread(storage.exists, storage.address(storage_name)):
             await asyncio.to_thread(storage.save, content.path, storage_name)
         async with database.transaction() as session:
             await advisory_lock(session, "datasets")
-            # Nobody removes it while this is open; but a moment ago somebody may have.
+            # `delete` takes the same lock, so the file stays from here on. It may have been deleted since it was saved.
             if await asyncio.to_thread(storage.exists, storage.address(storage_name)):
                 return await _find_or_add(session, name, content, storage.address(storage_name), source, principal)
 
@@ -139,7 +140,7 @@ async def delete(database: Database, dataset_id: str, principal: Principal) -> N
         missing = DatasetNotFound(f"There is no dataset '{dataset_id}'.")
         dataset = require(await session.get(Dataset, dataset_id), principal, missing)
         if job_id := await _job_using(session, dataset):
-            raise DatasetInUse(f"{job_id} learns from {_versioned_name(dataset)}: wait for it, or cancel it.")
+            raise DatasetInUse(f"The job {job_id} uses {_versioned_name(dataset)}: wait for it, or cancel it.")
         await session.delete(dataset)
     async with database.transaction() as session:
         await advisory_lock(session, "datasets")

@@ -1,8 +1,8 @@
-"""A folder of documents as samples: what it says in its files is what the model learns to say, and nothing else.
+"""Turn a folder of documents into samples.
 
-Each section of a Markdown file answers what that file says about the section's heading, and each text file what it
-says. Files of samples (.jsonl) are taken as they are. A git repository is a folder like any other. Hidden files, links,
-other people's packages and files of other kinds are not documents.
+Each section of a Markdown file, and each text file, becomes the answer to the question what the file says. Files of
+samples (.jsonl) are used unchanged. A git repository is read like any other folder. Hidden files, links, installed
+packages and files of other types are ignored.
 """
 
 import os
@@ -24,7 +24,7 @@ IGNORED_FOLDERS = {"node_modules", "site-packages", "__pycache__"}
 MAX_FILES = 20_000
 MAX_BYTES = 256 * 1024 * 1024
 CHUNK_CHARACTERS = 2000
-"""What one answer has of a long text: paragraphs together up to this, so that it fits the context of small models."""
+"""Paragraphs of a text are joined up to this length, so that an answer fits the context of small models."""
 
 HEADING = re.compile(r"(#{1,6})\s+(.*?)(?:\s+#+)?\s*")
 FENCE = re.compile(r"\s{0,3}(`{3,}|~{3,})(.*)")
@@ -32,13 +32,13 @@ FRONT_MATTER = re.compile(r"\A---\n.*?\n(---|\.\.\.)(\n|\Z)", re.DOTALL)
 
 
 class TooManyDocuments(InvalidRequest):
-    """The folder holds more documents than can be learned at once."""
+    """The folder has too many documents."""
 
     code = "TOO_MANY_DOCUMENTS"
 
 
 class NoDocument(InvalidRequest):
-    """There is nothing to learn from in the folder."""
+    """The folder has no document with text in it."""
 
     code = "NO_DOCUMENT"
 
@@ -51,15 +51,15 @@ class UnreadableDocument(InvalidRequest):
 
 @dataclass
 class FolderContent:
-    """What a folder gave."""
+    """The samples of a folder, and which files they are from."""
 
     samples: list[Sample] | list[PreferencePair] = field(default_factory=list[Sample])
     files: int = 0
-    skipped: list[str] = field(default_factory=list[str])  # named like documents, but not text in UTF-8
+    skipped: list[str] = field(default_factory=list[str])  # have the extension of a document, but are not UTF-8 text
 
 
 def read_folder(folder: Path) -> FolderContent:
-    """Everything there is to learn in a folder, in the order of its paths."""
+    """Turn all documents of a folder into samples, in the order of their paths."""
     content = FolderContent()
     samples: list[Sample | PreferencePair] = []
     size = 0
@@ -68,7 +68,7 @@ def read_folder(folder: Path) -> FolderContent:
         size += path.stat().st_size
         if content.files == MAX_FILES or size > MAX_BYTES:
             raise TooManyDocuments(
-                f"{folder} holds more than {MAX_FILES} documents or {MAX_BYTES // 1024 // 1024} MiB: name a part of it."
+                f"{folder} has more than {MAX_FILES} documents or {MAX_BYTES // 1024 // 1024} MiB: name a subfolder."
             )
         text = _read_text(path)
         if text is None:
@@ -85,13 +85,13 @@ def read_folder(folder: Path) -> FolderContent:
         raise NoDocument(f"{folder} has no document with text in it ({kinds}).")
     sample_types = {type(sample) for sample in samples}
     if len(sample_types) > 1:
-        raise InvalidRequest(f"{folder} has both preferences and other documents: name a folder with one sort of them.")
+        raise InvalidRequest(f"{folder} has both preference pairs and other documents: name a folder with one kind.")
     content.samples = samples  # pyright: ignore[reportAttributeAccessIssue]
     return content
 
 
 def sections(text: str) -> Iterator[tuple[list[str], str]]:
-    """The sections of a Markdown text: the headings above each of them, outermost first, and what it says."""
+    """The sections of a Markdown text: for each, its headings, outermost first, and its content."""
     headings: list[tuple[int, str]] = []
     lines: list[str] = []
     fence = ""
@@ -109,7 +109,7 @@ def sections(text: str) -> Iterator[tuple[list[str], str]]:
 
 
 def split_into_chunks(text: str) -> list[str]:
-    """A text in pieces of whole paragraphs; a paragraph is cut only where it is too long by itself."""
+    """Split a text into chunks of whole paragraphs. Only a paragraph that is too long by itself is cut."""
     chunks: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         for start in range(0, len(paragraph), CHUNK_CHARACTERS):
@@ -122,7 +122,7 @@ def split_into_chunks(text: str) -> list[str]:
 
 
 def next_fence(line: str, fence: str) -> str:
-    """The fence of the code that the next line is in, empty outside of code."""
+    """The code fence that is open after this line, empty outside of code."""
     match = FENCE.fullmatch(line)
     if match is None:
         return fence
@@ -132,7 +132,7 @@ def next_fence(line: str, fence: str) -> str:
 
 
 def printable_path(path: Path) -> str:
-    """A path as text that can be kept, also where its name is no UTF-8."""
+    """A path as text that can be stored, even if its name is not UTF-8."""
     return os.fsencode(path.as_posix()).decode(errors="replace")
 
 
@@ -142,7 +142,7 @@ def _documents(folder: Path) -> Iterator[Path]:
         for name in sorted(names):
             path = Path(parent, name)
             is_document = path.suffix.lower() in MARKDOWN_EXTENSIONS | TEXT_EXTENSIONS | SAMPLE_EXTENSIONS
-            # A link could lead out of the folder, and what is no regular file may never end.
+            # A link could lead out of the folder, and reading a pipe or a device may never end.
             if is_document and not name.startswith(".") and not path.is_symlink() and path.is_file():
                 yield path
 
@@ -152,7 +152,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _read_text(path: Path) -> str | None:
-    """None if it is no text."""
+    """The text of a file, or None if it is not UTF-8 text."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:

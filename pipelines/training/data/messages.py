@@ -1,4 +1,4 @@
-"""The messages of a sample, in OpenAI's format."""
+"""The schema of a sample's messages, which is OpenAI's format, and their validation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, cast
@@ -10,7 +10,7 @@ MAX_DEPTH = 100
 
 
 class SamplePart(BaseModel):
-    """What a message is made of. An unknown field may change what is meant, so it is an error unless it is empty."""
+    """A part of a sample. An unknown field could change the meaning, so it is an error unless it is empty."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -80,22 +80,22 @@ class Message(SamplePart):
     @field_validator("content", mode="before")
     @classmethod
     def join_text_parts(cls, value: Any) -> Any:
-        """OpenAI's API also takes content as a list of parts."""
+        """OpenAI's API also accepts content as a list of parts."""
         if not isinstance(value, list):
             return value
         texts = [_text_of(part) for part in cast(list[Any], value)]
         if None in texts:
-            raise ValueError("only text can be learned, not images or sounds")
+            raise ValueError("only text is supported, not images or audio")
         return "".join(text for text in texts if text)
 
     @model_validator(mode="before")
     @classmethod
     def drop_weight(cls, value: Any) -> Any:
-        """OpenAI's files may give a message a weight: 1 says nothing new, and 0 is something that we cannot do."""
+        """OpenAI's files may give a message a weight: 1 is the default, 0 excludes it, which is not supported."""
         if isinstance(value, dict) and "weight" in value:
             message = cast(dict[str, Any], value)
             if message["weight"] not in (None, 1):
-                raise ValueError("every answer is learned: leave the weight out, or the message")
+                raise ValueError("training uses every answer: remove the weight, or the message")
             return {name: item for name, item in message.items() if name != "weight"}
         return value
 
@@ -105,21 +105,21 @@ class Message(SamplePart):
             if self.tool_calls is not None and not self.tool_calls:
                 self.tool_calls = None
             if not self.tool_calls and not (self.content or "").strip():
-                raise ValueError("the assistant neither says nor calls anything")
+                raise ValueError("the assistant's message has neither content nor tool_calls")
         elif self.tool_calls:
-            raise ValueError("only the assistant calls tools")
+            raise ValueError("only a message of the assistant may have tool_calls")
         elif self.content is None or (self.role == "user" and not self.content.strip()):
-            raise ValueError(f"the {self.role} says nothing: content is missing")
+            raise ValueError(f"the {self.role}'s message has no content")
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("a tool's message, and no other, has a tool_call_id")
+            raise ValueError("a tool's message must have a tool_call_id, and no other message may have one")
         return self
 
 
 def validate_conversation(messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
-    """Raises ValueError about what no chat template could tell, or what would be learned by nobody."""
+    """Raise ValueError if no chat template can render the conversation, or if it has no answer to train on."""
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise ValueError("it has no assistant's turn, so there is nothing to learn")
+        raise ValueError("it has no message of the assistant, so there is nothing to learn")
     if roles[-1] != "assistant":
         raise ValueError(f"its last message is the {roles[-1]}'s; it must be the assistant's")
     tool_names = {tool.function.name for tool in tools or ()}
@@ -131,12 +131,12 @@ def validate_conversation(messages: Sequence[Message], tools: Sequence[Tool] | N
             call_ids.add(call.id)
         if message.tool_call_id is not None and message.tool_call_id not in call_ids:
             raise ValueError(
-                f"messages.{number} answers the call '{message.tool_call_id}', which nobody made before it"
+                f"messages.{number} answers the call '{message.tool_call_id}', which is not among the calls before it"
             )
 
 
 def validate_text(value: Any) -> None:
-    """Raises ValueError about what is too deep to be looked through, or has a character that no database stores."""
+    """Raise ValueError if the value is nested too deep, or has a character that databases cannot store."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         if any(isinstance(node, str) and "\0" in node for node in level):

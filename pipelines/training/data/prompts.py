@@ -1,4 +1,4 @@
-"""Training prompts: single exchanges that people write and keep by hand, for models to learn from."""
+"""Training prompts: exchanges that people write by hand, stored as rows, and their conversion into samples."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +22,9 @@ from pipelines.training.spec import PromptFilter
 
 MAX_ID = 2**63 - 1
 PAGE_SIZE = 1000
-"""How many rows are read, or written, in one statement: databases bound the parameters of one."""
+"""Rows read or written in one statement. Databases limit the parameters of a statement."""
 
-# Not JSONB: that forgets in what order the fields of a tool were told, and a model reads them in their order.
+# Not JSONB, which loses the order of fields: a model reads the fields of a tool in their order.
 OrderedJson = JSON(none_as_null=True)
 
 Name = Annotated[str, Field(min_length=1, max_length=200, examples=["Movie request"])]
@@ -47,7 +47,7 @@ class NoMatchingPrompt(InvalidRequest):
 
 class Prompt(Base):
     __tablename__ = "training_prompts"
-    # Ids are never given out again: a training session remembers its prompts by them.
+    # Ids are never reused: a training session refers to its prompts by id.
     __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
 
     id: Mapped[int] = mapped_column(Counter, primary_key=True)
@@ -60,14 +60,14 @@ class Prompt(Base):
     tools: Mapped[Any | None] = mapped_column(OrderedJson)
     messages: Mapped[Any | None] = mapped_column(OrderedJson)
     tool_calls: Mapped[Any | None] = mapped_column(OrderedJson)
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: the local owner
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
 
 class PromptRequest(BaseModel):
-    """What somebody asks, and what the assistant should say or call."""
+    """A question, and the answer or the tool calls that the assistant should give."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -85,7 +85,7 @@ class PromptRequest(BaseModel):
     messages: list[Message] | None = Field(
         default=None,
         max_length=1000,
-        description="What is said between user_input and expected_output, such as a call and its result.",
+        description="Messages between user_input and expected_output, such as a call and its result.",
     )
     tool_calls: list[ToolCall] | None = Field(
         default=None, max_length=100, description="What the assistant should call, beside expected_output or instead."
@@ -98,7 +98,7 @@ class PromptRequest(BaseModel):
 
 
 def to_columns(request: PromptRequest) -> dict[str, Any]:
-    """A request as the table takes it, in plain JSON."""
+    """The columns of a request, in plain JSON."""
     fields = request.model_dump(exclude_none=True)
     return {name: fields.get(name) for name in PromptRequest.model_fields}
 
@@ -110,15 +110,15 @@ async def create(session: AsyncSession, request: PromptRequest, principal: Princ
     return prompt
 
 
-async def create_many(session: AsyncSession, checked: Iterable[dict[str, Any]], principal: Principal) -> None:
-    """Create prompts from the `columns` of requests, which are read in another thread."""
-    rows = ({**row, "owner_id": principal.id, "created_by": principal.name} for row in checked)
+async def create_many(session: AsyncSession, columns: Iterable[dict[str, Any]], principal: Principal) -> None:
+    """Create prompts from results of `to_columns`. The iterable is read in another thread."""
+    rows = ({**values, "owner_id": principal.id, "created_by": principal.name} for values in columns)
     while page := await asyncio.to_thread(lambda: list(islice(rows, PAGE_SIZE))):
         await session.execute(insert(Prompt), page)
 
 
 async def update_prompt(session: AsyncSession, prompt: Prompt, changes: Mapping[str, Any]) -> None:
-    """Set these fields, if the prompt makes sense with them."""
+    """Set these fields. Raises UnprocessableRequest if the prompt would not be valid."""
     current = {name: getattr(prompt, name) for name in PromptRequest.model_fields}
     try:
         request = PromptRequest.model_validate({**current, **changes})
@@ -155,7 +155,7 @@ def filter_prompts(
 
 
 async def find_matching_ids(session: AsyncSession, prompt_filter: PromptFilter, principal: Principal) -> list[int]:
-    """The ids of the prompts that are wanted, in their order; there is at least one."""
+    """The ids of the prompts that match, in ascending order. Raises NoMatchingPrompt if there are none."""
     query = visible(select(Prompt.id), Prompt, principal).order_by(Prompt.id)
     query = filter_prompts(session, query, category=prompt_filter.category, tags=prompt_filter.tags)
     if prompt_filter.ids is None:
@@ -173,7 +173,7 @@ async def find_matching_ids(session: AsyncSession, prompt_filter: PromptFilter, 
 
 
 async def load_samples(session: AsyncSession, prompt_filter: PromptFilter, principal: Principal) -> list[Sample]:
-    """The prompts that are wanted, as conversations to learn."""
+    """The prompts that match, as samples."""
     ids = await find_matching_ids(session, prompt_filter, principal)
     conversations: list[Sample] = []
     for start in range(0, len(ids), PAGE_SIZE):
@@ -183,24 +183,24 @@ async def load_samples(session: AsyncSession, prompt_filter: PromptFilter, princ
 
 
 def read_line(line: str | bytes, location: str) -> PromptRequest:
-    """A prompt from a line of JSONL."""
+    """Parse a prompt from a line of JSONL."""
     document = parse_json_line(line, location)
     try:
         return PromptRequest.model_validate(document)
     except ValidationError as error:
         raise InvalidSample(
-            f"The {location} is no prompt: {first_error_message(error)}.", details={"place": location}
+            f"The {location} is not a valid prompt: {first_error_message(error)}.", details={"place": location}
         ) from None
 
 
 def to_request(prompt: Prompt) -> dict[str, Any]:
-    """What of a prompt can be given to another one: a line of an export."""
+    """The fields of a prompt that can be imported again: a line of an export."""
     fields = {name: getattr(prompt, name) for name in PromptRequest.model_fields}
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _to_sample(prompt: Prompt | PromptRequest) -> Sample:
-    """Raises ValidationError, which is a ValueError too, if it makes no sense."""
+    """Raises ValueError if the prompt is not a valid conversation."""
     middle = [_dump(message) for message in prompt.messages or ()]
     answer = {"role": "assistant", "content": prompt.expected_output, "tool_calls": _dump(prompt.tool_calls or None)}
     system = [{"role": "system", "content": prompt.system_prompt}] if prompt.system_prompt else []

@@ -1,4 +1,4 @@
-"""From the name of a dataset to its content."""
+"""Resolve the data that a spec names (a dataset, a file, prompts or a folder) to a dataset."""
 
 import asyncio
 import re
@@ -40,7 +40,7 @@ class FolderNotFound(InvalidRequest):
 
 
 class InvalidTrainingFile(InvalidRequest):
-    """This file is not one to learn from."""
+    """This file cannot be used for training."""
 
     code = "INVALID_TRAINING_FILE"
 
@@ -49,18 +49,18 @@ class InvalidTrainingFile(InvalidRequest):
 
 
 def resolve(data: DataSource, owner_id: str | None) -> Dataset:
-    """The dataset that is meant: found, or made from prompts or documents as they are now."""
+    """The dataset that `data` names: an existing one, or one made now from a file, prompts or documents."""
     return asyncio.run(with_own_database(lambda database: _resolve(database, data, owner_id)))
 
 
-# For doors.
+# For routes.
 
 
 async def require_usable(
     session: AsyncSession, data: DataSource, principal: Principal, method: Literal["supervised", "dpo"]
 ) -> None:
-    """Raise what `resolve` and the training would, as far as that can be said without reading the data."""
-    kind = "chat"  # whatever is no uploaded dataset
+    """Raise the errors of `resolve` and of the training that can be found without reading the data."""
+    kind = "chat"  # of prompts and the demo; assumed of folders, which are not read here
     if data.dataset is not None and data.dataset != DEMO_DATASET:
         kind = (await find(session, data.dataset, principal)).kind
     if data.file is not None:
@@ -75,7 +75,7 @@ async def require_usable(
 
 
 def needs_admin(spec: DataSource | FineTuneSpec) -> bool:
-    """Whether it names a folder of this machine that is not for everybody."""
+    """Whether the spec names a folder that only administrators may read."""
     sources = [spec] if isinstance(spec, DataSource) else [spec.data, *([spec.validation] if spec.validation else [])]
     paths = [data.folder for data in sources if data.folder is not None]
     if isinstance(spec, FineTuneSpec) and is_path(spec.base_model):
@@ -84,12 +84,12 @@ def needs_admin(spec: DataSource | FineTuneSpec) -> bool:
 
 
 def is_path(reference: str) -> bool:
-    """Whether a base model is named by a place on this machine, and not by the name of a model."""
+    """Whether a base model is given as a path on this machine, not as the name of a model."""
     return reference.startswith(("/", "~", "."))
 
 
 def is_shared(path: str) -> bool:
-    """Whether it lies in a folder that is for everybody, wherever its links lead."""
+    """Whether a path, with its links resolved, is in a folder that every account may read."""
     resolved = _resolve_path(path)
     return any(resolved.is_relative_to(root.expanduser().resolve()) for root in get_settings().forge.folders)
 
@@ -115,7 +115,7 @@ async def _resolve(database: Database, data: DataSource, owner_id: str | None) -
         folder_content = documents.read_folder(folder)
         if folder_content.skipped:
             names = ", ".join(folder_content.skipped[:20])
-            logger.warning("%s: %d files are no text in UTF-8: %s", folder, len(folder_content.skipped), names)
+            logger.warning("%s: %d files are not UTF-8 text: %s", folder, len(folder_content.skipped), names)
         source = {
             "folder": documents.printable_path(folder),
             "files": folder_content.files,
@@ -149,7 +149,7 @@ async def _training_file(session: AsyncSession, file_id: str, principal: Princip
             f"The file '{file_id}' was uploaded with the purpose '{file.purpose}', not 'fine-tune'."
         )
     if file.fault:
-        raise InvalidTrainingFile(f"The file '{file_id}' cannot be learned from: {file.fault}")
+        raise InvalidTrainingFile(f"The file '{file_id}' cannot be used for training: {file.fault}")
     return file
 
 

@@ -1,8 +1,8 @@
-"""What a model learns from: conversations, and preferred beside rejected answers. A dataset has one of them per line.
+"""The schema of samples: conversations, and pairs of a preferred and a rejected answer. A dataset has one per line.
 
-A line of chat is `{"messages": […], "tools": […]}` in the form of OpenAI's API; one that was made from a repository
-also says where it is from. A line of preferences is `{"messages", "tools", "chosen", "rejected"}`; it may also be told
-as OpenAI does (`input`, `preferred_output`, `non_preferred_output`) or as `{"prompt", "chosen", "rejected"}`.
+A line of chat is `{"messages": […], "tools": […]}`, as in OpenAI's API. A line made from a repository also has its
+source. A line of preferences is `{"messages", "tools", "chosen", "rejected"}`. OpenAI's format (`input`,
+`preferred_output`, `non_preferred_output`) and `{"prompt", "chosen", "rejected"}` are converted to it.
 """
 
 from typing import Self
@@ -13,16 +13,16 @@ from pipelines.training.data.messages import Message, SamplePart, Tool, validate
 
 
 class Source(SamplePart):
-    """Where in a repository a sample is from. It is not learned."""
+    """Where in a repository a sample comes from. It is not part of the training text."""
 
-    kind: str | None = Field(default=None, max_length=40, description="What sort of question it is.")
+    kind: str | None = Field(default=None, max_length=40, description="The kind of question.")
     path: str | None = Field(default=None, max_length=4096)
     lines: list[int] | None = Field(default=None, min_length=2, max_length=2, description="First and last, from 1.")
     commit: str | None = Field(default=None, max_length=64)
 
 
 class Sample(SamplePart):
-    """A conversation that ends with what the assistant should say."""
+    """A conversation that ends with the answer that the assistant should give."""
 
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = None
@@ -36,7 +36,7 @@ class Sample(SamplePart):
 
 
 class PreferencePair(SamplePart):
-    """A conversation up to an answer, with a better and a worse one."""
+    """A conversation, and a preferred and a rejected answer to it."""
 
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = None
@@ -49,7 +49,7 @@ class PreferencePair(SamplePart):
         for answer in (self.chosen, self.rejected):
             if answer[0].role != "assistant":
                 raise ValueError(
-                    "chosen and rejected begin with the assistant's answer; what comes before is in messages"
+                    "chosen and rejected must begin with the assistant's answer; earlier messages belong in messages"
                 )
             validate_conversation([*self.messages, *answer], self.tools)
         if self.chosen == self.rejected:

@@ -263,7 +263,7 @@ async def test_a_damaged_file_is_noticed(client: httpx.AsyncClient, home: Path) 
     with pytest.raises(DatasetDamaged, match="has changed"):
         datasets.load(dataset)
     file.unlink()
-    with pytest.raises(DatasetDamaged, match="is gone"):
+    with pytest.raises(DatasetDamaged, match="is missing"):
         datasets.load(dataset)
     gone = await client.get(f"{PATH}/{made['id']}/content")
     assert (gone.status_code, gone.json()["error_code"]) == (500, "DATASET_DAMAGED")
@@ -363,7 +363,7 @@ async def test_a_repository_is_a_folder_and_its_state_a_version(database: Databa
         ({}, NoDocument, "has no document with text"),
         ({"a.py": "x", "b.md": "\n\n"}, NoDocument, "has no document with text"),
         ({"deep/bad.jsonl": f"{chat()}\n{{"}, InvalidRequest, "line 2 of deep/bad.jsonl is not JSON"),
-        ({"a.md": "text", "b.jsonl": PAIR}, InvalidRequest, "both preferences and other documents"),
+        ({"a.md": "text", "b.jsonl": PAIR}, InvalidRequest, "both preference pairs and other documents"),
     ],
 )
 async def test_a_folder_without_use(
@@ -381,7 +381,7 @@ def test_a_folder_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(documents.read_folder(tmp_path).samples) == 5
     for name, value in (("MAX_BYTES", 19), ("MAX_FILES", 4)):
         monkeypatch.setattr(documents, name, value)
-        with pytest.raises(TooManyDocuments, match="name a part of it"):
+        with pytest.raises(TooManyDocuments, match="name a subfolder"):
             documents.read_folder(tmp_path)
         monkeypatch.undo()
 

@@ -146,8 +146,8 @@ async def test_what_is_exported_can_be_imported(client: httpx.AsyncClient) -> No
     ("line", "reason"),
     [
         ("{", "line 2 of the upload is not JSON"),
-        ("[]", "line 2 of the upload is no prompt"),
-        (json.dumps({**MOVIE, "expected_output": None}), "neither says nor calls"),
+        ("[]", "line 2 of the upload is not a valid prompt"),
+        (json.dumps({**MOVIE, "expected_output": None}), "neither content nor tool_calls"),
         (json.dumps({**MOVIE, "user_input": "a\0b"}), "U+0000"),
         ('{"name": "\\ud800"}', "line 2 of the upload is not JSON"),
         (json.dumps({**MOVIE, "id": 1}), "id: Extra inputs"),
@@ -239,7 +239,7 @@ async def test_a_prompt_becomes_a_conversation(database: Database) -> None:
 
 def test_a_line_is_read_as_a_prompt_or_refused() -> None:
     assert prompts.read_line(json.dumps(MOVIE), "line 1") == wanted()
-    with pytest.raises(InvalidSample, match="The line 1 is no prompt: name: Field required"):
+    with pytest.raises(InvalidSample, match="The line 1 is not a valid prompt: name: Field required"):
         prompts.read_line("{}", "line 1")
     with pytest.raises(ValidationError):
         wanted(user_input="")

@@ -139,7 +139,7 @@ async def test_what_fits_its_purpose_is_processed(
     [
         ("fine-tune", b"", "There is no sample in a.jsonl"),
         ("fine-tune", b"\n\nhello\n", "line 3 of a.jsonl is not JSON"),
-        ("fine-tune", json.dumps(SAMPLE).encode() + b'\n{"messages": []}', "line 2 of a.jsonl is no sample: messages"),
+        ("fine-tune", json.dumps(SAMPLE).encode() + b'\n{"messages": []}', "line 2 of a.jsonl is not a valid sample"),
         ("fine-tune", b"\xff\xfe", "line 1 of a.jsonl is not JSON"),
         ("fine-tune", json.dumps(SAMPLE).encode() + b"\n" + json.dumps(PAIR).encode(), "line 2 of a.jsonl is pref"),
         ("batch", b"\n", "There is no request in a.jsonl"),

@@ -188,7 +188,7 @@ async def test_what_cannot_be_done_is_refused(
 
 async def test_a_file_that_is_not_to_be_learned_from_is_refused(gateway: Gateway) -> None:
     files = [
-        (await gateway.file({"no": "sample"}), "cannot be learned from: The line 1 of a.jsonl is no sample"),
+        (await gateway.file({"no": "sample"}), "used for training: The line 1 of a.jsonl is not a valid sample"),
         (await gateway.file(SAMPLE, purpose="user_data"), "purpose 'user_data'"),
         (await gateway.file(PAIR), "kind 'preference'"),
     ]
