@@ -1,4 +1,4 @@
-"""How many samples fit into one batch: found by trying, and halved when memory runs out after all."""
+"""Find the largest useful batch size by trying, and halve it when memory runs out during a training."""
 
 import ctypes
 import gc
@@ -16,11 +16,11 @@ from pipelines.training.fine_tune import distributed
 
 MAX_BATCH_SIZE = 64
 MIN_STEPS_PER_EPOCH = 8
-"""An epoch keeps at least so many steps: a model learns by steps, however many samples would fit into one."""
+"""An automatic batch size leaves at least this many steps per epoch: too few steps train badly."""
 MIN_SPEEDUP = 1.1
-"""A batch twice as large must be so much faster per sample, on a processor, to be worth its memory."""
+"""On a CPU, a batch of twice the size must be this much faster per sample to be worth its memory."""
 MEMORY_SHARE = 0.7
-"""Of the memory that is free, the part that trying may take."""
+"""The share of the free memory that a trial on a CPU may use."""
 
 
 class OutOfMemory(ForgearrError):
@@ -30,19 +30,19 @@ class OutOfMemory(ForgearrError):
 
 
 class RestartWithSmallerBatch(OutOfMemory):
-    """One of the processes that train together is out of memory: all must start again with smaller batches."""
+    """A process of a distributed training is out of memory: all must start again with smaller batches."""
 
     @property
     def batch_settings(self) -> dict[str, int]:
-        """What of the place in the training is another one now."""
+        """The new values of the training state."""
         return {name: int(str(self.details[name])) for name in ("batch_size", "gradient_accumulation")}
 
 
 def find_batch_size(trainer: Any, max_size: int) -> int:
-    """The batch size to use, at most `most`: on a GPU the largest that fits, else the one where speed stops growing.
+    """The batch size to use, up to `max_size`: the largest that fits on a GPU, the fastest that fits on a CPU.
 
-    It runs real steps, forward and backward, on the longest samples, and leaves the model as it was. Processes that
-    train together all try, and take what suits each of them.
+    It runs real steps, forward and backward, on the longest samples, and leaves the model unchanged. In a distributed
+    training, all processes try, and use a size that fits in each of them.
     """
     rows = sorted(trainer.train_dataset, key=_length, reverse=True)
     device = trainer.accelerator.device
@@ -62,32 +62,33 @@ def find_batch_size(trainer: Any, max_size: int) -> int:
     return best
 
 
-def halve(place: Mapping[str, Any]) -> dict[str, int] | None:
-    """Half the batch, and twice as many of them to a step: the same training in less memory. None at its end."""
-    if place["batch_size"] in {1, "auto"}:
+def halve(training_state: Mapping[str, Any]) -> dict[str, int] | None:
+    """Halve the batch and double the batches per step: the same training in less memory. None if that is impossible."""
+    size, accumulation = training_state["batch_size"], training_state["gradient_accumulation"]
+    if size in {1, "auto"}:
         return None
-    return {"batch_size": place["batch_size"] // 2, "gradient_accumulation": place["gradient_accumulation"] * 2}
+    return {"batch_size": size // 2, "gradient_accumulation": accumulation * 2}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On a processor torch tells of it with a plain RuntimeError."""
+    """On a CPU, torch reports it as a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         phrase in str(error).lower() for phrase in ("can't allocate", "cannot allocate")
     )
 
 
 def free_memory() -> None:
-    """Give back what nothing holds any more: Python's garbage, and what the allocators keep for later."""
+    """Release unused memory: Python's garbage, and what the allocators cache."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # what was only tried is not what the training takes
+        torch.cuda.reset_peak_memory_stats()  # the peak of a trial is not the training's
 
 
 def _samples_per_second(trainer: Any, model: Any, rows: list[Any]) -> float:
-    """Samples in a second; 0 when they do not fit."""
+    """0 if the samples do not fit into memory."""
     try:
         with _without_gathering(trainer.accelerator):
             _trial_step(trainer, model, rows)  # the first one warms up
@@ -102,7 +103,7 @@ def _samples_per_second(trainer: Any, model: Any, rows: list[Any]) -> float:
 
 @contextmanager
 def _without_gathering(accelerator: Any) -> Generator[None]:
-    """Keep what the trainer counts from being gathered: a process that runs out of memory does not come to that."""
+    """Disable the gathering of metrics: a process that runs out of memory would leave the others waiting in it."""
     names = ("gather", "gather_for_metrics")
     for name in names:
         setattr(accelerator, name, _return_unchanged)

@@ -1,4 +1,4 @@
-"""What happens around the steps of a training: it is told, saved, stopped, and kept to its limits."""
+"""The trainer's callback: it reports progress, saves checkpoints and stops a training. An observer receives both."""
 
 import math
 import shutil
@@ -26,24 +26,27 @@ METRIC_NAMES = {
     "eval_rewards/accuracies": "eval_reward_accuracy",
     "rewards/margins": "reward_margin",
 }
-"""What the trainer logs, and what we call it."""
+"""The trainer's names of metrics, and ours."""
 
 
 class TrainingDiverged(ForgearrError):
-    """The loss is no number any more: the learning rate is too high for this model and data."""
+    """The loss is not finite: the learning rate is too high for this model and data."""
 
     code = "TRAINING_DIVERGED"
 
 
 class TrainingObserver(Protocol):
-    """Who wants to know how a training goes. Only the first process of a training speaks to it."""
+    """Receives the progress of a training, and stores its checkpoints.
+
+    Each process of a distributed training has one. `on_step` is called in the first process only.
+    """
 
     def on_phase(self, name: str) -> None: ...
 
     def on_warning(self, message: str) -> None: ...
 
     def on_step(self, progress: float, values: Mapping[str, float]) -> None:
-        """A step is done, or an evaluation."""
+        """A step or an evaluation is done."""
         ...
 
     def should_stop(self) -> bool:
@@ -51,18 +54,18 @@ class TrainingObserver(Protocol):
         ...
 
     def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
-        """Keep this checkpoint, which is deleted here as soon as this returns. With it and `place`, training goes on.
+        """Store this checkpoint, whose folder is deleted afterwards. Training resumes from it and `training_state`.
 
-        The newest one is needed, and the one of `place["best_step"]`.
+        Two checkpoints must be kept: the newest, and the one of `training_state["best_step"]`.
         """
         ...
 
     def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None:
-        """An epoch has ended, and its model is in this checkpoint. What is done with it counts with the next `keep`."""
+        """An epoch has ended, with its model in this checkpoint. The next `save_checkpoint` makes it permanent."""
         ...
 
     def load_checkpoint(self, step: int) -> Path:
-        """The checkpoint of this step, which was kept."""
+        """The folder of a checkpoint that was stored."""
         ...
 
 
@@ -88,7 +91,7 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, Any] = kwargs["logs"]
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise TrainingDiverged(
-                f"The loss is no number any more at step {state.global_step}: choose a lower learning_rate than "
+                f"The loss is not finite at step {state.global_step}: choose a lower learning_rate than "
                 f"{self._spec.learning_rate:g}."
             )
         if not state.is_world_process_zero or not METRIC_NAMES.keys() & logs.keys():
@@ -100,9 +103,11 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         is_due = time.monotonic() - self._saved_at > self._spec.checkpoint_minutes * 60
         interval = self._spec.checkpoint_steps
-        stop, save = distributed.broadcast_flags(self._observer.should_stop(), is_due)  # all must save at the same step
+        # All processes must save at the same step.
+        stop, save = distributed.broadcast_flags(self._observer.should_stop(), is_due)
         self._save_due = stop or save or bool(interval and state.global_step % interval == 0)
-        # What belongs to the end of an epoch, its evaluation above all, must not be lost between save and resume.
+        # At the end of an epoch, on_epoch_end asks for the checkpoint. It is then saved after the evaluation, which a
+        # resumed training would otherwise skip.
         if not float(state.epoch or 0).is_integer():
             control.should_save = self._save_due
 
@@ -111,18 +116,16 @@ class ProgressCallback(TrainerCallback):
         control.should_save = self._save_due or self._is_epoch_end
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Without an improvement for so many evaluations, it is over, and the best one counts."""
+        """Stop after `early_stopping` evaluations without an improvement. The best checkpoint becomes the result."""
         loss = self._training_state["eval_loss"] = kwargs["metrics"]["eval_loss"]
         if not self._spec.early_stopping:
             return
         if loss < self._training_state.get("best_loss", math.inf):
             self._training_state |= {"best_loss": loss, "best_step": state.global_step, "worse": 0}
             control.should_save = True
-        else:
-            self._training_state["worse"] = (
-                self._training_state.get("worse", 0) + 1
-            )  # also a first one that is no number
-            control.should_training_stop = self._training_state["worse"] >= self._spec.early_stopping
+        else:  # also if the first loss is NaN
+            worse = self._training_state["worse"] = self._training_state.get("worse", 0) + 1
+            control.should_training_stop = worse >= self._spec.early_stopping
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -131,7 +134,7 @@ class ProgressCallback(TrainerCallback):
             self._is_epoch_end = False
         self._observer.save_checkpoint(checkpoint, self._training_state | {"step": state.global_step})
         self.saved_step = state.global_step
-        shutil.rmtree(checkpoint, ignore_errors=True)  # other processes on this machine do the same
+        shutil.rmtree(checkpoint, ignore_errors=True)  # all processes on this machine do this
         self._saved_at = time.monotonic()
         self._save_due = False
 
@@ -149,7 +152,7 @@ class ProgressCallback(TrainerCallback):
 
 
 def _latest_metrics(state: TrainerState) -> dict[str, float]:
-    """The newest numbers of the training, and those of its evaluation at this step."""
+    """The newest metrics of the training, and those of the evaluation at this step."""
     metrics: dict[str, float] = {}
     for entry in state.log_history:
         if "eval_loss" not in entry or entry["step"] == state.global_step:
@@ -166,7 +169,7 @@ def _memory_mb() -> float:
 
 
 def _gpu_utilization() -> float | None:
-    """In percent; None where it cannot be known."""
+    """In percent; None if it is unknown."""
     if not torch.cuda.is_available():
         return None
     try:

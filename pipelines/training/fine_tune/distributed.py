@@ -1,4 +1,4 @@
-"""The processes that train together. Whatever one of them decides, all must, or they wait for each other for good."""
+"""Common decisions of the processes of a distributed training. One that decided alone would block the others."""
 
 import torch
 from torch import distributed
@@ -9,7 +9,7 @@ def is_distributed() -> bool:
 
 
 def all_reduce_and(flag: bool) -> bool:
-    """Whether every process wishes it."""
+    """Whether the flag is set in every process."""
     if not is_distributed():
         return flag
     flags = torch.tensor([flag], dtype=torch.uint8, device=_device())
@@ -18,7 +18,7 @@ def all_reduce_and(flag: bool) -> bool:
 
 
 def broadcast_flags(*flags: bool) -> list[bool]:
-    """What the first process wishes."""
+    """The flags of the first process."""
     if not is_distributed():
         return list(flags)
     tensor = torch.tensor(flags, dtype=torch.uint8, device=_device())

@@ -1,7 +1,7 @@
-"""The kind `fine_tune`: the recipe as a durable job, in one process or in many, with Ray Train.
+"""The kind `fine_tune`: runs the recipe as a durable job, in one process or, with Ray Train, in several.
 
-Its checkpoint on the row is small: which data it trains on, the place it has reached, and where in storage the trainer
-put its own checkpoints. Those hold weights, optimizer, schedule, the place in the data and the random state.
+The job's checkpoint in the database is small: the ids of the data, the training state, and the addresses in storage of
+the trainer's checkpoints. Those hold weights, optimizer, schedule, the position in the data and the random state.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from pipelines.training.spec import FineTuneSpec
 
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 TRAINER_FILES = {"trainer_state.json"}
-"""What is in a checkpoint and no part of the model, beside files of other sorts: optimizer, schedule, random state."""
+"""Files of a checkpoint that have a model's extension, but belong to the trainer."""
 
 if TYPE_CHECKING:
     from pipelines.training.fine_tune.recipe import TrainingResult
@@ -43,13 +43,13 @@ def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
     state: dict[str, Any] = dict(context.checkpoint_state or {})
     if "result" not in state:
         state["result"] = _train_or_resume(context, spec, state)
-        context.checkpoint(state)  # safe, before what it was made from is removed
+        context.checkpoint(state)  # stored before the trainer's checkpoints are removed
     storage.remove(storage.address(f"jobs/{context.job_id}/checkpoints"))
     return state["result"]
 
 
 def _train_or_resume(context: Context, spec: FineTuneSpec, state: dict[str, Any]) -> dict[str, Any]:
-    """Train, beginning or going on at this state. Data and base stay what they were at the beginning."""
+    """Train, from the beginning or from this state. The first attempt fixes the data and the base model."""
     from pipelines.training.fine_tune.batch_size import RestartWithSmallerBatch
 
     if "dataset" not in state:
@@ -66,11 +66,11 @@ def _train_or_resume(context: Context, spec: FineTuneSpec, state: dict[str, Any]
             return _run_on_ray_train(context, spec, partial(_train, context, spec, dataset, state))
         except RestartWithSmallerBatch as restart:
             context.log(restart.message, "WARNING")
-            state = dict(outputs.own_job(context.job_id).checkpoint or {})  # its processes have saved the smaller place
+            state = dict(outputs.own_job(context.job_id).checkpoint or {})  # with the smaller batch size
 
 
 def _run_on_ray_train(context: Context, spec: FineTuneSpec, train_function: Callable[[], Any]) -> Any:
-    """Run this in as many processes as the spec says. With one, it is this one: it has the job's CPUs and GPUs."""
+    """Run a function in as many processes as the spec says. One is this process, which has the job's CPUs and GPUs."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -81,7 +81,7 @@ def _run_on_ray_train(context: Context, spec: FineTuneSpec, train_function: Call
         resources_per_worker={"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker},
         label_selector=spec.labels or None,
     )
-    # Nothing is kept there: checkpoints go to storage, under the guard of the job's lease.
+    # Ray Train stores nothing there: checkpoints go to storage, and are recorded under the job's lease.
     run_config = RunConfig(
         name=context.job_id,
         storage_path=str(home() / "cache" / "ray-train"),
@@ -96,9 +96,9 @@ def _run_on_ray_train(context: Context, spec: FineTuneSpec, train_function: Call
 
 
 def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[str, Any]) -> dict[str, Any]:
-    """What each process does. The result is that of the first one; the others make the same model, and drop it."""
+    """Train in one of the processes. The first one publishes the model and returns the result; others return {}."""
     if spec.workers > 1:
-        lower_priority()  # as the threads of jobs do
+        lower_priority()  # as in threads that run jobs
     from pipelines.training.fine_tune.unsloth_model import prefer_unsloth
 
     prefer_unsloth(spec)
@@ -108,7 +108,7 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
     with workspace.temporary_folder(context.job_id) as folder:
         observer = JobObserver(context, state, folder, spec.keep_epochs)
         try:
-            outcome = recipe.train(
+            training_result = recipe.train(
                 spec,
                 datasets.load(dataset),
                 base=base_models.resolve(state["base_model"]),
@@ -120,8 +120,8 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
             )
             if not observer.is_rank_zero:
                 return {}
-            context.checkpoint(state)  # nobody else may have gone on with this job meanwhile
-            return _publish(context, spec, dataset, state["base_model"], outcome, folder)
+            context.checkpoint(state)  # raises if another worker has taken over the job
+            return _publish(context, spec, dataset, state["base_model"], training_result, folder)
         except RestartWithSmallerBatch as restart:
             context.checkpoint({**state, "place": {**state.get("place", {}), **restart.batch_settings}})
             raise
@@ -132,19 +132,25 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
 
 
 def _publish(
-    context: Context, spec: FineTuneSpec, dataset: Dataset, base_model: str, outcome: "TrainingResult", folder: Path
+    context: Context,
+    spec: FineTuneSpec,
+    dataset: Dataset,
+    base_model: str,
+    training_result: "TrainingResult",
+    folder: Path,
 ) -> dict[str, Any]:
-    """Keep the model in storage, and show in MLflow what one wants to see of it."""
+    """Store the model, and log its artifacts. Returns the result of the job."""
     from pipelines.training.fine_tune import plots
 
-    address = storage.save(outcome.model, f"jobs/{context.job_id}/model")
+    model, history = training_result.model, training_result.history
+    address = storage.save(model, f"jobs/{context.job_id}/model")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if (outcome.model / name).exists():
-            context.artifact(outcome.model / name)
-    context.artifact(plots.loss_curve(outcome.history, folder / "loss.png"))
+        if (model / name).exists():
+            context.artifact(model / name)
+    context.artifact(plots.loss_curve(history, folder / "loss.png"))
     context.artifact(plots.environment(folder / "environment.json"))
-    results_file = step_metrics.save_file(outcome.history, folder / "step_metrics.csv", outputs.own_job(context.job_id))
-    result = dataclasses.asdict(outcome)
+    results_file = step_metrics.save_file(history, folder / "step_metrics.csv", outputs.own_job(context.job_id))
+    result = dataclasses.asdict(training_result)
     counts = {name: result.pop(name) for name in ("train", "held_out", "truncated", "skipped")}
     for name in ("model", "history"):
         result.pop(name)
@@ -161,7 +167,7 @@ def _publish(
 
 
 class JobObserver:
-    """Tells the job how its training goes, and keeps its checkpoints. Only the first process tells."""
+    """Reports a training to its job, and stores the checkpoints. Only the first process reports."""
 
     def __init__(self, context: Context, state: dict[str, Any], folder: Path, keep_epochs: int = 0) -> None:
         from ray import train
@@ -170,7 +176,7 @@ class JobObserver:
         self._state = state
         self._folder = folder
         self._keep_epochs = keep_epochs
-        self._stale: set[str] = set()  # folders of epochs that nobody will name any more
+        self._stale: set[str] = set()  # addresses of epochs that the next checkpoint does not refer to
         self._rank = train.get_context().get_world_rank()
         self._processes = train.get_context().get_world_size()
         self.is_rank_zero = self._rank == 0
@@ -190,7 +196,7 @@ class JobObserver:
         return self.is_rank_zero and self._context.should_stop()
 
     def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
-        """The first process keeps all of it; the others add their random state. Then it counts."""
+        """The first process stores the checkpoint, the others add their random state. Then the job records it."""
         step = str(training_state["step"])
         name = f"jobs/{self._context.job_id}/checkpoints/{self._context.attempt}-{step}"
         if self.is_rank_zero:
@@ -234,7 +240,7 @@ class JobObserver:
         try:
             self._context.checkpoint(self._state)
         except StopJob as stop:
-            if stop.reason == "pause":  # it is saved; for any other reason, the row still names those before
+            if stop.reason == "pause":  # the state is stored; for other reasons, the row still refers to the old files
                 _remove_from_storage(stale)
             raise
         _remove_from_storage(stale)
@@ -256,9 +262,9 @@ def _folder_size(folder: Path) -> int:
 
 
 def _original_error(failure: Exception) -> Exception:
-    """What really went wrong in a process of the training, if one of them said it."""
+    """The error that a process of the training raised, if there is one."""
     errors = [error for error in getattr(failure, "worker_failures", {}).values() if isinstance(error, Exception)]
     originals = [getattr(error, "_base_exc", error) for error in errors]
-    # When one process fails, others may complain of its absence.
+    # When one process fails, others may fail because it is missing.
     own_errors = [error for error in originals if isinstance(error, ForgearrError)] or originals
     return own_errors[0] if own_errors and isinstance(own_errors[0], Exception) else failure

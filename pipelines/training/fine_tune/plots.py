@@ -1,4 +1,4 @@
-"""What people want to see of a training: its loss as a picture, and the versions it ran with."""
+"""Write files that describe a training to people: a plot of its loss, and the versions of its packages."""
 
 import json
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], target: Path) -> Path:
-    """A plot of the loss at each step, and of each evaluation."""
+    """Plot the loss of each step and of each evaluation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ def loss_curve(history: Sequence[Mapping[str, float]], target: Path) -> Path:
 
 
 def environment(target: Path) -> Path:
-    """Python, the machine, and every package's version."""
+    """Write the versions of Python, the operating system and all packages as JSON."""
     packages = {distribution.metadata["Name"]: distribution.version for distribution in distributions()}
     info = {
         "python": platform.python_version(),

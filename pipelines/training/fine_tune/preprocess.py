@@ -1,4 +1,4 @@
-"""Samples as the rows that a trainer reads: held out or not, in tokens, and none longer than the model can read."""
+"""Turn samples into the rows that a trainer reads: split off the held-out samples, tokenize, limit the length."""
 
 import random
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.fine_tune.tokenize import IGNORED, UnusableTokenizer, encode, render
 
 HELD_OUT_FILE = "held_out.jsonl"
-"""File beside a model that was trained, with the samples that its training has held out."""
+"""The file beside a trained model that has the held-out samples of its training."""
 NO_LIMIT = 1_000_000
-"""Tokenizers without a limit of their own name a number beyond this."""
+"""Tokenizers without a limit report a number above this."""
 
 Row = dict[str, Any]
 NumberedSample = tuple[int, Sample | PreferencePair]
@@ -28,7 +28,7 @@ class SampleTooLong(UnprocessableRequest):
 
 
 class LengthBeyondContext(UnprocessableRequest):
-    """max_length is more than the model can read at once."""
+    """max_length is more than the model's context."""
 
     code = "LENGTH_BEYOND_CONTEXT"
 
@@ -43,7 +43,7 @@ class NothingToTrain(UnprocessableRequest):
 class PreparedRows:
     rows: list[Row] = field(default_factory=list[Row])
     tokens: int = 0
-    samples: int = 0  # which these rows are of
+    samples: int = 0  # that the rows were made from
     truncated: int = 0
     skipped: int = 0
 
@@ -54,18 +54,18 @@ def require_kind(samples: Sequence[Sample] | Sequence[PreferencePair], method: L
     is_pairs = any(isinstance(sample, PreferencePair) for sample in samples)
     if method == "dpo" and not is_pairs:
         raise WrongKindOfData(
-            "method: dpo learns from preferences, and this data is conversations: give each line chosen and rejected, "
-            "or take method: supervised."
+            "method: dpo needs preference pairs, and this data is conversations: give each line chosen and rejected, "
+            "or use method: supervised."
         )
     if method == "supervised" and is_pairs:
         raise WrongKindOfData(
-            "method: supervised learns from conversations, and this data is preferences: take method: dpo, or data "
+            "method: supervised needs conversations, and this data is preference pairs: use method: dpo, or data "
             "without chosen and rejected."
         )
 
 
 def context_length(base: str, tokenizer: Any) -> int:
-    """How many tokens the model can read at once."""
+    """The length of the model's context, in tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base).get_text_config()
@@ -74,10 +74,10 @@ def context_length(base: str, tokenizer: Any) -> int:
 
 
 def resolve_max_length(requested: int | None, context: int) -> int:
-    """How long a sample may be: as long as was asked for, or as the model can read."""
+    """The maximum length of a sample: the requested one, or else the model's context."""
     if requested is not None and requested > context:
         raise LengthBeyondContext(
-            f"max_length is {requested}, and the model reads {context} tokens at once: take {context} or less."
+            f"max_length is {requested}, and the model's context is {context} tokens: use {context} or less."
         )
     return requested or context
 
@@ -85,11 +85,11 @@ def resolve_max_length(requested: int | None, context: int) -> int:
 def split(
     samples: Sequence[Sample] | Sequence[PreferencePair], share: float, seed: int
 ) -> tuple[list[NumberedSample], list[NumberedSample]]:
-    """Which samples are learned from and which are held out, the same each time. Each has its number, from 1."""
+    """Split samples into those to train on and those to hold out, always the same. Each has its number, from 1."""
     numbered: list[NumberedSample] = list(enumerate(samples, 1))
     held_out = min(max(1, round(len(samples) * share)), len(samples) - 1) if share else 0
     order = list(range(1, len(samples) + 1))
-    random.Random(seed).shuffle(order)  # noqa: S311 - the same split each time is the point
+    random.Random(seed).shuffle(order)  # noqa: S311 - the split must be reproducible
     held_out_numbers = set(order[:held_out])
     return [item for item in numbered if item[0] not in held_out_numbers], [
         item for item in numbered if item[0] in held_out_numbers
@@ -111,14 +111,14 @@ def prepare(
         except TemplateError as error:
             raise UnusableTokenizer(
                 f"The chat template of {tokenizer.name_or_path} refuses sample {number}: {error}. Change the sample, "
-                "or take another base model."
+                "or use another base model."
             ) from error
         longest = max(row.pop("length") for row in rows)
         if longest > max_length:
             if long_samples == "refuse":
                 raise SampleTooLong(
-                    f"Sample {number} has {longest} tokens, and the model reads {max_length} at once. Shorten it, set "
-                    "another max_length, or choose long_samples: truncate or skip."
+                    f"Sample {number} has {longest} tokens, and {max_length} are allowed. Shorten it, set another "
+                    "max_length, or choose long_samples: truncate or skip."
                 )
             rows = [short for row in rows if (short := _truncate(row, tokenizer, max_length))]
             if long_samples == "skip" or not rows:
@@ -140,7 +140,7 @@ def _chat_rows(tokenizer: Any, sample: Sample) -> list[Row]:
 
 
 def _pair_row(tokenizer: Any, pair: PreferencePair) -> Row:
-    """As text: the trainer turns it into tokens itself, and adds the first token of all when the tokenizer has one."""
+    """A row of text: TRL tokenizes pairs itself, and adds the BOS token if the tokenizer has one."""
     document = pair.model_dump(exclude_none=True)
     tools = document.get("tools")
     prompt = render(tokenizer, document["messages"], tools, add_generation_prompt=True)
@@ -155,7 +155,7 @@ def _pair_row(tokenizer: Any, pair: PreferencePair) -> Row:
 
 
 def _truncate(row: Row, tokenizer: Any, max_length: int) -> Row | None:
-    """The beginning of it, if that holds anything to learn."""
+    """The row cut to `max_length`, or None if no token to train on is left."""
     if "prompt" in row:  # the trainer shortens the answers itself
         return row if len(tokenizer(row["prompt"])["input_ids"]) < max_length else None
     short = {name: values[:max_length] for name, values in row.items()}

@@ -1,9 +1,9 @@
-"""The training recipe: samples in, a trained model in a folder out. It needs neither Ray nor Forgearr's database.
+"""The training recipe: train a model on samples, and write it to a folder. It needs neither Ray nor the database.
 
-    outcome = train(spec, samples, base="meta-llama/Llama-3.2-1B-Instruct", work=Path("work"), watcher=watcher)
+    result = train(spec, samples, base="Qwen/Qwen2.5-0.5B-Instruct", work_folder=Path("work"), observer=observer)
 
-Several processes may run it together: it takes part in whatever torch.distributed world it finds itself in. Where
-Unsloth is to be used, faster.prefer_unsloth is called before this module is imported.
+Several processes may run it together, as a process group of torch.distributed. To use Unsloth, call
+unsloth_model.prefer_unsloth before you import this module.
 """
 
 import warnings
@@ -40,31 +40,31 @@ from pipelines.training.fine_tune.preprocess import (
 from pipelines.training.spec import FineTuneSpec
 
 INITIAL_ADAPTER = "initial"
-"""Folder of an adapter as it was before the training."""
+"""The folder of a PiSSA adapter as it was before the training."""
 MAX_EVAL_BATCH_SIZE = 4
-"""How many samples are evaluated at once, where training takes as many."""
+"""An evaluation uses the batch size of the training, up to this."""
 
 
 class QuantizedBase(UnprocessableRequest):
-    """The base model is kept in few bits, and cannot be trained in this way."""
+    """The base model is quantized, and cannot be trained in this way."""
 
     code = "QUANTIZED_BASE"
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    model: Path  # an adapter or a whole model, the tokenizer, and the samples that were held out
+    model: Path  # a folder: an adapter or a whole model, the tokenizer, and the held-out samples
     steps: int
     epochs: float
     train_loss: float
     eval_loss: float | None
     trained_tokens: int
     batch_size: int
-    train: int  # samples that were used, like the next one
+    train: int  # samples trained on
     held_out: int
-    truncated: int  # of those that were used
-    skipped: int
-    history: list[dict[str, float]]  # what was logged at each step and each evaluation
+    truncated: int  # of `train` and `held_out`
+    skipped: int  # in neither of them
+    history: list[dict[str, float]]  # the metrics of each step and each evaluation
 
 
 def train(
@@ -78,11 +78,11 @@ def train(
     checkpoint: Path | None = None,
     resume_state: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
-    """Train, or go on from a checkpoint that the watcher was given before, with the place it was told with it.
+    """Train, or resume from a checkpoint and the training state that `observer.save_checkpoint` received with it.
 
-    What is held out is `validation`, or else a part of the samples.
+    The held-out samples are `validation`, or else a part of `samples`.
     """
-    disable_progress_bar()  # the watcher tells how it goes
+    disable_progress_bar()  # the observer reports progress
     disable_progress_bars()
     for sample_set in (samples, validation or ()):
         require_kind(sample_set, spec.method)
@@ -115,19 +115,19 @@ def train(
 
 
 def _require_trainable(spec: FineTuneSpec, base: str) -> None:
-    """A base that is kept in few bits takes an adapter only, and must be unpacked again for an export."""
+    """Refuse a quantized base that cannot be trained as the spec says, or not be dequantized for an export."""
     quantization = _quantization_config(base)
     if quantization is None:
         return
     if quantization.get("quant_method") != "bitsandbytes":
         raise QuantizedBase(
-            f"{spec.base_model} is kept in few bits by {quantization.get('quant_method')}, which cannot be unpacked "
-            "for an export: take the model that it was made from, with tuning: qlora."
+            f"{spec.base_model} is quantized by {quantization.get('quant_method')}, which cannot be dequantized for an "
+            "export: use the model that it was made from, with tuning: qlora."
         )
     if spec.tuning == "full" or spec.pissa:
         raise QuantizedBase(
-            f"{spec.base_model} is kept in few bits, so its own weights cannot be trained: take tuning: qlora, without "
-            "pissa, or the model that it was made from."
+            f"{spec.base_model} is quantized, so its own weights cannot be trained: use tuning: qlora without pissa, "
+            "or the model that it was made from."
         )
 
 
@@ -142,7 +142,7 @@ def _train_with_oom_retry(
     checkpoint: Path | None,
     training_state: dict[str, Any],
 ) -> tuple[Any, ProgressCallback]:
-    """Train in batches that fit into the memory; `followed` is the place in the training, and goes on with it."""
+    """Train in batches that fit into memory. When memory runs out, halve them in `training_state`, and resume."""
     while True:
         callback = ProgressCallback(spec, observer, training_state)
         trainer: Any = None
@@ -166,17 +166,16 @@ def _train_with_oom_retry(
             smaller_batches = batch_size.halve(training_state)
             if trainer is None or smaller_batches is None:
                 raise batch_size.OutOfMemory(
-                    f"There is not enough memory to train {spec.base_model}, not even on one sample at a time. Take a "
+                    f"There is not enough memory to train {spec.base_model}, even with a batch size of 1. Use a "
                     "smaller base model, tuning: qlora, a lower rank, a shorter max_length, or a larger machine."
                 ) from error
             step = trainer.state.global_step
             message = (
-                f"Out of memory at step {step}. Going on with batches of {smaller_batches['batch_size']}, "
-                f"{smaller_batches['gradient_accumulation']} to a step."
+                f"Out of memory at step {step}. Continuing with batches of {smaller_batches['batch_size']}, "
+                f"{smaller_batches['gradient_accumulation']} per step."
             )
-            if (
-                distributed.is_distributed()
-            ):  # the others wait for this one in the middle of a step, and cannot go back alone
+            # The other processes wait in the middle of this step, and can only be restarted.
+            if distributed.is_distributed():
                 raise batch_size.RestartWithSmallerBatch(message, details=smaller_batches) from error
             training_state |= smaller_batches
             observer.on_warning(message)
@@ -219,7 +218,6 @@ def _build_trainer(
     work_folder: Path,
     training_state: Mapping[str, Any],
 ) -> Any:
-    """TRL's trainer for this spec."""
     set_seed(spec.seed)
     train_rows, held_out_rows = rows
     batch_size = 1 if training_state["batch_size"] == "auto" else training_state["batch_size"]
@@ -242,12 +240,12 @@ def _build_trainer(
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
-        "gradient_checkpointing": cuda,  # memory is what a GPU lacks, time what a processor lacks
+        "gradient_checkpointing": cuda,  # it saves memory, which a GPU lacks, and costs time, which a CPU lacks
         "eval_strategy": "no" if not has_eval else "steps" if spec.eval_steps else "epoch",
         "eval_steps": spec.eval_steps,
-        "save_strategy": "no",  # the follower says when
+        "save_strategy": "no",  # ProgressCallback decides when
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # a loss that is no number ends the training
+        "logging_nan_inf_filter": False,  # ProgressCallback must see a NaN, to end the training
         "include_num_input_tokens_seen": "non_padding",
         "report_to": [],
         "disable_tqdm": True,
@@ -271,7 +269,7 @@ def _build_trainer(
 
 
 def _load_model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, LoraConfig | None]:
-    """The base model, and the adapter to put on it: none when all of it is trained, or when it carries one already."""
+    """The base model, and the adapter to add to it: None if all weights are trained, or if Unsloth has added it."""
     cuda = torch.cuda.is_available()
     if unsloth_model.uses_unsloth(spec):
         return unsloth_model.load(spec, base, max_length), None
@@ -309,7 +307,7 @@ def _load_model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, Lo
 
 
 def _disable_weight_repacking(model: Any) -> None:
-    """On some processors, bitsandbytes repacks weights at the first evaluation, and then passes no gradient on."""
+    """On some CPUs, bitsandbytes repacks weights at the first evaluation, and from then on computes no gradients."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -322,8 +320,8 @@ def _save_model(
     if not trainer.is_world_process_zero():
         return folder
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # PiSSA has changed the base's weights. What is saved is the difference to the base as everybody knows it; PEFT
-    # warns of the second adapter that it loads to find that.
+    # PiSSA changes the base's weights, so the adapter is saved as the difference to the original base. For that, PEFT
+    # loads a second adapter, and warns of it.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         options = {"path_initial_model_for_weight_conversion": work_folder / INITIAL_ADAPTER} if spec.pissa else {}
         model.save_pretrained(folder, **options)
@@ -334,7 +332,7 @@ def _save_model(
 
 
 def _to_conversation(sample: Sample | PreferencePair) -> Sample:
-    """A pair as the conversation that is preferred."""
+    """A pair as a conversation with its chosen answer."""
     if isinstance(sample, Sample):
         return sample
     return Sample(messages=[*sample.messages, *sample.chosen], tools=sample.tools)

@@ -1,4 +1,4 @@
-"""The numbers of a training, step by step, as a file for its owner: what OpenAI calls the results of a job."""
+"""Store the metrics of each step of a training as a CSV file: the result file of OpenAI's fine-tuning jobs."""
 
 import asyncio
 import csv
@@ -17,11 +17,11 @@ CSV_COLUMNS = {
     "valid_loss": ("eval_loss",),
     "valid_mean_token_accuracy": ("eval_mean_token_accuracy", "eval_rewards/accuracies"),
 }
-"""OpenAI's columns, and what the trainer logs for them; of preferences, how often the better one is preferred."""
+"""OpenAI's columns, and the trainer's metrics for them. The accuracy of DPO is how often the chosen answer wins."""
 
 
 def save_file(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> str:
-    """Make the file, which belongs to whom the job does; returns its id."""
+    """Write the file, and upload it in the name of the job's owner. Returns its id."""
     write_csv(history, path)
     principal = Principal(id=job.owner_id, name=job.created_by)
     with path.open("rb") as content:

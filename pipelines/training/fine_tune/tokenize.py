@@ -1,7 +1,7 @@
-"""Conversations as tokens, with the tokens that the assistant says marked as those to learn.
+"""Turn conversations into tokens, and mark the tokens of the assistant's answers as those to learn.
 
-The chat template of the model decides how a conversation looks. Whatever it adds around an answer is given to the model
-when it is served, so only the answer itself, up to the token that ends it, is learned and measured.
+The chat template of the model renders a conversation. When the model is served, the template writes all text around an
+answer, so only the answer itself, with the token that ends it, is learned and measured.
 """
 
 import json
@@ -28,17 +28,17 @@ class Encoding:
 
     @property
     def learned_tokens(self) -> int:
-        """How many of its tokens are learned. The first token is predicted from nothing, and never counts."""
+        """The number of tokens that are learned. The first token is never predicted, so it does not count."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def encode(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> list[Encoding]:
-    """A conversation as the model is trained on it: one encoding, as a rule.
+    """Encode a conversation for training, usually as one encoding.
 
-    Some templates tell an earlier answer differently once another one has followed (they drop its reasoning). Then each
-    answer becomes an encoding of its own, just as it will be asked for.
+    Some templates render an earlier answer differently when another one follows: they drop its reasoning. Then each
+    answer becomes an encoding of its own, in the form in which it will be generated.
     """
     rendered_turns = turns(tokenizer, messages, tools)
     full_text = rendered_turns[-1][0] + rendered_turns[-1][1]
@@ -55,16 +55,16 @@ def encode(
 def turns(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> list[tuple[str, str]]:
-    """Each answer of the assistant as text, with the token that ends it; and before it, what the model reads first."""
+    """For each answer of the assistant: the text before it, and the answer with the token that ends it."""
     return [_render_turn(tokenizer, messages, number, tools) for number in _answer_positions(messages)]
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: Any) -> str:
-    """A conversation as text."""
+    """Render a conversation as text, with the chat template of the tokenizer."""
     if not tokenizer.chat_template:
         raise UnusableTokenizer(
-            f"{tokenizer.name_or_path} has no chat template, so it does not say how a conversation looks. Take its "
-            "instruct or chat variant, or a folder with a chat_template.jinja."
+            f"{tokenizer.name_or_path} has no chat template. Use its instruct or chat variant, or a folder with a "
+            "chat_template.jinja."
         )
     template_messages = [_to_template_message(message) for message in messages]
     return tokenizer.apply_chat_template(
@@ -77,13 +77,13 @@ def _answer_positions(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _render_turn(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int, tools: Any) -> tuple[str, str]:
-    """What the model reads before this answer, and the answer with the token that ends it."""
+    """The text before this answer, and the answer with the token that ends it."""
     before = render(tokenizer, messages[:number], tools, add_generation_prompt=True)
     after = render(tokenizer, messages[: number + 1], tools)
     if not after.startswith(before):
         raise UnusableTokenizer(
-            f"The chat template of {tokenizer.name_or_path} begins an answer differently when it asks for it and when "
-            "it tells it, so the model cannot be trained on answers alone."
+            f"The chat template of {tokenizer.name_or_path} renders the beginning of an answer differently in a prompt "
+            "and in a complete conversation, so the model cannot be trained on answers alone."
         )
     answer = after[len(before) :]
     eos = tokenizer.eos_token
@@ -102,7 +102,7 @@ def _tokenize(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> En
 
 
 def _to_template_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Templates want arguments as an object, and a text even where there is none."""
+    """Templates expect arguments as an object, and content as text even if there is none."""
     prepared = {**message, "content": message.get("content") or ""}
     if calls := message.get("tool_calls"):
         prepared["tool_calls"] = [

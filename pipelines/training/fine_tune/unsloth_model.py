@@ -1,4 +1,4 @@
-"""Unsloth, which makes adapters train faster: where it is used, and how. This module is imported before the recipe."""
+"""Train adapters faster with Unsloth: decide whether a training uses it, import it, and load models with it."""
 
 import os
 from importlib import import_module
@@ -18,7 +18,7 @@ def uses_unsloth(spec: FineTuneSpec) -> bool:
 
 
 def prefer_unsloth(spec: FineTuneSpec) -> None:
-    """Import Unsloth where it will be used. It changes trl, transformers and peft, so it must come before them."""
+    """Import Unsloth if the training uses it. It patches trl, transformers and peft, so it must be imported first."""
     if not uses_unsloth(spec):
         return
     os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # the trainer computes its metrics from them
@@ -26,7 +26,7 @@ def prefer_unsloth(spec: FineTuneSpec) -> None:
 
 
 def load(spec: FineTuneSpec, base: str, max_length: int) -> Any:
-    """The base model with the adapter on it."""
+    """The base model, with the adapter added."""
     from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
     model, _ = FastLanguageModel.from_pretrained(

@@ -107,7 +107,7 @@ def test_a_base_in_four_bits_is_trained_and_exported_whole(harness: JobHarness, 
         spec = FineTuneSpec.model_validate({"base_model": "packed", "learning_rate": 0.01, **said})
         return recipe.train(spec, chats(8), base=str(base), work_folder=tmp_path / "work", observer=SilentObserver())
 
-    with pytest.raises(recipe.QuantizedBase, match="packed is kept in few bits, so its own weights"):
+    with pytest.raises(recipe.QuantizedBase, match="packed is quantized, so its own weights"):
         learn(tuning="full")
     model = learn(tuning="qlora").model
     lines = [sample.model_dump_json(exclude_none=True) for sample in chats(1)]

@@ -163,7 +163,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_counted(
 def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
     from pipelines.training.fine_tune.preprocess import SampleTooLong
 
-    with pytest.raises(SampleTooLong, match=r"Sample 11 has \d+ tokens, and the model reads 64 at once"):
+    with pytest.raises(SampleTooLong, match=r"Sample 11 has \d+ tokens, and 64 are allowed"):
         train(
             spec_of(max_length=64, eval_split=0),
             base,
@@ -189,11 +189,11 @@ def test_what_the_model_cannot_read_or_the_method_not_learn_is_refused(base: str
     def refused(base: str = base, samples: Any = None, **values: Any) -> None:
         train(spec_of(**values), base, tmp_path / "work", RecordingObserver(tmp_path), samples)
 
-    with pytest.raises(LengthBeyondContext, match=r"max_length is 4096, and the model reads \d+ tokens at once"):
+    with pytest.raises(LengthBeyondContext, match=r"max_length is 4096, and the model's context is \d+ tokens"):
         refused(max_length=4096)
     with pytest.raises(WrongKindOfData, match="this data is conversations"):
         refused(method="dpo")
-    with pytest.raises(WrongKindOfData, match="this data is preferences"):
+    with pytest.raises(WrongKindOfData, match="this data is preference pairs"):
         refused(samples=preferences())
 
     strict = tmp_path / "strict"
@@ -368,7 +368,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome["batch_size"] < 16
-    assert "Out of memory at step 0. Going on with batches of" in outcome["said"][0]
+    assert "Out of memory at step 0. Continuing with batches of" in outcome["said"][0]
     assert outcome["steps"] == 3
 
 

@@ -115,7 +115,7 @@ def test_a_text_that_is_no_ascii_keeps_all_of_its_bytes(tokenizer: Any) -> None:
     assert learned(tokenizer, encoding) == "Ja, größer: 日本 🙂<|im_end|>"
 
 
-@pytest.mark.parametrize(("text", "reason"), [(None, "no chat template"), (FICKLE, "begins an answer differently")])
+@pytest.mark.parametrize(("text", "reason"), [(None, "no chat template"), (FICKLE, "of an answer differently")])
 def test_a_template_that_cannot_be_learned_from_is_refused(
     tokenizer: Any, template: Template, text: str | None, reason: str
 ) -> None:
