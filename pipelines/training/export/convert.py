@@ -1,6 +1,6 @@
-"""Steps of an export that need torch: an adapter merged into its base, and llama.cpp's converter. Run by steps.py.
+"""Steps of an export that need torch: merge an adapter into its base, and run llama.cpp's converter.
 
-Both happen in one process, which imports torch and transformers once.
+The export runs them in a process of their own (jobs/execution/isolated.py), which imports torch once for both.
 """
 
 import json
@@ -28,7 +28,7 @@ class UnsupportedModel(UnprocessableRequest):
 def convert(
     model: str, base: str | None, file: str, outtype: str, adapter_file: str | None, work: str, report: OnProgress
 ) -> dict[str, Any]:
-    """Write a model as GGUF: `model` itself, or the base with the adapter that `model` is. Returns its precision."""
+    """Write a model as GGUF: `model` itself, or the adapter `model` merged into `base`. Returns the precision."""
     source = Path(model)
     if base is not None:
         report(0, "merging")
@@ -56,32 +56,32 @@ def merge_only(base: str, adapter: str, target: str, report: OnProgress) -> None
 
 
 def merge(base: Path, adapter: Path, target: Path) -> None:
-    """Write the base with the adapter's change added to it, in the precision of the base."""
+    """Write the base with the adapter merged into it, in the precision of the base."""
     from transformers import AutoTokenizer
 
     load_merged(base, adapter).save_pretrained(target)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
     vocabulary = base / "tokenizer.model"
     if vocabulary.exists() and not (target / vocabulary.name).exists():
-        shutil.copy(vocabulary, target)  # transformers does not need it any more, but the converter does
+        shutil.copy(vocabulary, target)  # transformers does not need it, but the converter does
 
 
 def load_merged(base: Path | str, adapter: Path | str) -> Any:
-    """A model that has learned, in memory. Also what was trained in 4 bits goes into the whole base."""
+    """Load a base with an adapter merged into it. A base in 4 bits is dequantized first."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_dequantized(base), str(adapter)).merge_and_unload(safe_merge=True)
 
 
 def load_dequantized(model: Path | str) -> Any:
-    """A model in memory. One that is kept in 4 or 8 bits is unpacked: llama.cpp's converter does not read those."""
+    """Load a model. One in 4 or 8 bits is dequantized, because llama.cpp's converter does not read those."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if getattr(loaded, "hf_quantizer", None) is None:
         return loaded
     dequantized: Any = loaded.dequantize()
-    dequantized._weight_conversions = None  # how it was unpacked when it was read: saving would undo that, and cannot
+    dequantized._weight_conversions = None  # saving would try to reverse the conversions of loading, and fail
     return dequantized
 
 
@@ -95,7 +95,7 @@ def _is_bfloat(model: Path) -> bool:
 
 
 def _run_script(script: str, arguments: list[str]) -> None:
-    """Run one of llama.cpp's scripts as if it had been started with these arguments."""
+    """Run one of llama.cpp's scripts with these command-line arguments."""
     logging.basicConfig(level=logging.INFO)
     errors = _ErrorCollector(logging.ERROR)
     logging.getLogger().addHandler(errors)
@@ -105,11 +105,11 @@ def _run_script(script: str, arguments: list[str]) -> None:
     except SystemExit as end:
         if end.code:
             reason = " ".join(errors.messages) or f"it ended with {end.code}"
-            raise UnsupportedModel(f"llama.cpp's converter refuses the model: {reason}") from end
+            raise UnsupportedModel(f"llama.cpp's converter rejects the model: {reason}") from end
 
 
 class _ErrorCollector(logging.Handler):
-    """Keeps what the scripts say before they exit."""
+    """Collects the errors that a script logs before it exits."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
@@ -120,10 +120,9 @@ class _ErrorCollector(logging.Handler):
 
 
 def _patch_pre_tokenizer_lookup() -> None:
-    """llama.cpp knows tokenizers by a hash, and so none that somebody has made for a model of their own.
+    """Make the converter accept unknown tokenizers that split text as GPT-2 does.
 
-    It then stops, since it cannot know how the tokenizer splits text into words. For a byte-level BPE that splits as
-    GPT-2 does, and only for that, the answer is known.
+    llama.cpp identifies tokenizers by a hash, to find out how they split text into words. It stops at an unknown hash.
     """
     base = import_module("conversion.base")
     original = base.TextModel.get_vocab_base_pre
@@ -148,7 +147,7 @@ def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     ):
         return GPT2_PRE_TOKENIZER
     raise UnsupportedModel(
-        "llama.cpp does not know this tokenizer, and it is no byte-level BPE that splits text as GPT-2 does (it has "
+        "llama.cpp does not know this tokenizer, and it is not a byte-level BPE that splits text as GPT-2 does (it has "
         f"the pre-tokenizer {pre_tokenizer.get('type')} and the normalizer {(normalizer or {}).get('type')}), so its "
-        "GGUF would read text differently."
+        "GGUF would tokenize text differently."
     )

@@ -1,8 +1,8 @@
-"""The kind `export`: what a fine-tune has made, as GGUF files that llama.cpp runs, registered as a version.
+"""The kind `export`: convert a trained model to GGUF files, quantize and verify them, and register them as a version.
 
-The job's own process only conducts: torch and llama.cpp work in processes of their own (steps.py). The model is
-converted once. When one 16-bit or q8_0 file is all that is wanted, the converter writes it; else it writes 16 bits, and
-llama.cpp makes the others from them.
+torch and llama.cpp run in processes of their own (jobs/execution/isolated.py). The model is converted once. If only one
+16-bit or q8_0 file is requested, the converter writes it directly. Otherwise it writes a 16-bit file, and llama.cpp
+quantizes that one.
 """
 
 import asyncio
@@ -34,10 +34,10 @@ BITS_PER_WEIGHT: dict[Quantization, float] = {
     "q4_k_m": 5.6,
     "q4_0": 5.3,
 }
-"""How much a weight takes at most, to know beforehand whether a file fits on the disk."""
+"""The largest size of a weight, to check in advance whether a file fits on the disk."""
 CONVERTER_QUANTIZATIONS = {"f16", "bf16", "q8_0"}
 RUN_TIMEOUT_SECONDS = 120
-"""How long to wait for the job's run in MLflow, which appears some seconds after the job has started."""
+"""The maximum time to wait for the job's MLflow run, which is created some seconds after the job starts."""
 
 
 class NoAdapter(UnprocessableRequest):
@@ -60,7 +60,7 @@ class RunMissing(Unavailable):
 
 @job("export", spec=ExportSpec, resources=Resources(cpus=1), tracked=True)
 def export(context: Context, spec: ExportSpec) -> dict[str, Any]:
-    """Turns what a fine-tune has made into GGUF files, and registers them as a version."""
+    """Exports a fine-tuned model as GGUF files, and registers them as a version."""
     job_row = outputs.own_job(context.job_id)
     if not get_settings().mlflow.enabled:
         raise RegistryDisabled()
@@ -82,7 +82,7 @@ def export(context: Context, spec: ExportSpec) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": version.number,
-        # As registered: by this attempt, or by one before it that could not tell any more.
+        # As registered: by this attempt, or by an earlier one that ended before it could return.
         "files": [_file_result(file, seconds) for file, (_, _, seconds) in zip(version.files, files, strict=True)],
         "adapter": _without_quantization(version.adapter) if version.adapter else None,
         "run_id": version.run_id,
@@ -90,13 +90,13 @@ def export(context: Context, spec: ExportSpec) -> dict[str, Any]:
 
 
 ExportedFile = tuple[ModelFile, Path, float]
-"""A file, where it is, and how many seconds it took."""
+"""A file, its path, and the seconds that it took."""
 
 
 def build_files(
     context: Context, spec: ExportSpec, training: JobOutput, name: str, threads: int, folder: Path
 ) -> tuple[list[ExportedFile], tuple[ModelFile, Path] | None]:
-    """Convert, quantize and prove, within `place`. Registers nothing."""
+    """Convert, quantize and verify a model's files in `folder`, without registering them."""
     context.report(progress=0, phase="fetching the model")
     model = base_models.fetch(training.result["model"], folder, training.job_id)
     needs_merge = base_models.is_adapter(model)
@@ -160,8 +160,8 @@ def _build_files(
     for (quantization, path), file_result in zip(paths.items(), file_results[: len(paths)], strict=True):
         if file_result["fallbacks"]:
             context.log(
-                f"{quantization}: {file_result['fallbacks']} tensors have rows that its blocks do not divide, and are "
-                "kept in a larger type.",
+                f"{quantization}: {file_result['fallbacks']} tensors have rows that are not divisible by its block "
+                "size, and are stored in a larger type.",
                 "WARNING",
             )
         seconds = file_result["seconds"] + (conversion_seconds if path == converted else 0)
@@ -177,7 +177,7 @@ def _run_step(
     threads: int,
     scripts: Path | None,
 ) -> Any:
-    """Run one step. It is killed when the job should stop, and begun anew when the job goes on after all."""
+    """Run one step. It is killed when the job should stop, and started again if the job continues after all."""
     first, last = progress
 
     def report(fraction: float, phase: str) -> None:
@@ -199,10 +199,10 @@ def _run_step(
 
 
 def _required_bytes(model: Path, quantizations: Sequence[Quantization], needs_merge: bool) -> int:
-    """The bytes that an export needs at its fullest, from the sizes that the model's files declare."""
+    """The peak disk space of an export in bytes, computed from the headers of the model's files."""
     weights, size = _count_weights(model)
     converted = weights * 2
-    peak_converting = (max(size, converted) if needs_merge else 0) + converted  # a base in 4 bits is unpacked
+    peak_converting = (max(size, converted) if needs_merge else 0) + converted  # a base in 4 bits is dequantized
     peak_quantizing = sum(weights * BITS_PER_WEIGHT[quantization] / 8 for quantization in quantizations)
     if len(quantizations) > 1 or quantizations[0] not in CONVERTER_QUANTIZATIONS:
         peak_quantizing += converted
@@ -210,7 +210,7 @@ def _required_bytes(model: Path, quantizations: Sequence[Quantization], needs_me
 
 
 def _count_weights(model: Path) -> tuple[int, int]:
-    """How many weights a model has, and their bytes."""
+    """The number of a model's weights, and their size in bytes."""
     weights = size = 0
     for path in model.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -219,7 +219,7 @@ def _count_weights(model: Path) -> tuple[int, int]:
         for tensor, info in header.items():
             if tensor == "__metadata__":
                 continue
-            count = 2 if info["dtype"] == "U8" else 1  # 4 bits each
+            count = 2 if info["dtype"] == "U8" else 1  # a byte holds two weights of 4 bits
             for dimension in info["shape"]:
                 count *= dimension
             weights += count
@@ -232,13 +232,13 @@ def _describe_file(path: Path, quantization: str, file_result: Mapping[str, Any]
 
 
 def _run_id(context: Context) -> str:
-    """The job's run in MLflow, which the tracker makes when it hears of the job."""
+    """The job's MLflow run, which jobs/mlflow_sync.py creates after the job has started."""
     deadline = time.monotonic() + RUN_TIMEOUT_SECONDS
     while (run_id := outputs.own_job(context.job_id).mlflow_run_id) is None:
         if time.monotonic() > deadline:
             raise RunMissing(
                 f"The run of {context.job_id} has not appeared in MLflow within {RUN_TIMEOUT_SECONDS} s, so its files "
-                "cannot be registered. See in `forgearr status` whether MLflow runs."
+                "cannot be registered. Check with `forgearr status` whether MLflow runs."
             )
         context.sleep(0.25)
     return run_id
@@ -264,7 +264,7 @@ async def _register(
             export_job_id=job_id,
             on_progress=on_progress,
         )
-    for file, path, _ in files[:1]:  # the one that is served is likely to be wanted here next
+    for file, path, _ in files[:1]:  # the served file is likely to be needed on this machine next
         registry.cache_file(path, file.sha256)
     return version
 

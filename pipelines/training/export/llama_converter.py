@@ -1,8 +1,8 @@
-"""llama.cpp's own converter from Hugging Face's format to GGUF: found in the settings, or fetched once.
+"""Locate llama.cpp's converter from Hugging Face's format to GGUF: in the settings, or downloaded once.
 
-It comes from the source package of exactly the llama-cpp-python that is installed, so that it writes what that, and
-every engine of its age, reads. pip downloads the package and checks its hash. Before pip hands a source package out it
-asks the package's build system for metadata, which would fetch that build system too; a stand-in answers at once.
+It is taken from the source package of the installed llama-cpp-python, so that the installed version reads what it
+writes. pip downloads the package and checks its hash. For a source package, pip also asks the package's build backend
+for metadata; a stub answers, so that the real build backend need not be downloaded.
 """
 
 import os
@@ -34,24 +34,24 @@ def prepare_metadata_for_build_wheel(folder, settings=None):
     return information.name
 
 def build_wheel(*_):
-    raise NotImplementedError("only its source is wanted")
+    raise NotImplementedError("only the source is needed")
 """
 
 
 class ConverterNotFound(NotFound):
-    """The folder that forge.converter names is not llama.cpp's converter."""
+    """The folder in forge.converter does not contain llama.cpp's converter."""
 
     code = "CONVERTER_NOT_FOUND"
 
 
 class ConverterUnavailable(Unavailable):
-    """llama.cpp's converter could not be fetched."""
+    """llama.cpp's converter could not be downloaded."""
 
     code = "CONVERTER_UNAVAILABLE"
 
 
 def locate_converter() -> Path:
-    """The folder with convert_hf_to_gguf.py and all that it imports."""
+    """The folder with convert_hf_to_gguf.py and its modules. It is downloaded if the settings name none."""
     configured = get_settings().forge.converter
     if configured is not None:
         return _validate_folder(configured.expanduser())
@@ -63,11 +63,11 @@ def locate_converter() -> Path:
 
 
 def fetch(installed: str, target: Path) -> None:
-    """Put the converter of this version of llama-cpp-python into `target`, which is there whole or not at all."""
+    """Download the converter of this version of llama-cpp-python to `target`, atomically."""
     if installed not in HASHES:
         raise ConverterUnavailable(
-            f"The hash of the source package of {PACKAGE} {installed} is not known, only of {', '.join(HASHES)}. "
-            "Install that, or set forge.converter to the folder of llama.cpp that belongs to yours."
+            f"The hash of the source package of {PACKAGE} {installed} is unknown; known are {', '.join(HASHES)}. "
+            "Install one of those, or set forge.converter to a folder of llama.cpp that matches your version."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as work:
@@ -75,7 +75,7 @@ def fetch(installed: str, target: Path) -> None:
         try:
             unpacked.rename(target)
         except OSError:
-            if not target.exists():  # unless somebody else was quicker
+            if not target.exists():  # another process may have been faster
                 raise
 
 
@@ -83,8 +83,8 @@ def _validate_folder(folder: Path) -> Path:
     missing = [name for name in (*SCRIPTS, *FOLDERS) if not (folder / name).exists()]
     if missing:
         raise ConverterNotFound(
-            f"forge.converter is {folder}, where {', '.join(missing)} cannot be found. Name the folder of a llama.cpp "
-            "repository, or leave it out to have the converter fetched."
+            f"forge.converter is {folder}, which has no {', '.join(missing)}. Set it to the folder of a llama.cpp "
+            "repository, or leave it out to have the converter downloaded."
         )
     return folder
 
@@ -123,14 +123,14 @@ def _download(installed: str, work: Path) -> Path:
 
 def _fetch_error_message(installed: str, reason: str) -> str:
     return (
-        f"llama.cpp's converter could not be fetched, because pip did not get the source package of {PACKAGE} "
-        f"{installed}: {reason} With a connection to a package index it is fetched once; without one, set "
-        "forge.converter to a folder of llama.cpp."
+        f"llama.cpp's converter could not be downloaded, because pip did not get the source package of {PACKAGE} "
+        f"{installed}: {reason} It needs a package index once; without one, set forge.converter to a folder of "
+        "llama.cpp."
     )
 
 
 def _unpack(archive: Path, target: Path) -> Path:
-    """The few of its 3,900 files that the converter consists of."""
+    """Extract only the converter from the 3,900 files of the package."""
     with tarfile.open(archive) as tar:
         for member in tar:
             _, _, relative_path = member.name.partition("/vendor/llama.cpp/")

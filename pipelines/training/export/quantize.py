@@ -1,4 +1,7 @@
-"""Steps of an export that need llama.cpp: quantization, and the proof that a file works. Run by steps.py."""
+"""Steps of an export that need llama.cpp: quantize a model, and verify that a GGUF file works.
+
+The export runs them in a process of their own (jobs/execution/isolated.py).
+"""
 
 import ctypes
 import hashlib
@@ -15,9 +18,10 @@ from cluster.errors import ForgearrError
 from jobs.execution.isolated import OnProgress
 
 LLAMA_FTYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "bf16": 32}
-"""llama.cpp's numbers (llama_ftype)."""
+"""Values of llama.cpp's enum llama_ftype."""
 PROBE_TEXT = "Which of my shows are missing episodes?\n"
-WARNING, ERROR = 3, 4
+ERROR = 4
+"""llama.cpp's log level."""
 PROBE_CONTEXT = 64
 
 
@@ -36,10 +40,10 @@ class QuantizationFailed(ForgearrError):
 def finish(
     source: str, files: list[dict[str, str]], adapter: str | None, threads: int, report: OnProgress
 ) -> list[dict[str, Any]]:
-    """Quantize `source` into each of these files that is not there as it is, and prove that all of them work.
+    """Quantize `source` into each of these files, except `source` itself, and verify all of them.
 
-    Returns, for each, its SHA-256, the seconds it took and how many tensors had to be kept in another type; then the
-    same of the adapter. Hashing goes on beside the next file.
+    Returns, for each file and then for the adapter: its SHA-256, the seconds that it took, and the number of tensors
+    that are stored in another type. A file is hashed while the next one is quantized.
     """
     results: list[dict[str, Any]] = []
     with ThreadPoolExecutor(1) as executor:
@@ -64,10 +68,10 @@ def finish(
 
 
 def verify_file(path: str, threads: int, report: OnProgress, adapter: str | None = None) -> None:
-    """Load a file, with its vocabulary, and let it read a token. Raises BrokenModelFile."""
+    """Load a file, check its vocabulary, and evaluate one token. Raises BrokenModelFile."""
     from llama_cpp import Llama
 
-    report(1, f"proving {Path(adapter or path).name}")
+    report(1, f"verifying {Path(adapter or path).name}")
     with _capture_log() as lines:
         try:
             model = Llama(
@@ -78,19 +82,19 @@ def verify_file(path: str, threads: int, report: OnProgress, adapter: str | None
         tokens = model.tokenize(PROBE_TEXT.encode(), add_bos=False)
         decoded = model.detokenize(tokens).decode()
         if decoded.strip() != PROBE_TEXT.strip():
-            raise BrokenModelFile(f"The vocabulary of {path} is wrong: it reads {PROBE_TEXT!r} as {decoded!r}.")
+            raise BrokenModelFile(f"The vocabulary of {path} is wrong: it turns {PROBE_TEXT!r} into {decoded!r}.")
         try:
-            model.eval(tokens[:1])  # one is enough to pass through every layer
+            model.eval(tokens[:1])  # one token is enough to run every layer
         except RuntimeError as error:
             raise BrokenModelFile(f"{path} cannot be run: {_errors(lines) or error}") from error
         logits = model._ctx.get_logits_ith(-1)  # pyright: ignore[reportPrivateUsage]
         if not all(math.isfinite(logits[token]) for token in range(model.n_vocab())):
-            raise BrokenModelFile(f"{adapter or path} answers with what are no numbers.")
+            raise BrokenModelFile(f"{adapter or path} computes logits that are not finite.")
         model.close()
 
 
 def _quantize(source: str, path: str, quantization: str, threads: int, report: OnProgress) -> int:
-    """Returns how many tensors it had to keep in another type than asked for."""
+    """Returns the number of tensors that are stored in another type than the requested one."""
     import llama_cpp
 
     report(0, f"quantizing to {quantization}")
@@ -115,7 +119,7 @@ def _hash(path: str) -> str:
 
 @contextmanager
 def _capture_log(on_line: Callable[[str], None] = lambda _: None) -> Generator[list[tuple[int, str]]]:
-    """What llama.cpp says meanwhile: pairs of severity and text."""
+    """Collect the log of llama.cpp: pairs of level and text."""
     import llama_cpp
 
     lines: list[tuple[int, str]] = []
@@ -132,9 +136,9 @@ def _capture_log(on_line: Callable[[str], None] = lambda _: None) -> Generator[l
 
 
 _callbacks: list[Any] = []
-"""llama.cpp may call what it was once given for as long as the process lives, so that must live as long."""
+"""References to all callbacks: llama.cpp may call them until the process ends."""
 
 
 def _errors(lines: list[tuple[int, str]]) -> str:
-    """The first thing that went wrong, which the later ones follow from."""
+    """The first two errors. Later ones are usually consequences."""
     return " ".join([line for level, line in lines if level == ERROR][:2])
