@@ -1,7 +1,7 @@
-"""The kind `deploy`: a version becomes NAME:latest. And the way back.
+"""The kind `deploy`: make a version NAME:latest. Also the rollback to the version before.
 
-The order is the promise: a version is fetched, loaded by every engine and taken by Ollama before the alias moves. If
-any of that fails, what was served is served on; whoever asks meanwhile gets the old version or the new one, never none.
+A version is fetched, loaded by every engine and pushed to Ollama before the alias moves. If one of these steps fails,
+the old version stays served. Requests during a deployment are answered by the old version or by the new one.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ ENGINE_DEPLOYMENT, SERVE_APPLICATION = "gguf", "forgearr"
 
 
 class VersionNotPassed(Conflict):
-    """A version that has not passed its validation is deployed only when it is forced."""
+    """A version that has not passed its validation is only deployed with force."""
 
     code = "VERSION_NOT_PASSED"
 
@@ -40,25 +40,25 @@ class EngineRefused(ForgearrError):
     code = "ENGINE_REFUSED"
 
 
-# One at a time, so that of two that are asked for, the later one is served in the end.
+# One at a time, so that the later one of two deployments is served in the end.
 @job("deploy", spec=DeploySpec, admin_only=True, tracked=True, concurrency=1)
 def deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
-    """Serves a version of a model as NAME:latest, and gives it to Ollama when one is configured."""
+    """Serves a version of a model as NAME:latest, and pushes it to Ollama if one is configured."""
     return asyncio.run(_deploy(context, spec))
 
 
 def require_validated(version: Version, force: bool) -> None:
     if version.passed is not True and not force:
         raise VersionNotPassed(
-            f"{version.reference} is not deployed: {_validation_summary(version)} Force it to serve it all the same."
+            f"{version.reference} is not deployed: {_validation_summary(version)} Use force to deploy it anyway."
         )
 
 
 async def roll_back(name: str) -> tuple[Version, int, str | None]:
-    """Serve at once what was served before.
+    """Serve the version that was served before, without a job.
 
-    Returns it, the number of the version it replaces, and what is left to do for a person. Ollama being away does not
-    keep a bad version in service here.
+    Returns that version, the number of the one that it replaces, and a warning if Ollama could not be updated. An
+    Ollama that is down does not prevent the rollback here.
     """
     async with registry.connect() as models:
         version, replaced = await models.roll_back(name)
@@ -117,7 +117,7 @@ def _validation_summary(version: Version) -> str:
 
 
 def _load_on_engine(context: Context, reference: str) -> None:
-    """Have every replica of the engine load a version, beside what it already has."""
+    """Load a version in every replica of the engine, beside the models that it has loaded."""
     if not get_settings().engines.replicas:
         context.log("No engine is configured (engines.replicas is 0), so none loads it.")
         return
@@ -128,9 +128,9 @@ def _load_on_engine(context: Context, reference: str) -> None:
     try:
         engine: Any = ray_serve.get_deployment_handle(ENGINE_DEPLOYMENT, app_name=SERVE_APPLICATION)
         if not engine.is_initialized:
-            # Serve's throughput mode would tie it to the event loop of whoever comes first; jobs have none that lasts.
+            # Serve's throughput mode would bind the handle to the caller's event loop, and a job's loop does not last.
             engine._init(_run_router_in_separate_loop=True)
-        engine.load.remote(reference).result()  # starts a replica, where none runs before it is asked
+        engine.load.remote(reference).result()  # starts a replica if none is running
         engine.broadcast("load", reference).results()
     except RayTaskError as error:
         if isinstance(error.cause, ForgearrError):
@@ -147,7 +147,7 @@ async def _push_to_ollama(context: Context, version: Version, path: Path) -> dic
     if url is None:
         return None
     if version.is_adapter:
-        context.log(f"Ollama does not get {version.reference}: it is an adapter, and stands on a model here.")
+        context.log(f"{version.reference} is not pushed to Ollama: it is an adapter on a model of this installation.")
         return None
-    context.report(progress=60, phase="giving it to Ollama")
+    context.report(progress=60, phase="pushing to Ollama")
     return await asyncio.to_thread(ollama_push.push, url, version, path)

@@ -1,4 +1,4 @@
-"""Gives a deployed version to an Ollama server, through its own client: as NAME:v3, and then as NAME:latest."""
+"""Push a deployed version to an Ollama server with Ollama's client: as NAME:v3, and then as NAME:latest."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -28,26 +28,26 @@ class OllamaRefused(ForgearrError):
 
 
 def push(url: str, version: Version, path: Path) -> dict[str, str]:
-    """Have the server make a model of this file, which it gets only when it does not have it. Told twice, it is one."""
+    """Create a model from this file on the server. The file is uploaded only if it is missing; repeating is safe."""
     import httpx
     import ollama
 
     digest = f"sha256:{version.files[0].sha256}"
     timeout = httpx.Timeout(READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
     with translate_errors(url), ollama.Client(host=url, timeout=timeout) as client:
-        # Its client can send a blob, but not ask for one.
+        # Ollama's client can upload a blob, but not ask whether it exists.
         if httpx.head(f"{url.rstrip('/')}/api/blobs/{digest}", timeout=CONNECT_TIMEOUT_SECONDS).is_error:
             client.create_blob(path)
         for _ in client.create(
             model=version.reference, files={version.files[0].name: digest}, stream=True, **_create_options(path)
         ):
-            pass  # each is a step of its work; one that fails raises
+            pass  # each item is a status of the server; a failure raises
     set_latest(url, version)
     return {"url": url, "model": version.reference, "latest": f"{version.name}:latest", "digest": digest}
 
 
 def set_latest(url: str, version: Version) -> None:
-    """Let NAME:latest be a version that the server already has."""
+    """Make NAME:latest a version that the server already has."""
     import ollama
 
     with translate_errors(url), ollama.Client(host=url, timeout=CONNECT_TIMEOUT_SECONDS) as client:
@@ -55,7 +55,7 @@ def set_latest(url: str, version: Version) -> None:
 
 
 def _create_options(path: Path) -> dict[str, Any]:
-    """Template and parameters. Where we know no better, the server finds out itself what it can about a file."""
+    """Template and parameters. For a template that we do not know, the server derives its own from the file."""
     template, context = _read_gguf_metadata(path)
     parameters: dict[str, Any] = {"num_ctx": min(context or 2**31, get_settings().engines.context)}
     if TURN_START not in template:
@@ -66,7 +66,7 @@ def _create_options(path: Path) -> dict[str, Any]:
 
 
 def _read_gguf_metadata(path: Path) -> tuple[str, int | None]:
-    """The chat template in a GGUF file, and the longest context of its model."""
+    """The chat template in a GGUF file, and the context length of its model."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)

@@ -1,4 +1,4 @@
-"""A GGUF model in this process, through llama-cpp-python's low-level API: its logits, its tokens, its answers."""
+"""Run a GGUF model in this process with llama-cpp-python's low-level API: tokens, logits and greedy generation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -43,7 +43,7 @@ class GgufModel:
         return tokenize(self._vocabulary, text)
 
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
-        """What the model says at these positions about the token that follows: a matrix."""
+        """The logits of the token after each of these positions, as a matrix."""
         import numpy
 
         self._clear_memory()
@@ -58,7 +58,7 @@ class GgufModel:
         return rows
 
     def generate(self, ids: Sequence[int], max_tokens: int, should_stop: Callable[[], bool]) -> list[int] | None:
-        """The likeliest continuation; None when it was interrupted."""
+        """The continuation by greedy decoding; None if it was interrupted."""
         self._clear_memory()
         for start in range(0, len(ids), BATCH_TOKENS):
             chunk = ids[start : start + BATCH_TOKENS]

@@ -1,6 +1,6 @@
-"""What a GGUF file says about words, without its weights: its chat template, its tokens, and how many it reads at once.
+"""The tokenizer of a GGUF file, read without its weights: vocabulary, chat template and context length.
 
-It stands in for a tokenizer of transformers wherever a conversation becomes text (tokens.py).
+It has the interface of a transformers tokenizer that `fine_tune/tokenize.py:render` needs.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ MAX_VALUE_BYTES = 1024
 
 class GgufTokenizer:
     def __init__(self, path: str, template: str = "") -> None:
-        """`template`: instead of the file's own."""
+        """`template` replaces the chat template of the file."""
         import llama_cpp
         from llama_cpp._logger import set_verbose
 
@@ -49,7 +49,7 @@ class GgufTokenizer:
         tokenize: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:
-        """As the method of this name of a tokenizer: a conversation as text."""
+        """Render a conversation as text, like the method of a transformers tokenizer."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
@@ -82,12 +82,12 @@ class GgufTokenizer:
         value = ctypes.create_string_buffer(MAX_VALUE_BYTES)
         length = self._llama.llama_model_meta_val_str(self._model, key.encode(), value, MAX_VALUE_BYTES)  # pyright: ignore[reportArgumentType]
         if length < 0:
-            raise BrokenModelFile(f"{self.name_or_path} does not say its {key}.")
+            raise BrokenModelFile(f"{self.name_or_path} has no {key} in its metadata.")
         return value.value.decode()
 
 
 def tokenize(vocabulary: Any, text: str) -> list[int]:
-    """As a server does: special tokens count as such, and none is added."""
+    """Tokenize as a server does: special tokens in the text are recognized, and none is added."""
     import llama_cpp
 
     content = text.encode()

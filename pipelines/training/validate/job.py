@@ -1,4 +1,4 @@
-"""The kind `validate`: what a fine-tune has made beside its base, and its GGUF beside both, on unseen samples."""
+"""The kind `validate`: measure a trained model, its base and its GGUF on held-out samples, and check the gates."""
 
 import asyncio
 import math
@@ -27,7 +27,7 @@ from pipelines.training.validate.metrics import PreparedSample, SampleMetrics
 from pipelines.training.validate.progress import Measurements
 
 SAMPLES_PER_ROUND = 4
-"""How many samples are measured before the next look at what the job is asked."""
+"""The number of samples that are measured between two checks whether the job should stop."""
 
 GATES: dict[Gate, tuple[str, bool]] = {
     "max_perplexity": ("perplexity", False),
@@ -37,16 +37,16 @@ GATES: dict[Gate, tuple[str, bool]] = {
     "min_top1_agreement": ("gguf_top1_agreement", True),
     "max_kl": ("gguf_kl", False),
 }
-"""Which metric each gate looks at, and whether more of it is better."""
+"""The metric of each gate, and whether more of it is better."""
 GGUF_GATES = {"min_top1_agreement", "max_kl"}
 MODEL_TITLES = {"base": "base", "tuned": "model", "gguf": "GGUF"}
 
 ModelMetrics = dict[str, list[SampleMetrics]]
-"""By model (base, tuned, gguf), what each sample has given so far."""
+"""By model (base, tuned, gguf): the metrics of each sample that was measured so far."""
 
 
 class NothingHeldOut(UnprocessableRequest):
-    """The training has held no samples out, so there is nothing to validate on: train with eval_split above 0."""
+    """The training held out no samples, so there is nothing to validate on: train with eval_split above 0."""
 
     code = "NOTHING_HELD_OUT"
 
@@ -59,7 +59,7 @@ class ExportMismatch(Conflict):
 
 @job("validate", spec=ValidateSpec, resources=Resources(cpus=1), tracked=True)
 def validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
-    """Measures a fine-tuned model beside its base, and its GGUF beside both."""
+    """Measures a fine-tuned model, its base and its GGUF, and checks the gates."""
     state: dict[str, Any] = context.checkpoint_state or {}
     result = state.get("result") or _validate(context, spec)
     eval_progress.save_result(context, result)
@@ -70,7 +70,7 @@ def validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
 
 
 def summarize(measured: ModelMetrics, prepared: Sequence[PreparedSample]) -> dict[str, float | None]:
-    """The metrics; null is what was not measured."""
+    """The metrics over all samples. What was not measured is None."""
     metrics: dict[str, float | None] = {"samples": len(prepared)}
     for model_key, prefix in (("base", "base_"), ("tuned", ""), ("gguf", "gguf_")):
         rows = measured.get(model_key)
@@ -101,7 +101,7 @@ def summarize(measured: ModelMetrics, prepared: Sequence[PreparedSample]) -> dic
 def check_gates(
     metrics: Mapping[str, float | None], gates: Mapping[str, float | None], *, with_gguf: bool
 ) -> list[str]:
-    """Why it does not pass; empty when it does."""
+    """The reasons why the metrics do not pass the gates; empty if they pass."""
     reasons: list[str] = []
     for gate, (metric, more_is_better) in GATES.items():
         limit = gates[gate]
@@ -109,7 +109,7 @@ def check_gates(
             continue
         value = metrics[metric]
         if value is None:
-            reasons.append(f"{metric} was not measured, and {gate} wants it to be {limit:g}")
+            reasons.append(f"{metric} was not measured, and {gate} is {limit:g}")
         elif not (value >= limit if more_is_better else value <= limit):
             reasons.append(f"{metric} is {value:.4g}, and {gate} is {limit:g}")
     return reasons
@@ -170,7 +170,7 @@ def _load_held_out(model: Path, job_id: str) -> list[Sample]:
     text = file.read_text() if file.exists() else ""
     if not text.strip():
         raise NothingHeldOut(
-            f"{job_id} has held no samples out, so there is nothing to validate on: train with eval_split above 0."
+            f"{job_id} held out no samples, so there is nothing to validate on: train with eval_split above 0."
         )
     return [sample for sample in parsing.parse_samples(text, HELD_OUT_FILE) if isinstance(sample, Sample)]
 
@@ -196,7 +196,7 @@ def _measure_models(
     threads: int,
     folder: Path,
 ) -> tuple[ModelMetrics, list[PreparedSample]]:
-    """Everything, one model after the other, from where an earlier attempt got to."""
+    """Measure one model after the other. What an earlier attempt has measured is not measured again."""
     import torch
     from transformers import AutoTokenizer
 

@@ -1,7 +1,7 @@
-"""How good a model is on conversations that it has not seen: its loss, its answers, and how its GGUF differs from it.
+"""Measure a model on held-out conversations: its loss, its answers, and how its GGUF differs from it.
 
-Everything is measured on the assistant's tokens only, and nothing is estimated. A Measured is plain JSON, so that what
-has been measured can be kept and gone on from.
+Only the tokens of the assistant's answers are measured. SampleMetrics is plain JSON, so that it can be stored, and a
+later attempt can continue.
 """
 
 import math
@@ -15,14 +15,14 @@ from pipelines.training.fine_tune.tokenize import IGNORED, Encoding, encode, ren
 from pipelines.training.validate.gguf_model import GgufModel
 
 GENERATION_BATCH_SIZE = 8
-"""How many answers are generated together."""
+"""The number of answers that are generated together."""
 
 SampleMetrics = dict[str, Any]
-"""Of one sample: the summed loss and number of its tokens, and its answers. Of a GGUF also how it differs."""
+"""Of one sample: the sum of its tokens' losses, their number, and the answers. For a GGUF also the differences."""
 
 
 class MeasurementInterrupted(Exception):
-    """A measurement was given up, because its job should stop."""
+    """A measurement was aborted, because its job should stop."""
 
 
 class Score(TypedDict):
@@ -33,7 +33,7 @@ class Score(TypedDict):
 
 @dataclass(frozen=True)
 class Question:
-    """What the model reads before one of the assistant's answers, and that answer."""
+    """The prompt of one of the assistant's answers, and that answer."""
 
     prompt: str
     prompt_ids: list[int]
@@ -47,7 +47,7 @@ class PreparedSample:
 
 
 def prepare(tokenizer: Any, sample: Sample, context: int) -> PreparedSample:
-    """A sample as a model reads it; what is beyond the model's context is left out."""
+    """Tokenize a sample. What exceeds the model's context is left out."""
     document = sample.model_dump(exclude_none=True)
     messages, tools = document["messages"], document.get("tools")
     encodings = encode(tokenizer, messages, tools)
@@ -72,7 +72,7 @@ def measure(
     max_new_tokens: int,
     should_stop: Callable[[], bool],
 ) -> list[SampleMetrics]:
-    """Measure a transformers model on some samples, whose answers are generated together."""
+    """Measure a transformers model on some samples. Answers are generated in batches."""
     measured = [_measure_loss(model, sample) for sample in samples]
     if should_stop():
         raise MeasurementInterrupted
@@ -92,7 +92,7 @@ def compare(
     max_new_tokens: int,
     should_stop: Callable[[], bool],
 ) -> SampleMetrics:
-    """Measure a GGUF on a sample, beside the transformers model that it was made from."""
+    """Measure a GGUF on a sample, and compare it with the transformers model that it was made from."""
     loss = divergence = 0.0
     tokens = agreed = 0
     for encoding in sample.encodings:
@@ -140,7 +140,7 @@ def score(answer: str, expected: str) -> Score:
 
 
 def _expected_answers(tokenizer: Any, encoding: Encoding) -> Iterator[str]:
-    """The stretches that are learned, as text without the token that ends them."""
+    """The answers that are learned, as text without the token that ends them."""
     for learned, group in groupby(encoding.labels, lambda label: label != IGNORED):
         if learned:
             yield tokenizer.decode(_before_eos(list(group), tokenizer), clean_up_tokenization_spaces=False)
@@ -161,7 +161,7 @@ def _measure_loss(model: Any, sample: PreparedSample) -> SampleMetrics:
 
 
 def _predicting_positions(encoding: Encoding) -> list[int]:
-    """Where a learned token is predicted: one before it."""
+    """The positions that predict learned tokens: one before each."""
     return [number - 1 for number, label in enumerate(encoding.labels) if label != IGNORED and number > 0]
 
 
@@ -172,13 +172,13 @@ def _targets(encoding: Encoding, positions: Sequence[int], reference: Any) -> An
 
 
 def _log_probabilities(model: Any, encoding: Encoding, positions: Sequence[int]) -> Any:
-    """At these positions, of every token: a matrix."""
+    """The log probabilities of all tokens at these positions, as a matrix."""
     import torch
 
     ids = torch.tensor([encoding.input_ids], device=model.device)
-    kept_positions = torch.tensor(positions, device=model.device)
+    logits_to_keep = torch.tensor(positions, device=model.device)
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept_positions).logits[0]
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep).logits[0]
         return logits.float().log_softmax(-1)
 
 
@@ -197,7 +197,7 @@ def _generate(
     max_new_tokens: int,
     should_stop: Callable[[], bool],
 ) -> Iterator[str]:
-    """The likeliest answers, in the order of the questions. Those of about the same length are generated together."""
+    """Answers by greedy decoding, in the order of the questions. Prompts of similar length are batched."""
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt_ids))
     answers: dict[int, str] = {}
     for start in range(0, len(order), GENERATION_BATCH_SIZE):
@@ -246,7 +246,7 @@ def _common_words(words: Sequence[str], expected: Sequence[str]) -> int:
 
 
 def _longest_common_subsequence(words: Sequence[str], expected: Sequence[str]) -> int:
-    """The length of the longest sequence of words that both have in this order."""
+    """The length of the longest common subsequence of words."""
     row = [0] * (len(expected) + 1)
     for word in words:
         diagonal = 0

@@ -1,4 +1,4 @@
-"""What a job has measured so far: told in its progress, and kept in storage for the next attempt."""
+"""Measure samples in resumable parts: report the progress, and store the rows in storage for the next attempt."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from pipelines.training.validate.metrics import MeasurementInterrupted
 SAVE_SECONDS = 20
 
 Row = dict[str, Any]
-"""What one sample has given with one model."""
+"""The metrics of one sample with one model."""
 
 
 class Measurements:
@@ -25,7 +25,7 @@ class Measurements:
         titles: Mapping[str, str],
         conditions: Mapping[str, Any] | None = None,
     ) -> None:
-        """`total` rows are wanted. What was measured under other `facts` does not count."""
+        """`total` is the number of rows to measure. Stored rows count only if their conditions were the same."""
         self._context = context
         self._file = folder / "measured.json"
         self._total = total
@@ -40,7 +40,7 @@ class Measurements:
         return len(self.rows.get(model_key, [])) < count
 
     def measure_missing(self, model_key: str, count: int, measure_from: Callable[[int], list[Row]]) -> None:
-        """Measure one model on what is missing of `count` samples, `some` from a number on at a time."""
+        """Measure one model until it has `count` rows. `measure_from(start)` measures some samples from `start` on."""
         rows = self.rows.setdefault(model_key, [])
         while len(rows) < count:
             done = sum(len(model_rows) for model_rows in self.rows.values())
@@ -62,7 +62,7 @@ class Measurements:
 
 
 def save_result(context: Context, result: Mapping[str, Any]) -> None:
-    """The result is safe before what it was made from is removed: an attempt that ends in between has it."""
+    """Checkpoint the result, and only then remove the stored rows: an attempt that ends in between loses nothing."""
     context.checkpoint({"result": result})
     storage.remove(storage.address(_storage_name(context)))
 

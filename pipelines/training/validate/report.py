@@ -1,4 +1,4 @@
-"""What a validation has measured, for people (Markdown, with a picture) and for programs (JSON)."""
+"""Write the report of a validation: Markdown with plots for people, JSON for programs."""
 
 import json
 import math
@@ -13,7 +13,7 @@ MARKDOWN_NAME, JSON_NAME, PICTURE_NAME = "validation_report.md", "validation_rep
 SHOWN_SAMPLES = 10
 SHOWN_CHARACTERS = 600
 LINE_STYLES = {"base": "solid", "tuned": "solid", "gguf": "dashed"}
-"""A GGUF that is as it should be hides the line of the trained model."""
+"""The line of a faithful GGUF covers that of the trained model, so it is dashed."""
 
 TABLE_ROWS = (
     ("Loss (mean of tokens)", "base_loss", "final_loss", "gguf_loss"),
@@ -30,7 +30,7 @@ TABLE_ROWS = (
 def by_sample(
     conversations: Sequence[Sample], prepared: Sequence[PreparedSample], measured: Mapping[str, Sequence[SampleMetrics]]
 ) -> list[dict[str, Any]]:
-    """Each sample with what every model makes of it."""
+    """Each sample, with the expected answers and every model's metrics."""
     return [
         {
             "messages": conversation.model_dump(exclude_none=True)["messages"],
@@ -42,7 +42,7 @@ def by_sample(
 
 
 def write(report_data: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The report, its picture and the facts as JSON; in this folder."""
+    """Write the report, its plots and the data as JSON into this folder."""
     markdown, document = folder / MARKDOWN_NAME, folder / JSON_NAME
     markdown.write_text(_markdown(report_data))
     document.write_text(json.dumps(_replace_infinite(report_data), indent=2))
@@ -113,7 +113,7 @@ def _answers(sample: Mapping[str, Any]) -> list[str]:
 
 
 def _code_block(text: str) -> list[str]:
-    """As code, so that nothing in it is taken for Markdown; a fence longer than any in it."""
+    """Quote text as code, so that nothing in it is read as Markdown. The fence is longer than any in the text."""
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
     fence = "```"
     while fence in shown:
@@ -157,7 +157,7 @@ def _picture(report_data: Mapping[str, Any], path: Path) -> Path:
 
 
 def _replace_infinite(value: Any) -> Any:
-    """JSON has no infinity: what is too large to say is null."""
+    """JSON has no infinity and no NaN: replace them by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
