@@ -246,5 +246,5 @@ def test_a_base_model_that_does_not_exist_fails_at_once_and_says_so(platform: Pl
     assert (job["state"], job["attempt"]) == ("failed", 1)
     assert (
         job["error"]["message"]
-        == "There is no base model '/no/such/model': /no/such/model is no folder on this machine."
+        == "There is no base model '/no/such/model': /no/such/model is not a folder on this machine."
     )

@@ -1,4 +1,4 @@
-"""Where the model is that a training starts from, whatever it is named by."""
+"""Resolve the name of a base model to a folder on this machine. The model is built, fetched or downloaded if needed."""
 
 import asyncio
 import errno
@@ -26,10 +26,10 @@ class BaseModelNotFound(NotFound):
 
 
 def resolve(reference: str) -> str:
-    """The folder on this machine, as transformers reads it; what is not here yet is fetched.
+    """The folder of a base model on this machine, in the format of transformers.
 
-    forgearr/tiny is built, NAME:v3 and NAME:latest are what that version was exported from, a path is a folder, and
-    anything else is a model of the Hugging Face hub.
+    forgearr/tiny is built here. NAME:v3 and NAME:latest are the trained model that the version was exported from. A
+    path is a folder. Anything else is a model of the Hugging Face hub.
     """
     if reference == tiny.NAME:
         return str(tiny.model_folder())
@@ -41,7 +41,7 @@ def resolve(reference: str) -> str:
 
 
 def pin_reference(reference: str) -> str:
-    """The same base under a name that stays with it: NAME:latest becomes NAME:v3. Others stay as they are."""
+    """Replace NAME:latest by NAME:v3, which always refers to the same version. Other references stay unchanged."""
     if reference.startswith(("/", "~", ".")) or ":" not in reference:
         return reference
     return asyncio.run(_find_version(reference)).reference
@@ -60,17 +60,17 @@ def _local_folder(reference: str) -> str:
         raise BaseModelNotFound(
             f"There is no model in the folder {folder}: it has no {' and no '.join(missing)}."
             if folder.is_dir()
-            else f"There is no base model '{reference}': {folder} is no folder on this machine."
+            else f"There is no base model '{reference}': {folder} is not a folder on this machine."
         )
     return str(folder)
 
 
 def _registered_folder(reference: str) -> str:
-    """The trained model that a version was exported from. An adapter is merged into its base, once."""
+    """The trained model that a version was exported from. An adapter is merged into its base, and that is cached."""
     version = asyncio.run(_find_version(reference))
     if not version.job_id:
         raise BaseModelNotFound(
-            f"{reference} was made from GGUF files, which cannot be trained: name what they were made from."
+            f"{reference} was made from GGUF files, which cannot be trained: name the model that they were made from."
         )
     result = outputs.get_output(version.job_id, "fine_tune", None).result
     cache = home() / "cache" / "bases"
@@ -89,24 +89,24 @@ def _registered_folder(reference: str) -> str:
             isolated.run_isolated(
                 "pipelines.training.export.convert:merge_only",
                 {"base": resolve(result["base_model"]), "adapter": str(model), "target": str(ready)},
-                report=lambda part, doing: None,
+                report=lambda fraction, phase: None,
                 should_stop=lambda: False,
                 threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
             )
         try:
             ready.rename(target)
         except OSError as error:
-            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # somebody else was quicker
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # another process was faster
                 raise
     return str(target)
 
 
 def fetch(address: str, work: Path, name: str) -> Path:
-    """What a fine-tune has left in storage, on this machine."""
+    """A local copy of the trained model that a fine-tune has stored. `name` names its origin in errors."""
     try:
         return storage.fetch(address, work)
     except FileNotFoundError as error:
-        raise BaseModelNotFound(f"What {name} has made is no longer in storage: {address} is gone.") from error
+        raise BaseModelNotFound(f"The model of {name} is no longer in storage: {address} is missing.") from error
 
 
 async def _find_version(reference: str) -> models_versions.Version:
@@ -128,8 +128,8 @@ def _download_from_hub(reference: str) -> str:
         ) from error
     except GatedRepoError as error:
         raise BaseModelNotFound(
-            f"The model '{reference}' of the Hugging Face hub is open only to those who have accepted its terms: do "
-            "that there, and set HF_TOKEN where Forgearr runs."
+            f"The model '{reference}' of the Hugging Face hub is gated: accept its terms there, and set HF_TOKEN where "
+            "Forgearr runs."
         ) from error
     except RepositoryNotFoundError as error:
         raise BaseModelNotFound(
@@ -139,8 +139,8 @@ def _download_from_hub(reference: str) -> str:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise BaseModelNotFound(
-            f"The base model '{reference}' is not on this machine, and the Hugging Face hub could not be asked for it: "
-            f"{_first_line(error)}. Offline, name a local folder, a registered version or forgearr/tiny."
+            f"The base model '{reference}' is not on this machine, and could not be downloaded from the Hugging Face "
+            f"hub: {_first_line(error)}. Offline, use a local folder, a registered version or forgearr/tiny."
         ) from error
 
 

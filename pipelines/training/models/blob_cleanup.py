@@ -1,4 +1,4 @@
-"""A part of the hourly sweep: what was sent for a model, and is used by none, goes after a day."""
+"""Part of the hourly sweep: delete uploaded blobs that no model version has used for a day."""
 
 import logging
 from datetime import timedelta
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @register_sweeper("blobs")
 async def sweep(database: Database) -> int:
-    """Remove blobs that nobody has touched for a day and no version uses; returns how many."""
+    """Delete blobs that were not touched for a day and that no version uses. Returns their number."""
     cutoff = now() - timedelta(hours=UNUSED_HOURS)
     async with database.read_transaction() as session:
         old = set(await session.scalars(select(Blob.sha256).where(Blob.used_at < cutoff)))
@@ -28,6 +28,6 @@ async def sweep(database: Database) -> int:
         async with registry.connect() as models:
             unused = old - await models.blobs()
     except Unavailable as error:
-        log.warning("Blobs stay until a sweep can ask which models use them: %s", error.message)
+        log.warning("No blobs are deleted, because the registry does not say which are in use: %s", error.message)
         return 0
     return sum([await blobs.remove_unused(database, sha256, cutoff) for sha256 in unused])

@@ -1,6 +1,7 @@
-"""Files that a model can be made of, by their SHA-256: taken in as they come, and gone when nothing uses them.
+"""Blobs: uploaded model files in storage, addressed by their SHA-256, and their rows in the database.
 
-What uses one is a version in the registry, or the moment: whoever is about to make a version of it touches it first.
+A blob is in use while a version in the registry has it. To create a version, first `touch` its blobs: they are not
+deleted for some time after that (blob_cleanup.py).
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from cluster.errors import InvalidRequest, NotFound
 CHUNK_BYTES = 4 * 1024 * 1024
 
 OnBytes = Callable[[int], None]
-"""Hears how many bytes have passed so far."""
+"""Receives the number of bytes that were read so far."""
 
 
 class Blob(Base):
@@ -48,14 +49,14 @@ class DigestMismatch(InvalidRequest):
 
 
 class NoSpaceForBlob(InvalidRequest):
-    """There is no room in storage for this file."""
+    """There is not enough space in storage for this file."""
 
     status = 413
     code = "NO_SPACE"
 
 
 async def touch(database: Database, sha256: str) -> int:
-    """How many bytes a blob has, which nobody removes for the next while."""
+    """Protect a blob from deletion for some time. Returns its size in bytes."""
     async with database.transaction() as session:
         query = update(Blob).where(Blob.sha256 == sha256).values(used_at=now()).returning(Blob.bytes)
         size = await session.scalar(query)
@@ -65,7 +66,7 @@ async def touch(database: Database, sha256: str) -> int:
 
 
 async def receive(database: Database, sha256: str, content: AsyncIterable[bytes]) -> None:
-    """Take a blob in as it comes. Of one that does not have this digest, or breaks off, nothing stays."""
+    """Store a blob from a stream. If the stream breaks off or has another digest, nothing is stored."""
     digest, size = hashlib.sha256(), 0
     file = await asyncio.to_thread(storage.StorageWriter, _storage_name(sha256))
     try:
@@ -84,7 +85,7 @@ async def receive(database: Database, sha256: str, content: AsyncIterable[bytes]
 
 
 async def add_file(database: Database, path: Path, sha256: str, on_bytes: OnBytes = lambda _: None) -> None:
-    """The same of a file on this machine."""
+    """Store a file of this machine as a blob."""
 
     async def content() -> AsyncIterator[bytes]:
         bytes_read = 0
@@ -98,7 +99,7 @@ async def add_file(database: Database, path: Path, sha256: str, on_bytes: OnByte
 
 
 def local_path(sha256: str, folder: Path) -> Path:
-    """A blob as a file of this machine, which is only to be read: itself when it is here, else a copy in `folder`."""
+    """The path of a blob on this machine, to be read only: in local storage itself, else a copy in `folder`."""
     try:
         return storage.fetch(storage.address(_storage_name(sha256)), folder)
     except FileNotFoundError as error:
@@ -106,11 +107,11 @@ def local_path(sha256: str, folder: Path) -> Path:
 
 
 def copy_to(sha256: str, target: Path) -> str:
-    """Put a blob's content into a new file of this machine; returns its SHA-256."""
+    """Copy a blob into a new file on this machine. Returns the SHA-256 of that file."""
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
         source = local_path(sha256, Path(folder))
         try:
-            os.link(source, target)  # costs nothing where both are on one disk
+            os.link(source, target)  # free if both are on one disk
         except OSError:
             shutil.copyfile(source, target)
     return sha256_of(target)
@@ -122,18 +123,18 @@ def sha256_of(path: Path) -> str:
 
 
 async def remove_unused(database: Database, sha256: str, before: datetime) -> bool:
-    """Remove a blob that was not touched since; whether it was so."""
+    """Delete a blob if it was not touched since `before`. Returns whether it was deleted."""
     async with database.transaction() as session:
         await advisory_lock(session, "blobs")
         if not await delete_rows(session, delete(Blob).where(Blob.sha256 == sha256, Blob.used_at < before)):
             return False
-        # Before anybody can send it again.
+        # Inside the transaction, so that the lock keeps the blob from being uploaded again meanwhile.
         await asyncio.to_thread(storage.remove, storage.address(_storage_name(sha256)))
     return True
 
 
 async def _chunks(content: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """The same in pieces that are worth a thread's work."""
+    """The same content in chunks that are large enough to be written in another thread."""
     buffer = bytearray()
     async for chunk in content:
         buffer += chunk
@@ -151,9 +152,9 @@ def _write(file: storage.StorageWriter, digest: Any, chunk: bytes) -> None:
 async def _save_row(database: Database, sha256: str, size: int) -> None:
     async with database.transaction() as session:
         await advisory_lock(session, "blobs")
-        # Nobody removes it while this is open; but a moment ago, when it was an old one, somebody may have.
+        # `remove_unused` takes the same lock. Before that, it may have deleted the file, if the blob had an old row.
         if not await asyncio.to_thread(storage.exists, storage.address(_storage_name(sha256))):
-            raise BlobNotFound(f"The blob sha256:{sha256} was removed while it came anew: send it once more.")
+            raise BlobNotFound(f"The blob sha256:{sha256} was deleted during its upload: send it again.")
         await session.merge(Blob(sha256=sha256, bytes=size, used_at=now()))
 
 

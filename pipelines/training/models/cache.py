@@ -1,6 +1,6 @@
-"""Copies of model files on this machine: FORGEARR_HOME/cache/models/SHA256.gguf, the least recently used go first.
+"""The cache of model files on this machine: FORGEARR_HOME/cache/models/SHA256.gguf, with LRU eviction.
 
-A file's name is its hash, so a copy is right or it is not there. Several processes may use the same folder.
+A file's name is its hash, and a file appears only when it is complete. Several processes may use the same folder.
 """
 
 import asyncio
@@ -20,23 +20,23 @@ from cluster.settings import get_settings, home
 log = logging.getLogger(__name__)
 
 MIN_UNUSED_SECONDS = 3600
-"""What was used this recently may be in use, and stays."""
+"""A file that was used this recently may still be in use, and is not evicted."""
 
 
 class DamagedModel(ForgearrError):
-    """A model's file did not arrive as it was registered."""
+    """A downloaded model file differs from the registered one."""
 
     code = "MODEL_FILE_DAMAGED"
     retryable = True
 
 
 def cache_file(path: Path, sha256: str) -> Path:
-    """Put a file of this machine into the cache; returns its copy there. The caller has just computed its hash."""
+    """Add a file of this machine to the cache, and return the copy. The caller has just computed the hash."""
     target = _cache_path(sha256)
     partial = _partial_path(target)
     try:
         try:
-            os.link(path, partial)  # costs nothing where both are on one disk
+            os.link(path, partial)  # free if both are on one disk
         except OSError:
             shutil.copyfile(path, partial)
         os.utime(partial)
@@ -48,7 +48,7 @@ def cache_file(path: Path, sha256: str) -> Path:
 
 
 def find(sha256: str, size: int) -> Path | None:
-    """The copy of a file, if there is a whole one; it counts as used now."""
+    """The cached copy of a file, if there is a complete one. It counts as used now."""
     target = _cache_path(sha256)
     try:
         if target.stat().st_size != size:
@@ -61,7 +61,7 @@ def find(sha256: str, size: int) -> Path | None:
 
 
 async def get_or_download(sha256: str, size: int, download: Callable[[Path], Awaitable[str]]) -> Path:
-    """The copy of a file, which `download` makes when there is none; it returns the hash of what has come."""
+    """The cached copy of a file. If there is none, `download` writes it to a path, and returns its SHA-256."""
     if (target := find(sha256, size)) is not None:
         return target
     target = _cache_path(sha256)
@@ -72,7 +72,7 @@ async def get_or_download(sha256: str, size: int, download: Callable[[Path], Awa
         try:
             actual_sha256 = await download(partial)
             if actual_sha256 != sha256:
-                raise DamagedModel(f"A model file arrived with the SHA-256 {actual_sha256} instead of {sha256}.")
+                raise DamagedModel(f"A downloaded model file has the SHA-256 {actual_sha256} instead of {sha256}.")
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -81,13 +81,13 @@ async def get_or_download(sha256: str, size: int, download: Callable[[Path], Awa
 
 
 def evict(protected: Path) -> None:
-    """Delete the copies that were used longest ago until the rest fit into `engines.cache_gb`."""
+    """Delete the least recently used files until the rest fits into `engines.cache_gb`."""
     files = sorted(_files())
     excess = sum(size for _, size, _ in files) - get_settings().engines.cache_gb * 1_000_000_000
     for used_at, size, file in files:
         if time.time() - used_at < MIN_UNUSED_SECONDS:
             return
-        # A download that was never finished, or a lock, is of no use to anybody by now.
+        # Old lock files and unfinished downloads are always deleted.
         if file.suffix == ".gguf" and (excess <= 0 or file == protected):
             continue
         file.unlink(missing_ok=True)
@@ -95,16 +95,16 @@ def evict(protected: Path) -> None:
 
 
 def _files() -> Iterator[tuple[float, int, Path]]:
-    """(time of the last use, bytes, file) of everything there is."""
+    """The time of the last use, the size and the path of each file."""
     for file in _folder().iterdir():
-        with suppress(FileNotFoundError):  # another process makes room too
+        with suppress(FileNotFoundError):  # another process evicts files too
             status = file.stat()
             yield status.st_mtime, status.st_size, file
 
 
 @asynccontextmanager
 async def _download_lock(target: Path) -> AsyncGenerator[None]:
-    """One process at a time fetches a file. The system takes the lock back from one that dies."""
+    """Let one process at a time download a file. The system releases the lock of a process that dies."""
     with target.with_suffix(".lock").open("w") as lock:
         while True:
             try:

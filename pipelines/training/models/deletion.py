@@ -1,4 +1,4 @@
-"""Deleting models by the names that clients know: an administrator any, others what their own jobs have made."""
+"""Delete models by their public names. Administrators may delete any, others only what their own jobs made."""
 
 from sqlalchemy import select
 
@@ -18,13 +18,13 @@ class NotModelOwner(Forbidden):
 
 
 class BuiltInModel(Forbidden):
-    """forgearr/tiny comes with Forgearr and stays."""
+    """forgearr/tiny is built in and cannot be deleted."""
 
     code = "MODEL_COMES_ALONG"
 
 
 async def remove(reference: str, principal: Principal) -> list[Version]:
-    """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest). Returns what is gone."""
+    """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest). Returns the deleted ones."""
     if reference.removesuffix(":latest") == tiny.NAME:
         raise BuiltInModel
     name, number = models_versions.parse_reference(reference)
@@ -48,5 +48,5 @@ async def _require_own_models(versions: list[Version], principal: Principal) -> 
         own_ids = set(await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.owner_id == principal.id)))
     if own_ids != job_ids:
         raise NotModelOwner(
-            f"Only an administrator may delete {versions[0].name}, because not all of it is the work of your own jobs."
+            f"Only an administrator may delete {versions[0].name}, because not all of it was made by your own jobs."
         )

@@ -1,4 +1,4 @@
-"""MLflow's model versions as our rows."""
+"""Convert between MLflow's registered models, which hold our facts as tags, and the classes of versions.py."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from cluster.settings import get_settings
 from pipelines.training.models.versions import SERVED_ALIAS, Model, ModelDefaults, ModelFile, Version
 
 BLOB_SOURCE = "forgearr:/blobs"
-"""Where MLflow is told that the files of a version are, when they lie in storage, by their SHA-256, and not with it."""
+"""The `source` in MLflow of a version whose files are blobs in storage, and not artifacts of MLflow."""
 MAX_HISTORY = 100
 
 
@@ -33,7 +33,7 @@ def version_key(name: str, number: int) -> dict[str, str]:
 
 
 def version_description(base_model: str, job_id: str, export_job_id: str) -> str:
-    """What MLflow's pages show of a version, with the way back to its jobs."""
+    """The description that MLflow's pages show of a version, with links to its jobs."""
     jobs = f"{get_settings().url}/api/v1/jobs"
     training_link, export_link = (f"[{job}]({jobs}/{job})" for job in (job_id, export_job_id))
     return f"Made from `{base_model}` by {training_link}, exported by {export_link}."
@@ -77,7 +77,7 @@ def served_number(row: dict[str, Any]) -> int | None:
 
 
 def served_history(row: dict[str, Any]) -> list[int]:
-    """The numbers that were served before the one that is, the last of them last."""
+    """The numbers of the versions that were served before the current one, the latest last."""
     tags = {tag["key"]: tag["value"] for tag in row.get("tags", [])}
     history: list[int] = json.loads(tags.get("forgearr.history", "[]"))
     while history and history[-1] == served_number(row):

@@ -1,7 +1,7 @@
-"""The versions of models there are, and which one is served: MLflow's model registry, over its REST API.
+"""The model registry: register, find, serve and delete versions of models, through MLflow's REST API.
 
-A version's facts are tags on it; its files are artifacts of the run that made it. MLflow reserves the alias `latest`
-for the newest version, which is not what `NAME:latest` means to those who use a model: that is the alias `served` here.
+The facts of a version are tags in MLflow; its files are artifacts of the run that made it, or blobs in storage. MLflow
+reserves the alias `latest` for the newest version. `NAME:latest` means the version that is served: the alias `served`.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ __all__ = [
 ]
 PAGE_SIZE = 1000
 OnProgress = Callable[[int, int], None]
-"""Hears how many bytes of how many have passed."""
+"""Receives the number of bytes that are done, and their total."""
 
 
 class Registry:
@@ -81,7 +81,7 @@ class Registry:
         export_job_id: str,
         on_progress: OnProgress = lambda done, total: None,
     ) -> Version:
-        """Upload files and make them the next version of `name`. Told twice by the same export, it is one version."""
+        """Upload files and make them the next version of `name`. Repeated by the same export, it is one version."""
         await self._ensure_model(name)
         if existing := await self._find_by_export(name, export_job_id):
             return existing[-1]
@@ -109,7 +109,7 @@ class Registry:
         base_model: str = "",
         defaults: ModelDefaults,
     ) -> Version:
-        """Make blobs, which the caller has just touched, the next version of `name`: a model, or an adapter alone."""
+        """Make blobs the next version of `name`: a model, or an adapter alone. The caller has just touched them."""
         await self._ensure_model(name)
         tags = version_tags(files, adapter, base_model) | defaults_as_tags(defaults)
         names = ", ".join(file.name for file in [*files, adapter] if file is not None)
@@ -121,11 +121,11 @@ class Registry:
         return version
 
     async def copy(self, version: Version, name: str, defaults: ModelDefaults | None = None) -> Version:
-        """The same files as the next version of `name`, perhaps in another manner. No file is copied."""
+        """Make the files of a version the next version of `name`, with other defaults if given. No file is copied."""
         row = await self._version_row(version.name, version.number)
         await self._ensure_model(name)
         tags = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
-        # It is nothing that an export has made, or may make once more.
+        # The copy must not be found as the version of the export job.
         tags |= {"export_job_id": "", "parent": version.reference}
         tags.pop("comparison", None)
         if defaults is not None and defaults != version.defaults:
@@ -145,7 +145,7 @@ class Registry:
         return {file.sha256 for version in versions for file in [*version.files, version.adapter] if file is not None}
 
     async def find(self, reference: str) -> Version:
-        """The version that NAME, NAME:latest (both: the one served) or NAME:v3 names."""
+        """The version NAME:v3, or the served one for NAME and NAME:latest."""
         name, number = parse_reference(reference)
         if number is not None:
             return version_of_row(await self._version_row(name, number))
@@ -154,12 +154,12 @@ class Registry:
                 "GET", "registered-models/alias", params={"name": name, "alias": SERVED_ALIAS}
             )
         except MlflowRefused as refusal:
-            # 404: no such model; 400: it has no such alias.
+            # MLflow returns 404 if there is no such model, and 400 if the model has no such alias.
             if refusal.details.get("status") not in {400, 404}:
                 raise
             raise ModelNotFound(f"No version of a model '{name}' is served.") from refusal
         if not is_ours(response["model_version"]):
-            raise ModelNotFound(f"'{name}' in MLflow is no model of Forgearr's.")
+            raise ModelNotFound(f"The model '{name}' in MLflow was not registered by Forgearr.")
         return version_of_row(response["model_version"])
 
     async def find_export(self, export_job_id: str) -> Version:
@@ -171,7 +171,7 @@ class Registry:
         return versions[-1]
 
     async def adapters_of(self, base: str) -> list[Version]:
-        """The versions that are adapters for this one, newest first."""
+        """The versions that are adapters on this base, newest first."""
         versions = await self._versions(f"tags.`forgearr.base_model` = '{base}'") if "'" not in base else []
         return sorted(
             (version for version in versions if version.is_adapter),
@@ -180,7 +180,7 @@ class Registry:
         )
 
     async def models(self) -> list[Model]:
-        """Every model that has a version of ours, by name."""
+        """All models that have a version of Forgearr's, sorted by name."""
         rows = await self._search("registered-models/search", "registered_models")
         versions: dict[str, list[Version]] = {}
         for version in await self._versions():
@@ -199,45 +199,45 @@ class Registry:
         return new_model(versions, served)
 
     async def set_served(self, name: str, number: int) -> int | None:
-        """Serve this version from now on; returns the number of the one that was served before, if another one was."""
+        """Serve this version from now on. Returns the number of the version that was served before, if any."""
         row = await self._model_row(name)
         await self._version_row(name, number)
         served = served_number(row)
         if served == number:
             return (served_history(row) or [None])[-1]
         if served is not None:
-            # First: should we end between the two, an entry that equals what is served means nothing.
+            # The history first: if the process ends in between, an entry that equals the served version is ignored.
             await self._save_history(name, [*served_history(row), served])
         await self._set_served_alias(name, number)
         return served
 
     async def roll_back(self, name: str) -> tuple[Version, int]:
-        """Serve what was served before; returns it, and the number of the one that was served until now."""
+        """Serve the previously served version. Returns it, and the number of the version that it replaces."""
         row = await self._model_row(name)
         served, history = served_number(row), served_history(row)
         known = {version.number: version for version in await self._versions(f"name = '{name}'")}
         earlier = [number for number in history if number in known]
         if served is None or not earlier:
-            raise NoEarlierVersion(f"No version of '{name}' that is still there was served before the one that is.")
+            raise NoEarlierVersion(f"No existing version of '{name}' was served before the current one.")
         await self._set_served_alias(name, earlier[-1])
         await self._save_history(name, earlier[:-1])
         return known[earlier[-1]], served
 
     async def set_validation(self, name: str, number: int, passed: bool, reasons: Sequence[str] = ()) -> None:
-        """Write down whether a version has passed its validation, and why not."""
+        """Record whether a version has passed its validation, and the reasons if not."""
         for key, value in (("reasons", list(reasons)), ("passed", passed)):
             body = {**version_key(name, number), "key": f"forgearr.{key}", "value": json.dumps(value)}
             await self._mlflow.call("POST", "model-versions/set-tag", json=body)
 
     async def save_comparison(self, name: str, number: int, comparison: Mapping[str, Any]) -> None:
-        """Write down how a version did beside the one that was served."""
+        """Record the comparison of a version with the one that was served."""
         body = {**version_key(name, number), "key": "forgearr.comparison", "value": json.dumps(comparison)}
         await self._mlflow.call("POST", "model-versions/set-tag", json=body)
 
     async def fetch(
         self, version: Version, file: ModelFile | None = None, on_progress: OnProgress = lambda done, total: None
     ) -> Path:
-        """A copy of a version's file on this machine; without `file`, of the one that is served. Only to be read."""
+        """The cached copy of a version's file, to be read only. Without `file`, of the one that is served."""
         chosen_file = file or version.file
 
         async def download(target: Path) -> str:
@@ -250,7 +250,7 @@ class Registry:
         return await model_cache.get_or_download(chosen_file.sha256, chosen_file.bytes, download)
 
     async def delete_version(self, name: str, number: int) -> None:
-        """Remove a version and its files; its number is not given again."""
+        """Delete a version and its files. Its number is not used again."""
         row = await self._version_row(name, number)
         if served_number(await self._model_row(name)) == number:
             raise VersionServed(
@@ -260,9 +260,9 @@ class Registry:
         await self._delete_version(row)
 
     async def delete_model(self, name: str) -> None:
-        """Remove all versions of a model and their files, served or not.
+        """Delete all versions of a model and their files, the served one too.
 
-        Its name stays in MLflow, and with it the count: NAME:v3 means the same for good, or nothing.
+        The name stays in MLflow with its counter, so that NAME:v3 never comes to mean another version.
         """
         await self._model_row(name)
         rows = await self._version_rows(f"name = '{name}'")
@@ -283,13 +283,13 @@ class Registry:
         try:
             await self._mlflow.call("POST", "registered-models/create", json={"name": name})
         except MlflowRefused:
-            await self._model_row(name)  # another export has just made it
+            await self._model_row(name)  # another export has just created it
 
     async def _find_by_export(self, name: str, export_job_id: str) -> list[Version]:
         return await self._versions(f"name = '{name}' AND tags.`forgearr.export_job_id` = '{export_job_id}'")
 
     async def _merge_export_versions(self, name: str, export_job_id: str) -> Version:
-        """The version of an export. Two, of a worker that was given up and its successor, become one again."""
+        """The version of an export. A replaced worker and its successor may have made two: keep the first."""
         *later, first = await self._find_by_export(name, export_job_id)
         for version in later:
             key = version_key(name, version.number)
@@ -312,7 +312,7 @@ class Registry:
         return [version_of_row(row) for row in await self._version_rows(condition)]
 
     async def _version_rows(self, condition: str = "") -> list[dict[str, Any]]:
-        """All of ours that fulfil a condition, newest first."""
+        """All rows of Forgearr's that meet a condition, newest first."""
         rows = await self._search("model-versions/search", "model_versions", condition)
         return sorted((row for row in rows if is_ours(row)), key=lambda row: -int(row["version"]))
 
@@ -349,7 +349,7 @@ class Registry:
         return version_of_row((await self._mlflow.call("POST", "model-versions/create", json=body))["model_version"])
 
     async def _require_or_delete(self, version: Version, reference: str) -> None:
-        """A version that needs another one: should that have been deleted just before, there is neither."""
+        """Delete a new version again, and raise, if the one that it depends on was deleted meanwhile."""
         if reference == tiny.NAME:
             return
         try:
@@ -359,7 +359,7 @@ class Registry:
             raise
 
     async def _delete_version(self, row: dict[str, Any]) -> None:
-        """Its files go with it, unless a copy has them too. Of blobs, a sweep takes care."""
+        """Delete a version, and its files unless a copy has them too. Blobs are left to the sweep."""
         await self._mlflow.call("DELETE", "model-versions/delete", json=version_key(row["name"], int(row["version"])))
         if row["source"] != BLOB_SOURCE and not await self._version_rows(f"source_path = '{row['source']}'"):
             await self._mlflow.delete_artifacts(row["source"])
@@ -367,7 +367,7 @@ class Registry:
 
 @asynccontextmanager
 async def connect() -> AsyncGenerator[Registry]:
-    """The registry of this installation."""
+    """Connect to the registry of this installation."""
     uri = get_settings().mlflow_uri
     if uri is None:
         raise RegistryDisabled

@@ -1,11 +1,10 @@
-"""`forgearr/tiny`: a Llama of 2.9 million parameters with random weights, built by code in seconds.
+"""Build `forgearr/tiny`: a Llama with 2.9 million random parameters, made in seconds.
 
-It knows nothing: before it is trained it answers with noise. It is there so that the whole way from data to a served
-model can be walked on any machine, offline, in a minute. It learns some dozens of answers by heart and little more.
+Untrained, it answers with noise. With it, the whole pipeline from data to a served model runs on any machine, offline,
+in a minute. It can memorize some dozens of answers and little more.
 
-Everything about it is deterministic. Its tokenizer is a byte-level BPE learned from configs/tiny/corpus.txt. Its chat
-template is in the style of Qwen's: tools between <tools> tags, calls as JSON between <tool_call> tags, which llama.cpp
-reads back as calls.
+The build is deterministic. The tokenizer is a byte-level BPE learned from configs/tiny/corpus.txt. The chat template is
+like Qwen's: tools between <tools> tags, calls as JSON between <tool_call> tags, which llama.cpp parses as calls.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ START, END, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
 def model_folder() -> Path:
-    """The model's folder, as transformers reads it; built when it is not there yet."""
+    """The model's folder, in the format of transformers. It is built if it does not exist."""
     template, corpus = _read_config("chat_template.jinja"), _read_config("corpus.txt")
     target = home() / "cache" / folder_name()
     if not target.exists():
@@ -35,7 +34,7 @@ def model_folder() -> Path:
             build(partial, template, corpus)
             partial.rename(target)
         except OSError:
-            if not target.exists():  # unless somebody else was quicker
+            if not target.exists():  # another process may have been faster
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -43,7 +42,7 @@ def model_folder() -> Path:
 
 
 def folder_name() -> str:
-    """It changes with whatever the model is made from."""
+    """The folder's name, which changes with everything that the model is made from."""
     template, corpus = _read_config("chat_template.jinja"), _read_config("corpus.txt")
     version = hashlib.sha256(f"{template}{corpus}{VOCABULARY_SIZE}{CONTEXT_LENGTH}{SEED}".encode()).hexdigest()[:12]
     return f"forgearr-tiny-{version}"
@@ -73,8 +72,8 @@ def build(target: Path, template: str, corpus: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(config)
-    # The model's own save_pretrained writes nothing in any but the first of several processes that train together.
-    weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}  # which is tied
+    # In a distributed training, the model's own save_pretrained writes in the first process only.
+    weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}  # it is tied
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
@@ -95,7 +94,7 @@ def _tokenizer(template: str, corpus: str) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus.splitlines(keepends=True), trainer)
-    if missing := VOCABULARY_SIZE - tokenizer.get_vocab_size():  # a short corpus has fewer pairs to join
+    if missing := VOCABULARY_SIZE - tokenizer.get_vocab_size():  # a short corpus has fewer pairs to merge
         tokenizer.add_special_tokens([f"<|unused_{number}|>" for number in range(missing)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

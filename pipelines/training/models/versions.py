@@ -1,4 +1,4 @@
-"""A registered model and its versions."""
+"""The classes of registered models and their versions, their references (NAME:v3), and the registry's errors."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class ModelNotFound(NotFound):
 
 
 class NoEarlierVersion(Conflict):
-    """No other version was served before the one that is."""
+    """No other version was served before the current one."""
 
     code = "NO_EARLIER_VERSION"
 
@@ -32,13 +32,13 @@ class VersionServed(Conflict):
 
 
 class VersionInUse(Conflict):
-    """A version that adapters stand on cannot be deleted before them."""
+    """A version that is the base of adapters cannot be deleted before them."""
 
     code = "VERSION_NEEDED"
 
 
 class RegistryDisabled(Unavailable):
-    """Models are registered in MLflow, which is switched off: set mlflow.enabled to true and start Forgearr again."""
+    """Models are registered in MLflow, which is disabled: set mlflow.enabled to true and restart Forgearr."""
 
     code = "MODEL_REGISTRY_OFF"
     retryable = False
@@ -54,12 +54,12 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What a model brings along for requests that do not say it themselves."""
+    """A model's defaults for requests that do not set these values."""
 
-    template: str = ""  # of conversations, in Jinja; empty: that of the file
+    template: str = ""  # chat template in Jinja; empty: that of the file
     system: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])  # named as Ollama's options
-    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # a conversation's beginning
+    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # the start of each conversation
     license: list[str] = field(default_factory=list[str])
 
 
@@ -68,17 +68,17 @@ class Version:
     name: str
     number: int
     run_id: str  # of MLflow, which holds the files; empty: they are blobs
-    files: list[ModelFile]  # the first one is served; none: the adapter is, on its base model
+    files: list[ModelFile]  # the first one is served; empty: the adapter is served, on its base model
     adapter: ModelFile | None  # the adapter alone, as a GGUF LoRA
     base_model: str
     job_id: str  # the fine_tune that made it; empty: it was made from files
     export_job_id: str
-    passed: bool | None  # its validation; None before one
+    passed: bool | None  # the validation; None: not validated
     created_at: datetime
     reasons: list[str] = field(default_factory=list[str])  # why it did not pass
     defaults: ModelDefaults = field(default_factory=ModelDefaults)
-    parent: str = ""  # the version that it has its files from
-    comparison: Mapping[str, Any] | None = None  # with what was served when it was made
+    parent: str = ""  # the version whose files it shares
+    comparison: Mapping[str, Any] | None = None  # with the version that was served when it was made
 
     @property
     def reference(self) -> str:
@@ -86,7 +86,7 @@ class Version:
 
     @property
     def file(self) -> ModelFile:
-        """The one that is served."""
+        """The file that is served."""
         if self.files:
             return self.files[0]
         assert self.adapter is not None
@@ -94,7 +94,7 @@ class Version:
 
     @property
     def is_adapter(self) -> bool:
-        """It is served on its base model, a version or forgearr/tiny, which it shares with others."""
+        """Whether it is served as an adapter on a base model: a version, or forgearr/tiny."""
         return not self.files
 
 
@@ -106,7 +106,7 @@ class Model:
 
 
 def parse_reference(reference: str) -> tuple[str, int | None]:
-    """The name of a model, and the number of a version where one is named."""
+    """The name of a model, and the number of the version if the reference has one."""
     match = REFERENCE_PATTERN.fullmatch(reference)
     if match is None:
         raise ModelNotFound(f"There is no model '{reference}'; versions are named NAME:latest or NAME:v3.")

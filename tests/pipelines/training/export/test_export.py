@@ -148,7 +148,7 @@ def test_what_cannot_be_exported_is_refused(harness: JobHarness, monkeypatch: py
         harness.run("export", {"job_id": running})
     with pytest.raises(OutputMissing, match="'export'"):
         harness.run("export", {"job_id": harness.start("export", {"job_id": "job_x"})[0]})
-    with pytest.raises(BaseModelNotFound, match="no folder on this machine"):
+    with pytest.raises(BaseModelNotFound, match="not a folder on this machine"):
         harness.run("export", {"job_id": harness.fine_tuned("lora", base_model="/nowhere/at/all")})
     job_id, link = harness.start("export", {"job_id": "job_x"}, tracked=False)
     with pytest.raises(ExportNotTracked):
@@ -300,7 +300,7 @@ def test_the_converter_is_found_or_the_reason_is_said(
     monkeypatch.setitem(export_llama_converter.HASHES, version(export_llama_converter.PACKAGE), "0" * 64)
     with pytest.raises(ConverterUnavailable):
         export_llama_converter.locate_converter()
-    with pytest.raises(ConverterUnavailable, match=r"hash of .* 0\.0\.1 is not known"):
+    with pytest.raises(ConverterUnavailable, match=r"hash of .* 0\.0\.1 is unknown"):
         export_llama_converter.fetch("0.0.1", tmp_path / "none")
     assert list((home / "cache").iterdir()) == []
     monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(tmp_path))
