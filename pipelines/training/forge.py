@@ -1,4 +1,4 @@
-"""The kind `forge`: from data to a served model, in one submission."""
+"""The kind `forge`: fine-tune, export, validate and deploy a model in one job."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from pipelines.training.data.resolution import needs_admin
 from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec
 
 PROGRESS_RANGES = {"fine_tune": (0, 60), "export": (60, 75), "validate": (75, 90), "deploy": (90, 100)}
-"""Where in the whole, in percent, each step begins and ends."""
+"""The part of the whole progress, in percent, that each step covers."""
 
 
 def _needs_admin(spec: ForgeSpec) -> bool:
-    """What is served is everybody's business."""
+    """Deploying a model affects all users, so it needs an administrator."""
     return spec.deploy or needs_admin(spec)
 
 
@@ -22,8 +22,8 @@ def _needs_admin(spec: ForgeSpec) -> bool:
 def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
     """Fine-tunes, exports, validates and deploys a model.
 
-    Each step is a job of its own, with its own resources, attempts and run in MLflow. This one waits in between, and
-    finds the steps that are done when it is called again.
+    Each step is a job of its own, with its own resources, attempts and MLflow run. This job parks meanwhile. When it is
+    called again, it finds the results of the finished steps.
     """
     candidate = build_candidate(context, spec, lambda step: _report_step(context, step))
     export_result, validation_result = candidate.export_result, candidate.validation_result
@@ -32,7 +32,7 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
         _report_step(context, "deploy")
         deploy_result = deploy_version(context, export_result["name"], export_result["version"], force=spec.force)
     elif spec.deploy:
-        context.log(f"Not deployed, because it did not pass: {'; '.join(validation_result['reasons'])}", "WARNING")
+        context.log(f"Not deployed, because validation failed: {'; '.join(validation_result['reasons'])}", "WARNING")
     return {
         "name": spec.full_name,
         "version": export_result["version"],
@@ -46,7 +46,7 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A version that could be served, and the results of the steps that have made it."""
+    """A version that could be served, and the results of the steps that made it."""
 
     training_id: str
     training_result: dict[str, Any]
@@ -55,7 +55,7 @@ class Candidate:
 
 
 def build_candidate(context: Context, spec: ForgeSpec, on_step: Callable[[str], None]) -> Candidate:
-    """Fine-tune, export and validate, as children of this job. `begin` hears of each step that comes next."""
+    """Fine-tune, export and validate, as children of this job. `on_step` is called before each step."""
     on_step("fine_tune")
     training = context.child("fine_tune", "fine_tune", spec.model_dump(include=set(FineTuneSpec.model_fields)))
     (training_result,) = context.join(training)
@@ -86,7 +86,7 @@ def deploy_version(context: Context, name: str, version: int, *, force: bool = F
 
 
 def resources_of(step: Literal["export", "validate"], training: FineTuneSpec) -> Resources:
-    """What a step occupies: as much as one process of the training did, but only models that answer need a GPU."""
+    """The resources of a step: those of one process of the training, but a GPU only for validation."""
     gpus = min(training.gpus_per_worker, 1) if step == "validate" else 0
     return Resources(cpus=training.cpus_per_worker, gpus=gpus)
 

@@ -1,4 +1,4 @@
-"""Presets: what suits a base model, under a short name (configs/models/NAME.yaml). What a spec says itself wins."""
+"""Presets: recommended settings for a base model, by a short name (configs/models/NAME.yaml). A spec overrides them."""
 
 from functools import cache
 from importlib.resources import files
@@ -20,7 +20,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def apply_preset(spec: dict[str, Any]) -> dict[str, Any]:
-    """The spec, with all that the preset named by its base model adds."""
+    """The spec, completed with the preset that its base model names, if any."""
     name = spec.get("base_model")
     if name not in names():
         return spec

@@ -1,4 +1,4 @@
-"""How far a training is, as people ask for it."""
+"""The status, progress and newest metrics of a training, as the APIs show them."""
 
 import math
 from typing import Any, Literal
@@ -36,7 +36,7 @@ _STATUS_BY_STEP: dict[str, Status] = {"export": "exporting", "validate": "valida
 
 
 class TrainingMetrics(BaseModel):
-    """What is not known yet is None."""
+    """Metrics that are not known yet are None."""
 
     progress: float = Field(default=0, ge=0, le=100)
     current_epoch: int | None = None
@@ -57,7 +57,7 @@ class TrainingProgress(TrainingMetrics):
 
 
 async def get_status(session: AsyncSession, job: Job) -> Status:
-    """Only what is done of it now."""
+    """Only the status, which takes fewer queries than `get_progress`."""
     return _status(job, (await _find_steps(session, job)).get("fine_tune"))
 
 
@@ -79,16 +79,16 @@ async def get_progress(session: AsyncSession, job: Job) -> TrainingProgress:
 
 
 async def related_job_ids(session: AsyncSession, job: Job) -> list[str]:
-    """The jobs whose news are news of this training: it and its steps, as far as they have begun."""
+    """The ids of the jobs whose events belong to this training: its own, and those of its steps so far."""
     return sorted({job.id} | {step.id for step in (await _find_steps(session, job)).values()})
 
 
 async def _latest_metrics(session: AsyncSession, training: Job) -> dict[str, Any]:
-    """The newest of each number."""
+    """The newest value of each metric."""
     metrics: dict[str, Any] = {}
     for event in await journal.newest(session, training.id, "progress", limit=20):
         metrics = {**event.data.get("metrics", {}), **metrics}
-    # Between two evaluations there may be any number of steps.
+    # The last evaluation may be any number of steps ago.
     if "eval_loss" not in metrics and _was_evaluated(training.spec, metrics):
         evaluation = await journal.newest_metric(session, training.id, "eval_loss")
         metrics |= {} if evaluation is None else {"eval_loss": evaluation}
@@ -96,7 +96,7 @@ async def _latest_metrics(session: AsyncSession, training: Job) -> dict[str, Any
 
 
 def _was_evaluated(spec: dict[str, Any], metrics: dict[str, Any]) -> bool:
-    """Before that, nobody need look for it among all that was told."""
+    """Whether an evaluation is to be expected in the journal. Without one, the whole journal would be searched."""
     if not spec["eval_split"] and not spec.get("validation"):
         return False
     interval = spec["eval_steps"]
@@ -104,13 +104,13 @@ def _was_evaluated(spec: dict[str, Any], metrics: dict[str, Any]) -> bool:
 
 
 def _current_epoch(epoch: float, epochs: int | None) -> int:
-    """The epoch it is in, from 1. At its very end it is still that one."""
+    """The number of the current epoch, from 1. The end of an epoch still belongs to it."""
     epoch_number = max(1, math.ceil(epoch))
     return min(epoch_number, epochs) if epochs else epoch_number
 
 
 async def _find_steps(session: AsyncSession, job: Job) -> dict[str, Job]:
-    """The jobs of its steps, by their kind: itself, unless it is a forge job."""
+    """The jobs of the steps by kind. A job that is not a forge job is its own only step."""
     if job.kind != "forge":
         return {job.kind: job}
     children = await session.scalars(select(Job).where(Job.parent_id == job.id))
@@ -118,7 +118,7 @@ async def _find_steps(session: AsyncSession, job: Job) -> dict[str, Job]:
 
 
 def _overall_progress(job: Job, steps: dict[str, Job]) -> float:
-    """A forge job is as far as the steps that are done, and the one that is under way."""
+    """The progress of a forge job follows from that of its steps."""
     if job.kind != "forge" or job.state == State.SUCCEEDED:
         return job.progress
     parts = [

@@ -1,4 +1,4 @@
-"""The gateway's training sessions: a wish to train that is kept before, and beside, the job that fulfils it."""
+"""Training sessions: stored configurations of a training, and their conversion to the spec of its job."""
 
 import re
 from datetime import datetime
@@ -16,7 +16,7 @@ from pipelines.training.data.resolution import DEMO_DATASET
 from pipelines.training.spec import DataSource, FineTuneSpec
 
 RESERVED_FIELDS = {"name", "base_model", "data", "labels"}
-"""What of a spec a session says in other words."""
+"""Fields of a spec that a session sets outside of its config."""
 
 
 class TrainingSession(Base):
@@ -30,7 +30,7 @@ class TrainingSession(Base):
     job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)  # None: not started
     prompt_ids: Mapped[Any | None] = mapped_column(Document)  # a list of integers
     worker_id: Mapped[int | None]
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: the local owner
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
@@ -47,7 +47,7 @@ def config_schema(ref_template: str) -> dict[str, Any]:
 
 
 def validate_config(name: str, base_model: str, config: dict[str, Any]) -> None:
-    """Refuse what could not be started, whatever it is started with."""
+    """Raise an error if no training could start with this configuration, whatever its data."""
     session_spec = build_spec(name, base_model, config, DataSource(dataset=DEMO_DATASET), {})
     find_kind("fine_tune").validate_spec(session_spec.model_dump(mode="json"))
 
@@ -55,12 +55,12 @@ def validate_config(name: str, base_model: str, config: dict[str, Any]) -> None:
 def build_spec(
     name: str, base_model: str, config: dict[str, Any], data: DataSource, labels: dict[str, str]
 ) -> FineTuneSpec:
-    """A session's words as the spec that everybody uses."""
+    """Convert a session to the spec of its job."""
     values = dict(config)
     if reserved := RESERVED_FIELDS & values.keys():
         raise _invalid_session({f"config.{min(reserved)}": "does not belong here"})
     if {"num_epochs", "epochs"} <= values.keys():
-        raise _invalid_session({"config.epochs": "is said twice, as num_epochs too"})
+        raise _invalid_session({"config.epochs": "is given twice, as num_epochs too"})
     epochs_key = "num_epochs" if "num_epochs" in values else "epochs"
     if epochs_key in values:
         values["epochs"] = values.pop(epochs_key)
@@ -70,16 +70,16 @@ def build_spec(
     try:
         return FineTuneSpec.model_validate(values | fixed, strict=True)
     except ValidationError as error:
-        faults: dict[str, str] = {}
-        for fault in error.errors(include_url=False):
-            # Where there are several types to choose from, each of them says why it is not meant.
-            field = epochs_key if fault["loc"][:1] == ("epochs",) else ".".join(str(part) for part in fault["loc"][:1])
+        errors: dict[str, str] = {}
+        for item in error.errors(include_url=False):
+            # A field of several possible types has an error for each of them.
+            field = epochs_key if item["loc"][:1] == ("epochs",) else ".".join(str(part) for part in item["loc"][:1])
             path = f"config.{field}".rstrip(".") if field not in fixed else field
-            reason = fault["msg"].removeprefix("Value error, ")
-            faults[path] = f"{faults[path]}; or: {reason}" if path in faults else reason
-        raise _invalid_session(faults) from None
+            reason = item["msg"].removeprefix("Value error, ")
+            errors[path] = f"{errors[path]}; or: {reason}" if path in errors else reason
+        raise _invalid_session(errors) from None
 
 
-def _invalid_session(faults: dict[str, str]) -> UnprocessableRequest:
-    field, fault = next(iter(faults.items()))
-    return UnprocessableRequest(f"The session is not valid: {field}: {fault}.", details=faults)
+def _invalid_session(errors: dict[str, str]) -> UnprocessableRequest:
+    field, reason = next(iter(errors.items()))
+    return UnprocessableRequest(f"The session is not valid: {field}: {reason}.", details=errors)

@@ -1,4 +1,4 @@
-"""The cluster's nodes as places to train on. Each one that was ever seen keeps its number, whatever becomes of it."""
+"""Training workers: the cluster's nodes, each with a permanent number, and the labels that select them."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,7 +12,7 @@ from cluster.db import Base, advisory_lock, now
 from cluster.errors import NotFound
 
 NODE_LABEL = "forgearr.io/node"
-"""A label that stays the same when Ray is started again, on nodes that carry it."""
+"""A label that stays the same when Ray is restarted. Not all nodes have it."""
 RAY_LABEL = "ray.io/node-id"
 
 
@@ -26,19 +26,19 @@ class TrainingWorker(Base):
     __tablename__ = "training_workers"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    node: Mapped[str] = mapped_column(String(200), unique=True)  # the node's own name, or its id on Ray
-    label: Mapped[str] = mapped_column(String(64))  # the label that carries it
+    node: Mapped[str] = mapped_column(String(200), unique=True)  # the value of `label`
+    label: Mapped[str] = mapped_column(String(64))  # NODE_LABEL or RAY_LABEL
     last_seen_at: Mapped[datetime] = mapped_column(default=now)
 
 
 def label_and_name(node: dict[str, Any]) -> tuple[str, str]:
-    """A node's label for being chosen, and its value."""
+    """The label that selects a node, and its value."""
     label = NODE_LABEL if NODE_LABEL in node["Labels"] else RAY_LABEL
     return label, node["Labels"].get(label, node["NodeID"])
 
 
 async def register_workers(session: AsyncSession, nodes: Sequence[dict[str, Any]]) -> list[TrainingWorker]:
-    """All workers, with those of these nodes that are new, in the order of their numbers."""
+    """Add those of these nodes that are new. Returns all workers, in the order of their numbers."""
     await advisory_lock(session, "training_workers")
     workers_by_node = {worker.node: worker for worker in await session.scalars(select(TrainingWorker))}
     for node in nodes:
@@ -56,7 +56,7 @@ async def worker_exists(session: AsyncSession, worker_id: int) -> bool:
 
 
 async def labels_of(session: AsyncSession, worker_id: int) -> dict[str, str]:
-    """What a job asks for in order to run there."""
+    """The labels with which a job runs on this worker."""
     worker = await session.get(TrainingWorker, worker_id)
     if worker is None:
         raise WorkerNotFound(f"There is no training worker {worker_id}; GET /api/training/workers lists them.")
