@@ -1,7 +1,7 @@
-"""What was extracted from each file of a repository, kept so that only what changes is extracted again.
+"""The cache of extracted examples: one SQLite file per repository, so that only changed files are extracted again.
 
-One SQLite file for each repository, in the cache of this machine. It is also where the examples wait until all of them
-are there, so that no repository has to fit into memory. It may be lost or broken at any time: then it is made anew.
+It also holds all examples of a run until they are written, so that no repository has to fit into memory. If the file is
+lost or damaged, it is created again.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from pipelines.guardian.extract_data.questions import Example
 from pipelines.training.data import documents
 
 COMMIT_PREFIX = "/commit/"
-"""How the keys of commits begin. No path in a repository begins with a slash."""
+"""The prefix of the keys of commits. No path in a repository begins with a slash."""
 
 SCHEMA = """
 CREATE TABLE extract (
@@ -33,16 +33,16 @@ CREATE TABLE extract (
 KIND_LETTERS = {"purpose": "p", "section": "s", "code": "c", "where": "w", "complete": "r", "commit": "m"}
 KIND_OF = {letter: kind for kind, letter in KIND_LETTERS.items()}
 HASHES_PER_EXAMPLE, TEXTS_PER_EXAMPLE = 3, 3
-"""Of each example: of its question, its exact question and its answer."""
+"""An example has a question, a question with its path, and an answer."""
 
 PreparedExample = tuple[str, int, int, int, bytes, bytes, bytes]
-"""An example, ready to be compared and written: its kind, the numbers of its question, of its exact question and of its
-answer; then, as JSON, these two questions and the rest of its line up to the commit. Without an exact question, that is
-0 and b"".
+"""An example, ready to be compared and written: its kind; the hashes of its question, of the question with its path and
+of its answer; then, as JSON, both questions and the rest of its line up to the commit. Without a question with a path,
+its hash is 0 and its text b"".
 """
 
 PAGE_BYTES = 32_768
-"""The texts of one file are many kilobytes."""
+"""Large pages, because the texts of one file take many kilobytes."""
 BUSY_SECONDS = 60
 
 
@@ -54,8 +54,8 @@ class Summary:
     leaks: list[tuple[int, str]]
     withheld: int
     paths: list[str]
-    kinds: str  # of its examples, a letter each
-    question_hashes: "array[int]"  # the numbers of their questions
+    kinds: str  # of its examples, one letter each
+    question_hashes: "array[int]"
 
 
 class ExtractCache:
@@ -63,11 +63,11 @@ class ExtractCache:
         self._connection = connection
 
     def blobs(self) -> dict[str, str]:
-        """Of each key, what it was extracted from."""
+        """For each key, the id of the object that it was extracted from."""
         return dict(self._connection.execute("SELECT key, blob FROM extract WHERE key != ''"))
 
     def put(self, rows: Iterable[tuple[str, str, Extract]]) -> None:
-        """All of them, or none: (key, blob, what came of it)."""
+        """Store rows of (key, blob, extract) in one transaction."""
         with self._connection:
             self._connection.executemany(
                 "INSERT OR REPLACE INTO extract VALUES (?, ?, ?, ?, ?, ?, ?, ?)", map(_row, rows)
@@ -78,7 +78,7 @@ class ExtractCache:
             self._connection.executemany("DELETE FROM extract WHERE key = ?", ((key,) for key in keys))
 
     def summaries(self) -> Iterator[Summary]:
-        """What there is of each key, in their order, without the examples themselves."""
+        """Summaries of all keys, in their order, without the texts of the examples."""
         rows = self._connection.execute(
             "SELECT key, reason, language, facts, kinds, numbers FROM extract WHERE key != '' ORDER BY key"
         )
@@ -97,18 +97,18 @@ class ExtractCache:
             map(KIND_OF.__getitem__, kinds),
             *(hashes[index::HASHES_PER_EXAMPLE] for index in range(HASHES_PER_EXAMPLE)),
             *(parts[index::TEXTS_PER_EXAMPLE] for index in range(TEXTS_PER_EXAMPLE)),
-            strict=False,  # behind the last text there is an empty one
+            strict=False,  # the last text is followed by an empty one
         )
 
 
 @contextmanager
 def open_cache(path: Path, limit: int) -> Generator[ExtractCache]:
-    """What is kept in this file, if it is of this extractor, with this limit of characters; else nothing is."""
+    """Open a cache. It is cleared if it was written by another extractor, or with another limit of characters."""
     path.parent.mkdir(parents=True, exist_ok=True)
     expected = f"{extractor()}-{limit}"
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
     try:
-        # What a crash of the machine takes from a cache is extracted again.
+        # After a power cut, lost rows are extracted again.
         connection.execute("PRAGMA synchronous = OFF")
         known = connection.execute("PRAGMA user_version").fetchone()[0]
         usable = known and connection.execute("SELECT blob FROM extract WHERE key = ''").fetchone() == (expected,)
@@ -130,13 +130,13 @@ def open_cache(path: Path, limit: int) -> Generator[ExtractCache]:
 
 
 def hash_text(text: str) -> int:
-    """64 bits by which texts are compared."""
+    """A hash of 64 bits, by which texts are compared."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 @cache
 def extractor() -> str:
-    """Which extractor this is: another code, or another grammar, finds other things."""
+    """The version of the extractor: a hash of its code and of the grammars that it uses."""
     digest = hashlib.sha256()
     for module in (comments, documents, per_file, languages, secret_scan, questions, file_filter, symbols):
         digest.update(Path(str(module.__file__)).read_bytes())
@@ -156,17 +156,17 @@ def _row(row: tuple[str, str, Extract]) -> tuple[object, ...]:
 
 
 def _hashes_of(example: Example) -> tuple[int, int, int]:
-    exact = 0 if example.question_with_path is None else hash_text(example.question_with_path)
-    return hash_text(example.question), exact, hash_text(" ".join(example.answer.split()))
+    with_path = 0 if example.question_with_path is None else hash_text(example.question_with_path)
+    return hash_text(example.question), with_path, hash_text(" ".join(example.answer.split()))
 
 
 def _texts_of(key: str, example: Example) -> bytes:
-    """Its questions, and what comes behind them in the line that samples.line_of makes of it."""
-    where = {} if key.startswith(COMMIT_PREFIX) else {"path": key, "lines": [example.first, example.last]}
-    source = orjson.dumps({"kind": example.kind, **where, "commit": ""}).removesuffix(b'"}')
-    exact = b"" if example.question_with_path is None else orjson.dumps(example.question_with_path)
+    """Both questions as JSON, and the rest of the sample's line after the question, up to the commit."""
+    location = {} if key.startswith(COMMIT_PREFIX) else {"path": key, "lines": [example.first, example.last]}
+    source = orjson.dumps({"kind": example.kind, **location, "commit": ""}).removesuffix(b'"}')
+    with_path = b"" if example.question_with_path is None else orjson.dumps(example.question_with_path)
     rest = b'},{"role":"assistant","content":' + orjson.dumps(example.answer) + b'}],"source":' + source
-    return b"\n".join((orjson.dumps(example.question), exact, rest, b""))
+    return b"\n".join((orjson.dumps(example.question), with_path, rest, b""))
 
 
 def _load_hashes(stored: bytes) -> "array[int]":

@@ -1,4 +1,4 @@
-"""What a docstring or the comment above a declaration says, without the marks around it."""
+"""Clean docstrings and comments: remove comment marks, licences and directives, and drop uninformative text."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ LICENCE = re.compile(
     r"|this (?:source code|code|file) is (?:licensed|distributed|governed|made available)|without warrant(?:y|ies)",
     re.IGNORECASE,
 )
-"""What only a licence says. A sentence about licences is not one."""
+"""Phrases that occur in licences only. A sentence about licences does not match."""
 
 DIRECTIVE = re.compile(
     r"(?:noqa|nolint|nosec|type:|pylint:|pyright:|mypy:|ruff:|fmt:|isort:|pragma[: ]|eslint|tslint|ts-|@ts-|prettier-"
@@ -19,7 +19,7 @@ DIRECTIVE = re.compile(
     r"(?:Copied|Adapted|Modified) from\b|<editor-fold|todo\b|fixme\b|xxx\b|hack\b)",
     re.IGNORECASE,
 )
-"""How a line begins that is said to a tool, or to whoever works here next."""
+"""The beginning of a line that addresses a tool, or the next developer."""
 
 LINE_MARK = re.compile(r"\s*(?:///?!?|#+)[ \t]?")
 BLOCK_BEGIN, BLOCK_END = re.compile(r"\A\s*/\*+[!<]?[ \t]?"), re.compile(r"[ \t]*\*+/\s*\Z")
@@ -44,18 +44,18 @@ PARAMETERS = re.compile(
     r"|@(?:param|return|throws|see|deprecated)\b|:(?:param|type|return|rtype|raises)\b|[\w*]+ \(.*\)\s*:|>>> ",
     re.IGNORECASE,
 )
-"""How a text begins that lists parameters, or shows how to call something, but does not say what it is for."""
+"""The beginning of a text that only lists parameters or shows a call, and does not explain a purpose."""
 
 MIN_CHARACTERS, MIN_WORDS = 12, 3
 
 
 def clean_docstring(text: str) -> str:
-    """What a docstring says, or nothing if it says nothing that could be learned."""
+    """The text of a docstring, or "" if it is not informative."""
     return _if_informative(inspect.cleandoc(text))
 
 
 def clean_comment(parts: Sequence[str]) -> str:
-    """What the comments say that stand together above a declaration."""
+    """The text of the adjacent comments above a declaration, or "" if it is not informative."""
     lines: list[str] = []
     for part in (raw.rstrip("\n") for raw in parts):
         lines += (_clean_block(part) if part.lstrip().startswith("/*") else LINE_MARK.sub("", part, count=1)).split(
@@ -72,7 +72,7 @@ def is_licence(text: str) -> bool:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Whole paragraphs from its beginning, or nothing if the first one alone is longer than that."""
+    """The first whole paragraphs of a text, up to `limit` characters; "" if the first one is longer."""
     if len(text) <= limit:
         return text
     end = text.rfind("\n\n", 0, limit + 2)
@@ -100,5 +100,5 @@ def _if_informative(text: str) -> str:
 
 
 def _is_separator(line: str) -> bool:
-    """A line of dashes, to part one thing from the next."""
+    """Whether a line is a separator, such as a line of dashes."""
     return len(line.strip()) > 2 and SEPARATOR.fullmatch(line) is not None

@@ -1,4 +1,4 @@
-"""Which files of a repository are learned from, and why the others are not."""
+"""Select the files of a repository to train on, by path, encoding and content, with a reason for each skipped file."""
 
 import re
 
@@ -27,7 +27,7 @@ THIRD_PARTY_FOLDERS = {
     ".tox",
     "__pycache__",
 }
-"""Folders of other people's code."""
+"""Folders of third-party code."""
 
 LOCK_FILES = {"composer.lock", "cargo.lock", "gemfile.lock", "poetry.lock", "uv.lock", "pdm.lock", "go.sum"} | {
     "package-lock.json",
@@ -54,10 +54,10 @@ GENERATED_MARK = re.compile(
     r"|\bthis file (?:is|was) generated\b)",
     re.IGNORECASE | re.MULTILINE,
 )
-"""What a program writes at the beginning of a file that it makes."""
+"""The marks at the beginning of generated files."""
 HEAD_LINES = 20
 MAX_LINE_LENGTH, MAX_AVERAGE_LINE_LENGTH = 5000, 250
-"""Lines that no person writes: one that is longer, or all of them on average."""
+"""A file with a longer line, or with longer lines on average, is minified."""
 
 CPP_SYNTAX = re.compile(
     r"^\s*(?:class\s+\w+|namespace\b|template\s*<|public:|private:|protected:|using\s+\w+|constexpr\b)|\bstd::|@interface\b",
@@ -70,7 +70,7 @@ def is_markdown(path: str) -> bool:
 
 
 def skip_reason_by_path(path: str) -> str | None:
-    """Why a file of this path is not learned from, if its path says so."""
+    """The reason to skip a file because of its path, if there is one."""
     *parents, name = path.lower().split("/")
     folders = set(parents)
     if folders & THIRD_PARTY_FOLDERS:
@@ -89,7 +89,7 @@ def skip_reason_by_path(path: str) -> str | None:
 
 
 def decode_text(content: bytes) -> tuple[str, str | None]:
-    """What a file says, or why it is not learned from."""
+    """The text of a file, and the reason to skip it, if there is one."""
     if content.startswith(LFS_POINTER):
         return "", "lfs_pointer"
     if b"\0" in content:
@@ -102,7 +102,7 @@ def decode_text(content: bytes) -> tuple[str, str | None]:
 
 
 def skip_reason_by_text(path: str, text: str) -> str | None:
-    """Why a file with this text is not learned from, if its text says so."""
+    """The reason to skip a file because of its text, if there is one."""
     lines = text.split("\n")
     if GENERATED_MARK.search("\n".join(line[:500] for line in lines[:HEAD_LINES])):
         return "generated"

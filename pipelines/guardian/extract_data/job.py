@@ -1,4 +1,4 @@
-"""The kind `extract_data`: a repository as two datasets, one to learn from and one that is held out."""
+"""The kind `extract_data`: turn a commit of a repository into two datasets, for training and held out."""
 
 import asyncio
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 MAX_LOGGED_LEAKS = 20
 MAX_NAME_CHARACTERS = 80
-"""Of a repository's name, in the names of its datasets."""
+"""The part of a repository's name that goes into the names of its datasets."""
 
 
 class NothingToExtract(UnprocessableRequest):
-    """There is nothing to learn in the repository."""
+    """The repository has nothing to train on."""
 
     code = "NOTHING_TO_EXTRACT"
 
@@ -33,10 +33,10 @@ class NothingToExtract(UnprocessableRequest):
 class ExtractSpec(Spec):
     repository_id: str = Field(min_length=1, max_length=100, description="Its id or name.")
     commit: str | None = Field(
-        default=None, pattern=r"^[0-9a-f]{4,64}$", description="Null: the newest one of the repository's branch."
+        default=None, pattern=r"^[0-9a-f]{4,64}$", description="Null: the newest of the repository's branch."
     )
-    held_out: float | None = Field(default=None, ge=0, le=0.5, description="Null: as guardian.held_out says.")
-    processes: int = Field(default=1, ge=1, le=64, description="How many read files at the same time.")
+    held_out: float | None = Field(default=None, ge=0, le=0.5, description="Null: guardian.held_out of the settings.")
+    processes: int = Field(default=1, ge=1, le=64, description="The number of processes that read files.")
 
 
 def _resources(spec: ExtractSpec) -> Resources:
@@ -45,10 +45,10 @@ def _resources(spec: ExtractSpec) -> Resources:
 
 @job("extract_data", spec=ExtractSpec, admin_only=True, resources=_resources, tracked=True)
 def extract_data(context: Context, spec: ExtractSpec) -> dict[str, Any]:
-    """Makes training data of a repository: what its code, its documents and its commits say themselves.
+    """Turns the code, documents and commits of a repository into training data.
 
-    Files that were extracted before are not read again. A pause takes effect between two batches of files, and what was
-    extracted until then is kept.
+    Files that were extracted before are not read again. A pause takes effect between two batches of files; the batches
+    before it are cached.
     """
     from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
     from pipelines.guardian.repository_access import open_registered
@@ -61,10 +61,10 @@ def extract_data(context: Context, spec: ExtractSpec) -> dict[str, Any]:
         workspace.temporary_folder(context.job_id) as folder,
     ):
         commit = (reader.commit(requested_commit) if requested_commit else reader.tip()).sha
-        context.checkpoint(commit)  # what comes in the meantime is for the next training
+        context.checkpoint(commit)  # newer commits are for the next training
 
-        def report(part: float, phase: str) -> None:
-            context.report(progress=100 * part, phase=phase)
+        def report(fraction: float, phase: str) -> None:
+            context.report(progress=100 * fraction, phase=phase)
             if context.should_stop():
                 context.checkpoint(commit)
 
@@ -93,18 +93,18 @@ def _limits(spec: ExtractSpec) -> "Limits":
 
 def _log_leaks(context: Context, result: "ExtractionResult") -> None:
     for leak in result.leaks[:MAX_LOGGED_LEAKS]:
-        where = leak.get("path") or f"commit {leak['commit']}"
-        context.log(f"{where}:{leak['line']}: a secret ({leak['kind']}). What shows it is not learned.", "WARNING")
+        location = leak.get("path") or f"commit {leak['commit']}"
+        context.log(f"{location}:{leak['line']}: a secret ({leak['kind']}). Samples with it are left out.", "WARNING")
     if (more := sum(result.secrets.values()) - MAX_LOGGED_LEAKS) > 0:
-        context.log(f"{more} more secrets; the job's result counts them by their kinds.", "WARNING")
+        context.log(f"{more} more secrets; the job's result counts them by kind.", "WARNING")
 
 
 def _result(context: Context, repository: Repository, commit: str, result: "ExtractionResult") -> dict[str, Any]:
     written = result.written
     if written.train is None:
         raise NothingToExtract(
-            f"{repository.name} has nothing to learn from at {commit[:12]}: {result.files} files, of which "
-            f"{_numbers(result.skipped) or 'none'} are skipped, and {result.withheld} answers with secrets.",
+            f"{repository.name} has nothing to train on at {commit[:12]}: {result.files} files, of which "
+            f"{_numbers(result.skipped) or 'none'} are skipped, and {result.withheld} samples with secrets.",
             details={"files": result.files, "skipped": dict(result.skipped), "secrets": dict(result.secrets)},
         )
     return {

@@ -1,6 +1,6 @@
-"""The languages that are understood: what declares something in each of them, and what only stands around that.
+"""The programming languages that are parsed: for each, the node types of its tree-sitter grammar that matter.
 
-The words are those of the languages' tree-sitter grammars.
+These are the nodes that declare something, and the containers in which declarations are found.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Language:
     name: str
-    fence: str  # what follows the ``` around its code
+    fence: str  # the info string of a Markdown code block
     suffixes: tuple[str, ...]
     grammar: str  # module:function
     kinds: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What a node of this type declares, as a person calls it."""
+    """The kind of declaration of each node type."""
     containers: frozenset[str] = frozenset()
-    """Nodes without a name of their own, in which there are declarations."""
+    """Unnamed nodes that contain declarations."""
     separator: str = "."
 
 
@@ -179,7 +179,7 @@ def language_of(path: str) -> Language | None:
 
 @cache
 def parser_of(grammar: str) -> "Parser":
-    """One for each grammar and process: to make it costs more than to use it."""
+    """Cached for each process, because creating a parser costs more than using it."""
     import tree_sitter
 
     module, _, function = grammar.partition(":")

@@ -1,4 +1,4 @@
-"""One file or one change of a repository as questions and answers. Pure functions, for any process."""
+"""Turn one file or one commit of a repository into examples. Pure functions, which run in any process."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from pipelines.guardian.extract_data.questions import Example
 from pipelines.guardian.extract_data.secret_scan import Leak
 
 MIN_GLOBAL_SECRET_LENGTH = 6
-"""A secret shorter than this says little by itself: it counts only in the lines where it was found."""
+"""A shorter secret may occur elsewhere by chance, so only the lines where it was found are withheld."""
 
 SECTION = re.compile(r"^(?=diff --git )", re.MULTILINE)
 PATHS = re.compile(r"^(?:\+\+\+|---) \"?[ab]/(.*?)\"?\t?$", re.MULTILINE)
@@ -21,14 +21,14 @@ ADDED_COMMENT = re.compile(r"(?<=\n)(?:\+[ \t]*(?:#|//|/?\*|<!--|--|;)[^\n]*\n(?
 
 @dataclass(frozen=True)
 class Extract:
-    """What came of a file, or why nothing did."""
+    """The examples of a file or a commit, or the reason why it was skipped."""
 
     examples: list[Example] = field(default_factory=list[Example])
     reason: str | None = None
     language: str = ""
     leaks: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])  # lines and kinds, never values
-    withheld: int = 0  # examples with a secret in them
-    paths: list[str] = field(default_factory=list[str])  # that a change is about
+    withheld: int = 0  # examples that contain a secret
+    paths: list[str] = field(default_factory=list[str])  # that a commit changes
 
 
 def extract_file(path: str, content: bytes, limit: int) -> Extract:
@@ -65,7 +65,7 @@ def extract_commit(subject: str, body: str, diff: str | None, limit: int) -> Ext
 
 
 def _without_leaks(examples: Sequence[Example], found_leaks: Sequence[Leak], language: str) -> Extract:
-    """Only the examples in which there is no secret, neither where it was found nor anywhere else in the file."""
+    """Withhold the examples that contain a secret, also at another place than where it was found."""
     clean = [example for example in examples if not any(_exposes(leak, example) for leak in found_leaks)]
     locations = sorted({(leak.line, leak.kind) for leak in found_leaks})
     return Extract(clean, None, language, locations, len(examples) - len(clean))
@@ -84,13 +84,13 @@ def _paths(section: str) -> list[str]:
 
 
 def _is_relevant(path: str, section: str) -> bool:
-    """Whether a part of a change is one that a person has made, in text."""
+    """Whether a section of a diff is a change of text, and not of generated or third-party files."""
     reason = file_filter.skip_reason_by_path(path)
     return reason in {None, "other_kind"} and "\n@@" in section and "GIT binary patch" not in section
 
 
 def _without_licence(section: str) -> str:
-    """A new file's licence says nothing of the change."""
+    """Remove the licence of a new file, which does not describe the change."""
     head, mark, hunks = section.partition("\n@@ -0,0 ")
     if not mark:
         return section

@@ -1,6 +1,6 @@
-"""A commit of a repository as samples: what is not kept already is extracted, then all of it is written.
+"""Extract the samples of a commit: read the files that are not cached, then write all examples.
 
-The same commit makes the same samples, whatever was extracted before.
+The same commit always gives the same samples, whatever the cache contains.
 """
 
 import time
@@ -23,13 +23,13 @@ from pipelines.guardian.git.repo import RepoReader
 
 BATCH_FILES, BATCH_BYTES = 50, 4_000_000
 MIN_PARALLEL_FILES = 300
-"""Fewer files are read before other processes have begun."""
+"""With fewer files, starting other processes takes longer than reading."""
 READING_SHARE = 0.9
 MAX_REPORTED_LEAKS = 100
 
 Report = Callable[[float, str], None]
-"""Hears which part is done, from 0 to 1, and what comes next. Whatever it raises ends the extraction; what was
-extracted until then is kept."""
+"""Receives the fraction that is done, from 0 to 1, and the current phase. An exception ends the extraction; what was
+extracted until then is cached."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class ExtractionResult:
     files: int = 0
     commits: int = 0
     extracted: int = 0  # files and commits that were read
-    unchanged: int = 0  # those that were not, because they had been before
+    unchanged: int = 0  # files and commits that were cached
     skipped: Counter[str] = field(default_factory=Counter[str])
     secrets: Counter[str] = field(default_factory=Counter[str])
     leaks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    withheld: int = 0  # questions with a secret in them, or in their answers
+    withheld: int = 0  # examples that contain a secret
     seconds: float = 0.0
 
 
 def extract(
     reader: RepoReader, commit: str, out: Path, cache: Path, limits: Limits, report: Report, processes: int = 1
 ) -> ExtractionResult:
-    """Write train.jsonl and held_out.jsonl into `out`, where there is something to write."""
+    """Write train.jsonl and held_out.jsonl into `out`."""
     started_at = time.monotonic()
     result = ExtractionResult()
     with extraction_cache.open_cache(cache, limits.characters) as store:
@@ -95,7 +95,7 @@ def _update_store(
     report: Report,
     processes: int,
 ) -> None:
-    """Have in the store what this commit has, and nothing else."""
+    """Make the cache contain exactly the files and commits of this commit."""
     known = store.blobs()
     changed = [file for file in selected if known.get(file.path) != file.blob]
     new = [commit for commit in commits if COMMIT_PREFIX + commit.sha not in known]
@@ -170,11 +170,11 @@ def _add_counts(summary: Summary, result: ExtractionResult) -> Summary:
     for line, kind in summary.leaks:
         result.secrets[kind] += 1
         if len(result.leaks) < MAX_REPORTED_LEAKS:
-            where = (
+            location = (
                 {"commit": summary.key.removeprefix(COMMIT_PREFIX)}
                 if summary.key.startswith(COMMIT_PREFIX)
                 else {"path": summary.key}
             )
-            result.leaks.append({**where, "line": line, "kind": kind})
+            result.leaks.append({**location, "line": line, "kind": kind})
     result.withheld += summary.withheld
     return summary

@@ -1,14 +1,14 @@
-"""What can be asked of a repository, with the answers that the repository itself gives.
+"""Build examples: questions about a repository, with answers from the repository itself.
 
-    purpose   what a class, a function or a file is for: its docstring, the comment above it
-    section   what a document says about something: a section of Markdown
-    code      show me the code of something
-    where     in which file, and in which lines
-    complete  the rest of a function that has begun
-    commit    the message that tells of a change
+    purpose   what a class, a function or a file is for: its docstring, or the comment above it
+    section   what a document says about a topic: a section of Markdown
+    code      the code of a class or a function
+    where     the file and the lines of a declaration
+    complete  the rest of a function, from its beginning
+    commit    the commit message of a diff
 
-The same thing is always asked in the same words, and different things in different ones, so that a model learns what is
-asked and not how. Where several files declare the same name, the question says which of them is meant.
+A question about the same name always has the same wording, and different names have different wordings, so that a model
+does not learn one wording only. If several files declare the same name, the question contains the path.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ PURPOSE: Mapping[bool, tuple[str, ...]] = {
         "Describe the {kind} `{name}`{place}.",
     ),
 }
-"""Of what runs, and of what is."""
+"""For callables (True), and for all other kinds (False)."""
 OF_FILE = ("What is the file `{name}` for?", "What does `{name}` contain?", "Describe the file `{name}`.")
 CODE = (
     "Show me the code of the {kind} `{name}`{place}.",
@@ -54,7 +54,7 @@ DUNDER = re.compile(r"(?:.*\.)?__\w+__")
 MIN_CODE_LINES, MIN_REST_LINES, MIN_REST_CHARACTERS = 3, 2, 30
 MAX_TITLE_WORDS = 5
 QUESTION_RESERVE = 300
-"""Characters left for a question where an answer is cut to fit."""
+"""The characters that are reserved for the question when an answer is shortened."""
 MIN_SECTION_CHARACTERS, MIN_SECTION_WORDS = 40, 6
 
 HTML_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -87,14 +87,14 @@ class Example:
     kind: str
     question: str
     answer: str
-    first: int  # the lines that it is from
+    first: int  # the lines that the answer is from
     last: int
     question_with_path: str | None = None
-    """The question for when several files would be asked the same one. None: then it is not asked."""
+    """The question to use if several files have the same one. None: the example is then dropped."""
 
 
 def of_source(path: str, file_symbols: FileSymbols, language: Language, limit: int) -> Iterator[Example]:
-    """Questions about a source file; none has more characters than that, together with its answer."""
+    """Examples of a source file. Question and answer together have at most `limit` characters."""
     if file_symbols.doc and (answer := shorten(file_symbols.doc, limit)):
         yield Example("purpose", _choose_phrase(OF_FILE, path).format(name=path), answer, *file_symbols.doc_lines)
     named = sorted(file_symbols.symbols, key=lambda symbol: symbol.name)
@@ -105,7 +105,7 @@ def of_source(path: str, file_symbols: FileSymbols, language: Language, limit: i
 
 
 def of_document(path: str, text: str, limit: int) -> Iterator[Example]:
-    """Questions about a Markdown document, one for each section, or for each part of one that is long."""
+    """Examples of a Markdown document: one for each section, or for each part of a long section."""
     line = 1
     for headings, section in documents.sections(text):
         body = PICTURE.sub("", HTML_COMMENT.sub("", section)).strip()
@@ -117,12 +117,12 @@ def of_document(path: str, text: str, limit: int) -> Iterator[Example]:
         parts = _parts(body, limit - QUESTION_RESERVE)
         for number, part in enumerate(parts, 1):
             part_label = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
-            question, exact = _section_question(path, topics)
-            yield Example("section", question + part_label, part, first, last, exact + part_label)
+            question, with_path = _section_question(path, topics)
+            yield Example("section", question + part_label, part, first, last, with_path + part_label)
 
 
 def of_commit(subject: str, body: str, sections: Sequence[str], limit: int) -> Example | None:
-    """What a change was told to be, if its message tells it. The sections of its diff are about one file each."""
+    """The example of a commit, if its message is informative. `sections` are the parts of its diff, one per file."""
     message = "\n".join(line.rstrip() for line in body.split("\n") if not TRAILER.fullmatch(line.strip())).strip()
     full_message = f"{subject.strip()}\n\n{message}" if message else subject.strip()
     is_short = len(subject) < MIN_SUBJECT_CHARACTERS or len(WORD.findall(subject)) < MIN_SUBJECT_WORDS
@@ -133,7 +133,7 @@ def of_commit(subject: str, body: str, sections: Sequence[str], limit: int) -> E
 
 
 def _of_symbol(path: str, symbols: Sequence[Symbol], language: Language, limit: int) -> Iterator[Example]:
-    """Questions about one name of a file, which may be declared there several times."""
+    """Examples of one name of a file, with all its declarations there."""
     documented = next((symbol for symbol in symbols if symbol.doc), None)
     if documented is not None and (answer := shorten(documented.doc, limit - QUESTION_RESERVE)):
         phrases = PURPOSE[documented.kind in {"function", "method", "constructor", "macro"}]
@@ -158,10 +158,10 @@ def _of_symbol(path: str, symbols: Sequence[Symbol], language: Language, limit: 
 
 def _example(kind: str, phrases: Sequence[str], path: str, symbol: Symbol, answer: str) -> Example:
     phrase = _choose_phrase(phrases, symbol.name)
-    plain, exact = (
+    plain, with_path = (
         phrase.format(kind=symbol.kind, name=symbol.name, place=location) for location in ("", f" in `{path}`")
     )
-    return Example(kind, plain, answer, symbol.first, symbol.last, exact)
+    return Example(kind, plain, answer, symbol.first, symbol.last, with_path)
 
 
 def _location_answer(path: str, symbols: Sequence[Symbol]) -> str:
@@ -173,12 +173,15 @@ def _location_answer(path: str, symbols: Sequence[Symbol]) -> str:
 
 
 def _completion(path: str, symbol: Symbol, language: Language) -> Example | None:
-    """A function up to one of its statements, and the rest. What says what it does is asked for all it does."""
+    """A function up to one of its statements, and the rest as the answer.
+
+    It is cut near its middle. Half of the documented functions are cut before their first statement.
+    """
     if not symbol.cuts:
         return None
     lines = symbol.code.split("\n")
-    from_the_start = symbol.doc and _stable_hash(symbol.name) % 2
-    cut = symbol.cuts[0] if from_the_start else min(symbol.cuts, key=lambda line: (abs(2 * line - len(lines)), line))
+    is_whole_body = symbol.doc and _stable_hash(symbol.name) % 2
+    cut = symbol.cuts[0] if is_whole_body else min(symbol.cuts, key=lambda line: (abs(2 * line - len(lines)), line))
     rest = "\n".join(lines[cut:])
     if len(lines) - cut < MIN_REST_LINES or len(rest.strip()) < MIN_REST_CHARACTERS:
         return None
@@ -188,20 +191,20 @@ def _completion(path: str, symbol: Symbol, language: Language) -> Example | None
 
 
 def _section_question(path: str, topics: Sequence[str]) -> tuple[str, str]:
-    """The question, and the one for when another document says something about the same."""
+    """The question, and the one to use if another document has a section on the same topic."""
     if not topics:
         question = f"What does `{path}` say at its beginning?"
         return question, question
-    # The title of a document says less than its path does.
+    # The title of a document is left out, because its path says more.
     topic = " / ".join(topics[1:] or topics)
-    exact = SECTION[0].format(path=path, topic=topic)
+    with_path = SECTION[0].format(path=path, topic=topic)
     if len(topics) == 1 and path.lower().startswith("readme.") and len(topic.split()) <= MAX_TITLE_WORDS:
-        return f"What is {topic}?", exact
-    return _choose_phrase(SECTION, f"{path}/{topic}").format(path=path, topic=topic), exact
+        return f"What is {topic}?", with_path
+    return _choose_phrase(SECTION, f"{path}/{topic}").format(path=path, topic=topic), with_path
 
 
 def _shorten_diff(sections: Sequence[str], limit: int) -> list[str]:
-    """The sections of a diff, the long ones cut so that all fit; nothing if they would say nothing any more."""
+    """Cut the long sections of a diff so that all fit into `limit`. Empty if too little of each would remain."""
     remaining, shown = limit, dict[int, str]()
     by_length = sorted(range(len(sections)), key=lambda number: len(sections[number]))
     for done, number in enumerate(by_length):
@@ -219,13 +222,13 @@ def _shorten_diff(sections: Sequence[str], limit: int) -> list[str]:
 
 
 def _parts(text: str, limit: int) -> list[str]:
-    """A text in parts of whole paragraphs and whole blocks of code, as far as those are not too long themselves."""
+    """Split a text into parts of whole paragraphs and whole code blocks. Only blocks that are too long are split."""
     blocks: list[str] = []
     fence = ""
     for line in text.split("\n"):
-        goes_on = bool(fence) or (bool(line.strip()) and bool(blocks) and bool(blocks[-1]))
+        is_continued = bool(fence) or (bool(line.strip()) and bool(blocks) and bool(blocks[-1]))
         fence = documents.next_fence(line, fence)
-        if goes_on:
+        if is_continued:
             blocks[-1] += f"\n{line}"
         else:
             blocks.append(line if line.strip() else "")
@@ -239,7 +242,7 @@ def _parts(text: str, limit: int) -> list[str]:
 
 
 def _pieces(block: str, limit: int) -> list[str]:
-    """A block, or its lines as many together as there is room for. A line that is too long is left out."""
+    """A block, or groups of its lines up to `limit` characters. A longer line is left out."""
     if len(block) <= limit:
         return [block]
     pieces: list[str] = []
@@ -266,5 +269,5 @@ def _choose_phrase(phrases: Sequence[str], name: str) -> str:
 
 
 def _stable_hash(name: str) -> int:
-    """The same for the same name, always and everywhere."""
+    """A hash that is the same in every process and version."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

@@ -1,8 +1,7 @@
-"""Secrets in texts, as detect-secrets knows them. What is found is never learned, and its value never told.
+"""Find secrets in texts with the detectors of detect-secrets, so that they are not trained on.
 
-The detectors are called here themselves, on the lines that could concern them: detect-secrets' own scan takes fifty
-times as long, reads files only, and passes over every line that looks like a call. None is asked to verify a secret
-with whoever gave it out.
+The detectors are called directly, and only on lines that may match. The scan of detect-secrets itself takes fifty times
+as long, reads files only, and skips every line that looks like a call. No secret is verified online.
 """
 
 import re
@@ -26,26 +25,26 @@ from detect_secrets.util.code_snippet import CodeSnippet
 from detect_secrets.util.filetype import FileType, determine_file_type
 
 IGNORED_DETECTORS = (IPPublicDetector,)
-"""An address is nothing that a repository must hide, and looks like a version."""
+"""IP addresses are not secrets, and version numbers look like them."""
 
 KEYWORDS = re.compile("|".join(keyword.DENYLIST))
-"""Of a text in small letters."""
+"""For lower-case text."""
 ASSIGNMENT = re.compile(r"\s*(?:[-*>$#]\s+)?(?:export\s+|set\s+|ENV\s+)?[\"']?[\w.-]+[\"']?\s*[:=]\s*\S+\s*")
-"""A line of a text that sets something. There, as in files of settings, a value needs no quotes."""
+"""A line of text that assigns a value. As in configuration files, the value needs no quotes."""
 MAX_LINE_CHARACTERS, OVERLAP = 2000, 200
 MIN_RANDOM_LENGTH = 9
-"""A shorter string cannot be as random as the detectors ask for."""
+"""A shorter string cannot reach the entropy limit of the detectors."""
 
 LONG_VALUE_DETECTORS = (CloudantDetector, IbmCloudIamDetector, IbmCosHmacDetector, SoftlayerDetector)
 LONG_VALUE = re.compile(r"[a-zA-Z0-9_-]{24,}")
-"""Detectors whose patterns take long, and what is in every line that they find something in."""
+"""Detectors with slow patterns, and a fast pattern that occurs in every line that they match."""
 
 RUN = re.compile(r"[^\s\"'`<>()]+")
-"""Some detectors name only the beginning of what they have found: the secret is all that it runs on to."""
+"""Some detectors match only the beginning of a secret. The whole run of characters is the secret."""
 
 KEY_END = re.compile(r"END [A-Z0-9 ]*PRIVATE KEY")
 MAX_KEY_LINES = 200
-"""How long a private key may be, when nothing says where it ends."""
+"""The maximum length of a private key whose end is not marked."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Leak:
 
 
 def find(path: str, text: str) -> list[Leak]:
-    """The secrets in a text, in the order of its lines. What its path says of its kind is heeded."""
+    """The secrets in a text, in the order of its lines. The path determines the type of the file."""
     lines = text.split("\n")
     found = {(leak.line, leak.kind, leak.value): leak for leak in _find(path, text, lines)}
     return sorted(found.values(), key=lambda leak: (leak.line, leak.kind))
@@ -115,7 +114,7 @@ def _random_strings(detector: Any, pattern: re.Pattern[str], text: str) -> Itera
 
 
 def _is_harmless(path: str, lines: Sequence[str], number: int, value: str, detector: Any) -> bool:
-    """The filters of detect-secrets, and what the repository's people have marked as harmless."""
+    """Whether a filter of detect-secrets, or a mark in the line, says that this is not a secret."""
     line = lines[number]
     snippet = CodeSnippet([lines[number - 1], line] if number else [line], 0, 1 if number else 0)
     is_pattern = isinstance(detector, RegexBasedDetector)
@@ -149,7 +148,7 @@ def _lines_with(pattern: re.Pattern[str], text: str) -> Iterator[int]:
 
 @cache
 def _detectors() -> list[tuple[Any, list[re.Pattern[str]]]]:
-    """Each detector, with patterns of which one is in every text that it finds something in."""
+    """Each detector, with its patterns: a text that matches none of them need not be searched line by line."""
     kinds: Mapping[str, Any] = get_mapping_from_secret_type_to_class()
     return [
         (detector, _patterns(detector))

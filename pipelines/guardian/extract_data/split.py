@@ -1,7 +1,7 @@
-"""The examples of a repository as two files of samples: what is learned, and what is held out to ask about.
+"""Write the examples of a repository as two files of samples: for training and held out.
 
-Whole files are held out, always the same ones: their paths say which. An answer that is held out is nowhere in what is
-learned, and a change that touches a file that is held out is not learned either.
+Whole files are held out, always the same ones, selected by a hash of their paths. A held-out answer does not occur in
+the training samples, and a commit that changes a held-out file is not trained on.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pipelines.training.data.content import SampleFile
 BEGIN, END = b'{"messages":[{"role":"user","content":', b'"}}\n'
 
 UNIQUE_ANSWER_KINDS = frozenset({"code", "complete", "section", "commit"})
-"""Kinds whose answers are learned once, however often the repository has them."""
+"""Kinds whose answers are used only once, even if the repository has them several times."""
 
 Side = Literal["train", "held_out"]
 
@@ -26,14 +26,14 @@ Side = Literal["train", "held_out"]
 class SplitResult:
     train: SampleFile | None = None
     held_out: SampleFile | None = None
-    duplicates: int = 0  # and questions that several files would answer
-    crossing_commits: int = 0  # changes that touch files of both sides
+    duplicates: int = 0  # also ambiguous questions without a variant with their path
+    crossing_commits: int = 0  # dropped, because they change files of both sides
     by_kind: Counter[str] = field(default_factory=Counter[str])
     by_language: Counter[str] = field(default_factory=Counter[str])
 
 
 def write(store: ExtractCache, summaries: Sequence[Summary], commit: str, out: Path, share: float) -> SplitResult:
-    """Write train.jsonl and held_out.jsonl into `out`, as far as there is something to write."""
+    """Write train.jsonl and held_out.jsonl into `out`."""
     with_examples = [summary for summary in summaries if summary.kinds]
     held_files = choose_held_out(
         (summary.key for summary in with_examples if not summary.key.startswith(COMMIT_PREFIX)), share
@@ -47,7 +47,7 @@ def write(store: ExtractCache, summaries: Sequence[Summary], commit: str, out: P
             if sides[summary.key] == side:
                 yield list(_lines(summary, store.examples(summary.key), commit, seen, written))
 
-    # What is held out goes first: it is the same, whatever else there is to learn.
+    # The held-out file is written first, so that it does not depend on the training samples.
     written.held_out = _write_file(out / "held_out.jsonl", of_side("held_out"))
     seen.held_answers, seen.answers = seen.answers, set()
     written.train = _write_file(out / "train.jsonl", of_side("train"))
@@ -55,20 +55,20 @@ def write(store: ExtractCache, summaries: Sequence[Summary], commit: str, out: P
 
 
 def choose_held_out(paths: Iterable[str], share: float) -> set[str]:
-    """The files that are held out: by their paths, so that they are the same ones every time.
+    """Select the files to hold out by a hash of their paths, so that they are the same every time.
 
-    At least one is, and at least one is not, when there are two.
+    If there are two files or more, both sides get at least one.
     """
-    placed = sorted((_hash_fraction(path), path) for path in paths)
-    chosen = {path for fraction, path in placed if fraction < share}
-    if share and len(placed) > 1:
-        chosen = (chosen or {placed[0][1]}) - ({placed[-1][1]} if len(chosen) == len(placed) else set[str]())
+    ranked = sorted((_hash_fraction(path), path) for path in paths)
+    chosen = {path for fraction, path in ranked if fraction < share}
+    if share and len(ranked) > 1:
+        chosen = (chosen or {ranked[0][1]}) - ({ranked[-1][1]} if len(chosen) == len(ranked) else set[str]())
     return chosen
 
 
 @dataclass
 class _Deduplicator:
-    """What was written, and what several files would be asked; by their numbers."""
+    """The hashes of the questions and answers that were written, and of the ambiguous questions."""
 
     ambiguous_questions: set[int]
     questions: set[int] = field(default_factory=set[int])
@@ -91,9 +91,9 @@ def _lines(
     summary: Summary, examples: Iterable[PreparedExample], commit: str, seen: _Deduplicator, written: SplitResult
 ) -> Iterator[bytes]:
     end = (summary.key.removeprefix(COMMIT_PREFIX) if summary.key.startswith(COMMIT_PREFIX) else commit).encode() + END
-    for kind, question_hash, exact_hash, answer_hash, question, exact, rest in examples:
+    for kind, question_hash, with_path_hash, answer_hash, question, with_path, rest in examples:
         if question_hash in seen.ambiguous_questions:
-            question_hash, question = exact_hash, exact
+            question_hash, question = with_path_hash, with_path
         if not question or not seen.is_new(kind, question_hash, answer_hash):
             written.duplicates += 1
             continue
@@ -115,7 +115,7 @@ def _write_file(path: Path, chunks: Iterable[list[bytes]]) -> SampleFile | None:
 
 
 def _side(summary: Summary, held_files: set[str], share: float) -> Side | None:
-    """None for a change that is not to be learned, because of what is held out, and not held out itself."""
+    """The side of a file or commit. None for a commit that is not held out, but changes held-out files."""
     if not summary.key.startswith(COMMIT_PREFIX):
         return "held_out" if summary.key in held_files else "train"
     if _hash_fraction(summary.key) < share:
@@ -124,15 +124,15 @@ def _side(summary: Summary, held_files: set[str], share: float) -> Side | None:
 
 
 def _ambiguous_questions(summaries: Iterable[Summary]) -> set[int]:
-    """The questions that more than one file would answer."""
+    """The hashes of questions that several files have."""
     seen_once, seen_twice = set[int](), set[int]()
     for summary in summaries:
-        numbers = set(summary.question_hashes)
-        seen_twice |= seen_once & numbers
-        seen_once |= numbers
+        hashes = set(summary.question_hashes)
+        seen_twice |= seen_once & hashes
+        seen_once |= hashes
     return seen_twice
 
 
 def _hash_fraction(name: str) -> float:
-    """From 0 to 1, the same for the same name, always and everywhere."""
+    """A number from 0 to 1 that is the same for this name in every process and version."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""What a source file declares: classes, functions and the like, with what the file itself says of them."""
+"""Find the declarations of a source file (classes, functions and the like), with their code and documentation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tree_sitter import Node
 
 MAX_DEPTH = 50
-"""How deep declarations may lie in each other. Deeper ones were not written by a person."""
+"""The maximum nesting of declarations. Deeper ones are generated code."""
 
 COMMENTS = frozenset({"comment", "line_comment", "block_comment"})
 CALLABLE = frozenset({"arrow_function", "function_expression", "function", "generator_function"})
@@ -33,28 +33,28 @@ WRAPPERS = frozenset(
         "type_declaration",
     }
 )
-"""Nodes around one declaration that belong to it."""
+"""Nodes that wrap one declaration and belong to it."""
 DECORATION = frozenset({"decorator", "accessibility_modifier"})
 PREAMBLE_NODES = frozenset({"preproc_include", "import_statement", "import_declaration", "package_declaration"})
 RUNNABLE_KINDS = frozenset({"function", "method", "constructor"})
-"""What has statements, so that it can be completed."""
+"""Kinds with statements, which can be completed."""
 
 
 @dataclass(frozen=True)
 class Symbol:
     kind: str  # class, function, method, struct …
-    name: str  # with the names around it: Checkout.read
-    first: int  # the lines it takes, from 1, with the comment above it
+    name: str  # qualified: RepoReader.read
+    first: int  # its lines, from 1, with the comment above it
     last: int
     code: str  # those lines, without their common indentation
-    doc: str  # what the file says of it; empty if it says nothing
+    doc: str  # its docstring or comment; empty if there is none
     is_defined: bool = True  # not only declared, as in a header
-    cuts: tuple[int, ...] = ()  # lines of the code, from 0, where a statement of its body begins
+    cuts: tuple[int, ...] = ()  # lines of the code, from 0, where a statement of the body begins
 
 
 @dataclass(frozen=True)
 class FileSymbols:
-    doc: str = ""  # what the file says of itself
+    doc: str = ""  # the docstring or comment of the file
     doc_lines: tuple[int, int] = (1, 1)
     symbols: list[Symbol] = field(default_factory=list[Symbol])
 
@@ -64,12 +64,12 @@ class _Context:
     language: Language
     lines: list[str]
     scope: tuple[str, ...] = ()
-    inside: str = ""  # the kind of what is around
+    inside: str = ""  # the kind of the enclosing declaration
     depth: int = 0
 
 
 def find(text: str, language: Language) -> FileSymbols:
-    """Every declaration of a file that is whole, in its order. What is inside a function belongs to that function."""
+    """All declarations of a file that have no syntax error, in order. Those inside a function are part of it."""
     root = parser_of(language.grammar).parse(text.encode()).root_node
     context = _Context(language, text.split("\n"))
     doc, lines = _file_doc(root, language)
@@ -95,7 +95,7 @@ def _declared(parent: "Node", context: _Context) -> Iterator[Symbol]:
 
 
 def _before_block(block: "Node") -> "list[Node]":
-    """Comments at the beginning of a block, which Python's grammar has in front of it."""
+    """Comments at the beginning of a block, which Python's grammar places before the block."""
     before: list[Node] = []
     node = block.prev_named_sibling if block.type == "block" else None
     while node is not None and node.type in COMMENTS:
@@ -105,7 +105,7 @@ def _before_block(block: "Node") -> "list[Node]":
 
 
 def _of_node(node: "Node", outer: "Node", above: "Sequence[Node]", context: _Context) -> Iterator[Symbol]:
-    """What a node declares. `outer` is the whole of it, with decorators and the like."""
+    """The declarations of a node. `outer` is the node with its decorators and other wrappers."""
     if kind := _kind(node, context):
         yield from _of_declaration(node, kind, outer, above, context)
     elif node.type in context.language.containers:
@@ -157,7 +157,7 @@ def _symbol(
     last = _last_row(outer)
     start = context.lines[first]
     if start[: len(start) - len(start.lstrip())] != start[: (shown[0] if shown else outer).start_point.column]:
-        return None  # something else begins in this line, as in code that was packed
+        return None  # another declaration begins in the same line, as in minified code
     code = _dedented(context.lines[first : last + 1])
     is_defined = body is not None or kind not in RUNNABLE_KINDS
     cuts = tuple(_cuts(body, first)) if body is not None and kind in RUNNABLE_KINDS else ()
@@ -208,7 +208,7 @@ def _name(node: "Node") -> str:
 
 
 def _receiver(node: "Node") -> str:
-    """The type that a method of Go belongs to."""
+    """The type to which a method of Go belongs."""
     receiver = node.child_by_field_name("receiver")
     if receiver is None or not receiver.named_children:
         return ""
@@ -219,7 +219,7 @@ def _receiver(node: "Node") -> str:
 
 
 def _value(node: "Node") -> "Node":
-    """The function or class that a name is given to, or else the node itself."""
+    """The function or class that is assigned to a name, or else the node itself."""
     if node.type not in VALUE_HOLDERS:
         return node
     value = node.child_by_field_name("value") or node.child_by_field_name("right")
@@ -237,7 +237,7 @@ def _function_declarator(node: "Node") -> "Node | None":
 
 
 def _innermost(declarator: "Node | None") -> "Node | None":
-    """The name in what C calls a declarator."""
+    """The name in a declarator of C."""
     while declarator is not None and declarator.type not in {"type_identifier", "identifier"}:
         inner = declarator.child_by_field_name("declarator")
         declarator = inner or next((child for child in declarator.named_children), None)
@@ -245,7 +245,7 @@ def _innermost(declarator: "Node | None") -> "Node | None":
 
 
 def _file_doc(root: "Node", language: Language) -> tuple[str, tuple[int, int]]:
-    """What stands at the very top and speaks of the file, not of what comes next."""
+    """The docstring or comment at the top that describes the file, and not the first declaration."""
     if language is PYTHON:
         doc = _docstring(root)
         first = next((node for node in root.named_children if node.type not in COMMENTS), root)
@@ -299,7 +299,7 @@ def _doc_node(body: "Node") -> "Node | None":
 
 
 def _cuts(body: "Node", first: int) -> Iterator[int]:
-    """The lines in which statements begin that end with the lines before."""
+    """The lines where a body can be cut: a statement begins there, and the one before has ended."""
     doc = _doc_node(body)
     children = body.named_children
     if len(children) == 1 and children[0].type == "statement_list":
@@ -317,7 +317,7 @@ def _cuts(body: "Node", first: int) -> Iterator[int]:
 
 
 def _row_before(statement: "Node", body: "Node") -> int:
-    """The row in which what precedes the first statement ends."""
+    """The row in which the node before the first statement ends."""
     before = statement.prev_sibling
     if before is not None:
         return _last_row(before)
@@ -326,13 +326,13 @@ def _row_before(statement: "Node", body: "Node") -> int:
 
 
 def _last_row(node: "Node") -> int:
-    """A line comment may end at the very beginning of the next line."""
+    """The last row of a node. Some grammars end a line comment at the beginning of the next row."""
     end = node.end_point
     return end.row - 1 if end.column == 0 and end.row > node.start_point.row else end.row
 
 
 def _dedented(lines: Sequence[str]) -> str:
-    """Without the indentation of the first line; text inside may have less."""
+    """Remove the indentation of the first line from all lines that have it."""
     margin = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
     return "\n".join(line.removeprefix(margin).rstrip() for line in lines)
 
