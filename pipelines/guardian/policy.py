@@ -1,4 +1,4 @@
-"""When a repository has changed enough to be learned from again, and when that may happen."""
+"""Decide whether a repository has changed enough to retrain its model, and whether that is allowed now."""
 
 import re
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Policy(BaseModel):
-    """What has to have changed since the last training: any of these is enough. Null is not looked at."""
+    """The thresholds for changes since the last training. One of them is enough. Null disables a threshold."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,23 +29,23 @@ class Policy(BaseModel):
     critical_paths: list[Pattern] = Field(
         default=[],
         max_length=100,
-        description="Any file that one of these names: src/core/** or *.proto; a name without a slash is looked for "
-        "in every folder.",
+        description="Any file that matches one of these: src/core/** or *.proto. A pattern without a slash matches in "
+        "every folder.",
     )
-    min_hours: float | None = Field(default=1, gt=0, le=8760, description="But not sooner than so after a training.")
+    min_hours: float | None = Field(default=1, gt=0, le=8760, description="The minimum hours since the last training.")
     quiet_hours: str | None = Field(
-        default=None, pattern=rf"^{CLOCK}-{CLOCK}$", examples=["22:00-06:00"], description="Nor within these hours."
+        default=None, pattern=rf"^{CLOCK}-{CLOCK}$", examples=["22:00-06:00"], description="No training in these hours."
     )
     timezone: TimeZoneName = Field(default="UTC", description="Of the quiet hours: an IANA name.")
 
 
 class Metrics(BaseModel):
-    commits_since_last_train: int | None = Field(description="Null: the history that is there does not say.")
+    commits_since_last_train: int | None = Field(description="Null: unknown, because the history is shallow.")
     files_changed: int
     lines_changed: int
     critical_paths_changed: bool
     hours_since_last_train: float | None = Field(description="Null: never trained.")
-    feedback_since_last_train: int | None = Field(description="Null: not looked at.")
+    feedback_since_last_train: int | None = Field(description="Null: not counted.")
     rewritten: bool = Field(description="Whether the last commit trained from is no longer in the history.")
 
 
@@ -55,14 +55,14 @@ class Decision(BaseModel):
     should_retrain: bool
     reason: str
     metrics: Metrics
-    limits: Policy = Field(description="What the metrics were held against.")
+    limits: Policy = Field(description="The policy that was applied.")
     checked_at: UtcTime
 
 
 def decide(
     policy: Policy, changes: Changes, trained_at: datetime | None, now: datetime, feedback: int | None = None
 ) -> Decision:
-    """What the policy says of these changes. `trained_at` is when the last training ended well."""
+    """Apply the policy to these changes. `trained_at` is when the last training succeeded."""
     critical = _critical_path(policy.critical_paths, changes.paths)
     hours = None if trained_at is None else max(now - trained_at, timedelta(0)) / HOUR
     should_retrain, reason = _check_thresholds(policy, changes, critical, trained_at)
@@ -107,7 +107,7 @@ def _check_thresholds(
     if known:
         return False, ", ".join(_describe_threshold(count, limit, unit) for count, limit, unit in known)
     if checked:
-        return False, f"{changes.files} files changed, but the history that is there does not say how many commits"
+        return False, f"{changes.files} files changed, but the shallow history does not say how many commits"
     return False, f"{changes.files} files changed, none of them on a critical path"
 
 
@@ -121,21 +121,21 @@ def _block_reason(policy: Policy, hours: float | None, now: datetime) -> str | N
     if policy.quiet_hours is not None:
         begin, end = (time.fromisoformat(clock) for clock in policy.quiet_hours.split("-"))
         clock = now.astimezone(ZoneInfo(policy.timezone)).time()
-        # Hours that begin in the evening end on the next day.
+        # If the end is before the beginning, the hours span midnight.
         if begin <= clock < end if begin <= end else clock >= begin or clock < end:
             return f"these are quiet hours, until {end:%H:%M} ({policy.timezone})"
     return None
 
 
 def _critical_path(patterns: Iterable[str], paths: Iterable[str]) -> str | None:
-    """The first path that a pattern names."""
+    """The first path that matches a pattern."""
     expressions = [_glob_to_regex(pattern) for pattern in patterns]
     return next((path for path in paths if any(expression.fullmatch(path) for expression in expressions)), None)
 
 
 @cache
 def _glob_to_regex(pattern: str) -> re.Pattern[str]:
-    """`*` is anything but a slash, `**` is anything, and a folder is all that is in it."""
+    """`*` matches anything but a slash, `**` matches anything, and a folder matches all files in it."""
     glob = pattern.removeprefix("/")
     if "/" not in glob.removesuffix("/") and not pattern.startswith("/"):
         glob = f"**/{glob}"
@@ -143,5 +143,5 @@ def _glob_to_regex(pattern: str) -> re.Pattern[str]:
         glob += "**"
     glob = re.sub(r"(\*\*/)+", "**/", glob)
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob)
-    spelled = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
-    return re.compile("".join(spelled.get(part) or re.escape(part) for part in parts), re.DOTALL)
+    wildcards = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+    return re.compile("".join(wildcards.get(part) or re.escape(part) for part in parts), re.DOTALL)

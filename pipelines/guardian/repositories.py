@@ -1,4 +1,4 @@
-"""Registered repositories: the folders and addresses that are watched, and the models that are made of them."""
+"""Registered repositories: their table, and how they are created, changed, deleted and found."""
 
 import re
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ from pipelines.training.data.parsing import first_error_message
 from pipelines.training.spec import ModelName
 
 RETRAIN_KIND = "retrain"
-"""The kind of the plan."""
+"""The kind of job that retrains the model of a repository."""
 WATCH_ALL_KIND = "watch_repositories"
 RESERVED = {"name", "suffix", "data", "validation", "method"}
-"""What a training is not free to choose: the repository says it."""
+"""Fields of a training that the repository determines."""
 
 BRANCH = r"^[^\s~^:?*\[\\\x00-\x20\x7f]{1,200}$"
 BAD_BRANCH = re.compile(r"[-/]|.*(\.\.|//|@\{|/\.|[/.]$|\.lock$)")
@@ -60,13 +60,13 @@ class RepositoryNameTaken(Conflict):
 
 
 class RepositoryInUse(Conflict):
-    """A plan is learning from this repository."""
+    """A retraining uses this repository."""
 
     code = "REPOSITORY_IN_USE"
 
 
 class Credentials(BaseModel):
-    """What a remote repository asks for. They are kept sealed, and never told."""
+    """The credentials of a remote repository. They are stored encrypted and never returned."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -78,32 +78,34 @@ Secret = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{16,200}$")]
 
 
 class RepositoryRequest(BaseModel):
-    """A repository to watch, and what to make of it."""
+    """A repository to watch, and how to train its model."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ModelName
-    path: str | None = Field(default=None, max_length=1000, description="A folder in one of guardian.roots; or else:")
+    path: str | None = Field(
+        default=None, max_length=1000, description="A folder in guardian.roots. Either path or url."
+    )
     url: str | None = Field(default=None, max_length=1000, examples=["https://git.example.com/ada/handbook.git"])
     branch: BranchName | None = Field(
-        default=None, description="Null: the one that is checked out, or the remote repository's own."
+        default=None, description="Null: the one that is checked out, or the default branch of a remote repository."
     )
-    model: ModelName | None = Field(default=None, description="What the model is called. Null: as the repository.")
+    model: ModelName | None = Field(default=None, description="The name of the model. Null: as the repository.")
     training: dict[str, Any] = Field(
-        default_factory=dict, description="Of a fine_tune job's spec, all but its name, data, validation and method."
+        default_factory=dict, description="Fields of a fine_tune spec, without name, suffix, data, validation, method."
     )
     policy: Policy = Policy()
     auto_deploy: bool = Field(default=True, description="Serve the new model, if it is better.")
-    enabled: bool = Field(default=True, description="Whether it is looked at by itself.")
-    credentials: Credentials | None = Field(default=None, description="For its url. They are never told.")
-    webhook_secret: Secret | None = Field(default=None, description="What its webhooks sign with. It is never told.")
+    enabled: bool = Field(default=True, description="Whether it is checked on a schedule.")
+    credentials: Credentials | None = Field(default=None, description="For its url. They are never returned.")
+    webhook_secret: Secret | None = Field(default=None, description="Signs its webhooks. It is never returned.")
 
     @model_validator(mode="after")
     def validate_location(self) -> Self:
         if (self.path is None) == (self.url is None):
-            raise ValueError("say where it is: either path or url")
+            raise ValueError("give either path or url")
         if self.credentials is not None and (self.url is None or not self.url.startswith("http")):
-            raise ValueError("credentials are for an address with https:// or http://")
+            raise ValueError("credentials need a url with https:// or http://")
         return self
 
 
@@ -112,24 +114,24 @@ class Repository(Base):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: f"repo_{uuid4().hex}")
     name: Mapped[str] = mapped_column(String(100), unique=True)
-    path: Mapped[str | None] = mapped_column(Text)  # a folder of this machine, all links resolved; or else:
+    path: Mapped[str | None] = mapped_column(Text)  # a folder of this machine, with links resolved; None: it has a url
     url: Mapped[str | None] = mapped_column(Text)
-    branch: Mapped[str | None] = mapped_column(String(200))  # None: the one that is checked out, or the remote's own
-    model: Mapped[str] = mapped_column(String(100))  # the name of the model that is made of it
-    training: Mapped[dict[str, Any]]  # of a FineTuneSpec, all but its name and its data
+    branch: Mapped[str | None] = mapped_column(String(200))  # None: the one checked out, or the remote's default
+    model: Mapped[str] = mapped_column(String(100))  # the name of its model
+    training: Mapped[dict[str, Any]]  # fields of a FineTuneSpec, without those of RESERVED
     policy: Mapped[dict[str, Any]]
     auto_deploy: Mapped[bool] = mapped_column(default=True)
     enabled: Mapped[bool] = mapped_column(default=True)
-    credentials: Mapped[str | None] = mapped_column(Text)  # sealed
-    webhook_secret: Mapped[str | None] = mapped_column(Text)  # sealed
+    credentials: Mapped[str | None] = mapped_column(Text)  # encrypted
+    webhook_secret: Mapped[str | None] = mapped_column(Text)  # encrypted
 
-    seen_commit: Mapped[str | None] = mapped_column(String(40))  # the tip at the last look
+    seen_commit: Mapped[str | None] = mapped_column(String(40))  # the tip at the last check
     checked_at: Mapped[datetime | None]
-    check_error: Mapped[str | None] = mapped_column(Text)  # why the last look saw nothing
-    trained_commit: Mapped[str | None] = mapped_column(String(40))  # what the last plan that ended well learned from
+    check_error: Mapped[str | None] = mapped_column(Text)  # why the last check failed
+    trained_commit: Mapped[str | None] = mapped_column(String(40))  # of the last plan that succeeded
     trained_at: Mapped[datetime | None]
     trained_job_id: Mapped[str | None] = mapped_column(String(40))
-    tried_commit: Mapped[str | None] = mapped_column(String(40))  # what the last plan began with, whatever came of it
+    tried_commit: Mapped[str | None] = mapped_column(String(40))  # of the last plan, whether or not it succeeded
     tried_job_id: Mapped[str | None] = mapped_column(String(40))
 
     created_by: Mapped[str] = mapped_column(String(200))
@@ -138,7 +140,7 @@ class Repository(Base):
 
 
 async def create(session: AsyncSession, request: RepositoryRequest, principal: Principal) -> Repository:
-    """Register a repository, whose path, if it has one, has been checked. From then on it is watched."""
+    """Register a repository, and ensure the schedule that watches repositories. The caller has checked the path."""
     repository = Repository(created_by=principal.name, **_columns(request))
     session.add(repository)
     await _flush(session, request.name)
@@ -148,11 +150,11 @@ async def create(session: AsyncSession, request: RepositoryRequest, principal: P
 
 
 async def change(session: AsyncSession, repository: Repository, changes: Mapping[str, Any]) -> None:
-    """Set these fields, if the repository makes sense with them."""
+    """Set these fields. Raises UnprocessableRequest if the repository would not be valid."""
     request = merge_changes(repository, changes)
     columns = _columns(request)
     if request.url == repository.url and "credentials" not in changes:
-        del columns["credentials"]  # they are for this address only
+        del columns["credentials"]  # with another url they are removed
     if "webhook_secret" not in changes:
         del columns["webhook_secret"]
     moved = (request.path, request.url, request.branch) != (repository.path, repository.url, repository.branch)
@@ -164,7 +166,7 @@ async def change(session: AsyncSession, repository: Repository, changes: Mapping
 
 
 def merge_changes(repository: Repository, changes: Mapping[str, Any]) -> RepositoryRequest:
-    """What would be asked for with these changes."""
+    """The request that the repository would have with these changes."""
     secret = {"credentials", "webhook_secret"}
     before = {name: getattr(repository, name) for name in RepositoryRequest.model_fields.keys() - secret}
     values = {**before, **changes}
@@ -178,16 +180,15 @@ def merge_changes(repository: Repository, changes: Mapping[str, Any]) -> Reposit
 
 
 async def delete(session: AsyncSession, repository: Repository) -> None:
-    """Forget a repository. Its datasets and models stay."""
+    """Delete a repository. Its datasets and models stay."""
     if plan := await unfinished_plan(session, repository.id):
-        raise RepositoryInUse(f"{plan.id} learns from '{repository.name}': cancel it first.")
+        raise RepositoryInUse(f"The job {plan.id} uses '{repository.name}': cancel it first.")
     await session.delete(repository)
 
 
 async def find(session: AsyncSession, id_or_name: str, *, lock: bool = False) -> Repository:
-    """The repository of this id or name."""
     named = select(Repository).where((Repository.id == id_or_name) | (Repository.name == id_or_name))
-    # Somebody may have chosen a name that looks like an id.
+    # A name may look like the id of another repository: the id wins.
     ordered = named.order_by((Repository.id == id_or_name).desc()).limit(1)
     repository = await session.scalar(ordered.with_for_update() if lock else ordered)
     if repository is None:
@@ -196,13 +197,13 @@ async def find(session: AsyncSession, id_or_name: str, *, lock: bool = False) ->
 
 
 async def find_by_path(session: AsyncSession, path: Path) -> Repository | None:
-    """The repository in this folder that was registered first."""
+    """The repository in this folder. If there are several, the first one that was registered."""
     query = select(Repository).where(Repository.path == str(path))
     return await session.scalar(query.order_by(Repository.created_at, Repository.id).limit(1))
 
 
 def to_remote(repository: Repository) -> RemoteRepository:
-    """Where a repository with an address is fetched from."""
+    """The address of a remote repository, with its decrypted credentials."""
     assert repository.url is not None
     if repository.credentials is None:
         return RemoteRepository(repository.url, repository.branch)
@@ -211,14 +212,14 @@ def to_remote(repository: Repository) -> RemoteRepository:
 
 
 async def unfinished_plan(session: AsyncSession, repository_id: str) -> Job | None:
-    """The job that retrains the model of this repository, while there is one."""
+    """The job that retrains the model of this repository now, if there is one."""
     query = select(Job).where(Job.kind == RETRAIN_KIND, Job.state.not_in(FINISHED))
     filtered = query.where(Job.spec["repository_id"].as_string() == repository_id)
     return await session.scalar(filtered.order_by(Job.created_at).limit(1))
 
 
 def _columns(request: RepositoryRequest) -> dict[str, Any]:
-    """A request as the table takes it."""
+    """The columns of a request. Raises an error if its url or training is not valid."""
     if request.url is not None:
         validate_url(request.url)
     credentials, secret = request.credentials, request.webhook_secret
@@ -233,9 +234,9 @@ def _columns(request: RepositoryRequest) -> dict[str, Any]:
 
 
 def _validate_training(request: RepositoryRequest) -> dict[str, Any]:
-    """What was said of the training, which stays as it was said: presets and defaults may become better."""
+    """The training as it was given: presets and defaults are applied by each plan, because they may change."""
     if reserved := sorted(RESERVED & request.training.keys()):
-        raise UnprocessableRequest(f"training says nothing of {', '.join(reserved)}: the repository does.")
+        raise UnprocessableRequest(f"training must not set {', '.join(reserved)}: the repository determines it.")
     find_kind("fine_tune").validate_spec(
         {**request.training, "name": request.model or request.name, "data": {"dataset": "its-own"}}
     )

@@ -1,4 +1,4 @@
-"""The kinds `watch_repo` and `watch_repositories`: look whether a repository has changed, and have it learned from."""
+"""The kind `watch_repo`: check whether a repository has changed enough, and start its retraining."""
 
 import asyncio
 from collections.abc import Callable
@@ -28,7 +28,7 @@ GUARDIAN = system("guardian")
 
 
 class WatchSpec(BaseModel):
-    """Which repository to look at."""
+    """The repository to check."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +37,7 @@ class WatchSpec(BaseModel):
 
 @dataclass(frozen=True)
 class RepoState:
-    """What a look at a repository has seen."""
+    """The newest commit of a repository, and what the policy decides about it."""
 
     commit: str
     decision: Decision
@@ -46,15 +46,14 @@ class RepoState:
 async def enqueue_watch(
     session: AsyncSession, repository: Repository, principal: Principal, *, idempotency_key: str | None = None
 ) -> Job:
-    """The job that will look at this repository: one that waits to is as good as a new one, but one that runs may have
-    looked too early."""
+    """Enqueue a check of this repository, or return the one that is queued. A running one may have read too early."""
     request = JobRequest(kind=WATCH_REPO_KIND, spec={"repository_id": repository.id})
     return await queue.enqueue(session, request, principal, idempotency_key=idempotency_key, unless_queued=True)
 
 
 @job(WATCH_REPO_KIND, spec=WatchSpec, admin_only=True)
 def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
-    """Looks whether a repository has changed enough, and if so, has its model trained again."""
+    """Checks whether a repository has changed enough, and if so, starts the retraining of its model."""
     found = asyncio.run(with_own_database(lambda database: _find(database, spec.repository_id)))
     if found is None:
         return {"watched": False, "reason": "It is no longer registered."}
@@ -81,7 +80,7 @@ def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
 def evaluate_repository(
     repository: Repository, feedback: int, on_progress: Callable[[str], None] = lambda _: None
 ) -> RepoState:
-    """What the policy says of the repository as it is now, and with so much new feedback on its model."""
+    """Apply the policy of the repository to its current state. `feedback` is the amount of new feedback."""
     from pipelines.guardian.repository_access import open_registered
 
     with open_registered(repository, on_progress) as reader:
@@ -92,7 +91,7 @@ def evaluate_repository(
 
 
 def evaluate_folder(folder: Path) -> Decision:
-    """What the default policy says of a folder that is not registered."""
+    """Apply the default policy to a folder that is not registered."""
     from pipelines.guardian.git.repo import open_inside_roots
 
     with open_inside_roots(folder) as reader:
@@ -113,11 +112,11 @@ async def _note_error(database: Database, repository_id: str, message: str) -> N
 
 
 async def _record_state(database: Database, repository_id: str, state: RepoState) -> tuple[str | None, str]:
-    """Note down what was seen; returns the plan, if there is one for it now, and the reason."""
+    """Store the state, and start a plan if the decision says so. Returns the plan's id, if any, and the reason."""
     async with database.transaction() as session:
         repository = await session.get(Repository, repository_id, with_for_update=True)
         if repository is None:
-            raise RepositoryNotFound("The repository was deleted while it was looked at.")
+            raise RepositoryNotFound("The repository was deleted while it was checked.")
         repository.seen_commit, repository.checked_at, repository.check_error = state.commit, now(), None
         reason = state.decision.reason
         if not state.decision.should_retrain:

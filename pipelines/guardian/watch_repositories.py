@@ -1,4 +1,4 @@
-"""The kind `watch_repositories`: one `watch_repo` job for each repository that is due."""
+"""The kind `watch_repositories`: enqueue a `watch_repo` job for each enabled repository."""
 
 import asyncio
 from typing import Any
@@ -14,14 +14,12 @@ from pipelines.guardian.watch_repo import GUARDIAN, enqueue_watch
 
 
 class WatchAllSpec(BaseModel):
-    """All of them."""
-
     model_config = ConfigDict(extra="forbid")
 
 
 @job(WATCH_ALL_KIND, spec=WatchAllSpec, admin_only=True)
 def watch_repositories(context: Context, spec: WatchAllSpec) -> dict[str, Any]:
-    """Asks for a look at each repository that is watched."""
+    """Enqueues a check of each repository that is watched."""
     return asyncio.run(with_own_database(_enqueue_all))
 
 

@@ -1,4 +1,4 @@
-"""Webhooks: what GitHub, Gitea and GitLab tell about a push, and how they prove that it is them."""
+"""Verify and parse the webhooks of GitHub, Gitea and GitLab. Pure functions."""
 
 import hashlib
 import hmac
@@ -20,9 +20,9 @@ NULL_COMMIT = re.compile(r"0*")
 
 
 def is_signed(provider: Provider, headers: Mapping[str, str], body: bytes, secret: str) -> bool:
-    """Whether whoever sent this body knows the secret. `headers` have lower-case names."""
+    """Whether the sender of this body knows the secret. `headers` have lower-case names."""
     if provider == "gitlab":
-        # It sends the secret itself.
+        # GitLab sends the secret itself.
         return hmac.compare_digest(headers.get("x-gitlab-token", "").encode(), secret.encode())
     signature = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
     if provider == "gitea":
@@ -39,7 +39,7 @@ def is_push(provider: Provider, headers: Mapping[str, str]) -> bool:
 
 
 def parse_payload(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
-    """What the body says; nothing where it cannot be read. GitHub may send it as a form."""
+    """The payload of a body, or {} if it is not valid. GitHub may send it as a form."""
     if headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         body = next(iter(parse_qs(body).get(b"payload", [])), b"")
     try:
@@ -50,12 +50,12 @@ def parse_payload(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
 
 
 def repository_keys(payload: Mapping[str, Any]) -> set[str]:
-    """Where the repository is that this is about, each address as `place` writes it."""
+    """The addresses of the repository in a payload, as `repository_key` writes them."""
     return {repository_key(address) for address in _addresses(payload) if address}
 
 
 def repository_key(address: str) -> str:
-    """An address without what differs between the ways to one repository: host/owner/name."""
+    """Normalize an address to host/owner/name, which is the same for HTTP and SSH."""
     scp = SCP.fullmatch(address)
     if scp:
         host, path = scp.groups()
@@ -69,7 +69,7 @@ def repository_key(address: str) -> str:
 
 
 def pushed_branch(payload: Mapping[str, Any]) -> str | None:
-    """The branch that has got new commits; None for a tag, and for a branch that was deleted."""
+    """The branch that was pushed; None for a tag, and for a deleted branch."""
     reference, after = payload.get("ref"), payload.get("after")
     deleted = payload.get("deleted") is True or (isinstance(after, str) and NULL_COMMIT.fullmatch(after))
     if deleted or not isinstance(reference, str) or not reference.startswith(BRANCH):

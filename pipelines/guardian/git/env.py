@@ -1,6 +1,6 @@
-"""How git is called: only to read, or to fetch what it was told to; and so that no repository makes it run anything.
+"""The environment of git processes, which keeps repositories from running programs, and the parsing of git's errors.
 
-A repository may bring its own configuration, and that may name programs. What could start one is overruled here.
+The configuration of a repository may name programs. All options that could start one are overridden here.
 """
 
 import os
@@ -26,21 +26,21 @@ HOOK_VARIABLES = {
     "GIT_SHALLOW_FILE",
     "GIT_WORK_TREE",
 }
-"""What git tells the hooks that it runs. Whoever was started by one would look into the wrong repository."""
+"""Variables that git sets for hooks. A process that a hook started would read the wrong repository."""
 
 SAFE_CONFIG = {
-    "safe.directory": "*",  # its owner may be somebody else: nothing of it is run
+    "safe.directory": "*",  # the repository may belong to another account: nothing in it is run
     "core.fsmonitor": "false",
     "core.hooksPath": os.devnull,
     "core.attributesFile": os.devnull,
-    "core.bigFileThreshold": "16m",  # what is larger is binary, and never in memory
+    "core.bigFileThreshold": "16m",  # larger files count as binary, and are not loaded into memory
     "core.quotePath": "false",
     "protocol.ext.allow": "never",
 }
 
 
 def git_environment(settings: Mapping[str, str] | None = None, protocols: str = "none") -> dict[str, str]:
-    """The variables for git, with these settings above all others."""
+    """The environment variables for git. `settings` override all other configuration."""
     for name in HOOK_VARIABLES & os.environ.keys():
         del os.environ[name]
     config = {**SAFE_CONFIG, **(settings or {})}
@@ -63,13 +63,13 @@ def git_environment(settings: Mapping[str, str] | None = None, protocols: str = 
 
 
 def first_error(output: str) -> str:
-    """What git gave up over: it may go on to say what to do about it."""
+    """The first error in git's output, which may be followed by advice."""
     error = re.search(r"^(?:fatal|error): (.+)$", output, re.MULTILINE)
     return error[1][:300] if error else last_line(output)
 
 
 def last_line(output: str | bytes) -> str:
-    """The last line that git has printed, of which a progress bar draws many over each other."""
+    """The last line of git's output. Progress bars overwrite lines with carriage returns."""
     text = output.decode(errors="replace") if isinstance(output, bytes) else output
     lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
     return lines[-1][:300] if lines else ""

@@ -1,4 +1,4 @@
-"""Errors of a repository."""
+"""The errors of reading a git repository."""
 
 from cluster.errors import ForgearrError, InvalidRequest, NotFound
 
@@ -22,6 +22,6 @@ class CommitNotFound(NotFound):
 
 
 class RepositoryDamaged(ForgearrError):
-    """Git cannot read what this repository should have."""
+    """Git cannot read an object of this repository."""
 
     code = "REPOSITORY_DAMAGED"

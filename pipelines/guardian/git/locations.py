@@ -1,4 +1,4 @@
-"""Where repositories may be, and where their mirrors are."""
+"""Check that the folder of a repository is in guardian.roots, and name the folders of mirrors."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from cluster.settings import get_settings, home
 
 
 class FolderOutside(Forbidden):
-    """Repositories lie in the folders of guardian.roots only."""
+    """Repositories must be in the folders of guardian.roots."""
 
     code = "FOLDER_OUTSIDE"
 
@@ -19,20 +19,21 @@ class InvalidPath(InvalidRequest):
 
 
 def mirror_path(repository_id: str) -> Path:
-    """Where the objects of a repository with an address are kept on this machine."""
+    """The folder on this machine with the mirror of a remote repository."""
     return home() / "cache" / "repositories" / f"{repository_id}.git"
 
 
 def is_inside(folder: Path) -> bool:
-    """Whether a folder, all links resolved, lies in one of guardian.roots."""
+    """Whether a folder, with its links already resolved, is in one of guardian.roots."""
     return any(folder.is_relative_to(root) for root in _roots())
 
 
 def checked_folder(path: str) -> Path:
+    """Resolve a path to a folder in guardian.roots. A relative path may be in any of them."""
     if "\0" in path or not path:
-        raise InvalidPath("A path has some letters, and not the character U+0000.")
+        raise InvalidPath("A path must not be empty, and must not contain the character U+0000.")
     if ".." in Path(path).parts:
-        raise InvalidPath(f"A path may not go up by '..': {path}")
+        raise InvalidPath(f"A path must not contain '..': {path}")
     try:
         named = Path(path).expanduser()
     except RuntimeError:
@@ -47,10 +48,10 @@ def _resolve_inside_roots(named: Path) -> Path:
     try:
         folder = named.resolve()
     except (OSError, RuntimeError) as error:
-        raise InvalidPath(f"{named} cannot be followed: {error}") from None
-    # Whether there is anything outside is nobody's business.
+        raise InvalidPath(f"{named} cannot be resolved: {error}") from None
+    # The same error whether or not the folder exists: callers must not learn what is outside.
     if not is_inside(folder):
-        raise FolderOutside(f"{named} lies outside of the folders for repositories (guardian.roots).")
+        raise FolderOutside(f"{named} is outside of the folders for repositories (guardian.roots).")
     return folder
 
 
@@ -58,7 +59,7 @@ def _exists(folder: Path) -> bool:
     try:
         return folder.exists()
     except OSError:
-        return True  # opening it will tell why it cannot be seen
+        return True  # opening the repository will raise the reason
 
 
 def _roots() -> list[Path]:

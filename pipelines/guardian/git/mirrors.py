@@ -1,7 +1,7 @@
-"""Repositories elsewhere: a mirror of each on this machine.
+"""Fetch remote repositories into mirrors on this machine.
 
-A mirror has the newest commits of one branch and nothing else, so that a long history costs nothing. What git is told
-beside its command, credentials above all, goes through its environment: command lines are there for everybody to read.
+A mirror is shallow: it has the newest commits of one branch, so that a long history costs nothing. Credentials and
+other settings are passed to git in its environment, because all users of the machine can read command lines.
 """
 
 import base64
@@ -18,7 +18,7 @@ from pipelines.guardian.git.env import first_error, git_environment, last_line
 from pipelines.guardian.git.urls import SCHEMES, RemoteRepository, resolve_address
 
 DEPTH = 1000
-"""How many commits back a mirror goes."""
+"""The number of commits in a mirror."""
 STALLED_SECONDS = 60
 TIP_REF = "refs/forgearr/tip"
 PINNED_REFS = "refs/forgearr/kept"
@@ -26,7 +26,7 @@ OnProgress = Callable[[str], None]
 
 
 class FetchRefused(InvalidRequest):
-    """The remote repository does not let us in."""
+    """The remote repository refuses access."""
 
     code = "FETCH_REFUSED"
 
@@ -50,14 +50,17 @@ class BranchNotFound(InvalidRequest):
 
 
 def fetch(mirror: Path, remote: RemoteRepository, pinned: Sequence[str], on_progress: OnProgress) -> None:
-    """Make the mirror what the remote repository is now. `kept` are commits that it should have too, if they still
-    exist; others that the branch has left behind are let go."""
+    """Update the mirror from the remote repository.
+
+    `pinned` are commits that the mirror should keep even if they are no longer in the branch, as far as the remote
+    repository still has them.
+    """
     mirror.parent.mkdir(parents=True, exist_ok=True)
     with mirror.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Whoever held the lock and was killed may have left git's own behind.
-        for left in mirror.rglob("*.lock"):
-            left.unlink()
+        # A process that was killed while it held our lock may have left locks of git behind.
+        for git_lock in mirror.rglob("*.lock"):
+            git_lock.unlink()
         _fetch(mirror, remote, pinned, on_progress)
 
 
@@ -102,7 +105,7 @@ def _run_fetch(
             on_progress(last_line(chunk))
         code = process.proc.wait()
     except BaseException:
-        process.proc.terminate()  # it tidies up
+        process.proc.terminate()  # git then removes its temporary files
         process.proc.wait()
         raise
     finally:
@@ -119,22 +122,22 @@ def _raise_fetch_error(remote: RemoteRepository, output: str) -> None:
     if "couldn't find remote ref" in output:
         raise BranchNotFound(f"The repository at {host} has no branch '{remote.branch}'.")
     if re.search(r"redirect|The requested URL returned error: 30\d", output):
-        raise FetchRefused(f"{host} leads to another address: register that one.")
+        raise FetchRefused(f"{host} redirects to another address: register that one.")
     if re.search(
         r"Authentication failed|could not read Username|error: 40[13]|Permission denied|terminal prompts", output
     ):
-        raise FetchRefused(f"{host} does not let us in: check the credentials.")
+        raise FetchRefused(f"{host} refuses access: check the credentials.")
     if re.search(r"not found|error: 404|does not appear to be a git repository", output):
-        raise FetchRefused(f"There is no repository at {remote.url}, or it is hidden from us.")
+        raise FetchRefused(f"There is no repository at {remote.url}, or the credentials have no access to it.")
     raise FetchFailed(f"Fetching from {host} failed: {first_error(output)}")
 
 
 def _try_fetch_commit(repository: git.Repo, remote: RemoteRepository, commit: str, on_progress: OnProgress) -> None:
-    """A commit that the branch has left behind may still be there to ask for; most servers hand it out."""
+    """Fetch a commit that is no longer in the branch. Most servers still have it for some time."""
     try:
         _run_fetch(repository, remote, [f"+{commit}:{PINNED_REFS}/{commit}"], on_progress, depth=1)
     except (FetchRefused, FetchFailed, BranchNotFound):
-        on_progress(f"{commit} is no longer there")
+        on_progress(f"The remote repository no longer has {commit}")
 
 
 def _has_commit(repository: git.Repo, commit: str) -> bool:
@@ -157,9 +160,9 @@ def _configuration(remote: RemoteRepository) -> Mapping[str, str]:
     port = parts.port or SCHEMES[parts.scheme]
     address = resolve_address(parts.hostname, port)
     settings = {
-        # To follow is to take credentials, or a request from inside our network, to wherever somebody likes.
+        # A redirect could send the credentials elsewhere, or the request to a machine inside our network.
         "http.followRedirects": "false",
-        # The address that was looked at is the one that is used.
+        # Git connects to the address that was checked, whatever DNS answers then.
         "http.curloptResolve": f"{parts.hostname}:{port}:{address}",
         "http.lowSpeedLimit": "1",
         "http.lowSpeedTime": str(STALLED_SECONDS),

@@ -1,4 +1,4 @@
-"""What is read from a repository: commits, files, changes."""
+"""The objects that are read from a repository: commits, files and changes."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ COMMIT_FORMAT = "%H%x00%ct%x00%P%x00%s%x00%b%x00"
 
 @dataclass(frozen=True)
 class TreeFile:
-    """A regular file of a commit. Links and submodules are none."""
+    """A regular file of a commit: not a link, not a submodule."""
 
     path: str
     blob: str
@@ -21,18 +21,18 @@ class Commit:
     committed_at: datetime
     subject: str
     body: str
-    parents: tuple[str, ...]  # none also where a shallow history ends
+    parents: tuple[str, ...]  # also empty where a shallow history ends
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What is different between two commits."""
+    """The difference between two commits."""
 
-    commits: int | None  # None: the history that is there does not say
+    commits: int | None  # None: unknown, because the history is shallow
     files: int
     lines: int  # added and removed, of text
-    paths: tuple[str, ...]  # of files, PATHS_MAX at most
-    rewritten: bool  # the newer commit does not stand on the older one
+    paths: tuple[str, ...]  # of changed files, repo.MAX_PATHS at most
+    rewritten: bool  # the older commit is not an ancestor of the newer one
 
 
 def new_commit(sha: str, seconds: str, parents: str, subject: str, body: str) -> Commit:

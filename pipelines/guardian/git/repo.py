@@ -1,7 +1,7 @@
-"""A repository to read from: its commits, the files in them, and what has changed between two.
+"""Read a git repository: its commits, their files, and the changes between two commits.
 
-Only its objects are read. There is no working tree, nothing is checked out or filtered, and no program that the
-repository names is run. A checkout belongs to one thread.
+Only objects are read. There is no working tree, nothing is checked out or filtered, and no program that the repository
+names is run. A reader belongs to one thread.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -25,18 +25,18 @@ REGULAR_FILE_MODE = b"100"
 
 @contextmanager
 def open_folder(path: Path, branch: str | None = None) -> Generator["RepoReader"]:
-    """A repository in a folder, with its files or bare."""
-    with closing_checkout(RepoReader(path, f"refs/heads/{branch}" if branch else "HEAD")) as reader:
+    """Open a repository in a folder, bare or with a working tree."""
+    with closing_reader(RepoReader(path, f"refs/heads/{branch}" if branch else "HEAD")) as reader:
         yield reader
 
 
 @contextmanager
 def open_inside_roots(path: Path, branch: str | None = None) -> Generator["RepoReader"]:
-    """A repository that lies in guardian.roots, with all that belongs to it."""
+    """Open a repository that is in guardian.roots, with its git directories."""
     with open_folder(path, branch) as reader:
         for folder in (path, *reader.folders):
             if not is_inside(folder.resolve()):
-                raise FolderOutside(f"{path} leads out of the folders for repositories (guardian.roots).")
+                raise FolderOutside(f"{path} refers to a folder outside of the folders for repositories.")
         yield reader
 
 
@@ -67,7 +67,7 @@ class RepoReader:
         return next(self.log(found, 1))
 
     def log(self, sha: str, limit: int) -> Iterator[Commit]:
-        """This commit and those before it, the newest first."""
+        """This commit and its ancestors, newest first."""
         command = ["rev-list", "--no-commit-header", f"--format={COMMIT_FORMAT}", "--encoding=UTF-8"]
         fields: list[str] = []
         for field in self._records([*command, f"--max-count={limit}", sha, "--"]):
@@ -79,13 +79,13 @@ class RepoReader:
     def files(self, sha: str) -> Iterator[TreeFile]:
         """The regular files of a commit, in the order of their paths."""
         for record in self._records(["ls-tree", "-r", "-z", "-l", "--full-tree", sha]):
-            facts, _, path = record.partition(b"\t")
-            mode, _, blob, size = facts.split()
+            columns, _, path = record.partition(b"\t")
+            mode, _, blob, size = columns.split()
             if mode.startswith(REGULAR_FILE_MODE):
                 yield TreeFile(path.decode(errors="replace"), blob.decode(), int(size))
 
     def read(self, blob: str) -> bytes:
-        """The content of a file. Look at its size first."""
+        """The content of a file. Check its size first: all of it is loaded."""
         try:
             _, _, _, content = self._git.get_object_data(blob)
         except (ValueError, OSError) as error:
@@ -93,9 +93,9 @@ class RepoReader:
         return content
 
     def diff(self, sha: str, max_bytes: int) -> str | None:
-        """What a commit has changed against its first parent, as a patch.
+        """The patch of a commit against its first parent.
 
-        None where that is longer, is not text in UTF-8, or cannot be known because a shallow history ends here.
+        None if it has more than `max_bytes`, is not UTF-8 text, or is unknown because a shallow history ends here.
         """
         if sha in self._shallow_commits:
             return None
@@ -112,7 +112,7 @@ class RepoReader:
             return None
 
     def changes(self, since: str | None, until: str) -> Changes:
-        """What is different at `until`. Without `since`, or when it has gone, that is everything."""
+        """The changes from `since` to `until`. If there is no `since`, or it no longer exists, everything counts."""
         known = since is not None and self._has_commit(since)
         base = since if since is not None and known else EMPTY_TREE
         files = lines = 0
@@ -130,12 +130,12 @@ class RepoReader:
         self._repository.close()
 
     def _distance(self, since: str | None, until: str) -> tuple[int | None, bool]:
-        """How many commits lie between, and whether the newer one does not stand on the older one."""
+        """The number of commits in between, and whether the older one is not an ancestor of the newer one."""
         if since is None:
             return (None if self._shallow_commits else int(self._output("rev-list", "--count", until, "--"))), False
         shared = self._output("merge-base", since, until, may_fail=True)
         if not shared and self._shallow_commits:
-            return None, False  # the older one lies behind the end of what is there, or nowhere
+            return None, False  # the older one may be beyond the end of the shallow history
         return int(self._output("rev-list", "--count", until, f"^{since}", "--")), shared != since
 
     def _has_commit(self, sha: str) -> bool:
@@ -143,10 +143,10 @@ class RepoReader:
 
     def _require_sha1(self) -> None:
         if self._output("rev-parse", "--show-object-format") != "sha1":
-            raise NotARepository(f"{self._path} names its objects by SHA-256, which is not read yet.")
+            raise NotARepository(f"{self._path} uses SHA-256 for its objects, which is not supported.")
 
     def _read_shallow_commits(self) -> frozenset[str]:
-        """The commits whose parents are missing here."""
+        """The commits at which a shallow history ends."""
         path = self.folders[1] / "shallow"
         return frozenset(path.read_text().split()) if path.exists() else frozenset()
 
@@ -159,7 +159,7 @@ class RepoReader:
         return "" if status else output
 
     def _records(self, command: Sequence[str]) -> Iterator[bytes]:
-        """What git prints with a zero behind each."""
+        """The records of git's output, which end with a zero byte each."""
         rest = b""
         for chunk in self._chunks(command):
             *records, rest = (rest + chunk).split(b"\0")
@@ -195,7 +195,7 @@ DIFF_COMMAND = [
 
 
 @contextmanager
-def closing_checkout(reader: RepoReader) -> Generator[RepoReader]:
+def closing_reader(reader: RepoReader) -> Generator[RepoReader]:
     try:
         yield reader
     finally:
@@ -213,13 +213,8 @@ def _open(path: Path) -> git.Repo:
         raise RepositoryUnreadable(f"The account that Forgearr runs as may not read {path}.") from None
 
 
-# Work on files, for a thread of its own.
-
-
 def validate_path(path: str, branch: str | None = None) -> Path:
-    """The folder that is meant, all links resolved: a repository that has commits, in one of guardian.roots."""
-    pass
-
+    """Resolve a path to the folder of a repository that has commits and is in guardian.roots. Blocks."""
     folder = checked_folder(path)
     with open_inside_roots(folder, branch) as reader:
         reader.tip()

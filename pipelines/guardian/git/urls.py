@@ -1,4 +1,4 @@
-"""Which addresses a repository may be fetched from."""
+"""Check the URL of a remote repository, and resolve its host to an address that may be fetched from."""
 
 import re
 import socket
@@ -12,13 +12,13 @@ SCHEMES = {"https": 443, "http": 80, "ssh": 22}
 
 
 class InvalidAddress(InvalidRequest):
-    """Nothing is fetched from such an address."""
+    """Repositories cannot be fetched from this address."""
 
     code = "INVALID_REPOSITORY_URL"
 
 
 class UnknownHost(Unavailable):
-    """There is no machine of this name."""
+    """There is no host of this name."""
 
     code = "UNKNOWN_HOST"
 
@@ -32,32 +32,32 @@ class RemoteRepository:
 
 
 def validate_url(url: str) -> str:
-    """The address, if it is of a sort that is fetched from."""
+    """Return the URL, if its form is allowed. Raises InvalidAddress."""
     if re.search(r"[\s\x00-\x1f\x7f]", url):
-        raise InvalidAddress("The address of a repository has no spaces in it.")
+        raise InvalidAddress("The address of a repository must not contain spaces.")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise InvalidAddress("The address of the repository cannot be read.") from None
+        raise InvalidAddress("The address of the repository is not a valid URL.") from None
     if parts.scheme not in SCHEMES or not host or host.startswith("-") or port == 0:
-        raise InvalidAddress("A repository is fetched from an address with https://, http:// or ssh://.")
+        raise InvalidAddress("The address of a repository must begin with https://, http:// or ssh://.")
     if parts.password is not None or (parts.username is not None and parts.scheme != "ssh"):
-        raise InvalidAddress("Credentials do not belong into the address: send them as credentials.")
+        raise InvalidAddress("The address must not contain credentials: send them as credentials.")
     if (parts.username or "").startswith("-") or parts.path in {"", "/"}:
-        raise InvalidAddress("The address names no repository.")
+        raise InvalidAddress("The address has no path to a repository.")
     if parts.query or parts.fragment:
-        raise InvalidAddress("The address of a repository has no ? and no # in it.")
+        raise InvalidAddress("The address of a repository must not contain ? or #.")
     return url
 
 
 def resolve_address(host: str, port: int) -> str:
-    """The address of a machine, if it is one that may be asked."""
+    """Resolve a host to one of its IP addresses. Raises InvalidAddress if one of them is forbidden."""
     try:
         addresses = {str(known[4][0]) for known in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
-        raise UnknownHost(f"There is no machine named {host} ({error}).") from None
+        raise UnknownHost(f"There is no host named {host} ({error}).") from None
     if any(is_forbidden(address) for address in addresses):
-        raise InvalidAddress(f"{host} is an address that nothing is fetched from.")
+        raise InvalidAddress(f"Repositories cannot be fetched from {host}: its address is not allowed.")
     ipv4 = sorted(address for address in addresses if ":" not in address)
     return ipv4[0] if ipv4 else f"[{min(addresses)}]"
