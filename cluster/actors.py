@@ -1,4 +1,4 @@
-"""Forgearr's named Ray actors: how any process of the cluster finds one."""
+"""Look up Forgearr's named Ray actors from any process of the cluster."""
 
 import sys
 from typing import Any
@@ -11,19 +11,19 @@ _handles: dict[str, Any] = {}
 
 
 def find_actor(name: str) -> Any:
-    """The handle of a named actor. It stays good when Ray restarts that actor, so it is looked up once."""
-    # A process that has not joined Ray must not do so by the way: Ray would start a cluster of its own for it.
+    """Return the handle of a named actor. Handles are cached: they stay valid when Ray restarts the actor."""
+    # In a process that has not joined Ray, `get_actor` would start a new cluster.
     ray: Any = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
-        raise Unavailable(f"This process is not part of the cluster and cannot reach the {name}.")
+        raise Unavailable(f"This process is not part of the cluster, so it cannot reach the {name}.")
     if name not in _handles:
         try:
             _handles[name] = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError as error:
-            raise Unavailable(f"The {name} is not running; `forgearr status` shows what is.") from error
+            raise Unavailable(f"The {name} is not running; `forgearr status` shows all components.") from error
     return _handles[name]
 
 
 def forget_actor(name: str) -> None:
-    """Look the actor up again next time: it was replaced by another one of the same name."""
+    """Drop the cached handle of an actor that was replaced by another one of the same name."""
     _handles.pop(name, None)

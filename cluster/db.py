@@ -1,7 +1,7 @@
-"""The database: one async SQLAlchemy engine over SQLite (WAL) or PostgreSQL.
+"""Database access: one async SQLAlchemy engine over SQLite (WAL) or PostgreSQL.
 
-One request or one job step is one transaction, opened with `transaction()`. Writers begin immediate on SQLite: a
-deferred transaction that turns into a writer waits up to a second behind other writers, or fails.
+Each request and each job step is one transaction, opened with `transaction()`. On SQLite it begins with BEGIN
+IMMEDIATE: a deferred transaction that becomes a writer later waits up to a second behind other writers, or fails.
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC time, also on SQLite, which stores no time zone."""
+    """The column type of an aware UTC time. It also works on SQLite, which stores no time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -47,7 +47,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("times are stored in UTC: give them a time zone")
+            raise ValueError("a time needs a time zone to be stored")
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -71,7 +71,7 @@ class Base(DeclarativeBase):
 
 
 class Database:
-    """An engine and its two sorts of transaction."""
+    """An engine, with read-write and read-only transactions."""
 
     def __init__(self, url: str, pool_size: int = 5) -> None:
         self.is_sqlite = url.startswith("sqlite")
@@ -91,9 +91,9 @@ class Database:
 
     @asynccontextmanager
     async def read_transaction(self) -> AsyncGenerator[AsyncSession]:
-        """A transaction that only reads: it never waits for a writer, and all that it reads was so at one time."""
+        """A read-only transaction. It never waits for a writer, and all its reads see the same snapshot."""
         options = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-        reader = self.engine.execution_options(forgearr_reading=True, **options)
+        reader = self.engine.execution_options(forgearr_read_only=True, **options)
         async with AsyncSession(reader, expire_on_commit=False) as session:
             await _connect(session)
             yield session
@@ -103,46 +103,46 @@ class Database:
 
 
 def before_commit(session: AsyncSession, callback: Callable[[], Awaitable[None]]) -> None:
-    """Do this last in the transaction, when it holds all its other locks."""
+    """Call `callback` right before the commit, when the transaction holds all its other locks."""
     session.info.setdefault("before_commit", []).append(callback)
 
 
 def after_commit(session: AsyncSession, callback: Callable[[], None]) -> None:
-    """Tell the world only of what is really so: `action` runs when the transaction has committed, else never."""
+    """Call `callback` once the transaction has committed. After a rollback it is not called."""
     session.info.setdefault("after_commit", []).append(callback)
 
 
 async def delete_rows(session: AsyncSession, statement: Delete) -> int:
-    """Run a DELETE; returns how many rows it took."""
+    """Run a DELETE and return the number of deleted rows."""
     result = await session.execute(statement)
     return cast(CursorResult[Any], result).rowcount
 
 
 async def advisory_lock(session: AsyncSession, name: str) -> None:
-    """Wait until no other transaction that has passed this name is open. On SQLite every writer is alone anyway."""
+    """Hold a named lock until the transaction ends. SQLite needs none: it has one write transaction at a time."""
     if session.get_bind().dialect.name == "postgresql":
         await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
 
 
 def is_transient(error: SQLAlchemyError) -> bool:
-    """Whether the same statement may succeed later: the database is away, busy, or has broken a deadlock."""
+    """Whether the statement may succeed later: the database is unreachable or busy, or it ended a deadlock."""
     if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
         return True
     sqlstate = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
     if isinstance(error, InternalError) and not sqlstate:
-        return True  # the driver has lost its way, as it may where a connection breaks off
+        return True  # the driver's own error, which it may raise when a connection breaks
     return sqlstate[:2] in {"08", "40", "53", "55", "57"}
 
 
 @cache
 def get_database() -> Database:
-    """This process's database."""
+    """Return the database of this process."""
     settings = get_settings()
     return Database(settings.database_url, settings.database.pool_size)
 
 
 async def with_own_database(work: Callable[[Database], Awaitable[Result]]) -> Result:
-    """Do this with a database of its own: the one of the process belongs to another event loop."""
+    """Call `work` with a new `Database`, because the one of the process is bound to another event loop."""
     database = Database(get_settings().database_url, pool_size=1)
     try:
         return await work(database)
@@ -155,7 +155,7 @@ def now() -> datetime:
 
 
 async def _connect(session: AsyncSession) -> None:
-    """The line of defence: a server that cannot be reached is one error, whatever the driver calls it."""
+    """Open the connection. If the server is unreachable, raise OperationalError, whatever the driver raises."""
     try:
         await session.connection()
     except SQLAlchemyError:
@@ -181,13 +181,13 @@ def _sqlite_engine(url: str) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Any) -> None:  # pyright: ignore[reportUnusedFunction]
-        reading = connection.get_execution_options().get("forgearr_reading")
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+        read_only = connection.get_execution_options().get("forgearr_read_only")
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
     return engine
 
 
-# A JSON document or nothing: None is stored as SQL's NULL, not as JSON's null.
+# An optional JSON document: None is stored as SQL's NULL, not as JSON's null.
 Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-# SQLite counts up only in a column of type INTEGER.
+# SQLite increments only a column of type INTEGER by itself.
 Sequence = BigInteger().with_variant(Integer, "sqlite")

@@ -1,4 +1,4 @@
-"""Values as people type them after --set: `key=value`, with a dot for each step into what is nested."""
+"""Parse the values of the option --set: `key=value`, where dots in the key separate nested names."""
 
 from typing import Any, cast
 
@@ -8,7 +8,7 @@ from cluster.errors import InvalidRequest
 
 
 def assign(target: dict[str, Any], assignment: str) -> None:
-    """Set one value, which is read as YAML."""
+    """Set one value in `target`. The value is parsed as YAML."""
     path, equals, text = assignment.partition("=")
     *sections, name = path.split(".")
     if not equals or not name:
@@ -16,9 +16,9 @@ def assign(target: dict[str, Any], assignment: str) -> None:
     for section in sections:
         inner: Any = target.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise InvalidRequest(f"--set {path} does not fit: {section} is {inner!r}, which has nothing inside.")
+            raise InvalidRequest(f"--set {path} is not possible: {section} is {inner!r}, not a mapping.")
         target = cast(dict[str, Any], inner)
     try:
         target[name] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InvalidRequest(f"The value of {path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise InvalidRequest(f"The value of {path} is not valid YAML: {' '.join(str(error).split())}.") from error

@@ -1,8 +1,8 @@
-"""Every error that Forgearr raises on purpose.
+"""The base classes of all errors that Forgearr raises on purpose.
 
 ForgearrError                500  internal_error
 ├── InvalidRequest           400  invalid_request
-│   └── SettingsError             a setting that stops the start
+│   └── SettingsError             a setting that prevents the start
 ├── Unauthenticated          401  unauthorized
 ├── Forbidden                403  forbidden
 │   ├── AccountDisabled
@@ -13,24 +13,24 @@ ForgearrError                500  internal_error
 ├── RateLimitExceeded        429  rate_limit_exceeded
 └── Unavailable              503  service_unavailable
 
-The status, the codes and the default sentence (the docstring) live on the class, so that a door only has to render
-what it catches. `error` is the word that clients branch on, `code` the same in the gateway's dialect; a subclass names
-the thing concerned (`class JobNotFound(NotFound): code = "JOB_NOT_FOUND"`) beside the code that raises it.
+A class has the HTTP status, the codes and the default message (its docstring), so a route only renders what it
+catches. `error` is the general code, `code` the exact one. A subclass stands beside the code that raises it, and names
+what is concerned: `class JobNotFound(NotFound): code = "JOB_NOT_FOUND"`.
 """
 
 from collections.abc import Mapping
 
 
 class ForgearrError(Exception):
-    """Something went wrong inside Forgearr; its log says what."""
+    """An internal error occurred; the log has the details."""
 
     status = 500
     error = "internal_error"
     code = "INTERNAL_ERROR"
     retryable = False
-    """Whether a job that meets this error may succeed if it is tried again later."""
+    """Whether a job that fails with this error may succeed in another attempt."""
     retry_after: int | None = None
-    """Seconds after which a client may ask again, where that can be said."""
+    """Seconds after which a client may repeat the request, if they are known."""
 
     def __init__(self, message: str | None = None, *, details: Mapping[str, object] | None = None) -> None:
         self.message = message or (type(self).__doc__ or "").strip()
@@ -75,13 +75,13 @@ class AccountDisabled(Forbidden):
 
 
 class CrossOrigin(Forbidden):
-    """This server needs no credential on this machine, so it answers no web page of another origin."""
+    """This server needs no credential on this machine, so it refuses requests from web pages of other origins."""
 
     code = "CROSS_ORIGIN"
 
 
 class NotFound(ForgearrError):
-    """There is nothing here by that name."""
+    """There is nothing with this name."""
 
     status = 404
     error = "not_found"
@@ -89,7 +89,7 @@ class NotFound(ForgearrError):
 
 
 class Conflict(ForgearrError):
-    """The request does not fit the present state."""
+    """The request conflicts with the current state."""
 
     status = 409
     error = "conflict"
@@ -97,7 +97,7 @@ class Conflict(ForgearrError):
 
 
 class UnprocessableRequest(ForgearrError):
-    """The request has a field that is not valid."""
+    """A field of the request is not valid."""
 
     status = 422
     error = "invalid_request"
@@ -117,7 +117,7 @@ class RateLimitExceeded(ForgearrError):
 
 
 class Unavailable(ForgearrError):
-    """A part of Forgearr that this needs is not reachable right now; try again in a moment."""
+    """A required part of Forgearr is not reachable; try again in a moment."""
 
     status = 503
     error = "service_unavailable"

@@ -1,8 +1,9 @@
-"""The events actor: news from any process of the cluster to every gateway replica, as it happens.
+"""The events actor: it passes live messages from any process of the cluster to every gateway replica.
 
-It only passes messages on. What happened is in the database, so a reader that missed something is told so and looks
-there, and the actor may die at any time: its successor starts with an empty memory, under a new name of its life.
-It also holds each replica's last request counts, because a scrape reaches one replica and must count them all.
+It stores nothing durable: the facts are in the database. A reader that missed messages is notified and reads the
+database. The actor may die at any time; its successor starts empty, with a new incarnation id.
+The actor also holds the latest request counts of each replica, because a scrape reaches one replica and must report
+the sum of all.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ ACTOR_NAME = "events"
 MAX_BUFFERED_MESSAGES = 10_000
 MAX_BATCH_MESSAGES = 1_000
 BATCH_DELAY_SECONDS = 0.01
-"""How long a reader's answer waits for more messages: it bounds how many answers a second a busy cluster costs."""
+"""How long a poll waits for more messages after the first. It limits the responses per second of a busy cluster."""
 POLL_SECONDS = 30.0
 GRACE_SECONDS = 10.0
 LOOKUP_RETRY_SECONDS = 5.0
@@ -42,7 +43,7 @@ class Message(TypedDict):
 
 
 class Cursor(NamedTuple):
-    """How far a reader has read, in which life of the actor."""
+    """The position of a reader in the messages of one incarnation of the actor."""
 
     incarnation: str
     position: int
@@ -51,14 +52,14 @@ class Cursor(NamedTuple):
 class Batch(NamedTuple):
     messages: list[Message]
     cursor: Cursor
-    missed: bool  # something happened between the reader's cursor and these messages that nobody remembers
+    missed: bool  # messages between the reader's cursor and these are lost
 
 
 LOST_CURSOR = Cursor("", 0)
-"""The cursor of a reader that does not know what it missed."""
+"""The cursor of a reader that lost its position. Its next poll reports `missed`."""
 
 Snapshot = Mapping[str, float]
-"""A replica's counts: a value for each sample, by a key that all replicas share."""
+"""The counts of a replica: a value for each sample, by a key that all replicas share."""
 
 
 def build_message(rooms: Sequence[str], kind: str, data: Mapping[str, Any], at: datetime) -> Message:
@@ -66,40 +67,40 @@ def build_message(rooms: Sequence[str], kind: str, data: Mapping[str, Any], at: 
 
 
 def publish(messages: Sequence[Message]) -> None:
-    """Pass messages on to whoever listens, from any process; without Ray or the actor nobody hears them."""
+    """Send messages to all listeners, from any process. Without Ray or the actor they are dropped."""
     global _no_lookup_before
     if not messages or time.monotonic() < _no_lookup_before:
         return
     try:
         reference = find_actor(ACTOR_NAME).publish.remote(list(messages))
     except Unavailable as error:
-        # Asking where it is costs a round trip: not for every message of a cluster that has no such actor.
+        # A lookup costs a round trip. A cluster without this actor must not pay that for each message.
         _no_lookup_before = time.monotonic() + LOOKUP_RETRY_SECONDS
         logger.debug("%s messages were not published: %s", len(messages), error)
     except Exception:
-        # Whatever Ray raises while it goes down: what happened is in the database, and the caller goes on.
+        # Ray raises various errors while it shuts down. The facts are in the database, so the caller continues.
         logger.debug("%s messages were not published.", len(messages), exc_info=True)
     else:
         reference.future().add_done_callback(_forget_if_dead)
 
 
 async def poll(after: Cursor | None, seconds: float = POLL_SECONDS) -> Batch:
-    """The messages after a cursor, once there are any or the time is up; None begins with what comes from now on."""
+    """Wait up to `seconds` for messages after a cursor. With None, return the current cursor at once."""
     return await _call_actor("poll", after, seconds, timeout_seconds=seconds + GRACE_SECONDS)
 
 
 async def share_counts(replica: str, snapshot: Snapshot) -> None:
-    """Leave this replica's counts with the actor, in place of what it left before."""
+    """Store this replica's counts in the actor, instead of its previous ones."""
     await _call_actor("share_counts", replica, snapshot)
 
 
 async def shared_counts() -> dict[str, Snapshot]:
-    """The counts that each replica left, dead ones included."""
+    """Return the last counts of every replica, including replicas that have ended."""
     return await _call_actor("shared_counts")
 
 
 class Events:
-    """The actor. Every method is async, so that Ray runs all calls on one event loop, without locks."""
+    """The actor. Every method is async, so Ray runs all calls on one event loop and no locks are needed."""
 
     def __init__(self) -> None:
         self._incarnation = secrets.token_hex(8)

@@ -1,8 +1,7 @@
-"""MLflow, as far as the queue and the registry need it: its REST API, spoken without its library, which takes seconds
-to import.
+"""A client of MLflow's REST API, for the queue and the model registry.
 
-Training code, which lives in processes of its own, uses the library. Files go straight from and to the disk, whatever
-their size.
+It does not use MLflow's library, which takes seconds to import. Training code, in processes of its own, uses the
+library. Files are streamed from and to the disk, whatever their size.
 """
 
 import asyncio
@@ -22,20 +21,20 @@ import httpx
 from cluster.errors import ForgearrError, Unavailable
 
 TIMEOUT_SECONDS = 20
-FILE_TIMEOUT_SECONDS = 900  # a server that keeps files elsewhere copies them first
+FILE_TIMEOUT_SECONDS = 900  # a server that stores files elsewhere copies them before it responds
 FILE_ATTEMPTS = 4
 CHUNK_BYTES = 4 * 1024 * 1024
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 MAX_VALUE_LENGTH = 6000  # of a parameter or tag, in characters; the server refuses more
-MAX_PARAMETERS_PER_REQUEST = 100  # in one request
+MAX_PARAMETERS_PER_REQUEST = 100
 MAX_METRICS_PER_REQUEST = 1000
 INVALID_NAME_CHARACTERS = re.compile(r"[^\w .:/-]", re.ASCII)
-"""What the name of a parameter may not have."""
+"""Characters that MLflow does not allow in the name of a parameter."""
 MAX_DIGEST_LENGTH = 36  # of a dataset, in characters
 
 Result = TypeVar("Result")
 OnBytes = Callable[[int], None]
-"""Hears how many bytes of a file have passed so far; fewer again when it starts anew."""
+"""Called with the bytes that were transferred so far. The count starts again when the transfer is retried."""
 
 
 class MlflowUnavailable(Unavailable):
@@ -56,25 +55,25 @@ class MlflowRestClient:
         self._experiments: dict[str, str] = {}
 
     async def find_or_create_experiment(self, name: str) -> str:
-        """The id of the experiment of this name, which is made when it is missing."""
+        """Return the id of the experiment with this name, which is created if it does not exist."""
         if name not in self._experiments:
-            found = await self.call("GET", "experiments/get-by-name", default={}, params={"experiment_name": name})
-            if not found:
-                found = {"experiment": await self.call("POST", "experiments/create", json={"name": name})}
-            self._experiments[name] = found["experiment"]["experiment_id"]
+            response = await self.call("GET", "experiments/get-by-name", default={}, params={"experiment_name": name})
+            if not response:
+                response = {"experiment": await self.call("POST", "experiments/create", json={"name": name})}
+            self._experiments[name] = response["experiment"]["experiment_id"]
         return self._experiments[name]
 
     async def find_or_create_run(
         self, experiment_id: str, job_id: str, started_at: datetime, tags: Mapping[str, str]
     ) -> str:
-        """The run of this job: found, when an earlier attempt to follow it got that far, else made."""
+        """Return the id of this job's run. An interrupted earlier call may have created the run already."""
         query = {
             "experiment_ids": [experiment_id],
             "filter": f"tags.`forgearr.job_id` = '{job_id}'",
             "max_results": 1,
         }
-        found = await self.call("POST", "runs/search", json=query)
-        if runs := found.get("runs"):
+        response = await self.call("POST", "runs/search", json=query)
+        if runs := response.get("runs"):
             return runs[0]["info"]["run_id"]
         created = await self.call(
             "POST",
@@ -94,7 +93,7 @@ class MlflowRestClient:
             await self.call("POST", "runs/log-batch", json={"run_id": run_id, "params": batch})
 
     async def log_metrics(self, run_id: str, metrics: Sequence[tuple[str, float, datetime, int]]) -> None:
-        """(name, value, time, step) of each; the same one told twice counts once."""
+        """Log metrics as (name, value, time, step). Logging the same one again has no effect."""
         rows = [
             {"key": name, "value": value, "timestamp": _milliseconds(moment), "step": step}
             for name, value, moment, step in metrics
@@ -112,7 +111,7 @@ class MlflowRestClient:
     async def log_input(
         self, run_id: str, *, name: str, digest: str, source: str, profile: Mapping[str, object]
     ) -> None:
-        """The data that a run works on; the same one told twice counts once."""
+        """Record the dataset that a run uses. Recording the same one again has no effect."""
         dataset = {
             "name": name,
             "digest": digest[:MAX_DIGEST_LENGTH],
@@ -124,12 +123,11 @@ class MlflowRestClient:
         await self.call("POST", "runs/log-inputs", json={"run_id": run_id, "datasets": inputs})
 
     async def artifact_uri(self, run_id: str) -> str:
-        """The address of a run's artifacts, which its server must keep itself."""
         run = await self.call("GET", "runs/get", params={"run_id": run_id})
         return run["run"]["info"]["artifact_uri"]
 
     async def upload(self, run_id: str, name: str, content: bytes | Path, on_bytes: OnBytes = lambda _: None) -> None:
-        """Store an artifact through the server. A file that breaks off on its way is sent again."""
+        """Store an artifact through the server. An interrupted transfer is repeated."""
         target = f"{_artifact_path(await self.artifact_uri(run_id))}/{name}"
 
         async def send() -> None:
@@ -143,7 +141,7 @@ class MlflowRestClient:
         await _with_retries(send)
 
     async def download(self, address: str, target: Path, on_bytes: OnBytes = lambda _: None) -> str:
-        """Store the artifact at `address` in the file `target`; returns its SHA-256."""
+        """Download the artifact at `address` to the file `target`, and return its SHA-256."""
         path = _artifact_path(address)
 
         async def receive() -> str:
@@ -172,7 +170,7 @@ class MlflowRestClient:
         return await _with_retries(receive_guarded)
 
     async def delete_artifacts(self, address: str) -> None:
-        """Remove an artifact, or a folder of them."""
+        """Delete an artifact or a folder of artifacts. A missing one is no error."""
         try:
             await self._request("DELETE", _artifact_path(address))
         except MlflowRefused as refusal:
@@ -182,7 +180,7 @@ class MlflowRestClient:
     async def call(
         self, method: str, path: str, default: dict[str, Any] | None = None, **options: Any
     ) -> dict[str, Any]:
-        """One API call; `missing` is the answer when the thing asked for does not exist."""
+        """Make one API call and return its JSON, or `default` if the requested object does not exist."""
         try:
             response = await self._request(method, f"/api/2.0/mlflow/{path}", **options)
         except MlflowRefused as refusal:
@@ -192,7 +190,7 @@ class MlflowRestClient:
         return response.json()
 
     async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """The one line of defence: what goes wrong below is one of our two errors above."""
+        """Send a request. Every failure is raised as MlflowUnavailable or MlflowRefused."""
         with _translated_errors():
             response = await self._client.request(method, path, **options)
         _raise_for_status(response, f"{method} {path}")
@@ -210,7 +208,7 @@ async def connect(uri: str) -> AsyncGenerator[MlflowRestClient]:
 
 
 def flatten(document: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """{'a': {'b': 1}} as {'a.b': 1}: how a spec becomes parameters."""
+    """Turn nested mappings into dotted names, as for parameters: {'a': {'b': 1}} becomes {'a.b': 1}."""
     flat: dict[str, object] = {}
     for name, value in document.items():
         if isinstance(value, Mapping) and value:
@@ -222,7 +220,7 @@ def flatten(document: Mapping[str, object], prefix: str = "") -> dict[str, objec
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Read once: it takes 15 ms."""
+    """Cached, because reading the certificates takes 15 ms."""
     return httpx.create_ssl_context()
 
 
@@ -243,9 +241,9 @@ def _raise_for_status(response: httpx.Response, request: str) -> None:
 
 
 def _artifact_path(address: str) -> str:
-    """Where the server hands out, and takes, an artifact."""
+    """Return the path under which the server reads and writes an artifact."""
     if not address.startswith("mlflow-artifacts:/"):
-        raise MlflowRefused(f"The MLflow server does not hold artifacts itself; it keeps them in {address}.")
+        raise MlflowRefused(f"The MLflow server does not serve artifacts itself; it stores them in {address}.")
     return f"{ARTIFACTS}/{address.removeprefix('mlflow-artifacts:').lstrip('/')}"
 
 
@@ -263,7 +261,7 @@ async def _chunks(path: Path, on_bytes: OnBytes) -> AsyncGenerator[bytes]:
 
 
 async def _with_retries(attempt: Callable[[], Awaitable[Result]]) -> Result:
-    """The transfer of a file, begun again when the connection drops."""
+    """Call `attempt` up to FILE_ATTEMPTS times, with growing delays, while the server is unavailable."""
     for number in range(1, FILE_ATTEMPTS):
         try:
             return await attempt()

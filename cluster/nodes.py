@@ -1,4 +1,4 @@
-"""What this machine is doing: processor, memory and disk. And which machines there are."""
+"""Metrics of this machine (processor, memory, disk), and the list of the cluster's nodes."""
 
 import asyncio
 import platform
@@ -29,8 +29,8 @@ class NodeMetrics(TypedDict):
 
 
 async def stream_metrics(every_seconds: float) -> AsyncIterator[NodeMetrics]:
-    """Samples of this machine for as long as they are asked for; the first one comes almost at once."""
-    psutil.cpu_percent()  # the load is measured since the last call, so the first one only starts the clock
+    """Yield metrics of this machine at an interval, without end. The first ones come almost at once."""
+    psutil.cpu_percent()  # measures the load since the previous call, so the first call only starts the measurement
     await asyncio.sleep(FIRST_SAMPLE_SECONDS)
     while True:
         yield _measure()
@@ -38,10 +38,10 @@ async def stream_metrics(every_seconds: float) -> AsyncIterator[NodeMetrics]:
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """The nodes of the cluster that live, as Ray tells of them."""
+    """Return the living nodes of the cluster, in Ray's format."""
     ray: Any = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
-        raise Unavailable("This process is not part of the cluster, and cannot see its nodes.")
+        raise Unavailable("This process is not part of the cluster, so it cannot list the nodes.")
     return [node for node in ray.nodes() if node["Alive"]]
 
 

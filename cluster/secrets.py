@@ -1,7 +1,8 @@
-"""Keys of this installation, and the tokens that it hands out.
+"""The keys of this installation, the tokens that it issues, and the encryption of stored secrets.
 
-Keys are files under FORGEARR_HOME/keys, readable by their owner only and made on first use. Tokens are random; only
-their hash is kept. What has to be told to others again, such as a password, is sealed before it goes into the database.
+Keys are files under FORGEARR_HOME/keys, readable by their owner only and created on first use. Tokens are random; only
+their hash is stored. A secret that Forgearr must send to others, such as a service's password, is sealed (encrypted)
+before it is stored in the database.
 """
 
 import base64
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SealBroken(ForgearrError):
-    """A secret was sealed with another key (auth.sealing_key, or keys/sealing in FORGEARR_HOME): set it anew."""
+    """A secret was sealed with another key (auth.sealing_key, or keys/sealing in FORGEARR_HOME); set it again."""
 
     status = 503
     error = "service_unavailable"
@@ -27,23 +28,23 @@ class SealBroken(ForgearrError):
 
 
 def signing_key() -> str:
-    """The key that signs access tokens."""
+    """Return the key that signs access tokens."""
     configured = get_settings().auth.signing_key
     return configured.get_secret_value() if configured else _read_or_create_key("signing")
 
 
 def new_token(prefix: str) -> str:
-    """A random credential that names its own sort, so that people and secret scanners recognise it."""
+    """Create a random token. People and secret scanners recognise its type by the prefix."""
     return f"{prefix}_{secrets.token_urlsafe(32)}"
 
 
 def token_hash(token: str) -> str:
-    """What is stored of a token. It has 256 random bits, so a plain hash cannot be searched back."""
+    """Return the hash that is stored of a token. A plain hash is safe, because a token has 256 random bits."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def seal(secret: str) -> str:
-    """A secret as it may lie in the database: of no use without the key, and not to be changed unseen."""
+    """Encrypt and sign a secret for the database. Without the key it cannot be read, nor changed unnoticed."""
     return _fernet().encrypt(secret.encode()).decode()
 
 
@@ -61,7 +62,7 @@ def _fernet() -> "Fernet":
 
     configured = get_settings().auth.sealing_key
     key = configured.get_secret_value() if configured else _read_or_create_key("sealing")
-    # The key is random, whatever its length and letters: a hash makes the 32 bytes of it that are wanted.
+    # The key may have any length and characters. Its hash has the 32 bytes that Fernet needs.
     return Fernet(base64.urlsafe_b64encode(hashlib.sha256(key.encode()).digest()))
 
 
@@ -73,7 +74,7 @@ def _read_or_create_key(name: str) -> str:
 
 
 def _create_key(path: Path) -> None:
-    """Write a new key so that nobody ever sees half of it, and so that two first starts agree on one."""
+    """Create a key file atomically. Two processes that create it at the same time use the same key."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -81,6 +82,6 @@ def _create_key(path: Path) -> None:
     try:
         os.link(draft, path)
     except FileExistsError:
-        pass  # another process was first: its key is the key
+        pass  # another process was first; its key is used
     finally:
         draft.unlink()

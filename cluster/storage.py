@@ -1,4 +1,4 @@
-"""Files: a folder that every node shares, or a bucket, by the same few calls."""
+"""File storage, in a folder that all nodes share or in a bucket, with the same functions for both."""
 
 from functools import cache
 from pathlib import Path
@@ -13,9 +13,9 @@ CHUNK_BYTES = 1024 * 1024
 
 
 def save(source: Path, name: str) -> str:
-    """Copy a file, or a folder with all that is in it, into storage under `name` (jobs/ID/report.md).
+    """Copy a file, or a folder with its contents, into storage under `name` (jobs/ID/report.md).
 
-    Returns its address. What was there under that name before is replaced.
+    Returns its address. What was stored under that name before is replaced.
     """
     filesystem, root = _filesystem_and_root()
     target = f"{root}/{name}"
@@ -33,7 +33,7 @@ def save(source: Path, name: str) -> str:
 
 
 def write(source: BinaryIO, name: str) -> str:
-    """Copy what is left to read of a stream into storage, piece by piece. Returns its address."""
+    """Copy the rest of a stream into storage, in chunks. Returns its address."""
     file = StorageWriter(name)
     try:
         while chunk := source.read(CHUNK_BYTES):
@@ -45,16 +45,16 @@ def write(source: BinaryIO, name: str) -> str:
 
 
 class StorageWriter:
-    """A file on its way into storage, written piece by piece: it is not there before it is kept, and then it is whole.
+    """Writes a file into storage in chunks. The file becomes visible, as a whole, on commit.
 
-    Its methods wait for a disk or a network.
+    Its methods block on a disk or a network.
     """
 
     def __init__(self, name: str) -> None:
         self._filesystem, root = _filesystem_and_root()
         self._target = f"{root}/{name}"
         self._filesystem.makedirs(self._target.rpartition("/")[0], exist_ok=True)
-        # A bucket shows a file when it is committed; in a folder, it must have another name until then.
+        # A bucket shows a file only when it is committed. In a folder, it has a temporary name until then.
         self._is_local = "file" in self._filesystem.protocol
         self._temporary_path = f"{self._target}.{token_hex(4)}.part" if self._is_local else self._target
         open_options = {} if self._is_local else {"autocommit": False}
@@ -64,7 +64,7 @@ class StorageWriter:
         self._file.write(content)
 
     def commit(self) -> str:
-        """Have it in storage, instead of what was there under its name; returns its address."""
+        """Make the file visible, instead of what was stored under its name. Returns its address."""
         self._file.close()
         if self._is_local:
             Path(self._temporary_path).replace(self._target)
@@ -73,7 +73,7 @@ class StorageWriter:
         return self._target
 
     def discard(self) -> None:
-        """Leave nothing of it."""
+        """Delete what was written."""
         if not self._is_local:
             self._file.discard()
             return
@@ -84,7 +84,7 @@ class StorageWriter:
 
 
 def address(name: str) -> str:
-    """Where something of this name lies, or would."""
+    """Return the address of a name in storage, whether or not it exists."""
     _, root = _filesystem_and_root()
     return f"{root}/{name}"
 
@@ -95,7 +95,7 @@ def exists(address: str) -> bool:
 
 
 def size(address: str) -> int:
-    """In bytes."""
+    """Return the size of a file in bytes."""
     filesystem, _ = _filesystem_and_root()
     return filesystem.size(address)
 
@@ -106,15 +106,15 @@ def read(address: str) -> bytes:
 
 
 def open_file(address: str) -> BinaryIO:
-    """A file of storage, to be read piece by piece or line by line."""
+    """Open a stored file, to read it in chunks or line by line."""
     filesystem, _ = _filesystem_and_root()
     return filesystem.open(address, "rb")
 
 
 def fetch(address: str, folder: Path) -> Path:
-    """A file or folder of storage as one of this machine: itself when it is here, else a copy in `folder`.
+    """Return a local path of a stored file or folder: the stored one if it is on a disk, else a copy in `folder`.
 
-    Whoever gets it may read it, but must not write into it.
+    The caller may read it, but must not write to it.
     """
     filesystem, _ = _filesystem_and_root()
     if "file" in filesystem.protocol:
@@ -127,7 +127,7 @@ def fetch(address: str, folder: Path) -> Path:
 
 
 def remove(address: str) -> None:
-    """Delete a file or a folder; one that is not there is no error."""
+    """Delete a file or a folder. A missing one is no error."""
     filesystem, _ = _filesystem_and_root()
     if filesystem.exists(address):
         filesystem.rm(address, recursive=True)

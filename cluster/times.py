@@ -1,4 +1,4 @@
-"""Times as people write and read them. In between, a time is an aware datetime in UTC."""
+"""Parse, validate and format times, durations and cron expressions. Internally, times are aware datetimes in UTC."""
 
 import re
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 
 
 def parse_duration(duration: float | str) -> float | None:
-    """A number of seconds, or a duration such as 5m or 1h30m, as seconds; None when it is negative: without end."""
+    """Return the seconds of a number or of a duration such as 1h30m. A negative one means "no limit": None."""
     if not isinstance(duration, str):
         return None if duration < 0 else float(duration)
     match = DURATION.fullmatch(duration)
@@ -36,12 +36,12 @@ def _validate_cron(expression: str) -> str:
     try:
         next(CronSim(expression, datetime.now(UTC)))
     except (CronSimError, StopIteration):
-        raise ValueError(f"'{expression}' is not a cron line of five fields that ever fires") from None
+        raise ValueError(f"'{expression}' is not a cron expression of five fields that ever fires") from None
     return expression
 
 
 def _require_timestamp(value: object) -> object:
-    # 60 may be meant as a minute from now, and would be read as one from 1970.
+    # A number is ambiguous: 60 could be one minute from now, but would be parsed as a time in 1970.
     if isinstance(value, datetime) or (isinstance(value, str) and DATE.match(value)):
         return value
     raise ValueError("must be a time such as 2026-11-21T08:30:00Z")
@@ -51,21 +51,21 @@ def _to_utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC)
     except OverflowError:
-        raise ValueError("must lie in the years 1 to 9999, in UTC too") from None
+        raise ValueError("must be in the years 1 to 9999, also in UTC") from None
 
 
 def format_utc(moment: datetime) -> str:
-    """Such as 2026-11-21T08:30:00Z."""
+    """Format a time like 2026-11-21T08:30:00Z."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 RequestTime = Annotated[
     AwareDatetime, Field(strict=False), AfterValidator(_to_utc), BeforeValidator(_require_timestamp)
 ]
-"""A time in a request: with a time zone, and not a number."""
+"""A time in a request. It must have a time zone; numbers are refused."""
 UtcTime = Annotated[datetime, PlainSerializer(format_utc, return_type=str, when_used="json")]
-"""A time in an answer: UTC with Z."""
+"""A time in a response, in UTC with Z."""
 CronExpression = Annotated[str, Field(max_length=100), AfterValidator(_validate_cron)]
-"""Minute, hour, day, month, weekday."""
+"""Five fields: minute, hour, day, month, weekday."""
 TimeZoneName = Annotated[str, Field(max_length=64), AfterValidator(_validate_zone)]
-"""A time zone, as IANA calls it."""
+"""The IANA name of a time zone."""

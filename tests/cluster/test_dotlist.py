@@ -28,8 +28,8 @@ def test_a_value(typed: str, expected: dict[str, Any]) -> None:
     [
         ("steps", "--set takes key=value, not 'steps'"),
         ("=3", "--set takes key=value"),
-        ("name.first=Ada", "--set name.first does not fit: name is 'a', which has nothing inside"),
-        ("steps=[1", "The value of steps cannot be read"),
+        ("name.first=Ada", "--set name.first is not possible: name is 'a', not a mapping"),
+        ("steps=[1", "The value of steps is not valid YAML"),
     ],
 )
 def test_what_is_no_value(typed: str, message: str) -> None:
