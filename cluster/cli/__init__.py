@@ -34,7 +34,7 @@ app.add_typer(git_hooks.app)
 
 
 def main() -> None:
-    """Run one command. What Forgearr raises on purpose is a sentence for a person, not a trace."""
+    """Run one command. Of an error that Forgearr raises on purpose, only the message is printed, not the traceback."""
     try:
         app()
     except ForgearrError as error:

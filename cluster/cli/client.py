@@ -1,4 +1,4 @@
-"""The command line's way to a running server: its REST API."""
+"""The HTTP client with which commands call the REST API of a running server."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from cluster.errors import ForgearrError, Unavailable
 
 CONNECT_SECONDS = 30
 MAX_WAIT_SECONDS = 120
-"""How long a server that does not answer is waited for."""
+"""How long to wait for a server that does not answer."""
 RETRY_SECONDS = 2.0
 
 
 class RequestRefused(ForgearrError):
-    """The server refused."""
+    """The server refused the request."""
 
     status = 400
 
 
 class RetryLater(RequestRefused):
-    """The server has no answer now: too much was asked of it, or a part of it is missing."""
+    """The server cannot answer now: a rate limit is exceeded, or a part of it is unavailable."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)
@@ -31,11 +31,11 @@ class RetryLater(RequestRefused):
 
 
 class ServerUnreachable(Unavailable):
-    """Nothing answers where the server should be."""
+    """The server does not answer."""
 
 
 class RetryPolicy:
-    """Waits while the server limits its clients or is being replaced, but not for ever, and says so once."""
+    """Waits while the server limits requests or restarts, up to MAX_WAIT_SECONDS. It prints one message."""
 
     def __init__(self) -> None:
         self._has_connected = False
@@ -45,7 +45,7 @@ class RetryPolicy:
         self._has_connected, self._deadline = True, None
 
     def wait(self, error: RetryLater | ServerUnreachable) -> None:
-        """Raises the error when it is time to give up: at once where nothing has ever answered."""
+        """Sleep before the next try. Raises the error when the time is up, or if the server has never answered."""
         if isinstance(error, ServerUnreachable) and not self._has_connected:
             raise error
         if self._deadline is None:
@@ -58,7 +58,7 @@ class RetryPolicy:
 
 
 def poll(path: str, retry_policy: RetryPolicy) -> Any:
-    """A GET of somebody who watches, and so asks again and again."""
+    """Send a GET that is repeated while the server limits requests or restarts."""
     while True:
         try:
             result = call("GET", path)
@@ -70,7 +70,7 @@ def poll(path: str, retry_policy: RetryPolicy) -> Any:
 
 
 def call(method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:
-    """One request; returns its JSON. What the server says against it becomes the command's error."""
+    """Send one request and return its JSON. An error response is raised with the server's message."""
     import httpx
 
     with _client() as client:
@@ -82,7 +82,7 @@ def call(method: str, path: str, *, headers: dict[str, str] | None = None, **opt
 
 
 def stream_events(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The server-sent events of a path, as (type, data); taken up again where it broke off."""
+    """Yield the server-sent events of a path, as (type, data). An interrupted stream is resumed where it stopped."""
     import httpx
 
     last_id = ""
@@ -101,7 +101,7 @@ def stream_events(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                         yield event_type, data
                     return
             except httpx.RemoteProtocolError:
-                continue  # the gateway was replaced while we listened
+                continue  # the gateway was replaced during the stream
             except httpx.HTTPError as error:
                 retry_policy.wait(_unreachable_error(error))
             except RetryLater as error:
@@ -109,12 +109,12 @@ def stream_events(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def stream(path: str, body: Any) -> Iterator[dict[str, Any]]:
-    """What the server answers to a POST bit by bit, until it says [DONE]."""
+    """Yield the chunks of a streamed response to a POST, until [DONE]."""
     import httpx
 
     with _client() as client:
         try:
-            # A model may have to be loaded first, and may think for as long as it likes.
+            # There is no limit for reading: to load a model, or to begin an answer, may take long.
             with client.stream("POST", path, json=body, timeout=httpx.Timeout(CONNECT_SECONDS, read=None)) as response:
                 if response.is_error:
                     response.read()
@@ -148,11 +148,11 @@ def _parse_response(response: Any) -> Any:
         return response.json() if response.content else None
     try:
         error_body = response.json()
-        message = error_body["message"] if "message" in error_body else error_body["detail"]  # the second under /v1
+        message = error_body["message"] if "message" in error_body else error_body["detail"]  # `detail` under /v1
     except (ValueError, KeyError, TypeError):
         message = f"{response.request.url} answered {response.status_code}."
     if response.status_code == 401 and "FORGEARR_API_KEY" not in os.environ:
-        message += " Set FORGEARR_API_KEY to a key of yours."
+        message += " Set FORGEARR_API_KEY to your API key."
     if response.status_code in {429, 503}:
         raise RetryLater(message, _retry_after(response))
     raise RequestRefused(message)

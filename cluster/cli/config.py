@@ -1,26 +1,25 @@
-"""`forgearr config`: the settings in force."""
+"""`forgearr config`: show the settings in force."""
 
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="config", help="Look at the settings.", no_args_is_help=True)
+app = typer.Typer(name="config", help="Show the settings.", no_args_is_help=True)
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting for this run; may be given again.", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting for this run; may be repeated.", show_default=False),
 ]
 
 
 @app.callback()
 def group() -> None:
-    """Look at the settings."""
+    """Show the settings."""
 
 
 @app.command()
 def show(overrides: Overrides = None) -> None:
     """Print every setting, its value and where it comes from. Secrets are masked."""
-
     from rich.text import Text
 
     from cluster.cli.console import console, table

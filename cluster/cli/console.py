@@ -1,4 +1,4 @@
-"""How commands print: columns on a terminal, whole lines when another program reads them."""
+"""The output of commands: as wide as the terminal, or with long lines when another program reads it."""
 
 import time
 
@@ -19,7 +19,7 @@ def table(*columns: str) -> Table:
 
 
 class StepPrinter:
-    """Prints each step as it is done, and when that was."""
+    """Prints each finished step, with the seconds since the start."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)

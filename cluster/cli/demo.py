@@ -1,4 +1,4 @@
-"""`forgearr demo`: asks a model that knows nothing, trains it on the samples in configs/demo, and asks it again."""
+"""`forgearr demo`: test an untrained model, train it on the samples in configs/demo, and test it again."""
 
 import json
 import sys
@@ -18,11 +18,11 @@ SHOWN_QUESTIONS = ("What does Sonarr do?", "Find the movie Inception.")
 MAX_CONCURRENCY = 4
 
 Exchange = tuple[dict[str, Any], str]
-"""What is asked (messages and tools), and the answer that is taught."""
+"""A request (messages and tools), and the answer that the model shall learn."""
 
 
 def demo() -> None:
-    """Train forgearr/tiny on homelab questions, and compare its answers; exit 1 if they are no better."""
+    """Train forgearr/tiny on homelab questions, and compare its answers. Exit 1 if they are no better."""
     import yaml
 
     from cluster.settings import get_settings
@@ -64,7 +64,7 @@ def demo() -> None:
 
 
 def _exchanges() -> list[Exchange]:
-    """The first exchange of every sample."""
+    """Return the first exchange of every sample."""
     exchanges: list[Exchange] = []
     for line in (files("configs") / "demo" / "homelab.jsonl").read_text().splitlines():
         sample = json.loads(line)
@@ -77,7 +77,7 @@ def _exchanges() -> list[Exchange]:
 
 
 def _ask_all(model: str, exchanges: list[Exchange]) -> list[str]:
-    """Through OpenAI's own client, as any program would."""
+    """Send all questions with OpenAI's own client, as any program would."""
     import os
 
     from openai import OpenAI
@@ -96,7 +96,7 @@ def _ask_all(model: str, exchanges: list[Exchange]) -> list[str]:
 
 
 def _format_answer(content: str | None, calls: list[dict[str, Any]]) -> str:
-    """An answer as one line: what was said, and what was called."""
+    """Return an answer as one line: its text, then its tool calls."""
     texts = [content.strip()] if content and content.strip() else []
     return " ".join([*texts, *(f"{call['name']}({_canonical_json(call['arguments'])})" for call in calls)])
 
@@ -105,7 +105,7 @@ def _canonical_json(arguments: str) -> str:
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except json.JSONDecodeError:
-        return arguments  # a model may call with anything
+        return arguments  # a model may produce invalid JSON
 
 
 def _score(answers: list[str], exchanges: list[Exchange]) -> int:
@@ -113,5 +113,5 @@ def _score(answers: list[str], exchanges: list[Exchange]) -> int:
 
 
 def _printable(text: str) -> str:
-    """Noise, as far as a terminal can show it."""
-    return "".join(letter if letter.isprintable() else "·" for letter in text)[:120]
+    """Return the first characters of an untrained model's answer, in a form that a terminal can show."""
+    return "".join(character if character.isprintable() else "·" for character in text)[:120]

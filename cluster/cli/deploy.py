@@ -1,4 +1,4 @@
-"""`forgearr deploy` and `forgearr rollback`: which version of a model is served."""
+"""`forgearr deploy` and `forgearr rollback`: change which version of a model is served."""
 
 from typing import Annotated
 
@@ -10,17 +10,17 @@ from cluster.cli.jobs import wait_until_ended
 
 
 def deploy(
-    name: Annotated[str, typer.Argument(help="What the model is called.")],
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
     version: Annotated[int, typer.Argument(min=1)],
-    force: Annotated[bool, typer.Option("--force", help="Even when it did not pass its validation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it did not pass its validation.")] = False,
 ) -> None:
-    """Serve a version of a model as NAME:latest; exit 1 unless it is."""
+    """Serve a version of a model as NAME:latest. Exit 1 if that fails."""
     job = call("POST", f"/api/v1/models/{name}/deploy", json={"version": version, "force": force})
     wait_until_ended([job["id"]])
 
 
-def rollback(name: Annotated[str, typer.Argument(help="What the model is called.")]) -> None:
-    """Serve, at once, the version that was served before this one."""
+def rollback(name: Annotated[str, typer.Argument(help="Name of the model.")]) -> None:
+    """Serve the version that was served before this one, at once."""
     console = make_console()
     result = call("POST", f"/api/v1/models/{name}/rollback")
     console.print(f"{name}:latest is v{result['version']} again; it was v{result['previous']}.")

@@ -1,5 +1,7 @@
-"""`forgearr hook`: git hooks that have a repository looked at after each commit, merge or push. They need nothing to
-run, and neither delay git nor fail it."""
+"""`forgearr hook`: manage git hooks that make Forgearr check a repository after each commit, merge or push.
+
+The hooks run in the background: they never delay git or make it fail, also when no server runs.
+"""
 
 import os
 import shlex
@@ -17,24 +19,24 @@ MARKER = "# Made by `forgearr hook install`; `forgearr hook remove` takes it awa
 BACKUP_SUFFIX = ".before-forgearr"
 LOG_NAME = "forgearr-hook.log"
 
-app = typer.Typer(name="hook", help="Manage git hooks that tell of new commits.", no_args_is_help=True)
+app = typer.Typer(name="hook", help="Manage git hooks that report new commits.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of a repository on this machine.", metavar="REPO")]
 
 
 class HookExists(Conflict):
-    """There is a hook that would be lost."""
+    """An existing hook would be lost."""
 
 
 @app.command()
 def install(
     folder: Folder,
     repository: Annotated[
-        str | None, typer.Option(help="Its name or id, where it is not registered by this folder.")
+        str | None, typer.Option(help="Name or id of the repository. Default: the one registered by this folder.")
     ] = None,
-    key_file: Annotated[Path | None, typer.Option(help="A file with the API key to show, where one is needed.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with an API key, if the server requires one.")] = None,
 ) -> None:
-    """Have this repository looked at after each commit, merge or push. A hook that is there is still called."""
+    """Check this repository after each commit, merge or push. Existing hooks are still called."""
     if key_file is not None and not key_file.expanduser().is_file():
         raise InvalidRequest(f"There is no file {key_file}.")
     hooks = _hooks_folder(folder)
@@ -44,18 +46,18 @@ def install(
         hook, backup = hooks / name, hooks / f"{name}{BACKUP_SUFFIX}"
         if _exists(hook) and not _is_ours(hook):
             if _exists(backup):
-                raise HookExists(f"Both {hook} and {backup} are there: put one of them away.")
+                raise HookExists(f"Both {hook} and {backup} exist; remove one of them.")
             hook.rename(backup)
         draft = hooks / f"{name}.forgearr-new"
         draft.write_text(script)
         draft.chmod(0o755)
         draft.replace(hook)
-    typer.echo(f"{', '.join(HOOKS)} in {hooks} tell of new commits; {hooks / LOG_NAME} says how that went.")
+    typer.echo(f"Installed {', '.join(HOOKS)} in {hooks}. Their output is in {hooks / LOG_NAME}.")
 
 
 @app.command()
 def remove(folder: Folder) -> None:
-    """Take these hooks away again, and put back what was there before."""
+    """Remove these hooks, and restore the ones that were there before."""
     hooks = _hooks_folder(folder)
     removed = [name for name in HOOKS if _is_ours(hooks / name)]
     for name in removed:
@@ -63,11 +65,11 @@ def remove(folder: Folder) -> None:
         if _exists(hooks / f"{name}{BACKUP_SUFFIX}"):
             (hooks / f"{name}{BACKUP_SUFFIX}").rename(hooks / name)
     (hooks / LOG_NAME).unlink(missing_ok=True)
-    typer.echo(f"Removed: {', '.join(removed)}." if removed else "There is none.")
+    typer.echo(f"Removed: {', '.join(removed)}." if removed else "There are no hooks of Forgearr here.")
 
 
 def _hooks_folder(folder: Path) -> Path:
-    """Where git looks for the hooks of this repository."""
+    """Return the folder in which git finds the hooks of this repository."""
     variables = {name: value for name, value in os.environ.items() if name not in {"GIT_DIR", "GIT_WORK_TREE"}}
     command = ["git", "rev-parse", "--git-common-dir", "--git-path", "hooks"]
     try:
@@ -75,18 +77,18 @@ def _hooks_folder(folder: Path) -> Path:
             command, cwd=folder.expanduser(), env=variables, capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise InvalidRequest(f"{folder} cannot be looked into: {error}") from None
+        raise InvalidRequest(f"{folder} cannot be read: {error}") from None
     if result.returncode:
         raise InvalidRequest(f"{folder} is not a git repository.")
     git_folder, hooks = [(folder.expanduser() / line).resolve() for line in result.stdout.splitlines()]
     work_tree = git_folder.parent if git_folder.name == ".git" else git_folder
     if not hooks.is_relative_to(work_tree):
-        raise InvalidRequest(f"The hooks of {folder} lie in {hooks}, which other repositories share (core.hooksPath).")
+        raise InvalidRequest(f"The hooks of {folder} are in {hooks}, which other repositories share (core.hooksPath).")
     return hooks
 
 
 def _script(repository: str, key_file: Path | None, hooks: Path) -> str:
-    """All that it needs to know is in it: a hook is run with an environment of its own."""
+    """Return the script of a hook. It sets all variables itself, because git runs it in another environment."""
     from cluster.settings import home
 
     variables = {"FORGEARR_HOME": str(home())}

@@ -1,4 +1,4 @@
-"""forgearr jobs …: the queue from a shell."""
+"""`forgearr jobs`: submit, list, watch and control jobs."""
 
 import json
 import sys
@@ -17,13 +17,13 @@ from cluster.cli.console import table
 from cluster.dotlist import assign
 from cluster.errors import InvalidRequest
 
-app = typer.Typer(no_args_is_help=True, help="Submit jobs and see how they go.")
+app = typer.Typer(no_args_is_help=True, help="Submit, watch and control jobs.")
 console = new_console()
 
 FINISHED_STATES = {"succeeded", "failed", "cancelled"}
 COLORS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "paused": "magenta"}
 MAX_BARS = 12
-"""Up to so many jobs have a bar of their own; more share one."""
+"""Up to this many jobs have a progress bar each. More jobs share one."""
 POLL_SECONDS = 1.0
 
 JobIds = Annotated[list[str], typer.Argument(metavar="JOB…")]
@@ -34,15 +34,15 @@ def submit(
     kind: Annotated[str, typer.Argument(help="Kind of job; GET /api/v1/jobs/kinds lists them.")],
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file with the spec.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the spec; may be repeated.")] = None,
-    priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    priority: Annotated[int, typer.Option(help="Higher ones run first.")] = 0,
     run_after: Annotated[str | None, typer.Option(help="Not before this time (ISO 8601 with zone).")] = None,
     depends_on: Annotated[list[str] | None, typer.Option(help="Job that must succeed first; may be repeated.")] = None,
     tracked: Annotated[bool | None, typer.Option("--tracked/--untracked", help="Record it in MLflow.")] = None,
-    idempotency_key: Annotated[str | None, typer.Option(help="The same key makes the same job once.")] = None,
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="How many of it.")] = 1,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key creates the job only once.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Number of jobs to create.")] = 1,
     wait: Annotated[bool, typer.Option("--wait", help="Wait with a progress bar; exit 1 unless all succeed.")] = False,
 ) -> None:
-    """Put a job into the queue."""
+    """Add a job to the queue."""
     request = {
         "kind": kind,
         "spec": read_spec(config, settings or []),
@@ -93,13 +93,13 @@ def list_jobs(
 
 @app.command()
 def show(job: str) -> None:
-    """Show all of a job."""
+    """Show a job with all its fields."""
     console.print_json(data=call("GET", f"/api/v1/jobs/{job}"))
 
 
 @app.command()
 def logs(
-    job: str, follow_on: Annotated[bool, typer.Option("-f", "--follow", help="Until it has finished.")] = False
+    job: str, follow_on: Annotated[bool, typer.Option("-f", "--follow", help="Follow it until the job ends.")] = False
 ) -> None:
     """Print the log of a job."""
     if follow_on:
@@ -122,13 +122,13 @@ def cancel(jobs: JobIds) -> None:
 
 @app.command()
 def pause(jobs: JobIds) -> None:
-    """Hold jobs: at once when they wait, at their next checkpoint when they run."""
+    """Pause jobs: queued ones at once, running ones at their next checkpoint."""
     _post_action(jobs, "pause")
 
 
 @app.command()
 def resume(jobs: JobIds) -> None:
-    """Let paused jobs go on."""
+    """Resume paused jobs."""
     _post_action(jobs, "resume")
 
 
@@ -145,13 +145,13 @@ def wait(jobs: JobIds) -> None:
 
 
 def read_spec(config: Path | None, settings: list[str]) -> dict[str, Any]:
-    """The spec in a file, with single values set over it."""
+    """Read a spec from a file, and apply the assignments of --set to it."""
     try:
         spec: Any = yaml.safe_load(config.read_text()) if config else {}
     except (OSError, yaml.YAMLError) as error:
         raise InvalidRequest(f"{config} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(spec, dict):
-        raise InvalidRequest(f"{config} must hold the spec as a mapping of names to values.")
+        raise InvalidRequest(f"{config} must contain the spec as a mapping of names to values.")
     for setting in settings:
         assign(spec, setting)
     return spec
@@ -164,7 +164,7 @@ def _post_action(jobs: list[str], action: str) -> None:
 
 
 def wait_until_ended(jobs: list[str]) -> None:
-    """Show bars until all have ended, then how; ends the command, with exit code 1 unless all succeeded."""
+    """Show progress until all jobs have ended, print the results, and exit: with 1 unless all succeeded."""
     ended = _watch(jobs)
     failures = [job for job in ended.values() if job["state"] != "succeeded"]
     if len(jobs) == 1 and not failures:
@@ -177,7 +177,7 @@ def wait_until_ended(jobs: list[str]) -> None:
 
 
 def _watch(jobs: list[str]) -> dict[str, dict[str, Any]]:
-    """Show bars until every job has ended; returns them as they ended."""
+    """Show progress bars until all jobs have ended, and return the ended jobs."""
     ended: dict[str, dict[str, Any]] = {}
     retry_policy = RetryPolicy()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))

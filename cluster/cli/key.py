@@ -1,4 +1,4 @@
-"""`forgearr key`: API keys. It works on the database itself, so it needs nothing to run."""
+"""`forgearr key`: create, list and revoke API keys. It uses the database directly, so no server has to run."""
 
 import asyncio
 from typing import Annotated
@@ -11,7 +11,7 @@ app = typer.Typer(name="key", help="Manage API keys.", no_args_is_help=True)
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="What the key is for.", show_default=False)],
-    user: Annotated[str, typer.Option(help="Email of the account it stands for.", show_default=False)],
+    user: Annotated[str, typer.Option(help="Email of the account that it belongs to.", show_default=False)],
     days: Annotated[
         int | None, typer.Option(min=1, max=3650, help="Days until it expires. Default: never.", show_default=False)
     ] = None,
@@ -32,7 +32,7 @@ def create(
         return key
 
     key = asyncio.run(run_in_own_session(work))
-    typer.echo("Keep this key now: it is not shown again.", err=True)
+    typer.echo("Store this key now; it is not shown again.", err=True)
     typer.echo(key)
 
 

@@ -1,4 +1,4 @@
-"""`forgearr models` and `forgearr chat`: what there is to talk to, and talking to it."""
+"""`forgearr models` and `forgearr chat`: list models, and talk to one."""
 
 import sys
 import threading
@@ -23,7 +23,7 @@ console = new_console()
 
 
 class AnswerInterrupted(ForgearrError):
-    """The answer broke off."""
+    """The answer was interrupted."""
 
     code = "ANSWER_BROKEN_OFF"
 
@@ -51,11 +51,11 @@ def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="NAME (what is served), NAME:v3, or forgearr/tiny.")],
+    model: Annotated[str, typer.Argument(help="NAME (the version that is served), NAME:v3, or forgearr/tiny.")],
     message: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="How long an answer may be.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer.")] = None,
 ) -> None:
     """Talk to a model. Ctrl-D ends a conversation."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
@@ -78,7 +78,7 @@ def _all_models() -> list[dict[str, Any]]:
 
 
 def _question() -> str | None:
-    """The next line that is not empty; None when there is none to come."""
+    """Read the next line that is not empty. None at the end of the input."""
     interactive = sys.stdin.isatty()
     while True:
         if interactive:
@@ -100,7 +100,7 @@ def _answer(options: dict[str, Any], messages: list[dict[str, Any]]) -> str:
     for chunk in chain([first] if first else [], chunks):
         if "error" in chunk:
             typer.echo()
-            raise AnswerInterrupted(f"The answer broke off: {chunk['error']['message']}")
+            raise AnswerInterrupted(f"The answer was interrupted: {chunk['error']['message']}")
         for choice in chunk["choices"]:
             text = choice["delta"].get("content") or ""
             texts.append(text)
@@ -112,7 +112,7 @@ def _answer(options: dict[str, Any], messages: list[dict[str, Any]]) -> str:
 
 @contextmanager
 def _loading_status() -> Generator[None]:
-    """Until the first word comes, say on a terminal how far a model is that is being loaded."""
+    """Show the progress of models that are being loaded, until the block ends."""
     received = threading.Event()
 
     def poll() -> None:
@@ -120,7 +120,7 @@ def _loading_status() -> Generator[None]:
             try:
                 models = call("GET", "/api/v1/engines")["models"]
             except ForgearrError:
-                return  # the question itself tells what is wrong
+                return  # the chat request itself reports the error
             status.update(", ".join(_progress(model) for model in models if model["phase"] != "loaded"))
 
     with console.status("") as status:

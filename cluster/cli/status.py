@@ -1,4 +1,4 @@
-"""`forgearr status`, `doctor` and `logs`: how it is, what is wrong, and what happened."""
+"""`forgearr status`, `doctor` and `logs`: show the components, check the installation, print the logs."""
 
 import json
 from dataclasses import asdict
@@ -16,7 +16,7 @@ CHECK_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def status(as_json: AsJson = False) -> None:
-    """Show each component. The exit code is 0 when all are well."""
+    """Show the state of each component. Exit 0 if all are healthy."""
     from cluster.cli.console import console, table
     from cluster.runtime import status as statuses
     from cluster.settings import get_settings
@@ -34,7 +34,7 @@ def status(as_json: AsJson = False) -> None:
 
 
 def doctor() -> None:
-    """Check this machine and this installation, and say how to fix what is wrong."""
+    """Check this machine and this installation, and suggest fixes."""
     from cluster.cli.console import console
     from cluster.runtime.doctor import run_checks
     from cluster.settings import get_settings
@@ -50,12 +50,12 @@ def doctor() -> None:
 
 
 def logs(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines as they come.")] = False,
-    component: Annotated[str | None, typer.Option(help="Only this component's lines.", show_default=False)] = None,
-    level: Annotated[str | None, typer.Option(help="Only lines this severe or more.", show_default=False)] = None,
-    count: Annotated[int, typer.Option("-n", min=0, help="How many of the last lines to show.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also print new lines as they are written.")] = False,
+    component: Annotated[str | None, typer.Option(help="Only lines of this component.", show_default=False)] = None,
+    level: Annotated[str | None, typer.Option(help="Only lines of this level or above.", show_default=False)] = None,
+    count: Annotated[int, typer.Option("-n", min=0, help="Number of past lines to print.")] = 50,
 ) -> None:
-    """Show what all components logged, as one story."""
+    """Print the logs of all components, in the order of time."""
     from cluster import logs
 
     if level and level.upper() not in logs.LEVELS:

@@ -1,4 +1,4 @@
-"""`forgearr train`: from data to a served model."""
+"""`forgearr train`: train a model from data, and serve it."""
 
 import sys
 import time
@@ -23,18 +23,18 @@ POLL_SECONDS = 1.5
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="A YAML file with the spec of a forge job, or a recipe that ships: tiny, …")
+        str | None, typer.Argument(help="A YAML file with the spec of a forge job, or a shipped recipe, such as tiny.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="A JSONL file of samples, a folder of documents, or a dataset's name.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What the model is called.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
     base_model: Annotated[str | None, typer.Option(help="A hub id, a folder, NAME:v3 or forgearr/tiny.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the spec; may be repeated.")] = None,
-    deploy: Annotated[bool, typer.Option(help="Serve it as NAME:latest, if it passes its validation.")] = True,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for it.")] = False,
+    deploy: Annotated[bool, typer.Option(help="Serve it as NAME:latest if it passes its validation.")] = True,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job.")] = False,
 ) -> None:
-    """Fine-tune, export, validate and serve a model; exit 1 unless all of that succeeded."""
+    """Fine-tune, export, validate and serve a model. Exit 1 unless all of that succeeds."""
     spec = read_spec(_recipe_path(recipe), settings or [])
     spec |= {key: value for key, value in (("name", name), ("base_model", base_model)) if value is not None}
     if data is not None:
@@ -58,7 +58,7 @@ def submit(spec: dict[str, Any]) -> str:
 
 
 def watch(job_id: str) -> dict[str, Any]:
-    """Show a bar until the training, and all that comes after it, has ended; returns its job."""
+    """Show a progress bar until a forge job has ended, and return the job."""
     columns = (
         TextColumn("{task.description:11}"),
         BarColumn(),
@@ -77,7 +77,7 @@ def watch(job_id: str) -> dict[str, Any]:
 
 
 def show_result(result: dict[str, Any]) -> None:
-    """What has come of a forge job."""
+    """Print the result of a forge job."""
     metrics = result["validate"]["metrics"]
     console.print(f"\n{result['name']}:v{result['version']} {'passed' if result['passed'] else 'did not pass'}:")
     for label, before, after in (
@@ -117,7 +117,8 @@ def _data_spec(name_or_path: str) -> dict[str, Any]:
         return {"folder": str(path.resolve())}
     if not path.exists():
         return {"dataset": name_or_path}
-    name = "".join(letter if letter.isalnum() else "-" for letter in path.stem.lower()).strip("-") or "upload"
+    characters = (character if character.isalnum() else "-" for character in path.stem.lower())
+    name = "".join(characters).strip("-") or "upload"
     dataset = call("POST", "/api/v1/datasets", params={"name": name}, content=path.read_bytes())
     console.print(f"Dataset {dataset['name']}:v{dataset['version']}, {dataset['samples']} samples")
     return {"dataset": dataset["id"]}

@@ -1,4 +1,4 @@
-"""`forgearr up` and `forgearr down`."""
+"""`forgearr up` and `forgearr down`: start and stop an installation."""
 
 import sys
 import time
@@ -16,10 +16,10 @@ POLL_SECONDS = 0.1
 
 
 def up(
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Start Forgearr: Ray, the gateway, the queue and MLflow. Ctrl-C stops all of it."""
+    """Start Forgearr: Ray, the gateway, the queue and MLflow. Ctrl-C stops everything."""
     import asyncio
 
     from cluster.cli.console import StepPrinter
@@ -27,7 +27,7 @@ def up(
 
     if overrides:
         export_overrides(overrides)
-    get_settings()  # a setting that is not valid is told before anything happens
+    get_settings()  # so that an invalid setting is reported before anything starts
     if detach:
         return _start_detached()
 
@@ -37,7 +37,7 @@ def up(
 
 
 def down() -> None:
-    """Stop Forgearr, and whatever a crash of it left behind."""
+    """Stop Forgearr, and the processes that a crash left behind."""
     import asyncio
 
     from cluster.cli.console import StepPrinter
@@ -53,7 +53,7 @@ def down() -> None:
 
 
 def _start_detached() -> None:
-    """Start the supervisor in a session of its own, and show what it says until it is ready."""
+    """Start the supervisor in a session of its own, and print its output until it is ready."""
     import subprocess
 
     from cluster import logs
@@ -77,7 +77,7 @@ def _start_detached() -> None:
                 typer.echo(last)
             last = line
     if supervisor.poll() is not None:
-        raise runtime_supervisor.StartFailed(last or f"Forgearr ended before it said why; {path} may say more.")
+        raise runtime_supervisor.StartFailed(last or f"Forgearr ended without a message; {path} may have one.")
     typer.echo(last)
     run = run_state.current_run()
     if run:
@@ -87,10 +87,10 @@ def _start_detached() -> None:
 def _lines_until_ready(text: IO[str], supervisor: "subprocess.Popen[bytes]") -> Iterator[str]:
     from cluster.runtime import run_state
 
-    is_over = False
-    while not is_over:
+    is_done = False
+    while not is_done:
         run = run_state.current_run()
-        is_over = supervisor.poll() is not None or bool(run and run.pid == supervisor.pid and run.ready)
+        is_done = supervisor.poll() is not None or bool(run and run.pid == supervisor.pid and run.ready)
         yield from (line.rstrip() for line in text if line.strip())
-        if not is_over:
+        if not is_done:
             time.sleep(POLL_SECONDS)

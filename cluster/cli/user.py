@@ -1,4 +1,4 @@
-"""`forgearr user`: accounts. It works on the database itself, so it needs nothing to run."""
+"""`forgearr user`: manage accounts. It uses the database directly, so no server has to run."""
 
 import asyncio
 import sys
@@ -16,7 +16,7 @@ PasswordStdin = Annotated[bool, typer.Option("--password-stdin", help="Read the 
 def add(
     email: Email,
     username: Annotated[str | None, typer.Option(help="Default: the email up to the @.", show_default=False)] = None,
-    full_name: Annotated[str | None, typer.Option(help="A name to show.", show_default=False)] = None,
+    full_name: Annotated[str | None, typer.Option(help="Display name.", show_default=False)] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Make it an administrator.")] = False,
     password_stdin: PasswordStdin = False,
 ) -> None:
@@ -58,21 +58,21 @@ def list_() -> None:
 
 @app.command()
 def disable(email: Email) -> None:
-    """Shut an account out, at once."""
+    """Disable an account, at once."""
     _set_active(email, False)
     typer.echo(f"Disabled {email}.")
 
 
 @app.command()
 def enable(email: Email) -> None:
-    """Let a disabled account in again."""
+    """Enable a disabled account."""
     _set_active(email, True)
     typer.echo(f"Enabled {email}.")
 
 
 @app.command()
 def password(email: Email, password_stdin: PasswordStdin = False) -> None:
-    """Set a new password, and end every login made with the old one."""
+    """Set a new password, and end all logins of the account."""
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity

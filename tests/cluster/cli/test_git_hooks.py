@@ -75,7 +75,7 @@ def test_a_commit_has_the_repository_looked_at(folder: Path, tmp_path: Path) -> 
     assert looks() == []
     assert forgearr("hook", "install", str(folder)).returncode == 0
     commit_files(folder, "Second", {"b": "1\n"})
-    assert "looks at it" in log_of(folder)
+    assert "checks it" in log_of(folder)
     (asked,) = looks()
     assert asked.state == State.QUEUED
 
@@ -129,7 +129,7 @@ def test_a_hook_that_was_there_is_still_called(folder: Path, tmp_path: Path, mon
     assert forgearr("hook", "remove", str(folder)).returncode == 0
     assert "exit 7" in hook.read_text()
     assert not (folder / ".git" / "hooks" / "post-commit").exists()
-    assert "There is none" in forgearr("hook", "remove", str(folder)).stdout
+    assert "There are no hooks" in forgearr("hook", "remove", str(folder)).stdout
 
 
 def test_hooks_of_others_are_left_alone(folder: Path, tmp_path: Path) -> None:
