@@ -1,4 +1,4 @@
-"""What all sections of the settings share."""
+"""What all sections of the settings share, and the folder of the installation."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-# How many in what time, as the limits library reads it: 100/minute, 10 per 15 minutes.
+# A rate limit in the notation of the library `limits`: 100/minute, 10 per 15 minutes.
 Rate = Annotated[str, Field(pattern=r"^[1-9]\d* ?(/|per) ?([1-9]\d* ?)?(second|minute|hour|day|month|year)s?$")]
 
 
@@ -18,7 +18,7 @@ class Section(BaseModel):
 
 
 def home() -> Path:
-    """The folder that holds all state of this installation, made on first use."""
+    """Return the folder with all state of this installation. It is created on first use."""
     folder = Path(os.environ.get("FORGEARR_HOME") or Path.home() / ".forgearr").expanduser().absolute()
     if not folder.exists():
         folder.mkdir(parents=True, mode=0o700)

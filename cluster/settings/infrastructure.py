@@ -1,4 +1,4 @@
-"""Settings of the database, storage, Ray, MLflow and logs."""
+"""Settings of the database, storage, uploaded files, Ray, MLflow and logs."""
 
 from typing import Literal
 
@@ -9,19 +9,19 @@ from cluster.settings.base import Section
 
 class DatabaseSettings(Section):
     url: SecretStr | None = Field(description="postgresql://user:password@host/name. Null: SQLite in FORGEARR_HOME.")
-    pool_size: int = Field(ge=1, le=100, description="Connections that one process may hold to PostgreSQL.")
+    pool_size: int = Field(ge=1, le=100, description="Connections to PostgreSQL that one process keeps open.")
 
 
 class StorageSettings(Section):
     url: str | None = Field(
-        description="Where files of jobs live: a folder that every node shares, or s3://bucket/prefix. "
-        "Null: a folder in FORGEARR_HOME."
+        description="Where files are stored: a folder that all nodes share, or s3://bucket/prefix. Null: a folder in "
+        "FORGEARR_HOME."
     )
 
 
 class FileSettings(Section):
-    max_mb: int = Field(ge=1, le=1_048_576, description="Size of a file that comes in one request, in MiB.")
-    max_upload_mb: int = Field(ge=1, le=1_048_576, description="Size of a file that comes in parts, in MiB.")
+    max_mb: int = Field(ge=1, le=1_048_576, description="Maximum size of a file that is sent in one request, in MiB.")
+    max_upload_mb: int = Field(ge=1, le=1_048_576, description="Maximum size of a file that is sent in parts, in MiB.")
 
 
 class RaySettings(Section):
@@ -43,5 +43,5 @@ class MlflowSettings(Section):
 
 
 class LogSettings(Section):
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Least severe level that is written.")
-    rotate_mb: int = Field(ge=1, description="Size at which a log file is set aside.")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Lowest level that is written.")
+    rotate_mb: int = Field(ge=1, description="Size at which a log file is rotated, in MB.")

@@ -1,8 +1,8 @@
-"""The one settings object, and where each of its values came from.
+"""Load the settings from their four layers, and record the origin of each value.
 
-Four layers, the later one wins: configs/forgearr.yaml (which holds every default), $FORGEARR_HOME/forgearr.yaml, the
-environment (FORGEARR_SERVE__PORT=8010) and the command line (--set serve.port=8010). Values of the last two are read
-as YAML, so that `true`, `8010` and `[a, b]` mean what they look like.
+A later layer overrides the earlier ones: configs/forgearr.yaml (every default), $FORGEARR_HOME/forgearr.yaml, the
+environment (FORGEARR_SERVE__PORT=8010), the command line (--set serve.port=8010). Values of the last two are parsed as
+YAML, so `true`, `8010` and `[a, b]` get the types that they look like.
 """
 
 import os
@@ -31,7 +31,7 @@ class LoadedSettings:
         self.origins = origins
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """(key, printable value, origin) of every setting, secrets masked."""
+        """Yield (key, printable value, origin) of every setting. Secrets are masked."""
         for section_name in Settings.model_fields:
             section = getattr(self.settings, section_name)
             for name in type(section).model_fields:
@@ -45,7 +45,7 @@ def get_settings() -> Settings:
 
 
 def load_settings(overrides: Sequence[str] = ()) -> LoadedSettings:
-    """Read all four layers; `overrides` are the command line's `key=value`."""
+    """Load all four layers. `overrides` are `key=value` assignments from the command line."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in _layers(overrides):
@@ -62,7 +62,7 @@ def load_settings(overrides: Sequence[str] = ()) -> LoadedSettings:
 
 
 def export_overrides(overrides: Sequence[str]) -> None:
-    """Hand the command line's settings to the processes that this one starts."""
+    """Pass the settings of the command line to the processes that this one starts."""
     os.environ["FORGEARR_OVERRIDES"] = "\n".join(overrides)
 
 
@@ -86,14 +86,14 @@ def _layers(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_yaml(text: str, origin: str) -> dict[str, Any]:
-    """A settings file as {'section.name': value}."""
+    """Return a settings file as {'section.name': value}."""
     try:
-        # Every process begins with this, and C does it ten times as fast.
+        # Every process does this at its start. The parser in C is ten times as fast.
         document: Any = yaml.load(text, yaml.CSafeLoader) or {}
     except yaml.YAMLError as error:
         raise SettingsError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(document, dict):
-        raise SettingsError(f"{origin} must hold sections with settings, such as 'serve:'.")
+        raise SettingsError(f"{origin} must contain sections with settings, such as 'serve:'.")
     flat: dict[str, Any] = {}
     for section, content in document.items():
         if not isinstance(content, dict):
@@ -112,12 +112,12 @@ def _read_scalar(text: str) -> Any:
 def _error_message(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"][:2])
-    # A section that does not exist is reported without the name under it.
+    # For an unknown section, pydantic reports only the section.
     key = next((known for known in values if known == key or known.startswith(f"{key}.")), key)
     subpath = ".".join(str(part) for part in first["loc"][2:])
     if first["type"] == "extra_forbidden" and not subpath:
         shown = "(hidden)" if SECRET_NAMES.search(f"{key} {values[key]!r}") else repr(values[key])
-        return f"Unknown setting '{key}' (set to {shown} by {origins[key]}); docs/settings.md lists those there are."
+        return f"Unknown setting '{key}' (set to {shown} by {origins[key]}); docs/settings.md lists all settings."
     reason = (f"{subpath}: " if subpath else "") + first["msg"].removeprefix("Value error, ")
     shown = "(hidden)" if is_secret(key) else repr(values.get(key))
     return f"Setting '{key}' cannot be {shown} (from {origins.get(key, 'nowhere')}): {reason}."

@@ -1,4 +1,4 @@
-"""Settings as text, without secrets."""
+"""Turn the values of settings into text, with secrets masked."""
 
 import re
 from typing import Any, get_args
@@ -31,12 +31,12 @@ def to_text(value: object) -> str:
         return _masked(value.get_secret_value())
     if value is None:
         return "null"
-    jsonable = to_jsonable_python(value)  # folders as text
+    jsonable = to_jsonable_python(value)  # turns paths into text
     return yaml.safe_dump(jsonable, default_flow_style=True).strip().removesuffix("...").strip()
 
 
 def _masked(secret: str) -> str:
-    """A URL keeps everything but its password, so that one can see which server it names."""
+    """Mask a secret. Of a URL, only the password is masked, so that the server stays visible."""
     parts = urlsplit(secret)
     if not parts.scheme or "//" not in secret:
         return "********"

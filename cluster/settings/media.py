@@ -11,54 +11,58 @@ from cluster.times import CronExpression
 
 class MediaSettings(Section):
     watch_cron: CronExpression = Field(
-        description="How often downloads are looked at: minute, hour, day, month, weekday. Read when the first service "
-        "is added; the schedule `watch-downloads` can be changed from then on."
+        description="When downloads are polled: minute, hour, day, month, weekday. Used when the first service is "
+        "added; after that, change the schedule `watch-downloads`."
     )
     history_days: float = Field(
-        gt=0, le=10_000, description="How long downloads that have ended, and what was decided about them, are kept."
+        gt=0, le=10_000, description="How long finished downloads, and the decisions about them, are stored."
     )
     folders: dict[str, str] = Field(
-        description="Where folders of services lie on this machine ({/downloads: /mnt/nas/downloads}), if not under "
-        "the same path. What is nowhere here is not looked into."
+        description="Local paths of services' folders, if they differ ({/downloads: /mnt/nas/downloads}). Folders that "
+        "do not exist on this machine are not searched."
     )
 
 
 class RecoverySettings(Section):
-    """The policy of recoveries, until an administrator has set another one."""
+    """The default recovery policy. An administrator can replace it over the API."""
 
-    enabled: bool = Field(description="Whether failed and stuck downloads are looked into at all.")
-    dry_run: bool = Field(description="Only say what would be done.")
+    enabled: bool = Field(description="Whether failed and stuck downloads are recovered at all.")
+    dry_run: bool = Field(description="Only report what would be done.")
     strikes: int = Field(
-        ge=1, le=1000, description="How many looks in a row must have seen no progress, before a download is stuck."
+        ge=1, le=1000, description="Number of polls in a row without progress after which a download may be stuck."
     )
-    stuck_minutes: float = Field(ge=0, le=100_000, description="And for how long there must have been none.")
+    stuck_minutes: float = Field(
+        ge=0, le=100_000, description="Minutes without progress after which such a download is stuck."
+    )
     grace_minutes: float = Field(
-        ge=0, le=100_000, description="How long Sonarr and its like may take to deal with a failure themselves."
+        ge=0, le=100_000, description="Time that Sonarr, Radarr and others get to handle a failure themselves."
     )
     cooldown_minutes: float = Field(
-        ge=0, le=100_000, description="How long a download, or one of the same title, is left alone after an action."
+        ge=0,
+        le=100_000,
+        description="Time after an action in which the download, and others of its title, are left alone.",
     )
-    max_per_hour: int = Field(ge=0, le=10_000, description="How many actions an hour may see.")
+    max_per_hour: int = Field(ge=0, le=10_000, description="Maximum number of actions per hour.")
     max_retries: int = Field(
-        ge=0, le=100, description="How often a failed download that nobody else knows is fetched again."
+        ge=0, le=100, description="How often a failed download is retried if no other service requested it."
     )
-    search_again: bool = Field(description="Have another release searched for, when one is removed.")
+    search_again: bool = Field(description="Whether to search for another release when one is removed.")
     protected_tags: list[str] = Field(
         max_length=100,
-        description="What has one of these tags, or lies in a category of this name, is never touched.",
+        description="Downloads with one of these tags, or in a category of this name, are never changed.",
     )
     leave_messages: list[str] = Field(
         max_length=100,
-        description="What is said of a download that only a person can help: words of it, whatever their capitals.",
+        description="Parts of messages about downloads that only a person can repair. Upper and lower case are equal.",
     )
     leftovers: Literal["report", "remove"] = Field(
-        description="What becomes of folders of failed downloads that SABnzbd no longer knows."
+        description="What to do with folders of failed downloads that SABnzbd no longer lists."
     )
-    leftover_days: float = Field(gt=0, le=10_000, description="How old such a folder must be to be removed.")
+    leftover_days: float = Field(gt=0, le=10_000, description="Age at which such a folder may be removed.")
 
 
 class AuditSettings(Section):
     rules: Path | None = Field(
-        description="Folder with rules of your own (*.yaml) for audits of services. Null: `audit` in FORGEARR_HOME."
+        description="Folder with your own rules (*.yaml) for audits of services. Null: `audit` in FORGEARR_HOME."
     )
-    history_days: float = Field(gt=0, description="How long audits are kept, and what was closed or applied.")
+    history_days: float = Field(gt=0, description="How long audits, and closed or applied recommendations, are stored.")

@@ -1,4 +1,4 @@
-"""All settings."""
+"""The settings of an installation: all sections, and the values that are derived from several of them."""
 
 from cluster.settings.base import Section, home
 from cluster.settings.engines import EngineSettings, OllamaSettings
@@ -69,6 +69,6 @@ class Settings(Section):
 
     @property
     def url(self) -> str:
-        """Where a client on this machine reaches the gateway."""
+        """The URL of the gateway for clients on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(self.serve.host, self.serve.host)  # noqa: S104
         return f"http://{host}:{self.serve.port}"

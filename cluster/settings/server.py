@@ -10,21 +10,21 @@ PLACEHOLDERS = {"changeme", "change-me", "secret", "password", "your-secret-key"
 
 
 class ServeSettings(Section):
-    host: str = Field(description="Address that the gateway binds. Anything but loopback requires credentials.")
-    port: int = Field(ge=1, le=65535, description="Port of every HTTP door: REST, OpenAI, Ollama, MCP, WebSocket.")
-    replicas: int = Field(ge=1, le=64, description="Gateway processes. They keep no state; add some for throughput.")
+    host: str = Field(description="Address that the gateway binds. Any but loopback requires credentials.")
+    port: int = Field(ge=1, le=65535, description="Port of all HTTP APIs: REST, OpenAI, Ollama, MCP, WebSocket.")
+    replicas: int = Field(ge=1, le=64, description="Gateway processes. They are stateless; add some for throughput.")
     allowed_hosts: list[str] = Field(
-        description="Host names, besides loopback, under which an open-mode server may be reached."
+        description="Host names, besides loopback, that requests to a server without credentials may name."
     )
     allowed_origins: list[str] = Field(
         description="Origins, besides its own, whose web pages may use this server (https://chat.example)."
     )
     trusted_proxies: list[str] = Field(
-        description="Addresses or networks of reverse proxies in front of this server, whose X-Forwarded-For and "
-        "X-Forwarded-Proto are believed. Everybody else's are ignored."
+        description="Addresses or networks of reverse proxies in front of this server. X-Forwarded-For and "
+        "X-Forwarded-Proto are accepted from them only."
     )
-    response_days: float = Field(gt=0, description="How long stored responses (/v1/responses) are kept.")
-    environment: str = Field(description="A word of yours for this installation; /health repeats it.")
+    response_days: float = Field(gt=0, description="How long responses (/v1/responses) are stored.")
+    environment: str = Field(description="A name for this installation, which /health returns.")
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -41,19 +41,19 @@ class AuthSettings(Section):
         description="Whether every request needs a credential. Null: only when serve.host is not loopback."
     )
     registration: bool | None = Field(
-        description="Whether strangers may register an account. Null: only when serve.host is loopback."
+        description="Whether anyone may register an account. Null: only when serve.host is loopback."
     )
     signing_key: SecretStr | None = Field(
-        description="Key that signs access tokens, 32 characters or more, the same on every node. "
-        "Null: made on first start in FORGEARR_HOME/keys."
+        description="Key that signs access tokens, at least 32 characters, the same on every node. "
+        "Null: created on first use in FORGEARR_HOME/keys."
     )
     sealing_key: SecretStr | None = Field(
-        description="Key that seals credentials of repositories and keys of services, 32 characters or more, the same "
-        "on every node. Null: made on first use in FORGEARR_HOME/keys."
+        description="Key that encrypts credentials of repositories and keys of services, at least 32 characters, the "
+        "same on every node. Null: created on first use in FORGEARR_HOME/keys."
     )
     access_token_minutes: int = Field(ge=1, le=1440, description="How long an access token is valid.")
     refresh_token_days: int = Field(ge=1, le=365, description="How long a refresh token is valid.")
-    login_attempts: Rate = Field(description="How many failed logins an account and an address may have.")
+    login_attempts: Rate = Field(description="Rate limit of failed logins, for each account and each address.")
 
     @field_validator("signing_key", "sealing_key")
     @classmethod
@@ -70,11 +70,12 @@ class LimitSettings(Section):
         description="Whether requests are rate-limited. Null: only where credentials are required."
     )
     storage: SecretStr = Field(
-        description="Where counts live: memory:// (each gateway replica counts alone) or redis://… (all together)."
+        description="Where requests are counted: memory:// (each gateway replica for itself) or redis://… (all "
+        "replicas together)."
     )
-    general: Rate = Field(description="Limit of each caller over all routes that have no limit of their own.")
+    general: Rate = Field(description="Limit of each caller for all routes that have no limit of their own.")
     health: Rate = Field(description="Limit of each caller for the health routes.")
-    content: Rate = Field(description="How many series and movies a caller may add, or have searched for.")
-    audit: Rate = Field(description="How many audits of services a caller may ask for.")
-    apply: Rate = Field(description="How often a caller may apply recommendations, or take them back.")
-    recommendations: Rate = Field(description="How often a caller may read recommendations, rules and past audits.")
+    content: Rate = Field(description="Limit of each caller for adding, and searching for, series and movies.")
+    audit: Rate = Field(description="Limit of each caller for starting audits of services.")
+    apply: Rate = Field(description="Limit of each caller for applying recommendations and rolling them back.")
+    recommendations: Rate = Field(description="Limit of each caller for reading recommendations, rules and audits.")

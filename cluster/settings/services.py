@@ -20,15 +20,17 @@ class DeclaredService(Section):
 class ServiceSettings(Section):
     declared: list[DeclaredService] = Field(
         description="Outside services (name, type, url, api_key, verify_tls, enabled), besides those that are added "
-        "over the API. There they can be seen, but not changed."
+        "over the API. The API shows them, but cannot change them."
     )
-    timeout_seconds: float = Field(gt=0, le=600, description="How long a service may take for an answer.")
+    timeout_seconds: float = Field(gt=0, le=600, description="Timeout for responses of a service.")
     check_cron: CronExpression = Field(
-        description="How often all services are checked: minute, hour, day, month, weekday. Read when the first "
-        "service is added; the schedule `check-services` can be changed from then on."
+        description="When all services are checked: minute, hour, day, month, weekday. Used when the first service is "
+        "added; after that, change the schedule `check-services`."
     )
-    history_days: float = Field(gt=0, description="How long the results of those checks are kept.")
+    history_days: float = Field(gt=0, description="How long the results of those checks are stored.")
     breaker_threshold: int = Field(
-        ge=1, le=1000, description="How many failures in a row make Forgearr leave a service alone."
+        ge=1, le=1000, description="Number of failures in a row after which the circuit breaker of a service opens."
     )
-    breaker_seconds: float = Field(gt=0, le=86400, description="For how long, before it is tried again.")
+    breaker_seconds: float = Field(
+        gt=0, le=86400, description="How long it stays open before the service is called again."
+    )

@@ -11,21 +11,21 @@ class GateSettings(Section):
     max_perplexity: float | None = Field(
         gt=1, description="Highest perplexity on held-out samples that passes validation. Null: no limit."
     )
-    max_perplexity_ratio: float | None = Field(gt=0, description="Highest perplexity, as a part of the base model's.")
-    min_rouge_l: float | None = Field(ge=0, le=1, description="Least ROUGE-L of generated answers.")
-    min_exact_match: float | None = Field(ge=0, le=1, description="Least part of answers that are exactly right.")
+    max_perplexity_ratio: float | None = Field(gt=0, description="Highest ratio of its perplexity to the base model's.")
+    min_rouge_l: float | None = Field(ge=0, le=1, description="Lowest ROUGE-L of generated answers.")
+    min_exact_match: float | None = Field(ge=0, le=1, description="Lowest share of answers that are exactly right.")
     min_top1_agreement: float | None = Field(
-        ge=0, le=1, description="Least part of tokens on which the exported file agrees with the trained model."
+        ge=0, le=1, description="Lowest share of tokens on which the exported file agrees with the trained model."
     )
     max_kl: float | None = Field(ge=0, description="Highest mean divergence (KL, in nats) of the exported file.")
 
 
 class ForgeSettings(Section):
     folders: list[Path] = Field(
-        description="Folders on this machine from which anybody may train, or take a base model. An administrator "
-        "may use any."
+        description="Folders on this machine whose data and base models anyone may use for training. Administrators "
+        "may use any folder."
     )
     converter: Path | None = Field(
-        description="Folder of llama.cpp's own converter (convert_hf_to_gguf.py). Null: fetched once, from the source "
+        description="Folder of llama.cpp's converter (convert_hf_to_gguf.py). Null: downloaded once, from the source "
         "package of the installed llama-cpp-python."
     )

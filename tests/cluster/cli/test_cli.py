@@ -77,7 +77,7 @@ def test_an_error_is_one_sentence_without_a_trace(home: Path) -> None:
     done = forgearr("config", "show", "--set", "serve.prot=1")
     assert done.returncode == 1
     assert done.stdout == ""
-    sentence = "Unknown setting 'serve.prot' (set to 1 by command line); docs/settings.md lists those there are.\n"
+    sentence = "Unknown setting 'serve.prot' (set to 1 by command line); docs/settings.md lists all settings.\n"
     assert done.stderr == sentence
 
 
