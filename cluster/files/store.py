@@ -1,6 +1,6 @@
-"""Files that people bring, and that jobs make for them: a row says whose it is, and the bytes are in storage.
+"""Files that users upload and that jobs write for them: a row with the owner, and the bytes in storage.
 
-A file never changes. It is gone for everybody once its time is over, and `remove_expired` takes its bytes then.
+A file never changes. Once it has expired nobody can see it, and `remove_expired` deletes its bytes and its row.
 """
 
 import asyncio
@@ -38,12 +38,12 @@ class File(Base):
     purpose: Mapped[str] = mapped_column(String(40))
     filename: Mapped[str] = mapped_column(String(MAX_FILENAME_LENGTH))
     bytes: Mapped[int] = mapped_column(Counter)
-    content: Mapped[str | None] = mapped_column(String(20))  # what its lines are; None: nobody has looked
-    fault: Mapped[str | None] = mapped_column(Text)  # why it is not what its purpose asks for
-    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: this machine's own
+    content: Mapped[str | None] = mapped_column(String(20))  # format of its lines; None: not checked
+    fault: Mapped[str | None] = mapped_column(Text)  # why it is not valid for its purpose
+    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: this machine
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
-    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # None: it stays
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # None: never
 
     @property
     def address(self) -> str:
@@ -62,9 +62,9 @@ async def create_file(
     lifetime: timedelta | None = None,
     file_id: str | None = None,
 ) -> File:
-    """Make a file of what is left to read of a stream, such as a file opened for reading in bytes.
+    """Store the rest of a binary stream as a file.
 
-    A job gives an id of its own (`file-…`): when it runs again, it finds the file that it has made, or finishes it.
+    A job passes a fixed `file_id` (`file-…`). When it runs again, it gets the file that exists already.
     """
     file_id = file_id or new_id()
     async with database.read_transaction() as session:
@@ -81,7 +81,7 @@ async def create_file(
 async def store_bytes(
     source: BinaryIO, file_id: str, filename: str, purpose: str, principal: Principal, lifetime: timedelta | None
 ) -> File:
-    """Bring the bytes into storage. The row is for the caller to add, in a transaction of its own."""
+    """Write the bytes to storage, and return the row for them. The caller adds the row in its own transaction."""
     address = await asyncio.to_thread(storage.write, source, _storage_name(file_id))
     size = await asyncio.to_thread(storage.size, address)
     return File(
@@ -104,28 +104,28 @@ async def find(session: AsyncSession, file_id: str, principal: Principal) -> Fil
 
 
 def visible_to(principal: Principal) -> Select[File]:
-    """The files that this owner may see, and whose time is not over."""
+    """Select the files that this owner may see and that have not expired."""
     unexpired = select(File).where(or_(File.expires_at.is_(None), File.expires_at > now()))
     return visible(unexpired, File, principal)
 
 
 def open_file(file: File) -> BinaryIO:
-    """Its bytes, to be read in pieces or line by line: `with files.opened(file) as lines`. Not in an event loop."""
+    """Open a file, to read it in chunks or line by line. It blocks, so it must not be called in an event loop."""
     try:
         return storage.open_file(file.address)
     except FileNotFoundError as error:
-        raise FileNotFound(f"The bytes of the file '{file.id}' are not in storage any more.") from error
+        raise FileNotFound(f"The bytes of the file '{file.id}' are no longer in storage.") from error
 
 
 async def delete(database: Database, file_id: str, principal: Principal) -> None:
     async with database.transaction() as session:
         file = await find(session, file_id, principal)
-        file.expires_at = now()  # gone for everybody; whatever happens from here on, the sweep does the rest
+        file.expires_at = now()  # nobody can see it from now on; after a crash, the sweep deletes the rest
     await _remove(database, [file])
 
 
 async def remove_expired(database: Database) -> int:
-    """Delete what nobody can see any more; returns how many files it were."""
+    """Delete the expired files, and return their number."""
     removed = 0
     while True:
         async with database.read_transaction() as session:
@@ -142,12 +142,12 @@ def new_id() -> str:
 
 
 async def discard_bytes(file_id: str) -> None:
-    """Take back the bytes of a file that was stored and got no row."""
+    """Delete the bytes of a file whose row could not be added."""
     await asyncio.to_thread(storage.remove, storage.address(_storage_name(file_id)))
 
 
 async def _remove(database: Database, files: Sequence[File]) -> None:
-    """The bytes first: without its row, nobody would find them again."""
+    """Delete the bytes first: without the row, they could not be found again."""
     for file in files:
         await asyncio.to_thread(storage.remove, file.address)
     async with database.transaction() as session:

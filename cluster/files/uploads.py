@@ -1,4 +1,7 @@
-"""Uploads: a file that comes in parts, each of which may be sent again, and becomes a file when all are there."""
+"""Uploads in parts: a client sends the parts of a file, and completes the upload to a file.
+
+A part may be sent again, under a new id. The client names the valid parts when it completes the upload.
+"""
 
 import asyncio
 import hashlib
@@ -23,11 +26,11 @@ from cluster.ownership import Principal, require
 UPLOAD_LIFETIME = timedelta(hours=1)
 CHUNK_BYTES = 1024 * 1024
 MAX_SIZE_FACTOR = 2
-"""How many times its bytes an upload may hold, so that parts can be sent again."""
+"""The parts of an upload may have this many times its bytes, so that some can be sent again."""
 
 Status = Literal["pending", "completed", "cancelled", "expired"]
 ContentCheck = tuple[str | None, str | None]
-"""What the lines of a file are, and what is wrong with them."""
+"""The format of a file's lines, and why they are not valid."""
 
 
 class UploadNotFound(NotFound):
@@ -37,13 +40,13 @@ class UploadNotFound(NotFound):
 
 
 class UploadEnded(Conflict):
-    """This upload takes nothing any more."""
+    """This upload has ended."""
 
     code = "UPLOAD_ENDED"
 
 
 class InvalidParts(InvalidRequest):
-    """The parts are not what the upload was to be."""
+    """The parts do not match the upload."""
 
     code = "INVALID_UPLOAD_PARTS"
 
@@ -54,11 +57,11 @@ class Upload(Base):
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     purpose: Mapped[str] = mapped_column(String(40))
     filename: Mapped[str] = mapped_column(String(MAX_FILENAME_LENGTH))
-    bytes: Mapped[int] = mapped_column(Counter)  # how many there are to be
-    file_seconds: Mapped[int | None]  # how long its file will last; None: for good
+    bytes: Mapped[int] = mapped_column(Counter)  # the announced size of the file
+    file_seconds: Mapped[int | None]  # lifetime of the file; None: unlimited
     ended: Mapped[str | None] = mapped_column(String(12))  # completed, cancelled or expired
     file_id: Mapped[str | None] = mapped_column(String(file_store.MAX_ID_LENGTH))
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     expires_at: Mapped[datetime]
@@ -115,7 +118,7 @@ async def find(session: AsyncSession, upload_id: str, principal: Principal, *, l
 async def find_pending(session: AsyncSession, upload_id: str, principal: Principal, *, lock: bool = False) -> Upload:
     upload = await find(session, upload_id, principal, lock=lock)
     if upload.status != "pending":
-        raise UploadEnded(f"The upload '{upload_id}' is {upload.status}, and takes nothing any more.")
+        raise UploadEnded(f"The upload '{upload_id}' is {upload.status} and cannot be changed.")
     return upload
 
 
@@ -128,7 +131,7 @@ async def add_part(database: Database, upload_id: str, source: BinaryIO, size: i
             stored_bytes = select(func.sum(UploadPart.bytes)).where(UploadPart.upload_id == upload_id)
             if (await session.scalar(stored_bytes) or 0) + size > MAX_SIZE_FACTOR * upload.bytes:
                 raise InvalidParts(
-                    f"The parts have more than {MAX_SIZE_FACTOR} times the {upload.bytes} bytes of the upload."
+                    f"The parts would have more than {MAX_SIZE_FACTOR} times the {upload.bytes} bytes of the upload."
                 )
             session.add(part)
     except Exception:
@@ -145,7 +148,7 @@ async def complete(
     check_content: Callable[[str, BinaryIO, str], ContentCheck],
     principal: Principal,
 ) -> tuple[Upload, File]:
-    """Make a file of these parts, in this order. `look` is told purpose, content and name of it."""
+    """Join these parts, in this order, to a file. `check_content` gets its purpose, content and name."""
     async with database.read_transaction() as session:
         upload = await find_pending(session, upload_id, principal)
         uploaded = await session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
@@ -184,7 +187,7 @@ async def cancel(database: Database, upload_id: str, principal: Principal) -> Up
 
 
 async def remove_expired(database: Database) -> int:
-    """End the uploads whose time is over, and forget the parts of all that have ended."""
+    """End the expired uploads, and delete the parts of all ended ones. Returns how many have expired."""
     async with database.transaction() as session:
         expired_query = select(Upload).where(Upload.ended.is_(None), Upload.expires_at <= now()).with_for_update()
         expired = list(await session.scalars(expired_query))
@@ -202,24 +205,24 @@ async def remove_expired(database: Database) -> int:
 
 def _select_parts(uploaded: dict[str, UploadPart], part_ids: Sequence[str], upload: Upload) -> list[UploadPart]:
     if len(set(part_ids)) != len(part_ids):
-        raise InvalidParts("A part is named twice.")
+        raise InvalidParts("A part is listed twice.")
     for part_id in part_ids:
         if part_id not in uploaded:
             raise InvalidParts(f"The upload '{upload.id}' has no part '{part_id}'.")
     size = sum(uploaded[part_id].bytes for part_id in part_ids)
     if size != upload.bytes:
-        raise InvalidParts(f"The parts have {size} bytes together, and the upload was to have {upload.bytes}.")
+        raise InvalidParts(f"The parts have {size} bytes in total, but the upload was announced with {upload.bytes}.")
     return [uploaded[part_id] for part_id in part_ids]
 
 
 def _concatenate(parts: Sequence[UploadPart], target: BinaryIO) -> str:
-    """Write the parts one after the other; returns the checksum of it all."""
+    """Write the parts to `target` in order, and return the MD5 checksum of the whole."""
     digest = hashlib.md5(usedforsecurity=False)
     for part in parts:
         try:
             source = storage.open_file(storage.address(part.name))
         except FileNotFoundError as error:
-            raise UploadEnded(f"The parts of the upload '{part.upload_id}' are not there any more.") from error
+            raise UploadEnded(f"The parts of the upload '{part.upload_id}' have been deleted.") from error
         with source:
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
@@ -228,7 +231,7 @@ def _concatenate(parts: Sequence[UploadPart], target: BinaryIO) -> str:
 
 
 async def _delete_parts(database: Database, upload: Upload) -> None:
-    """The bytes first: without their rows, nobody would find them again."""
+    """Delete the bytes first: without the rows, they could not be found again."""
     await asyncio.to_thread(storage.remove, storage.address(f"uploads/{upload.id}"))
     async with database.transaction() as session:
         for part in await session.scalars(select(UploadPart).where(UploadPart.upload_id == upload.id)):
