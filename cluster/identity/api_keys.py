@@ -30,19 +30,16 @@ class ApiKey(Base):
     user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
     name: Mapped[str] = mapped_column(String(100))
     hash: Mapped[str] = mapped_column(String(64), unique=True)
-    prefix: Mapped[str] = mapped_column(String(20))  # its first characters, by which its owner knows it
+    prefix: Mapped[str] = mapped_column(String(20))  # its first characters, by which its owner recognises it
     created_at: Mapped[datetime] = mapped_column(default=now)
     expires_at: Mapped[datetime | None]
-    last_used_at: Mapped[datetime | None]  # to the minute
-
-
-# API keys
+    last_used_at: Mapped[datetime | None]  # updated at most once per USE_RECORD_INTERVAL
 
 
 async def create_key(
     session: AsyncSession, user_id: str, name: str, expires_at: datetime | None = None
 ) -> tuple[ApiKey, str]:
-    """A new key: its record, and the key itself, which cannot be shown again."""
+    """Create a key. Returns its row and the key itself, which is not stored."""
     token = new_token(KEY_PREFIX)
     key = ApiKey(
         user_id=user_id,
@@ -57,7 +54,7 @@ async def create_key(
 
 
 async def list_keys(session: AsyncSession, user_id: str | None = None) -> list[tuple[ApiKey, User]]:
-    """The keys of one user, or of everybody."""
+    """List the keys of one user, or of all users."""
     query = select(ApiKey, User).join(User).order_by(ApiKey.created_at, ApiKey.id)
     if user_id is not None:
         query = query.where(ApiKey.user_id == user_id)
@@ -65,7 +62,7 @@ async def list_keys(session: AsyncSession, user_id: str | None = None) -> list[t
 
 
 async def revoke_key(session: AsyncSession, key_id: str, user_id: str | None = None) -> None:
-    """Revoke a key, if `user_id` is given only one of theirs."""
+    """Revoke a key. With `user_id`, only a key of that user."""
     key = await session.get(ApiKey, key_id, with_for_update=True)
     if key is None or user_id not in (None, key.user_id):
         raise KeyNotFound()
@@ -84,7 +81,7 @@ async def user_from_key(session: AsyncSession, token: str) -> tuple[User, ApiKey
 
 
 def should_record_use(key: ApiKey) -> bool:
-    """Whether it is time again to record that the key is in use."""
+    """Whether the last recorded use is long enough ago to record a new one."""
     return key.last_used_at is None or key.last_used_at <= now() - USE_RECORD_INTERVAL
 
 

@@ -1,4 +1,4 @@
-"""Logins: access tokens, and refresh tokens that rotate."""
+"""Logins: access tokens, and rotating refresh tokens."""
 
 from datetime import datetime, timedelta
 from uuid import uuid4
@@ -19,13 +19,10 @@ class RefreshToken(Base):
     __tablename__ = "refresh_tokens"
 
     hash: Mapped[str] = mapped_column(String(64), primary_key=True)
-    family: Mapped[str] = mapped_column(String(36), index=True)  # all that descend from one login
+    family: Mapped[str] = mapped_column(String(36), index=True)  # the same for all successors of one login
     user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
     expires_at: Mapped[datetime]
     used_at: Mapped[datetime | None]
-
-
-# Access tokens
 
 
 def create_access_token(user: User) -> str:
@@ -55,21 +52,18 @@ async def user_from_access_token(session: AsyncSession, token: str) -> User:
     return await get_active_user(session, claims["sub"])
 
 
-# Refresh tokens
-
-
 async def start_login(session: AsyncSession, user: User) -> str:
-    """Record a login and open a family of refresh tokens; returns the first."""
+    """Record a login, and return the first refresh token of a new family."""
     await session.execute(delete(RefreshToken).where(RefreshToken.user_id == user.id, RefreshToken.expires_at < now()))
     await session.execute(update(User).where(User.id == user.id).values(last_login_at=now()))
     return _new_refresh_token(session, user.id, family=str(uuid4()))
 
 
 async def rotate_refresh_token(session: AsyncSession, token: str) -> tuple[User, str] | None:
-    """Exchange a refresh token for its successor; None if it is not good.
+    """Exchange a refresh token for its successor. None if it is not valid.
 
-    A token that comes back was stolen, or its successor was: nobody can tell which, so the whole family ends. That is
-    a write, which is why the refusal is returned and not raised: the transaction must be committed.
+    If a token is used twice, it or its successor was stolen. It is unknown which, so the whole family is deleted. The
+    refusal is returned and not raised, because the transaction with this deletion must be committed.
     """
     user, row = await _lock_refresh_token(session, token)
     if user is None or row is None or row.expires_at <= now():
@@ -82,14 +76,14 @@ async def rotate_refresh_token(session: AsyncSession, token: str) -> tuple[User,
 
 
 async def end_login(session: AsyncSession, token: str) -> None:
-    """Revoke the family of a refresh token. One that is unknown is as good as revoked."""
+    """Delete the family of a refresh token. An unknown token is no error."""
     _, row = await _lock_refresh_token(session, token)
     if row is not None:
         await _end_family(session, row)
 
 
 async def _lock_refresh_token(session: AsyncSession, token: str) -> tuple[User, RefreshToken] | tuple[None, None]:
-    """The token and its user, whose row is the lock: or else a family could grow while it is being ended."""
+    """Return the token and its user. The user's row is locked, so that a family cannot grow while it is deleted."""
     user_id = select(RefreshToken.user_id).where(RefreshToken.hash == token_hash(token)).scalar_subquery()
     user = await session.scalar(select(User).where(User.id == user_id).with_for_update())
     row = await session.get(RefreshToken, token_hash(token), populate_existing=True) if user else None

@@ -1,4 +1,4 @@
-"""Hashing of passwords with Argon2, off the event loop."""
+"""Hash and verify passwords with Argon2, in threads, so that the event loop is not blocked."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -9,21 +9,18 @@ from pwdlib import PasswordHash
 from cluster.errors import UnprocessableRequest
 from cluster.identity.users import MAX_PASSWORD_LENGTH, MIN_PASSWORD_LENGTH, User
 
-# One argon2 takes 64 MB and a core; two at a time keep a burst of logins from taking the machine.
+# One hash takes 64 MB and a core. With two at a time, a burst of logins does not overload the machine.
 _hash_executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="password")
-
-
-# Passwords
 
 
 async def hash_password(password: str) -> str:
     if not MIN_PASSWORD_LENGTH <= len(password) <= MAX_PASSWORD_LENGTH:
-        raise UnprocessableRequest(f"A password has {MIN_PASSWORD_LENGTH} to {MAX_PASSWORD_LENGTH} characters.")
+        raise UnprocessableRequest(f"A password must have {MIN_PASSWORD_LENGTH} to {MAX_PASSWORD_LENGTH} characters.")
     return await asyncio.get_running_loop().run_in_executor(_hash_executor, _hasher().hash, password)
 
 
 async def verify_password(user: User | None, password: str) -> bool:
-    """Whether this is the user's password. Takes as long for nobody, so that it does not tell who has an account."""
+    """Whether this is the user's password. It takes as long without a user, so that timing reveals no account."""
     loop = asyncio.get_running_loop()
     if user is None:
         await loop.run_in_executor(_hash_executor, _hasher().hash, password)

@@ -1,8 +1,8 @@
-"""Who may use this installation: accounts, and the three credentials that stand for one.
+"""Accounts of the people who may use this installation.
 
-An access token (a JWT) is short-lived and proves itself; the account is still read on every use, so that disabling it
-takes effect at once. A refresh token is good for one use and hands out its successor; all successors of one login are a
-family. An API key lasts until it expires or is revoked. Of the last two only a hash is kept.
+An account has three types of credential. An access token (a JWT) is short-lived; the account is read on every use, so
+disabling it takes effect at once. A refresh token is valid for one use, which returns its successor; all successors of
+one login are a family. An API key is valid until it expires or is revoked. Of the last two only a hash is stored.
 """
 
 import re
@@ -26,7 +26,7 @@ MIN_PASSWORD_LENGTH, MAX_PASSWORD_LENGTH = 8, 256
 
 
 class AccountExists(Conflict):
-    """There is an account with this email or username already."""
+    """An account with this email or username exists already."""
 
     code = "ACCOUNT_EXISTS"
 
@@ -51,9 +51,6 @@ class User(Base):
     last_login_at: Mapped[datetime | None]
 
 
-# Accounts
-
-
 async def add_user(
     session: AsyncSession,
     *,
@@ -65,7 +62,8 @@ async def add_user(
 ) -> User:
     if not re.fullmatch(USERNAME_PATTERN, username):
         raise UnprocessableRequest(
-            f"'{username}' cannot be a username: it takes up to 50 letters, digits, dots, dashes and underscores."
+            f"'{username}' is not a valid username: it has 1 to 50 letters, digits, dots, dashes and underscores, and "
+            "begins with a letter or a digit."
         )
     user = User(
         email=normalize_email(email), username=username, password_hash=password_hash, full_name=full_name, role=role
@@ -98,12 +96,12 @@ async def list_users(session: AsyncSession) -> list[User]:
 
 
 async def has_admin(session: AsyncSession) -> bool:
-    """Whether anybody could administer this installation over the network."""
+    """Whether there is an active administrator."""
     return bool(await session.scalar(select(exists().where(User.role == "admin", User.is_active))))
 
 
 def normalize_email(email: str) -> str:
-    """An email address in the one spelling that is stored."""
+    """Validate an email address, and return it in the form that is stored."""
     try:
         return validate_email(email.strip(), check_deliverability=False).normalized.lower()
     except EmailNotValidError as error:
