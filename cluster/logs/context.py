@@ -1,4 +1,4 @@
-"""The request and the job that a log line belongs to."""
+"""Context variables with the request and the job that a log line belongs to."""
 
 from contextvars import ContextVar
 

@@ -1,4 +1,4 @@
-"""Reads what the components logged: the last lines of all files as one story, and those that come."""
+"""Read the log files of all components in one order of time: the last lines, and new ones as they are written."""
 
 import heapq
 import json
@@ -19,7 +19,7 @@ Line = dict[str, Any]
 
 
 def recent(count: int, matches: Callable[[Line], bool]) -> list[Line]:
-    """The last `count` wanted lines of all components, oldest first."""
+    """Return the last `count` matching lines of all components, oldest first."""
     newest_first = heapq.merge(
         *(_read_backwards(path) for path in _files(rotated=True)), key=lambda line: str(line["timestamp"]), reverse=True
     )
@@ -27,7 +27,7 @@ def recent(count: int, matches: Callable[[Line], bool]) -> list[Line]:
 
 
 def follow(matches: Callable[[Line], bool]) -> Iterator[Line]:
-    """Each wanted line that is written from now on, until the caller has had enough."""
+    """Yield each matching line that is written from now on, without end."""
     return _follow({path: path.stat().st_size for path in _files()}, matches)
 
 
@@ -39,7 +39,7 @@ def _follow(positions: dict[Path, int], matches: Callable[[Line], bool]) -> Iter
 
 
 def line_filter(component: str | None, level: str | None) -> Callable[[Line], bool]:
-    """A test for lines of one component (or any) that are at least as severe as `level` (or any)."""
+    """Return a filter for lines of one component (None: all) and of at least this level (None: all)."""
     min_severity = LEVELS.index(level) if level else 0
     return lambda line: component in (None, line["component"]) and _severity(line) >= min_severity
 
@@ -53,7 +53,7 @@ def _files(*, rotated: bool = False) -> list[Path]:
 
 
 def _read_backwards(path: Path) -> Iterator[Line]:
-    """A file's lines from its end, reading no more of it than is asked for."""
+    """Yield a file's lines from its end. Only the blocks that are needed are read."""
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)
         remainder = b""
@@ -72,7 +72,7 @@ def _read_new_lines(path: Path, positions: dict[Path, int]) -> Iterator[Line]:
         size = file.seek(0, os.SEEK_END)
         position = positions.get(path, 0)
         if size < position:
-            position = 0  # the file was set aside, and this is its successor
+            position = 0  # the file was rotated, and this is the new one
         file.seek(position)
         text = file.read()
     complete = text[: text.rfind(b"\n") + 1]
@@ -82,7 +82,7 @@ def _read_new_lines(path: Path, positions: dict[Path, int]) -> Iterator[Line]:
 
 
 def _parse(text: bytes) -> Iterator[Line]:
-    """A power cut leaves half a line now and then: that one is left out."""
+    """Yield the parsed line. A line that was cut off, as by a power cut, is skipped."""
     try:
         line: Any = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Secrets in text that is logged or stored."""
+"""Mask secrets in text that is logged or stored."""
 
 import re
 
@@ -6,7 +6,7 @@ MASK = "********"
 
 _SENSITIVE_WORDS = r"password|passwd|secret|token(?!s|iz)|api[-_]?key|signing[-_]?key|authorization|cookie"
 SECRET_NAME = re.compile(_SENSITIVE_WORDS, re.IGNORECASE)
-"""What is in the name of something that is secret."""
+"""Matches names of secret values, such as api_key."""
 _SECRET_NAME_PATTERN = rf"\b[\w.-]{{0,40}}(?:{_SENSITIVE_WORDS})[\w.-]{{0,40}}"
 _REDACTIONS = (
     # https://token@host and scheme://user:password@host
@@ -22,7 +22,7 @@ _REDACTIONS = (
         ),
         rf"\1{MASK}",
     ),
-    # our own credentials, and any JWT, wherever they turn up
+    # Forgearr's own credentials, and any JWT, without a name before them
     (re.compile(r"\b(fgr|refresh)_[\w-]{16,}"), rf"\1_{MASK}"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), MASK),
 )
@@ -30,12 +30,12 @@ _URL = re.compile(r"(https?://)(?:[^\s/@]*@)?([^\s/?#&]+)[/?#&]\S*", re.IGNORECA
 
 
 def redact(text: str) -> str:
-    """The text with every secret in it masked."""
+    """Return the text with all secrets masked."""
     for pattern, replacement in _REDACTIONS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def strip_url_paths(text: str) -> str:
-    """The text with nothing left of addresses but whose they are: of a link, any part may be a key."""
+    """Return the text with each URL cut after its host, because any other part of a link may be a key."""
     return _URL.sub(r"\1\2/…", text)

@@ -1,8 +1,7 @@
-"""Logging: JSON lines in FORGEARR_HOME/logs/<component>.jsonl, readable lines on a terminal, no secret in either.
+"""Set up logging: JSON lines in FORGEARR_HOME/logs/<component>.jsonl, text on a terminal, secrets masked in both.
 
-Several processes of one component append to the same file, one write per line; the supervisor sets a file aside when
-it grows too big, and each writer notices that by itself. Which request and which job a line belongs to is taken from
-the context in which it is written.
+All processes of a component append to the same file, one write per line. The supervisor rotates a large file, and each
+writer reopens it. The ids of the request and the job come from context variables.
 """
 
 import json
@@ -15,7 +14,7 @@ from cluster.logs.context import job_id, request_id
 from cluster.logs.redaction import redact
 from cluster.settings import get_settings, home
 
-# Libraries that tell of each thing they do at INFO.
+# Libraries that log every operation at INFO.
 NOISY_LOGGERS = (
     "aiosqlite",
     "alembic",
@@ -30,7 +29,7 @@ NOISY_LOGGERS = (
 
 
 def configure(component: str, *, console: bool = False) -> None:
-    """Send this process's logging to its component's file, and with `console` to the terminal as well."""
+    """Write the log of this process to its component's file, and with `console` also to the terminal."""
     settings = get_settings().logs
     handlers: list[logging.Handler] = [_file_handler(component)]
     if console:
@@ -54,7 +53,7 @@ def folder() -> Path:
 
 
 def rotate() -> None:
-    """Set aside each file that has grown too big; one older file of each is kept."""
+    """Rotate each file that is larger than logs.rotate_mb. One older file of each component remains."""
     limit = get_settings().logs.rotate_mb * 1_000_000
     for path in folder().glob("*.jsonl"):
         if path.stat().st_size > limit:
