@@ -14,7 +14,7 @@ from cluster.db import Result, get_database
 from cluster.errors import Conflict
 
 FOLDER = Path(__file__).parent
-# Any number will do, as long as every process of Forgearr takes the same.
+# An arbitrary number, the same in every process of Forgearr.
 POSTGRES_LOCK = 0x466F7267
 
 
@@ -25,7 +25,7 @@ class NewerSchema(Conflict):
 
 
 def upgrade(connection: Connection) -> None:
-    """Migrate to the newest schema inside the connection's transaction, so that it happens once and wholly."""
+    """Migrate to the newest schema in the connection's transaction, so that it happens once and completely."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": POSTGRES_LOCK})
     config = configuration(connection)
@@ -47,21 +47,19 @@ def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
     if unknown:
         raise NewerSchema(
             f"The database was written by a newer version of Forgearr (schema {', '.join(sorted(unknown))}): "
-            "install that version again, or restore a backup made before it."
+            "install that version again, or restore an older backup."
         )
 
 
 async def migrate() -> None:
-    """Bring the schema up to what this code knows: an older one is migrated, a newer one is refused."""
-    pass
-
+    """Migrate the database to the newest schema of this code. A database with a newer schema is refused."""
     database = get_database()
     async with database.engine.connect() as connection:
         if not database.is_sqlite:
             async with connection.begin():
                 return await connection.run_sync(upgrade)
-        # SQLite alters a table by copying and dropping it, and dropping it would delete what refers to its rows.
-        # The pragma has no effect inside a transaction, so it goes around SQLAlchemy, which is always in one.
+        # SQLite alters a table by copying and dropping it. With foreign keys on, the drop would delete the rows that
+        # refer to it. The pragma has no effect inside a transaction, and SQLAlchemy always opens one: hence the driver.
         raw = (await connection.get_raw_connection()).driver_connection
         assert raw is not None
         await raw.execute("PRAGMA foreign_keys = OFF")
@@ -73,7 +71,7 @@ async def migrate() -> None:
 
 
 async def run_in_own_session(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-    """One transaction of a process that lives for nothing else, such as a command."""
+    """Migrate the database, call `work` in one transaction, and close the database. It is for short commands."""
     try:
         await migrate()
         async with get_database().transaction() as session:

@@ -1,7 +1,7 @@
-"""`python -m cluster.migrations "add teams"`: write the migration from the newest version to the tables in the code.
+"""`python -m cluster.migrations "add teams"`: write a migration from the newest version to the tables in the code.
 
-It compares with a fresh database, so whoever runs it needs none, and the state of theirs does not matter. Read what it
-wrote: it cannot see an index on an expression, a renamed column, or data that has to move.
+It compares with a new database in memory, so the state of an existing database does not matter. Read the result: it
+does not detect an index on an expression, a renamed column, or data that has to be moved.
 """
 
 import subprocess
@@ -27,5 +27,5 @@ def main(message: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not sys.argv[1].strip():
-        sys.exit('Say what changes: make migration MESSAGE="add teams"')
+        sys.exit('A message is required: make migration MESSAGE="add teams"')
     main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Run by Alembic, over a connection that the caller opened (see cluster.migrations.configuration)."""
+"""The environment in which Alembic runs migrations, on the connection of cluster.migrations.configuration."""
 
 from importlib import import_module
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from sqlalchemy import JSON
 
 from cluster.db import Base, UtcDateTime
 
-# Every module that owns tables. By name: the ground imports no floor above it.
+# All modules with tables. They are imported by name, because `cluster` imports no package above it.
 for module in (
     "cluster.identity",
     "cluster.services.circuit_breaker",
@@ -36,7 +36,7 @@ for module in (
 
 
 def render_item(kind: str, item: Any, autogenerate: AutogenContext) -> str | Literal[False]:
-    """How a migration spells our types. It is history, so it must not change with the code: it names none of ours."""
+    """Render our column types as types of SQLAlchemy: a migration must not change when our code does."""
     if kind == "type" and isinstance(item, UtcDateTime):
         return "sa.DateTime(timezone=True)"
     if kind == "type" and isinstance(item, JSON):
