@@ -1,7 +1,7 @@
-"""Brings Forgearr up on Ray, or takes it down from there: `python -m cluster.runtime.bootstrap up|down`.
+"""Start Forgearr's actors and gateway on Ray, or stop them: `python -m cluster.runtime.bootstrap up|down`.
 
-It runs beside the supervisor and ends when it is done, so that the supervisor, which lives long, needs neither Ray nor
-SQLAlchemy in its memory. It reports in lines of JSON on its standard output: a step that is done, or why it failed.
+It is a short process of its own, so that the supervisor, which runs for long, loads neither Ray nor SQLAlchemy. It
+reports in lines of JSON on its standard output: each finished step, or the error.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ from cluster.settings import ENVIRONMENT_PREFIX, Settings, get_settings
 
 log = logging.getLogger(__name__)
 
-# By import path: the ground imports no floor above it.
+# By import path, because `cluster` imports no package above it.
 ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatch.dispatcher:Dispatcher"}
 APPLICATION = "serve.deployment:build_application"
 DECLARE_SERVICES = "pipelines.media.check_services:declare_services"
 APPLICATION_NAME = "forgearr"
 RAY_TIMEOUTS = 180, 180
-"""How long it may take to be reached, and to be joined."""
-EXTERNAL_RAY_TIMEOUTS = 5, 60  # it should be there already
+"""Seconds until Ray must be reachable, and until it must be joined."""
+EXTERNAL_RAY_TIMEOUTS = 5, 60  # such a cluster runs already
 
 OnStep = Callable[[str, str], None]
 
@@ -45,25 +45,26 @@ def bring_up(settings: Settings, on_step: OnStep) -> None:
     asyncio.run(_prepare_database(settings, on_step))
     actors = {name: _import_object(path) for name, path in ACTORS.items()}
     build_application = _import_object(APPLICATION)
-    # Ray takes longer to start than all of the above, which therefore costs nothing.
+    # All of the above runs while Ray starts, which takes longer.
     _connect(settings, on_step)
     _start_actors(actors, on_step)
     _deploy(build_application(settings), settings, on_step)
 
 
 def take_down(settings: Settings, on_step: OnStep) -> None:
-    """Leave a cluster that others use too as it was before `bring_up`."""
+    """Remove what `bring_up` started from a cluster that others may use too."""
     import ray
     from ray import serve as ray_serve
 
     _connect(settings, on_step)
     ray_serve.delete(APPLICATION_NAME)
     if not ray_serve.status().applications:
-        ray_serve.shutdown()  # nobody else serves on this cluster
-    # The dispatcher goes first, because it replaces workers; what it was just replacing turns up in the next round.
+        ray_serve.shutdown()  # no other application is served on this cluster
+    # The dispatcher is killed before the workers, because it replaces them. The next round finds a worker that it has
+    # just replaced.
     while names := sorted(_named_actors(), key=lambda name: name not in ACTORS):
         for name in names:
-            with suppress(ValueError):  # it has ended meanwhile
+            with suppress(ValueError):  # it has ended already
                 ray.kill(ray.get_actor(name, namespace=NAMESPACE))
         time.sleep(0.2)
     on_step("actors", "stopped")
@@ -98,13 +99,13 @@ def _import_object(path: str) -> Any:
 
 
 def _connect(settings: Settings, on_step: OnStep) -> None:
-    """Join Ray, which may just be starting."""
+    """Join Ray, which may still be starting."""
     import ray
 
     address = settings.ray.address or f"127.0.0.1:{settings.ray.port}"
     reach_timeout, join_timeout = EXTERNAL_RAY_TIMEOUTS if settings.ray.address else RAY_TIMEOUTS
     started = time.monotonic()
-    # Ray itself would wait for minutes for an address where nobody is.
+    # `ray.init` would wait for minutes if nothing listens at the address.
     while not processes.is_reachable(address):
         if time.monotonic() - started > reach_timeout:
             raise Unavailable(f"No Ray cluster answers at {address}.")
@@ -127,7 +128,7 @@ def _connect(settings: Settings, on_step: OnStep) -> None:
 
 
 def _runtime_environment(settings: Settings) -> dict[str, Any] | None:
-    """A cluster of others does not have our environment yet; the one that we started does."""
+    """Return our environment for a cluster that others started. The processes of our own Ray inherit it."""
     if settings.ray.address is None:
         return None
     own_variables = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
@@ -149,7 +150,7 @@ def _start_actors(classes: dict[str, Any], on_step: OnStep) -> None:
 def _deploy(application: Any, settings: Settings, on_step: OnStep) -> None:
     from ray import serve as ray_serve
 
-    # Behind our HAProxy every part of Serve stays on loopback; it alone opens what serve.host names.
+    # With HAProxy, all parts of Serve listen on loopback; only HAProxy listens on serve.host.
     host = "127.0.0.1" if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ else settings.serve.host
     ray_serve.start(http_options={"host": host, "port": settings.serve.port})
     ray_serve.run(application, name=APPLICATION_NAME, route_prefix="/")
@@ -158,7 +159,7 @@ def _deploy(application: Any, settings: Settings, on_step: OnStep) -> None:
 
 def main(direction: str) -> int:
     reports = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever the libraries print goes to the log, so that the supervisor reads reports and nothing else.
+    # The output of libraries goes to the log, so that the supervisor reads reports only.
     os.dup2(2, 1)
 
     def write_report(**message: str) -> None:
@@ -172,7 +173,7 @@ def main(direction: str) -> int:
         write_report(error=error.message)
         return 1
     except Exception as error:
-        log.exception("bringing Forgearr %s failed", direction)
+        log.exception("could not bring Forgearr %s", direction)
         write_report(error=f"{type(error).__name__}: {logs.redact(str(error))}")
         return 1
     return 0

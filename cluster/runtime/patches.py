@@ -1,7 +1,7 @@
-"""Ray and MLflow, with three adjustments for which neither has a setting.
+"""Run Ray and MLflow with three patches, for changes that neither has a setting for.
 
-`python -m cluster.runtime.patches ray …` and `… mlflow …` are their own command lines otherwise. Each
-adjustment replaces one private function of a pinned version; should a new version have moved it, starting fails here.
+`python -m cluster.runtime.patches ray …` and `… mlflow …` otherwise work like `ray` and `mlflow`. Each patch replaces
+one private function of a pinned version. If a new version has moved it, the start fails here.
 """
 
 import os
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 SETUP_HOOK = "cluster.runtime.patches.keep_replicas_on_loopback"
-"""What every worker process of Ray runs first, when __RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR names it."""
+"""Ray calls this function first in every worker process, if __RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR names it."""
 
 
 def keep_replicas_on_loopback() -> None:
-    """Serve's replicas listen for each other on every interface, and run what they are sent: that is for loopback."""
+    """Make Serve's replicas listen on loopback. By default they accept calls, and so code, on every interface."""
     from ray._common import tls_utils
 
     add_port = tls_utils.add_port_to_grpc_server
@@ -26,7 +26,7 @@ def keep_replicas_on_loopback() -> None:
 
 
 def run_ray() -> None:
-    """Ray, without the server of Ray Client, which nothing here uses: 90 MB."""
+    """Run `ray` without the server of Ray Client, which Forgearr does not use. This saves 90 MB."""
     from ray._private import utils
 
     _patch(utils, "get_ray_client_dependency_error", lambda: ImportError("Forgearr does not use Ray Client"))
@@ -36,7 +36,7 @@ def run_ray() -> None:
 
 
 def run_mlflow() -> None:
-    """MLflow's server, in this process instead of beside a parent that only waits for it: 190 MB."""
+    """Run MLflow's server in this process, not in a child of a process that only waits. This saves 190 MB."""
     from mlflow import cli, server
 
     _patch(server, "_exec_cmd", _exec_server)

@@ -1,4 +1,4 @@
-"""Asks what runs how it is, over HTTP, from outside: nothing here joins Ray or opens the database."""
+"""Check over HTTP whether the gateway and MLflow run. Nothing here joins Ray or opens the database."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ TIMEOUT_SECONDS = 5
 
 
 def gateway_health(url: str) -> dict[str, Any] | None:
-    """What the gateway's /health tells. None: it does not answer, or something else does."""
+    """Return the content of the gateway's /health. None: no response, or one of another program."""
     try:
         response = httpx.get(f"{url}/health", timeout=TIMEOUT_SECONDS)
         content: Any = response.json()

@@ -1,8 +1,8 @@
-"""Processes that this installation starts, and what a crash of it left behind.
+"""Start, find and stop the processes of this installation, and check ports.
 
-Every process that `forgearr up` starts carries a mark in its environment, which its own children inherit: Ray's
-workers, HAProxy, the commands of `ray job submit`. So whatever belongs to an installation can be found, and nothing
-else can be mistaken for it.
+Every process that `forgearr up` starts has a mark in its environment, which its children inherit: Ray's workers,
+HAProxy, the commands of `ray job submit`. By this mark exactly the processes of this installation are found, also after
+a crash.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from cluster.settings import home
 
 MARKER_VARIABLE = "FORGEARR_RUNTIME"
 JOB_NICENESS = 10
-"""How far jobs stand back, as a niceness."""
+"""The niceness of threads that run jobs."""
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
@@ -33,7 +33,7 @@ class PortUnavailable(ForgearrError):
 
 
 def marked_environment() -> dict[str, str]:
-    """This process's environment for a child: absolute home, this Python first in PATH, and the mark."""
+    """Return the environment for a child: ours, with an absolute home, this Python first in PATH, and the mark."""
     environment = dict(os.environ)
     environment["FORGEARR_HOME"] = environment[MARKER_VARIABLE] = str(home())
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -43,7 +43,7 @@ def marked_environment() -> dict[str, str]:
 async def start(
     command: Sequence[str], environment: Mapping[str, str], log: Path, stdout: int | None = None
 ) -> asyncio.subprocess.Process:
-    """Start a child in a session of its own, so that Ctrl-C reaches only us; it does not outlive us (on Linux)."""
+    """Start a child in a session of its own, so that Ctrl-C does not reach it. On Linux it ends with this process."""
     with log.open("ab") as output:
         return await asyncio.create_subprocess_exec(
             *command,
@@ -57,7 +57,7 @@ async def start(
 
 
 async def stop(process: asyncio.subprocess.Process, grace_seconds: float) -> None:
-    """End a child: politely, then, when it has not gone in time, by force."""
+    """Terminate a child. Kill it if it has not ended in time."""
     if process.returncode is not None:
         return
     process.terminate()
@@ -69,17 +69,17 @@ async def stop(process: asyncio.subprocess.Process, grace_seconds: float) -> Non
 
 
 def lower_priority() -> None:
-    """Let those who answer people go first: before this thread, and whatever it starts."""
+    """Lower the priority of this thread, and of what it starts, so that requests are answered first."""
     os.setpriority(os.PRIO_PROCESS, 0, max(JOB_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def marked_processes() -> list[psutil.Process]:
-    """Every other process that carries this installation's mark."""
+    """Return all other processes with this installation's mark."""
     return [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process)]
 
 
 def find_by_command(text: str) -> psutil.Process | None:
-    """The process of this installation, on this machine, with these words in its command line."""
+    """Return a process of this installation, on this machine, whose command line contains `text`."""
     for process in marked_processes():
         try:
             if text in " ".join(process.cmdline()):
@@ -90,29 +90,29 @@ def find_by_command(text: str) -> psutil.Process | None:
 
 
 def end_leftovers(grace_seconds: float = 3) -> int:
-    """End them all, and say how many there were."""
+    """End all other processes of this installation, and return their number."""
     ended_pids: set[int] = set()
-    while found := marked_processes():  # one that was about to start a child when it ended is why we look again
-        _send_signal(found, signal.SIGTERM)
-        _, survivors = psutil.wait_procs(found, timeout=grace_seconds)
+    while leftovers := marked_processes():  # repeated, because a process may start a child just before it ends
+        _send_signal(leftovers, signal.SIGTERM)
+        _, survivors = psutil.wait_procs(leftovers, timeout=grace_seconds)
         _send_signal(survivors, signal.SIGKILL)
         psutil.wait_procs(survivors, timeout=grace_seconds)
-        ended_pids |= {process.pid for process in found}
+        ended_pids |= {process.pid for process in leftovers}
     return len(ended_pids)
 
 
 def find_process(pid: int, create_time: float) -> psutil.Process | None:
-    """The process that had this pid when it was noted down, if it is still the same one."""
+    """Return the running process with this pid and start time. None if it has ended, or the pid was reused."""
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - create_time) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        return process if same else None
+        is_same = abs(process.create_time() - create_time) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        return process if is_same else None
     except psutil.NoSuchProcess:
         return None
 
 
 def require_free_port(host: str, port: int, setting: str) -> None:
-    """Refuse, in one sentence, to start where something else listens."""
+    """Raise an error that names the port and its setting if Forgearr cannot listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -140,7 +140,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _die_with_parent() -> None:
-    """Runs in the child before it becomes its command: the kernel ends it when this process is killed."""
+    """Called in the child before it executes its command: the kernel terminates it when this process dies."""
     assert _libc is not None
     _libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
@@ -149,7 +149,7 @@ def _is_marked(process: psutil.Process) -> bool:
     try:
         return process.environ().get(MARKER_VARIABLE) == str(home())
     except (psutil.Error, OSError):
-        return False  # it ended meanwhile, or it is another user's, whose environment we may not read
+        return False  # it has ended, or it belongs to another user, whose environment is not readable
 
 
 def _send_signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
@@ -157,7 +157,7 @@ def _send_signal(processes: Sequence[psutil.Process], number: signal.Signals) ->
         try:
             process.send_signal(number)
         except psutil.NoSuchProcess:
-            continue  # it ended meanwhile, which is what we want
+            continue  # it has ended already
 
 
 def _port_error_message(error: OSError, host: str, port: int, setting: str) -> str:

@@ -1,4 +1,4 @@
-"""What `forgearr up` notes down while it runs, so that any other process can find it, or clean up after it."""
+"""The saved state and the lock of a running `forgearr up`, by which other processes find it or clean up after it."""
 
 import fcntl
 from collections.abc import Generator
@@ -25,7 +25,7 @@ class RunState(BaseModel):
 
     pid: int
     create_time: float
-    """When the operating system started that process: with it, a pid that was given out again is recognised."""
+    """Start time of that process. It shows whether the pid was reused by another process."""
     version: str
     url: str
     started_at: datetime
@@ -47,23 +47,23 @@ def folder() -> Path:
 
 
 def last_run() -> RunState | None:
-    """The run that was noted down last. Its supervisor may be gone: `supervisor` tells."""
+    """Return the run that was saved last. If it has ended, its `supervisor` is None."""
     try:
         return RunState.model_validate_json(_state_path().read_text())
     except FileNotFoundError:
         return None
     except ValidationError:
-        return None  # written by another version of Forgearr; what it left behind is found without this
+        return None  # written by another version of Forgearr; its processes are found by their mark
 
 
 def current_run() -> RunState | None:
-    """The run that lives."""
+    """Return the last run if its supervisor is running."""
     run = last_run()
     return run if run and run.supervisor else None
 
 
 def current_url() -> str:
-    """Where a client on this machine reaches the gateway: it may run with settings from its command line."""
+    """Return the gateway's URL for clients on this machine. The running one may have other settings than ours."""
     run = current_run()
     return run.url if run else get_settings().url
 
@@ -80,7 +80,7 @@ def clear_run() -> None:
 
 @contextmanager
 def exclusive_lock() -> Generator[None]:
-    """Hold this installation's lock. The kernel lets go of it when this process ends, however it ends."""
+    """Hold this installation's lock. The kernel releases it when this process ends, also by a crash."""
     with (folder() / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +90,7 @@ def exclusive_lock() -> Generator[None]:
 
 
 def require_not_running() -> None:
-    """Refuse to go on while this installation runs."""
+    """Raise AlreadyRunning if this installation runs."""
     if current_run():
         raise AlreadyRunning(_already_running_message())
 

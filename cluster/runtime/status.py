@@ -1,4 +1,4 @@
-"""How each component of this installation is, as `forgearr status` tells it."""
+"""The state of each component of this installation, for `forgearr status`."""
 
 import time
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ ACTORS = ("dispatcher", "events")
 @dataclass(frozen=True)
 class Status:
     component: str
-    state: str  # running, starting, degraded, stopped, unknown; "external" and "off" are as they should be too
+    state: str  # such as running, off, starting, degraded, unhealthy, stopped, unknown
     address: str | None = None
     uptime: float | None = None  # seconds
     version: str | None = None
@@ -30,7 +30,7 @@ class Status:
 
 
 def collect(settings: Settings) -> list[Status]:
-    """Every component. What cannot be known is None."""
+    """Return the status of every component. Unknown values are None."""
     run = run_state.current_run()
     if run is None:
         return [Status(name, "stopped") for name in ("ray", "gateway", *ACTORS, "mlflow", "database")]
@@ -59,7 +59,7 @@ def _gateway(run: RunState, gateway_health: Mapping[str, Any] | None) -> Status:
 
 
 def _gateway_state(gateway_health: Mapping[str, Any]) -> str:
-    """By its own parts: that an outside service is away is nothing that a restart would heal."""
+    """Derive the state from the gateway's own components. Outside services do not count: a restart repairs none."""
     components = gateway_health.get("components", {})
     if components.get("database") == "disconnected":
         return "unhealthy"

@@ -1,9 +1,8 @@
-"""What `forgearr up` starts and `forgearr down` stops.
+"""The supervisor: the process of `forgearr up`, which starts, watches and stops everything else.
 
-One supervisor, this process, holds the installation's lock. It starts a Ray head and an MLflow server as children (or
-uses those that the settings name), lets cluster/runtime/bootstrap.py put the actors and the gateway on Ray, and then
-watches. It restarts MLflow. When Ray dies it stops everything: all state is durable, and
-`forgearr up` goes on from there.
+It holds the installation's lock. It starts a Ray head and an MLflow server as children (or uses those that the
+settings name), and runs cluster/runtime/bootstrap.py to start the actors and the gateway on Ray. It restarts MLflow.
+When Ray dies it stops everything: all state is durable, so the next `forgearr up` continues.
 """
 
 import asyncio
@@ -39,7 +38,7 @@ MAX_CLUSTER_FAILURES = 3
 
 Environment = Mapping[str, str]
 OnStep = Callable[[str, str], None]
-"""Tells a person of a step that is done: its name, and what came of it."""
+"""Called after each step, with its name and its result."""
 
 
 class StartFailed(ForgearrError):
@@ -49,19 +48,19 @@ class StartFailed(ForgearrError):
 
 
 class StopIncomplete(ForgearrError):
-    """Forgearr was stopped, but something of it is left."""
+    """Forgearr was stopped, but not completely."""
 
     code = "STOP_INCOMPLETE"
 
 
 class RayDied(ForgearrError):
-    """Ray has died, so everything was stopped. Nothing is lost: `forgearr up` goes on where it was."""
+    """Ray has died, so everything was stopped. Nothing is lost: `forgearr up` continues where it stopped."""
 
     code = "RAY_DIED"
 
 
 async def run(on_step: OnStep) -> None:
-    """Start everything, and watch it until a signal asks to stop. Raises what kept it from starting or running."""
+    """Start everything, and watch it until a stop signal. Raises the error that ended the start or the run."""
     settings = get_settings()
     _require_auth_if_public(settings)
     with run_state.exclusive_lock():
@@ -76,12 +75,12 @@ async def run(on_step: OnStep) -> None:
 
 
 async def stop(on_step: OnStep) -> None:
-    """Stop what runs, or what a supervisor that was killed left behind, and see that nothing of it is left."""
+    """Stop a running supervisor, or what a killed one left behind, and verify that nothing is left."""
     run = run_state.last_run()
     if run and (supervisor := run.supervisor):
         supervisor.terminate()
         if not await _wait_until_gone(supervisor):
-            on_step("supervisor", f"process {run.pid} does not obey; ending it by force")
+            on_step("supervisor", f"process {run.pid} does not end; killing it")
             supervisor.kill()
             await _wait_until_gone(supervisor)
     elif run and get_settings().ray.address:
@@ -96,7 +95,7 @@ async def stop(on_step: OnStep) -> None:
 
 
 def listen_addresses(settings: Settings) -> dict[str, tuple[str, int]]:
-    """Where this installation is going to listen, by the setting that says so."""
+    """Return the addresses on which this installation will listen, by the setting of each port."""
     addresses: dict[str, tuple[str, int]] = {}
     if settings.ray.address is None:
         addresses["serve.port"] = (settings.serve.host, settings.serve.port)
@@ -116,7 +115,7 @@ async def _run_until_signal(settings: Settings, on_step: OnStep) -> None:
     task = asyncio.create_task(_start_and_watch(settings, on_step))
 
     def request_stop() -> None:
-        # A second Ctrl-C changes nothing: stopping is quick, and should not be left half done.
+        # A second Ctrl-C is ignored: stopping is quick and must not be interrupted.
         if not task.cancelling():
             task.cancel()
 
@@ -156,18 +155,18 @@ async def _start_and_watch(settings: Settings, on_step: OnStep) -> None:
 def _ray_start_error() -> StartFailed:
     path = _log_path("ray")
     last_line = path.read_text(errors="replace").strip().rpartition("\n")[2]
-    return StartFailed(f"Ray could not start: {logs.redact(last_line)} ({path} says more)")
+    return StartFailed(f"Ray could not start: {logs.redact(last_line)} (see {path})")
 
 
 async def _wait_for_first(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for the first task that ends, and raise what it raised."""
+    """Wait until one of the tasks ends, and raise its error, if any."""
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         task.result()
 
 
 def _server_coroutines(settings: Settings, environment: Environment) -> list[Coroutine[Any, Any, None]]:
-    """Work without an end: each starts what it is about, watches it, and stops it when it is cancelled."""
+    """Return the endless coroutines of the supervisor. One that starts a server stops it when it is cancelled."""
     servers: list[Coroutine[Any, Any, None]] = [_rotate_logs_forever()]
     servers.append(_watch_cluster(settings.ray.address) if settings.ray.address else _run_ray(settings, environment))
     if _has_own_mlflow(settings):
@@ -186,16 +185,16 @@ async def _run_ray(settings: Settings, environment: Environment) -> None:
 
 
 async def _watch_cluster(address: str) -> None:
-    """A cluster that others run: give it time to come back before giving up on it."""
+    """Check a cluster that others run. Raises RayDied after MAX_CLUSTER_FAILURES failed checks in a row."""
     failures = 0
     while failures < MAX_CLUSTER_FAILURES:
         await asyncio.sleep(CLUSTER_CHECK_SECONDS)
         failures = 0 if await asyncio.to_thread(processes.is_reachable, address) else failures + 1
-    raise RayDied(f"The Ray cluster at {address} is gone. Nothing is lost: `forgearr up` goes on when it is back.")
+    raise RayDied(f"The Ray cluster at {address} is gone. Nothing is lost: run `forgearr up` when it is back.")
 
 
 async def _keep_mlflow_running(settings: Settings) -> None:
-    """MLflow may come and go: jobs do not wait for it, and what it missed is caught up."""
+    """Restart MLflow whenever it ends. Jobs do not wait for it, and it receives later what it missed."""
     min_backoff, max_backoff = MLFLOW_BACKOFF_SECONDS
     backoff = min_backoff
     while True:
@@ -222,7 +221,7 @@ async def _bootstrap(settings: Settings, environment: Environment, on_step: OnSt
     deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
     while (gateway_health := await asyncio.to_thread(probes.gateway_health, settings.url)) is None:
         if time.monotonic() > deadline:
-            raise StartFailed(f"The gateway at {settings.url} does not answer; `forgearr logs` says more.")
+            raise StartFailed(f"The gateway at {settings.url} does not answer; see `forgearr logs`.")
         await asyncio.sleep(0.1)
     on_step("health", str(gateway_health["status"]))
 
@@ -240,11 +239,14 @@ async def _run_bootstrap(direction: str, environment: Environment, on_step: OnSt
         if code := await bootstrap.wait():
             raise StartFailed(f"Bringing Forgearr {direction} failed (exit code {code}): see {_log_path('bringup')}.")
     finally:
-        await processes.stop(bootstrap, 1)  # it has nothing to tidy up
+        await processes.stop(bootstrap, 1)  # it has nothing to clean up
 
 
 async def _clean_up(settings: Settings, on_step: OnStep) -> None:
-    """Ray and MLflow have been stopped by what ran them. The rest is what they started, and a cluster of others."""
+    """Stop what is left on a cluster of others, and the processes that Ray and MLflow started.
+
+    Ray and MLflow themselves were stopped when their coroutines were cancelled.
+    """
     if settings.ray.address and processes.is_reachable(settings.ray.address):
         await _run_bootstrap("down", processes.marked_environment(), on_step)
     await asyncio.to_thread(processes.end_leftovers)
@@ -255,7 +257,7 @@ def _require_auth_if_public(settings: Settings) -> None:
         return
     raise SettingsError(
         f"auth.required is off and serve.host is {settings.serve.host}: anyone who reaches this machine would be its "
-        "administrator. Drop one of the two settings."
+        "administrator. Change one of the two settings."
     )
 
 

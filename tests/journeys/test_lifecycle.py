@@ -95,7 +95,7 @@ def test_up_twice_says_so(platform: Platform) -> None:
 
 
 def test_doctor_and_logs_work_while_it_runs(platform: Platform) -> None:
-    assert "in use by Forgearr, which runs" in platform.cli("doctor").stdout
+    assert "in use by the running Forgearr" in platform.cli("doctor").stdout
     assert f"ready at {platform.url}" in platform.cli("logs", "--component", "supervisor").stdout
 
 

@@ -41,7 +41,7 @@ def test_a_fresh_installation_is_well() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     assert "fail" not in {line.split()[0] for line in result.output.splitlines()}
-    assert "SQLite, made by the first `forgearr up`" in result.output
+    assert "SQLite; the first `forgearr up` creates it" in result.output
     subjects = {finding.subject for finding in doctor.run_checks(get_settings())}
     assert {"python", "ray", "mlflow", "home", "disk", "memory", "port"} <= subjects
     assert {"haproxy", "git", "database", "gpu"} <= subjects
@@ -82,7 +82,7 @@ def test_a_key_that_others_can_read_fails(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "level", "part"), [(None, "ok", "schema "), ("9999", "fail", "made by a newer version")]
+    ("version", "level", "part"), [(None, "ok", "schema "), ("9999", "fail", "written by a newer version")]
 )
 def test_the_schema_of_the_database(version: str | None, level: str, part: str) -> None:
     asyncio.run(set_schema(version))
