@@ -143,10 +143,22 @@ async def test_what_fits_its_purpose_is_processed(
         ("fine-tune", b"\xff\xfe", "line 1 of a.jsonl is not JSON"),
         ("fine-tune", json.dumps(SAMPLE).encode() + b"\n" + json.dumps(PAIR).encode(), "line 2 of a.jsonl is pref"),
         ("batch", b"\n", "There is no request in a.jsonl"),
-        ("batch", json.dumps(REQUEST | {"method": "GET"}).encode(), "line 1 of a.jsonl is not a valid request .*: method"),
-        ("batch", json.dumps(REQUEST | {"url": "/v1/files"}).encode(), "line 1 of a.jsonl is not a valid request .*: url"),
+        (
+            "batch",
+            json.dumps(REQUEST | {"method": "GET"}).encode(),
+            "line 1 of a.jsonl is not a valid request .*: method",
+        ),
+        (
+            "batch",
+            json.dumps(REQUEST | {"url": "/v1/files"}).encode(),
+            "line 1 of a.jsonl is not a valid request .*: url",
+        ),
         ("batch", json.dumps(REQUEST | {"body": []}).encode(), "line 1 of a.jsonl is not a valid request .*: body"),
-        ("batch", json.dumps({"custom_id": "1"}).encode(), "line 1 of a.jsonl is not a valid request .*: method: Field requ"),
+        (
+            "batch",
+            json.dumps({"custom_id": "1"}).encode(),
+            "line 1 of a.jsonl is not a valid request .*: method: Field requ",
+        ),
         ("batch", json.dumps(REQUEST).encode() * 1 + b"\n\n" + json.dumps(REQUEST).encode(), "line 3 .* of line 1"),
     ],
 )
