@@ -37,6 +37,7 @@ SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None, suppress_health_check=SLOW)
 hypothesis.settings.load_profile("ours")
 ROOT = Path(__file__).parents[1]
+JOURNEYS = "tests/journeys/"
 ENGINES = ["sqlite", "postgres"]
 MIGRATE = """
 import asyncio
@@ -59,19 +60,23 @@ client.CONNECT_SECONDS = TIMEOUT
 
 class PlatformScheduling(LoadFileScheduling):
     """The first worker begins with whole platforms, the others with all else: platforms beside each other would take
-    each other's processors. Those with the fewest tests take the longest, and so go first."""
+    each other's processors. Those with the fewest tests take the longest, and so go first. The journeys share one
+    platform, and so one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return JOURNEYS if nodeid.startswith(JOURNEYS) else super()._split_scope(nodeid)
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         is_first = node is self.nodes[0]
-        suitable = [file for file in self.workqueue if _starts_platforms(ROOT / file) == is_first]
+        suitable = [scope for scope in self.workqueue if _starts_platforms(scope) == is_first]
         if suitable:
             self.workqueue.move_to_end(suitable[-1 if is_first else 0], last=False)
         super()._assign_work_unit(node)
 
 
 @cache
-def _starts_platforms(file: Path) -> bool:
-    return "running_platform(" in file.read_text()
+def _starts_platforms(scope: str) -> bool:
+    return scope == JOURNEYS or "running_platform(" in (ROOT / scope).read_text()
 
 
 @pytest.hookimpl(optionalhook=True)

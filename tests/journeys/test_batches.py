@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -10,7 +9,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = pytest.mark.platform
@@ -18,19 +17,6 @@ pytestmark = pytest.mark.platform
 TINY = "forgearr/tiny"
 ENDED = {"failed", "completed", "expired", "cancelled"}
 CHAT, EMBEDDINGS, RESPONSES = "/v1/chat/completions", "/v1/embeddings", "/v1/responses"
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    settings = {"mlflow.enabled": "false", "engines.slots": "2", "jobs.lease_seconds": "4", "jobs.max_losses": "9"}
-    with running_platform(settings) as platform:
-        yield platform
-
-
-@pytest.fixture(scope="module")
-def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
-        yield client
 
 
 def test_a_batch_is_answered(client: openai.OpenAI) -> None:

@@ -1,6 +1,6 @@
 """Talking to models on a whole platform with two engines: through Serve, the command line, and when parts die."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +8,15 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.registry_model import register_model
 from tests.support.small_models import write_constant_model, write_model
-from tests.support.waiting import TIMEOUT
 
 pytestmark = pytest.mark.platform
 
 ENGINE = "ray::ServeReplica:forgearr:gguf"
 SPOKEN = "I am a model that says only this."
 HELLO: Any = [{"role": "user", "content": "Who are you?"}]
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    with running_platform({"engines.replicas": "2", "engines.context": "65536"}) as platform:
-        platform.wait_for_mlflow()
-        yield platform
-
-
-@pytest.fixture(scope="module")
-def client(platform: Platform) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
-        yield client
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,12 @@ from typing import Any
 import pytest
 from openai import NotFoundError, OpenAI
 
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.waiting import TIMEOUT
 
 pytestmark = pytest.mark.platform
 
 RECIPE = "configs/recipes/tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    with running_platform() as platform:
-        yield platform
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +25,6 @@ def forged(platform: Platform) -> dict[str, Any]:
     done = platform.run(command)
     job_id = next(line for line in done.stdout.splitlines() if line.startswith("job_"))
     return platform.job(job_id)
-
-
-@pytest.fixture(scope="module")
-def client(platform: Platform) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0) as client:
-        yield client
 
 
 def test_one_submission_goes_from_data_to_a_served_model(platform: Platform, forged: dict[str, Any]) -> None:

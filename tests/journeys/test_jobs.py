@@ -14,21 +14,10 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.waiting import TIMEOUT, WEBSOCKET_OPTIONS, eventually
 
 pytestmark = pytest.mark.platform
-
-
-@pytest.fixture(scope="module")
-def platform() -> Generator[Platform]:
-    settings = {
-        "jobs.modules": "[jobs.probe, jobs.sweep, tests.support.job_kinds]",
-        "jobs.stop_grace_seconds": "1",
-        "jobs.retry_seconds": "0.1",
-    }
-    with running_platform(settings) as platform:
-        yield platform
 
 
 def test_a_probe_returns_its_payload_and_what_it_executed(platform: Platform) -> None:

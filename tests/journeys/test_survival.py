@@ -3,25 +3,17 @@
 import signal
 import sqlite3
 from collections import Counter
-from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
 import pytest
 
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.platform
 
 STEPS = 6
-
-
-@pytest.fixture
-def platform() -> Generator[Platform]:
-    settings = {"jobs.lease_seconds": "6", "jobs.slots": "32", "jobs.max_losses": "9", "mlflow.enabled": "false"}
-    with running_platform(settings) as platform:
-        yield platform
 
 
 def test_jobs_survive_the_death_of_a_worker_and_of_the_dispatcher(platform: Platform) -> None:

@@ -82,7 +82,7 @@ class Platform:
         def busy() -> bool:
             if self.count("running") >= 10:
                 return True
-            if self.count("succeeded") == len(jobs):
+            if self.count("running") == self.count("queued") == 0:
                 self._submit_wave(jobs, spec)
             return False
 
@@ -117,6 +117,18 @@ class Platform:
         awaited = states or ("succeeded", "failed", "cancelled")
         return eventually(lambda: job if (job := self.job(job_id))["state"] in awaited else None)
 
+    @property
+    def supervisor(self) -> psutil.Process:
+        return psutil.Process(json.loads((self.home / "run" / "state.json").read_text())["pid"])
+
+    def component_states(self) -> dict[str, str]:
+        done = self.cli("status", "--json", check=False)
+        return {component["component"]: component["state"] for component in json.loads(done.stdout)}
+
+    def wait_for_gateway(self) -> None:
+        """It is degraded for a moment whenever one of its parts takes longer than a second."""
+        eventually(lambda: self.component_states()["gateway"] == "running")
+
     def wait_for_mlflow(self) -> None:
         """MLflow may take a while to start, and the rest of the platform does not wait for it."""
         eventually(lambda: httpx.get(f"{self.mlflow_url}/health").is_success)
@@ -135,9 +147,20 @@ class Platform:
                 continue
         return found
 
+    def listening(self) -> set[tuple[str, int]]:
+        """(address, port) of everything that its processes listen on."""
+        found: set[tuple[str, int]] = set()
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                for connection in process.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        address, port = connection.laddr
+                        found.add((address.removeprefix("::ffff:"), port))
+        return found
+
     def cut_the_power(self) -> None:
         """Kill every process at once: the supervisor, Ray and all that runs on it, HAProxy, MLflow."""
-        supervisor = psutil.Process(json.loads((self.home / "run" / "state.json").read_text())["pid"])
+        supervisor = self.supervisor
         while victims := [process for process in (supervisor, *self.processes()) if process.is_running()]:
             for victim in victims:
                 with suppress(psutil.NoSuchProcess):

@@ -1,0 +1,93 @@
+"""An installation that is started, broken, stopped and started again, with the real command line and real processes."""
+
+import signal
+import subprocess
+from collections.abc import Generator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.platform import BINARIES, Platform, running_platform, unused_ports
+from tests.support.waiting import TIMEOUT, eventually
+
+pytestmark = [pytest.mark.deep, pytest.mark.platform]
+
+
+@pytest.fixture(scope="module")
+def installation() -> Generator[Platform]:
+    with running_platform() as platform:
+        yield platform
+
+
+@pytest.fixture
+def platform(installation: Platform) -> Platform:
+    """The installation, up: a test before may have left it down."""
+    if installation.cli("up", "--detach", check=False).returncode:
+        installation.wait_for_gateway()
+    return installation
+
+
+def test_mlflow_is_started_again(platform: Platform) -> None:
+    platform.wait_for_mlflow()
+    [old] = platform.processes(mentions="mlflow")
+    old.kill()
+    eventually(lambda: not old.is_running())
+    platform.wait_for_mlflow()
+    platform.wait_for_gateway()
+
+
+def test_a_supervisor_that_is_killed_takes_everything_along_and_up_recovers(platform: Platform) -> None:
+    platform.supervisor.kill()
+    platform.up()
+    platform.wait_for_gateway()
+
+
+def test_when_ray_dies_everything_stops_and_up_goes_on(platform: Platform) -> None:
+    job_id = platform.submit(spec={"payload": "kept"})
+    platform.wait_for(job_id, "succeeded")
+    watched = platform.supervisor
+    [server] = [process for process in platform.processes(mentions="gcs_server") if process.name() == "gcs_server"]
+    server.kill()
+    watched.wait(TIMEOUT)
+    assert "Ray has died" in (platform.home / "logs" / "up.log").read_text()
+    assert platform.processes() == []
+    assert set(platform.component_states().values()) == {"stopped"}
+    platform.up()
+    assert platform.job(job_id)["result"]["payload"] == "kept"
+
+
+def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) -> None:
+    platform = installation
+    platform.down()
+    command = ["up", "--detach", "--set", "serve.host=0.0.0.0", "--set", "mlflow.enabled=false"]
+    refused = platform.cli(*command, check=False)
+    assert refused.returncode == 1
+    assert "`forgearr user add EMAIL --admin`" in refused.stderr
+    assert platform.processes() == []
+
+    add_admin(platform)
+    platform.cli(*command)
+    assert {address for address in platform.listening() if address[0] not in ("127.0.0.1", "::1")} == {
+        ("0.0.0.0", httpx.URL(platform.url).port)
+    }
+    assert platform.http.get("/api/v1/jobs").status_code == 401
+    watched = platform.supervisor
+    watched.send_signal(signal.SIGINT)
+    watched.wait(TIMEOUT)
+    assert platform.processes() == []
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    (port,) = unused_ports(1)
+    platform = Platform(tmp_path / "home", {"ray.address": f"127.0.0.1:{port}"})
+    refused = platform.cli("up", "--detach", check=False)
+    assert refused.returncode == 1
+    assert f"No Ray cluster answers at 127.0.0.1:{port}." in refused.stdout + refused.stderr
+
+
+def add_admin(platform: Platform) -> None:
+    command = [str(BINARIES / "forgearr"), "user", "add", "ada@example.com", "--admin", "--password-stdin"]
+    subprocess.run(
+        command, input="correct horse battery\n", env=platform.environment, text=True, check=True, timeout=TIMEOUT
+    )

@@ -1,0 +1,51 @@
+"""The platform that all journeys share: a start takes longer than most of them."""
+
+from collections.abc import Iterator
+
+import openai
+import psutil
+import pytest
+
+from cluster.settings import load_settings
+from tests.support.platform import Platform, running_platform
+from tests.support.waiting import TIMEOUT
+
+EPHEMERAL_PORTS = 32_768
+"""From here on the system gives ports to anybody: one that is free may be taken at once."""
+SETTINGS = {
+    "jobs.lease_seconds": "6",
+    "jobs.max_losses": "9",
+    "jobs.retry_seconds": "0.1",
+    "jobs.slots": "32",
+    "jobs.stop_grace_seconds": "1",
+    "engines.slots": "2",
+    "engines.context": "65536",
+}
+"""No journey sees the difference, but each attempt that a journey ends ends sooner."""
+
+
+@pytest.fixture(scope="session")
+def platform() -> Iterator[Platform]:
+    modules = [*load_settings().settings.jobs.modules, "tests.support.job_kinds"]
+    with running_platform({**SETTINGS, "jobs.modules": f"[{', '.join(modules)}]"}) as platform:
+        platform.wait_for_mlflow()
+        yield platform
+        _stop(platform)
+
+
+@pytest.fixture(scope="session")
+def client(platform: Platform) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
+        yield client
+
+
+def _stop(platform: Platform) -> None:
+    """Stopping it leaves no process and no port behind, and can be repeated."""
+    ports = {port for _, port in platform.listening() if port < EPHEMERAL_PORTS}
+    supervisor = platform.supervisor
+    assert "Forgearr is stopped" in platform.cli("down").stdout
+    assert not supervisor.is_running()
+    assert platform.processes() == []
+    listeners = {one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    assert not ports & {address[1] for address in listeners if address}
+    assert platform.cli("down").stdout == "Forgearr is not running.\n"
