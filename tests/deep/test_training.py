@@ -1,4 +1,4 @@
-"""Fine-tuning on a whole platform, through its doors: it learns, tells, pauses, survives, and goes on."""
+"""Fine-tuning on a whole platform: it learns, reports, pauses, survives a crash, and resumes."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Jobs on a whole platform, through the doors that people use: HTTP, server-sent events, WebSocket and shell."""
+"""Jobs on a whole platform, through HTTP, server-sent events, WebSockets and the command line."""
 
 import asyncio
 import json

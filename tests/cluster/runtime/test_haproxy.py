@@ -1,4 +1,4 @@
-"""The stand-in for HAProxy, and that it still fits the configuration that this version of Ray Serve writes."""
+"""Our replacement of the haproxy command fits the configuration that this version of Ray Serve writes."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Repositories at the doors: registered, changed, looked at and refused; and what a look leads to."""
+"""The routes of repositories, and the retrainings that watching a repository leads to."""
 
 import asyncio
 import os

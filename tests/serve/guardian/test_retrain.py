@@ -1,4 +1,4 @@
-"""The doors to retraining, without anybody who trains: what they answer, refuse and queue, of real repositories."""
+"""The routes of retraining, without a worker: what they answer, refuse and queue, for real repositories."""
 
 from pathlib import Path
 from typing import Any

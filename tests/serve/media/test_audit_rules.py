@@ -1,6 +1,6 @@
 """Every rule that ships and sets something: found, applied, read back and taken back, each against its own service.
 
-Sonarr's and Radarr's stand-ins hold all that is written against the official documents; SABnzbd is a real one. For
+The fakes of Sonarr and Radarr check all writes against the official documents; SABnzbd is a real one. For
 Prowlarr and Plex a few lines remember what they are told, and refuse what those do not take.
 """
 

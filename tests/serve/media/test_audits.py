@@ -1,4 +1,4 @@
-"""Audits through the doors: with a real SABnzbd, and with a Sonarr that has a memory."""
+"""The routes of audits, with a real SABnzbd and a fake Sonarr."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -107,9 +107,9 @@ async def audited(api: ApiClient, *services: str, **more: Any) -> dict[str, Any]
     return answer.json()
 
 
-async def changed(api: ApiClient, door: str, *ids: int, dry_run: bool = False) -> list[dict[str, Any]]:
+async def changed(api: ApiClient, action: str, *ids: int, dry_run: bool = False) -> list[dict[str, Any]]:
     body = {"recommendation_ids": list(ids), "dry_run": dry_run}
-    answer = await run_jobs.request_and_run(api, f"{PATH}/{door}", body, change_settings.KIND)
+    answer = await run_jobs.request_and_run(api, f"{PATH}/{action}", body, change_settings.KIND)
     assert answer.status_code == 200, answer.text
     told = answer.json()
     good = sum(result["success"] for result in told["results"])
@@ -507,7 +507,7 @@ async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, s
     assert sonarr.rows("downloadclient")[0]["removeCompletedDownloads"] is False
 
 
-# The doors
+# The routes
 
 
 @pytest.mark.parametrize(
@@ -533,15 +533,15 @@ async def test_audits_that_cannot_be_are_refused(api: ApiClient, body: Any, stat
     ("ids", "status"), [([], 400), ([0], 422), ([2**63], 422), (["1"], 422), (list(range(1, 102)), 422)]
 )
 async def test_changes_that_cannot_be_are_refused(api: ApiClient, ids: list[Any], status: int) -> None:
-    for door in ("apply", "rollback"):
-        answer = await api.request("admin", "POST", f"{PATH}/{door}", json={"recommendation_ids": ids})
+    for action in ("apply", "rollback"):
+        answer = await api.request("admin", "POST", f"{PATH}/{action}", json={"recommendation_ids": ids})
         assert answer.status_code == status, answer.text
     assert (await api.count_kinds())[change_settings.KIND] == 0
 
 
 async def test_only_administrators_audit_and_change(api: ApiClient) -> None:
-    for door, body in (("audit", {"services": ["plex"]}), ("apply", {"recommendation_ids": [1]})):
-        assert (await api.request("ada", "POST", f"{PATH}/{door}", json=body)).status_code == 403
+    for action, body in (("audit", {"services": ["plex"]}), ("apply", {"recommendation_ids": [1]})):
+        assert (await api.request("ada", "POST", f"{PATH}/{action}", json=body)).status_code == 403
     for path in ("audit/history", "recommendations", "rules"):
         assert (await api.request("ada", "GET", f"{PATH}/{path}")).status_code == 200
 
@@ -611,9 +611,9 @@ async def test_audits_and_changes_have_limits_of_their_own(api: ApiClient, monke
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "true")
     get_settings.cache_clear()
     rate_limits.limiter.cache_clear()
-    for door, amount in (("audit", 10), ("apply", 20), ("rollback", 20)):
-        answer = await api.request("ada", "POST", f"{PATH}/{door}", json={})
-        assert answer.headers["x-ratelimit-limit"] == str(amount), door
+    for action, amount in (("audit", 10), ("apply", 20), ("rollback", 20)):
+        answer = await api.request("ada", "POST", f"{PATH}/{action}", json={})
+        assert answer.headers["x-ratelimit-limit"] == str(amount), action
     assert answer.headers["x-ratelimit-remaining"] == "18"  # applying and taking back are counted together
     for path in ("recommendations", "recommendations/1", "audit/history", "rules"):
         assert (await api.request("ada", "GET", f"{PATH}/{path}")).headers["x-ratelimit-limit"] == "50"

@@ -1,4 +1,4 @@
-"""/api/v1/media, with a stand-in that answers as Plex does."""
+"""/api/v1/media, with a fake Plex."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -201,8 +201,8 @@ async def test_an_answer_that_makes_no_sense_is_one_clear_error(
     client: httpx.AsyncClient, plex: Plex, path: str, reply: StubResponse
 ) -> None:
     plex.replies = {path: reply}
-    door = "recently-added" if "recently" in path else "libraries"
-    answer = await client.get(f"{MEDIA}/{door}")
+    route = "recently-added" if "recently" in path else "libraries"
+    answer = await client.get(f"{MEDIA}/{route}")
     assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
     assert "Home" in answer.json()["message"]
 

@@ -1,4 +1,4 @@
-"""Ollama's doors, through its official client, on an engine of this process."""
+"""Ollama's API, through its official client, with an engine in this process."""
 
 import asyncio
 import json

@@ -1,5 +1,5 @@
-"""The doors to models, through the official client, on an engine of this process. The model is one that says what it
-was made to say."""
+"""The API of models, through the official client, with an engine in this process. Its model always gives
+the same answer."""
 
 import asyncio
 import json

@@ -203,12 +203,12 @@ async def test_a_service_that_goes_away_and_comes_back_is_told_once(
     works = True
     sonarr = FAKE_SERVICES["sonarr"]
     async with (
-        stub_server(lambda request: sonarr(request) if works else StubResponse(b"down", 503)) as stand_in,
+        stub_server(lambda request: sonarr(request) if works else StubResponse(b"down", 503)) as server,
         serving(app) as url,
         connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client,
     ):
         async with database.transaction() as session:
-            values = {"name": "TV 📺", "type": "sonarr", "url": stand_in.url, "api_key": KEY}
+            values = {"name": "TV 📺", "type": "sonarr", "url": server.url, "api_key": KEY}
             service = await service_store.create(session, values, "ada")
         assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
         heard: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""/api/services and /health/{service}, on the whole application, with likenesses of services on loopback."""
+"""/api/services and /health/{service}, on the whole application, with fakes of services on loopback."""
 
 import asyncio
 import logging

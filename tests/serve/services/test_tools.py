@@ -242,7 +242,7 @@ async def test_calls_are_paged_filtered_and_forgotten(api: ApiClient, server: St
     assert len(await calls(api)) == 3
 
 
-# What the others have: a likeness of each, with an answer of the shape that its API documents.
+# The other services: a fake of each, with a response of the shape that its API documents.
 
 ANSWERS: dict[str, tuple[str, str, dict[str, Any], Any, Any]] = {
     "prowlarr": (

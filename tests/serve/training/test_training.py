@@ -1,5 +1,4 @@
-"""The doors to trainings, without anybody who trains: what they answer, refuse and queue. The jobs stay where the test
-puts them, because nothing here works on the queue."""
+"""The routes of trainings, without a worker: what they answer, refuse and queue. Jobs stay as a test queues them."""
 
 import asyncio
 from collections import Counter

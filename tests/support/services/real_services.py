@@ -116,7 +116,7 @@ def _running(folder: Path, address: str, health: str, program: str, *options: st
     """Run a program during the block; yields its URL once it answers at the path `health`."""
     path = shutil.which(program)
     if path is None:
-        reason = f"{program} is not installed, so what needs it is tried with likenesses only."
+        reason = f"{program} is not installed, so its tests run with fakes only."
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The tools of Sonarr and Radarr, with stand-ins that have a memory."""
+"""The tools of Sonarr and Radarr, with fakes that keep state."""
 
 from typing import Any
 

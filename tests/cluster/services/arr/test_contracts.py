@@ -154,7 +154,7 @@ async def test_prism_refuses_what_does_break_it(service: str, prism: RunningServ
         assert (await http.get("/api/v3/nothing")).status_code == 404
 
 
-async def test_the_stand_in_looks_into_bodies_that_prism_passes(service: str) -> None:
+async def test_the_fake_checks_bodies_that_prism_passes(service: str) -> None:
     """The description of a movie refers to itself, and Prism does not check what is sent as one."""
     collection = find_connector(service).collection
     assert collection

@@ -1,4 +1,4 @@
-"""Every connector with a likeness of its service: the key travels as it should, and nobody is taken for another."""
+"""Every connector with a fake of its service: how it sends the key, and that it rejects any other service."""
 
 import json
 
@@ -31,7 +31,7 @@ async def ask(url: str, name: str, key: str | None) -> str:
         raise await health_checks.diagnose(error, connection, connector) from error
 
 
-def test_every_service_has_a_connector_and_a_likeness() -> None:
+def test_every_service_has_a_connector_and_a_fake() -> None:
     assert all_connectors().keys() == FAKE_SERVICES.keys()
     assert all("health" in connector.capabilities for connector in all_connectors().values())
 
@@ -126,7 +126,7 @@ async def test_a_key_that_no_header_can_carry_is_a_wrong_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["sonarr", "radarr"])
-async def test_likenesses_are_what_the_official_documents_say(name: str) -> None:
+async def test_fakes_are_what_the_official_documents_say(name: str) -> None:
     path = "/api/v3/system/status"
     async with stub_server(FAKE_SERVICES[name]) as server:
         client = Client(Connection("Ours", find_connector(name), server.url, KEY))

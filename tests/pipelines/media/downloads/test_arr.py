@@ -1,4 +1,4 @@
-"""Following Sonarr and Radarr, and mending what is stuck or has failed there, with stand-ins that have a memory."""
+"""Watching the downloads of fakes of Sonarr and Radarr, and recovering what is stuck or has failed."""
 
 import asyncio
 import os

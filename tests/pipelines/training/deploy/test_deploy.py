@@ -184,7 +184,7 @@ async def test_a_rollback_does_not_wait_for_ollama(
     assert (await registry_model.registry.find(registry_model.name)).number == 1
 
 
-def test_the_stand_in_checks_what_it_gets() -> None:
+def test_the_fake_checks_what_it_gets() -> None:
     with running_fake_ollama() as server:
         refused = httpx.post(f"{server.url}/api/blobs/sha256:{'0' * 64}", content=b"something else", timeout=TIMEOUT)
         assert refused.status_code == 400

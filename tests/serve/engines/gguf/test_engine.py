@@ -309,13 +309,13 @@ async def test_a_damaged_file_is_refused_and_the_engine_goes_on(
 
 
 async def test_nobody_else_can_speak_to_a_model(engine: GgufEngine) -> None:
-    """llama.cpp opens a door of its own; it is gone before anybody could find it."""
+    """llama.cpp opens a socket of its own; it is removed before anybody could use it."""
     process = psutil.Process()
     before = {connection.laddr for connection in process.net_connections("inet")}
     await engine.complete("quiet", {**HELLO, "max_tokens": 1})
     assert {connection.laddr for connection in process.net_connections("inet")} <= before
-    doors = [str(connection.laddr) for connection in process.net_connections("unix")]
-    assert not [door for door in doors if door.endswith(".sock") and os.path.exists(door)]  # noqa: PTH110, ASYNC240
+    sockets = [str(connection.laddr) for connection in process.net_connections("unix")]
+    assert not [socket for socket in sockets if socket.endswith(".sock") and os.path.exists(socket)]  # noqa: PTH110, ASYNC240
 
 
 def test_what_a_file_says_of_itself(models: Models) -> None:
@@ -329,9 +329,9 @@ def test_what_a_file_says_of_itself(models: Models) -> None:
 
 async def test_files_are_found_only_once_for_a_shelf(models: Models, settings: Callable[..., EngineSettings]) -> None:
     files = GgufLoader(settings(), models.find, models.find_adapters)
-    shelf = ModelPool[LlamaCppModel](1024 * MB, settings())
+    pool = ModelPool[LlamaCppModel](1024 * MB, settings())
     for _ in range(2):
-        async with shelf.use("quiet", lambda tell: files.prepare("quiet", None, "answers", tell)):
+        async with pool.use("quiet", lambda tell: files.prepare("quiet", None, "answers", tell)):
             pass
     assert models.asked == ["quiet"]
 

@@ -1,4 +1,4 @@
-"""The models of a configured Ollama server, through our doors: asked by OpenAI's and Ollama's own clients."""
+"""The models of a configured Ollama server, through our API and OpenAI's and Ollama's own clients."""
 
 from collections.abc import AsyncIterator
 from typing import Any
