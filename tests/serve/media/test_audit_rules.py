@@ -16,9 +16,17 @@ import pytest
 
 from pipelines.media.audit import rules
 from pipelines.media.audit.rules import Rule
-from tests.pipelines.media.audit.test_rules import settings_of
-from tests.serve.media.test_audits import audited, changed, config, connect, recommended, said, says
+from tests.serve.media.audit_requests import (
+    add_service,
+    get_config,
+    get_recommendations,
+    run_audit,
+    run_change,
+    set_config,
+    set_misc,
+)
 from tests.support.api_client import ApiClient
+from tests.support.audit_rules import settings_of
 from tests.support.services import real_services
 from tests.support.services.fake_arr import fake_arr
 from tests.support.services.fake_services import KEY
@@ -162,14 +170,14 @@ async def applied_all(api: ApiClient, service: str) -> dict[str, int]:
     """Audit and apply until nothing is left: some rules count only where another is followed. By name, what was."""
     wanted, done = settable(service), dict[str, int]()
     while True:
-        told = await audited(api, service)
+        told = await run_audit(api, service)
         assert told["failed_services"] == {}
-        open_ones = await recommended(api, applied=False)
+        open_ones = await get_recommendations(api, applied=False)
         ids = {one["setting_name"]: one["id"] for one in open_ones.values() if one["setting_name"] in wanted}
         if not ids:
             return done
         assert not ids.keys() & done.keys(), "what was set is found again"
-        results = await changed(api, "apply", *ids.values())
+        results = await run_change(api, "apply", *ids.values())
         assert [(one["success"], one["changed"]) for one in results] == [(True, True)] * len(ids), results
         done |= ids
 
@@ -182,16 +190,16 @@ on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("service", PROGRAMS)
 async def test_every_rule_is_applied_and_taken_back(api: ApiClient, service: str) -> None:
     async with PROGRAMS[service]() as (url, key, state):
-        await connect(api, service, service, url, key)
+        await add_service(api, service, service, url, key)
         before = copy.deepcopy(state)
         done = await applied_all(api, service)
         assert done.keys() == settable(service).keys()
         after = copy.deepcopy(state)
         assert after != before
-        again = await changed(api, "apply", *done.values())
+        again = await run_change(api, "apply", *done.values())
         assert [(one["success"], one["changed"]) for one in again] == [(True, False)] * len(done)
         assert state == after
-        await changed(api, "rollback", *done.values())
+        await run_change(api, "rollback", *done.values())
         assert state == before
 
 
@@ -205,23 +213,23 @@ async def test_every_rule_for_sabnzbd_is_applied_and_taken_back(
 ) -> None:
     with real_services.sabnzbd(tmp_path) as program:
         for name, value in {**SABNZBD_AT_FIRST, "history_retention_option": option}.items():
-            said(program, name, value)
-        await connect(api, "sabnzbd", "sabnzbd", program.url, program.key)
-        before = config(program)
+            set_misc(program, name, value)
+        await add_service(api, "sabnzbd", "sabnzbd", program.url, program.key)
+        before = get_config(program)
         done = await applied_all(api, "sabnzbd")
         assert done.keys() == (settable("sabnzbd").keys() & before.keys()) - {passed_over}
-        await changed(api, "rollback", *done.values())
-        assert config(program) == before
+        await run_change(api, "rollback", *done.values())
+        assert get_config(program) == before
 
 
 @pytest.mark.usefixtures("home")
 def test_a_real_sabnzbd_has_every_setting(tmp_path: Path) -> None:
     """Also those that are changed by hand."""
     with real_services.sabnzbd(tmp_path) as program:
-        says(program, section="categories", keyword="tv", name="tv")
-        says(program, section="servers", keyword="one", name="one", host="news.example")
+        set_config(program, section="categories", keyword="tv", name="tv")
+        set_config(program, section="servers", keyword="one", name="one", host="news.example")
         for area in ("misc", "categories[]", "servers[]"):
-            told = config(program, area.removesuffix("[]"))
+            told = get_config(program, area.removesuffix("[]"))
             known = told if area == "misc" else told[0]
             ours = [rule for rule in rules.load().rules if rule.service == "sabnzbd"]
             named = {setting for rule in ours for place, setting in settings_of(rule) if place == area}

@@ -18,6 +18,16 @@ from pipelines.media.audit import audit_services, change_settings
 from pipelines.media.audit import tables as audit_tables
 from pipelines.media.audit.tables import Recommendation, SettingChange
 from serve.security import rate_limits
+from tests.serve.media.audit_requests import (
+    PATH,
+    add_service,
+    get_config,
+    get_recommendations,
+    run_audit,
+    run_change,
+    set_config,
+    set_misc,
+)
 from tests.support import run_jobs
 from tests.support.api_client import ApiClient
 from tests.support.services import real_services
@@ -25,11 +35,9 @@ from tests.support.services.fake_arr import FakeArr, fake_arr
 from tests.support.services.fake_services import KEY
 from tests.support.services.real_services import RunningService
 from tests.support.services.stub_server import StubRequest, StubResponse, html_page, json_response, stub_server
-from tests.support.waiting import TIMEOUT
 
 pytestmark = pytest.mark.both_databases
 
-PATH = "/api/v1/config"
 PASSWORD = "geheim-geheim-7"
 DEAD = "http://127.0.0.1:9"
 BEGIN = {
@@ -52,15 +60,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 async def sabnzbd(program: RunningService, api: ApiClient) -> RunningService:
     """It is connected, and as every test wants it."""
     for name, value in BEGIN.items():
-        said(program, name, value)
-    await connect(api, "SAB", "sabnzbd", program.url, program.key)
+        set_misc(program, name, value)
+    await add_service(api, "SAB", "sabnzbd", program.url, program.key)
     return program
 
 
 @pytest.fixture
 async def sonarr(api: ApiClient) -> AsyncIterator[FakeArr]:
     async with fake_arr("sonarr", **sonarr_resources()) as arr:
-        await connect(api, "TV", "sonarr", arr.url, KEY)
+        await add_service(api, "TV", "sonarr", arr.url, KEY)
         yield arr
 
 
@@ -78,54 +86,8 @@ def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: ApiClient) -
     return write
 
 
-async def connect(api: ApiClient, name: str, type: str, url: str, key: str | None = None) -> int:  # noqa: A002
-    async with api.database.transaction() as session:
-        values = {"name": name, "type": type, "url": url, "api_key": key}
-        return (await service_store.create(session, values, "ada")).id
-
-
-def said(program: RunningService, keyword: str, value: str) -> None:
-    says(program, section="misc", keyword=keyword, value=value)
-
-
-def says(program: RunningService, **told: str) -> None:
-    query = {"mode": "set_config", **told}
-    httpx.get(
-        f"{program.url}/api", params={**query, "output": "json", "apikey": program.key}, timeout=TIMEOUT
-    ).raise_for_status()
-
-
-def config(program: RunningService, section: str = "misc") -> Any:
-    query = {"mode": "get_config", "section": section, "output": "json", "apikey": program.key}
-    return httpx.get(f"{program.url}/api", params=query, timeout=TIMEOUT).json()["config"][section]
-
-
-async def audited(api: ApiClient, *services: str, **more: Any) -> dict[str, Any]:
-    body = {"services": list(services), "include_web_search": False, **more}
-    answer = await run_jobs.request_and_run(api, f"{PATH}/audit", body, audit_services.KIND)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-async def changed(api: ApiClient, action: str, *ids: int, dry_run: bool = False) -> list[dict[str, Any]]:
-    body = {"recommendation_ids": list(ids), "dry_run": dry_run}
-    answer = await run_jobs.request_and_run(api, f"{PATH}/{action}", body, change_settings.KIND)
-    assert answer.status_code == 200, answer.text
-    told = answer.json()
-    good = sum(result["success"] for result in told["results"])
-    assert told["summary"] == {"total": len(ids), "successful": good, "failed": len(ids) - good}
-    assert told["dry_run"] is dry_run
-    return told["results"]
-
-
-async def recommended(api: ApiClient, **query: Any) -> dict[str, dict[str, Any]]:
-    answer = await api.request("bob", "GET", f"{PATH}/recommendations", params={"page_size": 100, **query})
-    assert answer.status_code == 200, answer.text
-    return {f"{one['item'] or ''}.{one['setting_name']}".lstrip("."): one for one in answer.json()["recommendations"]}
-
-
 async def test_an_audit_answers_as_documented(api: ApiClient, sabnzbd: RunningService) -> None:
-    told = await audited(api, "sabnzbd")
+    told = await run_audit(api, "sabnzbd")
     assert told["audit_id"].startswith("audit_")
     assert (told["services_audited"], told["status"], told["failed_services"]) == (["sabnzbd"], "succeeded", {})
     total = told["total_recommendations"]
@@ -140,7 +102,7 @@ async def test_an_audit_answers_as_documented(api: ApiClient, sabnzbd: RunningSe
     assert listed["pagination"] == {"page": 1, "page_size": 2, "total_items": high, "total_pages": -(-high // 2)}
     assert listed["filters_applied"] == {"service": "SAB", "priority": "high"}
     assert len(listed["recommendations"]) == 2
-    hopeless = (await recommended(api))["fail_hopeless_jobs"]
+    hopeless = (await get_recommendations(api))["fail_hopeless_jobs"]
     assert (hopeless["service"], hopeless["category"], hopeless["priority"]) == ("sabnzbd", "performance", "high")
     assert (hopeless["current_value"], hopeless["recommended_value"], hopeless["applied"]) == (0, 1, False)
     detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{hopeless['id']}")).json()
@@ -155,12 +117,12 @@ async def test_an_audit_answers_as_documented(api: ApiClient, sabnzbd: RunningSe
 async def test_the_same_finding_is_the_same_recommendation_until_it_is_gone(
     api: ApiClient, sabnzbd: RunningService
 ) -> None:
-    first = await audited(api, "sabnzbd")
-    before = await recommended(api)
-    said(sabnzbd, "direct_unpack", "1")
-    said(sabnzbd, "pre_check", "1")
-    second = await audited(api, "SAB")
-    after = await recommended(api)
+    first = await run_audit(api, "sabnzbd")
+    before = await get_recommendations(api)
+    set_misc(sabnzbd, "direct_unpack", "1")
+    set_misc(sabnzbd, "pre_check", "1")
+    second = await run_audit(api, "SAB")
+    after = await get_recommendations(api)
     assert after.keys() == before.keys() - {"direct_unpack"} | {"pre_check"}
     assert {name: after[name]["id"] for name in before if name in after} == {
         name: one["id"] for name, one in before.items() if name in after
@@ -170,66 +132,66 @@ async def test_the_same_finding_is_the_same_recommendation_until_it_is_gone(
     history = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()
     assert [one["audit_id"] for one in history["audits"]] == [second["audit_id"], first["audit_id"]]
     assert history["pagination"]["total_items"] == 2
-    (result,) = await changed(api, "apply", before["direct_unpack"]["id"])
+    (result,) = await run_change(api, "apply", before["direct_unpack"]["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, False)
 
 
 async def test_settings_are_applied_once_and_taken_back(api: ApiClient, sabnzbd: RunningService) -> None:
-    told = await audited(api, "sabnzbd")
-    found = await recommended(api)
+    told = await run_audit(api, "sabnzbd")
+    found = await get_recommendations(api)
     ids = [found[name]["id"] for name in ("fail_hopeless_jobs", "unwanted_extensions", "nzb_backup_dir")]
 
-    before = config(sabnzbd)
-    dry = await changed(api, "apply", *ids, dry_run=True)
+    before = get_config(sabnzbd)
+    dry = await run_change(api, "apply", *ids, dry_run=True)
     assert [(one["success"], one["changed"]) for one in dry] == [(True, False), (True, False), (False, False)]
     assert (dry[0]["previous_value"], dry[0]["new_value"], dry[0]["message"]) == (0, 1, "It would be changed")
-    assert config(sabnzbd) == before
+    assert get_config(sabnzbd) == before
 
-    first = await changed(api, "apply", *ids)
+    first = await run_change(api, "apply", *ids)
     assert [one["success"] for one in first] == [True, True, False]
     assert (first[0]["message"], first[0]["rollback_available"]) == ("Configuration applied successfully", True)
     assert (first[2]["error"], first[2]["message"][:22]) == ("by_hand", "This is done by hand: ")
-    live = config(sabnzbd)
+    live = get_config(sabnzbd)
     assert live["fail_hopeless_jobs"] == 1
     assert live["unwanted_extensions"] == found["unwanted_extensions"]["recommended_value"]
-    assert (await recommended(api, applied=True)).keys() == {"fail_hopeless_jobs", "unwanted_extensions"}
+    assert (await get_recommendations(api, applied=True)).keys() == {"fail_hopeless_jobs", "unwanted_extensions"}
 
-    again = await changed(api, "apply", *ids[:2])
+    again = await run_change(api, "apply", *ids[:2])
     assert [(one["success"], one["changed"], one["rollback_available"]) for one in again] == [(True, False, True)] * 2
-    assert config(sabnzbd) == live
+    assert get_config(sabnzbd) == live
     (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
     assert (one["applied_count"], one["total_recommendations"]) == (2, told["total_recommendations"])
 
-    back = await changed(api, "rollback", ids[0])
+    back = await run_change(api, "rollback", ids[0])
     assert (back[0]["success"], back[0]["previous_value"], back[0]["new_value"]) == (True, 1, 0)
-    assert config(sabnzbd)["fail_hopeless_jobs"] == 0
-    (nothing,) = await changed(api, "rollback", ids[0])
+    assert get_config(sabnzbd)["fail_hopeless_jobs"] == 0
+    (nothing,) = await run_change(api, "rollback", ids[0])
     assert (nothing["success"], nothing["error"]) == (False, "conflict")
-    assert (await recommended(api))["fail_hopeless_jobs"]["applied"] is False
+    assert (await get_recommendations(api))["fail_hopeless_jobs"]["applied"] is False
     (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
     assert one["applied_count"] == 1
-    await changed(api, "rollback", ids[1])
-    assert config(sabnzbd) == before
+    await run_change(api, "rollback", ids[1])
+    assert get_config(sabnzbd) == before
 
 
 async def test_what_was_changed_by_hand_is_not_overwritten(api: ApiClient, sabnzbd: RunningService) -> None:
-    said(sabnzbd, "propagation_delay", "1")
-    await audited(api, "sabnzbd")
-    found = await recommended(api)
-    said(sabnzbd, "propagation_delay", "3")
-    (result,) = await changed(api, "apply", found["propagation_delay"]["id"])
+    set_misc(sabnzbd, "propagation_delay", "1")
+    await run_audit(api, "sabnzbd")
+    found = await get_recommendations(api)
+    set_misc(sabnzbd, "propagation_delay", "3")
+    (result,) = await run_change(api, "apply", found["propagation_delay"]["id"])
     assert (result["success"], result["error"], result["previous_value"]) == (False, "changed_since", 3)
-    assert config(sabnzbd)["propagation_delay"] == 3
+    assert get_config(sabnzbd)["propagation_delay"] == 3
 
-    (result,) = await changed(api, "apply", found["fail_hopeless_jobs"]["id"])
+    (result,) = await run_change(api, "apply", found["fail_hopeless_jobs"]["id"])
     assert result["success"]
-    await audited(api, "sabnzbd")
-    (result,) = await changed(api, "apply", (await recommended(api))["propagation_delay"]["id"])
+    await run_audit(api, "sabnzbd")
+    (result,) = await run_change(api, "apply", (await get_recommendations(api))["propagation_delay"]["id"])
     assert (result["success"], result["previous_value"], result["new_value"]) == (True, 3, 5)
-    said(sabnzbd, "propagation_delay", "20")
-    (result,) = await changed(api, "rollback", found["propagation_delay"]["id"])
+    set_misc(sabnzbd, "propagation_delay", "20")
+    (result,) = await run_change(api, "rollback", found["propagation_delay"]["id"])
     assert (result["success"], result["error"]) == (False, "changed_since")
-    assert config(sabnzbd)["propagation_delay"] == 20
+    assert get_config(sabnzbd)["propagation_delay"] == 20
 
 
 RULE = """
@@ -256,16 +218,16 @@ async def test_a_value_that_is_not_taken_is_reported_and_the_former_one_given_ba
         + RULE.format(id="open", area="misc", setting="inet_exposure", value="99")
         + "- {id: broken}\n"
     )
-    told = await audited(api, "sabnzbd")
+    told = await run_audit(api, "sabnzbd")
     assert told["rule_problems"] == [f"{file}:27: service: Field required."]
-    found = await recommended(api, priority="critical")
-    soon, exposure = await changed(api, "apply", found["propagation_delay"]["id"], found["inet_exposure"]["id"])
+    found = await get_recommendations(api, priority="critical")
+    soon, exposure = await run_change(api, "apply", found["propagation_delay"]["id"], found["inet_exposure"]["id"])
     assert (soon["success"], soon["error"]) == (False, "not_taken")
     assert "became 0: it was given its former value back" in soon["message"]
     assert (exposure["success"], exposure["error"]) == (False, "not_taken")
-    live = config(sabnzbd)
+    live = get_config(sabnzbd)
     assert (live["propagation_delay"], live["inet_exposure"]) == (7, 0)
-    (nothing,) = await changed(api, "rollback", found["propagation_delay"]["id"])
+    (nothing,) = await run_change(api, "rollback", found["propagation_delay"]["id"])
     assert nothing["success"] is False
 
 
@@ -273,19 +235,21 @@ async def test_things_in_lists_are_changed_and_never_made(
     api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     own_rules(RULE.format(id="folder", area="categories[]", setting="dir", value="shows"))
-    says(sabnzbd, section="categories", keyword="*", name="*")  # with it, it makes none by itself
-    says(sabnzbd, section="categories", keyword="tv", name="tv", dir="tv*")
-    await audited(api, "sabnzbd")
-    found = (await recommended(api, priority="critical"))["tv.dir"]
+    set_config(sabnzbd, section="categories", keyword="*", name="*")  # with it, it makes none by itself
+    set_config(sabnzbd, section="categories", keyword="tv", name="tv", dir="tv*")
+    await run_audit(api, "sabnzbd")
+    found = (await get_recommendations(api, priority="critical"))["tv.dir"]
     assert (found["area"], found["item"], found["current_value"]) == ("categories[]", "tv", "tv*")
-    before = config(sabnzbd, "categories")
-    (result,) = await changed(api, "apply", found["id"])
+    before = get_config(sabnzbd, "categories")
+    (result,) = await run_change(api, "apply", found["id"])
     assert result["success"], result
-    assert config(sabnzbd, "categories") == [{**one, "dir": "shows"} if one["name"] == "tv" else one for one in before]
-    await changed(api, "rollback", found["id"])
-    assert config(sabnzbd, "categories") == before
-    says(sabnzbd, mode="del_config", section="categories", keyword="tv")
-    (gone,) = await changed(api, "apply", found["id"])
+    assert get_config(sabnzbd, "categories") == [
+        {**one, "dir": "shows"} if one["name"] == "tv" else one for one in before
+    ]
+    await run_change(api, "rollback", found["id"])
+    assert get_config(sabnzbd, "categories") == before
+    set_config(sabnzbd, mode="del_config", section="categories", keyword="tv")
+    (gone,) = await run_change(api, "apply", found["id"])
     assert (gone["success"], gone["error"]) == (False, "not_found")
 
 
@@ -293,13 +257,13 @@ async def test_secrets_are_kept_and_told_nowhere(
     api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     server = {"keyword": "one", "name": "one", "host": "news.example", "username": "ada"}
-    says(sabnzbd, section="servers", **server, password=PASSWORD)
+    set_config(sabnzbd, section="servers", **server, password=PASSWORD)
     spying = RULE.format(id="spy", area="misc", setting="api_key", value="x").replace("{set: x}", "{by_hand: Look.}")
     own_rules(spying)
-    await audited(api, "sabnzbd")
-    found = await recommended(api)
+    await run_audit(api, "sabnzbd")
+    found = await get_recommendations(api)
     assert found["api_key"]["current_value"] == "********"
-    await changed(api, "apply", found["fail_hopeless_jobs"]["id"])
+    await run_change(api, "apply", found["fail_hopeless_jobs"]["id"])
     kept: list[Any] = []
     async with api.database.read_transaction() as session:
         for table in Base.metadata.sorted_tables:
@@ -357,9 +321,9 @@ def sonarr_resources() -> dict[str, Any]:
 
 async def test_sonarr_gets_back_what_it_told_but_for_what_was_changed(api: ApiClient, sonarr: FakeArr) -> None:
     before = json.loads(json.dumps(sonarr.resources))
-    told = await audited(api, "sonarr")
+    told = await run_audit(api, "sonarr")
     assert told["failed_services"] == {}
-    found = await recommended(api)
+    found = await get_recommendations(api)
     assert found["rssSyncInterval"]["current_value"] == 0
     assert found["enableRss"]["current_value"] == []  # there is no indexer at all
     assert found["maxSize"]["current_value"] == ["HDTV-720p: 100.0"]
@@ -367,14 +331,14 @@ async def test_sonarr_gets_back_what_it_told_but_for_what_was_changed(api: ApiCl
     detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{found['UpdateCheck.message']['id']}")).json()
     assert "https://wiki" in detail["references"]
     wanted = ["copyUsingHardlinks", "rssSyncInterval", 'SAB "🎬".removeCompletedDownloads']
-    results = await changed(api, "apply", *(found[name]["id"] for name in wanted))
+    results = await run_change(api, "apply", *(found[name]["id"] for name in wanted))
     assert [one["success"] for one in results] == [True, True, True], results
     expected = json.loads(json.dumps(before))
     expected["config/mediamanagement"]["copyUsingHardlinks"] = True
     expected["config/indexer"]["rssSyncInterval"] = 15
     expected["downloadclient"][0]["removeCompletedDownloads"] = True
     assert sonarr.resources == expected
-    await changed(api, "rollback", *(found[name]["id"] for name in wanted))
+    await run_change(api, "rollback", *(found[name]["id"] for name in wanted))
     assert sonarr.resources == before
 
 
@@ -391,33 +355,33 @@ async def test_what_could_not_be_given_back_at_once_can_be_later(api: ApiClient)
         return json_response({"message": "Not now"}, 503) if len(writes) == 2 else None
 
     async with fake_arr("sonarr", before, **sonarr_resources()) as arr:
-        await connect(api, "TV", "sonarr", arr.url, KEY)
-        await audited(api, "sonarr")
-        wanted = (await recommended(api))["rssSyncInterval"]["id"]
-        (result,) = await changed(api, "apply", wanted)
+        await add_service(api, "TV", "sonarr", arr.url, KEY)
+        await run_audit(api, "sonarr")
+        wanted = (await get_recommendations(api))["rssSyncInterval"]["id"]
+        (result,) = await run_change(api, "apply", wanted)
         assert (result["success"], result["error"]) == (False, "not_taken")
         assert "is 10 now; its former value could not be given back" in result["message"]
-        (result,) = await changed(api, "rollback", wanted)
+        (result,) = await run_change(api, "rollback", wanted)
         assert (result["success"], result["changed"]) == (True, True), result
         assert writes == [15, 0, 0]
         assert arr.resources["config/indexer"]["rssSyncInterval"] == 0
 
 
 async def test_a_password_that_reads_as_asterisks_is_never_written(api: ApiClient, sonarr: FakeArr) -> None:
-    await audited(api, "sonarr")
-    found = await recommended(api)
-    (result,) = await changed(api, "apply", found["certificateValidation"]["id"])
+    await run_audit(api, "sonarr")
+    found = await get_recommendations(api)
+    (result,) = await run_change(api, "apply", found["certificateValidation"]["id"])
     assert result["success"] is False
     assert "hides its setting 'password'" in result["message"]
     assert not [request for request in sonarr.requests if request.method == "PUT"]
 
 
 async def test_an_audit_of_many_tells_of_those_that_are_down(api: ApiClient, sonarr: FakeArr) -> None:
-    await connect(api, "Movies", "radarr", DEAD, KEY)
+    await add_service(api, "Movies", "radarr", DEAD, KEY)
     half = StubResponse(b'{"MediaContainer": {"Setting": [{"id": "auto')
     async with stub_server(lambda request: half) as plex:
-        await connect(api, "plex", "plex", plex.url, KEY)
-        told = await audited(api, "sonarr", "radarr", "plex")
+        await add_service(api, "plex", "plex", plex.url, KEY)
+        told = await run_audit(api, "sonarr", "radarr", "plex")
     assert told["services_audited"] == ["sonarr"]
     assert told["failed_services"].keys() == {"radarr", "plex"}
     assert "cannot be reached" in told["failed_services"]["radarr"]
@@ -438,24 +402,24 @@ async def test_an_audit_of_many_tells_of_those_that_are_down(api: ApiClient, son
 )
 async def test_answers_that_make_no_sense_fail_that_service_only(api: ApiClient, answer: StubResponse) -> None:
     async with stub_server(lambda request: answer) as plex:
-        await connect(api, "plex", "plex", plex.url, KEY)
-        told = await audited(api, "plex")
+        await add_service(api, "plex", "plex", plex.url, KEY)
+        told = await run_audit(api, "plex")
     assert told["services_audited"] == []
     assert list(told["failed_services"]) == ["plex"]
 
 
 async def test_what_is_open_stays_open_while_a_service_is_away(api: ApiClient, sonarr: FakeArr) -> None:
-    await audited(api, "sonarr")
-    before = await recommended(api)
+    await run_audit(api, "sonarr")
+    before = await get_recommendations(api)
     async with api.database.transaction() as session:
         service = await service_store.find(session, "sonarr")
         assert service
         service.url = DEAD
-    told = await audited(api, "sonarr")
+    told = await run_audit(api, "sonarr")
     assert list(told["failed_services"]) == ["sonarr"]
-    assert (await recommended(api)).keys() == before.keys()
+    assert (await get_recommendations(api)).keys() == before.keys()
     both = [before["copyUsingHardlinks"]["id"], before["rssSyncInterval"]["id"], 999999]
-    results = await changed(api, "apply", *both)
+    results = await run_change(api, "apply", *both)
     assert [one["error"] for one in results] == ["mcp_connection_error", "mcp_connection_error", "not_found"]
     assert results[0]["message"].startswith("Service connection failed")
     assert results[2]["message"] == "Recommendation with ID 999999 not found"
@@ -471,11 +435,11 @@ async def test_plex_is_told_by_names_and_numbers(api: ApiClient) -> None:
         return json_response({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
 
     async with stub_server(answer) as plex:
-        await connect(api, "plex", "plex", plex.url, KEY)
-        told = await audited(api, "plex")
+        await add_service(api, "plex", "plex", plex.url, KEY)
+        told = await run_audit(api, "plex")
         assert told["total_recommendations"] == 1  # of settings that this version does not have, nothing is said
-        found = (await recommended(api))["allowMediaDeletion"]
-        (result,) = await changed(api, "apply", found["id"])
+        found = (await get_recommendations(api))["allowMediaDeletion"]
+        (result,) = await run_change(api, "apply", found["id"])
     assert result["success"], result
     assert kept["allowMediaDeletion"] is False
     assert plex.requests[-2].query == {"allowMediaDeletion": "0"}
@@ -488,21 +452,21 @@ async def test_what_is_no_longer_advisable_is_not_applied(api: ApiClient) -> Non
         return json_response({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
 
     async with stub_server(answer) as plex:
-        await connect(api, "plex", "plex", plex.url, KEY)
-        await audited(api, "plex")
-        found = (await recommended(api))["ScheduledLibraryUpdatesEnabled"]
+        await add_service(api, "plex", "plex", plex.url, KEY)
+        await run_audit(api, "plex")
+        found = (await get_recommendations(api))["ScheduledLibraryUpdatesEnabled"]
         kept["FSEventLibraryUpdatesEnabled"] = False  # so Plex would look for new files in no way at all
         for dry_run in (True, False):
-            (result,) = await changed(api, "apply", found["id"], dry_run=dry_run)
+            (result,) = await run_change(api, "apply", found["id"], dry_run=dry_run)
             assert (result["success"], result["error"]) == (False, "changed_since")
         assert {request.method for request in plex.requests} == {"GET"}
 
 
 async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, sonarr: FakeArr) -> None:
-    await audited(api, "sonarr")
-    found = (await recommended(api))['SAB "🎬".removeCompletedDownloads']
+    await run_audit(api, "sonarr")
+    found = (await get_recommendations(api))['SAB "🎬".removeCompletedDownloads']
     sonarr.rows("downloadclient")[0]["name"] = "Another"
-    (result,) = await changed(api, "apply", found["id"])
+    (result,) = await run_change(api, "apply", found["id"])
     assert (result["success"], result["error"]) == (False, "changed_since")
     assert sonarr.rows("downloadclient")[0]["removeCompletedDownloads"] is False
 
@@ -523,7 +487,7 @@ async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, s
     ],
 )
 async def test_audits_that_cannot_be_are_refused(api: ApiClient, body: Any, status: int, words: str) -> None:
-    await connect(api, "search", "searxng", DEAD)
+    await add_service(api, "search", "searxng", DEAD)
     answer = await api.request("admin", "POST", f"{PATH}/audit", json=body)
     assert (answer.status_code, words in answer.json()["message"]) == (status, True), answer.text
     assert (await api.count_kinds())[audit_services.KIND] == 0
@@ -591,15 +555,15 @@ async def test_the_web_is_asked_about_what_is_found(api: ApiClient, sonarr: Fake
         {"url": "https://guide.example/4"},
     ]
     async with stub_server(lambda request: json_response({"query": request.query["q"], "results": found})) as searx:
-        await connect(api, "search", "searxng", searx.url)
-        told = await audited(api, "sonarr", include_web_search=True)
+        await add_service(api, "search", "searxng", searx.url)
+        told = await run_audit(api, "sonarr", include_web_search=True)
         assert told["web_search"] == {"used": True, "reason": None, "searches": 12}
         assert {request.query["format"] for request in searx.requests} == {"json"}
         assert "Sonarr copyUsingHardlinks recommended setting" in {request.query["q"] for request in searx.requests}
-    hardlinks = (await recommended(api))["copyUsingHardlinks"]
+    hardlinks = (await get_recommendations(api))["copyUsingHardlinks"]
     detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()
     assert detail["sources"] == [f"https://guide.example/{end}" for end in ("hardlinks", "2", "3")]
-    told = await audited(api, "sonarr", include_web_search=True)  # it is gone now
+    told = await run_audit(api, "sonarr", include_web_search=True)  # it is gone now
     assert told["web_search"]["used"] is False
     assert "cannot be reached" in told["web_search"]["reason"]
     assert (await api.request("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()["sources"] == detail[
@@ -626,12 +590,12 @@ async def test_audits_and_changes_have_limits_of_their_own(api: ApiClient, monke
 
 async def test_an_attempt_that_was_lost_is_done_once(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
     """A worker may die between the end of an audit, or of a change, and the news of it."""
-    await audited(api, "sonarr")
-    found = (await recommended(api))["copyUsingHardlinks"]
+    await run_audit(api, "sonarr")
+    found = (await get_recommendations(api))["copyUsingHardlinks"]
     async with database.transaction() as session:
         session.add(SettingChange(recommendation_id=found["id"], previous=False, new=True, outcome="begun", by="ada"))
     sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] = True
-    (result,) = await changed(api, "apply", found["id"])
+    (result,) = await run_change(api, "apply", found["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, True)
 
     # Taken back after this was asked for, by an attempt that was lost or by whoever asked for the same.
@@ -648,9 +612,9 @@ async def test_an_attempt_that_was_lost_is_done_once(api: ApiClient, sonarr: Fak
 
 
 async def test_old_audits_are_forgotten(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
-    await audited(api, "sonarr")
+    await run_audit(api, "sonarr")
     sonarr.resources["config/indexer"]["rssSyncInterval"] = 15
-    await audited(api, "sonarr")
+    await run_audit(api, "sonarr")
     assert await audit_tables.remove_old(database) == 0
     async with database.transaction() as session:
         await session.execute(text("UPDATE audits SET at = '2020-01-01 00:00:00+00:00'"))
@@ -664,10 +628,10 @@ async def test_old_audits_are_forgotten(api: ApiClient, sonarr: FakeArr, databas
 
 
 async def test_a_deleted_service_takes_its_recommendations_along(api: ApiClient, sonarr: FakeArr) -> None:
-    await audited(api, "sonarr")
+    await run_audit(api, "sonarr")
     async with api.database.transaction() as session:
         service = await service_store.find(session, "sonarr")
         assert service
         await service_store.delete(session, service)
-    assert await recommended(api) == {}
+    assert await get_recommendations(api) == {}
     assert len((await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]) == 1

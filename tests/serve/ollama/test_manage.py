@@ -23,7 +23,7 @@ from pipelines.training.models.blobs import Blob
 from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
 from serve.engines.gguf.replica import GgufEngine
-from tests.serve.ollama.templates.test_go_templates import TALK, TURN, rendered
+from tests.serve.ollama.templates.go_templates import CHAT_TEMPLATE, TURN_TEMPLATE, render
 from tests.support.app_server import running_app
 from tests.support.registry_model import RegistryModel
 from tests.support.small_models import write_adapter, write_constant_model, write_model
@@ -153,7 +153,7 @@ async def test_what_a_model_brings_along_holds_at_every_door(gateway: Gateway) -
     assert told.usage.prompt_tokens == answer.prompt_eval_count
 
 
-@pytest.mark.parametrize("template", [TURN, TALK])
+@pytest.mark.parametrize("template", [TURN_TEMPLATE, CHAT_TEMPLATE])
 async def test_a_template_in_the_language_of_ollama(gateway: Gateway, template: str) -> None:
     path = write_model(gateway.folder / "model.gguf", seed=1, talkative=True)
     await gateway.create(gateway.registry_model.name, path, template=template)
@@ -163,7 +163,7 @@ async def test_a_template_in_the_language_of_ollama(gateway: Gateway, template: 
         answer = await gateway.client.chat(
             model=gateway.registry_model.name, messages=messages, options={"num_predict": 1}
         )
-        assert answer.prompt_eval_count == len(rendered(template, *messages).encode())  # a token is a byte
+        assert answer.prompt_eval_count == len(render(template, *messages).encode())  # a token is a byte
 
 
 async def test_a_model_made_from_another_one(gateway: Gateway) -> None:

@@ -11,9 +11,10 @@ from cluster.services.capabilities.settings import SettingsEntry
 from cluster.services.catalog import find_connector
 from cluster.settings import get_settings
 from pipelines.media.audit import rules
-from pipelines.media.audit.conditions import Condition, Expectation
+from pipelines.media.audit.conditions import Expectation
 from pipelines.media.audit.evaluate import evaluate_rules, to_storable
 from pipelines.media.audit.rules import Rule
+from tests.support.audit_rules import settings_of
 from tests.support.services.openapi_documents import document_path
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -67,23 +68,6 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def shipped(service: str) -> list[Rule]:
     return [rule for rule in rules.load().rules if rule.service == service]
-
-
-def settings_of(rule: Rule) -> set[tuple[str, str]]:
-    """Every setting that a rule names, with its area."""
-    named = {(rule.area, rule.setting)} | {(rule.area, name) for name in rule.where}
-    if rule.reference_setting:
-        named.add((rule.area, rule.reference_setting))
-    for expectation, area in ((rule.expect, rule.area), (rule.when, (rule.when and rule.when.area) or rule.area)):
-        if expectation is None:
-            continue
-        if expectation.different_from:
-            named.add((area, expectation.different_from))
-        if expectation.outside:
-            named.add((expectation.outside.area, expectation.outside.setting))
-        if isinstance(expectation, Condition):
-            named.add((area, expectation.setting))
-    return named
 
 
 def test_there_are_rules_for_five_services_and_all_can_be() -> None:

@@ -3,32 +3,9 @@
 from typing import Any
 
 import pytest
-from jinja2 import Environment
 
 from serve.ollama.templates.chat_template import TemplateRefused, to_jinja
-
-TURN = (
-    "{{ if .System }}[system {{ .System }}]\n{{ end }}{{- if .Prompt }}[user {{ .Prompt }}]\n{{ end }}"
-    "[assistant {{ .Response }}]\n"
-)
-TALK = """
-{{- /* Whoever reads this is no model. */ -}}
-{{- if or .System .Tools }}[system {{ .System }}
-{{- if .Tools }} tools
-{{- range .Tools }} {{ .Function.Name }} {{ .Function.Parameters }}{{ end }}
-{{- end }}]
-{{ end }}
-{{- range $i, $message := .Messages }}
-{{- $last := eq (len (slice $.Messages $i)) 1 -}}
-{{- if eq .Role "user" "tool" }}[{{ $message.Role }} {{ .Content }}]
-{{ else if eq .Role "assistant" }}[assistant
-{{- if .Content }} {{ .Content }}{{ end }}
-{{- range .ToolCalls }} call {{ .Function.Name }} {{ json .Function.Arguments }}{{ end }}
-{{- if not $last }}]
-{{ end }}
-{{- end }}
-{{- if and (ne .Role "assistant") $last }}[assistant {{ end }}
-{{- end }}"""
+from tests.serve.ollama.templates.go_templates import CHAT_TEMPLATE, TURN_TEMPLATE, render
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 HELLO = {"role": "user", "content": "Hello"}
@@ -40,13 +17,6 @@ CALLS = {
     "tool_calls": [{"function": {"name": "look", "arguments": {"room": "hall"}}}],
 }
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-
-
-def rendered(template: str, *messages: dict[str, Any], begun: bool = True, **more: Any) -> str:
-    """As llama.cpp and transformers do it."""
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    template = to_jinja(template)
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=begun, **more)
 
 
 @pytest.mark.parametrize(
@@ -66,20 +36,20 @@ def rendered(template: str, *messages: dict[str, Any], begun: bool = True, **mor
 def test_a_turn_is_written_for_each_turn_and_the_last_one_is_begun(
     messages: list[dict[str, Any]], written: str
 ) -> None:
-    assert rendered(TURN, *messages) == written
+    assert render(TURN_TEMPLATE, *messages) == written
 
 
 def test_a_conversation_that_is_over_is_written_to_its_end() -> None:
-    assert rendered(TURN, HELLO, HI, begun=False) == "[user Hello]\n[assistant Hi.]\n"
+    assert render(TURN_TEMPLATE, HELLO, HI, begun=False) == "[user Hello]\n[assistant Hi.]\n"
 
 
 def test_the_response_comes_last_where_a_template_does_not_say_where() -> None:
-    assert rendered("{{ .Prompt }}: ", HELLO, HI, WHO) == "Hello: Hi.Who is 'it' {{ 🎬 }}?: "
+    assert render("{{ .Prompt }}: ", HELLO, HI, WHO) == "Hello: Hi.Who is 'it' {{ 🎬 }}?: "
 
 
 def test_what_stands_behind_the_response_is_left_out_wherever_that_is() -> None:
     template = "{{ if .Prompt }}<{{ .Prompt }}>{{ .Response }}</a>{{ end }}</b>"
-    assert rendered(template, HELLO, HI, WHO) == "<Hello>Hi.</a></b><Who is 'it' {{ 🎬 }}?>"
+    assert render(template, HELLO, HI, WHO) == "<Hello>Hi.</a></b><Who is 'it' {{ 🎬 }}?>"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +74,8 @@ def test_a_template_that_goes_through_the_messages_itself(
     messages: list[dict[str, Any]], more: dict[str, Any], written: str
 ) -> None:
     told = [one for one in messages if one["role"] != "system"]
-    assert rendered(TALK, *messages, **more) == written
-    assert rendered(TALK, *told, **more) == written.replace("[system Be brief.]\n", "")
+    assert render(CHAT_TEMPLATE, *messages, **more) == written
+    assert render(CHAT_TEMPLATE, *told, **more) == written.replace("[system Be brief.]\n", "")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +99,7 @@ def test_a_template_that_goes_through_the_messages_itself(
     ],
 )
 def test_what_go_has_for_it(template: str, written: str) -> None:
-    assert rendered(template, HELLO, CALLS) == written
+    assert render(template, HELLO, CALLS) == written
 
 
 @pytest.mark.parametrize(
