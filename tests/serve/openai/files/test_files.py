@@ -250,9 +250,9 @@ async def test_a_file_whose_time_is_over_is_gone(gateway: Gateway) -> None:
 
 
 async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(gateway: Gateway, tmp_path: Path) -> None:
-    told: dict[str, Any] = {"filename": "out.jsonl", "purpose": "batch_output", "file_id": "file-of-job"}
-    first = await file_store.create_file(gateway.database, BytesIO(b"one\ntwo\n"), **told)
-    again = await file_store.create_file(gateway.database, BytesIO(b"other"), **told)
+    fields: dict[str, Any] = {"filename": "out.jsonl", "purpose": "batch_output", "file_id": "file-of-job"}
+    first = await file_store.create_file(gateway.database, BytesIO(b"one\ntwo\n"), principal=LOCAL, **fields)
+    again = await file_store.create_file(gateway.database, BytesIO(b"other"), principal=LOCAL, **fields)
     assert (first.id, again.bytes) == (again.id, 8)
     with file_store.open_file(again) as content:
         assert list(content) == [b"one\n", b"two\n"]
