@@ -104,7 +104,7 @@ async def find(session: AsyncSession, file_id: str, principal: Principal) -> Fil
 
 
 def visible_to(principal: Principal) -> Select[File]:
-    """Select the files that this owner may see and that have not expired."""
+    """Select the files that this principal may see and that have not expired."""
     unexpired = select(File).where(or_(File.expires_at.is_(None), File.expires_at > now()))
     return visible(unexpired, File, principal)
 
