@@ -1,4 +1,4 @@
-"""The sorts of service there are: a module in `cluster/services/connectors/` for each."""
+"""The catalog of connectors: it loads the module of each type of service from `cluster/services/connectors/`."""
 
 from functools import cache
 from importlib import import_module
@@ -17,7 +17,7 @@ class UnknownServiceType(UnprocessableRequest):
 
 @cache
 def all_connectors() -> dict[str, Connector]:
-    """Every connector by its type."""
+    """Return all connectors by type."""
     modules = (import_module(f"{connectors.__name__}.{module.name}") for module in iter_modules(connectors.__path__))
     loaded: list[Connector] = [module.CONNECTOR for module in modules]
     return {connector.type: connector for connector in loaded}
@@ -25,7 +25,7 @@ def all_connectors() -> dict[str, Connector]:
 
 @cache
 def connectors_by_name() -> dict[str, Connector]:
-    """Every connector by each word that means it."""
+    """Return all connectors by type and by alias."""
     return {name: connector for connector in all_connectors().values() for name in connector.names}
 
 

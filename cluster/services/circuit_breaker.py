@@ -1,12 +1,12 @@
-"""A circuit breaker for each service: what has failed again and again is left alone for a while.
+"""A circuit breaker for each service: after repeated failures, the service is not called for a while.
 
     closed     → open        after `services.breaker_threshold` failures in a row
-    open       → half_open   after `services.breaker_seconds`, for the one who asks first
-    half_open  → closed      when that one succeeds
-    half_open  → open        when it fails too
+    open       → half_open   after `services.breaker_seconds`, for the next caller
+    half_open  → closed      when the calls of that caller succeed
+    half_open  → open        when they fail too
 
-A circuit is a row, so all replicas and workers share it. While all is well that costs one read before the service is
-asked, and one write after.
+A circuit is a row, so all replicas and workers share it. While it is closed, it costs one read before the calls and one
+write after them.
 """
 
 from datetime import datetime, timedelta
@@ -37,7 +37,7 @@ class Circuit(Base):
 
 
 async def before_call(database: Database, service_id: int, name: str, at: datetime) -> None:
-    """Pass, or raise CircuitOpen. Whoever finds an open circuit whose time is up is its trial."""
+    """Return, or raise CircuitOpen. When the time of an open circuit is up, the next caller is its trial."""
     async with database.read_transaction() as session:
         circuit = await session.get(Circuit, service_id)
     if circuit is None or circuit.state == "closed":
@@ -47,13 +47,13 @@ async def before_call(database: Database, service_id: int, name: str, at: dateti
         circuit = await session.get(Circuit, service_id, with_for_update=True)
         if circuit is None or circuit.state == "closed":
             return
-        _raise_if_open(circuit, name, at)  # another one may have become the trial meanwhile
-        # A trial that is never heard of again is over after the same time.
+        _raise_if_open(circuit, name, at)  # another caller may have become the trial meanwhile
+        # If a trial never reports its result, the next one is allowed after the same time.
         circuit.state, circuit.changed_at = "half_open", at
 
 
 async def after_call(database: Database, service_id: int, client: Client, at: datetime) -> None:
-    """What has come of asking."""
+    """Record the results of a client's calls."""
     if not client.successes and not client.failures:
         return
     async with database.transaction() as session:
@@ -73,13 +73,13 @@ async def after_call(database: Database, service_id: int, client: Client, at: da
 
 
 async def reset(session: AsyncSession, service_id: int) -> None:
-    """Forget what was: the service has another address or key now."""
+    """Close the circuit, because the service has another address or key now."""
     circuit = await session.get_one(Circuit, service_id, with_for_update=True)
     circuit.state, circuit.failure_count, circuit.last_failure = "closed", 0, None
 
 
 def state_of(circuit: Circuit, at: datetime) -> CircuitState:
-    """An open circuit whose time is up lets the next one through."""
+    """Return the state of a circuit. When the time of an open one is up, it is half open: the next call may pass."""
     return "half_open" if circuit.state == "open" and not _seconds_left(circuit, at) else circuit.state
 
 
@@ -87,7 +87,8 @@ def _raise_if_open(circuit: Circuit, name: str, at: datetime) -> None:
     seconds = _seconds_left(circuit, at)
     if seconds:
         reason = f": {circuit.last_failure}" if circuit.last_failure else "."
-        raise CircuitOpen(f"{name} has failed {circuit.failure_count} times, and is left alone{reason}", seconds)
+        message = f"{name} has failed {circuit.failure_count} times in a row, and is not called for now{reason}"
+        raise CircuitOpen(message, seconds)
 
 
 def _seconds_left(circuit: Circuit, at: datetime) -> int:

@@ -1,7 +1,7 @@
-"""What a connector is: all that Forgearr knows of one sort of service.
+"""The class `Connector`: everything that Forgearr knows about one type of service.
 
-Each module in `cluster/services/connectors/` declares one, as `CONNECTOR`; that is all it takes to add a service.
-Nobody else may branch on the name of a service: what is asked is what it can do.
+Each module in `cluster/services/connectors/` declares one as `CONNECTOR`; a new type of service needs nothing else. No
+other code may branch on the type of a service: it checks for capabilities.
 """
 
 from collections.abc import Awaitable, Callable
@@ -21,62 +21,62 @@ from cluster.services.http.client import Client
 from cluster.services.web_search import SearchResult
 
 Capability = Literal[
-    "health",  # says whether it works, and its version
-    "queue",  # downloads that run or wait
-    "history",  # downloads that have ended
-    "library",  # what there is
-    "add",  # takes new things into the library, or new downloads
-    "search",  # finds things that could be added, or has them searched for
-    "requests",  # people ask for things
-    "indexers",  # keeps the places that are searched
+    "health",  # reports whether it works, and its version
+    "queue",  # has active downloads
+    "history",  # has finished downloads
+    "library",  # has a library of media
+    "add",  # adds items to its library, or downloads
+    "search",  # finds items that can be added, or searches for their releases
+    "requests",  # takes people's requests for media
+    "indexers",  # manages the indexers that are searched
     "subtitles",
-    "activity",  # who watches what
-    "configure",  # its settings can be read and changed
+    "activity",  # knows who is watching what
+    "configure",  # its settings can be read and written
     "models",  # runs language models
     "web_search",
-    "vectors",  # keeps vectors, and finds near ones
+    "vectors",  # stores vectors, and finds similar ones
     "machines",  # runs virtual machines
-    "metrics",  # keeps numbers over time
+    "metrics",  # stores time series
 ]
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Something that a person or a model may have a service do."""
+    """A function of a service that a person or a model may call."""
 
-    name: str  # a verb and what it is done to: get_queue
+    name: str  # a verb and its object: get_queue
     description: str
     arguments: type[BaseModel]
-    run: Callable[[Client, Any], Awaitable[Any]]  # given arguments of that sort
+    run: Callable[[Client, Any], Awaitable[Any]]  # called with arguments of that type
     effect: Literal["read", "change", "destroy"] = "read"
 
 
-def unchanged(answer: Any) -> Any:
-    return answer
+def unchanged(content: Any) -> Any:
+    return content
 
 
 @dataclass(frozen=True)
 class Connector:
-    type: str  # the word for it, as in `type` of /api/services
-    title: str  # how it writes its name
+    type: str  # its identifier, as in `type` of /api/services
+    title: str  # its name, as its makers write it
     capabilities: frozenset[Capability]
-    health: Callable[[Client], Awaitable[str]]  # asks whether it works, with its key; returns its version
-    key_scheme: ApiKeyScheme | None = None  # None: it has no keys, or logs in by itself
-    aliases: tuple[str, ...] = ()  # other products that are spoken to in the same way
+    health: Callable[[Client], Awaitable[str]]  # checks that it works, with its key; returns its version
+    key_scheme: ApiKeyScheme | None = None  # None: it has no keys, or `session` logs in with the key
+    aliases: tuple[str, ...] = ()  # types of other products with the same API
     key_help: str = ""  # where a person finds the key
-    unwrap: Callable[[Any], Any] = unchanged  # what an answer holds; raises ErrorInside if that is an error
+    unwrap: Callable[[Any], Any] = unchanged  # takes the content out of a response; may raise ErrorInResponse
     tools: tuple[Tool, ...] = ()
     collection: Collection[Any] | None = None  # what it collects: series, movies
     downloads: Downloads | None = None
     library: Library | None = None
     download_tracker: DownloadTracker | None = None
-    settings: SettingsAreas | None = None  # how its settings are read and changed
-    search_web: Callable[[Client, str], Awaitable[list[SearchResult]]] | None = None  # the pages that suit a question
+    settings: SettingsAreas | None = None  # how its settings are read and written
+    search_web: Callable[[Client, str], Awaitable[list[SearchResult]]] | None = None  # finds pages for a query
     session: Callable[[Client, str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every word that means it."""
+        """Its type and its aliases."""
         return (self.type, *self.aliases)
 
     @property
@@ -85,5 +85,5 @@ class Connector:
 
     @property
     def needs_key(self) -> bool:
-        """Whether nobody is answered without one."""
+        """Whether the service answers no request without a key."""
         return self.takes_key and (self.key_scheme is None or self.key_scheme.required)

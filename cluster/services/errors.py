@@ -1,28 +1,28 @@
-"""What becomes of whatever goes wrong between Forgearr and a service.
+"""The errors of calls to outside services.
 
 ServiceError                503
-├── Unreachable                  nobody answers, or not in time
-├── CircuitOpen                  it has failed too often, and is left alone for a while
-├── Unauthorised                 it does not take our key
-├── BadResponse                  it answers, but not with what we understand
-├── WrongService                 something else answers at its address
-├── NotThere                404  it has no such thing
-└── Refused                 400  it will not do this
+├── Unreachable                  no response, or not in time
+├── CircuitOpen                  it has failed too often, and is not called for a while
+├── Unauthorized                 it does not accept the key
+├── BadResponse                  its response is not valid
+├── WrongService                 another program answers at its address
+├── NotFoundInService       404  it does not have the object
+└── Refused                 400  it refuses the request
 
-`client.py` translates once; nobody else sees an error of HTTP or of the network.
+`http/client.py` translates all errors of HTTP and of the network to these; no other code sees the original ones.
 """
 
 from cluster.errors import ForgearrError
 
 
 class ServiceError(ForgearrError):
-    """The service cannot be used right now."""
+    """The service cannot be used now."""
 
     status = 503
     error = "service_unavailable"
     code = "SERVICE_UNAVAILABLE"
     is_failure = True
-    """Whether the service has failed, or has only said no: the circuit breaker counts failures."""
+    """Whether the circuit breaker counts this as a failure. It does not count a refusal: the service works."""
 
 
 class Unreachable(ServiceError):
@@ -33,7 +33,7 @@ class Unreachable(ServiceError):
 
 
 class CircuitOpen(ServiceError):
-    """The service has failed too often, and is not asked for a while."""
+    """The service has failed too often, and is not called for a while."""
 
     code = "SERVICE_CIRCUIT_OPEN"
     retryable = True
@@ -44,26 +44,26 @@ class CircuitOpen(ServiceError):
 
 
 class Unauthorized(ServiceError):
-    """The service does not take the API key."""
+    """The service does not accept the API key."""
 
     code = "SERVICE_UNAUTHORIZED"
 
 
 class BadResponse(ServiceError):
-    """The service answers with something that cannot be understood."""
+    """The response of the service is not valid."""
 
     code = "SERVICE_BAD_RESPONSE"
     retryable = True
 
 
 class WrongService(ServiceError):
-    """Something else answers at the address of the service."""
+    """Another program answers at the address of the service."""
 
     code = "WRONG_SERVICE"
 
 
 class NotFoundInService(ServiceError):
-    """The service has no such thing."""
+    """The service does not have this."""
 
     status = 404
     error = "not_found"
@@ -72,7 +72,7 @@ class NotFoundInService(ServiceError):
 
 
 class Refused(ServiceError):
-    """The service refuses this."""
+    """The service refuses the request."""
 
     status = 400
     error = "invalid_request"
@@ -81,7 +81,7 @@ class Refused(ServiceError):
 
 
 class ErrorInResponse(Exception):
-    """For connectors: a well-formed answer that tells of an error. The client says it as one of the errors above."""
+    """For connectors: a well-formed response that reports an error. The client raises one of the errors above."""
 
     def __init__(self, message: str, *, is_key_error: bool = False) -> None:
         super().__init__(message)

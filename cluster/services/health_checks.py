@@ -1,4 +1,4 @@
-"""How services are: each is asked now and then, and what came of it is kept for a while."""
+"""Health checks of services: call each service, store the results, and report changes of its health."""
 
 import asyncio
 from collections.abc import Sequence
@@ -32,16 +32,16 @@ class ServiceCheck(Base):
 
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     service_id: Mapped[int] = mapped_column(ForeignKey("services.id", ondelete="CASCADE"), index=True)
-    at: Mapped[datetime] = mapped_column(index=True)  # when the service was asked
+    at: Mapped[datetime] = mapped_column(index=True)  # when the service was called
     healthy: Mapped[bool] = mapped_column(Boolean)
-    latency_ms: Mapped[float | None] = mapped_column(Float)  # None: nobody has answered
+    latency_ms: Mapped[float | None] = mapped_column(Float)  # None: no response
     version: Mapped[str | None] = mapped_column(String(MAX_VERSION_LENGTH))
     error_code: Mapped[str | None] = mapped_column(String(100))
     error: Mapped[str | None] = mapped_column(Text)
 
 
 async def check(database: Database, service: Service) -> ServiceCheck:
-    """Ask a service how it is, whatever its circuit says, and keep the answer."""
+    """Check a service, also if its circuit is open, and store the result."""
     service_check = ServiceCheck(service_id=service.id, at=now(), healthy=False)
     started = perf_counter()
     try:
@@ -70,7 +70,7 @@ async def check(database: Database, service: Service) -> ServiceCheck:
 
 
 async def check_all(database: Database, services: Sequence[Service]) -> list[ServiceCheck | None]:
-    """Ask many at the same time, but not all of a large home at once. None: a service was deleted meanwhile."""
+    """Check services, MAX_CONCURRENCY at the same time. None: the service was deleted meanwhile."""
     semaphore = asyncio.Semaphore(MAX_CONCURRENCY)
 
     async def check_one(service: Service) -> ServiceCheck | None:
@@ -82,7 +82,7 @@ async def check_all(database: Database, services: Sequence[Service]) -> list[Ser
 
 
 async def get_version(client: Client, connector: Connector) -> str:
-    """Ask whether the service works."""
+    """Check that the service works, and return its version."""
     try:
         return await connector.health(client)
     except NotFoundInService as error:
@@ -90,7 +90,7 @@ async def get_version(client: Client, connector: Connector) -> str:
 
 
 async def diagnose(error: ServiceError, connection: Connection, connector: Connector) -> ServiceError:
-    """What has gone wrong; or, if the page at this address is another service's, that."""
+    """Return the reason of a failed check: the error, or that another service has its page at this address."""
     if isinstance(error, Unreachable):
         return error
     anonymous_client = Client(replace(connection, key=None))
@@ -100,7 +100,7 @@ async def diagnose(error: ServiceError, connection: Connection, connector: Conne
 
 
 async def last_checks(session: AsyncSession) -> dict[int, ServiceCheck]:
-    """The last check of each service that was checked as it is connected now."""
+    """Return the last check of each service that was made since its address and key last changed."""
     newest_id = (
         select(func.max(ServiceCheck.id))
         .where(ServiceCheck.service_id == Service.id)
@@ -112,18 +112,18 @@ async def last_checks(session: AsyncSession) -> dict[int, ServiceCheck]:
         .join(Service, ServiceCheck.service_id == Service.id)
         .where(ServiceCheck.id == newest_id, ServiceCheck.at >= Service.connected_as_of)
     )
-    return {outcome.service_id: outcome for outcome in checks}
+    return {service_check.service_id: service_check for service_check in checks}
 
 
 async def remove_old(database: Database) -> int:
-    """Forget checks that are older than `services.history_days`."""
+    """Delete checks that are older than `services.history_days`, and return their number."""
     async with database.transaction() as session:
         oldest = now() - timedelta(days=get_settings().services.history_days)
         return await delete_rows(session, delete(ServiceCheck).where(ServiceCheck.at < oldest))
 
 
 def _health_event(service: Service, service_check: ServiceCheck) -> events.Message:
-    """What the room `system` hears of a service that has gone away, or is back."""
+    """Build the message for the room `system` when a service becomes unhealthy, or healthy again."""
     kind = "service.healthy" if service_check.healthy else "service.unhealthy"
     data = {"service": service.name, "type": service.type, "error": service_check.error}
     return events.build_message(["system"], kind, data, service_check.at)
@@ -134,7 +134,7 @@ def _milliseconds_since(started: float) -> float:
 
 
 def _other_service(title: str, expected: Connector) -> str | None:
-    """Which service shows a page of this title, if it is not the one that should be there."""
+    """Return the title of the service that has a page of this title. None: unknown, or the expected service."""
     matches = [
         (position, connector)
         for connector in all_connectors().values()

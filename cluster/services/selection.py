@@ -1,4 +1,4 @@
-"""Which service is meant: one that can do what is wanted, whatever its name and its type."""
+"""Select a connected service that has a capability, by name, by type, or without either."""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -18,13 +18,13 @@ Capability = TypeVar("Capability")
 
 
 class NoServiceConnected(Unavailable):
-    """No service that does this is connected."""
+    """No connected service can do this."""
 
     code = "NO_SUCH_SERVICE_CONNECTED"
 
 
 class UnsupportedByService(InvalidRequest):
-    """The service is of a type that does not do this."""
+    """The service is of a type that cannot do this."""
 
     code = "SERVICE_CANNOT"
 
@@ -36,7 +36,7 @@ async def open_client_for(
     description: str,
     service_name: str | None = None,
 ) -> AsyncGenerator[tuple[Client, Capability]]:
-    """A client of the service whose connector has this part, such as `downloads`, and the part."""
+    """Open a client of a service whose connector has a capability, such as `downloads`, and yield both."""
     async with database.read_transaction() as session:
         service = await choose_service(session, get_capability, description, service_name)
     capability = get_capability(service.connector)
@@ -48,9 +48,10 @@ async def open_client_for(
 async def choose_service(
     session: AsyncSession, supports: Callable[[Connector], object], description: str, service_name: str | None = None
 ) -> Service:
-    """The enabled service that `can`, which is what `does` says in words ("keeps a library").
+    """Return an enabled service whose connector passes `supports`. Errors call it "a service that {description}".
 
-    `word` names it, by its name or type; without one, it is the first that a type stands for."""
+    `service_name` is a name or a type. Without it, the first service is returned that has its type as its handle.
+    """
     if service_name is not None:
         return await _find_named(session, supports, description, service_name)
     candidates = [
@@ -73,11 +74,11 @@ async def _find_named(
         raise NoServiceConnected(f"Service '{service_name}' {reason}. {_how_to_connect(supports)}")
     if not supports(service.connector):
         raise UnsupportedByService(
-            f"{service.name} is no service that {description}: {service.connector.title} does not."
+            f"{service.name} is not a service that {description}: its type is {service.connector.title}."
         )
     return service
 
 
 def _how_to_connect(supports: Callable[[Connector], object]) -> str:
     titles = [connector.title for connector in all_connectors().values() if supports(connector)]
-    return f"An administrator connects one with POST /api/services: {' or '.join(titles)}."
+    return f"An administrator can connect one with POST /api/services: {' or '.join(titles)}."

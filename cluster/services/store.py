@@ -1,7 +1,7 @@
-"""The services that this installation knows: those that people have added, and those that its settings declare.
+"""The services of this installation: those that people have added, and those that the settings declare.
 
-A key is sealed in the table and told to nobody but its service. Declared services are rows like all others, written
-when Forgearr starts, so that whoever uses a service need not know where it comes from.
+A key is sealed in the table, and sent to its service only. Declared services are rows like all others, written when
+Forgearr starts, so code that uses a service need not distinguish them.
 """
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ class ServiceDeclared(Conflict):
 
 
 class InvalidServiceKey(UnprocessableRequest):
-    """A key of this service has no such characters in it."""
+    """The key has characters that are not possible in a key of this service."""
 
     code = "INVALID_SERVICE_KEY"
 
@@ -60,14 +60,14 @@ class KeyMustBeResent(UnprocessableRequest):
 
 
 class MisleadingName(UnprocessableRequest):
-    """A service cannot be named as another type of service."""
+    """A service cannot have the name of another type of service."""
 
     code = "MISLEADING_SERVICE_NAME"
 
 
 class Service(Base):
     __tablename__ = "services"
-    # Ids are never given out again: what was recorded of one service must not become another's.
+    # Ids are never reused: records about a deleted service must not become another's.
     __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
 
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
@@ -77,8 +77,8 @@ class Service(Base):
     api_key: Mapped[str | None] = mapped_column(Text)  # sealed
     verify_tls: Mapped[bool] = mapped_column(Boolean, default=True)
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
-    declared: Mapped[bool] = mapped_column(Boolean, default=False)  # by the settings, and changed only there
-    connected_as_of: Mapped[datetime] = mapped_column(default=now)  # since when it has this address and key
+    declared: Mapped[bool] = mapped_column(Boolean, default=False)  # in the settings, and only changed there
+    connected_as_of: Mapped[datetime] = mapped_column(default=now)  # last change of its type, address or key
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
@@ -89,7 +89,7 @@ class Service(Base):
 
 
 async def list_services(session: AsyncSession) -> Sequence[Service]:
-    """All services by id. A home has a few dozen."""
+    """Return all services, by id. There are a few dozen, so there are no pages."""
     return (await session.scalars(select(Service).order_by(Service.id))).all()
 
 
@@ -101,7 +101,7 @@ async def get(session: AsyncSession, service_id: int, *, lock: bool = False) -> 
 
 
 async def find(session: AsyncSession, name: str) -> Service | None:
-    """The service of this handle or name. None: it is a type of which there is none."""
+    """Return the service with this handle or name. None: the name is a type, and there is no service of it."""
     services = await list_services(session)
     by_name = {service.name.casefold(): service for service in services}
     connector = connectors_by_name().get(name.casefold())
@@ -112,17 +112,18 @@ async def find(session: AsyncSession, name: str) -> Service | None:
 
 
 def handles(services: Sequence[Service]) -> dict[str, Service]:
-    """How services are called where one is named by a word: by its type, others of the type by their names.
+    """Return the services by handle: the type for one service of each type, the name for the others.
 
-    The type stands for the service that is named like it, else for the first one."""
+    The type is the handle of an enabled service before a disabled one, of one with the type as its name, of the oldest.
+    """
     first: dict[str, Service] = {}
-    for service in sorted(services, key=lambda one: (not one.enabled, one.name.casefold() != one.type, one.id)):
+    for service in sorted(services, key=lambda item: (not item.enabled, item.name.casefold() != item.type, item.id)):
         first.setdefault(service.type, service)
     return {service.type if first[service.type] is service else service.name: service for service in services}
 
 
 async def create(session: AsyncSession, values: Mapping[str, Any], by: str) -> Service:
-    """Add a service; `values` are its columns, with the key as it is."""
+    """Add a service. `values` are its columns, with the key in plain text."""
     await advisory_lock(session, Service.__tablename__)
     service = Service(created_by=by)
     await _set_columns(session, service, values)
@@ -134,7 +135,7 @@ async def create(session: AsyncSession, values: Mapping[str, Any], by: str) -> S
 
 
 async def change(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
-    """Set these columns of a service that is not declared."""
+    """Set columns of a service. A declared service cannot be changed."""
     if service.declared:
         raise ServiceDeclared
     await advisory_lock(session, Service.__tablename__)
@@ -142,14 +143,14 @@ async def change(session: AsyncSession, service: Service, values: Mapping[str, A
 
 
 async def delete(session: AsyncSession, service: Service) -> None:
-    """Delete a service that is not declared, and what was recorded of it."""
+    """Delete a service and the records about it. A declared service cannot be deleted."""
     if service.declared:
         raise ServiceDeclared
     await session.delete(service)
 
 
 async def declare(session: AsyncSession, declarations: Sequence[DeclaredService]) -> None:
-    """Make the table say of declared services what the settings say now."""
+    """Make the declared services in the table equal to those in the settings."""
     await advisory_lock(session, Service.__tablename__)
     existing = {service.name.casefold(): service for service in await list_services(session)}
     for declaration in declarations:
@@ -163,7 +164,7 @@ async def declare(session: AsyncSession, declarations: Sequence[DeclaredService]
                 await _update(session, service, values)
         except ForgearrError as error:
             raise SettingsError(
-                f"Setting 'services.declared' has a '{declaration.name}' that cannot be: {error.message}"
+                f"Setting 'services.declared' has an invalid service '{declaration.name}': {error.message}"
             ) from None
     for service in existing.values():
         if service.declared:
@@ -179,9 +180,10 @@ async def open_client(
     clock: Callable[[], datetime] = now,
     ignore_circuit: bool = False,
 ) -> AsyncGenerator[Client]:
-    """A client of the service, unless its circuit is open, which hears of how the calls have ended.
+    """Open a client of a service, unless its circuit is open. The results of its calls are recorded in the circuit.
 
-    Meant for one request, or one step of a job: the circuit is looked at once, and told once."""
+    Use one for each request or step of a job: the circuit is read once before, and written once after.
+    """
     connection = connection_of(service)
     if not ignore_circuit:
         await circuit_breaker.before_call(database, service.id, service.name, clock())
@@ -200,7 +202,7 @@ def connection_of(service: Service) -> Connection:
 
 async def _update(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
     connected_before = service.connected_as_of
-    with session.no_autoflush:  # it may turn out that a service cannot be so
+    with session.no_autoflush:  # invalid values must not be written
         await _set_columns(session, service, values)
     if service.connected_as_of != connected_before:
         await circuit_breaker.reset(session, service.id)
@@ -208,7 +210,7 @@ async def _update(session: AsyncSession, service: Service, values: Mapping[str, 
 
 
 async def _set_columns(session: AsyncSession, service: Service, values: Mapping[str, Any]) -> None:
-    """Set these columns, if a service can be so."""
+    """Set these columns, and check them."""
     previous = {name: getattr(service, name) for name in CONNECTION_FIELDS}
     for name, value in values.items():
         if name != "api_key":
@@ -237,7 +239,7 @@ def _set_key(service: Service, key: str | None) -> None:
     if key is not None and not connector.takes_key:
         raise InvalidServiceKey(f"{connector.title} takes no API key.")
     if key is not None and connector.key_scheme and not (key.isascii() and key.isprintable()):
-        raise InvalidServiceKey(f"An API key of {connector.title} has no such characters in it.")
+        raise InvalidServiceKey(f"The key has characters that are not possible in an API key of {connector.title}.")
     if key is None or key != _current_key(service):
         service.api_key = None if key is None else seal(key)
 

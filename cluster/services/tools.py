@@ -1,4 +1,4 @@
-"""Tools that services of one sort have in common, made of what their connectors can do."""
+"""Tools that all services with the same capability share: downloads, libraries."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from cluster.services.http.client import Client
 
 
 class Arguments(BaseModel):
-    """What a tool is given. A tool that is given nothing takes this."""
+    """The base class of the arguments of tools. It is also the class of tools without arguments."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -25,7 +25,7 @@ class DownloadArguments(Arguments):
 
 
 class DeleteDownloadArguments(DownloadArguments):
-    delete_files: bool = Field(default=True, description="Also what it has downloaded so far")
+    delete_files: bool = Field(default=True, description="Also delete what was downloaded so far")
 
 
 class LibraryArguments(Arguments):
@@ -33,7 +33,7 @@ class LibraryArguments(Arguments):
 
 
 def tool_parameters(tool: Tool) -> dict[str, dict[str, Any]]:
-    """What a tool takes, by name: the `type` and `description` of each, its `default` or that it is `required`."""
+    """Return the parameters of a tool by name, each with `type`, `description`, and `default` or `required`."""
     schema = tool.arguments.model_json_schema()
     required = schema.get("required", [])
     return {
@@ -65,7 +65,7 @@ def download_tools(downloads: Downloads) -> tuple[Tool, ...]:
     return (
         Tool("get_queue", "Get current download queue", Arguments, get_queue),
         Tool("get_history", "Get download history", LimitArguments, get_history),
-        Tool("retry_download", "Try a download again that has failed", DownloadArguments, retry_download, "change"),
+        Tool("retry_download", "Retry a failed download", DownloadArguments, retry_download, "change"),
         Tool("pause_queue", "Pause the download queue", Arguments, pause_queue, "change"),
         Tool("resume_queue", "Resume the download queue", Arguments, resume_queue, "change"),
         Tool(
@@ -85,15 +85,15 @@ def library_tools(library: Library) -> tuple[Tool, ...]:
         return {"library": await library.scan(client, arguments.library_key)}
 
     return (
-        Tool("get_libraries", "List the libraries, with how much is in each", Arguments, get_libraries),
-        Tool("get_recently_added", "List what was added last", LimitArguments, get_recently_added),
-        Tool("scan_library", "Have a library look for new files", LibraryArguments, scan_library, "change"),
+        Tool("get_libraries", "List the libraries, with the number of items in each", Arguments, get_libraries),
+        Tool("get_recently_added", "List the items that were added last", LimitArguments, get_recently_added),
+        Tool("scan_library", "Scan a library for new files", LibraryArguments, scan_library, "change"),
     )
 
 
 def _parameter(property_schema: dict[str, Any], required: bool) -> dict[str, Any]:
     fields = {name: value for name, value in property_schema.items() if name not in {"title", "anyOf"}}
-    # What may be left out need not be said to be null, too.
+    # A parameter that may be null may also be omitted, so null is not listed as a type.
     choices = [choice for choice in property_schema.get("anyOf", []) if choice.get("type") != "null"]
     fields |= choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {}
     return {**fields, "required": True} if required else fields

@@ -1,12 +1,10 @@
-"""A page that a web search has found."""
+"""The result of a web search, the same for all connectors that search the web."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A page that a web search has found."""
-
     title: str
     url: str
-    content: str | None = None  # what is said there, in a few words
+    content: str | None = None  # an excerpt of the page

@@ -1,16 +1,14 @@
-"""How a service wants its API key."""
+"""How a service expects its API key: in a header, or in the query of the URL."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ApiKeyScheme:
-    """How an API key travels: in a header, or in the query of the address."""
-
     header: str | None = None
     query_parameter: str | None = None
-    template: str = "{}"  # what stands in the header, with the key in it
-    required: bool = True  # whether the service answers nobody without one
+    template: str = "{}"  # the value of the header, with {} for the key
+    required: bool = True  # whether the service answers no request without a key
 
     def headers(self, key: str | None) -> dict[str, str]:
         return {self.header: self.template.format(key)} if self.header and key else {}

@@ -1,7 +1,7 @@
-"""How a service is asked over HTTP, and the one place where what goes wrong gets a name of ours.
+"""The HTTP client for outside services. It alone translates failed calls to the errors of `cluster/services/errors.py`.
 
-Every call has a deadline; an answer is read up to a bound, and as JSON; a redirect is followed only to the same server;
-only what changes nothing is tried again. Nothing that is said of a call holds a key.
+Every call has a deadline, and every response a size limit. Redirects are followed only on the same server. Only
+requests that change nothing are repeated. Messages never contain the key.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ from cluster.settings import get_settings
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_LIST_BYTES = 1024 * 1024 * 1024
-"""Of a list that is read object by object."""
+"""Limit of a list that is parsed object by object."""
 MAX_REDIRECTS = 3
 CONNECT_SECONDS = 5.0
 MAX_MESSAGE_LENGTH = 300
 UNAVAILABLE_STATUSES = {429, 502, 503, 504}
-"""Too busy, or a proxy in front of a service that is not there."""
+"""The service is too busy, or a proxy cannot reach it."""
 CONNECTION_ERRORS = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
 ERROR_FIELDS = ("errorMessage", "message", "error", "detail", "errors", "status")
@@ -53,7 +53,7 @@ Kind = TypeVar("Kind")
 
 
 class Client:
-    """Asks one service, while it is open: `async with Client(connection).open() as client`."""
+    """Calls one service: `async with Client(connection).open() as client`."""
 
     def __init__(self, connection: Connection, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.connection = connection
@@ -71,11 +71,11 @@ class Client:
         )
         self._headers: dict[str, str] = {}
         self._last_counted: ServiceError | None = None
-        self._counts_before: tuple[int, int] | None = None  # what was counted before the last answer
+        self._counts_before: tuple[int, int] | None = None  # before the last response was counted
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[Self]:
-        """Logged in, where the service wants that."""
+        """Open the client. If the service has sessions, log in, and log out at the end."""
         session, key = self.connection.profile.session, self.connection.key
         async with self._http:
             if session is None or key is None:
@@ -88,14 +88,14 @@ class Client:
         return await self._call("GET", path, parameters, self._parse_json, seconds=seconds)
 
     async def get_once(self, path: str, **parameters: Parameter) -> Any:
-        """A GET that changes something, as some services have it: it is sent once, whatever comes of it."""
+        """Send a GET that changes something, as some services have it. It is never repeated."""
         return await self._call("GET", path, parameters, self._parse_json, once=True)
 
     async def for_each_item(
         self, path: str, on_item: OnItem, *, seconds: float | None = None, **parameters: Parameter
     ) -> None:
-        """Have `take` called with each object of a list that may be too long to be held."""
-        await self._call("GET", path, parameters, self._check_list_streamed, seconds=seconds, take=on_item)
+        """Call `on_item` with each object of a list that may be too long for the memory."""
+        await self._call("GET", path, parameters, self._check_list_streamed, seconds=seconds, on_item=on_item)
 
     async def post(
         self, path: str, body: object = None, *, seconds: float | None = None, **parameters: Parameter
@@ -109,58 +109,58 @@ class Client:
         return await self._call("DELETE", path, parameters, self._parse_json_or_none)
 
     async def get_text(self, path: str) -> str:
-        """The answer of the few calls that are answered in plain text."""
+        """Send a GET that returns a line of text, not JSON."""
         return await self._call("GET", path, {}, self._parse_text)
 
     async def post_form(self, path: str, fields: Mapping[str, str]) -> str:
-        """Send a form as a browser does; the answer is a line of text."""
+        """Send a form, as a browser does, and return the response, a line of text."""
         return await self._call("POST", path, {}, self._parse_text, form=fields)
 
     async def root_page_title(self) -> str | None:
-        """The title of the page that people see at this address."""
+        """Return the title of the web page at the service's address."""
         try:
             return (await self._exchange("GET", "/", {}, accept="text/html")).title
         except ServiceError:
             return None
 
     def set_headers(self, headers: Mapping[str, str]) -> None:
-        """For connectors whose key has several forms."""
+        """For connectors: set headers for all further requests, such as one with the key."""
         self._headers = dict(headers)
 
-    def require_keys(self, answer: Any, *keys: str) -> dict[str, Any]:
-        """For connectors: the answer, if it has these fields; else something else has answered."""
-        if not isinstance(answer, dict) or not set(keys) <= answer.keys():
+    def require_keys(self, response: Any, *keys: str) -> dict[str, Any]:
+        """For connectors: return the response if it has these fields. Else another program has sent it."""
+        if not isinstance(response, dict) or not set(keys) <= response.keys():
             raise self.wrong_service()
-        return cast(dict[str, Any], answer)
+        return cast(dict[str, Any], response)
 
-    def parse(self, kind: type[Kind], answer: object) -> Kind:
-        """For connectors: the answer, as what it should be. Services leave out, add and garble what they like."""
+    def parse(self, kind: type[Kind], response: object) -> Kind:
+        """For connectors: validate a response against its type. An invalid one is a failure of the service."""
         try:
-            return _type_adapter(kind).validate_python(answer)
+            return _type_adapter(kind).validate_python(response)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
-            location = ".".join(map(str, problem["loc"])) or "all of it"
+            location = ".".join(map(str, problem["loc"])) or "the whole"
             message = f"{self.connection.name} answers with something unexpected: {location}: {problem['msg']}."
             raise self._uncount_success(BadResponse(self._sanitize(message))) from None
 
     def wrong_service(self, found: object = None) -> WrongService:
-        """For connectors: something answers, but as something else."""
+        """For connectors: the error for a response of another program."""
         name, expected = self.connection.name, self.connection.profile.title
         if found:
             message = f"{self._sanitize(str(found))} answers at the address of {name}, not {expected}."
         else:
-            message = f"What answers at the address of {name} is not {expected}."
+            message = f"The program that answers at the address of {name} is not {expected}."
         return self._uncount_success(WrongService(message))
 
     def unauthorized(self, detail: str = "") -> Unauthorized:
-        """For connectors: the service does not know us."""
+        """For connectors: the error for a missing or wrong key."""
         name, suffix = self.connection.name, _detail_suffix(self._sanitize(detail))
         if self.connection.key is None:
-            return self._count_error(Unauthorized(f"{name} wants an API key, and has been given none{suffix}"))
+            return self._count_error(Unauthorized(f"{name} requires an API key, and none is set{suffix}"))
         return self._count_error(Unauthorized(f"{name} does not accept Forgearr with this API key{suffix}"))
 
     def _count_error(self, error: Failure) -> Failure:
-        """Count how a call has ended, once: that the service refuses shows, too, that it works."""
+        """Count an error, once. A refusal counts as a success, because it shows that the service works."""
         if error is self._last_counted:
             return error
         self._last_counted = error
@@ -172,7 +172,7 @@ class Client:
         return error
 
     def _uncount_success(self, error: Failure) -> Failure:
-        """The last answer came well, and makes no sense: that was no success."""
+        """Count an error instead of the success of the last response, whose content is not valid."""
         if self._counts_before is not None:
             self.successes, self.failures = self._counts_before
             self._counts_before = None
@@ -208,11 +208,11 @@ class Client:
         body: object = None,
         form: Mapping[str, str] | None = None,
         seconds: float | None = None,
-        take: OnItem | None = None,
+        on_item: OnItem | None = None,
         once: bool = False,
         accept: str = "application/json",
     ) -> ServiceResponse:
-        """The line of defence: from here on there are only errors of ours, and answers that are no error."""
+        """Send a request and return a successful response. Every failure is raised as a ServiceError."""
         key, key_scheme = self.connection.key, self.connection.profile.key_scheme or ApiKeyScheme()
         request: dict[str, Any] = {
             "params": {**parameters, **key_scheme.parameters(key)} or None,
@@ -227,29 +227,29 @@ class Client:
             request["timeout"] = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
         try:
             async with asyncio.timeout(seconds):
-                answer = await self._send(method, f"{self.connection.url}{path}", request, take, once=once)
+                response = await self._send(method, f"{self.connection.url}{path}", request, on_item, once=once)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise Unreachable(f"{name} did not answer within {seconds:g} seconds.") from error
         except httpx.DecodingError as error:
-            raise BadResponse(f"{name} answers with something that cannot be unpacked.") from error
+            raise BadResponse(f"{name} sent a response that cannot be decompressed.") from error
         except (httpx.RequestError, httpx.InvalidURL, ssl.SSLError) as error:
             raise Unreachable(f"{name} cannot be reached: {self._reason(error)}.") from error
-        return self._check_status(answer, path)
+        return self._check_status(response, path)
 
     async def _send(
         self, method: Method, url: str, request: dict[str, Any], on_item: OnItem | None, *, once: bool
     ) -> ServiceResponse:
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._send_with_retry(method, url, request, on_item, once=once)
-            if answer.location is None:
-                return answer
-            url, request = self._redirect_target(method, url, answer.location), {**request, "params": None}
-        raise BadResponse(f"{self.connection.name} sends its callers in circles.")
+            response = await self._send_with_retry(method, url, request, on_item, once=once)
+            if response.location is None:
+                return response
+            url, request = self._redirect_target(method, url, response.location), {**request, "params": None}
+        raise BadResponse(f"{self.connection.name} redirects more than {MAX_REDIRECTS} times.")
 
     async def _send_with_retry(
         self, method: Method, url: str, request: dict[str, Any], on_item: OnItem | None, *, once: bool
     ) -> ServiceResponse:
-        """One request; one that changes nothing is sent again if the connection breaks, unless some of it was taken."""
+        """Send a request. If the connection breaks, a GET is sent again, unless it is `once` or streams items."""
         try:
             return await self._read_response(method, url, request, on_item)
         except CONNECTION_ERRORS:
@@ -285,15 +285,15 @@ class Client:
                 chunk = await anext(chunks)
         except StopAsyncIteration:
             if not parser.is_complete:
-                raise BadResponse(f"{self.connection.name} answers with only a part of a list.") from None
+                raise BadResponse(f"{self.connection.name} sent only a part of a list.") from None
         except NotAnObjectList as error:
-            raise BadResponse(f"{self.connection.name} answers with a list that cannot be read: {error}.") from None
+            raise BadResponse(f"{self.connection.name} sent a list that cannot be parsed: {error}.") from None
 
     def _too_large(self, max_bytes: int) -> BadResponse:
-        return BadResponse(f"{self.connection.name} answers with more than {max_bytes // 1024 // 1024} MiB.")
+        return BadResponse(f"{self.connection.name} sent more than {max_bytes // 1024 // 1024} MiB.")
 
     def _redirect_target(self, method: Method, url: str, location: str) -> str:
-        """Where to ask instead, if that is on the same server: a key goes nowhere else."""
+        """Return the URL of a redirect on the same server. The key must not be sent to another one."""
         current, target = httpx.URL(url), httpx.URL(url).join(location)
         if method == "GET" and (target.scheme, target.host, target.port) == (
             current.scheme,
@@ -303,77 +303,77 @@ class Client:
             return str(target)
         target_origin = self._sanitize(f"{target.scheme}://{target.netloc.decode(errors='replace')}")
         raise BadResponse(
-            f"{self.connection.name} sends its callers to {target_origin}: if that is right, make it the url."
+            f"{self.connection.name} redirects to {target_origin}; if that is correct, set it as the url."
         )
 
-    def _check_status(self, answer: ServiceResponse, path: str) -> ServiceResponse:
-        """The answer, if its status says that it is one."""
-        if answer.status < 300:
-            return answer
-        name, suffix = self.connection.name, _detail_suffix(self._error_text(answer))
-        if answer.status in {401, 403}:
-            raise self.unauthorized(self._error_text(answer))
-        if answer.status == 404:
+    def _check_status(self, response: ServiceResponse, path: str) -> ServiceResponse:
+        """Return a successful response. For another status, raise the error."""
+        if response.status < 300:
+            return response
+        name, suffix = self.connection.name, _detail_suffix(self._error_text(response))
+        if response.status in {401, 403}:
+            raise self.unauthorized(self._error_text(response))
+        if response.status == 404:
             raise NotFoundInService(f"{name} has nothing at {self._sanitize(path)}{suffix}")
-        if answer.status in UNAVAILABLE_STATUSES:
-            raise Unreachable(f"{name} is not there right now, status {answer.status}{suffix}")
-        if 400 <= answer.status < 500:
-            raise Refused(f"{name} refuses this, status {answer.status}{suffix}")
-        raise BadResponse(f"{name} fails with status {answer.status}{suffix}")
+        if response.status in UNAVAILABLE_STATUSES:
+            raise Unreachable(f"{name} is not available, status {response.status}{suffix}")
+        if 400 <= response.status < 500:
+            raise Refused(f"{name} refuses the request, status {response.status}{suffix}")
+        raise BadResponse(f"{name} fails with status {response.status}{suffix}")
 
-    async def _parse_json(self, answer: ServiceResponse) -> Any:
-        """What is in an answer of JSON."""
+    async def _parse_json(self, response: ServiceResponse) -> Any:
+        """Return the content of a JSON response."""
         name = self.connection.name
-        if answer.is_html:
-            page = f"a web page titled '{self._sanitize(answer.title)}'" if answer.title else "a web page"
-            raise BadResponse(f"{name} answers with {page}: is its address right?")
+        if response.is_html:
+            page = f"a web page titled '{self._sanitize(response.title)}'" if response.title else "a web page"
+            raise BadResponse(f"{name} answers with {page}: check its address.")
         try:
-            if len(answer.content) > LARGE_BODY_BYTES:
-                content = await asyncio.to_thread(orjson.loads, answer.content)
+            if len(response.content) > LARGE_BODY_BYTES:
+                content = await asyncio.to_thread(orjson.loads, response.content)
             else:
-                content = orjson.loads(answer.content)
+                content = orjson.loads(response.content)
         except orjson.JSONDecodeError as error:
-            raise BadResponse(f"{name} answers with something that is not JSON, or only a part of it.") from error
+            raise BadResponse(f"{name} sent something that is not JSON, or only a part of it.") from error
         try:
             return self.connection.profile.unwrap(content)
         except ErrorInResponse as error:
             message = self._sanitize(error.message)
             if error.is_key_error:
-                raise self.unauthorized(message) from None  # the words as they were may hold the key
-            raise Refused(f"{name} refuses this{_detail_suffix(message)}") from None
+                raise self.unauthorized(message) from None  # the original message may contain the key
+            raise Refused(f"{name} refuses the request{_detail_suffix(message)}") from None
 
-    async def _check_list_streamed(self, answer: ServiceResponse) -> None:
-        """What is left of a list when each of its objects was taken."""
-        content = await self._parse_json(answer)
+    async def _check_list_streamed(self, response: ServiceResponse) -> None:
+        """Check the rest of a list whose objects were streamed: it is an empty list."""
+        content = await self._parse_json(response)
         if content != []:
             message = self._sanitize(_extract_message(content))
-            raise BadResponse(f"{self.connection.name} answers with something that is no list{_detail_suffix(message)}")
+            raise BadResponse(f"{self.connection.name} sent something that is not a list{_detail_suffix(message)}")
 
-    async def _parse_json_or_none(self, answer: ServiceResponse) -> Any:
-        return await self._parse_json(answer) if answer.content.strip() else None
+    async def _parse_json_or_none(self, response: ServiceResponse) -> Any:
+        return await self._parse_json(response) if response.content.strip() else None
 
-    async def _parse_text(self, answer: ServiceResponse) -> str:
-        text = answer.content[:MAX_MESSAGE_LENGTH].decode(errors="replace").strip()
-        if answer.is_html or not text.isprintable():
-            raise BadResponse(f"{self.connection.name} does not answer with a line of text: is its address right?")
+    async def _parse_text(self, response: ServiceResponse) -> str:
+        text = response.content[:MAX_MESSAGE_LENGTH].decode(errors="replace").strip()
+        if response.is_html or not text.isprintable():
+            raise BadResponse(f"{self.connection.name} does not answer with a line of text: check its address.")
         return text
 
-    def _error_text(self, answer: ServiceResponse) -> str:
-        """What a service says of its refusal."""
-        if answer.is_html:
-            return self._sanitize(answer.title or "")
+    def _error_text(self, response: ServiceResponse) -> str:
+        """Return the message in an error response."""
+        if response.is_html:
+            return self._sanitize(response.title or "")
         try:
-            return self._sanitize(_extract_message(orjson.loads(answer.content)))
+            return self._sanitize(_extract_message(orjson.loads(response.content)))
         except orjson.JSONDecodeError:
-            return self._sanitize(answer.content[:LARGE_BODY_BYTES].decode(errors="replace"))
+            return self._sanitize(response.content[:LARGE_BODY_BYTES].decode(errors="replace"))
 
     def _reason(self, error: Exception) -> str:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            return "nobody vouches for its certificate; if it is your own, set verify_tls to false"
+            return "its certificate is not trusted; if it is self-signed, set verify_tls to false"
         return self._sanitize(str(error)).rstrip(".") or "the connection broke"
 
     def _sanitize(self, text: str) -> str:
-        """Words of a service as they may be shown: on a line, bounded, without the key."""
+        """Make a service's text fit for messages: one line, a limited length, without the key."""
         key = self.connection.key or ""
         for secret in sorted({key, quote(key, safe=""), key.partition(":")[2]}, key=len, reverse=True):
             text = text.replace(secret, MASK) if secret else text
@@ -386,7 +386,7 @@ def _type_adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
 
 
 def _extract_message(body: Any) -> str:
-    """The sentence in an error of any of the shapes that services give theirs."""
+    """Return the message in an error body, in any of the formats that services use."""
     if isinstance(body, list):
         return "; ".join(filter(None, map(_extract_message, body[:5])))
     if isinstance(body, dict):

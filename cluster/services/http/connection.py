@@ -1,4 +1,4 @@
-"""What is needed to call one service, and what a call returns."""
+"""The data that a call to a service needs, and the response that it returns."""
 
 import re
 import ssl
@@ -10,12 +10,12 @@ import httpx
 from cluster.services.http.profile import ServiceProfile
 
 LARGE_BODY_BYTES = 256 * 1024
-"""What is longer is parsed in another thread, so that it holds nobody else up."""
+"""Longer bodies are parsed in a thread, so that the event loop is not blocked."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Where a service is, and what it is asked with."""
+    """The address of a service, and how to call it."""
 
     name: str
     profile: ServiceProfile
@@ -32,12 +32,12 @@ class ServiceResponse:
 
     @property
     def is_html(self) -> bool:
-        # By what it is: SABnzbd calls its words of refusal a page, and others call their pages words.
+        # By content, because the Content-Type is wrong in both directions: SABnzbd sends plain error messages as HTML.
         return self.content[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
 
     @property
     def title(self) -> str | None:
-        """What a web page calls itself."""
+        """The title of a web page."""
         match = re.search(rb"<title[^>]*>([^<]{1,200})</title>", self.content[:LARGE_BODY_BYTES], re.IGNORECASE)
         return " ".join(match[1].decode(errors="replace").split()) if match else None
 

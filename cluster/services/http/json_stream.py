@@ -1,4 +1,4 @@
-"""A long list of objects in JSON, one by one as they come: neither the text nor what is in it is ever held whole."""
+"""Parse a long JSON list of objects while it is received, one object at a time, in bounded memory."""
 
 import re
 from collections.abc import Generator
@@ -7,28 +7,26 @@ from typing import Any
 import orjson
 
 MAX_OBJECT_BYTES = 4 * 1024 * 1024
-"""More than any object of a list has. Of what is not finished yet, no more is held."""
+"""Maximum size of an object in the list, and so of the buffer."""
 BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.DOTALL)
-"""The next bracket that is in no string. It never goes back over what it has read."""
+"""The next bracket outside of strings. The possessive quantifiers prevent backtracking."""
 WHITESPACE = b" \t\r\n"
 
 
 class NotAnObjectList(ValueError):
-    """It is no list of objects in JSON."""
+    """The text is not a JSON list of objects."""
 
 
 class JsonListParser:
-    """Takes the text in parts of any length."""
-
     def __init__(self) -> None:
-        self.is_complete = False  # the whole list has come
-        self._buffer = bytearray()  # what is not done yet
-        self._scanned = 0  # how much of it was looked at
-        self._depth = 0  # how many brackets are open
-        self._separator = b""  # what has to stand before the next object
+        self.is_complete = False  # whether the end of the list was parsed
+        self._buffer = bytearray()  # text that is not parsed yet
+        self._scanned = 0  # how much of it was searched for brackets
+        self._depth = 0  # the number of open brackets
+        self._separator = b""  # what must precede the next object
 
     def feed(self, chunk: bytes) -> Generator[dict[str, Any]]:
-        """The objects that are whole with this part."""
+        """Take a chunk of any length, and yield the objects that it completes."""
         self._buffer += chunk
         object_start, position = 0, self._scanned
         while bracket := BRACKET.match(self._buffer, position):
@@ -50,15 +48,15 @@ class JsonListParser:
         del self._buffer[:consumed]
         self._scanned = position - consumed
         if len(self._buffer) > MAX_OBJECT_BYTES:
-            raise NotAnObjectList(f"something in the list has more than {MAX_OBJECT_BYTES // 1024 // 1024} MiB")
+            raise NotAnObjectList(f"an object in the list has more than {MAX_OBJECT_BYTES // 1024 // 1024} MiB")
 
     def _check_between_objects(self, text: bytes, bracket_character: bytes) -> None:
-        """Outside of its objects, a list is a bracket, commas, and another bracket."""
+        """Check the text between objects: only brackets and commas are valid there."""
         if self.is_complete:
             raise NotAnObjectList("something follows the list")
         expected = b"[" if self._depth == 0 else b"{]"
         if bracket_character not in expected or text != (self._separator if bracket_character == b"{" else b""):
-            raise NotAnObjectList("it is no list of objects")
+            raise NotAnObjectList("it is not a list of objects")
 
 
 def _parse_object(text: bytearray) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Which addresses services may have.
+"""Validate the URLs of services, and refuse connections to forbidden addresses.
 
-A name is looked up when it is connected to, and the address that was looked at is the one that is connected to: a name
-that means something else a moment later gains nothing.
+A host name is resolved when a connection is opened, and the connection goes to the address that was checked. A name
+that resolves differently a moment later has no effect.
 """
 
 import asyncio
@@ -20,39 +20,39 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class InvalidServiceUrl(InvalidRequest):
-    """A service cannot have such an address."""
+    """The url of the service is not valid."""
 
     code = "INVALID_SERVICE_URL"
 
 
 class ForbiddenAddress(httpx.ConnectError):
-    """A name leads to an address that no service may have."""
+    """A name resolves to an address that no service may have."""
 
 
 def validate_url(url: str) -> str:
-    """The address of a service as it is kept, if a service may have it."""
+    """Validate the URL of a service, and return it in the form that is stored."""
     if not url.isprintable() or re.search(r"[\s\\]", url):
-        raise InvalidServiceUrl("The url has characters that no address has.")
+        raise InvalidServiceUrl("The url has characters that no URL may have.")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
         httpx.URL(url)
     except (ValueError, httpx.InvalidURL):
-        raise InvalidServiceUrl("The url cannot be read.") from None
+        raise InvalidServiceUrl("The url cannot be parsed.") from None
     if parts.scheme not in DEFAULT_PORTS or not host or port == 0:
-        raise InvalidServiceUrl("The url must be such as http://192.168.1.100:8989 or https://sonarr.example.")
+        raise InvalidServiceUrl("The url must look like http://192.168.1.100:8989 or https://sonarr.example.")
     if "@" in parts.netloc:
-        raise InvalidServiceUrl("Credentials do not belong into the url: send a key as api_key.")
+        raise InvalidServiceUrl("The url must not contain credentials: send a key as api_key.")
     if parts.query or parts.fragment or url.endswith(("?", "#")):
-        raise InvalidServiceUrl("The url of a service has no ? and no # in it.")
+        raise InvalidServiceUrl("The url of a service must not contain ? or #.")
     address = _parse_address(host)
     if address and is_forbidden(address):
-        raise InvalidServiceUrl(f"No service may be at {host}.")
+        raise InvalidServiceUrl(f"No service may have the address {host}.")
     return url.rstrip("/")
 
 
 class CheckedTransport(httpx.AsyncBaseTransport):
-    """Looks up the name in a request, and connects to none of its addresses if one of them is forbidden."""
+    """Resolves the host of a request. If one of its addresses is forbidden, it connects to none of them."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport
@@ -61,7 +61,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         host = request.url.raw_host.decode()
         addresses = await _resolve_host(host, request.url.port or DEFAULT_PORTS[request.url.scheme])
         original_url = request.url
-        # The name still says whose certificate is wanted; the header Host was set from it long ago.
+        # The certificate is still checked for the name. The header Host was set before.
         request.extensions = {
             **request.extensions,
             "sni_hostname": host,
@@ -70,20 +70,20 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         try:
             for address in addresses[:-1]:
                 request.url = original_url.copy_with(host=address)
-                # Such as ::1, where only 127.0.0.1 is listened at, or what a firewall lets nobody reach.
+                # ::1 fails if the service listens on 127.0.0.1 only; a firewall may block another address.
                 with suppress(httpx.ConnectError, httpx.ConnectTimeout):
                     return await self._transport.handle_async_request(request)
             request.url = original_url.copy_with(host=addresses[-1])
             return await self._transport.handle_async_request(request)
         finally:
-            request.url = original_url  # cookies belong to the name
+            request.url = original_url  # cookies are stored for the name
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
 
 def _split_connect_timeout(request: httpx.Request, address_count: int) -> dict[str, float]:
-    """The times that a request may take, so that each of its addresses has a part of the time to connect."""
+    """Return the timeouts of a request, with the connect timeout divided among its addresses."""
     timeouts: dict[str, float] = request.extensions["timeout"]
     return {**timeouts, "connect": timeouts["connect"] / address_count}
 
@@ -92,15 +92,15 @@ async def _resolve_host(host: str, port: int) -> list[str]:
     try:
         address_infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise httpx.ConnectError(f"there is no machine named {host}") from error
+        raise httpx.ConnectError(f"the host {host} cannot be resolved") from error
     addresses = list(dict.fromkeys(str(info[4][0]) for info in address_infos))
     if any(is_forbidden(address) for address in addresses):
-        raise ForbiddenAddress(f"{host} is an address that no service may have")
+        raise ForbiddenAddress(f"{host} has an address that no service may have")
     return addresses
 
 
 def _parse_address(host: str) -> IpAddress | None:
-    """The address that a host is, in any of the ways in which a system's resolver reads one (127.1, 0x7f000001)."""
+    """Parse a host that is an IP address, in all notations that resolvers accept (127.1, 0x7f000001)."""
     try:
         return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -95,7 +95,9 @@ async def test_failures_in_a_row_open_it_for_all_replicas(replicas: Replicas) ->
     assert await replicas.counts() == ("open", THRESHOLD, 0)
     before = len(replicas.server.requests)
     for replica in (0, 1):
-        with pytest.raises(CircuitOpen, match=r"failed 5 times, and is left alone: .*status 503") as refused:
+        with pytest.raises(
+            CircuitOpen, match=r"failed 5 times in a row, and is not called for now: .*status 503"
+        ) as refused:
             await replicas.ask(replica)
         assert (refused.value.status, refused.value.retry_after) == (503, SECONDS)
     assert len(replicas.server.requests) == before

@@ -187,8 +187,8 @@ async def test_a_declared_service_takes_the_place_of_one_of_its_name(
     ("line", "why"),
     [
         ("{name: TV, type: sonarr, url: 'http://tv', api_key: ''}", "api_key: .*at least 1"),
-        ("{name: TV, type: sonar, url: 'http://tv'}", "'TV' that cannot be: There is no type"),
-        ("{name: TV, type: sonarr, url: 'http://169.254.169.254'}", "No service may be at"),
+        ("{name: TV, type: sonar, url: 'http://tv'}", "invalid service 'TV': There is no type"),
+        ("{name: TV, type: sonarr, url: 'http://169.254.169.254'}", "No service may have the address"),
         ("{name: TV, type: sonarr, url: 'http://a'}, {name: tv, type: sonarr, url: 'http://b'}", "already a service"),
     ],
 )

@@ -372,7 +372,7 @@ async def test_a_password_that_reads_as_asterisks_is_never_written(api: ApiClien
     found = await get_recommendations(api)
     (result,) = await run_change(api, "apply", found["certificateValidation"]["id"])
     assert result["success"] is False
-    assert "hides its setting 'password'" in result["message"]
+    assert "masks its setting 'password'" in result["message"]
     assert not [request for request in sonarr.requests if request.method == "PUT"]
 
 
@@ -480,7 +480,7 @@ async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, s
         ({"services": []}, 400, "At least one service must be specified"),
         ({"services": ["nothing"]}, 404, "There is no service named 'nothing'"),
         ({"services": ["plex"]}, 503, "Service 'plex' is not connected"),
-        ({"services": ["search"]}, 400, "search is no service that lets its settings be read"),
+        ({"services": ["search"]}, 400, "search is not a service that lets its settings be read"),
         ({}, 422, "services"),
         ({"services": ["a"], "colour": 1}, 422, "colour"),
         ({"services": [1]}, 422, "services"),

@@ -298,7 +298,9 @@ async def test_what_is_there_is_not_added_again(api: ApiClient, sort: Sort, hear
     async with stocked(api, sort) as arr:
         for wanted in ({"title": "Breaking Bad"}, {sort.given: 81189}):
             answer = await api.request("ada", "POST", sort.path, json=wanted)
-            assert "in sonarr already: 1" in (await failed(answer, 409, "ALREADY_THERE")).replace("radarr", "sonarr")
+            assert "in sonarr already, with the id 1" in (await failed(answer, 409, "ALREADY_THERE")).replace(
+                "radarr", "sonarr"
+            )
             assert answer.json()["details"] == {"id": 1}
         assert len(arr.rows(sort.things)) == 2
         assert not [request for request in arr.requests if request.method == "POST"]
@@ -357,7 +359,7 @@ async def test_unknown_choices_are_refused_with_those_there_are(api: ApiClient, 
             before = arr.resources[missing]
             arr.resources[missing] = []
             said = await failed(await api.request("ada", "POST", sort.path, json={"title": "Inception"}), 400, code)
-            assert "make one there first" in said
+            assert "create one there first" in said
             arr.resources[missing] = before
 
 

@@ -56,7 +56,7 @@ MISBEHAVIOUR: dict[str, tuple[Handler | StubResponse, type[ServiceError], str]] 
     "half of it": (StubResponse(b'{"records": [{"id": 1}, {"i'), BadResponse, "only a part"),
     "no such text": (StubResponse(b'"\xff\xfe"'), BadResponse, "not JSON"),
     "less than announced": (StubResponse(b'{"records": [', length=900), Unreachable, "cannot be reached"),
-    "packed wrongly": (StubResponse(b"no gzip", headers={"Content-Encoding": "gzip"}), BadResponse, "unpacked"),
+    "packed wrongly": (StubResponse(b"no gzip", headers={"Content-Encoding": "gzip"}), BadResponse, "decompressed"),
     "no HTTP": (StubResponse(b"", 200, "x\r\nno header at all"), Unreachable, "cannot be reached"),
     "no key": (json_response({"error": "Unauthorized"}, 401), Unauthorized, "with this API key: Unauthorized"),
     "forbidden": (
@@ -80,17 +80,17 @@ MISBEHAVIOUR: dict[str, tuple[Handler | StubResponse, type[ServiceError], str]] 
     "in circles": (
         lambda request: StubResponse(b"", 302, headers={"Location": request.path}),
         BadResponse,
-        "in circles",
+        "redirects more than",
     ),
     "away": (
         StubResponse(b"", 302, headers={"Location": "http://elsewhere.example/api?x=1"}),
         BadResponse,
-        "to http://elsewhere.example: if that is right, make it the url",
+        "redirects to http://elsewhere.example; if that is correct, set it as the url",
     ),
     "to another scheme": (
         StubResponse(b"", 301, headers={"Location": "https://127.0.0.1/"}),
         BadResponse,
-        "make it the url",
+        "set it as the url",
     ),
     "to nowhere": (StubResponse(b"", 302, headers={"Location": "http://[::"}), Unreachable, "Invalid URL"),
 }
@@ -144,7 +144,7 @@ async def test_nobody_at_the_address() -> None:
 
 async def test_a_name_that_nobody_has() -> None:
     async with client("http://no-such-machine.invalid").open() as ours:
-        with pytest.raises(Unreachable, match="no machine named"):
+        with pytest.raises(Unreachable, match="cannot be resolved"):
             await ours.get("/")
 
 
@@ -205,7 +205,7 @@ async def test_no_redirect_of_a_change_is_followed() -> None:
         stub_server(lambda request: StubResponse(b"", 302, headers={"Location": "/there"})) as server,
         client(server.url).open() as ours,
     ):
-        with pytest.raises(BadResponse, match="make it the url"):
+        with pytest.raises(BadResponse, match="set it as the url"):
             await ours.post("/here", {"a": 1})
     assert [request.path for request in server.requests] == ["/here"]
 

@@ -422,7 +422,7 @@ async def test_a_service_that_goes_away_is_asked_again_later(jobs: DownloadJobs)
         await jobs.recover()
         (one,) = await jobs.recoveries()
         assert (one.outcome, one.again_at is not None) == ("begun", True)
-        assert "not there right now" in (one.error or "")
+        assert "is not available" in (one.error or "")
         away = False
         await jobs.recover()
         assert await jobs.decisions() == [("replace", "begun")]  # not at once
