@@ -1,4 +1,4 @@
-"""What a person or a model may have any service with a collection do. What is one's own is in its own module."""
+"""Tools that Sonarr and Radarr share: list, look up and add items, and read the queue, profiles and folders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -21,12 +21,12 @@ ToolFunction = Callable[[Client, Any], Awaitable[Any]]
 
 
 class LimitArguments(Arguments):
-    limit: int = Field(default=50, ge=1, le=MAX_LIMIT, description="How many at most.")
+    limit: int = Field(default=50, ge=1, le=MAX_LIMIT, description="Maximum number of items.")
 
 
 class ListArguments(LimitArguments):
-    query: str | None = Field(default=None, max_length=200, description="Only those with this in their title.")
-    offset: int = Field(default=0, ge=0, le=MAX_ID, description="How many to leave out at the beginning.")
+    query: str | None = Field(default=None, max_length=200, description="Only items with this in their title.")
+    offset: int = Field(default=0, ge=0, le=MAX_ID, description="Number of items to skip.")
 
 
 class LookupArguments(Arguments):
@@ -34,29 +34,29 @@ class LookupArguments(Arguments):
 
 
 class CalendarArguments(Arguments):
-    days: int = Field(default=7, ge=1, le=90, description="How far to look ahead.")
+    days: int = Field(default=7, ge=1, le=90, description="Number of days from now.")
 
 
 class AddRequest(Arguments, ABC):
-    """What every service wants to know of something new."""
+    """The arguments for adding an item that are the same for all services."""
 
-    title: str | None = Field(default=None, min_length=1, max_length=200, description="Looked up, without an id.")
-    year: int | None = Field(default=None, ge=1800, le=2200, description="Tells apart what has the same title.")
-    quality_profile_id: Id | None = Field(default=None, description="Without it, the service's first.")
+    title: str | None = Field(default=None, min_length=1, max_length=200, description="Looked up if there is no id.")
+    year: int | None = Field(default=None, ge=1800, le=2200, description="Distinguishes items of the same title.")
+    quality_profile_id: Id | None = Field(default=None, description="Default: the first one of the service.")
     root_folder_path: str | None = Field(
-        default=None, min_length=1, max_length=1000, description="Without it, the service's first."
+        default=None, min_length=1, max_length=1000, description="Default: the first one of the service."
     )
-    monitored: bool = Field(default=True, description="Whether to get it when there is a release.")
+    monitored: bool = Field(default=True, description="Whether to download it when there is a release.")
 
     @property
     @abstractmethod
     def external_id(self) -> int | None:
-        """The id that it has in the world."""
+        """The id of the item in a public database, such as TheTVDB."""
 
     @property
     @abstractmethod
     def extra_fields(self) -> dict[str, object]:
-        """What only this service is told."""
+        """The fields that only this service has."""
 
     @property
     def item_to_add(self) -> ItemToAdd:
@@ -72,8 +72,6 @@ class AddRequest(Arguments, ABC):
 
 
 class QueueItem(BaseModel):
-    """Something in the queue."""
-
     id: Number
     title: Title | None = None
     status: Title | None = None
@@ -123,10 +121,10 @@ def to_json(item: CollectionItem) -> dict[str, Any]:
 
 
 async def get_queue(client: Client, arguments: LimitArguments) -> dict[str, Any]:
-    answer = await client.get(f"{API}/queue", page=1, pageSize=arguments.limit)
-    page = client.parse(Queue, answer)
-    entries = [entry.model_dump(exclude_none=True) for entry in page.records[: arguments.limit]]
-    return {"queue": entries, "total": page.totalRecords}
+    response = await client.get(f"{API}/queue", page=1, pageSize=arguments.limit)
+    page = client.parse(Queue, response)
+    items = [item.model_dump(exclude_none=True) for item in page.records[: arguments.limit]]
+    return {"queue": items, "total": page.totalRecords}
 
 
 async def get_quality_profiles(client: Client, _: Arguments) -> list[dict[str, Any]]:
@@ -150,8 +148,7 @@ async def run_command(client: Client, body: dict[str, object]) -> dict[str, Any]
 
 
 SHARED_TOOLS = (
-    Tool("get_queue", "What is being downloaded, and how far it is.", LimitArguments, get_queue),
-    Tool("get_quality_profiles", "Which quality profiles there are.", Arguments, get_quality_profiles),
-    Tool("get_root_folders", "Which folders there are to add to.", Arguments, get_root_folders),
+    Tool("get_queue", "List active downloads, with their progress.", LimitArguments, get_queue),
+    Tool("get_quality_profiles", "List the quality profiles.", Arguments, get_quality_profiles),
+    Tool("get_root_folders", "List the root folders, to which items can be added.", Arguments, get_root_folders),
 )
-"""Tools that are the same for all."""

@@ -1,4 +1,4 @@
-"""What Sonarr, Radarr and Prowlarr have in common: how they are made, they are brothers."""
+"""Build the connectors of Sonarr, Radarr and Prowlarr, which have the same status API and key."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def connector(
     download_tracker: DownloadTracker | None = None,
     settings: SettingsAreas | None = None,
 ) -> Connector:
-    """The connector of one of them, whose API has this prefix."""
+    """Build the connector of one of them. `api` is the prefix of its API."""
 
     async def health(client: Client) -> str:
         status = client.require_keys(await client.get(f"{api}/system/status"), "appName", "version")

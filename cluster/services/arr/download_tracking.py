@@ -1,4 +1,4 @@
-"""How Sonarr and Radarr are followed: what is in their queue, what their history says since the last look."""
+"""Track downloads in Sonarr and Radarr: poll their queue and history, and replace failed downloads."""
 
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
@@ -27,7 +27,7 @@ from cluster.times import format_utc
 API = "/api/v3"
 PAGE_SIZE = 500
 MAX_PAGES = 20
-"""A queue of more is followed up to there."""
+"""The rest of a longer queue is ignored."""
 OUTCOME_BY_EVENT: dict[str, Outcome] = {
     "downloadFolderImported": "imported",
     "seriesFolderImported": "imported",
@@ -57,7 +57,7 @@ class StatusMessage(BaseModel):
 
 
 class ItemRow(BaseModel):
-    """What both call by names of their own."""
+    """The fields of a row that Sonarr and Radarr name differently."""
 
     series_id: int | None = Field(default=None, alias="seriesId")
     episode_id: int | None = Field(default=None, alias="episodeId")
@@ -126,15 +126,15 @@ class CommandRow(BaseModel):
 
 
 def download_tracker(content_type: Literal["series", "movie"]) -> DownloadTracker:
-    """How the one that keeps series, or movies, is followed."""
+    """Build the download tracker of the service for series, or of the one for movies."""
     include_parameters: dict[str, bool] = {"includeSeries" if content_type == "series" else "includeMovie": True}
 
     async def poll(client: Client, position: TrackingPosition) -> DownloadSnapshot:
         tags = await _tags(client)
         active = await _active_downloads(client, include_parameters, tags)
         since, seen_ids = _read_cursor(position)
-        answer = await client.get(f"{API}/history/since", date=format_utc(since), **include_parameters)
-        rows = [row for row in client.parse(list[HistoryRow], answer) if row.date >= since]
+        response = await client.get(f"{API}/history/since", date=format_utc(since), **include_parameters)
+        rows = [row for row in client.parse(list[HistoryRow], response) if row.date >= since]
         finished = [
             _to_finished_download(row, content_type, tags)
             for row in rows
@@ -150,14 +150,14 @@ def download_tracker(content_type: Literal["series", "movie"]) -> DownloadTracke
         rows = [row async for row in _queue(client, include_parameters) if _item_id(row) == item_id]
         options = {"removeFromClient": True, "blocklist": True, "skipRedownload": not search}
         try:
-            for row in rows[:1]:  # all rows of a download go together
+            for row in rows[:1]:  # the service removes all rows of the download
                 await client.delete(f"{API}/queue/{row.id}", **options)
         except NotFoundInService:
             return False
         return bool(rows)
 
     async def find_grab(client: Client, download_id: str) -> Grab | None:
-        answer = await client.get(
+        response = await client.get(
             f"{API}/history",
             downloadId=download_id,
             pageSize=PAGE_SIZE,
@@ -165,7 +165,7 @@ def download_tracker(content_type: Literal["series", "movie"]) -> DownloadTracke
             sortDirection="descending",
             **include_parameters,
         )
-        rows = [row for row in client.parse(HistoryPage, answer).records if row.download_id == download_id]
+        rows = [row for row in client.parse(HistoryPage, response).records if row.download_id == download_id]
         grabs = [row for row in rows if row.event == "grabbed"]
         if not grabs:
             return None
@@ -183,22 +183,22 @@ def download_tracker(content_type: Literal["series", "movie"]) -> DownloadTracke
         await client.post(f"{API}/history/failed/{grab}")
 
     async def searches_automatically(client: Client) -> bool:
-        answer = await client.get(f"{API}/config/downloadclient")
-        handling = client.parse(DownloadHandling, answer)
+        response = await client.get(f"{API}/config/downloadclient")
+        handling = client.parse(DownloadHandling, response)
         return handling.searches and handling.searches_for_people
 
     async def search(client: Client, content: tuple[str, ...]) -> None:
         await client.post(f"{API}/command", _search_command(content))
 
     async def is_searching(client: Client, content: tuple[str, ...], since: datetime) -> bool:
-        answer = await client.get(f"{API}/command")
+        response = await client.get(f"{API}/command")
         command = _search_command(content)
         return any(
             row.name == command["name"]
             and row.queued is not None
             and row.queued >= since
             and all((row.body or {}).get(name) == value for name, value in command.items() if name != "name")
-            for row in client.parse(list[CommandRow], answer)
+            for row in client.parse(list[CommandRow], response)
         )
 
     replacement = ReplacementActions(find, remove, find_grab, mark_failed, searches_automatically, search, is_searching)
@@ -208,7 +208,7 @@ def download_tracker(content_type: Literal["series", "movie"]) -> DownloadTracke
 async def _active_downloads(
     client: Client, include_parameters: dict[str, bool], tags: dict[int, str]
 ) -> dict[str, ActiveDownload]:
-    """What is in the queue by its id: a download once, for however many episodes it is."""
+    """Return the downloads in the queue by id. A download has a row for each episode; these rows are merged."""
     downloads: dict[str, ActiveDownload] = {}
     async for row in _queue(client, include_parameters):
         if row.tracked_state in FINISHED_TRACKED_STATES:
@@ -224,8 +224,8 @@ async def _active_downloads(
 
 async def _queue(client: Client, include_parameters: dict[str, bool]) -> AsyncGenerator[QueueRow]:
     for page in range(1, MAX_PAGES + 1):
-        answer = await client.get(f"{API}/queue", page=page, pageSize=PAGE_SIZE, **include_parameters)
-        rows = client.parse(QueuePage, answer).records
+        response = await client.get(f"{API}/queue", page=page, pageSize=PAGE_SIZE, **include_parameters)
+        rows = client.parse(QueuePage, response).records
         for row in rows:
             yield row
         if len(rows) < PAGE_SIZE:
@@ -233,8 +233,8 @@ async def _queue(client: Client, include_parameters: dict[str, bool]) -> AsyncGe
 
 
 async def _tags(client: Client) -> dict[int, str]:
-    answer = await client.get(f"{API}/tag")
-    return {tag.id: tag.label or str(tag.id) for tag in client.parse(list[Tag], answer)}
+    response = await client.get(f"{API}/tag")
+    return {tag.id: tag.label or str(tag.id) for tag in client.parse(list[Tag], response)}
 
 
 def _to_active_download(row: QueueRow, tags: dict[int, str]) -> ActiveDownload:
@@ -258,11 +258,11 @@ def _state(row: QueueRow) -> ActiveState:
     if row.tracked_state in STATE_BY_TRACKED_STATE:
         return STATE_BY_TRACKED_STATE[row.tracked_state]
     if row.tracked_state == "importPending":
-        # Without a warning it is only waiting for its turn.
+        # Without a warning, it only waits for its import.
         return "processing" if row.tracked_status == "ok" else "blocked"
     if row.status == "failed":
         return "failed"
-    # What comes from Usenet waits for its turn in its client, which is followed itself.
+    # A download from Usenet is tracked in its download client.
     if row.protocol == "torrent" and row.status in {"downloading", "warning"}:
         return "running"
     return "waiting"
@@ -290,7 +290,7 @@ def _to_finished_download(row: HistoryRow, content_type: str, tags: dict[int, st
 
 
 def _read_cursor(position: TrackingPosition) -> tuple[datetime, set[int]]:
-    """The time of the last entry that was seen, and which ones of that time were."""
+    """Return the time of the newest row that was read, and the ids of the rows of that time."""
     since = position.cursor.get("since")
     return datetime.fromisoformat(since) if since else position.since, set(position.cursor.get("seen", []))
 
@@ -302,13 +302,13 @@ def _next_cursor(rows: list[HistoryRow], since: datetime, seen_ids: set[int]) ->
 
 
 def _search_command(content: tuple[str, ...]) -> dict[str, Any]:
-    """The command that has just this searched for."""
+    """Build the command that searches for exactly this content."""
     for name, command, field in (
         ("episode", "EpisodeSearch", "episodeIds"),
         ("movie", "MoviesSearch", "movieIds"),
     ):
-        if found := [int(item.partition(":")[2]) for item in content if item.startswith(f"{name}:")]:
-            return {"name": command, field: sorted(found)}
+        if ids := [int(item.partition(":")[2]) for item in content if item.startswith(f"{name}:")]:
+            return {"name": command, field: sorted(ids)}
     (series,) = [int(item.partition(":")[2]) for item in content if item.startswith("series:")]
     return {"name": "SeriesSearch", "seriesId": series}
 

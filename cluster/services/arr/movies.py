@@ -1,4 +1,4 @@
-"""Movies, as Radarr has them."""
+"""The collection of movies in Radarr, with its fields."""
 
 from datetime import datetime
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from cluster.services.capabilities.collection import API, Collection, Collection
 
 Availability = Literal["announced", "inCinemas", "released"]
 RATING_SOURCES = ("tmdb", "imdb", "trakt", "metacritic", "rottenTomatoes")
-"""Whose ratings are told, the first that there are."""
+"""The rating is taken from the first of these that has one."""
 
 
 class Ratings(BaseModel):
@@ -19,7 +19,7 @@ class Ratings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def select_source(cls, ratings: Any) -> Any:
-        """Radarr has those of several sources, and had only one before."""
+        """Select one of the ratings. Older versions of Radarr have only one."""
         if not isinstance(ratings, dict) or "value" in ratings:
             return ratings
         return next((ratings[source] for source in RATING_SOURCES if ratings.get(source)), {})
@@ -57,7 +57,7 @@ class Movie(CollectionItem):
 
 
 def movie_fields(*, monitored: bool, available: Availability, search: bool) -> dict[str, object]:
-    """What Radarr is told of a movie that is added."""
+    """Return the fields of a movie to add that only Radarr has."""
     options = {"monitor": "movieOnly" if monitored else "none", "searchForMovie": search}
     return {"monitored": monitored, "minimumAvailability": available, "addOptions": options}
 

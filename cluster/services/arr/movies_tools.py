@@ -1,4 +1,4 @@
-"""What a person or a model may have Radarr do."""
+"""The tools of Radarr."""
 
 from datetime import datetime
 from typing import Any
@@ -28,17 +28,17 @@ from cluster.services.tools import Arguments
 
 
 class MovieArguments(Arguments):
-    movie_id: Id = Field(description="Its id in Radarr.")
+    movie_id: Id = Field(description="Id of the movie in Radarr.")
 
 
 class DeleteMovieArguments(MovieArguments):
-    delete_files: bool = Field(default=False, description="Also its files.")
+    delete_files: bool = Field(default=False, description="Also delete its files.")
 
 
 class AddMovieRequest(AddRequest):
-    tmdb_id: Id | None = Field(default=None, description="Its id at TMDB.")
+    tmdb_id: Id | None = Field(default=None, description="Id of the movie at TMDB.")
     search_for_movie: bool = Field(default=False, description="Search for it at once.")
-    minimum_availability: Availability = Field(default="released", description="From when on to look for it.")
+    minimum_availability: Availability = Field(default="released", description="When to begin to search for it.")
 
     @property
     def external_id(self) -> int | None:
@@ -50,7 +50,7 @@ class AddMovieRequest(AddRequest):
 
 
 class Release(BaseModel):
-    """A movie that comes out."""
+    """A movie, with its release dates."""
 
     title: Title
     year: Number | None = None
@@ -86,25 +86,25 @@ async def get_calendar(client: Client, arguments: CalendarArguments) -> list[dic
 
 
 TOOLS = (
-    Tool("list_movies", "Which movies Radarr has.", ListArguments, make_list(MOVIES, "movies")),
-    Tool("get_movie", "All about one movie: whether it is there, and how good.", MovieArguments, get_movie),
-    Tool("search_movies", "Which movies could be added and are named like this.", LookupArguments, make_lookup(MOVIES)),
+    Tool("list_movies", "List the movies in Radarr.", ListArguments, make_list(MOVIES, "movies")),
+    Tool("get_movie", "Get all fields of a movie, with its file and its quality.", MovieArguments, get_movie),
+    Tool("search_movies", "Look up movies by title, to add one.", LookupArguments, make_lookup(MOVIES)),
     Tool("add_movie", "Add a movie, by its tmdb_id or by its title.", AddMovieRequest, make_add(MOVIES), "change"),
-    Tool("search_for_movie", "Search for a movie that is missing.", MovieArguments, search_for_movie, "change"),
+    Tool("search_for_movie", "Search for releases of a missing movie.", MovieArguments, search_for_movie, "change"),
     Tool(
         "search_for_missing_movies",
-        "Search for all monitored movies that are missing.",
+        "Search for releases of all monitored movies that are missing.",
         Arguments,
         search_for_missing_movies,
         "change",
     ),
     Tool(
         "delete_movie",
-        "Take a movie out of Radarr, with its files or without.",
+        "Delete a movie from Radarr, with or without its files.",
         DeleteMovieArguments,
         delete_movie,
         "destroy",
     ),
-    Tool("get_calendar", "Which movies come out in the next days.", CalendarArguments, get_calendar),
+    Tool("get_calendar", "List the movies that are released in the next days.", CalendarArguments, get_calendar),
     *SHARED_TOOLS,
 )

@@ -1,4 +1,4 @@
-"""Series, as Sonarr has them."""
+"""The collection of series in Sonarr, with its fields."""
 
 from datetime import datetime
 
@@ -36,14 +36,14 @@ class Series(CollectionItem):
 
     @property
     def season_count(self) -> int | None:
-        """Season 0 holds what belongs to no season."""
+        """The number of seasons, without season 0, which has the specials."""
         if self.statistics and self.statistics.seasonCount is not None:
             return self.statistics.seasonCount
         return None if self.seasons is None else sum(season.seasonNumber > 0 for season in self.seasons)
 
 
 def series_fields(*, monitored: bool, season_folder: bool, search: bool) -> dict[str, object]:
-    """What Sonarr is told of a series that is added."""
+    """Return the fields of a series to add that only Sonarr has."""
     episodes = "all" if monitored else "none"
     options = {"monitor": episodes, "searchForMissingEpisodes": search, "searchForCutoffUnmetEpisodes": False}
     return {"monitored": monitored, "seasonFolder": season_folder, "addOptions": options}

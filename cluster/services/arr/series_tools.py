@@ -1,4 +1,4 @@
-"""What a person or a model may have Sonarr do."""
+"""The tools of Sonarr."""
 
 from datetime import datetime
 from typing import Any
@@ -28,17 +28,17 @@ from cluster.services.tools import Arguments
 
 
 class SeriesArguments(Arguments):
-    series_id: Id = Field(description="Its id in Sonarr.")
+    series_id: Id = Field(description="Id of the series in Sonarr.")
 
 
 class DeleteSeriesArguments(SeriesArguments):
-    delete_files: bool = Field(default=False, description="Also its files.")
+    delete_files: bool = Field(default=False, description="Also delete its files.")
 
 
 class AddSeriesRequest(AddRequest):
-    tvdb_id: Id | None = Field(default=None, description="Its id at TheTVDB.")
+    tvdb_id: Id | None = Field(default=None, description="Id of the series at TheTVDB.")
     season_folder: bool = Field(default=True, description="Whether each season has a folder.")
-    search_for_missing_episodes: bool = Field(default=False, description="Search for all that is missing at once.")
+    search_for_missing_episodes: bool = Field(default=False, description="Search for its episodes at once.")
 
     @property
     def external_id(self) -> int | None:
@@ -56,7 +56,7 @@ class SeriesTitle(BaseModel):
 
 
 class Episode(BaseModel):
-    """One that airs."""
+    """An episode, with its air date."""
 
     title: Title | None = None
     seasonNumber: Number | None = None
@@ -92,27 +92,31 @@ async def get_calendar(client: Client, arguments: CalendarArguments) -> list[dic
 
 
 TOOLS = (
-    Tool("list_series", "Which series Sonarr has.", ListArguments, make_list(SERIES, "series")),
-    Tool(
-        "get_series", "All about one series: its seasons, its episodes, how much is there.", SeriesArguments, get_series
-    ),
-    Tool("search_series", "Which series could be added and are named like this.", LookupArguments, make_lookup(SERIES)),
+    Tool("list_series", "List the series in Sonarr.", ListArguments, make_list(SERIES, "series")),
+    Tool("get_series", "Get all fields of a series, with its seasons and statistics.", SeriesArguments, get_series),
+    Tool("search_series", "Look up series by title, to add one.", LookupArguments, make_lookup(SERIES)),
     Tool("add_series", "Add a series, by its tvdb_id or by its title.", AddSeriesRequest, make_add(SERIES), "change"),
-    Tool("search_for_series", "Search for what is missing of a series.", SeriesArguments, search_for_series, "change"),
+    Tool(
+        "search_for_series",
+        "Search for releases of a series' missing episodes.",
+        SeriesArguments,
+        search_for_series,
+        "change",
+    ),
     Tool(
         "search_for_missing_episodes",
-        "Search for all monitored episodes that are missing.",
+        "Search for releases of all monitored episodes that are missing.",
         Arguments,
         search_for_missing_episodes,
         "change",
     ),
     Tool(
         "delete_series",
-        "Take a series out of Sonarr, with its files or without.",
+        "Delete a series from Sonarr, with or without its files.",
         DeleteSeriesArguments,
         delete_series,
         "destroy",
     ),
-    Tool("get_calendar", "Which episodes air in the next days.", CalendarArguments, get_calendar),
+    Tool("get_calendar", "List the episodes that air in the next days.", CalendarArguments, get_calendar),
     *SHARED_TOOLS,
 )

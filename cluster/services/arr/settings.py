@@ -1,4 +1,4 @@
-"""The settings of Sonarr, Radarr and Prowlarr: a config is read whole, changed, and put back whole."""
+"""Read and write the settings of Sonarr, Radarr and Prowlarr. A record is always written as a whole."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,12 +14,12 @@ CONFIG_NAMES = ("mediamanagement", "naming", "downloadclient", "indexer", "host"
 WRITABLE_LISTS = ("qualityprofile[]", "qualitydefinition[]", "downloadclient[]", "indexer[]")
 READ_ONLY_AREAS = ("health[]", "rootfolder[]", "remotepathmapping[]", "customformat[]")
 FIELD_PREFIX = "fields."
-"""How a setting is named that is one of the fields of an indexer, a download client or an application."""
+"""The prefix of settings that are in the list `fields` of an indexer, a download client or an application."""
 NAME_KEYS = ("name", "title", "path", "remotePath", "source")
 
 
 class SettingsRecord(BaseModel):
-    """As much as has to be so of every answer."""
+    """What every record must have; it may have more."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -33,21 +33,21 @@ class Setting(BaseModel):
 
 
 def settings_areas(api: str, *, writable: tuple[str, ...], readable: tuple[str, ...]) -> SettingsAreas:
-    """The areas of one of them, whose API has this prefix."""
+    """Build the settings areas of one of them. `api` is the prefix of its API."""
 
     async def read(client: Client, area: str) -> list[SettingsEntry]:
-        answer = await client.get(f"{api}/{area.removesuffix('[]')}")
+        response = await client.get(f"{api}/{area.removesuffix('[]')}")
         if not is_list(area):
-            client.parse(SettingsRecord, answer)
-            return [_to_entry("", answer)]
-        client.parse(list[SettingsRecord], answer)
-        return [_to_entry(_record_key(area, record), record) for record in answer]
+            client.parse(SettingsRecord, response)
+            return [_to_entry("", response)]
+        client.parse(list[SettingsRecord], response)
+        return [_to_entry(_record_key(area, record), record) for record in response]
 
     async def write(client: Client, area: str, entry: SettingsEntry, changes: Mapping[str, Any]) -> None:
         record_id = entry.raw.get("id")
         if not isinstance(record_id, int):
-            raise BadResponse(f"{client.connection.name} does not say which {area} this is.")
-        # Fields that are secret are told, and taken back, as asterisks; what is beside them is not.
+            raise BadResponse(f"{client.connection.name} has sent no id for an entry of {area}.")
+        # The service keeps a secret in `fields` if it gets asterisks for it, but not one outside of `fields`.
         reject_masked(client, entry.raw)
         await client.put(f"{api}/{quote(area.removesuffix('[]'))}/{record_id}", _with_changes(entry.raw, changes))
 
@@ -63,14 +63,14 @@ INDEXERS_AREAS = settings_areas(
 
 
 def _record_key(area: str, record: Mapping[str, Any]) -> str:
-    # Findings of a service's own have no id that lasts.
+    # A health message has no permanent id.
     return str(record.get("source" if area == "health[]" else "id") or "")[:200]
 
 
 def _to_entry(key: str, record: dict[str, Any]) -> SettingsEntry:
     fields = {f"{FIELD_PREFIX}{item['name']}": item.get("value") for item in record.get("fields") or []}
     name = next((str(record[name]) for name in NAME_KEYS if record.get(name)), key)
-    # An address is told as a text, and was to be told in parts by their documents.
+    # A URL is sent as text, but as an object with its parts according to the services' documentation.
     addresses = {
         item: value["fullUri"] for item, value in record.items() if isinstance(value, dict) and "fullUri" in value
     }
@@ -78,7 +78,7 @@ def _to_entry(key: str, record: dict[str, Any]) -> SettingsEntry:
 
 
 def _with_changes(record: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The thing with these changes; the rest is as it was."""
+    """Return a record with these changes."""
     changed = {**record, **{name: value for name, value in changes.items() if not name.startswith(FIELD_PREFIX)}}
     field_changes = {
         name.removeprefix(FIELD_PREFIX): value for name, value in changes.items() if name.startswith(FIELD_PREFIX)

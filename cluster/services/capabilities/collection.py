@@ -1,7 +1,7 @@
-"""What Sonarr and Radarr collect: what is there, what could be, and how one becomes the other.
+"""The capability to manage a collection of series or movies: list, look up, add, search and delete items.
 
-Doors and tools call the same functions. A service is asked for what it can say itself: whether something is there
-already, which profiles and folders it has. It alone decides, so two who add the same at once do not both succeed.
+Routes and tools call the same functions. Nothing is cached: the service is asked which items, profiles and folders it
+has. It alone decides, so if two callers add the same item at the same time, only one succeeds.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,32 +17,32 @@ from cluster.services.http.client import Client
 API = "/api/v3"
 MAX_ID = 2**31 - 1
 LIST_SECONDS = 120.0
-"""A large collection takes its service a while."""
+"""A service needs long to list a large collection."""
 LOOKUP_SECONDS = 60.0
-"""So does what has to be asked in the internet."""
+"""For a lookup, the service sends requests to the internet."""
 MAX_CHOICES = 20
 
 
 class NotInCollection(NotFound):
-    """The service has no such thing."""
+    """The service has no such item."""
 
     code = "NOT_IN_COLLECTION"
 
 
 class NothingFound(NotFound):
-    """The service finds nothing of this name or id that could be added."""
+    """The service finds no item with this title or id."""
 
     code = "NOTHING_FOUND"
 
 
 class AmbiguousTitle(Conflict):
-    """Several things are named so."""
+    """The service finds more than one item with this title."""
 
     code = "SEVERAL_FOUND"
 
 
 class AlreadyInCollection(Conflict):
-    """It was added already."""
+    """The service has this item already."""
 
     code = "ALREADY_THERE"
 
@@ -60,12 +60,12 @@ class UnknownRootFolder(InvalidRequest):
 
 
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-"""More can be said in JSON, but not to everybody."""
+"""JSON allows larger numbers, but many clients cannot read them."""
 Title = Annotated[str, Field(max_length=2000)]
 
 
 class CollectionItem(BaseModel):
-    """What every collection tells of what is in it. What a service does not say is null."""
+    """An item of a collection. Fields that the service does not send are null."""
 
     id: Number
     title: Title
@@ -76,15 +76,15 @@ Item = TypeVar("Item", bound=CollectionItem)
 
 @dataclass(frozen=True)
 class Collection(Generic[Item]):
-    """How one service calls what it collects."""
+    """The names that a service's API has for its items."""
 
-    item_name: str  # for one of them: series
-    description: str  # what a service does that has this
-    path: str  # where its API has them
+    item_name: str  # one item, in messages: series
+    description: str  # what the service does, in messages: collects series
+    path: str  # of the items in its API
     item_type: type[Item]
-    external_id_field: str  # the field with the id that it has in the world: tvdbId
-    lookup_prefix: str  # what stands before that id where things are looked up: tvdb
-    search_command: Callable[[int], dict[str, object]]  # the command that has one searched for
+    external_id_field: str  # the field with the id in a public database: tvdbId
+    lookup_prefix: str  # precedes that id in a lookup: tvdb
+    search_command: Callable[[int], dict[str, object]]  # the command that searches for releases of an item
 
 
 class QualityProfile(BaseModel):
@@ -99,7 +99,7 @@ class RootFolder(BaseModel):
 
 
 class LookupResult(BaseModel):
-    """Something that could be added."""
+    """An item that could be added."""
 
     title: Title
     year: Number | None
@@ -108,14 +108,14 @@ class LookupResult(BaseModel):
 
 @dataclass(frozen=True)
 class ItemToAdd:
-    """Something to add: by its id in the world, else by its title. What is None is the service's to choose."""
+    """An item to add, named by its external id, else by its title. None: the service's default."""
 
     title: str | None = None
     external_id: int | None = None
     year: int | None = None
     quality_profile_id: int | None = None
     root_folder_path: str | None = None
-    extra_fields: Mapping[str, object] = field(default_factory=dict[str, object])  # what else is said of it
+    extra_fields: Mapping[str, object] = field(default_factory=dict[str, object])  # that only this service has
 
 
 class _Command(BaseModel):
@@ -131,7 +131,7 @@ async def for_each_item(
     offset: int = 0,
     limit: int | None = None,
 ) -> int:
-    """Have `take` called with what is there, in bounded memory; returns how many there are on all pages."""
+    """Call `on_item` with the items of a page, in bounded memory. Returns the number of items on all pages."""
     needle, total = (query or "").casefold(), 0
 
     def handle_row(row: dict[str, Any]) -> None:
@@ -149,22 +149,22 @@ async def for_each_item(
 
 async def get(client: Client, collection: Collection[Item], item_id: int) -> Item:
     try:
-        answer = await client.get(f"{collection.path}/{item_id}")
+        response = await client.get(f"{collection.path}/{item_id}")
     except NotFoundInService as error:
         name = client.connection.name
         raise NotInCollection(f"{name} has no {collection.item_name} with the id {item_id}.") from error
-    return client.parse(collection.item_type, answer)
+    return client.parse(collection.item_type, response)
 
 
 async def look_up(client: Client, collection: Collection[Any], term: str) -> list[LookupResult]:
-    """What could be added and is named like this, the likeliest first."""
-    return [found for found, _ in await _look_up_rows(client, collection, term)]
+    """Return the items that match and could be added, best match first."""
+    return [result for result, _ in await _look_up_rows(client, collection, term)]
 
 
 async def add(client: Client, collection: Collection[Item], item_to_add: ItemToAdd) -> Item:
-    """Add something. What cannot be done is refused before anything is."""
-    found, row = await _find_item_to_add(client, collection, item_to_add)
-    await _require_absent(client, collection, found)
+    """Add an item. The request is checked completely before the service changes anything."""
+    result, row = await _find_item_to_add(client, collection, item_to_add)
+    await _require_absent(client, collection, result)
     body = {
         **row,
         "qualityProfileId": await _resolve_quality_profile(client, item_to_add.quality_profile_id),
@@ -172,16 +172,17 @@ async def add(client: Client, collection: Collection[Item], item_to_add: ItemToA
         **item_to_add.extra_fields,
     }
     try:
-        # The service looks it up once more, in the internet.
-        answer = await client.post(collection.path, body, seconds=LOOKUP_SECONDS)
+        # The service looks the item up again, in the internet.
+        response = await client.post(collection.path, body, seconds=LOOKUP_SECONDS)
     except (Refused, BadResponse, Unreachable):
-        await _require_absent(client, collection, found)  # another one was quicker, or its answer did not come
+        # Another caller may have added it first, or the response was lost.
+        await _require_absent(client, collection, result)
         raise
-    return client.parse(collection.item_type, answer)
+    return client.parse(collection.item_type, response)
 
 
 async def search(client: Client, collection: Collection[Item], item_id: int) -> tuple[Item, int]:
-    """Have what is missing of it searched for; returns it, and the number of the command."""
+    """Start a search for releases of an item. Returns the item, and the number of the command."""
     item = await get(client, collection, item_id)
     return item, await run_command(client, collection.search_command(item_id))
 
@@ -193,18 +194,18 @@ async def delete(client: Client, collection: Collection[Item], item_id: int, *, 
 
 
 async def run_command(client: Client, body: Mapping[str, object]) -> int:
-    """Have the service do something on its own; returns the number of the command."""
+    """Start a command in the service, and return its number."""
     return client.parse(_Command, await client.post(f"{API}/command", body)).id
 
 
 def format_command_id(command_number: int) -> str:
-    """How a command is called to people: numbers are ids of all sorts of things."""
+    """Return the public id of a command. Its prefix distinguishes it from other ids."""
     return f"cmd_{command_number}"
 
 
-def to_choice(collection: Collection[Any], found: LookupResult) -> dict[str, object]:
-    """What could be added, as it is told."""
-    return {"title": found.title, "year": found.year, collection.external_id_field: found.outer_id}
+def to_choice(collection: Collection[Any], result: LookupResult) -> dict[str, object]:
+    """Return the public form of a lookup result."""
+    return {"title": result.title, "year": result.year, collection.external_id_field: result.outer_id}
 
 
 async def quality_profiles(client: Client) -> list[QualityProfile]:
@@ -218,7 +219,7 @@ async def root_folders(client: Client) -> list[RootFolder]:
 async def _find_item_to_add(
     client: Client, collection: Collection[Any], item_to_add: ItemToAdd
 ) -> tuple[LookupResult, dict[str, Any]]:
-    """The one thing that is wanted, and all that the service knows of it."""
+    """Find the item to add. Returns it, and its whole row from the service."""
     name = client.connection.name
     if item_to_add.external_id is not None:
         rows = await _look_up_rows(client, collection, f"{collection.lookup_prefix}:{item_to_add.external_id}")
@@ -240,37 +241,38 @@ async def _find_item_to_add(
     if not candidates:
         raise NothingFound(f"{name} finds no {collection.item_name} named '{title}'.")
     if len(candidates) > 1:
-        raise _ambiguous_title(client, collection, title, [found for found, _ in candidates])
+        raise _ambiguous_title(client, collection, title, [result for result, _ in candidates])
     return candidates[0]
 
 
 async def _look_up_rows(
     client: Client, collection: Collection[Any], term: str
 ) -> list[tuple[LookupResult, dict[str, Any]]]:
-    answer = await client.get(f"{collection.path}/lookup", seconds=LOOKUP_SECONDS, term=term)
-    rows = client.parse(list[dict[str, Any]], answer)
-    found: list[tuple[LookupResult, dict[str, Any]]] = []
+    response = await client.get(f"{collection.path}/lookup", seconds=LOOKUP_SECONDS, term=term)
+    rows = client.parse(list[dict[str, Any]], response)
+    results: list[tuple[LookupResult, dict[str, Any]]] = []
     for row in rows:
         fields = {"title": row.get("title"), "year": row.get("year"), "outer_id": row.get(collection.external_id_field)}
-        # The id is that of what is in the collection already.
-        found.append((client.parse(LookupResult, fields), {name: value for name, value in row.items() if name != "id"}))
-    return found
+        # A row has an id if its item is in the collection already.
+        row_without_id = {name: value for name, value in row.items() if name != "id"}
+        results.append((client.parse(LookupResult, fields), row_without_id))
+    return results
 
 
-async def _require_absent(client: Client, collection: Collection[Any], found: LookupResult) -> None:
-    answer = await client.get(collection.path, **{collection.external_id_field: found.outer_id})
-    for row in client.parse(list[dict[str, Any]], answer):
-        if row.get(collection.external_id_field) == found.outer_id:
+async def _require_absent(client: Client, collection: Collection[Any], result: LookupResult) -> None:
+    response = await client.get(collection.path, **{collection.external_id_field: result.outer_id})
+    for row in client.parse(list[dict[str, Any]], response):
+        if row.get(collection.external_id_field) == result.outer_id:
             item: CollectionItem = client.parse(collection.item_type, row)
-            name = client.connection.name
-            raise AlreadyInCollection(f"'{item.title}' is in {name} already: {item.id}.", details={"id": item.id})
+            message = f"'{item.title}' is in {client.connection.name} already, with the id {item.id}."
+            raise AlreadyInCollection(message, details={"id": item.id})
 
 
 async def _resolve_quality_profile(client: Client, profile_id: int | None) -> int:
     name, profiles = client.connection.name, await quality_profiles(client)
     ids = [profile.id for profile in profiles]
     if not ids:
-        raise UnknownQualityProfile(f"{name} has no quality profile: make one there first.")
+        raise UnknownQualityProfile(f"{name} has no quality profile: create one there first.")
     if profile_id is not None and profile_id not in ids:
         choices = [profile.model_dump() for profile in profiles[:MAX_CHOICES]]
         listing = ", ".join(f"{profile.id} ({profile.name})" for profile in profiles[:MAX_CHOICES])
@@ -284,7 +286,7 @@ async def _resolve_quality_profile(client: Client, profile_id: int | None) -> in
 async def _resolve_root_folder(client: Client, path: str | None) -> str:
     name, folders = client.connection.name, await root_folders(client)
     if not folders:
-        raise UnknownRootFolder(f"{name} has no root folder: make one there first.")
+        raise UnknownRootFolder(f"{name} has no root folder: create one there first.")
     if path is None:
         return next((folder.path for folder in folders if folder.accessible is not False), folders[0].path)
     matches = [folder.path for folder in folders if _strip_trailing_slash(folder.path) == _strip_trailing_slash(path)]
@@ -298,22 +300,21 @@ async def _resolve_root_folder(client: Client, path: str | None) -> str:
 
 
 def _ambiguous_title(
-    client: Client, collection: Collection[Any], title: str, found: list[LookupResult]
+    client: Client, collection: Collection[Any], title: str, results: list[LookupResult]
 ) -> AmbiguousTitle:
-    choices = found[:MAX_CHOICES]
+    choices = results[:MAX_CHOICES]
     listing = ", ".join(
         f"{_with_year(result)} ({collection.external_id_field} {result.outer_id})" for result in choices
     )
     return AmbiguousTitle(
-        f"{client.connection.name} finds several that '{title}' could mean: {listing}. Say which by its id.",
+        f"{client.connection.name} finds more than one match for '{title}': {listing}. Name one by its id.",
         details={"choices": [to_choice(collection, result) for result in choices]},
     )
 
 
-def _with_year(found: LookupResult) -> str:
-    return f"{found.title} ({found.year})" if found.year else found.title
+def _with_year(result: LookupResult) -> str:
+    return f"{result.title} ({result.year})" if result.year else result.title
 
 
 def _strip_trailing_slash(path: str) -> str:
-    """Whether a folder is written with a slash at its end is all one."""
     return path.rstrip("/\\") or path

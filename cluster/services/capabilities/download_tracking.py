@@ -1,7 +1,7 @@
-"""What it takes to follow the downloads of a service, and to mend what goes wrong with them.
+"""The capability to track the downloads of a service, and to recover failed ones.
 
-A connector that can be followed has a `Following`. Those who only fetch can fetch once more (`retry`); those who
-chose what is fetched can choose something else (`Replacing`). `pipelines/media/` knows no other way.
+A connector that has it declares a `DownloadTracker`. A download client can retry a download (`retry`); a service that
+selected its release can replace it (`ReplacementActions`). `pipelines/media/` uses services in no other way.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,15 +12,15 @@ from typing import Any, Literal
 from cluster.services.http.client import Client
 
 ActiveState = Literal[
-    "waiting",  # for its turn, for the network, or because all is paused
-    "running",  # bytes should come in
-    "processing",  # it is unpacked, checked or imported
-    "blocked",  # it is there, but is not imported
+    "waiting",  # for its turn, for the network, or because the queue is paused
+    "running",  # bytes should arrive
+    "processing",  # it is being unpacked, checked or imported
+    "blocked",  # it is complete, but cannot be imported
     "failed",
 ]
 Outcome = Literal["completed", "failed", "imported"]
 MAX_ID_LENGTH = 300
-"""How long the name of a download can be, as it is kept here."""
+"""Maximum length of a download's id in the database."""
 MAX_TEXT_LENGTH = 500
 
 
@@ -28,21 +28,21 @@ MAX_TEXT_LENGTH = 500
 class ActiveDownload:
     """A download that has not ended."""
 
-    id: str  # by which the service can be asked about it
+    id: str  # in this service
     title: str
     state: ActiveState
-    download_id: str | None  # as the download client calls it
+    download_id: str | None  # in the download client
     bytes_left: int | None = None
-    reason: str = ""  # what the service says of it
-    content: tuple[str, ...] = ()  # what it will be, such as episode:12
+    reason: str = ""  # messages of the service about it
+    content: tuple[str, ...] = ()  # what it contains, such as episode:12
     tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class FinishedDownload:
-    """A download that has ended, or that has become a part of a library."""
+    """A download that has ended, or that was imported into a library."""
 
-    id: str  # as it was called while it was underway
+    id: str  # the same as while it was active
     title: str
     outcome: Outcome
     at: datetime
@@ -57,26 +57,26 @@ class FinishedDownload:
 
 @dataclass(frozen=True)
 class TrackingPosition:
-    """How far a service has been followed."""
+    """Where the next poll of a service begins."""
 
-    since: datetime  # what ended before then is no news
+    since: datetime  # downloads that ended earlier are ignored
     at: datetime
-    cursor: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what the last look left
+    cursor: Mapping[str, Any] = field(default_factory=dict[str, Any])  # as the last poll returned it
 
 
 @dataclass(frozen=True)
 class DownloadSnapshot:
-    """What a look at a service has seen."""
+    """The result of a poll."""
 
     active: tuple[ActiveDownload, ...]
     finished: tuple[FinishedDownload, ...]
     cursor: dict[str, Any]
-    has_throughput: bool = True  # whether it brings in anything at all: if not, that is no single download's fault
+    has_throughput: bool = True  # whether the service downloads at all; if not, no single download is at fault
 
 
 @dataclass(frozen=True)
 class Grab:
-    """That a service has chosen this download, and what it knows of its end."""
+    """A service's record of the release that it selected for a download, and of how the download ended."""
 
     id: int
     title: str
@@ -89,22 +89,22 @@ class Grab:
 @dataclass(frozen=True)
 class ReplacementActions:
     find: Callable[[Client, str], Awaitable[ActiveDownload | None]]
-    # For good, with its files; whether to search by itself. Returns False if it was gone already.
+    # With its files, and blocklisted. The flag: whether the service then searches. False: it was gone already.
     remove: Callable[[Client, str, bool], Awaitable[bool]]
     find_grab: Callable[[Client, str], Awaitable[Grab | None]]  # by the download's id
-    mark_failed: Callable[[Client, int], Awaitable[None]]  # a grab
-    searches_automatically: Callable[[Client], Awaitable[bool]]  # after something has failed
+    mark_failed: Callable[[Client, int], Awaitable[None]]  # by the grab's id
+    searches_automatically: Callable[[Client], Awaitable[bool]]  # after a download has failed
     search: Callable[[Client, tuple[str, ...]], Awaitable[None]]
-    is_searching: Callable[[Client, tuple[str, ...], datetime], Awaitable[bool]]  # since then, for just that
+    is_searching: Callable[[Client, tuple[str, ...], datetime], Awaitable[bool]]  # for exactly this, since then
 
 
 @dataclass(frozen=True)
 class FinishedFolders:
-    """Where finished downloads lie, on the service's machine."""
+    """The folders of finished downloads, on the service's machine."""
 
     folder: str
     subfolders: tuple[str, ...]  # of its categories
-    known_folders: frozenset[str]  # folders that its history still speaks of
+    known_folders: frozenset[str]  # folders that its history still contains
 
 
 @dataclass(frozen=True)
@@ -116,5 +116,5 @@ class DownloadTracker:
 
 
 def to_single_line(text: str | None) -> str:
-    """What a service says, as it is kept."""
+    """Return a service's text as it is stored: one line, of limited length."""
     return " ".join((text or "").replace("\0", "").split())[:MAX_TEXT_LENGTH]

@@ -1,4 +1,4 @@
-"""What a service that downloads can be asked, and what is told of its downloads."""
+"""The capability to list and control downloads, and the public schemas of downloads."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class DownloadNotFound(NotFound):
 
 
 class DownloadNotFailed(Conflict):
-    """Only a download that has failed can be tried again."""
+    """Only a failed download can be retried."""
 
     code = "DOWNLOAD_NOT_FAILED"
 
@@ -25,10 +25,10 @@ class DownloadNotFailed(Conflict):
 class QueuedDownload(BaseModel):
     nzo_id: str
     filename: str
-    mb_left: float = Field(description="In MiB, as `mb` is.")
+    mb_left: float = Field(description="In MiB, like `mb`.")
     mb: float
     percentage: int
-    eta: str | None = Field(description="Hours, minutes and seconds. Null: nobody knows.", examples=["00:15:30"])
+    eta: str | None = Field(description="Hours, minutes and seconds. Null: unknown.", examples=["00:15:30"])
     status: str = Field(examples=["Downloading"])
     priority: str = Field(examples=["Normal"])
 
@@ -38,26 +38,26 @@ class DownloadQueue(BaseModel):
     speed: str = Field(examples=["5.2 MB/s"])
     size_left: str = Field(examples=["15.2 GB"])
     paused: bool
-    disk_space: str | None = Field(description="What is free where downloads begin.", examples=["250.5 GB"])
+    disk_space: str | None = Field(description="Free space for incomplete downloads.", examples=["250.5 GB"])
 
 
 class DownloadHistoryItem(BaseModel):
     nzo_id: str
     name: str
     category: str | None
-    status: str = Field(description="Completed, Failed, or what is still done to it.", examples=["Completed"])
+    status: str = Field(description="Completed, Failed, or the step that runs.", examples=["Completed"])
     fail_message: str
     size: str = Field(examples=["1.5 GB"])
     completed: UtcTime | None = Field(description="When it ended. Null: it has not ended yet.")
 
 
 class DownloadHistory(BaseModel):
-    history: list[DownloadHistoryItem] = Field(description="The latest first.")
-    total: int = Field(description="How many there are, shown or not.")
+    history: list[DownloadHistoryItem] = Field(description="Newest first.")
+    total: int = Field(description="Number of all downloads in the history.")
 
 
 class QueuePauseState(BaseModel):
-    """How the queue is after it was paused, or resumed."""
+    """The state of the queue after it was paused or resumed."""
 
     success: bool = True
     paused: bool
@@ -66,11 +66,11 @@ class QueuePauseState(BaseModel):
 
 @dataclass(frozen=True)
 class Downloads:
-    """All of them look whether it has come to what they were to do, and raise an error if not."""
+    """Each function that changes something verifies the effect, and raises an error if there is none."""
 
     queue: Callable[[Client], Awaitable[DownloadQueue]]
-    history: Callable[[Client, int], Awaitable[DownloadHistory]]  # at most so many
+    history: Callable[[Client, int], Awaitable[DownloadHistory]]  # with a limit
     retry: Callable[[Client, str], Awaitable[str]]  # returns the id of the new attempt
-    delete: Callable[[Client, str, bool], Awaitable[None]]  # true: and what it has downloaded so far
+    delete: Callable[[Client, str, bool], Awaitable[None]]  # true: also delete its files
     pause: Callable[[Client], Awaitable[QueuePauseState]]
     resume: Callable[[Client], Awaitable[QueuePauseState]]

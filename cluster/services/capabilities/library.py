@@ -1,4 +1,4 @@
-"""What a service that keeps a library for people to watch can be asked, and what is told of it."""
+"""The capability to list and scan media libraries, and the public schemas of libraries."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class LibrarySection(BaseModel):
     type: str = Field(examples=["movie"])
     scanner: str | None
     agent: str | None
-    count: int = Field(description="How many movies, series or artists are in it.")
+    count: int = Field(description="Number of movies, series or artists in it.")
 
 
 class Libraries(BaseModel):
@@ -30,27 +30,27 @@ class Libraries(BaseModel):
 
 
 class AddedItem(BaseModel):
-    title: str = Field(description="Of a season or an episode, with the series before it.")
+    title: str = Field(description="For a season or an episode, it begins with the title of the series.")
     year: int | None
     type: str = Field(examples=["movie"])
     added_at: UtcTime | None
     library: str | None
-    rating: float | None = Field(description="Out of ten.")
+    rating: float | None = Field(description="From 0 to 10.")
 
 
 class RecentlyAdded(BaseModel):
-    items: list[AddedItem] = Field(description="The latest first.")
-    total: int = Field(description="How many are shown.")
+    items: list[AddedItem] = Field(description="Newest first.")
+    total: int = Field(description="Number of items in this list.")
 
 
 @dataclass(frozen=True)
 class Library:
     libraries: Callable[[Client], Awaitable[Libraries]]
-    recently_added: Callable[[Client, int], Awaitable[RecentlyAdded]]  # at most so many
-    scan: Callable[[Client, str], Awaitable[str]]  # looks for what is new in it; returns its title
+    recently_added: Callable[[Client, int], Awaitable[RecentlyAdded]]  # with a limit
+    scan: Callable[[Client, str], Awaitable[str]]  # scans a library for new files; returns its title
 
 
 def library_not_found(key: str, titles: dict[str, str]) -> LibraryNotFound:
-    """The error that says which libraries there are, by their keys."""
+    """Build the error for an unknown key. It lists the libraries there are."""
     choices = ", ".join(f"{known_key} ({title})" for known_key, title in titles.items()) or "none"
     return LibraryNotFound(f"There is no library '{key[:100]}'. There are: {choices}.")

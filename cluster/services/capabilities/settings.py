@@ -1,7 +1,7 @@
-"""The settings of services, which are read and written area by area.
+"""The capability to read and write the settings of a service, area by area.
 
-An area is one thing with settings, or a list of such things: then its name ends in `[]`, as in `downloadclient[]`. What
-is secret is told only as being there: no password and no key leaves this room but to its own service.
+An area is one entry with settings, or a list of entries; then its name ends in `[]`, as in `downloadclient[]`. Secret
+values are masked: a password or a key is sent to its own service only.
 """
 
 import re
@@ -21,24 +21,24 @@ BOOLEAN_VALUES = {"true": 1, "false": 0}
 
 @dataclass(frozen=True)
 class SettingsEntry:
-    """One thing that has settings."""
+    """Settings that belong together, such as those of a download client."""
 
-    key: str  # which one of its area; empty where there is only one
-    name: str  # what people call it
+    key: str  # identifies it in a list; empty in an area with one entry
+    name: str  # for people
     values: Mapping[str, Any]
-    raw: Any = field(default=None, repr=False)  # as the service has told it, secrets included: to be sent back
+    raw: Any = field(default=None, repr=False)  # as the service sent it, with secrets; it is sent back to write
 
 
 @dataclass(frozen=True)
 class SettingsAreas:
-    """How the settings of a sort of service are read, and written."""
+    """How the settings of a type of service are read and written."""
 
     read: Callable[[Client, str], Awaitable[list[SettingsEntry]]]
     write: Callable[
         [Client, str, SettingsEntry, Mapping[str, Any]], Awaitable[None]
-    ]  # into an entry that was just read
+    ]  # changes an entry that was just read
     writable: frozenset[str]
-    readable: frozenset[str] = frozenset()  # besides those
+    readable: frozenset[str] = frozenset()  # areas that can only be read
 
     @property
     def names(self) -> frozenset[str]:
@@ -54,12 +54,12 @@ def is_secret(setting: str) -> bool:
 
 
 def mask_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """These settings, with whatever is secret in them only as being there or not."""
+    """Mask the values of secrets. An empty value stays empty."""
     return {name: (MASK if value else "") if is_secret(name) else value for name, value in values.items()}
 
 
 def normalize(value: Any) -> Any:
-    """A value in the one form in which it can be compared: services say 1, "1", true and "true" for the same."""
+    """Return a value in a form that can be compared: services send 1, "1", true and "true" for the same value."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str):
@@ -75,12 +75,12 @@ def settings_equal(left: Any, right: Any) -> bool:
 
 
 def reject_masked(client: Client, values: Mapping[str, Any]) -> None:
-    """What a service shows as asterisks would be written back as asterisks."""
+    """Refuse to write values that the service masks: it would store the asterisks."""
     for name, value in values.items():
         if isinstance(value, str) and value and not value.strip("*"):
             raise Refused(
-                f"{client.connection.name} hides its setting '{name}', which would have to be sent along: "
-                "change this by hand."
+                f"{client.connection.name} masks its setting '{name}', which would have to be sent too: "
+                "change this in the service itself."
             )
 
 

@@ -1,4 +1,4 @@
-"""Bazarr: subtitles for what Sonarr and Radarr have."""
+"""The connector of Bazarr, which downloads subtitles for the media of Sonarr and Radarr."""
 
 from pydantic import BaseModel
 
@@ -9,8 +9,8 @@ from cluster.services.tools import LimitArguments
 
 
 async def health(client: Client) -> str:
-    answer = client.require_keys(await client.get("/api/system/status"), "data")
-    return str(client.require_keys(answer["data"], "bazarr_version")["bazarr_version"])
+    response = client.require_keys(await client.get("/api/system/status"), "data")
+    return str(client.require_keys(response["data"], "bazarr_version")["bazarr_version"])
 
 
 class MissingSubtitles(BaseModel):
@@ -36,5 +36,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="X-API-KEY"),
     key_help="Settings, General, Security: API Key.",
-    tools=(Tool("get_wanted", "List episodes whose subtitles are missing", LimitArguments, get_wanted),),
+    tools=(Tool("get_wanted", "List episodes with missing subtitles", LimitArguments, get_wanted),),
 )

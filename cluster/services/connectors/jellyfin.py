@@ -1,4 +1,4 @@
-"""Jellyfin: the library that people watch."""
+"""The connector of Jellyfin, a media server."""
 
 from pydantic import BaseModel
 
@@ -41,5 +41,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="Authorization", template='MediaBrowser Token="{}"'),
     key_help="Dashboard, API Keys.",
-    tools=(Tool("get_activity", "List who watches what right now", Arguments, get_activity),),
+    tools=(Tool("get_activity", "List who is watching what now", Arguments, get_activity),),
 )

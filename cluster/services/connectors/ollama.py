@@ -1,4 +1,4 @@
-"""Ollama: language models on another machine."""
+"""The connector of Ollama, which runs language models."""
 
 from pydantic import BaseModel
 
@@ -10,7 +10,7 @@ from cluster.services.tools import Arguments
 
 async def health(client: Client) -> str:
     version_info = client.require_keys(await client.get("/api/version"), "version")
-    client.require_keys(await client.get("/api/tags"), "models")  # others have a version too
+    client.require_keys(await client.get("/api/tags"), "models")  # other programs have /api/version too
     return str(version_info["version"])
 
 
@@ -33,6 +33,6 @@ CONNECTOR = Connector(
     capabilities=frozenset({"health", "models"}),
     health=health,
     key_scheme=ApiKeyScheme(header="Authorization", template="Bearer {}", required=False),
-    key_help="Only behind a proxy that wants one.",
+    key_help="Only behind a proxy that requires one.",
     tools=(Tool("get_models", "List the models, with their sizes in bytes", Arguments, get_models),),
 )

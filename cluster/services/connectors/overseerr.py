@@ -1,4 +1,4 @@
-"""Overseerr, and its successors Jellyseerr and Seerr: people ask for movies and series."""
+"""The connector of Overseerr and its successors Jellyseerr and Seerr, where people request movies and series."""
 
 from pydantic import BaseModel
 
@@ -38,8 +38,8 @@ class Requests(BaseModel):
 
 
 async def get_requests(client: Client, arguments: LimitArguments) -> list[Request]:
-    answer = await client.get("/api/v1/request", take=arguments.limit, skip=0, sort="added")
-    return client.parse(Requests, answer).results
+    response = await client.get("/api/v1/request", take=arguments.limit, skip=0, sort="added")
+    return client.parse(Requests, response).results
 
 
 CONNECTOR = Connector(
@@ -50,5 +50,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="X-Api-Key"),
     key_help="Settings, General: API Key.",
-    tools=(Tool("get_requests", "List what people have asked for, the latest first", LimitArguments, get_requests),),
+    tools=(Tool("get_requests", "List people's requests, newest first", LimitArguments, get_requests),),
 )

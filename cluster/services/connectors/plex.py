@@ -1,4 +1,4 @@
-"""Plex: the library that people watch."""
+"""The connector of Plex, a media server."""
 
 from cluster.services import tools
 from cluster.services.connector import Connector
@@ -10,8 +10,8 @@ from cluster.services.plex.settings import SETTINGS_AREAS
 
 async def health(client: Client) -> str:
     # /identity would be answered without a token.
-    answer = client.require_keys(await client.get("/"), "MediaContainer")
-    return str(client.require_keys(answer["MediaContainer"], "machineIdentifier", "version")["version"])
+    response = client.require_keys(await client.get("/"), "MediaContainer")
+    return str(client.require_keys(response["MediaContainer"], "machineIdentifier", "version")["version"])
 
 
 CONNECTOR = Connector(
@@ -20,7 +20,7 @@ CONNECTOR = Connector(
     capabilities=frozenset({"health", "library", "configure"}),
     health=health,
     key_scheme=ApiKeyScheme(header="X-Plex-Token"),
-    key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the address.",
+    key_help="The X-Plex-Token of the server's owner: Get Info, View XML of any item shows it in the URL.",
     tools=tools.library_tools(LIBRARY),
     library=LIBRARY,
     settings=SETTINGS_AREAS,

@@ -1,4 +1,4 @@
-"""Prometheus: numbers over time. Every answer is `{"status", "data"}`."""
+"""The connector of Prometheus, which stores metrics. Every response is `{"status", "data"}`."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ async def health(client: Client) -> str:
     return str(build["version"])
 
 
-def unwrap(answer: Any) -> Any:
-    if isinstance(answer, dict) and answer.get("status") == "error":
-        raise ErrorInResponse(str(answer.get("error") or ""))
-    return answer["data"] if isinstance(answer, dict) and "data" in answer else answer
+def unwrap(response: Any) -> Any:
+    if isinstance(response, dict) and response.get("status") == "error":
+        raise ErrorInResponse(str(response.get("error") or ""))
+    return response["data"] if isinstance(response, dict) and "data" in response else response
 
 
 class QueryArguments(Arguments):
@@ -41,7 +41,7 @@ CONNECTOR = Connector(
     capabilities=frozenset({"health", "metrics"}),
     health=health,
     key_scheme=ApiKeyScheme(header="Authorization", template="Bearer {}", required=False),
-    key_help="Only behind a proxy that wants one.",
+    key_help="Only behind a proxy that requires one.",
     unwrap=unwrap,
-    tools=(Tool("query_metrics", "What an expression is right now", QueryArguments, query_metrics),),
+    tools=(Tool("query_metrics", "Get the current value of an expression", QueryArguments, query_metrics),),
 )

@@ -1,4 +1,4 @@
-"""Prowlarr: the indexers that the others search."""
+"""The connector of Prowlarr, which manages the indexers of Sonarr and Radarr."""
 
 from pydantic import BaseModel
 
@@ -28,6 +28,6 @@ CONNECTOR = arr_connector.connector(
     "/api/v1",
     "indexers",
     "configure",
-    tools=(Tool("get_indexers", "List the indexers that are searched", Arguments, get_indexers),),
+    tools=(Tool("get_indexers", "List the indexers", Arguments, get_indexers),),
     settings=INDEXERS_AREAS,
 )

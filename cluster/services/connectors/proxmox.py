@@ -1,4 +1,4 @@
-"""Proxmox VE: the virtual machines. Its certificate is its own, as a rule: `verify_tls` is false then."""
+"""The connector of Proxmox VE, which runs virtual machines. Its certificate is usually self-signed (`verify_tls`)."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ async def health(client: Client) -> str:
     return str(version_info["version"])
 
 
-def unwrap(answer: Any) -> Any:
-    return answer["data"] if isinstance(answer, dict) and "data" in answer else answer
+def unwrap(response: Any) -> Any:
+    return response["data"] if isinstance(response, dict) and "data" in response else response
 
 
 class Machine(BaseModel):

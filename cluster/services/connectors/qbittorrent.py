@@ -1,4 +1,4 @@
-"""qBittorrent: downloads over BitTorrent. Its key is one of its API keys (from 5.2 on), or NAME:PASSWORD of a login."""
+"""The connector of qBittorrent. Its key is an API key (since version 5.2), or NAME:PASSWORD of a login."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -33,7 +33,7 @@ async def session(client: Client, key: str) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        with suppress(ServiceError):  # it would keep the session for an hour
+        with suppress(ServiceError):  # without a logout, the session stays open for an hour
             await client.post_form("/api/v2/auth/logout", {})
 
 
@@ -43,7 +43,7 @@ class Torrent(BaseModel):
     state: str
     progress: float = Field(description="From 0 to 1.")
     size: int
-    dlspeed: int = Field(description="Bytes a second.")
+    dlspeed: int = Field(description="Bytes per second.")
     eta: int | None = Field(default=None, description="Seconds.")
     category: str | None = None
 

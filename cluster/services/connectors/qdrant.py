@@ -1,4 +1,4 @@
-"""Qdrant: vectors."""
+"""The connector of Qdrant, a vector database."""
 
 from pydantic import BaseModel
 
@@ -24,12 +24,12 @@ class Collections(BaseModel):
     collections: list[Collection]
 
 
-class CollectionsAnswer(BaseModel):
+class CollectionsResponse(BaseModel):
     result: Collections
 
 
 async def get_collections(client: Client, _: Arguments) -> list[Collection]:
-    return client.parse(CollectionsAnswer, await client.get("/collections")).result.collections
+    return client.parse(CollectionsResponse, await client.get("/collections")).result.collections
 
 
 CONNECTOR = Connector(

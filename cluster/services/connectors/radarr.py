@@ -1,4 +1,4 @@
-"""Radarr: movies."""
+"""The connector of Radarr, which manages movies."""
 
 from cluster.services.arr import connector as arr_connector
 from cluster.services.arr.download_tracking import download_tracker

@@ -1,4 +1,7 @@
-"""SABnzbd: downloads from Usenet. Every call is `/api?mode=…`, and an error may come with status 200."""
+"""The connector of SABnzbd, which downloads from Usenet.
+
+Every call is `/api?mode=…`, and an error may have the status 200.
+"""
 
 from typing import Any
 
@@ -16,20 +19,20 @@ from cluster.services.sabnzbd.settings import SETTINGS_AREAS
 
 async def health(client: Client) -> str:
     # `mode=version` would be answered without a key.
-    answer = client.require_keys(await client.get("/api", mode="queue", output="json", limit=1), "queue")
-    return str(client.require_keys(answer["queue"], "version")["version"])
+    response = client.require_keys(await client.get("/api", mode="queue", output="json", limit=1), "queue")
+    return str(client.require_keys(response["queue"], "version")["version"])
 
 
-def unwrap(answer: Any) -> Any:
-    if isinstance(answer, dict) and answer.get("status") is False and "error" in answer:
-        message = str(answer["error"])
+def unwrap(response: Any) -> Any:
+    if isinstance(response, dict) and response.get("status") is False and "error" in response:
+        message = str(response["error"])
         raise ErrorInResponse(message, is_key_error="api key" in message.casefold())
-    return answer
+    return response
 
 
 class AddDownloadArguments(tools.Arguments):
-    url: str = Field(pattern=r"^https?://\S+$", max_length=2000, description="Address of the NZB")
-    name: str = Field(default="", max_length=200, description="What to call the download")
+    url: str = Field(pattern=r"^https?://\S+$", max_length=2000, description="URL of the NZB")
+    name: str = Field(default="", max_length=200, description="Name of the download")
     category: str = Field(default="", max_length=100, description="Category, such as tv")
 
 
@@ -47,7 +50,7 @@ CONNECTOR = Connector(
     unwrap=unwrap,
     tools=(
         *tools.download_tools(sabnzbd_downloads.DOWNLOADS),
-        Tool("add_download", "Download what an NZB at an address names", AddDownloadArguments, add_download, "change"),
+        Tool("add_download", "Add a download by the URL of its NZB", AddDownloadArguments, add_download, "change"),
     ),
     downloads=sabnzbd_downloads.DOWNLOADS,
     download_tracker=DOWNLOAD_TRACKER,

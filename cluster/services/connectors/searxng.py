@@ -1,4 +1,4 @@
-"""SearXNG: searches the web. Its settings must allow the format json."""
+"""The connector of SearXNG, which searches the web. Its settings must allow the format json."""
 
 from pydantic import BaseModel, Field
 
@@ -32,10 +32,10 @@ async def health(client: Client) -> str:
 
 
 async def search_web(client: Client, query: str) -> list[SearchResult]:
-    answer = client.parse(Results, await client.get("/search", q=query, format="json"))
+    response = client.parse(Results, await client.get("/search", q=query, format="json"))
     return [
         SearchResult(" ".join(result.title.split())[:MAX_TITLE_LENGTH], result.url, result.content)
-        for result in answer.results
+        for result in response.results
         if result.url.startswith(("https://", "http://"))
         and result.url.isprintable()
         and len(result.url) <= MAX_URL_LENGTH

@@ -1,4 +1,4 @@
-"""Sonarr: series."""
+"""The connector of Sonarr, which manages series."""
 
 from cluster.services.arr import connector as arr_connector
 from cluster.services.arr.download_tracking import download_tracker

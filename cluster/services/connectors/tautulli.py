@@ -1,4 +1,4 @@
-"""Tautulli: who watches what on Plex. Every answer is `{"response": {"result", "message", "data"}}`."""
+"""The connector of Tautulli, which monitors Plex. Every response is `{"response": {"result", "message", "data"}}`."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ async def health(client: Client) -> str:
     return str(tautulli_info["tautulli_version"]).removeprefix("v")
 
 
-def unwrap(answer: Any) -> Any:
-    response = answer.get("response") if isinstance(answer, dict) else None
-    if not isinstance(response, dict):
-        return answer
-    if response.get("result") == "error":
-        message = str(response.get("message") or "")
+def unwrap(response: Any) -> Any:
+    result = response.get("response") if isinstance(response, dict) else None
+    if not isinstance(result, dict):
+        return response
+    if result.get("result") == "error":
+        message = str(result.get("message") or "")
         raise ErrorInResponse(message, is_key_error="apikey" in message.casefold())
-    return response.get("data")
+    return result.get("data")
 
 
 class Stream(BaseModel):
@@ -52,5 +52,5 @@ CONNECTOR = Connector(
     key_scheme=ApiKeyScheme(query_parameter="apikey"),
     key_help="Settings, Web Interface: API key.",
     unwrap=unwrap,
-    tools=(Tool("get_activity", "List who watches what right now", Arguments, get_activity),),
+    tools=(Tool("get_activity", "List who is watching what now", Arguments, get_activity),),
 )

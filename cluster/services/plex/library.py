@@ -1,4 +1,4 @@
-"""The library of Plex. What it has nothing for, it leaves out of its answers: also a list that is empty."""
+"""List and scan the libraries of Plex. Plex omits empty fields from its responses, also empty lists."""
 
 from datetime import UTC, datetime
 from typing import Annotated
@@ -48,15 +48,15 @@ class Count(BaseModel):
     size: int
 
 
-class SectionsAnswer(BaseModel):
+class SectionsResponse(BaseModel):
     MediaContainer: Sections
 
 
-class ItemsAnswer(BaseModel):
+class ItemsResponse(BaseModel):
     MediaContainer: Items
 
 
-class CountAnswer(BaseModel):
+class CountResponse(BaseModel):
     MediaContainer: Count
 
 
@@ -71,8 +71,8 @@ async def list_libraries(client: Client) -> Libraries:
 
 async def recently_added(client: Client, limit: int) -> RecentlyAdded:
     page = {"X-Plex-Container-Start": 0, "X-Plex-Container-Size": limit}
-    answer = await client.get("/library/recentlyAdded", **page)
-    items = [_to_added_item(item) for item in client.parse(ItemsAnswer, answer).MediaContainer.Metadata[:limit]]
+    response = await client.get("/library/recentlyAdded", **page)
+    items = [_to_added_item(item) for item in client.parse(ItemsResponse, response).MediaContainer.Metadata[:limit]]
     return RecentlyAdded(items=items, total=len(items))
 
 
@@ -80,7 +80,7 @@ async def scan(client: Client, key: str) -> str:
     titles = {section.key: section.title for section in await _sections(client)}
     if key not in titles:
         raise capabilities_library.library_not_found(key, titles)
-    await client.get_text(f"/library/sections/{quote(key, safe='')}/refresh")  # the answer is empty
+    await client.get_text(f"/library/sections/{quote(key, safe='')}/refresh")  # the response is empty
     return titles[key]
 
 
@@ -88,14 +88,14 @@ LIBRARY = Library(libraries=list_libraries, recently_added=recently_added, scan=
 
 
 async def _sections(client: Client) -> list[Section]:
-    return client.parse(SectionsAnswer, await client.get("/library/sections")).MediaContainer.Directory
+    return client.parse(SectionsResponse, await client.get("/library/sections")).MediaContainer.Directory
 
 
 async def _count(client: Client, key: str) -> int:
-    """How many there are: a page with nothing on it tells."""
+    """Return the number of items. An empty page contains it."""
     page = {"X-Plex-Container-Start": 0, "X-Plex-Container-Size": 0}
-    answer = await client.get(f"/library/sections/{quote(key, safe='')}/all", **page)
-    container = client.parse(CountAnswer, answer).MediaContainer
+    response = await client.get(f"/library/sections/{quote(key, safe='')}/all", **page)
+    container = client.parse(CountResponse, response).MediaContainer
     return container.size if container.totalSize is None else container.totalSize
 
 

@@ -1,4 +1,4 @@
-"""The settings of Plex: one list of them all."""
+"""Read and write the settings of Plex, which are one area."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +25,10 @@ class PreferencesResponse(BaseModel):
 
 
 async def read(client: Client, area: str) -> list[SettingsEntry]:
-    answer = client.parse(PreferencesResponse, await client.get(PATH))
+    response = client.parse(PreferencesResponse, await client.get(PATH))
     return [
         SettingsEntry(
-            "", "", mask_secrets({preference.id: preference.value for preference in answer.container.preferences})
+            "", "", mask_secrets({preference.id: preference.value for preference in response.container.preferences})
         )
     ]
 

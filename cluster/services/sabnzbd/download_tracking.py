@@ -1,4 +1,4 @@
-"""How SABnzbd is followed: its queue, and what its history has that is new."""
+"""Track downloads in SABnzbd: poll its queue, and the new part of its history."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -24,12 +24,11 @@ from cluster.services.sabnzbd.downloads import Text, call_api, retry
 PAGE_SIZE = 200
 MAX_PAGES = 50
 MAX_TIMESTAMP = 253_402_300_799
-"""The last second that a time can have."""
+"""The last second of the year 9999, the last one that a datetime can have."""
 OVERLAP = timedelta(hours=1)
-"""Entries are in the order of a clock that may have been set back."""
+"""This part of the history is read again, because it is in the order of a clock that may have been set back."""
 FULL_READ_INTERVAL = timedelta(minutes=15)
-"""SABnzbd counts the changes of its history from 1 again when it starts, so its word for "nothing new" is not taken for
-longer than this."""
+"""SABnzbd counts the changes of its history from 1 again when it starts, so "no change" is trusted only for so long."""
 MEBIBYTE = 1024 * 1024
 BUSY_STATUSES = {"Checking", "Grabbing", "Fetching"}
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
@@ -50,7 +49,7 @@ class Queue(BaseModel):
     speed: float = Field(alias="kbpersec")
 
 
-class QueueAnswer(BaseModel):
+class QueueResponse(BaseModel):
     queue: Queue
 
 
@@ -70,7 +69,7 @@ class History(BaseModel):
     changes: int | None = Field(default=None, alias="last_history_update")
 
 
-class HistoryAnswer(BaseModel):
+class HistoryResponse(BaseModel):
     history: History | Literal[False]
 
 
@@ -78,7 +77,7 @@ class FullStatus(BaseModel):
     completedir: str = Field(min_length=1)
 
 
-class StatusAnswer(BaseModel):
+class StatusResponse(BaseModel):
     status: FullStatus
 
 
@@ -87,16 +86,16 @@ class Category(BaseModel):
 
 
 class CategoryList(BaseModel):
-    categories: list[Category] = []  # it does not name a list that is empty
+    categories: list[Category] = []  # SABnzbd omits an empty list
 
 
-class CategoryAnswer(BaseModel):
+class CategoryResponse(BaseModel):
     config: CategoryList
 
 
 @dataclass(frozen=True)
 class HistoryRead:
-    """What was read of the history: None, if nothing has changed."""
+    """The rows that were read of the history, and SABnzbd's count of its changes."""
 
     slots: list[HistorySlot]
     changes: int | None
@@ -107,7 +106,7 @@ async def poll(client: Client, position: TrackingPosition) -> DownloadSnapshot:
     read_from, changes = _read_cursor(position)
     history = await _history(client, read_from, changes)
     if history is None:
-        # What is unpacked is in the history too; there is none of that while nothing changes there.
+        # Downloads that are being unpacked are in the history, so there are none while the history does not change.
         return DownloadSnapshot(
             tuple(_active_downloads(slots, paused)), (), dict(position.cursor), has_throughput=speed > 0
         )
@@ -121,7 +120,7 @@ async def poll(client: Client, position: TrackingPosition) -> DownloadSnapshot:
     is_processing = len(active) > len(slots)
     cursor = {
         "newest": newest.isoformat(),
-        # Post-processing does not count as a change until it is over.
+        # SABnzbd counts post-processing as a change only when it ends.
         "changes": None if is_processing else history.changes,
         "read_at": position.at.isoformat(),
     }
@@ -130,9 +129,9 @@ async def poll(client: Client, position: TrackingPosition) -> DownloadSnapshot:
 
 async def finished_folders(client: Client) -> FinishedFolders:
     status = await call_api(client, "fullstatus", skip_dashboard=1)
-    folder = client.parse(StatusAnswer, status).status.completedir
-    answer = await call_api(client, "get_config", section="categories")
-    categories = client.parse(CategoryAnswer, answer).config.categories
+    folder = client.parse(StatusResponse, status).status.completedir
+    response = await call_api(client, "get_config", section="categories")
+    categories = client.parse(CategoryResponse, response).config.categories
     known = [slot.storage async for slot in _all_history(client) if slot.storage]
     subfolders = {category.dir.rstrip("*") for category in categories if category.dir and category.dir.rstrip("*")}
     return FinishedFolders(folder, tuple(sorted(subfolders)), frozenset(known))
@@ -144,8 +143,8 @@ DOWNLOAD_TRACKER = DownloadTracker(poll, retry=retry, finished_folders=finished_
 async def _queue(client: Client) -> tuple[list[QueueSlot], float, bool]:
     slots: list[QueueSlot] = []
     for page in range(MAX_PAGES):
-        answer = await call_api(client, "queue", start=page * PAGE_SIZE, limit=PAGE_SIZE)
-        queue = client.parse(QueueAnswer, answer).queue
+        response = await call_api(client, "queue", start=page * PAGE_SIZE, limit=PAGE_SIZE)
+        queue = client.parse(QueueResponse, response).queue
         slots += queue.slots
         if len(queue.slots) < PAGE_SIZE:
             break
@@ -153,7 +152,7 @@ async def _queue(client: Client) -> tuple[list[QueueSlot], float, bool]:
 
 
 async def _history(client: Client, read_from: datetime, changes: int | None) -> HistoryRead | None:
-    """Entries down to what ended at `floor`, or None if nothing has changed since."""
+    """Read the history back to `read_from`. None: nothing has changed since the poll that returned `changes`."""
     slots: list[HistorySlot] = []
     change_count: int | None = None
     for page in range(MAX_PAGES):
@@ -179,12 +178,12 @@ async def _all_history(client: Client) -> AsyncGenerator[HistorySlot]:
 
 
 async def _history_page(client: Client, page: int, **parameters: int) -> History | Literal[False]:
-    answer = await call_api(client, "history", start=page * PAGE_SIZE, limit=PAGE_SIZE, **parameters)
-    return client.parse(HistoryAnswer, answer).history
+    response = await call_api(client, "history", start=page * PAGE_SIZE, limit=PAGE_SIZE, **parameters)
+    return client.parse(HistoryResponse, response).history
 
 
 def _active_downloads(slots: list[QueueSlot], paused: bool) -> list[ActiveDownload]:
-    """Downloads run one after another, though SABnzbd calls all of them downloading: the first one is."""
+    """Convert the queue. SABnzbd reports all downloads as downloading, but only the first one runs."""
     current = next((slot for slot in slots if not paused and slot.status == "Downloading"), None)
     return [
         ActiveDownload(
@@ -224,7 +223,7 @@ def _to_finished_download(slot: HistorySlot) -> FinishedDownload:
 
 
 def _is_finished(slot: HistorySlot) -> bool:
-    # What it still has in its hands may be called completed already.
+    # While SABnzbd still processes a download (`loaded`), its status may be Completed already.
     return slot.status in {"Completed", "Failed"} and not slot.loaded
 
 
@@ -233,10 +232,10 @@ def _finished_at(slot: HistorySlot) -> datetime:
 
 
 def _read_cursor(position: TrackingPosition) -> tuple[datetime, int | None]:
-    """From when on the history is read, and how many changes the last look has seen of it."""
+    """Return the time back to which the history is read, and SABnzbd's count of changes at the last poll."""
     newest, changes = position.cursor.get("newest"), position.cursor.get("changes")
     if not newest:
         return position.since.replace(microsecond=0), None
     read_from = max(datetime.fromisoformat(newest) - OVERLAP, position.since.replace(microsecond=0))
-    stale = position.at - datetime.fromisoformat(position.cursor["read_at"]) > FULL_READ_INTERVAL
-    return read_from, None if stale else changes
+    is_stale = position.at - datetime.fromisoformat(position.cursor["read_at"]) > FULL_READ_INTERVAL
+    return read_from, None if is_stale else changes

@@ -1,7 +1,7 @@
-"""The downloads of SABnzbd.
+"""List and control the downloads of SABnzbd.
 
-It writes numbers as text, answers true to much that it does not do, and takes several ids, or `all`, where one is
-asked for. So one id is sent, and only if there is such a download; and it is asked again what has become of it.
+SABnzbd sends numbers as text, reports success for calls without effect, and accepts a list of ids, or `all`, in place
+of one. So one id of an existing download is sent at a time, and the effect is verified with another call.
 """
 
 import asyncio
@@ -30,18 +30,18 @@ MEGABYTE = 1024 * 1024
 MAX_TIMESTAMP = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 FINISHED_STATUSES = {"Completed", "Failed"}
 MAX_LOOKUPS, LOOKUP_INTERVAL_SECONDS = 10, 0.2
-"""While it reads an NZB, and between its queue and its history, it has a download nowhere for a moment."""
+"""While SABnzbd reads an NZB, or moves a download from its queue to its history, it lists the download nowhere."""
 
 PRIORITIES = {2: "Force", 1: "High", 0: "Normal", -1: "Low", -2: "Paused", -3: "Duplicate", -4: "Stop"}
 
 
 def _redact_url(value: Any) -> Any:
-    """While it fetches an NZB, its name is the whole address, with somebody's key in it."""
+    """Cut the URL in a name. While SABnzbd fetches an NZB, the download is named by its URL, which contains a key."""
     return strip_url_paths(value) if isinstance(value, str) else "" if value is None else value
 
 
 def _priority_name(value: Any) -> Any:
-    """The priority of what it still fetches is a number."""
+    """Return the name of a priority. While SABnzbd fetches an NZB, the priority is a number."""
     return PRIORITIES.get(value, str(value)) if isinstance(value, int) else "" if value is None else value
 
 
@@ -71,7 +71,7 @@ class Queue(BaseModel):
     diskspace1: Amount | None = None
 
 
-class QueueAnswer(BaseModel):
+class QueueResponse(BaseModel):
     queue: Queue
 
 
@@ -83,8 +83,8 @@ class HistorySlot(BaseModel):
     fail_message: Text = ""
     bytes: Amount = 0
     completed: Timestamp | None = None
-    retry: bool = False  # whether it has what it takes to try it again
-    loaded: bool = False  # whether it is still being unpacked and moved, though it may be called completed already
+    retry: bool = False  # whether it can be retried
+    loaded: bool = False  # whether it is still being processed, although its status may be Completed already
 
 
 class History(BaseModel):
@@ -92,7 +92,7 @@ class History(BaseModel):
     noofslots: Annotated[int, Field(ge=0)]
 
 
-class HistoryAnswer(BaseModel):
+class HistoryResponse(BaseModel):
     history: History
 
 
@@ -137,33 +137,33 @@ async def history(client: Client, limit: int) -> DownloadHistory:
 
 
 async def retry(client: Client, nzo_id: str) -> str:
-    """Try a download again that has failed."""
+    """Retry a failed download, and return the id of the new one."""
     name, slot = client.connection.name, await _find_in_history(client, nzo_id)
     if slot is None:
         if await _find_queued(client, nzo_id):
-            raise DownloadNotFailed(f"'{nzo_id}' is still in the queue of {name}; only what has failed is tried again.")
+            raise DownloadNotFailed(f"'{nzo_id}' is still in the queue of {name}; only a failed one can be retried.")
         raise DownloadNotFound(f"{name} has no download '{nzo_id}' in its history.")
     if slot.status != "Failed":
-        raise DownloadNotFailed(f"'{slot.name}' is {slot.status}; only what has failed is tried again.")
+        raise DownloadNotFailed(f"'{slot.name}' is {slot.status}; only a failed download can be retried.")
     if not slot.retry:
-        raise Refused(f"{name} cannot try '{slot.name}' again: what it had of it is gone.")
+        raise Refused(f"{name} cannot retry '{slot.name}': its files are gone.")
     new_id = client.parse(Retried, await call_api_once(client, "retry", value=nzo_id)).nzo_id
     await _require_present(client, new_id, slot.name)
     return new_id
 
 
 async def delete(client: Client, nzo_id: str, with_files: bool) -> None:
-    """Take a download out of the queue."""
+    """Delete a download from the queue."""
     name = client.connection.name
     if await _find_queued(client, nzo_id) is None:
         if slot := await _find_in_history(client, nzo_id):
             raise DownloadNotFound(f"'{slot.name}' is no longer in the queue of {name}: it is {slot.status}.")
         raise DownloadNotFound(f"{name} has no download '{nzo_id}' in its queue.")
-    answer = await call_api_once(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
+    response = await call_api_once(client, "queue", name="delete", value=nzo_id, del_files=int(with_files))
     if await _find_queued(client, nzo_id):
         raise Refused(f"{name} still has '{nzo_id}' in its queue.")
-    if nzo_id not in client.parse(Removed, answer).nzo_ids:
-        raise DownloadNotFound(f"'{nzo_id}' has just left the queue of {name} by itself.")
+    if nzo_id not in client.parse(Removed, response).nzo_ids:
+        raise DownloadNotFound(f"'{nzo_id}' had already left the queue of {name}.")
 
 
 async def pause(client: Client) -> QueuePauseState:
@@ -177,10 +177,12 @@ async def resume(client: Client) -> QueuePauseState:
 
 
 async def add(client: Client, url: str, name: str, category: str) -> str:
-    """Have the NZB at this address downloaded; returns the id of the download."""
+    """Add the NZB at this URL to the queue, and return the id of the download."""
     options = {"nzbname": name, "cat": category}
-    answer = await call_api_once(client, "addurl", name=url, **{key: value for key, value in options.items() if value})
-    added = client.parse(Added, answer).nzo_ids[0]
+    response = await call_api_once(
+        client, "addurl", name=url, **{key: value for key, value in options.items() if value}
+    )
+    added = client.parse(Added, response).nzo_ids[0]
     await _require_present(client, added, name or _redact_url(url))
     return added
 
@@ -190,7 +192,7 @@ async def call_api(client: Client, mode: str, **parameters: Any) -> Any:
 
 
 async def call_api_once(client: Client, mode: str, **parameters: Any) -> Any:
-    """What changes something is sent once: a download that is added twice is two."""
+    """Send a call that changes something. It is never repeated: a repeated one could add a download twice."""
     return await client.get_once("/api", mode=mode, output="json", **parameters)
 
 
@@ -198,11 +200,11 @@ DOWNLOADS = Downloads(queue=queue, history=history, retry=retry, delete=delete, 
 
 
 async def _queue(client: Client, **parameters: Any) -> Queue:
-    return client.parse(QueueAnswer, await call_api(client, "queue", **parameters)).queue
+    return client.parse(QueueResponse, await call_api(client, "queue", **parameters)).queue
 
 
 async def _history(client: Client, **parameters: Any) -> History:
-    return client.parse(HistoryAnswer, await call_api(client, "history", **parameters)).history
+    return client.parse(HistoryResponse, await call_api(client, "history", **parameters)).history
 
 
 async def _find_queued(client: Client, nzo_id: str) -> QueueSlot | None:
@@ -226,7 +228,7 @@ async def _require_present(client: Client, nzo_id: str, name: str) -> None:
         await asyncio.sleep(LOOKUP_INTERVAL_SECONDS if attempt else 0)
         if await _find_queued(client, nzo_id) or await _find_in_history(client, nzo_id):
             return
-    raise Refused(f"{client.connection.name} says that it has taken '{name}', and does not have it.")
+    raise Refused(f"{client.connection.name} accepted '{name}', but does not have it.")
 
 
 async def _require_paused(client: Client, *, expected: bool) -> QueuePauseState:
@@ -250,7 +252,7 @@ def _to_history_item(slot: HistorySlot) -> DownloadHistoryItem:
 
 
 def _eta(time_left: str) -> str | None:
-    """00:15:30 for 0:15:30, and 49:00:00 for 2:01:00:00; it says 0:00:00 of what it does not know."""
+    """Convert 0:15:30 to 00:15:30, and 2:01:00:00 to 49:00:00. SABnzbd sends 0:00:00 for an unknown time."""
     parts = time_left.split(":")
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts) or len(parts) > 4:
         return None

@@ -1,5 +1,8 @@
-"""The settings of SABnzbd: sections, of which some are lists. It takes what it does not understand as something else,
-and says that it has done so, so that whoever writes has to read it back."""
+"""Read and write the settings of SABnzbd: sections, some of which are lists.
+
+SABnzbd stores another value for one that it does not understand, and reports success. So a caller that writes must read
+the settings again.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,13 +24,13 @@ class NamedRecord(BaseModel):
 
 async def read(client: Client, area: str) -> list[SettingsEntry]:
     section = area.removesuffix("[]")
-    answer = await client.get("/api", mode="get_config", output="json", section=section)
-    config = client.parse(ConfigResponse, answer).config
+    response = await client.get("/api", mode="get_config", output="json", section=section)
+    config = client.parse(ConfigResponse, response).config
     if not is_list(area):
         if section not in config:
-            raise BadResponse(f"{client.connection.name} does not tell its settings.")
+            raise BadResponse(f"{client.connection.name} does not return its settings.")
         return [SettingsEntry("", "", mask_secrets(client.parse(dict[str, Any], config[section])))]
-    records = config.get(section, [])  # it does not name a list that is empty
+    records = config.get(section, [])  # SABnzbd omits an empty list
     client.parse(list[NamedRecord], records)
     return [SettingsEntry(record["name"], record["name"], mask_secrets(record)) for record in records]
 
@@ -38,10 +41,10 @@ async def write(client: Client, area: str, entry: SettingsEntry, changes: Mappin
         for name, value in encoded.items():
             await _set_config(client, section=area, keyword=name, value=value)
         return
-    # It would make a new one of a name that it does not know.
+    # For an unknown name, SABnzbd would create a new record.
     if not any(existing.key == entry.key for existing in await read(client, area)):
         raise NotFoundInService(
-            f"{client.connection.name} has no '{entry.name}' among its {area.removesuffix('[]')} any more."
+            f"{client.connection.name} no longer has '{entry.name}' among its {area.removesuffix('[]')}."
         )
     await _set_config(client, section=area.removesuffix("[]"), keyword=entry.key, **encoded)
 
