@@ -1,7 +1,7 @@
-"""python -m jobs submit KIND --config FILE --wait: the same queue, from inside the cluster.
+"""`python -m jobs submit KIND --config FILE --wait`: submit a job from inside the cluster.
 
-A data scientist runs it with `ray job submit -- python -m jobs submit …`. It writes to the database itself, so it
-needs no server and no key, and exits with 1 when a job that it waits for does not succeed.
+It is for `ray job submit -- python -m jobs submit …`. It uses the database directly, so it needs no server and no key.
+It exits with 1 if a job that it waits for does not succeed.
 """
 
 import argparse
@@ -40,12 +40,12 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jobs", description="Put jobs into Forgearr's queue.")
+    parser = argparse.ArgumentParser(prog="python -m jobs", description="Add jobs to Forgearr's queue.")
     submit = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("submit", help="submit a job")
     submit.add_argument("kind", help="kind of job")
-    submit.add_argument("--config", type=Path, help="YAML or JSON file with the spec; also one that ships")
+    submit.add_argument("--config", type=Path, help="YAML or JSON file with the spec; configs/… may be a shipped one")
     submit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a value of the spec")
-    submit.add_argument("--priority", type=int, default=0, help="higher goes first")
+    submit.add_argument("--priority", type=int, default=0, help="higher ones run first")
     submit.add_argument("--depends-on", action="append", default=[], metavar="JOB", help="job that must succeed first")
     submit.add_argument("--wait", action="store_true", help="follow the job; exit 1 unless it succeeds")
     return parser
@@ -64,7 +64,7 @@ async def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _read_spec(config: Path) -> dict[str, Any]:
-    """A Ray job seldom runs where its submitter sits: configs/… is also found where Forgearr is installed."""
+    """Read a spec. configs/… is also found where Forgearr is installed: a Ray job has another working folder."""
     shipped = Path(str(files("configs"))).parent / config
     path = shipped if config.parts[:1] == ("configs",) and not config.exists() else config
     return yaml.safe_load(path.read_text()) or {}
@@ -89,7 +89,7 @@ async def _follow(job_id: str) -> int:
 
 
 def _join_cluster() -> None:
-    """Inside a Ray job, join its cluster: then the dispatcher hears of the new job at once, not at its next look."""
+    """Inside a Ray job, join its cluster, so that the dispatcher is woken at once."""
     if "RAY_ADDRESS" not in os.environ:
         return
     import ray

@@ -1,4 +1,4 @@
-"""What a job's function is given: how it reports, saves its place, hears that it should stop, and has children.
+"""The context of a running job: its function reports progress, saves checkpoints, reacts to stops, and starts children.
 
     @job("count", spec=CountSpec)
     def count(context: Context, spec: CountSpec) -> dict[str, int]:
@@ -29,7 +29,7 @@ StopReason = Literal["cancel", "pause", "time_limit", "stall_limit", "lease_lost
 
 
 class StopJob(BaseException):
-    """Ends a job's function from inside, past any `except Exception` in its way."""
+    """Ends a job's function from inside. It is not an Exception, so `except Exception` does not catch it."""
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(reason)
@@ -45,7 +45,7 @@ class ParkJob(BaseException):
 
 
 class WorkerLink(Protocol):
-    """The worker behind a context."""
+    """What a context needs of its worker."""
 
     def report(self, claim: Claim, values: Mapping[str, Any], event: tuple[str, dict[str, Any]]) -> None: ...
     def checkpoint(self, claim: Claim, state: Any) -> None: ...
@@ -61,16 +61,16 @@ class Context:
         self.owner_id = claim.owner_id
         self.attempt = claim.attempt
         self.checkpoint_state = claim.checkpoint
-        """What the last `checkpoint` saved, by this attempt or one before; None at the very start."""
+        """The state of the last `checkpoint`, of this attempt or an earlier one. None: there is no checkpoint."""
         self.last_activity = time.monotonic()
         self._claim = claim
         self._link = link
-        self._restore = restore  # makes this context anew in another process
+        self._restore = restore  # creates this context in another process
         self._stop = threading.Event()
         self._reason: StopReason | None = None
 
     def report(self, progress: float | None = None, phase: str | None = None, **metrics: float) -> None:
-        """Tell how far the job is, in percent, what it does, and any numbers worth following. Cheap: call it often."""
+        """Report the progress in percent, the phase and metrics. It is cheap, so call it often."""
         self._raise_if_stopped()
         values: dict[str, Any] = {}
         if progress is not None:
@@ -81,9 +81,9 @@ class Context:
         self._link.report(self._claim, values, ("progress", {**values, **({"metrics": metrics} if metrics else {})}))
 
     def checkpoint(self, state: Any) -> None:
-        """Save the place to go on from; returns when it is safe. Large state goes to storage, and its address here.
+        """Save the state from which the next attempt continues. Returns when it is stored.
 
-        This is where a job that was asked to pause pauses.
+        Put large state into storage, and its address here. A requested pause takes effect here.
         """
         self._raise_if_stopped()
         self._link.checkpoint(self._claim, state)
@@ -97,28 +97,28 @@ class Context:
         self._link.report(self._claim, {}, ("log", {"level": level, "message": message}))
 
     def input(self, name: str, digest: str, source: str, **profile: int | float | str) -> None:
-        """Tell what data the job works on. A tracked job's inputs go to MLflow."""
+        """Record data that the job uses. The inputs of a tracked job are sent to MLflow."""
         self._mark_active()
         self._link.report(
             self._claim, {}, ("input", {"name": name, "digest": digest, "source": source, "profile": profile})
         )
 
     def artifact(self, path: Path, name: str | None = None) -> str:
-        """Keep a file that the job has made; returns its address in storage. A tracked job's go to MLflow too."""
+        """Store a file, and return its address in storage. The artifacts of a tracked job are sent to MLflow too."""
         self._mark_active()
         return self._link.artifact(self._claim, path, name or path.name)
 
     def should_stop(self) -> bool:
-        """Whether somebody wants this job to stop: return to a place where it can checkpoint, and do."""
+        """Whether a stop or a pause was requested. If so, the function should call `checkpoint` soon."""
         return self._reason is not None
 
     def sleep(self, seconds: float) -> None:
-        """Wait, but end with the job when it is stopped. (A pause waits for the next checkpoint.)"""
+        """Wait. A stop ends the wait and the job; a pause waits for the next checkpoint."""
         self._stop.wait(seconds)
         self._raise_if_stopped()
 
     def child(self, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None = None) -> Job:
-        """The child of this name: queued now if there is none yet, so that a job that runs again finds its own.
+        """Return the child with this name. It is queued if there is none, so a job that runs again finds its children.
 
         Without `resources` it gets those of its kind.
         """
@@ -126,8 +126,11 @@ class Context:
         return self._link.child(self._claim, name, kind, spec, resources)
 
     def join(self, *children: Job) -> list[Any]:
-        """The results of children that have all succeeded. Until they have, the job gives its room back and parks:
-        its function ends here, and is called again from the last checkpoint when they are done."""
+        """Return the results of children, if all have succeeded. Else the job parks.
+
+        A parked job frees its capacity: its function ends here. It is called again, from the last checkpoint, when
+        these children have finished.
+        """
         for child in children:
             if child.state in {State.FAILED, State.CANCELLED}:
                 raise ChildFailed(child)
@@ -137,7 +140,7 @@ class Context:
         return [child.result for child in children]
 
     def stop(self, reason: StopReason | None) -> None:
-        """The worker's side: ask the function to stop, or take a pause back."""
+        """Called by the worker: request a stop or a pause, or withdraw a pause."""
         self._reason = reason
         if reason not in {None, "pause"}:
             self._stop.set()
@@ -155,7 +158,7 @@ class Context:
         self.last_activity = time.monotonic()
 
     def _raise_if_stopped(self) -> None:
-        """A pause waits for the next checkpoint, so that nothing done since the last one is lost."""
+        """Raise StopJob after a stop request. A pause waits for the next checkpoint, so that no work is lost."""
         if self._reason is not None and self._reason != "pause":
             raise StopJob(self._reason)
 
@@ -164,7 +167,7 @@ current_context: contextvars.ContextVar[Context | None] = contextvars.ContextVar
 
 
 class JobLogHandler(logging.Handler):
-    """Copies what a job's function and its libraries log through `logging` into the job's own log."""
+    """Copies what a job's function and its libraries log through `logging` to the log of the job."""
 
     def emit(self, record: logging.LogRecord) -> None:
         context = current_context.get()
@@ -173,7 +176,7 @@ class JobLogHandler(logging.Handler):
         try:
             message = self.format(record)
         except Exception:
-            return self.handleError(record)  # a log line that is wrong is no reason for the job to fail
+            return self.handleError(record)  # an invalid log call must not fail the job
         else:
             level: Any = record.levelname if record.levelname in {"DEBUG", "WARNING", "ERROR"} else "INFO"
             context.log(message, level)

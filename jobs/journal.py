@@ -1,4 +1,4 @@
-"""What happens to jobs, written down in the transaction that makes it happen and told to listeners after it."""
+"""The journal: records events of jobs in the transaction that causes them, and publishes them after the commit."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,8 +15,6 @@ from jobs.tables import JobEvent
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """One thing that happened to a job."""
-
     job_id: str
     type: str
     data: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -24,7 +22,7 @@ class JournalEntry:
 
 
 def record(session: AsyncSession, entries: Iterable[JournalEntry]) -> None:
-    """Write entries down at the end of this transaction; once it is committed, the rooms `jobs` and `job:ID` hear."""
+    """Write entries at the end of this transaction. After the commit, the rooms `jobs` and `job:ID` receive them."""
     if "journal" not in session.info:
         session.info["journal"] = []
         before_commit(session, lambda: _write(session))
@@ -34,7 +32,7 @@ def record(session: AsyncSession, entries: Iterable[JournalEntry]) -> None:
 async def read(
     session: AsyncSession, job_id: str, after: int = 0, limit: int = 500, event_type: str | None = None
 ) -> list[JobEvent]:
-    """The next entries of a job after the one with id `after`."""
+    """Return the next entries of a job, after the one with the id `after`."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
     if event_type:
         query = query.where(JobEvent.type == event_type)
@@ -42,13 +40,13 @@ async def read(
 
 
 async def newest(session: AsyncSession, job_id: str, event_type: str, limit: int) -> list[JobEvent]:
-    """The last entries of one type, the newest first."""
+    """Return the last entries of one type, newest first."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == event_type)
     return list(await session.scalars(query.order_by(JobEvent.id.desc()).limit(limit)))
 
 
 async def newest_metric(session: AsyncSession, job_id: str, name: str) -> float | None:
-    """The last one of this name that a job has reported, however long ago."""
+    """Return the last value that a job has reported for a metric. None: there is none."""
     metric = JobEvent.data["metrics"][name].as_float()
     query = select(metric).where(JobEvent.job_id == job_id, JobEvent.type == "progress", metric.is_not(None))
     return await session.scalar(query.order_by(JobEvent.id.desc()).limit(1))
@@ -59,7 +57,7 @@ async def _write(session: AsyncSession) -> None:
     if not entries:
         return
     await session.flush()
-    # Readers go on from the last id they saw, so ids must become visible in their order.
+    # Readers continue after the last id that they saw, so ids must become visible in order.
     await advisory_lock(session, "journal")
     rows = [
         {"job_id": entry.job_id, "type": entry.type, "data": entry.data, "created_at": entry.created_at}

@@ -1,7 +1,6 @@
-"""Follows the journal and tells MLflow of tracked jobs.
+"""Send the journal of tracked jobs to MLflow, in order, from a stored cursor.
 
-MLflow learns everything from what is already written down, in order, from the place it was told last: it may be slow
-or away for a week, and no job notices.
+Everything that is sent is in the journal already, so MLflow may be slow or unavailable without an effect on jobs.
 """
 
 import asyncio
@@ -54,12 +53,12 @@ class MlflowSync:
                     wait = 1.0
                     await asyncio.sleep(0 if has_more else IDLE_SECONDS)
                 except (MlflowUnavailable, SQLAlchemyError) as error:
-                    log.warning("MLflow will be told later; trying again in %.0f s: %s", wait, error)
+                    log.warning("the journal could not be sent to MLflow; trying again in %.0f s: %s", wait, error)
                     await asyncio.sleep(wait)
                     wait = min(wait * 2, MAX_WAIT_SECONDS)
 
     async def _sync_page(self, mlflow: MlflowRestClient) -> bool:
-        """Tell the next page of events; returns whether there may be more."""
+        """Send the next page of events. Returns whether there may be more."""
         async with self._database.read_transaction() as session:
             synced_until = await session.scalar(select(Leadership.tracked_until)) or 0
             newest = await session.scalar(select(func.max(JobEvent.id))) or 0
@@ -82,7 +81,7 @@ class MlflowSync:
         return len(page) == PAGE_SIZE
 
     async def _sync_job(self, mlflow: MlflowRestClient, job: Job, events: list[JobEvent]) -> None:
-        """All news of one job. What MLflow refuses is said in the log and left out; it would refuse it again."""
+        """Send the new events of one job. What MLflow refuses is logged and skipped; it would be refused again."""
         try:
             run_id = job.mlflow_run_id or await self._create_run(mlflow, job)
             await mlflow.log_metrics(run_id, [metric for event in events for metric in _metrics(event)])
@@ -94,10 +93,10 @@ class MlflowSync:
         except (MlflowUnavailable, SQLAlchemyError):
             raise
         except Exception:
-            log.exception("MLflow was not told everything of %s", job.id)
+            log.exception("not everything of %s could be sent to MLflow", job.id)
 
     async def _sync_event(self, mlflow: MlflowRestClient, run_id: str, event: JobEvent) -> None:
-        """Something beside the numbers. What cannot be told hides nothing else."""
+        """Send an artifact or an input. If that fails, the other events are still sent."""
         try:
             if event.type == "artifact":
                 await _upload(mlflow, run_id, event)
@@ -106,7 +105,7 @@ class MlflowSync:
         except MlflowUnavailable:
             raise
         except Exception:
-            log.exception("MLflow was not told of an %s of %s", event.type, event.job_id)
+            log.exception("an event '%s' of %s could not be sent to MLflow", event.type, event.job_id)
 
     async def _create_run(self, mlflow: MlflowRestClient, job: Job) -> str:
         experiment = await mlflow.find_or_create_experiment(job.kind)
@@ -139,14 +138,14 @@ class MlflowSync:
 
 
 async def _upload(mlflow: MlflowRestClient, run_id: str, event: JobEvent) -> None:
-    """From disk to disk: an artifact may be larger than the dispatcher's memory."""
+    """Copy an artifact from disk to disk, because it may be larger than the dispatcher's memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = await asyncio.to_thread(storage.fetch, event.data["address"], Path(folder))
         await mlflow.upload(run_id, event.data["name"], path)
 
 
 def _metrics(event: JobEvent) -> list[tuple[str, float, Any, int]]:
-    """The numbers of a progress event; one named `step` counts the others."""
+    """Return the metrics of a progress event. The one named `step` is the step of the others."""
     if event.type != "progress":
         return []
     reported = event.data.get("metrics", {})

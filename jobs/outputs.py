@@ -1,4 +1,4 @@
-"""What earlier jobs have made, for the jobs that go on from it."""
+"""Read the outputs of earlier jobs, for jobs that continue from them."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -21,7 +21,7 @@ from jobs.tables import Job
 
 
 class OutputMissing(Conflict):
-    """The job has not made what another one wants to go on from."""
+    """The job has no output to continue from."""
 
     code = "JOB_HAS_NO_RESULT"
 
@@ -35,32 +35,32 @@ class JobOutput:
 
 
 def get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
-    """The result of a job of this kind, or of the child of this kind that a forge job has had.
+    """Return the output of a job of this kind, or of the child of this kind of a forge job.
 
-    The job must belong to this owner, unless that is an administrator or this machine itself.
+    The job must be visible to the account `owner_id`. None: the platform, which may see all jobs.
     """
     return asyncio.run(_get_output(job_id, kind, owner_id))
 
 
 async def find_output(session: AsyncSession, job_id: str, kind: str, principal: Principal) -> JobOutput:
-    """The same, inside a transaction of the caller's."""
+    """Do the same as `get_output`, in the caller's transaction."""
     job = await queue.get(session, job_id, principal)
     if job.kind == "forge":
         child = await session.scalar(select(Job).where(Job.parent_id == job.id, Job.kind == kind))
         if child is None:
-            raise OutputMissing(f"The forge job {job_id} has not come to its '{kind}' yet.")
+            raise OutputMissing(f"The forge job {job_id} has no child of the kind '{kind}' yet.")
         job = child
     if job.kind != kind:
         raise OutputMissing(f"{job_id} is a job of the kind '{job.kind}', not '{kind}' or 'forge'.")
     if job.state != State.SUCCEEDED:
-        raise OutputMissing(f"{job.id} is {job.state}; only one that succeeded has made something to go on from.")
+        raise OutputMissing(f"{job.id} is {job.state}; only a job that succeeded has an output to continue from.")
     assert isinstance(job.result, dict)
     assert job.finished_at is not None
     return JobOutput(job.id, job.spec, job.result, job.finished_at)
 
 
 def own_job(job_id: str) -> Job:
-    """The row of the running job itself, as it is now."""
+    """Return the current row of the running job itself."""
     return asyncio.run(_get_job(job_id))
 
 
@@ -76,7 +76,7 @@ async def _get_job(job_id: str) -> Job:
 
 @asynccontextmanager
 async def _read_session() -> AsyncGenerator[AsyncSession]:
-    """A connection of its own: the worker's belongs to another event loop."""
+    """Open a connection of its own, because the worker's is bound to another event loop."""
     database = Database(get_settings().database_url, pool_size=1)
     try:
         async with database.read_transaction() as session:

@@ -10,34 +10,32 @@ from jobs.registry import job
 
 
 class ProbeSpec(BaseModel):
-    """What a probe should do."""
-
     model_config = ConfigDict(extra="forbid")
 
-    payload: Any = Field(default=None, description="Returned as it is.")
-    seconds: float = Field(default=0, ge=0, le=86_400, description="How long all steps take together.")
-    steps: int = Field(default=1, ge=0, le=1000, description="Each step is reported and checkpointed.")
-    fail_times: int = Field(default=0, ge=0, le=100, description="How many attempts fail after their first step.")
-    memory_mb: int = Field(default=0, ge=0, le=1_000_000, description="Memory to hold while it runs.")
+    payload: Any = Field(default=None, description="Returned unchanged.")
+    seconds: float = Field(default=0, ge=0, le=86_400, description="Duration of all steps together.")
+    steps: int = Field(default=1, ge=0, le=1000, description="Number of steps. Each is reported and checkpointed.")
+    fail_times: int = Field(default=0, ge=0, le=100, description="Number of attempts that fail after their first step.")
+    memory_mb: int = Field(default=0, ge=0, le=1_000_000, description="Memory to allocate while it runs.")
 
 
 class ProbeFailed(ForgearrError):
-    """The probe failed, as it was asked to."""
+    """The probe failed, as its spec requires."""
 
     code = "PROBE_FAILED"
     retryable = True
 
 
 def _takes_memory(spec: ProbeSpec) -> bool:
-    """Which nobody has counted, so that others may lack it."""
+    """Whether it allocates memory. That is not accounted for, so other jobs may lack it."""
     return spec.memory_mb > 0
 
 
 @job("probe", spec=ProbeSpec, admin_only=_takes_memory)
 def probe(context: Context, spec: ProbeSpec) -> dict[str, Any]:
-    """Goes through steps, and returns its payload and the steps it really executed."""
+    """Runs steps without effect, and returns its payload and the steps that it executed."""
     ballast = bytearray(spec.memory_mb * 1024 * 1024)
-    ballast[::4096] = b"\1" * len(ballast[::4096])  # touched, so that it is really there
+    ballast[::4096] = b"\1" * len(ballast[::4096])  # touched, so that the pages are really allocated
     executed: list[int] = list(context.checkpoint_state or [])
     for step in range(len(executed), spec.steps):
         context.sleep(spec.seconds / spec.steps)
@@ -47,5 +45,5 @@ def probe(context: Context, spec: ProbeSpec) -> dict[str, Any]:
         if context.attempt <= spec.fail_times:
             break
     if context.attempt <= spec.fail_times:
-        raise ProbeFailed(f"Attempt {context.attempt} of {spec.fail_times} that were to fail.")
+        raise ProbeFailed(f"Attempt {context.attempt} failed, as the first {spec.fail_times} have to.")
     return {"payload": spec.payload, "executed": executed}

@@ -1,8 +1,8 @@
-"""The kinds of job there are.
+"""The registry of the kinds of job: their declaration, and the validation of specs and resources.
 
-A module that is named in `jobs.modules` declares its kinds with the `job` decorator. It must stay light to import
-(heavy libraries go inside the function), because the doors import it to check a spec; the dispatcher needs only the
-row, and workers import the function by its path.
+A module that is named in `jobs.modules` declares its kinds with the decorator `job`. It must be light to import (heavy
+libraries are imported inside the function), because the gateway imports it to check specs. The dispatcher needs only
+the row of a job; workers import the function by its path.
 """
 
 import json
@@ -36,35 +36,35 @@ class InvalidSpec(UnprocessableRequest):
 
 
 class Resources(BaseModel):
-    """What a job occupies while it runs. With nothing of it, the job is light and shares a warm worker."""
+    """The resources that a job occupies while it runs. A job without any is light: it shares a warm worker."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     cpus: float = Field(default=0, ge=0, le=100_000)
-    gpus: float = Field(default=0, ge=0, le=10_000, description="A part of one, or whole ones.")
+    gpus: float = Field(default=0, ge=0, le=10_000, description="A fraction of one GPU, or a whole number.")
     memory_mb: int = Field(default=0, ge=0, le=1_000_000_000)
-    labels: dict[Label, Label] = Field(default_factory=dict, description="Labels that the node must carry.")
+    labels: dict[Label, Label] = Field(default_factory=dict, description="Labels that the node must have.")
     workers: int = Field(
         default=1,
         ge=1,
         le=10_000,
-        description="How many times all that, on any nodes. Above 1, the job itself starts whoever takes it.",
+        description="Number of workers, on any nodes, each with these resources. Above 1, the job itself starts them.",
     )
 
     @model_validator(mode="after")
     def validate_for_ray(self) -> Self:
-        """The dispatcher, which asks Ray for them, has other jobs to start too."""
+        """Refuse here what Ray would refuse, before it reaches the dispatcher."""
         if 0 < self.cpus < MIN_FRACTION or 0 < self.gpus < MIN_FRACTION:
-            raise ValueError(f"cpus and gpus are 0, or at least {MIN_FRACTION}")
+            raise ValueError(f"cpus and gpus must be 0, or at least {MIN_FRACTION}")
         if self.gpus > 1 and self.gpus % 1:
-            raise ValueError("gpus above 1 are whole ones")
+            raise ValueError("gpus above 1 must be a whole number")
         if len(self.demand) > MAX_DEMAND_LENGTH:
-            raise ValueError(f"all labels together have {MAX_DEMAND_LENGTH} characters at most")
+            raise ValueError(f"all labels together must have at most {MAX_DEMAND_LENGTH} characters")
         return self
 
     @property
     def demand(self) -> str:
-        """The same resources as one word, to compare and to say; empty for a light job."""
+        """The resources as one text, to compare and to show. Empty for a light job."""
         parts = [f"{self.cpus:g} CPU"] if self.cpus else []
         parts += [f"{self.gpus:g} GPU"] if self.gpus else []
         parts += [f"{self.memory_mb} MB memory"] if self.memory_mb else []
@@ -82,30 +82,30 @@ class Kind:
     entrypoint: str
     spec: type[BaseModel]
     description: str
-    resources: Resources | Callable[[Any], Resources] = LIGHT  # what it occupies, which may depend on its spec
+    resources: Resources | Callable[[Any], Resources] = LIGHT  # may depend on the spec
     max_attempts: int = 3
-    time_limit: float | None = None  # seconds an attempt may take
-    stall_limit: float | None = None  # seconds it may be silent
-    concurrency: int | None = None  # how many may run at once
-    tracked: bool = False  # whether each job is a run in MLflow
-    admin_only: bool | Callable[[Any], bool] = False  # only administrators may run it, or may with such a spec
+    time_limit: float | None = None  # seconds that an attempt may take
+    stall_limit: float | None = None  # seconds without a report, checkpoint or log
+    concurrency: int | None = None  # how many may run at the same time
+    tracked: bool = False  # whether jobs are recorded in MLflow
+    admin_only: bool | Callable[[Any], bool] = False  # may depend on the spec
 
     def validate_spec(self, spec: object) -> dict[str, Any]:
-        """The spec with its defaults filled in, ready to store."""
+        """Validate a spec, and return it as JSON, with its defaults."""
         try:
             checked = self.spec.model_validate(spec).model_dump(mode="json")
         except ValidationError as error:
             faults = {_field_path(fault["loc"]): fault["msg"] for fault in error.errors(include_url=False)}
             field, fault = next(iter(faults.items()))
             raise InvalidSpec(f"The spec of '{self.name}' is not valid: {field}: {fault}.", details=faults) from None
-        # A page of jobs shows a hundred of them.
+        # A page of jobs contains a hundred specs.
         if len(json.dumps(checked)) > MAX_SPEC_BYTES:
-            raise InvalidSpec(f"A spec has {MAX_SPEC_BYTES} bytes at most.")
+            raise InvalidSpec(f"A spec must have at most {MAX_SPEC_BYTES} bytes.")
         self.resources_for(checked)
         return checked
 
     def resources_for(self, spec: Mapping[str, Any]) -> Resources:
-        """What a job with this spec, which has been checked, occupies."""
+        """Return the resources of a job with this validated spec."""
         if isinstance(self.resources, Resources):
             return self.resources
         try:
@@ -113,7 +113,7 @@ class Kind:
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
             reason = ": ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
-            raise InvalidSpec(f"No node could have what the spec of '{self.name}' asks for: {reason}.") from None
+            raise InvalidSpec(f"The spec of '{self.name}' requires invalid resources: {reason}.") from None
 
     def needs_admin(self, spec: Mapping[str, Any]) -> bool:
         if isinstance(self.admin_only, bool):
@@ -128,7 +128,7 @@ _loaded: set[str] = set()
 
 
 def job(name: str, *, spec: type[BaseModel], **options: Any) -> Callable[[Function], Function]:
-    """Declare the function below as the kind `name`. The first line of its docstring describes the kind."""
+    """Decorator: declare a function as the kind `name`. The first line of its docstring describes the kind."""
 
     def declare(function: Function) -> Function:
         description = (function.__doc__ or "").strip().partition("\n")[0]
@@ -140,7 +140,7 @@ def job(name: str, *, spec: type[BaseModel], **options: Any) -> Callable[[Functi
 
 
 def kinds() -> dict[str, Kind]:
-    """Every kind by its name."""
+    """Return all kinds by name. Modules of `jobs.modules` are imported if they are not yet."""
     for module in get_settings().jobs.modules:
         if module not in _loaded:
             import_module(module)

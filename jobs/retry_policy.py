@@ -1,4 +1,4 @@
-"""Which errors are worth another attempt, and how long to wait before it."""
+"""The retry policy: which errors are worth another attempt, and the delay before it."""
 
 import random
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ class Failure:
     code: str
     message: str
     retry_in: float | None = None
-    """Seconds until the next attempt; None when another attempt would only fail the same way."""
+    """Seconds until the next attempt. None: another attempt would fail in the same way."""
 
     def to_error(self) -> dict[str, str]:
         return {"code": self.code, "message": self.message}
 
 
-# The same input makes the same mistake again.
+# Errors that occur again with the same input.
 PERMANENT_ERRORS = (
     ValueError,
     TypeError,
@@ -34,7 +34,7 @@ PERMANENT_ERRORS = (
 
 
 def classify_error(error: BaseException, attempt: int) -> Failure:
-    """What an exception that a job's function raised means for the job."""
+    """Decide what an exception that a job's function raised means for the job."""
     if isinstance(error, ForgearrError):
         wait = backoff(attempt) if error.retryable else None
         return Failure(error.code.lower(), error.message, wait)
@@ -49,12 +49,15 @@ def classify_error(error: BaseException, attempt: int) -> Failure:
 def _error_text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # it is the job's own class, and may be as broken as the job
-        return "(it cannot say what it is)"
+    except Exception:  # the class may be the job's own, with a broken __str__
+        return "(its text cannot be read)"
 
 
 def backoff(attempt: int) -> float:
-    """Doubling waits, each shortened at random by up to a quarter: what failed together should not return together."""
+    """Return the delay before the next attempt. It doubles with each one.
+
+    It is shortened at random by up to a quarter, so that jobs that failed together do not return together.
+    """
     settings = get_settings().jobs
     wait = min(settings.retry_seconds * 2 ** (attempt - 1), settings.retry_cap_seconds)
     return wait * random.uniform(0.75, 1)  # noqa: S311

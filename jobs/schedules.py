@@ -1,7 +1,7 @@
-"""Schedules: cron lines with a time zone that put a job into the queue each time they fall due.
+"""Schedules: cron expressions with a time zone, which queue a job each time they are due.
 
-A tick is a row that is unique by schedule and fire time, written with its job in one transaction. Fire times that
-passed while nothing ran are made up for once, not one by one.
+A tick is a row that is unique by schedule and fire time, written with its job in one transaction. For all fire times
+that passed while no dispatcher ran, one job is queued.
 """
 
 import uuid
@@ -29,7 +29,7 @@ from jobs.tables import Schedule, ScheduleTick
 
 NO_SCHEDULE_SECONDS = 3600.0
 MAX_NAME_LENGTH = 90
-"""Its jobs say that they were created by `schedule:NAME`, in 100 characters."""
+"""Jobs of a schedule are created by `schedule:NAME`, in a column of 100 characters."""
 
 
 class ScheduleNotFound(NotFound):
@@ -39,13 +39,13 @@ class ScheduleNotFound(NotFound):
 
 
 class ScheduleNameTaken(Conflict):
-    """There is already a schedule of this name."""
+    """There is already a schedule with this name."""
 
     code = "SCHEDULE_NAME_TAKEN"
 
 
 class ScheduleRequest(BaseModel):
-    """A job to queue again and again."""
+    """A job to queue at regular times."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -69,7 +69,8 @@ async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRe
     kind = find_kind(request.kind)
     spec = kind.validate_spec(request.spec)
     if not principal.is_admin and kind.needs_admin(spec):
-        raise Forbidden(f"Only an administrator may schedule '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
+        condition = "" if kind.admin_only is True else " with this spec"
+        raise Forbidden(f"Only an administrator may schedule '{kind.name}'{condition}.")
     for name, value in request.model_dump().items():
         setattr(schedule, name, value)
     schedule.spec = spec
@@ -87,9 +88,10 @@ async def get(session: AsyncSession, schedule_id: str, principal: Principal, *, 
 
 
 async def ensure(session: AsyncSession, request: ScheduleRequest) -> None:
-    """A schedule that the platform itself needs: made when it is missing, left as it is when somebody changed it.
+    """Create a schedule that the platform needs, if it does not exist. One that was changed stays as it is.
 
-    One of another kind gives way to it, and is called by its id as well."""
+    If a schedule of another kind has the name, its id is appended to its name.
+    """
     existing = await session.scalar(select(Schedule).where(Schedule.name == request.name).with_for_update())
     if existing is not None and existing.kind == request.kind:
         return
@@ -100,7 +102,7 @@ async def ensure(session: AsyncSession, request: ScheduleRequest) -> None:
 
 
 async def fire_due(session: AsyncSession) -> None:
-    """Queue a job for each schedule that has fallen due, and set its next time."""
+    """Queue a job for each schedule that is due, and set its next fire time."""
     due = await session.scalars(
         select(Schedule).where(Schedule.enabled, Schedule.next_fire_at <= now()).with_for_update(skip_locked=True)
     )
@@ -117,18 +119,17 @@ async def fire_due(session: AsyncSession) -> None:
 
 
 async def seconds_until_due(session: AsyncSession) -> float:
-    """Seconds until a schedule falls due."""
     soonest = await session.scalar(select(func.min(Schedule.next_fire_at)).where(Schedule.enabled))
     return NO_SCHEDULE_SECONDS if soonest is None else max(0.0, (soonest - now()) / timedelta(seconds=1))
 
 
 def next_fire(cron: str, timezone: str, after: datetime) -> datetime:
-    """The first time after `after` that the line names on a clock in that time zone."""
+    """Return the first fire time after `after`. The expression is evaluated in the time zone."""
     return next(CronSim(cron, after.astimezone(ZoneInfo(timezone)))).astimezone(UTC)
 
 
 async def _fire(session: AsyncSession, schedule: Schedule) -> str:
-    """Queue the job. One that may not or cannot be any more leaves a failed one that says so, and is the last."""
+    """Queue the job of a schedule. If that is refused, record a failed job with the error, and disable the schedule."""
     name = f"schedule:{schedule.name}"
     request = JobRequest(kind=schedule.kind, spec=schedule.spec, priority=schedule.priority)
     try:

@@ -1,4 +1,4 @@
-"""The states of a job and the moves between them.
+"""The states of a job and the transitions between them.
 
              ┌───────────── e ─────────────┐
              ▼                             │
@@ -10,14 +10,14 @@
              ▲                                                 │
              └───────────────────── h ─────────────────────────┘
 
-a  the dispatcher claims it and gives it a lease
+a  the dispatcher claims it and grants a lease
 b  its function returned
-c  its function raised an error that is not worth another attempt, or a job it depends on did not succeed
-d  somebody cancelled it, or its parent
-e  its worker was lost, it met an error worth another attempt, or it parks until its children have finished
-f  somebody paused it, or its parent: at once when queued, at the next checkpoint when running
-g  somebody resumed it, or its parent
-h  somebody retried it: it starts with a fresh count of attempts, from its last checkpoint
+c  its function raised an error that is not worth another attempt, or a job that it depends on did not succeed
+d  it or its parent was cancelled
+e  its worker was lost, it raised an error that is worth another attempt, or it parks until its children have finished
+f  it or its parent was paused: at once when queued, at the next checkpoint when running
+g  it or its parent was resumed
+h  it was retried: it starts with a new count of attempts, from its last checkpoint
 """
 
 from enum import StrEnum
@@ -33,7 +33,7 @@ class State(StrEnum):
 
 
 class Control(StrEnum):
-    """What somebody has asked of a running job."""
+    """A request to a running job."""
 
     PAUSE = "pause"
     CANCEL = "cancel"

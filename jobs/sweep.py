@@ -1,4 +1,4 @@
-"""The kinds of job that the queue itself brings: `probe`, to try it out, and `sweep`, to keep it tidy."""
+"""The kind `sweep`: delete expired data of the queue, of uploaded files, and of all modules with a sweeper."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -25,9 +25,10 @@ _sweepers: dict[str, Sweeper] = {}
 
 
 def register_sweeper(name: str) -> Callable[[Sweeper], Sweeper]:
-    """Declare the function below, in a module that is named in `jobs.modules`, as a part of every sweep.
+    """Decorator: make a function, in a module that is named in `jobs.modules`, a part of every sweep.
 
-    It deletes what has had its time, and returns how much that was."""
+    The function deletes expired data, and returns how many items it deleted.
+    """
 
     def declare(function: Sweeper) -> Sweeper:
         _sweepers[name] = function
@@ -37,14 +38,12 @@ def register_sweeper(name: str) -> Callable[[Sweeper], Sweeper]:
 
 
 class SweepSpec(BaseModel):
-    """A sweep needs nothing."""
-
     model_config = ConfigDict(extra="forbid")
 
 
 @job("sweep", spec=SweepSpec, admin_only=True, concurrency=1)
 def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
-    """Expires idempotency keys, old events, files, uploads, and what other modules keep for a time."""
+    """Deletes expired idempotency keys, files and uploads, old events, and expired data of other modules."""
     return asyncio.run(with_own_database(lambda database: _sweep(context, database)))
 
 
@@ -61,7 +60,7 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
         context.report(phase=f"{events} old events")
     expired = await file_store.remove_expired(database)
     uploads = await file_uploads.remove_expired(database)
-    kinds()  # so that every module has declared its own
+    kinds()  # imports all modules, so that they have registered their sweepers
     others: dict[str, int] = {}
     for name, remove_old in _sweepers.items():
         context.report(phase=f"old {name}")
@@ -76,7 +75,7 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
 
 
 async def _delete_old_events(database: Database, days: float) -> int:
-    """A page of old events of finished jobs, but none that MLflow has still to be told."""
+    """Delete a page of old events of finished jobs, except those that were not sent to MLflow yet."""
     async with database.transaction() as session:
         synced_until = await session.scalar(select(Leadership.tracked_until)) or 0
         is_unsynced = and_(JobEvent.id > synced_until, Job.tracked) if get_settings().mlflow_uri else false()

@@ -1,4 +1,4 @@
-"""The queue's tables. A job is one row, written in the same transaction as whatever asked for it."""
+"""The tables of the queue: jobs, their dependencies and journal, idempotency keys, schedules, and the leadership."""
 
 from datetime import datetime
 from typing import Any
@@ -49,27 +49,27 @@ class Job(Base):
     state: Mapped[str] = mapped_column(String(12))
     phase: Mapped[str | None] = mapped_column(Text)
     progress: Mapped[float] = mapped_column(default=0.0)
-    priority: Mapped[int] = mapped_column(default=0)  # higher goes first
+    priority: Mapped[int] = mapped_column(default=0)  # higher ones run first
     run_after: Mapped[datetime]
-    delayed: Mapped[bool] = mapped_column(default=False)  # run_after was in the future at the dispatcher's last look
+    delayed: Mapped[bool] = mapped_column(default=False)  # run_after was in the future in the dispatcher's last round
     unfinished_dependencies: Mapped[int] = mapped_column(default=0)
-    control: Mapped[str | None] = mapped_column(String(12))  # what a running job has been asked to do
+    control: Mapped[str | None] = mapped_column(String(12))  # the request to a running job
 
     resources: Mapped[dict[str, Any]]
-    demand: Mapped[str] = mapped_column(Text)  # resources as one comparable word; empty for a light job
-    concurrency: Mapped[int | None]  # how many of this kind may run at once
-    time_limit: Mapped[float | None]  # seconds one attempt may take
+    demand: Mapped[str] = mapped_column(Text)  # resources as one comparable text; empty for a light job
+    concurrency: Mapped[int | None]  # how many of this kind may run at the same time
+    time_limit: Mapped[float | None]  # seconds that one attempt may take
     stall_limit: Mapped[float | None]  # seconds without a report, checkpoint or log
 
-    attempt: Mapped[int] = mapped_column(default=0)  # the one it is in; a lost worker does not use one up
+    attempt: Mapped[int] = mapped_column(default=0)  # the current one; a lost worker does not use one up
     max_attempts: Mapped[int]
     losses: Mapped[int] = mapped_column(default=0)  # how often its worker was lost
 
     worker: Mapped[str | None] = mapped_column(String(60))
-    lease_token: Mapped[str | None] = mapped_column(String(40))  # every write of a worker must show it
+    lease_token: Mapped[str | None] = mapped_column(String(40))  # every write of a worker must contain it
     lease_expires_at: Mapped[datetime | None]
 
-    checkpoint: Mapped[Any | None] = mapped_column(Document)  # what the function needs to go on from here
+    checkpoint: Mapped[Any | None] = mapped_column(Document)  # the state from which the function continues
     result: Mapped[Any | None] = mapped_column(Document)
     error: Mapped[Any | None] = mapped_column(Document)  # {code, message}
 
@@ -78,7 +78,7 @@ class Job(Base):
 
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
     child_name: Mapped[str | None] = mapped_column(Text)  # its name within its parent
-    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: this machine's own
+    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: the platform, or this machine's user
     created_by: Mapped[str] = mapped_column(String(200))
 
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
@@ -97,7 +97,7 @@ class JobDependency(Base):
 
 
 class JobEvent(Base):
-    """What happened to a job, in the order of `id`: state changes, progress, checkpoints and log lines."""
+    """An entry of the journal, ordered by `id`: a state change, progress, a checkpoint, a log line or other event."""
 
     __tablename__ = "job_events"
     __table_args__ = (Index("ix_job_events_job_id_id", "job_id", "id"),)
@@ -110,7 +110,7 @@ class JobEvent(Base):
 
 
 class IdempotencyKey(Base):
-    """The job that a request with this key has made, so that the same request told twice makes one job."""
+    """The job that a request with this key has created, so that a repeated request creates no second job."""
 
     __tablename__ = "idempotency_keys"
 
@@ -142,7 +142,7 @@ class Schedule(Base):
 
 
 class ScheduleTick(Base):
-    """A fire time that has made its job: unique, so that no crash and no second dispatcher makes it twice."""
+    """A fire time whose job was created. It is unique, so neither a crash nor a second dispatcher creates another."""
 
     __tablename__ = "schedule_ticks"
 
@@ -152,7 +152,7 @@ class ScheduleTick(Base):
 
 
 class Leadership(Base):
-    """Who may dispatch. One row; a dispatcher that finds another token in it stops."""
+    """The dispatcher that may act. There is one row; a dispatcher that finds another token in it stops."""
 
     __tablename__ = "leadership"
 
@@ -160,5 +160,5 @@ class Leadership(Base):
     holder: Mapped[str] = mapped_column(String(200))
     token: Mapped[str] = mapped_column(String(40))
     expires_at: Mapped[datetime]
-    waiting: Mapped[dict[str, Any]]  # why jobs of a demand or a kind wait, for people who ask
-    tracked_until: Mapped[int] = mapped_column(Sequence, default=0)  # the last event that MLflow has been told
+    waiting: Mapped[dict[str, Any]]  # why jobs of a demand or a kind wait, for people
+    tracked_until: Mapped[int] = mapped_column(Sequence, default=0)  # the last event that was sent to MLflow

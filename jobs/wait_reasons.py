@@ -1,4 +1,4 @@
-"""What a queued job waits for, in words for the person who asks."""
+"""Explain to people what a queued job waits for: the field `waiting_for`."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from jobs.states import State
 from jobs.tables import Job, JobDependency, Leadership
 
 MAX_NAMED = 3
-"""How many unfinished dependencies are named before the rest is counted."""
+"""This many unfinished dependencies are named; the rest is counted."""
 
 
 async def reasons(session: AsyncSession, jobs: Sequence[Job]) -> dict[str, str]:
-    """The reason of each of these jobs that is queued."""
+    """Return the reason of each of these jobs that is queued, by job id."""
     queued = [job for job in jobs if job.state == State.QUEUED]
     if not queued:
         return {}
@@ -44,7 +44,7 @@ async def _unfinished_dependencies(session: AsyncSession, job_ids: Sequence[str]
         .where(JobDependency.job_id.in_(job_ids), Job.state != State.SUCCEEDED)
         .order_by(JobDependency.depends_on_id)
     )
-    found: dict[str, list[str]] = {}
+    dependencies: dict[str, list[str]] = {}
     for job_id, dependency_id in links.all():
-        found.setdefault(job_id, []).append(dependency_id)
-    return found
+        dependencies.setdefault(job_id, []).append(dependency_id)
+    return dependencies
