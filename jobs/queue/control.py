@@ -1,4 +1,4 @@
-"""Cancel, pause, resume and retry."""
+"""Cancel, pause, resume and retry jobs, together with their children."""
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -16,25 +16,25 @@ from jobs.tables import Job, JobDependency
 
 
 async def cancel(session: AsyncSession, job: Job) -> None:
-    """Cancel a job and all its children: at once when it waits, as soon as it listens when it runs."""
+    """Cancel a job and all its children: waiting ones at once, running ones as soon as they react."""
     if job.state in FINISHED:
         raise JobStateConflict(f"{job.id} has already {format_end(job)}.")
-    family = [job, *await descendants_of(session, [job.id])]
-    waiting = [member for member in family if member.state in {State.QUEUED, State.PAUSED}]
+    affected = [job, *await descendants_of(session, [job.id])]
+    waiting = [member for member in affected if member.state in {State.QUEUED, State.PAUSED}]
     await finish_waiting_jobs(session, waiting, State.CANCELLED, {"code": "cancelled", "message": "Cancelled."})
-    for member in family:
+    for member in affected:
         if member.state == State.RUNNING:
             await _set_control(session, member, Control.CANCEL)
 
 
 async def pause(session: AsyncSession, job: Job) -> None:
-    """Hold a job and all its children: at once when they are queued, at their next checkpoint when they run."""
+    """Pause a job and all its children: queued ones at once, running ones at their next checkpoint."""
     if job.state in FINISHED:
         raise JobStateConflict(f"{job.id} has already {format_end(job)}.")
     if job.control == Control.CANCEL:
         raise JobStateConflict(f"{job.id} is being cancelled.")
-    family = [job, *await descendants_of(session, [job.id])]
-    for member in family:
+    affected = [job, *await descendants_of(session, [job.id])]
+    for member in affected:
         if member.state == State.QUEUED:
             member.state = State.PAUSED
             journal.record(session, [JournalEntry(member.id, "paused")])
@@ -43,11 +43,11 @@ async def pause(session: AsyncSession, job: Job) -> None:
 
 
 async def resume(session: AsyncSession, job: Job) -> None:
-    """Let a paused job, and all its children that are paused, go on from their checkpoints."""
+    """Resume a paused job and all its paused children, from their checkpoints."""
     if not is_paused_or_pausing(job):
         raise JobStateConflict(f"{job.id} is {job.state}, not paused.")
-    family = [job, *await descendants_of(session, [job.id])]
-    for member in filter(is_paused_or_pausing, family):
+    affected = [job, *await descendants_of(session, [job.id])]
+    for member in filter(is_paused_or_pausing, affected):
         if member.state == State.RUNNING:
             await _set_control(session, member, None)
             continue
@@ -57,7 +57,7 @@ async def resume(session: AsyncSession, job: Job) -> None:
 
 
 async def retry(session: AsyncSession, job: Job) -> None:
-    """Give a failed or cancelled job a fresh set of attempts, from its last checkpoint."""
+    """Queue a failed or cancelled job again, with a new count of attempts, from its last checkpoint."""
     if job.state not in RETRYABLE:
         raise JobStateConflict(f"{job.id} is {job.state}; only a failed or cancelled job can be retried.")
     for child in await lock_jobs(session, select(Job).where(Job.parent_id == job.id, Job.state.in_(RETRYABLE))):
@@ -67,7 +67,7 @@ async def retry(session: AsyncSession, job: Job) -> None:
     for dependency in unfinished:
         if dependency.state in RETRYABLE:
             raise JobStateConflict(
-                f"{job.id} depends on {dependency.id}, which {END_TEXTS[State(dependency.state)]}: retry that."
+                f"{job.id} depends on {dependency.id}, which {END_TEXTS[State(dependency.state)]}: retry that one."
             )
     job.state, job.unfinished_dependencies = State.QUEUED, len(unfinished)
     job.attempt = job.losses = 0
@@ -79,7 +79,7 @@ async def retry(session: AsyncSession, job: Job) -> None:
 
 
 async def _set_control(session: AsyncSession, job: Job, control: Control | None) -> None:
-    """Leave a wish on a running job's row, and send word to its worker, which else sees it at its next heartbeat."""
+    """Store a request on a running job's row, and notify its worker, which otherwise sees it at its next heartbeat."""
     if job.control == control:
         return
     job.control = control

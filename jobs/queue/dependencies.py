@@ -1,4 +1,4 @@
-"""Jobs that wait for other jobs."""
+"""Dependencies between jobs: link them, and release or fail the jobs that wait when others finish."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from jobs.tables import Job, JobDependency
 async def finish_waiting_jobs(
     session: AsyncSession, waiting: Sequence[Job], state: State, error: dict[str, Any]
 ) -> None:
-    """End jobs that no worker holds, and with them whatever depends on them."""
+    """Finish jobs that no worker runs, and update the jobs that depend on them."""
     for job in waiting:
         job.state, job.error, job.finished_at, job.control = state, error, now(), None
     journal.record(session, [JournalEntry(job.id, state, {"error": error}) for job in waiting])
@@ -28,14 +28,14 @@ async def finish_waiting_jobs(
 
 
 async def release_dependents(session: AsyncSession, finished: dict[str, State]) -> None:
-    """Tell the jobs that wait for these: one dependency less, or a failure to pass on."""
+    """Update the jobs that wait for these: each has one unfinished dependency less, or fails."""
     links = await session.execute(
         select(JobDependency.job_id, JobDependency.depends_on_id).where(JobDependency.depends_on_id.in_(finished))
     )
-    doomed: dict[str, str] = {}
+    failed_dependencies: dict[str, str] = {}
     for job_id, dependency_id in links.all():
         if finished[dependency_id] != State.SUCCEEDED:
-            doomed[job_id] = dependency_id
+            failed_dependencies[job_id] = dependency_id
             continue
         await session.execute(
             update(Job)
@@ -43,11 +43,11 @@ async def release_dependents(session: AsyncSession, finished: dict[str, State]) 
             .values(unfinished_dependencies=Job.unfinished_dependencies - 1)
         )
         wake_dispatcher_on_commit(session)
-    if not doomed:
+    if not failed_dependencies:
         return
-    waiting = select(Job).where(Job.id.in_(doomed), Job.state.in_([State.QUEUED, State.PAUSED]))
+    waiting = select(Job).where(Job.id.in_(failed_dependencies), Job.state.in_([State.QUEUED, State.PAUSED]))
     for dependent in await lock_jobs(session, waiting):
-        cause = await session.get_one(Job, doomed[dependent.id], populate_existing=True)
+        cause = await session.get_one(Job, failed_dependencies[dependent.id], populate_existing=True)
         error = {
             "code": "dependency_failed",
             "message": f"{cause.id}, which this job depends on, {END_TEXTS[finished[cause.id]]}.",
@@ -62,9 +62,9 @@ async def link_dependencies(
 ) -> None:
     if not dependency_ids:
         return
-    # Locked, so that none of them finishes between this look and our commit.
-    found = await session.scalars(select(Job).where(Job.id.in_(set(dependency_ids))).with_for_update(read=True))
-    known = {other.id: other for other in found if can_access(other, principal)}
+    # Locked, so that none of them finishes between this query and our commit.
+    rows = await session.scalars(select(Job).where(Job.id.in_(set(dependency_ids))).with_for_update(read=True))
+    known = {other.id: other for other in rows if can_access(other, principal)}
     for dependency_id in dict.fromkeys(dependency_ids):
         if dependency_id not in known:
             raise UnknownDependency(f"There is no job '{dependency_id}' to depend on.")

@@ -1,7 +1,7 @@
-"""The queue as everybody but its workers sees it: put jobs in, look at them, and ask things of them.
+"""Add jobs to the queue.
 
-Every function takes the caller's session, so that a job is written in the transaction of whatever asked for it, and a
-rolled-back request leaves no job behind.
+Every function takes the caller's session, so a job is written in the transaction of the request, and a rolled-back
+request leaves no job.
 """
 
 import itertools
@@ -40,16 +40,17 @@ async def enqueue(
     idempotency_key: str | None = None,
     unless_queued: bool = False,
 ) -> Job:
-    """Put one job into the queue, or find the one that the same request has made before.
+    """Queue a job, or return the one that an earlier request with the same idempotency key has created.
 
-    With `unless_queued`, one that waits to do the same will do, whoever asked for it.
+    With `unless_queued`, a queued job of this kind with this spec is returned, whoever owns it.
     """
     if idempotency_key and (existing := await _find_by_key(session, request, principal, idempotency_key)):
         return existing
     kind = find_kind(request.kind)
     spec = kind.validate_spec(request.spec)
     if not principal.is_admin and kind.needs_admin(spec):
-        raise Forbidden(f"Only an administrator may run '{kind.name}'{'' if kind.admin_only is True else ' so'}.")
+        condition = "" if kind.admin_only is True else " with this spec"
+        raise Forbidden(f"Only an administrator may run '{kind.name}'{condition}.")
     job = await _find_queued(session, kind, spec) if unless_queued else None
     if job is None:
         (job,) = await _insert(session, [(request, kind, spec)], principal)
@@ -61,7 +62,7 @@ async def enqueue(
 
 
 async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], principal: Principal) -> list[Job]:
-    """Put many jobs without dependencies into the queue in one go."""
+    """Queue many jobs without dependencies at once."""
     if any(request.depends_on for request in requests):
         raise UnprocessableRequest("Jobs that are queued together cannot have dependencies; queue them one by one.")
     with_kinds = [(request, find_kind(request.kind)) for request in requests]
@@ -78,7 +79,7 @@ async def enqueue_child(
     spec: dict[str, Any],
     resources: Resources | None = None,
 ) -> Job:
-    """The child of this name: found when the parent asks again, after a crash or a park, else queued now."""
+    """Return the child with this name. It is queued, unless the parent has already done that before it restarted."""
     existing = await session.scalar(select(Job).where(Job.parent_id == parent.id, Job.child_name == name))
     if existing is not None:
         return existing
@@ -86,14 +87,14 @@ async def enqueue_child(
     principal = await identity.find_principal(session, parent.owner_id, parent.created_by)
     child = await enqueue(session, request, principal)
     child.parent_id, child.child_name = parent.id, name
-    if parent.control == Control.PAUSE:  # asked of the whole family, a moment before this one was born
+    if parent.control == Control.PAUSE:  # the pause reached all children that existed, so it must reach this one
         await pause(session, child)
     await session.flush()
     return child
 
 
 def rejected_job(request: JobRequest, principal: Principal, error: dict[str, Any]) -> Job:
-    """A job that could not even be queued, kept so that somebody sees why."""
+    """Build the row of a job that could not be queued, to record the reason."""
     moment = now()
     job = _build_job(request, Kind(request.kind, "", BaseModel, ""), request.spec, principal, moment)
     job.state, job.error, job.finished_at = State.FAILED, error, moment
@@ -101,7 +102,10 @@ def rejected_job(request: JobRequest, principal: Principal, error: dict[str, Any
 
 
 def new_job_id(moment: datetime) -> str:
-    """job_YYYYMMDD_HHMMSS_xxxx. Four letters are few for a busy second: each process counts up from a random start."""
+    """Return an id like job_YYYYMMDD_HHMMSS_xxxx.
+
+    Four random characters would collide in a busy second, so each process counts up from a random start.
+    """
     suffix = _base36(next(_suffixes) % 36**4)
     return f"job_{moment:%Y%m%d_%H%M%S}_{suffix:0>4}"
 
@@ -112,7 +116,7 @@ _suffixes = itertools.count(secrets.randbelow(36**4))
 async def _insert(
     session: AsyncSession, checked_requests: Sequence[tuple[JobRequest, Kind, dict[str, Any]]], principal: Principal
 ) -> list[Job]:
-    """Queue these; their specs have been checked."""
+    """Queue jobs whose specs are validated."""
     moment = now()
     jobs = [_build_job(request, kind, spec, principal, moment) for request, kind, spec in checked_requests]
     session.add_all(jobs)
@@ -164,7 +168,7 @@ async def _find_by_key(session: AsyncSession, request: JobRequest, principal: Pr
 
 async def _find_queued(session: AsyncSession, kind: Kind, spec: dict[str, Any]) -> Job | None:
     await advisory_lock(session, f"queued {kind.name}")
-    # Locked, so that it waits until we have said our word.
+    # Locked, so that the job stays queued until our commit.
     waiting = await lock_jobs(session, select(Job).where(Job.kind == kind.name, Job.state == State.QUEUED))
     return next((job for job in waiting if job.spec == spec), None)
 

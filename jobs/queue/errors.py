@@ -1,4 +1,4 @@
-"""Errors of the queue."""
+"""The errors of the queue."""
 
 from cluster.errors import Conflict, ForgearrError, NotFound, UnprocessableRequest
 from jobs.states import State

@@ -1,4 +1,4 @@
-"""Reading and locking of job rows."""
+"""Read and lock the rows of jobs."""
 
 from collections.abc import Sequence
 
@@ -12,27 +12,26 @@ from jobs.tables import Job
 
 
 async def get(session: AsyncSession, job_id: str, principal: Principal, *, lock: bool = False) -> Job:
-    """The job, if this owner may see it: anybody else is told that it does not exist."""
+    """Return the job if this principal may see it. Else it is not found."""
     query = select(Job).where(Job.id == job_id)
     job = await session.scalar(query.with_for_update(key_share=True) if lock else query)
     return require(job, principal, JobNotFound(f"There is no job '{job_id}'."))
 
 
 async def lock_jobs(session: AsyncSession, query: Select[Job]) -> list[Job]:
-    """These jobs as they are now, locked in the order that everybody locks them in, so that they stay so."""
+    """Lock these jobs, and return their current rows. All code locks jobs in this order, to prevent deadlocks."""
     ordered = query.order_by(Job.id).with_for_update(key_share=True).execution_options(populate_existing=True)
     return list(await session.scalars(ordered))
 
 
 async def descendants_of(session: AsyncSession, parents: Sequence[str]) -> list[Job]:
-    found: list[Job] = []
+    descendants: list[Job] = []
     while parents:
         children = await lock_jobs(session, select(Job).where(Job.parent_id.in_(parents), Job.state.not_in(FINISHED)))
-        found += children
+        descendants += children
         parents = [child.id for child in children]
-    return found
+    return descendants
 
 
 def is_paused_or_pausing(job: Job) -> bool:
-    """It is paused, or will be at its next checkpoint."""
     return job.state == State.PAUSED or (job.state == State.RUNNING and job.control == Control.PAUSE)

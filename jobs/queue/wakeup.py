@@ -1,4 +1,4 @@
-"""Wake the dispatcher after a commit."""
+"""Send messages to the dispatcher, so that it acts at once and not in its next round."""
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -10,7 +10,7 @@ DISPATCHER = "dispatcher"
 
 
 def wake_dispatcher_on_commit(session: AsyncSession) -> None:
-    """When this transaction has committed, tell the dispatcher that there may be something to do."""
+    """Wake the dispatcher once this transaction has committed."""
     if wake_dispatcher not in session.info.get("after_commit", []):
         after_commit(session, wake_dispatcher)
 
@@ -20,7 +20,7 @@ def wake_dispatcher() -> None:
 
 
 def notify_dispatcher(method: str, *arguments: object) -> None:
-    """Send word and do not wait: what the message says is in the database, where the dispatcher looks by itself too."""
+    """Send a message without waiting. It may be lost: the facts are in the database, which the dispatcher polls."""
     try:
         getattr(actors.find_actor(DISPATCHER), method).remote(*arguments)
     except Unavailable:
