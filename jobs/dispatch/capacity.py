@@ -1,4 +1,4 @@
-"""Where there is room for jobs: slots of warm workers for light ones, the cluster's resources for heavy ones."""
+"""The capacity for jobs: slots of warm workers for light jobs, the cluster's resources for heavy ones."""
 
 import math
 import secrets
@@ -12,20 +12,20 @@ from jobs.registry import LIGHT, Resources
 from jobs.tables import Job
 
 POOL_PREFIX, HEAVY_PREFIX = "worker-", "heavy-"
-"""How the names of the two sorts of worker begin."""
+"""The prefixes of the names of warm and heavy workers."""
 MAX_HEAVY_STARTS = 64
-"""How many heavy jobs one look at the queue may start."""
+"""Maximum number of heavy jobs that one round starts."""
 MAX_OWN_WORKERS = 4
-"""How many light jobs may have a worker of their own, for having lost those that they shared."""
+"""Maximum number of light jobs with a worker of their own, because they lost the workers that they shared."""
 
 
 @dataclass
 class WorkerCapacity:
-    """A worker's room: the slots of a pooled one, or the resources of the one job that a heavy one is for."""
+    """The capacity of a worker: the slots of a warm one, or the resources of the one job of a heavy one."""
 
     slots: int
     resources: Resources | None = None
-    jobs: dict[str, float] = field(default_factory=dict[str, float])  # and when each came
+    jobs: dict[str, float] = field(default_factory=dict[str, float])  # with the time at which each was added
     retired: bool = False
 
     @property
@@ -42,17 +42,17 @@ class ClusterCapacity:
         self._is_view_fresh = False
 
     def update_cluster(self, available: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> None:
-        """Take in what Ray says is free, and what its nodes have in all."""
+        """Store what is free in the cluster, and what its nodes have in total, as Ray reports it."""
         self._available = dict(available)
         self._nodes = [(dict(node["Resources"]), dict(node["Labels"])) for node in nodes]
         self._is_view_fresh = True
 
     def mark_view_used(self) -> None:
-        """The queue was looked through: heavy jobs that did not fit wait for a new view of the cluster."""
+        """Record that a round has used this view of the cluster. The next one claims heavy jobs only on a new view."""
         self._is_view_fresh = False
 
     def add(self, worker: str, resources: Resources | None = None) -> None:
-        """A worker of the pool, or with `resources` one of its own for a heavy job."""
+        """Add a warm worker, or with `resources` the worker of a heavy job."""
         self._workers[worker] = WorkerCapacity(1 if resources else self._slots, resources)
 
     def remove(self, worker: str) -> None:
@@ -66,7 +66,7 @@ class ClusterCapacity:
             worker_capacity.jobs.pop(job_id, None)
 
     def reconcile(self, running: Mapping[str, Sequence[str]], grace_seconds: float) -> None:
-        """Let go of jobs that came so many seconds ago and run no more: word of their end was lost."""
+        """Release jobs that do not run any more, if they were added `grace_seconds` ago: the message was lost."""
         for worker, worker_capacity in self._workers.items():
             ended_ids = worker_capacity.jobs.keys() - set(running.get(worker, ()))
             for job_id in [
@@ -75,7 +75,7 @@ class ClusterCapacity:
                 del worker_capacity.jobs[job_id]
 
     def retire(self, worker: str) -> None:
-        """No more jobs for this one."""
+        """Give this worker no more jobs."""
         if worker_capacity := self._workers.get(worker):
             worker_capacity.retired = True
 
@@ -83,12 +83,12 @@ class ClusterCapacity:
         return list(self._workers)
 
     def resources_of(self, worker: str) -> Resources | None:
-        """What a heavy worker was made for; None for one of the pool, or one that is gone."""
+        """Return the resources of a heavy worker. None: it is a warm worker, or it is gone."""
         worker_capacity = self._workers.get(worker)
         return worker_capacity.resources if worker_capacity else None
 
     def is_done(self, worker: str) -> bool:
-        """Whether the worker's process has nothing more to do here: a heavy one or a retired one without jobs."""
+        """Whether the worker's process is no longer needed: a heavy or retired worker without jobs."""
         worker_capacity = self._workers.get(worker)
         return (
             worker_capacity is not None
@@ -102,7 +102,7 @@ class ClusterCapacity:
             for worker_capacity in self._workers.values()
         )
 
-    # What the queue asks when it claims: leases.Capacity.
+    # The protocol `leases.Capacity`, which `claim_jobs` calls.
 
     def available_slots(self, *, heavy: bool) -> int:
         if heavy:
@@ -145,8 +145,10 @@ class ClusterCapacity:
         return f"{demand}; the cluster has {cluster_total} in all, and not enough of it free"
 
     def _fits(self, requested: Resources) -> bool:
-        """Some node is large enough and carries the labels, and what it needs is free: both as Ray says and as we
-        reckon ourselves, since Ray needs a moment to count an actor that has just started."""
+        """Whether a node is large enough and has the labels, and enough of the cluster is free.
+
+        What is free is checked by Ray's numbers and by our own, because Ray needs a moment to count a new actor.
+        """
         per_worker, all_workers = ray_resources(requested), ray_resources(requested, requested.workers)
         suitable = [
             total
@@ -168,14 +170,14 @@ class ClusterCapacity:
 
 
 def ray_resources(resources: Resources, workers: int = 1) -> dict[str, float]:
-    """What so many workers of a job take, in Ray's words."""
+    """Return what this many workers of a job occupy, by Ray's names."""
     amounts = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_mb * 1024 * 1024}
     return {name: workers * amount for name, amount in amounts.items() if amount}
 
 
 def actor_options(resources: Resources) -> dict[str, Any]:
-    """What Ray is told when the actor of a heavy job is made. One that has several workers takes nothing itself."""
-    # Ray leaves all GPUs visible to an actor that asked for none; the processes that it starts inherit this.
+    """Return Ray's options for the actor of a heavy job. If it has more than one worker, the actor occupies nothing."""
+    # Ray leaves all GPUs visible to an actor without GPUs. The processes that it starts inherit this variable.
     hide_gpus = {} if resources.gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
     if resources.workers > 1:
         return {"num_cpus": 0, **hide_gpus}

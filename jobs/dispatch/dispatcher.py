@@ -1,8 +1,8 @@
-"""The dispatcher: the one process that gives jobs to workers. A named Ray actor, restarted by Ray when it dies.
+"""The dispatcher: the one process that gives jobs to workers. It is a named Ray actor, which Ray restarts.
 
-It keeps nothing that it could not read again: what runs where is in the database, which workers live is in Ray. Light
-jobs go to a pool of warm workers, each with some slots; a heavy one gets an actor of its own with its CPUs, GPUs and
-memory. It sleeps until somebody wakes it, a worker has room again, or something falls due.
+It has no state that it cannot read again: the database knows which job runs where, Ray which workers are alive. Light
+jobs go to a pool of warm workers with slots; a heavy job gets an actor of its own, with its CPUs, GPUs and memory. The
+dispatcher sleeps until it is woken, a worker has a free slot, or something is due.
 """
 
 import asyncio
@@ -36,14 +36,14 @@ from jobs.tables import Job
 log = logging.getLogger(__name__)
 
 MAX_IDLE_SECONDS = 5.0
-"""How long the dispatcher sleeps when nobody wakes it: the longest that a lost wake-up can delay a job."""
+"""How long the dispatcher sleeps if it is not woken: the longest delay of a job whose wake-up was lost."""
 MIN_ROUND_SECONDS = 0.01
-"""How far apart two looks at the queue are at least."""
+"""Minimum time between two rounds."""
 CLUSTER_VIEW_SECONDS = 1.0
-"""How old the dispatcher's view of the cluster may be while a heavy job waits."""
+"""Maximum age of the dispatcher's view of the cluster while a heavy job waits."""
 ADOPT_TIMEOUT_SECONDS = 3.0
 MAX_START_SECONDS = 600.0
-"""How long the process of a heavy job may take to start before its job goes back into the queue."""
+"""How long the process of a heavy worker may take to start before its job is queued again."""
 
 
 class Dispatcher:
@@ -56,28 +56,28 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._capacity = ClusterCapacity(self._settings.slots)
         self._handles: dict[str, Any] = {}
-        self._starting: dict[str, tuple[str, float]] = {}  # heavy workers without a process yet: its job's lease, since
+        self._starting: dict[str, tuple[str, float]] = {}  # heavy workers without a process yet: token, time
         self._tasks: set[asyncio.Task[None]] = set()
         self._start_task(self._lead_forever())
 
     async def wake(self) -> None:
-        """There may be something to do."""
+        """Begin a round now, because there may be something to do."""
         self._wake.set()
 
     async def released(self, worker: str, job_ids: list[str]) -> None:
-        """A worker has finished jobs, and has room again."""
+        """Called by a worker that has finished jobs and has free slots."""
         for job_id in job_ids:
             self._capacity.release(worker, job_id)
         self._dismiss_if_done(worker)
         self._wake.set()
 
     async def control(self, worker: str, job_id: str, control: str | None) -> None:
-        """Pass on what somebody has asked of a running job."""
+        """Pass a control request to the worker of a running job."""
         if worker in self._handles:
             self._handles[worker].control.remote(job_id, control)
 
     async def retire(self, worker: str) -> None:
-        """A worker holds a job that does not obey: give it no more, and end it when its other jobs have finished."""
+        """Give no more jobs to a worker with a job that does not stop, and end it when its other jobs have finished."""
         log.warning("worker %s is retired: a job on it does not stop", worker)
         self._capacity.retire(worker)
         self._dismiss_if_done(worker)
@@ -85,7 +85,7 @@ class Dispatcher:
         self._wake.set()
 
     async def _lead_forever(self) -> None:
-        """Lead whenever that is possible. Losing the leadership, or the database, is a reason to begin again."""
+        """Take the leadership and dispatch. After the loss of the leadership or of the database, start again."""
         while True:
             try:
                 await self._take_leadership()
@@ -97,7 +97,7 @@ class Dispatcher:
             except* LeadershipLost:
                 log.warning("another dispatcher has taken over")
             except* Exception:
-                log.exception("dispatching was interrupted; beginning again")
+                log.exception("dispatching was interrupted; starting again")
             self._token = ""
             await asyncio.sleep(1)
 
@@ -114,7 +114,7 @@ class Dispatcher:
     async def _dispatch_forever(self) -> None:
         last_round = last_view = -math.inf
         while True:
-            # Wishes that come together are met together: a look costs a transaction, however little it finds.
+            # Wake-ups that arrive together are handled together: each round costs a transaction.
             await asyncio.sleep(last_round + MIN_ROUND_SECONDS - time.monotonic())
             last_round = time.monotonic()
             self._wake.clear()
@@ -130,7 +130,7 @@ class Dispatcher:
                 last_view, is_view_new = time.monotonic(), True
             if claims or is_view_new:
                 continue
-            # Not wait_for(), which may miss that the task is cancelled: then dispatching would go on without the rest.
+            # Not wait_for(), which may swallow a cancellation: dispatching would continue without the other tasks.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(
                     min(wait_seconds, CLUSTER_VIEW_SECONDS if is_heavy_queued else MAX_IDLE_SECONDS)
@@ -138,14 +138,14 @@ class Dispatcher:
                     await self._wake.wait()
 
     async def _maintain_forever(self) -> None:
-        """Renew the leadership, take jobs from workers that fell silent, and fire schedules."""
+        """Renew the leadership, release the jobs of workers without a heartbeat, and fire schedules."""
         async with self._database.transaction() as session:
             await schedules.ensure(session, SWEEP_SCHEDULE)
         lease = self._settings.lease_seconds
         last_round = stable_since = time.time()
         while True:
-            # When nobody could renew for a while, because the database was away, this process was, or the whole
-            # machine slept, leases have run out that nobody let go of: give the workers time to renew them.
+            # If leases could not be renewed for a while (the database was unreachable, this process was frozen, the
+            # machine slept), leases of living workers have expired: give the workers time to renew them.
             stable_since = time.time() if time.time() - last_round > lease else stable_since
             last_round = time.time()
             async with self._database.transaction() as session:
@@ -155,7 +155,7 @@ class Dispatcher:
                 controls = await leases.renew(session, [token for token, _ in self._starting.values()])
                 jobs_by_worker = await leases.running_jobs_by_worker(session)
             for job_id, worker in lost:
-                log.warning("worker %s fell silent; %s goes to another one", worker, job_id)
+                log.warning("worker %s sends no heartbeat; %s goes to another one", worker, job_id)
                 self._capacity.release(worker, job_id)
                 if worker not in jobs_by_worker:
                     self._capacity.retire(worker)
@@ -174,7 +174,7 @@ class Dispatcher:
             await asyncio.sleep(min(wait_seconds, self._settings.lease_seconds / 3))
 
     async def _adopt_workers(self) -> None:
-        """After a restart of this process: take up the workers that live on, and the jobs of those that do not."""
+        """After a restart of this process, adopt the living workers, and release the jobs of the dead ones."""
         async with self._database.read_transaction() as session:
             jobs_by_worker = await leases.running_jobs_by_worker(session)
         actors: list[Any] = ray.util.list_named_actors(all_namespaces=True)
@@ -182,13 +182,13 @@ class Dispatcher:
         workers = {name for name in alive if name.startswith((POOL_PREFIX, HEAVY_PREFIX))}
         for worker in sorted({*jobs_by_worker, *workers} - set(self._handles)):
             running = await self._adopt(worker, jobs_by_worker.get(worker, [])) if worker in alive else []
-            # What it does not know of was claimed just before this process died, and never reached it.
+            # A job that the worker does not know was claimed just before this process died, and was never sent to it.
             async with self._database.transaction() as session:
                 await leases.release_lost_jobs(session, worker=worker, still_running=running, count_loss=False)
         self._fill_pool()
 
     async def _adopt(self, worker: str, jobs: list[Job]) -> list[str]:
-        """Take a living worker up; returns the jobs that run there."""
+        """Adopt a living worker, and return the ids of the jobs that run there."""
         try:
             handle = ray.get_actor(worker, namespace=NAMESPACE)
             running = await asyncio.wait_for(handle.jobs.remote(), ADOPT_TIMEOUT_SECONDS)
@@ -218,17 +218,17 @@ class Dispatcher:
             try:
                 self._create(worker, slots=1, options=actor_options(resources))
             except (TypeError, ValueError) as error:
-                return await self._fail_unplaceable(claims[0], f"Ray refuses what it asks for: {error}")
+                return await self._fail_unplaceable(claims[0], f"Ray refuses its resources: {error}")
             self._starting[worker] = (claims[0].token, time.time())
             self._start_task(self._await_start(worker))
         if worker in self._handles:
             self._handles[worker].run.remote(claims)
-        else:  # it died after it had been chosen
+        else:  # the worker died after the claim
             async with self._database.transaction() as session:
                 await leases.release_lost_jobs(session, worker=worker, count_loss=False)
 
     async def _fail_unplaceable(self, claim: Claim, reason: str) -> None:
-        """End a job that no worker can be made for, instead of everybody else's."""
+        """Fail a job for which no worker can be created, so that the other jobs are not affected."""
         self._capacity.remove(claim.worker)
         values = leases.failure_values(Failure("unplaceable", reason), attempt=1, max_attempts=1)
         failure = GuardedWrite(
@@ -238,7 +238,7 @@ class Dispatcher:
             await leases.apply_writes(session, [failure])
 
     def _create(self, name: str, *, slots: int, options: dict[str, Any]) -> None:
-        """Detached, so that the workers and their jobs outlive this process."""
+        """Create a worker as a detached actor, so that it and its jobs outlive this process."""
         actor = ray.remote(Worker).options(
             name=name,
             namespace=NAMESPACE,
@@ -251,16 +251,16 @@ class Dispatcher:
         self._start_task(self._watch(name, self._handles[name]))
 
     async def _await_start(self, worker: str) -> None:
-        """A process that needs GPUs or a new machine may take longer to start than a lease lasts."""
+        """Wait until a heavy worker runs. If it needs GPUs or a new machine, that may take longer than a lease."""
         with contextlib.suppress(ray.exceptions.RayError):
             await self._handles[worker].jobs.remote()
             self._starting.pop(worker, None)
 
     async def _watch(self, worker: str, handle: Any) -> None:
-        """Learn at once of a worker's death, instead of waiting for its leases to run out."""
+        """Wait for the death of a worker, to release its jobs at once and not when their leases expire."""
         with contextlib.suppress(ray.exceptions.RayError):
             await handle.until_death.remote()
-        ray.kill(handle)  # it may be out of reach only
+        ray.kill(handle)  # it may be alive, but unreachable
         self._handles.pop(worker, None)
         self._capacity.remove(worker)
         never_started = self._starting.pop(worker, None) is not None
@@ -275,7 +275,7 @@ class Dispatcher:
             self._dismiss(worker)
 
     def _dismiss(self, worker: str) -> None:
-        """End a worker's process. One that is frozen ends when it wakes."""
+        """End a worker's process. A frozen one ends when it wakes up."""
         if handle := self._handles.get(worker):
             ray.kill(handle)
         else:
@@ -288,7 +288,7 @@ class Dispatcher:
 
 
 def _read_cluster() -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """What is free in the cluster, and its living nodes."""
+    """Return the free resources of the cluster, and its living nodes."""
     available: dict[str, float] = {**ray.available_resources()}
     return available, [node for node in ray.nodes() if node["Alive"]]
 
