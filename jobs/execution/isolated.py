@@ -1,8 +1,8 @@
-"""One step of a job in a process of its own.
+"""Run one step of a job in a process of its own.
 
-llama.cpp ends its process over a file that it does not like, its converter belongs to an environment of its own, and
-neither can be interrupted from inside. Here a step may crash, be killed when its job is stopped, and gives its memory
-back when it is done.
+llama.cpp ends its process when it cannot read a file, its converter needs an import path of its own, and neither can be
+interrupted from inside. In a process of its own, a step may crash, is killed when its job is stopped, and frees its
+memory when it ends.
 
 The function is named by its import path, takes and returns JSON, and reports its progress through `report`.
 """
@@ -23,12 +23,12 @@ from typing import IO, Any
 from cluster.errors import ForgearrError
 
 MAX_ERROR_LINES = 6
-"""How much of what a failed step has printed its error repeats."""
+"""The error of a failed step contains this many of its last output lines."""
 POLL_SECONDS = 0.2
 PROJECT = Path(__file__).parents[2]
 
 OnProgress = Callable[[float, str], None]
-"""Hears which part of the step is done, from 0 to 1, and what it is doing."""
+"""Called with the part of the step that is done, from 0 to 1, and its phase."""
 
 
 class StepFailed(ForgearrError):
@@ -50,9 +50,9 @@ def run_isolated(
     threads: int,
     paths: Sequence[Path] = (),
 ) -> Any:
-    """Call `module:function` with this request, in a process with `paths` before all else that it imports from.
+    """Call `module:function` with these arguments, in a process whose import path begins with `paths`.
 
-    Raises Interrupted when the job should stop.
+    Raises StepInterrupted when the job should stop.
     """
     command = [sys.executable, "-P", "-m", "jobs.execution.isolated", function, json.dumps(arguments)]
     process = subprocess.Popen(
@@ -93,7 +93,7 @@ def run_isolated(
 
 
 class _StepProgress:
-    """The newest progress of a step, told by its threads and taken by the job's."""
+    """The latest progress of a step, set by the threads that read its output, and taken by the job's thread."""
 
     def __init__(self) -> None:
         self.changed = threading.Event()
@@ -102,7 +102,7 @@ class _StepProgress:
         self._fraction = 0.0
 
     def set(self, fraction: float, phase: str) -> None:
-        self._fraction = max(fraction, self._fraction)  # a second bar begins at 0 again
+        self._fraction = max(fraction, self._fraction)  # a second progress bar starts at 0 again
         self._update, self.last_phase = (self._fraction, phase), phase
         self.changed.set()
 
@@ -133,7 +133,7 @@ def _read_messages(stream: IO[bytes], messages: list[dict[str, Any]], progress: 
 
 
 def _read_output(stream: IO[bytes], output_lines: deque[str], progress: _StepProgress) -> None:
-    """Lines, of which a progress bar draws many over each other."""
+    """Read lines of output. The parts of a progress bar, separated by carriage returns, count as lines too."""
     remainder = ""
     while chunk := os.read(stream.fileno(), 65_536):
         *lines, remainder = re.split(r"[\r\n]", remainder + chunk.decode(errors="replace"))
@@ -155,16 +155,16 @@ def _result_or_raise(
     if "error" in message:
         module, _, name = message["error"].partition(":")
         raise getattr(import_module(module), name)(message["message"])
-    output_tail = " | ".join(list(output_lines)[-MAX_ERROR_LINES:]) or "it said nothing"
+    output_tail = " | ".join(list(output_lines)[-MAX_ERROR_LINES:]) or "it printed nothing"
     ending = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with {exit_code}"
     name = function.partition(":")[2]
     raise StepFailed(f"The step {name} {ending} while {phase}: {output_tail}", details={"printed": list(output_lines)})
 
 
 def main() -> None:
-    """The process's side."""
+    """Run the function, in the step's process."""
     output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print must not mix with the messages
     threading.Thread(target=_end_with_parent, daemon=True).start()
     module, _, name = sys.argv[1].partition(":")
 
@@ -179,11 +179,11 @@ def main() -> None:
         traceback.print_exc()
         os._exit(1)
     print(json.dumps(message), file=output, flush=True)
-    os._exit(0)  # what was made is written; tearing down large libraries would only take time
+    os._exit(0)  # the result is written; unloading large libraries would only take time
 
 
 def _end_with_parent() -> None:
-    """The pipe to a parent that has died reads as ended."""
+    """End this process when its parent has died: then the pipe from it is at its end."""
     while os.read(0, 1024):
         pass
     os._exit(1)

@@ -1,6 +1,6 @@
-"""A job's context in another process, which the job has started on Ray: it speaks to the job's worker.
+"""The context of a job in another process that the job has started on Ray. It calls the job's worker.
 
-The stop that somebody asks for, and the end of the worker itself, are heard within a second.
+It notices a stop request, and the death of the worker, within a second.
 """
 
 import threading
@@ -24,7 +24,7 @@ POLL_SECONDS = 1.0
 
 
 def restore_context(claim: Claim) -> Context:
-    """What a context becomes when it arrives in another process."""
+    """Create the context in the process that has received it."""
     worker = ray.get_actor(claim.worker, namespace=NAMESPACE)
     context = Context(claim, _RemoteLink(worker), restore_context)
     threading.Thread(target=_poll_stop_reason, args=(worker, claim, context), daemon=True).start()
@@ -52,7 +52,7 @@ class _RemoteLink:
         return address
 
     def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
-        raise RuntimeError("children are made by the job's own function, not by the processes that it starts")
+        raise RuntimeError("only the job's own function can create children, not the processes that it starts")
 
 
 def _poll_stop_reason(worker: Any, claim: Claim, context: Context) -> None:

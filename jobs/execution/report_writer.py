@@ -1,7 +1,7 @@
-"""Writes what a worker's jobs say to the database: together, one transaction at a time.
+"""Write the reports of a worker's jobs to the database: together, in one transaction at a time.
 
-What comes in while one transaction is under way goes into the next, so that a hundred jobs that report at once cost no
-more than a few. A database that is away costs time, not work.
+What arrives during a transaction is written with the next one, so a hundred jobs that report at the same time cost a
+few transactions only. While the database is unavailable, nothing is lost.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from jobs.retry_policy import Failure, backoff
 from jobs.states import FINISHED
 
 REPORT_DELAY_SECONDS = 0.5
-"""How long a report or a log line may wait for others to be written with it."""
+"""How long a report or a log line may wait, to be written together with others."""
 MAX_WAIT_SECONDS = 10.0
 
 UNSTORABLE_CHARACTERS = re.compile("[\\x00\\ud800-\\udfff]")
@@ -33,12 +33,12 @@ UNSTORABLE_CHARACTERS = re.compile("[\\x00\\ud800-\\udfff]")
 log = logging.getLogger(__name__)
 
 JournalEvent = tuple[str, dict[str, Any]]
-"""Type and data of an entry for the journal."""
+"""Type and data of a journal entry."""
 
 
 class ReportWriter:
     def __init__(self, database: Database, on_lease_lost: Callable[[str], None]) -> None:
-        """`on_refusal` hears the token of each lease under which nothing is written any more."""
+        """`on_lease_lost` is called with the token of each lease that is no longer valid."""
         self._database = database
         self._on_lease_lost = on_lease_lost
         self._loop = asyncio.get_running_loop()
@@ -47,10 +47,10 @@ class ReportWriter:
         self._futures: list[asyncio.Future[set[str]]] = []
         self._dirty, self._urgent = asyncio.Event(), asyncio.Event()
         self.transaction_lock = asyncio.Lock()
-        """Held by every transaction on this worker's jobs, so that no two of them lock the same rows crosswise."""
+        """Held by every transaction on this worker's jobs, so that no two of them can deadlock."""
 
     def add(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent | None = None) -> None:
-        """Have this written with the next transaction. From any thread."""
+        """Write this with the next transaction. It may be called from any thread."""
         with self._lock:
             if not self._writes:
                 self._loop.call_soon_threadsafe(self._dirty.set)
@@ -64,7 +64,7 @@ class ReportWriter:
             write.entries.append(entry)
 
     async def write(self, claim: Claim, values: Mapping[str, Any], event: JournalEvent | None = None) -> bool:
-        """Have this written now, and wait for it; returns whether the lease still holds."""
+        """Write this now, and wait for it. Returns whether the lease is still valid."""
         self.add(claim, values, event)
         future: asyncio.Future[set[str]] = self._loop.create_future()
         self._futures.append(future)
@@ -95,7 +95,7 @@ class ReportWriter:
             except SQLAlchemyError as error:
                 if not is_transient(error) and len(writes) == 1:
                     writes = [_unstorable_failure(writes[0], error)]
-                elif not is_transient(error):  # one of them cannot be stored: do not let it take the others along
+                elif not is_transient(error):  # one of them cannot be stored: write each one separately
                     return set[str]().union(*[await self._write([write]) for write in writes])
                 log.warning("%d jobs could not be written; trying again", len(writes), exc_info=error)
             await asyncio.sleep(min(backoff(attempt), MAX_WAIT_SECONDS))
@@ -103,12 +103,12 @@ class ReportWriter:
 
 
 def to_storable(value: Any) -> Any:
-    """The value as plain JSON that both databases take: NaN is null, and what is in no text of theirs is replaced."""
+    """Return the value as JSON that both databases accept: without NaN, and without characters that they refuse."""
     return _replace_unstorable(to_jsonable_python(value, inf_nan_mode="null"))
 
 
 def outcome_event(values: Mapping[str, Any]) -> JournalEvent:
-    """How the journal tells of an outcome: its state, its error, and when it goes on if it does."""
+    """Return the journal event of an outcome: its state, its error, and when the next attempt may run."""
     data: dict[str, Any] = {"error": values["error"]} if values.get("error") else {}
     if values["state"] not in FINISHED and "attempt" in values:
         data |= {"attempt": values["attempt"], "run_after": values["run_after"].isoformat()}
@@ -116,7 +116,7 @@ def outcome_event(values: Mapping[str, Any]) -> JournalEvent:
 
 
 def _unstorable_failure(write: GuardedWrite, error: SQLAlchemyError) -> GuardedWrite:
-    """What becomes of a job that says something which no database takes."""
+    """Return a write that fails a job whose values no database accepts."""
     log.error("the state of %s cannot be stored", write.job_id, exc_info=error)
     failure = Failure("unstorable", f"What the job reports cannot be stored ({type(error).__name__}).")
     values = leases.failure_values(failure, attempt=1, max_attempts=1)
@@ -124,12 +124,12 @@ def _unstorable_failure(write: GuardedWrite, error: SQLAlchemyError) -> GuardedW
 
 
 def _is_progress_only(entry: JournalEntry) -> bool:
-    """A report without numbers is worth keeping only until the next one."""
+    """Whether it is a report without metrics, which the next report replaces."""
     return entry.type == "progress" and "metrics" not in entry.data
 
 
 def _replace_unstorable(value: Any) -> Any:
-    """PostgreSQL refuses NUL, and the names of files may have halves of characters."""
+    """Replace what cannot be stored: PostgreSQL refuses NUL, and file names may contain lone surrogates."""
     if isinstance(value, str):
         return UNSTORABLE_CHARACTERS.sub("\ufffd", value)
     if isinstance(value, dict):

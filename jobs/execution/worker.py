@@ -1,6 +1,6 @@
-"""A worker: a Ray actor that runs jobs in threads, each with its lease, its limits and its outcome.
+"""The worker: a Ray actor that runs jobs in threads, renews their leases, enforces their limits, and writes outcomes.
 
-The actor's event loop never waits for a job. What jobs report goes through jobs/execution/report_writer.py.
+The actor's event loop never waits for a job. Reports of jobs are written by jobs/execution/report_writer.py.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class RunningJob:
-    """A job that this worker holds."""
+    """A job whose lease this worker holds."""
 
     def __init__(self, claim: Claim, worker: "Worker") -> None:
         self.claim = claim
@@ -43,7 +43,7 @@ class RunningJob:
         self.started = time.monotonic()
         self.stop_requested_at: float | None = None
         self.is_finished = False
-        """Its outcome is being written, or is not ours to write: nothing that its thread still says counts."""
+        """Its outcome is being written, or its lease is lost: nothing that its thread still does has an effect."""
 
     def request_stop(self, reason: StopReason | None) -> None:
         self.context.stop(reason)
@@ -54,7 +54,7 @@ class RunningJob:
 
 
 class Worker:
-    """The actor. The dispatcher calls its public coroutines; the contexts of its jobs call the rest, from threads."""
+    """The actor. The dispatcher calls its coroutines; the contexts of its jobs call its other methods, from threads."""
 
     def __init__(self, name: str, slots: int) -> None:
         logs.configure("worker")
@@ -72,13 +72,13 @@ class Worker:
             self._start_task(coroutine).add_done_callback(_exit_process)
 
     async def run(self, claims: list[Claim]) -> None:
-        """Start these jobs. Their outcomes go to the database, and word of them to the dispatcher."""
+        """Start these jobs. Their outcomes are written to the database, and the dispatcher is notified."""
         for claim in claims:
             running = self._running[claim.token] = RunningJob(claim, self)
             self._loop.run_in_executor(self._threads, self._run, running)
 
     async def control(self, job_id: str, control: str | None) -> None:
-        """Pass on what somebody has asked of a job."""
+        """Apply a control request to a job."""
         for running in self._running.values():
             if running.claim.job_id == job_id:
                 self._apply_control(running, control)
@@ -94,7 +94,7 @@ class Worker:
             self._writer.add(claim, values, event)
 
     async def checkpoint_of(self, claim: Claim, state: Any) -> bool:
-        """Whether it is saved: not when the job is no longer ours."""
+        """Save a checkpoint. False: the lease is lost, so it was not saved."""
         if running := self._running.get(claim.token):
             running.context.last_activity = time.monotonic()
             return await self._writer.write(claim, {"checkpoint": state}, ("checkpoint", {"state": state}))
@@ -105,7 +105,7 @@ class Worker:
         return running.context.stop_reason if running else "lease_lost"
 
     async def until_death(self) -> None:
-        """Never returns, and fails when this process dies: how the dispatcher watches it."""
+        """Never return. The call fails when this process dies, and so the dispatcher notices."""
         await asyncio.Event().wait()
 
     # Called by the jobs' threads, through their contexts.
@@ -129,7 +129,7 @@ class Worker:
         return asyncio.run_coroutine_threadsafe(child, self._loop).result()
 
     def _run(self, running: RunningJob) -> None:
-        """The life of one attempt, in its own thread."""
+        """Run one attempt, in its own thread."""
         claim = running.claim
         current_context.set(running.context)
         logs.job_id.set(claim.job_id)
@@ -151,10 +151,10 @@ class Worker:
             logs.job_id.set(None)
         self._loop.call_soon_threadsafe(self._end_once, running, outcome)
 
-    # On the event loop again.
+    # Called on the event loop.
 
     def _end_once(self, running: RunningJob, outcome: Coroutine[Any, Any, None]) -> None:
-        """Let a job end in this way, unless it has been settled in another one."""
+        """Apply an outcome, unless the job has another one already."""
         if running.is_finished:
             outcome.close()
             return
@@ -162,7 +162,7 @@ class Worker:
         self._start_task(outcome)
 
     async def _finish_job(self, claim: Claim, values: Mapping[str, Any] | None) -> None:
-        """Write the outcome, then forget the job and tell the dispatcher that there is room."""
+        """Write the outcome, remove the job, and notify the dispatcher of the free slot."""
         if values is not None:
             await self._writer.write(claim, values, outcome_event(values))
         self._remove(claim)
@@ -202,7 +202,7 @@ class Worker:
             actors.find_actor(queue.DISPATCHER).released.remote(self._name, job_ids)
 
     async def _heartbeat_forever(self) -> None:
-        """Keep the jobs to their limits, and renew their leases in time."""
+        """Enforce the limits of the jobs, and renew their leases in time."""
         interval = min(1.0, self._settings.lease_seconds / 3)
         last_renewal = time.monotonic()
         while True:
@@ -213,7 +213,7 @@ class Worker:
                 await self._renew()
 
     async def _renew(self) -> None:
-        """Renew the leases, and hear on the way what was asked of the jobs, and which of them are ours no more."""
+        """Renew the leases, apply the control requests that are found, and drop the jobs whose leases are lost."""
         running_jobs = list(self._running.values())
         try:
             async with self._writer.transaction_lock, self._database.transaction() as session:
@@ -228,7 +228,7 @@ class Worker:
                 self._drop_lost_job(running.claim.token)
 
     def _apply_control(self, running: RunningJob, control: str | None) -> None:
-        """A wish may be taken back, but not a cancel, and no wish takes back a limit or a lost lease."""
+        """Apply a control request. Only a pause can be withdrawn: not a cancel, a limit or a lost lease."""
         reason: StopReason | None = None if control is None else "cancel" if control == Control.CANCEL else "pause"
         if running.context.stop_reason in {None, "pause"} and running.context.stop_reason != reason:
             running.request_stop(reason)
@@ -246,7 +246,7 @@ class Worker:
                 self._abandon(running)
 
     def _abandon(self, running: RunningJob) -> None:
-        """The function does not listen: settle the job without it, and have this process replaced to be rid of it."""
+        """Finish a job whose function does not stop, and have this process replaced, because its thread still runs."""
         self._end_once(
             running,
             self._finish_job(running.claim, _stop_values(running.claim, running.context.stop_reason or "cancel")),
@@ -269,13 +269,13 @@ class Worker:
 
 
 def _exit_process(task: asyncio.Task[None]) -> None:
-    """A worker that has gone deaf or dumb is worse than a dead one, which is replaced."""
-    log.critical("this worker cannot go on", exc_info=None if task.cancelled() else task.exception())
+    """End this process: a dead worker is replaced, one that cannot write or renew leases is not."""
+    log.critical("this worker cannot continue", exc_info=None if task.cancelled() else task.exception())
     os._exit(1)
 
 
 def _stop_values(claim: Claim, reason: StopReason) -> dict[str, Any] | None:
-    """What a stop for this reason makes of the job; None when it is no longer ours to say."""
+    """Return the values of a job that was stopped for this reason. None: the lease is lost, so nothing is written."""
     match reason:
         case "cancel":
             return leases.cancelled_values()
@@ -286,5 +286,5 @@ def _stop_values(claim: Claim, reason: StopReason) -> dict[str, Any] | None:
         case "time_limit":
             code, message = "time_limit", f"It ran longer than its limit of {claim.time_limit:g} s."
         case "stall_limit":
-            code, message = "stalled", f"It gave no sign for {claim.stall_limit:g} s."
+            code, message = "stalled", f"It reported nothing for {claim.stall_limit:g} s."
     return leases.failure_values(Failure(code, message, backoff(claim.attempt)), claim.attempt, claim.max_attempts)

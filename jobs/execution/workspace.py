@@ -1,4 +1,4 @@
-"""Folders on this machine's disk for what a job writes while it runs. None outlives its job for long."""
+"""Temporary folders for running jobs, on this machine's disk, and checks of the disk's space."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from cluster.errors import ForgearrError
 from cluster.settings import home
 
 MIN_FREE_BYTES = 4_000_000
-"""A disk with less than this left is full: the next block of a model does not fit."""
+"""A disk with less free space counts as full: the next block of a model does not fit."""
 
 SHORT_WRITE_PATTERN = r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
 
@@ -26,9 +26,9 @@ class DiskFull(ForgearrError):
 
 @contextmanager
 def temporary_folder(job_id: str) -> Generator[Path]:
-    """A new folder, which is removed with all that is in it when the block ends.
+    """Create a folder, which is deleted with its contents when the block ends.
 
-    A process that is killed leaves its folder behind. The kernel lets go of its lock, by which the next one knows.
+    A killed process leaves its folder behind. The kernel releases its lock, so the next call deletes the folder.
     """
     parent = home() / "work"
     parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +48,14 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise DiskFull(
-            f"{purpose} needs {_gigabytes(needed_bytes)} in {folder}, where {_gigabytes(free)} are free. Make room "
-            "there, or point FORGEARR_HOME to a larger disk.",
+            f"{purpose} needs {_gigabytes(needed_bytes)} in {folder}, where {_gigabytes(free)} are free. Free some "
+            "space there, or set FORGEARR_HOME to a folder on a larger disk.",
             details={"folder": str(folder), "needed_bytes": needed_bytes, "free_bytes": free},
         )
 
 
 def is_disk_full(error: Exception, folder: Path) -> bool:
-    """Whether this error is that of a full disk; some libraries say only that they wrote less than they should."""
+    """Whether a full disk caused this error. Some libraries only report that they wrote less than expected."""
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return True
     return bool(re.search(SHORT_WRITE_PATTERN, str(error))) or shutil.disk_usage(folder).free < MIN_FREE_BYTES
@@ -63,8 +63,8 @@ def is_disk_full(error: Exception, folder: Path) -> bool:
 
 def disk_full_error(folder: Path, needed_bytes: int, purpose: str) -> DiskFull:
     return DiskFull(
-        f"The disk became full: {purpose} needs {_gigabytes(needed_bytes)} in {folder}, where others write too. "
-        "Make room there, and retry.",
+        f"The disk became full: {purpose} needs {_gigabytes(needed_bytes)} in {folder}, where other programs "
+        "write too. Free some space there, and retry.",
         details={"folder": str(folder), "needed_bytes": needed_bytes},
     )
 
