@@ -1,8 +1,8 @@
-"""Who runs what: leadership of the dispatcher, leases of the workers, and the guarded writes that they allow.
+"""Claim queued jobs: select the jobs that can run, assign workers, and grant leases.
 
-A claim gives a job a fresh token and a time until which it is valid; every later write of the worker must show that
-token. A worker that was given up for dead may wake up and go on working, but nothing that it says is heard any more:
-execution is at least once, the outcome exactly once.
+A claim gives a job a new token and an expiry; every later write of the worker must contain this token. A worker that
+was considered dead may wake up and continue, but its writes are refused: execution is at least once, the outcome is
+recorded exactly once.
 """
 
 import math
@@ -23,27 +23,27 @@ from jobs.tables import Job
 
 
 class Capacity(Protocol):
-    """Where there is room. The dispatcher knows; the queue only asks."""
+    """The free capacity of the cluster, as the dispatcher knows it."""
 
     def available_slots(self, *, heavy: bool) -> int:
-        """About how many more light or heavy jobs could start now."""
+        """Return about how many more light or heavy jobs could start now."""
         ...
 
     def allocate(self, job: Job) -> str | None:
-        """The worker that this job goes to, whose room is then occupied; None when it does not fit anywhere now."""
+        """Occupy capacity for a job, and return the name of its worker. None: the job does not fit now."""
         ...
 
     def wait_reason(self, demand: str) -> str:
-        """What a job of this demand waits for when it does not fit."""
+        """Return what a job with this demand waits for when it does not fit."""
         ...
 
 
 async def claim_jobs(session: AsyncSession, token: str, capacity: Capacity) -> list[Claim]:
-    """Give queued jobs to workers, by priority, then age, as far as there is room.
+    """Give queued jobs to workers, by priority, then age, as far as there is capacity.
 
-    A job that does not fit lets smaller ones pass: its demand, or its kind when that is at its limit, is set aside
-    for the rest of the look, so that ten thousand of its like cost no more than one. Light and heavy jobs do not
-    compete: the former share warm workers, the latter have an actor each.
+    A job that does not fit lets smaller ones pass: its demand, or its kind if that is at its limit, is skipped for the
+    rest of the round, so ten thousand such jobs cost no more than one. Light and heavy jobs do not compete: light ones
+    share warm workers, heavy ones have an actor each.
     """
     leader = await require_leadership(session, token)
     is_due = (Job.state == State.QUEUED, Job.delayed, Job.run_after <= now())
@@ -79,7 +79,7 @@ async def claim_jobs(session: AsyncSession, token: str, capacity: Capacity) -> l
 
 
 async def next_wakeup(session: AsyncSession) -> tuple[float, bool]:
-    """Seconds until a delayed job may run, and whether any heavy job is queued."""
+    """Return the seconds until a delayed job may run, and whether a heavy job is queued."""
     delayed = await session.scalar(
         select(Job.run_after).where(Job.state == State.QUEUED, Job.delayed).order_by(Job.run_after).limit(1)
     )
@@ -92,17 +92,17 @@ async def next_wakeup(session: AsyncSession) -> tuple[float, bool]:
 
 
 async def _free_slots_by_kind(session: AsyncSession) -> dict[str, int]:
-    """How many more may run of each kind that has a limit and runs now."""
+    """Return how many more jobs may run of each limited kind that has running jobs."""
     rows = await session.execute(
-        select(Job.kind, (func.min(Job.concurrency) - func.count()).label("room"))
+        select(Job.kind, (func.min(Job.concurrency) - func.count()).label("free"))
         .where(Job.state == State.RUNNING, Job.concurrency.is_not(None))
         .group_by(Job.kind)
     )
-    return {row.kind: row.room for row in rows.all()}
+    return {row.kind: row.free for row in rows.all()}
 
 
 def _remaining_wait_reasons(wait_reasons: Mapping[str, str], free_by_kind: Mapping[str, int]) -> dict[str, str]:
-    """What kept heavy jobs waiting still does when they are not looked at this time, unless their kind has room."""
+    """Return the reasons that stay valid in a round without heavy jobs. Those of kinds with free slots do not."""
     full = {f"kind {kind}" for kind, left in free_by_kind.items() if left <= 0}
     return {
         key: reason

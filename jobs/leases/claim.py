@@ -1,4 +1,4 @@
-"""A claim: one job that was given to one worker."""
+"""The claim: a job that was given to a worker, and the expiry of its lease."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,12 +8,12 @@ from cluster.db import now
 from cluster.settings import get_settings
 
 OWN_WORKER = "a worker of its own"
-"""The demand of a light job that may have killed the workers that it shared with others."""
+"""The demand of a light job that may have killed the workers that it shared with other jobs."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that was given to a worker, with all that the worker needs to know of it."""
+    """A job that was given to a worker, with everything that the worker needs."""
 
     job_id: str
     token: str
@@ -26,7 +26,7 @@ class Claim:
     stall_limit: float | None
     resources: dict[str, Any]
     worker: str
-    owner_id: str | None  # None: this machine's own
+    owner_id: str | None  # None: the platform, or this machine's user
 
 
 def new_lease_expiry() -> Any:

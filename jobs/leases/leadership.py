@@ -1,4 +1,4 @@
-"""The leadership: one dispatcher acts at a time."""
+"""The leadership: only one dispatcher acts at a time."""
 
 import secrets
 
@@ -17,7 +17,7 @@ class LeadershipLost(ForgearrError):
 
 
 async def take_leadership(session: AsyncSession, holder: str) -> str | None:
-    """The token of a new leadership, or None while another holder's is valid. The same holder may replace itself."""
+    """Take the leadership, and return its token. None: another holder has it. The same holder may replace itself."""
     token = secrets.token_hex(8)
     leader = await session.get(Leadership, 1, with_for_update=True)
     if leader is None:

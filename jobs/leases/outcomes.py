@@ -1,4 +1,4 @@
-"""Guarded writes of a worker: progress, and how a job ends."""
+"""The guarded writes of workers, and the values that each outcome of a job sets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from jobs.tables import Job, JobDependency
 
 @dataclass
 class GuardedWrite:
-    """What a worker wants to say of one job: columns to set and entries for the journal."""
+    """What a worker writes about one job: columns to set, and entries for the journal."""
 
     job_id: str
     token: str
@@ -27,14 +27,14 @@ class GuardedWrite:
 
 
 async def apply_writes(session: AsyncSession, writes: Sequence[GuardedWrite]) -> set[str]:
-    """Do all these writes whose tokens still hold; returns the tokens that do not, whose writes changed nothing."""
-    held = await session.execute(
+    """Apply the writes whose tokens are valid. Returns the other tokens, whose writes changed nothing."""
+    locked = await session.execute(
         select(Job.id, Job.lease_token, Job.control)
         .where(Job.id.in_([write.job_id for write in writes]), Job.state == State.RUNNING)
-        .order_by(Job.id)  # everybody who locks several jobs locks them in this order
+        .order_by(Job.id)  # all code locks jobs in this order, to prevent deadlocks
         .with_for_update(key_share=True)
     )
-    rows_by_token = {row.lease_token: row for row in held.all()}
+    rows_by_token = {row.lease_token: row for row in locked.all()}
     valid = [
         _apply_control(write, rows_by_token[write.token].control) for write in writes if write.token in rows_by_token
     ]
@@ -70,7 +70,7 @@ def parked_values() -> dict[str, Any]:
 
 
 def failure_values(failure: Failure, attempt: int, max_attempts: int) -> dict[str, Any]:
-    """Another attempt when there is one left and it makes sense, else the end."""
+    """Return the values for another attempt, if one is left and makes sense, else those of a failed job."""
     if failure.retry_in is None or attempt >= max_attempts:
         return finished_values(State.FAILED) | {"error": failure.to_error()}
     later = now() + timedelta(seconds=failure.retry_in)
@@ -83,7 +83,7 @@ def failure_values(failure: Failure, attempt: int, max_attempts: int) -> dict[st
 
 
 async def park(session: AsyncSession, job_id: str, token: str, children: Iterable[str]) -> bool:
-    """Put a running job back into the queue until its children have finished."""
+    """Put a running job back into the queue, to wait for its children. False: its lease is lost."""
     job = await session.scalar(select(Job).where(Job.id == job_id).with_for_update(key_share=True))
     if job is None or job.lease_token != token or job.state != State.RUNNING:
         return False
@@ -106,7 +106,7 @@ async def park(session: AsyncSession, job_id: str, token: str, children: Iterabl
 
 
 def _apply_control(write: GuardedWrite, control: str | None) -> GuardedWrite:
-    """A job that would go on, or hold, does what was asked of it meanwhile."""
+    """Apply a control request that has arrived meanwhile, if the write queues or pauses the job."""
     state = write.values.get("state")
     if state not in {State.QUEUED, State.PAUSED}:
         return write
@@ -128,7 +128,7 @@ def finished_values(state: State) -> dict[str, Any]:
 
 
 def _group_by_columns(writes: Iterable[GuardedWrite]) -> Mapping[frozenset[str], list[dict[str, Any]]]:
-    """Rows that set the same columns go to the database as one statement."""
+    """Group rows that set the same columns, because they are written with one statement."""
     groups: dict[frozenset[str], list[dict[str, Any]]] = {}
     for write in writes:
         groups.setdefault(frozenset(write.values), []).append({"id": write.job_id, **write.values})

@@ -1,4 +1,4 @@
-"""Renewal of leases, and the release of lost ones."""
+"""Renew leases, and release the jobs whose workers are lost."""
 
 from collections.abc import Collection
 
@@ -16,7 +16,6 @@ from jobs.tables import Job
 
 
 async def running_jobs_by_worker(session: AsyncSession) -> dict[str, list[Job]]:
-    """The running jobs of each worker."""
     jobs_by_worker: dict[str, list[Job]] = {}
     for job in await session.scalars(select(Job).where(Job.state == State.RUNNING)):
         jobs_by_worker.setdefault(job.worker or "", []).append(job)
@@ -24,13 +23,13 @@ async def running_jobs_by_worker(session: AsyncSession) -> dict[str, list[Job]]:
 
 
 async def renew(session: AsyncSession, tokens: Collection[str]) -> dict[str, str | None]:
-    """A heartbeat: renew these leases. Returns those that still hold, with what is asked of their jobs."""
-    held = select(Job.id, Job.lease_token, Job.control).where(
+    """Renew these leases: a heartbeat. Returns the tokens that are valid, with the control request of each job."""
+    valid = select(Job.id, Job.lease_token, Job.control).where(
         Job.lease_token.in_(tokens), Job.state == State.RUNNING, Job.worker.is_not(None)
     )
-    rows = (await session.execute(held.order_by(Job.id).with_for_update(key_share=True))).all()
+    rows = (await session.execute(valid.order_by(Job.id).with_for_update(key_share=True))).all()
     extended = update(Job).where(Job.id.in_([row.id for row in rows])).values(lease_expires_at=new_lease_expiry())
-    # A heartbeat is no news of the job.
+    # A heartbeat is no update of the job.
     await session.execute(extended.values(updated_at=Job.updated_at).execution_options(synchronize_session=False))
     return {row.lease_token: row.control for row in rows}
 
@@ -38,10 +37,11 @@ async def renew(session: AsyncSession, tokens: Collection[str]) -> dict[str, str
 async def release_lost_jobs(
     session: AsyncSession, *, worker: str | None = None, still_running: Collection[str] = (), count_loss: bool = True
 ) -> list[tuple[str, str]]:
-    """Take back the jobs of a dead worker (but those), or all whose lease has run out; returns each with its worker.
+    """Release the jobs of a dead worker that are not `still_running`, or all jobs with an expired lease.
 
-    A worker that dies may have been killed by one of its jobs. The suspects go on with one loss more, the last time on
-    a worker of their own, so that only the one that dies alone fails. After a power cut there is nothing to suspect.
+    Returns each job with its worker. A worker that dies may have been killed by one of its jobs. So each of them is
+    counted one loss, and runs on a worker of its own before its losses are too many: only a job that kills that worker
+    fails. `count_loss` is false if no job can have killed the worker, as after a power cut.
     """
     is_lost = Job.worker == worker if worker else Job.lease_expires_at < now()
     rows = await session.scalars(
@@ -59,7 +59,7 @@ async def release_lost_jobs(
 
 
 async def _release(session: AsyncSession, job: Job, count_loss: bool) -> None:
-    """What becomes of a job whose worker was lost: what it was asked meanwhile, or another worker."""
+    """Release a job whose worker was lost: apply its control request, or queue it for another worker."""
     job.losses += count_loss
     if job.losses >= get_settings().jobs.max_losses - 1 and not job.demand:
         job.demand = OWN_WORKER
