@@ -1,1 +1,1 @@
-"""The ground: settings, errors, database, storage, identity, logs, events, and the processes of an installation."""
+"""The base: settings, errors, database, storage, identity, logs, events, and the processes of an installation."""

@@ -1,1 +1,1 @@
-"""The durable queue: keeps, schedules, runs and resumes work. It knows no HTTP, no models and no media."""
+"""The durable queue: stores, schedules, runs and resumes jobs. It knows no HTTP, no models and no media."""

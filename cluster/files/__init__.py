@@ -1,1 +1,1 @@
-"""Uploaded files, in storage with a row each."""
+"""Uploaded files: a row in the database, and the bytes in storage."""

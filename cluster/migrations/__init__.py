@@ -1,4 +1,4 @@
-"""The history of the database's schema, and how to bring a database up to it."""
+"""The migrations of the database's schema, and the code that runs them."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What `forgearr up` starts, watches and ends."""
+"""The processes of an installation: how `forgearr up` starts, watches and stops them."""

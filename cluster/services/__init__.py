@@ -1,1 +1,1 @@
-"""Outside services, such as Sonarr or Plex: which there are, how they are called, and whether they are well."""
+"""Outside services, such as Sonarr or Plex: their types, their connections, calls to them, and health checks."""

@@ -1,4 +1,4 @@
-"""All settings: their sections, where they are read from, and how they are shown."""
+"""All settings: their sections, their sources, and how they are shown."""
 
 from cluster.settings.base import LOOPBACK, Rate, Section, home
 from cluster.settings.engines import EngineSettings, OllamaSettings

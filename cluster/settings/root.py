@@ -1,4 +1,4 @@
-"""The settings of an installation: all sections, and the values that are derived from several of them."""
+"""The settings of an installation: all sections, and values that are derived from more than one of them."""
 
 from cluster.settings.base import Section, home
 from cluster.settings.engines import EngineSettings, OllamaSettings

@@ -1,1 +1,1 @@
-"""The worker: runs jobs, and reports what they do."""
+"""The worker: runs jobs, and writes their reports and outcomes."""

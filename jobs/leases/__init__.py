@@ -1,4 +1,4 @@
-"""Who runs what: the leadership of the dispatcher, the leases of workers, and the guarded writes that both allow."""
+"""The leadership of the dispatcher, the leases of workers, and the writes that need a valid lease."""
 
 from jobs.leases.acquire import Capacity, claim_jobs, next_wakeup
 from jobs.leases.claim import OWN_WORKER, Claim

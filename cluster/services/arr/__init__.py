@@ -1,1 +1,1 @@
-"""What Sonarr and its relatives have in common."""
+"""What the connectors of Sonarr, Radarr and Prowlarr share."""

@@ -1,1 +1,1 @@
-"""One module for each type of service, which declares its `CONNECTOR`."""
+"""The connectors: a module for each type of service, which declares its `CONNECTOR`."""
