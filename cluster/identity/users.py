@@ -109,9 +109,9 @@ def normalize_email(email: str) -> str:
 
 
 async def find_principal(session: AsyncSession, owner_id: str | None, name: str | None = None) -> Principal:
-    """In whose name a stored row acts now: with the rights that its owner has at this moment.
+    """Return the principal of a stored row, with the rights that its owner has now.
 
-    What has no owner is the platform's own.
+    A row without an owner belongs to the platform.
     """
     if owner_id is None:
         return system(name) if name else LOCAL
