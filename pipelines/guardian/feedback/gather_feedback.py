@@ -1,4 +1,4 @@
-"""The kind `gather_feedback`: what people have said of a model's answers, as data to learn from."""
+"""The kind `gather_feedback`: turn feedback on a model's answers into prompts, and all such prompts into datasets."""
 
 import asyncio
 import hashlib
@@ -26,24 +26,24 @@ from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.spec import ModelName, PromptFilter, Spec
 
 HELD_OUT_EVERY = 10
-"""One question in so many is not learned, and always the same ones."""
+"""About one question of this many is held out, always the same ones."""
 
 
 class GatherFeedbackSpec(Spec):
-    """Learn from the feedback on a model, beside other data if there is some."""
+    """The model whose feedback is used, and datasets to add it to."""
 
     model: ModelName
-    train: str | None = Field(default=None, max_length=200, description="A dataset to learn from too.")
-    held_out: str | None = Field(default=None, max_length=200, description="What is held out of that.")
+    train: str | None = Field(default=None, max_length=200, description="A dataset for training, to add to.")
+    held_out: str | None = Field(default=None, max_length=200, description="Its held-out dataset, to add to.")
 
 
 @job("gather_feedback", spec=GatherFeedbackSpec, admin_only=True)
 def gather_feedback(context: Context, spec: GatherFeedbackSpec) -> dict[str, Any]:
-    """Turns the feedback on a model into training prompts, and all such prompts into data to learn from."""
+    """Turns the feedback on a model into training prompts, and all such prompts into datasets."""
     context.report(phase="turning feedback into prompts")
     learned, conversations = asyncio.run(with_own_database(lambda database: _prompts(database, spec.model)))
     if not conversations and spec.train is None:
-        raise EmptyData(f"There is no feedback on {spec.model} that anything could be learned from.")
+        raise EmptyData(f"There is no feedback on {spec.model} that could be trained on.")
     train, held_out = split(conversations)
     context.report(progress=30, phase="writing datasets")
     created = asyncio.run(with_own_database(lambda database: _datasets(database, spec, train, held_out)))
@@ -52,17 +52,17 @@ def gather_feedback(context: Context, spec: GatherFeedbackSpec) -> dict[str, Any
 
 
 def split(conversations: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """What is learned and what is held out. A question is on one side, whatever was answered to it."""
+    """Split samples into those for training and the held-out ones. All answers to a question are on the same side."""
     by_question: dict[int, list[Sample]] = {}
     for sample in conversations:
         by_question.setdefault(_question_hash(sample), []).append(sample)
-    hidden = [number for number in sorted(by_question) if number % HELD_OUT_EVERY == 0]
-    if not hidden and len(by_question) > 1:
-        hidden = [min(by_question)]
-    if len(hidden) == len(by_question):
-        hidden = hidden[1:]  # something has to be learned
-    train = [sample for number, some in by_question.items() if number not in hidden for sample in some]
-    return train, [sample for number in hidden for sample in by_question[number]]
+    held_out = [question for question in sorted(by_question) if question % HELD_OUT_EVERY == 0]
+    if not held_out and len(by_question) > 1:
+        held_out = [min(by_question)]
+    if len(held_out) == len(by_question):
+        held_out = held_out[1:]  # at least one question is for training
+    train = [sample for question, samples in by_question.items() if question not in held_out for sample in samples]
+    return train, [sample for question in held_out for sample in by_question[question]]
 
 
 async def _prompts(database: Database, model: str) -> tuple[int, list[Sample]]:
@@ -82,15 +82,15 @@ async def _prompts(database: Database, model: str) -> tuple[int, list[Sample]]:
 async def _datasets(
     database: Database, spec: GatherFeedbackSpec, train: Sequence[Sample], held_out: Sequence[Sample]
 ) -> dict[str, Dataset]:
-    """Both parts, each beside what is there already. Nothing that one of them holds out is learned."""
-    hidden: set[bytes] = set()
+    """Store both datasets, each with the base that the spec names. Held-out samples are removed from the training."""
+    held_out_ids: set[bytes] = set()
 
     def hold_out(sample: Sample | PreferencePair) -> bool:
-        hidden.add(_identity(sample))
+        held_out_ids.add(_identity(sample))
         return True
 
     def is_learnable(sample: Sample | PreferencePair) -> bool:
-        return _identity(sample) not in hidden
+        return _identity(sample) not in held_out_ids
 
     created: dict[str, Dataset] = {}
     with tempfile.TemporaryDirectory(prefix="forgearr-feedback-") as folder:
@@ -123,12 +123,12 @@ def _samples(dataset: Dataset | None, folder: Path) -> Iterator[Sample | Prefere
 
 
 def _question_hash(sample: Sample) -> int:
-    """Of a question, stable for good."""
+    """A hash of the first question that never changes."""
     question = next(message.content or "" for message in sample.messages if message.role == "user")
     return int.from_bytes(hashlib.sha256(question.strip().encode()).digest()[:8])
 
 
 def _identity(sample: Sample | PreferencePair) -> bytes:
-    """Wherever it is from."""
+    """A digest of the sample without its source."""
     document = sample.model_dump_json(include={"messages", "tools", "chosen", "rejected"})
     return hashlib.blake2b(document.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Feedback: what people say of answers, and how it becomes training prompts."""
+"""Feedback on answers: store it, and turn it into training prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class FeedbackNotFound(NotFound):
 
 
 class FeedbackLearned(Conflict):
-    """A training prompt has been made of this feedback already."""
+    """This feedback is already a training prompt."""
 
     code = "FEEDBACK_LEARNED"
 
@@ -52,37 +52,37 @@ class Feedback(Base):
     target: Mapped[str] = mapped_column(String(20))
     target_id: Mapped[str] = mapped_column(String(200))
     rating: Mapped[str] = mapped_column(String(4))
-    model: Mapped[str | None] = mapped_column(String(300))  # whatever version answered
+    model: Mapped[str | None] = mapped_column(String(300))  # without its version
     messages: Mapped[Any | None] = mapped_column(OrderedJson)  # the conversation before the answer
     tools: Mapped[Any | None] = mapped_column(OrderedJson)
     answer: Mapped[Any | None] = mapped_column(OrderedJson)  # the assistant's message
-    correction: Mapped[Any | None] = mapped_column(OrderedJson)  # the one that it should have been
+    correction: Mapped[Any | None] = mapped_column(OrderedJson)  # the message that it should have been
     comment: Mapped[str | None] = mapped_column(Text)
-    prompt_id: Mapped[int | None] = mapped_column(Counter)  # the prompt made of it, which may have been deleted since
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine's own
+    prompt_id: Mapped[int | None] = mapped_column(Counter)  # the prompt made from it, which may have been deleted since
+    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: the local owner
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
 
 class FeedbackRequest(BaseModel):
-    """What somebody says of an answer."""
+    """A rating of an answer, with the conversation and a correction if given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     target: Target
-    target_id: str = Field(min_length=1, max_length=200, examples=["chatcmpl-1"], description="As it was answered.")
+    target_id: str = Field(min_length=1, max_length=200, examples=["chatcmpl-1"], description="The id of the answer.")
     rating: Rating
     model: str | None = Field(default=None, min_length=1, max_length=300, examples=["homelab:latest"])
     messages: list[Message] | None = Field(
         default=None,
         min_length=1,
         max_length=1000,
-        description="The conversation before the answer. It is not kept here, but for stored responses.",
+        description="The conversation before the answer. The server has it only for stored responses.",
     )
     tools: list[Tool] | None = Field(default=None, max_length=1000)
-    answer: str | Message | None = Field(default=None, description="What was answered: a text, or a message.")
-    correction: str | Message | None = Field(default=None, description="What should have been answered.")
+    answer: str | Message | None = Field(default=None, description="The answer: a text, or a message.")
+    correction: str | Message | None = Field(default=None, description="The answer that would have been right.")
     comment: str | None = Field(default=None, max_length=10_000)
 
     @model_validator(mode="after")
@@ -90,16 +90,16 @@ class FeedbackRequest(BaseModel):
         for name in ("answer", "correction"):
             value = getattr(self, name)
             if isinstance(value, Message) and value.role != "assistant":
-                raise ValueError(f"{name}: the assistant's message, not the {value.role}'s")
+                raise ValueError(f"{name}: must be the assistant's message, not the {value.role}'s")
             if isinstance(value, str) and not value.strip():
-                raise ValueError(f"{name}: it says nothing")
+                raise ValueError(f"{name}: must not be empty")
         if self.messages is not None and (target_answer := self.correction or self.answer) is not None:
             _build_prompt(self.messages, self.tools, target_answer, "feedback", None, [])
         return self
 
     @property
     def missing_field(self) -> str | None:
-        """What nothing could be learned without."""
+        """A missing field without which the feedback cannot become a prompt."""
         if self.rating == "down" and self.correction is None:
             return None
         if self.messages is None:
@@ -108,7 +108,7 @@ class FeedbackRequest(BaseModel):
 
 
 class FeedbackFilter(BaseModel):
-    """Which feedback to learn from: that with all that is said here."""
+    """Selects the feedback that meets all of these conditions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -121,7 +121,7 @@ class FeedbackFilter(BaseModel):
     @model_validator(mode="after")
     def validate_filter(self) -> Self:
         if self.ids is None and self.model is None and self.rating is None:
-            raise ValueError("say which feedback: ids, a model or a rating")
+            raise ValueError("select feedback by ids, a model or a rating")
         return self
 
 
@@ -129,19 +129,19 @@ class FeedbackFilter(BaseModel):
 class LearnResult:
     prompt_ids: list[int] = field(default_factory=list[int])
     skipped: dict[str, str] = field(default_factory=dict[str, str])
-    """Which feedback nothing was learned from, and why."""
+    """The ids of feedback that did not become a prompt, with the reasons."""
     remaining: int = 0
-    """How much more there is for another time."""
+    """The amount of matching feedback beyond MAX_LEARNED."""
 
 
 async def save(session: AsyncSession, request: FeedbackRequest, principal: Principal) -> tuple[Feedback, bool]:
-    """Keep feedback, instead of what its giver has said of the same answer before; and whether it is the first."""
+    """Store feedback. It replaces earlier feedback of its owner on the same answer. Returns whether it is the first."""
     await advisory_lock(session, f"feedback {principal.id} {request.target_id}")
     same = (Feedback.target == request.target, Feedback.target_id == request.target_id)
     existing = await session.scalar(select(Feedback).where(*same, Feedback.owner_id == principal.id))
     if existing is not None and existing.prompt_id is not None:
         raise FeedbackLearned(
-            f"A training prompt has been made of {existing.id} already: change prompt {existing.prompt_id}."
+            f"{existing.id} is already a training prompt: change prompt {existing.prompt_id} instead."
         )
     columns = _columns(request)
     if existing is None:
@@ -161,7 +161,7 @@ async def find(session: AsyncSession, feedback_id: str, principal: Principal, *,
 
 
 async def learn(session: AsyncSession, filters: FeedbackFilter, principal: Principal) -> LearnResult:
-    """Make a training prompt of each, once: of a correction, else of an answer that was found good."""
+    """Turn feedback into training prompts, each once: from the correction, or else from an approved answer."""
     query = visible(select(Feedback), Feedback, principal)
     if filters.model is not None:
         query = query.where(Feedback.model == base_name(filters.model))
@@ -190,13 +190,13 @@ async def learn(session: AsyncSession, filters: FeedbackFilter, principal: Princ
 
 
 async def count_new(session: AsyncSession, model: str) -> int:
-    """How much feedback on a model there is to learn from, and has not been learned from yet."""
+    """The amount of feedback on a model that can become prompts and has not yet."""
     new = (Feedback.model == base_name(model), Feedback.prompt_id.is_(None), _is_learnable())
     return await session.scalar(select(func.count()).select_from(Feedback).where(*new)) or 0
 
 
 async def has_learned(session: AsyncSession, model: str) -> bool:
-    """Whether training prompts were made of feedback on this model."""
+    """Whether feedback on this model has become training prompts."""
     learned = (Feedback.model == base_name(model), Feedback.prompt_id.is_not(None))
     return await session.scalar(select(Feedback.id).where(*learned).limit(1)) is not None
 
@@ -209,7 +209,7 @@ def to_prompt(feedback: Feedback, category: str | None, tags: Sequence[str]) -> 
 
 
 def base_name(model: str) -> str:
-    """homelab:latest and homelab:v3 are homelab; names of others stay as they are."""
+    """The name without a version: homelab:latest and homelab:v3 become homelab. Other names stay unchanged."""
     try:
         return models_versions.parse_reference(model)[0]
     except ModelNotFound:
@@ -224,10 +224,10 @@ def _build_prompt(
     category: str | None,
     tags: Sequence[str],
 ) -> PromptRequest:
-    """A conversation and its answer as a prompt; raises ValueError if it makes none."""
+    """Build a prompt from a conversation and its answer. Raises ValueError if it would not be valid."""
     system, rest = (messages[0].content, messages[1:]) if messages[0].role == "system" else (None, messages)
     if not rest or rest[0].role != "user" or rest[-1].role == "assistant":
-        raise ValueError("messages: begin with what the user asked, and end before the answer")
+        raise ValueError("messages: must begin with the user's question, and end before the answer")
     message = answer if isinstance(answer, Message) else Message(role="assistant", content=answer)
     try:
         return PromptRequest(
@@ -261,11 +261,11 @@ def _is_learnable() -> ColumnElement[bool]:
 
 
 def _skip_reason(feedback: Feedback) -> str | None:
-    """Why no prompt is made of it."""
+    """The reason why feedback cannot become a prompt, if there is one."""
     if feedback.prompt_id is not None:
-        return f"prompt {feedback.prompt_id} has been made of it already"
+        return f"it is already prompt {feedback.prompt_id}"
     if feedback.correction is None and feedback.rating == "down":
-        return "it says that the answer was bad, but not what would have been a good one"
+        return "the answer was rated down, and there is no correction"
     if feedback.messages is None or (feedback.correction or feedback.answer) is None:
-        return "it does not say what was asked and answered"
+        return "the question or the answer is missing"
     return None

@@ -1,7 +1,7 @@
-"""The kind `compare`: the promotion gate. A new version beside the one that is served, on the same unseen questions.
+"""The kind `compare`: the promotion gate. It measures a new version and the served one on the same held-out samples.
 
-Both are what would really answer: GGUF files, each with its own words and its own chat template. Two tokenizers split a
-text into different tokens, so what is compared is the loss per character of the expected answers, in bits.
+Both are measured as they are served: GGUF files with their own tokenizers and chat templates. Because two tokenizers
+split a text into different tokens, the measure is the loss per character of the expected answers, in bits.
 """
 
 import asyncio
@@ -44,27 +44,27 @@ TITLES = {"served": "version that is served", "candidate": "candidate"}
 
 
 class CompareSpec(Spec):
-    """Put a version beside the one that is served."""
+    """The version to compare with the one that is served."""
 
     name: ModelName
     version: int = Field(ge=1)
     job_id: JobId = Field(description="The fine_tune job whose held-out samples are the questions.")
     max_samples: int = Field(default=100, ge=1, le=100_000)
-    max_new_tokens: int = Field(default=128, ge=1, le=4096, description="How long generated answers may be.")
+    max_new_tokens: int = Field(default=128, ge=1, le=4096, description="The maximum length of generated answers.")
     min_improvement: float | None = Field(
         default=None, ge=0, lt=1, description="Null: guardian.min_improvement of the settings."
     )
 
 
 class NothingComparable(UnprocessableRequest):
-    """No held-out sample can be told to both models."""
+    """No held-out sample fits into both models."""
 
     code = "NOTHING_COMPARABLE"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One of the assistant's answers, as one of the models reads and writes it."""
+    """One of the assistant's answers and its prompt, in the tokens of one of the models."""
 
     prompt: list[int]
     answer: list[int]
@@ -73,16 +73,16 @@ class Question:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """The same samples as each model reads them."""
+    """The same samples, tokenized for each model."""
 
     by_model: dict[str, list[list[Question]]]
     characters: list[int]  # of the expected answers of each sample
-    skipped: int  # samples that one of the models cannot read
+    skipped: int  # samples that do not fit into one of the models
 
 
 @job("compare", spec=CompareSpec, resources=Resources(cpus=1), admin_only=True, tracked=True)
 def compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
-    """Compares a new version of a model with the one that is served, and says whether it should take its place."""
+    """Compares a new version of a model with the served one, and decides whether it should replace it."""
     state: dict[str, Any] = context.checkpoint_state or {}
     result = state.get("result") or _compare(context, spec)
     eval_progress.save_result(context, result)
@@ -96,14 +96,14 @@ def compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
 
 
 def sample_evenly(conversations: Sequence[Sample], max_samples: int) -> list[Sample]:
-    """So many of them, from beginning to end: neighbours are often of one file."""
+    """Select samples evenly from beginning to end, because neighbours are often from the same file."""
     if len(conversations) <= max_samples:
         return list(conversations)
     return [conversations[number * len(conversations) // max_samples] for number in range(max_samples)]
 
 
 def prepare(conversations: Sequence[Sample], tokenizers: Mapping[str, GgufTokenizer]) -> EvalSet:
-    """The samples that all models can read whole, as each of them reads them."""
+    """Tokenize for each model the samples that fit whole into all of them."""
     by_model: dict[str, list[list[Question]]] = {role: [] for role in tokenizers}
     characters: list[int] = []
     for sample in conversations:
@@ -116,7 +116,7 @@ def prepare(conversations: Sequence[Sample], tokenizers: Mapping[str, GgufTokeni
     if not characters:
         raise NothingComparable(
             f"None of the {len(conversations)} held-out samples fit whole into {' and '.join(tokenizers)}: they are "
-            "longer than what the models read at once, or their chat templates cannot tell them."
+            "longer than the models' contexts, or the chat templates cannot render them."
         )
     return EvalSet(by_model, characters, len(conversations) - len(characters))
 
@@ -142,7 +142,7 @@ def evaluate_gate(
     min_improvement: float,
     veto_reason: str | None = None,
 ) -> tuple[bool, float | None, str]:
-    """Whether the new version takes the place of the one served, by how much it is better, and why."""
+    """Whether the new version replaces the served one, its improvement, and the reason."""
     if veto_reason is not None:
         return False, None, veto_reason
     if served is None:
@@ -150,14 +150,14 @@ def evaluate_gate(
     bits, before = (metrics[role]["bits_per_character"] for role in ("candidate", "served"))
     improvement = 1 - bits / before if before else 0.0
     summary = (
-        f"{new.reference} needs {bits:.4g} bits per character of the held-out answers, {served.reference}, which is "
-        f"served, {before:.4g}: {abs(improvement):.1%} {'fewer' if improvement >= 0 else 'more'}"
+        f"{new.reference} needs {bits:.4g} bits per character of the held-out answers, and {served.reference}, which "
+        f"is served, {before:.4g}: {abs(improvement):.1%} {'fewer' if improvement >= 0 else 'more'}"
     )
     is_better = improvement >= min_improvement and improvement > 0
     return (
         is_better,
         improvement,
-        f"{summary}{'.' if is_better else f', and at least {min_improvement:.1%} fewer are wanted.'}",
+        f"{summary}{'.' if is_better else f', and at least {min_improvement:.1%} fewer are required.'}",
     )
 
 
@@ -202,16 +202,16 @@ def _compare(context: Context, spec: CompareSpec) -> dict[str, Any]:
 
 
 def _veto_reason(new: Version, served: Version | None) -> str | None:
-    """Why it is not promoted, whatever is measured."""
+    """The reason not to promote the new version, whatever the measurement, if there is one."""
     if new.passed is not True:
         why = "; ".join(new.reasons) if new.passed is False else "it was never validated"
         return f"{new.reference} did not pass its validation: {why}."
     if served is None:
         return None
     if served.number == new.number:
-        return f"{new.reference} is what is served already."
+        return f"{new.reference} is already served."
     if served.is_adapter:
-        return f"{served.reference}, which is served, is an adapter, which cannot be measured by itself."
+        return f"{served.reference}, which is served, is an adapter, which cannot be measured alone."
     return None
 
 
@@ -239,12 +239,12 @@ def _held_out(job_id: str, owner_id: str | None) -> list[Sample]:
     address = f"{output.result['model']}/{HELD_OUT_FILE}"
     text = storage.read(address) if storage.exists(address) else b""
     if not text.strip():
-        raise NothingHeldOut(f"{output.job_id} has held no samples out, so there is nothing to compare on.")
+        raise NothingHeldOut(f"{output.job_id} held out no samples, so there is nothing to compare on.")
     return [sample for sample in parsing.parse_samples(text, HELD_OUT_FILE) if isinstance(sample, Sample)]
 
 
 def _questions(sample: Sample, tokenizer: GgufTokenizer) -> list[Question]:
-    """Nothing, when the model cannot read the sample whole."""
+    """The questions of a sample; empty if the sample does not fit whole into the model."""
     document = sample.model_dump(exclude_none=True)
     try:
         pairs = turns(tokenizer, document["messages"], document.get("tools"))
@@ -266,7 +266,7 @@ def _question(tokenizer: GgufTokenizer, before: str, answer: str) -> Question:
 
 
 def _length(message: Message) -> int:
-    """How many characters an answer has, in whatever words a template tells it."""
+    """The number of characters of an answer, independent of any chat template."""
     calls = [call.function for call in message.tool_calls or ()]
     return len((message.content or "").strip()) + sum(len(call.name) + len(call.arguments) for call in calls)
 
@@ -293,7 +293,7 @@ def _measure_all(
     file: str,
     tokenizer: GgufTokenizer,
 ) -> None:
-    """One model, on what is missing."""
+    """Measure one model on the samples that were not measured yet."""
     questions = eval_set.by_model[role]
     if not measured.needs_more(role, len(questions)):
         return
@@ -331,7 +331,7 @@ def _measure(
 
 
 def _losses(model: GgufModel, question: Question) -> Iterator[float]:
-    """Of each token of the expected answer, in nats."""
+    """The loss of each token of the expected answer, in nats."""
     import numpy
 
     ids = [*question.prompt, *question.answer]

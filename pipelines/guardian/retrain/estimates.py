@@ -1,4 +1,4 @@
-"""How long the steps of a plan will take: as long as they have taken on this cluster, as soon as they have run here."""
+"""Estimate the duration of a plan's steps from earlier jobs of this cluster, or from defaults."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -12,7 +12,7 @@ from jobs.states import State
 from jobs.tables import Job
 
 RECENT_JOBS = 25
-"""Of how many jobs of a kind, the newest, the middle duration is taken."""
+"""The median duration of this many of the newest jobs of a kind is used."""
 
 DEFAULT_MINUTES = {
     "extract_data": 5.0,
@@ -24,20 +24,20 @@ DEFAULT_MINUTES = {
     "compare": 4.0,
     "deploy": 1.0,
 }
-"""For a machine on which none of these has run yet."""
+"""For a cluster that has not run the kind yet."""
 
 
 class Step(BaseModel):
-    id: str = Field(description="Its place in the plan, from 1.")
+    id: str = Field(description="Its number in the plan, from 1.")
     name: str
     estimated_minutes: float
     estimate: Literal["measured", "default"] = Field(
-        description="measured: from how long this step has taken on this cluster. default: it has not run here yet."
+        description="measured: from earlier jobs of this cluster. default: the step has not run here yet."
     )
 
 
 async def estimate_steps(session: AsyncSession, steps: Sequence[str]) -> list[Step]:
-    """The steps, which are named by their kinds of job, with how long each will take."""
+    """The steps, named by their kinds of job, with the estimated duration of each."""
     estimated: list[Step] = []
     for number, name in enumerate(steps, 1):
         minutes = await _minutes(session, name)
@@ -50,7 +50,7 @@ async def estimate_steps(session: AsyncSession, steps: Sequence[str]) -> list[St
 
 
 async def _minutes(session: AsyncSession, kind: str) -> float | None:
-    """None, when no job of this kind has succeeded yet."""
+    """The median duration of a kind; None if no job of it has succeeded yet."""
     done = select(Job.started_at, Job.finished_at).where(Job.kind == kind, Job.state == State.SUCCEEDED)
     newest = await session.execute(done.order_by(Job.finished_at.desc()).limit(RECENT_JOBS))
     seconds = [(row.finished_at - row.started_at).total_seconds() for row in newest.all() if row.started_at]

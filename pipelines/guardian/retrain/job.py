@@ -1,6 +1,7 @@
-"""The kind `retrain`: the plan. From a repository, or from feedback, to a model that is served if it is better.
+"""The kind `retrain`: train a model from a repository or feedback, compare it with the served one, deploy it if better.
 
-Its steps are jobs of their own. This one waits in between, and finds the steps that are done when it is called again.
+Its steps are child jobs. This job, called the plan, parks meanwhile. When it is called again, it finds the results of
+the finished steps.
 """
 
 import asyncio
@@ -41,24 +42,24 @@ STEP_PROGRESS = {
     "compare": 85,
     "deploy": 95,
 }
-"""Where in the whole, in percent, each step begins; in the order of the steps."""
+"""The progress of the plan at the beginning of each step, in percent, in the order of the steps."""
 
 
 class RetrainSpec(Spec):
-    """Train the model of a repository, or of some feedback, again."""
+    """Retrain the model of a repository, a model with feedback, or both."""
 
     repository_id: str | None = Field(default=None, max_length=40)
-    feedback: ModelName | None = Field(default=None, description="Learn from the feedback on this model too.")
+    feedback: ModelName | None = Field(default=None, description="Train on the feedback on this model too.")
     commit: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$", description="Null: the newest of its branch.")
-    force: bool = Field(default=False, description="Even when nothing is new since the last training.")
-    auto_deploy: bool | None = Field(default=None, description="Serve what is better. Null: as the repository says.")
+    force: bool = Field(default=False, description="Retrain even if nothing is new since the last training.")
+    auto_deploy: bool | None = Field(default=None, description="Deploy a better model. Null: the repository's setting.")
 
     @model_validator(mode="after")
     def validate_target(self) -> Self:
         if self.repository_id is None and self.feedback is None:
-            raise ValueError("say of what: a repository_id, or the name of a model that there is feedback on")
+            raise ValueError("give a repository_id, or the name of a model that has feedback")
         if self.repository_id is None and self.commit is not None:
-            raise ValueError("a commit is one of a repository: say which, by repository_id")
+            raise ValueError("a commit needs a repository_id")
         return self
 
 
@@ -69,7 +70,7 @@ class NothingNew(UnprocessableRequest):
 
 
 class RetrainState(TypedDict):
-    """What the plan goes by from its beginning to its end, whatever is changed meanwhile."""
+    """The input of the plan, fixed in its first checkpoint. Later changes of the repository do not affect it."""
 
     model: str
     commit: str | None
@@ -80,7 +81,7 @@ class RetrainState(TypedDict):
 
 @dataclass(frozen=True)
 class _Source:
-    """What the model is made of, as the database tells it."""
+    """What the database says about the source of the model."""
 
     repository: Repository | None
     has_learned: bool
@@ -89,7 +90,7 @@ class _Source:
 
 @job(RETRAIN_KIND, spec=RetrainSpec, admin_only=True, tracked=True)
 def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
-    """Trains a model on its repository as it is now, and serves the new version if it is better than the old one."""
+    """Retrains a model on the current state of its repository, and deploys the new version if it is better."""
     if context.checkpoint_state is None:
         context.checkpoint(_initial_state(context, spec))
     state = cast(RetrainState, context.checkpoint_state)
@@ -98,8 +99,8 @@ def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
 
     _begin_step(context, "validate_data")
     datasets = {part: data[part] and data[part]["dataset"] for part in ("train", "held_out")}
-    examined = context.child("validate_data", "validate_data", {**datasets, "base_model": training.base_model})
-    (counted,) = context.join(examined)
+    data_check = context.child("validate_data", "validate_data", {**datasets, "base_model": training.base_model})
+    (data_report,) = context.join(data_check)
 
     candidate = build_candidate(context, training, lambda step: _begin_step(context, step))
     name, version = candidate.export_result["name"], candidate.export_result["version"]
@@ -129,7 +130,7 @@ def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
         "promoted": comparison["promoted"],
         "reason": comparison["reason"],
         "data": data,
-        "validate_data": counted,
+        "validate_data": data_report,
         "fine_tune": candidate.training_result,
         "export": candidate.export_result,
         "validate": candidate.validation_result,
@@ -139,7 +140,7 @@ def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
 
 
 async def get_or_enqueue(session: AsyncSession, spec: RetrainSpec, principal: Principal) -> tuple[Job, bool]:
-    """The plan that does this, and whether it is a new one: there is one at a time of each repository."""
+    """Enqueue a plan, or return the unfinished one: a repository has one at a time. Also returns whether it is new."""
     if spec.repository_id is None:
         await advisory_lock(session, f"retrain {spec.feedback}")
     elif await session.get(Repository, spec.repository_id, with_for_update=True) is None:
@@ -150,7 +151,7 @@ async def get_or_enqueue(session: AsyncSession, spec: RetrainSpec, principal: Pr
 
 
 async def find_unfinished(session: AsyncSession, spec: RetrainSpec) -> Job | None:
-    """The plan for the same repository, or else the same model, that has not come to its end."""
+    """The unfinished plan of the same repository, or, without one, of the same model."""
     if spec.repository_id is not None:
         return await repositories.unfinished_plan(session, spec.repository_id)
     same = (Job.spec["repository_id"].as_string().is_(None), Job.spec["feedback"].as_string() == spec.feedback)
@@ -159,11 +160,11 @@ async def find_unfinished(session: AsyncSession, spec: RetrainSpec) -> Job | Non
 
 
 async def enqueue_after_feedback(session: AsyncSession, model: str) -> Job | None:
-    """The plan that enough new feedback on a model has started, if this was what was missing."""
+    """Start a plan if there is enough new feedback on a model. Returns it if it is new."""
     min_feedback = get_settings().guardian.min_feedback
     if min_feedback is None or REFERENCE_PATTERN.fullmatch(model) is None:
         return None
-    # Not with each one from then on: should the plan fail, it is tried again after as many more.
+    # Not at each feedback beyond the minimum: if the plan fails, the next one starts after the same number again.
     count = await feedback_store.count_new(session, model)
     if count == 0 or count % min_feedback:
         return None
@@ -174,7 +175,7 @@ async def enqueue_after_feedback(session: AsyncSession, model: str) -> Job | Non
 
 
 def steps_of(*, repository: bool, feedback: bool, deploy: bool) -> list[str]:
-    """The steps of such a plan, by the names of their kinds."""
+    """The kinds of the steps of such a plan, in order."""
     left_out = {
         *([] if repository else ["extract_data"]),
         *([] if feedback else ["gather_feedback"]),
@@ -184,8 +185,8 @@ def steps_of(*, repository: bool, feedback: bool, deploy: bool) -> list[str]:
 
 
 def _initial_state(context: Context, spec: RetrainSpec) -> RetrainState:
-    """What this plan goes by. From now on it is the last one that was tried."""
-    context.report(progress=0, phase="setting out")
+    """Fix the input of this plan, and record it in the repository as the last attempt."""
+    context.report(progress=0, phase="preparing")
     source = asyncio.run(with_own_database(lambda database: _source(database, spec)))
     repository = source.repository
     model = repository.model if repository else cast(str, spec.feedback)
@@ -199,13 +200,13 @@ def _initial_state(context: Context, spec: RetrainSpec) -> RetrainState:
         )
     commit = spec.commit or _newest_commit(context, repository)
     if commit == repository.trained_commit and not spec.force and not source.new_feedback:
-        raise NothingNew(f"{repository.trained_job_id} has trained on {commit} already: force it to do it once more.")
+        raise NothingNew(f"{repository.trained_job_id} already trained on {commit}: use force to train again.")
     asyncio.run(with_own_database(lambda database: _note_tried(database, repository.id, commit, context.job_id)))
     return RetrainState(
         model=model,
         commit=commit,
         training=repository.training,
-        # What was learned from once is learned from ever after: each training begins with the base model.
+        # Each training starts from the base model, so feedback that was once used must be used again.
         feedback=spec.feedback is not None or source.has_learned,
         auto_deploy=repository.auto_deploy if spec.auto_deploy is None else spec.auto_deploy,
     )
@@ -219,7 +220,7 @@ def _newest_commit(context: Context, repository: Repository) -> str:
 
 
 def _prepare_data(context: Context, spec: RetrainSpec, state: RetrainState) -> dict[str, Any]:
-    """The datasets to learn from and to measure on, from the steps that make them."""
+    """Run the steps that make the datasets. Returns the datasets for training and the held-out ones."""
     data: dict[str, Any] = {}
     if spec.repository_id is not None:
         _begin_step(context, "extract_data")
@@ -237,7 +238,7 @@ def _prepare_data(context: Context, spec: RetrainSpec, state: RetrainState) -> d
 def _training_spec(state: RetrainState, data: dict[str, Any]) -> ForgeSpec:
     held_out = data["held_out"]
     fields = {
-        "long_samples": "skip",  # a long function is no reason to learn nothing of the others
+        "long_samples": "skip",  # one long function must not prevent the training
         **state["training"],
         "name": state["model"],
         "data": DataSource(dataset=data["train"]["dataset"]).model_dump(),
@@ -247,7 +248,7 @@ def _training_spec(state: RetrainState, data: dict[str, Any]) -> ForgeSpec:
 
 
 async def _previous_training(model: str) -> dict[str, Any]:
-    """A model without a repository goes on from what is served, trained in the same way."""
+    """The training of a model without a repository: it starts from the served version, with the same settings."""
     async with registry.connect() as models:
         served = await models.find(model)
     before = await with_own_database(lambda database: _spec_of(database, served.job_id))
@@ -298,8 +299,8 @@ async def _note_trained(database: Database, spec: RetrainSpec, state: RetrainSta
 
 def _outcome(comparison: dict[str, Any], deployed: bool) -> str:
     if deployed:
-        return f"Served from now on. {comparison['reason']}"
-    status = "It waits to be deployed." if comparison["promoted"] else "It stays a candidate."
+        return f"Deployed. {comparison['reason']}"
+    status = "Promoted, but not deployed." if comparison["promoted"] else "Not promoted."
     return f"{status} {comparison['reason']}"
 
 

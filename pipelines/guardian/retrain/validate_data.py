@@ -1,6 +1,6 @@
-"""The kind `validate_data`: what a model is about to learn from, counted, before anybody spends hours on it.
+"""The kind `validate_data`: count the data of a training and write its data card, before hours are spent on it.
 
-Too little of it, or a held-out part that is no secret, ends the plan here, with the numbers.
+It fails if there is too little data, or if held-out samples are also in the training data.
 """
 
 import hashlib
@@ -32,34 +32,36 @@ from pipelines.training.spec import Spec
 
 CARD, CARD_JSON = "data_card.md", "data_card.json"
 MAX_TOKENIZED_SAMPLES = 5000
-"""In how many samples of a part, from its beginning to its end, tokens are counted."""
+"""Tokens are counted in at most this many samples of a dataset, evenly selected."""
 REPORT_EVERY = 200
 
 
 class ValidateDataSpec(Spec):
-    """Look through the data of a training."""
+    """The datasets of a training, and the limits that they must meet."""
 
-    train: str = Field(max_length=200, description="A dataset.")
-    held_out: str | None = Field(max_length=200, description="The dataset that it is measured on. Null: there is none.")
-    base_model: str = Field(default="forgearr/tiny", min_length=1, max_length=300, description="Whose tokens to count.")
+    train: str = Field(max_length=200, description="The dataset to train on.")
+    held_out: str | None = Field(max_length=200, description="The held-out dataset. Null: there is none.")
+    base_model: str = Field(
+        default="forgearr/tiny", min_length=1, max_length=300, description="The model whose tokens are counted."
+    )
     min_samples: int | None = Field(default=None, ge=1, description="Null: guardian.min_samples of the settings.")
 
 
 class TooLittleData(UnprocessableRequest):
-    """There is too little data to learn from."""
+    """There is too little data to train on."""
 
     code = "TOO_LITTLE_DATA"
 
 
 class HeldOutLeaked(UnprocessableRequest):
-    """Samples that are held out are learned too, so nothing could be measured on them."""
+    """Held-out samples are in the training data too, so nothing could be measured on them."""
 
     code = "HELD_OUT_LEAKED"
 
 
 @dataclass
 class DatasetStats:
-    """What has been counted of one dataset."""
+    """The counts of one dataset."""
 
     characters: list[int] = field(default_factory=list[int])
     tokens: list[int] = field(default_factory=list[int])
@@ -77,7 +79,7 @@ class DatasetStats:
 
 @job("validate_data", spec=ValidateDataSpec, resources=Resources(cpus=1), tracked=True, admin_only=True)
 def validate_data(context: Context, spec: ValidateDataSpec) -> dict[str, Any]:
-    """Counts what a model is about to learn from, writes a data card, and stops what would come to nothing."""
+    """Counts the data of a training, writes a data card, and fails if the data cannot be used."""
     named = {"train": spec.train, "held_out": spec.held_out}
     datasets_by_part = {part: datasets.get(name) for part, name in named.items() if name is not None}
     for name, dataset in datasets_by_part.items():
@@ -111,7 +113,7 @@ def count_sample(sample: Sample, stats: DatasetStats) -> None:
 
 
 def summarize(parts: Mapping[str, DatasetStats], min_samples: int) -> dict[str, Any]:
-    """All numbers, and why there is nothing to learn from, if so."""
+    """All numbers, and the reasons why there is too little data, if so."""
     train, held_out = parts["train"], parts["held_out"]
     report: dict[str, Any] = {name: _numbers(part) for name, part in parts.items()}
     report["leaked"] = len(train.samples & held_out.samples)
@@ -124,10 +126,10 @@ def summarize(parts: Mapping[str, DatasetStats], min_samples: int) -> dict[str, 
     reasons: list[str] = []
     if len(train.samples) < min_samples:
         reasons.append(
-            f"there are {len(train.samples)} different samples to learn from, and at least {min_samples} are wanted"
+            f"there are {len(train.samples)} different samples to train on, and at least {min_samples} are required"
         )
     if not held_out.samples:
-        reasons.append("no sample is held out to measure on")
+        reasons.append("there are no held-out samples")
     return {**report, "enough": not reasons, "reasons": reasons}
 
 
@@ -136,42 +138,42 @@ def require_usable(report: Mapping[str, Any]) -> None:
         raise TooLittleData(f"Too little data: {'; '.join(report['reasons'])}.", details=dict(report))
     if report["leaked"]:
         raise HeldOutLeaked(
-            f"{report['leaked']} of {report['held_out']['samples']} held-out samples are learned too, so nothing could "
-            "be measured on them.",
+            f"{report['leaked']} of {report['held_out']['samples']} held-out samples are in the training data too, so "
+            "nothing could be measured on them.",
             details=dict(report),
         )
 
 
 def write_card(report: Mapping[str, Any], datasets_by_part: Mapping[str, Dataset], folder: Path) -> list[Path]:
-    """The data card, for people and for programs."""
+    """Write the data card as Markdown for people, and as JSON for programs."""
     names = {name: f"{dataset.name}:v{dataset.version}" for name, dataset in datasets_by_part.items()}
     kinds = sorted({*report["train"]["kinds"], *report["held_out"]["kinds"]})
     rows = [
         ("Samples", "samples"),
         ("Duplicates", "duplicates"),
-        ("Files they are from", "files"),
-        ("Characters, in the middle", "characters.median"),
-        ("Characters, at most", "characters.max"),
-        ("Tokens, in the middle", "tokens.median"),
-        ("Tokens, at most", "tokens.max"),
-        ("Longer than the model reads at once", "too_long"),
+        ("Source files", "files"),
+        ("Characters, median", "characters.median"),
+        ("Characters, maximum", "characters.max"),
+        ("Tokens, median", "tokens.median"),
+        ("Tokens, maximum", "tokens.max"),
+        ("Longer than the model's context", "too_long"),
     ]
     measured_on = names.get("held_out", "nothing")
     lines = [
         f"# {names['train']}",
         "",
-        f"Learned from {names['train']}, measured on {measured_on}, in tokens of {report['base_model']}.",
+        f"Trained on {names['train']}, measured on {measured_on}, in tokens of {report['base_model']}.",
         "",
         *[f"- {reason[0].upper()}{reason[1:]}." for reason in report["reasons"]],
         *([""] if report["reasons"] else []),
-        "| | learned | held out |",
+        "| | training | held out |",
         "|---|---|---|",
         *[f"| {title} | {_cell(report['train'], key)} | {_cell(report['held_out'], key)} |" for title, key in rows],
         "",
         f"In both: {report['leaked']} samples, {report['shared']['questions']} questions, "
         f"{report['shared']['answers']} answers, {report['shared']['files']} files.",
         "",
-        "| Kind | learned | held out |",
+        "| Kind | training | held out |",
         "|---|---|---|",
         *[f"| {kind} | {_share(report['train'], kind)} | {_share(report['held_out'], kind)} |" for kind in kinds],
         "",
@@ -183,7 +185,7 @@ def write_card(report: Mapping[str, Any], datasets_by_part: Mapping[str, Dataset
 
 
 def _count(context: Context, name: str, dataset: Dataset, base_model: str) -> DatasetStats:
-    """One pass over the file, which may be larger than memory."""
+    """Count in one pass over the file, which may be larger than memory."""
     from transformers import AutoTokenizer
 
     base = base_models.resolve(base_model)
@@ -215,7 +217,7 @@ def _samples(dataset: Dataset) -> Iterator[Sample]:
 
 
 def _tokens(tokenizer: Any, sample: Sample) -> int | None:
-    """None for what the base model's chat template cannot tell: the training will say so."""
+    """The tokens of a sample; None if the chat template cannot render it, which the training will report."""
     document = sample.model_dump(exclude_none=True, include={"messages", "tools"})
     try:
         text = render(tokenizer, document["messages"], document.get("tools"))
@@ -254,6 +256,6 @@ def _share(numbers: Mapping[str, Any], kind: str) -> str:
 
 
 def _digest(value: Any) -> bytes:
-    """Spaces and letters' case make no other sample."""
+    """A digest that ignores spaces and case."""
     plain = " ".join(json.dumps(value, sort_keys=True, ensure_ascii=False).lower().replace("\\n", " ").split())
     return hashlib.blake2b(plain.encode(), digest_size=16).digest()

@@ -82,10 +82,10 @@ async def test_feedback_is_given_seen_changed_and_deleted(api: ApiClient) -> Non
         ({"messages": None}, "messages is missing"),
         ({"answer": None}, "answer is missing"),
         ({"messages": None, "rating": "down", "correction": "Sonarr."}, "messages is missing"),
-        ({"messages": [{"role": "assistant", "content": "Hi."}]}, "begin with what the user asked"),
+        ({"messages": [{"role": "assistant", "content": "Hi."}]}, "begin with the user's question"),
         ({"messages": [*ASKED, {"role": "assistant", "content": "Hi."}]}, "end before the answer"),
         ({"answer": {"role": "user", "content": "Hi."}}, "the assistant's message, not the user's"),
-        ({"answer": "  "}, "answer: it says nothing"),
+        ({"answer": "  "}, "answer: must not be empty"),
         (
             {
                 "answer": {
@@ -124,9 +124,7 @@ async def test_each_is_learned_from_once(api: ApiClient) -> None:
     assert answer.status_code == 201
     learned = answer.json()
     assert (learned["created"], learned["left"]) == (2, 0)
-    assert learned["skipped"] == [
-        {"id": down["id"], "reason": "it says that the answer was bad, but not what would have been a good one"}
-    ]
+    assert learned["skipped"] == [{"id": down["id"], "reason": "the answer was rated down, and there is no correction"}]
     prompts = [
         (await api.request("ada", "GET", f"/api/training/prompts/{one}")).json() for one in learned["prompt_ids"]
     ]
@@ -137,7 +135,7 @@ async def test_each_is_learned_from_once(api: ApiClient) -> None:
 
     again = (await api.request("ada", "POST", LEARN, json={"ids": [up["id"]]})).json()
     assert again["created"] == 0
-    assert again["skipped"][0]["reason"] == f"prompt {learned['prompt_ids'][0]} has been made of it already"
+    assert again["skipped"][0]["reason"] == f"it is already prompt {learned['prompt_ids'][0]}"
     assert (await api.request("ada", "POST", LEARN, json={"model": "homelab"})).json()["created"] == 0
     refused = await api.request("ada", "POST", PATH, json={**GOOD, "rating": "down"})
     assert (refused.status_code, refused.json()["error_code"]) == (409, "FEEDBACK_LEARNED")

@@ -69,7 +69,7 @@ def test_the_better_one_is_promoted_and_the_worse_one_is_not(harness: JobHarness
     _, result, _ = harness.run("compare", {"name": name, "version": 1, "job_id": weak, **SHORT})
     assert not result["promoted"]
     assert result["improvement"] < 0
-    assert "more, and at least 2.0% fewer are wanted" in result["reason"]
+    assert "more, and at least 2.0% fewer are required" in result["reason"]
     assert asyncio.run(find(f"{name}:latest")).number == 2
 
 
@@ -182,7 +182,7 @@ def test_some_are_never_promoted(harness: JobHarness, subject: tuple[str, str]) 
     serve(name, 2)
     spec = {"name": name, "version": 2, "job_id": training, "max_samples": 1, **SHORT}
     _, result, _ = harness.run("compare", spec)
-    assert (result["promoted"], result["reason"]) == (False, f"{name}:v2 is what is served already.")
+    assert (result["promoted"], result["reason"]) == (False, f"{name}:v2 is already served.")
     serve(name, 1)
     judged(name, 2, False, ["its perplexity is 900"])
     _, result, _ = harness.run("compare", spec)

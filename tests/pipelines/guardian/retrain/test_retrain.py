@@ -149,7 +149,7 @@ def test_the_steps_follow_each_other(harness: JobHarness, source: tuple[Path, st
     assert (trained.trained_commit, trained.trained_job_id) == (first, run.job_id)
     assert trained.trained_at is not None
     assert run.link.progress[-1] == 95
-    assert run.link.logged[-1] == "Served from now on. It is better."
+    assert run.link.logged[-1] == "Deployed. It is better."
 
 
 def test_a_worse_one_stays_a_candidate(harness: JobHarness, source: tuple[Path, str]) -> None:
@@ -159,7 +159,7 @@ def test_a_worse_one_stays_a_candidate(harness: JobHarness, source: tuple[Path, 
     assert "deploy" not in run.link.children
     assert (result["promoted"], result["reason"], result["deploy"]) == (False, "It is worse.", None)
     assert row(repository_id).trained_commit == result["commit"]
-    assert run.link.logged[-1] == "It stays a candidate. It is worse."
+    assert run.link.logged[-1] == "Not promoted. It is worse."
 
 
 @pytest.mark.parametrize(
@@ -278,8 +278,8 @@ async def test_there_is_one_plan_at_a_time(database: Database) -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ({}, "say of what"),
-        ({"feedback": "m", "commit": "0" * 40}, "a commit is one of a repository"),
+        ({}, "give a repository_id"),
+        ({"feedback": "m", "commit": "0" * 40}, "a commit needs a repository_id"),
         ({"repository_id": "r", "commit": "main"}, "commit"),
     ],
 )

@@ -58,7 +58,7 @@ def test_too_little_is_stopped_with_the_numbers(harness: JobHarness) -> None:
     samples = [chat(str(number), "Yes.") for number in range(4)]
     spec = {"train": keep("train", [*samples[:3], samples[0]]), "held_out": keep("held", samples[3:])}
     job_id, link = harness.start("validate_data", spec, tracked=False)
-    with pytest.raises(TooLittleData, match="there are 3 different samples to learn from, and at least 20 are wanted"):
+    with pytest.raises(TooLittleData, match="there are 3 different samples to train on, and at least 20 are required"):
         harness.resume("validate_data", spec, job_id, link)
     assert not TooLittleData.retryable
     card = storage.read(storage.address(f"jobs/{job_id}/data_card.md")).decode()
@@ -71,7 +71,7 @@ def test_nothing_held_out_is_nothing_to_measure_on(harness: JobHarness) -> None:
     """As it is with a repository that has one file."""
     spec = {"train": keep("train", [chat(str(number), "Yes.") for number in range(20)]), "held_out": None}
     job_id, link = harness.start("validate_data", spec, tracked=False)
-    with pytest.raises(TooLittleData, match="no sample is held out to measure on"):
+    with pytest.raises(TooLittleData, match="there are no held-out samples"):
         harness.resume("validate_data", spec, job_id, link)
     card = storage.read(storage.address(f"jobs/{job_id}/data_card.md")).decode()
     assert "measured on nothing" in card
