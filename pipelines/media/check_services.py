@@ -1,4 +1,4 @@
-"""Kind `check_services`: asks the outside services how they are, as its schedule says or when one has been added."""
+"""The kind `check_services`: check the health of outside services, on a schedule and when one was added or changed."""
 
 import asyncio
 from typing import Any
@@ -23,7 +23,7 @@ KIND = "check_services"
 
 
 class CheckServicesSpec(BaseModel):
-    """Which services to check."""
+    """The services to check."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,23 +32,23 @@ class CheckServicesSpec(BaseModel):
 
 @job(KIND, spec=CheckServicesSpec, admin_only=True)
 def check_services(context: Context, spec: CheckServicesSpec) -> dict[str, Any]:
-    """Asks every enabled service, or one, how it is, and keeps the answers."""
+    """Checks the health of every enabled service, or of one, and stores the results."""
     return asyncio.run(with_own_database(lambda database: _check(context, spec, database)))
 
 
 async def enqueue_check(session: AsyncSession, service_id: int, principal: Principal) -> None:
-    """Have a service checked that is new, or connected anew; from the first one on, all are checked again and again."""
+    """Enqueue a check of a new or changed service. With the first service, the schedule of checks starts."""
     await _ensure_schedules(session)
     await queue.enqueue(session, JobRequest(kind=KIND, spec={"service_id": service_id}), principal)
 
 
 async def declare_services(database: Database) -> None:
-    """Take over what the settings declare, when Forgearr starts."""
+    """Store the services that the settings declare, and check all. Called when Forgearr starts."""
     async with database.transaction() as session:
         await service_store.declare(session, get_settings().services.declared)
         if await service_store.list_services(session):
             await _ensure_schedules(session)
-            await queue.enqueue(session, JobRequest(kind=KIND), LOCAL)  # it may be long since anybody asked
+            await queue.enqueue(session, JobRequest(kind=KIND), LOCAL)  # the last check may be long ago
 
 
 @register_sweeper("service_checks")

@@ -1,4 +1,4 @@
-"""Kind `audit_services`: reads the settings of services, and keeps as recommendations what the rules find in them."""
+"""The kind `audit_services`: read the settings of services, apply the rules, and store recommendations."""
 
 import asyncio
 from collections import Counter
@@ -35,19 +35,19 @@ MAX_CONCURRENCY = 8
 
 
 class AuditSpec(BaseModel):
-    """What to audit."""
+    """The services to audit, and how."""
 
     model_config = ConfigDict(extra="forbid")
 
     services: list[str] = Field(
-        default_factory=list, max_length=100, description="By type or name. None: all whose settings can be read."
+        default_factory=list, max_length=100, description="By type or name. Empty: all whose settings can be read."
     )
-    include_web_search: bool = Field(default=False, description="Whether to look for pages about what is found.")
+    include_web_search: bool = Field(default=False, description="Search the web for pages about the findings.")
 
 
 @dataclass
 class ServiceAudit:
-    """What has come of one service."""
+    """The findings of one service, or the error."""
 
     handle: str
     service: Service
@@ -57,7 +57,7 @@ class ServiceAudit:
 
 @job(KIND, spec=AuditSpec, admin_only=True, concurrency=1, tracked=True)
 def audit_services(context: Context, spec: AuditSpec) -> dict[str, Any]:
-    """Audits the settings of services by rules, and keeps what is found as recommendations."""
+    """Audits the settings of services by rules, and stores the findings as recommendations."""
     return asyncio.run(with_own_database(lambda database: _audit(context, spec, database)))
 
 
@@ -70,7 +70,7 @@ def job_id_of(audit_id: str) -> str:
 
 
 async def find_auditable(session: AsyncSession, names: Sequence[str]) -> dict[str, Service]:
-    """The services that are meant, by their handles. No words mean all that can be audited."""
+    """The services with these types or names, by their handles. Without names, all that can be audited."""
     services = await service_store.list_services(session)
     handles = {service.id: handle for handle, service in service_store.handles(services).items()}
     if not names:
@@ -87,7 +87,7 @@ async def _audit(context: Context, spec: AuditSpec, database: Database) -> dict[
     audit_id, started_at = audit_id_of(context.job_id), now()
     async with database.read_transaction() as session:
         if existing := await session.get(Audit, audit_id):
-            return _audit_result(existing)  # by an attempt whose end nobody has heard of
+            return _audit_result(existing)  # of an earlier attempt, which was lost before it could return
         services = await find_auditable(session, spec.services)
     context.report(phase=f"{len(services)} services")
     rule_set = await asyncio.to_thread(rules.load)
@@ -97,7 +97,7 @@ async def _audit(context: Context, spec: AuditSpec, database: Database) -> dict[
     web_result = (
         await web_search.search(database, findings)
         if spec.include_web_search
-        else WebSearchResult(False, "It was not asked for.")
+        else WebSearchResult(False, "It was not requested.")
     )
     async with database.transaction() as session:
         audit = await _save_audit(session, audit_id, started_at, outcomes, rule_set, web_result)
@@ -138,7 +138,7 @@ async def _audit_all(database: Database, services: dict[str, Service], rule_set:
 async def read_areas(
     client: Client, settings: SettingsAreas, relevant_rules: Sequence[Rule]
 ) -> dict[str, list[SettingsEntry]]:
-    """Each area that these rules look at, read once. One that this version of a service does not have is left out."""
+    """Read each area that these rules need once. Areas that this version of the service lacks are left out."""
     by_area: dict[str, list[SettingsEntry]] = {}
     for area in sorted({area for rule in relevant_rules for area in rule.areas}):
         try:
@@ -199,7 +199,7 @@ def _publish_completed(audit: Audit) -> None:
 
 
 def _audit_result(audit: Audit) -> dict[str, Any]:
-    """What its job's result, and so MLflow, says of an audit."""
+    """The result of the job, which also goes to MLflow."""
     return {
         "audit_id": audit.id,
         "services_audited": audit.services,

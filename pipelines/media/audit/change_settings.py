@@ -1,8 +1,8 @@
-"""Kind `change_settings`: sets what recommendations recommend, and takes it back.
+"""The kind `change_settings`: apply recommendations to the settings of services, and roll them back.
 
-One such job runs at a time, so whatever is asked at once is done one after the other. Each setting is read, compared
-with what the audit has found, written, and read again; what somebody has changed since is not overwritten. A change is
-kept before it is made, so that it can be taken back even if nobody has heard how it ended.
+One such job runs at a time. Each setting is read, compared with the finding of the audit, written, and read again. A
+setting that was changed since the audit is not overwritten. A change is stored before it is made, so that it can be
+rolled back even if its worker died.
 """
 
 import asyncio
@@ -31,33 +31,33 @@ from pipelines.media.audit.tables import ChangeOutcome, Recommendation, SettingC
 KIND = "change_settings"
 MAX_RECOMMENDATIONS = 100
 CONNECTION_ERROR = "mcp_connection_error"
-"""The word for a service that cannot be reached, in the dialect of those who ask for changes."""
+"""The public error code for a service that cannot be reached."""
 
 
 class ManualOnly(Conflict):
-    """This needs somebody's judgement, and is done by hand."""
+    """This needs a person's judgement, and must be done by hand."""
 
     error = "by_hand"
 
 
 class SettingChanged(Conflict):
-    """The setting was changed since."""
+    """The setting has changed since the audit."""
 
     error = "changed_since"
 
 
 class ValueNotAccepted(Conflict):
-    """The service did not take the value."""
+    """The service did not accept the value."""
 
     error = "not_taken"
 
 
 class NothingToRestore(Conflict):
-    """Nothing was changed because of this recommendation, or it was taken back already."""
+    """This recommendation was not applied, or it was already rolled back."""
 
 
 class ChangeSpec(BaseModel):
-    """Which recommendations to apply, or to take back."""
+    """The recommendations to apply or to roll back."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,23 +67,23 @@ class ChangeSpec(BaseModel):
 
 
 class ItemResult(BaseModel):
-    """What has come of one recommendation."""
+    """The result for one recommendation."""
 
     recommendation_id: int
     success: bool
     message: str
     service: str | None = Field(default=None, description="The name of the service.")
     setting_name: str | None = None
-    changed: bool = Field(default=False, description="Whether the service was told something.")
+    changed: bool = Field(default=False, description="Whether something was written to the service.")
     previous_value: Any = None
     new_value: Any = None
     rollback_available: bool = False
-    error: str | None = Field(default=None, description="Why not, as a word.")
+    error: str | None = Field(default=None, description="The error code, if it failed.")
 
 
 @dataclass(frozen=True)
 class LiveSetting:
-    """The setting that a recommendation is about, where it is now."""
+    """The setting of a recommendation, as it was just read from the service."""
 
     client: Client
     areas: SettingsAreas
@@ -98,14 +98,14 @@ class LiveSetting:
         return replace(self, entry=await _read_entry(self.client, self.areas, self.row))
 
     async def write(self, value: Any) -> "LiveSetting":
-        """Write a value; returns what is there then."""
+        """Write a value, and read the setting again."""
         await self.areas.write(self.client, self.row.area, self.entry, {self.row.setting: value})
         return await self.reread()
 
 
 @job(KIND, spec=ChangeSpec, admin_only=True, concurrency=1, tracked=True)
 def change_settings(context: Context, spec: ChangeSpec) -> dict[str, Any]:
-    """Applies recommendations to services, or takes them back, one after the other."""
+    """Applies recommendations to services, or rolls them back, one after the other."""
     return asyncio.run(with_own_database(lambda database: _change_all(context, spec, database)))
 
 
@@ -115,7 +115,7 @@ async def _change_all(context: Context, spec: ChangeSpec, database: Database) ->
     by, requested_at = (own_job.created_by, own_job.created_at) if own_job else ("local", now())
     recommendation_ids = list(dict.fromkeys(spec.recommendation_ids))
     results: list[ItemResult] = []
-    unreachable: dict[int, ServiceError] = {}  # nobody waits for the same silence twice
+    unreachable: dict[int, ServiceError] = {}  # a service that does not answer is tried only once
     for number, recommendation_id in enumerate(recommendation_ids, 1):
         context.report(
             progress=100 * (number - 1) / len(recommendation_ids), phase=f"{number} of {len(recommendation_ids)}"
@@ -154,7 +154,7 @@ async def _change_one(
         service_id, result.service, result.setting_name = row.service_id, service.name, row.setting
         settings = service.connector.settings
         if spec.action == "apply" and (row.by_hand is not None or settings is None):
-            raise ManualOnly(f"This is done by hand: {row.by_hand}")
+            raise ManualOnly(f"Must be done by hand: {row.by_hand}")
         if settings is None:
             raise NothingToRestore
         if row.service_id in unreachable:
@@ -180,7 +180,7 @@ async def _read_entry(client: Client, areas: SettingsAreas, row: Recommendation)
     entries = {entry.key: entry for entry in await areas.read(client, row.area)}
     entry = entries.get(row.entry)
     if entry is None or row.setting not in entry.values:
-        raise NotFound(f"{client.connection.name} has no '{row.setting}' of '{row.entry_name or row.area}' any more.")
+        raise NotFound(f"{client.connection.name} no longer has '{row.setting}' in '{row.entry_name or row.area}'.")
     return entry
 
 
@@ -188,17 +188,17 @@ async def _apply(database: Database, setting: LiveSetting, result: ItemResult, b
     row, recommended = setting.row, setting.row.recommended_value
     result.new_value = recommended
     if settings_equal(setting.value, recommended):
-        result.message = "It is so already; nothing was changed"
+        result.message = "The value is already set; nothing was changed"
         result.rollback_available = await _record_already_set(database, row, by, dry_run=dry_run)
         return
     if row.applied_at is not None:
-        raise SettingChanged(f"It was applied before, and is {setting.value!r} now: somebody has changed it since.")
+        raise SettingChanged(f"It was applied before, and was changed since: the value is {setting.value!r} now.")
     if row.closed_at is not None:
-        raise SettingChanged("The last audit has not found it any more; audit again.")
+        raise SettingChanged("The last audit did not find it any more. Audit again.")
     if not settings_equal(setting.value, row.current_value):
         raise SettingChanged(
-            f"It is {result.previous_value!r} now, and was {row.current_value!r} in the audit: somebody has changed it "
-            "since. Nothing was overwritten; audit again."
+            f"The value is {result.previous_value!r}, and was {row.current_value!r} in the audit: it was changed "
+            "since. Nothing was overwritten. Audit again."
         )
     setting = await _confirm_finding(setting)
     if dry_run:
@@ -223,8 +223,10 @@ async def _apply(database: Database, setting: LiveSetting, result: ItemResult, b
 
 
 async def _confirm_finding(setting: LiveSetting) -> LiveSetting:
-    """The setting, just read, if an audit would find the same: other settings count too, and another thing may have its
-    key by now."""
+    """Read the setting again, and check that an audit would still find it.
+
+    Other settings may affect the rule too, and another item may have the same key by now.
+    """
     row, rule_set = setting.row, await asyncio.to_thread(rules.load)
     relevant_rules = [rule for rule in rule_set.rules if rule.id == row.rule_id]
     by_area = await read_areas(setting.client, setting.areas, relevant_rules)
@@ -233,7 +235,7 @@ async def _confirm_finding(setting: LiveSetting) -> LiveSetting:
             finding.current, row.current_value
         ):
             return replace(setting, entry=next(entry for entry in by_area[row.area] if entry.key == row.entry))
-    raise SettingChanged("What the audit has found there is no longer so. Nothing was changed; audit again.")
+    raise SettingChanged("The finding of the audit no longer applies. Nothing was changed. Audit again.")
 
 
 async def _restore(
@@ -244,53 +246,53 @@ async def _restore(
     if change is None or (change.restored_at and change.restored_at < requested_at):
         raise NothingToRestore
     result.new_value = change.previous
-    if change.restored_at:  # since this was asked for: by an attempt that was lost, or by another job
+    if change.restored_at:  # after the request: by an earlier attempt of this job, or by another job
         if not settings_equal(setting.value, change.previous):
             raise NothingToRestore
-        result.message = "It is so already"
+        result.message = "The previous value is already set"
         return
     if not settings_equal(setting.value, change.previous):
         if not settings_equal(setting.value, change.new):
             raise SettingChanged(
-                f"It is {result.previous_value!r} now, and was set to {change.new!r}: somebody has changed it since. "
+                f"The value is {result.previous_value!r}, and was set to {change.new!r}: it was changed since. "
                 "Nothing was overwritten."
             )
         if dry_run:
-            result.message = "It would be given its former value back"
+            result.message = "The previous value would be restored"
             return
         result.changed = True
         after = await setting.write(change.previous)
         if not settings_equal(after.value, change.previous):
             raise ValueNotAccepted(
-                f"It did not take its former value back, and is {to_storable(after.value)[0]!r} now."
+                f"The service did not accept the previous value; the value is {to_storable(after.value)[0]!r} now."
             )
     if not dry_run:
         await _finish_change(database, change.id, "restored", by)
-    result.message = "Configuration restored successfully" if result.changed else "It is so already"
+    result.message = "Configuration restored successfully" if result.changed else "The previous value is already set"
 
 
 async def _revert(setting: LiveSetting, previous: Any) -> tuple[bool, str]:
-    """Give what has become something else its former value back; whether it has that now, and what to say of it."""
+    """Restore the previous value after a write with another effect. Returns whether that worked, and a message."""
     written, _ = to_storable(setting.value)
     if settings_equal(setting.value, previous):
-        return True, f"It was written, and is still {written!r}: the service does not take the recommended value."
+        return True, f"The value is still {written!r} after the write: the service does not accept the recommended one."
     try:
         reverted = await setting.write(previous)
     except ServiceError as error:
         return (
             False,
-            f"It was written, and is {written!r} now; its former value could not be given back: {error.message}",
+            f"The value became {written!r}, and the previous one could not be restored: {error.message}",
         )
     if not settings_equal(reverted.value, previous):
         return (
             False,
-            f"It was written, and is {to_storable(reverted.value)[0]!r} now; its former value was not taken back.",
+            f"The value became {to_storable(reverted.value)[0]!r}; the service did not accept the previous one either.",
         )
-    return True, f"It was written, and became {written!r}: it was given its former value back."
+    return True, f"The value became {written!r}: the service did not accept the recommended one. It was reverted."
 
 
 async def _record_already_set(database: Database, row: Recommendation, by: str, *, dry_run: bool) -> bool:
-    """Write down what is so already; returns whether it was us who set it."""
+    """Record that the recommended value is already set. Returns whether Forgearr has set it."""
     if dry_run:
         return row.applied_at is not None
     async with database.transaction() as session:
@@ -313,14 +315,14 @@ async def _start_change(database: Database, row: Recommendation, previous: Any, 
 
 
 async def _record_actual_value(database: Database, change_id: int, actual: Any) -> None:
-    """A value that nobody wanted: whoever takes the change back finds this one."""
+    """Record the value that the service made of the write, so that a rollback recognizes it."""
     async with database.transaction() as session:
         if change := await session.get(SettingChange, change_id, with_for_update=True):
             change.new = actual
 
 
 async def _finish_change(database: Database, change_id: int, outcome: ChangeOutcome, by: str = "") -> None:
-    """What has become of a change, and so of its recommendation."""
+    """Store the outcome of a change, and update its recommendation."""
     async with database.transaction() as session:
         change = await session.get(SettingChange, change_id, with_for_update=True)
         if change is None:

@@ -1,4 +1,4 @@
-"""What a rule of an audit may expect of a setting: a few plain operators, and no code."""
+"""The conditions of audit rules: a few operators on settings, and no code."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from cluster.services.capabilities.settings import SettingsEntry, normalize, set
 
 Number = int | float
 SettingsByArea = Mapping[str, list[SettingsEntry]]
-"""The areas of a service, as they were read."""
+"""The settings of a service that were read, by area."""
 
 MAX_PATTERN_LENGTH = 300
 
@@ -23,7 +23,7 @@ class SettingReference(BaseModel):
 
 
 class Expectation(BaseModel):
-    """One of these."""
+    """One operator, which a setting must meet."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -32,13 +32,13 @@ class Expectation(BaseModel):
     at_least: Number | None = None
     at_most: Number | None = None
     between: list[Number] | None = Field(default=None, min_length=2, max_length=2)
-    empty: bool | None = Field(default=None, description="True: nothing stands there. False: something does.")
+    empty: bool | None = Field(default=None, description="True: it must be empty. False: it must not be.")
     matches: str | None = Field(
-        default=None, max_length=MAX_PATTERN_LENGTH, description="A regular expression that fits."
+        default=None, max_length=MAX_PATTERN_LENGTH, description="A regular expression that must match."
     )
     not_matches: str | None = Field(default=None, max_length=MAX_PATTERN_LENGTH)
-    different_from: str | None = Field(default=None, description="Another setting of the same thing.")
-    outside: SettingReference | None = Field(default=None, description="A folder that lies in none of those.")
+    different_from: str | None = Field(default=None, description="Another setting of the same item.")
+    outside: SettingReference | None = Field(default=None, description="The folder must be in none of those.")
 
     @field_validator("matches", "not_matches")
     @classmethod
@@ -46,17 +46,17 @@ class Expectation(BaseModel):
         try:
             re.compile(pattern or "")
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+            raise ValueError(f"is not a regular expression: {error}") from None
         return pattern
 
     @model_validator(mode="after")
     def validate_exactly_one(self) -> Self:
         if len(self.model_fields_set & set(Expectation.model_fields)) != 1:
-            raise ValueError(f"say one of {', '.join(Expectation.model_fields)}")
+            raise ValueError(f"give one of {', '.join(Expectation.model_fields)}")
         return self
 
     def holds(self, value: Any, entry: SettingsEntry, by_area: SettingsByArea) -> bool:
-        """Whether a value is as expected. What is of another sort than expected is not."""
+        """Whether a value meets the expectation. A value of another type does not."""
         (operator,) = self.model_fields_set & set(Expectation.model_fields)
         expected, normalized = getattr(self, operator), normalize(value)
         match operator:
@@ -84,12 +84,12 @@ class Expectation(BaseModel):
 
     @property
     def areas(self) -> set[str]:
-        """What has to be read besides."""
+        """The other areas that must be read."""
         return {self.outside.area} if self.outside else set()
 
 
 class Condition(Expectation):
-    """A rule counts only where this holds: of the thing itself, or of anything in another area."""
+    """A rule applies only if this holds: for the item itself, or for any item of another area."""
 
     area: str | None = None
     setting: str

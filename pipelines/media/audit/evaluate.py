@@ -1,4 +1,4 @@
-"""What the rules find in the settings of a service, as they were read. Nobody is asked here, and nothing is kept."""
+"""Apply rules to settings that were read. Pure functions: nothing is requested and nothing is stored."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -18,30 +18,30 @@ MAX_NAME_LENGTH = 300
 
 @dataclass(frozen=True)
 class Finding:
-    """A setting that is not as a rule expects it."""
+    """A setting that does not meet a rule."""
 
     rule: Rule
-    entry: str  # the key of the thing in its area; empty: the only one, or all of them
+    entry: str  # the key of the item in its area; empty: the only one, or all of them
     entry_name: str
-    current: Any  # as it may be kept and shown
-    is_exact: bool = True  # whether `current` is the value itself, and not only what may be shown of it
+    current: Any  # as it may be stored and shown
+    is_exact: bool = True  # whether `current` is the full value, and not shortened or redacted
     reference: str | None = None
 
     @property
     def by_hand(self) -> str | None:
-        """Why this cannot be applied."""
+        """Why this must be done by hand, or what to do; None if it can be applied."""
         if not self.rule.apply.is_by_hand and not self.is_exact:
-            return "The present value could not be restored, because it is too long or has a secret in it."
+            return "The current value could not be restored, because it is too long or contains a secret."
         return self.rule.apply.by_hand
 
 
 def evaluate_rules(rules: Iterable[Rule], by_area: SettingsByArea) -> list[Finding]:
-    """What is not as it should be. A rule whose area or setting this version of a service does not have is left out."""
+    """All findings. A rule is skipped if this version of the service lacks its area or setting."""
     return [finding for rule in rules if rule.area in by_area for finding in _evaluate_rule(rule, by_area)]
 
 
 def to_storable(value: Any) -> tuple[Any, bool]:
-    """A value as it may be kept, told and put into a log; and whether that is still the value itself."""
+    """A value as it may be stored, shown and logged, and whether that is still the full value."""
     if isinstance(value, list) and all(isinstance(part, str | int | float | bool | None) for part in value):
         parts = [to_storable(part) for part in value[:MAX_LISTED_ITEMS]]
         stored = [part for part, _ in parts]
@@ -76,7 +76,7 @@ def _evaluate_rule(rule: Rule, by_area: SettingsByArea) -> list[Finding]:
         case "each":
             return [_entry_finding(rule, entry) for entry in {entry.key: entry for entry in failing}.values()]
         case "some":
-            # Of things that do not even have the setting, nobody can say anything.
+            # If an item lacks the setting, it may be the one that meets the expectation.
             known = [entry for entry in entries if rule.setting in entry.values]
             return (
                 [_combined_finding(rule, failing)] if len(failing) == len(known) and len(known) == len(entries) else []
@@ -105,7 +105,7 @@ def _combined_finding(rule: Rule, failing: Sequence[SettingsEntry]) -> Finding:
 
 
 def _is_storable_number(value: Any) -> bool:
-    """JSON has numbers that no database takes."""
+    """JSON has numbers that databases cannot store."""
     if isinstance(value, int):
         return abs(value) < 2**63
     return isinstance(value, float) and abs(value) < 1e300

@@ -1,7 +1,7 @@
-"""What audits know: the rules that ship in configs/audit, and those of the folder `audit.rules`.
+"""Load the rules of audits: those that ship in configs/audit, and the user's own in the folder `audit.rules`.
 
-A file is a list of rules. One of a user's with the id of another changes that one: what it says itself wins. A rule
-that cannot be is left out, and so is a file that cannot be read; who audits is told of both, with file and line.
+A file is a list of rules. A user's rule with the id of another rule overrides fields of that rule. Invalid rules and
+unreadable files are left out, and reported with file and line as problems of the audit.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 SHIPPED_RULES = files("configs") / "audit"
 MAX_FILE_CHARACTERS = 1_000_000
 MAX_ALIASES = 100
-YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # twenty times as fast, where there is libyaml
+YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # twenty times as fast, if libyaml is installed
 
 
 def _validate_url(text: str) -> str:
     if not text.startswith(("https://", "http://")):
-        raise ValueError("a reference is an address that begins with https://")
+        raise ValueError("a reference must be an address that begins with https:// or http://")
     return text
 
 
@@ -38,7 +38,7 @@ RuleText = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class Remedy(BaseModel):
-    """How a rule is applied: by setting something, or by hand where that needs somebody's judgement."""
+    """How a rule is applied: by setting a value, or by hand if it needs a person's judgement."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -48,7 +48,7 @@ class Remedy(BaseModel):
     @model_validator(mode="after")
     def validate_exactly_one(self) -> Self:
         if len(self.model_fields_set) != 1 or (self.model_fields_set == {"by_hand"} and self.by_hand is None):
-            raise ValueError("say one of set, by_hand")
+            raise ValueError("give one of set, by_hand")
         return self
 
     @property
@@ -60,17 +60,17 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")
-    service: str = Field(description="The type of service that it is about.")
-    area: str = Field(description="Where in its settings; [] at its end: a list of things.")
+    service: str = Field(description="The type of the service.")
+    area: str = Field(description="The area of its settings. [] at the end marks a list of items.")
     setting: str = Field(min_length=1, max_length=200)
     over: Literal["each", "some", "all"] = Field(
         default="each",
-        description="each: a finding for each thing of a list. some: one must be so. all: one finding.",
+        description="each: a finding for each item. some: one item must meet it. all: one finding for all items.",
     )
-    where: dict[str, JsonValue] = Field(default_factory=dict, description="Only things of which all this is so.")
+    where: dict[str, JsonValue] = Field(default_factory=dict, description="Only items with all these values.")
     when: Condition | None = Field(default=None, description="Only if this holds.")
     expect: Expectation
-    recommended: JsonValue = Field(default=None, description="What to show as the better value. Not sent: what is set.")
+    recommended: JsonValue = Field(default=None, description="The value to show. Null: the one that is set.")
     apply: Remedy
     category: Category
     priority: Priority
@@ -78,7 +78,7 @@ class Rule(BaseModel):
     explanation: RuleText
     impact: RuleText
     references: list[Annotated[str, Field(max_length=500), AfterValidator(_validate_url)]] = Field(max_length=20)
-    reference_setting: str | None = Field(default=None, description="A setting of the thing that holds another one.")
+    reference_setting: str | None = Field(default=None, description="A setting of the item with one more reference.")
     enabled: bool = True
 
     @model_validator(mode="after")
@@ -98,18 +98,18 @@ class Rule(BaseModel):
         if not self.apply.is_by_hand and is_secret(self.setting):
             raise ValueError("a secret can only be changed by hand")
         if self.over != "each" and (not is_list(self.area) or not self.apply.is_by_hand):
-            raise ValueError("only rules about lists that are applied by hand can be over some or all of their things")
+            raise ValueError("only rules about lists that are applied by hand may have over: some or all")
         self.service = connector.type
         return self
 
     @property
     def areas(self) -> set[str]:
-        """What has to be read to know."""
+        """The areas that must be read to evaluate the rule."""
         return {self.area} | self.expect.areas | (self.when.areas if self.when else set())
 
     @property
     def recommended_value(self) -> Any:
-        """The value that is recommended, to show to people."""
+        """The recommended value, as it is shown to people."""
         if self.recommended is not None:
             return self.recommended
         return self.expect.equals if self.apply.is_by_hand else self.apply.set
@@ -117,7 +117,7 @@ class Rule(BaseModel):
 
 @dataclass(frozen=True)
 class RuleProblem:
-    """Something in a file of rules that cannot be."""
+    """An error in a file of rules."""
 
     file: str
     line: int
@@ -134,12 +134,12 @@ class RuleSet:
 
 
 def user_folder() -> Path:
-    """Where users keep their own."""
+    """The folder of the user's own rules."""
     return get_settings().audit.rules or home() / "audit"
 
 
 def load() -> RuleSet:
-    """All rules that are enabled, and what is wrong with others."""
+    """Load all enabled rules, and the errors of the others."""
     problems: list[RuleProblem] = []
     rules_by_id: dict[str, tuple[dict[str, Any], _RuleSource]] = {}
     shipped_files = sorted(SHIPPED_RULES.iterdir(), key=lambda file: file.name)
@@ -169,7 +169,7 @@ class _RuleSource:
     node: yaml.MappingNode
 
     def line(self, *names: int | str) -> int:
-        """Where that field stands, as far as it is written down here."""
+        """The line of a field, or of the innermost enclosing field that this file has."""
         node: yaml.Node = self.node
         line = node.start_mark.line
         for name in names:
@@ -184,27 +184,27 @@ class _RuleSource:
 
 
 def _parse(file: str, text: str, problems: list[RuleProblem]) -> Iterator[tuple[dict[str, Any], _RuleSource]]:
-    """The rules of a file as they are written, each with its place."""
+    """The rules of a file as they are written, each with its source."""
     if len(text) > MAX_FILE_CHARACTERS:
-        problems.append(RuleProblem(file, 1, f"A file of rules has {MAX_FILE_CHARACTERS} characters at most."))
+        problems.append(RuleProblem(file, 1, f"A file of rules may have at most {MAX_FILE_CHARACTERS} characters."))
         return
     loader = YamlLoader(text)
     try:
         if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=YamlLoader)) > MAX_ALIASES:
-            problems.append(RuleProblem(file, 1, f"A file of rules has {MAX_ALIASES} aliases at most."))
+            problems.append(RuleProblem(file, 1, f"A file of rules may have at most {MAX_ALIASES} aliases."))
             return
         root = loader.get_single_node()
         if root is None:
             return
         if not isinstance(root, yaml.SequenceNode):
-            problems.append(RuleProblem(file, root.start_mark.line + 1, "A file of rules is a list of them."))
+            problems.append(RuleProblem(file, root.start_mark.line + 1, "A file of rules must be a list of rules."))
             return
         for node in root.value:
             values = loader.construct_document(node)
             if isinstance(values, dict) and isinstance(node, yaml.MappingNode) and isinstance(values.get("id"), str):
                 yield values, _RuleSource(file, node)
             else:
-                problems.append(RuleProblem(file, node.start_mark.line + 1, "A rule has an id, and what it says."))
+                problems.append(RuleProblem(file, node.start_mark.line + 1, "A rule must be a mapping with an id."))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or "it is not YAML"
@@ -227,7 +227,7 @@ def _merge_rule(
     try:
         Rule.model_validate(merged)
     except ValidationError as error:
-        problems.append(_to_problem(error, source))  # the one that is changed stays as it was
+        problems.append(_to_problem(error, source))  # the existing rule stays unchanged
         return
     rules_by_id[values["id"]] = merged, source
 

@@ -1,4 +1,4 @@
-"""Audits again and again: the schedule `auto-audit` is all there is to it."""
+"""The schedule `auto-audit`, which runs audits periodically: read and change it."""
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,18 +22,18 @@ CRON_BY_HOURS = {
     24: "7 4 * * *",
     168: "7 4 * * 1",
 }
-"""Of so many hours a cron line can be made that fires after exactly so many, day in and day out."""
+"""The intervals for which a cron expression fires evenly."""
 DEFAULT_HOURS = 24
 
 
 class NameTaken(Conflict):
-    """There is a schedule named `auto-audit` that does something else: rename it first."""
+    """There is a schedule named `auto-audit` of another kind: rename it first."""
 
     code = "SCHEDULE_NAME_TAKEN"
 
 
 async def state(session: AsyncSession) -> tuple[bool, int | None]:
-    """Whether audits are scheduled, and every how many hours; None: its cron line says something else."""
+    """Whether audits are scheduled, and their interval in hours; None if the cron expression is another one."""
     schedule = await _find(session)
     if schedule is None:
         return False, DEFAULT_HOURS
@@ -41,7 +41,7 @@ async def state(session: AsyncSession) -> tuple[bool, int | None]:
 
 
 async def change(session: AsyncSession, enabled: bool | None, hours: int | None) -> tuple[bool, int]:
-    """Schedule audits so; what is None stays. Returns what is so now."""
+    """Change the schedule. None leaves a value unchanged. Returns the new values."""
     schedule = await _find(session, lock=True)
     was_enabled, was_hours = await state(session)
     hours = hours or was_hours or DEFAULT_HOURS

@@ -1,11 +1,11 @@
-"""The tables of audits: what each has found, and what has been changed because of it.
+"""The tables of audits: audits, their findings, recommendations, and changes of settings.
 
-A recommendation is open from the audit that finds it first until it is applied, or an audit finds it no more. The same
-finding is never open twice.
+A recommendation is open from the first audit that finds it until it is applied, or until an audit does not find it any
+more. The same finding is never open twice.
 
     open → applied     its value was set
-    open → closed      an audit finds it no more
-    applied → open     it was taken back
+    open → closed      an audit did not find it any more
+    applied → open     it was rolled back
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,16 +39,16 @@ class AuditNotFound(NotFound):
 
 
 class Audit(Base):
-    """An audit that has been done."""
+    """A finished audit."""
 
     __tablename__ = "audits"
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     at: Mapped[datetime] = mapped_column(index=True)
-    services: Mapped[list[str]]  # those that have been audited, by their handles
-    failed: Mapped[dict[str, Any]]  # those that could not be, and why
-    summary: Mapped[dict[str, Any]]  # how much was found in each
-    counts: Mapped[dict[str, Any]]  # how much there is of each priority
+    services: Mapped[list[str]]  # handles of the audited services
+    failed: Mapped[dict[str, Any]]  # errors of services that could not be audited, by handle
+    summary: Mapped[dict[str, Any]]  # numbers of findings, by handle
+    counts: Mapped[dict[str, Any]]  # numbers of recommendations, by priority
     total: Mapped[int]
     rule_problems: Mapped[list[str]]
     web_search: Mapped[dict[str, Any]]
@@ -75,27 +75,27 @@ class Recommendation(Base):
     rule_id: Mapped[str] = mapped_column(String(100))
     area: Mapped[str] = mapped_column(String(100))
     setting: Mapped[str] = mapped_column(String(200))
-    entry: Mapped[str] = mapped_column(String(300))  # the key of the thing in its area, if that is a list
+    entry: Mapped[str] = mapped_column(String(300))  # the key of the item in its area, if that is a list
     entry_name: Mapped[str] = mapped_column(String(300))
     category: Mapped[str] = mapped_column(String(20))
     priority: Mapped[str] = mapped_column(String(10))
-    current_value: Mapped[Any | None] = mapped_column(Document)  # as the last audit has found it
+    current_value: Mapped[Any | None] = mapped_column(Document)  # at the last audit
     recommended_value: Mapped[Any | None] = mapped_column(Document)
-    by_hand: Mapped[str | None] = mapped_column(Text)  # what a person has to do; None: `recommended_value` can be set
+    by_hand: Mapped[str | None] = mapped_column(Text)  # what a person must do; None: `recommended_value` can be set
     rationale: Mapped[str] = mapped_column(Text)
     explanation: Mapped[str] = mapped_column(Text)
     impact: Mapped[str] = mapped_column(Text)
     references: Mapped[list[str]]
-    sources: Mapped[list[str]]  # what a web search has found
+    sources: Mapped[list[str]]  # URLs from a web search
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
-    seen_at: Mapped[datetime] = mapped_column(default=now)  # by the last audit that has found it
+    seen_at: Mapped[datetime] = mapped_column(default=now)  # by the last audit that found it
     closed_at: Mapped[datetime | None]  # None: open
     applied_at: Mapped[datetime | None]
     applied_by: Mapped[str | None] = mapped_column(String(200))
 
 
 class AuditFinding(Base):
-    """Which recommendations an audit has made, or made again."""
+    """A recommendation that an audit has made, or confirmed."""
 
     __tablename__ = "audit_findings"
 
@@ -106,7 +106,7 @@ class AuditFinding(Base):
 
 
 class SettingChange(Base):
-    """A setting that was written, kept before it is: whoever dies in between leaves a trace."""
+    """A change of a setting. It is stored before the setting is written, so that a crash leaves a record."""
 
     __tablename__ = "setting_changes"
 
@@ -133,19 +133,19 @@ def is_open() -> Any:
 
 
 def visible_recommendations() -> Select[Recommendation]:
-    """Those that are open, and those that were applied."""
+    """The recommendations that are open or applied."""
     return select(Recommendation).where(is_open() | Recommendation.applied_at.is_not(None))
 
 
 async def save_findings(
     session: AsyncSession, service_id: int, findings: Sequence[Finding], sources: Mapping[str, list[str]], at: datetime
 ) -> list[Recommendation]:
-    """Make what is open of a service what an audit has found now."""
+    """Make the open recommendations of a service those of the current findings."""
     rows = await session.scalars(
         select(Recommendation).where(Recommendation.service_id == service_id, is_open()).with_for_update()
     )
     open_rows = {(row.rule_id, row.entry): row for row in rows}
-    # What was applied while the audit was on its way may have been read before.
+    # The audit may have read a setting before a recommendation was applied to it.
     applied = await session.execute(
         select(Recommendation.rule_id, Recommendation.entry).where(
             Recommendation.service_id == service_id, Recommendation.applied_at >= at
@@ -182,7 +182,7 @@ async def last_change(session: AsyncSession, recommendation_id: int, *outcomes: 
 
 
 async def applied_counts(session: AsyncSession, audit_ids: Sequence[str]) -> dict[str, int]:
-    """How many recommendations of each audit have been applied since, and not been taken back."""
+    """The number of recommendations of each audit that are applied now."""
     rows = await session.execute(
         select(AuditFinding.audit_id, func.count())
         .join(Recommendation, Recommendation.id == AuditFinding.recommendation_id)
@@ -194,7 +194,7 @@ async def applied_counts(session: AsyncSession, audit_ids: Sequence[str]) -> dic
 
 @register_sweeper("recommendations")
 async def remove_old(database: Database) -> int:
-    """Forget audits that are older than `audit.history_days`, and what ended before and was found by none since."""
+    """Delete audits that are older than `audit.history_days`, and closed recommendations that no audit refers to."""
     oldest = now() - timedelta(days=get_settings().audit.history_days)
     async with database.transaction() as session:
         await session.execute(delete(Audit).where(Audit.at < oldest))

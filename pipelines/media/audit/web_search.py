@@ -1,4 +1,4 @@
-"""What the web says of findings: pages for each, from a connected service that searches."""
+"""Search the web for pages about findings, through a connected search service."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,16 +19,16 @@ MAX_SOURCES = 3
 @dataclass
 class WebSearchResult:
     used: bool
-    reason: str | None  # why it was not used, or not to its end
+    reason: str | None  # why it was not used, or not finished
     searches: int = 0
-    sources: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # addresses, by rule
+    sources: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # URLs, by rule
 
     def to_dict(self) -> dict[str, object]:
         return {"used": self.used, "reason": self.reason, "searches": self.searches}
 
 
 async def search(database: Database, findings: Sequence[Finding]) -> WebSearchResult:
-    """Look for pages about the weightiest findings."""
+    """Search for pages about the findings with the highest priorities."""
     try:
         async with database.read_transaction() as session:
             service = await choose_service(session, lambda connector: connector.search_web, "searches the web")

@@ -94,7 +94,7 @@ async def test_an_audit_answers_as_documented(api: ApiClient, sabnzbd: RunningSe
     assert total == sum(told["recommendations_by_priority"].values()) > 5
     assert list(told["recommendations_by_priority"]) == ["critical", "high", "medium", "low"]
     assert told["summary"] == {"sabnzbd": {"issues_found": total, "recommendations": total}}
-    assert told["web_search"] == {"used": False, "reason": "It was not asked for.", "searches": 0}
+    assert told["web_search"] == {"used": False, "reason": "It was not requested.", "searches": 0}
     assert (await api.request("bob", "GET", f"{PATH}/audit/{told['audit_id']}")).json() == told
 
     listed = (await api.request("bob", "GET", f"{PATH}/recommendations?service=SAB&priority=high&page_size=2")).json()
@@ -150,7 +150,7 @@ async def test_settings_are_applied_once_and_taken_back(api: ApiClient, sabnzbd:
     first = await run_change(api, "apply", *ids)
     assert [one["success"] for one in first] == [True, True, False]
     assert (first[0]["message"], first[0]["rollback_available"]) == ("Configuration applied successfully", True)
-    assert (first[2]["error"], first[2]["message"][:22]) == ("by_hand", "This is done by hand: ")
+    assert (first[2]["error"], first[2]["message"][:22]) == ("by_hand", "Must be done by hand: ")
     live = get_config(sabnzbd)
     assert live["fail_hopeless_jobs"] == 1
     assert live["unwanted_extensions"] == found["unwanted_extensions"]["recommended_value"]
@@ -223,7 +223,7 @@ async def test_a_value_that_is_not_taken_is_reported_and_the_former_one_given_ba
     found = await get_recommendations(api, priority="critical")
     soon, exposure = await run_change(api, "apply", found["propagation_delay"]["id"], found["inet_exposure"]["id"])
     assert (soon["success"], soon["error"]) == (False, "not_taken")
-    assert "became 0: it was given its former value back" in soon["message"]
+    assert "became 0: the service did not accept" in soon["message"]
     assert (exposure["success"], exposure["error"]) == (False, "not_taken")
     live = get_config(sabnzbd)
     assert (live["propagation_delay"], live["inet_exposure"]) == (7, 0)
@@ -360,7 +360,7 @@ async def test_what_could_not_be_given_back_at_once_can_be_later(api: ApiClient)
         wanted = (await get_recommendations(api))["rssSyncInterval"]["id"]
         (result,) = await run_change(api, "apply", wanted)
         assert (result["success"], result["error"]) == (False, "not_taken")
-        assert "is 10 now; its former value could not be given back" in result["message"]
+        assert "became 10, and the previous one could not be restored" in result["message"]
         (result,) = await run_change(api, "rollback", wanted)
         assert (result["success"], result["changed"]) == (True, True), result
         assert writes == [15, 0, 0]

@@ -123,11 +123,11 @@ def test_a_user_adds_changes_and_disables_rules(write: Any) -> None:
     ("text", "line", "words"),
     [
         ("- {id: a\n", 2, "It cannot be read"),
-        ("id: a\n", 1, "is a list of them"),
-        ("\n- 5\n", 2, "A rule has an id"),
+        ("id: a\n", 1, "must be a list of rules"),
+        ("\n- 5\n", 2, "A rule must be a mapping with an id"),
         (RULE.replace("low", "urgent"), 9, "priority: Input should be 'critical', 'high', 'medium' or 'low'"),
-        (RULE.replace("equals: 1G", "equals: 1G, at_least: 5"), 6, "expect: say one of"),
-        (RULE.replace("{equals: 1G}", "{matches: '('}"), 6, "expect.matches: is no regular expression"),
+        (RULE.replace("equals: 1G", "equals: 1G, at_least: 5"), 6, "expect: give one of"),
+        (RULE.replace("{equals: 1G}", "{matches: '('}"), 6, "expect.matches: is not a regular expression"),
         (RULE.replace("  area: misc", "  area: config/misc"), 2, "SABnzbd has no area 'config/misc'"),
         (RULE.replace("  area: misc", "  area: 'servers[]'"), 2, "'servers[]' can only be changed by hand"),
         (RULE.replace("cache_limit", "api_key"), 2, "a secret can only be changed by hand"),
@@ -136,7 +136,7 @@ def test_a_user_adds_changes_and_disables_rules(write: Any) -> None:
         (RULE + "  colour: red\n", 14, "colour: Extra inputs are not permitted"),
         (RULE.replace("references: []", "references: [javascript:x]"), 13, "begins with https://"),
         ("- {id: sonarr.hardlinks, priority: 5}\n", 1, "priority"),
-        ("- &a [x]\n" + "- *a\n" * 200, 1, "aliases at most"),
+        ("- &a [x]\n" + "- *a\n" * 200, 1, "at most 100 aliases"),
     ],
 )
 def test_what_cannot_be_is_named_by_file_and_line_and_stops_nothing_else(
