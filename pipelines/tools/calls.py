@@ -1,6 +1,6 @@
-"""Calls of the tools that services have: checked against the tool's schema, run, and recorded, whoever asks for them.
+"""Call the tools of services: check the arguments and the permission, run the tool, and record the call.
 
-A call is in the table before it is made: if everything stops meanwhile, it is known that something may have happened.
+A call is recorded before it is made. If the process dies meanwhile, the record shows that the tool may have run.
 """
 
 import json
@@ -27,7 +27,7 @@ from cluster.settings import get_settings
 from jobs.sweep import register_sweeper
 
 MAX_ARGUMENTS_LENGTH = 10_000
-"""Characters. Of longer arguments only the length is kept."""
+"""In characters. Of longer arguments, only the length is stored."""
 
 ToolCallOutcome = Literal["running", "succeeded", "failed", "refused"]
 
@@ -39,7 +39,7 @@ class UnknownTool(NotFound):
 
 
 class InvalidArguments(InvalidRequest):
-    """The tool does not take these arguments."""
+    """The tool does not accept these arguments."""
 
     code = "INVALID_TOOL_ARGUMENTS"
 
@@ -51,7 +51,7 @@ class ToolCall(Base):
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     at: Mapped[datetime] = mapped_column(index=True)
     called_by: Mapped[str] = mapped_column(String(200))
-    service: Mapped[str] = mapped_column(String(100))  # its name then: the record outlives it
+    service: Mapped[str] = mapped_column(String(100))  # its name at that time: the record outlives the service
     tool: Mapped[str] = mapped_column(String(100))
     arguments: Mapped[dict[str, Any]]  # without secrets
     outcome: Mapped[ToolCallOutcome] = mapped_column(String(10))
@@ -75,7 +75,7 @@ async def service_with_tools(database: Database, service_name: str) -> Service:
 async def call(
     database: Database, service_name: str, tool_name: str, arguments: Mapping[str, Any], principal: Principal
 ) -> ToolCallResult:
-    """Have a service do something, in somebody's name."""
+    """Call a tool of a service in the name of `owner`."""
     service = await service_with_tools(database, service_name)
     record = ToolCall(
         at=now(),
@@ -102,14 +102,14 @@ async def call(
         record.execution_time_ms = _milliseconds_since(started)
         await _save_record(database, record, "failed", error)
         raise
-    took = record.execution_time_ms = _milliseconds_since(started)
+    execution_time = record.execution_time_ms = _milliseconds_since(started)
     await _save_record(database, record, "succeeded")
-    return ToolCallResult(result, took)
+    return ToolCallResult(result, execution_time)
 
 
 @register_sweeper("tool_calls")
 async def remove_old_calls(database: Database) -> int:
-    """Forget calls that are older than `services.history_days`."""
+    """Delete calls that are older than `services.history_days`."""
     async with database.transaction() as session:
         oldest = now() - timedelta(days=get_settings().services.history_days)
         return await delete_rows(session, delete(ToolCall).where(ToolCall.at < oldest))
@@ -134,7 +134,7 @@ def _validate_arguments(tool: Tool, arguments: Mapping[str, Any]) -> Any:
         problems = error.errors(include_url=False, include_input=False)
         details = {".".join(map(str, problem["loc"]))[:100]: problem["msg"] for problem in problems[:20]}
         summary = "; ".join(f"{field}: {reason}" for field, reason in details.items())
-        raise InvalidArguments(f"'{tool.name}' does not take these arguments: {summary}.", details=details) from None
+        raise InvalidArguments(f"'{tool.name}' does not accept these arguments: {summary}.", details=details) from None
 
 
 async def _save_record(
@@ -151,7 +151,7 @@ def _without_secrets(arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
         length = len(json.dumps(arguments, allow_nan=False))
     except (ValueError, RecursionError):
-        return {"omitted": "they cannot be kept"}
+        return {"omitted": "they cannot be stored"}
     return {"omitted": f"{length} characters"} if length > MAX_ARGUMENTS_LENGTH else _mask_secrets(dict(arguments))
 
 
