@@ -1,7 +1,7 @@
-"""Carries out what was decided about a download, and writes down what came of it.
+"""Carry out the decision about a download, and record the outcome.
 
-Before each step it looks whether there is still, or yet, something to do; so a step that an earlier worker has taken
-before it died is not taken again.
+Each step first checks that it is still needed, and not done yet. So a step is not repeated if an earlier worker took it
+and died.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from pipelines.media.downloads.tables import FollowedDownload, tags_of
 MAX_RETRY_AGE = timedelta(days=1)
 RETRY_DELAY = timedelta(minutes=5)
 MAX_CLOCK_SKEW = timedelta(minutes=2)
-"""How far the clock of a service may be from ours."""
+"""The maximum difference between the clock of a service and ours."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class ActionResult:
     outcome: RecoveryOutcome
     error: str | None = None
     new_item: str | None = None
-    settles: bool = False  # whether there is nothing more to decide about the download
+    settles: bool = False  # whether nothing remains to be decided about the download
 
 
-OVERTAKEN = ActionResult("overtaken", "It has got on, or is gone.")
+OVERTAKEN = ActionResult("overtaken", "The download has progressed or is gone.")
 
 
 async def execute_recovery(
     database: Database, services: Mapping[int, tuple[Service, DownloadTracker]], recovery: Recovery, *, resumed: bool
 ) -> None:
-    """Do what was decided. With `resumed`, somebody has begun to, and nobody knows how far that went."""
+    """Carry out a decision. With `resumed`, an earlier worker began it, and it is unknown how far it got."""
     async with database.read_transaction() as session:
         policy, _ = await recovery_log.current_policy(session)
         tags = await tags_of(session, recovery.item)
@@ -55,7 +55,7 @@ async def execute_recovery(
     if service is None or tracker is None:
         return await _give_up(database, recovery, "The service is no longer followed.")
     if service.connected_as_of > recovery.at:
-        return await _give_up(database, recovery, "The service has another address or key since.")
+        return await _give_up(database, recovery, "The address or the key of the service has changed since.")
     if not recovery.removed and (why := _policy_veto(policy, recovery) or veto_reason(policy, tags)):
         return await _give_up(database, recovery, why)
     try:
@@ -63,7 +63,7 @@ async def execute_recovery(
             result = await _execute(database, client, tracker, policy, recovery, resumed=resumed)
     except (ServiceError, SealBroken) as error:
         if error.retryable and now() - recovery.at < MAX_RETRY_AGE:
-            # Whether the service has done it will show when it answers again.
+            # The service may have done it: that is checked when it answers again.
             return await _update_recovery(database, recovery, error=error.message, again_at=now() + RETRY_DELAY)
         result = ActionResult("failed", error.message)
     except OSError as error:
@@ -72,10 +72,10 @@ async def execute_recovery(
 
 
 def _policy_veto(policy: RecoveryPolicy, recovery: Recovery) -> str | None:
-    """Why this is not done any more, though it was decided. What a person has wished for needs no policy that acts."""
+    """Why the current policy forbids a decision, if it does. Manual decisions do not need a policy that acts."""
     was_manual = recovery.policy["dry_run"] or not recovery.policy["enabled"]
     if not was_manual and (policy.dry_run or not policy.enabled):
-        return "The policy has changed, and does not act any more."
+        return "The policy has changed, and does not allow actions any more."
     if recovery.decision == "remove_folder" and policy.leftovers == "report":
         return "The policy has changed, and only reports such folders."
     return None
@@ -117,22 +117,22 @@ async def _replace(
     *,
     resumed: bool,
 ) -> ActionResult:
-    """Remove a download, or mark it as failed; then see to it that another one is searched for."""
-    wants_search = bool(recovery.policy["search_again"])
+    """Remove a download, or mark it as failed; then make sure that another one is searched for."""
+    should_search = bool(recovery.policy["search_again"])
     searches_itself = await replacing.searches_automatically(client)
     if not recovery.removed:
         if recovery.decision == "mark_failed":
             early_result = await _mark_failed(client, replacing, policy, recovery, resumed=resumed)
         else:
-            search = wants_search and searches_itself
+            search = should_search and searches_itself
             early_result = await _remove(client, replacing, policy, recovery, resumed=resumed, search=search)
         if early_result:
             return early_result
         await _update_recovery(database, recovery, removed=True)
-    # A grab that is marked as failed has no wish with it: whoever searches by itself does so.
-    if not wants_search or searches_itself:
+    # Marking a grab as failed has no option for the search: a service that searches automatically then does so anyway.
+    if not should_search or searches_itself:
         await _update_recovery(
-            database, recovery, searched=searches_itself and (wants_search or recovery.decision == "mark_failed")
+            database, recovery, searched=searches_itself and (should_search or recovery.decision == "mark_failed")
         )
         return ActionResult("done")
     content = tuple(recovery.content)
@@ -153,10 +153,10 @@ async def _remove(
     resumed: bool,
     search: bool,
 ) -> ActionResult | None:
-    """None: it is removed, if not now, then by a worker before."""
+    """Remove a download. None: it is removed, now or by an earlier worker."""
     download = await replacing.find(client, recovery.item)
     if download is None:
-        # Our removal leaves a failure in the history; without one it was somebody else, as far as can be told.
+        # Our removal leaves a failure in the history. Without one, somebody else has probably removed it.
         grab = await replacing.find_grab(client, recovery.item)
         return None if resumed and grab and grab.failed and not grab.imported else OVERTAKEN
     is_stalled = recovery.stood_at is not None and download.bytes_left == recovery.stood_at
@@ -170,7 +170,7 @@ async def _remove(
 async def _mark_failed(
     client: Client, replacing: ReplacementActions, policy: RecoveryPolicy, recovery: Recovery, *, resumed: bool
 ) -> ActionResult | None:
-    """None: it is marked as failed, if not now, then by a worker before."""
+    """Mark a download as failed. None: it is marked, now or by an earlier worker."""
     grab = await replacing.find_grab(client, recovery.item)
     if grab is None or grab.imported:
         return OVERTAKEN
@@ -196,14 +196,14 @@ async def _remove_folder(
 
 
 def _nothing_left(*, resumed: bool) -> ActionResult:
-    """There is nothing left to do: somebody was faster, or it was us."""
+    """The result when nothing remains to be done: an earlier worker has done it, or somebody else."""
     return ActionResult("done") if resumed else OVERTAKEN
 
 
 async def _give_up(database: Database, recovery: Recovery, why: str) -> None:
     if recovery.removed:
         return await _finish_recovery(
-            database, recovery, ActionResult("failed", f"It was removed, and nothing was searched for: {why}")
+            database, recovery, ActionResult("failed", f"It was removed, but no search was started: {why}")
         )
     await _finish_recovery(database, recovery, ActionResult("overtaken", why))
 
@@ -229,7 +229,7 @@ async def _finish_recovery(database: Database, recovery: Recovery, result: Actio
 
 
 async def _update_recovery(database: Database, recovery: Recovery, **values: Any) -> None:
-    """Write this down, and have `recovery` say it too."""
+    """Store these values in the row, and in `recovery`, which is detached."""
     async with database.transaction() as session:
         row = await session.get_one(Recovery, recovery.id, with_for_update=True)
         for name, value in values.items():

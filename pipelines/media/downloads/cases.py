@@ -1,4 +1,4 @@
-"""Downloads that may need recovery."""
+"""Find the services whose downloads are followed, and the downloads that need a decision about recovery."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -21,11 +21,11 @@ RECOVER_KIND = "recover_downloads"
 WATCHER = system("watch_downloads")
 LEFTOVERS_INTERVAL = timedelta(hours=1)
 MIN_RUNNING_DOWNLOADS = 2
-"""So many downloads that stand still at once do so for a reason that is not theirs."""
+"""If at least this many downloads run and none progresses, the cause is not a single download."""
 
 
 async def followed_services(session: AsyncSession) -> list[tuple[Service, DownloadTracker]]:
-    """Those that are enabled and can be followed."""
+    """The enabled services whose downloads can be followed, with their trackers."""
     pairs = (
         (service, service.connector.download_tracker)
         for service in await service_store.list_services(session)
@@ -37,7 +37,7 @@ async def followed_services(session: AsyncSession) -> list[tuple[Service, Downlo
 async def enqueue_recovery(
     database: Database, services: Sequence[tuple[Service, DownloadTracker]], *, has_recovered: bool
 ) -> str | None:
-    """A job that mends, if there is something to decide, or something has come of an earlier one."""
+    """Enqueue a recovery job if there is a case to decide, an unfinished action, or a recovered download."""
     async with database.transaction() as session:
         policy, _ = await recovery_log.current_policy(session)
         if not policy.enabled:
@@ -58,7 +58,7 @@ async def find_cases(
     *,
     ignore_delay: bool = False,
 ) -> list[FollowedDownload]:
-    """Downloads of these services about which there is something to decide, now or `early`, the oldest first."""
+    """The downloads of these services that need a decision, oldest first. `ignore_delay` includes those not due yet."""
     undecided = select(FollowedDownload).where(
         FollowedDownload.service_id.in_(list(service_ids)),
         FollowedDownload.settled.is_(False),

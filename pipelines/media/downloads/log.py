@@ -1,7 +1,7 @@
-"""The journal of recoveries: what was decided about which download, why, and what came of it.
+"""The log of recoveries, with each decision about a download and its outcome, and the policy in force.
 
-An action is written down before it is taken. So a worker that dies leaves a row that has begun and not ended, and the
-next one looks what came of it.
+An action is stored before it is taken. If the worker dies, the row stays `begun`, and the next worker finds out what
+happened.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,12 +18,12 @@ from pipelines.media.downloads.policy import ACTIONS, HOUR, Decision, History, R
 from pipelines.media.downloads.tables import FollowedDownload
 
 RecoveryOutcome = Literal[
-    "begun",  # decided, and perhaps done: a worker that died has left it so
+    "begun",  # decided, and perhaps done, if its worker died
     "done",
     "failed",
-    "dry_run",  # it would have been done
-    "overtaken",  # there was nothing left to do
-    "noted",  # there was nothing to do
+    "dry_run",  # not done, because of a dry run
+    "overtaken",  # no longer needed or allowed
+    "noted",  # the decision was no action
 ]
 SECOND = timedelta(seconds=1)
 POLICY_ID = 1
@@ -36,28 +36,28 @@ class Recovery(Base):
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     at: Mapped[datetime] = mapped_column(default=now, index=True)
     service_id: Mapped[int | None] = mapped_column(ForeignKey("services.id", ondelete="SET NULL"))
-    service: Mapped[str] = mapped_column(String(100))  # as it was named
-    item: Mapped[str] = mapped_column(Text)  # what the service calls it; a leftover folder by its path
+    service: Mapped[str] = mapped_column(String(100))  # the name of the service at that time
+    item: Mapped[str] = mapped_column(Text)  # the service's id of the download, or the path of a leftover folder
     title: Mapped[str] = mapped_column(Text)
     content: Mapped[list[str]] = mapped_column(default=list)
-    stood_at: Mapped[int | None] = mapped_column(BigInteger)  # bytes that were left when a stuck one was given up
+    stood_at: Mapped[int | None] = mapped_column(BigInteger)  # remaining bytes of a stuck download at the decision
     decision: Mapped[Verdict] = mapped_column(String(20))
     reason: Mapped[str] = mapped_column(Text)
-    policy: Mapped[dict[str, Any]]  # as it was
+    policy: Mapped[dict[str, Any]]  # at the decision
     dry_run: Mapped[bool] = mapped_column(Boolean)
     outcome: Mapped[RecoveryOutcome] = mapped_column(String(20), index=True)
-    removed: Mapped[bool] = mapped_column(Boolean, default=False)  # a step on the way to another release
+    removed: Mapped[bool] = mapped_column(Boolean, default=False)  # the first step of a replacement is done
     searched: Mapped[bool] = mapped_column(Boolean, default=False)
-    new_item: Mapped[str | None] = mapped_column(String(300))  # what it is called since it was retried
+    new_item: Mapped[str | None] = mapped_column(String(300))  # the service's id after a retry
     error: Mapped[str | None] = mapped_column(Text)
-    again_at: Mapped[datetime | None]  # when to see what has come of it, while its service does not answer
+    again_at: Mapped[datetime | None]  # when to check it again, if the service did not answer
     ended_at: Mapped[datetime | None]
-    recovered_at: Mapped[datetime | None]  # when what had failed was there after all
+    recovered_at: Mapped[datetime | None]  # when the download, or a replacement, succeeded
     job_id: Mapped[str] = mapped_column(String(40))
 
 
 class RecoveryPolicyOverride(Base):
-    """What an administrator has set in place of the settings."""
+    """A policy that an administrator has set, which overrides the settings."""
 
     __tablename__ = "recovery_policy"
 
@@ -68,10 +68,10 @@ class RecoveryPolicyOverride(Base):
 
 
 async def current_policy(session: AsyncSession) -> tuple[RecoveryPolicy, RecoveryPolicyOverride | None]:
-    """The policy in force, and the row that says so, if it is not the settings."""
+    """The policy in force, and the row of the override, if there is one."""
     override = await session.get(RecoveryPolicyOverride, POLICY_ID)
     if override is not None:
-        # A policy of an older Forgearr lacks what is new; what there is no more is not missed.
+        # The row may be of an older Forgearr: new fields get their defaults, removed ones are ignored.
         defaults = get_settings().recovery.model_dump()
         known = {name: value for name, value in override.policy.items() if name in defaults}
         return RecoveryPolicy.model_validate({**defaults, **known}), override
@@ -79,7 +79,7 @@ async def current_policy(session: AsyncSession) -> tuple[RecoveryPolicy, Recover
 
 
 async def set_policy(session: AsyncSession, policy: RecoveryPolicy, by: str) -> RecoveryPolicyOverride:
-    """Have this policy in force from now on; what was settled under the one before is thought about anew."""
+    """Override the settings with this policy. Settled cases are decided again."""
     override = await session.merge(
         RecoveryPolicyOverride(id=POLICY_ID, policy=policy.model_dump(), changed_by=by, changed_at=now())
     )
@@ -88,13 +88,13 @@ async def set_policy(session: AsyncSession, policy: RecoveryPolicy, by: str) -> 
 
 
 async def reset_policy(session: AsyncSession) -> None:
-    """Go by the settings again."""
+    """Remove the override. Settled cases are decided again."""
     await session.execute(delete(RecoveryPolicyOverride))
     await _reset_settled(session)
 
 
 async def load_history(session: AsyncSession, service_id: int, item: str, title: str, at: datetime) -> History:
-    """What was done about a download, or one of its title, and about all of them within the hour."""
+    """Earlier actions on a download, or on one of the same title, and the number of all actions in the last hour."""
     is_action = Recovery.decision.in_(ACTIONS) & (Recovery.dry_run.is_(False)) & (Recovery.outcome != "overtaken")
     same_download = (
         is_action & (Recovery.service_id == service_id) & or_(Recovery.item == item, Recovery.title == title)
@@ -107,7 +107,7 @@ async def load_history(session: AsyncSession, service_id: int, item: str, title:
 
 
 async def record_decision(session: AsyncSession, recovery: Recovery) -> bool:
-    """Write down a decision, unless the last one about the same download was the same; whether it was written."""
+    """Store a decision, unless it repeats the last one about the same download. Returns whether it was stored."""
     if recovery.outcome != "begun":
         last = await session.scalar(
             select(Recovery)
@@ -123,7 +123,7 @@ async def record_decision(session: AsyncSession, recovery: Recovery) -> bool:
 
 
 async def unfinished_recoveries(session: AsyncSession, at: datetime) -> Sequence[Recovery]:
-    """What was begun, and nobody knows what came of it: its worker has died, or the service has not answered."""
+    """Actions with an unknown outcome: their worker died, or the service did not answer."""
     begun = select(Recovery).where(
         Recovery.outcome == "begun", or_(Recovery.again_at.is_(None), Recovery.again_at <= at)
     )
@@ -133,7 +133,7 @@ async def unfinished_recoveries(session: AsyncSession, at: datetime) -> Sequence
 async def mark_recovered(
     session: AsyncSession, service_id: int, titles: Iterable[str], content: Iterable[str], at: datetime
 ) -> int:
-    """What had failed and was acted upon has come after all: a download of this title, or what it was to be."""
+    """Mark the actions whose downloads have now succeeded, matched by title or by content. Returns their number."""
     seen_titles, seen_content = set(titles), {one for one in content if not one.startswith("series:")}
     open_recoveries = await session.scalars(
         select(Recovery).where(
@@ -141,7 +141,7 @@ async def mark_recovered(
             Recovery.outcome.in_(["begun", "done"]),
             Recovery.decision.in_(["retry", "replace", "mark_failed"]),
             Recovery.recovered_at.is_(None),
-            Recovery.at < at + SECOND,  # services tell whole ones
+            Recovery.at < at + SECOND,  # the times of services are in whole seconds
         )
     )
     recovered = [one for one in open_recoveries if one.title in seen_titles or seen_content & set(one.content)]
@@ -151,7 +151,7 @@ async def mark_recovered(
 
 
 async def outcome_counts(session: AsyncSession, since: datetime) -> dict[str, int]:
-    """What was done since then, and what has come of it."""
+    """The numbers of actions since then, by their kind and outcome."""
     done = (Recovery.outcome == "done") & (Recovery.ended_at > since)
     counts = {
         "retried": done & (Recovery.decision == "retry"),
@@ -168,7 +168,7 @@ async def outcome_counts(session: AsyncSession, since: datetime) -> dict[str, in
 
 
 async def remove_old(database: Database) -> int:
-    """Forget old decisions."""
+    """Delete decisions that are older than `media.history_days`."""
     async with database.transaction() as session:
         oldest = now() - timedelta(days=get_settings().media.history_days)
         old = delete(Recovery).where(Recovery.at < oldest, Recovery.outcome != "begun")
@@ -178,7 +178,7 @@ async def remove_old(database: Database) -> int:
 def build_recovery(
     decision: Decision, policy: RecoveryPolicy, *, execute: bool, at: datetime, job_id: str, **columns: Any
 ) -> Recovery:
-    """A decision as it is written down."""
+    """The row of a decision."""
     is_action = decision.verdict in ACTIONS
     return Recovery(
         at=at,

@@ -1,6 +1,7 @@
-"""Folders of failed downloads that their service no longer knows: found where its folders can be seen from here.
+"""Find and remove folders of failed downloads that their service no longer knows, if they are on this machine.
 
-SABnzbd puts `_FAILED_` before the name of a folder whose download has failed, and forgets the folder with its history.
+SABnzbd prefixes the folder of a failed download with `_FAILED_`. It no longer knows the folder when the download is
+deleted from its history.
 """
 
 import shutil
@@ -16,15 +17,15 @@ FAILED_PREFIX = "_FAILED_"
 
 @dataclass(frozen=True)
 class LeftoverFolder:
-    service_path: str  # as the service would call it
+    service_path: str  # the path on the service's machine
     path: Path
     changed_at: datetime
-    is_removable: bool  # whether this is surely the service's own folder
+    is_removable: bool  # whether it certainly belongs to the service
 
 
 def find(finished: FinishedFolders, folders: Mapping[str, str]) -> list[LeftoverFolder]:
-    """The leftover folders of a service. None are found where its folder is not on this machine."""
-    # What merely has the same path here may be another program's: nothing is removed from there.
+    """The leftover folders of a service; empty if its folder is not on this machine."""
+    # Without a mapping, a folder with the same path may belong to another program: nothing is removed from it.
     root, is_removable = _map_path(finished.folder, folders)
     if not root.is_dir():
         return []
@@ -47,7 +48,7 @@ def remove(leftover: LeftoverFolder) -> None:
 
 
 def _map_path(service_path: str, folders: Mapping[str, str]) -> tuple[Path, bool]:
-    """Where a service's folder lies here, and whether somebody has said so."""
+    """The local path of a service's folder, and whether the settings map it."""
     path = PurePosixPath(service_path)
     for prefix, local_root in sorted(folders.items(), key=lambda pair: len(pair[0]), reverse=True):
         if path.is_relative_to(prefix):
@@ -56,7 +57,7 @@ def _map_path(service_path: str, folders: Mapping[str, str]) -> tuple[Path, bool
 
 
 def _subfolders(finished: FinishedFolders, root: Path) -> list[tuple[str, Path]]:
-    """Folders of categories, inside of the service's own."""
+    """The folders of categories that are inside the service's folder."""
     candidates = [(f"{finished.folder.rstrip('/')}/{name}", root / name) for name in finished.subfolders]
     top = root.resolve()
     return [

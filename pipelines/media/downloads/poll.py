@@ -1,4 +1,4 @@
-"""One poll of one service: new rows, changes and ends of downloads."""
+"""Poll one service, and record its new, changed and finished downloads."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ MAX_IDS_PER_QUERY = 500
 
 @dataclass
 class PollResult:
-    """What one look has changed."""
+    """The numbers of changes that one poll has found."""
 
     failed: int = 0
     added: int = 0
@@ -37,7 +37,7 @@ class PollResult:
 
 
 async def poll_service(database: Database, service: Service, tracker: DownloadTracker) -> PollResult:
-    """Look at a service, and note what is new."""
+    """Poll a service, store its downloads, and publish failures and imports that are new."""
     async with database.read_transaction() as session:
         cursor, poll_count = await _load_cursor(session, service)
     async with service_store.open_client(database, service) as client:
@@ -64,7 +64,7 @@ async def _save_snapshot(
     *,
     recovers_itself: bool,
 ) -> PollResult:
-    # One download may be told of by two services, so one of them is noted after the other.
+    # Two services may report the same download: the lock lets the second one see what the first one has announced.
     await advisory_lock(session, FollowedDownload.__tablename__)
     if await session.get(Service, service.id) is None:
         return PollResult()  # it was deleted meanwhile
@@ -73,10 +73,10 @@ async def _save_snapshot(
         followed = FollowedService(service_id=service.id, looks=0, completed=0, failed=0, imported=0)
         session.add(followed)
     if followed.looks != poll_count:
-        return PollResult()  # somebody else has looked meanwhile, and noted what is newer
+        return PollResult()  # another poll was faster, and has stored a newer snapshot
     followed.connected_as_of, followed.cursor, followed.error = service.connected_as_of, snapshot.cursor, None
     followed.looks, followed.looked_at = poll_count + 1, at
-    # A service is asked for its queue before its history, and what ends in between is in both.
+    # The queue is read before the history, so a download that ends in between is in both.
     ended_ids = {one.id for one in snapshot.finished}
     active = [one for one in snapshot.active if one.id not in ended_ids]
     followed.underway = len(active)
@@ -93,7 +93,7 @@ async def _save_snapshot(
 
 
 async def _load_rows(session: AsyncSession, service_id: int, snapshot: DownloadSnapshot) -> dict[str, FollowedDownload]:
-    """What was known before of what this look has seen, and of what was underway."""
+    """The rows of active downloads, and of those in the snapshot."""
     service_rows = select(FollowedDownload).where(FollowedDownload.service_id == service_id)
     found = list(await session.scalars(service_rows.where(FollowedDownload.ended_at.is_(None))))
     ids = sorted({one.id for one in (*snapshot.active, *snapshot.finished)})
@@ -104,7 +104,10 @@ async def _load_rows(session: AsyncSession, service_id: int, snapshot: DownloadS
 
 
 def _is_transferring(rows: Mapping[str, FollowedDownload], active: Iterable[ActiveDownload]) -> bool:
-    """Whether one of several has got on. If none has, it is the line; of one alone, nobody knows."""
+    """Whether a lack of progress says something about a single download.
+
+    If several run and none progresses, the connection is the cause. With one alone, the cause is unknown.
+    """
     running = [one for one in active if one.state == "running"]
     bytes_left_pairs = [(row.bytes_left, one.bytes_left) for one in running if (row := rows.get(one.id)) is not None]
     has_progress = any(
@@ -128,14 +131,14 @@ async def _record_finished(
         )
     row = rows.get(finished.id)
     if row is not None and row.state in {finished.outcome, "retried"} and row.ended_at is not None:
-        return  # an old story
+        return  # already recorded
     if row is None:
         row = rows[finished.id] = _new_row(session, followed.service_id, finished, finished.at)
     was_failed = row.state == "failed"
     row.state, row.reason, row.ended_at, row.moved_at = finished.outcome, finished.reason, finished.at, finished.at
     row.tags, row.content = list(finished.tags), list(dict.fromkeys([*row.content, *finished.content]))
     row.bytes_left, row.strikes, row.decide_at = None, 0, None
-    # Who chose a download, and notes that it has failed, has dealt with it.
+    # A service that chose the download and records its failure handles it itself.
     row.settled = finished.outcome != "failed" or recovers_itself
     match finished.outcome:
         case "failed":
@@ -159,7 +162,7 @@ async def _record_active(
 ) -> None:
     row = rows.get(active.id)
     if row is not None and row.ended_at is not None and active.state != "failed" and row.state == "imported":
-        return  # it is about to leave the queue
+        return  # it was imported, and will leave the queue
     if row is None:
         row = rows[active.id] = _new_row(session, followed.service_id, active, at)
     is_new_failure = active.state == "failed" and row.state != "failed"
@@ -179,7 +182,7 @@ async def _record_active(
 async def _remove_vanished(
     session: AsyncSession, rows: dict[str, FollowedDownload], snapshot: DownloadSnapshot, at: datetime
 ) -> None:
-    """What was underway and is nowhere any more; a failure is remembered, so that it is not told again."""
+    """Delete the rows of active downloads that are gone. Failures are kept, so that they are not announced again."""
     active_ids = {one.id for one in snapshot.active}
     for row in rows.values():
         if row.ended_at is not None or row.item in active_ids:
@@ -228,7 +231,7 @@ async def _announce_failure(session: AsyncSession, row: FollowedDownload, result
 
 
 async def _was_announced(session: AsyncSession, row: FollowedDownload) -> bool:
-    """Whether another service has told of the same download that it failed."""
+    """Whether the failure of the same download was already announced for another service."""
     others = select(FollowedDownload.id).where(
         FollowedDownload.download_id == row.download_id,
         FollowedDownload.id != row.id,

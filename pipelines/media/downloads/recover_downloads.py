@@ -1,7 +1,7 @@
-"""Kind `recover_downloads`: has failed and stuck downloads fetched again, or replaced by others, as the policy says.
+"""The kind `recover_downloads`: retry or replace failed and stuck downloads, as the policy says.
 
-Decisions first, all of them, with their reasons; then one action after another. What an earlier run had begun when its
-worker died is looked into before anything else: what has happened is not done again.
+First it finishes actions that an earlier run began when its worker died; steps that were taken are not repeated. Then
+it makes and stores all decisions, and carries out one action after another.
 """
 
 import asyncio
@@ -37,16 +37,16 @@ TrackedServices = Mapping[int, tuple[Service, DownloadTracker]]
 
 
 class RecoverDownloadsSpec(BaseModel):
-    """Whether to do what is decided."""
+    """Whether to carry out the decisions."""
 
     model_config = ConfigDict(extra="forbid")
 
-    dry_run: bool | None = Field(default=None, description="Only say what would be done. Null: as the policy says.")
+    dry_run: bool | None = Field(default=None, description="Only decide, without acting. Null: as the policy says.")
 
 
 @dataclass(frozen=True)
 class RecoveryTarget:
-    """Whom an action would be asked of, and what it is about."""
+    """The service that would carry out an action, and its id of the download."""
 
     service: Service
     item: str
@@ -56,9 +56,9 @@ class RecoveryTarget:
 
 @job(RECOVER_KIND, spec=RecoverDownloadsSpec, admin_only=True, concurrency=1, tracked=True)
 def recover_downloads(context: Context, spec: RecoverDownloadsSpec) -> dict[str, Any]:
-    """Has failed and stuck downloads fetched again, or replaced by others, as the policy says."""
+    """Retries or replaces failed and stuck downloads, as the policy says."""
     result = asyncio.run(with_own_database(lambda database: _recover(context, spec, database)))
-    # Of the last day, so that the runs of weeks make a curve.
+    # Numbers of the last day, so that MLflow shows a curve over many runs.
     last_day: dict[str, float] = result.pop("last_day")
     context.report(100, None, **last_day)
     return result
@@ -87,13 +87,13 @@ async def _run_recoveries(
     execute: bool,
     is_manual: bool,
 ) -> dict[str, int]:
-    """With `wished`, a person wants it now; what a dry run finds then changes nothing about what comes later."""
+    """Finish, decide and carry out recoveries. `is_manual`: a person asked for it, and a dry run changes no row."""
     recoveries: list[Recovery] = []
     if execute or not is_manual:
         async with database.read_transaction() as session:
             unfinished = await recovery_log.unfinished_recoveries(session, now())
         for recovery in unfinished:
-            context.report(phase=f"what came of '{recovery.title}'")
+            context.report(phase=f"checking '{recovery.title}'")
             await execute_recovery(database, services, recovery, resumed=True)
     async with database.read_transaction() as session:
         open_cases = await find_cases(session, policy, services, now(), ignore_delay=is_manual)
@@ -125,7 +125,7 @@ async def _decide(
     execute: bool,
     updates_row: bool,
 ) -> Recovery | None:
-    """What is to be done about a download, written down; None: nothing that was not said before."""
+    """Decide about a download, and store the decision. None if it repeats the last one."""
     case, target = await _build_case(database, services, row)
     async with database.transaction() as session:
         await advisory_lock(session, Recovery.__tablename__)
@@ -153,12 +153,12 @@ async def _decide(
 async def _update_row(
     session: AsyncSession, evaluated: FollowedDownload, decision: Decision, policy: RecoveryPolicy, at: datetime
 ) -> None:
-    """Until when there is nothing more to decide about this download, unless it has become another case meanwhile."""
+    """Store when the download is decided again, unless its state or reason has changed meanwhile."""
     row = await session.get(FollowedDownload, evaluated.id, with_for_update=True)
     if row is None or (row.state, row.reason) != (evaluated.state, evaluated.reason):
         return
     if decision.verdict in ACTIONS:
-        # If it does not help, the same download is a case again when the cooldown is over.
+        # If the action does not help, the download is decided again after the cooldown.
         row.decide_at = at + timedelta(minutes=max(policy.cooldown_minutes, 1))
         return
     row.decide_at = decision.again_at
@@ -168,7 +168,7 @@ async def _update_row(
 async def _build_case(
     database: Database, services: TrackedServices, row: FollowedDownload
 ) -> tuple[RecoveryCase, RecoveryTarget]:
-    """All that is known of a download, and who could do something about it."""
+    """The case of a download, and the target of an action on it."""
     service, tracker = services[row.service_id]
     case = RecoveryCase(row.state, row.strikes, row.moved_at, row.reason, tuple(row.tags))
     if tracker.replacement is not None:
@@ -208,7 +208,7 @@ async def _build_case(
 async def _decide_leftovers(
     context: Context, database: Database, services: TrackedServices, *, execute: bool
 ) -> list[Recovery]:
-    """What is to be done about folders that nobody knows any more."""
+    """Decide about leftover folders, and store the decisions. Returns those that are new."""
     recoveries: list[Recovery] = []
     for service, tracker in services.values():
         if tracker.finished_folders is None:
@@ -218,7 +218,7 @@ async def _decide_leftovers(
             async with service_store.open_client(database, service) as client:
                 finished = await tracker.finished_folders(client)
         except (ServiceError, SealBroken) as error:
-            context.log(f"{service.name}: its folders are not known: {error.message}", "WARNING")
+            context.log(f"{service.name}: its folders cannot be read: {error.message}", "WARNING")
             async with database.transaction() as session:
                 await _mark_leftovers_checked(session, service, now())
             continue
@@ -249,7 +249,7 @@ async def _decide_leftovers(
 
 
 async def _mark_leftovers_checked(session: AsyncSession, service: Service, at: datetime) -> None:
-    """So that nobody looks again within the hour, whether anything was to be seen or not."""
+    """Prevent another search within the hour, even if this one failed."""
     if followed := await session.get(FollowedService, service.id, with_for_update=True):
         followed.leftovers_at = at
 
@@ -258,7 +258,7 @@ def _find_leftovers(context: Context, name: str, finished: FinishedFolders) -> l
     try:
         return orphans.find(finished, get_settings().media.folders)
     except OSError as error:
-        context.log(f"{name}: its folders cannot be read from here: {error}", "WARNING")
+        context.log(f"{name}: its folders cannot be read on this machine: {error}", "WARNING")
         return []
 
 
@@ -269,11 +269,11 @@ def _decide_folder(
     if policy.leftovers == "report":
         return Decision("report", description)
     if not leftover.is_removable:
-        return Decision("report", f"{description}; media.folders does not say that it is the service's own")
+        return Decision("report", f"{description}; media.folders does not map it, so it may not be the service's")
     if at - leftover.changed_at < timedelta(days=policy.leftover_days):
-        return Decision("report", f"{description}; it goes when it is {policy.leftover_days:g} days old")
+        return Decision("report", f"{description}; it is removed when it is {policy.leftover_days:g} days old")
     if history.has_unfinished:
-        return Decision("wait", "until it is known what came of the last time")
+        return Decision("wait", "the outcome of the last action is unknown")
     if history.actions_last_hour >= policy.max_per_hour:
-        return Decision("wait", "to remove it: this hour has seen enough actions")
+        return Decision("wait", "remove_folder waits: max_per_hour is reached")
     return Decision("remove_folder", f"{description}, for more than {policy.leftover_days:g} days")

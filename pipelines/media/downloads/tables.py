@@ -1,4 +1,4 @@
-"""What is known of downloads: how far each service has been followed, and each download that is seen there."""
+"""The tables of followed services, with the cursors of their polls, and of the downloads that were seen there."""
 
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -15,22 +15,22 @@ DownloadState = ActiveState | Outcome | Literal["retried"]
 
 
 class FollowedService(Base):
-    """How far a service has been followed, and what was counted on the way."""
+    """The cursor of a service's polls, and what they have counted."""
 
     __tablename__ = "followed_services"
 
     service_id: Mapped[int] = mapped_column(ForeignKey("services.id", ondelete="CASCADE"), primary_key=True)
-    connected_as_of: Mapped[datetime]  # of the service, when it was looked at: another address begins anew
-    looks: Mapped[int] = mapped_column(Integer, default=0)
-    looked_at: Mapped[datetime | None]
+    connected_as_of: Mapped[datetime]  # of the service at the last poll: the cursor is invalid for another address
+    looks: Mapped[int] = mapped_column(Integer, default=0)  # the number of polls
+    looked_at: Mapped[datetime | None]  # the last poll
     cursor: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    error: Mapped[str | None] = mapped_column(Text)  # why the last look saw nothing
-    completed: Mapped[int] = mapped_column(Integer, default=0)  # downloads, ever
+    error: Mapped[str | None] = mapped_column(Text)  # why the last poll failed
+    completed: Mapped[int] = mapped_column(Integer, default=0)  # number of downloads since the first poll
     failed: Mapped[int] = mapped_column(Integer, default=0)
     imported: Mapped[int] = mapped_column(Integer, default=0)
-    underway: Mapped[int] = mapped_column(Integer, default=0)  # at the last look
+    underway: Mapped[int] = mapped_column(Integer, default=0)  # number of active downloads at the last poll
     bytes_left: Mapped[int] = mapped_column(BigInteger, default=0)
-    leftovers_at: Mapped[datetime | None]  # when leftover folders were last looked for
+    leftovers_at: Mapped[datetime | None]  # the last search for leftover folders
 
 
 class FollowedDownload(Base):
@@ -41,32 +41,30 @@ class FollowedDownload(Base):
 
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     service_id: Mapped[int] = mapped_column(ForeignKey("services.id", ondelete="CASCADE"))
-    item: Mapped[str] = mapped_column(String(MAX_ID_LENGTH))  # what the service calls it
-    download_id: Mapped[str | None] = mapped_column(
-        String(MAX_ID_LENGTH), index=True
-    )  # what the download client calls it
+    item: Mapped[str] = mapped_column(String(MAX_ID_LENGTH))  # the service's id
+    download_id: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH), index=True)  # the download client's id
     title: Mapped[str] = mapped_column(Text)
     state: Mapped[DownloadState] = mapped_column(String(20))
     reason: Mapped[str] = mapped_column(Text, default="")
     tags: Mapped[list[str]] = mapped_column(default=list)
     content: Mapped[list[str]] = mapped_column(default=list)
     bytes_left: Mapped[int | None] = mapped_column(BigInteger)
-    strikes: Mapped[int] = mapped_column(Integer, default=0)  # looks in a row without progress
-    moved_at: Mapped[datetime]  # when it got on for the last time, or failed
+    strikes: Mapped[int] = mapped_column(Integer, default=0)  # polls in a row without progress
+    moved_at: Mapped[datetime]  # its last progress, or when it failed
     ended_at: Mapped[datetime | None] = mapped_column(index=True)
-    told: Mapped[bool] = mapped_column(Boolean, default=False)  # that it has failed, or was imported
-    settled: Mapped[bool] = mapped_column(Boolean, default=False)  # there is nothing more to decide about it
-    decide_at: Mapped[datetime | None]  # not before then
+    told: Mapped[bool] = mapped_column(Boolean, default=False)  # its failure or import was announced
+    settled: Mapped[bool] = mapped_column(Boolean, default=False)  # nothing remains to be decided about it
+    decide_at: Mapped[datetime | None]  # no decision before then
 
 
 async def tags_of(session: AsyncSession, item: str) -> set[str]:
-    """The tags of a download, as all who follow it have them."""
+    """The tags of a download in all services that have it."""
     same = or_(FollowedDownload.item == item, FollowedDownload.download_id == item)
     return {tag for tags in await session.scalars(select(FollowedDownload.tags).where(same)) for tag in tags}
 
 
 async def remove_old(database: Database) -> int:
-    """Forget downloads that ended long ago."""
+    """Delete downloads that ended more than `media.history_days` ago."""
     async with database.transaction() as session:
         oldest = now() - timedelta(days=get_settings().media.history_days)
         return await delete_rows(session, delete(FollowedDownload).where(FollowedDownload.ended_at < oldest))

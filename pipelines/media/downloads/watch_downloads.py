@@ -1,7 +1,7 @@
-"""Kind `watch_downloads`: looks at the downloads of every service that can be followed, and tells what is new.
+"""The kind `watch_downloads`: poll the downloads of every followed service, and announce failures and imports.
 
-What was seen is a row, written in the transaction that counts it and has it told after its commit: so each failure and
-each import is told once, whoever looks, and whatever dies. What needs mending is left to `recover_downloads`.
+A download is recorded and counted in one transaction, and announced after its commit. So each failure and import is
+announced at most once, even if jobs overlap or die. Recovery is left to `recover_downloads`.
 """
 
 import asyncio
@@ -29,14 +29,12 @@ MAX_CONCURRENCY = 8
 
 
 class WatchDownloadsSpec(BaseModel):
-    """A look needs nothing."""
-
     model_config = ConfigDict(extra="forbid")
 
 
 @job(KIND, spec=WatchDownloadsSpec, admin_only=True, concurrency=1)
 def watch_downloads(context: Context, spec: WatchDownloadsSpec) -> dict[str, Any]:
-    """Looks at the downloads of every service that can be followed, and tells what has failed or was imported."""
+    """Polls the downloads of every service that can be followed, and announces failures and imports."""
     return asyncio.run(with_own_database(lambda database: _watch(context, database)))
 
 
@@ -70,7 +68,7 @@ async def _watch(context: Context, database: Database) -> dict[str, Any]:
 
     outcomes = await asyncio.gather(*(poll_one(*pair) for pair in services))
     results = [outcome for outcome in outcomes if isinstance(outcome, PollResult)]
-    recovered = sum(poll_one.recovered for poll_one in results)
+    recovered = sum(result.recovered for result in results)
     recover_job_id = await enqueue_recovery(database, services, has_recovered=recovered > 0)
     return {
         "looked_at": len(results),
@@ -79,8 +77,8 @@ async def _watch(context: Context, database: Database) -> dict[str, Any]:
             for (service, _), outcome in zip(services, outcomes, strict=True)
             if isinstance(outcome, str)
         },
-        "failed": sum(poll_one.failed for poll_one in results),
-        "added": sum(poll_one.added for poll_one in results),
+        "failed": sum(result.failed for result in results),
+        "added": sum(result.added for result in results),
         "recovered": recovered,
         "recover_job_id": recover_job_id,
     }

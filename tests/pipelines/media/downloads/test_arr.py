@@ -328,7 +328,7 @@ async def test_what_was_begun_ends_when_the_policy_does_not_act_any_more(jobs: D
         await jobs.policy(dry_run=True, strikes=100)
         await jobs.resume()
         (one,) = await jobs.recoveries()
-        assert (one.outcome, one.error) == ("overtaken", "The policy has changed, and does not act any more.")
+        assert (one.outcome, one.error) == ("overtaken", "The policy has changed, and does not allow actions any more.")
         assert (await jobs.watch())["recover_job_id"] is None
 
 
