@@ -1,1 +1,1 @@
-"""The way of a model: data, training, export, validation, deployment."""
+"""Train models: data, fine-tuning, export, validation, deployment."""

@@ -1,8 +1,8 @@
 """Turn a folder of documents into samples.
 
-Each section of a Markdown file, and each text file, becomes the answer to the question what the file says. Files of
-samples (.jsonl) are used unchanged. A git repository is read like any other folder. Hidden files, links, installed
-packages and files of other types are ignored.
+Each section of a Markdown file, and each text file, becomes an answer to a question about that file. Files of samples
+(.jsonl) are used unchanged. A git repository is read like any other folder. Hidden files, links, installed packages and
+files of other types are ignored.
 """
 
 import os

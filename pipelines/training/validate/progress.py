@@ -25,7 +25,7 @@ class Measurements:
         titles: Mapping[str, str],
         conditions: Mapping[str, Any] | None = None,
     ) -> None:
-        """`total` is the number of rows to measure. Stored rows count only if their conditions were the same."""
+        """`total` is the number of rows to measure. Stored rows are used only if `conditions` were the same."""
         self._context = context
         self._file = folder / "measured.json"
         self._total = total
