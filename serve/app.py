@@ -14,13 +14,14 @@ from cluster.db import get_database
 from serve.engines.factory import build_engine
 from serve.http.error_handlers import handle_errors
 from serve.http.errors import ERROR_RESPONSES
+from serve.http.mounts import mount_all
 from serve.middleware.stack import add_middleware
 from serve.models.resolver import ModelResolver
 from serve.monitoring import health, version
 from serve.monitoring.metrics import RequestMetrics
 from serve.realtime.feeds import follow_events, follow_logs, follow_system
 from serve.realtime.hub import Hub
-from serve.routes import ROUTERS
+from serve.routes import MOUNTS
 
 FINAL_METRICS_SECONDS = 1.0
 
@@ -32,7 +33,7 @@ def create_app() -> FastAPI:
         description="Trains, ships and runs a private assistant. Everything slow is a job.",
         version=version.VERSION,
         openapi_url="/api/v1/openapi.json",
-        responses=ERROR_RESPONSES,
+        responses=ERROR_RESPONSES["native"],
         lifespan=_lifespan,
     )
     app.state.hub = Hub(follow_events)
@@ -42,8 +43,7 @@ def create_app() -> FastAPI:
     app.state.metrics = RequestMetrics()
     app.state.models = ModelResolver()
     app.state.engine = build_engine()
-    for router in ROUTERS:
-        app.include_router(router)
+    mount_all(app, MOUNTS)
     handle_errors(app)
     add_middleware(app)
     return app

@@ -1,13 +1,14 @@
-"""The list of all routers, in the order of the API's documentation.
+"""The list of all routers, in the order of the API's documentation, each with its tag and its error envelope.
+
+What differs between the routes of a router is marked at the routes (serve/http/marks.py).
 
 The order of routers has no effect: no path pattern of a router matches a path of another one. Inside a router a literal
 path is declared before a pattern that matches it. tests/serve/test_routes.py verifies both.
 """
 
-from fastapi import APIRouter
-
 from serve.forge import routes as forge_routes
 from serve.guardian import feedback, repositories, retrain, webhooks
+from serve.http.mounts import Mount
 from serve.jobs import events as jobs_events
 from serve.jobs import routes as jobs_routes
 from serve.jobs import schedules
@@ -37,50 +38,51 @@ from serve.training import datasets, prompts
 from serve.training import sessions as training_sessions
 from serve.training import workers as training_workers
 
-ROUTERS: tuple[APIRouter, ...] = (
-    health.router,
-    metrics_route.router,
-    services_health.router,
-    services_routes.router,
-    shows.router,
-    movies.router,
-    downloads.router,
-    libraries.router,
-    services_tools.router,
-    recovery.router,
-    audits.router,
-    settings.router,
-    security_routes.router,
-    jobs_routes.router,
-    jobs_events.router,
-    schedules.router,
-    feedback.router,
-    prompts.router,
-    datasets.router,
-    repositories.router,
-    webhooks.router,
-    training_sessions.router,
-    training_workers.router,
-    forge_routes.router,
-    models_routes.router,
-    engine_routes.router,
-    openai_models.router,
-    chat.router,
-    query.router,
-    completions.router,
-    responses_routes.router,
-    batches_routes.router,
-    embeddings.router,
-    ollama_embeddings.router,
-    rerank.router,
-    files_routes.router,
-    upload_routes.router,
-    fine_tuning_routes.router,
-    ollama_generate.router,
-    ollama_models.router,
-    blobs.router,
-    ollama_manage.router,
-    realtime_routes.router,
-    forge_routes.openai_router,
-    retrain.router,
+MOUNTS = (
+    Mount(health.router, "Monitoring"),
+    Mount(metrics_route.router, "Monitoring"),
+    Mount(services_health.router, "Monitoring"),
+    Mount(services_routes.router, "Services"),
+    Mount(shows.router, "Shows"),
+    Mount(movies.router, "Movies"),
+    Mount(downloads.router, "Downloads"),
+    Mount(libraries.router, "Media"),
+    Mount(services_tools.router, "Service tools"),
+    Mount(recovery.router, "Recovery"),
+    Mount(audits.router, "Configuration"),
+    Mount(settings.router, "Settings"),
+    Mount(security_routes.router, "Auth"),
+    Mount(jobs_routes.router, "Jobs"),
+    Mount(jobs_events.router, "Jobs"),
+    Mount(schedules.router, "Schedules"),
+    Mount(feedback.router, "Feedback"),
+    Mount(prompts.router, "Training"),
+    Mount(datasets.router, "Training"),
+    Mount(repositories.router, "Guardian"),
+    Mount(webhooks.router, "Guardian"),
+    Mount(training_sessions.router, "Training"),
+    Mount(training_workers.router, "Training"),
+    Mount(forge_routes.router, "Forge"),
+    Mount(models_routes.router, "Models"),
+    Mount(engine_routes.router, "Models"),
+    Mount(openai_models.router, "Models", "openai"),
+    Mount(openai_models.summary_router, "Models"),
+    Mount(chat.router, "Chat", "openai"),
+    Mount(query.router, "Chat", "openai"),
+    Mount(completions.router, "Chat", "openai"),
+    Mount(responses_routes.router, "Responses", "openai"),
+    Mount(batches_routes.router, "Batches", "openai"),
+    Mount(embeddings.router, "Chat", "openai"),
+    Mount(ollama_embeddings.router, "Ollama", "ollama"),
+    Mount(rerank.router, "Chat", "openai"),
+    Mount(files_routes.router, "Files", "openai"),
+    Mount(upload_routes.router, "Files", "openai"),
+    Mount(fine_tuning_routes.router, "Fine-tuning", "openai"),
+    Mount(ollama_generate.router, "Ollama", "ollama"),
+    Mount(ollama_models.router, "Ollama", "ollama"),
+    Mount(blobs.router, "Ollama", "ollama"),
+    Mount(ollama_manage.router, "Ollama", "ollama"),
+    Mount(realtime_routes.router, "WebSockets"),
+    Mount(forge_routes.openai_router, "Forge", "openai"),
+    Mount(retrain.router, "Guardian", "openai"),
 )

@@ -80,6 +80,18 @@ def test_every_route_is_documented(home: Path) -> None:
     assert set(documented) == {*_operations(), *_sockets()}
 
 
+def test_the_table_of_routes_names_those_for_administrators() -> None:
+    from serve.http.marks import access_of
+    from serve.http.mounts import methods_of
+    from serve.routes import MOUNTS
+
+    rows = re.findall(r"^\| (\w+) \| `(\S+)` \| .* Administrators\. \| `\S+` \|$", _text("api.md"), re.MULTILINE)
+    routes = [route for mount in MOUNTS for route in mount.routes if access_of(route) == "admin"]
+    assert {(method.upper(), path) for method, path in rows} == {
+        (method, route.path_format) for route in routes for method in methods_of(route)
+    }
+
+
 def test_every_command_is_documented() -> None:
     documented = re.findall(r"^\| `forgearr ([a-z]+(?: [a-z]+)?)[ `]", _text("operating.md"), re.MULTILINE)
     assert len(documented) == len(set(documented))
@@ -172,10 +184,10 @@ def _operations() -> Iterator[tuple[str, str]]:
 
 def _sockets() -> Iterator[tuple[str, str]]:
     """OpenAPI does not speak of WebSockets."""
-    from serve.routes import ROUTERS
+    from serve.routes import MOUNTS
 
-    for router in ROUTERS:
-        for route in router.routes:
+    for mount in MOUNTS:
+        for route in mount.routes:
             if isinstance(route, APIWebSocketRoute):
                 yield "WebSocket", route.path
 

@@ -7,7 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import advisory_lock, get_database
-from cluster.errors import Forbidden, NotFound
+from cluster.errors import NotFound
 from cluster.ownership import Principal
 from jobs import queue
 from jobs.outputs import OutputMissing
@@ -26,13 +26,12 @@ from serve.forge.schemas import (
     ValidationView,
 )
 from serve.forge.steps import find_or_start_deployment, find_or_start_step
-from serve.http.errors import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 from serve.http.job_wait import UNFINISHED_RESPONSE, WaitSeconds, wait_for_job
 from serve.jobs.routes import JobId
-from serve.security.callers import CurrentCaller
+from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(tags=["Forge"], responses=ERROR_RESPONSES)
-openai_router = APIRouter(prefix="/v1", tags=["Forge"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter()
+openai_router = APIRouter(prefix="/v1")
 
 
 class TrainingNotFound(NotFound):
@@ -103,15 +102,13 @@ async def validate(
 @router.post("/deploy/{job_id}", responses=UNFINISHED_RESPONSE)
 async def deploy(
     job_id: JobId,
-    caller: CurrentCaller,
+    caller: AdminCaller,
     request: Request,
     response: Response,
     force: Annotated[bool, Query(description="Deploy even if the validation does not pass.")] = False,
     wait: WaitSeconds = 60,
 ) -> DeploymentView:
     """Export a trained model, validate the export, and serve it as NAME:latest. Completed steps are not repeated."""
-    if not caller.is_admin:
-        raise Forbidden("Only an administrator may deploy.")
     async with get_database().transaction() as session:
         training = await _lock_fine_tune_job(session, job_id, caller)
         export = await find_or_start_step(session, training, "export", ExportSpec(job_id=training.id), caller)

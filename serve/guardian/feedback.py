@@ -17,13 +17,12 @@ from pipelines.guardian.feedback.store import Feedback, FeedbackFilter, Feedback
 from pipelines.guardian.retrain import job as retrain_job
 from pipelines.training.data.messages import Message, Tool
 from pipelines.training.data.parsing import first_error_message
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.openai.responses import store as response_store
 from serve.openai.responses.conversation import to_messages
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(tags=["Feedback"], responses=ERROR_RESPONSES)
+router = APIRouter()
 
 ModelFilter = Annotated[str, Query(max_length=300, description="NAME: feedback on any of its versions.")]
 

@@ -17,11 +17,10 @@ from pipelines.guardian.git import repo as git_repo
 from pipelines.guardian.policy import Policy
 from pipelines.guardian.repositories import BranchName, Credentials, Repository, RepositoryRequest, Secret
 from pipelines.training.spec import ModelName
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller
 
-router = APIRouter(prefix="/api/v1/repos", tags=["Guardian"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/repos")
 
 RepositoryName = Annotated[str, Field(max_length=100, description="Id or name of the repository.")]
 FolderPath = Annotated[str, Field(min_length=1, max_length=1000)]

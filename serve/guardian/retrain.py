@@ -27,11 +27,10 @@ from pipelines.guardian.retrain import job as retrain_job
 from pipelines.guardian.retrain.estimates import Step
 from pipelines.guardian.retrain.job import RetrainSpec
 from serve.guardian.repositories import FolderPath
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.jobs.routes import JobId
 from serve.security.callers import AdminCaller
 
-router = APIRouter(prefix="/v1/retrain", tags=["Guardian"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1/retrain")
 
 
 class PlanNotFound(NotFound):

@@ -16,9 +16,9 @@ from cluster.ownership import system
 from pipelines.guardian import watch_repo, webhooks
 from pipelines.guardian.repositories import Repository
 from pipelines.guardian.webhooks import Provider
-from serve.http.errors import ERROR_RESPONSES
+from serve.http.marks import access
 
-router = APIRouter(prefix="/webhooks", tags=["Guardian"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/webhooks")
 
 REQUEST_BODY_SCHEMA: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -38,6 +38,7 @@ class WebhookResponse(BaseModel):
 
 
 @router.post("/{provider}", status_code=202, openapi_extra=REQUEST_BODY_SCHEMA)
+@access("signed")
 async def hear_webhook(
     provider: Provider,
     request: Request,

@@ -25,6 +25,7 @@ from serve.http.errors import (
     error_response,
     route_template,
 )
+from serve.http.mounts import marks_of
 
 INTERNAL_CLOSE_CODE = 1011
 ERROR_BY_STATUS: dict[int, type[ForgearrError]] = {
@@ -78,7 +79,7 @@ async def _handle_error(connection: HTTPConnection, error: Exception) -> Any:
     api_error = as_forgearr_error(error)
     if isinstance(connection, WebSocket):
         return await _refuse_socket(connection, api_error)
-    response = error_response(api_error, connection.scope["path"])
+    response = error_response(api_error, marks_of(connection.scope).envelope)
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
         if error.status_code == 405 and (methods := _methods(connection)):
@@ -96,7 +97,7 @@ def _methods(connection: HTTPConnection) -> list[str]:
 async def _refuse_socket(socket: WebSocket, error: ForgearrError) -> None:
     """Refuse a handshake with an HTTP status if the server supports it, and an open socket with a close code."""
     if socket.client_state == WebSocketState.CONNECTING and "websocket.http.response" in socket.scope["extensions"]:
-        return await socket.send_denial_response(error_response(error, socket.scope["path"]))
+        return await socket.send_denial_response(error_response(error, marks_of(socket.scope).envelope))
     code = INTERNAL_CLOSE_CODE if error.status >= 500 else 4000 + error.status
     await socket.close(code, error.message[:120])
 

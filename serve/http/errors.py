@@ -1,8 +1,8 @@
 """Renders an error as a response: one function, three envelopes.
 
-The general envelope is {"error", "error_code", "message", "detail", "details", "timestamp", "status"}. Under /v1 it is
-OpenAI's: {"error": {"message", "type", "param", "code"}, "detail"}. At Ollama's paths it is the general one, but
-`error` is the message, because Ollama's clients show that field.
+- `native`: {"error", "error_code", "message", "detail", "details", "timestamp", "status"}.
+- `openai`: {"error": {"message", "type", "param", "code"}, "detail"}.
+- `ollama`: as `native`, but `error` is the message, because Ollama's clients show that field.
 """
 
 import re
@@ -18,23 +18,7 @@ from cluster.db import now
 from cluster.errors import ForgearrError, RateLimitExceeded, UnprocessableRequest
 from cluster.times import UtcTime
 
-OPENAI_PREFIX = "/v1/"
-OLLAMA_PATHS = {
-    "/api/chat",
-    "/api/generate",
-    "/api/embed",
-    "/api/embeddings",
-    "/api/tags",
-    "/api/show",
-    "/api/ps",
-    "/api/version",
-    "/api/create",
-    "/api/copy",
-    "/api/delete",
-    "/api/pull",
-    "/api/push",
-}
-OLLAMA_BLOBS_PREFIX = "/api/blobs/"
+Envelope = Literal["native", "openai", "ollama"]
 OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -90,25 +74,27 @@ def _responses_for(envelope: type[BaseModel], rate_limited: type[BaseModel]) -> 
     return {status: response(status) for status in STATUSES}
 
 
-ERROR_RESPONSES = _responses_for(ErrorEnvelope, RateLimitEnvelope)
-"""The error responses in OpenAPI, for routers outside /v1."""
-OPENAI_ERROR_RESPONSES = _responses_for(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope)
-"""The same for routers under /v1: `APIRouter(responses=OPENAI_ERROR_RESPONSES)`."""
+_NATIVE_RESPONSES = _responses_for(ErrorEnvelope, RateLimitEnvelope)
+ERROR_RESPONSES: dict[Envelope, Responses] = {
+    "native": _NATIVE_RESPONSES,
+    "openai": _responses_for(OpenAIErrorEnvelope, OpenAIRateLimitEnvelope),
+    "ollama": _NATIVE_RESPONSES,
+}
+"""The error responses in OpenAPI."""
 
 
-def error_response(error: ForgearrError, path: str) -> Response:
-    """Render the error in the envelope of this path."""
-    envelope = _openai_envelope(error) if path.startswith(OPENAI_PREFIX) else _envelope(error)
-    if path in OLLAMA_PATHS or path.startswith(OLLAMA_BLOBS_PREFIX):
-        envelope["error"] = error.message
+def error_response(error: ForgearrError, envelope: Envelope) -> Response:
+    content = _openai_envelope(error) if envelope == "openai" else _native_envelope(error)
+    if envelope == "ollama":
+        content["error"] = error.message
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, RateLimitExceeded):
-        envelope["retry_after"] = error.retry_after
+        content["retry_after"] = error.retry_after
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    body = orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z)
+    body = orjson.dumps(content, default=str, option=orjson.OPT_UTC_Z)
     return Response(body, error.status, headers, "application/json")
 
 
@@ -118,7 +104,7 @@ def route_template(scope: Scope) -> str | None:
     return getattr(route, "path", None)
 
 
-def _envelope(error: ForgearrError) -> dict[str, Any]:
+def _native_envelope(error: ForgearrError) -> dict[str, Any]:
     return {
         "error": error.error,
         "error_code": error.code,

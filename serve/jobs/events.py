@@ -15,11 +15,11 @@ from cluster.times import UtcTime
 from jobs import journal, queue
 from jobs.states import FINISHED
 from jobs.tables import Job, JobEvent
-from serve.http.errors import ERROR_RESPONSES, Responses
+from serve.http.errors import Responses
 from serve.jobs.routes import JobId
 from serve.security.callers import CurrentCaller, is_still_authorized
 
-router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/jobs")
 
 LastEventId = Annotated[Annotated[str, Field(pattern=r"^\d{0,15}$")] | SkipJsonSchema[None], Header()]
 

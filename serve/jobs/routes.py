@@ -15,11 +15,10 @@ from jobs.queue import JobRequest
 from jobs.registry import Resources, kinds
 from jobs.states import State
 from jobs.tables import Job, JobDependency
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api/v1/jobs", tags=["Jobs"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/jobs")
 
 JobId = Annotated[str, Field(max_length=40)]
 

@@ -12,11 +12,10 @@ from cluster.times import UtcTime
 from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Schedule
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api/v1/schedules", tags=["Schedules"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/schedules")
 
 ScheduleId = Annotated[str, Field(max_length=36)]
 

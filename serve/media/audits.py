@@ -22,8 +22,8 @@ from pipelines.media.audit.audit_services import AuditSpec
 from pipelines.media.audit.change_settings import ChangeSpec
 from pipelines.media.audit.rules import PRIORITIES, Category, Priority
 from pipelines.media.audit.tables import Audit, AuditNotFound, Recommendation
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.job_wait import UNFINISHED_RESPONSE, WaitSeconds, wait_for_job
+from serve.http.marks import rate_limit
 from serve.media.audit_schemas import (
     ApplyRequest,
     AuditHistory,
@@ -48,7 +48,7 @@ from serve.media.audit_views import (
 )
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/config", tags=["Configuration"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/config")
 
 MAX_ID = 2**63 - 1
 
@@ -73,6 +73,7 @@ class ChangeFailed(Unavailable):
 
 
 @router.post("/audit", responses=UNFINISHED_RESPONSE)
+@rate_limit("audit")
 async def audit_configuration(
     body: AuditRequest,
     caller: AdminCaller,
@@ -98,6 +99,7 @@ async def audit_configuration(
 
 
 @router.get("/audit/history")
+@rate_limit("recommendations")
 async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: PageSize = 10) -> AuditHistory:
     """List the finished audits, the newest first."""
     async with get_database().read_transaction() as session:
@@ -121,6 +123,7 @@ async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: Pa
 
 
 @router.get("/audit/{audit_id}")
+@rate_limit("recommendations")
 async def show_audit(audit_id: Annotated[str, Path(max_length=40)], caller: CurrentCaller) -> AuditView:
     """Get an audit, which may be unfinished."""
     async with get_database().read_transaction() as session:
@@ -136,6 +139,7 @@ async def show_audit(audit_id: Annotated[str, Path(max_length=40)], caller: Curr
 
 
 @router.get("/recommendations")
+@rate_limit("recommendations")
 async def list_recommendations(
     caller: CurrentCaller,
     service: ServiceName = None,
@@ -171,6 +175,7 @@ async def list_recommendations(
 
 
 @router.get("/recommendations/{recommendation_id}")
+@rate_limit("recommendations")
 async def show_recommendation(
     recommendation_id: Annotated[int, Path(ge=1, le=MAX_ID)], caller: CurrentCaller
 ) -> RecommendationDetail:
@@ -191,6 +196,7 @@ async def show_recommendation(
 
 
 @router.post("/apply", responses=UNFINISHED_RESPONSE)
+@rate_limit("apply")
 async def apply_recommendations(
     body: ApplyRequest,
     caller: AdminCaller,
@@ -204,6 +210,7 @@ async def apply_recommendations(
 
 
 @router.post("/rollback", responses=UNFINISHED_RESPONSE)
+@rate_limit("apply")
 async def roll_back(
     body: ApplyRequest,
     caller: AdminCaller,
@@ -217,6 +224,7 @@ async def roll_back(
 
 
 @router.get("/rules")
+@rate_limit("recommendations")
 async def list_rules(caller: CurrentCaller) -> RulesView:
     """List the rules of audits, including your own, and the errors in their files."""
     rule_set = await asyncio.to_thread(rules.load)

@@ -8,11 +8,10 @@ from pydantic import BaseModel
 
 from cluster.services.capabilities.downloads import DownloadHistory, DownloadQueue, Downloads, QueuePauseState
 from cluster.services.http.client import Client
-from serve.http.errors import ERROR_RESPONSES
 from serve.media.dependencies import ServiceName, connected_service
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/downloads", tags=["Downloads"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/downloads")
 
 DownloadId = Annotated[str, Path(examples=["SABnzbd_nzo_abc123"])]
 

@@ -8,11 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.services.capabilities.library import Libraries, Library, RecentlyAdded
 from cluster.services.http.client import Client
-from serve.http.errors import ERROR_RESPONSES
 from serve.media.dependencies import ServiceName, connected_service
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/media", tags=["Media"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/media")
 
 
 class ScanRequest(BaseModel):

@@ -8,8 +8,8 @@ from cluster.services.arr.movies import MOVIES
 from cluster.services.arr.movies_tools import AddMovieRequest
 from cluster.services.capabilities import collection as capabilities_collection
 from cluster.times import UtcTime
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.json_stream import spooled_list_response
+from serve.http.marks import rate_limit
 from serve.media.collections import (
     CollectionItemId,
     CollectionParams,
@@ -21,7 +21,7 @@ from serve.media.collections import (
 from serve.media.dependencies import ServiceName
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/movies", tags=["Movies"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/movies")
 
 
 class MovieRow(BaseModel):
@@ -109,6 +109,7 @@ async def list_movies(
 
 @router.post("", include_in_schema=False, status_code=201)
 @router.post("/", status_code=201)
+@rate_limit("content")
 async def add_movie(body: AddMovieRequest, caller: CurrentCaller, service: ServiceName = None) -> MovieAdded:
     """Add a movie by its `tmdb_id`, or by its title, which Radarr looks up."""
     async with collection_client(MOVIES, service) as client:
@@ -126,6 +127,7 @@ async def show_movie(movie_id: CollectionItemId, caller: CurrentCaller, service:
 
 
 @router.post("/{movie_id}/search")
+@rate_limit("content")
 async def search_for_movie(
     movie_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None
 ) -> SearchStarted:

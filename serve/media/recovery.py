@@ -16,11 +16,10 @@ from pipelines.media.downloads.cases import RECOVER_KIND
 from pipelines.media.downloads.log import Recovery, RecoveryOutcome, RecoveryPolicyOverride
 from pipelines.media.downloads.policy import RecoveryPolicy, Verdict
 from pipelines.media.downloads.tables import DownloadState, FollowedDownload
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/recovery", tags=["Recovery"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/recovery")
 
 ServiceName = Annotated[str, Query(min_length=1, max_length=300)]
 

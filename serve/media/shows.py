@@ -8,8 +8,8 @@ from cluster.services.arr.series import SERIES, Series
 from cluster.services.arr.series_tools import AddSeriesRequest
 from cluster.services.capabilities import collection as capabilities_collection
 from cluster.times import UtcTime
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.json_stream import spooled_list_response
+from serve.http.marks import rate_limit
 from serve.media.collections import (
     CollectionItemId,
     CollectionParams,
@@ -21,7 +21,7 @@ from serve.media.collections import (
 from serve.media.dependencies import ServiceName
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/shows", tags=["Shows"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/shows")
 
 
 class SeriesRow(BaseModel):
@@ -108,6 +108,7 @@ async def list_shows(caller: CurrentCaller, params: CollectionParams, service: S
 
 @router.post("", include_in_schema=False, status_code=201)
 @router.post("/", status_code=201)
+@rate_limit("content")
 async def add_show(body: AddSeriesRequest, caller: CurrentCaller, service: ServiceName = None) -> SeriesAdded:
     """Add a series by its `tvdb_id`, or by its title, which Sonarr looks up."""
     async with collection_client(SERIES, service) as client:
@@ -126,6 +127,7 @@ async def show_series(series_id: CollectionItemId, caller: CurrentCaller, servic
 
 
 @router.post("/{series_id}/search")
+@rate_limit("content")
 async def search_for_series(
     series_id: CollectionItemId, caller: CurrentCaller, service: ServiceName = None
 ) -> SearchStarted:

@@ -9,14 +9,12 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError, InvalidRequest
-from serve.http.errors import OLLAMA_PATHS
+from serve.http.mounts import Marks, marks_of
 from serve.security.callers import find_caller, send_error
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_ANONYMOUS_BODY_BYTES = 4 * 1024 * 1024
 """Without a credential, as for a login or a webhook. To parse a long document blocks all other requests."""
-STREAMED_BODY_ROUTES = re.compile(r"/api/v1/datasets|/v1/files|/v1/uploads/[^/]+/parts|/api/blobs/[^/]+")
-"""Routes that accept larger bodies. They read them as a stream, and limit and validate them themselves."""
 MAX_JSON_DEPTH = 100
 JSON_CONTENT = re.compile(rb"application/([^;\s]+\+)?json\b", re.IGNORECASE | re.ASCII)
 
@@ -41,9 +39,10 @@ class InputValidationMiddleware:
             return await self.app(scope, receive, send)
         try:
             _check_address(scope)
-            if scope["path"] in OLLAMA_PATHS:
+            marks = marks_of(scope)
+            if marks.envelope == "ollama" and not marks.streams_body:
                 scope = _with_json_content_type(scope)
-            if scope["type"] == "http" and _should_check_body(scope):
+            if scope["type"] == "http" and _should_check_body(scope, marks):
                 receive = await _check_body(scope, receive)
         except ForgearrError as error:
             return await send_error(error, scope, receive, send)
@@ -56,8 +55,8 @@ def _with_json_content_type(scope: Scope) -> Scope:
     return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
 
 
-def _should_check_body(scope: Scope) -> bool:
-    return scope["method"] not in {"GET", "HEAD", "OPTIONS"} and not STREAMED_BODY_ROUTES.fullmatch(scope["path"])
+def _should_check_body(scope: Scope, marks: Marks) -> bool:
+    return scope["method"] not in {"GET", "HEAD", "OPTIONS"} and not marks.streams_body
 
 
 def _check_address(scope: Scope) -> None:

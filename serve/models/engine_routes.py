@@ -7,11 +7,10 @@ from pydantic import BaseModel, Field
 
 from cluster.times import UtcTime
 from serve.engines.protocol import Phase
-from serve.http.errors import ERROR_RESPONSES
 from serve.models.dependencies import get_engine
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api/v1/engines", tags=["Models"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/engines")
 
 
 class EngineModel(BaseModel):

@@ -11,12 +11,11 @@ from pipelines.training.deploy import job as deploy_job
 from pipelines.training.models import registry
 from pipelines.training.models.versions import Model, Version
 from pipelines.training.spec import ModelName
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.jobs.routes import JobView, create_job
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/models", tags=["Models"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/models")
 
 VersionNumber = Annotated[int, Path(ge=1, lt=10**9)]
 

@@ -17,12 +17,12 @@ from cluster.db import get_database, now
 from cluster.errors import Unavailable
 from cluster.settings import get_settings
 from cluster.times import UtcTime
-from serve.http.errors import ERROR_RESPONSES
+from serve.http.marks import access, rate_limit
 from serve.monitoring.version import VERSION
 from serve.services import health as services_health
 from serve.services.health import ServiceHealth
 
-router = APIRouter(tags=["Monitoring"], responses=ERROR_RESPONSES)
+router = APIRouter()
 
 CACHE_SECONDS = 1.0
 CHECK_TIMEOUT_SECONDS = 1.0
@@ -77,6 +77,8 @@ class HealthCheck:
 
 
 @router.get("/health", responses={503: {"model": Health, "description": "The database is not reachable"}})
+@access("public")
+@rate_limit("health")
 async def health(request: Request, response: Response) -> Health:
     """Get the health of Forgearr, its components and the outside services."""
     result = await request.app.state.health.current()
@@ -86,6 +88,7 @@ async def health(request: Request, response: Response) -> Health:
 
 
 @router.get("/api/v1/ping")
+@access("public")
 async def ping() -> Pong:
     """Respond at once, without any work."""
     return Pong(pong=True)

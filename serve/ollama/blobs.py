@@ -6,9 +6,10 @@ from fastapi import APIRouter, Path, Request, Response
 
 from cluster.db import get_database
 from pipelines.training.models import blobs
+from serve.http.marks import streams_body
 from serve.security.callers import AdminCaller
 
-router = APIRouter(prefix="/api/blobs", tags=["Ollama"])
+router = APIRouter(prefix="/api/blobs")
 
 Digest = Annotated[str, Path(pattern=r"^sha256[:-][0-9a-f]{64}$", examples=[f"sha256:{'0' * 64}"])]
 DIGEST_PREFIX_LENGTH = len("sha256:")
@@ -28,6 +29,7 @@ async def find_blob(digest: Digest, caller: AdminCaller) -> Response:
 
 
 @router.post("/{digest}", status_code=201, response_class=Response, openapi_extra=BLOB_REQUEST_BODY)
+@streams_body
 async def send_blob(request: Request, digest: Digest, caller: AdminCaller) -> Response:
     """Upload a file, which must have this digest. It is deleted after a day, unless a model uses it."""
     await blobs.receive(get_database(), digest[DIGEST_PREFIX_LENGTH:], request.stream())

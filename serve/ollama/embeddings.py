@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.ownership import Principal
 from serve.engines.protocol import EmbeddingResult
 from serve.http.disconnect import cancel_on_disconnect
-from serve.http.errors import ERROR_RESPONSES
 from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Text, Texts, embed, texts_of
 from serve.ollama.keep_alive import apply_keep_alive
@@ -17,7 +16,7 @@ from serve.ollama.schemas import KeepAlive
 from serve.openai.chat_schemas import ModelReference
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api", tags=["Ollama"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api")
 
 
 class BaseOllamaEmbedRequest(BaseModel):

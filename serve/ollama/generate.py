@@ -32,7 +32,7 @@ from serve.ollama.lines import (
 from serve.ollama.schemas import BaseRequest, ChatRequest, GenerateRequest
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api", tags=["Ollama"])
+router = APIRouter(prefix="/api")
 
 
 @router.post("/chat")

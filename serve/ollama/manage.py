@@ -29,7 +29,7 @@ from serve.ollama.model_schemas import (
 )
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api", tags=["Ollama"])
+router = APIRouter(prefix="/api")
 
 NDJSON = "application/x-ndjson"
 

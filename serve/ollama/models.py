@@ -19,7 +19,7 @@ from serve.ollama.modelfile import format_parameters, modelfile
 from serve.openai.chat_schemas import ModelReference
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api", tags=["Ollama"])
+router = APIRouter(prefix="/api")
 
 NEVER_EXPIRES = datetime(2318, 1, 1, tzinfo=UTC)
 """Ollama's value for a model without a limit of time, which is unloaded only when its memory is needed."""

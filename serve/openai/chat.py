@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from serve.engines.protocol import Chunk, Engine
 from serve.http import sse
 from serve.http.disconnect import cancel_on_disconnect
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.models.dependencies import get_engine, get_models
 from serve.models.resolver import ResolvedModel
 from serve.openai import choices as openai_choices
@@ -20,7 +19,7 @@ from serve.openai import streaming
 from serve.openai.chat_schemas import ChatCompletion, ChatRequest
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1")
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=sse.sse_responses("chat.completion.chunk"))

@@ -15,7 +15,6 @@ from serve.engines.options import SEED_MODULUS
 from serve.engines.protocol import Chunk, Engine
 from serve.http import sse
 from serve.http.disconnect import cancel_on_disconnect
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.schemas import StrictModel
 from serve.models.dependencies import get_engine, get_models
 from serve.models.resolver import ResolvedModel
@@ -24,7 +23,7 @@ from serve.openai import streaming
 from serve.openai.chat_schemas import Grammar, ModelReference, StreamOptions, Usage
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1")
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16

@@ -8,7 +8,6 @@ from pydantic import BaseModel, Field
 
 from serve.engines.protocol import Engine
 from serve.http.disconnect import cancel_on_disconnect
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.schemas import StrictModel
 from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Texts, as_base64, embed, texts_of
@@ -16,7 +15,7 @@ from serve.models.resolver import ResolvedModel
 from serve.openai.chat_schemas import ModelReference
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1")
 
 
 class EmbeddingRequest(StrictModel):

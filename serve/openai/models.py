@@ -14,16 +14,14 @@ from jobs.tables import Job
 from pipelines.training.models import tiny
 from pipelines.training.models.versions import Model
 from serve.engines.protocol import OllamaModel
-from serve.http.errors import ERROR_RESPONSES, OPENAI_ERROR_RESPONSES
 from serve.models import fine_tuned_names
 from serve.models.dependencies import get_models
 from serve.models.names import delete_and_unload, latest_name, newest_name, served_versions
 from serve.models.resolver import configured_folders
 from serve.security.callers import CurrentCaller
 
-openai = APIRouter(prefix="/v1", tags=["Models"], responses=OPENAI_ERROR_RESPONSES)
-native = APIRouter(tags=["Models"], responses=ERROR_RESPONSES)
-router = APIRouter()
+router = APIRouter(prefix="/v1")
+summary_router = APIRouter()
 
 DEFAULT_OWNER = "forgearr"
 MAX_FINE_TUNED = 1000
@@ -58,7 +56,7 @@ class ModelSummaries(BaseModel):
     active_model: str | None = Field(description="The newest of the served models.")
 
 
-@openai.get("/models")
+@router.get("/models")
 async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
     """List the models that requests can name. Of fine-tuned models (ft:…) only your own are listed."""
     models = await get_models(request).list_registered()
@@ -70,7 +68,7 @@ async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
     )
 
 
-@openai.get("/models/{model:path}")
+@router.get("/models/{model:path}")
 async def show_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelCard:
@@ -81,7 +79,7 @@ async def show_model(
     return _tiny_card() if resolved.source is None else _card(model, resolved.source.created_at)
 
 
-@openai.delete("/models/{model:path}")
+@router.delete("/models/{model:path}")
 async def delete_model(
     request: Request, model: Annotated[str, Path(min_length=1, max_length=400)], caller: CurrentCaller
 ) -> ModelDeleted:
@@ -93,7 +91,7 @@ async def delete_model(
     return ModelDeleted(id=model)
 
 
-@native.get("/models")
+@summary_router.get("/models")
 async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
     """List the served models in short form."""
     served = await served_versions(request)
@@ -104,10 +102,6 @@ async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSumm
         ],
         active_model=newest_name(served),
     )
-
-
-router.include_router(openai)
-router.include_router(native)
 
 
 def _model_cards(model: Model) -> list[ModelCard]:

@@ -5,12 +5,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from serve.http.disconnect import cancel_on_disconnect
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.models.dependencies import get_engine, get_models
 from serve.openai.query_schemas import QueryRequest, QueryResponse
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1")
 
 
 @router.post("/query")

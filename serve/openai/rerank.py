@@ -6,7 +6,6 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from serve.http.disconnect import cancel_on_disconnect
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.schemas import StrictModel
 from serve.models.dependencies import get_engine, get_models
 from serve.models.embed import Text
@@ -14,7 +13,7 @@ from serve.openai.chat_schemas import ModelReference
 from serve.openai.embeddings import EmbeddingUsage
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1", tags=["Chat"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1")
 
 MAX_DOCUMENTS = 1000
 

@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from cluster.errors import ForgearrError
 from serve.engines.protocol import Chunk
 from serve.http.error_handlers import as_forgearr_error
-from serve.http.errors import OPENAI_PREFIX, error_response
+from serve.http.errors import error_response
 from serve.http.sse import event, sse_response
 
 
@@ -43,7 +43,7 @@ async def _events(
                     if chunk["choices"] or with_usage
                 )
         except ForgearrError as error:
-            yield event(error_response(as_forgearr_error(error), OPENAI_PREFIX).body)
+            yield event(error_response(as_forgearr_error(error), "openai").body)
             return
     yield event(b"[DONE]")
 

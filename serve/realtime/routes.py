@@ -3,14 +3,14 @@
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, WebSocket
+from fastapi import APIRouter, Path, WebSocket
 
 from cluster.db import get_database
-from cluster.errors import Forbidden, NotFound
+from cluster.errors import NotFound
 from cluster.ownership import Principal
 from jobs import queue
 from serve.realtime.hub import BROADCAST_ROOM, Hub, Message, Subscription, error_message, serve_socket
-from serve.security.callers import authenticate
+from serve.security.callers import AdminSocketCaller, SocketCaller
 from serve.training.sessions import training_status
 
 router = APIRouter()
@@ -20,8 +20,6 @@ ADMIN_ROOMS = frozenset({"jobs"})
 JOB_ROOM = re.compile(r"job:([\w-]{1,64})", re.ASCII)
 MAX_ROOMS = 100
 
-SocketCaller = Annotated[Principal, Depends(authenticate)]
-
 
 @router.websocket("/ws/system")
 async def system(socket: WebSocket, caller: SocketCaller) -> None:
@@ -30,10 +28,8 @@ async def system(socket: WebSocket, caller: SocketCaller) -> None:
 
 
 @router.websocket("/ws/logs")
-async def log_lines(socket: WebSocket, caller: SocketCaller) -> None:
+async def log_lines(socket: WebSocket, caller: AdminSocketCaller) -> None:
     """Send the log lines of the components as they are written."""
-    if not caller.is_admin:
-        raise Forbidden("Only an administrator may read the logs.")
     await _listen_only(socket, socket.app.state.log_hub)
 
 

@@ -19,6 +19,8 @@ from cluster.errors import AccountDisabled, Forbidden, ForgearrError, Unauthenti
 from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from serve.http.errors import error_response
+from serve.http.marks import access
+from serve.http.mounts import marks_of
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ _api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API 
 _bearer = HTTPBearer(auto_error=False, description="An API key or an access token.")
 
 
+@access("user")
 async def authenticate(connection: HTTPConnection) -> Principal:
     """The caller of an HTTP request or a WebSocket handshake; raises Unauthenticated or AccountDisabled."""
     caller = await find_caller(connection)
@@ -85,6 +88,7 @@ async def _optional_caller(
 OptionalCaller = Annotated[Principal | None, Depends(_optional_caller)]
 
 
+@access("user")
 async def _current_caller(caller: OptionalCaller) -> Principal:
     if caller is None:
         raise Unauthenticated()
@@ -94,6 +98,7 @@ async def _current_caller(caller: OptionalCaller) -> Principal:
 CurrentCaller = Annotated[Principal, Depends(_current_caller)]
 
 
+@access("admin")
 async def _admin_caller(caller: CurrentCaller) -> Principal:
     if not caller.is_admin:
         raise Forbidden("Only an administrator may do this.")
@@ -105,11 +110,19 @@ AdminCaller = Annotated[Principal, Depends(_admin_caller)]
 SocketCaller = Annotated[Principal, Depends(authenticate)]
 
 
+@access("admin")
+async def _admin_socket_caller(caller: SocketCaller) -> Principal:
+    return await _admin_caller(caller)
+
+
+AdminSocketCaller = Annotated[Principal, Depends(_admin_socket_caller)]
+
+
 async def send_error(error: ForgearrError, scope: Scope, receive: Receive, send: Send) -> None:
     """Send an error from a middleware, as the response to a request or a WebSocket handshake."""
     if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
         return await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message})
-    await error_response(error, scope["path"])(scope, receive, send)
+    await error_response(error, marks_of(scope).envelope)(scope, receive, send)
 
 
 async def _identify(connection: HTTPConnection) -> Principal | None:

@@ -25,18 +25,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError, RateLimitExceeded
 from cluster.settings import get_settings
+from serve.http.mounts import marks_of
 from serve.security.callers import find_caller, send_error
 
 STORAGE_TIMEOUT_SECONDS = 1.0
-HEALTH_PATHS = ("/health", "/api/health", "/api/v1/health")
-CONFIG_PATH = "/api/v1/config"
-ROUTE_LIMITS = (
-    ("content", "POST", ("/api/v1/shows", "/api/v1/movies")),
-    ("audit", "POST", (f"{CONFIG_PATH}/audit",)),
-    ("apply", "POST", (f"{CONFIG_PATH}/apply", f"{CONFIG_PATH}/rollback")),
-    ("recommendations", "GET", (CONFIG_PATH,)),
-)
-"""Requests with a limit of their own: the setting, the method, and the prefixes of the paths."""
 
 logger = logging.getLogger(__name__)
 
@@ -133,27 +125,18 @@ def limiter() -> FixedWindowRateLimiter:
 async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str]]:
     connection = HTTPConnection(scope)
     settings = get_settings().limits
-    if scope["path"].startswith(HEALTH_PATHS):
+    name = marks_of(scope).rate_limit
+    limit = _parse(getattr(settings, name))
+    if name == "health":
         # By address: to check the credential needs the database, and /health must respond without it.
-        return _parse(settings.health), ("health", client_address(connection))
+        return limit, (name, client_address(connection))
     try:
         caller = await find_caller(connection)
     except ForgearrError:
         caller = None  # the route raises the error again
-    name = _limit_name(scope)
-    limit = _parse(getattr(settings, name))
     if caller is None or caller.id is None:
         return limit, (name, client_address(connection))
     return limit, (name, f"user {caller.id}")
-
-
-def _limit_name(scope: Scope) -> str:
-    """The setting that limits a request. Requests with the same setting are counted together."""
-    path: str = scope["path"].rstrip("/")
-    for name, method, paths in ROUTE_LIMITS:
-        if scope.get("method") == method and any(path == prefix or path.startswith(f"{prefix}/") for prefix in paths):
-            return name
-    return "general"
 
 
 def _login_callers(email: str, address: str) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -12,13 +12,14 @@ from cluster.db import get_database, now
 from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, Unauthenticated
 from cluster.settings import get_settings
 from cluster.times import RequestTime, UtcTime
+from serve.http.marks import access
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller, OptionalCaller
 from serve.security.rate_limits import check_login, client_address, count_failed_login
 
 MAX_KEY_DAYS = 3650
 
-router = APIRouter(prefix="/api/v1/auth", tags=["Auth"])
+router = APIRouter(prefix="/api/v1/auth")
 
 
 class RegistrationClosed(Forbidden):
@@ -114,6 +115,7 @@ class CreatedApiKey(ApiKeyView):
 
 
 @router.post("/register", status_code=201)
+@access("registration")
 async def register(body: Registration, caller: OptionalCaller) -> Account:
     """Create an account. If registration is closed, only administrators may do this."""
     if not get_settings().registration_open and not (caller and caller.is_admin):
@@ -131,6 +133,7 @@ async def register(body: Registration, caller: OptionalCaller) -> Account:
 
 
 @router.post("/login")
+@access("public")
 async def login(body: Login, request: Request) -> Tokens:
     """Exchange an email and a password for an access token and a refresh token."""
     address = client_address(request)
@@ -150,6 +153,7 @@ async def login(body: Login, request: Request) -> Tokens:
 
 
 @router.post("/refresh")
+@access("public")
 async def refresh(body: RefreshTokenBody) -> Tokens:
     """Exchange a refresh token for new tokens. It can be used once: a second use ends the whole login."""
     async with get_database().transaction() as session:
@@ -160,6 +164,7 @@ async def refresh(body: RefreshTokenBody) -> Tokens:
 
 
 @router.post("/logout", status_code=204)
+@access("public")
 async def logout(body: RefreshTokenBody) -> None:
     """End the login of a refresh token."""
     async with get_database().transaction() as session:

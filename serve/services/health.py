@@ -17,10 +17,10 @@ from cluster.services.health_checks import ServiceCheck
 from cluster.services.store import ServiceNotFound
 from cluster.settings import get_settings
 from cluster.times import UtcTime
-from serve.http.errors import ERROR_RESPONSES
+from serve.http.marks import rate_limit
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/health", tags=["Monitoring"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/health")
 
 MAX_CHECK_AGE = timedelta(seconds=30)
 """An older check is not returned: the service is checked again."""
@@ -49,6 +49,7 @@ class CircuitView(BaseModel):
 
 
 @router.get("/{service}")
+@rate_limit("health")
 async def show_service_health(service: ServiceName, caller: CurrentCaller) -> ServiceHealth:
     """Get the health of a service. If it does not work, the response is 503, with the reason in `details`."""
     database = get_database()
@@ -70,6 +71,7 @@ async def show_service_health(service: ServiceName, caller: CurrentCaller) -> Se
 
 
 @router.get("/circuit-breaker/{service}")
+@rate_limit("health")
 async def show_circuit_breaker(service: ServiceName, caller: CurrentCaller) -> CircuitView:
     """Get the circuit breaker of a service.
 

@@ -18,11 +18,10 @@ from cluster.services.health_checks import ServiceCheck
 from cluster.services.store import Service
 from cluster.times import UtcTime
 from pipelines.media.check_services import enqueue_check
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/services", tags=["Services"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/services")
 
 MAX_ID = 2**63 - 1
 

@@ -15,12 +15,11 @@ from cluster.services import store as service_store
 from cluster.services.store import ServiceNotFound
 from pipelines.media.audit import schedule as audit_schedule
 from pipelines.media.check_services import enqueue_check
-from serve.http.errors import ERROR_RESPONSES
 from serve.models.names import active_model
 from serve.security.callers import AdminCaller, CurrentCaller
 from serve.services.routes import Url
 
-router = APIRouter(prefix="/api/v1/settings", tags=["Settings"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/settings")
 
 Hours = Literal[1, 2, 3, 4, 6, 8, 12, 24, 168]
 

@@ -13,11 +13,10 @@ from cluster.services.tools import tool_parameters
 from cluster.times import UtcTime
 from pipelines.tools import calls as tool_calls
 from pipelines.tools.calls import ToolCall, ToolCallOutcome
-from serve.http.errors import ERROR_RESPONSES
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import AdminCaller, CurrentCaller
 
-router = APIRouter(prefix="/api/v1/mcp", tags=["Service tools"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/mcp")
 
 ServerName = Annotated[str, Path(max_length=100, description="Type or name of a service.", examples=["sabnzbd"])]
 

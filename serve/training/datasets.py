@@ -21,13 +21,13 @@ from pipelines.training.data import datasets
 from pipelines.training.data.content import SampleFile
 from pipelines.training.data.datasets import NAME_PATTERN, Dataset
 from pipelines.training.data.parsing import read_lines, read_samples
-from serve.http.errors import ERROR_RESPONSES
+from serve.http.marks import streams_body
 from serve.http.pagination import Page, PaginationParams
 from serve.http.uploads import receive_body
 from serve.security.callers import CurrentCaller
 from serve.training.prompts import JSON_LINES, JSON_LINES_REQUEST, JSON_LINES_RESPONSES
 
-router = APIRouter(prefix="/api/v1/datasets", tags=["Training"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/v1/datasets")
 
 MAX_UPLOAD_BYTES = 512 * 1024 * 1024
 CHUNK_BYTES = 256 * 1024
@@ -53,6 +53,7 @@ class DatasetView(BaseModel):
     status_code=201,
     openapi_extra=JSON_LINES_REQUEST,
 )
+@streams_body
 async def create_dataset(
     request: Request, caller: CurrentCaller, name: Annotated[str, Query(pattern=NAME_PATTERN)]
 ) -> DatasetView:

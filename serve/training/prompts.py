@@ -20,12 +20,12 @@ from pipelines.training.data import prompts
 from pipelines.training.data.messages import Message, Tool, ToolCall
 from pipelines.training.data.parsing import EmptyData, read_lines
 from pipelines.training.data.prompts import MAX_ID, PAGE_SIZE, Input, Name, Prompt, PromptRequest, Tags
-from serve.http.errors import ERROR_RESPONSES, Responses
+from serve.http.errors import Responses
 from serve.http.pagination import Page, PaginationParams
 from serve.http.uploads import receive_body
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api/training/prompts", tags=["Training"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/training/prompts")
 
 MAX_IMPORT_BYTES = 32 * 1024 * 1024
 JSON_LINES = "application/x-ndjson"

@@ -25,11 +25,11 @@ from pipelines.training import workers as training_workers
 from pipelines.training.data import resolution
 from pipelines.training.sessions import TrainingSession
 from pipelines.training.spec import DataSource, FineTuneSpec, PromptFilter
-from serve.http.errors import ERROR_RESPONSES, SCHEMA_REFERENCE
+from serve.http.errors import SCHEMA_REFERENCE
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api/training/sessions", tags=["Training"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/training/sessions")
 
 SessionId = Annotated[str, Path(max_length=40)]
 JOB_PREFIX = "job_"

@@ -11,10 +11,9 @@ from cluster.db import get_database
 from cluster.times import UtcTime
 from pipelines.training import workers as training_workers
 from pipelines.training.workers import TrainingWorker
-from serve.http.errors import ERROR_RESPONSES
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/api/training/workers", tags=["Training"], responses=ERROR_RESPONSES)
+router = APIRouter(prefix="/api/training/workers")
 
 
 class WorkerView(BaseModel):

@@ -1,6 +1,6 @@
 """Who may do what: every operation of the OpenAPI document, with every sort of credential.
 
-An operation that is named in no table below has to refuse strangers, so a new route is safe or it fails here.
+What the routes say about their access is compared with what they do.
 """
 
 from collections.abc import AsyncIterator
@@ -14,9 +14,8 @@ import httpx
 import jwt
 import pytest
 from fastapi import FastAPI
-from fastapi.routing import _IncludedRouter  # pyright: ignore[reportPrivateUsage]
+from fastapi.routing import APIRoute, APIWebSocketRoute
 from pwdlib import PasswordHash
-from starlette.routing import WebSocketRoute
 from starlette.types import Message
 
 from cluster import identity, ownership
@@ -32,75 +31,40 @@ from pipelines.training.data import content as data_content
 from pipelines.training.data import datasets, prompts, resolution
 from pipelines.training.sessions import TrainingSession
 from serve.app import create_app
+from serve.http.marks import Access, access_of
+from serve.http.mounts import methods_of
 from serve.openai.batches.store import Batch
 from serve.openai.responses import store as response_store
 from serve.openai.responses.events import ResponseStream
 from serve.openai.responses.request import ResponseRequest
+from serve.routes import MOUNTS
 
 PASSWORD = "correct horse battery"
 PROMPT = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes."}
 FEEDBACK = {"target": "agent_message", "target_id": "msg_1", "rating": "down"}
 LEARN = {"data": {"dataset": "demo/homelab"}}
 
-PUBLIC = {
-    "GET /health",
-    "GET /metrics",
-    "GET /api/v1/ping",
-    "POST /api/v1/auth/login",
-    "POST /api/v1/auth/refresh",
-    "POST /api/v1/auth/logout",
-}
+
+def marked(access: Access, *, sockets: bool = False) -> set[str]:
+    """The operations, or the addresses of WebSockets, whose routes say that this access is needed."""
+    routes = [route for mount in MOUNTS for route in mount.routes if access_of(route) == access]
+    if sockets:
+        return {route.path for route in routes if isinstance(route, APIWebSocketRoute)}
+    documented = [route for route in routes if isinstance(route, APIRoute) and route.include_in_schema]
+    return {f"{method} {route.path_format}" for route in documented for method in methods_of(route)}
+
+
+PUBLIC = marked("public")
 """They do not look at credentials, not even at wrong ones: health and metrics must answer when the database does not,
 and whoever logs in or refreshes often still sends the access token that has expired."""
 
-ADMIN_ONLY = {"POST /api/v1/auth/register"}
+ADMIN_ONLY = marked("registration")
 """403 for users; and for strangers, whom no credential of their own would help."""
 
-FOR_ADMINISTRATORS = {
-    "POST /deploy/{job_id}",
-    "POST /api/v1/models/{name}/deploy",
-    "POST /api/v1/models/{name}/rollback",
-    "HEAD /api/blobs/{digest}",
-    "POST /api/blobs/{digest}",
-    "POST /api/create",
-    "POST /api/copy",
-    "POST /api/pull",
-    "POST /api/push",
-    "POST /v1/retrain",
-    "GET /v1/retrain/{job_id}",
-    "POST /v1/retrain/{job_id}/pause",
-    "POST /v1/retrain/{job_id}/resume",
-    "DELETE /api/v1/models/{name}",
-    "DELETE /api/v1/models/{name}/versions/{version}",
-    "POST /api/v1/repos",
-    "GET /api/v1/repos",
-    "GET /api/v1/repos/{repository}",
-    "PATCH /api/v1/repos/{repository}",
-    "DELETE /api/v1/repos/{repository}",
-    "POST /api/v1/repos/{repository}/check",
-    "GET /v1/retrain/monitor",
-    "POST /api/services",
-    "PUT /api/services/{service_id}",
-    "DELETE /api/services/{service_id}",
-    "POST /api/services/{service_id}/test",
-    "DELETE /api/v1/shows/{series_id}",
-    "DELETE /api/v1/movies/{movie_id}",
-    "POST /api/v1/downloads/pause",
-    "POST /api/v1/downloads/resume",
-    "DELETE /api/v1/downloads/{nzo_id}",
-    "POST /api/v1/media/scan",
-    "GET /api/v1/mcp/calls",
-    "PUT /api/v1/recovery/policy",
-    "DELETE /api/v1/recovery/policy",
-    "POST /api/v1/recovery/run",
-    "POST /api/v1/config/audit",
-    "POST /api/v1/config/apply",
-    "POST /api/v1/config/rollback",
-    "PUT /api/v1/settings",
-}
+FOR_ADMINISTRATORS = marked("admin")
 """403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
 
-SIGNED = {"POST /webhooks/{provider}"}
+SIGNED = marked("signed")
 """They look at a signature, and at no credential: without it everybody gets 401."""
 
 EVERYBODYS = (
@@ -128,8 +92,8 @@ OWNED_LISTS = (
 
 OPENAI_LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/batches")
 
-SOCKETS = {"/ws/system", "/ws/training/{training_id}", "/ws/{client_id}"}
-ADMIN_SOCKETS = {"/ws/logs"}
+SOCKETS = marked("user", sockets=True)
+ADMIN_SOCKETS = marked("admin", sockets=True)
 
 Headers = dict[str, str]
 Statuses = dict[str, int]
@@ -410,10 +374,6 @@ async def test_a_users_job_of_an_administrators_kind_is_refused(server: GuardedS
 # WebSockets
 
 
-async def test_every_socket_is_in_a_table(server: GuardedServer) -> None:
-    assert sockets(server.app) == SOCKETS | ADMIN_SOCKETS
-
-
 async def test_strangers_get_no_socket(server: GuardedServer) -> None:
     assert set((await connect_all(server, {})).values()) == {401}
 
@@ -447,13 +407,6 @@ def operations(app: FastAPI) -> list[str]:
     return [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
 
 
-def sockets(app: FastAPI) -> set[str]:
-    """The addresses of all WebSockets, of which OpenAPI does not speak."""
-    routers = [route.original_router for route in app.routes if isinstance(route, _IncludedRouter)]
-    routes = [*app.routes, *(route for router in routers for route in router.routes)]
-    return {route.path for route in routes if isinstance(route, WebSocketRoute)}
-
-
 def having(statuses: Statuses, *wanted: int) -> set[str]:
     return {name for name, status in statuses.items() if status in wanted}
 
@@ -485,7 +438,8 @@ async def wrong_credential(sort: str, server: GuardedServer, database: Database)
 async def connect_all(server: GuardedServer, headers: Headers) -> Statuses:
     """What the server says to a handshake at each WebSocket's address: 101, or the status of its refusal."""
     known = {"client_id": "client-1", "training_id": server.ids["session_id"]}
-    return {path: await _shake_hands(server.app, path.format_map(known), headers) for path in sockets(server.app)}
+    paths = SOCKETS | ADMIN_SOCKETS
+    return {path: await _shake_hands(server.app, path.format_map(known), headers) for path in paths}
 
 
 async def _shake_hands(app: FastAPI, path: str, headers: Headers) -> int:

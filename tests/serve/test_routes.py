@@ -1,18 +1,33 @@
-"""The table of routers: which route answers an address does not depend on their order."""
+"""The table of routers: each route has its marks, and which route answers does not depend on an order."""
 
 import re
+from collections import defaultdict
 from itertools import combinations
 
-from fastapi.routing import APIRoute, APIWebSocketRoute
+import httpx
+import pytest
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 
-from serve.routes import ROUTERS
+from cluster.db import Database
+from serve.app import create_app
+from serve.http.errors import ERROR_RESPONSES
+from serve.http.marks import Route, access, access_of
+from serve.http.mounts import IncompleteMarks, Marks, Mount, RouteIndex, marks_of_route, methods_of
+from serve.middleware.strict_input import MAX_BODY_BYTES
+from serve.routes import MOUNTS
+from serve.security.callers import AdminCaller, CurrentCaller
 
-Route = APIRoute | APIWebSocketRoute
+ROUTES = [(mount, route) for mount in MOUNTS for route in mount.routes]
+STREAMING = [
+    *("/api/v1/datasets", "/v1/files", "/v1/uploads/upload_1/parts"),
+    f"/api/blobs/sha256:{'0' * 64}",
+]
 
 
 def test_a_literal_path_is_never_behind_a_parameter() -> None:
-    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, Route)]
-    assert len(routes) > 150
+    assert len(ROUTES) > 150
+    routes = [route for _, route in ROUTES]
     hidden = [(later.path, earlier.path) for earlier, later in combinations(routes, 2) if _hides(earlier, later)]
     assert hidden == []
 
@@ -25,15 +40,101 @@ def test_a_route_behind_a_parameter_would_be_found() -> None:
     assert not _hides(APIRoute("/jobs/{job_id}", answer, methods=["POST"]), APIRoute("/jobs/newest", answer))
 
 
+def test_every_operation_has_one_tag_and_one_envelope(home: object) -> None:
+    marked = {
+        (method.lower(), route.path_format): (mount, marks_of_route(mount, route))
+        for mount, route in ROUTES
+        if isinstance(route, APIRoute) and route.include_in_schema
+        for method in methods_of(route)
+    }
+    paths = create_app().openapi()["paths"]
+    operations = {(method, path): paths[path][method] for path in paths for method in paths[path]}
+    assert operations.keys() == marked.keys()
+    for operation, (mount, marks) in marked.items():
+        assert operations[operation]["tags"] == [mount.tag]
+        not_found = operations[operation]["responses"]["404"]["content"]
+        assert not_found == ERROR_RESPONSES[marks.envelope][404]["content"], operation
+
+
+def test_the_envelope_follows_from_the_api() -> None:
+    for mount, route in ROUTES:
+        expected = "openai" if route.path.startswith("/v1/") else "ollama" if mount.tag == "Ollama" else "native"
+        assert mount.envelope == expected, route.path
+
+
+def test_one_address_has_one_envelope() -> None:
+    envelopes: dict[str, set[str]] = defaultdict(set)
+    for mount, route in ROUTES:
+        envelopes[route.path].add(mount.envelope)
+    assert [path for path, found in envelopes.items() if len(found) > 1] == []
+
+
+def test_a_route_without_an_access_class_is_refused() -> None:
+    router = APIRouter()
+
+    @router.get("/secrets")
+    async def secrets() -> None: ...
+
+    with pytest.raises(IncompleteMarks, match="/secrets has no access mark"):
+        RouteIndex([Mount(router, "Test")])
+    access("public")(secrets)
+    assert RouteIndex([Mount(router, "Test")]).find("GET", "/secrets").access == "public"
+
+
+def test_a_router_within_a_router_is_refused() -> None:
+    outer, inner = APIRouter(), APIRouter()
+    outer.include_router(inner)
+    with pytest.raises(IncompleteMarks):
+        RouteIndex([Mount(outer, "Test")])
+
+
+def test_the_access_class_is_that_of_the_caller() -> None:
+    async def by_user(caller: CurrentCaller) -> None: ...
+
+    async def by_admin(caller: AdminCaller) -> None: ...
+
+    assert access_of(APIRoute("/a", by_user)) == "user"
+    assert access_of(APIRoute("/a", by_admin)) == "admin"
+
+
+def test_the_index_finds_the_marks_of_every_route() -> None:
+    index = RouteIndex(MOUNTS)
+    for mount, route in ROUTES:
+        for method in methods_of(route):
+            assert index.find(method, _example(route.path)) == marks_of_route(mount, route), route.path
+    # As Starlette's patterns do.
+    assert index.find("POST", "/api/v1/config/audit\n").rate_limit == "audit"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "envelope"),
+    [
+        ("GET", "/v1/nothing", "openai"),
+        ("PUT", "/v1/models/a/b", "openai"),
+        ("PUT", "/api/chat", "ollama"),
+        ("PUT", "/api/blobs/sha256:0", "ollama"),
+        ("GET", "/api/nothing", "native"),
+        ("GET", "/", "native"),
+        ("GET", "", "native"),
+        ("WEBSOCKET", "/v1/realtime", "openai"),
+    ],
+)
+def test_where_there_is_no_route_the_envelope_is_that_of_the_address(method: str, path: str, envelope: str) -> None:
+    assert RouteIndex(MOUNTS).find(method, path) == Marks(envelope)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("path", STREAMING)
+async def test_only_some_routes_take_long_bodies(database: Database, path: str) -> None:
+    headers = {"Content-Length": str(MAX_BODY_BYTES + 1)}
+    transport = httpx.ASGITransport(create_app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        assert (await client.post(path, content=b"x", headers=headers)).status_code != 413
+        assert (await client.post(f"{path}/nothing", content=b"x", headers=headers)).status_code == 413
+
+
 def _hides(earlier: Route, later: Route) -> bool:
     """Whether every request for the later route would be answered by the earlier one."""
-    return _is_same_method(earlier, later) and re.match(earlier.path_regex, _example(later.path)) is not None
-
-
-def _is_same_method(one: Route, other: Route) -> bool:
-    if isinstance(one, APIRoute) and isinstance(other, APIRoute):
-        return bool(set(one.methods or ()) & set(other.methods or ()))
-    return isinstance(one, APIWebSocketRoute) and isinstance(other, APIWebSocketRoute)
+    return bool(methods_of(earlier) & methods_of(later)) and bool(re.match(earlier.path_regex, _example(later.path)))
 
 
 def _example(path: str) -> str:

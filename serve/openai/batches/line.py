@@ -19,7 +19,7 @@ from cluster.ownership import Principal
 from jobs.retry_policy import backoff
 from serve.engines.protocol import Engine, EngineLost
 from serve.http.error_handlers import as_forgearr_error
-from serve.http.errors import OPENAI_PREFIX, error_response
+from serve.http.errors import error_response
 from serve.http.schemas import StrictModel
 from serve.models.resolver import ModelResolver, ResolvedModel
 from serve.openai.chat import complete_chat
@@ -121,9 +121,7 @@ def _failed_result(number: int, line: BatchLine, error: Exception) -> LineResult
     if not isinstance(error, ForgearrError | RequestValidationError):
         log.error("line %d of a batch failed", number, exc_info=error)
     api_error = as_forgearr_error(error)
-    return _line_result(
-        number, line, api_error.status, orjson.loads(bytes(error_response(api_error, OPENAI_PREFIX).body))
-    )
+    return _line_result(number, line, api_error.status, orjson.loads(bytes(error_response(api_error, "openai").body)))
 
 
 def _line_result(number: int, line: BatchLine, status: int, body: dict[str, Any]) -> LineResult:

@@ -11,7 +11,6 @@ from cluster.db import get_database
 from cluster.files.store import MAX_ID_LENGTH
 from cluster.ownership import visible
 from jobs.tables import Job
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.pagination import CursorPage, cursor_page
 from serve.http.schemas import StrictModel
 from serve.openai.batches import store as batch_store
@@ -21,7 +20,7 @@ from serve.openai.files.validation import BatchUrl
 from serve.openai.responses.request import Metadata
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1/batches")
 
 BatchId = Annotated[str, Field(max_length=100)]
 

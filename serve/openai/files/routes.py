@@ -16,14 +16,15 @@ from cluster.db import get_database
 from cluster.files import store as file_store
 from cluster.files.store import MAX_ID_LENGTH, File
 from cluster.settings import get_settings
-from serve.http.errors import OPENAI_ERROR_RESPONSES, Responses
+from serve.http.errors import Responses
+from serve.http.marks import streams_body
 from serve.http.pagination import CursorPage, cursor_page
 from serve.http.uploads import receive_form
 from serve.openai.files import validation
 from serve.openai.files.schemas import BATCH_DAYS, DAY_SECONDS, DeletedFile, FileObject, file_fields, file_object
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1/files", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1/files")
 
 CHUNK_BYTES = 256 * 1024
 MAX_LISTED = 10_000
@@ -52,6 +53,7 @@ CONTENT_RESPONSES: Responses = {
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD_FORM_SCHEMA}}}
     },
 )
+@streams_body
 async def create_file(request: Request, caller: CurrentCaller) -> FileObject:
     """Upload a file. Files for fine-tuning and batches are validated at once; `status_details` has the error."""
     async with receive_form(request, get_settings().files.max_mb * MEBIBYTE) as form:

@@ -8,7 +8,7 @@ from pydantic import Field
 from cluster.db import get_database
 from cluster.files import uploads as file_uploads
 from cluster.settings import get_settings
-from serve.http.errors import OPENAI_ERROR_RESPONSES
+from serve.http.marks import streams_body
 from serve.http.uploads import UploadTooLarge, receive_form
 from serve.openai.files import validation
 from serve.openai.files.routes import MEBIBYTE
@@ -22,7 +22,7 @@ from serve.openai.files.schemas import (
 )
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1/uploads", tags=["Files"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1/uploads")
 
 MAX_PART_MB = 64
 
@@ -56,6 +56,7 @@ async def create_upload(body: UploadRequest, caller: CurrentCaller) -> UploadObj
     "/{upload_id}/parts",
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": PART_FORM_SCHEMA}}}},
 )
+@streams_body
 async def add_part(upload_id: UploadId, request: Request, caller: CurrentCaller) -> PartObject:
     """Add a part of up to 64 MiB. Parts may be sent in any order, in parallel and repeatedly."""
     async with get_database().read_transaction() as session:

@@ -16,7 +16,6 @@ from jobs.queue import JobRequest
 from jobs.tables import Job
 from pipelines.training.data import resolution
 from pipelines.training.spec import DataSource
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.pagination import CursorPage, cursor_page
 from serve.jobs.routes import JobId
 from serve.models import fine_tuned_names
@@ -26,7 +25,7 @@ from serve.openai.fine_tuning.schemas import Checkpoint, FineTuningJob, FineTuni
 from serve.openai.fine_tuning.view import checkpoint_view, job_view, with_metadata
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1/fine_tuning/jobs")
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[Annotated[str, Field(max_length=100)] | SkipJsonSchema[None], Query()]

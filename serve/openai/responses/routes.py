@@ -20,7 +20,6 @@ from serve.engines.protocol import EngineRequest as EngineRequest
 from serve.http import sse
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.error_handlers import as_forgearr_error
-from serve.http.errors import OPENAI_ERROR_RESPONSES
 from serve.http.pagination import CursorPage, cursor_page
 from serve.models.dependencies import get_engine, get_models
 from serve.models.resolver import ResolvedModel
@@ -34,7 +33,7 @@ from serve.openai.responses.request import ResponseRequest
 from serve.openai.responses.schemas import DeletedResponse
 from serve.security.callers import CurrentCaller
 
-router = APIRouter(prefix="/v1/responses", tags=["Responses"], responses=OPENAI_ERROR_RESPONSES)
+router = APIRouter(prefix="/v1/responses")
 
 SaveResponse = Callable[[dict[str, Any]], Awaitable[None]]
 ResponseId = Annotated[str, Field(max_length=100)]

@@ -15,12 +15,13 @@ from cluster.logs import request_id
 from serve.http.error_handlers import handle_errors
 from serve.http.errors import (
     ERROR_RESPONSES,
-    OPENAI_ERROR_RESPONSES,
     ErrorEnvelope,
     OpenAIErrorEnvelope,
     OpenAIRateLimitEnvelope,
     RateLimitEnvelope,
 )
+from serve.http.marks import access
+from serve.http.mounts import Mount, mount_all
 from serve.middleware import request_frame, strict_input
 from serve.monitoring.metrics import RequestMetrics
 
@@ -48,16 +49,18 @@ class Item(BaseModel):
 
 
 def build_app() -> FastAPI:
-    app = FastAPI(responses=ERROR_RESPONSES)
-    openai = APIRouter(prefix="/v1", responses=OPENAI_ERROR_RESPONSES)
+    app = FastAPI(responses=ERROR_RESPONSES["native"])
+    openai = APIRouter(prefix="/v1")
 
     @app.get("/errors/{number}")
     @openai.get("/errors/{number}")
+    @access("public")
     async def fail(number: int) -> None:
         raise ERRORS[number]
 
     @app.post("/items")
     @openai.post("/items")
+    @access("public")
     async def create(item: Item) -> Item:
         return item
 
@@ -73,7 +76,7 @@ def build_app() -> FastAPI:
     async def read_id() -> str | None:
         return request_id.get()
 
-    app.include_router(openai)
+    mount_all(app, [Mount(openai, "Test", "openai")])
     handle_errors(app)
     app.add_middleware(strict_input.InputValidationMiddleware)
     app.add_middleware(request_frame.RequestContextMiddleware, metrics=RequestMetrics())
@@ -257,5 +260,5 @@ async def test_openapi_declares_what_is_sent(client: httpx.AsyncClient) -> None:
 def test_an_envelope_with_odd_details_can_still_be_sent() -> None:
     from serve.http.errors import error_response
 
-    body = error_response(Conflict(details={"paths": {1}, "when": float("nan")}), "/api").body
+    body = error_response(Conflict(details={"paths": {1}, "when": float("nan")}), "native").body
     TypeAdapter(ErrorEnvelope).validate_python(json.loads(bytes(body)))

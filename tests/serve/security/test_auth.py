@@ -18,6 +18,7 @@ from cluster.db import Database, now
 from cluster.secrets import signing_key
 from cluster.settings import get_settings
 from serve.http.error_handlers import handle_errors
+from serve.http.mounts import Mount, mount_all
 from serve.middleware import strict_input
 from serve.security import rate_limits
 from serve.security.callers import AdminCaller, CurrentCaller, SocketCaller
@@ -30,7 +31,7 @@ LOGIN = {"email": "ada@example.com", "password": PASSWORD}
 
 def build_app() -> FastAPI:
     app = FastAPI()
-    app.include_router(router)
+    mount_all(app, [Mount(router, "Auth")])
     app.add_middleware(strict_input.InputValidationMiddleware)
     app.add_middleware(OriginGuard)
     handle_errors(app)

@@ -13,14 +13,17 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.requests import HTTPConnection
 
 from cluster import identity
 from cluster.db import Database
 from cluster.errors import RateLimitExceeded
 from cluster.settings import get_settings
+from serve.app import create_app
 from serve.http.error_handlers import handle_errors
+from serve.http.marks import access, rate_limit
+from serve.http.mounts import Mount, mount_all
 from serve.security import rate_limits
 from serve.security.callers import CurrentCaller
 from serve.security.rate_limits import RateLimitMiddleware, check_login, client_address, count_failed_login
@@ -70,15 +73,24 @@ def connect() -> Connect:
     app = FastAPI()
     app.add_middleware(RateLimitMiddleware)
     handle_errors(app)
+    native, openai = APIRouter(), APIRouter()
 
-    @app.get("/whoami")
+    @native.get("/whoami")
     async def whoami(caller: CurrentCaller) -> str:
         return caller.name
 
-    @app.get("/v1/models")
-    @app.get("/health")
+    @openai.get("/v1/models")
+    @access("public")
+    async def models() -> list[str]:
+        return []
+
+    @native.get("/health")
+    @access("public")
+    @rate_limit("health")
     async def health() -> str:
         return "healthy"
+
+    mount_all(app, [Mount(native, "Test"), Mount(openai, "Test", "openai")])
 
     @asynccontextmanager
     async def client(address: str) -> AsyncGenerator[httpx.AsyncClient]:
@@ -152,19 +164,34 @@ async def test_made_up_credentials_share_the_allowance_of_their_address(connect:
         assert (await client.get("/whoami")).status_code == 401
 
 
-async def test_what_people_ask_for_has_a_limit_of_its_own(
-    connect: Connect, database: Database, limited: Callable[..., None]
+LIMITS = {
+    "health": ["GET /health", "GET /health/sonarr", "GET /health/circuit-breaker/sonarr"],
+    "content": [
+        *("POST /api/v1/shows", "POST /api/v1/shows/", "POST /api/v1/shows/7/search"),
+        *("POST /api/v1/movies", "POST /api/v1/movies/", "POST /api/v1/movies/7/search"),
+    ],
+    "audit": ["POST /api/v1/config/audit", "POST /api/v1/config/audit%0A"],
+    "apply": ["POST /api/v1/config/apply", "POST /api/v1/config/rollback"],
+    "recommendations": [
+        *("GET /api/v1/config/recommendations", "GET /api/v1/config/recommendations/1", "GET /api/v1/config/rules"),
+        *("GET /api/v1/config/audit/history", "GET /api/v1/config/audit/1"),
+    ],
+    "general": ["GET /api/v1/shows/", "GET /api/v1/movies/7", "PUT /api/v1/settings", "POST /api/v1/shows/x/y/z"],
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+async def test_some_routes_share_a_limit_of_their_own(
+    name: str, database: Database, limited: Callable[..., None]
 ) -> None:
-    limited(limits__content="2/hour")
-    ada, bob = await add_key(database), await add_key(database, "bob")
-    async with connect("192.0.2.1") as client:
-        for path, remaining in (("/api/v1/shows/", "1"), ("/api/v1/movies/7/search", "0")):
-            answer = await client.post(path, headers=ada)
-            assert (answer.headers["X-RateLimit-Limit"], answer.headers["X-RateLimit-Remaining"]) == ("2", remaining)
-        assert (await client.post("/api/v1/movies", headers=ada)).status_code == 429
-        assert (await client.post("/api/v1/movies", headers=bob)).status_code == 404
-        for path in ("/api/v1/shows/", "/api/v1/showsx"):
-            assert (await client.get(path, headers=ada)).headers["X-RateLimit-Limit"] == "3"
+    limited(**{f"limits__{limit}": "9/hour" if limit == name else "99/hour" for limit in LIMITS})
+    transport = httpx.ASGITransport(create_app(), client=("192.0.2.1", 40000))
+    async with httpx.AsyncClient(transport=transport, base_url="https://api.example") as client:
+        key = await add_key(database)
+        for number, operation in enumerate(LIMITS[name], 1):
+            method, path = operation.split()
+            headers = (await client.request(method, path, headers=key)).headers
+            assert (headers["X-RateLimit-Limit"], headers["X-RateLimit-Remaining"]) == ("9", str(9 - number)), operation
 
 
 @pytest.mark.usefixtures("limited")
