@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
@@ -108,9 +108,8 @@ async def list_feedback(
         query = query.where(Feedback.prompt_id.is_not(None) if learned else Feedback.prompt_id.is_(None))
     newest_first = query.order_by(Feedback.created_at.desc(), Feedback.id)
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(newest_first.offset(paging.skip).limit(paging.limit))
-        return paging.page([_view(row) for row in rows], total)
+        rows = await paging.read(session, newest_first)
+        return paging.page([_view(row) for row in rows.items], rows.total)
 
 
 @router.get("/api/v1/feedback/{feedback_id}")

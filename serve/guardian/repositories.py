@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from cluster.db import get_database
 from cluster.times import UtcTime
@@ -98,9 +98,8 @@ async def list_repositories(
     """List repositories by name."""
     query = select(Repository) if path is None else select(Repository).where(Repository.path == path)
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(query.order_by(Repository.name).offset(paging.skip).limit(paging.limit))
-        return paging.page([_view(repository) for repository in rows], total)
+        rows = await paging.read(session, query.order_by(Repository.name))
+        return paging.page([_view(repository) for repository in rows.items], rows.total)
 
 
 @router.get("/{repository}")

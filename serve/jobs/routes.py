@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from pydantic import BaseModel, Field
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
@@ -116,9 +116,8 @@ async def list_jobs(
     if created_before:
         query = query.where(Job.created_at < created_before)
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        newest_first = query.order_by(Job.created_at.desc(), Job.id.desc()).offset(paging.skip).limit(paging.limit)
-        return paging.page(await _views(session, list(await session.scalars(newest_first))), total)
+        rows = await paging.read(session, query.order_by(Job.created_at.desc(), Job.id.desc()))
+        return paging.page(await _views(session, rows.items), rows.total)
 
 
 @router.get("/{job_id}")

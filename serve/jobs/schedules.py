@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from cluster.db import get_database
 from cluster.ownership import visible
@@ -47,9 +47,8 @@ async def create_schedule(body: ScheduleRequest, caller: CurrentCaller) -> Sched
 async def list_schedules(caller: CurrentCaller, paging: PaginationParams) -> Page[ScheduleView]:
     query = visible(select(Schedule), Schedule, caller)
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(query.order_by(Schedule.name).offset(paging.skip).limit(paging.limit))
-        return paging.page([_view(schedule) for schedule in rows], total)
+        rows = await paging.read(session, query.order_by(Schedule.name))
+        return paging.page([_view(schedule) for schedule in rows.items], rows.total)
 
 
 @router.get("/{schedule_id}")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
@@ -24,6 +24,7 @@ from pipelines.media.audit.rules import PRIORITIES, Category, Priority
 from pipelines.media.audit.tables import Audit, AuditNotFound, Recommendation
 from serve.http.job_wait import UNFINISHED_RESPONSE, WaitSeconds, wait_for_job
 from serve.http.marks import rate_limit
+from serve.http.pagination import offset_slice
 from serve.media.audit_schemas import (
     ApplyRequest,
     AuditHistory,
@@ -103,10 +104,9 @@ async def audit_configuration(
 async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: PageSize = 10) -> AuditHistory:
     """List the finished audits, the newest first."""
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(Audit)) or 0
-        newest = select(Audit).order_by(Audit.at.desc(), Audit.id.desc())
-        rows = list(await session.scalars(newest.offset((page - 1) * page_size).limit(page_size)))
-        applied = await audit_tables.applied_counts(session, [row.id for row in rows])
+        newest_first = select(Audit).order_by(Audit.at.desc(), Audit.id.desc())
+        rows = await offset_slice(session, newest_first, (page - 1) * page_size, page_size)
+        applied = await audit_tables.applied_counts(session, [row.id for row in rows.items])
     audits = [
         PastAudit(
             audit_id=row.id,
@@ -117,9 +117,9 @@ async def list_audits(caller: CurrentCaller, page: PageNumber = 1, page_size: Pa
             applied_count=applied.get(row.id, 0),
             failed_services=row.failed,
         )
-        for row in rows
+        for row in rows.items
     ]
-    return AuditHistory(audits=audits, pagination=pagination_of(page, page_size, total))
+    return AuditHistory(audits=audits, pagination=pagination_of(page, page_size, rows.total))
 
 
 @router.get("/audit/{audit_id}")
@@ -163,13 +163,12 @@ async def list_recommendations(
     async with get_database().read_transaction() as session:
         if service is not None:
             query = query.where(Recommendation.service_id == await _service_id(session, service))
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(by_severity(query).offset((page - 1) * page_size).limit(page_size))
+        rows = await offset_slice(session, by_severity(query), (page - 1) * page_size, page_size)
         handles = await service_handles(session)
-        views = [RecommendationView(**recommendation_fields(row, handles)) for row in rows]
+        views = [RecommendationView(**recommendation_fields(row, handles)) for row in rows.items]
     return RecommendationPage(
         recommendations=views,
-        pagination=pagination_of(page, page_size, total),
+        pagination=pagination_of(page, page_size, rows.total),
         filters_applied={name: value for name, value in filters.items() if value is not None},
     )
 

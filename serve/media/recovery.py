@@ -101,9 +101,8 @@ async def list_recoveries(
     if service is not None:
         query = query.where(func.lower(Recovery.service) == service.lower())
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(query.order_by(Recovery.id.desc()).offset(paging.skip).limit(paging.limit))
-        return paging.page([RecoveryView.model_validate(row, from_attributes=True) for row in rows], total)
+        rows = await paging.read(session, query.order_by(Recovery.id.desc()))
+        return paging.page([RecoveryView.model_validate(row, from_attributes=True) for row in rows.items], rows.total)
 
 
 @router.get("/downloads")
@@ -116,9 +115,8 @@ async def list_followed_downloads(
         query = query.where(FollowedDownload.state == state)
     ordered = query.order_by(FollowedDownload.ended_at.is_not(None), FollowedDownload.id.desc())
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(ordered.offset(paging.skip).limit(paging.limit))
-        return paging.page([DownloadView.model_validate(row, from_attributes=True) for row in rows], total)
+        rows = await paging.read(session, ordered)
+        return paging.page([DownloadView.model_validate(row, from_attributes=True) for row in rows.items], rows.total)
 
 
 @router.get("/policy")

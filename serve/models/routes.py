@@ -75,9 +75,8 @@ class RollbackResult(BaseModel):
 async def list_models(caller: CurrentCaller, paging: PaginationParams) -> Page[ModelView]:
     """List the models by name, with all their versions."""
     async with registry.connect() as models:
-        all_models = await models.models()
-    page = all_models[paging.skip : paging.skip + paging.limit]
-    return paging.page([_view(model) for model in page], len(all_models))
+        found = paging.cut(await models.models())
+    return paging.page([_view(model) for model in found.items], found.total)
 
 
 @router.get("/{name}")

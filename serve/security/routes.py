@@ -205,8 +205,8 @@ async def list_keys(caller: CurrentCaller, paging: PaginationParams) -> Page[Api
     if caller.id is None:
         return paging.page([], 0)
     async with get_database().read_transaction() as session:
-        keys = [ApiKeyView.model_validate(key) for key, _ in await identity.list_keys(session, caller.id)]
-    return paging.page(keys[paging.skip : paging.skip + paging.limit], len(keys))
+        keys = paging.cut(await identity.list_keys(session, caller.id))
+    return paging.page([ApiKeyView.model_validate(key) for key, _ in keys.items], keys.total)
 
 
 @router.delete("/keys/{key_id}", status_code=204)

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database, now
@@ -202,9 +202,8 @@ async def list_checks(service_id: ServiceId, caller: CurrentCaller, paging: Pagi
     query = select(ServiceCheck).where(ServiceCheck.service_id == service_id)
     async with get_database().read_transaction() as session:
         await service_store.get(session, service_id)
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(query.order_by(ServiceCheck.id.desc()).offset(paging.skip).limit(paging.limit))
-        return paging.page([CheckView.model_validate(row, from_attributes=True) for row in rows], total)
+        rows = await paging.read(session, query.order_by(ServiceCheck.id.desc()))
+        return paging.page([CheckView.model_validate(row, from_attributes=True) for row in rows.items], rows.total)
 
 
 def _columns(body: ServiceRequest | ServiceChanges) -> dict[str, object]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from cluster.db import get_database
 from cluster.services.connector import Tool
@@ -70,9 +70,8 @@ async def list_calls(
     """List the recorded calls of tools, the newest first."""
     query = select(ToolCall) if service is None else select(ToolCall).where(ToolCall.service == service)
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(query.order_by(ToolCall.id.desc()).offset(paging.skip).limit(paging.limit))
-        return paging.page([CallView.model_validate(row, from_attributes=True) for row in rows], total)
+        rows = await paging.read(session, query.order_by(ToolCall.id.desc()))
+        return paging.page([CallView.model_validate(row, from_attributes=True) for row in rows.items], rows.total)
 
 
 @router.get("/{server}/tools")

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from cluster.db import get_database
 from cluster.ownership import visible
@@ -78,9 +78,8 @@ async def list_datasets(
     if name is not None:
         query = query.where(Dataset.name == name)
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        newest_first = query.order_by(Dataset.created_at.desc(), Dataset.id).offset(paging.skip).limit(paging.limit)
-        return paging.page([_view(dataset) for dataset in await session.scalars(newest_first)], total)
+        rows = await paging.read(session, query.order_by(Dataset.created_at.desc(), Dataset.id))
+        return paging.page([_view(dataset) for dataset in rows.items], rows.total)
 
 
 @router.get("/{dataset_id}")

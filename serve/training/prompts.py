@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
@@ -92,9 +92,8 @@ async def list_prompts(
     """List training prompts by id. Administrators see all prompts, others their own."""
     async with get_database().read_transaction() as session:
         query = _filtered_query(session, caller, category, tag, search)
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        rows = await session.scalars(query.order_by(Prompt.id).offset(paging.skip).limit(paging.limit))
-        return paging.page([_view(prompt) for prompt in rows], total)
+        rows = await paging.read(session, query.order_by(Prompt.id))
+        return paging.page([_view(prompt) for prompt in rows.items], rows.total)
 
 
 @router.post("", status_code=201)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
@@ -98,10 +98,8 @@ async def list_sessions(caller: CurrentCaller, paging: PaginationParams) -> Page
     """List training sessions, the newest first. Administrators see all sessions, others their own."""
     query = visible(select(TrainingSession), TrainingSession, caller)
     async with get_database().read_transaction() as session:
-        total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
-        newest_first = query.order_by(TrainingSession.created_at.desc(), TrainingSession.id)
-        rows = (await session.scalars(newest_first.offset(paging.skip).limit(paging.limit))).all()
-        return paging.page(await _views(session, rows), total)
+        rows = await paging.read(session, query.order_by(TrainingSession.created_at.desc(), TrainingSession.id))
+        return paging.page(await _views(session, rows.items), rows.total)
 
 
 @router.post("", status_code=201)

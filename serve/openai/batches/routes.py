@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import and_, or_, select
+from sqlalchemy import select
 
 from cluster.db import get_database
 from cluster.files.store import MAX_ID_LENGTH
 from cluster.ownership import visible
 from jobs.tables import Job
-from serve.http.pagination import CursorPage, cursor_page
+from serve.http.pagination import CursorPage, cursor_page, keyset_slice
 from serve.http.schemas import StrictModel
 from serve.openai.batches import store as batch_store
 from serve.openai.batches.store import Batch
@@ -102,15 +102,14 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> CursorPage[BatchObject]:
     """List batches, the newest first. Administrators see all batches, others their own."""
-    query = visible(select(Batch, Job), Batch, caller).join(Job, Job.id == Batch.job_id)
+    query = visible(select(Batch), Batch, caller)
     async with get_database().read_transaction() as session:
-        if after is not None:
-            last = await batch_store.find(session, after, caller)
-            older = and_(Batch.created_at == last.created_at, Batch.id < last.id)
-            query = query.where(or_(Batch.created_at < last.created_at, older))
-        ordered = query.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit + 1)
-        views = [_view(batch, job) for batch, job in await session.execute(ordered)]
-    return cursor_page(views, [batch.id for batch in views], limit)
+        last = await batch_store.find(session, after, caller) if after is not None else None
+        key, after_key = (Batch.created_at, Batch.id), last and (last.created_at, last.id)
+        batches = await keyset_slice(session, query, key, after_key, limit)
+        found = await session.scalars(select(Job).where(Job.id.in_([batch.job_id for batch in batches.items])))
+        jobs = {job.id: job for job in found}
+    return cursor_page([_view(batch, jobs[batch.job_id]) for batch in batches.items], batches.has_more)
 
 
 @router.get("/{batch_id}")

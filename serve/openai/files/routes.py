@@ -10,7 +10,6 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import ColumnElement, and_, or_
 
 from cluster.db import get_database
 from cluster.files import store as file_store
@@ -18,7 +17,7 @@ from cluster.files.store import MAX_ID_LENGTH, File
 from cluster.settings import get_settings
 from serve.http.errors import Responses
 from serve.http.marks import streams_body
-from serve.http.pagination import CursorPage, cursor_page
+from serve.http.pagination import CursorPage, cursor_page, keyset_slice
 from serve.http.uploads import receive_form
 from serve.openai.files import validation
 from serve.openai.files.schemas import BATCH_DAYS, DAY_SECONDS, DeletedFile, FileObject, file_fields, file_object
@@ -86,14 +85,10 @@ async def list_files(
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     async with get_database().read_transaction() as session:
-        if after is not None:
-            query = query.where(_after_file(await file_store.find(session, after, caller), order))
-        if order == "asc":
-            ordered = query.order_by(File.created_at, File.id)
-        else:
-            ordered = query.order_by(File.created_at.desc(), File.id.desc())
-        rows = list(await session.scalars(ordered.limit(limit + 1)))
-    return cursor_page([file_object(file) for file in rows], [file.id for file in rows], limit)
+        last = await file_store.find(session, after, caller) if after is not None else None
+        key, after_key = (File.created_at, File.id), last and (last.created_at, last.id)
+        files = await keyset_slice(session, query, key, after_key, limit, ascending=order == "asc")
+    return cursor_page([file_object(file) for file in files.items], files.has_more)
 
 
 @router.get("/{file_id}")
@@ -129,9 +124,3 @@ async def delete_file(file_id: FileId, caller: CurrentCaller) -> DeletedFile:
     """Delete a file. Models that were trained with it stay."""
     await file_store.delete(get_database(), file_id, caller)
     return DeletedFile(id=file_id)
-
-
-def _after_file(last: File, order: str) -> ColumnElement[bool]:
-    if order == "asc":
-        return or_(File.created_at > last.created_at, and_(File.created_at == last.created_at, File.id > last.id))
-    return or_(File.created_at < last.created_at, and_(File.created_at == last.created_at, File.id < last.id))

@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.errors import InvalidRequest
 from jobs.tables import Job, JobEvent
+from serve.http.pagination import KeysetSlice, keyset_slice
 from serve.openai.fine_tuning.schemas import FineTuningJobEvent as FineTuningEvent
 
 PREFIX = "ftevent-"
@@ -30,19 +31,21 @@ METRICS = {
 }
 
 
-async def page(session: AsyncSession, job: Job, after: str | None, limit: int) -> list[FineTuningEvent]:
+async def read(session: AsyncSession, job: Job, after: str | None, limit: int) -> KeysetSlice[FineTuningEvent]:
     """The newest events, or the newest before the event `after`."""
     steps = {step.id: step.kind for step in await session.scalars(select(Job).where(Job.parent_id == job.id))}
     kinds = {**steps, job.id: job.kind}
     condition = or_(_job_events(job), and_(JobEvent.job_id.in_(steps), _step_events()))
-    query = select(JobEvent).where(condition)
-    if after is not None:
-        identifier = IDENTIFIER.fullmatch(after)
-        if identifier is None:
-            raise InvalidRequest(f"There is no event '{after}'.")
-        query = query.where(JobEvent.id < int(identifier[1]))
-    events = await session.scalars(query.order_by(JobEvent.id.desc()).limit(limit))
-    return [_to_openai(event, kinds[event.job_id], job) for event in events]
+    after_key = None if after is None else (_event_id(after),)
+    events = await keyset_slice(session, select(JobEvent).where(condition), (JobEvent.id,), after_key, limit)
+    return KeysetSlice([_to_openai(event, kinds[event.job_id], job) for event in events.items], events.has_more)
+
+
+def _event_id(name: str) -> int:
+    match = IDENTIFIER.fullmatch(name)
+    if match is None:
+        raise InvalidRequest(f"There is no event '{name}'.")
+    return int(match[1])
 
 
 def _job_events(job: Job) -> ColumnElement[bool]:

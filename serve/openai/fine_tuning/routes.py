@@ -5,7 +5,6 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
-from sqlalchemy import and_, or_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import get_database
@@ -16,7 +15,7 @@ from jobs.queue import JobRequest
 from jobs.tables import Job
 from pipelines.training.data import resolution
 from pipelines.training.spec import DataSource
-from serve.http.pagination import CursorPage, cursor_page
+from serve.http.pagination import CursorPage, cursor_page, keyset_slice, slice_after
 from serve.jobs.routes import JobId
 from serve.models import fine_tuned_names
 from serve.openai.fine_tuning import events as fine_tuning_events
@@ -60,14 +59,10 @@ async def list_fine_tuning_jobs(
     """
     async with get_database().read_transaction() as session:
         query = with_metadata(session, fine_tuned_names.fine_tuning_jobs(caller), request)
-        if after is not None:
-            last = await _find(session, after, caller)
-            same_time = and_(Job.created_at == last.created_at, Job.id < last.id)
-            query = query.where(or_(Job.created_at < last.created_at, same_time))
-        newest_first = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
-        jobs = list(await session.scalars(newest_first))
-        views = [await job_view(session, job) for job in jobs]
-    return cursor_page(views, [job.id for job in jobs], limit)
+        last = await _find(session, after, caller) if after is not None else None
+        key, after_key = (Job.created_at, Job.id), last and (last.created_at, last.id)
+        jobs = await keyset_slice(session, query, key, after_key, limit)
+        return cursor_page([await job_view(session, job) for job in jobs.items], jobs.has_more)
 
 
 @router.get("/{job_id}")
@@ -114,8 +109,8 @@ async def list_fine_tuning_events(
     """List the events of a job, the newest first: messages, and the metrics of steps."""
     async with get_database().read_transaction() as session:
         job = await _find(session, job_id, caller)
-        events = await fine_tuning_events.page(session, job, after, limit + 1)
-    return cursor_page(events, [event.id for event in events], limit)
+        events = await fine_tuning_events.read(session, job, after, limit)
+    return cursor_page(events.items, events.has_more)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -127,12 +122,9 @@ async def list_checkpoints(
         job = await _find(session, job_id, caller)
         epochs = fine_tuned_names.epochs(await fine_tuned_names.find_fine_tune_job(session, job))
     checkpoints = [checkpoint_view(job, epoch) for epoch in reversed(epochs)]
-    if after is not None:
-        ids = [checkpoint.id for checkpoint in checkpoints]
-        if after not in ids:
-            raise InvalidRequest(f"There is no checkpoint '{after}' of {job.id}.")
-        checkpoints = checkpoints[ids.index(after) + 1 :]
-    return cursor_page(checkpoints, [checkpoint.id for checkpoint in checkpoints], limit)
+    missing = InvalidRequest(f"There is no checkpoint '{after}' of {job.id}.")
+    found = slice_after(checkpoints, after, limit, missing)
+    return cursor_page(found.items, found.has_more)
 
 
 async def _find(session: AsyncSession, job_id: str, principal: Principal, *, lock: bool = False) -> Job:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -20,7 +21,7 @@ from serve.engines.protocol import EngineRequest as EngineRequest
 from serve.http import sse
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.error_handlers import as_forgearr_error
-from serve.http.pagination import CursorPage, cursor_page
+from serve.http.pagination import CursorPage, cursor_page, slice_after
 from serve.models.dependencies import get_engine, get_models
 from serve.models.resolver import ResolvedModel
 from serve.openai import streaming
@@ -138,13 +139,9 @@ async def list_input_items(
         items = await response_store.input_items_of(session, response_id, caller)
     if order == "desc":
         items.reverse()
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise response_store.ItemNotFound(f"There is no item '{after}' in the input of this response.")
-        items = items[ids.index(after) + 1 :]
-    page = items[: limit + 1]
-    return cursor_page(page, [item["id"] for item in page], limit)
+    missing = response_store.ItemNotFound(f"There is no item '{after}' in the input of this response.")
+    found = slice_after(items, after, limit, missing, itemgetter("id"))
+    return cursor_page(found.items, found.has_more, itemgetter("id"))
 
 
 @dataclass(frozen=True)
