@@ -2,18 +2,13 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from cluster.services.capabilities.downloads import Downloads
-from cluster.services.capabilities.library import Library
-from cluster.services.connector import Tool
+from cluster.services.capabilities.downloads import DownloadHistory, DownloadQueue, Downloads, QueuePauseState
+from cluster.services.capabilities.library import Libraries, Library, RecentlyAdded
+from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
-
-
-class Arguments(BaseModel):
-    """The base class of the arguments of tools. It is also the class of tools without arguments."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+from cluster.tools import Arguments, Tool
 
 
 class LimitArguments(Arguments):
@@ -34,7 +29,7 @@ class LibraryArguments(Arguments):
 
 def tool_parameters(tool: Tool) -> dict[str, dict[str, Any]]:
     """Return the parameters of a tool by name, each with `type`, `description`, and `default` or `required`."""
-    schema = tool.arguments.model_json_schema()
+    schema = tool.input_schema
     required = schema.get("required", [])
     return {
         name: _parameter(property_schema, name in required)
@@ -42,7 +37,7 @@ def tool_parameters(tool: Tool) -> dict[str, dict[str, Any]]:
     }
 
 
-def download_tools(downloads: Downloads) -> tuple[Tool, ...]:
+def download_tools(downloads: Downloads) -> tuple[ServiceTool, ...]:
     async def get_queue(client: Client, _: Arguments) -> Any:
         return await downloads.queue(client)
 
@@ -63,18 +58,18 @@ def download_tools(downloads: Downloads) -> tuple[Tool, ...]:
         return {"nzo_id": arguments.nzo_id}
 
     return (
-        Tool("get_queue", "Get current download queue", Arguments, get_queue),
-        Tool("get_history", "Get download history", LimitArguments, get_history),
-        Tool("retry_download", "Retry a failed download", DownloadArguments, retry_download, "change"),
-        Tool("pause_queue", "Pause the download queue", Arguments, pause_queue, "change"),
-        Tool("resume_queue", "Resume the download queue", Arguments, resume_queue, "change"),
-        Tool(
+        ServiceTool("get_queue", "Get current download queue", Arguments, get_queue, result=DownloadQueue),
+        ServiceTool("get_history", "Get download history", LimitArguments, get_history, result=DownloadHistory),
+        ServiceTool("retry_download", "Retry a failed download", DownloadArguments, retry_download, "change"),
+        ServiceTool("pause_queue", "Pause the download queue", Arguments, pause_queue, "change", QueuePauseState),
+        ServiceTool("resume_queue", "Resume the download queue", Arguments, resume_queue, "change", QueuePauseState),
+        ServiceTool(
             "delete_download", "Delete a download from the queue", DeleteDownloadArguments, delete_download, "destroy"
         ),
     )
 
 
-def library_tools(library: Library) -> tuple[Tool, ...]:
+def library_tools(library: Library) -> tuple[ServiceTool, ...]:
     async def get_libraries(client: Client, _: Arguments) -> Any:
         return await library.libraries(client)
 
@@ -85,9 +80,21 @@ def library_tools(library: Library) -> tuple[Tool, ...]:
         return {"library": await library.scan(client, arguments.library_key)}
 
     return (
-        Tool("get_libraries", "List the libraries, with the number of items in each", Arguments, get_libraries),
-        Tool("get_recently_added", "List the items that were added last", LimitArguments, get_recently_added),
-        Tool("scan_library", "Scan a library for new files", LibraryArguments, scan_library, "change"),
+        ServiceTool(
+            "get_libraries",
+            "List the libraries, with the number of items in each",
+            Arguments,
+            get_libraries,
+            result=Libraries,
+        ),
+        ServiceTool(
+            "get_recently_added",
+            "List the items that were added last",
+            LimitArguments,
+            get_recently_added,
+            result=RecentlyAdded,
+        ),
+        ServiceTool("scan_library", "Scan a library for new files", LibraryArguments, scan_library, "change"),
     )
 
 

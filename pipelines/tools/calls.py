@@ -16,26 +16,17 @@ from sqlalchemy import BigInteger, Float, Index, Integer, String, Text, delete
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, delete_rows, now
-from cluster.errors import Forbidden, ForgearrError, InvalidRequest, NotFound
+from cluster.errors import Forbidden, ForgearrError, InvalidRequest
 from cluster.logs import MASK, SECRET_NAME, redact, strip_url_paths
 from cluster.ownership import Principal
-from cluster.services import store as service_store
-from cluster.services.connector import Tool
-from cluster.services.selection import choose_service
-from cluster.services.store import Service
 from cluster.settings import get_settings
+from cluster.tools import Tool, ToolContext, ToolSource
 from jobs.sweep import register_sweeper
 
 MAX_ARGUMENTS_LENGTH = 10_000
 """In characters. Of longer arguments, only the length is stored."""
 
 ToolCallOutcome = Literal["running", "succeeded", "failed", "refused"]
-
-
-class UnknownTool(NotFound):
-    """The service has no such tool."""
-
-    code = "UNKNOWN_TOOL"
 
 
 class InvalidArguments(InvalidRequest):
@@ -66,27 +57,20 @@ class ToolCallResult:
     execution_time_ms: float
 
 
-async def service_with_tools(database: Database, service_name: str) -> Service:
-    """The enabled service of this type or name, if its type has tools."""
-    async with database.read_transaction() as session:
-        return await choose_service(session, lambda connector: connector.tools or None, "has tools", service_name)
-
-
 async def call(
-    database: Database, service_name: str, tool_name: str, arguments: Mapping[str, Any], principal: Principal
+    database: Database, source: ToolSource, tool_name: str, arguments: Mapping[str, Any], principal: Principal
 ) -> ToolCallResult:
-    """Call a tool of a service in the name of `owner`."""
-    service = await service_with_tools(database, service_name)
+    """Call a tool in somebody's name."""
     record = ToolCall(
         at=now(),
         called_by=principal.name,
-        service=service.name,
+        service=source.name,
         tool=tool_name[:100],
         arguments=_without_secrets(arguments),
         outcome="running",
     )
     try:
-        tool = _find_tool(service, tool_name)
+        tool = source.find(tool_name)
         _check_permission(tool, principal)
         validated = _validate_arguments(tool, arguments)
     except ForgearrError as error:
@@ -96,8 +80,7 @@ async def call(
         session.add(record)
     started = perf_counter()
     try:
-        async with service_store.open_client(database, service) as client:
-            result = to_jsonable_python(await tool.run(client, validated))
+        result = to_jsonable_python(await tool.handler(ToolContext(database, principal), validated))
     except ForgearrError as error:
         record.execution_time_ms = _milliseconds_since(started)
         await _save_record(database, record, "failed", error)
@@ -113,13 +96,6 @@ async def remove_old_calls(database: Database) -> int:
     async with database.transaction() as session:
         oldest = now() - timedelta(days=get_settings().services.history_days)
         return await delete_rows(session, delete(ToolCall).where(ToolCall.at < oldest))
-
-
-def _find_tool(service: Service, tool_name: str) -> Tool:
-    tools = {tool.name: tool for tool in service.connector.tools}
-    if tool_name not in tools:
-        raise UnknownTool(f"{service.name} has no tool '{tool_name[:100]}'. It has: {', '.join(tools)}.")
-    return tools[tool_name]
 
 
 def _check_permission(tool: Tool, principal: Principal) -> None:

@@ -1,16 +1,17 @@
 """The routes /api/v1/mcp: list the tools of services, call them, and list the recorded calls."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
 from cluster.db import get_database
-from cluster.services.connector import Tool
 from cluster.services.errors import ServiceError
+from cluster.services.tool_source import find_tool_source
 from cluster.services.tools import tool_parameters
 from cluster.times import UtcTime
+from cluster.tools import Effect, Tool, ToolSource
 from pipelines.tools import calls as tool_calls
 from pipelines.tools.calls import ToolCall, ToolCallOutcome
 from serve.http.pagination import Page, PaginationParams
@@ -24,7 +25,7 @@ ServerName = Annotated[str, Path(max_length=100, description="Type or name of a 
 class ToolView(BaseModel):
     name: str
     description: str
-    effect: Literal["read", "change", "destroy"] = Field(description="All effects but read are for administrators.")
+    effect: Effect = Field(description="All effects but read are for administrators.")
     parameters: dict[str, dict[str, Any]] = Field(
         description="By name: `type`, `description`, `default` or `required`, and limits.",
         examples=[{"limit": {"type": "integer", "description": "Maximum items to return", "default": 50}}],
@@ -76,20 +77,26 @@ async def list_calls(
 
 @router.get("/{server}/tools")
 async def list_tools(server: ServerName, caller: CurrentCaller) -> ToolList:
-    service = await tool_calls.service_with_tools(get_database(), server)
-    return ToolList(server=server, tools=[_view(tool) for tool in service.connector.tools])
+    source = await _find_source(server)
+    return ToolList(server=server, tools=[_view(tool) for tool in source.tools])
 
 
 @router.post("/{server}/call")
 async def call_tool(server: ServerName, body: CallRequest, caller: CurrentCaller) -> CallResult:
     """Call a tool. Only administrators may call tools that change something. Every call is recorded."""
     try:
-        call_result = await tool_calls.call(get_database(), server, body.tool, body.arguments, caller)
+        source = await _find_source(server)
+        call_result = await tool_calls.call(get_database(), source, body.tool, body.arguments, caller)
     except ServiceError as error:
         if error.is_failure:
             error.error = "mcp_connection_error"
         raise
     return CallResult(result=call_result.result, execution_time_ms=call_result.execution_time_ms)
+
+
+async def _find_source(server: str) -> ToolSource:
+    async with get_database().read_transaction() as session:
+        return await find_tool_source(session, server)
 
 
 def _view(tool: Tool) -> ToolView:

@@ -5,7 +5,7 @@ from typing import Any
 from cluster.services.capabilities.collection import Collection
 from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.capabilities.settings import SettingsAreas
-from cluster.services.connector import Capability, Connector, Tool
+from cluster.services.connector import Capability, Connector, ServiceTool
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 
@@ -18,7 +18,7 @@ def connector(
     api: str,
     *capabilities: Capability,
     collection: Collection[Any] | None = None,
-    tools: tuple[Tool, ...] = (),
+    tools: tuple[ServiceTool, ...] = (),
     download_tracker: DownloadTracker | None = None,
     settings: SettingsAreas | None = None,
 ) -> Connector:

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, Tool
+from cluster.services.connector import Connector, ServiceTool
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import LimitArguments
@@ -36,5 +36,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="X-API-KEY"),
     key_help="Settings, General, Security: API Key.",
-    tools=(Tool("get_wanted", "List episodes with missing subtitles", LimitArguments, get_wanted),),
+    tools=(ServiceTool("get_wanted", "List episodes with missing subtitles", LimitArguments, get_wanted),),
 )

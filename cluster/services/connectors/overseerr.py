@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, Tool
+from cluster.services.connector import Connector, ServiceTool
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import LimitArguments
@@ -50,5 +50,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="X-Api-Key"),
     key_help="Settings, General: API Key.",
-    tools=(Tool("get_requests", "List people's requests, newest first", LimitArguments, get_requests),),
+    tools=(ServiceTool("get_requests", "List people's requests, newest first", LimitArguments, get_requests),),
 )

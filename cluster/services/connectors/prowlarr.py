@@ -4,9 +4,9 @@ from pydantic import BaseModel
 
 from cluster.services.arr import connector as arr_connector
 from cluster.services.arr.settings import INDEXERS_AREAS
-from cluster.services.connector import Tool
+from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
-from cluster.services.tools import Arguments
+from cluster.tools import Arguments
 
 
 class Indexer(BaseModel):
@@ -28,6 +28,6 @@ CONNECTOR = arr_connector.connector(
     "/api/v1",
     "indexers",
     "configure",
-    tools=(Tool("get_indexers", "List the indexers", Arguments, get_indexers),),
+    tools=(ServiceTool("get_indexers", "List the indexers", Arguments, get_indexers),),
     settings=INDEXERS_AREAS,
 )

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.services import tools
-from cluster.services.connector import Connector, Tool
+from cluster.services.connector import Connector, ServiceTool
 from cluster.services.errors import ErrorInResponse
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
@@ -50,7 +50,9 @@ CONNECTOR = Connector(
     unwrap=unwrap,
     tools=(
         *tools.download_tools(sabnzbd_downloads.DOWNLOADS),
-        Tool("add_download", "Add a download by the URL of its NZB", AddDownloadArguments, add_download, "change"),
+        ServiceTool(
+            "add_download", "Add a download by the URL of its NZB", AddDownloadArguments, add_download, "change"
+        ),
     ),
     downloads=sabnzbd_downloads.DOWNLOADS,
     download_tracker=DOWNLOAD_TRACKER,

@@ -9,9 +9,13 @@ import pytest
 from sqlalchemy import update
 
 from cluster.db import now
+from cluster.ownership import LOCAL
 from cluster.services import store as service_store
+from cluster.services.capabilities.downloads import DownloadQueue
 from cluster.services.catalog import all_connectors
+from cluster.services.tool_source import find_tool_source
 from cluster.services.tools import tool_parameters
+from cluster.tools import ToolContext
 from pipelines.tools.calls import ToolCall, remove_old_calls
 from tests.support.api_client import ApiClient
 from tests.support.services import news_server, real_services
@@ -93,8 +97,35 @@ def test_every_tool_says_what_it_does_and_takes() -> None:
         assert len(names) == len(set(names))
         for tool in connector.tools:
             assert tool.description
+            schema = tool.arguments.model_json_schema()
+            assert (schema["type"], schema["additionalProperties"]) == ("object", False)
+
+
+async def test_the_tools_of_a_service_are_described_for_any_caller(api: ApiClient) -> None:
+    for type_, connector in all_connectors().items():
+        await connect(api, type_, DEAD, KEY if connector.needs_key else None)
+        if not connector.tools:
+            continue
+        async with api.database.read_transaction() as session:
+            source = await find_tool_source(session, type_)
+        assert (source.name, len(source.tools)) == (type_, len(connector.tools))
+        for tool in source.tools:
+            assert tool.input_schema["type"] == "object"
             for name, parameter in tool_parameters(tool).items():
-                assert {"type", "description"} <= parameter.keys(), (connector.type, tool.name, name)
+                assert {"type", "description"} <= parameter.keys(), (type_, tool.name, name)
+            assert tool.output_schema is None or tool.output_schema["type"] == "object"
+    async with api.database.read_transaction() as session:
+        source = await find_tool_source(session, "sabnzbd")
+    assert source.find("get_queue").output_schema == DownloadQueue.model_json_schema(mode="serialization")
+
+
+async def test_results_are_as_described(api: ApiClient, server: StubServer) -> None:
+    await connect(api, "sabnzbd", server.url)
+    async with api.database.read_transaction() as session:
+        tool = (await find_tool_source(session, "sabnzbd")).find("get_queue")
+    result = await tool.handler(ToolContext(api.database, LOCAL), tool.arguments())
+    assert isinstance(result, DownloadQueue)
+    assert (result.queue, result.paused) == ([], False)
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)

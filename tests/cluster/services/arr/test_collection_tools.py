@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from cluster.services.capabilities.collection import AlreadyInCollection, NotInCollection
 from cluster.services.catalog import all_connectors, find_connector
-from cluster.services.connector import Tool
+from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
 from tests.support.services.fake_arr import FakeArr, fake_arr, library_movie, library_series, movie, queue_row
@@ -19,7 +19,7 @@ def settings(home: object) -> None:
     """A client wants to know how long it may wait."""
 
 
-def tools_of(service: str) -> dict[str, Tool]:
+def tools_of(service: str) -> dict[str, ServiceTool]:
     return {tool.name: tool for tool in find_connector(service).tools}
 
 
