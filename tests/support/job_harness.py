@@ -11,6 +11,7 @@ import torch
 
 from cluster import mlflow_client, storage
 from cluster.db import Database, now
+from cluster.identity import User
 from cluster.settings import get_settings
 from jobs.context import Context
 from jobs.execution.report_writer import to_storable
@@ -59,6 +60,10 @@ class JobHarness:
         job.created_by, job.run_after, job.resources = "test", now(), {"cpus": 1}
         asyncio.run(_add(job))
         return job.id
+
+    def add_user(self, name: str) -> None:
+        """Add an account whose id is its name."""
+        asyncio.run(_add(User(id=name, email=f"{name}@example.com", username=name, password_hash="-")))
 
     def start(
         self, kind: str, spec: Mapping[str, Any], *, owner_id: str | None = None, tracked: bool = True
@@ -144,10 +149,10 @@ def _call() -> Sample:
     return Sample.model_validate({"messages": messages, "tools": [SEARCH]})
 
 
-async def _add(job: Job) -> None:
+async def _add(row: Job | User) -> None:
     database = Database(get_settings().database_url)
     async with database.transaction() as session:
-        session.add(job)
+        session.add(row)
     await database.close()
 
 

@@ -141,6 +141,7 @@ def test_what_cannot_be_exported_is_refused(harness: JobHarness, monkeypatch: py
         harness.run("export", {"job_id": harness.fine_tuned("full"), "adapter": True})
     with pytest.raises(JobNotFound):
         harness.run("export", {"job_id": "job_20260101_000000_none"})
+    harness.add_user("bob")
     with pytest.raises(JobNotFound):
         harness.run("export", {"job_id": harness.fine_tuned("full", owner_id="alice")}, owner_id="bob")
     running = harness.add(Job(id="job_20260101_000000_run1", kind="fine_tune", state=State.RUNNING))
