@@ -58,7 +58,7 @@ down: setup ## Stop Forgearr
 bench: setup ## Measure, next to peers; writes tests/bench/results
 	$(BIN)/python -m tests.bench
 
-docs: setup ## Write docs/settings.md anew
+docs: setup ## Write docs/settings.md and the table of kinds in docs/jobs.md anew
 	$(BIN)/python -m tests.test_docs
 
 migration: setup ## Write a migration: make migration MESSAGE="add teams"

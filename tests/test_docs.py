@@ -1,9 +1,11 @@
 """The documents say what is so: whatever they name exists, and whatever exists is named.
 
-`python -m tests.test_docs` (make docs) writes docs/settings.md anew; the other documents are written by hand.
+`python -m tests.test_docs` (make docs) writes docs/settings.md and the table of kinds in docs/jobs.md anew; all else is
+written by hand.
 """
 
 import ast
+import math
 import re
 import tomllib
 from collections.abc import Iterator
@@ -18,12 +20,14 @@ from fastapi.routing import APIWebSocketRoute
 
 from cluster.cli import app as command_line
 from cluster.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, Settings
+from jobs.registry import kinds
 from tests.support.platform import running_platform
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 BLOCK = r"^```\w*\n(.*?)^```"
+KINDS_TABLE = r"^(\| Kind \| Module .*\n\|[-|]+\n)(?:\|.*\n)+"
 CODE_FOLDERS = "cluster|jobs|pipelines|serve|configs|tests|docs"
 
 SETTINGS_PAGE = """\
@@ -69,8 +73,28 @@ def settings_page() -> str:
     return SETTINGS_PAGE + "".join(sections)
 
 
+def jobs_page() -> str:
+    """docs/jobs.md with the table of kinds as it should be."""
+    ours = [kind for kind in kinds().values() if kind.entrypoint.partition(".")[0] in CODE_FOLDERS.split("|")]
+    rows = [
+        f"| `{kind.name}` | `{_path_of(kind.entrypoint.partition(':')[0])}` "
+        f"| `{_path_of(kind.spec.__module__)}:{kind.spec.__name__}` | {kind.description} |\n"
+        for kind in sorted(ours, key=lambda kind: kind.entrypoint)
+    ]
+    return re.sub(KINDS_TABLE, lambda found: found[1] + "".join(rows), _text("jobs.md"), flags=re.MULTILINE)
+
+
+def _path_of(module: str) -> str:
+    return f"{module.replace('.', '/')}.py"
+
+
 def test_every_setting_is_documented() -> None:
     assert (DOCS / "settings.md").read_text() == settings_page(), "run `make docs`"
+
+
+def test_every_kind_is_documented(home: Path) -> None:
+    assert jobs_page().count("\n| `") > len(kinds())
+    assert _text("jobs.md") == jobs_page(), "run `make docs`"
 
 
 def test_every_route_is_documented(home: Path) -> None:
@@ -167,7 +191,7 @@ def test_the_kind_in_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def _as_yaml(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip().removesuffix("...").strip()
 
 
 def _text(name: str) -> str:
@@ -269,3 +293,4 @@ def _is_place(place: str) -> bool:
 
 if __name__ == "__main__":
     (DOCS / "settings.md").write_text(settings_page())
+    (DOCS / "jobs.md").write_text(jobs_page())

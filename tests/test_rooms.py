@@ -1,5 +1,8 @@
 """The layout of code and tests: where a kind of job and a test are, and how large files and folders may grow."""
 
+import ast
+import re
+from importlib import import_module
 from pathlib import Path
 
 from jobs.registry import kinds
@@ -8,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 PACKAGES = ("cluster", "jobs", "pipelines", "serve")
 DEEP = "pytestmark = [pytest.mark.platform, pytest.mark.deep]"
+IMPORT_PATH = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)*:\w+\Z")
 MAX_LINES = 400
 MAX_MODULES = 15
 
@@ -17,6 +21,20 @@ def test_a_kind_is_in_the_module_of_its_name() -> None:
     ours = {name: path for name, path in modules.items() if path[0] in PACKAGES}
     assert len(ours) == 20
     assert [name for name, path in ours.items() if path[-1] != name and path[-2:] != [name, "job"]] == []
+
+
+def test_what_code_names_by_import_path_exists() -> None:
+    paths = {
+        constant.value
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        for constant in ast.walk(ast.parse(file.read_text()))
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str) and IMPORT_PATH.match(constant.value)
+    }
+    assert "serve.deployment:build_application" in paths
+    for path in paths:
+        module, _, name = path.partition(":")
+        assert hasattr(import_module(module), name), path
 
 
 def test_a_test_is_in_the_room_of_its_code() -> None:

@@ -4,7 +4,7 @@ llama.cpp ends its process when it cannot read a file, its converter needs an im
 interrupted from inside. In a process of its own, a step may crash, is killed when its job is stopped, and frees its
 memory when it ends.
 
-The function is named by its import path, takes and returns JSON, and reports its progress through `report`.
+The function is one of a module, takes and returns JSON, and reports its progress through `report`.
 """
 
 import json
@@ -42,7 +42,7 @@ class StepInterrupted(Exception):
 
 
 def run_isolated(
-    function: str,
+    function: Callable[..., Any],
     arguments: Mapping[str, Any],
     *,
     report: OnProgress,
@@ -50,11 +50,12 @@ def run_isolated(
     threads: int,
     paths: Sequence[Path] = (),
 ) -> Any:
-    """Call `module:function` with these arguments, in a process whose import path begins with `paths`.
+    """Call a function of a module with these arguments, in a process whose import path begins with `paths`.
 
     Raises StepInterrupted when the job should stop.
     """
-    command = [sys.executable, "-P", "-m", "jobs.execution.isolated", function, json.dumps(arguments)]
+    path = f"{function.__module__}:{function.__name__}"
+    command = [sys.executable, "-P", "-m", "jobs.execution.isolated", path, json.dumps(arguments)]
     process = subprocess.Popen(
         command,
         env=_environment(threads, paths),
@@ -89,7 +90,7 @@ def run_isolated(
             reader.join()
         for pipe in (process.stdin, process.stdout, process.stderr):
             pipe.close()
-    return _result_or_raise(function, process.returncode, messages, output_lines, progress.last_phase)
+    return _result_or_raise(function.__name__, process.returncode, messages, output_lines, progress.last_phase)
 
 
 class _StepProgress:
@@ -147,7 +148,7 @@ def _read_output(stream: IO[bytes], output_lines: deque[str], progress: _StepPro
 
 
 def _result_or_raise(
-    function: str, exit_code: int, messages: list[dict[str, Any]], output_lines: deque[str], phase: str
+    name: str, exit_code: int, messages: list[dict[str, Any]], output_lines: deque[str], phase: str
 ) -> Any:
     message = messages[-1] if messages else {}
     if "result" in message:
@@ -157,7 +158,6 @@ def _result_or_raise(
         raise getattr(import_module(module), name)(message["message"])
     output_tail = " | ".join(list(output_lines)[-MAX_ERROR_LINES:]) or "it printed nothing"
     ending = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with {exit_code}"
-    name = function.partition(":")[2]
     raise StepFailed(f"The step {name} {ending} while {phase}: {output_tail}", details={"printed": list(output_lines)})
 
 

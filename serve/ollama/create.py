@@ -12,7 +12,7 @@ from cluster.db import get_database
 from cluster.errors import InvalidRequest
 from cluster.settings import home
 from jobs.execution import isolated
-from pipelines.training.export.quantize import LLAMA_FTYPES
+from pipelines.training.export.quantize import LLAMA_FTYPES, finish
 from pipelines.training.models import blobs, registry, tiny
 from pipelines.training.models import versions as models_versions
 from pipelines.training.models.registry import Registry
@@ -209,7 +209,7 @@ async def _run_quantization(source: Path, target: Path, quantization: str) -> st
     cancelled = threading.Event()
     task = asyncio.to_thread(
         isolated.run_isolated,
-        "pipelines.training.export.quantize:finish",
+        finish,
         {
             "source": str(source),
             "files": [{"path": str(target), "quantization": quantization}],

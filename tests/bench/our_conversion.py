@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from jobs.execution import isolated
+from pipelines.training.export import convert as conversion
 
 
 def convert(model: str, file: str, outtype: str, scripts: Path) -> float:
@@ -18,7 +19,7 @@ def convert(model: str, file: str, outtype: str, scripts: Path) -> float:
     }
     started = time.perf_counter()
     isolated.run_isolated(
-        "pipelines.training.export.convert:convert",
+        conversion.convert,
         request,
         report=lambda part, doing: None,
         should_stop=lambda: False,

@@ -11,7 +11,7 @@ import pytest
 from tests.support.platform import BINARIES, Platform, running_platform, unused_ports
 from tests.support.waiting import TIMEOUT, eventually
 
-pytestmark = [pytest.mark.deep, pytest.mark.platform]
+pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from jobs.context import Context
 from jobs.execution import isolated, workspace
 from jobs.outputs import JobOutput
 from jobs.registry import Resources, job
-from pipelines.training.export import llama_converter
+from pipelines.training.export import convert, llama_converter, quantize
 from pipelines.training.models import base_models, registry
 from pipelines.training.models.versions import ModelFile, RegistryDisabled, Version
 from pipelines.training.spec import ExportSpec, Quantization
@@ -142,9 +142,7 @@ def _build_files(
         "adapter_file": str(adapter_path) if adapter_path else None,
         "work": str(folder),
     }
-    conversion_result = _run_step(
-        context, "pipelines.training.export.convert:convert", arguments, (0, 40), threads, scripts
-    )
+    conversion_result = _run_step(context, convert.convert, arguments, (0, 40), threads, scripts)
     if not direct and conversion_result["outtype"] in quantizations:
         converted = converted.rename(paths[conversion_result["outtype"]])
     conversion_seconds = time.monotonic() - started
@@ -155,7 +153,7 @@ def _build_files(
         "adapter": str(adapter_path) if adapter_path else None,
         "threads": threads,
     }
-    file_results = _run_step(context, "pipelines.training.export.quantize:finish", arguments, (40, 75), threads, None)
+    file_results = _run_step(context, quantize.finish, arguments, (40, 75), threads, None)
     exported: list[ExportedFile] = []
     for (quantization, path), file_result in zip(paths.items(), file_results[: len(paths)], strict=True):
         if file_result["fallbacks"]:
@@ -171,7 +169,7 @@ def _build_files(
 
 def _run_step(
     context: Context,
-    function: str,
+    function: Callable[..., Any],
     arguments: dict[str, Any],
     progress: tuple[float, float],
     threads: int,

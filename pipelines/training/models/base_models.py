@@ -12,7 +12,7 @@ from cluster.errors import NotFound
 from cluster.settings import home
 from jobs import outputs
 from jobs.execution import isolated
-from pipelines.training.models import registry, tiny
+from pipelines.training.models import merge, registry, tiny
 from pipelines.training.models import versions as models_versions
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -87,7 +87,7 @@ def _registered_folder(reference: str) -> str:
         else:
             ready = Path(work) / "merged"
             isolated.run_isolated(
-                "pipelines.training.export.convert:merge_only",
+                merge.merge_only,
                 {"base": resolve(result["base_model"]), "adapter": str(model), "target": str(ready)},
                 report=lambda fraction, phase: None,
                 should_stop=lambda: False,

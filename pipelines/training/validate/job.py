@@ -15,9 +15,9 @@ from jobs.outputs import JobOutput
 from jobs.registry import Resources, job
 from pipelines.training.data import parsing
 from pipelines.training.data.samples import Sample
-from pipelines.training.export.convert import load_dequantized, load_merged
 from pipelines.training.fine_tune.preprocess import HELD_OUT_FILE, context_length
 from pipelines.training.models import base_models, registry
+from pipelines.training.models.merge import load_dequantized, load_merged
 from pipelines.training.spec import Gate, ValidateSpec
 from pipelines.training.validate import metrics as eval_metrics
 from pipelines.training.validate import progress as eval_progress

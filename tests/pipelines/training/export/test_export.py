@@ -27,17 +27,19 @@ from jobs.outputs import OutputMissing
 from jobs.queue import JobNotFound
 from jobs.states import State
 from jobs.tables import Job
+from pipelines.training.export import convert
 from pipelines.training.export import llama_converter as export_llama_converter
 from pipelines.training.export.convert import UnsupportedModel
 from pipelines.training.export.job import ExportNotTracked, NoAdapter
 from pipelines.training.export.llama_converter import ConverterNotFound, ConverterUnavailable
-from pipelines.training.export.quantize import BrokenModelFile
+from pipelines.training.export.quantize import BrokenModelFile, finish
 from pipelines.training.fine_tune import recipe
 from pipelines.training.models import base_models, registry
 from pipelines.training.models import cache as model_cache
 from pipelines.training.models.base_models import BaseModelNotFound
 from pipelines.training.models.versions import ModelFile, ModelNotFound, RegistryDisabled, Version
 from pipelines.training.spec import FineTuneSpec
+from tests.pipelines.training.export import crashing_steps
 from tests.support.job_harness import JobHarness
 from tests.support.recording_link import RecordingLink
 from tests.support.training import SilentObserver, chats
@@ -271,12 +273,12 @@ def test_a_whole_file_passes_its_proof(home: Path, whole: Path) -> None:
 
 def test_a_step_that_crashes_is_an_error_with_its_last_words(home: Path) -> None:
     with pytest.raises(isolated.StepFailed, match=r"signal 6 while starting: .*Last words"):
-        step("tests.pipelines.training.export.crashing_steps:abort")
+        step(crashing_steps.abort)
     with pytest.raises(isolated.StepFailed, match=r"ended with 1 while starting: .*KeyError: 'nowhere'"):
-        step("tests.pipelines.training.export.crashing_steps:fail")
+        step(crashing_steps.fail)
     with pytest.raises(NotFound, match="as it was raised"):
-        step("tests.pipelines.training.export.crashing_steps:refuse")
-    assert step("tests.pipelines.training.export.crashing_steps:chatter") == {"heard": True}
+        step(crashing_steps.refuse)
+    assert step(crashing_steps.chatter) == {"heard": True}
 
 
 def test_what_a_killed_job_has_left_is_removed_by_the_next(home: Path) -> None:
@@ -335,7 +337,7 @@ def whole(trained: Path, llama_converter: Path, tmp_path_factory: pytest.TempPat
     file = tmp_path_factory.mktemp("whole") / "whole.gguf"
     request = {"model": str(trained / "full"), "base": None, "file": str(file), "outtype": "f16"}
     step(
-        "pipelines.training.export.convert:convert",
+        convert.convert,
         {**request, "adapter_file": None, "work": str(file.parent)},
         paths=[llama_converter / "gguf-py", llama_converter],
     )
@@ -358,7 +360,7 @@ def small_disk() -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def step(function: str, request: dict[str, Any] | None = None, paths: list[Path] | None = None) -> Any:
+def step(function: Callable[..., Any], request: dict[str, Any] | None = None, paths: list[Path] | None = None) -> Any:
     heard: list[float] = []
     return isolated.run_isolated(
         function,
@@ -373,7 +375,7 @@ def step(function: str, request: dict[str, Any] | None = None, paths: list[Path]
 def prove(file: Path) -> Any:
     files = [{"path": str(file), "quantization": "f16"}]
     request = {"source": str(file), "files": files, "adapter": None, "threads": 1}
-    return step("pipelines.training.export.quantize:finish", request)
+    return step(finish, request)
 
 
 def find(reference: str) -> Version:

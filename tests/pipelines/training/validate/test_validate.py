@@ -14,10 +14,10 @@ from cluster import storage
 from jobs.context import StopJob
 from pipelines.training.data.parsing import parse_samples
 from pipelines.training.data.samples import Sample
-from pipelines.training.export.convert import load_merged
 from pipelines.training.fine_tune.tokenize import encode
 from pipelines.training.models import base_models, registry
 from pipelines.training.models import versions as models_versions
+from pipelines.training.models.merge import load_merged
 from pipelines.training.validate import job as validate_job
 from pipelines.training.validate import metrics as eval_metrics
 from pipelines.training.validate.job import ExportMismatch, NothingHeldOut
