@@ -1,6 +1,7 @@
 """The platform that all journeys share: a start takes longer than most of them."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import psutil
@@ -20,14 +21,22 @@ SETTINGS = {
     "jobs.stop_grace_seconds": "1",
     "engines.slots": "2",
     "engines.context": "65536",
+    "guardian.watch_cron": "0 0 1 1 *",
 }
 """No journey sees the difference, but each attempt that a journey ends ends sooner."""
 
 
 @pytest.fixture(scope="session")
-def platform() -> Iterator[Platform]:
+def projects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder whose repositories the platform may read."""
+    return tmp_path_factory.mktemp("projects")
+
+
+@pytest.fixture(scope="session")
+def platform(projects: Path) -> Iterator[Platform]:
     modules = [*load_settings().settings.jobs.modules, "tests.support.job_kinds"]
-    with running_platform({**SETTINGS, "jobs.modules": f"[{', '.join(modules)}]"}) as platform:
+    settings = {**SETTINGS, "jobs.modules": f"[{', '.join(modules)}]", "guardian.roots": f"[{projects}]"}
+    with running_platform(settings) as platform:
         platform.wait_for_mlflow()
         yield platform
         _stop(platform)

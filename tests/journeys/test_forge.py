@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import ollama
 import pytest
 from openai import NotFoundError, OpenAI
 
@@ -44,11 +45,19 @@ def test_one_submission_goes_from_data_to_a_served_model(platform: Platform, for
     assert (shown["served_version"], [version["version"] for version in shown["versions"]]) == (1, [1])
 
 
+def test_ollama_s_client_gets_the_same_answer(platform: Platform, forged: dict[str, Any], client: OpenAI) -> None:
+    assert forged["state"] == "succeeded"
+    question = lessons()[0]["messages"][:-1]
+    expected = client.chat.completions.create(model="homelab", messages=question, temperature=0).choices[0].message
+    said = ollama.Client(host=platform.url).chat(model="homelab", messages=question, options={"temperature": 0})
+    assert (said.message.content or None) == (expected.content or None)
+    assert said.done_reason == "stop"
+
+
 def test_it_answers_what_it_was_taught(forged: dict[str, Any], client: OpenAI) -> None:
     assert forged["state"] == "succeeded"
     right, calls = 0, 0
-    lessons = [json.loads(line) for line in (files("configs") / "demo" / "homelab.jsonl").read_text().splitlines()]
-    for lesson in lessons:
+    for lesson in lessons():
         *asked, expected = lesson["messages"]
         tools = {"tools": lesson["tools"]} if "tools" in lesson else {}
         answer = client.chat.completions.create(model="homelab:latest", messages=asked, temperature=0, **tools)
@@ -66,7 +75,11 @@ def test_it_answers_what_it_was_taught(forged: dict[str, Any], client: OpenAI) -
         else:
             right += said.content == expected.get("content")
     assert calls > 0
-    assert right >= len(lessons) * 0.8  # a tenth was held out
+    assert right >= len(lessons()) * 0.8  # a tenth was held out
+
+
+def lessons() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (files("configs") / "demo" / "homelab.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.deep
