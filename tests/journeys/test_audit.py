@@ -11,7 +11,7 @@ from tests.support.services import real_services
 pytestmark = pytest.mark.platform
 
 CONFIG = "/api/v1/config"
-SETTING = "fail_hopeless_jobs"
+SETTING = "pause_on_pwrar"
 
 
 def test_a_setting_of_a_real_sabnzbd_is_found_changed_and_changed_back(platform: Platform, tmp_path: Path) -> None:
@@ -28,15 +28,15 @@ def test_a_setting_of_a_real_sabnzbd_is_found_changed_and_changed_back(platform:
         assert (audit["status"], audit["services_audited"]) == ("succeeded", ["sabnzbd"])
         page = platform.http.get(f"{CONFIG}/recommendations", params={"page_size": 100}).json()
         (found,) = [one for one in page["recommendations"] if one["setting_name"] == SETTING]
-        assert (found["current_value"], found["recommended_value"], value()) == (0, 1, 0)
+        assert (found["current_value"], found["recommended_value"], value()) == (1, 2, 1)
 
         ids = {"recommendation_ids": [found["id"]]}
         (tried,) = post(platform, f"{CONFIG}/apply", {**ids, "dry_run": True})["results"]
-        assert (tried["success"], tried["changed"], value()) == (True, False, 0)
+        assert (tried["success"], tried["changed"], value()) == (True, False, 1)
         (applied,) = post(platform, f"{CONFIG}/apply", ids)["results"]
-        assert (applied["success"], applied["rollback_available"], value()) == (True, True, 1)
+        assert (applied["success"], applied["rollback_available"], value()) == (True, True, 2)
         (rolled_back,) = post(platform, f"{CONFIG}/rollback", ids)["results"]
-        assert (rolled_back["success"], rolled_back["new_value"], value()) == (True, 0, 0)
+        assert (rolled_back["success"], rolled_back["new_value"], value()) == (True, 1, 1)
 
 
 def post(platform: Platform, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def test_ollama_s_client_gets_the_same_answer(platform: Platform, forged: dict[s
     assert forged["state"] == "succeeded"
     question = lessons()[0]["messages"][:-1]
     expected = client.chat.completions.create(model="homelab", messages=question, temperature=0).choices[0].message
-    said = ollama.Client(host=platform.url).chat(model="homelab", messages=question, options={"temperature": 0})
+    with ollama.Client(host=platform.url) as ollama_client:
+        said = ollama_client.chat(model="homelab", messages=question, options={"temperature": 0})
     assert (said.message.content or None) == (expected.content or None)
     assert said.done_reason == "stop"
 

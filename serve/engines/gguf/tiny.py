@@ -12,7 +12,7 @@ from typing import Any
 from cluster.settings import home
 from jobs.execution import isolated
 from jobs.execution.isolated import OnProgress
-from pipelines.training.export import llama_converter
+from pipelines.training.export import convert, llama_converter
 from pipelines.training.models import tiny
 
 QUANTIZATION = "q8_0"
@@ -25,8 +25,6 @@ async def ensure_file() -> Path:
 
 def make(file: str, work: str, report: OnProgress) -> dict[str, Any]:
     """Build the model and convert it. Runs in the separate process."""
-    from pipelines.training.export import convert
-
     model = str(tiny.model_folder())
     return convert.convert(model, None, file, QUANTIZATION, None, work, report)
 
@@ -41,7 +39,7 @@ def _ensure_file() -> Path:
     try:
         converted = work / target.name
         isolated.run_isolated(
-            f"{__name__}:make",
+            make,
             {"file": str(converted), "work": str(work)},
             report=lambda progress, message: None,
             should_stop=lambda: False,
