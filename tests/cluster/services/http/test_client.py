@@ -333,7 +333,7 @@ async def test_of_several_addresses_the_one_that_listens_is_found(monkeypatch: p
 
 
 async def test_an_address_that_swallows_all_hides_no_other(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "60")
+    monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "10")
     get_settings.cache_clear()
     async with stub_server(lambda request: json_response({})) as server:
         port = int(server.url.rpartition(":")[2])
