@@ -36,7 +36,7 @@ OnStep = Callable[[str, str], None]
 
 
 class NoAdmin(SettingsError):
-    """Other machines could reach the gateway, and it has no administrator yet: `forgearr user add EMAIL --admin`."""
+    """Every request needs a credential, and nobody could administer the server: `forgearr user add EMAIL --admin`."""
 
     code = "NO_ADMIN"
 
@@ -88,7 +88,7 @@ async def _prepare_database(settings: Settings, on_step: OnStep) -> None:
         admin = await has_admin(session)
     await _import_object(DECLARE_SERVICES)(database)
     await database.close()
-    if not settings.serve.is_loopback and not admin:
+    if settings.auth_required and not admin:
         raise NoAdmin
     on_step("database", "SQLite" if database.is_sqlite else "PostgreSQL")
 

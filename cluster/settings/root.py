@@ -45,7 +45,7 @@ class Settings(Section):
 
     @property
     def registration_open(self) -> bool:
-        return self.serve.is_loopback if self.auth.registration is None else self.auth.registration
+        return not self.auth_required if self.auth.registration is None else self.auth.registration
 
     @property
     def limits_enabled(self) -> bool:

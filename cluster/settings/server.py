@@ -41,7 +41,7 @@ class AuthSettings(Section):
         description="Whether every request needs a credential. Null: only when serve.host is not loopback."
     )
     registration: bool | None = Field(
-        description="Whether anyone may register an account. Null: only when serve.host is loopback."
+        description="Whether anyone may register an account. Null: only when no credential is required."
     )
     signing_key: SecretStr | None = Field(
         description="Key that signs access tokens, at least 32 characters, the same on every node. "

@@ -44,7 +44,7 @@ def server() -> Generator[Platform]:
 def guarded() -> Generator[Platform]:
     """A server that needs a credential, and lets the pages of one origin use it."""
     settings = {"mlflow.enabled": "false", "auth.required": "true", "serve.allowed_origins": f"['{ALLOWED}']"}
-    with running_platform(settings) as platform:
+    with running_platform(settings, with_admin=True) as platform:
         yield platform
 
 

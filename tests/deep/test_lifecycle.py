@@ -1,14 +1,13 @@
 """An installation that is started, broken, stopped and started again, with the real command line and real processes."""
 
 import signal
-import subprocess
 from collections.abc import Generator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.platform import BINARIES, Platform, running_platform, unused_ports
+from tests.support.platform import Platform, running_platform, unused_ports
 from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
@@ -66,7 +65,7 @@ def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) 
     assert "`forgearr user add EMAIL --admin`" in refused.stderr
     assert platform.processes() == []
 
-    add_admin(platform)
+    platform.add_admin()
     platform.cli(*command)
     assert {address for address in platform.listening() if address[0] not in ("127.0.0.1", "::1")} == {
         ("0.0.0.0", httpx.URL(platform.url).port)
@@ -84,10 +83,3 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     refused = platform.cli("up", "--detach", check=False)
     assert refused.returncode == 1
     assert f"No Ray cluster answers at 127.0.0.1:{port}." in refused.stdout + refused.stderr
-
-
-def add_admin(platform: Platform) -> None:
-    command = [str(BINARIES / "forgearr"), "user", "add", "ada@example.com", "--admin", "--password-stdin"]
-    subprocess.run(
-        command, input="correct horse battery\n", env=platform.environment, text=True, check=True, timeout=TIMEOUT
-    )

@@ -64,6 +64,11 @@ class Platform:
             assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done
 
+    def add_admin(self) -> None:
+        command = [str(BINARIES / "forgearr"), "user", "add", "ada@example.com", "--admin", "--password-stdin"]
+        password = "correct horse battery\n"
+        subprocess.run(command, input=password, env=self.environment, text=True, check=True, timeout=TIMEOUT)
+
     def up(self) -> None:
         self.cli("up", "--detach")
 
@@ -188,11 +193,13 @@ def unused_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running_platform(settings: dict[str, str] | None = None) -> Generator[Platform]:
-    """A running platform. After the block it is down and leaves no process."""
+def running_platform(settings: dict[str, str] | None = None, *, with_admin: bool = False) -> Generator[Platform]:
+    """A running platform, with an administrator if it requires credentials. After the block it leaves no process."""
     home = Path(tempfile.mkdtemp(prefix="forgearr-test-", dir="/tmp"))
     platform = Platform(home, settings)
     try:
+        if with_admin:
+            platform.add_admin()
         platform.up()
         yield platform
     finally:

@@ -83,11 +83,30 @@ def test_a_weak_signing_key_is_refused_without_being_repeated(weak: str) -> None
     assert f"'{weak}'" not in raised.value.message
 
 
-def test_what_depends_on_the_bind() -> None:
-    local, open_bind = load_settings().settings, load_settings(["serve.host=0.0.0.0"]).settings
-    assert (local.auth_required, local.registration_open, local.limits_enabled) == (False, True, False)
-    assert (open_bind.auth_required, open_bind.registration_open, open_bind.limits_enabled) == (True, False, True)
-    assert open_bind.url == "http://127.0.0.1:8000"
+@pytest.mark.parametrize(
+    ("host", "required", "registration", "is_required", "is_open"),
+    [
+        ("127.0.0.1", "null", "null", False, True),
+        ("127.0.0.1", "null", "false", False, False),
+        ("127.0.0.1", "true", "null", True, False),  # behind a reverse proxy on the same machine
+        ("127.0.0.1", "true", "true", True, True),
+        ("127.0.0.1", "false", "null", False, True),
+        ("0.0.0.0", "null", "null", True, False),
+        ("0.0.0.0", "null", "true", True, True),
+        ("0.0.0.0", "true", "null", True, False),
+    ],
+)
+def test_registration_is_closed_where_credentials_are_required(
+    host: str, required: str, registration: str, is_required: bool, is_open: bool
+) -> None:
+    changes = [f"serve.host={host}", f"auth.required={required}", f"auth.registration={registration}"]
+    settings = load_settings(changes).settings
+    assert (settings.auth_required, settings.registration_open, settings.limits_enabled) == (
+        is_required,
+        is_open,
+        is_required,
+    )
+    assert settings.url == "http://127.0.0.1:8000"
 
 
 @pytest.mark.usefixtures("home")

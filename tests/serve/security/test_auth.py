@@ -76,8 +76,8 @@ def configure(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
 @pytest.fixture
 def required(configure: Callable[..., None]) -> None:
-    """The server needs a credential, as it does on any address but loopback."""
-    configure(auth__required="true", auth__registration="false")
+    """The server requires credentials, as behind a reverse proxy on the same machine."""
+    configure(auth__required="true")
 
 
 async def add_user(database: Database, name: str = "ada", role: identity.Role = "user") -> identity.User:
