@@ -132,7 +132,10 @@ def _runtime_environment(settings: Settings) -> dict[str, Any] | None:
     if settings.ray.address is None:
         return None
     own_variables = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
-    return {"env_vars": {name: value for name, value in own_variables.items() if name != processes.MARKER_VARIABLE}}
+    own_variables.pop(processes.MARKER_VARIABLE, None)
+    # A node whose own forgearr.yaml does not name this cluster would require no credential.
+    own_variables[f"{ENVIRONMENT_PREFIX}AUTH__REQUIRED"] = "true"
+    return {"env_vars": own_variables}
 
 
 def _start_actors(classes: dict[str, Any], on_step: OnStep) -> None:

@@ -253,11 +253,15 @@ async def _clean_up(settings: Settings, on_step: OnStep) -> None:
 
 
 def _require_auth_if_public(settings: Settings) -> None:
-    if settings.serve.is_loopback or settings.auth_required:
+    if settings.is_local or settings.auth_required:
         return
+    if settings.ray.address is None:
+        reason, remedy = f"serve.host is {settings.serve.host}", "Change one of the two settings."
+    else:
+        reason = f"Serve listens where the operator of the Ray cluster at {settings.ray.address} has chosen"
+        remedy = "Leave auth.required null, and add an administrator: `forgearr user add EMAIL --admin`."
     raise SettingsError(
-        f"auth.required is off and serve.host is {settings.serve.host}: anyone who reaches this machine would be its "
-        "administrator. Change one of the two settings."
+        f"auth.required is off and {reason}: anyone who reaches the gateway would be its administrator. {remedy}"
     )
 
 

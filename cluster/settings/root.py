@@ -40,8 +40,13 @@ class Settings(Section):
     logs: LogSettings
 
     @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the gateway. On a cluster of others, Serve listens where they chose."""
+        return self.serve.is_loopback and self.ray.address is None
+
+    @property
     def auth_required(self) -> bool:
-        return not self.serve.is_loopback if self.auth.required is None else self.auth.required
+        return not self.is_local if self.auth.required is None else self.auth.required
 
     @property
     def registration_open(self) -> bool:

@@ -38,7 +38,8 @@ class ServeSettings(Section):
 
 class AuthSettings(Section):
     required: bool | None = Field(
-        description="Whether every request needs a credential. Null: only when serve.host is not loopback."
+        description="Whether every request needs a credential. Null: unless serve.host is loopback and ray.address is "
+        "null. It cannot be off elsewhere."
     )
     registration: bool | None = Field(
         description="Whether anyone may register an account. Null: only when no credential is required."

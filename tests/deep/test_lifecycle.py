@@ -80,6 +80,10 @@ def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     (port,) = unused_ports(1)
     platform = Platform(tmp_path / "home", {"ray.address": f"127.0.0.1:{port}"})
+    without_admin = platform.cli("up", "--detach", check=False)
+    assert without_admin.returncode == 1
+    assert "`forgearr user add EMAIL --admin`" in without_admin.stderr
+    platform.add_admin()
     refused = platform.cli("up", "--detach", check=False)
     assert refused.returncode == 1
     assert f"No Ray cluster answers at 127.0.0.1:{port}." in refused.stdout + refused.stderr

@@ -141,10 +141,18 @@ def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pyt
     assert run_state.last_run() is None
 
 
-def test_an_open_door_without_credentials_is_refused(home: Path) -> None:
-    done = forgearr("up", "--set", "serve.host=0.0.0.0", "--set", "auth.required=false")
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("serve.host=0.0.0.0", "serve.host is 0.0.0.0"),
+        ("ray.address=127.0.0.1:9", "Serve listens where the operator of the Ray cluster at 127.0.0.1:9 has chosen"),
+    ],
+)
+def test_a_gateway_that_others_reach_is_not_started_without_credentials(home: Path, setting: str, reason: str) -> None:
+    done = forgearr("up", "--set", setting, "--set", "auth.required=false")
     assert done.returncode == 1
-    assert done.stderr.startswith("auth.required is off and serve.host is 0.0.0.0: anyone")
+    assert done.stderr.startswith(f"auth.required is off and {reason}: anyone")
+    assert run_state.last_run() is None
 
 
 def test_down_ends_what_a_killed_supervisor_left_behind(home: Path) -> None:

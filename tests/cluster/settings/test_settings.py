@@ -84,22 +84,27 @@ def test_a_weak_signing_key_is_refused_without_being_repeated(weak: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("host", "required", "registration", "is_required", "is_open"),
+    ("host", "cluster", "required", "registration", "is_required", "is_open"),
     [
-        ("127.0.0.1", "null", "null", False, True),
-        ("127.0.0.1", "null", "false", False, False),
-        ("127.0.0.1", "true", "null", True, False),  # behind a reverse proxy on the same machine
-        ("127.0.0.1", "true", "true", True, True),
-        ("127.0.0.1", "false", "null", False, True),
-        ("0.0.0.0", "null", "null", True, False),
-        ("0.0.0.0", "null", "true", True, True),
-        ("0.0.0.0", "true", "null", True, False),
+        ("127.0.0.1", "null", "null", "null", False, True),
+        ("127.0.0.1", "null", "null", "false", False, False),
+        ("127.0.0.1", "null", "true", "null", True, False),  # behind a reverse proxy on the same machine
+        ("127.0.0.1", "null", "true", "true", True, True),
+        ("127.0.0.1", "null", "false", "null", False, True),
+        ("0.0.0.0", "null", "null", "null", True, False),
+        ("0.0.0.0", "null", "null", "true", True, True),
+        ("0.0.0.0", "null", "true", "null", True, False),
+        ("127.0.0.1", "head.example:6379", "null", "null", True, False),
+        ("127.0.0.1", "head.example:6379", "null", "true", True, True),
+        ("127.0.0.1", "head.example:6379", "true", "null", True, False),
+        ("0.0.0.0", "head.example:6379", "null", "null", True, False),
     ],
 )
-def test_registration_is_closed_where_credentials_are_required(
-    host: str, required: str, registration: str, is_required: bool, is_open: bool
+def test_credentials_are_required_wherever_others_reach_the_gateway_and_registration_is_closed_there(
+    host: str, cluster: str, required: str, registration: str, is_required: bool, is_open: bool
 ) -> None:
-    changes = [f"serve.host={host}", f"auth.required={required}", f"auth.registration={registration}"]
+    changes = [f"serve.host={host}", f"ray.address={cluster}", f"auth.required={required}"]
+    changes.append(f"auth.registration={registration}")
     settings = load_settings(changes).settings
     assert (settings.auth_required, settings.registration_open, settings.limits_enabled) == (
         is_required,
