@@ -21,9 +21,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.errors import ForgearrError
+from cluster.runtime.processes import MARKER_VARIABLE
 
 MAX_ERROR_LINES = 6
 """The error of a failed step contains this many of its last output lines."""
+INHERITED_VARIABLES = re.compile(
+    rf"PATH|HOME|USER|LANG|TZ|TMPDIR|VIRTUAL_ENV|LD_LIBRARY_PATH|{MARKER_VARIABLE}|(LC|CUDA|NVIDIA|MALLOC|PYTHON)_?\w*"
+)
 POLL_SECONDS = 0.2
 PROJECT = Path(__file__).parents[2]
 
@@ -113,9 +117,12 @@ class _StepProgress:
 
 
 def _environment(threads: int, paths: Sequence[Path]) -> dict[str, str]:
+    """No settings and no tokens: a step reads models that anybody may have made."""
     entries = [*map(str, paths), str(PROJECT), os.environ.get("PYTHONPATH")]
+    inherited = {name: value for name, value in os.environ.items() if INHERITED_VARIABLES.fullmatch(name)}
     return {
-        **os.environ,
+        **inherited,
+        "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(entry for entry in entries if entry),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.errors import UnprocessableRequest
 from jobs.execution.isolated import OnProgress
 from pipelines.training.models.merge import merge
+from pipelines.training.models.remote_code import refuse_code
 
 MERGED_FOLDER = "merged"
 GPT2_PRE_TOKENIZER = "gpt-2"
@@ -30,6 +31,7 @@ def convert(
     model: str, base: str | None, file: str, outtype: str, adapter_file: str | None, work: str, report: OnProgress
 ) -> dict[str, Any]:
     """Write a model as GGUF: `model` itself, or the adapter `model` merged into `base`. Returns the precision."""
+    refuse_code()
     source = Path(model)
     if base is not None:
         report(0, "merging")

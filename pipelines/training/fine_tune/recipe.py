@@ -37,6 +37,7 @@ from pipelines.training.fine_tune.preprocess import (
     resolve_max_length,
     split,
 )
+from pipelines.training.models.remote_code import forget_code
 from pipelines.training.spec import FineTuneSpec
 
 INITIAL_ADAPTER = "initial"
@@ -284,6 +285,7 @@ def _load_model(spec: FineTuneSpec, base: str, max_length: int) -> tuple[Any, Lo
         )
     model = AutoModelForCausalLM.from_pretrained(
         base,
+        use_safetensors=True,  # pickles run code
         dtype=torch.bfloat16 if cuda else torch.float32,
         device_map={"": torch.cuda.current_device()} if cuda and (spec.tuning == "qlora" or is_quantized) else None,
         **options,
@@ -326,6 +328,7 @@ def _save_model(
         options = {"path_initial_model_for_weight_conversion": work_folder / INITIAL_ADAPTER} if spec.pissa else {}
         model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
+    forget_code(folder)
     lines = [_to_conversation(sample).model_dump_json(exclude_none=True) for _, sample in held_out]
     (folder / HELD_OUT_FILE).write_text("".join(f"{line}\n" for line in lines))
     return folder

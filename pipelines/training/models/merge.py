@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.execution.isolated import OnProgress
+from pipelines.training.models.remote_code import forget_code
 
 
 def merge_only(base: str, adapter: str, target: str, report: OnProgress) -> None:
@@ -19,6 +20,7 @@ def merge(base: Path, adapter: Path, target: Path) -> None:
 
     load_merged(base, adapter).save_pretrained(target)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    forget_code(target)
     vocabulary = base / "tokenizer.model"
     if vocabulary.exists() and not (target / vocabulary.name).exists():
         shutil.copy(vocabulary, target)  # transformers does not need it, but the converter does
@@ -35,7 +37,7 @@ def load_dequantized(model: Path | str) -> Any:
     """Load a model. One in 4 or 8 bits is dequantized, because llama.cpp's converter does not read those."""
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)  # pickles run code
     if getattr(loaded, "hf_quantizer", None) is None:
         return loaded
     dequantized: Any = loaded.dequantize()

@@ -25,8 +25,12 @@ START, END, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 def model_folder() -> Path:
     """The model's folder, in the format of transformers. It is built if it does not exist."""
+    return ensure(home() / "cache" / folder_name())
+
+
+def ensure(target: Path) -> Path:
+    """Build the model at this path, if it does not exist there."""
     template, corpus = _read_config("chat_template.jinja"), _read_config("corpus.txt")
-    target = home() / "cache" / folder_name()
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))

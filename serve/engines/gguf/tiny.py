@@ -23,9 +23,9 @@ async def ensure_file() -> Path:
     return await asyncio.to_thread(_ensure_file)
 
 
-def make(file: str, work: str, report: OnProgress) -> dict[str, Any]:
+def make(model: str, file: str, work: str, report: OnProgress) -> dict[str, Any]:
     """Build the model and convert it. Runs in the separate process."""
-    model = str(tiny.model_folder())
+    tiny.ensure(Path(model))
     return convert.convert(model, None, file, QUANTIZATION, None, work, report)
 
 
@@ -40,7 +40,7 @@ def _ensure_file() -> Path:
         converted = work / target.name
         isolated.run_isolated(
             make,
-            {"file": str(converted), "work": str(work)},
+            {"model": str(target.parent / tiny.folder_name()), "file": str(converted), "work": str(work)},
             report=lambda progress, message: None,
             should_stop=lambda: False,
             threads=1,

@@ -29,7 +29,11 @@ def load_model(files: TransformersFiles, settings: EngineSettings) -> Any:
             bnb_4bit_compute_dtype=compute_dtype(settings),
         )
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        files.model, dtype=compute_dtype(settings), device_map={"": 0} if cuda else None, **options
+        files.model,
+        use_safetensors=True,  # pickles run code
+        dtype=compute_dtype(settings),
+        device_map={"": 0} if cuda else None,
+        **options,
     )
     if files.adapter is not None:
         peft_model: Any = PeftModel.from_pretrained(loaded, str(files.adapter))

@@ -27,3 +27,7 @@ def chatter(report: OnProgress) -> dict[str, Any]:
     print("this is no answer", flush=True)
     os.write(1, b"x" * 200_000 + b"\n")
     return {"heard": True}
+
+
+def environment(report: OnProgress) -> dict[str, str]:
+    return dict(os.environ)

@@ -37,6 +37,7 @@ from pipelines.training.fine_tune import recipe
 from pipelines.training.models import base_models, registry
 from pipelines.training.models import cache as model_cache
 from pipelines.training.models.base_models import BaseModelNotFound
+from pipelines.training.models.remote_code import ModelHasCode
 from pipelines.training.models.versions import ModelFile, ModelNotFound, RegistryDisabled, Version
 from pipelines.training.spec import FineTuneSpec
 from tests.pipelines.training.export import crashing_steps
@@ -279,6 +280,43 @@ def test_a_step_that_crashes_is_an_error_with_its_last_words(home: Path) -> None
     with pytest.raises(NotFound, match="as it was raised"):
         step(crashing_steps.refuse)
     assert step(crashing_steps.chatter) == {"heard": True}
+
+
+def test_nothing_that_comes_with_a_model_runs(home: Path, tmp_path: Path, llama_converter: Path) -> None:
+    """llama.cpp's converter trusts the code of some architectures, among them GLM-4."""
+    from transformers import AutoTokenizer, Glm4Config, Glm4ForCausalLM
+
+    marker, folder = tmp_path / "it-ran", tmp_path / "glm"
+    tokenizer: Any = AutoTokenizer.from_pretrained(base_models.resolve("forgearr/tiny"))
+    sizes: dict[str, Any] = {
+        "pad_token_id": 0,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "head_dim": 32,
+    }
+    config = Glm4Config(vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=2, **sizes)
+    Glm4ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "tok.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: ...\n")
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    described["auto_map"] = {"AutoTokenizer": ["tok.Evil", "tok.Evil"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+    request = {"model": str(folder), "base": None, "file": str(tmp_path / "glm.gguf"), "outtype": "f16"}
+    paths = [llama_converter / "gguf-py", llama_converter]
+    with pytest.raises(ModelHasCode, match="code of its own"):
+        step(convert.convert, {**request, "adapter_file": None, "work": str(tmp_path)}, paths)
+    assert not marker.exists()
+
+
+def test_a_step_sees_no_secret(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("FORGEARR_DATABASE__URL", "postgresql://ada:secret@db/forge")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    environment = step(crashing_steps.environment)
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert "secret" not in json.dumps(environment)
 
 
 def test_what_a_killed_job_has_left_is_removed_by_the_next(home: Path) -> None:
