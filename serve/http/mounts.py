@@ -79,7 +79,10 @@ class RouteIndex:
                     if method in route.methods:
                         return route.marks
                     same_path = route.marks
-        return Marks(same_path.envelope if same_path else self._envelope_beside(path))
+        if same_path is None:
+            return Marks(self._envelope_beside(path))
+        # The answer is 405, for which nobody reads a body that is no JSON.
+        return Marks(same_path.envelope, streams_body=same_path.streams_body)
 
     def _envelope_beside(self, path: str) -> Envelope:
         """The envelope of all routes with the same first segment, if they have the same one."""

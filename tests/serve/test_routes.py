@@ -13,7 +13,7 @@ from cluster.db import Database
 from serve.app import create_app
 from serve.http.errors import ERROR_RESPONSES
 from serve.http.marks import Route, access, access_of
-from serve.http.mounts import IncompleteMarks, Marks, Mount, RouteIndex, marks_of_route, methods_of
+from serve.http.mounts import IncompleteMarks, Mount, RouteIndex, marks_of_route, methods_of
 from serve.middleware.strict_input import MAX_BODY_BYTES
 from serve.routes import MOUNTS
 from serve.security.callers import AdminCaller, CurrentCaller
@@ -120,7 +120,15 @@ def test_the_index_finds_the_marks_of_every_route() -> None:
     ],
 )
 def test_where_there_is_no_route_the_envelope_is_that_of_the_address(method: str, path: str, envelope: str) -> None:
-    assert RouteIndex(MOUNTS).find(method, path) == Marks(envelope)  # pyright: ignore[reportArgumentType]
+    marks = RouteIndex(MOUNTS).find(method, path)
+    assert (marks.envelope, marks.access, marks.rate_limit) == (envelope, None, "general")
+
+
+async def test_a_wrong_method_is_answered_without_a_look_at_the_body(database: Database) -> None:
+    transport = httpx.ASGITransport(create_app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        response = await client.request("TRACE", "/api/blobs/sha256:0", content=b"\x89PNG\r\n")
+        assert (response.status_code, response.headers["allow"]) == (405, "HEAD, POST")
 
 
 @pytest.mark.parametrize("path", STREAMING)
