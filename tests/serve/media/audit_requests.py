@@ -1,4 +1,4 @@
-"""Requests of the tests of audits: to the API, and to SABnzbd's own."""
+"""Requests of the audit tests, to Forgearr's API and to SABnzbd's."""
 
 from typing import Any
 
@@ -38,16 +38,16 @@ def get_config(program: RunningService, section: str = "misc") -> Any:
 
 async def run_audit(api: ApiClient, *services: str, **more: Any) -> dict[str, Any]:
     body = {"services": list(services), "include_web_search": False, **more}
-    answer = await run_jobs.request_and_run(api, f"{PATH}/audit", body, audit_services.KIND)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = await run_jobs.request_and_run(api, f"{PATH}/audit", body, audit_services.KIND)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 async def run_change(api: ApiClient, action: str, *ids: int, dry_run: bool = False) -> list[dict[str, Any]]:
     body = {"recommendation_ids": list(ids), "dry_run": dry_run}
-    answer = await run_jobs.request_and_run(api, f"{PATH}/{action}", body, change_settings.KIND)
-    assert answer.status_code == 200, answer.text
-    result = answer.json()
+    response = await run_jobs.request_and_run(api, f"{PATH}/{action}", body, change_settings.KIND)
+    assert response.status_code == 200, response.text
+    result = response.json()
     good = sum(change["success"] for change in result["results"])
     assert result["summary"] == {"total": len(ids), "successful": good, "failed": len(ids) - good}
     assert result["dry_run"] is dry_run
@@ -55,6 +55,6 @@ async def run_change(api: ApiClient, action: str, *ids: int, dry_run: bool = Fal
 
 
 async def get_recommendations(api: ApiClient, **query: Any) -> dict[str, dict[str, Any]]:
-    answer = await api.request("bob", "GET", f"{PATH}/recommendations", params={"page_size": 100, **query})
-    assert answer.status_code == 200, answer.text
-    return {f"{one['item'] or ''}.{one['setting_name']}".lstrip("."): one for one in answer.json()["recommendations"]}
+    response = await api.request("bob", "GET", f"{PATH}/recommendations", params={"page_size": 100, **query})
+    assert response.status_code == 200, response.text
+    return {f"{one['item'] or ''}.{one['setting_name']}".lstrip("."): one for one in response.json()["recommendations"]}

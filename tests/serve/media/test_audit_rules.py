@@ -1,7 +1,7 @@
-"""Every rule that ships and sets something: found, applied, read back and taken back, each against its own service.
+"""Every shipped rule that sets something: found, applied, read back and rolled back, each against its own service.
 
-The fakes of Sonarr and Radarr check all writes against the official documents; SABnzbd is a real one. For
-Prowlarr and Plex a few lines remember what they are told, and refuse what those do not take.
+The fakes of Sonarr and Radarr check all writes against the official documents; SABnzbd is a real one. The stubs of
+Prowlarr and Plex store what is written, and refuse values that the real services refuse.
 """
 
 import copy
@@ -34,10 +34,10 @@ from tests.support.services.stub_server import StubRequest, StubResponse, json_r
 
 State = dict[str, Any]
 Service = AbstractAsyncContextManager[tuple[str, str, State]]
-"""Its address, its key, and what it has been told: area by area, as it is now."""
+"""Its URL, its key, and its current settings by area."""
 
 SABNZBD_CLIENT = {"id": 1, "name": "SAB", "implementation": "Sabnzbd", "enable": True, "protocol": "usenet"}
-ARR_AT_FIRST: State = {
+ARR_INITIAL: State = {
     "config/mediamanagement": {
         "id": 1,
         "copyUsingHardlinks": False,
@@ -62,11 +62,11 @@ ARR_AT_FIRST: State = {
         }
     ],
 }
-NAMING_AT_FIRST: dict[str, State] = {
+NAMING_INITIAL: dict[str, State] = {
     "sonarr": {"renameEpisodes": False, "seasonFolderFormat": "S{season}"},
     "radarr": {"renameMovies": False},
 }
-SABNZBD_AT_FIRST = {
+SABNZBD_INITIAL = {
     "cache_limit": "",
     "direct_unpack": "0",
     "pause_on_post_processing": "1",
@@ -87,15 +87,15 @@ SABNZBD_AT_FIRST = {
 OF_OTHER_RELEASES = {
     "misc": {"history_retention_option", "history_retention_number", "enable_tv_sorting", "enable_movie_sorting"}
 }
-"""Since SABnzbd 4 the one pair, before it the other."""
+"""SABnzbd 4 and later have the first pair, earlier versions the second."""
 SYNC_LEVELS = {"disabled", "addOnly", "fullSync"}
 """Taken by hand from `ApplicationSyncLevel` of Prowlarr's official document."""
-PLEX_TAKES: dict[str, set[str]] = {
+PLEX_VALUES: dict[str, set[str]] = {
     "GenerateBIFBehavior": {"never", "scheduled", "asap"},
     "secureConnections": set("012"),
 }
-"""As a server's own list (`/:/prefs`) has it; all others are 0 or 1."""
-PLEX_AT_FIRST: State = {
+"""Permitted values, from a server's own list (`/:/prefs`); all other settings are 0 or 1."""
+PLEX_INITIAL: State = {
     "FSEventLibraryUpdatesEnabled": False,
     "FSEventLibraryPartialScanEnabled": False,
     "ScheduledLibraryUpdatesEnabled": True,
@@ -110,7 +110,7 @@ PLEX_AT_FIRST: State = {
 
 @asynccontextmanager
 async def arr(service: str) -> AsyncGenerator[tuple[str, str, State]]:
-    resources: dict[str, Any] = copy.deepcopy(ARR_AT_FIRST) | {"config/naming": {"id": 1, **NAMING_AT_FIRST[service]}}
+    resources: dict[str, Any] = copy.deepcopy(ARR_INITIAL) | {"config/naming": {"id": 1, **NAMING_INITIAL[service]}}
     async with fake_arr(service, **resources) as server:
         yield server.url, KEY, server.resources
 
@@ -119,39 +119,39 @@ async def arr(service: str) -> AsyncGenerator[tuple[str, str, State]]:
 async def prowlarr() -> AsyncGenerator[tuple[str, str, State]]:
     state: State = {"applications": [{"id": 1, "name": "Sonarr", "syncLevel": "addOnly", "fields": [], "tags": []}]}
 
-    def answer(request: StubRequest) -> StubResponse:
+    def respond(request: StubRequest) -> StubResponse:
         area, _, number = request.path.removeprefix("/api/v1/").partition("/")
         if request.method == "PUT":
             (row,) = (row for row in state[area] if row["id"] == int(number))
-            told = json.loads(request.body)
-            if told["syncLevel"] not in SYNC_LEVELS:
-                return json_response({"message": f"There is no sync level {told['syncLevel']}."}, 400)
-            row.update(told)
+            body = json.loads(request.body)
+            if body["syncLevel"] not in SYNC_LEVELS:
+                return json_response({"message": f"There is no sync level {body['syncLevel']}."}, 400)
+            row.update(body)
             return json_response(row, 202)
         return json_response(state.get(area, []))
 
-    async with stub_server(answer) as server:
+    async with stub_server(respond) as server:
         yield server.url, KEY, state
 
 
 @asynccontextmanager
 async def plex() -> AsyncGenerator[tuple[str, str, State]]:
-    state = dict(PLEX_AT_FIRST)
+    state = dict(PLEX_INITIAL)
 
-    def answer(request: StubRequest) -> StubResponse:
+    def respond(request: StubRequest) -> StubResponse:
         if request.method == "PUT":
             for name, value in request.query.items():
-                if value not in PLEX_TAKES.get(name, set("01")):
+                if value not in PLEX_VALUES.get(name, set("01")):
                     return StubResponse(b"", 400)
-                state[name] = type(PLEX_AT_FIRST[name])(int(value) if value.isdigit() else value)
+                state[name] = type(PLEX_INITIAL[name])(int(value) if value.isdigit() else value)
             return StubResponse()
         return json_response({"MediaContainer": {"Setting": [{"id": name, "value": state[name]} for name in state]}})
 
-    async with stub_server(answer) as server:
+    async with stub_server(respond) as server:
         yield server.url, KEY, state
 
 
-PROGRAMS: dict[str, Callable[[], Service]] = {
+SERVICES: dict[str, Callable[[], Service]] = {
     "sonarr": partial(arr, "sonarr"),
     "radarr": partial(arr, "radarr"),
     "prowlarr": prowlarr,
@@ -159,79 +159,79 @@ PROGRAMS: dict[str, Callable[[], Service]] = {
 }
 
 
-def settable(service: str) -> dict[str, Rule]:
-    ours = [rule for rule in rules.load().rules if rule.service == service and not rule.apply.is_by_hand]
-    by_setting = {rule.setting: rule for rule in ours}
-    assert len(by_setting) == len(ours) > 0
+def settable_rules(service: str) -> dict[str, Rule]:
+    of_service = [rule for rule in rules.load().rules if rule.service == service and not rule.apply.is_by_hand]
+    by_setting = {rule.setting: rule for rule in of_service}
+    assert len(by_setting) == len(of_service) > 0
     return by_setting
 
 
-async def applied_all(api: ApiClient, service: str) -> dict[str, int]:
-    """Audit and apply until nothing is left: some rules count only where another is followed. By name, what was."""
-    wanted, done = settable(service), dict[str, int]()
+async def apply_all(api: ApiClient, service: str) -> dict[str, int]:
+    """Audit and apply until nothing is left: some rules depend on others. Returns recommendation ids by setting."""
+    rules_by_setting, applied = settable_rules(service), dict[str, int]()
     while True:
-        told = await run_audit(api, service)
-        assert told["failed_services"] == {}
+        audit = await run_audit(api, service)
+        assert audit["failed_services"] == {}
         open_ones = await get_recommendations(api, applied=False)
-        ids = {one["setting_name"]: one["id"] for one in open_ones.values() if one["setting_name"] in wanted}
+        ids = {one["setting_name"]: one["id"] for one in open_ones.values() if one["setting_name"] in rules_by_setting}
         if not ids:
-            return done
-        assert not ids.keys() & done.keys(), "what was set is found again"
+            return applied
+        assert not ids.keys() & applied.keys(), "an applied setting is found again"
         results = await run_change(api, "apply", *ids.values())
         assert [(one["success"], one["changed"]) for one in results] == [(True, True)] * len(ids), results
-        done |= ids
+        applied |= ids
 
 
-# What is asked of services does not depend on where our own facts lie.
+# Requests to services do not depend on Forgearr's own database.
 on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
 @on_sqlite
-@pytest.mark.parametrize("service", PROGRAMS)
-async def test_every_rule_is_applied_and_taken_back(api: ApiClient, service: str) -> None:
-    async with PROGRAMS[service]() as (url, key, state):
+@pytest.mark.parametrize("service", SERVICES)
+async def test_every_rule_is_applied_and_rolled_back(api: ApiClient, service: str) -> None:
+    async with SERVICES[service]() as (url, key, state):
         await add_service(api, service, service, url, key)
         before = copy.deepcopy(state)
-        done = await applied_all(api, service)
-        assert done.keys() == settable(service).keys()
+        applied = await apply_all(api, service)
+        assert applied.keys() == settable_rules(service).keys()
         after = copy.deepcopy(state)
         assert after != before
-        again = await run_change(api, "apply", *done.values())
-        assert [(one["success"], one["changed"]) for one in again] == [(True, False)] * len(done)
+        again = await run_change(api, "apply", *applied.values())
+        assert [(one["success"], one["changed"]) for one in again] == [(True, False)] * len(applied)
         assert state == after
-        await run_change(api, "rollback", *done.values())
+        await run_change(api, "rollback", *applied.values())
         assert state == before
 
 
 @on_sqlite
 @pytest.mark.parametrize(
-    ("option", "passed_over"),
+    ("option", "skipped"),
     [("days-delete", "history_retention_option"), ("number-delete", "history_retention_number")],
 )
-async def test_every_rule_for_sabnzbd_is_applied_and_taken_back(
-    api: ApiClient, tmp_path: Path, option: str, passed_over: str
+async def test_every_rule_for_sabnzbd_is_applied_and_rolled_back(
+    api: ApiClient, tmp_path: Path, option: str, skipped: str
 ) -> None:
     with real_services.sabnzbd(tmp_path) as program:
-        for name, value in {**SABNZBD_AT_FIRST, "history_retention_option": option}.items():
+        for name, value in {**SABNZBD_INITIAL, "history_retention_option": option}.items():
             set_misc(program, name, value)
         await add_service(api, "sabnzbd", "sabnzbd", program.url, program.key)
         before = get_config(program)
-        done = await applied_all(api, "sabnzbd")
-        assert done.keys() == (settable("sabnzbd").keys() & before.keys()) - {passed_over}
-        await run_change(api, "rollback", *done.values())
+        applied = await apply_all(api, "sabnzbd")
+        assert applied.keys() == (settable_rules("sabnzbd").keys() & before.keys()) - {skipped}
+        await run_change(api, "rollback", *applied.values())
         assert get_config(program) == before
 
 
 @pytest.mark.usefixtures("home")
 def test_a_real_sabnzbd_has_every_setting(tmp_path: Path) -> None:
-    """Also those that are changed by hand."""
+    """Including the settings that are changed by hand."""
     with real_services.sabnzbd(tmp_path) as program:
         set_config(program, section="categories", keyword="tv", name="tv")
         set_config(program, section="servers", keyword="one", name="one", host="news.example")
         for area in ("misc", "categories[]", "servers[]"):
-            told = get_config(program, area.removesuffix("[]"))
-            known = told if area == "misc" else told[0]
-            ours = [rule for rule in rules.load().rules if rule.service == "sabnzbd"]
-            named = {setting for rule in ours for place, setting in settings_of(rule) if place == area}
+            content = get_config(program, area.removesuffix("[]"))
+            known = content if area == "misc" else content[0]
+            of_service = [rule for rule in rules.load().rules if rule.service == "sabnzbd"]
+            named = {setting for rule in of_service for rule_area, setting in settings_of(rule) if rule_area == area}
             assert named
             assert named - known.keys() <= OF_OTHER_RELEASES.get(area, set())

@@ -39,8 +39,8 @@ from tests.support.services.stub_server import StubRequest, StubResponse, html_p
 pytestmark = pytest.mark.both_databases
 
 PASSWORD = "geheim-geheim-7"
-DEAD = "http://127.0.0.1:9"
-BEGIN = {
+UNREACHABLE = "http://127.0.0.1:9"
+INITIAL_SETTINGS = {
     "fail_hopeless_jobs": "0",
     "pre_check": "0",
     "propagation_delay": "7",
@@ -58,8 +58,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 
 @pytest.fixture
 async def sabnzbd(program: RunningService, api: ApiClient) -> RunningService:
-    """It is connected, and as every test wants it."""
-    for name, value in BEGIN.items():
+    """Connect SABnzbd, and reset the settings that tests change."""
+    for name, value in INITIAL_SETTINGS.items():
         set_misc(program, name, value)
     await add_service(api, "SAB", "sabnzbd", program.url, program.key)
     return program
@@ -86,19 +86,19 @@ def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: ApiClient) -
     return write
 
 
-async def test_an_audit_answers_as_documented(api: ApiClient, sabnzbd: RunningService) -> None:
-    told = await run_audit(api, "sabnzbd")
-    assert told["audit_id"].startswith("audit_")
-    assert (told["services_audited"], told["status"], told["failed_services"]) == (["sabnzbd"], "succeeded", {})
-    total = told["total_recommendations"]
-    assert total == sum(told["recommendations_by_priority"].values()) > 5
-    assert list(told["recommendations_by_priority"]) == ["critical", "high", "medium", "low"]
-    assert told["summary"] == {"sabnzbd": {"issues_found": total, "recommendations": total}}
-    assert told["web_search"] == {"used": False, "reason": "It was not requested.", "searches": 0}
-    assert (await api.request("bob", "GET", f"{PATH}/audit/{told['audit_id']}")).json() == told
+async def test_an_audit_response_is_as_documented(api: ApiClient, sabnzbd: RunningService) -> None:
+    audit = await run_audit(api, "sabnzbd")
+    assert audit["audit_id"].startswith("audit_")
+    assert (audit["services_audited"], audit["status"], audit["failed_services"]) == (["sabnzbd"], "succeeded", {})
+    total = audit["total_recommendations"]
+    assert total == sum(audit["recommendations_by_priority"].values()) > 5
+    assert list(audit["recommendations_by_priority"]) == ["critical", "high", "medium", "low"]
+    assert audit["summary"] == {"sabnzbd": {"issues_found": total, "recommendations": total}}
+    assert audit["web_search"] == {"used": False, "reason": "It was not requested.", "searches": 0}
+    assert (await api.request("bob", "GET", f"{PATH}/audit/{audit['audit_id']}")).json() == audit
 
     listed = (await api.request("bob", "GET", f"{PATH}/recommendations?service=SAB&priority=high&page_size=2")).json()
-    high = told["recommendations_by_priority"]["high"]
+    high = audit["recommendations_by_priority"]["high"]
     assert listed["pagination"] == {"page": 1, "page_size": 2, "total_items": high, "total_pages": -(-high // 2)}
     assert listed["filters_applied"] == {"service": "SAB", "priority": "high"}
     assert len(listed["recommendations"]) == 2
@@ -114,7 +114,7 @@ async def test_an_audit_answers_as_documented(api: ApiClient, sabnzbd: RunningSe
     assert (missing.status_code, missing.json()["message"]) == (404, "Recommendation with ID 999999 not found")
 
 
-async def test_the_same_finding_is_the_same_recommendation_until_it_is_gone(
+async def test_a_recommendation_keeps_its_id_while_its_finding_persists(
     api: ApiClient, sabnzbd: RunningService
 ) -> None:
     first = await run_audit(api, "sabnzbd")
@@ -136,8 +136,8 @@ async def test_the_same_finding_is_the_same_recommendation_until_it_is_gone(
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, False)
 
 
-async def test_settings_are_applied_once_and_taken_back(api: ApiClient, sabnzbd: RunningService) -> None:
-    told = await run_audit(api, "sabnzbd")
+async def test_settings_are_applied_once_and_rolled_back(api: ApiClient, sabnzbd: RunningService) -> None:
+    audit = await run_audit(api, "sabnzbd")
     found = await get_recommendations(api)
     ids = [found[name]["id"] for name in ("fail_hopeless_jobs", "unwanted_extensions", "nzb_backup_dir")]
 
@@ -160,13 +160,13 @@ async def test_settings_are_applied_once_and_taken_back(api: ApiClient, sabnzbd:
     assert [(one["success"], one["changed"], one["rollback_available"]) for one in again] == [(True, False, True)] * 2
     assert get_config(sabnzbd) == live
     (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
-    assert (one["applied_count"], one["total_recommendations"]) == (2, told["total_recommendations"])
+    assert (one["applied_count"], one["total_recommendations"]) == (2, audit["total_recommendations"])
 
     back = await run_change(api, "rollback", ids[0])
     assert (back[0]["success"], back[0]["previous_value"], back[0]["new_value"]) == (True, 1, 0)
     assert get_config(sabnzbd)["fail_hopeless_jobs"] == 0
-    (nothing,) = await run_change(api, "rollback", ids[0])
-    assert (nothing["success"], nothing["error"]) == (False, "conflict")
+    (repeated,) = await run_change(api, "rollback", ids[0])
+    assert (repeated["success"], repeated["error"]) == (False, "conflict")
     assert (await get_recommendations(api))["fail_hopeless_jobs"]["applied"] is False
     (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
     assert one["applied_count"] == 1
@@ -174,7 +174,7 @@ async def test_settings_are_applied_once_and_taken_back(api: ApiClient, sabnzbd:
     assert get_config(sabnzbd) == before
 
 
-async def test_what_was_changed_by_hand_is_not_overwritten(api: ApiClient, sabnzbd: RunningService) -> None:
+async def test_settings_changed_by_hand_are_not_overwritten(api: ApiClient, sabnzbd: RunningService) -> None:
     set_misc(sabnzbd, "propagation_delay", "1")
     await run_audit(api, "sabnzbd")
     found = await get_recommendations(api)
@@ -210,7 +210,7 @@ RULE = """
 """
 
 
-async def test_a_value_that_is_not_taken_is_reported_and_the_former_one_given_back(
+async def test_a_rejected_value_is_reported_and_the_previous_one_restored(
     api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     file = own_rules(
@@ -218,8 +218,8 @@ async def test_a_value_that_is_not_taken_is_reported_and_the_former_one_given_ba
         + RULE.format(id="open", area="misc", setting="inet_exposure", value="99")
         + "- {id: broken}\n"
     )
-    told = await run_audit(api, "sabnzbd")
-    assert told["rule_problems"] == [f"{file}:27: service: Field required."]
+    audit = await run_audit(api, "sabnzbd")
+    assert audit["rule_problems"] == [f"{file}:27: service: Field required."]
     found = await get_recommendations(api, priority="critical")
     soon, exposure = await run_change(api, "apply", found["propagation_delay"]["id"], found["inet_exposure"]["id"])
     assert (soon["success"], soon["error"]) == (False, "not_taken")
@@ -227,15 +227,17 @@ async def test_a_value_that_is_not_taken_is_reported_and_the_former_one_given_ba
     assert (exposure["success"], exposure["error"]) == (False, "not_taken")
     live = get_config(sabnzbd)
     assert (live["propagation_delay"], live["inet_exposure"]) == (7, 0)
-    (nothing,) = await run_change(api, "rollback", found["propagation_delay"]["id"])
-    assert nothing["success"] is False
+    (rollback,) = await run_change(api, "rollback", found["propagation_delay"]["id"])
+    assert rollback["success"] is False
 
 
-async def test_things_in_lists_are_changed_and_never_made(
+async def test_list_items_are_changed_but_never_created(
     api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     own_rules(RULE.format(id="folder", area="categories[]", setting="dir", value="shows"))
-    set_config(sabnzbd, section="categories", keyword="*", name="*")  # with it, it makes none by itself
+    set_config(
+        sabnzbd, section="categories", keyword="*", name="*"
+    )  # SABnzbd creates its default categories if there is none
     set_config(sabnzbd, section="categories", keyword="tv", name="tv", dir="tv*")
     await run_audit(api, "sabnzbd")
     found = (await get_recommendations(api, priority="critical"))["tv.dir"]
@@ -249,11 +251,11 @@ async def test_things_in_lists_are_changed_and_never_made(
     await run_change(api, "rollback", found["id"])
     assert get_config(sabnzbd, "categories") == before
     set_config(sabnzbd, mode="del_config", section="categories", keyword="tv")
-    (gone,) = await run_change(api, "apply", found["id"])
-    assert (gone["success"], gone["error"]) == (False, "not_found")
+    (result,) = await run_change(api, "apply", found["id"])
+    assert (result["success"], result["error"]) == (False, "not_found")
 
 
-async def test_secrets_are_kept_and_told_nowhere(
+async def test_secrets_are_never_stored(
     api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
 ) -> None:
     server = {"keyword": "one", "name": "one", "host": "news.example", "username": "ada"}
@@ -264,13 +266,13 @@ async def test_secrets_are_kept_and_told_nowhere(
     found = await get_recommendations(api)
     assert found["api_key"]["current_value"] == "********"
     await run_change(api, "apply", found["fail_hopeless_jobs"]["id"])
-    kept: list[Any] = []
+    rows: list[Any] = []
     async with api.database.read_transaction() as session:
         for table in Base.metadata.sorted_tables:
             if table.name != "services":
-                kept += [[*row] for row in await session.execute(text(f'SELECT * FROM "{table.name}"'))]
-    assert sabnzbd.key not in str(kept)
-    assert PASSWORD not in str(kept)
+                rows += [[*row] for row in await session.execute(text(f'SELECT * FROM "{table.name}"'))]
+    assert sabnzbd.key not in str(rows)
+    assert PASSWORD not in str(rows)
 
 
 # Sonarr
@@ -319,10 +321,10 @@ def sonarr_resources() -> dict[str, Any]:
     }
 
 
-async def test_sonarr_gets_back_what_it_told_but_for_what_was_changed(api: ApiClient, sonarr: FakeArr) -> None:
+async def test_writes_to_sonarr_change_nothing_else(api: ApiClient, sonarr: FakeArr) -> None:
     before = json.loads(json.dumps(sonarr.resources))
-    told = await run_audit(api, "sonarr")
-    assert told["failed_services"] == {}
+    audit = await run_audit(api, "sonarr")
+    assert audit["failed_services"] == {}
     found = await get_recommendations(api)
     assert found["rssSyncInterval"]["current_value"] == 0
     assert found["enableRss"]["current_value"] == []  # there is no indexer at all
@@ -330,19 +332,19 @@ async def test_sonarr_gets_back_what_it_told_but_for_what_was_changed(api: ApiCl
     assert found["UpdateCheck.message"]["current_value"] == "New"
     detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{found['UpdateCheck.message']['id']}")).json()
     assert "https://wiki" in detail["references"]
-    wanted = ["copyUsingHardlinks", "rssSyncInterval", 'SAB "🎬".removeCompletedDownloads']
-    results = await run_change(api, "apply", *(found[name]["id"] for name in wanted))
+    names = ["copyUsingHardlinks", "rssSyncInterval", 'SAB "🎬".removeCompletedDownloads']
+    results = await run_change(api, "apply", *(found[name]["id"] for name in names))
     assert [one["success"] for one in results] == [True, True, True], results
     expected = json.loads(json.dumps(before))
     expected["config/mediamanagement"]["copyUsingHardlinks"] = True
     expected["config/indexer"]["rssSyncInterval"] = 15
     expected["downloadclient"][0]["removeCompletedDownloads"] = True
     assert sonarr.resources == expected
-    await run_change(api, "rollback", *(found[name]["id"] for name in wanted))
+    await run_change(api, "rollback", *(found[name]["id"] for name in names))
     assert sonarr.resources == before
 
 
-async def test_what_could_not_be_given_back_at_once_can_be_later(api: ApiClient) -> None:
+async def test_a_failed_restore_can_be_rolled_back_later(api: ApiClient) -> None:
     writes: list[int] = []
 
     def before(request: StubRequest) -> StubResponse | None:
@@ -357,17 +359,17 @@ async def test_what_could_not_be_given_back_at_once_can_be_later(api: ApiClient)
     async with fake_arr("sonarr", before, **sonarr_resources()) as arr:
         await add_service(api, "TV", "sonarr", arr.url, KEY)
         await run_audit(api, "sonarr")
-        wanted = (await get_recommendations(api))["rssSyncInterval"]["id"]
-        (result,) = await run_change(api, "apply", wanted)
+        recommendation_id = (await get_recommendations(api))["rssSyncInterval"]["id"]
+        (result,) = await run_change(api, "apply", recommendation_id)
         assert (result["success"], result["error"]) == (False, "not_taken")
         assert "became 10, and the previous one could not be restored" in result["message"]
-        (result,) = await run_change(api, "rollback", wanted)
+        (result,) = await run_change(api, "rollback", recommendation_id)
         assert (result["success"], result["changed"]) == (True, True), result
         assert writes == [15, 0, 0]
         assert arr.resources["config/indexer"]["rssSyncInterval"] == 0
 
 
-async def test_a_password_that_reads_as_asterisks_is_never_written(api: ApiClient, sonarr: FakeArr) -> None:
+async def test_a_masked_password_is_never_written_back(api: ApiClient, sonarr: FakeArr) -> None:
     await run_audit(api, "sonarr")
     found = await get_recommendations(api)
     (result,) = await run_change(api, "apply", found["certificateValidation"]["id"])
@@ -376,20 +378,20 @@ async def test_a_password_that_reads_as_asterisks_is_never_written(api: ApiClien
     assert not [request for request in sonarr.requests if request.method == "PUT"]
 
 
-async def test_an_audit_of_many_tells_of_those_that_are_down(api: ApiClient, sonarr: FakeArr) -> None:
-    await add_service(api, "Movies", "radarr", DEAD, KEY)
+async def test_an_audit_of_several_services_reports_unreachable_ones(api: ApiClient, sonarr: FakeArr) -> None:
+    await add_service(api, "Movies", "radarr", UNREACHABLE, KEY)
     half = StubResponse(b'{"MediaContainer": {"Setting": [{"id": "auto')
     async with stub_server(lambda request: half) as plex:
         await add_service(api, "plex", "plex", plex.url, KEY)
-        told = await run_audit(api, "sonarr", "radarr", "plex")
-    assert told["services_audited"] == ["sonarr"]
-    assert told["failed_services"].keys() == {"radarr", "plex"}
-    assert "cannot be reached" in told["failed_services"]["radarr"]
-    assert "only a part of it" in told["failed_services"]["plex"]
+        audit = await run_audit(api, "sonarr", "radarr", "plex")
+    assert audit["services_audited"] == ["sonarr"]
+    assert audit["failed_services"].keys() == {"radarr", "plex"}
+    assert "cannot be reached" in audit["failed_services"]["radarr"]
+    assert "only a part of it" in audit["failed_services"]["plex"]
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
         json_response({}),
         json_response([]),
@@ -400,23 +402,23 @@ async def test_an_audit_of_many_tells_of_those_that_are_down(api: ApiClient, son
         StubResponse(b"[" * 100_000),
     ],
 )
-async def test_answers_that_make_no_sense_fail_that_service_only(api: ApiClient, answer: StubResponse) -> None:
-    async with stub_server(lambda request: answer) as plex:
+async def test_malformed_responses_fail_only_their_service(api: ApiClient, response: StubResponse) -> None:
+    async with stub_server(lambda request: response) as plex:
         await add_service(api, "plex", "plex", plex.url, KEY)
-        told = await run_audit(api, "plex")
-    assert told["services_audited"] == []
-    assert list(told["failed_services"]) == ["plex"]
+        audit = await run_audit(api, "plex")
+    assert audit["services_audited"] == []
+    assert list(audit["failed_services"]) == ["plex"]
 
 
-async def test_what_is_open_stays_open_while_a_service_is_away(api: ApiClient, sonarr: FakeArr) -> None:
+async def test_open_recommendations_stay_open_while_a_service_is_unreachable(api: ApiClient, sonarr: FakeArr) -> None:
     await run_audit(api, "sonarr")
     before = await get_recommendations(api)
     async with api.database.transaction() as session:
         service = await service_store.find(session, "sonarr")
         assert service
-        service.url = DEAD
-    told = await run_audit(api, "sonarr")
-    assert list(told["failed_services"]) == ["sonarr"]
+        service.url = UNREACHABLE
+    audit = await run_audit(api, "sonarr")
+    assert list(audit["failed_services"]) == ["sonarr"]
     assert (await get_recommendations(api)).keys() == before.keys()
     both = [before["copyUsingHardlinks"]["id"], before["rssSyncInterval"]["id"], 999999]
     results = await run_change(api, "apply", *both)
@@ -425,44 +427,48 @@ async def test_what_is_open_stays_open_while_a_service_is_away(api: ApiClient, s
     assert results[2]["message"] == "Recommendation with ID 999999 not found"
 
 
-async def test_plex_is_told_by_names_and_numbers(api: ApiClient) -> None:
-    kept: dict[str, Any] = {"autoEmptyTrash": True, "allowMediaDeletion": True, "PlexOnlineToken": PASSWORD}
+async def test_plex_settings_are_written_as_query_parameters(api: ApiClient) -> None:
+    settings: dict[str, Any] = {"autoEmptyTrash": True, "allowMediaDeletion": True, "PlexOnlineToken": PASSWORD}
 
-    def answer(request: Any) -> StubResponse:
+    def respond(request: Any) -> StubResponse:
         if request.method == "PUT":
-            kept.update({name: value == "1" for name, value in request.query.items()})
+            settings.update({name: value == "1" for name, value in request.query.items()})
             return StubResponse()
-        return json_response({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
+        return json_response(
+            {"MediaContainer": {"Setting": [{"id": name, "value": settings[name]} for name in settings]}}
+        )
 
-    async with stub_server(answer) as plex:
+    async with stub_server(respond) as plex:
         await add_service(api, "plex", "plex", plex.url, KEY)
-        told = await run_audit(api, "plex")
-        assert told["total_recommendations"] == 1  # of settings that this version does not have, nothing is said
+        audit = await run_audit(api, "plex")
+        assert audit["total_recommendations"] == 1  # settings that this version lacks yield no recommendation
         found = (await get_recommendations(api))["allowMediaDeletion"]
         (result,) = await run_change(api, "apply", found["id"])
     assert result["success"], result
-    assert kept["allowMediaDeletion"] is False
+    assert settings["allowMediaDeletion"] is False
     assert plex.requests[-2].query == {"allowMediaDeletion": "0"}
 
 
-async def test_what_is_no_longer_advisable_is_not_applied(api: ApiClient) -> None:
-    kept = {"FSEventLibraryUpdatesEnabled": True, "ScheduledLibraryUpdatesEnabled": True}
+async def test_an_outdated_recommendation_is_not_applied(api: ApiClient) -> None:
+    settings = {"FSEventLibraryUpdatesEnabled": True, "ScheduledLibraryUpdatesEnabled": True}
 
-    def answer(request: StubRequest) -> StubResponse:
-        return json_response({"MediaContainer": {"Setting": [{"id": name, "value": kept[name]} for name in kept]}})
+    def respond(request: StubRequest) -> StubResponse:
+        return json_response(
+            {"MediaContainer": {"Setting": [{"id": name, "value": settings[name]} for name in settings]}}
+        )
 
-    async with stub_server(answer) as plex:
+    async with stub_server(respond) as plex:
         await add_service(api, "plex", "plex", plex.url, KEY)
         await run_audit(api, "plex")
         found = (await get_recommendations(api))["ScheduledLibraryUpdatesEnabled"]
-        kept["FSEventLibraryUpdatesEnabled"] = False  # so Plex would look for new files in no way at all
+        settings["FSEventLibraryUpdatesEnabled"] = False  # Plex would no longer find new files at all
         for dry_run in (True, False):
             (result,) = await run_change(api, "apply", found["id"], dry_run=dry_run)
             assert (result["success"], result["error"]) == (False, "changed_since")
         assert {request.method for request in plex.requests} == {"GET"}
 
 
-async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, sonarr: FakeArr) -> None:
+async def test_a_different_item_with_the_same_id_is_not_changed(api: ApiClient, sonarr: FakeArr) -> None:
     await run_audit(api, "sonarr")
     found = (await get_recommendations(api))['SAB "🎬".removeCompletedDownloads']
     sonarr.rows("downloadclient")[0]["name"] = "Another"
@@ -475,7 +481,7 @@ async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, s
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "words"),
+    ("body", "status", "message"),
     [
         ({"services": []}, 400, "At least one service must be specified"),
         ({"services": ["nothing"]}, 404, "There is no service named 'nothing'"),
@@ -486,20 +492,20 @@ async def test_another_thing_under_the_same_key_is_not_changed(api: ApiClient, s
         ({"services": [1]}, 422, "services"),
     ],
 )
-async def test_audits_that_cannot_be_are_refused(api: ApiClient, body: Any, status: int, words: str) -> None:
-    await add_service(api, "search", "searxng", DEAD)
-    answer = await api.request("admin", "POST", f"{PATH}/audit", json=body)
-    assert (answer.status_code, words in answer.json()["message"]) == (status, True), answer.text
+async def test_invalid_audit_requests_are_refused(api: ApiClient, body: Any, status: int, message: str) -> None:
+    await add_service(api, "search", "searxng", UNREACHABLE)
+    response = await api.request("admin", "POST", f"{PATH}/audit", json=body)
+    assert (response.status_code, message in response.json()["message"]) == (status, True), response.text
     assert (await api.count_kinds())[audit_services.KIND] == 0
 
 
 @pytest.mark.parametrize(
     ("ids", "status"), [([], 400), ([0], 422), ([2**63], 422), (["1"], 422), (list(range(1, 102)), 422)]
 )
-async def test_changes_that_cannot_be_are_refused(api: ApiClient, ids: list[Any], status: int) -> None:
+async def test_invalid_change_requests_are_refused(api: ApiClient, ids: list[Any], status: int) -> None:
     for action in ("apply", "rollback"):
-        answer = await api.request("admin", "POST", f"{PATH}/{action}", json={"recommendation_ids": ids})
-        assert answer.status_code == status, answer.text
+        response = await api.request("admin", "POST", f"{PATH}/{action}", json={"recommendation_ids": ids})
+        assert response.status_code == status, response.text
     assert (await api.count_kinds())[change_settings.KIND] == 0
 
 
@@ -510,9 +516,9 @@ async def test_only_administrators_audit_and_change(api: ApiClient) -> None:
         assert (await api.request("ada", "GET", f"{PATH}/{path}")).status_code == 200
 
 
-async def test_an_audit_under_way_can_be_looked_at(api: ApiClient, sonarr: FakeArr) -> None:
-    wanted = {"services": ["sonarr"], "include_web_search": False}
-    accepted = await api.request("admin", "POST", f"{PATH}/audit?wait=0", json=wanted)
+async def test_an_unfinished_audit_can_be_read(api: ApiClient, sonarr: FakeArr) -> None:
+    body = {"services": ["sonarr"], "include_web_search": False}
+    accepted = await api.request("admin", "POST", f"{PATH}/audit?wait=0", json=body)
     assert (accepted.status_code, accepted.json()["status"], accepted.json()["total_recommendations"]) == (
         202,
         "queued",
@@ -526,14 +532,14 @@ async def test_an_audit_under_way_can_be_looked_at(api: ApiClient, sonarr: FakeA
         assert (await api.request("bob", "GET", f"{PATH}/audit/{wrong}")).status_code == 404
 
 
-async def test_the_room_hears_of_an_audit_and_mlflow_of_its_numbers(
+async def test_an_audit_is_published_to_its_room_and_its_metrics_to_mlflow(
     api: ApiClient, sonarr: FakeArr, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[events.Message] = []
-    monkeypatch.setattr(events, "publish", heard.extend)
+    published: list[events.Message] = []
+    monkeypatch.setattr(events, "publish", published.extend)
     accepted = await api.request("admin", "POST", f"{PATH}/audit?wait=0", json={"services": ["sonarr"]})
     (link,) = await run_jobs.run_queued(api.database, audit_services.KIND)
-    (message,) = [one for one in heard if one["type"] == "config.audit.completed"]
+    (message,) = [one for one in published if one["type"] == "config.audit.completed"]
     total = link.metrics["recommendations"]
     assert message["rooms"] == ["config_audit"]
     assert message["data"] == {"audit_id": accepted.json()["audit_id"], "recommendation_count": total}
@@ -546,7 +552,7 @@ async def test_the_room_hears_of_an_audit_and_mlflow_of_its_numbers(
     assert job.result["web_search"]["reason"].startswith("No service is connected that searches the web.")
 
 
-async def test_the_web_is_asked_about_what_is_found(api: ApiClient, sonarr: FakeArr) -> None:
+async def test_findings_are_searched_for_on_the_web(api: ApiClient, sonarr: FakeArr) -> None:
     found = [
         {"title": "Hardlinks", "url": "https://guide.example/hardlinks"},
         {"title": "Script", "url": "javascript:alert(1)"},
@@ -556,40 +562,40 @@ async def test_the_web_is_asked_about_what_is_found(api: ApiClient, sonarr: Fake
     ]
     async with stub_server(lambda request: json_response({"query": request.query["q"], "results": found})) as searx:
         await add_service(api, "search", "searxng", searx.url)
-        told = await run_audit(api, "sonarr", include_web_search=True)
-        assert told["web_search"] == {"used": True, "reason": None, "searches": 12}
+        audit = await run_audit(api, "sonarr", include_web_search=True)
+        assert audit["web_search"] == {"used": True, "reason": None, "searches": 12}
         assert {request.query["format"] for request in searx.requests} == {"json"}
         assert "Sonarr copyUsingHardlinks recommended setting" in {request.query["q"] for request in searx.requests}
     hardlinks = (await get_recommendations(api))["copyUsingHardlinks"]
     detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()
     assert detail["sources"] == [f"https://guide.example/{end}" for end in ("hardlinks", "2", "3")]
-    told = await run_audit(api, "sonarr", include_web_search=True)  # it is gone now
-    assert told["web_search"]["used"] is False
-    assert "cannot be reached" in told["web_search"]["reason"]
+    audit = await run_audit(api, "sonarr", include_web_search=True)  # the search service is down now
+    assert audit["web_search"]["used"] is False
+    assert "cannot be reached" in audit["web_search"]["reason"]
     assert (await api.request("bob", "GET", f"{PATH}/recommendations/{hardlinks['id']}")).json()["sources"] == detail[
         "sources"
     ]
 
 
-async def test_audits_and_changes_have_limits_of_their_own(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_audits_and_changes_have_their_own_rate_limits(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "true")
     get_settings.cache_clear()
     rate_limits.limiter.cache_clear()
     for action, amount in (("audit", 10), ("apply", 20), ("rollback", 20)):
-        answer = await api.request("ada", "POST", f"{PATH}/{action}", json={})
-        assert answer.headers["x-ratelimit-limit"] == str(amount), action
-    assert answer.headers["x-ratelimit-remaining"] == "18"  # applying and taking back are counted together
+        response = await api.request("ada", "POST", f"{PATH}/{action}", json={})
+        assert response.headers["x-ratelimit-limit"] == str(amount), action
+    assert response.headers["x-ratelimit-remaining"] == "18"  # apply and rollback share one limit
     for path in ("recommendations", "recommendations/1", "audit/history", "rules"):
         assert (await api.request("ada", "GET", f"{PATH}/{path}")).headers["x-ratelimit-limit"] == "50"
     for _ in range(10):
-        answer = await api.request("ada", "POST", f"{PATH}/audit", json={})
-    assert answer.status_code == 429
+        response = await api.request("ada", "POST", f"{PATH}/audit", json={})
+    assert response.status_code == 429
     assert (await api.request("bob", "POST", f"{PATH}/audit", json={})).status_code == 403
     rate_limits.limiter.cache_clear()
 
 
-async def test_an_attempt_that_was_lost_is_done_once(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
-    """A worker may die between the end of an audit, or of a change, and the news of it."""
+async def test_a_lost_attempt_changes_settings_once(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
+    """A worker may die after an audit or a change has ended and before it is reported."""
     await run_audit(api, "sonarr")
     found = (await get_recommendations(api))["copyUsingHardlinks"]
     async with database.transaction() as session:
@@ -598,20 +604,20 @@ async def test_an_attempt_that_was_lost_is_done_once(api: ApiClient, sonarr: Fak
     (result,) = await run_change(api, "apply", found["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, True)
 
-    # Taken back after this was asked for, by an attempt that was lost or by whoever asked for the same.
-    async def take_back() -> list[httpx.Response]:
+    # Rolled back after the request was queued: by a lost attempt of this job, or by another request for the same.
+    async def roll_back() -> list[httpx.Response]:
         body = {"recommendation_ids": [found["id"]]}
         keys = [{"Idempotency-Key": key} for key in ("one", "two")]
         return [await api.request("admin", "POST", f"{PATH}/rollback?wait=0", json=body, headers=key) for key in keys]
 
-    await take_back()
+    await roll_back()
     await run_jobs.run_queued(database, change_settings.KIND)
-    results = [answer.json()["results"][0] for answer in await take_back()]
+    results = [response.json()["results"][0] for response in await roll_back()]
     assert [(one["success"], one["changed"]) for one in results] == [(True, True), (True, False)]
     assert sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] is False
 
 
-async def test_old_audits_are_forgotten(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
+async def test_old_audits_are_removed(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
     await run_audit(api, "sonarr")
     sonarr.resources["config/indexer"]["rssSyncInterval"] = 15
     await run_audit(api, "sonarr")
@@ -627,7 +633,7 @@ async def test_old_audits_are_forgotten(api: ApiClient, sonarr: FakeArr, databas
     assert (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"] == []
 
 
-async def test_a_deleted_service_takes_its_recommendations_along(api: ApiClient, sonarr: FakeArr) -> None:
+async def test_deleting_a_service_deletes_its_recommendations(api: ApiClient, sonarr: FakeArr) -> None:
     await run_audit(api, "sonarr")
     async with api.database.transaction() as session:
         service = await service_store.find(session, "sonarr")

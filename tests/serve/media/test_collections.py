@@ -1,4 +1,4 @@
-"""/api/v1/shows and /api/v1/movies, on the whole application, with a Sonarr and a Radarr that have a memory."""
+"""/api/v1/shows and /api/v1/movies, on the whole application, with a fake Sonarr and Radarr that keep state."""
 
 import asyncio
 import json
@@ -43,25 +43,25 @@ WEIRD = 'The "Wire" \\ 🎬 <b>ü</b>'
 
 
 @dataclass(frozen=True)
-class Sort:
-    """What tells shows from movies."""
+class MediaType:
+    """The differences between shows and movies."""
 
     service: str
     path: str
-    listed: str
-    outer: str
-    given: str
-    word: str
+    list_field: str
+    external_id: str
+    external_id_field: str
+    title: str
     search: dict[str, Any]
-    here: Callable[..., dict[str, Any]] = field(repr=False)
-    out_there: Callable[..., dict[str, Any]] = field(repr=False)
+    library_row: Callable[..., dict[str, Any]] = field(repr=False)
+    lookup_row: Callable[..., dict[str, Any]] = field(repr=False)
 
     @property
-    def things(self) -> str:
+    def resource(self) -> str:
         return "series" if self.service == "sonarr" else "movie"
 
 
-SHOWS = Sort(
+SHOWS = MediaType(
     "sonarr",
     "/api/v1/shows/",
     "series",
@@ -72,7 +72,7 @@ SHOWS = Sort(
     library_series,
     series,
 )
-MOVIES = Sort(
+MOVIES = MediaType(
     "radarr",
     "/api/v1/movies/",
     "movies",
@@ -83,39 +83,42 @@ MOVIES = Sort(
     library_movie,
     movie,
 )
-BOTH = pytest.mark.parametrize("sort", [SHOWS, MOVIES], ids=lambda sort: sort.service)
+BOTH = pytest.mark.parametrize("media_type", [SHOWS, MOVIES], ids=lambda media_type: media_type.service)
 
 
-async def connect(api: ApiClient, sort: Sort, url: str, **more: Any) -> None:
-    values = {"name": sort.service, "type": sort.service, "url": url, "api_key": KEY, **more}
+async def connect(api: ApiClient, media_type: MediaType, url: str, **more: Any) -> None:
+    values = {"name": media_type.service, "type": media_type.service, "url": url, "api_key": KEY, **more}
     async with api.database.transaction() as session:
         await service_store.create(session, values, "ada")
 
 
 @asynccontextmanager
-async def stocked(
+async def stocked_service(
     api: ApiClient,
-    sort: Sort,
+    media_type: MediaType,
     before: Callable[[StubRequest], StubResponse | None] = lambda request: None,
     **resources: Any,
 ) -> AsyncGenerator[FakeArr]:
-    """A service with two things, which finds two more."""
-    rows = [sort.here("Breaking Bad", 81189, 1), sort.here(WEIRD, 79126, 2)]
-    async with fake_arr(sort.service, before, **{sort.things: rows, **resources}) as arr:
-        arr.lookup_results += [sort.out_there("Breaking Bad", 81189), sort.out_there("Inception", 27205, 2010)]
-        await connect(api, sort, arr.url)
+    """A service with two shows or movies, whose lookup finds two more."""
+    rows = [media_type.library_row("Breaking Bad", 81189, 1), media_type.library_row(WEIRD, 79126, 2)]
+    async with fake_arr(media_type.service, before, **{media_type.resource: rows, **resources}) as arr:
+        arr.lookup_results += [
+            media_type.lookup_row("Breaking Bad", 81189),
+            media_type.lookup_row("Inception", 27205, 2010),
+        ]
+        await connect(api, media_type, arr.url)
         yield arr
 
 
-async def failed(answer: httpx.Response, status: int, code: str) -> str:
-    told = answer.json()
-    assert (answer.status_code, told["error_code"]) == (status, code), answer.text
-    return told["message"]
+async def expect_error(response: httpx.Response, status: int, code: str) -> str:
+    body = response.json()
+    assert (response.status_code, body["error_code"]) == (status, code), response.text
+    return body["message"]
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[events.Message]:
-    """What is published: here no actor passes it on."""
+def published(monkeypatch: pytest.MonkeyPatch) -> list[events.Message]:
+    """The messages that are published. No actor delivers them here."""
     messages: list[events.Message] = []
     monkeypatch.setattr(events, "publish", messages.extend)
     return messages
@@ -124,8 +127,8 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[events.Message]:
 # Listing
 
 
-async def test_shows_are_told_as_the_document_has_them(api: ApiClient) -> None:
-    async with stocked(api, SHOWS):
+async def test_shows_are_serialized_as_documented(api: ApiClient) -> None:
+    async with stocked_service(api, SHOWS):
         listed = (await api.request("ada", "GET", "/api/v1/shows/")).json()
         assert listed["total"] == 2
         assert listed["series"][0] == {
@@ -167,8 +170,8 @@ async def test_shows_are_told_as_the_document_has_them(api: ApiClient) -> None:
         }
 
 
-async def test_movies_are_told_as_the_document_has_them(api: ApiClient) -> None:
-    async with stocked(api, MOVIES) as radarr:
+async def test_movies_are_serialized_as_documented(api: ApiClient) -> None:
+    async with stocked_service(api, MOVIES) as radarr:
         row = {
             "id": 1,
             "title": "Breaking Bad",
@@ -196,17 +199,19 @@ async def test_movies_are_told_as_the_document_has_them(api: ApiClient) -> None:
                 "quality": {"quality": {"name": "Bluray-1080p"}},
             },
         }
-        # What is not known is null: a movie that nobody has, or rates, yet.
+        # Unknown values are null, as of a movie without a file or ratings.
         radarr.add_row("movie", {"title": "New", "tmdbId": 5})
-        told = (await api.request("ada", "GET", "/api/v1/movies/3")).json()
-        assert (told["year"], told["ratings"], told["movieFile"], told["genres"]) == (None, None, None, None)
+        body = (await api.request("ada", "GET", "/api/v1/movies/3")).json()
+        assert (body["year"], body["ratings"], body["movieFile"], body["genres"]) == (None, None, None, None)
 
 
 @BOTH
-async def test_a_part_of_a_list(api: ApiClient, sort: Sort) -> None:
-    rows = [sort.here(f"{'Star' if number % 2 else 'Moon'} {number}", number, number) for number in range(1, 8)]
-    resources: dict[str, Any] = {sort.things: rows}
-    async with stocked(api, sort, **resources):
+async def test_a_list_is_filtered_and_paginated(api: ApiClient, media_type: MediaType) -> None:
+    rows = [
+        media_type.library_row(f"{'Star' if number % 2 else 'Moon'} {number}", number, number) for number in range(1, 8)
+    ]
+    resources: dict[str, Any] = {media_type.resource: rows}
+    async with stocked_service(api, media_type, **resources):
         for query, ids, total in (
             ("limit=2", [1, 2], 7),
             ("limit=2&offset=5", [6, 7], 7),
@@ -215,60 +220,67 @@ async def test_a_part_of_a_list(api: ApiClient, sort: Sort) -> None:
             ("query=STAR&offset=1&limit=2", [3, 5], 4),
             ("query=none", [], 0),
         ):
-            listed = (await api.request("ada", "GET", f"{sort.path}?{query}")).json()
-            assert ([row["id"] for row in listed[sort.listed]], listed["total"]) == (ids, total), query
+            listed = (await api.request("ada", "GET", f"{media_type.path}?{query}")).json()
+            assert ([row["id"] for row in listed[media_type.list_field]], listed["total"]) == (ids, total), query
         for query in ("limit=0", "offset=-1", "limit=x", "offset=99999999999999999999"):
-            await failed(await api.request("ada", "GET", f"{sort.path}?{query}"), 422, "VALIDATION_ERROR")
+            await expect_error(await api.request("ada", "GET", f"{media_type.path}?{query}"), 422, "VALIDATION_ERROR")
 
 
 @BOTH
-async def test_a_list_longer_than_what_is_held(api: ApiClient, sort: Sort, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_larger_than_the_memory_limit_is_complete(
+    api: ApiClient, media_type: MediaType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(json_stream, "MEMORY_BYTES", 10_000)
-    rows = [sort.here(f"{WEIRD} {number}", number, number) for number in range(1, 401)]
-    resources: dict[str, Any] = {sort.things: rows}
-    async with stocked(api, sort, **resources):
-        answer = await api.request("ada", "GET", sort.path)
-    assert [row["id"] for row in answer.json()[sort.listed]] == [*range(1, 401)]
-    assert int(answer.headers["content-length"]) == len(answer.content) > 10_000
+    rows = [media_type.library_row(f"{WEIRD} {number}", number, number) for number in range(1, 401)]
+    resources: dict[str, Any] = {media_type.resource: rows}
+    async with stocked_service(api, media_type, **resources):
+        response = await api.request("ada", "GET", media_type.path)
+    assert [row["id"] for row in response.json()[media_type.list_field]] == [*range(1, 401)]
+    assert int(response.headers["content-length"]) == len(response.content) > 10_000
 
 
 # Adding
 
 
 @BOTH
-async def test_a_title_alone_is_looked_up_and_the_rest_chosen(
-    api: ApiClient, sort: Sort, heard: list[events.Message]
+async def test_a_title_is_looked_up_and_other_fields_get_defaults(
+    api: ApiClient, media_type: MediaType, published: list[events.Message]
 ) -> None:
-    async with stocked(api, sort) as arr:
-        answer = await api.request("ada", "POST", sort.path, json={"title": "inception"})
-        assert answer.status_code == 201, answer.text
-        told, kept = answer.json(), arr.rows(sort.things)[-1]
-        assert (told["id"], told["title"], told[sort.outer], told["qualityProfileId"]) == (3, "Inception", 27205, 1)
-        assert told["added"] == "2025-01-08T10:30:00Z"
-        assert told["path"] == kept["path"]
-        assert (kept["monitored"], kept["rootFolderPath"]) == (True, arr.rows("rootfolder")[0]["path"])
+    async with stocked_service(api, media_type) as arr:
+        response = await api.request("ada", "POST", media_type.path, json={"title": "inception"})
+        assert response.status_code == 201, response.text
+        body, row = response.json(), arr.rows(media_type.resource)[-1]
+        assert (body["id"], body["title"], body[media_type.external_id], body["qualityProfileId"]) == (
+            3,
+            "Inception",
+            27205,
+            1,
+        )
+        assert body["added"] == "2025-01-08T10:30:00Z"
+        assert body["path"] == row["path"]
+        assert (row["monitored"], row["rootFolderPath"]) == (True, arr.rows("rootfolder")[0]["path"])
         (post,) = [request for request in arr.requests if request.method == "POST"]
         options = json.loads(post.body)["addOptions"]
-        if sort is SHOWS:
-            assert kept["seasonFolder"] is True
+        if media_type is SHOWS:
+            assert row["seasonFolder"] is True
             assert (options["monitor"], options["searchForMissingEpisodes"]) == ("all", False)
         else:
-            assert kept["minimumAvailability"] == "released"
+            assert row["minimumAvailability"] == "released"
             assert options == {"monitor": "movieOnly", "searchForMovie": False}
-    (message,) = heard
+    (message,) = published
     assert (message["type"], message["rooms"]) == ("content.added", ["content_requests"])
     assert message["data"] == {
-        "request_id": answer.headers["x-request-id"],
+        "request_id": response.headers["x-request-id"],
         "content_id": "3",
         "title": "Inception",
-        "type": sort.things,
+        "type": media_type.resource,
     }
     assert message["timestamp"].endswith("Z")
 
 
-async def test_what_the_document_sends_arrives(api: ApiClient) -> None:
-    async with stocked(api, SHOWS, rootfolder=[root_folder(1, "/tv"), root_folder(2, "/anime/")]) as sonarr:
-        wanted = {
+async def test_documented_fields_are_passed_to_the_service(api: ApiClient) -> None:
+    async with stocked_service(api, SHOWS, rootfolder=[root_folder(1, "/tv"), root_folder(2, "/anime/")]) as sonarr:
+        body = {
             "title": "Whatever",
             "tvdb_id": 27205,
             "quality_profile_id": 4,
@@ -277,8 +289,8 @@ async def test_what_the_document_sends_arrives(api: ApiClient) -> None:
             "season_folder": False,
             "search_for_missing_episodes": True,
         }
-        told = (await api.request("ada", "POST", "/api/v1/shows", json=wanted)).json()
-        assert (told["title"], told["qualityProfileId"], told["monitored"]) == ("Inception", 4, False)
+        added = (await api.request("ada", "POST", "/api/v1/shows", json=body)).json()
+        assert (added["title"], added["qualityProfileId"], added["monitored"]) == ("Inception", 4, False)
         sent = json.loads(sonarr.requests[-1].body)
         assert (sent["rootFolderPath"], sent["seasonFolder"]) == ("/anime/", False)
         assert sent["addOptions"] == {
@@ -286,121 +298,141 @@ async def test_what_the_document_sends_arrives(api: ApiClient) -> None:
             "searchForMissingEpisodes": True,
             "searchForCutoffUnmetEpisodes": False,
         }
-    async with stocked(api, MOVIES) as radarr:
-        wanted = {"title": "x", "tmdb_id": 27205, "search_for_movie": True, "minimum_availability": "inCinemas"}
-        assert (await api.request("ada", "POST", "/api/v1/movies", json=wanted)).status_code == 201
+    async with stocked_service(api, MOVIES) as radarr:
+        body = {"title": "x", "tmdb_id": 27205, "search_for_movie": True, "minimum_availability": "inCinemas"}
+        assert (await api.request("ada", "POST", "/api/v1/movies", json=body)).status_code == 201
         sent = json.loads(radarr.requests[-1].body)
         assert (sent["addOptions"]["searchForMovie"], sent["minimumAvailability"]) == (True, "inCinemas")
 
 
 @BOTH
-async def test_what_is_there_is_not_added_again(api: ApiClient, sort: Sort, heard: list[events.Message]) -> None:
-    async with stocked(api, sort) as arr:
-        for wanted in ({"title": "Breaking Bad"}, {sort.given: 81189}):
-            answer = await api.request("ada", "POST", sort.path, json=wanted)
-            assert "in sonarr already, with the id 1" in (await failed(answer, 409, "ALREADY_THERE")).replace(
+async def test_adding_an_existing_title_is_a_conflict(
+    api: ApiClient, media_type: MediaType, published: list[events.Message]
+) -> None:
+    async with stocked_service(api, media_type) as arr:
+        for body in ({"title": "Breaking Bad"}, {media_type.external_id_field: 81189}):
+            response = await api.request("ada", "POST", media_type.path, json=body)
+            assert "in sonarr already, with the id 1" in (await expect_error(response, 409, "ALREADY_THERE")).replace(
                 "radarr", "sonarr"
             )
-            assert answer.json()["details"] == {"id": 1}
-        assert len(arr.rows(sort.things)) == 2
+            assert response.json()["details"] == {"id": 1}
+        assert len(arr.rows(media_type.resource)) == 2
         assert not [request for request in arr.requests if request.method == "POST"]
-    assert heard == []
+    assert published == []
 
 
 @BOTH
-async def test_adding_twice_at_once_makes_one(
-    api: ApiClient, sort: Sort, heard: list[events.Message], monkeypatch: pytest.MonkeyPatch
+async def test_simultaneous_requests_add_a_title_once(
+    api: ApiClient, media_type: MediaType, published: list[events.Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked, profiles = asyncio.Barrier(5), capabilities_collection.quality_profiles
+    barrier, quality_profiles = asyncio.Barrier(5), capabilities_collection.quality_profiles
 
-    async def together(client: Client) -> list[capabilities_collection.QualityProfile]:
-        """All five have looked, and found none, before the first of them adds."""
-        await looked.wait()
-        return await profiles(client)
+    async def wait_for_all(client: Client) -> list[capabilities_collection.QualityProfile]:
+        """All five requests have looked the title up before the first of them adds it."""
+        await barrier.wait()
+        return await quality_profiles(client)
 
-    monkeypatch.setattr(capabilities_collection, "quality_profiles", together)
-    async with stocked(api, sort) as arr:
-        wanted = {"title": "Inception"}
+    monkeypatch.setattr(capabilities_collection, "quality_profiles", wait_for_all)
+    async with stocked_service(api, media_type) as arr:
+        body = {"title": "Inception"}
         async with asyncio.timeout(TIMEOUT):
-            answers = await asyncio.gather(*(api.request("ada", "POST", sort.path, json=wanted) for _ in range(5)))
-        assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]
-        assert {answer.json()["details"]["id"] for answer in answers if answer.status_code == 409} == {3}
+            responses = await asyncio.gather(
+                *(api.request("ada", "POST", media_type.path, json=body) for _ in range(5))
+            )
+        assert sorted(response.status_code for response in responses) == [201, 409, 409, 409, 409]
+        assert {response.json()["details"]["id"] for response in responses if response.status_code == 409} == {3}
         assert len([request for request in arr.requests if request.method == "POST"]) == 5
-        assert len(arr.rows(sort.things)) == 3
-    assert len(heard) == 1
+        assert len(arr.rows(media_type.resource)) == 3
+    assert len(published) == 1
 
 
 @BOTH
-async def test_what_was_added_by_a_request_without_an_answer_is_there(api: ApiClient, sort: Sort) -> None:
+async def test_a_title_added_despite_a_lost_response_is_found(api: ApiClient, media_type: MediaType) -> None:
     def before(request: StubRequest) -> StubResponse | None:
         if request.method != "POST":
             return None
         arr(request)
-        return StubResponse(length=1)  # it breaks off
+        return StubResponse(length=1)  # the response is cut off
 
-    async with stocked(api, sort, before) as arr:
-        answer = await api.request("ada", "POST", sort.path, json={"title": "Inception"})
-    assert (answer.status_code, answer.json()["details"]["id"]) == (409, 3), answer.text
+    async with stocked_service(api, media_type, before) as arr:
+        response = await api.request("ada", "POST", media_type.path, json={"title": "Inception"})
+    assert (response.status_code, response.json()["details"]["id"]) == (409, 3), response.text
 
 
 @BOTH
-async def test_unknown_choices_are_refused_with_those_there_are(api: ApiClient, sort: Sort) -> None:
-    async with stocked(api, sort) as arr:
-        answer = await api.request("ada", "POST", sort.path, json={"title": "Inception", "quality_profile_id": 99})
-        said = await failed(answer, 400, "UNKNOWN_QUALITY_PROFILE")
-        assert "1 (HD-1080p), 4 (Ultra-HD)" in said
-        assert [choice["id"] for choice in answer.json()["details"]["choices"]] == [1, 4]
+async def test_unknown_profiles_and_folders_are_refused_with_the_valid_choices(
+    api: ApiClient, media_type: MediaType
+) -> None:
+    async with stocked_service(api, media_type) as arr:
+        response = await api.request(
+            "ada", "POST", media_type.path, json={"title": "Inception", "quality_profile_id": 99}
+        )
+        message = await expect_error(response, 400, "UNKNOWN_QUALITY_PROFILE")
+        assert "1 (HD-1080p), 4 (Ultra-HD)" in message
+        assert [choice["id"] for choice in response.json()["details"]["choices"]] == [1, 4]
         for path in ("/nowhere", "../tv", WEIRD):
-            answer = await api.request("ada", "POST", sort.path, json={"title": "Inception", "root_folder_path": path})
-            await failed(answer, 400, "UNKNOWN_ROOT_FOLDER")
-            assert answer.json()["details"]["choices"] == [arr.rows("rootfolder")[0]["path"]]
-        assert len(arr.rows(sort.things)) == 2
+            response = await api.request(
+                "ada", "POST", media_type.path, json={"title": "Inception", "root_folder_path": path}
+            )
+            await expect_error(response, 400, "UNKNOWN_ROOT_FOLDER")
+            assert response.json()["details"]["choices"] == [arr.rows("rootfolder")[0]["path"]]
+        assert len(arr.rows(media_type.resource)) == 2
         for missing, code in (("qualityprofile", "UNKNOWN_QUALITY_PROFILE"), ("rootfolder", "UNKNOWN_ROOT_FOLDER")):
             before = arr.resources[missing]
             arr.resources[missing] = []
-            said = await failed(await api.request("ada", "POST", sort.path, json={"title": "Inception"}), 400, code)
-            assert "create one there first" in said
+            message = await expect_error(
+                await api.request("ada", "POST", media_type.path, json={"title": "Inception"}), 400, code
+            )
+            assert "create one there first" in message
             arr.resources[missing] = before
 
 
 @BOTH
-async def test_the_exact_title_and_year_win_and_else_the_choices_are_told(api: ApiClient, sort: Sort) -> None:
-    async with stocked(api, sort) as arr:
+async def test_an_exact_match_wins_and_an_ambiguous_title_is_a_conflict(api: ApiClient, media_type: MediaType) -> None:
+    async with stocked_service(api, media_type) as arr:
         names = [("Dune", 1, 1984), ("Dune", 2, 2021), ("Dune: Part Two", 3, 2024), ("Solo Dune Story", 4, 2020)]
-        arr.lookup_results[:] = [sort.out_there(title, number, year) for title, number, year in names]
-        answer = await api.request("ada", "POST", sort.path, json={"title": "dune"})
-        assert "Dune (1984)" in await failed(answer, 409, "SEVERAL_FOUND")
-        assert answer.json()["details"]["choices"] == [
-            {"title": "Dune", "year": 1984, sort.outer: 1},
-            {"title": "Dune", "year": 2021, sort.outer: 2},
+        arr.lookup_results[:] = [media_type.lookup_row(title, number, year) for title, number, year in names]
+        response = await api.request("ada", "POST", media_type.path, json={"title": "dune"})
+        assert "Dune (1984)" in await expect_error(response, 409, "SEVERAL_FOUND")
+        assert response.json()["details"]["choices"] == [
+            {"title": "Dune", "year": 1984, media_type.external_id: 1},
+            {"title": "Dune", "year": 2021, media_type.external_id: 2},
         ]
-        await failed(await api.request("ada", "POST", sort.path, json={"title": "un"}), 409, "SEVERAL_FOUND")
-        await failed(await api.request("ada", "POST", sort.path, json={"title": "Arrakis"}), 404, "NOTHING_FOUND")
+        await expect_error(
+            await api.request("ada", "POST", media_type.path, json={"title": "un"}), 409, "SEVERAL_FOUND"
+        )
+        await expect_error(
+            await api.request("ada", "POST", media_type.path, json={"title": "Arrakis"}), 404, "NOTHING_FOUND"
+        )
         wrong_year = {"title": "Dune", "year": 2000}
-        await failed(await api.request("ada", "POST", sort.path, json=wrong_year), 404, "NOTHING_FOUND")
-        await failed(await api.request("ada", "POST", sort.path, json={sort.given: 99}), 404, "NOTHING_FOUND")
-        for wanted, number in (
+        await expect_error(await api.request("ada", "POST", media_type.path, json=wrong_year), 404, "NOTHING_FOUND")
+        await expect_error(
+            await api.request("ada", "POST", media_type.path, json={media_type.external_id_field: 99}),
+            404,
+            "NOTHING_FOUND",
+        )
+        for body, number in (
             ({"title": "Dune", "year": 2021}, 2),
             ({"title": "Dune: Part Two"}, 3),
             ({"title": "Solo"}, 4),  # the only one that is found
         ):
-            answer = await api.request("ada", "POST", sort.path, json=wanted)
-            assert answer.json()[sort.outer] == number, answer.text
+            response = await api.request("ada", "POST", media_type.path, json=body)
+            assert response.json()[media_type.external_id] == number, response.text
 
 
 @BOTH
-async def test_a_title_of_any_letters(api: ApiClient, sort: Sort) -> None:
-    resources: dict[str, Any] = {sort.things: []}
-    async with stocked(api, sort, **resources) as arr:
-        arr.lookup_results.append(sort.out_there(WEIRD, 79126))
-        told = (await api.request("ada", "POST", sort.path, json={"title": WEIRD})).json()
-        assert told["title"] == WEIRD
-        assert [row["title"] for row in arr.rows(sort.things)] == [WEIRD]
-        searched = (await api.request("ada", "POST", f"{sort.path}1/search")).json()
+async def test_a_title_may_have_any_characters(api: ApiClient, media_type: MediaType) -> None:
+    resources: dict[str, Any] = {media_type.resource: []}
+    async with stocked_service(api, media_type, **resources) as arr:
+        arr.lookup_results.append(media_type.lookup_row(WEIRD, 79126))
+        body = (await api.request("ada", "POST", media_type.path, json={"title": WEIRD})).json()
+        assert body["title"] == WEIRD
+        assert [row["title"] for row in arr.rows(media_type.resource)] == [WEIRD]
+        searched = (await api.request("ada", "POST", f"{media_type.path}1/search")).json()
         assert searched["message"] == f"Search triggered for {WEIRD}"
 
 
-IMPOSSIBLE: list[Any] = [
+INVALID_BODIES: list[Any] = [
     {},
     {"title": ""},
     {"title": None},
@@ -420,11 +452,13 @@ IMPOSSIBLE: list[Any] = [
 
 
 @BOTH
-async def test_what_cannot_be_wanted_is_not_even_asked_for(api: ApiClient, sort: Sort) -> None:
-    async with stocked(api, sort) as arr:
-        for body in IMPOSSIBLE:
-            sent = json.dumps(body).replace("OUTER", sort.given)
-            await failed(await api.request("ada", "POST", sort.path, content=sent), 422, "VALIDATION_ERROR")
+async def test_invalid_bodies_cause_no_request_to_the_service(api: ApiClient, media_type: MediaType) -> None:
+    async with stocked_service(api, media_type) as arr:
+        for body in INVALID_BODIES:
+            content = json.dumps(body).replace("OUTER", media_type.external_id_field)
+            await expect_error(
+                await api.request("ada", "POST", media_type.path, content=content), 422, "VALIDATION_ERROR"
+            )
         assert arr.requests == []
 
 
@@ -432,72 +466,72 @@ async def test_what_cannot_be_wanted_is_not_even_asked_for(api: ApiClient, sort:
 
 
 @BOTH
-async def test_a_search_is_a_command(api: ApiClient, sort: Sort) -> None:
-    async with stocked(api, sort, command=[{"id": 788, "name": "RssSync"}]) as arr:
-        told = (await api.request("ada", "POST", f"{sort.path}1/search")).json()
-        assert told == {"success": True, "message": "Search triggered for Breaking Bad", "command_id": "cmd_789"}
-        assert arr.commands == [sort.search]
+async def test_a_search_is_a_command(api: ApiClient, media_type: MediaType) -> None:
+    async with stocked_service(api, media_type, command=[{"id": 788, "name": "RssSync"}]) as arr:
+        body = (await api.request("ada", "POST", f"{media_type.path}1/search")).json()
+        assert body == {"success": True, "message": "Search triggered for Breaking Bad", "command_id": "cmd_789"}
+        assert arr.commands == [media_type.search]
 
 
 @BOTH
-async def test_administrators_delete_with_the_files_or_without(api: ApiClient, sort: Sort) -> None:
-    async with stocked(api, sort) as arr:
-        assert (await api.request("ada", "DELETE", f"{sort.path}1")).status_code == 403
-        assert len(arr.rows(sort.things)) == 2
-        name = f"{sort.things}_id"
+async def test_administrators_delete_with_or_without_files(api: ApiClient, media_type: MediaType) -> None:
+    async with stocked_service(api, media_type) as arr:
+        assert (await api.request("ada", "DELETE", f"{media_type.path}1")).status_code == 403
+        assert len(arr.rows(media_type.resource)) == 2
+        name = f"{media_type.resource}_id"
         for number, query, files in ((1, "", False), (2, "?delete_files=true", True)):
-            told = (await api.request("admin", "DELETE", f"{sort.path}{number}{query}")).json()
-            message = f"{sort.word} deleted successfully"
-            assert told == {"success": True, "message": message, name: number, "files_deleted": files}
+            body = (await api.request("admin", "DELETE", f"{media_type.path}{number}{query}")).json()
+            message = f"{media_type.title} deleted successfully"
+            assert body == {"success": True, "message": message, name: number, "files_deleted": files}
             assert arr.requests[-1].query == {"deleteFiles": str(files).lower()}
-        assert arr.rows(sort.things) == []
-        await failed(await api.request("admin", "DELETE", f"{sort.path}1"), 404, "NOT_IN_COLLECTION")
+        assert arr.rows(media_type.resource) == []
+        await expect_error(await api.request("admin", "DELETE", f"{media_type.path}1"), 404, "NOT_IN_COLLECTION")
 
 
 @BOTH
-async def test_an_id_that_is_none(api: ApiClient, sort: Sort) -> None:
-    async with stocked(api, sort) as arr:
+async def test_invalid_and_unknown_ids_are_refused(api: ApiClient, media_type: MediaType) -> None:
+    async with stocked_service(api, media_type) as arr:
         for word, status in (("0", 422), ("-1", 422), ("99999999999", 422), ("x", 422), ("1%2F2", 404), ("7", 404)):
             assert arr.requests == []
             for method, end in (("GET", ""), ("POST", "/search"), ("DELETE", "")):
-                answer = await api.request("admin", method, f"{sort.path}{word}{end}")
-                assert answer.status_code == status, answer.text
-        assert "with the id 7" in answer.json()["message"]
+                response = await api.request("admin", method, f"{media_type.path}{word}{end}")
+                assert response.status_code == status, response.text
+        assert "with the id 7" in response.json()["message"]
         assert {request.method for request in arr.requests} == {"GET"}
-        assert len(arr.rows(sort.things)) == 2
+        assert len(arr.rows(media_type.resource)) == 2
 
 
 # Which service
 
 
 @BOTH
-async def test_without_a_service_it_is_said_how_to_connect_one(api: ApiClient, sort: Sort) -> None:
-    said = await failed(await api.request("ada", "GET", sort.path), 503, "NO_SUCH_SERVICE_CONNECTED")
-    assert "POST /api/services" in said
-    assert sort.service.title() in said
-    await connect(api, sort, "http://127.0.0.1:9", enabled=False)
-    await failed(await api.request("ada", "GET", f"{sort.path}1"), 503, "NO_SUCH_SERVICE_CONNECTED")
+async def test_without_a_service_the_error_explains_how_to_connect_one(api: ApiClient, media_type: MediaType) -> None:
+    message = await expect_error(await api.request("ada", "GET", media_type.path), 503, "NO_SUCH_SERVICE_CONNECTED")
+    assert "POST /api/services" in message
+    assert media_type.service.title() in message
+    await connect(api, media_type, "http://127.0.0.1:9", enabled=False)
+    await expect_error(await api.request("ada", "GET", f"{media_type.path}1"), 503, "NO_SUCH_SERVICE_CONNECTED")
 
 
-async def test_one_of_several_is_named(api: ApiClient) -> None:
-    async with stocked(api, SHOWS), fake_arr("sonarr", series=[library_series("Dune", 5, 1)]) as second:
+async def test_one_of_several_services_is_selected_by_name(api: ApiClient) -> None:
+    async with stocked_service(api, SHOWS), fake_arr("sonarr", series=[library_series("Dune", 5, 1)]) as second:
         await connect(api, SHOWS, second.url, name="Sonarr 4K 🎬")
-        async with stocked(api, MOVIES):
+        async with stocked_service(api, MOVIES):
             titles = {
                 word: (await api.request("ada", "GET", "/api/v1/shows/1", params={"service": word})).json().get("title")
                 for word in ("sonarr", "SONARR", "Sonarr 4K 🎬")
             }
             assert titles == {"sonarr": "Breaking Bad", "SONARR": "Breaking Bad", "Sonarr 4K 🎬": "Dune"}
             wrong = await api.request("ada", "GET", "/api/v1/shows/", params={"service": "radarr"})
-            await failed(wrong, 400, "SERVICE_CANNOT")
+            await expect_error(wrong, 400, "SERVICE_CANNOT")
             unknown = await api.request("ada", "GET", "/api/v1/shows/", params={"service": "../x"})
-            await failed(unknown, 404, "SERVICE_NOT_FOUND")
+            await expect_error(unknown, 404, "SERVICE_NOT_FOUND")
 
 
-# Services that do not do as they should
+# Services that misbehave
 
 UNREACHABLE, BAD, REFUSED = "SERVICE_UNREACHABLE", "SERVICE_BAD_RESPONSE", "REFUSED_BY_SERVICE"
-GARBLED = [
+MALFORMED_RESPONSES = [
     (html_page("Welcome"), BAD),
     (StubResponse(b""), BAD),
     (StubResponse(b'[{"id": 1, "title": "Brea'), BAD),
@@ -522,93 +556,99 @@ GARBLED = [
 
 
 @pytest.fixture
-def patient(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No circuit breaker opens, however often a service fails."""
+def no_circuit_breaker(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The circuit breaker stays closed, however often a service fails."""
     monkeypatch.setenv("FORGEARR_SERVICES__BREAKER_THRESHOLD", "1000")
     get_settings.cache_clear()
 
 
 @BOTH
-@pytest.mark.usefixtures("patient")
-async def test_whatever_it_answers_it_is_a_clear_error(api: ApiClient, sort: Sort) -> None:
+@pytest.mark.usefixtures("no_circuit_breaker")
+async def test_every_malformed_response_is_a_clear_error(api: ApiClient, media_type: MediaType) -> None:
     reply = text_response("")
     async with stub_server(lambda request: reply) as server:
-        await connect(api, sort, server.url)
-        for reply, code in GARBLED:
-            told = [
-                await api.request("ada", "GET", sort.path),
-                await api.request("ada", "POST", sort.path, json={"title": "x"}),
+        await connect(api, media_type, server.url)
+        for reply, code in MALFORMED_RESPONSES:
+            responses = [
+                await api.request("ada", "GET", media_type.path),
+                await api.request("ada", "POST", media_type.path, json={"title": "x"}),
             ]
             if not reply.body.startswith(b"["):
-                told.append(await api.request("ada", "GET", f"{sort.path}1"))
-                told.append(await api.request("ada", "POST", f"{sort.path}1/search"))
-            for answer in told:
-                assert answer.status_code == 503, (reply, answer.text)
-                assert answer.json()["error_code"] in {code, BAD}
-                assert sort.service in answer.json()["message"]
-                assert len(answer.json()["message"]) < 600
-            assert told[0].json()["error_code"] == code, (reply, told[0].text)
+                responses.append(await api.request("ada", "GET", f"{media_type.path}1"))
+                responses.append(await api.request("ada", "POST", f"{media_type.path}1/search"))
+            for response in responses:
+                assert response.status_code == 503, (reply, response.text)
+                assert response.json()["error_code"] in {code, BAD}
+                assert media_type.service in response.json()["message"]
+                assert len(response.json()["message"]) < 600
+            assert responses[0].json()["error_code"] == code, (reply, responses[0].text)
             if b"locked" in reply.body:
-                assert "database is locked" in told[0].json()["message"]
+                assert "database is locked" in responses[0].json()["message"]
 
 
 @BOTH
-@pytest.mark.usefixtures("patient")
-async def test_nothing_is_added_after_an_answer_that_makes_no_sense(
-    api: ApiClient, sort: Sort, heard: list[events.Message]
+@pytest.mark.usefixtures("no_circuit_breaker")
+async def test_nothing_is_added_after_a_malformed_response(
+    api: ApiClient, media_type: MediaType, published: list[events.Message]
 ) -> None:
-    trouble: list[tuple[str, str, Any]] = []
+    malformed: list[tuple[str, str, Any]] = []
 
     def before(request: StubRequest) -> StubResponse | None:
-        method, end, garbled = trouble[-1]
-        return json_response(garbled) if request.method == method and request.path.endswith(end) else None
+        method, end, content = malformed[-1]
+        return json_response(content) if request.method == method and request.path.endswith(end) else None
 
-    async with stocked(api, sort, before) as arr:
+    async with stocked_service(api, media_type, before) as arr:
         for method, end in (
             ("GET", "/lookup"),
-            ("GET", f"/{sort.things}"),
+            ("GET", f"/{media_type.resource}"),
             ("GET", "/qualityprofile"),
             ("GET", "/rootfolder"),
-            ("POST", f"/{sort.things}"),
+            ("POST", f"/{media_type.resource}"),
         ):
-            for garbled in ({"error": "no"}, None, [None], [{"id": [], sort.outer: 27205}], 5):
-                trouble.append((method, end, garbled))
-                await failed(await api.request("ada", "POST", sort.path, json={"title": "Inception"}), 503, BAD)
-        assert len(arr.rows(sort.things)) == 2
-    assert heard == []
+            for content in ({"error": "no"}, None, [None], [{"id": [], media_type.external_id: 27205}], 5):
+                malformed.append((method, end, content))
+                await expect_error(
+                    await api.request("ada", "POST", media_type.path, json={"title": "Inception"}), 503, BAD
+                )
+        assert len(arr.rows(media_type.resource)) == 2
+    assert published == []
 
 
 @BOTH
-async def test_what_goes_between_two_reads(api: ApiClient, sort: Sort) -> None:
-    """A thing that is deleted while it is searched for or deleted; a folder that goes while something is added."""
+async def test_a_row_removed_between_two_requests_is_a_clear_error(api: ApiClient, media_type: MediaType) -> None:
+    """A title is deleted during a search or deletion of it; a root folder is removed during an addition."""
 
-    def gone(request: StubRequest) -> StubResponse | None:
+    def refuse_changes(request: StubRequest) -> StubResponse | None:
         is_change = request.method in {"POST", "DELETE"}
         return json_response([{"propertyName": "Path", "errorMessage": "It is gone"}], 400) if is_change else None
 
-    async with stocked(api, sort, gone) as arr:
+    async with stocked_service(api, media_type, refuse_changes) as arr:
         for method, path, body in (
-            ("POST", f"{sort.path}1/search", None),
-            ("DELETE", f"{sort.path}1", None),
-            ("POST", sort.path, {"title": "Inception"}),
+            ("POST", f"{media_type.path}1/search", None),
+            ("DELETE", f"{media_type.path}1", None),
+            ("POST", media_type.path, {"title": "Inception"}),
         ):
-            said = await failed(await api.request("admin", method, path, json=body), 400, REFUSED)
-            assert "It is gone" in said
-        assert len(arr.rows(sort.things)) == 2
+            message = await expect_error(await api.request("admin", method, path, json=body), 400, REFUSED)
+            assert "It is gone" in message
+        assert len(arr.rows(media_type.resource)) == 2
 
 
 @BOTH
-async def test_a_service_that_makes_no_sense_is_left_alone_and_found_again(api: ApiClient, sort: Sort) -> None:
+async def test_malformed_responses_open_the_circuit_breaker_and_a_test_closes_it(
+    api: ApiClient, media_type: MediaType
+) -> None:
     broken = True
-    async with stocked(api, sort, lambda request: json_response([{"id": "x"}]) if broken else None) as arr:
+    async with stocked_service(
+        api, media_type, lambda request: json_response([{"id": "x"}]) if broken else None
+    ) as arr:
         for _ in range(5):
-            await failed(await api.request("ada", "GET", sort.path), 503, BAD)
+            await expect_error(await api.request("ada", "GET", media_type.path), 503, BAD)
         before = len(arr.requests)
-        answer = await api.request("ada", "GET", sort.path)
-        await failed(answer, 503, "SERVICE_CIRCUIT_OPEN")
-        assert int(answer.headers["retry-after"]) > 0
+        response = await api.request("ada", "GET", media_type.path)
+        await expect_error(response, 503, "SERVICE_CIRCUIT_OPEN")
+        assert int(response.headers["retry-after"]) > 0
         assert len(arr.requests) == before
         broken = False
         tested = await api.request("admin", "POST", "/api/services/1/test")
         assert tested.json()["success"], tested.text
-        assert (await api.request("ada", "GET", sort.path)).json()["total"] == 2
+        assert (await api.request("ada", "GET", media_type.path)).json()["total"] == 2

@@ -1,4 +1,4 @@
-"""/api/v1/downloads, with the real SABnzbd and a news server; and what becomes of a SABnzbd that talks nonsense."""
+"""/api/v1/downloads, with a real SABnzbd and a news server, and with a SABnzbd that sends malformed responses."""
 
 import secrets
 import time
@@ -28,7 +28,7 @@ from tests.support.waiting import eventually
 
 DOWNLOADS = "/api/v1/downloads"
 NAME = 'Our "Movie" & <i>Ünïcode 🎬 100%'
-# What is asked of SABnzbd does not depend on where our own facts lie.
+# Requests to SABnzbd do not depend on Forgearr's own database.
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
@@ -54,7 +54,7 @@ async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def real(client: httpx.AsyncClient, database: Database, sabnzbd: RunningService) -> httpx.AsyncClient:
-    """A server to which the real SABnzbd is connected."""
+    """A client of a server to which the real SABnzbd is connected."""
     await connect(database, sabnzbd.url, sabnzbd.key)
     return client
 
@@ -64,22 +64,22 @@ async def connect(database: Database, url: str, key: str = "key", name: str = "U
         await service_store.create(session, {"name": name, "type": "sabnzbd", "url": url, "api_key": key}, "ada")
 
 
-async def told(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> dict[str, Any]:
-    answer = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+async def fetch(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> dict[str, Any]:
+    response = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
-async def refused(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> tuple[int, str]:
-    answer = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
-    return answer.status_code, answer.json()["error_code"]
+async def fetch_error(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> tuple[int, str]:
+    response = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
+    return response.status_code, response.json()["error_code"]
 
 
 async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: RunningService, news: NewsServer) -> None:
     with news.paused():
         nzo_id = news_server.add_download(sabnzbd, news.post("movie.mkv", secrets.token_bytes(3_000_000)), NAME)
         news_server.wait_until_stalled(sabnzbd, news)
-        queue = await told(real, "/queue")
+        queue = await fetch(real, "/queue")
         (slot,) = queue["queue"]
         assert slot == {
             "nzo_id": nzo_id,
@@ -94,34 +94,34 @@ async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Run
         assert all(word in slot["filename"] for word in ("Movie", "Ünïcode", "🎬", "100%"))
         assert (queue["speed"], queue["size_left"], queue["paused"]) == ("0 B/s", f"{slot['mb']:.1f} MB", False)
         assert queue["disk_space"].endswith(("GB", "TB"))
-        assert await told(real, "/pause", "POST") == {"success": True, "paused": True, "queue_status": "Paused"}
+        assert await fetch(real, "/pause", "POST") == {"success": True, "paused": True, "queue_status": "Paused"}
         assert news_server.call_api(sabnzbd, "queue")["queue"]["paused"] is True
-        assert (await told(real, "/queue"))["paused"] is True
-        assert await told(real, "/resume", "POST") == {"success": True, "paused": False, "queue_status": "Idle"}
+        assert (await fetch(real, "/queue"))["paused"] is True
+        assert await fetch(real, "/resume", "POST") == {"success": True, "paused": False, "queue_status": "Idle"}
         assert news_server.call_api(sabnzbd, "queue")["queue"]["paused"] is False
 
         absent = {(404, "DOWNLOAD_NOT_FOUND"), (404, "NOT_FOUND")}
         for none in ("SABnzbd_nzo_none", "all", f"{nzo_id},all", f"{nzo_id}%2Fx", 400 * "9", "%F0%9F%8E%AC", "%22'"):
-            assert await refused(real, f"/{none}", "DELETE") in absent, none
-            assert await refused(real, f"/retry/{none}", "POST") in absent, none
-        assert await refused(real, f"/retry/{nzo_id}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
-        assert [slot["nzo_id"] for slot in (await told(real, "/queue"))["queue"]] == [nzo_id]
+            assert await fetch_error(real, f"/{none}", "DELETE") in absent, none
+            assert await fetch_error(real, f"/retry/{none}", "POST") in absent, none
+        assert await fetch_error(real, f"/retry/{nzo_id}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
+        assert [slot["nzo_id"] for slot in (await fetch(real, "/queue"))["queue"]] == [nzo_id]
 
         deleted = {"success": True, "message": "Download deleted successfully", "nzo_id": nzo_id}
-        assert await told(real, f"/{nzo_id}", "DELETE") == deleted
+        assert await fetch(real, f"/{nzo_id}", "DELETE") == deleted
         assert news_server.call_api(sabnzbd, "queue")["queue"]["slots"] == []
         assert not [*sabnzbd.folder.glob("incomplete/*")]
-        assert await refused(real, f"/{nzo_id}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
+        assert await fetch_error(real, f"/{nzo_id}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
 
 
-async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: RunningService, news: NewsServer) -> None:
+async def test_a_failed_download_is_retried(real: httpx.AsyncClient, sabnzbd: RunningService, news: NewsServer) -> None:
     content = secrets.token_bytes(300_000)
     whole = news_server.add_download(sabnzbd, news.post("whole.mkv", content), f"{NAME} whole")
     ended = news_server.finished_download(sabnzbd, whole)["completed"]
-    eventually(lambda: time.time() > ended + 1)  # SABnzbd tells whole seconds
+    eventually(lambda: time.time() > ended + 1)  # SABnzbd reports whole seconds
     broken = news_server.add_download(sabnzbd, news.post("broken.mkv", content[::-1], lost=4), "Broken", cat="movies")
     news_server.finished_download(sabnzbd, broken)
-    history = await told(real, "/history")
+    history = await fetch(real, "/history")
     failed, completed = history["history"]
     assert history["total"] == 2
     assert failed == {
@@ -137,13 +137,13 @@ async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: Runn
     assert (completed["nzo_id"], completed["status"], completed["fail_message"]) == (whole, "Completed", "")
     assert (completed["size"][:2], completed["size"][-3:], completed["completed"][-1]) == ("30", " KB", "Z")
     assert now() - datetime.fromisoformat(completed["completed"]) < timedelta(hours=1)
-    first = await told(real, "/history", limit=1)
+    first = await fetch(real, "/history", limit=1)
     assert ([slot["nzo_id"] for slot in first["history"]], first["total"]) == ([broken], 2)
 
-    assert await refused(real, f"/retry/{whole}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
-    assert await refused(real, f"/{whole}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
+    assert await fetch_error(real, f"/retry/{whole}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
+    assert await fetch_error(real, f"/{whole}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
     news.restore_lost()
-    again = await told(real, f"/retry/{broken}", "POST")
+    again = await fetch(real, f"/retry/{broken}", "POST")
     assert again == {
         "success": True,
         "message": "Download retried successfully",
@@ -152,29 +152,31 @@ async def test_what_has_failed_is_retried(real: httpx.AsyncClient, sabnzbd: Runn
     }
     assert again["new_nzo_id"] != broken
     assert news_server.finished_download(sabnzbd, again["new_nzo_id"])["status"] == "Completed"
-    assert await refused(real, f"/retry/{broken}", "POST") == (404, "DOWNLOAD_NOT_FOUND")
+    assert await fetch_error(real, f"/retry/{broken}", "POST") == (404, "DOWNLOAD_NOT_FOUND")
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1001, 10**30, "many", ""])
-async def test_a_limit_is_a_number_within_bounds(client: httpx.AsyncClient, limit: object) -> None:
-    assert await refused(client, "/history", limit=limit) == (422, "VALIDATION_ERROR")
+async def test_an_invalid_limit_is_refused(client: httpx.AsyncClient, limit: object) -> None:
+    assert await fetch_error(client, "/history", limit=limit) == (422, "VALIDATION_ERROR")
 
 
-async def test_without_a_service_it_says_how_to_connect_one(client: httpx.AsyncClient, database: Database) -> None:
-    answer = await client.get(f"{DOWNLOADS}/queue")
-    assert (answer.status_code, answer.json()["error_code"]) == (503, "NO_SUCH_SERVICE_CONNECTED")
-    assert "POST /api/services: SABnzbd" in answer.json()["message"]
+async def test_without_a_service_the_error_explains_how_to_connect_one(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    response = await client.get(f"{DOWNLOADS}/queue")
+    assert (response.status_code, response.json()["error_code"]) == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert "POST /api/services: SABnzbd" in response.json()["message"]
     async with database.transaction() as session:
         await service_store.create(session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada")
         off = {"name": "Off", "type": "sabnzbd", "url": "http://127.0.0.1:9", "enabled": False}
         await service_store.create(session, off, "ada")
-    assert await refused(client, "/queue") == (503, "NO_SUCH_SERVICE_CONNECTED")
-    assert await refused(client, "/queue", service="Off") == (503, "NO_SUCH_SERVICE_CONNECTED")
-    assert await refused(client, "/queue", service="TV") == (400, "SERVICE_CANNOT")
-    assert await refused(client, "/queue", service="nobody") == (404, "SERVICE_NOT_FOUND")
+    assert await fetch_error(client, "/queue") == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert await fetch_error(client, "/queue", service="Off") == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert await fetch_error(client, "/queue", service="TV") == (400, "SERVICE_CANNOT")
+    assert await fetch_error(client, "/queue", service="nobody") == (404, "SERVICE_NOT_FOUND")
 
 
-# A SABnzbd that is not as it should be
+# A SABnzbd that misbehaves
 
 SLOT = {
     "nzo_id": "SABnzbd_nzo_1",
@@ -197,27 +199,27 @@ QUEUE = {
 ENDED = {"nzo_id": "SABnzbd_nzo_1", "name": "Film", "status": "Completed", "bytes": 1610612736, "completed": 1736329500}
 
 
-class Nonsense:
-    """It answers what it is told to."""
+class StubSabnzbd:
+    """A SABnzbd that sends the response it is given."""
 
     def __init__(self, server: StubServer) -> None:
         self.server = server
         self.reply = json_response({"queue": QUEUE})
 
-    def answer(self, request: StubRequest) -> StubResponse:
+    def respond(self, request: StubRequest) -> StubResponse:
         return self.reply
 
 
 @pytest.fixture
-async def nonsense(database: Database) -> AsyncIterator[Nonsense]:
-    async with stub_server(lambda request: nonsense.answer(request)) as server:
-        nonsense = Nonsense(server)
+async def stub(database: Database) -> AsyncIterator[StubSabnzbd]:
+    async with stub_server(lambda request: stub.respond(request)) as server:
+        stub = StubSabnzbd(server)
         await connect(database, server.url)
-        yield nonsense
+        yield stub
 
 
-async def test_units(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
-    assert await told(client, "/queue") == {
+async def test_sizes_and_times_are_converted(client: httpx.AsyncClient, stub: StubSabnzbd) -> None:
+    assert await fetch(client, "/queue") == {
         "queue": [
             {
                 "nzo_id": "SABnzbd_nzo_1",
@@ -235,12 +237,12 @@ async def test_units(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
         "paused": False,
         "disk_space": "250.5 GB",
     }
-    nonsense.reply = json_response({"history": {"slots": [ENDED], "noofslots": 150}})
-    history = await told(client, "/history")
+    stub.reply = json_response({"history": {"slots": [ENDED], "noofslots": 150}})
+    history = await fetch(client, "/history")
     assert (history["history"][0]["size"], history["history"][0]["completed"]) == ("1.5 GB", "2025-01-08T09:45:00Z")
-    # As SABnzbd 4 and 5 say it while they move what they have unpacked.
-    nonsense.reply = json_response({"history": {"slots": [{**ENDED, "loaded": True}], "noofslots": 150}})
-    assert (await told(client, "/history"))["history"][0]["completed"] is None
+    # SABnzbd 4 and 5 report this while they move unpacked files.
+    stub.reply = json_response({"history": {"slots": [{**ENDED, "loaded": True}], "noofslots": 150}})
+    assert (await fetch(client, "/history"))["history"][0]["completed"] is None
 
 
 @pytest.mark.parametrize(
@@ -254,34 +256,34 @@ async def test_units(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
         ("\u0663:\u0660:\u0660", None),
     ],
 )
-async def test_a_time_that_nobody_knows_is_null(
-    client: httpx.AsyncClient, nonsense: Nonsense, left: str | None, eta: str | None
+async def test_an_unknown_time_left_is_null(
+    client: httpx.AsyncClient, stub: StubSabnzbd, left: str | None, eta: str | None
 ) -> None:
-    nonsense.reply = json_response({"queue": {**QUEUE, "slots": [{**SLOT, "timeleft": left}]}})
-    assert (await told(client, "/queue"))["queue"][0]["eta"] == eta
+    stub.reply = json_response({"queue": {**QUEUE, "slots": [{**SLOT, "timeleft": left}]}})
+    assert (await fetch(client, "/queue"))["queue"][0]["eta"] == eta
 
 
-async def test_what_ends_just_before_it_is_deleted_is_not_deleted(
-    client: httpx.AsyncClient, nonsense: Nonsense, monkeypatch: pytest.MonkeyPatch
+async def test_a_download_that_finishes_before_its_deletion_is_not_deleted(
+    client: httpx.AsyncClient, stub: StubSabnzbd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slots = [SLOT]
 
-    def answer(request: StubRequest) -> StubResponse:
+    def respond(request: StubRequest) -> StubResponse:
         if request.query.get("name") == "delete":
             slots.clear()
             return json_response({"status": False, "nzo_ids": []})
         return json_response({"queue": {**QUEUE, "slots": slots}})
 
-    monkeypatch.setattr(nonsense, "answer", answer)
-    told = await client.delete(f"{DOWNLOADS}/{SLOT['nzo_id']}")
-    assert (told.status_code, "had already left the queue" in told.json()["message"]) == (404, True)
+    monkeypatch.setattr(stub, "respond", respond)
+    response = await client.delete(f"{DOWNLOADS}/{SLOT['nzo_id']}")
+    assert (response.status_code, "had already left the queue" in response.json()["message"]) == (404, True)
 
 
-async def test_what_does_not_come_in_has_no_time_to_come(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
-    # 0.00 may be four bytes a second, of which SABnzbd makes 198 hours.
+async def test_a_stalled_download_has_no_estimated_time(client: httpx.AsyncClient, stub: StubSabnzbd) -> None:
+    # SABnzbd may round a speed to 0.00 and still estimate 198 hours.
     slow = {**QUEUE, "kbpersec": "0.00", "slots": [{**SLOT, "timeleft": "8:06:47:49"}]}
-    nonsense.reply = json_response({"queue": slow})
-    queue = await told(client, "/queue")
+    stub.reply = json_response({"queue": slow})
+    queue = await fetch(client, "/queue")
     assert (queue["speed"], queue["queue"][0]["eta"]) == ("0 B/s", None)
 
 
@@ -303,44 +305,46 @@ async def test_what_does_not_come_in_has_no_time_to_come(client: httpx.AsyncClie
         text_response('{"queue": {"slots": ['),
     ],
 )
-async def test_an_answer_that_makes_no_sense_is_one_clear_error(
-    client: httpx.AsyncClient, nonsense: Nonsense, reply: StubResponse
+async def test_a_malformed_response_is_one_clear_error(
+    client: httpx.AsyncClient, stub: StubSabnzbd, reply: StubResponse
 ) -> None:
-    nonsense.reply = reply
-    answer = await client.get(f"{DOWNLOADS}/queue")
-    assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
-    assert "Usenet" in answer.json()["message"]
-    nonsense.reply = json_response({"queue": QUEUE})
-    assert len((await told(client, "/queue"))["queue"]) == 1
+    stub.reply = reply
+    response = await client.get(f"{DOWNLOADS}/queue")
+    assert (response.status_code, response.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
+    assert "Usenet" in response.json()["message"]
+    stub.reply = json_response({"queue": QUEUE})
+    assert len((await fetch(client, "/queue"))["queue"]) == 1
 
 
-async def test_nonsense_opens_the_breaker_and_sense_closes_it(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
-    nonsense.reply = json_response({"history": {"slots": [{**ENDED, "completed": 1e300}], "noofslots": 1}})
+async def test_malformed_responses_open_the_circuit_breaker_and_a_valid_one_closes_it(
+    client: httpx.AsyncClient, stub: StubSabnzbd
+) -> None:
+    stub.reply = json_response({"history": {"slots": [{**ENDED, "completed": 1e300}], "noofslots": 1}})
     for _ in range(5):
-        assert await refused(client, "/history") == (503, "SERVICE_BAD_RESPONSE")
-    before = len(nonsense.server.requests)
-    answer = await client.get(f"{DOWNLOADS}/queue")
-    assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_CIRCUIT_OPEN")
-    assert int(answer.headers["Retry-After"]) <= 60
-    assert len(nonsense.server.requests) == before
-    nonsense.reply = json_response({"queue": {**QUEUE, "version": "3.7.1"}})
+        assert await fetch_error(client, "/history") == (503, "SERVICE_BAD_RESPONSE")
+    before = len(stub.server.requests)
+    response = await client.get(f"{DOWNLOADS}/queue")
+    assert (response.status_code, response.json()["error_code"]) == (503, "SERVICE_CIRCUIT_OPEN")
+    assert int(response.headers["Retry-After"]) <= 60
+    assert len(stub.server.requests) == before
+    stub.reply = json_response({"queue": {**QUEUE, "version": "3.7.1"}})
     assert (await client.get("/health/sabnzbd")).status_code == 200
-    assert len((await told(client, "/queue"))["queue"]) == 1
+    assert len((await fetch(client, "/queue"))["queue"]) == 1
 
 
-async def test_a_yes_is_not_believed(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
-    """It says that all was done, and nothing was."""
-    nonsense.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE})
-    assert await refused(client, "/pause", "POST") == (400, "REFUSED_BY_SERVICE")
-    assert await refused(client, "/SABnzbd_nzo_1", "DELETE") == (400, "REFUSED_BY_SERVICE")
+async def test_a_reported_success_is_verified(client: httpx.AsyncClient, stub: StubSabnzbd) -> None:
+    """SABnzbd reports success without having done anything."""
+    stub.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE})
+    assert await fetch_error(client, "/pause", "POST") == (400, "REFUSED_BY_SERVICE")
+    assert await fetch_error(client, "/SABnzbd_nzo_1", "DELETE") == (400, "REFUSED_BY_SERVICE")
     for retry in (1, 0):
         history = {"slots": [{**ENDED, "status": "Failed", "retry": retry}], "noofslots": 1}
-        nonsense.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE, "history": history})
-        assert await refused(client, "/retry/SABnzbd_nzo_1", "POST") == (400, "REFUSED_BY_SERVICE")
+        stub.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE, "history": history})
+        assert await fetch_error(client, "/retry/SABnzbd_nzo_1", "POST") == (400, "REFUSED_BY_SERVICE")
 
 
-async def test_an_error_inside_and_a_wrong_key(client: httpx.AsyncClient, nonsense: Nonsense) -> None:
-    nonsense.reply = json_response({"status": False, "error": "not today"})
-    assert await refused(client, "/queue") == (400, "REFUSED_BY_SERVICE")
-    nonsense.reply = text_response("API Key Incorrect", 403)
-    assert await refused(client, "/queue") == (503, "SERVICE_UNAUTHORIZED")
+async def test_an_error_in_the_body_and_a_wrong_key_are_reported(client: httpx.AsyncClient, stub: StubSabnzbd) -> None:
+    stub.reply = json_response({"status": False, "error": "not today"})
+    assert await fetch_error(client, "/queue") == (400, "REFUSED_BY_SERVICE")
+    stub.reply = text_response("API Key Incorrect", 403)
+    assert await fetch_error(client, "/queue") == (503, "SERVICE_UNAUTHORIZED")

@@ -117,7 +117,7 @@ async def client(database: Database, server: StubServer) -> AsyncIterator[httpx.
         yield client
 
 
-async def test_libraries(client: httpx.AsyncClient) -> None:
+async def test_libraries_are_listed(client: httpx.AsyncClient) -> None:
     assert (await client.get(f"{MEDIA}/libraries")).json() == {
         "libraries": [
             {
@@ -140,18 +140,18 @@ async def test_libraries(client: httpx.AsyncClient) -> None:
     }
 
 
-async def test_a_plex_without_libraries(client: httpx.AsyncClient, plex: Plex) -> None:
+async def test_a_plex_without_libraries_has_empty_lists(client: httpx.AsyncClient, plex: Plex) -> None:
     plex.replies = {"/library/sections": container(), "/library/recentlyAdded": container()}
     assert (await client.get(f"{MEDIA}/libraries")).json() == {"libraries": []}
     assert (await client.get(f"{MEDIA}/recently-added")).json() == {"items": [], "total": 0}
-    answer = await client.post(f"{MEDIA}/scan", json={"library_key": "1"})
-    assert (answer.status_code, answer.json()["message"]) == (404, "There is no library '1'. There are: none.")
+    response = await client.post(f"{MEDIA}/scan", json={"library_key": "1"})
+    assert (response.status_code, response.json()["message"]) == (404, "There is no library '1'. There are: none.")
 
 
-async def test_recently_added(client: httpx.AsyncClient) -> None:
-    answer = (await client.get(f"{MEDIA}/recently-added")).json()
-    assert answer["total"] == 3
-    assert answer["items"][0] == {
+async def test_recently_added_items_are_listed(client: httpx.AsyncClient) -> None:
+    body = (await client.get(f"{MEDIA}/recently-added")).json()
+    assert body["total"] == 3
+    assert body["items"][0] == {
         "title": "The Matrix",
         "year": 1999,
         "type": "movie",
@@ -159,26 +159,26 @@ async def test_recently_added(client: httpx.AsyncClient) -> None:
         "library": "Movies",
         "rating": 8.2,
     }
-    episode, season = answer["items"][1:]
+    episode, season = body["items"][1:]
     assert (episode["title"], episode["rating"], episode["year"]) == ("Breaking Bad - S01E01 - Pilot", 9.1, None)
     assert (season["title"], season["added_at"], season["library"]) == ("Lost - Season 2", None, None)
     assert (await client.get(f"{MEDIA}/recently-added?limit=1")).json()["total"] == 1
 
 
-async def test_a_scan(client: httpx.AsyncClient, plex: Plex) -> None:
-    answer = await client.post(f"{MEDIA}/scan", json={"library_key": "2"})
-    assert answer.json() == {"success": True, "message": "Library scan triggered", "library": "TV Shows"}
+async def test_a_scan_is_triggered_for_a_known_library(client: httpx.AsyncClient, plex: Plex) -> None:
+    response = await client.post(f"{MEDIA}/scan", json={"library_key": "2"})
+    assert response.json() == {"success": True, "message": "Library scan triggered", "library": "TV Shows"}
     for key in ("3", "1/../2", "all", "' OR 1=1", "🎬", "1 "):
-        answer = await client.post(f"{MEDIA}/scan", json={"library_key": key})
-        assert (answer.status_code, answer.json()["error_code"]) == (404, "LIBRARY_NOT_FOUND")
-        assert '1 (Movies "4K" 🎬), 2 (TV Shows)' in answer.json()["message"]
+        response = await client.post(f"{MEDIA}/scan", json={"library_key": key})
+        assert (response.status_code, response.json()["error_code"]) == (404, "LIBRARY_NOT_FOUND")
+        assert '1 (Movies "4K" 🎬), 2 (TV Shows)' in response.json()["message"]
     for body in ({}, {"library_key": 2}, {"library_key": ""}, {"library_key": 200 * "x"}, {"library_key": "1", "a": 1}):
         assert (await client.post(f"{MEDIA}/scan", json=body)).status_code == 422
     assert plex.scanned == ["2"]
 
 
 @pytest.mark.parametrize("limit", [0, -1, 501, 10**30, "all"])
-async def test_a_limit_is_a_number_within_bounds(client: httpx.AsyncClient, limit: object) -> None:
+async def test_an_invalid_limit_is_refused(client: httpx.AsyncClient, limit: object) -> None:
     assert (await client.get(f"{MEDIA}/recently-added?limit={limit}")).status_code == 422
 
 
@@ -197,18 +197,18 @@ async def test_a_limit_is_a_number_within_bounds(client: httpx.AsyncClient, limi
         ("/library/recentlyAdded", container(Metadata=[{"type": "movie"}])),
     ],
 )
-async def test_an_answer_that_makes_no_sense_is_one_clear_error(
+async def test_a_malformed_response_is_one_clear_error(
     client: httpx.AsyncClient, plex: Plex, path: str, reply: StubResponse
 ) -> None:
     plex.replies = {path: reply}
     route = "recently-added" if "recently" in path else "libraries"
-    answer = await client.get(f"{MEDIA}/{route}")
-    assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
-    assert "Home" in answer.json()["message"]
+    response = await client.get(f"{MEDIA}/{route}")
+    assert (response.status_code, response.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
+    assert "Home" in response.json()["message"]
 
 
-async def test_a_wrong_token(client: httpx.AsyncClient, server: StubServer) -> None:
+async def test_a_wrong_token_is_reported(client: httpx.AsyncClient, server: StubServer) -> None:
     service = (await client.get("/api/services")).json()[0]
     await client.put(f"/api/services/{service['id']}", json={"api_key": "another"})
-    answer = await client.get(f"{MEDIA}/libraries")
-    assert (answer.status_code, answer.json()["error_code"]) == (503, "SERVICE_UNAUTHORIZED")
+    response = await client.get(f"{MEDIA}/libraries")
+    assert (response.status_code, response.json()["error_code"]) == (503, "SERVICE_UNAUTHORIZED")
