@@ -1,4 +1,4 @@
-"""The routes of trainings, without a worker: what they answer, refuse and queue. Jobs stay as a test queues them."""
+"""The routes of trainings: responses, refusals and queued jobs. No worker runs, so jobs stay as a test queues them."""
 
 import asyncio
 from collections import Counter
@@ -20,10 +20,10 @@ from tests.support.waiting import eventually_async
 # Sessions
 
 
-async def test_a_session_is_made_shown_changed_and_deleted(api: ApiClient) -> None:
-    made = await api.request("ada", "POST", SESSIONS, json=SESSION)
-    assert made.status_code == 201
-    session = made.json()
+async def test_a_session_is_created_read_updated_and_deleted(api: ApiClient) -> None:
+    created = await api.request("ada", "POST", SESSIONS, json=SESSION)
+    assert created.status_code == 201
+    session = created.json()
     assert session.items() >= {**SESSION, "base_model": "forgearr/tiny", "created_by": "ada"}.items()
     unknown = {"status", "description", "worker_id", "prompt_ids", "job_id"}
     assert {name for name, value in session.items() if value is None} == unknown
@@ -38,30 +38,30 @@ async def test_a_session_is_made_shown_changed_and_deleted(api: ApiClient) -> No
 
     assert (await api.request("ada", "DELETE", path)).status_code == 204
     for method in ("GET", "DELETE"):
-        answer = await api.request("ada", method, path)
-        assert (answer.status_code, answer.json()["error_code"]) == (404, "TRAINING_SESSION_NOT_FOUND")
+        response = await api.request("ada", method, path)
+        assert (response.status_code, response.json()["error_code"]) == (404, "TRAINING_SESSION_NOT_FOUND")
     assert await api.count_kinds() == {}
 
 
-async def test_sessions_come_in_pages_with_the_newest_first(api: ApiClient) -> None:
-    made = [await api.create_session(name=f"Number {number}") for number in range(5)]
-    assert (await api.start_session(made[1])).status_code == 200
-    seen: list[str] = []
+async def test_sessions_are_paginated_newest_first(api: ApiClient) -> None:
+    created = [await api.create_session(name=f"Number {number}") for number in range(5)]
+    assert (await api.start_session(created[1])).status_code == 200
+    listed: list[str] = []
     path: str | None = f"{SESSIONS}?limit=2"
     while path:
         page = (await api.request("ada", "GET", path)).json()
         assert page["total"] == 5
-        seen += [one["id"] for one in page["items"]]
+        listed += [one["id"] for one in page["items"]]
         path = page["links"]["next"]
-    assert seen == made[::-1]
+    assert listed == created[::-1]
     everything = (await api.request("ada", "GET", SESSIONS)).json()["items"]
-    assert {one["id"]: one["status"] for one in everything} == {**dict.fromkeys(made), made[1]: "queued"}
+    assert {one["id"]: one["status"] for one in everything} == {**dict.fromkeys(created), created[1]: "queued"}
     assert (await api.request("ada", "GET", f"{SESSIONS}?skip=5")).json()["items"] == []
     for query in ("limit=0", "limit=101", "skip=-1", "skip=9999999999", "limit=x"):
         assert (await api.request("ada", "GET", f"{SESSIONS}?{query}")).status_code == 422
 
 
-async def test_a_user_sees_only_their_own_sessions_and_an_administrator_all(api: ApiClient) -> None:
+async def test_users_see_their_own_sessions_and_administrators_see_all(api: ApiClient) -> None:
     session = await api.create_session("ada")
     for username, count in (("ada", 1), ("bob", 0), ("admin", 1)):
         assert (await api.request(username, "GET", SESSIONS)).json()["total"] == count
@@ -75,14 +75,14 @@ async def test_a_user_sees_only_their_own_sessions_and_an_administrator_all(api:
         ("POST", f"{path}/start", LEARN),
         ("POST", f"{path}/start", {**LEARN, "worker_id": 1}),
     ):
-        answer = await api.request("bob", method, address, json=body)
-        assert (answer.status_code, answer.json()["error_code"]) == (404, "TRAINING_SESSION_NOT_FOUND")
+        response = await api.request("bob", method, address, json=body)
+        assert (response.status_code, response.json()["error_code"]) == (404, "TRAINING_SESSION_NOT_FOUND")
     assert (await api.request("admin", "GET", f"{path}/status")).json()["status"] is None
     assert await api.count_kinds() == {}
 
 
 @pytest.mark.parametrize(
-    ("said", "field"),
+    ("fields", "field"),
     [
         ({"config": {"learning_rate": -1}}, "config.learning_rate"),
         ({"config": {"num_epochs": 0}}, "config.num_epochs"),
@@ -119,22 +119,22 @@ async def test_a_user_sees_only_their_own_sessions_and_an_administrator_all(api:
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_what_is_wrong_with_a_session_is_named(api: ApiClient, said: dict[str, Any], field: str) -> None:
-    answer = await api.request("ada", "POST", SESSIONS, json={**SESSION, **said})
-    assert answer.status_code == 422, answer.text
-    assert list(answer.json()["details"]) == [field]
-    assert field in answer.json()["message"]
+async def test_an_invalid_field_of_a_session_is_named(api: ApiClient, fields: dict[str, Any], field: str) -> None:
+    response = await api.request("ada", "POST", SESSIONS, json={**SESSION, **fields})
+    assert response.status_code == 422, response.text
+    assert list(response.json()["details"]) == [field]
+    assert field in response.json()["message"]
     assert (await api.request("ada", "GET", SESSIONS)).json()["total"] == 0
 
 
-async def test_a_config_that_no_job_could_have_is_refused(api: ApiClient) -> None:
+async def test_a_config_that_makes_an_invalid_spec_is_refused(api: ApiClient) -> None:
     for config in ({"cpus_per_worker": 1e-9}, {"gpus_per_worker": 1e-9}, {"tags": {"note": "x" * 1_000_000}}):
-        answer = await api.request("ada", "POST", SESSIONS, json={**SESSION, "config": config})
-        assert (answer.status_code, answer.json()["error_code"]) == (422, "INVALID_JOB_SPEC")
+        response = await api.request("ada", "POST", SESSIONS, json={**SESSION, "config": config})
+        assert (response.status_code, response.json()["error_code"]) == (422, "INVALID_JOB_SPEC")
     assert (await api.request("ada", "GET", SESSIONS)).json()["total"] == 0
 
 
-async def test_odd_names_come_back_as_they_were_and_make_sound_names_of_models(api: ApiClient) -> None:
+async def test_unusual_session_names_are_preserved_and_yield_valid_model_names(api: ApiClient) -> None:
     for name, model in (
         ("Custom Assistant v1", "custom-assistant-v1"),
         ("'; DROP TABLE training_sessions; --", "drop-table-training_sessions"),
@@ -151,7 +151,7 @@ async def test_odd_names_come_back_as_they_were_and_make_sound_names_of_models(a
         assert (await api.get_job(started["job_id"]))["spec"]["name"] == model
 
 
-async def test_an_odd_id_is_that_of_no_session(api: ApiClient) -> None:
+async def test_an_invalid_session_id_is_not_found(api: ApiClient) -> None:
     for odd in ("'%20OR%20'1'='1", "%F0%9F%8F%A0", "-1", "00000000-0000-0000-0000-000000000000"):
         for method, last in (("GET", ""), ("GET", "/status"), ("POST", "/cancel"), ("DELETE", "")):
             assert (await api.request("admin", method, f"{SESSIONS}/{odd}{last}")).status_code == 404
@@ -163,7 +163,7 @@ async def test_an_odd_id_is_that_of_no_session(api: ApiClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "code"),
+    ("fields", "status", "code"),
     [
         ({"worker_id": None}, 400, "INVALID_REQUEST"),
         ({"prompt_ids": None, "data": None}, 400, "INVALID_REQUEST"),
@@ -189,31 +189,31 @@ async def test_an_odd_id_is_that_of_no_session(api: ApiClient) -> None:
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_what_cannot_be_started_is_refused_and_changes_nothing(
-    api: ApiClient, said: dict[str, Any], status: int, code: str
+async def test_an_invalid_start_is_refused_and_changes_nothing(
+    api: ApiClient, fields: dict[str, Any], status: int, code: str
 ) -> None:
     session = await api.create_session()
     before = (await api.request("ada", "GET", f"{SESSIONS}/{session}")).json()
-    answer = await api.start_session(session, **said)
-    assert (answer.status_code, answer.json()["error_code"]) == (status, code), answer.text
+    response = await api.start_session(session, **fields)
+    assert (response.status_code, response.json()["error_code"]) == (status, code), response.text
     assert (await api.request("ada", "GET", f"{SESSIONS}/{session}")).json() == before
     assert await api.count_kinds() == {}
 
 
-async def test_anothers_prompts_are_not_there(api: ApiClient) -> None:
+async def test_prompts_of_other_users_are_not_found(api: ApiClient) -> None:
     prompt = await api.create_prompt("bob")
     session = await api.create_session("ada")
     assert (await api.start_session(session, prompt_ids=[prompt])).status_code == 404
     assert (await api.start_session(session, username="admin", prompt_ids=[prompt])).status_code == 200
 
 
-async def test_a_session_starts_on_its_prompts_and_its_worker(api: ApiClient) -> None:
-    async with api.database.transaction() as session:
-        session.add(TrainingWorker(id=7, node="nas", label=training_workers.NODE_LABEL))
-    prompt, made = await api.create_prompt(), await api.create_session()
-    unknown = await api.start_session(made, prompt_ids=[prompt], worker_id=8)
-    assert unknown.status_code == 503  # no cluster to look for it
-    started = (await api.start_session(made, prompt_ids=[prompt], worker_id=7)).json()
+async def test_a_session_starts_with_the_given_prompts_and_worker(api: ApiClient) -> None:
+    async with api.database.transaction() as transaction:
+        transaction.add(TrainingWorker(id=7, node="nas", label=training_workers.NODE_LABEL))
+    prompt, session = await api.create_prompt(), await api.create_session()
+    unknown = await api.start_session(session, prompt_ids=[prompt], worker_id=8)
+    assert unknown.status_code == 503  # there is no cluster to find it in
+    started = (await api.start_session(session, prompt_ids=[prompt], worker_id=7)).json()
     expected = {"status": "queued", "worker_id": 7, "prompt_ids": [prompt]}
     assert started.items() >= expected.items()
     job = await api.get_job(started["job_id"])
@@ -223,26 +223,26 @@ async def test_a_session_starts_on_its_prompts_and_its_worker(api: ApiClient) ->
     assert (job["spec"]["epochs"], job["spec"]["batch_size"]) == (4, 2)
 
 
-async def test_a_worker_that_never_was_is_not_found(database: Database) -> None:
+async def test_an_unknown_worker_is_not_found(database: Database) -> None:
     async with database.transaction() as session:
         with pytest.raises(WorkerNotFound):
             await training_workers.labels_of(session, 8)
 
 
-async def test_what_runs_is_neither_changed_nor_deleted_nor_started_again(api: ApiClient) -> None:
+async def test_an_active_session_cannot_be_changed_deleted_or_started(api: ApiClient) -> None:
     session = await api.create_session()
     path = f"{SESSIONS}/{session}"
-    nothing = await api.request("ada", "POST", f"{path}/cancel")
-    assert nothing.status_code == 409
+    refused = await api.request("ada", "POST", f"{path}/cancel")
+    assert refused.status_code == 409
     job = (await api.start_session(session)).json()["job_id"]
     for state in (State.QUEUED, State.RUNNING, State.PAUSED):
         await api.update_job(job, state=state)
-        for answer in (
+        for response in (
             await api.start_session(session),
             await api.request("ada", "PUT", path, json=SESSION),
             await api.request("ada", "DELETE", path),
         ):
-            assert (answer.status_code, answer.json()["error_code"]) == (409, "TRAINING_SESSION_STARTED")
+            assert (response.status_code, response.json()["error_code"]) == (409, "TRAINING_SESSION_STARTED")
     cancelled = await api.request("ada", "POST", f"{path}/cancel")
     assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
     assert (await api.request("ada", "POST", f"{path}/cancel")).status_code == 409
@@ -254,33 +254,33 @@ async def test_what_runs_is_neither_changed_nor_deleted_nor_started_again(api: A
     assert await api.count_kinds() == {"fine_tune": 2}
 
 
-async def test_of_many_starts_at_once_one_makes_a_job(api: ApiClient) -> None:
+async def test_simultaneous_starts_queue_one_job(api: ApiClient) -> None:
     session = await api.create_session()
-    answers = await asyncio.gather(*(api.start_session(session) for _ in range(8)))
-    assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 7}
+    responses = await asyncio.gather(*(api.start_session(session) for _ in range(8)))
+    assert Counter(response.status_code for response in responses) == {200: 1, 409: 7}
     assert await api.count_kinds() == {"fine_tune": 1}
 
 
-async def test_everything_happens_to_one_session_at_once(api: ApiClient) -> None:
+async def test_simultaneous_operations_on_a_session_cause_no_server_error(api: ApiClient) -> None:
     for _ in range(3):
         path = f"{SESSIONS}/{await api.create_session()}"
-        wanted: list[tuple[str, str, Any]] = [
+        operations: list[tuple[str, str, Any]] = [
             ("POST", f"{path}/start", LEARN),
             ("DELETE", path, None),
             ("PUT", path, SESSION),
             ("POST", f"{path}/cancel", None),
             ("GET", f"{path}/status", None),
         ]
-        asked = [api.request("ada", method, address, json=body) for method, address, body in wanted * 3]
-        statuses = {answer.status_code for answer in await asyncio.gather(*asked)}
+        requests = [api.request("ada", method, address, json=body) for method, address, body in operations * 3]
+        statuses = {response.status_code for response in await asyncio.gather(*requests)}
         assert statuses <= {200, 204, 404, 409}
 
 
-# How far it is
+# Progress
 
 
 @pytest.mark.parametrize(
-    ("facts", "status"),
+    ("values", "status"),
     [
         ({"state": State.QUEUED}, "queued"),
         ({"state": State.RUNNING, "phase": None}, "preparing"),
@@ -294,33 +294,36 @@ async def test_everything_happens_to_one_session_at_once(api: ApiClient) -> None
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_every_state_of_a_training_is_told_alike_by_all_doors(
-    api: ApiClient, facts: dict[str, Any], status: str
+async def test_all_routes_report_the_same_status_of_a_training(
+    api: ApiClient, values: dict[str, Any], status: str
 ) -> None:
     session = await api.create_session()
     job = (await api.start_session(session)).json()["job_id"]
-    await api.update_job(job, **facts)
-    found = (await api.request("ada", "GET", f"/status/{job}")).json()
-    assert found["status"] == status
-    assert found["error"] == facts.get("error", {}).get("message")
-    assert (found["current_epoch"], found["total_epochs"], found["current_step"], found["loss"]) == (
+    await api.update_job(job, **values)
+    body = (await api.request("ada", "GET", f"/status/{job}")).json()
+    assert body["status"] == status
+    assert body["error"] == values.get("error", {}).get("message")
+    assert (body["current_epoch"], body["total_epochs"], body["current_step"], body["loss"]) == (
         None,
         4,
         None,
         None,
     )
-    told = (await api.request("ada", "GET", f"{SESSIONS}/{session}/status")).json()
-    assert told == {"session_id": session, **{name: found[name] for name in told if name != "session_id"}}
-    assert found.keys() - told.keys() == {"job_id", "created_at", "updated_at"}
+    session_status = (await api.request("ada", "GET", f"{SESSIONS}/{session}/status")).json()
+    assert session_status == {
+        "session_id": session,
+        **{name: body[name] for name in session_status if name != "session_id"},
+    }
+    assert body.keys() - session_status.keys() == {"job_id", "created_at", "updated_at"}
     assert (await api.request("ada", "GET", f"{SESSIONS}/{session}")).json()["status"] == status
     assert (await api.request("ada", "GET", SESSIONS)).json()["items"][0]["status"] == status
 
 
-async def test_the_newest_numbers_of_a_training_are_told(api: ApiClient) -> None:
+async def test_the_status_contains_the_latest_metrics(api: ApiClient) -> None:
     job = await api.queue_training(state=State.RUNNING, phase="training", progress=41.67, result=None)
     await api.report_metrics(job, step=9, epoch=0.9, loss=2.5, eval_loss=2.0, memory_mb=512.0)
     await api.report_metrics(job, step=10, epoch=1.0, loss=2.25, learning_rate=1e-4, unheard_of=1)
-    found = (await api.request("ada", "GET", f"/status/{job}")).json()
+    body = (await api.request("ada", "GET", f"/status/{job}")).json()
     expected = {
         "progress": 41.67,
         "current_step": 10,
@@ -333,11 +336,11 @@ async def test_the_newest_numbers_of_a_training_are_told(api: ApiClient) -> None
         "eta_seconds": None,
         "gpu_utilization": None,
     }
-    assert found.items() >= expected.items()
-    assert "unheard_of" not in found
+    assert body.items() >= expected.items()
+    assert "unheard_of" not in body
 
 
-async def test_an_evaluation_is_told_however_many_steps_ago_it_was(api: ApiClient) -> None:
+async def test_the_last_evaluation_is_reported_after_many_later_steps(api: ApiClient) -> None:
     job = await api.queue_training(state=State.RUNNING, phase="training", result=None)
     await api.report_metrics(job, step=10, epoch=1.0, eval_loss=2.5)
     await api.report_metrics(job, step=20, epoch=2.0, eval_loss=2.0)
@@ -345,7 +348,7 @@ async def test_an_evaluation_is_told_however_many_steps_ago_it_was(api: ApiClien
         await api.report_metrics(job, step=step, epoch=2.0 + step / 100, loss=1.0)
     assert (await api.request("ada", "GET", f"/status/{job}")).json()["eval_loss"] == 2.0
     job = await api.queue_training(state=State.RUNNING, phase="training", result=None)
-    await api.report_metrics(job, step=40, epoch=4.0, loss=1.0)  # nothing was held out after all
+    await api.report_metrics(job, step=40, epoch=4.0, loss=1.0)  # no held-out split
     assert (await api.request("ada", "GET", f"/status/{job}")).json()["eval_loss"] is None
 
 
@@ -354,7 +357,7 @@ async def test_an_evaluation_is_told_however_many_steps_ago_it_was(api: ApiClien
     [(0.0, None, 1), (0.1, None, 1), (1.0, None, 1), (1.1, None, 2), (3.0, None, 3), (1.0, 5, 1), (1.2, 5, 2)],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_the_end_of_an_epoch_still_belongs_to_it(
+async def test_the_end_of_an_epoch_counts_as_that_epoch(
     api: ApiClient, epoch: float, max_steps: int | None, current: int
 ) -> None:
     job = await api.queue_job("fine_tune", {**LEARN, "max_steps": max_steps}, state=State.RUNNING)
@@ -362,7 +365,7 @@ async def test_the_end_of_an_epoch_still_belongs_to_it(
     assert (await api.request("ada", "GET", f"/status/{job}")).json()["current_epoch"] == current
 
 
-async def test_a_session_with_a_number_of_steps_has_no_number_of_epochs(api: ApiClient) -> None:
+async def test_a_session_with_max_steps_has_no_total_epochs(api: ApiClient) -> None:
     session = await api.create_session(config={"max_steps": 5})
     path = f"{SESSIONS}/{session}/status"
     assert (await api.request("ada", "GET", path)).json()["total_epochs"] is None
@@ -370,66 +373,66 @@ async def test_a_session_with_a_number_of_steps_has_no_number_of_epochs(api: Api
     assert (await api.request("ada", "GET", path)).json()["total_epochs"] is None
 
 
-async def forged(api: ApiClient, **facts: Any) -> str:
-    return await api.queue_job("forge", {**LEARN, "deploy": False}, **{"state": State.RUNNING} | facts)
+async def queue_forge(api: ApiClient, **values: Any) -> str:
+    return await api.queue_job("forge", {**LEARN, "deploy": False}, **{"state": State.RUNNING} | values)
 
 
-async def child(api: ApiClient, parent: str, kind: str, spec: dict[str, Any], **facts: Any) -> str:
-    return await api.queue_job(kind, spec, **{"parent_id": parent, "child_name": kind} | facts)
+async def queue_child(api: ApiClient, parent: str, kind: str, spec: dict[str, Any], **values: Any) -> str:
+    return await api.queue_job(kind, spec, **{"parent_id": parent, "child_name": kind} | values)
 
 
-async def test_a_forge_job_is_as_far_as_its_steps(api: ApiClient) -> None:
-    async def told() -> tuple[str, float, float | None]:
-        found = (await api.request("ada", "GET", f"/status/{forge}")).json()
-        return found["status"], found["progress"], found["loss"]
+async def test_the_status_of_a_forge_job_follows_its_steps(api: ApiClient) -> None:
+    async def read_status() -> tuple[str, float, float | None]:
+        body = (await api.request("ada", "GET", f"/status/{forge}")).json()
+        return body["status"], body["progress"], body["loss"]
 
-    forge = await forged(api, state=State.QUEUED)
-    assert await told() == ("queued", 0, None)
+    forge = await queue_forge(api, state=State.QUEUED)
+    assert await read_status() == ("queued", 0, None)
     await api.update_job(forge, state=State.RUNNING, phase="fine_tune")
-    assert await told() == ("queued", 0, None)
-    training = await child(api, forge, "fine_tune", LEARN)
-    assert await told() == ("queued", 0, None)
+    assert await read_status() == ("queued", 0, None)
+    training = await queue_child(api, forge, "fine_tune", LEARN)
+    assert await read_status() == ("queued", 0, None)
     await api.update_job(training, state=State.RUNNING, phase="gathering the data")
-    assert await told() == ("preparing", 0, None)
+    assert await read_status() == ("preparing", 0, None)
     await api.update_job(training, phase="training", progress=50.0)
     await api.report_metrics(training, step=3, epoch=1.5, loss=2.0)
-    assert await told() == ("training", 30, 2.0)
+    assert await read_status() == ("training", 30, 2.0)
     await api.update_job(training, state=State.PAUSED)
-    assert await told() == ("paused", 30, 2.0)
+    assert await read_status() == ("paused", 30, 2.0)
     await api.update_job(training, state=State.SUCCEEDED, progress=100.0)
     steps = (("export", "exporting", 67.5), ("validate", "validating", 82.5))
     for kind, status, progress in steps:
         await api.update_job(forge, phase=kind)
-        await child(api, forge, kind, {"job_id": training}, state=State.RUNNING, progress=50.0)
-        assert await told() == (status, progress, 2.0)
+        await queue_child(api, forge, kind, {"job_id": training}, state=State.RUNNING, progress=50.0)
+        assert await read_status() == (status, progress, 2.0)
     await api.update_job(forge, phase="deploy")
-    assert (await told())[0] == "deploying"
+    assert (await read_status())[0] == "deploying"
     await api.update_job(forge, state=State.SUCCEEDED, progress=100.0)
-    assert await told() == ("completed", 100, 2.0)
+    assert await read_status() == ("completed", 100, 2.0)
     for state, status in ((State.PAUSED, "paused"), (State.CANCELLED, "cancelled"), (State.FAILED, "failed")):
         await api.update_job(forge, state=state)
-        assert (await told())[0] == status
+        assert (await read_status())[0] == status
 
 
-async def test_the_rooms_of_a_forge_job_are_also_those_of_its_steps(api: ApiClient) -> None:
+async def test_the_rooms_of_a_forge_job_include_those_of_its_steps(api: ApiClient) -> None:
     admin = Principal(id=api.users["admin"].id, name="admin", is_admin=True)
-    forge = await forged(api)
+    forge = await queue_forge(api)
     assert (await training_status(forge, admin))[0] == {f"job:{forge}"}
-    training = await child(api, forge, "fine_tune", LEARN)
-    export = await child(api, forge, "export", {"job_id": training})
+    training = await queue_child(api, forge, "fine_tune", LEARN)
+    export = await queue_child(api, forge, "export", {"job_id": training})
     assert (await training_status(forge, admin))[0] == {f"job:{forge}", f"job:{training}", f"job:{export}"}
 
 
-async def test_a_job_of_another_kind_is_no_training(api: ApiClient) -> None:
+async def test_a_job_of_another_kind_is_not_a_training(api: ApiClient) -> None:
     job = await api.queue_job("probe", {})
     for method, path in (("GET", "/status"), ("POST", "/validate"), ("POST", "/deploy")):
-        answer = await api.request("admin", method, f"{path}/{job}")
-        assert (answer.status_code, answer.json()["error_code"]) == (404, "TRAINING_NOT_FOUND")
-        assert "probe" in answer.json()["message"]
+        response = await api.request("admin", method, f"{path}/{job}")
+        assert (response.status_code, response.json()["error_code"]) == (404, "TRAINING_NOT_FOUND")
+        assert "probe" in response.json()["message"]
     assert await api.count_kinds() == {"probe": 1}
 
 
-async def test_anothers_training_does_not_exist(api: ApiClient) -> None:
+async def test_a_training_of_another_user_is_not_found(api: ApiClient) -> None:
     job = await api.queue_training("ada")
     for method, path in (("GET", "/status"), ("POST", "/validate")):
         assert (await api.request("bob", method, f"{path}/{job}")).status_code == 404
@@ -440,7 +443,7 @@ async def test_anothers_training_does_not_exist(api: ApiClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    ("fields", "status"),
     [
         ({"data": None}, 400),
         ({"learning_rate": 0}, 422),
@@ -463,36 +466,36 @@ async def test_anothers_training_does_not_exist(api: ApiClient) -> None:
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_what_cannot_be_fine_tuned_is_refused(api: ApiClient, said: dict[str, Any], status: int) -> None:
-    answer = await api.request("ada", "POST", "/v1/fine-tune", json={"project_name": "house", **LEARN, **said})
-    assert answer.status_code == status, answer.text
-    assert answer.json()["error"]["message"] == answer.json()["detail"]
+async def test_an_invalid_fine_tuning_request_is_refused(api: ApiClient, fields: dict[str, Any], status: int) -> None:
+    response = await api.request("ada", "POST", "/v1/fine-tune", json={"project_name": "house", **LEARN, **fields})
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["message"] == response.json()["detail"]
     assert await api.count_kinds() == {}
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
-async def test_data_of_another_kind_than_the_method_learns_from_is_refused(api: ApiClient, method: str) -> None:
+async def test_data_that_does_not_fit_the_method_is_refused(api: ApiClient, method: str) -> None:
     pair = '{"messages": [{"role": "user", "content": "Hi."}], "chosen": "Good day.", "rejected": "What?"}'
     path = "/api/v1/datasets?name=pairs"
     assert (await api.request("ada", "POST", path, content=pair)).status_code == 201
     data, other = {"dataset": "pairs"}, {"dataset": "demo/homelab"}
     fitting, unfit = (data, other) if method == "dpo" else (other, data)
-    wanted = {"project_name": "house", "method": method}
-    refused = await api.request("ada", "POST", "/v1/fine-tune", json={**wanted, "data": unfit})
+    body = {"project_name": "house", "method": method}
+    refused = await api.request("ada", "POST", "/v1/fine-tune", json={**body, "data": unfit})
     assert refused.status_code == 400
     assert method in refused.json()["detail"]
     session = await api.create_session(config={"method": method})
-    answer = await api.start_session(session, data=unfit)
-    assert (answer.status_code, answer.json()["error_code"]) == (400, "WRONG_KIND_OF_DATA")
+    response = await api.start_session(session, data=unfit)
+    assert (response.status_code, response.json()["error_code"]) == (400, "WRONG_KIND_OF_DATA")
     assert await api.count_kinds() == {}
-    assert (await api.request("ada", "POST", "/v1/fine-tune", json={**wanted, "data": fitting})).status_code == 200
+    assert (await api.request("ada", "POST", "/v1/fine-tune", json={**body, "data": fitting})).status_code == 200
     assert (await api.start_session(session, data=fitting)).status_code == 200
 
 
 # /validate
 
 
-async def test_a_step_gets_what_a_process_of_the_training_had(api: ApiClient) -> None:
+async def test_a_step_gets_the_resources_of_one_training_process(api: ApiClient) -> None:
     spec = {**LEARN, "cpus_per_worker": 4, "gpus_per_worker": 2}
     job = await api.queue_job("fine_tune", spec, state=State.SUCCEEDED, result={})
     deployment = (await api.request("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
@@ -505,11 +508,11 @@ async def test_a_step_gets_what_a_process_of_the_training_had(api: ApiClient) ->
 
 async def test_a_training_is_validated_once(api: ApiClient) -> None:
     job = await api.queue_training()
-    asked = [api.request("ada", "POST", f"/validate/{job}?wait=0") for _ in range(6)]
-    answers = await asyncio.gather(*asked)
-    assert {answer.status_code for answer in answers} == {202}
-    (validation,) = {answer.json()["validation_job_id"] for answer in answers}
-    assert answers[0].json() == {
+    requests = [api.request("ada", "POST", f"/validate/{job}?wait=0") for _ in range(6)]
+    responses = await asyncio.gather(*requests)
+    assert {response.status_code for response in responses} == {202}
+    (validation,) = {response.json()["validation_job_id"] for response in responses}
+    assert responses[0].json() == {
         "job_id": job,
         "passed": None,
         "metrics": {},
@@ -520,13 +523,13 @@ async def test_a_training_is_validated_once(api: ApiClient) -> None:
     metrics = {"final_loss": 1.23, "perplexity": 3.42, "gguf_kl": None}
     result = {"passed": False, "reasons": ["too dull"], "metrics": metrics, "report_path": "validation_report.md"}
     await api.update_job(validation, state=State.SUCCEEDED, result={**result, "report_json": "report.json"})
-    found = await api.request("ada", "POST", f"/validate/{job}")
-    assert found.status_code == 200
-    assert found.json() == {"job_id": job, **result, "validation_job_id": validation}
+    finished = await api.request("ada", "POST", f"/validate/{job}")
+    assert finished.status_code == 200
+    assert finished.json() == {"job_id": job, **result, "validation_job_id": validation}
     assert await api.count_kinds() == {"fine_tune": 1, "validate": 1}
 
 
-async def test_a_validation_that_fails_says_why_and_is_tried_again_when_it_is_asked_for(api: ApiClient) -> None:
+async def test_a_failed_validation_reports_its_reason_and_can_be_repeated(api: ApiClient) -> None:
     job = await api.queue_training()
     first = (await api.request("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
     waiting = asyncio.create_task(api.request("ada", "POST", f"/validate/{job}?wait=600"))
@@ -542,12 +545,12 @@ async def test_a_validation_that_fails_says_why_and_is_tried_again_when_it_is_as
     assert again.json()["validation_job_id"] != first
 
 
-async def test_what_was_never_trained_is_neither_validated_nor_deployed(api: ApiClient) -> None:
+async def test_an_unsuccessful_training_is_neither_validated_nor_deployed(api: ApiClient) -> None:
     for state in (State.FAILED, State.CANCELLED):
         job = await api.queue_training(state=state, error={"code": "x", "message": "No."})
         for path in ("validate", "deploy"):
-            answer = await api.request("admin", "POST", f"/{path}/{job}")
-            assert (answer.status_code, answer.json()["error_code"]) == (409, "JOB_HAS_NO_RESULT")
+            response = await api.request("admin", "POST", f"/{path}/{job}")
+            assert (response.status_code, response.json()["error_code"]) == (409, "JOB_HAS_NO_RESULT")
     assert await api.count_kinds() == {"fine_tune": 2}
 
 
@@ -557,19 +560,19 @@ async def test_steps_wait_for_the_training(api: ApiClient) -> None:
     assert (await api.get_job(step))["depends_on"] == [job]
 
 
-async def test_what_a_stranger_has_queued_is_no_step_of_ones_own(api: ApiClient) -> None:
+async def test_a_validation_queued_by_another_user_is_not_reused(api: ApiClient) -> None:
     job = await api.queue_training("ada")
-    strangers = await api.queue_job("validate", {"job_id": job}, "bob")  # it will fail: the training is not bob's
+    bobs = await api.queue_job("validate", {"job_id": job}, "bob")  # it will fail: bob does not own the training
     own = (await api.request("ada", "POST", f"/validate/{job}?wait=0")).json()["validation_job_id"]
-    assert own != strangers
-    helpful = await api.queue_training("ada")
-    admins = await api.queue_job("validate", {"job_id": helpful}, "admin")
-    assert (await api.request("ada", "POST", f"/validate/{helpful}?wait=0")).json()["validation_job_id"] == admins
+    assert own != bobs
+    second = await api.queue_training("ada")
+    admins = await api.queue_job("validate", {"job_id": second}, "admin")
+    assert (await api.request("ada", "POST", f"/validate/{second}?wait=0")).json()["validation_job_id"] == admins
 
 
 @pytest.mark.parametrize("wait", ["-1", "601", "nan", "inf", "1e999", "x", ""])
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_nobody_waits_for_an_odd_time(api: ApiClient, wait: str) -> None:
+async def test_an_invalid_wait_is_refused(api: ApiClient, wait: str) -> None:
     job = await api.queue_training()
     for path in ("validate", "deploy"):
         assert (await api.request("admin", "POST", f"/{path}/{job}", params={"wait": wait})).status_code == 422
@@ -586,12 +589,12 @@ async def test_only_administrators_deploy(api: ApiClient) -> None:
     assert await api.count_kinds() == {"fine_tune": 1}
 
 
-async def test_a_deployment_is_three_steps_each_of_which_is_queued_once(api: ApiClient) -> None:
+async def test_a_deployment_queues_each_of_its_three_steps_once(api: ApiClient) -> None:
     job = await api.queue_training("ada")
-    answers = await asyncio.gather(*(api.request("admin", "POST", f"/deploy/{job}?wait=0") for _ in range(6)))
-    assert {answer.status_code for answer in answers} == {202}
-    (deployment,) = {answer.json()["deployment_job_id"] for answer in answers}
-    assert answers[0].json() == {
+    responses = await asyncio.gather(*(api.request("admin", "POST", f"/deploy/{job}?wait=0") for _ in range(6)))
+    assert {response.status_code for response in responses} == {202}
+    (deployment,) = {response.json()["deployment_job_id"] for response in responses}
+    assert responses[0].json() == {
         "job_id": job,
         "success": None,
         "model_name": None,
@@ -605,17 +608,17 @@ async def test_a_deployment_is_three_steps_each_of_which_is_queued_once(api: Api
     assert (await api.get_job(export))["depends_on"] == [job]
     assert (await api.get_job(validation))["spec"]["export_job_id"] == export
 
-    # To be forced is another wish, but the steps before it are the same.
+    # A forced deployment is another job, but it shares the steps before it.
     await api.request("admin", "POST", f"/deploy/{job}?wait=0&force=true")
     assert await api.count_kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 2}
-    # What was measured with the export need not be measured again.
+    # A validation that includes the export is reused.
     measured = await api.request("ada", "POST", f"/validate/{job}?wait=0")
     assert measured.json()["validation_job_id"] == validation
 
 
-async def test_how_a_deployment_ended_is_told_and_the_next_one_makes_only_what_is_missing(api: ApiClient) -> None:
+async def test_a_deployment_reports_its_outcome_and_reuses_finished_steps(api: ApiClient) -> None:
     job = await api.queue_training("ada")
-    ends: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    outcomes: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (
             {"state": State.FAILED, "error": {"code": "version_not_passed", "message": "Too dull."}},
             {"success": False, "model_name": None, "gguf_path": None, "message": "Too dull."},
@@ -626,48 +629,48 @@ async def test_how_a_deployment_ended_is_told_and_the_next_one_makes_only_what_i
         ),
     ]
     hub: Hub = api.app.state.hub
-    for facts, told in ends:
+    for values, expected in outcomes:
         step = (await api.request("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
         waiting = asyncio.create_task(api.request("admin", "POST", f"/deploy/{job}?wait=600"))
         await eventually_async(lambda room=f"job:{step}": hub.listeners(room))
-        await api.update_job(step, **facts)
+        await api.update_job(step, **values)
         hub._deliver({"rooms": [f"job:{step}"]})  # pyright: ignore[reportPrivateUsage]
-        answer = await waiting
-        assert answer.status_code == 200
-        assert answer.json() == {"job_id": job, **told, "deployment_job_id": step}
+        response = await waiting
+        assert response.status_code == 200
+        assert response.json() == {"job_id": job, **expected, "deployment_job_id": step}
     assert await api.count_kinds() == {"fine_tune": 1, "export": 1, "validate": 1, "deploy": 2}
 
 
-async def test_what_a_forge_job_has_done_is_not_done_again(api: ApiClient) -> None:
-    forge = await forged(api)
-    training = await child(api, forge, "fine_tune", LEARN, state=State.SUCCEEDED, result={})
-    export = await child(api, forge, "export", {"job_id": training}, state=State.SUCCEEDED, result={})
-    wanted = {"job_id": training, "export_job_id": export}
-    validation = await child(api, forge, "validate", wanted, state=State.SUCCEEDED, result={"passed": True})
-    # That the whole came to grief later does not matter.
+async def test_finished_steps_of_a_forge_job_are_reused(api: ApiClient) -> None:
+    forge = await queue_forge(api)
+    training = await queue_child(api, forge, "fine_tune", LEARN, state=State.SUCCEEDED, result={})
+    export = await queue_child(api, forge, "export", {"job_id": training}, state=State.SUCCEEDED, result={})
+    spec = {"job_id": training, "export_job_id": export}
+    validation = await queue_child(api, forge, "validate", spec, state=State.SUCCEEDED, result={"passed": True})
+    # A later failure of the forge job does not matter.
     await api.update_job(forge, state=State.FAILED, error={"code": "x", "message": "No."})
     for named in (forge, training):
-        found = await api.request("ada", "POST", f"/validate/{named}")
-        assert (found.status_code, found.json()["validation_job_id"]) == (200, validation)
+        response = await api.request("ada", "POST", f"/validate/{named}")
+        assert (response.status_code, response.json()["validation_job_id"]) == (200, validation)
         assert (await api.request("admin", "POST", f"/deploy/{named}?wait=0")).status_code == 202
     assert await api.count_kinds() == {"forge": 1, "fine_tune": 1, "export": 1, "validate": 1, "deploy": 1}
 
 
-async def test_gates_of_somebodys_own_do_not_open_the_way_to_a_deployment(api: ApiClient) -> None:
+async def test_a_deployment_does_not_reuse_a_validation_with_custom_gates(api: ApiClient) -> None:
     job = await api.queue_training("ada")
     export = await api.queue_job("export", {"job_id": job}, state=State.SUCCEEDED, result={})
-    easy = {"job_id": job, "export_job_id": export, "gates": {"max_perplexity": None}}
-    generous = await api.queue_job("validate", easy, state=State.SUCCEEDED, result={"passed": True})
+    lenient_spec = {"job_id": job, "export_job_id": export, "gates": {"max_perplexity": None}}
+    lenient_validation = await api.queue_job("validate", lenient_spec, state=State.SUCCEEDED, result={"passed": True})
     deployment = (await api.request("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
     (validation,) = (await api.get_job(deployment))["depends_on"]
-    assert validation != generous
+    assert validation != lenient_validation
     assert (await api.get_job(validation))["spec"]["gates"] == {}
 
 
 # Bodies
 
 
-async def test_bodies_that_are_no_requests_are_refused(api: ApiClient) -> None:
+async def test_malformed_bodies_are_refused(api: ApiClient) -> None:
     session = await api.create_session()
     paths = (SESSIONS, f"{SESSIONS}/{session}/start", "/v1/fine-tune")
     for path in paths:
@@ -685,6 +688,6 @@ async def test_bodies_that_are_no_requests_are_refused(api: ApiClient) -> None:
             (b'{"name": "' + b"x" * (33 * 1024 * 1024) + b'"}', {413}),
             (b'{"name": "' + b"x" * (4 * 1024 * 1024) + b'"}', {422}),
         ):
-            answer = await api.request("ada", "POST", path, content=body)
-            assert answer.status_code in status, (path, body[:40], answer.text[:300])
+            response = await api.request("ada", "POST", path, content=body)
+            assert response.status_code in status, (path, body[:40], response.text[:300])
     assert await api.count_kinds() == {}
