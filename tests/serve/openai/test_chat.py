@@ -1,5 +1,5 @@
-"""The API of models, through the official client, with an engine in this process. Its model always gives
-the same answer."""
+"""The API of models, through the official client, with an engine in this process. Its model always generates the same
+text."""
 
 import asyncio
 import json
@@ -22,9 +22,9 @@ from tests.support.app_server import running_app
 from tests.support.small_models import write_constant_model, write_model
 from tests.support.waiting import TIMEOUT, eventually_async
 
-TINY = "forgearr/tiny"  # the one name that is in no registry
+TINY = "forgearr/tiny"  # the only model that needs no registry
 HELLO: Any = [{"role": "user", "content": "Hello"}]
-SPOKEN = "Sonarr watches for new episodes, größer als je zuvor ✓ and hands them to SABnzbd."
+TEXT = "Sonarr watches for new episodes, größer als je zuvor ✓ and hands them to SABnzbd."
 CALL = {"name": "get_weather", "arguments": {"soon": True}}
 WEATHER: Any = {
     "type": "function",
@@ -49,7 +49,7 @@ class Gateway:
     def engine(self) -> GgufEngine:
         return self.app.state.engine
 
-    async def say(self, **options: Any) -> Any:
+    async def chat(self, **options: Any) -> Any:
         create: Any = self.client.chat.completions.create
         return await create(**{"model": TINY, "messages": HELLO, **options})
 
@@ -60,9 +60,9 @@ async def gateway(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FORGEARR_ENGINES__SLOTS", "1")
     monkeypatch.setenv("FORGEARR_ENGINES__QUEUE", "1")
     get_settings.cache_clear()
-    file = write_constant_model(tmp_path / "model.gguf", SPOKEN)
+    file = write_constant_model(tmp_path / "model.gguf", TEXT)
 
-    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
+    async def find_file(reference: str, source: Source, on_progress: OnProgress) -> Path:
         return file
 
     app = create_app()
@@ -73,19 +73,19 @@ async def gateway(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             yield gateway
 
 
-async def test_a_whole_answer(gateway: Gateway) -> None:
-    answer = await gateway.say()
-    assert answer.choices[0].message.content == SPOKEN
-    assert answer.choices[0].message.tool_calls is None
-    assert answer.choices[0].finish_reason == "stop"
-    assert (answer.model, answer.object) == (TINY, "chat.completion")
-    assert answer.id.startswith("chatcmpl-")
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 20
+async def test_a_completion(gateway: Gateway) -> None:
+    completion = await gateway.chat()
+    assert completion.choices[0].message.content == TEXT
+    assert completion.choices[0].message.tool_calls is None
+    assert completion.choices[0].finish_reason == "stop"
+    assert (completion.model, completion.object) == (TINY, "chat.completion")
+    assert completion.id.startswith("chatcmpl-")
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens > 20
 
 
-async def test_a_streamed_answer(gateway: Gateway) -> None:
-    chunks = [chunk async for chunk in await gateway.say(stream=True)]
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SPOKEN
+async def test_a_streamed_completion(gateway: Gateway) -> None:
+    chunks = [chunk async for chunk in await gateway.chat(stream=True)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
     assert len(chunks) > 5
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert {chunk.model for chunk in chunks} == {TINY}
@@ -93,77 +93,77 @@ async def test_a_streamed_answer(gateway: Gateway) -> None:
     assert {chunk.usage for chunk in chunks} == {None}
 
 
-async def test_a_streamed_answer_with_its_usage(gateway: Gateway) -> None:
-    chunks = [chunk async for chunk in await gateway.say(stream=True, stream_options={"include_usage": True})]
+async def test_a_streamed_completion_with_usage(gateway: Gateway) -> None:
+    chunks = [chunk async for chunk in await gateway.chat(stream=True, stream_options={"include_usage": True})]
     *_, last = chunks
     assert last.choices == []
     assert last.usage.completion_tokens > 5
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-async def test_the_stream_on_the_wire(gateway: Gateway) -> None:
+async def test_the_bytes_of_a_stream(gateway: Gateway) -> None:
     body = {"model": TINY, "messages": HELLO, "stream": True}
-    answer = await gateway.http.post("/v1/chat/completions", json=body)
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    *events, end, rest = answer.text.split("\n\n")
+    response = await gateway.http.post("/v1/chat/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, end, rest = response.text.split("\n\n")
     assert (end, rest) == ("data: [DONE]", "")
     assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events)
 
 
-async def test_the_client_that_waits(gateway: Gateway) -> None:
-    """The one without async, from another thread than the server's."""
+async def test_the_synchronous_client(gateway: Gateway) -> None:
+    """The synchronous client, in another thread than the server's."""
 
-    def talk() -> str | None:
+    def complete_synchronously() -> str | None:
         with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client:
             return client.chat.completions.create(model=TINY, messages=HELLO).choices[0].message.content
 
-    assert await asyncio.to_thread(talk) == SPOKEN
+    assert await asyncio.to_thread(complete_synchronously) == TEXT
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])
 async def test_tools_are_called(gateway: Gateway, choice: Any) -> None:
     write_constant_model(gateway.file, f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>")
-    answer = await gateway.say(tools=[WEATHER], tool_choice=choice)
-    assert answer.choices[0].finish_reason == "tool_calls"
-    (call,) = answer.choices[0].message.tool_calls
+    completion = await gateway.chat(tools=[WEATHER], tool_choice=choice)
+    assert completion.choices[0].finish_reason == "tool_calls"
+    (call,) = completion.choices[0].message.tool_calls
     assert call.function.name == "get_weather"
     assert json.loads(call.function.arguments) == {"soon": True}
-    # The answer goes back as it came, with what the tool has found.
-    told = [*HELLO, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
-    assert (await gateway.say(messages=told, tools=[WEATHER])).choices[0].message.tool_calls
+    # The next request contains the completion unchanged, and the result of the tool.
+    messages = [*HELLO, completion.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    assert (await gateway.chat(messages=messages, tools=[WEATHER])).choices[0].message.tool_calls
 
 
 async def test_tools_are_called_in_a_stream(gateway: Gateway) -> None:
     write_constant_model(gateway.file, f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>")
     async with gateway.client.chat.completions.stream(model=TINY, messages=HELLO, tools=[WEATHER]) as stream:
-        answer = await stream.get_final_completion()
-    (call,) = answer.choices[0].message.tool_calls or []
+        completion = await stream.get_final_completion()
+    (call,) = completion.choices[0].message.tool_calls or []
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"soon": True})
-    assert answer.choices[0].finish_reason == "tool_calls"
+    assert completion.choices[0].finish_reason == "tool_calls"
 
 
-async def test_what_can_be_asked_for(gateway: Gateway) -> None:
-    answer = await gateway.say(max_tokens=2)
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 2
-    assert (await gateway.say(max_completion_tokens=1, max_tokens=9)).usage.completion_tokens == 1
-    assert (await gateway.say(stop="new")).choices[0].message.content == SPOKEN.partition("new")[0]
+async def test_options_of_a_completion(gateway: Gateway) -> None:
+    completion = await gateway.chat(max_tokens=2)
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.usage.completion_tokens == 2
+    assert (await gateway.chat(max_completion_tokens=1, max_tokens=9)).usage.completion_tokens == 1
+    assert (await gateway.chat(stop="new")).choices[0].message.content == TEXT.partition("new")[0]
     parts: Any = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
     ]
-    assert (await gateway.say(messages=parts, temperature=0, top_p=0.5, seed=-3, n=1, user="ann")).choices
-    scored = await gateway.say(logprobs=True, top_logprobs=2, max_tokens=3)
+    assert (await gateway.chat(messages=parts, temperature=0, top_p=0.5, seed=-3, n=1, user="ann")).choices
+    scored = await gateway.chat(logprobs=True, top_logprobs=2, max_tokens=3)
     assert len(scored.choices[0].logprobs.content) >= 1
     assert len(scored.choices[0].logprobs.content[0].top_logprobs) == 2
 
 
-async def test_a_schema(gateway: Gateway) -> None:
+async def test_a_completion_follows_a_schema(gateway: Gateway) -> None:
     write_constant_model(gateway.file, '{"ok": true}')
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
-    wanted = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
-    answer = await gateway.say(response_format=wanted)
-    assert json.loads(answer.choices[0].message.content) == {"ok": True}
+    response_format = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
+    completion = await gateway.chat(response_format=response_format)
+    assert json.loads(completion.choices[0].message.content) == {"ok": True}
 
 
 @pytest.mark.parametrize(
@@ -183,90 +183,90 @@ async def test_a_schema(gateway: Gateway) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_is_refused(gateway: Gateway, wrong: Any, param: str | None, stream: bool) -> None:
+async def test_invalid_options_are_refused(gateway: Gateway, wrong: Any, param: str | None, stream: bool) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as refused:
-        await gateway.say(stream=stream, **wrong)
+        await gateway.chat(stream=stream, **wrong)
     assert refused.value.type == "invalid_request_error"
     if param:
         assert refused.value.param == param
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_errors_before_the_first_word_have_a_status(gateway: Gateway, stream: bool) -> None:
+async def test_errors_before_the_first_chunk_have_a_status(gateway: Gateway, stream: bool) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
-        await gateway.say(model="nobody:latest", stream=stream)
+        await gateway.chat(model="nobody:latest", stream=stream)
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as long:
-        await gateway.say(messages=[{"role": "user", "content": "x" * 5000}], stream=stream)
+        await gateway.chat(messages=[{"role": "user", "content": "x" * 5000}], stream=stream)
     assert long.value.code == "context_length_exceeded"
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
     with pytest.raises(openai.BadRequestError):
-        await gateway.say(response_format=schema, stream=stream)
+        await gateway.chat(response_format=schema, stream=stream)
 
 
-async def test_how_far_a_model_is_that_is_being_loaded(gateway: Gateway) -> None:
-    arrived = asyncio.Event()
+async def test_the_progress_of_loading_a_model_is_reported(gateway: Gateway) -> None:
+    fetched = asyncio.Event()
 
-    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
-        tell(1, 4)
-        await arrived.wait()
+    async def find_file(reference: str, source: Source, on_progress: OnProgress) -> Path:
+        on_progress(1, 4)
+        await fetched.wait()
         return gateway.file
 
-    async def look() -> list[dict[str, Any]]:
+    async def get_models() -> list[dict[str, Any]]:
         return (await gateway.http.get("/api/v1/engines")).json()["models"]
 
     gateway.app.state.engine = GgufEngine(get_settings().engines, find_file)
-    asking = asyncio.create_task(gateway.say())
-    while not (found := await look()):
-        assert not asking.done()
-    (model,) = found
+    completing = asyncio.create_task(gateway.chat())
+    while not (models := await get_models()):
+        assert not completing.done()
+    (model,) = models
     assert (model["model"], model["phase"], model["progress"]) == (TINY, "fetching", 0.25)
     assert model["seconds"] > 0
     assert model["bytes"] is model["context"] is model["requests"] is None
-    arrived.set()
-    assert (await asking).choices[0].message.content == SPOKEN
-    (model,) = await look()
+    fetched.set()
+    assert (await completing).choices[0].message.content == TEXT
+    (model,) = await get_models()
     assert (model["model"], model["phase"], model["progress"], model["seconds"]) == (TINY, "loaded", 1, None)
     assert (model["bytes"], model["requests"]) == (gateway.engine.loaded_models[0].bytes, 0)
 
 
-async def test_too_many_at_once(gateway: Gateway) -> None:
+async def test_a_request_beyond_the_queue_is_refused(gateway: Gateway) -> None:
     write_model(gateway.file, seed=1, talkative=True, context=262_144)
-    stream = await gateway.say(stream=True)
+    stream = await gateway.chat(stream=True)
     await anext(aiter(stream))
-    waiting = asyncio.create_task(gateway.say(max_tokens=1))
+    waiting = asyncio.create_task(gateway.chat(max_tokens=1))
     await eventually_async(lambda: gateway.engine.loaded_models[0].users == 2)
     busy = await gateway.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO})
     assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
     assert busy.json()["error"]["code"] == "engine_busy"
-    await stream.close()  # who goes away makes room
+    await stream.close()  # a disconnected client frees its slot
     assert (await waiting).usage.completion_tokens == 1
 
 
-async def test_who_waits_for_a_whole_answer_and_leaves_makes_room(gateway: Gateway) -> None:
+async def test_a_disconnected_client_frees_its_slot(gateway: Gateway) -> None:
     write_model(gateway.file, seed=1, talkative=True, context=262_144)
-    leaving = asyncio.create_task(gateway.say())
+    completing = asyncio.create_task(gateway.chat())
     await eventually_async(lambda: any(held.users for held in gateway.engine.loaded_models))
-    leaving.cancel()
-    assert (await gateway.say(max_tokens=1)).usage.completion_tokens == 1
+    completing.cancel()
+    assert (await gateway.chat(max_tokens=1)).usage.completion_tokens == 1
 
 
-async def test_a_damaged_model(gateway: Gateway) -> None:
+async def test_a_damaged_model_is_an_error(gateway: Gateway) -> None:
     gateway.file.write_bytes(b"GGUF nonsense" * 10)
-    answer = await gateway.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO, "stream": True})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "model_unreadable")
+    response = await gateway.http.post("/v1/chat/completions", json={"model": TINY, "messages": HELLO, "stream": True})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "model_unreadable")
 
 
-async def test_a_question_in_one_line(gateway: Gateway) -> None:
-    answer = await gateway.http.post("/v1/query", json={"prompt": "Hello", "model": TINY, "temperature": 0.7})
-    body = answer.json()
+async def test_a_query_gets_a_short_response(gateway: Gateway) -> None:
+    response = await gateway.http.post("/v1/query", json={"prompt": "Hello", "model": TINY, "temperature": 0.7})
+    body = response.json()
     assert body.keys() == {"response", "model", "tokens_used"}
-    assert (body["response"], body["model"]) == (SPOKEN, TINY)
+    assert (body["response"], body["model"]) == (TEXT, TINY)
     assert body["tokens_used"] > 20
 
 
 @pytest.mark.usefixtures("migrated")
-async def test_which_models_there_are(gateway: Gateway) -> None:
+async def test_models_are_listed(gateway: Gateway) -> None:
     assert [model.id async for model in gateway.client.models.list()] == [TINY]
     assert (await gateway.client.models.retrieve(TINY)).owned_by == "forgearr"
     with pytest.raises(openai.NotFoundError):
@@ -276,59 +276,59 @@ async def test_which_models_there_are(gateway: Gateway) -> None:
     await get_database().close()
 
 
-async def test_a_token_can_be_made_likelier(gateway: Gateway) -> None:
+async def test_logit_bias_makes_a_token_likelier(gateway: Gateway) -> None:
     """The first tokens of such a model are the bytes."""
     write_model(gateway.file, seed=1, talkative=True)
-    answer = await gateway.say(logit_bias={str(ord("Z")): 100}, max_tokens=3)
-    assert answer.choices[0].message.content == "ZZZ"
+    completion = await gateway.chat(logit_bias={str(ord("Z")): 100}, max_tokens=3)
+    assert completion.choices[0].message.content == "ZZZ"
 
 
-async def test_several_answers(gateway: Gateway) -> None:
+async def test_several_choices(gateway: Gateway) -> None:
     write_model(gateway.file, seed=1, talkative=True)
-    wanted = {"n": 3, "max_tokens": 6, "seed": 5, "temperature": 1}
-    answer = await gateway.say(**wanted)
-    said = [choice.message.content for choice in answer.choices]
-    assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    assert len(set(said)) > 1
-    assert answer.usage.completion_tokens == 18
-    assert answer.usage.prompt_tokens == (await gateway.say(max_tokens=1)).usage.prompt_tokens
+    options = {"n": 3, "max_tokens": 6, "seed": 5, "temperature": 1}
+    completion = await gateway.chat(**options)
+    texts = [choice.message.content for choice in completion.choices]
+    assert [choice.index for choice in completion.choices] == [0, 1, 2]
+    assert len(set(texts)) > 1
+    assert completion.usage.completion_tokens == 18
+    assert completion.usage.prompt_tokens == (await gateway.chat(max_tokens=1)).usage.prompt_tokens
     streamed = {0: "", 1: "", 2: ""}
-    stream = await gateway.say(**wanted, stream=True, stream_options={"include_usage": True})
+    stream = await gateway.chat(**options, stream=True, stream_options={"include_usage": True})
     *chunks, last = [chunk async for chunk in stream]
     for chunk in chunks:
         for choice in chunk.choices:
             streamed[choice.index] += choice.delta.content or ""
-    assert list(streamed.values()) == said
+    assert list(streamed.values()) == texts
     assert last.usage.completion_tokens == 18
-    assert last.usage.prompt_tokens == answer.usage.prompt_tokens
+    assert last.usage.prompt_tokens == completion.usage.prompt_tokens
 
 
 async def complete(gateway: Gateway, **options: Any) -> Any:
-    """The parrot speaks after a line's end."""
+    """Complete a prompt. The constant model generates its text after a newline."""
     create: Any = gateway.client.completions.create
     return await create(**{"model": TINY, "prompt": "assistant\n", **options})
 
 
-async def test_a_prompt_is_gone_on_from(gateway: Gateway) -> None:
-    answer = await complete(gateway, max_tokens=100)
-    assert (answer.object, answer.model) == ("text_completion", TINY)
-    (choice,) = answer.choices
-    assert (choice.text, choice.finish_reason, choice.logprobs) == (SPOKEN, "stop", None)
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert answer.usage.prompt_tokens == len("assistant\n")
+async def test_a_prompt_is_completed(gateway: Gateway) -> None:
+    completion = await complete(gateway, max_tokens=100)
+    assert (completion.object, completion.model) == ("text_completion", TINY)
+    (choice,) = completion.choices
+    assert (choice.text, choice.finish_reason, choice.logprobs) == (TEXT, "stop", None)
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
+    assert completion.usage.prompt_tokens == len("assistant\n")
     echoed = await complete(gateway, max_tokens=100, echo=True)
-    assert echoed.choices[0].text == f"assistant\n{SPOKEN}"
+    assert echoed.choices[0].text == f"assistant\n{TEXT}"
 
 
-async def test_several_prompts_are_gone_on_from(gateway: Gateway) -> None:
+async def test_several_prompts_are_completed(gateway: Gateway) -> None:
     prompts = ["assistant\n", "user\n", "x\n"]
-    answer = await complete(gateway, prompt=prompts, max_tokens=100, echo=True)
-    assert [(choice.index, choice.text) for choice in answer.choices] == [
-        (index, prompt + SPOKEN) for index, prompt in enumerate(prompts)
+    completion = await complete(gateway, prompt=prompts, max_tokens=100, echo=True)
+    assert [(choice.index, choice.text) for choice in completion.choices] == [
+        (index, prompt + TEXT) for index, prompt in enumerate(prompts)
     ]
-    assert answer.usage.prompt_tokens == sum(map(len, prompts))
-    said = {0: "", 1: "", 2: ""}
-    ended: list[str] = []
+    assert completion.usage.prompt_tokens == sum(map(len, prompts))
+    texts = {0: "", 1: "", 2: ""}
+    finish_reasons: list[str] = []
     stream = await complete(
         gateway, prompt=prompts, max_tokens=100, stream=True, stream_options={"include_usage": True}
     )
@@ -336,73 +336,75 @@ async def test_several_prompts_are_gone_on_from(gateway: Gateway) -> None:
     for chunk in chunks:
         assert chunk.usage is None
         (choice,) = chunk.choices
-        said[choice.index] += choice.text
-        ended += [choice.finish_reason] if choice.finish_reason else []
-    assert set(said.values()) == {SPOKEN}
-    assert ended == ["stop"] * 3
-    assert last.usage.completion_tokens == answer.usage.completion_tokens
+        texts[choice.index] += choice.text
+        finish_reasons += [choice.finish_reason] if choice.finish_reason else []
+    assert set(texts.values()) == {TEXT}
+    assert finish_reasons == ["stop"] * 3
+    assert last.usage.completion_tokens == completion.usage.completion_tokens
 
 
-async def test_a_gap_is_filled(gateway: Gateway) -> None:
+async def test_a_suffix_is_supported_by_models_that_fill_gaps(gateway: Gateway) -> None:
     with pytest.raises(openai.BadRequestError, match="does not support suffix"):
         await complete(gateway, prompt="before", suffix="after", max_tokens=100)
-    write_constant_model(gateway.file, SPOKEN, fills_gaps=True)
+    write_constant_model(gateway.file, TEXT, fills_gaps=True)
     await gateway.engine.unload(TINY)
-    answer = await complete(gateway, prompt="before", suffix="after", max_tokens=100)
-    assert answer.choices[0].text == SPOKEN
-    assert answer.usage.prompt_tokens == len("before" + "after") + 3
+    completion = await complete(gateway, prompt="before", suffix="after", max_tokens=100)
+    assert completion.choices[0].text == TEXT
+    assert completion.usage.prompt_tokens == len("before" + "after") + 3
 
 
 async def test_a_grammar_is_obeyed(gateway: Gateway) -> None:
     write_model(gateway.file, seed=1, talkative=True)
     grammar = {"extra_body": {"grammar": 'root ::= ("yes" | "no")'}}
-    assert (await gateway.say(**grammar)).choices[0].message.content in {"yes", "no"}
+    assert (await gateway.chat(**grammar)).choices[0].message.content in {"yes", "no"}
     assert (await complete(gateway, max_tokens=50, **grammar)).choices[0].text in {"yes", "no"}
     with pytest.raises(openai.BadRequestError):
-        await gateway.say(extra_body={"grammar": "root ::= ("})
+        await gateway.chat(extra_body={"grammar": "root ::= ("})
     with pytest.raises(openai.UnprocessableEntityError, match="only one of grammar"):
-        await gateway.say(response_format={"type": "json_object"}, **grammar)
+        await gateway.chat(response_format={"type": "json_object"}, **grammar)
 
 
-async def test_texts_are_put_in_order(gateway: Gateway) -> None:
-    asked = {"model": TINY, "query": "Where is the NAS?", "documents": ["In the cellar.", "On the roof.", "Blue."]}
-    refused = await gateway.http.post("/v1/rerank", json=asked)
+async def test_documents_are_reranked(gateway: Gateway) -> None:
+    request = {"model": TINY, "query": "Where is the NAS?", "documents": ["In the cellar.", "On the roof.", "Blue."]}
+    refused = await gateway.http.post("/v1/rerank", json=request)
     assert refused.status_code == httpx.codes.BAD_REQUEST
     assert "cannot rank texts" in refused.json()["error"]["message"]
     write_model(gateway.file, seed=1, ranks=True)
     await gateway.engine.unload(TINY)
-    told = (await gateway.http.post("/v1/rerank", json=asked | {"return_documents": True})).json()
-    scores = [one["relevance_score"] for one in told["results"]]
+    body = (await gateway.http.post("/v1/rerank", json=request | {"return_documents": True})).json()
+    scores = [one["relevance_score"] for one in body["results"]]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == 3
-    assert [asked["documents"][one["index"]] for one in told["results"]] == [one["document"] for one in told["results"]]
-    assert told["usage"]["total_tokens"] > sum(map(len, asked["documents"]))  # a letter is a token to this model
-    best = (await gateway.http.post("/v1/rerank", json=asked | {"top_n": 1})).json()["results"]
-    assert best == [{**told["results"][0], "document": None}]
+    assert [request["documents"][one["index"]] for one in body["results"]] == [
+        one["document"] for one in body["results"]
+    ]
+    assert body["usage"]["total_tokens"] > sum(map(len, request["documents"]))  # each letter is a token of this model
+    best = (await gateway.http.post("/v1/rerank", json=request | {"top_n": 1})).json()["results"]
+    assert best == [{**body["results"][0], "document": None}]
 
 
-async def test_how_likely_the_words_of_a_text_were(gateway: Gateway) -> None:
+async def test_a_completion_has_logprobs(gateway: Gateway) -> None:
     write_model(gateway.file, seed=1, talkative=True)
     (choice,) = (await complete(gateway, prompt="Tell me", max_tokens=4, logprobs=2, seed=1)).choices
-    told = choice.logprobs
+    logprobs = choice.logprobs
     assert choice.finish_reason == "length"
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) > 0
-    assert all(len(top) <= 2 for top in told.top_logprobs)
-    assert told.text_offset[0] == 0
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) > 0
+    assert all(len(top) <= 2 for top in logprobs.top_logprobs)
+    assert logprobs.text_offset[0] == 0
 
 
 @pytest.mark.parametrize(
-    "wanted", [{"suffix": 1}, {"n": 2}, {"prompt": []}, {"prompt": [1, 2]}, {"echo": True, "logprobs": 1}]
+    "options", [{"suffix": 1}, {"n": 2}, {"prompt": []}, {"prompt": [1, 2]}, {"echo": True, "logprobs": 1}]
 )
-async def test_a_completion_that_cannot_be_had_is_refused(gateway: Gateway, wanted: dict[str, Any]) -> None:
+async def test_invalid_completion_options_are_refused(gateway: Gateway, options: dict[str, Any]) -> None:
     with pytest.raises(openai.UnprocessableEntityError):
-        await complete(gateway, **wanted)
+        await complete(gateway, **options)
 
 
-async def test_texts_become_numbers(gateway: Gateway) -> None:
+async def test_embeddings(gateway: Gateway) -> None:
     write_model(gateway.file, seed=3)
     create: Any = gateway.client.embeddings.create
-    # The client asks for base64 by itself, and unpacks it.
+    # By default the client requests base64, and decodes it.
     packed = await create(model=TINY, input=["Is Plex up?", "Is Plex up?", "Cook rice."])
     plain = await create(model=TINY, input=["Is Plex up?", "Cook rice."], encoding_format="float")
     first, same, other = (one.embedding for one in packed.data)
@@ -415,12 +417,12 @@ async def test_texts_become_numbers(gateway: Gateway) -> None:
     short = (await create(model=TINY, input="Is Plex up?", dimensions=8)).data[0].embedding
     assert len(short) == 8
     assert sum(value * value for value in short) == pytest.approx(1, abs=1e-3)
-    # It can talk, too.
-    assert (await gateway.say(max_tokens=2)).usage.completion_tokens == 2
+    # The same model can also chat.
+    assert (await gateway.chat(max_tokens=2)).usage.completion_tokens == 2
 
 
 @pytest.mark.parametrize(
-    ("wanted", "error", "reason"),
+    ("options", "error", "reason"),
     [
         ({"input": []}, openai.UnprocessableEntityError, "input"),
         ({"input": ""}, openai.UnprocessableEntityError, "input"),
@@ -429,10 +431,10 @@ async def test_texts_become_numbers(gateway: Gateway) -> None:
         ({"model": "nobody"}, openai.NotFoundError, "nobody"),
     ],
 )
-async def test_texts_that_cannot_become_numbers(
-    gateway: Gateway, wanted: dict[str, Any], error: type[openai.APIStatusError], reason: str
+async def test_invalid_embedding_requests_are_refused(
+    gateway: Gateway, options: dict[str, Any], error: type[openai.APIStatusError], reason: str
 ) -> None:
     write_model(gateway.file, seed=3)
     create: Any = gateway.client.embeddings.create
     with pytest.raises(error, match=reason):
-        await create(**{"model": TINY, "input": "Hello", **wanted})
+        await create(**{"model": TINY, "input": "Hello", **options})

@@ -1,4 +1,4 @@
-"""Single lines of batches, on an engine of this process that is away at times; and what is left of batches."""
+"""Lines of batches, on an engine in this process that is unavailable at times, and the cleanup of batches."""
 
 import asyncio
 import json
@@ -30,37 +30,37 @@ from tests.support.small_models import write_constant_model
 pytestmark = pytest.mark.both_databases
 
 TINY = "forgearr/tiny"
-SPOKEN = "Sonarr watches."
+TEXT = "Sonarr watches."
 
 
-class Unsteady(GgufEngine):
-    """An engine that is away as often, and in the way, that it is told."""
+class UnreliableEngine(GgufEngine):
+    """An engine whose first calls raise these errors."""
 
-    away: Sequence[Unavailable] = ()
-    asked = 0
+    errors: Sequence[Unavailable] = ()
+    calls = 0
 
     async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
-        self.asked += 1
-        if self.asked <= len(self.away):
-            raise self.away[self.asked - 1]
+        self.calls += 1
+        if self.calls <= len(self.errors):
+            raise self.errors[self.calls - 1]
         return await super().complete(reference, request, source)
 
 
 @pytest.fixture
-def engine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Unsteady:
+def engine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UnreliableEngine:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     monkeypatch.setenv("FORGEARR_JOBS__RETRY_SECONDS", "0")
     get_settings.cache_clear()
-    file = write_constant_model(tmp_path / "model.gguf", SPOKEN)
+    file = write_constant_model(tmp_path / "model.gguf", TEXT)
 
-    async def find_file(reference: str, source: Source, tell: OnProgress) -> Path:
+    async def find_file(reference: str, source: Source, on_progress: OnProgress) -> Path:
         return file
 
-    return Unsteady(get_settings().engines, find_file)
+    return UnreliableEngine(get_settings().engines, find_file)
 
 
 @pytest.fixture
-def answering(engine: Unsteady, database: Database) -> LineRunner:
+def runner(engine: UnreliableEngine, database: Database) -> LineRunner:
     return LineRunner(database, engine, LOCAL)
 
 
@@ -69,28 +69,28 @@ def line(**options: Any) -> BatchLine:
     return BatchLine(custom_id="one", method="POST", url="/v1/chat/completions", body=body)
 
 
-async def test_an_engine_that_is_away_is_asked_again(answering: LineRunner, engine: Unsteady) -> None:
-    engine.away = [EngineBusy()] * 9 + [EngineUnavailable()] * 3 + [EngineLost()] * MAX_ENGINE_LOSSES
-    outcome = await answering.run(7, line())
+async def test_calls_of_an_unavailable_engine_are_repeated(runner: LineRunner, engine: UnreliableEngine) -> None:
+    engine.errors = [EngineBusy()] * 9 + [EngineUnavailable()] * 3 + [EngineLost()] * MAX_ENGINE_LOSSES
+    outcome = await runner.run(7, line())
     assert (outcome.number, outcome.succeeded) == (7, True)
-    assert engine.asked == len(engine.away) + 1
-    told = json.loads(outcome.line)
-    assert told["response"]["body"]["choices"][0]["message"]["content"] == SPOKEN
-    assert outcome.usage == told["response"]["body"]["usage"]
+    assert engine.calls == len(engine.errors) + 1
+    result = json.loads(outcome.line)
+    assert result["response"]["body"]["choices"][0]["message"]["content"] == TEXT
+    assert outcome.usage == result["response"]["body"]["usage"]
 
 
-async def test_a_line_over_which_engines_are_lost_is_given_up(answering: LineRunner, engine: Unsteady) -> None:
-    engine.away = [EngineLost()] * (MAX_ENGINE_LOSSES + 1)
-    outcome = await answering.run(1, line())
-    told = json.loads(outcome.line)
-    assert (outcome.succeeded, told["response"]["status_code"]) == (False, 503)
-    assert told["response"]["body"]["error"]["code"] == "engine_lost"
+async def test_a_line_fails_after_too_many_lost_engines(runner: LineRunner, engine: UnreliableEngine) -> None:
+    engine.errors = [EngineLost()] * (MAX_ENGINE_LOSSES + 1)
+    outcome = await runner.run(1, line())
+    result = json.loads(outcome.line)
+    assert (outcome.succeeded, result["response"]["status_code"]) == (False, 503)
+    assert result["response"]["body"]["error"]["code"] == "engine_lost"
 
 
-async def test_a_job_asks_a_database_of_its_own(engine: Unsteady, database: Database) -> None:
-    """That of its process belongs to another event loop."""
+async def test_a_job_uses_its_own_database(engine: UnreliableEngine, database: Database) -> None:
+    """The database of its process belongs to another event loop."""
 
-    async def ask() -> bytes:
+    async def run_line() -> bytes:
         own = Database(get_settings().database_url)
         try:
             return (await LineRunner(own, engine, LOCAL).run(1, line(model="job_20260101_000000_abcd"))).line
@@ -99,13 +99,13 @@ async def test_a_job_asks_a_database_of_its_own(engine: Unsteady, database: Data
 
     async with database.read_transaction() as session:
         await session.get(Job, "job_none")
-    told = json.loads(await asyncio.to_thread(lambda: asyncio.run(ask())))
-    assert told["response"]["status_code"] == 404
+    result = json.loads(await asyncio.to_thread(lambda: asyncio.run(run_line())))
+    assert result["response"]["status_code"] == 404
 
 
-async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: Database) -> None:
+async def test_the_parts_of_a_failed_batch_are_removed_after_the_retry_period(database: Database) -> None:
     file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
-    made: dict[State, str] = {}
+    addresses: dict[State, str] = {}
     long_ago = now() - timedelta(days=get_settings().jobs.event_days + 1)
     for state in (State.FAILED, State.SUCCEEDED, State.RUNNING):
         async with database.transaction() as session:
@@ -118,14 +118,17 @@ async def test_what_is_left_of_a_batch_goes_when_nobody_will_retry_it(database: 
                 principal=LOCAL,
             )
             job.state, job.finished_at = state, long_ago
-        made[state] = storage.address(batch_store.parts_folder(batch.id))
+        addresses[state] = storage.address(batch_store.parts_folder(batch.id))
         storage.write(BytesIO(b"{}"), f"{batch_store.parts_folder(batch.id)}/part")
     assert await batch_store.remove_left_over(database) == 1
-    assert {state for state, address in made.items() if storage.exists(address)} == {State.SUCCEEDED, State.RUNNING}
+    assert {state for state, address in addresses.items() if storage.exists(address)} == {
+        State.SUCCEEDED,
+        State.RUNNING,
+    }
     assert await batch_store.remove_left_over(database) == 0
 
 
-async def test_a_batch_whose_job_failed_says_why(database: Database) -> None:
+async def test_a_failed_batch_contains_the_error_of_its_job(database: Database) -> None:
     file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
     async with database.transaction() as session:
         batch, job = await batch_store.create(
@@ -136,5 +139,5 @@ async def test_a_batch_whose_job_failed_says_why(database: Database) -> None:
             session, [job], State.FAILED, {"code": "file_not_found", "message": "It is gone."}
         )
     async with database.read_transaction() as session:
-        told = batch_store.to_openai(batch, await session.get_one(Job, job.id))
-    assert (told["status"], told["errors"][0]["message"]) == ("failed", "It is gone.")
+        body = batch_store.to_openai(batch, await session.get_one(Job, job.id))
+    assert (body["status"], body["errors"][0]["message"]) == ("failed", "It is gone.")

@@ -1,4 +1,4 @@
-"""Files and uploads through the official client, and what becomes of them."""
+"""Files and uploads, through the official client."""
 
 import asyncio
 import hashlib
@@ -38,7 +38,7 @@ REQUEST: dict[str, Any] = {"custom_id": "1", "method": "POST", "url": "/v1/embed
 
 
 class Gateway:
-    """A gateway that needs credentials, and clients of people who have some."""
+    """A gateway that requires credentials, and clients of several users."""
 
     def __init__(self, url: str, database: Database, users: dict[str, identity.User]) -> None:
         self.url = url
@@ -51,10 +51,10 @@ class Gateway:
         self.ada, self.bob, self.admin = (self.clients[name] for name in ("ada", "bob", "admin"))
 
     async def expire(self, row: type[File | Upload], identifier: str) -> None:
-        """Let its time be over."""
+        """Set the expiry of a row to the past."""
         async with self.database.transaction() as session:
-            over = update(row).where(row.id == identifier).values(expires_at=now() - timedelta(seconds=1))
-            await session.execute(over)
+            expired = update(row).where(row.id == identifier).values(expires_at=now() - timedelta(seconds=1))
+            await session.execute(expired)
 
     async def count(self, row: type[Any]) -> int:
         async with self.database.read_transaction() as session:
@@ -85,35 +85,35 @@ async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 # Files
 
 
-async def test_a_file_comes_back_as_it_was_sent(gateway: Gateway, tmp_path: Path) -> None:
+async def test_a_file_is_created_read_and_deleted(gateway: Gateway, tmp_path: Path) -> None:
     path = tmp_path / "größe.bin"
     path.write_bytes(bytes(range(256)) * 1000)
-    made = await gateway.ada.files.create(file=path, purpose="user_data")
-    assert (made.bytes, made.filename, made.purpose, made.object) == (256_000, "größe.bin", "user_data", "file")
-    assert (made.status, made.status_details, made.expires_at) == ("processed", None, None)
-    assert abs(made.created_at - now().timestamp()) < 60
-    assert await gateway.ada.files.retrieve(made.id) == made
-    content = await gateway.ada.files.content(made.id)
+    file = await gateway.ada.files.create(file=path, purpose="user_data")
+    assert (file.bytes, file.filename, file.purpose, file.object) == (256_000, "größe.bin", "user_data", "file")
+    assert (file.status, file.status_details, file.expires_at) == ("processed", None, None)
+    assert abs(file.created_at - now().timestamp()) < 60
+    assert await gateway.ada.files.retrieve(file.id) == file
+    content = await gateway.ada.files.content(file.id)
     assert content.content == path.read_bytes()
     assert content.response.headers["content-type"] == "application/octet-stream"
     assert content.response.headers["content-disposition"].startswith("attachment")
 
-    deleted = await gateway.ada.files.delete(made.id)
-    assert (deleted.id, deleted.deleted) == (made.id, True)
+    deleted = await gateway.ada.files.delete(file.id)
+    assert (deleted.id, deleted.deleted) == (file.id, True)
     with pytest.raises(openai.NotFoundError, match="There is no file"):
-        await gateway.ada.files.retrieve(made.id)
+        await gateway.ada.files.retrieve(file.id)
     assert (await gateway.count(File), stored("files")) == (0, [])
 
 
-async def test_the_client_that_waits(gateway: Gateway) -> None:
-    def work() -> tuple[bytes, list[str]]:
+async def test_the_synchronous_client(gateway: Gateway) -> None:
+    def use_client() -> tuple[bytes, list[str]]:
         with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.tokens["ada"]) as client:
-            made = client.files.create(file=("a.jsonl", lines(SAMPLE)), purpose="fine-tune")
-            waited = client.files.wait_for_processing(made.id)
+            created = client.files.create(file=("a.jsonl", lines(SAMPLE)), purpose="fine-tune")
+            waited = client.files.wait_for_processing(created.id)
             listed = [file.id for file in client.files.list() if file.id == waited.id]
-            return client.files.content(made.id).read(), listed
+            return client.files.content(created.id).read(), listed
 
-    content, listed = await asyncio.to_thread(work)
+    content, listed = await asyncio.to_thread(use_client)
     assert (content, len(listed)) == (lines(SAMPLE), 1)
 
 
@@ -125,17 +125,15 @@ async def test_the_client_that_waits(gateway: Gateway) -> None:
         ("batch", [REQUEST, REQUEST | {"custom_id": "2"}], "batch"),
     ],
 )
-async def test_what_fits_its_purpose_is_processed(
-    gateway: Gateway, purpose: Any, content: list[Any], kind: str
-) -> None:
-    made = await gateway.ada.files.create(file=("a.jsonl", lines(*content)), purpose=purpose)
-    assert (made.status, made.status_details) == ("processed", None)
+async def test_a_valid_file_is_processed(gateway: Gateway, purpose: Any, content: list[Any], kind: str) -> None:
+    file = await gateway.ada.files.create(file=("a.jsonl", lines(*content)), purpose=purpose)
+    assert (file.status, file.status_details) == ("processed", None)
     async with gateway.database.read_transaction() as session:
-        assert (await file_store.find(session, made.id, LOCAL)).content == kind
+        assert (await file_store.find(session, file.id, LOCAL)).content == kind
 
 
 @pytest.mark.parametrize(
-    ("purpose", "content", "fault"),
+    ("purpose", "content", "message"),
     [
         ("fine-tune", b"", "There is no sample in a.jsonl"),
         ("fine-tune", b"\n\nhello\n", "line 3 of a.jsonl is not JSON"),
@@ -162,19 +160,21 @@ async def test_what_fits_its_purpose_is_processed(
         ("batch", json.dumps(REQUEST).encode() * 1 + b"\n\n" + json.dumps(REQUEST).encode(), "line 3 .* of line 1"),
     ],
 )
-async def test_what_does_not_fit_says_where(gateway: Gateway, purpose: Any, content: bytes, fault: str) -> None:
-    made = await gateway.ada.files.create(file=("a.jsonl", content), purpose=purpose)
-    assert made.status == "error"
-    assert made.status_details is not None
-    with pytest.raises(AssertionError, match=fault):
-        raise AssertionError(made.status_details)
-    assert (await gateway.ada.files.content(made.id)).content == content
+async def test_an_invalid_file_names_the_wrong_line(
+    gateway: Gateway, purpose: Any, content: bytes, message: str
+) -> None:
+    file = await gateway.ada.files.create(file=("a.jsonl", content), purpose=purpose)
+    assert file.status == "error"
+    assert file.status_details is not None
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(file.status_details)
+    assert (await gateway.ada.files.content(file.id)).content == content
 
 
-async def test_files_are_listed_page_by_page(gateway: Gateway) -> None:
-    made = [await gateway.ada.files.create(file=(f"{n}.txt", b"x"), purpose="user_data") for n in range(5)]
-    made.append(await gateway.ada.files.create(file=("b.jsonl", lines(REQUEST)), purpose="batch"))
-    newest_first = [file.id for file in reversed(made)]
+async def test_files_are_paginated(gateway: Gateway) -> None:
+    created = [await gateway.ada.files.create(file=(f"{n}.txt", b"x"), purpose="user_data") for n in range(5)]
+    created.append(await gateway.ada.files.create(file=("b.jsonl", lines(REQUEST)), purpose="batch"))
+    newest_first = [file.id for file in reversed(created)]
     page = await gateway.ada.files.list(limit=4)
     assert ([file.id for file in page.data], page.has_more) == (newest_first[:4], True)
     assert [file.id async for file in gateway.ada.files.list(limit=2)] == newest_first
@@ -189,19 +189,19 @@ async def test_files_are_listed_page_by_page(gateway: Gateway) -> None:
             await gateway.ada.files.list(limit=limit)
 
 
-async def test_a_file_is_its_owners(gateway: Gateway) -> None:
-    made = await gateway.ada.files.create(file=("a.txt", b"mine"), purpose="user_data")
+async def test_a_file_belongs_to_its_owner(gateway: Gateway) -> None:
+    created = await gateway.ada.files.create(file=("a.txt", b"mine"), purpose="user_data")
     for attempt in (gateway.bob.files.retrieve, gateway.bob.files.content, gateway.bob.files.delete):
         with pytest.raises(openai.NotFoundError):
-            await attempt(made.id)
+            await attempt(created.id)
     with pytest.raises(openai.NotFoundError):
-        await gateway.bob.files.list(after=made.id)
+        await gateway.bob.files.list(after=created.id)
     assert [file async for file in gateway.bob.files.list()] == []
-    assert [file.id async for file in gateway.admin.files.list()] == [made.id]
-    assert (await gateway.admin.files.content(made.id)).content == b"mine"
+    assert [file.id async for file in gateway.admin.files.list()] == [created.id]
+    assert (await gateway.admin.files.content(created.id)).content == b"mine"
 
 
-async def test_what_cannot_be_meant_is_refused(gateway: Gateway) -> None:
+async def test_invalid_requests_are_refused(gateway: Gateway) -> None:
     create: Any = gateway.ada.files.create
     file = ("a.txt", b"x")
     refused: list[dict[str, Any]] = [
@@ -212,9 +212,9 @@ async def test_what_cannot_be_meant_is_refused(gateway: Gateway) -> None:
         {"file": file, "purpose": "user_data", "extra_body": {"colour": "red"}},
         {"file": ("x" * 501, b"x"), "purpose": "user_data"},
     ]
-    for wanted in refused:
+    for options in refused:
         with pytest.raises(openai.UnprocessableEntityError):
-            await create(**wanted)
+            await create(**options)
     with pytest.raises(openai.APIStatusError, match="larger than"):
         await create(file=("a.bin", b"x" * 3_000_000), purpose="user_data")
     async with httpx.AsyncClient(base_url=gateway.url, headers=bearer(gateway, "ada"), timeout=TIMEOUT) as http:
@@ -226,30 +226,30 @@ async def test_what_cannot_be_meant_is_refused(gateway: Gateway) -> None:
             ({"content": b"no form", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400),
         ]
         for body, status in bodies:
-            answer = await http.post("/v1/files", **body)
-            assert (answer.status_code, "error" in answer.json()) == (status, True), answer.text
+            response = await http.post("/v1/files", **body)
+            assert (response.status_code, "error" in response.json()) == (status, True), response.text
     assert (await gateway.count(File), stored("files")) == (0, [])
 
 
-async def test_a_file_whose_time_is_over_is_gone(gateway: Gateway) -> None:
+async def test_an_expired_file_is_removed(gateway: Gateway) -> None:
     create: Any = gateway.ada.files.create
     lasting = await create(file=("a.txt", b"x"), purpose="user_data")
-    soon = {"anchor": "created_at", "seconds": 3600}
-    passing = await create(file=("b.txt", b"x"), purpose="user_data", expires_after=soon)
-    assert passing.expires_at == passing.created_at + 3600
+    in_an_hour = {"anchor": "created_at", "seconds": 3600}
+    expiring = await create(file=("b.txt", b"x"), purpose="user_data", expires_after=in_an_hour)
+    assert expiring.expires_at == expiring.created_at + 3600
     batch = await create(file=("b.jsonl", lines(REQUEST)), purpose="batch")
     assert batch.expires_at == batch.created_at + 30 * 24 * 3600
 
-    await gateway.expire(File, passing.id)
+    await gateway.expire(File, expiring.id)
     with pytest.raises(openai.NotFoundError):
-        await gateway.ada.files.retrieve(passing.id)
+        await gateway.ada.files.retrieve(expiring.id)
     assert {file.id async for file in gateway.ada.files.list()} == {lasting.id, batch.id}
     assert len(stored("files")) == 3
     assert await file_store.remove_expired(gateway.database) == 1
     assert (await gateway.count(File), len(stored("files"))) == (2, 2)
 
 
-async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(gateway: Gateway, tmp_path: Path) -> None:
+async def test_a_repeated_job_finds_the_file_of_its_first_attempt(gateway: Gateway, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"filename": "out.jsonl", "purpose": "batch_output", "file_id": "file-of-job"}
     first = await file_store.create_file(gateway.database, BytesIO(b"one\ntwo\n"), principal=LOCAL, **fields)
     again = await file_store.create_file(gateway.database, BytesIO(b"other"), principal=LOCAL, **fields)
@@ -261,7 +261,7 @@ async def test_a_job_that_runs_again_finds_the_file_that_it_has_made(gateway: Ga
 # Uploads
 
 
-async def test_a_file_comes_in_parts(gateway: Gateway) -> None:
+async def test_a_file_is_uploaded_in_parts(gateway: Gateway) -> None:
     content = lines(*[SAMPLE] * 200)
     upload = await gateway.ada.uploads.create(
         bytes=len(content), filename="a.jsonl", mime_type="application/jsonl", purpose="fine-tune"
@@ -292,21 +292,21 @@ async def test_a_file_comes_in_parts(gateway: Gateway) -> None:
             await attempt
 
 
-async def test_the_client_cuts_a_file_into_parts(gateway: Gateway, tmp_path: Path) -> None:
+async def test_the_client_uploads_a_file_in_chunks(gateway: Gateway, tmp_path: Path) -> None:
     path = tmp_path / "big.bin"
     path.write_bytes(bytes(range(250)) * 6000)
 
-    def work() -> Any:
+    def upload_file() -> Any:
         with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.tokens["ada"]) as client:
             return client.uploads.upload_file_chunked(
                 file=path, mime_type="application/octet-stream", purpose="user_data", part_size=400_000
             )
 
-    done = await asyncio.to_thread(work)
+    done = await asyncio.to_thread(upload_file)
     assert (await gateway.ada.files.content(done.file.id)).content == path.read_bytes()
 
 
-async def test_parts_that_are_no_samples_make_a_file_with_an_error(gateway: Gateway) -> None:
+async def test_an_upload_of_invalid_samples_makes_a_file_with_an_error(gateway: Gateway) -> None:
     upload = await gateway.ada.uploads.create(bytes=5, filename="a.jsonl", mime_type="text/plain", purpose="fine-tune")
     part = await gateway.ada.uploads.parts.create(upload.id, data=b"hello")
     done = await gateway.ada.uploads.complete(upload.id, part_ids=[part.id])
@@ -314,8 +314,8 @@ async def test_parts_that_are_no_samples_make_a_file_with_an_error(gateway: Gate
     assert (done.file.status, "line 1 of a.jsonl" in (done.file.status_details or "")) == ("error", True)
 
 
-async def test_an_upload_can_be_given_up(gateway: Gateway) -> None:
-    upload = await begin(gateway)
+async def test_an_upload_can_be_cancelled(gateway: Gateway) -> None:
+    upload = await begin_upload(gateway)
     await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 100)
     assert (await gateway.ada.uploads.cancel(upload.id)).status == "cancelled"
     assert (await gateway.count(UploadPart), stored("uploads")) == (0, [])
@@ -324,8 +324,8 @@ async def test_an_upload_can_be_given_up(gateway: Gateway) -> None:
     assert stored("uploads") == []
 
 
-async def test_an_upload_ends_after_its_hour(gateway: Gateway) -> None:
-    upload = await begin(gateway)
+async def test_an_upload_expires_after_an_hour(gateway: Gateway) -> None:
+    upload = await begin_upload(gateway)
     part = await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 100)
     await gateway.expire(Upload, upload.id)
     with pytest.raises(openai.ConflictError, match="expired"):
@@ -335,8 +335,8 @@ async def test_an_upload_ends_after_its_hour(gateway: Gateway) -> None:
     assert await file_uploads.remove_expired(gateway.database) == 0
 
 
-async def test_an_upload_is_its_owners_and_has_its_bounds(gateway: Gateway) -> None:
-    upload = await begin(gateway)
+async def test_an_upload_belongs_to_its_owner_and_has_a_size_limit(gateway: Gateway) -> None:
+    upload = await begin_upload(gateway)
     for attempt in (
         gateway.bob.uploads.parts.create(upload.id, data=b"x"),
         gateway.bob.uploads.complete(upload.id, part_ids=["part_x"]),
@@ -354,8 +354,8 @@ async def test_an_upload_is_its_owners_and_has_its_bounds(gateway: Gateway) -> N
         await create(bytes=1, filename="a", mime_type="a", purpose="vision")
 
 
-async def test_two_who_complete_an_upload_make_one_file(gateway: Gateway) -> None:
-    upload = await begin(gateway)
+async def test_simultaneous_completions_of_an_upload_make_one_file(gateway: Gateway) -> None:
+    upload = await begin_upload(gateway)
     part = await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 100)
     outcomes = await asyncio.gather(
         *(gateway.ada.uploads.complete(upload.id, part_ids=[part.id]) for _ in range(4)), return_exceptions=True
@@ -366,7 +366,7 @@ async def test_two_who_complete_an_upload_make_one_file(gateway: Gateway) -> Non
     assert (await gateway.count(File), len(stored("files"))) == (1, 1)
 
 
-async def begin(gateway: Gateway) -> Any:
+async def begin_upload(gateway: Gateway) -> Any:
     return await gateway.ada.uploads.create(bytes=100, filename="a.txt", mime_type="text/plain", purpose="user_data")
 
 
@@ -379,6 +379,6 @@ def lines(*documents: dict[str, Any]) -> bytes:
 
 
 def stored(folder: str) -> list[str]:
-    """What there is in storage, by name."""
+    """The names of the stored files in a folder."""
     root = Path(storage.address(folder))
     return [path.name for path in root.rglob("*") if path.is_file()]

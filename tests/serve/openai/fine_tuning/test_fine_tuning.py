@@ -1,4 +1,4 @@
-"""Fine-tuning jobs as OpenAI's client asks for them: what is made of a request, and what is told of a job."""
+"""OpenAI's fine-tuning API through the official client: the job that a request makes, and how a job is serialized."""
 
 import json
 from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ KEY = 'ü.b "c" [d]'
 
 
 class Gateway:
-    """A gateway that needs credentials, with files to learn from, and jobs that are as they are said to be."""
+    """A gateway that requires credentials, with training files and jobs in any state."""
 
     def __init__(self, url: str, database: Database, users: dict[str, identity.User]) -> None:
         self.database = database
@@ -54,9 +54,9 @@ class Gateway:
         content = "\n".join(json.dumps(line) for line in lines).encode()
         return (await self.clients[username].files.create(file=("a.jsonl", content), purpose=purpose)).id
 
-    async def create(self, **wanted: Any) -> Any:
+    async def create(self, **options: Any) -> Any:
         create: Any = self.ada.create
-        return await create(**{"model": TINY, "training_file": await self.file(SAMPLE), **wanted})
+        return await create(**{"model": TINY, "training_file": await self.file(SAMPLE), **options})
 
     async def spec(self, job_id: str) -> dict[str, Any]:
         return (await self.job(job_id)).spec
@@ -65,17 +65,17 @@ class Gateway:
         async with self.database.read_transaction() as session:
             return await queue.get(session, job_id, LOCAL)
 
-    async def update_job(self, job_id: str, **facts: Any) -> None:
+    async def update_job(self, job_id: str, **values: Any) -> None:
         async with self.database.transaction() as session:
-            await session.execute(update(Job).where(Job.id == job_id).values(**facts))
+            await session.execute(update(Job).where(Job.id == job_id).values(**values))
 
-    async def step(self, job_id: str, kind: str, **facts: Any) -> str:
+    async def step(self, job_id: str, kind: str, **values: Any) -> str:
         """A step of a forge job."""
         async with self.database.transaction() as session:
             parent = await queue.get(session, job_id, LOCAL)
             spec = {"fine_tune": {"data": {"dataset": "demo/homelab"}}, "export": {"job_id": job_id}}[kind]
             child = await queue.enqueue_child(session, parent, kind, kind, spec)
-        await self.update_job(child.id, **facts)
+        await self.update_job(child.id, **values)
         return child.id
 
     async def record(self, *entries: JournalEntry) -> None:
@@ -106,10 +106,10 @@ async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
             await client.close()
 
 
-# What is asked for
+# Requests
 
 
-async def test_a_request_becomes_a_job_of_the_forge(gateway: Gateway) -> None:
+async def test_a_request_queues_a_forge_job(gateway: Gateway) -> None:
     validation = await gateway.file(SAMPLE)
     hyperparameters = {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 0.5}
     job = await gateway.create(
@@ -127,35 +127,35 @@ async def test_a_request_becomes_a_job_of_the_forge(gateway: Gateway) -> None:
         "ft-tiny",
         "my-model",
     )
-    wanted = {"epochs": 2, "batch_size": 3, "learning_rate": 1e-4, "seed": 3, "deploy": False, "keep_epochs": 3}
-    assert row.spec.items() >= wanted.items()
+    expected = {"epochs": 2, "batch_size": 3, "learning_rate": 1e-4, "seed": 3, "deploy": False, "keep_epochs": 3}
+    assert row.spec.items() >= expected.items()
     assert (row.spec["data"]["file"], row.spec["validation"]["file"]) == (job.training_file, validation)
     assert job.hyperparameters.to_dict() == hyperparameters
     assert (job.status, job.validation_file, job.metadata, job.seed) == ("queued", validation, {"a": "b"}, 3)
     assert job.organization_id == f"org-{gateway.owners['ada'].id}"
 
 
-async def test_what_is_left_to_us_is_what_every_training_has(gateway: Gateway) -> None:
+async def test_auto_hyperparameters_are_the_defaults(gateway: Gateway) -> None:
     auto: Any = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
     job = await gateway.create(hyperparameters=auto)
     assert job.hyperparameters.to_dict() == {"batch_size": "auto", "learning_rate_multiplier": 1.0, "n_epochs": 3}
     assert await gateway.spec(job.id) == await gateway.spec((await gateway.create(training_file=job.training_file)).id)
 
 
-async def test_preferences_are_learned_by_dpo(gateway: Gateway) -> None:
-    told = {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}
-    job = await gateway.create(training_file=await gateway.file(PAIR), method={"type": "dpo", "dpo": told})
+async def test_preference_samples_are_trained_with_dpo(gateway: Gateway) -> None:
+    dpo = {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}
+    job = await gateway.create(training_file=await gateway.file(PAIR), method={"type": "dpo", "dpo": dpo})
     assert (job.method.type, job.method.dpo.hyperparameters.beta, job.method.supervised) == ("dpo", 0.3, None)
     assert (await gateway.spec(job.id))["beta"] == 0.3
 
 
-async def test_a_preset_is_filled_in(gateway: Gateway) -> None:
+async def test_a_preset_sets_the_base_model_and_its_options(gateway: Gateway) -> None:
     job = await gateway.create(model="qwen2.5-0.5b")
     assert (job.model, (await gateway.spec(job.id))["rank"]) == ("Qwen/Qwen2.5-0.5B-Instruct", 32)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "status", "message"),
+    ("options", "status", "message"),
     [
         ({"method": {"type": "reinforcement"}}, 400, "reinforcement is not available"),
         ({"method": {"type": "supervised", "dpo": {}}}, 422, "does not allow dpo"),
@@ -177,54 +177,54 @@ async def test_a_preset_is_filled_in(gateway: Gateway) -> None:
         ({"model": "/etc"}, 403, "administrator"),
     ],
 )
-async def test_what_cannot_be_done_is_refused(
-    gateway: Gateway, wanted: dict[str, Any], status: int, message: str
+async def test_invalid_requests_are_refused(
+    gateway: Gateway, options: dict[str, Any], status: int, message: str
 ) -> None:
     with pytest.raises(openai.APIStatusError, match=message) as refused:
-        await gateway.create(**wanted)
+        await gateway.create(**options)
     assert refused.value.status_code == status
     assert [job async for job in gateway.ada.list()] == []
 
 
-async def test_a_file_that_is_not_to_be_learned_from_is_refused(gateway: Gateway) -> None:
+async def test_an_unsuitable_file_is_refused(gateway: Gateway) -> None:
     files = [
         (await gateway.file({"no": "sample"}), "used for training: The line 1 of a.jsonl is not a valid sample"),
         (await gateway.file(SAMPLE, purpose="user_data"), "purpose 'user_data'"),
         (await gateway.file(PAIR), "kind 'preference'"),
     ]
     for file_id, message in files:
-        for wanted in ({"training_file": file_id}, {"validation_file": file_id}):
+        for options in ({"training_file": file_id}, {"validation_file": file_id}):
             with pytest.raises(openai.BadRequestError, match=message):
-                await gateway.create(**wanted)
+                await gateway.create(**options)
     with pytest.raises(openai.NotFoundError):
         await gateway.create(training_file=await gateway.file(SAMPLE, username="bob"))
 
 
-# What is told
+# Jobs
 
 
-async def test_jobs_are_listed_page_by_page_to_their_owner(gateway: Gateway) -> None:
-    made = [(await gateway.create(metadata={"run": str(n % 2), KEY: "x"})).id for n in range(4)]
-    made.append((await gateway.create()).id)
-    newest_first = made[::-1]
+async def test_jobs_are_paginated_and_belong_to_their_owner(gateway: Gateway) -> None:
+    created = [(await gateway.create(metadata={"run": str(n % 2), KEY: "x"})).id for n in range(4)]
+    created.append((await gateway.create()).id)
+    newest_first = created[::-1]
     assert [job.id async for job in gateway.ada.list(limit=2)] == newest_first
     page = await gateway.ada.list(limit=2, after=newest_first[2])
     assert ([job.id for job in page.data], page.has_more) == (newest_first[3:], False)
-    assert [job.id async for job in gateway.ada.list(metadata={"run": "1"})] == [made[3], made[1]]
-    assert [job.id async for job in gateway.ada.list(metadata={"run": "0", KEY: "x"})] == [made[2], made[0]]
+    assert [job.id async for job in gateway.ada.list(metadata={"run": "1"})] == [created[3], created[1]]
+    assert [job.id async for job in gateway.ada.list(metadata={"run": "0", KEY: "x"})] == [created[2], created[0]]
     assert [job.id async for job in gateway.ada.list(metadata={"run": "0", KEY: "y"})] == []
-    assert [job.id async for job in gateway.ada.list(extra_query={"metadata": "null"})] == [made[4]]
+    assert [job.id async for job in gateway.ada.list(extra_query={"metadata": "null"})] == [created[4]]
     assert [job async for job in gateway.bob.list()] == []
     assert [job.id async for job in gateway.admin.list()] == newest_first
     attempts: list[Any] = [gateway.bob.retrieve, gateway.bob.cancel, gateway.bob.pause, gateway.bob.resume]
     for attempt in (*attempts, gateway.bob.list_events, gateway.bob.checkpoints.list):
         with pytest.raises(openai.NotFoundError):
-            await attempt(made[0])
+            await attempt(created[0])
     with pytest.raises(openai.NotFoundError):
-        await gateway.bob.list(after=made[0])
+        await gateway.bob.list(after=created[0])
 
 
-async def test_other_jobs_are_no_fine_tuning_jobs(gateway: Gateway) -> None:
+async def test_other_jobs_are_not_fine_tuning_jobs(gateway: Gateway) -> None:
     async with gateway.database.transaction() as session:
         probe = await queue.enqueue(session, JobRequest(kind="probe"), gateway.owners["ada"])
     job = await gateway.create()
@@ -235,7 +235,7 @@ async def test_other_jobs_are_no_fine_tuning_jobs(gateway: Gateway) -> None:
     assert [one.id async for one in gateway.ada.list()] == [job.id]
 
 
-async def test_the_status_is_that_of_its_step(gateway: Gateway) -> None:
+async def test_the_status_of_a_job_follows_its_step(gateway: Gateway) -> None:
     job = await gateway.create()
 
     async def status() -> str:
@@ -249,8 +249,8 @@ async def test_the_status_is_that_of_its_step(gateway: Gateway) -> None:
         ({"state": State.PAUSED}, "paused"),
         ({"state": State.SUCCEEDED, "phase": None}, "running"),
     ]
-    for facts, expected in steps:
-        await gateway.update_job(training, **facts)
+    for values, expected in steps:
+        await gateway.update_job(training, **values)
         assert await status() == expected
     for state in (State.PAUSED, State.CANCELLED, State.SUCCEEDED):
         result = {"name": "ft-tiny", "version": 1} if state == State.SUCCEEDED else None
@@ -258,7 +258,7 @@ async def test_the_status_is_that_of_its_step(gateway: Gateway) -> None:
         assert await status() == state
 
 
-async def test_when_it_will_be_done_is_estimated(gateway: Gateway) -> None:
+async def test_the_finish_time_is_estimated(gateway: Gateway) -> None:
     job = await gateway.create()
     training = await gateway.step(job.id, "fine_tune", state=State.RUNNING, phase="training", started_at=now())
     assert (await gateway.ada.retrieve(job.id)).estimated_finish is None
@@ -270,12 +270,12 @@ async def test_when_it_will_be_done_is_estimated(gateway: Gateway) -> None:
     assert 590 < estimated - now().timestamp() < 1200
 
 
-async def test_a_failure_is_that_of_its_step(gateway: Gateway) -> None:
+async def test_the_error_of_a_job_is_that_of_its_step(gateway: Gateway) -> None:
     job = await gateway.create()
     error = {"code": "sample_too_long", "message": "Sample 3 has 5000 tokens."}
     await gateway.step(job.id, "fine_tune", state=State.FAILED, error=error)
-    told = {"code": "child_failed", "message": "Its child 'fine_tune' failed."}
-    await gateway.update_job(job.id, state=State.FAILED, error=told, finished_at=now())
+    parent_error = {"code": "child_failed", "message": "Its child 'fine_tune' failed."}
+    await gateway.update_job(job.id, state=State.FAILED, error=parent_error, finished_at=now())
     failed = await gateway.ada.retrieve(job.id)
     assert (failed.status, failed.fine_tuned_model) == ("failed", None)
     assert failed.error
@@ -284,7 +284,7 @@ async def test_a_failure_is_that_of_its_step(gateway: Gateway) -> None:
         await gateway.ada.pause(job.id)
 
 
-async def test_a_job_and_its_step_are_held_together(gateway: Gateway) -> None:
+async def test_a_job_is_paused_and_resumed_with_its_step(gateway: Gateway) -> None:
     job = await gateway.create()
     assert (await gateway.ada.pause(job.id)).status == "paused"
     assert (await gateway.ada.resume(job.id)).status == "queued"
@@ -299,23 +299,23 @@ async def test_a_job_and_its_step_are_held_together(gateway: Gateway) -> None:
     assert (await gateway.job(training)).control == Control.CANCEL
 
 
-async def test_the_journal_is_told_in_openais_words(gateway: Gateway) -> None:
+async def test_the_journal_is_serialized_as_openai_events(gateway: Gateway) -> None:
     job = await gateway.create()
     training = await gateway.step(job.id, "fine_tune")
-    numbers = {"step": 2, "epoch": 1.0, "loss": 1.5, "token_accuracy": 0.5, "memory_mb": 100.0}
+    metrics = {"step": 2, "epoch": 1.0, "loss": 1.5, "token_accuracy": 0.5, "memory_mb": 100.0}
     await gateway.record(
         JournalEntry(job.id, "running"),
         JournalEntry(job.id, "queued", {"parked": True}),
         JournalEntry(training, "running", {"worker": "w"}),
         JournalEntry(training, "progress", {"phase": "loading the model"}),
-        JournalEntry(training, "progress", {"metrics": numbers}),
+        JournalEntry(training, "progress", {"metrics": metrics}),
         JournalEntry(training, "progress", {"metrics": {"step": 2, "eval_loss": 1.25}}),
         JournalEntry(training, "log", {"level": "WARNING", "message": "Out of memory at step 2."}),
         JournalEntry(training, "succeeded"),
         JournalEntry(job.id, "failed", {"error": {"code": "x", "message": "No room."}}),
     )
-    told = [event async for event in gateway.ada.list_events(job.id, limit=2)][::-1]
-    assert [(event.level, event.type, event.message) for event in told] == [
+    listed = [event async for event in gateway.ada.list_events(job.id, limit=2)][::-1]
+    assert [(event.level, event.type, event.message) for event in listed] == [
         ("info", "message", f"Created fine-tuning job: {job.id}"),
         ("info", "message", "Fine-tuning job started"),
         ("info", "metrics", "Step 2: training loss=1.5000"),
@@ -323,12 +323,12 @@ async def test_the_journal_is_told_in_openais_words(gateway: Gateway) -> None:
         ("warn", "message", "Out of memory at step 2."),
         ("error", "message", "The job failed: No room."),
     ]
-    assert told[2].data == {"step": 2, "train_loss": 1.5, "train_mean_token_accuracy": 0.5}
+    assert listed[2].data == {"step": 2, "train_loss": 1.5, "train_mean_token_accuracy": 0.5}
     with pytest.raises(openai.BadRequestError, match="no event"):
         await gateway.ada.list_events(job.id, after="ftevent-x")
 
 
-async def test_checkpoints_have_names_that_stand_for_their_folders(gateway: Gateway) -> None:
+async def test_checkpoint_names_resolve_to_their_folders(gateway: Gateway) -> None:
     job = await gateway.create(suffix="demo")
     moment = now() - timedelta(minutes=1)
     epochs: list[dict[str, Any]] = [
@@ -341,13 +341,13 @@ async def test_checkpoints_have_names_that_stand_for_their_folders(gateway: Gate
         for step in (4, 8, 12)
     ]
     await gateway.step(job.id, "fine_tune", checkpoint={"base_model": TINY, "epochs": epochs})
-    found = [checkpoint async for checkpoint in gateway.ada.checkpoints.list(job.id, limit=2)]
-    assert [checkpoint.step_number for checkpoint in found] == [12, 8, 4]
-    assert (found[0].created_at, found[0].metrics.train_loss) == (int(moment.timestamp()), 2.0)
-    assert found[0].metrics.valid_loss is None
+    checkpoints = [checkpoint async for checkpoint in gateway.ada.checkpoints.list(job.id, limit=2)]
+    assert [checkpoint.step_number for checkpoint in checkpoints] == [12, 8, 4]
+    assert (checkpoints[0].created_at, checkpoints[0].metrics.train_loss) == (int(moment.timestamp()), 2.0)
+    assert checkpoints[0].metrics.valid_loss is None
     with pytest.raises(openai.BadRequestError, match="no checkpoint"):
         await gateway.ada.checkpoints.list(job.id, after="ftckpt_x_1")
-    name = found[1].fine_tuned_model_checkpoint
+    name = checkpoints[1].fine_tuned_model_checkpoint
     assert name == f"ft:{TINY}:ada:demo:{job.id.removeprefix('job_')}:ckpt-step-8"
     assert (
         await gateway.resolve(name)
@@ -361,10 +361,10 @@ async def test_checkpoints_have_names_that_stand_for_their_folders(gateway: Gate
         await gateway.create(model=name)
 
 
-async def test_a_model_that_was_not_exported_has_a_name_too(gateway: Gateway) -> None:
+async def test_a_model_without_an_export_has_a_name(gateway: Gateway) -> None:
     async with gateway.database.transaction() as session:
-        wanted = JobRequest(kind="fine_tune", spec={"data": {"dataset": "demo/homelab"}})
-        job = await queue.enqueue(session, wanted, gateway.owners["ada"])
+        request = JobRequest(kind="fine_tune", spec={"data": {"dataset": "demo/homelab"}})
+        job = await queue.enqueue(session, request, gateway.owners["ada"])
     name = f"ft:{TINY}:ada::{job.id.removeprefix('job_')}"
     with pytest.raises(ModelNotFound, match="is queued"):
         await gateway.resolve(name)
@@ -380,8 +380,8 @@ async def test_a_model_that_was_not_exported_has_a_name_too(gateway: Gateway) ->
         await gateway.clients["bob"].models.retrieve(name)
 
 
-async def test_the_same_key_makes_one_job(gateway: Gateway) -> None:
+async def test_an_idempotency_key_makes_one_job(gateway: Gateway) -> None:
     file_id = await gateway.file(SAMPLE)
-    told: Any = {"training_file": file_id, "extra_headers": {"Idempotency-Key": "once"}}
-    first, second = [await gateway.create(**told) for _ in range(2)]
+    options: Any = {"training_file": file_id, "extra_headers": {"Idempotency-Key": "once"}}
+    first, second = [await gateway.create(**options) for _ in range(2)]
     assert first.id == second.id
