@@ -1,4 +1,4 @@
-"""The GGUF engine on small models of random weights: answers, slots, the queue, memory, and what goes wrong."""
+"""The GGUF engine on small models of random weights: completions, slots, the queue, memory, and errors."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ from tests.support.waiting import eventually_async
 
 HELLO: EngineRequest = {"messages": [{"role": "user", "content": "Hello"}]}
 FILE = ModelFile("quiet.gguf", "q8_0", "", 1)
-FOR_GOOD = Version("quiet", 1, "run", [FILE], None, "forgearr/tiny", "job_1", "job_2", True, datetime.now(UTC))
+VERSION = Version("quiet", 1, "run", [FILE], None, "forgearr/tiny", "job_1", "job_2", True, datetime.now(UTC))
 ENDLESS = 1_000_000
 WEATHER = {
     "type": "function",
@@ -40,25 +40,25 @@ WEATHER = {
 
 
 class Models:
-    """Files by reference, and how often each was asked for."""
+    """Model files by reference, and the references that were requested."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.adapters: dict[str, Version] = {}
         self.ready = asyncio.Event()
         self.ready.set()
 
-    def add(self, name: str, **shape: Any) -> Path:
-        return write_model(self.folder / f"{name}.gguf", **shape)
+    def add(self, name: str, **options: Any) -> Path:
+        return write_model(self.folder / f"{name}.gguf", **options)
 
-    async def find(self, reference: str, source: Source, tell: OnProgress) -> Path:
-        self.asked.append(reference)
+    async def find(self, reference: str, source: Source, on_progress: OnProgress) -> Path:
+        self.requested.append(reference)
         await self.ready.wait()
         return self.folder / f"{reference}.gguf"
 
-    def add_adapter(self, name: str, base: str, **shape: Any) -> Version:
-        path = write_adapter(self.folder / f"{name}.gguf", **shape)
+    def add_adapter(self, name: str, base: str, **options: Any) -> Version:
+        path = write_adapter(self.folder / f"{name}.gguf", **options)
         adapter = Version(
             name=name,
             number=1,
@@ -74,7 +74,7 @@ class Models:
         self.adapters[adapter.reference] = adapter
         return adapter
 
-    async def find_adapters(self, base: str, wanted: Version | None) -> dict[str, Path]:
+    async def find_adapters(self, base: str, version: Version | None) -> dict[str, Path]:
         return {
             reference: self.folder / f"{adapter.name}.gguf"
             for reference, adapter in self.adapters.items()
@@ -84,19 +84,19 @@ class Models:
 
 @pytest.fixture
 def models(tmp_path: Path) -> Models:
-    found = Models(tmp_path)
-    found.add("quiet")
-    found.add("talker", seed=1, talkative=True, context=16_384)
-    return found
+    models = Models(tmp_path)
+    models.add("quiet")
+    models.add("talker", seed=1, talkative=True, context=16_384)
+    return models
 
 
 @pytest.fixture
 def settings(home: Path) -> Callable[..., EngineSettings]:
-    def chosen(**changes: Any) -> EngineSettings:
-        modest = {"slots": 2, "queue": 2, "context": 16_384, "threads": 1, "memory_mb": 1024}
-        return get_settings().engines.model_copy(update=modest | changes)
+    def build(**changes: Any) -> EngineSettings:
+        small = {"slots": 2, "queue": 2, "context": 16_384, "threads": 1, "memory_mb": 1024}
+        return get_settings().engines.model_copy(update=small | changes)
 
-    return chosen
+    return build
 
 
 @pytest.fixture
@@ -106,52 +106,52 @@ async def engine(models: Models, settings: Callable[..., EngineSettings]) -> Asy
     await unload_models(engine)
 
 
-async def test_a_whole_answer(engine: GgufEngine) -> None:
-    answer = await engine.complete("quiet", {**HELLO, "max_tokens": 12, "temperature": 0})
-    (choice,) = answer["choices"]
+async def test_a_completion(engine: GgufEngine) -> None:
+    completion = await engine.complete("quiet", {**HELLO, "max_tokens": 12, "temperature": 0})
+    (choice,) = completion["choices"]
     assert choice["message"]["role"] == "assistant"
-    assert choice["message"]["content"].encode()  # valid text, whatever bytes the model has chosen
+    assert choice["message"]["content"].encode()  # valid text, whatever bytes were sampled
     assert choice["finish_reason"] in {"stop", "length"}
-    usage = answer["usage"]
+    usage = completion["usage"]
     assert 1 <= usage["completion_tokens"] <= 12
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-@pytest.mark.parametrize("chosen", [{"temperature": 0}, {"temperature": 1.5, "seed": 7}])
-async def test_a_streamed_answer_is_the_same_answer(engine: GgufEngine, chosen: dict[str, Any]) -> None:
-    request = {**HELLO, "max_tokens": 40, **chosen}
-    heard = await collect(engine.chat("talker", request))
-    whole = await engine.complete("talker", request)
-    assert heard["choices"] == whole["choices"]
-    assert heard["usage"]["completion_tokens"] == 40
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.5, "seed": 7}])
+async def test_streamed_chunks_add_up_to_the_completion(engine: GgufEngine, sampling: dict[str, Any]) -> None:
+    request = {**HELLO, "max_tokens": 40, **sampling}
+    streamed = await collect(engine.chat("talker", request))
+    completion = await engine.complete("talker", request)
+    assert streamed["choices"] == completion["choices"]
+    assert streamed["usage"]["completion_tokens"] == 40
 
 
-async def test_the_same_seed_gives_the_same_answer(engine: GgufEngine) -> None:
+async def test_the_same_seed_gives_the_same_completion(engine: GgufEngine) -> None:
     request = {**HELLO, "max_tokens": 30, "temperature": 1.5}
-    said = [(await engine.complete("talker", {**request, "seed": seed}))["choices"] for seed in (7, 7, 8)]
-    assert said[0] == said[1] != said[2]
+    choices = [(await engine.complete("talker", {**request, "seed": seed}))["choices"] for seed in (7, 7, 8)]
+    assert choices[0] == choices[1] != choices[2]
 
 
-async def test_it_stops_where_it_is_told_to(engine: GgufEngine) -> None:
-    whole = (await engine.complete("talker", {**HELLO, "max_tokens": 40, "temperature": 0}))["choices"][0]
-    text: str = whole["message"]["content"]
-    end = next(letter for letter in text[5:] if letter not in text[:5] and letter.isascii())
-    short = await engine.complete("talker", {**HELLO, "max_tokens": 40, "temperature": 0, "stop": [end]})
-    assert short["choices"][0]["message"]["content"] == text.partition(end)[0]
+async def test_generation_ends_at_a_stop_sequence(engine: GgufEngine) -> None:
+    choice = (await engine.complete("talker", {**HELLO, "max_tokens": 40, "temperature": 0}))["choices"][0]
+    text: str = choice["message"]["content"]
+    stop = next(letter for letter in text[5:] if letter not in text[:5] and letter.isascii())
+    short = await engine.complete("talker", {**HELLO, "max_tokens": 40, "temperature": 0, "stop": [stop]})
+    assert short["choices"][0]["message"]["content"] == text.partition(stop)[0]
     assert short["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_a_schema_is_obeyed(engine: GgufEngine) -> None:
+async def test_a_completion_follows_a_schema(engine: GgufEngine) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
-    wanted = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
-    answer = await engine.complete("quiet", {**HELLO, "max_tokens": 2000, "response_format": wanted})
-    text = answer["choices"][0]["message"]["content"]
+    response_format = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
+    completion = await engine.complete("quiet", {**HELLO, "max_tokens": 2000, "response_format": response_format})
+    text = completion["choices"][0]["message"]["content"]
     assert text.startswith("{")
     assert '"ok"' in text
 
 
-async def test_answers_are_given_side_by_side(engine: GgufEngine) -> None:
-    """Two at a time, in two slots: each is still being given when the other one is."""
+async def test_completions_run_concurrently(engine: GgufEngine) -> None:
+    """Two at a time, in two slots: each continues while the other one does."""
     async with (
         aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as one,
         aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as another,
@@ -161,7 +161,7 @@ async def test_answers_are_given_side_by_side(engine: GgufEngine) -> None:
             assert await anext(another)
 
 
-async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[..., EngineSettings]) -> None:
+async def test_a_disconnected_client_frees_its_slot(models: Models, settings: Callable[..., EngineSettings]) -> None:
     engine = GgufEngine(settings(slots=1), models.find, models.find_adapters)
     async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as left:
         await anext(left)
@@ -174,73 +174,75 @@ async def test_who_leaves_frees_the_slot(models: Models, settings: Callable[...,
     assert (await engine.complete("talker", {**HELLO, "max_tokens": 3}))["usage"]["completion_tokens"] == 3
 
 
-async def test_who_does_not_read_keeps_nobody_waiting(models: Models, settings: Callable[..., EngineSettings]) -> None:
+async def test_a_slow_reader_does_not_block_its_slot(models: Models, settings: Callable[..., EngineSettings]) -> None:
     engine = GgufEngine(settings(slots=1, queue=0), models.find, models.find_adapters)
     request = {**HELLO, "max_tokens": 60, "temperature": 0}
     async with aclosing(read_ahead(engine.chat("talker", request))) as unread:
-        heard = await anext(unread)
+        chunks = await anext(unread)
         await eventually_async(lambda: not engine.loaded_models[0].users)
         assert (await engine.complete("talker", request))["usage"]["completion_tokens"] == 60
-        # Nothing of what was said meanwhile is lost.
-        heard += [chunk async for chunks in unread for chunk in chunks]
-    assert heard[-1]["usage"]["completion_tokens"] == 60
+        # All chunks that were generated meanwhile are still there.
+        chunks += [chunk async for part in unread for chunk in part]
+    assert chunks[-1]["usage"]["completion_tokens"] == 60
 
 
-async def test_the_queue_has_an_end(models: Models, settings: Callable[..., EngineSettings]) -> None:
+async def test_a_full_queue_refuses_requests(models: Models, settings: Callable[..., EngineSettings]) -> None:
     engine = GgufEngine(settings(slots=1, queue=1), models.find, models.find_adapters)
-    async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as answered:
-        await anext(answered)
+    async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as stream:
+        await anext(stream)
         waiting = asyncio.create_task(engine.complete("talker", {**HELLO, "max_tokens": 2}))
         await eventually_async(lambda: engine.loaded_models[0].users == 2)
         with pytest.raises(EngineBusy):
             await engine.complete("talker", HELLO)
-        # Another model has a queue of its own.
+        # Another model has its own queue.
         assert await engine.complete("quiet", {**HELLO, "max_tokens": 2})
         assert not waiting.done()
     assert (await waiting)["usage"]["completion_tokens"] == 2
 
 
-async def test_a_model_is_loaded_once_for_all_who_wait(models: Models, engine: GgufEngine) -> None:
+async def test_simultaneous_requests_load_a_model_once(models: Models, engine: GgufEngine) -> None:
     models.ready.clear()
-    asked = [asyncio.create_task(engine.complete("quiet", {**HELLO, "max_tokens": 2})) for _ in range(4)]
-    asked[0].cancel()  # that one of them gives up does not matter to the others
-    await asyncio.wait(asked[:1])
+    requests = [asyncio.create_task(engine.complete("quiet", {**HELLO, "max_tokens": 2})) for _ in range(4)]
+    requests[0].cancel()  # cancelling one request does not affect the others
+    await asyncio.wait(requests[:1])
     models.ready.set()
-    assert all(answer["usage"] for answer in await asyncio.gather(*asked[1:]))
-    assert models.asked == ["quiet"]
+    assert all(completion["usage"] for completion in await asyncio.gather(*requests[1:]))
+    assert models.requested == ["quiet"]
 
 
-async def test_the_least_recently_used_makes_room(models: Models, settings: Callable[..., EngineSettings]) -> None:
+async def test_the_least_recently_used_model_is_unloaded(
+    models: Models, settings: Callable[..., EngineSettings]
+) -> None:
     for name in ("one", "two", "three"):
         models.add(name)
     needed = read_header(models.folder / "one.gguf").memory_bytes(2048, 2)
-    told: list[list[str]] = []
-    engine = GgufEngine(settings(memory_mb=-(-2 * needed // MB)), models.find, models.find_adapters, told.append)
+    reports: list[list[str]] = []
+    engine = GgufEngine(settings(memory_mb=-(-2 * needed // MB)), models.find, models.find_adapters, reports.append)
     for name in ("one", "two", "one", "three"):
         await engine.complete(name, {**HELLO, "max_tokens": 1})
     assert [held.reference for held in engine.loaded_models] == ["one", "three"]
-    assert told[-1] == ["one", "three"]
+    assert reports[-1] == ["one", "three"]
 
 
-async def test_a_model_in_use_stays(models: Models, settings: Callable[..., EngineSettings]) -> None:
+async def test_a_model_in_use_stays_loaded(models: Models, settings: Callable[..., EngineSettings]) -> None:
     models.add("other", context=16_384)
     needed = read_header(models.folder / "talker.gguf").memory_bytes(16_384, 2)
     engine = GgufEngine(settings(memory_mb=-(-needed // MB)), models.find, models.find_adapters)
-    answer = engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})
-    await anext(answer)
+    stream = engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})
+    await anext(stream)
     waiting = asyncio.create_task(engine.complete("other", {**HELLO, "max_tokens": 2}))
     for _ in range(5):
-        assert await anext(answer)
+        assert await anext(stream)
     while (await engine.loading())[0].phase == "fetching":
-        assert await anext(answer)
-    (arriving,) = await engine.loading()
-    assert (arriving.reference, arriving.phase, arriving.bytes) == ("other", "waiting for room", None)
-    await answer.aclose()
+        assert await anext(stream)
+    (loading,) = await engine.loading()
+    assert (loading.reference, loading.phase, loading.bytes) == ("other", "waiting for room", None)
+    await stream.aclose()
     assert await waiting
     assert [held.reference for held in engine.loaded_models] == ["other"]
 
 
-async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(models: Models, home: Path) -> None:
+async def test_a_too_large_model_is_refused_with_its_sizes(models: Models, home: Path) -> None:
     models.add("large", layers=24, heads=16, context=16_384)
     settings = get_settings().engines.model_copy(update={"memory_mb": 64, "context": 16_384})
     engine = GgufEngine(settings, models.find, models.find_adapters)
@@ -249,13 +251,13 @@ async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(models: Model
     assert engine.loaded_models == []
 
 
-async def test_unload_waits_for_the_last_answer(engine: GgufEngine) -> None:
+async def test_unload_waits_for_running_completions(engine: GgufEngine) -> None:
     assert not await engine.unload("talker")
-    answer = engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})
-    await anext(answer)
+    stream = engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})
+    await anext(stream)
     assert await engine.unload("talker")
-    assert await anext(answer)
-    await answer.aclose()
+    assert await anext(stream)
+    await stream.aclose()
     assert engine.loaded_models == []
     assert await engine.complete("talker", {**HELLO, "max_tokens": 1})
 
@@ -265,19 +267,21 @@ async def test_a_long_conversation_is_refused(engine: GgufEngine) -> None:
         await engine.complete("quiet", {"messages": [{"role": "user", "content": "x" * 5000}]})
 
 
-async def test_reading_a_long_question_can_be_given_up(models: Models, settings: Callable[..., EngineSettings]) -> None:
+async def test_processing_of_a_long_prompt_can_be_cancelled(
+    models: Models, settings: Callable[..., EngineSettings]
+) -> None:
     models.add("slow", layers=4, heads=8, context=16_384)
     engine = GgufEngine(settings(slots=1), models.find, models.find_adapters)
     await engine.complete("slow", {**HELLO, "max_tokens": 1})
-    question: EngineRequest = {"messages": [{"role": "user", "content": "x" * 3_000}], "max_tokens": 1}
-    asked = asyncio.create_task(engine.complete("slow", question))
+    request: EngineRequest = {"messages": [{"role": "user", "content": "x" * 3_000}], "max_tokens": 1}
+    cancelled = asyncio.create_task(engine.complete("slow", request))
     await eventually_async(lambda: engine.loaded_models[0].users)
-    asked.cancel()
+    cancelled.cancel()
     with suppress(asyncio.CancelledError):
-        await asked
-    answer = await engine.complete("slow", question)
-    # Had it read on, all of the question would be remembered now.
-    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] < 2_000
+        await cancelled
+    completion = await engine.complete("slow", request)
+    # If the engine had continued, the whole prompt would be cached now.
+    assert completion["usage"]["prompt_tokens_details"]["cached_tokens"] < 2_000
 
 
 @pytest.mark.parametrize(
@@ -289,18 +293,18 @@ async def test_reading_a_long_question_can_be_given_up(models: Models, settings:
     ],
     ids=["no content", "bad schema", "bad tool"],
 )
-async def test_what_the_model_cannot_take_is_refused(engine: GgufEngine, wrong: EngineRequest) -> None:
+async def test_invalid_requests_are_refused(engine: GgufEngine, wrong: EngineRequest) -> None:
     with pytest.raises(RequestRefused):
         await engine.complete("quiet", wrong)
     assert await engine.complete("quiet", {**HELLO, "max_tokens": 1})
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "header", "weights"])
-async def test_a_damaged_file_is_refused_and_the_engine_goes_on(
+async def test_a_damaged_file_is_refused_and_other_models_still_work(
     models: Models, engine: GgufEngine, damage: str
 ) -> None:
-    whole = (models.folder / "quiet.gguf").read_bytes()
-    content = {"empty": b"", "text": b"hello" * 100, "header": whole[:2000], "weights": whole[:-100_000]}[damage]
+    intact = (models.folder / "quiet.gguf").read_bytes()
+    content = {"empty": b"", "text": b"hello" * 100, "header": intact[:2000], "weights": intact[:-100_000]}[damage]
     (models.folder / "damaged.gguf").write_bytes(content)
     for _ in range(2):
         with pytest.raises(ModelUnreadable, match=r"damaged\.gguf"):
@@ -308,8 +312,8 @@ async def test_a_damaged_file_is_refused_and_the_engine_goes_on(
     assert await engine.complete("quiet", {**HELLO, "max_tokens": 1})
 
 
-async def test_nobody_else_can_speak_to_a_model(engine: GgufEngine) -> None:
-    """llama.cpp opens a socket of its own; it is removed before anybody could use it."""
+async def test_no_socket_of_a_model_stays_open(engine: GgufEngine) -> None:
+    """llama.cpp opens its own socket. The engine removes it before anybody can use it."""
     process = psutil.Process()
     before = {connection.laddr for connection in process.net_connections("inet")}
     await engine.complete("quiet", {**HELLO, "max_tokens": 1})
@@ -318,7 +322,7 @@ async def test_nobody_else_can_speak_to_a_model(engine: GgufEngine) -> None:
     assert not [socket for socket in sockets if socket.endswith(".sock") and os.path.exists(socket)]  # noqa: PTH110, ASYNC240
 
 
-def test_what_a_file_says_of_itself(models: Models) -> None:
+def test_the_header_of_a_file_is_read(models: Models) -> None:
     header = read_header(models.folder / "talker.gguf")
     assert (header.architecture, header.layers, header.hidden_size, header.context) == ("llama", 2, 64, 16_384)
     assert header.vocab_size == 260
@@ -327,49 +331,49 @@ def test_what_a_file_says_of_itself(models: Models) -> None:
     assert header.memory_bytes(1000, 3) - header.memory_bytes(1000, 0) == cache
 
 
-async def test_files_are_found_only_once_for_a_shelf(models: Models, settings: Callable[..., EngineSettings]) -> None:
-    files = GgufLoader(settings(), models.find, models.find_adapters)
+async def test_a_file_is_resolved_once_for_each_pool(models: Models, settings: Callable[..., EngineSettings]) -> None:
+    loader = GgufLoader(settings(), models.find, models.find_adapters)
     pool = ModelPool[LlamaCppModel](1024 * MB, settings())
     for _ in range(2):
-        async with pool.use("quiet", lambda tell: files.prepare("quiet", None, "answers", tell)):
+        async with pool.use("quiet", lambda on_progress: loader.prepare("quiet", None, "answers", on_progress)):
             pass
-    assert models.asked == ["quiet"]
+    assert models.requested == ["quiet"]
 
 
-async def test_adapters_share_the_model_they_stand_on(models: Models, engine: GgufEngine) -> None:
+async def test_adapters_share_their_base_model(models: Models, engine: GgufEngine) -> None:
     request = {**HELLO, "max_tokens": 20, "temperature": 0}
     first, second = models.add_adapter("first", "talker", seed=1), models.add_adapter("second", "talker", seed=2)
-    nothing = models.add_adapter("nothing", "talker", strength=0)
+    without_effect = models.add_adapter("nothing", "talker", strength=0)
 
-    async def said(reference: str, version: Version | None = None) -> str:
+    async def complete(reference: str, version: Version | None = None) -> str:
         return (await engine.complete(reference, request, version))["choices"][0]["message"]["content"]
 
-    plain = await said("talker")
-    # At once, so that they stand beside each other in the same model.
-    texts = await asyncio.gather(*(said(one.reference, one) for one in (first, second, nothing)))
+    plain = await complete("talker")
+    # At once, so that the adapters are in use side by side in one model.
+    texts = await asyncio.gather(*(complete(one.reference, one) for one in (first, second, without_effect)))
     assert len({plain, *texts[:2]}) == 3
-    assert texts[2] == plain == await said("talker")
-    assert models.asked == ["talker"]
+    assert texts[2] == plain == await complete("talker")
+    assert models.requested == ["talker"]
     assert [held.reference for held in await engine.loaded()] == ["talker"]
 
 
-async def test_an_adapter_that_came_later_has_its_model_loaded_once_more(models: Models, engine: GgufEngine) -> None:
+async def test_a_new_adapter_loads_its_base_model_again(models: Models, engine: GgufEngine) -> None:
     request = {**HELLO, "max_tokens": 20, "temperature": 0}
-    async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as under_way:
-        await anext(under_way)
+    async with aclosing(engine.chat("talker", {**HELLO, "max_tokens": ENDLESS})) as stream:
+        await anext(stream)
         late = models.add_adapter("late", "talker")
         changed = await engine.complete(late.reference, request, late)
-        assert await anext(under_way)  # the old one stays for it
+        assert await anext(stream)  # the old model stays for the stream
         assert len(await engine.loaded()) == 2
     plain = await engine.complete("talker", request)
     assert plain["choices"] != changed["choices"]
-    assert models.asked == ["talker", "talker"]
+    assert models.requested == ["talker", "talker"]
     assert len(await engine.loaded()) == 1
     with pytest.raises(RequestRefused, match="is an adapter"):
         await engine.embed(late.reference, ["Hello"], late)
 
 
-async def test_a_model_is_let_go_before_anybody_asked_it(engine: GgufEngine) -> None:
-    await engine.load("quiet", FOR_GOOD)
+async def test_an_unused_model_can_be_unloaded(engine: GgufEngine) -> None:
+    await engine.load("quiet", VERSION)
     assert await engine.unload("quiet")
     assert engine.loaded_models == []

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 MODEL = "qwen3:4b"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 WORDS = ["Sonarr ", "knows ", "every ", "episode."]
-SPOKEN = "".join(WORDS)
+TEXT = "".join(WORDS)
 WEATHER: Any = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"soon": {"type": "boolean"}}}},
@@ -49,70 +49,70 @@ async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
                 yield gateway
 
 
-async def test_its_models_are_listed_with_ours(gateway: Gateway) -> None:
+async def test_models_of_the_server_are_listed(gateway: Gateway) -> None:
     cards = {card.id: card.owned_by for card in (await gateway.openai.models.list()).data}
     assert cards == {"forgearr/tiny": "forgearr", MODEL: "ollama"}
     assert (await gateway.openai.models.retrieve(MODEL)).owned_by == "ollama"
     (tag,) = (await gateway.ollama.list()).models
     assert (tag.model, tag.digest, tag.size) == (MODEL, "0a8c2665", 4683075271)
-    shown = await gateway.ollama.show(MODEL)
-    assert shown.details is not None
-    assert (shown.details.family, shown.details.parameter_size) == ("llama", "8.0B")
+    info = await gateway.ollama.show(MODEL)
+    assert info.details is not None
+    assert (info.details.family, info.details.parameter_size) == ("llama", "8.0B")
 
 
-async def test_openais_client_is_answered(gateway: Gateway) -> None:
-    answer = await gateway.chat(temperature=0.5, max_tokens=300, stop="x", seed=7)
-    assert answer.choices[0].message.content == SPOKEN
-    assert answer.choices[0].finish_reason == "stop"
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (26, 259)
-    asked = gateway.server.requests[-1]
-    assert asked["messages"] == HELLO
-    assert asked["options"] == {"temperature": 0.5, "num_predict": 300, "stop": ["x"], "seed": 7}
+async def test_completions_through_openais_client(gateway: Gateway) -> None:
+    completion = await gateway.chat(temperature=0.5, max_tokens=300, stop="x", seed=7)
+    assert completion.choices[0].message.content == TEXT
+    assert completion.choices[0].finish_reason == "stop"
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (26, 259)
+    request = gateway.server.requests[-1]
+    assert request["messages"] == HELLO
+    assert request["options"] == {"temperature": 0.5, "num_predict": 300, "stop": ["x"], "seed": 7}
     chunks = [chunk async for chunk in await gateway.chat(stream=True, stream_options={"include_usage": True})]
     assert [chunk.choices[0].delta.content for chunk in chunks if chunk.choices] == [*WORDS, None]
     assert chunks[-1].usage.total_tokens == 285
-    told = await gateway.openai.completions.create(model=MODEL, prompt="Sonarr")
-    assert told.choices[0].text == SPOKEN
+    text_completion = await gateway.openai.completions.create(model=MODEL, prompt="Sonarr")
+    assert text_completion.choices[0].text == TEXT
     assert gateway.server.requests[-1]["raw"] is True
 
 
-async def test_ollamas_client_is_answered(gateway: Gateway) -> None:
+async def test_completions_through_ollamas_client(gateway: Gateway) -> None:
     chat: Any = gateway.ollama.chat
-    answer = await chat(model=MODEL, messages=HELLO, format="json", keep_alive=60)
-    assert (answer.message.content, answer.eval_count, answer.load_duration) == (SPOKEN, 259, 6338219291)
+    response = await chat(model=MODEL, messages=HELLO, format="json", keep_alive=60)
+    assert (response.message.content, response.eval_count, response.load_duration) == (TEXT, 259, 6338219291)
     assert gateway.server.requests[-2]["format"] == "json"
     assert gateway.server.requests[-1]["keep_alive"] == 60
     parts = [part async for part in await chat(model=MODEL, messages=HELLO, stream=True)]
-    assert "".join(part.message.content for part in parts) == SPOKEN
+    assert "".join(part.message.content for part in parts) == TEXT
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_tools_are_called_and_answered(gateway: Gateway, stream: bool) -> None:
-    answer = await gateway.chat(tools=[WEATHER], stream=stream)
+async def test_tool_calls_and_results_are_passed_on(gateway: Gateway, stream: bool) -> None:
+    completion = await gateway.chat(tools=[WEATHER], stream=stream)
     if stream:
-        chunks = [chunk async for chunk in answer]
+        chunks = [chunk async for chunk in completion]
         (call,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
         reason = chunks[-1].choices[0].finish_reason
     else:
-        (call,) = answer.choices[0].message.tool_calls
-        reason = answer.choices[0].finish_reason
+        (call,) = completion.choices[0].message.tool_calls
+        reason = completion.choices[0].finish_reason
     assert (call.function.name, call.function.arguments, reason) == ("get_weather", '{"soon":true}', "tool_calls")
     function = {"name": call.function.name, "arguments": call.function.arguments}
-    said = {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": function}]}
-    await gateway.chat(messages=[*HELLO, said, {"role": "tool", "tool_call_id": call.id, "content": "rain"}])
-    _, called, found = gateway.server.requests[-1]["messages"]
+    assistant = {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": function}]}
+    await gateway.chat(messages=[*HELLO, assistant, {"role": "tool", "tool_call_id": call.id, "content": "rain"}])
+    _, called, result = gateway.server.requests[-1]["messages"]
     assert called["tool_calls"] == [{"function": {"name": "get_weather", "arguments": {"soon": True}}}]
-    assert (found["tool_name"], found["content"]) == ("get_weather", "rain")
+    assert (result["tool_name"], result["content"]) == ("get_weather", "rain")
 
 
-async def test_texts_become_numbers(gateway: Gateway) -> None:
-    told = await gateway.openai.embeddings.create(model=MODEL, input=["Is Plex up?"])
-    assert told.data[0].embedding == pytest.approx([0.6, 0.8])
+async def test_embeddings(gateway: Gateway) -> None:
+    response = await gateway.openai.embeddings.create(model=MODEL, input=["Is Plex up?"])
+    assert response.data[0].embedding == pytest.approx([0.6, 0.8])
     with pytest.raises(openai.BadRequestError, match="exceeds the context length"):
         await gateway.openai.embeddings.create(model=MODEL, input="x" * 2000)
 
 
-async def test_what_is_refused_and_what_goes_wrong(gateway: Gateway) -> None:
+async def test_refusals_and_errors_of_the_server_are_reported(gateway: Gateway) -> None:
     with pytest.raises(openai.BadRequestError, match="do not support logit_bias"):
         await gateway.chat(logit_bias={"1": 5})
     with pytest.raises(openai.NotFoundError):
@@ -126,7 +126,7 @@ async def test_what_is_refused_and_what_goes_wrong(gateway: Gateway) -> None:
         await gateway.chat()
 
 
-async def test_a_server_that_is_away(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_server_is_an_error(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     with running_fake_ollama() as server:
         monkeypatch.setenv("FORGEARR_OLLAMA__URL", server.url)
@@ -140,17 +140,17 @@ async def test_a_server_that_is_away(database: Database, monkeypatch: pytest.Mon
         await gateway.openai.close()
 
 
-async def test_it_answers_while_the_registry_is_away(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_completions_need_no_registry(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "true")
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", "http://127.0.0.1:9")
     get_settings.cache_clear()
-    assert (await gateway.chat()).choices[0].message.content == SPOKEN
+    assert (await gateway.chat()).choices[0].message.content == TEXT
     with pytest.raises(openai.APIStatusError) as caught:
         await gateway.chat(model="mine")
     assert caught.value.status_code == 503
 
 
-async def test_it_pulls_for_us(gateway: Gateway) -> None:
+async def test_models_are_pulled_by_the_server(gateway: Gateway) -> None:
     steps = [step async for step in await gateway.ollama.pull("gemma3:1b", stream=True)]
     assert [step.status for step in steps] == ["pulling manifest", "pulling 8eeb52dfb3bb", "success"]
     assert (steps[1].total, steps[1].completed) == (2142590208, 241970)
