@@ -1,4 +1,4 @@
-"""Models made, copied, shown and deleted through Ollama's official client, on a real registry and a real engine."""
+"""Models created, copied, shown and deleted through Ollama's official client, on a real registry and engine."""
 
 import asyncio
 import hashlib
@@ -32,7 +32,7 @@ from tests.support.waiting import TIMEOUT, eventually_async
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
-SPOKEN = "Sonarr knows every episode of every show that there is."
+TEXT = "Sonarr knows every episode of every show that there is."
 ECHO = "{% for message in messages %}{{ message.content }}{% endfor %}assistant:"
 
 
@@ -47,16 +47,16 @@ class Gateway:
         self.folder = folder
         self.client = ollama.AsyncClient(host=url)
 
-    def write_model(self, text: str = SPOKEN) -> Path:
-        return write_constant_model(self.folder / "parrot.gguf", text)
+    def write_model(self, text: str = TEXT) -> Path:
+        return write_constant_model(self.folder / "constant.gguf", text)
 
-    async def create(self, name: str, path: Path, **said: Any) -> list[str]:
-        """Send a file and make a model of it; returns what is told of that."""
+    async def create(self, name: str, path: Path, **fields: Any) -> list[str]:
+        """Upload a file and create a model from it; returns the statuses that the server reports."""
         create: Any = self.client.create
         digest = await self.client.create_blob(path)
-        return [step.status async for step in await create(name, files={path.name: digest}, stream=True, **said)]
+        return [step.status async for step in await create(name, files={path.name: digest}, stream=True, **fields)]
 
-    async def answer(self, model: str, **options: Any) -> str | None:
+    async def chat(self, model: str, **options: Any) -> str | None:
         chat: Any = self.client.chat
         return (await chat(model=model, **{"messages": HELLO, **options})).message.content
 
@@ -79,36 +79,36 @@ async def gateway(
             yield gateway
 
 
-async def test_a_file_becomes_a_model_that_answers_at_once(gateway: Gateway) -> None:
+async def test_a_created_model_can_be_used_at_once(gateway: Gateway) -> None:
     name, path = gateway.registry_model.name, gateway.write_model()
     digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     assert (await gateway.post(f"/api/blobs/{digest}", None, "HEAD")).status_code == 404
     steps = await gateway.create(name, path)
     assert steps == ["parsing GGUF", f"using existing layer {digest}", "writing manifest", "success"]
     assert (await gateway.post(f"/api/blobs/{digest}", None, "HEAD")).status_code == 200
-    assert await gateway.answer(name) == SPOKEN
+    assert await gateway.chat(name) == TEXT
     listed = {model.model: model for model in (await gateway.client.list()).models}
     assert listed[f"{name}:latest"].digest == digest.removeprefix("sha256:")
-    # Made again it is the same; made of something else, it is the next version.
+    # The same file makes no new version; another file makes the next one.
     await gateway.create(name, path)
     assert [version.number for version in (await gateway.registry_model.registry.model(name)).versions] == [1]
-    write_constant_model(path, "Something else is what this one says.")
+    write_constant_model(path, "This is the text of the second version.")
     await gateway.create(f"{name}:latest", path)
-    assert await gateway.answer(name) == "Something else is what this one says."
-    assert await gateway.answer(f"{name}:v1") == SPOKEN
+    assert await gateway.chat(name) == "This is the text of the second version."
+    assert await gateway.chat(f"{name}:v1") == TEXT
 
 
-async def test_the_client_that_waits_gets_one_line(gateway: Gateway) -> None:
-    def make() -> str | None:
+async def test_the_synchronous_client_gets_one_line(gateway: Gateway) -> None:
+    def create() -> str | None:
         with ollama.Client(host=gateway.url) as client:
             digest = client.create_blob(gateway.write_model())
             return client.create(gateway.registry_model.name, files={"model.gguf": digest}).status
 
-    assert await asyncio.to_thread(make) == "success"
-    assert await gateway.answer(gateway.registry_model.name) == SPOKEN
+    assert await asyncio.to_thread(create) == "success"
+    assert await gateway.chat(gateway.registry_model.name) == TEXT
 
 
-async def test_what_a_model_brings_along_holds_at_every_door(gateway: Gateway) -> None:
+async def test_defaults_of_a_model_apply_to_all_apis(gateway: Gateway) -> None:
     name = gateway.registry_model.name
     path = write_model(gateway.folder / "model.gguf", seed=1, talkative=True)
     await gateway.create(
@@ -120,11 +120,11 @@ async def test_what_a_model_brings_along_holds_at_every_door(gateway: Gateway) -
         messages=[{"role": "user", "content": "Is it day?"}, {"role": "assistant", "content": "Yes."}],
         license=["MIT"],
     )
-    shown = await gateway.client.show(name)
-    assert shown.template == ECHO
-    assert shown.license == "MIT"
-    assert shown.parameters is not None
-    assert shown.parameters.splitlines() == [
+    info = await gateway.client.show(name)
+    assert info.template == ECHO
+    assert info.license == "MIT"
+    assert info.parameters is not None
+    assert info.parameters.splitlines() == [
         "temperature                    0.5",
         "seed                           7",
         'stop                           "<a>"',
@@ -132,57 +132,57 @@ async def test_what_a_model_brings_along_holds_at_every_door(gateway: Gateway) -
         "num_predict                    3",
         "num_ctx                        512",
     ]
-    assert shown.modelfile is not None
-    assert f"FROM {name}:v1" in shown.modelfile
-    answer = await gateway.client.chat(model=name, messages=HELLO)
-    assert answer.eval_count == 3
-    # Its own template puts nothing around messages, so its tokens are theirs: a byte each.
+    assert info.modelfile is not None
+    assert f"FROM {name}:v1" in info.modelfile
+    response = await gateway.client.chat(model=name, messages=HELLO)
+    assert response.eval_count == 3
+    # The template adds nothing to messages, and each byte is a token.
     system, history = "Be brief. " * 20, "Is it day?Yes."
-    assert answer.prompt_eval_count == len(f"{system}{history}Helloassistant:")
-    own = await gateway.client.chat(model=name, messages=[{"role": "system", "content": "S"}, *HELLO])
-    assert own.prompt_eval_count == len(f"S{history}Helloassistant:")
+    assert response.prompt_eval_count == len(f"{system}{history}Helloassistant:")
+    with_system = await gateway.client.chat(model=name, messages=[{"role": "system", "content": "S"}, *HELLO])
+    assert with_system.prompt_eval_count == len(f"S{history}Helloassistant:")
     assert (await gateway.client.chat(model=name, messages=HELLO, options={"num_predict": 5})).eval_count == 5
     (held,) = await gateway.engine.loaded()
     assert held.context == 512
     async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client:
-        told = await client.chat.completions.create(model=name, messages=HELLO)
-        more = await client.chat.completions.create(model=name, messages=HELLO, max_tokens=4)
-    assert told.usage is not None
-    assert more.usage is not None
-    assert (told.usage.completion_tokens, more.usage.completion_tokens) == (3, 4)
-    assert told.usage.prompt_tokens == answer.prompt_eval_count
+        completion = await client.chat.completions.create(model=name, messages=HELLO)
+        longer = await client.chat.completions.create(model=name, messages=HELLO, max_tokens=4)
+    assert completion.usage is not None
+    assert longer.usage is not None
+    assert (completion.usage.completion_tokens, longer.usage.completion_tokens) == (3, 4)
+    assert completion.usage.prompt_tokens == response.prompt_eval_count
 
 
 @pytest.mark.parametrize("template", [TURN_TEMPLATE, CHAT_TEMPLATE])
-async def test_a_template_in_the_language_of_ollama(gateway: Gateway, template: str) -> None:
+async def test_a_go_template_is_used(gateway: Gateway, template: str) -> None:
     path = write_model(gateway.folder / "model.gguf", seed=1, talkative=True)
     await gateway.create(gateway.registry_model.name, path, template=template)
-    talk: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}, *HELLO]
-    more = [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who is 'it' {{ 🎬 }}?"}]
-    for messages in (talk, [*talk, *more]):
-        answer = await gateway.client.chat(
+    conversation: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}, *HELLO]
+    next_turn = [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who is 'it' {{ 🎬 }}?"}]
+    for messages in (conversation, [*conversation, *next_turn]):
+        response = await gateway.client.chat(
             model=gateway.registry_model.name, messages=messages, options={"num_predict": 1}
         )
-        assert answer.prompt_eval_count == len(render(template, *messages).encode())  # a token is a byte
+        assert response.prompt_eval_count == len(render(template, *messages).encode())  # each byte is a token
 
 
-async def test_a_model_made_from_another_one(gateway: Gateway) -> None:
+async def test_a_model_is_created_from_another_one(gateway: Gateway) -> None:
     name = gateway.registry_model.name
     await gateway.create(name, gateway.write_model(), system="One.", parameters={"temperature": 0, "top_k": 5})
-    made = await gateway.client.create(f"{name}-b", from_=name, system="Two.", parameters={"top_k": 9})
-    assert made.status == "success"
+    created = await gateway.client.create(f"{name}-b", from_=name, system="Two.", parameters={"top_k": 9})
+    assert created.status == "success"
     version = await gateway.registry_model.registry.find(f"{name}-b")
     assert (version.defaults.system, version.defaults.parameters) == ("Two.", {"temperature": 0, "top_k": 9})
-    shown = await gateway.client.show(f"{name}-b")
-    assert shown.details is not None
-    assert shown.details.parent_model == f"{name}:v1"
+    info = await gateway.client.show(f"{name}-b")
+    assert info.details is not None
+    assert info.details.parent_model == f"{name}:v1"
     await gateway.client.delete(name)
-    assert await gateway.answer(f"{name}-b") == SPOKEN
+    assert await gateway.chat(f"{name}-b") == TEXT
 
 
 async def test_a_model_is_quantized(gateway: Gateway) -> None:
     name = gateway.registry_model.name
-    # Of two heads it has rows of 32, which is what a block of q8_0 holds.
+    # With two heads its rows have 32 values, the block size of q8_0.
     path = write_model(gateway.folder / "model.gguf", seed=1, heads=2)
     steps = await gateway.create(name, path, quantize="Q8_0")
     assert "quantizing F32 model to Q8_0" in steps
@@ -194,26 +194,24 @@ async def test_a_model_is_quantized(gateway: Gateway) -> None:
         await gateway.client.create(f"{name}-b", from_=name, quantize="q4_0")
 
 
-async def test_an_adapter_answers_on_the_model_that_it_is_for(gateway: Gateway) -> None:
+async def test_an_adapter_is_used_with_its_base_model(gateway: Gateway) -> None:
     name = gateway.registry_model.name
     options = {"options": {"temperature": 0, "num_predict": 20}}
     await gateway.create(name, write_model(gateway.folder / "model.gguf", seed=1, talkative=True), template=ECHO)
     path = write_adapter(gateway.folder / "adapter.gguf")
     adapters = {path.name: await gateway.client.create_blob(path)}
-    made = await gateway.client.create(f"{name}-a", from_=name, adapters=adapters, system="Be brief.")
-    assert made.status == "success"
+    created = await gateway.client.create(f"{name}-a", from_=name, adapters=adapters, system="Be brief.")
+    assert created.status == "success"
     version = await gateway.registry_model.registry.find(f"{name}-a")
     assert (version.files, version.base_model) == ([], f"{name}:v1")
     assert version.adapter is not None
     assert version.adapter.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    adapted = await gateway.answer(f"{name}-a", **options)
-    assert adapted != await gateway.answer(
-        name, messages=[{"role": "system", "content": "Be brief."}, *HELLO], **options
-    )
+    adapted = await gateway.chat(f"{name}-a", **options)
+    assert adapted != await gateway.chat(name, messages=[{"role": "system", "content": "Be brief."}, *HELLO], **options)
     assert f"{name}-a:latest" in {model.model for model in (await gateway.client.list()).models}
-    shown = await gateway.client.show(f"{name}-a")
-    assert shown.details is not None
-    assert (shown.template, shown.details.parent_model) == (ECHO, f"{name}:v1")
+    info = await gateway.client.show(f"{name}-a")
+    assert info.details is not None
+    assert (info.template, info.details.parent_model) == (ECHO, f"{name}:v1")
     with pytest.raises(ollama.ResponseError, match=f"{name}-a:v1 is an adapter for it"):
         await gateway.client.delete(name)
     with pytest.raises(ollama.ResponseError, match="template and num_ctx of its base model"):
@@ -224,12 +222,12 @@ async def test_an_adapter_answers_on_the_model_that_it_is_for(gateway: Gateway) 
         await gateway.client.create(f"{name}-o", from_=name, adapters=adapters)
 
 
-async def test_copies_live_on(gateway: Gateway) -> None:
+async def test_a_copy_survives_the_deletion_of_its_original(gateway: Gateway) -> None:
     name = gateway.registry_model.name
     await gateway.create(name, gateway.write_model())
     assert (await gateway.client.copy(name, f"{name}-b")).status == "success"
     assert (await gateway.client.delete(f"{name}:latest")).status == "success"
-    assert await gateway.answer(f"{name}-b") == SPOKEN
+    assert await gateway.chat(f"{name}-b") == TEXT
     with pytest.raises(ollama.ResponseError, match=f"There is no model '{name}'") as caught:
         await gateway.client.delete(name)
     assert caught.value.status_code == 404
@@ -237,26 +235,24 @@ async def test_copies_live_on(gateway: Gateway) -> None:
         await gateway.client.copy(name, "another")
 
 
-async def test_openai_deletes_too(gateway: Gateway) -> None:
+async def test_models_are_deleted_through_openais_client(gateway: Gateway) -> None:
     name = gateway.registry_model.name
-    for text in ("This is what the first one says.", SPOKEN):
+    for text in ("This is what the first one says.", TEXT):
         await gateway.create(name, gateway.write_model(text))
     async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client:
         with pytest.raises(openai.ConflictError, match="is served"):
             await client.models.delete(f"{name}:v2")
-        gone = await client.models.delete(f"{name}:v1")
-        assert (gone.id, gone.object, gone.deleted) == (f"{name}:v1", "model", True)
-        assert await gateway.answer(name) == SPOKEN
+        deleted = await client.models.delete(f"{name}:v1")
+        assert (deleted.id, deleted.object, deleted.deleted) == (f"{name}:v1", "model", True)
+        assert await gateway.chat(name) == TEXT
         await client.models.delete(name)
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve(name)
-    # Nor is it in memory any more.
+    # It is not in memory any more.
     assert await gateway.engine.loaded() == []
 
 
-async def test_a_blob_is_taken_whole_and_right_or_not_at_all(
-    gateway: Gateway, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_incomplete_or_wrong_blob_is_refused(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
     content = b"GGUF" + bytes(9_000_000)
     right, wrong = (hashlib.sha256(text).hexdigest() for text in (content, b"wrong"))
     refused = await gateway.post(f"/api/blobs/sha256:{wrong}", content)
@@ -264,21 +260,21 @@ async def test_a_blob_is_taken_whole_and_right_or_not_at_all(
     assert refused.json()["error"].startswith(f"The content has the digest sha256:{right}")
     assert (await gateway.post(f"/api/blobs/sha256:{wrong}", None, "HEAD")).status_code == 404
 
-    async def broken() -> AsyncIterator[bytes]:
+    async def cut_off() -> AsyncIterator[bytes]:
         yield content[:5_000_000]
         raise OSError("the line is cut")
 
     with pytest.raises(OSError, match="the line is cut"):
-        await gateway.post(f"/api/blobs/sha256:{right}", broken())
+        await gateway.post(f"/api/blobs/sha256:{right}", cut_off())
     await eventually_async(lambda: _stored() == set())
-    assert "failed" not in caplog.text  # that a client leaves is no error of the server
+    assert "failed" not in caplog.text  # a disconnect is no error of the server
     assert (await gateway.post(f"/api/blobs/sha256:{right}", None, "HEAD")).status_code == 404
     assert (await gateway.post("/api/blobs/sha256:abc", content)).status_code == 422
     assert _stored() == set()
     assert (await gateway.post(f"/api/blobs/sha256:{right}", content)).status_code == 201
 
 
-async def test_blobs_that_nothing_uses_go_after_a_while(gateway: Gateway) -> None:
+async def test_unused_blobs_are_removed(gateway: Gateway) -> None:
     name = gateway.registry_model.name
     path = gateway.write_model(f"This is said by {name} alone, and by no other one.")
     await gateway.create(name, path)
@@ -298,7 +294,7 @@ async def test_blobs_that_nothing_uses_go_after_a_while(gateway: Gateway) -> Non
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "reason"),
+    ("fields", "status", "reason"),
     [
         ({"model": "Big Name"}, 400, "not a valid name for a model"),
         ({"model": "m:v3"}, 400, "which creates its next version"),
@@ -312,19 +308,19 @@ async def test_blobs_that_nothing_uses_go_after_a_while(gateway: Gateway) -> Non
         ({}, 422, "either from or files is required"),
     ],
 )
-async def test_what_cannot_be_made_is_said_in_a_sentence(
-    gateway: Gateway, said: dict[str, Any], status: int, reason: str
+async def test_invalid_create_requests_are_refused(
+    gateway: Gateway, fields: dict[str, Any], status: int, reason: str
 ) -> None:
-    source = {} if {"files", "from"} & said.keys() or not said else {"from": "forgearr/tiny"}
-    body = {"model": gateway.registry_model.name, **source, **said}
-    answer = await gateway.post("/api/create", json.dumps(body))
-    assert (answer.status_code, reason in answer.json()["error"]) == (status, True), answer.text
+    source = {} if {"files", "from"} & fields.keys() or not fields else {"from": "forgearr/tiny"}
+    body = {"model": gateway.registry_model.name, **source, **fields}
+    response = await gateway.post("/api/create", json.dumps(body))
+    assert (response.status_code, reason in response.json()["error"]) == (status, True), response.text
     with pytest.raises(ModelNotFound):
         await gateway.registry_model.registry.find(gateway.registry_model.name)
 
 
 @pytest.mark.parametrize("content", [b"GGUF" + b"\xff" * 100, b"PK\x03\x04 some archive", b""])
-async def test_what_is_no_model_is_not_registered(gateway: Gateway, content: bytes) -> None:
+async def test_an_invalid_file_is_not_registered(gateway: Gateway, content: bytes) -> None:
     path = gateway.folder / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(ollama.ResponseError, match="is not a GGUF file"):
@@ -337,11 +333,11 @@ async def test_a_file_is_pulled_by_its_path(gateway: Gateway) -> None:
     path = gateway.write_model().rename(gateway.folder / f"{gateway.registry_model.name.upper()}.Q8_0.gguf")
     name = f"{gateway.registry_model.name}.q8_0"
     steps = [step async for step in await gateway.client.pull(str(path), stream=True)]
-    sent = [step for step in steps if step.digest]
-    assert sent[-1].total == sent[-1].completed == path.stat().st_size
-    assert sent[-1].digest == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    progress = [step for step in steps if step.digest]
+    assert progress[-1].total == progress[-1].completed == path.stat().st_size
+    assert progress[-1].digest == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     assert steps[-1].status == "success"
-    assert await gateway.answer(name) == SPOKEN
+    assert await gateway.chat(name) == TEXT
     assert (await gateway.client.pull(str(path))).status == "success"
     assert [version.number for version in (await gateway.registry_model.registry.model(name)).versions] == [1]
     assert (await gateway.client.pull(name)).status == "success"
@@ -351,7 +347,7 @@ async def test_a_file_is_pulled_by_its_path(gateway: Gateway) -> None:
         assert caught.value.status_code == 404
 
 
-async def test_nothing_is_pushed(gateway: Gateway) -> None:
+async def test_push_is_refused(gateway: Gateway) -> None:
     with pytest.raises(ollama.ResponseError, match="cannot be pushed") as caught:
         await gateway.client.push("forgearr/tiny")
     assert caught.value.status_code == 501

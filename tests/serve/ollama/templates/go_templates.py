@@ -1,4 +1,4 @@
-"""Two Go templates, and how a template that was translated to Jinja is rendered."""
+"""Two Go templates, and a function that renders a Go template translated to Jinja."""
 
 from typing import Any
 
@@ -30,8 +30,10 @@ CHAT_TEMPLATE = """
 {{- end }}"""
 
 
-def render(template: str, *messages: dict[str, Any], begun: bool = True, **more: Any) -> str:
+def render(template: str, *messages: dict[str, Any], add_generation_prompt: bool = True, **variables: Any) -> str:
     """Render as llama.cpp and transformers do."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     template = to_jinja(template)
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=begun, **more)
+    return environment.from_string(template).render(
+        messages=messages, add_generation_prompt=add_generation_prompt, **variables
+    )

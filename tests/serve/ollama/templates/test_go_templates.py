@@ -1,4 +1,4 @@
-"""Go's templates in Jinja: what a conversation becomes in them, by the rules that Ollama has for its own."""
+"""Go's templates in Jinja: conversations are rendered by the same rules as in Ollama."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 
 
 @pytest.mark.parametrize(
-    ("messages", "written"),
+    ("messages", "rendered"),
     [
         ([HELLO], "[user Hello]\n[assistant "),
         ([SYSTEM, HELLO], "[system Be brief.]\n[user Hello]\n[assistant "),
@@ -33,27 +33,25 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
         ([HELLO, HI], "[user Hello]\n[assistant Hi.]\n[assistant "),
     ],
 )
-def test_a_turn_is_written_for_each_turn_and_the_last_one_is_begun(
-    messages: list[dict[str, Any]], written: str
-) -> None:
-    assert render(TURN_TEMPLATE, *messages) == written
+def test_a_turn_template_is_rendered_for_each_turn(messages: list[dict[str, Any]], rendered: str) -> None:
+    assert render(TURN_TEMPLATE, *messages) == rendered
 
 
-def test_a_conversation_that_is_over_is_written_to_its_end() -> None:
-    assert render(TURN_TEMPLATE, HELLO, HI, begun=False) == "[user Hello]\n[assistant Hi.]\n"
+def test_a_finished_conversation_is_rendered_to_its_end() -> None:
+    assert render(TURN_TEMPLATE, HELLO, HI, add_generation_prompt=False) == "[user Hello]\n[assistant Hi.]\n"
 
 
-def test_the_response_comes_last_where_a_template_does_not_say_where() -> None:
+def test_without_a_response_field_the_response_comes_last() -> None:
     assert render("{{ .Prompt }}: ", HELLO, HI, WHO) == "Hello: Hi.Who is 'it' {{ 🎬 }}?: "
 
 
-def test_what_stands_behind_the_response_is_left_out_wherever_that_is() -> None:
+def test_text_after_the_last_response_is_left_out() -> None:
     template = "{{ if .Prompt }}<{{ .Prompt }}>{{ .Response }}</a>{{ end }}</b>"
     assert render(template, HELLO, HI, WHO) == "<Hello>Hi.</a></b><Who is 'it' {{ 🎬 }}?>"
 
 
 @pytest.mark.parametrize(
-    ("messages", "more", "written"),
+    ("messages", "variables", "rendered"),
     [
         ([HELLO], {}, "[user Hello]\n[assistant "),
         (
@@ -70,16 +68,16 @@ def test_what_stands_behind_the_response_is_left_out_wherever_that_is() -> None:
         ([HELLO, HI], {}, "[user Hello]\n[assistant Hi."),
     ],
 )
-def test_a_template_that_goes_through_the_messages_itself(
-    messages: list[dict[str, Any]], more: dict[str, Any], written: str
+def test_a_template_with_a_loop_over_messages(
+    messages: list[dict[str, Any]], variables: dict[str, Any], rendered: str
 ) -> None:
-    told = [one for one in messages if one["role"] != "system"]
-    assert render(CHAT_TEMPLATE, *messages, **more) == written
-    assert render(CHAT_TEMPLATE, *told, **more) == written.replace("[system Be brief.]\n", "")
+    without_system = [one for one in messages if one["role"] != "system"]
+    assert render(CHAT_TEMPLATE, *messages, **variables) == rendered
+    assert render(CHAT_TEMPLATE, *without_system, **variables) == rendered.replace("[system Be brief.]\n", "")
 
 
 @pytest.mark.parametrize(
-    ("template", "written"),
+    ("template", "rendered"),
     [
         ("{{ range .Messages }}{{ with .Content }}<{{ . }}>{{ else }}-{{ end }}{{ end }}", "<Hello>-"),
         (
@@ -98,8 +96,8 @@ def test_a_template_that_goes_through_the_messages_itself(
         ("a  {{- /* b */ -}}  c{{ .Messages | len }}", "ac2"),
     ],
 )
-def test_what_go_has_for_it(template: str, written: str) -> None:
-    assert render(template, HELLO, CALLS) == written
+def test_constructs_of_go_are_translated(template: str, rendered: str) -> None:
+    assert render(template, HELLO, CALLS) == rendered
 
 
 @pytest.mark.parametrize(
@@ -124,7 +122,7 @@ def test_what_go_has_for_it(template: str, written: str) -> None:
         ("{{ .Prompt }}" + "{{ " * 20_000 + '"', "is not closed"),
     ],
 )
-def test_what_jinja_cannot_say_is_named(template: str, reason: str) -> None:
+def test_an_unsupported_construct_is_named(template: str, reason: str) -> None:
     with pytest.raises(TemplateRefused, match=f"{reason}.*Send a template in Jinja"):
         to_jinja(template)
 
@@ -133,6 +131,6 @@ def test_what_jinja_cannot_say_is_named(template: str, reason: str) -> None:
     "template",
     ["{{ if .Prompt }}" * 5000 + "{{ end }}" * 5000, "{{ if " + "(" * 5000 + ".Prompt" + ")" * 5000 + " }}{{ end }}"],
 )
-def test_what_is_nested_too_deeply_is_refused(template: str) -> None:
+def test_a_deeply_nested_template_is_refused(template: str) -> None:
     with pytest.raises(TemplateRefused, match="nested too deeply"):
         to_jinja(template)
