@@ -1,4 +1,4 @@
-"""Feedback: given, seen, learned from once, and when there is enough of it, a reason to retrain."""
+"""Feedback: created, listed, used once as training data, and when there is enough of it, a reason to retrain."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.both_databases
 
 PATH = "/api/v1/feedback"
 LEARN = "/api/training/prompts/from-feedback"
-ASKED: list[dict[str, Any]] = [
+CONVERSATION: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Who tracks series?"},
 ]
@@ -28,33 +28,35 @@ GOOD: dict[str, Any] = {
     "target_id": "chatcmpl-1",
     "rating": "up",
     "model": "homelab:v2",
-    "messages": ASKED,
+    "messages": CONVERSATION,
     "answer": "Sonarr does.",
 }
 BAD: dict[str, Any] = {**GOOD, "target_id": "chatcmpl-2", "rating": "down"}
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
-async def give(api: ApiClient, said: dict[str, Any], username: str = "ada", status: int = 201) -> dict[str, Any]:
-    answer = await api.request(username, "POST", PATH, json=said)
-    assert answer.status_code == status, answer.text
-    return answer.json()
+async def create_feedback(
+    api: ApiClient, feedback: dict[str, Any], username: str = "ada", status: int = 201
+) -> dict[str, Any]:
+    response = await api.request(username, "POST", PATH, json=feedback)
+    assert response.status_code == status, response.text
+    return response.json()
 
 
-async def test_feedback_is_given_seen_changed_and_deleted(api: ApiClient) -> None:
-    given = await give(api, {**GOOD, "comment": "Right."})
-    assert given["id"].startswith("fb_")
-    assert (given["model"], given["comment"], given["prompt_id"]) == ("homelab", "Right.", None)
-    assert given["answer"]["content"] == "Sonarr does."
-    path = f"{PATH}/{given['id']}"
-    kept = {name: value for name, value in given.items() if name != "retrain_job_id"}
-    assert (await api.request("ada", "GET", path)).json() == kept
+async def test_feedback_is_created_listed_replaced_and_deleted(api: ApiClient) -> None:
+    created = await create_feedback(api, {**GOOD, "comment": "Right."})
+    assert created["id"].startswith("fb_")
+    assert (created["model"], created["comment"], created["prompt_id"]) == ("homelab", "Right.", None)
+    assert created["answer"]["content"] == "Sonarr does."
+    path = f"{PATH}/{created['id']}"
+    stored = {name: value for name, value in created.items() if name != "retrain_job_id"}
+    assert (await api.request("ada", "GET", path)).json() == stored
 
-    # A second thought takes the place of the first, and not that of somebody else.
-    again = await give(api, {**GOOD, "rating": "down", "correction": "Sonarr tracks series."}, status=200)
-    assert (again["id"], again["rating"], again["comment"]) == (given["id"], "down", None)
-    other = await give(api, GOOD, "bob")
-    assert other["id"] != given["id"]
+    # Second feedback on the same target replaces the user's first, and not that of another user.
+    again = await create_feedback(api, {**GOOD, "rating": "down", "correction": "Sonarr tracks series."}, status=200)
+    assert (again["id"], again["rating"], again["comment"]) == (created["id"], "down", None)
+    other = await create_feedback(api, GOOD, "bob")
+    assert other["id"] != created["id"]
 
     for username, count in (("ada", 1), ("bob", 1), ("admin", 2)):
         page = (await api.request(username, "GET", PATH)).json()
@@ -83,7 +85,7 @@ async def test_feedback_is_given_seen_changed_and_deleted(api: ApiClient) -> Non
         ({"answer": None}, "answer is missing"),
         ({"messages": None, "rating": "down", "correction": "Sonarr."}, "messages is missing"),
         ({"messages": [{"role": "assistant", "content": "Hi."}]}, "begin with the user's question"),
-        ({"messages": [*ASKED, {"role": "assistant", "content": "Hi."}]}, "end before the answer"),
+        ({"messages": [*CONVERSATION, {"role": "assistant", "content": "Hi."}]}, "end before the answer"),
         ({"answer": {"role": "user", "content": "Hi."}}, "the assistant's message, not the user's"),
         ({"answer": "  "}, "answer: must not be empty"),
         (
@@ -100,29 +102,29 @@ async def test_feedback_is_given_seen_changed_and_deleted(api: ApiClient) -> Non
         ({"stars": 5}, "stars"),
     ],
 )
-async def test_what_nothing_could_be_learned_from_is_refused(
+async def test_unusable_feedback_is_refused(
     api: ApiClient,
     changes: dict[str, Any],
     reason: str,
 ) -> None:
-    answer = await api.request("ada", "POST", PATH, json={**GOOD, **changes})
-    assert answer.status_code == 422
-    assert reason in answer.text
+    response = await api.request("ada", "POST", PATH, json={**GOOD, **changes})
+    assert response.status_code == 422
+    assert reason in response.text
     assert (await api.request("ada", "GET", PATH)).json()["total"] == 0
 
 
-async def test_a_bare_no_needs_no_conversation(api: ApiClient) -> None:
-    given = await give(api, {"target": "agent_message", "target_id": "msg_1", "rating": "down"})
-    assert (given["messages"], given["model"]) == (None, None)
+async def test_a_rating_of_an_agent_message_needs_no_conversation(api: ApiClient) -> None:
+    created = await create_feedback(api, {"target": "agent_message", "target_id": "msg_1", "rating": "down"})
+    assert (created["messages"], created["model"]) == (None, None)
 
 
-async def test_each_is_learned_from_once(api: ApiClient) -> None:
-    up, down = await give(api, GOOD), await give(api, BAD)
-    corrected = await give(api, {**BAD, "target_id": "chatcmpl-3", "correction": "Sonarr tracks series."})
-    theirs = await give(api, GOOD, "bob")
-    answer = await api.request("ada", "POST", LEARN, json={"ids": [up["id"], down["id"], corrected["id"]]})
-    assert answer.status_code == 201
-    learned = answer.json()
+async def test_feedback_becomes_a_prompt_once(api: ApiClient) -> None:
+    up, down = await create_feedback(api, GOOD), await create_feedback(api, BAD)
+    corrected = await create_feedback(api, {**BAD, "target_id": "chatcmpl-3", "correction": "Sonarr tracks series."})
+    theirs = await create_feedback(api, GOOD, "bob")
+    response = await api.request("ada", "POST", LEARN, json={"ids": [up["id"], down["id"], corrected["id"]]})
+    assert response.status_code == 201
+    learned = response.json()
     assert (learned["created"], learned["left"]) == (2, 0)
     assert learned["skipped"] == [{"id": down["id"], "reason": "the answer was rated down, and there is no correction"}]
     prompts = [
@@ -140,17 +142,17 @@ async def test_each_is_learned_from_once(api: ApiClient) -> None:
     refused = await api.request("ada", "POST", PATH, json={**GOOD, "rating": "down"})
     assert (refused.status_code, refused.json()["error_code"]) == (409, "FEEDBACK_LEARNED")
 
-    # What is somebody else's is not there, but for administrators.
+    # Feedback of other users is not found, except by administrators.
     refused = await api.request("ada", "POST", LEARN, json={"ids": [theirs["id"]]})
     assert (refused.status_code, refused.json()["error_code"]) == (404, "FEEDBACK_NOT_FOUND")
-    told = {"model": "homelab:latest", "rating": "up", "category": "praise", "tags": ["praised"]}
-    (prompt,) = (await api.request("admin", "POST", LEARN, json=told)).json()["prompt_ids"]
-    made = (await api.request("admin", "GET", f"/api/training/prompts/{prompt}")).json()
-    assert (made["category"], made["tags"], made["created_by"]) == ("praise", ["praised"], "admin")
+    filters = {"model": "homelab:latest", "rating": "up", "category": "praise", "tags": ["praised"]}
+    (prompt,) = (await api.request("admin", "POST", LEARN, json=filters)).json()["prompt_ids"]
+    created = (await api.request("admin", "GET", f"/api/training/prompts/{prompt}")).json()
+    assert (created["category"], created["tags"], created["created_by"]) == ("praise", ["praised"], "admin")
     assert (await api.request("ada", "POST", LEARN, json={})).status_code == 422
 
 
-async def test_calls_are_learned_too(api: ApiClient) -> None:
+async def test_a_corrected_tool_call_becomes_a_prompt(api: ApiClient) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     messages = [
         {"role": "user", "content": "Look once."},
@@ -158,47 +160,55 @@ async def test_calls_are_learned_too(api: ApiClient) -> None:
         {"role": "tool", "tool_call_id": "call_1", "content": "nothing"},
         {"role": "user", "content": "Look again."},
     ]
-    said: dict[str, Any] = {
+    feedback: dict[str, Any] = {
         "target": "tool_call",
         "target_id": "call_2",
         "rating": "down",
         "messages": messages,
         "tools": [LOOK],
     }
-    given = await give(api, {**said, "correction": {"role": "assistant", "tool_calls": [{**call, "id": "call_2"}]}})
-    (prompt,) = (await api.request("ada", "POST", LEARN, json={"ids": [given["id"]]})).json()["prompt_ids"]
-    made = (await api.request("ada", "GET", f"/api/training/prompts/{prompt}")).json()
-    assert (made["user_input"], made["expected_output"]) == ("Look once.", None)
-    assert made["tool_calls"][0]["id"] == "call_2"
-    assert [message["role"] for message in made["messages"]] == ["assistant", "tool", "user"]
-    assert made["tools"][0]["function"]["name"] == "look"
+    created = await create_feedback(
+        api, {**feedback, "correction": {"role": "assistant", "tool_calls": [{**call, "id": "call_2"}]}}
+    )
+    (prompt,) = (await api.request("ada", "POST", LEARN, json={"ids": [created["id"]]})).json()["prompt_ids"]
+    stored_prompt = (await api.request("ada", "GET", f"/api/training/prompts/{prompt}")).json()
+    assert (stored_prompt["user_input"], stored_prompt["expected_output"]) == ("Look once.", None)
+    assert stored_prompt["tool_calls"][0]["id"] == "call_2"
+    assert [message["role"] for message in stored_prompt["messages"]] == ["assistant", "tool", "user"]
+    assert stored_prompt["tools"][0]["function"]["name"] == "look"
 
 
-async def test_a_stored_response_says_itself_what_was_asked(api: ApiClient, database: Database) -> None:
+async def test_feedback_on_a_stored_response_includes_its_conversation(api: ApiClient, database: Database) -> None:
     principal = Principal(id=api.users["ada"].id, name="ada", is_admin=False)
-    first = await respond(database, principal, "a", "Sonarr does.", "Who tracks series?", instructions="Be brief.")
-    second = await respond(database, principal, "b", "Radarr does.", "And movies?", previous_response_id=first)
-    given = await give(api, {"target": "response", "target_id": second, "rating": "up"})
-    assert given["model"] == "homelab"
-    assert [message["content"] for message in given["messages"]] == [
+    first = await store_response(
+        database, principal, "a", "Sonarr does.", "Who tracks series?", instructions="Be brief."
+    )
+    second = await store_response(database, principal, "b", "Radarr does.", "And movies?", previous_response_id=first)
+    created = await create_feedback(api, {"target": "response", "target_id": second, "rating": "up"})
+    assert created["model"] == "homelab"
+    assert [message["content"] for message in created["messages"]] == [
         "Who tracks series?",
         "Sonarr does.",
         "And movies?",
     ]
-    assert given["answer"]["content"] == "Radarr does."
-    given = await give(api, {"target": "response", "target_id": first, "rating": "down", "correction": "Sonarr."})
-    assert given["messages"][0] == {**given["messages"][0], "role": "system", "content": "Be brief."}
-    assert given["correction"]["content"] == "Sonarr."
-    for username, known in (("bob", first), ("ada", "resp_none")):
+    assert created["answer"]["content"] == "Radarr does."
+    created = await create_feedback(
+        api, {"target": "response", "target_id": first, "rating": "down", "correction": "Sonarr."}
+    )
+    assert created["messages"][0] == {**created["messages"][0], "role": "system", "content": "Be brief."}
+    assert created["correction"]["content"] == "Sonarr."
+    for username, response_id in (("bob", first), ("ada", "resp_none")):
         refused = await api.request(
-            username, "POST", PATH, json={"target": "response", "target_id": known, "rating": "up"}
+            username, "POST", PATH, json={"target": "response", "target_id": response_id, "rating": "up"}
         )
         assert (refused.status_code, refused.json()["error_code"]) == (404, "RESPONSE_NOT_FOUND")
 
 
-async def test_enough_of_it_retrains(api: ApiClient, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def plan_after(target_id: str, **said: Any) -> Any:
-        return (await give(api, {**GOOD, **said, "target_id": target_id}))["retrain_job_id"]
+async def test_enough_feedback_queues_a_retraining(
+    api: ApiClient, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def plan_after(target_id: str, **fields: Any) -> Any:
+        return (await create_feedback(api, {**GOOD, **fields, "target_id": target_id}))["retrain_job_id"]
 
     for number in range(3):
         assert await plan_after(f"before-{number}") is None
@@ -209,7 +219,7 @@ async def test_enough_of_it_retrains(api: ApiClient, database: Database, monkeyp
     job = await api.get_job(plan)
     assert (job["kind"], job["created_by"]) == ("retrain", "feedback:homelab")
     assert (job["spec"]["repository_id"], job["spec"]["feedback"]) == (None, "homelab")
-    # One at a time; and of a repository, where the model is made of one.
+    # One plan at a time. If a repository trains the model, the plan is for that repository.
     assert [await plan_after("fifth"), await plan_after("sixth")] == [None, None]
     await api.update_job(plan, state=State.FAILED)
     async with database.transaction() as session:
@@ -217,20 +227,22 @@ async def test_enough_of_it_retrains(api: ApiClient, database: Database, monkeyp
     assert await plan_after("seventh") is None
     plan = await plan_after("eighth")
     assert (await api.get_job(plan))["spec"].items() >= {"repository_id": "repo_1", "feedback": "homelab"}.items()
-    # What is called so is no model of the registry's, and so nobody's to retrain.
+    # This name is not in the registry, so it cannot be retrained.
     assert [await plan_after(name, model="forgearr/tiny") for name in ("ninth", "tenth")] == [None, None]
 
 
 REGISTERED: dict[str, Any] = {"training": {}, "policy": {}, "created_by": "test"}
 
 
-async def respond(database: Database, principal: Principal, letter: str, said: str, asked: str, **wanted: Any) -> str:
-    """A response that was answered and kept; returns its id."""
+async def store_response(
+    database: Database, principal: Principal, letter: str, output: str, question: str, **options: Any
+) -> str:
+    """Store a finished response, and return its id."""
     identifier = "resp_" + 32 * letter
-    request = ResponseRequest(model="homelab:latest", input=asked, **wanted)
-    telling = ResponseStream(identifier, request.request_fields())
-    answered = Message(role="assistant", content=said).to_item()
-    telling.end()
-    body = {**telling.response, "output": [{"id": f"msg_{32 * letter}0000", **answered}]}
+    request = ResponseRequest(model="homelab:latest", input=question, **options)
+    stream = ResponseStream(identifier, request.request_fields())
+    item = Message(role="assistant", content=output).to_item()
+    stream.end()
+    body = {**stream.response, "output": [{"id": f"msg_{32 * letter}0000", **item}]}
     await response_store.store(database, body, request.items(identifier, {}), principal)
     return identifier

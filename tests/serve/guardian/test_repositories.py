@@ -1,4 +1,4 @@
-"""The routes of repositories, and the retrainings that watching a repository leads to."""
+"""The routes of repositories, and the retrainings that their checks queue."""
 
 import asyncio
 import os
@@ -40,7 +40,7 @@ class PlanSpec(BaseModel):
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
-    """The folder in which repositories may lie."""
+    """The root that may contain repositories."""
     folder = tmp_path / "root"
     folder.mkdir()
     monkeypatch.setenv("FORGEARR_GUARDIAN__ROOTS", f"['{folder}']")
@@ -65,19 +65,19 @@ async def client(root: Path, database: Database) -> AsyncIterator[httpx.AsyncCli
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Plans can be queued, whoever carries them out."""
+    """Register the kind of plans, so that they can be queued."""
     if RETRAIN_KIND not in kinds():
         known = registry._kinds  # pyright: ignore[reportPrivateUsage]
         monkeypatch.setitem(known, RETRAIN_KIND, Kind(RETRAIN_KIND, "", PlanSpec, ""))
 
 
-def a_context(kind: str) -> Context:
+def new_context(kind: str) -> Context:
     return Context(Claim("job_w", "t", kind, {}, None, 1, 3, None, None, {}, "w", None), RecordingLink())
 
 
-async def look(repository: dict[str, Any]) -> dict[str, Any]:
+async def check(repository: dict[str, Any]) -> dict[str, Any]:
     spec = WatchSpec(repository_id=repository["id"])
-    return await asyncio.to_thread(watch_repo.watch_repo, a_context(WATCH_REPO_KIND), spec)
+    return await asyncio.to_thread(watch_repo.watch_repo, new_context(WATCH_REPO_KIND), spec)
 
 
 async def jobs_of(database: Database, kind: str) -> list[Job]:
@@ -90,65 +90,65 @@ async def end_all(database: Database, state: State = State.SUCCEEDED) -> None:
         await session.execute(update(Job).values(state=state, finished_at=now()))
 
 
-async def register(client: httpx.AsyncClient, **wanted: Any) -> dict[str, Any]:
-    answer = await client.post(PATH, json={"name": "work", **wanted})
-    assert answer.status_code == 201, answer.text
-    return answer.json()
+async def register(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    response = await client.post(PATH, json={"name": "work", **fields})
+    assert response.status_code == 201, response.text
+    return response.json()
 
 
 async def test_a_repository_is_registered_changed_and_deleted(
     client: httpx.AsyncClient, folder: Path, database: Database
 ) -> None:
-    made = await register(
+    created = await register(
         client,
         path=str(folder),
         policy={"min_files": 5, "critical_paths": ["src/**"]},
         training={"epochs": 2},
         webhook_secret=SECRET,
     )
-    assert made["id"].startswith("repo_")
-    assert (made["path"], made["model"], made["has_webhook_secret"]) == (str(folder), "work", True)
-    assert (made["policy"]["min_files"], made["training"]) == (5, {"epochs": 2})
-    assert len(await jobs_of(database, WATCH_REPO_KIND)) == 1, "it is looked at for the first time"
+    assert created["id"].startswith("repo_")
+    assert (created["path"], created["model"], created["has_webhook_secret"]) == (str(folder), "work", True)
+    assert (created["policy"]["min_files"], created["training"]) == (5, {"epochs": 2})
+    assert len(await jobs_of(database, WATCH_REPO_KIND)) == 1, "the first check is queued"
     async with database.read_transaction() as session:
         assert await session.scalar(select(func.count()).where(Schedule.kind == WATCH_ALL_KIND)) == 1
 
-    answer = await client.patch(f"{PATH}/work", json={"policy": {"min_files": None}, "enabled": False})
-    assert answer.status_code == 200, answer.text
-    assert (answer.json()["policy"]["min_files"], answer.json()["enabled"]) == (None, False)
-    assert (answer.json()["has_webhook_secret"], answer.json()["training"]) == (True, {"epochs": 2})
+    response = await client.patch(f"{PATH}/work", json={"policy": {"min_files": None}, "enabled": False})
+    assert response.status_code == 200, response.text
+    assert (response.json()["policy"]["min_files"], response.json()["enabled"]) == (None, False)
+    assert (response.json()["has_webhook_secret"], response.json()["training"]) == (True, {"epochs": 2})
     assert not (await client.patch(f"{PATH}/work", json={"webhook_secret": None})).json()["has_webhook_secret"]
 
     listed = (await client.get(PATH, params={"path": str(folder)})).json()
-    assert [one["id"] for one in listed["items"]] == [made["id"]]
-    assert (await client.get(f"{PATH}/{made['id']}")).json() == (await client.get(f"{PATH}/work")).json()
+    assert [one["id"] for one in listed["items"]] == [created["id"]]
+    assert (await client.get(f"{PATH}/{created['id']}")).json() == (await client.get(f"{PATH}/work")).json()
     assert (await client.post(PATH, json={"name": "work", "path": str(folder)})).status_code == 409
     assert (await client.delete(f"{PATH}/work")).status_code == 204
-    gone = await client.get(f"{PATH}/work")
-    assert (gone.status_code, gone.json()["error_code"]) == (404, "REPOSITORY_NOT_FOUND")
+    deleted = await client.get(f"{PATH}/work")
+    assert (deleted.status_code, deleted.json()["error_code"]) == (404, "REPOSITORY_NOT_FOUND")
 
 
-async def test_secrets_are_sealed_and_never_told(client: httpx.AsyncClient, database: Database) -> None:
+async def test_secrets_are_sealed_and_never_returned(client: httpx.AsyncClient, database: Database) -> None:
     url = "https://git.example.com/ada/work.git"
     credentials = {"username": "ada", "token": "t0p-s3cret"}
-    made = await client.post(
+    created = await client.post(
         PATH, json={"name": "work", "url": url, "credentials": credentials, "webhook_secret": SECRET}
     )
-    assert made.status_code == 201
-    assert made.json()["has_credentials"]
-    answers = [made.text, (await client.get(PATH)).text, (await client.patch(f"{PATH}/work", json={})).text]
+    assert created.status_code == 201
+    assert created.json()["has_credentials"]
+    texts = [created.text, (await client.get(PATH)).text, (await client.patch(f"{PATH}/work", json={})).text]
     async with database.read_transaction() as session:
         row = await session.scalar(select(Repository))
         assert row is not None
-        answers += [str(row.credentials), str(row.webhook_secret)]
-    assert not any("t0p-s3cret" in answer or SECRET in answer for answer in answers)
+        texts += [str(row.credentials), str(row.webhook_secret)]
+    assert not any("t0p-s3cret" in text or SECRET in text for text in texts)
 
     moved = (await client.patch(f"{PATH}/work", json={"url": "https://elsewhere.example.com/ada/work"})).json()
-    assert not moved["has_credentials"], "they were for the other machine"
+    assert not moved["has_credentials"], "they belong to the former host"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "status", "code"),
+    ("fields", "status", "code"),
     [
         ({}, 422, "VALIDATION_ERROR"),
         ({"path": "work", "url": "https://example.com/x"}, 422, "VALIDATION_ERROR"),
@@ -175,8 +175,8 @@ async def test_secrets_are_sealed_and_never_told(client: httpx.AsyncClient, data
         ({"path": "work", "webhook_secret": "short"}, 422, "VALIDATION_ERROR"),
     ],
 )
-async def test_what_cannot_be_watched_is_refused(
-    client: httpx.AsyncClient, folder: Path, root: Path, database: Database, wanted: Any, status: int, code: str
+async def test_invalid_repositories_are_refused(
+    client: httpx.AsyncClient, folder: Path, root: Path, database: Database, fields: Any, status: int, code: str
 ) -> None:
     outside = new_repository(root.parent / "outside")
     commit_files(outside, "First", {"a": "1"})
@@ -187,15 +187,15 @@ async def test_what_cannot_be_watched_is_refused(
     (root / "leads-out-inside").mkdir()
     (root / "leads-out-inside" / ".git").write_text(f"gitdir: {outside}/.git\n")
 
-    answer = await client.post(PATH, json={"name": "other", **wanted})
-    assert (answer.status_code, answer.json()["error_code"]) == (status, code), answer.text
-    assert "ada:secret" not in answer.text
+    response = await client.post(PATH, json={"name": "other", **fields})
+    assert (response.status_code, response.json()["error_code"]) == (status, code), response.text
+    assert "ada:secret" not in response.text
     async with database.read_transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Repository)) == 0
         assert await session.scalar(select(func.count()).select_from(Job)) == 0
 
 
-def test_what_may_not_be_read_is_said_so(folder: Path) -> None:
+def test_an_unreadable_folder_is_an_error(folder: Path) -> None:
     if os.getuid() == 0:
         pytest.skip("Root may read everything.")
     folder.chmod(0)
@@ -207,67 +207,65 @@ def test_what_may_not_be_read_is_said_so(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("plans")
-async def test_a_look_asks_for_a_plan_once(client: httpx.AsyncClient, folder: Path, database: Database) -> None:
-    made = await register(client, path=str(folder), policy={"min_files": 2, "min_hours": None})
+async def test_a_check_queues_a_plan_once(client: httpx.AsyncClient, folder: Path, database: Database) -> None:
+    created = await register(client, path=str(folder), policy={"min_files": 2, "min_hours": None})
     tip = git(folder, "rev-parse", "HEAD")
-    seen = await look(made)
+    result = await check(created)
     (plan,) = await jobs_of(database, RETRAIN_KIND)
-    assert (seen["commit"], seen["reason"], seen["retrain_job_id"]) == (tip, "never trained", plan.id)
-    assert (plan.spec["repository_id"], plan.spec["commit"]) == (made["id"], tip)
-    assert (await look(made))["retrain_job_id"] == plan.id, "there is one already"
+    assert (result["commit"], result["reason"], result["retrain_job_id"]) == (tip, "never trained", plan.id)
+    assert (plan.spec["repository_id"], plan.spec["commit"]) == (created["id"], tip)
+    assert (await check(created))["retrain_job_id"] == plan.id, "the plan is reused"
 
-    shown = (await client.get(f"{PATH}/work")).json()
-    assert (shown["seen_commit"], shown["check_error"]) == (tip, None)
+    body = (await client.get(f"{PATH}/work")).json()
+    assert (body["seen_commit"], body["check_error"]) == (tip, None)
     refused = await client.delete(f"{PATH}/work")
     assert (refused.status_code, refused.json()["error_code"]) == (409, "REPOSITORY_IN_USE")
 
     await end_all(database)
     async with database.transaction() as session:
         await session.execute(update(Repository).values(tried_commit=tip, tried_job_id=plan.id))
-    assert (await look(made))["retrain_job_id"] is None, "this commit was tried, whatever came of it"
+    assert (await check(created))["retrain_job_id"] is None, "this commit was tried already"
     async with database.transaction() as session:
         await session.execute(update(Repository).values(trained_commit=tip, trained_at=now()))
-    assert (await look(made))["reason"] == "nothing has changed since the last training"
+    assert (await check(created))["reason"] == "nothing has changed since the last training"
     commit_files(folder, "Second", {"b.py": "1\n"})
-    assert (await look(made))["retrain_job_id"] is None
+    assert (await check(created))["retrain_job_id"] is None
     newest = commit_files(folder, "Third", {"c.py": "1\n"})
-    seen = await look(made)
-    assert seen["reason"] == "2 files changed (threshold: 2)"
+    result = await check(created)
+    assert result["reason"] == "2 files changed (threshold: 2)"
     assert (await jobs_of(database, RETRAIN_KIND))[-1].spec["commit"] == newest
 
 
 @pytest.mark.usefixtures("plans")
-async def test_what_a_look_cannot_see_is_noted_down(
-    client: httpx.AsyncClient, folder: Path, database: Database
-) -> None:
-    made = await register(client, path=str(folder))
+async def test_a_failed_check_is_recorded(client: httpx.AsyncClient, folder: Path, database: Database) -> None:
+    created = await register(client, path=str(folder))
     await asyncio.to_thread(folder.rename, folder.with_name("moved"))
     with pytest.raises(NotARepository):
-        await look(made)
+        await check(created)
     assert "There is no folder" in (await client.get(f"{PATH}/work")).json()["check_error"]
     await asyncio.to_thread(folder.with_name("moved").rename, folder)
-    await look(made)
+    await check(created)
     assert (await client.get(f"{PATH}/work")).json()["check_error"] is None
     assert len(await jobs_of(database, RETRAIN_KIND)) == 1
 
 
-async def test_a_repository_is_asked_for_once(client: httpx.AsyncClient, folder: Path, database: Database) -> None:
+async def test_a_queued_check_is_reused(client: httpx.AsyncClient, folder: Path, database: Database) -> None:
     await register(client, path=str(folder))
     first = (await client.post(f"{PATH}/work/check")).json()["job_id"]
     assert (await client.post(f"{PATH}/work/check")).json()["job_id"] == first
-    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH_ALL_KIND), WatchAllSpec())
-    assert asked == {"asked": [first]}
+    result = await asyncio.to_thread(watch_repositories.watch_repositories, new_context(WATCH_ALL_KIND), WatchAllSpec())
+    assert result == {"asked": [first]}
     async with database.transaction() as session:
         await session.execute(update(Job).values(state=State.RUNNING))
     second = (await client.post(f"{PATH}/work/check")).json()["job_id"]
-    assert second != first, "one that runs may have looked too early"
+    assert second != first, "a running check may have read an older commit"
 
     await client.patch(f"{PATH}/work", json={"enabled": False})
-    asked = await asyncio.to_thread(watch_repositories.watch_repositories, a_context(WATCH_ALL_KIND), WatchAllSpec())
-    assert asked == {"asked": []}
+    result = await asyncio.to_thread(watch_repositories.watch_repositories, new_context(WATCH_ALL_KIND), WatchAllSpec())
+    assert result == {"asked": []}
 
 
-async def test_the_monitor_answers_as_documented(
+async def test_the_monitor_responds_as_documented(
     client: httpx.AsyncClient, folder: Path, root: Path, database: Database
 ) -> None:
     fresh = (await client.get("/v1/retrain/monitor", params={"project_path": "work"})).json()
@@ -277,12 +275,12 @@ async def test_the_monitor_answers_as_documented(
     async with database.transaction() as session:
         await session.execute(update(Repository).values(trained_commit=tip, trained_at=now()))
     commit_files(folder, "Second", {"b.py": "1\n2\n"})
-    told = (await client.get("/v1/retrain/monitor", params={"project_path": str(folder)})).json()
-    assert (told["should_retrain"], told["reason"]) == (True, "1 file changed (threshold: 1)")
-    assert told["metrics"]["commits_since_last_train"] == 1
-    assert told["metrics"]["files_changed"] == 1
-    assert told["metrics"]["critical_paths_changed"] is False
-    assert told["checked_at"].endswith("Z")
+    body = (await client.get("/v1/retrain/monitor", params={"project_path": str(folder)})).json()
+    assert (body["should_retrain"], body["reason"]) == (True, "1 file changed (threshold: 1)")
+    assert body["metrics"]["commits_since_last_train"] == 1
+    assert body["metrics"]["files_changed"] == 1
+    assert body["metrics"]["critical_paths_changed"] is False
+    assert body["checked_at"].endswith("Z")
     refused = await client.get("/v1/retrain/monitor", params={"project_path": "/etc"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "folder_outside")
     here = await client.get("/v1/retrain/monitor")

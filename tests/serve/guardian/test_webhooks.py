@@ -1,4 +1,4 @@
-"""Webhooks: signed pushes as GitHub, Gitea and GitLab send them, and others."""
+"""Webhooks: signed pushes as GitHub, Gitea and GitLab send them, and other requests."""
 
 import hashlib
 import hmac
@@ -27,8 +27,8 @@ BEFORE, AFTER = "a" * 40, "b" * 40
 async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(create_app(), client=("127.0.0.1", 40000))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=60) as client:
-        wanted = {"name": "work", "url": URL, "webhook_secret": SECRET}
-        assert (await client.post("/api/v1/repos", json=wanted)).status_code == 201
+        repository = {"name": "work", "url": URL, "webhook_secret": SECRET}
+        assert (await client.post("/api/v1/repos", json=repository)).status_code == 201
         await end_all(database)
         yield client
 
@@ -38,20 +38,20 @@ async def end_all(database: Database) -> None:
         await session.execute(update(Job).values(state=State.SUCCEEDED))
 
 
-async def looks(database: Database) -> int:
-    """How many looks were asked for since the repository was registered."""
+async def count_checks(database: Database) -> int:
+    """The number of checks that were queued since the repository was registered."""
     async with database.read_transaction() as session:
         return len(list(await session.scalars(select(Job.id).where(Job.kind == WATCH_REPO_KIND)))) - 1
 
 
 def push(provider: str, **changes: Any) -> dict[str, Any]:
-    """What they send of a push, as far as it matters."""
-    told = {"ref": "refs/heads/main", "before": BEFORE, "after": AFTER}
+    """The body of a push, with the fields that matter."""
+    fields = {"ref": "refs/heads/main", "before": BEFORE, "after": AFTER}
     if provider == "gitlab":
         project = {"web_url": URL, "git_http_url": f"{URL}.git", "git_ssh_url": "git@git.example.com:Ada/work.git"}
-        return {**told, "object_kind": "push", "project": {**project, "default_branch": "main"}, **changes}
+        return {**fields, "object_kind": "push", "project": {**project, "default_branch": "main"}, **changes}
     repository = {"clone_url": f"{URL}.git", "ssh_url": "git@git.example.com:Ada/work.git", "html_url": URL}
-    return {**told, "repository": {**repository, "default_branch": "main"}, **changes}
+    return {**fields, "repository": {**repository, "default_branch": "main"}, **changes}
 
 
 def signed(provider: str, body: bytes, secret: str = SECRET, event: str | None = None) -> dict[str, str]:
@@ -72,22 +72,22 @@ async def send(
 
 
 @pytest.mark.parametrize("provider", ["github", "gitea", "gitlab"])
-async def test_a_push_told_twice_makes_one_job(client: httpx.AsyncClient, database: Database, provider: str) -> None:
+async def test_a_repeated_push_makes_one_job(client: httpx.AsyncClient, database: Database, provider: str) -> None:
     first = await send(client, provider, push(provider))
     assert (first.status_code, first.json()["status"]) == (202, "queued"), first.text
     again = await send(client, provider, push(provider))
     assert again.json() == first.json()
     await end_all(database)
     replayed = await send(client, provider, push(provider))
-    assert replayed.json() == first.json(), "also when the look is over"
-    assert await looks(database) == 1
+    assert replayed.json() == first.json(), "also when the check has finished"
+    assert await count_checks(database) == 1
     other = await send(client, provider, push(provider, after="c" * 40))
     assert other.json()["job_ids"] != first.json()["job_ids"]
-    assert await looks(database) == 2
+    assert await count_checks(database) == 2
 
 
 @pytest.mark.parametrize("provider", ["github", "gitea", "gitlab"])
-async def test_a_wrong_signature_and_a_stranger_are_refused_alike(
+async def test_unauthenticated_pushes_are_refused_alike(
     client: httpx.AsyncClient, database: Database, provider: str
 ) -> None:
     await client.post("/api/v1/repos", json={"name": "silent", "url": "https://git.example.com/ada/silent"})
@@ -105,10 +105,10 @@ async def test_a_wrong_signature_and_a_stranger_are_refused_alike(
             f"/webhooks/{provider}", content=body + b" ", headers={**signed(provider, body), "X-Gitlab-Token": "no"}
         ),
     ]
-    answers = [{**answer.json(), "timestamp": None} for answer in refused]
-    assert {answer.status_code for answer in refused} == {401}
-    assert all(answer == answers[0] for answer in answers)
-    assert await looks(database) == 1, "only the other one was looked at, when it was registered"
+    bodies = [{**response.json(), "timestamp": None} for response in refused]
+    assert {response.status_code for response in refused} == {401}
+    assert all(body == bodies[0] for body in bodies)
+    assert await count_checks(database) == 1, "the one check is that of the registration of the other repository"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ async def test_a_wrong_signature_and_a_stranger_are_refused_alike(
         ({}, "ping", "pong", None),
     ],
 )
-async def test_other_news_is_heard_and_nothing_done(
+async def test_other_events_are_accepted_and_ignored(
     client: httpx.AsyncClient,
     database: Database,
     payload: dict[str, Any],
@@ -129,12 +129,12 @@ async def test_other_news_is_heard_and_nothing_done(
     status: str,
     reason: str | None,
 ) -> None:
-    answer = await send(client, "github", push("github", **payload), event=event)
-    assert (answer.status_code, answer.json()["status"], answer.json()["reason"]) == (202, status, reason)
-    assert await looks(database) == 0
+    response = await send(client, "github", push("github", **payload), event=event)
+    assert (response.status_code, response.json()["status"], response.json()["reason"]) == (202, status, reason)
+    assert await count_checks(database) == 0
 
 
-async def test_the_branch_and_the_repository_may_be_named(client: httpx.AsyncClient, database: Database) -> None:
+async def test_the_branch_and_the_repository_may_be_set(client: httpx.AsyncClient, database: Database) -> None:
     await client.patch("/api/v1/repos/work", json={"branch": "release"})
     assert (await send(client, "gitea", push("gitea"))).json()["status"] == "ignored"
     pushed = push("gitea", ref="refs/heads/release", repository={"clone_url": "https://mirror.example.com/x.git"})
@@ -148,18 +148,18 @@ async def test_the_branch_and_the_repository_may_be_named(client: httpx.AsyncCli
 async def test_github_may_send_a_form(client: httpx.AsyncClient) -> None:
     body = urlencode({"payload": json.dumps(push("github"))}).encode()
     headers = {**signed("github", body), "Content-Type": "application/x-www-form-urlencoded"}
-    answer = await client.post("/webhooks/github", content=body, headers=headers)
-    assert answer.json()["status"] == "queued"
+    response = await client.post("/webhooks/github", content=body, headers=headers)
+    assert response.json()["status"] == "queued"
 
 
-def test_ways_to_one_repository_are_one_place() -> None:
-    ways = [
+def test_urls_of_one_repository_have_one_key() -> None:
+    urls = [
         "https://git.example.com/Ada/work",
         "https://git.example.com:8443/ada/work.git",
         "ssh://git@git.example.com:2222/Ada/work.git",
         "git@git.example.com:Ada/work.git",
         "http://ada@GIT.example.com/ada/work/",
     ]
-    assert {repository_key(way) for way in ways} == {"git.example.com/ada/work"}
-    assert repository_key("https://git.example.com/ada/work2") != repository_key(ways[0])
+    assert {repository_key(url) for url in urls} == {"git.example.com/ada/work"}
+    assert repository_key("https://git.example.com/ada/work2") != repository_key(urls[0])
     assert repository_key("https://[broken") == ""
