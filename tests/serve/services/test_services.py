@@ -26,7 +26,7 @@ from tests.support.services.stub_server import StubServer, html_page, stub_serve
 from tests.support.waiting import TIMEOUT
 
 WRONG_KEY = "ffffffffffffffffffffffffffffffff"
-DEAD = "http://127.0.0.1:9"
+UNREACHABLE = "http://127.0.0.1:9"
 
 
 @pytest.fixture
@@ -48,49 +48,56 @@ async def sonarr() -> AsyncIterator[StubServer]:
         yield server
 
 
-async def create(client: httpx.AsyncClient, url: str, **more: Any) -> dict[str, Any]:
-    answer = await client.post("/api/services", json={"name": "TV", "type": "sonarr", "url": url, **more})
-    assert answer.status_code == 201, answer.text
-    return answer.json()
+async def create(client: httpx.AsyncClient, url: str, **fields: Any) -> dict[str, Any]:
+    response = await client.post("/api/services", json={"name": "TV", "type": "sonarr", "url": url, **fields})
+    assert response.status_code == 201, response.text
+    return response.json()
 
 
-async def test_the_life_of_a_service(client: httpx.AsyncClient, sonarr: StubServer) -> None:
-    made = await create(client, sonarr.url, api_key=KEY)
-    assert (made["is_healthy"], made["last_check"], made["has_key"], made["enabled"]) == (None, None, True, True)
-    tested = (await client.post(f"/api/services/{made['id']}/test")).json()
+async def test_a_service_is_created_tested_changed_and_deleted(client: httpx.AsyncClient, sonarr: StubServer) -> None:
+    created = await create(client, sonarr.url, api_key=KEY)
+    assert (created["is_healthy"], created["last_check"], created["has_key"], created["enabled"]) == (
+        None,
+        None,
+        True,
+        True,
+    )
+    tested = (await client.post(f"/api/services/{created['id']}/test")).json()
     assert (tested["success"], tested["message"], tested["version"]) == (True, "Connection successful", "4.0.14.2939")
     assert tested["response_time_ms"] > 0
     (listed,) = (await client.get("/api/services")).json()
-    assert (listed["id"], listed["name"], listed["type"], listed["url"]) == (made["id"], "TV", "sonarr", sonarr.url)
+    assert (listed["id"], listed["name"], listed["type"], listed["url"]) == (created["id"], "TV", "sonarr", sonarr.url)
     assert listed["is_healthy"] is True
     assert listed["last_check"].endswith("Z")
-    assert listed == (await client.get(f"/api/services/{made['id']}")).json()
-    changed = (await client.put(f"/api/services/{made['id']}", json={"name": "Series", "enabled": False})).json()
+    assert listed == (await client.get(f"/api/services/{created['id']}")).json()
+    changed = (await client.put(f"/api/services/{created['id']}", json={"name": "Series", "enabled": False})).json()
     assert (changed["name"], changed["enabled"], changed["has_key"]) == ("Series", False, True)
-    assert (await client.delete(f"/api/services/{made['id']}")).status_code == 204
-    gone = await client.get(f"/api/services/{made['id']}")
-    assert (gone.status_code, gone.json()["error_code"]) == (404, "SERVICE_NOT_FOUND")
+    assert (await client.delete(f"/api/services/{created['id']}")).status_code == 204
+    deleted = await client.get(f"/api/services/{created['id']}")
+    assert (deleted.status_code, deleted.json()["error_code"]) == (404, "SERVICE_NOT_FOUND")
 
 
-async def test_a_key_is_told_to_nobody_but_its_service(
+async def test_a_key_is_sent_only_to_its_service(
     client: httpx.AsyncClient, sonarr: StubServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    made = await create(client, sonarr.url, api_key=WRONG_KEY)
-    told = [(await client.post(f"/api/services/{made['id']}/test")).text]
-    for path in ("", f"/{made['id']}", f"/{made['id']}/checks"):
-        told.append((await client.get(f"/api/services{path}")).text)
+    created = await create(client, sonarr.url, api_key=WRONG_KEY)
+    texts = [(await client.post(f"/api/services/{created['id']}/test")).text]
+    for path in ("", f"/{created['id']}", f"/{created['id']}/checks"):
+        texts.append((await client.get(f"/api/services{path}")).text)
     for path in ("/health", "/health/sonarr", "/health/circuit-breaker/sonarr", "/api/v1/jobs"):
-        told.append((await client.get(path)).text)
-    told.append((await client.put(f"/api/services/{made['id']}", json={"api_key": f"{WRONG_KEY}\n"})).text)
-    assert "with this API key" in told[0]
-    assert WRONG_KEY not in "".join(told)
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("cluster", "serve", "httpx"))]
-    assert WRONG_KEY not in "".join(ours)
+        texts.append((await client.get(path)).text)
+    texts.append((await client.put(f"/api/services/{created['id']}", json={"api_key": f"{WRONG_KEY}\n"})).text)
+    assert "with this API key" in texts[0]
+    assert WRONG_KEY not in "".join(texts)
+    messages = [
+        record.getMessage() for record in caplog.records if record.name.startswith(("cluster", "serve", "httpx"))
+    ]
+    assert WRONG_KEY not in "".join(messages)
     assert sonarr.requests[0].headers["x-api-key"] == WRONG_KEY
 
 
-async def test_a_test_says_what_is_wrong(client: httpx.AsyncClient) -> None:
+async def test_a_failed_test_reports_its_reason(client: httpx.AsyncClient) -> None:
     async with (
         stub_server(FAKE_SERVICES["radarr"]) as radarr,
         stub_server(lambda request: html_page("Welcome")) as other,
@@ -104,7 +111,7 @@ async def test_a_test_says_what_is_wrong(client: httpx.AsyncClient) -> None:
             "version": None,
             "error_code": "WRONG_SERVICE",
         }
-        for url, code in ((other.url, "SERVICE_BAD_RESPONSE"), (DEAD, "SERVICE_UNREACHABLE")):
+        for url, code in ((other.url, "SERVICE_BAD_RESPONSE"), (UNREACHABLE, "SERVICE_UNREACHABLE")):
             assert (await client.put(address, json={"url": url, "api_key": KEY})).status_code == 200
             tested = (await client.post(f"{address}/test")).json()
             assert (tested["success"], tested["error_code"]) == (False, code)
@@ -117,13 +124,13 @@ async def test_a_test_says_what_is_wrong(client: httpx.AsyncClient) -> None:
     ]
 
 
-async def test_a_key_of_another_installation_is_no_500(
+async def test_an_unreadable_key_is_a_clear_error(
     client: httpx.AsyncClient, sonarr: StubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = await create(client, sonarr.url, api_key=KEY)
+    created = await create(client, sonarr.url, api_key=KEY)
     monkeypatch.setenv("FORGEARR_AUTH__SEALING_KEY", 32 * "x")
     get_settings.cache_clear()
-    tested = (await client.post(f"/api/services/{made['id']}/test")).json()
+    tested = (await client.post(f"/api/services/{created['id']}/test")).json()
     assert (tested["success"], tested["error_code"]) == (False, "SEAL_BROKEN")
     shows = await client.get("/api/v1/shows")
     assert (shows.status_code, shows.json()["error_code"]) == (503, "SEAL_BROKEN")
@@ -144,35 +151,35 @@ async def test_a_key_of_another_installation_is_no_500(
         ({"name": "tv"}, 409, "SERVICE_NAME_TAKEN"),
     ],
 )
-async def test_what_cannot_be_a_service_is_refused(
+async def test_invalid_services_are_refused(
     client: httpx.AsyncClient, body: dict[str, Any], status: int, code: str
 ) -> None:
-    await create(client, DEAD)
-    wanted = {"name": "Another", "type": "sonarr", "url": DEAD, **body}
-    answer = await client.post("/api/services", json=wanted)
-    assert (answer.status_code, answer.json()["error_code"]) == (status, code)
+    await create(client, UNREACHABLE)
+    service = {"name": "Another", "type": "sonarr", "url": UNREACHABLE, **body}
+    response = await client.post("/api/services", json=service)
+    assert (response.status_code, response.json()["error_code"]) == (status, code)
     assert len((await client.get("/api/services")).json()) == 1
 
 
 @pytest.mark.parametrize("field", ["name", "type", "url", "verify_tls", "enabled"])
-async def test_only_a_key_can_be_taken_away(client: httpx.AsyncClient, field: str) -> None:
-    made = await create(client, DEAD, api_key=KEY)
-    refused = await client.put(f"/api/services/{made['id']}", json={field: None})
+async def test_only_the_key_of_a_service_can_be_removed(client: httpx.AsyncClient, field: str) -> None:
+    created = await create(client, UNREACHABLE, api_key=KEY)
+    refused = await client.put(f"/api/services/{created['id']}", json={field: None})
     assert (refused.status_code, list(refused.json()["details"])) == (422, [field])
-    assert (await client.put(f"/api/services/{made['id']}", json={"api_key": None})).json()["has_key"] is False
+    assert (await client.put(f"/api/services/{created['id']}", json={"api_key": None})).json()["has_key"] is False
 
 
-async def test_what_is_new_or_changed_is_checked_and_all_are_from_then_on(
+async def test_new_and_changed_services_are_checked_and_scheduled(
     client: httpx.AsyncClient, database: Database, sonarr: StubServer
 ) -> None:
-    made = await create(client, sonarr.url, api_key=KEY)
-    address = f"/api/services/{made['id']}"
+    created = await create(client, sonarr.url, api_key=KEY)
+    address = f"/api/services/{created['id']}"
     for changes in ({"name": "Series"}, {"api_key": WRONG_KEY}, {"enabled": False}, {"enabled": True}):
         assert (await client.put(address, json=changes)).status_code == 200
     async with database.read_transaction() as session:
         jobs = [*await session.scalars(select(Job))]
         checking, watching = await session.scalars(select(Schedule).order_by(Schedule.name))
-    assert [(job.kind, job.spec) for job in jobs] == 3 * [("check_services", {"service_id": made["id"]})]
+    assert [(job.kind, job.spec) for job in jobs] == 3 * [("check_services", {"service_id": created["id"]})]
     assert (checking.kind, checking.cron) == ("check_services", "*/5 * * * *")
     assert (watching.kind, watching.cron) == ("watch_downloads", "* * * * *")
     assert WRONG_KEY not in str([job.spec for job in jobs])
@@ -182,8 +189,8 @@ async def test_the_job_checks_every_enabled_service(
     client: httpx.AsyncClient, database: Database, sonarr: StubServer
 ) -> None:
     await create(client, sonarr.url, api_key=KEY)
-    await create(client, DEAD, name="Broken", type="radarr", api_key=KEY)
-    await create(client, DEAD, name="Off", type="plex", enabled=False)
+    await create(client, UNREACHABLE, name="Broken", type="radarr", api_key=KEY)
+    await create(client, UNREACHABLE, name="Off", type="plex", enabled=False)
 
     class Context:
         def report(self, **_: object) -> None: ...
@@ -194,23 +201,23 @@ async def test_the_job_checks_every_enabled_service(
     assert list(result["unhealthy"]) == ["Broken"]
     health = (await client.get("/health")).json()
     assert health["status"] == "degraded"
-    assert {name: told["healthy"] for name, told in health["services"].items()} == {"sonarr": True, "radarr": False}
+    assert {name: entry["healthy"] for name, entry in health["services"].items()} == {"sonarr": True, "radarr": False}
 
 
-async def test_old_checks_are_forgotten(client: httpx.AsyncClient, database: Database, sonarr: StubServer) -> None:
-    made = await create(client, sonarr.url, api_key=KEY)
+async def test_old_checks_are_removed(client: httpx.AsyncClient, database: Database, sonarr: StubServer) -> None:
+    created = await create(client, sonarr.url, api_key=KEY)
     for _ in range(2):
-        await client.post(f"/api/services/{made['id']}/test")
+        await client.post(f"/api/services/{created['id']}/test")
     async with database.transaction() as session:
         first = await session.scalar(select(ServiceCheck.id).order_by(ServiceCheck.id).limit(1))
         old = update(ServiceCheck).where(ServiceCheck.id == first).values(at=now() - timedelta(days=31))
         await session.execute(old)
     assert await remove_old_checks(database) == 1
-    assert (await client.get(f"/api/services/{made['id']}/checks")).json()["total"] == 1
+    assert (await client.get(f"/api/services/{created['id']}/checks")).json()["total"] == 1
 
 
-async def test_the_types_say_what_each_can_do(client: httpx.AsyncClient) -> None:
-    types = {told["type"]: told for told in (await client.get("/api/services/types")).json()}
+async def test_types_list_their_capabilities(client: httpx.AsyncClient) -> None:
+    types = {entry["type"]: entry for entry in (await client.get("/api/services/types")).json()}
     assert types.keys() == all_connectors().keys()
     assert types["sonarr"]["needs_key"]
     assert "queue" in types["sonarr"]["capabilities"]
@@ -220,8 +227,8 @@ async def test_the_types_say_what_each_can_do(client: httpx.AsyncClient) -> None
 # Health
 
 
-async def test_health_tells_of_all_services_and_asks_none(client: httpx.AsyncClient, sonarr: StubServer) -> None:
-    made = await create(client, sonarr.url, api_key=KEY)
+async def test_health_reports_all_services_and_calls_none(client: httpx.AsyncClient, sonarr: StubServer) -> None:
+    created = await create(client, sonarr.url, api_key=KEY)
     second = await create(client, sonarr.url, name="4K", api_key=WRONG_KEY)
     assert (await client.get("/health")).json()["services"]["sonarr"] == {
         "healthy": None,
@@ -231,74 +238,80 @@ async def test_health_tells_of_all_services_and_asks_none(client: httpx.AsyncCli
         "circuit_breaker_state": "closed",
     }
     assert sonarr.requests == []
-    for service in (made, second):
+    for service in (created, second):
         await client.post(f"/api/services/{service['id']}/test")
-    told = (await client.get("/health")).json()
-    assert told["status"] == "degraded"
-    assert told["services"]["sonarr"]["healthy"] is True
-    assert "with this API key" in told["services"]["4K"]["error"]
+    body = (await client.get("/health")).json()
+    assert body["status"] == "degraded"
+    assert body["services"]["sonarr"]["healthy"] is True
+    assert "with this API key" in body["services"]["4K"]["error"]
 
 
-async def test_all_services_away_is_unhealthy_but_no_reason_to_send_nobody_here(client: httpx.AsyncClient) -> None:
-    made = await create(client, DEAD, api_key=KEY)
-    await client.post(f"/api/services/{made['id']}/test")
-    answer = await client.get("/health")
-    assert (answer.status_code, answer.json()["status"], answer.json()["database"]) == (200, "unhealthy", "connected")
+async def test_health_is_200_although_all_services_are_unreachable(client: httpx.AsyncClient) -> None:
+    created = await create(client, UNREACHABLE, api_key=KEY)
+    await client.post(f"/api/services/{created['id']}/test")
+    response = await client.get("/health")
+    assert (response.status_code, response.json()["status"], response.json()["database"]) == (
+        200,
+        "unhealthy",
+        "connected",
+    )
 
 
-async def test_the_health_of_one(
+async def test_the_health_of_one_service(
     client: httpx.AsyncClient, sonarr: StubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services_health, "MAX_CHECK_AGE", timedelta(hours=1))
     await create(client, sonarr.url, api_key=KEY)
     for word in ("sonarr", "TV", "tv"):
-        answer = await client.get(f"/health/{word}")
-        assert answer.status_code == 200
-        assert answer.json().keys() == {"healthy", "latency_ms", "error", "last_check", "circuit_breaker_state"}
-    assert answer.json()["healthy"] is True
-    assert len(sonarr.requests) == 1  # the first answer is kept for a while
+        response = await client.get(f"/health/{word}")
+        assert response.status_code == 200
+        assert response.json().keys() == {"healthy", "latency_ms", "error", "last_check", "circuit_breaker_state"}
+    assert response.json()["healthy"] is True
+    assert len(sonarr.requests) == 1  # the result of the first check is cached
 
 
-async def test_a_service_that_does_not_work_is_503_and_an_unknown_one_404(client: httpx.AsyncClient) -> None:
-    await create(client, DEAD, name="sonarr", api_key=KEY)
-    await create(client, DEAD, name="radarr", type="radarr", enabled=False)
+async def test_an_unavailable_service_is_503_and_an_unknown_one_404(client: httpx.AsyncClient) -> None:
+    await create(client, UNREACHABLE, name="sonarr", api_key=KEY)
+    await create(client, UNREACHABLE, name="radarr", type="radarr", enabled=False)
     for word in ("sonarr", "radarr", "plex"):
-        answer = await client.get(f"/health/{word}")
-        assert (answer.status_code, answer.json()["error"]) == (503, "service_unavailable")
-        assert answer.json()["message"] == f"Service '{word}' is not connected"
+        response = await client.get(f"/health/{word}")
+        assert (response.status_code, response.json()["error"]) == (503, "service_unavailable")
+        assert response.json()["message"] == f"Service '{word}' is not connected"
     assert "cannot be reached" in (await client.get("/health/sonarr")).json()["details"]["error"]
     for path in ("/health/nothing", "/health/circuit-breaker/nothing", "/health/circuit-breaker/plex"):
-        answer = await client.get(path)
-        assert (answer.status_code, answer.json()["error_code"]) == (404, "SERVICE_NOT_FOUND")
+        response = await client.get(path)
+        assert (response.status_code, response.json()["error_code"]) == (404, "SERVICE_NOT_FOUND")
 
 
 async def test_the_circuit_breaker_opens_and_a_test_closes_it(client: httpx.AsyncClient, database: Database) -> None:
     broken = True
-    answering = FAKE_SERVICES["sonarr"]
-    async with stub_server(lambda request: text_response("down", 503) if broken else answering(request)) as server:
-        made = await create(client, server.url, api_key=KEY)
+    fake = FAKE_SERVICES["sonarr"]
+    async with stub_server(lambda request: text_response("down", 503) if broken else fake(request)) as server:
+        created = await create(client, server.url, api_key=KEY)
         for _ in range(5):
-            await client.post(f"/api/services/{made['id']}/test")
-        told = (await client.get("/health/circuit-breaker/sonarr")).json()
-        assert told == {"state": "open", "failure_count": 5, "success_count": 0, "threshold": 5, "timeout": 60.0}
+            await client.post(f"/api/services/{created['id']}/test")
+        body = (await client.get("/health/circuit-breaker/sonarr")).json()
+        assert body == {"state": "open", "failure_count": 5, "success_count": 0, "threshold": 5, "timeout": 60.0}
         assert (await client.get("/health")).json()["services"]["sonarr"]["circuit_breaker_state"] == "open"
         broken = False
-        assert (await client.post(f"/api/services/{made['id']}/test")).json()["success"] is True
-        told = (await client.get("/health/circuit-breaker/TV")).json()
-        assert told == {"state": "closed", "failure_count": 0, "success_count": 1, "threshold": 5, "timeout": 60.0}
+        assert (await client.post(f"/api/services/{created['id']}/test")).json()["success"] is True
+        body = (await client.get("/health/circuit-breaker/TV")).json()
+        assert body == {"state": "closed", "failure_count": 0, "success_count": 1, "threshold": 5, "timeout": 60.0}
 
 
-async def test_what_the_settings_declare_is_shown_and_not_changed(
+async def test_declared_services_are_listed_and_cannot_be_changed(
     client: httpx.AsyncClient, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORGEARR_SERVICES__DECLARED", f"[{{name: TV, type: sonarr, url: '{DEAD}', api_key: {KEY}}}]")
+    monkeypatch.setenv(
+        "FORGEARR_SERVICES__DECLARED", f"[{{name: TV, type: sonarr, url: '{UNREACHABLE}', api_key: {KEY}}}]"
+    )
     get_settings.cache_clear()
     async with database.transaction() as session:
         await service_store.declare(session, get_settings().services.declared)
     (listed,) = (await client.get("/api/services")).json()
     assert (listed["declared"], listed["created_by"], listed["has_key"]) == (True, "settings", True)
-    for answer in (
+    for response in (
         await client.put(f"/api/services/{listed['id']}", json={"enabled": False}),
         await client.delete(f"/api/services/{listed['id']}"),
     ):
-        assert (answer.status_code, answer.json()["error_code"]) == (409, "SERVICE_DECLARED")
+        assert (response.status_code, response.json()["error_code"]) == (409, "SERVICE_DECLARED")

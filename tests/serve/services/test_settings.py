@@ -1,4 +1,4 @@
-"""/api/v1/settings: services by their handles, the model that answers, and audits on a schedule."""
+"""/api/v1/settings: services by their handles, the default model, and scheduled audits."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from pipelines.media.audit.schedule import CRON_BY_HOURS
 from tests.support.api_client import ApiClient
 
 PATH = "/api/v1/settings"
-DEAD = "http://127.0.0.1:9"
+UNREACHABLE = "http://127.0.0.1:9"
 pytestmark = pytest.mark.usefixtures("without_mlflow")
 
 
@@ -28,7 +28,7 @@ def without_mlflow(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def connect(api: ApiClient, **values: Any) -> None:
     async with api.database.transaction() as session:
-        await service_store.create(session, {"name": "TV", "type": "sonarr", "url": DEAD, **values}, "ada")
+        await service_store.create(session, {"name": "TV", "type": "sonarr", "url": UNREACHABLE, **values}, "ada")
 
 
 async def put(api: ApiClient, **body: Any) -> Any:
@@ -38,11 +38,11 @@ async def put(api: ApiClient, **body: Any) -> Any:
 async def test_settings_are_as_documented(api: ApiClient) -> None:
     await connect(api)
     await connect(api, name="4K", enabled=False)
-    told = (await api.request("bob", "GET", PATH)).json()
-    assert told == {
+    body = (await api.request("bob", "GET", PATH)).json()
+    assert body == {
         "mcp_servers": {
-            "sonarr": {"enabled": True, "url": DEAD, "connected": None},
-            "4K": {"enabled": False, "url": DEAD, "connected": None},
+            "sonarr": {"enabled": True, "url": UNREACHABLE, "connected": None},
+            "4K": {"enabled": False, "url": UNREACHABLE, "connected": None},
         },
         "llm": {"provider": "forgearr", "model": None},
         "audit": {"auto_audit_enabled": False, "auto_audit_interval_hours": 24},
@@ -50,24 +50,24 @@ async def test_settings_are_as_documented(api: ApiClient) -> None:
 
 
 async def test_audits_are_scheduled(api: ApiClient) -> None:
-    wanted = {"auto_audit_enabled": True, "auto_audit_interval_hours": 12}
-    answer = await put(api, audit=wanted)
-    assert answer.json() == {
+    audit = {"auto_audit_enabled": True, "auto_audit_interval_hours": 12}
+    response = await put(api, audit=audit)
+    assert response.json() == {
         "success": True,
         "message": "Settings updated successfully",
-        "updated_settings": {"audit": wanted},
+        "updated_settings": {"audit": audit},
     }
-    assert (await api.request("bob", "GET", PATH)).json()["audit"] == wanted
+    assert (await api.request("bob", "GET", PATH)).json()["audit"] == audit
     async with api.database.read_transaction() as session:
         (schedule,) = await session.scalars(select(Schedule))
     assert (schedule.name, schedule.kind, schedule.enabled) == ("auto-audit", "audit_services", True)
     assert schedule.next_fire_at is not None
     await put(api, audit={"auto_audit_enabled": False})
-    assert (await api.request("bob", "GET", PATH)).json()["audit"] == {**wanted, "auto_audit_enabled": False}
+    assert (await api.request("bob", "GET", PATH)).json()["audit"] == {**audit, "auto_audit_enabled": False}
 
 
 @pytest.mark.parametrize("hours", list(CRON_BY_HOURS))
-def test_each_interval_is_one(hours: int) -> None:
+def test_the_cron_of_each_interval_has_equal_steps(hours: int) -> None:
 
     moment = schedules.next_fire(CRON_BY_HOURS[hours], "UTC", datetime(2026, 1, 30, tzinfo=UTC))
     for _ in range(40):
@@ -78,8 +78,8 @@ def test_each_interval_is_one(hours: int) -> None:
 
 async def test_services_are_changed(api: ApiClient) -> None:
     await connect(api)
-    answer = await put(api, mcp_servers={"sonarr": {"url": "http://127.0.0.1:10", "enabled": False}})
-    assert answer.status_code == 200, answer.text
+    response = await put(api, mcp_servers={"sonarr": {"url": "http://127.0.0.1:10", "enabled": False}})
+    assert response.status_code == 200, response.text
     assert (await api.request("bob", "GET", PATH)).json()["mcp_servers"]["sonarr"] == {
         "enabled": False,
         "url": "http://127.0.0.1:10",
@@ -105,24 +105,24 @@ async def test_services_are_changed(api: ApiClient) -> None:
         ({"mcp_servers": {"nothing": {"enabled": True}}}, 404),
         ({"mcp_servers": {"sonarr": {"api_key": "x"}}}, 422),
         ({"mcp_servers": {"sonarr": {"url": "ftp://x"}}}, 400),
-        ({"mcp_servers": {"sonarr": {"url": "http://10.0.0.1"}}}, 422),  # the key was given for another address
+        ({"mcp_servers": {"sonarr": {"url": "http://10.0.0.1"}}}, 422),  # the key belongs to another address
         ({"mcp_servers": {"settled": {"enabled": False}}}, 409),
     ],
 )
-async def test_what_cannot_be_is_refused_as_a_whole(api: ApiClient, body: dict[str, Any], status: int) -> None:
+async def test_an_invalid_request_changes_nothing(api: ApiClient, body: dict[str, Any], status: int) -> None:
     await connect(api, api_key="0123456789")
     await connect(api, name="settled", declared=True)
     before = (await api.request("bob", "GET", PATH)).json()
-    # What could be is changed no more than the rest.
-    more = {"sonarr": {"enabled": False}} if "mcp_servers" in body and "sonarr" not in body["mcp_servers"] else {}
-    if more:
-        body = {"mcp_servers": {**more, **body["mcp_servers"]}}
-    answer = await api.request("admin", "PUT", PATH, json=body)
-    assert answer.status_code == status, answer.text
+    # The valid part of a refused request is not applied either.
+    valid = {"sonarr": {"enabled": False}} if "mcp_servers" in body and "sonarr" not in body["mcp_servers"] else {}
+    if valid:
+        body = {"mcp_servers": {**valid, **body["mcp_servers"]}}
+    response = await api.request("admin", "PUT", PATH, json=body)
+    assert response.status_code == status, response.text
     assert (await api.request("bob", "GET", PATH)).json() == before
 
 
-async def test_a_schedule_of_that_name_may_be_somebodys(api: ApiClient) -> None:
+async def test_a_schedule_with_the_same_name_is_a_conflict(api: ApiClient) -> None:
     async with api.database.transaction() as session:
         await schedules.create(session, ScheduleRequest(name="auto-audit", kind="probe", cron="0 3 * * *"), LOCAL)
     assert (await put(api, audit={"auto_audit_enabled": True})).status_code == 409

@@ -1,4 +1,4 @@
-"""/api/v1/mcp: the tools of services, who may call them, with what, and what is kept of the calls."""
+"""/api/v1/mcp: the tools of services, access to them, their arguments, and the record of calls."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -26,7 +26,7 @@ from tests.support.services.stub_server import StubRequest, StubResponse, StubSe
 from tests.support.waiting import eventually_async
 
 MCP = "/api/v1/mcp"
-DEAD = "http://127.0.0.1:9"
+UNREACHABLE = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
 
 @pytest.fixture
 async def server() -> AsyncIterator[StubServer]:
-    """It says that its queue is empty, whatever is asked."""
+    """A SABnzbd whose queue is empty. It sends the same response to every request."""
     queue = {"slots": [], "paused": False, "status": "Idle", "kbpersec": "0.00", "mbleft": "0.00"}
     async with stub_server(lambda _: json_response({"queue": queue})) as server:
         yield server
@@ -58,25 +58,25 @@ async def connect(api: ApiClient, type: str, url: str, key: str | None = KEY, **
 
 
 async def call(api: ApiClient, server: str, tool: str, username: str = "admin", **arguments: Any) -> tuple[int, Any]:
-    answer = await api.request(username, "POST", f"{MCP}/{server}/call", json={"tool": tool, "arguments": arguments})
-    return answer.status_code, answer.json()
+    response = await api.request(username, "POST", f"{MCP}/{server}/call", json={"tool": tool, "arguments": arguments})
+    return response.status_code, response.json()
 
 
-async def calls(api: ApiClient, **parameters: Any) -> list[dict[str, Any]]:
-    answer = await api.request("admin", "GET", f"{MCP}/calls", params=parameters)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["items"]
+async def list_calls(api: ApiClient, **parameters: Any) -> list[dict[str, Any]]:
+    response = await api.request("admin", "GET", f"{MCP}/calls", params=parameters)
+    assert response.status_code == 200, response.text
+    return response.json()["items"]
 
 
 def names_in_queue(sabnzbd: RunningService) -> list[str]:
     return [slot["filename"] for slot in news_server.call_api(sabnzbd, "queue")["queue"]["slots"]]
 
 
-async def test_the_tools_of_sabnzbd(api: ApiClient) -> None:
-    await connect(api, "sabnzbd", DEAD)
-    answer = (await api.request("ada", "GET", f"{MCP}/sabnzbd/tools")).json()
-    assert answer["server"] == "sabnzbd"
-    tools = {tool["name"]: tool for tool in answer["tools"]}
+async def test_the_tools_of_sabnzbd_are_listed(api: ApiClient) -> None:
+    await connect(api, "sabnzbd", UNREACHABLE)
+    body = (await api.request("ada", "GET", f"{MCP}/sabnzbd/tools")).json()
+    assert body["server"] == "sabnzbd"
+    tools = {tool["name"]: tool for tool in body["tools"]}
     assert tools["get_queue"] == {
         "name": "get_queue",
         "description": "Get current download queue",
@@ -91,7 +91,7 @@ async def test_the_tools_of_sabnzbd(api: ApiClient) -> None:
     assert (effects["pause_queue"], effects["delete_download"]) == ("change", "destroy")
 
 
-def test_every_tool_says_what_it_does_and_takes() -> None:
+def test_every_tool_has_a_description_and_a_schema() -> None:
     for connector in all_connectors().values():
         names = [tool.name for tool in connector.tools]
         assert len(names) == len(set(names))
@@ -103,7 +103,7 @@ def test_every_tool_says_what_it_does_and_takes() -> None:
 
 async def test_the_tools_of_a_service_are_described_for_any_caller(api: ApiClient) -> None:
     for type_, connector in all_connectors().items():
-        await connect(api, type_, DEAD, KEY if connector.needs_key else None)
+        await connect(api, type_, UNREACHABLE, KEY if connector.needs_key else None)
         if not connector.tools:
             continue
         async with api.database.read_transaction() as session:
@@ -119,7 +119,7 @@ async def test_the_tools_of_a_service_are_described_for_any_caller(api: ApiClien
     assert source.find("get_queue").output_schema == DownloadQueue.model_json_schema(mode="serialization")
 
 
-async def test_results_are_as_described(api: ApiClient, server: StubServer) -> None:
+async def test_a_handler_returns_the_described_result(api: ApiClient, server: StubServer) -> None:
     await connect(api, "sabnzbd", server.url)
     async with api.database.read_transaction() as session:
         tool = (await find_tool_source(session, "sabnzbd")).find("get_queue")
@@ -129,7 +129,7 @@ async def test_results_are_as_described(api: ApiClient, server: StubServer) -> N
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_a_real_sabnzbd_does_what_it_is_told_to(api: ApiClient, sabnzbd: RunningService) -> None:
+async def test_tools_of_a_real_sabnzbd(api: ApiClient, sabnzbd: RunningService) -> None:
     await connect(api, "sabnzbd", sabnzbd.url, sabnzbd.key)
     status, paused = await call(api, "sabnzbd", "pause_queue")
     assert (status, paused["result"]) == (200, {"success": True, "paused": True, "queue_status": "Paused"})
@@ -138,11 +138,13 @@ async def test_a_real_sabnzbd_does_what_it_is_told_to(api: ApiClient, sabnzbd: R
     status, queue = await call(api, "sabnzbd", "get_queue", "ada")
     assert (status, queue["result"]["paused"], queue["result"]["speed"]) == (200, True, "0 B/s")
     assert (await call(api, "sabnzbd", "resume_queue"))[1]["result"]["paused"] is False
-    added = (await call(api, "sabnzbd", "add_download", url=f"{DEAD}/x.nzb&i=1&r=hidden", name="Film"))[1]["result"]
+    added = (await call(api, "sabnzbd", "add_download", url=f"{UNREACHABLE}/x.nzb&i=1&r=hidden", name="Film"))[1][
+        "result"
+    ]
     (slot,) = (await call(api, "sabnzbd", "get_queue"))[1]["result"]["queue"]
     assert (slot["nzo_id"], slot["status"], slot["priority"]) == (added["nzo_id"], "Grabbing", "Normal")
-    # Releases differ in whether it has its name already, or is called by its address.
-    assert slot["filename"] == "Film" or slot["filename"].endswith(f"{DEAD}/…")
+    # Some releases of SABnzbd name it at once, others show its address first.
+    assert slot["filename"] == "Film" or slot["filename"].endswith(f"{UNREACHABLE}/…")
     assert (await call(api, "sabnzbd", "delete_download", **added))[0] == 200
     nzb = NewsServer().post("film.mkv", b"film")
     async with stub_server(lambda request: StubResponse(nzb.encode(), 200, "application/x-nzb")) as web:
@@ -152,10 +154,10 @@ async def test_a_real_sabnzbd_does_what_it_is_told_to(api: ApiClient, sabnzbd: R
     assert (status, history["result"]) == (200, {"history": [], "total": 0})
     assert (await call(api, "sabnzbd", "delete_download", **added))[1]["result"] == added
     assert names_in_queue(sabnzbd) == []
-    status, gone = await call(api, "sabnzbd", "delete_download", **added)
-    assert (status, gone["error_code"]) == (404, "DOWNLOAD_NOT_FOUND")
-    kept = await calls(api)
-    assert [(record["tool"], record["called_by"], record["outcome"]) for record in kept] == [
+    status, body = await call(api, "sabnzbd", "delete_download", **added)
+    assert (status, body["error_code"]) == (404, "DOWNLOAD_NOT_FOUND")
+    records = await list_calls(api)
+    assert [(record["tool"], record["called_by"], record["outcome"]) for record in records] == [
         ("delete_download", "admin", "failed"),
         ("delete_download", "admin", "succeeded"),
         ("get_history", "ada", "succeeded"),
@@ -167,22 +169,22 @@ async def test_a_real_sabnzbd_does_what_it_is_told_to(api: ApiClient, sabnzbd: R
         ("get_queue", "ada", "succeeded"),
         ("pause_queue", "admin", "succeeded"),
     ]
-    assert (kept[0]["error_code"], kept[2]["arguments"]) == ("DOWNLOAD_NOT_FOUND", {"limit": 1})
+    assert (records[0]["error_code"], records[2]["arguments"]) == ("DOWNLOAD_NOT_FOUND", {"limit": 1})
     # Any part of an address may be a key.
-    assert kept[6]["arguments"] == {"url": f"{DEAD}/…", "name": "Film"}
-    assert kept[-1]["execution_time_ms"] == paused["execution_time_ms"]
+    assert records[6]["arguments"] == {"url": f"{UNREACHABLE}/…", "name": "Film"}
+    assert records[-1]["execution_time_ms"] == paused["execution_time_ms"]
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_a_real_prometheus_is_asked(api: ApiClient, prometheus: RunningService) -> None:
+async def test_queries_of_a_real_prometheus(api: ApiClient, prometheus: RunningService) -> None:
     await connect(api, "prometheus", prometheus.url, None)
-    status, answer = await call(api, "prometheus", "query_metrics", "ada", query="1 + 1")
-    assert (status, answer["result"]["resultType"], answer["result"]["result"][1]) == (200, "scalar", "2")
-    cores = 'count(last_over_time(node_cpu_seconds_total{mode="idle"}[1h]))'  # a slow answer makes it forget the last
-    status, answer = await call(api, "prometheus", "query_metrics", "ada", query=cores)
-    assert int(answer["result"]["result"][0]["value"][1]) == os.cpu_count()
-    status, answer = await call(api, "prometheus", "query_metrics", "ada", query="up{")
-    assert (status, answer["error_code"]) == (400, "REFUSED_BY_SERVICE")
+    status, body = await call(api, "prometheus", "query_metrics", "ada", query="1 + 1")
+    assert (status, body["result"]["resultType"], body["result"]["result"][1]) == (200, "scalar", "2")
+    cores = 'count(last_over_time(node_cpu_seconds_total{mode="idle"}[1h]))'  # a slow scrape makes the last value stale
+    status, body = await call(api, "prometheus", "query_metrics", "ada", query=cores)
+    assert int(body["result"]["result"][0]["value"][1]) == os.cpu_count()
+    status, body = await call(api, "prometheus", "query_metrics", "ada", query="up{")
+    assert (status, body["error_code"]) == (400, "REFUSED_BY_SERVICE")
 
 
 @pytest.mark.parametrize(
@@ -199,83 +201,83 @@ async def test_a_real_prometheus_is_asked(api: ApiClient, prometheus: RunningSer
         ("add_download", {"url": "file:///etc/passwd"}, "url"),
     ],
 )
-async def test_arguments_that_a_tool_does_not_take(
+async def test_invalid_arguments_are_refused(
     api: ApiClient, server: StubServer, tool: str, arguments: dict[str, Any], field: str
 ) -> None:
     await connect(api, "sabnzbd", server.url)
-    status, answer = await call(api, "sabnzbd", tool, **arguments)
-    assert (status, answer["error"], answer["error_code"]) == (400, "invalid_request", "INVALID_TOOL_ARGUMENTS")
-    assert (list(answer["details"]), field in answer["message"]) == ([field], True)
+    status, body = await call(api, "sabnzbd", tool, **arguments)
+    assert (status, body["error"], body["error_code"]) == (400, "invalid_request", "INVALID_TOOL_ARGUMENTS")
+    assert (list(body["details"]), field in body["message"]) == ([field], True)
     assert server.requests == []
-    (kept,) = await calls(api)
-    assert (kept["outcome"], kept["arguments"], kept["execution_time_ms"]) == ("refused", arguments, None)
+    (record,) = await list_calls(api)
+    assert (record["outcome"], record["arguments"], record["execution_time_ms"]) == ("refused", arguments, None)
 
 
-async def test_what_changes_something_is_for_administrators(api: ApiClient, server: StubServer) -> None:
+async def test_tools_that_change_something_are_for_administrators(api: ApiClient, server: StubServer) -> None:
     await connect(api, "sabnzbd", server.url)
     for tool in ("pause_queue", "delete_download", "retry_download"):
-        status, answer = await call(api, "sabnzbd", tool, "ada", nzo_id="x")
-        assert (status, answer["error"]) == (403, "forbidden")
+        status, body = await call(api, "sabnzbd", tool, "ada", nzo_id="x")
+        assert (status, body["error"]) == (403, "forbidden")
     assert server.requests == []
     assert (await call(api, "sabnzbd", "get_queue", "ada"))[0] == 200
-    assert [record["outcome"] for record in await calls(api)] == ["succeeded", "refused", "refused", "refused"]
+    assert [record["outcome"] for record in await list_calls(api)] == ["succeeded", "refused", "refused", "refused"]
     assert (await api.request("ada", "GET", f"{MCP}/calls")).status_code == 403
 
 
-async def test_what_there_is_not(api: ApiClient, server: StubServer) -> None:
+async def test_unknown_tools_and_services_are_not_found(api: ApiClient, server: StubServer) -> None:
     await connect(api, "sabnzbd", server.url)
-    status, answer = await call(api, "sabnzbd", "shut_down")
-    assert (status, answer["error_code"]) == (404, "UNKNOWN_TOOL")
-    assert "get_queue, get_history" in answer["message"]
+    status, body = await call(api, "sabnzbd", "shut_down")
+    assert (status, body["error_code"]) == (404, "UNKNOWN_TOOL")
+    assert "get_queue, get_history" in body["message"]
     for word, expected in (("nobody", 404), ("plex", 503)):
         assert (await call(api, word, "get_queue"))[0] == expected
         assert (await api.request("ada", "GET", f"{MCP}/{word}/tools")).status_code == expected
-    assert [record["tool"] for record in await calls(api)] == ["shut_down"]
+    assert [record["tool"] for record in await list_calls(api)] == ["shut_down"]
 
 
-async def test_a_service_that_is_away_is_told_in_the_documents_word(api: ApiClient) -> None:
-    await connect(api, "sabnzbd", DEAD)
-    status, answer = await call(api, "sabnzbd", "get_queue")
-    assert (status, answer["error"], answer["error_code"]) == (503, "mcp_connection_error", "SERVICE_UNREACHABLE")
-    assert (await calls(api))[0]["outcome"] == "failed"
+async def test_an_unreachable_service_has_the_documented_error(api: ApiClient) -> None:
+    await connect(api, "sabnzbd", UNREACHABLE)
+    status, body = await call(api, "sabnzbd", "get_queue")
+    assert (status, body["error"], body["error_code"]) == (503, "mcp_connection_error", "SERVICE_UNREACHABLE")
+    assert (await list_calls(api))[0]["outcome"] == "failed"
 
 
-async def test_secrets_and_long_arguments_are_not_kept(api: ApiClient, server: StubServer) -> None:
+async def test_secrets_and_long_arguments_are_not_stored(api: ApiClient, server: StubServer) -> None:
     await connect(api, "sabnzbd", server.url)
     await call(api, "sabnzbd", "get_queue", api_key="sesame", deep=[{"password": {"is": "sesame"}}], say="token=sesame")
     await call(api, "sabnzbd", "get_queue", text=20_000 * "x")
-    long, secret = await calls(api)
+    long, secret = await list_calls(api)
     assert "sesame" not in str(secret)
     assert secret["arguments"]["deep"] == [{"password": "********"}]
     assert long["arguments"] == {"omitted": "20012 characters"}
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e999", 900 * "[" + 900 * "]", '"\\ud800"'])
-async def test_arguments_that_nobody_can_keep(api: ApiClient, server: StubServer, value: str) -> None:
+async def test_arguments_that_cannot_be_stored_are_refused(api: ApiClient, server: StubServer, value: str) -> None:
     await connect(api, "sabnzbd", server.url)
     content = '{"tool": "get_queue", "arguments": {"x": ' + value + "}}"
-    answer = await api.request("admin", "POST", f"{MCP}/sabnzbd/call", content=content)
-    assert answer.status_code in {400, 422}, answer.text
+    response = await api.request("admin", "POST", f"{MCP}/sabnzbd/call", content=content)
+    assert response.status_code in {400, 422}, response.text
 
 
-async def test_calls_are_paged_filtered_and_forgotten(api: ApiClient, server: StubServer) -> None:
+async def test_calls_are_paginated_filtered_and_removed(api: ApiClient, server: StubServer) -> None:
     await connect(api, "sabnzbd", server.url)
-    await connect(api, "plex", DEAD)
+    await connect(api, "plex", UNREACHABLE)
     for _ in range(3):
         await call(api, "sabnzbd", "get_queue")
     await call(api, "plex", "get_libraries")
-    assert len(await calls(api, limit=2)) == 2
-    assert [record["tool"] for record in await calls(api, service="plex")] == ["get_libraries"]
+    assert len(await list_calls(api, limit=2)) == 2
+    assert [record["tool"] for record in await list_calls(api, service="plex")] == ["get_libraries"]
     async with api.database.transaction() as session:
         old = update(ToolCall).where(ToolCall.service == "plex").values(at=now() - timedelta(days=31))
         await session.execute(old)
     assert await remove_old_calls(api.database) == 1
-    assert len(await calls(api)) == 3
+    assert len(await list_calls(api)) == 3
 
 
 # The other services: a fake of each, with a response of the shape that its API documents.
 
-ANSWERS: dict[str, tuple[str, str, dict[str, Any], Any, Any]] = {
+RESPONSES: dict[str, tuple[str, str, dict[str, Any], Any, Any]] = {
     "prowlarr": (
         "get_indexers",
         "/api/v1/indexer",
@@ -426,22 +428,22 @@ ANSWERS: dict[str, tuple[str, str, dict[str, Any], Any, Any]] = {
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-@pytest.mark.parametrize("name", ANSWERS)
-async def test_what_others_tell(api: ApiClient, name: str) -> None:
-    tool, path, arguments, said, told = ANSWERS[name]
+@pytest.mark.parametrize("name", RESPONSES)
+async def test_tools_of_other_services(api: ApiClient, name: str) -> None:
+    tool, path, arguments, content, expected = RESPONSES[name]
     fake = FAKE_SERVICES[name]
-    nonsense = False
+    malformed = False
 
-    def answer(request: StubRequest) -> StubResponse:
+    def respond(request: StubRequest) -> StubResponse:
         reply = fake(request)
         if request.path != path or reply.status in {401, 403}:
             return reply
-        return json_response({"results": 7, "data": "?", "response": {"data": 1}} if nonsense else said)
+        return json_response({"results": 7, "data": "?", "response": {"data": 1}} if malformed else content)
 
-    async with stub_server(answer) as server:
+    async with stub_server(respond) as server:
         await connect(api, name, server.url, fake.key if fake.requires_key else None)
         status, result = await call(api, name, tool, "ada", **arguments)
-        assert (status, result.get("result")) == (200, told), result
-        nonsense = True
+        assert (status, result.get("result")) == (200, expected), result
+        malformed = True
         status, result = await call(api, name, tool, "ada", **arguments)
         assert (status, result["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
