@@ -1,4 +1,4 @@
-"""What runs all the time stays small: no process of the platform itself loads what only training and engines need."""
+"""Permanent processes stay small: none of them loads libraries that only training and engines need."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ HEAVY = [
     ids=["gateway", "bring-up", "dispatcher", "command line"],
 )
 @pytest.mark.usefixtures("home")
-def test_nothing_heavy_is_loaded(code: str) -> None:
-    look = f"{code}; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
-    loaded = subprocess.check_output([sys.executable, "-c", look], text=True, timeout=TIMEOUT)
+def test_no_heavy_library_is_loaded(code: str) -> None:
+    script = f"{code}; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
+    loaded = subprocess.check_output([sys.executable, "-c", script], text=True, timeout=TIMEOUT)
     assert loaded.split() == []

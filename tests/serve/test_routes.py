@@ -1,4 +1,4 @@
-"""The table of routers: each route has its marks, and which route answers does not depend on an order."""
+"""The table of routers: each route has its marks, and the route of a request does not depend on the order."""
 
 import re
 from collections import defaultdict
@@ -25,19 +25,19 @@ STREAMING = [
 ]
 
 
-def test_a_literal_path_is_never_behind_a_parameter() -> None:
+def test_no_literal_path_is_hidden_by_a_parameter() -> None:
     assert len(ROUTES) > 150
     routes = [route for _, route in ROUTES]
     hidden = [(later.path, earlier.path) for earlier, later in combinations(routes, 2) if _hides(earlier, later)]
     assert hidden == []
 
 
-def test_a_route_behind_a_parameter_would_be_found() -> None:
-    async def answer() -> None: ...
+def test_a_hidden_route_is_detected() -> None:
+    async def endpoint() -> None: ...
 
-    assert _hides(APIRoute("/jobs/{job_id}", answer), APIRoute("/jobs/newest", answer))
-    assert not _hides(APIRoute("/jobs/newest", answer), APIRoute("/jobs/{job_id}", answer))
-    assert not _hides(APIRoute("/jobs/{job_id}", answer, methods=["POST"]), APIRoute("/jobs/newest", answer))
+    assert _hides(APIRoute("/jobs/{job_id}", endpoint), APIRoute("/jobs/newest", endpoint))
+    assert not _hides(APIRoute("/jobs/newest", endpoint), APIRoute("/jobs/{job_id}", endpoint))
+    assert not _hides(APIRoute("/jobs/{job_id}", endpoint, methods=["POST"]), APIRoute("/jobs/newest", endpoint))
 
 
 def test_every_operation_has_one_tag_and_one_envelope(home: object) -> None:
@@ -102,7 +102,7 @@ def test_the_index_finds_the_marks_of_every_route() -> None:
     for mount, route in ROUTES:
         for method in methods_of(route):
             assert index.find(method, _example(route.path)) == marks_of_route(mount, route), route.path
-    # As Starlette's patterns do.
+    # Starlette's patterns match this, too.
     assert index.find("POST", "/api/v1/config/audit\n").rate_limit == "audit"
 
 
@@ -119,7 +119,7 @@ def test_the_index_finds_the_marks_of_every_route() -> None:
         ("WEBSOCKET", "/v1/realtime", "openai"),
     ],
 )
-def test_where_there_is_no_route_the_envelope_is_that_of_the_address(method: str, path: str, envelope: str) -> None:
+def test_an_unknown_path_has_the_envelope_of_its_prefix(method: str, path: str, envelope: str) -> None:
     marks = RouteIndex(MOUNTS).find(method, path)
     assert (marks.envelope, marks.access, marks.rate_limit) == (envelope, None, "general")
 
@@ -132,7 +132,7 @@ async def test_a_wrong_method_is_answered_without_a_look_at_the_body(database: D
 
 
 @pytest.mark.parametrize("path", STREAMING)
-async def test_only_some_routes_take_long_bodies(database: Database, path: str) -> None:
+async def test_only_some_routes_accept_long_bodies(database: Database, path: str) -> None:
     headers = {"Content-Length": str(MAX_BODY_BYTES + 1)}
     transport = httpx.ASGITransport(create_app())
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
@@ -141,10 +141,10 @@ async def test_only_some_routes_take_long_bodies(database: Database, path: str) 
 
 
 def _hides(earlier: Route, later: Route) -> bool:
-    """Whether every request for the later route would be answered by the earlier one."""
+    """Whether the earlier route would get every request for the later one."""
     return bool(methods_of(earlier) & methods_of(later)) and bool(re.match(earlier.path_regex, _example(later.path)))
 
 
 def _example(path: str) -> str:
-    """An address of this route; a parameter's value is no literal of any other."""
+    """A path of this route. The values of its parameters are no literals of other routes."""
     return re.sub(r"\{[^}]+\}", "a-value-of-a-parameter", path)

@@ -1,4 +1,4 @@
-"""Errors on the wire, the strictness about what comes in, and the id that every answer carries."""
+"""Error responses, the validation of input, and the id of every response."""
 
 import json
 import logging
@@ -90,19 +90,19 @@ async def client(home: object) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.parametrize("number", range(len(ERRORS)))
-async def test_every_error_has_the_fields_of_all_dialects(client: httpx.AsyncClient, number: int) -> None:
+async def test_every_error_has_the_native_fields(client: httpx.AsyncClient, number: int) -> None:
     error = ERRORS[number]
-    answer = await client.get(f"/errors/{number}")
-    envelope = RateLimitEnvelope if answer.status_code == 429 else ErrorEnvelope
-    body = envelope.model_validate(answer.json())
-    assert answer.status_code == error.status
+    response = await client.get(f"/errors/{number}")
+    envelope = RateLimitEnvelope if response.status_code == 429 else ErrorEnvelope
+    body = envelope.model_validate(response.json())
+    assert response.status_code == error.status
     assert (body.error, body.error_code, body.message, body.detail) == (
         error.error,
         error.code,
         error.message,
         error.message,
     )
-    assert answer.json()["timestamp"].endswith("Z")
+    assert response.json()["timestamp"].endswith("Z")
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ async def test_every_error_has_the_fields_of_all_dialects(client: httpx.AsyncCli
         (4, "server_error"),
     ],
 )
-async def test_under_v1_errors_look_like_openais(client: httpx.AsyncClient, number: int, type_: str) -> None:
-    answer = await client.get(f"/v1/errors/{number}")
-    envelope = OpenAIRateLimitEnvelope if answer.status_code == 429 else OpenAIErrorEnvelope
-    body = envelope.model_validate(answer.json())
+async def test_errors_under_v1_have_openais_fields(client: httpx.AsyncClient, number: int, type_: str) -> None:
+    response = await client.get(f"/v1/errors/{number}")
+    envelope = OpenAIRateLimitEnvelope if response.status_code == 429 else OpenAIErrorEnvelope
+    body = envelope.model_validate(response.json())
     assert (body.error.type, body.error.message, body.detail) == (
         type_,
         ERRORS[number].message,
@@ -126,58 +126,58 @@ async def test_under_v1_errors_look_like_openais(client: httpx.AsyncClient, numb
     )
 
 
-async def test_headers_that_belong_to_a_status(client: httpx.AsyncClient) -> None:
+async def test_errors_have_the_headers_of_their_status(client: httpx.AsyncClient) -> None:
     limited = await client.get("/errors/3")
     assert (limited.headers["retry-after"], limited.json()["retry_after"]) == ("30", 30)
     assert (await client.get("/errors/2")).headers["www-authenticate"] == "Bearer"
 
 
-async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_method_gets_the_allowed_ones(client: httpx.AsyncClient) -> None:
     assert (await client.put("/items")).headers["allow"] == "GET, POST"
     assert (await client.put("/v1/items")).headers["allow"] == "POST"
     assert "GET" in (await client.post("/openapi.json")).headers["allow"]
 
 
-async def test_a_field_that_is_not_valid_is_named(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/items", json={"count": 11})
-    body = ErrorEnvelope.model_validate(answer.json())
-    assert answer.status_code == 422
+async def test_an_invalid_field_is_named(client: httpx.AsyncClient) -> None:
+    response = await client.post("/items", json={"count": 11})
+    body = ErrorEnvelope.model_validate(response.json())
+    assert response.status_code == 422
     assert body.error_code == "VALIDATION_ERROR"
     assert set(body.details) == {"name", "count"}
     assert "count: Input should be less than or equal to 10" in body.message
 
 
-async def test_under_v1_the_first_wrong_field_is_the_param(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/v1/items", json={"name": "a", "count": 11})
-    assert OpenAIErrorEnvelope.model_validate(answer.json()).error.param == "count"
+async def test_the_first_invalid_field_under_v1_is_the_param(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/items", json={"name": "a", "count": 11})
+    assert OpenAIErrorEnvelope.model_validate(response.json()).error.param == "count"
 
 
 async def test_the_value_of_a_secret_field_is_never_repeated(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/items", json={"name": "a", "api_key": "bad"})
-    assert answer.status_code == 422
-    assert answer.json()["details"] == {"api_key": "is not valid"}
-    assert "bad" not in answer.text
+    response = await client.post("/items", json={"name": "a", "api_key": "bad"})
+    assert response.status_code == 422
+    assert response.json()["details"] == {"api_key": "is not valid"}
+    assert "bad" not in response.text
 
 
 async def test_an_unexpected_error_is_logged_and_not_shown(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        answer = await client.get("/broken")
-    assert answer.status_code == 500
-    assert ErrorEnvelope.model_validate(answer.json()).error == "internal_error"
-    assert "hunter2" not in answer.text
+        response = await client.get("/broken")
+    assert response.status_code == 500
+    assert ErrorEnvelope.model_validate(response.json()).error == "internal_error"
+    assert "hunter2" not in response.text
     assert "RuntimeError: the password is hunter2" in caplog.text
     assert "GET /broken 500" in caplog.text
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("PUT", "/items", 405)])
-async def test_what_the_framework_refuses_looks_the_same(
+async def test_errors_of_the_framework_have_the_same_fields(
     client: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
-    answer = await client.request(method, path)
-    assert answer.status_code == status
-    ErrorEnvelope.model_validate(answer.json())
+    response = await client.request(method, path)
+    assert response.status_code == status
+    ErrorEnvelope.model_validate(response.json())
 
 
 @pytest.mark.parametrize(
@@ -195,24 +195,24 @@ async def test_what_the_framework_refuses_looks_the_same(
         b"[" * 100_000,
     ],
 )
-async def test_a_body_that_nobody_can_keep_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
-    answer = await client.post("/items", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400
-    assert ErrorEnvelope.model_validate(answer.json()).error == "invalid_request"
+async def test_a_body_that_cannot_be_stored_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
+    response = await client.post("/items", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert ErrorEnvelope.model_validate(response.json()).error == "invalid_request"
 
 
 @pytest.mark.parametrize("name", ["\\u0000", "emoji 🎬", "new\nline"])
-async def test_text_that_only_looks_dangerous_passes_unchanged(client: httpx.AsyncClient, name: str) -> None:
-    answer = await client.post("/items", json={"name": name})
-    assert (answer.status_code, answer.json()["name"]) == (200, name)
+async def test_unusual_text_passes_unchanged(client: httpx.AsyncClient, name: str) -> None:
+    response = await client.post("/items", json={"name": name})
+    assert (response.status_code, response.json()["name"]) == (200, name)
 
 
-async def test_nul_in_an_address_is_refused(client: httpx.AsyncClient) -> None:
+async def test_nul_in_a_url_is_refused(client: httpx.AsyncClient) -> None:
     assert (await client.get("/id?name=%00")).status_code == 400
     assert (await client.get("/errors/%00")).status_code == 400
 
 
-async def test_a_body_without_end_is_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_too_large_body_is_refused(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     for bound in ("MAX_BODY_BYTES", "MAX_ANONYMOUS_BODY_BYTES"):
         monkeypatch.setattr(strict_input, bound, 1000)
     sent = 0
@@ -230,22 +230,22 @@ async def test_a_body_without_end_is_refused(client: httpx.AsyncClient, monkeypa
     assert sent < 2000
 
 
-async def test_the_request_id_of_a_client_is_kept_and_known_inside(client: httpx.AsyncClient) -> None:
-    answer = await client.get("/id", headers={"X-Request-ID": "trace-1.a:b_c"})
-    assert answer.headers["x-request-id"] == answer.json() == "trace-1.a:b_c"
+async def test_the_request_id_of_a_client_is_used(client: httpx.AsyncClient) -> None:
+    response = await client.get("/id", headers={"X-Request-ID": "trace-1.a:b_c"})
+    assert response.headers["x-request-id"] == response.json() == "trace-1.a:b_c"
 
 
-@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "<script>"])
-async def test_a_strange_request_id_is_replaced(client: httpx.AsyncClient, sent: str) -> None:
-    answer = await client.get("/nothing", headers={"X-Request-ID": sent})
-    assert len(answer.headers["x-request-id"]) == 32
+@pytest.mark.parametrize("request_id", ["", "a b", "x" * 129, "<script>"])
+async def test_an_invalid_request_id_is_replaced(client: httpx.AsyncClient, request_id: str) -> None:
+    response = await client.get("/nothing", headers={"X-Request-ID": request_id})
+    assert len(response.headers["x-request-id"]) == 32
 
 
 async def test_each_request_has_its_own_id(client: httpx.AsyncClient) -> None:
     assert len({(await client.get("/id")).json() for _ in range(5)}) == 5
 
 
-async def test_openapi_declares_what_is_sent(client: httpx.AsyncClient) -> None:
+async def test_openapi_declares_the_envelopes(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     assert "HTTPValidationError" not in document["components"]["schemas"]
     for path, operations in document["paths"].items():
@@ -257,7 +257,7 @@ async def test_openapi_declares_what_is_sent(client: httpx.AsyncClient) -> None:
                 assert schema == {"$ref": f"#/components/schemas/{name}"}
 
 
-def test_an_envelope_with_odd_details_can_still_be_sent() -> None:
+def test_an_envelope_with_unserializable_details_can_be_sent() -> None:
     from serve.http.errors import error_response
 
     body = error_response(Conflict(details={"paths": {1}, "when": float("nan")}), "native").body

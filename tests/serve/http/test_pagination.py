@@ -65,19 +65,19 @@ def repository(at: datetime) -> Repository:
 
 
 def recovery(at: datetime) -> Recovery:
-    decided = {"decision": "retry", "reason": "It failed.", "policy": {}, "dry_run": True, "outcome": "dry_run"}
-    return Recovery(at=at, service="sabnzbd", item="nzo_1", title="A film", job_id="job_1", **decided)
+    decision = {"decision": "retry", "reason": "It failed.", "policy": {}, "dry_run": True, "outcome": "dry_run"}
+    return Recovery(at=at, service="sabnzbd", item="nzo_1", title="A film", job_id="job_1", **decision)
 
 
 def audit(at: datetime) -> Audit:
-    found: dict[str, Any] = {"summary": {}, "counts": dict.fromkeys(PRIORITIES, 0), "total": 0, "rule_problems": []}
-    return Audit(id=uuid4().hex, at=at, services=[], failed={}, web_search={}, **found, **BY)
+    findings: dict[str, Any] = {"summary": {}, "counts": dict.fromkeys(PRIORITIES, 0), "total": 0, "rule_problems": []}
+    return Audit(id=uuid4().hex, at=at, services=[], failed={}, web_search={}, **findings, **BY)
 
 
 def recommendation(at: datetime) -> Recommendation:
-    place = {"area": "host", "setting": "port", "entry": uuid4().hex, "entry_name": ""}
+    setting = {"area": "host", "setting": "port", "entry": uuid4().hex, "entry_name": ""}
     reasons = {"rationale": "", "explanation": "", "impact": "", "references": [], "sources": []}
-    columns = {"rule_id": "a", "category": "security", "priority": "low", "created_at": at, **place, **reasons}
+    columns = {"rule_id": "a", "category": "security", "priority": "low", "created_at": at, **setting, **reasons}
     return Recommendation(service_id=PARENT["service_id"], **columns)
 
 
@@ -165,21 +165,21 @@ async def lists(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
 
 
 @pytest.mark.parametrize("path", [*BY_OFFSET, *BY_KEY, *IN_MEMORY])
-async def test_pages_put_together_are_the_whole_list(lists: ApiClient, path: str) -> None:
+async def test_the_pages_together_are_the_whole_list(lists: ApiClient, path: str) -> None:
     await add(lists, path, COUNT, MOMENT)
-    whole = await read_pages(lists, path, 100)
-    assert len(whole) == len(set(whole)) >= COUNT
+    expected = await read_pages(lists, path, 100)
+    assert len(expected) == len(set(expected)) >= COUNT
     for size in (2, COUNT):
-        assert await read_pages(lists, path, size) == whole
+        assert await read_pages(lists, path, size) == expected
 
 
 @pytest.mark.parametrize("path", BY_KEY)
-async def test_rows_that_are_added_meanwhile_hide_or_repeat_nothing(lists: ApiClient, path: str) -> None:
+async def test_concurrent_inserts_hide_or_repeat_no_row(lists: ApiClient, path: str) -> None:
     await add(lists, path, COUNT, MOMENT)
-    whole = await read_pages(lists, path, 100)
+    expected = await read_pages(lists, path, 100)
     read = await read_pages(lists, path, 2, lambda: add(lists, path, 1, now()))
     assert len(read) == len(set(read))
-    assert [item for item in read if item in whole] == whole
+    assert [item for item in read if item in expected] == expected
 
 
 def test_every_list_is_tested() -> None:
@@ -206,9 +206,9 @@ async def read_pages(
     address: str | None = path.format_map(PARENT)
     query: dict[str, Any] = {"page_size" if path.startswith("/api/v1/config/") else "limit": size}
     while address is not None and len(ids) < 10 * COUNT:
-        answer = await api.request("admin", "GET", address, params=query or None)
-        assert answer.status_code == 200, answer.text
-        body = answer.json()
+        response = await api.request("admin", "GET", address, params=query or None)
+        assert response.status_code == 200, response.text
+        body = response.json()
         (items,) = [value for name, value in body.items() if name in {"items", "data", "audits", "recommendations"}]
         assert len(items) <= size
         assert items or not ids or "next_after" in body, "an empty page after the last one"

@@ -1,4 +1,4 @@
-"""Credentials over HTTP, and the guard of a server that asks for none."""
+"""Credentials over HTTP, and the protection of a server that requires none."""
 
 import asyncio
 import json
@@ -55,7 +55,7 @@ def build_app() -> FastAPI:
 
 @pytest.fixture
 async def client(database: Database) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server on loopback, which needs no credential."""
+    """A client of a server on loopback, which requires no credential."""
     rate_limits.limiter.cache_clear()
     transport = httpx.ASGITransport(build_app(), client=("127.0.0.1", 40000))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
@@ -105,7 +105,7 @@ def bearer(token: str) -> dict[str, str]:
 # Registration and login
 
 
-async def test_register_log_in_and_be_known(client: httpx.AsyncClient) -> None:
+async def test_a_registered_user_can_log_in(client: httpx.AsyncClient) -> None:
     body = {"email": "Ada@Example.com", "username": "ada", "password": PASSWORD, "full_name": "Ada L."}
     registered = await client.post("/api/v1/auth/register", json=body)
     assert registered.status_code == 201
@@ -115,9 +115,9 @@ async def test_register_log_in_and_be_known(client: httpx.AsyncClient) -> None:
     assert PASSWORD not in registered.text
     assert "argon2" not in registered.text
 
-    answer = await client.post("/api/v1/auth/login", json=LOGIN)
-    tokens = answer.json()
-    assert (answer.status_code, tokens["token_type"], tokens["expires_in"]) == (200, "bearer", 3600)
+    response = await client.post("/api/v1/auth/login", json=LOGIN)
+    tokens = response.json()
+    assert (response.status_code, tokens["token_type"], tokens["expires_in"]) == (200, "bearer", 3600)
     me = (await client.get("/api/v1/auth/me", headers=bearer(tokens["access_token"]))).json()
     assert (me["id"], me["full_name"]) == (account["id"], "Ada L.")
     assert me["last_login_at"].endswith("Z")
@@ -136,9 +136,9 @@ async def test_registering_twice_is_a_conflict(client: httpx.AsyncClient) -> Non
 )
 async def test_a_malformed_registration_is_refused(client: httpx.AsyncClient, change: dict[str, str]) -> None:
     body = {"email": "ada@example.com", "username": "ada", "password": PASSWORD} | change
-    answer = await client.post("/api/v1/auth/register", json=body)
-    assert answer.status_code == 422
-    assert list(answer.json()["details"]) == list(change)
+    response = await client.post("/api/v1/auth/register", json=body)
+    assert response.status_code == 422
+    assert list(response.json()["details"]) == list(change)
 
 
 @pytest.mark.usefixtures("required")
@@ -153,7 +153,9 @@ async def test_closed_registration_is_for_admins(client: httpx.AsyncClient, data
     assert (allowed.status_code, allowed.json()["role"]) == (201, "user")
 
 
-async def test_wrong_email_and_wrong_password_look_the_same(client: httpx.AsyncClient, database: Database) -> None:
+async def test_wrong_email_and_wrong_password_get_the_same_response(
+    client: httpx.AsyncClient, database: Database
+) -> None:
     await add_user(database)
     nobody = await client.post("/api/v1/auth/login", json=LOGIN | {"email": "nobody@example.com"})
     wrong = await client.post("/api/v1/auth/login", json=LOGIN | {"password": "wrong password"})
@@ -161,7 +163,7 @@ async def test_wrong_email_and_wrong_password_look_the_same(client: httpx.AsyncC
     assert nobody.json()["message"] == wrong.json()["message"]
 
 
-async def test_a_disabled_account_is_told_so_only_by_its_password(
+async def test_a_disabled_account_is_revealed_only_with_its_password(
     client: httpx.AsyncClient, database: Database
 ) -> None:
     await disable(database, await add_user(database))
@@ -175,13 +177,13 @@ async def test_failed_logins_are_throttled(client: httpx.AsyncClient, database: 
     for _ in range(10):
         failed = await client.post("/api/v1/auth/login", json=LOGIN | {"password": "wrong one"})
         assert failed.status_code == 401
-    answer = await client.post("/api/v1/auth/login", json=LOGIN | {"email": " ADA@example.com"})
-    assert (answer.status_code, answer.json()["error"]) == (429, "rate_limit_exceeded")
-    assert 0 < answer.json()["retry_after"] <= 900
-    assert answer.headers["Retry-After"] == str(answer.json()["retry_after"])
+    response = await client.post("/api/v1/auth/login", json=LOGIN | {"email": " ADA@example.com"})
+    assert (response.status_code, response.json()["error"]) == (429, "rate_limit_exceeded")
+    assert 0 < response.json()["retry_after"] <= 900
+    assert response.headers["Retry-After"] == str(response.json()["retry_after"])
 
 
-async def test_guesses_sent_at_once_do_not_slip_through(
+async def test_simultaneous_guesses_are_throttled(
     client: httpx.AsyncClient, database: Database, configure: Callable[..., None]
 ) -> None:
     configure(auth__login_attempts="3/hour")
@@ -191,9 +193,10 @@ async def test_guesses_sent_at_once_do_not_slip_through(
         return (await client.post("/api/v1/auth/login", json=LOGIN | {"password": password})).status_code
 
     wrong = [asyncio.create_task(login(f"wrong guess {number}")) for number in range(12)]
-    await asyncio.wait(wrong, return_when=asyncio.FIRST_COMPLETED)  # the others are before the right one by now
+    await asyncio.wait(wrong, return_when=asyncio.FIRST_COMPLETED)
+    # The other guesses are ahead of the right password by now.
     assert await login(LOGIN["password"]) == 429
-    assert Counter([await answer for answer in wrong]) == {401: 3, 429: 9}
+    assert Counter([await task for task in wrong]) == {401: 3, 429: 9}
 
 
 # Refreshing and logging out
@@ -243,7 +246,7 @@ async def test_a_key_is_shown_once_works_and_is_revoked(client: httpx.AsyncClien
     assert (await client.get("/whoami", headers={"X-API-Key": key})).status_code == 401
 
 
-async def test_a_stranger_cannot_say_much(
+async def test_anonymous_bodies_have_a_small_limit(
     client: httpx.AsyncClient, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strict_input, "MAX_ANONYMOUS_BODY_BYTES", 1000)
@@ -258,8 +261,8 @@ async def test_a_stranger_cannot_say_much(
     for credential, code in callers.items():
         headers = json_type | ({"X-API-Key": credential} if credential else {})
         for body in (json.dumps(long).encode(), chunks()):
-            answer = await client.post("/api/v1/auth/login", content=body, headers=headers)
-            assert answer.json()["error_code"] == code
+            response = await client.post("/api/v1/auth/login", content=body, headers=headers)
+            assert response.json()["error_code"] == code
 
 
 async def test_a_key_belongs_to_its_user(client: httpx.AsyncClient, database: Database) -> None:
@@ -292,17 +295,17 @@ async def test_a_key_expires(client: httpx.AsyncClient, database: Database) -> N
         {"expires_in_days": 0},
     ],
 )
-async def test_a_senseless_expiry_is_refused(
+async def test_an_invalid_expiry_is_refused(
     client: httpx.AsyncClient, database: Database, expiry: dict[str, Any]
 ) -> None:
     headers = bearer(identity.create_access_token(await add_user(database)))
-    answer = await client.post("/api/v1/auth/keys", json={"name": "ci"} | expiry, headers=headers)
-    assert answer.status_code == 422
+    response = await client.post("/api/v1/auth/keys", json={"name": "ci"} | expiry, headers=headers)
+    assert response.status_code == 422
 
 
 async def test_a_key_needs_an_account(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/api/v1/auth/keys", json={"name": "laptop"})
-    assert (answer.status_code, answer.json()["error_code"]) == (409, "ACCOUNT_REQUIRED")
+    response = await client.post("/api/v1/auth/keys", json={"name": "laptop"})
+    assert (response.status_code, response.json()["error_code"]) == (409, "ACCOUNT_REQUIRED")
     assert (await client.get("/api/v1/auth/keys")).json()["items"] == []
 
 
@@ -313,10 +316,10 @@ async def test_the_use_of_a_key_is_recorded(client: httpx.AsyncClient, database:
         assert await session.scalar(select(identity.ApiKey.last_used_at)) is not None
 
 
-# Who is calling
+# Callers
 
 
-async def test_an_open_server_takes_the_local_user_for_its_admin(client: httpx.AsyncClient) -> None:
+async def test_the_local_user_of_an_open_server_is_its_admin(client: httpx.AsyncClient) -> None:
     assert (await client.get("/whoami")).json() == "local admin"
     me = (await client.get("/api/v1/auth/me")).json()
     assert (me["id"], me["username"], me["role"]) == (None, "local", "admin")
@@ -333,16 +336,18 @@ WRONG_CREDENTIALS = [
 
 
 @pytest.mark.parametrize("headers", WRONG_CREDENTIALS)
-async def test_a_wrong_credential_is_refused_even_where_none_is_needed(
+async def test_a_wrong_credential_is_refused_where_none_is_required(
     client: httpx.AsyncClient, headers: dict[str, str]
 ) -> None:
-    answer = await client.get("/whoami", headers=headers)
-    assert (answer.status_code, answer.json()["error"]) == (401, "unauthorized")
+    response = await client.get("/whoami", headers=headers)
+    assert (response.status_code, response.json()["error"]) == (401, "unauthorized")
 
 
 @pytest.mark.usefixtures("required")
 @pytest.mark.parametrize("headers", [{}, *WRONG_CREDENTIALS])
-async def test_a_required_credential_is_required(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+async def test_a_server_that_requires_credentials_refuses_others(
+    client: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
     assert (await client.get("/whoami", headers=headers)).status_code == 401
 
 
@@ -354,20 +359,20 @@ async def test_admin_routes_are_for_admins(client: httpx.AsyncClient, database: 
     assert (await client.get("/admin", headers=bearer(identity.create_access_token(admin)))).json() == "root"
 
 
-async def test_the_role_is_the_accounts_not_the_tokens(client: httpx.AsyncClient, database: Database) -> None:
+async def test_the_role_comes_from_the_account_not_the_token(client: httpx.AsyncClient, database: Database) -> None:
     user = await add_user(database)
     claims = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"]) | {"role": "admin"}
     token = jwt.encode(claims, signing_key(), algorithm="HS256")
     assert (await client.get("/whoami", headers=bearer(token))).json() == "ada user"
 
 
-async def test_a_disabled_account_is_shut_out_at_once(client: httpx.AsyncClient, database: Database) -> None:
+async def test_a_disabled_account_loses_access_at_once(client: httpx.AsyncClient, database: Database) -> None:
     user = await add_user(database)
     credentials = [bearer(identity.create_access_token(user)), {"X-API-Key": await add_key(database, user)}]
     await disable(database, user)
     for headers in credentials:
-        answer = await client.get("/whoami", headers=headers)
-        assert (answer.status_code, answer.json()["error_code"]) == (403, "ACCOUNT_DISABLED")
+        response = await client.get("/whoami", headers=headers)
+        assert (response.status_code, response.json()["error_code"]) == (403, "ACCOUNT_DISABLED")
 
 
 def test_openapi_declares_both_credentials() -> None:
@@ -381,7 +386,7 @@ def test_openapi_declares_both_credentials() -> None:
 
 
 async def connect(query: str = "", **headers: str) -> list[dict[str, Any]]:
-    """What the server says to one WebSocket handshake."""
+    """The messages of the server in one WebSocket handshake."""
     scope = {
         "type": "websocket",
         "path": "/socket",
@@ -392,32 +397,32 @@ async def connect(query: str = "", **headers: str) -> list[dict[str, Any]]:
         "client": ("127.0.0.1", 40000),
         "extensions": {"websocket.http.response": {}},
     }
-    said: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
         return {"type": "websocket.connect"}
 
     async def send(message: Any) -> None:
-        said.append(message)
+        messages.append(message)
 
     await build_app()(scope, receive, send)
-    return said
+    return messages
 
 
 @pytest.mark.usefixtures("required")
 async def test_a_socket_takes_its_credential_from_header_or_query(database: Database) -> None:
     user = await add_user(database)
     token, key = identity.create_access_token(user), await add_key(database, user)
-    for said in (
+    for messages in (
         await connect(x_api_key=key),
         await connect(authorization=f"Bearer {token}"),
         await connect(f"token={token}"),
         await connect(f"token={key}"),
         await connect(f"api_key={key}"),
     ):
-        assert said[1]["text"] == "ada"
-    for said in (await connect(), await connect("token=wrong"), await connect("api_key=")):
-        assert (said[0]["type"], said[0]["status"]) == ("websocket.http.response.start", 401)
+        assert messages[1]["text"] == "ada"
+    for messages in (await connect(), await connect("token=wrong"), await connect("api_key=")):
+        assert (messages[0]["type"], messages[0]["status"]) == ("websocket.http.response.start", 401)
 
 
 async def test_a_page_of_another_origin_gets_no_socket(database: Database) -> None:
@@ -426,7 +431,7 @@ async def test_a_page_of_another_origin_gets_no_socket(database: Database) -> No
 
 
 @pytest.mark.usefixtures("required")
-async def test_the_query_is_no_place_for_a_requests_credential(client: httpx.AsyncClient, database: Database) -> None:
+async def test_a_credential_in_the_query_of_a_request_is_ignored(client: httpx.AsyncClient, database: Database) -> None:
     key = await add_key(database, await add_user(database))
     assert (await client.get("/whoami", params={"api_key": key})).status_code == 401
 
@@ -452,9 +457,11 @@ async def test_the_query_is_no_place_for_a_requests_credential(client: httpx.Asy
         {"Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "cross-site"},
     ],
 )
-async def test_an_open_server_answers_no_foreign_page(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
-    answer = await client.get("/whoami", headers=headers)
-    assert (answer.status_code, answer.json()["error_code"]) == (403, "CROSS_ORIGIN")
+async def test_an_open_server_refuses_pages_of_other_origins(
+    client: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    response = await client.get("/whoami", headers=headers)
+    assert (response.status_code, response.json()["error_code"]) == (403, "CROSS_ORIGIN")
 
 
 @pytest.mark.parametrize(
@@ -467,7 +474,7 @@ async def test_an_open_server_answers_no_foreign_page(client: httpx.AsyncClient,
         {"Sec-Fetch-Site": "none"},
     ],
 )
-async def test_an_open_server_answers_its_own_pages(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+async def test_an_open_server_accepts_its_own_pages(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     assert (await client.get("/whoami", headers=headers)).json() == "local admin"
 
 
@@ -479,7 +486,7 @@ async def test_hosts_and_origins_can_be_allowed(client: httpx.AsyncClient, confi
 
 
 @pytest.mark.usefixtures("required")
-async def test_where_a_credential_is_required_it_is_the_guard(client: httpx.AsyncClient, database: Database) -> None:
+async def test_a_required_credential_replaces_the_origin_check(client: httpx.AsyncClient, database: Database) -> None:
     headers = {"Host": "api.example", "Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
     assert (await client.get("/whoami", headers=headers)).status_code == 401
     key = await add_key(database, await add_user(database))

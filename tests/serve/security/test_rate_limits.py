@@ -54,7 +54,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def limited(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Limits of 3 an hour on a server that needs credentials; call it to change settings."""
+    """Limits of 3 an hour on a server that requires credentials. Call the fixture to change settings."""
 
     def change(**settings: str) -> None:
         for name, value in settings.items():
@@ -69,7 +69,7 @@ def limited(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 
 @pytest.fixture
 def connect() -> Connect:
-    """Call the server from an address."""
+    """Return a function that makes a client with this address."""
     app = FastAPI()
     app.add_middleware(RateLimitMiddleware)
     handle_errors(app)
@@ -109,15 +109,15 @@ async def add_key(database: Database, name: str = "ada") -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("limited")
-async def test_every_answer_says_where_the_caller_stands(connect: Connect, database: Database) -> None:
+async def test_every_response_has_the_callers_remaining_requests(connect: Connect, database: Database) -> None:
     key = await add_key(database)
     async with connect("192.0.2.1") as client:
         for remaining in (2, 1, 0):
-            answer = await client.get("/whoami", headers=key)
-            assert answer.status_code == 200
-            assert answer.headers["X-RateLimit-Limit"] == "3"
-            assert answer.headers["X-RateLimit-Remaining"] == str(remaining)
-            assert time.time() < int(answer.headers["X-RateLimit-Reset"]) <= time.time() + 3601
+            response = await client.get("/whoami", headers=key)
+            assert response.status_code == 200
+            assert response.headers["X-RateLimit-Limit"] == "3"
+            assert response.headers["X-RateLimit-Remaining"] == str(remaining)
+            assert time.time() < int(response.headers["X-RateLimit-Reset"]) <= time.time() + 3601
         refused = await client.get("/whoami", headers=key)
     body = refused.json()
     assert (refused.status_code, body["error"], body["error_code"]) == (
@@ -132,18 +132,16 @@ async def test_every_answer_says_where_the_caller_stands(connect: Connect, datab
 
 
 @pytest.mark.usefixtures("limited")
-async def test_openai_clients_are_refused_in_their_dialect(connect: Connect) -> None:
+async def test_openai_clients_get_openais_error(connect: Connect) -> None:
     async with connect("192.0.2.1") as client:
-        answers = [await client.get("/v1/models") for _ in range(4)]
-    assert answers[3].status_code == 429
-    assert answers[3].json()["error"]["type"] == "rate_limit_error"
-    assert "Retry-After" in answers[3].headers
+        responses = [await client.get("/v1/models") for _ in range(4)]
+    assert responses[3].status_code == 429
+    assert responses[3].json()["error"]["type"] == "rate_limit_error"
+    assert "Retry-After" in responses[3].headers
 
 
 @pytest.mark.usefixtures("limited")
-async def test_a_caller_is_the_owner_of_the_credential_wherever_they_call_from(
-    connect: Connect, database: Database
-) -> None:
+async def test_requests_count_by_credential_from_any_address(connect: Connect, database: Database) -> None:
     ada, bob = await add_key(database), await add_key(database, "bob")
     for number in range(3):
         async with connect(f"192.0.2.{number}") as client:
@@ -154,7 +152,7 @@ async def test_a_caller_is_the_owner_of_the_credential_wherever_they_call_from(
 
 
 @pytest.mark.usefixtures("limited", "database")
-async def test_made_up_credentials_share_the_allowance_of_their_address(connect: Connect) -> None:
+async def test_invalid_credentials_count_by_address(connect: Connect) -> None:
     async with connect("192.0.2.1") as client:
         statuses = [
             (await client.get("/whoami", headers={"X-API-Key": f"fgr_{number}"})).status_code for number in range(5)
@@ -181,9 +179,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-async def test_some_routes_share_a_limit_of_their_own(
-    name: str, database: Database, limited: Callable[..., None]
-) -> None:
+async def test_routes_of_one_group_share_a_limit(name: str, database: Database, limited: Callable[..., None]) -> None:
     limited(**{f"limits__{limit}": "9/hour" if limit == name else "99/hour" for limit in LIMITS})
     transport = httpx.ASGITransport(create_app(), client=("192.0.2.1", 40000))
     async with httpx.AsyncClient(transport=transport, base_url="https://api.example") as client:
@@ -195,19 +191,21 @@ async def test_some_routes_share_a_limit_of_their_own(
 
 
 @pytest.mark.usefixtures("limited")
-async def test_health_has_a_limit_of_its_own(connect: Connect, database: Database) -> None:
+async def test_health_has_its_own_limit(connect: Connect, database: Database) -> None:
     key = await add_key(database)
     async with connect("192.0.2.1") as client:
         assert [(await client.get("/health", headers=key)).status_code for _ in range(3)] == [200, 200, 429]
         assert (await client.get("/whoami", headers=key)).status_code == 200
 
 
-async def test_an_open_server_counts_only_when_told_to(connect: Connect, limited: Callable[..., None]) -> None:
+async def test_an_open_server_counts_only_when_limits_are_enabled(
+    connect: Connect, limited: Callable[..., None]
+) -> None:
     limited(auth__required="false")
     async with connect("127.0.0.1") as client:
-        answers = [await client.get("/whoami") for _ in range(5)]
-        assert {answer.status_code for answer in answers} == {200}
-        assert not [name for name in answers[0].headers if name.startswith("x-ratelimit")]
+        responses = [await client.get("/whoami") for _ in range(5)]
+        assert {response.status_code for response in responses} == {200}
+        assert not [name for name in responses[0].headers if name.startswith("x-ratelimit")]
         limited(limits__enabled="true")
         assert [(await client.get("/whoami")).status_code for _ in range(4)] == [200, 200, 200, 429]
 
@@ -263,13 +261,13 @@ async def test_failed_logins_count_by_account_and_by_address() -> None:
         (None, "unknown"),
     ],
 )
-def test_a_client_is_known_by_an_address_it_cannot_choose(peer: str | None, address: str) -> None:
+def test_a_client_cannot_choose_its_address(peer: str | None, address: str) -> None:
     headers = [(b"x-forwarded-for", b"6.6.6.6")]
     scope = {"type": "http", "headers": headers, "client": (peer, 40000) if peer else None}
     assert client_address(HTTPConnection(scope)) == address
 
 
-def test_behind_haproxy_the_address_is_believed_only_if_haproxy_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_behind_haproxy_only_its_forwarded_address_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     connection = HTTPConnection({"type": "http", "headers": [], "client": ("6.6.6.6", 40000)})
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
