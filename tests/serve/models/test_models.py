@@ -24,25 +24,25 @@ async def test_models_are_listed_and_shown(client: httpx.AsyncClient, registry_m
     await registry_model.register()
     await registry_model.registry.set_validation(registry_model.name, 1, False, ["too dull"])
     await registry_model.registry.set_served(registry_model.name, 2)
-    shown = (await client.get(f"/api/v1/models/{registry_model.name}")).json()
-    assert (shown["name"], shown["served_version"]) == (registry_model.name, 2)
-    newest, oldest = shown["versions"]
+    body = (await client.get(f"/api/v1/models/{registry_model.name}")).json()
+    assert (body["name"], body["served_version"]) == (registry_model.name, 2)
+    newest, oldest = body["versions"]
     assert (newest["model_name"], newest["served"], newest["passed"]) == (f"{registry_model.name}:v2", True, None)
     assert (oldest["served"], oldest["passed"], oldest["reasons"]) == (False, False, ["too dull"])
     assert [file["sha256"] for file in oldest["files"]] == [file.sha256 for file in version.files]
     assert oldest["adapter"]["quantization"] == "f16"
     assert oldest["mlflow_run_id"] == version.run_id
     page = (await client.get("/api/v1/models")).json()
-    assert shown in page["items"]
+    assert body in page["items"]
     assert page["total"] == len(page["items"])
     last = (await client.get("/api/v1/models", params={"skip": page["total"] - 1, "limit": 1})).json()
     assert last["items"] == page["items"][-1:]
     for unknown in ("no-such", "No%20Such"):
-        answer = await client.get(f"/api/v1/models/{unknown}")
-        assert answer.status_code in {404, 422}
+        response = await client.get(f"/api/v1/models/{unknown}")
+        assert response.status_code in {404, 422}
 
 
-async def test_a_deploy_is_a_job_that_is_refused_at_once_when_it_cannot_be(
+async def test_an_impossible_deployment_is_refused_and_queues_no_job(
     client: httpx.AsyncClient, registry_model: RegistryModel
 ) -> None:
     await registry_model.register()
@@ -61,15 +61,15 @@ async def test_a_deploy_is_a_job_that_is_refused_at_once_when_it_cannot_be(
     assert jobs[0]["spec"].items() >= {"name": registry_model.name, "version": 1, "force": True}.items()
 
 
-async def test_the_way_back_and_deletion(client: httpx.AsyncClient, registry_model: RegistryModel) -> None:
+async def test_rollback_and_deletion(client: httpx.AsyncClient, registry_model: RegistryModel) -> None:
     path = f"/api/v1/models/{registry_model.name}"
     for number in (1, 2):
         await registry_model.register()
         await registry_model.registry.set_served(registry_model.name, number)
-    done = await client.post(f"{path}/rollback")
-    assert done.json() == {"name": registry_model.name, "version": 1, "previous": 2, "warning": None}
-    nothing = await client.post(f"{path}/rollback")
-    assert (nothing.status_code, nothing.json()["error_code"]) == (409, "NO_EARLIER_VERSION")
+    rolled_back = await client.post(f"{path}/rollback")
+    assert rolled_back.json() == {"name": registry_model.name, "version": 1, "previous": 2, "warning": None}
+    refused = await client.post(f"{path}/rollback")
+    assert (refused.status_code, refused.json()["error_code"]) == (409, "NO_EARLIER_VERSION")
     served = await client.delete(f"{path}/versions/1")
     assert (served.status_code, served.json()["error_code"]) == (409, "VERSION_SERVED")
     assert (await client.delete(f"{path}/versions/2")).status_code == 204

@@ -1,4 +1,4 @@
-"""What Prometheus reads."""
+"""The metrics that Prometheus scrapes."""
 
 import logging
 from collections.abc import AsyncIterator, Iterable
@@ -54,15 +54,15 @@ async def test_requests_are_counted_by_the_template_of_their_route(
 ) -> None:
     for path in ("/api/items/1", "/api/items/2", "/api/items/x", "/made/up", "/made/up/too"):
         await client.get(path)
-    found = samples((await own.render()).decode())
-    assert found["api_requests_total", "/api/items/{item_id}", "200"] == 2
-    assert found["api_requests_total", "/api/items/{item_id}", "422"] == 1
-    assert found["api_requests_total", "(none)", "404"] == 2
-    assert found["api_request_duration_seconds_count", "/api/items/{item_id}", "200"] == 2
-    assert found["api_request_duration_seconds_sum", "/api/items/{item_id}", "200"] > 0
+    values = samples((await own.render()).decode())
+    assert values["api_requests_total", "/api/items/{item_id}", "200"] == 2
+    assert values["api_requests_total", "/api/items/{item_id}", "422"] == 1
+    assert values["api_requests_total", "(none)", "404"] == 2
+    assert values["api_request_duration_seconds_count", "/api/items/{item_id}", "200"] == 2
+    assert values["api_request_duration_seconds_sum", "/api/items/{item_id}", "200"] > 0
 
 
-async def test_made_up_methods_make_one_series(client: httpx.AsyncClient, own: RequestMetrics) -> None:
+async def test_unknown_methods_share_one_series(client: httpx.AsyncClient, own: RequestMetrics) -> None:
     for number in range(5):
         await client.request(f"METHOD{number}", "/api/items/1")
     text = (await own.render()).decode()
@@ -79,14 +79,14 @@ async def test_a_scrape_of_any_replica_counts_all_of_them(own: RequestMetrics, s
         await replica.share()
 
     text = (await own.render()).decode()
-    found = samples(text)
-    assert found["api_requests_total", "/a", "200"] == 6
-    assert found["api_requests_total", "/b", "500"] == 1
+    values = samples(text)
+    assert values["api_requests_total", "/a", "200"] == 6
+    assert values["api_requests_total", "/b", "500"] == 1
     assert 'api_request_duration_seconds_bucket{le="0.0025",method="GET",path="/a",status="200"} 0.0' in text
     assert 'api_request_duration_seconds_bucket{le="0.005",method="GET",path="/a",status="200"} 6.0' in text
 
 
-async def test_a_replica_does_not_count_its_own_past_twice(own: RequestMetrics, shared: events.Events) -> None:
+async def test_a_replica_does_not_count_shared_requests_twice(own: RequestMetrics, shared: events.Events) -> None:
     own.observe("GET", "/a", 200, 0.001)
     await own.share()
     own.observe("GET", "/a", 200, 0.001)
@@ -97,13 +97,13 @@ async def test_counts_that_could_not_be_shared_are_shared_later(
     own: RequestMetrics, request: pytest.FixtureRequest
 ) -> None:
     own.observe("GET", "/a", 200, 0.001)
-    await own.share()  # without Ray there is nobody to share them with
+    await own.share()  # without Ray there is no actor to share them with
     shared: events.Events = request.getfixturevalue("shared")
     await own.share()
     assert (await shared.shared_counts())[own.replica] == own.snapshot()
 
 
-async def test_other_modules_add_their_metrics(own: RequestMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_collectors_of_other_modules_add_metrics(own: RequestMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
     async def queue_depth() -> Iterable[Metric]:
         return [GaugeMetricFamily("jobs_queued", "Jobs that wait.", value=7)]
 
@@ -111,7 +111,7 @@ async def test_other_modules_add_their_metrics(own: RequestMetrics, monkeypatch:
     assert samples((await own.render()).decode())["jobs_queued", "", ""] == 7
 
 
-async def test_one_that_fails_does_not_hide_the_others(
+async def test_a_failed_collector_does_not_hide_other_metrics(
     own: RequestMetrics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken() -> Iterable[Metric]:
@@ -134,7 +134,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> events.Events:
     return actor
 
 
-async def test_the_queue_is_told_by_kind_and_state(
+async def test_the_queue_is_counted_by_kind_and_state(
     client: httpx.AsyncClient, own: RequestMetrics, database: Database
 ) -> None:
     async with database.transaction() as session:

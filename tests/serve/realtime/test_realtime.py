@@ -1,4 +1,4 @@
-"""Hubs and WebSockets: who hears what, and what becomes of a client that does not listen."""
+"""Hubs and WebSockets: the delivery of messages to rooms, and clients that do not read."""
 
 import asyncio
 import base64
@@ -50,39 +50,39 @@ def actor() -> events.Events:
 
 @pytest.fixture
 def hub(actor: events.Events) -> Hub:
-    return hub_of(actor)
+    return new_hub(actor)
 
 
-def hub_of(actor: events.Events) -> Hub:
+def new_hub(actor: events.Events) -> Hub:
     return Hub(lambda: follow_events(lambda cursor: actor.poll(cursor, TIMEOUT)))
 
 
 # Hubs
 
 
-async def test_a_listener_hears_its_rooms_and_no_others(hub: Hub, actor: events.Events) -> None:
+async def test_a_subscription_receives_its_rooms_only(hub: Hub, actor: events.Events) -> None:
     async with hub.subscribe({"a"}) as subscription:
         subscription.join("b")
         await actor.publish([message("c", 1), message("a", 2), message("b", 3)])
-        assert [await number_in(subscription), await number_in(subscription)] == [2, 3]
+        assert [await receive_number(subscription), await receive_number(subscription)] == [2, 3]
         subscription.leave("a")
         await actor.publish([message("a", 4), message("b", 5)])
-        assert await number_in(subscription) == 5
+        assert await receive_number(subscription) == 5
 
 
-async def test_a_message_for_two_rooms_is_heard_once(hub: Hub, actor: events.Events) -> None:
+async def test_a_message_for_two_rooms_is_received_once(hub: Hub, actor: events.Events) -> None:
     async with hub.subscribe({"a", "b"}) as subscription:
         await actor.publish([{**message("a", 1), "rooms": ["a", "b"]}, message("a", 2)])
-        assert [await number_in(subscription), await number_in(subscription)] == [1, 2]
+        assert [await receive_number(subscription), await receive_number(subscription)] == [1, 2]
 
 
-async def test_get_says_none_when_the_time_is_up(hub: Hub) -> None:
+async def test_get_returns_none_after_its_timeout(hub: Hub) -> None:
     async with hub.subscribe({"a"}) as subscription:
         assert await subscription.get(timeout=0.01) is None
         assert not subscription.dropped
 
 
-async def test_a_hub_listens_only_while_somebody_listens_to_it() -> None:
+async def test_a_feed_runs_only_while_there_are_subscriptions() -> None:
     running = 0
 
     async def feed() -> AsyncGenerator[list[Message]]:
@@ -103,19 +103,19 @@ async def test_a_hub_listens_only_while_somebody_listens_to_it() -> None:
         await until(lambda: running == 0)
 
 
-async def test_who_does_not_keep_up_is_dropped_and_the_others_hear_everything(hub: Hub, actor: events.Events) -> None:
+async def test_a_slow_subscription_is_dropped_and_others_miss_nothing(hub: Hub, actor: events.Events) -> None:
     async with hub.subscribe({"a"}) as idle, hub.subscribe({"a"}) as busy:
         for batch in batches(3 * realtime_hub.MAX_QUEUED_MESSAGES):
             await actor.publish([message("a", number) for number in batch])
-            assert [await number_in(busy) for _ in batch] == list(batch)
+            assert [await receive_number(busy) for _ in batch] == list(batch)
         assert (idle.dropped, busy.dropped) == (True, False)
         assert hub.listeners() == 1
         assert await idle.get(timeout=TIMEOUT) is None
         idle.put(message("a"))
-        assert [message async for message in nothing_more(idle)] == []
+        assert [message async for message in remaining(idle)] == []
 
 
-async def test_after_the_actor_was_replaced_listeners_hear_that_they_missed_something(actor: events.Events) -> None:
+async def test_a_replaced_actor_is_announced_as_missed_events(actor: events.Events) -> None:
     actors = [actor]
     hub = Hub(lambda: follow_events(lambda cursor: actors[-1].poll(cursor, 0.01)))
     async with hub.subscribe({"a"}) as subscription:
@@ -124,17 +124,18 @@ async def test_after_the_actor_was_replaced_listeners_hear_that_they_missed_some
         missed = await subscription.get(timeout=TIMEOUT)
         assert missed is not None
         assert missed["type"] == "events.missed"
-        assert await number_in(subscription) == 1
+        assert await receive_number(subscription) == 1
 
 
-async def test_while_the_actor_is_away_listeners_wait_for_it(
+async def test_subscriptions_wait_for_an_unavailable_actor(
     actor: events.Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feeds, "RETRY_SECONDS", 0.01)
     away = True
 
     async def poll(cursor: events.Cursor | None) -> events.Batch:
-        return await (events.poll(cursor) if away else actor.poll(cursor, 0.01))  # without Ray the first is Unavailable
+        # Without Ray, events.poll raises Unavailable.
+        return await (events.poll(cursor) if away else actor.poll(cursor, 0.01))
 
     hub = Hub(lambda: follow_events(poll))
     async with hub.subscribe({"a"}) as subscription:
@@ -144,7 +145,7 @@ async def test_while_the_actor_is_away_listeners_wait_for_it(
         assert missed["type"] == "events.missed"
 
 
-async def test_when_a_feed_breaks_its_listeners_are_sent_away(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failed_feed_drops_its_subscriptions(caplog: pytest.LogCaptureFixture) -> None:
     async def feed() -> AsyncGenerator[list[Message]]:
         yield []
         raise OSError("the disk is gone")
@@ -158,19 +159,19 @@ async def test_when_a_feed_breaks_its_listeners_are_sent_away(caplog: pytest.Log
 # WebSockets
 
 
-async def test_rooms(app: FastAPI, actor: events.Events) -> None:
+async def test_clients_join_and_leave_rooms(app: FastAPI, actor: events.Events) -> None:
     async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
-        assert await ask(client, type="ping") == {"type": "pong"}
-        assert await ask(client, type="join_room", room="downloads") == {"type": "room_joined", "room": "downloads"}
+        assert await send(client, type="ping") == {"type": "pong"}
+        assert await send(client, type="join_room", room="downloads") == {"type": "room_joined", "room": "downloads"}
         await actor.publish([message("config_audit", 1), message("downloads", 2)])
-        assert await hear(client) == {"type": "test", "data": {"number": 2}, "timestamp": "2026-01-01T00:00:00Z"}
-        assert await ask(client, type="leave_room", room="downloads") == {"type": "room_left", "room": "downloads"}
-        assert await ask(client, type="join_room", room="system") == {"type": "room_joined", "room": "system"}
+        assert await receive(client) == {"type": "test", "data": {"number": 2}, "timestamp": "2026-01-01T00:00:00Z"}
+        assert await send(client, type="leave_room", room="downloads") == {"type": "room_left", "room": "downloads"}
+        assert await send(client, type="join_room", room="system") == {"type": "room_joined", "room": "system"}
         await actor.publish([message("downloads", 3), message("system", 4)])
-        assert (await hear(client))["data"] == {"number": 4}
+        assert (await receive(client))["data"] == {"number": 4}
 
 
-NEWS: list[tuple[str, str, dict[str, Any]]] = [
+MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("config_audit", "config.audit.completed", {"audit_id": "audit_abc123", "recommendation_count": 8}),
     (
         "downloads",
@@ -186,18 +187,20 @@ NEWS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-async def test_news_of_services_reach_their_rooms_whole_and_no_others(app: FastAPI, published: None) -> None:
+async def test_messages_of_services_reach_their_rooms_only(app: FastAPI, published: None) -> None:
     async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
-        for room, kind, data in NEWS:
-            assert (await ask(client, type="join_room", room=room))["type"] == "room_joined"
+        for room, kind, data in MESSAGES:
+            assert (await send(client, type="join_room", room=room))["type"] == "room_joined"
             stamp = "2025-01-08T10:30:00Z"
-            told = [events.Message(rooms=[place], type=kind, data=what, timestamp=stamp) for place, kind, what in NEWS]
-            events.publish(told)
-            assert await hear(client) == {"type": kind, "data": data, "timestamp": stamp}
-            assert (await ask(client, type="leave_room", room=room))["type"] == "room_left"
+            messages = [
+                events.Message(rooms=[name], type=type_, data=data_, timestamp=stamp) for name, type_, data_ in MESSAGES
+            ]
+            events.publish(messages)
+            assert await receive(client) == {"type": kind, "data": data, "timestamp": stamp}
+            assert (await send(client, type="leave_room", room=room))["type"] == "room_left"
 
 
-async def test_a_service_that_goes_away_and_comes_back_is_told_once(
+async def test_each_change_of_a_services_health_is_published_once(
     app: FastAPI, database: Database, published: None
 ) -> None:
     works = True
@@ -210,38 +213,40 @@ async def test_a_service_that_goes_away_and_comes_back_is_told_once(
         async with database.transaction() as session:
             values = {"name": "TV 📺", "type": "sonarr", "url": server.url, "api_key": KEY}
             service = await service_store.create(session, values, "ada")
-        assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
-        heard: list[dict[str, Any]] = []
+        assert (await send(client, type="join_room", room="system"))["type"] == "room_joined"
+        received: list[dict[str, Any]] = []
         for state in (True, False, False, True, True, False):
             works = state
             await health_checks.check(database, service)
         for _ in range(3):
-            heard.append(await hear(client))
-    assert [news["type"] for news in heard] == ["service.unhealthy", "service.healthy", "service.unhealthy"]
-    assert heard[0].keys() == {"type", "data", "timestamp"}
-    assert heard[0]["timestamp"].endswith("Z")
-    assert (heard[0]["data"]["service"], heard[0]["data"]["type"]) == ("TV 📺", "sonarr")
-    assert ("503" in heard[0]["data"]["error"], heard[1]["data"]["error"]) == (True, None)
+            received.append(await receive(client))
+    assert [message["type"] for message in received] == ["service.unhealthy", "service.healthy", "service.unhealthy"]
+    assert received[0].keys() == {"type", "data", "timestamp"}
+    assert received[0]["timestamp"].endswith("Z")
+    assert (received[0]["data"]["service"], received[0]["data"]["type"]) == ("TV 📺", "sonarr")
+    assert ("503" in received[0]["data"]["error"], received[1]["data"]["error"]) == (True, None)
 
 
-async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: events.Events, database: Database) -> None:
+async def test_the_socket_of_a_forge_job_follows_its_steps(
+    app: FastAPI, actor: events.Events, database: Database
+) -> None:
     data = {"data": {"dataset": "demo/homelab"}}
     async with database.transaction() as session:
         forge = await queue.enqueue(session, queue.JobRequest(kind="forge", spec=data), LOCAL)
     async with serving(app) as url, connect(f"{url}/ws/training/{forge.id}", **WEBSOCKET_OPTIONS) as client:
-        assert (await hear(client))["progress"] == 0
+        assert (await receive(client))["progress"] == 0
         async with database.transaction() as session:
             training = await queue.enqueue_child(session, forge, "fine_tune", "fine_tune", data)
-        await actor.publish([message(f"job:{forge.id}")])  # as when it parks
-        await hear(client)
+        await actor.publish([message(f"job:{forge.id}")])  # as after it parks
+        await receive(client)
         async with database.transaction() as session:
             (await queue.get(session, training.id, LOCAL)).progress = 50
         await actor.publish([message(f"job:{training.id}")])
-        assert (await hear(client))["progress"] == 30
+        assert (await receive(client))["progress"] == 30
 
 
 @pytest.mark.parametrize(
-    "said",
+    "content",
     [
         "",
         "{",
@@ -258,23 +263,23 @@ async def test_a_forge_job_is_followed_into_its_steps(app: FastAPI, actor: event
         '{"type": "join_room", "room": "job:no such job"}',
     ],
 )
-async def test_what_makes_no_sense_is_answered_with_an_error(app: FastAPI, said: str | bytes) -> None:
+async def test_invalid_messages_get_an_error(app: FastAPI, content: str | bytes) -> None:
     async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
-        await client.send(said)
-        answer = await hear(client)
-        assert answer["type"] == "error"
-        assert answer["message"]
-        assert await ask(client, type="ping") == {"type": "pong"}
+        await client.send(content)
+        response = await receive(client)
+        assert response["type"] == "error"
+        assert response["message"]
+        assert await send(client, type="ping") == {"type": "pong"}
 
 
 async def test_a_connection_has_a_bounded_number_of_rooms(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.realtime.routes.MAX_ROOMS", 1)
     async with serving(app) as url, connect(f"{url}/ws/client-1", **WEBSOCKET_OPTIONS) as client:
-        assert (await ask(client, type="join_room", room="system"))["type"] == "room_joined"
-        assert (await ask(client, type="join_room", room="downloads"))["type"] == "error"
+        assert (await send(client, type="join_room", room="system"))["type"] == "room_joined"
+        assert (await send(client, type="join_room", room="downloads"))["type"] == "error"
 
 
-async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Database, required: None) -> None:
+async def test_users_may_follow_only_their_own_jobs(app: FastAPI, database: Database, required: None) -> None:
     ada, ada_key = await add_user(database, "ada", "user")
     _, root_key = await add_user(database, "root", "admin")
     own = await add_job(database, ownership.Principal(id=ada.id, name="ada", is_admin=False))
@@ -283,15 +288,15 @@ async def test_a_user_may_follow_their_own_jobs_only(app: FastAPI, database: Dat
 
     async def joined(key: str) -> list[str]:
         async with connect(f"{url}/ws/x", additional_headers={"X-API-Key": key}, **WEBSOCKET_OPTIONS) as client:
-            answers = [await ask(client, type="join_room", room=room) for room in rooms]
-            return [answer["room"] for answer in answers if answer["type"] == "room_joined"]
+            responses = [await send(client, type="join_room", room=room) for room in rooms]
+            return [response["room"] for response in responses if response["type"] == "room_joined"]
 
     async with serving(app) as url:
         assert await joined(ada_key) == [f"job:{own}", "downloads"]
         assert await joined(root_key) == ["jobs", f"job:{own}", f"job:{other}", "downloads"]
 
 
-async def test_who_may_not_connect_is_refused_in_the_handshake(
+async def test_unauthorized_clients_are_refused_in_the_handshake(
     app: FastAPI, database: Database, required: None
 ) -> None:
     _, key = await add_user(database, "ada", "user")
@@ -301,10 +306,10 @@ async def test_who_may_not_connect_is_refused_in_the_handshake(
         assert await refusal(f"{url}/ws/logs?token={key}") == (403, "FORBIDDEN")
         assert await refusal(f"{url}/ws/{'x' * 129}?token={key}") == (422, "VALIDATION_ERROR")
         async with connect(f"{url}/ws/system?token={key}", **WEBSOCKET_OPTIONS) as client:
-            assert "cpu_percent" in await hear(client)
+            assert "cpu_percent" in await receive(client)
 
 
-async def test_who_may_not_stay_is_sent_away(
+async def test_connections_end_when_their_credentials_become_invalid(
     app: FastAPI, database: Database, required: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(realtime_hub, "AUTH_CHECK_SECONDS", 0.05)
@@ -316,7 +321,7 @@ async def test_who_may_not_stay_is_sent_away(
         serving(app) as url,
         connect(f"{url}/ws/a?token={key}", **WEBSOCKET_OPTIONS) as revoked,
         connect(f"{url}/ws/b?token={identity.create_access_token(bob)}", **WEBSOCKET_OPTIONS) as disabled,
-        connect(f"{url}/ws/c?token={identity.create_access_token(ada)}", **WEBSOCKET_OPTIONS) as stays,
+        connect(f"{url}/ws/c?token={identity.create_access_token(ada)}", **WEBSOCKET_OPTIONS) as unaffected,
         httpx.AsyncClient(base_url=url.replace("ws", "http"), headers={"X-API-Key": bobs}, timeout=TIMEOUT) as client,
         client.stream("GET", f"/api/v1/jobs/{job}/events", params={"follow": 1}) as events_of_job,
     ):
@@ -325,14 +330,14 @@ async def test_who_may_not_stay_is_sent_away(
             ((listed, _),) = await identity.list_keys(session, ada.id)
             await identity.revoke_key(session, listed.id)
             await identity.set_active(session, await identity.get_user(session, bob.email), active=False)
-        for client_that_goes in (revoked, disabled):
+        for excluded in (revoked, disabled):
             with pytest.raises(ConnectionClosedError) as closed:
-                await hear(client_that_goes)
+                await receive(excluded)
             assert closed.value.rcvd
             assert closed.value.rcvd.code == 1008
         async with asyncio.timeout(TIMEOUT):
-            await events_of_job.aread()  # it ends
-        assert await ask(stays, type="ping") == {"type": "pong"}
+            await events_of_job.aread()  # the stream ends
+        assert await send(unaffected, type="ping") == {"type": "pong"}
 
 
 async def test_a_page_of_another_origin_is_refused(app: FastAPI) -> None:
@@ -340,73 +345,73 @@ async def test_a_page_of_another_origin_is_refused(app: FastAPI) -> None:
         assert await refusal(f"{url}/ws/client-1", Origin="https://evil.example") == (403, "CROSS_ORIGIN")
 
 
-async def test_system_samples(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_system_samples_are_sent(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "SAMPLE_SECONDS", 0.05)
     async with serving(app) as url, connect(f"{url}/ws/system", **WEBSOCKET_OPTIONS) as client:
-        first, second = await hear(client), await hear(client)
+        first, second = await receive(client), await receive(client)
     assert first["timestamp"] < second["timestamp"]
     assert first["timestamp"].endswith("Z")
     for name in ("cpu_percent", "memory_percent", "disk_percent"):
         assert 0 <= first[name] <= 100
 
 
-async def test_log_lines(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_log_lines_are_sent(app: FastAPI, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "LOG_SECONDS", 0.01)
     path = logs.folder() / "worker.jsonl"
     path.write_text(line("from yesterday"))
     async with serving(app) as url, connect(f"{url}/ws/logs", **WEBSOCKET_OPTIONS) as client:
-        assert await ask(client, type="ping") == {"type": "pong"}
+        assert await send(client, type="ping") == {"type": "pong"}
         with path.open("a") as file:
             file.write(line("one") + line("two")[:20])
             file.flush()
-            assert (await hear(client))["message"] == "one"
+            assert (await receive(client))["message"] == "one"
             file.write(line("two")[20:])
-        assert (await hear(client))["message"] == "two"
+        assert (await receive(client))["message"] == "two"
         path.replace(path.with_suffix(".jsonl.1"))
         path.write_text(line("3"))
-        assert (await hear(client))["message"] == "3"
+        assert (await receive(client))["message"] == "3"
         (logs.folder() / "dispatcher.jsonl").write_text("broken\n" + line("four"))
-        assert await hear(client) == {"timestamp": "2026-01-01T00:00:00Z", "level": "INFO", "message": "four"}
+        assert await receive(client) == {"timestamp": "2026-01-01T00:00:00Z", "level": "INFO", "message": "four"}
 
 
-async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
+async def test_a_client_that_does_not_read_is_dropped_without_slowing_others(
     app: FastAPI, actor: events.Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(realtime_hub, "SEND_SECONDS", TIMEOUT)
     hub: Hub = app.state.hub
     async with serving(app) as url, connect(f"{url}/ws/quick", **WEBSOCKET_OPTIONS) as quick:
-        assert (await ask(quick, type="join_room", room="system"))["type"] == "room_joined"
-        with await deaf_client(url, {"type": "join_room", "room": "system"}):
+        assert (await send(quick, type="join_room", room="system"))["type"] == "room_joined"
+        with await silent_client(url, {"type": "join_room", "room": "system"}):
             await until(lambda: hub.listeners("system") == 2)
-            # More than every buffer between the two ends together.
+            # More than all buffers between the two ends can hold.
             for batch in batches(3 * realtime_hub.MAX_QUEUED_MESSAGES):
                 await actor.publish([message("system", number, padding="x" * 50_000) for number in batch])
-                assert [(await hear(quick))["data"]["number"] for _ in batch] == list(batch)
+                assert [(await receive(quick))["data"]["number"] for _ in batch] == list(batch)
             await until(lambda: hub.listeners() == 1)
 
 
-async def test_a_client_that_takes_nothing_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_blocked_connection_is_closed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(realtime_hub, "SEND_SECONDS", 0.05)
     closed: list[int] = []
 
-    async def for_ever(*_: Any) -> Any:
+    async def wait_forever(*_: Any) -> Any:
         await asyncio.Event().wait()
 
     async def close(code: int, _: str) -> None:
         closed.append(code)
 
     state = WebSocketState.CONNECTED
-    stuck: Any = SimpleNamespace(send_text=for_ever, receive=for_ever, close=close, application_state=state)
+    stuck: Any = SimpleNamespace(send_text=wait_forever, receive=wait_forever, close=close, application_state=state)
     async with asyncio.timeout(TIMEOUT), hub.subscribe(()) as subscription:
         subscription.put({"type": "news"})
-        await realtime_hub.serve_socket(stuck, subscription, for_ever)
+        await realtime_hub.serve_socket(stuck, subscription, wait_forever)
     assert closed == [realtime_hub.TRY_AGAIN_LATER]
 
 
-async def test_a_client_that_is_gone_without_a_word_is_noticed(app: FastAPI, actor: events.Events) -> None:
+async def test_a_lost_connection_is_detected(app: FastAPI, actor: events.Events) -> None:
     hub: Hub = app.state.hub
     async with serving(app, ws_ping_interval=1.0, ws_ping_timeout=1.0) as url:
-        with await deaf_client(url, {"type": "join_room", "room": "system"}):
+        with await silent_client(url, {"type": "join_room", "room": "system"}):
             await until(lambda: hub.listeners("system") == 1)
             await until(lambda: hub.listeners() == 0)
 
@@ -415,13 +420,13 @@ async def test_a_client_that_is_gone_without_a_word_is_noticed(app: FastAPI, act
 def app(home: Path, actor: events.Events) -> FastAPI:
     """The whole application, with the events actor in this process."""
     app = create_app()
-    app.state.hub = hub_of(actor)
+    app.state.hub = new_hub(actor)
     return app
 
 
 @pytest.fixture
 def published(actor: events.Events, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is published goes to the actor in this process, as Ray would bring it to the one in another."""
+    """Published messages go to the actor in this process, as Ray would send them to the one in another process."""
 
     class Call:
         def __init__(self, task: asyncio.Task[None]) -> None:
@@ -446,7 +451,7 @@ def published(actor: events.Events, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def required(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server needs a credential, as it does on any address but loopback."""
+    """The server requires a credential, as it does on any address but loopback."""
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     get_settings.cache_clear()
 
@@ -464,8 +469,8 @@ async def serving(app: FastAPI, **options: Any) -> AsyncGenerator[str]:
         await running
 
 
-async def deaf_client(url: str, said: dict[str, str]) -> socket.socket:
-    """A client that shakes hands, says one thing, and then reads nothing, not even a ping."""
+async def silent_client(url: str, content: dict[str, str]) -> socket.socket:
+    """A client that connects, sends one message, and then reads nothing, not even a ping."""
     address = url.removeprefix("ws://")
     host, _, port = address.partition(":")
     client = socket.socket()
@@ -476,22 +481,22 @@ async def deaf_client(url: str, said: dict[str, str]) -> socket.socket:
     key = base64.b64encode(os.urandom(16)).decode()
     await loop.sock_sendall(
         client,
-        f"GET /ws/deaf HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"GET /ws/silent HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode(),
     )
     assert b" 101 " in await loop.sock_recv(client, 1024)
-    payload = json.dumps(said).encode()
-    # A client's frame is masked; a mask of zeros leaves it readable.
+    payload = json.dumps(content).encode()
+    # A client must mask its frames; a mask of zeros leaves the payload as it is.
     await loop.sock_sendall(client, bytes([0x81, 0x80 | len(payload), 0, 0, 0, 0]) + payload)
     return client
 
 
-async def ask(client: ClientConnection, **said: str) -> dict[str, Any]:
-    await client.send(json.dumps(said))
-    return await hear(client)
+async def send(client: ClientConnection, **fields: str) -> dict[str, Any]:
+    await client.send(json.dumps(fields))
+    return await receive(client)
 
 
-async def hear(client: ClientConnection) -> dict[str, Any]:
+async def receive(client: ClientConnection) -> dict[str, Any]:
     async with asyncio.timeout(TIMEOUT):
         return json.loads(await client.recv())
 
@@ -503,7 +508,7 @@ async def refusal(url: str, **headers: str) -> tuple[int, str]:
     return response.status_code, json.loads(response.body)["error_code"]
 
 
-async def number_in(subscription: realtime_hub.Subscription) -> int:
+async def receive_number(subscription: realtime_hub.Subscription) -> int:
     message = await subscription.get(timeout=TIMEOUT)
     assert message is not None
     return message["data"]["number"]
@@ -513,7 +518,7 @@ def batches(count: int) -> list[range]:
     return [range(start, start + 64) for start in range(0, count, 64)]
 
 
-async def nothing_more(subscription: realtime_hub.Subscription) -> AsyncIterator[Message]:
+async def remaining(subscription: realtime_hub.Subscription) -> AsyncIterator[Message]:
     while (message := await subscription.get(timeout=0.01)) is not None:
         yield message
 
