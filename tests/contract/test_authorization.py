@@ -1,6 +1,6 @@
-"""Who may do what: every operation of the OpenAPI document, with every sort of credential.
+"""Authorization: every operation of the OpenAPI document, with every kind of credential.
 
-What the routes say about their access is compared with what they do.
+The access marks of the routes are compared with their responses.
 """
 
 from collections.abc import AsyncIterator
@@ -46,7 +46,7 @@ LEARN = {"data": {"dataset": "demo/homelab"}}
 
 
 def marked(access: Access, *, sockets: bool = False) -> set[str]:
-    """The operations, or the addresses of WebSockets, whose routes say that this access is needed."""
+    """The operations, or the paths of WebSockets, whose routes have this access mark."""
     routes = [route for mount in MOUNTS for route in mount.routes if access_of(route) == access]
     if sockets:
         return {route.path for route in routes if isinstance(route, APIWebSocketRoute)}
@@ -55,19 +55,19 @@ def marked(access: Access, *, sockets: bool = False) -> set[str]:
 
 
 PUBLIC = marked("public")
-"""They do not look at credentials, not even at wrong ones: health and metrics must answer when the database does not,
-and whoever logs in or refreshes often still sends the access token that has expired."""
+"""They ignore credentials, even wrong ones: health and metrics must respond when the database does not, and a client
+that logs in or refreshes often still sends its expired access token."""
 
 ADMIN_ONLY = marked("registration")
-"""403 for users; and for strangers, whom no credential of their own would help."""
+"""403 for users and for anonymous callers, since only an administrator's credential helps."""
 
 FOR_ADMINISTRATORS = marked("admin")
-"""403 for users; a stranger may be an administrator who forgot the key, and gets 401."""
+"""403 for users and 401 for anonymous callers, who may be administrators."""
 
 SIGNED = marked("signed")
-"""They look at a signature, and at no credential: without it everybody gets 401."""
+"""They check a signature and no credential. Without a signature everybody gets 401."""
 
-EVERYBODYS = (
+WITHOUT_OWNER = (
     "/api/v1/models/",
     "/v1/models/",
     "/api/blobs/",
@@ -79,7 +79,7 @@ EVERYBODYS = (
     "/api/v1/mcp/",
     "/api/v1/config/",
 )
-"""What begins so belongs to nobody: all users see the same."""
+"""Paths with these prefixes belong to nobody: all users see the same."""
 
 OWNED_LISTS = (
     "/api/v1/jobs",
@@ -100,7 +100,7 @@ Statuses = dict[str, int]
 
 
 class GuardedServer:
-    """A server that needs credentials, and people who have some."""
+    """A server that requires credentials, and users who have some."""
 
     def __init__(self, app: FastAPI, client: httpx.AsyncClient) -> None:
         self.app = app
@@ -117,12 +117,12 @@ class GuardedServer:
 
     async def log_in(self, name: str) -> dict[str, str]:
         login = {"email": f"{name}@example.com", "password": PASSWORD}
-        answer = await self.client.post("/api/v1/auth/login", json=login)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+        response = await self.client.post("/api/v1/auth/login", json=login)
+        assert response.status_code == 200, response.text
+        return response.json()
 
     async def body_of(self, operation: str) -> dict[str, Any] | None:
-        """A body with which the operation does what it is for."""
+        """A valid body of the operation."""
         match operation:
             case "POST /api/v1/auth/login":
                 return {"email": "owner@example.com", "password": PASSWORD}
@@ -183,24 +183,24 @@ class GuardedServer:
             case _:
                 return None
 
-    async def try_all(self, headers: Headers, *, only_with_id: bool = False) -> Statuses:
-        """What the server says to each operation; one that destroys comes last."""
+    async def request_all(self, headers: Headers, *, only_with_id: bool = False) -> Statuses:
+        """The status of each operation. Deletions come last."""
         statuses: Statuses = {}
         for operation in sorted(operations(self.app), key=lambda operation: operation.startswith("DELETE")):
             method, path = operation.split(" ")
-            if operation in SIGNED or (only_with_id and ("{" not in path or path.startswith(EVERYBODYS))):
+            if operation in SIGNED or (only_with_id and ("{" not in path or path.startswith(WITHOUT_OWNER))):
                 continue
-            address = path.format_map(_Known(self.ids))
+            address = path.format_map(_KnownIds(self.ids))
             body = await self.body_of(operation)
-            waited = {"wait": 0} if address.startswith(("/validate/", "/deploy/")) else None
-            answer = await self.client.request(method, address, params=waited, json=body, headers=headers)
-            statuses[operation] = answer.status_code
+            params = {"wait": 0} if address.startswith(("/validate/", "/deploy/")) else None
+            response = await self.client.request(method, address, params=params, json=body, headers=headers)
+            statuses[operation] = response.status_code
         return statuses
 
 
 @pytest.fixture
 async def server(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[GuardedServer]:
-    """An owner who has one of everything; another user, an administrator, and one who is disabled."""
+    """An owner who has one row of each kind; another user, an administrator, and a disabled user."""
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_AUTH__REGISTRATION", "false")
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
@@ -221,30 +221,30 @@ async def server(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyP
             await session.flush()
             request = schedules.ScheduleRequest(name="nightly", kind="probe", cron="0 3 * * *")
             schedule = await schedules.create(session, request, principal)
-            said = feedback_store.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
-            given, _ = await feedback_store.save(session, said, principal)
+            feedback_request = feedback_store.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
+            feedback, _ = await feedback_store.save(session, feedback_request, principal)
             prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), principal)
             upload = file_uploads.begin(
                 session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, principal=principal
             )
-            about = {"name": "handbook", "url": "https://git.example/handbook", "model": "handbook"}
-            repository = Repository(**about, training={}, policy={}, created_by="admin")
+            columns = {"name": "handbook", "url": "https://git.example/handbook", "model": "handbook"}
+            repository = Repository(**columns, training={}, policy={}, created_by="admin")
             session.add(repository)
             await session.flush()
             key, _ = await identity.create_key(session, server.users["owner"].id, "owner's second")
             await identity.set_active(session, await identity.get_user(session, "disabled@example.com"), False)
-        told = ResponseStream(
+        stream = ResponseStream(
             "resp_" + 32 * "a", ResponseRequest(model="forgearr/tiny", input="Hello").request_fields()
         )
-        told.end()
-        await response_store.store(database, told.response, [], principal)
+        stream.end()
+        await response_store.store(database, stream.response, [], principal)
         content = data_content.write_samples(resolution.demo_samples(), tmp_path / "content.jsonl", "test")
         dataset = await datasets.store_dataset(database, "owners", content, {}, principal)
         file = await file_store.create_file(
             database, BytesIO(b"x"), filename="a.txt", purpose="batch", principal=principal
         )
-        about = {"endpoint": "/v1/embeddings", "labels": {}, "owner_id": principal.id, "created_by": "owner"}
-        batch = Batch(id="batch_1", job_id=job.id, input_file_id=file.id, expires_at=now(), **about)
+        columns = {"endpoint": "/v1/embeddings", "labels": {}, "owner_id": principal.id, "created_by": "owner"}
+        batch = Batch(id="batch_1", job_id=job.id, input_file_id=file.id, expires_at=now(), **columns)
         async with database.transaction() as session:
             session.add(batch)
         server.ids = {
@@ -256,79 +256,87 @@ async def server(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyP
             "file_id": file.id,
             "upload_id": upload.id,
             "session_id": training.id,
-            "response_id": told.response["id"],
+            "response_id": stream.response["id"],
             "batch_id": batch.id,
             "repository": repository.id,
-            "feedback_id": given.id,
+            "feedback_id": feedback.id,
         }
         yield server
 
 
-WRONG = ["wrong key", "expired key", "wrong bearer", "foreign token", "expired token", "refresh token", "basic"]
+WRONG_CREDENTIALS = [
+    "wrong key",
+    "expired key",
+    "wrong bearer",
+    "foreign token",
+    "expired token",
+    "refresh token",
+    "basic",
+]
 
 
 # Operations
 
 
-async def test_strangers_are_refused(server: GuardedServer) -> None:
-    statuses = await server.try_all({})
+async def test_anonymous_callers_are_refused(server: GuardedServer) -> None:
+    statuses = await server.request_all({})
     assert statuses.keys() >= PUBLIC | ADMIN_ONLY
-    assert having(statuses, 401) == statuses.keys() - PUBLIC - ADMIN_ONLY
-    assert having(statuses, 403) == ADMIN_ONLY
+    assert with_status(statuses, 401) == statuses.keys() - PUBLIC - ADMIN_ONLY
+    assert with_status(statuses, 403) == ADMIN_ONLY
 
 
-async def test_a_signature_is_no_credentials_business(server: GuardedServer) -> None:
+async def test_a_credential_does_not_replace_a_signature(server: GuardedServer) -> None:
     assert set(operations(server.app)) >= SIGNED
     for headers in ({}, *server.credentials("admin")):
         for operation in SIGNED:
-            answer = await server.client.post(operation.split()[1].format(provider="github"), headers=headers)
-            assert answer.status_code == 401
+            response = await server.client.post(operation.split()[1].format(provider="github"), headers=headers)
+            assert response.status_code == 401
 
 
 async def test_wrong_credentials_are_refused(server: GuardedServer, database: Database) -> None:
-    for sort in WRONG:
-        statuses = await server.try_all(await wrong_credential(sort, server, database))
-        assert having(statuses, 401) == statuses.keys() - PUBLIC, sort
+    for kind in WRONG_CREDENTIALS:
+        statuses = await server.request_all(await wrong_credential(kind, server, database))
+        assert with_status(statuses, 401) == statuses.keys() - PUBLIC, kind
 
 
-async def test_a_disabled_account_is_shut_out(server: GuardedServer) -> None:
+async def test_a_disabled_account_is_refused(server: GuardedServer) -> None:
     for headers in server.credentials("disabled"):
-        statuses = await server.try_all(headers)
-        assert having(statuses, 403) == statuses.keys() - PUBLIC
+        statuses = await server.request_all(headers)
+        assert with_status(statuses, 403) == statuses.keys() - PUBLIC
 
 
-async def test_a_user_may_do_all_but_what_is_for_administrators(server: GuardedServer) -> None:
+async def test_a_user_may_call_everything_not_for_administrators(server: GuardedServer) -> None:
     for headers in server.credentials("owner"):
-        statuses = await server.try_all(headers)
-        assert (having(statuses, 401), having(statuses, 403)) == (set(), ADMIN_ONLY | FOR_ADMINISTRATORS)
+        statuses = await server.request_all(headers)
+        assert (with_status(statuses, 401), with_status(statuses, 403)) == (set(), ADMIN_ONLY | FOR_ADMINISTRATORS)
 
 
-async def test_an_administrator_may_do_everything(server: GuardedServer) -> None:
+async def test_an_administrator_may_call_everything(server: GuardedServer) -> None:
     for headers in server.credentials("admin"):
-        assert having(await server.try_all(headers), 401, 403) == set()
+        assert with_status(await server.request_all(headers), 401, 403) == set()
 
 
-async def test_what_is_public_works_whatever_is_sent(server: GuardedServer, database: Database) -> None:
+async def test_public_operations_work_with_any_credential(server: GuardedServer, database: Database) -> None:
     for headers in ({}, server.keys["disabled"], await wrong_credential("expired token", server, database)):
-        statuses = await server.try_all(headers)
+        statuses = await server.request_all(headers)
         assert {operation: statuses[operation] for operation in PUBLIC if statuses[operation] >= 300} == {}
 
 
-# What belongs to somebody
+# Ownership
 
 
-async def test_what_is_anothers_does_not_exist(server: GuardedServer) -> None:
-    statuses = await server.try_all(server.bearer("other"), only_with_id=True)
+async def test_rows_of_other_users_are_not_found(server: GuardedServer) -> None:
+    statuses = await server.request_all(server.bearer("other"), only_with_id=True)
     assert {path.split("{")[1].split("}")[0] for path in statuses} == server.ids.keys()
-    # Whether there is such a thing is not said either to those who may not do it to anything.
-    assert having(statuses, 403) == statuses.keys() & FOR_ADMINISTRATORS
-    assert having(statuses, 404) == statuses.keys() - FOR_ADMINISTRATORS
-    # Nothing was done to it either: to its owner it is what it was.
-    kept = await server.try_all(server.bearer("owner"), only_with_id=True)
-    assert having(kept, 404) == set()
+    # Operations for administrators do not reveal either whether a row exists.
+    assert with_status(statuses, 403) == statuses.keys() & FOR_ADMINISTRATORS
+    assert with_status(statuses, 404) == statuses.keys() - FOR_ADMINISTRATORS
+    # The rows are unchanged for their owner.
+    as_owner = await server.request_all(server.bearer("owner"), only_with_id=True)
+    assert with_status(as_owner, 404) == set()
 
 
-async def test_lists_show_only_what_is_ones_own(server: GuardedServer) -> None:
+async def test_lists_contain_only_the_callers_rows(server: GuardedServer) -> None:
     for name, count in (("owner", 1), ("other", 0), ("admin", 1)):
         for path in OWNED_LISTS:
             page = (await server.client.get(path, headers=server.bearer(name))).json()
@@ -341,7 +349,7 @@ async def test_lists_show_only_what_is_ones_own(server: GuardedServer) -> None:
         assert page["total"] == count
 
 
-async def test_nobody_can_depend_on_anothers_job(server: GuardedServer) -> None:
+async def test_a_job_cannot_depend_on_another_users_job(server: GuardedServer) -> None:
     body = {"kind": "probe", "depends_on": [server.ids["job_id"]]}
     refused = await server.client.post("/api/v1/jobs", json=body, headers=server.keys["other"])
     assert (refused.status_code, refused.json()["error_code"]) == (422, "UNKNOWN_DEPENDENCY")
@@ -349,8 +357,8 @@ async def test_nobody_can_depend_on_anothers_job(server: GuardedServer) -> None:
     assert allowed.status_code == 201
 
 
-async def test_an_idempotency_key_is_ones_own(server: GuardedServer) -> None:
-    made = {
+async def test_idempotency_keys_are_separate_for_each_user(server: GuardedServer) -> None:
+    ids = {
         (
             await server.client.post(
                 "/api/v1/jobs", json={"kind": "probe"}, headers={**server.keys[name], "Idempotency-Key": "same"}
@@ -358,47 +366,47 @@ async def test_an_idempotency_key_is_ones_own(server: GuardedServer) -> None:
         ).json()["id"]
         for name in ("owner", "other", "owner")
     }
-    assert len(made) == 2
+    assert len(ids) == 2
 
 
-async def test_a_users_job_of_an_administrators_kind_is_refused(server: GuardedServer) -> None:
+async def test_users_cannot_queue_kinds_of_administrators(server: GuardedServer) -> None:
     for name, status in (("owner", 403), ("admin", 201)):
         for path, body in (
             ("/api/v1/jobs", {"kind": "sweep"}),
             ("/api/v1/schedules", {"name": "mine", "kind": "sweep", "cron": "0 3 * * *"}),
         ):
-            answer = await server.client.post(path, json=body, headers=server.keys[name])
-            assert answer.status_code == status
+            response = await server.client.post(path, json=body, headers=server.keys[name])
+            assert response.status_code == status
 
 
 # WebSockets
 
 
-async def test_strangers_get_no_socket(server: GuardedServer) -> None:
+async def test_anonymous_callers_get_no_socket(server: GuardedServer) -> None:
     assert set((await connect_all(server, {})).values()) == {401}
 
 
 async def test_wrong_credentials_get_no_socket(server: GuardedServer, database: Database) -> None:
-    for sort in WRONG:
-        statuses = await connect_all(server, await wrong_credential(sort, server, database))
-        assert set(statuses.values()) == {401}, sort
+    for kind in WRONG_CREDENTIALS:
+        statuses = await connect_all(server, await wrong_credential(kind, server, database))
+        assert set(statuses.values()) == {401}, kind
 
 
-async def test_sockets_are_for_users_and_some_for_administrators(server: GuardedServer) -> None:
+async def test_sockets_are_for_users_or_administrators(server: GuardedServer) -> None:
     for headers in server.credentials("disabled"):
         assert set((await connect_all(server, headers)).values()) == {403}
     for headers in server.credentials("owner"):
         statuses = await connect_all(server, headers)
-        assert (having(statuses, 101), having(statuses, 403)) == (SOCKETS, ADMIN_SOCKETS)
+        assert (with_status(statuses, 101), with_status(statuses, 403)) == (SOCKETS, ADMIN_SOCKETS)
     for headers in server.credentials("admin"):
         assert set((await connect_all(server, headers)).values()) == {101}
 
 
-async def test_anothers_training_cannot_be_watched(server: GuardedServer) -> None:
-    for known in (server.ids["session_id"], server.ids["job_id"]):
+async def test_a_training_of_another_user_cannot_be_followed(server: GuardedServer) -> None:
+    for training_id in (server.ids["session_id"], server.ids["job_id"]):
         for name, status in (("owner", 101), ("other", 404), ("admin", 101)):
-            answer = await _shake_hands(server.app, f"/ws/training/{known}", server.bearer(name))
-            assert answer == status
+            handshake = await _shake_hands(server.app, f"/ws/training/{training_id}", server.bearer(name))
+            assert handshake == status
 
 
 def operations(app: FastAPI) -> list[str]:
@@ -407,15 +415,15 @@ def operations(app: FastAPI) -> list[str]:
     return [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
 
 
-def having(statuses: Statuses, *wanted: int) -> set[str]:
-    return {name for name, status in statuses.items() if status in wanted}
+def with_status(statuses: Statuses, *expected: int) -> set[str]:
+    return {name for name, status in statuses.items() if status in expected}
 
 
-async def wrong_credential(sort: str, server: GuardedServer, database: Database) -> Headers:
-    """A credential that is not good, although its account is."""
+async def wrong_credential(kind: str, server: GuardedServer, database: Database) -> Headers:
+    """An invalid credential of a valid account."""
     user = server.users["owner"]
     claims = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"])
-    match sort:
+    match kind:
         case "wrong key":
             return {"X-API-Key": "fgr_" + "x" * 43}
         case "expired key":
@@ -436,14 +444,14 @@ async def wrong_credential(sort: str, server: GuardedServer, database: Database)
 
 
 async def connect_all(server: GuardedServer, headers: Headers) -> Statuses:
-    """What the server says to a handshake at each WebSocket's address: 101, or the status of its refusal."""
-    known = {"client_id": "client-1", "training_id": server.ids["session_id"]}
+    """The status of a handshake with each WebSocket: 101, or that of the refusal."""
+    ids = {"client_id": "client-1", "training_id": server.ids["session_id"]}
     paths = SOCKETS | ADMIN_SOCKETS
-    return {path: await _shake_hands(server.app, path.format_map(known), headers) for path in paths}
+    return {path: await _shake_hands(server.app, path.format_map(ids), headers) for path in paths}
 
 
 async def _shake_hands(app: FastAPI, path: str, headers: Headers) -> int:
-    """Connect, and leave as soon as there is an answer."""
+    """Connect, and disconnect after the first response."""
     scope = {
         "type": "websocket",
         "path": path,
@@ -453,21 +461,21 @@ async def _shake_hands(app: FastAPI, path: str, headers: Headers) -> int:
         "client": ("192.0.2.1", 40000),
         "extensions": {"websocket.http.response": {}},
     }
-    heard = iter([{"type": "websocket.connect"}, {"type": "websocket.disconnect", "code": 1000}])
-    said: list[Message] = []
+    incoming = iter([{"type": "websocket.connect"}, {"type": "websocket.disconnect", "code": 1000}])
+    sent: list[Message] = []
 
     async def receive() -> Message:
-        return next(heard)
+        return next(incoming)
 
     async def send(message: Message) -> None:
-        said.append(message)
+        sent.append(message)
 
     await app(scope, receive, send)
-    return 101 if said[0]["type"] == "websocket.accept" else said[0]["status"]
+    return 101 if sent[0]["type"] == "websocket.accept" else sent[0]["status"]
 
 
-class _Known(dict[str, str]):
-    """The ids there are; an operation with another parameter gets a word that names nothing."""
+class _KnownIds(dict[str, str]):
+    """The known ids. Other parameters get an id that does not exist."""
 
     def __missing__(self, name: str) -> str:
         return "unknown"

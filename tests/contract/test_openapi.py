@@ -1,8 +1,7 @@
-"""The OpenAPI document is true: schemathesis sends what it allows and what it forbids, and reads every answer.
+"""The OpenAPI document is correct: schemathesis sends valid and invalid requests, and checks every response.
 
-The quick test tries a few examples of each operation, to see that nothing is plainly wrong. The others try many: one
-server gets every value at the edge of what is allowed, the other what comes to nobody's mind: both at both would
-take twice as long to find the same.
+The quick test tries a few examples of each operation. The others try many: one server gets all boundary values, the
+other random ones. Both kinds on both servers would take twice as long and find the same.
 """
 
 import asyncio
@@ -34,35 +33,40 @@ CONFIGURATION = Path(__file__).parent / "schemathesis.toml"
 
 @pytest.fixture
 async def stocked(database: Database, registry_model: RegistryModel) -> Database:
-    """A database with jobs that have something to tell, a training session, and a registry with a model."""
+    """A database with finished jobs and their journals, a training session, and a registry with a model."""
     await registry_model.register()
     async with database.transaction() as session:
         job = await queue.enqueue(session, queue.JobRequest(kind="probe", spec={"payload": "✓"}), LOCAL)
         log = {"level": "INFO", "message": "one step"}
-        told = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes.", "tags": ["home"]}
-        await prompts.create(session, prompts.PromptRequest.model_validate(told), LOCAL)
+        prompt = {"name": "Lights", "user_input": "Are the lights on?", "expected_output": "Yes.", "tags": ["home"]}
+        await prompts.create(session, prompts.PromptRequest.model_validate(prompt), LOCAL)
         entries = [
             JournalEntry(job.id, "running", {"worker": "w"}),
             JournalEntry(job.id, "log", log),
             JournalEntry(job.id, "succeeded"),
         ]
         journal.record(session, entries)
-        ended = {"started_at": now(), "finished_at": now(), "phase": "step 1 of 1", "progress": 100.0}
-        done = update(Job).where(Job.id == job.id).values(state=State.SUCCEEDED, result={"payload": "✓"}, **ended)
-        await session.execute(done)
-        learn = {"data": {"dataset": "demo/homelab"}}
-        training = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=learn), LOCAL)
-        numbers = {"step": 3, "epoch": 0.5, "loss": 2.5, "learning_rate": 2e-4, "memory_mb": 512.0}
-        journal.record(session, [JournalEntry(training.id, "progress", {"metrics": numbers})])
-        told = {"name": "House v1", "base_model": "forgearr/tiny", "config": {"num_epochs": 2}, "created_by": "local"}
-        session.add_all([TrainingSession(**told), TrainingSession(**told, job_id=training.id)])
+        values = {"started_at": now(), "finished_at": now(), "phase": "step 1 of 1", "progress": 100.0}
+        finished = update(Job).where(Job.id == job.id).values(state=State.SUCCEEDED, result={"payload": "✓"}, **values)
+        await session.execute(finished)
+        spec = {"data": {"dataset": "demo/homelab"}}
+        training = await queue.enqueue(session, queue.JobRequest(kind="fine_tune", spec=spec), LOCAL)
+        metrics = {"step": 3, "epoch": 0.5, "loss": 2.5, "learning_rate": 2e-4, "memory_mb": 512.0}
+        journal.record(session, [JournalEntry(training.id, "progress", {"metrics": metrics})])
+        columns = {
+            "name": "House v1",
+            "base_model": "forgearr/tiny",
+            "config": {"num_epochs": 2},
+            "created_by": "local",
+        }
+        session.add_all([TrainingSession(**columns), TrainingSession(**columns, job_id=training.id)])
     return database
 
 
 @pytest.mark.usefixtures("stocked")
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_a_few_examples_of_everything(configure: Callable[..., None], tmp_path: Path) -> None:
-    """No stream is followed: that takes a second for each example. And an operation may answer 401 to so few."""
+async def test_a_few_examples_of_every_operation(configure: Callable[..., None], tmp_path: Path) -> None:
+    """Streams are not followed: each would take a second. So few examples of an operation may all get 401."""
     configure(limits__enabled="false")
     text = CONFIGURATION.read_text()
     for many, few in (
@@ -81,7 +85,7 @@ async def test_a_few_examples_of_everything(configure: Callable[..., None], tmp_
 @pytest.mark.deep
 @pytest.mark.usefixtures("stocked")
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-async def test_a_server_that_needs_no_credential(configure: Callable[..., None]) -> None:
+async def test_a_server_that_requires_no_credential(configure: Callable[..., None]) -> None:
     configure(limits__enabled="false")
     async with running_app() as address:
         await check(f"http://{address}/api/v1/openapi.json", "--phases", "examples,fuzzing,stateful")
@@ -89,14 +93,15 @@ async def test_a_server_that_needs_no_credential(configure: Callable[..., None])
 
 @pytest.mark.deep
 @pytest.mark.parametrize("database", ["postgres"], indirect=True)
-async def test_a_server_that_needs_one(stocked: Database, configure: Callable[..., None]) -> None:
+async def test_a_server_that_requires_a_credential(stocked: Database, configure: Callable[..., None]) -> None:
     configure(auth__required="true", limits__enabled="false")
-    password_hash = await identity.hash_password(token_hex(16))  # answers tell the address, and it is tried to log in
+    # Responses contain the email, and schemathesis tries to log in with it.
+    password_hash = await identity.hash_password(token_hex(16))
     async with stocked.transaction() as session:
         admin = await identity.add_user(
             session, email="admin@example.com", username="admin", password_hash=password_hash, role="admin"
         )
-    # Not an API key: it would be found, and revoked, in the course of this.
+    # Not an API key: schemathesis would find and revoke it.
     token = identity.create_access_token(admin)
     async with running_app() as address:
         header = f"Authorization: Bearer {token}"
@@ -116,7 +121,7 @@ def configure(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
 
 async def check(url: str, *options: str, configuration: Path = CONFIGURATION) -> None:
-    """Run schemathesis over the whole document; what it finds, it tells with a command that shows it again."""
+    """Run schemathesis over the whole document. Its output has a command that reproduces each failure."""
     program = Path(sys.executable).parent / "schemathesis"
     command = [program, "--config-file", configuration, "run", url, "--no-color", *options]
     process = await asyncio.create_subprocess_exec(
