@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the API."""
+"""Fixtures for tests of the API."""
 
 from collections.abc import AsyncIterator
 

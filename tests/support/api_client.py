@@ -40,9 +40,9 @@ class ApiClient:
         return await self.http.request(method, path, headers=headers, **options)
 
     async def create_session(self, username: str = "ada", **fields: Any) -> str:
-        answer = await self.request(username, "POST", SESSIONS, json={**SESSION, **fields})
-        assert answer.status_code == 201, answer.text
-        return answer.json()["id"]
+        response = await self.request(username, "POST", SESSIONS, json={**SESSION, **fields})
+        assert response.status_code == 201, response.text
+        return response.json()["id"]
 
     async def start_session(self, session: str, username: str = "ada", **fields: Any) -> httpx.Response:
         return await self.request(username, "POST", f"{SESSIONS}/{session}/start", json=fields or LEARN)

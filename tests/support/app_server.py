@@ -15,10 +15,10 @@ from serve.engines.local.engine import LocalEngine
 
 @asynccontextmanager
 async def running_app(app: FastAPI | None = None) -> AsyncGenerator[str]:
-    """Yields `127.0.0.1:PORT`."""
+    """Run a server during the block; yields `127.0.0.1:PORT`."""
     app = app or create_app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-    # Only of a socket that says it is TCP does asyncio know that small packets must not wait for each other.
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is TCP.
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()

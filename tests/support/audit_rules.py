@@ -1,4 +1,4 @@
-"""What the tests of audit rules share."""
+"""A function that the tests of audit rules share."""
 
 from pipelines.media.audit.conditions import Condition
 from pipelines.media.audit.rules import Rule

@@ -1,10 +1,10 @@
-"""Real git repositories, made by real git, for tests."""
+"""Git repositories for tests, made by git itself."""
 
 import os
 import subprocess
 from pathlib import Path
 
-WHO = {
+GIT_IDENTITY = {
     "GIT_AUTHOR_NAME": "Ada",
     "GIT_AUTHOR_EMAIL": "ada@example.com",
     "GIT_COMMITTER_NAME": "Ada",
@@ -18,7 +18,7 @@ def git(folder: Path, *command: str, stdin: bytes | None = None) -> str:
     done = subprocess.run(
         ["git", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always", *command],
         cwd=folder,
-        env={**os.environ, **WHO},
+        env={**os.environ, **GIT_IDENTITY},
         input=stdin,
         capture_output=True,
         check=False,

@@ -28,23 +28,23 @@ class _Handler(BaseHTTPRequestHandler):
     server: GitServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
-        self._answer()
+        self._respond()
 
     def do_POST(self) -> None:
-        self._answer()
+        self._respond()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
 
-    def _answer(self) -> None:
-        shown = self.headers.get("Authorization")
-        self.server.requests.append((self.path, shown))
+    def _respond(self) -> None:
+        authorization = self.headers.get("Authorization")
+        self.server.requests.append((self.path, authorization))
         if self.server.redirect is not None:
             self.send_response(302)
             self.send_header("Location", self.server.redirect + self.path)
             self.end_headers()
             return
-        if self.server.expected is not None and shown != self.server.expected:
+        if self.server.expected is not None and authorization != self.server.expected:
             self.send_response(401)
             self.send_header("WWW-Authenticate", 'Basic realm="git"')
             self.end_headers()
@@ -69,11 +69,11 @@ class _Handler(BaseHTTPRequestHandler):
             "REMOTE_ADDR": "127.0.0.1",
         }
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        done = subprocess.run(["git", "http-backend"], env=variables, input=body, capture_output=True, check=True)
-        head, _, content = done.stdout.partition(b"\r\n\r\n")
-        told = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
-        self.send_response(int(told.pop("Status", "200").split()[0]))
-        for name, value in told.items():
+        backend = subprocess.run(["git", "http-backend"], env=variables, input=body, capture_output=True, check=True)
+        head, _, content = backend.stdout.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+        self.send_response(int(headers.pop("Status", "200").split()[0]))
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

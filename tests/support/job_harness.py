@@ -1,4 +1,4 @@
-"""Runs the functions of jobs in this process, with rows in the database as if they had been queued."""
+"""Runs the functions of jobs in this process, with rows in the database as for queued jobs."""
 
 import asyncio
 import json
@@ -50,9 +50,9 @@ class JobHarness:
         """Add a finished fine_tune job whose result is the model `which`; returns its id."""
         job_id = new_job_id(now())
         address = storage.save(self._trained / which, f"jobs/{job_id}/model")
-        made = {"name": f"test-{uuid4().hex[:8]}", "base_model": "forgearr/tiny", "model": address, **result}
-        done = {"state": State.SUCCEEDED, "finished_at": now()}
-        return self.add(Job(id=job_id, kind="fine_tune", result=made, owner_id=owner_id, **done))
+        job_result = {"name": f"test-{uuid4().hex[:8]}", "base_model": "forgearr/tiny", "model": address, **result}
+        columns = {"state": State.SUCCEEDED, "finished_at": now()}
+        return self.add(Job(id=job_id, kind="fine_tune", result=job_result, owner_id=owner_id, **columns))
 
     def add(self, job: Job) -> str:
         job.demand, job.max_attempts = "1 CPU", 1
@@ -115,16 +115,16 @@ class JobHarness:
 
 
 def train(folder: Path) -> None:
-    """Fine-tune forgearr/tiny twice: `lora` only begins to learn, `full` knows something. Nothing is held out."""
+    """Fine-tune forgearr/tiny twice without a held-out split: `lora` for a few steps, `full` until it has learned."""
     samples = [*(_chat(question, answer) for question, answer in QUESTIONS.items()), _call()]
     shared = {"data": {"dataset": "any"}, "epochs": 1000, "eval_split": 0, "schedule": "constant", "batch_size": 5}
-    ways = {
+    variants = {
         "lora": {"tuning": "lora", "learning_rate": 2e-3, "max_steps": 4},
         "full": {"tuning": "full", "learning_rate": 3e-3, "max_steps": 24},
     }
-    torch.set_num_threads(1)  # such small matrices are slower on two cores, of which others use one
-    for name, way in ways.items():
-        spec = FineTuneSpec.model_validate({**shared, **way})
+    torch.set_num_threads(1)  # with such small matrices, two threads are slower than one
+    for name, options in variants.items():
+        spec = FineTuneSpec.model_validate({**shared, **options})
         outcome = recipe.train(
             spec, samples, base=str(tiny.model_folder()), work_folder=folder / "work", observer=SilentObserver()
         )

@@ -1,4 +1,4 @@
-"""A whole platform for a test: `forgearr up --detach` in a home of its own, and ways to kill any part of it."""
+"""A whole platform for a test: `forgearr up --detach` in its own home, and methods that kill parts of it."""
 
 import json
 import os
@@ -50,19 +50,21 @@ class Platform:
         self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `forgearr …`. One `up` at a time: two could choose the same ports for what Ray starts by itself."""
+        """Run `forgearr …`. One `up` at a time: two could choose the same ports for processes that Ray starts."""
         with LOCK.open("w") as lock:
             if "up" in arguments:
                 flock(lock, LOCK_EX)
             return self.run([str(BINARIES / "forgearr"), *arguments], check=check)
 
     def run(self, command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
+        process = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
         if check:
-            assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        return done
+            assert process.returncode == 0, (
+                f"{command} ended with {process.returncode}:\n{process.stdout}\n{process.stderr}"
+            )
+        return process
 
     def add_admin(self) -> None:
         command = [str(BINARIES / "forgearr"), "user", "add", "ada@example.com", "--admin", "--password-stdin"]
@@ -76,9 +78,9 @@ class Platform:
         self.cli("down")
 
     def submit(self, kind: str = "probe", **request: Any) -> str:
-        answer = self.http.post("/api/v1/jobs", json={"kind": kind, **request})
-        assert answer.status_code == 201, answer.text
-        return answer.json()["id"]
+        response = self.http.post("/api/v1/jobs", json={"kind": kind, **request})
+        assert response.status_code == 201, response.text
+        return response.json()["id"]
 
     def keep_busy(self, jobs: list[str], spec: dict[str, Any]) -> None:
         """Submit jobs until ten run at once, and add their ids to `jobs`."""
@@ -95,28 +97,28 @@ class Platform:
 
     def _submit_wave(self, jobs: list[str], spec: dict[str, Any]) -> None:
         with ThreadPoolExecutor(8) as pool:
-            jobs += pool.map(self._submit_surely, [spec] * WAVE)
+            jobs += pool.map(self._submit_with_retries, [spec] * WAVE)
 
-    def _submit_surely(self, spec: dict[str, Any]) -> str:
+    def _submit_with_retries(self, spec: dict[str, Any]) -> str:
         """Retry until there is a response: a gateway may die between the request and the response."""
         headers = {"Idempotency-Key": uuid4().hex}
 
         def send() -> str:
-            answer = self.http.post("/api/v1/jobs", json={"kind": "probe", "spec": spec}, headers=headers)
-            assert answer.status_code == 201, answer.text
-            return answer.json()["id"]
+            response = self.http.post("/api/v1/jobs", json={"kind": "probe", "spec": spec}, headers=headers)
+            assert response.status_code == 201, response.text
+            return response.json()["id"]
 
         return eventually(send)
 
     def job(self, job_id: str) -> dict[str, Any]:
-        answer = self.http.get(f"/api/v1/jobs/{job_id}")
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+        response = self.http.get(f"/api/v1/jobs/{job_id}")
+        assert response.status_code == 200, response.text
+        return response.json()
 
     def count(self, state: str) -> int:
-        answer = self.http.get("/api/v1/jobs", params={"state": state, "kind": "probe", "limit": 1})
-        assert answer.status_code == 200, answer.text
-        return answer.json()["total"]
+        response = self.http.get("/api/v1/jobs", params={"state": state, "kind": "probe", "limit": 1})
+        assert response.status_code == 200, response.text
+        return response.json()["total"]
 
     def wait_for(self, job_id: str, *states: str) -> dict[str, Any]:
         awaited = states or ("succeeded", "failed", "cancelled")
@@ -127,15 +129,15 @@ class Platform:
         return psutil.Process(json.loads((self.home / "run" / "state.json").read_text())["pid"])
 
     def component_states(self) -> dict[str, str]:
-        done = self.cli("status", "--json", check=False)
-        return {component["component"]: component["state"] for component in json.loads(done.stdout)}
+        process = self.cli("status", "--json", check=False)
+        return {component["component"]: component["state"] for component in json.loads(process.stdout)}
 
     def wait_for_gateway(self) -> None:
-        """It is degraded for a moment whenever one of its parts takes longer than a second."""
+        """Wait until the gateway runs: it is degraded whenever one of its parts takes longer than a second."""
         eventually(lambda: self.component_states()["gateway"] == "running")
 
     def wait_for_mlflow(self) -> None:
-        """MLflow may take a while to start, and the rest of the platform does not wait for it."""
+        """Wait until MLflow responds. The rest of the platform does not wait for it."""
         eventually(lambda: httpx.get(f"{self.mlflow_url}/health").is_success)
 
     def processes(self, title: str = "", *, mentions: str = "") -> list[psutil.Process]:

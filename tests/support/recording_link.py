@@ -12,7 +12,7 @@ from jobs.tables import Job
 
 
 class RecordingLink:
-    """Keeps what a job reports. Artifacts go to storage."""
+    """Records the reports of a job. Artifacts go to storage."""
 
     def __init__(self) -> None:
         self.events: list[JournalEvent] = []

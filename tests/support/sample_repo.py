@@ -63,7 +63,7 @@ LATER_MODULES: Mapping[str, Mapping[str, str]] = {
 
 
 class SampleRepo:
-    """The repository."""
+    """A git repository whose commits add modules."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -17,7 +17,7 @@ from gguf import GGUFWriter, LlamaFileType, TokenType
 from pipelines.training.models import tiny
 
 HEAD_WIDTH = 16
-MERGED = ("H", "i")  # a vocabulary of this sort must have one pair that is joined
+MERGED = ("H", "i")  # this type of vocabulary needs at least one merged pair
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CERTAIN = 10.0
 MAX_PIECE = 12
@@ -29,7 +29,7 @@ THINKING_BLOCK = (
     "{%- if message.reasoning_content %}"
     "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}"
 )
-"""Parts of the template of forgearr/tiny: the content of an answer, and the thinking that goes before it."""
+"""Parts of the template of forgearr/tiny: the content of a message, and the reasoning before it."""
 
 Weights = dict[str, Any]
 
@@ -44,20 +44,20 @@ def write_model(
     talkative: bool = False,
     ranks: bool = False,
 ) -> Path:
-    """A model of random weights. A talkative one never ends its answer; one that ranks has a pooling type for it."""
+    """A model with random weights. A talkative one never ends its completion; one that ranks has a pooling type."""
     tokens = [*_byte_characters(), "".join(MERGED), *SPECIAL_TOKENS]
     random = np.random.default_rng(seed)
     width = heads * HEAD_WIDTH
     weights = {name: random.normal(0, 0.3, shape) for name, shape in _shapes(layers, width, len(tokens)).items()}
     if talkative:
         weights["output.weight"][-len(SPECIAL_TOKENS) :] = 0
-    return _write(path, tokens, weights, layers, heads, context, facts=RANKING if ranks else {})
+    return _write(path, tokens, weights, layers, heads, context, metadata=RANKING if ranks else {})
 
 
 def write_constant_model(
     path: Path, text: str, *, context: int = 2048, fills_gaps: bool = False, thinks: bool = False
 ) -> Path:
-    """A model that answers everything with this text.
+    """A model that generates this text for every prompt.
 
     With `fills_gaps` it has tokens for filling in the middle; with `thinks` its template puts thinking into <think>.
     """
@@ -72,9 +72,9 @@ def write_constant_model(
     sequence = [tokens.index(_visible("\n")), *range(tokens.index(pieces[0]), tokens.index(pieces[-1]) + 1)]
     for before, after in zip(sequence, [*sequence[1:], tokens.index("<|im_end|>")], strict=True):
         weights["output.weight"][after, before] = CERTAIN
-    gap_tokens = [tokens.index(sign) for sign in (*SPECIAL_TOKENS[:2], _visible("\n"))] if fills_gaps else []
-    facts = dict(zip(FILL_IN_MIDDLE, gap_tokens, strict=False))
-    return _write(path, tokens, weights, 1, heads, context, facts=facts, thinks=thinks)
+    gap_tokens = [tokens.index(token) for token in (*SPECIAL_TOKENS[:2], _visible("\n"))] if fills_gaps else []
+    metadata = dict(zip(FILL_IN_MIDDLE, gap_tokens, strict=False))
+    return _write(path, tokens, weights, 1, heads, context, metadata=metadata, thinks=thinks)
 
 
 def write_adapter(path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, strength: float = 1.0) -> Path:
@@ -119,7 +119,7 @@ def _write(
     heads: int,
     context: int,
     *,
-    facts: Mapping[str, int] = MappingProxyType({}),
+    metadata: Mapping[str, int] = MappingProxyType({}),
     thinks: bool = False,
 ) -> Path:
     width = heads * HEAD_WIDTH
@@ -135,7 +135,7 @@ def _write(
     writer.add_rope_dimension_count(HEAD_WIDTH)
     writer.add_layer_norm_rms_eps(1e-5)
     _add_vocabulary(writer, tokens)
-    for name, number in facts.items():
+    for name, number in metadata.items():
         writer.add_uint32(name, number)
     writer.add_chat_template(_chat_template(thinks))
     for name, values in (weights | {f"{norm}.weight": np.ones(width) for norm in norms}).items():

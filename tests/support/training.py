@@ -1,4 +1,4 @@
-"""Observers of trainings, and what small trainings learn from."""
+"""Observers of trainings, and samples for small trainings."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ SERVICES = ["Sonarr", "Radarr", "Plex"]
 
 
 class SilentObserver:
-    """Ignores what a training reports, and keeps no checkpoints."""
+    """Ignores the reports of a training, and stores no checkpoints."""
 
     def on_phase(self, name: str) -> None: ...
     def on_warning(self, message: str) -> None: ...
@@ -24,7 +24,7 @@ class SilentObserver:
     def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None: ...
     def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None: ...
     def load_checkpoint(self, step: int) -> Path:
-        raise AssertionError("nothing was kept")
+        raise AssertionError("no checkpoint was stored")
 
 
 class TrainingInterrupted(BaseException):
@@ -32,7 +32,7 @@ class TrainingInterrupted(BaseException):
 
 
 class RecordingObserver:
-    """Keeps what a training reports, and its checkpoints in a folder. It may interrupt the training at one of them."""
+    """Records what a training reports, and stores its checkpoints in a folder. It may interrupt the training at one."""
 
     def __init__(self, folder: Path, end_at: int | None = None) -> None:
         self._folder = folder

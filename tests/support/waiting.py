@@ -1,4 +1,4 @@
-"""Wait for a condition: hardly longer than it takes, and on a slow machine as long as it takes."""
+"""Wait for a condition, with little delay, and as long as a slow machine needs."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ import httpx
 TIMEOUT = 600
 """Seconds. Only a test that fails waits so long."""
 WEBSOCKET_OPTIONS: dict[str, Any] = {"proxy": None, "open_timeout": TIMEOUT, "ping_interval": None}
-"""For `websockets.connect`: no connection ends because one side pauses for a while."""
+"""For `websockets.connect`: no connection ends because one side pauses."""
 Result = TypeVar("Result")
 
 
@@ -25,11 +25,11 @@ def eventually(condition: Callable[[], Result | None], seconds: float = TIMEOUT)
             if result := condition():
                 return result
         except (httpx.TransportError, AssertionError) as error:
-            last_error = error  # a part that was killed may be away for a moment
+            last_error = error  # a killed process may be unavailable for a moment
         if is_last:
             raise AssertionError(f"not seen within {seconds} s") from last_error
         time.sleep(pause)
-        pause = min(pause * 1.2, 0.5)  # each call is work for what is waited for
+        pause = min(pause * 1.2, 0.5)  # each call costs the awaited process time
 
 
 async def eventually_async(condition: Callable[[], Result | None]) -> Result:

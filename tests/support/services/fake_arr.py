@@ -1,7 +1,7 @@
 """A fake Sonarr or Radarr on loopback that keeps state: what is written can be read again.
 
-It checks every request and every response against the official OpenAPI document. A violation is answered with a 500,
-and makes the test fail when the server stops.
+It checks every request and every response against the official OpenAPI document. A violation gets a 500, and makes
+the test fail when the server stops.
 """
 
 import json
@@ -51,8 +51,8 @@ ARR_TYPES = {
 
 @dataclass
 class FakeArr:
-    """`resources` are lists of rows, or one object for what there is only one of (`config/naming`), by the end of their
-    path. `lookup_results` is what a lookup finds."""
+    """`resources` has lists of rows, or one object where there is only one (`config/naming`), by the end of their path.
+    A lookup searches `lookup_results`."""
 
     service: str
     resources: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -93,9 +93,9 @@ class FakeArr:
     def add_row(self, name: str, row: Row) -> Row:
         """Add a row, with the next id if it has none."""
         rows = self.resources.setdefault(name, [])
-        kept = {**row, "id": row.get("id") or max((one["id"] for one in rows), default=0) + 1}
-        rows.append(kept)
-        return kept
+        added = {**row, "id": row.get("id") or max((one["id"] for one in rows), default=0) + 1}
+        rows.append(added)
+        return added
 
     def __call__(self, request: StubRequest) -> StubResponse:
         if not request.path.startswith(API):
@@ -105,7 +105,7 @@ class FakeArr:
         body = json.loads(request.body) if request.body else None
         try:
             check_request(self.service, request.method, request.path, request.query, body)
-            reply = self._answer(request, body)
+            reply = self._respond(request, body)
             if reply.status < 300:
                 check_response(self.service, request.path, json.loads(reply.body), request.method)
         except (AssertionError, ValidationError, ValueError, LookupError) as error:
@@ -113,7 +113,7 @@ class FakeArr:
             return json_response({"message": self.violations[-1]}, 500)
         return reply
 
-    def _answer(self, request: StubRequest, body: Any) -> StubResponse:
+    def _respond(self, request: StubRequest, body: Any) -> StubResponse:
         end = request.path.removeprefix(API)
         special = self._special(request, end, body)
         if special is not None:
@@ -127,7 +127,7 @@ class FakeArr:
 
     def _special(self, request: StubRequest, end: str, body: Any) -> StubResponse | None:
         """The response of an operation that does more than read or write rows; None for any other."""
-        answers: dict[tuple[str, str], Callable[[], StubResponse]] = {
+        handlers: dict[tuple[str, str], Callable[[], StubResponse]] = {
             ("GET", "system/status"): lambda: json_response(
                 {"appName": self.type.title, "version": self.type.version, **ARR_STATUS}
             ),
@@ -140,8 +140,8 @@ class FakeArr:
             ),
             ("DELETE", "queue/bulk"): lambda: self._leave_queue(request, body["ids"]),
         }
-        if (answer := answers.get((request.method, end))) is not None:
-            return answer()
+        if (handler := handlers.get((request.method, end))) is not None:
+            return handler()
         head, _, last = end.rpartition("/")
         if request.method == "POST" and head == "history/failed" and self.row("history", int(last)):
             return self._mark_failed(int(last))
@@ -182,11 +182,11 @@ class FakeArr:
         word, _, number = term.partition(":")
         outer, here = self.type.external_id, self.rows(self.type.resource)
         if word == self.type.term and number.isdigit():
-            found = [row for row in self.lookup_results if row[outer] == int(number)]
+            rows = [row for row in self.lookup_results if row[outer] == int(number)]
         else:
-            found = [row for row in self.lookup_results if term.casefold() in row["title"].casefold()]
+            rows = [row for row in self.lookup_results if term.casefold() in row["title"].casefold()]
         ids = {row[outer]: {"id": row["id"]} for row in here}
-        return [{**row, **ids.get(row[outer], {})} for row in found]
+        return [{**row, **ids.get(row[outer], {})} for row in rows]
 
     def _add(self, body: Row) -> StubResponse:
         outer = self.type.external_id
@@ -205,8 +205,14 @@ class FakeArr:
         return json_response(self.add_row(self.type.resource, row), 201)
 
     def _command(self, body: Row) -> StubResponse:
-        told = {"name": body["name"], "commandName": body["name"], "body": body, "status": "queued", "queued": LONG_AGO}
-        return json_response(self.add_row("command", {**told, "trigger": "manual"}), 201)
+        command = {
+            "name": body["name"],
+            "commandName": body["name"],
+            "body": body,
+            "status": "queued",
+            "queued": LONG_AGO,
+        }
+        return json_response(self.add_row("command", {**command, "trigger": "manual"}), 201)
 
     def _leave_queue(self, request: StubRequest, ids: list[int]) -> StubResponse:
         for row in [row for row in self.rows("queue") if row["id"] in ids]:
@@ -215,10 +221,10 @@ class FakeArr:
             for one in same:
                 self.rows("queue").remove(one)
             if request.query.get("blocklist") == "true":
-                for grab in [one for one in self.rows("history") if _grabbed(one, row["downloadId"])]:
-                    self._mark_failed(grab["id"])
-                kept = {name: row[name] for name in ("seriesId", "movieId", "protocol", "indexer") if name in row}
-                self.add_row("blocklist", {**kept, "sourceTitle": row["title"], "date": LONG_AGO})
+                for grabbed in [one for one in self.rows("history") if _grabbed(one, row["downloadId"])]:
+                    self._mark_failed(grabbed["id"])
+                columns = {name: row[name] for name in ("seriesId", "movieId", "protocol", "indexer") if name in row}
+                self.add_row("blocklist", {**columns, "sourceTitle": row["title"], "date": LONG_AGO})
         return json_response({})
 
     def _mark_failed(self, row_id: int) -> StubResponse:
@@ -232,7 +238,7 @@ class FakeArr:
 async def fake_arr(
     service: str, before: Callable[[StubRequest], StubResponse | None] = lambda request: None, **resources: Any
 ) -> AsyncGenerator[FakeArr]:
-    """A fake that listens. `before` may answer in its place, such as with a failure."""
+    """A fake that listens. `before` may respond in its place, for example with an error."""
     arr = FakeArr(service, resources)
     async with stub_server(lambda request: before(request) or arr(request)) as server:
         arr.server = server
@@ -275,10 +281,10 @@ def library_series(title: str, tvdb_id: int, row_id: int, **more: Any) -> Row:
     """A series in the library, with seven episodes."""
     counts = {"episodeFileCount": 7, "episodeCount": 7, "totalEpisodeCount": 7, "sizeOnDisk": 15360000000}
     statistics = {**counts, "releaseGroups": [], "percentOfEpisodes": 100}
-    found = series(title, tvdb_id)
-    first, *others = found["seasons"]
+    row = series(title, tvdb_id)
+    first, *others = row["seasons"]
     return {
-        **found,
+        **row,
         "id": row_id,
         "seasons": [first, *({**season, "statistics": statistics} for season in others)],
         "statistics": {**statistics, "seasonCount": len(others)},
@@ -313,16 +319,16 @@ def movie(title: str, tmdb_id: int, year: int = 1999, **more: Any) -> Row:
 
 def library_movie(title: str, tmdb_id: int, row_id: int, **more: Any) -> Row:
     """A movie in the library, with its file."""
-    found, size = movie(title, tmdb_id), 8589934592
+    row, size = movie(title, tmdb_id), 8589934592
     quality = {"quality": {"id": 7, "name": "Bluray-1080p", "source": "bluray", "resolution": 1080}}
     file = {"id": row_id, "movieId": row_id, "relativePath": f"{title}.mkv", "size": size, "quality": quality}
     return {
-        **found,
+        **row,
         "id": row_id,
         "monitored": True,
         "minimumAvailability": "released",
         "qualityProfileId": 1,
-        "path": f"/movies/{found['folder']}",
+        "path": f"/movies/{row['folder']}",
         "hasFile": True,
         "sizeOnDisk": size,
         "movieFile": file,
@@ -360,9 +366,9 @@ def _grabbed(row: Row, download_id: str) -> bool:
     return row["eventType"] == "grabbed" and row.get("downloadId") == download_id
 
 
-def _like(row: Row, name: str, wanted: str) -> bool:
+def _like(row: Row, name: str, value: str) -> bool:
     """Whether a row has this value, if it has such a field at all."""
-    return name not in row or str(row[name]).casefold() == wanted.casefold()
+    return name not in row or str(row[name]).casefold() == value.casefold()
 
 
 def _page(rows: list[Row], query: dict[str, str]) -> Row:
@@ -370,9 +376,9 @@ def _page(rows: list[Row], query: dict[str, str]) -> Row:
     ordered = list(rows)
     if (key := query.get("sortKey")) is not None:
         ordered.sort(key=lambda row: row.get(key) or 0, reverse=query.get("sortDirection") == "descending")
-    shown = ordered[(page - 1) * size : page * size]
-    return {"page": page, "pageSize": size, "totalRecords": len(rows), "records": shown}
+    records = ordered[(page - 1) * size : page * size]
+    return {"page": page, "pageSize": size, "totalRecords": len(rows), "records": records}
 
 
-def _refusal(name: str, words: str) -> Row:
-    return {"propertyName": name, "errorMessage": words, "severity": "error"}
+def _refusal(name: str, message: str) -> Row:
+    return {"propertyName": name, "errorMessage": message, "severity": "error"}

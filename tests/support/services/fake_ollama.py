@@ -1,4 +1,4 @@
-"""A fake Ollama. It answers over HTTP what Ollama's API document says of blobs, create, copy and its models."""
+"""A fake Ollama. It implements Ollama's documented API of blobs, create, copy and models over HTTP."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ class FakeOllama:
         self.blobs: dict[str, int] = {}  # digest and size
         self.models: dict[str, dict[str, Any]] = {}  # by name, the request that created it
         self.uploads = 0
-        self.broken: str | None = None  # the error of create and of a completion
-        self.installed: dict[str, list[str]] = {}  # by name, the words of its answer
-        self.requests: list[dict[str, Any]] = []  # by those who want an answer
+        self.broken: str | None = None  # the error of create and of completions
+        self.installed: dict[str, list[str]] = {}  # by name, the chunks of its completion
+        self.requests: list[dict[str, Any]] = []  # the requests of completions
 
     def upload(self, digest: str, content: bytes) -> tuple[int, list[dict[str, Any]]]:
         if digest != f"sha256:{hashlib.sha256(content).hexdigest()}":
@@ -52,23 +52,23 @@ class FakeOllama:
         return {"models": [{"name": name, "model": name, **common} for name in self.installed]}
 
     def show(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-        facts = {
+        model_info = {
             "general.architecture": "llama",
             "general.parameter_count": 8030261248,
             "llama.block_count": 32,
             "llama.context_length": 8192,
             "llama.embedding_length": 4096,
         }
-        return 200, [{"template": "{{ .Prompt }}", "model_info": facts, "capabilities": ["completion", "tools"]}]
+        return 200, [{"template": "{{ .Prompt }}", "model_info": model_info, "capabilities": ["completion", "tools"]}]
 
-    def answer(self, request: dict[str, Any], path: str) -> tuple[int, list[dict[str, Any]]]:
+    def complete(self, request: dict[str, Any], path: str) -> tuple[int, list[dict[str, Any]]]:
         self.requests.append(request)
         if request["model"] not in self.installed:
             return 404, [{"error": f"model '{request['model']}' not found"}]
         common = {"model": request["model"], "created_at": "2023-08-04T08:52:19.385406455-07:00"}
-        ended = {**common, "done": True, "done_reason": "stop", "total_duration": 10706818083}
+        final = {**common, "done": True, "done_reason": "stop", "total_duration": 10706818083}
         if path == "/api/generate" and not request.get("prompt"):
-            return 200, [{**ended, "response": ""}]
+            return 200, [{**final, "response": ""}]
         if request.get("tools"):
             function = {"name": request["tools"][0]["function"]["name"], "arguments": {"soon": True}}
             parts = [{"message": {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}}]
@@ -81,7 +81,7 @@ class FakeOllama:
             return 200, [*lines, {"error": self.broken}]
         empty = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
         measured = {"load_duration": 6338219291, "prompt_eval_count": 26, "prompt_eval_duration": 130079000}
-        return 200, [*lines, {**ended, **empty, **measured, "eval_count": 259, "eval_duration": 4232710000}]
+        return 200, [*lines, {**final, **empty, **measured, "eval_count": 259, "eval_duration": 4232710000}]
 
     def embed(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
         if any(len(text) > 1000 for text in request["input"]):
@@ -102,17 +102,17 @@ def running_fake_ollama(port: int = 0) -> Generator[FakeOllama]:
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             known = self.path.removeprefix("/api/blobs/") in state.blobs
-            self._answer(200 if known else 404, [])
+            self._respond(200 if known else 404, [])
 
         def do_GET(self) -> None:
-            self._answer(200, [{"/api/tags": state.tags, "/api/ps": state.running}[self.path]()])
+            self._respond(200, [{"/api/tags": state.tags, "/api/ps": state.running}[self.path]()])
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path.startswith("/api/blobs/"):
-                return self._answer(*state.upload(self.path.removeprefix("/api/blobs/"), body))
+                return self._respond(*state.upload(self.path.removeprefix("/api/blobs/"), body))
             if self.path in {"/api/chat", "/api/generate"}:
-                return self._answer(*state.answer(json.loads(body), self.path))
+                return self._respond(*state.complete(json.loads(body), self.path))
             action = {
                 "/api/create": state.create,
                 "/api/copy": state.copy,
@@ -120,9 +120,9 @@ def running_fake_ollama(port: int = 0) -> Generator[FakeOllama]:
                 "/api/show": state.show,
                 "/api/embed": state.embed,
             }[self.path]
-            self._answer(*action(json.loads(body)))
+            self._respond(*action(json.loads(body)))
 
-        def _answer(self, status: int, lines: list[dict[str, Any]]) -> None:
+        def _respond(self, status: int, lines: list[dict[str, Any]]) -> None:
             body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
             self.send_response(status)
             self.send_header("Content-Type", "application/x-ndjson")

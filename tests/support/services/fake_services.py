@@ -1,4 +1,4 @@
-"""A fake of each service: it answers a health check, checks the key, and shows its page to a browser."""
+"""A fake of each service: it responds to a health check, checks the key, and shows its page to a browser."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,8 +115,8 @@ class QBittorrent(FakeService):
     def __call__(self, request: StubRequest) -> StubResponse:
         if request.path != "/api/v2/auth/login":
             return super().__call__(request)
-        said = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
-        if (said.get("username"), said.get("password")) != ("ada", "correct horse"):
+        form = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
+        if (form.get("username"), form.get("password")) != ("ada", "correct horse"):
             return text_response("Fails.")
         return StubResponse(b"Ok.", 200, "text/plain", {"Set-Cookie": "SID=session; HttpOnly; path=/"})
 
@@ -132,7 +132,7 @@ def arr(title: str, api: str, version: str) -> FakeService:
     )
 
 
-NOBODY = StubResponse(b"", 500)
+NEVER_UNAUTHORIZED = StubResponse(b"", 500)
 FAKE_SERVICES = {
     "sonarr": arr("Sonarr", "/api/v3", "4.0.14.2939"),
     "radarr": arr("Radarr", "/api/v3", "5.22.4.9896"),
@@ -188,7 +188,7 @@ FAKE_SERVICES = {
         "0.12.3",
         routes({"/api/version": json_response({"version": "0.12.3"}), "/api/tags": json_response({"models": []})}),
         lambda request: True,
-        NOBODY,
+        NEVER_UNAUTHORIZED,
         requires_key=False,
     ),
     "searxng": FakeService(
@@ -196,7 +196,7 @@ FAKE_SERVICES = {
         "2026.1.1",
         json_at("/config", {"version": "2026.1.1", "engines": [], "categories": ["general"]}),
         lambda request: True,
-        NOBODY,
+        NEVER_UNAUTHORIZED,
         requires_key=False,
     ),
     "proxmox": FakeService(
@@ -225,7 +225,7 @@ FAKE_SERVICES = {
             "/api/v1/status/buildinfo", {"status": "success", "data": {"version": "2.53.0", "goVersion": "go1.22"}}
         ),
         lambda request: True,
-        NOBODY,
+        NEVER_UNAUTHORIZED,
         requires_key=False,
     ),
 }

@@ -1,7 +1,7 @@
 """A news server on loopback, and a real SABnzbd that downloads from it.
 
-Posts are yEnc articles. The server has them or, as happens on Usenet, has lost them. It answers in threads of its own,
-so that it can live as long as a module's SABnzbd, independent of event loops.
+Posts are yEnc articles. The server has them or, as happens on Usenet, has lost them. It runs in its own threads, so
+that it can live as long as a module's SABnzbd, independent of event loops.
 """
 
 import re
@@ -34,7 +34,7 @@ class NewsServer:
     articles: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     lost: dict[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
     open: threading.Event = field(default_factory=threading.Event, repr=False)
-    sent: list[int] = field(default_factory=list[int], repr=False)  # how many bytes, each time
+    sent: list[int] = field(default_factory=list[int], repr=False)  # the size of each message
     waiting: set[socketserver.StreamRequestHandler] = field(
         default_factory=set[socketserver.StreamRequestHandler], repr=False
     )
@@ -65,7 +65,7 @@ class NewsServer:
             self.open.set()
 
     def restore_lost(self) -> None:
-        """From now on the server has all that was posted."""
+        """Make the server have all posted articles from now on."""
         self.articles |= self.lost
         self.lost.clear()
 
@@ -96,23 +96,23 @@ def add_news_server(sabnzbd: RunningService, news: NewsServer) -> None:
 
 def add_download(sabnzbd: RunningService, nzb: str, name: str, **options: Any) -> str:
     """Add an NZB to SABnzbd; returns the id of the download."""
-    sent = {"nzbfile": (f"{name}.nzb", nzb.encode(), "application/x-nzb")}
+    files = {"nzbfile": (f"{name}.nzb", nzb.encode(), "application/x-nzb")}
     parameters = {"mode": "addfile", "output": "json", "apikey": sabnzbd.key, "nzbname": name, **options}
-    told = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=sent, timeout=TIMEOUT).raise_for_status().json()
-    (nzo_id,) = told["nzo_ids"]
+    body = httpx.post(f"{sabnzbd.url}/api", data=parameters, files=files, timeout=TIMEOUT).raise_for_status().json()
+    (nzo_id,) = body["nzo_ids"]
     return nzo_id
 
 
 def finished_download(sabnzbd: RunningService, nzo_id: str) -> dict[str, Any]:
     """Wait until a download has completed or failed; returns its slot in the history."""
 
-    def found() -> dict[str, Any] | None:
+    def slot() -> dict[str, Any] | None:
         slots = call_api(sabnzbd, "history", nzo_ids=nzo_id)["history"]["slots"]
-        # SABnzbd may call a download completed that it still moves: then it has no storage yet.
+        # SABnzbd may report a download as completed while it still moves the files. It has no storage then.
         is_over = len(slots) == 1 and slots[0]["status"] in {"Completed", "Failed"} and slots[0]["storage"]
         return slots[0] if is_over else None
 
-    return eventually(found)
+    return eventually(slot)
 
 
 def wait_until_stalled(sabnzbd: RunningService, news: NewsServer) -> None:
@@ -124,8 +124,8 @@ def wait_until_stalled(sabnzbd: RunningService, news: NewsServer) -> None:
 
 def call_api(sabnzbd: RunningService, mode: str, **parameters: Any) -> Any:
     """Call SABnzbd's own API, without Forgearr."""
-    sent = {"mode": mode, "output": "json", "apikey": sabnzbd.key, **parameters}
-    return httpx.get(f"{sabnzbd.url}/api", params=sent, timeout=TIMEOUT).raise_for_status().json()
+    query = {"mode": mode, "output": "json", "apikey": sabnzbd.key, **parameters}
+    return httpx.get(f"{sabnzbd.url}/api", params=query, timeout=TIMEOUT).raise_for_status().json()
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -134,12 +134,12 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 def _serve(news: NewsServer, connection: socketserver.StreamRequestHandler) -> None:
-    def say(words: bytes) -> None:
-        connection.wfile.write(words)
-        news.sent.append(len(words))
+    def send(content: bytes) -> None:
+        connection.wfile.write(content)
+        news.sent.append(len(content))
 
     try:
-        say(b"200 Welcome\r\n")
+        send(b"200 Welcome\r\n")
         while line := connection.rfile.readline().decode("latin-1").split():
             match line[0].upper():
                 case "QUIT":
@@ -148,16 +148,16 @@ def _serve(news: NewsServer, connection: socketserver.StreamRequestHandler) -> N
                     news.waiting.add(connection)
                     news.open.wait()
                     news.waiting.discard(connection)
-                    say(_answer(news, command, line[1].strip("<>")))
+                    send(_respond(news, command, line[1].strip("<>")))
                 case "GROUP":
-                    say(b"211 1 1 1 group\r\n")
+                    send(b"211 1 1 1 group\r\n")
                 case _:
-                    say(b"500 What?\r\n")
+                    send(b"500 What?\r\n")
     except ConnectionError:
         pass  # the client has disconnected
 
 
-def _answer(news: NewsServer, command: str, key: str) -> bytes:
+def _respond(news: NewsServer, command: str, key: str) -> bytes:
     article = news.articles.get(key)
     if article is None:
         return b"430 No such article\r\n"

@@ -20,7 +20,7 @@ def document_path(document: str) -> Path:
 
 
 def corrected(document: str) -> dict[str, Any]:
-    """The document with one correction: a command has fields of its own, such as seriesId."""
+    """The document with one correction: a command has additional fields, such as seriesId."""
     content = json.loads(document_path(document).read_text())
     for name in ("CommandResource", "Command"):
         content["components"]["schemas"][name]["additionalProperties"] = True
@@ -44,7 +44,7 @@ def check_response(document: str, path: str, content: object, method: str = "GET
     """Fail unless this is a response of this operation, as the document declares it."""
     kinds = _operation(document, method, path)["responses"]["200"].get("content")
     if kinds is None:
-        return  # it does not say
+        return  # the document declares no content
     (_,) = {str(kind["schema"]) for kind in kinds.values()}
     _validate(document, kinds["application/json"]["schema"], content)
 

@@ -1,4 +1,4 @@
-"""Real services on loopback: Debian's SABnzbd, Prometheus and searx, and Prism, each with a folder of its own.
+"""Real services on loopback: Debian's SABnzbd, Prometheus and searx, and Prism, each with its own folder.
 
 The first in PATH is used, so that the tests can run with another release. A module starts a service once:
 `with real_services.sabnzbd(tmp_path_factory.mktemp("sabnzbd")) as server`.
@@ -23,7 +23,7 @@ from tests.support.services.openapi_documents import corrected
 from tests.support.waiting import TIMEOUT, eventually
 
 PRISM = Path(__file__).parents[3] / ".state" / "prism" / "node_modules" / ".bin" / "prism"
-"""Where .ci/run puts it. It comes from npm."""
+""".ci/run installs it here, from npm."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class RunningService:
 def sabnzbd(folder: Path) -> Generator[RunningService]:
     """SABnzbd, whose downloads go to `complete` in the folder."""
     ini, address = folder / "sabnzbd.ini", _free_address()
-    # Its folders are in the home of its user, unless it is told of others; and a news server that it has left, it does
-    # not ask again for five seconds.
+    # By default its folders are in the home of its user, and it waits five seconds before it calls a news server again
+    # from which it has disconnected.
     folders = f"download_dir = {folder / 'incomplete'}\ncomplete_dir = {folder / 'complete'}\n"
     ini.write_text(f"[misc]\n{folders}auto_disconnect = 0\nurl_base = /sabnzbd\n")
     with _running(
         folder, address, "/api?mode=version&output=json", "sabnzbdplus", "-f", str(ini), "-s", address, "-b", "0"
     ) as url:
-        # What stands before the first section is no INI to anybody else.
+        # The lines before the first section are no valid INI.
         settings = configparser.RawConfigParser(strict=False, interpolation=None)
         settings.read_string("[top]\n" + ini.read_text())
         yield RunningService(url, folder, settings["misc"]["api_key"])
@@ -63,8 +63,8 @@ def prometheus(folder: Path, *scraped: RunningService) -> Generator[RunningServi
     """Prometheus, which scrapes these every second, and has done so once."""
     targets = [running.url.removeprefix("http://") for running in scraped]
     jobs = [{"job_name": "scraped", "static_configs": [{"targets": targets}]}] if targets else []
-    told = {"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(told))
+    config = {"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = _free_address()
     options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     with _running(folder, address, "/-/ready", "prometheus", *options, f"--web.listen-address={address}") as url:
@@ -74,7 +74,7 @@ def prometheus(folder: Path, *scraped: RunningService) -> Generator[RunningServi
 
 @contextmanager
 def prism(folder: Path, document: str) -> Generator[RunningService]:
-    """Prism, which answers by the official document of a service, and refuses what that does not allow."""
+    """Prism, which responds as the official document of a service declares, and refuses invalid requests."""
     (folder / "document.json").write_text(json.dumps(corrected(document)))
     address = _free_address()
     host, port = address.split(":")
@@ -87,7 +87,7 @@ def prism(folder: Path, document: str) -> Generator[RunningService]:
 
 @contextmanager
 def searx(folder: Path, finds: str) -> Generator[RunningService]:
-    """searx, whose only engine asks the address `finds` for {"results": [{"url", "title"}]}."""
+    """searx, whose only engine gets {"results": [{"url", "title"}]} from the URL `finds`."""
     example = Path("/usr/share/doc/searx/examples/settings.yml")
     settings = yaml.safe_load(example.read_text()) if example.exists() else {}
     address = _free_address()
@@ -102,10 +102,10 @@ def searx(folder: Path, finds: str) -> Generator[RunningService]:
     fields = {"results_query": "results", "url_query": "url", "title_query": "title", "content_query": "title"}
     settings["engines"] = [{**engine, **fields, "search_url": f"{finds}/?q={{query}}"}]
     settings["search"] = {**settings.get("search", {}), "formats": ["html", "json"]}
-    told = {"bind_address": "127.0.0.1", "port": int(address.rpartition(":")[2]), "secret_key": "of a test"}
-    settings["server"] = {**settings.get("server", {}), **told}
+    server = {"bind_address": "127.0.0.1", "port": int(address.rpartition(":")[2]), "secret_key": "of a test"}
+    settings["server"] = {**settings.get("server", {}), **server}
     (folder / "settings.yml").write_text(yaml.safe_dump(settings))
-    # It is made for the system's own Python, and has no program but the one that leads to it.
+    # It is installed for the system's Python, without a program of its own.
     options = [f"SEARX_SETTINGS_PATH={folder / 'settings.yml'}", "/usr/bin/python3", "-m", "searx.webapp"]
     with _running(folder, address, "/config", "env" if example.exists() else "searx", *options) as url:
         yield RunningService(url, folder)
@@ -113,7 +113,7 @@ def searx(folder: Path, finds: str) -> Generator[RunningService]:
 
 @contextmanager
 def _running(folder: Path, address: str, health: str, program: str, *options: str) -> Generator[str]:
-    """Run a program during the block; yields its URL once it answers at the path `health`."""
+    """Run a program during the block; yields its URL once the path `health` responds."""
     path = shutil.which(program)
     if path is None:
         reason = f"{program} is not installed, so its tests run with fakes only."
@@ -123,14 +123,14 @@ def _running(folder: Path, address: str, health: str, program: str, *options: st
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([path, *options], cwd=folder, stdout=log, stderr=log)
 
-    def answers() -> bool:
+    def responds() -> bool:
         if process.poll() is not None:
             pytest.fail(f"{program} did not start:\n{(folder / 'log').read_text()}")
         headers = {"X-Api-Key": "any", "Accept": "application/json"}
         return httpx.get(f"http://{address}{health}", headers=headers).is_success
 
     try:
-        eventually(answers)
+        eventually(responds)
         yield f"http://{address}"
     finally:
         process.terminate()
@@ -139,8 +139,8 @@ def _running(folder: Path, address: str, health: str, program: str, *options: st
 
 def _scraped(prometheus: str) -> int:
     """How many targets Prometheus has scraped."""
-    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": "count(up == 1)"}).json()
-    return sum(int(found["value"][1]) for found in answer["data"]["result"])
+    body = httpx.get(f"{prometheus}/api/v1/query", params={"query": "count(up == 1)"}).json()
+    return sum(int(sample["value"][1]) for sample in body["data"]["result"])
 
 
 def _free_address() -> str:

@@ -47,7 +47,7 @@ def text_response(content: str, status: int = 200) -> StubResponse:
 
 @dataclass
 class StubServer:
-    answer: Handler
+    handler: Handler
     url: str = ""
     requests: list[StubRequest] = field(default_factory=list[StubRequest])
     connections: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict, repr=False)
@@ -59,7 +59,7 @@ class StubServer:
         try:
             while request := await _read(reader):
                 self.requests.append(request)
-                response = self.answer(request)
+                response = self.handler(request)
                 if response.hangs:
                     await reader.read()  # until the client gives up
                     break
@@ -74,8 +74,8 @@ class StubServer:
 
 
 @asynccontextmanager
-async def stub_server(answer: Handler) -> AsyncGenerator[StubServer]:
-    stub = StubServer(answer)
+async def stub_server(handler: Handler) -> AsyncGenerator[StubServer]:
+    stub = StubServer(handler)
     async with await asyncio.start_server(stub.serve, "127.0.0.1", 0) as listener:
         stub.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         yield stub
