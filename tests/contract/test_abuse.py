@@ -106,14 +106,14 @@ async def test_invalid_ids_are_not_found(client: httpx.AsyncClient) -> None:
         ("DELETE", "/api/v1/schedules/{}", None),
         ("DELETE", "/api/v1/auth/keys/{}", None),
     ]
-    for word in INVALID_IDS:
+    for identifier in INVALID_IDS:
         for method, path, body in routes:
-            response = await client.request(method, path.format(word), json=body)
-            assert response.status_code in {404, 422}, (word, response.text)
+            response = await client.request(method, path.format(identifier), json=body)
+            assert response.status_code in {404, 422}, (identifier, response.text)
             assert response.json()["status"] == "error"
         for parameter in ("state", "kind", "parent_id", "created_after", "created_before", "skip", "limit"):
-            response = await client.get(f"/api/v1/jobs?{parameter}={word}")
-            assert response.status_code in {200, 422}, (word, response.text)
+            response = await client.get(f"/api/v1/jobs?{parameter}={identifier}")
+            assert response.status_code in {200, 422}, (identifier, response.text)
 
 
 async def test_invalid_pagination_is_refused(client: httpx.AsyncClient) -> None:

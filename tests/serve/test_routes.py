@@ -66,7 +66,7 @@ def test_one_address_has_one_envelope() -> None:
     envelopes: dict[str, set[str]] = defaultdict(set)
     for mount, route in ROUTES:
         envelopes[route.path].add(mount.envelope)
-    assert [path for path, found in envelopes.items() if len(found) > 1] == []
+    assert [path for path, names in envelopes.items() if len(names) > 1] == []
 
 
 def test_a_route_without_an_access_class_is_refused() -> None:

@@ -15,7 +15,7 @@ GIT_IDENTITY = {
 
 
 def git(folder: Path, *command: str, stdin: bytes | None = None) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         ["git", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always", *command],
         cwd=folder,
         env={**os.environ, **GIT_IDENTITY},
@@ -23,8 +23,8 @@ def git(folder: Path, *command: str, stdin: bytes | None = None) -> str:
         capture_output=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode(errors="replace").strip()
+    assert process.returncode == 0, process.stderr.decode()
+    return process.stdout.decode(errors="replace").strip()
 
 
 def new_repository(folder: Path) -> Path:

@@ -121,19 +121,20 @@ async def test_a_rating_of_an_agent_message_needs_no_conversation(api: ApiClient
 async def test_feedback_becomes_a_prompt_once(api: ApiClient) -> None:
     up, down = await create_feedback(api, GOOD), await create_feedback(api, BAD)
     corrected = await create_feedback(api, {**BAD, "target_id": "chatcmpl-3", "correction": "Sonarr tracks series."})
-    theirs = await create_feedback(api, GOOD, "bob")
+    bobs = await create_feedback(api, GOOD, "bob")
     response = await api.request("ada", "POST", LEARN, json={"ids": [up["id"], down["id"], corrected["id"]]})
     assert response.status_code == 201
     learned = response.json()
     assert (learned["created"], learned["left"]) == (2, 0)
     assert learned["skipped"] == [{"id": down["id"], "reason": "the answer was rated down, and there is no correction"}]
     prompts = [
-        (await api.request("ada", "GET", f"/api/training/prompts/{one}")).json() for one in learned["prompt_ids"]
+        (await api.request("ada", "GET", f"/api/training/prompts/{prompt_id}")).json()
+        for prompt_id in learned["prompt_ids"]
     ]
-    assert [one["expected_output"] for one in prompts] == ["Sonarr does.", "Sonarr tracks series."]
-    for one in prompts:
-        assert (one["system_prompt"], one["user_input"]) == ("Be brief.", "Who tracks series?")
-        assert (one["category"], one["tags"], one["messages"]) == ("feedback", ["feedback"], None)
+    assert [prompt["expected_output"] for prompt in prompts] == ["Sonarr does.", "Sonarr tracks series."]
+    for prompt in prompts:
+        assert (prompt["system_prompt"], prompt["user_input"]) == ("Be brief.", "Who tracks series?")
+        assert (prompt["category"], prompt["tags"], prompt["messages"]) == ("feedback", ["feedback"], None)
 
     again = (await api.request("ada", "POST", LEARN, json={"ids": [up["id"]]})).json()
     assert again["created"] == 0
@@ -143,11 +144,11 @@ async def test_feedback_becomes_a_prompt_once(api: ApiClient) -> None:
     assert (refused.status_code, refused.json()["error_code"]) == (409, "FEEDBACK_LEARNED")
 
     # Feedback of other users is not found, except by administrators.
-    refused = await api.request("ada", "POST", LEARN, json={"ids": [theirs["id"]]})
+    refused = await api.request("ada", "POST", LEARN, json={"ids": [bobs["id"]]})
     assert (refused.status_code, refused.json()["error_code"]) == (404, "FEEDBACK_NOT_FOUND")
     filters = {"model": "homelab:latest", "rating": "up", "category": "praise", "tags": ["praised"]}
-    (prompt,) = (await api.request("admin", "POST", LEARN, json=filters)).json()["prompt_ids"]
-    created = (await api.request("admin", "GET", f"/api/training/prompts/{prompt}")).json()
+    (prompt_id,) = (await api.request("admin", "POST", LEARN, json=filters)).json()["prompt_ids"]
+    created = (await api.request("admin", "GET", f"/api/training/prompts/{prompt_id}")).json()
     assert (created["category"], created["tags"], created["created_by"]) == ("praise", ["praised"], "admin")
     assert (await api.request("ada", "POST", LEARN, json={})).status_code == 422
 

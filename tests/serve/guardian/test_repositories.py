@@ -120,7 +120,7 @@ async def test_a_repository_is_registered_changed_and_deleted(
     assert not (await client.patch(f"{PATH}/work", json={"webhook_secret": None})).json()["has_webhook_secret"]
 
     listed = (await client.get(PATH, params={"path": str(folder)})).json()
-    assert [one["id"] for one in listed["items"]] == [created["id"]]
+    assert [repository["id"] for repository in listed["items"]] == [created["id"]]
     assert (await client.get(f"{PATH}/{created['id']}")).json() == (await client.get(f"{PATH}/work")).json()
     assert (await client.post(PATH, json={"name": "work", "path": str(folder)})).status_code == 409
     assert (await client.delete(f"{PATH}/work")).status_code == 204

@@ -70,8 +70,8 @@ async def test_the_policy_applies_unless_force_is_set(api: ApiClient, folder: Pa
     assert job["spec"]["auto_deploy"] is False
     await api.update_job(first["job_id"], state=State.SUCCEEDED)
     async with database.transaction() as session:
-        learned = {"trained_commit": job["spec"]["commit"], "trained_at": now(), "trained_job_id": job["id"]}
-        await session.execute(update(Repository).values(**learned))
+        trained = {"trained_commit": job["spec"]["commit"], "trained_at": now(), "trained_job_id": job["id"]}
+        await session.execute(update(Repository).values(**trained))
     skipped = (await api.request("admin", "POST", PATH, json={"repository": "hand-book"})).json()
     assert (skipped["triggered"], skipped["job_id"]) == (False, None)
     assert skipped["reason"] == "nothing has changed since the last training"
@@ -124,13 +124,13 @@ async def test_a_plan_is_read_paused_and_resumed(api: ApiClient, folder: Path, d
     assert [step["state"] for step in body["plan"]] == [None] * 7
 
     # The state of the plan while its second step runs.
-    learned = {"train": "a", "held_out": "b"}
+    spec = {"train": "a", "held_out": "b"}
     verdict = {"promoted": False, "reason": "It is worse.", "improvement": -0.1}
     checkpoint = {"model": "hand-book", "commit": "0" * 40, "feedback": True, "auto_deploy": False, "training": {}}
     async with database.transaction() as session:
         job = await queue.get(session, plan, LOCAL, lock=True)
         job.checkpoint = checkpoint
-        running = await queue.enqueue_child(session, job, "validate_data", "validate_data", learned)
+        running = await queue.enqueue_child(session, job, "validate_data", "validate_data", spec)
         running.state, running.progress = State.RUNNING, 40
         compared = await queue.enqueue_child(
             session, job, "compare", "compare", {"name": "m", "version": 1, "job_id": "job_1"}

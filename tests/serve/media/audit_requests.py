@@ -36,8 +36,8 @@ def get_config(program: RunningService, section: str = "misc") -> Any:
     return httpx.get(f"{program.url}/api", params=query, timeout=TIMEOUT).json()["config"][section]
 
 
-async def run_audit(api: ApiClient, *services: str, **more: Any) -> dict[str, Any]:
-    body = {"services": list(services), "include_web_search": False, **more}
+async def run_audit(api: ApiClient, *services: str, **fields: Any) -> dict[str, Any]:
+    body = {"services": list(services), "include_web_search": False, **fields}
     response = await run_jobs.request_and_run(api, f"{PATH}/audit", body, audit_services.KIND)
     assert response.status_code == 200, response.text
     return response.json()
@@ -57,4 +57,7 @@ async def run_change(api: ApiClient, action: str, *ids: int, dry_run: bool = Fal
 async def get_recommendations(api: ApiClient, **query: Any) -> dict[str, dict[str, Any]]:
     response = await api.request("bob", "GET", f"{PATH}/recommendations", params={"page_size": 100, **query})
     assert response.status_code == 200, response.text
-    return {f"{one['item'] or ''}.{one['setting_name']}".lstrip("."): one for one in response.json()["recommendations"]}
+    return {
+        f"{recommendation['item'] or ''}.{recommendation['setting_name']}".lstrip("."): recommendation
+        for recommendation in response.json()["recommendations"]
+    }

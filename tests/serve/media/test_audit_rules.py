@@ -172,13 +172,17 @@ async def apply_all(api: ApiClient, service: str) -> dict[str, int]:
     while True:
         audit = await run_audit(api, service)
         assert audit["failed_services"] == {}
-        open_ones = await get_recommendations(api, applied=False)
-        ids = {one["setting_name"]: one["id"] for one in open_ones.values() if one["setting_name"] in rules_by_setting}
+        recommendations = await get_recommendations(api, applied=False)
+        ids = {
+            recommendation["setting_name"]: recommendation["id"]
+            for recommendation in recommendations.values()
+            if recommendation["setting_name"] in rules_by_setting
+        }
         if not ids:
             return applied
         assert not ids.keys() & applied.keys(), "an applied setting is found again"
         results = await run_change(api, "apply", *ids.values())
-        assert [(one["success"], one["changed"]) for one in results] == [(True, True)] * len(ids), results
+        assert [(result["success"], result["changed"]) for result in results] == [(True, True)] * len(ids), results
         applied |= ids
 
 
@@ -197,7 +201,7 @@ async def test_every_rule_is_applied_and_rolled_back(api: ApiClient, service: st
         after = copy.deepcopy(state)
         assert after != before
         again = await run_change(api, "apply", *applied.values())
-        assert [(one["success"], one["changed"]) for one in again] == [(True, False)] * len(applied)
+        assert [(result["success"], result["changed"]) for result in again] == [(True, False)] * len(applied)
         assert state == after
         await run_change(api, "rollback", *applied.values())
         assert state == before

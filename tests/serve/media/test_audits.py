@@ -73,7 +73,7 @@ async def sonarr(api: ApiClient) -> AsyncIterator[FakeArr]:
 
 
 @pytest.fixture
-def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: ApiClient) -> Callable[[str], Path]:
+def custom_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: ApiClient) -> Callable[[str], Path]:
     monkeypatch.setenv("FORGEARR_AUDIT__RULES", str(tmp_path / "rules"))
     get_settings.cache_clear()
     (tmp_path / "rules").mkdir()
@@ -125,12 +125,12 @@ async def test_a_recommendation_keeps_its_id_while_its_finding_persists(
     after = await get_recommendations(api)
     assert after.keys() == before.keys() - {"direct_unpack"} | {"pre_check"}
     assert {name: after[name]["id"] for name in before if name in after} == {
-        name: one["id"] for name, one in before.items() if name in after
+        name: recommendation["id"] for name, recommendation in before.items() if name in after
     }
     closed = (await api.request("bob", "GET", f"{PATH}/recommendations/{before['direct_unpack']['id']}")).json()
     assert closed["closed_at"] is not None
     history = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()
-    assert [one["audit_id"] for one in history["audits"]] == [second["audit_id"], first["audit_id"]]
+    assert [audit["audit_id"] for audit in history["audits"]] == [second["audit_id"], first["audit_id"]]
     assert history["pagination"]["total_items"] == 2
     (result,) = await run_change(api, "apply", before["direct_unpack"]["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, False)
@@ -138,29 +138,39 @@ async def test_a_recommendation_keeps_its_id_while_its_finding_persists(
 
 async def test_settings_are_applied_once_and_rolled_back(api: ApiClient, sabnzbd: RunningService) -> None:
     audit = await run_audit(api, "sabnzbd")
-    found = await get_recommendations(api)
-    ids = [found[name]["id"] for name in ("fail_hopeless_jobs", "unwanted_extensions", "nzb_backup_dir")]
+    recommendations = await get_recommendations(api)
+    ids = [recommendations[name]["id"] for name in ("fail_hopeless_jobs", "unwanted_extensions", "nzb_backup_dir")]
 
     before = get_config(sabnzbd)
-    dry = await run_change(api, "apply", *ids, dry_run=True)
-    assert [(one["success"], one["changed"]) for one in dry] == [(True, False), (True, False), (False, False)]
-    assert (dry[0]["previous_value"], dry[0]["new_value"], dry[0]["message"]) == (0, 1, "It would be changed")
+    dry_results = await run_change(api, "apply", *ids, dry_run=True)
+    assert [(result["success"], result["changed"]) for result in dry_results] == [
+        (True, False),
+        (True, False),
+        (False, False),
+    ]
+    assert (dry_results[0]["previous_value"], dry_results[0]["new_value"], dry_results[0]["message"]) == (
+        0,
+        1,
+        "It would be changed",
+    )
     assert get_config(sabnzbd) == before
 
     first = await run_change(api, "apply", *ids)
-    assert [one["success"] for one in first] == [True, True, False]
+    assert [result["success"] for result in first] == [True, True, False]
     assert (first[0]["message"], first[0]["rollback_available"]) == ("Configuration applied successfully", True)
     assert (first[2]["error"], first[2]["message"][:22]) == ("by_hand", "Must be done by hand: ")
     live = get_config(sabnzbd)
     assert live["fail_hopeless_jobs"] == 1
-    assert live["unwanted_extensions"] == found["unwanted_extensions"]["recommended_value"]
+    assert live["unwanted_extensions"] == recommendations["unwanted_extensions"]["recommended_value"]
     assert (await get_recommendations(api, applied=True)).keys() == {"fail_hopeless_jobs", "unwanted_extensions"}
 
     again = await run_change(api, "apply", *ids[:2])
-    assert [(one["success"], one["changed"], one["rollback_available"]) for one in again] == [(True, False, True)] * 2
+    assert [(result["success"], result["changed"], result["rollback_available"]) for result in again] == [
+        (True, False, True)
+    ] * 2
     assert get_config(sabnzbd) == live
-    (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
-    assert (one["applied_count"], one["total_recommendations"]) == (2, audit["total_recommendations"])
+    (listed,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
+    assert (listed["applied_count"], listed["total_recommendations"]) == (2, audit["total_recommendations"])
 
     back = await run_change(api, "rollback", ids[0])
     assert (back[0]["success"], back[0]["previous_value"], back[0]["new_value"]) == (True, 1, 0)
@@ -168,8 +178,8 @@ async def test_settings_are_applied_once_and_rolled_back(api: ApiClient, sabnzbd
     (repeated,) = await run_change(api, "rollback", ids[0])
     assert (repeated["success"], repeated["error"]) == (False, "conflict")
     assert (await get_recommendations(api))["fail_hopeless_jobs"]["applied"] is False
-    (one,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
-    assert one["applied_count"] == 1
+    (listed,) = (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"]
+    assert listed["applied_count"] == 1
     await run_change(api, "rollback", ids[1])
     assert get_config(sabnzbd) == before
 
@@ -177,19 +187,19 @@ async def test_settings_are_applied_once_and_rolled_back(api: ApiClient, sabnzbd
 async def test_settings_changed_by_hand_are_not_overwritten(api: ApiClient, sabnzbd: RunningService) -> None:
     set_misc(sabnzbd, "propagation_delay", "1")
     await run_audit(api, "sabnzbd")
-    found = await get_recommendations(api)
+    recommendations = await get_recommendations(api)
     set_misc(sabnzbd, "propagation_delay", "3")
-    (result,) = await run_change(api, "apply", found["propagation_delay"]["id"])
+    (result,) = await run_change(api, "apply", recommendations["propagation_delay"]["id"])
     assert (result["success"], result["error"], result["previous_value"]) == (False, "changed_since", 3)
     assert get_config(sabnzbd)["propagation_delay"] == 3
 
-    (result,) = await run_change(api, "apply", found["fail_hopeless_jobs"]["id"])
+    (result,) = await run_change(api, "apply", recommendations["fail_hopeless_jobs"]["id"])
     assert result["success"]
     await run_audit(api, "sabnzbd")
     (result,) = await run_change(api, "apply", (await get_recommendations(api))["propagation_delay"]["id"])
     assert (result["success"], result["previous_value"], result["new_value"]) == (True, 3, 5)
     set_misc(sabnzbd, "propagation_delay", "20")
-    (result,) = await run_change(api, "rollback", found["propagation_delay"]["id"])
+    (result,) = await run_change(api, "rollback", recommendations["propagation_delay"]["id"])
     assert (result["success"], result["error"]) == (False, "changed_since")
     assert get_config(sabnzbd)["propagation_delay"] == 20
 
@@ -211,61 +221,66 @@ RULE = """
 
 
 async def test_a_rejected_value_is_reported_and_the_previous_one_restored(
-    api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
+    api: ApiClient, sabnzbd: RunningService, custom_rules: Callable[[str], Path]
 ) -> None:
-    file = own_rules(
+    file = custom_rules(
         RULE.format(id="soon", area="misc", setting="propagation_delay", value="soon")
         + RULE.format(id="open", area="misc", setting="inet_exposure", value="99")
         + "- {id: broken}\n"
     )
     audit = await run_audit(api, "sabnzbd")
     assert audit["rule_problems"] == [f"{file}:27: service: Field required."]
-    found = await get_recommendations(api, priority="critical")
-    soon, exposure = await run_change(api, "apply", found["propagation_delay"]["id"], found["inet_exposure"]["id"])
+    recommendations = await get_recommendations(api, priority="critical")
+    soon, exposure = await run_change(
+        api, "apply", recommendations["propagation_delay"]["id"], recommendations["inet_exposure"]["id"]
+    )
     assert (soon["success"], soon["error"]) == (False, "not_taken")
     assert "became 0: the service did not accept" in soon["message"]
     assert (exposure["success"], exposure["error"]) == (False, "not_taken")
     live = get_config(sabnzbd)
     assert (live["propagation_delay"], live["inet_exposure"]) == (7, 0)
-    (rollback,) = await run_change(api, "rollback", found["propagation_delay"]["id"])
+    (rollback,) = await run_change(api, "rollback", recommendations["propagation_delay"]["id"])
     assert rollback["success"] is False
 
 
 async def test_list_items_are_changed_but_never_created(
-    api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
+    api: ApiClient, sabnzbd: RunningService, custom_rules: Callable[[str], Path]
 ) -> None:
-    own_rules(RULE.format(id="folder", area="categories[]", setting="dir", value="shows"))
-    set_config(
-        sabnzbd, section="categories", keyword="*", name="*"
-    )  # SABnzbd creates its default categories if there is none
+    custom_rules(RULE.format(id="folder", area="categories[]", setting="dir", value="shows"))
+    # SABnzbd creates its default categories if there is none.
+    set_config(sabnzbd, section="categories", keyword="*", name="*")
     set_config(sabnzbd, section="categories", keyword="tv", name="tv", dir="tv*")
     await run_audit(api, "sabnzbd")
-    found = (await get_recommendations(api, priority="critical"))["tv.dir"]
-    assert (found["area"], found["item"], found["current_value"]) == ("categories[]", "tv", "tv*")
+    recommendation = (await get_recommendations(api, priority="critical"))["tv.dir"]
+    assert (recommendation["area"], recommendation["item"], recommendation["current_value"]) == (
+        "categories[]",
+        "tv",
+        "tv*",
+    )
     before = get_config(sabnzbd, "categories")
-    (result,) = await run_change(api, "apply", found["id"])
+    (result,) = await run_change(api, "apply", recommendation["id"])
     assert result["success"], result
     assert get_config(sabnzbd, "categories") == [
-        {**one, "dir": "shows"} if one["name"] == "tv" else one for one in before
+        {**category, "dir": "shows"} if category["name"] == "tv" else category for category in before
     ]
-    await run_change(api, "rollback", found["id"])
+    await run_change(api, "rollback", recommendation["id"])
     assert get_config(sabnzbd, "categories") == before
     set_config(sabnzbd, mode="del_config", section="categories", keyword="tv")
-    (result,) = await run_change(api, "apply", found["id"])
+    (result,) = await run_change(api, "apply", recommendation["id"])
     assert (result["success"], result["error"]) == (False, "not_found")
 
 
 async def test_secrets_are_never_stored(
-    api: ApiClient, sabnzbd: RunningService, own_rules: Callable[[str], Path]
+    api: ApiClient, sabnzbd: RunningService, custom_rules: Callable[[str], Path]
 ) -> None:
     server = {"keyword": "one", "name": "one", "host": "news.example", "username": "ada"}
     set_config(sabnzbd, section="servers", **server, password=PASSWORD)
     spying = RULE.format(id="spy", area="misc", setting="api_key", value="x").replace("{set: x}", "{by_hand: Look.}")
-    own_rules(spying)
+    custom_rules(spying)
     await run_audit(api, "sabnzbd")
-    found = await get_recommendations(api)
-    assert found["api_key"]["current_value"] == "********"
-    await run_change(api, "apply", found["fail_hopeless_jobs"]["id"])
+    recommendations = await get_recommendations(api)
+    assert recommendations["api_key"]["current_value"] == "********"
+    await run_change(api, "apply", recommendations["fail_hopeless_jobs"]["id"])
     rows: list[Any] = []
     async with api.database.read_transaction() as session:
         for table in Base.metadata.sorted_tables:
@@ -325,22 +340,24 @@ async def test_writes_to_sonarr_change_nothing_else(api: ApiClient, sonarr: Fake
     before = json.loads(json.dumps(sonarr.resources))
     audit = await run_audit(api, "sonarr")
     assert audit["failed_services"] == {}
-    found = await get_recommendations(api)
-    assert found["rssSyncInterval"]["current_value"] == 0
-    assert found["enableRss"]["current_value"] == []  # there is no indexer at all
-    assert found["maxSize"]["current_value"] == ["HDTV-720p: 100.0"]
-    assert found["UpdateCheck.message"]["current_value"] == "New"
-    detail = (await api.request("bob", "GET", f"{PATH}/recommendations/{found['UpdateCheck.message']['id']}")).json()
+    recommendations = await get_recommendations(api)
+    assert recommendations["rssSyncInterval"]["current_value"] == 0
+    assert recommendations["enableRss"]["current_value"] == []  # there is no indexer at all
+    assert recommendations["maxSize"]["current_value"] == ["HDTV-720p: 100.0"]
+    assert recommendations["UpdateCheck.message"]["current_value"] == "New"
+    detail = (
+        await api.request("bob", "GET", f"{PATH}/recommendations/{recommendations['UpdateCheck.message']['id']}")
+    ).json()
     assert "https://wiki" in detail["references"]
     names = ["copyUsingHardlinks", "rssSyncInterval", 'SAB "🎬".removeCompletedDownloads']
-    results = await run_change(api, "apply", *(found[name]["id"] for name in names))
-    assert [one["success"] for one in results] == [True, True, True], results
+    results = await run_change(api, "apply", *(recommendations[name]["id"] for name in names))
+    assert [result["success"] for result in results] == [True, True, True], results
     expected = json.loads(json.dumps(before))
     expected["config/mediamanagement"]["copyUsingHardlinks"] = True
     expected["config/indexer"]["rssSyncInterval"] = 15
     expected["downloadclient"][0]["removeCompletedDownloads"] = True
     assert sonarr.resources == expected
-    await run_change(api, "rollback", *(found[name]["id"] for name in names))
+    await run_change(api, "rollback", *(recommendations[name]["id"] for name in names))
     assert sonarr.resources == before
 
 
@@ -371,8 +388,8 @@ async def test_a_failed_restore_can_be_rolled_back_later(api: ApiClient) -> None
 
 async def test_a_masked_password_is_never_written_back(api: ApiClient, sonarr: FakeArr) -> None:
     await run_audit(api, "sonarr")
-    found = await get_recommendations(api)
-    (result,) = await run_change(api, "apply", found["certificateValidation"]["id"])
+    recommendations = await get_recommendations(api)
+    (result,) = await run_change(api, "apply", recommendations["certificateValidation"]["id"])
     assert result["success"] is False
     assert "masks its setting 'password'" in result["message"]
     assert not [request for request in sonarr.requests if request.method == "PUT"]
@@ -422,7 +439,7 @@ async def test_open_recommendations_stay_open_while_a_service_is_unreachable(api
     assert (await get_recommendations(api)).keys() == before.keys()
     both = [before["copyUsingHardlinks"]["id"], before["rssSyncInterval"]["id"], 999999]
     results = await run_change(api, "apply", *both)
-    assert [one["error"] for one in results] == ["mcp_connection_error", "mcp_connection_error", "not_found"]
+    assert [result["error"] for result in results] == ["mcp_connection_error", "mcp_connection_error", "not_found"]
     assert results[0]["message"].startswith("Service connection failed")
     assert results[2]["message"] == "Recommendation with ID 999999 not found"
 
@@ -442,8 +459,8 @@ async def test_plex_settings_are_written_as_query_parameters(api: ApiClient) -> 
         await add_service(api, "plex", "plex", plex.url, KEY)
         audit = await run_audit(api, "plex")
         assert audit["total_recommendations"] == 1  # settings that this version lacks yield no recommendation
-        found = (await get_recommendations(api))["allowMediaDeletion"]
-        (result,) = await run_change(api, "apply", found["id"])
+        recommendation = (await get_recommendations(api))["allowMediaDeletion"]
+        (result,) = await run_change(api, "apply", recommendation["id"])
     assert result["success"], result
     assert settings["allowMediaDeletion"] is False
     assert plex.requests[-2].query == {"allowMediaDeletion": "0"}
@@ -460,19 +477,19 @@ async def test_an_outdated_recommendation_is_not_applied(api: ApiClient) -> None
     async with stub_server(respond) as plex:
         await add_service(api, "plex", "plex", plex.url, KEY)
         await run_audit(api, "plex")
-        found = (await get_recommendations(api))["ScheduledLibraryUpdatesEnabled"]
+        recommendation = (await get_recommendations(api))["ScheduledLibraryUpdatesEnabled"]
         settings["FSEventLibraryUpdatesEnabled"] = False  # Plex would no longer find new files at all
         for dry_run in (True, False):
-            (result,) = await run_change(api, "apply", found["id"], dry_run=dry_run)
+            (result,) = await run_change(api, "apply", recommendation["id"], dry_run=dry_run)
             assert (result["success"], result["error"]) == (False, "changed_since")
         assert {request.method for request in plex.requests} == {"GET"}
 
 
 async def test_a_different_item_with_the_same_id_is_not_changed(api: ApiClient, sonarr: FakeArr) -> None:
     await run_audit(api, "sonarr")
-    found = (await get_recommendations(api))['SAB "🎬".removeCompletedDownloads']
+    recommendation = (await get_recommendations(api))['SAB "🎬".removeCompletedDownloads']
     sonarr.rows("downloadclient")[0]["name"] = "Another"
-    (result,) = await run_change(api, "apply", found["id"])
+    (result,) = await run_change(api, "apply", recommendation["id"])
     assert (result["success"], result["error"]) == (False, "changed_since")
     assert sonarr.rows("downloadclient")[0]["removeCompletedDownloads"] is False
 
@@ -539,7 +556,7 @@ async def test_an_audit_is_published_to_its_room_and_its_metrics_to_mlflow(
     monkeypatch.setattr(events, "publish", published.extend)
     accepted = await api.request("admin", "POST", f"{PATH}/audit?wait=0", json={"services": ["sonarr"]})
     (link,) = await run_jobs.run_queued(api.database, audit_services.KIND)
-    (message,) = [one for one in published if one["type"] == "config.audit.completed"]
+    (message,) = [message for message in published if message["type"] == "config.audit.completed"]
     total = link.metrics["recommendations"]
     assert message["rooms"] == ["config_audit"]
     assert message["data"] == {"audit_id": accepted.json()["audit_id"], "recommendation_count": total}
@@ -553,14 +570,14 @@ async def test_an_audit_is_published_to_its_room_and_its_metrics_to_mlflow(
 
 
 async def test_findings_are_searched_for_on_the_web(api: ApiClient, sonarr: FakeArr) -> None:
-    found = [
+    pages = [
         {"title": "Hardlinks", "url": "https://guide.example/hardlinks"},
         {"title": "Script", "url": "javascript:alert(1)"},
         {"url": "https://guide.example/2"},
         {"url": "https://guide.example/3"},
         {"url": "https://guide.example/4"},
     ]
-    async with stub_server(lambda request: json_response({"query": request.query["q"], "results": found})) as searx:
+    async with stub_server(lambda request: json_response({"query": request.query["q"], "results": pages})) as searx:
         await add_service(api, "search", "searxng", searx.url)
         audit = await run_audit(api, "sonarr", include_web_search=True)
         assert audit["web_search"] == {"used": True, "reason": None, "searches": 12}
@@ -597,23 +614,25 @@ async def test_audits_and_changes_have_their_own_rate_limits(api: ApiClient, mon
 async def test_a_lost_attempt_changes_settings_once(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
     """A worker may die after an audit or a change has ended and before it is reported."""
     await run_audit(api, "sonarr")
-    found = (await get_recommendations(api))["copyUsingHardlinks"]
+    recommendation = (await get_recommendations(api))["copyUsingHardlinks"]
     async with database.transaction() as session:
-        session.add(SettingChange(recommendation_id=found["id"], previous=False, new=True, outcome="begun", by="ada"))
+        session.add(
+            SettingChange(recommendation_id=recommendation["id"], previous=False, new=True, outcome="begun", by="ada")
+        )
     sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] = True
-    (result,) = await run_change(api, "apply", found["id"])
+    (result,) = await run_change(api, "apply", recommendation["id"])
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, True)
 
     # Rolled back after the request was queued: by a lost attempt of this job, or by another request for the same.
     async def roll_back() -> list[httpx.Response]:
-        body = {"recommendation_ids": [found["id"]]}
+        body = {"recommendation_ids": [recommendation["id"]]}
         keys = [{"Idempotency-Key": key} for key in ("one", "two")]
         return [await api.request("admin", "POST", f"{PATH}/rollback?wait=0", json=body, headers=key) for key in keys]
 
     await roll_back()
     await run_jobs.run_queued(database, change_settings.KIND)
     results = [response.json()["results"][0] for response in await roll_back()]
-    assert [(one["success"], one["changed"]) for one in results] == [(True, True), (True, False)]
+    assert [(result["success"], result["changed"]) for result in results] == [(True, True), (True, False)]
     assert sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] is False
 
 

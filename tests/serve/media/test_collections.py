@@ -86,8 +86,8 @@ MOVIES = MediaType(
 BOTH = pytest.mark.parametrize("media_type", [SHOWS, MOVIES], ids=lambda media_type: media_type.service)
 
 
-async def connect(api: ApiClient, media_type: MediaType, url: str, **more: Any) -> None:
-    values = {"name": media_type.service, "type": media_type.service, "url": url, "api_key": KEY, **more}
+async def connect(api: ApiClient, media_type: MediaType, url: str, **fields: Any) -> None:
+    values = {"name": media_type.service, "type": media_type.service, "url": url, "api_key": KEY, **fields}
     async with api.database.transaction() as session:
         await service_store.create(session, values, "ada")
 
@@ -199,7 +199,7 @@ async def test_movies_are_serialized_as_documented(api: ApiClient) -> None:
                 "quality": {"quality": {"name": "Bluray-1080p"}},
             },
         }
-        # Unknown values are null, as of a movie without a file or ratings.
+        # Unknown values are null, such as the ratings of a new movie.
         radarr.add_row("movie", {"title": "New", "tmdbId": 5})
         body = (await api.request("ada", "GET", "/api/v1/movies/3")).json()
         assert (body["year"], body["ratings"], body["movieFile"], body["genres"]) == (None, None, None, None)
@@ -491,17 +491,24 @@ async def test_administrators_delete_with_or_without_files(api: ApiClient, media
 @BOTH
 async def test_invalid_and_unknown_ids_are_refused(api: ApiClient, media_type: MediaType) -> None:
     async with stocked_service(api, media_type) as arr:
-        for word, status in (("0", 422), ("-1", 422), ("99999999999", 422), ("x", 422), ("1%2F2", 404), ("7", 404)):
+        for identifier, status in (
+            ("0", 422),
+            ("-1", 422),
+            ("99999999999", 422),
+            ("x", 422),
+            ("1%2F2", 404),
+            ("7", 404),
+        ):
             assert arr.requests == []
             for method, end in (("GET", ""), ("POST", "/search"), ("DELETE", "")):
-                response = await api.request("admin", method, f"{media_type.path}{word}{end}")
+                response = await api.request("admin", method, f"{media_type.path}{identifier}{end}")
                 assert response.status_code == status, response.text
         assert "with the id 7" in response.json()["message"]
         assert {request.method for request in arr.requests} == {"GET"}
         assert len(arr.rows(media_type.resource)) == 2
 
 
-# Which service
+# Selection of the service
 
 
 @BOTH
@@ -518,8 +525,8 @@ async def test_one_of_several_services_is_selected_by_name(api: ApiClient) -> No
         await connect(api, SHOWS, second.url, name="Sonarr 4K 🎬")
         async with stocked_service(api, MOVIES):
             titles = {
-                word: (await api.request("ada", "GET", "/api/v1/shows/1", params={"service": word})).json().get("title")
-                for word in ("sonarr", "SONARR", "Sonarr 4K 🎬")
+                name: (await api.request("ada", "GET", "/api/v1/shows/1", params={"service": name})).json().get("title")
+                for name in ("sonarr", "SONARR", "Sonarr 4K 🎬")
             }
             assert titles == {"sonarr": "Breaking Bad", "SONARR": "Breaking Bad", "Sonarr 4K 🎬": "Dune"}
             wrong = await api.request("ada", "GET", "/api/v1/shows/", params={"service": "radarr"})

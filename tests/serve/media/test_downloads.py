@@ -64,13 +64,13 @@ async def connect(database: Database, url: str, key: str = "key", name: str = "U
         await service_store.create(session, {"name": name, "type": "sabnzbd", "url": url, "api_key": key}, "ada")
 
 
-async def fetch(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> dict[str, Any]:
+async def call(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> dict[str, Any]:
     response = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
     assert response.status_code == 200, response.text
     return response.json()
 
 
-async def fetch_error(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> tuple[int, str]:
+async def call_error(client: httpx.AsyncClient, path: str, method: str = "GET", **parameters: Any) -> tuple[int, str]:
     response = await client.request(method, f"{DOWNLOADS}{path}", params=parameters)
     return response.status_code, response.json()["error_code"]
 
@@ -79,7 +79,7 @@ async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Run
     with news.paused():
         nzo_id = news_server.add_download(sabnzbd, news.post("movie.mkv", secrets.token_bytes(3_000_000)), NAME)
         news_server.wait_until_stalled(sabnzbd, news)
-        queue = await fetch(real, "/queue")
+        queue = await call(real, "/queue")
         (slot,) = queue["queue"]
         assert slot == {
             "nzo_id": nzo_id,
@@ -94,38 +94,40 @@ async def test_the_queue_of_a_real_sabnzbd(real: httpx.AsyncClient, sabnzbd: Run
         assert all(word in slot["filename"] for word in ("Movie", "Ünïcode", "🎬", "100%"))
         assert (queue["speed"], queue["size_left"], queue["paused"]) == ("0 B/s", f"{slot['mb']:.1f} MB", False)
         assert queue["disk_space"].endswith(("GB", "TB"))
-        assert await fetch(real, "/pause", "POST") == {"success": True, "paused": True, "queue_status": "Paused"}
+        assert await call(real, "/pause", "POST") == {"success": True, "paused": True, "queue_status": "Paused"}
         assert news_server.call_api(sabnzbd, "queue")["queue"]["paused"] is True
-        assert (await fetch(real, "/queue"))["paused"] is True
-        assert await fetch(real, "/resume", "POST") == {"success": True, "paused": False, "queue_status": "Idle"}
+        assert (await call(real, "/queue"))["paused"] is True
+        assert await call(real, "/resume", "POST") == {"success": True, "paused": False, "queue_status": "Idle"}
         assert news_server.call_api(sabnzbd, "queue")["queue"]["paused"] is False
 
         absent = {(404, "DOWNLOAD_NOT_FOUND"), (404, "NOT_FOUND")}
         for none in ("SABnzbd_nzo_none", "all", f"{nzo_id},all", f"{nzo_id}%2Fx", 400 * "9", "%F0%9F%8E%AC", "%22'"):
-            assert await fetch_error(real, f"/{none}", "DELETE") in absent, none
-            assert await fetch_error(real, f"/retry/{none}", "POST") in absent, none
-        assert await fetch_error(real, f"/retry/{nzo_id}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
-        assert [slot["nzo_id"] for slot in (await fetch(real, "/queue"))["queue"]] == [nzo_id]
+            assert await call_error(real, f"/{none}", "DELETE") in absent, none
+            assert await call_error(real, f"/retry/{none}", "POST") in absent, none
+        assert await call_error(real, f"/retry/{nzo_id}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
+        assert [slot["nzo_id"] for slot in (await call(real, "/queue"))["queue"]] == [nzo_id]
 
         deleted = {"success": True, "message": "Download deleted successfully", "nzo_id": nzo_id}
-        assert await fetch(real, f"/{nzo_id}", "DELETE") == deleted
+        assert await call(real, f"/{nzo_id}", "DELETE") == deleted
         assert news_server.call_api(sabnzbd, "queue")["queue"]["slots"] == []
         assert not [*sabnzbd.folder.glob("incomplete/*")]
-        assert await fetch_error(real, f"/{nzo_id}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
+        assert await call_error(real, f"/{nzo_id}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
 
 
 async def test_a_failed_download_is_retried(real: httpx.AsyncClient, sabnzbd: RunningService, news: NewsServer) -> None:
     content = secrets.token_bytes(300_000)
-    whole = news_server.add_download(sabnzbd, news.post("whole.mkv", content), f"{NAME} whole")
-    ended = news_server.finished_download(sabnzbd, whole)["completed"]
-    eventually(lambda: time.time() > ended + 1)  # SABnzbd reports whole seconds
-    broken = news_server.add_download(sabnzbd, news.post("broken.mkv", content[::-1], lost=4), "Broken", cat="movies")
-    news_server.finished_download(sabnzbd, broken)
-    history = await fetch(real, "/history")
+    completed_id = news_server.add_download(sabnzbd, news.post("whole.mkv", content), f"{NAME} whole")
+    completed_at = news_server.finished_download(sabnzbd, completed_id)["completed"]
+    eventually(lambda: time.time() > completed_at + 1)  # SABnzbd reports whole seconds
+    failed_id = news_server.add_download(
+        sabnzbd, news.post("broken.mkv", content[::-1], lost=4), "Broken", cat="movies"
+    )
+    news_server.finished_download(sabnzbd, failed_id)
+    history = await call(real, "/history")
     failed, completed = history["history"]
     assert history["total"] == 2
     assert failed == {
-        "nzo_id": broken,
+        "nzo_id": failed_id,
         "name": "Broken",
         "category": "movies",
         "status": "Failed",
@@ -134,30 +136,30 @@ async def test_a_failed_download_is_retried(real: httpx.AsyncClient, sabnzbd: Ru
         "completed": failed["completed"],
     }
     assert "Not on your server" in failed["fail_message"]
-    assert (completed["nzo_id"], completed["status"], completed["fail_message"]) == (whole, "Completed", "")
+    assert (completed["nzo_id"], completed["status"], completed["fail_message"]) == (completed_id, "Completed", "")
     assert (completed["size"][:2], completed["size"][-3:], completed["completed"][-1]) == ("30", " KB", "Z")
     assert now() - datetime.fromisoformat(completed["completed"]) < timedelta(hours=1)
-    first = await fetch(real, "/history", limit=1)
-    assert ([slot["nzo_id"] for slot in first["history"]], first["total"]) == ([broken], 2)
+    first = await call(real, "/history", limit=1)
+    assert ([slot["nzo_id"] for slot in first["history"]], first["total"]) == ([failed_id], 2)
 
-    assert await fetch_error(real, f"/retry/{whole}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
-    assert await fetch_error(real, f"/{whole}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
+    assert await call_error(real, f"/retry/{completed_id}", "POST") == (409, "DOWNLOAD_NOT_FAILED")
+    assert await call_error(real, f"/{completed_id}", "DELETE") == (404, "DOWNLOAD_NOT_FOUND")
     news.restore_lost()
-    again = await fetch(real, f"/retry/{broken}", "POST")
+    again = await call(real, f"/retry/{failed_id}", "POST")
     assert again == {
         "success": True,
         "message": "Download retried successfully",
-        "nzo_id": broken,
+        "nzo_id": failed_id,
         "new_nzo_id": again["new_nzo_id"],
     }
-    assert again["new_nzo_id"] != broken
+    assert again["new_nzo_id"] != failed_id
     assert news_server.finished_download(sabnzbd, again["new_nzo_id"])["status"] == "Completed"
-    assert await fetch_error(real, f"/retry/{broken}", "POST") == (404, "DOWNLOAD_NOT_FOUND")
+    assert await call_error(real, f"/retry/{failed_id}", "POST") == (404, "DOWNLOAD_NOT_FOUND")
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1001, 10**30, "many", ""])
 async def test_an_invalid_limit_is_refused(client: httpx.AsyncClient, limit: object) -> None:
-    assert await fetch_error(client, "/history", limit=limit) == (422, "VALIDATION_ERROR")
+    assert await call_error(client, "/history", limit=limit) == (422, "VALIDATION_ERROR")
 
 
 async def test_without_a_service_the_error_explains_how_to_connect_one(
@@ -170,10 +172,10 @@ async def test_without_a_service_the_error_explains_how_to_connect_one(
         await service_store.create(session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada")
         off = {"name": "Off", "type": "sabnzbd", "url": "http://127.0.0.1:9", "enabled": False}
         await service_store.create(session, off, "ada")
-    assert await fetch_error(client, "/queue") == (503, "NO_SUCH_SERVICE_CONNECTED")
-    assert await fetch_error(client, "/queue", service="Off") == (503, "NO_SUCH_SERVICE_CONNECTED")
-    assert await fetch_error(client, "/queue", service="TV") == (400, "SERVICE_CANNOT")
-    assert await fetch_error(client, "/queue", service="nobody") == (404, "SERVICE_NOT_FOUND")
+    assert await call_error(client, "/queue") == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert await call_error(client, "/queue", service="Off") == (503, "NO_SUCH_SERVICE_CONNECTED")
+    assert await call_error(client, "/queue", service="TV") == (400, "SERVICE_CANNOT")
+    assert await call_error(client, "/queue", service="nobody") == (404, "SERVICE_NOT_FOUND")
 
 
 # A SABnzbd that misbehaves
@@ -219,7 +221,7 @@ async def stub(database: Database) -> AsyncIterator[StubSabnzbd]:
 
 
 async def test_sizes_and_times_are_converted(client: httpx.AsyncClient, stub: StubSabnzbd) -> None:
-    assert await fetch(client, "/queue") == {
+    assert await call(client, "/queue") == {
         "queue": [
             {
                 "nzo_id": "SABnzbd_nzo_1",
@@ -238,11 +240,11 @@ async def test_sizes_and_times_are_converted(client: httpx.AsyncClient, stub: St
         "disk_space": "250.5 GB",
     }
     stub.reply = json_response({"history": {"slots": [ENDED], "noofslots": 150}})
-    history = await fetch(client, "/history")
+    history = await call(client, "/history")
     assert (history["history"][0]["size"], history["history"][0]["completed"]) == ("1.5 GB", "2025-01-08T09:45:00Z")
     # SABnzbd 4 and 5 report this while they move unpacked files.
     stub.reply = json_response({"history": {"slots": [{**ENDED, "loaded": True}], "noofslots": 150}})
-    assert (await fetch(client, "/history"))["history"][0]["completed"] is None
+    assert (await call(client, "/history"))["history"][0]["completed"] is None
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ async def test_an_unknown_time_left_is_null(
     client: httpx.AsyncClient, stub: StubSabnzbd, left: str | None, eta: str | None
 ) -> None:
     stub.reply = json_response({"queue": {**QUEUE, "slots": [{**SLOT, "timeleft": left}]}})
-    assert (await fetch(client, "/queue"))["queue"][0]["eta"] == eta
+    assert (await call(client, "/queue"))["queue"][0]["eta"] == eta
 
 
 async def test_a_download_that_finishes_before_its_deletion_is_not_deleted(
@@ -283,7 +285,7 @@ async def test_a_stalled_download_has_no_estimated_time(client: httpx.AsyncClien
     # SABnzbd may round a speed to 0.00 and still estimate 198 hours.
     slow = {**QUEUE, "kbpersec": "0.00", "slots": [{**SLOT, "timeleft": "8:06:47:49"}]}
     stub.reply = json_response({"queue": slow})
-    queue = await fetch(client, "/queue")
+    queue = await call(client, "/queue")
     assert (queue["speed"], queue["queue"][0]["eta"]) == ("0 B/s", None)
 
 
@@ -313,7 +315,7 @@ async def test_a_malformed_response_is_one_clear_error(
     assert (response.status_code, response.json()["error_code"]) == (503, "SERVICE_BAD_RESPONSE")
     assert "Usenet" in response.json()["message"]
     stub.reply = json_response({"queue": QUEUE})
-    assert len((await fetch(client, "/queue"))["queue"]) == 1
+    assert len((await call(client, "/queue"))["queue"]) == 1
 
 
 async def test_malformed_responses_open_the_circuit_breaker_and_a_valid_one_closes_it(
@@ -321,7 +323,7 @@ async def test_malformed_responses_open_the_circuit_breaker_and_a_valid_one_clos
 ) -> None:
     stub.reply = json_response({"history": {"slots": [{**ENDED, "completed": 1e300}], "noofslots": 1}})
     for _ in range(5):
-        assert await fetch_error(client, "/history") == (503, "SERVICE_BAD_RESPONSE")
+        assert await call_error(client, "/history") == (503, "SERVICE_BAD_RESPONSE")
     before = len(stub.server.requests)
     response = await client.get(f"{DOWNLOADS}/queue")
     assert (response.status_code, response.json()["error_code"]) == (503, "SERVICE_CIRCUIT_OPEN")
@@ -329,22 +331,22 @@ async def test_malformed_responses_open_the_circuit_breaker_and_a_valid_one_clos
     assert len(stub.server.requests) == before
     stub.reply = json_response({"queue": {**QUEUE, "version": "3.7.1"}})
     assert (await client.get("/health/sabnzbd")).status_code == 200
-    assert len((await fetch(client, "/queue"))["queue"]) == 1
+    assert len((await call(client, "/queue"))["queue"]) == 1
 
 
 async def test_a_reported_success_is_verified(client: httpx.AsyncClient, stub: StubSabnzbd) -> None:
     """SABnzbd reports success without having done anything."""
     stub.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE})
-    assert await fetch_error(client, "/pause", "POST") == (400, "REFUSED_BY_SERVICE")
-    assert await fetch_error(client, "/SABnzbd_nzo_1", "DELETE") == (400, "REFUSED_BY_SERVICE")
+    assert await call_error(client, "/pause", "POST") == (400, "REFUSED_BY_SERVICE")
+    assert await call_error(client, "/SABnzbd_nzo_1", "DELETE") == (400, "REFUSED_BY_SERVICE")
     for retry in (1, 0):
         history = {"slots": [{**ENDED, "status": "Failed", "retry": retry}], "noofslots": 1}
         stub.reply = json_response({"status": True, "nzo_id": "SABnzbd_nzo_2", "queue": QUEUE, "history": history})
-        assert await fetch_error(client, "/retry/SABnzbd_nzo_1", "POST") == (400, "REFUSED_BY_SERVICE")
+        assert await call_error(client, "/retry/SABnzbd_nzo_1", "POST") == (400, "REFUSED_BY_SERVICE")
 
 
 async def test_an_error_in_the_body_and_a_wrong_key_are_reported(client: httpx.AsyncClient, stub: StubSabnzbd) -> None:
     stub.reply = json_response({"status": False, "error": "not today"})
-    assert await fetch_error(client, "/queue") == (400, "REFUSED_BY_SERVICE")
+    assert await call_error(client, "/queue") == (400, "REFUSED_BY_SERVICE")
     stub.reply = text_response("API Key Incorrect", 403)
-    assert await fetch_error(client, "/queue") == (503, "SERVICE_UNAUTHORIZED")
+    assert await call_error(client, "/queue") == (503, "SERVICE_UNAUTHORIZED")

@@ -1,4 +1,4 @@
-"""/api/v1/recovery: decisions, the policy, runs; and what Prometheus reads of downloads."""
+"""/api/v1/recovery: decisions, the policy and runs. The metrics of downloads."""
 
 from datetime import timedelta
 from typing import Any
@@ -38,10 +38,10 @@ async def service_id(api: ApiClient) -> int:
         session.add(
             FollowedService(service_id=service.id, connected_as_of=at, cursor={}, failed=2, underway=1, bytes_left=1024)
         )
-        known = {"service_id": service.id, "download_id": "one", "title": "Épisode", "tags": [], "content": []}
+        download = {"service_id": service.id, "download_id": "one", "title": "Épisode", "tags": [], "content": []}
         session.add(
             FollowedDownload(
-                **known, item="one", state="failed", moved_at=at, ended_at=at, settled=True, strikes=3, reason="Lost"
+                **download, item="one", state="failed", moved_at=at, ended_at=at, settled=True, strikes=3, reason="Lost"
             )
         )
         columns: dict[str, Any] = {"service_id": service.id, "service": "TV", "item": "one", "title": "Épisode"}

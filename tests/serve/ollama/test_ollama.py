@@ -147,7 +147,7 @@ async def test_options_take_effect(gateway: Gateway) -> None:
     again = await gateway.chat(options=ollama.Options(num_predict=3, temperature=0.5, seed=7))
     assert again.message.content == short.message.content
     scored = await gateway.chat(options={"num_predict": 4, "temperature": 0}, logprobs=True, top_logprobs=2)
-    assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in scored.logprobs)
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in scored.logprobs)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -277,7 +277,7 @@ async def test_models_are_listed(gateway: Gateway) -> None:
 
 
 async def test_logit_bias_makes_a_token_likelier(gateway: Gateway) -> None:
-    """The first tokens of such a model are the bytes."""
+    """The first 256 tokens of this model are the bytes."""
     write_model(gateway.file, seed=1, talkative=True)
     completion = await gateway.chat(logit_bias={str(ord("Z")): 100}, max_tokens=3)
     assert completion.choices[0].message.content == "ZZZ"
@@ -372,11 +372,11 @@ async def test_documents_are_reranked(gateway: Gateway) -> None:
     write_model(gateway.file, seed=1, ranks=True)
     await gateway.engine.unload(TINY)
     body = (await gateway.http.post("/v1/rerank", json=request | {"return_documents": True})).json()
-    scores = [one["relevance_score"] for one in body["results"]]
+    scores = [result["relevance_score"] for result in body["results"]]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == 3
-    assert [request["documents"][one["index"]] for one in body["results"]] == [
-        one["document"] for one in body["results"]
+    assert [request["documents"][result["index"]] for result in body["results"]] == [
+        result["document"] for result in body["results"]
     ]
     assert body["usage"]["total_tokens"] > sum(map(len, request["documents"]))  # each letter is a token of this model
     best = (await gateway.http.post("/v1/rerank", json=request | {"top_n": 1})).json()["results"]
@@ -407,12 +407,12 @@ async def test_embeddings(gateway: Gateway) -> None:
     # By default the client requests base64, and decodes it.
     packed = await create(model=TINY, input=["Is Plex up?", "Is Plex up?", "Cook rice."])
     plain = await create(model=TINY, input=["Is Plex up?", "Cook rice."], encoding_format="float")
-    first, same, other = (one.embedding for one in packed.data)
+    first, same, other = (row.embedding for row in packed.data)
     assert first == pytest.approx(same)
     assert first != pytest.approx(other, abs=1e-3)
     assert first == pytest.approx(plain.data[0].embedding, abs=1e-6)
     assert sum(value * value for value in first) == pytest.approx(1, abs=1e-3)
-    assert [one.index for one in packed.data] == [0, 1, 2]
+    assert [row.index for row in packed.data] == [0, 1, 2]
     assert packed.usage.total_tokens > packed.usage.prompt_tokens / 2 > 10
     short = (await create(model=TINY, input="Is Plex up?", dimensions=8)).data[0].embedding
     assert len(short) == 8

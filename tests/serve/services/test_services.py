@@ -262,8 +262,8 @@ async def test_the_health_of_one_service(
 ) -> None:
     monkeypatch.setattr(services_health, "MAX_CHECK_AGE", timedelta(hours=1))
     await create(client, sonarr.url, api_key=KEY)
-    for word in ("sonarr", "TV", "tv"):
-        response = await client.get(f"/health/{word}")
+    for name in ("sonarr", "TV", "tv"):
+        response = await client.get(f"/health/{name}")
         assert response.status_code == 200
         assert response.json().keys() == {"healthy", "latency_ms", "error", "last_check", "circuit_breaker_state"}
     assert response.json()["healthy"] is True
@@ -273,10 +273,10 @@ async def test_the_health_of_one_service(
 async def test_an_unavailable_service_is_503_and_an_unknown_one_404(client: httpx.AsyncClient) -> None:
     await create(client, UNREACHABLE, name="sonarr", api_key=KEY)
     await create(client, UNREACHABLE, name="radarr", type="radarr", enabled=False)
-    for word in ("sonarr", "radarr", "plex"):
-        response = await client.get(f"/health/{word}")
+    for name in ("sonarr", "radarr", "plex"):
+        response = await client.get(f"/health/{name}")
         assert (response.status_code, response.json()["error"]) == (503, "service_unavailable")
-        assert response.json()["message"] == f"Service '{word}' is not connected"
+        assert response.json()["message"] == f"Service '{name}' is not connected"
     assert "cannot be reached" in (await client.get("/health/sonarr")).json()["details"]["error"]
     for path in ("/health/nothing", "/health/circuit-breaker/nothing", "/health/circuit-breaker/plex"):
         response = await client.get(path)

@@ -229,9 +229,9 @@ async def test_unknown_tools_and_services_are_not_found(api: ApiClient, server: 
     status, body = await call(api, "sabnzbd", "shut_down")
     assert (status, body["error_code"]) == (404, "UNKNOWN_TOOL")
     assert "get_queue, get_history" in body["message"]
-    for word, expected in (("nobody", 404), ("plex", 503)):
-        assert (await call(api, word, "get_queue"))[0] == expected
-        assert (await api.request("ada", "GET", f"{MCP}/{word}/tools")).status_code == expected
+    for name, expected in (("nobody", 404), ("plex", 503)):
+        assert (await call(api, name, "get_queue"))[0] == expected
+        assert (await api.request("ada", "GET", f"{MCP}/{name}/tools")).status_code == expected
     assert [record["tool"] for record in await list_calls(api)] == ["shut_down"]
 
 
@@ -275,7 +275,7 @@ async def test_calls_are_paginated_filtered_and_removed(api: ApiClient, server: 
     assert len(await list_calls(api)) == 3
 
 
-# The other services: a fake of each, with a response of the shape that its API documents.
+# Other services: a fake of each, with a response as its API documents it.
 
 RESPONSES: dict[str, tuple[str, str, dict[str, Any], Any, Any]] = {
     "prowlarr": (

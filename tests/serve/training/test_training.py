@@ -51,11 +51,14 @@ async def test_sessions_are_paginated_newest_first(api: ApiClient) -> None:
     while path:
         page = (await api.request("ada", "GET", path)).json()
         assert page["total"] == 5
-        listed += [one["id"] for one in page["items"]]
+        listed += [session["id"] for session in page["items"]]
         path = page["links"]["next"]
     assert listed == created[::-1]
     everything = (await api.request("ada", "GET", SESSIONS)).json()["items"]
-    assert {one["id"]: one["status"] for one in everything} == {**dict.fromkeys(created), created[1]: "queued"}
+    assert {session["id"]: session["status"] for session in everything} == {
+        **dict.fromkeys(created),
+        created[1]: "queued",
+    }
     assert (await api.request("ada", "GET", f"{SESSIONS}?skip=5")).json()["items"] == []
     for query in ("limit=0", "limit=101", "skip=-1", "skip=9999999999", "limit=x"):
         assert (await api.request("ada", "GET", f"{SESSIONS}?{query}")).status_code == 422

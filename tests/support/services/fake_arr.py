@@ -82,7 +82,7 @@ class FakeArr:
     @property
     def commands(self) -> list[Row]:
         """The body of each command, the latest last."""
-        return [json.loads(request.body) for request in self.requests if _is(request, "POST", "command")]
+        return [json.loads(request.body) for request in self.requests if _matches(request, "POST", "command")]
 
     def rows(self, name: str) -> list[Row]:
         return self.resources[name]
@@ -93,7 +93,7 @@ class FakeArr:
     def add_row(self, name: str, row: Row) -> Row:
         """Add a row, with the next id if it has none."""
         rows = self.resources.setdefault(name, [])
-        added = {**row, "id": row.get("id") or max((one["id"] for one in rows), default=0) + 1}
+        added = {**row, "id": row.get("id") or max((existing["id"] for existing in rows), default=0) + 1}
         rows.append(added)
         return added
 
@@ -120,9 +120,9 @@ class FakeArr:
             return special
         name, _, last = end.rpartition("/")
         if end in self.resources:
-            return self._whole(request, end, body)
+            return self._respond_with_list(request, end, body)
         if name in self.resources and last.isdigit() and int(last) <= ID_MAX:
-            return self._one(request, name, int(last), body)
+            return self._respond_with_row(request, name, int(last), body)
         return json_response({"message": "NotFound", "description": "There is nothing here."}, 404)
 
     def _special(self, request: StubRequest, end: str, body: Any) -> StubResponse | None:
@@ -131,7 +131,7 @@ class FakeArr:
             ("GET", "system/status"): lambda: json_response(
                 {"appName": self.type.title, "version": self.type.version, **ARR_STATUS}
             ),
-            ("GET", f"{self.type.resource}/lookup"): lambda: json_response(self._found(request.query["term"])),
+            ("GET", f"{self.type.resource}/lookup"): lambda: json_response(self._look_up(request.query["term"])),
             ("POST", self.type.resource): lambda: self._add(body),
             ("POST", "command"): lambda: self._command(body),
             ("GET", "queue/details"): lambda: json_response(self.rows("queue")),
@@ -149,17 +149,19 @@ class FakeArr:
             return self._leave_queue(request, [int(last)])
         return None
 
-    def _whole(self, request: StubRequest, name: str, body: Any) -> StubResponse:
+    def _respond_with_list(self, request: StubRequest, name: str, body: Any) -> StubResponse:
         content = self.resources[name]
         if request.method == "POST":
             return json_response(self.add_row(name, body), 201)
         if name in PAGED:
             return json_response(_page(content, request.query))
         if isinstance(content, list):
-            content = [row for row in content if all(_like(row, one, request.query[one]) for one in request.query)]
+            content = [
+                row for row in content if all(_has_value(row, *parameter) for parameter in request.query.items())
+            ]
         return json_response(content)
 
-    def _one(self, request: StubRequest, name: str, row_id: int, body: Any) -> StubResponse:
+    def _respond_with_row(self, request: StubRequest, name: str, row_id: int, body: Any) -> StubResponse:
         content = self.resources[name]
         if isinstance(content, dict):
             if request.method == "PUT":
@@ -178,27 +180,27 @@ class FakeArr:
             return json_response({})
         return json_response(row)
 
-    def _found(self, term: str) -> list[Row]:
-        word, _, number = term.partition(":")
-        outer, here = self.type.external_id, self.rows(self.type.resource)
-        if word == self.type.term and number.isdigit():
-            rows = [row for row in self.lookup_results if row[outer] == int(number)]
+    def _look_up(self, term: str) -> list[Row]:
+        prefix, _, number = term.partition(":")
+        external_id, library = self.type.external_id, self.rows(self.type.resource)
+        if prefix == self.type.term and number.isdigit():
+            rows = [row for row in self.lookup_results if row[external_id] == int(number)]
         else:
             rows = [row for row in self.lookup_results if term.casefold() in row["title"].casefold()]
-        ids = {row[outer]: {"id": row["id"]} for row in here}
-        return [{**row, **ids.get(row[outer], {})} for row in rows]
+        ids = {row[external_id]: {"id": row["id"]} for row in library}
+        return [{**row, **ids.get(row[external_id], {})} for row in rows]
 
     def _add(self, body: Row) -> StubResponse:
-        outer = self.type.external_id
-        wrong: list[Row] = []
+        external_id = self.type.external_id
+        errors: list[Row] = []
         if not self.row("qualityprofile", body.get("qualityProfileId", 0)):
-            wrong.append(_refusal("QualityProfileId", "Quality Profile does not exist"))
+            errors.append(_refusal("QualityProfileId", "Quality Profile does not exist"))
         if not any(row["path"] == body.get("rootFolderPath") for row in self.rows("rootfolder")):
-            wrong.append(_refusal("RootFolderPath", f"Root folder '{body.get('rootFolderPath')}' does not exist"))
-        if any(row[outer] == body[outer] for row in self.rows(self.type.resource)):
-            wrong.append(_refusal(outer[0].upper() + outer[1:], self.type.already_added))
-        if wrong:
-            return json_response(wrong, 400)
+            errors.append(_refusal("RootFolderPath", f"Root folder '{body.get('rootFolderPath')}' does not exist"))
+        if any(row[external_id] == body[external_id] for row in self.rows(self.type.resource)):
+            errors.append(_refusal(external_id[0].upper() + external_id[1:], self.type.already_added))
+        if errors:
+            return json_response(errors, 400)
         folder = body.get("folder") or body["title"]
         row = {**body, "added": LONG_AGO, "path": f"{body['rootFolderPath']}/{folder}"}
         row.pop("addOptions", None)
@@ -216,12 +218,12 @@ class FakeArr:
 
     def _leave_queue(self, request: StubRequest, ids: list[int]) -> StubResponse:
         for row in [row for row in self.rows("queue") if row["id"] in ids]:
-            # A download goes whole, however many episodes it is.
-            same = [one for one in self.rows("queue") if one["downloadId"] == row["downloadId"]]
-            for one in same:
-                self.rows("queue").remove(one)
+            # A download leaves the queue with all its episodes.
+            same = [other for other in self.rows("queue") if other["downloadId"] == row["downloadId"]]
+            for other in same:
+                self.rows("queue").remove(other)
             if request.query.get("blocklist") == "true":
-                for grabbed in [one for one in self.rows("history") if _grabbed(one, row["downloadId"])]:
+                for grabbed in [other for other in self.rows("history") if _is_grab_of(other, row["downloadId"])]:
                     self._mark_failed(grabbed["id"])
                 columns = {name: row[name] for name in ("seriesId", "movieId", "protocol", "indexer") if name in row}
                 self.add_row("blocklist", {**columns, "sourceTitle": row["title"], "date": LONG_AGO})
@@ -255,7 +257,7 @@ def root_folder(row_id: int, path: str) -> Row:
     return {"id": row_id, "path": path, "accessible": True, "freeSpace": 10**12, "unmappedFolders": []}
 
 
-def series(title: str, tvdb_id: int, year: int = 2008, **more: Any) -> Row:
+def series(title: str, tvdb_id: int, year: int = 2008, **fields: Any) -> Row:
     """A series as a lookup finds it."""
     season = {"seasonNumber": 1, "monitored": True}
     return {
@@ -273,11 +275,11 @@ def series(title: str, tvdb_id: int, year: int = 2008, **more: Any) -> Row:
         "titleSlug": f"series-{tvdb_id}",
         "folder": title.replace("/", "+"),
         "images": [{"coverType": "poster", "remoteUrl": "https://artworks.example/poster.jpg"}],
-        **more,
+        **fields,
     }
 
 
-def library_series(title: str, tvdb_id: int, row_id: int, **more: Any) -> Row:
+def library_series(title: str, tvdb_id: int, row_id: int, **fields: Any) -> Row:
     """A series in the library, with seven episodes."""
     counts = {"episodeFileCount": 7, "episodeCount": 7, "totalEpisodeCount": 7, "sizeOnDisk": 15360000000}
     statistics = {**counts, "releaseGroups": [], "percentOfEpisodes": 100}
@@ -293,11 +295,11 @@ def library_series(title: str, tvdb_id: int, row_id: int, **more: Any) -> Row:
         "qualityProfileId": 1,
         "path": f"/tv/{title}",
         "added": LONG_AGO,
-        **more,
+        **fields,
     }
 
 
-def movie(title: str, tmdb_id: int, year: int = 1999, **more: Any) -> Row:
+def movie(title: str, tmdb_id: int, year: int = 1999, **fields: Any) -> Row:
     """A movie as a lookup finds it."""
     return {
         "title": title,
@@ -313,11 +315,11 @@ def movie(title: str, tmdb_id: int, year: int = 1999, **more: Any) -> Row:
         "titleSlug": str(tmdb_id),
         "folder": f"{title.replace('/', '+')} ({year})",
         "images": [{"coverType": "poster", "remoteUrl": "https://artworks.example/poster.jpg"}],
-        **more,
+        **fields,
     }
 
 
-def library_movie(title: str, tmdb_id: int, row_id: int, **more: Any) -> Row:
+def library_movie(title: str, tmdb_id: int, row_id: int, **fields: Any) -> Row:
     """A movie in the library, with its file."""
     row, size = movie(title, tmdb_id), 8589934592
     quality = {"quality": {"id": 7, "name": "Bluray-1080p", "source": "bluray", "resolution": 1080}}
@@ -333,11 +335,11 @@ def library_movie(title: str, tmdb_id: int, row_id: int, **more: Any) -> Row:
         "sizeOnDisk": size,
         "movieFile": file,
         "added": LONG_AGO,
-        **more,
+        **fields,
     }
 
 
-def queue_row(title: str, row_id: int, **more: Any) -> Row:
+def queue_row(title: str, row_id: int, **fields: Any) -> Row:
     """A row of the queue; `seriesId` and `episodeId`, or `movieId`, say what it is for."""
     return {
         "id": row_id,
@@ -354,19 +356,19 @@ def queue_row(title: str, row_id: int, **more: Any) -> Row:
         "downloadClient": "SABnzbd",
         "indexer": "NZBgeek",
         "added": LONG_AGO,
-        **more,
+        **fields,
     }
 
 
-def _is(request: StubRequest, method: str, end: str) -> bool:
+def _matches(request: StubRequest, method: str, end: str) -> bool:
     return (request.method, request.path) == (method, API + end)
 
 
-def _grabbed(row: Row, download_id: str) -> bool:
+def _is_grab_of(row: Row, download_id: str) -> bool:
     return row["eventType"] == "grabbed" and row.get("downloadId") == download_id
 
 
-def _like(row: Row, name: str, value: str) -> bool:
+def _has_value(row: Row, name: str, value: str) -> bool:
     """Whether a row has this value, if it has such a field at all."""
     return name not in row or str(row[name]).casefold() == value.casefold()
 

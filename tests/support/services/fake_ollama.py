@@ -73,9 +73,9 @@ class FakeOllama:
             function = {"name": request["tools"][0]["function"]["name"], "arguments": {"soon": True}}
             parts = [{"message": {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}}]
         elif path == "/api/chat":
-            parts = [{"message": {"role": "assistant", "content": word}} for word in self.installed[request["model"]]]
+            parts = [{"message": {"role": "assistant", "content": chunk}} for chunk in self.installed[request["model"]]]
         else:
-            parts = [{"response": word} for word in self.installed[request["model"]]]
+            parts = [{"response": chunk} for chunk in self.installed[request["model"]]]
         lines = [{**common, **part, "done": False} for part in parts]
         if self.broken:
             return 200, [*lines, {"error": self.broken}]
@@ -101,8 +101,8 @@ def running_fake_ollama(port: int = 0) -> Generator[FakeOllama]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            known = self.path.removeprefix("/api/blobs/") in state.blobs
-            self._respond(200 if known else 404, [])
+            exists = self.path.removeprefix("/api/blobs/") in state.blobs
+            self._respond(200 if exists else 404, [])
 
         def do_GET(self) -> None:
             self._respond(200, [{"/api/tags": state.tags, "/api/ps": state.running}[self.path]()])

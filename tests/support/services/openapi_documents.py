@@ -30,10 +30,14 @@ def corrected(document: str) -> dict[str, Any]:
 def check_request(document: str, method: str, path: str, query: Mapping[str, str], body: object = None) -> None:
     """Fail unless the document has this operation, with these parameters and this body."""
     operation = _operation(document, method, path)
-    known = {one["name"]: one["schema"] for one in operation.get("parameters", []) if one["in"] == "query"}
+    schemas = {
+        parameter["name"]: parameter["schema"]
+        for parameter in operation.get("parameters", [])
+        if parameter["in"] == "query"
+    }
     for name, value in query.items():
-        assert name in known, f"{method} {path} has no parameter {name}"
-        _validate(document, known[name], _as_sent(known[name].get("type"), value))
+        assert name in schemas, f"{method} {path} has no parameter {name}"
+        _validate(document, schemas[name], _as_sent(schemas[name].get("type"), value))
     if "requestBody" not in operation:
         assert body is None, f"{method} {path} takes no body"
         return
@@ -57,15 +61,17 @@ def _operation(document: str, method: str, path: str) -> dict[str, Any]:
     """The operation of a path, which may have ids where the document has `{id}`."""
     paths = _document(document)["paths"]
     requested = path.split("/")
-    fitting = [known for known in paths if _fits(known.split("/"), requested) and method.lower() in paths[known]]
-    assert fitting, f"{document} has no {method} {path}"
-    return paths[min(fitting, key=lambda known: known.count("{"))][method.lower()]
+    matching = [
+        declared for declared in paths if _matches(declared.split("/"), requested) and method.lower() in paths[declared]
+    ]
+    assert matching, f"{document} has no {method} {path}"
+    return paths[min(matching, key=lambda declared: declared.count("{"))][method.lower()]
 
 
-def _fits(known: list[str], requested: list[str]) -> bool:
-    return len(known) == len(requested) and all(
-        one == other or (one.startswith("{") and (other.isdigit() or one == other))
-        for one, other in zip(known, requested, strict=True)
+def _matches(declared: list[str], requested: list[str]) -> bool:
+    return len(declared) == len(requested) and all(
+        expected == actual or (expected.startswith("{") and (actual.isdigit() or expected == actual))
+        for expected, actual in zip(declared, requested, strict=True)
     )
 
 

@@ -86,7 +86,7 @@ def prism(folder: Path, document: str) -> Generator[RunningService]:
 
 
 @contextmanager
-def searx(folder: Path, finds: str) -> Generator[RunningService]:
+def searx(folder: Path, results_url: str) -> Generator[RunningService]:
     """searx, whose only engine gets {"results": [{"url", "title"}]} from the URL `finds`."""
     example = Path("/usr/share/doc/searx/examples/settings.yml")
     settings = yaml.safe_load(example.read_text()) if example.exists() else {}
@@ -100,7 +100,7 @@ def searx(folder: Path, finds: str) -> Generator[RunningService]:
         "timeout": TIMEOUT,
     }
     fields = {"results_query": "results", "url_query": "url", "title_query": "title", "content_query": "title"}
-    settings["engines"] = [{**engine, **fields, "search_url": f"{finds}/?q={{query}}"}]
+    settings["engines"] = [{**engine, **fields, "search_url": f"{results_url}/?q={{query}}"}]
     settings["search"] = {**settings.get("search", {}), "formats": ["html", "json"]}
     server = {"bind_address": "127.0.0.1", "port": int(address.rpartition(":")[2]), "secret_key": "of a test"}
     settings["server"] = {**settings.get("server", {}), **server}

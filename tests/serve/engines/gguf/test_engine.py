@@ -350,7 +350,7 @@ async def test_adapters_share_their_base_model(models: Models, engine: GgufEngin
 
     plain = await complete("talker")
     # At once, so that the adapters are in use side by side in one model.
-    texts = await asyncio.gather(*(complete(one.reference, one) for one in (first, second, without_effect)))
+    texts = await asyncio.gather(*(complete(adapter.reference, adapter) for adapter in (first, second, without_effect)))
     assert len({plain, *texts[:2]}) == 3
     assert texts[2] == plain == await complete("talker")
     assert models.requested == ["talker"]

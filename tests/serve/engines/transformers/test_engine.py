@@ -108,7 +108,7 @@ def content(completion: dict[str, Any]) -> str:
     return completion["choices"][0]["message"]["content"]
 
 
-def by_generate(folder: Path, count: int, model: Any = None) -> tuple[str, int]:
+def generate_directly(folder: Path, count: int, model: Any = None) -> tuple[str, int]:
     """The completion by transformers' own `generate`, and the number of tokens of the prompt."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = model or AutoModelForCausalLM.from_pretrained(folder)
@@ -121,7 +121,7 @@ def by_generate(folder: Path, count: int, model: Any = None) -> tuple[str, int]:
 
 
 async def test_a_completion_is_that_of_transformers(engines: Engines, model_folder: ModelFolder, folder: Path) -> None:
-    expected, prompt_tokens = by_generate(folder, 24)
+    expected, prompt_tokens = generate_directly(folder, 24)
     engine = engines.make()
     completion = await engine.complete("tiny", {**GREEDY, "max_tokens": 24}, model_folder)
     assert content(completion) == expected
@@ -140,11 +140,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     step = Sampler.__call__
 
-    def counted(self: Sampler, scores: Any, arguments: torch.Tensor) -> Any:
+    def counting_step(self: Sampler, scores: Any, arguments: torch.Tensor) -> Any:
         sizes.append(len(scores))
         return step(self, scores, arguments)
 
-    monkeypatch.setattr(Sampler, "__call__", counted)
+    monkeypatch.setattr(Sampler, "__call__", counting_step)
     return sizes
 
 
@@ -158,17 +158,17 @@ async def test_requests_are_batched(
     requests = [{"messages": [{"role": "user", "content": "Hello" * count}], "temperature": 0} for count in range(1, 7)]
     step = Sampler.__call__
 
-    def once_all_wait(self: Sampler, scores: Any, arguments: torch.Tensor) -> Any:
+    def step_once_all_wait(self: Sampler, scores: Any, arguments: torch.Tensor) -> Any:
         if not steps:
             eventually(lambda: len(self.by_request_id) == len(requests))
         return step(self, scores, arguments)
 
-    monkeypatch.setattr(Sampler, "__call__", once_all_wait)
+    monkeypatch.setattr(Sampler, "__call__", step_once_all_wait)
     completions = await asyncio.gather(
-        *(engine.complete("tiny", {**one, "max_tokens": 20}, model_folder) for one in requests)
+        *(engine.complete("tiny", {**request, "max_tokens": 20}, model_folder) for request in requests)
     )
     assert content(completions[0]) == alone
-    assert len({content(one) for one in completions}) > 1
+    assert len({content(completion) for completion in completions}) > 1
     assert sum(steps) == 120
     assert len(steps) <= 60
     assert max(steps) == 4
@@ -200,10 +200,10 @@ async def test_a_prompt_is_completed(engines: Engines, model_folder: ModelFolder
     (choice,) = completion["choices"]
     assert choice["text"]
     logprobs = choice["logprobs"]["content"]
-    assert "".join(one["token"] for one in logprobs) == choice["text"]
-    assert all(len(one["top_logprobs"]) == 2 for one in logprobs)
+    assert "".join(token["token"] for token in logprobs) == choice["text"]
+    assert all(len(token["top_logprobs"]) == 2 for token in logprobs)
     # The likeliest token was taken.
-    assert all(one["logprob"] == one["top_logprobs"][0]["logprob"] <= 0 for one in logprobs)
+    assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] <= 0 for token in logprobs)
 
 
 async def test_logit_bias_and_penalties(engines: Engines, model_folder: ModelFolder, folder: Path) -> None:
@@ -256,10 +256,10 @@ async def test_a_failed_step_fails_only_its_batch(
 
     with monkeypatch.context() as broken:
         broken.setattr(Sampling, "sample", out_of_memory)
-        failed = await asyncio.gather(
+        errors = await asyncio.gather(
             *(engine.complete("tiny", request, model_folder) for _ in range(2)), return_exceptions=True
         )
-    assert all(isinstance(one, EngineFailed) and "out of memory" in str(one) for one in failed)
+    assert all(isinstance(error, EngineFailed) and "out of memory" in str(error) for error in errors)
     assert content(await engine.complete("tiny", request, model_folder)) == expected
 
 
@@ -273,7 +273,7 @@ async def test_an_adapter_changes_the_completion(
     assert plain != changed
     base, adapter = Path(adapted.base_model), str(adapted.address)
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    assert changed == by_generate(base, 16, model)[0]
+    assert changed == generate_directly(base, 16, model)[0]
 
 
 async def test_models_in_4_bits_need_less_memory(
@@ -370,7 +370,7 @@ def test_characters_are_never_split(folder: Path, text: str) -> None:
     decoder = IncrementalDecoder(tokenizer.decode)
     parts = [decoder.feed(token) for token in tokenizer(text)["input_ids"]]
     assert "".join(parts) == text
-    assert not any(REPLACEMENT_CHARACTER in one for one in parts)
+    assert not any(REPLACEMENT_CHARACTER in part for part in parts)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

@@ -71,7 +71,7 @@ def test_text_after_the_last_response_is_left_out() -> None:
 def test_a_template_with_a_loop_over_messages(
     messages: list[dict[str, Any]], variables: dict[str, Any], rendered: str
 ) -> None:
-    without_system = [one for one in messages if one["role"] != "system"]
+    without_system = [message for message in messages if message["role"] != "system"]
     assert render(CHAT_TEMPLATE, *messages, **variables) == rendered
     assert render(CHAT_TEMPLATE, *without_system, **variables) == rendered.replace("[system Be brief.]\n", "")
 

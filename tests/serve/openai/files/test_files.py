@@ -281,11 +281,15 @@ async def test_a_file_is_uploaded_in_parts(gateway: Gateway) -> None:
         with pytest.raises(openai.BadRequestError):
             await gateway.ada.uploads.complete(upload.id, part_ids=part_ids, md5=md5 or openai.omit)
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    done = await gateway.ada.uploads.complete(upload.id, part_ids=[early.id, late.id], md5=digest)
-    assert done.status == "completed"
-    assert done.file is not None
-    assert (done.file.status, done.file.bytes, done.file.filename) == ("processed", len(content), "a.jsonl")
-    assert (await gateway.ada.files.content(done.file.id)).content == content
+    completed = await gateway.ada.uploads.complete(upload.id, part_ids=[early.id, late.id], md5=digest)
+    assert completed.status == "completed"
+    assert completed.file is not None
+    assert (completed.file.status, completed.file.bytes, completed.file.filename) == (
+        "processed",
+        len(content),
+        "a.jsonl",
+    )
+    assert (await gateway.ada.files.content(completed.file.id)).content == content
     assert (await gateway.count(UploadPart), stored("uploads")) == (0, [])
     for attempt in (send(upload.id, data=b"x"), gateway.ada.uploads.complete(upload.id, part_ids=[early.id])):
         with pytest.raises(openai.ConflictError, match="completed"):
@@ -302,16 +306,16 @@ async def test_the_client_uploads_a_file_in_chunks(gateway: Gateway, tmp_path: P
                 file=path, mime_type="application/octet-stream", purpose="user_data", part_size=400_000
             )
 
-    done = await asyncio.to_thread(upload_file)
-    assert (await gateway.ada.files.content(done.file.id)).content == path.read_bytes()
+    completed = await asyncio.to_thread(upload_file)
+    assert (await gateway.ada.files.content(completed.file.id)).content == path.read_bytes()
 
 
 async def test_an_upload_of_invalid_samples_makes_a_file_with_an_error(gateway: Gateway) -> None:
     upload = await gateway.ada.uploads.create(bytes=5, filename="a.jsonl", mime_type="text/plain", purpose="fine-tune")
     part = await gateway.ada.uploads.parts.create(upload.id, data=b"hello")
-    done = await gateway.ada.uploads.complete(upload.id, part_ids=[part.id])
-    assert done.file is not None
-    assert (done.file.status, "line 1 of a.jsonl" in (done.file.status_details or "")) == ("error", True)
+    completed = await gateway.ada.uploads.complete(upload.id, part_ids=[part.id])
+    assert completed.file is not None
+    assert (completed.file.status, "line 1 of a.jsonl" in (completed.file.status_details or "")) == ("error", True)
 
 
 async def test_an_upload_can_be_cancelled(gateway: Gateway) -> None:

@@ -232,7 +232,7 @@ async def test_other_jobs_are_not_fine_tuning_jobs(gateway: Gateway) -> None:
     for job_id in (probe.id, child):
         with pytest.raises(openai.NotFoundError):
             await gateway.ada.retrieve(job_id)
-    assert [one.id async for one in gateway.ada.list()] == [job.id]
+    assert [listed.id async for listed in gateway.ada.list()] == [job.id]
 
 
 async def test_the_status_of_a_job_follows_its_step(gateway: Gateway) -> None:

@@ -1,4 +1,4 @@
-"""/v1/responses, through the official client, on an engine of this process."""
+"""/v1/responses, through the official client, with an engine in this process."""
 
 import asyncio
 import json
@@ -295,10 +295,10 @@ async def test_a_truncated_response_is_incomplete(gateway: Gateway) -> None:
 async def test_logprobs_are_included_on_request(gateway: Gateway) -> None:
     options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 3}
     scored = (await gateway.create(**options)).output[0].content[0].logprobs
-    assert {len(one.top_logprobs) for one in scored} == {2}
+    assert {len(token.top_logprobs) for token in scored} == {2}
     events = await gateway.events(**options)
-    streamed = [one for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
-    assert [one.token for one in streamed] == [one.token for one in scored]
+    streamed = [token for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
+    assert [token.token for token in streamed] == [token.token for token in scored]
 
 
 async def test_a_stored_conversation_is_continued(each_gateway: Gateway) -> None:
@@ -520,11 +520,11 @@ def test_consecutive_assistant_items_become_one_message() -> None:
     output = {"type": "function_call_output", "call_id": "c1", "output": [{"text": "x"}]}
     items = [message("user", "Q"), thought, message("assistant", "A"), call(1), call(2), output, call(3), thought]
     messages = to_messages([*items, message("assistant", "B")])
-    assert [(one["role"], one["content"], len(one.get("tool_calls", []))) for one in messages] == [
+    assert [(entry["role"], entry["content"], len(entry.get("tool_calls", []))) for entry in messages] == [
         ("user", "Q", 0),
         ("assistant", "A", 2),
         ("tool", "x", 0),
         ("assistant", "", 1),
         ("assistant", "B", 0),
     ]
-    assert [one.get("reasoning_content") for one in messages] == [None, "Hm.", None, None, "Hm."]
+    assert [entry.get("reasoning_content") for entry in messages] == [None, "Hm.", None, None, "Hm."]
