@@ -1,4 +1,4 @@
-"""Schedules: their times, their ticks, and what happens when one can fire no more."""
+"""Schedules: their times, their ticks, and what happens when one can no longer fire."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -29,7 +29,7 @@ async def _account_of_alice(database: Database) -> None:  # pyright: ignore[repo
         session.add(identity.User(id=ALICE.id, email="alice@example.com", username="alice", password_hash="-"))
 
 
-def wanted(**changes: Any) -> ScheduleRequest:
+def build_request(**changes: Any) -> ScheduleRequest:
     return ScheduleRequest.model_validate({"name": "nightly", "kind": "probe", "cron": "0 3 * * *", **changes})
 
 
@@ -54,11 +54,11 @@ async def fire(database: Database) -> None:
         ("0 3 * * *", "UTC", "2026-01-01T03:00:00+00:00", "2026-01-02T03:00:00+00:00"),
         ("0 3 * * *", "Europe/Berlin", "2026-01-01T00:00:00+00:00", "2026-01-01T02:00:00+00:00"),
         ("0 3 * * *", "Europe/Berlin", "2026-07-01T00:00:00+00:00", "2026-07-01T01:00:00+00:00"),
-        # The clock jumps from 2:00 to 3:00 that night: what falls into the gap runs right after it.
+        # The clock jumps from 2:00 to 3:00 that night. A time within the gap fires right after it.
         ("30 2 * * *", "Europe/Berlin", "2026-03-29T00:00:00+00:00", "2026-03-29T01:00:00+00:00"),
     ],
 )
-def test_fire_times_follow_the_clock_of_their_zone(cron: str, zone: str, after: str, next_time: str) -> None:
+def test_fire_times_follow_the_time_zone(cron: str, zone: str, after: str, next_time: str) -> None:
     assert schedules.next_fire(cron, zone, datetime.fromisoformat(after)) == datetime.fromisoformat(next_time)
 
 
@@ -72,27 +72,27 @@ def test_fire_times_follow_the_clock_of_their_zone(cron: str, zone: str, after: 
         ("timezone", "../etc/passwd"),
     ],
 )
-def test_what_never_fires_is_refused(field: str, value: str) -> None:
+def test_an_invalid_cron_or_time_zone_is_refused(field: str, value: str) -> None:
     with pytest.raises(ValidationError, match=field):
-        wanted(**{field: value})
+        build_request(**{field: value})
 
 
-async def test_a_due_schedule_queues_one_job_and_moves_on(database: Database) -> None:
-    schedule = await create(database, wanted(spec={"payload": 1}, priority=4))
+async def test_a_due_schedule_queues_one_job_and_sets_its_next_time(database: Database) -> None:
+    schedule = await create(database, build_request(spec={"payload": 1}, priority=4))
     await make_due(database)
     await asyncio.gather(fire(database), fire(database))
     async with database.read_transaction() as session:
         job = (await session.scalars(select(Job))).one()
-        fired = await session.get_one(Schedule, schedule.id)
+        updated = await session.get_one(Schedule, schedule.id)
         ticks = await session.scalar(select(func.count()).select_from(ScheduleTick))
     assert (job.spec["payload"], job.priority, job.owner_id, job.created_by) == (1, 4, ALICE.id, "schedule:nightly")
-    assert (fired.last_job_id, ticks) == (job.id, 1)
-    assert fired.next_fire_at is not None
-    assert fired.next_fire_at > now()
+    assert (updated.last_job_id, ticks) == (job.id, 1)
+    assert updated.next_fire_at is not None
+    assert updated.next_fire_at > now()
 
 
-async def test_missed_times_are_made_up_for_once(database: Database) -> None:
-    await create(database, wanted(cron="0 0 1 1 *"))
+async def test_several_missed_times_queue_one_job(database: Database) -> None:
+    await create(database, build_request(cron="0 0 1 1 *"))
     await make_due(database, since=timedelta(days=1100))
     await fire(database)
     await fire(database)
@@ -100,8 +100,8 @@ async def test_missed_times_are_made_up_for_once(database: Database) -> None:
         assert await session.scalar(select(func.count()).select_from(Job)) == 1
 
 
-async def test_the_same_tick_never_makes_a_second_job(database: Database) -> None:
-    await create(database, wanted())
+async def test_one_tick_queues_at_most_one_job(database: Database) -> None:
+    await create(database, build_request())
     moment = datetime(2026, 1, 1, 3, tzinfo=UTC)
     for _ in range(2):
         async with database.transaction() as session:
@@ -111,45 +111,45 @@ async def test_the_same_tick_never_makes_a_second_job(database: Database) -> Non
         assert await session.scalar(select(func.count()).select_from(Job)) == 1
 
 
-async def test_a_schedule_that_can_fire_no_more_says_why_and_stops(database: Database) -> None:
-    schedule = await create(database, wanted())
+async def test_a_schedule_of_an_unknown_kind_records_a_failed_job_and_is_disabled(database: Database) -> None:
+    schedule = await create(database, build_request())
     async with database.transaction() as session:
         await session.execute(update(Schedule).values(kind="gone", next_fire_at=now() - timedelta(minutes=1)))
     await fire(database)
     async with database.read_transaction() as session:
         job = (await session.scalars(select(Job))).one()
-        stopped = await session.get_one(Schedule, schedule.id)
+        updated = await session.get_one(Schedule, schedule.id)
     assert (job.state, job.error["code"]) == (State.FAILED, "job_kind_not_found")  # pyright: ignore[reportOptionalSubscript]
-    assert not stopped.enabled
+    assert not updated.enabled
 
 
-async def test_the_schedule_of_a_disabled_account_stops(database: Database) -> None:
+async def test_the_schedule_of_a_disabled_account_is_disabled(database: Database) -> None:
     async with database.transaction() as session:
         user = identity.User(email="bob@example.com", username="bob", password_hash="-", is_active=False)
         session.add(user)
         await session.flush()
-        schedule = await schedules.create(session, wanted(), Principal(id=user.id, name="bob"))
+        schedule = await schedules.create(session, build_request(), Principal(id=user.id, name="bob"))
     await make_due(database)
     await fire(database)
     async with database.read_transaction() as session:
         job = (await session.scalars(select(Job))).one()
-        stopped = await session.get_one(Schedule, schedule.id)
+        updated = await session.get_one(Schedule, schedule.id)
     assert (job.state, job.error["code"]) == (State.FAILED, "account_disabled")  # pyright: ignore[reportOptionalSubscript]
-    assert not stopped.enabled
+    assert not updated.enabled
 
 
-async def test_the_platforms_own_schedule_is_made_whoever_has_its_name(database: Database) -> None:
-    theirs = await create(database, wanted(name="sweep"))
+async def test_a_platform_schedule_takes_its_name_from_a_users_schedule(database: Database) -> None:
+    users_schedule = await create(database, build_request(name="sweep"))
     for _ in range(2):
         async with database.transaction() as session:
-            await schedules.ensure(session, wanted(name="sweep", kind="sweep", spec={}))
+            await schedules.ensure(session, build_request(name="sweep", kind="sweep", spec={}))
     async with database.read_transaction() as session:
-        found = {row.name: (row.kind, row.enabled) for row in await session.scalars(select(Schedule))}
-    assert found == {"sweep": ("sweep", True), f"sweep-{theirs.id}": ("probe", True)}
+        stored = {row.name: (row.kind, row.enabled) for row in await session.scalars(select(Schedule))}
+    assert stored == {"sweep": ("sweep", True), f"sweep-{users_schedule.id}": ("probe", True)}
 
 
 async def test_a_disabled_schedule_does_not_fire(database: Database) -> None:
-    schedule = await create(database, wanted(enabled=False))
+    schedule = await create(database, build_request(enabled=False))
     assert schedule.next_fire_at is None
     await make_due(database)
     await fire(database)
@@ -158,19 +158,19 @@ async def test_a_disabled_schedule_does_not_fire(database: Database) -> None:
 
 
 async def test_names_are_unique_and_specs_are_checked(database: Database) -> None:
-    await create(database, wanted())
+    await create(database, build_request())
     with pytest.raises(ScheduleNameTaken):
-        await create(database, wanted())
+        await create(database, build_request())
     with pytest.raises(InvalidSpec):
-        await create(database, wanted(name="other", spec={"steps": "many"}))
+        await create(database, build_request(name="other", spec={"steps": "many"}))
     with pytest.raises(Forbidden):
-        await create(database, wanted(name="other", kind="sweep"))
+        await create(database, build_request(name="other", kind="sweep"))
     async with database.read_transaction() as session:
         assert [row.name for row in await session.scalars(select(Schedule))] == ["nightly"]
 
 
-async def test_nobody_sees_the_schedule_of_another(database: Database) -> None:
-    schedule = await create(database, wanted())
+async def test_a_schedule_is_visible_only_to_its_owner(database: Database) -> None:
+    schedule = await create(database, build_request())
     async with database.read_transaction() as session:
         assert (await schedules.get(session, schedule.id, ALICE)).name == "nightly"
         with pytest.raises(ScheduleNotFound):

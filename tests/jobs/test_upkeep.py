@@ -1,4 +1,4 @@
-"""Retries, the registry, what can be stored, and the sweep."""
+"""Retries, resources, storable values, the sweep, and guarded writes."""
 
 import asyncio
 import math
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.both_databases
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "again"),
+    ("error", "code", "is_retried"),
     [
         (Unavailable(), "service_unavailable", True),
         (InvalidRequest("No."), "invalid_request", False),
@@ -42,31 +42,31 @@ pytestmark = pytest.mark.both_databases
         (MemoryError(), "out_of_memory", True),
     ],
 )
-def test_an_error_decides_whether_there_is_another_attempt(
-    home: Path, error: Exception, code: str, again: bool
+def test_the_type_of_an_error_decides_whether_it_is_retried(
+    home: Path, error: Exception, code: str, is_retried: bool
 ) -> None:
     failure = classify_error(error, attempt=1)
-    assert (failure.code, failure.retry_in is not None) == (code, again)
+    assert (failure.code, failure.retry_in is not None) == (code, is_retried)
     assert failure.message
 
 
-def test_waits_double_up_to_their_cap(home: Path) -> None:
-    waits = [backoff(attempt) for attempt in range(1, 20)]
-    assert 1.5 <= waits[0] <= 2
-    assert 3 <= waits[1] <= 4
-    assert 225 <= waits[-1] <= 300
+def test_backoff_doubles_up_to_its_maximum(home: Path) -> None:
+    delays = [backoff(attempt) for attempt in range(1, 20)]
+    assert 1.5 <= delays[0] <= 2
+    assert 3 <= delays[1] <= 4
+    assert 225 <= delays[-1] <= 300
 
 
-def test_resources_have_one_word() -> None:
+def test_resources_have_a_text_form() -> None:
     assert Resources().demand == ""
-    labels = Resources(cpus=1.5, gpus=1, memory_mb=10, labels={"b": "2", "a": "1"})
-    assert labels.demand == "1.5 CPU, 1 GPU, 10 MB memory, a=1, b=2"
+    resources = Resources(cpus=1.5, gpus=1, memory_mb=10, labels={"b": "2", "a": "1"})
+    assert resources.demand == "1.5 CPU, 1 GPU, 10 MB memory, a=1, b=2"
 
 
-def test_only_jobs_that_asked_for_gpus_see_them() -> None:
-    hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+def test_gpus_are_hidden_from_jobs_that_request_none() -> None:
+    no_gpus = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     for resources in (Resources(cpus=1), Resources(cpus=1, workers=2)):
-        assert actor_options(resources)["runtime_env"] == hidden
+        assert actor_options(resources)["runtime_env"] == no_gpus
     for resources in (Resources(cpus=1, gpus=0.5), Resources(gpus=1, workers=2)):
         assert "runtime_env" not in actor_options(resources)
 
@@ -77,32 +77,34 @@ def test_only_json_is_storable() -> None:
         to_storable(object())
 
 
-async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) -> None:
+async def test_a_sweep_deletes_only_what_has_expired(database: Database) -> None:
     long_ago = now() - timedelta(days=100)
     async with database.transaction() as session:
-        old, fresh, told, untold, dead = [
+        old, fresh, tracked, untracked, dead = [
             await queue.enqueue(
                 session, JobRequest(kind="probe", tracked=number in {2, 3}), LOCAL, idempotency_key=f"k{number}"
             )
             for number in range(5)
         ]
     async with database.transaction() as session:
-        said: dict[str, Any] = {"purpose": "batch", "filename": "a", "bytes": 1, "created_by": "local"}
-        session.add_all([File(id="file-old", **said, expires_at=long_ago), File(id="file-fresh", **said)])
-        session.add(Upload(id="upload_old", **said, expires_at=long_ago))
+        columns: dict[str, Any] = {"purpose": "batch", "filename": "a", "bytes": 1, "created_by": "local"}
+        session.add_all([File(id="file-old", **columns, expires_at=long_ago), File(id="file-fresh", **columns)])
+        session.add(Upload(id="upload_old", **columns, expires_at=long_ago))
         session.add(Leadership(id=1, holder="here", token="t", expires_at=now(), waiting={}))
-        done = [old.id, told.id, untold.id]
-        await session.execute(update(Job).where(Job.id.in_(done)).values(state=State.SUCCEEDED))
-        await session.execute(update(JobEvent).where(JobEvent.job_id.in_([*done, dead.id])).values(created_at=long_ago))
+        finished = [old.id, tracked.id, untracked.id]
+        await session.execute(update(Job).where(Job.id.in_(finished)).values(state=State.SUCCEEDED))
+        await session.execute(
+            update(JobEvent).where(JobEvent.job_id.in_([*finished, dead.id])).values(created_at=long_ago)
+        )
         await session.execute(update(IdempotencyKey).where(IdempotencyKey.job_id == old.id).values(expires_at=long_ago))
-        last_told = select(func.max(JobEvent.id)).where(JobEvent.job_id == told.id).scalar_subquery()
-        await session.execute(update(Leadership).values(tracked_until=last_told))
-        held = {"state": State.RUNNING, "worker": "gone", "lease_token": "t", "lease_expires_at": long_ago}
-        await session.execute(update(Job).where(Job.id == dead.id).values(**held))
+        last_tracked = select(func.max(JobEvent.id)).where(JobEvent.job_id == tracked.id).scalar_subquery()
+        await session.execute(update(Leadership).values(tracked_until=last_tracked))
+        lease = {"state": State.RUNNING, "worker": "gone", "lease_token": "t", "lease_expires_at": long_ago}
+        await session.execute(update(Job).where(Job.id == dead.id).values(**lease))
     claim = Claim("job_x", "t", "sweep", {}, None, 1, 3, None, None, {}, "worker-1", None)
-    # In a thread, as a worker runs it: it has an event loop of its own.
-    swept = await asyncio.to_thread(sweep, Context(claim, RecordingLink()), SweepSpec())
-    assert swept == {
+    # A worker also runs it in a thread, because it has an event loop of its own.
+    counts = await asyncio.to_thread(sweep, Context(claim, RecordingLink()), SweepSpec())
+    assert counts == {
         "idempotency_keys": 1,
         "events": 2,
         "files": 1,
@@ -117,13 +119,13 @@ async def test_a_sweep_expires_what_is_old_and_nothing_else(database: Database) 
         "recommendations": 0,
     }
     async with database.read_transaction() as session:
-        left = set(await session.scalars(select(JobEvent.job_id)))
-        # Whether its worker is gone, or all of us were away for a while, is for the dispatcher to say.
+        remaining = set(await session.scalars(select(JobEvent.job_id)))
+        # Only the dispatcher can tell a lost worker from a pause of the whole platform.
         assert (await session.get_one(Job, dead.id)).state == State.RUNNING
-    assert left == {fresh.id, untold.id, dead.id}
+    assert remaining == {fresh.id, untracked.id, dead.id}
 
 
-async def test_a_page_of_writes_refuses_only_the_stale_ones(database: Database) -> None:
+async def test_a_batch_of_writes_rejects_only_those_with_a_stale_token(database: Database) -> None:
     async with database.transaction() as session:
         jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(3)], LOCAL)
     async with database.transaction() as session:

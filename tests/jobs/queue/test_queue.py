@@ -1,4 +1,4 @@
-"""The queue's promises, on both databases, without any worker process: these tests take the worker's part."""
+"""The guarantees of the queue, on both databases. There is no worker process: the tests act as the worker."""
 
 import asyncio
 from contextlib import suppress
@@ -33,8 +33,8 @@ class QueueHarness:
 
     def __init__(self, database: Database, slots: int = 8) -> None:
         self.database = database
-        self.room = ClusterCapacity(slots)
-        self.room.add("worker-1")
+        self.capacity = ClusterCapacity(slots)
+        self.capacity.add("worker-1")
         self.token = ""
 
     async def lead(self, holder: str = "here") -> str | None:
@@ -44,30 +44,30 @@ class QueueHarness:
         return token
 
     async def submit(self, principal: Principal = ownership.LOCAL, key: str | None = None, **request: Any) -> Job:
-        wanted = JobRequest.model_validate({"kind": "probe", **request})
+        job_request = JobRequest.model_validate({"kind": "probe", **request})
         async with self.database.transaction() as session:
-            return await queue.enqueue(session, wanted, principal, idempotency_key=key)
+            return await queue.enqueue(session, job_request, principal, idempotency_key=key)
 
     async def claim(self) -> list[Claim]:
         async with self.database.transaction() as session:
-            return await leases.claim_jobs(session, self.token, self.room)
+            return await leases.claim_jobs(session, self.token, self.capacity)
 
     async def write(self, claim: Claim, values: dict[str, Any], *entries: tuple[str, dict[str, Any]]) -> bool:
-        """Whether the write was taken."""
+        """Return whether the write was accepted."""
         write = GuardedWrite(
             claim.job_id, claim.token, values, [JournalEntry(claim.job_id, *entry) for entry in entries]
         )
         async with self.database.transaction() as session:
-            lost = await leases.apply_writes(session, [write])
+            rejected = await leases.apply_writes(session, [write])
         if values.get("state"):
-            self.room.release(claim.worker, claim.job_id)
-        return not lost
+            self.capacity.release(claim.worker, claim.job_id)
+        return not rejected
 
     async def job(self, job_id: str) -> Job:
         async with self.database.read_transaction() as session:
             return await session.get_one(Job, job_id)
 
-    async def do(self, action: Any, job_id: str) -> None:
+    async def apply(self, action: Any, job_id: str) -> None:
         async with self.database.transaction() as session:
             await action(session, await queue.get(session, job_id, LOCAL, lock=True))
 
@@ -103,7 +103,7 @@ async def test_a_rolled_back_request_leaves_no_job(harness: QueueHarness) -> Non
         assert await session.scalar(select(func.count()).select_from(JobEvent)) == 0
 
 
-async def test_claims_go_by_priority_then_age(harness: QueueHarness) -> None:
+async def test_claims_are_ordered_by_priority_then_age(harness: QueueHarness) -> None:
     first, second = await harness.submit(), await harness.submit()
     urgent = await harness.submit(priority=5)
     later = await harness.submit(priority=9, run_after=now() + timedelta(hours=1))
@@ -112,14 +112,14 @@ async def test_claims_go_by_priority_then_age(harness: QueueHarness) -> None:
     assert (await harness.job(later.id)).state == State.QUEUED
 
 
-async def test_no_more_is_claimed_than_there_is_room(harness: QueueHarness) -> None:
+async def test_no_more_jobs_are_claimed_than_there_are_slots(harness: QueueHarness) -> None:
     for _ in range(11):
         await harness.submit()
     assert len(await harness.claim()) == 8
     assert await harness.claim() == []
 
 
-async def test_a_spec_is_checked_before_it_is_queued(harness: QueueHarness) -> None:
+async def test_a_spec_is_validated_before_it_is_queued(harness: QueueHarness) -> None:
     with pytest.raises(InvalidSpec, match="steps"):
         await harness.submit(spec={"steps": -1})
     with pytest.raises(InvalidSpec, match="colour"):
@@ -130,7 +130,7 @@ async def test_a_spec_is_checked_before_it_is_queued(harness: QueueHarness) -> N
         await harness.submit(ALICE, kind="sweep")
 
 
-async def test_a_key_told_twice_makes_one_job(harness: QueueHarness) -> None:
+async def test_a_repeated_idempotency_key_returns_the_same_job(harness: QueueHarness) -> None:
     first = await harness.submit(ALICE, "k", spec={"payload": 1})
     again = await harness.submit(ALICE, "k", spec={"payload": 1})
     assert again.id == first.id
@@ -139,12 +139,12 @@ async def test_a_key_told_twice_makes_one_job(harness: QueueHarness) -> None:
     assert (await harness.submit(BOB, "k", spec={"payload": 1})).id != first.id
 
 
-async def test_a_key_told_at_once_by_many_makes_one_job(harness: QueueHarness) -> None:
+async def test_concurrent_requests_with_one_idempotency_key_make_one_job(harness: QueueHarness) -> None:
     jobs = await asyncio.gather(*(harness.submit(ALICE, "k") for _ in range(12)))
     assert len({job.id for job in jobs}) == 1
 
 
-async def test_nobody_sees_the_job_of_another(harness: QueueHarness) -> None:
+async def test_a_job_is_visible_only_to_its_owner(harness: QueueHarness) -> None:
     job = await harness.submit(ALICE)
     async with harness.database.read_transaction() as session:
         assert (await queue.get(session, job.id, ALICE)).id == job.id
@@ -152,18 +152,18 @@ async def test_nobody_sees_the_job_of_another(harness: QueueHarness) -> None:
             await queue.get(session, job.id, BOB)
 
 
-async def test_a_worker_given_up_for_dead_is_not_heard(harness: QueueHarness) -> None:
+async def test_writes_of_a_worker_whose_lease_expired_are_rejected(harness: QueueHarness) -> None:
     job = await harness.submit()
-    (frozen,) = await harness.claim()
+    (expired,) = await harness.claim()
     async with harness.database.transaction() as session:
         await session.execute(update(Job).values(lease_expires_at=now() - timedelta(seconds=1)))
         assert await leases.release_lost_jobs(session) == [(job.id, "worker-1")]
-    harness.room.release("worker-1", job.id)
+    harness.capacity.release("worker-1", job.id)
     (replacement,) = await harness.claim()
-    assert replacement.attempt == 1  # being lost does not use an attempt up
-    assert not await harness.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
+    assert replacement.attempt == 1  # a lost worker does not count as an attempt
+    assert not await harness.write(expired, leases.succeeded_values("from the grave"), ("succeeded", {}))
     assert await harness.write(replacement, leases.succeeded_values("alive"), ("succeeded", {}))
-    assert not await harness.write(frozen, leases.succeeded_values("from the grave"), ("succeeded", {}))
+    assert not await harness.write(expired, leases.succeeded_values("from the grave"), ("succeeded", {}))
     assert (await harness.job(job.id)).result == "alive"
     async with harness.database.read_transaction() as session:
         types = [event.type for event in await journal.read(session, job.id)]
@@ -172,22 +172,24 @@ async def test_a_worker_given_up_for_dead_is_not_heard(harness: QueueHarness) ->
 
 async def test_a_job_that_keeps_losing_its_worker_fails(harness: QueueHarness) -> None:
     job = await harness.submit()
-    harness.room.update_cluster({"CPU": 1.0}, [{"Resources": {"CPU": 1.0}, "Labels": {}}])
+    harness.capacity.update_cluster({"CPU": 1.0}, [{"Resources": {"CPU": 1.0}, "Labels": {}}])
     workers: list[str] = []
     for _ in range(3):
         (claim,) = await harness.claim()
         workers.append(claim.worker)
         async with harness.database.transaction() as session:
             await leases.release_lost_jobs(session, worker=claim.worker)
-        harness.room.release(claim.worker, job.id)
+        harness.capacity.release(claim.worker, job.id)
     assert workers[:2] == ["worker-1", "worker-1"]
-    assert workers[2].startswith("heavy-")  # the last time, nobody else was there to blame
+    assert workers[2].startswith(
+        "heavy-"
+    )  # the third attempt has a worker of its own, so no other job can be the cause
     failed = await harness.job(job.id)
     assert failed.state == State.FAILED
     assert failed.error["code"] == "worker_lost"  # pyright: ignore[reportOptionalSubscript]
 
 
-async def test_a_retryable_failure_waits_and_goes_on_from_its_checkpoint(harness: QueueHarness) -> None:
+async def test_a_retryable_failure_is_retried_from_its_checkpoint(harness: QueueHarness) -> None:
     job = await harness.submit()
     (claim,) = await harness.claim()
     assert await harness.write(claim, {"checkpoint": {"step": 3}}, ("checkpoint", {}))
@@ -200,7 +202,7 @@ async def test_a_retryable_failure_waits_and_goes_on_from_its_checkpoint(harness
     assert (done.state, done.error) == (State.FAILED, {"code": "bad", "message": "No use."})
 
 
-async def test_dependencies_are_waited_for_and_their_failure_is_passed_on(harness: QueueHarness) -> None:
+async def test_a_job_waits_for_its_dependencies_and_fails_with_them(harness: QueueHarness) -> None:
     first = await harness.submit()
     second = await harness.submit(depends_on=[first.id])
     third = await harness.submit(depends_on=[second.id, first.id])
@@ -228,7 +230,7 @@ async def test_dependencies_are_waited_for_and_their_failure_is_passed_on(harnes
         await harness.submit(BOB, depends_on=[first.id])
 
 
-async def test_cancel_reaches_children_and_dependents(harness: QueueHarness) -> None:
+async def test_cancel_applies_to_children_and_dependents(harness: QueueHarness) -> None:
     parent = await harness.submit()
     (claim,) = await harness.claim()
     async with harness.database.transaction() as session:
@@ -236,7 +238,7 @@ async def test_cancel_reaches_children_and_dependents(harness: QueueHarness) -> 
         same = await queue.enqueue_child(session, parent, "part", "probe", {})
     assert child.id == same.id
     dependent = await harness.submit(depends_on=[child.id])
-    await harness.do(queue.cancel, parent.id)
+    await harness.apply(queue.cancel, parent.id)
     assert (await harness.job(child.id)).state == State.CANCELLED
     assert (await harness.job(dependent.id)).state == State.FAILED
     running = await harness.job(parent.id)
@@ -245,55 +247,55 @@ async def test_cancel_reaches_children_and_dependents(harness: QueueHarness) -> 
         assert await leases.renew(session, [claim.token, "another"]) == {claim.token: "cancel"}
     assert await harness.write(claim, leases.cancelled_values(), ("cancelled", {}))
     with pytest.raises(JobStateConflict, match="been cancelled"):
-        await harness.do(queue.cancel, parent.id)
+        await harness.apply(queue.cancel, parent.id)
 
 
-async def test_a_parked_parent_goes_on_when_its_children_have_finished(harness: QueueHarness) -> None:
+async def test_a_parked_parent_resumes_when_its_children_have_finished(harness: QueueHarness) -> None:
     parent = await harness.submit()
     (claim,) = await harness.claim()
     async with harness.database.transaction() as session:
         child = await queue.enqueue_child(session, parent, "part", "probe", {})
         assert await leases.park(session, parent.id, claim.token, [child.id])
-    harness.room.release(claim.worker, parent.id)
+    harness.capacity.release(claim.worker, parent.id)
     (of_child,) = await harness.claim()
     assert of_child.job_id == child.id
     await harness.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
     (again,) = await harness.claim()
     assert (again.job_id, again.attempt) == (parent.id, 1)
     async with harness.database.transaction() as session:
-        sheep = await queue.enqueue_child(session, parent, "black sheep", "probe", {})
-        assert await leases.park(session, parent.id, again.token, [sheep.id])
-    harness.room.release(again.worker, parent.id)
-    (of_sheep,) = await harness.claim()
-    await harness.write(of_sheep, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
-    error = {"code": "child_failed", "message": f"Its child 'black sheep' ({sheep.id}) failed: Broken."}
+        failing = await queue.enqueue_child(session, parent, "black sheep", "probe", {})
+        assert await leases.park(session, parent.id, again.token, [failing.id])
+    harness.capacity.release(again.worker, parent.id)
+    (of_failing,) = await harness.claim()
+    await harness.write(of_failing, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
+    error = {"code": "child_failed", "message": f"Its child 'black sheep' ({failing.id}) failed: Broken."}
     assert (await harness.job(parent.id)).error == error
 
 
 async def test_pause_and_resume(harness: QueueHarness) -> None:
     job = await harness.submit()
-    await harness.do(queue.pause, job.id)
+    await harness.apply(queue.pause, job.id)
     assert await harness.claim() == []
-    await harness.do(queue.resume, job.id)
+    await harness.apply(queue.resume, job.id)
     (claim,) = await harness.claim()
-    await harness.do(queue.pause, job.id)
+    await harness.apply(queue.pause, job.id)
     assert (await harness.job(job.id)).control == "pause"
     await harness.write(claim, leases.paused_values(), ("paused", {}))
     paused = await harness.job(job.id)
     assert (paused.state, paused.control, paused.worker) == (State.PAUSED, None, None)
-    await harness.do(queue.resume, job.id)
+    await harness.apply(queue.resume, job.id)
     assert len(await harness.claim()) == 1
     with pytest.raises(JobStateConflict):
-        await harness.do(queue.resume, job.id)
+        await harness.apply(queue.resume, job.id)
 
 
-async def test_a_pause_reaches_the_whole_family(harness: QueueHarness) -> None:
+async def test_a_pause_applies_to_all_descendants(harness: QueueHarness) -> None:
     parent = await harness.submit()
     (claim,) = await harness.claim()
     async with harness.database.transaction() as session:
         runs = await queue.enqueue_child(session, parent, "runs", "probe", {})
         assert await leases.park(session, parent.id, claim.token, [runs.id])
-    harness.room.release(claim.worker, parent.id)
+    harness.capacity.release(claim.worker, parent.id)
     (of_child,) = await harness.claim()
     async with harness.database.transaction() as session:
         waits = await queue.enqueue_child(session, runs, "waits", "probe", {})
@@ -302,65 +304,67 @@ async def test_a_pause_reaches_the_whole_family(harness: QueueHarness) -> None:
     assert await harness.write(of_done, leases.succeeded_values(1), ("succeeded", {}))
     await harness.write(of_waits, leases.failure_values(Failure("flaky", "Again.", 3600.0), 1, 3), ("queued", {}))
 
-    await harness.do(queue.pause, parent.id)
-    family = [await harness.job(one.id) for one in (parent, runs, waits, done)]
+    await harness.apply(queue.pause, parent.id)
+    family = [await harness.job(member.id) for member in (parent, runs, waits, done)]
     states = [State.PAUSED, State.RUNNING, State.PAUSED, State.SUCCEEDED]
-    assert [(one.state, one.control) for one in family] == list(zip(states, [None, "pause", None, None], strict=True))
-    # It is asked of the running one, and of the children that it has before it hears of it.
+    assert [(member.state, member.control) for member in family] == list(
+        zip(states, [None, "pause", None, None], strict=True)
+    )
+    # A child that the running job adds before it pauses is paused from the start.
     async with harness.database.transaction() as session:
         late = await queue.enqueue_child(session, await session.get_one(Job, runs.id), "late", "probe", {})
     assert (await harness.job(late.id)).state == State.PAUSED
     await harness.write(of_child, leases.paused_values(), ("paused", {}))
     assert await harness.claim() == []
-    await harness.do(queue.pause, parent.id)  # once more changes nothing
+    await harness.apply(queue.pause, parent.id)  # a second pause changes nothing
 
-    await harness.do(queue.resume, parent.id)
-    family = [await harness.job(one.id) for one in (parent, runs, waits, late)]
-    assert [one.state for one in family] == [State.QUEUED] * 4
+    await harness.apply(queue.resume, parent.id)
+    family = [await harness.job(member.id) for member in (parent, runs, waits, late)]
+    assert [member.state for member in family] == [State.QUEUED] * 4
     assert {claim.job_id for claim in await harness.claim()} == {runs.id, late.id}  # the parent still waits for them
     with pytest.raises(JobStateConflict, match="queued, not paused"):
-        await harness.do(queue.resume, parent.id)
+        await harness.apply(queue.resume, parent.id)
 
 
-async def test_a_family_that_has_not_paused_yet_hears_that_it_need_not(harness: QueueHarness) -> None:
+async def test_resume_withdraws_a_pause_that_has_not_taken_effect(harness: QueueHarness) -> None:
     parent = await harness.submit()
     (claim,) = await harness.claim()
     async with harness.database.transaction() as session:
         children = [await queue.enqueue_child(session, parent, name, "probe", {}) for name in ("one", "two")]
         assert await leases.park(session, parent.id, claim.token, [child.id for child in children])
-    harness.room.release(claim.worker, parent.id)
+    harness.capacity.release(claim.worker, parent.id)
     first, _ = await harness.claim()
-    await harness.do(queue.cancel, children[1].id)
-    await harness.do(queue.pause, parent.id)
+    await harness.apply(queue.cancel, children[1].id)
+    await harness.apply(queue.pause, parent.id)
     assert [(await harness.job(child.id)).control for child in children] == ["pause", "cancel"]
-    await harness.do(queue.resume, parent.id)
+    await harness.apply(queue.resume, parent.id)
     assert [(await harness.job(child.id)).control for child in children] == [None, "cancel"]
 
-    # A child that ends although its family is paused is not waited for when that goes on.
-    await harness.do(queue.pause, parent.id)
+    # A child may still finish while its parent is paused.
+    await harness.apply(queue.pause, parent.id)
     assert await harness.write(first, leases.succeeded_values(1), ("succeeded", {}))
-    await harness.do(queue.cancel, parent.id)
+    await harness.apply(queue.cancel, parent.id)
     assert (await harness.job(parent.id)).state == State.CANCELLED
     with pytest.raises(JobStateConflict, match="has already been cancelled"):
-        await harness.do(queue.pause, parent.id)
+        await harness.apply(queue.pause, parent.id)
 
 
-async def test_what_is_asked_while_an_outcome_is_written_is_not_lost(harness: QueueHarness) -> None:
+async def test_a_control_set_while_a_worker_writes_its_result_is_not_lost(harness: QueueHarness) -> None:
     job = await harness.submit()
     (claim,) = await harness.claim()
-    await harness.do(queue.cancel, job.id)  # the worker has not heard of it yet, and fails
+    await harness.apply(queue.cancel, job.id)  # the worker fails before it reads the control
     assert await harness.write(claim, leases.failure_values(Failure("flaky", "Again.", 0.0), 1, 3), ("queued", {}))
     assert (await harness.job(job.id)).state == State.CANCELLED
 
     job = await harness.submit()
     (claim,) = await harness.claim()
-    await harness.do(queue.pause, job.id)
-    await harness.do(queue.resume, job.id)  # the worker is just about to pause
+    await harness.apply(queue.pause, job.id)
+    await harness.apply(queue.resume, job.id)  # the worker is just about to pause
     assert await harness.write(claim, leases.paused_values(), ("paused", {}))
     assert (await harness.job(job.id)).state == State.QUEUED
     (again,) = await harness.claim()
 
-    await harness.do(queue.cancel, job.id)
+    await harness.apply(queue.cancel, job.id)
     async with harness.database.transaction() as session:
         assert await leases.park(session, job.id, again.token, [])
     assert (await harness.job(job.id)).state == State.CANCELLED
@@ -375,9 +379,9 @@ async def test_retrying_a_parent_retries_its_children(harness: QueueHarness) -> 
     async with harness.database.transaction() as session:
         child = await queue.enqueue_child(session, parent, "part", "probe", {})
         assert await leases.park(session, parent.id, claim.token, [child.id])
-    harness.room.release(claim.worker, parent.id)
-    await harness.do(queue.cancel, parent.id)
-    await harness.do(queue.retry, parent.id)
+    harness.capacity.release(claim.worker, parent.id)
+    await harness.apply(queue.cancel, parent.id)
+    await harness.apply(queue.retry, parent.id)
     (of_child,) = await harness.claim()
     assert of_child.job_id == child.id
     await harness.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
@@ -387,23 +391,23 @@ async def test_retrying_a_parent_retries_its_children(harness: QueueHarness) -> 
 async def test_a_job_is_not_retried_before_what_it_depends_on(harness: QueueHarness) -> None:
     first = await harness.submit()
     second = await harness.submit(depends_on=[first.id])
-    await harness.do(queue.cancel, first.id)
+    await harness.apply(queue.cancel, first.id)
     with pytest.raises(JobStateConflict, match=f"{first.id}, which was cancelled"):
-        await harness.do(queue.retry, second.id)
-    await harness.do(queue.retry, first.id)
-    await harness.do(queue.retry, second.id)
+        await harness.apply(queue.retry, second.id)
+    await harness.apply(queue.retry, first.id)
+    await harness.apply(queue.retry, second.id)
     (claim,) = await harness.claim()
     await harness.write(claim, leases.succeeded_values(None), ("succeeded", {}))
     assert [claim.job_id for claim in await harness.claim()] == [second.id]
 
 
-async def test_a_kind_without_a_limit_is_never_at_it(harness: QueueHarness) -> None:
-    harness.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
+async def test_a_kind_without_a_limit_runs_any_number_of_jobs(harness: QueueHarness) -> None:
+    harness.capacity.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
     light, heavy = await harness.submit(), await harness.submit(resources={"cpus": 1})
     assert {claim.job_id for claim in await harness.claim()} == {light.id, heavy.id}
 
 
-async def test_a_delayed_job_is_claimed_when_its_time_has_come(harness: QueueHarness) -> None:
+async def test_a_delayed_job_is_claimed_at_its_time(harness: QueueHarness) -> None:
     job = await harness.submit(run_after=now() + timedelta(hours=10))
     assert await harness.claim() == []
     async with harness.database.transaction() as session:
@@ -413,30 +417,30 @@ async def test_a_delayed_job_is_claimed_when_its_time_has_come(harness: QueueHar
     assert [claim.job_id for claim in await harness.claim()] == [job.id]
 
 
-async def test_retry_gives_fresh_attempts(harness: QueueHarness) -> None:
+async def test_retry_resets_the_attempts_and_keeps_the_checkpoint(harness: QueueHarness) -> None:
     job = await harness.submit()
     (claim,) = await harness.claim()
     await harness.write(claim, {"checkpoint": 7})
     await harness.write(claim, leases.failure_values(Failure("bad", "Broken."), 3, 3), ("failed", {}))
-    await harness.do(queue.retry, job.id)
+    await harness.apply(queue.retry, job.id)
     (again,) = await harness.claim()
     assert (again.attempt, again.checkpoint) == (1, 7)
     with pytest.raises(JobStateConflict):
-        await harness.do(queue.retry, job.id)
+        await harness.apply(queue.retry, job.id)
 
 
 async def test_only_one_dispatcher_leads(harness: QueueHarness) -> None:
     await harness.submit()
     old = harness.token
     assert await harness.lead("elsewhere") is None
-    assert await harness.lead("here") is not None  # the same place may replace itself at once
+    assert await harness.lead("here") is not None  # the same holder may take over at once
     async with harness.database.transaction() as session:
         with pytest.raises(LeadershipLost):
-            await leases.claim_jobs(session, old, harness.room)
+            await leases.claim_jobs(session, old, harness.capacity)
     assert len(await harness.claim()) == 1
 
 
-async def test_a_kind_at_its_limit_lets_others_pass(harness: QueueHarness) -> None:
+async def test_a_kind_at_its_limit_does_not_block_other_kinds(harness: QueueHarness) -> None:
     sweeps = [await harness.submit(kind="sweep", priority=3) for _ in range(3)]
     probe = await harness.submit()
     assert {claim.job_id for claim in await harness.claim()} == {sweeps[0].id, probe.id}
@@ -445,8 +449,10 @@ async def test_a_kind_at_its_limit_lets_others_pass(harness: QueueHarness) -> No
     assert reasons[sweeps[1].id] == "one of the 1 running 'sweep' jobs to finish"
 
 
-async def test_a_job_too_large_says_what_it_waits_for(harness: QueueHarness) -> None:
-    harness.room.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}])
+async def test_a_job_too_large_for_the_cluster_has_a_wait_reason(harness: QueueHarness) -> None:
+    harness.capacity.update_cluster(
+        {"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}]
+    )
     too_large = await harness.submit(resources={"gpus": 8}, priority=9)
     elsewhere = await harness.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
     fits = await harness.submit(resources={"cpus": 1, "labels": {"zone": "a"}})
@@ -463,7 +469,7 @@ async def test_a_job_too_large_says_what_it_waits_for(harness: QueueHarness) -> 
     assert reasons[full.id].startswith("1.5 CPU")
 
 
-async def test_many_jobs_are_queued_in_one_go(harness: QueueHarness) -> None:
+async def test_many_jobs_are_queued_in_one_transaction(harness: QueueHarness) -> None:
     async with harness.database.transaction() as session:
         jobs = await queue.enqueue_many(session, [JobRequest(kind="probe") for _ in range(1000)], LOCAL)
     assert len({job.id for job in jobs}) == 1000
