@@ -1,4 +1,4 @@
-"""What tests of the guardian share."""
+"""Fixtures of the guardian's tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def record_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Tells the command line of every git that has run since, as git itself traces it."""
+    """Return a function that lists the command lines of all git processes since, from git's own trace."""
     trace = tmp_path / "trace"
     monkeypatch.setenv("GIT_TRACE", str(trace))
     return lambda: trace.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""When a repository is to be learned from again."""
+"""The policy that decides when a repository is retrained."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,13 +13,13 @@ NOON = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 YESTERDAY = NOON - timedelta(days=1)
 
 
-def changes(**given: Any) -> Changes:
-    told: dict[str, Any] = {"commits": 3, "files": 5, "lines": 50, "paths": ("src/a.py",), "rewritten": False}
-    return Changes(**{**told, **given})
+def changes(**values: Any) -> Changes:
+    defaults: dict[str, Any] = {"commits": 3, "files": 5, "lines": 50, "paths": ("src/a.py",), "rewritten": False}
+    return Changes(**{**defaults, **values})
 
 
 @pytest.mark.parametrize(
-    ("policy", "given", "should", "reason"),
+    ("policy", "changed", "should_retrain", "reason"),
     [
         ({}, {"files": 20}, True, "20 files changed (threshold: 20)"),
         ({}, {"files": 19}, False, "19 files changed (threshold: 20)"),
@@ -45,27 +45,29 @@ def changes(**given: Any) -> Changes:
         ({"min_files": 5, "quiet_hours": "11:00-12:00"}, {}, True, ""),
     ],
 )
-def test_the_policy_decides(policy: dict[str, Any], given: dict[str, Any], should: bool, reason: str) -> None:
-    decision = decide(Policy.model_validate(policy), changes(**given), YESTERDAY, NOON)
-    assert decision.should_retrain is should
+def test_the_policy_decides_by_thresholds_and_times(
+    policy: dict[str, Any], changed: dict[str, Any], should_retrain: bool, reason: str
+) -> None:
+    decision = decide(Policy.model_validate(policy), changes(**changed), YESTERDAY, NOON)
+    assert decision.should_retrain is should_retrain
     assert reason in decision.reason
 
 
-def test_what_was_never_learned_is() -> None:
+def test_a_repository_without_a_training_is_retrained() -> None:
     decision = decide(Policy(min_files=1000), changes(), None, NOON)
     assert (decision.should_retrain, decision.reason) == (True, "never trained")
     assert decision.metrics.hours_since_last_train is None
-    quiet = decide(Policy(quiet_hours="11:00-13:00"), changes(), None, NOON)
-    assert not quiet.should_retrain
+    in_quiet_hours = decide(Policy(quiet_hours="11:00-13:00"), changes(), None, NOON)
+    assert not in_quiet_hours.should_retrain
 
 
-def test_the_numbers_are_told_as_documented() -> None:
-    told = decide(Policy(critical_paths=["a.py"]), changes(commits=15, files=23), YESTERDAY, NOON).model_dump(
+def test_a_decision_serializes_as_documented() -> None:
+    body = decide(Policy(critical_paths=["a.py"]), changes(commits=15, files=23), YESTERDAY, NOON).model_dump(
         mode="json"
     )
-    assert told.keys() == {"should_retrain", "reason", "metrics", "limits", "checked_at"}
-    assert told["checked_at"] == "2026-11-21T12:00:00Z"
-    assert told["metrics"] == {
+    assert body.keys() == {"should_retrain", "reason", "metrics", "limits", "checked_at"}
+    assert body["checked_at"] == "2026-11-21T12:00:00Z"
+    assert body["metrics"] == {
         "commits_since_last_train": 15,
         "files_changed": 23,
         "critical_paths_changed": True,
@@ -77,7 +79,7 @@ def test_the_numbers_are_told_as_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "path", "named"),
+    ("pattern", "path", "matches"),
     [
         ("*.proto", "api/v1/a.proto", True),
         ("*.proto", "a.proto.txt", False),
@@ -96,9 +98,9 @@ def test_the_numbers_are_told_as_documented() -> None:
         ("docs/[x].md", "docs/[x].md", True),
     ],
 )
-def test_paths_are_named_by_patterns(pattern: str, path: str, named: bool) -> None:
+def test_critical_paths_are_matched_by_patterns(pattern: str, path: str, matches: bool) -> None:
     decision = decide(Policy(critical_paths=[pattern]), changes(paths=("zzz", path)), YESTERDAY, NOON)
-    assert decision.metrics.critical_paths_changed is named
+    assert decision.metrics.critical_paths_changed is matches
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,6 @@ def test_paths_are_named_by_patterns(pattern: str, path: str, named: bool) -> No
         {"unknown": 1},
     ],
 )
-def test_what_cannot_be_is_refused(policy: dict[str, Any]) -> None:
+def test_an_invalid_policy_is_refused(policy: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Policy.model_validate(policy)

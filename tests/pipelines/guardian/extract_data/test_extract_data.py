@@ -1,4 +1,4 @@
-"""Real repositories, from git to datasets: what is learned, what is held out, and what is never in either."""
+"""Extraction from real repositories: the training split, the held-out split, and what is in neither."""
 
 import asyncio
 import json
@@ -54,15 +54,15 @@ NAMES = ("apple", "bench", "cloud", "dress", "eagle", "fence", "grape", "house",
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # A change is held out by its hash, of which the date is a part: they shall be the same ones every time.
-    for who in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{who}_DATE", "2026-01-01T12:00:00Z")
+    # A commit's hash decides whether it is held out, and its date is part of the hash: fixed dates fix the split.
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_DATE", "2026-01-01T12:00:00Z")
     folder = new_repository(tmp_path / "repository")
     commit_files(folder, "Begin with all of the modules", {f"src/{name}.py": module(name) for name in NAMES})
     return folder
 
 
-def unheard(part: float, phase: str) -> None:
+def check_report(part: float, phase: str) -> None:
     assert 0 <= part <= 1
     assert phase
 
@@ -70,7 +70,7 @@ def unheard(part: float, phase: str) -> None:
 @pytest.fixture
 def extract(folder: Path, tmp_path: Path) -> Extract:
     def run(
-        limits: Limits = LIMITS, cache: str = "cache.sqlite", report: Report = unheard, processes: int = 1
+        limits: Limits = LIMITS, cache: str = "cache.sqlite", report: Report = check_report, processes: int = 1
     ) -> ExtractionResult:
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
@@ -84,25 +84,25 @@ def extract(folder: Path, tmp_path: Path) -> Extract:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The blobs that are read from now on."""
+    """The ids of all blobs that are read from now on."""
     read: list[str] = []
     original = RepoReader.read
 
-    def remember(checkout: RepoReader, blob: str) -> bytes:
+    def record(checkout: RepoReader, blob: str) -> bytes:
         read.append(blob)
         return original(checkout, blob)
 
-    monkeypatch.setattr(RepoReader, "read", remember)
+    monkeypatch.setattr(RepoReader, "read", record)
     return read
 
 
-def samples(done: ExtractionResult) -> tuple[list[Sample], list[Sample]]:
-    train, held_out = done.written.train, done.written.held_out
+def samples(result: ExtractionResult) -> tuple[list[Sample], list[Sample]]:
+    train, held_out = result.written.train, result.written.held_out
     return (_read(train.path) if train else []), (_read(held_out.path) if held_out else [])
 
 
-def everything(done: ExtractionResult) -> list[Sample]:
-    train, held_out = samples(done)
+def everything(result: ExtractionResult) -> list[Sample]:
+    train, held_out = samples(result)
     return train + held_out
 
 
@@ -114,25 +114,25 @@ def question(sample: Sample) -> str:
     return sample["messages"][0]["content"]
 
 
-def paths(several: list[Sample]) -> set[str]:
-    return {one["source"]["path"] for one in several if "path" in one["source"]}
+def paths(extracted: list[Sample]) -> set[str]:
+    return {sample["source"]["path"] for sample in extracted if "path" in sample["source"]}
 
 
 def _read(path: Path) -> list[Sample]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_lines_are_samples_written_in_the_one_way(extract: Extract, folder: Path) -> None:
-    done = extract()
-    assert done.written.train is not None
-    lines = done.written.train.path.read_bytes().splitlines(keepends=True)
-    assert len(lines) == done.written.train.samples
+def test_each_line_is_a_sample_in_canonical_form(extract: Extract, folder: Path) -> None:
+    result = extract()
+    assert result.written.train is not None
+    lines = result.written.train.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == result.written.train.samples
     assert [to_json_line(sample) for sample in parse_samples(lines, "test")] == lines
     head = git(folder, "rev-parse", "HEAD")
     assert {json.loads(line)["source"]["commit"] for line in lines} == {head}
 
 
-def test_every_example_says_where_it_is_from(extract: Extract, folder: Path) -> None:
+def test_the_source_of_a_code_sample_names_its_lines(extract: Extract, folder: Path) -> None:
     for sample in everything(extract()):
         source = sample["source"]
         if source["kind"] != "code":
@@ -142,14 +142,14 @@ def test_every_example_says_where_it_is_from(extract: Extract, folder: Path) -> 
         assert answer(sample) == "```python\n" + "\n".join(lines) + "\n```"
 
 
-def test_files_are_on_one_side_only(extract: Extract) -> None:
+def test_a_file_is_on_one_side_of_the_split(extract: Extract) -> None:
     train, held_out = samples(extract())
     assert paths(train) | paths(held_out) == {f"src/{name}.py" for name in NAMES}
     assert paths(train).isdisjoint(paths(held_out))
     assert paths(held_out)
 
 
-def test_the_same_files_are_held_out_when_others_come(extract: Extract, folder: Path) -> None:
+def test_held_out_files_stay_held_out_when_files_are_added(extract: Extract, folder: Path) -> None:
     _, before = samples(extract())
     commit_files(folder, "Add some more of the modules", {f"src/new{name}.py": module(f"new{name}") for name in NAMES})
     train, after = samples(extract())
@@ -157,82 +157,84 @@ def test_the_same_files_are_held_out_when_others_come(extract: Extract, folder: 
     assert paths(before).isdisjoint(paths(train))
 
 
-def test_what_is_held_out_is_nowhere_in_what_is_learned(extract: Extract, folder: Path) -> None:
-    """Copies of files, and the changes that made them, would tell it."""
+def test_held_out_content_is_not_in_the_training_split(extract: Extract, folder: Path) -> None:
+    """Copies of a held-out file, and the commits that made them, would leak it."""
     _, before = samples(extract())
-    copied = sorted(paths(before))[0]
+    held_out_path = sorted(paths(before))[0]
     copies: dict[str, str | bytes] = {
-        f"copies/{number}/{Path(copied).name}": (folder / copied).read_text() for number in range(10)
+        f"copies/{number}/{Path(held_out_path).name}": (folder / held_out_path).read_text() for number in range(10)
     }
     commit_files(folder, "Copy a module to ten places", copies)
-    text = (folder / copied).read_text()
-    commit_files(folder, "Change what is held out a bit", {copied: text.replace("fill", "fill_up")})
-    done = extract()
-    train, held_out = samples(done)
-    held_answers = {answer(one) for one in held_out}
-    assert any(copied in (one["source"].get("path") or "") for one in held_out)
-    assert held_answers.isdisjoint(answer(one) for one in train)
+    text = (folder / held_out_path).read_text()
+    commit_files(folder, "Change what is held out a bit", {held_out_path: text.replace("fill", "fill_up")})
+    result = extract()
+    train, held_out = samples(result)
+    held_answers = {answer(sample) for sample in held_out}
+    assert any(held_out_path in (sample["source"].get("path") or "") for sample in held_out)
+    assert held_answers.isdisjoint(answer(sample) for sample in train)
     assert not [
-        one for one in train if one["source"]["kind"] == "commit" and f"b/{copied}" in one["messages"][0]["content"]
+        sample
+        for sample in train
+        if sample["source"]["kind"] == "commit" and f"b/{held_out_path}" in sample["messages"][0]["content"]
     ]
-    assert done.skipped["commit_across_split"] >= 1
+    assert result.skipped["commit_across_split"] >= 1
 
 
-def test_a_question_is_asked_once_and_names_the_file_where_it_must(extract: Extract, folder: Path) -> None:
+def test_questions_are_unique_and_name_the_file_where_necessary(extract: Extract, folder: Path) -> None:
     start = 'def start():\n    """Starts the engine of {0}."""\n    engine = {0}()\n    return engine\n'
-    commit_files(folder, "Add two functions of one name", {f"src/{one}.py": start.format(one) for one in "ab"})
-    told = everything(extract())
-    assert len({question(one) for one in told}) == len(told)
+    commit_files(folder, "Add two functions of one name", {f"src/{name}.py": start.format(name) for name in "ab"})
+    extracted = everything(extract())
+    assert len({question(sample) for sample in extracted}) == len(extracted)
     for kind, answers in (("purpose", "Starts the engine"), ("code", "def start")):
-        about = [one for one in told if one["source"]["kind"] == kind and answers in answer(one)]
-        assert len(about) == 2
-        assert all(f"`{one['source']['path']}`" in question(one) for one in about)
-    # Where it is can't be asked without saying it.
-    assert not [one for one in told if one["source"]["kind"] == "where" and "`start`" in answer(one)]
+        matching = [sample for sample in extracted if sample["source"]["kind"] == kind and answers in answer(sample)]
+        assert len(matching) == 2
+        assert all(f"`{sample['source']['path']}`" in question(sample) for sample in matching)
+    # A question about the location would contain the answer.
+    assert not [sample for sample in extracted if sample["source"]["kind"] == "where" and "`start`" in answer(sample)]
 
 
-def test_one_file_is_learned_and_nothing_is_held_out(tmp_path: Path) -> None:
+def test_a_repository_with_one_file_has_no_held_out_split(tmp_path: Path) -> None:
     folder = new_repository(tmp_path / "one")
     commit_files(folder, "wip", {"only.py": module("only")})
     with open_folder(folder) as checkout:
-        done = extract_data_pipeline.extract(
-            checkout, checkout.tip().sha, tmp_path, tmp_path / "cache", LIMITS, unheard
+        result = extract_data_pipeline.extract(
+            checkout, checkout.tip().sha, tmp_path, tmp_path / "cache", LIMITS, check_report
         )
-    assert done.written.train is not None
-    assert done.written.held_out is None
+    assert result.written.train is not None
+    assert result.written.held_out is None
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
-def test_at_least_one_of_two_files_is_held_out_and_one_is_not(share: float) -> None:
+def test_one_of_two_files_is_held_out_whatever_the_share(share: float) -> None:
     for number in range(50):
         assert len(split.choose_held_out([f"a{number}", f"b{number}"], share)) == 1
     assert split.choose_held_out(["a", "b"], 0) == set()
 
 
-def test_no_secret_is_learned_shown_or_kept(extract: Extract, folder: Path, tmp_path: Path) -> None:
+def test_secrets_are_in_no_sample_report_or_cache(extract: Extract, folder: Path, tmp_path: Path) -> None:
     secret = f'\n\ndef connect():\n    key = "{AWS_KEY}"\n    client = open_client(key)\n    return client\n'
-    shown = f'\n\ndef login():\n    """Logs in by {PASSWORD} as all do."""\n    password = "{PASSWORD}"\n'
+    documented = f'\n\ndef login():\n    """Logs in by {PASSWORD} as all do."""\n    password = "{PASSWORD}"\n'
     guide = f"# Guide\n\nUse this key for all that you do here:\n\n```sh\nexport API_KEY={TOKEN}\n```\n"
     files: dict[str, str | bytes] = {
         "src/apple.py": module("apple", secret),
-        "src/bench.py": module("bench", shown),
+        "src/bench.py": module("bench", documented),
         "docs/guide.md": guide,
         "certificates.md": f"# Certificates\n\nThis is the key that everybody uses here:\n\n{PRIVATE_KEY}\n",
     }
     commit_files(folder, f"Connect by the token {TOKEN} for now", files)
-    done = extract()
-    assert {"AWS Access Key", "Secret Keyword", "GitHub Token", "Private Key"} <= done.secrets.keys()
-    assert {leak.get("path") for leak in done.leaks} >= files.keys()
+    result = extract()
+    assert {"AWS Access Key", "Secret Keyword", "GitHub Token", "Private Key"} <= result.secrets.keys()
+    assert {leak.get("path") for leak in result.leaks} >= files.keys()
     line = module("apple", secret).split("\n").index(f'    key = "{AWS_KEY}"') + 1
-    assert {"path": "src/apple.py", "line": line, "kind": "AWS Access Key"} in done.leaks
-    told = json.dumps(everything(done)) + json.dumps(done.leaks) + repr(done)
+    assert {"path": "src/apple.py", "line": line, "kind": "AWS Access Key"} in result.leaks
+    output = json.dumps(everything(result)) + json.dumps(result.leaks) + repr(result)
     stored = (tmp_path / "cache.sqlite").read_bytes()
     for value in (AWS_KEY, PASSWORD, TOKEN, "MIIEpAIBAAKCAQEA"):
-        assert value not in told
+        assert value not in output
         assert value.encode() not in stored
-    # What has no secret in it is still learned.
-    assert any("def make_apple" in answer(one) for one in everything(done))
-    assert any("`connect`" in question(one) for one in everything(done))
+    # Samples without a secret are still extracted.
+    assert any("def make_apple" in answer(sample) for sample in everything(result))
+    assert any("`connect`" in question(sample) for sample in everything(result))
 
 
 PRIVATE_KEY = """-----BEGIN RSA PRIVATE KEY-----
@@ -259,51 +261,51 @@ FILES: dict[str, tuple[str, str | bytes]] = {
 
 
 @pytest.mark.parametrize("reason", FILES)
-def test_what_nobody_wrote_is_skipped_and_counted(extract: Extract, folder: Path, reason: str) -> None:
+def test_unsuitable_files_are_skipped_and_counted(extract: Extract, folder: Path, reason: str) -> None:
     path, content = FILES[reason]
     commit_files(folder, "wip", {path: content})
-    done = extract()
-    assert done.skipped[reason] == 1
-    assert path not in paths(everything(done))
-    assert "hidden" not in json.dumps(everything(done))
+    result = extract()
+    assert result.skipped[reason] == 1
+    assert path not in paths(everything(result))
+    assert "hidden" not in json.dumps(everything(result))
 
 
 def test_a_file_of_two_gigabytes_is_never_read(
     extract: Extract, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its size is known from the tree. Git itself would need minutes to take such a file in."""
+    """Its size is in the tree. The tree is faked, because git needs minutes to add such a file."""
     files = RepoReader.files
 
-    def with_a_huge_one(checkout: RepoReader, sha: str) -> Iterator[Any]:
+    def with_a_huge_file(checkout: RepoReader, sha: str) -> Iterator[Any]:
         for file in files(checkout, sha):
             yield file if file.path != "src/apple.py" else type(file)(file.path, "f" * 40, 2_000_000_000)
 
-    monkeypatch.setattr(RepoReader, "files", with_a_huge_one)
-    done = extract()
-    assert done.skipped["too_large"] == 1
+    monkeypatch.setattr(RepoReader, "files", with_a_huge_file)
+    result = extract()
+    assert result.skipped["too_large"] == 1
     assert len(read) == len(NAMES) - 1
     assert "f" * 40 not in read
 
 
-def test_links_and_submodules_are_no_files(extract: Extract, folder: Path) -> None:
+def test_links_and_submodules_are_skipped(extract: Extract, folder: Path) -> None:
     (folder / "link.py").symlink_to("/etc/passwd")
     git(folder, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},module.py")
     commit_files(folder, "wip", {})
     assert extract().files == len(NAMES)
 
 
-def test_licence_headers_are_not_learned(extract: Extract, folder: Path) -> None:
+def test_licence_headers_are_removed(extract: Extract, folder: Path) -> None:
     header = "/*\n * Copyright (c) 2020 Somebody Important.\n * Permission is hereby granted to everybody.\n */\n"
     add = "/* Adds up two numbers. */\nint add(int a, int b) {\n  int sum = a + b;\n  return sum;\n}\n"
     other = "int other(void) {\n  int a = 1;\n  return a;\n}\n"
     commit_files(folder, "Add a function that adds up", {"src/add.c": header + add, "src/other.c": header + other})
-    told = json.dumps(everything(extract(Limits(0.0, 4000, 100_000, 100))))
-    assert "Adds up two numbers." in told
-    assert "Somebody Important" not in told
-    assert "Permission is hereby" not in told
+    text = json.dumps(everything(extract(Limits(0.0, 4000, 100_000, 100))))
+    assert "Adds up two numbers." in text
+    assert "Somebody Important" not in text
+    assert "Permission is hereby" not in text
 
 
-def test_only_what_changed_is_read_again(extract: Extract, folder: Path, read: list[str]) -> None:
+def test_only_changed_files_are_read_again(extract: Extract, folder: Path, read: list[str]) -> None:
     first = extract()
     assert (first.extracted, first.unchanged) == (len(NAMES) + 1, 0)
     read.clear()
@@ -311,16 +313,16 @@ def test_only_what_changed_is_read_again(extract: Extract, folder: Path, read: l
     second = extract()
     assert (second.extracted, second.unchanged) == (2, len(NAMES))  # the file, and the commit
     assert len(read) == 1
-    # The same as if all had been extracted anew.
+    # The result equals a full extraction.
     assert _digests(second) == _digests(extract(cache="another.sqlite"))
     assert _digests(second) != _digests(first)
 
 
-def _digests(done: ExtractionResult) -> list[str]:
-    return [content.digest for content in (done.written.train, done.written.held_out) if content]
+def _digests(result: ExtractionResult) -> list[str]:
+    return [content.digest for content in (result.written.train, result.written.held_out) if content]
 
 
-def test_what_was_removed_is_forgotten(extract: Extract, folder: Path) -> None:
+def test_removed_files_leave_no_samples(extract: Extract, folder: Path) -> None:
     extract()
     git(folder, "rm", "src/lemon.py")
     commit_files(folder, "wip", {})
@@ -328,21 +330,21 @@ def test_what_was_removed_is_forgotten(extract: Extract, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"no database at all" * 1000])
-def test_a_cache_that_is_broken_is_made_anew(extract: Extract, tmp_path: Path, damage: bytes) -> None:
+def test_a_broken_cache_is_rebuilt(extract: Extract, tmp_path: Path, damage: bytes) -> None:
     first = extract()
     (tmp_path / "cache.sqlite").write_bytes(damage)
     assert (again := extract()).extracted == first.extracted
     assert _digests(again) == _digests(first)
 
 
-def test_another_extractor_or_limit_reads_everything_again(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_extractor_or_limit_invalidates_the_cache(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
     first = extract()
     assert extract(Limits(0.2, 3999, 100_000, 100)).extracted == first.extracted
     monkeypatch.setattr(extraction_cache, "extractor", lambda: "another")
     assert extract().extracted == first.extracted
 
 
-def test_what_was_extracted_before_a_stop_is_kept(
+def test_files_extracted_before_a_stop_are_cached(
     extract: Extract, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extract_data_pipeline, "BATCH_FILES", 2)
@@ -355,28 +357,28 @@ def test_what_was_extracted_before_a_stop_is_kept(
 
     with pytest.raises(StopJob):
         extract(report=stop_in_the_middle)
-    done = extract()
-    assert done.unchanged == 6
-    assert _digests(done) == _digests(extract(cache="another.sqlite"))
+    result = extract()
+    assert result.unchanged == 6
+    assert _digests(result) == _digests(extract(cache="another.sqlite"))
 
 
-def test_several_processes_find_the_same(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_extract_the_same(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract_data_pipeline, "MIN_PARALLEL_FILES", 1)
     monkeypatch.setattr(extract_data_pipeline, "BATCH_FILES", 3)
     assert _digests(extract(processes=2)) == _digests(extract(cache="another.sqlite"))
 
 
-def test_merges_are_not_learned_and_changes_are(extract: Extract, folder: Path) -> None:
+def test_merge_commits_are_skipped(extract: Extract, folder: Path) -> None:
     git(folder, "checkout", "-b", "side")
     commit_files(folder, "Write down what the fruits are for", {"notes.txt": "fruits\n"})
     git(folder, "checkout", "main")
     commit_files(folder, "Write down what the houses are for", {"houses.txt": "houses\n"})
     git(folder, "merge", "--no-ff", "--message", "Bring both of the notes together", "side")
-    done = extract()
-    told = {answer(one) for one in everything(done) if one["source"]["kind"] == "commit"}
-    assert {"Write down what the fruits are for", "Write down what the houses are for"} <= told
-    assert "Bring both of the notes together" not in told
-    assert done.skipped["commit_merges"] == 1
+    result = extract()
+    messages = {answer(sample) for sample in everything(result) if sample["source"]["kind"] == "commit"}
+    assert {"Write down what the fruits are for", "Write down what the houses are for"} <= messages
+    assert "Bring both of the notes together" not in messages
+    assert result.skipped["commit_merges"] == 1
 
 
 @pytest.fixture
@@ -402,7 +404,7 @@ async def run_job(spec: ExtractSpec, link: RecordingLink, state: Any = None) -> 
     return await asyncio.to_thread(extract_data, Context(claim, link), spec)
 
 
-async def test_the_job_keeps_two_datasets(database: Database, registered: None, folder: Path) -> None:
+async def test_the_job_stores_two_datasets(database: Database, registered: None, folder: Path) -> None:
     link = RecordingLink()
     result = await run_job(ExtractSpec(repository_id="garden", held_out=0.2), link)
     head = git(folder, "rev-parse", "HEAD")
@@ -410,27 +412,27 @@ async def test_the_job_keeps_two_datasets(database: Database, registered: None, 
     assert link.checkpoints == [head]
     assert link.inputs == ["repo/garden/train", "repo/garden/held-out"]
     async with database.read_transaction() as session:
-        kept_ones = {one.name: one for one in await session.scalars(select(Dataset))}
-    train, held_out = kept_ones["repo/garden/train"], kept_ones["repo/garden/held-out"]
+        stored = {dataset.name: dataset for dataset in await session.scalars(select(Dataset))}
+    train, held_out = stored["repo/garden/train"], stored["repo/garden/held-out"]
     assert result["train"] == {"dataset": train.id, "name": "repo/garden/train:v1", "samples": train.samples}
     assert result["held_out"]["dataset"] == held_out.id
     assert train.source == {"repository": "garden", "commit": head}
     assert sum(result["by_kind"].values()) == train.samples + held_out.samples
-    learned = await asyncio.to_thread(datasets.load, train)
-    assert len(learned) == train.samples
-    # Again, of the same commit: the same datasets.
+    loaded = await asyncio.to_thread(datasets.load, train)
+    assert len(loaded) == train.samples
+    # A second extraction of the same commit stores no new datasets.
     again = await run_job(ExtractSpec(repository_id="repo_garden", held_out=0.2), RecordingLink())
     assert (again["train"], again["extracted"]) == (result["train"], 0)
 
 
-async def test_an_attempt_that_goes_on_takes_the_commit_it_began_with(registered: None, folder: Path) -> None:
-    began_with = git(folder, "rev-parse", "HEAD")
+async def test_a_resumed_attempt_keeps_its_commit(registered: None, folder: Path) -> None:
+    first_commit = git(folder, "rev-parse", "HEAD")
     commit_files(folder, "Come in the meantime and be new", {"src/new.py": module("new")})
-    result = await run_job(ExtractSpec(repository_id="garden"), RecordingLink(), began_with)
-    assert (result["commit"], result["files"]) == (began_with, len(NAMES))
+    result = await run_job(ExtractSpec(repository_id="garden"), RecordingLink(), first_commit)
+    assert (result["commit"], result["files"]) == (first_commit, len(NAMES))
 
 
-async def test_the_log_says_where_a_secret_is_but_not_which(registered: None, folder: Path) -> None:
+async def test_the_log_names_the_place_of_a_secret_but_not_its_value(registered: None, folder: Path) -> None:
     commit_files(folder, "wip", {"src/apple.py": module("apple", f'\n\nKEY = "{AWS_KEY}"\n')})
     link = RecordingLink()
     result = await run_job(ExtractSpec(repository_id="garden"), link)
@@ -439,7 +441,7 @@ async def test_the_log_says_where_a_secret_is_but_not_which(registered: None, fo
     assert AWS_KEY not in json.dumps(result) + "".join(link.logged)
 
 
-async def test_a_repository_with_nothing_to_say_is_an_error_with_numbers(database: Database, tmp_path: Path) -> None:
+async def test_a_repository_without_samples_fails_with_the_numbers(database: Database, tmp_path: Path) -> None:
     folder = new_repository(tmp_path / "empty")
     commit_files(folder, "wip", {"data.bin": b"\0\1", "more.bin": b"\0\1"})
     async with database.transaction() as session:

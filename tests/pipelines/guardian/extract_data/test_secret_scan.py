@@ -1,4 +1,4 @@
-"""Which lines show a secret, and which only look as if they did."""
+"""Which lines contain a secret, and which only look like it."""
 
 import pytest
 
@@ -21,10 +21,10 @@ RANDOM = "zX8kQ2mN5vB7cD9f" + "G1hJ3kL6pO4iU0yT"
         ("a.rs", f'let token = "{RANDOM}";', "Base64 High Entropy String"),
     ],
 )
-def test_found(path: str, line: str, kind: str) -> None:
-    found = secret_scan.find(path, f"first line\n{line}\nlast line")
-    assert (2, kind) in {(leak.line, leak.kind) for leak in found}
-    assert all(leak.value in line for leak in found)
+def test_secrets_are_found_by_line_and_kind(path: str, line: str, kind: str) -> None:
+    leaks = secret_scan.find(path, f"first line\n{line}\nlast line")
+    assert (2, kind) in {(leak.line, leak.kind) for leak in leaks}
+    assert all(leak.value in line for leak in leaks)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_found(path: str, line: str, kind: str) -> None:
         "def check_password(password: str) -> bool:",
     ],
 )
-def test_harmless(line: str) -> None:
+def test_harmless_lines_are_not_reported(line: str) -> None:
     assert secret_scan.find("a.py", line) == []
 
 
@@ -48,6 +48,6 @@ def test_all_lines_of_a_private_key_are_secret() -> None:
     assert [leak.line for leak in secret_scan.find("a.md", text)] == [1, 2, 3]
 
 
-def test_a_secret_does_not_print_itself() -> None:
+def test_the_repr_of_a_leak_hides_its_value() -> None:
     (leak,) = secret_scan.find("a.py", f'key = "{AWS_KEY}"')
     assert AWS_KEY not in repr(leak)

@@ -1,4 +1,4 @@
-"""What is found in a source file of each language: names, lines, and what the file says of them."""
+"""The symbols of source files in each language: names, lines and documentation."""
 
 from textwrap import dedent
 
@@ -19,22 +19,22 @@ from pipelines.guardian.extract_data.languages import (
 from pipelines.guardian.extract_data.symbols import FileSymbols, Symbol, find
 
 
-def found(language: Language, text: str) -> FileSymbols:
+def parse(language: Language, text: str) -> FileSymbols:
     return find(dedent(text).lstrip("\n"), language)
 
 
-def told(language: Language, text: str) -> dict[str, tuple[str, str]]:
-    """Of each name, what it is and what is said of it."""
-    return {symbol.name: (symbol.kind, symbol.doc) for symbol in found(language, text).symbols}
+def kinds_and_docs(language: Language, text: str) -> dict[str, tuple[str, str]]:
+    """Map each name to its kind and its documentation."""
+    return {symbol.name: (symbol.kind, symbol.doc) for symbol in parse(language, text).symbols}
 
 
-def only(language: Language, text: str) -> Symbol:
-    (symbol,) = found(language, text).symbols
+def parse_one(language: Language, text: str) -> Symbol:
+    (symbol,) = parse(language, text).symbols
     return symbol
 
 
 def test_python() -> None:
-    file = found(
+    file = parse(
         PYTHON,
         '''
         # Copyright 2024 Somebody. All rights reserved.
@@ -122,7 +122,7 @@ def test_typescript(language: Language) -> None:
           return a;
         };
         """
-    assert told(language, text) == {
+    assert kinds_and_docs(language, text) == {
         "Users": ("class", "Finds users by `Name`.\n\n@param by what to look for"),
         "Users.one": ("method", "Finds one of them."),
         "Users.all": ("method", ""),
@@ -135,8 +135,8 @@ def test_typescript(language: Language) -> None:
     }
 
 
-def test_tsx_knows_tags() -> None:
-    symbol = only(TSX, "export function Hello() {\n  return <b>hi</b>;\n}\n")
+def test_tsx_parses_tags() -> None:
+    symbol = parse_one(TSX, "export function Hello() {\n  return <b>hi</b>;\n}\n")
     assert (symbol.name, symbol.first, symbol.last) == ("Hello", 1, 3)
 
 
@@ -155,7 +155,7 @@ def test_javascript() -> None:
         function* steps() { yield 1 }
         const answer = 42
         """
-    assert told(JAVASCRIPT, text) == {
+    assert kinds_and_docs(JAVASCRIPT, text) == {
         "Router": ("class", "The router of all pages."),
         "Router.add": ("method", ""),
         "exports.make": ("function", ""),
@@ -194,7 +194,7 @@ def test_go() -> None:
 
         func open() {}
         """
-    file = found(GO, text)
+    file = parse(GO, text)
     assert file.doc == "Package store keeps what it is given."
     assert {symbol.name: (symbol.kind, symbol.doc) for symbol in file.symbols} == {
         "Store.Put": ("method", "Put keeps a value under a key."),
@@ -232,7 +232,7 @@ def test_rust() -> None:
         }
         macro_rules! keep { () => {} }
         """
-    file = found(RUST, text)
+    file = parse(RUST, text)
     assert file.doc == "A store of things,\nwhich are kept for long."
     assert {symbol.name: (symbol.kind, symbol.doc) for symbol in file.symbols if symbol.kind != "macro"} == {
         "keep": ("function", "Keeps a thing.\nTwice, if need be."),
@@ -266,7 +266,7 @@ def test_java() -> None:
             record Thing(int size) {}
         }
         """
-    assert told(JAVA, text) == {
+    assert kinds_and_docs(JAVA, text) == {
         "Store": ("class", "Keeps `things`.\n\nFor long."),
         "Store.size": ("method", "Gives the number of things."),
         "Store.Store": ("constructor", ""),
@@ -303,7 +303,7 @@ def test_c() -> None:
         }
         #endif
         """
-    file = found(C, text)
+    file = parse(C, text)
     assert file.doc == "Helpers for points in a plane."
     assert {symbol.name: (symbol.kind, symbol.doc) for symbol in file.symbols} == {
         "MAX": ("macro", "The greater of two numbers."),
@@ -312,8 +312,8 @@ def test_c() -> None:
         "line": ("type", "A line between two points."),
         "sum": ("function", ""),
     }
-    made = {symbol.name: symbol for symbol in file.symbols}
-    assert (made["make"].is_defined, made["sum"].is_defined) == (False, True)
+    by_name = {symbol.name: symbol for symbol in file.symbols}
+    assert (by_name["make"].is_defined, by_name["sum"].is_defined) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -329,33 +329,33 @@ def test_c() -> None:
         "# Something that stands far away from it.\n\n\ndef f(): pass\n",
     ],
 )
-def test_what_says_nothing_is_no_documentation(text: str) -> None:
-    assert only(PYTHON, text).doc == ""
+def test_comments_without_content_are_no_documentation(text: str) -> None:
+    assert parse_one(PYTHON, text).doc == ""
 
 
-def test_what_is_broken_is_left_out_and_the_rest_is_found() -> None:
-    names = [symbol.name for symbol in found(PYTHON, "def f(:\n    pass\n\n\ndef g():\n    return 1\n").symbols]
+def test_broken_code_is_skipped_and_the_rest_is_parsed() -> None:
+    names = [symbol.name for symbol in parse(PYTHON, "def f(:\n    pass\n\n\ndef g():\n    return 1\n").symbols]
     assert names[-1:] == ["g"]
     assert "f" not in names
 
 
-def test_deep_nesting_ends() -> None:
+def test_deep_nesting_is_limited() -> None:
     text = "\n".join(f"{'  ' * depth}class C{depth}:" for depth in range(400)) + f"\n{'  ' * 400}pass\n"
-    assert 0 < len(found(PYTHON, text).symbols) < 100
+    assert 0 < len(parse(PYTHON, text).symbols) < 100
 
 
-def test_code_that_was_packed_into_one_line_declares_nothing() -> None:
-    assert [symbol.name for symbol in found(JAVASCRIPT, "function a(){} function b(){}").symbols] == ["a"]
+def test_only_the_first_of_several_declarations_on_a_line_counts() -> None:
+    assert [symbol.name for symbol in parse(JAVASCRIPT, "function a(){} function b(){}").symbols] == ["a"]
 
 
 @pytest.mark.parametrize(
     ("path", "language"),
     [("a/b.PY", PYTHON), ("x.d.ts", TYPESCRIPT), ("x.tsx", TSX), ("x.jsx", JAVASCRIPT), ("x.h", C), ("x.rs", RUST)],
 )
-def test_the_suffix_says_the_language(path: str, language: Language) -> None:
+def test_the_suffix_decides_the_language(path: str, language: Language) -> None:
     assert language_of(path) is language
 
 
-def test_other_suffixes_are_no_language() -> None:
+def test_other_suffixes_have_no_language() -> None:
     assert language_of("README.md") is None
     assert language_of("Makefile") is None

@@ -1,4 +1,4 @@
-"""How long a plan will take, by what its steps have taken."""
+"""Estimates of a plan's duration, from how long its steps took before."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -14,28 +14,28 @@ from pipelines.guardian.retrain.job import STEP_PROGRESS, steps_of
 BEGIN = datetime(2026, 11, 21, tzinfo=UTC)
 
 
-async def test_a_step_takes_as_long_as_it_took(database: Database) -> None:
+async def test_a_step_is_estimated_by_recent_successful_jobs(database: Database) -> None:
     steps = ["extract_data", "validate_data", "deploy"]
     async with database.read_transaction() as session:
-        told = await estimates.estimate_steps(session, steps)
-    assert [(one.id, one.name, one.estimate) for one in told] == [
+        estimated = await estimates.estimate_steps(session, steps)
+    assert [(step.id, step.name, step.estimate) for step in estimated] == [
         ("1", "extract_data", "default"),
         ("2", "validate_data", "default"),
         ("3", "deploy", "default"),
     ]
-    assert [one.estimated_minutes for one in told] == [DEFAULT_MINUTES[step] for step in steps]
+    assert [step.estimated_minutes for step in estimated] == [DEFAULT_MINUTES[step] for step in steps]
 
     for minutes in (1, 90, 3):
-        await ran(database, "deploy", minutes, State.SUCCEEDED)
-    for minutes in (500, 600):  # what came to nothing says nothing
-        await ran(database, "deploy", minutes, State.FAILED)
+        await record_job(database, "deploy", minutes, State.SUCCEEDED)
+    for minutes in (500, 600):  # failed jobs do not count
+        await record_job(database, "deploy", minutes, State.FAILED)
     async with database.read_transaction() as session:
-        told = await estimates.estimate_steps(session, steps)
-    assert [one.estimate for one in told] == ["default", "default", "measured"]
-    assert told[2].estimated_minutes == 3
+        estimated = await estimates.estimate_steps(session, steps)
+    assert [step.estimate for step in estimated] == ["default", "default", "measured"]
+    assert estimated[2].estimated_minutes == 3
 
-    for number in range(RECENT_JOBS):  # what is long ago is forgotten
-        await ran(database, "deploy", 7, State.SUCCEEDED, after=number + 1)
+    for number in range(RECENT_JOBS):  # only the most recent jobs count
+        await record_job(database, "deploy", 7, State.SUCCEEDED, after=number + 1)
     async with database.read_transaction() as session:
         assert (await estimates.estimate_steps(session, ["deploy"]))[0].estimated_minutes == 7
 
@@ -48,8 +48,8 @@ def test_every_step_has_a_default() -> None:
     assert steps_of(repository=False, feedback=True, deploy=False)[:2] == ["gather_feedback", "validate_data"]
 
 
-async def ran(database: Database, kind: str, minutes: float, state: State, after: int = 0) -> None:
-    """A job of this kind that took so long."""
+async def record_job(database: Database, kind: str, minutes: float, state: State, after: int = 0) -> None:
+    """Record a job of this kind that took this many minutes."""
     begin = BEGIN + timedelta(days=after)
     async with database.transaction() as session:
         job = await queue.enqueue(session, JobRequest(kind=kind, spec={"name": "m", "version": 1}), LOCAL)

@@ -1,6 +1,6 @@
-"""The plan, step by step: which jobs it asks for, with what, and what it makes of their results.
+"""The retraining plan: which child jobs it starts, with which specs, and what it does with their results.
 
-These tests take the workers' part: they run the plan as often as a worker would, and finish its children.
+The tests act as the workers: they run the plan until it parks, and finish its children.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "co
 
 
 class ParentLink(RecordingLink):
-    """A link that remembers the children a job asks for, as the queue does."""
+    """A link that stores the children of a job, as the queue does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class ParentLink(RecordingLink):
 
 
 class RetrainRun:
-    """A plan, and what becomes of it."""
+    """One run of a retraining plan."""
 
     def __init__(self, harness: JobHarness, spec: dict[str, Any]) -> None:
         self.harness, self.spec = harness, spec
@@ -79,20 +79,20 @@ class RetrainRun:
         return self.harness.resume("retrain", self.spec, self.job_id, self.link)
 
     def step(self) -> Job:
-        """Run it until it waits for its next child."""
+        """Run until the plan waits for its next child; return that child."""
         with pytest.raises(ParkJob) as park:
             self.resume()
         (waited_for,) = park.value.children
         return next(child for child in self.link.children.values() if child.id == waited_for)
 
     def finish(self, **results: Any) -> Any:
-        """Let every step succeed with these results."""
+        """Let every step succeed with these results; return the result of the plan."""
         while True:
             try:
                 return self.resume()
             except ParkJob as park:
-                (child,) = [one for one in self.link.children.values() if one.id in park.children]
-                assert child.state == State.QUEUED, "it waits for the same child once more"
+                (child,) = [candidate for candidate in self.link.children.values() if candidate.id in park.children]
+                assert child.state == State.QUEUED, "it waits for the same child again"
                 child.state, child.result = State.SUCCEEDED, {**RESULTS, **results}[child.kind]
 
 
@@ -103,7 +103,7 @@ def harness(migrated: Path) -> JobHarness:
 
 @pytest.fixture
 def source(harness: JobHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """A repository of one commit, and its id as a registered one."""
+    """A repository with one commit, and the id under which it is registered."""
     monkeypatch.setenv("FORGEARR_GUARDIAN__ROOTS", f"[{tmp_path}/code]")
     get_settings.cache_clear()
     folder = new_repository(tmp_path / "code" / "handbook")
@@ -117,16 +117,16 @@ def source(harness: JobHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return folder, asyncio.run(with_own_database(create))
 
 
-def test_the_steps_follow_each_other(harness: JobHarness, source: tuple[Path, str]) -> None:
+def test_the_steps_run_in_order(harness: JobHarness, source: tuple[Path, str]) -> None:
     folder, repository_id = source
     first = commit_files(folder, "Second", {"b.py": "B = 2\n"})
     run = RetrainRun(harness, {"repository_id": repository_id})
     extraction = run.step()
     assert extraction.spec.items() >= {"repository_id": repository_id, "commit": first}.items()
-    tried = row(repository_id)
-    assert (tried.tried_commit, tried.tried_job_id, tried.trained_commit) == (first, run.job_id, None)
+    before = row(repository_id)
+    assert (before.tried_commit, before.tried_job_id, before.trained_commit) == (first, run.job_id, None)
 
-    # What it set out with, it goes by: neither a later commit nor another training changes this plan.
+    # A plan keeps its commit and settings: a later commit or change of the repository does not affect it.
     commit_files(folder, "Third", {"c.py": "C = 3\n"})
     change(repository_id, training={"max_steps": 8})
     assert run.step() is extraction
@@ -145,14 +145,14 @@ def test_the_steps_follow_each_other(harness: JobHarness, source: tuple[Path, st
 
     assert (result["model"], result["version"], result["commit"]) == ("handbook", 3, first)
     assert (result["promoted"], result["deploy"]) == (True, RESULTS["deploy"])
-    trained = row(repository_id)
-    assert (trained.trained_commit, trained.trained_job_id) == (first, run.job_id)
-    assert trained.trained_at is not None
+    after = row(repository_id)
+    assert (after.trained_commit, after.trained_job_id) == (first, run.job_id)
+    assert after.trained_at is not None
     assert run.link.progress[-1] == 95
     assert run.link.logged[-1] == "Deployed. It is better."
 
 
-def test_a_worse_one_stays_a_candidate(harness: JobHarness, source: tuple[Path, str]) -> None:
+def test_a_worse_model_is_not_deployed(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
     run = RetrainRun(harness, {"repository_id": repository_id})
     result = run.finish(compare=WORSE)
@@ -163,32 +163,32 @@ def test_a_worse_one_stays_a_candidate(harness: JobHarness, source: tuple[Path, 
 
 
 @pytest.mark.parametrize(
-    ("said", "registered", "deploys"), [(False, True, False), (True, False, True), (None, False, False)]
+    ("requested", "registered", "deploys"), [(False, True, False), (True, False, True), (None, False, False)]
 )
-def test_it_is_served_if_that_is_wanted(
-    harness: JobHarness, source: tuple[Path, str], said: bool | None, registered: bool, deploys: bool
+def test_the_spec_overrides_the_repositorys_auto_deploy(
+    harness: JobHarness, source: tuple[Path, str], requested: bool | None, registered: bool, deploys: bool
 ) -> None:
     _, repository_id = source
     change(repository_id, auto_deploy=registered)
-    run = RetrainRun(harness, {"repository_id": repository_id, "auto_deploy": said})
+    run = RetrainRun(harness, {"repository_id": repository_id, "auto_deploy": requested})
     result = run.finish()
     assert result["promoted"]
     assert ("deploy" in run.link.children, result["deploy"] is not None) == (deploys, deploys)
 
 
-def test_what_fails_ends_it_and_is_not_taken_for_learned(harness: JobHarness, source: tuple[Path, str]) -> None:
+def test_a_failed_step_fails_the_plan_and_records_no_training(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
     run = RetrainRun(harness, {"repository_id": repository_id})
     run.step().state, run.link.children["extract_data"].result = State.SUCCEEDED, EXTRACTED
-    examined = run.step()
-    examined.state, examined.error = State.FAILED, {"message": "Too little data: there are 3 different samples."}
+    validation = run.step()
+    validation.state, validation.error = State.FAILED, {"message": "Too little data: there are 3 different samples."}
     with pytest.raises(ChildFailed, match="Too little data: there are 3"):
         run.resume()
-    left = row(repository_id)
-    assert (left.tried_job_id, left.trained_commit) == (run.job_id, None)
+    repository = row(repository_id)
+    assert (repository.tried_job_id, repository.trained_commit) == (run.job_id, None)
 
 
-def test_the_same_is_not_learned_twice_unless_it_is_forced(harness: JobHarness, source: tuple[Path, str]) -> None:
+def test_the_same_commit_is_trained_again_only_with_force(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
     result = RetrainRun(harness, {"repository_id": repository_id}).finish()
     with pytest.raises(NothingNew, match=result["commit"]):
@@ -198,10 +198,10 @@ def test_the_same_is_not_learned_twice_unless_it_is_forced(harness: JobHarness, 
         RetrainRun(harness, {"repository_id": "repo_unknown"}).resume()
 
 
-def test_feedback_is_learned_beside_the_repository_ever_after(harness: JobHarness, source: tuple[Path, str]) -> None:
+def test_later_plans_of_a_repository_include_its_feedback(harness: JobHarness, source: tuple[Path, str]) -> None:
     _, repository_id = source
     RetrainRun(harness, {"repository_id": repository_id}).finish()
-    say("handbook", 3)
+    give_feedback("handbook", 3)
     run = RetrainRun(
         harness, {"repository_id": repository_id, "feedback": "handbook"}
     )  # the commit alone would be nothing new
@@ -213,47 +213,51 @@ def test_feedback_is_learned_beside_the_repository_ever_after(harness: JobHarnes
         "held_out": "ds_held",
     }
     assert run.link.children["fine_tune"].spec["data"]["dataset"] == "ds_more"
-    gathered(harness, {"model": "handbook"})
+    gather(harness, {"model": "handbook"})
     later = RetrainRun(harness, {"repository_id": repository_id, "force": True})
     later.finish()
     assert "gather_feedback" in later.link.children
 
 
-def test_feedback_becomes_data(harness: JobHarness) -> None:
+def test_feedback_becomes_datasets(harness: JobHarness) -> None:
     with pytest.raises(EmptyData, match="no feedback on handbook"):
-        gathered(harness, {"model": "handbook"})
-    say("handbook", 20)
-    say("other", 1)
-    made = gathered(harness, {"model": "handbook"})
-    assert (made["prompts"], made["new_prompts"]) == (20, 20)
-    train, held_out = questions(made["train"]["dataset"]), questions(made["held_out"]["dataset"])
+        gather(harness, {"model": "handbook"})
+    give_feedback("handbook", 20)
+    give_feedback("other", 1)
+    result = gather(harness, {"model": "handbook"})
+    assert (result["prompts"], result["new_prompts"]) == (20, 20)
+    train, held_out = questions(result["train"]["dataset"]), questions(result["held_out"]["dataset"])
     assert train | held_out == {f"handbook {number}?" for number in range(20)}
     assert not train & held_out
     assert held_out
 
-    # Beside other data, from which nothing is learned that feedback holds out; and no feedback is learned twice.
-    hidden = min(held_out)
-    beside = keep("beside", [chat(hidden, "Yes."), chat("Why?", "So.")]), keep("held", [chat("When?", "Now.")])
-    spec = {"model": "handbook", "train": beside[0], "held_out": beside[1]}
-    again = gathered(harness, spec)
+    # With other data: a question that feedback holds out is removed from its training split, and no feedback is
+    # used twice.
+    held_out_question = min(held_out)
+    other_data = (
+        store_dataset("beside", [chat(held_out_question, "Yes."), chat("Why?", "So.")]),
+        store_dataset("held", [chat("When?", "Now.")]),
+    )
+    spec = {"model": "handbook", "train": other_data[0], "held_out": other_data[1]}
+    again = gather(harness, spec)
     assert (again["prompts"], again["new_prompts"]) == (20, 0)
     assert questions(again["train"]["dataset"]) == train | {"Why?"}
     assert questions(again["held_out"]["dataset"]) == held_out | {"When?"}
 
 
-def test_a_question_is_on_one_side_for_good() -> None:
+def test_all_answers_to_a_question_stay_on_one_side_of_the_split() -> None:
     conversations = [chat(f"{number}?", answer) for number in range(50) for answer in ("Yes.", "No.")]
     train, held_out = gather_feedback.split(conversations)
-    sides = [{one.messages[0].content for one in side} for side in (train, held_out)]
+    sides = [{sample.messages[0].content for sample in side} for side in (train, held_out)]
     assert not sides[0] & sides[1]
     assert len(train) + len(held_out) == 100
     more = gather_feedback.split([*conversations, *(chat(f"{number} more?", "Yes.") for number in range(50))])
-    assert {one.messages[0].content for one in more[1]} >= sides[1]
+    assert {sample.messages[0].content for sample in more[1]} >= sides[1]
     assert gather_feedback.split(conversations[:1]) == (conversations[:1], [])
     assert [len(side) for side in gather_feedback.split([chat("a", "b"), chat("c", "d")])] == [1, 1]
 
 
-async def test_there_is_one_plan_at_a_time(database: Database) -> None:
+async def test_there_is_one_active_plan_per_repository(database: Database) -> None:
     async with database.transaction() as session:
         for name in ("one", "two"):
             session.add(
@@ -261,39 +265,39 @@ async def test_there_is_one_plan_at_a_time(database: Database) -> None:
                     id=f"repo_{name}", name=name, path="/srv", model=name, created_by="t", training={}, policy={}
                 )
             )
-    first, is_new = await asked(database, repository_id="repo_one")
+    first, is_new = await start_plan(database, repository_id="repo_one")
     assert is_new
-    assert await asked(database, repository_id="repo_one", force=True) == (first, False)
-    assert (await asked(database, repository_id="repo_two"))[1]
-    other, is_new = await asked(database, feedback="one")
+    assert await start_plan(database, repository_id="repo_one", force=True) == (first, False)
+    assert (await start_plan(database, repository_id="repo_two"))[1]
+    other, is_new = await start_plan(database, feedback="one")
     assert is_new
-    assert await asked(database, feedback="one") == (other, False)
+    assert await start_plan(database, feedback="one") == (other, False)
     async with database.transaction() as session:
         (await session.get_one(Job, first)).state = State.CANCELLED
-    assert (await asked(database, repository_id="repo_one"))[1]
+    assert (await start_plan(database, repository_id="repo_one"))[1]
     with pytest.raises(RepositoryNotFound):
-        await asked(database, repository_id="repo_three")
+        await start_plan(database, repository_id="repo_three")
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ({}, "give a repository_id"),
         ({"feedback": "m", "commit": "0" * 40}, "a commit needs a repository_id"),
         ({"repository_id": "r", "commit": "main"}, "commit"),
     ],
 )
-def test_what_no_plan_can_be_made_of_is_refused(spec: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_inconsistent_spec_is_refused(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         RetrainSpec.model_validate(spec)
 
 
-def gathered(harness: JobHarness, spec: dict[str, Any]) -> Any:
+def gather(harness: JobHarness, spec: dict[str, Any]) -> Any:
     job_id, link = harness.start("gather_feedback", spec, tracked=False)
     return harness.resume("gather_feedback", spec, job_id, link)
 
 
-async def asked(database: Database, **spec: Any) -> tuple[str, bool]:
+async def start_plan(database: Database, **spec: Any) -> tuple[str, bool]:
     async with database.transaction() as session:
         job, is_new = await get_or_enqueue(session, RetrainSpec(**spec), LOCAL)
         return job.id, is_new
@@ -317,8 +321,8 @@ def change(repository_id: str, **columns: Any) -> None:
     asyncio.run(with_own_database(write))
 
 
-def say(model: str, count: int) -> None:
-    """So many people find an answer of this model good."""
+def give_feedback(model: str, count: int) -> None:
+    """Store positive feedback on this many answers of the model."""
 
     async def write(database: Database) -> None:
         async with database.transaction() as session:
@@ -343,7 +347,7 @@ def chat(question: str, answer: str) -> Sample:
     return Sample.model_validate({"messages": messages})
 
 
-def keep(name: str, samples: list[Sample]) -> str:
+def store_dataset(name: str, samples: list[Sample]) -> str:
     content = data_content.write_samples(samples, folder() / f"{name}.jsonl", name)
     return asyncio.run(
         with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}, LOCAL))
@@ -352,4 +356,4 @@ def keep(name: str, samples: list[Sample]) -> str:
 
 def questions(dataset_id: str) -> set[str]:
     loaded = datasets.load(datasets.get(dataset_id))
-    return {str(one.messages[0].content) for one in loaded}
+    return {str(sample.messages[0].content) for sample in loaded}

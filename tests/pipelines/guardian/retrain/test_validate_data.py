@@ -1,4 +1,4 @@
-"""What is counted of data before anybody learns from it, and what is stopped."""
+"""The checks of datasets before a training: what is counted, and what fails the job."""
 
 import asyncio
 import json
@@ -28,21 +28,21 @@ def harness(migrated: Path) -> JobHarness:
     return JobHarness(migrated)
 
 
-def test_everything_is_counted(harness: JobHarness) -> None:
+def test_samples_characters_tokens_and_duplicates_are_counted(harness: JobHarness) -> None:
     samples = [chat(f"What is {number}?", f"It is {number}.") for number in range(30)]
-    train = [*samples[:25], samples[0], chat("WHAT  is 1?", "It is 1.")]  # two of them for the second time
-    spec = {"train": keep("train", train), "held_out": keep("held", samples[25:]), "min_samples": 25}
+    train = [*samples[:25], samples[0], chat("WHAT  is 1?", "It is 1.")]  # two duplicates
+    spec = {"train": store_dataset("train", train), "held_out": store_dataset("held", samples[25:]), "min_samples": 25}
     result, link = run(harness, spec)
     assert (result["enough"], result["reasons"], result["leaked"]) == (True, [], 0)
-    learned, held_out = result["train"], result["held_out"]
-    assert (learned["samples"], learned["duplicates"]) == (27, 2)
+    trained, held_out = result["train"], result["held_out"]
+    assert (trained["samples"], trained["duplicates"]) == (27, 2)
     assert (held_out["samples"], held_out["duplicates"]) == (5, 0)
     assert held_out["characters"] == {"min": 20, "median": 20, "mean": 20, "max": 20, "total": 100}
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny.model_folder())
-    tokens = [len(tokenizer(render(tokenizer, told(one), None))["input_ids"]) for one in samples[25:]]
+    tokens = [len(tokenizer(render(tokenizer, messages_of(sample), None))["input_ids"]) for sample in samples[25:]]
     assert held_out["tokens"]["total"] == sum(tokens)
     assert held_out["tokens"]["counted_in"] == 5
-    assert learned["kinds"] == {"other": 1}
+    assert trained["kinds"] == {"other": 1}
     assert result["shared"] == {"questions": 0, "answers": 0, "files": 0}
 
     card = storage.read(result["card"]).decode()
@@ -54,9 +54,9 @@ def test_everything_is_counted(harness: JobHarness) -> None:
     assert inputs == ["repo/train (train)", "repo/held (held_out)"]
 
 
-def test_too_little_is_stopped_with_the_numbers(harness: JobHarness) -> None:
+def test_too_few_samples_fail_the_job_and_the_message_has_the_numbers(harness: JobHarness) -> None:
     samples = [chat(str(number), "Yes.") for number in range(4)]
-    spec = {"train": keep("train", [*samples[:3], samples[0]]), "held_out": keep("held", samples[3:])}
+    spec = {"train": store_dataset("train", [*samples[:3], samples[0]]), "held_out": store_dataset("held", samples[3:])}
     job_id, link = harness.start("validate_data", spec, tracked=False)
     with pytest.raises(TooLittleData, match="there are 3 different samples to train on, and at least 20 are required"):
         harness.resume("validate_data", spec, job_id, link)
@@ -67,9 +67,9 @@ def test_too_little_is_stopped_with_the_numbers(harness: JobHarness) -> None:
     assert result["enough"]
 
 
-def test_nothing_held_out_is_nothing_to_measure_on(harness: JobHarness) -> None:
-    """As it is with a repository that has one file."""
-    spec = {"train": keep("train", [chat(str(number), "Yes.") for number in range(20)]), "held_out": None}
+def test_data_without_held_out_samples_is_refused(harness: JobHarness) -> None:
+    """A repository with one file is such a case."""
+    spec = {"train": store_dataset("train", [chat(str(number), "Yes.") for number in range(20)]), "held_out": None}
     job_id, link = harness.start("validate_data", spec, tracked=False)
     with pytest.raises(TooLittleData, match="there are no held-out samples"):
         harness.resume("validate_data", spec, job_id, link)
@@ -78,24 +78,28 @@ def test_nothing_held_out_is_nothing_to_measure_on(harness: JobHarness) -> None:
     assert "| Samples | 20 | 0 |" in card
 
 
-def test_what_is_held_out_is_not_learned(harness: JobHarness) -> None:
+def test_held_out_samples_in_the_training_data_are_refused(harness: JobHarness) -> None:
     samples = [chat(str(number), "Yes.") for number in range(4)]
-    spec = {"train": keep("train", samples), "held_out": keep("held", [samples[2]]), "min_samples": 1}
+    spec = {"train": store_dataset("train", samples), "held_out": store_dataset("held", [samples[2]]), "min_samples": 1}
     with pytest.raises(HeldOutLeaked, match="1 of 1 held-out samples"):
         run(harness, spec)
-    # The same answer to another question is none of the kind; it is only told.
-    result, _ = run(harness, {**spec, "held_out": keep("other", [chat("nine", "Yes.")])})
+    # The same answer to another question is no leak; it is only reported.
+    result, _ = run(harness, {**spec, "held_out": store_dataset("other", [chat("nine", "Yes.")])})
     assert (result["leaked"], result["shared"]["answers"]) == (0, 1)
 
 
-def test_of_many_samples_some_are_tokenized(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_some_of_many_samples_are_tokenized(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate_data, "MAX_TOKENIZED_SAMPLES", 10)
     long = chat("Tell me all.", "word " * 3000)
     train = [*(chat(str(number), "Yes.") for number in range(30)), long]
-    spec = {"train": keep("train", train), "held_out": keep("held", [long, chat("x", "y")]), "min_samples": 1}
+    spec = {
+        "train": store_dataset("train", train),
+        "held_out": store_dataset("held", [long, chat("x", "y")]),
+        "min_samples": 1,
+    }
     with pytest.raises(HeldOutLeaked):
         run(harness, spec)
-    result, _ = run(harness, {**spec, "held_out": keep("other", [chat("x", "long " * 3000)])})
+    result, _ = run(harness, {**spec, "held_out": store_dataset("other", [chat("x", "long " * 3000)])})
     assert result["train"]["tokens"]["counted_in"] == 8  # every fourth of 31
     assert (result["held_out"]["too_long"], result["held_out"]["tokens"]["counted_in"]) == (1, 1)
 
@@ -110,11 +114,11 @@ def chat(question: str, answer: str) -> Sample:
     return Sample.model_validate({"messages": messages})
 
 
-def told(sample: Sample) -> list[dict[str, Any]]:
+def messages_of(sample: Sample) -> list[dict[str, Any]]:
     return sample.model_dump(exclude_none=True)["messages"]
 
 
-def keep(name: str, samples: Sequence[Sample]) -> str:
+def store_dataset(name: str, samples: Sequence[Sample]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         content = data_content.write_samples(samples, Path(folder) / "samples.jsonl", name)
         return asyncio.run(
