@@ -1,4 +1,4 @@
-"""The rules of audits: those that ship, against what services really have, and those that users write."""
+"""The rules of audits: the shipped rules, checked against the services' documents, and users' own rules."""
 
 import json
 from pathlib import Path
@@ -44,14 +44,14 @@ PLEX_PREFERENCES = {
     "secureConnections",
     "HardwareAcceleratedCodecs",
 }
-"""As servers have told them (`/:/prefs`), some with a capital and some without: Plex has no document of them."""
+"""As servers return them at `/:/prefs`, some capitalized and some not. Plex does not document them."""
 PROWLARR = {
     "applications[]": {"syncLevel"},
     "indexer[]": {"protocol", "enable", "fields.baseSettings.queryLimit", "fields.baseSettings.grabLimit"},
     "health[]": {"message", "wikiUrl"},
 }
-"""Taken by hand from its official document (`ApplicationResource`, `IndexerResource`, `HealthResource`), which leaves
-the names of fields open: those two are in its sources (`IndexerBaseSettings`)."""
+"""Copied by hand from its official document (`ApplicationResource`, `IndexerResource`, `HealthResource`), which leaves
+the names of fields open. Those two are in its sources (`IndexerBaseSettings`)."""
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def shipped(service: str) -> list[Rule]:
     return [rule for rule in rules.load().rules if rule.service == service]
 
 
-def test_there_are_rules_for_five_services_and_all_can_be() -> None:
+def test_the_shipped_rules_cover_five_services_and_are_valid() -> None:
     known = rules.load()
     assert known.problems == []
     assert len(known.rules) >= 100
@@ -78,7 +78,7 @@ def test_there_are_rules_for_five_services_and_all_can_be() -> None:
     assert len({rule.id for rule in known.rules}) == len(known.rules)
     for rule in known.rules:
         assert rule.recommended_value is not None, rule.id
-        # What is set must be what is expected: else applying would change nothing for the better.
+        # The value that is set must meet the expectation, or applying the rule would not resolve the finding.
         if not rule.apply.is_by_hand:
             assert rule.expect.holds(rule.apply.set, SettingsEntry("", "", {}), {}), rule.id
 
@@ -86,19 +86,19 @@ def test_there_are_rules_for_five_services_and_all_can_be() -> None:
 @pytest.mark.parametrize("service", ["sonarr", "radarr"])
 def test_the_official_documents_have_every_setting(service: str) -> None:
     document = json.loads(document_path(service).read_text())
-    named = {place for rule in shipped(service) for place in settings_of(rule)}
-    assert len(named) > 25
-    for area, setting in sorted(named):
-        answer = document["paths"][f"/api/v3/{area.removesuffix('[]')}"]["get"]["responses"]["200"]["content"]
-        schema = next(iter(answer.values()))["schema"]
+    settings = {setting for rule in shipped(service) for setting in settings_of(rule)}
+    assert len(settings) > 25
+    for area, setting in sorted(settings):
+        content = document["paths"][f"/api/v3/{area.removesuffix('[]')}"]["get"]["responses"]["200"]["content"]
+        schema = next(iter(content.values()))["schema"]
         reference = schema["items"]["$ref"] if area.endswith("[]") else schema["$ref"]
         properties = document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
         assert setting.partition(".")[0] in properties, (area, setting)
         allowed = _allowed(document, properties.get(setting, {}))
         for rule in shipped(service):
             if allowed and (rule.area, rule.setting) == (area, setting):
-                wanted = [rule.expect.equals, *(rule.expect.one_of or [])]
-                assert [value for value in wanted if value is not None and value not in allowed] == [], rule.id
+                expected = [rule.expect.equals, *(rule.expect.one_of or [])]
+                assert [value for value in expected if value is not None and value not in allowed] == [], rule.id
 
 
 def test_plex_and_prowlarr_have_every_setting() -> None:
@@ -108,7 +108,7 @@ def test_plex_and_prowlarr_have_every_setting() -> None:
         assert all(setting in PROWLARR[area] for area, setting in settings_of(rule)), rule.id
 
 
-def test_a_user_adds_changes_and_disables_rules(write: Any) -> None:
+def test_users_can_add_change_and_disable_rules(write: Any) -> None:
     before = rules.load().rules
     write(RULE + "\n- {id: sabnzbd.pre-check, enabled: false}\n- {id: sonarr.hardlinks, priority: low}\n")
     known = rules.load()
@@ -120,7 +120,7 @@ def test_a_user_adds_changes_and_disables_rules(write: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "words"),
+    ("text", "line", "message"),
     [
         ("- {id: a\n", 2, "It cannot be read"),
         ("id: a\n", 1, "must be a list of rules"),
@@ -139,8 +139,8 @@ def test_a_user_adds_changes_and_disables_rules(write: Any) -> None:
         ("- &a [x]\n" + "- *a\n" * 200, 1, "at most 100 aliases"),
     ],
 )
-def test_what_cannot_be_is_named_by_file_and_line_and_stops_nothing_else(
-    write: Any, text: str, line: int, words: str
+def test_an_invalid_rule_is_reported_by_file_and_line_and_others_are_loaded(
+    write: Any, text: str, line: int, message: str
 ) -> None:
     shipped_ids = {rule.id for rule in rules.load().rules}
     file = write(text)
@@ -148,13 +148,13 @@ def test_what_cannot_be_is_named_by_file_and_line_and_stops_nothing_else(
     known = rules.load()
     problem = known.problems[0]
     assert (problem.file, problem.line) == (file, line), problem
-    assert words in problem.message
+    assert message in problem.message
     assert str(problem).startswith(f"{file}:{line}: ")
     assert {rule.id for rule in known.rules} == shipped_ids | {"mine.other"}
 
 
 @pytest.mark.parametrize(
-    ("expectation", "fine", "wrong"),
+    ("values", "met", "unmet"),
     [
         ({"equals": True}, [True, 1, "1", "true"], [False, 0, "0", None, "yes", [], {}]),
         ({"equals": "1G"}, ["1G", " 1G"], ["500M", None, 1]),
@@ -169,23 +169,23 @@ def test_what_cannot_be_is_named_by_file_and_line_and_stops_nothing_else(
         ({"different_from": "other"}, ["b", None, 1], ["a"]),
     ],
 )
-def test_expectations(expectation: dict[str, Any], fine: list[Any], wrong: list[Any]) -> None:
-    wanted = Expectation.model_validate(expectation)
+def test_an_expectation_holds_for_the_right_values(values: dict[str, Any], met: list[Any], unmet: list[Any]) -> None:
+    expectation = Expectation.model_validate(values)
     entry = SettingsEntry("", "", {"other": "a"})
-    assert [wanted.holds(value, entry, {}) for value in fine] == [True] * len(fine)
-    assert [wanted.holds(value, entry, {}) for value in wrong] == [False] * len(wrong)
+    assert [expectation.holds(value, entry, {}) for value in met] == [True] * len(met)
+    assert [expectation.holds(value, entry, {}) for value in unmet] == [False] * len(unmet)
 
 
-def test_a_folder_is_inside_another_only_by_whole_names() -> None:
-    wanted = Expectation.model_validate({"outside": {"area": "rootfolder[]", "setting": "path"}})
-    read = {"rootfolder[]": [SettingsEntry("1", "/tv", {"path": "/tv/"}), SettingsEntry("2", "", {"path": None})]}
-    assert wanted.holds("/tv2/x", SettingsEntry("", "", {}), read)
-    assert not wanted.holds("/tv", SettingsEntry("", "", {}), read)
-    assert not wanted.holds("/tv/x", SettingsEntry("", "", {}), read)
+def test_a_folder_is_inside_another_only_by_whole_path_segments() -> None:
+    expectation = Expectation.model_validate({"outside": {"area": "rootfolder[]", "setting": "path"}})
+    settings = {"rootfolder[]": [SettingsEntry("1", "/tv", {"path": "/tv/"}), SettingsEntry("2", "", {"path": None})]}
+    assert expectation.holds("/tv2/x", SettingsEntry("", "", {}), settings)
+    assert not expectation.holds("/tv", SettingsEntry("", "", {}), settings)
+    assert not expectation.holds("/tv/x", SettingsEntry("", "", {}), settings)
 
 
-def rule(**said: Any) -> Rule:
-    base = {
+def rule(**values: Any) -> Rule:
+    defaults = {
         "id": "x",
         "service": "sonarr",
         "area": "indexer[]",
@@ -199,36 +199,38 @@ def rule(**said: Any) -> Rule:
         "impact": "i",
         "references": [],
     }
-    return Rule.model_validate({**base, **said})
+    return Rule.model_validate({**defaults, **values})
 
 
-def test_lists_are_looked_at_one_by_one_or_as_a_whole() -> None:
-    things = [SettingsEntry("1", "One", {"enableRss": False}), SettingsEntry("2", "Two", {"enableRss": True})]
+def test_lists_are_evaluated_per_entry_or_as_a_whole() -> None:
+    entries = [SettingsEntry("1", "One", {"enableRss": False}), SettingsEntry("2", "Two", {"enableRss": True})]
     each, some, every = rule(), rule(over="some"), rule(over="all")
-    assert [found.entry for found in evaluate_rules([each], {"indexer[]": things})] == ["1"]
-    assert evaluate_rules([some], {"indexer[]": things}) == []
-    assert [found.current for found in evaluate_rules([some], {"indexer[]": things[:1]})] == [["One: False"]]
-    assert len(evaluate_rules([some], {"indexer[]": []})) == 1  # none at all is not one that is so
-    assert [found.entry for found in evaluate_rules([every], {"indexer[]": things})] == [""]
+    assert [finding.entry for finding in evaluate_rules([each], {"indexer[]": entries})] == ["1"]
+    assert evaluate_rules([some], {"indexer[]": entries}) == []
+    assert [finding.current for finding in evaluate_rules([some], {"indexer[]": entries[:1]})] == [["One: False"]]
+    assert len(evaluate_rules([some], {"indexer[]": []})) == 1  # an empty list has no entry that meets it
+    assert [finding.entry for finding in evaluate_rules([every], {"indexer[]": entries})] == [""]
     assert evaluate_rules([each, some, every], {}) == []  # this version has no such area
     assert (
         evaluate_rules([each, some, every], {"indexer[]": [SettingsEntry("1", "One", {})]}) == []
     )  # nor such a setting
 
 
-def test_conditions() -> None:
-    here = rule(when={"setting": "enable", "equals": True})
-    elsewhere = rule(when={"area": "customformat[]", "setting": "name", "matches": "(?i)repack"})
+def test_a_rule_applies_only_if_its_condition_holds() -> None:
+    same_entry = rule(when={"setting": "enable", "equals": True})
+    other_area = rule(when={"area": "customformat[]", "setting": "name", "matches": "(?i)repack"})
     off = SettingsEntry("1", "One", {"enableRss": False, "enable": False})
-    assert evaluate_rules([here], {"indexer[]": [off]}) == []
-    assert len(evaluate_rules([here], {"indexer[]": [SettingsEntry("1", "", {**off.values, "enable": True})]})) == 1
-    assert evaluate_rules([elsewhere], {"indexer[]": [off], "customformat[]": []}) == []
+    assert evaluate_rules([same_entry], {"indexer[]": [off]}) == []
+    assert (
+        len(evaluate_rules([same_entry], {"indexer[]": [SettingsEntry("1", "", {**off.values, "enable": True})]})) == 1
+    )
+    assert evaluate_rules([other_area], {"indexer[]": [off], "customformat[]": []}) == []
     formats = [SettingsEntry("1", "", {"name": "Repack v2"})]
-    assert len(evaluate_rules([elsewhere], {"indexer[]": [off], "customformat[]": formats})) == 1
+    assert len(evaluate_rules([other_area], {"indexer[]": [off], "customformat[]": formats})) == 1
 
 
 @pytest.mark.parametrize(
-    ("value", "whole"),
+    ("value", "is_complete"),
     [
         ("500M", True),
         (["exe", "bat"], True),
@@ -243,16 +245,16 @@ def test_conditions() -> None:
         (["x"] * 100, False),
     ],
 )
-def test_values_are_kept_without_secrets_and_bounded(value: Any, whole: bool) -> None:
-    kept, is_whole = to_storable(value)
-    assert is_whole is whole
-    assert (kept == value) is whole
-    assert "geheim" not in str(kept)
-    assert "secret" not in str(kept)
-    assert len(json.dumps(kept)) < 5000
+def test_stored_values_have_no_secrets_and_a_limited_size(value: Any, is_complete: bool) -> None:
+    stored, complete = to_storable(value)
+    assert complete is is_complete
+    assert (stored == value) is is_complete
+    assert "geheim" not in str(stored)
+    assert "secret" not in str(stored)
+    assert len(json.dumps(stored)) < 5000
 
 
-def test_a_rule_over_a_list_as_a_whole_sets_nothing() -> None:
+def test_a_rule_over_a_whole_list_can_only_be_applied_by_hand() -> None:
     with pytest.raises(ValidationError, match="only rules about lists that are applied by hand"):
         rule(over="some", apply={"set": True})
 

@@ -1,4 +1,4 @@
-"""The jobs that watch and recover downloads, run in this process, and the events that they publish."""
+"""Helpers that run the jobs for downloads in this process, and record the events that these publish."""
 
 import asyncio
 from concurrent.futures import Future
@@ -23,7 +23,7 @@ from tests.support.recording_link import RecordingLink
 
 
 class RecordedEvents:
-    """Takes the place of the events actor, and keeps each message."""
+    """A fake of the events actor that records each message."""
 
     def __init__(self) -> None:
         self.messages: list[events.Message] = []
@@ -34,16 +34,16 @@ class RecordedEvents:
         return self
 
     def future(self) -> Future[None]:
-        done = Future[None]()
-        done.set_result(None)
-        return done
+        finished = Future[None]()
+        finished.set_result(None)
+        return finished
 
     def of(self, type: str) -> list[dict[str, Any]]:  # noqa: A002
         return [message["data"] for message in self.messages if message["type"] == type]
 
 
 class DownloadJobs:
-    """Runs the jobs, as a worker does, and reads the rows that they write."""
+    """Runs the jobs as a worker does, and reads the rows that they write."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -67,7 +67,7 @@ class DownloadJobs:
         return await asyncio.to_thread(recover_downloads, self._context(), spec)
 
     async def resume(self) -> None:
-        """Recover, and continue at once what waits for its time."""
+        """Run a recovery without waiting for the time at which recoveries are tried again."""
         async with self.database.transaction() as session:
             await session.execute(update(Recovery).values(again_at=now()))
         await self.recover()
@@ -75,18 +75,18 @@ class DownloadJobs:
     async def recoveries(self) -> list[Recovery]:
         return await self._all(Recovery)
 
-    async def about(self, title: str) -> list[Recovery]:
-        return [one for one in await self.recoveries() if one.title == title]
+    async def recoveries_of(self, title: str) -> list[Recovery]:
+        return [recovery for recovery in await self.recoveries() if recovery.title == title]
 
     async def downloads(self) -> dict[str, FollowedDownload]:
         return {row.item: row for row in await self._all(FollowedDownload)}
 
-    async def followed(self) -> FollowedService:
+    async def service_state(self) -> FollowedService:
         (row,) = await self._all(FollowedService)
         return row
 
     async def decisions(self) -> list[tuple[str, str]]:
-        return [(one.decision, one.outcome) for one in await self.recoveries()]
+        return [(recovery.decision, recovery.outcome) for recovery in await self.recoveries()]
 
     async def _all(self, table: Any) -> list[Any]:
         async with self.database.read_transaction() as session:

@@ -1,4 +1,4 @@
-"""Which folders are leftovers of failed downloads: those of the service, that its history no longer speaks of."""
+"""Which folders are leftovers of failed downloads: those of the service that are not in its history."""
 
 from pathlib import Path
 
@@ -18,25 +18,25 @@ def complete(tmp_path: Path) -> Path:
     return tmp_path / "complete"
 
 
-def names(complete: Path, subfolders: tuple[str, ...] = ("tv",)) -> list[str]:
+def leftovers(complete: Path, subfolders: tuple[str, ...] = ("tv",)) -> list[str]:
     known = frozenset({"/data/complete/_FAILED_Known/file.mkv"})
     finished = FinishedFolders("/data/complete", subfolders, known)
-    return [one.service_path for one in orphans.find(finished, {"/data": str(complete.parent)})]
+    return [leftover.service_path for leftover in orphans.find(finished, {"/data": str(complete.parent)})]
 
 
-def test_only_what_is_marked_and_unknown_is_a_leftover(complete: Path) -> None:
-    assert names(complete) == ["/data/complete/_FAILED_Lost", "/data/complete/tv/_FAILED_Episode"]
+def test_only_a_failed_folder_that_is_not_in_the_history_is_a_leftover(complete: Path) -> None:
+    assert leftovers(complete) == ["/data/complete/_FAILED_Lost", "/data/complete/tv/_FAILED_Episode"]
 
 
-def test_no_category_leads_out_of_the_folder(complete: Path) -> None:
+def test_categories_outside_the_folder_are_ignored(complete: Path) -> None:
     (complete / "away").symlink_to(complete.parent / "elsewhere")
-    assert names(complete, ("../elsewhere", "away", str(complete.parent / "elsewhere"))) == [
+    assert leftovers(complete, ("../elsewhere", "away", str(complete.parent / "elsewhere"))) == [
         "/data/complete/_FAILED_Lost"
     ]
 
 
-def test_only_a_folder_that_was_mapped_may_be_cleared(complete: Path) -> None:
+def test_only_leftovers_in_a_mapped_folder_are_removable(complete: Path) -> None:
     finished = FinishedFolders(str(complete), (), frozenset())
-    assert {one.is_removable for one in orphans.find(finished, {})} == {False}
-    assert {one.is_removable for one in orphans.find(finished, {str(complete): str(complete)})} == {True}
+    assert {leftover.is_removable for leftover in orphans.find(finished, {})} == {False}
+    assert {leftover.is_removable for leftover in orphans.find(finished, {str(complete): str(complete)})} == {True}
     assert orphans.find(FinishedFolders("/nowhere/complete", (), frozenset()), {}) == []

@@ -1,11 +1,10 @@
-"""What is decided about a download: the policy alone, without any service."""
+"""The decisions of the recovery policy, without any service."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as some
+from hypothesis import given, strategies
 
 from cluster.settings import load_settings
 from pipelines.media.downloads.policy import (
@@ -28,8 +27,8 @@ def policy(**values: Any) -> RecoveryPolicy:
 
 
 def case(state: str = "failed", **values: Any) -> RecoveryCase:
-    told: dict[str, Any] = {"state": state, "strikes": 5, "stalled_since": LONG_AGO, **values}
-    return RecoveryCase(**told)
+    columns: dict[str, Any] = {"state": state, "strikes": 5, "stalled_since": LONG_AGO, **values}
+    return RecoveryCase(**columns)
 
 
 NATIVE: dict[str, Any] = {"retried_by": "Usenet"}
@@ -38,7 +37,7 @@ QUEUED: dict[str, Any] = {"chosen_by": "TV", "replaced_by": "TV"}
 
 
 @pytest.mark.parametrize(
-    ("what", "past", "verdict"),
+    ("recovery_case", "history", "verdict"),
     [
         (case(**NATIVE), History(), "retry"),
         (case(**NATIVE), History(retries=1), "retry"),
@@ -58,69 +57,85 @@ QUEUED: dict[str, Any] = {"chosen_by": "TV", "replaced_by": "TV"}
         (case(**NATIVE), History(actions_last_hour=10), "wait"),
     ],
 )
-def test_each_case_has_its_answer(what: RecoveryCase, past: History, verdict: str) -> None:
-    decision = decide(policy(protected_tags=["Keep"]), what, past, AT)
+def test_each_case_has_its_verdict(recovery_case: RecoveryCase, history: History, verdict: str) -> None:
+    decision = decide(policy(protected_tags=["Keep"]), recovery_case, history, AT)
     assert (decision.verdict, bool(decision.reason)) == (verdict, True)
 
 
-def test_a_wait_says_until_when() -> None:
-    cooled = decide(policy(), case(**NATIVE), History(last_at=AT), AT)
-    assert cooled.again_at == AT + timedelta(hours=1)
+def test_a_wait_has_the_time_of_the_next_decision() -> None:
+    decision = decide(policy(), case(**NATIVE), History(last_at=AT), AT)
+    assert decision.again_at == AT + timedelta(hours=1)
     assert decide(policy(), case(**CHOSEN, stalled_since=AT), History(), AT).again_at == AT + timedelta(minutes=10)
 
 
-cases = some.builds(
+cases = strategies.builds(
     RecoveryCase,
-    state=some.sampled_from(["failed", "blocked", "running"]),
-    strikes=some.integers(0, 50),
-    stalled_since=some.just(LONG_AGO) | some.just(AT),
-    reason=some.text(max_size=20),
-    tags=some.lists(some.sampled_from(["keep", "KEEP", "other"])).map(tuple),
-    retried_by=some.none() | some.just("Usenet"),
-    chosen_by=some.none() | some.just("TV"),
-    replaced_by=some.none() | some.just("TV"),
-    is_marked=some.booleans(),
-    unsure=some.none() | some.just("TV"),
+    state=strategies.sampled_from(["failed", "blocked", "running"]),
+    strikes=strategies.integers(0, 50),
+    stalled_since=strategies.just(LONG_AGO) | strategies.just(AT),
+    reason=strategies.text(max_size=20),
+    tags=strategies.lists(strategies.sampled_from(["keep", "KEEP", "other"])).map(tuple),
+    retried_by=strategies.none() | strategies.just("Usenet"),
+    chosen_by=strategies.none() | strategies.just("TV"),
+    replaced_by=strategies.none() | strategies.just("TV"),
+    is_marked=strategies.booleans(),
+    unsure=strategies.none() | strategies.just("TV"),
 )
-pasts = some.builds(
+histories = strategies.builds(
     History,
-    retries=some.integers(0, 5),
-    last_at=some.none() | some.integers(0, 200).map(lambda minutes: AT - timedelta(minutes=minutes)),
-    actions_last_hour=some.integers(0, 20),
+    retries=strategies.integers(0, 5),
+    last_at=strategies.none() | strategies.integers(0, 200).map(lambda minutes: AT - timedelta(minutes=minutes)),
+    actions_last_hour=strategies.integers(0, 20),
 )
 
 
-@given(what=cases, past=pasts, cap=some.integers(0, 12), cooldown=some.integers(0, 100))
-def test_nothing_is_done_that_the_policy_forbids(what: RecoveryCase, past: History, cap: int, cooldown: int) -> None:
-    decision = decide(policy(protected_tags=["Keep"], max_per_hour=cap, cooldown_minutes=cooldown), what, past, AT)
+@given(
+    recovery_case=cases,
+    history=histories,
+    max_per_hour=strategies.integers(0, 12),
+    cooldown=strategies.integers(0, 100),
+)
+def test_no_action_violates_the_policy(
+    recovery_case: RecoveryCase, history: History, max_per_hour: int, cooldown: int
+) -> None:
+    decision = decide(
+        policy(protected_tags=["Keep"], max_per_hour=max_per_hour, cooldown_minutes=cooldown),
+        recovery_case,
+        history,
+        AT,
+    )
     if decision.verdict not in ACTIONS:
         return
-    assert past.actions_last_hour < cap
-    assert past.last_at is None or past.last_at + timedelta(minutes=cooldown) <= AT
-    assert not {"keep", "KEEP"} & set(what.tags)
-    assert what.unsure is None
-    assert decision.verdict != "retry" or (what.state == "failed" and what.chosen_by is None and past.retries < 2)
+    assert history.actions_last_hour < max_per_hour
+    assert history.last_at is None or history.last_at + timedelta(minutes=cooldown) <= AT
+    assert not {"keep", "KEEP"} & set(recovery_case.tags)
+    assert recovery_case.unsure is None
+    assert decision.verdict != "retry" or (
+        recovery_case.state == "failed" and recovery_case.chosen_by is None and history.retries < 2
+    )
 
 
 @pytest.mark.parametrize(
-    ("state", "before", "left", "moves", "strikes"),
+    ("state", "bytes_left_before", "bytes_left", "is_transferring", "strikes"),
     [
         ("running", 100, 100, True, 4),
         ("running", 100, 99, True, 0),
-        ("running", 100, 100, False, 0),  # nothing comes in at all
+        ("running", 100, 100, False, 0),  # no download makes progress
         ("running", None, 100, True, 0),
-        ("waiting", 100, 100, True, 0),  # its turn has not come
+        ("waiting", 100, 100, True, 0),  # it waits in the queue
         ("processing", 0, 0, True, 0),
         ("blocked", 0, 0, False, 4),
         ("failed", None, None, False, 4),
     ],
 )
-def test_who_waits_gets_no_strikes(state: Any, before: int | None, left: int, moves: bool, strikes: int) -> None:
-    assert next_strikes(3, state, before, left, moves) == strikes
+def test_only_a_stalled_download_gets_strikes(
+    state: Any, bytes_left_before: int | None, bytes_left: int, is_transferring: bool, strikes: int
+) -> None:
+    assert next_strikes(3, state, bytes_left_before, bytes_left, is_transferring) == strikes
 
 
 @pytest.mark.parametrize(
-    ("state", "strikes", "minutes", "decided"),
+    ("state", "strikes", "minutes", "is_decided"),
     [
         ("failed", 1, 0, True),
         ("running", 5, 60, True),
@@ -130,5 +145,7 @@ def test_who_waits_gets_no_strikes(state: Any, before: int | None, left: int, mo
         ("waiting", 500, 6000, False),
     ],
 )
-def test_stuck_is_who_has_strikes_for_long_enough(state: str, strikes: int, minutes: int, decided: bool) -> None:
-    assert needs_decision(policy(), state, strikes, AT - timedelta(minutes=minutes), AT) is decided
+def test_a_download_is_decided_on_after_enough_strikes_and_time(
+    state: str, strikes: int, minutes: int, is_decided: bool
+) -> None:
+    assert needs_decision(policy(), state, strikes, AT - timedelta(minutes=minutes), AT) is is_decided

@@ -1,4 +1,4 @@
-"""Following and mending the downloads of a real SABnzbd, which a news server of the tests serves, or fails."""
+"""Tracking and recovery of the downloads of a real SABnzbd, with a news server that the tests control."""
 
 import asyncio
 import os
@@ -50,107 +50,112 @@ def server(news: NewsServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def sabnzbd(server: RunningService) -> RunningService:
-    """Without a history: what has ended in this very second would count."""
+    """A SABnzbd without a history: a download that finished in the same second would count otherwise."""
     call_api(server, "history", name="delete", value="all")
     return server
 
 
-def failing(sabnzbd: RunningService, news: NewsServer, name: str) -> str:
-    """A download all of whose articles are lost, which has failed."""
+def add_failed_download(sabnzbd: RunningService, news: NewsServer, name: str) -> str:
+    """Add a download whose articles are all lost, and wait until it has failed."""
     nzo_id = add_download(sabnzbd, news.post("a.bin", secrets.token_bytes(SIZE), lost=4), name)
     assert finished_download(sabnzbd, nzo_id)["status"] == "Failed"
     return nzo_id
 
 
 @pytest.mark.deep
-async def test_what_ends_is_counted_and_a_failure_is_told_once(
+async def test_finished_downloads_are_counted_and_a_failure_is_published_once(
     sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs, published: RecordedEvents
 ) -> None:
-    before = failing(sabnzbd, news, "Before its time")
-    await asyncio.sleep(1)  # SABnzbd tells whole seconds
+    before = add_failed_download(sabnzbd, news, "Before its time")
+    await asyncio.sleep(1)  # SABnzbd has times in whole seconds
     await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     assert (await jobs.watch())["failed"] == 0
     good = add_download(sabnzbd, news.post("b.bin", secrets.token_bytes(SIZE)), "Good")
     assert finished_download(sabnzbd, good)["status"] == "Completed"
-    bad = failing(sabnzbd, news, TITLE)
-    # Two that look at the same time, and one that looks again.
+    bad = add_failed_download(sabnzbd, news, TITLE)
+    # Two polls at the same time, and one after them.
     both = await asyncio.gather(jobs.watch(), jobs.watch())
     again = await jobs.watch()
-    assert [sum(one["failed"] for one in both), again["failed"]] == [1, 0]
-    (told,) = published.of("download.failed")
-    assert (told["download_id"], told["title"]) == (bad, TITLE)
-    # Of an address only the host is kept: elsewhere in it may be a key.
-    assert told["reason"] == re.sub(r"(https?://[^/]+)/\S+", r"\1/…", finished_download(sabnzbd, bad)["fail_message"])
-    followed = await jobs.followed()
-    assert (followed.completed, followed.failed, followed.underway) == (1, 1, 0)
+    assert [sum(result["failed"] for result in both), again["failed"]] == [1, 0]
+    (event,) = published.of("download.failed")
+    assert (event["download_id"], event["title"]) == (bad, TITLE)
+    # Only the host of a URL is stored, because the rest of it may contain a key.
+    assert event["reason"] == re.sub(r"(https?://[^/]+)/\S+", r"\1/…", finished_download(sabnzbd, bad)["fail_message"])
+    state = await jobs.service_state()
+    assert (state.completed, state.failed, state.underway) == (1, 1, 0)
     assert before not in await jobs.downloads()
 
 
 @pytest.mark.deep
-async def test_a_failure_is_retried_and_given_up_in_the_end(
+async def test_a_failure_is_given_up_after_its_retries(
     sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
 ) -> None:
     await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await jobs.policy(max_retries=1)
-    first = failing(sabnzbd, news, "Gone for good")
+    first = add_failed_download(sabnzbd, news, "Gone for good")
     assert (await jobs.watch())["recover_job_id"]
     await jobs.recover(dry_run=True)
     assert finished_download(sabnzbd, first)["status"] == "Failed"
     await jobs.recover()
-    said, retried = await jobs.about("Gone for good")
-    assert [(one.decision, one.outcome) for one in (said, retried)] == [("retry", "dry_run"), ("retry", "done")]
+    planned, retried = await jobs.recoveries_of("Gone for good")
+    assert [(recovery.decision, recovery.outcome) for recovery in (planned, retried)] == [
+        ("retry", "dry_run"),
+        ("retry", "done"),
+    ]
     assert call_api(sabnzbd, "history", nzo_ids=first)["history"]["slots"] == []
     assert retried.new_item
     assert finished_download(sabnzbd, retried.new_item)["status"] == "Failed"
     await jobs.watch()
     await jobs.recover()
-    *_, last = await jobs.about("Gone for good")
+    *_, last = await jobs.recoveries_of("Gone for good")
     assert (last.decision, last.outcome, last.item) == ("give_up", "noted", retried.new_item)
     assert "after 1 retries" in last.reason
-    assert (await jobs.watch())["recover_job_id"] is None  # there is nothing more to decide
+    assert (await jobs.watch())["recover_job_id"] is None  # no decision is left
     metrics = jobs.link.metrics
     assert (metrics["retried"], metrics["given_up"], metrics["recovered"], metrics["failed"]) == (1, 1, 0, 0)
 
 
 @pytest.mark.deep
-async def test_what_a_person_has_dealt_with_is_tried_once(
+async def test_a_download_removed_by_a_person_is_overtaken(
     sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
 ) -> None:
     await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await jobs.policy(max_retries=5)
-    item = failing(sabnzbd, news, "Dealt with")
+    item = add_failed_download(sabnzbd, news, "Dealt with")
     await jobs.watch()
     call_api(sabnzbd, "history", name="delete", value=item)
     await jobs.recover()
-    assert [(one.decision, one.outcome) for one in await jobs.about("Dealt with")] == [("retry", "overtaken")]
+    assert [(recovery.decision, recovery.outcome) for recovery in await jobs.recoveries_of("Dealt with")] == [
+        ("retry", "overtaken")
+    ]
     assert (await jobs.watch())["recover_job_id"] is None
 
 
-async def test_what_comes_after_all_has_recovered(
+async def test_a_retry_that_completes_counts_as_recovered(
     sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
 ) -> None:
     await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
     await jobs.policy()
     nzb = news.post("c.bin", secrets.token_bytes(SIZE))
-    lost = dict(news.articles)
+    articles = dict(news.articles)
     news.articles.clear()
     item = add_download(sabnzbd, nzb, "Late")
     assert finished_download(sabnzbd, item)["status"] == "Failed"
     await jobs.watch()
-    news.articles |= lost
+    news.articles |= articles
     await jobs.recover()
-    (retried,) = await jobs.about("Late")
+    (retried,) = await jobs.recoveries_of("Late")
     assert finished_download(sabnzbd, retried.new_item or "")["status"] == "Completed"
-    watched = await jobs.watch()
-    assert (watched["recovered"], bool(watched["recover_job_id"])) == (1, True)
-    (recovered,) = await jobs.about("Late")
+    result = await jobs.watch()
+    assert (result["recovered"], bool(result["recover_job_id"])) == (1, True)
+    (recovered,) = await jobs.recoveries_of("Late")
     assert recovered.recovered_at is not None
     await jobs.recover()
     assert jobs.link.metrics["recovered"] == 1
 
 
 @pytest.mark.deep
-async def test_who_waits_in_the_queue_is_not_stuck(
+async def test_a_download_that_waits_in_the_queue_is_not_stuck(
     sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
 ) -> None:
     await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
@@ -170,15 +175,15 @@ async def test_who_waits_in_the_queue_is_not_stuck(
         rows = await jobs.downloads()
         assert {rows[item].state for item in items} == {"waiting"}
         await jobs.recover()
-        assert [await jobs.about(f"Waits {number}") for number in range(2)] == [[], []]
+        assert [await jobs.recoveries_of(f"Waits {number}") for number in range(2)] == [[], []]
     call_api(sabnzbd, "resume")
     assert {finished_download(sabnzbd, item)["status"] for item in items} == {"Completed"}
 
 
-async def test_the_key_in_an_address_is_kept_nowhere(sabnzbd: RunningService, jobs: DownloadJobs) -> None:
+async def test_the_key_in_a_url_is_not_stored(sabnzbd: RunningService, jobs: DownloadJobs) -> None:
     key = secrets.token_hex(16)
     await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-    # Until SABnzbd has it, a download is called by the address that it is fetched from.
+    # Until SABnzbd has fetched it, the name of a download is its URL.
     (item,) = call_api(sabnzbd, "addurl", name=f"http://127.0.0.1:9/getnzb?id=1&apikey={key}")["nzo_ids"]
     assert key in str(call_api(sabnzbd, "queue", nzo_ids=item))
     await jobs.watch()
@@ -189,15 +194,15 @@ async def test_the_key_in_an_address_is_kept_nowhere(sabnzbd: RunningService, jo
 
 
 @pytest.mark.deep
-async def test_who_chose_a_download_hears_that_it_has_failed(
+async def test_a_failure_is_marked_at_the_service_that_chose_the_download(
     sabnzbd: RunningService, news: NewsServer, jobs: DownloadJobs
 ) -> None:
-    item = failing(sabnzbd, news, "Breaking.Bad.S01E02")
-    found = {"seriesId": 3, "episodeId": 12, "sourceTitle": "Breaking.Bad.S01E02", "date": "2025-01-08T10:30:00Z"}
+    item = add_failed_download(sabnzbd, news, "Breaking.Bad.S01E02")
+    columns = {"seriesId": 3, "episodeId": 12, "sourceTitle": "Breaking.Bad.S01E02", "date": "2025-01-08T10:30:00Z"}
     resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
     async with fake_arr("sonarr", **resources) as sonarr:
         sonarr.add_row("series", library_series("Breaking Bad", 81189, 3))
-        sonarr.add_row("history", {**found, "id": 7, "eventType": "grabbed", "downloadId": item})
+        sonarr.add_row("history", {**columns, "id": 7, "eventType": "grabbed", "downloadId": item})
         tv = await jobs.add("TV", "sonarr", sonarr.url, KEY)
         usenet = await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
         async with jobs.database.transaction() as session:
@@ -206,12 +211,14 @@ async def test_who_chose_a_download_hears_that_it_has_failed(
         await jobs.policy(grace_minutes=1000)
         await jobs.watch()
         await jobs.recover()
-        mine = [one for one in await jobs.recoveries() if one.item == item]
-        assert [(one.decision, one.service_id, one.outcome) for one in mine] == [("wait", tv.id, "noted")]
+        recoveries = [recovery for recovery in await jobs.recoveries() if recovery.item == item]
+        assert [(recovery.decision, recovery.service_id, recovery.outcome) for recovery in recoveries] == [
+            ("wait", tv.id, "noted")
+        ]
         await jobs.policy(grace_minutes=0, max_retries=0)
         await jobs.recover()
-        marked = [one for one in await jobs.recoveries() if one.decision == "mark_failed"]
-        assert [(one.item, one.outcome, one.searched, one.content) for one in marked] == [
+        marked = [recovery for recovery in await jobs.recoveries() if recovery.decision == "mark_failed"]
+        assert [(recovery.item, recovery.outcome, recovery.searched, recovery.content) for recovery in marked] == [
             (item, "done", True, ["series:3", "episode:12"])
         ]
         assert [request.path for request in sonarr.requests if request.method == "POST"] == [
@@ -221,7 +228,7 @@ async def test_who_chose_a_download_hears_that_it_has_failed(
         assert sonarr.commands == [{"name": "EpisodeSearch", "episodeIds": [12]}]
 
 
-async def test_folders_that_nobody_knows_are_found_and_go_only_by_policy(
+async def test_unknown_folders_are_reported_and_removed_only_by_policy(
     sabnzbd: RunningService, jobs: DownloadJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete = sabnzbd.folder / "complete"
@@ -233,39 +240,41 @@ async def test_folders_that_nobody_knows_are_found_and_go_only_by_policy(
     await jobs.policy(max_retries=0)
     for _ in range(2):
         await jobs.recover()
-    reported = [one.title for one in await jobs.recoveries() if one.decision == "report"]
-    assert sorted(reported) == ["_FAILED_New", "_FAILED_Old"]  # each once, and none that is known
+    reported = [recovery.title for recovery in await jobs.recoveries() if recovery.decision == "report"]
+    assert sorted(reported) == ["_FAILED_New", "_FAILED_Old"]  # each once, and no known folder
     await jobs.policy(max_retries=0, leftovers="remove")
     await jobs.recover()
-    assert old.exists()  # nobody has said that this folder is SABnzbd's
+    assert old.exists()  # the folder is not mapped yet
     monkeypatch.setenv("FORGEARR_MEDIA__FOLDERS", f"{{{complete}: {complete}}}")
     get_settings.cache_clear()
     await jobs.recover()
     assert [old.exists(), new.exists()] == [False, True]
-    removed = [one for one in await jobs.recoveries() if one.decision == "remove_folder"]
-    assert [(one.item, one.outcome) for one in removed] == [(str(old), "done")]
+    removed = [recovery for recovery in await jobs.recoveries() if recovery.decision == "remove_folder"]
+    assert [(recovery.item, recovery.outcome) for recovery in removed] == [(str(old), "done")]
 
 
-# What the real one here does not say
+# Responses that the real SABnzbd does not give here
 
 
-def saying(
+def respond_with(
     queue: list[Any], history: list[Any], folder: str = "/data/complete", speed: str = "0.00"
 ) -> Callable[[StubRequest], StubResponse]:
-    """A SABnzbd with these downloads, and no category."""
-    answers: dict[str, Any] = {
+    """A handler that responds like a SABnzbd with these downloads and no category."""
+    bodies: dict[str, Any] = {
         "queue": {"queue": {"slots": queue, "status": "Idle", "kbpersec": speed}},
         "history": {"history": {"slots": history, "last_history_update": 1}},
         "fullstatus": {"status": {"completedir": folder}},
         "get_config": {"config": {}},
     }
-    return lambda request: json_response(answers[request.query["mode"]])
+    return lambda request: json_response(bodies[request.query["mode"]])
 
 
-async def test_what_is_still_being_moved_has_not_ended(jobs: DownloadJobs, published: RecordedEvents) -> None:
-    """Releases 4 and 5 call it completed before that."""
+async def test_a_download_that_is_still_being_moved_is_not_finished(
+    jobs: DownloadJobs, published: RecordedEvents
+) -> None:
+    """SABnzbd 4 and 5 report it as completed before that."""
     slot = {"nzo_id": "1", "name": "Film", "status": "Completed", "completed": int(time.time()) + 3600, "loaded": True}
-    async with stub_server(saying([], [slot])) as server:
+    async with stub_server(respond_with([], [slot])) as server:
         await jobs.add("Usenet", "sabnzbd", server.url, KEY)
         await jobs.watch()
         row = (await jobs.downloads())["1"]
@@ -275,32 +284,36 @@ async def test_what_is_still_being_moved_has_not_ended(jobs: DownloadJobs, publi
         assert (await jobs.downloads())["1"].ended_at is not None
 
 
-async def test_what_ends_between_two_questions_is_told_once(jobs: DownloadJobs, published: RecordedEvents) -> None:
+async def test_a_download_in_both_queue_and_history_is_published_once(
+    jobs: DownloadJobs, published: RecordedEvents
+) -> None:
     queue = [{"nzo_id": "1", "filename": "Film", "status": "Downloading", "mbleft": "0.50"}]
     failed = {"nzo_id": "1", "name": "Film", "status": "Failed", "completed": int(time.time()) + 3600}
-    async with stub_server(saying(queue, [failed])) as server:
+    async with stub_server(respond_with(queue, [failed])) as server:
         await jobs.add("Usenet", "sabnzbd", server.url, KEY)
         first = await jobs.watch()
         assert (first["failed"], (await jobs.downloads())["1"].state) == (1, "failed")
-        assert (await jobs.followed()).underway == 0
+        assert (await jobs.service_state()).underway == 0
         queue.clear()
         assert (await jobs.watch())["failed"] == 0
-    assert (len(published.of("download.failed")), (await jobs.followed()).failed) == (1, 1)
+    assert (len(published.of("download.failed")), (await jobs.service_state()).failed) == (1, 1)
 
 
-async def test_an_id_that_cannot_be_kept_hides_no_other_service(sabnzbd: RunningService, jobs: DownloadJobs) -> None:
-    async with stub_server(saying([{"nzo_id": "x" * 301, "status": "Queued"}], [])) as server:
+async def test_an_id_that_cannot_be_stored_does_not_hide_other_services(
+    sabnzbd: RunningService, jobs: DownloadJobs
+) -> None:
+    async with stub_server(respond_with([{"nzo_id": "x" * 301, "status": "Queued"}], [])) as server:
         await jobs.add("Odd", "sabnzbd", server.url, KEY)
         await jobs.add("Usenet", "sabnzbd", sabnzbd.url, sabnzbd.key)
-        told = await jobs.watch()
-        assert (told["looked_at"], list(told["unseen"])) == (1, ["Odd"])
+        result = await jobs.watch()
+        assert (result["looked_at"], list(result["unseen"])) == (1, ["Odd"])
 
 
-async def test_what_stands_still_is_replaced_by_who_chose_it(jobs: DownloadJobs) -> None:
+async def test_a_stalled_download_is_replaced_by_the_service_that_chose_it(jobs: DownloadJobs) -> None:
     slot = {"nzo_id": "SABnzbd_nzo_1", "filename": "Still", "status": "Downloading", "mbleft": "953.67"}
     resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
     async with (
-        stub_server(saying([slot], [], speed="512.00")) as server,
+        stub_server(respond_with([slot], [], speed="512.00")) as server,
         fake_arr("sonarr", **resources) as sonarr,
     ):
         sonarr.add_row("series", library_series("Breaking Bad", 81189, 3))
@@ -311,40 +324,45 @@ async def test_what_stands_still_is_replaced_by_who_chose_it(jobs: DownloadJobs)
         for _ in range(3):
             await jobs.watch()
         await jobs.recover()
-        (one,) = await jobs.recoveries()
-        assert (one.service_id, one.decision, one.outcome, one.searched) == (tv.id, "replace", "done", True)
+        (recovery,) = await jobs.recoveries()
+        assert (recovery.service_id, recovery.decision, recovery.outcome, recovery.searched) == (
+            tv.id,
+            "replace",
+            "done",
+            True,
+        )
         assert (sonarr.rows("queue"), sonarr.commands) == ([], [{"name": "EpisodeSearch", "episodeIds": [12]}])
 
 
-async def test_nobody_looks_again_and_again_for_folders_of_who_does_not_answer(jobs: DownloadJobs) -> None:
+async def test_no_recovery_is_queued_for_the_folders_of_an_unavailable_service(jobs: DownloadJobs) -> None:
     await jobs.policy()
-    away = await jobs.add("Away", "sabnzbd", "http://127.0.0.1:9", KEY)
+    service = await jobs.add("Away", "sabnzbd", "http://127.0.0.1:9", KEY)
     assert (await jobs.watch())["recover_job_id"] is None
-    async with stub_server(saying([], [])) as server:
+    async with stub_server(respond_with([], [])) as server:
         async with jobs.database.transaction() as session:
-            away.url = server.url
-            await session.merge(away)
+            service.url = server.url
+            await session.merge(service)
         assert (await jobs.watch())["recover_job_id"]
 
 
-async def test_a_folder_stays_where_the_policy_only_reports_by_now(
+async def test_a_begun_removal_of_a_folder_stops_if_the_policy_only_reports(
     jobs: DownloadJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete, looks = tmp_path / "complete", 0
+    complete, polls = tmp_path / "complete", 0
     old = complete / "_FAILED_Old"
     old.mkdir(parents=True)
     os.utime(old, (0, 0))
     monkeypatch.setenv("FORGEARR_MEDIA__FOLDERS", f"{{{complete}: {complete}}}")
     get_settings.cache_clear()
-    told = saying([], [], folder=str(complete))
+    respond = respond_with([], [], folder=str(complete))
 
-    def answer(request: StubRequest) -> StubResponse:
-        """It is away just when the folder is to be removed."""
-        nonlocal looks
-        looks += request.query["mode"] == "fullstatus"
-        return json_response({}, 503) if looks == 2 else told(request)
+    def handle(request: StubRequest) -> StubResponse:
+        """Fail just when the folder is to be removed."""
+        nonlocal polls
+        polls += request.query["mode"] == "fullstatus"
+        return json_response({}, 503) if polls == 2 else respond(request)
 
-    async with stub_server(answer) as server:
+    async with stub_server(handle) as server:
         await jobs.add("Usenet", "sabnzbd", server.url, KEY)
         await jobs.policy(leftovers="remove")
         await jobs.recover()
@@ -354,10 +372,10 @@ async def test_a_folder_stays_where_the_policy_only_reports_by_now(
         assert (await jobs.decisions(), old.exists()) == ([("remove_folder", "overtaken"), ("report", "noted")], True)
 
 
-async def test_a_folder_that_cannot_be_read_ends_nothing(jobs: DownloadJobs) -> None:
-    async with stub_server(saying([], [], folder=f"/{'x' * 300}")) as server:
+async def test_a_folder_that_cannot_be_read_does_not_fail_the_job(jobs: DownloadJobs) -> None:
+    async with stub_server(respond_with([], [], folder=f"/{'x' * 300}")) as server:
         await jobs.add("Usenet", "sabnzbd", server.url, KEY)
         await jobs.watch()
         await jobs.policy()
         await jobs.recover()
-        assert (await jobs.followed()).leftovers_at is not None
+        assert (await jobs.service_state()).leftovers_at is not None
