@@ -1,4 +1,4 @@
-"""Reading repositories: real ones, made and changed by real git, on this machine and behind HTTP."""
+"""Reading of repositories that real git has made and changed, on this machine and over HTTP."""
 
 import os
 import subprocess
@@ -31,19 +31,19 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path, home: Path) -> Iterator[GitServer]:
-    """Serves the folder of this test, to those who know the password."""
+    """Serves the folder of this test to clients with the password."""
     with git_server(tmp_path, PASSWORD) as server:
         yield server
 
 
-def registered(server: GitServer, token: str | None = "s3cret-token", **columns: object) -> Repository:
+def make_repository(server: GitServer, token: str | None = "s3cret-token", **columns: object) -> Repository:
     credentials = None
     if token is not None:
         credentials = secrets.seal(Credentials(username="ada", token=token).model_dump_json())
     return Repository(**{"id": "repo_1", "url": f"{server.url}/work", "credentials": credentials, **columns})
 
 
-def test_what_a_commit_holds_is_read(folder: Path) -> None:
+def test_the_content_of_commits_is_read(folder: Path) -> None:
     first = commit_files(folder, "First\n\nSays why.\n", {"a.py": "x = 1\n", "docs/é.md": "# Hi\n"})
     (folder / "link").symlink_to("/etc/passwd")
     second = commit_files(folder, "Second", {"a.py": "x = 2\ny = 3\n", "logo.png": b"\x89PNG\0\1"})
@@ -51,12 +51,12 @@ def test_what_a_commit_holds_is_read(folder: Path) -> None:
 
     with open_folder(folder) as checkout:
         assert checkout.tip().sha == second
-        assert [(one.sha, one.subject, one.body) for one in checkout.log(second, 10)] == [
+        assert [(commit.sha, commit.subject, commit.body) for commit in checkout.log(second, 10)] == [
             (second, "Second", ""),
             (first, "First", "Says why."),
         ]
         assert checkout.commit(first).parents == ()
-        files = {one.path: one for one in checkout.files(second)}
+        files = {file.path: file for file in checkout.files(second)}
         assert files.keys() == {"a.py", "docs/é.md", "logo.png"}, "links are no files"
         assert checkout.read(files["a.py"].blob) == b"x = 2\ny = 3\n"
         assert files["logo.png"].bytes == 6
@@ -100,7 +100,7 @@ def test_branches_and_bare_repositories_are_read(folder: Path, tmp_path: Path) -
         checkout.tip()
 
 
-def test_what_is_no_repository_is_said_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_repository_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "file").write_text("")
     new_repository(tmp_path / "work")
@@ -113,14 +113,14 @@ def test_what_is_no_repository_is_said_so(tmp_path: Path) -> None:
         pass
 
 
-def test_an_empty_repository_is_said_so(folder: Path) -> None:
+def test_an_empty_repository_is_refused(folder: Path) -> None:
     with open_folder(folder) as checkout, pytest.raises(EmptyRepository):
         checkout.tip()
     with open_folder(folder, "main") as checkout, pytest.raises(EmptyRepository):
         checkout.tip()
 
 
-def test_rewritten_and_missing_history_is_recognised(folder: Path) -> None:
+def test_rewritten_and_missing_history_is_recognized(folder: Path) -> None:
     commit_files(folder, "First", {"a": "1\n"})
     old = commit_files(folder, "Second", {"b": "2\n"})
     git(folder, "commit", "--amend", "--message", "Another second")
@@ -132,13 +132,13 @@ def test_rewritten_and_missing_history_is_recognised(folder: Path) -> None:
         assert (gone.files, gone.rewritten) == (3, True), "everything counts as changed"
 
 
-def test_a_shallow_clone_says_what_it_cannot_know(folder: Path, tmp_path: Path) -> None:
+def test_a_shallow_clone_reports_what_is_unknown(folder: Path, tmp_path: Path) -> None:
     first = commit_files(folder, "First", {"a": "1\n"})
     commit_files(folder, "Second", {"b": "2\n"})
     third = commit_files(folder, "Third", {"c": "3\n"})
     git(tmp_path, "clone", "--depth=2", f"file://{folder}", "shallow")
     with open_folder(tmp_path / "shallow") as checkout:
-        assert [one.subject for one in checkout.log(third, 10)] == ["Third", "Second"]
+        assert [commit.subject for commit in checkout.log(third, 10)] == ["Third", "Second"]
         end = list(checkout.log(third, 10))[-1]
         assert checkout.diff(end.sha, 10_000) is None, "its parent is not there"
         assert checkout.diff(third, 10_000) is not None
@@ -153,11 +153,11 @@ def test_submodules_are_left_out(folder: Path, tmp_path: Path) -> None:
     git(folder, "submodule", "add", str(inner), "vendored")
     tip = commit_files(folder, "With a submodule", {"a.py": "1\n"})
     with open_folder(folder) as checkout:
-        assert {one.path for one in checkout.files(tip)} == {".gitmodules", "a.py"}
+        assert {file.path for file in checkout.files(tip)} == {".gitmodules", "a.py"}
         assert checkout.changes(None, tip).files == 2
 
 
-def test_a_large_file_is_known_by_its_size_and_never_compared(folder: Path) -> None:
+def test_a_large_file_has_its_size_and_is_not_compared(folder: Path) -> None:
     with (folder / "big.txt").open("wb") as file:
         file.truncate(64 * 1024 * 1024)
     tip = commit_files(folder, "Big", {})
@@ -168,25 +168,25 @@ def test_a_large_file_is_known_by_its_size_and_never_compared(folder: Path) -> N
         assert len(checkout.diff(tip, 10_000) or "") < 1000
 
 
-def test_a_name_that_is_not_utf_8_harms_nobody(folder: Path) -> None:
+def test_a_file_name_that_is_not_utf_8_is_read(folder: Path) -> None:
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.py")).write_text("x = 1\n")
     tip = commit_files(folder, "Odd", {"text.txt": b"\xff\xfe broken"})
     with open_folder(folder) as checkout:
-        assert len([one.path.encode() for one in checkout.files(tip)]) == 2
+        assert len([file.path.encode() for file in checkout.files(tip)]) == 2
         assert checkout.diff(tip, 10_000) is None
 
 
-def test_a_long_history_is_no_trouble(folder: Path) -> None:
+def test_a_long_history_is_read(folder: Path) -> None:
     tip = import_commits(folder, 20_000)
     with open_folder(folder, "main") as checkout:
         assert checkout.changes(None, tip).commits == 20_000
-        assert [one.subject for one in checkout.log(tip, 2)] == ["Change 20000", "Change 19999"]
+        assert [commit.subject for commit in checkout.log(tip, 2)] == ["Change 20000", "Change 19999"]
 
 
-def test_no_repository_makes_git_run_a_program(folder: Path, tmp_path: Path) -> None:
-    witness = tmp_path / "ran"
+def test_the_configuration_of_a_repository_runs_no_program(folder: Path, tmp_path: Path) -> None:
+    calls = tmp_path / "ran"
     program = tmp_path / "program"
-    program.write_text(f"#!/bin/sh\necho $0 >> {witness}\ncat\n")
+    program.write_text(f"#!/bin/sh\necho $0 >> {calls}\ncat\n")
     program.chmod(0o755)
     commit_files(folder, "First", {".gitattributes": "* diff=evil filter=evil\n", "a.txt": "1\n"})
     tip = commit_files(folder, "Second", {"a.txt": "2\n"})
@@ -209,16 +209,16 @@ def test_no_repository_makes_git_run_a_program(folder: Path, tmp_path: Path) -> 
     git(folder, "config", "extensions.partialClone", "origin")
     with open_folder(folder) as checkout:
         first = checkout.tip().parents[0]
-        for one in checkout.files(tip):
-            checkout.read(one.blob)
+        for file in checkout.files(tip):
+            checkout.read(file.blob)
         assert checkout.diff(tip, 10_000)
         checkout.changes(first, tip)
         with pytest.raises(RepositoryDamaged):
-            checkout.read(NOWHERE)  # which git would fetch where it may
-    assert not witness.exists()
+            checkout.read(NOWHERE)  # git would fetch it if that were allowed
+    assert not calls.exists()
 
 
-def test_repositories_of_others_are_read(folder: Path) -> None:
+def test_repositories_of_other_owners_are_read(folder: Path) -> None:
     if os.getuid():
         pytest.skip("Only root can give a folder away.")
     tip = commit_files(folder, "First", {"a": "1"})
@@ -228,7 +228,9 @@ def test_repositories_of_others_are_read(folder: Path) -> None:
         assert checkout.tip().sha == tip
 
 
-def test_variables_of_a_hook_lead_nowhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_variables_in_the_environment_are_ignored(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tip = commit_files(folder, "First", {"a": "1"})
     other = new_repository(tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
@@ -237,11 +239,11 @@ def test_variables_of_a_hook_lead_nowhere(folder: Path, tmp_path: Path, monkeypa
         assert checkout.tip().sha == tip
 
 
-def test_an_address_is_fetched_incrementally(
+def test_a_remote_repository_is_fetched_incrementally(
     folder: Path, server: GitServer, monkeypatch: pytest.MonkeyPatch, record_git: Callable[[], list[str]]
 ) -> None:
     first = commit_files(folder, "First", {"a": "1\n"})
-    repository = registered(server)
+    repository = make_repository(server)
     with open_registered(repository) as checkout:
         assert checkout.tip().sha == first
     second = commit_files(folder, "Second", {"a": "2\n"})
@@ -256,10 +258,10 @@ def test_an_address_is_fetched_incrementally(
     assert os.environ.keys() & {"GIT_CONFIG_COUNT"} == set()
 
 
-def test_a_force_push_keeps_what_was_trained_from(folder: Path, server: GitServer) -> None:
+def test_a_force_push_keeps_the_trained_commit(folder: Path, server: GitServer) -> None:
     commit_files(folder, "First", {"a": "1\n"})
     trained = commit_files(folder, "Second", {"b": "2\n"})
-    repository = registered(server, trained_commit=trained)
+    repository = make_repository(server, trained_commit=trained)
     with open_registered(repository):
         pass
     git(folder, "reset", "--hard", "HEAD~1")
@@ -272,49 +274,49 @@ def test_a_force_push_keeps_what_was_trained_from(folder: Path, server: GitServe
         assert (changes.commits, changes.paths, changes.rewritten) == (1, ("b", "c"), True)
 
 
-def test_a_mirror_that_was_lost_is_made_again(folder: Path, server: GitServer) -> None:
+def test_a_lost_mirror_is_rebuilt(folder: Path, server: GitServer) -> None:
     trained = commit_files(folder, "First", {"a": "1\n"})
     tip = commit_files(folder, "Second", {"b": "2\n"})
-    with open_registered(registered(server, id="repo_2", trained_commit=trained)) as checkout:
+    with open_registered(make_repository(server, id="repo_2", trained_commit=trained)) as checkout:
         assert checkout.changes(trained, tip).files == 1
-    with open_registered(registered(server, id="repo_3", trained_commit=NOWHERE)) as checkout:
+    with open_registered(make_repository(server, id="repo_3", trained_commit=NOWHERE)) as checkout:
         assert checkout.changes(NOWHERE, tip).rewritten
 
 
 def test_a_long_history_is_fetched_in_part(folder: Path, server: GitServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirrors, "DEPTH", 50)
     tip = import_commits(folder, 5000)
-    with open_registered(registered(server)) as checkout:
+    with open_registered(make_repository(server)) as checkout:
         assert sum(1 for _ in checkout.log(tip, 10_000)) == 50
         assert checkout.changes(None, tip).commits is None
 
 
-def test_who_may_not_fetch_is_told_so(folder: Path, server: GitServer, tmp_path: Path) -> None:
+def test_a_failed_fetch_has_its_own_error_and_hides_the_token(folder: Path, server: GitServer, tmp_path: Path) -> None:
     commit_files(folder, "First", {"a": "1"})
     new_repository(tmp_path / "empty")
     for repository, error in (
-        (registered(server, token="wrong"), FetchRefused),
-        (registered(server, token=None), FetchRefused),
-        (registered(server, url=f"{server.url}/nothing"), FetchRefused),
-        (registered(server, branch="nope"), BranchNotFound),
-        (registered(server, url=f"{server.url}/empty"), EmptyRepository),
-        (registered(server, url="http://127.0.0.1:1/work"), FetchFailed),
+        (make_repository(server, token="wrong"), FetchRefused),
+        (make_repository(server, token=None), FetchRefused),
+        (make_repository(server, url=f"{server.url}/nothing"), FetchRefused),
+        (make_repository(server, branch="nope"), BranchNotFound),
+        (make_repository(server, url=f"{server.url}/empty"), EmptyRepository),
+        (make_repository(server, url="http://127.0.0.1:1/work"), FetchFailed),
     ):
         with pytest.raises(error) as raised, open_registered(repository):
             pass
         assert "s3cret" not in str(raised.value)
 
 
-def test_credentials_are_sent_nowhere_else(folder: Path, tmp_path: Path, home: Path) -> None:
+def test_credentials_are_not_sent_to_another_address(folder: Path, tmp_path: Path, home: Path) -> None:
     commit_files(folder, "First", {"a": "1"})
     with git_server(tmp_path) as target, git_server(tmp_path, redirect=target.url) as first:
-        with pytest.raises(FetchRefused, match="another address"), open_registered(registered(first)):
+        with pytest.raises(FetchRefused, match="another address"), open_registered(make_repository(first)):
             pass
         assert first.requests[0][1] is not None
         assert target.requests == []
 
 
-def test_a_fetch_that_is_stopped_ends(folder: Path, server: GitServer) -> None:
+def test_a_fetch_can_be_stopped_and_repeated(folder: Path, server: GitServer) -> None:
     commit_files(folder, "First", {"a": "1"})
 
     class Stopped(BaseException):
@@ -323,11 +325,11 @@ def test_a_fetch_that_is_stopped_ends(folder: Path, server: GitServer) -> None:
     def stop(_: str) -> None:
         raise Stopped
 
-    with pytest.raises(Stopped), open_registered(registered(server), stop):
+    with pytest.raises(Stopped), open_registered(make_repository(server), stop):
         pass
     lock = mirror_path("repo_1") / "shallow.lock"
-    lock.touch()  # as a process that was killed would leave it
-    with open_registered(registered(server)) as checkout:
+    lock.touch()  # a killed process leaves it
+    with open_registered(make_repository(server)) as checkout:
         assert checkout.tip().subject == "First"
 
 
@@ -352,13 +354,13 @@ def test_a_fetch_that_is_stopped_ends(folder: Path, server: GitServer) -> None:
         "https://[::1/work",
     ],
 )
-def test_other_addresses_are_refused(url: str) -> None:
+def test_invalid_addresses_are_refused(url: str) -> None:
     with pytest.raises(InvalidAddress) as raised:
         validate_url(url)
     assert "secret" not in str(raised.value)
 
 
-def test_machines_of_the_cloud_are_not_asked() -> None:
+def test_metadata_services_of_clouds_are_refused() -> None:
     for host in ("169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:169.254.169.254", "0.0.0.0", "2852039166"):
         with pytest.raises(InvalidAddress):
             resolve_address(host, 80)
