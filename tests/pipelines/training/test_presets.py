@@ -1,4 +1,4 @@
-"""The recipes and presets that ship: each is a valid spec, and reads as it should."""
+"""The shipped recipes and presets are valid specs."""
 
 from importlib.resources import files
 from typing import Any
@@ -23,18 +23,18 @@ def test_every_recipe_is_a_valid_spec(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_every_preset_fills_in_what_a_spec_does_not_say(name: str) -> None:
+def test_a_preset_sets_the_defaults_of_a_spec(name: str) -> None:
     preset = presets.read(name)
     spec = FineTuneSpec.model_validate({"base_model": name, "rank": 7, "data": {"dataset": "any"}})
     assert spec.rank == 7
-    said = spec.model_dump()
-    assert {key: said[key] for key in preset if key != "rank"} == {
+    values = spec.model_dump()
+    assert {key: values[key] for key in preset if key != "rank"} == {
         key: value for key, value in preset.items() if key != "rank"
     }
     assert spec.base_model != name
 
 
-def test_the_demo_has_enough_to_learn() -> None:
+def test_the_demo_dataset_has_enough_samples() -> None:
     samples = parse_samples((CONFIGS / "demo" / "homelab.jsonl").read_text(), "the demo")
     calls = [sample for sample in samples if any(message.tool_calls for message in sample.messages)]
     assert len(samples) >= 40

@@ -1,4 +1,4 @@
-"""Datasets: uploads and their versions, what jobs resolve, folders of documents, and who may read what."""
+"""Datasets: uploads and versions, resolution by jobs, folders of documents, and permissions."""
 
 import asyncio
 import hashlib
@@ -52,7 +52,7 @@ async def alice(database: Database) -> Principal:
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
-    """A folder that is for everybody."""
+    """A folder that all users may read."""
     folder = tmp_path / "shared"
     folder.mkdir()
     monkeypatch.setenv("FORGEARR_FORGE__FOLDERS", f"[{folder}]")
@@ -69,9 +69,9 @@ async def account(database: Database, name: str, role: identity.Role) -> Princip
 
 
 async def upload(client: httpx.AsyncClient, name: str, *lines: str) -> dict[str, Any]:
-    answer = await client.post(PATH, params={"name": name}, content="\n".join(lines))
-    assert answer.status_code == 201, answer.text
-    return answer.json()
+    response = await client.post(PATH, params={"name": name}, content="\n".join(lines))
+    assert response.status_code == 201, response.text
+    return response.json()
 
 
 async def resolve(data: DataSource, principal: Principal = LOCAL) -> datasets.Dataset:
@@ -87,11 +87,11 @@ async def load(data: DataSource, principal: Principal = LOCAL) -> list[Any]:
 # Uploads
 
 
-async def test_a_dataset_is_its_content(client: httpx.AsyncClient, home: Path) -> None:
+async def test_a_dataset_has_a_version_for_each_content(client: httpx.AsyncClient, home: Path) -> None:
     first = await upload(client, "home", chat())
     spaced = chat().replace(": ", ":   ")
     again = await upload(client, "home", "", spaced, "")
-    assert again == first, "the same content, said differently"
+    assert again == first, "the same content, written differently"
     second = await upload(client, "home", chat(), chat("No."))
     elsewhere = await upload(client, "other", chat())
     assert (first["version"], second["version"], elsewhere["version"]) == (1, 2, 1)
@@ -109,14 +109,14 @@ async def test_a_dataset_is_its_content(client: httpx.AsyncClient, home: Path) -
     page = (await client.get(PATH)).json()
     assert page["total"] == 3
     assert (await client.get(PATH, params={"name": "other"})).json()["items"] == [elsewhere]
-    for reference, meant in (("home", second), ("home:v1", first), ("home:v2", second), (first["id"], first)):
-        assert (await client.get(f"{PATH}/{reference}")).json() == meant
+    for reference, expected in (("home", second), ("home:v1", first), ("home:v2", second), (first["id"], first)):
+        assert (await client.get(f"{PATH}/{reference}")).json() == expected
     for reference in ("nothing", "home:v3", "home:v", "home:vx", "home:v9999999999999999999", "ds_1"):
         missing = await client.get(f"{PATH}/{reference}")
         assert (missing.status_code, missing.json()["error_code"]) == (404, "DATASET_NOT_FOUND")
 
 
-async def test_a_file_stays_as_long_as_a_dataset_needs_it(client: httpx.AsyncClient, home: Path) -> None:
+async def test_a_file_is_deleted_with_its_last_dataset(client: httpx.AsyncClient, home: Path) -> None:
     first, second = await upload(client, "one", chat()), await upload(client, "two", chat())
     file = home / "storage" / "datasets" / f"{first['digest']}.jsonl"
     assert (await client.delete(f"{PATH}/{first['id']}")).status_code == 204
@@ -129,26 +129,28 @@ async def test_a_file_stays_as_long_as_a_dataset_needs_it(client: httpx.AsyncCli
     assert (await client.get(f"{PATH}/{third['id']}/content")).status_code == 200
 
 
-@pytest.mark.parametrize("named", ["home", "home:v1"])
-async def test_a_dataset_that_a_job_needs_is_kept(client: httpx.AsyncClient, database: Database, named: str) -> None:
-    kept = await upload(client, "home", chat())
+@pytest.mark.parametrize("reference", ["home", "home:v1"])
+async def test_a_dataset_in_use_cannot_be_deleted(
+    client: httpx.AsyncClient, database: Database, reference: str
+) -> None:
+    dataset = await upload(client, "home", chat())
     async with database.transaction() as session:
-        job = queue.rejected_job(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": named}}), LOCAL, {})
+        job = queue.rejected_job(queue.JobRequest(kind="fine_tune", spec={"data": {"dataset": reference}}), LOCAL, {})
         job.state, job.finished_at = State.QUEUED, None
         session.add(job)
-    refused = await client.delete(f"{PATH}/{kept['id']}")
+    refused = await client.delete(f"{PATH}/{dataset['id']}")
     assert (refused.status_code, refused.json()["error_code"]) == (409, "DATASET_IN_USE")
     assert job.id in refused.json()["message"]
     async with database.transaction() as session:
         await queue.cancel(session, await queue.get(session, job.id, LOCAL))
-    assert (await client.delete(f"{PATH}/{kept['id']}")).status_code == 204
+    assert (await client.delete(f"{PATH}/{dataset['id']}")).status_code == 204
 
 
-async def test_uploads_at_the_same_time_make_one_dataset(client: httpx.AsyncClient) -> None:
-    made = await asyncio.gather(*(upload(client, "home", chat()) for _ in range(8)))
-    assert len({dataset["id"] for dataset in made}) == 1
-    made = await asyncio.gather(*(upload(client, "home", chat(str(number))) for number in range(8)))
-    assert sorted(dataset["version"] for dataset in made) == list(range(2, 10))
+async def test_concurrent_uploads_make_one_dataset_per_content(client: httpx.AsyncClient) -> None:
+    uploaded = await asyncio.gather(*(upload(client, "home", chat()) for _ in range(8)))
+    assert len({item["id"] for item in uploaded}) == 1
+    uploaded = await asyncio.gather(*(upload(client, "home", chat(str(number))) for number in range(8)))
+    assert sorted(item["version"] for item in uploaded) == list(range(2, 10))
 
 
 @pytest.mark.parametrize(
@@ -162,26 +164,28 @@ async def test_uploads_at_the_same_time_make_one_dataset(client: httpx.AsyncClie
         (b"\x00\x01\x02", "INVALID_SAMPLE", "line 1 of the upload is not JSON"),
     ],
 )
-async def test_a_bad_upload_changes_nothing(
+async def test_an_invalid_upload_changes_nothing(
     client: httpx.AsyncClient, home: Path, body: str | bytes, code: str, reason: str
 ) -> None:
-    # Whatever it calls itself.
+    # The content type does not matter.
     for content_type in ("application/x-ndjson", "application/json", "text/plain"):
-        answer = await client.post(PATH, params={"name": "home"}, content=body, headers={"Content-Type": content_type})
-        assert (answer.status_code, answer.json()["error_code"]) == (400, code)
-        assert reason in answer.json()["message"]
+        response = await client.post(
+            PATH, params={"name": "home"}, content=body, headers={"Content-Type": content_type}
+        )
+        assert (response.status_code, response.json()["error_code"]) == (400, code)
+        assert reason in response.json()["message"]
     assert (await client.get(PATH)).json()["total"] == 0
     assert not (home / "storage").exists()
 
 
 @pytest.mark.parametrize("name", ["", "Home", "a/b", "../x", "demo/homelab", "x" * 101, "ä", "a\n"])
-async def test_a_name_that_cannot_be(client: httpx.AsyncClient, name: str) -> None:
+async def test_an_invalid_name_is_refused(client: httpx.AsyncClient, name: str) -> None:
     assert (await client.post(PATH, params={"name": name}, content=chat())).status_code == 422
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_long_upload_takes_little_memory(client: httpx.AsyncClient) -> None:
-    """40 MB, more than other routes take."""
+    """40 MB, which is more than other routes accept."""
     line = f"{chat('word ' * 4000)}\n".encode()
 
     async def body() -> AsyncIterator[bytes]:
@@ -189,24 +193,26 @@ async def test_a_long_upload_takes_little_memory(client: httpx.AsyncClient) -> N
             yield line
 
     tracemalloc.start()
-    answer = await client.post(PATH, params={"name": "long"}, content=body())
+    response = await client.post(PATH, params={"name": "long"}, content=body())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert answer.status_code == 201
-    assert answer.json()["bytes"] > 32 * 1024 * 1024
+    assert response.status_code == 201
+    assert response.json()["bytes"] > 32 * 1024 * 1024
     assert peak < 8e6, f"{peak / 1e6:.0f} MB"
 
 
-async def test_an_upload_is_bounded(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_size_of_an_upload_is_limited(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.training.datasets.MAX_UPLOAD_BYTES", 1000)
     refused = await client.post(PATH, params={"name": "home"}, content=f"{chat()}\n" * 100)
     assert (refused.status_code, refused.json()["error_code"]) == (413, "BODY_TOO_LARGE")
 
 
-# What jobs resolve
+# Resolution by jobs
 
 
-async def test_a_dataset_by_name_and_by_id(client: httpx.AsyncClient, database: Database, alice: Principal) -> None:
+async def test_a_dataset_is_resolved_by_name_and_by_id(
+    client: httpx.AsyncClient, database: Database, alice: Principal
+) -> None:
     old = await upload(client, "home", chat())
     new = await upload(client, "home", chat("No."))
     pairs = await upload(client, "pairs", PAIR)
@@ -222,19 +228,19 @@ async def test_a_dataset_by_name_and_by_id(client: httpx.AsyncClient, database: 
             await resolve(DataSource(dataset=reference), alice)
 
 
-async def test_the_dataset_that_ships_is_everybodys(database: Database, alice: Principal) -> None:
-    mine, ours = (
+async def test_everybody_gets_the_shipped_dataset(database: Database, alice: Principal) -> None:
+    alices, locals_ = (
         await resolve(DataSource(dataset="demo/homelab"), alice),
         await resolve(DataSource(dataset="demo/homelab")),
     )
-    assert mine.id != ours.id
-    assert mine.digest == ours.digest
-    assert (await resolve(DataSource(dataset="demo/homelab"), alice)).id == mine.id
-    assert datasets.load(mine) == resolution.demo_samples()
-    assert (mine.created_by, ours.created_by) == ("alice", "local")
+    assert alices.id != locals_.id
+    assert alices.digest == locals_.digest
+    assert (await resolve(DataSource(dataset="demo/homelab"), alice)).id == alices.id
+    assert datasets.load(alices) == resolution.demo_samples()
+    assert (alices.created_by, locals_.created_by) == ("alice", "local")
 
 
-async def test_prompts_become_a_dataset_that_stays(database: Database, alice: Principal) -> None:
+async def test_prompts_become_a_dataset_that_later_changes_do_not_affect(database: Database, alice: Principal) -> None:
     async with database.transaction() as session:
         for name in ("One", "Two"):
             request = PromptRequest(name=name, user_input=name, expected_output="Yes.", tags=["Home Media"])
@@ -255,23 +261,23 @@ async def test_prompts_become_a_dataset_that_stays(database: Database, alice: Pr
         await resolve(DataSource(prompts=PromptFilter(category="nothing")), alice)
 
 
-async def test_a_damaged_file_is_noticed(client: httpx.AsyncClient, home: Path) -> None:
-    made = await upload(client, "home", chat())
+async def test_a_damaged_file_is_detected(client: httpx.AsyncClient, home: Path) -> None:
+    uploaded = await upload(client, "home", chat())
     dataset = await resolve(DataSource(dataset="home"))
-    file = home / "storage" / "datasets" / f"{made['digest']}.jsonl"
+    file = home / "storage" / "datasets" / f"{uploaded['digest']}.jsonl"
     file.write_text(chat("No.") + "\n")
     with pytest.raises(DatasetDamaged, match="has changed"):
         datasets.load(dataset)
     file.unlink()
     with pytest.raises(DatasetDamaged, match="is missing"):
         datasets.load(dataset)
-    gone = await client.get(f"{PATH}/{made['id']}/content")
-    assert (gone.status_code, gone.json()["error_code"]) == (500, "DATASET_DAMAGED")
-    assert await upload(client, "home", chat()) == made
-    assert len(datasets.load(dataset)) == 1, "uploading it again heals it"
+    response = await client.get(f"{PATH}/{uploaded['id']}/content")
+    assert (response.status_code, response.json()["error_code"]) == (500, "DATASET_DAMAGED")
+    assert await upload(client, "home", chat()) == uploaded
+    assert len(datasets.load(dataset)) == 1, "uploading it again repairs it"
 
 
-async def test_whoever_is_gone_resolves_nothing(database: Database) -> None:
+async def test_an_unknown_owner_cannot_resolve_a_dataset(database: Database) -> None:
     with pytest.raises(Forbidden, match="does not exist"):
         await asyncio.to_thread(resolution.resolve, DataSource(dataset="demo/homelab"), "x" * 36)
 
@@ -279,7 +285,7 @@ async def test_whoever_is_gone_resolves_nothing(database: Database) -> None:
 # Folders
 
 
-def test_a_folder_says_what_its_files_say(tmp_path: Path) -> None:
+def test_a_folder_yields_the_text_of_its_files(tmp_path: Path) -> None:
     readme = """---
 title: x
 ---
@@ -312,8 +318,8 @@ A switch.
     (tmp_path / "link.md").symlink_to("/etc/hostname")
     (tmp_path / "way-out").symlink_to("/etc")
     reading = documents.read_folder(tmp_path)
-    said = [tuple(message.content for message in sample.messages) for sample in reading.samples]
-    assert said == [
+    texts = [tuple(message.content for message in sample.messages) for sample in reading.samples]
+    assert texts == [
         ("What does README.md say?", "Intro."),
         ("What does README.md say about Home / Disks?", "Two disks.\n```sh\n# no heading\n```"),
         ("What does README.md say about Net?", "A switch."),
@@ -325,7 +331,7 @@ A switch.
     assert documents.read_folder(tmp_path) == reading
 
 
-def test_a_long_text_comes_in_pieces(tmp_path: Path) -> None:
+def test_a_long_text_is_split_into_parts(tmp_path: Path) -> None:
     paragraphs = [f"{number} " + "word " * 150 for number in range(6)]
     write(tmp_path, {"long.txt": "\n\n".join(paragraphs), "wide.txt": "x" * 5000})
     samples = documents.read_folder(tmp_path).samples
@@ -340,7 +346,7 @@ def test_a_long_text_comes_in_pieces(tmp_path: Path) -> None:
     assert [word for answer in answers[:3] for word in answer.split()] == " ".join(paragraphs).split()
 
 
-async def test_a_repository_is_a_folder_and_its_state_a_version(database: Database, tmp_path: Path) -> None:
+async def test_each_state_of_a_repository_is_a_version(database: Database, tmp_path: Path) -> None:
     repository = tmp_path / "Media Stack"
     write(repository, {"README.md": "# Media\nIt plays."})
     await asyncio.to_thread(subprocess.run, ["git", "init", "-q", repository], check=True)
@@ -366,7 +372,7 @@ async def test_a_repository_is_a_folder_and_its_state_a_version(database: Databa
         ({"a.md": "text", "b.jsonl": PAIR}, InvalidRequest, "both preference pairs and other documents"),
     ],
 )
-async def test_a_folder_without_use(
+async def test_a_folder_without_usable_documents_is_refused(
     database: Database, tmp_path: Path, files: dict[str, str], error: type[ForgearrError], reason: str
 ) -> None:
     folder = tmp_path / "folder"
@@ -376,7 +382,7 @@ async def test_a_folder_without_use(
         await resolve(DataSource(folder=str(folder)))
 
 
-def test_a_folder_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_folder_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {f"{number}.md": "text" for number in range(5)})
     assert len(documents.read_folder(tmp_path).samples) == 5
     for name, value in (("MAX_BYTES", 19), ("MAX_FILES", 4)):
@@ -402,11 +408,11 @@ async def test_folders_are_for_administrators_unless_they_are_shared(
         with pytest.raises(FolderForbidden):
             await resolve(DataSource(folder=str(path)), alice)
         with pytest.raises(FolderForbidden):
-            await check(database, DataSource(folder=str(path)), alice)
+            await require_usable(database, DataSource(folder=str(path)), alice)
     for path in open_:
         assert not resolution.needs_admin(FineTuneSpec(base_model=str(path), data=DataSource(folder=str(path))))
         assert await load(DataSource(folder=str(path)), alice)
-        await check(database, DataSource(folder=str(path)), alice)
+        await require_usable(database, DataSource(folder=str(path)), alice)
     admin = await account(database, "admin", "admin")
     for owner in (LOCAL, admin):
         assert await load(DataSource(folder=str(private)), owner)
@@ -417,19 +423,19 @@ async def test_folders_are_for_administrators_unless_they_are_shared(
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "/etc/hostname", "/" + "x" * 300, "~nobody-of-this-name/x"])
-async def test_a_folder_that_is_none(database: Database, path: str) -> None:
+async def test_a_path_that_is_no_folder_is_refused(database: Database, path: str) -> None:
     with pytest.raises(FolderNotFound):
-        await check(database, DataSource(folder=path), LOCAL)
+        await require_usable(database, DataSource(folder=path), LOCAL)
     with pytest.raises(FolderNotFound):
         await resolve(DataSource(folder=path))
 
 
-async def test_doors_learn_at_once_what_cannot_be(
+async def test_unusable_data_is_refused_before_a_job_is_queued(
     client: httpx.AsyncClient, database: Database, alice: Principal
 ) -> None:
     await upload(client, "home", chat())
-    await check(database, DataSource(dataset="home"), LOCAL)
-    await check(database, DataSource(dataset="demo/homelab"), alice)
+    await require_usable(database, DataSource(dataset="home"), LOCAL)
+    await require_usable(database, DataSource(dataset="demo/homelab"), alice)
     for data, owner, status in (
         (DataSource(dataset="home"), alice, 404),
         (DataSource(dataset="nothing"), LOCAL, 404),
@@ -439,11 +445,11 @@ async def test_doors_learn_at_once_what_cannot_be(
         (DataSource(folder="/nowhere"), alice, 403),
     ):
         with pytest.raises(ForgearrError) as refused:
-            await check(database, data, owner)
+            await require_usable(database, data, owner)
         assert refused.value.status == status
 
 
-async def check(database: Database, data: DataSource, principal: Principal) -> None:
+async def require_usable(database: Database, data: DataSource, principal: Principal) -> None:
     async with database.read_transaction() as session:
         await resolution.require_usable(session, data, principal, "supervised")
 

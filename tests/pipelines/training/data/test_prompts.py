@@ -1,4 +1,4 @@
-"""Training prompts: kept by hand through the API, and chosen by filters for training."""
+"""Training prompts: edited through the API, and selected by filters for training."""
 
 import json
 import tracemalloc
@@ -33,7 +33,7 @@ MOVIE = {
     "expected_output": "I'll request Inception for you via Overseerr.",
     "tags": ["movies", "requests"],
 }
-TALK = {
+CONVERSATION = {
     "name": "A call, its result and the answer",
     "user_input": "Do we have Alien?",
     "tools": [SEARCH],
@@ -45,7 +45,7 @@ TALK = {
 }
 
 
-def wanted(**changes: Any) -> PromptRequest:
+def build_request(**changes: Any) -> PromptRequest:
     return PromptRequest.model_validate({**MOVIE, **changes})
 
 
@@ -94,7 +94,7 @@ async def test_a_prompt_is_created_read_changed_and_deleted(client: httpx.AsyncC
         {"colour": "red"},
     ],
 )
-async def test_what_makes_no_sense_is_refused(client: httpx.AsyncClient, changes: dict[str, Any]) -> None:
+async def test_an_invalid_prompt_is_refused(client: httpx.AsyncClient, changes: dict[str, Any]) -> None:
     assert (await client.post(PATH, json={**MOVIE, **changes})).status_code == 422
     prompt = (await client.post(PATH, json=MOVIE)).json()
     refused = await client.put(f"{PATH}/{prompt['id']}", json=changes)
@@ -104,7 +104,7 @@ async def test_what_makes_no_sense_is_refused(client: httpx.AsyncClient, changes
     assert page["items"] == [prompt]
 
 
-async def test_prompts_are_found_by_category_tag_and_words(client: httpx.AsyncClient) -> None:
+async def test_prompts_are_filtered_by_category_tag_and_text(client: httpx.AsyncClient) -> None:
     for name, category, tags in (("One", "media", ["a"]), ("Two", "media", ["a", "b"]), ("50%_Three", None, [])):
         prompt = {**MOVIE, "name": name, "category": category, "tags": tags}
         assert (await client.post(PATH, json=prompt)).status_code == 201
@@ -112,10 +112,10 @@ async def test_prompts_are_found_by_category_tag_and_words(client: httpx.AsyncCl
     async def names(**filters: str) -> list[str]:
         page = (await client.get(PATH, params=filters)).json()
         exported = (await client.get(f"{PATH}/export", params=filters)).text.splitlines()
-        found = [prompt["name"] for prompt in page["items"]]
-        assert page["total"] == len(found)
-        assert [json.loads(line)["name"] for line in exported] == found
-        return found
+        listed = [prompt["name"] for prompt in page["items"]]
+        assert page["total"] == len(listed)
+        assert [json.loads(line)["name"] for line in exported] == listed
+        return listed
 
     assert await names() == ["One", "Two", "50%_Three"]
     assert await names(category="media") == ["One", "Two"]
@@ -128,8 +128,12 @@ async def test_prompts_are_found_by_category_tag_and_words(client: httpx.AsyncCl
     assert ([prompt["name"] for prompt in second["items"]], second["total"]) == (["Two"], 3)
 
 
-async def test_what_is_exported_can_be_imported(client: httpx.AsyncClient) -> None:
-    sent = [MOVIE, {**TALK, "tags": []}, {**TALK, "expected_output": "", "tool_calls": [CALL], "tags": []}]
+async def test_an_export_can_be_imported(client: httpx.AsyncClient) -> None:
+    sent = [
+        MOVIE,
+        {**CONVERSATION, "tags": []},
+        {**CONVERSATION, "expected_output": "", "tool_calls": [CALL], "tags": []},
+    ]
     body = "\ufeff" + "".join(f"{json.dumps(prompt)}\r\n\n" for prompt in sent)
     imported = await client.post(f"{PATH}/import", content=body.encode())
     assert (imported.status_code, imported.json()) == (201, {"imported": 3})
@@ -153,7 +157,9 @@ async def test_what_is_exported_can_be_imported(client: httpx.AsyncClient) -> No
         (json.dumps({**MOVIE, "id": 1}), "id: Extra inputs"),
     ],
 )
-async def test_an_import_is_whole_or_nothing(client: httpx.AsyncClient, line: str, reason: str) -> None:
+async def test_an_import_with_an_invalid_line_imports_nothing(
+    client: httpx.AsyncClient, line: str, reason: str
+) -> None:
     body = f"{json.dumps(MOVIE)}\n{line}\n{json.dumps(MOVIE)}"
     refused = await client.post(f"{PATH}/import", content=body)
     assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_SAMPLE")
@@ -161,14 +167,14 @@ async def test_an_import_is_whole_or_nothing(client: httpx.AsyncClient, line: st
     assert (await client.get(PATH)).json()["total"] == 0
 
 
-async def test_an_import_of_nothing_is_an_error(client: httpx.AsyncClient) -> None:
+async def test_an_empty_import_is_refused(client: httpx.AsyncClient) -> None:
     refused = await client.post(f"{PATH}/import", content="\n\n")
     assert (refused.status_code, refused.json()["error_code"]) == (400, "EMPTY_DATA")
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_long_import_takes_little_memory(client: httpx.AsyncClient) -> None:
-    """20,000 lines of 1 KB, 20 MB together, of which never more than a part is held."""
+    """20,000 lines of 1 KB, 20 MB together, of which only a part may be in memory."""
     line = f"{json.dumps({**MOVIE, 'expected_output': 'word ' * 150})}\n".encode()
 
     async def body() -> AsyncIterator[bytes]:
@@ -185,45 +191,45 @@ async def test_a_long_import_takes_little_memory(client: httpx.AsyncClient) -> N
     assert peak < len(line) * 20_000 / 2, f"{peak / 1e6:.0f} MB"
 
 
-async def test_an_import_is_bounded(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_size_of_an_import_is_limited(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.training.prompts.MAX_IMPORT_BYTES", 1000)
     refused = await client.post(f"{PATH}/import", content=f"{json.dumps(MOVIE)}\n" * 10)
     assert (refused.status_code, refused.json()["error_code"]) == (413, "BODY_TOO_LARGE")
 
 
-async def test_prompts_are_chosen_for_training(database: Database) -> None:
+async def test_prompts_are_selected_for_training(database: Database) -> None:
     async with database.transaction() as session:
-        mine = [await prompts.create(session, wanted(tags=tags), ALICE) for tags in (["a"], ["a", "b"], ["c"])]
-        theirs = await prompts.create(session, wanted(tags=["a"]), BOB)
-    one, two, three = (prompt.id for prompt in mine)
+        alices = [await prompts.create(session, build_request(tags=tags), ALICE) for tags in (["a"], ["a", "b"], ["c"])]
+        bobs = await prompts.create(session, build_request(tags=["a"]), BOB)
+    one, two, three = (prompt.id for prompt in alices)
 
-    async def chosen(principal: Principal = ALICE, **told: Any) -> list[int]:
+    async def matching_ids(principal: Principal = ALICE, **filters: Any) -> list[int]:
         async with database.read_transaction() as session:
-            return await prompts.find_matching_ids(session, PromptFilter(**told), principal)
+            return await prompts.find_matching_ids(session, PromptFilter(**filters), principal)
 
-    assert await chosen(tags=["a"]) == [one, two]
-    assert await chosen(tags=["b", "c"]) == [two, three]
-    assert await chosen(tags=["a", "c"], ids=[three, one]) == [one, three]
-    assert await chosen(category="media") == [one, two, three]
-    assert await chosen(LOCAL, tags=["a"]) == [one, two, theirs.id]
+    assert await matching_ids(tags=["a"]) == [one, two]
+    assert await matching_ids(tags=["b", "c"]) == [two, three]
+    assert await matching_ids(tags=["a", "c"], ids=[three, one]) == [one, three]
+    assert await matching_ids(category="media") == [one, two, three]
+    assert await matching_ids(LOCAL, tags=["a"]) == [one, two, bobs.id]
     with pytest.raises(NoMatchingPrompt, match="No training prompt of yours has any of the tags nothing"):
-        await chosen(tags=["nothing"])
+        await matching_ids(tags=["nothing"])
     with pytest.raises(NoMatchingPrompt, match="the category 'x' and any of the tags a"):
-        await chosen(category="x", tags=["a"])
-    for unknown in (theirs.id, 0, -5, 2**63, 10**30):
+        await matching_ids(category="x", tags=["a"])
+    for unknown in (bobs.id, 0, -5, 2**63, 10**30):
         with pytest.raises(PromptNotFound, match=f"There is no prompt {unknown}"):
-            await chosen(ids=[one, unknown])
+            await matching_ids(ids=[one, unknown])
     with pytest.raises(PromptNotFound, match="There are no prompts"):
-        await chosen(ids=list(range(1, 60_000)))
+        await matching_ids(ids=list(range(1, 60_000)))
 
 
 async def test_a_prompt_becomes_a_conversation(database: Database) -> None:
     async with database.transaction() as session:
-        for told in (MOVIE, TALK, {**TALK, "expected_output": None, "tool_calls": [CALL]}):
-            await prompts.create(session, PromptRequest.model_validate(told), LOCAL)
+        for values in (MOVIE, CONVERSATION, {**CONVERSATION, "expected_output": None, "tool_calls": [CALL]}):
+            await prompts.create(session, PromptRequest.model_validate(values), LOCAL)
     async with database.read_transaction() as session:
         samples = await prompts.load_samples(session, PromptFilter(ids=[1, 2, 3]), LOCAL)
-    movie, talk, call = (sample.model_dump(exclude_none=True) for sample in samples)
+    movie, conversation, call = (sample.model_dump(exclude_none=True) for sample in samples)
     assert movie == {
         "messages": [
             {"role": "system", "content": MOVIE["system_prompt"]},
@@ -231,15 +237,15 @@ async def test_a_prompt_becomes_a_conversation(database: Database) -> None:
             {"role": "assistant", "content": MOVIE["expected_output"]},
         ]
     }
-    assert [message["role"] for message in talk["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in conversation["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert call["messages"][-1] == {"role": "assistant", "tool_calls": [CALL]}
-    # Models read the fields of a tool in their order, so no database may change it.
-    assert list(talk["tools"][0]["function"]["parameters"]) == ["type", "z", "a"]
+    # The order of a tool's fields matters to models, so the database must keep it.
+    assert list(conversation["tools"][0]["function"]["parameters"]) == ["type", "z", "a"]
 
 
-def test_a_line_is_read_as_a_prompt_or_refused() -> None:
-    assert prompts.read_line(json.dumps(MOVIE), "line 1") == wanted()
+def test_a_line_is_parsed_as_a_prompt_or_refused() -> None:
+    assert prompts.read_line(json.dumps(MOVIE), "line 1") == build_request()
     with pytest.raises(InvalidSample, match="The line 1 is not a valid prompt: name: Field required"):
         prompts.read_line("{}", "line 1")
     with pytest.raises(ValidationError):
-        wanted(user_input="")
+        build_request(user_input="")

@@ -1,4 +1,4 @@
-"""Lines of a dataset: what is understood, and what is refused with the line's number."""
+"""Parsing of a dataset's lines, and the errors with their line numbers."""
 
 import json
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from pipelines.training.data.parsing import (
 )
 from pipelines.training.data.samples import PreferencePair, Sample
 
-ASK = {"role": "user", "content": "Find Alien."}
-SAY = {"role": "assistant", "content": "Here it is."}
+QUESTION = {"role": "user", "content": "Find Alien."}
+ANSWER = {"role": "assistant", "content": "Here it is."}
 TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
 CALL = {
     "role": "assistant",
@@ -38,46 +38,46 @@ def call(name: str = "search", arguments: Any = "{}") -> dict[str, Any]:
     }
 
 
-def test_a_conversation_with_a_call_and_its_result() -> None:
-    (sample,) = parse_samples(chat(ASK, CALL, RESULT, SAY, tools=[TOOL]), "test")
+def test_a_conversation_with_a_tool_call_is_parsed() -> None:
+    (sample,) = parse_samples(chat(QUESTION, CALL, RESULT, ANSWER, tools=[TOOL]), "test")
     assert isinstance(sample, Sample)
     assert [message.role for message in sample.messages] == ["user", "assistant", "tool", "assistant"]
-    assert sample.model_dump(exclude_none=True) == {"messages": [ASK, CALL, RESULT, SAY], "tools": [TOOL]}
+    assert sample.model_dump(exclude_none=True) == {"messages": [QUESTION, CALL, RESULT, ANSWER], "tools": [TOOL]}
 
 
 @pytest.mark.parametrize(
-    ("told", "meant"),
+    ("message", "expected"),
     [
         ({"role": "developer", "content": "Be brief."}, {"role": "system", "content": "Be brief."}),
-        ({**ASK, "content": [{"type": "text", "text": "Find "}, {"type": "text", "text": "Alien."}]}, ASK),
-        ({**ASK, "weight": None}, ASK),
-        ({**SAY, "weight": 1, "refusal": None, "audio": None, "tool_calls": [], "annotations": []}, SAY),
+        ({**QUESTION, "content": [{"type": "text", "text": "Find "}, {"type": "text", "text": "Alien."}]}, QUESTION),
+        ({**QUESTION, "weight": None}, QUESTION),
+        ({**ANSWER, "weight": 1, "refusal": None, "audio": None, "tool_calls": [], "annotations": []}, ANSWER),
         (call(arguments={"title": "Alien"}), call(arguments='{"title":"Alien"}')),
     ],
 )
-def test_what_others_write_differently(told: dict[str, Any], meant: dict[str, Any]) -> None:
-    (sample,) = parse_samples(chat(ASK, told, SAY, tools=[TOOL], parallel_tool_calls=False), "test")
+def test_other_forms_of_a_message_are_normalized(message: dict[str, Any], expected: dict[str, Any]) -> None:
+    (sample,) = parse_samples(chat(QUESTION, message, ANSWER, tools=[TOOL], parallel_tool_calls=False), "test")
     assert isinstance(sample, Sample)
-    assert sample.messages[1].model_dump(exclude_none=True) == meant
+    assert sample.messages[1].model_dump(exclude_none=True) == expected
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        {"messages": [ASK], "chosen": [SAY], "rejected": [{**SAY, "content": "No."}]},
-        {"messages": [ASK], "chosen": SAY, "rejected": "No."},
+        {"messages": [QUESTION], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "No."}]},
+        {"messages": [QUESTION], "chosen": ANSWER, "rejected": "No."},
         {"prompt": "Find Alien.", "chosen": "Here it is.", "rejected": "No."},
-        {"prompt": [ASK], "chosen": [SAY], "rejected": [{**SAY, "content": "No."}]},
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "No."}]},
         {
-            "input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True},
-            "preferred_output": [SAY],
-            "non_preferred_output": [{**SAY, "content": "No."}],
+            "input": {"messages": [QUESTION], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [ANSWER],
+            "non_preferred_output": [{**ANSWER, "content": "No."}],
         },
     ],
 )
-def test_preferences_in_every_form_are_the_same(line: dict[str, Any]) -> None:
+def test_all_forms_of_preferences_are_parsed_to_the_same_pair(line: dict[str, Any]) -> None:
     (pair,) = parse_samples(json.dumps(line), "test")
-    expected = {"messages": [ASK], "chosen": [SAY], "rejected": [{**SAY, "content": "No."}]}
+    expected = {"messages": [QUESTION], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "No."}]}
     assert isinstance(pair, PreferencePair)
     assert pair.model_dump(exclude_none=True) == expected
 
@@ -91,27 +91,27 @@ def test_preferences_in_every_form_are_the_same(line: dict[str, Any]) -> None:
         ('{"text": "a"}', "it has no messages"),
         ('{"messages": "a"}', "messages: "),
         (chat(), "messages: "),
-        (chat(ASK), "no message of the assistant"),
-        (chat(ASK, SAY, ASK), "its last message is the user's"),
-        (chat(ASK, {"role": "assistant", "content": "  "}), "neither content nor tool_calls"),
-        (chat({"role": "user", "content": ""}, SAY), "the user's message has no content"),
-        (chat({"role": "user"}, SAY), "the user's message has no content"),
-        (chat({"role": "bot", "content": "a"}, SAY), "messages.0.role"),
-        (chat({**ASK, "tool_calls": CALL["tool_calls"]}, SAY, tools=[TOOL]), "only a message of the assistant"),
-        (chat({**ASK, "tool_call_id": "c1"}, SAY), "tool_call_id"),
-        (chat(ASK, {"role": "tool", "content": "{}"}, SAY), "tool_call_id"),
-        (chat(ASK, RESULT, SAY), "answers"),
-        (chat(ASK, CALL), "'search', which is not among its tools"),
-        (chat(ASK, call("other"), tools=[TOOL]), "'other', which is not among its tools"),
-        (chat(ASK, call(arguments="title=Alien"), tools=[TOOL]), "is not JSON"),
-        (chat(ASK, call(arguments='["Alien"]'), tools=[TOOL]), "must be a JSON object"),
-        (chat(ASK, SAY, tools=["search"]), "tools.0"),
-        (chat(ASK, {**SAY, "weight": 0}), "remove the weight"),
-        (chat(ASK, {**SAY, "mood": "good"}), "messages.1.mood"),
-        (chat(ASK, SAY, source="a book"), "source"),
-        (chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, SAY), "only text"),
-        (chat({"role": "user", "content": "a\0b"}, SAY), "U+0000"),
-        (chat(ASK, call(arguments='{"title": "a\\u0000b"}'), tools=[TOOL]), "U+0000"),
+        (chat(QUESTION), "no message of the assistant"),
+        (chat(QUESTION, ANSWER, QUESTION), "its last message is the user's"),
+        (chat(QUESTION, {"role": "assistant", "content": "  "}), "neither content nor tool_calls"),
+        (chat({"role": "user", "content": ""}, ANSWER), "the user's message has no content"),
+        (chat({"role": "user"}, ANSWER), "the user's message has no content"),
+        (chat({"role": "bot", "content": "a"}, ANSWER), "messages.0.role"),
+        (chat({**QUESTION, "tool_calls": CALL["tool_calls"]}, ANSWER, tools=[TOOL]), "only a message of the assistant"),
+        (chat({**QUESTION, "tool_call_id": "c1"}, ANSWER), "tool_call_id"),
+        (chat(QUESTION, {"role": "tool", "content": "{}"}, ANSWER), "tool_call_id"),
+        (chat(QUESTION, RESULT, ANSWER), "answers"),
+        (chat(QUESTION, CALL), "'search', which is not among its tools"),
+        (chat(QUESTION, call("other"), tools=[TOOL]), "'other', which is not among its tools"),
+        (chat(QUESTION, call(arguments="title=Alien"), tools=[TOOL]), "is not JSON"),
+        (chat(QUESTION, call(arguments='["Alien"]'), tools=[TOOL]), "must be a JSON object"),
+        (chat(QUESTION, ANSWER, tools=["search"]), "tools.0"),
+        (chat(QUESTION, {**ANSWER, "weight": 0}), "remove the weight"),
+        (chat(QUESTION, {**ANSWER, "mood": "good"}), "messages.1.mood"),
+        (chat(QUESTION, ANSWER, source="a book"), "source"),
+        (chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER), "only text"),
+        (chat({"role": "user", "content": "a\0b"}, ANSWER), "U+0000"),
+        (chat(QUESTION, call(arguments='{"title": "a\\u0000b"}'), tools=[TOOL]), "U+0000"),
         ('{"messages": "\\ud800"}', "is not JSON"),
         ('{"messages": ' + "[" * 200 + "]" * 200 + "}", "nested"),
         ('{"messages": ' + "[" * 100_000, "is not JSON"),
@@ -120,54 +120,57 @@ def test_preferences_in_every_form_are_the_same(line: dict[str, Any]) -> None:
         ('{"chosen": "b", "rejected": "c"}', "messages: "),
         ('{"input": "a", "preferred_output": [], "non_preferred_output": []}', "input is an object"),
         ('{"input": {"messages": [], "model": "x"}, "preferred_output": []}', "'model'"),
-        (json.dumps({"messages": [ASK], "chosen": [ASK, SAY], "rejected": [SAY]}), "begin with the assistant's"),
+        (
+            json.dumps({"messages": [QUESTION], "chosen": [QUESTION, ANSWER], "rejected": [ANSWER]}),
+            "begin with the assistant's",
+        ),
     ],
 )
-def test_a_bad_line_is_named(line: str, reason: str) -> None:
-    good = chat(ASK, SAY)
+def test_the_error_of_an_invalid_line_has_its_number_and_reason(line: str, reason: str) -> None:
+    good = chat(QUESTION, ANSWER)
     with pytest.raises(InvalidSample) as refused:
         parse_samples(f"{good}\n\n{line}\n{good}\n", "my-set")
     assert "line 3 of my-set" in refused.value.message
     assert reason in refused.value.message
 
 
-def test_bytes_that_are_no_text_are_refused() -> None:
+def test_bytes_that_are_not_utf_8_are_refused() -> None:
     with pytest.raises(InvalidSample, match="line 1 of test is not JSON"):
         parse_samples(b'{"messages": "\xff"}', "test")
 
 
-def test_one_set_has_one_sort() -> None:
+def test_a_dataset_has_samples_of_one_kind() -> None:
     pair = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
     with pytest.raises(InvalidSample, match="line 2 of test is preferences, those before are chat"):
-        parse_samples([chat(ASK, SAY), pair], "test")
+        parse_samples([chat(QUESTION, ANSWER), pair], "test")
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", b"", []])
-def test_nothing_is_an_error(text: Any) -> None:
+def test_data_without_samples_is_refused(text: Any) -> None:
     with pytest.raises(EmptyData, match="no sample in test"):
         parse_samples(text, "test")
 
 
-def test_what_looks_like_the_end_of_a_line_is_text() -> None:
-    said = "one\u2028two\x85three\x0bfour"
-    line = json.dumps({"messages": [{**ASK, "content": said}, SAY]}, ensure_ascii=False)
+def test_unicode_line_separators_do_not_end_a_line() -> None:
+    text = "one\u2028two\x85three\x0bfour"
+    line = json.dumps({"messages": [{**QUESTION, "content": text}, ANSWER]}, ensure_ascii=False)
     line = line.replace("\x0b", "\\u000b")
     (sample,) = parse_samples(f"\ufeff{line}\r\n", "test")
     assert isinstance(sample, Sample)
-    assert sample.messages[0].content == said
+    assert sample.messages[0].content == text
     assert parse_samples(to_json_line(sample), "test") == [sample]
 
 
-def test_samples_are_read_one_by_one() -> None:
+def test_samples_are_read_lazily() -> None:
     def endless() -> Iterator[str]:
         while True:
-            yield chat(ASK, SAY)
+            yield chat(QUESTION, ANSWER)
 
     reading = read_samples(endless(), "test")
     assert next(reading) == next(reading)
 
 
-def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_length_of_a_line_is_limited(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.training.data.parsing.MAX_LINE_BYTES", 1000)
     path = tmp_path / "long"
     path.write_bytes(b" " * 10_000 + b"{}")
@@ -178,7 +181,7 @@ def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Any, monkeypatch: p
         parse_samples(read_lines(file), "test")
 
 
-def test_the_samples_that_ship() -> None:
+def test_the_shipped_samples_are_valid() -> None:
     samples = resolution.demo_samples()
     calls = [sample for sample in samples if any(message.tool_calls for message in sample.messages)]
     assert len(samples) >= 40

@@ -1,4 +1,4 @@
-"""Deploying and rolling back: what is refused, in which order things happen, and what Ollama gets."""
+"""Deployment and rollback: refusals, the order of the steps, and what is sent to Ollama."""
 
 import asyncio
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ async def passed_version(registry_model: RegistryModel, content: bytes = b"") ->
     return version.number
 
 
-async def test_the_alias_moves_and_comes_back(registry_model: RegistryModel) -> None:
+async def test_a_deployment_moves_the_alias_and_a_rollback_moves_it_back(registry_model: RegistryModel) -> None:
     for number in (1, 2):
         await passed_version(registry_model)
         link = RecordingLink()
@@ -75,7 +75,7 @@ async def test_the_alias_moves_and_comes_back(registry_model: RegistryModel) -> 
         }
         assert link.phases == ["fetching", "loading", "switching"]
         assert link.logged == ["No engine is configured (engines.replicas is 0), so none loads it."]
-    # An attempt that is made again after all was done changes nothing.
+    # A repeated attempt changes nothing.
     assert (await run(registry_model, 2))["previous"] == 1
     version, replaced, left_to_do = await deploy_job.roll_back(registry_model.name)
     assert (version.number, replaced, left_to_do) == (1, 2, None)
@@ -83,7 +83,7 @@ async def test_the_alias_moves_and_comes_back(registry_model: RegistryModel) -> 
         await deploy_job.roll_back(registry_model.name)
 
 
-async def test_what_did_not_pass_is_refused_unless_it_is_forced(registry_model: RegistryModel) -> None:
+async def test_a_version_that_did_not_pass_is_deployed_only_with_force(registry_model: RegistryModel) -> None:
     await registry_model.register()
     with pytest.raises(VersionNotPassed, match="never validated"):
         await run(registry_model, 1)
@@ -99,7 +99,7 @@ async def test_what_did_not_pass_is_refused_unless_it_is_forced(registry_model: 
         await run(registry_model, 7)
 
 
-async def test_a_version_may_be_named_by_its_export(registry_model: RegistryModel) -> None:
+async def test_a_version_can_be_named_by_its_export(registry_model: RegistryModel) -> None:
     await registry_model.register()
     version = await registry_model.register()
     spec = DeploySpec(export_job_id=version.export_job_id, force=True)
@@ -110,7 +110,7 @@ async def test_a_version_may_be_named_by_its_export(registry_model: RegistryMode
             await run_spec(DeploySpec(export_job_id=unknown), RecordingLink())
 
 
-async def test_ollama_gets_file_template_and_parameters_once(
+async def test_ollama_receives_file_template_and_parameters_once(
     registry_model: RegistryModel, ollama: FakeOllama, tmp_path: Path
 ) -> None:
     contents = [gguf(tmp_path / str(context), CHAT_TEMPLATE, context) for context in (512, 100_000)]
@@ -125,13 +125,13 @@ async def test_ollama_gets_file_template_and_parameters_once(
             "latest": f"{registry_model.name}:latest",
             "digest": digest,
         }
-        made = ollama.models[version.reference]
-        assert made["files"] == {version.files[0].name: digest}
-        assert ollama.models[f"{registry_model.name}:latest"] == made
-        assert made["parameters"]["stop"] == ["<|im_start|>", "<|im_end|>"]
-        assert made["parameters"]["num_ctx"] == min(512 if number == 1 else 100_000, get_settings().engines.context)
-        assert "{{- range .Tools }}" in made["template"]
-        assert made["template"].endswith("{{ .Response }}")
+        model = ollama.models[version.reference]
+        assert model["files"] == {version.files[0].name: digest}
+        assert ollama.models[f"{registry_model.name}:latest"] == model
+        assert model["parameters"]["stop"] == ["<|im_start|>", "<|im_end|>"]
+        assert model["parameters"]["num_ctx"] == min(512 if number == 1 else 100_000, get_settings().engines.context)
+        assert "{{- range .Tools }}" in model["template"]
+        assert model["template"].endswith("{{ .Response }}")
     await run(registry_model, 2)
     assert ollama.uploads == 2
     _, _, left_to_do = await deploy_job.roll_back(registry_model.name)
@@ -139,17 +139,17 @@ async def test_ollama_gets_file_template_and_parameters_once(
     assert ollama.models[f"{registry_model.name}:latest"] == ollama.models[f"{registry_model.name}:v1"]
 
 
-async def test_the_template_of_other_models_is_left_to_ollama(
+async def test_an_unknown_template_is_left_to_ollama(
     registry_model: RegistryModel, ollama: FakeOllama, tmp_path: Path
 ) -> None:
     await passed_version(registry_model, gguf(tmp_path / "file", "[INST] {{ messages[0].content }} [/INST]", 512))
     await run(registry_model, 1)
-    made = ollama.models[f"{registry_model.name}:v1"]
-    assert "template" not in made
-    assert made["parameters"] == {"num_ctx": 512}
+    model = ollama.models[f"{registry_model.name}:v1"]
+    assert "template" not in model
+    assert model["parameters"] == {"num_ctx": 512}
 
 
-async def test_nothing_is_switched_before_ollama_has_it(
+async def test_the_alias_moves_only_after_ollama_has_the_model(
     registry_model: RegistryModel, ollama: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for context in (512, 1024):
@@ -163,9 +163,9 @@ async def test_nothing_is_switched_before_ollama_has_it(
 
     monkeypatch.setenv("FORGEARR_OLLAMA__URL", "http://127.0.0.1:9")
     get_settings.cache_clear()
-    with pytest.raises(OllamaUnavailable) as away:
+    with pytest.raises(OllamaUnavailable) as unavailable:
         await run(registry_model, 2)
-    assert away.value.retryable
+    assert unavailable.value.retryable
     assert (await registry_model.registry.find(registry_model.name)).number == 1
 
 
@@ -184,14 +184,14 @@ async def test_a_rollback_does_not_wait_for_ollama(
     assert (await registry_model.registry.find(registry_model.name)).number == 1
 
 
-def test_the_fake_checks_what_it_gets() -> None:
+def test_the_fake_ollama_checks_digests() -> None:
     with running_fake_ollama() as server:
         refused = httpx.post(f"{server.url}/api/blobs/sha256:{'0' * 64}", content=b"something else", timeout=TIMEOUT)
         assert refused.status_code == 400
 
 
 def gguf(path: Path, template: str, context: int) -> bytes:
-    """A file that says all that a push reads from it."""
+    """Make a GGUF with all the metadata that a push reads."""
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(context)
     writer.add_chat_template(template)

@@ -1,4 +1,4 @@
-"""Steps that end in every way there is."""
+"""Steps that fail in different ways, and one that prints too much."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ def refuse(report: OnProgress) -> None:
 
 
 def chatter(report: OnProgress) -> dict[str, Any]:
-    """Prints what is no answer, to where answers go, and more than a pipe holds."""
+    """Print text that is no result to the pipe of the results, and more than the pipe holds."""
     report(0.5, "chattering")
     print("this is no answer", flush=True)
     os.write(1, b"x" * 200_000 + b"\n")

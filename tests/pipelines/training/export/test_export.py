@@ -1,4 +1,4 @@
-"""Exports of models that were really trained, with llama.cpp's real converter, to a real MLflow."""
+"""Exports of trained models with llama.cpp's converter to a real MLflow."""
 
 import asyncio
 import hashlib
@@ -49,7 +49,7 @@ QUANTIZATIONS = ["q4_k_m", "q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_0"]
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
-def test_an_adapter_is_merged_and_becomes_files_of_every_type(harness: JobHarness, trained: Path) -> None:
+def test_an_adapter_is_merged_and_exported_in_every_quantization(harness: JobHarness, trained: Path) -> None:
     fine_tune = harness.fine_tuned("lora")
     job_id, result, link = harness.run(
         "export", {"job_id": fine_tune, "quantizations": QUANTIZATIONS, "adapter": True, "name": "all-types"}
@@ -57,62 +57,66 @@ def test_an_adapter_is_merged_and_becomes_files_of_every_type(harness: JobHarnes
     version = find(f"all-types:v{result['version']}")
     assert (version.job_id, version.export_job_id, version.run_id) == (fine_tune, job_id, result["run_id"])
     assert [file.quantization for file in version.files] == QUANTIZATIONS
-    assert [file["name"] for file in result["files"]] == [f"all-types-{one}.gguf" for one in QUANTIZATIONS]
+    assert [file["name"] for file in result["files"]] == [
+        f"all-types-{quantization}.gguf" for quantization in QUANTIZATIONS
+    ]
     sizes = {file["quantization"]: file["bytes"] for file in result["files"]}
     assert sorted(sizes, key=sizes.__getitem__)[:3] == ["q4_0", "q4_k_m", "q5_k_m"]
     assert all(file["seconds"] > 0 for file in result["files"])
-    # What is served comes first, and is here already.
+    # The file that will be served comes first, and is already in the cache.
     assert model_cache.find(result["files"][0]["sha256"], result["files"][0]["bytes"]) is not None
-    for told, file in zip([*result["files"], result["adapter"]], [*version.files, version.adapter], strict=True):
+    for entry, file in zip([*result["files"], result["adapter"]], [*version.files, version.adapter], strict=True):
         content = fetch(version, file).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == told["sha256"]
-        assert len(content) == told["bytes"]
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+        assert len(content) == entry["bytes"]
 
-    expected = learned(trained / "lora")
+    expected = merged_weight(trained / "lora")
     assert not numpy.allclose(expected, weight(base_models.resolve("forgearr/tiny")), atol=1e-3), "nothing was learned"
     by_type = {file.quantization: fetch(version, file) for file in version.files}
     numpy.testing.assert_allclose(tensor(by_type["f16"]), expected, atol=2e-4)
     numpy.testing.assert_allclose(tensor(by_type["q8_0"]), expected, atol=2e-3)
     assert version.adapter is not None
     reader = gguf.GGUFReader(fetch(version, version.adapter))
-    assert "blk.0.ffn_up.weight.lora_a" in {one.name for one in reader.tensors}
+    assert "blk.0.ffn_up.weight.lora_a" in {tensor.name for tensor in reader.tensors}
 
     assert link.progress == sorted(link.progress)
     assert (link.progress[0], link.progress[-1]) == (0, 100)
-    assert left_behind() == []
+    assert leftovers() == []
 
-    # The version is a base model for the next training: the same weights, merged once.
+    # The version can be the base model of the next training. Its weights are merged once.
     folder = base_models.resolve(version.reference)
     numpy.testing.assert_allclose(weight(folder), expected, atol=1e-6)
     assert base_models.resolve(version.reference) == folder
     with pytest.raises(ModelNotFound):
         base_models.resolve("all-types:v99")
 
-    # A training names it so that a later deployment changes nothing.
+    # A training pins the version, so a later deployment does not affect it.
     asyncio.run(serve(version))
     assert base_models.pin_reference("all-types:latest") == version.reference
     assert base_models.pin_reference("forgearr/tiny") == "forgearr/tiny"
 
 
 @pytest.mark.deep
-def test_a_base_in_four_bits_is_trained_and_exported_whole(harness: JobHarness, trained: Path, tmp_path: Path) -> None:
+def test_a_base_model_in_four_bits_is_trained_and_exported(harness: JobHarness, trained: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = tmp_path / "tiny-bnb-4bit"
-    packed: Any = AutoModelForCausalLM.from_pretrained(base_models.resolve("forgearr/tiny"), quantization_config=bits)
-    packed.save_pretrained(base)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
+        base_models.resolve("forgearr/tiny"), quantization_config=bits
+    )
+    quantized.save_pretrained(base)
     AutoTokenizer.from_pretrained(base_models.resolve("forgearr/tiny")).save_pretrained(base)
 
-    def learn(**values: Any) -> recipe.TrainingResult:
-        said = {"data": {"dataset": "any"}, "max_steps": 3, "batch_size": 2, "eval_split": 0, **values}
-        spec = FineTuneSpec.model_validate({"base_model": "packed", "learning_rate": 0.01, **said})
+    def train(**values: Any) -> recipe.TrainingResult:
+        options = {"data": {"dataset": "any"}, "max_steps": 3, "batch_size": 2, "eval_split": 0, **values}
+        spec = FineTuneSpec.model_validate({"base_model": "packed", "learning_rate": 0.01, **options})
         return recipe.train(spec, chats(8), base=str(base), work_folder=tmp_path / "work", observer=SilentObserver())
 
     with pytest.raises(recipe.QuantizedBase, match="packed is quantized, so its own weights"):
-        learn(tuning="full")
-    model = learn(tuning="qlora").model
+        train(tuning="full")
+    model = train(tuning="qlora").model
     lines = [sample.model_dump_json(exclude_none=True) for sample in chats(1)]
     (model / "held_out.jsonl").write_text("\n".join(lines))
     model.rename(trained / "packed")
@@ -128,7 +132,7 @@ def test_a_base_in_four_bits_is_trained_and_exported_whole(harness: JobHarness, 
 
 
 @pytest.mark.deep
-def test_one_file_of_a_whole_model_is_written_by_the_converter_alone(harness: JobHarness, trained: Path) -> None:
+def test_one_file_of_a_full_model_needs_only_the_converter(harness: JobHarness, trained: Path) -> None:
     fine_tune = harness.fine_tuned("full")
     _, result, link = harness.run("export", {"job_id": fine_tune})
     version = find(f"{result['name']}:v1")
@@ -139,7 +143,7 @@ def test_one_file_of_a_whole_model_is_written_by_the_converter_alone(harness: Jo
     assert not [phase for phase in phases(link) if phase.startswith(("merging", "quantizing"))]
 
 
-def test_what_cannot_be_exported_is_refused(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_cannot_be_exported_is_refused(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NoAdapter, match="has trained the whole model"):
         harness.run("export", {"job_id": harness.fine_tuned("full"), "adapter": True})
     with pytest.raises(JobNotFound):
@@ -164,23 +168,23 @@ def test_what_cannot_be_exported_is_refused(harness: JobHarness, monkeypatch: py
 
 
 @pytest.mark.deep
-def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(harness: JobHarness, trained: Path) -> None:
-    odd = trained / "odd"
-    shutil.copytree(trained / "full", odd)
-    tokenizer = json.loads((odd / "tokenizer.json").read_text())
+def test_a_tokenizer_that_llama_cpp_does_not_support_is_refused(harness: JobHarness, trained: Path) -> None:
+    model = trained / "odd"
+    shutil.copytree(trained / "full", model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
     byte_level = tokenizer["pre_tokenizer"]
     digits = {"type": "Digits", "individual_digits": True}
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
-    (odd / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     fine_tune = harness.fine_tuned("odd")
-    shutil.rmtree(odd)
+    shutil.rmtree(model)
     with pytest.raises(UnsupportedModel, match="pre-tokenizer Sequence"):
         harness.run("export", {"job_id": fine_tune})
-    assert left_behind() == []
+    assert leftovers() == []
 
 
 @pytest.mark.deep
-def test_a_cancelled_export_ends_at_once_and_leaves_nothing(harness: JobHarness) -> None:
+def test_a_cancelled_export_leaves_no_files_and_no_version(harness: JobHarness) -> None:
     spec = {"job_id": harness.fine_tuned("lora"), "name": "cancelled"}
     job_id, link = harness.start("export", spec)
     context = harness.context(job_id, link)
@@ -188,53 +192,55 @@ def test_a_cancelled_export_ends_at_once_and_leaves_nothing(harness: JobHarness)
 
     def cancel(phase: str) -> None:
         if phase == "merging":
-            seen.append(left_behind())
+            seen.append(leftovers())
             context.stop("cancel")
 
     link.on_report = cancel
     with pytest.raises(StopJob):
         harness.call("export", spec, context)
     assert seen
-    assert seen[0], "it had not begun to work"
-    assert left_behind() == []
+    assert seen[0], "the export has not begun"
+    assert leftovers() == []
     assert not children()
     with pytest.raises(ModelNotFound):
         find("cancelled:v1")
 
 
 @pytest.mark.deep
-def test_a_paused_export_begins_its_step_anew(harness: JobHarness) -> None:
+def test_a_paused_export_repeats_its_step(harness: JobHarness) -> None:
     spec = {"job_id": harness.fine_tuned("full")}
     job_id, link = harness.start("export", spec)
     context = harness.context(job_id, link)
     link.on_report = lambda phase: context.stop("pause") if phase == "converting" else None
     with pytest.raises(StopJob, match="pause"):
         harness.call("export", spec, context)
-    assert left_behind() == []
+    assert leftovers() == []
     link.on_report = lambda phase: None
     assert harness.resume("export", spec, job_id, link)["version"] == 1
 
 
 @pytest.mark.deep
-def test_a_disk_that_is_too_small_is_seen_beforehand(
+def test_too_little_disk_space_is_noticed_before_the_export(
     harness: JobHarness, home: Path, small_disk: Callable[..., None]
 ) -> None:
     (home / "work").mkdir()
     small_disk(home / "work", megabytes=20)
     with pytest.raises(DiskFull, match=f"needs 0.0. GB in {home}/work/job_"):
         harness.run("export", {"job_id": harness.fine_tuned("lora")})
-    assert left_behind() == []
+    assert leftovers() == []
 
 
 @pytest.mark.deep
-def test_a_disk_that_fills_up_ends_the_export(harness: JobHarness, home: Path, small_disk: Callable[..., None]) -> None:
+def test_a_disk_that_becomes_full_fails_the_export(
+    harness: JobHarness, home: Path, small_disk: Callable[..., None]
+) -> None:
     (home / "work").mkdir()
     small_disk(home / "work", megabytes=60)
     spec = {"job_id": harness.fine_tuned("lora"), "name": "filled", "quantizations": ["q4_0", "q8_0"]}
     job_id, link = harness.start("export", spec)
 
     def fill(phase: str) -> None:
-        """As another program might, write until nothing is left."""
+        """Fill the disk, as another program might."""
         if phase == "merging" and not (home / "work" / "other").exists():
             with (home / "work" / "other").open("wb", buffering=0) as file, suppress(OSError):
                 while True:
@@ -243,36 +249,38 @@ def test_a_disk_that_fills_up_ends_the_export(harness: JobHarness, home: Path, s
     link.on_report = fill
     with pytest.raises(DiskFull, match="became full"):
         harness.resume("export", spec, job_id, link)
-    assert left_behind() == ["other"]
+    assert leftovers() == ["other"]
     with pytest.raises(ModelNotFound):
         find("filled:v1")
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("damage", ["cut", "garbage", "scrambled", "missing"])
-def test_a_broken_file_fails_its_proof(home: Path, tmp_path: Path, trained: Path, whole: Path, damage: str) -> None:
+def test_a_broken_file_fails_verification(
+    home: Path, tmp_path: Path, trained: Path, complete_file: Path, damage: str
+) -> None:
     file = tmp_path / "model.gguf"
-    content = bytearray(whole.read_bytes())
+    content = bytearray(complete_file.read_bytes())
     match damage:
         case "cut":
             file.write_bytes(content[: len(content) // 2])
         case "garbage":
             file.write_bytes(os.urandom(100_000))
         case "scrambled":
-            content[2_000_000:] = b"\xff" * (len(content) - 2_000_000)  # weights that are no numbers
+            content[2_000_000:] = b"\xff" * (len(content) - 2_000_000)  # weights that are NaN
             file.write_bytes(content)
         case _:
             pass
     with pytest.raises(BrokenModelFile, match=str(file)):
-        prove(file)
+        verify(file)
 
 
 @pytest.mark.deep
-def test_a_whole_file_passes_its_proof(home: Path, whole: Path) -> None:
-    assert prove(whole)[0]["fallbacks"] == 0
+def test_a_complete_file_passes_verification(home: Path, complete_file: Path) -> None:
+    assert verify(complete_file)[0]["fallbacks"] == 0
 
 
-def test_a_step_that_crashes_is_an_error_with_its_last_words(home: Path) -> None:
+def test_the_error_of_a_crashed_step_has_its_last_output(home: Path) -> None:
     with pytest.raises(isolated.StepFailed, match=r"signal 6 while starting: .*Last words"):
         step(crashing_steps.abort)
     with pytest.raises(isolated.StepFailed, match=r"ended with 1 while starting: .*KeyError: 'nowhere'"):
@@ -322,15 +330,15 @@ def test_a_step_sees_no_secret(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_a_killed_job_has_left_is_removed_by_the_next(home: Path) -> None:
     script = "import os; from jobs.execution import workspace\nwith workspace.temporary_folder('dead'): os._exit(9)"
     subprocess.run([sys.executable, "-c", script], check=False)
-    assert len(left_behind()) == 2
+    assert len(leftovers()) == 2
     with workspace.temporary_folder("alive") as first:
-        assert {name.partition("-")[0] for name in left_behind()} == {"alive"}
+        assert {name.partition("-")[0] for name in leftovers()} == {"alive"}
         with workspace.temporary_folder("other"):
             assert first.exists()
-    assert left_behind() == []
+    assert leftovers() == []
 
 
-def test_the_converter_is_found_or_the_reason_is_said(
+def test_a_converter_that_cannot_be_found_has_a_reason(
     home: Path, tmp_path: Path, llama_converter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (llama_converter / "convert_hf_to_gguf.py").exists()
@@ -357,21 +365,23 @@ def test_a_package_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_base_model_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
+def test_a_missing_base_model_is_named(home: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseModelNotFound, match=r"no config\.json and no \*\.safetensors"):
         base_models.resolve(str(tmp_path))
     with pytest.raises(BaseModelNotFound, match="neither forgearr/tiny, a folder"):
         base_models.resolve("no such/thing/at all")
-    # The library reads where the hub is when it is imported.
+    # The library reads the hub's address at import, so this runs in another process.
     script = "from pipelines.training.models import base_models; base_models.resolve('somebody/some-model')"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert "BaseModelNotFound: The base model 'somebody/some-model' is not on this machine" in done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "BaseModelNotFound: The base model 'somebody/some-model' is not on this machine" in process.stderr
 
 
 @pytest.fixture(scope="session")
-def whole(trained: Path, llama_converter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model as a GGUF that is as it should be."""
+def complete_file(trained: Path, llama_converter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model as a valid GGUF."""
     file = tmp_path_factory.mktemp("whole") / "whole.gguf"
     request = {"model": str(trained / "full"), "base": None, "file": str(file), "outtype": "f16"}
     step(
@@ -384,7 +394,7 @@ def whole(trained: Path, llama_converter: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[..., None]]:
-    """Makes a folder a disk of so many megabytes, until the test is over."""
+    """Mounts a disk of this many megabytes at a folder, until the end of the test."""
     mounted: list[Path] = []
 
     def mount(folder: Path, megabytes: int) -> None:
@@ -399,29 +409,29 @@ def small_disk() -> Iterator[Callable[..., None]]:
 
 
 def step(function: Callable[..., Any], request: dict[str, Any] | None = None, paths: list[Path] | None = None) -> Any:
-    heard: list[float] = []
+    progress: list[float] = []
     return isolated.run_isolated(
         function,
         request or {},
-        report=lambda part, doing: heard.append(part),
+        report=lambda part, phase: progress.append(part),
         should_stop=lambda: False,
         threads=1,
         paths=paths or [],
     )
 
 
-def prove(file: Path) -> Any:
+def verify(file: Path) -> Any:
     files = [{"path": str(file), "quantization": "f16"}]
     request = {"source": str(file), "files": files, "adapter": None, "threads": 1}
     return step(finish, request)
 
 
 def find(reference: str) -> Version:
-    async def look() -> Version:
+    async def read() -> Version:
         async with registry.connect() as models:
             return await models.find(reference)
 
-    return asyncio.run(look())
+    return asyncio.run(read())
 
 
 async def serve(version: Version) -> None:
@@ -441,8 +451,8 @@ def weight(folder: Path | str) -> Any:
     return load_file(Path(folder) / "model.safetensors")[WEIGHT]
 
 
-def learned(adapter: Path) -> Any:
-    """The same weight with the adapter's change added to it, as the paper says."""
+def merged_weight(adapter: Path) -> Any:
+    """Compute the weight with the adapter's change added, as LoRA defines it."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     parts = load_file(adapter / "adapter_model.safetensors")
     first, second = (parts[f"base_model.model.{WEIGHT.replace('.weight', f'.lora_{part}.weight')}"] for part in "AB")
@@ -450,15 +460,15 @@ def learned(adapter: Path) -> Any:
 
 
 def tensor(file: Path) -> Any:
-    (found,) = [one for one in gguf.GGUFReader(file).tensors if one.name == "blk.0.ffn_up.weight"]
-    return gguf.dequantize(found.data, found.tensor_type)
+    (match,) = [candidate for candidate in gguf.GGUFReader(file).tensors if candidate.name == "blk.0.ffn_up.weight"]
+    return gguf.dequantize(match.data, match.tensor_type)
 
 
 def phases(link: RecordingLink) -> list[str]:
     return [data["phase"] for _, data in link.events if "phase" in data]
 
 
-def left_behind() -> list[str]:
+def leftovers() -> list[str]:
     from cluster.settings import home
 
     folder = home() / "work"
@@ -469,5 +479,7 @@ def children() -> list[str]:
     import psutil
 
     return [
-        " ".join(one.cmdline()) for one in psutil.Process().children() if "jobs.execution.isolated" in one.cmdline()
+        " ".join(child.cmdline())
+        for child in psutil.Process().children()
+        if "jobs.execution.isolated" in child.cmdline()
     ]

@@ -1,4 +1,4 @@
-"""Trains on long samples in batches of 16, in so many MB more memory than there is in use when the training begins."""
+"""Trains on long samples in batches of 16, with a limit to the memory that the training itself may add."""
 
 import json
 import resource
@@ -17,7 +17,7 @@ class MemoryLimitingObserver(RecordingObserver):
     def on_phase(self, name: str) -> None:
         super().on_phase(name)
         if name == "training" and self.phases.count(name) == 1:
-            # Only what can be written to: the whole address space grows with every thread, however little it uses.
+            # The limit is for data only, because the address space grows with every thread, whatever it uses.
             limit = psutil.Process().memory_info().data + int(sys.argv[3]) * 2**20
             resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
@@ -29,7 +29,7 @@ def main(base: str, folder: Path) -> None:
     spec = FineTuneSpec.model_validate({"data": {"dataset": "any"}, "epochs": 1, "batch_size": 16, "eval_split": 0})
     observer = MemoryLimitingObserver(folder / "kept")
     outcome = recipe.train(spec, samples, base=base, work_folder=folder, observer=observer)
-    print(json.dumps({"batch_size": outcome.batch_size, "steps": outcome.steps, "said": observer.warnings}))
+    print(json.dumps({"batch_size": outcome.batch_size, "steps": outcome.steps, "warnings": observer.warnings}))
 
 
 if __name__ == "__main__":

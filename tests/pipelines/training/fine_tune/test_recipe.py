@@ -1,4 +1,4 @@
-"""The training recipe, with forgearr/tiny and no Ray: what it learns from, how it goes on, and what it refuses."""
+"""The training recipe, with forgearr/tiny and without Ray: training, resuming, and refused data."""
 
 import json
 import math
@@ -39,16 +39,16 @@ def train(
     ("values", "step"),
     [
         pytest.param({"tuning": "lora"}, 4, marks=pytest.mark.deep),  # within an epoch
-        ({"tuning": "lora"}, 6),  # at the end of one
+        ({"tuning": "lora"}, 6),  # at the end of an epoch
         pytest.param({"tuning": "full", "gradient_accumulation": 2}, 4, marks=pytest.mark.deep),
     ],
 )
-def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
+def test_an_interrupted_training_resumes_with_the_same_results(
     base: str, tmp_path: Path, values: dict[str, Any], step: int
 ) -> None:
     spec = spec_of(checkpoint_steps=step, **values)
-    whole = RecordingObserver(tmp_path / "kept")
-    expected = train(spec, base, tmp_path / "whole", whole)
+    uninterrupted = RecordingObserver(tmp_path / "kept")
+    expected = train(spec, base, tmp_path / "whole", uninterrupted)
 
     first = RecordingObserver(tmp_path / "kept", end_at=step)
     with pytest.raises(TrainingInterrupted):
@@ -65,19 +65,19 @@ def test_a_training_that_was_interrupted_goes_on_as_if_nothing_had_happened(
 
     assert max(first.losses) == step
     assert min(second.losses) == step + 1  # nothing is trained twice
-    assert first.losses | second.losses == whole.losses
+    assert first.losses | second.losses == uninterrupted.losses
     assert (outcome.eval_loss, outcome.trained_tokens) == (expected.eval_loss, expected.trained_tokens)
     assert [entry["step"] for entry in outcome.history] == [entry["step"] for entry in expected.history]
 
 
-def test_it_learns_and_tells_how_it_goes(base: str, tmp_path: Path) -> None:
+def test_a_training_reduces_the_loss_and_reports_progress(base: str, tmp_path: Path) -> None:
     observer = RecordingObserver(tmp_path / "kept")
     outcome = train(spec_of(tuning="full", epochs=6), base, tmp_path / "work", observer)
     assert (outcome.train, outcome.held_out, outcome.steps) == (22, 2, 36)
     assert outcome.train_loss < min(3, observer.losses[1] / 2)
     last = [values for values in observer.values if "loss" in values][-1]
-    told = {"progress", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"}
-    assert told | {"eta_seconds"} <= last.keys()
+    expected = {"progress", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"}
+    assert expected | {"eta_seconds"} <= last.keys()
     assert (last["progress"], last["eta_seconds"]) == (100, 0)
     assert observer.phases[-2:] == ["training", "saving the model"]
     held_out = (outcome.model / "held_out.jsonl").read_text().splitlines()
@@ -88,7 +88,7 @@ def test_it_learns_and_tells_how_it_goes(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp_path: Path) -> None:
+def test_a_pissa_adapter_works_on_the_original_base_model(base: str, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,7 +110,7 @@ def test_a_pissa_adapter_fits_onto_the_base_as_everybody_knows_it(base: str, tmp
     assert abs(float(loss) - outcome.eval_loss) < 0.5
 
 
-def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Path) -> None:
+def test_preference_training_raises_the_reward_margin(base: str, tmp_path: Path) -> None:
     observer = RecordingObserver(tmp_path / "kept")
     outcome = train(spec_of(method="dpo", epochs=3), base, tmp_path / "work", observer, preferences())
     margins = [values["reward_margin"] for values in observer.values if "reward_margin" in values]
@@ -121,16 +121,16 @@ def test_preferences_make_the_preferred_answer_likelier(base: str, tmp_path: Pat
 
 
 @pytest.mark.deep
-def test_four_bits_and_packing_train_on_a_processor_too(base: str, tmp_path: Path) -> None:
+def test_qlora_and_packing_train_on_a_cpu(base: str, tmp_path: Path) -> None:
     observer = RecordingObserver(tmp_path / "kept")
     outcome = train(spec_of(tuning="qlora", packing=True, max_length=128), base, tmp_path / "work", observer)
-    alone = train(spec_of(max_length=128), base, tmp_path / "alone", RecordingObserver(tmp_path / "kept"))
-    assert outcome.steps < alone.steps  # several samples in a row
+    unpacked = train(spec_of(max_length=128), base, tmp_path / "alone", RecordingObserver(tmp_path / "kept"))
+    assert outcome.steps < unpacked.steps  # several samples per row
     assert outcome.train_loss < observer.losses[1]
 
 
 @pytest.mark.deep
-def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_checkpoint(base: str, tmp_path: Path) -> None:
     observer = RecordingObserver(tmp_path / "kept")
     outcome = train(
         spec_of(tuning="full", epochs=50, learning_rate=0.01, early_stopping=2), base, tmp_path / "work", observer
@@ -139,7 +139,7 @@ def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_p
     assert outcome.eval_loss == min(evaluations)
     assert len(evaluations) < 50
     assert evaluations.index(min(evaluations)) == len(evaluations) - 3
-    # The weights are those of that evaluation, not the last ones.
+    # The saved weights are those of the best evaluation, not the last ones.
     from safetensors.torch import load_file
 
     best = load_file(observer.load_checkpoint(observer.training_state["best_step"]) / "model.safetensors")
@@ -150,7 +150,7 @@ def test_without_an_improvement_it_ends_and_the_best_one_counts(base: str, tmp_p
 @pytest.mark.parametrize(
     ("long_samples", "counts"), [("truncate", {"truncated": 2, "skipped": 0}), ("skip", {"truncated": 0, "skipped": 2})]
 )
-def test_what_is_too_long_is_cut_or_left_out_and_counted(
+def test_long_samples_are_truncated_or_skipped_and_counted(
     base: str, tmp_path: Path, long_samples: str, counts: dict[str, int]
 ) -> None:
     samples = [*chats(10), *long_chats(2)]
@@ -160,7 +160,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_counted(
     assert outcome.train == 12 - outcome.skipped
 
 
-def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
+def test_a_long_sample_is_refused_by_its_number(base: str, tmp_path: Path) -> None:
     from pipelines.training.fine_tune.preprocess import SampleTooLong
 
     with pytest.raises(SampleTooLong, match=r"Sample 11 has \d+ tokens, and 64 are allowed"):
@@ -173,7 +173,7 @@ def test_what_is_too_long_is_refused_by_name(base: str, tmp_path: Path) -> None:
         )
 
 
-def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
+def test_data_without_a_sample_that_fits_is_refused(base: str, tmp_path: Path) -> None:
     from pipelines.training.fine_tune.preprocess import NothingToTrain
 
     spec = spec_of(max_length=16, long_samples="skip", eval_split=0)
@@ -181,63 +181,61 @@ def test_nothing_that_fits_is_said(base: str, tmp_path: Path) -> None:
         train(spec, base, tmp_path / "work", RecordingObserver(tmp_path), long_chats(2))
 
 
-def test_what_the_model_cannot_read_or_the_method_not_learn_is_refused(base: str, tmp_path: Path) -> None:
+def test_data_that_does_not_suit_the_model_or_the_method_is_refused(base: str, tmp_path: Path) -> None:
     from pipelines.training.data.parsing import WrongKindOfData
     from pipelines.training.fine_tune.preprocess import LengthBeyondContext
     from pipelines.training.fine_tune.tokenize import UnusableTokenizer
 
-    def refused(base: str = base, samples: Any = None, **values: Any) -> None:
+    def train_with(base: str = base, samples: Any = None, **values: Any) -> None:
         train(spec_of(**values), base, tmp_path / "work", RecordingObserver(tmp_path), samples)
 
     with pytest.raises(LengthBeyondContext, match=r"max_length is 4096, and the model's context is \d+ tokens"):
-        refused(max_length=4096)
+        train_with(max_length=4096)
     with pytest.raises(WrongKindOfData, match="this data is conversations"):
-        refused(method="dpo")
+        train_with(method="dpo")
     with pytest.raises(WrongKindOfData, match="this data is preference pairs"):
-        refused(samples=preferences())
+        train_with(samples=preferences())
 
     strict = tmp_path / "strict"
     shutil.copytree(base, strict)
-    refusal = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
+    guard = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
     template = strict / "chat_template.jinja"
-    template.write_text(refusal + template.read_text())
-    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
-    told.append({"role": "assistant", "content": "!"})
+    template.write_text(guard + template.read_text())
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    messages.append({"role": "assistant", "content": "!"})
     with pytest.raises(UnusableTokenizer, match="refuses sample 25: no system role"):
-        refused(str(strict), [*chats(), Sample.model_validate({"messages": told})])
+        train_with(str(strict), [*chats(), Sample.model_validate({"messages": messages})])
 
 
 @pytest.mark.parametrize(
-    ("spec", "values", "why"),
+    ("spec", "values", "reason"),
     [
         (FineTuneSpec, {"pissa": True, "method": "dpo"}, "which dpo compares with"),
         (ForgeSpec, {"adapter": True, "tuning": "full"}, "makes no adapter"),
         (ForgeSpec, {"eval_split": 0}, "set eval_split above 0"),
     ],
 )
-def test_what_would_fail_in_the_end_is_refused_in_the_beginning(
-    spec: type[FineTuneSpec], values: dict[str, Any], why: str
-) -> None:
-    with pytest.raises(ValidationError, match=why):
+def test_an_inconsistent_spec_is_refused_at_once(spec: type[FineTuneSpec], values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
         spec.model_validate({"data": {"dataset": "any"}, **values})
 
 
-def test_evaluations_that_are_no_numbers_end_the_training_too(tmp_path: Path) -> None:
+def test_early_stopping_counts_evaluations_that_are_nan(tmp_path: Path) -> None:
     from transformers.trainer_callback import TrainerControl, TrainerState
 
     from pipelines.training.fine_tune.callbacks import ProgressCallback
 
-    follower = ProgressCallback(spec_of(early_stopping=2), RecordingObserver(tmp_path), {})
+    callback = ProgressCallback(spec_of(early_stopping=2), RecordingObserver(tmp_path), {})
     control = TrainerControl()
     stops: list[bool] = []
     for _ in range(2):
-        follower.on_evaluate(None, TrainerState(), control, metrics={"eval_loss": math.nan})
+        callback.on_evaluate(None, TrainerState(), control, metrics={"eval_loss": math.nan})
         stops.append(control.should_training_stop)
     assert stops == [False, True]
 
 
 @pytest.mark.deep
-def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_fails_the_training(base: str, tmp_path: Path) -> None:
     from pipelines.training.fine_tune.callbacks import TrainingDiverged
 
     with pytest.raises(TrainingDiverged, match=r"choose a lower learning_rate than 1e\+30"):
@@ -247,7 +245,7 @@ def test_a_loss_that_is_no_number_ends_the_training(base: str, tmp_path: Path) -
 
 
 @pytest.mark.deep
-def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
+def test_an_automatic_batch_size_is_found(base: str, tmp_path: Path) -> None:
     observer = RecordingObserver(tmp_path / "kept")
     outcome = train(spec_of(batch_size="auto", epochs=1), base, tmp_path / "work", observer)
     assert "finding the batch size" in observer.phases
@@ -256,31 +254,29 @@ def test_a_batch_size_is_found(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_processes_that_train_together_agree(base: str, tmp_path: Path) -> None:
-    """The second one has room for two samples at once, and when the training begins no more."""
+def test_processes_that_train_together_agree_on_the_batch_size(base: str, tmp_path: Path) -> None:
+    """The second process has memory for batches of two, and after the training has begun only of one."""
     command = [sys.executable, "-m", "tests.pipelines.training.fine_tune.two_processes", base, str(tmp_path)]
-    # They meet in a file, and accelerate wants to be told of an address all the same.
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+    # The processes find each other through a file, but accelerate requires an address.
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             command,
-            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
+            env={**os.environ, **environment, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in ("0", "1")
     ]
-    printed = [process.communicate(timeout=TIMEOUT) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in printed)
+    outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
     assert first == {"batch_size": 2, "refused": None}
     assert second == {"batch_size": 2, "refused": {"batch_size": 1, "gradient_accumulation": 2}}
 
 
-def test_every_process_knows_where_the_checkpoints_are(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_process_finds_the_checkpoints(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines.training.fine_tune import job as fine_tune_job
     from tests.support.job_harness import JobHarness
     from tests.support.recording_link import RecordingLink
@@ -288,7 +284,7 @@ def test_every_process_knows_where_the_checkpoints_are(
     observers: list[Any] = []
     for rank in (0, 1):
         (tmp_path / f"{rank}").mkdir()
-        monkeypatch.setattr("ray.train.get_context", lambda rank=rank: World(rank))
+        monkeypatch.setattr("ray.train.get_context", lambda rank=rank: TrainContext(rank))
         context = JobHarness(tmp_path).context("job_x", RecordingLink())
         observers.append(fine_tune_job.JobObserver(context, {}, tmp_path))
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
@@ -304,7 +300,7 @@ def test_every_process_knows_where_the_checkpoints_are(
             observer.load_checkpoint(4)
 
 
-def test_when_one_process_needs_smaller_batches_all_start_again(
+def test_all_processes_restart_when_one_needs_smaller_batches(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jobs import outputs
@@ -317,7 +313,7 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     smaller = {"batch_size": 4, "gradient_accumulation": 2}
     resume_states: list[Any] = []
 
-    def scarce_train(*_: Any, resume_state: Any, **__: Any) -> None:
+    def train_without_memory(*_: Any, resume_state: Any, **__: Any) -> None:
         resume_states.append(resume_state)
         if len(resume_states) > 1:
             raise TrainingInterrupted
@@ -329,19 +325,19 @@ def test_when_one_process_needs_smaller_batches_all_start_again(
     dataset = datasets.Dataset(id="ds_1", name="any", digest="", address="", samples=24)
     link = RecordingLink()
     link.checkpoints.append({"dataset": "ds_1", "base_model": "forgearr/tiny"})
-    monkeypatch.setattr("ray.train.get_context", lambda: World(1))
+    monkeypatch.setattr("ray.train.get_context", lambda: TrainContext(1))
     monkeypatch.setattr(datasets, "get", always(dataset))
     monkeypatch.setattr(datasets, "load", always(chats()))
-    monkeypatch.setattr(recipe, "train", scarce_train)
+    monkeypatch.setattr(recipe, "train", train_without_memory)
     monkeypatch.setattr(fine_tune_job, "_run_on_ray_train", run_here)
-    monkeypatch.setattr(outputs, "own_job", always(Row(link.checkpoints)))
+    monkeypatch.setattr(outputs, "own_job", always(JobRow(link.checkpoints)))
     with pytest.raises(TrainingInterrupted):
         fine_tune_job.fine_tune(JobHarness(tmp_path).context("job_x", link), spec_of())
     assert resume_states == [None, smaller]
     assert link.checkpoints[-1] == {**link.checkpoints[0], "place": smaller}
 
 
-def test_a_training_whose_result_is_safe_is_not_done_again(home: Path, tmp_path: Path) -> None:
+def test_a_stored_result_is_returned_without_training(home: Path, tmp_path: Path) -> None:
     from pipelines.training.fine_tune.job import fine_tune
     from tests.support.job_harness import JobHarness
     from tests.support.recording_link import RecordingLink
@@ -349,44 +345,44 @@ def test_a_training_whose_result_is_safe_is_not_done_again(home: Path, tmp_path:
     link = RecordingLink()
     link.checkpoints.append({"dataset": "gone", "base_model": "gone", "result": {"name": "house"}})
     (tmp_path / "weights").write_text("some")
-    left = storage.save(tmp_path / "weights", "jobs/job_x/checkpoints/1-2/weights")
+    checkpoint = storage.save(tmp_path / "weights", "jobs/job_x/checkpoints/1-2/weights")
     assert fine_tune(JobHarness(tmp_path).context("job_x", link), spec_of()) == {"name": "house"}
-    assert not storage.exists(left)
+    assert not storage.exists(checkpoint)
 
 
-def train_in(megabytes: int, base: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which may have only so much more memory than it has when training begins."""
-    # Else what is freed stays in the heap, in pieces too small for the next try: how many depends on the moment.
+def train_with_memory_limit(megabytes: int, base: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Train in a process that may use this much more memory than it has when the training begins."""
+    # Freed memory would otherwise stay in the heap, in fragments too small for the next try.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "tests.pipelines.training.fine_tune.low_memory", base, str(folder), str(megabytes)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 @pytest.mark.deep
-def test_out_of_memory_halves_the_batch_and_goes_on(base: str, tmp_path: Path) -> None:
-    done = train_in(300, base, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+def test_out_of_memory_halves_the_batch_size(base: str, tmp_path: Path) -> None:
+    process = train_with_memory_limit(300, base, tmp_path)
+    assert process.returncode == 0, process.stderr[-2000:]
+    outcome = json.loads(process.stdout.splitlines()[-1])
     assert outcome["batch_size"] < 16
-    assert "Out of memory at step 0. Continuing with batches of" in outcome["said"][0]
+    assert "Out of memory at step 0. Continuing with batches of" in outcome["warnings"][0]
     assert outcome["steps"] == 3
 
 
 @pytest.mark.deep
-def test_too_little_memory_for_one_sample_is_said(base: str, tmp_path: Path) -> None:
-    done = train_in(45, base, tmp_path)
-    assert done.returncode == 1
-    assert "OutOfMemory: There is not enough memory to train" in done.stderr
+def test_too_little_memory_for_one_sample_fails_the_training(base: str, tmp_path: Path) -> None:
+    process = train_with_memory_limit(45, base, tmp_path)
+    assert process.returncode == 1
+    assert "OutOfMemory: There is not enough memory to train" in process.stderr
 
 
 def long_chats(count: int) -> list[Sample]:
-    words = "a word and another word and " * 100
+    text = "a word and another word and " * 100
     return [
         Sample.model_validate(
             {
                 "messages": [
                     {"role": "user", "content": "Tell me."},
-                    {"role": "assistant", "content": f"{number} {words}"},
+                    {"role": "assistant", "content": f"{number} {text}"},
                 ]
             }
         )
@@ -407,8 +403,8 @@ def preferences() -> list[PreferencePair]:
     ]
 
 
-class World:
-    """Two processes that train together, as Ray Train tells one of them."""
+class TrainContext:
+    """Ray Train's context in one of two processes that train together."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -420,8 +416,8 @@ class World:
         return 2
 
 
-class Row:
-    """Of the job: it has what was saved last."""
+class JobRow:
+    """The job's row, with the latest checkpoint."""
 
     def __init__(self, checkpoints: list[Any]) -> None:
         self._checkpoints = checkpoints
@@ -432,20 +428,20 @@ class Row:
 
 
 def always(value: Any) -> Callable[..., Any]:
-    def tell(*_: Any) -> Any:
+    def return_value(*_: Any) -> Any:
         return value
 
-    return tell
+    return return_value
 
 
-def test_each_epoch_is_shown_with_its_numbers_on_the_validation_data(base: str, tmp_path: Path) -> None:
+def test_each_epoch_reports_its_validation_metrics(base: str, tmp_path: Path) -> None:
     observer = RecordingObserver(tmp_path / "kept")
     spec = spec_of(epochs=2, batch_size=4, keep_epochs=2)
     outcome = train(spec, base, tmp_path / "work", observer, chats(8), validation=chats(5))
     assert (outcome.train, outcome.held_out) == (8, 5)
-    assert [(one["step"], one["epoch"]) for one in observer.epochs] == [(2, 1.0), (4, 2.0)]
+    assert [(epoch["step"], epoch["epoch"]) for epoch in observer.epochs] == [(2, 1.0), (4, 2.0)]
     evaluated = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
-    assert [one["eval_loss"] for one in observer.epochs] == evaluated
-    learned = {entry["step"]: entry["loss"] for entry in outcome.history if "loss" in entry}
-    assert [one["loss"] for one in observer.epochs] == [learned[2], learned[4]]
-    assert all(0 <= one["token_accuracy"] <= 1 for one in observer.epochs)
+    assert [epoch["eval_loss"] for epoch in observer.epochs] == evaluated
+    losses = {entry["step"]: entry["loss"] for entry in outcome.history if "loss" in entry}
+    assert [epoch["loss"] for epoch in observer.epochs] == [losses[2], losses[4]]
+    assert all(0 <= epoch["token_accuracy"] <= 1 for epoch in observer.epochs)

@@ -1,4 +1,4 @@
-"""One of two processes that train together. The second has room for two samples at once, then for one."""
+"""One of two processes that train together. The second has memory for batches of two, later of one."""
 
 import json
 import os

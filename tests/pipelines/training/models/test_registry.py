@@ -1,4 +1,4 @@
-"""The registry of models, on a real MLflow server."""
+"""The model registry, on a real MLflow server."""
 
 import asyncio
 import hashlib
@@ -35,18 +35,18 @@ from tests.support.registry_model import RegistryModel
 from tests.support.waiting import TIMEOUT
 
 
-async def test_a_version_is_what_was_registered(registry_model: RegistryModel) -> None:
+async def test_a_registered_version_is_read_back_with_its_files(registry_model: RegistryModel) -> None:
     content, adapter = os.urandom(9_000_000), registry_model.file(b"adapter", "f16")
-    heard: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
 
-    def hear(done: int, total: int) -> None:
-        heard.append((done, total))
+    def on_progress(done: int, total: int) -> None:
+        progress.append((done, total))
 
-    version = await registry_model.register(content, b"second", adapter=adapter, on_progress=hear)
+    version = await registry_model.register(content, b"second", adapter=adapter, on_progress=on_progress)
     total = len(content) + len(b"second") + len(b"adapter")
-    assert heard[-1] == (total, total)
-    assert len(heard) > 3
-    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert progress[-1] == (total, total)
+    assert len(progress) > 3
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
     assert version.reference == f"{registry_model.name}:v1"
     assert version == await registry_model.registry.find(f"{registry_model.name}:v1")
     assert [file.sha256 for file in version.files] == [
@@ -60,7 +60,7 @@ async def test_a_version_is_what_was_registered(registry_model: RegistryModel) -
     assert (await registry_model.registry.fetch(version, adapter[0])).read_bytes() == b"adapter"
 
 
-async def test_an_export_that_is_told_twice_is_one_version(registry_model: RegistryModel) -> None:
+async def test_registering_an_export_twice_makes_one_version(registry_model: RegistryModel) -> None:
     first = await registry_model.register(b"a", export="job_once")
     assert await registry_model.register(b"a", export="job_once") == first
     together = await asyncio.gather(*(registry_model.register(b"b", export="job_together") for _ in range(3)))
@@ -70,7 +70,7 @@ async def test_an_export_that_is_told_twice_is_one_version(registry_model: Regis
     assert (await registry_model.registry.fetch(together[0])).read_bytes() == b"b"
 
 
-async def test_the_alias_and_the_way_back(registry_model: RegistryModel) -> None:
+async def test_the_served_version_is_set_and_rolled_back(registry_model: RegistryModel) -> None:
     for _ in range(3):
         await registry_model.register()
     for reference in (
@@ -93,10 +93,10 @@ async def test_the_alias_and_the_way_back(registry_model: RegistryModel) -> None
     ]
     assert (await registry_model.registry.find(registry_model.name)).number == 3
     assert (await registry_model.registry.find(f"{registry_model.name}:v2")).number == 2
-    for back_to, from_there in ((2, 3), (1, 2)):
+    for target, served in ((2, 3), (1, 2)):
         version, replaced = await registry_model.registry.roll_back(registry_model.name)
-        assert (version.number, replaced) == (back_to, from_there)
-        assert (await registry_model.registry.find(f"{registry_model.name}:latest")).number == back_to
+        assert (version.number, replaced) == (target, served)
+        assert (await registry_model.registry.find(f"{registry_model.name}:latest")).number == target
     with pytest.raises(NoEarlierVersion):
         await registry_model.registry.roll_back(registry_model.name)
     with pytest.raises(ModelNotFound):
@@ -104,7 +104,7 @@ async def test_the_alias_and_the_way_back(registry_model: RegistryModel) -> None
     assert (await registry_model.registry.find(registry_model.name)).number == 1
 
 
-async def test_the_way_back_skips_what_was_deleted(registry_model: RegistryModel) -> None:
+async def test_a_rollback_skips_deleted_versions(registry_model: RegistryModel) -> None:
     for number in (1, 2, 3):
         await registry_model.register()
         await registry_model.registry.set_served(registry_model.name, number)
@@ -113,17 +113,17 @@ async def test_the_way_back_skips_what_was_deleted(registry_model: RegistryModel
     assert version.number == 1
 
 
-async def test_a_switch_that_broke_off_half_way_does_not_confuse_the_way_back(registry_model: RegistryModel) -> None:
+async def test_an_incomplete_switch_does_not_affect_a_rollback(registry_model: RegistryModel) -> None:
     for number in (1, 2):
         await registry_model.register()
         await registry_model.registry.set_served(registry_model.name, number)
-    # What point() writes before it moves the alias, when it comes no further.
+    # A switch writes this before it moves the alias.
     history = {"name": registry_model.name, "key": "forgearr.history", "value": "[1, 2]"}
     await registry_model.mlflow.call("POST", "registered-models/set-tag", json=history)
     assert (await registry_model.registry.roll_back(registry_model.name))[0].number == 1
 
 
-async def test_judgements(registry_model: RegistryModel) -> None:
+async def test_a_validation_is_stored_with_its_reasons(registry_model: RegistryModel) -> None:
     await registry_model.register()
     for passed, reasons in ((False, ["perplexity 9 is over 5"]), (True, [])):
         await registry_model.registry.set_validation(registry_model.name, 1, passed, reasons)
@@ -131,7 +131,7 @@ async def test_judgements(registry_model: RegistryModel) -> None:
         assert (version.passed, version.reasons) == (passed, reasons)
 
 
-async def test_deleting(registry_model: RegistryModel) -> None:
+async def test_deleting_versions_and_models_deletes_their_files(registry_model: RegistryModel) -> None:
     first, second = await registry_model.register(b"one"), await registry_model.register(b"two")
     await registry_model.registry.set_served(registry_model.name, 2)
     with pytest.raises(VersionServed):
@@ -152,7 +152,7 @@ async def test_deleting(registry_model: RegistryModel) -> None:
     assert (await registry_model.register()).number == 4
 
 
-async def test_an_adapter_stands_on_another_version(registry_model: RegistryModel) -> None:
+async def test_a_base_version_with_adapters_cannot_be_deleted(registry_model: RegistryModel) -> None:
     base = await registry_model.register()
 
     async def register(number: int) -> Version:
@@ -184,7 +184,7 @@ async def test_an_adapter_stands_on_another_version(registry_model: RegistryMode
     await registry_model.registry.delete_model(base.name)
 
 
-async def test_a_copy_has_the_same_files_and_neither_takes_them_from_the_other(registry_model: RegistryModel) -> None:
+async def test_copies_share_files_until_the_last_one_is_deleted(registry_model: RegistryModel) -> None:
     version = await registry_model.register(b"shared", adapter=registry_model.file(b"adapter", "f16"))
     copies = [await registry_model.registry.copy(version, f"{registry_model.name}-{number}") for number in (1, 2)]
     for copy in copies:
@@ -199,7 +199,7 @@ async def test_a_copy_has_the_same_files_and_neither_takes_them_from_the_other(r
     assert await _artifacts(registry_model, version) == []
 
 
-async def test_no_copy_stays_of_what_was_deleted_meanwhile(
+async def test_no_copy_remains_of_a_version_deleted_meanwhile(
     registry_model: RegistryModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = await registry_model.register(b"gone")
@@ -218,26 +218,26 @@ async def test_no_copy_stays_of_what_was_deleted_meanwhile(
         await registry_model.registry.model(f"{registry_model.name}-copy")
 
 
-async def test_a_copy_in_another_manner_must_pass_anew(registry_model: RegistryModel) -> None:
+async def test_a_copy_with_other_defaults_must_be_validated_again(registry_model: RegistryModel) -> None:
     version = await registry_model.register(b"one")
     await registry_model.registry.set_validation(registry_model.name, 1, True)
-    manner = ModelDefaults(system="Be brief.", parameters={"temperature": 0, "stop": ["x"]}, license=["MIT"])
-    made = await registry_model.registry.copy(
-        await registry_model.registry.find(version.reference), f"{registry_model.name}-brief", manner
+    defaults = ModelDefaults(system="Be brief.", parameters={"temperature": 0, "stop": ["x"]}, license=["MIT"])
+    copy = await registry_model.registry.copy(
+        await registry_model.registry.find(version.reference), f"{registry_model.name}-brief", defaults
     )
-    assert (made.defaults, made.passed) == (manner, None)
-    again = await registry_model.registry.copy(made, f"{registry_model.name}-again")
-    assert (again.defaults, again.parent) == (manner, made.reference)
+    assert (copy.defaults, copy.passed) == (defaults, None)
+    again = await registry_model.registry.copy(copy, f"{registry_model.name}-again")
+    assert (again.defaults, again.parent) == (defaults, copy.reference)
 
 
-async def test_what_an_adapter_stands_on_stays(registry_model: RegistryModel) -> None:
+async def test_an_adapter_can_be_registered_from_blobs(registry_model: RegistryModel) -> None:
     base = await registry_model.register(b"base")
     adapter = ModelFile("a.gguf", "f16", "a" * 64, 7)
     name = f"{registry_model.name}-adapted"
-    made = await registry_model.registry.register_blobs(
+    version = await registry_model.registry.register_blobs(
         name, [], adapter, base_model=base.reference, defaults=ModelDefaults()
     )
-    assert (made.files, made.adapter, made.file, made.run_id) == ([], adapter, adapter, "")
+    assert (version.files, version.adapter, version.file, version.run_id) == ([], adapter, adapter, "")
     assert "a" * 64 in await registry_model.registry.blobs()
     with pytest.raises(VersionInUse, match=f"{name}:v1 is an adapter for it"):
         await registry_model.registry.delete_model(registry_model.name)
@@ -251,7 +251,7 @@ async def test_what_an_adapter_stands_on_stays(registry_model: RegistryModel) ->
         await registry_model.registry.model(name)
 
 
-async def test_a_list_is_two_requests_however_long(registry_model: RegistryModel, mlflow_server: str) -> None:
+async def test_a_list_takes_two_requests_whatever_its_length(registry_model: RegistryModel, mlflow_server: str) -> None:
     for _ in range(12):
         await registry_model.register(export=f"job_{uuid4().hex[:8]}")
     await registry_model.mlflow.call("POST", "registered-models/create", json={"name": f"foreign-{uuid4().hex}"})
@@ -269,7 +269,9 @@ async def test_a_list_is_two_requests_however_long(registry_model: RegistryModel
     assert not [model.name for model in models if model.name.startswith("foreign")]
 
 
-async def test_a_list_longer_than_a_page(registry_model: RegistryModel, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_longer_than_a_page_is_complete(
+    registry_model: RegistryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(registry, "PAGE_SIZE", 2)
     for _ in range(5):
         await registry_model.register()
@@ -285,7 +287,7 @@ async def test_a_list_longer_than_a_page(registry_model: RegistryModel, monkeypa
 # Files
 
 
-async def test_a_copy_is_fetched_once_and_replaced_when_it_is_not_whole(registry_model: RegistryModel) -> None:
+async def test_a_file_is_fetched_once_and_again_if_it_is_incomplete(registry_model: RegistryModel) -> None:
     version = await registry_model.register(b"content")
     copy = await registry_model.registry.fetch(version)
     assert copy == get_copy(version)
@@ -296,7 +298,7 @@ async def test_a_copy_is_fetched_once_and_replaced_when_it_is_not_whole(registry
     assert [file.suffix for file in copy.parent.iterdir() if file.suffix != ".lock"] == [".gguf"]
 
 
-async def test_several_who_fetch_at_once_download_once(registry_model: RegistryModel, mlflow_server: str) -> None:
+async def test_concurrent_fetches_download_once(registry_model: RegistryModel, mlflow_server: str) -> None:
     version = await registry_model.register(os.urandom(5_000_000))
     downloads: list[str] = []
 
@@ -321,9 +323,9 @@ async def test_a_file_that_changed_in_storage_is_refused(registry_model: Registr
     assert not get_copy(version).exists()
 
 
-async def test_a_dropped_connection_is_taken_up_again(registry_model: RegistryModel, mlflow_server: str) -> None:
+async def test_a_transfer_resumes_after_a_dropped_connection(registry_model: RegistryModel, mlflow_server: str) -> None:
     content = os.urandom(6_000_000)
-    async with _breaking_off(mlflow_server, 2_000_000, times=2) as (url, broken):
+    async with _unreliable_proxy(mlflow_server, 2_000_000, times=2) as (url, broken):
         async with mlflow_client.connect(url) as mlflow:
             version = await RegistryModel(mlflow, registry_model.folder).register(content)
         assert len(broken) == 2
@@ -333,7 +335,7 @@ async def test_a_dropped_connection_is_taken_up_again(registry_model: RegistryMo
         assert len(broken) == 2
 
 
-async def test_mlflow_being_away_is_worth_another_attempt(home: Path) -> None:
+async def test_an_unavailable_mlflow_is_a_retryable_error(home: Path) -> None:
     async with mlflow_client.connect("http://127.0.0.1:9") as mlflow:
         with pytest.raises(MlflowUnavailable) as caught:
             await Registry(mlflow).models()
@@ -348,7 +350,7 @@ async def test_without_mlflow_there_is_no_registry(home: Path, monkeypatch: pyte
             pass
 
 
-def test_what_was_used_longest_ago_makes_room(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_files_are_evicted(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_ENGINES__CACHE_GB", "0.000003")
     get_settings.cache_clear()
     copies: list[Path] = []
@@ -374,20 +376,20 @@ def get_copy(version: Version) -> Path:
 
 
 async def _artifacts(registry_model: RegistryModel, version: Version) -> list[dict[str, Any]]:
-    wanted = {"run_id": version.run_id, "path": f"gguf/{version.export_job_id}"}
-    return (await registry_model.mlflow.call("GET", "artifacts/list", params=wanted)).get("files", [])
+    params = {"run_id": version.run_id, "path": f"gguf/{version.export_job_id}"}
+    return (await registry_model.mlflow.call("GET", "artifacts/list", params=params)).get("files", [])
 
 
 @asynccontextmanager
-async def _breaking_off(target: str, after: int, times: int) -> AsyncGenerator[tuple[str, list[int]]]:
-    """A way to a server on which a connection breaks off once `after` bytes have passed in one direction.
+async def _unreliable_proxy(target: str, after: int, times: int) -> AsyncGenerator[tuple[str, list[int]]]:
+    """Run a proxy that drops a connection once `after` bytes have passed in one direction.
 
-    Yields its URL and how many bytes each broken connection had carried; there are `times` of them at most.
+    Yields its URL and the number of bytes that each dropped connection carried. It drops `times` connections at most.
     """
     host, _, port = target.removeprefix("http://").partition(":")
     broken: list[int] = []
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passed = 0
         while chunk := await reader.read(65536):
             passed += len(chunk)
@@ -400,8 +402,8 @@ async def _breaking_off(target: str, after: int, times: int) -> AsyncGenerator[t
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
         directions = [
-            asyncio.create_task(carry(reader, onward_writer)),
-            asyncio.create_task(carry(onward_reader, writer)),
+            asyncio.create_task(copy(reader, onward_writer)),
+            asyncio.create_task(copy(onward_reader, writer)),
         ]
         await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
         for direction in directions:

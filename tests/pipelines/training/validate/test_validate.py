@@ -1,4 +1,4 @@
-"""Validation of models that were really trained: its figures beside the same ones computed in another way."""
+"""Validation of trained models: its metrics, compared with the same metrics computed in another way."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ from tests.support.job_harness import JobHarness
 MEASURED = {"final_loss", "perplexity", "base_loss", "base_perplexity", "exact_match", "rouge_l", "base_rouge_l"}
 
 
-def test_a_model_is_measured_beside_its_base_and_its_gguf(harness: JobHarness, trained: Path) -> None:
+def test_a_model_is_compared_with_its_base_and_its_gguf(harness: JobHarness, trained: Path) -> None:
     fine_tune = harness.fine_tuned("full")
     export, exported, _ = harness.run("export", {"job_id": fine_tune, "quantizations": ["q8_0"]})
     spec = {"job_id": fine_tune, "export_job_id": export, "max_new_tokens": 24}
@@ -45,18 +45,18 @@ def test_a_model_is_measured_beside_its_base_and_its_gguf(harness: JobHarness, t
     assert metrics["final_loss"] < 0.7 * metrics["base_loss"], "nothing was learned"
     assert (metrics["samples"], metrics["answers"]) == (5, 6)
 
-    # The GGUF is the same model, a little rounded.
+    # The GGUF is the same model with rounded weights.
     assert metrics["gguf_loss"] == pytest.approx(metrics["final_loss"], rel=0.02)
     assert 0.9 <= metrics["gguf_top1_agreement"] <= 1
     assert 0 < metrics["gguf_kl"] < 0.05
     assert metrics["gguf_same_tokens"] == 1
 
-    facts = json.loads(storage.read(result["report_json"]))
-    for sample, told in zip(samples, facts["samples"], strict=True):
-        one_by_one = answers(tuned, tokenizer, sample, 24)
-        assert told["models"]["tuned"]["answers"] == one_by_one
-    assert facts["samples"][-1]["expected"][0].startswith('<tool_call>\n{"name": "search_series"')
-    assert facts["samples"][-1]["expected"][1] == "Yes, Dark is there."
+    report = json.loads(storage.read(result["report_json"]))
+    for sample, entry in zip(samples, report["samples"], strict=True):
+        expected = answers(tuned, tokenizer, sample, 24)
+        assert entry["models"]["tuned"]["answers"] == expected
+    assert report["samples"][-1]["expected"][0].startswith('<tool_call>\n{"name": "search_series"')
+    assert report["samples"][-1]["expected"][1] == "Yes, Dark is there."
 
     assert result["passed"]
     assert result["reasons"] == []
@@ -65,13 +65,13 @@ def test_a_model_is_measured_beside_its_base_and_its_gguf(harness: JobHarness, t
     markdown = storage.read(result["report_path"]).decode()
     assert "| Perplexity |" in markdown
     assert "**Passed.**" in markdown
-    picture = Path(result["report_path"]).with_name("validation.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
+    plot = Path(result["report_path"]).with_name("validation.png").read_bytes()
+    assert plot.startswith(b"\x89PNG")
     assert link.progress == sorted(link.progress)
 
 
 @pytest.mark.deep
-def test_without_an_export_nothing_is_said_of_one(harness: JobHarness) -> None:
+def test_a_validation_without_an_export_has_no_gguf_metrics(harness: JobHarness) -> None:
     spec = {"job_id": harness.fine_tuned("lora"), "max_samples": 2, "max_new_tokens": 4}
     _, result, _ = harness.run("validate", {**spec, "gates": {"min_rouge_l": 0.9, "max_perplexity_ratio": None}})
     metrics = result["metrics"]
@@ -86,10 +86,10 @@ def test_without_an_export_nothing_is_said_of_one(harness: JobHarness) -> None:
 
 
 @pytest.mark.deep
-def test_a_validation_goes_on_from_where_it_was_paused(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paused_validation_resumes_where_it_stopped(harness: JobHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate_job, "SAMPLES_PER_ROUND", 2)
     spec = {"job_id": harness.fine_tuned("lora"), "max_new_tokens": 4}
-    _, expected, whole = harness.run("validate", spec)
+    _, expected, uninterrupted = harness.run("validate", spec)
 
     job_id, link = harness.start("validate", spec)
     context = harness.context(job_id, link)
@@ -97,16 +97,16 @@ def test_a_validation_goes_on_from_where_it_was_paused(harness: JobHarness, monk
     with pytest.raises(StopJob, match="pause"):
         harness.call("validate", spec, context)
     link.on_report = lambda phase: None
-    before = len(link.events)
+    seen_events = len(link.events)
     result = harness.resume("validate", spec, job_id, link)
     assert result["metrics"] == expected["metrics"]
-    went_on = [data["phase"] for _, data in link.events[before:] if data.get("phase", "").startswith("measuring")]
-    assert went_on[0].startswith("measuring the model: ")
+    phases = [data["phase"] for _, data in link.events[seen_events:] if data.get("phase", "").startswith("measuring")]
+    assert phases[0].startswith("measuring the model: ")
     assert not storage.exists(storage.address(f"jobs/{job_id}/measured.json"))
-    assert len([1 for _, data in whole.events if data.get("phase", "").startswith("measuring")]) == 6
+    assert len([1 for _, data in uninterrupted.events if data.get("phase", "").startswith("measuring")]) == 6
 
 
-def test_what_cannot_be_validated_is_refused(harness: JobHarness, trained: Path) -> None:
+def test_a_job_that_cannot_be_validated_is_refused(harness: JobHarness, trained: Path) -> None:
     fine_tune = harness.fine_tuned("full")
     (Path(storage.address(f"jobs/{fine_tune}/model")) / "held_out.jsonl").unlink()
     with pytest.raises(NothingHeldOut, match="eval_split above 0"):
@@ -118,20 +118,22 @@ def test_what_cannot_be_validated_is_refused(harness: JobHarness, trained: Path)
 
 
 @pytest.mark.deep
-def test_an_adapter_is_measured_merged(trained: Path, harness: JobHarness) -> None:
+def test_an_adapter_is_validated_merged_into_its_base(trained: Path, harness: JobHarness) -> None:
     base = base_models.resolve("forgearr/tiny")
     tokenizer: Any = AutoTokenizer.from_pretrained(trained / "lora")
     prepared = [eval_metrics.prepare(tokenizer, sample, 2048) for sample in held_out(trained / "lora")]
     merged = load_merged(base, trained / "lora").eval()
-    told = eval_metrics.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: False)
-    loss = eval_metrics.sum_of(told, "loss") / eval_metrics.sum_of(told, "tokens")
+    measurements = eval_metrics.measure(
+        merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: False
+    )
+    loss = eval_metrics.sum_of(measurements, "loss") / eval_metrics.sum_of(measurements, "tokens")
     assert loss == pytest.approx(mean_loss(merged, tokenizer, held_out(trained / "lora")), rel=1e-4)
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    assert loss < mean_loss(plain, tokenizer, held_out(trained / "lora"))
-    # What is longer than the model's context is measured as far as it goes.
-    short = eval_metrics.prepare(tokenizer, held_out(trained / "lora")[-1], 60)
-    assert all(len(one.input_ids) <= 60 for one in short.encodings)
-    assert len(short.questions) < len(prepared[-1].questions)
+    base_model = AutoModelForCausalLM.from_pretrained(base)
+    assert loss < mean_loss(base_model, tokenizer, held_out(trained / "lora"))
+    # A sample longer than the model's context is truncated.
+    truncated = eval_metrics.prepare(tokenizer, held_out(trained / "lora")[-1], 60)
+    assert all(len(encoding.input_ids) <= 60 for encoding in truncated.encodings)
+    assert len(truncated.questions) < len(prepared[-1].questions)
     with pytest.raises(eval_metrics.MeasurementInterrupted):
         eval_metrics.measure(merged, tokenizer, prepared, context=2048, max_new_tokens=2, should_stop=lambda: True)
 
@@ -152,10 +154,10 @@ def test_an_adapter_is_measured_merged(trained: Path, harness: JobHarness) -> No
 def test_rouge_is_the_f_measure_of_words(
     answer: str, expected: str, rouge_l: float, rouge_1: float, exact: bool
 ) -> None:
-    told = score(answer, expected)
-    assert told["rouge_l"] == pytest.approx(rouge_l)
-    assert told["rouge_1"] == pytest.approx(rouge_1)
-    assert told["exact"] is exact
+    scores = score(answer, expected)
+    assert scores["rouge_l"] == pytest.approx(rouge_l)
+    assert scores["rouge_1"] == pytest.approx(rouge_1)
+    assert scores["exact"] is exact
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_rouge_is_the_f_measure_of_words(
         ({"max_perplexity_ratio": 1.0}, False, ["perplexity_ratio is inf, and max_perplexity_ratio is 1"]),
     ],
 )
-def test_gates_decide(gates: dict[str, float], with_gguf: bool, reasons: list[str]) -> None:
+def test_each_failed_gate_has_a_reason(gates: dict[str, float], with_gguf: bool, reasons: list[str]) -> None:
     metrics = {
         "perplexity": 10.0,
         "perplexity_ratio": math.inf,
@@ -181,8 +183,8 @@ def test_gates_decide(gates: dict[str, float], with_gguf: bool, reasons: list[st
         "gguf_kl": None,
         "gguf_top1_agreement": 0.9,
     }
-    every = {gate: gates.get(gate) for gate in validate_job.GATES}
-    assert validate_job.check_gates(metrics, every, with_gguf=with_gguf) == reasons
+    all_gates = {gate: gates.get(gate) for gate in validate_job.GATES}
+    assert validate_job.check_gates(metrics, all_gates, with_gguf=with_gguf) == reasons
 
 
 async def find(reference: str) -> models_versions.Version:
@@ -196,27 +198,27 @@ def held_out(model: Path) -> list[Sample]:
 
 
 def mean_loss(model: Any, tokenizer: Any, samples: list[Sample]) -> float:
-    """As transformers computes it, of all tokens together."""
+    """Compute the mean loss over all tokens with transformers."""
     losses: list[tuple[float, int]] = []
     for sample in samples:
         document = sample.model_dump(exclude_none=True)
-        for one in encode(tokenizer, document["messages"], document.get("tools")):
+        for encoding in encode(tokenizer, document["messages"], document.get("tools")):
             with torch.inference_mode():
-                told = model(input_ids=torch.tensor([one.input_ids]), labels=torch.tensor([one.labels]))
-            losses.append((told.loss.item(), one.learned_tokens))
+                output = model(input_ids=torch.tensor([encoding.input_ids]), labels=torch.tensor([encoding.labels]))
+            losses.append((output.loss.item(), encoding.learned_tokens))
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
-def answers(model: Any, tokenizer: Any, sample: Sample, most: int) -> list[str]:
-    """Greedily, one token after the other, without batches and without a cache."""
-    said: list[str] = []
+def answers(model: Any, tokenizer: Any, sample: Sample, max_tokens: int) -> list[str]:
+    """Generate the answers greedily, one token at a time, without batches or cache."""
+    texts: list[str] = []
     for question in eval_metrics.prepare(tokenizer, sample, 2048).questions:
         ids = list(question.prompt_ids)
-        while len(ids) - len(question.prompt_ids) < most:
+        while len(ids) - len(question.prompt_ids) < max_tokens:
             with torch.inference_mode():
                 token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
             if token == tokenizer.eos_token_id:
                 break
             ids.append(token)
-        said.append(tokenizer.decode(ids[len(question.prompt_ids) :]))
-    return said
+        texts.append(tokenizer.decode(ids[len(question.prompt_ids) :]))
+    return texts
