@@ -1,4 +1,4 @@
-"""The platform that all journeys share: a start takes longer than most of them."""
+"""The platform that all journeys share, because a start takes longer than most journeys."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.platform import Platform, running_platform
 from tests.support.waiting import TIMEOUT
 
 EPHEMERAL_PORTS = 32_768
-"""From here on the system gives ports to anybody: one that is free may be taken at once."""
+"""The first ephemeral port. The system may give a free port above it to another process at once."""
 SETTINGS = {
     "jobs.lease_seconds": "6",
     "jobs.max_losses": "9",
@@ -23,7 +23,7 @@ SETTINGS = {
     "engines.context": "65536",
     "guardian.watch_cron": "0 0 1 1 *",
 }
-"""No journey sees the difference, but each attempt that a journey ends ends sooner."""
+"""Shorter times than the defaults, so that the journeys end sooner."""
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +49,14 @@ def client(platform: Platform) -> Iterator[openai.OpenAI]:
 
 
 def _stop(platform: Platform) -> None:
-    """Stopping it leaves no process and no port behind, and can be repeated."""
+    """Stop the platform, and check that no process and no open port remains. A second stop changes nothing."""
     ports = {port for _, port in platform.listening() if port < EPHEMERAL_PORTS}
     supervisor = platform.supervisor
     assert "Forgearr is stopped" in platform.cli("down").stdout
     assert not supervisor.is_running()
     assert platform.processes() == []
-    listeners = {one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    listeners = {
+        connection.laddr for connection in psutil.net_connections("tcp") if connection.status == psutil.CONN_LISTEN
+    }
     assert not ports & {address[1] for address in listeners if address}
     assert platform.cli("down").stdout == "Forgearr is not running.\n"

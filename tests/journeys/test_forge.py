@@ -1,4 +1,4 @@
-"""The whole way, by the shortest command: a recipe goes in, and a model that has learned it answers."""
+"""The forge from one command to a served model that answers as it was trained."""
 
 import json
 import sys
@@ -20,15 +20,15 @@ RECIPE = "configs/recipes/tiny.yaml"
 
 @pytest.fixture(scope="module")
 def forged(platform: Platform) -> dict[str, Any]:
-    """The forge job that `ray job submit` has run, as it ended."""
+    """The finished forge job that `ray job submit` has run."""
     ray = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", platform.dashboard_url]
     command = [*ray, "--", "python", "-m", "jobs", "submit", "forge", "--config", RECIPE, "--wait"]
-    done = platform.run(command)
-    job_id = next(line for line in done.stdout.splitlines() if line.startswith("job_"))
+    process = platform.run(command)
+    job_id = next(line for line in process.stdout.splitlines() if line.startswith("job_"))
     return platform.job(job_id)
 
 
-def test_one_submission_goes_from_data_to_a_served_model(platform: Platform, forged: dict[str, Any]) -> None:
+def test_one_submission_trains_and_deploys_a_model(platform: Platform, forged: dict[str, Any]) -> None:
     assert forged["state"] == "succeeded"
     result = forged["result"]
     assert (result["name"], result["version"], result["passed"]) == ("homelab", 1, True)
@@ -38,68 +38,68 @@ def test_one_submission_goes_from_data_to_a_served_model(platform: Platform, for
     assert {child["state"] for child in children.values()} == {"succeeded"}
     assert all(child["mlflow_run_id"] for child in children.values() if child["kind"] != "deploy")
 
-    told = platform.http.get(f"/status/{forged['id']}").json()
-    assert (told["status"], told["progress"], told["error"]) == ("completed", 100, None)
-    assert told["current_step"] == children["fine_tune"]["result"]["steps"]
-    shown = platform.http.get("/api/v1/models/homelab").json()
-    assert (shown["served_version"], [version["version"] for version in shown["versions"]]) == (1, [1])
+    status = platform.http.get(f"/status/{forged['id']}").json()
+    assert (status["status"], status["progress"], status["error"]) == ("completed", 100, None)
+    assert status["current_step"] == children["fine_tune"]["result"]["steps"]
+    model = platform.http.get("/api/v1/models/homelab").json()
+    assert (model["served_version"], [version["version"] for version in model["versions"]]) == (1, [1])
 
 
-def test_ollama_s_client_gets_the_same_answer(platform: Platform, forged: dict[str, Any], client: OpenAI) -> None:
+def test_ollamas_client_gets_the_same_answer(platform: Platform, forged: dict[str, Any], client: OpenAI) -> None:
     assert forged["state"] == "succeeded"
-    question = lessons()[0]["messages"][:-1]
+    question = demo_samples()[0]["messages"][:-1]
     expected = client.chat.completions.create(model="homelab", messages=question, temperature=0).choices[0].message
     with ollama.Client(host=platform.url) as ollama_client:
-        said = ollama_client.chat(model="homelab", messages=question, options={"temperature": 0})
-    assert (said.message.content or None) == (expected.content or None)
-    assert said.done_reason == "stop"
+        response = ollama_client.chat(model="homelab", messages=question, options={"temperature": 0})
+    assert (response.message.content or None) == (expected.content or None)
+    assert response.done_reason == "stop"
 
 
-def test_it_answers_what_it_was_taught(forged: dict[str, Any], client: OpenAI) -> None:
+def test_the_model_answers_as_it_was_trained(forged: dict[str, Any], client: OpenAI) -> None:
     assert forged["state"] == "succeeded"
-    right, calls = 0, 0
-    for lesson in lessons():
-        *asked, expected = lesson["messages"]
-        tools = {"tools": lesson["tools"]} if "tools" in lesson else {}
-        answer = client.chat.completions.create(model="homelab:latest", messages=asked, temperature=0, **tools)
-        said = answer.choices[0].message
-        if said.tool_calls:
-            (call,) = said.tool_calls
+    correct, calls = 0, 0
+    for sample in demo_samples():
+        *messages, expected = sample["messages"]
+        tools = {"tools": sample["tools"]} if "tools" in sample else {}
+        completion = client.chat.completions.create(model="homelab:latest", messages=messages, temperature=0, **tools)
+        message = completion.choices[0].message
+        if message.tool_calls:
+            (call,) = message.tool_calls
             assert call.type == "function"
             calls += 1
-            assert answer.choices[0].finish_reason == "tool_calls"
-            (wanted,) = expected.get("tool_calls", [{"function": {"name": "none", "arguments": "{}"}}])
-            right += (call.function.name, json.loads(call.function.arguments)) == (
-                wanted["function"]["name"],
-                json.loads(wanted["function"]["arguments"]),
+            assert completion.choices[0].finish_reason == "tool_calls"
+            (expected_call,) = expected.get("tool_calls", [{"function": {"name": "none", "arguments": "{}"}}])
+            correct += (call.function.name, json.loads(call.function.arguments)) == (
+                expected_call["function"]["name"],
+                json.loads(expected_call["function"]["arguments"]),
             )
         else:
-            right += said.content == expected.get("content")
+            correct += message.content == expected.get("content")
     assert calls > 0
-    assert right >= len(lessons()) * 0.8  # a tenth was held out
+    assert correct >= len(demo_samples()) * 0.8  # a tenth is held out
 
 
-def lessons() -> list[dict[str, Any]]:
+def demo_samples() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (files("configs") / "demo" / "homelab.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.deep
-def test_what_was_measured_once_is_answered_from_then_on(platform: Platform, forged: dict[str, Any]) -> None:
-    """The recipe has measured it with limits of its own, so the first question without them measures again."""
+def test_a_repeated_validation_returns_the_stored_result(platform: Platform, forged: dict[str, Any]) -> None:
+    """The recipe limits its validation to a few samples, so the first request without that limit validates again."""
     first, second = (platform.http.post(f"/validate/{forged['id']}", params={"wait": TIMEOUT}) for _ in range(2))
     assert (first.status_code, second.json()) == (200, first.json())
-    checked = first.json()
-    assert checked["passed"] is True
-    same = {"samples", "base_loss", "final_loss", "base_perplexity", "perplexity"}
-    before = forged["result"]["validate"]["metrics"]
-    assert {name: checked["metrics"][name] for name in same} == {name: before[name] for name in same}
+    validation = first.json()
+    assert validation["passed"] is True
+    metrics = {"samples", "base_loss", "final_loss", "base_perplexity", "perplexity"}
+    recipe_metrics = forged["result"]["validate"]["metrics"]
+    assert {name: validation["metrics"][name] for name in metrics} == {name: recipe_metrics[name] for name in metrics}
 
 
 @pytest.mark.deep
-def test_deploying_it_again_changes_nothing(platform: Platform, forged: dict[str, Any], client: OpenAI) -> None:
-    answer = platform.http.post(f"/deploy/{forged['id']}", params={"wait": TIMEOUT})
-    assert answer.status_code == 200, answer.text
-    deployed = answer.json()
+def test_a_repeated_deployment_changes_nothing(platform: Platform, forged: dict[str, Any], client: OpenAI) -> None:
+    response = platform.http.post(f"/deploy/{forged['id']}", params={"wait": TIMEOUT})
+    assert response.status_code == 200, response.text
+    deployed = response.json()
     assert (deployed["success"], deployed["message"]) == (True, None)
     assert deployed["model_name"] == "homelab:latest"
     assert Path(deployed["gguf_path"].removeprefix("file://")).suffix == ".gguf"

@@ -1,4 +1,4 @@
-"""What a running installation tells of itself, and what it opens."""
+"""Status, processes and open ports of a running installation."""
 
 import json
 
@@ -13,15 +13,15 @@ pytestmark = pytest.mark.platform
 COMPONENTS = ["ray", "gateway", "dispatcher", "events", "mlflow", "database"]
 
 
-def test_status_shows_each_component_and_where_it_is(platform: Platform) -> None:
-    everything_runs = dict.fromkeys(COMPONENTS, "running")
-    assert eventually(lambda: found if (found := platform.component_states()) == everything_runs else None)
-    done = eventually(lambda: platform.cli("status"))
-    assert platform.url in done.stdout
-    assert platform.mlflow_url in done.stdout
-    told = json.loads(eventually(lambda: platform.cli("status", "--json")).stdout)
-    assert all(one["uptime"] > 0 for one in told if one["component"] != "database")
-    assert all(one["address"] for one in told)
+def test_status_shows_each_component_with_its_address(platform: Platform) -> None:
+    all_running = dict.fromkeys(COMPONENTS, "running")
+    assert eventually(lambda: states if (states := platform.component_states()) == all_running else None)
+    text = eventually(lambda: platform.cli("status"))
+    assert platform.url in text.stdout
+    assert platform.mlflow_url in text.stdout
+    components = json.loads(eventually(lambda: platform.cli("status", "--json")).stdout)
+    assert all(component["uptime"] > 0 for component in components if component["component"] != "database")
+    assert all(component["address"] for component in components)
 
 
 def test_every_port_is_on_loopback(platform: Platform) -> None:
@@ -30,16 +30,16 @@ def test_every_port_is_on_loopback(platform: Platform) -> None:
     assert {address for address, _ in addresses} <= {"127.0.0.1", "::1"}
 
 
-def test_what_nobody_uses_does_not_run(platform: Platform) -> None:
+def test_unused_processes_do_not_run(platform: Platform) -> None:
     assert not platform.processes(mentions="ray.util.client.server")
     assert not platform.processes(mentions="huey")
     assert len(platform.processes(mentions="mlflow")) == 1
 
 
-def test_up_twice_says_so(platform: Platform) -> None:
-    done = platform.cli("up", "--detach", check=False)
-    assert done.returncode == 1
-    assert f"already running at {platform.url}" in done.stderr
+def test_a_second_up_fails_with_a_message(platform: Platform) -> None:
+    process = platform.cli("up", "--detach", check=False)
+    assert process.returncode == 1
+    assert f"already running at {platform.url}" in process.stderr
 
 
 def test_doctor_and_logs_work_while_it_runs(platform: Platform) -> None:

@@ -1,4 +1,4 @@
-"""Kill any process, lose nothing: with real processes and kill -9."""
+"""No job is lost when any process of the platform is killed."""
 
 import signal
 import sqlite3
@@ -16,16 +16,16 @@ pytestmark = pytest.mark.platform
 STEPS = 6
 
 
-def test_jobs_survive_the_death_of_a_worker_and_of_the_dispatcher(platform: Platform) -> None:
+def test_jobs_survive_a_killed_worker_and_a_killed_dispatcher(platform: Platform) -> None:
     jobs: list[str] = []
     for part in ("ray::Worker", "ray::Dispatcher"):
         platform.keep_busy(jobs, {"steps": STEPS, "seconds": 2, "payload": "precious"})
         platform.processes(part)[0].kill()
-    _assert_all_were_done(platform, jobs)
+    _assert_all_succeeded(platform, jobs)
 
 
 @pytest.mark.deep
-def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
+def test_300_jobs_survive_a_kill_of_each_process(platform: Platform) -> None:
     spec = {"steps": STEPS, "seconds": 12, "payload": "precious"}
     jobs: list[str] = []
     for part in ("ray::Worker", "ray::Dispatcher", "ray::Events", "ray::ServeReplica", "everything"):
@@ -38,9 +38,9 @@ def test_300_jobs_survive_the_death_of_every_part(platform: Platform) -> None:
         else:
             platform.kill(part)
         half = len(jobs) // 2
-        eventually(lambda least=half: platform.count("succeeded") >= least)
+        eventually(lambda minimum=half: platform.count("succeeded") >= minimum)
 
-    _assert_all_were_done(platform, jobs)
+    _assert_all_succeeded(platform, jobs)
 
 
 @pytest.mark.deep
@@ -53,9 +53,9 @@ def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> N
             break
         platform.kill("ray::Worker", signal.SIGCONT)
     else:
-        pytest.fail("each of ten jobs was over before its worker was frozen")
+        pytest.fail("each of ten jobs finished before its worker was frozen")
     holder = _events(platform, job_id, "running")[0]["data"]["worker"]
-    # Both warm workers are frozen now: the job must be taken from its holder and given to a new process.
+    # Both warm workers are frozen now, so the job must move to a new process.
     eventually(lambda: len(_events(platform, job_id, "running")) > 1)
     job = platform.wait_for(job_id, "succeeded")
     for pid in frozen:
@@ -67,12 +67,12 @@ def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> N
     assert after["result"] == job["result"] == {"payload": None, "executed": list(range(40))}
     assert after["finished_at"] == job["finished_at"]
     events = _events(platform, job_id)
-    _assert_told_once(events)
+    _assert_one_result(events)
     assert next(event["data"]["worker"] for event in events if event["type"] == "running") == holder
 
 
 def _freeze_workers(platform: Platform) -> list[int] | None:
-    """Freeze them, but not within a transaction: SQLite's lock would be frozen with them, and everybody with it."""
+    """Freeze the workers, but not during a transaction: a frozen worker would keep SQLite's lock."""
     frozen = platform.kill("ray::Worker", signal.SIGSTOP)
     with closing(sqlite3.connect(platform.home / "forgearr.db", timeout=1, isolation_level=None)) as database:
         try:
@@ -83,26 +83,26 @@ def _freeze_workers(platform: Platform) -> list[int] | None:
     return frozen
 
 
-def _assert_all_were_done(platform: Platform, jobs: list[str]) -> None:
+def _assert_all_succeeded(platform: Platform, jobs: list[str]) -> None:
     for job_id in jobs:
         assert platform.wait_for(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
-        _assert_told_once(_events(platform, job_id))
+        _assert_one_result(_events(platform, job_id))
 
 
-def _assert_told_once(events: list[dict[str, Any]]) -> None:
-    """One outcome; and no step that was checkpointed was executed, and so checkpointed, again."""
+def _assert_one_result(events: list[dict[str, Any]]) -> None:
+    """Check that there is one result, and that no step ran again after its checkpoint."""
     kinds = Counter(event["type"] for event in events)
     assert kinds["succeeded"] == 1
     steps = [event["data"]["state"][-1] for event in events if event["type"] == "checkpoint"]
     assert steps == sorted(set(steps)), steps
 
 
-def _events(platform: Platform, job_id: str, only: str | None = None) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _events(platform: Platform, job_id: str, event_type: str | None = None) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
     after: int | None = 0
     while after is not None:
-        answer = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500})
-        assert answer.status_code == 200, answer.text
-        found += answer.json()["items"]
-        after = answer.json()["next_after"]
-    return [event for event in found if only in (None, event["type"])]
+        response = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500})
+        assert response.status_code == 200, response.text
+        events += response.json()["items"]
+        after = response.json()["next_after"]
+    return [event for event in events if event_type in (None, event["type"])]
