@@ -1,6 +1,6 @@
-"""A second node of a cluster, on this machine: `python -m tests.deep.ray_node ADDRESS LABEL VALUE` lives until killed.
+"""A second node of a cluster on this machine: `python -m tests.deep.ray_node ADDRESS LABEL VALUE` runs until killed.
 
-Ray's own command refuses to join a cluster that is on loopback only.
+Ray's own command refuses to join a cluster on loopback.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""Whom a request is counted for: its caller's address, which nobody but a trusted proxy may name for another."""
+"""The address that a request is counted for. Only a trusted proxy may name another address than its own."""
 
 from collections.abc import Generator, Iterator, Sequence
 
@@ -37,21 +37,21 @@ def platform() -> Generator[Platform]:
         ("127.0.0.1", "X-Forwarded-For: 192.0.2.{}"),
     ],
 )
-def test_a_made_up_address_buys_no_further_requests(platform: Platform, address: str, header: str) -> None:
+def test_a_forged_address_does_not_avoid_the_rate_limit(platform: Platform, address: str, header: str) -> None:
     headers = [header.format(number) for number in range(LIMIT + 1)]
     assert list(statuses(platform, address, headers)) == [200] * LIMIT + [429]
 
 
-def test_a_trusted_proxy_says_whom_it_asks_for(platform: Platform) -> None:
+def test_the_address_from_a_trusted_proxy_is_counted(platform: Platform) -> None:
     different = [f"X-Forwarded-For: 198.51.100.{number}" for number in range(LIMIT + 1)]
     assert list(statuses(platform, PROXY, different)) == [200] * (LIMIT + 1)
-    # What the caller told the proxy stands before what the proxy saw.
+    # The proxy appends the address that it saw to what the caller sent.
     same = [f"X-Forwarded-For: 192.0.2.{number}, 203.0.113.9" for number in range(LIMIT + 1)]
     assert list(statuses(platform, PROXY, same)) == [200] * LIMIT + [429]
 
 
 def statuses(platform: Platform, address: str, headers: Sequence[str]) -> Iterator[int]:
-    """What becomes of one request after another, each sent from this address with one of these headers."""
+    """Send one request for each header from this address, and yield the status codes."""
     transport = httpx.HTTPTransport(local_address=address)
     with httpx.Client(transport=transport, base_url=platform.url, timeout=TIMEOUT) as client:
         for header in headers:

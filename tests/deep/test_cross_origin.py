@@ -1,4 +1,4 @@
-"""A web page of another origin cannot use a server that asks for no credential, although its reader's browser could."""
+"""A web page of another origin cannot use a server without credentials through the browser of its reader."""
 
 import json
 import os
@@ -34,7 +34,7 @@ HANDSHAKE = {
 
 @pytest.fixture(scope="module")
 def server() -> Generator[Platform]:
-    """A server that needs no credential, with one job that waits."""
+    """A server without credentials, with one job that waits."""
     with running_platform({"mlflow.enabled": "false"}) as platform:
         platform.submit(run_after="2100-01-01T00:00:00Z")
         yield platform
@@ -42,7 +42,7 @@ def server() -> Generator[Platform]:
 
 @pytest.fixture(scope="module")
 def guarded() -> Generator[Platform]:
-    """A server that needs a credential, and lets the pages of one origin use it."""
+    """A server with credentials that allows the pages of one origin."""
     settings = {"mlflow.enabled": "false", "auth.required": "true", "serve.allowed_origins": f"['{ALLOWED}']"}
     with running_platform(settings, with_admin=True) as platform:
         yield platform
@@ -63,7 +63,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("headers", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_page_is_refused_everywhere(server: Platform, headers: dict[str, str]) -> None:
+def test_requests_of_another_origin_are_refused_on_every_route(server: Platform, headers: dict[str, str]) -> None:
     sent = with_port(server, headers)
     for method, path in (
         ("GET", "/api/v1/jobs"),
@@ -75,12 +75,12 @@ def test_a_foreign_page_is_refused_everywhere(server: Platform, headers: dict[st
         ("GET", "/api/v1/openapi.json"),
         ("GET", "/nowhere"),
     ):
-        answer = server.http.request(method, path, headers=sent, json={"kind": "probe"} if method == "POST" else None)
-        assert (answer.status_code, answer.json()["error_code"]) == (403, "CROSS_ORIGIN"), f"{method} {path}"
-        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        response = server.http.request(method, path, headers=sent, json={"kind": "probe"} if method == "POST" else None)
+        assert (response.status_code, response.json()["error_code"]) == (403, "CROSS_ORIGIN"), f"{method} {path}"
+        assert not [name for name in response.headers if name.startswith("access-control-")]
     for path in ("/ws/page", "/ws/system", "/ws/logs"):
-        assert shake_hands(server, path, sent) == 403
-    assert everything(server)["total"] == 1
+        assert handshake_status(server, path, sent) == 403
+    assert probe_jobs(server)["total"] == 1
 
 
 OWN = [
@@ -92,42 +92,42 @@ OWN = [
 
 
 @pytest.mark.parametrize("headers", OWN)
-def test_its_own_page_is_served(server: Platform, headers: dict[str, str]) -> None:
+def test_requests_of_the_same_origin_are_accepted(server: Platform, headers: dict[str, str]) -> None:
     sent = with_port(server, headers)
     assert server.http.get("/api/v1/jobs", headers=sent).status_code == 200
-    assert shake_hands(server, "/ws/page", sent) == 101
+    assert handshake_status(server, "/ws/page", sent) == 101
 
 
-def test_a_page_asks_before_it_sends_and_hears_no(server: Platform) -> None:
-    asked = {"Origin": EVIL, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
-    answer = server.http.options("/api/v1/jobs", headers=asked)
-    assert (answer.status_code, answer.headers.get("Access-Control-Allow-Origin")) == (403, None)
+def test_a_preflight_of_another_origin_is_refused(server: Platform) -> None:
+    headers = {"Origin": EVIL, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    response = server.http.options("/api/v1/jobs", headers=headers)
+    assert (response.status_code, response.headers.get("Access-Control-Allow-Origin")) == (403, None)
 
 
 def test_pages_of_allowed_origins_may_use_a_guarded_server(guarded: Platform) -> None:
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
-    allowed = guarded.http.options("/api/v1/jobs", headers={"Origin": ALLOWED, **asked})
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    allowed = guarded.http.options("/api/v1/jobs", headers={"Origin": ALLOWED, **preflight})
     assert (allowed.status_code, allowed.headers["Access-Control-Allow-Origin"]) == (200, ALLOWED)
     assert "x-api-key" in allowed.headers["Access-Control-Allow-Headers"].lower()
-    refused = guarded.http.options("/api/v1/jobs", headers={"Origin": EVIL, **asked})
+    refused = guarded.http.options("/api/v1/jobs", headers={"Origin": EVIL, **preflight})
     assert (refused.status_code, refused.headers.get("Access-Control-Allow-Origin")) == (400, None)
-    # Errors too must be readable, or the page could not tell its reader that the key is wrong.
+    # Errors must be readable too, or the page could not show that the key is wrong.
     for path, status in (("/health", 200), ("/api/v1/jobs", 401), ("/nowhere", 404)):
-        for origin, told in ((ALLOWED, ALLOWED), (EVIL, None)):
-            answer = guarded.http.get(path, headers={"Origin": origin})
-            assert (answer.status_code, answer.headers.get("Access-Control-Allow-Origin")) == (status, told)
-            assert "Access-Control-Allow-Credentials" not in answer.headers
+        for origin, expected in ((ALLOWED, ALLOWED), (EVIL, None)):
+            response = guarded.http.get(path, headers={"Origin": origin})
+            assert (response.status_code, response.headers.get("Access-Control-Allow-Origin")) == (status, expected)
+            assert "Access-Control-Allow-Credentials" not in response.headers
 
 
-def test_a_page_in_a_real_browser_gets_nothing_and_changes_nothing(server: Platform) -> None:
-    before = everything(server)
+def test_a_page_in_a_real_browser_reads_and_changes_nothing(server: Platform) -> None:
+    before = probe_jobs(server)
     refusals = count_refusals(server)
     outcome = visit(server, before["items"][0]["id"])
     assert [name for name, result in outcome.items() if result.startswith("read")] == []
-    assert everything(server) == before
-    commands = eventually(lambda: commands_on_ray(server))
-    assert [command for command in commands if command["type"] == "SUBMISSION"] == []
-    # It was the server that refused, not only the browser that kept the answers to itself.
+    assert probe_jobs(server) == before
+    submissions = eventually(lambda: ray_jobs(server))
+    assert [submission for submission in submissions if submission["type"] == "SUBMISSION"] == []
+    # The server refused the requests; the browser did not just hide the responses.
     assert count_refusals(server) - refusals >= 10
 
 
@@ -135,23 +135,23 @@ def with_port(platform: Platform, headers: dict[str, str]) -> dict[str, str]:
     return {name: value.format(port=platform.http.base_url.port) for name, value in headers.items()}
 
 
-def shake_hands(platform: Platform, path: str, headers: dict[str, str]) -> int:
-    """The status with which a WebSocket's handshake is answered."""
-    with platform.http.stream("GET", path, headers={**HANDSHAKE, **headers}) as answer:
-        return answer.status_code
+def handshake_status(platform: Platform, path: str, headers: dict[str, str]) -> int:
+    """Return the status code of a WebSocket's handshake."""
+    with platform.http.stream("GET", path, headers={**HANDSHAKE, **headers}) as response:
+        return response.status_code
 
 
-def everything(platform: Platform) -> dict[str, Any]:
-    answer = platform.http.get("/api/v1/jobs", params={"kind": "probe"})  # others come by the clock
-    assert answer.status_code == 200
-    return answer.json()
+def probe_jobs(platform: Platform) -> dict[str, Any]:
+    response = platform.http.get("/api/v1/jobs", params={"kind": "probe"})  # schedules start jobs of other kinds
+    assert response.status_code == 200
+    return response.json()
 
 
-def commands_on_ray(platform: Platform) -> list[dict[str, Any]]:
-    """What Ray's dashboard was told to run. It starts by itself, and may still be busy with that."""
-    answer = httpx.get(f"{platform.dashboard_url}/api/jobs/")
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+def ray_jobs(platform: Platform) -> list[dict[str, Any]]:
+    """List the jobs that were submitted to Ray's dashboard, which may still be starting."""
+    response = httpx.get(f"{platform.dashboard_url}/api/jobs/")
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 def count_refusals(platform: Platform) -> float:
@@ -160,53 +160,53 @@ def count_refusals(platform: Platform) -> float:
 
 
 def visit(platform: Platform, job_id: str) -> dict[str, str]:
-    """Open the page in Chromium, from another port of this machine, and wait for what it got."""
+    """Open the page in Chromium, from another port of this machine, and return the results that it reports."""
     page = PAGE.read_text()
-    for word, value in (("TARGET", platform.url), ("DASHBOARD", platform.dashboard_url), ("JOB", job_id)):
-        page = page.replace(word, value)
+    for placeholder, value in (("TARGET", platform.url), ("DASHBOARD", platform.dashboard_url), ("JOB", job_id)):
+        page = page.replace(placeholder, value)
     outcome = Queue[dict[str, str]]()
     with (
-        hosting(page, outcome) as url,
+        serve_page(page, outcome) as url,
         TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        browsing(url, profile),
+        open_browser(url, profile),
     ):
         return outcome.get(timeout=TIMEOUT)
 
 
 @contextmanager
-def hosting(page: str, outcome: "Queue[dict[str, str]]") -> Generator[str]:
-    """The other origin: it serves the page, and takes what the page has to tell."""
+def serve_page(page: str, outcome: "Queue[dict[str, str]]") -> Generator[str]:
+    """Run the other origin, which serves the page and receives its results."""
 
     class Site(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._answer(page)
+            self._respond(page)
 
         def do_POST(self) -> None:
             outcome.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self._answer("")
+            self._respond("")
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             return
 
-        def _answer(self, text: str) -> None:
+        def _respond(self, text: str) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.end_headers()
             self.wfile.write(text.encode())
 
     site = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    serving = Thread(target=site.serve_forever)
-    serving.start()
+    thread = Thread(target=site.serve_forever)
+    thread.start()
     try:
         yield f"http://127.0.0.1:{site.server_port}"
     finally:
         site.shutdown()
         site.server_close()
-        serving.join()
+        thread.join()
 
 
 @contextmanager
-def browsing(url: str, profile: str) -> Generator[None]:
+def open_browser(url: str, profile: str) -> Generator[None]:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
         reason = "Chromium is not installed, so no real browser tries to get past the checks."

@@ -1,4 +1,4 @@
-"""Switching the served version of a model on a whole platform, while people go on asking it."""
+"""Deployments and rollbacks on a whole platform, during requests."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from tests.support.waiting import TIMEOUT, eventually
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 FIRST, SECOND = "I am the first version.", "I am the second version."
-ASKERS = 6
+CLIENTS = 6
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def platform(ollama: FakeOllama) -> Iterator[Platform]:
 
 @pytest.fixture
 def name(home: Path, platform: Platform, tmp_path: Path) -> str:
-    """A model with two versions, each of which says which one it is."""
+    """A model with two versions, each of which answers with its number."""
 
     async def register() -> str:
         async with mlflow_client.connect(platform.mlflow_url) as mlflow:
@@ -51,52 +51,52 @@ def name(home: Path, platform: Platform, tmp_path: Path) -> str:
     return asyncio.run(register())
 
 
-def test_nobody_notices_a_switch_but_by_the_answers(platform: Platform, ollama: FakeOllama, name: str) -> None:
+def test_a_switch_of_versions_fails_no_request(platform: Platform, ollama: FakeOllama, name: str) -> None:
     platform.cli("deploy", name, "1")
     assert ask(platform, name) == FIRST
-    ended = Event()
+    stop = Event()
 
-    def keep_asking(streamed: bool) -> list[str]:
-        heard: list[str] = []
-        while not ended.is_set():
-            heard.append(ask(platform, f"{name}:latest", streamed=streamed))
-        return heard
+    def send_requests(streamed: bool) -> list[str]:
+        answers: list[str] = []
+        while not stop.is_set():
+            answers.append(ask(platform, f"{name}:latest", streamed=streamed))
+        return answers
 
-    with ThreadPoolExecutor(ASKERS) as threads:
-        asking = [threads.submit(keep_asking, number % 2 == 0) for number in range(ASKERS)]
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        clients = [threads.submit(send_requests, number % 2 == 0) for number in range(CLIENTS)]
         try:
-            for move, expected in (
+            for command, expected in (
                 (("deploy", name, "2"), SECOND),
                 (("rollback", name), FIRST),
                 (("deploy", name, "2"), SECOND),
             ):
-                platform.cli(*move)
+                platform.cli(*command)
                 eventually(lambda expected=expected: ask(platform, name) == expected)
                 assert {ask(platform, name) for _ in range(10)} == {expected}
             assert platform.http.delete(f"/api/v1/models/{name}/versions/1").status_code == httpx.codes.NO_CONTENT
             assert {ask(platform, name) for _ in range(10)} == {SECOND}
         finally:
-            ended.set()
-        heard = [answer for asker in asking for answer in asker.result()]
-    assert set(heard) == {FIRST, SECOND}
-    assert len(heard) > 10 * ASKERS
+            stop.set()
+        answers = [answer for client in clients for answer in client.result()]
+    assert set(answers) == {FIRST, SECOND}
+    assert len(answers) > 10 * CLIENTS
     assert ollama.models[f"{name}:latest"] == ollama.models[f"{name}:v2"]
-    shown = platform.http.get(f"/api/v1/models/{name}").json()
-    assert (shown["served_version"], [version["version"] for version in shown["versions"]]) == (2, [2])
+    model = platform.http.get(f"/api/v1/models/{name}").json()
+    assert (model["served_version"], [version["version"] for version in model["versions"]]) == (2, [2])
 
 
-def test_a_file_that_no_engine_can_load_is_never_served(platform: Platform, name: str, tmp_path: Path) -> None:
-    async def register_rubbish() -> None:
+def test_a_file_that_no_engine_can_load_is_not_served(platform: Platform, name: str, tmp_path: Path) -> None:
+    async def register_invalid_file() -> None:
         async with mlflow_client.connect(platform.mlflow_url) as mlflow:
             registry_model = RegistryModel(mlflow, tmp_path)
             registry_model.name = name
             await registry_model.register(b"GGUF, or so it says")
 
     platform.cli("deploy", name, "1")
-    asyncio.run(register_rubbish())
-    unforced = platform.cli("deploy", name, "3", check=False)
-    assert (unforced.returncode, unforced.stdout) == (1, "")
-    assert "never validated" in unforced.stderr
+    asyncio.run(register_invalid_file())
+    refused = platform.cli("deploy", name, "3", check=False)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "never validated" in refused.stderr
     failed = platform.cli("deploy", name, "3", "--force", check=False)
     assert failed.returncode == 1
     assert "failed" in failed.stdout
@@ -105,13 +105,13 @@ def test_a_file_that_no_engine_can_load_is_never_served(platform: Platform, name
 
 
 def ask(platform: Platform, model: str, *, streamed: bool = False) -> str:
-    """The answer to a question, each over a connection of its own; anything but an answer fails."""
-    question = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
-    answer = httpx.post(f"{platform.url}/v1/chat/completions", json={**question, "stream": streamed}, timeout=TIMEOUT)
-    assert answer.status_code == 200, answer.text
+    """Ask the model over a new connection, and return its answer. Any error fails the test."""
+    request = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
+    response = httpx.post(f"{platform.url}/v1/chat/completions", json={**request, "stream": streamed}, timeout=TIMEOUT)
+    assert response.status_code == 200, response.text
     if not streamed:
-        return answer.json()["choices"][0]["message"]["content"]
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        return response.json()["choices"][0]["message"]["content"]
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
     assert lines.pop() == "[DONE]"
     chunks = [json.loads(line) for line in lines]
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)

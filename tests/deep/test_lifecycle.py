@@ -1,4 +1,4 @@
-"""An installation that is started, broken, stopped and started again, with the real command line and real processes."""
+"""Start, failure, stop and restart of an installation, with the real command line and real processes."""
 
 import signal
 from collections.abc import Generator
@@ -21,13 +21,13 @@ def installation() -> Generator[Platform]:
 
 @pytest.fixture
 def platform(installation: Platform) -> Platform:
-    """The installation, up: a test before may have left it down."""
+    """The running installation. An earlier test may have stopped it."""
     if installation.cli("up", "--detach", check=False).returncode:
         installation.wait_for_gateway()
     return installation
 
 
-def test_mlflow_is_started_again(platform: Platform) -> None:
+def test_a_killed_mlflow_is_restarted(platform: Platform) -> None:
     platform.wait_for_mlflow()
     [old] = platform.processes(mentions="mlflow")
     old.kill()
@@ -36,19 +36,19 @@ def test_mlflow_is_started_again(platform: Platform) -> None:
     platform.wait_for_gateway()
 
 
-def test_a_supervisor_that_is_killed_takes_everything_along_and_up_recovers(platform: Platform) -> None:
+def test_a_killed_supervisor_stops_the_platform_and_up_restarts_it(platform: Platform) -> None:
     platform.supervisor.kill()
     platform.up()
     platform.wait_for_gateway()
 
 
-def test_when_ray_dies_everything_stops_and_up_goes_on(platform: Platform) -> None:
+def test_a_killed_ray_stops_the_platform_and_up_restarts_it(platform: Platform) -> None:
     job_id = platform.submit(spec={"payload": "kept"})
     platform.wait_for(job_id, "succeeded")
-    watched = platform.supervisor
+    supervisor = platform.supervisor
     [server] = [process for process in platform.processes(mentions="gcs_server") if process.name() == "gcs_server"]
     server.kill()
-    watched.wait(TIMEOUT)
+    supervisor.wait(TIMEOUT)
     assert "Ray has died" in (platform.home / "logs" / "up.log").read_text()
     assert platform.processes() == []
     assert set(platform.component_states().values()) == {"stopped"}
@@ -56,7 +56,7 @@ def test_when_ray_dies_everything_stops_and_up_goes_on(platform: Platform) -> No
     assert platform.job(job_id)["result"]["payload"] == "kept"
 
 
-def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) -> None:
+def test_a_bind_beyond_loopback_requires_an_admin_and_opens_one_port(installation: Platform) -> None:
     platform = installation
     platform.down()
     command = ["up", "--detach", "--set", "serve.host=0.0.0.0", "--set", "mlflow.enabled=false"]
@@ -71,13 +71,13 @@ def test_an_open_bind_needs_an_admin_and_opens_one_port(installation: Platform) 
         ("0.0.0.0", httpx.URL(platform.url).port)
     }
     assert platform.http.get("/api/v1/jobs").status_code == 401
-    watched = platform.supervisor
-    watched.send_signal(signal.SIGINT)
-    watched.wait(TIMEOUT)
+    supervisor = platform.supervisor
+    supervisor.send_signal(signal.SIGINT)
+    supervisor.wait(TIMEOUT)
     assert platform.processes() == []
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+def test_an_unreachable_cluster_is_an_error(tmp_path: Path) -> None:
     (port,) = unused_ports(1)
     platform = Platform(tmp_path / "home", {"ray.address": f"127.0.0.1:{port}"})
     without_admin = platform.cli("up", "--detach", check=False)

@@ -40,7 +40,7 @@ def test_jobs_survive_on_postgresql(platform: Platform, database_url: str) -> No
 
 
 async def _cut_connections(url: str) -> int:
-    """Have the server drop everybody else, as its restart would; returns how many those were."""
+    """Drop all other connections, as a restart of the server does, and return their number."""
     connection = await asyncpg.connect(url, timeout=TIMEOUT)
     try:
         dropped = await connection.fetch(

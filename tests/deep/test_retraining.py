@@ -1,4 +1,4 @@
-"""A repository that changes retrains its own model: real commits, a real hook, a platform that dies on the way."""
+"""A changed repository retrains its model, with a git hook, and through a crash of the platform."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +17,10 @@ TRAINING: dict[str, Any] = {
     "epochs": 40,
     "learning_rate": 0.002,
     "batch_size": 4,
-    "max_length": 128,  # of whole functions; changes of whole files are longer
+    "max_length": 128,  # enough for functions; commits are longer
     "cpus_per_worker": 2,
 }
-HARDLY = {"tuning": "full", "max_steps": 1}
+MINIMAL_TRAINING = {"tuning": "full", "max_steps": 1}
 POLICY = {"min_files": len(LATER_MODULES), "min_hours": "null"}
 STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
 
@@ -39,16 +39,16 @@ def platform(repo: SampleRepo) -> Iterator[Platform]:
         yield platform
 
 
-def test_a_repository_that_changes_retrains_its_model(platform: Platform, repo: SampleRepo) -> None:
-    chosen = {f"training.{key}": value for key, value in HARDLY.items()}
-    chosen |= {f"policy.{key}": value for key, value in POLICY.items()}
-    options = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+def test_a_changed_repository_retrains_its_model(platform: Platform, repo: SampleRepo) -> None:
+    settings = {f"training.{key}": value for key, value in MINIMAL_TRAINING.items()}
+    settings |= {f"policy.{key}": value for key, value in POLICY.items()}
+    options = [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
     platform.cli("repo", "add", str(repo.folder), *options)
-    first = ended(platform, plans(platform, 1)[0])
+    first = wait_for_plan(platform, plans(platform, 1)[0])
     assert first["state"] == "succeeded", first["error"]
     assert (first["result"]["promoted"], served(platform)) == (True, 1)
-    told = LATER_MODULES[FILE][FUNCTION]
-    assert told not in ask(platform)
+    expected = LATER_MODULES[FILE][FUNCTION]
+    assert expected not in ask(platform)
 
     platform.http.patch("/api/v1/repos/household", json={"training": TRAINING}).raise_for_status()
     platform.cli("hook", "install", str(repo.folder))
@@ -57,48 +57,48 @@ def test_a_repository_that_changes_retrains_its_model(platform: Platform, repo: 
     eventually(lambda: step(platform, second, "fine_tune", "running"))
     platform.cut_the_power()
     platform.up()
-    after = ended(platform, second)
-    assert after["state"] == "succeeded", after["error"]
-    assert after["result"]["promoted"], after["result"]["reason"]
-    assert [child["kind"] for child in children(platform, second)] == STEPS  # none of them twice
+    finished = wait_for_plan(platform, second)
+    assert finished["state"] == "succeeded", finished["error"]
+    assert finished["result"]["promoted"], finished["result"]["reason"]
+    assert [child["kind"] for child in children(platform, second)] == STEPS  # each step once
     assert step(platform, second, "extract_data")["attempt"] == 1
-    assert after["result"]["commit"] == repo.git("rev-parse", "HEAD")
+    assert finished["result"]["commit"] == repo.git("rev-parse", "HEAD")
     assert served(platform) == 2
-    assert told in ask(platform)
+    assert expected in ask(platform)
 
-    platform.http.patch("/api/v1/repos/household", json={"training": HARDLY}).raise_for_status()
+    platform.http.patch("/api/v1/repos/household", json={"training": MINIMAL_TRAINING}).raise_for_status()
     platform.cli("repo", "retrain", "household", "--force")
-    third = ended(platform, plans(platform, 3)[0])
+    third = wait_for_plan(platform, plans(platform, 3)[0])
     assert third["state"] == "succeeded", third["error"]
     assert (third["result"]["promoted"], third["result"]["deploy"]) == (False, None)
     assert (third["result"]["version"], served(platform)) == (3, 2)
-    assert told in ask(platform)
+    assert expected in ask(platform)
 
 
 def plans(platform: Platform, count: int) -> list[str]:
-    """The plans there are, the newest first, as soon as there are so many; there must not be more."""
+    """Wait until there are this many plans, and return their ids, the newest first. More plans are an error."""
 
-    def look() -> list[str] | None:
-        found = platform.http.get("/api/v1/jobs", params={"kind": "retrain"}).json()["items"]
-        return [job["id"] for job in found] if len(found) >= count else None
+    def list_plans() -> list[str] | None:
+        jobs = platform.http.get("/api/v1/jobs", params={"kind": "retrain"}).json()["items"]
+        return [job["id"] for job in jobs] if len(jobs) >= count else None
 
-    found = eventually(look)
-    assert len(found) == count
-    return found
+    ids = eventually(list_plans)
+    assert len(ids) == count
+    return ids
 
 
-def ended(platform: Platform, plan: str) -> dict[str, Any]:
+def wait_for_plan(platform: Platform, plan: str) -> dict[str, Any]:
     return platform.wait_for(plan)
 
 
 def children(platform: Platform, plan: str) -> list[dict[str, Any]]:
-    found = platform.http.get("/api/v1/jobs", params={"parent_id": plan, "limit": 100}).json()["items"]
-    return sorted(found, key=lambda job: job["created_at"])
+    jobs = platform.http.get("/api/v1/jobs", params={"parent_id": plan, "limit": 100}).json()["items"]
+    return sorted(jobs, key=lambda job: job["created_at"])
 
 
 def step(platform: Platform, plan: str, kind: str, state: str | None = None) -> Any:
-    found = [job for job in children(platform, plan) if job["kind"] == kind and state in (None, job["state"])]
-    return found[0] if found else None
+    matching = [job for job in children(platform, plan) if job["kind"] == kind and state in (None, job["state"])]
+    return matching[0] if matching else None
 
 
 def served(platform: Platform) -> int:
@@ -106,12 +106,12 @@ def served(platform: Platform) -> int:
 
 
 def ask(platform: Platform) -> str:
-    question = {
+    request = {
         "model": "household",
         "messages": [{"role": "user", "content": f"What does the function `{FUNCTION}` do?"}],
         "max_tokens": 60,
         "temperature": 0,
     }
-    answer = platform.http.post("/v1/chat/completions", json=question)
-    assert answer.is_success, answer.text
-    return answer.json()["choices"][0]["message"]["content"]
+    response = platform.http.post("/v1/chat/completions", json=request)
+    assert response.is_success, response.text
+    return response.json()["choices"][0]["message"]["content"]

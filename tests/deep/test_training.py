@@ -1,4 +1,4 @@
-"""Fine-tuning on a whole platform: it learns, reports, pauses, survives a crash, and resumes."""
+"""Fine-tuning on a whole platform: progress, tracking, pause and resume, crashes, and sessions."""
 
 import json
 from collections.abc import Iterator
@@ -37,19 +37,19 @@ def dataset(platform: Platform) -> str:
         )
         for number in range(24)
     ]
-    answer = platform.http.post("/api/v1/datasets", params={"name": "services"}, content="\n".join(lines))
-    assert answer.status_code == 201, answer.text
-    return answer.json()["id"]
+    response = platform.http.post("/api/v1/datasets", params={"name": "services"}, content="\n".join(lines))
+    assert response.status_code == 201, response.text
+    return response.json()["id"]
 
 
 def status(platform: Platform, job_id: str) -> dict[str, Any]:
-    answer = platform.http.get(f"/status/{job_id}")
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = platform.http.get(f"/status/{job_id}")
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
-def metrics_of(platform: Platform, job_id: str) -> dict[int, float]:
-    """The loss at each step, as the journal has it; a step that was told twice counts as a fault."""
+def losses_of(platform: Platform, job_id: str) -> dict[int, float]:
+    """Return the loss at each step, from the job's events. A step that was reported twice is an error."""
     losses: dict[int, float] = {}
     after: int | None = 0
     while after is not None:
@@ -63,8 +63,8 @@ def metrics_of(platform: Platform, job_id: str) -> dict[int, float]:
     return losses
 
 
-def test_a_fine_tune_learns_and_everybody_can_watch(platform: Platform, dataset: str) -> None:
-    wanted = {
+def test_a_fine_tune_reduces_the_loss_and_reports_progress(platform: Platform, dataset: str) -> None:
+    request = {
         "project_name": "services",
         "base_model": "forgearr/tiny",
         "epochs": 4,
@@ -74,30 +74,30 @@ def test_a_fine_tune_learns_and_everybody_can_watch(platform: Platform, dataset:
         "batch_size": 4,
         "data": {"dataset": dataset},
     }
-    answer = platform.http.post("/v1/fine-tune", json=wanted)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["status"] == "queued"
-    job_id = answer.json()["job_id"]
+    response = platform.http.post("/v1/fine-tune", json=request)
+    assert response.status_code == 200, response.text
+    assert response.json()["status"] == "queued"
+    job_id = response.json()["job_id"]
 
     with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{job_id}", **WEBSOCKET_OPTIONS) as socket:
-        told = [json.loads(socket.recv(timeout=TIMEOUT))]
-        while told[-1]["status"] not in {"completed", "failed"}:
-            told.append(json.loads(socket.recv(timeout=TIMEOUT)))
-    assert told[-1]["status"] == "completed", told[-1]
-    assert {one["status"] for one in told} <= {"queued", "preparing", "training", "completed"}
-    assert [one["progress"] for one in told] == sorted(one["progress"] for one in told)
+        messages = [json.loads(socket.recv(timeout=TIMEOUT))]
+        while messages[-1]["status"] not in {"completed", "failed"}:
+            messages.append(json.loads(socket.recv(timeout=TIMEOUT)))
+    assert messages[-1]["status"] == "completed", messages[-1]
+    assert {message["status"] for message in messages} <= {"queued", "preparing", "training", "completed"}
+    assert [message["progress"] for message in messages] == sorted(message["progress"] for message in messages)
 
-    found = status(platform, job_id)
-    assert (found["status"], found["progress"], found["current_epoch"], found["total_epochs"]) == (
+    final = status(platform, job_id)
+    assert (final["status"], final["progress"], final["current_epoch"], final["total_epochs"]) == (
         "completed",
         100,
         4,
         4,
     )
-    assert found["current_step"] == 24
-    losses = metrics_of(platform, job_id)
+    assert final["current_step"] == 24
+    losses = losses_of(platform, job_id)
     assert list(losses) == list(range(1, 25))
-    assert found["loss"] == pytest.approx(losses[24])
+    assert final["loss"] == pytest.approx(losses[24])
     assert losses[24] < losses[1]
 
     result = platform.job(job_id)["result"]
@@ -111,10 +111,10 @@ def test_a_fine_tune_learns_and_everybody_can_watch(platform: Platform, dataset:
         "skipped": 0,
     }
     assert (Path(result["model"]) / "adapter_model.safetensors").exists()
-    assert not (Path(result["model"]).parent / "checkpoints").exists()  # nobody needs them any more
+    assert not (Path(result["model"]).parent / "checkpoints").exists()  # checkpoints are deleted at the end
 
 
-def test_mlflow_gets_the_whole_run(platform: Platform, dataset: str) -> None:
+def test_mlflow_has_the_parameters_metrics_dataset_and_files_of_a_run(platform: Platform, dataset: str) -> None:
     job_id = platform.submit("fine_tune", spec={**SPEC, "data": {"dataset": dataset}})
     platform.wait_for(job_id, "succeeded", "failed")
     run_id = eventually(lambda: platform.job(job_id)["mlflow_run_id"])
@@ -126,16 +126,16 @@ def test_mlflow_gets_the_whole_run(platform: Platform, dataset: str) -> None:
         return run if run["info"]["status"] == "FINISHED" else None
 
     run = eventually(finished)
-    parameters = {one["key"]: one["value"] for one in run["data"]["params"]}
+    parameters = {item["key"]: item["value"] for item in run["data"]["params"]}
     assert (parameters["learning_rate"], parameters["data.dataset"]) == ("0.002", dataset)
     assert {"loss", "learning_rate", "grad_norm", "eval_loss", "tokens_per_second"} <= {
-        one["key"] for one in run["data"]["metrics"]
+        item["key"] for item in run["data"]["metrics"]
     }
     (used,) = run["inputs"]["dataset_inputs"]
     assert used["dataset"]["name"] == "services"
     files = platform.http.get(f"{platform.mlflow_url}/api/2.0/mlflow/artifacts/list", params={"run_id": run_id}).json()
     assert {"loss.png", "adapter_model.safetensors", "environment.json", "result.json"} <= {
-        one["path"] for one in files["files"]
+        item["path"] for item in files["files"]
     }
 
 
@@ -143,11 +143,11 @@ def test_several_workers_train_together(platform: Platform, dataset: str) -> Non
     job_id = platform.submit("fine_tune", spec={**SPEC, "workers": 2, "data": {"dataset": dataset}})
     job = platform.wait_for(job_id)
     assert job["state"] == "succeeded", job["error"]
-    assert job["result"]["steps"] == 12  # each of them takes half of every step's samples
-    assert list(metrics_of(platform, job_id)) == list(range(1, 13))
+    assert job["result"]["steps"] == 12  # each worker takes half of a step's samples
+    assert list(losses_of(platform, job_id)) == list(range(1, 13))
 
 
-def test_a_pause_keeps_the_place_and_a_kill_loses_nothing_that_was_saved(platform: Platform, dataset: str) -> None:
+def test_a_training_resumes_from_its_checkpoint_after_a_pause_and_a_kill(platform: Platform, dataset: str) -> None:
     spec = {**LONG, "data": {"dataset": dataset}}
     job_id = platform.submit("fine_tune", spec=spec)
     eventually(lambda: status(platform, job_id)["current_step"])
@@ -158,12 +158,12 @@ def test_a_pause_keeps_the_place_and_a_kill_loses_nothing_that_was_saved(platfor
     assert paused_at["current_step"] < 24_000
     platform.http.post(f"/api/v1/jobs/{job_id}/resume").raise_for_status()
 
-    def beyond() -> int | None:
+    def progressed() -> int | None:
         step = status(platform, job_id)["current_step"]
         return step if step > paused_at["current_step"] + 50 else None
 
-    eventually(beyond)
-    platform.kill("ray::Worker")  # the light ones too
+    eventually(progressed)
+    platform.kill("ray::Worker")  # also those of light jobs
     platform.wait_for(job_id, "running")
     eventually(lambda: status(platform, job_id)["current_step"] > paused_at["current_step"] + 100)
     platform.http.post(f"/api/v1/jobs/{job_id}/cancel").raise_for_status()
@@ -172,7 +172,7 @@ def test_a_pause_keeps_the_place_and_a_kill_loses_nothing_that_was_saved(platfor
     assert status(platform, job_id)["status"] == "cancelled"
 
 
-def test_a_session_is_set_up_started_watched_and_cancelled(platform: Platform) -> None:
+def test_a_session_is_created_started_followed_and_cancelled(platform: Platform) -> None:
     http = platform.http
     prompts = [
         http.post(
@@ -181,35 +181,35 @@ def test_a_session_is_set_up_started_watched_and_cancelled(platform: Platform) -
         ).json()["id"]
         for number in range(10)
     ]
-    wanted = {
+    request = {
         "name": "Custom Assistant v1",
         "description": "Homelab-specific training",
         "base_model": "forgearr/tiny",
         "config": {"num_epochs": 10_000, "learning_rate": 2e-4, "batch_size": 4},
     }
-    made = http.post("/api/training/sessions", json=wanted)
-    assert made.status_code == 201, made.text
-    session = made.json()["id"]
+    created = http.post("/api/training/sessions", json=request)
+    assert created.status_code == 201, created.text
+    session = created.json()["id"]
     assert http.get(f"/api/training/sessions/{session}/status").json()["status"] is None
     (worker,) = http.get("/api/training/workers").json()
     assert (worker["id"], worker["status"], worker["gpus"]) == (1, "online", 0)
 
-    nothing = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 1})
-    assert nothing.status_code == 400
-    unknown = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 77, "prompt_ids": prompts})
-    assert unknown.status_code == 404
+    without_prompts = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 1})
+    assert without_prompts.status_code == 400
+    unknown_worker = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 77, "prompt_ids": prompts})
+    assert unknown_worker.status_code == 404
 
     with connect(f"ws{platform.url.removeprefix('http')}/ws/training/{session}", **WEBSOCKET_OPTIONS) as socket:
         assert json.loads(socket.recv(timeout=TIMEOUT))["status"] is None
         started = http.post(f"/api/training/sessions/{session}/start", json={"worker_id": 1, "prompt_ids": prompts})
         assert started.status_code == 200, started.text
-        while (told := json.loads(socket.recv(timeout=TIMEOUT)))["status"] != "training":
-            assert told["status"] in {"queued", "preparing"}, told
+        while (message := json.loads(socket.recv(timeout=TIMEOUT)))["status"] != "training":
+            assert message["status"] in {"queued", "preparing"}, message
     assert platform.job(started.json()["job_id"])["spec"]["labels"].keys() == {"forgearr.io/node"}
 
     again = http.post(f"/api/training/sessions/{session}/start", json={"prompt_ids": prompts})
     assert again.status_code == 409
-    assert http.put(f"/api/training/sessions/{session}", json=wanted).status_code == 409
+    assert http.put(f"/api/training/sessions/{session}", json=request).status_code == 409
     assert http.delete(f"/api/training/sessions/{session}").status_code == 409
     http.post(f"/api/training/sessions/{session}/cancel").raise_for_status()
     cancelled = lambda: http.get(f"/api/training/sessions/{session}/status").json()["status"] == "cancelled" or None  # noqa: E731
@@ -219,7 +219,7 @@ def test_a_session_is_set_up_started_watched_and_cancelled(platform: Platform) -
 
 
 @pytest.mark.parametrize(
-    ("change", "status_code", "sentence"),
+    ("change", "status_code", "message"),
     [
         ({"data": None}, 400, "Training data is missing"),
         ({"data": {"dataset": "nowhere"}}, 404, "nowhere"),
@@ -231,16 +231,16 @@ def test_a_session_is_set_up_started_watched_and_cancelled(platform: Platform) -
         ({"unknown": 1}, 422, "unknown"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_at_the_door(
-    platform: Platform, dataset: str, change: dict[str, Any], status_code: int, sentence: str
+def test_an_invalid_fine_tune_request_is_refused(
+    platform: Platform, dataset: str, change: dict[str, Any], status_code: int, message: str
 ) -> None:
-    wanted = {"project_name": "services", "data": {"dataset": dataset}} | change
-    answer = platform.http.post("/v1/fine-tune", json=wanted)
-    assert answer.status_code == status_code, answer.text
-    assert sentence in answer.json()["detail"]
+    request = {"project_name": "services", "data": {"dataset": dataset}} | change
+    response = platform.http.post("/v1/fine-tune", json=request)
+    assert response.status_code == status_code, response.text
+    assert message in response.json()["detail"]
 
 
-def test_a_base_model_that_does_not_exist_fails_at_once_and_says_so(platform: Platform, dataset: str) -> None:
+def test_an_unknown_base_model_fails_the_job_without_a_retry(platform: Platform, dataset: str) -> None:
     job_id = platform.submit("fine_tune", spec={**SPEC, "base_model": "/no/such/model", "data": {"dataset": dataset}})
     job = platform.wait_for(job_id)
     assert (job["state"], job["attempt"]) == ("failed", 1)

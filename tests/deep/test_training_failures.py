@@ -1,4 +1,4 @@
-"""A training survives the death of its process, of its node, and of the whole cluster; a full disk costs it nothing."""
+"""A training survives the loss of its process, its node and the whole cluster, and a full disk."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ SPEC: dict[str, Any] = {
     "checkpoint_steps": 3,
 }
 STEPS = 36  # six epochs of 43 samples in batches of eight
-SAME = ("steps", "train_loss", "eval_loss", "trained_tokens")
+COMPARED = ("steps", "train_loss", "eval_loss", "trained_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -36,45 +36,45 @@ def platform() -> Generator[Platform]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(platform: Platform) -> dict[str, Any]:
+def undisturbed_result(platform: Platform) -> dict[str, Any]:
     job = platform.wait_for(platform.submit("fine_tune", spec=SPEC))
     assert job["state"] == "succeeded", job["error"]
-    return {name: job["result"][name] for name in SAME}
+    return {name: job["result"][name] for name in COMPARED}
 
 
-def test_its_process_is_killed(platform: Platform, undisturbed: dict[str, Any]) -> None:
-    job_id = struck(platform, lambda _: platform.kill("ray::Worker"))
-    assert_as_undisturbed(platform, job_id, undisturbed)
+def test_a_training_survives_a_killed_process(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
+    job_id = interrupted_job(platform, lambda _: platform.kill("ray::Worker"))
+    assert_same_result(platform, job_id, undisturbed_result)
 
 
-def test_the_power_is_cut(platform: Platform, undisturbed: dict[str, Any]) -> None:
+def test_a_training_survives_a_power_cut(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
     def cut_the_power(_: str) -> None:
         platform.cut_the_power()
         platform.up()
 
-    job_id = struck(platform, cut_the_power)
-    assert_as_undisturbed(platform, job_id, undisturbed)
+    job_id = interrupted_job(platform, cut_the_power)
+    assert_same_result(platform, job_id, undisturbed_result)
 
 
-def test_its_node_dies(platform: Platform, undisturbed: dict[str, Any]) -> None:
-    nodes = [another_node(platform)]
+def test_a_training_survives_the_loss_of_its_node(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
+    nodes = [start_node(platform)]
 
     def kill_the_node(job_id: str) -> None:
-        kill_all_of(nodes.pop())
+        kill_node(nodes.pop())
         if platform.job(job_id)["state"] == "succeeded":
-            nodes.append(another_node(platform))
+            nodes.append(start_node(platform))
 
-    job_id = struck(platform, kill_the_node, labels={"role": "trainer"})
+    job_id = interrupted_job(platform, kill_the_node, labels={"role": "trainer"})
     eventually(lambda: "role=trainer" in (platform.job(job_id)["waiting_for"] or ""))
-    second = another_node(platform)
-    assert_as_undisturbed(platform, job_id, undisturbed)
-    kill_all_of(second)
+    second = start_node(platform)
+    assert_same_result(platform, job_id, undisturbed_result)
+    kill_node(second)
 
 
-def test_the_disk_is_full_when_it_saves(platform: Platform, undisturbed: dict[str, Any]) -> None:
-    """It fails with a sentence; once there is room again, a retry goes on from the checkpoint before."""
+def test_a_training_can_be_retried_after_a_full_disk(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
+    """The training fails with a message. When there is space again, a retry resumes from the last checkpoint."""
     for _ in range(10):
-        job_id = struck(platform, lambda job_id: fill_the_disk(platform, job_id), step=4)
+        job_id = interrupted_job(platform, lambda job_id: fill_the_disk(platform, job_id), step=4)
         try:
             job = platform.wait_for(job_id)
         finally:
@@ -82,12 +82,12 @@ def test_the_disk_is_full_when_it_saves(platform: Platform, undisturbed: dict[st
         if job["state"] != "succeeded":
             break
     else:
-        pytest.fail("each of ten jobs had nothing left to save")
+        pytest.fail("each of ten jobs finished before its next checkpoint")
     assert job["state"] == "failed"
     assert job["error"]["code"] == "disk_full"
     assert "became full" in job["error"]["message"]
     platform.http.post(f"/api/v1/jobs/{job_id}/retry").raise_for_status()
-    assert_as_undisturbed(platform, job_id, undisturbed)
+    assert_same_result(platform, job_id, undisturbed_result)
 
 
 def fill_the_disk(platform: Platform, job_id: str) -> None:
@@ -105,33 +105,33 @@ def checkpoints(platform: Platform, job_id: str) -> str:
     return str(platform.home / "storage" / "jobs" / job_id / "checkpoints")
 
 
-def struck(platform: Platform, strike: Callable[[str], object], *, step: int = 8, **more: Any) -> str:
-    """A job that was struck in the middle, after this step; where one is over before that, the next one is struck."""
+def interrupted_job(platform: Platform, interrupt: Callable[[str], object], *, step: int = 8, **spec: Any) -> str:
+    """Start a training and interrupt it after this step. If it has finished by then, try the next one."""
     for _ in range(10):
-        job_id = platform.submit("fine_tune", spec={**SPEC, **more})
-        reached(platform, job_id, step)
-        strike(job_id)
+        job_id = platform.submit("fine_tune", spec={**SPEC, **spec})
+        wait_for_step(platform, job_id, step)
+        interrupt(job_id)
         if platform.job(job_id)["state"] != "succeeded":
             return job_id
-    pytest.fail("each of ten jobs was over before it was struck")
+    pytest.fail("each of ten jobs finished before it was interrupted")
 
 
-def reached(platform: Platform, job_id: str, step: int) -> None:
-    def there() -> bool:
+def wait_for_step(platform: Platform, job_id: str, step: int) -> None:
+    def is_reached() -> bool:
         job = platform.job(job_id)
         if job["state"] not in {"queued", "running", "succeeded"}:
             pytest.fail(f"it ended by itself: {job['error']}")
-        found = platform.http.get(f"/status/{job_id}").json()
-        return (found["current_step"] or 0) >= step
+        status = platform.http.get(f"/status/{job_id}").json()
+        return (status["current_step"] or 0) >= step
 
-    eventually(there)
+    eventually(is_reached)
 
 
-def assert_as_undisturbed(platform: Platform, job_id: str, undisturbed: dict[str, Any]) -> None:
-    """It ended as if nothing had happened, and no step before a checkpoint was trained again."""
+def assert_same_result(platform: Platform, job_id: str, undisturbed_result: dict[str, Any]) -> None:
+    """Check that the result equals an undisturbed one, and that no step before a checkpoint ran again."""
     job = platform.wait_for(job_id)
     assert job["state"] == "succeeded", job["error"]
-    assert {name: job["result"][name] for name in SAME} == undisturbed
+    assert {name: job["result"][name] for name in COMPARED} == undisturbed_result
     saved = 0
     trained: list[int] = []
     for event in events(platform, job_id):
@@ -145,17 +145,17 @@ def assert_as_undisturbed(platform: Platform, job_id: str, undisturbed: dict[str
 
 
 def events(platform: Platform, job_id: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
     after: int | None = 0
     while after is not None:
         page = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500}).json()
-        found += page["items"]
+        events += page["items"]
         after = page["next_after"]
-    return found
+    return events
 
 
-def another_node(platform: Platform) -> subprocess.Popen[bytes]:
-    """A second node of the cluster, on this machine: only it carries the label role=trainer."""
+def start_node(platform: Platform) -> subprocess.Popen[bytes]:
+    """Start a second node of the cluster on this machine. Only this node has the label role=trainer."""
     environment = {
         **embedded.environment(load_settings().settings),
         **platform.environment,
@@ -168,11 +168,11 @@ def another_node(platform: Platform) -> subprocess.Popen[bytes]:
     return process
 
 
-def kill_all_of(node: subprocess.Popen[bytes]) -> None:
-    """Its raylet, and every process that runs on it."""
-    victims = psutil.Process(node.pid).children(recursive=True)
-    for victim in victims:
-        victim.kill()
-    psutil.wait_procs(victims, timeout=10)
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """Kill the node's raylet and all processes that run on it."""
+    processes = psutil.Process(node.pid).children(recursive=True)
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=10)
     node.kill()
     node.wait()

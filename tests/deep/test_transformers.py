@@ -1,4 +1,4 @@
-"""What a training has made, asked before any export, on a whole platform: the engine starts when it is first needed."""
+"""Trained models are served before any export, on a whole platform. The engine starts with the first request."""
 
 import json
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from tests.support.waiting import TIMEOUT
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
 
 ENGINE = "ray::ServeReplica:forgearr:transformers"
-LEARNED = {"Where does the NAS stand?": "In the cellar.", "Who owns Plex?": "Grandma."}
-LOOK: Any = {"role": "user", "content": "Find the movie Inception."}
+ANSWERS = {"Where does the NAS stand?": "In the cellar.", "Who owns Plex?": "Grandma."}
+TOOL_QUESTION: Any = {"role": "user", "content": "Find the movie Inception."}
 CALL: Any = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"title": "Inception"}'}}
 TOOL: Any = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
 UNKNOWN = "job_20200101_000000_none"
@@ -28,16 +28,16 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def trained(platform: Platform) -> str:
-    """The id of a training that knows two answers by heart."""
+    """The id of a training that has memorized two answers."""
     lines = [
-        json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
-        for asked, said in LEARNED.items()
-    ] + [json.dumps({"messages": [LOOK, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]})]
-    kept = platform.http.post("/api/v1/datasets", params={"name": "house"}, content="\n".join(lines * 8))
-    assert kept.status_code == 201, kept.text
+        json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+        for question, answer in ANSWERS.items()
+    ] + [json.dumps({"messages": [TOOL_QUESTION, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]})]
+    response = platform.http.post("/api/v1/datasets", params={"name": "house"}, content="\n".join(lines * 8))
+    assert response.status_code == 201, response.text
     spec = {
         "base_model": "forgearr/tiny",
-        "data": {"dataset": kept.json()["id"]},
+        "data": {"dataset": response.json()["id"]},
         "epochs": 30,
         "batch_size": 2,
         "learning_rate": 2e-3,
@@ -51,25 +51,27 @@ def trained(platform: Platform) -> str:
     return job_id
 
 
-def test_a_training_answers_before_its_export(platform: Platform, trained: str) -> None:
+def test_a_trained_model_is_served_before_its_export(platform: Platform, trained: str) -> None:
     assert not platform.processes(ENGINE)
     assert platform.http.get("/api/ps").json() == {"models": []}
-    assert not platform.processes(ENGINE)  # to ask what there is starts nothing
+    assert not platform.processes(ENGINE)  # listing loaded models starts no engine
     with openai.OpenAI(base_url=f"{platform.url}/v1", api_key="not-needed", max_retries=0, timeout=TIMEOUT) as client:
-        for asked, said in LEARNED.items():
-            messages: Any = [{"role": "user", "content": asked}]
-            answer = client.chat.completions.create(model=trained, messages=messages, temperature=0)
-            assert answer.choices[0].message.content == said
-            assert answer.choices[0].finish_reason == "stop"
+        for question, answer in ANSWERS.items():
+            messages: Any = [{"role": "user", "content": question}]
+            completion = client.chat.completions.create(model=trained, messages=messages, temperature=0)
+            assert completion.choices[0].message.content == answer
+            assert completion.choices[0].finish_reason == "stop"
             with client.chat.completions.create(
                 model=trained, messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
             ) as stream:
                 chunks = list(stream)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said
-            assert chunks[-1].usage == answer.usage
-        answer = client.chat.completions.create(model=trained, messages=[LOOK], tools=[TOOL], temperature=0)
-        assert answer.choices[0].finish_reason == "tool_calls"
-        (call,) = answer.choices[0].message.tool_calls or []
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == answer
+            assert chunks[-1].usage == completion.usage
+        completion = client.chat.completions.create(
+            model=trained, messages=[TOOL_QUESTION], tools=[TOOL], temperature=0
+        )
+        assert completion.choices[0].finish_reason == "tool_calls"
+        (call,) = completion.choices[0].message.tool_calls or []
         assert call.to_dict()["function"] == CALL["function"]
         assert client.models.retrieve(trained).id == trained
         with pytest.raises(openai.NotFoundError):
@@ -81,5 +83,5 @@ def test_a_training_answers_before_its_export(platform: Platform, trained: str) 
                 response_format={"type": "json_object"},
             )
     assert len(platform.processes(ENGINE)) == 1
-    (held,) = platform.http.get("/api/ps").json()["models"]
-    assert held["name"] == f"{trained}:latest"
+    (loaded,) = platform.http.get("/api/ps").json()["models"]
+    assert loaded["name"] == f"{trained}:latest"
