@@ -1,4 +1,4 @@
-"""What is typed after --set."""
+"""Assignments after `--set`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from cluster.errors import InvalidRequest
 
 
 @pytest.mark.parametrize(
-    ("typed", "expected"),
+    ("argument", "expected"),
     [
         ("steps=3", {"name": "a", "policy": {"min_files": 5}, "steps": 3}),
         ("name=b=c", {"name": "b=c", "policy": {"min_files": 5}}),
@@ -17,14 +17,14 @@ from cluster.errors import InvalidRequest
         ("data.prompts.tags=[new]", {"name": "a", "policy": {"min_files": 5}, "data": {"prompts": {"tags": ["new"]}}}),
     ],
 )
-def test_a_value(typed: str, expected: dict[str, Any]) -> None:
+def test_an_assignment_sets_a_value(argument: str, expected: dict[str, Any]) -> None:
     target: dict[str, Any] = {"name": "a", "policy": {"min_files": 5}}
-    assign(target, typed)
+    assign(target, argument)
     assert target == expected
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
+    ("argument", "message"),
     [
         ("steps", "--set takes key=value, not 'steps'"),
         ("=3", "--set takes key=value"),
@@ -32,8 +32,8 @@ def test_a_value(typed: str, expected: dict[str, Any]) -> None:
         ("steps=[1", "The value of steps is not valid YAML"),
     ],
 )
-def test_what_is_no_value(typed: str, message: str) -> None:
+def test_an_invalid_assignment_is_refused(argument: str, message: str) -> None:
     target: dict[str, Any] = {"name": "a"}
     with pytest.raises(InvalidRequest, match=message.replace("[", r"\[")):
-        assign(target, typed)
+        assign(target, argument)
     assert target == {"name": "a"}

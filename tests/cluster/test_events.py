@@ -1,4 +1,4 @@
-"""The events actor: what readers get, what they are told when they missed something, and its death."""
+"""The events actor: delivery, missed messages, and a killed actor."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ def numbers(messages: list[Message]) -> list[int]:
     return [message["data"]["number"] for message in messages]
 
 
-async def test_a_new_reader_gets_what_comes_after_it() -> None:
+async def test_a_new_reader_gets_later_messages() -> None:
     actor = Events()
     await actor.publish([message(1)])
     start = await actor.poll(None, seconds=0)
@@ -42,28 +42,28 @@ async def test_a_reader_waits_for_the_next_message() -> None:
     assert numbers((await waiting).messages) == [1]
 
 
-async def test_a_poll_without_news_ends_in_time_and_loses_no_place() -> None:
+async def test_a_poll_without_messages_ends_in_time_and_keeps_its_cursor() -> None:
     actor = Events()
     cursor = (await actor.poll(None, seconds=0)).cursor
-    quiet = await actor.poll(cursor, seconds=0.01)
-    assert (quiet.messages, quiet.cursor, quiet.missed) == ([], cursor, False)
+    batch = await actor.poll(cursor, seconds=0.01)
+    assert (batch.messages, batch.cursor, batch.missed) == ([], cursor, False)
 
 
-async def test_every_reader_gets_everything_in_order() -> None:
+async def test_every_reader_gets_all_messages_in_order() -> None:
     actor = Events()
     cursors = [(await actor.poll(None, seconds=0)).cursor for _ in range(3)]
     for number in range(2500):
         await actor.publish([message(number)])
     for cursor in cursors:
-        got: list[int] = []
-        while len(got) < 2500:
+        received: list[int] = []
+        while len(received) < 2500:
             batch = await actor.poll(cursor, seconds=0)
             assert 0 < len(batch.messages) <= events.MAX_BATCH_MESSAGES
-            got, cursor = got + numbers(batch.messages), batch.cursor
-        assert got == list(range(2500))
+            received, cursor = received + numbers(batch.messages), batch.cursor
+        assert received == list(range(2500))
 
 
-async def test_a_reader_that_falls_behind_is_told_so_and_goes_on_with_what_is_left() -> None:
+async def test_a_slow_reader_learns_that_it_missed_messages() -> None:
     actor = Events()
     cursor = (await actor.poll(None, seconds=0)).cursor
     await actor.publish([message(number) for number in range(events.MAX_BUFFERED_MESSAGES + 5)])
@@ -74,7 +74,7 @@ async def test_a_reader_that_falls_behind_is_told_so_and_goes_on_with_what_is_le
 
 
 @pytest.mark.parametrize("cursor", [LOST_CURSOR, Cursor("another life", 7)])
-async def test_a_reader_of_an_earlier_life_is_told_that_it_missed_something(cursor: Cursor) -> None:
+async def test_a_cursor_of_an_earlier_actor_counts_as_missed_messages(cursor: Cursor) -> None:
     actor = Events()
     await actor.publish([message(1)])
     batch = await actor.poll(cursor, seconds=0)
@@ -82,7 +82,7 @@ async def test_a_reader_of_an_earlier_life_is_told_that_it_missed_something(curs
     assert numbers(batch.messages) == [1]
 
 
-async def test_without_ray_nobody_hears_and_nobody_is_hurt(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_publishing_without_ray_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "_no_lookup_before", 0.0)
     events.publish([message(1)])
     with pytest.raises(Unavailable):
@@ -91,12 +91,12 @@ async def test_without_ray_nobody_hears_and_nobody_is_hurt(monkeypatch: pytest.M
 
 @pytest.fixture
 def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A small Ray of its own, on loopback."""
+    """A small Ray cluster on loopback."""
     import ray
 
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Unset, Ray would set it to "token" for this process, and every platform of a later test would inherit that.
+    # Ray sets an unset mode to "token" for this process, and platforms of later tests would inherit that.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(events, "_no_lookup_before", 0.0)
     with tempfile.TemporaryDirectory(prefix="fgr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
@@ -116,7 +116,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.platform
-async def test_the_actor_may_be_killed_and_its_readers_and_writers_go_on(ray_cluster: Any) -> None:
+async def test_readers_and_writers_continue_after_a_kill_of_the_actor(ray_cluster: Any) -> None:
     options = {"name": events.ACTOR_NAME, "lifetime": "detached", "max_restarts": -1, "max_concurrency": 1000}
     actor = ray_cluster.remote(Events).options(num_cpus=0, **options).remote()
     cursor = (await events.poll(None)).cursor
@@ -127,7 +127,7 @@ async def test_the_actor_may_be_killed_and_its_readers_and_writers_go_on(ray_clu
     assert await events.shared_counts() == {"a": {"x": 1.0}}
 
     os.kill(await actor.__ray_call__.remote(_process_of), signal.SIGKILL)
-    after = await _first_news(before.cursor)
+    after = await _first_batch(before.cursor)
     assert after.missed
     assert set(numbers(after.messages)) == {2}
 
@@ -136,8 +136,8 @@ def _process_of(_: object) -> int:
     return os.getpid()
 
 
-async def _first_news(cursor: Cursor) -> events.Batch:
-    """Publish until a message comes through: those that the dying actor swallowed are lost, as is allowed."""
+async def _first_batch(cursor: Cursor) -> events.Batch:
+    """Publish until a message arrives. Messages to the dying actor may be lost."""
     async with asyncio.timeout(TIMEOUT):
         while True:
             events.publish([message(2)])

@@ -1,4 +1,4 @@
-"""Who sees whose rows: one rule for every table that has owners."""
+"""The ownership rule, for every table with owners."""
 
 import ast
 from datetime import UTC, datetime
@@ -45,7 +45,7 @@ def test_every_table_with_owners_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OWNED))
-def test_people_see_their_own_rows_and_administrators_all(name: str) -> None:
+def test_users_see_their_own_rows_and_administrators_all_rows(name: str) -> None:
     row_type = OWNED[name]
     table: Table = row_type.__table__
     engine = create_engine("sqlite://")
@@ -59,24 +59,24 @@ def test_people_see_their_own_rows_and_administrators_all(name: str) -> None:
         }
         stored = list(session.scalars(select(row_type)))
     engine.dispose()
-    assert seen == {principal.name: sees for principal, sees in PRINCIPALS}
-    for principal, sees in PRINCIPALS:
-        assert {row.owner_id for row in stored if can_access(row, principal)} == sees
+    assert seen == {principal.name: visible_owners for principal, visible_owners in PRINCIPALS}
+    for principal, visible_owners in PRINCIPALS:
+        assert {row.owner_id for row in stored if can_access(row, principal)} == visible_owners
 
 
-@pytest.mark.parametrize(("principal", "sees"), PRINCIPALS)
-def test_what_one_may_not_see_does_not_exist(principal: Principal, sees: set[str | None]) -> None:
+@pytest.mark.parametrize(("principal", "visible_owners"), PRINCIPALS)
+def test_a_row_of_another_owner_does_not_exist(principal: Principal, visible_owners: set[str | None]) -> None:
     missing = NotFound("There is no such job.")
     for row in (*(Job(owner_id=owner) for owner in OWNERS), None):
-        if row is not None and row.owner_id in sees:
+        if row is not None and row.owner_id in visible_owners:
             assert require(row, principal, missing) is row
         else:
             with pytest.raises(NotFound, match="no such job"):
                 require(row, principal, missing)
 
 
-def test_the_rule_is_written_once() -> None:
-    """Nobody else compares an owner with a principal who might be an administrator."""
+def test_the_rule_is_implemented_once() -> None:
+    """No other module compares owners with principals that may be administrators."""
     repeated: list[str] = []
     for package in ("cluster", "jobs", "pipelines", "serve"):
         for file in (ROOT / package).rglob("*.py"):
@@ -91,7 +91,7 @@ def test_the_rule_is_written_once() -> None:
     assert repeated == []
 
 
-async def test_a_stored_row_acts_with_the_rights_of_its_owner_now(database: Database) -> None:
+async def test_a_stored_row_has_the_current_rights_of_its_owner(database: Database) -> None:
     async with database.transaction() as session:
         user = await identity.add_user(
             session, email="ada@example.com", username="ada", password_hash="-", role="admin"
@@ -101,8 +101,8 @@ async def test_a_stored_row_acts_with_the_rights_of_its_owner_now(database: Data
             user = await session.get_one(identity.User, user.id)
             user.role = role
         async with database.read_transaction() as session:
-            found = await identity.find_principal(session, user.id, "schedule:nightly")
-        assert found == Principal(id=user.id, name="schedule:nightly", is_admin=role == "admin")
+            principal = await identity.find_principal(session, user.id, "schedule:nightly")
+        assert principal == Principal(id=user.id, name="schedule:nightly", is_admin=role == "admin")
     async with database.transaction() as session:
         await identity.set_active(session, await session.get_one(identity.User, user.id), False)
     async with database.read_transaction() as session:
@@ -113,7 +113,7 @@ async def test_a_stored_row_acts_with_the_rights_of_its_owner_now(database: Data
         assert await identity.find_principal(session, None) == LOCAL
 
 
-async def test_children_may_do_what_their_owner_may_do_now(database: Database) -> None:
+async def test_child_jobs_have_the_current_rights_of_their_owner(database: Database) -> None:
     async with database.transaction() as session:
         user = await identity.add_user(
             session, email="ada@example.com", username="ada", password_hash="-", role="admin"
@@ -131,7 +131,7 @@ async def test_children_may_do_what_their_owner_may_do_now(database: Database) -
 
 
 def _required_values(table: Table, number: int) -> dict[str, Any]:
-    """Something for every column that must have a value."""
+    """Return a value for each required column."""
     return {column.name: _value_of(column, number) for column in table.columns if not column.nullable}
 
 

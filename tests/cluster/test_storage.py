@@ -1,4 +1,4 @@
-"""Storage: a folder, and a bucket in memory."""
+"""Storage in a folder and in a bucket in memory."""
 
 from io import BytesIO
 from pathlib import Path
@@ -13,8 +13,8 @@ CONTENT = bytes(range(256)) * 10_000
 NAME = "files/one"
 
 
-class Broken(BytesIO):
-    """A source whose second piece cannot be read."""
+class BrokenSource(BytesIO):
+    """A source whose second read fails."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if self.tell():
@@ -43,16 +43,16 @@ def test_a_stream_is_written_and_read(root: str) -> None:
     assert not storage.exists(address)
 
 
-@pytest.mark.parametrize("root", ["folder"], indirect=True)  # the bucket in memory knows no commit
-def test_of_a_stream_that_breaks_off_nothing_stays(root: str) -> None:
+@pytest.mark.parametrize("root", ["folder"], indirect=True)  # the bucket in memory has no commit
+def test_a_broken_stream_leaves_no_file(root: str) -> None:
     with pytest.raises(OSError, match="the line is cut"):
-        storage.write(Broken(CONTENT), NAME)
-    assert everything(root) == []
+        storage.write(BrokenSource(CONTENT), NAME)
+    assert list_files(root) == []
     address = storage.write(BytesIO(b"whole"), NAME)
     with pytest.raises(OSError, match="the line is cut"):
-        storage.write(Broken(CONTENT), NAME)
+        storage.write(BrokenSource(CONTENT), NAME)
     assert storage.read(address) == b"whole"
-    assert len(everything(root)) == 1
+    assert len(list_files(root)) == 1
 
 
 def test_files_and_folders_are_saved(root: str, tmp_path: Path) -> None:
@@ -64,6 +64,6 @@ def test_files_and_folders_are_saved(root: str, tmp_path: Path) -> None:
     assert (fetched / "deep" / "weights").read_bytes() == CONTENT
 
 
-def everything(root: str) -> list[str]:
+def list_files(root: str) -> list[str]:
     filesystem, path = fsspec.core.url_to_fs(root)
     return filesystem.find(path)

@@ -1,4 +1,4 @@
-"""`forgearr user` and `forgearr key`, which work on the database itself."""
+"""`forgearr user` and `forgearr key`, which access the database directly."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ PASSWORD = "correct horse battery"
 
 @pytest.fixture(autouse=True)
 def own_loop(database: Database) -> None:
-    """Each command has a loop of its own, as it has a process of its own, so it cannot share connections."""
+    """Each command runs in its own event loop, so it cannot share connections."""
     get_database.cache_clear()
 
 
@@ -32,7 +32,7 @@ def find(email: str) -> identity.User:
     return asyncio.run(run_in_own_session(lambda session: identity.get_user(session, email)))
 
 
-def test_an_account_from_its_beginning_to_its_end() -> None:
+def test_an_account_is_added_changed_disabled_and_enabled() -> None:
     run(user.app, "add", "Ada@example.com", "--admin", "--password-stdin", stdin=f"{PASSWORD}\n")
     ada = find("ada@example.com")
     assert (ada.username, ada.role, ada.is_active) == ("Ada", "admin", True)
@@ -50,14 +50,14 @@ def test_an_account_from_its_beginning_to_its_end() -> None:
     assert find("ada@example.com").is_active
 
 
-def test_what_cannot_be_an_account_is_refused() -> None:
+def test_invalid_accounts_are_refused() -> None:
     with pytest.raises(ForgearrError, match="8 to 256 characters"):
         run(user.app, "add", "ada@example.com", "--password-stdin", stdin="short\n")
     with pytest.raises(ForgearrError, match="no account with the email bob"):
         run(user.app, "disable", "bob@example.com")
 
 
-def test_a_key_from_its_beginning_to_its_end() -> None:
+def test_a_key_is_created_listed_and_revoked() -> None:
     run(user.app, "add", "ada@example.com", "--password-stdin", stdin=f"{PASSWORD}\n")
     token = run(key.app, "create", "laptop", "--user", "ada@example.com", "--days", "30").stdout.strip()
     owner, record = asyncio.run(run_in_own_session(lambda session: identity.user_from_key(session, token)))

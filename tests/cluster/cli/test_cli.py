@@ -1,4 +1,4 @@
-"""The command line itself: light, and plain about what is wrong."""
+"""The command line: light imports, clear errors, and the state of the running platform."""
 
 import asyncio
 import fcntl
@@ -24,12 +24,12 @@ HEAVY = {"alembic", "fastapi", "httpx", "mlflow", "pydantic", "ray", "sqlalchemy
 
 
 def forgearr(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, in this test's home."""
+    """Run the command in its own process, with this test's home."""
     command = [sys.executable, "-m", "cluster.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
-def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> RunState:
+def save_run(process: psutil.Process, *, ports: list[int] | None = None) -> RunState:
     run = RunState(
         pid=process.pid,
         create_time=process.create_time(),
@@ -46,7 +46,7 @@ def noted_run(process: psutil.Process, *, ports: list[int] | None = None) -> Run
 
 
 def stubborn_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A process that does not obey SIGTERM."""
+    """Start a process that ignores SIGTERM."""
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -55,33 +55,33 @@ def stubborn_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_importing_the_command_line_imports_nothing_heavy() -> None:
+def test_the_command_line_imports_no_heavy_library() -> None:
     code = "import sys, cluster.cli; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not HEAVY & set(done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(process.stdout.split())
 
 
-def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
+def test_help_names_the_commands_and_imports_no_heavy_library() -> None:
     code = "import sys; from cluster.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     for command in ("up", "down", "status", "doctor", "logs", "config", "user", "key", "jobs"):
-        assert f" {command} " in done.stdout
-    assert not HEAVY & {name.partition(".")[0] for name in done.stderr.split()}
+        assert f" {command} " in process.stdout
+    assert not HEAVY & {name.partition(".")[0] for name in process.stderr.split()}
 
 
 def test_version() -> None:
     assert forgearr("--version").stdout == "Forgearr 0.1.0\n"
 
 
-def test_an_error_is_one_sentence_without_a_trace(home: Path) -> None:
-    done = forgearr("config", "show", "--set", "serve.prot=1")
-    assert done.returncode == 1
-    assert done.stdout == ""
+def test_an_error_is_one_sentence_without_a_traceback(home: Path) -> None:
+    process = forgearr("config", "show", "--set", "serve.prot=1")
+    assert process.returncode == 1
+    assert process.stdout == ""
     sentence = "Unknown setting 'serve.prot' (set to 1 by command line); docs/settings.md lists all settings.\n"
-    assert done.stderr == sentence
+    assert process.stderr == sentence
 
 
-def test_config_show_tells_value_and_origin_and_no_secret(home: Path) -> None:
+def test_config_show_has_values_and_origins_but_no_secret(home: Path) -> None:
     key = "a-signing-key-of-more-than-32-characters"
     result = CliRunner().invoke(app, ["config", "show", "--set", "serve.port=8010", "--set", f"auth.signing_key={key}"])
     assert result.exit_code == 0
@@ -92,49 +92,49 @@ def test_config_show_tells_value_and_origin_and_no_secret(home: Path) -> None:
     assert key not in result.output
 
 
-def test_nothing_runs(home: Path) -> None:
+def test_status_and_down_without_a_running_platform(home: Path) -> None:
     result = CliRunner().invoke(app, ["status"])
     assert result.exit_code == 1
     assert {line.split()[1] for line in result.output.splitlines()[1:]} == {"stopped"}
     assert CliRunner().invoke(app, ["down"]).output == "Forgearr is not running.\n"
 
 
-def test_up_twice_says_so(home: Path) -> None:
-    noted_run(psutil.Process())
+def test_a_second_up_fails_with_a_message(home: Path) -> None:
+    save_run(psutil.Process())
     expected = (
         f"Forgearr is already running at http://127.0.0.1:18080 (process {os.getpid()}); `forgearr down` stops it.\n"
     )
-    with (run_state.folder() / "lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with (run_state.folder() / "lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
         for arguments in (["up"], ["up", "--detach"]):
-            done = forgearr(*arguments)
-            assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+            process = forgearr(*arguments)
+            assert (process.returncode, process.stdout, process.stderr) == (1, "", expected)
     assert run_state.current_url() == "http://127.0.0.1:18080"
 
 
-def test_a_pid_that_was_given_out_again_is_not_ours(home: Path) -> None:
-    run = noted_run(psutil.Process())
+def test_a_reused_pid_is_not_the_platform(home: Path) -> None:
+    run = save_run(psutil.Process())
     run_state.save_run(run.model_copy(update={"create_time": run.create_time - 100}))
     assert run_state.last_run() is not None
     assert run_state.current_run() is None
     assert run_state.current_url() == get_settings().url
 
 
-def test_notes_of_another_version_are_not_trusted(home: Path) -> None:
+def test_the_state_file_of_another_version_is_ignored(home: Path) -> None:
     (run_state.folder() / "state.json").write_text('{"pid": 1}')
     assert run_state.last_run() is None
 
 
-def test_a_busy_port_is_a_sentence_with_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_busy_port_names_the_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port: int = listener.getsockname()[1]
         monkeypatch.setenv("FORGEARR_RAY__PORT", str(port))
         monkeypatch.setenv("FORGEARR_SERVE__PORT", str(unused_ports(1)[0]))
-        done = forgearr("up")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
+        process = forgearr("up")
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == (
         f"Port {port} is taken by process {os.getpid()} ({psutil.Process().name()}): stop that, or choose another one "
         f"with `forgearr up --set ray.port={port + 10}`.\n"
     )
@@ -155,15 +155,15 @@ def test_a_gateway_that_others_reach_is_not_started_without_credentials(home: Pa
     assert run_state.last_run() is None
 
 
-def test_down_ends_what_a_killed_supervisor_left_behind(home: Path) -> None:
+def test_down_ends_the_processes_of_a_killed_supervisor(home: Path) -> None:
     get_settings()
-    mine = processes.marked_environment()
-    orphan = stubborn_process(mine)
-    stranger = stubborn_process({**mine, processes.MARKER_VARIABLE: f"{home}-of-somebody-else"})
+    environment = processes.marked_environment()
+    orphan = stubborn_process(environment)
+    stranger = stubborn_process({**environment, processes.MARKER_VARIABLE: f"{home}-of-somebody-else"})
     try:
-        told: list[tuple[str, str]] = []
-        asyncio.run(supervisor.stop(lambda step, detail: told.append((step, detail))))
-        assert told == [("recovered", "ended 1 processes that were left behind")]
+        steps: list[tuple[str, str]] = []
+        asyncio.run(supervisor.stop(lambda step, detail: steps.append((step, detail))))
+        assert steps == [("recovered", "ended 1 processes that were left behind")]
         assert not psutil.pid_exists(orphan.pid)
         assert stranger.poll() is None
     finally:

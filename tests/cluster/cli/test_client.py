@@ -1,4 +1,4 @@
-"""A command that watches a job waits out a server that limits it, or is being replaced."""
+"""Polling of the command line during rate limits and while the gateway is replaced."""
 
 from typing import Any
 
@@ -7,54 +7,56 @@ import pytest
 from cluster.cli import client
 from cluster.cli.client import RequestRefused, RetryLater, RetryPolicy, ServerUnreachable, poll
 
-GONE = ServerUnreachable("Nothing answers.")
+UNREACHABLE = ServerUnreachable("Nothing answers.")
 
 
 @pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long was waited, on a clock that waiting alone moves."""
-    slept: list[float] = []
-    monkeypatch.setattr("time.monotonic", lambda: sum(slept))
-    monkeypatch.setattr("time.sleep", slept.append)
-    return slept
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The durations of all sleeps, on a clock that only sleeping moves."""
+    sleeps: list[float] = []
+    monkeypatch.setattr("time.monotonic", lambda: sum(sleeps))
+    monkeypatch.setattr("time.sleep", sleeps.append)
+    return sleeps
 
 
-def answering(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
-    told = list(answers)
+def stub_responses(monkeypatch: pytest.MonkeyPatch, *responses: Any) -> None:
+    remaining = list(responses)
 
     def call(method: str, path: str) -> Any:
-        answer = told.pop(0) if len(told) > 1 else told[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        response = remaining.pop(0) if len(remaining) > 1 else remaining[0]
+        if isinstance(response, Exception):
+            raise response
+        return response
 
     monkeypatch.setattr(client, "call", call)
 
 
-def test_a_limit_and_a_replaced_gateway_are_waited_out(
-    monkeypatch: pytest.MonkeyPatch, slept: list[float], capsys: pytest.CaptureFixture[str]
+def test_polling_waits_for_rate_limits_and_a_replaced_gateway(
+    monkeypatch: pytest.MonkeyPatch, sleeps: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answering(monkeypatch, "first", RetryLater("Too many requests.", 40), GONE, RetryLater("Not now.", 2), "second")
-    patience = RetryPolicy()
-    assert [poll("/status/job", patience) for _ in range(2)] == ["first", "second"]
-    assert slept == [40, client.RETRY_SECONDS, 2]
+    stub_responses(
+        monkeypatch, "first", RetryLater("Too many requests.", 40), UNREACHABLE, RetryLater("Not now.", 2), "second"
+    )
+    policy = RetryPolicy()
+    assert [poll("/status/job", policy) for _ in range(2)] == ["first", "second"]
+    assert sleeps == [40, client.RETRY_SECONDS, 2]
     assert capsys.readouterr().err == f"Too many requests. Trying again for {client.MAX_WAIT_SECONDS} s …\n"
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
-    answering(monkeypatch, "first", GONE)
-    patience = RetryPolicy()
-    poll("/status/job", patience)
+def test_polling_gives_up_after_the_longest_wait(monkeypatch: pytest.MonkeyPatch, sleeps: list[float]) -> None:
+    stub_responses(monkeypatch, "first", UNREACHABLE)
+    policy = RetryPolicy()
+    poll("/status/job", policy)
     with pytest.raises(ServerUnreachable):
-        poll("/status/job", patience)
-    assert sum(slept) == pytest.approx(client.MAX_WAIT_SECONDS, abs=client.RETRY_SECONDS)
+        poll("/status/job", policy)
+    assert sum(sleeps) == pytest.approx(client.MAX_WAIT_SECONDS, abs=client.RETRY_SECONDS)
 
 
-@pytest.mark.parametrize("error", [GONE, RequestRefused("There is no such job.")])
-def test_what_no_waiting_helps_is_told_at_once(
-    monkeypatch: pytest.MonkeyPatch, slept: list[float], error: Exception
+@pytest.mark.parametrize("error", [UNREACHABLE, RequestRefused("There is no such job.")])
+def test_a_permanent_error_is_raised_at_once(
+    monkeypatch: pytest.MonkeyPatch, sleeps: list[float], error: Exception
 ) -> None:
-    answering(monkeypatch, error)
+    stub_responses(monkeypatch, error)
     with pytest.raises(type(error)):
         poll("/status/job", RetryPolicy())
-    assert slept == []
+    assert sleeps == []

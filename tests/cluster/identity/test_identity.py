@@ -1,4 +1,4 @@
-"""Accounts and credentials, on both engines."""
+"""Accounts and credentials, on both databases."""
 
 import asyncio
 import stat
@@ -38,7 +38,7 @@ async def log_in(database: Database, user: identity.User) -> str:
         return await identity.start_login(session, user)
 
 
-async def test_an_account_is_found_by_its_email_in_any_spelling(database: Database) -> None:
+async def test_an_account_is_found_by_its_email_without_regard_to_case(database: Database) -> None:
     user = await add_user(database)
     async with database.read_transaction() as session:
         found = await identity.find_user(session, " Ada@EXAMPLE.com ")
@@ -63,7 +63,7 @@ async def test_malformed_accounts_are_refused(database: Database, email: str, us
             await identity.add_user(session, email=email, username=username, password_hash="x")
 
 
-async def test_only_an_active_admin_counts_as_one(database: Database) -> None:
+async def test_only_an_active_admin_counts(database: Database) -> None:
     async def has_admin() -> bool:
         async with database.read_transaction() as session:
             return await identity.has_admin(session)
@@ -77,7 +77,7 @@ async def test_only_an_active_admin_counts_as_one(database: Database) -> None:
     assert not await has_admin()
 
 
-async def test_a_password_is_kept_as_argon2_only(database: Database) -> None:
+async def test_a_password_is_stored_as_an_argon2_hash(database: Database) -> None:
     user = await add_user(database)
     assert user.password_hash.startswith("$argon2id$")
     assert await identity.verify_password(user, PASSWORD)
@@ -85,7 +85,7 @@ async def test_a_password_is_kept_as_argon2_only(database: Database) -> None:
     assert not await identity.verify_password(None, PASSWORD)
 
 
-async def test_hashing_leaves_the_loop_free(database: Database) -> None:
+async def test_hashing_does_not_block_the_event_loop(database: Database) -> None:
     hashing = asyncio.ensure_future(identity.hash_password(PASSWORD))
     turns = 0
     while not hashing.done():
@@ -100,7 +100,7 @@ async def test_a_password_of_a_bad_length_is_refused(password: str) -> None:
         await identity.hash_password(password)
 
 
-async def test_an_access_token_stands_for_its_user(database: Database) -> None:
+async def test_an_access_token_identifies_its_user(database: Database) -> None:
     user = await add_user(database, role="admin")
     token = identity.create_access_token(user)
     claims = jwt.decode(token, signing_key(), algorithms=["HS256"])
@@ -110,7 +110,7 @@ async def test_an_access_token_stands_for_its_user(database: Database) -> None:
         assert (await identity.user_from_access_token(session, token)).id == user.id
 
 
-async def test_an_access_token_must_be_whole_ours_and_unexpired(database: Database) -> None:
+async def test_a_forged_incomplete_or_expired_access_token_is_refused(database: Database) -> None:
     user = await add_user(database)
     good = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"])
     bad = [
@@ -154,7 +154,7 @@ async def test_a_new_password_ends_the_logins_of_the_old_one(database: Database)
     assert await rotate(database, refresh) is None
 
 
-async def test_a_refresh_token_is_good_once_and_its_reuse_ends_its_family(database: Database) -> None:
+async def test_a_reused_refresh_token_revokes_its_login(database: Database) -> None:
     user = await add_user(database)
     first, elsewhere = await log_in(database, user), await log_in(database, user)
     second = await rotate(database, first)
@@ -165,16 +165,16 @@ async def test_a_refresh_token_is_good_once_and_its_reuse_ends_its_family(databa
     assert await rotate(database, elsewhere) is not None
 
 
-async def test_of_simultaneous_uses_of_a_refresh_token_none_survives(database: Database) -> None:
+async def test_concurrent_uses_of_a_refresh_token_revoke_its_login(database: Database) -> None:
     user = await add_user(database)
     first = await log_in(database, user)
-    answers = await asyncio.gather(*(rotate(database, first) for _ in range(5)))
-    winners = [token for token in answers if token]
-    assert len(winners) == 1
-    assert await rotate(database, winners[0]) is None
+    results = await asyncio.gather(*(rotate(database, first) for _ in range(5)))
+    tokens = [token for token in results if token]
+    assert len(tokens) == 1
+    assert await rotate(database, tokens[0]) is None
 
 
-async def test_an_expired_refresh_token_is_refused_and_swept_at_the_next_login(database: Database) -> None:
+async def test_an_expired_refresh_token_is_refused_and_deleted_at_the_next_login(database: Database) -> None:
     user = await add_user(database)
     token = await log_in(database, user)
     async with database.transaction() as session:
@@ -187,7 +187,7 @@ async def test_an_expired_refresh_token_is_refused_and_swept_at_the_next_login(d
     assert found.last_login_at is not None
 
 
-async def test_ending_a_login_ends_its_whole_family(database: Database) -> None:
+async def test_ending_a_login_revokes_all_its_refresh_tokens(database: Database) -> None:
     user = await add_user(database)
     first = await log_in(database, user)
     second = await rotate(database, first)
@@ -198,7 +198,7 @@ async def test_ending_a_login_ends_its_whole_family(database: Database) -> None:
     assert await rotate(database, second) is None
 
 
-async def test_an_api_key_is_kept_as_a_hash_and_known_by_its_first_characters(database: Database) -> None:
+async def test_an_api_key_is_stored_as_a_hash_with_a_prefix(database: Database) -> None:
     user = await add_user(database)
     async with database.transaction() as session:
         key, token = await identity.create_key(session, user.id, "laptop")
@@ -260,7 +260,7 @@ async def test_the_use_of_a_key_is_recorded_once_a_minute(database: Database) ->
     assert (await use()).last_used_at >= first.last_used_at  # type: ignore[operator]
 
 
-def test_the_signing_key_is_its_owners_alone(home: Path) -> None:
+def test_only_the_owner_can_read_the_signing_key(home: Path) -> None:
     assert len(signing_key()) >= 32
     assert stat.S_IMODE((home / "keys" / "signing").stat().st_mode) == 0o600
     assert stat.S_IMODE((home / "keys").stat().st_mode) == 0o700

@@ -1,4 +1,4 @@
-"""Logging to files that several processes share, without secrets; and reading them again as one story."""
+"""Logging to files that processes share, masking of secrets, and reading of several files in order."""
 
 import io
 import json
@@ -31,18 +31,18 @@ for number in range(200):
 
 @pytest.fixture(autouse=True)
 def restored_logging(home: Path) -> Iterator[None]:
-    """Each test configures logging for the whole process: put back what pytest had."""
+    """Restore pytest's logging, because each test configures logging for the whole process."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
-    quiet = {name: logging.getLogger(name).level for name in logs.NOISY_LOGGERS}
+    noisy_levels = {name: logging.getLogger(name).level for name in logs.NOISY_LOGGERS}
     root.handlers[:] = []
     yield
     for handler in root.handlers:
         handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name, before in quiet.items():
-        logging.getLogger(name).setLevel(before)
+    for name, previous in noisy_levels.items():
+        logging.getLogger(name).setLevel(previous)
     logging.captureWarnings(False)
 
 
@@ -50,7 +50,7 @@ def lines(component: str = "test") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (logs.folder() / f"{component}.jsonl").read_text().splitlines()]
 
 
-def test_a_line_tells_when_where_and_for_whom() -> None:
+def test_a_line_has_time_component_request_and_job() -> None:
     logs.configure("test")
     request = logs.request_id.set("req-1")
     job = logs.job_id.set("job_1")
@@ -127,7 +127,7 @@ def test_secrets_are_masked(text: str, secret: str) -> None:
         "the password of ada has changed",
     ],
 )
-def test_what_is_no_secret_is_left_alone(text: str) -> None:
+def test_harmless_text_is_not_masked(text: str) -> None:
     assert logs.redact(text) == text
 
 
@@ -153,7 +153,7 @@ def test_processes_that_share_a_file_do_not_mix_their_lines(home: Path) -> None:
     assert sorted(messages) == sorted(letter * 20_000 for letter in "abc" for _ in range(200))
 
 
-def test_a_file_that_grew_too_big_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_LOGS__ROTATE_MB", "1")
     logs.configure("test")
     log.info("x" * 1_000_001)
@@ -173,7 +173,7 @@ def write(component: str, *entries: tuple[str, str, str]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in content)
 
 
-def test_all_components_are_read_as_one_story() -> None:
+def test_the_lines_of_all_components_are_read_in_order() -> None:
     write("gateway", ("01", "INFO", "one"), ("03", "ERROR", "three"))
     write("worker", ("02", "DEBUG", "two"), ("04", "INFO", "four"))
     with (logs.folder() / "worker.jsonl").open("a") as file:
@@ -188,25 +188,25 @@ def test_all_components_are_read_as_one_story() -> None:
     assert read(10, level="INFO") == ["one", "three", "four"]
 
 
-def test_lines_longer_than_a_block_are_read_whole() -> None:
+def test_lines_longer_than_a_block_are_read_completely() -> None:
     long = "y" * (2 * logs.BLOCK_BYTES + 17)
     write("gateway", ("01", "INFO", "short"), ("02", "INFO", long), ("03", "INFO", "end"))
-    found = logs.recent(3, logs.line_filter(None, None))
-    assert [line["message"] for line in found] == ["short", long, "end"]
+    recent = logs.recent(3, logs.line_filter(None, None))
+    assert [line["message"] for line in recent] == ["short", long, "end"]
 
 
-def test_new_lines_are_followed_even_when_the_file_is_set_aside() -> None:
+def test_new_lines_are_followed_through_a_rotation() -> None:
     write("gateway", ("01", "INFO", "old"))
-    story = logs.follow(logs.line_filter(None, None))
+    followed = logs.follow(logs.line_filter(None, None))
     write("gateway", ("02", "INFO", "second"))
-    assert next(story)["message"] == "second"
+    assert next(followed)["message"] == "second"
     path = logs.folder() / "gateway.jsonl"
     path.replace(path.with_suffix(".jsonl.1"))
     write("gateway", ("03", "INFO", "third"))
-    assert next(story)["message"] == "third"
+    assert next(followed)["message"] == "third"
 
 
-def test_the_command_prints_them() -> None:
+def test_the_logs_command_prints_lines() -> None:
     write("gateway", ("01", "INFO", "one"), ("02", "ERROR", "two [bold]"))
     result = CliRunner().invoke(app, ["logs", "--level", "error"])
     assert result.exit_code == 0

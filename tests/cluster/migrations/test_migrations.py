@@ -1,4 +1,4 @@
-"""The schema's history leads to the tables in the code, on both engines, and loses nothing on the way."""
+"""Migrations build the tables in the code, on both databases, and keep existing rows."""
 
 import asyncio
 import shutil
@@ -37,9 +37,9 @@ def head() -> str:
     return ScriptDirectory(str(migrations.FOLDER)).get_current_head() or ""
 
 
-# SQLite cannot tell what an index on an expression is made of; the history is the same for both.
+# SQLite does not report the expression of an index. The migrations are the same for both.
 @pytest.mark.parametrize("database", ["postgres"], indirect=True)
-async def test_migrating_builds_the_tables_in_the_code(database: Database) -> None:
+async def test_migrations_build_the_tables_in_the_code(database: Database) -> None:
     def difference(connection: Connection) -> list[object]:
         return compare_metadata(MigrationContext.configure(connection), Base.metadata)
 
@@ -83,7 +83,7 @@ async def test_a_newer_schema_is_refused(database: Database) -> None:
         await migrate()
 
 
-async def test_processes_that_start_together_migrate_once(database: Database) -> None:
+async def test_concurrent_processes_migrate_once(database: Database) -> None:
     command = (sys.executable, "-c", "import asyncio; from cluster.migrations import migrate; asyncio.run(migrate())")
-    starting = [await asyncio.create_subprocess_exec(*command) for _ in range(2)]
-    assert [await process.wait() for process in starting] == [0, 0]
+    processes = [await asyncio.create_subprocess_exec(*command) for _ in range(2)]
+    assert [await process.wait() for process in processes] == [0, 0]

@@ -1,4 +1,4 @@
-"""What `forgearr doctor` finds, and how it says to fix it."""
+"""The checks of `forgearr doctor`, and the fixes that it suggests."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ async def set_schema(version: str | None) -> None:
     await get_database().close()
 
 
-def test_a_fresh_installation_is_well() -> None:
+def test_a_fresh_installation_passes_all_checks() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     assert "fail" not in {line.split()[0] for line in result.output.splitlines()}
@@ -57,7 +57,7 @@ def test_a_busy_port_fails_with_the_setting_that_changes_it() -> None:
         assert "--set serve.port=" in result.output
 
 
-def test_a_machine_without_git_reads_no_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_git_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert [(finding.level, finding.text) for finding in findings("git")] == [
         ("warn", "not installed, so no repository can be read")
@@ -108,7 +108,7 @@ def test_an_external_mlflow_that_does_not_answer_is_a_warning(monkeypatch: pytes
     assert [finding.level for finding in findings("mlflow")] == ["ok", "warn"]  # the package, and the server
 
 
-def test_a_driver_that_stands_still_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_driver_that_hangs_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nexec sleep 600\n")
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Our replacement of the haproxy command fits the configuration that this version of Ray Serve writes."""
+"""The replacement of the haproxy command fits the configuration that this version of Ray Serve writes."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ listen stats
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
-def test_only_the_gateway_is_where_the_setting_says(host: str) -> None:
+def test_only_the_gateway_is_bound_to_the_host_of_the_setting(host: str) -> None:
     changed = haproxy.set_bind_addresses(CONFIGURATION, host).splitlines()
     original = CONFIGURATION.splitlines()
     differences = {old.strip(): new.strip() for old, new in zip(original, changed, strict=True) if old != new}
@@ -33,8 +33,8 @@ def test_only_the_gateway_is_where_the_setting_says(host: str) -> None:
     assert differences == expected
 
 
-def test_serve_opens_no_port_that_is_not_known_here() -> None:
-    """Should a new version of Ray open one more, this is where one learns of it."""
+def test_ray_serve_opens_no_unknown_port() -> None:
+    """This test fails if a new version of Ray opens another port."""
     ray = find_spec("ray")
     assert ray is not None
     assert ray.origin is not None
@@ -48,7 +48,7 @@ def test_serve_opens_no_port_that_is_not_known_here() -> None:
     ]
 
 
-def test_it_becomes_the_real_one_with_all_arguments(tmp_path: Path) -> None:
+def test_the_launcher_becomes_haproxy_with_all_arguments(tmp_path: Path) -> None:
     binary = tmp_path / "real"
     binary.write_text('#!/bin/sh\necho "$$" "$@"\n')
     binary.chmod(0o700)

@@ -1,4 +1,4 @@
-"""Services for the tests of this folder: a row in the database for whatever answers at an address."""
+"""Fixtures of the tests of services: rows of services in the database."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The table of services: names, keys that nobody sees, and what the settings declare."""
+"""The store of services: names, sealed keys, and services that the settings declare."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ async def change(database: Database, service: Service, **values: Any) -> Service
         return fresh
 
 
-async def test_a_key_lies_sealed_in_the_database(database: Database, add: Add) -> None:
+async def test_a_key_is_sealed_in_the_database(database: Database, add: Add) -> None:
     service = await add(URL, api_key=KEY)
     async with database.read_transaction() as session:
         rows = [*await session.execute(text("SELECT * FROM services"))]
@@ -49,7 +49,7 @@ async def test_a_key_lies_sealed_in_the_database(database: Database, add: Add) -
 
 
 @pytest.mark.parametrize("name", ["sonarr", "Sonarr", "Our Sonarr"])
-async def test_names_are_ones_own_whatever_their_letters(database: Database, add: Add, name: str) -> None:
+async def test_names_are_unique_without_regard_to_case(database: Database, add: Add, name: str) -> None:
     await add(URL, name=name)
     other = await add(URL, "radarr")
     for taken in (name, name.upper()):
@@ -61,35 +61,35 @@ async def test_names_are_ones_own_whatever_their_letters(database: Database, add
         assert [service.name for service in await service_store.list_services(session)] == [name, "Our radarr"]
 
 
-async def test_no_service_is_named_as_another_type(add: Add) -> None:
+async def test_a_service_cannot_have_the_name_of_another_type(add: Add) -> None:
     for name in ("Radarr", "jellyseerr"):
         with pytest.raises(MisleadingName):
             await add(URL, name=name)
 
 
-async def test_a_type_means_the_service_that_is_named_so_else_the_first(database: Database, add: Add) -> None:
+async def test_a_type_resolves_to_the_service_with_that_name_or_the_first_one(database: Database, add: Add) -> None:
     first = await add(URL, name="TV")
     second = await add(URL, name="Sonarr 4K 🎬")
-    wish = await add(URL, "jellyseerr", name="Wishes")
+    overseerr = await add(URL, "jellyseerr", name="Wishes")
 
-    async def found(word: str) -> Service | None:
+    async def find(name: str) -> Service | None:
         async with database.read_transaction() as session:
-            return await service_store.find(session, word)
+            return await service_store.find(session, name)
 
-    async def found_id(word: str) -> int | None:
-        return (service := await found(word)) and service.id
+    async def find_id(name: str) -> int | None:
+        return (service := await find(name)) and service.id
 
-    assert wish.type == "overseerr"
-    assert [await found_id(word) for word in ("sonarr", "SONARR", "tv")] == [first.id] * 3
-    assert await found_id("sonarr 4k 🎬") == second.id
-    assert [await found_id(word) for word in ("overseerr", "seerr", "wishes")] == [wish.id] * 3
-    assert await found("plex") is None
+    assert overseerr.type == "overseerr"
+    assert [await find_id(name) for name in ("sonarr", "SONARR", "tv")] == [first.id] * 3
+    assert await find_id("sonarr 4k 🎬") == second.id
+    assert [await find_id(name) for name in ("overseerr", "seerr", "wishes")] == [overseerr.id] * 3
+    assert await find("plex") is None
     with pytest.raises(ServiceNotFound):
-        await found("nothing")
+        await find("nothing")
     await change(database, first, enabled=False)
-    assert await found_id("sonarr") == second.id
+    assert await find_id("sonarr") == second.id
     third = await add(URL, name="sonarr")
-    assert await found_id("sonarr") == third.id
+    assert await find_id("sonarr") == third.id
 
 
 @pytest.mark.parametrize(
@@ -101,18 +101,18 @@ async def test_a_type_means_the_service_that_is_named_so_else_the_first(database
         ({"type": "searxng", "api_key": "what for"}, InvalidServiceKey),
     ],
 )
-async def test_what_cannot_be_changes_nothing(
+async def test_an_invalid_change_is_refused(
     database: Database, add: Add, values: dict[str, Any], error: type[Exception]
 ) -> None:
     service = await add(URL, api_key=KEY)
     with pytest.raises(error):
         await change(database, service, **values)
     async with database.read_transaction() as session:
-        kept = await service_store.get(session, service.id)
-        assert (kept.url, kept.type, service_store.connection_of(kept).key) == (URL, "sonarr", KEY)
+        stored = await service_store.get(session, service.id)
+        assert (stored.url, stored.type, service_store.connection_of(stored).key) == (URL, "sonarr", KEY)
 
 
-async def test_a_key_goes_to_no_address_that_it_was_not_given_for(database: Database, add: Add) -> None:
+async def test_a_key_is_not_sent_to_a_new_address(database: Database, add: Add) -> None:
     service = await add(f"{URL}/sonarr", api_key=KEY)
     for other in ({"url": "http://127.0.0.1:10/sonarr"}, {"url": "https://127.0.0.1:9/sonarr"}, {"type": "radarr"}):
         with pytest.raises(KeyMustBeResent):
@@ -122,7 +122,7 @@ async def test_a_key_goes_to_no_address_that_it_was_not_given_for(database: Data
     assert service_store.connection_of(moved).key == "another"
 
 
-async def test_a_check_says_nothing_of_a_service_that_is_connected_otherwise_now(database: Database, add: Add) -> None:
+async def test_a_check_is_invalid_after_a_change_of_the_connection(database: Database, add: Add) -> None:
     async with stub_server(FAKE_SERVICES["sonarr"]) as server:
         service = await add(server.url, api_key=KEY)
         await health_checks.check(database, service)
@@ -140,7 +140,7 @@ async def test_a_check_says_nothing_of_a_service_that_is_connected_otherwise_now
         assert [*await session.scalars(select(ServiceCheck))] == [*await session.scalars(select(Circuit))] == []
 
 
-# Services of the settings
+# Services declared in the settings
 
 
 async def declare(database: Database, monkeypatch: pytest.MonkeyPatch, declared: str) -> list[Service]:
@@ -151,7 +151,7 @@ async def declare(database: Database, monkeypatch: pytest.MonkeyPatch, declared:
         return [*await service_store.list_services(session)]
 
 
-async def test_settings_declare_services_which_only_they_change(
+async def test_declared_services_change_only_through_the_settings(
     database: Database, add: Add, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = await add(URL, "radarr")
@@ -170,12 +170,12 @@ async def test_settings_declare_services_which_only_they_change(
     assert [service.id for service in await declare(database, monkeypatch, "[]")] == [own.id]
     async with database.read_transaction() as session:
         jobs = [*await session.scalars(select(Job.spec))]
-        assert jobs == 4 * [{"service_id": None}]  # each start has all of them checked
+        assert jobs == 4 * [{"service_id": None}]  # each start queues a check of all services
         kinds = await session.scalars(select(Schedule.kind).order_by(Schedule.kind))
         assert [*kinds] == ["check_services", "watch_downloads"]
 
 
-async def test_a_declared_service_takes_the_place_of_one_of_its_name(
+async def test_a_declared_service_replaces_one_with_the_same_name(
     database: Database, add: Add, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = await add(URL, api_key=KEY)
@@ -184,7 +184,7 @@ async def test_a_declared_service_takes_the_place_of_one_of_its_name(
 
 
 @pytest.mark.parametrize(
-    ("line", "why"),
+    ("line", "message"),
     [
         ("{name: TV, type: sonarr, url: 'http://tv', api_key: ''}", "api_key: .*at least 1"),
         ("{name: TV, type: sonar, url: 'http://tv'}", "invalid service 'TV': There is no type"),
@@ -192,10 +192,10 @@ async def test_a_declared_service_takes_the_place_of_one_of_its_name(
         ("{name: TV, type: sonarr, url: 'http://a'}, {name: tv, type: sonarr, url: 'http://b'}", "already a service"),
     ],
 )
-async def test_a_wrong_declaration_stops_the_start(
-    database: Database, monkeypatch: pytest.MonkeyPatch, line: str, why: str
+async def test_an_invalid_declaration_prevents_the_start(
+    database: Database, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    with pytest.raises(SettingsError, match=why):
+    with pytest.raises(SettingsError, match=message):
         await declare(database, monkeypatch, f"[{line}]")
 
 
@@ -208,7 +208,9 @@ async def test_a_wrong_declaration_stops_the_start(
         ("DECLARD", f"[{{name: TV, type: sonarr, url: 'http://a', api_key: {KEY}}}]"),
     ],
 )
-def test_no_key_is_in_what_is_said_of_wrong_settings(monkeypatch: pytest.MonkeyPatch, setting: str, value: str) -> None:
+def test_errors_about_invalid_declarations_hide_the_key(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: str
+) -> None:
     monkeypatch.setenv(f"FORGEARR_SERVICES__{setting}", value)
     with pytest.raises(SettingsError) as refused:
         load_settings()

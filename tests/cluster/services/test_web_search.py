@@ -1,4 +1,4 @@
-"""Searching the web with the real thing: Debian's searx, whose only engine is ours."""
+"""Web search with Debian's searx, whose only engine is a stub."""
 
 from pathlib import Path
 
@@ -15,27 +15,27 @@ from tests.support.services.stub_server import json_response, stub_server
 
 pytestmark = pytest.mark.usefixtures("home")
 
-FOUND = [{"title": "A guide", "url": "https://guide.example/a"}, {"title": "B", "url": "ftp://guide.example/b"}]
+RESULTS = [{"title": "A guide", "url": "https://guide.example/a"}, {"title": "B", "url": "ftp://guide.example/b"}]
 
 
 @pytest.mark.deep
-async def test_it_finds_pages(tmp_path: Path) -> None:
+async def test_a_search_returns_pages(tmp_path: Path) -> None:
     connector = find_connector("searxng")
     assert connector.search_web
-    async with stub_server(lambda request: json_response({"results": FOUND})) as engine:
+    async with stub_server(lambda request: json_response({"results": RESULTS})) as engine:
         with real_services.searx(tmp_path, engine.url) as running:
             async with Client(Connection("Ours", connector, running.url)).open() as client:
                 assert await health_checks.get_version(client, connector)
-                found = await connector.search_web(client, "what is 1 & 1?")
-    assert found == [SearchResult("A guide", "https://guide.example/a", "A guide")]
+                results = await connector.search_web(client, "what is 1 & 1?")
+    assert results == [SearchResult("A guide", "https://guide.example/a", "A guide")]
     assert engine.requests[0].query["q"] == "what is 1 & 1?"
 
 
-@pytest.mark.parametrize("answer", [{}, [], {"results": None}, {"results": [{"title": "no address"}]}])
-async def test_answers_that_make_no_sense(answer: object) -> None:
+@pytest.mark.parametrize("body", [{}, [], {"results": None}, {"results": [{"title": "no address"}]}])
+async def test_an_invalid_response_is_an_error(body: object) -> None:
     connector = find_connector("searxng")
     assert connector.search_web
-    async with stub_server(lambda request: json_response(answer)) as server:
+    async with stub_server(lambda request: json_response(body)) as server:
         async with Client(Connection("Ours", connector, server.url)).open() as client:
             with pytest.raises(BadResponse, match="something unexpected"):
                 await connector.search_web(client, "x")

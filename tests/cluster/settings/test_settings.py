@@ -1,4 +1,4 @@
-"""Four layers of settings, and sentences for what is wrong with one."""
+"""The four layers of settings, and the errors for invalid ones."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_the_home_is_private(home: Path) -> None:
     assert home.stat().st_mode & 0o777 == 0o700
 
 
-def test_each_layer_wins_over_the_one_before(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layer_overrides_the_one_before(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row(load_settings(), "serve.port") == ("8000", "configs/forgearr.yaml")
     own_file.write_text("serve:\n  port: 8001\n")
     assert row(load_settings(), "serve.port") == ("8001", str(own_file))
@@ -35,7 +35,7 @@ def test_each_layer_wins_over_the_one_before(own_file: Path, monkeypatch: pytest
     assert row(load_settings(["serve.port=8003"]), "serve.port") == ("8003", "command line")
 
 
-def test_values_of_the_environment_are_read_as_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_from_the_environment_are_parsed_as_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_SERVE__ALLOWED_HOSTS", "[forge.example, forge.lan]")
     settings = load_settings(["mlflow.enabled=false"]).settings
@@ -45,7 +45,7 @@ def test_values_of_the_environment_are_read_as_yaml(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
         ("serve.prot=1", "Unknown setting 'serve.prot' (set to 1 by command line)"),
         ("server.port=1", "Unknown setting 'server.port' (set to 1 by command line)"),
@@ -55,10 +55,10 @@ def test_values_of_the_environment_are_read_as_yaml(monkeypatch: pytest.MonkeyPa
         ("serve.port", "--set takes key=value, not 'serve.port'"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(override: str, sentence: str) -> None:
+def test_an_invalid_setting_is_a_one_line_error(override: str, message: str) -> None:
     with pytest.raises(SettingsError) as raised:
         load_settings([override])
-    assert raised.value.message.startswith(sentence)
+    assert raised.value.message.startswith(message)
     assert "\n" not in raised.value.message
 
 
@@ -68,12 +68,12 @@ def test_a_file_that_is_not_yaml_is_named(own_file: Path) -> None:
         load_settings()
 
 
-def test_secrets_are_never_shown() -> None:
+def test_secrets_are_not_shown() -> None:
     loaded = load_settings([f"auth.signing_key={SIGNING_KEY}", "database.url=postgresql://ada:hunter22@db.lan/forge"])
-    shown = "\n".join(value for _, value, _ in loaded.rows())
-    assert SIGNING_KEY not in shown
-    assert "hunter22" not in shown
-    assert "postgresql://ada:********@db.lan/forge" in shown
+    text = "\n".join(value for _, value, _ in loaded.rows())
+    assert SIGNING_KEY not in text
+    assert "hunter22" not in text
+    assert "postgresql://ada:********@db.lan/forge" in text
 
 
 @pytest.mark.parametrize("weak", ["changeme", "secret", "short"])
@@ -118,6 +118,6 @@ def test_credentials_are_required_wherever_others_reach_the_gateway_and_registra
 def test_a_trusted_proxy_is_an_address_or_a_network() -> None:
     loaded = load_settings(["serve.trusted_proxies=[192.0.2.1, 10.0.0.0/8]"])
     assert loaded.settings.serve.trusted_proxies == ["192.0.2.1/32", "10.0.0.0/8"]
-    for wrong in ("proxy.example", "10.0.0.1/8", "'; reboot"):
+    for invalid in ("proxy.example", "10.0.0.1/8", "'; reboot"):
         with pytest.raises(SettingsError, match=r"serve\.trusted_proxies"):
-            load_settings([f'serve.trusted_proxies=["{wrong}"]'])
+            load_settings([f'serve.trusted_proxies=["{invalid}"]'])

@@ -1,4 +1,4 @@
-"""The tools of Sonarr and Radarr, with fakes that keep state."""
+"""The tools of Sonarr and Radarr, with stateful fakes."""
 
 from typing import Any
 
@@ -16,20 +16,20 @@ from tests.support.services.fake_services import KEY
 
 @pytest.fixture(autouse=True)
 def settings(home: object) -> None:
-    """A client wants to know how long it may wait."""
+    """A client needs the setting of its timeout."""
 
 
 def tools_of(service: str) -> dict[str, ServiceTool]:
     return {tool.name: tool for tool in find_connector(service).tools}
 
 
-async def use(arr: FakeArr, name: str, **arguments: Any) -> Any:
+async def call_tool(arr: FakeArr, name: str, **arguments: Any) -> Any:
     tool = tools_of(arr.service)[name]
     async with Client(Connection("Ours", find_connector(arr.service), arr.url, KEY)).open() as client:
         return await tool.run(client, tool.arguments.model_validate(arguments))
 
 
-def test_what_changes_something_says_so() -> None:
+def test_tools_declare_their_effects() -> None:
     effects = {name: tool.effect for service in ("sonarr", "radarr") for name, tool in tools_of(service).items()}
     assert {name for name, effect in effects.items() if effect == "destroy"} == {"delete_series", "delete_movie"}
     changing = {name for name, effect in effects.items() if effect == "change"}
@@ -39,44 +39,47 @@ def test_what_changes_something_says_so() -> None:
         assert len(names) == len(set(names))
 
 
-async def test_a_list_is_told_in_parts() -> None:
+async def test_a_list_is_paginated() -> None:
     async with fake_arr("radarr", movie=[library_movie(f"Movie {n}", n, n) for n in range(1, 70)]) as radarr:
-        told = await use(radarr, "list_movies")
-        assert (len(told["movies"]), told["total"]) == (50, 69)
-        told = await use(radarr, "list_movies", query="movie 6", limit=2, offset=1)
-        assert ([row["id"] for row in told["movies"]], told["total"]) == ([60, 61], 11)
+        result = await call_tool(radarr, "list_movies")
+        assert (len(result["movies"]), result["total"]) == (50, 69)
+        result = await call_tool(radarr, "list_movies", query="movie 6", limit=2, offset=1)
+        assert ([row["id"] for row in result["movies"]], result["total"]) == ([60, 61], 11)
         with pytest.raises(ValidationError):
-            await use(radarr, "list_movies", limit=100_000)
+            await call_tool(radarr, "list_movies", limit=100_000)
 
 
 async def test_a_movie_is_looked_up_added_searched_for_and_deleted() -> None:
     async with fake_arr("radarr", calendar=[movie("Dune", 438631, 2021, hasFile=False)]) as radarr:
         radarr.lookup_results += [movie("The Matrix", 603), movie("The Matrix Reloaded", 604, 2003)]
-        assert await use(radarr, "search_movies", title="matrix") == [
+        assert await call_tool(radarr, "search_movies", title="matrix") == [
             {"title": "The Matrix", "year": 1999, "tmdbId": 603},
             {"title": "The Matrix Reloaded", "year": 2003, "tmdbId": 604},
         ]
-        assert (await use(radarr, "add_movie", title="the matrix"))["id"] == 1
+        assert (await call_tool(radarr, "add_movie", title="the matrix"))["id"] == 1
         with pytest.raises(AlreadyInCollection):
-            await use(radarr, "add_movie", tmdb_id=603)
-        assert (await use(radarr, "search_for_movie", movie_id=1))["title"] == "The Matrix"
-        assert await use(radarr, "search_for_missing_movies") == {"command_id": "cmd_2"}
+            await call_tool(radarr, "add_movie", tmdb_id=603)
+        assert (await call_tool(radarr, "search_for_movie", movie_id=1))["title"] == "The Matrix"
+        assert await call_tool(radarr, "search_for_missing_movies") == {"command_id": "cmd_2"}
         assert [command["name"] for command in radarr.commands] == ["MoviesSearch", "MissingMoviesSearch"]
-        assert await use(radarr, "get_calendar") == [{"title": "Dune", "year": 2021, "hasFile": False}]
-        assert await use(radarr, "delete_movie", movie_id=1) == {"deleted": "The Matrix", "files_deleted": False}
+        assert await call_tool(radarr, "get_calendar") == [{"title": "Dune", "year": 2021, "hasFile": False}]
+        assert await call_tool(radarr, "delete_movie", movie_id=1) == {"deleted": "The Matrix", "files_deleted": False}
         with pytest.raises(NotInCollection):
-            await use(radarr, "get_movie", movie_id=1)
+            await call_tool(radarr, "get_movie", movie_id=1)
 
 
-async def test_what_sonarr_says_of_its_work() -> None:
-    kept, show = library_series("Dune: Prophecy", 367118, 1), {"title": "Dune: Prophecy"}
-    airing = {"id": 1, "title": "High-Handed Enemy", "seasonNumber": 1, "episodeNumber": 6, "series": kept}
+async def test_the_queue_calendar_and_library_of_sonarr() -> None:
+    stored, summary = library_series("Dune: Prophecy", 367118, 1), {"title": "Dune: Prophecy"}
+    airing = {"id": 1, "title": "High-Handed Enemy", "seasonNumber": 1, "episodeNumber": 6, "series": stored}
     waiting = queue_row("Dune.S01E06", 5, seriesId=1, episodeId=1)
-    async with fake_arr("sonarr", series=[kept], queue=[waiting], calendar=[airing]) as sonarr:
-        told = await use(sonarr, "get_queue")
-        assert (told["total"], told["queue"][0]["id"], told["queue"][0]["sizeleft"]) == (1, 5, 1e9)
-        (episode,) = await use(sonarr, "get_calendar", days=30)
-        assert episode == {"title": "High-Handed Enemy", "seasonNumber": 1, "episodeNumber": 6, "series": show}
-        assert (await use(sonarr, "get_series", series_id=1))["statistics"]["episodeCount"] == 7
-        assert [profile["name"] for profile in await use(sonarr, "get_quality_profiles")] == ["HD-1080p", "Ultra-HD"]
-        assert [folder["path"] for folder in await use(sonarr, "get_root_folders")] == ["/tv"]
+    async with fake_arr("sonarr", series=[stored], queue=[waiting], calendar=[airing]) as sonarr:
+        result = await call_tool(sonarr, "get_queue")
+        assert (result["total"], result["queue"][0]["id"], result["queue"][0]["sizeleft"]) == (1, 5, 1e9)
+        (episode,) = await call_tool(sonarr, "get_calendar", days=30)
+        assert episode == {"title": "High-Handed Enemy", "seasonNumber": 1, "episodeNumber": 6, "series": summary}
+        assert (await call_tool(sonarr, "get_series", series_id=1))["statistics"]["episodeCount"] == 7
+        assert [profile["name"] for profile in await call_tool(sonarr, "get_quality_profiles")] == [
+            "HD-1080p",
+            "Ultra-HD",
+        ]
+        assert [folder["path"] for folder in await call_tool(sonarr, "get_root_folders")] == ["/tv"]

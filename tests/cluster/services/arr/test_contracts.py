@@ -1,5 +1,5 @@
-"""All that is asked of Sonarr and Radarr, against Prism, which knows their official documents and refuses what breaks
-them; and what the documents say is answered, against our tools."""
+"""The requests to Sonarr and Radarr, validated by Prism against the official OpenAPI documents; and the tools, with
+the documents' example responses."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -59,11 +59,11 @@ def prism(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 @pytest.fixture(autouse=True)
 def settings(home: object) -> None:
-    """A client wants to know how long it may wait."""
+    """A client needs the setting of its timeout."""
 
 
-async def use_everything(service: str, url: str, *effects: str) -> set[str]:
-    """Have each tool with such an effect do its work; returns their names."""
+async def call_all_tools(service: str, url: str, *effects: str) -> set[str]:
+    """Call each tool with one of these effects, and return the names of the tools."""
     used: set[str] = set()
     async with Client(Connection("Ours", find_connector(service), url, KEY)).open() as client:
         for tool in sorted(find_connector(service).tools, key=lambda tool: tool.effect == "destroy"):
@@ -74,7 +74,7 @@ async def use_everything(service: str, url: str, *effects: str) -> set[str]:
     return used
 
 
-def stock(arr: FakeArr) -> None:
+def fill_library(arr: FakeArr) -> None:
     if arr.service == "sonarr":
         arr.add_row("series", library_series("The Wire", 79126, 1))
         arr.lookup_results += [series("Breaking Bad", 81189), series("Dune", 5)]
@@ -85,24 +85,24 @@ def stock(arr: FakeArr) -> None:
 
 
 @pytest.mark.deep
-async def test_no_request_breaks_the_document(service: str, prism: RunningService) -> None:
+async def test_the_requests_of_tools_match_the_document(service: str, prism: RunningService) -> None:
     async with fake_arr(service) as arr:
-        stock(arr)
+        fill_library(arr)
         connector = find_connector(service)
         async with Client(Connection("Ours", connector, arr.url, KEY)).open() as client:
             await health_checks.get_version(client, connector)
-        used = await use_everything(service, arr.url, "read", "change", "destroy")
+        used = await call_all_tools(service, arr.url, "read", "change", "destroy")
         assert used == {tool.name for tool in find_connector(service).tools}
-    assert {one.method for one in arr.requests} == {"GET", "POST", "DELETE"}
-    await allowed_by(prism, arr.requests)
+    assert {request.method for request in arr.requests} == {"GET", "POST", "DELETE"}
+    await assert_valid(prism, arr.requests)
 
 
 @pytest.mark.deep
-async def test_nothing_that_mends_downloads_breaks_the_document(service: str, prism: RunningService) -> None:
-    following = find_connector(service).download_tracker
-    assert following
-    assert following.replacement
-    mend, place = following.replacement, TrackingPosition(since=AGES_AGO, at=AGES_AGO)
+async def test_the_requests_of_recovery_match_the_document(service: str, prism: RunningService) -> None:
+    tracker = find_connector(service).download_tracker
+    assert tracker
+    assert tracker.replacement
+    replacement, position = tracker.replacement, TrackingPosition(since=AGES_AGO, at=AGES_AGO)
     ids, content = (
         ({"seriesId": 1, "episodeId": 12}, ("series:1", "episode:12"))
         if service == "sonarr"
@@ -110,63 +110,69 @@ async def test_nothing_that_mends_downloads_breaks_the_document(service: str, pr
     )
     resources: dict[str, Any] = {"config/downloadclient": {"id": 1, "autoRedownloadFailed": False}}
     async with fake_arr(service, **resources) as arr:
-        stock(arr)
+        fill_library(arr)
         download = arr.add_row("queue", queue_row("Dune", 1, **ids))["downloadId"]
         grabbed = {"eventType": "grabbed", "downloadId": download, "sourceTitle": "Dune", "date": LONG_AGO, **ids}
         grab = arr.add_row("history", grabbed)["id"]
         async with Client(Connection("Ours", find_connector(service), arr.url, KEY)).open() as client:
-            look = await following.poll(client, place)
-            assert ([one.id for one in look.active], look.finished) == ([download], ())
-            assert await mend.find(client, download) == look.active[0]
-            found = await mend.find_grab(client, download)
-            assert found
-            assert (found.id, found.content, found.failed) == (grab, content, False)
-            await mend.mark_failed(client, grab)
-            (ended,) = (await following.poll(client, place)).finished
-            assert (ended.id, ended.outcome, ended.content) == (download, "failed", content)
-            assert not await mend.searches_automatically(client)
-            assert not await mend.is_searching(client, content, AGES_AGO)
-            await mend.search(client, content)
-            assert await mend.is_searching(client, content, AGES_AGO)
-            assert not await mend.is_searching(client, content, AGES_AGO + timedelta(days=1))  # that is an older one
-            assert not await mend.is_searching(client, tuple(f"{one}0" for one in content), AGES_AGO)
-            assert await mend.remove(client, download, False)
-            assert not await mend.remove(client, download, False)
-            assert await mend.find(client, download) is None
-    await allowed_by(prism, arr.requests)
+            snapshot = await tracker.poll(client, position)
+            assert ([active.id for active in snapshot.active], snapshot.finished) == ([download], ())
+            assert await replacement.find(client, download) == snapshot.active[0]
+            found_grab = await replacement.find_grab(client, download)
+            assert found_grab
+            assert (found_grab.id, found_grab.content, found_grab.failed) == (grab, content, False)
+            await replacement.mark_failed(client, grab)
+            (finished,) = (await tracker.poll(client, position)).finished
+            assert (finished.id, finished.outcome, finished.content) == (download, "failed", content)
+            assert not await replacement.searches_automatically(client)
+            assert not await replacement.is_searching(client, content, AGES_AGO)
+            await replacement.search(client, content)
+            assert await replacement.is_searching(client, content, AGES_AGO)
+            assert not await replacement.is_searching(
+                client, content, AGES_AGO + timedelta(days=1)
+            )  # the search is older
+            assert not await replacement.is_searching(client, tuple(f"{part}0" for part in content), AGES_AGO)
+            assert await replacement.remove(client, download, False)
+            assert not await replacement.remove(client, download, False)
+            assert await replacement.find(client, download) is None
+    await assert_valid(prism, arr.requests)
 
 
-async def allowed_by(prism: RunningService, requests: Iterable[StubRequest]) -> None:
+async def assert_valid(prism: RunningService, requests: Iterable[StubRequest]) -> None:
     async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=TIMEOUT) as http:
-        for one in requests:
-            answer = await http.request(one.method, one.path, params=one.query, content=one.body or None)
-            assert answer.is_success, f"{one.method} {one.path} {one.query} {one.body}: {answer.text}"
+        for request in requests:
+            response = await http.request(
+                request.method, request.path, params=request.query, content=request.body or None
+            )
+            assert response.is_success, (
+                f"{request.method} {request.path} {request.query} {request.body}: {response.text}"
+            )
 
 
 @pytest.mark.deep
-async def test_prism_refuses_what_does_break_it(service: str, prism: RunningService) -> None:
+async def test_prism_refuses_invalid_requests(service: str, prism: RunningService) -> None:
     connector = find_connector(service)
     assert connector.collection
-    path, outer = connector.collection.path, connector.collection.external_id_field
+    path, external_id = connector.collection.path, connector.collection.external_id_field
     async with httpx.AsyncClient(base_url=prism.url, headers=HEADERS, timeout=TIMEOUT) as http:
-        assert (await http.get(path, params={outer: "x"})).status_code == 422
+        assert (await http.get(path, params={external_id: "x"})).status_code == 422
         assert (await http.post("/api/v3/command", json={"name": 5})).status_code == 422
         assert (await http.get("/api/v3/nothing")).status_code == 404
 
 
-async def test_the_fake_checks_bodies_that_prism_passes(service: str) -> None:
-    """The description of a movie refers to itself, and Prism does not check what is sent as one."""
+async def test_the_fake_validates_bodies_that_prism_accepts(service: str) -> None:
+    """The schema of a movie is recursive, and Prism does not validate such a body."""
     collection = find_connector(service).collection
     assert collection
     async with fake_arr(service) as arr:
         async with httpx.AsyncClient(base_url=arr.url, headers=HEADERS, timeout=TIMEOUT) as http:
-            answer = await http.post(collection.path, json={"title": "Dune", "colour": "red"})
-            assert (answer.status_code, "colour" in answer.text) == (500, True)
+            response = await http.post(collection.path, json={"title": "Dune", "colour": "red"})
+            assert (response.status_code, "colour" in response.text) == (500, True)
         assert len(arr.violations) == 1
         arr.violations.clear()
 
 
 @pytest.mark.deep
-async def test_what_the_document_answers_can_be_read(service: str, prism: RunningService) -> None:
-    used = await use_everything(service, prism.url, "read")
+async def test_the_documents_example_responses_are_parsed(service: str, prism: RunningService) -> None:
+    used = await call_all_tools(service, prism.url, "read")
     assert {"get_queue", "get_calendar", "get_quality_profiles", "get_root_folders"} < used

@@ -1,4 +1,4 @@
-"""Every connector with a fake of its service: how it sends the key, and that it rejects any other service."""
+"""All connectors with fakes of their services: versions, keys, and confusion with other services."""
 
 import json
 
@@ -18,10 +18,10 @@ WITH_KEY = [name for name, fake in FAKE_SERVICES.items() if fake.requires_key]
 
 @pytest.fixture(autouse=True)
 def settings(home: object) -> None:
-    """A client wants to know how long it may wait."""
+    """A client needs the setting of its timeout."""
 
 
-async def ask(url: str, name: str, key: str | None) -> str:
+async def get_version(url: str, name: str, key: str | None) -> str:
     connector = find_connector(name)
     connection = Connection("Ours", connector, url, key)
     try:
@@ -36,73 +36,73 @@ def test_every_service_has_a_connector_and_a_fake() -> None:
     assert all("health" in connector.capabilities for connector in all_connectors().values())
 
 
-def test_a_service_can_do_what_it_says() -> None:
+def test_the_capabilities_of_a_connector_are_implemented() -> None:
     for connector in all_connectors().values():
-        can = connector.capabilities
-        assert ("configure" in can) == (connector.settings is not None), connector.type
-        assert ("library" in can) == bool(connector.library or connector.collection), connector.type
-        assert ("history" in can) == bool(connector.downloads or connector.download_tracker), connector.type
-        assert ("web_search" in can) == (connector.search_web is not None), connector.type
-        assert (can > {"health"}) == bool(connector.tools), connector.type
+        capabilities = connector.capabilities
+        assert ("configure" in capabilities) == (connector.settings is not None), connector.type
+        assert ("library" in capabilities) == bool(connector.library or connector.collection), connector.type
+        assert ("history" in capabilities) == bool(connector.downloads or connector.download_tracker), connector.type
+        assert ("web_search" in capabilities) == (connector.search_web is not None), connector.type
+        assert (capabilities > {"health"}) == bool(connector.tools), connector.type
 
 
-def test_a_service_is_known_by_the_names_of_its_brothers() -> None:
-    assert {find_connector(word).type for word in ("overseerr", "Jellyseerr", "SEERR")} == {"overseerr"}
+def test_overseerr_has_the_names_of_its_forks() -> None:
+    assert {find_connector(name).type for name in ("overseerr", "Jellyseerr", "SEERR")} == {"overseerr"}
     with pytest.raises(UnknownServiceType, match="sonarr"):
         find_connector("sonar")
 
 
 @pytest.mark.parametrize("name", FAKE_SERVICES)
-async def test_a_service_tells_its_version_to_whoever_has_its_key(name: str) -> None:
+async def test_a_service_returns_its_version(name: str) -> None:
     fake = FAKE_SERVICES[name]
     async with stub_server(fake) as server:
-        assert await ask(server.url, name, fake.key if fake.requires_key else None) == fake.version
+        assert await get_version(server.url, name, fake.key if fake.requires_key else None) == fake.version
 
 
 @pytest.mark.parametrize("name", WITH_KEY)
 @pytest.mark.parametrize("key", [None, "ada:wrong-key-of-ours"])
-async def test_a_wrong_key_is_told_from_all_else_and_never_shown(name: str, key: str | None) -> None:
+async def test_a_wrong_key_has_its_own_error_and_is_not_shown(name: str, key: str | None) -> None:
     async with stub_server(FAKE_SERVICES[name]) as server:
         with pytest.raises(ServiceError) as refused:
-            await ask(server.url, name, key)
+            await get_version(server.url, name, key)
     assert refused.value.code == "SERVICE_UNAUTHORIZED"
     assert "wrong-key" not in refused.value.message
 
 
 @pytest.mark.parametrize("name", FAKE_SERVICES)
-async def test_no_service_is_taken_for_another(name: str) -> None:
-    """Whatever answers at the address of one, with the key of that or not: what it is, is said where it shows."""
+async def test_another_service_is_rejected(name: str) -> None:
+    """The error names the other service if its page has a title."""
     for other, fake in FAKE_SERVICES.items():
         if other == name:
             continue
         async with stub_server(fake) as server:
             with pytest.raises(ServiceError) as refused:
-                await ask(server.url, name, fake.key if fake.requires_key else None)
+                await get_version(server.url, name, fake.key if fake.requires_key else None)
         assert refused.value.code in {"WRONG_SERVICE", "SERVICE_UNAUTHORIZED", "SERVICE_BAD_RESPONSE"}, other
         if fake.title:
             assert isinstance(refused.value, WrongService), other
             assert find_connector(other).title in refused.value.message
 
 
-async def test_radarr_at_the_address_of_sonarr_is_told_by_its_own_word() -> None:
+async def test_radarr_at_the_address_of_sonarr_is_named() -> None:
     async with stub_server(FAKE_SERVICES["radarr"]) as server:
         with pytest.raises(WrongService, match=r"^Radarr answers at the address of Ours, not Sonarr\.$"):
-            await ask(server.url, "sonarr", KEY)
+            await get_version(server.url, "sonarr", KEY)
 
 
-async def test_the_page_of_whatever_else_is_there_does_not_hear_the_key() -> None:
+async def test_the_key_is_not_sent_with_the_request_for_the_title_page() -> None:
     async with stub_server(lambda request: html_page("Login - Sonarr", 200 if request.path == "/" else 404)) as server:
         with pytest.raises(WrongService, match="Sonarr answers"):
-            await ask(server.url, "radarr", KEY)
-    front = [request for request in server.requests if request.path == "/"]
-    assert len(front) == 1
-    assert KEY not in json.dumps(front[0].headers)
-    assert front[0].headers["accept"] == "text/html"
+            await get_version(server.url, "radarr", KEY)
+    page_requests = [request for request in server.requests if request.path == "/"]
+    assert len(page_requests) == 1
+    assert KEY not in json.dumps(page_requests[0].headers)
+    assert page_requests[0].headers["accept"] == "text/html"
 
 
-async def test_a_login_is_ended_too() -> None:
+async def test_a_login_is_followed_by_a_logout() -> None:
     async with stub_server(FAKE_SERVICES["qbittorrent"]) as server:
-        await ask(server.url, "qbittorrent", FAKE_SERVICES["qbittorrent"].key)
+        await get_version(server.url, "qbittorrent", FAKE_SERVICES["qbittorrent"].key)
     assert [request.path.rpartition("/")[2] for request in server.requests] == [
         "login",
         "buildInfo",
@@ -115,18 +115,18 @@ async def test_a_login_is_ended_too() -> None:
 async def test_qbittorrents_own_keys_need_no_login() -> None:
     fake = FAKE_SERVICES["qbittorrent"]
     async with stub_server(fake.answer) as server:
-        assert await ask(server.url, "qbittorrent", "qbt_" + 28 * "x") == fake.version
+        assert await get_version(server.url, "qbittorrent", "qbt_" + 28 * "x") == fake.version
     assert {request.headers["authorization"] for request in server.requests} == {"Bearer qbt_" + 28 * "x"}
 
 
-async def test_a_key_that_no_header_can_carry_is_a_wrong_one() -> None:
+async def test_a_key_that_cannot_be_a_header_is_a_wrong_key() -> None:
     async with stub_server(FAKE_SERVICES["qbittorrent"].answer) as server:
         with pytest.raises(Unauthorized):
-            await ask(server.url, "qbittorrent", "qbt_ключ")
+            await get_version(server.url, "qbittorrent", "qbt_ключ")
 
 
 @pytest.mark.parametrize("name", ["sonarr", "radarr"])
-async def test_fakes_are_what_the_official_documents_say(name: str) -> None:
+async def test_the_fakes_match_the_official_documents(name: str) -> None:
     path = "/api/v3/system/status"
     async with stub_server(FAKE_SERVICES[name]) as server:
         client = Client(Connection("Ours", find_connector(name), server.url, KEY))

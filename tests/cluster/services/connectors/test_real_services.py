@@ -1,4 +1,4 @@
-"""Connectors with the real thing: Debian's SABnzbd and Prometheus, each with a folder of its own."""
+"""Connectors with real services: Debian's SABnzbd and Prometheus."""
 
 import secrets
 from collections.abc import Iterator
@@ -29,43 +29,43 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
         yield running
 
 
-async def ask(name: str, url: str, key: str | None = None) -> str:
+async def get_version(name: str, url: str, key: str | None = None) -> str:
     connector = find_connector(name)
     async with Client(Connection("Ours", connector, url, key)).open() as client:
         return await health_checks.get_version(client, connector)
 
 
-async def test_sabnzbd_tells_its_version(sabnzbd: RunningService) -> None:
+async def test_sabnzbd_returns_its_version(sabnzbd: RunningService) -> None:
     url, key = sabnzbd.url, sabnzbd.key
-    assert (await ask("sabnzbd", url, key))[:2] in {"3.", "4.", "5."}
-    assert await ask("sabnzbd", f"{url}/sabnzbd", key) == await ask("sabnzbd", url, key)
+    assert (await get_version("sabnzbd", url, key))[:2] in {"3.", "4.", "5."}
+    assert await get_version("sabnzbd", f"{url}/sabnzbd", key) == await get_version("sabnzbd", url, key)
 
 
-@pytest.mark.parametrize(("key", "words"), [(None, "API Key Required"), ("wrong", "API Key Incorrect")])
-async def test_sabnzbd_wants_its_key(sabnzbd: RunningService, key: str | None, words: str) -> None:
-    with pytest.raises(Unauthorized, match=words):
-        await ask("sabnzbd", sabnzbd.url, key)
+@pytest.mark.parametrize(("key", "message"), [(None, "API Key Required"), ("wrong", "API Key Incorrect")])
+async def test_sabnzbd_refuses_a_wrong_key(sabnzbd: RunningService, key: str | None, message: str) -> None:
+    with pytest.raises(Unauthorized, match=message):
+        await get_version("sabnzbd", sabnzbd.url, key)
 
 
-async def test_sabnzbds_errors_come_with_status_200(sabnzbd: RunningService) -> None:
+async def test_an_error_of_sabnzbd_with_status_200_is_an_error(sabnzbd: RunningService) -> None:
     url, key = sabnzbd.url, sabnzbd.key
     async with Client(Connection("Ours", find_connector("sabnzbd"), url, key)).open() as client:
         with pytest.raises(Refused, match="item does not exist"):
             await client.get("/api", mode="retry", output="json", value="SABnzbd_nzo_none")
 
 
-async def test_sabnzbd_is_seen_at_the_address_of_sonarr(sabnzbd: RunningService) -> None:
+async def test_sabnzbd_at_the_address_of_sonarr_is_named(sabnzbd: RunningService) -> None:
     sonarr = find_connector("sonarr")
     connection = Connection("Ours", sonarr, sabnzbd.url, "0123456789")
     with pytest.raises(ServiceError) as refused:
-        await ask("sonarr", sabnzbd.url, "0123456789")
-    explained = await health_checks.diagnose(refused.value, connection, sonarr)
-    assert explained.message == "SABnzbd answers at the address of Ours, not Sonarr."
+        await get_version("sonarr", sabnzbd.url, "0123456789")
+    error = await health_checks.diagnose(refused.value, connection, sonarr)
+    assert error.message == "SABnzbd answers at the address of Ours, not Sonarr."
 
 
 @pytest.mark.deep
-async def test_prometheus_tells_its_version_and_its_errors(prometheus: RunningService) -> None:
-    assert (await ask("prometheus", prometheus.url))[0] in "23"
+async def test_prometheus_returns_its_version_and_its_errors(prometheus: RunningService) -> None:
+    assert (await get_version("prometheus", prometheus.url))[0] in "23"
     async with Client(Connection("Ours", find_connector("prometheus"), prometheus.url)).open() as client:
         with pytest.raises(Refused, match="parse error"):
             await client.get("/api/v1/query", query="up{")
@@ -76,11 +76,11 @@ def test_downloads_complete_and_fail(sabnzbd: RunningService) -> None:
     content = secrets.token_bytes(300_000)
     with news_server.running_news_server() as news:
         news_server.add_news_server(sabnzbd, news)
-        whole = news_server.add_download(sabnzbd, news.post("film.mkv", content), "Whole")
-        done = news_server.finished_download(sabnzbd, whole)
-        lost = news_server.finished_download(
+        nzo_id = news_server.add_download(sabnzbd, news.post("film.mkv", content), "Whole")
+        completed = news_server.finished_download(sabnzbd, nzo_id)
+        failed = news_server.finished_download(
             sabnzbd, news_server.add_download(sabnzbd, news.post("film.mkv", content[1:], lost=4), "Lost")
         )
-    assert (done["status"], Path(done["storage"]).read_bytes()) == ("Completed", content)
-    assert (lost["status"], lost["retry"]) == ("Failed", 1)
-    assert "Not on your server" in lost["fail_message"]
+    assert (completed["status"], Path(completed["storage"]).read_bytes()) == ("Completed", content)
+    assert (failed["status"], failed["retry"]) == ("Failed", 1)
+    assert "Not on your server" in failed["fail_message"]

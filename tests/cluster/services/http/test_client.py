@@ -1,4 +1,4 @@
-"""What a service, its network or whatever else is there may do: an error of ours for each, and no key in it."""
+"""The errors of the HTTP client for invalid responses and network failures, none of which contains the key."""
 
 import asyncio
 import gzip
@@ -37,19 +37,19 @@ LONG = 50 * 1024 * 1024
 
 @pytest.fixture(autouse=True)
 def settings(home: Path) -> None:
-    """A client wants to know how long it may wait."""
+    """A client needs the setting of its timeout."""
 
 
-def client(url: str, name: str = "sonarr", **more: Any) -> Client:
-    return Client(Connection("Ours", find_connector(name), url, KEY, **more))
+def client(url: str, name: str = "sonarr", **options: Any) -> Client:
+    return Client(Connection("Ours", find_connector(name), url, KEY, **options))
 
 
-async def get(answer: Handler | StubResponse, name: str = "sonarr") -> Any:
-    async with stub_server(_handler(answer)) as server, client(server.url, name).open() as ours:
-        return await ours.get("/api/v3/thing", page=1)
+async def get(response: Handler | StubResponse, name: str = "sonarr") -> Any:
+    async with stub_server(_handler(response)) as server, client(server.url, name).open() as opened:
+        return await opened.get("/api/v3/thing", page=1)
 
 
-MISBEHAVIOUR: dict[str, tuple[Handler | StubResponse, type[ServiceError], str]] = {
+INVALID_RESPONSES: dict[str, tuple[Handler | StubResponse, type[ServiceError], str]] = {
     "a page": (html_page("Sign in"), BadResponse, "a web page titled 'Sign in'"),
     "words": (text_response("all is well"), BadResponse, "not JSON"),
     "nothing": (StubResponse(b""), BadResponse, "not JSON"),
@@ -96,33 +96,33 @@ MISBEHAVIOUR: dict[str, tuple[Handler | StubResponse, type[ServiceError], str]] 
 }
 
 
-@pytest.mark.parametrize("sort", MISBEHAVIOUR)
-async def test_each_misbehaviour_has_its_error(sort: str) -> None:
-    answer, kind, words = MISBEHAVIOUR[sort]
-    with pytest.raises(kind) as refused:
-        await get(answer)
-    assert type(refused.value) is kind
-    assert words in refused.value.message
+@pytest.mark.parametrize("name", INVALID_RESPONSES)
+async def test_each_invalid_response_has_its_error(name: str) -> None:
+    response, error, message = INVALID_RESPONSES[name]
+    with pytest.raises(error) as refused:
+        await get(response)
+    assert type(refused.value) is error
+    assert message in refused.value.message
     assert "Ours" in refused.value.message
     assert refused.value.status in {400, 404, 503}
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])
-async def test_what_a_service_repeats_of_the_key_is_masked_wherever_it_stands(status: int) -> None:
-    def repeat(request: StubRequest) -> StubResponse:
+async def test_a_key_in_a_response_is_masked(status: int) -> None:
+    def handle(request: StubRequest) -> StubResponse:
         return json_response({"status": False, "error": f"nothing for {request.query['apikey']}"}, status)
 
     with pytest.raises(ServiceError, match=r"nothing for \*{8}") as refused:
-        await get(repeat, "sabnzbd")
+        await get(handle, "sabnzbd")
     assert KEY not in "".join(traceback.format_exception(refused.value))
 
 
-async def test_an_address_of_the_sixth_version_is_one_too() -> None:
+async def test_an_ipv6_address_is_accepted() -> None:
     async with (
-        await asyncio.start_server(_hello, "::1", 0) as server,
-        client(f"http://[::1]:{server.sockets[0].getsockname()[1]}").open() as ours,
+        await asyncio.start_server(_respond_with_empty_object, "::1", 0) as server,
+        client(f"http://[::1]:{server.sockets[0].getsockname()[1]}").open() as opened,
     ):
-        assert await ours.get("/") == {}
+        assert await opened.get("/") == {}
 
 
 async def test_an_error_with_status_200_is_an_error() -> None:
@@ -134,34 +134,34 @@ async def test_an_error_with_status_200_is_an_error() -> None:
         await get(json_response({"status": "error", "errorType": "bad_data", "error": "bad_data: parse"}), "prometheus")
 
 
-async def test_nobody_at_the_address() -> None:
+async def test_a_refused_connection_is_an_error() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and nobody listens
-        async with client(f"http://127.0.0.1:{taken.getsockname()[1]}").open() as ours:
+        taken.bind(("127.0.0.1", 0))  # without listening
+        async with client(f"http://127.0.0.1:{taken.getsockname()[1]}").open() as opened:
             with pytest.raises(Unreachable, match="Ours cannot be reached"):
-                await ours.get("/")
+                await opened.get("/")
 
 
-async def test_a_name_that_nobody_has() -> None:
-    async with client("http://no-such-machine.invalid").open() as ours:
+async def test_a_host_name_that_cannot_be_resolved_is_an_error() -> None:
+    async with client("http://no-such-machine.invalid").open() as opened:
         with pytest.raises(Unreachable, match="cannot be resolved"):
-            await ours.get("/")
+            await opened.get("/")
 
 
-async def test_silence_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_response_ends_at_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "0.2")
     get_settings.cache_clear()
     with pytest.raises(Unreachable, match=r"within 0\.2 seconds"):
         await get(StubResponse(hangs=True))
 
 
-async def test_dripping_does_not_outwit_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte comes in time, and the whole never."""
+async def test_a_slow_response_ends_at_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, but the response never ends."""
     monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "2")
     get_settings.cache_clear()
-    gone = asyncio.Event()
+    disconnected = asyncio.Event()
 
-    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def send_slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await reader.readuntil(b"\r\n\r\n")
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
@@ -170,52 +170,52 @@ async def test_dripping_does_not_outwit_the_deadline(monkeypatch: pytest.MonkeyP
                 await asyncio.wait([asyncio.ensure_future(reader.read(1))], timeout=0.02)
         finally:
             writer.close()
-            gone.set()
+            disconnected.set()
 
-    async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
-        async with client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}").open() as ours:
+    async with await asyncio.start_server(send_slowly, "127.0.0.1", 0) as server:
+        async with client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}").open() as opened:
             with pytest.raises(Unreachable, match="within"):
-                await ours.get("/")
+                await opened.get("/")
         async with asyncio.timeout(TIMEOUT):
-            await gone.wait()
+            await disconnected.wait()
 
 
-async def test_a_long_answer_is_read_and_a_longer_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_size_of_a_response_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len((await get(StubResponse(b'{"a": "' + b"x" * LONG + b'"}')))["a"]) == LONG
     monkeypatch.setattr(clients, "MAX_BYTES", 1024 * 1024)
     with pytest.raises(BadResponse, match="more than 1 MiB"):
         await get(StubResponse(b'{"a": "' + b"x" * LONG + b'"}'))
-    packed = gzip.compress(b'{"a": "' + b"x" * LONG + b'"}')
-    assert len(packed) < 1024 * 1024
+    compressed = gzip.compress(b'{"a": "' + b"x" * LONG + b'"}')
+    assert len(compressed) < 1024 * 1024
     with pytest.raises(BadResponse, match="more than 1 MiB"):
-        await get(StubResponse(packed, headers={"Content-Encoding": "gzip"}))
+        await get(StubResponse(compressed, headers={"Content-Encoding": "gzip"}))
 
 
 async def test_a_redirect_on_the_same_server_is_followed_with_the_key() -> None:
-    def answer(request: StubRequest) -> StubResponse:
+    def handle(request: StubRequest) -> StubResponse:
         if request.path == "/sonarr/there":
             return json_response({"key": request.headers["x-api-key"]})
         return StubResponse(b"", 301, headers={"Location": "/sonarr/there"})
 
-    assert await get(answer) == {"key": KEY}
+    assert await get(handle) == {"key": KEY}
 
 
-async def test_no_redirect_of_a_change_is_followed() -> None:
+async def test_a_redirect_of_a_post_is_not_followed() -> None:
     async with (
         stub_server(lambda request: StubResponse(b"", 302, headers={"Location": "/there"})) as server,
-        client(server.url).open() as ours,
+        client(server.url).open() as opened,
     ):
         with pytest.raises(BadResponse, match="set it as the url"):
-            await ours.post("/here", {"a": 1})
+            await opened.post("/here", {"a": 1})
     assert [request.path for request in server.requests] == ["/here"]
 
 
 @pytest.mark.parametrize(("method", "times"), [("get", 2), ("get_once", 1), ("post", 1), ("put", 1), ("delete", 1)])
-async def test_only_what_changes_nothing_is_sent_again(method: str, times: int) -> None:
-    """The connection breaks after the first request, whose answer is not whole."""
-    replies = iter([StubResponse(b"{", length=100), json_response({"fine": True})])
-    async with stub_server(lambda request: next(replies)) as server, client(server.url).open() as ours:
-        call: Callable[[str], Any] = getattr(ours, method)
+async def test_only_get_requests_are_repeated(method: str, times: int) -> None:
+    """The first response is incomplete, because the connection breaks."""
+    responses = iter([StubResponse(b"{", length=100), json_response({"fine": True})])
+    async with stub_server(lambda request: next(responses)) as server, client(server.url).open() as opened:
+        call: Callable[[str], Any] = getattr(opened, method)
         if times == 2:
             assert await call("/thing") == {"fine": True}
         else:
@@ -224,15 +224,15 @@ async def test_only_what_changes_nothing_is_sent_again(method: str, times: int) 
     assert len(server.requests) == times
 
 
-async def test_what_is_sent_arrives_and_no_answer_is_one() -> None:
+async def test_a_body_is_sent_and_an_empty_response_is_none() -> None:
     name = 'Größe "x" 🎬'
-    async with stub_server(lambda request: StubResponse(b"", 204)) as server, client(server.url).open() as ours:
-        assert await ours.put("/api/v3/movie", {"title": name}, moveFiles=True) is None
+    async with stub_server(lambda request: StubResponse(b"", 204)) as server, client(server.url).open() as opened:
+        assert await opened.put("/api/v3/movie", {"title": name}, moveFiles=True) is None
     (request,) = server.requests
     assert (json.loads(request.body), request.query) == ({"title": name}, {"moveFiles": "true"})
 
 
-async def test_words_are_one_short_line() -> None:
+async def test_the_message_of_an_error_is_one_short_line() -> None:
     with pytest.raises(Refused) as refused:
         await get(text_response("no\n" * 5000, 400))
     assert len(refused.value.message) < 400
@@ -240,15 +240,17 @@ async def test_words_are_one_short_line() -> None:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-async def test_a_certificate_of_ones_own_is_taken_only_when_told_so(tmp_path: Path, verify: bool) -> None:
-    async with await asyncio.start_server(_hello, "127.0.0.1", 0, ssl=_own_certificate(tmp_path)) as server:
+async def test_a_self_signed_certificate_is_accepted_only_by_setting(tmp_path: Path, verify: bool) -> None:
+    async with await asyncio.start_server(
+        _respond_with_empty_object, "127.0.0.1", 0, ssl=_self_signed(tmp_path)
+    ) as server:
         url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with client(url, verify_tls=verify).open() as ours:
+        async with client(url, verify_tls=verify).open() as opened:
             if verify:
                 with pytest.raises(Unreachable, match="set verify_tls to false"):
-                    await ours.get("/")
+                    await opened.get("/")
             else:
-                assert await ours.get("/") == {}
+                assert await opened.get("/") == {}
 
 
 # Addresses
@@ -265,7 +267,7 @@ async def test_a_certificate_of_ones_own_is_taken_only_when_told_so(tmp_path: Pa
         "http://sonarr:8989",
     ],
 )
-def test_a_home_may_be_anywhere(url: str) -> None:
+def test_addresses_of_home_networks_are_valid(url: str) -> None:
     assert validate_url(f"{url}/") == url
 
 
@@ -296,83 +298,83 @@ def test_a_home_may_be_anywhere(url: str) -> None:
         "http://224.0.0.1",
     ],
 )
-def test_no_service_is_where_clouds_keep_secrets_or_nowhere(url: str) -> None:
+def test_metadata_services_and_malformed_urls_are_refused(url: str) -> None:
     with pytest.raises(InvalidServiceUrl):
         validate_url(url)
 
 
-async def test_a_name_that_leads_to_metadata_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one that has a good address beside it: which of them is used would be luck."""
+async def test_a_name_that_resolves_to_a_metadata_service_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused even if it also has a valid address."""
     async with stub_server(lambda request: json_response({})) as server:
         port = int(server.url.rpartition(":")[2])
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.1", "169.254.169.254")]
+        addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.1", "169.254.169.254")]
 
-        async def look_up(*_: object, **__: object) -> Any:
-            return found
+        async def resolve(*_: object, **__: object) -> Any:
+            return addresses
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
-        async with client(f"http://rebound.example:{port}").open() as ours:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        async with client(f"http://rebound.example:{port}").open() as opened:
             with pytest.raises(Unreachable, match="no service may have"):
-                await ours.get("/")
+                await opened.get("/")
             assert server.requests == []
-            found.pop()
-            assert await ours.get("/") == {}
+            addresses.pop()
+            assert await opened.get("/") == {}
         assert server.requests[0].headers["host"] == f"rebound.example:{port}"
 
 
-async def test_of_several_addresses_the_one_that_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_address_that_listens_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stub_server(lambda request: json_response({})) as server:
         port = int(server.url.rpartition(":")[2])
 
-        async def look_up(*_: object, **__: object) -> Any:
+        async def resolve(*_: object, **__: object) -> Any:
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.2", "127.0.0.1")]
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
-        async with client(f"http://sonarr.example:{port}").open() as ours:
-            assert await ours.get("/") == {}
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        async with client(f"http://sonarr.example:{port}").open() as opened:
+            assert await opened.get("/") == {}
 
 
-async def test_an_address_that_swallows_all_hides_no_other(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+async def test_an_address_that_never_accepts_does_not_block_others(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("FORGEARR_SERVICES__TIMEOUT_SECONDS", "10")
     get_settings.cache_clear()
     async with stub_server(lambda request: json_response({})) as server:
         port = int(server.url.rpartition(":")[2])
         with socket.socket() as silent, socket.socket() as first:
             silent.bind(("127.0.0.2", port))
-            silent.listen(0)  # it has room for one that nobody accepts, and none for a second
+            silent.listen(0)  # the queue has space for one connection only, which is never accepted
             first.connect(("127.0.0.2", port))
 
-            async def look_up(*_: object, **__: object) -> Any:
+            async def resolve(*_: object, **__: object) -> Any:
                 return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.2", "127.0.0.1")]
 
-            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
-            async with client(f"http://sonarr.example:{port}").open() as ours:
-                assert await ours.get("/") == {}
+            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+            async with client(f"http://sonarr.example:{port}").open() as opened:
+                assert await opened.get("/") == {}
 
 
-async def test_proxies_of_the_environment_do_not_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_proxies_in_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert await get(json_response({})) == {}
 
 
-def _handler(answer: Handler | StubResponse) -> Handler:
-    if not isinstance(answer, StubResponse):
-        return answer
+def _handler(response: Handler | StubResponse) -> Handler:
+    if not isinstance(response, StubResponse):
+        return response
 
-    def always(request: StubRequest) -> StubResponse:
-        return answer
+    def respond(request: StubRequest) -> StubResponse:
+        return response
 
-    return always
+    return respond
 
 
-async def _hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _respond_with_empty_object(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.readuntil(b"\r\n\r\n")
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
     await writer.drain()
     writer.close()
 
 
-def _own_certificate(folder: Path) -> ssl.SSLContext:
+def _self_signed(folder: Path) -> ssl.SSLContext:
     files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *files, *subject]

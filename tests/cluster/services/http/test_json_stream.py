@@ -1,4 +1,4 @@
-"""Lists that are read object by object, in parts of any length."""
+"""Lists that are parsed object by object, from chunks of any length."""
 
 import json
 import tracemalloc
@@ -23,32 +23,32 @@ JSON = st.recursive(
 LISTS = st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3), max_size=5)
 
 
-def read(text: bytes, length: int) -> list[dict[str, Any]]:
-    objects = JsonListParser()
-    found = [one for begin in range(0, len(text), length) for one in objects.feed(text[begin : begin + length])]
-    if not objects.is_complete:
+def parse(text: bytes, length: int) -> list[dict[str, Any]]:
+    parser = JsonListParser()
+    items = [item for begin in range(0, len(text), length) for item in parser.feed(text[begin : begin + length])]
+    if not parser.is_complete:
         raise NotAnObjectList("it has no end")
-    return found
+    return items
 
 
 @given(LISTS, st.integers(1, 40), st.sampled_from([None, 2]), st.booleans())
-def test_a_list_is_what_json_says_whatever_its_parts(
-    wanted: list[dict[str, Any]], length: int, indent: int | None, ascii_only: bool
+def test_a_list_equals_what_json_parses_for_any_chunk_length(
+    objects: list[dict[str, Any]], length: int, indent: int | None, ascii_only: bool
 ) -> None:
-    assert read(json.dumps(wanted, indent=indent, ensure_ascii=ascii_only).encode(), length) == wanted
+    assert parse(json.dumps(objects, indent=indent, ensure_ascii=ascii_only).encode(), length) == objects
 
 
 @given(st.binary(max_size=30) | st.text('[]{},:"\\ 1a', max_size=14).map(str.encode), st.integers(1, 5))
-def test_what_json_does_not_take_for_a_list_of_objects_is_none(text: bytes, length: int) -> None:
+def test_only_lists_of_objects_are_accepted(text: bytes, length: int) -> None:
     try:
-        told: Any = json.loads(text)
+        expected: Any = json.loads(text)
     except ValueError:
-        told = None
-    if isinstance(told, list) and all(isinstance(one, dict) for one in told):
-        assert read(text, length) == told
+        expected = None
+    if isinstance(expected, list) and all(isinstance(item, dict) for item in expected):
+        assert parse(text, length) == expected
     else:
         with pytest.raises(NotAnObjectList):
-            read(text, length)
+            parse(text, length)
 
 
 @pytest.mark.parametrize(
@@ -76,30 +76,32 @@ def test_what_json_does_not_take_for_a_list_of_objects_is_none(text: bytes, leng
     ],
 )
 @pytest.mark.parametrize("length", [1, 2, 1000])
-def test_what_is_none(text: bytes, length: int) -> None:
+def test_invalid_lists_are_refused(text: bytes, length: int) -> None:
     with pytest.raises(NotAnObjectList):
-        read(text, length if len(text) < 1000 else 1000)
+        parse(text, length if len(text) < 1000 else 1000)
 
 
 @pytest.mark.parametrize(
-    ("begin", "more"), [(b'[{"a":"', b"x"), (b"[", b" "), (b"[{}", b","), (b'[{"a":[{}', b",{}"), (b"[", b"\t\n")]
+    ("start", "repeated"), [(b'[{"a":"', b"x"), (b"[", b" "), (b"[{}", b","), (b'[{"a":[{}', b",{}"), (b"[", b"\t\n")]
 )
-def test_of_what_has_no_end_not_all_is_held(monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes) -> None:
+def test_an_endless_object_is_refused_at_the_limit(
+    monkeypatch: pytest.MonkeyPatch, start: bytes, repeated: bytes
+) -> None:
     monkeypatch.setattr(json_stream, "MAX_OBJECT_BYTES", 1000)
     with pytest.raises(NotAnObjectList, match="more than"):
-        read(begin + 2000 * more, 64)
+        parse(start + 2000 * repeated, 64)
 
 
 def test_a_long_list_takes_no_more_memory_than_a_short_one() -> None:
     row = json.dumps({"title": 4000 * "x", "images": [{"url": "y"}] * 5}).encode()
     parts = [b"[" + row, *[b"," + row] * 5000, b"]"]
-    objects, found = JsonListParser(), 0
+    parser, count = JsonListParser(), 0
     tracemalloc.start()
     try:
         for part in parts:
-            found += sum(1 for _ in objects.feed(part))
+            count += sum(1 for _ in parser.feed(part))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (found, objects.is_complete) == (5001, True)
+    assert (count, parser.is_complete) == (5001, True)
     assert peak < 200_000  # of 20 MB
