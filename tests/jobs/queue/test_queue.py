@@ -181,9 +181,8 @@ async def test_a_job_that_keeps_losing_its_worker_fails(harness: QueueHarness) -
             await leases.release_lost_jobs(session, worker=claim.worker)
         harness.capacity.release(claim.worker, job.id)
     assert workers[:2] == ["worker-1", "worker-1"]
-    assert workers[2].startswith(
-        "heavy-"
-    )  # the third attempt has a worker of its own, so no other job can be the cause
+    # The third attempt has a worker of its own, so no other job can be the cause.
+    assert workers[2].startswith("heavy-")
     failed = await harness.job(job.id)
     assert failed.state == State.FAILED
     assert failed.error["code"] == "worker_lost"  # pyright: ignore[reportOptionalSubscript]

@@ -128,9 +128,8 @@ async def test_the_requests_of_recovery_match_the_document(service: str, prism: 
             assert not await replacement.is_searching(client, content, AGES_AGO)
             await replacement.search(client, content)
             assert await replacement.is_searching(client, content, AGES_AGO)
-            assert not await replacement.is_searching(
-                client, content, AGES_AGO + timedelta(days=1)
-            )  # the search is older
+            # The search is older than this.
+            assert not await replacement.is_searching(client, content, AGES_AGO + timedelta(days=1))
             assert not await replacement.is_searching(client, tuple(f"{part}0" for part in content), AGES_AGO)
             assert await replacement.remove(client, download, False)
             assert not await replacement.remove(client, download, False)

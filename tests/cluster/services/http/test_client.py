@@ -211,7 +211,7 @@ async def test_a_redirect_of_a_post_is_not_followed() -> None:
 
 
 @pytest.mark.parametrize(("method", "times"), [("get", 2), ("get_once", 1), ("post", 1), ("put", 1), ("delete", 1)])
-async def test_only_get_requests_are_repeated(method: str, times: int) -> None:
+async def test_only_repeatable_requests_are_sent_again(method: str, times: int) -> None:
     """The first response is incomplete, because the connection breaks."""
     responses = iter([StubResponse(b"{", length=100), json_response({"fine": True})])
     async with stub_server(lambda request: next(responses)) as server, client(server.url).open() as opened:

@@ -202,9 +202,8 @@ def test_later_plans_of_a_repository_include_its_feedback(harness: JobHarness, s
     _, repository_id = source
     RetrainRun(harness, {"repository_id": repository_id}).finish()
     give_feedback("handbook", 3)
-    run = RetrainRun(
-        harness, {"repository_id": repository_id, "feedback": "handbook"}
-    )  # the commit alone would be nothing new
+    # Without the feedback there would be nothing new, because the commit is trained already.
+    run = RetrainRun(harness, {"repository_id": repository_id, "feedback": "handbook"})
     run.finish()
     assert list(run.link.children) == ["extract_data", "gather_feedback", *STEPS[1:]]
     assert run.link.children["gather_feedback"].spec == {

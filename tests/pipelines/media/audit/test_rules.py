@@ -210,10 +210,9 @@ def test_lists_are_evaluated_per_entry_or_as_a_whole() -> None:
     assert [finding.current for finding in evaluate_rules([some], {"indexer[]": entries[:1]})] == [["One: False"]]
     assert len(evaluate_rules([some], {"indexer[]": []})) == 1  # an empty list has no entry that meets it
     assert [finding.entry for finding in evaluate_rules([every], {"indexer[]": entries})] == [""]
-    assert evaluate_rules([each, some, every], {}) == []  # this version has no such area
-    assert (
-        evaluate_rules([each, some, every], {"indexer[]": [SettingsEntry("1", "One", {})]}) == []
-    )  # nor such a setting
+    # A version of the service may lack the area or the setting.
+    assert evaluate_rules([each, some, every], {}) == []
+    assert evaluate_rules([each, some, every], {"indexer[]": [SettingsEntry("1", "One", {})]}) == []
 
 
 def test_a_rule_applies_only_if_its_condition_holds() -> None:

@@ -229,15 +229,15 @@ async def test_a_dataset_is_resolved_by_name_and_by_id(
 
 
 async def test_everybody_gets_the_shipped_dataset(database: Database, alice: Principal) -> None:
-    alices, locals_ = (
+    alices_dataset, local_dataset = (
         await resolve(DataSource(dataset="demo/homelab"), alice),
         await resolve(DataSource(dataset="demo/homelab")),
     )
-    assert alices.id != locals_.id
-    assert alices.digest == locals_.digest
-    assert (await resolve(DataSource(dataset="demo/homelab"), alice)).id == alices.id
-    assert datasets.load(alices) == resolution.demo_samples()
-    assert (alices.created_by, locals_.created_by) == ("alice", "local")
+    assert alices_dataset.id != local_dataset.id
+    assert alices_dataset.digest == local_dataset.digest
+    assert (await resolve(DataSource(dataset="demo/homelab"), alice)).id == alices_dataset.id
+    assert datasets.load(alices_dataset) == resolution.demo_samples()
+    assert (alices_dataset.created_by, local_dataset.created_by) == ("alice", "local")
 
 
 async def test_prompts_become_a_dataset_that_later_changes_do_not_affect(database: Database, alice: Principal) -> None:
