@@ -207,8 +207,8 @@ def test_a_session_is_created_started_followed_and_cancelled(platform: Platform)
             assert message["status"] in {"queued", "preparing"}, message
     assert platform.job(started.json()["job_id"])["spec"]["labels"].keys() == {"forgearr.io/node"}
 
-    again = http.post(f"/api/training/sessions/{session}/start", json={"prompt_ids": prompts})
-    assert again.status_code == 409
+    second_start = http.post(f"/api/training/sessions/{session}/start", json={"prompt_ids": prompts})
+    assert second_start.status_code == 409
     assert http.put(f"/api/training/sessions/{session}", json=request).status_code == 409
     assert http.delete(f"/api/training/sessions/{session}").status_code == 409
     http.post(f"/api/training/sessions/{session}/cancel").raise_for_status()

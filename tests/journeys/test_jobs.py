@@ -32,11 +32,11 @@ def test_a_failing_probe_is_retried_from_its_checkpoint(platform: Platform) -> N
     job = platform.wait_for(platform.submit(spec={"steps": 4, "fail_times": 2}))
     assert (job["state"], job["attempt"]) == ("succeeded", 3)
     assert job["result"]["executed"] == [0, 1, 2, 3]
-    hopeless = platform.wait_for(platform.submit(spec={"fail_times": 9}, max_attempts=2))
-    assert (hopeless["state"], hopeless["attempt"], hopeless["error"]["code"]) == ("failed", 2, "probe_failed")
-    retried = platform.http.post(f"/api/v1/jobs/{hopeless['id']}/retry")
+    exhausted = platform.wait_for(platform.submit(spec={"fail_times": 9}, max_attempts=2))
+    assert (exhausted["state"], exhausted["attempt"], exhausted["error"]["code"]) == ("failed", 2, "probe_failed")
+    retried = platform.http.post(f"/api/v1/jobs/{exhausted['id']}/retry")
     assert retried.json()["state"] == "queued"
-    assert platform.wait_for(hopeless["id"])["state"] == "failed"
+    assert platform.wait_for(exhausted["id"])["state"] == "failed"
 
 
 def test_a_running_job_is_paused_at_its_checkpoint_and_resumed(platform: Platform) -> None:
@@ -121,9 +121,9 @@ def test_a_parent_collects_its_children_and_fails_with_them(platform: Platform) 
     assert parent["result"] == [0, 1, 2]
     children = platform.http.get("/api/v1/jobs", params={"parent_id": parent["id"]}).json()
     assert children["total"] == 3
-    unlucky = platform.wait_for(platform.submit("family", spec={"children": 1, "fail": True}))
-    assert (unlucky["state"], unlucky["error"]["code"]) == ("failed", "child_failed")
-    assert "'black sheep'" in unlucky["error"]["message"]
+    failed = platform.wait_for(platform.submit("family", spec={"children": 1, "fail": True}))
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "child_failed")
+    assert "'black sheep'" in failed["error"]["message"]
 
 
 def test_each_heavy_job_has_its_own_process(platform: Platform) -> None:

@@ -159,14 +159,14 @@ def test_down_ends_the_processes_of_a_killed_supervisor(home: Path) -> None:
     get_settings()
     environment = processes.marked_environment()
     orphan = stubborn_process(environment)
-    stranger = stubborn_process({**environment, processes.MARKER_VARIABLE: f"{home}-of-somebody-else"})
+    unmarked = stubborn_process({**environment, processes.MARKER_VARIABLE: f"{home}-of-somebody-else"})
     try:
         steps: list[tuple[str, str]] = []
         asyncio.run(supervisor.stop(lambda step, detail: steps.append((step, detail))))
         assert steps == [("recovered", "ended 1 processes that were left behind")]
         assert not psutil.pid_exists(orphan.pid)
-        assert stranger.poll() is None
+        assert unmarked.poll() is None
     finally:
-        for process in (orphan, stranger):
+        for process in (orphan, unmarked):
             process.kill()
             process.wait()

@@ -41,9 +41,9 @@ async def log_in(database: Database, user: identity.User) -> str:
 async def test_an_account_is_found_by_its_email_without_regard_to_case(database: Database) -> None:
     user = await add_user(database)
     async with database.read_transaction() as session:
-        found = await identity.find_user(session, " Ada@EXAMPLE.com ")
-    assert found is not None
-    assert (found.id, found.email, found.role, found.is_active) == (user.id, "ada@example.com", "user", True)
+        stored = await identity.find_user(session, " Ada@EXAMPLE.com ")
+    assert stored is not None
+    assert (stored.id, stored.email, stored.role, stored.is_active) == (user.id, "ada@example.com", "user", True)
 
 
 @pytest.mark.parametrize(("email", "username"), [("ADA@example.com", "other"), ("other@example.com", "ada")])
@@ -156,13 +156,13 @@ async def test_a_new_password_ends_the_logins_of_the_old_one(database: Database)
 
 async def test_a_reused_refresh_token_revokes_its_login(database: Database) -> None:
     user = await add_user(database)
-    first, elsewhere = await log_in(database, user), await log_in(database, user)
+    first, other_login = await log_in(database, user), await log_in(database, user)
     second = await rotate(database, first)
     assert second is not None
     assert second != first
     assert await rotate(database, first) is None
     assert await rotate(database, second) is None
-    assert await rotate(database, elsewhere) is not None
+    assert await rotate(database, other_login) is not None
 
 
 async def test_concurrent_uses_of_a_refresh_token_revoke_its_login(database: Database) -> None:
@@ -183,8 +183,8 @@ async def test_an_expired_refresh_token_is_refused_and_deleted_at_the_next_login
     await log_in(database, user)
     async with database.read_transaction() as session:
         assert await session.get(identity.RefreshToken, token_hash(token)) is None
-        found = await identity.get_user(session, user.email)
-    assert found.last_login_at is not None
+        stored = await identity.get_user(session, user.email)
+    assert stored.last_login_at is not None
 
 
 async def test_ending_a_login_revokes_all_its_refresh_tokens(database: Database) -> None:
@@ -206,8 +206,8 @@ async def test_an_api_key_is_stored_as_a_hash_with_a_prefix(database: Database) 
     assert len(key.prefix) == len("fgr_") + 8
     assert token not in str(vars(key))
     async with database.read_transaction() as session:
-        owner, found = await identity.user_from_key(session, token)
-        assert (owner.id, found.name) == (user.id, "laptop")
+        owner, stored = await identity.user_from_key(session, token)
+        assert (owner.id, stored.name) == (user.id, "laptop")
         with pytest.raises(Unauthenticated):
             await identity.user_from_key(session, token + "x")
 

@@ -169,11 +169,11 @@ async def test_a_trial_call_that_never_ends_does_not_block_the_service_forever(r
 
 
 async def test_a_failure_of_an_earlier_call_does_not_keep_the_circuit_open_longer(replicas: Replicas) -> None:
-    async with service_store.open_client(replicas.databases[0], replicas.service, clock=replicas.clock) as late:
+    async with service_store.open_client(replicas.databases[0], replicas.service, clock=replicas.clock) as earlier:
         await replicas.fail(THRESHOLD)
         replicas.clock.forward(SECONDS / 2)
         with pytest.raises(Unreachable):
-            await late.get("/")
+            await earlier.get("/")
     replicas.clock.forward(SECONDS / 2)
     replicas.is_broken = False
     await replicas.call()

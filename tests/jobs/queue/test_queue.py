@@ -132,8 +132,8 @@ async def test_a_spec_is_validated_before_it_is_queued(harness: QueueHarness) ->
 
 async def test_a_repeated_idempotency_key_returns_the_same_job(harness: QueueHarness) -> None:
     first = await harness.submit(ALICE, "k", spec={"payload": 1})
-    again = await harness.submit(ALICE, "k", spec={"payload": 1})
-    assert again.id == first.id
+    second = await harness.submit(ALICE, "k", spec={"payload": 1})
+    assert second.id == first.id
     with pytest.raises(IdempotencyConflict):
         await harness.submit(ALICE, "k", spec={"payload": 2})
     assert (await harness.submit(BOB, "k", spec={"payload": 1})).id != first.id
@@ -194,9 +194,9 @@ async def test_a_retryable_failure_is_retried_from_its_checkpoint(harness: Queue
     assert await harness.write(claim, {"checkpoint": {"step": 3}}, ("checkpoint", {}))
     values = leases.failure_values(Failure("flaky", "Try again.", 0.0), claim.attempt, claim.max_attempts)
     assert await harness.write(claim, values, ("queued", {}))
-    (again,) = await harness.claim()
-    assert (again.attempt, again.checkpoint, again.token != claim.token) == (2, {"step": 3}, True)
-    assert await harness.write(again, leases.failure_values(Failure("bad", "No use.", None), 2, 3), ("failed", {}))
+    (retry,) = await harness.claim()
+    assert (retry.attempt, retry.checkpoint, retry.token != claim.token) == (2, {"step": 3}, True)
+    assert await harness.write(retry, leases.failure_values(Failure("bad", "No use.", None), 2, 3), ("failed", {}))
     done = await harness.job(job.id)
     assert (done.state, done.error) == (State.FAILED, {"code": "bad", "message": "No use."})
 
@@ -214,15 +214,15 @@ async def test_a_job_waits_for_its_dependencies_and_fails_with_them(harness: Que
     (claim,) = await harness.claim()
     assert claim.job_id == second.id
     await harness.write(claim, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
-    doomed = await harness.job(third.id)
-    assert (doomed.state, doomed.error) == (
+    dependent = await harness.job(third.id)
+    assert (dependent.state, dependent.error) == (
         State.FAILED,
         {"code": "dependency_failed", "message": f"{second.id}, which this job depends on, failed."},
     )
-    late = await harness.submit(depends_on=[second.id])
-    assert (await harness.job(late.id)).state == State.FAILED
-    fine = await harness.submit(depends_on=[first.id])
-    assert [claim.job_id for claim in await harness.claim()] == [fine.id]
+    depends_on_failed = await harness.submit(depends_on=[second.id])
+    assert (await harness.job(depends_on_failed.id)).state == State.FAILED
+    depends_on_succeeded = await harness.submit(depends_on=[first.id])
+    assert [claim.job_id for claim in await harness.claim()] == [depends_on_succeeded.id]
     with pytest.raises(UnknownDependency):
         await harness.submit(depends_on=["job_20200101_000000_none"])
     with pytest.raises(UnknownDependency):
@@ -259,12 +259,12 @@ async def test_a_parked_parent_resumes_when_its_children_have_finished(harness: 
     (of_child,) = await harness.claim()
     assert of_child.job_id == child.id
     await harness.write(of_child, leases.succeeded_values("part"), ("succeeded", {}))
-    (again,) = await harness.claim()
-    assert (again.job_id, again.attempt) == (parent.id, 1)
+    (resumed,) = await harness.claim()
+    assert (resumed.job_id, resumed.attempt) == (parent.id, 1)
     async with harness.database.transaction() as session:
         failing = await queue.enqueue_child(session, parent, "black sheep", "probe", {})
-        assert await leases.park(session, parent.id, again.token, [failing.id])
-    harness.capacity.release(again.worker, parent.id)
+        assert await leases.park(session, parent.id, resumed.token, [failing.id])
+    harness.capacity.release(resumed.worker, parent.id)
     (of_failing,) = await harness.claim()
     await harness.write(of_failing, leases.failure_values(Failure("bad", "Broken."), 1, 1), ("failed", {}))
     error = {"code": "child_failed", "message": f"Its child 'black sheep' ({failing.id}) failed: Broken."}
@@ -361,11 +361,11 @@ async def test_a_control_set_while_a_worker_writes_its_result_is_not_lost(harnes
     await harness.apply(queue.resume, job.id)  # the worker is just about to pause
     assert await harness.write(claim, leases.paused_values(), ("paused", {}))
     assert (await harness.job(job.id)).state == State.QUEUED
-    (again,) = await harness.claim()
+    (resumed,) = await harness.claim()
 
     await harness.apply(queue.cancel, job.id)
     async with harness.database.transaction() as session:
-        assert await leases.park(session, job.id, again.token, [])
+        assert await leases.park(session, job.id, resumed.token, [])
     assert (await harness.job(job.id)).state == State.CANCELLED
     async with harness.database.read_transaction() as session:
         types = [event.type for event in await journal.read(session, job.id)]
@@ -422,8 +422,8 @@ async def test_retry_resets_the_attempts_and_keeps_the_checkpoint(harness: Queue
     await harness.write(claim, {"checkpoint": 7})
     await harness.write(claim, leases.failure_values(Failure("bad", "Broken."), 3, 3), ("failed", {}))
     await harness.apply(queue.retry, job.id)
-    (again,) = await harness.claim()
-    assert (again.attempt, again.checkpoint) == (1, 7)
+    (retry,) = await harness.claim()
+    assert (retry.attempt, retry.checkpoint) == (1, 7)
     with pytest.raises(JobStateConflict):
         await harness.apply(queue.retry, job.id)
 
@@ -453,18 +453,18 @@ async def test_a_job_too_large_for_the_cluster_has_a_wait_reason(harness: QueueH
         {"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}]
     )
     too_large = await harness.submit(resources={"gpus": 8}, priority=9)
-    elsewhere = await harness.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
+    other_zone = await harness.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
     fits = await harness.submit(resources={"cpus": 1, "labels": {"zone": "a"}})
     full = await harness.submit(resources={"cpus": 1.5})
     claims = await harness.claim()
     assert [claim.job_id for claim in claims] == [fits.id]
     async with harness.database.read_transaction() as session:
-        jobs = [await session.get_one(Job, job.id) for job in (too_large, elsewhere, full)]
+        jobs = [await session.get_one(Job, job.id) for job in (too_large, other_zone, full)]
         reasons = await wait_reasons.reasons(session, jobs)
     assert (
         reasons[too_large.id] == "8 GPU; the cluster has 2 CPU, 0 GPU, 1024 MB memory in all, and not enough of it free"
     )
-    assert reasons[elsewhere.id].startswith("1 CPU, zone=b")
+    assert reasons[other_zone.id].startswith("1 CPU, zone=b")
     assert reasons[full.id].startswith("1.5 CPU")
 
 

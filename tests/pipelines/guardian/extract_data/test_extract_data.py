@@ -333,8 +333,8 @@ def test_removed_files_leave_no_samples(extract: Extract, folder: Path) -> None:
 def test_a_broken_cache_is_rebuilt(extract: Extract, tmp_path: Path, damage: bytes) -> None:
     first = extract()
     (tmp_path / "cache.sqlite").write_bytes(damage)
-    assert (again := extract()).extracted == first.extracted
-    assert _digests(again) == _digests(first)
+    assert (rebuilt := extract()).extracted == first.extracted
+    assert _digests(rebuilt) == _digests(first)
 
 
 def test_another_extractor_or_limit_invalidates_the_cache(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,8 +421,8 @@ async def test_the_job_stores_two_datasets(database: Database, registered: None,
     loaded = await asyncio.to_thread(datasets.load, train)
     assert len(loaded) == train.samples
     # A second extraction of the same commit stores no new datasets.
-    again = await run_job(ExtractSpec(repository_id="repo_garden", held_out=0.2), RecordingLink())
-    assert (again["train"], again["extracted"]) == (result["train"], 0)
+    repeated = await run_job(ExtractSpec(repository_id="repo_garden", held_out=0.2), RecordingLink())
+    assert (repeated["train"], repeated["extracted"]) == (result["train"], 0)
 
 
 async def test_a_resumed_attempt_keeps_its_commit(registered: None, folder: Path) -> None:

@@ -46,8 +46,8 @@ def test_a_class_yields_questions_of_each_kind() -> None:
     shelf, add = of_kind("where", examples)
     assert shelf.answer == "The class `Shelf` is in `store/keep.py`, lines 4 to 10."
     assert add.answer == "The method `Shelf.add` is in `store/keep.py`, lines 7 to 10."
-    whole, method = of_kind("code", examples)
-    assert whole.answer.startswith("```python\nclass Shelf:\n")
+    class_code, method = of_kind("code", examples)
+    assert class_code.answer.startswith("```python\nclass Shelf:\n")
     assert method.answer.startswith("```python\ndef add(self, thing):\n    self.things.append(thing)\n")
     assert method.answer.endswith("\n    return self.count\n```")
     assert (method.first, method.last) == (7, 10)
@@ -56,8 +56,8 @@ def test_a_class_yields_questions_of_each_kind() -> None:
 def test_a_completion_is_cut_between_two_statements() -> None:
     (example,) = of_kind("complete", examples_of(SHELF))
     start, rest = example.question.split("```python\n")[1].removesuffix("\n```"), example.answer
-    whole = start + "\n" + rest.removeprefix("```python\n").removesuffix("\n```")
-    assert whole == of_kind("code", examples_of(SHELF))[1].answer.removeprefix("```python\n").removesuffix("\n```")
+    completed = start + "\n" + rest.removeprefix("```python\n").removesuffix("\n```")
+    assert completed == of_kind("code", examples_of(SHELF))[1].answer.removeprefix("```python\n").removesuffix("\n```")
     assert "store/keep.py" in example.question
 
 

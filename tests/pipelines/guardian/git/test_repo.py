@@ -70,10 +70,10 @@ def test_the_content_of_commits_is_read(folder: Path) -> None:
         changes = checkout.changes(first, second)
         assert (changes.commits, changes.files, changes.lines, changes.rewritten) == (1, 3, 4, False)
         assert changes.paths == ("a.py", "link", "logo.png")
-        everything = checkout.changes(None, second)
-        assert (everything.commits, everything.files, everything.rewritten) == (2, 4, False)
-        nothing = checkout.changes(second, second)
-        assert (nothing.commits, nothing.files, nothing.lines) == (0, 0, 0)
+        all_changes = checkout.changes(None, second)
+        assert (all_changes.commits, all_changes.files, all_changes.rewritten) == (2, 4, False)
+        no_changes = checkout.changes(second, second)
+        assert (no_changes.commits, no_changes.files, no_changes.lines) == (0, 0, 0)
         with pytest.raises(CommitNotFound):
             checkout.commit(NOWHERE)
         with pytest.raises(CommitNotFound):
@@ -128,8 +128,8 @@ def test_rewritten_and_missing_history_is_recognized(folder: Path) -> None:
     with open_folder(folder) as checkout:
         changes = checkout.changes(old, new)
         assert (changes.commits, changes.paths, changes.rewritten) == (2, ("c",), True)
-        gone = checkout.changes(NOWHERE, new)
-        assert (gone.files, gone.rewritten) == (3, True), "everything counts as changed"
+        since_missing = checkout.changes(NOWHERE, new)
+        assert (since_missing.files, since_missing.rewritten) == (3, True), "everything counts as changed"
 
 
 def test_a_shallow_clone_reports_what_is_unknown(folder: Path, tmp_path: Path) -> None:

@@ -142,10 +142,10 @@ def test_models_with_different_tokenizers_get_the_same_samples(tmp_path: Path) -
     with GgufTokenizer(str(small)) as first, GgufTokenizer(str(other), plain) as second:
         prepared = compare.prepare([short, long], {"candidate": first, "served": second})
         assert (prepared.skipped, prepared.characters) == (1, [20])
-        ((one,),), ((two,),) = prepared.by_model["candidate"], prepared.by_model["served"]
-        assert (one.expected, two.expected) == ("The quick brown fox.", "The quick brown fox.")
-        assert one.answer[-1] != two.answer[-1]  # the end token differs
-        assert second.decode(two.prompt) == "Hé?"
+        ((candidate,),), ((served,),) = prepared.by_model["candidate"], prepared.by_model["served"]
+        assert (candidate.expected, served.expected) == ("The quick brown fox.", "The quick brown fox.")
+        assert candidate.answer[-1] != served.answer[-1]  # the end token differs
+        assert second.decode(served.prompt) == "Hé?"
         prompts = [turns(tokenizer, short.model_dump()["messages"])[0][0] for tokenizer in (first, second)]
         assert prompts[0].endswith("<|im_start|>assistant\n")
         assert prompts[1] == "Hé?<|im_end|>"

@@ -43,8 +43,8 @@ async def test_a_step_is_estimated_by_recent_successful_jobs(database: Database)
 def test_every_step_has_a_default() -> None:
     assert DEFAULT_MINUTES.keys() == STEP_PROGRESS.keys()
     assert list(STEP_PROGRESS.values()) == sorted(STEP_PROGRESS.values())
-    whole = steps_of(repository=True, feedback=False, deploy=True)
-    assert whole == ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
+    all_steps = steps_of(repository=True, feedback=False, deploy=True)
+    assert all_steps == ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
     assert steps_of(repository=False, feedback=True, deploy=False)[:2] == ["gather_feedback", "validate_data"]
 
 

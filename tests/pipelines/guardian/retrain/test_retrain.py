@@ -238,10 +238,10 @@ def test_feedback_becomes_datasets(harness: JobHarness) -> None:
         store_dataset("held", [chat("When?", "Now.")]),
     )
     spec = {"model": "handbook", "train": other_data[0], "held_out": other_data[1]}
-    again = gather(harness, spec)
-    assert (again["prompts"], again["new_prompts"]) == (20, 0)
-    assert questions(again["train"]["dataset"]) == train | {"Why?"}
-    assert questions(again["held_out"]["dataset"]) == held_out | {"When?"}
+    combined = gather(harness, spec)
+    assert (combined["prompts"], combined["new_prompts"]) == (20, 0)
+    assert questions(combined["train"]["dataset"]) == train | {"Why?"}
+    assert questions(combined["held_out"]["dataset"]) == held_out | {"When?"}
 
 
 def test_all_answers_to_a_question_stay_on_one_side_of_the_split() -> None:
@@ -250,8 +250,8 @@ def test_all_answers_to_a_question_stay_on_one_side_of_the_split() -> None:
     sides = [{sample.messages[0].content for sample in side} for side in (train, held_out)]
     assert not sides[0] & sides[1]
     assert len(train) + len(held_out) == 100
-    more = gather_feedback.split([*conversations, *(chat(f"{number} more?", "Yes.") for number in range(50))])
-    assert {sample.messages[0].content for sample in more[1]} >= sides[1]
+    larger = gather_feedback.split([*conversations, *(chat(f"{number} more?", "Yes.") for number in range(50))])
+    assert {sample.messages[0].content for sample in larger[1]} >= sides[1]
     assert gather_feedback.split(conversations[:1]) == (conversations[:1], [])
     assert [len(side) for side in gather_feedback.split([chat("a", "b"), chat("c", "d")])] == [1, 1]
 

@@ -75,8 +75,8 @@ async def test_finished_downloads_are_counted_and_a_failure_is_published_once(
     bad = add_failed_download(sabnzbd, news, TITLE)
     # Two polls at the same time, and one after them.
     both = await asyncio.gather(jobs.watch(), jobs.watch())
-    again = await jobs.watch()
-    assert [sum(result["failed"] for result in both), again["failed"]] == [1, 0]
+    later = await jobs.watch()
+    assert [sum(result["failed"] for result in both), later["failed"]] == [1, 0]
     (event,) = published.of("download.failed")
     assert (event["download_id"], event["title"]) == (bad, TITLE)
     # Only the host of a URL is stored, because the rest of it may contain a key.

@@ -90,12 +90,12 @@ async def load(data: DataSource, principal: Principal = LOCAL) -> list[Any]:
 async def test_a_dataset_has_a_version_for_each_content(client: httpx.AsyncClient, home: Path) -> None:
     first = await upload(client, "home", chat())
     spaced = chat().replace(": ", ":   ")
-    again = await upload(client, "home", "", spaced, "")
-    assert again == first, "the same content, written differently"
+    repeated = await upload(client, "home", "", spaced, "")
+    assert repeated == first, "the same content, written differently"
     second = await upload(client, "home", chat(), chat("No."))
-    elsewhere = await upload(client, "other", chat())
-    assert (first["version"], second["version"], elsewhere["version"]) == (1, 2, 1)
-    assert first["digest"] == elsewhere["digest"] != second["digest"]
+    other_name = await upload(client, "other", chat())
+    assert (first["version"], second["version"], other_name["version"]) == (1, 2, 1)
+    assert first["digest"] == other_name["digest"] != second["digest"]
     assert (first["kind"], second["samples"]) == ("chat", 2)
 
     content = await client.get(f"{PATH}/{second['id']}/content")
@@ -108,7 +108,7 @@ async def test_a_dataset_has_a_version_for_each_content(client: httpx.AsyncClien
 
     page = (await client.get(PATH)).json()
     assert page["total"] == 3
-    assert (await client.get(PATH, params={"name": "other"})).json()["items"] == [elsewhere]
+    assert (await client.get(PATH, params={"name": "other"})).json()["items"] == [other_name]
     for reference, expected in (("home", second), ("home:v1", first), ("home:v2", second), (first["id"], first)):
         assert (await client.get(f"{PATH}/{reference}")).json() == expected
     for reference in ("nothing", "home:v3", "home:v", "home:vx", "home:v9999999999999999999", "ds_1"):

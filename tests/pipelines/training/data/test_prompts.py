@@ -66,13 +66,13 @@ async def test_a_prompt_is_created_read_changed_and_deleted(client: httpx.AsyncC
 
     changed = await client.put(f"{PATH}/{prompt['id']}", json={"expected_output": "Done.", "category": None})
     assert changed.status_code == 200
-    shown = (await client.get(f"{PATH}/{prompt['id']}")).json()
-    assert shown == changed.json()
-    assert {name: shown[name] for name in MOVIE} == {**MOVIE, "expected_output": "Done.", "category": None}
+    stored = (await client.get(f"{PATH}/{prompt['id']}")).json()
+    assert stored == changed.json()
+    assert {name: stored[name] for name in MOVIE} == {**MOVIE, "expected_output": "Done.", "category": None}
 
     assert (await client.delete(f"{PATH}/{prompt['id']}")).status_code == 204
-    gone = await client.get(f"{PATH}/{prompt['id']}")
-    assert (gone.status_code, gone.json()["error_code"]) == (404, "PROMPT_NOT_FOUND")
+    response = await client.get(f"{PATH}/{prompt['id']}")
+    assert (response.status_code, response.json()["error_code"]) == (404, "PROMPT_NOT_FOUND")
     assert (await client.post(PATH, json=MOVIE)).json()["id"] > prompt["id"], "ids are not given out again"
 
 
@@ -140,8 +140,8 @@ async def test_an_export_can_be_imported(client: httpx.AsyncClient) -> None:
     exported = await client.get(f"{PATH}/export")
     assert exported.headers["content-type"] == "application/x-ndjson"
     assert [json.loads(line) for line in exported.text.splitlines()] == sent
-    again = await client.post(f"{PATH}/import", content=exported.content)
-    assert again.json() == {"imported": 3}
+    reimported = await client.post(f"{PATH}/import", content=exported.content)
+    assert reimported.json() == {"imported": 3}
     twice = (await client.get(f"{PATH}/export")).content
     assert twice == exported.content * 2
 

@@ -226,8 +226,8 @@ async def test_a_copy_with_other_defaults_must_be_validated_again(registry_model
         await registry_model.registry.find(version.reference), f"{registry_model.name}-brief", defaults
     )
     assert (copy.defaults, copy.passed) == (defaults, None)
-    again = await registry_model.registry.copy(copy, f"{registry_model.name}-again")
-    assert (again.defaults, again.parent) == (defaults, copy.reference)
+    second = await registry_model.registry.copy(copy, f"{registry_model.name}-again")
+    assert (second.defaults, second.parent) == (defaults, copy.reference)
 
 
 async def test_an_adapter_can_be_registered_from_blobs(registry_model: RegistryModel) -> None:
