@@ -27,7 +27,7 @@ CONTEXT = 2048
 TOKENS = 128
 FIRST_WORDS = 60
 LONG_PREFIX = "The homelab has a NAS, a router, two nodes and a printer. " * 60
-PEER_PACKAGES = ["sse-starlette", "starlette-context"]
+PEER_PACKAGES = ["pydantic-settings", "python-dotenv", "sse-starlette", "starlette-context"]
 """What llama-cpp-python's server needs besides what is here."""
 ENGINE = "ray::ServeReplica:forgearr:gguf"
 ALONE, SERVER = "xllamacpp alone", "llama_cpp.server"
