@@ -55,11 +55,13 @@ def take_down(settings: Settings, on_step: OnStep) -> None:
     """Remove what `bring_up` started from a cluster that others may use too."""
     import ray
     from ray import serve as ray_serve
+    from ray.serve.exceptions import RayServeException
 
     _connect(settings, on_step)
-    ray_serve.delete(APPLICATION_NAME)
-    if not ray_serve.status().applications:
-        ray_serve.shutdown()  # no other application is served on this cluster
+    with suppress(RayServeException):  # `bring_up` may have failed before it started Serve
+        ray_serve.delete(APPLICATION_NAME)
+        if not ray_serve.status().applications:
+            ray_serve.shutdown()  # no other application is served on this cluster
     # The dispatcher is killed before the workers, because it replaces them. The next round finds a worker that it has
     # just replaced.
     while names := sorted(_named_actors(), key=lambda name: name not in ACTORS):

@@ -1,13 +1,15 @@
 """Start, failure, stop and restart of an installation, with the real command line and real processes."""
 
 import signal
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.platform import Platform, running_platform, unused_ports
+from cluster.runtime.processes import is_listening
+from tests.support.platform import BINARIES, Platform, running_platform, unused_ports
 from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
@@ -75,6 +77,29 @@ def test_a_bind_beyond_loopback_requires_an_admin_and_opens_one_port(installatio
     supervisor.send_signal(signal.SIGINT)
     supervisor.wait(TIMEOUT)
     assert platform.processes() == []
+
+
+def test_a_joined_cluster_requires_credentials_and_an_administrator(tmp_path: Path) -> None:
+    """There Serve may listen on any address, whatever serve.host says."""
+    (port,) = unused_ports(1)
+    settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false"}
+    platform = Platform(tmp_path / "home", settings)
+    command = [str(BINARIES / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    with (tmp_path / "ray.log").open("w") as log:
+        head = subprocess.Popen([*command, "--block"], env=platform.environment, stdout=log, stderr=log)
+    try:
+        eventually(lambda: is_listening("127.0.0.1", port))
+        refused = platform.cli("up", "--detach", check=False)
+        assert refused.returncode == 1
+        assert "`forgearr user add EMAIL --admin`" in refused.stderr
+        platform.add_admin()
+        platform.up()
+        assert platform.http.get("/api/v1/jobs").status_code == 401
+        platform.down()
+    finally:
+        head.terminate()
+        head.wait(TIMEOUT)
+        platform.http.close()
 
 
 def test_an_unreachable_cluster_is_an_error(tmp_path: Path) -> None:
