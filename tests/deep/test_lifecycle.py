@@ -85,10 +85,12 @@ def test_a_joined_cluster_requires_credentials_and_an_administrator(tmp_path: Pa
     settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false"}
     platform = Platform(tmp_path / "home", settings)
     command = [str(BINARIES / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    command += ["--min-worker-port=0", "--max-worker-port=0"]  # else a range in which the head's port may be
     with (tmp_path / "ray.log").open("w") as log:
         head = subprocess.Popen([*command, "--block"], env=platform.environment, stdout=log, stderr=log)
     try:
-        eventually(lambda: is_listening("127.0.0.1", port))
+        eventually(lambda: is_listening("127.0.0.1", port) or head.poll() is not None)
+        assert head.poll() is None, (tmp_path / "ray.log").read_text()
         refused = platform.cli("up", "--detach", check=False)
         assert refused.returncode == 1
         assert "`forgearr user add EMAIL --admin`" in refused.stderr
