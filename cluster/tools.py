@@ -5,7 +5,7 @@ Whoever calls a tool need not know who offers it. Services do (cluster/services/
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -36,12 +36,16 @@ class ToolContext:
     principal: Principal
 
 
+Target = TypeVar("Target")
+"""What a handler works on: the context of a call, or what that is turned into, such as the client of a service."""
+
+
 @dataclass(frozen=True)
-class Tool:
+class Tool(Generic[Target]):
     name: str  # a verb and its object: get_queue
     description: str
     arguments: type[BaseModel]
-    handler: Callable[[ToolContext, Any], Awaitable[Any]]  # called with arguments of that type
+    handler: Callable[[Target, Any], Awaitable[Any]]  # called with arguments of that type
     effect: Effect = "read"
     result: type[BaseModel] | None = None  # None: any JSON value
 
@@ -61,9 +65,9 @@ class ToolSource:
     """Tools that are offered together, and have names that differ from each other."""
 
     name: str
-    tools: tuple[Tool, ...]
+    tools: tuple[Tool[ToolContext], ...]
 
-    def find(self, tool_name: str) -> Tool:
+    def find(self, tool_name: str) -> Tool[ToolContext]:
         for tool in self.tools:
             if tool.name == tool_name:
                 return tool

@@ -9,8 +9,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
 from cluster.services.capabilities.collection import Collection
 from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.capabilities.downloads import Downloads
@@ -19,7 +17,7 @@ from cluster.services.capabilities.settings import SettingsAreas
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.web_search import SearchResult
-from cluster.tools import Effect
+from cluster.tools import Tool
 
 Capability = Literal[
     "health",  # reports whether it works, and its version
@@ -41,18 +39,6 @@ Capability = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class ServiceTool:
-    """A function of a service that a person or a model may call."""
-
-    name: str  # a verb and its object: get_queue
-    description: str
-    arguments: type[BaseModel]
-    run: Callable[[Client, Any], Awaitable[Any]]  # called with arguments of that type
-    effect: Effect = "read"
-    result: type[BaseModel] | None = None  # None: any JSON value
-
-
 def unchanged(content: Any) -> Any:
     return content
 
@@ -67,7 +53,7 @@ class Connector:
     aliases: tuple[str, ...] = ()  # types of other products with the same API
     key_help: str = ""  # where a person finds the key
     unwrap: Callable[[Any], Any] = unchanged  # takes the content out of a response; may raise ErrorInResponse
-    tools: tuple[ServiceTool, ...] = ()
+    tools: tuple[Tool[Client], ...] = ()
     collection: Collection[Any] | None = None  # what it collects: series, movies
     downloads: Downloads | None = None
     library: Library | None = None

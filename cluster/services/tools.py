@@ -6,7 +6,6 @@ from pydantic import Field
 
 from cluster.services.capabilities.downloads import DownloadHistory, DownloadQueue, Downloads, QueuePauseState
 from cluster.services.capabilities.library import Libraries, Library, RecentlyAdded
-from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
 from cluster.tools import Arguments, Tool
 
@@ -27,7 +26,7 @@ class LibraryArguments(Arguments):
     library_key: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="Key of the library")
 
 
-def tool_parameters(tool: Tool) -> dict[str, dict[str, Any]]:
+def tool_parameters(tool: Tool[Any]) -> dict[str, dict[str, Any]]:
     """Return the parameters of a tool by name, each with `type`, `description`, and `default` or `required`."""
     schema = tool.input_schema
     required = schema.get("required", [])
@@ -37,7 +36,7 @@ def tool_parameters(tool: Tool) -> dict[str, dict[str, Any]]:
     }
 
 
-def download_tools(downloads: Downloads) -> tuple[ServiceTool, ...]:
+def download_tools(downloads: Downloads) -> tuple[Tool[Client], ...]:
     async def get_queue(client: Client, _: Arguments) -> Any:
         return await downloads.queue(client)
 
@@ -58,18 +57,18 @@ def download_tools(downloads: Downloads) -> tuple[ServiceTool, ...]:
         return {"nzo_id": arguments.nzo_id}
 
     return (
-        ServiceTool("get_queue", "Get current download queue", Arguments, get_queue, result=DownloadQueue),
-        ServiceTool("get_history", "Get download history", LimitArguments, get_history, result=DownloadHistory),
-        ServiceTool("retry_download", "Retry a failed download", DownloadArguments, retry_download, "change"),
-        ServiceTool("pause_queue", "Pause the download queue", Arguments, pause_queue, "change", QueuePauseState),
-        ServiceTool("resume_queue", "Resume the download queue", Arguments, resume_queue, "change", QueuePauseState),
-        ServiceTool(
+        Tool("get_queue", "Get current download queue", Arguments, get_queue, result=DownloadQueue),
+        Tool("get_history", "Get download history", LimitArguments, get_history, result=DownloadHistory),
+        Tool("retry_download", "Retry a failed download", DownloadArguments, retry_download, "change"),
+        Tool("pause_queue", "Pause the download queue", Arguments, pause_queue, "change", QueuePauseState),
+        Tool("resume_queue", "Resume the download queue", Arguments, resume_queue, "change", QueuePauseState),
+        Tool(
             "delete_download", "Delete a download from the queue", DeleteDownloadArguments, delete_download, "destroy"
         ),
     )
 
 
-def library_tools(library: Library) -> tuple[ServiceTool, ...]:
+def library_tools(library: Library) -> tuple[Tool[Client], ...]:
     async def get_libraries(client: Client, _: Arguments) -> Any:
         return await library.libraries(client)
 
@@ -80,21 +79,21 @@ def library_tools(library: Library) -> tuple[ServiceTool, ...]:
         return {"library": await library.scan(client, arguments.library_key)}
 
     return (
-        ServiceTool(
+        Tool(
             "get_libraries",
             "List the libraries, with the number of items in each",
             Arguments,
             get_libraries,
             result=Libraries,
         ),
-        ServiceTool(
+        Tool(
             "get_recently_added",
             "List the items that were added last",
             LimitArguments,
             get_recently_added,
             result=RecentlyAdded,
         ),
-        ServiceTool("scan_library", "Scan a library for new files", LibraryArguments, scan_library, "change"),
+        Tool("scan_library", "Scan a library for new files", LibraryArguments, scan_library, "change"),
     )
 
 

@@ -98,12 +98,12 @@ async def remove_old_calls(database: Database) -> int:
         return await delete_rows(session, delete(ToolCall).where(ToolCall.at < oldest))
 
 
-def _check_permission(tool: Tool, principal: Principal) -> None:
+def _check_permission(tool: Tool[ToolContext], principal: Principal) -> None:
     if tool.effect != "read" and not principal.is_admin:
         raise Forbidden(f"Only an administrator may call '{tool.name}': it changes something.")
 
 
-def _validate_arguments(tool: Tool, arguments: Mapping[str, Any]) -> Any:
+def _validate_arguments(tool: Tool[ToolContext], arguments: Mapping[str, Any]) -> Any:
     try:
         return tool.arguments.model_validate(dict(arguments))
     except ValidationError as error:

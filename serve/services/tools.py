@@ -11,7 +11,7 @@ from cluster.services.errors import ServiceError
 from cluster.services.tool_source import find_tool_source
 from cluster.services.tools import tool_parameters
 from cluster.times import UtcTime
-from cluster.tools import Effect, Tool, ToolSource
+from cluster.tools import Effect, Tool, ToolContext, ToolSource
 from pipelines.tools import calls as tool_calls
 from pipelines.tools.calls import ToolCall, ToolCallOutcome
 from serve.http.pagination import Page, PaginationParams
@@ -99,5 +99,5 @@ async def _find_source(server: str) -> ToolSource:
         return await find_tool_source(session, server)
 
 
-def _view(tool: Tool) -> ToolView:
+def _view(tool: Tool[ToolContext]) -> ToolView:
     return ToolView(name=tool.name, description=tool.description, effect=tool.effect, parameters=tool_parameters(tool))

@@ -10,9 +10,8 @@ from pydantic import BaseModel, Field, model_validator
 from cluster.db import now
 from cluster.services.capabilities import collection as capabilities_collection
 from cluster.services.capabilities.collection import API, MAX_ID, Collection, CollectionItem, ItemToAdd, Number, Title
-from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 MAX_LIMIT = 200
 
@@ -148,7 +147,7 @@ async def run_command(client: Client, body: dict[str, object]) -> dict[str, Any]
 
 
 SHARED_TOOLS = (
-    ServiceTool("get_queue", "List active downloads, with their progress.", LimitArguments, get_queue),
-    ServiceTool("get_quality_profiles", "List the quality profiles.", Arguments, get_quality_profiles),
-    ServiceTool("get_root_folders", "List the root folders, to which items can be added.", Arguments, get_root_folders),
+    Tool("get_queue", "List active downloads, with their progress.", LimitArguments, get_queue),
+    Tool("get_quality_profiles", "List the quality profiles.", Arguments, get_quality_profiles),
+    Tool("get_root_folders", "List the root folders, to which items can be added.", Arguments, get_root_folders),
 )

@@ -5,9 +5,10 @@ from typing import Any
 from cluster.services.capabilities.collection import Collection
 from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.capabilities.settings import SettingsAreas
-from cluster.services.connector import Capability, Connector, ServiceTool
+from cluster.services.connector import Capability, Connector
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
+from cluster.tools import Tool
 
 KEY_HELP = "Settings, General, Security: API Key."
 
@@ -18,7 +19,7 @@ def connector(
     api: str,
     *capabilities: Capability,
     collection: Collection[Any] | None = None,
-    tools: tuple[ServiceTool, ...] = (),
+    tools: tuple[Tool[Client], ...] = (),
     download_tracker: DownloadTracker | None = None,
     settings: SettingsAreas | None = None,
 ) -> Connector:

@@ -22,9 +22,8 @@ from cluster.services.arr.collection_tools import (
 from cluster.services.arr.movies import MOVIES, Availability, movie_fields
 from cluster.services.capabilities import collection as capabilities_collection
 from cluster.services.capabilities.collection import Number, Title, format_command_id
-from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 class MovieArguments(Arguments):
@@ -86,29 +85,25 @@ async def get_calendar(client: Client, arguments: CalendarArguments) -> list[dic
 
 
 TOOLS = (
-    ServiceTool("list_movies", "List the movies in Radarr.", ListArguments, make_list(MOVIES, "movies")),
-    ServiceTool("get_movie", "Get all fields of a movie, with its file and its quality.", MovieArguments, get_movie),
-    ServiceTool("search_movies", "Look up movies by title, to add one.", LookupArguments, make_lookup(MOVIES)),
-    ServiceTool(
-        "add_movie", "Add a movie, by its tmdb_id or by its title.", AddMovieRequest, make_add(MOVIES), "change"
-    ),
-    ServiceTool(
-        "search_for_movie", "Search for releases of a missing movie.", MovieArguments, search_for_movie, "change"
-    ),
-    ServiceTool(
+    Tool("list_movies", "List the movies in Radarr.", ListArguments, make_list(MOVIES, "movies")),
+    Tool("get_movie", "Get all fields of a movie, with its file and its quality.", MovieArguments, get_movie),
+    Tool("search_movies", "Look up movies by title, to add one.", LookupArguments, make_lookup(MOVIES)),
+    Tool("add_movie", "Add a movie, by its tmdb_id or by its title.", AddMovieRequest, make_add(MOVIES), "change"),
+    Tool("search_for_movie", "Search for releases of a missing movie.", MovieArguments, search_for_movie, "change"),
+    Tool(
         "search_for_missing_movies",
         "Search for releases of all monitored movies that are missing.",
         Arguments,
         search_for_missing_movies,
         "change",
     ),
-    ServiceTool(
+    Tool(
         "delete_movie",
         "Delete a movie from Radarr, with or without its files.",
         DeleteMovieArguments,
         delete_movie,
         "destroy",
     ),
-    ServiceTool("get_calendar", "List the movies that are released in the next days.", CalendarArguments, get_calendar),
+    Tool("get_calendar", "List the movies that are released in the next days.", CalendarArguments, get_calendar),
     *SHARED_TOOLS,
 )

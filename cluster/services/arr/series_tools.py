@@ -22,9 +22,8 @@ from cluster.services.arr.collection_tools import (
 from cluster.services.arr.series import SERIES, series_fields
 from cluster.services.capabilities import collection as capabilities_collection
 from cluster.services.capabilities.collection import Number, Title, format_command_id
-from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 class SeriesArguments(Arguments):
@@ -92,35 +91,31 @@ async def get_calendar(client: Client, arguments: CalendarArguments) -> list[dic
 
 
 TOOLS = (
-    ServiceTool("list_series", "List the series in Sonarr.", ListArguments, make_list(SERIES, "series")),
-    ServiceTool(
-        "get_series", "Get all fields of a series, with its seasons and statistics.", SeriesArguments, get_series
-    ),
-    ServiceTool("search_series", "Look up series by title, to add one.", LookupArguments, make_lookup(SERIES)),
-    ServiceTool(
-        "add_series", "Add a series, by its tvdb_id or by its title.", AddSeriesRequest, make_add(SERIES), "change"
-    ),
-    ServiceTool(
+    Tool("list_series", "List the series in Sonarr.", ListArguments, make_list(SERIES, "series")),
+    Tool("get_series", "Get all fields of a series, with its seasons and statistics.", SeriesArguments, get_series),
+    Tool("search_series", "Look up series by title, to add one.", LookupArguments, make_lookup(SERIES)),
+    Tool("add_series", "Add a series, by its tvdb_id or by its title.", AddSeriesRequest, make_add(SERIES), "change"),
+    Tool(
         "search_for_series",
         "Search for releases of a series' missing episodes.",
         SeriesArguments,
         search_for_series,
         "change",
     ),
-    ServiceTool(
+    Tool(
         "search_for_missing_episodes",
         "Search for releases of all monitored episodes that are missing.",
         Arguments,
         search_for_missing_episodes,
         "change",
     ),
-    ServiceTool(
+    Tool(
         "delete_series",
         "Delete a series from Sonarr, with or without its files.",
         DeleteSeriesArguments,
         delete_series,
         "destroy",
     ),
-    ServiceTool("get_calendar", "List the episodes that air in the next days.", CalendarArguments, get_calendar),
+    Tool("get_calendar", "List the episodes that air in the next days.", CalendarArguments, get_calendar),
     *SHARED_TOOLS,
 )

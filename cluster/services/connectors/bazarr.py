@@ -2,10 +2,11 @@
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import LimitArguments
+from cluster.tools import Tool
 
 
 async def health(client: Client) -> str:
@@ -36,5 +37,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="X-API-KEY"),
     key_help="Settings, General, Security: API Key.",
-    tools=(ServiceTool("get_wanted", "List episodes with missing subtitles", LimitArguments, get_wanted),),
+    tools=(Tool("get_wanted", "List episodes with missing subtitles", LimitArguments, get_wanted),),
 )

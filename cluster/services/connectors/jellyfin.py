@@ -2,10 +2,10 @@
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 async def health(client: Client) -> str:
@@ -41,5 +41,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="Authorization", template='MediaBrowser Token="{}"'),
     key_help="Dashboard, API Keys.",
-    tools=(ServiceTool("get_activity", "List who is watching what now", Arguments, get_activity),),
+    tools=(Tool("get_activity", "List who is watching what now", Arguments, get_activity),),
 )

@@ -2,10 +2,10 @@
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 async def health(client: Client) -> str:
@@ -34,5 +34,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="Authorization", template="Bearer {}", required=False),
     key_help="Only behind a proxy that requires one.",
-    tools=(ServiceTool("get_models", "List the models, with their sizes in bytes", Arguments, get_models),),
+    tools=(Tool("get_models", "List the models, with their sizes in bytes", Arguments, get_models),),
 )

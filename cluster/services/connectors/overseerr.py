@@ -2,10 +2,11 @@
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.tools import LimitArguments
+from cluster.tools import Tool
 
 
 async def health(client: Client) -> str:
@@ -50,5 +51,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="X-Api-Key"),
     key_help="Settings, General: API Key.",
-    tools=(ServiceTool("get_requests", "List people's requests, newest first", LimitArguments, get_requests),),
+    tools=(Tool("get_requests", "List people's requests, newest first", LimitArguments, get_requests),),
 )

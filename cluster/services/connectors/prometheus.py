@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.errors import ErrorInResponse
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 async def health(client: Client) -> str:
@@ -43,5 +43,5 @@ CONNECTOR = Connector(
     key_scheme=ApiKeyScheme(header="Authorization", template="Bearer {}", required=False),
     key_help="Only behind a proxy that requires one.",
     unwrap=unwrap,
-    tools=(ServiceTool("query_metrics", "Get the current value of an expression", QueryArguments, query_metrics),),
+    tools=(Tool("query_metrics", "Get the current value of an expression", QueryArguments, query_metrics),),
 )

@@ -4,9 +4,8 @@ from pydantic import BaseModel
 
 from cluster.services.arr import connector as arr_connector
 from cluster.services.arr.settings import INDEXERS_AREAS
-from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 class Indexer(BaseModel):
@@ -28,6 +27,6 @@ CONNECTOR = arr_connector.connector(
     "/api/v1",
     "indexers",
     "configure",
-    tools=(ServiceTool("get_indexers", "List the indexers", Arguments, get_indexers),),
+    tools=(Tool("get_indexers", "List the indexers", Arguments, get_indexers),),
     settings=INDEXERS_AREAS,
 )

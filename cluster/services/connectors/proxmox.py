@@ -4,10 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 async def health(client: Client) -> str:
@@ -45,5 +45,5 @@ CONNECTOR = Connector(
     key_scheme=ApiKeyScheme(header="Authorization", template="PVEAPIToken={}"),
     key_help="Datacenter, Permissions, API Tokens: USER@REALM!TOKENID=SECRET.",
     unwrap=unwrap,
-    tools=(ServiceTool("get_machines", "List virtual machines and containers", Arguments, get_machines),),
+    tools=(Tool("get_machines", "List virtual machines and containers", Arguments, get_machines),),
 )

@@ -5,10 +5,11 @@ from contextlib import asynccontextmanager, suppress
 
 from pydantic import BaseModel, Field
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.errors import ServiceError
 from cluster.services.http.client import Client
 from cluster.services.tools import LimitArguments
+from cluster.tools import Tool
 
 KEY_PREFIX = "qbt_"
 
@@ -59,5 +60,5 @@ CONNECTOR = Connector(
     health=health,
     session=session,
     key_help="Options, WebUI: an API key, or NAME:PASSWORD.",
-    tools=(ServiceTool("get_torrents", "List the torrents, with state and progress", LimitArguments, get_torrents),),
+    tools=(Tool("get_torrents", "List the torrents, with state and progress", LimitArguments, get_torrents),),
 )

@@ -2,10 +2,10 @@
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 async def health(client: Client) -> str:
@@ -39,5 +39,5 @@ CONNECTOR = Connector(
     health=health,
     key_scheme=ApiKeyScheme(header="api-key", required=False),
     key_help="service.api_key of its configuration.",
-    tools=(ServiceTool("get_collections", "List the collections of vectors", Arguments, get_collections),),
+    tools=(Tool("get_collections", "List the collections of vectors", Arguments, get_collections),),
 )

@@ -8,13 +8,14 @@ from typing import Any
 from pydantic import Field
 
 from cluster.services import tools
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.errors import ErrorInResponse
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
 from cluster.services.sabnzbd import downloads as sabnzbd_downloads
 from cluster.services.sabnzbd.download_tracking import DOWNLOAD_TRACKER
 from cluster.services.sabnzbd.settings import SETTINGS_AREAS
+from cluster.tools import Tool
 
 
 async def health(client: Client) -> str:
@@ -50,9 +51,7 @@ CONNECTOR = Connector(
     unwrap=unwrap,
     tools=(
         *tools.download_tools(sabnzbd_downloads.DOWNLOADS),
-        ServiceTool(
-            "add_download", "Add a download by the URL of its NZB", AddDownloadArguments, add_download, "change"
-        ),
+        Tool("add_download", "Add a download by the URL of its NZB", AddDownloadArguments, add_download, "change"),
     ),
     downloads=sabnzbd_downloads.DOWNLOADS,
     download_tracker=DOWNLOAD_TRACKER,

@@ -2,10 +2,10 @@
 
 from pydantic import BaseModel, Field
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.http.client import Client
 from cluster.services.web_search import SearchResult
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 MAX_URL_LENGTH = 1000
 MAX_TITLE_LENGTH = 300
@@ -52,6 +52,6 @@ CONNECTOR = Connector(
     aliases=("searx",),
     capabilities=frozenset({"health", "web_search"}),
     health=health,
-    tools=(ServiceTool("search_web", "Search the web", SearchArguments, find_pages),),
+    tools=(Tool("search_web", "Search the web", SearchArguments, find_pages),),
     search_web=search_web,
 )

@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cluster.services.connector import Connector, ServiceTool
+from cluster.services.connector import Connector
 from cluster.services.errors import ErrorInResponse
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
-from cluster.tools import Arguments
+from cluster.tools import Arguments, Tool
 
 
 async def health(client: Client) -> str:
@@ -52,5 +52,5 @@ CONNECTOR = Connector(
     key_scheme=ApiKeyScheme(query_parameter="apikey"),
     key_help="Settings, Web Interface: API key.",
     unwrap=unwrap,
-    tools=(ServiceTool("get_activity", "List who is watching what now", Arguments, get_activity),),
+    tools=(Tool("get_activity", "List who is watching what now", Arguments, get_activity),),
 )

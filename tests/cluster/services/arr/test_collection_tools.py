@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from cluster.services.capabilities.collection import AlreadyInCollection, NotInCollection
 from cluster.services.catalog import all_connectors, find_connector
-from cluster.services.connector import ServiceTool
 from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
+from cluster.tools import Tool
 from tests.support.services.fake_arr import FakeArr, fake_arr, library_movie, library_series, movie, queue_row
 from tests.support.services.fake_services import KEY
 
@@ -19,14 +19,14 @@ def settings(home: object) -> None:
     """A client needs the setting of its timeout."""
 
 
-def tools_of(service: str) -> dict[str, ServiceTool]:
+def tools_of(service: str) -> dict[str, Tool[Client]]:
     return {tool.name: tool for tool in find_connector(service).tools}
 
 
 async def call_tool(arr: FakeArr, name: str, **arguments: Any) -> Any:
     tool = tools_of(arr.service)[name]
     async with Client(Connection("Ours", find_connector(arr.service), arr.url, KEY)).open() as client:
-        return await tool.run(client, tool.arguments.model_validate(arguments))
+        return await tool.handler(client, tool.arguments.model_validate(arguments))
 
 
 def test_tools_declare_their_effects() -> None:

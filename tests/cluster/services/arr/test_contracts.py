@@ -69,7 +69,7 @@ async def call_all_tools(service: str, url: str, *effects: str) -> set[str]:
         for tool in sorted(find_connector(service).tools, key=lambda tool: tool.effect == "destroy"):
             if tool.effect in effects:
                 for arguments in ARGUMENTS.get(tool.name, [{}]):
-                    json.dumps(await tool.run(client, tool.arguments.model_validate(arguments)))
+                    json.dumps(await tool.handler(client, tool.arguments.model_validate(arguments)))
                     used.add(tool.name)
     return used
 
