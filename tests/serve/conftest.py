@@ -4,11 +4,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster import identity
 from cluster.db import Database
 from cluster.settings import get_settings
 from serve.app import create_app
-from tests.support.api_client import ApiClient
+from tests.support.api_client import ApiClient, add_users
 
 
 @pytest.fixture
@@ -16,16 +15,7 @@ async def api(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
     get_settings.cache_clear()
-    users: dict[str, identity.User] = {}
-    async with database.transaction() as session:
-        for name in ("ada", "bob", "admin"):
-            users[name] = await identity.add_user(
-                session,
-                email=f"{name}@example.com",
-                username=name,
-                password_hash="-",
-                role="admin" if name == "admin" else "user",
-            )
+    users = await add_users(database)
     api = ApiClient(create_app(), database, users)
     async with api.http:
         yield api

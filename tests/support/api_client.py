@@ -7,7 +7,7 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import func, select, update
 
-from cluster import identity, ownership
+from cluster import identity
 from cluster.db import Database
 from jobs import journal, queue
 from jobs.journal import JournalEntry
@@ -17,6 +17,18 @@ from jobs.tables import Job
 SESSIONS = "/api/training/sessions"
 SESSION = {"name": "House v1", "config": {"num_epochs": 4, "batch_size": 2}}
 LEARN = {"data": {"dataset": "demo/homelab"}}
+
+
+async def add_users(database: Database) -> dict[str, identity.User]:
+    """Two users, and an administrator."""
+    users: dict[str, identity.User] = {}
+    async with database.transaction() as session:
+        for name in ("ada", "bob", "admin"):
+            role = "admin" if name == "admin" else "user"
+            users[name] = await identity.add_user(
+                session, email=f"{name}@example.com", username=name, password_hash="-", role=role
+            )
+    return users
 
 
 class ApiClient:
@@ -53,8 +65,7 @@ class ApiClient:
 
     async def queue_job(self, kind: str, spec: dict[str, Any], username: str = "ada", **values: Any) -> str:
         """Queue a job and give its row these values."""
-        user = self.users[username]
-        principal = ownership.Principal(id=user.id, name=username, is_admin=user.role == "admin")
+        principal = identity.principal(self.users[username])
         async with self.database.transaction() as session:
             job = await queue.enqueue(session, queue.JobRequest(kind=kind, spec=spec), principal)
         await self.update_job(job.id, **values)

@@ -65,7 +65,7 @@ async def account(database: Database, name: str, role: identity.Role) -> Princip
         user = await identity.add_user(
             session, email=f"{name}@example.com", username=name, password_hash="-", role=role
         )
-    return Principal(id=user.id, name=name, is_admin=role == "admin")
+    return identity.principal(user)
 
 
 async def upload(client: httpx.AsyncClient, name: str, *lines: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cluster.files.uploads import Upload, UploadPart
 from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from serve.app import create_app
+from tests.support.api_client import add_users
 from tests.support.app_server import running_app
 from tests.support.waiting import TIMEOUT
 
@@ -68,13 +69,7 @@ async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     monkeypatch.setenv("FORGEARR_FILES__MAX_MB", "1")
     monkeypatch.setenv("FORGEARR_FILES__MAX_UPLOAD_MB", "2")
     get_settings.cache_clear()
-    users: dict[str, identity.User] = {}
-    async with database.transaction() as session:
-        for name in ("ada", "bob", "admin"):
-            role = "admin" if name == "admin" else "user"
-            users[name] = await identity.add_user(
-                session, email=f"{name}@example.com", username=name, password_hash="-", role=role
-            )
+    users = await add_users(database)
     async with running_app(create_app()) as address:
         gateway = Gateway(f"http://{address}", database, users)
         yield gateway

@@ -11,7 +11,7 @@ from sqlalchemy import update
 
 from cluster import identity, storage
 from cluster.db import Database, now
-from cluster.ownership import LOCAL, Principal
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from jobs import journal, queue
 from jobs.journal import JournalEntry
@@ -22,6 +22,7 @@ from pipelines.training.models.versions import ModelNotFound
 from serve.app import create_app
 from serve.engines.protocol import ModelFolder
 from serve.models.resolver import ModelResolver
+from tests.support.api_client import add_users
 from tests.support.app_server import running_app
 
 pytestmark = pytest.mark.both_databases
@@ -41,9 +42,7 @@ class Gateway:
 
     def __init__(self, url: str, database: Database, users: dict[str, identity.User]) -> None:
         self.database = database
-        self.owners = {
-            name: Principal(id=user.id, name=name, is_admin=user.role == "admin") for name, user in users.items()
-        }
+        self.owners = {name: identity.principal(user) for name, user in users.items()}
         self.clients = {
             name: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=identity.create_access_token(user), max_retries=0)
             for name, user in users.items()
@@ -92,13 +91,7 @@ async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
     monkeypatch.setenv("FORGEARR_MLFLOW__ENABLED", "false")
     get_settings.cache_clear()
-    users: dict[str, identity.User] = {}
-    async with database.transaction() as session:
-        for name in ("ada", "bob", "admin"):
-            role = "admin" if name == "admin" else "user"
-            users[name] = await identity.add_user(
-                session, email=f"{name}@example.com", username=name, password_hash="-", role=role
-            )
+    users = await add_users(database)
     async with running_app(create_app()) as address:
         gateway = Gateway(f"http://{address}", database, users)
         yield gateway
