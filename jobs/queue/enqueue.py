@@ -46,11 +46,7 @@ async def enqueue(
     """
     if idempotency_key and (existing := await _find_by_key(session, request, principal, idempotency_key)):
         return existing
-    kind = find_kind(request.kind)
-    spec = kind.validate_spec(request.spec)
-    if not principal.is_admin and kind.needs_admin(spec):
-        condition = "" if kind.admin_only is True else " with this spec"
-        raise Forbidden(f"Only an administrator may run '{kind.name}'{condition}.")
+    kind, spec = _validate(request, principal)
     job = await _find_queued(session, kind, spec) if unless_queued else None
     if job is None:
         (job,) = await _insert(session, [(request, kind, spec)], principal)
@@ -65,10 +61,7 @@ async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], pr
     """Queue many jobs without dependencies at once."""
     if any(request.depends_on for request in requests):
         raise UnprocessableRequest("Jobs that are queued together cannot have dependencies; queue them one by one.")
-    with_kinds = [(request, find_kind(request.kind)) for request in requests]
-    return await _insert(
-        session, [(request, kind, kind.validate_spec(request.spec)) for request, kind in with_kinds], principal
-    )
+    return await _insert(session, [(request, *_validate(request, principal)) for request in requests], principal)
 
 
 async def enqueue_child(
@@ -111,6 +104,16 @@ def new_job_id(moment: datetime) -> str:
 
 
 _suffixes = itertools.count(secrets.randbelow(36**4))
+
+
+def _validate(request: JobRequest, principal: Principal) -> tuple[Kind, dict[str, Any]]:
+    """Return the kind of a request and its validated spec, if the principal may run that."""
+    kind = find_kind(request.kind)
+    spec = kind.validate_spec(request.spec)
+    if not principal.is_admin and kind.needs_admin(spec):
+        condition = "" if kind.admin_only is True else " with this spec"
+        raise Forbidden(f"Only an administrator may run '{kind.name}'{condition}.")
+    return kind, spec
 
 
 async def _insert(

@@ -128,6 +128,11 @@ async def test_a_spec_is_validated_before_it_is_queued(harness: QueueHarness) ->
         await harness.submit(kind="prob")
     with pytest.raises(Forbidden):
         await harness.submit(ALICE, kind="sweep")
+    with pytest.raises(Forbidden):
+        async with harness.database.transaction() as session:
+            await queue.enqueue_many(session, [JobRequest(kind="probe"), JobRequest(kind="sweep")], ALICE)
+    async with harness.database.read_transaction() as session:
+        assert await session.scalar(select(func.count()).select_from(Job)) == 0
 
 
 async def test_a_repeated_idempotency_key_returns_the_same_job(harness: QueueHarness) -> None:
