@@ -74,6 +74,12 @@ class ApiClient:
     async def queue_training(self, username: str = "ada", **values: Any) -> str:
         return await self.queue_job("fine_tune", LEARN, username, **{"state": State.SUCCEEDED, "result": {}} | values)
 
+    async def queue_forge(self, **values: Any) -> str:
+        return await self.queue_job("forge", {**LEARN, "deploy": False}, **{"state": State.RUNNING} | values)
+
+    async def queue_child(self, parent: str, kind: str, spec: dict[str, Any], **values: Any) -> str:
+        return await self.queue_job(kind, spec, **{"parent_id": parent, "child_name": kind} | values)
+
     async def update_job(self, job_id: str, **values: Any) -> None:
         if values:
             async with self.database.transaction() as session:
