@@ -28,6 +28,8 @@ from cluster.runtime import embedded
 from cluster.services.http import client
 from cluster.settings import get_settings, load_settings
 from pipelines.guardian.git import mirrors
+from serve.app import create_app
+from tests.support.api_client import ApiClient, add_users
 from tests.support.platform import unused_ports
 from tests.support.registry_model import RegistryModel
 from tests.support.waiting import TIMEOUT, eventually
@@ -141,6 +143,17 @@ async def database(
         database = get_database()
         yield database
         await database.close()
+
+
+@pytest.fixture
+async def api(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ApiClient]:
+    monkeypatch.setenv("FORGEARR_AUTH__REQUIRED", "true")
+    monkeypatch.setenv("FORGEARR_LIMITS__ENABLED", "false")
+    get_settings.cache_clear()
+    users = await add_users(database)
+    api = ApiClient(create_app(), database, users)
+    async with api.http:
+        yield api
 
 
 @pytest.fixture

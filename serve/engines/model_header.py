@@ -52,6 +52,7 @@ class Header:
     is_reranker: bool  # it scores how well a text fits a query
     fim_tokens: tuple[int, int, int] | None  # for fill in the middle: before the prefix, the suffix, the middle
     quantization: str = "unknown"
+    tool_template: str = ""  # of chats with tools, if it is another one
 
     def memory_bytes(self, context: int, slots: int, batch: int = BATCH_TOKENS) -> int:
         """Bytes for the weights, the key-value cache and working memory, if each slot holds `context` tokens."""
@@ -99,6 +100,7 @@ def _header(fields: Mapping[str, Any], parameters: int, size: int) -> Header:
         is_reranker=fields.get(f"{architecture}.pooling_type") == RANK_POOLING,
         fim_tokens=_fim_tokens(fields),
         quantization=QUANTIZATIONS.get(fields.get("general.file_type", -1), "unknown"),
+        tool_template=fields.get("tokenizer.chat_template.tool_use", ""),
     )
 
 

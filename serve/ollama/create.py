@@ -15,6 +15,7 @@ from jobs.execution import isolated
 from pipelines.training.export.quantize import LLAMA_FTYPES, finish
 from pipelines.training.models import blobs, registry, tiny
 from pipelines.training.models import versions as models_versions
+from pipelines.training.models.chat_template import check_chat_template
 from pipelines.training.models.registry import Registry
 from pipelines.training.models.versions import ModelDefaults, ModelFile, Version
 from serve.engines.defaults import context_limit
@@ -55,6 +56,7 @@ async def create(body: CreateRequest, describe: Describe) -> AsyncGenerator[Stat
     template = None if body.template is None else to_jinja(body.template)
     if body.quantize is not None and body.quantize.lower() not in LLAMA_FTYPES:
         raise CannotCreate(f"There is no quantization '{body.quantize}'. There are: {', '.join(LLAMA_FTYPES)}.")
+    await asyncio.to_thread(check_chat_template, template or "", name)
     async with registry.connect() as models:
         with tempfile.TemporaryDirectory(prefix="forgearr-create-", dir=home()) as folder:
             if body.files is not None:
@@ -116,6 +118,8 @@ async def register_and_serve(models: Registry, name: str, draft: ModelDraft) -> 
 async def inspect_gguf(path: Path, name: str, sha256: str) -> ModelFile:
     """Describe the GGUF file of a model. Any other file is an error."""
     header = await asyncio.to_thread(_read_gguf_header, path, name)
+    for template in (header.template, header.tool_template):
+        await asyncio.to_thread(check_chat_template, template, name)
     return ModelFile(name, header.quantization, sha256, header.file_bytes)
 
 

@@ -12,7 +12,7 @@ from cluster.errors import NotFound
 from cluster.settings import home
 from jobs import outputs
 from jobs.execution import isolated
-from pipelines.training.models import merge, registry, tiny
+from pipelines.training.models import chat_template, merge, registry, tiny
 from pipelines.training.models import versions as models_versions
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -34,10 +34,13 @@ def resolve(reference: str) -> str:
     if reference == tiny.NAME:
         return str(tiny.model_folder())
     if reference.startswith(("/", "~", ".")):
-        return _local_folder(reference)
-    if ":" in reference:
-        return _registered_folder(reference)
-    return _download_from_hub(reference)
+        folder = _local_folder(reference)
+    elif ":" in reference:
+        folder = _registered_folder(reference)
+    else:
+        folder = _download_from_hub(reference)
+    chat_template.check_folder(Path(folder), reference)
+    return folder
 
 
 def pin_reference(reference: str) -> str:
@@ -104,9 +107,11 @@ def _registered_folder(reference: str) -> str:
 def fetch(address: str, work: Path, name: str) -> Path:
     """A local copy of the trained model that a fine-tune has stored. `name` names its origin in errors."""
     try:
-        return storage.fetch(address, work)
+        folder = storage.fetch(address, work)
     except FileNotFoundError as error:
         raise BaseModelNotFound(f"The model of {name} is no longer in storage: {address} is missing.") from error
+    chat_template.check_folder(folder, name)
+    return folder
 
 
 async def _find_version(reference: str) -> models_versions.Version:

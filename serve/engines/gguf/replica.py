@@ -14,6 +14,7 @@ from cluster import logs
 from cluster.errors import Unavailable
 from cluster.settings import EngineSettings, get_settings
 from pipelines.training.models import registry, tiny
+from pipelines.training.models.chat_template import check_chat_template
 from pipelines.training.models.registry import OnProgress
 from pipelines.training.models.versions import ModelDefaults, Version
 from serve.engines.defaults import context_limit
@@ -83,6 +84,8 @@ class GgufLoader:
     ) -> LoadPlan[LlamaCppModel]:
         files = await self._resolve_files(reference, source, purpose, on_progress)
         header = await asyncio.to_thread(read_header, files.model)
+        for template in (files.template or header.template, header.tool_template):
+            await asyncio.to_thread(check_chat_template, template, reference)
         slots, context = self._settings.slots, min(files.context or self._settings.context, header.context)
         batch = context if purpose == "embeddings" else BATCH_TOKENS
         return LoadPlan(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.training.models.chat_template import read_chat_templates
 from serve.engines.model_header import Header, ModelUnreadable
 
 BATCH_TOKENS = 512
@@ -92,7 +93,7 @@ def read_folder(model: Path, name: str) -> FolderHeader:
                 kv_width=2 * (getattr(text, "num_key_value_heads", None) or heads) * head_width,
                 vocab_size=text.vocab_size,
                 parameters=sum(weight.count for weight in weights),
-                template=_template(model),
+                template=read_chat_templates(model).get("default", ""),
                 has_pooling=False,
                 is_reranker=False,
                 fim_tokens=None,
@@ -114,12 +115,3 @@ def _weights(file: Path) -> Iterator[TensorInfo]:
         (length,) = struct.unpack("<Q", opened.read(8))
         tensors: dict[str, Any] = json.loads(opened.read(length))
     return (TensorInfo(name, tuple(tensor["shape"])) for name, tensor in tensors.items() if name != "__metadata__")
-
-
-def _template(model: Path) -> str:
-    file = model / "chat_template.jinja"
-    if file.exists():
-        return file.read_text()
-    settings = model / "tokenizer_config.json"
-    template = json.loads(settings.read_text()).get("chat_template") if settings.exists() else None
-    return template if isinstance(template, str) else ""

@@ -1,0 +1,96 @@
+"""LLM03, supply chain: what the author of a model wants from the machine that runs it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader, GGUFWriter
+
+from cluster.settings import get_settings
+from pipelines.training.models import base_models
+from pipelines.training.models.chat_template import ChatTemplateRefused, check_chat_template
+from serve.engines.gguf.replica import GgufEngine
+from serve.ollama.create import inspect_gguf
+from tests.support.small_models import write_model
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set ns = namespace(s='x') %}{% for a in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+LONG = "{% for a in range(99999) %}{{ 'A long line, again and again' }}{% endfor %}"
+WITH_TOOLS_ONLY = "{{ messages[0].content }}{% if tools %}" + LOOP + "{% endif %}"
+ORDINARY = (
+    "{% for message in messages %}{% generation %}{{ message.role }}: {{ message.content }}{% endgeneration %}"
+    "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ strftime_now('%Y') }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        pytest.param(LOOP, "5 s of processor time", id="hang-the-engine"),
+        pytest.param(WITH_TOOLS_ONLY, "5 s of processor time", id="hang-the-engine-if-there-are-tools"),
+        pytest.param(DOUBLING, "512 MiB of memory", id="fill-the-memory"),
+        pytest.param(LONG, "more than 1000000 characters", id="fill-the-context"),
+        pytest.param("{% for %}", "not valid Jinja: .*line 1", id="parse-as-something-else"),
+        pytest.param("x" * 500_001, "has 500001 characters", id="be-large-itself"),
+    ],
+)
+def test_a_template_that_wants_to(template: str, reason: str) -> None:
+    with pytest.raises(ChatTemplateRefused, match=f"The chat template of evil:v1 is refused: .*{reason}"):
+        check_chat_template(template, "evil:v1")
+
+
+@pytest.mark.parametrize("template", [ORDINARY, "{{ raise_exception('Roles must alternate') }}", ""])
+def test_ordinary_templates_pass(template: str) -> None:
+    check_chat_template(template, "good:v1")
+
+
+@pytest.mark.parametrize(
+    "file", ["chat_template.jinja", "tokenizer_config.json", "additional_chat_templates/rag.jinja"]
+)
+def test_a_base_model_with_such_a_template_is_refused(home: Path, tmp_path: Path, file: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    target = tmp_path / file
+    target.parent.mkdir(exist_ok=True)
+    described: dict[str, Any] = {
+        "chat_template": [{"name": "default", "template": ORDINARY}, {"name": "x", "template": LOOP}]
+    }
+    target.write_text(json.dumps(described) if target.suffix == ".json" else LOOP)
+    with pytest.raises(ChatTemplateRefused, match=str(tmp_path)):
+        base_models.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
+async def test_a_gguf_file_with_such_a_template_is_neither_registered_nor_loaded(
+    home: Path, tmp_path: Path, field: str
+) -> None:
+    file = with_template(write_model(tmp_path / "model.gguf"), tmp_path / "evil.gguf", field)
+    with pytest.raises(ChatTemplateRefused, match=r"evil\.gguf"):
+        await inspect_gguf(file, file.name, "")
+
+    async def find_file(*_: Any) -> Path:
+        return file
+
+    engine = GgufEngine(get_settings().engines, find_file)
+    with pytest.raises(ChatTemplateRefused, match="evil:v1"):
+        await engine.complete("evil:v1", {"messages": [{"role": "user", "content": "Hello"}]})
+    assert await engine.loading() == await engine.loaded() == []
+
+
+def with_template(model: Path, target: Path, field: str) -> Path:
+    """A copy of a model with another template."""
+    reader = GGUFReader(model)
+    writer = GGUFWriter(target, "llama")
+    for name, value in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in {"general.architecture", field}:
+            kinds = value.types
+            writer.add_key_value(name, value.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None)
+    writer.add_string(field, LOOP)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
