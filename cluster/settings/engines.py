@@ -40,11 +40,15 @@ class EngineSettings(Section):
         description="How long a model stays in memory after its last answer: seconds, or a duration such as 10m. 0: it "
         "is unloaded at once. Null: until its memory is needed."
     )
+    stall_timeout: float | str | None = Field(
+        description="How long loading a model, or an answer, may show no progress before the engine's process is "
+        "replaced: seconds, or a duration such as 10m. Null: for ever."
+    )
     cache_gb: float = Field(gt=0, description="Disk space for cached copies of model files, on each machine.")
 
-    @field_validator("keep_alive")
+    @field_validator("keep_alive", "stall_timeout")
     @classmethod
-    def parse_keep_alive(cls, duration: float | str | None) -> float | None:
+    def parse_durations(cls, duration: float | str | None) -> float | None:
         return None if duration is None else parse_duration(duration)
 
 

@@ -1,22 +1,28 @@
 """LLM03, supply chain: what the author of a model wants from the machine that runs it."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader, GGUFWriter
 
 from cluster.settings import get_settings
 from pipelines.training.models import base_models
 from pipelines.training.models.chat_template import ChatTemplateRefused, check_chat_template
 from serve.engines.gguf.replica import GgufEngine
+from serve.engines.local.engine import EngineStalled
 from serve.ollama.create import inspect_gguf
-from tests.support.small_models import write_model
+from tests.support.app_server import unload_models
+from tests.support.small_models import replace_template, write_model
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set ns = namespace(s='x') %}{% for a in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
 LONG = "{% for a in range(99999) %}{{ 'A long line, again and again' }}{% endfor %}"
+GUARDED = (
+    "{% if messages[0].content == 'boom' %}{% for a in range(100) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
+    "{% endif %}{{ messages[0].content }}"
+)
 WITH_TOOLS_ONLY = "{{ messages[0].content }}{% if tools %}" + LOOP + "{% endif %}"
 ORDINARY = (
     "{% for message in messages %}{% generation %}{{ message.role }}: {{ message.content }}{% endgeneration %}"
@@ -65,7 +71,7 @@ def test_a_base_model_with_such_a_template_is_refused(home: Path, tmp_path: Path
 async def test_a_gguf_file_with_such_a_template_is_neither_registered_nor_loaded(
     home: Path, tmp_path: Path, field: str
 ) -> None:
-    file = with_template(write_model(tmp_path / "model.gguf"), tmp_path / "evil.gguf", field)
+    file = replace_template(write_model(tmp_path / "model.gguf"), tmp_path / "evil.gguf", LOOP, field)
     with pytest.raises(ChatTemplateRefused, match=r"evil\.gguf"):
         await inspect_gguf(file, file.name, "")
 
@@ -78,19 +84,28 @@ async def test_a_gguf_file_with_such_a_template_is_neither_registered_nor_loaded
     assert await engine.loading() == await engine.loaded() == []
 
 
-def with_template(model: Path, target: Path, field: str) -> Path:
-    """A copy of a model with another template."""
-    reader = GGUFReader(model)
-    writer = GGUFWriter(target, "llama")
-    for name, value in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in {"general.architecture", field}:
-            kinds = value.types
-            writer.add_key_value(name, value.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None)
-    writer.add_string(field, LOOP)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
+async def test_a_template_that_hangs_on_one_message_has_its_engine_replaced(home: Path, tmp_path: Path) -> None:
+    file = replace_template(write_model(tmp_path / "model.gguf"), tmp_path / "evil.gguf", GUARDED)
+
+    async def find_file(*_: Any) -> Path:
+        return file
+
+    engine = GgufEngine(get_settings().engines.model_copy(update={"stall_timeout": 0.1}), find_file)
+
+    async def ask(content: str) -> Any:
+        return await engine.complete("evil:v1", {"messages": [{"role": "user", "content": content}], "max_tokens": 1})
+
+    await ask("Hello")
+    await engine.check_health()
+    hanging = asyncio.create_task(ask("boom"))
+    with pytest.raises(EngineStalled, match=r"evil:v1 has shown no progress for 0\.1 s"):
+        await check_health_during(engine, hanging)
+    await hanging
+    await engine.check_health()
+    await unload_models(engine)
+
+
+async def check_health_during(engine: GgufEngine, request: asyncio.Task[Any]) -> None:
+    while not request.done():
+        await engine.check_health()
+        await asyncio.sleep(0)

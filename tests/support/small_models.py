@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter, LlamaFileType, TokenType
+from gguf import GGUFReader, GGUFWriter, LlamaFileType, TokenType
 
 from pipelines.training.models import tiny
 
@@ -96,6 +96,23 @@ def write_adapter(path: Path, *, seed: int = 0, layers: int = 2, heads: int = 4,
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def replace_template(model: Path, target: Path, template: str, field: str = "tokenizer.chat_template") -> Path:
+    """A copy of a model with another chat template."""
+    reader = GGUFReader(model)
+    writer = GGUFWriter(target, "llama")
+    for name, value in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in {"general.architecture", field}:
+            writer.add_key_value(name, value.contents(), value.types[0], (value.types[1:] or [None])[0])
+    writer.add_string(field, template)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 def _shapes(layers: int, width: int, vocabulary: int) -> dict[str, tuple[int, ...]]:

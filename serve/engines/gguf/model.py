@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
 import orjson
@@ -71,6 +72,11 @@ class LlamaCppModel:
         self._server = _start_server(files, header, context, settings, purpose)
         self._slots = asyncio.Semaphore(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
+        self._running = set[_ChunkQueue]()
+
+    @property
+    def silent_seconds(self) -> float:
+        return max((monotonic() - chunk_queue.last_sign_at for chunk_queue in self._running), default=0)
 
     async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
         """Wait for a slot, then stream a completion. Closing the stream frees the slot."""
@@ -80,6 +86,8 @@ class LlamaCppModel:
             handler = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
             body = self._body(request, reference)
             generation = loop.run_in_executor(self._threads, _run_handler, handler, body, chunk_queue)
+            self._running.add(chunk_queue)
+            generation.add_done_callback(lambda _: self._running.discard(chunk_queue))
             try:
                 async for chunks in chunk_queue:
                     yield chunks
@@ -140,6 +148,7 @@ class _ChunkQueue:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.stopped = threading.Event()
+        self.last_sign_at = monotonic()  # of progress, from llama.cpp
         self._loop = loop
         self._items = deque[Chunk | ForgearrError | None]()
         self._arrived, self._ended = asyncio.Event(), asyncio.Event()
@@ -147,6 +156,7 @@ class _ChunkQueue:
 
     def on_data(self, data: bytes) -> bool:
         """Called by llama.cpp, which stops the completion if this returns true."""
+        self.last_sign_at = monotonic()
         chunk = orjson.loads(data)
         if "error" in chunk:
             self.put(_error(chunk["error"]))

@@ -8,7 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 
+from cluster.errors import ForgearrError
 from cluster.settings import EngineSettings
+from cluster.times import parse_duration
 from pipelines.training.models.registry import OnProgress
 from pipelines.training.models.versions import Version
 from serve.engines.collect import collect
@@ -24,6 +26,12 @@ from serve.engines.protocol import (
     Ranking,
     Source,
 )
+
+
+class EngineStalled(ForgearrError):
+    """An engine hangs, and its process has to be replaced."""
+
+    code = "ENGINE_STALLED"
 
 
 class RunningModel(Closable, Protocol):
@@ -63,6 +71,7 @@ class LocalEngine(Generic[Model]):
         self._loader = loader
         capacity = settings.memory_mb * MB if settings.memory_mb else psutil.virtual_memory().total // 2
         self._pool = ModelPool[Model](capacity, settings, on_change)
+        self._stall_timeout = None if settings.stall_timeout is None else parse_duration(settings.stall_timeout)
 
     async def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk]]:
         started_at = perf_counter()
@@ -105,6 +114,17 @@ class LocalEngine(Generic[Model]):
 
     async def loading(self) -> list[LoadingModelInfo]:
         return self._pool.loading()
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the process of an unhealthy replica.
+
+        A chat template may loop for ever on a particular message, and nothing can stop it within the process.
+        """
+        if self._stall_timeout is not None and (stalled := self._pool.stalled(self._stall_timeout)):
+            raise EngineStalled(
+                f"{', '.join(stalled)} has shown no progress for {self._stall_timeout:g} s (engines.stall_timeout), so "
+                "this process is replaced. If the model is only slow, raise that setting."
+            )
 
     @property
     def loaded_models(self) -> list[LoadedModelInfo]:

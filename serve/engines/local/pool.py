@@ -44,6 +44,11 @@ class Closable(Protocol):
         """Free the memory. It is slow, and no request may be in progress."""
         ...
 
+    @property
+    def silent_seconds(self) -> float:
+        """For how long the request that is stuck the longest has shown no progress; 0: there is no request."""
+        ...
+
 
 Model = TypeVar("Model", bound=Closable)
 
@@ -73,6 +78,7 @@ class PooledModel(Generic[Model]):
     users: int = 0
     bytes: int = 0  # 0 until they are reserved
     memory_before: int = 0  # of the process, when loading began
+    loading_since: float = 0  # when the phase `loading` began
     context: int = 0
     unload_when_idle: bool = False
     keep_alive: float | None = None  # seconds after its last request; None: until its memory is needed
@@ -108,6 +114,13 @@ class PooledModel(Generic[Model]):
     def is_idle(self) -> bool:
         return self.is_loaded and not self.users
 
+    @property
+    def silent_seconds(self) -> float:
+        """For how long loading it, or one of its requests, has shown no progress."""
+        if self.is_loaded:
+            return self.loading.result().silent_seconds
+        return monotonic() - self.loading_since if self.loading_since and not self.loading.done() else 0
+
 
 class ModelPool(Generic[Model]):
     def __init__(
@@ -134,6 +147,10 @@ class ModelPool(Generic[Model]):
             for pooled in self._all_models()
             if not pooled.loading.done()
         ]
+
+    def stalled(self, timeout: float) -> list[str]:
+        """The models whose loading, or one of whose answers, has shown no progress for this many seconds."""
+        return [pooled.reference for pooled in self._all_models() if pooled.silent_seconds > timeout]
 
     @asynccontextmanager
     async def use(
@@ -246,7 +263,7 @@ class ModelPool(Generic[Model]):
             )
         pooled.phase = "waiting for room"
         await self._make_room(pooled, plan.bytes)
-        pooled.phase, pooled.memory_before = "loading", _process_memory()
+        pooled.phase, pooled.memory_before, pooled.loading_since = "loading", _process_memory(), monotonic()
         model = await asyncio.to_thread(plan.load)
         log.info("%s is loaded: %d MB", pooled.reference, plan.bytes // MB)
         return model

@@ -7,11 +7,11 @@ join and leave the batch between steps. The event loop turns tokens into text.
 import asyncio
 import gc
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from secrets import token_hex
 from threading import Thread
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class TransformersModel:
         self._context = context
         self._embed_lock, self._start_lock = asyncio.Lock(), asyncio.Lock()
         self._sampler = Sampler()
+        self._rendering_since: list[float] = []  # one for each chat template that runs now
         self._manager: Any = None  # of continuous batching; None for embeddings
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder(files))
@@ -82,6 +83,10 @@ class TransformersModel:
                 self._start()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ModelUnreadable(f"transformers cannot load this model: {_first_line(error)}") from error
+
+    @property
+    def silent_seconds(self) -> float:
+        return max((monotonic() - started_at for started_at in self._rendering_since), default=0)
 
     async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
         """Stream a completion. Closing the stream takes the request out of the batch."""
@@ -196,15 +201,25 @@ class TransformersModel:
                 f"This model supports no tools here: its template does not write tool calls as {TOOL_CALL_START}."
             )
         try:
-            return self._tokenizer.apply_chat_template(
-                request["messages"],
-                tools=tools or None,
-                add_generation_prompt=True,
-                return_dict=False,
-                **request.get("chat_template_kwargs", {}),
-            )
+            with self._rendering():
+                return self._tokenizer.apply_chat_template(
+                    request["messages"],
+                    tools=tools or None,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                    **request.get("chat_template_kwargs", {}),
+                )
         except (TemplateError, TypeError, ValueError) as error:
             raise RequestRefused(f"The messages do not fit the model's template: {_first_line(error)}") from error
+
+    @contextmanager
+    def _rendering(self) -> Generator[None]:
+        started_at = monotonic()
+        self._rendering_since.append(started_at)
+        try:
+            yield
+        finally:
+            self._rendering_since.remove(started_at)
 
     def _eos_tokens(self) -> set[int]:
         """Those of the model and of the tokenizer, which may differ."""
