@@ -17,6 +17,11 @@ class StorageSettings(Section):
         description="Where files are stored: a folder that all nodes share, or s3://bucket/prefix. Null: a folder in "
         "FORGEARR_HOME."
     )
+    min_free_mb: int = Field(
+        ge=0,
+        description="Space that stays free on the disks of this machine, in MiB. Requests and exports that would take "
+        "it are refused.",
+    )
 
 
 class FileSettings(Section):

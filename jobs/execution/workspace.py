@@ -1,4 +1,4 @@
-"""Temporary folders for running jobs, on this machine's disk, and checks of the disk's space."""
+"""Temporary folders for running jobs, on this machine's disk, and what a disk says that becomes full."""
 
 import errno
 import fcntl
@@ -9,19 +9,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.errors import ForgearrError
+from cluster.disk import DiskFull, gigabytes
 from cluster.settings import home
 
 MIN_FREE_BYTES = 4_000_000
 """A disk with less free space counts as full: the next block of a model does not fit."""
 
 SHORT_WRITE_PATTERN = r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
-
-
-class DiskFull(ForgearrError):
-    """There is not enough space on the disk."""
-
-    code = "DISK_FULL"
 
 
 @contextmanager
@@ -44,16 +38,6 @@ def temporary_folder(job_id: str) -> Generator[Path]:
             lock_file.unlink(missing_ok=True)
 
 
-def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise DiskFull(
-            f"{purpose} needs {_gigabytes(needed_bytes)} in {folder}, where {_gigabytes(free)} are free. Free some "
-            "space there, or set FORGEARR_HOME to a folder on a larger disk.",
-            details={"folder": str(folder), "needed_bytes": needed_bytes, "free_bytes": free},
-        )
-
-
 def is_disk_full(error: Exception, folder: Path) -> bool:
     """Whether a full disk caused this error. Some libraries only report that they wrote less than expected."""
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
@@ -63,7 +47,7 @@ def is_disk_full(error: Exception, folder: Path) -> bool:
 
 def disk_full_error(folder: Path, needed_bytes: int, purpose: str) -> DiskFull:
     return DiskFull(
-        f"The disk became full: {purpose} needs {_gigabytes(needed_bytes)} in {folder}, where other programs "
+        f"The disk became full: {purpose} needs {gigabytes(needed_bytes)} in {folder}, where other programs "
         "write too. Free some space there, and retry.",
         details={"folder": str(folder), "needed_bytes": needed_bytes},
     )
@@ -78,7 +62,3 @@ def _remove_abandoned(parent: Path) -> None:
                 lock_file.unlink(missing_ok=True)
         except (BlockingIOError, FileNotFoundError):
             continue  # in use, or removed by another process just now
-
-
-def _gigabytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB"

@@ -42,11 +42,11 @@ class ApiClient:
             transport=httpx.ASGITransport(app, client=("192.0.2.1", 40000)), base_url="https://api.example", timeout=60
         )
 
+    def authorization(self, username: str) -> str:
+        return f"Bearer {identity.create_access_token(self.users[username])}"
+
     async def request(self, username: str, method: str, path: str, **options: Any) -> httpx.Response:
-        headers = {
-            "Authorization": f"Bearer {identity.create_access_token(self.users[username])}",
-            **options.pop("headers", {}),
-        }
+        headers = {"Authorization": self.authorization(username), **options.pop("headers", {})}
         if method in {"POST", "PUT"}:
             headers["Content-Type"] = "application/json"
         return await self.http.request(method, path, headers=headers, **options)

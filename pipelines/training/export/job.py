@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster import disk
 from cluster.errors import ForgearrError, Unavailable, UnprocessableRequest
 from cluster.settings import get_settings
 from jobs import outputs
@@ -108,7 +109,7 @@ def build_files(
     quantizations = list(dict.fromkeys(spec.quantizations))
     needed_bytes = _required_bytes(Path(base) if base else model, quantizations, needs_merge)
     purpose = f"An export of {name} as {', '.join(quantizations)}"
-    workspace.require_space(folder, needed_bytes, purpose)
+    disk.require_space(folder, needed_bytes, purpose)
     try:
         return _build_files(context, quantizations, spec.adapter, name, threads, folder, model, base, scripts)
     except (ForgearrError, OSError) as error:

@@ -18,11 +18,11 @@ import numpy
 import pytest
 from safetensors.numpy import load_file
 
+from cluster.disk import DiskFull
 from cluster.errors import NotFound
 from cluster.settings import get_settings
 from jobs.context import StopJob
 from jobs.execution import isolated, workspace
-from jobs.execution.workspace import DiskFull
 from jobs.outputs import OutputMissing
 from jobs.queue import JobNotFound
 from jobs.states import State
@@ -393,8 +393,10 @@ def complete_file(trained: Path, llama_converter: Path, tmp_path_factory: pytest
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Callable[..., None]]:
-    """Mounts a disk of this many megabytes at a folder, until the end of the test."""
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Mounts a disk of this many megabytes at a folder, until the end of the test. All of it may be used."""
+    monkeypatch.setenv("FORGEARR_STORAGE__MIN_FREE_MB", "0")
+    get_settings.cache_clear()
     mounted: list[Path] = []
 
     def mount(folder: Path, megabytes: int) -> None:
