@@ -64,6 +64,16 @@ def own_job(job_id: str) -> Job:
     return asyncio.run(_get_job(job_id))
 
 
+def is_admin(owner_id: str | None) -> bool:
+    """Return whether the account has the rights of an administrator now. None: the platform, which has them."""
+    return asyncio.run(_find_principal(owner_id)).is_admin
+
+
+async def _find_principal(owner_id: str | None) -> Principal:
+    async with _read_session() as session:
+        return await identity.find_principal(session, owner_id)
+
+
 async def _get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
     async with _read_session() as session:
         return await find_output(session, job_id, kind, await identity.find_principal(session, owner_id))

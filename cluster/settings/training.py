@@ -25,6 +25,10 @@ class ForgeSettings(Section):
         description="Folders on this machine whose data and base models anyone may use for training. Administrators "
         "may use any folder."
     )
+    hub_token_repositories: list[str] = Field(
+        description="Repositories of the Hugging Face hub, such as meta-llama/*, that users' jobs may download with "
+        "HF_TOKEN. Administrators' jobs may use it for all."
+    )
     converter: Path | None = Field(
         description="Folder of llama.cpp's converter (convert_hf_to_gguf.py). Null: downloaded once, from the source "
         "package of the installed llama-cpp-python."

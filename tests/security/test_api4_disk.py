@@ -1,6 +1,7 @@
 """API4, resource consumption: what somebody wants who fills the disk, which the database shares."""
 
 import hashlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ async def test_fill_the_last_of_the_disk(api: ApiClient, full_disk: None, path: 
 
 
 async def test_send_without_a_length_what_fills_the_disk(api: ApiClient, full_disk: None) -> None:
-    async def chunks() -> Any:
+    async def chunks() -> AsyncIterator[bytes]:
         yield LARGE
 
     headers = {"Authorization": api.authorization("ada")}

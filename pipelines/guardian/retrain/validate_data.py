@@ -188,7 +188,7 @@ def _count(context: Context, name: str, dataset: Dataset, base_model: str) -> Da
     """Count in one pass over the file, which may be larger than memory."""
     from transformers import AutoTokenizer
 
-    base = base_models.resolve(base_model)
+    base = base_models.resolve(base_model, context.owner_id)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     limit = context_length(base, tokenizer)
     stats = DatasetStats()

@@ -103,7 +103,7 @@ def build_files(
     needs_merge = base_models.is_adapter(model)
     if spec.adapter and not needs_merge:
         raise NoAdapter(f"{training.job_id} has trained the whole model, so there is no adapter to export.")
-    base = base_models.resolve(training.result["base_model"]) if needs_merge else None
+    base = base_models.resolve(training.result["base_model"], context.owner_id) if needs_merge else None
     scripts = llama_converter.locate_converter()
 
     quantizations = list(dict.fromkeys(spec.quantizations))

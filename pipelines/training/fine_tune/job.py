@@ -111,7 +111,7 @@ def _train(context: Context, spec: FineTuneSpec, dataset: Dataset, state: dict[s
             training_result = recipe.train(
                 spec,
                 datasets.load(dataset),
-                base=base_models.resolve(state["base_model"]),
+                base=base_models.resolve(state["base_model"], context.owner_id),
                 work_folder=folder,
                 observer=observer,
                 validation=datasets.load(datasets.get(state["validation"])) if "validation" in state else None,

@@ -4,18 +4,23 @@ import asyncio
 import errno
 import os
 import tempfile
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cluster import storage
+from cluster import disk, storage
 from cluster.errors import NotFound
-from cluster.settings import home
+from cluster.settings import get_settings, home
 from jobs import outputs
 from jobs.execution import isolated
 from pipelines.training.models import chat_template, merge, registry, tiny
 from pipelines.training.models import versions as models_versions
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+LOGIN_HINT = (
+    " HF_TOKEN was not used: it is for administrators' jobs, and for repositories in forge.hub_token_repositories."
+)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -25,8 +30,10 @@ class BaseModelNotFound(NotFound):
     code = "BASE_MODEL_NOT_FOUND"
 
 
-def resolve(reference: str) -> str:
+def resolve(reference: str, owner_id: str | None = None) -> str:
     """The folder of a base model on this machine, in the format of transformers.
+
+    `owner_id` is the account that trains with it. None: the platform.
 
     forgearr/tiny is built here. NAME:v3 and NAME:latest are the trained model that the version was exported from. A
     path is a folder. Anything else is a model of the Hugging Face hub.
@@ -36,9 +43,9 @@ def resolve(reference: str) -> str:
     if reference.startswith(("/", "~", ".")):
         folder = _local_folder(reference)
     elif ":" in reference:
-        folder = _registered_folder(reference)
+        folder = _registered_folder(reference, owner_id)
     else:
-        folder = _download_from_hub(reference)
+        folder = _download_from_hub(reference, may_use_token=_may_use_token(reference, owner_id))
     chat_template.check_folder(Path(folder), reference)
     return folder
 
@@ -68,7 +75,7 @@ def _local_folder(reference: str) -> str:
     return str(folder)
 
 
-def _registered_folder(reference: str) -> str:
+def _registered_folder(reference: str, owner_id: str | None) -> str:
     """The trained model that a version was exported from. An adapter is merged into its base, and that is cached."""
     version = asyncio.run(_find_version(reference))
     if not version.job_id:
@@ -91,7 +98,7 @@ def _registered_folder(reference: str) -> str:
             ready = Path(work) / "merged"
             isolated.run_isolated(
                 merge.merge_only,
-                {"base": resolve(result["base_model"]), "adapter": str(model), "target": str(ready)},
+                {"base": resolve(result["base_model"], owner_id), "adapter": str(model), "target": str(ready)},
                 report=lambda fraction, phase: None,
                 should_stop=lambda: False,
                 threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
@@ -119,13 +126,37 @@ async def _find_version(reference: str) -> models_versions.Version:
         return await models.find(reference)
 
 
-def _download_from_hub(reference: str) -> str:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+def _may_use_token(repository: str, owner_id: str | None) -> bool:
+    """Whether HF_TOKEN, which is the operator's, opens this repository for the account."""
+    patterns = get_settings().forge.hub_token_repositories
+    is_open = owner_id is None or any(fnmatchcase(repository, pattern) for pattern in patterns)
+    return is_open or outputs.is_admin(owner_id)
 
+
+def _download_from_hub(reference: str, *, may_use_token: bool) -> str:
+    import httpx
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import (
+        DryRunError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    token = None if may_use_token else False  # None: HF_TOKEN
     try:
-        return _require_weights(snapshot_download(reference, allow_patterns=HUB_FILES), reference)
+        with suppress(httpx.TransportError, OfflineModeIsEnabled):
+            if not may_use_token:  # what somebody else has downloaded is in the cache, whoever may see it
+                HfApi().auth_check(reference, token=False)
+        with suppress(DryRunError):  # offline
+            files = snapshot_download(reference, allow_patterns=HUB_FILES, token=token, dry_run=True)
+            needed_bytes = sum(file.file_size or 0 for file in files if file.will_download)
+            disk.require_space(Path(HF_HUB_CACHE), needed_bytes, f"The base model '{reference}'")
+        return _require_weights(snapshot_download(reference, allow_patterns=HUB_FILES, token=token), reference)
     except HFValidationError as error:
         raise BaseModelNotFound(
             f"There is no base model '{reference}': it is neither forgearr/tiny, a folder (/path), a version "
@@ -134,11 +165,12 @@ def _download_from_hub(reference: str) -> str:
     except GatedRepoError as error:
         raise BaseModelNotFound(
             f"The model '{reference}' of the Hugging Face hub is gated: accept its terms there, and set HF_TOKEN where "
-            "Forgearr runs."
+            f"Forgearr runs.{'' if may_use_token else LOGIN_HINT}"
         ) from error
     except RepositoryNotFoundError as error:
         raise BaseModelNotFound(
-            f"There is no base model '{reference}' on the Hugging Face hub (or it is private, and HF_TOKEN is not set)."
+            f"There is no base model '{reference}' on the Hugging Face hub, or it is private, and HF_TOKEN is not set."
+            f"{'' if may_use_token else LOGIN_HINT}"
         ) from error
     except (OSError, httpx.HTTPError, HfHubHTTPError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:

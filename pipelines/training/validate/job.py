@@ -201,7 +201,7 @@ def _measure_models(
     from transformers import AutoTokenizer
 
     torch.set_num_threads(threads)
-    base = base_models.resolve(training.result["base_model"])
+    base = base_models.resolve(training.result["base_model"], context.owner_id)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     limit = context_length(base, tokenizer)
     prepared = [eval_metrics.prepare(tokenizer, sample, limit) for sample in conversations]
