@@ -19,6 +19,10 @@ class ProbeSpec(BaseModel):
     memory_mb: int = Field(default=0, ge=0, le=1_000_000, description="Memory to allocate while it runs.")
 
 
+MAX_USER_SECONDS = 60.0
+"""How long a probe of a user may take: it occupies a slot for a job that does something."""
+
+
 class ProbeFailed(ForgearrError):
     """The probe failed, as its spec requires."""
 
@@ -26,12 +30,13 @@ class ProbeFailed(ForgearrError):
     retryable = True
 
 
-def _takes_memory(spec: ProbeSpec) -> bool:
-    """Whether it allocates memory. That is not accounted for, so other jobs may lack it."""
-    return spec.memory_mb > 0
+def _admin_choice(spec: ProbeSpec) -> str | None:
+    if spec.memory_mb > 0:  # it is not accounted for, so other jobs may lack it
+        return "memory_mb above 0"
+    return f"seconds above {MAX_USER_SECONDS:g}" if spec.seconds > MAX_USER_SECONDS else None
 
 
-@job("probe", spec=ProbeSpec, admin_only=_takes_memory)
+@job("probe", spec=ProbeSpec, admin_only=_admin_choice)
 def probe(context: Context, spec: ProbeSpec) -> dict[str, Any]:
     """Runs steps without effect, and returns its payload and the steps that it executed."""
     ballast = bytearray(spec.memory_mb * 1024 * 1024)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cluster.errors import NotFound, UnprocessableRequest
+from cluster.errors import Forbidden, NotFound, UnprocessableRequest
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 
 MAX_SPEC_BYTES = 1_000_000
@@ -88,7 +89,7 @@ class Kind:
     stall_limit: float | None = None  # seconds without a report, checkpoint or log
     concurrency: int | None = None  # how many may run at the same time
     tracked: bool = False  # whether jobs are recorded in MLflow
-    admin_only: bool | Callable[[Any], bool] = False  # may depend on the spec
+    admin_only: bool | Callable[[Any], str | None] = False  # or a function: what in this spec only they may choose
 
     def validate_spec(self, spec: object) -> dict[str, Any]:
         """Validate a spec, and return it as JSON, with its defaults."""
@@ -115,10 +116,14 @@ class Kind:
             reason = ": ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
             raise InvalidSpec(f"The spec of '{self.name}' requires invalid resources: {reason}.") from None
 
-    def needs_admin(self, spec: Mapping[str, Any]) -> bool:
-        if isinstance(self.admin_only, bool):
-            return self.admin_only
-        return self.admin_only(self.spec.model_validate(spec))
+    def require_permitted(self, spec: Mapping[str, Any], principal: Principal) -> None:
+        """Raise Forbidden if only an administrator may run this kind, or run it with this validated spec."""
+        if principal.is_admin or self.admin_only is False:
+            return
+        choice = None if self.admin_only is True else self.admin_only(self.spec.model_validate(spec))
+        if self.admin_only is True or choice is not None:
+            condition = f" with {choice}" if choice else ""
+            raise Forbidden(f"Only an administrator may run '{self.name}'{condition}.")
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

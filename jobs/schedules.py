@@ -5,6 +5,7 @@ that passed while no dispatcher ran, one job is queued.
 """
 
 import uuid
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -15,15 +16,14 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import identity
+from cluster import account_limits, identity
 from cluster.db import now
-from cluster.errors import Conflict, Forbidden, ForgearrError, NotFound
+from cluster.errors import Conflict, ForgearrError, NotFound
 from cluster.ownership import Principal, require, system
 from cluster.times import CronExpression, TimeZoneName
 from jobs import journal, queue
 from jobs.journal import JournalEntry
 from jobs.queue import JobRequest
-from jobs.registry import find_kind
 from jobs.states import State
 from jobs.tables import Schedule, ScheduleTick
 
@@ -58,7 +58,15 @@ class ScheduleRequest(BaseModel):
     enabled: bool = True
 
 
+@account_limits.measures("schedules", "schedules", "Delete one that you no longer need.")
+async def count_schedules(session: AsyncSession, account_ids: Collection[str]) -> dict[str, int]:
+    query = select(Schedule.owner_id, func.count()).where(Schedule.owner_id.in_(account_ids))
+    rows = await session.execute(query.group_by(Schedule.owner_id))
+    return {owner_id: count for owner_id, count in rows if owner_id is not None}
+
+
 async def create(session: AsyncSession, request: ScheduleRequest, principal: Principal) -> Schedule:
+    await account_limits.require_room(session, principal, "schedules")
     schedule = Schedule(id=str(uuid.uuid4()), owner_id=principal.id, created_by=principal.name)
     session.add(schedule)
     await replace(session, schedule, request, principal)
@@ -66,11 +74,8 @@ async def create(session: AsyncSession, request: ScheduleRequest, principal: Pri
 
 
 async def replace(session: AsyncSession, schedule: Schedule, request: ScheduleRequest, principal: Principal) -> None:
-    kind = find_kind(request.kind)
-    spec = kind.validate_spec(request.spec)
-    if not principal.is_admin and kind.needs_admin(spec):
-        condition = "" if kind.admin_only is True else " with this spec"
-        raise Forbidden(f"Only an administrator may schedule '{kind.name}'{condition}.")
+    job_request = JobRequest(kind=request.kind, spec=request.spec, priority=request.priority)
+    _, spec = queue.check_request(job_request, principal)
     for name, value in request.model_dump().items():
         setattr(schedule, name, value)
     schedule.spec = spec
@@ -129,14 +134,18 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime:
 
 
 async def _fire(session: AsyncSession, schedule: Schedule) -> str:
-    """Queue the job of a schedule. If that is refused, record a failed job with the error, and disable the schedule."""
+    """Queue the job of a schedule. If that is refused, record a failed job with the error, and disable the schedule.
+
+    A schedule whose account has too many jobs stays enabled: some will have finished by its next time.
+    """
     name = f"schedule:{schedule.name}"
     request = JobRequest(kind=schedule.kind, spec=schedule.spec, priority=schedule.priority)
     try:
         principal = await identity.find_principal(session, schedule.owner_id, name)
         return (await queue.enqueue(session, request, principal)).id
     except ForgearrError as error:
-        schedule.enabled, schedule.next_fire_at = False, None
+        if not isinstance(error, account_limits.AccountLimitReached):
+            schedule.enabled, schedule.next_fire_at = False, None
         owner = Principal(id=schedule.owner_id, name=name)
         job = queue.rejected_job(request, owner, {"code": error.code.lower(), "message": error.message})
         session.add(job)

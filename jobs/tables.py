@@ -8,6 +8,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Document, Sequence, now
 
+UNFINISHED = "parent_id IS NULL AND state IN ('queued', 'running', 'paused')"
+"""What counts as an unfinished job of an account: its own jobs, not their children. As text, without parameters,
+because SQLite uses the index below only for queries that contain its condition."""
+
 
 class Job(Base):
     __tablename__ = "jobs"
@@ -37,6 +41,12 @@ class Job(Base):
             "run_after",
             sqlite_where=text("state = 'queued' AND delayed = 1"),
             postgresql_where=text("state = 'queued' AND delayed"),
+        ),
+        Index(
+            "ix_jobs_unfinished",
+            "owner_id",
+            sqlite_where=text(f"owner_id IS NOT NULL AND {UNFINISHED}"),
+            postgresql_where=text(f"owner_id IS NOT NULL AND {UNFINISHED}"),
         ),
         Index("ix_jobs_kind_state", "kind", "state"),
         Index("ix_jobs_owner_id_created_at", "owner_id", "created_at"),

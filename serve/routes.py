@@ -30,6 +30,7 @@ from serve.openai.fine_tuning import routes as fine_tuning_routes
 from serve.openai.responses import routes as responses_routes
 from serve.realtime import routes as realtime_routes
 from serve.security import routes as security_routes
+from serve.security import usage
 from serve.services import health as services_health
 from serve.services import routes as services_routes
 from serve.services import settings
@@ -52,6 +53,7 @@ MOUNTS = (
     Mount(audits.router, "Configuration"),
     Mount(settings.router, "Settings"),
     Mount(security_routes.router, "Auth"),
+    Mount(usage.router, "Auth"),
     Mount(jobs_routes.router, "Jobs"),
     Mount(jobs_events.router, "Jobs"),
     Mount(schedules.router, "Schedules"),

@@ -80,3 +80,10 @@ class LimitSettings(Section):
     audit: Rate = Field(description="Limit of each caller for starting audits of services.")
     apply: Rate = Field(description="Limit of each caller for applying recommendations and rolling them back.")
     recommendations: Rate = Field(description="Limit of each caller for reading recommendations, rules and audits.")
+    account_jobs: int | None = Field(
+        ge=0, description="Unfinished jobs that one user may have. Children of jobs do not count. Null: no limit."
+    )
+    account_schedules: int | None = Field(ge=0, description="Schedules that one user may have. Null: no limit.")
+    account_batches: int | None = Field(
+        ge=0, description="Unfinished batches (/v1/batches) that one user may have. Null: no limit."
+    )

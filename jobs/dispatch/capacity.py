@@ -17,6 +17,9 @@ MAX_HEAVY_STARTS = 64
 """Maximum number of heavy jobs that one round starts."""
 MAX_OWN_WORKERS = 4
 """Maximum number of light jobs with a worker of their own, because they lost the workers that they shared."""
+PROCESSES_PER_CPU = 4
+"""Maximum number of processes of heavy jobs for each CPU of the cluster. A job may ask for a ten-thousandth of a CPU,
+but each process has an interpreter and its libraries in memory."""
 
 
 @dataclass
@@ -140,7 +143,8 @@ class ClusterCapacity:
             return f"one of the {self._slots * self.pool_size()} slots for light jobs to be free"
         totals = _sum_resources(*(resources for resources, _ in self._nodes))
         cluster_total = (
-            f"{totals.get('CPU', 0):g} CPU, {totals.get('GPU', 0):g} GPU, {_megabytes(totals):.0f} MB memory"
+            f"{totals.get('CPU', 0):g} CPU, {totals.get('GPU', 0):g} GPU, {_megabytes(totals):.0f} MB memory, "
+            f"{_max_processes(totals)} processes"
         )
         return f"{demand}; the cluster has {cluster_total} in all, and not enough of it free"
 
@@ -164,6 +168,8 @@ class ClusterCapacity:
         occupied = [
             worker_capacity.resources for worker_capacity in self._workers.values() if worker_capacity.resources
         ]
+        if sum(resources.workers for resources in occupied) + requested.workers > _max_processes(totals):
+            return False
         allocated = _sum_resources(*(ray_resources(resources, resources.workers) for resources in occupied))
         unallocated = {name: total - allocated.get(name, 0) for name, total in totals.items()}
         return bool(suitable) and _covers(unallocated, all_workers) and _covers(self._available, all_workers)
@@ -187,6 +193,10 @@ def actor_options(resources: Resources) -> dict[str, Any]:
     if resources.labels:
         options["label_selector"] = resources.labels
     return options
+
+
+def _max_processes(totals: Mapping[str, float]) -> int:
+    return max(MAX_OWN_WORKERS, int(PROCESSES_PER_CPU * totals.get("CPU", 0)))
 
 
 def _covers(available: Mapping[str, float], required: Mapping[str, float]) -> bool:

@@ -2,10 +2,10 @@
 
 from jobs.queue.control import cancel, pause, resume, retry
 from jobs.queue.dependencies import finish_waiting_jobs, release_dependents
-from jobs.queue.enqueue import enqueue, enqueue_child, enqueue_many, new_job_id, rejected_job
+from jobs.queue.enqueue import check_request, enqueue, enqueue_child, enqueue_many, new_job_id, rejected_job
 from jobs.queue.errors import ChildFailed, IdempotencyConflict, JobNotFound, JobStateConflict, UnknownDependency
 from jobs.queue.requests import MAX_DEPENDENCIES, JobRequest
-from jobs.queue.rows import get
+from jobs.queue.rows import count_unfinished, get
 from jobs.queue.wakeup import DISPATCHER, wake_dispatcher, wake_dispatcher_on_commit
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "JobStateConflict",
     "UnknownDependency",
     "cancel",
+    "check_request",
+    "count_unfinished",
     "enqueue",
     "enqueue_child",
     "enqueue_many",

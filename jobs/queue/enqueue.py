@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import identity
+from cluster import account_limits, identity
 from cluster.db import advisory_lock, now
 from cluster.errors import Forbidden, UnprocessableRequest
 from cluster.ownership import Principal
@@ -37,19 +37,23 @@ async def enqueue(
     request: JobRequest,
     principal: Principal,
     *,
+    resources: Resources | None = None,
     idempotency_key: str | None = None,
     unless_queued: bool = False,
 ) -> Job:
     """Queue a job, or return the one that an earlier request with the same idempotency key has created.
 
+    `resources` are the choice of our own code; those of the request are the choice of the principal.
     With `unless_queued`, a queued job of this kind with this spec is returned, whoever owns it.
     """
     if idempotency_key and (existing := await _find_by_key(session, request, principal, idempotency_key)):
         return existing
-    kind, spec = _validate(request, principal)
+    kind, spec = check_request(request, principal)
     job = await _find_queued(session, kind, spec) if unless_queued else None
     if job is None:
-        (job,) = await _insert(session, [(request, kind, spec)], principal)
+        await account_limits.require_room(session, principal, "jobs")
+        sized_request = request.model_copy(update={"resources": resources}) if resources else request
+        (job,) = await _insert(session, [(sized_request, kind, spec)], principal)
         await link_dependencies(session, job, request.depends_on, principal)
     if idempotency_key:
         session.add(_build_idempotency_key(job, request, principal, idempotency_key))
@@ -61,7 +65,9 @@ async def enqueue_many(session: AsyncSession, requests: Sequence[JobRequest], pr
     """Queue many jobs without dependencies at once."""
     if any(request.depends_on for request in requests):
         raise UnprocessableRequest("Jobs that are queued together cannot have dependencies; queue them one by one.")
-    return await _insert(session, [(request, *_validate(request, principal)) for request in requests], principal)
+    checked_requests = [(request, *check_request(request, principal)) for request in requests]
+    await account_limits.require_room(session, principal, "jobs", len(requests))
+    return await _insert(session, checked_requests, principal)
 
 
 async def enqueue_child(
@@ -72,18 +78,42 @@ async def enqueue_child(
     spec: dict[str, Any],
     resources: Resources | None = None,
 ) -> Job:
-    """Return the child with this name. It is queued, unless the parent has already done that before it restarted."""
+    """Return the child with this name. It is queued, unless the parent has already done that before it restarted.
+
+    Its priority and resources are those that its parent's function chose, whoever owns the parent.
+    """
     existing = await session.scalar(select(Job).where(Job.parent_id == parent.id, Job.child_name == name))
     if existing is not None:
         return existing
     request = JobRequest(kind=kind, spec=spec, priority=parent.priority, resources=resources)
     principal = await identity.find_principal(session, parent.owner_id, parent.created_by)
-    child = await enqueue(session, request, principal)
+    (child,) = await _insert(session, [(request, *_validate(request, principal))], principal)
     child.parent_id, child.child_name = parent.id, name
     if parent.control == Control.PAUSE:  # the pause reached all children that existed, so it must reach this one
         await pause(session, child)
     await session.flush()
     return child
+
+
+def check_request(request: JobRequest, principal: Principal) -> tuple[Kind, dict[str, Any]]:
+    """Return the kind of a request and its validated spec, if the principal may ask for that.
+
+    What would take the machine from the others is for administrators.
+    """
+    kind, spec = _validate(request, principal)
+    if principal.is_admin:
+        return kind, spec
+    if request.resources is not None:
+        raise Forbidden(
+            f"Only an administrator may set resources: leave them out, and the job gets those of '{kind.name}'."
+        )
+    if request.priority > 0:
+        raise Forbidden("Only an administrator may set priority above 0.")
+    if request.max_attempts is not None and request.max_attempts > kind.max_attempts:
+        raise Forbidden(
+            f"Only an administrator may set max_attempts above {kind.max_attempts}, the default of '{kind.name}'."
+        )
+    return kind, spec
 
 
 def rejected_job(request: JobRequest, principal: Principal, error: dict[str, Any]) -> Job:
@@ -110,9 +140,7 @@ def _validate(request: JobRequest, principal: Principal) -> tuple[Kind, dict[str
     """Return the kind of a request and its validated spec, if the principal may run that."""
     kind = find_kind(request.kind)
     spec = kind.validate_spec(request.spec)
-    if not principal.is_admin and kind.needs_admin(spec):
-        condition = "" if kind.admin_only is True else " with this spec"
-        raise Forbidden(f"Only an administrator may run '{kind.name}'{condition}.")
+    kind.require_permitted(spec, principal)
     return kind, spec
 
 

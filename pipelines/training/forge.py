@@ -6,19 +6,19 @@ from typing import Any, Literal
 
 from jobs.context import Context
 from jobs.registry import Resources, job
-from pipelines.training.data.resolution import needs_admin
-from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec
+from pipelines.training.data import resolution
+from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec, gates_choice
 
 PROGRESS_RANGES = {"fine_tune": (0, 60), "export": (60, 75), "validate": (75, 90), "deploy": (90, 100)}
 """The part of the whole progress, in percent, that each step covers."""
 
 
-def _needs_admin(spec: ForgeSpec) -> bool:
+def _admin_choice(spec: ForgeSpec) -> str | None:
     """Deploying a model affects all users, so it needs an administrator."""
-    return spec.deploy or needs_admin(spec)
+    return "deploy: true" if spec.deploy else gates_choice(spec) or resolution.admin_choice(spec)
 
 
-@job("forge", spec=ForgeSpec, admin_only=_needs_admin, tracked=True)
+@job("forge", spec=ForgeSpec, admin_only=_admin_choice, tracked=True)
 def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
     """Fine-tunes, exports, validates and deploys a model.
 

@@ -209,3 +209,8 @@ class ForgeSpec(FineTuneSpec):
         if not self.has_held_out:
             raise ValueError("validation needs held-out samples: set eval_split above 0")
         return self
+
+
+def gates_choice(spec: ValidateSpec | ForgeSpec) -> str | None:
+    """Whoever chooses the gates decides what passes, so it needs an administrator."""
+    return "gates of its own: leave them out, and those of the settings count" if spec.gates else None

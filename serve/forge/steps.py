@@ -75,7 +75,5 @@ async def _enqueue_step(
     depends_on: Job,
     resources: Resources | None = None,
 ) -> Job:
-    job_request = JobRequest(
-        kind=kind, spec=spec.model_dump(mode="json"), depends_on=[depends_on.id], resources=resources
-    )
-    return await queue.enqueue(session, job_request, caller)
+    job_request = JobRequest(kind=kind, spec=spec.model_dump(mode="json"), depends_on=[depends_on.id])
+    return await queue.enqueue(session, job_request, caller, resources=resources)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster import account_limits
 from cluster.db import get_database
 from cluster.ownership import Principal, visible
 from cluster.times import RequestTime, UtcTime
@@ -147,15 +148,22 @@ async def resume_job(job_id: JobId, caller: CurrentCaller) -> JobView:
 @router.post("/{job_id}/retry")
 async def retry_job(job_id: JobId, caller: CurrentCaller) -> JobView:
     """Queue a failed or cancelled job again, from its last checkpoint and with all its attempts."""
-    return await _change(queue.retry, job_id, caller)
+    async with get_database().transaction() as session:
+        # Before the job is locked: whoever queues a job locks the account first, and then what the job depends on.
+        await account_limits.require_room(session, caller, "jobs")
+        return await _apply(session, queue.retry, job_id, caller)
 
 
 async def _change(action: Any, job_id: str, caller: Principal) -> JobView:
     async with get_database().transaction() as session:
-        job = await queue.get(session, job_id, caller, lock=True)
-        await action(session, job)
-        await session.flush()
-        return await _view(session, job)
+        return await _apply(session, action, job_id, caller)
+
+
+async def _apply(session: AsyncSession, action: Any, job_id: str, caller: Principal) -> JobView:
+    job = await queue.get(session, job_id, caller, lock=True)
+    await action(session, job)
+    await session.flush()
+    return await _view(session, job)
 
 
 async def _view(session: AsyncSession, job: Job) -> JobView:

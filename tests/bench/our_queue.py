@@ -37,11 +37,11 @@ async def throughput(count: int, behind: int = 0) -> dict[str, Any]:
     low = [NOTHING.model_copy(update={"priority": -1})] * behind
     # One transaction, so that none of those behind can start while nobody is before them.
     chunks = [[NOTHING] * min(CHUNK, count - first) for first in range(0, count, CHUNK)]
-    principal = Principal(id=str(uuid4()), name="bench")
+    principal = Principal(id=str(uuid4()), name="bench", is_admin=True)
     started = time.perf_counter()
     if behind:
         async with get_database().transaction() as session:
-            await queue.enqueue_many(session, low, Principal(id=str(uuid4()), name="bench"))
+            await queue.enqueue_many(session, low, Principal(id=str(uuid4()), name="bench", is_admin=True))
             started = time.perf_counter()
             await queue.enqueue_many(session, [NOTHING] * count, principal)
     else:
@@ -80,7 +80,7 @@ async def calls(count: int) -> dict[str, Any]:
 
 
 async def _run_one(request: JobRequest) -> float:
-    principal = Principal(id=str(uuid4()), name="bench")
+    principal = Principal(id=str(uuid4()), name="bench", is_admin=True)
     started = time.time()
     async with get_database().transaction() as session:
         job = await queue.enqueue(session, request, principal)

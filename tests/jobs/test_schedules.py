@@ -78,14 +78,14 @@ def test_an_invalid_cron_or_time_zone_is_refused(field: str, value: str) -> None
 
 
 async def test_a_due_schedule_queues_one_job_and_sets_its_next_time(database: Database) -> None:
-    schedule = await create(database, build_request(spec={"payload": 1}, priority=4))
+    schedule = await create(database, build_request(spec={"payload": 1}, priority=-4))
     await make_due(database)
     await asyncio.gather(fire(database), fire(database))
     async with database.read_transaction() as session:
         job = (await session.scalars(select(Job))).one()
         updated = await session.get_one(Schedule, schedule.id)
         ticks = await session.scalar(select(func.count()).select_from(ScheduleTick))
-    assert (job.spec["payload"], job.priority, job.owner_id, job.created_by) == (1, 4, ALICE.id, "schedule:nightly")
+    assert (job.spec["payload"], job.priority, job.owner_id, job.created_by) == (1, -4, ALICE.id, "schedule:nightly")
     assert (updated.last_job_id, ticks) == (job.id, 1)
     assert updated.next_fire_at is not None
     assert updated.next_fire_at > now()

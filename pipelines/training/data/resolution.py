@@ -74,13 +74,18 @@ async def require_usable(
         raise WrongKindOfData(f"The method '{method}' learns from {expected}; this data is of the kind '{kind}'.")
 
 
-def needs_admin(spec: DataSource | FineTuneSpec) -> bool:
-    """Whether the spec names a folder that only administrators may read."""
-    sources = [spec] if isinstance(spec, DataSource) else [spec.data, *([spec.validation] if spec.validation else [])]
-    paths = [data.folder for data in sources if data.folder is not None]
-    if isinstance(spec, FineTuneSpec) and is_path(spec.base_model):
-        paths.append(spec.base_model)
-    return not all(is_shared(path) for path in paths)
+def admin_choice(spec: DataSource | FineTuneSpec) -> str | None:
+    """The field that names a folder which only administrators may read, if there is one."""
+    if isinstance(spec, DataSource):
+        folders = {"folder": spec.folder}
+    else:
+        folders = {
+            "data.folder": spec.data.folder,
+            "validation.folder": spec.validation and spec.validation.folder,
+            "base_model": spec.base_model if is_path(spec.base_model) else None,
+        }
+    forbidden = [field for field, path in folders.items() if path is not None and not is_shared(path)]
+    return f"{forbidden[0]} outside of forge.folders" if forbidden else None
 
 
 def is_path(reference: str) -> bool:

@@ -37,7 +37,7 @@ def _resources(spec: FineTuneSpec) -> Resources:
     return Resources(cpus=spec.cpus_per_worker, gpus=spec.gpus_per_worker, labels=spec.labels, workers=spec.workers)
 
 
-@job("fine_tune", spec=FineTuneSpec, resources=_resources, admin_only=resolution.needs_admin, tracked=True)
+@job("fine_tune", spec=FineTuneSpec, resources=_resources, admin_only=resolution.admin_choice, tracked=True)
 def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
     """Fine-tunes a language model on prompts, a dataset or documents."""
     state: dict[str, Any] = dict(context.checkpoint_state or {})

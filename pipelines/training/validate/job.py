@@ -18,7 +18,7 @@ from pipelines.training.data.samples import Sample
 from pipelines.training.fine_tune.preprocess import HELD_OUT_FILE, context_length
 from pipelines.training.models import base_models, registry
 from pipelines.training.models.merge import load_dequantized, load_merged
-from pipelines.training.spec import Gate, ValidateSpec
+from pipelines.training.spec import Gate, ValidateSpec, gates_choice
 from pipelines.training.validate import metrics as eval_metrics
 from pipelines.training.validate import progress as eval_progress
 from pipelines.training.validate import report
@@ -57,7 +57,7 @@ class ExportMismatch(Conflict):
     code = "EXPORT_OF_ANOTHER_JOB"
 
 
-@job("validate", spec=ValidateSpec, resources=Resources(cpus=1), tracked=True)
+@job("validate", spec=ValidateSpec, resources=Resources(cpus=1), admin_only=gates_choice, tracked=True)
 def validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
     """Measures a fine-tuned model, its base and its GGUF, and checks the gates."""
     state: dict[str, Any] = context.checkpoint_state or {}

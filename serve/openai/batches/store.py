@@ -5,6 +5,7 @@ the job's lease: a worker that lost its lease cannot change the status.
 """
 
 import asyncio
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -13,7 +14,7 @@ from sqlalchemy import ForeignKey, String, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster import storage
+from cluster import account_limits, storage
 from cluster.db import Base, Database, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
@@ -65,6 +66,11 @@ class Batch(Base):
     cancelling_at: Mapped[datetime | None]  # when its cancellation was requested
 
 
+@account_limits.measures("batches", "unfinished batches", "Wait until one has ended, or cancel one.")
+async def count_unfinished(session: AsyncSession, account_ids: Collection[str]) -> dict[str, int]:
+    return await queue.count_unfinished(session, account_ids, KIND)
+
+
 async def create(
     session: AsyncSession,
     *,
@@ -80,6 +86,7 @@ async def create(
         raise NoBatchFile(
             f"The file '{file.id}' has the purpose {file.purpose}; a batch needs a file with the purpose batch."
         )
+    await account_limits.require_room(session, principal, "batches")
     batch_id, moment = f"batch_{uuid4().hex}", now()
     job = await queue.enqueue(session, JobRequest(kind=KIND, spec={"batch_id": batch_id}), principal)
     batch = Batch(

@@ -467,10 +467,31 @@ async def test_a_job_too_large_for_the_cluster_has_a_wait_reason(harness: QueueH
         jobs = [await session.get_one(Job, job.id) for job in (too_large, other_zone, full)]
         reasons = await wait_reasons.reasons(session, jobs)
     assert (
-        reasons[too_large.id] == "8 GPU; the cluster has 2 CPU, 0 GPU, 1024 MB memory in all, and not enough of it free"
+        reasons[too_large.id]
+        == "8 GPU; the cluster has 2 CPU, 0 GPU, 1024 MB memory, 8 processes in all, and not enough of it free"
     )
     assert reasons[other_zone.id].startswith("1 CPU, zone=b")
     assert reasons[full.id].startswith("1.5 CPU")
+
+
+async def test_heavy_jobs_have_a_bounded_number_of_processes(harness: QueueHarness) -> None:
+    view = {"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2.0**30}, "Labels": {}}]
+    for _ in range(20):
+        await harness.submit(resources={"cpus": 0.0001})
+    gang = await harness.submit(resources={"cpus": 0.0001, "workers": 9}, priority=9)
+    harness.capacity.update_cluster(*view)
+    first = await harness.claim()
+    assert len(first) == 4 * 2
+    harness.capacity.mark_view_used()
+    harness.capacity.update_cluster(*view)
+    assert await harness.claim() == []
+    async with harness.database.read_transaction() as session:
+        reasons = await wait_reasons.reasons(session, [await session.get_one(Job, gang.id)])
+    assert "8 processes in all, and not enough of it free" in reasons[gang.id]
+    for claim in first:
+        await harness.write(claim, leases.succeeded_values(None))
+        harness.capacity.remove(claim.worker)
+    assert len(await harness.claim()) == 4 * 2
 
 
 async def test_many_jobs_are_queued_in_one_transaction(harness: QueueHarness) -> None:

@@ -233,7 +233,8 @@ async def test_a_deployment_does_not_reuse_a_validation_with_custom_gates(api: A
     job = await api.queue_training("ada")
     export = await api.queue_job("export", {"job_id": job}, state=State.SUCCEEDED, result={})
     lenient_spec = {"job_id": job, "export_job_id": export, "gates": {"max_perplexity": None}}
-    lenient_validation = await api.queue_job("validate", lenient_spec, state=State.SUCCEEDED, result={"passed": True})
+    passed = {"state": State.SUCCEEDED, "result": {"passed": True}}
+    lenient_validation = await api.queue_job("validate", lenient_spec, "admin", **passed)
     deployment = (await api.request("admin", "POST", f"/deploy/{job}?wait=0")).json()["deployment_job_id"]
     (validation,) = (await api.get_job(deployment))["depends_on"]
     assert validation != lenient_validation

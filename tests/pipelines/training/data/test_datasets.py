@@ -403,23 +403,23 @@ async def test_folders_are_for_administrators_unless_they_are_shared(
     closed = [private, shared / "way-out", shared / ".." / "private", tmp_path, shared.with_name("shared2"), Path("/")]
     open_ = [shared, private / "way-in", shared / "." / "way-out" / ".." / "shared"]
     for path in closed:
-        assert resolution.needs_admin(DataSource(folder=str(path)))
-        assert resolution.needs_admin(FineTuneSpec(base_model=str(path), data=DataSource(dataset="x")))
+        assert resolution.admin_choice(DataSource(folder=str(path)))
+        assert resolution.admin_choice(FineTuneSpec(base_model=str(path), data=DataSource(dataset="x")))
         with pytest.raises(FolderForbidden):
             await resolve(DataSource(folder=str(path)), alice)
         with pytest.raises(FolderForbidden):
             await require_usable(database, DataSource(folder=str(path)), alice)
     for path in open_:
-        assert not resolution.needs_admin(FineTuneSpec(base_model=str(path), data=DataSource(folder=str(path))))
+        assert not resolution.admin_choice(FineTuneSpec(base_model=str(path), data=DataSource(folder=str(path))))
         assert await load(DataSource(folder=str(path)), alice)
         await require_usable(database, DataSource(folder=str(path)), alice)
     admin = await account(database, "admin", "admin")
     for owner in (LOCAL, admin):
         assert await load(DataSource(folder=str(private)), owner)
     for base in ("forgearr/tiny", "homelab:v3", "owner/name"):
-        assert not resolution.needs_admin(FineTuneSpec(base_model=base, data=DataSource(dataset="x")))
+        assert not resolution.admin_choice(FineTuneSpec(base_model=base, data=DataSource(dataset="x")))
     for base in ("~/model", "../model", "./model"):
-        assert resolution.needs_admin(FineTuneSpec(base_model=base, data=DataSource(dataset="x")))
+        assert resolution.admin_choice(FineTuneSpec(base_model=base, data=DataSource(dataset="x")))
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "/etc/hostname", "/" + "x" * 300, "~nobody-of-this-name/x"])
