@@ -66,7 +66,12 @@ def own_job(job_id: str) -> Job:
 
 def is_admin(owner_id: str | None) -> bool:
     """Return whether the account has the rights of an administrator now. None: the platform, which has them."""
-    return asyncio.run(_find_principal(owner_id)).is_admin
+    return find_owner(owner_id).is_admin
+
+
+def find_owner(owner_id: str | None) -> Principal:
+    """Return the owner of a job, with the rights that the account has now. None: the platform."""
+    return asyncio.run(_find_principal(owner_id))
 
 
 async def _find_principal(owner_id: str | None) -> Principal:

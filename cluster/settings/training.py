@@ -8,6 +8,7 @@ from cluster.settings.base import Section
 
 
 class GateSettings(Section):
+    min_samples: int | None = Field(ge=1, description="Fewest held-out samples to measure on. Null: one is enough.")
     max_perplexity: float | None = Field(
         gt=1, description="Highest perplexity on held-out samples that passes validation. Null: no limit."
     )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jobs.context import Context
 from jobs.registry import Resources, job
 from pipelines.training.data import resolution
-from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, ValidateSpec, gates_choice
+from pipelines.training.spec import DeploySpec, ExportSpec, FineTuneSpec, ForgeSpec, Gates, ValidateSpec, gates_choice
 
 PROGRESS_RANGES = {"fine_tune": (0, 60), "export": (60, 75), "validate": (75, 90), "deploy": (90, 100)}
 """The part of the whole progress, in percent, that each step covers."""
@@ -30,7 +30,8 @@ def forge(context: Context, spec: ForgeSpec) -> dict[str, Any]:
     deploy_result = None
     if spec.deploy and (validation_result["passed"] or spec.force):
         _report_step(context, "deploy")
-        deploy_result = deploy_version(context, export_result["name"], export_result["version"], force=spec.force)
+        name, version = export_result["name"], export_result["version"]
+        deploy_result = deploy_version(context, name, version, spec.gates, force=spec.force)
     elif spec.deploy:
         context.log(f"Not deployed, because validation failed: {'; '.join(validation_result['reasons'])}", "WARNING")
     return {
@@ -78,9 +79,9 @@ def build_candidate(context: Context, spec: ForgeSpec, on_step: Callable[[str], 
     return Candidate(training.id, training_result, export_result, validation_result)
 
 
-def deploy_version(context: Context, name: str, version: int, *, force: bool = False) -> dict[str, Any]:
-    """Serve a version, as a child of this job."""
-    deploy_spec = DeploySpec(name=name, version=version, force=force)
+def deploy_version(context: Context, name: str, version: int, gates: Gates, *, force: bool = False) -> dict[str, Any]:
+    """Serve a version, as a child of this job, if it passes by the gates with which this job has validated it."""
+    deploy_spec = DeploySpec(name=name, version=version, gates=gates, force=force)
     (deploy_result,) = context.join(context.child("deploy", "deploy", deploy_spec.model_dump()))
     return deploy_result
 

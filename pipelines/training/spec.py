@@ -9,7 +9,13 @@ from pipelines.training import presets
 Quantization = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
 
 Gate = Literal[
-    "max_perplexity", "max_perplexity_ratio", "min_rouge_l", "min_exact_match", "min_top1_agreement", "max_kl"
+    "min_samples",
+    "max_perplexity",
+    "max_perplexity_ratio",
+    "min_rouge_l",
+    "min_exact_match",
+    "min_top1_agreement",
+    "max_kl",
 ]
 Gates = Annotated[
     dict[Gate, float | None], Field(description="Gates that override those of the settings; null removes one.")
@@ -181,6 +187,7 @@ class DeploySpec(Spec):
     name: ModelName | None = None
     version: int | None = Field(default=None, ge=1)
     export_job_id: JobId | None = None
+    gates: Gates = {}
     force: bool = Field(default=False, description="Deploy even if validation failed or never ran.")
 
     @model_validator(mode="after")

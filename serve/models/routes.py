@@ -36,6 +36,9 @@ class VersionView(BaseModel):
     served: bool = Field(description="Whether it is NAME:latest.")
     passed: bool | None = Field(description="Whether it passed its validation. Null: it was never validated.")
     reasons: list[str] = Field(description="Why it did not pass its validation.")
+    validation: dict[str, Any] | None = Field(
+        description="The gates of its validation, and the metrics that they look at. Null: it was never validated."
+    )
     comparison: dict[str, Any] | None = Field(
         description="Comparison with the version that was served before. Null: it was not compared."
     )
@@ -68,7 +71,9 @@ class RollbackResult(BaseModel):
     name: str
     version: int = Field(description="The version that is served now.")
     previous: int = Field(description="The version that was served until now.")
-    warning: str | None = Field(description="Set if the Ollama server could not be updated.")
+    warning: str | None = Field(
+        description="Set if the version does not pass the gates, or if the Ollama server could not be updated."
+    )
 
 
 @router.get("")
@@ -128,7 +133,8 @@ def _view(model: Model) -> ModelView:
 
 
 def _version_view(version: Version, served: bool) -> VersionView:
-    copied_fields = ("name", "passed", "reasons", "comparison", "files", "adapter", "base_model", "created_at")
+    copied_fields = ("name", "passed", "reasons", "validation", "comparison")
+    copied_fields += ("files", "adapter", "base_model", "created_at")
     return VersionView(
         **{name: getattr(version, name) for name in copied_fields},
         version=version.number,

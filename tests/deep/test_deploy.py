@@ -44,7 +44,7 @@ def name(home: Path, platform: Platform, tmp_path: Path) -> str:
             registry_model = RegistryModel(mlflow, tmp_path)
             for number, text in enumerate((FIRST, SECOND), 1):
                 await registry_model.register(write_constant_model(tmp_path / f"{number}.gguf", text).read_bytes())
-                await registry_model.registry.set_validation(registry_model.name, number, True)
+                await registry_model.pass_validation(number)
             return registry_model.name
 
     platform.wait_for_mlflow()

@@ -119,7 +119,7 @@ def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
     deployed = None
     if comparison["promoted"] and state["auto_deploy"]:
         _begin_step(context, "deploy")
-        deployed = deploy_version(context, name, version)
+        deployed = deploy_version(context, name, version, training.gates)
     if spec.repository_id is not None:
         asyncio.run(with_own_database(lambda database: _note_trained(database, spec, state, context.job_id)))
     context.log(_outcome(comparison, deployed is not None))

@@ -17,7 +17,8 @@ from pipelines.training.deploy import ollama_push
 from pipelines.training.deploy.ollama_push import OllamaRefused, OllamaUnavailable
 from pipelines.training.models import registry
 from pipelines.training.models.versions import Version
-from pipelines.training.spec import DeploySpec
+from pipelines.training.spec import DeploySpec, Gates
+from pipelines.training.validate.job import check_gates
 
 ENGINE_DEPLOYMENT, SERVE_APPLICATION = "gguf", "forgearr"
 
@@ -47,29 +48,32 @@ def deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
     return asyncio.run(_deploy(context, spec))
 
 
-def require_validated(version: Version, force: bool) -> None:
-    if version.passed is not True and not force:
-        raise VersionNotPassed(
-            f"{version.reference} is not deployed: {_validation_summary(version)} Use force to deploy it anyway."
-        )
+def require_validated(version: Version, force: bool, gates: Gates | None = None) -> None:
+    """Raise VersionNotPassed unless the version passes by the gates of the settings, or by those of this deployment.
+
+    Its verdict may be older than the settings, or reached with gates of its own.
+    """
+    if not force and (fault := _find_fault(version, gates)):
+        raise VersionNotPassed(f"{version.reference} is not deployed: {fault} Use force to deploy it anyway.")
 
 
 async def roll_back(name: str) -> tuple[Version, int, str | None]:
     """Serve the version that was served before, without a job.
 
-    Returns that version, the number of the one that it replaces, and a warning if Ollama could not be updated. An
-    Ollama that is down does not prevent the rollback here.
+    Returns that version, the number of the one that it replaces, and warnings: Ollama could not be updated, or the
+    version does not pass the gates. Neither prevents the rollback: an administrator has deployed that version before.
     """
     async with registry.connect() as models:
         version, replaced = await models.roll_back(name)
+    fault = _find_fault(version)
+    warnings = [f"{version.reference} is served, but {fault}"] if fault else []
     url = get_settings().ollama.url
-    if url is None:
-        return version, replaced, None
     try:
-        await asyncio.to_thread(ollama_push.set_latest, url, version)
+        if url is not None:
+            await asyncio.to_thread(ollama_push.set_latest, url, version)
     except (OllamaUnavailable, OllamaRefused) as error:
-        return version, replaced, f"{error.message} There, {name}:latest is still another version."
-    return version, replaced, None
+        warnings.append(f"{error.message} There, {name}:latest is still another version.")
+    return version, replaced, " ".join(warnings) or None
 
 
 async def _deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
@@ -78,9 +82,9 @@ async def _deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
             version = await models.find_export(spec.export_job_id)
         else:
             version = await models.find(await asyncio.to_thread(_reference, spec, context.owner_id))
-        require_validated(version, spec.force)
-        if version.passed is not True:
-            context.log(f"{version.reference} is deployed by force: {_validation_summary(version)}", "WARNING")
+        require_validated(version, spec.force, spec.gates)
+        if fault := _find_fault(version, spec.gates):
+            context.log(f"{version.reference} is deployed by force: {fault}", "WARNING")
 
         context.report(progress=0, phase="fetching")
 
@@ -110,10 +114,18 @@ def _reference(spec: DeploySpec, owner_id: str | None) -> str:
     return f"{export_result['name']}:v{export_result['version']}"
 
 
-def _validation_summary(version: Version) -> str:
+def _find_fault(version: Version, gates: Gates | None = None) -> str | None:
+    """Why a version should not be served, if there is a reason."""
     if version.passed is None:
         return "it was never validated."
-    return f"it did not pass its validation: {'; '.join(version.reasons) or 'its report says why'}."
+    if not version.passed:
+        return f"it did not pass its validation: {'; '.join(version.reasons) or 'its report says why'}."
+    metrics = (version.validation or {}).get("metrics", {})
+    limits = get_settings().gates.model_dump()
+    reasons = check_gates(metrics, {**limits, **gates} if gates else limits, with_gguf=True)
+    if not reasons:
+        return None
+    return f"it passed its validation with other gates, but by those that count now it fails: {'; '.join(reasons)}."
 
 
 def _load_on_engine(context: Context, reference: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster import disk
 from cluster.errors import ForgearrError, Unavailable, UnprocessableRequest
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import outputs
 from jobs.context import Context
@@ -22,7 +23,7 @@ from jobs.execution import isolated, workspace
 from jobs.outputs import JobOutput
 from jobs.registry import Resources, job
 from pipelines.training.export import convert, llama_converter, quantize
-from pipelines.training.models import base_models, registry
+from pipelines.training.models import base_models, names, registry
 from pipelines.training.models.versions import ModelFile, RegistryDisabled, Version
 from pipelines.training.spec import ExportSpec, Quantization
 
@@ -70,6 +71,7 @@ def export(context: Context, spec: ExportSpec) -> dict[str, Any]:
     training = outputs.get_output(spec.job_id, "fine_tune", context.owner_id)
     threads = max(1, int(job_row.resources["cpus"]))
     name = spec.name or training.result["name"]
+    owner = names.require_name(context, name)
     with workspace.temporary_folder(context.job_id) as folder:
         files, adapter = build_files(context, spec, training, name, threads, folder)
         context.report(progress=80, phase="waiting for MLflow")
@@ -78,7 +80,7 @@ def export(context: Context, spec: ExportSpec) -> dict[str, Any]:
         def on_progress(done: int, total: int) -> None:
             context.report(progress=80 + 20 * done / max(1, total), phase="registering")
 
-        version = asyncio.run(_register(name, run_id, files, adapter, training, context.job_id, on_progress))
+        version = asyncio.run(_register(name, run_id, files, adapter, training, context.job_id, owner, on_progress))
     context.log(f"Registered as {version.reference}.")
     return {
         "name": version.name,
@@ -250,6 +252,7 @@ async def _register(
     adapter: tuple[ModelFile, Path] | None,
     training: JobOutput,
     job_id: str,
+    owner: Principal,
     on_progress: Callable[[int, int], None],
 ) -> Version:
     async with registry.connect() as models:
@@ -261,6 +264,7 @@ async def _register(
             base_model=training.result["base_model"],
             job_id=training.job_id,
             export_job_id=job_id,
+            principal=owner,
             on_progress=on_progress,
         )
     for file, path, _ in files[:1]:  # the served file is likely to be needed on this machine next

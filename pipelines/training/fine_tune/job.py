@@ -22,7 +22,7 @@ from jobs.registry import Resources, job
 from pipelines.training.data import datasets, resolution
 from pipelines.training.data.datasets import Dataset
 from pipelines.training.fine_tune import step_metrics
-from pipelines.training.models import base_models
+from pipelines.training.models import base_models, names
 from pipelines.training.spec import FineTuneSpec
 
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
@@ -53,6 +53,7 @@ def _train_or_resume(context: Context, spec: FineTuneSpec, state: dict[str, Any]
     from pipelines.training.fine_tune.batch_size import RestartWithSmallerBatch
 
     if "dataset" not in state:
+        names.check_early(context, spec.full_name)
         context.report(progress=0, phase="gathering the data")
         state["dataset"] = resolution.resolve(spec.data, context.owner_id).id
         if spec.validation:

@@ -6,12 +6,22 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from cluster.ownership import Principal
 from cluster.settings import get_settings
-from pipelines.training.models.versions import SERVED_ALIAS, Model, ModelDefaults, ModelFile, Version
+from pipelines.training.models.versions import (
+    SERVED_ALIAS,
+    Model,
+    ModelDefaults,
+    ModelFile,
+    ModelNameTaken,
+    Version,
+)
 
 BLOB_SOURCE = "forgearr:/blobs"
 """The `source` in MLflow of a version whose files are blobs in storage, and not artifacts of MLflow."""
 MAX_HISTORY = 100
+MAKER_TAG = "forgearr.maker"
+"""The tag of a name with the id of the account that registered it first."""
 
 
 def version_tags(files: Sequence[ModelFile], adapter: ModelFile | None, base_model: str) -> dict[str, str]:
@@ -57,11 +67,26 @@ def version_of_row(row: dict[str, Any]) -> Version:
         export_job_id=tags["export_job_id"],
         passed=json.loads(tags["passed"]) if "passed" in tags else None,
         reasons=json.loads(tags.get("reasons", "[]")),
+        validation=json.loads(tags.get("validation", "null")),
         defaults=ModelDefaults(**json.loads(tags.get("manner", "{}"))),
         parent=tags.get("parent", ""),
         comparison=json.loads(tags.get("comparison", "null")),
         created_at=datetime.fromtimestamp(int(row["creation_timestamp"]) / 1000, UTC),
     )
+
+
+def maker_tags(principal: Principal) -> list[dict[str, str]]:
+    """The tags of a new name. Empty: it belongs to administrators."""
+    return [{"key": MAKER_TAG, "value": principal.id or ""}]
+
+
+def require_maker(row: dict[str, Any], principal: Principal) -> None:
+    """Raise ModelNameTaken unless the name is the principal's."""
+    makers = [tag.get("value") for tag in row.get("tags", []) if tag["key"] == MAKER_TAG]
+    if not principal.is_admin and principal.id not in makers:
+        raise ModelNameTaken(
+            f"The model name '{row['name']}' belongs to another account, or to administrators. Choose another name."
+        )
 
 
 def new_model(versions: list[Version], served: int | None) -> Model:

@@ -7,12 +7,13 @@ reserves the alias `latest` for the newest version. `NAME:latest` means the vers
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cluster import mlflow_client
 from cluster.mlflow_client import MlflowRefused, MlflowRestClient
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from pipelines.training.models import blobs, tiny
 from pipelines.training.models import cache as model_cache
@@ -22,7 +23,9 @@ from pipelines.training.models.mlflow_rows import (
     MAX_HISTORY,
     defaults_as_tags,
     is_ours,
+    maker_tags,
     new_model,
+    require_maker,
     served_history,
     served_number,
     version_description,
@@ -79,10 +82,11 @@ class Registry:
         base_model: str,
         job_id: str,
         export_job_id: str,
+        principal: Principal,
         on_progress: OnProgress = lambda done, total: None,
     ) -> Version:
         """Upload files and make them the next version of `name`. Repeated by the same export, it is one version."""
-        await self._ensure_model(name)
+        await self._ensure_model(name, principal)
         if existing := await self._find_by_export(name, export_job_id):
             return existing[-1]
         folder = f"gguf/{export_job_id}"
@@ -110,7 +114,7 @@ class Registry:
         defaults: ModelDefaults,
     ) -> Version:
         """Make blobs the next version of `name`: a model, or an adapter alone. The caller has just touched them."""
-        await self._ensure_model(name)
+        await self._ensure_model(name, LOCAL)  # only administrators do this
         tags = version_tags(files, adapter, base_model) | defaults_as_tags(defaults)
         names = ", ".join(file.name for file in [*files, adapter] if file is not None)
         version = await self._create_version(
@@ -123,13 +127,13 @@ class Registry:
     async def copy(self, version: Version, name: str, defaults: ModelDefaults | None = None) -> Version:
         """Make the files of a version the next version of `name`, with other defaults if given. No file is copied."""
         row = await self._version_row(version.name, version.number)
-        await self._ensure_model(name)
+        await self._ensure_model(name, LOCAL)  # only administrators do this
         tags = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
         # The copy must not be found as the version of the export job.
         tags |= {"export_job_id": "", "parent": version.reference}
         tags.pop("comparison", None)
         if defaults is not None and defaults != version.defaults:
-            replaced_tags = {"manner", "passed", "reasons"}
+            replaced_tags = {"manner", "passed", "reasons", "validation"}
             tags = {key: value for key, value in tags.items() if key not in replaced_tags} | defaults_as_tags(defaults)
         copied = await self._create_version(
             name, row["source"], row.get("run_id", ""), tags, f"The files of {version.reference}."
@@ -138,6 +142,12 @@ class Registry:
         if not version.files:
             await self._require_or_delete(copied, version.base_model)
         return copied
+
+    async def require_name(self, name: str, principal: Principal) -> None:
+        """Raise ModelNameTaken if the principal may not register versions under this name."""
+        row = await self._mlflow.call("GET", "registered-models/get", default={}, params={"name": name})
+        if row:
+            require_maker(row["registered_model"], principal)
 
     async def blobs(self) -> set[str]:
         """The SHA-256 of every blob that a version uses."""
@@ -223,9 +233,16 @@ class Registry:
         await self._save_history(name, earlier[:-1])
         return known[earlier[-1]], served
 
-    async def set_validation(self, name: str, number: int, passed: bool, reasons: Sequence[str] = ()) -> None:
-        """Record whether a version has passed its validation, and the reasons if not."""
-        for key, value in (("reasons", list(reasons)), ("passed", passed)):
+    async def set_validation(
+        self,
+        name: str,
+        number: int,
+        passed: bool,
+        reasons: Sequence[str] = (),
+        validation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record whether a version has passed its validation, the reasons if not, its gates and their metrics."""
+        for key, value in (("validation", validation), ("reasons", list(reasons)), ("passed", passed)):
             body = {**version_key(name, number), "key": f"forgearr.{key}", "value": json.dumps(value)}
             await self._mlflow.call("POST", "model-versions/set-tag", json=body)
 
@@ -277,13 +294,13 @@ class Registry:
             ]:
                 raise VersionInUse(f"{reference} cannot be deleted: {adapters[0].reference} is an adapter for it.")
 
-    async def _ensure_model(self, name: str) -> None:
-        if await self._mlflow.call("GET", "registered-models/get", default={}, params={"name": name}):
-            return
-        try:
-            await self._mlflow.call("POST", "registered-models/create", json={"name": name})
-        except MlflowRefused:
-            await self._model_row(name)  # another export has just created it
+    async def _ensure_model(self, name: str, principal: Principal) -> None:
+        """Create the name if it is new. It then belongs to the principal: of two who create it, MLflow lets one."""
+        if not await self._mlflow.call("GET", "registered-models/get", default={}, params={"name": name}):
+            body = {"name": name, "tags": maker_tags(principal)}
+            with suppress(MlflowRefused):  # another export has just created it
+                await self._mlflow.call("POST", "registered-models/create", json=body)
+        require_maker(await self._model_row(name), principal)
 
     async def _find_by_export(self, name: str, export_job_id: str) -> list[Version]:
         return await self._versions(f"name = '{name}' AND tags.`forgearr.export_job_id` = '{export_job_id}'")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from cluster.errors import Conflict, NotFound, Unavailable
+from cluster.errors import Conflict, Forbidden, NotFound, Unavailable
 
 SERVED_ALIAS = "served"
 REFERENCE_PATTERN = re.compile(r"([a-z0-9][a-z0-9._-]{0,99})(?::(?:latest|v([1-9]\d{0,8})))?")
@@ -17,6 +17,12 @@ class ModelNotFound(NotFound):
     """There is no such model."""
 
     code = "MODEL_NOT_FOUND"
+
+
+class ModelNameTaken(Forbidden):
+    """The name of a model belongs to the account that registered it first, and to administrators."""
+
+    code = "MODEL_NAME_TAKEN"
 
 
 class NoEarlierVersion(Conflict):
@@ -76,6 +82,7 @@ class Version:
     passed: bool | None  # the validation; None: not validated
     created_at: datetime
     reasons: list[str] = field(default_factory=list[str])  # why it did not pass
+    validation: Mapping[str, Any] | None = None  # the gates of its validation, and the metrics that they look at
     defaults: ModelDefaults = field(default_factory=ModelDefaults)
     parent: str = ""  # the version whose files it shares
     comparison: Mapping[str, Any] | None = None  # with the version that was served when it was made

@@ -30,6 +30,7 @@ SAMPLES_PER_ROUND = 4
 """The number of samples that are measured between two checks whether the job should stop."""
 
 GATES: dict[Gate, tuple[str, bool]] = {
+    "min_samples": ("samples", True),
     "max_perplexity": ("perplexity", False),
     "max_perplexity_ratio": ("perplexity_ratio", False),
     "min_rouge_l": ("rouge_l", True),
@@ -107,7 +108,7 @@ def check_gates(
         limit = gates[gate]
         if limit is None or (gate in GGUF_GATES and not with_gguf):
             continue
-        value = metrics[metric]
+        value = metrics.get(metric)
         if value is None:
             reasons.append(f"{metric} was not measured, and {gate} is {limit:g}")
         elif not (value >= limit if more_is_better else value <= limit):
@@ -143,7 +144,7 @@ def _validate(context: Context, spec: ValidateSpec) -> dict[str, Any]:
         files = report.write(report_data, folder)
         addresses = {path.name: context.artifact(path) for path in files}
     if export_output:
-        asyncio.run(_record_validation(export_output, reasons))
+        asyncio.run(_record_validation(export_output, reasons, gates, metrics))
     return {
         "passed": not reasons,
         "reasons": reasons,
@@ -181,9 +182,17 @@ async def _fetch_gguf(export_output: JobOutput) -> Path:
         return await models.fetch(version)
 
 
-async def _record_validation(export_output: JobOutput, reasons: Sequence[str]) -> None:
+async def _record_validation(
+    export_output: JobOutput,
+    reasons: Sequence[str],
+    gates: Mapping[str, float | None],
+    metrics: Mapping[str, float | None],
+) -> None:
+    """Record the verdict with what it depends on, so that a deployment can judge by other gates."""
+    name, number = export_output.result["name"], export_output.result["version"]
+    measured = {metric: metrics[metric] for metric, _ in GATES.values()}
     async with registry.connect() as models:
-        await models.set_validation(export_output.result["name"], export_output.result["version"], not reasons, reasons)
+        await models.set_validation(name, number, not reasons, reasons, {"gates": gates, "metrics": measured})
 
 
 def _measure_models(

@@ -67,12 +67,12 @@ async def resolve_base_model(request: Request, model: str, principal: Principal)
     return resolved.reference
 
 
-def forge_spec(body: FineTuningJobRequest, base_model: str) -> dict[str, Any]:
+def forge_spec(body: FineTuningJobRequest, base_model: str, principal: Principal) -> dict[str, Any]:
     method = body.method.type if body.method else "supervised"
     hyperparameters = body.requested_hyperparameters
     suffix = re.sub(r"[^a-z0-9_-]+", "-", body.suffix.lower()).strip("-") if body.suffix else ""
     spec: dict[str, Any] = {
-        "name": _registered_name(base_model, suffix),
+        "name": _registered_name(base_model, suffix, principal),
         "base_model": base_model,
         "data": {"file": body.training_file},
         "method": method,
@@ -97,8 +97,10 @@ def forge_spec(body: FineTuningJobRequest, base_model: str) -> dict[str, Any]:
     return spec
 
 
-def _registered_name(base_model: str, suffix: str) -> str:
-    """The name in the model registry, such as ft-llama-3.2-1b-instruct."""
+def _registered_name(base_model: str, suffix: str, principal: Principal) -> str:
+    """The name in the model registry, such as ft-llama-3.2-1b-instruct-ada: a name belongs to one account."""
     last = base_model.rstrip("/").rpartition("/")[2].partition(":")[0].lower().removeprefix("ft-")
     slug = re.sub(r"[^a-z0-9._-]+", "-", last)
-    return f"ft-{slug}"[: 99 - len(suffix)].rstrip("-._")
+    room = 99 - len(suffix)
+    maker = "" if principal.is_admin else f"-{principal.name.lower()}"[: room // 2]
+    return f"ft-{slug.removesuffix(maker)}"[: room - len(maker)].rstrip("-._") + maker

@@ -40,7 +40,7 @@ async def create_fine_tuning_job(
     """Fine-tune a model with a file, export it and validate it. Its name works only for you and administrators."""
     if body.method and body.method.type == "reinforcement":
         raise MethodNotAvailable
-    spec = forge_spec(body, await resolve_base_model(request, body.model, caller))
+    spec = forge_spec(body, await resolve_base_model(request, body.model, caller), caller)
     async with get_database().transaction() as session:
         for file_id in (body.training_file, body.validation_file):
             if file_id is not None:

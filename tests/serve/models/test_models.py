@@ -67,7 +67,8 @@ async def test_rollback_and_deletion(client: httpx.AsyncClient, registry_model: 
         await registry_model.register()
         await registry_model.registry.set_served(registry_model.name, number)
     rolled_back = await client.post(f"{path}/rollback")
-    assert rolled_back.json() == {"name": registry_model.name, "version": 1, "previous": 2, "warning": None}
+    warning = f"{registry_model.name}:v1 is served, but it was never validated."
+    assert rolled_back.json() == {"name": registry_model.name, "version": 1, "previous": 2, "warning": warning}
     refused = await client.post(f"{path}/rollback")
     assert (refused.status_code, refused.json()["error_code"]) == (409, "NO_EARLIER_VERSION")
     served = await client.delete(f"{path}/versions/1")

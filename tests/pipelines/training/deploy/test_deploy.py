@@ -54,7 +54,7 @@ async def run_spec(spec: DeploySpec, link: RecordingLink) -> dict[str, Any]:
 
 async def passed_version(registry_model: RegistryModel, content: bytes = b"") -> int:
     version = await registry_model.register(content) if content else await registry_model.register()
-    await registry_model.registry.set_validation(registry_model.name, version.number, True)
+    await registry_model.pass_validation(version.number)
     return version.number
 
 

@@ -16,6 +16,7 @@ import pytest
 from cluster import mlflow_client
 from cluster.db import now
 from cluster.mlflow_client import MlflowRestClient, MlflowUnavailable
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from pipelines.training.models import cache as model_cache
 from pipelines.training.models import registry
@@ -166,6 +167,7 @@ async def test_a_base_version_with_adapters_cannot_be_deleted(registry_model: Re
             base_model=base.reference,
             job_id="job_train",
             export_job_id=export,
+            principal=LOCAL,
         )
 
     first, second = [await register(number) for number in (1, 2)]

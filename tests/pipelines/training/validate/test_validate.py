@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import storage
+from cluster.settings import get_settings
 from jobs.context import StopJob
 from pipelines.training.data.parsing import parse_samples
 from pipelines.training.data.samples import Sample
@@ -62,6 +63,9 @@ def test_a_model_is_compared_with_its_base_and_its_gguf(harness: JobHarness, tra
     assert result["reasons"] == []
     version = asyncio.run(find(f"{exported['name']}:v{exported['version']}"))
     assert version.passed is True
+    assert version.validation is not None
+    assert version.validation["gates"] == get_settings().gates.model_dump()
+    assert version.validation["metrics"] == {metric: metrics[metric] for metric, _ in validate_job.GATES.values()}
     markdown = storage.read(result["report_path"]).decode()
     assert "| Perplexity |" in markdown
     assert "**Passed.**" in markdown

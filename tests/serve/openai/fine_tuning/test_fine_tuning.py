@@ -117,7 +117,7 @@ async def test_a_request_queues_a_forge_job(gateway: Gateway) -> None:
     assert (row.kind, row.owner_id, row.spec["name"], row.spec["suffix"]) == (
         "forge",
         gateway.owners["ada"].id,
-        "ft-tiny",
+        "ft-tiny-ada",
         "my-model",
     )
     expected = {"epochs": 2, "batch_size": 3, "learning_rate": 1e-4, "seed": 3, "deploy": False, "keep_epochs": 3}

@@ -1,0 +1,33 @@
+"""Check the names under which jobs register models, before they do the work."""
+
+import asyncio
+
+from cluster.errors import Unavailable
+from cluster.ownership import Principal
+from cluster.settings import get_settings
+from jobs import outputs
+from jobs.context import Context
+from pipelines.training.models import registry
+
+
+def require_name(context: Context, name: str) -> Principal:
+    """Raise ModelNameTaken if the owner of the job may not register under this name. Returns the owner."""
+    owner = outputs.find_owner(context.owner_id)
+    if not owner.is_admin:
+        asyncio.run(_require_name(owner, name))
+    return owner
+
+
+def check_early(context: Context, name: str) -> None:
+    """Do the same before a training. It needs no registry, so it goes on without one: the export checks again."""
+    if get_settings().mlflow_uri is None:
+        return
+    try:
+        require_name(context, name)
+    except Unavailable as error:
+        context.log(f"Whether the name '{name}' is free is not known yet: {error.message}", "WARNING")
+
+
+async def _require_name(owner: Principal, name: str) -> None:
+    async with registry.connect() as models:
+        await models.require_name(name, owner)
