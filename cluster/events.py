@@ -17,12 +17,15 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple, TypedDict
 
+import orjson
+
 from cluster.actors import find_actor, forget_actor
 from cluster.errors import Unavailable
 from cluster.times import format_utc
 
 ACTOR_NAME = "events"
 MAX_BUFFERED_MESSAGES = 10_000
+MAX_BUFFERED_BYTES = 32 * 1024 * 1024
 MAX_BATCH_MESSAGES = 1_000
 BATCH_DELAY_SECONDS = 0.01
 """How long a poll waits for more messages after the first. It limits the responses per second of a busy cluster."""
@@ -104,13 +107,21 @@ class Events:
 
     def __init__(self) -> None:
         self._incarnation = secrets.token_hex(8)
-        self._messages: deque[Message] = deque(maxlen=MAX_BUFFERED_MESSAGES)
+        self._messages: deque[Message] = deque()
+        self._sizes: deque[int] = deque()  # of these messages, in bytes
+        self._bytes = 0
         self._published = 0
         self._new_messages = asyncio.Event()
         self._counts: dict[str, Snapshot] = {}
 
     async def publish(self, messages: Sequence[Message]) -> None:
+        sizes = [len(orjson.dumps(message, default=str)) for message in messages]
         self._messages.extend(messages)
+        self._sizes.extend(sizes)
+        self._bytes += sum(sizes)
+        while len(self._messages) > MAX_BUFFERED_MESSAGES or self._bytes > MAX_BUFFERED_BYTES:
+            self._messages.popleft()
+            self._bytes -= self._sizes.popleft()
         self._published += len(messages)
         self._new_messages.set()
         self._new_messages = asyncio.Event()

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import orjson
 from pydantic_core import to_jsonable_python
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -105,6 +106,11 @@ class ReportWriter:
 def to_storable(value: Any) -> Any:
     """Return the value as JSON that both databases accept: without NaN, and without characters that they refuse."""
     return _replace_unstorable(to_jsonable_python(value, inf_nan_mode="null"))
+
+
+def checkpoint_event(state: Any) -> JournalEvent:
+    """Return the journal event of a checkpoint. The state itself is only in the row of the job: it may be large."""
+    return "checkpoint", {"checkpoint": True, "bytes": len(orjson.dumps(state))}
 
 
 def outcome_event(values: Mapping[str, Any]) -> JournalEvent:

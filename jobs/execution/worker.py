@@ -24,7 +24,14 @@ from cluster.settings import get_settings
 from jobs import leases, queue
 from jobs.context import Context, JobLogHandler, ParkJob, StopJob, StopReason, current_context
 from jobs.execution.remote_context import restore_context
-from jobs.execution.report_writer import MAX_WAIT_SECONDS, JournalEvent, ReportWriter, outcome_event, to_storable
+from jobs.execution.report_writer import (
+    MAX_WAIT_SECONDS,
+    JournalEvent,
+    ReportWriter,
+    checkpoint_event,
+    outcome_event,
+    to_storable,
+)
 from jobs.leases import Claim
 from jobs.registry import Resources, find_kind, load_function
 from jobs.retry_policy import Failure, backoff, classify_error
@@ -97,7 +104,7 @@ class Worker:
         """Save a checkpoint. False: the lease is lost, so it was not saved."""
         if running := self._running.get(claim.token):
             running.context.last_activity = time.monotonic()
-            return await self._writer.write(claim, {"checkpoint": state}, ("checkpoint", {"state": state}))
+            return await self._writer.write(claim, {"checkpoint": state}, checkpoint_event(state))
         return False
 
     async def stop_reason_of(self, claim: Claim) -> StopReason | None:
@@ -115,7 +122,7 @@ class Worker:
 
     def checkpoint(self, claim: Claim, state: Any) -> None:
         state = to_storable(state)
-        writing = self._writer.write(claim, {"checkpoint": state}, ("checkpoint", {"state": state}))
+        writing = self._writer.write(claim, {"checkpoint": state}, checkpoint_event(state))
         if not asyncio.run_coroutine_threadsafe(writing, self._loop).result():
             raise StopJob("lease_lost")
 

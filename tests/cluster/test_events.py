@@ -73,6 +73,25 @@ async def test_a_slow_reader_learns_that_it_missed_messages() -> None:
     assert not (await actor.poll(batch.cursor, seconds=0)).missed
 
 
+async def test_large_messages_do_not_fill_the_memory_of_the_actor() -> None:
+    actor = Events()
+    cursor = (await actor.poll(None, seconds=0)).cursor
+    size = events.MAX_BUFFERED_BYTES // 4
+    for number in range(9):
+        large = message(number)
+        large["data"]["text"] = "x" * size
+        await actor.publish([large])
+    batch = await actor.poll(cursor, seconds=0)
+    assert batch.missed
+    assert numbers(batch.messages) == [6, 7, 8]
+    too_large = message(9)
+    too_large["data"]["text"] = "x" * (events.MAX_BUFFERED_BYTES + 1)
+    await actor.publish([too_large])
+    await actor.publish([message(10)])
+    after = await actor.poll(batch.cursor, seconds=0)
+    assert (after.missed, numbers(after.messages)) == (True, [10])
+
+
 @pytest.mark.parametrize("cursor", [LOST_CURSOR, Cursor("another life", 7)])
 async def test_a_cursor_of_an_earlier_actor_counts_as_missed_messages(cursor: Cursor) -> None:
     actor = Events()

@@ -168,6 +168,9 @@ def test_a_stream_of_events_resumes_after_the_last_event(platform: Platform) -> 
     page = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"limit": 500}).json()["items"]
     assert [(str(event["id"]), event["type"]) for event in page] == first + rest
     assert rest[-1][1] == "succeeded"
+    checkpoints = [event["data"] for event in page if event["type"] == "checkpoint"]
+    assert len(checkpoints) == 10
+    assert all(data == {"checkpoint": True, "bytes": data["bytes"]} for data in checkpoints)
     finished = platform.http.get(
         f"/api/v1/jobs/{job_id}/events", params={"follow": 1}, headers={"Last-Event-ID": rest[-1][0]}
     )
