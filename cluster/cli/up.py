@@ -62,7 +62,8 @@ def _start_detached() -> None:
 
     run_state.require_not_running()
     path = logs.folder() / "up.log"
-    with path.open("w") as output:
+    path.write_text("")
+    with path.open("a") as output:  # it is emptied when it has grown large
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "up"],
             stdin=subprocess.DEVNULL,

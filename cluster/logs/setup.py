@@ -1,12 +1,15 @@
 """Set up logging: JSON lines in FORGEARR_HOME/logs/<component>.jsonl, text on a terminal, secrets masked in both.
 
 All processes of a component append to the same file, one write per line. The supervisor rotates a large file, and each
-writer reopens it. The ids of the request and the job come from context variables.
+writer reopens it. The output of other programs (ray.log, mlflow.log) is rotated too. The ids of the request and the job
+come from context variables.
 """
 
 import json
 import logging
 import logging.handlers
+import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,6 +61,11 @@ def rotate() -> None:
     for path in folder().glob("*.jsonl"):
         if path.stat().st_size > limit:
             path.replace(path.with_suffix(".jsonl.1"))
+    for path in folder().glob("*.log"):
+        if path.stat().st_size > limit:
+            # Programs keep their output open and append to it, so it is copied and emptied.
+            shutil.copyfile(path, path.with_suffix(".log.1"))
+            os.truncate(path, 0)
 
 
 def _file_handler(component: str) -> logging.Handler:

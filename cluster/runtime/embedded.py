@@ -43,6 +43,8 @@ def environment(settings: Settings) -> dict[str, str]:
     # All ports are on loopback, and `ray job submit` works without a token. On a machine with untrusted users, set
     # RAY_AUTH_MODE=token before `forgearr up`, as Ray's documentation describes.
     variables.setdefault("RAY_AUTH_MODE", "disabled")
+    variables.setdefault("RAY_ROTATION_MAX_BYTES", str(settings.logs.rotate_mb * 1_000_000))
+    variables.setdefault("RAY_ROTATION_BACKUP_COUNT", "1")
     return variables | _serve_environment(settings)
 
 

@@ -15,11 +15,18 @@ from typer.testing import CliRunner
 from cluster import logs
 from cluster.cli import app
 from cluster.settings import get_settings
-from tests.support.waiting import TIMEOUT
+from tests.support.waiting import TIMEOUT, eventually
 
 log = logging.getLogger("tests.logs")
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhZGEifQ.c2lnbmF0dXJl"
+PROGRAM = """
+import sys
+while (line := sys.stdin.readline()) == "\\n":
+    sys.stdout.write("x" * 1_000_001)
+    sys.stdout.flush()
+sys.stdout.write(line.strip())
+"""
 WRITER = """
 import logging, sys
 from cluster import logs
@@ -162,6 +169,25 @@ def test_a_large_file_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line["message"] for line in lines()] == ["fresh"]
     assert (logs.folder() / "test.jsonl.1").stat().st_size > 1_000_000
     assert logs.folder().stat().st_mode & 0o077 == 0
+
+
+def test_the_output_of_a_program_that_keeps_running_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_LOGS__ROTATE_MB", "1")
+    get_settings.cache_clear()
+    path = logs.folder() / "mlflow.log"
+    with path.open("ab") as output:
+        program = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=output)
+        assert program.stdin is not None
+        for _ in range(2):
+            program.stdin.write(b"\n")
+            program.stdin.flush()
+            eventually(lambda: path.stat().st_size == 1_000_001)
+            logs.rotate()
+            assert path.stat().st_size == 0
+        program.communicate(b"end\n", TIMEOUT)
+    assert path.read_text() == "end"
+    assert (logs.folder() / "mlflow.log.1").read_text() == "x" * 1_000_001
+    assert len(list(logs.folder().iterdir())) == 2
 
 
 def write(component: str, *entries: tuple[str, str, str]) -> None:
