@@ -1,4 +1,4 @@
-"""The tables of the queue: jobs, their dependencies and journal, idempotency keys, schedules, and the leadership."""
+"""The tables of the queue: jobs, their dependencies and journal, idempotency keys, schedules, deletions, leadership."""
 
 from datetime import datetime
 from typing import Any
@@ -48,7 +48,7 @@ class Job(Base):
             sqlite_where=text(f"owner_id IS NOT NULL AND {UNFINISHED}"),
             postgresql_where=text(f"owner_id IS NOT NULL AND {UNFINISHED}"),
         ),
-        Index("ix_jobs_kind_state", "kind", "state"),
+        Index("ix_jobs_kind_state_finished_at", "kind", "state", "finished_at"),  # also for /metrics and retention
         Index("ix_jobs_owner_id_created_at", "owner_id", "created_at"),
     )
 
@@ -127,7 +127,7 @@ class IdempotencyKey(Base):
     owner: Mapped[str] = mapped_column(String(36), primary_key=True)
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
     request_hash: Mapped[str] = mapped_column(String(64))
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     expires_at: Mapped[datetime] = mapped_column(index=True)
 
 
@@ -158,7 +158,16 @@ class ScheduleTick(Base):
 
     schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id", ondelete="CASCADE"), primary_key=True)
     fire_at: Mapped[datetime] = mapped_column(primary_key=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+
+
+class DeletedJob(Base):
+    """A deleted job whose files in storage, or whose run in MLflow, may still be there."""
+
+    __tablename__ = "deleted_jobs"
+
+    job_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(40))  # None: it has none, or it stays
 
 
 class Leadership(Base):

@@ -7,6 +7,7 @@ all. The counts of a dead replica stay. A lost events actor resets the counters,
 import asyncio
 import logging
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
@@ -22,6 +23,8 @@ from serve.media.metrics import download_families
 from serve.monitoring.job_metrics import job_families
 
 SHARE_SECONDS = 5.0
+CACHE_SECONDS = 5.0
+"""How long metrics from the database are cached, because anybody may request them at any rate."""
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 LABELS = ("method", "path", "status")
 METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
@@ -29,7 +32,7 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 logger = logging.getLogger(__name__)
 
 collectors: list[Callable[[], Awaitable[Iterable[Metric]]]] = [job_families, download_families]
-"""Functions that collect the metrics from the database at every scrape."""
+"""Functions that collect the metrics from the database."""
 
 
 class RequestMetrics:
@@ -48,6 +51,9 @@ class RequestMetrics:
         )
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._changed = False
+        self._lock = asyncio.Lock()
+        self._cached: list[Metric] = []
+        self._cached_until = 0.0
 
     def observe(self, method: str, path: str, status: int, seconds: float) -> None:
         """Count a request. `path` is the route's template: actual paths would create unlimited series."""
@@ -78,7 +84,7 @@ class RequestMetrics:
     async def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         snapshots = await self._shared_snapshots()
-        families = [*self._merged(snapshots), *await _collect_families()]
+        families = [*self._merged(snapshots), *await self._database_families()]
         return generate_latest(_Families(families))
 
     def snapshot(self) -> events.Snapshot:
@@ -88,6 +94,13 @@ class RequestMetrics:
             for sample in family.samples
             if not sample.name.endswith("_created")
         }
+
+    async def _database_families(self) -> list[Metric]:
+        async with self._lock:
+            if time.monotonic() >= self._cached_until:
+                self._cached = await _collect_families()
+                self._cached_until = time.monotonic() + CACHE_SECONDS
+            return self._cached
 
     async def _shared_snapshots(self) -> dict[str, events.Snapshot]:
         try:

@@ -3,7 +3,20 @@
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import BigInteger, Boolean, ForeignKey, Integer, String, Text, UniqueConstraint, delete, or_, select
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    UniqueConstraint,
+    delete,
+    or_,
+    select,
+    text,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -37,7 +50,15 @@ class FollowedDownload(Base):
     """A download as one service sees it."""
 
     __tablename__ = "followed_downloads"
-    __table_args__ = (UniqueConstraint("service_id", "item"),)
+    __table_args__ = (
+        UniqueConstraint("service_id", "item"),
+        Index(
+            "ix_followed_downloads_striking",
+            "service_id",
+            sqlite_where=text("strikes > 0"),
+            postgresql_where=text("strikes > 0"),
+        ),
+    )
 
     id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     service_id: Mapped[int] = mapped_column(ForeignKey("services.id", ondelete="CASCADE"))

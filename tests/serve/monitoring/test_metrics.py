@@ -1,19 +1,27 @@
 """The metrics that Prometheus scrapes."""
 
+import json
 import logging
-from collections.abc import AsyncIterator, Iterable
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator
+from datetime import timedelta
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import event, text
 
 from cluster import events
-from cluster.db import Database
+from cluster.db import Database, now
 from cluster.ownership import LOCAL
+from cluster.services import store as service_store
 from jobs import queue
 from jobs.queue import JobRequest
+from jobs.states import State
+from pipelines.media.downloads.tables import FollowedService
 from serve.middleware.request_frame import RequestContextMiddleware
 from serve.monitoring import metrics
 from serve.monitoring.metrics import RequestMetrics
@@ -147,3 +155,67 @@ async def test_the_queue_is_counted_by_kind_and_state(
     assert "job_queue_depth 2.0" in text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert families["job_queue_oldest_seconds"].samples[0].value > 0
+
+
+async def test_finished_jobs_are_counted_for_an_hour(own: RequestMetrics, database: Database) -> None:
+    async with database.transaction() as session:
+        for minutes, state in ((1, State.FAILED), (59, State.SUCCEEDED), (61, State.SUCCEEDED)):
+            job = await queue.enqueue(session, JobRequest(kind="probe"), LOCAL)
+            job.state, job.finished_at = state, now() - timedelta(minutes=minutes)
+    text = (await own.render()).decode()
+    assert 'jobs{kind="probe",state="succeeded"} 1.0' in text
+    assert 'jobs{kind="probe",state="failed"} 1.0' in text
+
+
+async def test_scrapes_that_follow_each_other_read_the_database_once(own: RequestMetrics, database: Database) -> None:
+    statements = _record_statements(database)
+    await own.render()
+    assert statements
+    read = len(statements)
+    await own.render()
+    assert len(statements) == read
+
+
+@pytest.mark.both_databases
+async def test_a_scrape_reads_only_parts_of_indexes(own: RequestMetrics, database: Database) -> None:
+    async with database.transaction() as session:
+        service = await service_store.create(
+            session, {"name": "TV", "type": "sonarr", "url": "http://127.0.0.1:9"}, "ada"
+        )
+        session.add(FollowedService(service_id=service.id, connected_as_of=now(), cursor={}))
+    statements = _record_statements(database)
+    await own.render()
+    queries = [(statement, values) for statement, values in statements if statement.startswith("SELECT")]
+    large = [query for query in queries if re.search(r"FROM (jobs|recoveries|followed_downloads)", query[0])]
+    assert len(large) >= 4
+    async with database.engine.connect() as connection:
+        if database.is_sqlite:
+            for statement, values in large:
+                plan = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)
+                steps = [row.detail for row in plan]
+                assert not [step for step in steps if step.startswith("SCAN")], (statement, steps)
+            return
+        await connection.execute(text("SET enable_seqscan = off"))  # these tables are empty
+        for statement, values in large:
+            plan = (await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", values)).scalar_one()
+            nodes = list(_nodes((json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]))
+            scans = [node for node in nodes if node["Node Type"].endswith("Scan") and "Recheck Cond" not in node]
+            assert scans
+            assert not [node for node in scans if "Index Cond" not in node], (statement, nodes)
+
+
+def _record_statements(database: Database) -> list[tuple[str, Any]]:
+    """The statements that are executed from now on, with their values."""
+    statements: list[tuple[str, Any]] = []
+
+    def record(connection: Any, cursor: Any, statement: str, values: Any, context: Any, executemany: bool) -> None:
+        statements.append((statement, values))
+
+    event.listen(database.engine.sync_engine, "before_cursor_execute", record)
+    return statements
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from _nodes(child)
