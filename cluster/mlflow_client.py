@@ -177,6 +177,16 @@ class MlflowRestClient:
             if refusal.details.get("status") != httpx.codes.NOT_FOUND:
                 raise
 
+    async def delete_run(self, run_id: str) -> None:
+        """Delete a run and its artifacts. A missing one is no error."""
+        run = await self.call("GET", "runs/get", default={}, params={"run_id": run_id})
+        if not run:
+            return
+        address = run["run"]["info"]["artifact_uri"]
+        if _is_served(address):
+            await self.delete_artifacts(address)
+        await self.call("POST", "runs/delete", json={"run_id": run_id})
+
     async def call(
         self, method: str, path: str, default: dict[str, Any] | None = None, **options: Any
     ) -> dict[str, Any]:
@@ -240,9 +250,14 @@ def _raise_for_status(response: httpx.Response, request: str) -> None:
         raise MlflowRefused(message, details={"status": response.status_code})
 
 
+def _is_served(address: str) -> bool:
+    """Whether clients read and write this artifact through the server."""
+    return address.startswith("mlflow-artifacts:/")
+
+
 def _artifact_path(address: str) -> str:
     """Return the path under which the server reads and writes an artifact."""
-    if not address.startswith("mlflow-artifacts:/"):
+    if not _is_served(address):
         raise MlflowRefused(f"The MLflow server does not serve artifacts itself; it stores them in {address}.")
     return f"{ARTIFACTS}/{address.removeprefix('mlflow-artifacts:').lstrip('/')}"
 

@@ -90,6 +90,7 @@ class Kind:
     concurrency: int | None = None  # how many may run at the same time
     tracked: bool = False  # whether jobs are recorded in MLflow
     admin_only: bool | Callable[[Any], str | None] = False  # or a function: what in this spec only they may choose
+    routine: bool = False  # it runs all day long and leaves nothing: one that succeeded is deleted soon
 
     def validate_spec(self, spec: object) -> dict[str, Any]:
         """Validate a spec, and return it as JSON, with its defaults."""

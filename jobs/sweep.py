@@ -1,4 +1,4 @@
-"""The kind `sweep`: delete expired data of the queue, of uploaded files, and of all modules with a sweeper."""
+"""The kind `sweep`: delete expired data of the queue, of files and logins, and of all modules with a sweeper."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,10 +7,12 @@ from datetime import timedelta
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import and_, delete, false, select
 
+from cluster import identity
 from cluster.db import Database, delete_rows, now, with_own_database
 from cluster.files import store as file_store
 from cluster.files import uploads as file_uploads
 from cluster.settings import get_settings
+from jobs import retention
 from jobs.context import Context
 from jobs.registry import job, kinds
 from jobs.schedules import ScheduleRequest
@@ -41,9 +43,9 @@ class SweepSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-@job("sweep", spec=SweepSpec, admin_only=True, concurrency=1)
+@job("sweep", spec=SweepSpec, admin_only=True, concurrency=1, routine=True)
 def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
-    """Deletes expired idempotency keys, files and uploads, old events, and expired data of other modules."""
+    """Deletes old jobs and events, expired keys, logins, files and uploads, and expired data of other modules."""
     return asyncio.run(with_own_database(lambda database: _sweep(context, database)))
 
 
@@ -53,6 +55,7 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
         keys = await delete_rows(session, delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now()))
         old_ticks = now() - timedelta(days=event_days)
         await delete_rows(session, delete(ScheduleTick).where(ScheduleTick.fire_at < old_ticks))
+        logins = await identity.delete_expired_logins(session)
     context.report(progress=50, phase="old events")
     events = 0
     while page := await _delete_old_events(database, event_days):
@@ -65,8 +68,13 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
     for name, remove_old in _sweepers.items():
         context.report(phase=f"old {name}")
         others[name] = await remove_old(database)
+    jobs = await retention.delete_expired(database, lambda count: context.report(phase=f"{count} old jobs"))
+    context.report(phase="remains of deleted jobs")
+    await retention.delete_remains(database)
     return {
         "idempotency_keys": keys,
+        "logins": logins,
+        "jobs": jobs,
         "events": events,
         "files": expired,
         "uploads": uploads,

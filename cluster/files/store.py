@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import BinaryIO
 from uuid import uuid4
 
-from sqlalchemy import Index, Select, String, Text, or_, select
+from sqlalchemy import Index, Select, String, Text, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -122,6 +122,11 @@ async def delete(database: Database, file_id: str, principal: Principal) -> None
         file = await find(session, file_id, principal)
         file.expires_at = now()  # nobody can see it from now on; after a crash, the sweep deletes the rest
     await _remove(database, [file])
+
+
+async def expire(session: AsyncSession, file_ids: Sequence[str]) -> None:
+    """Let files expire now: nobody sees them any more, and the next sweep deletes them."""
+    await session.execute(update(File).where(File.id.in_(file_ids)).values(expires_at=now()))
 
 
 async def remove_expired(database: Database) -> int:

@@ -17,6 +17,7 @@ from cluster.identity.api_keys import (
 from cluster.identity.logins import (
     RefreshToken,
     create_access_token,
+    delete_expired_logins,
     end_login,
     rotate_refresh_token,
     start_login,
@@ -59,6 +60,7 @@ __all__ = [
     "add_user",
     "create_access_token",
     "create_key",
+    "delete_expired_logins",
     "end_login",
     "find_principal",
     "find_user",

@@ -8,7 +8,7 @@ from sqlalchemy import ForeignKey, String, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster.db import Base, now
+from cluster.db import Base, delete_rows, now
 from cluster.errors import Unauthenticated
 from cluster.identity.users import User, get_active_user
 from cluster.secrets import new_token, signing_key, token_hash
@@ -92,6 +92,11 @@ async def _lock_refresh_token(session: AsyncSession, token: str) -> tuple[User, 
 
 async def _end_family(session: AsyncSession, row: RefreshToken) -> None:
     await session.execute(delete(RefreshToken).where(RefreshToken.family == row.family))
+
+
+async def delete_expired_logins(session: AsyncSession) -> int:
+    """Delete the refresh tokens that have expired, also of people who never log in again. Returns their number."""
+    return await delete_rows(session, delete(RefreshToken).where(RefreshToken.expires_at <= now()))
 
 
 async def end_all_logins(session: AsyncSession, user: User) -> None:

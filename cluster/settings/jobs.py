@@ -1,4 +1,4 @@
-"""Settings of the queue."""
+"""Settings of the queue, and of how long what it leaves behind is stored."""
 
 from pydantic import Field
 
@@ -25,3 +25,30 @@ class JobSettings(Section):
     retry_cap_seconds: float = Field(ge=0, le=86400, description="Longest delay before a retry.")
     event_days: float = Field(gt=0, description="How long the events and logs of finished jobs are stored.")
     idempotency_hours: float = Field(gt=0, description="How long an idempotency key is valid.")
+
+
+class RetentionSettings(Section):
+    job_days: float | None = Field(
+        gt=0,
+        description="How long finished jobs are stored, with their children, events and files. Jobs that something "
+        "still refers to stay. Null: for ever.",
+    )
+    routine_hours: float | None = Field(
+        gt=0,
+        description="How long the routine jobs of Forgearr's own schedules (checks, watches, sweeps) are stored after "
+        "they succeeded. Null: as long as others.",
+    )
+    training_days: float | None = Field(
+        gt=0,
+        description="How long a training that succeeded is stored, with its model, when no model version and no "
+        "session refers to it. Null: for ever.",
+    )
+    session_days: float | None = Field(
+        gt=0,
+        description="How long training sessions are stored after their last change and the end of their training. "
+        "Null: for ever.",
+    )
+    batch_days: float | None = Field(
+        gt=0, description="How long finished batches are stored, with their output files. Null: for ever."
+    )
+    mlflow_runs: bool = Field(description="Whether the run of a job in MLflow is deleted with the job.")

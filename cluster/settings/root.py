@@ -11,7 +11,7 @@ from cluster.settings.infrastructure import (
     RaySettings,
     StorageSettings,
 )
-from cluster.settings.jobs import JobSettings
+from cluster.settings.jobs import JobSettings, RetentionSettings
 from cluster.settings.media import AuditSettings, MediaSettings, RecoverySettings
 from cluster.settings.server import AuthSettings, LimitSettings, ServeSettings
 from cluster.settings.services import ServiceSettings
@@ -28,6 +28,7 @@ class Settings(Section):
     ray: RaySettings
     mlflow: MlflowSettings
     jobs: JobSettings
+    retention: RetentionSettings
     forge: ForgeSettings
     gates: GateSettings
     engines: EngineSettings

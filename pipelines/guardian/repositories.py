@@ -20,6 +20,7 @@ from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import schedules
 from jobs.registry import find_kind
+from jobs.retention import keep_jobs_in
 from jobs.schedules import ScheduleRequest
 from jobs.states import FINISHED
 from jobs.tables import Job
@@ -137,6 +138,9 @@ class Repository(Base):
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+
+
+keep_jobs_in(Repository.trained_job_id, Repository.tried_job_id)
 
 
 async def create(session: AsyncSession, request: RepositoryRequest, principal: Principal) -> Repository:

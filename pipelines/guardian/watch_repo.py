@@ -51,7 +51,7 @@ async def enqueue_watch(
     return await queue.enqueue(session, request, principal, idempotency_key=idempotency_key, unless_queued=True)
 
 
-@job(WATCH_REPO_KIND, spec=WatchSpec, admin_only=True)
+@job(WATCH_REPO_KIND, spec=WatchSpec, admin_only=True, routine=True)
 def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
     """Checks whether a repository has changed enough, and if so, starts the retraining of its model."""
     found = asyncio.run(with_own_database(lambda database: _find(database, spec.repository_id)))

@@ -17,7 +17,7 @@ class WatchAllSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-@job(WATCH_ALL_KIND, spec=WatchAllSpec, admin_only=True)
+@job(WATCH_ALL_KIND, spec=WatchAllSpec, admin_only=True, routine=True)
 def watch_repositories(context: Context, spec: WatchAllSpec) -> dict[str, Any]:
     """Enqueues a check of each repository that is watched."""
     return asyncio.run(with_own_database(_enqueue_all))

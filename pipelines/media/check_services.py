@@ -30,7 +30,7 @@ class CheckServicesSpec(BaseModel):
     service_id: int | None = Field(default=None, ge=1, le=2**63 - 1, description="Only this one. Null: all.")
 
 
-@job(KIND, spec=CheckServicesSpec, admin_only=True)
+@job(KIND, spec=CheckServicesSpec, admin_only=True, routine=True)
 def check_services(context: Context, spec: CheckServicesSpec) -> dict[str, Any]:
     """Checks the health of every enabled service, or of one, and stores the results."""
     return asyncio.run(with_own_database(lambda database: _check(context, spec, database)))

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from cluster.db import Base, Document, now
 from cluster.errors import UnprocessableRequest
 from jobs.registry import find_kind
+from jobs.retention import keep_jobs_in
 from pipelines.training.data.resolution import DEMO_DATASET
 from pipelines.training.spec import DataSource, FineTuneSpec
 
@@ -34,6 +35,9 @@ class TrainingSession(Base):
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
+
+
+keep_jobs_in(TrainingSession.job_id)
 
 
 def config_schema(ref_template: str) -> dict[str, Any]:

@@ -106,12 +106,16 @@ async def test_a_sweep_deletes_only_what_has_expired(database: Database) -> None
     counts = await asyncio.to_thread(sweep, Context(claim, RecordingLink()), SweepSpec())
     assert counts == {
         "idempotency_keys": 1,
+        "logins": 0,
+        "jobs": 0,
         "events": 2,
         "files": 1,
         "uploads": 1,
         "responses": 0,
         "blobs": 0,
         "batches": 0,
+        "batch_parts": 0,
+        "training_sessions": 0,
         "service_checks": 0,
         "tool_calls": 0,
         "downloads": 0,

@@ -32,7 +32,7 @@ class WatchDownloadsSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-@job(KIND, spec=WatchDownloadsSpec, admin_only=True, concurrency=1)
+@job(KIND, spec=WatchDownloadsSpec, admin_only=True, concurrency=1, routine=True)
 def watch_downloads(context: Context, spec: WatchDownloadsSpec) -> dict[str, Any]:
     """Polls the downloads of every service that can be followed, and announces failures and imports."""
     return asyncio.run(with_own_database(lambda database: _watch(context, database)))

@@ -19,6 +19,8 @@ from jobs import outputs
 from jobs.context import Context, StopJob
 from jobs.execution import workspace
 from jobs.registry import Resources, job
+from jobs.retention import register_references
+from pipelines.training import retention
 from pipelines.training.data import datasets, resolution
 from pipelines.training.data.datasets import Dataset
 from pipelines.training.fine_tune import step_metrics
@@ -28,6 +30,8 @@ from pipelines.training.spec import FineTuneSpec
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 TRAINER_FILES = {"trainer_state.json"}
 """Files of a checkpoint that have a model's extension, but belong to the trainer."""
+
+register_references("trainings", retention.find_needed_jobs)
 
 if TYPE_CHECKING:
     from pipelines.training.fine_tune.recipe import TrainingResult

@@ -149,6 +149,10 @@ class Registry:
         if row:
             require_maker(row["registered_model"], principal)
 
+    async def versions(self) -> list[Version]:
+        """All versions of all models."""
+        return await self._versions()
+
     async def blobs(self) -> set[str]:
         """The SHA-256 of every blob that a version uses."""
         versions = [version_of_row(row) for row in await self._version_rows() if row["source"] == BLOB_SOURCE]

@@ -10,18 +10,19 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ForeignKey, String, select
+from sqlalchemy import ForeignKey, String, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import account_limits, storage
-from cluster.db import Base, Database, now
+from cluster.db import Base, Database, delete_rows, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
 from cluster.ownership import Principal, require
 from cluster.settings import get_settings
 from jobs import queue
 from jobs.queue import JobRequest
+from jobs.retention import keep_jobs_in
 from jobs.states import FINISHED, RETRYABLE, State
 from jobs.sweep import register_sweeper
 from jobs.tables import Job
@@ -29,6 +30,7 @@ from jobs.tables import Job
 KIND = "batch"
 COMPLETION_WINDOW = timedelta(hours=24)
 ID_MAX = 60
+SWEEP_PAGE = 100
 FINAL_STATUSES = {"failed", "completed", "expired", "cancelled"}
 
 
@@ -64,6 +66,9 @@ class Batch(Base):
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
     expires_at: Mapped[datetime]
     cancelling_at: Mapped[datetime | None]  # when its cancellation was requested
+
+
+keep_jobs_in(Batch.job_id)
 
 
 @account_limits.measures("batches", "unfinished batches", "Wait until one has ended, or cancel one.")
@@ -129,6 +134,30 @@ def parts_folder(batch_id: str) -> str:
 
 
 @register_sweeper("batches")
+async def remove_old(database: Database) -> int:
+    """Delete batches that finished `retention.batch_days` ago, with their output files."""
+    days = get_settings().retention.batch_days
+    if days is None:
+        return 0
+    # The job of a batch that failed may be retried until its batch is gone.
+    jobs = select(Job.id).where(Job.state.in_(FINISHED), Job.finished_at < now() - timedelta(days=days))
+    old = select(Batch.id, Job.result).join(Job, Job.id == Batch.job_id).where(Job.id.in_(jobs)).limit(SWEEP_PAGE)
+    removed = 0
+    while True:
+        async with database.read_transaction() as session:
+            page = (await session.execute(old)).all()
+        if not page:
+            return removed
+        for batch_id, _ in page:
+            await asyncio.to_thread(storage.remove, storage.address(parts_folder(batch_id)))
+        file_ids = [(result or {}).get(name) for _, result in page for name in ("output_file_id", "error_file_id")]
+        ids = [batch_id for batch_id, _ in page]
+        async with database.transaction() as session:
+            await file_store.expire(session, [file_id for file_id in file_ids if file_id])
+            removed += await delete_rows(session, delete(Batch).where(Batch.id.in_(ids), Batch.job_id.in_(jobs)))
+
+
+@register_sweeper("batch_parts")
 async def remove_left_over(database: Database) -> int:
     """Delete the parts of batches whose job failed or was cancelled, after the time for a retry has passed."""
     before = now() - timedelta(days=get_settings().jobs.event_days)

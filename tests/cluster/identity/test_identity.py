@@ -265,3 +265,13 @@ def test_only_the_owner_can_read_the_signing_key(home: Path) -> None:
     assert stat.S_IMODE((home / "keys" / "signing").stat().st_mode) == 0o600
     assert stat.S_IMODE((home / "keys").stat().st_mode) == 0o700
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+async def test_tokens_of_people_who_never_come_back_are_deleted_when_they_have_expired(database: Database) -> None:
+    await log_in(database, await add_user(database))
+    async with database.transaction() as session:
+        await session.execute(update(identity.RefreshToken).values(expires_at=now() - timedelta(seconds=1)))
+    fresh = await log_in(database, await add_user(database, "bob"))
+    async with database.transaction() as session:
+        assert await identity.delete_expired_logins(session) == 1
+        assert list(await session.scalars(select(identity.RefreshToken.hash))) == [token_hash(fresh)]

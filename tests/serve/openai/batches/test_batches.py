@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from cluster import storage
 from cluster.db import Database, now
@@ -16,7 +17,7 @@ from cluster.errors import Unavailable
 from cluster.files import store as file_store
 from cluster.ownership import LOCAL
 from cluster.settings import get_settings
-from jobs import queue
+from jobs import queue, retention
 from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.models.registry import OnProgress
@@ -126,6 +127,36 @@ async def test_the_parts_of_a_failed_batch_are_removed_after_the_retry_period(da
         State.RUNNING,
     }
     assert await batch_store.remove_left_over(database) == 0
+
+
+async def test_an_old_batch_goes_with_its_output_files_and_then_its_job(database: Database) -> None:
+    file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
+    outputs = [
+        await file_store.create_file(database, BytesIO(b"{}"), filename="o", purpose="batch_output", principal=LOCAL)
+        for _ in range(2)
+    ]
+    batches: dict[int, str] = {}
+    for days, output in ((31, outputs[0]), (29, outputs[1])):
+        async with database.transaction() as session:
+            batch, job = await batch_store.create(
+                session,
+                endpoint="/v1/embeddings",
+                input_file_id=file.id,
+                labels={},
+                output_seconds=None,
+                principal=LOCAL,
+            )
+            job.state, job.result = State.SUCCEEDED, {"output_file_id": output.id, "error_file_id": None}
+            job.created_at = job.finished_at = now() - timedelta(days=days)
+        batches[days] = batch.id
+    assert await retention.delete_expired(database) == 0  # the batch keeps its job
+    assert await batch_store.remove_old(database) == 1
+    assert await file_store.remove_expired(database) == 1
+    assert [storage.exists(output.address) for output in outputs] == [False, True]
+    assert storage.exists(file.address)
+    async with database.read_transaction() as session:
+        assert list(await session.scalars(select(batch_store.Batch.id))) == [batches[29]]
+    assert await retention.delete_expired(database) == 1
 
 
 async def test_a_failed_batch_contains_the_error_of_its_job(database: Database) -> None:
