@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import extraction, forge, gateway, idle, jobs, overhead, serving, startup
+from tests.bench import extraction, forge, gateway, growth, idle, jobs, overhead, serving, startup
 from tests.bench.figures import Figure, machine
 from tests.bench.postgres import new_database, running_postgres
 from tests.support.platform import Platform, running_platform
@@ -85,6 +86,11 @@ def measure_extraction() -> Iterator[list[Figure]]:
     yield extraction.figures()
 
 
+def measure_growth() -> Iterator[list[Figure]]:
+    with tempfile.TemporaryDirectory(prefix="forgearr-growth-") as folder:
+        yield growth.figures(Path(folder))
+
+
 PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "start": measure_start,
     "gateway": measure_gateway,
@@ -95,6 +101,7 @@ PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "serving": measure_serving,
     "overhead": measure_overhead,
     "extraction": measure_extraction,
+    "growth": measure_growth,
 }
 
 
