@@ -65,21 +65,38 @@ def disable(email: Email) -> None:
 
 @app.command()
 def enable(email: Email) -> None:
-    """Enable a disabled account."""
+    """Enable a disabled account. Its API keys from before are revoked."""
     _set_active(email, True)
     typer.echo(f"Enabled {email}.")
 
 
 @app.command()
-def password(email: Email, password_stdin: PasswordStdin = False) -> None:
-    """Set a new password, and end all logins of the account."""
+def logout(email: Email) -> None:
+    """End all logins of an account, and revoke its API keys."""
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from cluster import identity
     from cluster.migrations import run_in_own_session
 
     async def work(session: AsyncSession) -> None:
-        await identity.set_password(session, await identity.get_user(session, email), password_hash)
+        user = await identity.get_user(session, email)
+        await identity.end_all_credentials(session, user)
+
+    asyncio.run(run_in_own_session(work))
+    typer.echo(f"Ended all logins of {email} and revoked its API keys.")
+
+
+@app.command()
+def password(email: Email, password_stdin: PasswordStdin = False) -> None:
+    """Set a new password, end all logins of the account, and revoke its API keys."""
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from cluster import identity
+    from cluster.migrations import run_in_own_session
+
+    async def work(session: AsyncSession) -> None:
+        user = await identity.get_user(session, email)
+        await identity.set_password(session, user, password_hash)
 
     password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin)))
     asyncio.run(run_in_own_session(work))
@@ -93,7 +110,8 @@ def _set_active(email: str, active: bool) -> None:
     from cluster.migrations import run_in_own_session
 
     async def work(session: AsyncSession) -> None:
-        await identity.set_active(session, await identity.get_user(session, email), active)
+        user = await identity.get_user(session, email)
+        await identity.set_active(session, user, active)
 
     asyncio.run(run_in_own_session(work))
 

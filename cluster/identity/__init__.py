@@ -1,12 +1,14 @@
 """People: accounts, passwords, API keys and logins."""
 
-from cluster.identity.accounts import set_active, set_password
+from cluster.identity.accounts import end_all_credentials, set_active, set_password
 from cluster.identity.api_keys import (
     DISPLAYED_KEY_LENGTH,
     KEY_PREFIX,
     USE_RECORD_INTERVAL,
     ApiKey,
+    KeyLivesLonger,
     KeyNotFound,
+    TooManyKeys,
     create_key,
     list_keys,
     record_use,
@@ -22,6 +24,7 @@ from cluster.identity.logins import (
     rotate_refresh_token,
     start_login,
     user_from_access_token,
+    user_from_refresh_token,
 )
 from cluster.identity.passwords import hash_password, verify_password
 from cluster.identity.users import (
@@ -39,6 +42,7 @@ from cluster.identity.users import (
     get_user,
     has_admin,
     list_users,
+    lock_unchanged,
     normalize_email,
     principal,
 )
@@ -53,14 +57,17 @@ __all__ = [
     "AccountExists",
     "AccountNotFound",
     "ApiKey",
+    "KeyLivesLonger",
     "KeyNotFound",
     "RefreshToken",
     "Role",
+    "TooManyKeys",
     "User",
     "add_user",
     "create_access_token",
     "create_key",
     "delete_expired_logins",
+    "end_all_credentials",
     "end_login",
     "find_principal",
     "find_user",
@@ -70,6 +77,7 @@ __all__ = [
     "hash_password",
     "list_keys",
     "list_users",
+    "lock_unchanged",
     "normalize_email",
     "principal",
     "record_use",
@@ -81,5 +89,6 @@ __all__ = [
     "start_login",
     "user_from_access_token",
     "user_from_key",
+    "user_from_refresh_token",
     "verify_password",
 ]

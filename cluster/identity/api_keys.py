@@ -3,14 +3,15 @@
 from datetime import datetime, timedelta
 from uuid import uuid4
 
-from sqlalchemy import ForeignKey, String, or_, select, update
+from sqlalchemy import ForeignKey, String, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, now
-from cluster.errors import NotFound, Unauthenticated
+from cluster.errors import Conflict, Forbidden, NotFound, Unauthenticated
 from cluster.identity.users import User, require_active
 from cluster.secrets import new_token, token_hash
+from cluster.settings import get_settings
 
 KEY_PREFIX = "fgr"
 DISPLAYED_KEY_LENGTH = len(KEY_PREFIX) + 1 + 8
@@ -21,6 +22,18 @@ class KeyNotFound(NotFound):
     """There is no such API key."""
 
     code = "API_KEY_NOT_FOUND"
+
+
+class TooManyKeys(Conflict):
+    """The account has as many API keys as one may have: revoke one first."""
+
+    code = "TOO_MANY_API_KEYS"
+
+
+class KeyLivesLonger(Forbidden):
+    """An API key may make no key that lives longer than itself."""
+
+    code = "API_KEY_LIVES_LONGER"
 
 
 class ApiKey(Base):
@@ -37,9 +50,26 @@ class ApiKey(Base):
 
 
 async def create_key(
-    session: AsyncSession, user_id: str, name: str, expires_at: datetime | None = None
+    session: AsyncSession,
+    user_id: str,
+    name: str,
+    expires_at: datetime | None = None,
+    *,
+    made_with: ApiKey | None = None,
 ) -> tuple[ApiKey, str]:
-    """Create a key. Returns its row and the key itself, which is not stored."""
+    """Create a key, perhaps with another key. Returns its row and the key itself, which is not stored."""
+    latest = made_with.expires_at if made_with else None
+    if latest is not None and (expires_at is None or expires_at > latest):
+        raise KeyLivesLonger(
+            f"This request's API key expires at {latest:%Y-%m-%dT%H:%M:%SZ}, and a key that it makes may not live "
+            "longer. Send an earlier expires_at, or log in with a password."
+        )
+    # The lock makes concurrent requests count one after the other.
+    await session.execute(select(User.id).where(User.id == user_id).with_for_update())
+    await session.execute(delete(ApiKey).where(ApiKey.user_id == user_id, ApiKey.expires_at <= now()))
+    count = await session.scalar(select(func.count()).where(ApiKey.user_id == user_id)) or 0
+    if count >= get_settings().auth.max_api_keys:
+        raise TooManyKeys(f"The account has {count} API keys, as many as auth.max_api_keys permits: revoke one first.")
     token = new_token(KEY_PREFIX)
     key = ApiKey(
         user_id=user_id,
@@ -67,6 +97,11 @@ async def revoke_key(session: AsyncSession, key_id: str, user_id: str | None = N
     if key is None or user_id not in (None, key.user_id):
         raise KeyNotFound()
     await session.delete(key)
+
+
+async def revoke_keys(session: AsyncSession, user: User) -> None:
+    """Revoke all keys of a user."""
+    await session.execute(delete(ApiKey).where(ApiKey.user_id == user.id))
 
 
 async def user_from_key(session: AsyncSession, token: str) -> tuple[User, ApiKey]:

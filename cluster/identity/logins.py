@@ -4,13 +4,13 @@ from datetime import datetime, timedelta
 from uuid import uuid4
 
 import jwt
-from sqlalchemy import ForeignKey, String, delete, select, update
+from sqlalchemy import ForeignKey, String, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, delete_rows, now
 from cluster.errors import Unauthenticated
-from cluster.identity.users import User, get_active_user
+from cluster.identity.users import User, get_active_user, lock_unchanged
 from cluster.secrets import new_token, signing_key, token_hash
 from cluster.settings import get_settings
 
@@ -29,6 +29,7 @@ def create_access_token(user: User) -> str:
     issued_at = now()
     claims = {
         "sub": user.id,
+        "ver": user.token_version,
         "role": user.role,
         "iat": issued_at,
         "exp": issued_at + timedelta(minutes=get_settings().auth.access_token_minutes),
@@ -39,9 +40,10 @@ def create_access_token(user: User) -> str:
 
 
 async def user_from_access_token(session: AsyncSession, token: str) -> User:
+    """The user of an access token that is valid now."""
     try:
         claims = jwt.decode(
-            token, signing_key(), algorithms=["HS256"], options={"require": ["sub", "iat", "exp", "jti", "type"]}
+            token, signing_key(), algorithms=["HS256"], options={"require": ["sub", "ver", "iat", "exp", "jti", "type"]}
         )
     except jwt.ExpiredSignatureError as error:
         raise Unauthenticated("The access token has expired; refresh it or log in again.") from error
@@ -49,13 +51,16 @@ async def user_from_access_token(session: AsyncSession, token: str) -> User:
         raise Unauthenticated() from error
     if claims["type"] != "access":
         raise Unauthenticated()
-    return await get_active_user(session, claims["sub"])
+    user = await get_active_user(session, claims["sub"])
+    if claims["ver"] != user.token_version:
+        raise Unauthenticated("The login of this access token has ended. Log in again.")
+    return user
 
 
 async def start_login(session: AsyncSession, user: User) -> str:
     """Record a login, and return the first refresh token of a new family."""
+    (await lock_unchanged(session, user)).last_login_at = now()
     await session.execute(delete(RefreshToken).where(RefreshToken.user_id == user.id, RefreshToken.expires_at < now()))
-    await session.execute(update(User).where(User.id == user.id).values(last_login_at=now()))
     return _new_refresh_token(session, user.id, family=str(uuid4()))
 
 
@@ -73,6 +78,14 @@ async def rotate_refresh_token(session: AsyncSession, token: str) -> tuple[User,
         return None
     row.used_at = now()
     return user, _new_refresh_token(session, user.id, row.family)
+
+
+async def user_from_refresh_token(session: AsyncSession, token: str) -> User | None:
+    """The user of a refresh token, whose row is locked. None if the token is not valid."""
+    user, row = await _lock_refresh_token(session, token)
+    if user is None or row is None or row.used_at is not None or row.expires_at <= now():
+        return None
+    return user
 
 
 async def end_login(session: AsyncSession, token: str) -> None:
@@ -100,6 +113,9 @@ async def delete_expired_logins(session: AsyncSession) -> int:
 
 
 async def end_all_logins(session: AsyncSession, user: User) -> None:
+    """Make all refresh tokens and access tokens of an account invalid."""
+    await session.refresh(user, ["token_version"], with_for_update=True)
+    user.token_version += 1
     await session.execute(delete(RefreshToken).where(RefreshToken.user_id == user.id))
 
 

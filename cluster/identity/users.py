@@ -3,6 +3,8 @@
 An account has three types of credential. An access token (a JWT) is short-lived; the account is read on every use, so
 disabling it takes effect at once. A refresh token is valid for one use, which returns its successor; all successors of
 one login are a family. An API key is valid until it expires or is revoked. Of the last two only a hash is stored.
+
+An access token carries the account's `token_version`. What ends all logins of an account raises that number.
 """
 
 import re
@@ -47,6 +49,7 @@ class User(Base):
     password_hash: Mapped[str] = mapped_column(String(200))
     role: Mapped[Role] = mapped_column(String(10), default="user")
     is_active: Mapped[bool] = mapped_column(default=True)
+    token_version: Mapped[int] = mapped_column(default=0)  # access tokens with another one are no longer valid
     created_at: Mapped[datetime] = mapped_column(default=now)
     last_login_at: Mapped[datetime | None]
 
@@ -82,6 +85,18 @@ async def find_user(session: AsyncSession, email: str) -> User | None:
 
 async def get_active_user(session: AsyncSession, user_id: str) -> User:
     return require_active(await session.get(User, user_id))
+
+
+async def lock_unchanged(session: AsyncSession, user: User) -> User:
+    """Lock the row of an account whose password was verified before this transaction.
+
+    Refused if its logins have ended since: to verify a password takes time, in which it may have been changed.
+    """
+    query = select(User).where(User.id == user.id, User.token_version == user.token_version)
+    locked = await session.scalar(query.with_for_update().execution_options(populate_existing=True))
+    if locked is None:
+        raise Unauthenticated("The account was changed meanwhile. Log in again.")
+    return locked
 
 
 async def get_user(session: AsyncSession, email: str) -> User:

@@ -23,8 +23,9 @@ router = APIRouter(prefix="/api/v1/jobs")
 
 LastEventId = Annotated[Annotated[str, Field(pattern=r"^\d{0,15}$")] | SkipJsonSchema[None], Header()]
 
-HEARTBEAT_SECONDS = 15.0
-"""After this time without a live message, a followed stream reads the database and sends a comment."""
+HEARTBEAT_SECONDS = 5.0
+"""After this time without a live message, a followed stream checks its credential, reads the database and sends a
+comment."""
 
 
 class EventView(BaseModel):

@@ -27,8 +27,8 @@ MAX_QUEUED_MESSAGES = 256
 SEND_SECONDS = 10.0
 CLOSE_SECONDS = 2.0
 READY_SECONDS = 5.0
-AUTH_CHECK_SECONDS = 30.0
-"""After a key is revoked or an account is disabled, a connection ends within this time."""
+AUTH_CHECK_SECONDS = 5.0
+"""After a credential has expired or ended, or its account is disabled, a connection ends within this time."""
 TRY_AGAIN_LATER = 1013
 
 logger = logging.getLogger(__name__)

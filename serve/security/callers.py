@@ -9,7 +9,9 @@ from typing import Annotated
 
 from fastapi import Depends, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
+from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
@@ -56,25 +58,31 @@ async def find_caller(connection: HTTPConnection) -> Principal | None:
     return result
 
 
-async def is_still_authorized(connection: HTTPConnection) -> bool:
-    """Whether an open connection may continue: its key may have been revoked, or its account disabled.
+async def authenticate_again(
+    session: AsyncSession, connection: HTTPConnection
+) -> tuple[identity.User, identity.ApiKey | None]:
+    """The user of a request, and the API key that it has sent, as of now. The user's row is locked.
 
-    An expired access token does not end it: the token's expiry only limits the start of new connections.
+    A request is authenticated before its body, which may take hours to arrive. What makes new credentials asks again.
     """
     caller, credential = await authenticate(connection), _credential(connection)
     if caller.id is None or credential is None:
-        return True
+        raise Unauthenticated()
+    # The lock comes first: whatever ends the credentials of an account has ended them by then, or waits.
+    await session.execute(select(identity.User.id).where(identity.User.id == caller.id).with_for_update())
+    return await _user_of(session, credential)
+
+
+async def is_still_authorized(connection: HTTPConnection) -> bool:
+    """Whether an open connection may continue: its credential may have expired or ended, or its account be disabled."""
+    caller = await authenticate(connection)
     try:
-        async with get_database().read_transaction() as session:
-            if credential.startswith(f"{identity.KEY_PREFIX}_"):
-                await identity.user_from_key(session, credential)
-            else:
-                await identity.get_active_user(session, caller.id)
+        return await _identify(connection) == caller
     except (Unauthenticated, AccountDisabled):
         return False
     except SQLAlchemyError as error:
         log.warning("Open connections continue unchecked: the database does not respond (%s).", type(error).__name__)
-    return True
+        return True
 
 
 async def _optional_caller(
@@ -131,14 +139,17 @@ async def _identify(connection: HTTPConnection) -> Principal | None:
     if credential is None or (credential == PLACEHOLDER_KEY and not required):
         return None if required else LOCAL
     async with get_database().read_transaction() as session:
-        if not credential.startswith(f"{identity.KEY_PREFIX}_"):
-            user = await identity.user_from_access_token(session, credential)
-            return identity.principal(user)
-        user, key = await identity.user_from_key(session, credential)
-    if identity.should_record_use(key):
+        user, key = await _user_of(session, credential)
+    if key is not None and identity.should_record_use(key):
         async with get_database().transaction() as session:
             await identity.record_use(session, key)
     return identity.principal(user)
+
+
+async def _user_of(session: AsyncSession, credential: str) -> tuple[identity.User, identity.ApiKey | None]:
+    if credential.startswith(f"{identity.KEY_PREFIX}_"):
+        return await identity.user_from_key(session, credential)
+    return await identity.user_from_access_token(session, credential), None
 
 
 def _credential(connection: HTTPConnection) -> str | None:

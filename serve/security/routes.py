@@ -14,7 +14,7 @@ from cluster.settings import get_settings
 from cluster.times import RequestTime, UtcTime
 from serve.http.marks import access
 from serve.http.pagination import Page, PaginationParams
-from serve.security.callers import CurrentCaller, OptionalCaller
+from serve.security.callers import CurrentCaller, OptionalCaller, authenticate_again
 from serve.security.rate_limits import check_login, client_address, count_failed_login
 
 MAX_KEY_DAYS = 3650
@@ -28,10 +28,20 @@ class RegistrationClosed(Forbidden):
     code = "REGISTRATION_CLOSED"
 
 
+class RefreshTokenInvalid(Unauthenticated):
+    """The refresh token is no longer valid. Log in again."""
+
+
 class AccountRequired(Conflict):
-    """An API key needs an account, and this request has none: create one with `forgearr user add` and log in."""
+    """This needs an account, and the request has none: create one with `forgearr user add` and log in."""
 
     code = "ACCOUNT_REQUIRED"
+
+
+class WrongPassword(Forbidden):
+    """The current password is wrong."""
+
+    code = "WRONG_PASSWORD"
 
 
 def _validate_email(text: str) -> str:
@@ -62,6 +72,21 @@ class Login(BaseModel):
 
 class RefreshTokenBody(BaseModel):
     refresh_token: Token
+
+
+class Logout(RefreshTokenBody):
+    everywhere: bool = Field(
+        False,
+        description="End all logins of the account with their access tokens, and revoke all its API keys. It needs a "
+        "refresh token that is still valid.",
+    )
+
+
+class PasswordChange(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    current_password: Annotated[SecretStr, Field(min_length=1, max_length=identity.MAX_PASSWORD_LENGTH)]
+    new_password: Password
 
 
 class Tokens(BaseModel):
@@ -136,15 +161,10 @@ async def register(body: Registration, caller: OptionalCaller) -> Account:
 @access("public")
 async def login(body: Login, request: Request) -> Tokens:
     """Exchange an email and a password for an access token and a refresh token."""
-    address = client_address(request)
-    await check_login(body.email, address)
     async with get_database().read_transaction() as session:
         user = await identity.find_user(session, body.email)
-    if not await identity.verify_password(user, body.password.get_secret_value()) or user is None:
-        await count_failed_login(body.email, address)
+    if not await _is_password(user, body.email, body.password, request) or user is None:
         raise Unauthenticated("The email or the password is wrong.")
-    # Again: concurrent guesses all passed the first check, and must not learn which of them was right.
-    await check_login(body.email, address)
     if not user.is_active:
         raise AccountDisabled()
     async with get_database().transaction() as session:
@@ -159,16 +179,39 @@ async def refresh(body: RefreshTokenBody) -> Tokens:
     async with get_database().transaction() as session:
         rotated = await identity.rotate_refresh_token(session, body.refresh_token.get_secret_value())
     if rotated is None:
-        raise Unauthenticated("The refresh token is no longer valid. Log in again.")
+        raise RefreshTokenInvalid()
     return _tokens(*rotated)
 
 
 @router.post("/logout", status_code=204)
 @access("public")
-async def logout(body: RefreshTokenBody) -> None:
-    """End the login of a refresh token."""
+async def logout(body: Logout) -> None:
+    """End the login of a refresh token, or with `everywhere` all credentials of its account."""
+    token = body.refresh_token.get_secret_value()
     async with get_database().transaction() as session:
-        await identity.end_login(session, body.refresh_token.get_secret_value())
+        if not body.everywhere:
+            return await identity.end_login(session, token)
+        user = await identity.user_from_refresh_token(session, token)
+        if user is None:
+            raise RefreshTokenInvalid()
+        await identity.end_all_credentials(session, user)
+
+
+@router.put("/password")
+async def change_password(body: PasswordChange, request: Request, caller: CurrentCaller) -> Tokens:
+    """Change your own password. All logins end and all API keys are revoked; the response has a new login."""
+    if caller.id is None:
+        raise AccountRequired()
+    async with get_database().read_transaction() as session:
+        user = await session.get_one(identity.User, caller.id)
+    if not await _is_password(user, user.email, body.current_password, request):
+        raise WrongPassword()
+    password_hash = await identity.hash_password(body.new_password.get_secret_value())
+    async with get_database().transaction() as session:
+        user = await identity.lock_unchanged(session, user)
+        await identity.set_password(session, user, password_hash)
+        refresh_token = await identity.start_login(session, user)
+    return _tokens(user, refresh_token)
 
 
 @router.get("/me")
@@ -189,13 +232,17 @@ async def me(caller: CurrentCaller) -> Account:
 
 
 @router.post("/keys", status_code=201)
-async def create_key(body: ApiKeyRequest, caller: CurrentCaller) -> CreatedApiKey:
-    """Create an API key for your account. Only this response shows the key."""
+async def create_key(body: ApiKeyRequest, request: Request, caller: CurrentCaller) -> CreatedApiKey:
+    """Create an API key for your account. Only this response shows the key.
+
+    A key that is made with another key may not live longer than that one.
+    """
     if caller.id is None:
         raise AccountRequired()
     expires_at = now() + timedelta(days=body.expires_in_days) if body.expires_in_days else body.expires_at
     async with get_database().transaction() as session:
-        key, token = await identity.create_key(session, caller.id, body.name, expires_at)
+        user, own_key = await authenticate_again(session, request)
+        key, token = await identity.create_key(session, user.id, body.name, expires_at, made_with=own_key)
     return CreatedApiKey(**ApiKeyView.model_validate(key).model_dump(), key=token)
 
 
@@ -216,6 +263,18 @@ async def revoke_key(key_id: UUID, caller: CurrentCaller) -> None:
         raise identity.KeyNotFound()
     async with get_database().transaction() as session:
         await identity.revoke_key(session, str(key_id), caller.id)
+
+
+async def _is_password(user: identity.User | None, email: str, password: SecretStr, request: Request) -> bool:
+    """Whether this is the password of the user with this email. If it is not, that counts as a failed login."""
+    address = client_address(request)
+    await check_login(email, address)
+    if not await identity.verify_password(user, password.get_secret_value()):
+        await count_failed_login(email, address)
+        return False
+    # Again: concurrent guesses all passed the first check, and must not learn which of them was right.
+    await check_login(email, address)
+    return True
 
 
 def _tokens(user: identity.User, refresh_token: str) -> Tokens:

@@ -41,6 +41,9 @@ def test_an_account_is_added_changed_disabled_and_enabled() -> None:
     run(user.app, "password", "ada@example.com", stdin="a better one\na better one\n")
     assert asyncio.run(identity.verify_password(find("ada@example.com"), "a better one"))
 
+    run(user.app, "logout", "ada@example.com")
+    assert find("ada@example.com").token_version == 2
+
     run(user.app, "disable", "ada@example.com")
     listed = run(user.app, "list").output
     assert "ada@example.com" in listed

@@ -121,6 +121,8 @@ async def test_a_forged_incomplete_or_expired_access_token_is_refused(database: 
         jwt.encode(good | {"type": "refresh"}, signing_key(), algorithm="HS256"),
         jwt.encode(good | {"sub": "nobody"}, signing_key(), algorithm="HS256"),
         jwt.encode({name: good[name] for name in good if name != "exp"}, signing_key(), algorithm="HS256"),
+        jwt.encode({name: good[name] for name in good if name != "ver"}, signing_key(), algorithm="HS256"),
+        jwt.encode(good | {"ver": 1}, signing_key(), algorithm="HS256"),
     ]
     async with database.read_transaction() as session:
         for token in bad:
@@ -142,16 +144,53 @@ async def test_disabling_an_account_ends_every_credential_at_once(database: Data
             await identity.user_from_key(session, key)
 
 
-async def test_a_new_password_ends_the_logins_of_the_old_one(database: Database) -> None:
-    user = await add_user(database)
-    refresh = await log_in(database, user)
+async def test_a_new_password_ends_the_credentials_of_the_old_one(database: Database) -> None:
+    user, other = await add_user(database), await add_user(database, "bob")
+    access, refresh = identity.create_access_token(user), await log_in(database, user)
+    others = identity.create_access_token(other)
     password_hash = await identity.hash_password("another password")
+    async with database.transaction() as session:
+        _, key = await identity.create_key(session, user.id, "laptop")
+        _, others_key = await identity.create_key(session, other.id, "laptop")
     async with database.transaction() as session:
         await identity.set_password(session, await identity.get_user(session, user.email), password_hash)
     async with database.read_transaction() as session:
         user = await identity.get_user(session, user.email)
+        with pytest.raises(Unauthenticated):
+            await identity.user_from_access_token(session, access)
+        with pytest.raises(Unauthenticated):
+            await identity.user_from_key(session, key)
+        assert (await identity.user_from_access_token(session, others)).id == other.id
+        assert (await identity.user_from_key(session, others_key))[0].id == other.id
     assert await identity.verify_password(user, "another password")
     assert await rotate(database, refresh) is None
+
+
+async def test_an_account_that_is_enabled_again_has_none_of_its_old_keys(database: Database) -> None:
+    user = await add_user(database)
+    async with database.transaction() as session:
+        _, key = await identity.create_key(session, user.id, "laptop")
+        await identity.set_active(session, await identity.get_user(session, user.email), True)  # it is active
+    async with database.read_transaction() as session:
+        await identity.user_from_key(session, key)
+    for active in (False, True):
+        async with database.transaction() as session:
+            await identity.set_active(session, await identity.get_user(session, user.email), active)
+    async with database.read_transaction() as session:
+        with pytest.raises(Unauthenticated):
+            await identity.user_from_key(session, key)
+
+
+async def test_concurrent_changes_of_an_account_end_all_that_came_before_each(database: Database) -> None:
+    user = await add_user(database)
+
+    async def end() -> None:
+        async with database.transaction() as session:
+            await identity.end_all_credentials(session, await identity.get_user(session, user.email))
+
+    await asyncio.gather(*(end() for _ in range(5)))
+    async with database.read_transaction() as session:
+        assert (await identity.get_user(session, user.email)).token_version == 5
 
 
 async def test_a_reused_refresh_token_revokes_its_login(database: Database) -> None:

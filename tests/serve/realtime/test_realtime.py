@@ -7,12 +7,14 @@ import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import jwt
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -21,8 +23,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
 from cluster import events, identity, logs, ownership
-from cluster.db import Database
+from cluster.db import Database, now
 from cluster.ownership import LOCAL
+from cluster.secrets import signing_key
 from cluster.services import health_checks
 from cluster.services import store as service_store
 from cluster.settings import get_settings
@@ -316,9 +319,13 @@ async def test_connections_end_when_their_credentials_become_invalid(
     monkeypatch.setattr(jobs_events, "HEARTBEAT_SECONDS", 0.05)
     ada, key = await add_user(database, "ada", "user")
     bob, bobs = await add_user(database, "bob", "user")
+    carol, carols = await add_user(database, "carol", "user")
     job = await add_job(database, ownership.Principal(id=bob.id, name="bob", is_admin=False))
     async with (
         serving(app) as url,
+        await connect_until_expiry(url, ada) as expired,
+        connect(f"{url}/ws/d?token={identity.create_access_token(carol)}", **WEBSOCKET_OPTIONS) as logged_out,
+        connect(f"{url}/ws/e?token={carols}", **WEBSOCKET_OPTIONS) as logged_out_key,
         connect(f"{url}/ws/a?token={key}", **WEBSOCKET_OPTIONS) as revoked,
         connect(f"{url}/ws/b?token={identity.create_access_token(bob)}", **WEBSOCKET_OPTIONS) as disabled,
         connect(f"{url}/ws/c?token={identity.create_access_token(ada)}", **WEBSOCKET_OPTIONS) as unaffected,
@@ -330,7 +337,8 @@ async def test_connections_end_when_their_credentials_become_invalid(
             ((listed, _),) = await identity.list_keys(session, ada.id)
             await identity.revoke_key(session, listed.id)
             await identity.set_active(session, await identity.get_user(session, bob.email), active=False)
-        for excluded in (revoked, disabled):
+            await identity.end_all_credentials(session, await identity.get_user(session, carol.email))
+        for excluded in (revoked, disabled, expired, logged_out, logged_out_key):
             with pytest.raises(ConnectionClosedError) as closed:
                 await receive(excluded)
             assert closed.value.rcvd
@@ -489,6 +497,17 @@ async def silent_client(url: str, content: dict[str, str]) -> socket.socket:
     # A client must mask its frames; a mask of zeros leaves the payload as it is.
     await loop.sock_sendall(client, bytes([0x81, 0x80 | len(payload), 0, 0, 0, 0]) + payload)
     return client
+
+
+async def connect_until_expiry(url: str, user: identity.User) -> ClientConnection:
+    """A connection whose access token expires soon, but not before it is open, however slow this machine is."""
+    claims = jwt.decode(identity.create_access_token(user), signing_key(), algorithms=["HS256"])
+    for seconds in (1, 2, 4, 8, 16, 32, 64):
+        expiring = claims | {"exp": now() + timedelta(seconds=seconds)}
+        token = jwt.encode(expiring, signing_key(), algorithm="HS256")
+        with suppress(InvalidStatus):
+            return await connect(f"{url}/ws/expiring?token={token}", **WEBSOCKET_OPTIONS)
+    pytest.fail("a handshake takes longer than a minute")
 
 
 async def send(client: ClientConnection, **fields: str) -> dict[str, Any]:
