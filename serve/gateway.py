@@ -3,9 +3,14 @@
 It has no health check of its own. A new replica would not repair the database, and Ray notices a blocked event loop.
 """
 
+from functools import partial
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster import logs
+
+MAX_MESSAGE_BYTES = 65_536
+"""Of a WebSocket. The server refuses a longer message while it arrives; the hub's own limit is below."""
 
 
 class Gateway:
@@ -13,6 +18,7 @@ class Gateway:
         """The engines are not used here. As arguments they become part of the same application."""
         logs.configure("gateway")
         _disable_ray_request_ids()
+        _limit_websocket_messages()
 
 
 def _disable_ray_request_ids() -> None:
@@ -20,6 +26,13 @@ def _disable_ray_request_ids() -> None:
     from ray.serve._private import http_util
 
     http_util.RequestIdMiddleware = _PassThroughMiddleware  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _limit_websocket_messages() -> None:
+    """Ray has no setting for uvicorn's limit, which is 16 MiB of memory for each connection."""
+    import uvicorn
+
+    uvicorn.Config = partial(uvicorn.Config, ws_max_size=MAX_MESSAGE_BYTES)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _PassThroughMiddleware:

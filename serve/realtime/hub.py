@@ -29,6 +29,9 @@ CLOSE_SECONDS = 2.0
 READY_SECONDS = 5.0
 AUTH_CHECK_SECONDS = 5.0
 """After a credential has expired or ended, or its account is disabled, a connection ends within this time."""
+MAX_FRAME_LENGTH = 16_384
+"""Of a client's message. The largest that means something has some hundred characters; all are parsed on the loop."""
+MESSAGE_TOO_BIG = 1009
 TRY_AGAIN_LATER = 1013
 
 logger = logging.getLogger(__name__)
@@ -164,6 +167,8 @@ async def serve_socket(
         await _close(socket, POLICY_VIOLATION, "The credential is no longer valid.")
     elif subscription.dropped:
         await _close(socket, TRY_AGAIN_LATER, "Too many messages were waiting. Connect again.")
+    elif not receiving.cancelled() and receiving.result() > MAX_FRAME_LENGTH:
+        await _close(socket, MESSAGE_TOO_BIG, f"A message may have {MAX_FRAME_LENGTH} characters.")
 
 
 async def _close(socket: WebSocket, code: int, reason: str) -> None:
@@ -196,15 +201,20 @@ async def _send_all(socket: WebSocket, subscription: Subscription, transform: Tr
         return
 
 
-async def _receive_all(socket: WebSocket, subscription: Subscription, on_message: MessageHandler) -> None:
+async def _receive_all(socket: WebSocket, subscription: Subscription, on_message: MessageHandler) -> int:
+    """Respond to the messages of the client. Returns the length of one that is too long, or 0 at the end."""
     while (frame := await socket.receive())["type"] == "websocket.receive":
+        content: str | bytes = frame.get("text") or frame.get("bytes") or b""
+        if len(content) > MAX_FRAME_LENGTH:
+            return len(content)
         # Responses use the same queue, so a client that sends without reading is dropped, too.
-        subscription.put(await _handle_frame(frame, on_message))
+        subscription.put(await _handle_message(content, on_message))
+    return 0
 
 
-async def _handle_frame(frame: Mapping[str, Any], on_message: MessageHandler) -> Message:
+async def _handle_message(content: str | bytes, on_message: MessageHandler) -> Message:
     try:
-        message: Any = orjson.loads(frame.get("text") or frame.get("bytes") or b"")
+        message: Any = orjson.loads(content)
     except orjson.JSONDecodeError:
         message = None
     if not isinstance(message, dict):

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosedError
 
 from tests.support.platform import Platform
 from tests.support.waiting import TIMEOUT, WEBSOCKET_OPTIONS, eventually
@@ -207,6 +208,17 @@ async def test_job_events_appear_in_rooms(platform: Platform) -> None:
                     message = json.loads(await socket.recv())
                     if message["type"].startswith("job.") and socket is one_job:
                         assert message["data"]["job_id"] == job_id
+
+
+async def test_a_long_message_of_a_websocket_is_refused_while_it_arrives(platform: Platform) -> None:
+    async with connect(f"{platform.url.replace('http', 'ws')}/ws/me", **WEBSOCKET_OPTIONS) as socket:
+        await socket.send("x" * 1_000_000)
+        with pytest.raises(ConnectionClosedError) as closed:
+            async with asyncio.timeout(TIMEOUT):
+                await socket.recv()
+    assert closed.value.rcvd
+    assert closed.value.rcvd.code == 1009
+    assert "A message may have" not in closed.value.rcvd.reason  # so says the hub, which gets none that is so long
 
 
 @pytest.mark.deep

@@ -40,6 +40,8 @@ from tests.support.services.fake_services import FAKE_SERVICES, KEY
 from tests.support.services.stub_server import StubResponse, stub_server
 from tests.support.waiting import TIMEOUT, WEBSOCKET_OPTIONS
 
+TOO_LONG = realtime_hub.MAX_FRAME_LENGTH + 1
+
 
 def message(room: str, number: int = 0, **data: Any) -> events.Message:
     return {"rooms": [room], "type": "test", "data": {"number": number, **data}, "timestamp": "2026-01-01T00:00:00Z"}
@@ -346,6 +348,25 @@ async def test_connections_end_when_their_credentials_become_invalid(
         async with asyncio.timeout(TIMEOUT):
             await events_of_job.aread()  # the stream ends
         assert await send(unaffected, type="ping") == {"type": "pong"}
+
+
+@pytest.mark.parametrize("content", ["x" * TOO_LONG, b"x" * TOO_LONG])
+async def test_a_message_that_is_too_long_ends_its_connection(app: FastAPI, content: str | bytes) -> None:
+    longest = json.dumps({"type": "ping", "padding": ""})
+    longest = longest.replace('""', f'"{"x" * (realtime_hub.MAX_FRAME_LENGTH - len(longest))}"')
+    async with (
+        serving(app) as url,
+        connect(f"{url}/ws/a", **WEBSOCKET_OPTIONS) as client,
+        connect(f"{url}/ws/b", **WEBSOCKET_OPTIONS) as other,
+    ):
+        await client.send(longest)
+        assert await receive(client) == {"type": "pong"}
+        await client.send(content)
+        with pytest.raises(ConnectionClosedError) as closed:
+            await receive(client)
+        assert closed.value.rcvd
+        assert closed.value.rcvd.code == realtime_hub.MESSAGE_TOO_BIG
+        assert await send(other, type="ping") == {"type": "pong"}
 
 
 async def test_a_page_of_another_origin_is_refused(app: FastAPI) -> None:
