@@ -26,17 +26,19 @@ def add(
     from cluster import identity
     from cluster.migrations import run_in_own_session
 
+    name = username or email.partition("@")[0]
+
     async def work(session: AsyncSession) -> None:
         await identity.add_user(
             session,
             email=email,
-            username=username or email.partition("@")[0],
+            username=name,
             full_name=full_name,
             password_hash=password_hash,
             role="admin" if admin else "user",
         )
 
-    password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin)))
+    password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin), name, email))
     asyncio.run(run_in_own_session(work))
     typer.echo(f"Created the {'administrator' if admin else 'account'} {email}.")
 
@@ -98,7 +100,7 @@ def password(email: Email, password_stdin: PasswordStdin = False) -> None:
         user = await identity.get_user(session, email)
         await identity.set_password(session, user, password_hash)
 
-    password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin)))
+    password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin), email))
     asyncio.run(run_in_own_session(work))
     typer.echo(f"Changed the password of {email}.")
 

@@ -26,16 +26,18 @@ from cluster.identity.logins import (
     user_from_access_token,
     user_from_refresh_token,
 )
-from cluster.identity.passwords import hash_password, verify_password
+from cluster.identity.passwords import WeakPassword, hash_password, verify_password
 from cluster.identity.users import (
     MAX_PASSWORD_LENGTH,
     MIN_PASSWORD_LENGTH,
     USERNAME_PATTERN,
     AccountExists,
     AccountNotFound,
+    ReservedUsername,
     Role,
     User,
     add_user,
+    canonical_email,
     find_principal,
     find_user,
     get_active_user,
@@ -60,10 +62,13 @@ __all__ = [
     "KeyLivesLonger",
     "KeyNotFound",
     "RefreshToken",
+    "ReservedUsername",
     "Role",
     "TooManyKeys",
     "User",
+    "WeakPassword",
     "add_user",
+    "canonical_email",
     "create_access_token",
     "create_key",
     "delete_expired_logins",

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from email_validator import EmailNotValidError, validate_email
 from sqlalchemy import String, exists, select
+from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
@@ -24,6 +25,10 @@ from cluster.ownership import LOCAL, Principal, system
 
 Role = Literal["user", "admin"]
 USERNAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$"
+PLATFORM_NAMES = frozenset({"local", "system", "webhook", "guardian", "settings", "watch_downloads"})
+"""In whose names the platform acts. Rows tell by a name who has created them, so no account may have one of these."""
+ADMIN_NAMES = frozenset({"admin", "administrator", "root"})
+"""Usernames that only administrators may have, because people trust them."""
 MIN_PASSWORD_LENGTH, MAX_PASSWORD_LENGTH = 8, 256
 
 
@@ -39,12 +44,24 @@ class AccountNotFound(NotFound):
     code = "ACCOUNT_NOT_FOUND"
 
 
+class ReservedUsername(UnprocessableRequest):
+    """Nobody, or only an administrator, may have this username."""
+
+    code = "RESERVED_USERNAME"
+
+
+def _lower_username(context: DefaultExecutionContext) -> str:
+    """The username without regard to case: two accounts may not look alike."""
+    return context.get_current_parameters()["username"].lower()
+
+
 class User(Base):
     __tablename__ = "users"
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True, default=lambda: str(uuid4()))
     email: Mapped[str] = mapped_column(String(320), unique=True)  # in lower case
-    username: Mapped[str] = mapped_column(String(50), unique=True)
+    username: Mapped[str] = mapped_column(String(50))
+    username_key: Mapped[str] = mapped_column(String(50), unique=True, default=_lower_username)
     full_name: Mapped[str | None] = mapped_column(String(200))
     password_hash: Mapped[str] = mapped_column(String(200))
     role: Mapped[Role] = mapped_column(String(10), default="user")
@@ -68,6 +85,8 @@ async def add_user(
             f"'{username}' is not a valid username: it has 1 to 50 letters, digits, dots, dashes and underscores, and "
             "begins with a letter or a digit."
         )
+    if username.lower() in PLATFORM_NAMES or (username.lower() in ADMIN_NAMES and role != "admin"):
+        raise ReservedUsername(f"The username '{username}' is reserved: choose another one.")
     user = User(
         email=normalize_email(email), username=username, password_hash=password_hash, full_name=full_name, role=role
     )
@@ -80,7 +99,7 @@ async def add_user(
 
 
 async def find_user(session: AsyncSession, email: str) -> User | None:
-    return await session.scalar(select(User).where(User.email == email.strip().lower()))
+    return await session.scalar(select(User).where(User.email == canonical_email(email)))
 
 
 async def get_active_user(session: AsyncSession, user_id: str) -> User:
@@ -121,6 +140,14 @@ def normalize_email(email: str) -> str:
         return validate_email(email.strip(), check_deliverability=False).normalized.lower()
     except EmailNotValidError as error:
         raise UnprocessableRequest(f"'{email}' is not an email address: {error}") from error
+
+
+def canonical_email(email: str) -> str:
+    """The form in which this email is stored, if an account has it. What is no email address stays as it is."""
+    try:
+        return normalize_email(email)
+    except UnprocessableRequest:
+        return email
 
 
 async def find_principal(session: AsyncSession, owner_id: str | None, name: str | None = None) -> Principal:

@@ -145,7 +145,7 @@ async def register(body: Registration, caller: OptionalCaller) -> Account:
     """Create an account. If registration is closed, only administrators may do this."""
     if not get_settings().registration_open and not (caller and caller.is_admin):
         raise RegistrationClosed()
-    password_hash = await identity.hash_password(body.password.get_secret_value())
+    password_hash = await identity.hash_password(body.password.get_secret_value(), body.username, body.email)
     async with get_database().transaction() as session:
         user = await identity.add_user(
             session,
@@ -206,7 +206,7 @@ async def change_password(body: PasswordChange, request: Request, caller: Curren
         user = await session.get_one(identity.User, caller.id)
     if not await _is_password(user, user.email, body.current_password, request):
         raise WrongPassword()
-    password_hash = await identity.hash_password(body.new_password.get_secret_value())
+    password_hash = await identity.hash_password(body.new_password.get_secret_value(), user.username, user.email)
     async with get_database().transaction() as session:
         user = await identity.lock_unchanged(session, user)
         await identity.set_password(session, user, password_hash)

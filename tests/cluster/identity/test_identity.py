@@ -1,6 +1,7 @@
 """Accounts and credentials, on both databases."""
 
 import asyncio
+import re
 import stat
 from datetime import timedelta
 from pathlib import Path
@@ -12,11 +13,13 @@ from sqlalchemy import func, select, update
 from cluster import identity
 from cluster.db import Database, now
 from cluster.errors import AccountDisabled, Unauthenticated, UnprocessableRequest
+from cluster.identity.users import PLATFORM_NAMES
 from cluster.secrets import signing_key, token_hash
 
 pytestmark = pytest.mark.both_databases
 
 PASSWORD = "correct horse battery"
+ROOT = Path(__file__).parents[3]
 
 
 async def add_user(database: Database, name: str = "ada", role: identity.Role = "user") -> identity.User:
@@ -46,7 +49,21 @@ async def test_an_account_is_found_by_its_email_without_regard_to_case(database:
     assert (stored.id, stored.email, stored.role, stored.is_active) == (user.id, "ada@example.com", "user", True)
 
 
-@pytest.mark.parametrize(("email", "username"), [("ADA@example.com", "other"), ("other@example.com", "ada")])
+@pytest.mark.parametrize("spelling", ["ada@exämple.org", "ADA@EXÄMPLE.org", "ada@xn--exmple-cua.org"])
+async def test_an_international_domain_is_the_same_at_registration_and_login(database: Database, spelling: str) -> None:
+    async with database.transaction() as session:
+        user = await identity.add_user(session, email="ada@xn--exmple-cua.org", username="ada", password_hash="x")
+    assert user.email == "ada@exämple.org"
+    async with database.read_transaction() as session:
+        stored = await identity.find_user(session, spelling)
+        assert stored is not None
+        assert stored.id == user.id
+        assert await identity.find_user(session, "no address") is None
+
+
+@pytest.mark.parametrize(
+    ("email", "username"), [("ADA@example.com", "other"), ("other@example.com", "ada"), ("other@example.com", "ADA")]
+)
 async def test_email_and_username_are_unique(database: Database, email: str, username: str) -> None:
     await add_user(database)
     with pytest.raises(identity.AccountExists):
@@ -61,6 +78,24 @@ async def test_malformed_accounts_are_refused(database: Database, email: str, us
     with pytest.raises(UnprocessableRequest):
         async with database.transaction() as session:
             await identity.add_user(session, email=email, username=username, password_hash="x")
+
+
+async def test_no_account_has_a_name_in_which_the_platform_acts(database: Database) -> None:
+    for package in ("cluster", "jobs", "pipelines", "serve"):
+        for file in (ROOT / package).rglob("*.py"):
+            for name in re.findall(r'\bsystem\("(\w+)"\)', file.read_text()):
+                assert name in PLATFORM_NAMES, f"{file} acts as {name}"
+    for username in (*PLATFORM_NAMES, "System"):
+        for role in ("user", "admin"):
+            with pytest.raises(identity.ReservedUsername, match=username):
+                await add_user(database, username, role)
+
+
+async def test_only_an_administrator_may_be_named_like_one(database: Database) -> None:
+    for username in ("admin", "Administrator", "ROOT"):
+        with pytest.raises(identity.ReservedUsername):
+            await add_user(database, username)
+    assert (await add_user(database, "admin", "admin")).username == "admin"
 
 
 async def test_only_an_active_admin_counts(database: Database) -> None:
@@ -92,6 +127,32 @@ async def test_hashing_does_not_block_the_event_loop(database: Database) -> None
         await asyncio.sleep(0)
         turns += 1
     assert turns > 10
+
+
+@pytest.mark.parametrize(
+    "password",
+    [
+        *(
+            "12345678",
+            "2026-11-29",
+            "aaaaaaaaaaaa",
+            "abababab",
+            "password",
+            "Password1!",
+            "passwordpassword",
+            "1q2w3e4r",
+        ),
+        *("ada-12345", "Ada2026!", "lovelace1815"),
+    ],
+)
+async def test_the_first_guesses_are_no_passwords(password: str) -> None:
+    with pytest.raises(identity.WeakPassword):
+        await identity.hash_password(password, "ada", "lovelace@example.com")
+
+
+@pytest.mark.parametrize("password", ["secret-garden", "correct horse", "adalovelace", "Ünïcödé-wörd"])
+async def test_other_passwords_need_no_special_characters(password: str) -> None:
+    assert await identity.hash_password(password, "ada", "lovelace@example.com")
 
 
 @pytest.mark.parametrize("password", ["1234567", "x" * 257])

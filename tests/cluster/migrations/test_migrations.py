@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import IntegrityError
 
 from cluster import identity, migrations
@@ -74,6 +75,25 @@ async def test_an_older_schema_migrates_and_keeps_its_rows(
             await identity.create_key(session, "nobody", "orphan")
 
 
+def test_usernames_that_differ_by_case_only_get_a_number(tmp_path: Path) -> None:
+    insert = (
+        "INSERT INTO users (id, email, username, password_hash, role, is_active, created_at) "
+        "VALUES (:id, :id, :username, '-', 'user', 1, :created_at)"
+    )
+    names = ["Ann", "ann-2", "ANN", "ann", "bob"]
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        command.upgrade(migrations.configuration(connection), "0014")
+        for number, username in enumerate(names):
+            values = {"id": str(number), "username": username, "created_at": f"2026-01-0{number + 1} 00:00:00"}
+            connection.execute(text(insert), values)
+        migrations.upgrade(connection)
+        rows = connection.execute(text("SELECT username, username_key, token_version FROM users ORDER BY id")).all()
+    engine.dispose()
+    renamed = ["Ann", "ann-2", "ANN-3", "ann-4", "bob"]
+    assert [tuple(row) for row in rows] == [(name, name.lower(), 0) for name in renamed]
+
+
 async def test_a_newer_schema_is_refused(database: Database) -> None:
     await migrate()
     async with database.transaction() as session:
@@ -84,6 +104,6 @@ async def test_a_newer_schema_is_refused(database: Database) -> None:
 
 
 async def test_concurrent_processes_migrate_once(database: Database) -> None:
-    command = (sys.executable, "-c", "import asyncio; from cluster.migrations import migrate; asyncio.run(migrate())")
-    processes = [await asyncio.create_subprocess_exec(*command) for _ in range(2)]
+    script = "import asyncio; from cluster.migrations import migrate; asyncio.run(migrate())"
+    processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", script) for _ in range(2)]
     assert [await process.wait() for process in processes] == [0, 0]
