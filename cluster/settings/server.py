@@ -55,7 +55,10 @@ class AuthSettings(Section):
     access_token_minutes: int = Field(ge=1, le=1440, description="How long an access token is valid.")
     refresh_token_days: int = Field(ge=1, le=365, description="How long a refresh token is valid.")
     max_api_keys: int = Field(ge=1, le=10_000, description="How many API keys an account may have.")
-    login_attempts: Rate = Field(description="Rate limit of failed logins, for each account and each address.")
+    login_attempts: Rate = Field(description="Rate limit of failed logins of one account from one address.")
+    address_login_attempts: Rate = Field(
+        description="Rate limit of failed logins from one address, of all accounts together."
+    )
 
     @field_validator("signing_key", "sealing_key")
     @classmethod

@@ -23,6 +23,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster import identity
 from cluster.errors import ForgearrError, RateLimitExceeded
 from cluster.settings import get_settings
 from serve.http.mounts import marks_of
@@ -64,10 +65,12 @@ class RateLimitMiddleware:
 
 
 async def check_login(email: str, address: str) -> None:
-    """Reject a login if too many logins of its account, or from its address, have failed."""
-    limit = _parse(get_settings().auth.login_attempts)
+    """Reject a login if too many have failed from its address: of this account, or of all accounts together.
+
+    Failures from other addresses do not count: nobody may lock another out by guessing.
+    """
     try:
-        for caller in _login_callers(email, address):
+        for limit, caller in _login_limits(email, address):
             if not await limiter().test(limit, *caller):
                 raise _exceeded(await limiter().get_window_stats(limit, *caller))
     except StorageError as error:
@@ -79,11 +82,11 @@ async def count_failed_login(email: str, address: str) -> None:
 
     Concurrent guesses all pass `check_login`. Over the limit, wrong ones must get the same response as right ones.
     """
-    limit = _parse(get_settings().auth.login_attempts)
     try:
-        over = [caller for caller in _login_callers(email, address) if not await limiter().hit(limit, *caller)]
-        if over:
-            raise _exceeded(await limiter().get_window_stats(limit, *over[0]))
+        limits = _login_limits(email, address)
+        over = [(limit, caller) for limit, caller in limits if not await limiter().hit(limit, *caller)]
+        for limit, caller in over:
+            raise _exceeded(await limiter().get_window_stats(limit, *caller))
     except StorageError as error:
         _warn(error)
 
@@ -139,8 +142,12 @@ async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str
     return limit, (name, f"user {caller.id}")
 
 
-def _login_callers(email: str, address: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    return ("login account", email.strip().lower()), ("login address", address)
+def _login_limits(email: str, address: str) -> list[tuple[RateLimitItem, tuple[str, ...]]]:
+    settings = get_settings().auth
+    return [
+        (_parse(settings.login_attempts), ("login account", identity.canonical_email(email), address)),
+        (_parse(settings.address_login_attempts), ("login address", address)),
+    ]
 
 
 def _exceeded(window: WindowStats) -> RateLimitExceeded:
