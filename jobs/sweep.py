@@ -1,4 +1,4 @@
-"""The kind `sweep`: delete expired data of the queue, of files and logins, and of all modules with a sweeper."""
+"""The kind `sweep`: delete expired data of the queue, files, logins, audit log, and of all modules with a sweeper."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,7 +7,7 @@ from datetime import timedelta
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import and_, delete, false, select
 
-from cluster import identity
+from cluster import audit_log, identity
 from cluster.db import Database, delete_rows, now, with_own_database
 from cluster.files import store as file_store
 from cluster.files import uploads as file_uploads
@@ -63,6 +63,7 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
         context.report(phase=f"{events} old events")
     expired = await file_store.remove_expired(database)
     uploads = await file_uploads.remove_expired(database)
+    audit_entries = await audit_log.remove_old(database)
     kinds()  # imports all modules, so that they have registered their sweepers
     others: dict[str, int] = {}
     for name, remove_old in _sweepers.items():
@@ -78,6 +79,7 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
         "events": events,
         "files": expired,
         "uploads": uploads,
+        "audit_log": audit_entries,
         **others,
     }
 

@@ -29,6 +29,7 @@ from serve.openai.files import upload_routes
 from serve.openai.fine_tuning import routes as fine_tuning_routes
 from serve.openai.responses import routes as responses_routes
 from serve.realtime import routes as realtime_routes
+from serve.security import audit_log
 from serve.security import routes as security_routes
 from serve.security import usage
 from serve.services import health as services_health
@@ -54,6 +55,7 @@ MOUNTS = (
     Mount(settings.router, "Settings"),
     Mount(security_routes.router, "Auth"),
     Mount(usage.router, "Auth"),
+    Mount(audit_log.router, "Auth"),
     Mount(jobs_routes.router, "Jobs"),
     Mount(jobs_events.router, "Jobs"),
     Mount(schedules.router, "Schedules"),

@@ -23,10 +23,10 @@ def show(overrides: Overrides = None) -> None:
     from rich.text import Text
 
     from cluster.cli.console import console, table
-    from cluster.settings import load_settings
+    from cluster.settings import DEFAULTS, load_settings
 
     rows = table("setting", "value", "from")
     for setting, value, origin in load_settings(overrides or ()).rows():
-        style = None if origin == "configs/forgearr.yaml" else "cyan"
+        style = None if origin == DEFAULTS else "cyan"
         rows.add_row(setting, Text(value), Text(origin), style=style)
     console().print(rows)

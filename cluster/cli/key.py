@@ -21,14 +21,17 @@ def create(
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from cluster import identity
+    from cluster import audit_log, identity
     from cluster.db import now
     from cluster.migrations import run_in_own_session
+    from cluster.ownership import LOCAL
 
     async def work(session: AsyncSession) -> str:
         owner = await identity.get_user(session, user)
         expires_at = now() + timedelta(days=days) if days else None
-        _, key = await identity.create_key(session, owner.id, name, expires_at)
+        row, key = await identity.create_key(session, owner.id, name, expires_at)
+        expiry = expires_at and expires_at.isoformat()
+        audit_log.record(session, "key.create", LOCAL, row.id, name=name, expires_at=expiry, user=owner.email)
         return key
 
     key = asyncio.run(run_in_own_session(work))
@@ -55,8 +58,15 @@ def list_() -> None:
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(help="Its id in `forgearr key list`.", show_default=False)]) -> None:
     """Revoke a key, at once."""
-    from cluster import identity
-    from cluster.migrations import run_in_own_session
+    from sqlalchemy.ext.asyncio import AsyncSession
 
-    asyncio.run(run_in_own_session(lambda session: identity.revoke_key(session, key_id)))
+    from cluster import audit_log, identity
+    from cluster.migrations import run_in_own_session
+    from cluster.ownership import LOCAL
+
+    async def work(session: AsyncSession) -> None:
+        await identity.revoke_key(session, key_id)
+        audit_log.record(session, "key.revoke", LOCAL, key_id)
+
+    asyncio.run(run_in_own_session(work))
     typer.echo("Revoked.")

@@ -23,13 +23,14 @@ def add(
     """Create an account."""
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from cluster import identity
+    from cluster import audit_log, identity
     from cluster.migrations import run_in_own_session
+    from cluster.ownership import LOCAL
 
     name = username or email.partition("@")[0]
 
     async def work(session: AsyncSession) -> None:
-        await identity.add_user(
+        user = await identity.add_user(
             session,
             email=email,
             username=name,
@@ -37,6 +38,7 @@ def add(
             password_hash=password_hash,
             role="admin" if admin else "user",
         )
+        audit_log.record(session, "account.create", LOCAL, user.email, role=user.role)
 
     password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin), name, email))
     asyncio.run(run_in_own_session(work))
@@ -77,12 +79,14 @@ def logout(email: Email) -> None:
     """End all logins of an account, and revoke its API keys."""
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from cluster import identity
+    from cluster import audit_log, identity
     from cluster.migrations import run_in_own_session
+    from cluster.ownership import LOCAL
 
     async def work(session: AsyncSession) -> None:
         user = await identity.get_user(session, email)
         await identity.end_all_credentials(session, user)
+        audit_log.record(session, "logout", LOCAL, user.email, everywhere=True)
 
     asyncio.run(run_in_own_session(work))
     typer.echo(f"Ended all logins of {email} and revoked its API keys.")
@@ -93,12 +97,14 @@ def password(email: Email, password_stdin: PasswordStdin = False) -> None:
     """Set a new password, end all logins of the account, and revoke its API keys."""
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from cluster import identity
+    from cluster import audit_log, identity
     from cluster.migrations import run_in_own_session
+    from cluster.ownership import LOCAL
 
     async def work(session: AsyncSession) -> None:
         user = await identity.get_user(session, email)
         await identity.set_password(session, user, password_hash)
+        audit_log.record(session, "password.change", LOCAL, user.email)
 
     password_hash = asyncio.run(identity.hash_password(_read_password(password_stdin), email))
     asyncio.run(run_in_own_session(work))
@@ -108,12 +114,14 @@ def password(email: Email, password_stdin: PasswordStdin = False) -> None:
 def _set_active(email: str, active: bool) -> None:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from cluster import identity
+    from cluster import audit_log, identity
     from cluster.migrations import run_in_own_session
+    from cluster.ownership import LOCAL
 
     async def work(session: AsyncSession) -> None:
         user = await identity.get_user(session, email)
         await identity.set_active(session, user, active)
+        audit_log.record(session, "account.enable" if active else "account.disable", LOCAL, user.email)
 
     asyncio.run(run_in_own_session(work))
 

@@ -13,7 +13,7 @@ from sqlalchemy import Index, Select, String, Text, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster import storage
+from cluster import audit_log, storage
 from cluster.db import Base, Database, now
 from cluster.db import Sequence as Counter
 from cluster.errors import NotFound
@@ -120,6 +120,7 @@ def open_file(file: File) -> BinaryIO:
 async def delete(database: Database, file_id: str, principal: Principal) -> None:
     async with database.transaction() as session:
         file = await find(session, file_id, principal)
+        audit_log.record(session, "file.delete", principal, file.id, filename=file.filename)
         file.expires_at = now()  # nobody can see it from now on; after a crash, the sweep deletes the rest
     await _remove(database, [file])
 

@@ -8,9 +8,10 @@ from sqlalchemy import ForeignKey, String, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
+from cluster import audit_log
 from cluster.db import Base, delete_rows, now
 from cluster.errors import Unauthenticated
-from cluster.identity.users import User, get_active_user, lock_unchanged
+from cluster.identity.users import User, get_active_user, lock_unchanged, principal
 from cluster.secrets import new_token, signing_key, token_hash
 from cluster.settings import get_settings
 
@@ -75,6 +76,7 @@ async def rotate_refresh_token(session: AsyncSession, token: str) -> tuple[User,
         return None
     if row.used_at is not None:
         await _end_family(session, row)
+        audit_log.record(session, "refresh", principal(user), outcome="refused", reason="The token was used twice.")
         return None
     row.used_at = now()
     return user, _new_refresh_token(session, user.id, row.family)
@@ -88,11 +90,12 @@ async def user_from_refresh_token(session: AsyncSession, token: str) -> User | N
     return user
 
 
-async def end_login(session: AsyncSession, token: str) -> None:
-    """Delete the family of a refresh token. An unknown token is no error."""
-    _, row = await _lock_refresh_token(session, token)
+async def end_login(session: AsyncSession, token: str) -> User | None:
+    """Delete the family of a refresh token, and return its user. An unknown token is no error."""
+    user, row = await _lock_refresh_token(session, token)
     if row is not None:
         await _end_family(session, row)
+    return user
 
 
 async def _lock_refresh_token(session: AsyncSession, token: str) -> tuple[User, RefreshToken] | tuple[None, None]:

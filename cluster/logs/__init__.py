@@ -1,6 +1,6 @@
 """Logs: their format, their context, and the redaction of secrets."""
 
-from cluster.logs.context import job_id, request_id
+from cluster.logs.context import job_id, request_address, request_id
 from cluster.logs.reader import BLOCK_BYTES, LEVELS, POLL_SECONDS, Line, follow, line_filter, recent
 from cluster.logs.redaction import MASK, SECRET_NAME, redact, strip_url_paths
 from cluster.logs.setup import NOISY_LOGGERS, configure, folder, rotate
@@ -20,6 +20,7 @@ __all__ = [
     "line_filter",
     "recent",
     "redact",
+    "request_address",
     "request_id",
     "rotate",
     "strip_url_paths",

@@ -11,6 +11,7 @@ from cluster.db import Base, UtcDateTime
 
 # All modules with tables. They are imported by name, because `cluster` imports no package above it.
 for module in (
+    "cluster.audit_log",
     "cluster.identity",
     "cluster.services.circuit_breaker",
     "cluster.services.health_checks",

@@ -19,7 +19,7 @@ from cluster import logs
 from cluster.actors import NAMESPACE
 from cluster.errors import ForgearrError, SettingsError, Unavailable
 from cluster.runtime import processes
-from cluster.settings import ENVIRONMENT_PREFIX, Settings, get_settings
+from cluster.settings import DEFAULTS, ENVIRONMENT_PREFIX, Settings, get_settings, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +80,29 @@ def _named_actors() -> list[str]:
 
 
 async def _prepare_database(settings: Settings, on_step: OnStep) -> None:
+    from cluster import audit_log
     from cluster.db import get_database
     from cluster.identity import has_admin
     from cluster.migrations import migrate
+    from cluster.ownership import LOCAL
 
     await migrate()
     database = get_database()
-    async with database.read_transaction() as session:
-        admin = await has_admin(session)
+    async with database.transaction() as session:
+        is_refused = settings.auth_required and not await has_admin(session)
+        outcome = "refused" if is_refused else "succeeded"
+        audit_log.record(session, "settings.apply", LOCAL, outcome=outcome, **_changed_settings())
     await _import_object(DECLARE_SERVICES)(database)
     await database.close()
-    if settings.auth_required and not admin:
+    if is_refused:
         raise NoAdmin
     on_step("database", "SQLite" if database.is_sqlite else "PostgreSQL")
+
+
+def _changed_settings() -> dict[str, str]:
+    """The settings that are not the defaults, with secrets masked."""
+    rows = load_settings().rows()
+    return {key: logs.redact(value) for key, value, origin in rows if origin != DEFAULTS}
 
 
 def _import_object(path: str) -> Any:

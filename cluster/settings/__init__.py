@@ -13,6 +13,7 @@ from cluster.settings.infrastructure import (
 )
 from cluster.settings.jobs import JobSettings
 from cluster.settings.loader import (
+    DEFAULTS,
     ENVIRONMENT_PREFIX,
     RESERVED_VARIABLES,
     LoadedSettings,
@@ -28,6 +29,7 @@ from cluster.settings.services import DeclaredService, ServiceSettings
 from cluster.settings.training import ForgeSettings, GateSettings
 
 __all__ = [
+    "DEFAULTS",
     "ENVIRONMENT_PREFIX",
     "LOOPBACK",
     "PLACEHOLDERS",

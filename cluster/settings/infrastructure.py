@@ -49,4 +49,5 @@ class MlflowSettings(Section):
 
 class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(description="Lowest level that is written.")
+    audit_log_days: float = Field(gt=0, description="How long entries of the audit log are kept.")
     rotate_mb: int = Field(ge=1, description="Size at which a log file is rotated, in MB.")

@@ -19,6 +19,7 @@ from cluster.settings.base import home
 from cluster.settings.masking import SECRET_NAMES, is_secret, to_text
 from cluster.settings.root import Settings
 
+DEFAULTS = "configs/forgearr.yaml"
 ENVIRONMENT_PREFIX = "FORGEARR_"
 RESERVED_VARIABLES = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
 
@@ -67,10 +68,7 @@ def export_overrides(overrides: Sequence[str]) -> None:
 
 
 def _layers(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield (
-        "configs/forgearr.yaml",
-        _read_yaml(files("configs").joinpath("forgearr.yaml").read_text(), "configs/forgearr.yaml"),
-    )
+    yield DEFAULTS, _read_yaml(files("configs").joinpath("forgearr.yaml").read_text(), DEFAULTS)
     user_file = home() / "forgearr.yaml"
     if user_file.exists():
         yield str(user_file), _read_yaml(user_file.read_text(), str(user_file))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import select
 
+from cluster import audit_log
 from cluster.db import get_database
 from cluster.times import UtcTime
 from pipelines.guardian import repositories, watch_repo
@@ -131,6 +132,7 @@ async def delete_repository(repository: RepositoryName, caller: AdminCaller) -> 
     async with get_database().transaction() as session:
         row = await repositories.find(session, repository, lock=True)
         await repositories.delete(session, row)
+        audit_log.record(session, "repository.delete", caller, row.name, id=row.id)
     await asyncio.to_thread(shutil.rmtree, locations.mirror_path(row.id), ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
+from cluster import audit_log
 from cluster.services.arr.movies import MOVIES
 from cluster.services.arr.movies_tools import AddMovieRequest
 from cluster.services.capabilities import collection as capabilities_collection
@@ -145,4 +146,7 @@ async def delete_movie(
 ) -> MovieDeleted:
     async with collection_client(MOVIES, service) as client:
         await capabilities_collection.delete(client, MOVIES, movie_id, delete_files=delete_files)
+    await audit_log.record_alone(
+        "movie.delete", caller, str(movie_id), service=client.connection.name, files=delete_files
+    )
     return MovieDeleted(movie_id=movie_id, files_deleted=delete_files)

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
+from cluster import audit_log
 from cluster.services.arr.series import SERIES, Series
 from cluster.services.arr.series_tools import AddSeriesRequest
 from cluster.services.capabilities import collection as capabilities_collection
@@ -145,6 +146,9 @@ async def delete_series(
 ) -> SeriesDeleted:
     async with collection_client(SERIES, service) as client:
         await capabilities_collection.delete(client, SERIES, series_id, delete_files=delete_files)
+    await audit_log.record_alone(
+        "series.delete", caller, str(series_id), service=client.connection.name, files=delete_files
+    )
     return SeriesDeleted(series_id=series_id, files_deleted=delete_files)
 
 

@@ -8,14 +8,15 @@ import re
 from secrets import token_hex
 from time import perf_counter
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError
-from cluster.logs import request_id
+from cluster.logs import request_address, request_id
 from serve.http.errors import route_template
 from serve.monitoring.metrics import RequestMetrics
 from serve.security.callers import send_error
+from serve.security.rate_limits import client_address
 
 SLOW_SECONDS = 1.0
 CLIENT_CLOSED_REQUEST = 499
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestContextMiddleware:
-    """Sets the request id, measures and logs the request, and responds to unexpected exceptions."""
+    """Sets the request id and the client's address, measures and logs the request, responds to unknown exceptions."""
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self.app = app
@@ -37,6 +38,7 @@ class RequestContextMiddleware:
             return await self.app(scope, receive, send)
         identifier = _request_id(scope)
         token = request_id.set(identifier.decode())
+        address_token = request_address.set(client_address(HTTPConnection(scope)))
         started = perf_counter()
         status, seconds = 0, 0.0
 
@@ -63,6 +65,7 @@ class RequestContextMiddleware:
                 self.metrics.observe(scope["method"], route_template(scope) or "(none)", status, seconds)
             _log(scope, status, seconds)
             request_id.reset(token)
+            request_address.reset(address_token)
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -5,9 +5,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster import audit_log
 from cluster.times import UtcTime
 from jobs.queue import JobRequest
 from pipelines.training.deploy import job as deploy_job
+from pipelines.training.deploy.job import VersionNotPassed
 from pipelines.training.models import registry
 from pipelines.training.models.versions import Model, Version
 from pipelines.training.spec import ModelName
@@ -100,7 +102,12 @@ async def deploy_model(
 ) -> JobView:
     """Queue a job that serves a version as NAME:latest. No request is dropped meanwhile."""
     async with registry.connect() as models:
-        deploy_job.require_validated(await models.find(f"{name}:v{body.version}"), body.force)
+        version = await models.find(f"{name}:v{body.version}")
+    try:
+        deploy_job.require_validated(version, body.force)
+    except VersionNotPassed as error:
+        await audit_log.record_alone("model.deploy", caller, version.reference, outcome="refused", reason=error.message)
+        raise
     job_request = JobRequest(kind="deploy", spec={"name": name, **body.model_dump()})
     return await create_job(job_request, caller, idempotency_key)
 
@@ -109,6 +116,7 @@ async def deploy_model(
 async def roll_back_model(name: ModelName, caller: AdminCaller) -> RollbackResult:
     """Serve the version before the present one again, at once."""
     version, replaced, warning = await deploy_job.roll_back(name)
+    await audit_log.record_alone("model.rollback", caller, version.reference, previous=replaced)
     return RollbackResult(name=name, version=version.number, previous=replaced, warning=warning)
 
 
@@ -117,6 +125,7 @@ async def delete_model(name: ModelName, caller: AdminCaller) -> None:
     """Delete a model: all its versions, including the served one, and their files. Their numbers are not reused."""
     async with registry.connect() as models:
         await models.delete_model(name)
+    await audit_log.record_alone("model.delete", caller, name)
 
 
 @router.delete("/{name}/versions/{version}", status_code=204)
@@ -124,6 +133,7 @@ async def delete_version(name: ModelName, version: VersionNumber, caller: AdminC
     """Delete a version that is not served, and its files. Its number is not reused."""
     async with registry.connect() as models:
         await models.delete_version(name, version)
+    await audit_log.record_alone("model.delete", caller, f"{name}:v{version}")
 
 
 def _view(model: Model) -> ModelView:

@@ -7,7 +7,7 @@ from uuid import UUID
 from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from cluster import identity
+from cluster import audit_log, identity
 from cluster.db import get_database, now
 from cluster.errors import AccountDisabled, Conflict, Forbidden, ForgearrError, Unauthenticated
 from cluster.settings import get_settings
@@ -154,6 +154,7 @@ async def register(body: Registration, caller: OptionalCaller) -> Account:
             full_name=body.full_name,
             password_hash=password_hash,
         )
+        audit_log.record(session, "account.create", caller or identity.principal(user), user.email, role=user.role)
     return Account.model_validate(user)
 
 
@@ -164,11 +165,16 @@ async def login(body: Login, request: Request) -> Tokens:
     async with get_database().read_transaction() as session:
         user = await identity.find_user(session, body.email)
     if not await _is_password(user, body.email, body.password, request) or user is None:
+        # An email without an account is not recorded: people type passwords there by mistake.
+        await audit_log.record_alone("login", None, user and user.email, outcome="failed")
         raise Unauthenticated("The email or the password is wrong.")
     if not user.is_active:
-        raise AccountDisabled()
+        reason = AccountDisabled()
+        await audit_log.record_alone("login", None, user.email, outcome="refused", reason=reason.message)
+        raise reason
     async with get_database().transaction() as session:
         refresh_token = await identity.start_login(session, user)
+        audit_log.record(session, "login", identity.principal(user))
     return _tokens(user, refresh_token)
 
 
@@ -189,12 +195,15 @@ async def logout(body: Logout) -> None:
     """End the login of a refresh token, or with `everywhere` all credentials of its account."""
     token = body.refresh_token.get_secret_value()
     async with get_database().transaction() as session:
-        if not body.everywhere:
-            return await identity.end_login(session, token)
-        user = await identity.user_from_refresh_token(session, token)
-        if user is None:
-            raise RefreshTokenInvalid()
-        await identity.end_all_credentials(session, user)
+        if body.everywhere:
+            user = await identity.user_from_refresh_token(session, token)
+            if user is None:
+                raise RefreshTokenInvalid()
+            await identity.end_all_credentials(session, user)
+        else:
+            user = await identity.end_login(session, token)
+        if user is not None:
+            audit_log.record(session, "logout", identity.principal(user), everywhere=body.everywhere)
 
 
 @router.put("/password")
@@ -205,12 +214,14 @@ async def change_password(body: PasswordChange, request: Request, caller: Curren
     async with get_database().read_transaction() as session:
         user = await session.get_one(identity.User, caller.id)
     if not await _is_password(user, user.email, body.current_password, request):
+        await audit_log.record_alone("password.change", caller, user.email, outcome="failed")
         raise WrongPassword()
     password_hash = await identity.hash_password(body.new_password.get_secret_value(), user.username, user.email)
     async with get_database().transaction() as session:
         user = await identity.lock_unchanged(session, user)
         await identity.set_password(session, user, password_hash)
         refresh_token = await identity.start_login(session, user)
+        audit_log.record(session, "password.change", caller, user.email)
     return _tokens(user, refresh_token)
 
 
@@ -243,6 +254,8 @@ async def create_key(body: ApiKeyRequest, request: Request, caller: CurrentCalle
     async with get_database().transaction() as session:
         user, own_key = await authenticate_again(session, request)
         key, token = await identity.create_key(session, user.id, body.name, expires_at, made_with=own_key)
+        expiry = key.expires_at and key.expires_at.isoformat()
+        audit_log.record(session, "key.create", caller, key.id, name=key.name, expires_at=expiry)
     return CreatedApiKey(**ApiKeyView.model_validate(key).model_dump(), key=token)
 
 
@@ -263,6 +276,7 @@ async def revoke_key(key_id: UUID, caller: CurrentCaller) -> None:
         raise identity.KeyNotFound()
     async with get_database().transaction() as session:
         await identity.revoke_key(session, str(key_id), caller.id)
+        audit_log.record(session, "key.revoke", caller, str(key_id))
 
 
 async def _is_password(user: identity.User | None, email: str, password: SecretStr, request: Request) -> bool:

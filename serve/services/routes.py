@@ -8,6 +8,7 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster import audit_log
 from cluster.db import get_database, now
 from cluster.services import health_checks
 from cluster.services import store as service_store
@@ -178,7 +179,9 @@ async def change_service(service_id: ServiceId, changes: ServiceChanges, caller:
 async def delete_service(service_id: ServiceId, caller: AdminCaller) -> None:
     """Delete a service and its checks."""
     async with get_database().transaction() as session:
-        await service_store.delete(session, await service_store.get(session, service_id, lock=True))
+        service = await service_store.get(session, service_id, lock=True)
+        await service_store.delete(session, service)
+        audit_log.record(session, "service.delete", caller, service.name, type=service.type)
 
 
 @router.post("/{service_id}/test")

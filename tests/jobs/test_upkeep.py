@@ -111,6 +111,7 @@ async def test_a_sweep_deletes_only_what_has_expired(database: Database) -> None
         "events": 2,
         "files": 1,
         "uploads": 1,
+        "audit_log": 0,
         "responses": 0,
         "blobs": 0,
         "batches": 0,

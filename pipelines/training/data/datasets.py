@@ -19,7 +19,7 @@ from sqlalchemy import Index, String, Text, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster import identity, storage
+from cluster import audit_log, identity, storage
 from cluster.db import Base, Database, advisory_lock, now, with_own_database
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, ForgearrError, NotFound
@@ -142,6 +142,7 @@ async def delete(database: Database, dataset_id: str, principal: Principal) -> N
         if job_id := await _job_using(session, dataset):
             raise DatasetInUse(f"The job {job_id} uses {_versioned_name(dataset)}: wait for it, or cancel it.")
         await session.delete(dataset)
+        audit_log.record(session, "dataset.delete", principal, _versioned_name(dataset), id=dataset.id)
     async with database.transaction() as session:
         await advisory_lock(session, "datasets")
         if await session.scalar(select(Dataset.id).where(Dataset.digest == dataset.digest).limit(1)) is None:

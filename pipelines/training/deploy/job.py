@@ -8,11 +8,15 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from cluster import audit_log
+from cluster.db import Database, with_own_database
 from cluster.errors import Conflict, ForgearrError, Unavailable
+from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import outputs
 from jobs.context import Context
 from jobs.registry import job
+from jobs.tables import Job
 from pipelines.training.deploy import ollama_push
 from pipelines.training.deploy.ollama_push import OllamaRefused, OllamaUnavailable
 from pipelines.training.models import registry
@@ -77,6 +81,29 @@ async def roll_back(name: str) -> tuple[Version, int, str | None]:
 
 
 async def _deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
+    try:
+        result = await _serve_version(context, spec)
+    except ForgearrError as error:
+        target = spec.export_job_id or f"{spec.name}:v{spec.version}"
+        outcome = "refused" if isinstance(error, VersionNotPassed) else "failed"
+        await _record(context, target, outcome, reason=error.message)
+        raise
+    reference = f"{result['name']}:v{result['version']}"
+    await _record(context, reference, "succeeded", previous=result["previous"], forced=spec.force)
+    return result
+
+
+async def _record(context: Context, target: str, outcome: audit_log.Outcome, **details: Any) -> None:
+    async def write(database: Database) -> None:
+        async with database.transaction() as session:
+            job = await session.get_one(Job, context.job_id)
+            owner = Principal(id=job.owner_id, name=job.created_by)
+            audit_log.record(session, "model.deploy", owner, target, outcome=outcome, job_id=job.id, **details)
+
+    await with_own_database(write)
+
+
+async def _serve_version(context: Context, spec: DeploySpec) -> dict[str, Any]:
     async with registry.connect() as models:
         if spec.export_job_id is not None:
             version = await models.find_export(spec.export_job_id)

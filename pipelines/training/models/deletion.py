@@ -2,6 +2,7 @@
 
 from sqlalchemy import select
 
+from cluster import audit_log
 from cluster.db import get_database
 from cluster.errors import Forbidden
 from cluster.ownership import Principal
@@ -39,6 +40,8 @@ async def remove(reference: str, principal: Principal) -> list[Version]:
             await models.delete_model(name)
         else:
             await models.delete_version(name, number)
+    deleted = [version.number for version in versions]
+    await audit_log.record_alone("model.delete", principal, reference, versions=deleted)
     return versions
 
 

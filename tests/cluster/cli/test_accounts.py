@@ -3,9 +3,12 @@
 import asyncio
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 from typer.testing import CliRunner, Result
 
 from cluster import identity
+from cluster.audit_log import AuditLogEntry
 from cluster.cli import key, user
 from cluster.db import Database, get_database
 from cluster.errors import ForgearrError
@@ -32,6 +35,15 @@ def find(email: str) -> identity.User:
     return asyncio.run(run_in_own_session(lambda session: identity.get_user(session, email)))
 
 
+def recorded() -> list[tuple[str, str | None, str | None]]:
+    """Action, actor and target of all entries of the audit log."""
+
+    async def read(session: AsyncSession) -> list[AuditLogEntry]:
+        return list(await session.scalars(select(AuditLogEntry).order_by(AuditLogEntry.id)))
+
+    return [(entry.action, entry.actor, entry.target) for entry in asyncio.run(run_in_own_session(read))]
+
+
 def test_an_account_is_added_changed_disabled_and_enabled() -> None:
     run(user.app, "add", "Ada@example.com", "--admin", "--password-stdin", stdin=f"{PASSWORD}\n")
     ada = find("ada@example.com")
@@ -51,6 +63,8 @@ def test_an_account_is_added_changed_disabled_and_enabled() -> None:
     assert "argon2" not in listed
     run(user.app, "enable", "ada@example.com")
     assert find("ada@example.com").is_active
+    expected = ["account.create", "password.change", "logout", "account.disable", "account.enable"]
+    assert recorded() == [(action, "local", "ada@example.com") for action in expected]
 
 
 def test_invalid_accounts_are_refused() -> None:
@@ -71,4 +85,5 @@ def test_a_key_is_created_listed_and_revoked() -> None:
     assert record.id in listed
     assert token not in listed
     run(key.app, "revoke", record.id)
+    assert recorded()[1:] == [(action, "local", record.id) for action in ("key.create", "key.revoke")]
     assert record.id not in run(key.app, "list").output

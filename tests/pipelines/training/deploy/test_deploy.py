@@ -1,7 +1,7 @@
 """Deployment and rollback: refusals, the order of the steps, and what is sent to Ollama."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,16 @@ import httpx
 import numpy
 import pytest
 from gguf import GGUFWriter
+from sqlalchemy import select
 
+from cluster.audit_log import AuditLogEntry
+from cluster.db import get_database
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
+from jobs import queue
 from jobs.context import Context
 from jobs.leases import Claim
+from jobs.queue import JobRequest
 from pipelines.training.deploy import job as deploy_job
 from pipelines.training.deploy.job import VersionNotPassed
 from pipelines.training.deploy.ollama_push import OllamaRefused, OllamaUnavailable
@@ -29,8 +35,11 @@ CHAT_TEMPLATE = files("configs").joinpath("tiny/chat_template.jinja").read_text(
 
 
 @pytest.fixture(autouse=True)
-def no_engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def no_engine(migrated: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """An installation with a database and without an engine."""
     monkeypatch.setenv("FORGEARR_ENGINES__REPLICAS", "0")
+    yield
+    await get_database().close()
 
 
 @pytest.fixture
@@ -48,7 +57,10 @@ async def run(
 
 
 async def run_spec(spec: DeploySpec, link: RecordingLink) -> dict[str, Any]:
-    claim = Claim("job_d", "t", "deploy", {}, None, 1, 3, None, None, {}, "w", None)
+    async with get_database().transaction() as session:
+        request = JobRequest(kind="deploy", spec=spec.model_dump(mode="json"))
+        job = await queue.enqueue(session, request, LOCAL)
+    claim = Claim(job.id, "t", "deploy", {}, None, 1, 3, None, None, {}, "w", None)
     return await asyncio.to_thread(deploy_job.deploy, Context(claim, link), spec)
 
 
@@ -97,6 +109,15 @@ async def test_a_version_that_did_not_pass_is_deployed_only_with_force(registry_
     assert "by force" in link.logged[0]
     with pytest.raises(ModelNotFound):
         await run(registry_model, 7)
+    async with get_database().read_transaction() as session:
+        entries = list(await session.scalars(select(AuditLogEntry).order_by(AuditLogEntry.id)))
+    assert {(entry.action, entry.actor) for entry in entries} == {("model.deploy", "local")}
+    first, seventh = (f"{registry_model.name}:v{number}" for number in (1, 7))
+    recorded = [(entry.outcome, entry.target) for entry in entries]
+    assert recorded == [("refused", first), ("refused", first), ("succeeded", first), ("failed", seventh)]
+    details = [entry.details or {} for entry in entries]
+    assert "never validated" in details[0]["reason"]
+    assert details[2]["forced"]
 
 
 async def test_a_version_can_be_named_by_its_export(registry_model: RegistryModel) -> None:
