@@ -23,6 +23,7 @@ from cluster.actors import NAMESPACE
 from cluster.db import get_database
 from cluster.settings import get_settings, home
 from jobs import leases, schedules
+from jobs.dispatch import disabled_accounts
 from jobs.dispatch.capacity import HEAVY_PREFIX, POOL_PREFIX, ClusterCapacity, actor_options
 from jobs.execution.worker import Worker
 from jobs.journal import JournalEntry
@@ -138,7 +139,8 @@ class Dispatcher:
                     await self._wake.wait()
 
     async def _maintain_forever(self) -> None:
-        """Renew the leadership, release the jobs of workers without a heartbeat, and fire schedules."""
+        """Renew the leadership, release the jobs of workers without a heartbeat, fire schedules, stop the work of
+        disabled accounts."""
         async with self._database.transaction() as session:
             await schedules.ensure(session, SWEEP_SCHEDULE)
         lease = self._settings.lease_seconds
@@ -154,6 +156,7 @@ class Dispatcher:
                 await schedules.fire_due(session)
                 controls = await leases.renew(session, [token for token, _ in self._starting.values()])
                 jobs_by_worker = await leases.running_jobs_by_worker(session)
+            await disabled_accounts.stop_work(self._database)
             for job_id, worker in lost:
                 log.warning("worker %s sends no heartbeat; %s goes to another one", worker, job_id)
                 self._capacity.release(worker, job_id)

@@ -1,11 +1,11 @@
 """The queue: enqueue jobs, control them, and wake the dispatcher."""
 
-from jobs.queue.control import cancel, pause, resume, retry
+from jobs.queue.control import cancel, cancel_all, pause, resume, retry
 from jobs.queue.dependencies import finish_waiting_jobs, release_dependents
 from jobs.queue.enqueue import check_request, enqueue, enqueue_child, enqueue_many, new_job_id, rejected_job
 from jobs.queue.errors import ChildFailed, IdempotencyConflict, JobNotFound, JobStateConflict, UnknownDependency
 from jobs.queue.requests import MAX_DEPENDENCIES, JobRequest
-from jobs.queue.rows import count_unfinished, get
+from jobs.queue.rows import count_unfinished, get, lock_jobs
 from jobs.queue.wakeup import DISPATCHER, wake_dispatcher, wake_dispatcher_on_commit
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "JobStateConflict",
     "UnknownDependency",
     "cancel",
+    "cancel_all",
     "check_request",
     "count_unfinished",
     "enqueue",
@@ -25,6 +26,7 @@ __all__ = [
     "enqueue_many",
     "finish_waiting_jobs",
     "get",
+    "lock_jobs",
     "new_job_id",
     "pause",
     "rejected_job",

@@ -1,5 +1,7 @@
 """Cancel, pause, resume and retry jobs, together with their children."""
 
+from collections.abc import Sequence
+
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -20,11 +22,16 @@ async def cancel(session: AsyncSession, job: Job) -> None:
     if job.state in FINISHED:
         raise JobStateConflict(f"{job.id} has already {format_end(job)}.")
     affected = [job, *await descendants_of(session, [job.id])]
-    waiting = [member for member in affected if member.state in {State.QUEUED, State.PAUSED}]
-    await finish_waiting_jobs(session, waiting, State.CANCELLED, {"code": "cancelled", "message": "Cancelled."})
-    for member in affected:
-        if member.state == State.RUNNING:
-            await _set_control(session, member, Control.CANCEL)
+    await cancel_all(session, affected, {"code": "cancelled", "message": "Cancelled."})
+
+
+async def cancel_all(session: AsyncSession, jobs: Sequence[Job], error: dict[str, str]) -> None:
+    """Cancel these unfinished jobs, whose rows are locked. The waiting ones get this error."""
+    waiting = [job for job in jobs if job.state in {State.QUEUED, State.PAUSED}]
+    await finish_waiting_jobs(session, waiting, State.CANCELLED, error)
+    for job in jobs:
+        if job.state == State.RUNNING:
+            await _set_control(session, job, Control.CANCEL)
 
 
 async def pause(session: AsyncSession, job: Job) -> None:

@@ -221,6 +221,18 @@ async def test_a_long_message_of_a_websocket_is_refused_while_it_arrives(platfor
     assert "A message may have" not in closed.value.rcvd.reason  # so says the hub, which gets none that is so long
 
 
+def test_the_jobs_of_a_disabled_account_end(platform: Platform) -> None:
+    platform.add_user("eve@example.com")
+    key = platform.cli("key", "create", "laptop", "--user", "eve@example.com").stdout.strip()
+    request = {"kind": "probe", "spec": {"steps": 5, "seconds": 3600}}
+    response = platform.http.post("/api/v1/jobs", json=request, headers={"X-API-Key": key})
+    assert response.status_code == 201, response.text
+    job_id = response.json()["id"]
+    platform.wait_for(job_id, "running")
+    platform.cli("user", "disable", "eve@example.com")
+    platform.wait_for(job_id, "cancelled")
+
+
 @pytest.mark.deep
 def test_a_tracked_job_becomes_a_run_in_mlflow_also_after_an_outage(platform: Platform) -> None:
     # MLflow takes a while to start. The job does not wait for it.

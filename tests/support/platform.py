@@ -67,7 +67,10 @@ class Platform:
         return process
 
     def add_admin(self) -> None:
-        command = [str(BINARIES / "forgearr"), "user", "add", "ada@example.com", "--admin", "--password-stdin"]
+        self.add_user("ada@example.com", "--admin")
+
+    def add_user(self, email: str, *options: str) -> None:
+        command = [str(BINARIES / "forgearr"), "user", "add", email, *options, "--password-stdin"]
         password = "correct horse battery\n"
         subprocess.run(command, input=password, env=self.environment, text=True, check=True, timeout=TIMEOUT)
 
