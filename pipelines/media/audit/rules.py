@@ -25,6 +25,10 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 SHIPPED_RULES = files("configs") / "audit"
 MAX_FILE_CHARACTERS = 1_000_000
 MAX_ALIASES = 100
+MAX_DEPTH = 100
+"""libyaml and our functions call themselves for each level; a deeper one would overflow the stack."""
+MAX_VALUES = 100_000
+"""Of a file, each alias counted as what it stands for. A few aliases of aliases stand for billions of values."""
 YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # twenty times as fast, if libyaml is installed
 
 
@@ -150,7 +154,9 @@ def load() -> RuleSet:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(RuleProblem(name, 1, f"It cannot be read: {error}."))
+            # Without the path that an OSError adds.
+            reason = error.strerror if isinstance(error, OSError) else error
+            problems.append(RuleProblem(name, 1, f"It cannot be read: {reason}."))
             continue
         for values, source in _parse(name, text, problems):
             _merge_rule(rules_by_id, values, source, problems)
@@ -190,11 +196,14 @@ def _parse(file: str, text: str, problems: list[RuleProblem]) -> Iterator[tuple[
         return
     loader = YamlLoader(text)
     try:
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=YamlLoader)) > MAX_ALIASES:
-            problems.append(RuleProblem(file, 1, f"A file of rules may have at most {MAX_ALIASES} aliases."))
+        if excess := _find_excess(text):
+            problems.append(RuleProblem(file, 1, f"A file of rules may have at most {excess}."))
             return
         root = loader.get_single_node()
         if root is None:
+            return
+        if _count_values(root, {}) > MAX_VALUES:
+            problems.append(RuleProblem(file, 1, f"A file of rules may have at most {MAX_VALUES:,} values."))
             return
         if not isinstance(root, yaml.SequenceNode):
             problems.append(RuleProblem(file, root.start_mark.line + 1, "A file of rules must be a list of rules."))
@@ -211,6 +220,33 @@ def _parse(file: str, text: str, problems: list[RuleProblem]) -> Iterator[tuple[
         problems.append(RuleProblem(file, mark.line + 1 if mark else 1, f"It cannot be read: {reason}."))
     finally:
         loader.dispose()
+
+
+def _find_excess(text: str) -> str | None:
+    """What a file has too much of, found before it is composed."""
+    aliases = depth = 0
+    for event in yaml.parse(text, Loader=YamlLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > MAX_ALIASES:
+            return f"{MAX_ALIASES} aliases"
+        if depth > MAX_DEPTH:
+            return f"{MAX_DEPTH} levels"
+    return None
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The number of values of a node once its aliases are replaced. `counts` has those of the nodes before it."""
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)] = MAX_VALUES + 1  # of an alias inside of what it stands for
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
 
 
 def _merge_rule(

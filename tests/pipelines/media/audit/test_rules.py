@@ -1,6 +1,7 @@
 """The rules of audits: the shipped rules, checked against the services' documents, and users' own rules."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ RULE = """
   impact: Some.
   references: []
 """
+BOMB = f"  where:\n    a: &a [{', '.join('xxxxxxxxx')}]\n" + "".join(
+    f"    {name}: &{name} [{', '.join([f'*{previous}'] * 9)}]\n" for previous, name in pairwise("abcdefghij")
+)
+"""81 aliases that stand for 4 billion values."""
 PLEX_PREFERENCES = {
     "FSEventLibraryUpdatesEnabled",
     "FSEventLibraryPartialScanEnabled",
@@ -137,6 +142,9 @@ def test_users_can_add_change_and_disable_rules(write: Any) -> None:
         (RULE.replace("references: []", "references: [javascript:x]"), 13, "begins with https://"),
         ("- {id: sonarr.hardlinks, priority: 5}\n", 1, "priority"),
         ("- &a [x]\n" + "- *a\n" * 200, 1, "at most 100 aliases"),
+        (RULE.replace("mine.cache", "mine.bomb") + BOMB, 1, "at most 100,000 values"),
+        (RULE.replace("mine.cache", "mine.bomb") + "  when: &a {b: *a}\n", 1, "at most 100,000 values"),
+        ("- " * 100_000 + "x\n", 1, "at most 100 levels"),
     ],
 )
 def test_an_invalid_rule_is_reported_by_file_and_line_and_others_are_loaded(
