@@ -30,11 +30,19 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
+from cluster.errors import Unavailable
 from cluster.settings import get_settings
 
 BUSY_TIMEOUT_SECONDS = 30
 
 Result = TypeVar("Result")
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database does not respond; try again in a moment."""
+
+    code = "DATABASE_UNAVAILABLE"
+    retry_after = 5
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -126,6 +134,8 @@ async def advisory_lock(session: AsyncSession, name: str) -> None:
 
 def is_transient(error: SQLAlchemyError) -> bool:
     """Whether the statement may succeed later: the database is unreachable or busy, or it ended a deadlock."""
+    if getattr(getattr(error, "orig", None), "sqlite_errorname", None) == "SQLITE_ERROR":
+        return False  # a missing table, for example
     if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
         return True
     sqlstate = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")

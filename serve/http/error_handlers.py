@@ -1,5 +1,6 @@
 """Exception handlers: turn every error into a response in the envelope of its API."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from http import HTTPStatus
@@ -9,11 +10,13 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket, WebSocketState
 
 from cluster import errors
+from cluster.db import DatabaseUnavailable, is_transient
 from cluster.errors import ForgearrError, UnprocessableRequest
 from serve.http.errors import (
     SCHEMA_REFERENCE,
@@ -28,6 +31,9 @@ from serve.http.errors import (
 from serve.http.mounts import marks_of
 
 INTERNAL_CLOSE_CODE = 1011
+MAX_NAMED_FIELDS = 20
+"""A response names this many invalid fields, and counts the rest."""
+
 ERROR_BY_STATUS: dict[int, type[ForgearrError]] = {
     kind.status: kind
     for kind in (
@@ -42,11 +48,14 @@ ERROR_BY_STATUS: dict[int, type[ForgearrError]] = {
 }
 """Forgearr's errors for those of the framework, by status."""
 
+logger = logging.getLogger(__name__)
+
 
 def handle_errors(app: FastAPI) -> None:
     """Register the handlers, and add the envelopes to the OpenAPI document."""
     for kind in (ForgearrError, RequestValidationError, WebSocketRequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle_error)
+    app.add_exception_handler(SQLAlchemyError, _handle_database_error)
     original_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -72,7 +81,17 @@ def as_forgearr_error(error: Exception) -> ForgearrError:
         return _invalid_fields(error.errors())
     if isinstance(error, HTTPException):
         return _http_error(error)
+    if isinstance(error, SQLAlchemyError) and is_transient(error):
+        # Not the error itself: it may quote the values of a statement.
+        logger.warning("The database does not respond: %s", getattr(error, "orig", None) or type(error).__name__)
+        return DatabaseUnavailable()
     return ForgearrError()
+
+
+async def _handle_database_error(connection: HTTPConnection, error: Exception) -> Any:
+    if isinstance(error, SQLAlchemyError) and not is_transient(error):
+        raise error  # a fault in Forgearr, which the outermost middleware logs
+    return await _handle_error(connection, error)
 
 
 async def _handle_error(connection: HTTPConnection, error: Exception) -> Any:
@@ -103,9 +122,10 @@ async def _refuse_socket(socket: WebSocket, error: ForgearrError) -> None:
 
 
 def _invalid_fields(problems: Sequence[Mapping[str, Any]]) -> UnprocessableRequest:
-    details = {_field(problem): _reason(problem) for problem in problems}
+    details = {_field(problem): _reason(problem) for problem in problems[:MAX_NAMED_FIELDS]}
     sentence = "; ".join(f"{field}: {reason}" for field, reason in details.items())
-    return UnprocessableRequest(f"The request is not valid: {sentence}.", details=details)
+    more = f"; and {len(problems) - MAX_NAMED_FIELDS} more" if len(problems) > MAX_NAMED_FIELDS else ""
+    return UnprocessableRequest(f"The request is not valid: {sentence}{more}.", details=details)
 
 
 def _field(problem: Mapping[str, Any]) -> str:

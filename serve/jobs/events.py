@@ -1,5 +1,6 @@
 """The routes of a job's journal and log: read them in pages, or follow them as server-sent events."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -8,8 +9,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
-from cluster.db import get_database
+from cluster.db import get_database, is_transient
 from cluster.ownership import Principal
 from cluster.times import UtcTime
 from jobs import journal, queue
@@ -23,6 +25,8 @@ router = APIRouter(prefix="/api/v1/jobs")
 
 LastEventId = Annotated[Annotated[str, Field(pattern=r"^\d{0,15}$")] | SkipJsonSchema[None], Header()]
 
+RETRY_SECONDS = 1.0
+"""After this time a followed stream asks a database again that did not respond."""
 HEARTBEAT_SECONDS = 5.0
 """After this time without a live message, a followed stream checks its credential, reads the database and sends a
 comment."""
@@ -125,9 +129,14 @@ async def _stream_journal(request: Request, job_id: str, after: int, event_type:
     to_view = _log_line if event_type == "log" else _event
     async with request.app.state.hub.subscribe({f"job:{job_id}"}) as subscription:
         while await is_still_authorized(request):
-            async with get_database().read_transaction() as session:
-                state = await session.scalar(select(Job.state).where(Job.id == job_id))
-                page = await journal.read(session, job_id, after, event_type=event_type)
+            try:
+                state, page = await _read_news(job_id, after, event_type)
+            except SQLAlchemyError as error:
+                if not is_transient(error):
+                    raise
+                yield ": the database does not respond; this stream goes on when it does\n\n"
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
             for event in page:
                 after = event.id
                 yield f"id: {event.id}\nevent: {event.type}\ndata: {to_view(event).model_dump_json()}\n\n"
@@ -139,6 +148,12 @@ async def _stream_journal(request: Request, job_id: str, after: int, event_type:
                 if subscription.dropped:
                     return  # the client reads too slowly; it may reconnect with its Last-Event-ID
                 yield ": still here\n\n"
+
+
+async def _read_news(job_id: str, after: int, event_type: str | None) -> tuple[str | None, list[JobEvent]]:
+    async with get_database().read_transaction() as session:
+        state = await session.scalar(select(Job.state).where(Job.id == job_id))
+        return state, await journal.read(session, job_id, after, event_type=event_type)
 
 
 def _event(event: JobEvent) -> EventView:

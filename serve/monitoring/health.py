@@ -13,12 +13,14 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster import actors
-from cluster.db import get_database, now
+from cluster.db import DatabaseUnavailable, get_database, now
 from cluster.errors import Unavailable
+from cluster.services.catalog import all_connectors
 from cluster.settings import get_settings
 from cluster.times import UtcTime
 from serve.http.marks import access, rate_limit
 from serve.monitoring.version import VERSION
+from serve.security.callers import find_known_caller
 from serve.services import health as services_health
 from serve.services.health import ServiceHealth
 
@@ -49,7 +51,8 @@ class Health(BaseModel):
     database: Literal["connected", "disconnected"]
     uptime: int = Field(description="Seconds since this gateway process started.")
     services: dict[str, ServiceHealth] = Field(
-        description="Last checks of the enabled outside services, by type; further services of a type by name."
+        description="Last checks of the enabled outside services, by type; further services of a type by name. Without "
+        "a credential they have no numbers and no errors, and those that go by their name are left out."
     )
     ollama_available: bool | None = Field(description="Null: no Ollama server is configured.")
     components: Components
@@ -80,11 +83,12 @@ class HealthCheck:
 @access("public")
 @rate_limit("health")
 async def health(request: Request, response: Response) -> Health:
-    """Get the health of Forgearr, its components and the outside services."""
+    """Get the health of Forgearr, its components and the outside services. Details need a credential."""
     result = await request.app.state.health.current()
     if result.database == "disconnected":
         response.status_code = 503
-    return result
+        response.headers["Retry-After"] = str(DatabaseUnavailable.retry_after)
+    return result if await _is_known(request) else _without_details(result)
 
 
 @router.get("/api/v1/ping")
@@ -92,6 +96,31 @@ async def health(request: Request, response: Response) -> Health:
 async def ping() -> Pong:
     """Respond at once, without any work."""
     return Pong(pong=True)
+
+
+async def _is_known(request: Request) -> bool:
+    """Whether the caller needs no credential or has a valid one. A database that hangs must not delay the response."""
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
+            return await find_known_caller(request) is not None
+    except TimeoutError:
+        return False
+
+
+def _without_details(result: Health) -> Health:
+    """What a stranger may know. An error may name a host, and so may the name of a service."""
+    services = {
+        handle: ServiceHealth(
+            healthy=service.healthy,
+            latency_ms=None,
+            error=None,
+            last_check=None,
+            circuit_breaker_state=service.circuit_breaker_state,
+        )
+        for handle, service in result.services.items()
+        if handle in all_connectors()
+    }
+    return result.model_copy(update={"services": services})
 
 
 async def _check_health() -> Health:

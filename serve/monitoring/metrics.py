@@ -16,8 +16,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster import events
+from cluster.db import is_transient
 from cluster.errors import Unavailable
 from serve.media.metrics import download_families
 from serve.monitoring.job_metrics import job_families
@@ -81,10 +83,12 @@ class RequestMetrics:
             self._changed = True
             logger.debug("Request counts were not shared: %s", error)
 
-    async def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+    async def render(self, *, with_services: bool = True) -> bytes:
+        """All metrics in Prometheus' text format, or all but those of single services."""
         snapshots = await self._shared_snapshots()
         families = [*self._merged(snapshots), *await self._database_families()]
+        if not with_services:
+            families = [family for family in families if not _has_services(family)]
         return generate_latest(_Families(families))
 
     def snapshot(self) -> events.Snapshot:
@@ -141,10 +145,15 @@ async def _collect_families() -> list[Metric]:
     for collect in collectors:
         try:
             families.extend(await collect())
-        except Exception:
-            # A broken database must not hide the counts of the requests that fail because of it.
+        except Exception as error:
+            if isinstance(error, SQLAlchemyError) and is_transient(error):
+                raise  # half the metrics would look as if the queue were gone
             logger.exception("Some metrics could not be collected.")
     return families
+
+
+def _has_services(family: Metric) -> bool:
+    return any("service" in sample.labels for sample in family.samples)
 
 
 def _key(family: Metric, sample: Sample) -> str:

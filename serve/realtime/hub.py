@@ -12,8 +12,10 @@ from contextlib import aclosing, suppress
 from typing import Any, Self
 
 import orjson
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from cluster.db import is_transient
 from serve.security.callers import POLICY_VIOLATION, is_still_authorized
 
 Message = Mapping[str, Any]
@@ -156,6 +158,20 @@ async def serve_socket(
 
     `transform` replaces each live message before it is sent.
     """
+    try:
+        closing = await _exchange_messages(socket, subscription, on_message, transform)
+    except* SQLAlchemyError as errors:
+        if errors.subgroup(lambda error: isinstance(error, SQLAlchemyError) and not is_transient(error)):
+            raise
+        closing = TRY_AGAIN_LATER, "The database does not respond. Connect again."
+    if closing is not None:
+        await _close(socket, *closing)
+
+
+async def _exchange_messages(
+    socket: WebSocket, subscription: Subscription, on_message: MessageHandler, transform: Transform | None
+) -> tuple[int, str] | None:
+    """Returns at the end of either direction, or of the authorization: the code and reason to close with, if any."""
     async with asyncio.TaskGroup() as tasks:
         sending = tasks.create_task(_send_all(socket, subscription, transform))
         receiving = tasks.create_task(_receive_all(socket, subscription, on_message))
@@ -164,11 +180,12 @@ async def serve_socket(
         for task in all_tasks:
             task.add_done_callback(lambda _: [other.cancel() for other in all_tasks])
     if not authorization_check.cancelled():
-        await _close(socket, POLICY_VIOLATION, "The credential is no longer valid.")
-    elif subscription.dropped:
-        await _close(socket, TRY_AGAIN_LATER, "Too many messages were waiting. Connect again.")
-    elif not receiving.cancelled() and receiving.result() > MAX_FRAME_LENGTH:
-        await _close(socket, MESSAGE_TOO_BIG, f"A message may have {MAX_FRAME_LENGTH} characters.")
+        return POLICY_VIOLATION, "The credential is no longer valid."
+    if subscription.dropped:
+        return TRY_AGAIN_LATER, "Too many messages were waiting. Connect again."
+    if not receiving.cancelled() and receiving.result() > MAX_FRAME_LENGTH:
+        return MESSAGE_TOO_BIG, f"A message may have {MAX_FRAME_LENGTH} characters."
+    return None
 
 
 async def _close(socket: WebSocket, code: int, reason: str) -> None:

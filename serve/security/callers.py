@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from cluster import identity
-from cluster.db import get_database
+from cluster.db import DatabaseUnavailable, get_database, is_transient
 from cluster.errors import AccountDisabled, Forbidden, ForgearrError, Unauthenticated
 from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
@@ -52,10 +52,23 @@ async def find_caller(connection: HTTPConnection) -> Principal | None:
             connection.scope[CALLER_SCOPE_KEY] = await _identify(connection)
         except ForgearrError as error:
             connection.scope[CALLER_SCOPE_KEY] = error
+        except SQLAlchemyError as error:
+            if not is_transient(error):
+                raise
+            log.warning("A credential cannot be checked: the database does not respond (%s).", type(error).__name__)
+            connection.scope[CALLER_SCOPE_KEY] = DatabaseUnavailable()
     result = connection.scope[CALLER_SCOPE_KEY]
     if isinstance(result, ForgearrError):
         raise result
     return result
+
+
+async def find_known_caller(connection: HTTPConnection) -> Principal | None:
+    """The caller of a public route, which may tell more to one that is known. A wrong credential counts as none."""
+    try:
+        return await find_caller(connection)
+    except ForgearrError:
+        return None
 
 
 async def authenticate_again(

@@ -24,10 +24,10 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster import identity
-from cluster.errors import ForgearrError, RateLimitExceeded
+from cluster.errors import RateLimitExceeded
 from cluster.settings import get_settings
 from serve.http.mounts import marks_of
-from serve.security.callers import find_caller, send_error
+from serve.security.callers import find_known_caller, send_error
 
 STORAGE_TIMEOUT_SECONDS = 1.0
 
@@ -133,10 +133,7 @@ async def _limit_and_caller(scope: Scope) -> tuple[RateLimitItem, tuple[str, str
     if name == "health":
         # By address: to check the credential needs the database, and /health must respond without it.
         return limit, (name, client_address(connection))
-    try:
-        caller = await find_caller(connection)
-    except ForgearrError:
-        caller = None  # the route raises the error again
+    caller = await find_known_caller(connection)  # the route raises the error of a wrong credential
     if caller is None or caller.id is None:
         return limit, (name, client_address(connection))
     return limit, (name, f"user {caller.id}")
