@@ -53,7 +53,9 @@ class AuditView(BaseModel):
     total_recommendations: int | None
     recommendations_by_priority: CountsByPriority | None
     summary: dict[str, ServiceFindings]
-    rule_problems: list[str] = Field(description="Errors in files of rules, as FILE:LINE: reason.")
+    rule_problems: list[str] = Field(
+        description="Errors in files of rules, as FILE:LINE: reason. Only administrators see the folder of the file."
+    )
     web_search: WebSearch | None
     error: str | None
 
@@ -70,7 +72,9 @@ class RecommendationView(BaseModel):
     service: str
     category: Category
     setting_name: str
-    current_value: Any = Field(description="The value at the last audit.")
+    current_value: Any = Field(
+        description="The value at the last audit. Null for those who are no administrators, if it concerns security."
+    )
     recommended_value: Any
     priority: Priority
     rationale: str
@@ -153,4 +157,6 @@ class RuleView(BaseModel):
 
 class RulesView(BaseModel):
     rules: list[RuleView]
-    problems: list[str] = Field(description="Errors in files of rules, as FILE:LINE: reason.")
+    problems: list[str] = Field(
+        description="Errors in files of rules, as FILE:LINE: reason. Only administrators see the folder of the file."
+    )

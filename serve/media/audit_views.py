@@ -1,10 +1,17 @@
-"""Serializes audits and recommendations for the API."""
+"""Serializes audits and recommendations for the API.
 
+Plain users see neither where files of rules are, nor the present values of settings that concern security: those show
+which service has no login.
+"""
+
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import Select, case
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cluster.ownership import Principal
 from cluster.services import store as service_store
 from jobs.states import State
 from jobs.tables import Job
@@ -16,7 +23,6 @@ from serve.media.audit_schemas import AuditView, PageInfo
 COPIED_FIELDS = (
     "id",
     "category",
-    "current_value",
     "recommended_value",
     "priority",
     "rationale",
@@ -25,13 +31,17 @@ COPIED_FIELDS = (
 )
 
 
+FOLDER = re.compile(r"^.*/(?=[^/]+:\d+: )")
+"""The folder in FILE:LINE: reason."""
+
+
 def error_message(job: Job) -> str | None:
     return job.error["message"] if job.error else None
 
 
-async def audit_view(session: AsyncSession, job: Job) -> AuditView:
+async def audit_view(session: AsyncSession, job: Job, caller: Principal) -> AuditView:
     if row := await session.get(Audit, audit_services.audit_id_of(job.id)):
-        return finished_audit_view(row)
+        return finished_audit_view(row, caller)
     return AuditView(
         audit_id=audit_services.audit_id_of(job.id),
         status=State(job.state),
@@ -48,7 +58,7 @@ async def audit_view(session: AsyncSession, job: Job) -> AuditView:
     )
 
 
-def finished_audit_view(row: Audit) -> AuditView:
+def finished_audit_view(row: Audit, caller: Principal) -> AuditView:
     return AuditView.model_validate(
         {
             "audit_id": row.id,
@@ -60,11 +70,15 @@ def finished_audit_view(row: Audit) -> AuditView:
             "total_recommendations": row.total,
             "recommendations_by_priority": row.counts,
             "summary": row.summary,
-            "rule_problems": row.rule_problems,
+            "rule_problems": rule_problems(row.rule_problems, caller),
             "web_search": row.web_search,
             "error": None,
         }
     )
+
+
+def rule_problems(problems: Iterable[object], caller: Principal) -> list[str]:
+    return [str(problem) if caller.is_admin else FOLDER.sub("", str(problem)) for problem in problems]
 
 
 def by_severity(query: Select[Recommendation]) -> Select[Recommendation]:
@@ -79,9 +93,11 @@ async def service_handles(session: AsyncSession) -> dict[int, str]:
     }
 
 
-def recommendation_fields(row: Recommendation, handles: dict[int, str]) -> dict[str, Any]:
+def recommendation_fields(row: Recommendation, handles: dict[int, str], caller: Principal) -> dict[str, Any]:
+    is_hidden = row.category == "security" and not caller.is_admin
     return {
         **{name: getattr(row, name) for name in COPIED_FIELDS},
+        "current_value": None if is_hidden else row.current_value,
         "service": handles[row.service_id],
         "setting_name": row.setting,
         "applied": row.applied_at is not None,

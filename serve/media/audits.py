@@ -45,6 +45,7 @@ from serve.media.audit_views import (
     finished_audit_view,
     pagination_of,
     recommendation_fields,
+    rule_problems,
     service_handles,
 )
 from serve.security.callers import AdminCaller, CurrentCaller
@@ -96,7 +97,7 @@ async def audit_configuration(
         raise AuditFailed(error_message(job))
     response.status_code = 200 if job.state in FINISHED else 202
     async with get_database().read_transaction() as session:
-        return await audit_view(session, job)
+        return await audit_view(session, job, caller)
 
 
 @router.get("/audit/history")
@@ -128,14 +129,14 @@ async def show_audit(audit_id: Annotated[str, Path(max_length=40)], caller: Curr
     """Get an audit, which may be unfinished."""
     async with get_database().read_transaction() as session:
         if row := await session.get(Audit, audit_id):
-            return finished_audit_view(row)
+            return finished_audit_view(row, caller)
         try:
             job = await queue.get(session, audit_services.job_id_of(audit_id), LOCAL)
         except JobNotFound:
             job = None
         if job is None or job.kind != audit_services.KIND or audit_id != audit_services.audit_id_of(job.id):
             raise AuditNotFound(f"Audit with ID {audit_id} not found")
-        return await audit_view(session, job)
+        return await audit_view(session, job, caller)
 
 
 @router.get("/recommendations")
@@ -165,7 +166,7 @@ async def list_recommendations(
             query = query.where(Recommendation.service_id == await _service_id(session, service))
         rows = await offset_slice(session, by_severity(query), (page - 1) * page_size, page_size)
         handles = await service_handles(session)
-        views = [RecommendationView(**recommendation_fields(row, handles)) for row in rows.items]
+        views = [RecommendationView(**recommendation_fields(row, handles, caller)) for row in rows.items]
     return RecommendationPage(
         recommendations=views,
         pagination=pagination_of(page, page_size, rows.total),
@@ -180,7 +181,7 @@ async def show_recommendation(
 ) -> RecommendationDetail:
     async with get_database().read_transaction() as session:
         row = await audit_tables.get(session, recommendation_id)
-        fields = recommendation_fields(row, await service_handles(session))
+        fields = recommendation_fields(row, await service_handles(session), caller)
     return RecommendationDetail(
         **fields,
         explanation=row.explanation,
@@ -235,7 +236,7 @@ async def list_rules(caller: CurrentCaller) -> RulesView:
             )
             for rule in rule_set.rules
         ],
-        problems=[str(problem) for problem in rule_set.problems],
+        problems=rule_problems(rule_set.problems, caller),
     )
 
 
