@@ -18,6 +18,8 @@ from cluster.ownership import Principal
 from cluster.settings import get_settings
 
 MAX_SPEC_BYTES = 1_000_000
+MAX_FAULTS = 1000
+"""An error names the invalid fields of a spec up to this number of them."""
 MIN_FRACTION = 0.0001
 MAX_DEMAND_LENGTH = 300
 
@@ -97,6 +99,10 @@ class Kind:
         try:
             checked = self.spec.model_validate(spec).model_dump(mode="json")
         except ValidationError as error:
+            if error.error_count() > MAX_FAULTS:
+                raise InvalidSpec(
+                    f"The spec of '{self.name}' has {error.error_count():,} fields that are not valid."
+                ) from None
             faults = {_field_path(fault["loc"]): fault["msg"] for fault in error.errors(include_url=False)}
             field, fault = next(iter(faults.items()))
             raise InvalidSpec(f"The spec of '{self.name}' is not valid: {field}: {fault}.", details=faults) from None

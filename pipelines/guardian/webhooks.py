@@ -16,6 +16,7 @@ PUSHES = {"push", "push hook"}
 PINGS = {"ping"}
 SCP = re.compile(r"[^/\s]+@([^/:\s]+):(?!/)(.+)")
 BRANCH = "refs/heads/"
+MAX_FORM_FIELDS = 10
 NULL_COMMIT = re.compile(r"0*")
 
 
@@ -38,12 +39,21 @@ def is_push(provider: Provider, headers: Mapping[str, str]) -> bool:
     return headers.get(EVENT_HEADERS[provider], "").lower() in PUSHES
 
 
-def parse_payload(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
-    """The payload of a body, or {} if it is not valid. GitHub may send it as a form."""
-    if headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-        body = next(iter(parse_qs(body).get(b"payload", [])), b"")
+def payload_document(headers: Mapping[str, str], body: bytes) -> bytes:
+    """The JSON document in a body. GitHub may send it as a field of a form."""
+    if not headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+        return body
     try:
-        payload = orjson.loads(body)
+        fields = parse_qs(body, max_num_fields=MAX_FORM_FIELDS)
+    except ValueError:
+        return b""
+    return next(iter(fields.get(b"payload", [])), b"")
+
+
+def parse_payload(document: bytes) -> dict[str, Any]:
+    """The payload of an event, or {} if it is not valid."""
+    try:
+        payload = orjson.loads(document)
     except orjson.JSONDecodeError:
         return {}
     return cast(dict[str, Any], payload) if isinstance(payload, dict) else {}

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -16,6 +17,7 @@ from cluster.ownership import system
 from pipelines.guardian import watch_repo, webhooks
 from pipelines.guardian.repositories import Repository
 from pipelines.guardian.webhooks import Provider
+from serve.http.json_body import ValueCounter
 from serve.http.marks import access
 
 router = APIRouter(prefix="/webhooks")
@@ -53,15 +55,13 @@ async def hear_webhook(
     """
     body = await request.body()
     headers = {name.lower(): value for name, value in request.headers.items()}
-    payload = webhooks.parse_payload(headers, body)
-    candidates = await _candidates(repository, payload)
-    verified = await asyncio.to_thread(
-        lambda: [
-            candidate
-            for candidate in candidates
-            if webhooks.is_signed(provider, headers, body, secrets.unseal(candidate.webhook_secret or ""))
-        ]
-    )
+    candidates = await _candidates(repository)
+    # In a thread, and nothing of the body is parsed before somebody who knows a secret has signed it.
+    signed = await asyncio.to_thread(_signed, candidates, provider, headers, body)
+    if not signed:
+        raise WebhookRefused
+    payload = await asyncio.to_thread(_parse, headers, body)
+    verified = signed if repository is not None else _concerned(signed, payload)
     if not verified:
         raise WebhookRefused
     if webhooks.is_ping(provider, headers):
@@ -87,17 +87,44 @@ async def hear_webhook(
         return WebhookResponse(status="queued", job_ids=[job.id for job in jobs])
 
 
-async def _candidates(name_or_id: str | None, payload: dict[str, Any]) -> list[Repository]:
-    """The repositories with a webhook secret that the event may concern."""
+async def _candidates(name_or_id: str | None) -> list[Repository]:
+    """The repositories with a webhook secret that an event may concern."""
     query = select(Repository).where(Repository.webhook_secret.is_not(None))
     if name_or_id is not None:
         query = query.where(or_(Repository.id == name_or_id, Repository.name == name_or_id))
     else:
         query = query.where(Repository.url.is_not(None))
     async with get_database().read_transaction() as session:
-        candidates = list(await session.scalars(query.order_by(Repository.id)))
-    if name_or_id is not None:
-        return candidates
+        return list(await session.scalars(query.order_by(Repository.id)))
+
+
+def _signed(
+    candidates: list[Repository], provider: Provider, headers: Mapping[str, str], body: bytes
+) -> list[Repository]:
+    """The repositories whose secret has signed the body."""
+    signed: list[Repository] = []
+    broken: secrets.SealBroken | None = None
+    for candidate in candidates:
+        try:
+            secret = secrets.unseal(candidate.webhook_secret or "")
+        except secrets.SealBroken as error:
+            broken = error  # others may have signed it
+        else:
+            if webhooks.is_signed(provider, headers, body, secret):
+                signed.append(candidate)
+    if broken and not signed:
+        raise broken
+    return signed
+
+
+def _parse(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    document = webhooks.payload_document(headers, body)
+    ValueCounter().add(document)
+    return webhooks.parse_payload(document)
+
+
+def _concerned(candidates: list[Repository], payload: dict[str, Any]) -> list[Repository]:
+    """The repositories whose address is in the payload."""
     repository_keys = webhooks.repository_keys(payload)
     return [candidate for candidate in candidates if webhooks.repository_key(candidate.url or "") in repository_keys]
 

@@ -2,14 +2,16 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from starlette.types import Scope
 
 from serve.http.errors import ERROR_RESPONSES, Envelope
+from serve.http.json_body import CheckedRequest, refuse_many_mistakes
 from serve.http.marks import Access, RateLimit, Route, access_of, has_streamed_body, rate_limit_of
 
 MARKS_SCOPE_KEY = "forgearr.marks"
@@ -93,6 +95,10 @@ class RouteIndex:
 def mount_all(app: FastAPI, mounts: Iterable[Mount]) -> None:
     mounts = tuple(mounts)
     for mount in mounts:
+        for route in mount.routes:
+            if isinstance(route, APIRoute):
+                # FastAPI calls it for each application. It has no other place to replace the request of all routes.
+                setattr(route, "get_route_handler", partial(_route_handler, route))  # noqa: B010
         app.include_router(mount.router, tags=[mount.tag], responses=ERROR_RESPONSES[mount.envelope])
     app.state.route_index = RouteIndex(mounts)
 
@@ -117,6 +123,17 @@ def marks_of_route(mount: Mount, route: Route) -> Marks:
 
 def methods_of(route: Route) -> set[str]:
     return (route.methods or set()) if isinstance(route, APIRoute) else {WEBSOCKET}
+
+
+def _route_handler(route: APIRoute) -> Callable[[Request], Awaitable[Response]]:
+    handle = APIRoute.get_route_handler(route)
+
+    async def handle_checked(request: Request) -> Response:
+        if route.body_field:
+            await refuse_many_mistakes(request.scope, route.body_field.field_info.annotation)
+        return await handle(CheckedRequest(request.scope, request.receive))
+
+    return handle_checked
 
 
 def _beginnings(path: str, depth: int) -> Iterator[str]:

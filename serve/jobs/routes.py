@@ -1,5 +1,6 @@
 """The routes /api/v1/jobs: queue jobs, list them and control them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
@@ -16,12 +17,14 @@ from jobs.queue import JobRequest
 from jobs.registry import Resources, kinds
 from jobs.states import State
 from jobs.tables import Job, JobDependency
+from serve.http.long_values import ShortValues, read_short_values, truncated_field, without
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api/v1/jobs")
 
 JobId = Annotated[str, Field(max_length=40)]
+LONG_COLUMNS = (Job.spec, Job.result)
 
 
 class JobError(BaseModel):
@@ -50,6 +53,7 @@ class JobView(BaseModel):
     finished_at: UtcTime | None
     updated_at: UtcTime
     created_by: str
+    truncated: list[str] = truncated_field()
 
 
 class KindView(BaseModel):
@@ -107,8 +111,11 @@ async def list_jobs(
     created_after: RequestTime | None = None,
     created_before: RequestTime | None = None,
 ) -> Page[JobView]:
-    """List jobs, the newest first. Administrators see all jobs, others their own."""
-    query = visible(select(Job), Job, caller)
+    """List jobs, the newest first. Administrators see all jobs, others their own.
+
+    Long specs and results are left out.
+    """
+    query = visible(select(Job), Job, caller).options(*without(*LONG_COLUMNS, Job.checkpoint))
     for column, value in ((Job.state, state), (Job.kind, kind), (Job.parent_id, parent_id)):
         if value is not None:
             query = query.where(column == value)
@@ -118,7 +125,8 @@ async def list_jobs(
         query = query.where(Job.created_at < created_before)
     async with get_database().read_transaction() as session:
         rows = await paging.read(session, query.order_by(Job.created_at.desc(), Job.id.desc()))
-        return paging.page(await _views(session, rows.items), rows.total)
+        short = await read_short_values(session, Job.id, LONG_COLUMNS, [job.id for job in rows.items])
+        return paging.page(await _views(session, rows.items, short), rows.total)
 
 
 @router.get("/{job_id}")
@@ -167,10 +175,11 @@ async def _apply(session: AsyncSession, action: Any, job_id: str, caller: Princi
 
 
 async def _view(session: AsyncSession, job: Job) -> JobView:
-    return (await _views(session, [job]))[0]
+    whole = ShortValues({column.key: getattr(job, column.key) for column in LONG_COLUMNS}, [])
+    return (await _views(session, [job], {job.id: whole}))[0]
 
 
-async def _views(session: AsyncSession, jobs: list[Job]) -> list[JobView]:
+async def _views(session: AsyncSession, jobs: list[Job], long_values: Mapping[str, ShortValues]) -> list[JobView]:
     reasons = await wait_reasons.reasons(session, jobs)
     rows = await session.execute(
         select(JobDependency.job_id, JobDependency.depends_on_id)
@@ -180,10 +189,13 @@ async def _views(session: AsyncSession, jobs: list[Job]) -> list[JobView]:
     dependencies: dict[str, list[str]] = {}
     for job_id, dependency_id in rows.all():
         dependencies.setdefault(job_id, []).append(dependency_id)
-    copied_fields = set(JobView.model_fields) - {"waiting_for", "depends_on"}
+    copied_fields = set(JobView.model_fields) - {"waiting_for", "depends_on", "spec", "result", "truncated"}
     return [
         JobView(
             **{name: getattr(job, name) for name in copied_fields},
+            spec=long_values[job.id].values["spec"] or {},
+            result=long_values[job.id].values["result"],
+            truncated=long_values[job.id].truncated,
             waiting_for=reasons.get(job.id),
             depends_on=dependencies.get(job.id, []),
         )

@@ -12,6 +12,7 @@ from cluster.times import UtcTime
 from jobs import schedules
 from jobs.schedules import ScheduleRequest
 from jobs.tables import Schedule
+from serve.http.long_values import ShortValues, read_short_values, truncated_field, without
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller
 
@@ -35,6 +36,7 @@ class ScheduleView(BaseModel):
     created_by: str
     created_at: UtcTime
     updated_at: UtcTime
+    truncated: list[str] = truncated_field()
 
 
 @router.post("", status_code=201)
@@ -45,10 +47,13 @@ async def create_schedule(body: ScheduleRequest, caller: CurrentCaller) -> Sched
 
 @router.get("")
 async def list_schedules(caller: CurrentCaller, paging: PaginationParams) -> Page[ScheduleView]:
-    query = visible(select(Schedule), Schedule, caller)
+    """List schedules by name. Long specs are left out."""
+    query = visible(select(Schedule), Schedule, caller).options(*without(Schedule.spec))
     async with get_database().read_transaction() as session:
         rows = await paging.read(session, query.order_by(Schedule.name))
-        return paging.page([_view(schedule) for schedule in rows.items], rows.total)
+        ids = [schedule.id for schedule in rows.items]
+        short = await read_short_values(session, Schedule.id, [Schedule.spec], ids)
+        return paging.page([_view(schedule, short[schedule.id]) for schedule in rows.items], rows.total)
 
 
 @router.get("/{schedule_id}")
@@ -73,5 +78,11 @@ async def delete_schedule(schedule_id: ScheduleId, caller: CurrentCaller) -> Non
         await session.delete(await schedules.get(session, schedule_id, caller, lock=True))
 
 
-def _view(schedule: Schedule) -> ScheduleView:
-    return ScheduleView.model_validate(schedule, from_attributes=True)
+def _view(schedule: Schedule, short: ShortValues | None = None) -> ScheduleView:
+    short = short or ShortValues({"spec": schedule.spec}, [])
+    copied_fields = set(ScheduleView.model_fields) - {"spec", "truncated"}
+    return ScheduleView(
+        **{name: getattr(schedule, name) for name in copied_fields},
+        spec=short.values["spec"] or {},
+        truncated=short.truncated,
+    )

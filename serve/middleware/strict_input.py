@@ -1,31 +1,35 @@
-"""Middleware that validates the path and the body of a request before its route."""
+"""Middleware that validates the path and the body of a request before its route.
+
+A body is read after its sender is known: a stranger's is short, or is not read at all.
+"""
 
 import re
-from collections.abc import AsyncIterator
-from typing import Any
 
-import orjson
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import ForgearrError, InvalidRequest
+from cluster.errors import ForgearrError, InvalidRequest, Unauthenticated
+from serve.http.json_body import VALUES_SCOPE_KEY, ValueCounter, check_json
+from serve.http.marks import Access
 from serve.http.mounts import Marks, marks_of
 from serve.security.callers import find_caller, send_error
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
-MAX_ANONYMOUS_BODY_BYTES = 4 * 1024 * 1024
-"""Without a credential, as for a login or a webhook. To parse a long document blocks all other requests."""
-MAX_JSON_DEPTH = 100
+MAX_ANONYMOUS_BODY_BYTES = 64 * 1024
+"""Without a credential, as for a login."""
+MAX_SIGNED_BODY_BYTES = 4 * 1024 * 1024
+"""Of a webhook. Its route verifies the signature before it parses the body."""
 JSON_CONTENT = re.compile(rb"application/([^;\s]+\+)?json\b", re.IGNORECASE | re.ASCII)
 
 
 class BodyTooLarge(InvalidRequest):
-    __doc__ = (
-        f"The body is larger than {MAX_BODY_BYTES >> 20} MiB, or {MAX_ANONYMOUS_BODY_BYTES >> 20} without a credential."
-    )
+    """The body is too large."""
 
     status = 413
     code = "BODY_TOO_LARGE"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"The body may have {max_bytes / 1024:,.0f} KiB here at most.")
 
 
 class InputValidationMiddleware:
@@ -43,7 +47,7 @@ class InputValidationMiddleware:
             if marks.envelope == "ollama" and not marks.streams_body:
                 scope = _with_json_content_type(scope)
             if scope["type"] == "http" and _should_check_body(scope, marks):
-                receive = await _check_body(scope, receive)
+                receive = await _check_body(scope, receive, marks.access)
         except ForgearrError as error:
             return await send_error(error, scope, receive, send)
         await self.app(scope, receive, send)
@@ -64,76 +68,67 @@ def _check_address(scope: Scope) -> None:
         raise InvalidRequest("The URL may not contain the character U+0000.")
 
 
-async def _check_body(scope: Scope, receive: Receive) -> Receive:
+async def _check_body(scope: Scope, receive: Receive, access: Access | None) -> Receive:
     """Read and check JSON bodies, and bodies of unknown length, before the route. Others are passed on as a stream."""
     headers = dict(scope["headers"])
-    length = headers.get(b"content-length")
-    max_bytes = MAX_ANONYMOUS_BODY_BYTES
-    if (length is None or int(length) > max_bytes) and await find_caller(HTTPConnection(scope)):
-        max_bytes = MAX_BODY_BYTES
-    if length is not None and int(length) > max_bytes:
-        raise BodyTooLarge()
+    length = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", 0))
+    max_bytes = await _max_body_bytes(HTTPConnection(scope), access, length)
+    if length is not None and length > max_bytes:
+        raise BodyTooLarge(max_bytes)
     # If a client sends the header twice, the route may use either one.
     is_json = any(name == b"content-type" and JSON_CONTENT.match(value) for name, value in scope["headers"])
-    if not is_json and b"transfer-encoding" not in headers:
+    if access == "signed":
+        is_json = False
+    if not is_json and length is not None:
         return receive
-    messages = [message async for message in _messages(receive, max_bytes)]
-    if is_json:
-        _check_json(b"".join(message.get("body", b"") for message in messages))
-    return _replay(messages, receive)
+    counter = ValueCounter() if is_json else None
+    body = await _read_body(receive, max_bytes, counter)
+    if counter:
+        scope[VALUES_SCOPE_KEY] = counter.values
+        await check_json(scope, body)
+    return _replay(body, receive)
 
 
-async def _messages(receive: Receive, max_bytes: int) -> AsyncIterator[Message]:
+async def _max_body_bytes(connection: HTTPConnection, access: Access | None, length: int | None) -> int:
+    """The limit for this caller, who is refused here if the route is not for strangers. `length` None is unknown."""
+    if access == "signed":
+        return MAX_SIGNED_BODY_BYTES
+    if access in {"user", "admin"}:
+        if await find_caller(connection) is None:
+            raise Unauthenticated()
+        return MAX_BODY_BYTES
+    is_short = length is not None and length <= MAX_ANONYMOUS_BODY_BYTES
+    if is_short or await find_caller(connection) is None:
+        return MAX_ANONYMOUS_BODY_BYTES
+    return MAX_BODY_BYTES
+
+
+async def _read_body(receive: Receive, max_bytes: int, counter: ValueCounter | None) -> bytes:
+    parts: list[bytes] = []
     size, more = 0, True
     while more:
         message = await receive()
-        size += len(message.get("body", b""))
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect()
+        part: bytes = message.get("body", b"")
+        size += len(part)
         if size > max_bytes:
-            raise BodyTooLarge()
+            raise BodyTooLarge(max_bytes)
+        if counter:
+            counter.add(part)
+        parts.append(part)
         more = message.get("more_body", False)
-        yield message
+    return b"".join(parts)
 
 
-def _replay(messages: list[Message], receive: Receive) -> Receive:
-    pending = iter(messages)
+def _replay(body: bytes, receive: Receive) -> Receive:
+    is_pending = True
 
     async def replay() -> Message:
-        message = next(pending, None)
-        return await receive() if message is None else message
+        nonlocal is_pending
+        if not is_pending:
+            return await receive()
+        is_pending = False
+        return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _check_json(body: bytes) -> None:
-    if not body:
-        return
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    # Code that serializes or traverses such a document later would exceed the recursion limit.
-    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_too_deep(document):
-        raise InvalidRequest(f"JSON may be nested {MAX_JSON_DEPTH} levels deep at most.")
-    # Only the escape can produce the character, and few documents contain it.
-    if b"u0000" in body and _has_nul(document):
-        raise InvalidRequest("Text may not contain the character U+0000.")
-
-
-def _is_too_deep(document: Any) -> bool:
-    level: list[Any] = [document]
-    for _ in range(MAX_JSON_DEPTH):
-        parents = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [child for children in parents for child in children if isinstance(child, dict | list)]
-        if not level:
-            return False
-    return True
-
-
-def _has_nul(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, list):
-        return any(_has_nul(item) for item in value)
-    if isinstance(value, dict):
-        return any(_has_nul(item) for pair in value.items() for item in pair)
-    return False

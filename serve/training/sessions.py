@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
@@ -26,6 +26,7 @@ from pipelines.training.data import resolution
 from pipelines.training.sessions import TrainingSession
 from pipelines.training.spec import DataSource, FineTuneSpec, PromptFilter
 from serve.http.errors import SCHEMA_REFERENCE
+from serve.http.long_values import ShortValues, read_short_values, truncated_field, without
 from serve.http.pagination import Page, PaginationParams
 from serve.security.callers import CurrentCaller
 
@@ -33,6 +34,7 @@ router = APIRouter(prefix="/api/training/sessions")
 
 SessionId = Annotated[str, Path(max_length=40)]
 JOB_PREFIX = "job_"
+LONG_COLUMNS = (TrainingSession.config, TrainingSession.prompt_ids)
 
 
 class SessionNotFound(NotFound):
@@ -85,6 +87,7 @@ class SessionView(BaseModel):
     created_by: str
     created_at: UtcTime
     updated_at: UtcTime
+    truncated: list[str] = truncated_field()
 
 
 class SessionStatus(progress.TrainingMetrics):
@@ -95,11 +98,16 @@ class SessionStatus(progress.TrainingMetrics):
 
 @router.get("")
 async def list_sessions(caller: CurrentCaller, paging: PaginationParams) -> Page[SessionView]:
-    """List training sessions, the newest first. Administrators see all sessions, others their own."""
-    query = visible(select(TrainingSession), TrainingSession, caller)
+    """List training sessions, the newest first. Administrators see all sessions, others their own.
+
+    Long configurations and lists of prompts are left out.
+    """
+    query = visible(select(TrainingSession), TrainingSession, caller).options(*without(*LONG_COLUMNS))
     async with get_database().read_transaction() as session:
         rows = await paging.read(session, query.order_by(TrainingSession.created_at.desc(), TrainingSession.id))
-        return paging.page(await _views(session, rows.items), rows.total)
+        ids = [row.id for row in rows.items]
+        short = await read_short_values(session, TrainingSession.id, LONG_COLUMNS, ids)
+        return paging.page(await _views(session, rows.items, short), rows.total)
 
 
 @router.post("", status_code=201)
@@ -227,16 +235,25 @@ async def _status(session: AsyncSession, job: Job, training_id: str) -> SessionS
 
 
 async def _view(session: AsyncSession, row: TrainingSession) -> SessionView:
-    return (await _views(session, [row]))[0]
+    whole = ShortValues({column.key: getattr(row, column.key) for column in LONG_COLUMNS}, [])
+    return (await _views(session, [row], {row.id: whole}))[0]
 
 
-async def _views(session: AsyncSession, rows: Sequence[TrainingSession]) -> list[SessionView]:
+async def _views(
+    session: AsyncSession, rows: Sequence[TrainingSession], long_values: Mapping[str, ShortValues]
+) -> list[SessionView]:
     started = await session.scalars(select(Job).where(Job.id.in_([row.job_id for row in rows if row.job_id])))
     statuses: dict[str | None, progress.Status] = {
         job.id: await progress.get_status(session, job) for job in started.all()
     }
-    copied_fields = set(SessionView.model_fields) - {"status"}
+    copied_fields = set(SessionView.model_fields) - {"status", "config", "prompt_ids", "truncated"}
     return [
-        SessionView(**{name: getattr(row, name) for name in copied_fields}, status=statuses.get(row.job_id))
+        SessionView(
+            **{name: getattr(row, name) for name in copied_fields},
+            status=statuses.get(row.job_id),
+            config=long_values[row.id].values["config"] or {},
+            prompt_ids=long_values[row.id].values["prompt_ids"],
+            truncated=long_values[row.id].truncated,
+        )
         for row in rows
     ]
