@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import extraction, forge, gateway, growth, idle, jobs, overhead, serving, startup
+from tests.bench import extraction, forge, gateway, growth, hostile, idle, jobs, overhead, serving, startup
 from tests.bench.figures import Figure, machine
 from tests.bench.postgres import new_database, running_postgres
 from tests.support.platform import Platform, running_platform
@@ -44,6 +44,11 @@ def measure_gateway() -> Iterator[list[Figure]]:
         yield [gateway.post_jobs(platform)]
     with _platform({"serve.replicas": "2"}) as platform:
         yield gateway.ping(platform, replicas=2)
+
+
+def measure_hostile() -> Iterator[list[Figure]]:
+    with running_platform({"auth.required": "true", "limits.enabled": "false"}, with_admin=True) as platform:
+        yield hostile.figures(platform)
 
 
 def measure_jobs() -> Iterator[list[Figure]]:
@@ -94,6 +99,7 @@ def measure_growth() -> Iterator[list[Figure]]:
 PARTS: dict[str, Callable[[], Iterator[list[Figure]]]] = {
     "start": measure_start,
     "gateway": measure_gateway,
+    "hostile": measure_hostile,
     "jobs": measure_jobs,
     "past": measure_past,
     "postgres": measure_postgres,
