@@ -9,14 +9,30 @@ import base64
 import hashlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import ForgearrError
-from cluster.settings import get_settings, home
+from cluster import durable
+from cluster.errors import ForgearrError, Unavailable
+from cluster.settings import MIN_KEY_LENGTH, get_settings, home
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet
+
+
+KEYS = {
+    "signing": "everybody must log in again",
+    "sealing": "the keys of services, the credentials of repositories and the secrets of webhooks must be set again",
+}
+"""The names of the key files, and what it costs to have a new one."""
+
+
+class KeyDamaged(Unavailable):
+    """A key file of this installation is damaged."""
+
+    code = "KEY_DAMAGED"
+    retryable = False
 
 
 class SealBroken(ForgearrError):
@@ -25,6 +41,14 @@ class SealBroken(ForgearrError):
     status = 503
     error = "service_unavailable"
     code = "SEAL_BROKEN"
+
+
+def check_keys() -> None:
+    """Raise KeyDamaged if a key file is not whole."""
+    for name in KEYS:
+        path = home() / "keys" / name
+        if path.exists():
+            _read_key(path)
 
 
 def signing_key() -> str:
@@ -70,18 +94,33 @@ def _read_or_create_key(name: str) -> str:
     path = home() / "keys" / name
     if not path.exists():
         _create_key(path)
-    return path.read_text().strip()
+    return _read_key(path)
+
+
+def _read_key(path: Path) -> str:
+    """A key that is too short, as it may be after a power cut, is refused: others could guess it."""
+    key = path.read_text().strip()
+    if len(key) < MIN_KEY_LENGTH:
+        raise KeyDamaged(
+            f"The key file keys/{path.name} in FORGEARR_HOME is damaged: it has {len(key)} characters, and a key has "
+            f"at least {MIN_KEY_LENGTH}. Restore it from a backup. Without one, delete it, and a new key is made; then "
+            f"{KEYS[path.name]}."
+        )
+    return key
 
 
 def _create_key(path: Path) -> None:
     """Create a key file atomically. Two processes that create it at the same time use the same key."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # only its owner can read it
     try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        durable.sync(Path(draft))
         os.link(draft, path)
+        durable.sync(path.parent)
+        durable.sync(path.parent.parent)
     except FileExistsError:
         pass  # another process was first; its key is used
     finally:
-        draft.unlink()
+        Path(draft).unlink()

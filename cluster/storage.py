@@ -1,4 +1,7 @@
-"""File storage, in a folder that all nodes share or in a bucket, with the same functions for both."""
+"""File storage, in a folder that all nodes share or in a bucket, with the same functions for both.
+
+What a function has stored outlasts a power cut.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -6,10 +9,29 @@ from secrets import token_hex
 from typing import Any, BinaryIO
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
+from cluster import durable
 from cluster.settings import get_settings
 
 CHUNK_BYTES = 1024 * 1024
+
+
+class Disk(LocalFileSystem):
+    """The file system of a folder, with what it takes that stored files outlast a power cut."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        folder = Path(path)
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        super().makedirs(path, exist_ok=exist_ok)
+        for new in missing:
+            self.sync(str(new.parent))
+
+    def replace(self, source: str, target: str) -> None:
+        Path(source).replace(target)
+
+    def sync(self, path: str) -> None:
+        durable.sync(Path(path))
 
 
 def save(source: Path, name: str) -> str:
@@ -24,7 +46,7 @@ def save(source: Path, name: str) -> str:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             save(file, f"{name}/{file.relative_to(source).as_posix()}")
         return target
-    if "file" in filesystem.protocol:
+    if isinstance(filesystem, Disk):
         with source.open("rb") as content:
             return write(content, name)
     filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -53,9 +75,10 @@ class StorageWriter:
     def __init__(self, name: str) -> None:
         self._filesystem, root = _filesystem_and_root()
         self._target = f"{root}/{name}"
-        self._filesystem.makedirs(self._target.rpartition("/")[0], exist_ok=True)
+        self._folder = self._target.rpartition("/")[0]
+        self._filesystem.makedirs(self._folder, exist_ok=True)
         # A bucket shows a file only when it is committed. In a folder, it has a temporary name until then.
-        self._is_local = "file" in self._filesystem.protocol
+        self._is_local = isinstance(self._filesystem, Disk)
         self._temporary_path = f"{self._target}.{token_hex(4)}.part" if self._is_local else self._target
         open_options = {} if self._is_local else {"autocommit": False}
         self._file: Any = self._filesystem.open(self._temporary_path, "wb", **open_options)
@@ -67,7 +90,9 @@ class StorageWriter:
         """Make the file visible, instead of what was stored under its name. Returns its address."""
         self._file.close()
         if self._is_local:
-            Path(self._temporary_path).replace(self._target)
+            self._filesystem.sync(self._temporary_path)
+            self._filesystem.replace(self._temporary_path, self._target)
+            self._filesystem.sync(self._folder)
         else:
             self._file.commit()
         return self._target
@@ -80,7 +105,7 @@ class StorageWriter:
         try:
             self._file.close()
         finally:
-            Path(self._temporary_path).unlink(missing_ok=True)
+            remove(self._temporary_path)
 
 
 def address(name: str) -> str:
@@ -92,6 +117,12 @@ def address(name: str) -> str:
 def exists(address: str) -> bool:
     filesystem, _ = _filesystem_and_root()
     return filesystem.exists(address)
+
+
+def find(name: str) -> list[str]:
+    """Return the addresses of all files whose names begin with this folder."""
+    filesystem, root = _filesystem_and_root()
+    return filesystem.find(f"{root}/{name}")
 
 
 def size(address: str) -> int:
@@ -117,7 +148,7 @@ def fetch(address: str, folder: Path) -> Path:
     The caller may read it, but must not write to it.
     """
     filesystem, _ = _filesystem_and_root()
-    if "file" in filesystem.protocol:
+    if isinstance(filesystem, Disk):
         if not Path(address).exists():
             raise FileNotFoundError(f"{address} is not in storage")
         return Path(address)
@@ -136,4 +167,4 @@ def remove(address: str) -> None:
 @cache
 def _filesystem_and_root() -> tuple[Any, str]:
     filesystem, root = fsspec.core.url_to_fs(get_settings().storage_url)
-    return filesystem, root.rstrip("/")
+    return Disk() if type(filesystem) is LocalFileSystem else filesystem, root.rstrip("/")

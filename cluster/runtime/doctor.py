@@ -15,6 +15,7 @@ import psutil
 
 from cluster import logs
 from cluster.runtime import haproxy, probes, processes, run_state, supervisor
+from cluster.secrets import KeyDamaged, check_keys
 from cluster.settings import Settings, home
 
 GB = 1_000_000_000
@@ -82,6 +83,11 @@ def _keys() -> Iterator[CheckResult]:
     for path in sorted((home() / "keys").glob("*")):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             yield CheckResult("fail", "keys", f"{path} can be read by other accounts", f"Run `chmod 600 {path}`.")
+    try:
+        check_keys()
+    except KeyDamaged as error:
+        problem, _, fix = error.message.partition(". ")
+        yield CheckResult("fail", "keys", problem, fix)
 
 
 def _disk() -> CheckResult:

@@ -24,6 +24,7 @@ from cluster import logs
 from cluster.errors import ForgearrError, SettingsError
 from cluster.runtime import embedded, probes, processes, run_state
 from cluster.runtime.run_state import RunState
+from cluster.secrets import check_keys
 from cluster.settings import Settings, get_settings
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ async def run(on_step: OnStep) -> None:
     """Start everything, and watch it until a stop signal. Raises the error that ended the start or the run."""
     settings = get_settings()
     _require_auth_if_public(settings)
+    check_keys()
     with run_state.exclusive_lock():
         logs.configure("supervisor")
         if ended := processes.end_leftovers():

@@ -24,7 +24,7 @@ from cluster.settings.loader import (
 from cluster.settings.masking import SECRET_NAMES
 from cluster.settings.media import AuditSettings, MediaSettings, RecoverySettings
 from cluster.settings.root import Settings
-from cluster.settings.server import PLACEHOLDERS, AuthSettings, LimitSettings, ServeSettings
+from cluster.settings.server import MIN_KEY_LENGTH, PLACEHOLDERS, AuthSettings, LimitSettings, ServeSettings
 from cluster.settings.services import DeclaredService, ServiceSettings
 from cluster.settings.training import ForgeSettings, GateSettings
 
@@ -32,6 +32,7 @@ __all__ = [
     "DEFAULTS",
     "ENVIRONMENT_PREFIX",
     "LOOPBACK",
+    "MIN_KEY_LENGTH",
     "PLACEHOLDERS",
     "RESERVED_VARIABLES",
     "SECRET_NAMES",

@@ -6,6 +6,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from cluster.settings.base import LOOPBACK, Rate, Section
 
+MIN_KEY_LENGTH = 32
 PLACEHOLDERS = {"changeme", "change-me", "secret", "password", "your-secret-key"}
 
 
@@ -65,8 +66,8 @@ class AuthSettings(Section):
     def refuse_weak_key(cls, key: SecretStr | None) -> SecretStr | None:
         if key is None:
             return None
-        if key.get_secret_value().lower() in PLACEHOLDERS or len(key.get_secret_value()) < 32:
-            raise ValueError("must be a random key of at least 32 characters")
+        if key.get_secret_value().lower() in PLACEHOLDERS or len(key.get_secret_value()) < MIN_KEY_LENGTH:
+            raise ValueError(f"must be a random key of at least {MIN_KEY_LENGTH} characters")
         return key
 
 

@@ -14,6 +14,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from cluster import durable
 from cluster.errors import NotFound, Unavailable
 from cluster.settings import get_settings, home
 
@@ -73,7 +74,7 @@ def fetch(installed: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as work:
         unpacked = _unpack(_download(installed, Path(work)), Path(work) / "unpacked")
         try:
-            unpacked.rename(target)
+            durable.publish(unpacked, target)
         except OSError:
             if not target.exists():  # another process may have been faster
                 raise

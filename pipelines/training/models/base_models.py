@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cluster import disk, storage
+from cluster import disk, durable, storage
 from cluster.errors import NotFound
 from cluster.settings import get_settings, home
 from jobs import outputs
@@ -104,7 +104,7 @@ def _registered_folder(reference: str, owner_id: str | None) -> str:
                 threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
             )
         try:
-            ready.rename(target)
+            durable.publish(ready, target)
         except OSError as error:
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # another process was faster
                 raise

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from cluster import durable
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings, home
 
@@ -40,7 +41,7 @@ def cache_file(path: Path, sha256: str) -> Path:
         except OSError:
             shutil.copyfile(path, partial)
         os.utime(partial)
-        partial.replace(target)
+        durable.publish(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     evict(target)
@@ -73,7 +74,7 @@ async def get_or_download(sha256: str, size: int, download: Callable[[Path], Awa
             actual_sha256 = await download(partial)
             if actual_sha256 != sha256:
                 raise DamagedModel(f"A downloaded model file has the SHA-256 {actual_sha256} instead of {sha256}.")
-            partial.replace(target)
+            await asyncio.to_thread(durable.publish, partial, target)
         finally:
             partial.unlink(missing_ok=True)
     await asyncio.to_thread(evict, target)

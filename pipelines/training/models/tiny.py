@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from cluster import durable
 from cluster.settings import home
 
 NAME = "forgearr/tiny"
@@ -36,7 +37,7 @@ def ensure(target: Path) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             build(partial, template, corpus)
-            partial.rename(target)
+            durable.publish(partial, target)
         except OSError:
             if not target.exists():  # another process may have been faster
                 raise

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from cluster import durable
 from cluster.settings import home
 from jobs.execution import isolated
 from jobs.execution.isolated import OnProgress
@@ -46,7 +47,7 @@ def _ensure_file() -> Path:
             threads=1,
             paths=(scripts / "gguf-py", scripts),
         )
-        converted.replace(target)
+        durable.publish(converted, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target

@@ -76,6 +76,7 @@ def test_a_key_that_others_can_read_fails(home: Path) -> None:
     (home / "keys").mkdir()
     key = home / "keys" / "signing"
     key.touch(mode=0o600)
+    key.write_text("0123456789abcdef" * 4)
     assert findings("keys") == []
     key.chmod(0o644)
     assert [(finding.level, finding.fix) for finding in findings("keys")] == [("fail", f"Run `chmod 600 {key}`.")]
