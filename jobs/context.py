@@ -108,6 +108,13 @@ class Context:
         self._mark_active()
         return self._link.artifact(self._claim, path, name or path.name)
 
+    def storage_name(self, name: str) -> str:
+        """Return a name in storage that no other attempt uses, so that a worker that was given up spoils nothing.
+
+        Put the address into the checkpoint or the result. What neither of them names is deleted with the next attempt.
+        """
+        return self._claim.storage_name(name)
+
     def should_stop(self) -> bool:
         """Whether a stop or a pause was requested. If so, the function should call `checkpoint` soon."""
         return self._reason is not None

@@ -47,7 +47,7 @@ class _RemoteLink:
             raise StopJob("lease_lost")
 
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
-        address = storage.save(path, f"jobs/{claim.job_id}/{name}")
+        address = storage.save(path, claim.storage_name(name))
         self.report(claim, {}, ("artifact", {"name": name, "address": address, "bytes": path.stat().st_size}))
         return address
 

@@ -23,6 +23,7 @@ from cluster.runtime.processes import lower_priority
 from cluster.settings import get_settings
 from jobs import leases, queue
 from jobs.context import Context, JobLogHandler, ParkJob, StopJob, StopReason, current_context
+from jobs.execution import files
 from jobs.execution.remote_context import restore_context
 from jobs.execution.report_writer import (
     MAX_WAIT_SECONDS,
@@ -127,7 +128,7 @@ class Worker:
             raise StopJob("lease_lost")
 
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
-        address = storage.save(path, f"jobs/{claim.job_id}/{name}")
+        address = storage.save(path, claim.storage_name(name))
         self._writer.add(claim, {}, ("artifact", {"name": name, "address": address, "bytes": path.stat().st_size}))
         return address
 
@@ -141,6 +142,8 @@ class Worker:
         current_context.set(running.context)
         logs.job_id.set(claim.job_id)
         try:
+            if claim.is_resumed:
+                asyncio.run_coroutine_threadsafe(self._remove_unrecorded(claim), self._loop).result()
             kind = find_kind(claim.kind)
             function = load_function(kind.entrypoint)
             result = function(running.context, kind.spec.model_validate(claim.spec))
@@ -164,15 +167,24 @@ class Worker:
         """Apply an outcome, unless the job has another one already."""
         if running.is_finished:
             outcome.close()
+            self._start_task(self._remove_unrecorded(running.claim))
             return
         running.is_finished = True
         self._start_task(outcome)
 
     async def _finish_job(self, claim: Claim, values: Mapping[str, Any] | None) -> None:
         """Write the outcome, remove the job, and notify the dispatcher of the free slot."""
-        if values is not None:
-            await self._writer.write(claim, values, outcome_event(values))
+        recorded = values is not None and await self._writer.write(claim, values, outcome_event(values))
+        if claim.is_resumed or not recorded:
+            await self._remove_unrecorded(claim)
         self._remove(claim)
+
+    async def _remove_unrecorded(self, claim: Claim) -> None:
+        """Delete what ended leases of the job have left in storage."""
+        try:
+            await files.remove_unrecorded(self._database, claim.job_id)
+        except Exception:  # no job depends on it, and the next attempt tries again
+            log.warning("the unrecorded files of %s could not be deleted", claim.job_id, exc_info=True)
 
     async def _park(self, claim: Claim, children: list[str]) -> None:
         await self._writer.write(claim, {})

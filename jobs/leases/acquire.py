@@ -174,4 +174,5 @@ def _build_claim(job: Job, worker: str) -> Claim:
         resources=job.resources,
         worker=worker,
         owner_id=job.owner_id,
+        is_resumed=job.started_at is not None,
     )

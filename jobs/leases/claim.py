@@ -27,6 +27,11 @@ class Claim:
     resources: dict[str, Any]
     worker: str
     owner_id: str | None  # None: the platform, or this machine's user
+    is_resumed: bool = False  # whether the job was given to a worker before
+
+    def storage_name(self, name: str) -> str:
+        """Return the name in storage of a file that this lease writes. No other lease of the job writes to it."""
+        return f"jobs/{self.job_id}/{self.token}/{name}"
 
 
 def new_lease_expiry() -> Any:

@@ -111,7 +111,9 @@ def test_a_fine_tune_reduces_the_loss_and_reports_progress(platform: Platform, d
         "skipped": 0,
     }
     assert (Path(result["model"]) / "adapter_model.safetensors").exists()
-    assert not (Path(result["model"]).parent / "checkpoints").exists()  # checkpoints are deleted at the end
+    stored = Path(result["model"]).parents[1]
+    assert stored.name == job_id
+    assert [*stored.glob("*/checkpoints/*")] == []  # checkpoints are deleted at the end
 
 
 def test_mlflow_has_the_parameters_metrics_dataset_and_files_of_a_run(platform: Platform, dataset: str) -> None:

@@ -56,6 +56,20 @@ def test_a_training_survives_a_power_cut(platform: Platform, undisturbed_result:
     assert_same_result(platform, job_id, undisturbed_result)
 
 
+def test_a_training_survives_a_power_cut_while_it_saves(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
+    """It saves all the time. What the cut has interrupted is not used, and deleted."""
+
+    def cut_the_power(_: str) -> None:
+        platform.cut_the_power()
+        platform.up()
+
+    job_id = interrupted_job(platform, cut_the_power, checkpoint_steps=1)
+    assert_same_result(platform, job_id, undisturbed_result)
+    stored = platform.home / "storage" / "jobs" / job_id
+    assert [path for path in stored.rglob("*") if path.is_file() and "checkpoints" in path.parts] == []
+    assert [*stored.rglob("*.part")] == []
+
+
 def test_a_training_survives_the_loss_of_its_node(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
     nodes = [start_node(platform)]
 
@@ -78,7 +92,7 @@ def test_a_training_can_be_retried_after_a_full_disk(platform: Platform, undistu
         try:
             job = platform.wait_for(job_id)
         finally:
-            subprocess.run(["umount", checkpoints(platform, job_id)], check=True)
+            subprocess.run(["umount", str(checkpoints(platform, job_id))], check=True)
         if job["state"] != "succeeded":
             break
     else:
@@ -91,7 +105,7 @@ def test_a_training_can_be_retried_after_a_full_disk(platform: Platform, undistu
 
 
 def fill_the_disk(platform: Platform, job_id: str) -> None:
-    folder = checkpoints(platform, job_id)
+    folder = eventually(lambda: checkpoints(platform, job_id))
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
     mounted = subprocess.run(mount, check=False).returncode == 0
     is_over = platform.job(job_id)["state"] == "succeeded"
@@ -101,8 +115,10 @@ def fill_the_disk(platform: Platform, job_id: str) -> None:
         pytest.skip("only an administrator of the machine can mount a small disk")
 
 
-def checkpoints(platform: Platform, job_id: str) -> str:
-    return str(platform.home / "storage" / "jobs" / job_id / "checkpoints")
+def checkpoints(platform: Platform, job_id: str) -> str | None:
+    """The folder of the checkpoints of the first attempt, once it has saved one."""
+    folders = [*(platform.home / "storage" / "jobs" / job_id).glob("*/checkpoints")]
+    return str(folders[0]) if folders else None
 
 
 def interrupted_job(platform: Platform, interrupt: Callable[[str], object], *, step: int = 8, **spec: Any) -> str:

@@ -1,12 +1,16 @@
 """A worker link for jobs that run without a worker."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster import storage
+from cluster.db import Database, with_own_database
+from jobs import leases
+from jobs.context import StopJob
 from jobs.execution.report_writer import JournalEvent, to_storable
-from jobs.leases import Claim
+from jobs.leases import Claim, GuardedWrite
 from jobs.registry import Resources
 from jobs.tables import Job
 
@@ -27,7 +31,7 @@ class RecordingLink:
         self.checkpoints.append(to_storable(state))
 
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
-        return storage.save(path, f"jobs/{claim.job_id}/{name}")
+        return storage.save(path, claim.storage_name(name))
 
     def child(self, claim: Claim, name: str, kind: str, spec: Mapping[str, Any], resources: Resources | None) -> Job:
         raise AssertionError("these jobs have no children")
@@ -52,3 +56,18 @@ class RecordingLink:
     def metrics(self) -> dict[str, float]:
         """The latest value of each metric."""
         return {name: value for _, data in self.events for name, value in data.get("metrics", {}).items()}
+
+
+class GuardedLink(RecordingLink):
+    """Stores checkpoints under the lease of the job, as a worker does."""
+
+    def checkpoint(self, claim: Claim, state: Any) -> None:
+        write = GuardedWrite(claim.job_id, claim.token, {"checkpoint": to_storable(state)})
+
+        async def apply(database: Database) -> set[str]:
+            async with database.transaction() as session:
+                return await leases.apply_writes(session, [write])
+
+        if asyncio.run(with_own_database(apply)):
+            raise StopJob("lease_lost")
+        super().checkpoint(claim, state)

@@ -56,7 +56,7 @@ class TrainingObserver(Protocol):
     def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
         """Store this checkpoint, whose folder is deleted afterwards. Training resumes from it and `training_state`.
 
-        Two checkpoints must be kept: the newest, and the one of `training_state["best_step"]`.
+        The newest checkpoint must be kept, and the one of `training_state["best_step"]`.
         """
         ...
 

@@ -1,7 +1,8 @@
 """The kind `fine_tune`: runs the recipe as a durable job, in one process or, with Ray Train, in several.
 
 The job's checkpoint in the database is small: the ids of the data, the training state, and the addresses in storage of
-the trainer's checkpoints. Those hold weights, optimizer, schedule, the position in the data and the random state.
+the trainer's checkpoints (checkpoints.py). Those hold weights, optimizer, schedule, the position in the data and the
+random state.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jobs.retention import register_references
 from pipelines.training import retention
 from pipelines.training.data import datasets, resolution
 from pipelines.training.data.datasets import Dataset
-from pipelines.training.fine_tune import step_metrics
+from pipelines.training.fine_tune import checkpoints, step_metrics
 from pipelines.training.models import base_models, names
 from pipelines.training.spec import FineTuneSpec
 
@@ -46,9 +47,11 @@ def fine_tune(context: Context, spec: FineTuneSpec) -> dict[str, Any]:
     """Fine-tunes a language model on prompts, a dataset or documents."""
     state: dict[str, Any] = dict(context.checkpoint_state or {})
     if "result" not in state:
-        state["result"] = _train_or_resume(context, spec, state)
+        result = _train_or_resume(context, spec, state)
+        # The processes of the training have recorded more than this one knows.
+        state = {**(outputs.own_job(context.job_id).checkpoint or {}), "result": result}
         context.checkpoint(state)  # stored before the trainer's checkpoints are removed
-    storage.remove(storage.address(f"jobs/{context.job_id}/checkpoints"))
+    _remove_from_storage(state.get("checkpoints", {}).values())
     return state["result"]
 
 
@@ -67,6 +70,7 @@ def _train_or_resume(context: Context, spec: FineTuneSpec, state: dict[str, Any]
     dataset = datasets.get(state["dataset"])
     context.input(dataset.name, dataset.digest, dataset.address, samples=dataset.samples)
     while True:
+        checkpoints.require_whole(context, state)
         try:
             return _run_on_ray_train(context, spec, partial(_train, context, spec, dataset, state))
         except RestartWithSmallerBatch as restart:
@@ -148,7 +152,7 @@ def _publish(
     from pipelines.training.fine_tune import plots
 
     model, history = training_result.model, training_result.history
-    address = storage.save(model, f"jobs/{context.job_id}/model")
+    address = storage.save(model, context.storage_name("model"))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if (model / name).exists():
             context.artifact(model / name)
@@ -182,6 +186,7 @@ class JobObserver:
         self._folder = folder
         self._keep_epochs = keep_epochs
         self._stale: set[str] = set()  # addresses of epochs that the next checkpoint does not refer to
+        self._saves = 0
         self._rank = train.get_context().get_world_rank()
         self._processes = train.get_context().get_world_size()
         self.is_rank_zero = self._rank == 0
@@ -202,28 +207,27 @@ class JobObserver:
 
     def save_checkpoint(self, checkpoint: Path, training_state: Mapping[str, Any]) -> None:
         """The first process stores the checkpoint, the others add their random state. Then the job records it."""
-        step = str(training_state["step"])
-        name = f"jobs/{self._context.job_id}/checkpoints/{self._context.attempt}-{step}"
+        self._saves += 1  # a step may be saved twice: the second time after an evaluation, for example
+        name = self._context.storage_name(f"checkpoints/{training_state['step']}-{self._saves}")
         if self.is_rank_zero:
             storage.save(checkpoint, name)
         self._barrier()
         if not self.is_rank_zero:
-            random_state = f"rng_state_{self._rank}.pth"
+            random_state = _random_state_file(self._rank)
             storage.save(checkpoint / random_state, f"{name}/{random_state}")
         self._barrier()
-        previous: dict[str, str] = self._state.get("checkpoints", {})
-        needed_steps = {step, str(training_state.get("best_step"))}
-        remaining = {number: address for number, address in previous.items() if number in needed_steps}
-        remaining[step] = storage.address(name)
-        self._state |= {"place": dict(training_state), "checkpoints": remaining}
+        address = storage.address(name)
+        added = [_random_state_file(rank) for rank in range(1, self._processes)]
+        files = checkpoints.describe(checkpoint, address, added) if self.is_rank_zero else {}
+        replaced = checkpoints.add(self._state, address, files, training_state)
         if self.is_rank_zero:
-            self._save_state(self._stale | set(previous.values()) - set(remaining.values()))
+            self._save_state(self._stale | replaced)
             self._stale = set()
         self._barrier()
 
     def on_epoch(self, checkpoint: Path, metrics: Mapping[str, float]) -> None:
         step = int(metrics["step"])
-        name = f"jobs/{self._context.job_id}/epochs/{step}"
+        name = self._context.storage_name(f"epochs/{step}")
         if self.is_rank_zero:
             for file in sorted(checkpoint.iterdir()):
                 if file.suffix in MODEL_FILES and file.name not in TRAINER_FILES:
@@ -255,6 +259,11 @@ class JobObserver:
             from torch import distributed
 
             distributed.barrier()
+
+
+def _random_state_file(rank: int) -> str:
+    """The name that the trainer gives the random state of one of several processes."""
+    return f"rng_state_{rank}.pth"
 
 
 def _remove_from_storage(addresses: Iterable[str]) -> None:

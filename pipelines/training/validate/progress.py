@@ -33,6 +33,7 @@ class Measurements:
         self._conditions = dict(conditions or {})
         self._saved_at = time.monotonic()
         state = context.checkpoint_state
+        self._stored_at: str | None = state["measured"] if state else None
         rows = json.loads(storage.read(state["measured"])) if state and state["facts"] == self._conditions else {}
         self.rows: dict[str, list[Row]] = rows
 
@@ -55,17 +56,16 @@ class Measurements:
 
     def _save(self) -> None:
         self._file.write_text(json.dumps(self.rows))
-        self._context.checkpoint(
-            {"measured": storage.save(self._file, _storage_name(self._context)), "facts": self._conditions}
-        )
-        self._saved_at = time.monotonic()
+        address = storage.save(self._file, self._context.storage_name("measured.json"))
+        self._context.checkpoint({"measured": address, "facts": self._conditions})
+        if self._stored_at and self._stored_at != address:  # by an earlier attempt
+            storage.remove(self._stored_at)
+        self._stored_at, self._saved_at = address, time.monotonic()
 
 
 def save_result(context: Context, result: Mapping[str, Any]) -> None:
     """Checkpoint the result, and only then remove the stored rows: an attempt that ends in between loses nothing."""
+    stored_at = (context.checkpoint_state or {}).get("measured")
     context.checkpoint({"result": result})
-    storage.remove(storage.address(_storage_name(context)))
-
-
-def _storage_name(context: Context) -> str:
-    return f"jobs/{context.job_id}/measured.json"
+    if stored_at is not None:
+        storage.remove(stored_at)

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -281,21 +283,28 @@ def test_every_process_finds_the_checkpoints(home: Path, tmp_path: Path, monkeyp
     from tests.support.job_harness import JobHarness
     from tests.support.recording_link import RecordingLink
 
+    link = RecordingLink()
     observers: list[Any] = []
     for rank in (0, 1):
         (tmp_path / f"{rank}").mkdir()
         monkeypatch.setattr("ray.train.get_context", lambda rank=rank: TrainContext(rank))
-        context = JobHarness(tmp_path).context("job_x", RecordingLink())
+        context = JobHarness(tmp_path).context("job_x", link)
         observers.append(fine_tune_job.JobObserver(context, {}, tmp_path))
-    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    for step in (2, 4, 6):
-        for rank, observer in enumerate(observers):
-            name = "weights" if rank == 0 else f"rng_state_{rank}.pth"
-            (tmp_path / f"{rank}" / name).write_text(f"{step}")
-            observer.save_checkpoint(tmp_path / f"{rank}", {"step": step, "best_step": 2})
+    monkeypatch.setattr("torch.distributed.barrier", Barrier(2, timeout=TIMEOUT).wait)
+
+    def save(rank: int, step: int) -> None:
+        name = "weights" if rank == 0 else f"rng_state_{rank}.pth"
+        (tmp_path / f"{rank}" / name).write_text(f"{step}")
+        observers[rank].save_checkpoint(tmp_path / f"{rank}", {"step": step, "best_step": 2})
+
+    with ThreadPoolExecutor(2) as threads:
+        for step in (2, 4, 6, 8):
+            list(threads.map(save, (0, 1), (step, step)))
+    manifest = link.checkpoints[-1]["manifests"]["8"]
+    assert set(manifest["files"]) == {"weights", "rng_state_1.pth"}
     for observer in observers:
         assert {path.name for path in observer.load_checkpoint(2).iterdir()} == {"weights", "rng_state_1.pth"}
-        assert (observer.latest_checkpoint() / "weights").read_text() == "6"
+        assert (observer.latest_checkpoint() / "weights").read_text() == "8"
         with pytest.raises(KeyError):
             observer.load_checkpoint(4)
 
@@ -343,9 +352,10 @@ def test_a_stored_result_is_returned_without_training(home: Path, tmp_path: Path
     from tests.support.recording_link import RecordingLink
 
     link = RecordingLink()
-    link.checkpoints.append({"dataset": "gone", "base_model": "gone", "result": {"name": "house"}})
     (tmp_path / "weights").write_text("some")
-    checkpoint = storage.save(tmp_path / "weights", "jobs/job_x/checkpoints/1-2/weights")
+    checkpoint = storage.save(tmp_path / "weights", "jobs/job_x/checkpoints/1-2/weights").rpartition("/")[0]
+    state = {"dataset": "gone", "base_model": "gone", "checkpoints": {"2": checkpoint}}
+    link.checkpoints.append({**state, "result": {"name": "house"}})
     assert fine_tune(JobHarness(tmp_path).context("job_x", link), spec_of()) == {"name": "house"}
     assert not storage.exists(checkpoint)
 
