@@ -7,6 +7,7 @@ library. Files are streamed from and to the disk, whatever their size.
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 import httpx
 
 from cluster.errors import ForgearrError, Unavailable
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 20
 FILE_TIMEOUT_SECONDS = 900  # a server that stores files elsewhere copies them before it responds
@@ -52,16 +55,20 @@ class MlflowRefused(ForgearrError):
 class MlflowRestClient:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
-        self._experiments: dict[str, str] = {}
 
     async def find_or_create_experiment(self, name: str) -> str:
-        """Return the id of the experiment with this name, which is created if it does not exist."""
-        if name not in self._experiments:
-            response = await self.call("GET", "experiments/get-by-name", default={}, params={"experiment_name": name})
-            if not response:
-                response = {"experiment": await self.call("POST", "experiments/create", json={"name": name})}
-            self._experiments[name] = response["experiment"]["experiment_id"]
-        return self._experiments[name]
+        """Return the id of the experiment with this name, which is created if it does not exist.
+
+        One that was deleted on MLflow's page is restored: it keeps its name, and MLflow refuses new runs in it.
+        """
+        response = await self.call("GET", "experiments/get-by-name", default={}, params={"experiment_name": name})
+        if not response:
+            return (await self.call("POST", "experiments/create", json={"name": name}))["experiment_id"]
+        experiment = response["experiment"]
+        if experiment["lifecycle_stage"] == "deleted":
+            log.warning("the experiment '%s' was deleted in MLflow, and is restored for the runs of new jobs", name)
+            await self.call("POST", "experiments/restore", json={"experiment_id": experiment["experiment_id"]})
+        return experiment["experiment_id"]
 
     async def find_or_create_run(
         self, experiment_id: str, job_id: str, started_at: datetime, tags: Mapping[str, str]

@@ -239,7 +239,8 @@ def _run_id(context: Context) -> str:
         if time.monotonic() > deadline:
             raise RunMissing(
                 f"The run of {context.job_id} has not appeared in MLflow within {RUN_TIMEOUT_SECONDS} s, so its files "
-                "cannot be registered. Check with `forgearr status` whether MLflow runs."
+                "cannot be registered. Check with `forgearr status` whether MLflow runs, and with `forgearr logs "
+                "--component dispatcher` what it has refused."
             )
         context.sleep(0.25)
     return run_id
