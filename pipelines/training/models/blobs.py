@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import String, delete, update
+from sqlalchemy import String, Text, delete, update
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import storage
@@ -34,6 +34,7 @@ class Blob(Base):
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     bytes: Mapped[int] = mapped_column(Sequence)
     used_at: Mapped[datetime] = mapped_column(index=True)
+    model: Mapped[str | None] = mapped_column(Text)  # registered model that a sweep has seen it in; None: in none yet
 
 
 class BlobNotFound(NotFound):

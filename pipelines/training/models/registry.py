@@ -153,10 +153,23 @@ class Registry:
         """All versions of all models."""
         return await self._versions()
 
-    async def blobs(self) -> set[str]:
-        """The SHA-256 of every blob that a version uses."""
+    async def blobs(self) -> dict[str, str]:
+        """The SHA-256 of every blob that a version uses, with the name of its model."""
         versions = [version_of_row(row) for row in await self._version_rows() if row["source"] == BLOB_SOURCE]
-        return {file.sha256 for version in versions for file in [*version.files, version.adapter] if file is not None}
+        return {
+            file.sha256: version.name
+            for version in versions
+            for file in [*version.files, version.adapter]
+            if file is not None
+        }
+
+    async def identities(self) -> dict[str, str]:
+        """The names of all models, also of those without versions, and what tells them from models of the same name.
+
+        A model in another registry, or one that was registered again, has another identity.
+        """
+        rows = await self._search("registered-models/search", "registered_models")
+        return {row["name"]: f"{row['name']}@{row['creation_timestamp']}" for row in rows}
 
     async def find(self, reference: str) -> Version:
         """The version NAME:v3, or the served one for NAME and NAME:latest."""
