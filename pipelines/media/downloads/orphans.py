@@ -4,6 +4,7 @@ SABnzbd prefixes the folder of a failed download with `_FAILED_`. It no longer k
 deleted from its history.
 """
 
+import posixpath
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,12 +49,17 @@ def remove(leftover: LeftoverFolder) -> None:
 
 
 def _map_path(service_path: str, folders: Mapping[str, str]) -> tuple[Path, bool]:
-    """The local path of a service's folder, and whether the settings map it."""
-    path = PurePosixPath(service_path)
+    """The local path of a service's folder, and whether the settings map it.
+
+    The service may answer anything: what `..` or a link leads out of the mapped folder is not mapped.
+    """
+    path = PurePosixPath(_normalize(service_path))
     for prefix, local_root in sorted(folders.items(), key=lambda pair: len(pair[0]), reverse=True):
         if path.is_relative_to(prefix):
-            return Path(local_root).expanduser() / path.relative_to(prefix), True
-    return Path(service_path), False
+            root = Path(local_root).expanduser().resolve()
+            folder = (root / path.relative_to(prefix)).resolve()
+            return folder, folder.is_relative_to(root)
+    return Path(path), False
 
 
 def _subfolders(finished: FinishedFolders, root: Path) -> list[tuple[str, Path]]:
@@ -80,4 +86,4 @@ def _changed_at(folder: Path) -> datetime:
 
 
 def _normalize(path: str) -> str:
-    return str(PurePosixPath(path))
+    return posixpath.normpath(path)

@@ -40,3 +40,23 @@ def test_only_leftovers_in_a_mapped_folder_are_removable(complete: Path) -> None
     assert {leftover.is_removable for leftover in orphans.find(finished, {})} == {False}
     assert {leftover.is_removable for leftover in orphans.find(finished, {str(complete): str(complete)})} == {True}
     assert orphans.find(FinishedFolders("/nowhere/complete", (), frozenset()), {}) == []
+
+
+@pytest.mark.parametrize("folder", ["/data/../elsewhere", "/data/complete/../../elsewhere", "/data/complete/away"])
+def test_a_folder_that_leads_out_of_the_mapped_one_is_never_removable(complete: Path, folder: str) -> None:
+    """The service says where its folder is, and it may say anything."""
+    (complete / "away").symlink_to(complete.parent / "elsewhere")
+    mapped = {"/data": str(complete.parent / "data")}
+    complete.rename(complete.parent / "moved")
+    (complete.parent / "data").mkdir()
+    (complete.parent / "moved").rename(complete.parent / "data" / "complete")
+    found = orphans.find(FinishedFolders(folder, (), frozenset()), mapped)
+    assert [leftover for leftover in found if leftover.is_removable] == []
+    inside = orphans.find(FinishedFolders("/data/complete/../complete", (), frozenset()), mapped)
+    assert {leftover.is_removable for leftover in inside} == {True}
+
+
+def test_a_known_folder_is_found_however_its_path_is_written(complete: Path) -> None:
+    known = frozenset({"/data/complete/../complete/_FAILED_Known", "/data/complete/./_FAILED_Lost/file.mkv"})
+    finished = FinishedFolders("/data/tv/../complete", (), known)
+    assert orphans.find(finished, {"/data": str(complete.parent)}) == []
