@@ -5,7 +5,8 @@ The configuration of a repository may name programs. All options that could star
 
 import os
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 
 HOOK_VARIABLES = {
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
@@ -38,12 +39,17 @@ SAFE_CONFIG = {
     "protocol.ext.allow": "never",
 }
 
+SSH_COMMAND = "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15"
 
-def git_environment(settings: Mapping[str, str] | None = None, protocols: str = "none") -> dict[str, str]:
+
+def git_environment(
+    settings: Mapping[str, str] | None = None, protocols: str = "none", ssh_options: Sequence[str] = ()
+) -> dict[str, str]:
     """The environment variables for git. `settings` override all other configuration."""
     for name in HOOK_VARIABLES & os.environ.keys():
         del os.environ[name]
     config = {**SAFE_CONFIG, **(settings or {})}
+    ssh = os.environ.get("GIT_SSH_COMMAND") or SSH_COMMAND
     variables = {
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_ASKPASS": "",
@@ -53,8 +59,7 @@ def git_environment(settings: Mapping[str, str] | None = None, protocols: str = 
         "GIT_NO_LAZY_FETCH": "1",
         "GIT_ATTR_NOSYSTEM": "1",
         "GIT_ALLOW_PROTOCOL": protocols,
-        "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND")
-        or "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15",
+        "GIT_SSH_COMMAND": " ".join([ssh, *(f"-o {shlex.quote(option)}" for option in ssh_options)]),
         "GIT_CONFIG_COUNT": str(len(config)),
     }
     for number, (name, value) in enumerate(config.items()):

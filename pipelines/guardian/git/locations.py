@@ -1,9 +1,12 @@
 """Check that the folder of a repository is in guardian.roots, and name the folders of mirrors."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import Forbidden, InvalidRequest
 from cluster.settings import get_settings, home
+from pipelines.guardian.git.errors import RepositoryUnreadable
 
 
 class FolderOutside(Forbidden):
@@ -42,6 +45,40 @@ def checked_folder(path: str) -> Path:
         return _resolve_inside_roots(named)
     candidates = [_resolve_inside_roots(root / named) for root in _roots()]
     return next((folder for folder in candidates if _exists(folder)), candidates[0])
+
+
+def object_folders(objects: Path) -> Iterator[Path]:
+    """Yield every place from which git reads objects: this folder, those that its alternates name, links in them."""
+    remaining, seen = [objects], set[Path]()
+    while remaining:
+        folder = remaining.pop()
+        yield folder
+        if (resolved := folder.resolve()) in seen or not resolved.is_dir():
+            continue
+        seen.add(resolved)
+        remaining += [*_links(resolved), *_alternates(resolved)]
+
+
+def _alternates(objects: Path) -> Iterator[Path]:
+    path = objects / "info" / "alternates"
+    lines = path.read_text(errors="surrogateescape").split("\n") if path.exists() else []
+    for line in lines:
+        if line.startswith('"'):
+            yield Path("/")  # git decodes a quoted line; here it counts as a folder outside
+        elif line and not line.startswith("#"):
+            yield objects / line
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        raise RepositoryUnreadable(f"The account that Forgearr runs as may not read {folder}.") from None
+    for entry in entries:
+        if entry.is_symlink():
+            yield Path(entry.path)
+        elif entry.is_dir():
+            yield from _links(Path(entry.path))
 
 
 def _resolve_inside_roots(named: Path) -> Path:

@@ -7,7 +7,7 @@ other settings are passed to git in its environment, because all users of the ma
 import base64
 import fcntl
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -65,7 +65,7 @@ def fetch(mirror: Path, remote: RemoteRepository, pinned: Sequence[str], on_prog
 
 
 def _fetch(mirror: Path, remote: RemoteRepository, pinned: Sequence[str], on_progress: OnProgress) -> None:
-    variables = git_environment(_configuration(remote), protocols=":".join(SCHEMES))
+    variables = _environment(remote)
     if not (mirror / "HEAD").exists():
         git.Repo.init(mirror, bare=True)
     repository = git.Repo(mirror)
@@ -154,7 +154,8 @@ def _delete_other_refs(repository: git.Repo, pinned: Sequence[str]) -> None:
             repository.git.update_ref("-d", reference)
 
 
-def _configuration(remote: RemoteRepository) -> Mapping[str, str]:
+def _environment(remote: RemoteRepository) -> dict[str, str]:
+    """The environment of git. It connects to the address that was checked, whatever DNS answers then."""
     parts = urlsplit(remote.url)
     assert parts.hostname is not None
     port = parts.port or SCHEMES[parts.scheme]
@@ -162,7 +163,6 @@ def _configuration(remote: RemoteRepository) -> Mapping[str, str]:
     settings = {
         # A redirect could send the credentials elsewhere, or the request to a machine inside our network.
         "http.followRedirects": "false",
-        # Git connects to the address that was checked, whatever DNS answers then.
         "http.curloptResolve": f"{parts.hostname}:{port}:{address}",
         "http.lowSpeedLimit": "1",
         "http.lowSpeedTime": str(STALLED_SECONDS),
@@ -173,4 +173,7 @@ def _configuration(remote: RemoteRepository) -> Mapping[str, str]:
     if remote.token is not None:
         pair = base64.b64encode(f"{remote.username or 'git'}:{remote.token}".encode()).decode()
         settings[f"http.{remote.url}.extraHeader"] = f"Authorization: Basic {pair}"
-    return settings
+    # The key of the server is still the one that is known by its name.
+    known_as = parts.hostname if port == SCHEMES["ssh"] else f"[{parts.hostname}]:{port}"
+    ssh_options = [f"HostName={address.strip('[]')}", f"HostKeyAlias={known_as}"]
+    return git_environment(settings, ":".join(SCHEMES), ssh_options)

@@ -6,6 +6,7 @@ names is run. A reader belongs to one thread.
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import git
 
 from pipelines.guardian.git.env import first_error, git_environment
 from pipelines.guardian.git.errors import CommitNotFound, NotARepository, RepositoryDamaged, RepositoryUnreadable
-from pipelines.guardian.git.locations import FolderOutside, checked_folder, is_inside
+from pipelines.guardian.git.locations import FolderOutside, checked_folder, is_inside, object_folders
 from pipelines.guardian.git.mirrors import BranchNotFound, EmptyRepository
 from pipelines.guardian.git.objects import COMMIT_FORMAT, Changes, Commit, TreeFile, new_commit
 
@@ -34,7 +35,8 @@ def open_folder(path: Path, branch: str | None = None) -> Generator["RepoReader"
 def open_inside_roots(path: Path, branch: str | None = None) -> Generator["RepoReader"]:
     """Open a repository that is in guardian.roots, with its git directories."""
     with open_folder(path, branch) as reader:
-        for folder in (path, *reader.folders):
+        # One after the other: what is in a folder outside must not be looked at.
+        for folder in chain((path, *reader.folders), object_folders(reader.folders[1] / "objects")):
             if not is_inside(folder.resolve()):
                 raise FolderOutside(f"{path} refers to a folder outside of the folders for repositories.")
         yield reader
