@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from cluster import logs
 from jobs.leases import Claim
 from jobs.queue import ChildFailed
 from jobs.registry import Resources
@@ -93,8 +94,9 @@ class Context:
             raise StopJob(self._reason)
 
     def log(self, message: str, level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO") -> None:
+        """Write a line to the log of the job. Secrets in it are masked, as in all logs."""
         self._mark_active()
-        self._link.report(self._claim, {}, ("log", {"level": level, "message": message}))
+        self._link.report(self._claim, {}, ("log", {"level": level, "message": logs.redact(message)}))
 
     def input(self, name: str, digest: str, source: str, **profile: int | float | str) -> None:
         """Record data that the job uses. The inputs of a tracked job are sent to MLflow."""

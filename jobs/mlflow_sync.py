@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from cluster import mlflow_client, storage
+from cluster import logs, mlflow_client, storage
 from cluster.db import Database
 from cluster.mlflow_client import MlflowRestClient, MlflowUnavailable
 from cluster.settings import get_settings
@@ -117,7 +117,7 @@ class MlflowSync:
             "forgearr.kind": job.kind,
         }
         run_id = await mlflow.find_or_create_run(experiment, job.id, job.started_at or job.created_at, tags)
-        await mlflow.log_parameters(run_id, mlflow_client.flatten(job.spec))
+        await mlflow.log_parameters(run_id, mlflow_client.flatten(logs.redact_document(job.spec)))
         async with self._database.transaction() as session:
             await session.execute(update(Job).where(Job.id == job.id).values(mlflow_run_id=run_id))
         job.mlflow_run_id = run_id
@@ -132,7 +132,8 @@ class MlflowSync:
         if state in FINISHED:
             if job.error:
                 tags["forgearr.error"] = job.error.get("message")
-            await mlflow.upload(run_id, "result.json", json.dumps(job.result, indent=2).encode())
+            result = json.dumps(logs.redact_document(job.result), indent=2)
+            await mlflow.upload(run_id, "result.json", result.encode())
         await mlflow.set_tags(run_id, tags)
         await mlflow.set_status(run_id, RUN_STATUS[state], event.created_at if state in FINISHED else None)
 

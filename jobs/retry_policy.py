@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+from cluster import logs
 from cluster.errors import ForgearrError
 from cluster.settings import get_settings
 
@@ -17,7 +18,8 @@ class Failure:
     """Seconds until the next attempt. None: another attempt would fail in the same way."""
 
     def to_error(self) -> dict[str, str]:
-        return {"code": self.code, "message": self.message}
+        """Return what is stored, shown and sent to MLflow. The text of an exception may have a secret in it."""
+        return {"code": self.code, "message": logs.redact(self.message)}
 
 
 # Errors that occur again with the same input.

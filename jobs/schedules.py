@@ -16,7 +16,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import account_limits, identity
+from cluster import account_limits, identity, logs
 from cluster.db import now
 from cluster.errors import Conflict, ForgearrError, NotFound
 from cluster.ownership import Principal, require, system
@@ -147,7 +147,7 @@ async def _fire(session: AsyncSession, schedule: Schedule) -> str:
         if not isinstance(error, account_limits.AccountLimitReached):
             schedule.enabled, schedule.next_fire_at = False, None
         owner = Principal(id=schedule.owner_id, name=name)
-        job = queue.rejected_job(request, owner, {"code": error.code.lower(), "message": error.message})
+        job = queue.rejected_job(request, owner, {"code": error.code.lower(), "message": logs.redact(error.message)})
         session.add(job)
         await session.flush()
         journal.record(session, [JournalEntry(job.id, State.FAILED, {"error": job.error})])

@@ -1,6 +1,8 @@
 """Mask secrets in text that is logged or stored."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 MASK = "********"
 
@@ -34,6 +36,20 @@ def redact(text: str) -> str:
     for pattern, replacement in _REDACTIONS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def redact_document(document: Any) -> Any:
+    """Return a JSON document with secrets masked, in its texts and under names such as api_key."""
+    if isinstance(document, str):
+        return redact(document)
+    if isinstance(document, list):
+        return [redact_document(item) for item in document]
+    if isinstance(document, Mapping):
+        return {
+            name: MASK if isinstance(value, str) and value and SECRET_NAME.search(name) else redact_document(value)
+            for name, value in document.items()
+        }
+    return document
 
 
 def strip_url_paths(text: str) -> str:
