@@ -8,6 +8,7 @@ before it is stored in the database.
 import base64
 import hashlib
 import os
+import platform
 import secrets
 import tempfile
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from cluster import durable
 from cluster.errors import ForgearrError, Unavailable
-from cluster.settings import MIN_KEY_LENGTH, get_settings, home
+from cluster.settings import MIN_KEY_LENGTH, NODE_SECRETS_VARIABLE, get_settings, home
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet
+
+MLFLOW_USER = "forgearr"
 
 
 KEYS = {
@@ -51,10 +54,34 @@ def check_keys() -> None:
             _read_key(path)
 
 
+class KeyMissing(ForgearrError):
+    """A node of a cluster lacks a key of the installation."""
+
+    code = "KEY_MISSING"
+
+
 def signing_key() -> str:
     """Return the key that signs access tokens."""
     configured = get_settings().auth.signing_key
     return configured.get_secret_value() if configured else _read_or_create_key("signing")
+
+
+def mlflow_password() -> str:
+    """Return the password of MLFLOW_USER at the MLflow server of this installation."""
+    return _read_or_create_key("mlflow")
+
+
+def ray_token_path() -> Path:
+    """Return the file with the token of this installation's Ray. Ray reads it in each process, so it is no variable."""
+    return _key_path("ray")
+
+
+def create_shared_keys() -> None:
+    """Create the keys that all nodes must share, so that a node without them notices."""
+    signing_key()
+    _sealing_key()
+    if get_settings().has_own_mlflow:
+        mlflow_password()
 
 
 def new_token(prefix: str) -> str:
@@ -84,17 +111,29 @@ def unseal(sealed: str) -> str:
 def _fernet() -> "Fernet":
     from cryptography.fernet import Fernet
 
-    configured = get_settings().auth.sealing_key
-    key = configured.get_secret_value() if configured else _read_or_create_key("sealing")
     # The key may have any length and characters. Its hash has the 32 bytes that Fernet needs.
-    return Fernet(base64.urlsafe_b64encode(hashlib.sha256(key.encode()).digest()))
+    return Fernet(base64.urlsafe_b64encode(hashlib.sha256(_sealing_key().encode()).digest()))
+
+
+def _sealing_key() -> str:
+    configured = get_settings().auth.sealing_key
+    return configured.get_secret_value() if configured else _read_or_create_key("sealing")
 
 
 def _read_or_create_key(name: str) -> str:
+    return _read_key(_key_path(name))
+
+
+def _key_path(name: str) -> Path:
     path = home() / "keys" / name
     if not path.exists():
+        if NODE_SECRETS_VARIABLE in os.environ:
+            raise KeyMissing(
+                f"There is no {path} on this node ({platform.node()}). All nodes need the same keys: copy this folder "
+                "from the node where `forgearr up` runs."
+            )
         _create_key(path)
-    return _read_key(path)
+    return path
 
 
 def _read_key(path: Path) -> str:

@@ -54,6 +54,8 @@ def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
 async def migrate() -> None:
     """Migrate the database to the newest schema of this code. A database with a newer schema is refused."""
     database = get_database()
+    if database.is_sqlite:
+        _keep_private(Path(str(database.engine.url.database)))
     async with database.engine.connect() as connection:
         if not database.is_sqlite:
             async with connection.begin():
@@ -68,6 +70,13 @@ async def migrate() -> None:
                 await connection.run_sync(upgrade)
         finally:
             await raw.execute("PRAGMA foreign_keys = ON")
+
+
+def _keep_private(path: Path) -> None:
+    """Create SQLite's file for this account only. SQLite gives the files beside it the same mode."""
+    path.touch(mode=0o600)
+    for file in path.parent.glob(f"{path.name}*"):
+        file.chmod(0o600)
 
 
 async def run_in_own_session(work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:

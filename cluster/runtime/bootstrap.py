@@ -15,11 +15,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from cluster import logs
+from cluster import logs, secrets
 from cluster.actors import NAMESPACE
 from cluster.errors import ForgearrError, SettingsError, Unavailable
 from cluster.runtime import processes
-from cluster.settings import DEFAULTS, ENVIRONMENT_PREFIX, Settings, get_settings, load_settings
+from cluster.settings import DEFAULTS, ENVIRONMENT_PREFIX, Settings, get_settings, load_settings, node_environment
 
 log = logging.getLogger(__name__)
 
@@ -140,25 +140,28 @@ def _connect(settings: Settings, on_step: OnStep) -> None:
 
 
 def _runtime_environment(settings: Settings) -> dict[str, Any] | None:
-    """Return our environment for a cluster that others started. The processes of our own Ray inherit it."""
+    """Return our settings for a cluster that others started. The processes of our own Ray inherit them."""
     if settings.ray.address is None:
         return None
-    own_variables = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
-    own_variables.pop(processes.MARKER_VARIABLE, None)
+    secrets.create_shared_keys()
     # A node whose own forgearr.yaml does not name this cluster would require no credential.
-    own_variables[f"{ENVIRONMENT_PREFIX}AUTH__REQUIRED"] = "true"
-    return {"env_vars": own_variables}
+    return {"env_vars": node_environment() | {f"{ENVIRONMENT_PREFIX}AUTH__REQUIRED": "true"}}
 
 
 def _start_actors(classes: dict[str, Any], on_step: OnStep) -> None:
     import ray
+    from ray.exceptions import ActorDiedError
 
     handles: list[Any] = []
     for name, actor_class in classes.items():
         options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         actor = ray.remote(actor_class).options(num_cpus=0, max_restarts=-1, max_concurrency=1000, **options)
         handles.append(actor.remote())
-    ray.get([handle.__ray_ready__.remote() for handle in handles])
+    try:
+        ray.get([handle.__ray_ready__.remote() for handle in handles])
+    except ActorDiedError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise Unavailable(f"A process of Forgearr cannot start on its node: {logs.redact(reason)}") from error
     on_step("actors", ", ".join(classes))
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import platform
 import shutil
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from typing import Literal
 import psutil
 
 from cluster import logs
-from cluster.runtime import haproxy, probes, processes, run_state, supervisor
+from cluster.runtime import haproxy, privacy, probes, processes, run_state, supervisor
 from cluster.secrets import KeyDamaged, check_keys
-from cluster.settings import Settings, home
+from cluster.settings import Settings, home, mask_url
 
 GB = 1_000_000_000
 DISK_GB = 5
@@ -35,8 +34,7 @@ class CheckResult:
 def run_checks(settings: Settings) -> Iterator[CheckResult]:
     yield _python()
     yield from _packages()
-    yield _home()
-    yield from _keys()
+    yield from _home()
     yield _disk()
     yield _memory()
     yield from _ports(settings)
@@ -72,17 +70,16 @@ def _packages() -> Iterator[CheckResult]:
             yield CheckResult("fail", name, "not installed", "Run `make setup`.")
 
 
-def _home() -> CheckResult:
-    mode = stat.S_IMODE(home().stat().st_mode)
-    if mode & 0o077:
-        return CheckResult("warn", "home", f"{home()} can be read by other accounts", f"Run `chmod 700 {home()}`.")
-    return CheckResult("ok", "home", str(home()))
+def _home() -> Iterator[CheckResult]:
+    exposed = list(privacy.readable_by_others())
+    for path, mode in exposed:
+        subject = "home" if path == home() else "keys"
+        yield CheckResult("fail", subject, f"{path} can be read by other accounts", f"Run `chmod {mode} {path}`.")
+    if not exposed:
+        yield CheckResult("ok", "home", str(home()))
 
 
 def _keys() -> Iterator[CheckResult]:
-    for path in sorted((home() / "keys").glob("*")):
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            yield CheckResult("fail", "keys", f"{path} can be read by other accounts", f"Run `chmod 600 {path}`.")
     try:
         check_keys()
     except KeyDamaged as error:
@@ -197,11 +194,12 @@ async def _schema_versions() -> tuple[str | None, list[str]]:
 def _mlflow(settings: Settings) -> CheckResult:
     if settings.mlflow_uri is None:
         return CheckResult("ok", "mlflow", "off (mlflow.enabled)")
+    address = mask_url(settings.mlflow_uri)
     if probes.is_mlflow_up(settings.mlflow_uri):
-        return CheckResult("ok", "mlflow", f"answers at {settings.mlflow_uri}")
-    if settings.mlflow.tracking_uri:
+        return CheckResult("ok", "mlflow", f"answers at {address}")
+    if not settings.has_own_mlflow:
         fix = "Start that server, or unset mlflow.tracking_uri. Runs are recorded as soon as it answers."
-        return CheckResult("warn", "mlflow", f"does not answer at {settings.mlflow_uri}", fix)
+        return CheckResult("warn", "mlflow", f"does not answer at {address}", fix)
     if run_state.current_run():
         return CheckResult("warn", "mlflow", "does not answer (yet)", f"See {home() / 'logs' / 'mlflow.log'}.")
     return CheckResult("ok", "mlflow", "starts with `forgearr up`")

@@ -18,7 +18,9 @@ def gateway_health(url: str) -> dict[str, Any] | None:
 
 
 def is_mlflow_up(uri: str) -> bool:
+    """Whether MLflow answers. No credentials are sent, since this URL may have a masked password."""
     try:
-        return httpx.get(f"{uri}/health", timeout=TIMEOUT_SECONDS).is_success
+        response = httpx.get(f"{uri}/health", auth=httpx.Auth(), timeout=TIMEOUT_SECONDS)
+        return response.is_success or response.status_code == 401
     except httpx.HTTPError:
         return False

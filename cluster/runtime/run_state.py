@@ -33,7 +33,11 @@ class RunState(BaseModel):
     """Whether the gateway has answered."""
     ports: list[int]
     ray_address: str
+    dashboard_url: str | None
+    """Ray's dashboard. None: that of a cluster that others started."""
     mlflow_uri: str | None
+    """Without its password."""
+    has_own_mlflow: bool
 
     @property
     def supervisor(self) -> psutil.Process | None:

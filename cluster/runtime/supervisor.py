@@ -22,10 +22,10 @@ import psutil
 
 from cluster import logs
 from cluster.errors import ForgearrError, SettingsError
-from cluster.runtime import embedded, probes, processes, run_state
+from cluster.runtime import embedded, privacy, probes, processes, run_state
 from cluster.runtime.run_state import RunState
 from cluster.secrets import check_keys
-from cluster.settings import Settings, get_settings
+from cluster.settings import Settings, get_settings, mask_url
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ async def run(on_step: OnStep) -> None:
     settings = get_settings()
     _require_auth_if_public(settings)
     check_keys()
+    privacy.require_private_home()
     with run_state.exclusive_lock():
         logs.configure("supervisor")
         if ended := processes.end_leftovers():
@@ -103,7 +104,7 @@ def listen_addresses(settings: Settings) -> dict[str, tuple[str, int]]:
         addresses["serve.port"] = (settings.serve.host, settings.serve.port)
         addresses["ray.port"] = ("127.0.0.1", settings.ray.port)
         addresses["ray.dashboard_port"] = ("127.0.0.1", settings.ray.dashboard_port)
-    if _has_own_mlflow(settings):
+    if settings.has_own_mlflow:
         addresses["mlflow.port"] = ("127.0.0.1", settings.mlflow.port)
     return addresses
 
@@ -137,6 +138,9 @@ async def _start_and_watch(settings: Settings, on_step: OnStep) -> None:
     run = _new_run(settings)
     run_state.save_run(run)
     log.info("starting version %s", run.version)
+    if os.getuid() == 0:
+        log.warning("this is root: an account of its own is safer")
+        on_step("warning", "this is root, so a fault in Forgearr is one of the machine: use an account of its own")
     environment = embedded.environment(settings)
     servers = [asyncio.create_task(server) for server in _server_coroutines(settings, environment)]
     startup = asyncio.create_task(_bootstrap(settings, environment, on_step))
@@ -171,7 +175,7 @@ def _server_coroutines(settings: Settings, environment: Environment) -> list[Cor
     """Return the endless coroutines of the supervisor. One that starts a server stops it when it is cancelled."""
     servers: list[Coroutine[Any, Any, None]] = [_rotate_logs_forever()]
     servers.append(_watch_cluster(settings.ray.address) if settings.ray.address else _run_ray(settings, environment))
-    if _has_own_mlflow(settings):
+    if settings.has_own_mlflow:
         servers.append(_keep_mlflow_running(settings))
     return servers
 
@@ -282,12 +286,10 @@ def _new_run(settings: Settings) -> RunState:
         started_at=started_at,
         ports=[port for _, port in listen_addresses(settings).values()],
         ray_address=settings.ray.address or f"127.0.0.1:{settings.ray.port}",
-        mlflow_uri=settings.mlflow_uri,
+        dashboard_url=None if settings.ray.address else f"http://127.0.0.1:{settings.ray.dashboard_port}",
+        mlflow_uri=settings.mlflow_uri and mask_url(settings.mlflow_uri),
+        has_own_mlflow=settings.has_own_mlflow,
     )
-
-
-def _has_own_mlflow(settings: Settings) -> bool:
-    return settings.mlflow.enabled and settings.mlflow.tracking_uri is None
 
 
 def _log_path(name: str) -> Path:

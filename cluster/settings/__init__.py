@@ -15,13 +15,15 @@ from cluster.settings.jobs import JobSettings
 from cluster.settings.loader import (
     DEFAULTS,
     ENVIRONMENT_PREFIX,
+    NODE_SECRETS_VARIABLE,
     RESERVED_VARIABLES,
     LoadedSettings,
     export_overrides,
     get_settings,
     load_settings,
+    node_environment,
 )
-from cluster.settings.masking import SECRET_NAMES
+from cluster.settings.masking import SECRET_NAMES, mask_url
 from cluster.settings.media import AuditSettings, MediaSettings, RecoverySettings
 from cluster.settings.root import Settings
 from cluster.settings.server import MIN_KEY_LENGTH, PLACEHOLDERS, AuthSettings, LimitSettings, ServeSettings
@@ -33,6 +35,7 @@ __all__ = [
     "ENVIRONMENT_PREFIX",
     "LOOPBACK",
     "MIN_KEY_LENGTH",
+    "NODE_SECRETS_VARIABLE",
     "PLACEHOLDERS",
     "RESERVED_VARIABLES",
     "SECRET_NAMES",
@@ -64,4 +67,6 @@ __all__ = [
     "get_settings",
     "home",
     "load_settings",
+    "mask_url",
+    "node_environment",
 ]

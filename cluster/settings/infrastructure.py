@@ -43,7 +43,9 @@ class RaySettings(Section):
 
 class MlflowSettings(Section):
     enabled: bool = Field(description="Whether tracked jobs are recorded in MLflow.")
-    tracking_uri: str | None = Field(description="An MLflow server to use (http://…). Null: start one on this machine.")
+    tracking_uri: SecretStr | None = Field(
+        description="An MLflow server to use (http://…, or https://user:password@…). Null: start one on this machine."
+    )
     port: int = Field(ge=1, le=65535, description="Port of the MLflow server that is started on this machine.")
 
 

@@ -6,6 +6,7 @@ YAML, so `true`, `8010` and `[a, b]` get the types that they look like.
 """
 
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -16,12 +17,22 @@ from pydantic import ValidationError
 
 from cluster.errors import SettingsError
 from cluster.settings.base import home
-from cluster.settings.masking import SECRET_NAMES, is_secret, to_text
+from cluster.settings.masking import SECRET_NAMES, is_confidential, is_secret, to_text
 from cluster.settings.root import Settings
 
 DEFAULTS = "configs/forgearr.yaml"
 ENVIRONMENT_PREFIX = "FORGEARR_"
-RESERVED_VARIABLES = {"FORGEARR_HOME", "FORGEARR_URL", "FORGEARR_API_KEY", "FORGEARR_OVERRIDES", "FORGEARR_RUNTIME"}
+NODE_SECRETS_VARIABLE = "FORGEARR_NODE_SECRETS"
+"""Names the settings that each node of a joined cluster must have itself, because secrets are not sent to it."""
+RESERVED_VARIABLES = {
+    "FORGEARR_HOME",
+    "FORGEARR_URL",
+    "FORGEARR_API_KEY",
+    "FORGEARR_OVERRIDES",
+    "FORGEARR_RUNTIME",
+    NODE_SECRETS_VARIABLE,
+}
+DEFAULTS = "configs/forgearr.yaml"
 
 
 class LoadedSettings:
@@ -33,11 +44,14 @@ class LoadedSettings:
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield (key, printable value, origin) of every setting. Secrets are masked."""
+        for key, value in self.values():
+            yield key, to_text(value), self.origins[key]
+
+    def values(self) -> Iterator[tuple[str, Any]]:
         for section_name in Settings.model_fields:
             section = getattr(self.settings, section_name)
             for name in type(section).model_fields:
-                key = f"{section_name}.{name}"
-                yield key, to_text(getattr(section, name)), self.origins[key]
+                yield f"{section_name}.{name}", getattr(section, name)
 
 
 @cache
@@ -52,6 +66,7 @@ def load_settings(overrides: Sequence[str] = ()) -> LoadedSettings:
     for origin, layer in _layers(overrides):
         for key, value in layer.items():
             values[key], origins[key] = value, origin
+    _require_node_secrets(origins)
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
@@ -67,20 +82,64 @@ def export_overrides(overrides: Sequence[str]) -> None:
     os.environ["FORGEARR_OVERRIDES"] = "\n".join(overrides)
 
 
+def node_environment() -> dict[str, str]:
+    """Return the variables with which the other nodes of a cluster get our settings.
+
+    Ray shows them to every program of the cluster, and logs them. So secrets are left out, and only named.
+    """
+    loaded = load_settings()
+    variables = {"FORGEARR_HOME": str(home())}
+    for variable, text in os.environ.items():
+        key = _key_of(variable)
+        if key and not is_confidential(key, _read_scalar(text)):
+            variables[variable] = text
+    if overrides := os.environ.get("FORGEARR_OVERRIDES"):
+        variables["FORGEARR_OVERRIDES"] = overrides
+    keys = [key for key, value in loaded.values() if is_confidential(key, value)]
+    return variables | {NODE_SECRETS_VARIABLE: " ".join(keys)}
+
+
+def _require_node_secrets(origins: Mapping[str, str]) -> None:
+    for key in os.environ.get(NODE_SECRETS_VARIABLE, "").split():
+        if origins[key] == DEFAULTS:
+            raise SettingsError(
+                f"'{key}' is set where `forgearr up` runs, and not on this node ({platform.node()}). Secrets are not "
+                f"sent to nodes: set {_variable_of(key)} in the environment of `ray start`, or write it to "
+                f"{home() / 'forgearr.yaml'} there."
+            )
+
+
 def _layers(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield DEFAULTS, _read_yaml(files("configs").joinpath("forgearr.yaml").read_text(), DEFAULTS)
     user_file = home() / "forgearr.yaml"
     if user_file.exists():
         yield str(user_file), _read_yaml(user_file.read_text(), str(user_file))
     for variable, text in sorted(os.environ.items()):
-        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in RESERVED_VARIABLES:
-            key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
+        if key := _key_of(variable):
             yield f"environment variable {variable}", {key: _read_scalar(text)}
     for override in overrides or os.environ.get("FORGEARR_OVERRIDES", "").splitlines():
         key, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set takes key=value, not '{override}'.")
-        yield "command line", {key.strip(): _read_scalar(text)}
+        key, value = key.strip(), _read_scalar(text)
+        if is_confidential(key, value):
+            raise SettingsError(
+                f"'{key}' is a secret, and every account of this machine can read command lines: choose another "
+                f"value, and set it as {_variable_of(key)} in the environment or in {home() / 'forgearr.yaml'}."
+            )
+        yield "command line", {key: value}
+
+
+def _variable_of(key: str) -> str:
+    """Return the environment variable of a setting."""
+    return ENVIRONMENT_PREFIX + key.upper().replace(".", "__", 1)
+
+
+def _key_of(variable: str) -> str | None:
+    """Return the setting of an environment variable. None: it is not one of a setting."""
+    if not variable.startswith(ENVIRONMENT_PREFIX) or variable in RESERVED_VARIABLES:
+        return None
+    return variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
 
 
 def _read_yaml(text: str, origin: str) -> dict[str, Any]:

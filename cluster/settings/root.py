@@ -68,10 +68,18 @@ class Settings(Section):
         return self.storage.url or str(home() / "storage")
 
     @property
+    def has_own_mlflow(self) -> bool:
+        """Whether `forgearr up` starts MLflow. Else there is none, or it is a server of others."""
+        return self.mlflow.enabled and self.mlflow.tracking_uri is None
+
+    @property
     def mlflow_uri(self) -> str | None:
+        """The URL of MLflow. That of another server may contain credentials: show it with `mask_url`."""
         if not self.mlflow.enabled:
             return None
-        return self.mlflow.tracking_uri or f"http://127.0.0.1:{self.mlflow.port}"
+        if self.mlflow.tracking_uri is None:
+            return f"http://127.0.0.1:{self.mlflow.port}"
+        return self.mlflow.tracking_uri.get_secret_value()
 
     @property
     def url(self) -> str:

@@ -1,7 +1,9 @@
 """Start, failure, stop and restart of an installation, with the real command line and real processes."""
 
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from tests.support.platform import BINARIES, Platform, running_platform, unused_
 from tests.support.waiting import TIMEOUT, eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
+
+SEALING_KEY = "a-sealing-key-of-more-than-32-characters"
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +83,18 @@ def test_a_bind_beyond_loopback_requires_an_admin_and_opens_one_port(installatio
     assert platform.processes() == []
 
 
-def test_a_joined_cluster_requires_credentials_and_an_administrator(tmp_path: Path) -> None:
-    """There Serve may listen on any address, whatever serve.host says."""
+def test_a_joined_cluster_requires_credentials_and_gets_no_secret(tmp_path: Path) -> None:
+    """There Serve may listen on any address, whatever serve.host says, and Ray shows what it passes on."""
     (port,) = unused_ports(1)
-    settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false"}
+    settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false", "auth.sealing_key": SEALING_KEY}
     platform = Platform(tmp_path / "home", settings)
+    environment = {name: value for name, value in platform.environment.items() if SEALING_KEY not in value}
     command = [str(BINARIES / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     command += ["--min-worker-port=0", "--max-worker-port=0"]  # else a range in which the head's port may be
+    temporary = Path(tempfile.mkdtemp(prefix="fgr-", dir="/tmp"))
+    command += [f"--temp-dir={temporary}", "--block"]
     with (tmp_path / "ray.log").open("w") as log:
-        head = subprocess.Popen([*command, "--block"], env=platform.environment, stdout=log, stderr=log)
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         eventually(lambda: is_listening("127.0.0.1", port) or head.poll() is not None)
         assert head.poll() is None, (tmp_path / "ray.log").read_text()
@@ -95,13 +102,22 @@ def test_a_joined_cluster_requires_credentials_and_an_administrator(tmp_path: Pa
         assert refused.returncode == 1
         assert "`forgearr user add EMAIL --admin`" in refused.stderr
         platform.add_admin()
+        lacking = platform.cli("up", "--detach", check=False)
+        assert lacking.returncode == 1
+        assert "'auth.sealing_key' is set where `forgearr up` runs, and not on this node" in lacking.stderr
+
+        (platform.home / "forgearr.yaml").write_text(f"auth:\n  sealing_key: {SEALING_KEY}\n")
         platform.up()
         assert platform.http.get("/api/v1/jobs").status_code == 401
         platform.down()
+        files = [path for path in temporary.rglob("*") if path.is_file() and not path.is_symlink()]
+        assert any(b"FORGEARR_NODE_SECRETS" in path.read_bytes() for path in files)  # Ray logs what it passes on
+        assert [path for path in files if SEALING_KEY.encode() in path.read_bytes()] == []
     finally:
         head.terminate()
         head.wait(TIMEOUT)
         platform.http.close()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def test_an_unreachable_cluster_is_an_error(tmp_path: Path) -> None:

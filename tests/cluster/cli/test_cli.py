@@ -39,7 +39,9 @@ def save_run(process: psutil.Process, *, ports: list[int] | None = None) -> RunS
         ready=True,
         ports=ports or [],
         ray_address="127.0.0.1:16380",
+        dashboard_url=None,
         mlflow_uri=None,
+        has_own_mlflow=False,
     )
     run_state.save_run(run)
     return run
@@ -81,9 +83,10 @@ def test_an_error_is_one_sentence_without_a_traceback(home: Path) -> None:
     assert process.stderr == sentence
 
 
-def test_config_show_has_values_and_origins_but_no_secret(home: Path) -> None:
+def test_config_show_has_values_and_origins_but_no_secret(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = "a-signing-key-of-more-than-32-characters"
-    result = CliRunner().invoke(app, ["config", "show", "--set", "serve.port=8010", "--set", f"auth.signing_key={key}"])
+    monkeypatch.setenv("FORGEARR_AUTH__SIGNING_KEY", key)
+    result = CliRunner().invoke(app, ["config", "show", "--set", "serve.port=8010"])
     assert result.exit_code == 0
     shown = [line.rstrip().split(maxsplit=2) for line in result.output.splitlines()]
     assert ["serve.port", "8010", "command line"] in shown

@@ -64,16 +64,16 @@ def test_a_missing_git_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_a_home_that_others_can_read_is_a_warning(home: Path) -> None:
+def test_a_home_that_others_can_read_fails(home: Path) -> None:
     get_settings()
     home.chmod(0o755)
-    assert [finding.level for finding in findings("home")] == ["warn"]
+    assert [finding.level for finding in findings("home")] == ["fail"]
     assert findings("home")[0].fix == f"Run `chmod 700 {home}`."
 
 
 def test_a_key_that_others_can_read_fails(home: Path) -> None:
     get_settings()
-    (home / "keys").mkdir()
+    (home / "keys").mkdir(mode=0o700)
     key = home / "keys" / "signing"
     key.touch(mode=0o600)
     key.write_text("0123456789abcdef" * 4)
