@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 
 import httpx
 
+from cluster import secrets
 from cluster.errors import ForgearrError, Unavailable
+from cluster.settings import get_settings
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +222,8 @@ def _file_timeout() -> httpx.Timeout:
 
 @asynccontextmanager
 async def connect(uri: str) -> AsyncGenerator[MlflowRestClient]:
-    async with httpx.AsyncClient(base_url=uri, timeout=TIMEOUT_SECONDS, verify=_certificates()) as client:
+    auth = _own_credentials(uri)
+    async with httpx.AsyncClient(base_url=uri, auth=auth, timeout=TIMEOUT_SECONDS, verify=_certificates()) as client:
         yield MlflowRestClient(client)
 
 
@@ -233,6 +236,14 @@ def flatten(document: Mapping[str, object], prefix: str = "") -> dict[str, objec
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _own_credentials(uri: str) -> httpx.Auth | None:
+    """Return the credentials for the MLflow of this installation. Those for another server are in its URL."""
+    settings = get_settings()
+    if not settings.has_own_mlflow or uri != settings.mlflow_uri:
+        return None
+    return httpx.BasicAuth(secrets.MLFLOW_USER, secrets.mlflow_password())
 
 
 @cache

@@ -27,6 +27,8 @@ MLFLOW_USER = "forgearr"
 KEYS = {
     "signing": "everybody must log in again",
     "sealing": "the keys of services, the credentials of repositories and the secrets of webhooks must be set again",
+    "mlflow": "MLflow's pages ask for the new password",
+    "ray": "Ray's dashboard asks for the new token",
 }
 """The names of the key files, and what it costs to have a new one."""
 

@@ -25,6 +25,7 @@ from xdist.workermanage import WorkerController
 from cluster import mlflow_client, storage
 from cluster.db import Database, get_database
 from cluster.runtime import embedded
+from cluster.secrets import MLFLOW_USER
 from cluster.services.http import client
 from cluster.settings import get_settings, load_settings
 from pipelines.guardian.git import mirrors
@@ -198,7 +199,10 @@ def postgres_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def mlflow_server() -> Iterator[str]:
-    """The URL of an MLflow server that lives as long as the test session; whoever uses it names things of its own."""
+    """The URL of an MLflow server that lives as long as the test session; whoever uses it names things of its own.
+
+    It runs as `forgearr up` starts it, so the URL has the password of its installation.
+    """
     folder = Path(tempfile.mkdtemp(prefix="forgearr-mlflow-", dir="/tmp"))
     (port,) = unused_ports(1)
     variables = {"FORGEARR_HOME": str(folder), "FORGEARR_MLFLOW__PORT": str(port)}
@@ -211,7 +215,7 @@ def mlflow_server() -> Iterator[str]:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         _wait_for_mlflow(server, f"http://127.0.0.1:{port}", folder / "log")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{MLFLOW_USER}:{(folder / 'keys' / 'mlflow').read_text()}@127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(TIMEOUT)

@@ -25,7 +25,7 @@ def demo() -> None:
     """Train forgearr/tiny on homelab questions, and compare its answers. Exit 1 if they are no better."""
     import yaml
 
-    from cluster.settings import get_settings
+    from cluster.settings import get_settings, mask_url
 
     console = new_console()
     exchanges = _exchanges()
@@ -55,9 +55,11 @@ def demo() -> None:
 
     settings = get_settings()
     run = call("GET", f"/api/v1/jobs/{job['id']}")["mlflow_run_id"]
-    console.print(f"MLflow         {settings.mlflow_uri}" + (f"/#/runs/{run}" if run else ""), soft_wrap=True)
+    mlflow = mask_url(settings.mlflow_uri) if settings.mlflow_uri else "off"
+    console.print(f"MLflow         {mlflow}" + (f"/#/runs/{run}" if run else ""), soft_wrap=True)
     console.print(f"API            {server_url()}/docs")
     console.print(f"Ray dashboard  http://127.0.0.1:{settings.ray.dashboard_port}")
+    console.print("`forgearr access` shows the passwords for MLflow and the dashboard.")
     if _score(after, exchanges) <= _score(before, exchanges):
         console.print("The trained model does no better than the untrained one.", style="red")
         sys.exit(1)

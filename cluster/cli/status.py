@@ -1,4 +1,4 @@
-"""`forgearr status`, `doctor` and `logs`: show the components, check the installation, print the logs."""
+"""`forgearr status`, `access`, `doctor` and `logs`: show the components and their passwords, checks, and the logs."""
 
 import json
 from dataclasses import asdict
@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from cluster.logs import Line
+    from cluster.runtime.run_state import RunState
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 STATE_STYLES = {"running": "green", "off": "dim", "starting": "yellow", "degraded": "yellow"}
@@ -31,6 +32,25 @@ def status(as_json: AsJson = False) -> None:
             rows.add_row(component.component, state, component.address, _duration(component.uptime), component.version)
         console().print(rows)
     raise typer.Exit(0 if all(component.is_healthy for component in components) else 1)
+
+
+def access(
+    shell: Annotated[bool, typer.Option("--shell", help="Print variables for a shell, for `eval`.")] = False,
+) -> None:
+    """Show the passwords of MLflow's pages and Ray's dashboard, as far as they are of this installation."""
+    import shlex
+
+    from cluster.errors import Unavailable
+    from cluster.runtime import run_state
+
+    run = run_state.current_run()
+    if run is None:
+        raise Unavailable("Forgearr does not run; `forgearr up` starts it.")
+    if shell:
+        for name, value in _client_variables(run).items():
+            typer.echo(f"export {name}={shlex.quote(value)}")
+    else:
+        _show_access(run)
 
 
 def doctor() -> None:
@@ -66,6 +86,34 @@ def logs(
     if follow:
         for line in logs.follow(matches):
             _print_line(line)
+
+
+def _show_access(run: "RunState") -> None:
+    from cluster import secrets
+
+    if run.has_own_mlflow:
+        typer.echo(f"MLflow         {run.mlflow_uri}")
+        typer.echo(f"  user         {secrets.MLFLOW_USER}")
+        typer.echo(f"  password     {secrets.mlflow_password()}")
+    if run.dashboard_url:
+        typer.echo(f"Ray dashboard  {run.dashboard_url}")
+        typer.echo(f"  token        {secrets.ray_token_path().read_text()}")
+
+
+def _client_variables(run: "RunState") -> dict[str, str]:
+    """Return the variables that MLflow's and Ray's own clients read."""
+    from cluster import secrets
+    from cluster.runtime import embedded
+
+    variables: dict[str, str] = {}
+    if run.mlflow_uri and run.has_own_mlflow:
+        variables["MLFLOW_TRACKING_URI"] = run.mlflow_uri
+        variables["MLFLOW_TRACKING_USERNAME"] = secrets.MLFLOW_USER
+        variables["MLFLOW_TRACKING_PASSWORD"] = secrets.mlflow_password()
+    if run.dashboard_url:
+        variables["RAY_API_SERVER_ADDRESS"] = run.dashboard_url
+        variables |= embedded.ray_credentials()
+    return variables
 
 
 def _print_line(line: "Line") -> None:

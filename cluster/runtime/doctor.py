@@ -35,6 +35,7 @@ def run_checks(settings: Settings) -> Iterator[CheckResult]:
     yield _python()
     yield from _packages()
     yield from _home()
+    yield from _keys()
     yield _disk()
     yield _memory()
     yield from _ports(settings)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cluster import secrets
 from cluster.errors import ForgearrError
 from cluster.runtime import haproxy, patches, processes
 from cluster.settings import Settings, home
@@ -34,18 +35,21 @@ def environment(settings: Settings) -> dict[str, str]:
     variables.pop("RAY_ADDRESS", None)
     if settings.ray.address is not None:
         return variables
+    variables.pop("RAY_AUTH_TOKEN", None)  # it would win over the file with our token
     # Without this, Ray reads 127.0.0.1 as "the address of this machine" and listens on every interface.
     variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     variables["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = patches.SETUP_HOOK
     variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     # With Ray's default of 15, every other program has priority over answers. Jobs lower their own priority.
     variables.setdefault("RAY_worker_niceness", "0")
-    # All ports are on loopback, and `ray job submit` works without a token. On a machine with untrusted users, set
-    # RAY_AUTH_MODE=token before `forgearr up`, as Ray's documentation describes.
-    variables.setdefault("RAY_AUTH_MODE", "disabled")
     variables.setdefault("RAY_ROTATION_MAX_BYTES", str(settings.logs.rotate_mb * 1_000_000))
     variables.setdefault("RAY_ROTATION_BACKUP_COUNT", "1")
-    return variables | _serve_environment(settings)
+    return variables | ray_credentials() | _serve_environment(settings)
+
+
+def ray_credentials() -> dict[str, str]:
+    """Return the variables with which a program may use our Ray. The file is readable by this account only."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secrets.ray_token_path())}
 
 
 def ray_command(settings: Settings) -> list[str]:

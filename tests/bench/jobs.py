@@ -112,5 +112,5 @@ def _peer(platform: Platform, module: str, *arguments: object) -> dict[str, Any]
     """What that program measured, in a process of its own that sees the platform's settings."""
     command = [sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
     # Else Ray takes 127.0.0.1 for another address of this machine, and waits for itself there.
-    platform.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    platform.environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **platform.ray_environment}
     return json.loads(platform.run(command).stdout.splitlines()[-1])

@@ -149,7 +149,8 @@ def probe_jobs(platform: Platform) -> dict[str, Any]:
 
 def ray_jobs(platform: Platform) -> list[dict[str, Any]]:
     """List the jobs that were submitted to Ray's dashboard, which may still be starting."""
-    response = httpx.get(f"{platform.dashboard_url}/api/jobs/")
+    token = (platform.home / "keys" / "ray").read_text()
+    response = httpx.get(f"{platform.dashboard_url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     assert response.status_code == 200, response.text
     return response.json()
 

@@ -175,6 +175,7 @@ def start_node(platform: Platform) -> subprocess.Popen[bytes]:
     environment = {
         **embedded.environment(load_settings().settings),
         **platform.environment,
+        **platform.ray_environment,
         MARKER_VARIABLE: str(platform.home),
     }
     address = f"127.0.0.1:{platform.environment['FORGEARR_RAY__PORT']}"

@@ -1,7 +1,6 @@
 """The forge from one command to a served model that answers as it was trained."""
 
 import json
-import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ RECIPE = "configs/recipes/tiny.yaml"
 @pytest.fixture(scope="module")
 def forged(platform: Platform) -> dict[str, Any]:
     """The finished forge job that `ray job submit` has run."""
-    ray = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", platform.dashboard_url]
-    command = [*ray, "--", "python", "-m", "jobs", "submit", "forge", "--config", RECIPE, "--wait"]
-    process = platform.run(command)
+    process = platform.submit_to_ray("python", "-m", "jobs", "submit", "forge", "--config", RECIPE, "--wait")
     job_id = next(line for line in process.stdout.splitlines() if line.startswith("job_"))
     return platform.job(job_id)
 

@@ -295,10 +295,10 @@ def test_python_m_jobs_submits_to_the_same_queue(platform: Platform) -> None:
 def test_ray_job_submit_reaches_the_same_queue(platform: Platform, tmp_path: Path) -> None:
     config = tmp_path / "probe.yaml"
     config.write_text("steps: 2\n")
-    ray = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", platform.dashboard_url]
-    process = platform.run([*ray, "--", "python", "-m", "jobs", "submit", "probe", "--config", str(config), "--wait"])
+    submit = ["python", "-m", "jobs", "submit"]
+    process = platform.submit_to_ray(*submit, "probe", "--config", str(config), "--wait")
     assert "succeeded" in process.stdout
-    failed = platform.run([*ray, "--", "python", "-m", "jobs", "submit", "broken", "--wait"], check=False)
+    failed = platform.submit_to_ray(*submit, "broken", "--wait", check=False)
     assert failed.returncode != 0
     assert "KeyError" in failed.stdout + failed.stderr
 

@@ -21,6 +21,7 @@ import psutil
 
 from cluster.runtime import embedded
 from cluster.runtime.processes import MARKER_VARIABLE, is_listening
+from cluster.secrets import MLFLOW_USER
 from tests.support.waiting import TIMEOUT, eventually
 
 BINARIES = Path(sys.executable).parent
@@ -36,7 +37,7 @@ class Platform:
         self.home = home
         self.url = f"http://127.0.0.1:{port}"
         self.dashboard_url = f"http://127.0.0.1:{dashboard}"
-        self.mlflow_url = f"http://127.0.0.1:{mlflow}"
+        self.mlflow_address = f"127.0.0.1:{mlflow}"
         chosen = {
             "serve.port": port,
             "ray.port": ray,
@@ -48,6 +49,16 @@ class Platform:
         variables = {f"FORGEARR_{key.upper().replace('.', '__')}": str(value) for key, value in chosen.items()}
         self.environment = {**inherited, **variables, "FORGEARR_HOME": str(home), "COLUMNS": "160"}
         self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
+
+    @property
+    def mlflow_url(self) -> str:
+        """MLflow's URL with the password of this installation."""
+        return f"http://{MLFLOW_USER}:{(self.home / 'keys' / 'mlflow').read_text()}@{self.mlflow_address}"
+
+    @property
+    def ray_environment(self) -> dict[str, str]:
+        """The variables of Ray's clients."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / "keys" / "ray")}
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `forgearr …`. One `up` at a time: two could choose the same ports for processes that Ray starts."""
@@ -65,6 +76,12 @@ class Platform:
                 f"{command} ended with {process.returncode}:\n{process.stdout}\n{process.stderr}"
             )
         return process
+
+    def submit_to_ray(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run `ray job submit` as docs/jobs.md says."""
+        script = 'eval "$(forgearr access --shell)" && exec ray job submit -- "$@"'
+        path = f"{BINARIES}:{os.environ['PATH']}"
+        return self.run(["env", f"PATH={path}", "bash", "-euc", script, "bash", *command], check=check)
 
     def add_admin(self) -> None:
         self.add_user("ada@example.com", "--admin")
@@ -141,7 +158,7 @@ class Platform:
 
     def wait_for_mlflow(self) -> None:
         """Wait until MLflow responds. The rest of the platform does not wait for it."""
-        eventually(lambda: httpx.get(f"{self.mlflow_url}/health").is_success)
+        eventually(lambda: httpx.get(f"http://{self.mlflow_address}/health").is_success)
 
     def processes(self, title: str = "", *, mentions: str = "") -> list[psutil.Process]:
         """The living processes of this installation whose command line begins with `title` and contains `mentions`."""

@@ -115,6 +115,30 @@ def test_a_second_up_fails_with_a_message(home: Path) -> None:
     assert run_state.current_url() == "http://127.0.0.1:18080"
 
 
+def test_access_shows_the_passwords_of_what_runs_here(home: Path) -> None:
+    assert forgearr("access").stderr == "Forgearr does not run; `forgearr up` starts it.\n"
+    run = save_run(psutil.Process())
+    assert CliRunner().invoke(app, ["access"]).output == ""  # MLflow and Ray are those of others
+    own = {"dashboard_url": "http://127.0.0.1:8265", "mlflow_uri": "http://127.0.0.1:5000", "has_own_mlflow": True}
+    run_state.save_run(run.model_copy(update=own))
+    shown = CliRunner().invoke(app, ["access"]).output
+    passwords = {name: (home / "keys" / name).read_text() for name in ("mlflow", "ray")}
+    assert shown.split() == [
+        *("MLflow", "http://127.0.0.1:5000", "user", "forgearr", "password", passwords["mlflow"]),
+        *("Ray", "dashboard", "http://127.0.0.1:8265", "token", passwords["ray"]),
+    ]
+    variables = 'eval "$("$0" -m cluster.cli access --shell)"; env'
+    process = subprocess.run(["sh", "-c", variables, sys.executable], capture_output=True, text=True, check=True)
+    assert set(process.stdout.splitlines()) >= {
+        "MLFLOW_TRACKING_URI=http://127.0.0.1:5000",
+        "MLFLOW_TRACKING_USERNAME=forgearr",
+        f"MLFLOW_TRACKING_PASSWORD={passwords['mlflow']}",
+        "RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265",
+        "RAY_AUTH_MODE=token",
+        f"RAY_AUTH_TOKEN_PATH={home / 'keys' / 'ray'}",
+    }
+
+
 def test_a_reused_pid_is_not_the_platform(home: Path) -> None:
     run = save_run(psutil.Process())
     run_state.save_run(run.model_copy(update={"create_time": run.create_time - 100}))
