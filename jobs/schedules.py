@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import account_limits, identity, logs
 from cluster.db import now
-from cluster.errors import Conflict, ForgearrError, NotFound
+from cluster.errors import Conflict, ForgearrError, NotFound, UnprocessableRequest
 from cluster.ownership import Principal, require, system
 from cluster.times import CronExpression, TimeZoneName
 from jobs import journal, queue
@@ -42,6 +42,12 @@ class ScheduleNameTaken(Conflict):
     """There is already a schedule with this name."""
 
     code = "SCHEDULE_NAME_TAKEN"
+
+
+class UnknownTimeZone(UnprocessableRequest):
+    """This machine does not know the time zone of the schedule."""
+
+    code = "UNKNOWN_TIME_ZONE"
 
 
 class ScheduleRequest(BaseModel):
@@ -113,7 +119,11 @@ async def fire_due(session: AsyncSession) -> None:
     )
     for schedule in due.all():
         fire_at = schedule.next_fire_at or now()
-        schedule.next_fire_at = next_fire(schedule.cron, schedule.timezone, now())
+        try:
+            schedule.next_fire_at = next_fire(schedule.cron, schedule.timezone, now())
+        except UnknownTimeZone as error:
+            schedule.last_fire_at, schedule.last_job_id = fire_at, await _reject(session, schedule, error)
+            continue
         if await session.get(ScheduleTick, (schedule.id, fire_at)):
             continue
         schedule.last_fire_at = fire_at
@@ -130,25 +140,44 @@ async def seconds_until_due(session: AsyncSession) -> float:
 
 def next_fire(cron: str, timezone: str, after: datetime) -> datetime:
     """Return the first fire time after `after`. The expression is evaluated in the time zone."""
-    return next(CronSim(cron, after.astimezone(ZoneInfo(timezone)))).astimezone(UTC)
+    try:
+        zone = ZoneInfo(timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        # Each machine has its own list of zones, and some images have none.
+        raise UnknownTimeZone(
+            f"This machine does not know the time zone '{timezone}': install its list of zones (tzdata), or choose UTC."
+        ) from error
+    return next(CronSim(cron, after.astimezone(zone))).astimezone(UTC)
 
 
 async def _fire(session: AsyncSession, schedule: Schedule) -> str:
-    """Queue the job of a schedule. If that is refused, record a failed job with the error, and disable the schedule.
+    """Queue the job of a schedule, and return its id."""
+    try:
+        principal = await identity.find_principal(session, schedule.owner_id, _creator(schedule))
+        return (await queue.enqueue(session, _job_request(schedule), principal)).id
+    except ForgearrError as error:
+        return await _reject(session, schedule, error)
+
+
+async def _reject(session: AsyncSession, schedule: Schedule, error: ForgearrError) -> str:
+    """Disable a schedule that cannot fire, and record a failed job with the reason. Returns the job's id.
 
     A schedule whose account has too many jobs stays enabled: some will have finished by its next time.
     """
-    name = f"schedule:{schedule.name}"
-    request = JobRequest(kind=schedule.kind, spec=schedule.spec, priority=schedule.priority)
-    try:
-        principal = await identity.find_principal(session, schedule.owner_id, name)
-        return (await queue.enqueue(session, request, principal)).id
-    except ForgearrError as error:
-        if not isinstance(error, account_limits.AccountLimitReached):
-            schedule.enabled, schedule.next_fire_at = False, None
-        owner = Principal(id=schedule.owner_id, name=name)
-        job = queue.rejected_job(request, owner, {"code": error.code.lower(), "message": logs.redact(error.message)})
-        session.add(job)
-        await session.flush()
-        journal.record(session, [JournalEntry(job.id, State.FAILED, {"error": job.error})])
-        return job.id
+    if not isinstance(error, account_limits.AccountLimitReached):
+        schedule.enabled, schedule.next_fire_at = False, None
+    owner = Principal(id=schedule.owner_id, name=_creator(schedule))
+    reason = {"code": error.code.lower(), "message": logs.redact(error.message)}
+    job = queue.rejected_job(_job_request(schedule), owner, reason)
+    session.add(job)
+    await session.flush()
+    journal.record(session, [JournalEntry(job.id, State.FAILED, {"error": job.error})])
+    return job.id
+
+
+def _creator(schedule: Schedule) -> str:
+    return f"schedule:{schedule.name}"
+
+
+def _job_request(schedule: Schedule) -> JobRequest:
+    return JobRequest(kind=schedule.kind, spec=schedule.spec, priority=schedule.priority)

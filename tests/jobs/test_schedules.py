@@ -43,6 +43,11 @@ async def make_due(database: Database, since: timedelta = timedelta(minutes=1)) 
         await session.execute(update(Schedule).values(next_fire_at=now() - since))
 
 
+async def reread(database: Database, schedule: Schedule) -> Schedule:
+    async with database.read_transaction() as session:
+        return await session.get_one(Schedule, schedule.id)
+
+
 async def fire(database: Database) -> None:
     async with database.transaction() as session:
         await schedules.fire_due(session)
@@ -121,6 +126,24 @@ async def test_a_schedule_of_an_unknown_kind_records_a_failed_job_and_is_disable
         updated = await session.get_one(Schedule, schedule.id)
     assert (job.state, job.error["code"]) == (State.FAILED, "job_kind_not_found")  # pyright: ignore[reportOptionalSubscript]
     assert not updated.enabled
+
+
+async def test_a_schedule_whose_time_zone_is_unknown_here_is_disabled_and_the_others_fire(database: Database) -> None:
+    """The gateway's machine may know a zone that the dispatcher's does not."""
+    schedule = await create(database, build_request())
+    other = await create(database, build_request(name="other"))
+    async with database.transaction() as session:
+        await session.execute(update(Schedule).where(Schedule.id == schedule.id).values(timezone="Mars/Olympus"))
+    await make_due(database)
+    await fire(database)
+    async with database.read_transaction() as session:
+        jobs = {job.created_by: job for job in await session.scalars(select(Job))}
+        updated = await session.get_one(Schedule, schedule.id)
+    failed, queued = jobs["schedule:nightly"], jobs["schedule:other"]
+    assert (failed.state, failed.error["code"]) == (State.FAILED, "unknown_time_zone")  # pyright: ignore[reportOptionalSubscript]
+    assert "'Mars/Olympus'" in failed.error["message"]  # pyright: ignore[reportOptionalSubscript]
+    assert (updated.enabled, updated.next_fire_at, updated.last_job_id) == (False, None, failed.id)
+    assert (queued.state, queued.id) == (State.QUEUED, (await reread(database, other)).last_job_id)
 
 
 async def test_the_schedule_of_a_disabled_account_is_disabled(database: Database) -> None:
