@@ -4,8 +4,12 @@ Each request and each job step is one transaction, opened with `transaction()`. 
 IMMEDIATE: a deferred transaction that becomes a writer later waits up to a second behind other writers, or fails.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -34,6 +38,10 @@ from cluster.errors import Unavailable
 from cluster.settings import get_settings
 
 BUSY_TIMEOUT_SECONDS = 30
+MAX_IDLE_TRANSACTION_SECONDS = 60
+"""When PostgreSQL ends a transaction that does nothing: a frozen process must not keep its locks for ever."""
+MAX_BLOCKING_CALLS = 32
+"""How many blocking calls (`asyncio.to_thread`) the coroutines of all threads may make at the same time."""
 
 Result = TypeVar("Result")
 
@@ -141,7 +149,7 @@ def is_transient(error: SQLAlchemyError) -> bool:
     sqlstate = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
     if isinstance(error, InternalError) and not sqlstate:
         return True  # the driver's own error, which it may raise when a connection breaks
-    return sqlstate[:2] in {"08", "40", "53", "55", "57"}
+    return sqlstate[:2] in {"08", "40", "53", "55", "57"} or sqlstate == "25P03"  # its transaction did nothing
 
 
 @cache
@@ -151,17 +159,64 @@ def get_database() -> Database:
     return Database(settings.database_url, settings.database.pool_size)
 
 
-async def with_own_database(work: Callable[[Database], Awaitable[Result]]) -> Result:
-    """Call `work` with a new `Database`, because the one of the process is bound to another event loop."""
-    database = Database(get_settings().database_url, pool_size=1)
-    try:
-        return await work(database)
-    finally:
-        await database.close()
+def run_with_database(work: Callable[[Database], Coroutine[Any, Any, Result]]) -> Result:
+    """Run `work` for a thread without an event loop, such as that of a job, and return its result.
+
+    Connections belong to an event loop. So all threads of a process share one, with one pool.
+    """
+    with _loop_lock:  # @cache does not prevent that two threads make a loop each
+        loop = _threads_loop()
+    return asyncio.run_coroutine_threadsafe(_run_with_tasks(work), loop).result()
+
+
+def close_threads_database() -> None:
+    """Close the connections that threads have shared. The next call opens new ones."""
+    if _threads_database.cache_info().currsize:
+        asyncio.run_coroutine_threadsafe(_threads_database().close(), _threads_loop()).result()
+        _threads_database.cache_clear()
 
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+_loop_lock = threading.Lock()
+_tasks: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("tasks", default=None)
+
+
+async def _run_with_tasks(work: Callable[[Database], Coroutine[Any, Any, Result]]) -> Result:
+    """Run `work`, and cancel the tasks that it leaves behind, as `asyncio.run` does."""
+    tasks: set[asyncio.Task[Any]] = set()
+    _tasks.set(tasks)
+    try:
+        return await work(_threads_database())
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _create_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    task = asyncio.Task[Any](coroutine, loop=loop, **options)
+    if (tasks := _tasks.get()) is not None:
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    return task
+
+
+@cache
+def _threads_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(_create_task)
+    loop.set_default_executor(ThreadPoolExecutor(MAX_BLOCKING_CALLS, thread_name_prefix="blocking"))
+    threading.Thread(target=loop.run_forever, name="database", daemon=True).start()
+    return loop
+
+
+@cache
+def _threads_database() -> Database:
+    settings = get_settings()
+    return Database(settings.database_url, settings.database.pool_size)
 
 
 async def _connect(session: AsyncSession) -> None:
@@ -175,7 +230,17 @@ async def _connect(session: AsyncSession) -> None:
 
 
 def _postgres_engine(url: str, pool_size: int) -> AsyncEngine:
-    return create_async_engine(url, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True)
+    engine = create_async_engine(url, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def set_timeout(connection: Any, _: object) -> None:  # pyright: ignore[reportUnusedFunction]
+        connection.autocommit = True  # in a transaction, a rollback would undo it
+        cursor = connection.cursor()
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{MAX_IDLE_TRANSACTION_SECONDS}s'")
+        cursor.close()
+        connection.autocommit = False
+
+    return engine
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:

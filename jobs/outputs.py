@@ -1,8 +1,5 @@
 """Read the outputs of earlier jobs, for jobs that continue from them."""
 
-import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,10 +8,9 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import identity
-from cluster.db import Database
+from cluster.db import Database, run_with_database
 from cluster.errors import Conflict
 from cluster.ownership import LOCAL, Principal
-from cluster.settings import get_settings
 from jobs import queue
 from jobs.states import State
 from jobs.tables import Job
@@ -39,7 +35,7 @@ def get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
 
     The job must be visible to the account `owner_id`. None: the platform, which may see all jobs.
     """
-    return asyncio.run(_get_output(job_id, kind, owner_id))
+    return run_with_database(lambda database: _get_output(database, job_id, kind, owner_id))
 
 
 async def find_output(session: AsyncSession, job_id: str, kind: str, principal: Principal) -> JobOutput:
@@ -61,7 +57,7 @@ async def find_output(session: AsyncSession, job_id: str, kind: str, principal: 
 
 def own_job(job_id: str) -> Job:
     """Return the current row of the running job itself."""
-    return asyncio.run(_get_job(job_id))
+    return run_with_database(lambda database: _get_job(database, job_id))
 
 
 def is_admin(owner_id: str | None) -> bool:
@@ -71,30 +67,19 @@ def is_admin(owner_id: str | None) -> bool:
 
 def find_owner(owner_id: str | None) -> Principal:
     """Return the owner of a job, with the rights that the account has now. None: the platform."""
-    return asyncio.run(_find_principal(owner_id))
+    return run_with_database(lambda database: _find_principal(database, owner_id))
 
 
-async def _find_principal(owner_id: str | None) -> Principal:
-    async with _read_session() as session:
+async def _find_principal(database: Database, owner_id: str | None) -> Principal:
+    async with database.read_transaction() as session:
         return await identity.find_principal(session, owner_id)
 
 
-async def _get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
-    async with _read_session() as session:
+async def _get_output(database: Database, job_id: str, kind: str, owner_id: str | None) -> JobOutput:
+    async with database.read_transaction() as session:
         return await find_output(session, job_id, kind, await identity.find_principal(session, owner_id))
 
 
-async def _get_job(job_id: str) -> Job:
-    async with _read_session() as session:
+async def _get_job(database: Database, job_id: str) -> Job:
+    async with database.read_transaction() as session:
         return await queue.get(session, job_id, LOCAL)
-
-
-@asynccontextmanager
-async def _read_session() -> AsyncGenerator[AsyncSession]:
-    """Open a connection of its own, because the worker's is bound to another event loop."""
-    database = Database(get_settings().database_url, pool_size=1)
-    try:
-        async with database.read_transaction() as session:
-            yield session
-    finally:
-        await database.close()

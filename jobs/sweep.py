@@ -1,6 +1,5 @@
 """The kind `sweep`: delete expired data of the queue, files, logins, audit log, and of all modules with a sweeper."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
@@ -8,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import and_, delete, false, select
 
 from cluster import audit_log, identity
-from cluster.db import Database, delete_rows, now, with_own_database
+from cluster.db import Database, delete_rows, now, run_with_database
 from cluster.files import store as file_store
 from cluster.files import uploads as file_uploads
 from cluster.settings import get_settings
@@ -46,7 +45,7 @@ class SweepSpec(BaseModel):
 @job("sweep", spec=SweepSpec, admin_only=True, concurrency=1, routine=True)
 def sweep(context: Context, spec: SweepSpec) -> dict[str, int]:
     """Deletes old jobs and events, expired keys, logins, files and uploads, and expired data of other modules."""
-    return asyncio.run(with_own_database(lambda database: _sweep(context, database)))
+    return run_with_database(lambda database: _sweep(context, database))
 
 
 async def _sweep(context: Context, database: Database) -> dict[str, int]:

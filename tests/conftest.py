@@ -23,7 +23,7 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 from cluster import mlflow_client, storage
-from cluster.db import Database, get_database
+from cluster.db import Database, close_threads_database, get_database
 from cluster.runtime import embedded
 from cluster.secrets import MLFLOW_USER
 from cluster.services.http import client
@@ -137,6 +137,7 @@ async def database(
         _forget_settings()  # another fixture may have read them already
         database = get_database()
         yield database
+        close_threads_database()
         await database.close()
         await drop_postgres_database(url)
     else:
@@ -279,6 +280,7 @@ def _wait_for_mlflow(server: subprocess.Popen[bytes], url: str, log: Path) -> No
 
 
 def _forget_settings() -> None:
+    close_threads_database()
     get_settings.cache_clear()
     get_database.cache_clear()
     storage._filesystem_and_root.cache_clear()  # pyright: ignore[reportPrivateUsage]

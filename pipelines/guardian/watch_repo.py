@@ -1,6 +1,5 @@
 """The kind `watch_repo`: check whether a repository has changed enough, and start its retraining."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, now, with_own_database
+from cluster.db import Database, now, run_with_database
 from cluster.errors import ForgearrError
 from cluster.ownership import Principal, system
 from jobs import queue
@@ -54,7 +53,7 @@ async def enqueue_watch(
 @job(WATCH_REPO_KIND, spec=WatchSpec, admin_only=True, routine=True)
 def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
     """Checks whether a repository has changed enough, and if so, starts the retraining of its model."""
-    found = asyncio.run(with_own_database(lambda database: _find(database, spec.repository_id)))
+    found = run_with_database(lambda database: _find(database, spec.repository_id))
     if found is None:
         return {"watched": False, "reason": "It is no longer registered."}
     repository, feedback = found
@@ -63,9 +62,9 @@ def watch_repo(context: Context, spec: WatchSpec) -> dict[str, Any]:
         state = evaluate_repository(repository, feedback, lambda line: context.report(phase=line or None))
     except ForgearrError as error:
         message = error.message
-        asyncio.run(with_own_database(lambda database: _note_error(database, spec.repository_id, message)))
+        run_with_database(lambda database: _note_error(database, spec.repository_id, message))
         raise
-    plan, reason = asyncio.run(with_own_database(lambda database: _record_state(database, spec.repository_id, state)))
+    plan, reason = run_with_database(lambda database: _record_state(database, spec.repository_id, state))
     context.log(reason)
     return {
         "watched": True,

@@ -1,12 +1,11 @@
 """The kind `watch_repositories`: enqueue a `watch_repo` job for each enabled repository."""
 
-import asyncio
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from jobs.context import Context
 from jobs.registry import job
 from pipelines.guardian.repositories import WATCH_ALL_KIND, Repository
@@ -20,7 +19,7 @@ class WatchAllSpec(BaseModel):
 @job(WATCH_ALL_KIND, spec=WatchAllSpec, admin_only=True, routine=True)
 def watch_repositories(context: Context, spec: WatchAllSpec) -> dict[str, Any]:
     """Enqueues a check of each repository that is watched."""
-    return asyncio.run(with_own_database(_enqueue_all))
+    return run_with_database(_enqueue_all)
 
 
 async def _enqueue_all(database: Database) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """The kind `check_services`: check the health of outside services, on a schedule and when one was added or changed."""
 
-import asyncio
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.ownership import LOCAL, Principal
 from cluster.services import health_checks
 from cluster.services import store as service_store
@@ -33,7 +32,7 @@ class CheckServicesSpec(BaseModel):
 @job(KIND, spec=CheckServicesSpec, admin_only=True, routine=True)
 def check_services(context: Context, spec: CheckServicesSpec) -> dict[str, Any]:
     """Checks the health of every enabled service, or of one, and stores the results."""
-    return asyncio.run(with_own_database(lambda database: _check(context, spec, database)))
+    return run_with_database(lambda database: _check(context, spec, database))
 
 
 async def enqueue_check(session: AsyncSession, service_id: int, principal: Principal) -> None:

@@ -1,11 +1,17 @@
 """Transient errors of the database, and the callbacks before and after a commit."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import asyncpg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InternalError, OperationalError, SQLAlchemyError
 
-from cluster.db import Database, after_commit, before_commit, is_transient
+from cluster import db
+from cluster.db import Database, after_commit, before_commit, is_transient, run_with_database
+from cluster.settings import get_settings
 
 pytestmark = pytest.mark.both_databases
 
@@ -61,6 +67,66 @@ async def test_a_rollback_runs_no_callbacks(database: Database) -> None:
     with pytest.raises(ZeroDivisionError):
         await _fail(database, calls)
     assert calls == ["work", "last", "committed"]
+
+
+# SQLite's lock belongs to the process, which the operating system thaws or ends.
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+async def test_a_frozen_process_does_not_keep_its_locks(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db, "MAX_IDLE_TRANSACTION_SECONDS", 1)
+    frozen = Database(get_settings().database_url)
+    lock = text("LOCK TABLE leadership IN ACCESS EXCLUSIVE MODE")
+
+    async def freeze() -> None:
+        async with frozen.transaction() as session:
+            await session.execute(lock)
+            async with database.transaction() as other:
+                await other.execute(lock)  # waits until the server has ended the first transaction
+            await session.execute(text("SELECT 1"))
+
+    with pytest.raises(SQLAlchemyError) as ended:
+        await freeze()
+    assert is_transient(ended.value)
+    await frozen.close()
+
+
+# Only PostgreSQL limits the number of connections.
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+async def test_threads_share_one_pool_of_connections(database: Database) -> None:
+    threads = 40
+    barrier = Barrier(threads)
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+
+    async def count(shared: Database) -> int:
+        async with shared.read_transaction() as session:
+            return await session.scalar(text(connections)) or 0
+
+    def work(_: int) -> int:
+        barrier.wait()
+        return max(run_with_database(count) for _ in range(5))
+
+    with ThreadPoolExecutor(threads) as executor:
+        counts = await asyncio.to_thread(lambda: list(executor.map(work, range(threads))))
+    assert len(counts) == threads
+    assert max(counts) <= 10
+
+
+async def test_work_in_a_thread_leaves_no_task_behind(database: Database) -> None:
+    ends: list[str] = []
+
+    async def linger() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.append("cancelled")
+
+    async def fail(_: Database) -> None:
+        task = asyncio.create_task(linger())
+        await asyncio.sleep(0)
+        raise SystemError(task.get_name())
+
+    with pytest.raises(SystemError):
+        await asyncio.to_thread(run_with_database, fail)
+    assert ends == ["cancelled"]
 
 
 async def _fail(database: Database, calls: list[str]) -> None:

@@ -1,11 +1,10 @@
 """The kind `extract_data`: turn a commit of a repository into two datasets, for training and held out."""
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.errors import UnprocessableRequest
 from cluster.settings import get_settings, home
 from jobs.context import Context
@@ -53,7 +52,7 @@ def extract_data(context: Context, spec: ExtractSpec) -> dict[str, Any]:
     from pipelines.guardian.extract_data import pipeline as extract_data_pipeline
     from pipelines.guardian.repository_access import open_registered
 
-    repository = asyncio.run(with_own_database(lambda database: _find(database, spec.repository_id)))
+    repository = run_with_database(lambda database: _find(database, spec.repository_id))
     requested_commit: str | None = context.checkpoint_state or spec.commit
     context.report(progress=0, phase="fetch")
     with (

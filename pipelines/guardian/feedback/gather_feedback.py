@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 from sqlalchemy import select
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.ownership import LOCAL
 from jobs.context import Context
 from jobs.registry import job
@@ -41,12 +41,12 @@ class GatherFeedbackSpec(Spec):
 def gather_feedback(context: Context, spec: GatherFeedbackSpec) -> dict[str, Any]:
     """Turns the feedback on a model into training prompts, and all such prompts into datasets."""
     context.report(phase="turning feedback into prompts")
-    learned, conversations = asyncio.run(with_own_database(lambda database: _prompts(database, spec.model)))
+    learned, conversations = run_with_database(lambda database: _prompts(database, spec.model))
     if not conversations and spec.train is None:
         raise EmptyData(f"There is no feedback on {spec.model} that could be trained on.")
     train, held_out = split(conversations)
     context.report(progress=30, phase="writing datasets")
-    created = asyncio.run(with_own_database(lambda database: _datasets(database, spec, train, held_out)))
+    created = run_with_database(lambda database: _datasets(database, spec, train, held_out))
     parts = {name: {"dataset": dataset.id, "samples": dataset.samples} for name, dataset in created.items()}
     return {"model": spec.model, "prompts": len(conversations), "new_prompts": learned, **parts}
 

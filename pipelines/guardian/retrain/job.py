@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, advisory_lock, now, with_own_database
+from cluster.db import Database, advisory_lock, now, run_with_database
 from cluster.errors import UnprocessableRequest
 from cluster.ownership import Principal, system
 from cluster.settings import get_settings
@@ -28,7 +28,7 @@ from pipelines.guardian.repositories import RETRAIN_KIND, Repository, Repository
 from pipelines.guardian.retrain.compare import CompareSpec
 from pipelines.training.forge import build_candidate, deploy_version, resources_of
 from pipelines.training.models import registry
-from pipelines.training.models.versions import REFERENCE_PATTERN
+from pipelines.training.models.versions import REFERENCE_PATTERN, Version
 from pipelines.training.spec import DataSource, ForgeSpec, ModelName, Spec
 
 KIND = RETRAIN_KIND
@@ -121,7 +121,7 @@ def retrain(context: Context, spec: RetrainSpec) -> dict[str, Any]:
         _begin_step(context, "deploy")
         deployed = deploy_version(context, name, version, training.gates)
     if spec.repository_id is not None:
-        asyncio.run(with_own_database(lambda database: _note_trained(database, spec, state, context.job_id)))
+        run_with_database(lambda database: _note_trained(database, spec, state, context.job_id))
     context.log(_outcome(comparison, deployed is not None))
     return {
         "model": name,
@@ -187,21 +187,21 @@ def steps_of(*, repository: bool, feedback: bool, deploy: bool) -> list[str]:
 def _initial_state(context: Context, spec: RetrainSpec) -> RetrainState:
     """Fix the input of this plan, and record it in the repository as the last attempt."""
     context.report(progress=0, phase="preparing")
-    source = asyncio.run(with_own_database(lambda database: _source(database, spec)))
+    source = run_with_database(lambda database: _source(database, spec))
     repository = source.repository
     model = repository.model if repository else cast(str, spec.feedback)
     if repository is None:
         return RetrainState(
             model=model,
             commit=None,
-            training=asyncio.run(_previous_training(model)),
+            training=_previous_training(model),
             feedback=True,
             auto_deploy=spec.auto_deploy is not False,
         )
     commit = spec.commit or _newest_commit(context, repository)
     if commit == repository.trained_commit and not spec.force and not source.new_feedback:
         raise NothingNew(f"{repository.trained_job_id} already trained on {commit}: use force to train again.")
-    asyncio.run(with_own_database(lambda database: _note_tried(database, repository.id, commit, context.job_id)))
+    run_with_database(lambda database: _note_tried(database, repository.id, commit, context.job_id))
     return RetrainState(
         model=model,
         commit=commit,
@@ -247,11 +247,10 @@ def _training_spec(state: RetrainState, data: dict[str, Any]) -> ForgeSpec:
     return ForgeSpec.model_validate(fields)
 
 
-async def _previous_training(model: str) -> dict[str, Any]:
+def _previous_training(model: str) -> dict[str, Any]:
     """The training of a model without a repository: it starts from the served version, with the same settings."""
-    async with registry.connect() as models:
-        served = await models.find(model)
-    before = await with_own_database(lambda database: _spec_of(database, served.job_id))
+    served = asyncio.run(_find_version(model))
+    before = run_with_database(lambda database: _spec_of(database, served.job_id))
     copied_fields = {
         "tuning",
         "rank",
@@ -266,6 +265,11 @@ async def _previous_training(model: str) -> dict[str, Any]:
     copied_fields |= {"batch_size", "gradient_accumulation", "schedule", "warmup", "weight_decay", "seed", "max_length"}
     copied_fields |= {"workers", "cpus_per_worker", "gpus_per_worker", "labels"}
     return {**{name: value for name, value in before.items() if name in copied_fields}, "base_model": served.reference}
+
+
+async def _find_version(model: str) -> Version:
+    async with registry.connect() as models:
+        return await models.find(model)
 
 
 async def _spec_of(database: Database, job_id: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import events
-from cluster.db import Database, after_commit, now, with_own_database
+from cluster.db import Database, after_commit, now, run_with_database
 from cluster.secrets import SealBroken
 from cluster.services import store as service_store
 from cluster.services.capabilities.settings import SettingsAreas, SettingsEntry
@@ -58,7 +58,7 @@ class ServiceAudit:
 @job(KIND, spec=AuditSpec, admin_only=True, concurrency=1, tracked=True)
 def audit_services(context: Context, spec: AuditSpec) -> dict[str, Any]:
     """Audits the settings of services by rules, and stores the findings as recommendations."""
-    return asyncio.run(with_own_database(lambda database: _audit(context, spec, database)))
+    return run_with_database(lambda database: _audit(context, spec, database))
 
 
 def audit_id_of(job_id: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
-from cluster.db import Database, now, with_own_database
+from cluster.db import Database, now, run_with_database
 from cluster.errors import Conflict, ForgearrError, NotFound
 from cluster.services import store as service_store
 from cluster.services.capabilities.settings import SettingsAreas, SettingsEntry, settings_equal
@@ -106,7 +106,7 @@ class LiveSetting:
 @job(KIND, spec=ChangeSpec, admin_only=True, concurrency=1, tracked=True)
 def change_settings(context: Context, spec: ChangeSpec) -> dict[str, Any]:
     """Applies recommendations to services, or rolls them back, one after the other."""
-    return asyncio.run(with_own_database(lambda database: _change_all(context, spec, database)))
+    return run_with_database(lambda database: _change_all(context, spec, database))
 
 
 async def _change_all(context: Context, spec: ChangeSpec, database: Database) -> dict[str, Any]:

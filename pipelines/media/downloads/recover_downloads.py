@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster.db import Database, advisory_lock, now, with_own_database
+from cluster.db import Database, advisory_lock, now, run_with_database
 from cluster.secrets import SealBroken
 from cluster.services import store as service_store
 from cluster.services.capabilities.download_tracking import DownloadTracker, FinishedFolders
@@ -57,7 +57,7 @@ class RecoveryTarget:
 @job(RECOVER_KIND, spec=RecoverDownloadsSpec, admin_only=True, concurrency=1, tracked=True)
 def recover_downloads(context: Context, spec: RecoverDownloadsSpec) -> dict[str, Any]:
     """Retries or replaces failed and stuck downloads, as the policy says."""
-    result = asyncio.run(with_own_database(lambda database: _recover(context, spec, database)))
+    result = run_with_database(lambda database: _recover(context, spec, database))
     # Numbers of the last day, so that MLflow shows a curve over many runs.
     last_day: dict[str, float] = result.pop("last_day")
     context.report(100, None, **last_day)

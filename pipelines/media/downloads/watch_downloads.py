@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.secrets import SealBroken
 from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.errors import ServiceError
@@ -35,7 +35,7 @@ class WatchDownloadsSpec(BaseModel):
 @job(KIND, spec=WatchDownloadsSpec, admin_only=True, concurrency=1, routine=True)
 def watch_downloads(context: Context, spec: WatchDownloadsSpec) -> dict[str, Any]:
     """Polls the downloads of every service that can be followed, and announces failures and imports."""
-    return asyncio.run(with_own_database(lambda database: _watch(context, database)))
+    return run_with_database(lambda database: _watch(context, database))
 
 
 def schedule() -> ScheduleRequest:

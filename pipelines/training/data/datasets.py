@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import audit_log, identity, storage
-from cluster.db import Base, Database, advisory_lock, now, with_own_database
+from cluster.db import Base, Database, advisory_lock, now, run_with_database
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, ForgearrError, NotFound
 from cluster.ownership import LOCAL, Principal, can_access, require
@@ -75,12 +75,12 @@ class Dataset(Base):
 
 
 def get(dataset_id: str) -> Dataset:
-    return asyncio.run(with_own_database(lambda database: _get(database, dataset_id)))
+    return run_with_database(lambda database: _get(database, dataset_id))
 
 
 def store_for_owner(owner_id: str | None, name: str, content: SampleFile, source: dict[str, Any]) -> Dataset:
     """`store_dataset` for jobs, which run in threads without an event loop."""
-    return asyncio.run(with_own_database(lambda database: _store_for_owner(database, owner_id, name, content, source)))
+    return run_with_database(lambda database: _store_for_owner(database, owner_id, name, content, source))
 
 
 def load(dataset: Dataset) -> list[Sample] | list[PreferencePair]:

@@ -1,6 +1,5 @@
 """Resolve the data that a spec names (a dataset, a file, prompts or a folder) to a dataset."""
 
-import asyncio
 import re
 import tempfile
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import identity
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.errors import Forbidden, InvalidRequest
 from cluster.files import store as file_store
 from cluster.files.store import File
@@ -50,7 +49,7 @@ class InvalidTrainingFile(InvalidRequest):
 
 def resolve(data: DataSource, owner_id: str | None) -> Dataset:
     """The dataset that `data` names: an existing one, or one made now from a file, prompts or documents."""
-    return asyncio.run(with_own_database(lambda database: _resolve(database, data, owner_id)))
+    return run_with_database(lambda database: _resolve(database, data, owner_id))
 
 
 # For routes.

@@ -1,11 +1,10 @@
 """Store the metrics of each step of a training as a CSV file: the result file of OpenAI's fine-tuning jobs."""
 
-import asyncio
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.files import store as file_store
 from cluster.files.store import File
 from cluster.ownership import Principal
@@ -36,7 +35,7 @@ def save_file(history: Sequence[Mapping[str, float]], path: Path, job: Job) -> s
                 file_id=f"file-{job.id}",
             )
 
-        return asyncio.run(with_own_database(create)).id
+        return run_with_database(create).id
 
 
 def write_csv(history: Sequence[Mapping[str, float]], path: Path) -> None:

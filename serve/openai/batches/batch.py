@@ -1,6 +1,5 @@
 """The kind `batch`: executes the requests of a batch (/v1/batches)."""
 
-import asyncio
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,4 +24,4 @@ def batch(context: Context, spec: BatchSpec) -> dict[str, Any]:
     """Executes the requests of a batch (/v1/batches)."""
     from serve.openai.batches.runner import run
 
-    return asyncio.run(run(context, spec.batch_id))
+    return run(context, spec.batch_id)

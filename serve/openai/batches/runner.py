@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import identity, storage
-from cluster.db import Database, now, with_own_database
+from cluster.db import Database, now, run_with_database
 from cluster.errors import ForgearrError
 from cluster.files import store as file_store
 from cluster.files.store import File
@@ -40,9 +40,9 @@ MAX_ERRORS = 100
 OUTPUT_FILE, ERROR_FILE = "output", "errors"
 
 
-async def run(context: Context, batch_id: str, engine: Engine | None = None) -> dict[str, Any]:
+def run(context: Context, batch_id: str, engine: Engine | None = None) -> dict[str, Any]:
     """Execute the whole batch; returns the final fields of its public form."""
-    return await with_own_database(
+    return run_with_database(
         lambda database: _run_batch(context, database, batch_id, engine or build_engine(separate_loop=True))
     )
 

@@ -1,6 +1,5 @@
 """Git hooks in real repositories, run by real git, with and without a server."""
 
-import asyncio
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import uvicorn
 from sqlalchemy import select
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.settings import get_settings
 from jobs.states import State
 from jobs.tables import Job
@@ -59,7 +58,7 @@ def watch_jobs() -> list[Job]:
         async with database.read_transaction() as session:
             return list(await session.scalars(select(Job).where(Job.kind == "watch_repo")))
 
-    return asyncio.run(with_own_database(read))
+    return run_with_database(read)
 
 
 def log_of(folder: Path) -> str:

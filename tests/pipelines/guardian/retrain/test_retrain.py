@@ -3,14 +3,13 @@
 The tests act as the workers: they run the plan until it parks, and finish its children.
 """
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.ownership import LOCAL, system
 from cluster.settings import get_settings
 from cluster.settings import home as folder
@@ -115,7 +114,7 @@ def source(harness: JobHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         async with database.transaction() as session:
             return (await register(session, request, LOCAL)).id
 
-    return folder, asyncio.run(with_own_database(create))
+    return folder, run_with_database(create)
 
 
 def test_the_steps_run_in_order(harness: JobHarness, source: tuple[Path, str]) -> None:
@@ -308,7 +307,7 @@ def row(repository_id: str) -> Repository:
         async with database.read_transaction() as session:
             return await session.get_one(Repository, repository_id)
 
-    return asyncio.run(with_own_database(read))
+    return run_with_database(read)
 
 
 def change(repository_id: str, **columns: Any) -> None:
@@ -318,7 +317,7 @@ def change(repository_id: str, **columns: Any) -> None:
             for name, value in columns.items():
                 setattr(repository, name, value)
 
-    asyncio.run(with_own_database(write))
+    run_with_database(write)
 
 
 def give_feedback(model: str, count: int) -> None:
@@ -339,7 +338,7 @@ def give_feedback(model: str, count: int) -> None:
                 )
                 await feedback_store.save(session, request, system("test"))
 
-    asyncio.run(with_own_database(write))
+    run_with_database(write)
 
 
 def chat(question: str, answer: str) -> Sample:
@@ -349,9 +348,7 @@ def chat(question: str, answer: str) -> Sample:
 
 def store_dataset(name: str, samples: list[Sample]) -> str:
     content = data_content.write_samples(samples, folder() / f"{name}.jsonl", name)
-    return asyncio.run(
-        with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}, LOCAL))
-    ).id
+    return run_with_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}, LOCAL)).id
 
 
 def questions(dataset_id: str) -> set[str]:

@@ -1,6 +1,5 @@
 """The checks of datasets before a training: what is counted, and what fails the job."""
 
-import asyncio
 import json
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cluster import storage
-from cluster.db import with_own_database
+from cluster.db import run_with_database
 from cluster.ownership import LOCAL
 from pipelines.guardian.retrain import validate_data
 from pipelines.guardian.retrain.validate_data import HeldOutLeaked, TooLittleData
@@ -121,8 +120,8 @@ def messages_of(sample: Sample) -> list[dict[str, Any]]:
 def store_dataset(name: str, samples: Sequence[Sample]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         content = data_content.write_samples(samples, Path(folder) / "samples.jsonl", name)
-        return asyncio.run(
-            with_own_database(lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}, LOCAL))
+        return run_with_database(
+            lambda database: datasets.store_dataset(database, f"repo/{name}", content, {}, LOCAL)
         ).id
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.db import Database, now, with_own_database
+from cluster.db import Database, now, run_with_database
 from cluster.services import store as service_store
 from cluster.services.capabilities.download_tracking import TrackingPosition
 from cluster.services.errors import BadResponse
@@ -380,7 +380,7 @@ async def test_a_changed_policy_stops_recoveries_that_have_not_begun(jobs: Downl
 
     def before(request: StubRequest) -> StubResponse | None:
         if request.method == "DELETE":
-            executor.submit(asyncio.run, with_own_database(stop)).result()
+            executor.submit(run_with_database, stop).result()
         return None
 
     async def stop(database: Database) -> None:
