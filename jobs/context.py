@@ -26,7 +26,7 @@ from jobs.registry import Resources
 from jobs.states import State
 from jobs.tables import Job
 
-StopReason = Literal["cancel", "pause", "time_limit", "stall_limit", "lease_lost"]
+StopReason = Literal["cancel", "pause", "time_limit", "stall_limit", "lease_lost", "lease_expired", "cleared"]
 
 
 class StopJob(BaseException):

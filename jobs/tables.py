@@ -73,11 +73,12 @@ class Job(Base):
 
     attempt: Mapped[int] = mapped_column(default=0)  # the current one; a lost worker does not use one up
     max_attempts: Mapped[int]
-    losses: Mapped[int] = mapped_column(default=0)  # how often its worker was lost
+    losses: Mapped[int] = mapped_column(default=0)  # how often its worker was lost since it last got further
+    lost_checkpoint: Mapped[str | None] = mapped_column(String(64))  # the digest of its checkpoint at the last loss
 
     worker: Mapped[str | None] = mapped_column(String(60))
     lease_token: Mapped[str | None] = mapped_column(String(40))  # every write of a worker must contain it
-    lease_expires_at: Mapped[datetime | None]
+    heartbeats: Mapped[int] = mapped_column(default=0)  # of this lease
 
     checkpoint: Mapped[Any | None] = mapped_column(Document)  # the state from which the function continues
     result: Mapped[Any | None] = mapped_column(Document)
@@ -178,6 +179,7 @@ class Leadership(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     holder: Mapped[str] = mapped_column(String(200))
     token: Mapped[str] = mapped_column(String(40))
-    expires_at: Mapped[datetime]
+    heartbeats: Mapped[int] = mapped_column(default=0)
+    renewed_at: Mapped[datetime] = mapped_column(default=now)  # by the leader's clock, for people only
     waiting: Mapped[dict[str, Any]]  # why jobs of a demand or a kind wait, for people
     tracked_until: Mapped[int] = mapped_column(Sequence, default=0)  # the last event that was sent to MLflow

@@ -1,11 +1,13 @@
 """Explain to people what a queued job waits for: the field `waiting_for`."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
+from cluster.settings import get_settings
 from jobs.states import State
 from jobs.tables import Job, JobDependency, Leadership
 
@@ -30,7 +32,7 @@ def _reason(job: Job, leader: Leadership | None, dependencies: Sequence[str]) ->
     if job.run_after > now():
         cause = "the next attempt" if job.attempt > 1 else "its time"
         return f"{cause}, {job.run_after:%Y-%m-%d %H:%M:%S}Z"
-    if leader is None or leader.expires_at < now():
+    if leader is None or leader.renewed_at < now() - timedelta(seconds=get_settings().jobs.lease_seconds):
         return "a dispatcher; none is running"
     return leader.waiting.get(f"kind {job.kind}") or leader.waiting.get(f"demand {job.demand}") or "its turn"
 

@@ -18,8 +18,8 @@ class JobSettings(Section):
     max_losses: int = Field(
         ge=2,
         le=1000,
-        description="Number of lost workers after which a job fails. For its last try, a light job gets a worker of "
-        "its own.",
+        description="Number of times in a row that a job that is alone on its worker may lose it without a new "
+        "checkpoint. Then it fails. After as many losses of shared workers, a light job gets a worker of its own.",
     )
     retry_seconds: float = Field(ge=0, le=3600, description="Delay before the first retry. It doubles with each retry.")
     retry_cap_seconds: float = Field(ge=0, le=86400, description="Longest delay before a retry.")

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import secrets
-import socket
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -21,13 +20,13 @@ import ray.exceptions
 from cluster import logs
 from cluster.actors import NAMESPACE
 from cluster.db import get_database
-from cluster.settings import get_settings, home
+from cluster.settings import get_settings
 from jobs import leases, schedules
-from jobs.dispatch import disabled_accounts
+from jobs.dispatch import disabled_accounts, holder
 from jobs.dispatch.capacity import HEAVY_PREFIX, POOL_PREFIX, ClusterCapacity, actor_options
 from jobs.execution.worker import Worker
 from jobs.journal import JournalEntry
-from jobs.leases import Claim, GuardedWrite, LeadershipLost
+from jobs.leases import Claim, GuardedWrite, LeadershipLost, LeaseWatch
 from jobs.mlflow_sync import MlflowSync
 from jobs.registry import LIGHT, Resources
 from jobs.retry_policy import Failure
@@ -52,12 +51,13 @@ class Dispatcher:
         logs.configure("dispatcher")
         self._settings = get_settings().jobs
         self._database = get_database()
-        self._holder = f"{socket.gethostname()}:{home()}"
+        self._holder, self._predecessor = holder.new_holder(), holder.find_predecessor()
         self._token = ""
         self._wake = asyncio.Event()
         self._capacity = ClusterCapacity(self._settings.slots)
         self._handles: dict[str, Any] = {}
         self._starting: dict[str, tuple[str, float]] = {}  # heavy workers without a process yet: token, time
+        self._unstarted: set[str] = set()  # workers, warm or heavy, that have not answered yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._start_task(self._lead_forever())
 
@@ -103,11 +103,13 @@ class Dispatcher:
             await asyncio.sleep(1)
 
     async def _take_leadership(self) -> None:
+        watch = LeaseWatch()
         while True:
             async with self._database.transaction() as session:
-                token = await leases.take_leadership(session, self._holder)
+                token = await leases.take_leadership(session, self._holder, watch, self._predecessor)
             if token:
                 self._token = token
+                holder.remember(self._holder)
                 log.info("leading")
                 return
             await asyncio.sleep(self._settings.lease_seconds / 3)
@@ -143,16 +145,11 @@ class Dispatcher:
         disabled accounts."""
         async with self._database.transaction() as session:
             await schedules.ensure(session, SWEEP_SCHEDULE)
-        lease = self._settings.lease_seconds
-        last_round = stable_since = time.time()
+        watch = LeaseWatch()
         while True:
-            # If leases could not be renewed for a while (the database was unreachable, this process was frozen, the
-            # machine slept), leases of living workers have expired: give the workers time to renew them.
-            stable_since = time.time() if time.time() - last_round > lease else stable_since
-            last_round = time.time()
             async with self._database.transaction() as session:
                 await leases.renew_leadership(session, self._token)
-                lost = await leases.release_lost_jobs(session) if last_round - stable_since > lease else []
+                lost = await leases.release_expired_jobs(session, watch)
                 await schedules.fire_due(session)
                 controls = await leases.renew(session, [token for token, _ in self._starting.values()])
                 jobs_by_worker = await leases.running_jobs_by_worker(session)
@@ -164,7 +161,7 @@ class Dispatcher:
                     self._capacity.retire(worker)
                     self._dismiss(worker)
             for worker, (token, since) in list(self._starting.items()):
-                if controls.get(token) or last_round - since > MAX_START_SECONDS:
+                if controls.get(token) or time.monotonic() - since > MAX_START_SECONDS:
                     self._dismiss(worker)
             self._capacity.reconcile(
                 {name: [job.id for job in jobs] for name, jobs in jobs_by_worker.items()}, MAX_IDLE_SECONDS
@@ -187,7 +184,7 @@ class Dispatcher:
             running = await self._adopt(worker, jobs_by_worker.get(worker, [])) if worker in alive else []
             # A job that the worker does not know was claimed just before this process died, and was never sent to it.
             async with self._database.transaction() as session:
-                await leases.release_lost_jobs(session, worker=worker, still_running=running, count_loss=False)
+                await leases.release_lost_jobs(session, worker, still_running=running, count_loss=False)
         self._fill_pool()
 
     async def _adopt(self, worker: str, jobs: list[Job]) -> list[str]:
@@ -222,13 +219,12 @@ class Dispatcher:
                 self._create(worker, slots=1, options=actor_options(resources))
             except (TypeError, ValueError) as error:
                 return await self._fail_unplaceable(claims[0], f"Ray refuses its resources: {error}")
-            self._starting[worker] = (claims[0].token, time.time())
-            self._start_task(self._await_start(worker))
+            self._starting[worker] = (claims[0].token, time.monotonic())
         if worker in self._handles:
             self._handles[worker].run.remote(claims)
         else:  # the worker died after the claim
             async with self._database.transaction() as session:
-                await leases.release_lost_jobs(session, worker=worker, count_loss=False)
+                await leases.release_lost_jobs(session, worker, count_loss=False)
 
     async def _fail_unplaceable(self, claim: Claim, reason: str) -> None:
         """Fail a job for which no worker can be created, so that the other jobs are not affected."""
@@ -250,13 +246,17 @@ class Dispatcher:
             max_concurrency=1000,
             **options,
         )
-        self._handles[name] = actor.remote(name, slots)
-        self._start_task(self._watch(name, self._handles[name]))
+        handle: Any = actor.remote(name, slots)
+        self._handles[name] = handle
+        self._unstarted.add(name)
+        self._start_task(self._await_start(name, handle.jobs.remote()))
+        self._start_task(self._watch(name, handle))
 
-    async def _await_start(self, worker: str) -> None:
-        """Wait until a heavy worker runs. If it needs GPUs or a new machine, that may take longer than a lease."""
+    async def _await_start(self, worker: str, first_answer: Any) -> None:
+        """Wait until a worker runs. If it needs GPUs or a new machine, that may take longer than a lease."""
         with contextlib.suppress(ray.exceptions.RayError):
-            await self._handles[worker].jobs.remote()
+            await first_answer
+            self._unstarted.discard(worker)
             self._starting.pop(worker, None)
 
     async def _watch(self, worker: str, handle: Any) -> None:
@@ -266,9 +266,11 @@ class Dispatcher:
         ray.kill(handle)  # it may be alive, but unreachable
         self._handles.pop(worker, None)
         self._capacity.remove(worker)
-        never_started = self._starting.pop(worker, None) is not None
+        self._starting.pop(worker, None)
+        has_started = worker not in self._unstarted
+        self._unstarted.discard(worker)
         async with self._database.transaction() as session:
-            for job_id, _ in await leases.release_lost_jobs(session, worker=worker, count_loss=not never_started):
+            for job_id, _ in await leases.release_lost_jobs(session, worker, count_loss=has_started):
                 log.warning("worker %s died; %s goes to another one", worker, job_id)
         self._fill_pool()
         self._wake.set()

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Coroutine, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster import actors, logs, storage
-from cluster.db import get_database
+from cluster.db import Database
 from cluster.errors import Unavailable
 from cluster.runtime.processes import lower_priority
 from cluster.settings import get_settings
@@ -36,7 +37,7 @@ from jobs.execution.report_writer import (
 from jobs.leases import Claim
 from jobs.registry import Resources, find_kind, load_function
 from jobs.retry_policy import Failure, backoff, classify_error
-from jobs.states import Control
+from jobs.states import Control, State
 from jobs.tables import Job
 
 log = logging.getLogger(__name__)
@@ -68,11 +69,13 @@ class Worker:
         logs.configure("worker")
         logging.getLogger().addHandler(JobLogHandler())
         self._name = name
-        self._database = get_database()
+        # Its writes and renewals take turns. The jobs have a pool of their own, because they have their own event loop.
+        self._database = Database(get_settings().database_url, pool_size=1)
         self._settings = get_settings().jobs
         self._threads = ThreadPoolExecutor(slots, thread_name_prefix="job", initializer=lower_priority)
         self._running: dict[str, RunningJob] = {}  # by token
         self._finished_ids: list[str] = []
+        self._renewed_at = -math.inf  # the beginning of the last renewal that succeeded
         self._loop = asyncio.get_running_loop()
         self._writer = ReportWriter(self._database, self._drop_lost_job)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,6 +129,8 @@ class Worker:
         writing = self._writer.write(claim, {"checkpoint": state}, checkpoint_event(state))
         if not asyncio.run_coroutine_threadsafe(writing, self._loop).result():
             raise StopJob("lease_lost")
+        if claim.is_suspect and state != claim.checkpoint:
+            raise StopJob("cleared")
 
     def artifact(self, claim: Claim, path: Path, name: str) -> str:
         address = storage.save(path, claim.storage_name(name))
@@ -221,25 +226,33 @@ class Worker:
             actors.find_actor(queue.DISPATCHER).released.remote(self._name, job_ids)
 
     async def _heartbeat_forever(self) -> None:
-        """Enforce the limits of the jobs, and renew their leases in time."""
-        interval = min(1.0, self._settings.lease_seconds / 3)
-        last_renewal = time.monotonic()
+        """Renew the leases of the jobs in time, and enforce their limits, also while a renewal takes long."""
+        lease_seconds = self._settings.lease_seconds
+        interval = min(1.0, lease_seconds / 6)
+        renewal: asyncio.Task[None] | None = None
         while True:
             await asyncio.sleep(interval)
+            if renewal is not None and renewal.done():
+                renewal.result()  # raises the error that no further attempt can mend
+                renewal = None
+            is_due = time.monotonic() - self._renewed_at >= lease_seconds / 3 - interval
+            if self._running and is_due and renewal is None:
+                renewal = self._start_task(self._renew())
+                # A process that was frozen asks first whether its leases are still valid.
+                await asyncio.wait([renewal], timeout=interval)
+            self._stop_expired(lease_seconds - 2 * interval)
             self._enforce_limits()
-            if self._running and time.monotonic() - last_renewal >= self._settings.lease_seconds / 3 - interval:
-                last_renewal = time.monotonic()
-                await self._renew()
 
     async def _renew(self) -> None:
         """Renew the leases, apply the control requests that are found, and drop the jobs whose leases are lost."""
-        running_jobs = list(self._running.values())
+        began, running_jobs = time.monotonic(), list(self._running.values())
         try:
             async with self._writer.transaction_lock, self._database.transaction() as session:
                 controls = await leases.renew(session, [running.claim.token for running in running_jobs])
-        except SQLAlchemyError:
-            log.warning("the leases could not be renewed; trying again", exc_info=True)
+        except SQLAlchemyError as error:
+            log.warning("the leases could not be renewed; trying again: %s", error)
             return
+        self._renewed_at = began
         for running in running_jobs:
             if running.claim.token in controls:
                 self._apply_control(running, controls[running.claim.token])
@@ -251,6 +264,15 @@ class Worker:
         reason: StopReason | None = None if control is None else "cancel" if control == Control.CANCEL else "pause"
         if running.context.stop_reason in {None, "pause"} and running.context.stop_reason != reason:
             running.request_stop(reason)
+
+    def _stop_expired(self, max_seconds: float) -> None:
+        """Stop the jobs whose leases could not be renewed for this long, before the dispatcher gives them to others."""
+        moment = time.monotonic()
+        for running in self._running.values():
+            is_expired = moment - max(running.started, self._renewed_at) > max_seconds
+            if is_expired and running.stop_requested_at is None and not running.is_finished:
+                log.warning("the lease of %s could not be renewed in time; it stops here", running.claim.job_id)
+                running.request_stop("lease_expired")
 
     def _enforce_limits(self) -> None:
         moment = time.monotonic()
@@ -302,6 +324,10 @@ def _stop_values(claim: Claim, reason: StopReason) -> dict[str, Any] | None:
             return leases.paused_values()
         case "lease_lost":
             return None
+        case "lease_expired":  # written only if no other worker has the job
+            return leases.released_values(State.QUEUED)
+        case "cleared":
+            return leases.cleared_values()
         case "time_limit":
             code, message = "time_limit", f"It ran longer than its limit of {claim.time_limit:g} s."
         case "stall_limit":

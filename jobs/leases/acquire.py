@@ -1,8 +1,8 @@
 """Claim queued jobs: select the jobs that can run, assign workers, and grant leases.
 
-A claim gives a job a new token and an expiry; every later write of the worker must contain this token. A worker that
-was considered dead may wake up and continue, but its writes are refused: execution is at least once, the outcome is
-recorded exactly once.
+A claim gives a job a new token; every later write of the worker must contain this token. A worker that was considered
+dead may wake up and continue, but its writes are refused: execution is at least once, the outcome is recorded exactly
+once.
 """
 
 import math
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from cluster.db import now
 from jobs import journal
 from jobs.journal import JournalEntry
-from jobs.leases.claim import Claim, new_lease_expiry
+from jobs.leases.claim import OWN_WORKER, Claim
 from jobs.leases.leadership import require_leadership
 from jobs.states import State
 from jobs.tables import Job
@@ -134,7 +134,7 @@ async def _find_runnable(
 async def _grant_leases(session: AsyncSession, chosen: Sequence[tuple[Job, str]]) -> list[Claim]:
     if not chosen:
         return []
-    moment, expiry = now(), new_lease_expiry()
+    moment = now()
     claims = [_build_claim(job, worker) for job, worker in chosen]
     started = {job.id: job.started_at or moment for job, _ in chosen}
     rows = [
@@ -143,7 +143,7 @@ async def _grant_leases(session: AsyncSession, chosen: Sequence[tuple[Job, str]]
             "state": State.RUNNING,
             "worker": claim.worker,
             "lease_token": claim.token,
-            "lease_expires_at": expiry,
+            "heartbeats": 0,
             "attempt": claim.attempt,
             "started_at": started[claim.job_id],
             "phase": None,
@@ -175,4 +175,5 @@ def _build_claim(job: Job, worker: str) -> Claim:
         worker=worker,
         owner_id=job.owner_id,
         is_resumed=job.started_at is not None,
+        is_suspect=job.demand == OWN_WORKER,
     )

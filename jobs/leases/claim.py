@@ -1,11 +1,7 @@
-"""The claim: a job that was given to a worker, and the expiry of its lease."""
+"""The claim: a job that was given to a worker."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
-
-from cluster.db import now
-from cluster.settings import get_settings
 
 OWN_WORKER = "a worker of its own"
 """The demand of a light job that may have killed the workers that it shared with other jobs."""
@@ -27,12 +23,9 @@ class Claim:
     resources: dict[str, Any]
     worker: str
     owner_id: str | None  # None: the platform, or this machine's user
+    is_suspect: bool = False  # a light job that has a worker of its own
     is_resumed: bool = False  # whether the job was given to a worker before
 
     def storage_name(self, name: str) -> str:
         """Return the name in storage of a file that this lease writes. No other lease of the job writes to it."""
         return f"jobs/{self.job_id}/{self.token}/{name}"
-
-
-def new_lease_expiry() -> Any:
-    return now() + timedelta(seconds=get_settings().jobs.lease_seconds)

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from cluster.db import now
 from jobs import journal, queue
 from jobs.journal import JournalEntry
+from jobs.registry import LIGHT
 from jobs.retry_policy import Failure
 from jobs.states import FINISHED, Control, State
 from jobs.tables import Job, JobDependency
@@ -63,6 +64,11 @@ def cancelled_values() -> dict[str, Any]:
 
 def paused_values() -> dict[str, Any]:
     return released_values(State.PAUSED)
+
+
+def cleared_values() -> dict[str, Any]:
+    """Return the values of a suspect that has got further: it shares a worker again, so that others can be tried."""
+    return released_values(State.QUEUED) | {"demand": LIGHT.demand, "losses": 0}
 
 
 def parked_values() -> dict[str, Any]:
@@ -120,7 +126,7 @@ def _apply_control(write: GuardedWrite, control: str | None) -> GuardedWrite:
 
 
 def released_values(state: State) -> dict[str, Any]:
-    return {"state": state, "worker": None, "lease_token": None, "lease_expires_at": None, "control": None}
+    return {"state": state, "worker": None, "lease_token": None, "heartbeats": 0, "control": None}
 
 
 def finished_values(state: State) -> dict[str, Any]:

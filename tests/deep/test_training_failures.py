@@ -31,7 +31,7 @@ COMPARED = ("steps", "train_loss", "eval_loss", "trained_tokens")
 
 @pytest.fixture(scope="module")
 def platform() -> Generator[Platform]:
-    with running_platform({"jobs.lease_seconds": "6", "jobs.max_losses": "9", "mlflow.enabled": "false"}) as platform:
+    with running_platform({"jobs.lease_seconds": "6", "mlflow.enabled": "false"}) as platform:
         yield platform
 
 

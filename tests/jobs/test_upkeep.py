@@ -90,7 +90,7 @@ async def test_a_sweep_deletes_only_what_has_expired(database: Database) -> None
         columns: dict[str, Any] = {"purpose": "batch", "filename": "a", "bytes": 1, "created_by": "local"}
         session.add_all([File(id="file-old", **columns, expires_at=long_ago), File(id="file-fresh", **columns)])
         session.add(Upload(id="upload_old", **columns, expires_at=long_ago))
-        session.add(Leadership(id=1, holder="here", token="t", expires_at=now(), waiting={}))
+        session.add(Leadership(id=1, holder="here", token="t", waiting={}))
         finished = [old.id, tracked.id, untracked.id]
         await session.execute(update(Job).where(Job.id.in_(finished)).values(state=State.SUCCEEDED))
         await session.execute(
@@ -99,7 +99,7 @@ async def test_a_sweep_deletes_only_what_has_expired(database: Database) -> None
         await session.execute(update(IdempotencyKey).where(IdempotencyKey.job_id == old.id).values(expires_at=long_ago))
         last_tracked = select(func.max(JobEvent.id)).where(JobEvent.job_id == tracked.id).scalar_subquery()
         await session.execute(update(Leadership).values(tracked_until=last_tracked))
-        lease = {"state": State.RUNNING, "worker": "gone", "lease_token": "t", "lease_expires_at": long_ago}
+        lease = {"state": State.RUNNING, "worker": "gone", "lease_token": "t"}
         await session.execute(update(Job).where(Job.id == dead.id).values(**lease))
     claim = Claim("job_x", "t", "sweep", {}, None, 1, 3, None, None, {}, "worker-1", None)
     # A worker also runs it in a thread, because it has an event loop of its own.

@@ -15,7 +15,6 @@ EPHEMERAL_PORTS = 32_768
 """The first ephemeral port. The system may give a free port above it to another process at once."""
 SETTINGS = {
     "jobs.lease_seconds": "6",
-    "jobs.max_losses": "9",
     "jobs.retry_seconds": "0.1",
     "jobs.slots": "32",
     "jobs.stop_grace_seconds": "1",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from jobs.context import Context
+from jobs.context import Context, StopJob
 from jobs.registry import Resources, job
 
 
@@ -19,6 +19,10 @@ class Empty(BaseModel):
 
 class Seconds(BaseModel):
     seconds: float = 60
+
+
+class Note(BaseModel):
+    file: str
 
 
 class Family(BaseModel):
@@ -47,6 +51,18 @@ def hurried(context: Context, spec: Seconds) -> None:
 def silent(context: Context, spec: Seconds) -> None:
     """Exceeds its stall limit."""
     context.sleep(spec.seconds)
+
+
+@job("noted", spec=Note)
+def noted(context: Context, spec: Note) -> None:
+    """Writes into a file that it runs, and then why it was stopped."""
+    note = Path(spec.file)
+    note.write_text("running")
+    try:
+        context.sleep(86_400)
+    except StopJob as stop:
+        note.write_text(stop.reason)
+        raise
 
 
 @job("family", spec=Family)

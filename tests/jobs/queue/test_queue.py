@@ -3,73 +3,27 @@
 import asyncio
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from sqlalchemy import func, select, update
 
-from cluster import ownership
 from cluster.db import Database, now
 from cluster.errors import Forbidden
 from cluster.ownership import LOCAL, Principal
+from cluster.settings import get_settings
 from jobs import journal, leases, queue, wait_reasons
-from jobs.dispatch.capacity import ClusterCapacity
-from jobs.journal import JournalEntry
-from jobs.leases import Claim, GuardedWrite, LeadershipLost
+from jobs.leases import LeadershipLost
 from jobs.queue import IdempotencyConflict, JobNotFound, JobRequest, JobStateConflict, UnknownDependency
 from jobs.registry import InvalidSpec, UnknownKind
 from jobs.retry_policy import Failure
 from jobs.states import State
 from jobs.tables import Job, JobEvent
+from tests.jobs.queue_harness import QueueHarness
 
 pytestmark = pytest.mark.both_databases
 
 ALICE = Principal(id="a" * 36, name="alice")
 BOB = Principal(id="b" * 36, name="bob")
-
-
-class QueueHarness:
-    """A queue with a leader and a pool of one worker."""
-
-    def __init__(self, database: Database, slots: int = 8) -> None:
-        self.database = database
-        self.capacity = ClusterCapacity(slots)
-        self.capacity.add("worker-1")
-        self.token = ""
-
-    async def lead(self, holder: str = "here") -> str | None:
-        async with self.database.transaction() as session:
-            token = await leases.take_leadership(session, holder)
-        self.token = token or self.token
-        return token
-
-    async def submit(self, principal: Principal = ownership.LOCAL, key: str | None = None, **request: Any) -> Job:
-        job_request = JobRequest.model_validate({"kind": "probe", **request})
-        async with self.database.transaction() as session:
-            return await queue.enqueue(session, job_request, principal, idempotency_key=key)
-
-    async def claim(self) -> list[Claim]:
-        async with self.database.transaction() as session:
-            return await leases.claim_jobs(session, self.token, self.capacity)
-
-    async def write(self, claim: Claim, values: dict[str, Any], *entries: tuple[str, dict[str, Any]]) -> bool:
-        """Return whether the write was accepted."""
-        write = GuardedWrite(
-            claim.job_id, claim.token, values, [JournalEntry(claim.job_id, *entry) for entry in entries]
-        )
-        async with self.database.transaction() as session:
-            rejected = await leases.apply_writes(session, [write])
-        if values.get("state"):
-            self.capacity.release(claim.worker, claim.job_id)
-        return not rejected
-
-    async def job(self, job_id: str) -> Job:
-        async with self.database.read_transaction() as session:
-            return await session.get_one(Job, job_id)
-
-    async def apply(self, action: Any, job_id: str) -> None:
-        async with self.database.transaction() as session:
-            await action(session, await queue.get(session, job_id, LOCAL, lock=True))
 
 
 @pytest.fixture
@@ -160,10 +114,11 @@ async def test_a_job_is_visible_only_to_its_owner(harness: QueueHarness) -> None
 async def test_writes_of_a_worker_whose_lease_expired_are_rejected(harness: QueueHarness) -> None:
     job = await harness.submit()
     (expired,) = await harness.claim()
-    async with harness.database.transaction() as session:
-        await session.execute(update(Job).values(lease_expires_at=now() - timedelta(seconds=1)))
-        assert await leases.release_lost_jobs(session) == [(job.id, "worker-1")]
-    harness.capacity.release("worker-1", job.id)
+    assert await harness.release_expired() == []
+    harness.clock.seconds = get_settings().jobs.lease_seconds
+    assert await harness.release_expired() == []
+    harness.clock.seconds += 0.1
+    assert await harness.release_expired() == [(job.id, "worker-1")]
     (replacement,) = await harness.claim()
     assert replacement.attempt == 1  # a lost worker does not count as an attempt
     assert not await harness.write(expired, leases.succeeded_values("from the grave"), ("succeeded", {}))
@@ -173,24 +128,6 @@ async def test_writes_of_a_worker_whose_lease_expired_are_rejected(harness: Queu
     async with harness.database.read_transaction() as session:
         types = [event.type for event in await journal.read(session, job.id)]
     assert types.count("succeeded") == 1
-
-
-async def test_a_job_that_keeps_losing_its_worker_fails(harness: QueueHarness) -> None:
-    job = await harness.submit()
-    harness.capacity.update_cluster({"CPU": 1.0}, [{"Resources": {"CPU": 1.0}, "Labels": {}}])
-    workers: list[str] = []
-    for _ in range(3):
-        (claim,) = await harness.claim()
-        workers.append(claim.worker)
-        async with harness.database.transaction() as session:
-            await leases.release_lost_jobs(session, worker=claim.worker)
-        harness.capacity.release(claim.worker, job.id)
-    assert workers[:2] == ["worker-1", "worker-1"]
-    # The third attempt has a worker of its own, so no other job can be the cause.
-    assert workers[2].startswith("heavy-")
-    failed = await harness.job(job.id)
-    assert failed.state == State.FAILED
-    assert failed.error["code"] == "worker_lost"  # pyright: ignore[reportOptionalSubscript]
 
 
 async def test_a_retryable_failure_is_retried_from_its_checkpoint(harness: QueueHarness) -> None:
