@@ -47,6 +47,7 @@ from cluster.identity.users import (
     lock_unchanged,
     normalize_email,
     principal,
+    trusted,
 )
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "set_password",
     "should_record_use",
     "start_login",
+    "trusted",
     "user_from_access_token",
     "user_from_key",
     "user_from_refresh_token",

@@ -13,7 +13,7 @@ from typing import Literal
 from uuid import uuid4
 
 from email_validator import EmailNotValidError, validate_email
-from sqlalchemy import String, exists, select
+from sqlalchemy import String, exists, or_, select
 from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,7 +21,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, now
 from cluster.errors import AccountDisabled, Conflict, Forbidden, NotFound, Unauthenticated, UnprocessableRequest
-from cluster.ownership import LOCAL, Principal, system
+from cluster.ownership import LOCAL, Owned, Principal, Query, system
 
 Role = Literal["user", "admin"]
 USERNAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$"
@@ -163,6 +163,13 @@ async def find_principal(session: AsyncSession, owner_id: str | None, name: str 
     if not user.is_active:
         raise AccountDisabled(f"The account of {user.username}, in whose name this runs, is disabled.")
     return principal(user, name)
+
+
+def trusted(query: Query, table: type[Owned], principal: Principal) -> Query:
+    """Of the rows of this query those that the principal, an administrator or the platform has made."""
+    administrators = select(User.id).where(User.role == "admin")
+    owner_id = table.owner_id
+    return query.where(or_(owner_id.is_(None), owner_id == principal.id, owner_id.in_(administrators)))
 
 
 def principal(user: User, name: str | None = None) -> Principal:

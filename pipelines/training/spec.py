@@ -43,6 +43,11 @@ class PromptFilter(Spec):
     ids: list[int] | None = Field(default=None, min_length=1, max_length=100_000)
     tags: list[str] | None = Field(default=None, min_length=1, max_length=100, description="With any of these tags.")
     category: str | None = Field(default=None, max_length=100)
+    all_owners: bool = Field(
+        default=False,
+        description="By tags or a category: also what other users have written, for administrators. Otherwise only "
+        "what they and other administrators have.",
+    )
 
     @model_validator(mode="after")
     def require_filter(self) -> Self:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from sqlalchemy import select
 
 from cluster.db import Database, run_with_database
 from cluster.ownership import LOCAL
 from jobs.context import Context
 from jobs.registry import job
 from pipelines.guardian.feedback import store as feedback_store
-from pipelines.guardian.feedback.store import Feedback, FeedbackFilter
+from pipelines.guardian.feedback.store import FeedbackFilter
 from pipelines.training.data import content as data_content
 from pipelines.training.data import datasets, prompts
 from pipelines.training.data.datasets import Dataset
 from pipelines.training.data.parsing import EmptyData, read_lines, read_samples
-from pipelines.training.data.prompts import Prompt
 from pipelines.training.data.samples import PreferencePair, Sample
 from pipelines.training.spec import ModelName, PromptFilter, Spec
 
@@ -66,16 +64,17 @@ def split(conversations: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 
 async def _prompts(database: Database, model: str) -> tuple[int, list[Sample]]:
+    all_owners = feedback_store.trusts_everybody()
+    filters = FeedbackFilter(model=model, tags=["feedback", model], all_owners=all_owners)
     learned = 0
     while True:
         async with database.transaction() as session:
-            result = await feedback_store.learn(session, FeedbackFilter(model=model, tags=["feedback", model]), LOCAL)
+            result = await feedback_store.learn(session, filters, LOCAL)
             learned += len(result.prompt_ids)
         if not result.remaining:
             break
     async with database.read_transaction() as session:
-        query = select(Prompt.id).join(Feedback, Feedback.prompt_id == Prompt.id).where(Feedback.model == model)
-        ids = list(await session.scalars(query))
+        ids = list(await session.scalars(feedback_store.learned_prompts(model)))
         return learned, await prompts.load_samples(session, PromptFilter(ids=ids), LOCAL) if ids else []
 
 

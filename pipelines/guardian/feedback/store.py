@@ -7,18 +7,20 @@ from typing import Annotated, Any, Literal, Self, cast
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from sqlalchemy import ColumnElement, Index, String, Text, and_, func, or_, select
+from sqlalchemy import ColumnElement, Index, Select, String, Text, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
+from cluster import identity
 from cluster.db import Base, advisory_lock, now
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, NotFound
-from cluster.ownership import Principal, require, visible
+from cluster.ownership import LOCAL, Principal, require, visible
+from cluster.settings import get_settings
 from pipelines.training.data import prompts
 from pipelines.training.data.messages import Message, Tool
 from pipelines.training.data.parsing import first_error_message
-from pipelines.training.data.prompts import OrderedJson, PromptRequest, Tags
+from pipelines.training.data.prompts import OrderedJson, Prompt, PromptRequest, Tags
 from pipelines.training.models import versions as models_versions
 from pipelines.training.models.versions import ModelNotFound
 
@@ -115,6 +117,11 @@ class FeedbackFilter(BaseModel):
     ids: list[Id] | None = Field(default=None, min_length=1, max_length=MAX_LEARNED)
     model: str | None = Field(default=None, min_length=1, max_length=300)
     rating: Rating | None = None
+    all_owners: bool = Field(
+        default=False,
+        description="By a model or a rating: also feedback of other users, for administrators. Otherwise only their "
+        "own and that of other administrators.",
+    )
     category: str | None = Field(default="feedback", min_length=1, max_length=100, description="Of the new prompts.")
     tags: Tags = Field(default=["feedback"], description="Of the new prompts.")
 
@@ -161,7 +168,10 @@ async def find(session: AsyncSession, feedback_id: str, principal: Principal, *,
 
 
 async def learn(session: AsyncSession, filters: FeedbackFilter, principal: Principal) -> LearnResult:
-    """Turn feedback into training prompts, each once: from the correction, or else from an approved answer."""
+    """Turn feedback into training prompts, each once: from the correction, or else from an approved answer.
+
+    Feedback of other users is learned only if its ids are named, or if the filter says so.
+    """
     query = visible(select(Feedback), Feedback, principal)
     if filters.model is not None:
         query = query.where(Feedback.model == base_name(filters.model))
@@ -169,6 +179,8 @@ async def learn(session: AsyncSession, filters: FeedbackFilter, principal: Princ
         query = query.where(Feedback.rating == filters.rating)
     if filters.ids is None:
         query = query.where(Feedback.prompt_id.is_(None), _is_learnable())
+        if not filters.all_owners:
+            query = identity.trusted(query, Feedback, principal)
     else:
         query = query.where(Feedback.id.in_(filters.ids))
     total = await session.scalar(select(func.count()).select_from(query.subquery())) or 0
@@ -195,10 +207,20 @@ async def count_new(session: AsyncSession, model: str) -> int:
     return await session.scalar(select(func.count()).select_from(Feedback).where(*new)) or 0
 
 
+def trusts_everybody() -> bool:
+    """Whether retrainings learn from everybody's feedback, not only from what administrators have given or chosen."""
+    return get_settings().guardian.min_feedback is not None
+
+
+def learned_prompts(model: str) -> Select[int]:
+    """The ids of the prompts from feedback on a model that its retrainings learn from."""
+    query = select(Prompt.id).join(Feedback, Feedback.prompt_id == Prompt.id).where(Feedback.model == base_name(model))
+    return query if trusts_everybody() else identity.trusted(query, Prompt, LOCAL)
+
+
 async def has_learned(session: AsyncSession, model: str) -> bool:
-    """Whether feedback on this model has become training prompts."""
-    learned = (Feedback.model == base_name(model), Feedback.prompt_id.is_not(None))
-    return await session.scalar(select(Feedback.id).where(*learned).limit(1)) is not None
+    """Whether there are prompts from feedback that the retrainings of this model learn from."""
+    return await session.scalar(learned_prompts(model).limit(1)) is not None
 
 
 def to_prompt(feedback: Feedback, category: str | None, tags: Sequence[str]) -> PromptRequest:

@@ -11,6 +11,7 @@ from sqlalchemy import JSON, Select, String, Text, func, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
+from cluster import identity
 from cluster.db import Base, now
 from cluster.db import Sequence as Counter
 from cluster.errors import InvalidRequest, NotFound, UnprocessableRequest
@@ -155,9 +156,14 @@ def filter_prompts(
 
 
 async def find_matching_ids(session: AsyncSession, prompt_filter: PromptFilter, principal: Principal) -> list[int]:
-    """The ids of the prompts that match, in ascending order. Raises NoMatchingPrompt if there are none."""
+    """The ids of the prompts that match, in ascending order. Raises NoMatchingPrompt if there are none.
+
+    What other users have written is learned only if its ids are named, or if the filter says so.
+    """
     query = visible(select(Prompt.id), Prompt, principal).order_by(Prompt.id)
     query = filter_prompts(session, query, category=prompt_filter.category, tags=prompt_filter.tags)
+    if prompt_filter.ids is None and not prompt_filter.all_owners:
+        query = identity.trusted(query, Prompt, principal)
     if prompt_filter.ids is None:
         found = list(await session.scalars(query))
     else:
@@ -168,7 +174,8 @@ async def find_matching_ids(session: AsyncSession, prompt_filter: PromptFilter, 
         if missing and prompt_filter.tags is None and prompt_filter.category is None:
             raise PromptNotFound(f"There {_missing_text(sorted(missing))}.")
     if not found:
-        raise NoMatchingPrompt(f"No training prompt of yours has {_describe_filter(prompt_filter)}.")
+        remedy = " With all_owners, those of other users count too." if principal.is_admin else ""
+        raise NoMatchingPrompt(f"No training prompt of yours has {_describe_filter(prompt_filter)}.{remedy}")
     return found
 
 

@@ -112,7 +112,7 @@ async def _resolve(database: Database, data: DataSource, owner_id: str | None) -
             samples = read_samples(read_lines(content), file.filename)
             return await _build_dataset(database, f"file/{_slug(file.filename)}", samples, {"file": file.id}, principal)
     if data.prompts is not None:
-        source = {"prompts": data.prompts.model_dump(exclude_none=True)}
+        source = {"prompts": data.prompts.model_dump(exclude_defaults=True)}
         return await _build_dataset(database, _prompts_name(data), prompt_samples, source, principal)
     if data.folder is not None:
         folder = _require_folder(data.folder, principal)

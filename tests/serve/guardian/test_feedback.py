@@ -146,7 +146,8 @@ async def test_feedback_becomes_a_prompt_once(api: ApiClient) -> None:
     # Feedback of other users is not found, except by administrators.
     refused = await api.request("ada", "POST", LEARN, json={"ids": [bobs["id"]]})
     assert (refused.status_code, refused.json()["error_code"]) == (404, "FEEDBACK_NOT_FOUND")
-    filters = {"model": "homelab:latest", "rating": "up", "category": "praise", "tags": ["praised"]}
+    filters: dict[str, Any] = {"model": "homelab:latest", "rating": "up", "category": "praise", "tags": ["praised"]}
+    filters["all_owners"] = True
     (prompt_id,) = (await api.request("admin", "POST", LEARN, json=filters)).json()["prompt_ids"]
     created = (await api.request("admin", "GET", f"/api/training/prompts/{prompt_id}")).json()
     assert (created["category"], created["tags"], created["created_by"]) == ("praise", ["praised"], "admin")

@@ -211,7 +211,7 @@ async def test_prompts_are_selected_for_training(database: Database) -> None:
     assert await matching_ids(tags=["b", "c"]) == [two, three]
     assert await matching_ids(tags=["a", "c"], ids=[three, one]) == [one, three]
     assert await matching_ids(category="media") == [one, two, three]
-    assert await matching_ids(LOCAL, tags=["a"]) == [one, two, bobs.id]
+    assert await matching_ids(LOCAL, tags=["a"], all_owners=True) == [one, two, bobs.id]
     with pytest.raises(NoMatchingPrompt, match="No training prompt of yours has any of the tags nothing"):
         await matching_ids(tags=["nothing"])
     with pytest.raises(NoMatchingPrompt, match="the category 'x' and any of the tags a"):
