@@ -82,7 +82,7 @@ async def create_ollama_embedding(
 
 async def _apply_keep_alive(request: Request, caller: Principal, body: BaseOllamaEmbedRequest) -> None:
     model = await get_models(request).resolve(body.model, caller)
-    await apply_keep_alive(get_engine(request), model, body.keep_alive)
+    await apply_keep_alive(get_engine(request), model, body.keep_alive, caller)
 
 
 async def _embed(

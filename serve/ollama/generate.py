@@ -1,7 +1,8 @@
 """The routes /api/chat and /api/generate of Ollama's API."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -10,12 +11,11 @@ from cluster.errors import ForgearrError
 from cluster.ownership import Principal
 from cluster.times import parse_duration
 from serve.engines.collect import ChunkAccumulator
-from serve.engines.protocol import Chunk, Engine
+from serve.engines.protocol import Chunk
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.error_handlers import as_forgearr_error
 from serve.models.dependencies import get_engine, get_models
-from serve.models.resolver import ResolvedModel
-from serve.ollama.keep_alive import apply_keep_alive
+from serve.ollama.keep_alive import apply_keep_alive, require_own, set_keep_alive
 from serve.ollama.lines import (
     NDJSON,
     ChatFormatter,
@@ -29,7 +29,7 @@ from serve.ollama.lines import (
     to_line,
     tool_calls_of,
 )
-from serve.ollama.schemas import BaseRequest, ChatRequest, GenerateRequest
+from serve.ollama.schemas import ChatRequest, GenerateRequest
 from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api")
@@ -60,29 +60,27 @@ async def _respond(
     if is_empty:
         # In Ollama's API an empty request loads or unloads the model.
         should_unload = body.keep_alive is not None and parse_duration(body.keep_alive) == 0
-        if not should_unload:
+        if should_unload:
+            require_own(model, caller)
+        else:
             await cancel_on_disconnect(request, engine.load(model.reference, model.source))
-        if body.keep_alive is not None:
-            await engine.set_keep_alive(model.reference, parse_duration(body.keep_alive), model.source)
+        await set_keep_alive(engine, model, body.keep_alive, caller)
         return json_response(formatter.empty_response("unload" if should_unload else "load"))
     stream = engine.chat(model.reference, body.for_engine(), model.source)
+    keep_alive = partial(apply_keep_alive, engine, model, body.keep_alive, caller)
     # Until the first chunks arrive, an error can still set the status.
     first = await cancel_on_disconnect(request, anext(stream))
     if body.is_streamed:
-        lines = _stream_lines(first, stream, formatter, engine, body, model)
+        lines = _stream_lines(first, stream, formatter, keep_alive)
         return StreamingResponse(lines, media_type=NDJSON, headers={"X-Accel-Buffering": "no"})
-    return json_response(
-        await cancel_on_disconnect(request, _complete_response(first, stream, formatter, engine, body, model))
-    )
+    return json_response(await cancel_on_disconnect(request, _complete_response(first, stream, formatter, keep_alive)))
 
 
 async def _complete_response(
     first: list[Chunk],
     chunks: AsyncGenerator[list[Chunk]],
     formatter: ResponseFormatter,
-    engine: Engine,
-    body: BaseRequest,
-    model: ResolvedModel,
+    keep_alive: Callable[[], Awaitable[None]],
 ) -> Line:
     accumulator = ChunkAccumulator()
     async with aclosing(chunks):
@@ -97,7 +95,7 @@ async def _complete_response(
     )
     if choice["logprobs"]:
         fields["logprobs"] = choice["logprobs"]["content"]
-    await apply_keep_alive(engine, model, body.keep_alive)
+    await keep_alive()
     return formatter.final_line(done_reason(choice), result, **fields)
 
 
@@ -105,9 +103,7 @@ async def _stream_lines(
     first: list[Chunk],
     chunks: AsyncGenerator[list[Chunk]],
     formatter: ResponseFormatter,
-    engine: Engine,
-    body: BaseRequest,
-    model: ResolvedModel,
+    keep_alive: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[bytes]:
     accumulator = ChunkAccumulator()
     async with aclosing(chunks):
@@ -118,7 +114,7 @@ async def _stream_lines(
         except ForgearrError as error:
             yield to_line({"error": as_forgearr_error(error).message})
             return
-    await apply_keep_alive(engine, model, body.keep_alive)
+    await keep_alive()
     result = accumulator.result()
     (choice,) = result["choices"]
     calls = tool_calls_of(choice.get("message", {}))

@@ -20,7 +20,8 @@ KeepAlive = Annotated[
     float | str | None,
     Field(
         description="How long the model stays in memory afterwards: seconds, or a duration such as 5m. Negative: until "
-        "its memory is needed. Null: as the settings say."
+        "its memory is needed. Null: as the settings say. Has no effect on models of others, unless you are an "
+        "administrator."
     ),
     AfterValidator(_validate_duration),
 ]
