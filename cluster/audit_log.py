@@ -32,6 +32,7 @@ Action = Literal[
     "logout",
     "model.delete",
     "model.deploy",
+    "model.retire",
     "model.rollback",
     "movie.delete",
     "password.change",

@@ -28,6 +28,7 @@ class JobOutput:
     spec: dict[str, Any]
     result: dict[str, Any]
     finished_at: datetime
+    owner_id: str | None  # of the job
 
 
 def get_output(job_id: str, kind: str, owner_id: str | None) -> JobOutput:
@@ -52,7 +53,7 @@ async def find_output(session: AsyncSession, job_id: str, kind: str, principal: 
         raise OutputMissing(f"{job.id} is {job.state}; only a job that succeeded has an output to continue from.")
     assert isinstance(job.result, dict)
     assert job.finished_at is not None
-    return JobOutput(job.id, job.spec, job.result, job.finished_at)
+    return JobOutput(job.id, job.spec, job.result, job.finished_at, job.owner_id)
 
 
 def own_job(job_id: str) -> Job:

@@ -1,4 +1,4 @@
-"""`forgearr deploy` and `forgearr rollback`: change which version of a model is served."""
+"""`forgearr deploy`, `forgearr rollback` and `forgearr retire`: change which version of a model is served."""
 
 from typing import Annotated
 
@@ -24,5 +24,14 @@ def rollback(name: Annotated[str, typer.Argument(help="Name of the model.")]) ->
     console = make_console()
     result = call("POST", f"/api/v1/models/{name}/rollback")
     console.print(f"{name}:latest is v{result['version']} again; it was v{result['previous']}.")
+    if result["warning"]:
+        console.print(result["warning"], style="yellow", soft_wrap=True)
+
+
+def retire(name: Annotated[str, typer.Argument(help="Name of the model.")]) -> None:
+    """Serve no version of a model any more, at once. Its versions stay."""
+    console = make_console()
+    result = call("POST", f"/api/v1/models/{name}/retire")
+    console.print(f"{name}:latest is no version any more; it was v{result['version']}.")
     if result["warning"]:
         console.print(result["warning"], style="yellow", soft_wrap=True)

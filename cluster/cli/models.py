@@ -34,13 +34,14 @@ def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     if as_json:
         console.print_json(data=found)
         return
-    rows = table("Model", "Version", "Served", "Size", "Quantization", "Passed", "Created")
+    rows = table("Model", "Version", "Seen by", "Served", "Size", "Quantization", "Passed", "Created")
     for model in found:
         for version in model["versions"]:
             files = version["files"]
             rows.add_row(
                 model["name"],
                 f"v{version['version']}",
+                "its owner" if version["visibility"] == "private" else "all",
                 "[green]served[/]" if version["version"] == model["served_version"] else "",
                 f"{files[0]['bytes'] / MB:.1f} MB",
                 ", ".join(file["quantization"] for file in files),

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from cluster.times import UtcTime
 from serve.engines.protocol import Phase
-from serve.models.dependencies import get_engine
+from serve.models.dependencies import get_engine, get_models
 from serve.security.callers import CurrentCaller
 
 router = APIRouter(prefix="/api/v1/engines")
@@ -32,8 +32,8 @@ class EngineModels(BaseModel):
 
 @router.get("")
 async def show_engines(request: Request, caller: CurrentCaller) -> EngineModels:
-    """List the models in memory, and the progress of those that are being loaded."""
-    engine = get_engine(request)
+    """List the models in memory that you may use, and the progress of those that are being loaded."""
+    engine, models = get_engine(request), get_models(request)
     loading = [
         EngineModel(
             model=model.reference,
@@ -46,6 +46,7 @@ async def show_engines(request: Request, caller: CurrentCaller) -> EngineModels:
             leaves_at=None,
         )
         for model in await engine.loading()
+        if await models.can_use(model.reference, caller)
     ]
     loaded = [
         EngineModel(
@@ -59,5 +60,6 @@ async def show_engines(request: Request, caller: CurrentCaller) -> EngineModels:
             leaves_at=loaded_model.leaves_at,
         )
         for loaded_model in await engine.loaded()
+        if await models.can_use(loaded_model.reference, caller)
     ]
     return EngineModels(models=loading + loaded)

@@ -19,10 +19,10 @@ class NotRegistered(InvalidRequest):
     code = "NOT_REGISTERED"
 
 
-async def active_model(request: Request) -> str | None:
+async def active_model(request: Request, caller: Principal) -> str | None:
     """The newest served model; None if there is none, or if the registry does not respond."""
     try:
-        return newest_name(await served_versions(request))
+        return newest_name(await served_versions(request, caller))
     except Unavailable:
         return None
 
@@ -41,8 +41,9 @@ async def delete_and_unload(request: Request, reference: str, caller: Principal)
             await get_engine(request).unload(version.reference, version)
 
 
-async def served_versions(request: Request) -> list[Version]:
-    return [model.served for model in await get_models(request).list_registered() if model.served is not None]
+async def served_versions(request: Request, caller: Principal) -> list[Version]:
+    models = await get_models(request).list_registered(caller)
+    return [model.served for model in models if model.served is not None]
 
 
 def newest_name(served: list[Version]) -> str | None:

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
 from cluster.db import Database, get_database
-from cluster.errors import Unavailable
+from cluster.errors import ForgearrError, Unavailable
 from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import outputs
 from jobs.queue import JobNotFound
-from pipelines.training.models import registry, tiny
+from pipelines.training.models import access, registry, tiny
 from pipelines.training.models.versions import Model, ModelNotFound, Version
 from serve.engines.ollama.engine import OllamaEngine
 from serve.engines.protocol import ModelFolder, OllamaModel, Source
@@ -77,7 +77,7 @@ class ModelResolver:
         if folder := configured_folders().get(name):
             return ResolvedModel(name, folder)
         try:
-            return await self._resolve_registered(reference)
+            return await self._resolve_registered(reference, principal)
         except (ModelNotFound, Unavailable):  # the Ollama server may have it
             names = {reference, f"{reference}:latest"}
             remote = next((model for model in await self._remote.get() if model.name in names), None)
@@ -85,7 +85,17 @@ class ModelResolver:
                 raise
             return ResolvedModel(remote.name, remote)
 
-    async def _resolve_registered(self, reference: str) -> ResolvedModel:
+    async def can_use(self, reference: str, principal: Principal) -> bool:
+        """Whether the principal may know of a model in memory. What cannot be resolved now is not shown."""
+        if principal.is_admin:
+            return True
+        try:
+            await self.resolve(reference, principal)
+        except ForgearrError:
+            return False
+        return True
+
+    async def _resolve_registered(self, reference: str, principal: Principal) -> ResolvedModel:
         if not get_settings().mlflow.enabled:
             raise ModelNotFound(f"There is no model '{reference}': models are registered in MLflow, which is disabled.")
         cached = self._versions.get(reference) or _Cached(lambda: _find(reference))
@@ -94,25 +104,27 @@ class ModelResolver:
         if len(self._versions) >= MAX_CACHED_VERSIONS:
             self._versions.clear()
         self._versions[reference] = cached
+        # The cache is everybody's, so whoever asks is compared with each answer.
+        access.require_visible(version, principal, reference)
         return ResolvedModel(version.reference, version)
 
-    async def list_remote(self) -> list[OllamaModel]:
+    async def list_remote(self, principal: Principal) -> list[OllamaModel]:
         """The models of the Ollama server whose names are not used here. Empty while the server does not respond."""
         try:
             remote_models = await self._remote.get()
         except Unavailable as error:
             log.warning("The models of the Ollama server are not listed: %s", error.message)
             return []
-        models = await self.list_registered()
+        models = await self.list_registered(principal)
         own_names = {f"{model.name}:latest" for model in models if model.served} | {
             version.reference for model in models for version in model.versions
         }
         own_names |= {f"{name}:latest" for name in (tiny.NAME, *configured_folders())}
         return [model for model in remote_models if model.name not in own_names]
 
-    async def list_registered(self) -> list[Model]:
-        """The registered models, by name."""
-        return await self._models.get() if get_settings().mlflow.enabled else []
+    async def list_registered(self, principal: Principal) -> list[Model]:
+        """The registered models that the principal may see, by name."""
+        return access.visible_models(await self._models.get(), principal) if get_settings().mlflow.enabled else []
 
     def clear_cache(self) -> None:
         """Read the registry again: a client has changed it through this replica, and expects to see the change."""

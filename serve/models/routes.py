@@ -1,8 +1,8 @@
 """The routes /api/v1/models: the registered models, and which of their versions is served as NAME:latest."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path
+from fastapi import APIRouter, Header, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import audit_log
@@ -10,11 +10,12 @@ from cluster.times import UtcTime
 from jobs.queue import JobRequest
 from pipelines.training.deploy import job as deploy_job
 from pipelines.training.deploy.job import VersionNotPassed
-from pipelines.training.models import registry
-from pipelines.training.models.versions import Model, Version
+from pipelines.training.models import access, registry
+from pipelines.training.models.versions import Model, Version, Visibility
 from pipelines.training.spec import ModelName
 from serve.http.pagination import Page, PaginationParams
 from serve.jobs.routes import JobView, create_job
+from serve.models.dependencies import get_models
 from serve.security.callers import AdminCaller, CurrentCaller
 
 router = APIRouter(prefix="/api/v1/models")
@@ -36,6 +37,11 @@ class VersionView(BaseModel):
     version: int
     model_name: str = Field(examples=["homelab:v3"])
     served: bool = Field(description="Whether it is NAME:latest.")
+    visibility: Visibility = Field(
+        description="Who sees it. private: its owner and administrators. shared: everybody. served: everybody, because "
+        "it was served once."
+    )
+    owner_id: str | None = Field(description="The account that trained it. Null: an administrator's or the platform.")
     passed: bool | None = Field(description="Whether it passed its validation. Null: it was never validated.")
     reasons: list[str] = Field(description="Why it did not pass its validation.")
     validation: dict[str, Any] | None = Field(
@@ -69,6 +75,12 @@ class DeployRequest(BaseModel):
     )
 
 
+class VersionChanges(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    visibility: Literal["private", "shared"]
+
+
 class RollbackResult(BaseModel):
     name: str
     version: int = Field(description="The version that is served now.")
@@ -78,19 +90,25 @@ class RollbackResult(BaseModel):
     )
 
 
+class RetireResult(BaseModel):
+    name: str
+    version: int = Field(description="The version that was served until now.")
+    warning: str | None = Field(description="Set if the Ollama server could not be updated.")
+
+
 @router.get("")
 async def list_models(caller: CurrentCaller, paging: PaginationParams) -> Page[ModelView]:
-    """List the models by name, with all their versions."""
+    """List the models by name, with their versions. Of private versions only your own are listed."""
     async with registry.connect() as models:
-        found = paging.cut(await models.models())
+        found = paging.cut(access.visible_models(await models.models(), caller))
     return paging.page([_view(model) for model in found.items], found.total)
 
 
 @router.get("/{name}")
 async def show_model(name: ModelName, caller: CurrentCaller) -> ModelView:
-    """Get a model with all its versions."""
+    """Get a model with its versions."""
     async with registry.connect() as models:
-        return _view(await models.model(name))
+        return _view(access.visible_model(await models.model(name), caller))
 
 
 @router.post("/{name}/deploy", status_code=201)
@@ -120,9 +138,28 @@ async def roll_back_model(name: ModelName, caller: AdminCaller) -> RollbackResul
     return RollbackResult(name=name, version=version.number, previous=replaced, warning=warning)
 
 
+@router.post("/{name}/retire")
+async def retire_model(name: ModelName, caller: AdminCaller, request: Request) -> RetireResult:
+    """Serve no version of a model any more, at once. Its versions stay."""
+    version, warning = await deploy_job.retire(name)
+    await audit_log.record_alone("model.retire", caller, version.reference)
+    get_models(request).clear_cache()
+    return RetireResult(name=name, version=version.number, warning=warning)
+
+
+@router.patch("/{name}/versions/{version}")
+async def change_version(
+    name: ModelName, version: VersionNumber, body: VersionChanges, caller: CurrentCaller, request: Request
+) -> VersionView:
+    """Share a version with everybody, or make it private again: your own, or any for administrators."""
+    changed = await access.set_visibility(f"{name}:v{version}", body.visibility, caller)
+    get_models(request).clear_cache()
+    return _version_view(changed, served=False)
+
+
 @router.delete("/{name}", status_code=204)
 async def delete_model(name: ModelName, caller: AdminCaller) -> None:
-    """Delete a model: all its versions, including the served one, and their files. Their numbers are not reused."""
+    """Delete a model that is not served: all its versions and their files. Their numbers are not reused."""
     async with registry.connect() as models:
         await models.delete_model(name)
     await audit_log.record_alone("model.delete", caller, name)
@@ -132,7 +169,7 @@ async def delete_model(name: ModelName, caller: AdminCaller) -> None:
 async def delete_version(name: ModelName, version: VersionNumber, caller: AdminCaller) -> None:
     """Delete a version that is not served, and its files. Its number is not reused."""
     async with registry.connect() as models:
-        await models.delete_version(name, version)
+        await models.delete_versions(name, [version])
     await audit_log.record_alone("model.delete", caller, f"{name}:v{version}")
 
 
@@ -144,7 +181,7 @@ def _view(model: Model) -> ModelView:
 
 def _version_view(version: Version, served: bool) -> VersionView:
     copied_fields = ("name", "passed", "reasons", "validation", "comparison")
-    copied_fields += ("files", "adapter", "base_model", "created_at")
+    copied_fields += ("files", "adapter", "base_model", "created_at", "visibility", "owner_id")
     return VersionView(
         **{name: getattr(version, name) for name in copied_fields},
         version=version.number,

@@ -81,7 +81,7 @@ async def copy_model(request: Request, body: CopyRequest, caller: AdminCaller) -
 async def delete_model(request: Request, body: DeleteRequest, caller: CurrentCaller) -> Response:
     """Delete a version (NAME:v3), or a model with all its versions (NAME, NAME:latest).
 
-    Administrators may delete any model, others only their own.
+    What is served is deleted by nobody. Administrators may delete everything else, others what is theirs.
     """
     await delete_and_unload(request, body.model, caller)
     return Response()

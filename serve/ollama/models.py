@@ -91,7 +91,7 @@ class VersionView(BaseModel):
 @router.get("/tags")
 async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
     """List the registered models, under each of their names, and the models of the configured Ollama server."""
-    models = await get_models(request).list_registered()
+    models = await get_models(request).list_registered(caller)
     latest = [_tag(f"{model.name}:latest", model.served) for model in models if model.served]
     versions = [_tag(version.reference, version) for model in models for version in model.versions]
     remote = [
@@ -103,7 +103,7 @@ async def list_tags(request: Request, caller: CurrentCaller) -> Tags:
             digest=model.digest,
             details=_details(model),
         )
-        for model in await get_models(request).list_remote()
+        for model in await get_models(request).list_remote(caller)
     ]
     return Tags(models=[*latest, *versions, *remote])
 
@@ -144,10 +144,10 @@ async def show(request: Request, body: ShowRequest, caller: CurrentCaller) -> Sh
 
 @router.get("/ps")
 async def list_running(request: Request, caller: CurrentCaller) -> RunningModels:
-    """List the models in memory."""
+    """List the models in memory that you may use."""
     versions = {
         version.reference: version
-        for model in await get_models(request).list_registered()
+        for model in await get_models(request).list_registered(caller)
         for version in model.versions
     }
     return RunningModels(
@@ -162,6 +162,7 @@ async def list_running(request: Request, caller: CurrentCaller) -> RunningModels
                 details=_details(version) if version else None,
             )
             for loaded in await get_engine(request).loaded()
+            if await get_models(request).can_use(loaded.reference, caller)
         ]
     )
 

@@ -58,11 +58,11 @@ class ModelSummaries(BaseModel):
 
 @router.get("/models")
 async def list_models(request: Request, caller: CurrentCaller) -> ModelCards:
-    """List the models that requests can name. Of fine-tuned models (ft:…) only your own are listed."""
-    models = await get_models(request).list_registered()
+    """List the models that requests can name. Of private models only your own are listed."""
+    models = await get_models(request).list_registered(caller)
     cards = [card for model in models for card in _model_cards(model)]
     folder_cards = [_card(name, folder.created_at) for name, folder in configured_folders().items()]
-    remote_cards = [_remote_card(model) for model in await get_models(request).list_remote()]
+    remote_cards = [_remote_card(model) for model in await get_models(request).list_remote(caller)]
     return ModelCards(
         data=[*cards, *folder_cards, _tiny_card(), *await _fine_tuned_cards(models, caller), *remote_cards]
     )
@@ -85,7 +85,7 @@ async def delete_model(
 ) -> ModelDeleted:
     """Delete a version (NAME:v3, or ft:…), or a model with all its versions (NAME, NAME:latest).
 
-    Administrators may delete any model, others only their own.
+    What is served is deleted by nobody. Administrators may delete everything else, others what is theirs.
     """
     await delete_and_unload(request, model, caller)
     return ModelDeleted(id=model)
@@ -94,7 +94,7 @@ async def delete_model(
 @summary_router.get("/models")
 async def summarize_models(request: Request, caller: CurrentCaller) -> ModelSummaries:
     """List the served models in short form."""
-    served = await served_versions(request)
+    served = await served_versions(request, caller)
     return ModelSummaries(
         models=[
             ModelSummary(name=latest_name(version), size=version.file.bytes, modified_at=version.created_at)

@@ -100,7 +100,7 @@ async def show_settings(caller: CurrentCaller, request: Request) -> SettingsView
     }
     return SettingsView(
         mcp_servers=servers,
-        llm=LlmSettings(model=await active_model(request)),
+        llm=LlmSettings(model=await active_model(request, caller)),
         audit=AuditSettings(auto_audit_enabled=enabled, auto_audit_interval_hours=hours),
     )
 

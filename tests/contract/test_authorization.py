@@ -79,7 +79,7 @@ WITHOUT_OWNER = (
     "/api/v1/mcp/",
     "/api/v1/config/",
 )
-"""Paths with these prefixes belong to nobody: all users see the same."""
+"""Paths with these prefixes name no row with an owner. For models see tests/security/test_api1_models.py."""
 
 OWNED_LISTS = (
     "/api/v1/jobs",
@@ -136,6 +136,8 @@ class GuardedServer:
                 return {"kind": "probe"}
             case "POST /api/v1/models/{name}/deploy":
                 return {"version": 1}
+            case "PATCH /api/v1/models/{name}/versions/{version}":
+                return {"visibility": "shared"}
             case "POST /api/v1/schedules" | "PUT /api/v1/schedules/{schedule_id}":
                 return {"name": "another", "kind": "probe", "cron": "0 3 * * *"}
             case "POST /api/training/prompts" | "PUT /api/training/prompts/{prompt_id}":

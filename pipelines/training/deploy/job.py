@@ -80,6 +80,23 @@ async def roll_back(name: str) -> tuple[Version, int, str | None]:
     return version, replaced, " ".join(warnings) or None
 
 
+async def retire(name: str) -> tuple[Version, str | None]:
+    """Serve no version of a model any more, without a job. Its versions stay, and can be deployed again.
+
+    Returns the version that was served, and a warning if Ollama could not be updated.
+    """
+    async with registry.connect() as models:
+        version = await models.retire(name)
+    url = get_settings().ollama.url
+    if url is None or version.is_adapter:
+        return version, None
+    try:
+        await asyncio.to_thread(ollama_push.remove_latest, url, name)
+    except (OllamaUnavailable, OllamaRefused) as error:
+        return version, f"{error.message} There, {name}:latest is still {version.reference}."
+    return version, None
+
+
 async def _deploy(context: Context, spec: DeploySpec) -> dict[str, Any]:
     try:
         result = await _serve_version(context, spec)

@@ -12,6 +12,7 @@ from pipelines.training.models.versions import Version
 
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 900  # while the server reads, checks and copies a file of many GB
+NOT_FOUND = 404
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 
@@ -52,6 +53,18 @@ def set_latest(url: str, version: Version) -> None:
 
     with translate_errors(url), ollama.Client(host=url, timeout=CONNECT_TIMEOUT_SECONDS) as client:
         client.copy(version.reference, f"{version.name}:latest")
+
+
+def remove_latest(url: str, name: str) -> None:
+    """Remove the name NAME:latest, if the server has it. The versions stay there."""
+    import ollama
+
+    with translate_errors(url), ollama.Client(host=url, timeout=CONNECT_TIMEOUT_SECONDS) as client:
+        try:
+            client.delete(f"{name}:latest")
+        except ollama.ResponseError as error:
+            if error.status_code != NOT_FOUND:
+                raise
 
 
 def _create_options(path: Path) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import disk
+from cluster.db import Database, run_with_database
 from cluster.errors import ForgearrError, Unavailable, UnprocessableRequest
+from cluster.files import disk
+from cluster.identity import User
 from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import outputs
@@ -24,6 +26,7 @@ from jobs.outputs import JobOutput
 from jobs.registry import Resources, job
 from pipelines.training.export import convert, llama_converter, quantize
 from pipelines.training.models import base_models, names, registry
+from pipelines.training.models import cache as model_cache
 from pipelines.training.models.versions import ModelFile, RegistryDisabled, Version
 from pipelines.training.spec import ExportSpec, Quantization
 
@@ -256,6 +259,9 @@ async def _register(
     owner: Principal,
     on_progress: Callable[[int, int], None],
 ) -> Version:
+    owner_id = await asyncio.to_thread(
+        run_with_database, lambda database: owner_of_version(database, training.owner_id)
+    )
     async with registry.connect() as models:
         version = await models.register(
             name,
@@ -266,11 +272,21 @@ async def _register(
             job_id=training.job_id,
             export_job_id=job_id,
             principal=owner,
+            owner_id=owner_id,
             on_progress=on_progress,
         )
     for file, path, _ in files[:1]:  # the served file is likely to be needed on this machine next
-        registry.cache_file(path, file.sha256)
+        model_cache.cache_file(path, file.sha256)
     return version
+
+
+async def owner_of_version(database: Database, trainer_id: str | None) -> str | None:
+    """The owner of a model that this account has trained. What administrators train belongs to nobody."""
+    if trainer_id is None:
+        return None
+    async with database.read_transaction() as session:
+        trainer = await session.get(User, trainer_id)
+    return None if trainer is not None and trainer.role == "admin" else trainer_id
 
 
 def _file_result(file: ModelFile, seconds: float) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _train_or_resume(context: Context, spec: FineTuneSpec, state: dict[str, Any]
         state["dataset"] = resolution.resolve(spec.data, context.owner_id).id
         if spec.validation:
             state["validation"] = resolution.resolve(spec.validation, context.owner_id).id
-        state["base_model"] = base_models.pin_reference(spec.base_model)
+        state["base_model"] = base_models.pin_reference(spec.base_model, context.owner_id)
         context.checkpoint(state)
     dataset = datasets.get(state["dataset"])
     context.input(dataset.name, dataset.digest, dataset.address, samples=dataset.samples)

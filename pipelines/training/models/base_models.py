@@ -14,7 +14,7 @@ from cluster.errors import NotFound
 from cluster.settings import get_settings, home
 from jobs import outputs
 from jobs.execution import isolated
-from pipelines.training.models import chat_template, merge, registry, tiny
+from pipelines.training.models import access, chat_template, merge, registry, tiny
 from pipelines.training.models import versions as models_versions
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -50,11 +50,15 @@ def resolve(reference: str, owner_id: str | None = None) -> str:
     return folder
 
 
-def pin_reference(reference: str) -> str:
-    """Replace NAME:latest by NAME:v3, which always refers to the same version. Other references stay unchanged."""
+def pin_reference(reference: str, owner_id: str | None) -> str:
+    """Replace NAME:latest by NAME:v3, which always refers to the same version. Other references stay unchanged.
+
+    The version must be visible to the account `owner_id`. None: the platform, which may see all.
+    """
     if reference.startswith(("/", "~", ".")) or ":" not in reference:
         return reference
-    return asyncio.run(_find_version(reference)).reference
+    version = asyncio.run(_find_version(reference))
+    return access.require_visible(version, outputs.find_owner(owner_id), reference).reference
 
 
 def is_adapter(model: Path) -> bool:

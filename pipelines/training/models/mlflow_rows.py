@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from cluster.ownership import Principal
 from cluster.settings import get_settings
@@ -15,6 +15,7 @@ from pipelines.training.models.versions import (
     ModelFile,
     ModelNameTaken,
     Version,
+    Visibility,
 )
 
 BLOB_SOURCE = "forgearr:/blobs"
@@ -56,6 +57,7 @@ def is_ours(row: dict[str, Any]) -> bool:
 def version_of_row(row: dict[str, Any]) -> Version:
     tags = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
     adapter = json.loads(tags["adapter"])
+    owner_id = tags.get("owner_id") or None
     return Version(
         name=row["name"],
         number=int(row["version"]),
@@ -69,6 +71,8 @@ def version_of_row(row: dict[str, Any]) -> Version:
         reasons=json.loads(tags.get("reasons", "[]")),
         validation=json.loads(tags.get("validation", "null")),
         defaults=ModelDefaults(**json.loads(tags.get("manner", "{}"))),
+        owner_id=owner_id,
+        visibility=cast(Visibility, tags.get("visibility") or ("private" if owner_id else "shared")),
         parent=tags.get("parent", ""),
         comparison=json.loads(tags.get("comparison", "null")),
         created_at=datetime.fromtimestamp(int(row["creation_timestamp"]) / 1000, UTC),

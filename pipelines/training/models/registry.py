@@ -17,7 +17,6 @@ from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from pipelines.training.models import blobs, tiny
 from pipelines.training.models import cache as model_cache
-from pipelines.training.models.cache import cache_file
 from pipelines.training.models.mlflow_rows import (
     BLOB_SOURCE,
     MAX_HISTORY,
@@ -45,24 +44,12 @@ from pipelines.training.models.versions import (
     Version,
     VersionInUse,
     VersionServed,
+    Visibility,
     parse_reference,
+    unknown_model,
+    unknown_version,
 )
 
-__all__ = [
-    "Model",
-    "ModelDefaults",
-    "ModelFile",
-    "ModelNotFound",
-    "NoEarlierVersion",
-    "Registry",
-    "RegistryDisabled",
-    "Version",
-    "VersionInUse",
-    "VersionServed",
-    "cache_file",
-    "connect",
-    "parse_reference",
-]
 PAGE_SIZE = 1000
 OnProgress = Callable[[int, int], None]
 """Receives the number of bytes that are done, and their total."""
@@ -83,9 +70,13 @@ class Registry:
         job_id: str,
         export_job_id: str,
         principal: Principal,
+        owner_id: str | None = None,
         on_progress: OnProgress = lambda done, total: None,
     ) -> Version:
-        """Upload files and make them the next version of `name`. Repeated by the same export, it is one version."""
+        """Upload files and make them the next version of `name`, which is private if it has an owner.
+
+        Repeated by the same export, it is one version.
+        """
         await self._ensure_model(name, principal)
         if existing := await self._find_by_export(name, export_job_id):
             return existing[-1]
@@ -100,7 +91,7 @@ class Registry:
             )
             sent_before += file.bytes
         tags = version_tags([file for file, _ in files], adapter[0] if adapter else None, base_model)
-        tags |= {"job_id": job_id, "export_job_id": export_job_id}
+        tags |= {"job_id": job_id, "export_job_id": export_job_id, "owner_id": owner_id or ""}
         await self._create_version(name, source, run_id, tags, version_description(base_model, job_id, export_job_id))
         return await self._merge_export_versions(name, export_job_id)
 
@@ -129,8 +120,8 @@ class Registry:
         row = await self._version_row(version.name, version.number)
         await self._ensure_model(name, LOCAL)  # only administrators do this
         tags = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
-        # The copy must not be found as the version of the export job.
-        tags |= {"export_job_id": "", "parent": version.reference}
+        # The copy must not be found as the version of the export job. It belongs to those who may copy.
+        tags |= {"export_job_id": "", "parent": version.reference, "owner_id": "", "visibility": ""}
         tags.pop("comparison", None)
         if defaults is not None and defaults != version.defaults:
             replaced_tags = {"manner", "passed", "reasons", "validation"}
@@ -184,7 +175,7 @@ class Registry:
             # MLflow returns 404 if there is no such model, and 400 if the model has no such alias.
             if refusal.details.get("status") not in {400, 404}:
                 raise
-            raise ModelNotFound(f"No version of a model '{name}' is served.") from refusal
+            raise unknown_version(reference) from refusal
         if not is_ours(response["model_version"]):
             raise ModelNotFound(f"The model '{name}' in MLflow was not registered by Forgearr.")
         return version_of_row(response["model_version"])
@@ -222,7 +213,7 @@ class Registry:
         served = served_number(await self._model_row(name))
         versions = await self._versions(f"name = '{name}'")
         if not versions:
-            raise ModelNotFound(f"There is no model '{name}'.")
+            raise unknown_model(name)
         return new_model(versions, served)
 
     async def set_served(self, name: str, number: int) -> int | None:
@@ -260,13 +251,25 @@ class Registry:
     ) -> None:
         """Record whether a version has passed its validation, the reasons if not, its gates and their metrics."""
         for key, value in (("validation", validation), ("reasons", list(reasons)), ("passed", passed)):
-            body = {**version_key(name, number), "key": f"forgearr.{key}", "value": json.dumps(value)}
-            await self._mlflow.call("POST", "model-versions/set-tag", json=body)
+            await self._set_tag(name, number, key, json.dumps(value))
+
+    async def retire(self, name: str) -> Version:
+        """Serve no version of a model any more. Returns the one that was served."""
+        row = await self._model_row(name)
+        version = await self.find(name)
+        # The history first, as in a switch.
+        await self._save_history(name, [*served_history(row), version.number])
+        await self._mlflow.call("DELETE", "registered-models/alias", json={"name": name, "alias": SERVED_ALIAS})
+        return version
 
     async def save_comparison(self, name: str, number: int, comparison: Mapping[str, Any]) -> None:
         """Record the comparison of a version with the one that was served."""
-        body = {**version_key(name, number), "key": "forgearr.comparison", "value": json.dumps(comparison)}
-        await self._mlflow.call("POST", "model-versions/set-tag", json=body)
+        await self._set_tag(name, number, "comparison", json.dumps(comparison))
+
+    async def set_visibility(self, name: str, number: int, visibility: Visibility) -> None:
+        """Change who sees a version that is not served."""
+        await self._require_not_served(name, [number])
+        await self._set_tag(name, number, "visibility", visibility)
 
     async def fetch(
         self, version: Version, file: ModelFile | None = None, on_progress: OnProgress = lambda done, total: None
@@ -283,26 +286,28 @@ class Registry:
 
         return await model_cache.get_or_download(chosen_file.sha256, chosen_file.bytes, download)
 
-    async def delete_version(self, name: str, number: int) -> None:
-        """Delete a version and its files. Its number is not used again."""
-        row = await self._version_row(name, number)
-        if served_number(await self._model_row(name)) == number:
-            raise VersionServed(
-                f"{name}:v{number} is served: deploy another version, or roll back, before you delete it."
-            )
-        await self._require_unused([f"{name}:v{number}"])
-        await self._delete_version(row)
-
     async def delete_model(self, name: str) -> None:
-        """Delete all versions of a model and their files, the served one too.
+        """Delete all versions of a model and their files."""
+        await self.delete_versions(name, [version.number for version in (await self.model(name)).versions])
+
+    async def delete_versions(self, name: str, numbers: Sequence[int]) -> None:
+        """Delete versions and their files, none of which is served or needed by others.
 
         The name stays in MLflow with its counter, so that NAME:v3 never comes to mean another version.
         """
-        await self._model_row(name)
-        rows = await self._version_rows(f"name = '{name}'")
-        await self._require_unused([f"{name}:v{row['version']}" for row in rows])
+        rows = [await self._version_row(name, number) for number in numbers]
+        await self._require_not_served(name, numbers)
+        await self._require_unused([f"{name}:v{number}" for number in numbers])
         for row in rows:
             await self._delete_version(row)
+
+    async def _require_not_served(self, name: str, numbers: Sequence[int]) -> None:
+        served = served_number(await self._model_row(name))
+        if served in numbers:
+            raise VersionServed(
+                f"{name}:v{served} is served: deploy another version, roll back, or retire the model "
+                f"(`forgearr retire {name}`) first."
+            )
 
     async def _require_unused(self, references: Sequence[str]) -> None:
         for reference in references:
@@ -333,13 +338,13 @@ class Registry:
     async def _model_row(self, name: str) -> dict[str, Any]:
         found = await self._mlflow.call("GET", "registered-models/get", default={}, params={"name": name})
         if not found:
-            raise ModelNotFound(f"There is no model '{name}'.")
+            raise unknown_model(name)
         return found["registered_model"]
 
     async def _version_row(self, name: str, number: int) -> dict[str, Any]:
         found = await self._mlflow.call("GET", "model-versions/get", default={}, params=version_key(name, number))
         if not found or not is_ours(found["model_version"]):
-            raise ModelNotFound(f"There is no model version {name}:v{number}.")
+            raise unknown_version(f"{name}:v{number}")
         return found["model_version"]
 
     async def _versions(self, condition: str = "") -> list[Version]:
@@ -361,6 +366,8 @@ class Registry:
             params["page_token"] = response["next_page_token"]
 
     async def _set_served_alias(self, name: str, number: int) -> None:
+        # Everybody sees the version before it is NAME:latest.
+        await self._set_tag(name, number, "visibility", "served")
         await self._mlflow.call(
             "POST", "registered-models/alias", json={**version_key(name, number), "alias": SERVED_ALIAS}
         )
@@ -369,6 +376,10 @@ class Registry:
         value = json.dumps(history[-MAX_HISTORY:])
         body = {"name": name, "key": "forgearr.history", "value": value}
         await self._mlflow.call("POST", "registered-models/set-tag", json=body)
+
+    async def _set_tag(self, name: str, number: int, key: str, value: str) -> None:
+        body = {**version_key(name, number), "key": f"forgearr.{key}", "value": value}
+        await self._mlflow.call("POST", "model-versions/set-tag", json=body)
 
     async def _create_version(
         self, name: str, source: str, run_id: str, tags: Mapping[str, str], description: str

@@ -4,13 +4,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import Conflict, Forbidden, NotFound, Unavailable
 
 SERVED_ALIAS = "served"
 REFERENCE_PATTERN = re.compile(r"([a-z0-9][a-z0-9._-]{0,99})(?::(?:latest|v([1-9]\d{0,8})))?")
 JOB_ID_PATTERN = re.compile(r"[\w-]+")
+Visibility = Literal["private", "shared", "served"]
+"""private: its owner and administrators see it. shared: everybody, as its owner says. served: everybody, since it was
+deployed once."""
 
 
 class ModelNotFound(NotFound):
@@ -32,7 +35,7 @@ class NoEarlierVersion(Conflict):
 
 
 class VersionServed(Conflict):
-    """A version that is served cannot be deleted."""
+    """A version that is served can be neither deleted nor made private."""
 
     code = "VERSION_SERVED"
 
@@ -84,6 +87,8 @@ class Version:
     reasons: list[str] = field(default_factory=list[str])  # why it did not pass
     validation: Mapping[str, Any] | None = None  # the gates of its validation, and the metrics that they look at
     defaults: ModelDefaults = field(default_factory=ModelDefaults)
+    owner_id: str | None = None  # the user who trained it; None: an administrator or the platform
+    visibility: Visibility = "shared"
     parent: str = ""  # the version whose files it shares
     comparison: Mapping[str, Any] | None = None  # with the version that was served when it was made
 
@@ -118,3 +123,16 @@ def parse_reference(reference: str) -> tuple[str, int | None]:
     if match is None:
         raise ModelNotFound(f"There is no model '{reference}'; versions are named NAME:latest or NAME:v3.")
     return match[1], int(match[2]) if match[2] else None
+
+
+def unknown_model(name: str) -> ModelNotFound:
+    """The error for a name without a version, or without one that the caller may see."""
+    return ModelNotFound(f"There is no model '{name}'.")
+
+
+def unknown_version(reference: str) -> ModelNotFound:
+    """The error for a version that does not exist, or that the caller may not see."""
+    name, number = parse_reference(reference)
+    if number is None:
+        return ModelNotFound(f"No version of a model '{name}' is served.")
+    return ModelNotFound(f"There is no model version {name}:v{number}.")

@@ -75,5 +75,9 @@ async def test_rollback_and_deletion(client: httpx.AsyncClient, registry_model: 
     assert (served.status_code, served.json()["error_code"]) == (409, "VERSION_SERVED")
     assert (await client.delete(f"{path}/versions/2")).status_code == 204
     assert (await client.delete(f"{path}/versions/2")).status_code == 404
+    served = await client.delete(path)
+    assert (served.status_code, served.json()["error_code"]) == (409, "VERSION_SERVED")
+    assert "forgearr retire" in served.json()["message"]
+    assert (await client.post(f"{path}/retire")).json()["version"] == 1
     assert (await client.delete(path)).status_code == 204
     assert (await client.get(path)).status_code == 404

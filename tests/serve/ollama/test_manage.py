@@ -60,6 +60,11 @@ class Gateway:
         chat: Any = self.client.chat
         return (await chat(model=model, **{"messages": HELLO, **options})).message.content
 
+    async def retire(self, name: str) -> None:
+        """Stop serving a model, so that it can be deleted."""
+        response = await self.post(f"/api/v1/models/{name}/retire", None)
+        assert response.status_code == 200, response.text
+
     async def post(self, path: str, content: Any, method: str = "POST") -> httpx.Response:
         async with httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT) as http:
             return await http.request(method, path, content=content)
@@ -176,6 +181,7 @@ async def test_a_model_is_created_from_another_one(gateway: Gateway) -> None:
     info = await gateway.client.show(f"{name}-b")
     assert info.details is not None
     assert info.details.parent_model == f"{name}:v1"
+    await gateway.retire(name)
     await gateway.client.delete(name)
     assert await gateway.chat(f"{name}-b") == TEXT
 
@@ -212,20 +218,25 @@ async def test_an_adapter_is_used_with_its_base_model(gateway: Gateway) -> None:
     info = await gateway.client.show(f"{name}-a")
     assert info.details is not None
     assert (info.template, info.details.parent_model) == (ECHO, f"{name}:v1")
-    with pytest.raises(ollama.ResponseError, match=f"{name}-a:v1 is an adapter for it"):
-        await gateway.client.delete(name)
     with pytest.raises(ollama.ResponseError, match="template and num_ctx of its base model"):
         await gateway.client.create(f"{name}-b", from_=f"{name}-a", parameters={"num_ctx": 512})
     other = _adapter(gateway.folder / "other.gguf", "qwen3")
     adapters = {other.name: await gateway.client.create_blob(other)}
     with pytest.raises(ollama.ResponseError, match="needs a model of the architecture qwen3"):
         await gateway.client.create(f"{name}-o", from_=name, adapters=adapters)
+    await gateway.retire(name)
+    with pytest.raises(ollama.ResponseError, match=f"{name}-a:v1 is an adapter for it"):
+        await gateway.client.delete(name)
 
 
 async def test_a_copy_survives_the_deletion_of_its_original(gateway: Gateway) -> None:
     name = gateway.registry_model.name
     await gateway.create(name, gateway.write_model())
     assert (await gateway.client.copy(name, f"{name}-b")).status == "success"
+    with pytest.raises(ollama.ResponseError, match=f"{name}:v1 is served") as caught:
+        await gateway.client.delete(name)
+    assert caught.value.status_code == 409
+    await gateway.retire(name)
     assert (await gateway.client.delete(f"{name}:latest")).status == "success"
     assert await gateway.chat(f"{name}-b") == TEXT
     with pytest.raises(ollama.ResponseError, match=f"There is no model '{name}'") as caught:
@@ -245,6 +256,9 @@ async def test_models_are_deleted_through_openais_client(gateway: Gateway) -> No
         deleted = await client.models.delete(f"{name}:v1")
         assert (deleted.id, deleted.object, deleted.deleted) == (f"{name}:v1", "model", True)
         assert await gateway.chat(name) == TEXT
+        with pytest.raises(openai.ConflictError, match="is served"):
+            await client.models.delete(name)
+        await gateway.retire(name)
         await client.models.delete(name)
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve(name)
@@ -289,6 +303,7 @@ async def test_unused_blobs_are_removed(gateway: Gateway) -> None:
     assert _stored() == {used, hashlib.sha256(b"young").hexdigest()}
     with pytest.raises(blobs.BlobNotFound):
         await blobs.touch(gateway.database, old)
+    await gateway.retire(name)
     await gateway.client.delete(name)
     assert await blob_cleanup.sweep(gateway.database) == 1
 

@@ -94,6 +94,11 @@ class FakeOllama:
         self.models[request["destination"]] = self.models[request["source"]]
         return 200, []
 
+    def delete(self, request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        if self.models.pop(request["model"], None) is None:
+            return 404, [{"error": f"model '{request['model']}' not found"}]
+        return 200, []
+
 
 @contextmanager
 def running_fake_ollama(port: int = 0) -> Generator[FakeOllama]:
@@ -121,6 +126,9 @@ def running_fake_ollama(port: int = 0) -> Generator[FakeOllama]:
                 "/api/embed": state.embed,
             }[self.path]
             self._respond(*action(json.loads(body)))
+
+        def do_DELETE(self) -> None:
+            self._respond(*state.delete(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
 
         def _respond(self, status: int, lines: list[dict[str, Any]]) -> None:
             body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)

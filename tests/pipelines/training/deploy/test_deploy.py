@@ -205,6 +205,29 @@ async def test_a_rollback_does_not_wait_for_ollama(
     assert (await registry_model.registry.find(registry_model.name)).number == 1
 
 
+async def test_a_retired_model_is_no_longer_latest_on_ollama(
+    registry_model: RegistryModel, ollama: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await passed_version(registry_model, gguf(tmp_path / "file", CHAT_TEMPLATE, 512))
+    for _ in range(2):
+        await run(registry_model, 1)
+        version, left_to_do = await deploy_job.retire(registry_model.name)
+        assert (version.number, left_to_do) == (1, None)
+        assert ollama.models.keys() == {f"{registry_model.name}:v1"}
+        with pytest.raises(ModelNotFound):
+            await registry_model.registry.find(registry_model.name)
+    # Somebody has removed it there already; or the server is away, for which a retirement does not wait.
+    await run(registry_model, 1)
+    del ollama.models[f"{registry_model.name}:latest"]
+    assert (await deploy_job.retire(registry_model.name))[1] is None
+    await run(registry_model, 1)
+    monkeypatch.setenv("FORGEARR_OLLAMA__URL", "http://127.0.0.1:9")
+    get_settings.cache_clear()
+    _, left_to_do = await deploy_job.retire(registry_model.name)
+    assert left_to_do is not None
+    assert "127.0.0.1:9" in left_to_do
+
+
 def test_the_fake_ollama_checks_digests() -> None:
     with running_fake_ollama() as server:
         refused = httpx.post(f"{server.url}/api/blobs/sha256:{'0' * 64}", content=b"something else", timeout=TIMEOUT)

@@ -50,10 +50,11 @@ WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
 def test_an_adapter_is_merged_and_exported_in_every_quantization(harness: JobHarness, trained: Path) -> None:
-    fine_tune = harness.fine_tuned("lora")
-    job_id, result, link = harness.run(
-        "export", {"job_id": fine_tune, "quantizations": QUANTIZATIONS, "adapter": True, "name": "all-types"}
-    )
+    for name in ("ada", "bob"):
+        harness.add_user(name)
+    fine_tune = harness.fine_tuned("lora", owner_id="ada")
+    spec = {"job_id": fine_tune, "quantizations": QUANTIZATIONS, "adapter": True, "name": "all-types"}
+    job_id, result, link = harness.run("export", spec, owner_id="ada")
     version = find(f"all-types:v{result['version']}")
     assert (version.job_id, version.export_job_id, version.run_id) == (fine_tune, job_id, result["run_id"])
     assert [file.quantization for file in version.files] == QUANTIZATIONS
@@ -90,10 +91,16 @@ def test_an_adapter_is_merged_and_exported_in_every_quantization(harness: JobHar
     with pytest.raises(ModelNotFound):
         base_models.resolve("all-types:v99")
 
+    # It is its owner's until it is served.
+    assert (version.owner_id, version.visibility) == ("ada", "private")
+    assert base_models.pin_reference(version.reference, "ada") == version.reference
+    with pytest.raises(ModelNotFound):
+        base_models.pin_reference(version.reference, "bob")
+
     # A training pins the version, so a later deployment does not affect it.
     asyncio.run(serve(version))
-    assert base_models.pin_reference("all-types:latest") == version.reference
-    assert base_models.pin_reference("forgearr/tiny") == "forgearr/tiny"
+    assert base_models.pin_reference("all-types:latest", "bob") == version.reference
+    assert base_models.pin_reference("forgearr/tiny", "bob") == "forgearr/tiny"
 
 
 @pytest.mark.deep

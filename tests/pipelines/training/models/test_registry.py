@@ -109,7 +109,7 @@ async def test_a_rollback_skips_deleted_versions(registry_model: RegistryModel) 
     for number in (1, 2, 3):
         await registry_model.register()
         await registry_model.registry.set_served(registry_model.name, number)
-    await registry_model.registry.delete_version(registry_model.name, 2)
+    await registry_model.registry.delete_versions(registry_model.name, [2])
     version, _ = await registry_model.registry.roll_back(registry_model.name)
     assert version.number == 1
 
@@ -136,8 +136,8 @@ async def test_deleting_versions_and_models_deletes_their_files(registry_model: 
     first, second = await registry_model.register(b"one"), await registry_model.register(b"two")
     await registry_model.registry.set_served(registry_model.name, 2)
     with pytest.raises(VersionServed):
-        await registry_model.registry.delete_version(registry_model.name, 2)
-    await registry_model.registry.delete_version(registry_model.name, 1)
+        await registry_model.registry.delete_versions(registry_model.name, [2])
+    await registry_model.registry.delete_versions(registry_model.name, [1])
     with pytest.raises(ModelNotFound):
         await registry_model.registry.find(first.reference)
     with pytest.raises(ModelNotFound):
@@ -145,6 +145,9 @@ async def test_deleting_versions_and_models_deletes_their_files(registry_model: 
     assert await _artifacts(registry_model, first) == []
     assert len(await _artifacts(registry_model, second)) == 1
     assert (await registry_model.register()).number == 3
+    with pytest.raises(VersionServed, match=f"{registry_model.name}:v2 is served"):
+        await registry_model.registry.delete_model(registry_model.name)
+    assert (await registry_model.registry.retire(registry_model.name)).number == 2
     await registry_model.registry.delete_model(registry_model.name)
     assert await _artifacts(registry_model, second) == []
     with pytest.raises(ModelNotFound):
@@ -176,7 +179,7 @@ async def test_a_base_version_with_adapters_cannot_be_deleted(registry_model: Re
     assert await registry_model.registry.adapters_of(first.reference) == []
     assert (await registry_model.registry.fetch(first)).read_bytes() == b"adapter 1"
     for delete in (
-        registry_model.registry.delete_version(base.name, 1),
+        registry_model.registry.delete_versions(base.name, [1]),
         registry_model.registry.delete_model(base.name),
     ):
         with pytest.raises(VersionInUse, match="is an adapter for it"):
@@ -199,6 +202,34 @@ async def test_copies_share_files_until_the_last_one_is_deleted(registry_model: 
     assert len(await _artifacts(registry_model, version)) == 2
     await registry_model.registry.delete_model(copies[1].name)
     assert await _artifacts(registry_model, version) == []
+
+
+async def test_a_version_with_an_owner_is_private_until_it_is_served(registry_model: RegistryModel) -> None:
+    owned = await registry_model.register(owner_id="ada")
+    assert (owned.owner_id, owned.visibility) == ("ada", "private")
+    ownerless = await registry_model.register()
+    assert (ownerless.owner_id, ownerless.visibility) == (None, "shared")
+    copy = await registry_model.registry.copy(owned, f"{registry_model.name}-copy")
+    assert (copy.owner_id, copy.visibility) == (None, "shared")
+    await registry_model.registry.set_served(registry_model.name, 1)
+    with pytest.raises(VersionServed):
+        await registry_model.registry.set_visibility(registry_model.name, 1, "private")
+    served = await registry_model.registry.find(registry_model.name)
+    assert (served.owner_id, served.visibility) == ("ada", "served")
+
+
+async def test_a_retired_model_can_be_served_again(registry_model: RegistryModel) -> None:
+    for number in (1, 2):
+        await registry_model.register()
+        await registry_model.registry.set_served(registry_model.name, number)
+    assert (await registry_model.registry.retire(registry_model.name)).number == 2
+    for attempt in (registry_model.registry.find, registry_model.registry.retire):
+        with pytest.raises(ModelNotFound, match="No version of a model"):
+            await attempt(registry_model.name)
+    assert (await registry_model.registry.model(registry_model.name)).served is None
+    await registry_model.registry.set_served(registry_model.name, 1)
+    version, replaced = await registry_model.registry.roll_back(registry_model.name)
+    assert (version.number, replaced) == (2, 1)
 
 
 async def test_no_copy_remains_of_a_version_deleted_meanwhile(
