@@ -4,8 +4,7 @@ import sys
 from typing import Any
 
 from cluster.errors import Unavailable
-
-NAMESPACE = "forgearr"
+from cluster.settings import get_settings
 
 _handles: dict[str, Any] = {}
 
@@ -18,7 +17,7 @@ def find_actor(name: str) -> Any:
         raise Unavailable(f"This process is not part of the cluster, so it cannot reach the {name}.")
     if name not in _handles:
         try:
-            _handles[name] = ray.get_actor(name, namespace=NAMESPACE)
+            _handles[name] = ray.get_actor(name, namespace=get_settings().ray_namespace)
         except ValueError as error:
             raise Unavailable(f"The {name} is not running; `forgearr status` shows all components.") from error
     return _handles[name]

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cluster.actors import NAMESPACE
 from cluster.db import get_database
 from cluster.dotlist import assign
 from cluster.errors import ForgearrError
 from cluster.ownership import system
+from cluster.settings import get_settings
 from jobs import journal, queue
 from jobs.queue import JobRequest
 from jobs.states import FINISHED, State
@@ -95,7 +95,7 @@ def _join_cluster() -> None:
     import ray
 
     with suppress(ConnectionError):
-        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(namespace=get_settings().ray_namespace, log_to_driver=False, logging_level=logging.WARNING)
 
 
 def _print_line(line: str) -> None:

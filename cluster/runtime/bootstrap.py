@@ -16,7 +16,6 @@ from contextlib import suppress
 from typing import Any
 
 from cluster import logs, secrets
-from cluster.actors import NAMESPACE
 from cluster.errors import ForgearrError, SettingsError, Unavailable
 from cluster.runtime import processes
 from cluster.settings import DEFAULTS, ENVIRONMENT_PREFIX, Settings, get_settings, load_settings, node_environment
@@ -27,7 +26,6 @@ log = logging.getLogger(__name__)
 ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatch.dispatcher:Dispatcher"}
 APPLICATION = "serve.deployment:build_application"
 DECLARE_SERVICES = "pipelines.media.check_services:declare_services"
-APPLICATION_NAME = "forgearr"
 RAY_TIMEOUTS = 180, 180
 """Seconds until Ray must be reachable, and until it must be joined."""
 EXTERNAL_RAY_TIMEOUTS = 5, 60  # such a cluster runs already
@@ -47,36 +45,41 @@ def bring_up(settings: Settings, on_step: OnStep) -> None:
     build_application = _import_object(APPLICATION)
     # All of the above runs while Ray starts, which takes longer.
     _connect(settings, on_step)
-    _start_actors(actors, on_step)
+    _start_actors(actors, settings.ray_namespace, on_step)
     _deploy(build_application(settings), settings, on_step)
 
 
 def take_down(settings: Settings, on_step: OnStep) -> None:
     """Remove what `bring_up` started from a cluster that others may use too."""
-    import ray
     from ray import serve as ray_serve
     from ray.serve.exceptions import RayServeException
 
     _connect(settings, on_step)
     with suppress(RayServeException):  # `bring_up` may have failed before it started Serve
-        ray_serve.delete(APPLICATION_NAME)
+        ray_serve.delete(settings.ray_namespace)
         if not ray_serve.status().applications:
             ray_serve.shutdown()  # no other application is served on this cluster
-    # The dispatcher is killed before the workers, because it replaces them. The next round finds a worker that it has
-    # just replaced.
-    while names := sorted(_named_actors(), key=lambda name: name not in ACTORS):
-        for name in names:
-            with suppress(ValueError):  # it has ended already
-                ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-        time.sleep(0.2)
+    _end_actors(settings.ray_namespace)
     on_step("actors", "stopped")
 
 
-def _named_actors() -> list[str]:
+def _end_actors(namespace: str) -> None:
+    import ray
+
+    # The dispatcher is killed before the workers, because it replaces them. The next round finds a worker that it has
+    # just replaced.
+    while names := sorted(_named_actors(namespace), key=lambda name: name not in ACTORS):
+        for name in names:
+            with suppress(ValueError):  # it has ended already
+                ray.kill(ray.get_actor(name, namespace=namespace))
+        time.sleep(0.2)
+
+
+def _named_actors(namespace: str) -> list[str]:
     from ray.util import list_named_actors
 
     actors: list[Any] = list_named_actors(all_namespaces=True)
-    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return [actor["name"] for actor in actors if actor["namespace"] == namespace]
 
 
 async def _prepare_database(settings: Settings, on_step: OnStep) -> None:
@@ -126,7 +129,7 @@ def _connect(settings: Settings, on_step: OnStep) -> None:
         try:
             ray.init(
                 address=address,
-                namespace=NAMESPACE,
+                namespace=settings.ray_namespace,
                 runtime_env=_runtime_environment(settings),
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -145,16 +148,19 @@ def _runtime_environment(settings: Settings) -> dict[str, Any] | None:
         return None
     secrets.create_shared_keys()
     # A node whose own forgearr.yaml does not name this cluster would require no credential.
-    return {"env_vars": node_environment() | {f"{ENVIRONMENT_PREFIX}AUTH__REQUIRED": "true"}}
+    chosen = {"AUTH__REQUIRED": "true", "RAY__NAMESPACE": settings.ray_namespace}
+    return {"env_vars": node_environment() | {f"{ENVIRONMENT_PREFIX}{name}": value for name, value in chosen.items()}}
 
 
-def _start_actors(classes: dict[str, Any], on_step: OnStep) -> None:
+def _start_actors(classes: dict[str, Any], namespace: str, on_step: OnStep) -> None:
     import ray
     from ray.exceptions import ActorDiedError
 
+    # On a cluster of others, those of an earlier `up` that was killed may live, with its code and its settings.
+    _end_actors(namespace)
     handles: list[Any] = []
     for name, actor_class in classes.items():
-        options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        options = {"name": name, "namespace": namespace, "lifetime": "detached"}
         actor = ray.remote(actor_class).options(num_cpus=0, max_restarts=-1, max_concurrency=1000, **options)
         handles.append(actor.remote())
     try:
@@ -171,7 +177,7 @@ def _deploy(application: Any, settings: Settings, on_step: OnStep) -> None:
     # With HAProxy, all parts of Serve listen on loopback; only HAProxy listens on serve.host.
     host = "127.0.0.1" if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ else settings.serve.host
     ray_serve.start(http_options={"host": host, "port": settings.serve.port})
-    ray_serve.run(application, name=APPLICATION_NAME, route_prefix="/")
+    ray_serve.run(application, name=settings.ray_namespace, route_prefix="/")
     on_step("gateway", settings.url)
 
 

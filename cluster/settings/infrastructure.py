@@ -34,6 +34,11 @@ class RaySettings(Section):
         pattern=r"^[^\s:/]+:\d{1,5}$",
         description="Address of a Ray cluster to join (host:port). Null: start one on this machine.",
     )
+    namespace: str | None = Field(
+        pattern=r"^[a-z0-9-]{1,60}$",
+        description="Name of this installation's actors and application on the Ray cluster. Null: forgearr on a "
+        "cluster of its own; on a cluster that it joins, a name that follows from the address of the database.",
+    )
     port: int = Field(ge=1, le=65535, description="Port of the Ray head that is started on this machine.")
     dashboard_port: int = Field(ge=1, le=65535, description="Port of Ray's dashboard and of `ray job submit`.")
     cpus: int | None = Field(ge=1, description="CPUs that jobs may use on this machine. Null: all.")

@@ -1,5 +1,8 @@
 """The settings of an installation: all sections, and values that are derived from more than one of them."""
 
+from hashlib import sha256
+from urllib.parse import urlsplit
+
 from cluster.settings.base import Section, home
 from cluster.settings.engines import EngineSettings, OllamaSettings
 from cluster.settings.guardian import GuardianSettings
@@ -62,6 +65,15 @@ class Settings(Section):
         if self.database.url is None:
             return f"sqlite+aiosqlite:///{home() / 'forgearr.db'}"
         return self.database.url.get_secret_value().replace("postgresql://", "postgresql+asyncpg://", 1)
+
+    @property
+    def ray_namespace(self) -> str:
+        """Two installations on one cluster must not take each other's actors."""
+        if self.ray.namespace is not None or self.ray.address is None:
+            return self.ray.namespace or "forgearr"
+        url = urlsplit(self.database_url)
+        address = url.netloc.rpartition("@")[2] + url.path
+        return f"forgearr-{sha256(address.encode()).hexdigest()[:10]}"
 
     @property
     def storage_url(self) -> str:

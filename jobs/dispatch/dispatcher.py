@@ -18,7 +18,6 @@ import ray
 import ray.exceptions
 
 from cluster import logs
-from cluster.actors import NAMESPACE
 from cluster.db import get_database
 from cluster.settings import get_settings
 from jobs import leases, schedules
@@ -50,6 +49,7 @@ class Dispatcher:
     def __init__(self) -> None:
         logs.configure("dispatcher")
         self._settings = get_settings().jobs
+        self._namespace = get_settings().ray_namespace
         self._database = get_database()
         self._holder, self._predecessor = holder.new_holder(), holder.find_predecessor()
         self._token = ""
@@ -178,7 +178,7 @@ class Dispatcher:
         async with self._database.read_transaction() as session:
             jobs_by_worker = await leases.running_jobs_by_worker(session)
         actors: list[Any] = ray.util.list_named_actors(all_namespaces=True)
-        alive = {actor["name"] for actor in actors if actor["namespace"] == NAMESPACE}
+        alive = {actor["name"] for actor in actors if actor["namespace"] == self._namespace}
         workers = {name for name in alive if name.startswith((POOL_PREFIX, HEAVY_PREFIX))}
         for worker in sorted({*jobs_by_worker, *workers} - set(self._handles)):
             running = await self._adopt(worker, jobs_by_worker.get(worker, [])) if worker in alive else []
@@ -190,12 +190,12 @@ class Dispatcher:
     async def _adopt(self, worker: str, jobs: list[Job]) -> list[str]:
         """Adopt a living worker, and return the ids of the jobs that run there."""
         try:
-            handle = ray.get_actor(worker, namespace=NAMESPACE)
+            handle = ray.get_actor(worker, namespace=self._namespace)
             running = await asyncio.wait_for(handle.jobs.remote(), ADOPT_TIMEOUT_SECONDS)
         except (ValueError, TimeoutError, ray.exceptions.RayError):
             log.warning("worker %s does not answer; its jobs go to others", worker)
             with contextlib.suppress(ValueError):
-                ray.kill(ray.get_actor(worker, namespace=NAMESPACE))
+                ray.kill(ray.get_actor(worker, namespace=self._namespace))
             return []
         self._handles[worker] = handle
         resources = next((Resources.model_validate(job.resources) for job in jobs), LIGHT)
@@ -240,7 +240,7 @@ class Dispatcher:
         """Create a worker as a detached actor, so that it and its jobs outlive this process."""
         actor = ray.remote(Worker).options(
             name=name,
-            namespace=NAMESPACE,
+            namespace=self._namespace,
             lifetime="detached",
             max_restarts=0,
             max_concurrency=1000,

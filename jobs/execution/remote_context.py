@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from cluster import storage
-from cluster.actors import NAMESPACE
+from cluster.settings import get_settings
 from jobs.context import Context, StopJob
 from jobs.execution.report_writer import JournalEvent, to_storable
 from jobs.leases import Claim
@@ -25,7 +25,7 @@ POLL_SECONDS = 1.0
 
 def restore_context(claim: Claim) -> Context:
     """Create the context in the process that has received it."""
-    worker = ray.get_actor(claim.worker, namespace=NAMESPACE)
+    worker = ray.get_actor(claim.worker, namespace=get_settings().ray_namespace)
     context = Context(claim, _RemoteLink(worker), restore_context)
     threading.Thread(target=_poll_stop_reason, args=(worker, claim, context), daemon=True).start()
     return context

@@ -24,7 +24,6 @@ from serve.engines.protocol import (
 )
 from serve.engines.read_ahead import read_ahead
 
-APPLICATION = "forgearr"
 BROADCAST_TIMEOUT_SECONDS = 30
 
 _handle_lock = threading.Lock()
@@ -139,7 +138,7 @@ def _create_handle(deployment: str, separate_loop: bool) -> Any:
 
     try:
         with _handle_lock:
-            handle: Any = ray_serve.get_deployment_handle(deployment, app_name=APPLICATION)
+            handle: Any = ray_serve.get_deployment_handle(deployment, app_name=get_settings().ray_namespace)
             if separate_loop and not handle.is_initialized:
                 handle._init(_run_router_in_separate_loop=True)
     except (KeyError, RayError, RayServeException) as error:  # a KeyError while the application is being deployed

@@ -14,7 +14,6 @@ from uuid import uuid4
 import ray
 from sqlalchemy import select
 
-from cluster.actors import NAMESPACE
 from cluster.db import get_database
 from cluster.ownership import Principal
 from cluster.settings import get_settings
@@ -113,7 +112,7 @@ async def _wait_until_idle() -> None:
 async def main(figure: str, *numbers: int) -> dict[str, Any]:
     ray.init(
         address=f"127.0.0.1:{get_settings().ray.port}",
-        namespace=NAMESPACE,
+        namespace=get_settings().ray_namespace,
         log_to_driver=False,
         logging_level=logging.WARNING,
     )

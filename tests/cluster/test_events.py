@@ -13,6 +13,7 @@ import pytest
 from cluster import actors, events
 from cluster.errors import Unavailable
 from cluster.events import LOST_CURSOR, Cursor, Events, Message
+from cluster.settings import get_settings
 from tests.support.waiting import TIMEOUT
 
 
@@ -123,7 +124,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             num_cpus=1,
             include_dashboard=False,
             object_store_memory=80_000_000,
-            namespace=actors.NAMESPACE,
+            namespace=get_settings().ray_namespace,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
             _temp_dir=folder,

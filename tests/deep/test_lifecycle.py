@@ -1,10 +1,13 @@
 """Start, failure, stop and restart of an installation, with the real command line and real processes."""
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -85,19 +88,9 @@ def test_a_bind_beyond_loopback_requires_an_admin_and_opens_one_port(installatio
 
 def test_a_joined_cluster_requires_credentials_and_gets_no_secret(tmp_path: Path) -> None:
     """There Serve may listen on any address, whatever serve.host says, and Ray shows what it passes on."""
-    (port,) = unused_ports(1)
-    settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false", "auth.sealing_key": SEALING_KEY}
-    platform = Platform(tmp_path / "home", settings)
-    environment = {name: value for name, value in platform.environment.items() if SEALING_KEY not in value}
-    command = [str(BINARIES / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    command += ["--min-worker-port=0", "--max-worker-port=0"]  # else a range in which the head's port may be
-    temporary = Path(tempfile.mkdtemp(prefix="fgr-", dir="/tmp"))
-    command += [f"--temp-dir={temporary}", "--block"]
-    with (tmp_path / "ray.log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        eventually(lambda: is_listening("127.0.0.1", port) or head.poll() is not None)
-        assert head.poll() is None, (tmp_path / "ray.log").read_text()
+    with ray_head(tmp_path) as (port, temporary):
+        settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false", "auth.sealing_key": SEALING_KEY}
+        platform = Platform(tmp_path / "home", settings)
         refused = platform.cli("up", "--detach", check=False)
         assert refused.returncode == 1
         assert "`forgearr user add EMAIL --admin`" in refused.stderr
@@ -113,11 +106,67 @@ def test_a_joined_cluster_requires_credentials_and_gets_no_secret(tmp_path: Path
         files = [path for path in temporary.rglob("*") if path.is_file() and not path.is_symlink()]
         assert any(b"FORGEARR_NODE_SECRETS" in path.read_bytes() for path in files)  # Ray logs what it passes on
         assert [path for path in files if SEALING_KEY.encode() in path.read_bytes()] == []
+        platform.http.close()
+
+
+def test_actors_of_an_earlier_up_are_replaced(tmp_path: Path) -> None:
+    """On a cluster of others, actors outlive a killed supervisor. They have its code and its settings."""
+    with ray_head(tmp_path) as (port, _):
+        settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false"}
+        platform, other = (Platform(tmp_path / name, settings) for name in ("home", "other"))
+        for installation in (platform, other):
+            installation.add_admin()
+        platform.up()
+        before = named_actors(platform, port)
+        platform.supervisor.kill()
+        platform.cli("up", "--detach", "--set", "jobs.workers=1")
+        after = named_actors(platform, port)
+        assert [name.partition("-")[0] for name in after] == ["dispatcher", "events", "worker"]
+        assert set(before) & set(after) == {"dispatcher", "events"}
+
+        refused = other.cli("up", "--detach", check=False)
+        assert refused.returncode == 1
+        print("REFUSED", refused.stdout, refused.stderr)
+        assert named_actors(platform, port) == after
+        assert platform.http.get("/api/v1/jobs").status_code == 401
+        platform.down()
+        assert named_actors(platform, port) == []
+        for installation in (platform, other):
+            installation.http.close()
+
+
+@contextmanager
+def ray_head(folder: Path) -> Generator[tuple[int, Path]]:
+    """A Ray cluster that somebody else has started; yields its port and its folder for logs."""
+    (port,) = unused_ports(1)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")}
+    command = [str(BINARIES / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    command += ["--min-worker-port=0", "--max-worker-port=0"]  # else a range in which the head's port may be
+    temporary = Path(tempfile.mkdtemp(prefix="fgr-", dir="/tmp"))
+    command += [f"--temp-dir={temporary}", "--block"]
+    with (folder / "ray.log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        eventually(lambda: is_listening("127.0.0.1", port) or head.poll() is not None)
+        assert head.poll() is None, (folder / "ray.log").read_text()
+        yield port, temporary
     finally:
         head.terminate()
         head.wait(TIMEOUT)
-        platform.http.close()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def named_actors(platform: Platform, port: int) -> list[str]:
+    """The names of the installation's actors on a cluster."""
+    script = f"""if True:
+        import ray
+        from ray.util import list_named_actors
+        from cluster.settings import get_settings
+        ray.init("127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR")
+        namespace = get_settings().ray_namespace
+        print(*sorted(a["name"] for a in list_named_actors(all_namespaces=True) if a["namespace"] == namespace))
+    """
+    return platform.run([sys.executable, "-c", script]).stdout.split()
 
 
 def test_an_unreachable_cluster_is_an_error(tmp_path: Path) -> None:

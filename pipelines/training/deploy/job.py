@@ -24,7 +24,7 @@ from pipelines.training.models.versions import Version
 from pipelines.training.spec import DeploySpec, Gates
 from pipelines.training.validate.job import check_gates
 
-ENGINE_DEPLOYMENT, SERVE_APPLICATION = "gguf", "forgearr"
+ENGINE_DEPLOYMENT = "gguf"
 
 
 class VersionNotPassed(Conflict):
@@ -182,7 +182,7 @@ def _load_on_engine(context: Context, reference: str) -> None:
     from ray.serve.exceptions import RayServeException
 
     try:
-        engine: Any = ray_serve.get_deployment_handle(ENGINE_DEPLOYMENT, app_name=SERVE_APPLICATION)
+        engine: Any = ray_serve.get_deployment_handle(ENGINE_DEPLOYMENT, app_name=get_settings().ray_namespace)
         if not engine.is_initialized:
             # Serve's throughput mode would bind the handle to the caller's event loop, and a job's loop does not last.
             engine._init(_run_router_in_separate_loop=True)
