@@ -29,6 +29,7 @@ TIMEOUT_SECONDS = 20
 FILE_TIMEOUT_SECONDS = 900  # a server that stores files elsewhere copies them before it responds
 FILE_ATTEMPTS = 4
 CHUNK_BYTES = 4 * 1024 * 1024
+PAGE_SIZE = 1000
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 MAX_VALUE_LENGTH = 6000  # of a parameter or tag, in characters; the server refuses more
 MAX_PARAMETERS_PER_REQUEST = 100
@@ -207,6 +208,17 @@ class MlflowRestClient:
                 return default
             raise
         return response.json()
+
+    async def search(self, path: str, key: str, condition: str = "") -> list[dict[str, Any]]:
+        """Return all results of a GET search, from all its pages. They are under `key` in each response."""
+        rows: list[dict[str, Any]] = []
+        params: dict[str, Any] = {"max_results": PAGE_SIZE, **({"filter": condition} if condition else {})}
+        while True:
+            response = await self.call("GET", path, params=params)
+            rows += response.get(key, [])
+            if not response.get("next_page_token"):
+                return rows
+            params["page_token"] = response["next_page_token"]
 
     async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Send a request. Every failure is raised as MlflowUnavailable or MlflowRefused."""

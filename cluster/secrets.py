@@ -48,14 +48,6 @@ class SealBroken(ForgearrError):
     code = "SEAL_BROKEN"
 
 
-def check_keys() -> None:
-    """Raise KeyDamaged if a key file is not whole."""
-    for name in KEYS:
-        path = home() / "keys" / name
-        if path.exists():
-            _read_key(path)
-
-
 class KeyMissing(ForgearrError):
     """A node of a cluster lacks a key of the installation."""
 
@@ -76,6 +68,14 @@ def mlflow_password() -> str:
 def ray_token_path() -> Path:
     """Return the file with the token of this installation's Ray. Ray reads it in each process, so it is no variable."""
     return _key_path("ray")
+
+
+def check_keys() -> None:
+    """Raise KeyDamaged if a key file is not whole."""
+    for name in KEYS:
+        path = home() / "keys" / name
+        if path.exists():
+            _read_key(path)
 
 
 def create_shared_keys() -> None:

@@ -16,9 +16,10 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import account_limits, identity, logs
+from cluster import identity, logs
 from cluster.db import now
 from cluster.errors import Conflict, ForgearrError, NotFound, UnprocessableRequest
+from cluster.identity import account_limits
 from cluster.ownership import Principal, require, system
 from cluster.times import CronExpression, TimeZoneName
 from jobs import journal, queue

@@ -29,9 +29,8 @@ from serve.openai.files import upload_routes
 from serve.openai.fine_tuning import routes as fine_tuning_routes
 from serve.openai.responses import routes as responses_routes
 from serve.realtime import routes as realtime_routes
-from serve.security import audit_log
+from serve.security import audit_log, usage
 from serve.security import routes as security_routes
-from serve.security import usage
 from serve.services import health as services_health
 from serve.services import routes as services_routes
 from serve.services import settings

@@ -32,7 +32,6 @@ RESERVED_VARIABLES = {
     "FORGEARR_RUNTIME",
     NODE_SECRETS_VARIABLE,
 }
-DEFAULTS = "configs/forgearr.yaml"
 
 
 class LoadedSettings:

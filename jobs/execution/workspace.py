@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.disk import DiskFull, gigabytes
+from cluster.files.disk import DiskFull, gigabytes
 from cluster.settings import home
 
 MIN_FREE_BYTES = 4_000_000

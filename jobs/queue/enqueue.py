@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import account_limits, identity
+from cluster import identity
 from cluster.db import advisory_lock, now
 from cluster.errors import Forbidden, UnprocessableRequest
+from cluster.identity import account_limits
 from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import journal

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from sqlalchemy import Select, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import account_limits
+from cluster.identity import account_limits
 from cluster.ownership import Principal, require
 from jobs.queue.errors import JobNotFound
 from jobs.states import FINISHED, Control, State

@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from cluster import account_limits
 from cluster.db import get_database
+from cluster.identity import account_limits
 from cluster.ownership import Principal, visible
 from cluster.times import RequestTime, UtcTime
 from jobs import queue, wait_reasons

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster import disk
 from cluster.errors import ForgearrError
+from cluster.files import disk
 from cluster.settings import home
 from serve.security.callers import send_error
 

@@ -7,9 +7,8 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import select
 
-from cluster import account_limits
 from cluster.db import get_database
-from cluster.identity import AccountNotFound, Role, User
+from cluster.identity import AccountNotFound, Role, User, account_limits
 from serve.http.pagination import CursorPage, cursor_page, keyset_slice
 from serve.security.callers import CurrentCaller
 

@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import update
 
 from cluster import identity
-from cluster.account_limits import AccountLimitReached
 from cluster.db import Database, now
 from cluster.files import store as file_store
+from cluster.identity.account_limits import AccountLimitReached
 from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import queue, schedules

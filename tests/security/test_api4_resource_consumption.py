@@ -17,6 +17,7 @@ from sqlalchemy import event
 from starlette.types import Message
 
 from cluster.db import Database
+from cluster.settings import get_settings
 from jobs.tables import Job
 from serve.http import json_body
 from serve.http.json_body import MAX_BYTES_ON_LOOP, MAX_VALUES, TooManyValues, ValueCounter
@@ -302,3 +303,58 @@ async def status_of(api: ApiClient, method: str, path: str, receive: Any, header
 
     await api.app(scope, receive, send)
     return sent[0]["status"]
+
+
+on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+
+
+MORE_THAN_ANY_DISK_MB = 10**12
+
+
+LARGE = b'{"text": "' + b"x" * 100_000 + b'"}\n'
+
+
+DIGEST = hashlib.sha256(LARGE).hexdigest()
+
+
+@pytest.fixture
+def full_disk(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGEARR_STORAGE__MIN_FREE_MB", str(MORE_THAN_ANY_DISK_MB))
+    get_settings.cache_clear()
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/files", {"files": {"file": ("a.jsonl", LARGE)}, "data": {"purpose": "user_data"}}),
+        ("/v1/uploads/upload_1/parts", {"files": {"data": LARGE}}),
+        ("/api/v1/datasets", {"content": LARGE}),
+        (f"/api/blobs/sha256:{DIGEST}", {"content": LARGE}),
+        ("/api/v1/jobs", {"json": {"kind": "probe", "spec": {"payload": {"text": "x" * 100_000}}}}),
+        ("/v1/responses", {"json": {"model": "forgearr/tiny", "input": "x" * 100_000}}),
+    ],
+)
+async def test_fill_the_last_of_the_disk(api: ApiClient, full_disk: None, path: str, content: dict[str, Any]) -> None:
+    headers = {"Authorization": api.authorization("admin")}
+    response = await api.http.post(path, headers=headers, **content)
+    assert response.status_code == 507, response.text
+    assert "have to stay free (storage.min_free_mb)" in response.text
+    assert "GB are free" in response.text
+
+
+@on_sqlite
+async def test_send_without_a_length_what_fills_the_disk(api: ApiClient, full_disk: None) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield LARGE
+
+    headers = {"Authorization": api.authorization("ada")}
+    response = await api.http.post("/api/v1/datasets", headers=headers, content=chunks())
+    assert response.status_code == 507
+
+
+@on_sqlite
+async def test_a_full_disk_does_not_keep_people_from_clearing_it(api: ApiClient, full_disk: None) -> None:
+    job = await api.queue_job("probe", {})
+    assert (await api.request("ada", "POST", f"/api/v1/jobs/{job}/cancel")).status_code == 200
+    assert (await api.request("ada", "GET", "/api/v1/jobs")).status_code == 200

@@ -1,18 +1,21 @@
 """A worker link for jobs that run without a worker."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster import storage
-from cluster.db import Database, with_own_database
+from cluster.db import Database
+from cluster.settings import get_settings
 from jobs import leases
 from jobs.context import StopJob
 from jobs.execution.report_writer import JournalEvent, to_storable
 from jobs.leases import Claim, GuardedWrite
 from jobs.registry import Resources
 from jobs.tables import Job
+
+Result = TypeVar("Result")
 
 
 class RecordingLink:
@@ -56,6 +59,15 @@ class RecordingLink:
     def metrics(self) -> dict[str, float]:
         """The latest value of each metric."""
         return {name: value for _, data in self.events for name, value in data.get("metrics", {}).items()}
+
+
+async def with_own_database(work: Callable[[Database], Awaitable[Result]]) -> Result:
+    """Run `work` with connections of its own, in any event loop of any process."""
+    database = Database(get_settings().database_url, pool_size=1)
+    try:
+        return await work(database)
+    finally:
+        await database.close()
 
 
 class GuardedLink(RecordingLink):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import audit_log
-from cluster.db import Database, with_own_database
+from cluster.db import Database, run_with_database
 from cluster.errors import Conflict, ForgearrError, Unavailable
 from cluster.ownership import Principal
 from cluster.settings import get_settings
@@ -117,7 +117,7 @@ async def _record(context: Context, target: str, outcome: audit_log.Outcome, **d
             owner = Principal(id=job.owner_id, name=job.created_by)
             audit_log.record(session, "model.deploy", owner, target, outcome=outcome, job_id=job.id, **details)
 
-    await with_own_database(write)
+    await asyncio.to_thread(run_with_database, write)
 
 
 async def _serve_version(context: Context, spec: DeploySpec) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cluster import disk, durable, storage
+from cluster import durable, storage
 from cluster.errors import NotFound
+from cluster.files import disk
 from cluster.settings import get_settings, home
 from jobs import outputs
 from jobs.execution import isolated

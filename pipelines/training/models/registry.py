@@ -50,7 +50,6 @@ from pipelines.training.models.versions import (
     unknown_version,
 )
 
-PAGE_SIZE = 1000
 OnProgress = Callable[[int, int], None]
 """Receives the number of bytes that are done, and their total."""
 
@@ -136,13 +135,8 @@ class Registry:
 
     async def require_name(self, name: str, principal: Principal) -> None:
         """Raise ModelNameTaken if the principal may not register versions under this name."""
-        row = await self._mlflow.call("GET", "registered-models/get", default={}, params={"name": name})
-        if row:
+        if row := await self._mlflow.call("GET", "registered-models/get", default={}, params={"name": name}):
             require_maker(row["registered_model"], principal)
-
-    async def versions(self) -> list[Version]:
-        """All versions of all models."""
-        return await self._versions()
 
     async def blobs(self) -> dict[str, str]:
         """The SHA-256 of every blob that a version uses, with the name of its model."""
@@ -159,8 +153,12 @@ class Registry:
 
         A model in another registry, or one that was registered again, has another identity.
         """
-        rows = await self._search("registered-models/search", "registered_models")
+        rows = await self._mlflow.search("registered-models/search", "registered_models")
         return {row["name"]: f"{row['name']}@{row['creation_timestamp']}" for row in rows}
+
+    async def versions(self, condition: str = "") -> list[Version]:
+        """All versions of Forgearr's that meet a condition, newest first."""
+        return [version_of_row(row) for row in await self._version_rows(condition)]
 
     async def find(self, reference: str) -> Version:
         """The version NAME:v3, or the served one for NAME and NAME:latest."""
@@ -183,25 +181,22 @@ class Registry:
     async def find_export(self, export_job_id: str) -> Version:
         """The version that an export job has made."""
         condition = f"tags.`forgearr.export_job_id` = '{export_job_id}'"
-        versions = await self._versions(condition) if JOB_ID_PATTERN.fullmatch(export_job_id) else []
+        versions = await self.versions(condition) if JOB_ID_PATTERN.fullmatch(export_job_id) else []
         if not versions:
             raise ModelNotFound(f"There is no model version of an export job '{export_job_id}'.")
         return versions[-1]
 
     async def adapters_of(self, base: str) -> list[Version]:
         """The versions that are adapters on this base, newest first."""
-        versions = await self._versions(f"tags.`forgearr.base_model` = '{base}'") if "'" not in base else []
-        return sorted(
-            (version for version in versions if version.is_adapter),
-            key=lambda version: version.created_at,
-            reverse=True,
-        )
+        versions = await self.versions(f"tags.`forgearr.base_model` = '{base}'") if "'" not in base else []
+        adapters = [version for version in versions if version.is_adapter]
+        return sorted(adapters, key=lambda version: version.created_at, reverse=True)
 
     async def models(self) -> list[Model]:
         """All models that have a version of Forgearr's, sorted by name."""
-        rows = await self._search("registered-models/search", "registered_models")
+        rows = await self._mlflow.search("registered-models/search", "registered_models")
         versions: dict[str, list[Version]] = {}
-        for version in await self._versions():
+        for version in await self.versions():
             versions.setdefault(version.name, []).append(version)
         return [
             new_model(versions[row["name"]], served_number(row))
@@ -211,7 +206,7 @@ class Registry:
 
     async def model(self, name: str) -> Model:
         served = served_number(await self._model_row(name))
-        versions = await self._versions(f"name = '{name}'")
+        versions = await self.versions(f"name = '{name}'")
         if not versions:
             raise unknown_model(name)
         return new_model(versions, served)
@@ -233,7 +228,7 @@ class Registry:
         """Serve the previously served version. Returns it, and the number of the version that it replaces."""
         row = await self._model_row(name)
         served, history = served_number(row), served_history(row)
-        known = {version.number: version for version in await self._versions(f"name = '{name}'")}
+        known = {version.number: version for version in await self.versions(f"name = '{name}'")}
         earlier = [number for number in history if number in known]
         if served is None or not earlier:
             raise NoEarlierVersion(f"No existing version of '{name}' was served before the current one.")
@@ -311,9 +306,8 @@ class Registry:
 
     async def _require_unused(self, references: Sequence[str]) -> None:
         for reference in references:
-            if adapters := [
-                adapter for adapter in await self.adapters_of(reference) if adapter.reference not in references
-            ]:
+            adapters = [found for found in await self.adapters_of(reference) if found.reference not in references]
+            if adapters:
                 raise VersionInUse(f"{reference} cannot be deleted: {adapters[0].reference} is an adapter for it.")
 
     async def _ensure_model(self, name: str, principal: Principal) -> None:
@@ -325,7 +319,7 @@ class Registry:
         require_maker(await self._model_row(name), principal)
 
     async def _find_by_export(self, name: str, export_job_id: str) -> list[Version]:
-        return await self._versions(f"name = '{name}' AND tags.`forgearr.export_job_id` = '{export_job_id}'")
+        return await self.versions(f"name = '{name}' AND tags.`forgearr.export_job_id` = '{export_job_id}'")
 
     async def _merge_export_versions(self, name: str, export_job_id: str) -> Version:
         """The version of an export. A replaced worker and its successor may have made two: keep the first."""
@@ -347,23 +341,10 @@ class Registry:
             raise unknown_version(f"{name}:v{number}")
         return found["model_version"]
 
-    async def _versions(self, condition: str = "") -> list[Version]:
-        return [version_of_row(row) for row in await self._version_rows(condition)]
-
     async def _version_rows(self, condition: str = "") -> list[dict[str, Any]]:
         """All rows of Forgearr's that meet a condition, newest first."""
-        rows = await self._search("model-versions/search", "model_versions", condition)
+        rows = await self._mlflow.search("model-versions/search", "model_versions", condition)
         return sorted((row for row in rows if is_ours(row)), key=lambda row: -int(row["version"]))
-
-    async def _search(self, path: str, key: str, condition: str = "") -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        params: dict[str, Any] = {"max_results": PAGE_SIZE, **({"filter": condition} if condition else {})}
-        while True:
-            response = await self._mlflow.call("GET", path, params=params)
-            rows += response.get(key, [])
-            if not response.get("next_page_token"):
-                return rows
-            params["page_token"] = response["next_page_token"]
 
     async def _set_served_alias(self, name: str, number: int) -> None:
         # Everybody sees the version before it is NAME:latest.
@@ -373,8 +354,7 @@ class Registry:
         )
 
     async def _save_history(self, name: str, history: list[int]) -> None:
-        value = json.dumps(history[-MAX_HISTORY:])
-        body = {"name": name, "key": "forgearr.history", "value": value}
+        body = {"name": name, "key": "forgearr.history", "value": json.dumps(history[-MAX_HISTORY:])}
         await self._mlflow.call("POST", "registered-models/set-tag", json=body)
 
     async def _set_tag(self, name: str, number: int, key: str, value: str) -> None:

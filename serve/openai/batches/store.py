@@ -14,10 +14,11 @@ from sqlalchemy import ForeignKey, String, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from cluster import account_limits, storage
+from cluster import storage
 from cluster.db import Base, Database, delete_rows, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
+from cluster.identity import account_limits
 from cluster.ownership import Principal, require
 from cluster.settings import get_settings
 from jobs import queue

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from cluster.db import Database, now
+from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from jobs import retention
 from jobs.states import State
@@ -105,12 +106,13 @@ async def test_what_made_a_version_stays_with_its_family(database: Database, reg
             base_model="forgearr/tiny",
             job_id=training,
             export_job_id=export,
+            principal=LOCAL,
         )
         exports.append(export)
     # The first version is left as a copy only, which has its files in the run of the export.
     first = await registry_model.registry.find(f"{registry_model.name}:v1")
     await registry_model.registry.copy(first, f"{registry_model.name}-copy")
-    await registry_model.registry.delete_version(registry_model.name, 1)
+    await registry_model.registry.delete_versions(registry_model.name, [1])
     forgotten = await add_job(database, "fine_tune")
     kept = {*parents, *trainings, *exports}
     assert await retention.delete_expired(database) == 1, forgotten

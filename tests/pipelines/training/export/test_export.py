@@ -18,8 +18,8 @@ import numpy
 import pytest
 from safetensors.numpy import load_file
 
-from cluster.disk import DiskFull
 from cluster.errors import NotFound
+from cluster.files.disk import DiskFull
 from cluster.settings import get_settings
 from jobs.context import StopJob
 from jobs.execution import isolated, workspace

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select, update
 
 from cluster import storage
-from cluster.db import Database, now, with_own_database
+from cluster.db import Database, now
 from jobs.context import Context, StopJob
 from jobs.execution import files
 from jobs.leases import Claim
@@ -21,7 +21,7 @@ from jobs.tables import Job
 from pipelines.training.fine_tune import checkpoints
 from pipelines.training.fine_tune.checkpoints import CheckpointsDamaged
 from pipelines.training.fine_tune.job import JobObserver
-from tests.support.recording_link import GuardedLink, RecordingLink
+from tests.support.recording_link import GuardedLink, RecordingLink, with_own_database
 from tests.support.storage.unreliable_disk import PowerCut, use_unreliable_disk
 from tests.support.waiting import eventually_async
 

@@ -5,8 +5,8 @@ from itertools import count
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0022"
-down_revision = "0014"
+revision = "0016"
+down_revision = "0015"
 
 USERS = sa.table("users", *(sa.column(name) for name in ("id", "username", "username_key", "created_at")))
 
