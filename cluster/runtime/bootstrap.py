@@ -173,11 +173,18 @@ def _start_actors(classes: dict[str, Any], namespace: str, on_step: OnStep) -> N
 
 def _deploy(application: Any, settings: Settings, on_step: OnStep) -> None:
     from ray import serve as ray_serve
+    from ray.exceptions import RayTaskError
+    from ray.serve.exceptions import RayServeException
 
     # With HAProxy, all parts of Serve listen on loopback; only HAProxy listens on serve.host.
     host = "127.0.0.1" if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ else settings.serve.host
     ray_serve.start(http_options={"host": host, "port": settings.serve.port})
-    ray_serve.run(application, name=settings.ray_namespace, route_prefix="/")
+    try:
+        ray_serve.run(application, name=settings.ray_namespace, route_prefix="/")
+    except RayTaskError as error:
+        if isinstance(error.cause, RayServeException):  # another application has the path
+            raise Unavailable(f"Ray Serve refuses the gateway: {error.cause}") from error
+        raise
     on_step("gateway", settings.url)
 
 

@@ -71,7 +71,7 @@ INVALID_MESSAGES = [
     "no JSON",
     "[]",
     "1e400",
-    "[" * 100_000,
+    "[" * 10_000,
     '{"type": []}',
     '{"type": {}, "room": "jobs"}',
     '{"type": "join_room"}',
@@ -80,7 +80,7 @@ INVALID_MESSAGES = [
     '{"type": "join_room", "room": "*"}',
     '{"type": "join_room", "room": "job:\'; --"}',
     '{"type": "join_room", "room": "job:\\u0000"}',
-    json.dumps({"type": "join_room", "room": "job:" + "x" * 100_000}),
+    json.dumps({"type": "join_room", "room": "job:" + "x" * 10_000}),
 ]
 NIGHTLY = {"name": "nightly", "kind": "probe", "cron": "0 3 * * *"}
 

@@ -126,7 +126,7 @@ def test_actors_of_an_earlier_up_are_replaced(tmp_path: Path) -> None:
 
         refused = other.cli("up", "--detach", check=False)
         assert refused.returncode == 1
-        print("REFUSED", refused.stdout, refused.stderr)
+        assert "Ray Serve refuses the gateway: Prefix / is being used by application" in refused.stderr
         assert named_actors(platform, port) == after
         assert platform.http.get("/api/v1/jobs").status_code == 401
         platform.down()

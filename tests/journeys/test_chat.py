@@ -55,7 +55,7 @@ def test_chat_on_the_command_line(platform: Platform, register: Callable[..., st
     assert missing.returncode == 1
     assert "nobody" in missing.stderr
     (row,) = [line for line in platform.cli("models").stdout.splitlines() if line.startswith(name)]
-    assert row.split()[1:3] == ["v1", "served"]
+    assert row.split()[1:4] == ["v1", "all", "served"]
 
 
 def test_the_tiny_model_answers(platform: Platform, client: openai.OpenAI) -> None:

@@ -34,7 +34,12 @@ ORDINARY = (
     ("template", "reason"),
     [
         pytest.param(LOOP, "5 s of processor time", id="hang-the-engine"),
-        pytest.param(WITH_TOOLS_ONLY, "5 s of processor time", id="hang-the-engine-if-there-are-tools"),
+        pytest.param(
+            WITH_TOOLS_ONLY,
+            "5 s of processor time",
+            id="hang-the-engine-if-there-are-tools",
+            marks=pytest.mark.deep,
+        ),
         pytest.param(DOUBLING, "512 MiB of memory", id="fill-the-memory"),
         pytest.param(LONG, "more than 1000000 characters", id="fill-the-context"),
         pytest.param("{% for %}", "not valid Jinja: .*line 1", id="parse-as-something-else"),

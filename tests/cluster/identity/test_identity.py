@@ -85,10 +85,14 @@ async def test_no_account_has_a_name_in_which_the_platform_acts(database: Databa
         for file in (ROOT / package).rglob("*.py"):
             for name in re.findall(r'\bsystem\("(\w+)"\)', file.read_text()):
                 assert name in PLATFORM_NAMES, f"{file} acts as {name}"
+    roles: tuple[identity.Role, ...] = ("user", "admin")
     for username in (*PLATFORM_NAMES, "System"):
-        for role in ("user", "admin"):
+        for role in roles:
             with pytest.raises(identity.ReservedUsername, match=username):
-                await add_user(database, username, role)
+                async with database.transaction() as session:
+                    await identity.add_user(
+                        session, email="a@example.com", username=username, password_hash="x", role=role
+                    )
 
 
 async def test_only_an_administrator_may_be_named_like_one(database: Database) -> None:

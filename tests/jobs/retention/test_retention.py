@@ -145,7 +145,7 @@ async def test_a_job_stays_until_mlflow_was_told(database: Database, monkeypatch
     told, untracked, untold = [await add_job(database, tracked=tracked) for tracked in (True, False, True)]
     async with database.read_transaction() as session:
         last = await session.scalar(select(func.max(JobEvent.id)).where(JobEvent.job_id == told))
-    leadership = {"holder": "here", "token": "t", "expires_at": now(), "waiting": {}}
+    leadership = {"holder": "here", "token": "t", "heartbeats": 0, "waiting": {}}
     await add(database, Leadership(id=1, **leadership, tracked_until=last))
     assert await retention.delete_expired(database) == 2
     assert await remaining(database) == {untold}, untracked

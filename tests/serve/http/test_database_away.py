@@ -23,6 +23,7 @@ from serve.http.errors import ErrorEnvelope, OpenAIErrorEnvelope
 from serve.http.marks import access_of
 from serve.http.mounts import methods_of
 from serve.jobs import events as job_events
+from serve.monitoring import metrics
 from serve.monitoring.health import Health
 from serve.routes import MOUNTS
 from serve.security import rate_limits
@@ -93,7 +94,8 @@ async def test_every_route_that_needs_a_credential_is_503(api: ApiClient, relay:
     assert (await api.request("ada", "GET", "/api/v1/jobs")).status_code == 200
 
 
-async def test_public_routes_are_503(api: ApiClient, relay: Relay) -> None:
+async def test_public_routes_are_503(api: ApiClient, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "CACHE_SECONDS", 0)
     login = {"email": "nobody@example.com", "password": "-"}
     refresh = {"refresh_token": "refresh_x"}
     credential = {"Authorization": f"Bearer {identity.create_access_token(api.users['ada'])}"}

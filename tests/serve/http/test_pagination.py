@@ -10,9 +10,10 @@ import pytest
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 
+from cluster.audit_log import AuditLogEntry
 from cluster.db import Base, now
 from cluster.files.store import File
-from cluster.identity import ApiKey
+from cluster.identity import ApiKey, User
 from cluster.services.health_checks import ServiceCheck
 from cluster.services.store import Service
 from jobs.registry import find_kind
@@ -28,7 +29,8 @@ from pipelines.tools.calls import ToolCall
 from pipelines.training.data.datasets import Dataset
 from pipelines.training.data.prompts import Prompt
 from pipelines.training.models import registry
-from pipelines.training.models.versions import Model
+from pipelines.training.models.mlflow_rows import new_model
+from pipelines.training.models.versions import Model, Version
 from pipelines.training.sessions import TrainingSession
 from serve.openai.batches.store import Batch
 from serve.openai.responses.store import StoredResponse
@@ -85,10 +87,19 @@ def file(at: datetime) -> File:
     return File(id=f"file-{uuid4().hex}", purpose="user_data", filename="a.txt", bytes=1, created_at=at, **BY)
 
 
+def user(at: datetime) -> User:
+    name = uuid4().hex
+    return User(id=name, email=f"{name}@example.com", username=name, password_hash="-", created_at=at)
+
+
 def batch(at: datetime) -> list[Base]:
     work = job(at)
     columns = {"endpoint": "/v1/embeddings", "input_file_id": "file-1", "labels": {}, "created_at": at, **BY}
     return [work, Batch(id=f"batch_{uuid4().hex}", job_id=work.id, expires_at=at, **columns)]
+
+
+def version(name: str) -> Version:
+    return Version(name, 1, "run", [], None, "forgearr/tiny", "job_1", "job_2", None, MOMENT)
 
 
 def log_line(at: datetime) -> JobEvent:
@@ -125,6 +136,8 @@ BY_KEY: dict[str, Callable[[datetime], Base | list[Base]]] = {
     "/v1/files": file,
     "/v1/files?order=asc": file,
     "/v1/batches": batch,
+    "/api/v1/audit-log": lambda at: AuditLogEntry(created_at=at, action="login", outcome="succeeded"),
+    "/api/v1/usage": user,
     "/v1/fine_tuning/jobs": lambda at: job(at, "fine_tune"),
     "/v1/fine_tuning/jobs/{job_id}/events": log_line,
     "/api/v1/jobs/{job_id}/events": log_line,
@@ -154,7 +167,7 @@ async def lists(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
 
     class Registry:
         async def models(self) -> list[Model]:
-            return [Model(f"model-{number}", None, []) for number in range(COUNT)]
+            return [new_model([version(f"model-{number}")], None) for number in range(COUNT)]
 
     @asynccontextmanager
     async def connect() -> AsyncGenerator[Registry]:

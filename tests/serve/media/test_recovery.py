@@ -100,7 +100,7 @@ async def test_administrators_queue_a_recovery_job(api: ApiClient) -> None:
 
 
 async def test_metrics_count_downloads_and_recoveries(api: ApiClient, service_id: int) -> None:
-    metrics = (await api.http.get("/metrics")).text
+    metrics = (await api.request("ada", "GET", "/metrics")).text
     for line in (
         'downloads_failed_total{service="TV"} 2.0',
         'downloads_in_queue{service="TV"} 1.0',

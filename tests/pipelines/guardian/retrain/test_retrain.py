@@ -46,7 +46,6 @@ RESULTS: dict[str, Any] = {
     "compare": BETTER,
     "deploy": {"model_name": "handbook:latest"},
 }
-GATES = {"max_kl": 0.5}
 STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
 
 
@@ -108,7 +107,7 @@ def source(harness: JobHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     get_settings.cache_clear()
     folder = new_repository(tmp_path / "code" / "handbook")
     commit_files(folder, "Begin", {"a.py": "A = 1\n"})
-    request = RepositoryRequest(name="handbook", path=str(folder), training={"max_steps": 7, "rank": 4, "gates": GATES})
+    request = RepositoryRequest(name="handbook", path=str(folder), training={"max_steps": 7, "rank": 4})
 
     async def create(database: Database) -> str:
         async with database.transaction() as session:
@@ -141,7 +140,7 @@ def test_the_steps_run_in_order(harness: JobHarness, source: tuple[Path, str]) -
     assert specs["export"]["job_id"] == "job_fine_tune"
     assert specs["validate"].items() >= {"job_id": "job_fine_tune", "export_job_id": "job_export"}.items()
     assert specs["compare"].items() >= {"name": "handbook", "version": 3, "job_id": "job_fine_tune"}.items()
-    assert specs["deploy"].items() >= {"name": "handbook", "version": 3, "gates": GATES, "force": False}.items()
+    assert specs["deploy"].items() >= {"name": "handbook", "version": 3, "gates": {}, "force": False}.items()
 
     assert (result["model"], result["version"], result["commit"]) == ("handbook", 3, first)
     assert (result["promoted"], result["deploy"]) == (True, RESULTS["deploy"])

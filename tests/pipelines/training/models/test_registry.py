@@ -305,7 +305,7 @@ async def test_a_list_takes_two_requests_whatever_its_length(registry_model: Reg
 async def test_a_list_longer_than_a_page_is_complete(
     registry_model: RegistryModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "PAGE_SIZE", 2)
+    monkeypatch.setattr(mlflow_client, "PAGE_SIZE", 2)
     for _ in range(5):
         await registry_model.register()
     assert [version.number for version in (await registry_model.registry.model(registry_model.name)).versions] == [
