@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StrictBool, model_validator
 
 from cluster import audit_log, identity
 from cluster.db import get_database, now
@@ -75,7 +75,7 @@ class RefreshTokenBody(BaseModel):
 
 
 class Logout(RefreshTokenBody):
-    everywhere: bool = Field(
+    everywhere: StrictBool = Field(
         False,
         description="End all logins of the account with their access tokens, and revoke all its API keys. It needs a "
         "refresh token that is still valid.",

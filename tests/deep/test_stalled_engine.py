@@ -23,8 +23,8 @@ ENGINE = "ray::ServeReplica:forgearr:gguf"
 def test_others_are_answered_after_a_template_hangs(tmp_path: Path) -> None:
     file = replace_template(write_model(tmp_path / "model.gguf"), tmp_path / "evil.gguf", HANGS)
     with running_platform({"engines.stall_timeout": "3s", "engines.slots": "1"}) as platform:
-        client = ollama.Client(host=platform.url)
-        client.create("evil", files={"evil.gguf": client.create_blob(file)})
+        with ollama.Client(host=platform.url) as client:
+            client.create("evil", files={"evil.gguf": client.create_blob(file)})
         assert ask(platform, "evil", "Hello").is_success
         (hanging,) = platform.processes(ENGINE)
         asking = Thread(target=ask, args=(platform, "evil", "boom"), daemon=True)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,38 +88,40 @@ def test_a_training_survives_the_loss_of_its_node(platform: Platform, undisturbe
 
 def test_a_training_can_be_retried_after_a_full_disk(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
     """The training fails with a message. When there is space again, a retry resumes from the last checkpoint."""
-    for _ in range(10):
-        job_id = interrupted_job(platform, lambda job_id: fill_the_disk(platform, job_id), step=4)
-        try:
+    with small_disk(platform) as filler:
+        for _ in range(10):
+            filler.unlink(missing_ok=True)
+            job_id = interrupted_job(platform, lambda _: fill_the_disk(filler), step=4)
             job = platform.wait_for(job_id)
-        finally:
-            subprocess.run(["umount", str(checkpoints(platform, job_id))], check=True)
-        if job["state"] != "succeeded":
-            break
-    else:
-        pytest.fail("each of ten jobs finished before its next checkpoint")
-    assert job["state"] == "failed"
-    assert job["error"]["code"] == "disk_full"
-    assert "became full" in job["error"]["message"]
-    platform.http.post(f"/api/v1/jobs/{job_id}/retry").raise_for_status()
-    assert_same_result(platform, job_id, undisturbed_result)
+            if job["state"] != "succeeded":
+                break
+        else:
+            pytest.fail("each of ten jobs finished before its next checkpoint")
+        filler.unlink()
+        assert job["state"] == "failed"
+        assert job["error"]["code"] == "disk_full"
+        assert "became full" in job["error"]["message"]
+        platform.http.post(f"/api/v1/jobs/{job_id}/retry").raise_for_status()
+        assert_same_result(platform, job_id, undisturbed_result)
 
 
-def fill_the_disk(platform: Platform, job_id: str) -> None:
-    folder = eventually(lambda: checkpoints(platform, job_id))
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-    mounted = subprocess.run(mount, check=False).returncode == 0
-    is_over = platform.job(job_id)["state"] == "succeeded"
-    if mounted and is_over:
-        subprocess.run(["umount", folder], check=True)
-    if not mounted and not is_over:
+@contextmanager
+def small_disk(platform: Platform) -> Generator[Path]:
+    """A disk of its own for the files of jobs; yields the path of a file that fills it."""
+    folder = platform.home / "storage" / "jobs"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False).returncode:
         pytest.skip("only an administrator of the machine can mount a small disk")
+    try:
+        yield folder / "filler"
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def checkpoints(platform: Platform, job_id: str) -> str | None:
-    """The folder of the checkpoints of the first attempt, once it has saved one."""
-    folders = [*(platform.home / "storage" / "jobs" / job_id).glob("*/checkpoints")]
-    return str(folders[0]) if folders else None
+def fill_the_disk(filler: Path) -> None:
+    with filler.open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(100_000))
 
 
 def interrupted_job(platform: Platform, interrupt: Callable[[str], object], *, step: int = 8, **spec: Any) -> str:
