@@ -62,9 +62,7 @@ class AuditLogEntry(Base):
     outcome: Mapped[Outcome] = mapped_column(String(10))
     actor_id: Mapped[str | None] = mapped_column(String(36))  # the account; None: the platform, this machine, nobody
     actor: Mapped[str | None] = mapped_column(String(200))  # its name; None: nobody had logged in
-    address: Mapped[str | None] = mapped_column(
-        String(64)
-    )  # of the client; None: no request, such as a command or a job
+    address: Mapped[str | None] = mapped_column(String(64))  # of the client; None: a command or a job
     target: Mapped[str | None] = mapped_column(String(MAX_TARGET_LENGTH))  # the email, name or id of what it was about
     details: Mapped[Any | None] = mapped_column(Document)
     request_id: Mapped[str | None] = mapped_column(String(128))

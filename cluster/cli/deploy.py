@@ -21,17 +21,18 @@ def deploy(
 
 def rollback(name: Annotated[str, typer.Argument(help="Name of the model.")]) -> None:
     """Serve the version that was served before this one, at once."""
-    console = make_console()
     result = call("POST", f"/api/v1/models/{name}/rollback")
-    console.print(f"{name}:latest is v{result['version']} again; it was v{result['previous']}.")
-    if result["warning"]:
-        console.print(result["warning"], style="yellow", soft_wrap=True)
+    _print_switch(f"{name}:latest is v{result['version']} again; it was v{result['previous']}.", result["warning"])
 
 
 def retire(name: Annotated[str, typer.Argument(help="Name of the model.")]) -> None:
     """Serve no version of a model any more, at once. Its versions stay."""
-    console = make_console()
     result = call("POST", f"/api/v1/models/{name}/retire")
-    console.print(f"{name}:latest is no version any more; it was v{result['version']}.")
-    if result["warning"]:
-        console.print(result["warning"], style="yellow", soft_wrap=True)
+    _print_switch(f"{name}:latest is no version any more; it was v{result['version']}.", result["warning"])
+
+
+def _print_switch(sentence: str, warning: str | None) -> None:
+    console = make_console()
+    console.print(sentence)
+    if warning:
+        console.print(warning, style="yellow", soft_wrap=True)

@@ -72,6 +72,14 @@ def test_a_base_model_with_such_a_template_is_refused(home: Path, tmp_path: Path
         base_models.resolve(str(tmp_path))
 
 
+@pytest.mark.parametrize("config", ["no JSON", "[]", '{"chat_template": [{}]}', '{"chat_template": 7}'])
+def test_a_base_model_with_a_broken_config_is_refused(home: Path, tmp_path: Path, config: str) -> None:
+    for file, content in {"config.json": "{}", "model.safetensors": "", "tokenizer_config.json": config}.items():
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ChatTemplateRefused, match=f"The chat templates of {tmp_path} cannot be read"):
+        base_models.resolve(str(tmp_path))
+
+
 @pytest.mark.parametrize("field", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
 async def test_a_gguf_file_with_such_a_template_is_neither_registered_nor_loaded(
     home: Path, tmp_path: Path, field: str

@@ -51,6 +51,12 @@ class ApiClient:
             headers["Content-Type"] = "application/json"
         return await self.http.request(method, path, headers=headers, **options)
 
+    async def set_password(self, username: str, password: str) -> None:
+        """Give a user a password to log in with. Until then they have none."""
+        async with self.database.transaction() as session:
+            user = await identity.get_user(session, f"{username}@example.com")
+            user.password_hash = await identity.hash_password(password)
+
     async def create_session(self, username: str = "ada", **fields: Any) -> str:
         response = await self.request(username, "POST", SESSIONS, json={**SESSION, **fields})
         assert response.status_code == 201, response.text

@@ -68,7 +68,11 @@ def check_chat_template(template: str, name: str) -> None:
 
 def check_folder(folder: Path, name: str) -> None:
     """Refuse a model in the format of transformers if one of its templates takes too much time or memory."""
-    for template in read_chat_templates(folder).values():
+    try:
+        templates = read_chat_templates(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ChatTemplateRefused(f"The chat templates of {name} cannot be read: {error!r}.") from error
+    for template in templates.values():
         check_chat_template(template, name)
 
 

@@ -18,9 +18,7 @@ LOGIN = {"email": "ada@example.com", "password": PASSWORD}
 @pytest.fixture(autouse=True)
 async def _password_of_ada(api: ApiClient) -> None:  # pyright: ignore[reportUnusedFunction]
     rate_limits.limiter.cache_clear()
-    async with api.database.transaction() as session:
-        ada = await identity.get_user(session, "ada@example.com")
-        ada.password_hash = await identity.hash_password(PASSWORD)
+    await api.set_password("ada", PASSWORD)
 
 
 async def read(api: ApiClient, **filters: Any) -> list[dict[str, Any]]:
