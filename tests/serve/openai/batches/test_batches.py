@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import storage
 from cluster.db import Database, now
 from cluster.errors import Unavailable
 from cluster.files import store as file_store
+from cluster.files.store import File
 from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from jobs import queue, retention
@@ -25,6 +27,7 @@ from serve.engines.gguf.replica import GgufEngine
 from serve.engines.protocol import EngineBusy, EngineLost, EngineRequest, EngineUnavailable, Source
 from serve.openai.batches import store as batch_store
 from serve.openai.batches.line import MAX_ENGINE_LOSSES, LineRunner
+from serve.openai.batches.store import Batch
 from serve.openai.files.validation import BatchLine
 from tests.support.small_models import write_constant_model
 
@@ -110,14 +113,7 @@ async def test_the_parts_of_a_failed_batch_are_removed_after_the_retry_period(da
     long_ago = now() - timedelta(days=get_settings().jobs.event_days + 1)
     for state in (State.FAILED, State.SUCCEEDED, State.RUNNING):
         async with database.transaction() as session:
-            batch, job = await batch_store.create(
-                session,
-                endpoint="/v1/embeddings",
-                input_file_id=file.id,
-                labels={},
-                output_seconds=None,
-                principal=LOCAL,
-            )
+            batch, job = await create_batch(session, file)
             job.state, job.finished_at = state, long_ago
         addresses[state] = storage.address(batch_store.parts_folder(batch.id))
         storage.write(BytesIO(b"{}"), f"{batch_store.parts_folder(batch.id)}/part")
@@ -138,14 +134,7 @@ async def test_an_old_batch_goes_with_its_output_files_and_then_its_job(database
     batches: dict[int, str] = {}
     for days, output in ((31, outputs[0]), (29, outputs[1])):
         async with database.transaction() as session:
-            batch, job = await batch_store.create(
-                session,
-                endpoint="/v1/embeddings",
-                input_file_id=file.id,
-                labels={},
-                output_seconds=None,
-                principal=LOCAL,
-            )
+            batch, job = await create_batch(session, file)
             job.state, job.result = State.SUCCEEDED, {"output_file_id": output.id, "error_file_id": None}
             job.created_at = job.finished_at = now() - timedelta(days=days)
         batches[days] = batch.id
@@ -162,9 +151,7 @@ async def test_an_old_batch_goes_with_its_output_files_and_then_its_job(database
 async def test_a_failed_batch_contains_the_error_of_its_job(database: Database) -> None:
     file = await file_store.create_file(database, BytesIO(b"{}"), filename="b.jsonl", purpose="batch", principal=LOCAL)
     async with database.transaction() as session:
-        batch, job = await batch_store.create(
-            session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, principal=LOCAL
-        )
+        batch, job = await create_batch(session, file)
         assert batch_store.to_openai(batch, job)["status"] == "validating"
         await queue.finish_waiting_jobs(
             session, [job], State.FAILED, {"code": "file_not_found", "message": "It is gone."}
@@ -172,3 +159,9 @@ async def test_a_failed_batch_contains_the_error_of_its_job(database: Database) 
     async with database.read_transaction() as session:
         body = batch_store.to_openai(batch, await session.get_one(Job, job.id))
     assert (body["status"], body["errors"][0]["message"]) == ("failed", "It is gone.")
+
+
+async def create_batch(session: AsyncSession, file: File) -> tuple[Batch, Job]:
+    return await batch_store.create(
+        session, endpoint="/v1/embeddings", input_file_id=file.id, labels={}, output_seconds=None, principal=LOCAL
+    )
