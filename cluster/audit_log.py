@@ -23,7 +23,6 @@ Action = Literal[
     "account.create",
     "account.disable",
     "account.enable",
-    "backup.create",
     "dataset.delete",
     "file.delete",
     "key.create",
