@@ -30,8 +30,8 @@ demo: setup ## Train a tiny model, export, validate and serve it, and show what 
 	@$(FORGEARR) up --detach
 	@trap '$(FORGEARR) down' EXIT; $(FORGEARR) demo
 
-# Several at once, since much of what tests do is waiting; more would start more platforms than most machines hold.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations=25
+# Several at once, since much of what tests do is waiting.
+PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --durations=25
 
 test: setup ## Run the quick tests: they show that the product works
 	$(PYTEST) -m "not deep"

@@ -61,19 +61,25 @@ mlflow_client.TIMEOUT_SECONDS = mirrors.STALLED_SECONDS = TIMEOUT
 client.CONNECT_SECONDS = TIMEOUT
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors, since much of what tests do is waiting. More than four would start more
+    platforms than most machines hold."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 class PlatformScheduling(LoadFileScheduling):
-    """The first worker begins with whole platforms, the others with all else: platforms beside each other would take
-    each other's processors. Those with the fewest tests take the longest, and so go first. The journeys share one
+    """Half of the workers begin with whole platforms, the others with all else: many platforms beside each other would
+    take each other's processors. Those with the fewest tests take the longest, and so go first. The journeys share one
     platform, and so one worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         return JOURNEYS if nodeid.startswith(JOURNEYS) else super()._split_scope(nodeid)
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        is_first = node is self.nodes[0]
-        suitable = [scope for scope in self.workqueue if _starts_platforms(scope) == is_first]
+        takes_platforms = self.nodes.index(node) * 2 < len(self.nodes)
+        suitable = [scope for scope in self.workqueue if _starts_platforms(scope) == takes_platforms]
         if suitable:
-            self.workqueue.move_to_end(suitable[-1 if is_first else 0], last=False)
+            self.workqueue.move_to_end(suitable[-1 if takes_platforms else 0], last=False)
         super()._assign_work_unit(node)
 
 
