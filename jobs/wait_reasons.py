@@ -34,6 +34,8 @@ def _reason(job: Job, leader: Leadership | None, dependencies: Sequence[str]) ->
         return f"{cause}, {job.run_after:%Y-%m-%d %H:%M:%S}Z"
     if leader is None or leader.renewed_at < now() - timedelta(seconds=get_settings().jobs.lease_seconds):
         return "a dispatcher; none is running"
+    if job.resources.get("gpus") and (reason := leader.waiting.get(f"account {job.owner_id}")):
+        return reason
     return leader.waiting.get(f"kind {job.kind}") or leader.waiting.get(f"demand {job.demand}") or "its turn"
 
 

@@ -4,23 +4,21 @@ A file never changes. Once it has expired nobody can see it, and `remove_expired
 """
 
 import asyncio
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from collections.abc import Collection, Sequence
+from datetime import timedelta
 from typing import BinaryIO
 from uuid import uuid4
 
-from sqlalchemy import Index, Select, String, Text, or_, select, update
+from sqlalchemy import Select, func, or_, select, union_all, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import audit_log, storage
-from cluster.db import Base, Database, now
-from cluster.db import Sequence as Counter
+from cluster.db import Database, now
 from cluster.errors import NotFound
+from cluster.files.tables import File, Upload, storage_name
+from cluster.identity import account_limits
 from cluster.ownership import Principal, visible
 
-MAX_ID_LENGTH = 100
-MAX_FILENAME_LENGTH = 500
 SWEEP_PAGE = 500
 
 
@@ -28,26 +26,6 @@ class FileNotFound(NotFound):
     """There is no such file."""
 
     code = "FILE_NOT_FOUND"
-
-
-class File(Base):
-    __tablename__ = "files"
-    __table_args__ = (Index("ix_files_owner_id_created_at", "owner_id", "created_at"),)
-
-    id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH), primary_key=True)
-    purpose: Mapped[str] = mapped_column(String(40))
-    filename: Mapped[str] = mapped_column(String(MAX_FILENAME_LENGTH))
-    bytes: Mapped[int] = mapped_column(Counter)
-    content: Mapped[str | None] = mapped_column(String(20))  # format of its lines; None: not checked
-    fault: Mapped[str | None] = mapped_column(Text)  # why it is not valid for its purpose
-    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: this machine
-    created_by: Mapped[str] = mapped_column(String(200))
-    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
-    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # None: never
-
-    @property
-    def address(self) -> str:
-        return storage.address(_storage_name(self.id))
 
 
 async def create_file(
@@ -62,10 +40,12 @@ async def create_file(
     lifetime: timedelta | None = None,
     file_id: str | None = None,
 ) -> File:
-    """Store the rest of a binary stream as a file.
+    """Store the rest of a binary stream as a file, if its owner's account has room for it.
 
-    A job passes a fixed `file_id` (`file-…`). When it runs again, it gets the file that exists already.
+    A job passes a fixed `file_id` (`file-…`). When it runs again, it gets the file that exists already. What it has
+    made is stored in any case.
     """
+    is_output = file_id is not None
     file_id = file_id or new_id()
     async with database.read_transaction() as session:
         existing = await session.get(File, file_id)
@@ -73,8 +53,14 @@ async def create_file(
         return existing
     file = await store_bytes(source, file_id, filename, purpose, principal, lifetime)
     file.content, file.fault = content, fault
-    async with database.transaction() as session:
-        session.add(file)
+    try:
+        async with database.transaction() as session:
+            if not is_output:
+                await account_limits.require_room(session, principal, "files_mb", file.bytes)
+            session.add(file)
+    except account_limits.AccountLimitReached:
+        await discard_bytes(file.id)
+        raise
     return file
 
 
@@ -82,7 +68,7 @@ async def store_bytes(
     source: BinaryIO, file_id: str, filename: str, purpose: str, principal: Principal, lifetime: timedelta | None
 ) -> File:
     """Write the bytes to storage, and return the row for them. The caller adds the row in its own transaction."""
-    address = await asyncio.to_thread(storage.write, source, _storage_name(file_id))
+    address = await asyncio.to_thread(storage.write, source, storage_name(file_id))
     size = await asyncio.to_thread(storage.size, address)
     return File(
         id=file_id,
@@ -94,6 +80,17 @@ async def store_bytes(
         created_at=now(),
         expires_at=now() + lifetime if lifetime else None,
     )
+
+
+@account_limits.measures("files_mb", "MB of files and uploads", "Delete some files.", unit=account_limits.MB)
+async def count_bytes(session: AsyncSession, account_ids: Collection[str]) -> dict[str, int]:
+    """The bytes of each account's files, and those that its pending uploads were announced with."""
+    files = select(File.owner_id, File.bytes).where(or_(File.expires_at.is_(None), File.expires_at > now()))
+    uploads = select(Upload.owner_id, Upload.bytes).where(Upload.ended.is_(None), Upload.expires_at > now())
+    counted = union_all(files.where(File.owner_id.in_(account_ids)), uploads.where(Upload.owner_id.in_(account_ids)))
+    parts = counted.subquery()
+    rows = await session.execute(select(parts.c.owner_id, func.sum(parts.c.bytes)).group_by(parts.c.owner_id))
+    return {owner_id: int(total) for owner_id, total in rows}
 
 
 async def find(session: AsyncSession, file_id: str, principal: Principal) -> File:
@@ -149,7 +146,7 @@ def new_id() -> str:
 
 async def discard_bytes(file_id: str) -> None:
     """Delete the bytes of a file whose row could not be added."""
-    await asyncio.to_thread(storage.remove, storage.address(_storage_name(file_id)))
+    await asyncio.to_thread(storage.remove, storage.address(storage_name(file_id)))
 
 
 async def _remove(database: Database, files: Sequence[File]) -> None:
@@ -160,7 +157,3 @@ async def _remove(database: Database, files: Sequence[File]) -> None:
         for file in files:
             if (row := await session.get(File, file.id)) is not None:
                 await session.delete(row)
-
-
-def _storage_name(file_id: str) -> str:
-    return f"files/{file_id}"

@@ -7,20 +7,19 @@ import asyncio
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
-from typing import Any, BinaryIO, Literal
+from datetime import timedelta
+from typing import BinaryIO, Literal
 from uuid import uuid4
 
-from sqlalchemy import ForeignKey, Select, String, func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster import storage
-from cluster.db import Base, Database, now
-from cluster.db import Sequence as Counter
+from cluster.db import Database, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
-from cluster.files.store import MAX_FILENAME_LENGTH, File
+from cluster.files.tables import File, Upload, UploadPart
+from cluster.identity import account_limits
 from cluster.ownership import Principal, require
 
 UPLOAD_LIFETIME = timedelta(hours=1)
@@ -51,40 +50,7 @@ class InvalidParts(InvalidRequest):
     code = "INVALID_UPLOAD_PARTS"
 
 
-class Upload(Base):
-    __tablename__ = "uploads"
-
-    id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    purpose: Mapped[str] = mapped_column(String(40))
-    filename: Mapped[str] = mapped_column(String(MAX_FILENAME_LENGTH))
-    bytes: Mapped[int] = mapped_column(Counter)  # the announced size of the file
-    file_seconds: Mapped[int | None]  # lifetime of the file; None: unlimited
-    ended: Mapped[str | None] = mapped_column(String(12))  # completed, cancelled or expired
-    file_id: Mapped[str | None] = mapped_column(String(file_store.MAX_ID_LENGTH))
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: this machine
-    created_by: Mapped[str] = mapped_column(String(200))
-    created_at: Mapped[datetime] = mapped_column(default=now)
-    expires_at: Mapped[datetime]
-
-    @property
-    def status(self) -> Any:
-        return self.ended or ("pending" if self.expires_at > now() else "expired")
-
-
-class UploadPart(Base):
-    __tablename__ = "upload_parts"
-
-    id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
-    bytes: Mapped[int] = mapped_column(Counter)
-    created_at: Mapped[datetime] = mapped_column(default=now)
-
-    @property
-    def name(self) -> str:
-        return f"uploads/{self.upload_id}/{self.id}"
-
-
-def begin(
+async def begin(
     session: AsyncSession,
     *,
     filename: str,
@@ -93,6 +59,8 @@ def begin(
     file_seconds: int | None,
     principal: Principal,
 ) -> Upload:
+    """Begin an upload, if the account has room for the file."""
+    await account_limits.require_room(session, principal, "files_mb", size)
     moment = now()
     upload = Upload(
         id=f"upload_{uuid4().hex}",

@@ -4,6 +4,7 @@ The code that stores something declares how its use is measured, under the name 
 users: administrators and the platform itself have none.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,8 +17,11 @@ from cluster.ownership import Principal
 from cluster.settings import get_settings
 
 Measure = Callable[[AsyncSession, Collection[str]], Awaitable[Mapping[str, int]]]
-"""Returns what these accounts use, by their ids. An account that uses nothing may be missing."""
+"""Returns what these accounts use, by their ids: numbers of things, or bytes. One that uses nothing may be missing."""
 Function = TypeVar("Function", bound=Measure)
+
+
+MB = 1024 * 1024
 
 
 class AccountLimitReached(Forbidden):
@@ -31,19 +35,21 @@ class _Resource:
     measure: Measure
     noun: str
     remedy: str
+    unit: int
 
 
 _resources: dict[str, _Resource] = {}
 
 
-def measures(name: str, noun: str, remedy: str) -> Callable[[Function], Function]:
+def measures(name: str, noun: str, remedy: str, unit: int = 1) -> Callable[[Function], Function]:
     """Decorator: declare what measures the use of `limits.account_NAME`.
 
-    `noun` names what is used in messages, and `remedy` says how an account gets below its limit again.
+    `noun` names what is used in messages, and `remedy` says how an account gets below its limit again. `unit` is what
+    the limit counts: MB, if the measure is in bytes.
     """
 
     def declare(measure: Function) -> Function:
-        _resources[name] = _Resource(measure, noun, remedy)
+        _resources[name] = _Resource(measure, noun, remedy, unit)
         return measure
 
     return declare
@@ -54,17 +60,15 @@ async def require_room(session: AsyncSession, principal: Principal, name: str, a
 
     Call it before the use is added, in the same transaction: others of the same account wait here for its end.
     """
-    limit = limit_of(name)
-    if limit is None or principal.is_admin or principal.id is None:
-        return
-    await advisory_lock(session, f"account {principal.id} {name}")
-    resource = _resources[name]
-    used = (await resource.measure(session, [principal.id])).get(principal.id, 0)
-    if used + amount > limit:
-        raise AccountLimitReached(
-            f"Your account has {used} {resource.noun}, and may have {limit}. {resource.remedy}",
-            details={"resource": name, "used": used, "limit": limit},
-        )
+    if _is_limited(principal, name):
+        await advisory_lock(session, f"account {principal.id} {name}")
+        await _require(session, principal, name, amount)
+
+
+async def require_any_room(session: AsyncSession, principal: Principal, name: str) -> None:
+    """Raise AccountLimitReached if the account uses all that it may, before work whose size nobody knows yet."""
+    if _is_limited(principal, name):
+        await _require(session, principal, name, 1)
 
 
 def limit_of(name: str) -> int | None:
@@ -73,6 +77,29 @@ def limit_of(name: str) -> int | None:
 
 
 async def read_usage(session: AsyncSession, account_ids: Collection[str]) -> dict[str, dict[str, int]]:
-    """What each of these accounts uses, by account and resource."""
-    measured = {name: await resource.measure(session, account_ids) for name, resource in sorted(_resources.items())}
-    return {account: {name: used.get(account, 0) for name, used in measured.items()} for account in account_ids}
+    """What each of these accounts uses, by account and resource, in the units of their limits."""
+    usage: dict[str, dict[str, int]] = {account: {} for account in account_ids}
+    for name, resource in sorted(_resources.items()):
+        used = await resource.measure(session, account_ids)
+        for account in account_ids:
+            usage[account][name] = math.ceil(used.get(account, 0) / resource.unit)
+    return usage
+
+
+def _is_limited(principal: Principal, name: str) -> bool:
+    return limit_of(name) is not None and not principal.is_admin and principal.id is not None
+
+
+async def _require(session: AsyncSession, principal: Principal, name: str, amount: int) -> None:
+    resource, limit, account = _resources[name], limit_of(name), principal.id
+    assert limit is not None
+    assert account is not None
+    used = (await resource.measure(session, [account])).get(account, 0)
+    if used + amount <= limit * resource.unit:
+        return
+    shown, more = math.ceil(used / resource.unit), math.ceil(amount / resource.unit)
+    needs = f" This needs {more} more." if more > 1 else ""
+    raise AccountLimitReached(
+        f"Your account has {shown} {resource.noun}, and may have {limit}.{needs} {resource.remedy}",
+        details={"resource": name, "used": shown, "limit": limit},
+    )

@@ -92,3 +92,22 @@ class LimitSettings(Section):
     account_batches: int | None = Field(
         ge=0, description="Unfinished batches (/v1/batches) that one user may have. Null: no limit."
     )
+    account_files_mb: int | None = Field(
+        ge=0,
+        description="MB of files and pending uploads that one user may have. What jobs write is not refused. Null: no "
+        "limit.",
+    )
+    account_datasets_mb: int | None = Field(ge=0, description="MB of datasets that one user may have. Null: no limit.")
+    account_responses_mb: int | None = Field(
+        ge=0, description="MB of stored responses that one user may have. Null: no limit."
+    )
+    account_models_mb: int | None = Field(
+        ge=0,
+        description="MB of trained models and registered versions that one user may have. Whoever has more can neither "
+        "train nor export. Null: no limit.",
+    )
+    account_gpu_hours: int | None = Field(
+        ge=0,
+        description="GPU hours that the jobs of one user may use in 24 hours. Others of them wait then; those that run "
+        "go on. Null: no limit.",
+    )

@@ -7,14 +7,14 @@ once.
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster.db import now
-from jobs import journal
+from jobs import gpu_time, journal
 from jobs.journal import JournalEntry
 from jobs.leases.claim import OWN_WORKER, Claim
 from jobs.leases.leadership import require_leadership
@@ -50,13 +50,15 @@ async def claim_jobs(session: AsyncSession, token: str, capacity: Capacity) -> l
     await session.execute(update(Job).where(*is_due).values(delayed=False, updated_at=Job.updated_at))
     free_by_kind = await _free_slots_by_kind(session)
     wait_reasons = {} if capacity.available_slots(heavy=True) else _remaining_wait_reasons(leader.waiting, free_by_kind)
+    without_gpu_time = await gpu_time.exhausted_accounts(session)
+    wait_reasons |= {f"account {account}": gpu_time.wait_reason() for account in without_gpu_time}
     chosen: list[tuple[Job, str]] = []
     for heavy in (False, True):
         full_demands: set[str] = set()
         while limit := capacity.available_slots(heavy=heavy):
             full_kinds = [kind for kind, left in free_by_kind.items() if left <= 0]
             chosen_ids = [job.id for job, _ in chosen]
-            page = await _find_runnable(session, heavy, full_demands, full_kinds, chosen_ids, limit)
+            page = await _find_runnable(session, heavy, full_demands, full_kinds, chosen_ids, without_gpu_time, limit)
             for job in page:
                 if job.concurrency is not None and free_by_kind.setdefault(job.kind, job.concurrency) <= 0:
                     wait_reasons[f"kind {job.kind}"] = (
@@ -117,6 +119,7 @@ async def _find_runnable(
     full_demands: Iterable[str],
     full_kinds: Iterable[str],
     excluded_ids: Iterable[str],
+    without_gpu_time: Collection[str],
     limit: int,
 ) -> Sequence[Job]:
     query = (
@@ -128,6 +131,8 @@ async def _find_runnable(
         .limit(limit)
         .with_for_update(skip_locked=True, key_share=True)
     )
+    if without_gpu_time:
+        query = query.where(or_(Job.owner_id.is_(None), Job.owner_id.not_in(without_gpu_time), ~gpu_time.USES_GPU))
     return (await session.scalars(query)).all()
 
 

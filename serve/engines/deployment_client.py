@@ -44,27 +44,35 @@ class DeploymentEngine:
         self._replicas_setting = replicas_setting
         self._handle: Any = None
 
-    def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk]]:
-        return read_ahead(self._chat(reference, request, source))
+    def chat(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> AsyncGenerator[list[Chunk]]:
+        return read_ahead(self._chat(reference, request, source, account))
 
-    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+    async def complete(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> dict[str, Any]:
         handle = (await self._get_handle()).options(**self._routing(reference))
         with _translate_errors():
-            response = handle.complete.remote(reference, request, source)
+            response = handle.complete.remote(reference, request, source, account)
             try:
                 return await response
             finally:
                 response.cancel()
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
+    async def embed(
+        self, reference: str, texts: Sequence[str], source: Source = None, account: str = ""
+    ) -> EmbeddingResult:
         handle = (await self._get_handle()).options(**self._routing(reference))
         with _translate_errors():
-            return await handle.embed.remote(reference, texts, source)
+            return await handle.embed.remote(reference, texts, source, account)
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
+    async def rank(
+        self, reference: str, query: str, documents: Sequence[str], source: Source = None, account: str = ""
+    ) -> Ranking:
         handle = (await self._get_handle()).options(**self._routing(reference))
         with _translate_errors():
-            return await handle.rank.remote(reference, query, documents, source)
+            return await handle.rank.remote(reference, query, documents, source, account)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         handle = (await self._get_handle()).options(**self._routing(reference))
@@ -88,10 +96,12 @@ class DeploymentEngine:
     async def loading(self) -> list[LoadingModelInfo]:
         return [model for models in await self._broadcast("loading") for model in models]
 
-    async def _chat(self, reference: str, request: EngineRequest, source: Source) -> AsyncGenerator[list[Chunk]]:
+    async def _chat(
+        self, reference: str, request: EngineRequest, source: Source, account: str
+    ) -> AsyncGenerator[list[Chunk]]:
         handle = (await self._get_handle()).options(stream=True, **self._routing(reference))
         with _translate_errors():
-            response = handle.chat.remote(reference, request, source)
+            response = handle.chat.remote(reference, request, source, account)
             try:
                 async for chunks in response:
                     yield chunks

@@ -132,21 +132,32 @@ class LoadingModelInfo:
 
 
 class Engine(Protocol):
-    """`reference` names one version (NAME:v3, not NAME:latest); `source` describes what it names."""
+    """`reference` names one version (NAME:v3, not NAME:latest); `source` describes what it names.
 
-    def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
+    `account` is whose share of the engine's slots an answer takes. Empty: the user of this machine.
+    """
+
+    def chat(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> AsyncGenerator[list[Chunk], None]:
         """Stream a completion in batches of chunks. Closing the stream, or cancelling its reader, stops the model."""
         ...
 
-    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+    async def complete(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> dict[str, Any]:
         """Create a completion: `choices` with a message or a text each, `usage` and `timings`."""
         ...
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
+    async def embed(
+        self, reference: str, texts: Sequence[str], source: Source = None, account: str = ""
+    ) -> EmbeddingResult:
         """Create an embedding of each text."""
         ...
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
+    async def rank(
+        self, reference: str, query: str, documents: Sequence[str], source: Source = None, account: str = ""
+    ) -> Ranking:
         """Score how well each document fits the query."""
         ...
 

@@ -25,17 +25,25 @@ class EngineRouter:
         self._default = default
         self._by_source_type = by_source_type
 
-    def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk], None]:
-        return self._engine_for(source).chat(reference, request, source)
+    def chat(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> AsyncGenerator[list[Chunk], None]:
+        return self._engine_for(source).chat(reference, request, source, account)
 
-    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
-        return await self._engine_for(source).complete(reference, request, source)
+    async def complete(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> dict[str, Any]:
+        return await self._engine_for(source).complete(reference, request, source, account)
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
-        return await self._engine_for(source).embed(reference, texts, source)
+    async def embed(
+        self, reference: str, texts: Sequence[str], source: Source = None, account: str = ""
+    ) -> EmbeddingResult:
+        return await self._engine_for(source).embed(reference, texts, source, account)
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
-        return await self._engine_for(source).rank(reference, query, documents, source)
+    async def rank(
+        self, reference: str, query: str, documents: Sequence[str], source: Source = None, account: str = ""
+    ) -> Ranking:
+        return await self._engine_for(source).rank(reference, query, documents, source, account)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         return await self._engine_for(source).describe(reference, source)

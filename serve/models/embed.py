@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field
 
 from cluster.errors import InvalidRequest
-from serve.engines.protocol import EmbeddingResult, Engine, Source, TextTooLong
+from serve.engines.protocol import EmbeddingResult, Engine, TextTooLong
+from serve.models.resolver import ResolvedModel
 
 
 class TooManyDimensions(InvalidRequest):
@@ -20,9 +21,8 @@ class TooManyDimensions(InvalidRequest):
 
 async def embed(
     engine: Engine,
-    reference: str,
+    model: ResolvedModel,
     texts: Sequence[str],
-    source: Source,
     *,
     dimensions: int | None = None,
     truncate: bool = False,
@@ -31,7 +31,7 @@ async def embed(
     vectors: list[list[float]] = []
     tokens = 0
     for text in texts:
-        embedded = await _embed(engine, reference, text, source, truncate)
+        embedded = await _embed(engine, model, text, truncate)
         vectors += [_truncated(vector, dimensions) for vector in embedded.vectors]
         tokens += embedded.tokens
     return EmbeddingResult(vectors, tokens)
@@ -42,10 +42,10 @@ def as_base64(vector: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-async def _embed(engine: Engine, reference: str, text: str, source: Source, truncate: bool) -> EmbeddingResult:
+async def _embed(engine: Engine, model: ResolvedModel, text: str, truncate: bool) -> EmbeddingResult:
     while True:
         try:
-            return await engine.embed(reference, [text], source)
+            return await engine.embed(model.reference, [text], model.source, model.account)
         except TextTooLong as error:
             if not truncate:
                 raise

@@ -40,10 +40,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What a name refers to at the moment."""
+    """What a name refers to at the moment, for the account that has asked."""
 
     reference: str  # a name that does not change its meaning: NAME:v3
     source: Source
+    account: str  # its id; empty: the user of this machine
 
 
 def configured_folders() -> dict[str, ModelFolder]:
@@ -61,21 +62,22 @@ class ModelResolver:
 
     async def resolve(self, reference: str, principal: Principal) -> ResolvedModel:
         """Resolve NAME, NAME:latest, NAME:v3, forgearr/tiny, ft:…, the id of a training, or a name in the settings."""
+        account = principal.id or ""
         if reference.startswith(fine_tuned_names.PREFIX):
             async with self._database().read_transaction() as session:
                 tuned = await fine_tuned_names.resolve(session, reference, principal)
             return (
-                ResolvedModel(reference, tuned)
+                ResolvedModel(reference, tuned, account)
                 if isinstance(tuned, ModelFolder)
                 else await self.resolve(tuned, principal)
             )
         name = reference.removesuffix(":latest")
         if name == tiny.NAME:
-            return ResolvedModel(tiny.NAME, None)
+            return ResolvedModel(tiny.NAME, None, account)
         if JOB_ID.fullmatch(name):
             return await self._resolve_training(name, principal)
         if folder := configured_folders().get(name):
-            return ResolvedModel(name, folder)
+            return ResolvedModel(name, folder, account)
         try:
             return await self._resolve_registered(reference, principal)
         except (ModelNotFound, Unavailable):  # the Ollama server may have it
@@ -83,7 +85,7 @@ class ModelResolver:
             remote = next((model for model in await self._remote.get() if model.name in names), None)
             if remote is None:
                 raise
-            return ResolvedModel(remote.name, remote)
+            return ResolvedModel(remote.name, remote, account)
 
     async def can_use(self, reference: str, principal: Principal) -> bool:
         """Whether the principal may know of a model in memory. What cannot be resolved now is not shown."""
@@ -106,7 +108,7 @@ class ModelResolver:
         self._versions[reference] = cached
         # The cache is everybody's, so whoever asks is compared with each answer.
         access.require_visible(version, principal, reference)
-        return ResolvedModel(version.reference, version)
+        return ResolvedModel(version.reference, version, principal.id or "")
 
     async def list_remote(self, principal: Principal) -> list[OllamaModel]:
         """The models of the Ollama server whose names are not used here. Empty while the server does not respond."""
@@ -139,9 +141,8 @@ class ModelResolver:
                 output = await outputs.find_output(session, job_id, "fine_tune", principal)
         except JobNotFound as error:
             raise ModelNotFound(f"There is no model '{job_id}'.") from error
-        return ResolvedModel(
-            output.job_id, ModelFolder(output.result["model"], output.result["base_model"], output.finished_at)
-        )
+        folder = ModelFolder(output.result["model"], output.result["base_model"], output.finished_at)
+        return ResolvedModel(output.job_id, folder, principal.id or "")
 
 
 @dataclass

@@ -89,5 +89,5 @@ async def _embed(
     request: Request, caller: Principal, model: str, texts: str | list[str], **options: Any
 ) -> EmbeddingResult:
     resolved = await get_models(request).resolve(model, caller)
-    awaitable = embed(get_engine(request), resolved.reference, texts_of(texts), resolved.source, **options)
+    awaitable = embed(get_engine(request), resolved, texts_of(texts), **options)
     return await cancel_on_disconnect(request, awaitable)

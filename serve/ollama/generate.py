@@ -66,7 +66,7 @@ async def _respond(
             await cancel_on_disconnect(request, engine.load(model.reference, model.source))
         await set_keep_alive(engine, model, body.keep_alive, caller)
         return json_response(formatter.empty_response("unload" if should_unload else "load"))
-    stream = engine.chat(model.reference, body.for_engine(), model.source)
+    stream = engine.chat(model.reference, body.for_engine(), model.source, model.account)
     keep_alive = partial(apply_keep_alive, engine, model, body.keep_alive, caller)
     # Until the first chunks arrive, an error can still set the status.
     first = await cancel_on_disconnect(request, anext(stream))

@@ -46,7 +46,7 @@ def _engine_requests(body: ChatRequest) -> list[dict[str, Any]]:
 async def _stream(request: Request, body: ChatRequest, model: ResolvedModel) -> Response:
     engine, requests = get_engine(request), _engine_requests(body)
     if len(requests) == 1:
-        stream = engine.chat(model.reference, requests[0], model.source)
+        stream = engine.chat(model.reference, requests[0], model.source, model.account)
     else:
         stream = _with_total_usage(openai_choices.stream_all(engine, model, requests))
     first = await cancel_on_disconnect(request, anext(stream))

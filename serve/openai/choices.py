@@ -20,7 +20,7 @@ async def complete_all(engine: Engine, model: ResolvedModel, requests: Sequence[
 
     async def complete(request: EngineRequest) -> dict[str, Any]:
         async with semaphore:
-            return await engine.complete(model.reference, request, model.source)
+            return await engine.complete(model.reference, request, model.source, model.account)
 
     tasks = [asyncio.ensure_future(complete(request)) for request in requests]
     try:
@@ -41,7 +41,10 @@ async def stream_all(
 
     async def stream_one(index: int, request: EngineRequest) -> None:
         try:
-            async with semaphore, aclosing(engine.chat(model.reference, request, model.source)) as stream:
+            async with (
+                semaphore,
+                aclosing(engine.chat(model.reference, request, model.source, model.account)) as stream,
+            ):
                 async for chunks in stream:
                     await queue.put([_with_choice_index(chunk, index) for chunk in chunks])
             await queue.put(None)

@@ -56,7 +56,7 @@ async def create_embeddings(request: Request, body: EmbeddingRequest, caller: Cu
 
 async def compute_embeddings(engine: Engine, model: ResolvedModel, body: EmbeddingRequest) -> dict[str, Any]:
     texts = texts_of(body.input)
-    result = await embed(engine, model.reference, texts, model.source, dimensions=body.dimensions)
+    result = await embed(engine, model, texts, dimensions=body.dimensions)
     encoded = [as_base64(vector) if body.encoding_format == "base64" else vector for vector in result.vectors]
     return {
         "object": "list",

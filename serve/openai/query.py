@@ -20,7 +20,7 @@ async def query(request: Request, body: QueryRequest, caller: CurrentCaller) -> 
     if body.temperature is not None:
         engine_request["temperature"] = body.temperature
     completion = await cancel_on_disconnect(
-        request, get_engine(request).complete(model.reference, engine_request, model.source)
+        request, get_engine(request).complete(model.reference, engine_request, model.source, model.account)
     )
     return QueryResponse(
         response=completion["choices"][0]["message"]["content"] or "",

@@ -43,7 +43,7 @@ class RerankResponse(BaseModel):
 async def rerank(request: Request, body: RerankRequest, caller: CurrentCaller) -> RerankResponse:
     """Sort documents by their relevance to a query. The model must be a reranker."""
     model = await get_models(request).resolve(body.model, caller)
-    awaitable = get_engine(request).rank(model.reference, body.query, body.documents, model.source)
+    awaitable = get_engine(request).rank(model.reference, body.query, body.documents, model.source, model.account)
     ranked = await cancel_on_disconnect(request, awaitable)
     best = sorted(enumerate(ranked.scores), key=lambda pair: -pair[1])[: body.top_n]
     results = [

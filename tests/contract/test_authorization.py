@@ -226,7 +226,7 @@ async def server(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyP
             feedback_request = feedback_store.FeedbackRequest.model_validate({**FEEDBACK, "target_id": "msg_0"})
             feedback, _ = await feedback_store.save(session, feedback_request, principal)
             prompt = await prompts.create(session, prompts.PromptRequest.model_validate(PROMPT), principal)
-            upload = file_uploads.begin(
+            upload = await file_uploads.begin(
                 session, filename="a.txt", purpose="user_data", size=1, file_seconds=None, principal=principal
             )
             columns = {"name": "handbook", "url": "https://git.example/handbook", "model": "handbook"}

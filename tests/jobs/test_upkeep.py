@@ -11,8 +11,7 @@ from sqlalchemy import func, select, update
 
 from cluster.db import Database, now
 from cluster.errors import ForgearrError, InvalidRequest, Unavailable
-from cluster.files.store import File
-from cluster.files.uploads import Upload
+from cluster.files.tables import File, Upload
 from cluster.ownership import LOCAL
 from jobs import leases, queue
 from jobs.context import Context

@@ -26,7 +26,9 @@ PROBE = {"kind": "probe"}
 
 @pytest.fixture(autouse=True)
 def limits(home: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, limit in (("JOBS", 3), ("SCHEDULES", 2), ("BATCHES", 1)):
+    limits = {"JOBS": 3, "SCHEDULES": 2, "BATCHES": 1}
+    limits |= {"FILES_MB": 1, "DATASETS_MB": 1, "RESPONSES_MB": 1, "MODELS_MB": 1, "GPU_HOURS": 2}
+    for name, limit in limits.items():
         monkeypatch.setenv(f"FORGEARR_LIMITS__ACCOUNT_{name}", str(limit))
     get_settings.cache_clear()
 
@@ -168,7 +170,12 @@ async def test_a_user_sees_only_their_own_usage(busy: ApiClient) -> None:
             "role": "user",
             "usage": {
                 "batches": {"used": 0, "limit": 1},
+                "datasets_mb": {"used": 0, "limit": 1},
+                "files_mb": {"used": 0, "limit": 1},
+                "gpu_hours": {"used": 0, "limit": 2},
                 "jobs": {"used": 2, "limit": 3},
+                "models_mb": {"used": None, "limit": 1},  # MLflow does not run here
+                "responses_mb": {"used": 0, "limit": 1},
                 "schedules": {"used": 0, "limit": 2},
             },
         }
@@ -187,7 +194,9 @@ async def test_an_administrator_sees_the_usage_of_all_accounts(busy: ApiClient) 
         if not page["has_more"]:
             break
         params["after"] = page["last_id"]
-    used = {one["username"]: {name: value["used"] for name, value in one["usage"].items()} for one in seen}
+    used = {
+        one["username"]: {name: one["usage"][name]["used"] for name in ("batches", "jobs", "schedules")} for one in seen
+    }
     assert used == {
         "ada": {"batches": 0, "jobs": 2, "schedules": 0},
         "bob": {"batches": 0, "jobs": 0, "schedules": 1},

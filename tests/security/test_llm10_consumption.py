@@ -1,9 +1,11 @@
 """LLM10, unbounded consumption: what a user wants of the memory that all models share."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from cluster.settings import get_settings
@@ -14,6 +16,7 @@ from tests.support.api_client import ApiClient
 from tests.support.app_server import unload_models
 from tests.support.registry_model import RegistryModel
 from tests.support.small_models import write_constant_model
+from tests.support.waiting import eventually_async
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -106,3 +109,52 @@ async def test_the_memory_of_a_private_model_is_its_owners(memory: Memory) -> No
     assert memory.limits == {reference: False}
     assert await memory.send("ada", "/api/chat", reference, messages=[], keep_alive=0) == 200
     assert memory.limits == {}
+
+
+CHATS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/completions": {"prompt": "Hello"},
+    "/v1/responses": {"input": "Hello"},
+    "/api/chat": {"messages": HELLO, "stream": False},
+    "/api/generate": {"prompt": "Hello", "stream": False},
+}
+
+
+@pytest.mark.parametrize("path", CHATS)
+async def test_take_all_slots_of_a_model(memory: Memory, path: str) -> None:
+    """Somebody else waits for one answer, not for all that were asked for before."""
+    model, finished = await memory.register(None, served=True), list[str]()
+
+    async def ask(username: str) -> None:
+        assert await memory.send(username, path, model, **CHATS[path]) == 200
+        finished.append(username)
+
+    async def all_wait(count: int) -> None:
+        await eventually_async(lambda: [loaded.users for loaded in memory.engine.loaded_models] == [count])
+
+    await ask("ada")
+    (pooled,) = memory.engine._pool.loaded()  # pyright: ignore[reportPrivateUsage]
+    slots = pooled.loading.result()._slots  # pyright: ignore[reportPrivateUsage]
+    async with slots.take(memory.api.users["ada"].id):
+        greedy = [asyncio.create_task(ask("ada")) for _ in range(8)]
+        await all_wait(8)
+        modest = asyncio.create_task(ask("bob"))
+        await all_wait(9)
+    await asyncio.gather(modest, *greedy)
+    assert finished.index("bob") == 1
+
+
+async def test_fill_the_queue_of_a_model(memory: Memory) -> None:
+    """One account may have half of the queue. Another one still gets an answer."""
+    model = await memory.register(None, served=True)
+    body = {"model": model, "messages": HELLO, "max_tokens": 1}
+
+    async def ask(username: str) -> httpx.Response:
+        return await memory.api.request(username, "POST", "/v1/chat/completions", json=body)
+
+    responses = await asyncio.gather(*(ask("ada") for _ in range(50)), ask("bob"))
+    refused = [response for response in responses[:-1] if response.status_code == 503]
+    assert len(refused) == 50 - (1 + 32)
+    assert refused[0].json()["error"]["code"] == "engine_busy"
+    assert "your account" in refused[0].json()["error"]["message"]
+    assert responses[-1].status_code == 200

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cluster import audit_log, identity, storage
 from cluster.db import Base, Database, advisory_lock, now, run_with_database
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, ForgearrError, NotFound
+from cluster.identity import account_limits
 from cluster.ownership import LOCAL, Principal, can_access, require
 from jobs.states import FINISHED
 from jobs.tables import Job
@@ -127,11 +129,23 @@ async def store_dataset(
     while True:
         if not await asyncio.to_thread(storage.exists, storage.address(storage_name)):
             await asyncio.to_thread(storage.save, content.path, storage_name)
-        async with database.transaction() as session:
-            await advisory_lock(session, "datasets")
-            # `delete` takes the same lock, so the file stays from here on. It may have been deleted since it was saved.
-            if await asyncio.to_thread(storage.exists, storage.address(storage_name)):
-                return await _find_or_add(session, name, content, storage.address(storage_name), source, principal)
+        try:
+            async with database.transaction() as session:
+                await advisory_lock(session, "datasets")
+                # A deletion takes the same lock, so the file stays from here on. It may be gone since it was saved.
+                if await asyncio.to_thread(storage.exists, storage.address(storage_name)):
+                    return await _find_or_add(session, name, content, storage.address(storage_name), source, principal)
+        except account_limits.AccountLimitReached:
+            await _remove_unused(database, content.digest, storage.address(storage_name))
+            raise
+
+
+@account_limits.measures("datasets_mb", "MB of datasets", "Delete some datasets.", unit=account_limits.MB)
+async def count_bytes(session: AsyncSession, account_ids: Collection[str]) -> dict[str, int]:
+    """The bytes of the datasets of each account. Equal content of several datasets counts for each."""
+    query = select(Dataset.owner_id, func.sum(Dataset.bytes)).where(Dataset.owner_id.in_(account_ids))
+    rows = await session.execute(query.group_by(Dataset.owner_id))
+    return {owner_id: int(total) for owner_id, total in rows if owner_id is not None}
 
 
 async def delete(database: Database, dataset_id: str, principal: Principal) -> None:
@@ -143,10 +157,7 @@ async def delete(database: Database, dataset_id: str, principal: Principal) -> N
             raise DatasetInUse(f"The job {job_id} uses {_versioned_name(dataset)}: wait for it, or cancel it.")
         await session.delete(dataset)
         audit_log.record(session, "dataset.delete", principal, _versioned_name(dataset), id=dataset.id)
-    async with database.transaction() as session:
-        await advisory_lock(session, "datasets")
-        if await session.scalar(select(Dataset.id).where(Dataset.digest == dataset.digest).limit(1)) is None:
-            await asyncio.to_thread(storage.remove, dataset.address)
+    await _remove_unused(database, dataset.digest, dataset.address)
 
 
 async def _get(database: Database, dataset_id: str) -> Dataset:
@@ -169,6 +180,7 @@ async def _find_or_add(
     existing = await session.scalar(select(Dataset).where(*same_name, Dataset.digest == content.digest))
     if existing is not None:
         return existing
+    await account_limits.require_room(session, principal, "datasets_mb", content.bytes)
     newest = await session.scalar(select(func.max(Dataset.version)).where(*same_name)) or 0
     dataset = Dataset(
         id=f"ds_{uuid4().hex}",
@@ -186,6 +198,14 @@ async def _find_or_add(
     session.add(dataset)
     await session.flush()
     return dataset
+
+
+async def _remove_unused(database: Database, digest: str, address: str) -> None:
+    """Delete the file of datasets unless one has it."""
+    async with database.transaction() as session:
+        await advisory_lock(session, "datasets")
+        if await session.scalar(select(Dataset.id).where(Dataset.digest == digest).limit(1)) is None:
+            await asyncio.to_thread(storage.remove, address)
 
 
 async def _job_using(session: AsyncSession, dataset: Dataset) -> str | None:

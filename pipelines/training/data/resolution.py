@@ -13,7 +13,7 @@ from cluster import identity
 from cluster.db import Database, run_with_database
 from cluster.errors import Forbidden, InvalidRequest
 from cluster.files import store as file_store
-from cluster.files.store import File
+from cluster.files.tables import File
 from cluster.ownership import Principal
 from cluster.settings import get_settings
 from pipelines.training.data import documents, prompts

@@ -169,6 +169,7 @@ def _publish(
         "method": spec.method,
         "tuning": spec.tuning,
         "model": address,
+        "model_bytes": _folder_size(model),
         "result_files": [results_file],
         "dataset": {"id": dataset.id, "digest": dataset.digest, "samples": dataset.samples, **counts},
         **result,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster.db import Database, run_with_database
 from cluster.files import store as file_store
-from cluster.files.store import File
+from cluster.files.tables import File
 from cluster.ownership import Principal
 from jobs.tables import Job
 

@@ -1,4 +1,4 @@
-"""Check the names under which jobs register models, before they do the work."""
+"""Check whether a job may register a model, before it does the work."""
 
 import asyncio
 
@@ -7,11 +7,11 @@ from cluster.ownership import Principal
 from cluster.settings import get_settings
 from jobs import outputs
 from jobs.context import Context
-from pipelines.training.models import registry
+from pipelines.training.models import registry, storage_limit
 
 
 def require_name(context: Context, name: str) -> Principal:
-    """Raise ModelNameTaken if the owner of the job may not register under this name. Returns the owner."""
+    """Raise an error if the owner of the job may not register under this name, or has no room. Returns the owner."""
     owner = outputs.find_owner(context.owner_id)
     if not owner.is_admin:
         asyncio.run(_require_name(owner, name))
@@ -31,3 +31,4 @@ def check_early(context: Context, name: str) -> None:
 async def _require_name(owner: Principal, name: str) -> None:
     async with registry.connect() as models:
         await models.require_name(name, owner)
+        await storage_limit.require_room(models, owner)

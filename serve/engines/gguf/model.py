@@ -24,6 +24,7 @@ import orjson
 from cluster.errors import ForgearrError
 from cluster.settings import EngineSettings
 from serve.engines.local.pool import Purpose
+from serve.engines.local.slots import FairSlots
 from serve.engines.model_header import BATCH_TOKENS, Header, ModelUnreadable
 from serve.engines.protocol import (
     Chunk,
@@ -70,7 +71,7 @@ class LlamaCppModel:
         self.adapters = list(files.adapters)
         self._fim_tokens, self._is_reranker = header.fim_tokens, header.is_reranker
         self._server = _start_server(files, header, context, settings, purpose)
-        self._slots = asyncio.Semaphore(settings.slots)
+        self._slots = FairSlots(settings.slots)
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="answer")
         self._running = set[_ChunkQueue]()
 
@@ -78,9 +79,9 @@ class LlamaCppModel:
     def silent_seconds(self) -> float:
         return max((monotonic() - chunk_queue.last_sign_at for chunk_queue in self._running), default=0)
 
-    async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
+    async def answer(self, request: EngineRequest, reference: str, account: str) -> AsyncGenerator[list[Chunk]]:
         """Wait for a slot, then stream a completion. Closing the stream frees the slot."""
-        async with self._slots:
+        async with self._slots.take(account):
             loop = asyncio.get_running_loop()
             chunk_queue = _ChunkQueue(loop)
             handler = self._server.handle_completions if "prompt" in request else self._server.handle_chat_completions
@@ -95,17 +96,17 @@ class LlamaCppModel:
                 chunk_queue.stopped.set()
                 await asyncio.shield(generation)
 
-    async def embed(self, texts: Sequence[str]) -> EmbeddingResult:
+    async def embed(self, texts: Sequence[str], account: str) -> EmbeddingResult:
         """Create an embedding of each text. All of them take one slot together."""
-        async with self._slots:
+        async with self._slots.take(account):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _embed, self._server, texts)
 
-    async def rank(self, query: str, documents: Sequence[str]) -> Ranking:
+    async def rank(self, query: str, documents: Sequence[str], account: str) -> Ranking:
         """Score how well each document fits the query. All of them take one slot together."""
         if not self._is_reranker:
             raise RequestRefused("This model cannot rank texts. Use a reranker that was exported as GGUF.")
-        async with self._slots:
+        async with self._slots.take(account):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, _rank, self._server, query, documents)
 

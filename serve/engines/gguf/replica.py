@@ -56,15 +56,19 @@ class GgufEngine(LocalEngine[LlamaCppModel]):
         await super().set_keep_alive(_base_model_of(reference, source)[0], seconds)
 
     def _use(
-        self, reference: str, source: Source, purpose: Purpose = "answers"
+        self, reference: str, source: Source, purpose: Purpose = "answers", account: str = ""
     ) -> AbstractAsyncContextManager[LlamaCppModel]:
         adapter = _as_adapter(source)
         if adapter is None:
-            return super()._use(reference, source, purpose)
+            return super()._use(reference, source, purpose, account)
         if purpose == "embeddings":
             raise RequestRefused(f"{reference} is an adapter. Adapters create no embeddings; try {adapter.base_model}.")
         prepare = partial(self._loader.prepare, reference, source, purpose)
-        return self._pool.use(adapter.base_model, prepare, purpose, lambda model: reference in model.adapters)
+
+        def has_adapter(model: LlamaCppModel) -> bool:
+            return reference in model.adapters
+
+        return self._pool.use(adapter.base_model, prepare, purpose, has_adapter, account)
 
 
 class GgufLoader:

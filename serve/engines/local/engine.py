@@ -35,13 +35,13 @@ class EngineStalled(ForgearrError):
 
 
 class RunningModel(Closable, Protocol):
-    def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk], None]:
+    def answer(self, request: EngineRequest, reference: str, account: str) -> AsyncGenerator[list[Chunk], None]:
         """Stream a completion of the model, or of its adapter `reference`. Closing the stream stops the model."""
         ...
 
-    async def embed(self, texts: Sequence[str]) -> EmbeddingResult: ...
+    async def embed(self, texts: Sequence[str], account: str) -> EmbeddingResult: ...
 
-    async def rank(self, query: str, documents: Sequence[str]) -> Ranking: ...
+    async def rank(self, query: str, documents: Sequence[str], account: str) -> Ranking: ...
 
 
 Model = TypeVar("Model", bound=RunningModel)
@@ -73,28 +73,36 @@ class LocalEngine(Generic[Model]):
         self._pool = ModelPool[Model](capacity, settings, on_change)
         self._stall_timeout = None if settings.stall_timeout is None else parse_duration(settings.stall_timeout)
 
-    async def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+    async def chat(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> AsyncGenerator[list[Chunk]]:
         started_at = perf_counter()
         if isinstance(source, Version):
             request = apply_defaults(request, source.defaults)
-        async with self._use(reference, source) as model:
+        async with self._use(reference, source, account=account) as model:
             load_ms = (perf_counter() - started_at) * 1000
-            async with aclosing(model.answer(request, reference)) as stream:
+            async with aclosing(model.answer(request, reference, account)) as stream:
                 async for chunks in stream:
                     if timings := chunks[-1].get("timings"):
                         timings["load_ms"] = load_ms
                     yield chunks
 
-    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
-        return await collect(self.chat(reference, request, source))
+    async def complete(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> dict[str, Any]:
+        return await collect(self.chat(reference, request, source, account))
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
-        async with self._use(reference, source, "embeddings") as model:
-            return await model.embed(texts)
+    async def embed(
+        self, reference: str, texts: Sequence[str], source: Source = None, account: str = ""
+    ) -> EmbeddingResult:
+        async with self._use(reference, source, "embeddings", account) as model:
+            return await model.embed(texts, account)
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
-        async with self._use(reference, source, "embeddings") as model:
-            return await model.rank(query, documents)
+    async def rank(
+        self, reference: str, query: str, documents: Sequence[str], source: Source = None, account: str = ""
+    ) -> Ranking:
+        async with self._use(reference, source, "embeddings", account) as model:
+            return await model.rank(query, documents, account)
 
     async def describe(self, reference: str, source: Source = None) -> Header:
         return await self._loader.describe(reference, source)
@@ -133,8 +141,11 @@ class LocalEngine(Generic[Model]):
             for pooled in self._pool.loaded()
         ]
 
-    def _use(self, reference: str, source: Source, purpose: Purpose = "answers") -> AbstractAsyncContextManager[Model]:
-        return self._pool.use(reference, partial(self._loader.prepare, reference, source, purpose), purpose)
+    def _use(
+        self, reference: str, source: Source, purpose: Purpose = "answers", account: str = ""
+    ) -> AbstractAsyncContextManager[Model]:
+        prepare = partial(self._loader.prepare, reference, source, purpose)
+        return self._pool.use(reference, prepare, purpose, account=account)
 
 
 def report_models_to_router(references: list[str]) -> None:

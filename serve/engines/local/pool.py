@@ -7,7 +7,7 @@ model is loaded again; its outdated copy is unloaded after its last request.
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -76,6 +76,7 @@ class PooledModel(Generic[Model]):
     fetched: tuple[int, int] | None = None  # bytes so far, and all bytes
     requested_at: float = field(default_factory=monotonic)
     users: int = 0
+    users_by_account: Counter[str] = field(default_factory=Counter[str])
     bytes: int = 0  # 0 until they are reserved
     memory_before: int = 0  # of the process, when loading began
     loading_since: float = 0  # when the phase `loading` began
@@ -159,18 +160,20 @@ class ModelPool(Generic[Model]):
         prepare: Prepare[Model],
         purpose: Purpose = "answers",
         is_suitable: Callable[[Model], bool] = lambda _: True,
+        account: str = "",
     ) -> AsyncGenerator[Model]:
         """The model, which is not unloaded within this context.
 
-        It is loaded with `prepare` if it is not in memory, or if the copy in memory is not suitable.
+        It is loaded with `prepare` if it is not in memory, or if the copy in memory is not suitable. One account may
+        have half of the places in the queue, so that it cannot keep all others out.
         """
         while True:
             pooled = self._current.get((reference, purpose)) or self._start_loading(
                 PooledModel(reference, purpose), prepare
             )
-            if pooled.users >= self._settings.slots + self._settings.queue:
-                raise EngineBusy
+            self._require_place(pooled, account)
             pooled.users += 1
+            pooled.users_by_account[account] += 1
             self._stop_unload_timer(pooled)
             pooled.keep_alive = self._default_keep_alive
             pooled.unload_when_idle = self._default_keep_alive == 0
@@ -183,6 +186,7 @@ class ModelPool(Generic[Model]):
                 self._mark_outdated(pooled)
             finally:
                 pooled.users -= 1
+                pooled.users_by_account[account] -= 1
                 await self._remove_if_due(pooled)
                 self._start_unload_timer(pooled)
                 self._freed.set()
@@ -207,6 +211,16 @@ class ModelPool(Generic[Model]):
             await asyncio.wait([pooled.loading])
             await self._remove_if_due(pooled)
         return bool(matching)
+
+    def _require_place(self, pooled: PooledModel[Model], account: str) -> None:
+        slots, queue = self._settings.slots, self._settings.queue
+        if pooled.users >= slots + queue:
+            raise EngineBusy
+        if account and pooled.users_by_account[account] >= slots + (queue + 1) // 2:
+            raise EngineBusy(
+                f"{pooled.users_by_account[account]} requests of your account wait for this model already, and one "
+                "account may have half of the queue (engines.queue); try again in a moment."
+            )
 
     def _start_unload_timer(self, pooled: PooledModel[Model]) -> None:
         if pooled.keep_alive is not None and pooled.is_idle and pooled in self._all_models():

@@ -47,7 +47,9 @@ class OllamaEngine:
             listed = (await client.list()).models
         return [_to_ollama_model(model) for model in listed if model.model]
 
-    async def chat(self, reference: str, request: EngineRequest, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+    async def chat(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> AsyncGenerator[list[Chunk]]:
         body = to_ollama_request(request)
         parser = ChunkParser("prompt" in request)
         async with self._client() as client:
@@ -57,15 +59,21 @@ class OllamaEngine:
                     if chunks := parser.parse(part.model_dump()):
                         yield chunks
 
-    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+    async def complete(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> dict[str, Any]:
         return await collect(self.chat(reference, request, source))
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
+    async def embed(
+        self, reference: str, texts: Sequence[str], source: Source = None, account: str = ""
+    ) -> EmbeddingResult:
         async with self._client() as client:
             response = await client.embed(model=reference, input=texts, truncate=False)
         return EmbeddingResult([list(vector) for vector in response.embeddings], response.prompt_eval_count or 0)
 
-    async def rank(self, reference: str, query: str, documents: Sequence[str], source: Source = None) -> Ranking:
+    async def rank(
+        self, reference: str, query: str, documents: Sequence[str], source: Source = None, account: str = ""
+    ) -> Ranking:
         raise RequestRefused("Models of the Ollama server cannot rank texts.")
 
     async def describe(self, reference: str, source: Source = None) -> Header:

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cluster.settings import EngineSettings
 from serve.engines.local.pool import Purpose
+from serve.engines.local.slots import FairSlots
 from serve.engines.model_header import ModelUnreadable
 from serve.engines.protocol import (
     Chunk,
@@ -71,7 +72,8 @@ class TransformersModel:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         disable_progress_bar()
         self._context = context
-        self._embed_lock, self._start_lock = asyncio.Lock(), asyncio.Lock()
+        self._slots, self._embedding = FairSlots(settings.slots), FairSlots(1)
+        self._start_lock = asyncio.Lock()
         self._sampler = Sampler()
         self._rendering_since: list[float] = []  # one for each chat template that runs now
         self._manager: Any = None  # of continuous batching; None for embeddings
@@ -88,8 +90,13 @@ class TransformersModel:
     def silent_seconds(self) -> float:
         return max((monotonic() - started_at for started_at in self._rendering_since), default=0)
 
-    async def answer(self, request: EngineRequest, reference: str) -> AsyncGenerator[list[Chunk]]:
-        """Stream a completion. Closing the stream takes the request out of the batch."""
+    async def answer(self, request: EngineRequest, reference: str, account: str) -> AsyncGenerator[list[Chunk]]:
+        """Wait for a slot, then stream a completion. Closing the stream takes the request out of the batch."""
+        async with self._slots.take(account), aclosing(self._answer(request)) as stream:
+            async for chunks in stream:
+                yield chunks
+
+    async def _answer(self, request: EngineRequest) -> AsyncGenerator[list[Chunk]]:
         started_at = perf_counter()
         tokens = await asyncio.to_thread(self._prompt_tokens, request)
         available = self._context - len(tokens)
@@ -118,12 +125,12 @@ class TransformersModel:
         }
         yield [*stream.end(finish_reason), {"choices": [], "usage": usage, "timings": timings}]
 
-    async def embed(self, texts: Sequence[str]) -> EmbeddingResult:
+    async def embed(self, texts: Sequence[str], account: str) -> EmbeddingResult:
         """The mean of the last layer's hidden states of each text, normalized to length 1."""
-        async with self._embed_lock:
+        async with self._embedding.take(account):
             return await asyncio.to_thread(self._embed, texts)
 
-    async def rank(self, query: str, documents: Sequence[str]) -> Ranking:
+    async def rank(self, query: str, documents: Sequence[str], account: str) -> Ranking:
         raise RequestRefused("Only a reranker in GGUF can rank texts. Export this model as GGUF.")
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import select
 
 from cluster.db import get_database
-from cluster.files.store import MAX_ID_LENGTH
+from cluster.files.tables import MAX_ID_LENGTH
 from cluster.ownership import visible
 from jobs.tables import Job
 from serve.http.pagination import CursorPage, cursor_page, keyset_slice

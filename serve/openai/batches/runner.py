@@ -21,7 +21,7 @@ from cluster import identity, storage
 from cluster.db import Database, now, run_with_database
 from cluster.errors import ForgearrError
 from cluster.files import store as file_store
-from cluster.files.store import File
+from cluster.files.tables import File
 from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs.context import Context

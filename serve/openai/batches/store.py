@@ -18,6 +18,7 @@ from cluster import storage
 from cluster.db import Base, Database, delete_rows, now
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.files import store as file_store
+from cluster.files.tables import MAX_ID_LENGTH
 from cluster.identity import account_limits
 from cluster.ownership import Principal, require
 from cluster.settings import get_settings
@@ -59,7 +60,7 @@ class Batch(Base):
     id: Mapped[str] = mapped_column(String(ID_MAX), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     endpoint: Mapped[str] = mapped_column(String(100))
-    input_file_id: Mapped[str] = mapped_column(String(file_store.MAX_ID_LENGTH))  # may be deleted
+    input_file_id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH))  # may be deleted
     labels: Mapped[dict[str, Any]]  # OpenAI's `metadata`
     output_seconds: Mapped[int | None]  # lifetime of the output files; None: no limit
     owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: without an account
@@ -93,6 +94,7 @@ async def create(
             f"The file '{file.id}' has the purpose {file.purpose}; a batch needs a file with the purpose batch."
         )
     await account_limits.require_room(session, principal, "batches")
+    await account_limits.require_any_room(session, principal, "files_mb")
     batch_id, moment = f"batch_{uuid4().hex}", now()
     job = await queue.enqueue(session, JobRequest(kind=KIND, spec={"batch_id": batch_id}), principal)
     batch = Batch(

@@ -13,7 +13,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from cluster.db import get_database
 from cluster.files import store as file_store
-from cluster.files.store import MAX_ID_LENGTH, File
+from cluster.files.tables import MAX_ID_LENGTH, File
 from cluster.settings import get_settings
 from serve.http.errors import Responses
 from serve.http.marks import streams_body

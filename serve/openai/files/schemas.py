@@ -6,8 +6,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from cluster.files.store import MAX_FILENAME_LENGTH, File
-from cluster.files.uploads import Upload
+from cluster.files.tables import MAX_FILENAME_LENGTH, File, Upload
 from serve.http.schemas import StrictModel
 
 Purpose = Literal["fine-tune", "batch", "user_data"]

@@ -41,7 +41,7 @@ async def create_upload(body: UploadRequest, caller: CurrentCaller) -> UploadObj
     if body.bytes > max_mb * MEBIBYTE:
         raise UploadTooLarge(f"An upload in parts may have {max_mb} MiB at most (files.max_upload_mb).")
     async with get_database().transaction() as session:
-        upload = file_uploads.begin(
+        upload = await file_uploads.begin(
             session,
             filename=body.filename,
             purpose=body.purpose,

@@ -145,6 +145,10 @@ class ResponseRequest(StrictModel):
         return self
 
     @property
+    def is_stored(self) -> bool:
+        return self.store is not False
+
+    @property
     def references(self) -> list[str]:
         """The ids of the stored items in the input."""
         return (
@@ -184,7 +188,7 @@ class ResponseRequest(StrictModel):
             "tool_choice": "auto" if self.tool_choice is None else self.model_dump()["tool_choice"],
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "text": {"format": {"type": "text"}, **text},
-            "store": self.store is not False,
+            "store": self.is_stored,
             "metadata": self.metadata or {},
             "truncation": "disabled",
             "reasoning": {"effort": None, "summary": None},

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from cluster.db import Database, get_database
 from cluster.errors import ForgearrError, InvalidRequest
+from cluster.identity import account_limits
 from cluster.ownership import Principal
 from serve.engines.protocol import Chunk, Engine
 from serve.engines.protocol import EngineRequest as EngineRequest
@@ -63,7 +64,7 @@ async def create_response(request: Request, body: ResponseRequest, caller: Curre
         awaitable = complete_response(get_database(), get_engine(request), model, body, caller)
         return Response(orjson.dumps(await cancel_on_disconnect(request, awaitable)), media_type="application/json")
     prepared = await _prepare(get_database(), body, caller)
-    stream = get_engine(request).chat(model.reference, prepared.engine_request, model.source)
+    stream = get_engine(request).chat(model.reference, prepared.engine_request, model.source, model.account)
     first = await cancel_on_disconnect(request, anext(stream))
     save = partial(_save, get_database(), prepared.input_items, caller)
     return _sse_response(_stream_events(prepared.response_stream, streaming.prepend(first, stream), save))
@@ -75,7 +76,7 @@ async def complete_response(
     """Create a response without streaming, and store it if the request says so."""
     prepared = await _prepare(database, body, principal)
     prepared.response_stream.feed(
-        _as_chunk(await engine.complete(model.reference, prepared.engine_request, model.source))
+        _as_chunk(await engine.complete(model.reference, prepared.engine_request, model.source, model.account))
     )
     prepared.response_stream.end()
     await _save(database, prepared.input_items, principal, prepared.response_stream.response)
@@ -165,11 +166,16 @@ async def _prepare(database: Database, body: ResponseRequest, principal: Princip
 async def _load_context(
     database: Database, body: ResponseRequest, principal: Principal
 ) -> tuple[list[Item], dict[str, Item]]:
-    """Load what a request refers to: the previous conversation, and stored items by their ids."""
+    """Load what a request refers to: the previous conversation, and stored items by their ids.
+
+    If the response is to be stored, the account must have room for it: there is none to ask for once it is created.
+    """
     previous_id, references = body.previous_response_id, body.references
-    if previous_id is None and not references:
+    if previous_id is None and not references and not body.is_stored:
         return [], {}
     async with database.read_transaction() as session:
+        if body.is_stored:
+            await account_limits.require_any_room(session, principal, "responses_mb")
         previous_items = (
             await response_store.conversation_until(session, previous_id, principal) if previous_id is not None else []
         )

@@ -5,16 +5,19 @@ rows.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import String, delete, literal, select
+import orjson
+from sqlalchemy import Index, String, delete, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, Document, delete_rows, now
+from cluster.db import Sequence as Counter
 from cluster.errors import NotFound
+from cluster.identity import account_limits
 from cluster.ownership import Principal, can_access, require, visible
 from cluster.settings import get_settings
 from jobs.sweep import register_sweeper
@@ -44,12 +47,14 @@ class ItemNotFound(NotFound):
 
 class StoredResponse(Base):
     __tablename__ = "responses"
+    __table_args__ = (Index("ix_responses_owner_id_bytes", "owner_id", "bytes"),)
 
     id: Mapped[str] = mapped_column(String(60), primary_key=True)
     previous_id: Mapped[str | None] = mapped_column(String(60))  # may be deleted
     given: Mapped[Any] = mapped_column(Document)  # the input items of its own request
     body: Mapped[dict[str, Any]]  # the public form
-    owner_id: Mapped[str | None] = mapped_column(String(36), index=True)  # None: without an account
+    bytes: Mapped[int] = mapped_column(Counter)  # of its input items and its public form
+    owner_id: Mapped[str | None] = mapped_column(String(36))  # None: without an account
     created_by: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
@@ -62,10 +67,21 @@ async def store(database: Database, body: dict[str, Any], input_items: Sequence[
                 previous_id=body["previous_response_id"],
                 given=list(input_items),
                 body=body,
+                bytes=len(orjson.dumps([input_items, body])),
                 owner_id=principal.id,
                 created_by=principal.name,
             )
         )
+
+
+@account_limits.measures(
+    "responses_mb", "MB of responses", 'Delete some, or send "store": false.', unit=account_limits.MB
+)
+async def count_bytes(session: AsyncSession, account_ids: Collection[str]) -> dict[str, int]:
+    """The bytes of each account's responses."""
+    query = select(StoredResponse.owner_id, func.sum(StoredResponse.bytes))
+    query = query.where(StoredResponse.owner_id.in_(account_ids)).group_by(StoredResponse.owner_id)
+    return {owner_id: int(total) for owner_id, total in await session.execute(query) if owner_id is not None}
 
 
 async def find(session: AsyncSession, response_id: str, principal: Principal) -> StoredResponse:

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 
 from cluster.audit_log import AuditLogEntry
 from cluster.db import Base, now
-from cluster.files.store import File
+from cluster.files.tables import File
 from cluster.identity import ApiKey, User
 from cluster.services.health_checks import ServiceCheck
 from cluster.services.store import Service

@@ -16,7 +16,7 @@ from cluster import storage
 from cluster.db import Database, now
 from cluster.errors import Unavailable
 from cluster.files import store as file_store
-from cluster.files.store import File
+from cluster.files.tables import File
 from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from jobs import queue, retention
@@ -43,7 +43,9 @@ class UnreliableEngine(GgufEngine):
     errors: Sequence[Unavailable] = ()
     calls = 0
 
-    async def complete(self, reference: str, request: EngineRequest, source: Source = None) -> dict[str, Any]:
+    async def complete(
+        self, reference: str, request: EngineRequest, source: Source = None, account: str = ""
+    ) -> dict[str, Any]:
         self.calls += 1
         if self.calls <= len(self.errors):
             raise self.errors[self.calls - 1]

@@ -41,7 +41,9 @@ class SlowEngine(GgufEngine):
         self.may_answer: Future[None] = Future()
         self.waiting = 0
 
-    async def embed(self, reference: str, texts: Sequence[str], source: Source = None) -> EmbeddingResult:
+    async def embed(
+        self, reference: str, texts: Sequence[str], source: Source = None, account: str = ""
+    ) -> EmbeddingResult:
         self.waiting += 1
         await asyncio.shield(asyncio.wrap_future(self.may_answer))
         return EmbeddingResult([[1.0] for _ in texts], tokens=1)

@@ -18,8 +18,7 @@ from cluster import identity, storage
 from cluster.db import Database, now
 from cluster.files import store as file_store
 from cluster.files import uploads as file_uploads
-from cluster.files.store import File
-from cluster.files.uploads import Upload, UploadPart
+from cluster.files.tables import File, Upload, UploadPart
 from cluster.ownership import LOCAL
 from cluster.settings import get_settings
 from serve.app import create_app

@@ -78,7 +78,9 @@ class RecordingEngine(GgufEngine):
         self.requests: list[Any] = []
         self.lost_after: int | None = None
 
-    async def chat(self, reference: str, request: Any, source: Source = None) -> AsyncGenerator[list[Chunk]]:
+    async def chat(
+        self, reference: str, request: Any, source: Source = None, account: str = ""
+    ) -> AsyncGenerator[list[Chunk]]:
         self.requests.append(request)
         count = 0
         async for chunks in super().chat(reference, request, source):
