@@ -18,6 +18,7 @@ from typing import Any
 from cluster import logs, secrets
 from cluster.errors import ForgearrError, SettingsError, Unavailable
 from cluster.runtime import processes
+from cluster.runtime.node_versions import NodeVersions
 from cluster.settings import DEFAULTS, ENVIRONMENT_PREFIX, Settings, get_settings, load_settings, node_environment
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def bring_up(settings: Settings, on_step: OnStep) -> None:
     build_application = _import_object(APPLICATION)
     # All of the above runs while Ray starts, which takes longer.
     _connect(settings, on_step)
+    if settings.ray.address:
+        NodeVersions().require_same()
     _start_actors(actors, settings.ray_namespace, on_step)
     _deploy(build_application(settings), settings, on_step)
 

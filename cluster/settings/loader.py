@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -24,6 +25,8 @@ DEFAULTS = "configs/forgearr.yaml"
 ENVIRONMENT_PREFIX = "FORGEARR_"
 NODE_SECRETS_VARIABLE = "FORGEARR_NODE_SECRETS"
 """Names the settings that each node of a joined cluster must have itself, because secrets are not sent to it."""
+NODE_VERSION_VARIABLE = "FORGEARR_NODE_VERSION"
+"""The version that each node of a joined cluster must have."""
 RESERVED_VARIABLES = {
     "FORGEARR_HOME",
     "FORGEARR_URL",
@@ -31,6 +34,7 @@ RESERVED_VARIABLES = {
     "FORGEARR_OVERRIDES",
     "FORGEARR_RUNTIME",
     NODE_SECRETS_VARIABLE,
+    NODE_VERSION_VARIABLE,
 }
 
 
@@ -60,6 +64,7 @@ def get_settings() -> Settings:
 
 def load_settings(overrides: Sequence[str] = ()) -> LoadedSettings:
     """Load all four layers. `overrides` are `key=value` assignments from the command line."""
+    _require_node_version()
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in _layers(overrides):
@@ -95,7 +100,16 @@ def node_environment() -> dict[str, str]:
     if overrides := os.environ.get("FORGEARR_OVERRIDES"):
         variables["FORGEARR_OVERRIDES"] = overrides
     keys = [key for key, value in loaded.values() if is_confidential(key, value)]
-    return variables | {NODE_SECRETS_VARIABLE: " ".join(keys)}
+    return variables | {NODE_SECRETS_VARIABLE: " ".join(keys), NODE_VERSION_VARIABLE: version("forgearr")}
+
+
+def _require_node_version() -> None:
+    required, installed = os.environ.get(NODE_VERSION_VARIABLE), version("forgearr")
+    if required and required != installed:
+        raise SettingsError(
+            f"This node ({platform.node()}) has Forgearr {installed}, and the installation {required}: install the "
+            "same version on all nodes."
+        )
 
 
 def _require_node_secrets(origins: Mapping[str, str]) -> None:

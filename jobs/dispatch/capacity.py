@@ -3,7 +3,7 @@
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,14 @@ class ClusterCapacity:
         self._available: dict[str, float] = {}
         self._nodes: list[tuple[dict[str, float], dict[str, str]]] = []
         self._is_view_fresh = False
+        self.avoided_nodes: set[str] = set()
+        """The ids of nodes with another version of Forgearr. No worker is placed there."""
 
     def update_cluster(self, available: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> None:
         """Store what is free in the cluster, and what its nodes have in total, as Ray reports it."""
         self._available = dict(available)
-        self._nodes = [(dict(node["Resources"]), dict(node["Labels"])) for node in nodes]
+        usable = [node for node in nodes if node["NodeID"] not in self.avoided_nodes]
+        self._nodes = [(dict(node["Resources"]), dict(node["Labels"])) for node in usable]
         self._is_view_fresh = True
 
     def mark_view_used(self) -> None:
@@ -191,8 +194,16 @@ def actor_options(resources: Resources) -> dict[str, Any]:
     if resources.memory_mb:
         options["memory"] = resources.memory_mb * 1024 * 1024
     if resources.labels:
-        options["label_selector"] = resources.labels
+        options["label_selector"] = dict(resources.labels)
     return options
+
+
+def placed_elsewhere(options: Mapping[str, Any], avoided_nodes: Collection[str]) -> dict[str, Any]:
+    """Return Ray's options for an actor, so that it is placed on none of these nodes."""
+    if not avoided_nodes:
+        return dict(options)
+    elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoided_nodes))})"}
+    return {**options, "label_selector": {**options.get("label_selector", {}), **elsewhere}}
 
 
 def _max_processes(totals: Mapping[str, float]) -> int:

@@ -19,10 +19,11 @@ import ray.exceptions
 
 from cluster import logs
 from cluster.db import get_database
+from cluster.runtime.node_versions import NodeVersions
 from cluster.settings import get_settings
 from jobs import leases, schedules
 from jobs.dispatch import disabled_accounts, holder
-from jobs.dispatch.capacity import HEAVY_PREFIX, POOL_PREFIX, ClusterCapacity, actor_options
+from jobs.dispatch.capacity import HEAVY_PREFIX, POOL_PREFIX, ClusterCapacity, actor_options, placed_elsewhere
 from jobs.execution.worker import Worker
 from jobs.journal import JournalEntry
 from jobs.leases import Claim, GuardedWrite, LeadershipLost, LeaseWatch
@@ -55,6 +56,8 @@ class Dispatcher:
         self._token = ""
         self._wake = asyncio.Event()
         self._capacity = ClusterCapacity(self._settings.slots)
+        # All nodes of our own Ray are this machine.
+        self._node_versions = NodeVersions() if get_settings().ray.address else None
         self._handles: dict[str, Any] = {}
         self._starting: dict[str, tuple[str, float]] = {}  # heavy workers without a process yet: token, time
         self._unstarted: set[str] = set()  # workers, warm or heavy, that have not answered yet
@@ -90,6 +93,7 @@ class Dispatcher:
         while True:
             try:
                 await self._take_leadership()
+                await self._check_nodes()
                 await self._adopt_workers()
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._dispatch_forever())
@@ -168,10 +172,16 @@ class Dispatcher:
             )
             for worker in self._capacity.workers():
                 self._dismiss_if_done(worker)
+            await self._check_nodes()
             self._fill_pool()
             async with self._database.read_transaction() as session:
                 wait_seconds = await schedules.seconds_until_due(session)
             await asyncio.sleep(min(wait_seconds, self._settings.lease_seconds / 3))
+
+    async def _check_nodes(self) -> None:
+        """Find the nodes with another version of Forgearr, which may have joined meanwhile."""
+        if self._node_versions is not None:
+            self._capacity.avoided_nodes = await asyncio.to_thread(self._node_versions.refresh)
 
     async def _adopt_workers(self) -> None:
         """After a restart of this process, adopt the living workers, and release the jobs of the dead ones."""
@@ -244,7 +254,7 @@ class Dispatcher:
             lifetime="detached",
             max_restarts=0,
             max_concurrency=1000,
-            **options,
+            **placed_elsewhere(options, self._capacity.avoided_nodes),
         )
         handle: Any = actor.remote(name, slots)
         self._handles[name] = handle

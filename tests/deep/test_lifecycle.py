@@ -135,6 +135,47 @@ def test_actors_of_an_earlier_up_are_replaced(tmp_path: Path) -> None:
             installation.http.close()
 
 
+def test_a_node_of_another_version_gets_nothing_to_do(tmp_path: Path) -> None:
+    with ray_head(tmp_path) as (port, _):
+        settings = {"ray.address": f"127.0.0.1:{port}", "mlflow.enabled": "false"}
+        platform = Platform(tmp_path / "home", settings)
+        platform.add_admin()
+        platform.http.headers["X-API-Key"] = platform.cli(
+            "key", "create", "laptop", "--user", "ada@example.com"
+        ).stdout.strip()
+        platform.up()
+        with other_version(tmp_path, port):
+            log = platform.home / "logs" / "dispatcher.jsonl"
+            eventually(lambda: "has Forgearr 0.0.9, and this installation" in log.read_text())
+            labelled = platform.submit("probe", resources={"cpus": 1, "labels": {"role": "trainer"}})
+            heavy = platform.submit("probe", resources={"cpus": 1})
+            assert platform.wait_for(heavy)["state"] == "succeeded"
+            assert "the cluster has 2 CPU" in platform.job(labelled)["waiting_for"]
+            platform.down()
+            refused = platform.cli("up", "--detach", check=False)
+            assert refused.returncode == 1
+            assert "install the same version there and restart its Ray" in refused.stderr
+        platform.http.close()
+
+
+@contextmanager
+def other_version(folder: Path, port: int) -> Generator[None]:
+    """A second node of the cluster, whose environment has another version of Forgearr."""
+    metadata = folder / "packages" / "forgearr-0.0.9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: forgearr\nVersion: 0.0.9\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")}
+    environment["PYTHONPATH"] = str(metadata.parent.parent)
+    command = [sys.executable, "-m", "tests.deep.ray_node", f"127.0.0.1:{port}", "role", "trainer"]
+    with (folder / "node.log").open("w") as log:
+        node = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        node.terminate()
+        node.wait(TIMEOUT)
+
+
 @contextmanager
 def ray_head(folder: Path) -> Generator[tuple[int, Path]]:
     """A Ray cluster that somebody else has started; yields its port and its folder for logs."""

@@ -4,9 +4,11 @@ import asyncio
 import json
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from cluster.errors import SettingsError, Unavailable
 from cluster.runtime import doctor, run_state, supervisor
 from cluster.runtime.privacy import NotPrivate, require_private_home
 from cluster.secrets import KeyMissing, create_shared_keys, seal, signing_key
-from cluster.settings import NODE_SECRETS_VARIABLE, get_settings, load_settings, node_environment
+from cluster.settings import NODE_SECRETS_VARIABLE, NODE_VERSION_VARIABLE, get_settings, load_settings, node_environment
 from jobs.context import Context, JobLogHandler, current_context
 from jobs.leases import Claim
 from jobs.mlflow_sync import MlflowSync
@@ -87,7 +89,16 @@ def test_read_a_secret_in_the_runtime_environment_of_a_cluster(home: Path, monke
         "FORGEARR_JOBS__WORKERS": "3",
         "FORGEARR_OVERRIDES": "serve.port=8010",
         NODE_SECRETS_VARIABLE: "auth.sealing_key database.url",
+        NODE_VERSION_VARIABLE: version("forgearr"),
     }
+
+
+@pytest.mark.usefixtures("home")
+def test_a_node_of_another_version_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NODE_VERSION_VARIABLE, "0.0.9")
+    installed = re.escape(version("forgearr"))
+    with pytest.raises(SettingsError, match=f"has Forgearr {installed}, and the installation 0\\.0\\.9: install"):
+        load_settings()
 
 
 def test_a_node_without_the_secrets_says_which_and_where(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
