@@ -12,7 +12,7 @@ from jobs.leases import Claim, GuardedWrite, LeaseWatch
 from jobs.queue import JobRequest
 from jobs.tables import Job
 
-ONE_CPU: dict[str, Any] = {"Resources": {"CPU": 1.0}, "Labels": {}}
+ONE_CPU: dict[str, Any] = {"NodeID": "node", "Resources": {"CPU": 1.0}, "Labels": {}}
 
 
 class Clock:

@@ -180,7 +180,7 @@ async def test_use_the_gpus_all_day(api: ApiClient) -> None:
     assert token
 
     async def claim() -> set[str]:
-        nodes = [{"Resources": {"CPU": 64, "GPU": 64}, "Labels": {}}]
+        nodes = [{"NodeID": "node", "Resources": {"CPU": 64, "GPU": 64}, "Labels": {}}]
         capacity.update_cluster({"CPU": 64, "GPU": 64}, nodes)
         if not capacity.pool_size():
             capacity.add("worker-1")

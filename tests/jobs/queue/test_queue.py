@@ -12,9 +12,10 @@ from cluster.errors import Forbidden
 from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs import journal, leases, queue, wait_reasons
+from jobs.dispatch.capacity import actor_options, placed_elsewhere
 from jobs.leases import LeadershipLost
 from jobs.queue import IdempotencyConflict, JobNotFound, JobRequest, JobStateConflict, UnknownDependency
-from jobs.registry import InvalidSpec, UnknownKind
+from jobs.registry import InvalidSpec, Resources, UnknownKind
 from jobs.retry_policy import Failure
 from jobs.states import State
 from jobs.tables import Job, JobEvent
@@ -343,7 +344,7 @@ async def test_a_job_is_not_retried_before_what_it_depends_on(harness: QueueHarn
 
 
 async def test_a_kind_without_a_limit_runs_any_number_of_jobs(harness: QueueHarness) -> None:
-    harness.capacity.update_cluster({"CPU": 2.0}, [{"Resources": {"CPU": 2.0}, "Labels": {}}])
+    harness.capacity.update_cluster({"CPU": 2.0}, [{"NodeID": "node", "Resources": {"CPU": 2.0}, "Labels": {}}])
     light, heavy = await harness.submit(), await harness.submit(resources={"cpus": 1})
     assert {claim.job_id for claim in await harness.claim()} == {light.id, heavy.id}
 
@@ -390,9 +391,22 @@ async def test_a_kind_at_its_limit_does_not_block_other_kinds(harness: QueueHarn
     assert reasons[sweeps[1].id] == "one of the 1 running 'sweep' jobs to finish"
 
 
+async def test_no_job_gets_a_node_that_is_avoided(harness: QueueHarness) -> None:
+    large, small = [{"NodeID": f"{size:g}", "Resources": {"CPU": size}, "Labels": {}} for size in (8.0, 1.0)]
+    harness.capacity.avoided_nodes = {"8"}
+    harness.capacity.update_cluster({"CPU": 9.0}, [large, small])
+    await harness.submit(resources={"cpus": 2}, priority=9)
+    fits = await harness.submit(resources={"cpus": 1})
+    assert [claim.job_id for claim in await harness.claim()] == [fits.id]
+    labelled = actor_options(Resources(cpus=1, labels={"zone": "a"}))
+    placed = placed_elsewhere(labelled, {"8"})
+    assert placed == {**labelled, "label_selector": {"zone": "a", "ray.io/node-id": "!in(8)"}}
+    assert placed_elsewhere(labelled, ()) == labelled
+
+
 async def test_a_job_too_large_for_the_cluster_has_a_wait_reason(harness: QueueHarness) -> None:
     harness.capacity.update_cluster(
-        {"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}]
+        {"CPU": 2.0}, [{"NodeID": "node", "Resources": {"CPU": 2.0, "memory": 2**30}, "Labels": {"zone": "a"}}]
     )
     too_large = await harness.submit(resources={"gpus": 8}, priority=9)
     other_zone = await harness.submit(resources={"cpus": 1, "labels": {"zone": "b"}}, priority=9)
@@ -412,7 +426,7 @@ async def test_a_job_too_large_for_the_cluster_has_a_wait_reason(harness: QueueH
 
 
 async def test_heavy_jobs_have_a_bounded_number_of_processes(harness: QueueHarness) -> None:
-    view = {"CPU": 2.0}, [{"Resources": {"CPU": 2.0, "memory": 2.0**30}, "Labels": {}}]
+    view = {"CPU": 2.0}, [{"NodeID": "node", "Resources": {"CPU": 2.0, "memory": 2.0**30}, "Labels": {}}]
     for _ in range(20):
         await harness.submit(resources={"cpus": 0.0001})
     gang = await harness.submit(resources={"cpus": 0.0001, "workers": 9}, priority=9)
