@@ -27,6 +27,7 @@ Action = Literal[
     "file.delete",
     "key.create",
     "key.revoke",
+    "keys.rotate",
     "login",
     "logout",
     "model.delete",

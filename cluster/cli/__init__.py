@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import config, demo, deploy, git_hooks, jobs, key, models, repo, train, up, user
+from cluster.cli import config, demo, deploy, git_hooks, jobs, key, keys, models, repo, train, up, user
 from cluster.cli import status as cli_status
 from cluster.errors import ForgearrError
 
@@ -30,6 +30,7 @@ app.command("retire")(deploy.retire)
 app.add_typer(config.app)
 app.add_typer(user.app)
 app.add_typer(key.app)
+app.add_typer(keys.app)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(repo.app)
 app.add_typer(git_hooks.app)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="key", help="Manage API keys.", no_args_is_help=True)
+app = typer.Typer(name="key", help="Manage the API keys of accounts.", no_args_is_help=True)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from cluster.identity.api_keys import (
 from cluster.identity.logins import (
     RefreshToken,
     create_access_token,
+    delete_all_logins,
     delete_expired_logins,
     end_login,
     rotate_refresh_token,
@@ -72,6 +73,7 @@ __all__ = [
     "canonical_email",
     "create_access_token",
     "create_key",
+    "delete_all_logins",
     "delete_expired_logins",
     "end_all_credentials",
     "end_login",

@@ -115,6 +115,11 @@ async def delete_expired_logins(session: AsyncSession) -> int:
     return await delete_rows(session, delete(RefreshToken).where(RefreshToken.expires_at <= now()))
 
 
+async def delete_all_logins(session: AsyncSession) -> None:
+    """Delete the refresh tokens of all accounts. Access tokens end with the key that has signed them."""
+    await session.execute(delete(RefreshToken))
+
+
 async def end_all_logins(session: AsyncSession, user: User) -> None:
     """Make all refresh tokens and access tokens of an account invalid."""
     await session.refresh(user, ["token_version"], with_for_update=True)

@@ -1,6 +1,7 @@
 """The migrations of the database's schema, and the code that runs them."""
 
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from pathlib import Path
 
 from alembic import command
@@ -14,6 +15,29 @@ from cluster.db import Result, get_database
 from cluster.errors import Conflict
 
 FOLDER = Path(__file__).parent
+# All modules with tables. They are imported by name, because `cluster` imports no package above it.
+MODULES = (
+    "cluster.audit_log",
+    "cluster.identity",
+    "cluster.services.circuit_breaker",
+    "cluster.services.health_checks",
+    "cluster.services.store",
+    "cluster.files.tables",
+    "jobs.tables",
+    "pipelines.guardian.feedback.store",
+    "pipelines.guardian.repositories",
+    "pipelines.tools.calls",
+    "pipelines.media.downloads.tables",
+    "pipelines.media.downloads.log",
+    "pipelines.media.audit.tables",
+    "pipelines.training.models.blobs",
+    "pipelines.training.data.datasets",
+    "pipelines.training.workers",
+    "pipelines.training.data.prompts",
+    "pipelines.training.sessions",
+    "serve.openai.batches.store",
+    "serve.openai.responses.store",
+)
 # An arbitrary number, the same in every process of Forgearr.
 POSTGRES_LOCK = 0x466F7267
 
@@ -22,6 +46,12 @@ class NewerSchema(Conflict):
     """The database was written by a newer version of Forgearr."""
 
     code = "NEWER_SCHEMA"
+
+
+def import_tables() -> None:
+    """Import all modules with tables, so that their metadata is complete."""
+    for module in MODULES:
+        import_module(module)
 
 
 def upgrade(connection: Connection) -> None:

@@ -1,6 +1,5 @@
 """The environment in which Alembic runs migrations, on the connection of cluster.migrations.configuration."""
 
-from importlib import import_module
 from typing import Any, Literal
 
 from alembic import context
@@ -8,32 +7,9 @@ from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import JSON
 
 from cluster.db import Base, UtcDateTime
+from cluster.migrations import import_tables
 
-# All modules with tables. They are imported by name, because `cluster` imports no package above it.
-for module in (
-    "cluster.audit_log",
-    "cluster.identity",
-    "cluster.services.circuit_breaker",
-    "cluster.services.health_checks",
-    "cluster.services.store",
-    "cluster.files.uploads",
-    "cluster.files.store",
-    "jobs.tables",
-    "pipelines.guardian.feedback.store",
-    "pipelines.guardian.repositories",
-    "pipelines.tools.calls",
-    "pipelines.media.downloads.tables",
-    "pipelines.media.downloads.log",
-    "pipelines.media.audit.tables",
-    "pipelines.training.models.blobs",
-    "pipelines.training.data.datasets",
-    "pipelines.training.workers",
-    "pipelines.training.data.prompts",
-    "pipelines.training.sessions",
-    "serve.openai.batches.store",
-    "serve.openai.responses.store",
-):
-    import_module(module)
+import_tables()
 
 
 def render_item(kind: str, item: Any, autogenerate: AutogenContext) -> str | Literal[False]:

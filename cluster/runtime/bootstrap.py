@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import logs, secrets
 from cluster.errors import ForgearrError, SettingsError, Unavailable
 from cluster.runtime import processes
 from cluster.runtime.node_versions import NodeVersions
 from cluster.settings import DEFAULTS, ENVIRONMENT_PREFIX, Settings, get_settings, load_settings, node_environment
+
+if TYPE_CHECKING:
+    from cluster.db import Database
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +102,25 @@ async def _prepare_database(settings: Settings, on_step: OnStep) -> None:
         outcome = "refused" if is_refused else "succeeded"
         audit_log.record(session, "settings.apply", LOCAL, outcome=outcome, **_changed_settings())
     await _import_object(DECLARE_SERVICES)(database)
+    await _warn_of_unreadable_secrets(database, on_step)
     await database.close()
     if is_refused:
         raise NoAdmin
     on_step("database", "SQLite" if database.is_sqlite else "PostgreSQL")
+
+
+async def _warn_of_unreadable_secrets(database: "Database", on_step: OnStep) -> None:
+    from cluster import sealing
+
+    if secrets.has_old_sealing_key():
+        on_step("warning", "an old sealing key is accepted too: `forgearr keys rotate` ends that")
+    async with database.read_transaction() as session:
+        unreadable = await sealing.find_unreadable(session)
+    for secret in unreadable:
+        log.warning("%s cannot be opened: enter it again with %s", secret.name, secret.entered_by)
+    if unreadable:
+        text = f"{len(unreadable)} stored secrets cannot be opened with the sealing key"
+        on_step("warning", f"{text}: `forgearr keys check` lists them")
 
 
 def _changed_settings() -> dict[str, str]:

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from cluster import logs
 from cluster.runtime import haproxy, privacy, probes, processes, run_state, supervisor
-from cluster.secrets import KeyDamaged, check_keys
+from cluster.secrets import KeyDamaged, check_keys, has_old_sealing_key
 from cluster.settings import Settings, home, mask_url
+
+if TYPE_CHECKING:
+    from cluster.sealing import SealedSecret
 
 GB = 1_000_000_000
 DISK_GB = 5
@@ -44,6 +47,7 @@ def run_checks(settings: Settings) -> Iterator[CheckResult]:
     if settings.ray.address:
         yield _cluster(settings.ray.address)
     yield _database(settings)
+    yield from _secrets(settings)
     yield _mlflow(settings)
     yield _gpu()
 
@@ -188,6 +192,43 @@ async def _schema_versions() -> tuple[str | None, list[str]]:
     try:
         async with get_database().engine.connect() as connection:
             return await connection.run_sync(read)
+    finally:
+        await get_database().close()
+
+
+def _secrets(settings: Settings) -> Iterator[CheckResult]:
+    """Check that all sealed secrets can be opened, if the database has the schema of this code."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from cluster.errors import ForgearrError
+
+    if settings.database.url is None and not (home() / "forgearr.db").exists():
+        return
+    try:
+        unreadable = asyncio.run(_find_unreadable())
+    except (SQLAlchemyError, OSError, ForgearrError):
+        return  # another check tells why
+    if unreadable:
+        text = f"{len(unreadable)} stored secrets cannot be opened with the sealing key"
+        yield CheckResult(
+            "warn", "secrets", text, "Run `forgearr keys check`: it lists them, and how to enter them again."
+        )
+    elif has_old_sealing_key():
+        fix = "Run `forgearr keys rotate`, while Forgearr does not run, to finish its replacement."
+        yield CheckResult("warn", "secrets", "an old sealing key is accepted too", fix)
+    else:
+        yield CheckResult("ok", "secrets", "all stored secrets can be opened")
+
+
+async def _find_unreadable() -> "list[SealedSecret]":
+    from cluster import sealing
+    from cluster.db import get_database
+    from cluster.migrations import import_tables
+
+    import_tables()
+    try:
+        async with get_database().read_transaction() as session:
+            return await sealing.find_unreadable(session)
     finally:
         await get_database().close()
 

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cluster.db import Base, Database, advisory_lock, now
 from cluster.errors import Conflict, ForgearrError, NotFound, SettingsError, UnprocessableRequest
+from cluster.sealing import SealedSecret, contains_secrets
 from cluster.secrets import SealBroken, seal, unseal
 from cluster.services import circuit_breaker
 from cluster.services.catalog import connectors_by_name, find_connector
@@ -86,6 +87,14 @@ class Service(Base):
     @property
     def connector(self) -> Connector:
         return find_connector(self.type)
+
+
+def _describe_key(service: Service) -> SealedSecret:
+    by = "forgearr up, from services.declared" if service.declared else f"PUT /api/services/{service.id} with api_key"
+    return SealedSecret(f"the key of the service '{service.name}'", by)
+
+
+contains_secrets(Service.api_key, _describe_key)
 
 
 async def list_services(session: AsyncSession) -> Sequence[Service]:

@@ -53,6 +53,10 @@ class AuthSettings(Section):
         description="Key that encrypts credentials of repositories and keys of services, at least 32 characters, the "
         "same on every node. Null: created on first use in FORGEARR_HOME/keys."
     )
+    old_sealing_key: SecretStr | None = Field(
+        description="An earlier sealing key, which only decrypts. Set it on every node while `forgearr keys rotate` "
+        "encrypts everything with the new one."
+    )
     access_token_minutes: int = Field(ge=1, le=1440, description="How long an access token is valid.")
     refresh_token_days: int = Field(ge=1, le=365, description="How long a refresh token is valid.")
     max_api_keys: int = Field(ge=1, le=10_000, description="How many API keys an account may have.")
@@ -61,7 +65,7 @@ class AuthSettings(Section):
         description="Rate limit of failed logins from one address, of all accounts together."
     )
 
-    @field_validator("signing_key", "sealing_key")
+    @field_validator("signing_key", "sealing_key", "old_sealing_key")
     @classmethod
     def refuse_weak_key(cls, key: SecretStr | None) -> SecretStr | None:
         if key is None:

@@ -17,6 +17,7 @@ from cluster import secrets
 from cluster.db import Base, now
 from cluster.errors import Conflict, NotFound, UnprocessableRequest
 from cluster.ownership import Principal
+from cluster.sealing import SealedSecret, contains_secrets
 from cluster.settings import get_settings
 from jobs import schedules
 from jobs.registry import find_kind
@@ -140,7 +141,21 @@ class Repository(Base):
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 
 
+def _describe_credentials(row: Repository) -> SealedSecret:
+    return SealedSecret(
+        f"the credentials of the repository '{row.name}'", f"PATCH /api/v1/repos/{row.name} with credentials"
+    )
+
+
+def _describe_webhook(row: Repository) -> SealedSecret:
+    return SealedSecret(
+        f"the webhook's secret of the repository '{row.name}'", f"PATCH /api/v1/repos/{row.name} with webhook_secret"
+    )
+
+
 keep_jobs_in(Repository.trained_job_id, Repository.tried_job_id)
+contains_secrets(Repository.credentials, _describe_credentials)
+contains_secrets(Repository.webhook_secret, _describe_webhook)
 
 
 async def create(session: AsyncSession, request: RepositoryRequest, principal: Principal) -> Repository:

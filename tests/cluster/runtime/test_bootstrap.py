@@ -1,11 +1,15 @@
 """What a start does to the database."""
 
+from pathlib import Path
+
 import pytest
 from sqlalchemy import select
 
+from cluster import secrets
 from cluster.audit_log import AuditLogEntry
 from cluster.db import Database
 from cluster.runtime import bootstrap
+from cluster.services import store as service_store
 from cluster.settings import get_settings
 
 
@@ -34,5 +38,24 @@ async def test_each_start_records_the_settings_that_are_not_defaults(
     assert "ssss" not in str(applied.details)
 
 
-async def prepare() -> None:
-    await bootstrap._prepare_database(get_settings(), lambda step, detail: None)  # pyright: ignore[reportPrivateUsage]
+async def test_a_start_warns_of_secrets_that_cannot_be_opened(
+    database: Database, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with database.transaction() as session:
+        for name in ("TV", "Radio"):
+            service = {"name": name, "type": "sonarr", "url": "http://127.0.0.1:9", "api_key": "key"}
+            await service_store.create(session, service, "test")
+    assert [step for step, _ in await prepare()] == ["database"]
+    secrets.new_sealing_key()
+    assert ("warning", "an old sealing key is accepted too: `forgearr keys rotate` ends that") in await prepare()
+    secrets.forget_old_sealing_key()
+    warning = "2 stored secrets cannot be opened with the sealing key: `forgearr keys check` lists them"
+    assert ("warning", warning) in await prepare()
+    assert "the key of the service 'TV' cannot be opened: enter it again with PUT /api/services/1" in caplog.text
+
+
+async def prepare() -> list[tuple[str, str]]:
+    """The steps that it reports."""
+    steps: list[tuple[str, str]] = []
+    await bootstrap._prepare_database(get_settings(), lambda *step: steps.append(step))  # pyright: ignore[reportPrivateUsage]
+    return steps
