@@ -79,7 +79,7 @@ WITHOUT_OWNER = (
     "/api/v1/mcp/",
     "/api/v1/config/",
 )
-"""Paths with these prefixes name no row with an owner. For models see tests/security/test_api1_models.py."""
+"""Paths with these prefixes name no row with an owner. For models see tests/security/api/test_api1_models.py."""
 
 OWNED_LISTS = (
     "/api/v1/jobs",

@@ -8,7 +8,7 @@ import pytest
 from cluster.runtime import supervisor
 from cluster.settings import load_settings
 
-OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
+OPERATING = Path(__file__).parents[3] / "docs" / "operating.md"
 
 
 @pytest.mark.usefixtures("home")
