@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 
@@ -30,6 +30,9 @@ FILE_TIMEOUT_SECONDS = 900  # a server that stores files elsewhere copies them b
 FILE_ATTEMPTS = 4
 CHUNK_BYTES = 4 * 1024 * 1024
 PAGE_SIZE = 1000
+MAX_RESPONSE_BYTES = 256 * 1024 * 1024
+"""Of an API call. A page has up to a thousand versions, with tags of some kB each."""
+MAX_MESSAGE_LENGTH = 300
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 MAX_VALUE_LENGTH = 6000  # of a parameter or tag, in characters; the server refuses more
 MAX_PARAMETERS_PER_REQUEST = 100
@@ -164,9 +167,9 @@ class MlflowRestClient:
                     file.write(data)
 
                 async with self._client.stream("GET", path, timeout=_file_timeout()) as response:
-                    if response.is_error:
-                        await response.aread()
-                    _raise_for_status(response, f"GET {path}")
+                    if not response.is_success:
+                        start = await anext(response.aiter_bytes(MAX_MESSAGE_LENGTH), b"")
+                        _raise_for_status(response, f"GET {path}", start)
                     async for chunk in response.aiter_bytes(CHUNK_BYTES):
                         await asyncio.to_thread(write_chunk, chunk)
                         received += len(chunk)
@@ -202,12 +205,18 @@ class MlflowRestClient:
     ) -> dict[str, Any]:
         """Make one API call and return its JSON, or `default` if the requested object does not exist."""
         try:
-            response = await self._request(method, f"/api/2.0/mlflow/{path}", **options)
+            content = await self._request(method, f"/api/2.0/mlflow/{path}", **options)
         except MlflowRefused as refusal:
             if default is not None and refusal.details.get("status") == httpx.codes.NOT_FOUND:
                 return default
             raise
-        return response.json()
+        try:
+            document: Any = json.loads(content)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise MlflowUnavailable("The program at mlflow.tracking_uri does not answer as an MLflow server does.")
+        return cast(dict[str, Any], document)
 
     async def search(self, path: str, key: str, condition: str = "") -> list[dict[str, Any]]:
         """Return all results of a GET search, from all its pages. They are under `key` in each response."""
@@ -216,16 +225,30 @@ class MlflowRestClient:
         while True:
             response = await self.call("GET", path, params=params)
             rows += response.get(key, [])
-            if not response.get("next_page_token"):
+            token = response.get("next_page_token")
+            if not token:
                 return rows
-            params["page_token"] = response["next_page_token"]
+            if token == params.get("page_token"):
+                raise MlflowUnavailable("The MLflow server sends the same page again and again.")
+            params["page_token"] = token
 
-    async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """Send a request. Every failure is raised as MlflowUnavailable or MlflowRefused."""
+    async def _request(self, method: str, path: str, **options: Any) -> bytes:
+        """Send a request, and return the content of its response.
+
+        Every failure is raised as MlflowUnavailable or MlflowRefused.
+        """
+        content = bytearray()
         with _translated_errors():
-            response = await self._client.request(method, path, **options)
-        _raise_for_status(response, f"{method} {path}")
-        return response
+            async with self._client.stream(method, path, **options) as response:
+                if "," in response.headers.get("content-encoding", ""):
+                    raise MlflowUnavailable("The MLflow server sent a response that is compressed more than once.")
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > MAX_RESPONSE_BYTES:
+                        limit = MAX_RESPONSE_BYTES // 1024 // 1024
+                        raise MlflowUnavailable(f"The MLflow server sent more than {limit} MiB.")
+        _raise_for_status(response, f"{method} {path}", bytes(content))
+        return bytes(content)
 
 
 def _file_timeout() -> httpx.Timeout:
@@ -272,11 +295,14 @@ def _translated_errors() -> Generator[None]:
         raise MlflowUnavailable(f"The MLflow server does not answer: {type(error).__name__}.") from error
 
 
-def _raise_for_status(response: httpx.Response, request: str) -> None:
+def _raise_for_status(response: httpx.Response, request: str, content: bytes) -> None:
+    if response.is_redirect:
+        raise MlflowUnavailable("The MLflow server redirects to another address: set mlflow.tracking_uri to that one.")
     if response.status_code >= 500 or response.status_code == 429:
         raise MlflowUnavailable(f"The MLflow server answered {response.status_code}.")
     if response.is_error:
-        message = f"MLflow answered {response.status_code} to {request}: {response.text[:300]}"
+        text = content[:MAX_MESSAGE_LENGTH].decode(errors="replace")
+        message = f"MLflow answered {response.status_code} to {request}: {text}"
         raise MlflowRefused(message, details={"status": response.status_code})
 
 

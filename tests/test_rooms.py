@@ -44,7 +44,7 @@ def test_a_test_is_in_the_room_of_its_code() -> None:
 
 
 def test_the_folder_deep_has_deep_tests_only() -> None:
-    unmarked = [file.name for file in (TESTS / "deep").glob("test_*.py") if DEEP not in file.read_text()]
+    unmarked = [file.name for file in (TESTS / "deep").rglob("test_*.py") if DEEP not in file.read_text()]
     assert unmarked == []
 
 

@@ -14,6 +14,7 @@ from pipelines.training.deploy.ollama_push import translate_errors
 from pipelines.training.models import blobs, registry, tiny
 from pipelines.training.models import versions as models_versions
 from pipelines.training.models.versions import ModelDefaults
+from serve.engines.ollama.engine import open_client
 from serve.ollama import create as ollama_create
 from serve.ollama.create import CannotCreate, ModelDraft, Status
 from serve.ollama.model_schemas import PullRequest
@@ -113,12 +114,8 @@ async def _pull_from_ollama(body: PullRequest) -> AsyncGenerator[Status]:
             f"There is no model '{body.model}', and no Ollama server that could pull it is configured (ollama.url). "
             "To import a GGUF file on the machine of this server, send its path."
         )
-    import httpx
-    import ollama
-
-    timeout = httpx.Timeout(READ_TIMEOUT_SECONDS, connect=10)
     with translate_errors(url):
-        async with ollama.AsyncClient(host=url, timeout=timeout) as client:
+        async with open_client(url, READ_TIMEOUT_SECONDS) as client:
             steps = await client.pull(body.model, insecure=bool(body.insecure), stream=True)
             async for step in steps:
                 yield step.model_dump(exclude_none=True)

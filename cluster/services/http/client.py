@@ -262,6 +262,9 @@ class Client:
     ) -> ServiceResponse:
         content = bytearray()
         async with self._http.stream(method, url, **request) as response:
+            if "," in response.headers.get("content-encoding", ""):
+                # Each layer multiplies the size by up to a thousand, within one chunk.
+                raise BadResponse(f"{self.connection.name} sent a response that is compressed more than once.")
             chunks = response.aiter_bytes()
             async for chunk in chunks:
                 content += chunk

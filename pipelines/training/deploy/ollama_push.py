@@ -35,7 +35,7 @@ def push(url: str, version: Version, path: Path) -> dict[str, str]:
 
     digest = f"sha256:{version.files[0].sha256}"
     timeout = httpx.Timeout(READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
-    with translate_errors(url), ollama.Client(host=url, timeout=timeout) as client:
+    with translate_errors(url), ollama.Client(host=url, timeout=timeout, follow_redirects=False) as client:
         # Ollama's client can upload a blob, but not ask whether it exists.
         if httpx.head(f"{url.rstrip('/')}/api/blobs/{digest}", timeout=CONNECT_TIMEOUT_SECONDS).is_error:
             client.create_blob(path)
@@ -49,9 +49,7 @@ def push(url: str, version: Version, path: Path) -> dict[str, str]:
 
 def set_latest(url: str, version: Version) -> None:
     """Make NAME:latest a version that the server already has."""
-    import ollama
-
-    with translate_errors(url), ollama.Client(host=url, timeout=CONNECT_TIMEOUT_SECONDS) as client:
+    with translate_errors(url), _quick_client(url) as client:
         client.copy(version.reference, f"{version.name}:latest")
 
 
@@ -59,12 +57,18 @@ def remove_latest(url: str, name: str) -> None:
     """Remove the name NAME:latest, if the server has it. The versions stay there."""
     import ollama
 
-    with translate_errors(url), ollama.Client(host=url, timeout=CONNECT_TIMEOUT_SECONDS) as client:
+    with translate_errors(url), _quick_client(url) as client:
         try:
             client.delete(f"{name}:latest")
         except ollama.ResponseError as error:
             if error.status_code != NOT_FOUND:
                 raise
+
+
+def _quick_client(url: str) -> Any:
+    import ollama
+
+    return ollama.Client(host=url, timeout=CONNECT_TIMEOUT_SECONDS, follow_redirects=False)
 
 
 def _create_options(path: Path) -> dict[str, Any]:

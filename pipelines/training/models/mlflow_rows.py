@@ -1,7 +1,8 @@
 """Convert between MLflow's registered models, which hold our facts as tags, and the classes of versions.py."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -15,8 +16,11 @@ from pipelines.training.models.versions import (
     ModelFile,
     ModelNameTaken,
     Version,
+    VersionDamaged,
     Visibility,
 )
+
+log = logging.getLogger(__name__)
 
 BLOB_SOURCE = "forgearr:/blobs"
 """The `source` in MLflow of a version whose files are blobs in storage, and not artifacts of MLflow."""
@@ -55,6 +59,25 @@ def is_ours(row: dict[str, Any]) -> bool:
 
 
 def version_of_row(row: dict[str, Any]) -> Version:
+    try:
+        return _parse_version(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise VersionDamaged(
+            f"The tags of {row.get('name')}:v{row.get('version')} in MLflow have been changed, and cannot be read: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+
+
+def readable_versions(rows: Iterable[dict[str, Any]]) -> Iterator[Version]:
+    """Yield the versions of these rows. One that cannot be read is left out, so that it hides no other."""
+    for row in rows:
+        try:
+            yield version_of_row(row)
+        except VersionDamaged as error:
+            log.warning("%s It is not listed.", error.message)
+
+
+def _parse_version(row: dict[str, Any]) -> Version:
     tags = {tag["key"].removeprefix("forgearr."): tag.get("value", "") for tag in row["tags"]}
     adapter = json.loads(tags["adapter"])
     owner_id = tags.get("owner_id") or None

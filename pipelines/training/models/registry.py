@@ -24,6 +24,7 @@ from pipelines.training.models.mlflow_rows import (
     is_ours,
     maker_tags,
     new_model,
+    readable_versions,
     require_maker,
     served_history,
     served_number,
@@ -189,14 +190,13 @@ class Registry:
     async def adapters_of(self, base: str) -> list[Version]:
         """The versions that are adapters on this base, newest first."""
         versions = await self.versions(f"tags.`forgearr.base_model` = '{base}'") if "'" not in base else []
-        adapters = [version for version in versions if version.is_adapter]
-        return sorted(adapters, key=lambda version: version.created_at, reverse=True)
+        return sorted((one for one in versions if one.is_adapter), key=lambda one: one.created_at, reverse=True)
 
     async def models(self) -> list[Model]:
         """All models that have a version of Forgearr's, sorted by name."""
         rows = await self._mlflow.search("registered-models/search", "registered_models")
         versions: dict[str, list[Version]] = {}
-        for version in await self.versions():
+        for version in readable_versions(await self._version_rows()):
             versions.setdefault(version.name, []).append(version)
         return [
             new_model(versions[row["name"]], served_number(row))

@@ -34,6 +34,13 @@ class NoEarlierVersion(Conflict):
     code = "NO_EARLIER_VERSION"
 
 
+class VersionDamaged(Unavailable):
+    """The facts of a version in MLflow cannot be read."""
+
+    code = "VERSION_DAMAGED"
+    retryable = False
+
+
 class VersionServed(Conflict):
     """A version that is served can be neither deleted nor made private."""
 

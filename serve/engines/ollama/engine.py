@@ -1,5 +1,6 @@
 """The engine for models of the configured Ollama server. It calls the server with Ollama's client, without Ray."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -30,6 +31,7 @@ from serve.engines.protocol import (
 CONNECT_SECONDS = 5
 QUERY_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 900  # a server sends nothing while it loads a model or reads a prompt
+MAX_MESSAGE_LENGTH = 1000
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,10 @@ class OllamaEngine:
     ) -> EmbeddingResult:
         async with self._client() as client:
             response = await client.embed(model=reference, input=texts, truncate=False)
-        return EmbeddingResult([list(vector) for vector in response.embeddings], response.prompt_eval_count or 0)
+        vectors = [list(vector) for vector in response.embeddings]
+        if len(vectors) != len(texts):
+            raise EngineFailed(f"The Ollama server sent {len(vectors)} embeddings for {len(texts)} texts.")
+        return EmbeddingResult(vectors, response.prompt_eval_count or 0)
 
     async def rank(
         self, reference: str, query: str, documents: Sequence[str], source: Source = None, account: str = ""
@@ -85,12 +90,12 @@ class OllamaEngine:
         return Header(
             architecture=architecture,
             file_bytes=source.bytes if isinstance(source, OllamaModel) else 0,
-            context=model_fields.get("context_length", 0),
-            layers=model_fields.get("block_count", 0),
-            hidden_size=model_fields.get("embedding_length", 0),
+            context=_count(model_fields.get("context_length")),
+            layers=_count(model_fields.get("block_count")),
+            hidden_size=_count(model_fields.get("embedding_length")),
             kv_width=0,
             vocab_size=0,
-            parameters=fields.get("general.parameter_count", 0),
+            parameters=_count(fields.get("general.parameter_count")),
             template=shown.template or "",
             has_pooling="embedding" in (shown.capabilities or []),
             is_reranker=False,
@@ -129,16 +134,24 @@ class OllamaEngine:
         ]
 
     @asynccontextmanager
-    async def _client(self, read_timeout: float = READ_TIMEOUT_SECONDS) -> AsyncGenerator[Any]:
-        import httpx
-        import ollama
-
+    async def _client(self, seconds: float | None = None) -> AsyncGenerator[Any]:
+        """A client. `seconds` limits the whole time that it is used; without it, each wait for bytes is limited."""
         if self._url is None:
             raise EngineUnavailable("No Ollama server is configured (ollama.url).")
-        timeout = httpx.Timeout(read_timeout, connect=CONNECT_SECONDS)
         with _translate_errors(self._url):
-            async with ollama.AsyncClient(host=self._url, timeout=timeout) as client:
+            async with asyncio.timeout(seconds), open_client(self._url, READ_TIMEOUT_SECONDS) as client:
                 yield client
+
+
+def open_client(url: str, read_seconds: float) -> Any:
+    """Ollama's client, with limits for what the server sends."""
+    import httpx
+    import ollama
+
+    from serve.engines.ollama.transport import BoundedTransport
+
+    timeout = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
+    return ollama.AsyncClient(host=url, timeout=timeout, follow_redirects=False, transport=BoundedTransport())
 
 
 def _to_ollama_model(model: Any) -> OllamaModel:
@@ -153,6 +166,11 @@ def _to_ollama_model(model: Any) -> OllamaModel:
     )
 
 
+def _count(value: object) -> int:
+    """A number that the server reports. Anything else counts as not known."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
 @contextmanager
 def _translate_errors(url: str) -> Generator[None]:
     """Translate the errors of the client and of the server into Forgearr's."""
@@ -161,10 +179,12 @@ def _translate_errors(url: str) -> Generator[None]:
 
     try:
         yield
-    except (ConnectionError, httpx.HTTPError) as error:
+    except (ConnectionError, TimeoutError, httpx.HTTPError) as error:
         raise EngineUnavailable(f"The Ollama server at {url} does not answer ({type(error).__name__}).") from error
     except ResponseError as error:
-        raise _to_forgearr_error(str(error.error).rstrip("."), error.status_code) from error
+        raise _to_forgearr_error(str(error.error)[:MAX_MESSAGE_LENGTH].rstrip("."), error.status_code) from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # the client does not check types
+        raise EngineUnavailable(f"The program at {url} does not answer as an Ollama server does.") from error
 
 
 def _to_forgearr_error(message: str, status: int) -> ForgearrError:
