@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from cluster.settings import get_settings
 from jobs.context import Context, StopJob
 from jobs.registry import Resources, job
 
@@ -108,6 +109,20 @@ def talkative(context: Context, spec: Empty) -> None:
     """Logs through the context and through `logging`."""
     context.log("through the context")
     logging.getLogger("some.library").warning("through %s", "logging")
+
+
+@job("leaky", spec=Empty, max_attempts=1, tracked=True)
+def leaky(context: Context, spec: Empty) -> None:
+    """Logs the secrets of the settings, and fails with them, in the forms in which programs have them in errors."""
+    settings = get_settings()
+    url, redis = settings.database.url, settings.limits.storage.get_secret_value()
+    text = f"GET {url and url.get_secret_value()} failed; {redis}; HF_TOKEN={os.environ.get('HF_TOKEN')}; "
+    for key in (settings.auth.signing_key, settings.auth.sealing_key):
+        text += f"Authorization: Bearer {key and key.get_secret_value()}; "
+    context.log(text)
+    logging.getLogger("some.library").warning("called %s", text)
+    context.report(phase="failing")
+    raise RuntimeError(text)
 
 
 @job("measured", spec=Seconds, tracked=True)
