@@ -21,6 +21,8 @@ from serve.security.rate_limits import client_address
 SLOW_SECONDS = 1.0
 CLIENT_CLOSED_REQUEST = 499
 RESPONSE_START_TYPES = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
+DO_NOT_GUESS = (b"x-content-type-options", b"nosniff")
+"""No browser may render text of a model or a person as a page, because it looks like one."""
 VALID_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class RequestContextMiddleware:
             nonlocal status, seconds
             if message["type"] in RESPONSE_START_TYPES:
                 status, seconds = message.get("status", 101), perf_counter() - started
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier)]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier), DO_NOT_GUESS]
             await send(message)
 
         try:

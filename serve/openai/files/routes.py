@@ -114,7 +114,6 @@ async def read_file(file_id: FileId, caller: CurrentCaller) -> StreamingResponse
     headers = {
         "Content-Length": str(file.bytes),
         "Content-Disposition": f"attachment; filename*=utf-8''{quote(file.filename)}",
-        "X-Content-Type-Options": "nosniff",
     }
     return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
 
