@@ -298,11 +298,8 @@ class Client:
     def _redirect_target(self, method: Method, url: str, location: str) -> str:
         """Return the URL of a redirect on the same server. The key must not be sent to another one."""
         current, target = httpx.URL(url), httpx.URL(url).join(location)
-        if method == "GET" and (target.scheme, target.host, target.port) == (
-            current.scheme,
-            current.host,
-            current.port,
-        ):
+        is_same_server = (target.scheme, target.host, target.port) == (current.scheme, current.host, current.port)
+        if method == "GET" and is_same_server:
             return str(target)
         target_origin = self._sanitize(f"{target.scheme}://{target.netloc.decode(errors='replace')}")
         raise BadResponse(
