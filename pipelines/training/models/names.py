@@ -21,6 +21,7 @@ def require_name(context: Context, name: str) -> Principal:
 def check_early(context: Context, name: str) -> None:
     """Do the same before a training. It needs no registry, so it goes on without one: the export checks again."""
     if get_settings().mlflow_uri is None:
+        asyncio.run(storage_limit.require_room(None, outputs.find_owner(context.owner_id)))
         return
     try:
         require_name(context, name)

@@ -21,14 +21,18 @@ from pipelines.training.models.registry import Registry
 NAME = "models_mb"
 
 
-async def require_room(models: Registry, principal: Principal) -> None:
-    """For jobs, before their work: raise AccountLimitReached if the account's models take all that they may."""
+async def require_room(models: Registry | None, principal: Principal) -> None:
+    """For jobs, before their work: raise AccountLimitReached if the account's models take all that they may.
+
+    Without a registry it counts what trainings have stored.
+    """
     limit = limit_of(NAME)
     if limit is None or principal.is_admin or principal.id is None:
         return
     ids = [principal.id]
     trained = await asyncio.to_thread(run_with_database, lambda database: _trained_bytes(database, ids))
-    used_bytes = (trained + await _registered_bytes(models, ids))[principal.id]
+    registered = await _registered_bytes(models, ids) if models is not None else Counter[str]()
+    used_bytes = (trained + registered)[principal.id]
     if used_bytes >= limit * MB:
         used = math.ceil(used_bytes / MB)
         raise AccountLimitReached(

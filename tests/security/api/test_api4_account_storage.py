@@ -158,11 +158,14 @@ async def test_fill_the_registry(api: ApiClient, registry_model: RegistryModel) 
     await registry_model.register(HALF, owner_id=ada.id)
     with pytest.raises(AccountLimitReached, match=r"has 2 MB of models, and may have 1\. Delete versions"):
         await storage_limit.require_room(models, ada)
+    await api.queue_training(result={"model_bytes": MB})
+    with pytest.raises(AccountLimitReached):
+        await storage_limit.require_room(None, ada)
     for principal in (bob, admin):
         await storage_limit.require_room(models, principal)
-    assert await used(api, "ada", "models_mb") == 2
+    assert await used(api, "ada", "models_mb") == 3
     everybody = (await api.request("admin", "GET", USAGE)).json()["data"]
-    assert [account["usage"]["models_mb"]["used"] for account in everybody] == [2, 0, 0]
+    assert [account["usage"]["models_mb"]["used"] for account in everybody] == [3, 0, 0]
     assert await storage_limit.read_usage(api.database, models, []) == {}
 
 
