@@ -1,8 +1,9 @@
-"""File storage, in a folder that all nodes share or in a bucket, with the same functions for both.
+"""File storage, in a folder that all nodes share or in a bucket of S3, with the same functions for both.
 
-What a function has stored outlasts a power cut.
+What a function has stored outlasts a power cut. A bucket shows a file as a whole or not at all.
 """
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
@@ -12,9 +13,21 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster import durable
+from cluster.errors import SettingsError, Unavailable
 from cluster.settings import get_settings
 
 CHUNK_BYTES = 1024 * 1024
+BUCKET_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,  # what others store and delete must be seen at once
+    "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}},
+    "skip_instance_cache": True,
+}
+
+
+class StorageUnavailable(Unavailable):
+    """The bucket of storage.url cannot be reached; try again in a moment."""
+
+    code = "STORAGE_UNAVAILABLE"
 
 
 class Disk(LocalFileSystem):
@@ -34,6 +47,18 @@ class Disk(LocalFileSystem):
         durable.sync(Path(path))
 
 
+def check() -> None:
+    """Raise SettingsError or StorageUnavailable if storage.url cannot be used. A folder is made on first use."""
+    filesystem, root = _filesystem_and_root()
+    if isinstance(filesystem, Disk):
+        return
+    bucket, _, prefix = root.partition("/")
+    try:
+        filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    except OSError as error:
+        raise StorageUnavailable(f"The bucket '{bucket}' of storage.url cannot be read: {error}.") from error
+
+
 def save(source: Path, name: str) -> str:
     """Copy a file, or a folder with its contents, into storage under `name` (jobs/ID/report.md).
 
@@ -49,7 +74,6 @@ def save(source: Path, name: str) -> str:
     if isinstance(filesystem, Disk):
         with source.open("rb") as content:
             return write(content, name)
-    filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
     filesystem.put_file(str(source), target)
     return target
 
@@ -76,9 +100,10 @@ class StorageWriter:
         self._filesystem, root = _filesystem_and_root()
         self._target = f"{root}/{name}"
         self._folder = self._target.rpartition("/")[0]
-        self._filesystem.makedirs(self._folder, exist_ok=True)
         # A bucket shows a file only when it is committed. In a folder, it has a temporary name until then.
         self._is_local = isinstance(self._filesystem, Disk)
+        if self._is_local:
+            self._filesystem.makedirs(self._folder, exist_ok=True)
         self._temporary_path = f"{self._target}.{token_hex(4)}.part" if self._is_local else self._target
         open_options = {} if self._is_local else {"autocommit": False}
         self._file: Any = self._filesystem.open(self._temporary_path, "wb", **open_options)
@@ -99,13 +124,13 @@ class StorageWriter:
 
     def discard(self) -> None:
         """Delete what was written."""
-        if not self._is_local:
-            self._file.discard()
-            return
         try:
-            self._file.close()
+            self._file.close()  # it would do so by itself later, and fail
         finally:
-            remove(self._temporary_path)
+            if self._is_local:
+                remove(self._temporary_path)
+            else:
+                self._file.discard()
 
 
 def address(name: str) -> str:
@@ -152,19 +177,52 @@ def fetch(address: str, folder: Path) -> Path:
         if not Path(address).exists():
             raise FileNotFoundError(f"{address} is not in storage")
         return Path(address)
+    files = filesystem.find(address)
+    if not files:
+        raise FileNotFoundError(f"{address} is not in storage")
     target = folder / address.rpartition("/")[2]
-    filesystem.get(address, str(target), recursive=True)
+    filesystem.get(files, [f"{target}{file.removeprefix(address)}" for file in files])
     return target
 
 
 def remove(address: str) -> None:
     """Delete a file or a folder. A missing one is no error."""
     filesystem, _ = _filesystem_and_root()
-    if filesystem.exists(address):
+    with suppress(FileNotFoundError):
         filesystem.rm(address, recursive=True)
 
 
 @cache
 def _filesystem_and_root() -> tuple[Any, str]:
-    filesystem, root = fsspec.core.url_to_fs(get_settings().storage_url)
+    url = get_settings().storage_url
+    if url.startswith("s3://"):
+        return _bucket_filesystem(), url.removeprefix("s3://").rstrip("/")
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"storage.url must be a folder, or s3://bucket/prefix, not {url}.") from error
     return Disk() if type(filesystem) is LocalFileSystem else filesystem, root.rstrip("/")
+
+
+def _bucket_filesystem() -> Any:
+    """Return the file system of S3. Its credentials and its endpoint are those of the environment and of ~/.aws."""
+    try:
+        from botocore.exceptions import BotoCoreError
+        from fsspec.asyn import sync_wrapper
+        from s3fs import S3FileSystem
+    except ImportError as error:
+        raise SettingsError(
+            f"storage.url is {get_settings().storage_url}, and s3fs is not installed here. Every node needs it: "
+            "`pip install '.[s3]' -c constraints.txt`."
+        ) from error
+
+    class Bucket(S3FileSystem):  # pyright: ignore[reportUntypedBaseClass]
+        async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
+            try:
+                return await super()._call_s3(method, *arguments, **options)
+            except BotoCoreError as error:  # no answer, no credentials
+                raise StorageUnavailable(f"The bucket of storage.url cannot be reached: {error}.") from error
+
+        call_s3 = sync_wrapper(_call_s3)
+
+    return Bucket(**BUCKET_OPTIONS)

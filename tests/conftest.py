@@ -22,7 +22,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-from cluster import mlflow_client, storage
+from cluster import mlflow_client
 from cluster.db import Database, close_threads_database, get_database
 from cluster.runtime import embedded
 from cluster.secrets import MLFLOW_USER
@@ -33,6 +33,7 @@ from serve.app import create_app
 from tests.support.api_client import ApiClient, add_users
 from tests.support.platform import unused_ports
 from tests.support.registry_model import RegistryModel
+from tests.support.storage.forget import forget_storage
 from tests.support.waiting import TIMEOUT, eventually
 
 # No example fails because the machine was busy, and each run tries the same.
@@ -205,6 +206,43 @@ def postgres_server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of an S3 server that lives as long as the test session."""
+    (port,) = unused_ports(1)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: httpx.get(f"http://127.0.0.1:{port}/moto-api/").is_success)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(TIMEOUT)
+
+
+@pytest.fixture
+def bucket(home: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has storage be in an empty bucket, and returns its URL."""
+    name = f"test-{uuid4().hex}"
+    for variable in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(variable)
+    for variable in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+        monkeypatch.setenv(f"AWS_{variable}", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("FORGEARR_STORAGE__URL", f"s3://{name}/forge/arr")
+    httpx.put(f"{s3_server}/{name}").raise_for_status()
+    _forget_settings()
+    return f"s3://{name}/forge/arr"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def any_storage(request: pytest.FixtureRequest, home: Path) -> str:
+    """The URL of storage: a folder, or a bucket."""
+    if request.param == "bucket":
+        return request.getfixturevalue("bucket")
+    return get_settings().storage_url
+
+
+@pytest.fixture(scope="session")
 def mlflow_server() -> Iterator[str]:
     """The URL of an MLflow server that lives as long as the test session; whoever uses it names things of its own.
 
@@ -289,4 +327,4 @@ def _forget_settings() -> None:
     close_threads_database()
     get_settings.cache_clear()
     get_database.cache_clear()
-    storage._filesystem_and_root.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    forget_storage()

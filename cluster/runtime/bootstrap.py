@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cluster import logs, secrets
+from cluster import logs, secrets, storage
 from cluster.errors import ForgearrError, SettingsError, Unavailable
 from cluster.runtime import processes
 from cluster.runtime.node_versions import NodeVersions
@@ -44,6 +44,7 @@ class NoAdmin(SettingsError):
 
 
 def bring_up(settings: Settings, on_step: OnStep) -> None:
+    storage.check()
     asyncio.run(_prepare_database(settings, on_step))
     actors = {name: _import_object(path) for name, path in ACTORS.items()}
     build_application = _import_object(APPLICATION)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from cluster import logs
+from cluster import logs, storage
+from cluster.errors import ForgearrError, SettingsError
 from cluster.runtime import haproxy, privacy, probes, processes, run_state, supervisor
 from cluster.secrets import KeyDamaged, check_keys, has_old_sealing_key
 from cluster.settings import Settings, home, mask_url
@@ -46,6 +47,7 @@ def run_checks(settings: Settings) -> Iterator[CheckResult]:
     yield _git()
     if settings.ray.address:
         yield _cluster(settings.ray.address)
+    yield _storage(settings)
     yield _database(settings)
     yield from _secrets(settings)
     yield _mlflow(settings)
@@ -154,6 +156,15 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", f"no answer within {COMMAND_TIMEOUT_SECONDS} seconds")
 
 
+def _storage(settings: Settings) -> CheckResult:
+    try:
+        storage.check()
+    except ForgearrError as error:
+        fix = "Check its name, its region, AWS_ENDPOINT_URL, and the credentials in the environment or in ~/.aws."
+        return CheckResult("fail", "storage", error.message, "" if isinstance(error, SettingsError) else fix)
+    return CheckResult("ok", "storage", settings.storage_url)
+
+
 def _database(settings: Settings) -> CheckResult:
     """Check that the database is reachable, and that this code knows its schema."""
     from sqlalchemy.exc import SQLAlchemyError
@@ -199,8 +210,6 @@ async def _schema_versions() -> tuple[str | None, list[str]]:
 def _secrets(settings: Settings) -> Iterator[CheckResult]:
     """Check that all sealed secrets can be opened, if the database has the schema of this code."""
     from sqlalchemy.exc import SQLAlchemyError
-
-    from cluster.errors import ForgearrError
 
     if settings.database.url is None and not (home() / "forgearr.db").exists():
         return

@@ -1,10 +1,13 @@
 """Settings of the database, storage, uploaded files, Ray, MLflow and logs."""
 
+import re
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from cluster.settings.base import Section
+
+BUCKET_ADDRESS = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.=-]+)*/?")
 
 
 class DatabaseSettings(Section):
@@ -14,14 +17,22 @@ class DatabaseSettings(Section):
 
 class StorageSettings(Section):
     url: str | None = Field(
-        description="Where files are stored: a folder that all nodes share, or s3://bucket/prefix. Null: a folder in "
-        "FORGEARR_HOME."
+        description="Where files are stored: a folder that all nodes share, or s3://bucket/prefix (with "
+        "forgearr[s3], and credentials from the environment). Null: a folder in FORGEARR_HOME."
     )
     min_free_mb: int = Field(
         ge=0,
         description="Space that stays free on the disks of this machine, in MiB. Requests and exports that would take "
         "it are refused.",
     )
+
+    @field_validator("url")
+    @classmethod
+    def refuse_credentials(cls, url: str | None) -> str | None:
+        scheme, separator, address = (url or "").partition("://")
+        if separator and scheme == "s3" and not BUCKET_ADDRESS.fullmatch(address):
+            raise ValueError("must be s3://bucket/prefix, without credentials: those come from the environment")
+        return url
 
 
 class FileSettings(Section):

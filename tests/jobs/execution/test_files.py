@@ -16,6 +16,7 @@ from jobs.tables import Job
 pytestmark = pytest.mark.both_databases
 
 
+@pytest.mark.usefixtures("any_storage")
 async def test_files_that_no_row_records_are_deleted(database: Database) -> None:
     kept = {
         "current/checkpoints/3/weights",  # will be recorded

@@ -79,6 +79,7 @@ def test_read_a_secret_in_the_runtime_environment_of_a_cluster(home: Path, monke
     (home / "forgearr.yaml").write_text("database: {url: 'postgresql://ada:hunter22@db.lan/forge'}\n")
     monkeypatch.setenv("FORGEARR_AUTH__SEALING_KEY", SEALING_KEY)
     monkeypatch.setenv("FORGEARR_API_KEY", "fgr_hunter22")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter22")
     monkeypatch.setenv("FORGEARR_JOBS__WORKERS", "3")
     monkeypatch.setenv("FORGEARR_OVERRIDES", "serve.port=8010")
     shared = node_environment()

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster import identity
+from cluster import identity, storage
 from cluster.db import Database
 from cluster.errors import Forbidden, ForgearrError, InvalidRequest
 from cluster.ownership import LOCAL, Principal
@@ -87,7 +87,8 @@ async def load(data: DataSource, principal: Principal = LOCAL) -> list[Any]:
 # Uploads
 
 
-async def test_a_dataset_has_a_version_for_each_content(client: httpx.AsyncClient, home: Path) -> None:
+@pytest.mark.usefixtures("any_storage")
+async def test_a_dataset_has_a_version_for_each_content(client: httpx.AsyncClient) -> None:
     first = await upload(client, "home", chat())
     spaced = chat().replace(": ", ":   ")
     repeated = await upload(client, "home", "", spaced, "")
@@ -103,7 +104,7 @@ async def test_a_dataset_has_a_version_for_each_content(client: httpx.AsyncClien
     assert hashlib.sha256(content.content).hexdigest() == second["digest"]
     assert len(content.content) == second["bytes"]
     assert [json.loads(line) for line in content.text.splitlines()] == [json.loads(chat()), json.loads(chat("No."))]
-    stored = sorted(path.stem for path in (home / "storage" / "datasets").iterdir())
+    stored = sorted(Path(address).stem for address in storage.find("datasets"))
     assert stored == sorted([first["digest"], second["digest"]])
 
     page = (await client.get(PATH)).json()

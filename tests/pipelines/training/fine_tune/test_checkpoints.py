@@ -4,11 +4,13 @@ import asyncio
 import itertools
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from s3fs import S3FileSystem
 from sqlalchemy import select, update
 
 from cluster import storage
@@ -112,6 +114,51 @@ def test_a_training_resumes_from_a_whole_checkpoint_whichever_operation_fails(
     assert resumed_from == sorted(resumed_from)
 
 
+@pytest.mark.usefixtures("bucket")
+def test_a_training_resumes_from_a_bucket_whichever_request_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed_from: list[int] = []
+    for number in itertools.count(1):
+        link, work = RecordingLink(), tmp_path / f"work-{number}"
+        attempt = Attempt("first", link, work)
+        for step in (1, 2):
+            attempt.save(step)
+        try:
+            with cut_line(number):
+                attempt.save(3)
+        except OSError:
+            step = link.checkpoints[-1]["place"]["step"]
+        else:
+            break
+        resumed = Attempt("second", link, work)
+        assert resumed.loaded() == content(step, "first")
+        assert link.logged == []
+        resumed_from.append(step)
+        resumed.save(step + 1)
+        assert Attempt("third", link, work).loaded() == content(step + 1, "second")
+        storage.remove(storage.address("jobs"))
+    assert len(resumed_from) >= len(FILES)
+    assert set(resumed_from) == {2, 3}
+    assert resumed_from == sorted(resumed_from)
+
+
+@contextmanager
+def cut_line(number: int) -> Iterator[None]:
+    """This request to S3 fails, and all later ones."""
+    requests = itertools.count(1)
+    call = S3FileSystem._call_s3  # pyright: ignore[reportPrivateUsage]
+
+    async def fail(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(requests) >= number:
+            raise OSError("the line is cut")
+        return await call(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3FileSystem, "_call_s3", fail)
+        yield
+
+
 def truncate(checkpoint: Path) -> None:
     file = checkpoint / FILES[0]
     file.write_bytes(file.read_bytes()[:100])
@@ -171,6 +218,7 @@ def test_a_training_without_a_whole_checkpoint_fails_and_says_why(home: Path, tm
     assert link.logged == []
 
 
+@pytest.mark.usefixtures("any_storage")
 def test_the_newest_two_checkpoints_and_their_best_ones_are_kept(home: Path, tmp_path: Path) -> None:
     link = RecordingLink()
     attempt = Attempt("first", link, tmp_path)
@@ -196,6 +244,7 @@ def test_a_step_that_is_saved_twice_leaves_the_recorded_checkpoint_alone(
     assert link.logged == []
 
 
+@pytest.mark.usefixtures("any_storage")
 def test_a_checkpoint_of_an_earlier_version_is_resumed_and_then_replaced(home: Path, tmp_path: Path) -> None:
     """It has a name with the attempt and the step, and no manifest."""
     link = RecordingLink()
@@ -212,6 +261,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_and_then_replaced(home: P
     assert not storage.exists(address)
 
 
+@pytest.mark.usefixtures("any_storage")
 async def test_a_worker_that_was_given_up_changes_nothing_of_its_successors(database: Database, tmp_path: Path) -> None:
     await add_job(database, "first")
     link = GuardedLink()

@@ -79,6 +79,7 @@ async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 # Files
 
 
+@pytest.mark.usefixtures("any_storage")
 async def test_a_file_is_created_read_and_deleted(gateway: Gateway, tmp_path: Path) -> None:
     path = tmp_path / "größe.bin"
     path.write_bytes(bytes(range(256)) * 1000)
