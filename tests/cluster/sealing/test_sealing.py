@@ -90,7 +90,11 @@ def opened() -> list[Any]:
 
 
 def keys(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, ["keys", *arguments])
+    umask = os.umask(0o022)
+    try:
+        result = CliRunner().invoke(app, ["keys", *arguments])
+    finally:
+        os.umask(umask)  # the command has set its own
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
