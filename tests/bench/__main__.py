@@ -47,7 +47,8 @@ def measure_gateway() -> Iterator[list[Figure]]:
 
 
 def measure_hostile() -> Iterator[list[Figure]]:
-    with running_platform({"auth.required": "true", "limits.enabled": "false"}, with_admin=True) as platform:
+    settings = {"auth.required": "true", "limits.enabled": "false", "limits.account_jobs": "null"}
+    with running_platform(settings, with_admin=True) as platform:
         yield hostile.figures(platform)
 
 

@@ -126,7 +126,8 @@ def _attack(url: str, name: str, key: str) -> None:
             response = connection.getresponse()
             response.read()
             if is_first:
-                print(name, response.status, flush=True)
+                sys.stdout.write(f"{name} {response.status}\n")  # at once, because the threads share the output
+                sys.stdout.flush()
                 is_first = False
         connection.close()
 
