@@ -34,6 +34,7 @@ from tests.support.api_client import ApiClient, add_users
 from tests.support.platform import unused_ports
 from tests.support.registry_model import RegistryModel
 from tests.support.storage.forget import forget_storage
+from tests.support.storage.postgres import running_postgres
 from tests.support.waiting import TIMEOUT, eventually
 
 # No example fails because the machine was busy, and each run tries the same.
@@ -182,27 +183,24 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
+def postgres_server(postgres_binaries: Path) -> Iterator[str]:
     """The URL of a PostgreSQL that lives as long as the test session, and whose databases begin with our schema."""
-    binaries = _postgres_binaries()
-    folder = Path(tempfile.mkdtemp(prefix="forgearr-pg-", dir="/tmp"))
-    user = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
-    if user:
-        shutil.chown(folder, user)
-    (port,) = unused_ports(1)
-    options = f"-c listen_addresses=127.0.0.1 -p {port} -c unix_socket_directories={folder} -c fsync=off"
+    with running_postgres(postgres_binaries, "-c fsync=off") as server, tempfile.TemporaryDirectory() as home:
+        _migrate(FORGEARR_HOME=home, FORGEARR_DATABASE__URL=f"{server.url}/template1")
+        yield server.url
 
-    def run(program: str, *arguments: str) -> None:
-        command = [str(binaries / program), "-D", str(folder / "data"), *arguments]
-        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=TIMEOUT)
 
-    run("initdb", "--username=postgres", "--auth=trust", "--no-sync", "--encoding=UTF8")
-    run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
-    server = f"postgresql://postgres@127.0.0.1:{port}"
-    _migrate(FORGEARR_HOME=str(folder), FORGEARR_DATABASE__URL=f"{server}/template1")
-    yield server
-    run("pg_ctl", "-w", "-m", "immediate", "stop")
-    shutil.rmtree(folder)
+@pytest.fixture(scope="session")
+def postgres_binaries() -> Path:
+    """The folder of PostgreSQL's programs. Without them, what needs them is skipped."""
+    if shutil.which("pg_config"):
+        folder = Path(subprocess.check_output(["pg_config", "--bindir"], text=True).strip())
+        if (folder / "initdb").exists():
+            return folder
+    reason = "PostgreSQL is not installed (pg_config --bindir has no initdb), so nothing is tested on it."
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -301,17 +299,6 @@ def _migrate(**settings: str) -> None:
     """In a process of its own, so that nothing of it is left in this one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")} | settings
     subprocess.run([sys.executable, "-c", MIGRATE], env=environment, check=True, timeout=TIMEOUT)
-
-
-def _postgres_binaries() -> Path:
-    if shutil.which("pg_config"):
-        folder = Path(subprocess.check_output(["pg_config", "--bindir"], text=True).strip())
-        if (folder / "initdb").exists():
-            return folder
-    reason = "PostgreSQL is not installed (pg_config --bindir has no initdb), so nothing is tested on it."
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def _wait_for_mlflow(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
