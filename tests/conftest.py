@@ -228,7 +228,8 @@ def bucket(home: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setenv("FORGEARR_STORAGE__URL", f"s3://{name}/forge/arr")
     httpx.put(f"{s3_server}/{name}").raise_for_status()
-    _forget_settings()
+    get_settings.cache_clear()
+    forget_storage()
     return f"s3://{name}/forge/arr"
 
 

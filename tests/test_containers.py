@@ -90,11 +90,9 @@ def test_every_variable_is_a_setting() -> None:
 
 
 def test_every_command_exists() -> None:
-    groups = {group.typer_instance.info.name for group in command_line.registered_groups}
     commands = {command.name for command in command_line.registered_commands}
     used = re.findall(r"\bforgearr (\w+)", MANIFEST.partition("args:")[2].partition("envFrom")[0])
     assert used == ["user", "user"]
-    assert {"user"} <= groups
     assert re.findall(r'^CMD \["(\w+)"\]', CONTAINERFILE, re.MULTILINE) == ["up"]
     assert "up" in commands
 

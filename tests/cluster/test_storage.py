@@ -111,10 +111,12 @@ def test_what_only_begins_like_a_name_is_another_file() -> None:
     assert storage.find("jobs/job_1") == []
 
 
+def fetch_here(address: str) -> Path:
+    return storage.fetch(address, Path())
+
+
 @pytest.mark.usefixtures("any_storage")
-@pytest.mark.parametrize(
-    "use", [storage.read, storage.open_file, storage.size, lambda name: storage.fetch(name, Path())]
-)
+@pytest.mark.parametrize("use", [storage.read, storage.open_file, storage.size, fetch_here])
 def test_a_missing_file_is_file_not_found(use: Callable[[str], Any]) -> None:
     with pytest.raises(FileNotFoundError):
         use(storage.address("files/missing"))

@@ -57,5 +57,9 @@ async def test_a_start_warns_of_secrets_that_cannot_be_opened(
 async def prepare() -> list[tuple[str, str]]:
     """The steps that it reports."""
     steps: list[tuple[str, str]] = []
-    await bootstrap._prepare_database(get_settings(), lambda *step: steps.append(step))  # pyright: ignore[reportPrivateUsage]
+
+    def add(step: str, detail: str) -> None:
+        steps.append((step, detail))
+
+    await bootstrap._prepare_database(get_settings(), add)  # pyright: ignore[reportPrivateUsage]
     return steps

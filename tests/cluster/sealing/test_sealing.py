@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def keys(*arguments: str) -> Result:
 
 
 @contextmanager
-def crash_at(step: int) -> Iterator[Callable[[], int]]:
+def crash_at(step: int) -> Generator[Callable[[], int]]:
     """End the process before the operation of this number on a file, or the commit. Yields a count of all."""
     count = 0
 

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def test_a_training_resumes_from_a_bucket_whichever_request_is_the_last(
 
 
 @contextmanager
-def cut_line(number: int) -> Iterator[None]:
+def cut_line(number: int) -> Generator[None]:
     """This request to S3 fails, and all later ones."""
     requests = itertools.count(1)
     call = S3FileSystem._call_s3  # pyright: ignore[reportPrivateUsage]
