@@ -28,7 +28,13 @@ from cluster.services.errors import (
     WrongService,
 )
 from cluster.services.http.api_key import ApiKeyScheme
-from cluster.services.http.connection import LARGE_BODY_BYTES, Connection, ServiceResponse, tls_context
+from cluster.services.http.connection import (
+    LARGE_BODY_BYTES,
+    Connection,
+    ServiceResponse,
+    extract_message,
+    tls_context,
+)
 from cluster.services.http.json_stream import WHITESPACE, JsonListParser, NotAnObjectList
 from cluster.services.http.urls import CheckedTransport
 from cluster.settings import get_settings
@@ -42,8 +48,6 @@ MAX_MESSAGE_LENGTH = 300
 UNAVAILABLE_STATUSES = {429, 502, 503, 504}
 """The service is too busy, or a proxy cannot reach it."""
 CONNECTION_ERRORS = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
-
-ERROR_FIELDS = ("errorMessage", "message", "error", "detail", "errors", "status")
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
 Parameter = str | int | float | bool
@@ -346,7 +350,7 @@ class Client:
         """Check the rest of a list whose objects were streamed: it is an empty list."""
         content = await self._parse_json(response)
         if content != []:
-            message = self._sanitize(_extract_message(content))
+            message = self._sanitize(extract_message(content))
             raise BadResponse(f"{self.connection.name} sent something that is not a list{_detail_suffix(message)}")
 
     async def _parse_json_or_none(self, response: ServiceResponse) -> Any:
@@ -363,7 +367,7 @@ class Client:
         if response.is_html:
             return self._sanitize(response.title or "")
         try:
-            return self._sanitize(_extract_message(orjson.loads(response.content)))
+            return self._sanitize(extract_message(orjson.loads(response.content)))
         except orjson.JSONDecodeError:
             return self._sanitize(response.content[:LARGE_BODY_BYTES].decode(errors="replace"))
 
@@ -383,15 +387,6 @@ class Client:
 @cache
 def _type_adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
     return TypeAdapter(kind)
-
-
-def _extract_message(body: Any) -> str:
-    """Return the message in an error body, in any of the formats that services use."""
-    if isinstance(body, list):
-        return "; ".join(filter(None, map(_extract_message, body[:5])))
-    if isinstance(body, dict):
-        return next((_extract_message(body[name]) for name in ERROR_FIELDS if body.get(name)), "")
-    return str(body) if isinstance(body, str) else ""
 
 
 def _detail_suffix(detail: str) -> str:

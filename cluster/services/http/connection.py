@@ -4,6 +4,7 @@ import re
 import ssl
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import httpx
 
@@ -11,6 +12,8 @@ from cluster.services.http.profile import ServiceProfile
 
 LARGE_BODY_BYTES = 256 * 1024
 """Longer bodies are parsed in a thread, so that the event loop is not blocked."""
+
+ERROR_FIELDS = ("errorMessage", "message", "error", "detail", "errors", "status")
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,12 @@ class ServiceResponse:
 @cache
 def tls_context(verify: bool) -> ssl.SSLContext:
     return httpx.create_ssl_context(verify=verify, trust_env=False)
+
+
+def extract_message(body: Any) -> str:
+    """Return the message in an error body, in any of the formats that services use."""
+    if isinstance(body, list):
+        return "; ".join(filter(None, map(extract_message, body[:5])))
+    if isinstance(body, dict):
+        return next((extract_message(body[name]) for name in ERROR_FIELDS if body.get(name)), "")
+    return str(body) if isinstance(body, str) else ""
