@@ -10,11 +10,13 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from sqlalchemy import Select, func, or_, select, union_all, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cluster import audit_log, storage
 from cluster.db import Database, now
 from cluster.errors import NotFound
+from cluster.files.disk import has_filled
 from cluster.files.tables import File, Upload, storage_name
 from cluster.identity import account_limits
 from cluster.ownership import Principal, visible
@@ -59,7 +61,11 @@ async def create_file(
                 await account_limits.require_room(session, principal, "files_mb", file.bytes)
             session.add(file)
     except account_limits.AccountLimitReached:
-        await discard_bytes(file.id)
+        await discard_bytes(file_id)
+        raise
+    except SQLAlchemyError as error:
+        if has_filled(error):  # after any other error, the row may be there
+            await discard_bytes(file_id)
         raise
     return file
 

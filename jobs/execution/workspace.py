@@ -1,6 +1,5 @@
 """Temporary folders for running jobs, on this machine's disk, and what a disk says that becomes full."""
 
-import errno
 import fcntl
 import re
 import shutil
@@ -9,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.files.disk import DiskFull, gigabytes
+from cluster.files.disk import DiskFull, gigabytes, has_filled
 from cluster.settings import home
 
 MIN_FREE_BYTES = 4_000_000
@@ -40,7 +39,7 @@ def temporary_folder(job_id: str) -> Generator[Path]:
 
 def is_disk_full(error: Exception, folder: Path) -> bool:
     """Whether a full disk caused this error. Some libraries only report that they wrote less than expected."""
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    if has_filled(error):
         return True
     return bool(re.search(SHORT_WRITE_PATTERN, str(error))) or shutil.disk_usage(folder).free < MIN_FREE_BYTES
 

@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from cluster import errors
 from cluster.db import DatabaseUnavailable, is_transient
 from cluster.errors import ForgearrError, UnprocessableRequest
+from cluster.files.disk import DiskFull, has_filled
 from serve.http.errors import (
     SCHEMA_REFERENCE,
     SECRET_FIELD,
@@ -55,7 +56,8 @@ def handle_errors(app: FastAPI) -> None:
     """Register the handlers, and add the envelopes to the OpenAPI document."""
     for kind in (ForgearrError, RequestValidationError, WebSocketRequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle_error)
-    app.add_exception_handler(SQLAlchemyError, _handle_database_error)
+    app.add_exception_handler(SQLAlchemyError, _handle_foreign_error)
+    app.add_exception_handler(OSError, _handle_foreign_error)
     original_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -81,6 +83,9 @@ def as_forgearr_error(error: Exception) -> ForgearrError:
         return _invalid_fields(error.errors())
     if isinstance(error, HTTPException):
         return _http_error(error)
+    if has_filled(error):
+        logger.warning("A disk is full: %s", getattr(error, "orig", error))
+        return DiskFull()
     if isinstance(error, SQLAlchemyError) and is_transient(error):
         # Not the error itself: it may quote the values of a statement.
         logger.warning("The database does not respond: %s", getattr(error, "orig", None) or type(error).__name__)
@@ -88,10 +93,11 @@ def as_forgearr_error(error: Exception) -> ForgearrError:
     return ForgearrError()
 
 
-async def _handle_database_error(connection: HTTPConnection, error: Exception) -> Any:
-    if isinstance(error, SQLAlchemyError) and not is_transient(error):
-        raise error  # a fault in Forgearr, which the outermost middleware logs
-    return await _handle_error(connection, error)
+async def _handle_foreign_error(connection: HTTPConnection, error: Exception) -> Any:
+    """Handle the error of a database or a disk."""
+    if has_filled(error) or (isinstance(error, SQLAlchemyError) and is_transient(error)):
+        return await _handle_error(connection, error)
+    raise error  # a fault in Forgearr, which the outermost middleware logs
 
 
 async def _handle_error(connection: HTTPConnection, error: Exception) -> Any:

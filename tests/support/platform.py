@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import httpx
 import psutil
+import pytest
 
 from cluster.runtime import embedded
 from cluster.runtime.processes import MARKER_VARIABLE, is_listening
@@ -215,9 +216,16 @@ def unused_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running_platform(settings: dict[str, str] | None = None, *, with_admin: bool = False) -> Generator[Platform]:
-    """A running platform, with an administrator if it requires credentials. After the block it leaves no process."""
+def running_platform(
+    settings: dict[str, str] | None = None, *, with_admin: bool = False, disk_mb: int | None = None
+) -> Generator[Platform]:
+    """A running platform, with an administrator if it requires credentials. After the block it leaves no process.
+
+    With `disk_mb`, its home is a disk of that size.
+    """
     home = Path(tempfile.mkdtemp(prefix="forgearr-test-", dir="/tmp"))
+    if disk_mb:
+        mount_disk(home, disk_mb)
     platform = Platform(home, settings)
     try:
         if with_admin:
@@ -230,6 +238,26 @@ def running_platform(settings: dict[str, str] | None = None, *, with_admin: bool
         leftovers = platform.processes()
         for process in leftovers:
             process.kill()
+        if disk_mb:
+            unmount_disk(home)
         shutil.rmtree(home, ignore_errors=True)
         shutil.rmtree(embedded.private_folder(home), ignore_errors=True)
         assert not leftovers, f"left running after down: {leftovers}"
+
+
+def mount_disk(folder: Path, megabytes: int) -> None:
+    """Give a folder a disk of its own, in memory."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "tmpfs", str(folder)]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("only an administrator of the machine can mount a small disk")
+
+
+def unmount_disk(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill_disk(file: Path, leave_bytes: int = 0) -> None:
+    """Let a file grow until this much is free on its disk."""
+    with file.open("ab", buffering=0) as filler, suppress(OSError):
+        while (free := shutil.disk_usage(file.parent).free) > leave_bytes:
+            filler.write(bytes(min(free - leave_bytes, 1_000_000)))

@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Index, String, Text, func, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -24,6 +25,7 @@ from cluster import audit_log, identity, storage
 from cluster.db import Base, Database, advisory_lock, now, run_with_database
 from cluster.db import Sequence as Counter
 from cluster.errors import Conflict, ForgearrError, NotFound
+from cluster.files.disk import has_filled
 from cluster.identity import account_limits
 from cluster.ownership import LOCAL, Principal, can_access, require
 from jobs.states import FINISHED
@@ -127,16 +129,21 @@ async def store_dataset(
     """Return the dataset with this name and content: the existing one, or a new version."""
     storage_name = f"datasets/{content.digest}.jsonl"
     while True:
-        if not await asyncio.to_thread(storage.exists, storage.address(storage_name)):
+        address = storage.address(storage_name)
+        if not await asyncio.to_thread(storage.exists, address):
             await asyncio.to_thread(storage.save, content.path, storage_name)
         try:
             async with database.transaction() as session:
                 await advisory_lock(session, "datasets")
                 # A deletion takes the same lock, so the file stays from here on. It may be gone since it was saved.
-                if await asyncio.to_thread(storage.exists, storage.address(storage_name)):
-                    return await _find_or_add(session, name, content, storage.address(storage_name), source, principal)
+                if await asyncio.to_thread(storage.exists, address):
+                    return await _find_or_add(session, name, content, address, source, principal)
         except account_limits.AccountLimitReached:
-            await _remove_unused(database, content.digest, storage.address(storage_name))
+            await _remove_unused(database, content.digest, address)
+            raise
+        except SQLAlchemyError as error:
+            if has_filled(error):
+                await _remove_unused(database, content.digest, address)
             raise
 
 

@@ -5,7 +5,6 @@ deleted for some time after that (blob_cleanup.py).
 """
 
 import asyncio
-import errno
 import hashlib
 import os
 import shutil
@@ -49,13 +48,6 @@ class DigestMismatch(InvalidRequest):
     code = "DIGEST_MISMATCH"
 
 
-class NoSpaceForBlob(InvalidRequest):
-    """There is not enough space in storage for this file."""
-
-    status = 413
-    code = "NO_SPACE"
-
-
 async def touch(database: Database, sha256: str) -> int:
     """Protect a blob from deletion for some time. Returns its size in bytes."""
     async with database.transaction() as session:
@@ -77,10 +69,8 @@ async def receive(database: Database, sha256: str, content: AsyncIterable[bytes]
         if digest.hexdigest() != sha256:
             raise DigestMismatch(f"The content has the digest sha256:{digest.hexdigest()}, not sha256:{sha256}.")
         await asyncio.to_thread(file.commit)
-    except BaseException as error:
+    except BaseException:
         await asyncio.to_thread(file.discard)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise NoSpaceForBlob from error
         raise
     await _save_row(database, sha256, size)
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from cluster.runtime import embedded
 from cluster.runtime.processes import MARKER_VARIABLE
 from cluster.settings import load_settings
-from tests.support.platform import Platform, running_platform
+from tests.support.platform import Platform, fill_disk, mount_disk, running_platform, unmount_disk
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.platform, pytest.mark.deep]
@@ -91,7 +91,7 @@ def test_a_training_can_be_retried_after_a_full_disk(platform: Platform, undistu
     with small_disk(platform) as filler:
         for _ in range(10):
             filler.unlink(missing_ok=True)
-            job_id = interrupted_job(platform, lambda _: fill_the_disk(filler), step=4)
+            job_id = interrupted_job(platform, lambda _: fill_disk(filler), step=4)
             job = platform.wait_for(job_id)
             if job["state"] != "succeeded":
                 break
@@ -109,19 +109,11 @@ def test_a_training_can_be_retried_after_a_full_disk(platform: Platform, undistu
 def small_disk(platform: Platform) -> Generator[Path]:
     """A disk of its own for the files of jobs; yields the path of a file that fills it."""
     folder = platform.home / "storage" / "jobs"
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False).returncode:
-        pytest.skip("only an administrator of the machine can mount a small disk")
+    mount_disk(folder, 64)
     try:
         yield folder / "filler"
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill_the_disk(filler: Path) -> None:
-    with filler.open("ab", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(100_000))
+        unmount_disk(folder)
 
 
 def interrupted_job(platform: Platform, interrupt: Callable[[str], object], *, step: int = 8, **spec: Any) -> str:

@@ -1,7 +1,9 @@
 """Error responses, the validation of input, and the id of every response."""
 
+import errno
 import json
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +11,7 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
+from sqlalchemy.exc import OperationalError
 
 from cluster.errors import Conflict, ForgearrError, NotFound, RateLimitExceeded, Unauthenticated, Unavailable
 from cluster.logs import request_id
@@ -32,6 +35,10 @@ ERRORS: list[ForgearrError] = [
     RateLimitExceeded(30),
     Unavailable(),
 ]
+
+
+RAISED: list[Exception] = []
+"""What /raise raises."""
 
 
 class Item(BaseModel):
@@ -67,6 +74,12 @@ def build_app() -> FastAPI:
     @app.get("/items")
     async def list_items() -> list[Item]:
         return []
+
+    @app.get("/raise")
+    @openai.get("/raise")
+    @access("public")
+    async def fail_otherwise() -> None:
+        raise RAISED[0]
 
     @app.get("/broken")
     async def broken() -> None:
@@ -262,3 +275,38 @@ def test_an_envelope_with_unserializable_details_can_be_sent() -> None:
 
     body = error_response(Conflict(details={"paths": {1}, "when": float("nan")}), "native").body
     TypeAdapter(ErrorEnvelope).validate_python(json.loads(bytes(body)))
+
+
+# A disk that is full
+
+
+def sqlite_error(name: str) -> sqlite3.Error:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorname = name
+    return error
+
+
+FULL: list[Exception] = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OperationalError("INSERT", {"secret": "hunter2"}, sqlite_error("SQLITE_FULL")),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+async def test_a_full_disk_is_507(client: httpx.AsyncClient, error: Exception) -> None:
+    RAISED[:] = [error]
+    for path, expected in (("/raise", "DISK_FULL"), ("/v1/raise", "disk_full")):
+        response = await client.get(path)
+        assert response.status_code == 507
+        assert expected in response.text
+        assert "The disk is full" in response.text
+        assert "hunter2" not in response.text
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), PermissionError(13, "/etc/secret")])
+async def test_another_failure_of_a_disk_is_500_without_details(client: httpx.AsyncClient, error: Exception) -> None:
+    RAISED[:] = [error]
+    response = await client.get("/raise")
+    assert response.status_code == 500
+    assert str(error.args[1]) not in response.text
