@@ -11,7 +11,7 @@ import logging
 import re
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import httpx
 
-from cluster import secrets
+from cluster import secrets, storage
 from cluster.errors import ForgearrError, Unavailable
 from cluster.settings import get_settings
 
@@ -184,6 +184,11 @@ class MlflowRestClient:
 
     async def delete_artifacts(self, address: str) -> None:
         """Delete an artifact or a folder of artifacts. A missing one is no error."""
+        with ExitStack() as held:
+            await asyncio.to_thread(held.enter_context, storage.deletion())
+            await self._delete_artifacts(address)
+
+    async def _delete_artifacts(self, address: str) -> None:
         try:
             await self._request("DELETE", _artifact_path(address))
         except MlflowRefused as refusal:

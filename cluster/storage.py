@@ -1,13 +1,22 @@
 """File storage, in a folder that all nodes share or in a bucket of S3, with the same functions for both.
 
 What a function has stored outlasts a power cut. A bucket shows a file as a whole or not at all.
+
+Many processes delete files, and a backup has them wait for a moment: until it has its snapshot. A lock of the kernel on
+a file in storage does it. It ends with the process that holds it, so nothing is left of a backup that was killed, and
+no clock matters.
 """
 
-from contextlib import suppress
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -22,12 +31,32 @@ BUCKET_OPTIONS: dict[str, Any] = {
     "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}},
     "skip_instance_cache": True,
 }
+DELETIONS_LOCK = ".deletions.lock"
+MAX_HOLD_SECONDS = 60
+"""How long deletions may be held. PostgreSQL ends an idle transaction, and so the snapshot, after this time too."""
+MAX_WAIT_SECONDS = 2 * MAX_HOLD_SECONDS
+POLL_SECONDS = 0.02
+
+log = logging.getLogger(__name__)
 
 
 class StorageUnavailable(Unavailable):
     """The bucket of storage.url cannot be reached; try again in a moment."""
 
     code = "STORAGE_UNAVAILABLE"
+
+
+class DeletionsUnfinished(Unavailable):
+    """Other processes delete files without a pause; try again in a moment."""
+
+    code = "DELETIONS_UNFINISHED"
+
+
+class HeldTooLong(Unavailable):
+    """Deletions were held too long."""
+
+    code = "HELD_TOO_LONG"
+    retryable = True
 
 
 class Disk(LocalFileSystem):
@@ -128,7 +157,7 @@ class StorageWriter:
             self._file.close()  # it would do so by itself later, and fail
         finally:
             if self._is_local:
-                remove(self._temporary_path)
+                Path(self._temporary_path).unlink(missing_ok=True)
             else:
                 self._file.discard()
 
@@ -188,8 +217,63 @@ def fetch(address: str, folder: Path) -> Path:
 def remove(address: str) -> None:
     """Delete a file or a folder. A missing one is no error."""
     filesystem, _ = _filesystem_and_root()
-    with suppress(FileNotFoundError):
+    with deletion(), suppress(FileNotFoundError):
         filesystem.rm(address, recursive=True)
+
+
+@contextmanager
+def deletion() -> Generator[None]:
+    """A block that deletes files that rows name. It begins when nobody holds deletions."""
+    root = local_root()
+    if root is None or not root.is_dir():
+        yield
+        return
+    with _lock_file(root) as lock:
+        # A frozen process must not stop all trainings. It discards its snapshot when it goes on.
+        if not _acquire(lock, fcntl.LOCK_SH, MAX_WAIT_SECONDS):
+            log.warning("a backup holds deletions for more than %s s, so they go on", MAX_WAIT_SECONDS)
+        yield
+
+
+@contextmanager
+def deletions_held(root: Path, max_seconds: float | None = MAX_HOLD_SECONDS) -> Generator[None]:
+    """A block during which nothing is deleted from storage. It raises HeldTooLong if it took longer than that."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _lock_file(root) as lock:
+        if not _acquire(lock, fcntl.LOCK_EX, MAX_WAIT_SECONDS):
+            raise DeletionsUnfinished
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+    if max_seconds is not None and seconds > max_seconds:
+        raise HeldTooLong(
+            f"The snapshot of the files in {root} took {seconds:.0f} s, and deletions can be held for "
+            f"{max_seconds:g} s only. Try again when the machine has less to do, or stop Forgearr first."
+        )
+
+
+def local_root() -> Path | None:
+    """The folder of storage. None: it is a bucket."""
+    filesystem, root = _filesystem_and_root()
+    return Path(root) if isinstance(filesystem, Disk) else None
+
+
+def _lock_file(root: Path) -> IO[str]:
+    return os.fdopen(os.open(root / DELETIONS_LOCK, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+
+
+def _acquire(lock: IO[str], operation: int, seconds: float) -> bool:
+    """Take the lock, and return whether that succeeded in time. Closing the file releases it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        else:
+            return True
 
 
 @cache
