@@ -23,6 +23,7 @@ Action = Literal[
     "account.create",
     "account.disable",
     "account.enable",
+    "backup.create",
     "dataset.delete",
     "file.delete",
     "key.create",

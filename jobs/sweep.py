@@ -1,12 +1,13 @@
 """The kind `sweep`: delete expired data of the queue, files, logins, audit log, and of all modules with a sweeper."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import and_, delete, false, select
 
-from cluster import audit_log, identity
+from cluster import audit_log, backup, identity
 from cluster.db import Database, delete_rows, now, run_with_database
 from cluster.files import store as file_store
 from cluster.files import uploads as file_uploads
@@ -63,6 +64,7 @@ async def _sweep(context: Context, database: Database) -> dict[str, int]:
     expired = await file_store.remove_expired(database)
     uploads = await file_uploads.remove_expired(database)
     audit_entries = await audit_log.remove_old(database)
+    await asyncio.to_thread(backup.remove_leftovers)
     kinds()  # imports all modules, so that they have registered their sweepers
     others: dict[str, int] = {}
     for name, remove_old in _sweepers.items():

@@ -11,13 +11,14 @@ import tomllib
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 import yaml
 from fastapi.routing import APIWebSocketRoute
 
+from cluster.audit_log import Action
 from cluster.cli import app as command_line
 from cluster.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, Settings
 from jobs.registry import kinds
@@ -265,7 +266,7 @@ def _is_variable(name: str) -> bool:
 def _is_setting_or_module(span: str) -> bool:
     """Of a span such as `serve.port` or `jobs.sweep`; any other is not our concern."""
     match = re.fullmatch(r"([a-z]+)\.([a-z_]+)(=.*)?", span)
-    if match is None or match[1] not in Settings.model_fields:
+    if match is None or match[1] not in Settings.model_fields or span in get_args(Action):
         return True
     return _is_setting(match[1], match[2]) or (ROOT / match[1] / f"{match[2]}.py").exists()
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import config, demo, deploy, git_hooks, jobs, key, keys, models, repo, train, up, user
+from cluster.cli import backup, config, demo, deploy, git_hooks, jobs, key, keys, models, repo, train, up, user
 from cluster.cli import status as cli_status
 from cluster.errors import ForgearrError
 
@@ -20,6 +20,8 @@ app.command("status")(cli_status.status)
 app.command("doctor")(cli_status.doctor)
 app.command("logs")(cli_status.logs)
 app.command("access")(cli_status.access)
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.command("models")(models.models)

@@ -71,8 +71,21 @@ def configuration(connection: Connection) -> Config:
     return config
 
 
+def known_revisions() -> set[str]:
+    """The schemas that this code can migrate from, and its own."""
+    return _revisions(ScriptDirectory(str(FOLDER)))
+
+
+def is_newest(revision: str) -> bool:
+    return ScriptDirectory(str(FOLDER)).get_heads() == [revision]
+
+
+def _revisions(scripts: ScriptDirectory) -> set[str]:
+    return {script.revision for script in scripts.walk_revisions()}
+
+
 def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
-    known = {script.revision for script in scripts.walk_revisions()}
+    known = _revisions(scripts)
     unknown = set(MigrationContext.configure(connection).get_current_heads()) - known
     if unknown:
         raise NewerSchema(

@@ -1,5 +1,6 @@
 """All settings: their sections, their sources, and how they are shown."""
 
+from cluster.settings.backup import MIN_PASSPHRASE_LENGTH, BackupSettings
 from cluster.settings.base import LOOPBACK, Rate, Section, home
 from cluster.settings.engines import EngineSettings, OllamaSettings
 from cluster.settings.guardian import GuardianSettings
@@ -36,6 +37,7 @@ __all__ = [
     "ENVIRONMENT_PREFIX",
     "LOOPBACK",
     "MIN_KEY_LENGTH",
+    "MIN_PASSPHRASE_LENGTH",
     "NODE_SECRETS_VARIABLE",
     "NODE_VERSION_VARIABLE",
     "PLACEHOLDERS",
@@ -43,6 +45,7 @@ __all__ = [
     "SECRET_NAMES",
     "AuditSettings",
     "AuthSettings",
+    "BackupSettings",
     "DatabaseSettings",
     "DeclaredService",
     "EngineSettings",

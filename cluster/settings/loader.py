@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -62,12 +63,15 @@ def get_settings() -> Settings:
     return load_settings().settings
 
 
-def load_settings(overrides: Sequence[str] = ()) -> LoadedSettings:
-    """Load all four layers. `overrides` are `key=value` assignments from the command line."""
+def load_settings(overrides: Sequence[str] = (), user_file: Path | None = None) -> LoadedSettings:
+    """Load all four layers. `overrides` are `key=value` assignments from the command line.
+
+    `user_file` stands for $FORGEARR_HOME/forgearr.yaml.
+    """
     _require_node_version()
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, layer in _layers(overrides):
+    for origin, layer in _layers(overrides, user_file or home() / "forgearr.yaml"):
         for key, value in layer.items():
             values[key], origins[key] = value, origin
     _require_node_secrets(origins)
@@ -122,9 +126,8 @@ def _require_node_secrets(origins: Mapping[str, str]) -> None:
             )
 
 
-def _layers(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _layers(overrides: Sequence[str], user_file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield DEFAULTS, _read_yaml(files("configs").joinpath("forgearr.yaml").read_text(), DEFAULTS)
-    user_file = home() / "forgearr.yaml"
     if user_file.exists():
         yield str(user_file), _read_yaml(user_file.read_text(), str(user_file))
     for variable, text in sorted(os.environ.items()):

@@ -11,7 +11,7 @@ from pydantic_core import to_jsonable_python
 from cluster.settings.root import Settings
 
 MASK = "********"
-SECRET_NAMES = re.compile(r"key|secret|password|token|url", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"key|secret|password|passphrase|token|url", re.IGNORECASE)
 
 
 def is_secret(key: str) -> bool:

@@ -1,8 +1,10 @@
 """The settings of an installation: all sections, and values that are derived from more than one of them."""
 
 from hashlib import sha256
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from cluster.settings.backup import BackupSettings
 from cluster.settings.base import Section, home
 from cluster.settings.engines import EngineSettings, OllamaSettings
 from cluster.settings.guardian import GuardianSettings
@@ -42,6 +44,7 @@ class Settings(Section):
     recovery: RecoverySettings
     audit: AuditSettings
     logs: LogSettings
+    backup: BackupSettings
 
     @property
     def is_local(self) -> bool:
@@ -92,6 +95,10 @@ class Settings(Section):
         if self.mlflow.tracking_uri is None:
             return f"http://127.0.0.1:{self.mlflow.port}"
         return self.mlflow.tracking_uri.get_secret_value()
+
+    @property
+    def backup_folder(self) -> Path:
+        return Path(self.backup.folder).expanduser() if self.backup.folder else home() / "backups"
 
     @property
     def url(self) -> str:

@@ -21,7 +21,7 @@ from cluster import logs
 from cluster.db import get_database
 from cluster.runtime.node_versions import NodeVersions
 from cluster.settings import get_settings
-from jobs import leases, schedules
+from jobs import backup, leases, schedules
 from jobs.dispatch import disabled_accounts, holder
 from jobs.dispatch.capacity import HEAVY_PREFIX, POOL_PREFIX, ClusterCapacity, actor_options, placed_elsewhere
 from jobs.execution.worker import Worker
@@ -149,6 +149,7 @@ class Dispatcher:
         disabled accounts."""
         async with self._database.transaction() as session:
             await schedules.ensure(session, SWEEP_SCHEDULE)
+            await backup.follow_settings(session)
         watch = LeaseWatch()
         while True:
             async with self._database.transaction() as session:

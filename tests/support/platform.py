@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, flock
@@ -217,7 +217,11 @@ def unused_ports(count: int) -> list[int]:
 
 @contextmanager
 def running_platform(
-    settings: dict[str, str] | None = None, *, with_admin: bool = False, disk_mb: int | None = None
+    settings: dict[str, str] | None = None,
+    *,
+    with_admin: bool = False,
+    disk_mb: int | None = None,
+    before_up: Callable[["Platform"], object] | None = None,
 ) -> Generator[Platform]:
     """A running platform, with an administrator if it requires credentials. After the block it leaves no process.
 
@@ -230,6 +234,8 @@ def running_platform(
     try:
         if with_admin:
             platform.add_admin()
+        if before_up:
+            before_up(platform)
         platform.up()
         yield platform
     finally:
