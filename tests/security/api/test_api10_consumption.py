@@ -157,8 +157,10 @@ async def test_hold_a_request_with_a_byte_now_and_then(monkeypatch: pytest.Monke
 
 
 async def ask_mlflow(response: Handler | StubResponse) -> Any:
-    handler = response if callable(response) else lambda _: response
-    async with stub_server(handler) as server, mlflow_client.connect(server.url) as mlflow:
+    def handle(request: StubRequest) -> StubResponse:
+        return response(request) if callable(response) else response
+
+    async with stub_server(handle) as server, mlflow_client.connect(server.url) as mlflow:
         return await Registry(mlflow).models()
 
 
