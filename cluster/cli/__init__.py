@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import backup, config, demo, deploy, git_hooks, jobs, key, keys, models, repo, train, up, user
+from cluster.cli import config, demo, deploy, git_hooks, jobs, models, repo, train, up
 from cluster.cli import status as cli_status
+from cluster.cli.local import backup, key, keys, user
 from cluster.errors import ForgearrError
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from cluster import identity
 from cluster.audit_log import AuditLogEntry
-from cluster.cli import key, user
+from cluster.cli.local import key, user
 from cluster.db import Database, get_database
 from cluster.errors import ForgearrError
 from cluster.migrations import run_in_own_session

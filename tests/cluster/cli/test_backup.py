@@ -69,9 +69,7 @@ def test_without_secrets_it_tells_what_is_missing(
     get_settings.cache_clear()
     output = run("restore", tmp_path / "backup.tar")
     assert "everybody must log in again" in output
-    assert (
-        "the keys of services, the credentials of repositories and the secrets of webhooks must be set again" in output
-    )
+    assert "`forgearr keys check` lists the secrets that must be entered again" in output
     assert "write the settings that differ from the defaults anew" in output
 
 

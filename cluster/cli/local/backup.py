@@ -100,13 +100,13 @@ def _print_missing(result: "BackupResult") -> None:
 
 
 def _print_next_steps(result: "RestoreResult") -> None:
-    from cluster import secrets
-
     if result.kept_settings:
         typer.echo("The forgearr.yaml that was there stays; that of the backup was not used.")
     if not result.header.has_secrets:
-        for name, consequence in list(secrets.KEYS.items())[:2]:
-            typer.echo(f"The backup has no keys. After the new key '{name}', {consequence}.")
+        typer.echo(
+            "The backup has no keys, so `forgearr up` makes new ones: everybody must log in again, and "
+            "`forgearr keys check` lists the secrets that must be entered again."
+        )
         if not result.kept_settings:
             typer.echo("The backup has no forgearr.yaml: write the settings that differ from the defaults anew.")
     if result.header.mlflow == "elsewhere":
