@@ -50,7 +50,7 @@ async def test_it_makes_backups_and_keeps_the_newest(
     configure(monkeypatch, BACKUP__PASSPHRASE=PASSPHRASE, BACKUP__KEEP="1")
     await make_backup(database)
     (first,) = names(home / "backups")
-    old = first.partition("-2")[0] + "-20010101T000000Z.tar"
+    old = first.rpartition("-")[0] + "-20010101T000000Z.tar"
     (home / "backups" / first).rename(home / "backups" / old)
     (home / "backups" / "mine.txt").touch()
     await make_backup(database)

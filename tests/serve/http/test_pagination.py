@@ -162,7 +162,7 @@ async def lists(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
     async with api.database.transaction() as session:
         session.add(Service(id=PARENT["service_id"], name="TV", type="sonarr", url="http://127.0.0.1:9", **BY))
         session.add(job(MOMENT, "fine_tune", id=PARENT["job_id"], checkpoint={"epochs": epochs}))
-        session.add(StoredResponse(id=PARENT["response_id"], given=items, body={"output": []}, **BY))
+        session.add(StoredResponse(id=PARENT["response_id"], given=items, body={"output": []}, bytes=2, **BY))
         session.add_all(keys)
 
     class Registry:
