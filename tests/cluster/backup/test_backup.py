@@ -426,7 +426,7 @@ async def test_old_backups_of_the_same_installation_are_deleted(database: Databa
     folder = tmp_path / "backups"
     folder.mkdir()
     made = await backup.create(folder, None)
-    prefix = made.path.name.partition("-2")[0]
+    prefix = made.path.name.rpartition("-")[0]
     kept = {made.path.name, f"{prefix}-19990101T000000Z.tar", "forgearr-00000000-19980101T000000Z.tar", "notes.txt"}
     old = [f"{prefix}-19980101T00000{second}Z.tar" for second in range(3)]
     for name in [*kept, *old]:

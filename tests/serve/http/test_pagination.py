@@ -169,6 +169,9 @@ async def lists(api: ApiClient, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
         async def models(self) -> list[Model]:
             return [new_model([version(f"model-{number}")], None) for number in range(COUNT)]
 
+        async def versions(self, condition: str) -> list[Version]:
+            return [version(f"model-{number}") for number in range(COUNT)]
+
     @asynccontextmanager
     async def connect() -> AsyncGenerator[Registry]:
         yield Registry()
