@@ -60,7 +60,7 @@ class ArchiveWriter:
 class Archive:
     """A backup that is whole. The file is read while this is used."""
 
-    def __init__(self, header: Header, file: BinaryIO, members: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, header: Header, file: io.BufferedReader, members: dict[str, tuple[int, int]]) -> None:
         self.header = header
         self._file = file
         self._members = members
@@ -165,7 +165,7 @@ def _digest(file: BinaryIO, size: int) -> str:
 class _Slice(io.RawIOBase):
     """A part of a file, as a file."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+    def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
         self._file, self._position, self._end = file, start, start + size
 
     def readable(self) -> bool:
@@ -174,6 +174,6 @@ class _Slice(io.RawIOBase):
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         view = memoryview(buffer)[: self._end - self._position]
         self._file.seek(self._position)
-        count = self._file.readinto(view)  # type: ignore[attr-defined]
+        count = self._file.readinto(view)
         self._position += count
         return count

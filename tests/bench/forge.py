@@ -40,7 +40,7 @@ def step(platform: Platform, rounds: int = 2) -> list[Figure]:
     losses: list[list[float]] = []
     for _ in range(rounds):
         bare = _bare(platform, base, data, STEPS)
-        told = _told_steps(_events(platform, _train(platform, base, data, STEPS)["id"]))
+        told = _told_steps(platform.events(_train(platform, base, data, STEPS)["id"]))
         pairs.append((_typical(_elapsed(told)), _typical([one["at"] for one in bare["steps"]])))
         losses.append([told[-1]["data"]["metrics"]["loss"], bare["steps"][-1]["loss"]])
     note = f"median of {STEPS - WARM_UP - 1} steps; the last losses, ours and bare: {losses}"
@@ -185,7 +185,7 @@ def _stretches_of_script(started: float, told: dict[str, Any], ended: float) -> 
 
 
 def _stretches_of_job(platform: Platform, job: dict[str, Any]) -> dict[str, float]:
-    events = _events(platform, job["id"])
+    events = platform.events(job["id"])
     moments = [_moment(event) for event in _told_steps(events)]
     submitted, ended = (datetime.fromisoformat(job[name]).timestamp() for name in ("created_at", "finished_at"))
     # A phase that lasts less than half a second may be told with the next one: these two are not.
@@ -202,16 +202,6 @@ def _stretches_of_job(platform: Platform, job: dict[str, Any]) -> dict[str, floa
         "  … saving the model": kept - moments[-1],
         "  … after that": ended - kept,
     }
-
-
-def _events(platform: Platform, job_id: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    after: int | None = 0
-    while after is not None:
-        page = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500}).json()
-        found += page["items"]
-        after = page["next_after"]
-    return found
 
 
 def _told_steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

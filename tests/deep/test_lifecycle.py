@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from cluster.runtime.processes import is_listening
+from tests.deep.ray_node import kill_node, start_node
 from tests.support.platform import BINARIES, Platform, running_platform, unused_ports
 from tests.support.waiting import TIMEOUT, eventually
 
@@ -166,14 +167,11 @@ def other_version(folder: Path, port: int) -> Generator[None]:
     metadata.write_text("Metadata-Version: 2.1\nName: forgearr\nVersion: 0.0.9\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORGEARR_")}
     environment["PYTHONPATH"] = str(metadata.parent.parent)
-    command = [sys.executable, "-m", "tests.deep.ray_node", f"127.0.0.1:{port}", "role", "trainer"]
-    with (folder / "node.log").open("w") as log:
-        node = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    node = start_node(f"127.0.0.1:{port}", environment, folder / "node.log")
     try:
         yield
     finally:
-        node.terminate()
-        node.wait(TIMEOUT)
+        kill_node(node)
 
 
 @contextmanager

@@ -51,15 +51,11 @@ def status(platform: Platform, job_id: str) -> dict[str, Any]:
 def losses_of(platform: Platform, job_id: str) -> dict[int, float]:
     """Return the loss at each step, from the job's events. A step that was reported twice is an error."""
     losses: dict[int, float] = {}
-    after: int | None = 0
-    while after is not None:
-        page = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500}).json()
-        for event in page["items"]:
-            values = event["data"].get("metrics", {})
-            if event["type"] == "progress" and "loss" in values:
-                assert int(values["step"]) not in losses, f"step {values['step']} was trained twice"
-                losses[int(values["step"])] = values["loss"]
-        after = page["next_after"]
+    for event in platform.events(job_id, "progress"):
+        values = event["data"].get("metrics", {})
+        if "loss" in values:
+            assert int(values["step"]) not in losses, f"step {values['step']} was trained twice"
+            losses[int(values["step"])] = values["loss"]
     return losses
 
 

@@ -54,9 +54,9 @@ def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> N
         platform.kill("ray::Worker", signal.SIGCONT)
     else:
         pytest.fail("each of ten jobs finished before its worker was frozen")
-    holder = _events(platform, job_id, "running")[0]["data"]["worker"]
+    holder = platform.events(job_id, "running")[0]["data"]["worker"]
     # Both warm workers are frozen now, so the job must move to a new process.
-    eventually(lambda: len(_events(platform, job_id, "running")) > 1)
+    eventually(lambda: len(platform.events(job_id, "running")) > 1)
     job = platform.wait_for(job_id, "succeeded")
     for pid in frozen:
         for process in platform.processes("ray::Worker"):
@@ -66,7 +66,7 @@ def test_a_frozen_worker_cannot_overwrite_its_successor(platform: Platform) -> N
     after = platform.job(job_id)
     assert after["result"] == job["result"] == {"payload": None, "executed": list(range(40))}
     assert after["finished_at"] == job["finished_at"]
-    events = _events(platform, job_id)
+    events = platform.events(job_id)
     _assert_one_result(events)
     assert next(event["data"]["worker"] for event in events if event["type"] == "running") == holder
 
@@ -86,7 +86,7 @@ def _freeze_workers(platform: Platform) -> list[int] | None:
 def _assert_all_succeeded(platform: Platform, jobs: list[str]) -> None:
     for job_id in jobs:
         assert platform.wait_for(job_id)["result"] == {"payload": "precious", "executed": list(range(STEPS))}
-        _assert_one_result(_events(platform, job_id))
+        _assert_one_result(platform.events(job_id))
 
 
 def _assert_one_result(events: list[dict[str, Any]]) -> None:
@@ -95,14 +95,3 @@ def _assert_one_result(events: list[dict[str, Any]]) -> None:
     assert kinds["succeeded"] == 1
     sizes = [event["data"]["bytes"] for event in events if event["type"] == "checkpoint"]
     assert sizes == sorted(set(sizes)), sizes  # each has one step more
-
-
-def _events(platform: Platform, job_id: str, event_type: str | None = None) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-    after: int | None = 0
-    while after is not None:
-        response = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500})
-        assert response.status_code == 200, response.text
-        events += response.json()["items"]
-        after = response.json()["next_after"]
-    return [event for event in events if event_type in (None, event["type"])]

@@ -136,6 +136,29 @@ class Platform:
         assert response.status_code == 200, response.text
         return response.json()
 
+    def events(self, job_id: str, event_type: str | None = None) -> list[dict[str, Any]]:
+        """The journal of a job, or its entries of one type."""
+        events: list[dict[str, Any]] = []
+        after: int | None = 0
+        while after is not None:
+            response = self.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500})
+            assert response.status_code == 200, response.text
+            events += response.json()["items"]
+            after = response.json()["next_after"]
+        return [event for event in events if event_type in (None, event["type"])]
+
+    def trained_steps(self, job_id: str) -> list[int]:
+        """The steps of a training, in their order. None that a checkpoint has saved may be trained again."""
+        saved, trained = 0, list[int]()
+        for event in self.events(job_id):
+            metrics = event["data"].get("metrics", {})
+            if event["type"] == "checkpoint":
+                saved = max(trained, default=0)
+            elif "loss" in metrics:
+                assert metrics["step"] > saved
+                trained.append(int(metrics["step"]))
+        return trained
+
     def count(self, state: str) -> int:
         response = self.http.get("/api/v1/jobs", params={"state": state, "kind": "probe", "limit": 1})
         assert response.status_code == 200, response.text

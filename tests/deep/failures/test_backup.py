@@ -49,7 +49,7 @@ def test_a_training_goes_on_from_a_backup(platform: Platform, tmp_path: Path) ->
         assert restored.home != platform.home
         job = restored.wait_for(job_id)
         assert job["state"] == "succeeded", job["error"]
-        trained = trained_steps(restored, job_id)
+        trained = restored.trained_steps(job_id)
         assert trained[0] == 1
         assert trained[-1] == job["result"]["steps"] > step
         assert restored.http.get(f"/v1/files/{file_id}/content").content == CONTENT
@@ -63,20 +63,3 @@ def test_a_training_goes_on_from_a_backup(platform: Platform, tmp_path: Path) ->
 
 def step_of(platform: Platform, job_id: str) -> int:
     return platform.http.get(f"/status/{job_id}").raise_for_status().json()["current_step"] or 0
-
-
-def trained_steps(platform: Platform, job_id: str) -> list[int]:
-    """The steps in the order in which they were trained. None that a checkpoint had saved was trained again."""
-    trained: list[int] = []
-    saved, after = 0, 0
-    while after is not None:
-        page = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500}).json()
-        for event in page["items"]:
-            metrics = event["data"].get("metrics", {})
-            if event["type"] == "checkpoint":
-                saved = max(trained, default=0)
-            elif "loss" in metrics:
-                assert metrics["step"] > saved
-                trained.append(int(metrics["step"]))
-        after = page["next_after"]
-    return trained

@@ -1,18 +1,17 @@
 """A training survives the loss of its process, its node and the whole cluster, and a full disk."""
 
 import subprocess
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster.runtime import embedded
 from cluster.runtime.processes import MARKER_VARIABLE
 from cluster.settings import load_settings
+from tests.deep.ray_node import kill_node, start_node
 from tests.support.platform import Platform, fill_disk, mount_disk, running_platform, unmount_disk
 from tests.support.waiting import eventually
 
@@ -72,16 +71,16 @@ def test_a_training_survives_a_power_cut_while_it_saves(platform: Platform, undi
 
 
 def test_a_training_survives_the_loss_of_its_node(platform: Platform, undisturbed_result: dict[str, Any]) -> None:
-    nodes = [start_node(platform)]
+    nodes = [start_trainer(platform)]
 
     def kill_the_node(job_id: str) -> None:
         kill_node(nodes.pop())
         if platform.job(job_id)["state"] == "succeeded":
-            nodes.append(start_node(platform))
+            nodes.append(start_trainer(platform))
 
     job_id = interrupted_job(platform, kill_the_node, labels={"role": "trainer"})
     eventually(lambda: "role=trainer" in (platform.job(job_id)["waiting_for"] or ""))
-    second = start_node(platform)
+    second = start_trainer(platform)
     assert_same_result(platform, job_id, undisturbed_result)
     kill_node(second)
 
@@ -143,30 +142,11 @@ def assert_same_result(platform: Platform, job_id: str, undisturbed_result: dict
     job = platform.wait_for(job_id)
     assert job["state"] == "succeeded", job["error"]
     assert {name: job["result"][name] for name in COMPARED} == undisturbed_result
-    saved = 0
-    trained: list[int] = []
-    for event in events(platform, job_id):
-        metrics = event["data"].get("metrics", {})
-        if event["type"] == "checkpoint":
-            saved = max(trained, default=0)
-        elif "loss" in metrics:
-            assert metrics["step"] > saved
-            trained.append(int(metrics["step"]))
-    assert set(trained) == set(range(1, STEPS + 1))
+    assert set(platform.trained_steps(job_id)) == set(range(1, STEPS + 1))
 
 
-def events(platform: Platform, job_id: str) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-    after: int | None = 0
-    while after is not None:
-        page = platform.http.get(f"/api/v1/jobs/{job_id}/events", params={"after": after, "limit": 500}).json()
-        events += page["items"]
-        after = page["next_after"]
-    return events
-
-
-def start_node(platform: Platform) -> subprocess.Popen[bytes]:
-    """Start a second node of the cluster on this machine. Only this node has the label role=trainer."""
+def start_trainer(platform: Platform) -> subprocess.Popen[bytes]:
+    """A second node of the platform's cluster."""
     environment = {
         **embedded.environment(load_settings().settings),
         **platform.environment,
@@ -174,17 +154,4 @@ def start_node(platform: Platform) -> subprocess.Popen[bytes]:
         MARKER_VARIABLE: str(platform.home),
     }
     address = f"127.0.0.1:{platform.environment['FORGEARR_RAY__PORT']}"
-    command = [sys.executable, "-m", "tests.deep.ray_node", address, "role", "trainer"]
-    with Path(platform.home, "node.log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    return process
-
-
-def kill_node(node: subprocess.Popen[bytes]) -> None:
-    """Kill the node's raylet and all processes that run on it."""
-    processes = psutil.Process(node.pid).children(recursive=True)
-    for process in processes:
-        process.kill()
-    psutil.wait_procs(processes, timeout=10)
-    node.kill()
-    node.wait()
+    return start_node(address, environment, platform.home / "node.log")
