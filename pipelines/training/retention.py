@@ -81,7 +81,7 @@ async def _read_jobs(session: AsyncSession, since: datetime) -> set[str]:
 async def _find_versions() -> HasVersion:
     try:
         async with registry.connect() as models:
-            versions = await models.versions()
+            versions = await models.versions(skip_damaged=False)  # nobody knows what a damaged one needs
     except RegistryDisabled:
         return lambda job_id, run_id: run_id is not None  # it may have registered one before
     except Unavailable as error:

@@ -74,7 +74,7 @@ def readable_versions(rows: Iterable[dict[str, Any]]) -> Iterator[Version]:
         try:
             yield version_of_row(row)
         except VersionDamaged as error:
-            log.warning("%s It is not listed.", error.message)
+            log.warning("%s It is left out.", error.message)
 
 
 def _parse_version(row: dict[str, Any]) -> Version:

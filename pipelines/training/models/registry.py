@@ -157,9 +157,10 @@ class Registry:
         rows = await self._mlflow.search("registered-models/search", "registered_models")
         return {row["name"]: f"{row['name']}@{row['creation_timestamp']}" for row in rows}
 
-    async def versions(self, condition: str = "") -> list[Version]:
+    async def versions(self, condition: str = "", *, skip_damaged: bool = True) -> list[Version]:
         """All versions of Forgearr's that meet a condition, newest first."""
-        return [version_of_row(row) for row in await self._version_rows(condition)]
+        rows = await self._version_rows(condition)
+        return list(readable_versions(rows)) if skip_damaged else [version_of_row(row) for row in rows]
 
     async def find(self, reference: str) -> Version:
         """The version NAME:v3, or the served one for NAME and NAME:latest."""
@@ -196,7 +197,7 @@ class Registry:
         """All models that have a version of Forgearr's, sorted by name."""
         rows = await self._mlflow.search("registered-models/search", "registered_models")
         versions: dict[str, list[Version]] = {}
-        for version in readable_versions(await self._version_rows()):
+        for version in await self.versions():
             versions.setdefault(version.name, []).append(version)
         return [
             new_model(versions[row["name"]], served_number(row))
@@ -306,8 +307,7 @@ class Registry:
 
     async def _require_unused(self, references: Sequence[str]) -> None:
         for reference in references:
-            adapters = [found for found in await self.adapters_of(reference) if found.reference not in references]
-            if adapters:
+            if adapters := [one for one in await self.adapters_of(reference) if one.reference not in references]:
                 raise VersionInUse(f"{reference} cannot be deleted: {adapters[0].reference} is an adapter for it.")
 
     async def _ensure_model(self, name: str, principal: Principal) -> None:

@@ -19,6 +19,7 @@ from cluster.services.http.client import Client
 from cluster.services.http.connection import Connection
 from pipelines.training.deploy import ollama_push
 from pipelines.training.models.registry import Registry
+from pipelines.training.models.versions import VersionDamaged
 from serve.engines.ollama import engine as ollama_engine
 from serve.engines.ollama import transport
 from serve.engines.ollama.engine import OllamaEngine
@@ -212,10 +213,14 @@ async def test_hide_all_models_by_one_with_changed_tags(registry_model: Registry
         body = {**key, "key": f"forgearr.{tag}", "value": value}
         await registry_model.mlflow.call("POST", "model-versions/set-tag", json=body)
         (listed,) = [model for model in await registry.models() if model.name == registry_model.name]
+        assert listed == await registry.model(registry_model.name)
         assert [version.number for version in listed.versions] == [1]
         assert (await registry.find(f"{registry_model.name}:v1")).number == 1
         with pytest.raises(ForgearrError, match=f"The tags of {damaged.reference} in MLflow have been changed"):
             await registry.find(damaged.reference)
+        with pytest.raises(VersionDamaged):  # for whoever deletes what no version needs
+            await registry.versions(skip_damaged=False)
+    await registry_model.mlflow.call("DELETE", "model-versions/delete", json=key)
 
 
 # Services
