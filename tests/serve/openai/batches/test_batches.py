@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from cluster.db import Database, now
 from cluster.errors import Unavailable
 from cluster.files import store as file_store
 from cluster.files.tables import File
-from cluster.ownership import LOCAL
+from cluster.ownership import LOCAL, Principal
 from cluster.settings import get_settings
 from jobs import queue, retention
 from jobs.states import State
@@ -30,6 +31,7 @@ from serve.openai.batches.line import MAX_ENGINE_LOSSES, LineRunner
 from serve.openai.batches.store import Batch
 from serve.openai.files.validation import BatchLine
 from tests.support.small_models import write_constant_model
+from tests.support.waiting import eventually_async
 
 pytestmark = pytest.mark.both_databases
 
@@ -49,7 +51,7 @@ class UnreliableEngine(GgufEngine):
         self.calls += 1
         if self.calls <= len(self.errors):
             raise self.errors[self.calls - 1]
-        return await super().complete(reference, request, source)
+        return await super().complete(reference, request, source, account)
 
 
 @pytest.fixture
@@ -73,6 +75,32 @@ def runner(engine: UnreliableEngine, database: Database) -> LineRunner:
 def line(**options: Any) -> BatchLine:
     body = {"model": TINY, "messages": [{"role": "user", "content": "Hello"}], **options}
     return BatchLine(custom_id="one", method="POST", url="/v1/chat/completions", body=body)
+
+
+async def test_a_batch_lets_other_accounts_answer(engine: UnreliableEngine, database: Database) -> None:
+    """While its lines wait for the four slots of the model, the next free slot goes to somebody else."""
+    batch, finished = LineRunner(database, engine, Principal(id="a" * 36, name="ada")), list[str]()
+
+    async def run_line(number: int) -> None:
+        assert (await batch.run(number, line())).succeeded
+        finished.append("ada")
+
+    async def chat() -> None:
+        await engine.complete(TINY, line().body, None, "b" * 36)
+        finished.append("bob")
+
+    await run_line(0)
+    (pooled,) = engine._pool.loaded()  # pyright: ignore[reportPrivateUsage]
+    slots = pooled.loading.result()._slots  # pyright: ignore[reportPrivateUsage]
+    async with AsyncExitStack() as held:
+        for _ in range(4):
+            await held.enter_async_context(slots.take("a" * 36))
+        tasks = [asyncio.create_task(run_line(number)) for number in range(1, 13)]
+        await eventually_async(lambda: engine.loaded_models[0].users == 12)
+        tasks.append(asyncio.create_task(chat()))
+        await eventually_async(lambda: engine.loaded_models[0].users == 13)
+    await asyncio.gather(*tasks)
+    assert finished.index("bob") <= 5  # one line came first, and four slots end at about the same time
 
 
 async def test_calls_of_an_unavailable_engine_are_repeated(runner: LineRunner, engine: UnreliableEngine) -> None:
