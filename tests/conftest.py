@@ -63,6 +63,7 @@ mlflow_client.TIMEOUT_SECONDS = mirrors.STALLED_SECONDS = TIMEOUT
 client.CONNECT_SECONDS = TIMEOUT
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are processors, since much of what tests do is waiting. More than four would start more
     platforms than most machines hold."""

@@ -48,6 +48,7 @@ class ValueCounter:
 
     def __init__(self) -> None:
         self.values = 1
+        self.has_escapes = False
         self._in_string = False
         self._is_escaped = False
 
@@ -55,9 +56,13 @@ class ValueCounter:
         """Raise TooManyValues if the document has too many values up to the end of this part."""
         if self._is_escaped and part:
             part, self._is_escaped = part[1:], False
-        # Without escapes, each quote begins or ends a string.
-        part = part.replace(rb"\\", b"").replace(rb"\"", b"")
-        self._is_escaped = self._is_escaped or part.endswith(b"\\")
+        if b"\\" in part:
+            self.has_escapes = True
+            # Without escapes, each quote begins or ends a string.
+            part = part.replace(rb"\\", b"").replace(rb"\"", b"")
+            self._is_escaped = part.endswith(b"\\")
+        if self._in_string and b'"' not in part:
+            return
         pieces = part.split(b'"')
         structure = b"".join(pieces[self._in_string :: 2])
         self._in_string ^= len(pieces) % 2 == 0
@@ -74,12 +79,13 @@ class CheckedRequest(Request):
         return self.scope[SCOPE_KEY] if SCOPE_KEY in self.scope else await super().json()
 
 
-async def check_json(scope: Scope, body: bytes) -> None:
+async def check_json(scope: Scope, body: bytes, counter: ValueCounter) -> None:
     """Raise InvalidRequest if the body is not valid JSON, or contains what a database cannot store."""
+    scope[VALUES_SCOPE_KEY] = counter.values
     if len(body) > MAX_BYTES_ON_LOOP:
-        scope[SCOPE_KEY] = await _run_long(_parse, body)
+        scope[SCOPE_KEY] = await _run_long(_parse, body, counter)
     elif body:
-        scope[SCOPE_KEY] = _parse(body)
+        scope[SCOPE_KEY] = _parse(body, counter)
 
 
 async def refuse_many_mistakes(scope: Scope, body_type: Any) -> None:
@@ -107,16 +113,16 @@ def _adapter(body_type: Any) -> TypeAdapter[Any]:
     return TypeAdapter(body_type)
 
 
-def _parse(body: bytes) -> Any:
+def _parse(body: bytes, counter: ValueCounter) -> Any:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
     # Code that serializes or traverses such a document later would exceed the recursion limit.
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _is_too_deep(document):
+    if counter.values > MAX_DEPTH and _is_too_deep(document):
         raise InvalidRequest(f"JSON may be nested {MAX_DEPTH} levels deep at most.")
     # Only the escape can produce the character, and few documents contain it.
-    if b"u0000" in body and _has_nul(document):
+    if counter.has_escapes and b"u0000" in body and _has_nul(document):
         raise InvalidRequest("Text may not contain the character U+0000.")
     return document
 

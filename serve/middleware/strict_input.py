@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ForgearrError, InvalidRequest, Unauthenticated
-from serve.http.json_body import VALUES_SCOPE_KEY, ValueCounter, check_json
+from serve.http.json_body import ValueCounter, check_json
 from serve.http.marks import Access
 from serve.http.mounts import Marks, marks_of
 from serve.security.callers import find_caller, send_error
@@ -84,8 +84,7 @@ async def _check_body(scope: Scope, receive: Receive, access: Access | None) -> 
     counter = ValueCounter() if is_json else None
     body = await _read_body(receive, max_bytes, counter)
     if counter:
-        scope[VALUES_SCOPE_KEY] = counter.values
-        await check_json(scope, body)
+        await check_json(scope, body, counter)
     return _replay(body, receive)
 
 

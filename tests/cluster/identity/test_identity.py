@@ -16,8 +16,6 @@ from cluster.errors import AccountDisabled, Unauthenticated, UnprocessableReques
 from cluster.identity.users import PLATFORM_NAMES
 from cluster.secrets import signing_key, token_hash
 
-pytestmark = pytest.mark.both_databases
-
 PASSWORD = "correct horse battery"
 ROOT = Path(__file__).parents[3]
 
@@ -41,6 +39,7 @@ async def log_in(database: Database, user: identity.User) -> str:
         return await identity.start_login(session, user)
 
 
+@pytest.mark.both_databases
 async def test_an_account_is_found_by_its_email_without_regard_to_case(database: Database) -> None:
     user = await add_user(database)
     async with database.read_transaction() as session:
@@ -61,6 +60,7 @@ async def test_an_international_domain_is_the_same_at_registration_and_login(dat
         assert await identity.find_user(session, "no address") is None
 
 
+@pytest.mark.both_databases
 @pytest.mark.parametrize(
     ("email", "username"), [("ADA@example.com", "other"), ("other@example.com", "ada"), ("other@example.com", "ADA")]
 )
@@ -246,6 +246,7 @@ async def test_an_account_that_is_enabled_again_has_none_of_its_old_keys(databas
             await identity.user_from_key(session, key)
 
 
+@pytest.mark.both_databases
 async def test_concurrent_changes_of_an_account_end_all_that_came_before_each(database: Database) -> None:
     user = await add_user(database)
 
@@ -269,6 +270,7 @@ async def test_a_reused_refresh_token_revokes_its_login(database: Database) -> N
     assert await rotate(database, other_login) is not None
 
 
+@pytest.mark.both_databases
 async def test_concurrent_uses_of_a_refresh_token_revoke_its_login(database: Database) -> None:
     user = await add_user(database)
     first = await log_in(database, user)
@@ -344,6 +346,7 @@ async def test_a_key_is_revoked_by_its_owner_only(database: Database) -> None:
             await identity.user_from_key(session, token)
 
 
+@pytest.mark.both_databases
 async def test_the_use_of_a_key_is_recorded_once_a_minute(database: Database) -> None:
     user = await add_user(database)
     async with database.transaction() as session:
@@ -371,6 +374,7 @@ def test_only_the_owner_can_read_the_signing_key(home: Path) -> None:
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
+@pytest.mark.both_databases
 async def test_tokens_of_people_who_never_come_back_are_deleted_when_they_have_expired(database: Database) -> None:
     await log_in(database, await add_user(database))
     async with database.transaction() as session:

@@ -35,8 +35,6 @@ from tests.support.api_client import ApiClient
 from tests.support.waiting import TIMEOUT
 from tests.test_rooms import PACKAGES, ROOT
 
-pytestmark = pytest.mark.both_databases
-
 NAMES = [
     "the key of the service 'TV'",
     "the credentials of the repository 'handbook'",
@@ -128,6 +126,7 @@ def crash_at(step: int) -> Generator[Callable[[], int]]:
         event.remove(Engine, "commit", operation)
 
 
+@pytest.mark.both_databases
 @pytest.mark.usefixtures("stored")
 def test_everything_is_sealed_with_a_new_key(home: Path) -> None:
     before, old_key = sealed(), (home / "keys" / "sealing").read_text()

@@ -15,8 +15,6 @@ from serve.openai.responses.items import Message
 from serve.openai.responses.request import ResponseRequest
 from tests.support.api_client import ApiClient
 
-pytestmark = pytest.mark.both_databases
-
 PATH = "/api/v1/feedback"
 LEARN = "/api/training/prompts/from-feedback"
 CONVERSATION: list[dict[str, Any]] = [
@@ -43,6 +41,7 @@ async def create_feedback(
     return response.json()
 
 
+@pytest.mark.both_databases
 async def test_feedback_is_created_listed_replaced_and_deleted(api: ApiClient) -> None:
     created = await create_feedback(api, {**GOOD, "comment": "Right."})
     assert created["id"].startswith("fb_")
@@ -118,6 +117,7 @@ async def test_a_rating_of_an_agent_message_needs_no_conversation(api: ApiClient
     assert (created["messages"], created["model"]) == (None, None)
 
 
+@pytest.mark.both_databases
 async def test_feedback_becomes_a_prompt_once(api: ApiClient) -> None:
     up, down = await create_feedback(api, GOOD), await create_feedback(api, BAD)
     corrected = await create_feedback(api, {**BAD, "target_id": "chatcmpl-3", "correction": "Sonarr tracks series."})

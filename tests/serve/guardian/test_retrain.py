@@ -16,8 +16,6 @@ from pipelines.guardian.repositories import Repository
 from tests.support.api_client import ApiClient
 from tests.support.git_repos import commit_files, new_repository
 
-pytestmark = pytest.mark.both_databases
-
 PATH = "/v1/retrain"
 STEPS = ["extract_data", "validate_data", "fine_tune", "export", "validate", "compare", "deploy"]
 
@@ -63,6 +61,7 @@ async def test_a_folder_is_registered_and_its_plan_returned(api: ApiClient, fold
     assert (await api.count_kinds())["retrain"] == 1
 
 
+@pytest.mark.both_databases
 async def test_the_policy_applies_unless_force_is_set(api: ApiClient, folder: Path, database: Database) -> None:
     first = (await api.request("admin", "POST", PATH, json={"project_path": str(folder), "auto_deploy": False})).json()
     assert [step["name"] for step in first["plan"]["plan"]] == STEPS[:-1]
@@ -117,6 +116,7 @@ async def test_retraining_is_for_administrators(api: ApiClient, folder: Path) ->
         assert refused.status_code == 403
 
 
+@pytest.mark.both_databases
 async def test_a_plan_is_read_paused_and_resumed(api: ApiClient, folder: Path, database: Database) -> None:
     plan = (await api.request("admin", "POST", PATH, json={"project_path": str(folder)})).json()["job_id"]
     body = (await api.request("admin", "GET", f"{PATH}/{plan}")).json()

@@ -36,8 +36,6 @@ from tests.support.services.fake_services import KEY
 from tests.support.services.real_services import RunningService
 from tests.support.services.stub_server import StubRequest, StubResponse, html_page, json_response, stub_server
 
-pytestmark = pytest.mark.both_databases
-
 PASSWORD = "geheim-geheim-7"
 UNREACHABLE = "http://127.0.0.1:9"
 INITIAL_SETTINGS = {
@@ -114,6 +112,7 @@ async def test_an_audit_response_is_as_documented(api: ApiClient, sabnzbd: Runni
     assert (missing.status_code, missing.json()["message"]) == (404, "Recommendation with ID 999999 not found")
 
 
+@pytest.mark.both_databases
 async def test_a_recommendation_keeps_its_id_while_its_finding_persists(
     api: ApiClient, sabnzbd: RunningService
 ) -> None:
@@ -136,6 +135,7 @@ async def test_a_recommendation_keeps_its_id_while_its_finding_persists(
     assert (result["success"], result["changed"], result["rollback_available"]) == (True, False, False)
 
 
+@pytest.mark.both_databases
 async def test_settings_are_applied_once_and_rolled_back(api: ApiClient, sabnzbd: RunningService) -> None:
     audit = await run_audit(api, "sabnzbd")
     recommendations = await get_recommendations(api)
@@ -611,6 +611,7 @@ async def test_audits_and_changes_have_their_own_rate_limits(api: ApiClient, mon
     rate_limits.limiter.cache_clear()
 
 
+@pytest.mark.both_databases
 async def test_a_lost_attempt_changes_settings_once(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
     """A worker may die after an audit or a change has ended and before it is reported."""
     await run_audit(api, "sonarr")
@@ -636,6 +637,7 @@ async def test_a_lost_attempt_changes_settings_once(api: ApiClient, sonarr: Fake
     assert sonarr.resources["config/mediamanagement"]["copyUsingHardlinks"] is False
 
 
+@pytest.mark.both_databases
 async def test_old_audits_are_removed(api: ApiClient, sonarr: FakeArr, database: Database) -> None:
     await run_audit(api, "sonarr")
     sonarr.resources["config/indexer"]["rssSyncInterval"] = 15
@@ -652,6 +654,7 @@ async def test_old_audits_are_removed(api: ApiClient, sonarr: FakeArr, database:
     assert (await api.request("bob", "GET", f"{PATH}/audit/history")).json()["audits"] == []
 
 
+@pytest.mark.both_databases
 async def test_deleting_a_service_deletes_its_recommendations(api: ApiClient, sonarr: FakeArr) -> None:
     await run_audit(api, "sonarr")
     async with api.database.transaction() as session:

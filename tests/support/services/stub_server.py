@@ -25,7 +25,7 @@ class StubResponse:
     status: int = 200
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
-    length: int | None = None  # a false Content-Length
+    length: int | None = None  # a Content-Length that is not the body's; the connection ends after it
     hangs: bool = False  # nothing is sent
 
 
@@ -100,5 +100,7 @@ async def _read(reader: asyncio.StreamReader) -> StubRequest | None:
 def _head(response: StubResponse) -> bytes:
     length = len(response.body) if response.length is None else response.length
     headers = {"Content-Type": response.content_type, "Content-Length": str(length), **response.headers}
+    if response.length is not None:
+        headers["Connection"] = "close"  # a client that is not told may use the connection again while it ends
     lines = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}", *map(": ".join, headers.items())]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()

@@ -172,6 +172,7 @@ async def test_an_empty_import_is_refused(client: httpx.AsyncClient) -> None:
     assert (refused.status_code, refused.json()["error_code"]) == (400, "EMPTY_DATA")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_long_import_takes_little_memory(client: httpx.AsyncClient) -> None:
     """20,000 lines of 1 KB, 20 MB together, of which only a part may be in memory."""

@@ -142,6 +142,7 @@ def test_builds_of_the_tiny_model_are_identical(tmp_path: Path) -> None:
         assert file.read_bytes() == (second / file.name).read_bytes(), file.name
 
 
+@pytest.mark.deep
 def test_each_of_several_processes_builds_the_complete_tiny_model(tmp_path: Path) -> None:
     """Each build runs in a process that is part of a distributed training."""
     code = f"""

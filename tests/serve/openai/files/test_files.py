@@ -26,8 +26,6 @@ from tests.support.api_client import add_users
 from tests.support.app_server import running_app
 from tests.support.waiting import TIMEOUT
 
-pytestmark = pytest.mark.both_databases
-
 SAMPLE = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good evening."}]}
 PAIR = {
     "input": {"messages": [{"role": "user", "content": "Hello"}]},
@@ -166,6 +164,7 @@ async def test_an_invalid_file_names_the_wrong_line(
     assert (await gateway.ada.files.content(file.id)).content == content
 
 
+@pytest.mark.both_databases
 async def test_files_are_paginated(gateway: Gateway) -> None:
     created = [await gateway.ada.files.create(file=(f"{n}.txt", b"x"), purpose="user_data") for n in range(5)]
     created.append(await gateway.ada.files.create(file=("b.jsonl", lines(REQUEST)), purpose="batch"))
@@ -184,6 +183,7 @@ async def test_files_are_paginated(gateway: Gateway) -> None:
             await gateway.ada.files.list(limit=limit)
 
 
+@pytest.mark.both_databases
 async def test_a_file_belongs_to_its_owner(gateway: Gateway) -> None:
     created = await gateway.ada.files.create(file=("a.txt", b"mine"), purpose="user_data")
     for attempt in (gateway.bob.files.retrieve, gateway.bob.files.content, gateway.bob.files.delete):
@@ -226,6 +226,7 @@ async def test_invalid_requests_are_refused(gateway: Gateway) -> None:
     assert (await gateway.count(File), stored("files")) == (0, [])
 
 
+@pytest.mark.both_databases
 async def test_an_expired_file_is_removed(gateway: Gateway) -> None:
     create: Any = gateway.ada.files.create
     lasting = await create(file=("a.txt", b"x"), purpose="user_data")
@@ -353,6 +354,7 @@ async def test_an_upload_belongs_to_its_owner_and_has_a_size_limit(gateway: Gate
         await create(bytes=1, filename="a", mime_type="a", purpose="vision")
 
 
+@pytest.mark.both_databases
 async def test_simultaneous_completions_of_an_upload_make_one_file(gateway: Gateway) -> None:
     upload = await begin_upload(gateway)
     part = await gateway.ada.uploads.parts.create(upload.id, data=b"x" * 100)

@@ -25,8 +25,6 @@ from serve.models.resolver import ModelResolver
 from tests.support.api_client import add_users
 from tests.support.app_server import running_app
 
-pytestmark = pytest.mark.both_databases
-
 SAMPLE = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good evening."}]}
 PAIR = {
     "input": {"messages": [{"role": "user", "content": "Hello"}]},
@@ -102,6 +100,7 @@ async def gateway(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 # Requests
 
 
+@pytest.mark.both_databases
 async def test_a_request_queues_a_forge_job(gateway: Gateway) -> None:
     validation = await gateway.file(SAMPLE)
     hyperparameters = {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 0.5}
@@ -196,6 +195,7 @@ async def test_an_unsuitable_file_is_refused(gateway: Gateway) -> None:
 # Jobs
 
 
+@pytest.mark.both_databases
 async def test_jobs_are_paginated_and_belong_to_their_owner(gateway: Gateway) -> None:
     created = [(await gateway.create(metadata={"run": str(n % 2), KEY: "x"})).id for n in range(4)]
     created.append((await gateway.create()).id)
@@ -228,6 +228,7 @@ async def test_other_jobs_are_not_fine_tuning_jobs(gateway: Gateway) -> None:
     assert [listed.id async for listed in gateway.ada.list()] == [job.id]
 
 
+@pytest.mark.both_databases
 async def test_the_status_of_a_job_follows_its_step(gateway: Gateway) -> None:
     job = await gateway.create()
 
@@ -373,6 +374,7 @@ async def test_a_model_without_an_export_has_a_name(gateway: Gateway) -> None:
         await gateway.clients["bob"].models.retrieve(name)
 
 
+@pytest.mark.both_databases
 async def test_an_idempotency_key_makes_one_job(gateway: Gateway) -> None:
     file_id = await gateway.file(SAMPLE)
     options: Any = {"training_file": file_id, "extra_headers": {"Idempotency-Key": "once"}}

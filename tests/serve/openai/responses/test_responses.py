@@ -71,22 +71,20 @@ class Gateway:
 
 
 class RecordingEngine(GgufEngine):
-    """An engine that records its requests, and is lost after `lost_after` groups of chunks."""
+    """An engine that records its requests, and may be lost after its first chunks."""
 
     def __init__(self, settings: EngineSettings, find_file: FindFile) -> None:
         super().__init__(settings, find_file)
         self.requests: list[Any] = []
-        self.lost_after: int | None = None
+        self.is_lost = False
 
     async def chat(
         self, reference: str, request: Any, source: Source = None, account: str = ""
     ) -> AsyncGenerator[list[Chunk]]:
         self.requests.append(request)
-        count = 0
         async for chunks in super().chat(reference, request, source):
             yield chunks
-            count += 1
-            if count == self.lost_after:
+            if self.is_lost:
                 raise EngineLost
 
 
@@ -383,7 +381,7 @@ async def test_a_disconnect_cancels_the_response(gateway: Gateway) -> None:
 
 
 async def test_a_response_fails_when_its_engine_is_lost(gateway: Gateway) -> None:
-    gateway.engine.lost_after = 2
+    gateway.engine.is_lost = True
     *_, last = await gateway.events()
     assert (last.type, last.response.status) == ("response.failed", "failed")
     assert last.response.error.code == "server_error"
