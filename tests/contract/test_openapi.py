@@ -7,7 +7,8 @@ other random ones. Both kinds on both servers would take twice as long and find 
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from secrets import token_hex
 
@@ -24,6 +25,7 @@ from jobs.states import State
 from jobs.tables import Job
 from pipelines.training.data import prompts
 from pipelines.training.sessions import TrainingSession
+from serve.app import create_app
 from tests.support.app_server import running_app
 from tests.support.registry_model import RegistryModel
 from tests.support.waiting import TIMEOUT
@@ -77,8 +79,7 @@ async def test_a_few_examples_of_every_operation(configure: Callable[..., None],
         assert text.count(many) == 1
         text = text.replace(many, few)
     (tmp_path / "few.toml").write_text(text)
-    async with running_app() as address:
-        url = f"http://{address}/api/v1/openapi.json"
+    async with running_document() as url:
         await check(url, "--phases", "examples,fuzzing", configuration=tmp_path / "few.toml")
 
 
@@ -87,8 +88,8 @@ async def test_a_few_examples_of_every_operation(configure: Callable[..., None],
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_server_that_requires_no_credential(configure: Callable[..., None]) -> None:
     configure(limits__enabled="false")
-    async with running_app() as address:
-        await check(f"http://{address}/api/v1/openapi.json", "--phases", "examples,fuzzing,stateful")
+    async with running_document() as url:
+        await check(url, "--phases", "examples,fuzzing,stateful")
 
 
 @pytest.mark.deep
@@ -103,9 +104,8 @@ async def test_a_server_that_requires_a_credential(stocked: Database, configure:
         )
     # Not an API key: schemathesis would find and revoke it.
     token = identity.create_access_token(admin)
-    async with running_app() as address:
-        header = f"Authorization: Bearer {token}"
-        await check(f"http://{address}/api/v1/openapi.json", "--phases", "coverage", "--header", header)
+    async with running_document() as url:
+        await check(url, "--phases", "coverage", "--header", f"Authorization: Bearer {token}")
 
 
 @pytest.fixture
@@ -118,6 +118,15 @@ def configure(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         get_settings.cache_clear()
 
     return change
+
+
+@asynccontextmanager
+async def running_document() -> AsyncGenerator[str]:
+    """Run a server; yields the URL of its document, which is made before: schemathesis waits ten seconds for it."""
+    app = create_app()
+    app.openapi()
+    async with running_app(app) as address:
+        yield f"http://{address}/api/v1/openapi.json"
 
 
 async def check(url: str, *options: str, configuration: Path = CONFIGURATION) -> None:

@@ -58,11 +58,11 @@ def silent(context: Context, spec: Seconds) -> None:
 def noted(context: Context, spec: Note) -> None:
     """Writes into a file that it runs, and then why it was stopped."""
     note = Path(spec.file)
-    note.write_text("running")
+    _write(note, "running")
     try:
         context.sleep(86_400)
     except StopJob as stop:
-        note.write_text(stop.reason)
+        _write(note, stop.reason)
         raise
 
 
@@ -144,3 +144,10 @@ def heavy(context: Context, spec: Seconds) -> int:
     """Has a process of its own."""
     context.sleep(spec.seconds)
     return os.getpid()
+
+
+def _write(note: Path, text: str) -> None:
+    """At once: a reader sees the text before or this one, and never an empty file."""
+    part = note.with_suffix(".part")
+    part.write_text(text)
+    part.replace(note)
