@@ -22,6 +22,8 @@ from serve.monitoring.metrics import RequestMetrics
 from serve.realtime.feeds import follow_events, follow_logs, follow_system
 from serve.realtime.hub import Hub
 from serve.routes import MOUNTS
+from serve.servers.live import LiveServers
+from serve.servers.socket import ServerSocket
 
 FINAL_METRICS_SECONDS = 1.0
 
@@ -41,6 +43,8 @@ def create_app() -> FastAPI:
     app.state.log_hub = Hub(follow_logs)
     app.state.health = health.HealthCheck()
     app.state.metrics = RequestMetrics()
+    app.state.servers = LiveServers()
+    app.state.server_socket = ServerSocket(app.state.servers)
     app.state.models = ModelResolver()
     app.state.engine = build_engine()
     mount_all(app, MOUNTS)

@@ -31,6 +31,8 @@ from serve.openai.responses import routes as responses_routes
 from serve.realtime import routes as realtime_routes
 from serve.security import audit_log, usage
 from serve.security import routes as security_routes
+from serve.servers import machine_routes
+from serve.servers import routes as servers_routes
 from serve.services import health as services_health
 from serve.services import routes as services_routes
 from serve.services import settings
@@ -43,6 +45,10 @@ MOUNTS = (
     Mount(health.router, "Monitoring"),
     Mount(metrics_route.router, "Monitoring"),
     Mount(services_health.router, "Monitoring"),
+    Mount(servers_routes.router, "Servers"),
+    Mount(machine_routes.ai_server, "Servers"),
+    Mount(machine_routes.app_server, "Servers"),
+    Mount(machine_routes.storage_server, "Servers"),
     Mount(services_routes.router, "Services"),
     Mount(shows.router, "Shows"),
     Mount(movies.router, "Movies"),

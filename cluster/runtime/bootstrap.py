@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # By import path, because `cluster` imports no package above it.
-ACTORS = {"events": "cluster.events:Events", "dispatcher": "jobs.dispatch.dispatcher:Dispatcher"}
+ACTORS = {
+    "events": "cluster.events:Events",
+    "monitor": "cluster.servers.monitor:Monitor",
+    "dispatcher": "jobs.dispatch.dispatcher:Dispatcher",
+}
 APPLICATION = "serve.deployment:build_application"
 DECLARE_SERVICES = "pipelines.media.check_services:declare_services"
 RAY_TIMEOUTS = 180, 180

@@ -13,7 +13,7 @@ from cluster.runtime import probes, processes, run_state
 from cluster.runtime.run_state import RunState
 from cluster.settings import Settings
 
-ACTORS = ("dispatcher", "events")
+ACTORS = ("dispatcher", "events", "monitor")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from cluster.services.capabilities.collection import Collection
 from cluster.services.capabilities.download_tracking import DownloadTracker
 from cluster.services.capabilities.downloads import Downloads
 from cluster.services.capabilities.library import Library
+from cluster.services.capabilities.server_values import ServerValues
 from cluster.services.capabilities.settings import SettingsAreas
 from cluster.services.http.api_key import ApiKeyScheme
 from cluster.services.http.client import Client
@@ -60,6 +61,7 @@ class Connector:
     download_tracker: DownloadTracker | None = None
     settings: SettingsAreas | None = None  # how its settings are read and written
     search_web: Callable[[Client, str], Awaitable[list[SearchResult]]] | None = None  # finds pages for a query
+    server_values: Callable[[Client], Awaitable[ServerValues]] | None = None  # what it knows of a server
     session: Callable[[Client, str], AbstractAsyncContextManager[None]] | None = None  # logs in with the key, and out
 
     @property

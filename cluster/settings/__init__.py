@@ -27,6 +27,7 @@ from cluster.settings.loader import (
 )
 from cluster.settings.masking import SECRET_NAMES, mask_url
 from cluster.settings.media import AuditSettings, MediaSettings, RecoverySettings
+from cluster.settings.monitoring import DeclaredServer, ServerSettings
 from cluster.settings.root import Settings
 from cluster.settings.server import MIN_KEY_LENGTH, PLACEHOLDERS, AuthSettings, LimitSettings, ServeSettings
 from cluster.settings.services import DeclaredService, ServiceSettings
@@ -47,6 +48,7 @@ __all__ = [
     "AuthSettings",
     "BackupSettings",
     "DatabaseSettings",
+    "DeclaredServer",
     "DeclaredService",
     "EngineSettings",
     "FileSettings",
@@ -65,6 +67,7 @@ __all__ = [
     "RecoverySettings",
     "Section",
     "ServeSettings",
+    "ServerSettings",
     "ServiceSettings",
     "Settings",
     "StorageSettings",

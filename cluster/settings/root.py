@@ -18,6 +18,7 @@ from cluster.settings.infrastructure import (
 )
 from cluster.settings.jobs import JobSettings, RetentionSettings
 from cluster.settings.media import AuditSettings, MediaSettings, RecoverySettings
+from cluster.settings.monitoring import ServerSettings
 from cluster.settings.server import AuthSettings, LimitSettings, ServeSettings
 from cluster.settings.services import ServiceSettings
 from cluster.settings.training import ForgeSettings, GateSettings
@@ -40,6 +41,7 @@ class Settings(Section):
     ollama: OllamaSettings
     guardian: GuardianSettings
     services: ServiceSettings
+    servers: ServerSettings
     media: MediaSettings
     recovery: RecoverySettings
     audit: AuditSettings

@@ -38,6 +38,7 @@ class Components(BaseModel):
     database: Literal["connected", "disconnected"]
     dispatcher: Literal["running", "unreachable"]
     events: Literal["running", "unreachable"]
+    monitor: Literal["running", "unreachable"]
 
 
 class Health(BaseModel):
@@ -124,14 +125,15 @@ def _without_details(result: Health) -> Health:
 
 
 async def _check_health() -> Health:
-    database, services, dispatcher, live_events, ollama = await asyncio.gather(
+    database, services, dispatcher, live_events, monitor, ollama = await asyncio.gather(
         _database_state(),
         _services_health(),
         _actor_state("dispatcher"),
         _actor_state("events"),
+        _actor_state("monitor"),
         _is_ollama_available(),
     )
-    actors_running = dispatcher == live_events == "running"
+    actors_running = dispatcher == live_events == monitor == "running"
     return Health(
         status="unhealthy" if database == "disconnected" else _overall_status(services, actors_running),
         service="Forgearr",
@@ -141,7 +143,7 @@ async def _check_health() -> Health:
         uptime=int(time.monotonic() - _started),
         services=services,
         ollama_available=ollama,
-        components=Components(database=database, dispatcher=dispatcher, events=live_events),
+        components=Components(database=database, dispatcher=dispatcher, events=live_events, monitor=monitor),
         timestamp=now(),
     )
 

@@ -83,10 +83,10 @@ class RequestMetrics:
             self._changed = True
             logger.debug("Request counts were not shared: %s", error)
 
-    async def render(self, *, with_services: bool = True) -> bytes:
-        """All metrics in Prometheus' text format, or all but those of single services."""
+    async def render(self, more: Iterable[Metric] = (), *, with_services: bool = True) -> bytes:
+        """All metrics and `more` in Prometheus' text format, or all but those of single services."""
         snapshots = await self._shared_snapshots()
-        families = [*self._merged(snapshots), *await self._database_families()]
+        families = [*self._merged(snapshots), *await self._database_families(), *more]
         if not with_services:
             families = [family for family in families if not _has_services(family)]
         return generate_latest(_Families(families))

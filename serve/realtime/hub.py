@@ -9,7 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import orjson
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,6 +23,7 @@ Message = Mapping[str, Any]
 Feed = Callable[[], AsyncGenerator[list[Message]]]
 Transform = Callable[[Message], Awaitable[Message]]
 MessageHandler = Callable[[dict[str, Any]], Awaitable[Message]]
+FrameHandler = Callable[[str | bytes], Awaitable[Message]]
 
 BROADCAST_ROOM = "*"
 MAX_QUEUED_MESSAGES = 256
@@ -151,15 +152,34 @@ def error_message(text: str) -> Message:
     return {"type": "error", "message": text}
 
 
+def pong_message() -> Message:
+    return {"type": "pong"}
+
+
+class Replies(NamedTuple):
+    """What a socket answers to a ping, and to a message that is none."""
+
+    pong: Callable[[], Message] = pong_message
+    error: Callable[[str], Message] = error_message
+
+
 async def serve_socket(
-    socket: WebSocket, subscription: Subscription, on_message: MessageHandler, transform: Transform | None = None
+    socket: WebSocket,
+    subscription: Subscription,
+    on_message: MessageHandler,
+    transform: Transform | None = None,
+    replies: Replies = Replies(),  # noqa: B008
 ) -> None:
     """Send the messages of the subscription and respond to those of the client, until one of them ends.
 
     `transform` replaces each live message before it is sent.
     """
+
+    async def handle(content: str | bytes) -> Message:
+        return await _handle_message(content, on_message, replies)
+
     try:
-        closing = await _exchange_messages(socket, subscription, on_message, transform)
+        closing = await _exchange_messages(socket, subscription, handle, transform)
     except* SQLAlchemyError as errors:
         if errors.subgroup(lambda error: isinstance(error, SQLAlchemyError) and not is_transient(error)):
             raise
@@ -169,12 +189,12 @@ async def serve_socket(
 
 
 async def _exchange_messages(
-    socket: WebSocket, subscription: Subscription, on_message: MessageHandler, transform: Transform | None
+    socket: WebSocket, subscription: Subscription, handle: FrameHandler, transform: Transform | None
 ) -> tuple[int, str] | None:
     """Returns at the end of either direction, or of the authorization: the code and reason to close with, if any."""
     async with asyncio.TaskGroup() as tasks:
         sending = tasks.create_task(_send_all(socket, subscription, transform))
-        receiving = tasks.create_task(_receive_all(socket, subscription, on_message))
+        receiving = tasks.create_task(_receive_all(socket, subscription, handle))
         authorization_check = tasks.create_task(_until_unauthorized(socket))
         all_tasks = (sending, receiving, authorization_check)
         for task in all_tasks:
@@ -218,22 +238,22 @@ async def _send_all(socket: WebSocket, subscription: Subscription, transform: Tr
         return
 
 
-async def _receive_all(socket: WebSocket, subscription: Subscription, on_message: MessageHandler) -> int:
+async def _receive_all(socket: WebSocket, subscription: Subscription, handle: FrameHandler) -> int:
     """Respond to the messages of the client. Returns the length of one that is too long, or 0 at the end."""
     while (frame := await socket.receive())["type"] == "websocket.receive":
         content: str | bytes = frame.get("text") or frame.get("bytes") or b""
         if len(content) > MAX_FRAME_LENGTH:
             return len(content)
         # Responses use the same queue, so a client that sends without reading is dropped, too.
-        subscription.put(await _handle_message(content, on_message))
+        subscription.put(await handle(content))
     return 0
 
 
-async def _handle_message(content: str | bytes, on_message: MessageHandler) -> Message:
+async def _handle_message(content: str | bytes, on_message: MessageHandler, replies: Replies) -> Message:
     try:
         message: Any = orjson.loads(content)
     except orjson.JSONDecodeError:
         message = None
     if not isinstance(message, dict):
-        return error_message('A message is a JSON object, such as {"type": "ping"}.')
-    return {"type": "pong"} if message.get("type") == "ping" else await on_message(message)
+        return replies.error('A message is a JSON object, such as {"type": "ping"}.')
+    return replies.pong() if message.get("type") == "ping" else await on_message(message)

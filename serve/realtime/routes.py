@@ -1,4 +1,4 @@
-"""The WebSockets /ws/{client_id} (with rooms), /ws/training/{training_id}, /ws/system and /ws/logs."""
+"""The WebSockets /ws/{client_id} (with rooms), /ws/training/{training_id}, /ws/system, /ws/metrics and /ws/logs."""
 
 import re
 from typing import Annotated, Any
@@ -25,6 +25,12 @@ MAX_ROOMS = 100
 async def system(socket: WebSocket, caller: SocketCaller) -> None:
     """Send a sample of this machine's load every two seconds."""
     await _listen_only(socket, socket.app.state.system_hub)
+
+
+@router.websocket("/ws/metrics")
+async def metrics(socket: WebSocket, caller: SocketCaller) -> None:
+    """Send the values of all servers whenever they are measured."""
+    await socket.app.state.server_socket.serve(socket)
 
 
 @router.websocket("/ws/logs")

@@ -78,6 +78,9 @@ WITHOUT_OWNER = (
     "/api/v1/downloads/",
     "/api/v1/mcp/",
     "/api/v1/config/",
+    "/api/servers/",
+    "/api/app-server/",
+    "/api/storage-server/",
 )
 """Paths with these prefixes name no row with an owner. For models see tests/security/api/test_api1_models.py."""
 

@@ -122,8 +122,8 @@ def test_actors_of_an_earlier_up_are_replaced(tmp_path: Path) -> None:
         platform.supervisor.kill()
         platform.cli("up", "--detach", "--set", "jobs.workers=1")
         after = named_actors(platform, port)
-        assert [name.partition("-")[0] for name in after] == ["dispatcher", "events", "worker"]
-        assert set(before) & set(after) == {"dispatcher", "events"}
+        assert [name.partition("-")[0] for name in after] == ["dispatcher", "events", "monitor", "worker"]
+        assert set(before) & set(after) == {"dispatcher", "events", "monitor"}
 
         refused = other.cli("up", "--detach", check=False)
         assert refused.returncode == 1

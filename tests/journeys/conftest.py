@@ -13,6 +13,7 @@ from tests.support.waiting import TIMEOUT
 
 EPHEMERAL_PORTS = 32_768
 """The first ephemeral port. The system may give a free port above it to another process at once."""
+SERVERS = "{ai_server: {this_machine: true}, storage_server: {this_machine: true, file_systems: [/, /tmp]}}"
 SETTINGS = {
     "jobs.lease_seconds": "6",
     "jobs.retry_seconds": "0.1",
@@ -21,6 +22,7 @@ SETTINGS = {
     "engines.slots": "2",
     "engines.context": "65536",
     "guardian.watch_cron": "0 0 1 1 *",
+    "servers.declared": SERVERS,
 }
 """Shorter times than the defaults, so that the journeys end sooner."""
 

@@ -14,7 +14,7 @@ from tests.support.waiting import TIMEOUT, eventually
 pytestmark = pytest.mark.platform
 
 RUNS = "/api/2.0/mlflow/experiments/search?max_results=1"
-COMPONENTS = ["ray", "gateway", "dispatcher", "events", "mlflow", "database"]
+COMPONENTS = ["ray", "gateway", "dispatcher", "events", "monitor", "mlflow", "database"]
 
 
 def test_status_shows_each_component_with_its_address(platform: Platform) -> None:

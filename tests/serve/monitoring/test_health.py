@@ -64,7 +64,7 @@ async def test_health_reports_whether_ollama_is_available(
 async def test_health_is_degraded_without_the_actors(client: httpx.AsyncClient) -> None:
     body = Health.model_validate((await client.get("/health")).json())
     assert body.status == "degraded"
-    assert (body.components.dispatcher, body.components.events) == ("unreachable", "unreachable")
+    assert body.components.dispatcher == body.components.events == body.components.monitor == "unreachable"
 
 
 async def test_health_is_unhealthy_without_the_database(

@@ -1,0 +1,1 @@
+"""The routes of servers: what every machine is doing now."""
