@@ -39,6 +39,7 @@ def subject(harness: JobHarness, mlflow_server: str, tmp_path: Path) -> tuple[st
     return name, harness.fine_tuned("full")
 
 
+@pytest.mark.deep
 def test_a_better_version_is_promoted_and_a_worse_one_is_not(harness: JobHarness, trained: Path) -> None:
     weak, strong = harness.fine_tuned("lora"), harness.fine_tuned("full")
     name = f"subject-{strong[-4:]}"
@@ -125,6 +126,7 @@ def test_a_paused_comparison_resumes_where_it_stopped(harness: JobHarness, subje
     assert not [1 for _, data in link.events[seen_events:] if "measuring" in data.get("phase", "")]
 
 
+@pytest.mark.deep
 def test_a_training_without_held_out_samples_is_refused(harness: JobHarness, subject: tuple[str, str]) -> None:
     name, training = subject
     (Path(storage.address(f"jobs/{training}/model")) / "held_out.jsonl").unlink()

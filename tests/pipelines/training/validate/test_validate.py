@@ -28,6 +28,7 @@ from tests.support.job_harness import JobHarness
 MEASURED = {"final_loss", "perplexity", "base_loss", "base_perplexity", "exact_match", "rouge_l", "base_rouge_l"}
 
 
+@pytest.mark.deep
 def test_a_model_is_compared_with_its_base_and_its_gguf(harness: JobHarness, trained: Path) -> None:
     fine_tune = harness.fine_tuned("full")
     export, exported, _ = harness.run("export", {"job_id": fine_tune, "quantizations": ["q8_0"]})
@@ -110,6 +111,7 @@ def test_a_paused_validation_resumes_where_it_stopped(harness: JobHarness, monke
     assert len([1 for _, data in uninterrupted.events if data.get("phase", "").startswith("measuring")]) == 6
 
 
+@pytest.mark.deep
 def test_a_job_that_cannot_be_validated_is_refused(harness: JobHarness, trained: Path) -> None:
     fine_tune = harness.fine_tuned("full")
     (Path(storage.address(f"jobs/{fine_tune}/model")) / "held_out.jsonl").unlink()
