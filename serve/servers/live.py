@@ -19,17 +19,22 @@ RETRY_SECONDS = 1.0
 class LiveServers:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
-        self._cached: Snapshot | None = None
+        self._cached: Snapshot | Unavailable = Unavailable()
         self._cached_until = 0.0
         self._local: ServerMonitor | None = None
 
     async def current(self) -> Snapshot:
         """Raises Unavailable if the monitor does not answer."""
         async with self._lock:
-            if self._cached is None or time.monotonic() >= self._cached_until:
-                self._cached = await self._read()
+            if time.monotonic() >= self._cached_until:
+                try:
+                    self._cached = await self._read()
+                except Unavailable as error:  # else all who wait would ask, one after the other
+                    self._cached = error
                 self._cached_until = time.monotonic() + get_settings().servers.period_seconds / 2
-            return self._cached
+        if isinstance(self._cached, Unavailable):
+            raise Unavailable(self._cached.message)
+        return self._cached
 
     async def follow(self) -> AsyncGenerator[Snapshot]:
         """Each new snapshot, without end. While the monitor does not answer there is none."""

@@ -148,7 +148,7 @@ async def test_the_summary_has_the_documented_fields(api: ApiClient) -> None:
     assert ai_server == {"status": "online", "cpu_usage": 45.2, "memory_usage": 44.5, "gpu_usage": 78.3}
     assert summary["servers"]["app_server"]["cpu_usage"] is None
     configure(api, ai_server={THIS_MACHINE: returning(MACHINE)})
-    api.app.state.servers._cached = None
+    api.app.state.servers._cached_until = 0.0
     assert (await get(api, "/api/servers/summary"))["servers"]["app_server"] is None
 
 
@@ -250,7 +250,7 @@ async def test_the_load_of_the_system_and_its_services(api: ApiClient) -> None:
         "services_total": 0,
     }
     configure(api, app_server={"Proxmox": returning(PROXMOX)})
-    api.app.state.servers._cached = None
+    api.app.state.servers._cached_until = 0.0
     assert (await get(api, "/api/system/metrics"))["cpu_percent"] is None
 
 
