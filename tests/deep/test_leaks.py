@@ -261,9 +261,9 @@ def _watched_processes(platform: Platform, hunt: Hunt) -> Generator[None]:
                     seen[command.encode(errors="replace")] = "a command line"
                     variables = process.environ()
                     if variables.get(MARKER_VARIABLE) == str(platform.home):
-                        # The settings themselves belong there, and git gets its credentials so.
+                        # The settings themselves belong there. Git, and the programs it starts, get credentials so.
                         others = {name: value for name, value in variables.items() if value not in settings}
-                        if not command.startswith("git"):
+                        if not process.name().startswith("git"):
                             seen[json.dumps(others).encode()] = f"the environment of {command[:80]}"
 
     watching = Thread(target=watch)
