@@ -163,12 +163,15 @@ class Replies(NamedTuple):
     error: Callable[[str], Message] = error_message
 
 
+STANDARD_REPLIES = Replies()
+
+
 async def serve_socket(
     socket: WebSocket,
     subscription: Subscription,
     on_message: MessageHandler,
     transform: Transform | None = None,
-    replies: Replies = Replies(),  # noqa: B008
+    replies: Replies = STANDARD_REPLIES,
 ) -> None:
     """Send the messages of the subscription and respond to those of the client, until one of them ends.
 

@@ -42,7 +42,14 @@ class ServerView(BaseModel):
     sources: dict[str, SourceState] = Field(description="By name: this_machine, or a connected service.")
 
 
-class Overview(BaseModel):
+class SummaryCounts(BaseModel):
+    total_servers: int = Field(description="How many are configured.")
+    online_servers: int = Field(description="Those that are online, or have the status warning.")
+    alerts_count: int = Field(description="Servers that are not online, or have a source that fails.")
+    last_updated: UtcTime
+
+
+class Overview(SummaryCounts):
     """All servers by name. The three documented ones are always there; null: not configured."""
 
     model_config = ConfigDict(extra="allow")
@@ -51,17 +58,6 @@ class Overview(BaseModel):
     ai_server: ServerView | None
     app_server: ServerView | None
     storage_server: ServerView | None
-    last_updated: UtcTime
-    total_servers: int = Field(description="How many are configured.")
-    online_servers: int
-    alerts_count: int = Field(description="Servers that are not online, or have a source that fails.")
-
-
-class SummaryCounts(BaseModel):
-    total_servers: int
-    online_servers: int
-    alerts_count: int
-    last_updated: UtcTime
 
 
 class ServerSummary(BaseModel):
