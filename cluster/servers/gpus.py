@@ -15,7 +15,11 @@ def read_gpus() -> list[Gpu]:
     nvml = _driver()
     if nvml is None:
         return []
-    return [_read_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+    try:
+        count = nvml.nvmlDeviceGetCount()
+    except nvml.NVMLError as error:  # all else of the machine can be read
+        return [Gpu(name="unknown", unknown={"name": str(error)})]
+    return [_read_gpu(nvml, index) for index in range(count)]
 
 
 @cache
@@ -45,6 +49,8 @@ def _read_gpu(nvml: Any, index: int) -> Gpu:
         return Gpu(name=f"GPU {index}", unknown=unknown)
     memory = read("memory_used_mb", lambda: nvml.nvmlDeviceGetMemoryInfo(gpu))
     rates = read("usage_percent", lambda: nvml.nvmlDeviceGetUtilizationRates(gpu))
+    if memory is None:
+        unknown |= dict.fromkeys(("memory_total_mb", "memory_usage_percent"), unknown["memory_used_mb"])
     power = read("power_draw_w", lambda: nvml.nvmlDeviceGetPowerUsage(gpu))
     return Gpu(
         name=read("name", lambda: nvml.nvmlDeviceGetName(gpu)) or f"GPU {index}",

@@ -2,11 +2,13 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from cluster.settings.base import Section
 
 ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,59}$")]
+RESERVED_NAMES = frozenset({"overview", "summary", "last_updated", "total_servers", "online_servers", "alerts_count"})
+"""Paths beside those of servers, and fields beside them in the overview."""
 MountPoint = Annotated[str, StringConstraints(pattern=r"^/", max_length=4096)]
 
 
@@ -34,3 +36,10 @@ class ServerSettings(Section):
         "ai_server."
     )
     period_seconds: float = Field(ge=0.5, le=60, description="How often each of them is measured.")
+
+    @field_validator("declared")
+    @classmethod
+    def refuse_reserved_names(cls, declared: dict[str, DeclaredServer]) -> dict[str, DeclaredServer]:
+        if reserved := RESERVED_NAMES & declared.keys():
+            raise ValueError(f"no server may be named {min(reserved)}")
+        return declared

@@ -106,12 +106,15 @@ async def _used_bytes(client: Client, guest: Resource) -> int | None:
         response = await client.get(f"/api2/json/nodes/{guest.node}/qemu/{guest.vmid}/agent/get-fsinfo")
     except ServiceError:
         return None  # it has no agent, or the token may not ask it
-    return sum(system.used_bytes or 0 for system in client.parse(GuestFileSystems, response).result)
+    systems = client.parse(GuestFileSystems, response).result
+    known = [system.used_bytes for system in systems if system.used_bytes is not None]
+    return sum(known) if known else None
 
 
 def _virtual_machine(guest: Resource, used_bytes: int | None) -> VirtualMachine:
+    assert guest.vmid is not None, "Proxmox gives one to each guest"
     return VirtualMachine(
-        vmid=guest.vmid or 0,
+        vmid=guest.vmid,
         name=guest.name,
         status=guest.status or "unknown",
         cpu_usage=None if guest.cpu is None else round(100 * guest.cpu, 1),

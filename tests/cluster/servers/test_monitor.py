@@ -12,7 +12,7 @@ from cluster.servers.monitor import ServerMonitor
 from cluster.servers.sources import Source, configured_sources
 from cluster.servers.states import Reading, SourceReading, server_state
 from cluster.services.capabilities.server_values import Cpu, Memory, ServerValues
-from cluster.settings import DeclaredServer, load_settings
+from cluster.settings import DeclaredServer, ServerSettings, load_settings
 from tests.support.waiting import TIMEOUT
 
 BUSY = ServerValues(cpu=Cpu(usage_percent=90.0, cores=2), uptime_seconds=5.0)
@@ -131,3 +131,9 @@ def test_without_settings_this_machine_is_the_ai_server(home: object) -> None:
 def test_a_server_without_a_source_is_refused(server: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         DeclaredServer.model_validate(server)
+
+
+@pytest.mark.parametrize("name", ["overview", "total_servers", "Nas", "a b"])
+def test_a_name_that_means_something_else_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no server may be named|should match pattern"):
+        ServerSettings.model_validate({"declared": {name: {"this_machine": True}}, "period_seconds": 1})

@@ -97,7 +97,7 @@ async def test_many_clients_cost_one_measurement(address: str, monkeypatch: pyte
     for _ in range(3):
         await asyncio.gather(*(_receive_server(client) for client in clients))
     await asyncio.gather(*(client.close() for client in clients))
-    assert count - before <= 8, "each measurement is sent to all"
+    assert count - before < len(clients), "each measurement is sent to all"
 
 
 async def _receive_server(client: ClientConnection) -> None:
